@@ -1,0 +1,159 @@
+// Package api is the wire: the types that server, builder and fetcher exchange
+// over HTTP and through the queue, and a typed client. It refuses to hold any
+// rule; rules live in the component that owns them.
+package api
+
+import (
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// State is where a cell of the matrix stands.
+type State string
+
+// The states of a cell. A build has the subset queued, building, published,
+// failed and cancelled.
+const (
+	Published   State = "published"   // an artifact exists
+	Building    State = "building"    // a builder works on it
+	Queued      State = "queued"      // waits for a builder
+	Failed      State = "failed"      // the last build failed; Class says how
+	Cancelled   State = "cancelled"   // the last build was called off
+	Unsupported State = "unsupported" // can never be built; Reason says why
+	Yanked      State = "yanked"      // was published and must not be used any more
+	Unknown     State = "unknown"     // nobody asked for it yet
+)
+
+// Kernel is a kernel of the catalogue.
+type Kernel struct {
+	target.Kernel
+	// Fingerprint is empty until a builder has read the kernel's headers.
+	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
+	// Default, Latest and Branches are what this COS build's own lists say of
+	// drivers: gpu_default_version, gpu_latest_version, gpu_driver_versions.
+	Default  string            `json:"default,omitempty"`
+	Latest   string            `json:"latest,omitempty"`
+	Branches map[string]string `json:"branches,omitempty"`
+	SeenAt   time.Time         `json:"seenAt"`
+}
+
+// DriverRelease is a driver version of the catalogue.
+type DriverRelease struct {
+	Version string `json:"version"`
+	Branch  string `json:"branch"`
+	// Flavours are those known to be in the release; empty is not known yet.
+	Flavours []target.Flavour `json:"flavours,omitempty"`
+	SeenAt   time.Time        `json:"seenAt"`
+}
+
+// Artifact is a published artifact. One artifact serves every kernel of its
+// fingerprint.
+type Artifact struct {
+	Digest      string             `json:"digest"`
+	Repository  string             `json:"repository"`
+	Fingerprint target.Fingerprint `json:"fingerprint"`
+	Driver      target.Driver      `json:"driver"`
+	Arch        target.Arch        `json:"arch"`
+	Release     string             `json:"release"`
+	// Kernels are the COS builds that the artifact is attested for.
+	Kernels     []target.Kernel `json:"kernels"`
+	State       State           `json:"state"` // Published or Yanked
+	Reason      string          `json:"reason,omitempty"`
+	PublishedAt time.Time       `json:"publishedAt"`
+}
+
+// BuildRequest asks for a cell to be built.
+type BuildRequest struct {
+	BuildID string `json:"buildId"`
+	Board   string `json:"board"`
+	// Driver is a wish: default, latest, a branch or a version.
+	Driver  string `json:"driver"`
+	Flavour string `json:"flavour"`
+}
+
+// Build is one try to make one cell.
+type Build struct {
+	ID      int64         `json:"id"`
+	Kernel  target.Kernel `json:"kernel"`
+	Driver  target.Driver `json:"driver"`
+	State   State         `json:"state"`
+	Phase   string        `json:"phase,omitempty"`
+	Worker  string        `json:"worker,omitempty"`
+	Attempt int           `json:"attempt"`
+	// Class is the kind of the failure; only with State failed.
+	Class string `json:"class,omitempty"`
+	// Error is the first error line: for an API break the compiler's.
+	Error      string           `json:"error,omitempty"`
+	Hint       string           `json:"hint,omitempty"`
+	Digest     string           `json:"digest,omitempty"`
+	Phases     []timeline.Phase `json:"phases,omitempty"`
+	CreatedAt  time.Time        `json:"createdAt"`
+	StartedAt  *time.Time       `json:"startedAt,omitempty"`
+	FinishedAt *time.Time       `json:"finishedAt,omitempty"`
+}
+
+// BuildUpdate is what a builder reports of a build; zero fields leave the
+// catalogue as it is.
+type BuildUpdate struct {
+	State       State              `json:"state,omitempty"`
+	Worker      string             `json:"worker,omitempty"`
+	Attempt     int                `json:"attempt,omitempty"`
+	Phase       string             `json:"phase,omitempty"`
+	Kernel      *target.Kernel     `json:"kernel,omitempty"`
+	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
+	Class       string             `json:"class,omitempty"`
+	Error       string             `json:"error,omitempty"`
+	Hint        string             `json:"hint,omitempty"`
+	Digest      string             `json:"digest,omitempty"`
+	Repository  string             `json:"repository,omitempty"`
+	Phases      []timeline.Phase   `json:"phases,omitempty"`
+}
+
+// Resolution answers "what should a node of this kernel run?".
+type Resolution struct {
+	Kernel target.Kernel `json:"kernel"`
+	// Driver is the exact driver that the wish came to; empty when none fits.
+	Driver target.Driver `json:"driver"`
+	State  State         `json:"state"`
+	// Repository and Digest name the artifact when State is published. A
+	// Repository without a host (it starts with "/") is on the server itself.
+	Repository string `json:"repository,omitempty"`
+	Digest     string `json:"digest,omitempty"`
+	// Build is the newest build of the cell, where there is one.
+	Build *Build `json:"build,omitempty"`
+	// Reason and Hint are for people: why there is no artifact, and the next move.
+	Reason string `json:"reason,omitempty"`
+	Hint   string `json:"hint,omitempty"`
+}
+
+// Problem is the body of every answer that is an error (RFC 9457, media type
+// application/problem+json), with two members of ours.
+type Problem struct {
+	Title  string     `json:"title"`
+	Status int        `json:"status"`
+	Detail string     `json:"detail,omitempty"`
+	Kind   fault.Kind `json:"kind"`
+	Hint   string     `json:"hint,omitempty"`
+}
+
+// BuildJob is a build as the queue carries it. Its River kind is fixed in
+// [BuildJob.Kind].
+type BuildJob struct {
+	Build   int64  `json:"build" river:"unique"`
+	BuildID string `json:"build_id"`
+	Board   string `json:"board"`
+	Driver  string `json:"driver"` // an exact version
+	Flavour string `json:"flavour"`
+	// KernelMirror and DriverMirror are where the inputs are; "" is the builder's own default.
+	KernelMirror string `json:"kernel_mirror,omitempty"`
+	DriverMirror string `json:"driver_mirror,omitempty"`
+}
+
+// Kind names the job to River.
+func (BuildJob) Kind() string { return "build" }
+
+// BuildQueue is the River queue that carries BuildJob.
+const BuildQueue = "builds"

@@ -1,0 +1,194 @@
+// Package fault is the closed list of the ways Prebake fails, and what each
+// way means to the outside: exit code, HTTP status, retry rule and metric
+// label. The lowest layer that knows the remedy attaches the kind and a hint;
+// everything above wraps with %w and branches with [Of], never on text.
+//
+// It refuses to know any other package of the project.
+package fault
+
+import (
+	"context"
+	"errors"
+	"fmt"
+)
+
+// Kind is one way to fail. The zero value is Internal: an error that nobody
+// classified is a bug until shown otherwise.
+type Kind int
+
+// The closed list. A new kind needs a row in the table below.
+const (
+	Internal       Kind = iota // a bug, or a machine that does not work
+	Usage                      // the caller's words are off: flag, argument, file format
+	NoArtifact                 // nothing is published for this kernel, driver and flavour
+	Unverified                 // bytes whose digest, signature or provenance does not hold
+	Mismatch                   // verified bytes that are meant for something else
+	Rejected                   // the kernel refused a module
+	Busy                       // in use: lock held, module loaded and needed
+	NoDevice                   // no NVIDIA GPU on this machine
+	Unusable                   // a GPU is present, but the driver cannot use it
+	Transient                  // the world may answer better the next time
+	InputMissing               // a source that the build needs does not exist
+	Checksum                   // a fetched input is not what its checksum says
+	Unsupported                // this driver is not made for this kernel or flavour
+	APIBreak                   // the driver's source does not compile against this kernel
+	CheckFailed                // compiled, but a module would not fit the kernel
+	LoadTestFailed             // compiled and checked, but does not load in the test machine
+	OutOfMemory                // the build needs more memory than it may have
+	DiskFull                   // no space left
+	TimedOut                   // ran past its limit
+	PublishRefused             // the destination holds other bytes under this name, or says no
+	Cancelled                  // somebody told it to stop
+	kinds                      // number of kinds
+)
+
+type row struct {
+	name  string // metric label, API class, and text form
+	exit  int    // process exit status, stable across releases
+	http  int    // status of an API answer
+	retry bool   // may the same call succeed later without a change?
+	what  string // one line for the exit code table in the documentation
+}
+
+// Exit codes 0 to 2 follow the common convention; 128 and above belong to the
+// shell. A code is never given a second meaning.
+var table = [kinds]row{
+	Internal:       {"internal", 1, 500, false, "internal error: a bug, or a broken machine"},
+	Usage:          {"usage", 2, 400, false, "wrong flag, argument or configuration"},
+	NoArtifact:     {"no-artifact", 3, 404, true, "nothing is published for this kernel, driver and flavour"},
+	Unverified:     {"unverified", 4, 422, false, "digest, signature or provenance does not hold"},
+	Mismatch:       {"mismatch", 5, 409, false, "verified, but meant for another kernel, driver or flavour"},
+	Rejected:       {"rejected", 6, 422, false, "the kernel refused a module"},
+	Busy:           {"busy", 7, 409, true, "lock held, or modules in use"},
+	NoDevice:       {"no-device", 8, 404, false, "no GPU present"},
+	Unusable:       {"unusable", 9, 422, false, "GPU present but not usable"},
+	Transient:      {"transient", 10, 503, true, "network or service trouble that may pass"},
+	InputMissing:   {"input-missing", 20, 404, false, "a build input does not exist"},
+	Checksum:       {"checksum-mismatch", 21, 422, false, "a build input is not what its checksum says"},
+	Unsupported:    {"unsupported", 22, 422, false, "this driver is not made for this kernel or flavour"},
+	APIBreak:       {"api-break", 23, 422, false, "the driver does not compile against this kernel"},
+	CheckFailed:    {"check-failed", 24, 422, false, "a compiled module would not fit the kernel"},
+	LoadTestFailed: {"load-test-failed", 25, 422, false, "a module does not load in the test machine"},
+	OutOfMemory:    {"out-of-memory", 26, 507, true, "the build ran out of memory"},
+	DiskFull:       {"disk-full", 27, 507, true, "no space left on a disk"},
+	TimedOut:       {"timed-out", 28, 504, true, "ran past its time limit"},
+	PublishRefused: {"publish-refused", 29, 409, false, "the destination refused, or holds other bytes under this name"},
+	Cancelled:      {"cancelled", 30, 499, true, "told to stop"},
+}
+
+func (k Kind) row() row {
+	if k < 0 || k >= kinds {
+		return table[Internal]
+	}
+	return table[k]
+}
+
+// String returns the stable name that metrics, the API and logs use.
+func (k Kind) String() string { return k.row().name }
+
+// ExitCode returns the process exit status for an error of this kind.
+func (k Kind) ExitCode() int { return k.row().exit }
+
+// HTTPStatus returns the status of an API answer that carries this kind.
+func (k Kind) HTTPStatus() int { return k.row().http }
+
+// Retryable reports whether the same call may succeed later unchanged.
+func (k Kind) Retryable() bool { return k.row().retry }
+
+// What returns one line of prose for documentation.
+func (k Kind) What() string { return k.row().what }
+
+// Kinds returns the closed list in exit code order.
+func Kinds() []Kind {
+	all := make([]Kind, 0, kinds)
+	for k := range kinds {
+		all = append(all, k)
+	}
+	return all
+}
+
+// Parse returns the kind with the given name, as [Kind.String] prints it.
+func Parse(name string) (Kind, error) {
+	for k := range kinds {
+		if table[k].name == name {
+			return k, nil
+		}
+	}
+	return Internal, fmt.Errorf("fault kind %q: not in the list", name)
+}
+
+// MarshalText prints the stable name.
+func (k Kind) MarshalText() ([]byte, error) { return []byte(k.String()), nil }
+
+// UnmarshalText reads the stable name.
+func (k *Kind) UnmarshalText(text []byte) error {
+	parsed, err := Parse(string(text))
+	if err != nil {
+		return err
+	}
+	*k = parsed
+	return nil
+}
+
+// Error is an error with a kind and, where somebody knows it, the next move.
+type Error struct {
+	Kind Kind
+	// Hint is an order that names the exact command or setting; may be empty.
+	Hint string
+	Err  error
+}
+
+func (e *Error) Error() string { return e.Err.Error() }
+func (e *Error) Unwrap() error { return e.Err }
+
+// New returns an error of this kind; hint is the reader's next move, or "".
+func New(kind Kind, text, hint string) error {
+	return &Error{Kind: kind, Hint: hint, Err: errors.New(text)}
+}
+
+// Wrap gives err a kind and a hint; nil stays nil.
+func Wrap(kind Kind, err error, hint string) error {
+	if err == nil {
+		return nil
+	}
+	return &Error{Kind: kind, Hint: hint, Err: err}
+}
+
+// Errorf is New with a format, %w included, and no hint.
+func Errorf(kind Kind, format string, args ...any) error {
+	return &Error{Kind: kind, Err: fmt.Errorf(format, args...)}
+}
+
+// Of returns the kind of the outermost classified error in err's chain. A
+// cancelled or expired context that nobody classified counts as Cancelled or
+// TimedOut; anything else unclassified is Internal.
+func Of(err error) Kind {
+	var e *Error
+	switch {
+	case errors.As(err, &e):
+		return e.Kind
+	case errors.Is(err, context.Canceled):
+		return Cancelled
+	case errors.Is(err, context.DeadlineExceeded):
+		return TimedOut
+	}
+	return Internal
+}
+
+// Hint returns the first non-empty hint in err's chain, outermost first.
+func Hint(err error) string {
+	for err != nil {
+		var e *Error
+		if !errors.As(err, &e) {
+			return ""
+		}
+		if e.Hint != "" {
+			return e.Hint
+		}
+		err = e.Err
+	}
+	return ""
+}
+
+// Is reports whether err is of this kind.
+func Is(err error, kind Kind) bool { return err != nil && Of(err) == kind }

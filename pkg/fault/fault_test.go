@@ -1,0 +1,61 @@
+package fault_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func TestTable(t *testing.T) {
+	t.Parallel()
+	names, exits := map[string]bool{}, map[int]bool{}
+	for _, k := range fault.Kinds() {
+		if k.String() == "" || k.What() == "" || k.ExitCode() <= 0 || k.ExitCode() >= 126 || k.HTTPStatus() < 400 {
+			t.Errorf("kind %d has an incomplete row: %q exit %d http %d", k, k, k.ExitCode(), k.HTTPStatus())
+		}
+		if names[k.String()] || exits[k.ExitCode()] {
+			t.Errorf("kind %v shares its name or exit code %d with another", k, k.ExitCode())
+		}
+		names[k.String()], exits[k.ExitCode()] = true, true
+		if got, err := fault.Parse(k.String()); err != nil || got != k {
+			t.Errorf("Parse(%q) = %v, %v; want %v", k.String(), got, err, k)
+		}
+	}
+	if _, err := fault.Parse("nonsense"); err == nil {
+		t.Error("Parse(nonsense) succeeded; want an error")
+	}
+}
+
+func TestOfAndHint(t *testing.T) {
+	t.Parallel()
+	inner := fault.New(fault.Checksum, "sha256 differs", "fetch it again")
+	outer := fault.Wrap(fault.InputMissing, fmt.Errorf("headers: %w", inner), "")
+	rows := []struct {
+		name string
+		err  error
+		kind fault.Kind
+		hint string
+	}{
+		{"plain", errors.New("x"), fault.Internal, ""},
+		{"classified", inner, fault.Checksum, "fetch it again"},
+		{"wrapped by text", fmt.Errorf("build: %w", inner), fault.Checksum, "fetch it again"},
+		{"outermost kind, first hint", outer, fault.InputMissing, "fetch it again"},
+		{"cancelled", fmt.Errorf("x: %w", context.Canceled), fault.Cancelled, ""},
+		{"deadline", context.DeadlineExceeded, fault.TimedOut, ""},
+		{"formatted", fault.Errorf(fault.Busy, "lock: %w", inner), fault.Busy, "fetch it again"},
+	}
+	for _, row := range rows {
+		if got := fault.Of(row.err); got != row.kind {
+			t.Errorf("%s: Of = %v; want %v", row.name, got, row.kind)
+		}
+		if got := fault.Hint(row.err); got != row.hint {
+			t.Errorf("%s: Hint = %q; want %q", row.name, got, row.hint)
+		}
+	}
+	if fault.Wrap(fault.Busy, nil, "x") != nil {
+		t.Error("Wrap(nil) is not nil")
+	}
+}

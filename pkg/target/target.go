@@ -1,0 +1,201 @@
+// Package target holds the words that the rest of Prebake is built from, as
+// small comparable values. It refuses to do any I/O.
+//
+//   - A kernel is one COS build's kernel: BUILD_ID and board name it; commit,
+//     release and version describe it. COS repeats `uname -r` over builds and
+//     leaves MODVERSIONS unset, so a release alone identifies nothing.
+//   - A driver is one NVIDIA release in one flavour (proprietary or open).
+//   - A fingerprint is a digest over everything that decides whether a module
+//     fits a kernel. Kernels with one fingerprint share one artifact.
+//   - A build (or cell) is a kernel and a driver; its product is an artifact.
+//   - An artifact (or bundle) is one OCI image manifest, named by its digest.
+//   - A node is a machine that boots a kernel and wants a driver.
+package target
+
+import (
+	"encoding/hex"
+	"fmt"
+	"regexp"
+	"strconv"
+	"strings"
+)
+
+// Arch is a machine architecture in Go's and OCI's spelling.
+type Arch string
+
+// The architectures that COS has.
+const (
+	AMD64 Arch = "amd64"
+	ARM64 Arch = "arm64"
+)
+
+// Kernel identifies and describes one COS build's kernel.
+type Kernel struct {
+	// BuildID is BUILD_ID of /etc/os-release, such as 17800.0.47.
+	BuildID string `json:"buildId"`
+	// Board is CHROMEOS_RELEASE_BOARD of /etc/lsb-release, such as lakitu.
+	Board string `json:"board"`
+	// Milestone is VERSION of /etc/os-release, such as 109; 0 is unknown.
+	Milestone int `json:"milestone,omitempty"`
+	// Commit is the kernel's source commit, 40 hex digits; "" is unknown.
+	Commit string `json:"commit,omitempty"`
+	// Release is `uname -r`.
+	Release string `json:"release,omitempty"`
+	// Version is `uname -v`, where the kernel's headers tell it.
+	Version string `json:"version,omitempty"`
+	Arch    Arch   `json:"arch,omitempty"`
+}
+
+// String returns BUILD_ID/BOARD, the name that people and buckets use.
+func (k Kernel) String() string { return k.BuildID + "/" + k.Board }
+
+var (
+	buildIDPattern = regexp.MustCompile(`^[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}$`)
+	boardPattern   = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
+	commitPattern  = regexp.MustCompile(`^[0-9a-f]{40}$`)
+	versionPattern = regexp.MustCompile(`^[0-9]{1,5}(\.[0-9]{1,5}){1,3}$`)
+	branchPattern  = regexp.MustCompile(`^R[0-9]{3,4}$`)
+)
+
+// ParseKernel checks a BUILD_ID and a board and returns the kernel they name,
+// with the architecture that the board's name implies.
+func ParseKernel(buildID, board string) (Kernel, error) {
+	if !buildIDPattern.MatchString(buildID) {
+		return Kernel{}, fmt.Errorf("BUILD_ID %q: want three numbers with dots, as in 17800.66.78", buildID)
+	}
+	if !boardPattern.MatchString(board) {
+		return Kernel{}, fmt.Errorf("board %q: want a name such as lakitu or lakitu-arm64", board)
+	}
+	return Kernel{BuildID: buildID, Board: board, Arch: BoardArch(board)}, nil
+}
+
+// BoardArch returns the architecture of a COS board: those for Arm carry it in
+// their name (lakitu-arm64), all others are x86.
+func BoardArch(board string) Arch {
+	if strings.HasSuffix(board, "-arm64") {
+		return ARM64
+	}
+	return AMD64
+}
+
+// ValidCommit reports whether s is a full commit id.
+func ValidCommit(s string) bool { return commitPattern.MatchString(s) }
+
+// Flavour says which of NVIDIA's two kernel module source trees was compiled.
+type Flavour string
+
+// The two flavours. Branches from R620 on have Open only.
+const (
+	Proprietary Flavour = "proprietary"
+	Open        Flavour = "open"
+)
+
+// ParseFlavour reads a flavour's name.
+func ParseFlavour(s string) (Flavour, error) {
+	switch f := Flavour(s); f {
+	case Proprietary, Open:
+		return f, nil
+	}
+	return "", fmt.Errorf("flavour %q: want proprietary or open", s)
+}
+
+// Driver is one NVIDIA release in one flavour.
+type Driver struct {
+	// Version is NVIDIA's, such as 535.261.03.
+	Version string  `json:"version"`
+	Flavour Flavour `json:"flavour"`
+}
+
+// String returns version-flavour.
+func (d Driver) String() string { return d.Version + "-" + string(d.Flavour) }
+
+// ParseDriver checks a version and a flavour.
+func ParseDriver(version, flavour string) (Driver, error) {
+	if !ValidVersion(version) {
+		return Driver{}, fmt.Errorf("driver version %q: want numbers with dots, as in 535.261.03", version)
+	}
+	f, err := ParseFlavour(flavour)
+	if err != nil {
+		return Driver{}, err
+	}
+	return Driver{Version: version, Flavour: f}, nil
+}
+
+// ValidVersion reports whether s has the form of an NVIDIA driver version.
+func ValidVersion(s string) bool { return versionPattern.MatchString(s) }
+
+// Branch returns the driver branch, such as R535 for 535.261.03.
+func (d Driver) Branch() string { return Branch(d.Version) }
+
+// Branch returns the branch of a driver version: its major number behind an R.
+func Branch(version string) string {
+	major, _, _ := strings.Cut(version, ".")
+	return "R" + major
+}
+
+// CompareVersions orders driver versions by number, field by field; it returns
+// -1, 0 or 1 and orders missing fields first.
+func CompareVersions(a, b string) int {
+	as, bs := strings.Split(a, "."), strings.Split(b, ".")
+	for i := 0; i < len(as) || i < len(bs); i++ {
+		x, y := -1, -1
+		if i < len(as) {
+			x, _ = strconv.Atoi(as[i])
+		}
+		if i < len(bs) {
+			y, _ = strconv.Atoi(bs[i])
+		}
+		if x != y {
+			if x < y {
+				return -1
+			}
+			return 1
+		}
+	}
+	return 0
+}
+
+// Wish is what a node or a person asks for before a version is chosen.
+type Wish string
+
+// The two named wishes; COS calls them so in gpu_default_version and
+// gpu_latest_version. The others are a branch (R535) and an exact version.
+const (
+	Default Wish = "default"
+	Latest  Wish = "latest"
+)
+
+// ParseWish reads default, latest, a branch or an exact version.
+func ParseWish(s string) (Wish, error) {
+	if s == string(Default) || s == string(Latest) || branchPattern.MatchString(s) || ValidVersion(s) {
+		return Wish(s), nil
+	}
+	return "", fmt.Errorf("driver %q: want default, latest, a branch such as R535, or a version such as 535.261.03", s)
+}
+
+// Exact returns the version and true when the wish names one.
+func (w Wish) Exact() (string, bool) { return string(w), ValidVersion(string(w)) }
+
+// BranchName returns the branch and true when the wish names one.
+func (w Wish) BranchName() (string, bool) { return string(w), branchPattern.MatchString(string(w)) }
+
+// Fingerprint is the ABI fingerprint of a kernel: "sha256:" and 64 hex digits
+// over header tree contents (without timestamps), configuration, Module.symvers
+// and toolchain.
+type Fingerprint string
+
+// ParseFingerprint checks the form.
+func ParseFingerprint(s string) (Fingerprint, error) {
+	sum, ok := strings.CutPrefix(s, "sha256:")
+	if raw, err := hex.DecodeString(sum); !ok || err != nil || len(raw) != 32 || strings.ToLower(sum) != sum {
+		return "", fmt.Errorf("fingerprint %q: want sha256: and 64 lower-case hex digits", s)
+	}
+	return Fingerprint(s), nil
+}
+
+// Short returns the first 16 hex digits: for names that people read, never
+// for a decision.
+func (f Fingerprint) Short() string {
+	sum := strings.TrimPrefix(string(f), "sha256:")
+	return sum[:min(16, len(sum))]
+}

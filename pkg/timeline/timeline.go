@@ -1,0 +1,118 @@
+// Package timeline records the phases of one run (a build, an installation):
+// what was done, when, and how long it took. It refuses to decide how the
+// phases are shown; a caller hands in a function for that.
+package timeline
+
+import (
+	"fmt"
+	"io"
+	"sync"
+	"time"
+)
+
+// Phase is one finished step.
+type Phase struct {
+	Name  string    `json:"name"`
+	Start time.Time `json:"start"`
+	// Seconds is the wall-clock duration.
+	Seconds float64 `json:"seconds"`
+	// Note is what the reader should know: "cached", a size, a count; may be empty.
+	Note string `json:"note,omitempty"`
+	// Failed says that the phase ended in an error.
+	Failed bool `json:"failed,omitempty"`
+}
+
+// Event tells a watcher that a phase began, ended, or has something to say.
+type Event struct {
+	Phase string
+	// Done is nil while the phase runs.
+	Done *Phase
+	// Text is a progress line of a running phase; may be empty.
+	Text string
+}
+
+// Run records phases. The zero value records and shows nothing.
+type Run struct {
+	// Watch is called for every event, in order, never concurrently; may be nil.
+	Watch func(Event)
+	// Now is the clock; nil is time.Now.
+	Now func() time.Time
+
+	mu     sync.Mutex
+	phases []Phase
+}
+
+func (r *Run) now() time.Time {
+	if r.Now != nil {
+		return r.Now()
+	}
+	return time.Now()
+}
+
+func (r *Run) emit(e Event) {
+	if r.Watch != nil {
+		r.Watch(e)
+	}
+}
+
+// Do runs f as a phase and records it, failed or not. f returns the phase's
+// note. The error is returned as it is.
+func (r *Run) Do(name string, f func() (note string, err error)) error {
+	start := r.now()
+	r.mu.Lock()
+	r.emit(Event{Phase: name})
+	r.mu.Unlock()
+	note, err := f()
+	p := Phase{Name: name, Start: start.UTC(), Seconds: r.now().Sub(start).Seconds(), Note: note, Failed: err != nil}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.phases = append(r.phases, p)
+	r.emit(Event{Phase: name, Done: &p})
+	return err
+}
+
+// Say reports progress inside a running phase.
+func (r *Run) Say(phase, format string, args ...any) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.emit(Event{Phase: phase, Text: fmt.Sprintf(format, args...)})
+}
+
+// Add records a phase that was measured elsewhere, such as inside a sandbox.
+func (r *Run) Add(p Phase) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.phases = append(r.phases, p)
+	r.emit(Event{Phase: p.Name, Done: &p})
+}
+
+// Phases returns a copy of what was recorded so far.
+func (r *Run) Phases() []Phase {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return append([]Phase(nil), r.phases...)
+}
+
+// Print writes phases as a table of at most 80 columns.
+func Print(w io.Writer, title string, phases []Phase) error {
+	if _, err := fmt.Fprintf(w, "%s\n", title); err != nil {
+		return err
+	}
+	var total float64
+	for _, p := range phases {
+		total += p.Seconds
+		mark := " "
+		if p.Failed {
+			mark = "x"
+		}
+		note := p.Note
+		if len(note) > 50 {
+			note = note[:47] + "..."
+		}
+		if _, err := fmt.Fprintf(w, " %s %-14s %8.2f s  %s\n", mark, p.Name, p.Seconds, note); err != nil {
+			return err
+		}
+	}
+	_, err := fmt.Fprintf(w, "   %-14s %8.2f s\n", "total", total)
+	return err
+}
