@@ -1,0 +1,245 @@
+// Package queue is the build queue that server and builder share: opening and
+// migrating its database, putting builds in, and working them. It runs on
+// River over SQLite (one machine) or PostgreSQL (many machines).
+//
+// It refuses to know what a build is beyond [api.BuildJob], and the fetcher
+// must never import it: a node has no business with a database driver.
+package queue
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/riverqueue/river"
+	"github.com/riverqueue/river/riverdriver"
+	"github.com/riverqueue/river/riverdriver/riverpgxv5"
+	"github.com/riverqueue/river/riverdriver/riversqlite"
+	"github.com/riverqueue/river/rivermigrate"
+	"github.com/riverqueue/river/rivertype"
+	_ "modernc.org/sqlite" // registers the database/sql driver "sqlite"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// MaxAttempts is how often a build is tried when its faults are retryable. A
+// worker that fails in attempt MaxAttempts will not see the job again.
+const MaxAttempts = 5
+
+// JobTimeout bounds one attempt of one build. RescueAfter is when a job whose
+// worker never came back is given to another worker; it is longer, so that no
+// live build is taken away.
+const (
+	JobTimeout  = time.Hour
+	RescueAfter = JobTimeout + 15*time.Minute
+)
+
+// grace is how long running builds may go on after they were told to stop:
+// enough for one that is about to publish, too short to be killed from outside.
+const grace = 5 * time.Second
+
+// Queue is an open queue. Close it.
+type Queue struct {
+	sqlite *sql.DB       // one of the two is set
+	pg     *pgxpool.Pool //
+	exec   riverdriver.Executor
+	insert client
+	log    *slog.Logger
+}
+
+// client is what both instances of River's generic client have in common.
+type client interface {
+	Insert(ctx context.Context, args river.JobArgs, opts *river.InsertOpts) (*rivertype.JobInsertResult, error)
+	Start(ctx context.Context) error
+	Stopped() <-chan struct{}
+}
+
+// Open opens sqlite:///abs/path or postgres://… and brings River's tables up to
+// date. Open with SQLite may be called by several processes of one machine on
+// the same file.
+func Open(ctx context.Context, rawURL string) (*Queue, error) {
+	q := &Queue{log: slog.New(slog.DiscardHandler)}
+	var err error
+	if path, ok := strings.CutPrefix(rawURL, "sqlite://"); ok {
+		err = q.openSQLite(path)
+	} else if strings.HasPrefix(rawURL, "postgres://") || strings.HasPrefix(rawURL, "postgresql://") {
+		err = q.openPostgres(ctx, rawURL)
+	} else {
+		return nil, fault.New(fault.Usage, "open queue: the URL is neither sqlite:///PATH nor postgres://…",
+			"use sqlite:///abs/path/queue.db, or postgres://user@host/database")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open queue: %w", err)
+	}
+	if err := q.migrate(ctx); err != nil {
+		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate queue: %w", err),
+			"check that the queue's database is reachable and writable"), q.Close())
+	}
+	if q.insert, err = q.client(&river.Config{MaxAttempts: MaxAttempts, Logger: q.log}); err != nil {
+		return nil, errors.Join(fmt.Errorf("open queue: %w", err), q.Close())
+	}
+	return q, nil
+}
+
+// SetLogger gives River's own messages a place; without it they are dropped.
+func (q *Queue) SetLogger(log *slog.Logger) { q.log = log }
+
+func (q *Queue) openSQLite(path string) error {
+	if !filepath.IsAbs(path) {
+		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path), "write sqlite:///abs/path/queue.db")
+	}
+	// Immediate transactions and a busy timeout let server and builder share the
+	// file: SQLite has one writer, and a deferred transaction that turns into a
+	// writer late fails at once instead of waiting.
+	dsn := url.URL{Scheme: "file", Path: path, RawQuery: url.Values{
+		"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(NORMAL)", "foreign_keys(1)"},
+		"_txlock": {"immediate"},
+	}.Encode()}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err != nil {
+		return err
+	}
+	db.SetMaxOpenConns(1)
+	q.sqlite, q.exec = db, riversqlite.New(db).GetExecutor()
+	return nil
+}
+
+func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
+	pool, err := pgxpool.New(ctx, rawURL)
+	if err != nil {
+		// The error text of the library leaves the password out.
+		return fault.Wrap(fault.Usage, err, "use postgres://user@host/database")
+	}
+	q.pg, q.exec = pool, riverpgxv5.New(pool).GetExecutor()
+	return nil
+}
+
+// migrate runs River's migrations; a second try covers another process that
+// ran them at the same moment.
+func (q *Queue) migrate(ctx context.Context) error {
+	once := func() error {
+		if q.sqlite != nil {
+			m, err := rivermigrate.New(riversqlite.New(q.sqlite), &rivermigrate.Config{Logger: q.log})
+			if err != nil {
+				return err
+			}
+			_, err = m.Migrate(ctx, rivermigrate.DirectionUp, nil)
+			return err
+		}
+		m, err := rivermigrate.New(riverpgxv5.New(q.pg), &rivermigrate.Config{Logger: q.log})
+		if err != nil {
+			return err
+		}
+		_, err = m.Migrate(ctx, rivermigrate.DirectionUp, nil)
+		return err
+	}
+	if once() == nil {
+		return nil
+	}
+	return once()
+}
+
+func (q *Queue) client(config *river.Config) (client, error) {
+	if q.sqlite != nil {
+		c, err := river.NewClient[*sql.Tx](riversqlite.New(q.sqlite), config)
+		return c, err
+	}
+	c, err := river.NewClient[pgx.Tx](riverpgxv5.New(q.pg), config)
+	return c, err
+}
+
+// Close closes the database.
+func (q *Queue) Close() error {
+	if q.pg != nil {
+		q.pg.Close()
+		return nil
+	}
+	return q.sqlite.Close()
+}
+
+// Ping reports whether the database answers.
+func (q *Queue) Ping(ctx context.Context) error {
+	if err := q.exec.Ping(ctx); err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("reach queue: %w", err), "")
+	}
+	return nil
+}
+
+// Insert puts a build in. Inserting one build twice keeps one job.
+func (q *Queue) Insert(ctx context.Context, job api.BuildJob) error {
+	_, err := q.insert.Insert(ctx, job, &river.InsertOpts{
+		MaxAttempts: MaxAttempts,
+		Queue:       api.BuildQueue,
+		UniqueOpts:  river.UniqueOpts{ByArgs: true},
+	})
+	if err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("queue build %d: %w", job.Build, err), "")
+	}
+	return nil
+}
+
+// Depth counts the queue's jobs by River state.
+func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
+	counts, err := q.exec.JobCountByAllStates(ctx, &riverdriver.JobCountByAllStatesParams{})
+	if err != nil {
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("count jobs: %w", err), "")
+	}
+	depth := make(map[string]int, len(counts))
+	for state, n := range counts {
+		depth[string(state)] = n
+	}
+	return depth, nil
+}
+
+// Standing is where a build's job is.
+type Standing struct {
+	// Found is false when the queue has no job for the build (any more).
+	Found bool
+	// Over says that no worker will touch the job again.
+	Over bool
+	// State is River's word for it.
+	State string
+	// Attempt counts tries so far.
+	Attempt int
+	// Error is the newest error, if any.
+	Error string
+}
+
+// Lookup tells where a build's job is.
+func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
+	where := `kind = @kind AND json_extract(args, '$.build') = @build`
+	if q.pg != nil {
+		where = `kind = @kind AND (args->>'build')::bigint = @build`
+	}
+	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
+		Max: 1, WhereClause: where, OrderByClause: "id DESC",
+		NamedArgs: map[string]any{"kind": api.BuildJob{}.Kind(), "build": build},
+	})
+	if err != nil {
+		return Standing{}, fault.Wrap(fault.Transient, fmt.Errorf("look up job of build %d: %w", build, err), "")
+	}
+	if len(rows) == 0 {
+		return Standing{}, nil
+	}
+	row := rows[0]
+	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt}
+	if n := len(row.Errors); n > 0 {
+		s.Error = row.Errors[n-1].Error
+	}
+	return s, nil
+}
+
+// orphanError is what a rescued job remembers of the attempt that was lost.
+func orphanError(row *rivertype.JobRow, now time.Time) ([]byte, error) {
+	return json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt, Error: "the worker ended in mid-build"})
+}

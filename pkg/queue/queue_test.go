@@ -1,0 +1,214 @@
+package queue_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+)
+
+// each runs a test over every database that is at hand.
+func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue, build func(int64) int64)) {
+	t.Helper()
+	t.Run("sqlite", func(t *testing.T) {
+		t.Parallel()
+		path := "sqlite://" + filepath.Join(t.TempDir(), "queue.db")
+		f(t, opener(path), func(n int64) int64 { return n })
+	})
+	t.Run("postgres", func(t *testing.T) {
+		url := os.Getenv("PREBAKE_TEST_POSTGRES")
+		if url == "" {
+			t.Skip("PREBAKE_TEST_POSTGRES names no database")
+		}
+		base := time.Now().UnixNano()
+		f(t, opener(url), func(n int64) int64 { return base + n })
+	})
+}
+
+func opener(url string) func(t *testing.T) *queue.Queue {
+	return func(t *testing.T) *queue.Queue {
+		t.Helper()
+		q, err := queue.Open(t.Context(), url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := q.Close(); err != nil {
+				t.Errorf("Close() = %v", err)
+			}
+		})
+		return q
+	}
+}
+
+func job(build int64) api.BuildJob {
+	return api.BuildJob{Build: build, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"}
+}
+
+func TestWorkVerdicts(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue, build func(int64) int64) {
+		q := open(t)
+		for n := range int64(4) {
+			for range 2 { // the second insert of one build must not make a second job
+				if err := q.Insert(t.Context(), job(build(n))); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		results := map[int64]error{
+			build(0): nil,
+			build(1): fault.New(fault.APIBreak, "nv-pci.c:1: error", ""),
+			build(2): fault.New(fault.Transient, "mirror is away", ""),
+			build(3): errors.New("nobody knows"),
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		defer stop()
+		var seen atomic.Int64
+		err := q.Work(ctx, "w1", 2, func(_ context.Context, j api.BuildJob, attempt int) error {
+			if attempt == 1 && seen.Add(1) == 4 {
+				stop()
+			}
+			return results[j.Build]
+		})
+		if err != nil {
+			t.Fatalf("Work() = %v", err)
+		}
+		if n := seen.Load(); n != 4 {
+			t.Errorf("%d first attempts; want 4", n)
+		}
+		for n, want := range []queue.Standing{
+			{Found: true, Over: true, State: "completed", Attempt: 1},
+			{Found: true, Over: true, State: "cancelled", Attempt: 1},
+			{Found: true, State: "retryable", Attempt: 1},
+			{Found: true, Over: true, State: "cancelled", Attempt: 1},
+		} {
+			got, err := q.Lookup(t.Context(), build(int64(n)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n == 2 && got.State == "available" { // a short pause is served by River without the scheduler
+				got.State = "retryable"
+			}
+			got.Error = ""
+			if got != want {
+				t.Errorf("Lookup(%d) = %+v; want %+v", n, got, want)
+			}
+		}
+		if got, err := q.Lookup(t.Context(), build(99)); err != nil || got.Found {
+			t.Errorf("Lookup(absent) = %+v, %v; want nothing", got, err)
+		}
+	})
+}
+
+// A stop hands the running build back, and another worker gets it as the same
+// attempt.
+func TestStopHandsBack(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue, build func(int64) int64) {
+		q := open(t)
+		if err := q.Insert(t.Context(), job(build(1))); err != nil {
+			t.Fatal(err)
+		}
+		ctx, stop := context.WithCancel(t.Context())
+		err := q.Work(ctx, "w1", 1, func(jobCtx context.Context, _ api.BuildJob, _ int) error {
+			stop()
+			<-jobCtx.Done()
+			return fault.Wrap(fault.Cancelled, jobCtx.Err(), "")
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		expect(t, q, build(1), 1)
+	})
+}
+
+// A job that a killed worker left running is worked again by the next process
+// of the same id, and not by one of another id.
+func TestKilledWorker(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue, build func(int64) int64) {
+		// The first process: it hangs in the build and its database is taken
+		// away, which is all that a kill leaves behind.
+		dead := open(t)
+		if err := dead.Insert(t.Context(), job(build(1))); err != nil {
+			t.Fatal(err)
+		}
+		started, gone := make(chan struct{}), make(chan struct{})
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			done <- dead.Work(ctx, "w1", 1, func(context.Context, api.BuildJob, int) error {
+				close(started)
+				<-gone
+				return nil
+			})
+		}()
+		<-started
+		q := open(t)
+		if s, err := q.Lookup(t.Context(), build(1)); err != nil || s.State != "running" {
+			t.Fatalf("Lookup() = %+v, %v; want running", s, err)
+		}
+		expect(t, q, build(1), 2)
+		if s, err := q.Lookup(t.Context(), build(1)); err != nil || s.State != "completed" {
+			t.Errorf("Lookup() = %+v, %v; want completed", s, err)
+		}
+		stop()
+		close(gone)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// expect works the queue as w1 until it has seen the build in this attempt.
+func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
+	t.Helper()
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	var got atomic.Int64
+	err := q.Work(ctx, "w1", 1, func(_ context.Context, j api.BuildJob, attempt int) error {
+		if j.Build == build {
+			got.Store(int64(attempt))
+			stop()
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got.Load() != int64(attempt) {
+		t.Errorf("worked in attempt %d; want %d", got.Load(), attempt)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	t.Parallel()
+	for _, url := range []string{"", "queue.db", "sqlite://relative.db", "mysql://x/y"} {
+		if q, err := queue.Open(t.Context(), url); !fault.Is(err, fault.Usage) {
+			t.Errorf("Open(%q) = %v, %v; want a usage error", url, q, err)
+		}
+	}
+}
+
+func TestDepth(t *testing.T) {
+	t.Parallel()
+	q := opener("sqlite://" + filepath.Join(t.TempDir(), "queue.db"))(t)
+	if err := q.Insert(t.Context(), job(1)); err != nil {
+		t.Fatal(err)
+	}
+	depth, err := q.Depth(t.Context())
+	if err != nil || depth["available"] != 1 || depth["running"] != 0 {
+		t.Errorf("Depth() = %v, %v; want one available", depth, err)
+	}
+	if err := q.Ping(t.Context()); err != nil {
+		t.Errorf("Ping() = %v", err)
+	}
+}

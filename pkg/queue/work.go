@@ -1,0 +1,111 @@
+package queue
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/riverqueue/river"
+	"github.com/riverqueue/river/riverdriver"
+	"github.com/riverqueue/river/rivertype"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Work takes builds and calls do for each, at most concurrency at a time, until
+// ctx is done. Then it takes no more, gives running builds a short grace,
+// cancels them, hands them back without counting the attempt, and returns nil.
+//
+// id names the worker and must be used by one process at a time; the caller
+// makes sure of that, with a lock file for example. Jobs that a killed process
+// of the same id left behind are made available again at once.
+//
+// An error of do that is not retryable ends the job; others are tried again
+// with growing pauses, in all MaxAttempts times.
+func (q *Queue) Work(ctx context.Context, id string, concurrency int, do func(ctx context.Context, job api.BuildJob, attempt int) error) error {
+	if err := q.adopt(ctx, id); err != nil {
+		return err
+	}
+	workers := river.NewWorkers()
+	river.AddWorker(workers, river.WorkFunc(func(jobCtx context.Context, job *river.Job[api.BuildJob]) error {
+		return verdict(ctx, jobCtx, do(jobCtx, job.Args, job.Attempt))
+	}))
+	c, err := q.client(&river.Config{
+		ID:                   id,
+		Logger:               q.log,
+		MaxAttempts:          MaxAttempts,
+		JobTimeout:           JobTimeout,
+		RescueStuckJobsAfter: RescueAfter,
+		SoftStopTimeout:      grace,
+		// SQLite has no notification of its own, so polling is the pace there.
+		FetchPollInterval: 500 * time.Millisecond,
+		PollOnly:          q.sqlite != nil,
+		Queues:            map[string]river.QueueConfig{api.BuildQueue: {MaxWorkers: max(concurrency, 1)}},
+		Workers:           workers,
+	})
+	if err != nil {
+		return fmt.Errorf("work queue: %w", err)
+	}
+	if err := c.Start(ctx); err != nil {
+		if ctx.Err() != nil {
+			return nil
+		}
+		return fault.Wrap(fault.Transient, fmt.Errorf("work queue: %w", err), "check that the queue's database is reachable")
+	}
+	<-c.Stopped()
+	return nil
+}
+
+// verdict maps the outcome of a build to River's words.
+func verdict(ctx, jobCtx context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil && jobCtx.Err() != nil:
+		return river.JobSnooze(0) // stopped, not failed: hand it back, uncounted
+	case fault.Is(err, fault.Cancelled) || !fault.Of(err).Retryable():
+		return river.JobCancel(err)
+	}
+	return err
+}
+
+// adopt makes jobs available that are marked as running under this worker's
+// id. Nobody runs them: the id belongs to this process, which has just begun.
+func (q *Queue) adopt(ctx context.Context, id string) error {
+	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
+		Max: 10000, OrderByClause: "id ASC",
+		WhereClause: "queue = @queue AND state = 'running'",
+		NamedArgs:   map[string]any{"queue": api.BuildQueue},
+	})
+	if err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("find jobs that worker %s left behind: %w", id, err), "")
+	}
+	now := time.Now().UTC()
+	params := &riverdriver.JobRescueManyParams{StuckHorizon: now.Add(time.Minute)}
+	for _, row := range rows {
+		if n := len(row.AttemptedBy); n == 0 || row.AttemptedBy[n-1] != id {
+			continue
+		}
+		text, err := orphanError(row, now)
+		if err != nil {
+			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
+		}
+		state, finalized := rivertype.JobStateAvailable, (*time.Time)(nil)
+		if row.Attempt >= row.MaxAttempts { // a build that kills its worker every time must not go on for ever
+			state, finalized = rivertype.JobStateDiscarded, &now
+		}
+		params.ID = append(params.ID, row.ID)
+		params.Error = append(params.Error, text)
+		params.FinalizedAt = append(params.FinalizedAt, finalized)
+		params.ScheduledAt = append(params.ScheduledAt, now)
+		params.State = append(params.State, string(state))
+	}
+	if len(params.ID) == 0 {
+		return nil
+	}
+	if _, err := q.exec.JobRescueMany(ctx, params); err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err), "")
+	}
+	return nil
+}
