@@ -1,0 +1,228 @@
+// Package sandbox runs one program behind bubblewrap: without a network, with
+// an environment and paths that are the same on every machine, and with
+// nothing writable but the folders it was given. It refuses to run a program
+// any other way: without bubblewrap or namespaces there is an error, never a
+// quiet fallback to the bare host.
+//
+// What the program sees: the host's /usr read-only (compilers' helpers, make,
+// sh), except /usr/local, /usr/src and /usr/lib/modules, which are empty; its
+// own /proc, /dev and /tmp; the folders bound by the caller; the host name
+// "prebake"; user and group 1000, without capabilities and unable to make
+// namespaces of its own. No home folder, no /etc but what links and the loader
+// need.
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/exec"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Bind shows a host folder inside the sandbox.
+type Bind struct {
+	// Host is the absolute path of the folder outside.
+	Host string
+	// Inside is its absolute path in the sandbox.
+	Inside string
+	// Writable says that the program may change it.
+	Writable bool
+}
+
+// Config is one run. Argv and Dir are needed.
+type Config struct {
+	// Argv is the program, found by PATH of Env inside the sandbox, and its arguments.
+	Argv []string
+	// Env is the whole environment.
+	Env map[string]string
+	// Dir is the working folder inside the sandbox.
+	Dir string
+	// Binds are laid over the base in order.
+	Binds []Bind
+	// Output receives stdout and stderr as one stream; nil drops it.
+	Output io.Writer
+}
+
+// Validate reports every problem of the configuration at once.
+func (c Config) Validate() error {
+	var errs []error
+	if len(c.Argv) == 0 {
+		errs = append(errs, errors.New("no program"))
+	}
+	if !strings.HasPrefix(c.Dir, "/") {
+		errs = append(errs, fmt.Errorf("working folder %q: want an absolute path", c.Dir))
+	}
+	for _, b := range c.Binds {
+		if !strings.HasPrefix(b.Host, "/") || !strings.HasPrefix(b.Inside, "/") {
+			errs = append(errs, fmt.Errorf("bind %q at %q: want absolute paths", b.Host, b.Inside))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// ExitError says that the program ran and ended badly. Its status is that of a
+// shell: 128 and a signal number where a signal ended it.
+type ExitError struct{ Status int }
+
+func (e *ExitError) Error() string { return fmt.Sprintf("exit status %d", e.Status) }
+
+// Killed reports whether SIGKILL ended the program: with nobody else to send
+// it, that is the kernel's out-of-memory killer.
+func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) }
+
+const (
+	hintInstall = "install bubblewrap: apt-get install bubblewrap"
+	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); in a container, run it privileged or with a seccomp profile that permits unshare"
+)
+
+// Run runs the program and waits for it and everything it started. The sandbox
+// dies with this process, also by SIGKILL, and when ctx ends. A program that
+// ends badly gives an [ExitError]; a sandbox that cannot be made, fault.Usage.
+func Run(ctx context.Context, c Config) error {
+	if err := c.Validate(); err != nil {
+		return fmt.Errorf("run in sandbox: %w", err)
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("run %s: %w", c.Argv[0], context.Cause(ctx))
+	}
+	bwrap, err := exec.LookPath("bwrap")
+	if err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %w", err), hintInstall)
+	}
+	setup := &setupTrouble{next: c.Output}
+	cmd := exec.CommandContext(ctx, bwrap, arguments(c)...)
+	cmd.Env = []string{} // bubblewrap itself needs nothing of ours
+	cmd.Stdout, cmd.Stderr = setup, setup
+	// Descendants die with the sandbox's first process; the delay only guards
+	// against a pipe that outlives it.
+	cmd.WaitDelay = 10 * time.Second
+
+	// --die-with-parent follows the thread that forked, not the process: keep
+	// that thread until the sandbox has ended.
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		done <- cmd.Run()
+	}()
+	err = <-done
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return fmt.Errorf("run %s: %w", c.Argv[0], context.Cause(ctx))
+	}
+	if text := setup.text(); text != "" {
+		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %s", text), setupHint(text))
+	}
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		return fmt.Errorf("run %s in sandbox: %w", c.Argv[0], err)
+	}
+	status := exit.ExitCode()
+	if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+		status = 128 + int(ws.Signal())
+	}
+	return fmt.Errorf("run %s: %w", c.Argv[0], &ExitError{Status: status})
+}
+
+// Probe reports whether this machine can run a sandbox at all.
+func Probe(ctx context.Context) error {
+	return Run(ctx, Config{Argv: []string{"/usr/bin/true"}, Dir: "/"})
+}
+
+func setupHint(text string) string {
+	for _, word := range []string{"namespace", "uid map", "gid map", "Operation not permitted", "setgroups", "Permission denied"} {
+		if strings.Contains(text, word) {
+			return hintUserns
+		}
+	}
+	return "check that bubblewrap 0.8 or newer is installed and that every bound folder exists: bwrap --version"
+}
+
+func arguments(c Config) []string {
+	args := []string{
+		"--unshare-all", "--unshare-user", "--disable-userns",
+		"--uid", "1000", "--gid", "1000", "--hostname", "prebake",
+		"--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv",
+		"--ro-bind", "/usr", "/usr",
+	}
+	// On merged-/usr systems these are links, elsewhere folders.
+	for _, dir := range []string{"/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"} {
+		if to, err := os.Readlink(dir); err == nil {
+			args = append(args, "--symlink", to, dir)
+		} else if _, err := os.Stat(dir); err == nil {
+			args = append(args, "--ro-bind", dir, dir)
+		}
+	}
+	// What a machine's owner put there must not change a build.
+	for _, dir := range []string{"/usr/local", "/usr/src", "/usr/lib/modules"} {
+		if info, err := os.Lstat(dir); err == nil && info.IsDir() {
+			args = append(args, "--tmpfs", dir, "--remount-ro", dir)
+		}
+	}
+	args = append(args,
+		"--ro-bind-try", "/etc/alternatives", "/etc/alternatives", // awk is a link through it
+		"--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
+		"--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
+	)
+	for _, b := range c.Binds {
+		flag := "--ro-bind"
+		if b.Writable {
+			flag = "--bind"
+		}
+		args = append(args, flag, b.Host, b.Inside)
+	}
+	args = append(args, "--remount-ro", "/", "--chdir", c.Dir)
+	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
+		args = append(args, "--setenv", key, c.Env[key])
+	}
+	return append(append(args, "--"), c.Argv...)
+}
+
+// setupTrouble passes the program's output on and keeps the first line if it
+// is bubblewrap's own complaint: it prints one, and only one, before it gives up.
+type setupTrouble struct {
+	next io.Writer
+
+	mu    sync.Mutex
+	first []byte
+	ended bool // the first line is complete
+}
+
+const maxFirstLine = 1024
+
+func (s *setupTrouble) Write(p []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.ended {
+		line, _, found := bytes.Cut(p, []byte("\n"))
+		s.first = append(s.first, line[:min(len(line), maxFirstLine-len(s.first))]...)
+		s.ended = found || len(s.first) == maxFirstLine
+	}
+	if s.next == nil {
+		return len(p), nil
+	}
+	return s.next.Write(p)
+}
+
+func (s *setupTrouble) text() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if text, ok := strings.CutPrefix(string(s.first), "bwrap: "); ok {
+		return text
+	}
+	return ""
+}
