@@ -1,0 +1,80 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+	"os"
+	"sync"
+
+	"github.com/schollz/progressbar/v3"
+	"golang.org/x/term"
+
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// IsTerminal reports whether w is a terminal.
+func IsTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
+	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// Progress returns a watcher for a timeline: a moving line on a terminal, one
+// plain line for each begun and finished phase elsewhere.
+func Progress(w io.Writer) func(timeline.Event) {
+	if IsTerminal(w) {
+		return (&bar{w: w}).watch
+	}
+	return func(e timeline.Event) {
+		switch {
+		case e.Done != nil:
+			fmt.Fprintln(w, doneLine(e.Done))
+		case e.Text == "":
+			fmt.Fprintf(w, "  ... %s\n", e.Phase)
+		}
+	}
+}
+
+func doneLine(p *timeline.Phase) string {
+	mark := "ok "
+	if p.Failed {
+		mark = "FAIL"
+	}
+	return fmt.Sprintf("  %-4s%-12s %7.1f s  %s", mark, p.Name, p.Seconds, p.Note)
+}
+
+// bar shows the running phase on the last line and leaves one line for each
+// finished phase above it.
+type bar struct {
+	w  io.Writer
+	mu sync.Mutex
+	pb *progressbar.ProgressBar
+}
+
+func (b *bar) watch(e timeline.Event) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if e.Done != nil {
+		b.stop()
+		fmt.Fprintln(b.w, doneLine(e.Done))
+		return
+	}
+	if b.pb == nil {
+		b.pb = progressbar.NewOptions(-1,
+			progressbar.OptionSetWriter(b.w), progressbar.OptionSpinnerType(14), progressbar.OptionSetWidth(10),
+			progressbar.OptionSetElapsedTime(true), progressbar.OptionClearOnFinish(), progressbar.OptionSetMaxDetailRow(0))
+	}
+	text := e.Phase
+	if e.Text != "" {
+		text += " " + e.Text
+	}
+	b.pb.Describe(fmt.Sprintf("%-46.46s", text))
+	_ = b.pb.Add(1) // a failing terminal has nobody to tell
+}
+
+func (b *bar) stop() {
+	if b.pb == nil {
+		return
+	}
+	_ = b.pb.Finish() // as above
+	b.pb = nil
+}
