@@ -1,0 +1,351 @@
+// Package archive unpacks a foreign tar (plain, or compressed with gzip, xz or
+// zstd, decided by its first bytes) below a folder.
+//
+// Every byte is taken for hostile. It refuses names that are absolute, hold
+// ".." or pass through a link, links that could lead out of the folder, hard
+// links to anything but an earlier file of the same archive, devices, sockets
+// and pipes, a second entry under one name, and more entries, bytes or name
+// length than its bounds. It restores the executable bit and nothing else of
+// the mode: folders become 0755, files 0644 or 0755. Owners, times and
+// extended attributes are ignored. What an error leaves behind is for the
+// caller to remove.
+package archive
+
+import (
+	"archive/tar"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+	"syscall"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Options bound and shape an Unpack. Zero fields have the defaults named here.
+type Options struct {
+	// Entries is the largest number of entries; 0 is 500,000.
+	Entries int
+	// Bytes is the largest sum of file sizes; 0 is 16 GiB.
+	Bytes int64
+	// Name is the longest path in bytes; 0 is 1024.
+	Name int
+	// Keep decides which entries are unpacked, by clean slash path; nil is all.
+	// Entries that are left out still count towards the bounds.
+	Keep func(name string) bool
+	// Outside is called for a symbolic link that could lead out of the folder;
+	// the link is then left out. With nil such a link refuses the archive.
+	Outside func(name, target string)
+	// XZTool is the path of an xz program for xz archives; "" decodes in Go.
+	XZTool string
+}
+
+func (o Options) withDefaults() Options {
+	if o.Entries == 0 {
+		o.Entries = 500_000
+	}
+	if o.Bytes == 0 {
+		o.Bytes = 16 << 30
+	}
+	if o.Name == 0 {
+		o.Name = 1024
+	}
+	return o
+}
+
+// Stats counts what was unpacked.
+type Stats struct {
+	Format               Format
+	Files, Links, Folder int
+	Bytes                int64
+}
+
+// Unpack writes the tar in r below root, which should be empty.
+func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
+	o = o.withDefaults()
+	src, format, err := Decompress(ctx, r, o.XZTool)
+	if err != nil {
+		return Stats{}, err
+	}
+	u := &unpacker{root: root, o: o, dirs: map[string]bool{".": true}, files: map[string]bool{}, buf: make([]byte, 256<<10)}
+	u.stats.Format = format
+	err = u.run(ctx, tar.NewReader(src))
+	if cerr := src.Close(); err == nil && cerr != nil {
+		err = fmt.Errorf("close %s stream: %w", format, cerr)
+	}
+	return u.stats, err
+}
+
+// UnpackFile is Unpack of the archive at file into the folder dir.
+func UnpackFile(ctx context.Context, file, dir string, o Options) (stats Stats, err error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return Stats{}, err
+	}
+	defer f.Close()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return Stats{}, err
+	}
+	defer root.Close()
+	return Unpack(ctx, f, root, o)
+}
+
+type unpacker struct {
+	root  *os.Root
+	o     Options
+	dirs  map[string]bool // real folders, made or seen
+	files map[string]bool // regular files made; what a hard link may name
+	buf   []byte
+	stats Stats
+}
+
+func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
+	for n := 0; ; n++ {
+		if err := context.Cause(ctx); err != nil {
+			return err
+		}
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return foreign(ctx, fmt.Errorf("read tar: %w", err))
+		}
+		if n >= u.o.Entries {
+			return refuse("read tar: more than %d entries", u.o.Entries)
+		}
+		if err := u.entry(ctx, h, tr); err != nil {
+			return err
+		}
+	}
+}
+
+func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) error {
+	if h.Typeflag == tar.TypeXGlobalHeader {
+		return nil
+	}
+	name, err := cleanName(h.Name, u.o.Name)
+	if err != nil {
+		return err
+	}
+	if h.Size < 0 || h.Size > u.o.Bytes-u.stats.Bytes {
+		return refuse("unpack %q: archive holds more than %d bytes", name, u.o.Bytes)
+	}
+	if name == "." {
+		if h.Typeflag != tar.TypeDir {
+			return refuse("unpack %q: the archive's root is not a folder", h.Name)
+		}
+		return nil
+	}
+	if u.o.Keep != nil && !u.o.Keep(name) {
+		u.stats.Bytes += h.Size // decompressing it costs as much
+		return nil
+	}
+	switch h.Typeflag {
+	case tar.TypeDir:
+		return u.folder(name)
+	case tar.TypeReg:
+		return u.file(ctx, name, h, body)
+	case tar.TypeSymlink:
+		return u.symlink(name, h.Linkname)
+	case tar.TypeLink:
+		return u.hardlink(name, h.Linkname)
+	}
+	return refuse("unpack %q: entry type %q is neither folder, file nor link", name, h.Typeflag)
+}
+
+// cleanName returns the slash path below the root that a tar name means.
+func cleanName(name string, limit int) (string, error) {
+	if len(name) > limit {
+		return "", refuse("unpack %.60q…: name is longer than %d bytes", name, limit)
+	}
+	if name == "" || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
+		return "", refuse("unpack %q: not a path below the folder", name)
+	}
+	for part := range strings.SplitSeq(name, "/") {
+		if part == ".." {
+			return "", refuse("unpack %q: name holds ..", name)
+		}
+		if len(part) > 255 {
+			return "", refuse("unpack %.60q…: part of the name is longer than 255 bytes", name)
+		}
+	}
+	return path.Clean(name), nil
+}
+
+// folder makes name and its parents, each a real folder and never a link.
+func (u *unpacker) folder(name string) error {
+	if u.dirs[name] {
+		return nil
+	}
+	if err := u.folder(path.Dir(name)); err != nil {
+		return err
+	}
+	err := u.root.Mkdir(name, 0o755)
+	switch {
+	case err == nil:
+		err = u.root.Chmod(name, 0o755) // whatever the umask is
+		u.stats.Folder++
+	case errors.Is(err, fs.ErrExist):
+		fi, lerr := u.root.Lstat(name)
+		if lerr == nil && !fi.IsDir() {
+			return refuse("unpack %q: already there, and not a folder", name)
+		}
+		err = lerr
+	}
+	if err != nil {
+		return local(name, err)
+	}
+	u.dirs[name] = true
+	return nil
+}
+
+func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io.Reader) error {
+	if err := u.folder(path.Dir(name)); err != nil {
+		return err
+	}
+	mode := fs.FileMode(0o644)
+	if h.Mode&0o111 != 0 {
+		mode = 0o755
+	}
+	f, err := u.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return local(name, err)
+	}
+	n, err := u.copy(ctx, f, body)
+	if err == nil && n != h.Size {
+		err = refuse("unpack %q: %d bytes; its header says %d", name, n, h.Size)
+	}
+	u.stats.Bytes += n
+	if err == nil {
+		err = f.Chmod(mode)
+	}
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return local(name, err)
+	}
+	u.files[name] = true
+	u.stats.Files++
+	return nil
+}
+
+// copy is io.CopyBuffer that tells trouble of the source from trouble of the
+// disk, and stops with ctx.
+func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64, err error) {
+	for {
+		if err := context.Cause(ctx); err != nil {
+			return n, err
+		}
+		k, rerr := r.Read(u.buf)
+		if k > 0 {
+			if _, err := w.Write(u.buf[:k]); err != nil {
+				return n, err
+			}
+			n += int64(k)
+		}
+		if errors.Is(rerr, io.EOF) {
+			return n, nil
+		}
+		if rerr != nil {
+			return n, foreign(ctx, rerr)
+		}
+	}
+}
+
+func (u *unpacker) symlink(name, target string) error {
+	if !linkStays(name, target, u.o.Name) {
+		if u.o.Outside == nil {
+			return refuse("unpack %q: link to %.200q leads out of the folder", name, target)
+		}
+		u.o.Outside(name, target)
+		return nil
+	}
+	if err := u.folder(path.Dir(name)); err != nil {
+		return err
+	}
+	if err := u.root.Symlink(target, name); err != nil {
+		return local(name, err)
+	}
+	u.stats.Links++
+	return nil
+}
+
+// linkStays reports whether a link can never lead out, whatever other links
+// there are. The link's own folder is real (folder sees to that), so its
+// leading ".." count real folders; a ".." behind another name could climb out
+// through a link of that name, so there must be none.
+func linkStays(name, target string, limit int) bool {
+	if target == "" || len(target) > limit || strings.HasPrefix(target, "/") || strings.ContainsRune(target, 0) {
+		return false
+	}
+	depth, down := strings.Count(name, "/"), false
+	for part := range strings.SplitSeq(target, "/") {
+		switch part {
+		case "", ".":
+		case "..":
+			if depth--; down || depth < 0 {
+				return false
+			}
+		default:
+			down = true
+		}
+	}
+	return true
+}
+
+func (u *unpacker) hardlink(name, target string) error {
+	old, err := cleanName(target, u.o.Name)
+	if err != nil {
+		return err
+	}
+	if !u.files[old] {
+		if u.o.Keep != nil && !u.o.Keep(old) {
+			return refuse("unpack %q: hard link to %q, which is left out", name, old)
+		}
+		return refuse("unpack %q: hard link to %q, which is no earlier file of the archive", name, old)
+	}
+	if err := u.folder(path.Dir(name)); err != nil {
+		return err
+	}
+	if err := u.root.Link(old, name); err != nil {
+		return local(name, err)
+	}
+	u.files[name] = true
+	u.stats.Files++
+	return nil
+}
+
+// foreign classifies an error of the archive's bytes; a cancelled context and
+// an error that has a kind already stay what they are.
+func foreign(ctx context.Context, err error) error {
+	var f *fault.Error
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) {
+		return err
+	}
+	return fault.Wrap(fault.Unverified, err, "the archive is damaged: fetch it again, or replace it at its source")
+}
+
+// local classifies an error of our own file system.
+func local(name string, err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return fault.Wrap(fault.DiskFull, fmt.Errorf("unpack %q: %w", name, err), "free space, or set another cache folder")
+	case errors.Is(err, fs.ErrExist):
+		return refuse("unpack %q: the archive holds this name twice", name)
+	}
+	var f *fault.Error
+	if errors.As(err, &f) {
+		return err
+	}
+	return fmt.Errorf("unpack %q: %w", name, err)
+}

@@ -1,0 +1,186 @@
+package archive
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Format is how a tar is compressed.
+type Format string
+
+// The formats that this package reads.
+const (
+	Plain Format = "tar"
+	Gzip  Format = "gzip"
+	XZ    Format = "xz"
+	Zstd  Format = "zstd"
+)
+
+// sniffLen covers the longest signature: "ustar" at offset 257 of a tar header.
+const sniffLen = 262
+
+// zstdWindow is the largest window that a zstd frame may ask for. zstd's own
+// --ultra and --long modes stay at or below 128 MiB.
+const zstdWindow = 128 << 20
+
+// Detect returns the format that the first bytes of a stream have; "" is none
+// of them. It needs 262 bytes to recognise a plain tar, 6 for the others.
+func Detect(head []byte) Format {
+	switch {
+	case bytes.HasPrefix(head, []byte{0x1f, 0x8b}):
+		return Gzip
+	case bytes.HasPrefix(head, []byte{0xfd, '7', 'z', 'X', 'Z', 0}):
+		return XZ
+	case bytes.HasPrefix(head, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		return Zstd
+	case len(head) >= sniffLen && string(head[257:sniffLen]) == "ustar":
+		return Plain
+	}
+	return ""
+}
+
+// Decompress returns the tar inside r, decided by r's first bytes. Close ends
+// what was started for it and never closes r.
+//
+// xzTool is the path of an xz program, or "" for the decoder in Go: the
+// program is several times faster, which matters for an archive of gigabytes.
+// A program that fails is an error of the read that meets it.
+func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser, Format, error) {
+	br := bufio.NewReaderSize(r, 256<<10)
+	head, err := br.Peek(sniffLen)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return nil, "", fmt.Errorf("read archive: %w", err)
+	}
+	format := Detect(head)
+	switch format {
+	case Plain:
+		return io.NopCloser(br), format, nil
+	case Gzip:
+		zr, err := gzip.NewReader(br)
+		if err != nil {
+			return nil, format, refuse("read gzip header: %w", err)
+		}
+		return zr, format, nil
+	case Zstd:
+		zr, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(zstdWindow), zstd.WithDecoderConcurrency(2))
+		if err != nil {
+			return nil, format, refuse("read zstd header: %w", err)
+		}
+		return zr.IOReadCloser(), format, nil
+	case XZ:
+		if xzTool != "" {
+			zr, err := startXZ(ctx, xzTool, br)
+			return zr, format, err
+		}
+		if err := checkXZ(br); err != nil {
+			return nil, format, err
+		}
+		zr, err := xz.NewReader(br)
+		if err != nil {
+			return nil, format, refuse("read xz header: %w", err)
+		}
+		return io.NopCloser(zr), format, nil
+	}
+	return nil, "", refuse("read archive: not a tar, and not one compressed with gzip, xz or zstd")
+}
+
+// xzDict is the largest dictionary that an xz stream may ask for: xz -9 asks
+// for 64 MiB, and the decoder allocates what is asked before it reads a byte.
+const xzDict = 256 << 20
+
+// checkXZ bounds the dictionary size that the first block asks for. The block
+// header follows the 12 bytes of the stream header (.xz file format 1.2.1,
+// sections 3.1 and 5.3.1): its size, flags, up to two optional sizes, then the
+// filters; LZMA2 is filter 0x21 with one byte of properties.
+func checkXZ(br *bufio.Reader) error {
+	head, _ := br.Peek(12 + 64) // a header of LZMA2 alone is far shorter
+	if len(head) < 14 || head[12] == 0 {
+		return nil // an empty stream; the decoder judges the rest
+	}
+	rest := bytes.NewReader(head[14:])
+	optional := int(head[13]>>6&1 + head[13]>>7)
+	for range optional {
+		if _, err := binary.ReadUvarint(rest); err != nil {
+			return refuse("read xz block header: %w", err)
+		}
+	}
+	id, _ := binary.ReadUvarint(rest)
+	n, _ := binary.ReadUvarint(rest)
+	props, err := rest.ReadByte()
+	if err != nil || id != 0x21 || n != 1 {
+		return refuse("read xz block header: first filter is not LZMA2")
+	}
+	// Section 5.3.1: 2 or 3 shifted by half the code and 11.
+	if size := (2 | int64(props&1)) << (props>>1&31 + 11); props > 40 || size > xzDict {
+		return refuse("read xz block header: asks for a dictionary over %d bytes", xzDict)
+	}
+	return nil
+}
+
+// xzProcess is a running xz program that feeds its reader.
+type xzProcess struct {
+	cancel context.CancelFunc
+	cmd    *exec.Cmd
+	out    io.ReadCloser
+	stderr bytes.Buffer
+	done   bool
+	err    error
+}
+
+func startXZ(ctx context.Context, tool string, r io.Reader) (*xzProcess, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	p := &xzProcess{cancel: cancel, cmd: exec.CommandContext(ctx, tool, "--decompress", "--stdout", "--threads=0", "--quiet")}
+	p.cmd.Env = []string{"LC_ALL=C"} // XZ_OPT and XZ_DEFAULTS of the caller do not count
+	p.cmd.Stdin, p.cmd.Stderr = r, &p.stderr
+	out, err := p.cmd.StdoutPipe()
+	if err == nil {
+		p.out = out
+		err = p.cmd.Start()
+	}
+	if err != nil {
+		cancel()
+		return nil, fmt.Errorf("start %s: %w", tool, err)
+	}
+	return p, nil
+}
+
+func (p *xzProcess) Read(b []byte) (int, error) {
+	if p.done {
+		return 0, p.err
+	}
+	n, err := p.out.Read(b)
+	if err == nil {
+		return n, nil
+	}
+	p.done, p.err = true, err
+	if werr := p.cmd.Wait(); werr != nil && errors.Is(err, io.EOF) {
+		p.err = refuse("decompress xz: %w: %s", werr, bytes.TrimSpace(p.stderr.Bytes()))
+	}
+	return n, p.err
+}
+
+// Close stops the program; a tar ends before its padding is read, so a stopped
+// program is no error.
+func (p *xzProcess) Close() error {
+	p.cancel()
+	if !p.done {
+		p.done, p.err = true, errors.New("read of a closed archive")
+		_ = p.cmd.Wait() // killed by cancel
+	}
+	return nil
+}
+
+// refuse makes an error about bytes that this package does not accept.
+func refuse(format string, args ...any) error { return fault.Errorf(fault.Unverified, format, args...) }
