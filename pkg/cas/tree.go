@@ -1,0 +1,147 @@
+package cas
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/binary"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+)
+
+// treeScheme heads every tree digest, so that another way to digest a tree
+// can never give an equal one.
+const treeScheme = "prebake tree 1\n"
+
+// digestWorkers is how many files are hashed at once: enough to keep a small
+// builder's cores busy without fighting the compiler on a large one.
+const digestWorkers = 2
+
+type treeEntry struct {
+	path string // slash path below the tree
+	kind byte   // f file, x executable file, l symbolic link
+	sum  [sha256.Size]byte
+}
+
+// DigestTree returns a digest of the folder's content: for each file and
+// symbolic link, in order of path, its path, kind, executable bit, and content
+// or target. Times, owners, other mode bits and empty folders do not count;
+// neither does what skip, given a slash path, says yes to. Anything but
+// folders, files and symbolic links is an error.
+func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (string, error) {
+	var entries []treeEntry
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		rel, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		e := treeEntry{path: filepath.ToSlash(rel)}
+		if skip != nil && skip(e.path) {
+			return nil
+		}
+		switch d.Type() {
+		case 0:
+			e.kind = 'f' // or x, which hashFile finds out
+		case fs.ModeSymlink:
+			target, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			e.kind, e.sum = 'l', sha256.Sum256([]byte(target))
+		default:
+			return fmt.Errorf("%s: neither folder, file nor link", path)
+		}
+		entries = append(entries, e)
+		return nil
+	})
+	if err != nil {
+		return "", fmt.Errorf("digest tree: %w", err)
+	}
+	slices.SortFunc(entries, func(a, b treeEntry) int { return strings.Compare(a.path, b.path) })
+	if err := hashFiles(ctx, dir, entries); err != nil {
+		return "", fmt.Errorf("digest tree: %w", err)
+	}
+	h := sha256.New()
+	buf := []byte(treeScheme)
+	for _, e := range entries {
+		buf = append(buf, e.kind)
+		buf = binary.AppendUvarint(buf, uint64(len(e.path)))
+		buf = append(buf, e.path...)
+		buf = append(buf, e.sum[:]...)
+		h.Write(buf)
+		buf = buf[:0]
+	}
+	h.Write(buf)
+	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// hashFiles fills in content digests and executable bits.
+func hashFiles(ctx context.Context, dir string, entries []treeEntry) error {
+	g, ctx := errgroup.WithContext(ctx)
+	for w := range digestWorkers {
+		g.Go(func() error {
+			buf := make([]byte, 128<<10)
+			for i := w; i < len(entries); i += digestWorkers {
+				if err := context.Cause(ctx); err != nil {
+					return err
+				}
+				if entries[i].kind == 'l' {
+					continue
+				}
+				if err := hashFile(filepath.Join(dir, filepath.FromSlash(entries[i].path)), &entries[i], buf); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+func hashFile(path string, e *treeEntry, buf []byte) error {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	if fi.Mode()&0o111 != 0 {
+		e.kind = 'x'
+	}
+	h := sha256.New()
+	if _, err := io.CopyBuffer(h, struct{ io.Reader }{f}, buf); err != nil {
+		return err
+	}
+	h.Sum(e.sum[:0])
+	return nil
+}
+
+// syncTree makes a tree's content durable before it becomes visible: a rename
+// that outlives a power cut must not outlive the bytes it names. One syncfs is
+// far cheaper than an fsync for each of thousands of files.
+func syncTree(dir string) (err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := unix.Syncfs(int(f.Fd())); err != nil {
+		return fmt.Errorf("sync %s: %w", dir, err)
+	}
+	return nil
+}
