@@ -1,0 +1,138 @@
+package compile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// findings are the first lines of each kind of trouble in a build's output.
+type findings struct {
+	source  string // a compiler's error at a place in a source file
+	modpost string // modpost's first ERROR
+	check   string // name of NVIDIA's build sanity check that failed
+	missing string // a program that is not there
+	memory  string
+	disk    string
+	make    string // make's first *** line
+	said    string // the last line before it that is no step and no make message
+}
+
+var (
+	// gcc and clang alike: file:line:column: error: text
+	sourceError   = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
+	modpostError  = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
+	makeError     = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
+	makeCheck     = regexp.MustCompile(`: (\w+_sanity_check|cc_version_check)\] Error \d+$`)
+	programGone   = regexp.MustCompile(`^(?:/bin/sh|sh|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
+	memoryTrouble = regexp.MustCompile(`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
+)
+
+const diskTrouble = "No space left on device"
+
+func (f *findings) read(line string) {
+	first := func(to *string, text string) {
+		if *to == "" {
+			*to = text
+		}
+	}
+	switch {
+	case strings.Contains(line, diskTrouble):
+		first(&f.disk, relative(line))
+	case memoryTrouble.MatchString(line):
+		first(&f.memory, relative(line))
+	}
+	if sourceError.MatchString(line) {
+		first(&f.source, relative(line))
+	}
+	if m := modpostError.FindStringSubmatch(line); m != nil {
+		first(&f.modpost, relative(m[1]))
+	}
+	if programGone.MatchString(line) {
+		first(&f.missing, relative(line))
+	}
+	if m := makeError.FindStringSubmatch(line); m != nil {
+		first(&f.make, relative(m[1]))
+		if c := makeCheck.FindStringSubmatch(line); c != nil {
+			first(&f.check, c[1])
+		}
+		return
+	}
+	if text := strings.TrimSpace(line); f.make == "" && text != "" && !stepLine.MatchString(line) && !strings.HasPrefix(text, "make") {
+		f.said = relative(text)
+	}
+}
+
+// relative shortens the sandbox's paths: a driver's file is named from the root
+// of the driver's sources, a kernel header as <kernel>/include/….
+var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/", "<toolchain>/")
+
+func relative(line string) string { return paths.Replace(line) }
+
+const (
+	hintDisk   = "free at least 1 GiB on the disk of the work folder, or choose another folder"
+	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs"
+	hintTime   = "allow more time, or more jobs on a machine with more CPUs"
+	hintBreak  = "this driver release does not know this kernel's interfaces: choose a newer driver of the same branch"
+	hintLog    = "read the build's log; its first lines of trouble say more"
+)
+
+// checks are NVIDIA's own questions before a build, and what a no means.
+var checks = map[string]struct {
+	kind fault.Kind
+	text string
+	hint string
+}{
+	"cc_sanity_check":             {fault.Internal, "the toolchain's compiler cannot make object files", "check the toolchain archive and toolchain_env of this kernel"},
+	"cc_version_check":            {fault.Internal, "the driver's makefiles refuse the compiler's version", hintLog},
+	"dom0_sanity_check":           {fault.Unsupported, "the driver does not support a Xen host kernel", "choose another kernel"},
+	"xen_sanity_check":            {fault.Unsupported, "the driver does not support a Xen kernel", "choose another kernel"},
+	"preempt_rt_sanity_check":     {fault.Unsupported, "the driver does not support a real-time kernel", "choose another kernel"},
+	"vgpu_kvm_sanity_check":       {fault.Unsupported, "the vGPU host driver does not support this kernel", "choose another kernel or driver"},
+	"module_symvers_sanity_check": {fault.InputMissing, "the kernel's Module.symvers is missing or empty", "publish a kernel-headers.tgz that holds Module.symvers"},
+}
+
+// diagnose gives the error of a failed run its kind, its text and its hint.
+func diagnose(err error, f findings) error {
+	var classified *fault.Error
+	switch {
+	case errors.As(err, &classified): // the sandbox knows better
+		return err
+	case errors.Is(err, context.DeadlineExceeded):
+		return fault.Wrap(fault.TimedOut, err, hintTime)
+	case errors.Is(err, context.Canceled):
+		return fault.Wrap(fault.Cancelled, err, "")
+	}
+	var exit *sandbox.ExitError
+	if !errors.As(err, &exit) {
+		return err
+	}
+	switch check := checks[f.check]; {
+	case f.disk != "":
+		return fault.New(fault.DiskFull, f.disk, hintDisk)
+	case f.memory != "":
+		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
+	case exit.Killed():
+		return fault.New(fault.OutOfMemory, "the build was killed", hintMemory)
+	case f.source != "":
+		return fault.New(fault.APIBreak, f.source, hintBreak)
+	case f.modpost != "":
+		return fault.New(fault.APIBreak, "modpost: "+f.modpost, hintBreak)
+	case f.check != "" && check.text != "":
+		return fault.New(check.kind, check.text, check.hint)
+	case f.missing != "":
+		return fault.New(fault.Internal, f.missing, "install what is missing (make, perl and the C library's tools come with apt-get install build-essential), or check the toolchain archive")
+	case f.make != "" && f.said != "":
+		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.said), hintLog)
+	case f.make != "":
+		return fault.New(fault.Internal, "make: "+f.make, hintLog)
+	case f.said != "":
+		return fault.New(fault.Internal, fmt.Sprintf("%v: %s", err, f.said), hintLog)
+	}
+	return fault.Wrap(fault.Internal, err, hintLog)
+}

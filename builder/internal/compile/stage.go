@@ -1,0 +1,82 @@
+package compile
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// stage copies a source tree, so that the build may write into it. The copy's
+// files belong to the caller and have plain modes and new times. Links are
+// kept when they stay inside the tree; anything else is refused.
+func stage(ctx context.Context, src, dst string) error {
+	return filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		name, err := filepath.Rel(src, path)
+		if err != nil {
+			return err
+		}
+		to := filepath.Join(dst, name)
+		switch entry.Type() {
+		case fs.ModeDir:
+			return os.Mkdir(to, 0o755)
+		case 0:
+			return copyFile(path, to)
+		case fs.ModeSymlink:
+			link, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			if !filepath.IsLocal(filepath.Join(filepath.Dir(name), link)) || filepath.IsAbs(link) {
+				return fault.Errorf(fault.Usage, "%s: link to %s leaves the source folder", name, link)
+			}
+			return os.Symlink(link, to)
+		}
+		return fault.Errorf(fault.Usage, "%s: neither a file, a folder nor a link", name)
+	})
+}
+
+func copyFile(from, to string) (err error) {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	info, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	mode := fs.FileMode(0o644)
+	if info.Mode()&0o111 != 0 {
+		mode = 0o755
+	}
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	if _, err := io.Copy(out, in); err != nil {
+		return fmt.Errorf("copy %s: %w", from, err)
+	}
+	return nil
+}
+
+// diskFull gives an error of the host's file system its kind.
+func diskFull(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fault.Wrap(fault.DiskFull, err, hintDisk)
+	}
+	return err
+}

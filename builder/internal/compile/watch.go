@@ -1,0 +1,200 @@
+package compile
+
+import (
+	"bytes"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// The phases of one make run, in order.
+const (
+	phaseConftest = "conftest"
+	phaseCompile  = "compile"
+	phaseLink     = "link"
+)
+
+// work is how many steps each phase of a build is expected to take.
+type work struct{ conftest, compile, link int }
+
+func (w work) of(phase string) int {
+	switch phase {
+	case phaseConftest:
+		return w.conftest
+	case phaseCompile:
+		return w.compile
+	}
+	return w.link
+}
+
+var (
+	conftestList = regexp.MustCompile(`^\s*NV_CONFTEST_[A-Z]+_COMPILE_TESTS\s*\+=\s*(.*)$`)
+	headerList   = regexp.MustCompile(`^\s*NV_HEADER_PRESENCE_TESTS\s*=`)
+	checkList    = regexp.MustCompile(`^\s*BUILD_SANITY_CHECKS\s*=`)
+	headerName   = regexp.MustCompile(`^[a-z][\w./-]*\.h$`)
+	sourceName   = regexp.MustCompile(`[\w./-]+\.c\b`)
+	objectList   = regexp.MustCompile(`^\s*obj-m\s*[+:]?=\s*(.*)$`)
+)
+
+// countWork reads the sources' Kbuild files for what make will do. It follows
+// NVIDIA's way of writing lists and counts each test and each file once, as
+// make does; what it misses only makes a progress display less exact.
+func countWork(src string) work {
+	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
+	_ = filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() || entry.Name() != "Kbuild" && filepath.Ext(path) != ".Kbuild" {
+			return nil
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil
+		}
+		list := "" // of lines that end in a backslash
+		for line := range strings.Lines(string(text)) {
+			line, more := strings.CutSuffix(strings.TrimRight(line, " \t\r\n"), `\`)
+			switch {
+			case headerList.MatchString(line):
+				list = "header "
+			case checkList.MatchString(line):
+				list = "check "
+			case list != "":
+				for _, word := range strings.Fields(line) {
+					tests[list+word] = true
+				}
+			}
+			if !more {
+				list = ""
+			}
+			if m := conftestList.FindStringSubmatch(line); m != nil {
+				for _, word := range strings.Fields(m[1]) {
+					tests[word] = true
+				}
+			}
+			if m := objectList.FindStringSubmatch(line); m != nil {
+				for _, word := range strings.Fields(m[1]) {
+					modules[word] = true
+				}
+			}
+			if strings.Contains(line, "SOURCES") {
+				for _, name := range sourceName.FindAllString(line, -1) {
+					sources[name] = true
+				}
+			}
+		}
+		return nil
+	})
+	return work{conftest: len(tests), compile: len(sources), link: 2 * len(modules)}
+}
+
+// maxLine bounds what is kept of one line for reading; the log gets all of it.
+const maxLine = 64 << 10
+
+// watch reads make's output as it comes: it passes every byte to the log,
+// counts steps for the progress display, measures the phases, and keeps what a
+// diagnosis needs. It is used by one writer at a time.
+type watch struct {
+	log      io.Writer
+	logErr   error
+	progress func(phase string, done, total int)
+	expect   work
+	now      func() time.Time
+
+	line     []byte
+	phase    string
+	started  time.Time
+	done     int
+	phases   []timeline.Phase
+	findings findings
+}
+
+func newWatch(log io.Writer, progress func(string, int, int), expect work, now func() time.Time) *watch {
+	return &watch{log: log, progress: progress, expect: expect, now: now, started: now()}
+}
+
+func (w *watch) Write(p []byte) (int, error) {
+	// A log that cannot be written must not break the pipe: that would end the
+	// compiler with an error that hides the reason. close reports it.
+	if w.logErr == nil {
+		_, w.logErr = w.log.Write(p)
+	}
+	for rest := p; len(rest) > 0; {
+		part, after, found := bytes.Cut(rest, []byte("\n"))
+		w.line = append(w.line, part[:min(len(part), maxLine-len(w.line))]...)
+		if found {
+			w.read(string(w.line))
+			w.line = w.line[:0]
+		}
+		rest = after
+	}
+	return len(p), nil
+}
+
+// close reads the last line, ends the running phase and returns the log's trouble.
+func (w *watch) close(failed bool) error {
+	if len(w.line) > 0 {
+		w.read(string(w.line))
+		w.line = w.line[:0]
+	}
+	w.end(failed)
+	return w.logErr
+}
+
+func (w *watch) end(failed bool) {
+	if w.phase == "" {
+		return
+	}
+	now := w.now()
+	note := map[string]string{phaseConftest: "test", phaseCompile: "file", phaseLink: "step"}[w.phase]
+	w.phases = append(w.phases, timeline.Phase{
+		Name: w.phase, Start: w.started.UTC(), Seconds: now.Sub(w.started).Seconds(),
+		Note: count(w.done, note), Failed: failed,
+	})
+	w.phase, w.started, w.done = "", now, 0
+}
+
+// A quiet make prints one such line for each step.
+var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|BTF \[M\]|MODPOST)[: ] *(\S*)(.*)$`)
+
+func (w *watch) read(line string) {
+	w.findings.read(line)
+	m := stepLine.FindStringSubmatch(line)
+	if m == nil {
+		return
+	}
+	phase := w.phase
+	switch what, name := m[1], m[2]; what {
+	case "CONFTEST":
+		// "CONFTEST headers.h:" announces that a finished header is shown.
+		if strings.HasSuffix(name, ":") {
+			return
+		}
+		phase = phaseConftest
+	case "CC [M]", "AS [M]":
+		if phase != phaseLink { // the .mod.c files belong to linking
+			phase = phaseCompile
+		}
+	case "MODPOST":
+		phase = phaseLink
+	case "BTF [M]": // only says that it is skipped: header trees hold no vmlinux
+		return
+	default:
+		if phase != phaseLink { // parts of a module, linked while others compile
+			return
+		}
+	}
+	// Conftests come before everything else; a late one does not turn time back.
+	if w.phase != phase && (w.phase == "" || phase != phaseConftest) {
+		w.end(false)
+		w.phase = phase
+	}
+	if phase == w.phase && m[1] != "MODPOST" {
+		w.done++
+	}
+	w.progress(w.phase, w.done, max(w.done, w.expect.of(w.phase)))
+}
