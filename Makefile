@@ -1,0 +1,85 @@
+# Every job of this repository is one target here; CI runs these and no others.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+GO ?= go
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
+
+# Tools are pinned here and nowhere else.
+GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
+GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
+GOVULNDB ?= https://vuln.go.dev
+
+FUZZTIME ?= 10s
+ARGS ?=
+
+# The C side of go-nvml is deprecated by its own header; the rest is Go's default.
+export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations
+# No path and no state of this checkout in the programs; VERSION is enough.
+GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/
+
+.PHONY: help
+help: ## show this list
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## install the Debian packages that are missing (with sudo where needed)
+	@deploy/setup.sh
+
+.PHONY: build
+build: ## build all programs into bin/
+	@deploy/setup.sh build
+	CGO_ENABLED=0 $(GOBUILD) ./builder ./server ./fetcher ./pkg/vm/guestinit
+	CGO_ENABLED=1 $(GOBUILD) ./fetcher/nvmlprobe
+
+.PHONY: demo
+demo: setup build ## run the main job end to end: real kernel, real driver, virtual node
+	$(GO) run ./deploy/demo $(ARGS)
+
+.PHONY: test
+test: setup build ## run all tests, the real compile and the virtual node among them
+	$(GO) test -timeout 80m ./...
+
+.PHONY: unit
+unit: ## run the quick tests only: nothing to install, no virtual machine
+	$(GO) test -short ./...
+
+.PHONY: race
+race: ## run the quick tests with the race detector
+	$(GO) test -race -short -timeout 30m ./...
+
+.PHONY: fuzz
+fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
+	@grep -rlE '^func Fuzz' --include='*_test.go' . | while read -r file; do \
+	  for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$$file"); do \
+	    echo "fuzz: $$(dirname "$$file") $$name for $(FUZZTIME)"; \
+	    $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $(FUZZTIME) "$$(dirname "$$file")" </dev/null; \
+	  done; \
+	done
+
+.PHONY: bench
+bench: setup build ## measure the headline ratios and print them
+	$(GO) run ./deploy/demo --bench $(ARGS)
+
+.PHONY: lint
+lint: ## gofmt, golangci-lint and govulncheck, pinned
+	@deploy/setup.sh build
+	@unformatted=$$(git ls-files -co --exclude-standard -- '*.go' | xargs gofmt -l); \
+	  [[ -z "$$unformatted" ]] || { echo "lint: not formatted:"; echo "$$unformatted"; echo "lint: run gofmt -w on them"; exit 1; }
+	@tool=$$(deploy/tool.sh $(GOLANGCI)) && "$$tool" run ./...
+	@tool=$$(deploy/tool.sh $(GOVULNCHECK)) && deploy/vulncheck.sh "$$tool" $(GOVULNDB)
+
+.PHONY: images
+images: build ## build and start the container images with buildah, no registry needed
+	@deploy/setup.sh images
+	@deploy/images.sh
+
+.PHONY: generate
+generate: ## write the generated parts of the documentation again
+	$(GO) generate ./...
+	$(GO) test ./deploy -run '^TestGenerated' -update
+
+.PHONY: clean
+clean: ## remove what was built here; the user's cache folder stays
+	rm -rf bin

@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# Builds the three images with buildah, starts what is in them, and prints
+# their sizes. Needs neither a registry nor a daemon: without BASE_IMAGE the
+# base is a Debian root that debootstrap makes from this machine's own apt
+# sources, kept under the user's cache folder.
+#
+# usage: deploy/images.sh [FOLDER]   images as OCI archives into FOLDER (bin/images)
+#   BASE_IMAGE=…   use this image as base instead
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+cache=${PREBAKE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}
+out=${1:-bin/images}
+suite=bookworm
+
+if ((EUID != 0)); then
+  # A root file system with its owners and devices takes root to make.
+  echo "images: going on with sudo" >&2
+  exec sudo PREBAKE_CACHE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" "$0" "$@"
+fi
+
+say() { echo "images: $*" >&2; }
+for program in builder server fetcher nvmlprobe guestinit; do
+  [[ -x bin/$program ]] || { say "bin/$program is missing; run make build"; exit 1; }
+done
+
+mkdir -p "$cache/images" "$out"
+work=$(mktemp -d "$cache/images/.work-XXXXXX")
+trap 'rm -rf "$work"' EXIT
+
+# The machine's own Debian sources as sources.list lines.
+debian_sources() {
+  # shellcheck disable=SC2016 # apt expands these, not the shell
+  apt-get indextargets --format 'deb $(REPO_URI) $(CODENAME) $(COMPONENT)' \
+    'Created-By: Packages' 'Origin: Debian' 'Component: main' | sort -u | grep -E " $suite(-security|-updates)? "
+}
+
+# One tar for each state of the distribution, named by its base-files version.
+base_tar() {
+  [[ -n $(debian_sources || true) ]] || apt-get -q update >/dev/null
+  local version tar mirror start=$SECONDS
+  version=$(apt-cache show --no-all-versions base-files | sed -n 's/^Version: //p')
+  tar=$cache/images/$suite-${version//[^a-zA-Z0-9.]/_}-$(dpkg --print-architecture).tar
+  if [[ -f $tar ]]; then
+    say "base $(basename "$tar") from the cache"
+  else
+    mirror=$(debian_sources | awk -v suite="$suite" '$3 == suite { print $2; exit }')
+    say "making the base with debootstrap"
+    debootstrap --variant=minbase "$suite" "$work/base" "$mirror" >"$work/debootstrap.log" 2>&1 </dev/null ||
+      { tail -n 20 "$work/debootstrap.log" >&2; say "debootstrap failed"; exit 1; }
+    debian_sources >"$work/base/etc/apt/sources.list"
+    rm -rf "$work"/base/var/cache/apt/* "$work"/base/var/lib/apt/lists/* "$work"/base/var/log/*
+    tar -C "$work/base" --numeric-owner --one-file-system -cf "$work/base.tar" .
+    rm -rf "$work/base"
+    mv "$work/base.tar" "$tar"
+    say "base made in $((SECONDS - start)) s"
+  fi
+  base_file=$tar
+}
+
+# vfs and chroot need no kernel feature beyond what a container has.
+buildah_() { buildah --root "$work/storage" --runroot "$work/run" --storage-driver vfs "$@" </dev/null; }
+
+base=${BASE_IMAGE:-}
+if [[ -z $base ]]; then
+  base_tar
+  base=localhost/prebake/base:$suite
+  mkdir -p "$work/context"
+  ln "$base_file" "$work/context/root.tar" 2>/dev/null || cp "$base_file" "$work/context/root.tar"
+  printf 'FROM scratch\nADD root.tar /\nCMD ["/bin/bash"]\n' >"$work/context/Dockerfile"
+  buildah_ bud -q --isolation chroot -t "$base" "$work/context" >/dev/null
+  rm -rf "$work/context"
+fi
+
+# build NAME DOCKERFILE TARGET… : build, archive, remember the size
+build() {
+  local name=$1 file=$2 start=$SECONDS
+  shift 2
+  say "building $name"
+  buildah_ bud -q --isolation chroot --pull=false --layers --timestamp 0 \
+    --build-arg BASE="$base" -f "$file" "$@" -t "localhost/prebake/$name" . >"$work/$name.log" 2>&1 ||
+    { tail -n 40 "$work/$name.log" >&2; say "building $name failed"; exit 1; }
+  rm -f "$out/$name.tar"
+  buildah_ push -q "localhost/prebake/$name" "oci-archive:$out/$name.tar:prebake/$name:latest"
+  say "built $name in $((SECONDS - start)) s"
+}
+build builder Dockerfile.builder --target builder
+build server Dockerfile.builder --target server
+build fetcher Dockerfile.fetcher
+
+# What an image is for must start inside it.
+enter() {
+  image=$1
+  container=$(buildah_ from --pull=false "localhost/prebake/$image")
+}
+starts() {
+  buildah_ run --isolation chroot "$container" -- "$@" >"$work/smoke.log" 2>&1 ||
+    { tail -n 20 "$work/smoke.log" >&2; say "$image: $* does not run inside the image"; exit 1; }
+  say "$image: $1: $(head -n 1 "$work/smoke.log" | tr -d '\r')"
+}
+enter builder
+starts builder --version
+starts fetcher --version
+starts bwrap --version
+# A machine with its network card, which needs a boot ROM that is easily forgotten.
+starts sh -c 'echo quit | timeout 60 qemu-system-x86_64 -accel tcg -machine q35 -display none -S \
+  -netdev user,id=n -device virtio-net-pci,netdev=n -monitor stdio'
+buildah_ rm "$container" >/dev/null
+enter server
+starts /usr/local/bin/server --version
+buildah_ rm "$container" >/dev/null
+enter fetcher
+starts /usr/local/bin/fetcher --version
+buildah_ rm "$container" >/dev/null
+
+printf '%-8s %10s %10s\n' image unpacked archive
+for name in builder server fetcher; do
+  printf '%-8s %10s %10s\n' "$name" \
+    "$(buildah_ images --format '{{.Size}}' "localhost/prebake/$name" | tr -d ' ')" "$(du -h "$out/$name.tar" | cut -f1)"
+done

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Installs the Debian packages that building, testing and the demo need, and
+# only those that are missing. Quiet and quick when nothing is.
+#
+# usage: deploy/setup.sh [GROUP…]   groups: build, run, images; default: all
+set -euo pipefail
+
+declare -A groups=(
+  # The NVML probe is cgo; everything else is plain Go.
+  [build]="gcc libc6-dev ca-certificates"
+  # builder: a sandbox (bubblewrap), what kbuild runs in it (make, bc, libelf1
+  # for objtool), and gcc-12 with binutils, which the COS-shaped mirror wraps as
+  # the toolchain of Debian's kernels. mirror: makeself packs the driver, zstd
+  # and xz read packages, patchelf makes the wrapped compiler find its own
+  # libraries. Load test and demo node: qemu, and its network card's boot ROM,
+  # without which qemu refuses to make the card.
+  [run]="bubblewrap make bc libelf1 gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
+  # A Dockerfile builder that needs no daemon, and a base image made on the spot.
+  [images]="buildah debootstrap"
+)
+
+wanted=()
+for group in "${@:-build run images}"; do
+  for name in $group; do
+    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run or images" >&2; exit 2; }
+    read -ra packages <<<"${groups[$name]}"
+    wanted+=("${packages[@]}")
+  done
+done
+
+if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
+  echo "setup: this is not a Debian machine; it must bring, under its own names: ${wanted[*]}" >&2
+  exit 0
+fi
+
+installed=" $(dpkg-query -W -f='${Package}=${db:Status-Status} ' "${wanted[@]}" 2>/dev/null || true)"
+missing=()
+for package in "${wanted[@]}"; do
+  [[ $installed == *" $package=installed "* ]] || missing+=("$package")
+done
+if ((${#missing[@]} == 0)); then
+  exit 0
+fi
+
+sudo=()
+if ((EUID != 0)); then
+  command -v sudo >/dev/null || { echo "setup: missing ${missing[*]}; run as root: apt-get install ${missing[*]}" >&2; exit 1; }
+  sudo=(sudo)
+fi
+apt() { "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -o Dpkg::Use-Pty=0 -o DPkg::Lock::Timeout=600 -o Acquire::Retries=3 "$@" </dev/null; }
+
+echo "setup: installing ${missing[*]}${sudo:+ (with sudo)}" >&2
+start=$SECONDS
+# One unreachable source among many must not stop us: installing decides.
+apt update >/dev/null || echo "setup: apt-get update had trouble; going on with the lists at hand" >&2
+# Recommended packages stay out: qemu's alone would be a desktop.
+apt install -y --no-install-recommends "${missing[@]}" >&2
+echo "setup: installed ${#missing[@]} packages in $((SECONDS - start)) s" >&2
