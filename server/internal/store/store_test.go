@@ -1,0 +1,334 @@
+package store_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// TestConformance runs one suite over every database that is at hand. Rows
+// share a database and so each uses a BUILD_ID of its own.
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
+		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
+		"one open build": oneOpen, "change": change,
+	}
+	run := func(t *testing.T, url string) {
+		// Opening again must find everything migrated.
+		for range 2 {
+			s := open(t, url)
+			if err := s.Ping(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s := open(t, url)
+		base := time.Now().Unix() % 100000000
+		n := 0
+		for name, f := range suite {
+			n++
+			id := fmt.Sprintf("%d.%d.0", base, n)
+			t.Run(name, func(t *testing.T) { f(t, s, id) })
+		}
+	}
+	t.Run("sqlite", func(t *testing.T) {
+		t.Parallel()
+		run(t, "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
+	})
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		url := os.Getenv("PREBAKE_TEST_POSTGRES")
+		if url == "" {
+			t.Skip("PREBAKE_TEST_POSTGRES names no database")
+		}
+		run(t, url)
+	})
+}
+
+func open(t *testing.T, url string) *store.Store {
+	t.Helper()
+	s, err := store.Open(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Errorf("Close() = %v", err)
+		}
+	})
+	return s
+}
+
+var (
+	noon   = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
+	driver = target.Driver{Version: "535.261.03", Flavour: target.Open}
+)
+
+func kernelOf(buildID string) target.Kernel {
+	return target.Kernel{BuildID: buildID, Board: "lakitu", Milestone: 109, Arch: target.AMD64}
+}
+
+func kernels(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	if _, known, err := s.Kernel(ctx, id, "lakitu"); known || err != nil {
+		t.Fatalf("Kernel(absent) = %v, %v", known, err)
+	}
+	full := api.Kernel{Kernel: kernelOf(id), Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64)),
+		Default: "535.261.03", Latest: "535.309.01", Branches: map[string]string{"R535": "535.261.03"}, SeenAt: noon}
+	full.Release, full.Version, full.Commit = "6.1.0-47", "#1 SMP", strings.Repeat("c", 40)
+	bare := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu"}, SeenAt: noon.Add(time.Hour)}
+	for _, k := range []api.Kernel{full, bare} {
+		if err := s.PutKernel(ctx, k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := full
+	want.SeenAt = bare.SeenAt
+	got, known, err := s.Kernel(ctx, id, "lakitu")
+	if err != nil || !known {
+		t.Fatalf("Kernel() = %v, %v", known, err)
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("empty fields must leave what is stored (-want +got):\n%s", d)
+	}
+	all, err := s.Kernels(ctx)
+	if err != nil || len(all) == 0 {
+		t.Errorf("Kernels() = %d, %v; want some", len(all), err)
+	}
+}
+
+func drivers(t *testing.T, s *store.Store, _ string) {
+	ctx := t.Context()
+	want := api.DriverRelease{Version: "535.261.03", Branch: "R535", Flavours: []target.Flavour{target.Open}, SeenAt: noon}
+	for _, d := range []api.DriverRelease{want, {Version: want.Version, SeenAt: noon}} {
+		if err := s.PutDriver(ctx, d); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := s.Drivers(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]api.DriverRelease{want}, got); d != "" {
+		t.Errorf("Drivers() (-want +got):\n%s", d)
+	}
+}
+
+func artifacts(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	digest := "sha256:" + id
+	d := target.Driver{Version: "999." + id, Flavour: target.Open} // a driver that no other row uses
+	first, second := kernelOf(id), kernelOf(id+"1")
+	a := api.Artifact{Digest: digest, Repository: "/prebake/driver", Fingerprint: "sha256:f", Driver: d, Arch: target.AMD64,
+		Release: "6.1.0", Kernels: []target.Kernel{first}, State: api.Published, PublishedAt: noon}
+	if err := s.PutArtifact(ctx, a); err != nil {
+		t.Fatal(err)
+	}
+	again := a
+	again.Kernels, again.PublishedAt = []target.Kernel{second}, noon.Add(time.Hour)
+	if err := s.PutArtifact(ctx, again); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SetArtifactState(ctx, digest, api.Yanked, "broken"); err != nil {
+		t.Fatal(err)
+	}
+	want := a
+	want.Kernels, want.State, want.Reason = []target.Kernel{first, second}, api.Yanked, "broken"
+	got, err := s.Artifacts(ctx, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]api.Artifact{want}, got); diff != "" {
+		t.Errorf("Artifacts() (-want +got):\n%s", diff)
+	}
+	if one, err := s.Artifact(ctx, digest); err != nil || one.Digest != digest {
+		t.Errorf("Artifact() = %v, %v", one, err)
+	}
+	if _, err := s.Artifact(ctx, "sha256:absent"); !fault.Is(err, fault.NoArtifact) {
+		t.Errorf("Artifact(absent) = %v; want no-artifact", err)
+	}
+	if all, err := s.Artifacts(ctx, target.Driver{}); err != nil || len(all) == 0 {
+		t.Errorf("Artifacts(all) = %d, %v; want some", len(all), err)
+	}
+	if n, err := s.CountArtifacts(ctx); err != nil || n[api.Yanked] == 0 {
+		t.Errorf("CountArtifacts() = %v, %v", n, err)
+	}
+}
+
+func add(t *testing.T, s *store.Store, id string) api.Build {
+	t.Helper()
+	b, added, err := s.AddBuild(t.Context(), api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+	if err != nil || !added {
+		t.Fatalf("AddBuild() = %v, %v", added, err)
+	}
+	return b
+}
+
+func builds(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	b := add(t, s, id)
+	got, err := s.Build(ctx, b.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(b, got); d != "" {
+		t.Errorf("Build() (-stored +read):\n%s", d)
+	}
+	if _, err := s.Build(ctx, 1<<40); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Build(absent) = %v; want input-missing", err)
+	}
+	newest, err := s.NewestBuild(ctx, id, "lakitu", driver)
+	if err != nil || newest == nil || newest.ID != b.ID {
+		t.Errorf("NewestBuild() = %v, %v; want build %d", newest, err, b.ID)
+	}
+	if none, err := s.NewestBuild(ctx, id, "lakitu", target.Driver{Version: "1.2"}); none != nil || err != nil {
+		t.Errorf("NewestBuild(absent) = %v, %v; want nothing", none, err)
+	}
+	for _, list := range []func() ([]api.Build, error){
+		func() ([]api.Build, error) { return s.Builds(ctx, "", 1000) },
+		func() ([]api.Build, error) { return s.Builds(ctx, api.Queued, 1000) },
+		func() ([]api.Build, error) { return s.OpenBuilds(ctx) },
+		func() ([]api.Build, error) { return s.NewestBuilds(ctx) },
+	} {
+		all, err := list()
+		found := false
+		for _, x := range all {
+			found = found || x.ID == b.ID
+		}
+		if err != nil || !found {
+			t.Errorf("a list of %d builds lacks build %d: %v", len(all), b.ID, err)
+		}
+	}
+	if n, err := s.CountBuilds(ctx); err != nil || n[api.Queued] == 0 {
+		t.Errorf("CountBuilds() = %v, %v", n, err)
+	}
+}
+
+func oneOpen(t *testing.T, s *store.Store, id string) {
+	const askers = 8
+	ids, added := make([]int64, askers), make([]bool, askers)
+	var wait sync.WaitGroup
+	for i := range askers {
+		wait.Go(func() {
+			b, isNew, err := s.AddBuild(context.WithoutCancel(t.Context()), api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+			if err != nil {
+				t.Error(err)
+			}
+			ids[i], added[i] = b.ID, isNew
+		})
+	}
+	wait.Wait()
+	n := 0
+	for i := range askers {
+		if added[i] {
+			n++
+		}
+		if ids[i] != ids[0] {
+			t.Errorf("asker %d got build %d, asker 0 got %d; want one", i, ids[i], ids[0])
+		}
+	}
+	if n != 1 {
+		t.Errorf("%d builds were added; want 1", n)
+	}
+	done, err := s.ChangeBuild(t.Context(), ids[0], func(b *api.Build) error { b.State = api.Failed; return nil })
+	if err != nil || done.State != api.Failed {
+		t.Fatalf("ChangeBuild() = %v, %v", done.State, err)
+	}
+	next := add(t, s, id)
+	if next.ID == ids[0] {
+		t.Error("a closed build was opened again")
+	}
+	_, err = s.ChangeBuild(t.Context(), ids[0], func(b *api.Build) error { b.State = api.Queued; return nil })
+	if !fault.Is(err, fault.Busy) {
+		t.Errorf("opening a second build of a cell = %v; want busy", err)
+	}
+}
+
+func change(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	b := add(t, s, id)
+	started := noon.Add(time.Minute)
+	want := b
+	want.State, want.Phase, want.Worker, want.Attempt = api.Building, "compile", "w1", 2
+	want.Class, want.Error, want.Hint, want.Digest = "api-break", "x.c:1: error", "none", "sha256:1"
+	want.Kernel.Release, want.StartedAt, want.FinishedAt = "6.1.0-47", &started, &started
+	want.Phases = []timeline.Phase{{Name: "source", Start: noon, Seconds: 1.5, Note: "cached"}}
+	if _, err := s.ChangeBuild(ctx, b.ID, func(b *api.Build) error { *b = want; return nil }); err != nil {
+		t.Fatal(err)
+	}
+	refusal := fault.New(fault.Mismatch, "no", "")
+	if _, err := s.ChangeBuild(ctx, b.ID, func(b *api.Build) error { b.Phase = "never"; return refusal }); !fault.Is(err, fault.Mismatch) {
+		t.Errorf("a refused change = %v; want the refusal", err)
+	}
+	got, err := s.Build(ctx, b.ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("ChangeBuild (-want +got):\n%s", d)
+	}
+	if _, err := s.ChangeBuild(ctx, 1<<40, func(*api.Build) error { return nil }); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("ChangeBuild(absent) = %v; want input-missing", err)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	t.Parallel()
+	for _, url := range []string{"", "catalogue.db", "sqlite://relative.db", "mysql://x"} {
+		if _, err := store.Open(t.Context(), url); !fault.Is(err, fault.Usage) {
+			t.Errorf("Open(%q) = %v; want a usage error", url, err)
+		}
+	}
+}
+
+func TestLogs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "7.log.123.part"), []byte("half"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	logs, err := store.OpenLogs(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer logs.Close()
+	if _, _, err := logs.Get(7); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(absent) = %v; want input-missing", err)
+	}
+	for _, text := range []string{"first", "second\n"} {
+		if err := logs.Put(7, strings.NewReader(text)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, size, err := logs.Get(7)
+	if err != nil || size != 7 {
+		t.Fatalf("Get() = %d bytes, %v; want the second log", size, err)
+	}
+	if err := f.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := logs.Put(7, endless{}); !fault.Is(err, fault.Usage) {
+		t.Errorf("Put(endless) = %v; want usage", err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 1 {
+		t.Errorf("the folder holds %v, %v; want one log and no leftovers", entries, err)
+	}
+}
+
+type endless struct{}
+
+func (endless) Read(p []byte) (int, error) { return len(p), nil }
