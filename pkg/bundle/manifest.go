@@ -1,0 +1,166 @@
+package bundle
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// MaxManifest bounds a manifest and a config: ours have some 2 KB.
+const MaxManifest = 1 << 20
+
+// ContentLayer describes one layer of a published artifact.
+type ContentLayer struct {
+	Kind           LayerKind
+	Digest, DiffID string
+	// Size is that of the compressed bytes.
+	Size int64
+}
+
+// Content is what an artifact's manifest and config say.
+type Content struct {
+	Identity Identity
+	// Layers are in manifest order: modules, user space, firmware.
+	Layers []ContentLayer
+	// Config is the digest of the config.
+	Config string
+}
+
+// Layer returns the layer of this kind.
+func (c Content) Layer(kind LayerKind) ContentLayer {
+	for _, l := range c.Layers {
+		if l.Kind == kind {
+			return l
+		}
+	}
+	return ContentLayer{}
+}
+
+// ConfigDescriptor reads a manifest far enough to tell which config belongs to
+// it, for callers that have to fetch that next.
+func ConfigDescriptor(manifest []byte) (v1.Descriptor, error) {
+	m, err := decodeManifest(manifest)
+	if err != nil {
+		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
+	}
+	return m.Config, nil
+}
+
+// ParseManifest reads an artifact out of its manifest and config, and refuses
+// whatever this package would not have written: another kind of image, other
+// layers, a config that is not the manifest's. The caller has compared the
+// manifest's bytes with its digest.
+func ParseManifest(manifest, config []byte) (Content, error) {
+	c, err := parseManifest(manifest, config)
+	if err != nil {
+		return Content{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
+	}
+	return c, nil
+}
+
+func parseManifest(manifest, config []byte) (Content, error) {
+	m, err := decodeManifest(manifest)
+	if err != nil {
+		return Content{}, err
+	}
+	id, err := ParseIdentity(m.Annotations)
+	if err != nil {
+		return Content{}, err
+	}
+	digest, size, err := v1.SHA256(bytes.NewReader(config))
+	if err != nil {
+		return Content{}, err
+	}
+	if digest != m.Config.Digest || size != m.Config.Size {
+		return Content{}, fmt.Errorf("config has digest %s; the manifest says %s", digest, m.Config.Digest)
+	}
+	var cf v1.ConfigFile
+	if err := decode(config, &cf); err != nil {
+		return Content{}, fmt.Errorf("config: %w", err)
+	}
+	if cf.OS != "linux" || cf.Architecture != string(id.Arch) {
+		return Content{}, fmt.Errorf("config is for %.20q/%.20q; the annotations say linux/%s", cf.OS, cf.Architecture, id.Arch)
+	}
+	if cf.RootFS.Type != "layers" || len(cf.RootFS.DiffIDs) != len(m.Layers) {
+		return Content{}, fmt.Errorf("config has %d diff ids; want %d", len(cf.RootFS.DiffIDs), len(m.Layers))
+	}
+	content := Content{Identity: id, Config: digest.String()}
+	for i, l := range m.Layers {
+		diffID := cf.RootFS.DiffIDs[i]
+		if err := checkHash(diffID); err != nil {
+			return Content{}, err
+		}
+		content.Layers = append(content.Layers, ContentLayer{Kind: LayerKinds()[i], Digest: l.Digest.String(), DiffID: diffID.String(), Size: l.Size})
+	}
+	return content, nil
+}
+
+// decodeManifest checks everything about a manifest but its identity.
+func decodeManifest(manifest []byte) (*v1.Manifest, error) {
+	var m v1.Manifest
+	if err := decode(manifest, &m); err != nil {
+		return nil, err
+	}
+	switch {
+	case m.SchemaVersion != 2 || m.MediaType != types.OCIManifestSchema1:
+		return nil, fmt.Errorf("schema %d, media type %.80q: want an OCI image manifest", m.SchemaVersion, m.MediaType)
+	case m.Subject != nil || m.ArtifactType != "":
+		return nil, errors.New("it refers to another artifact, or is of another artifact type")
+	case m.Config.MediaType != types.OCIConfigJSON:
+		return nil, fmt.Errorf("config has media type %.80q; want %s", m.Config.MediaType, types.OCIConfigJSON)
+	case m.Config.Size <= 0 || m.Config.Size > MaxManifest:
+		return nil, fmt.Errorf("config has %d bytes; want 1 to %d", m.Config.Size, MaxManifest)
+	case len(m.Layers) != len(LayerKinds()):
+		return nil, fmt.Errorf("%d layers; want %d", len(m.Layers), len(LayerKinds()))
+	}
+	if err := checkHash(m.Config.Digest); err != nil {
+		return nil, err
+	}
+	for i, l := range m.Layers {
+		kind := LayerKinds()[i]
+		switch {
+		case l.MediaType != MediaTypeLayer:
+			return nil, fmt.Errorf("layer %d has media type %.80q; want %s", i, l.MediaType, MediaTypeLayer)
+		case l.Annotations[AnnotationLayer] != string(kind):
+			return nil, fmt.Errorf("layer %d is of kind %.40q; want %q", i, l.Annotations[AnnotationLayer], kind)
+		case l.Size <= 0 || l.Size > maxBytes:
+			return nil, fmt.Errorf("%s layer has %d bytes; want 1 to %d", kind, l.Size, int64(maxBytes))
+		case len(l.URLs) > 0 || len(l.Data) > 0:
+			return nil, fmt.Errorf("%s layer names another place for its bytes", kind)
+		}
+		if err := checkHash(l.Digest); err != nil {
+			return nil, err
+		}
+	}
+	return &m, nil
+}
+
+func checkHash(h v1.Hash) error {
+	if h.Algorithm != "sha256" || len(h.Hex) != 64 {
+		return fmt.Errorf("digest %.80q: want sha256", h)
+	}
+	return nil
+}
+
+// decode reads exactly one JSON value without unknown fields.
+func decode(data []byte, v any) error {
+	if len(data) > MaxManifest {
+		return fmt.Errorf("%d bytes; at most %d are read", len(data), MaxManifest)
+	}
+	dec := json.NewDecoder(bytes.NewReader(data))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		return err
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return errors.New("data behind the end of the document")
+	}
+	return nil
+}

@@ -1,0 +1,286 @@
+package bundle
+
+import (
+	"archive/tar"
+	"bufio"
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Bounds of one layer, far above any driver so far (a release's user space is
+// some 600 MB in 300 entries) and low enough that a hostile layer is cut short.
+const (
+	maxEntries = 20_000
+	maxBytes   = 4 << 30 // uncompressed, tar headers included
+	maxName    = 512
+	windowSize = 8 << 20 // of zstd, on both sides: bounds the reader's memory
+)
+
+// Layer is one packed layer on disk.
+type Layer struct {
+	Kind LayerKind
+	// Path is the compressed file.
+	Path string
+	// Digest is that of the compressed bytes, DiffID that of the tar inside.
+	Digest, DiffID string
+	Size           int64
+}
+
+// entry is one name in a layer.
+type entry struct {
+	name string // slash-separated, without a trailing slash
+	mode fs.FileMode
+	size int64
+	link string
+}
+
+// PackLayer writes srcDir as a compressed layer to dstFile. Equal trees give
+// equal bytes on any machine: names are sorted, times are zero, owners are
+// root, modes are 0644 or 0755, and one thread compresses. It refuses
+// whatever [Unpack] would refuse.
+func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile string) (_ Layer, err error) {
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("pack %s layer: %w", kind, diskFull(err))
+		}
+	}()
+	src, err := os.OpenRoot(srcDir)
+	if err != nil {
+		return Layer{}, err
+	}
+	defer src.Close() //nolint:errcheck // only read
+	entries, err := listTree(src, kind)
+	if err != nil {
+		return Layer{}, err
+	}
+
+	out, err := os.Create(dstFile)
+	if err != nil {
+		return Layer{}, err
+	}
+	defer func() {
+		if cerr := out.Close(); err == nil {
+			err = cerr
+		}
+		if err != nil {
+			err = errors.Join(err, os.Remove(dstFile))
+		}
+	}()
+	packed := &countHash{w: out, h: sha256.New()}
+	buffered := bufio.NewWriterSize(packed, 1<<20)
+	// One thread: the encoder's output must not depend on the machine.
+	zw, err := zstd.NewWriter(buffered, zstd.WithEncoderLevel(zstd.SpeedBetterCompression),
+		zstd.WithEncoderConcurrency(1), zstd.WithWindowSize(windowSize), zstd.WithEncoderCRC(true))
+	if err != nil {
+		return Layer{}, err
+	}
+	diff := &countHash{w: zw, h: sha256.New()}
+	if err := writeTar(ctx, diff, src, entries); err != nil {
+		return Layer{}, err
+	}
+	if err := zw.Close(); err != nil {
+		return Layer{}, err
+	}
+	if err := buffered.Flush(); err != nil {
+		return Layer{}, err
+	}
+	return Layer{Kind: kind, Path: dstFile, Digest: packed.digest(), DiffID: diff.digest(), Size: packed.n}, nil
+}
+
+// listTree returns everything below the root in byte order of names, which
+// puts a folder before what it holds.
+func listTree(src *os.Root, kind LayerKind) ([]entry, error) {
+	var entries []entry
+	var total int64
+	err := fs.WalkDir(src.FS(), ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || name == "." {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		e := entry{name: name, mode: info.Mode()}
+		switch info.Mode().Type() {
+		case 0:
+			e.size = info.Size()
+			total += e.size
+		case fs.ModeDir:
+		case fs.ModeSymlink:
+			if e.link, err = src.Readlink(name); err != nil {
+				return err
+			}
+			if err := checkLink(name, e.link); err != nil {
+				return err
+			}
+		default:
+			return fmt.Errorf("%s is a %s: only folders, regular files and links can be packed", name, info.Mode().Type())
+		}
+		if err := checkName(name); err != nil {
+			return err
+		}
+		if err := checkPlace(kind, name, info.IsDir()); err != nil {
+			return err
+		}
+		entries = append(entries, e)
+		if len(entries) > maxEntries || total > maxBytes/2 {
+			return fmt.Errorf("more than %d entries or %d bytes", maxEntries, int64(maxBytes/2))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	slices.SortFunc(entries, func(a, b entry) int { return cmp.Compare(a.name, b.name) })
+	return entries, nil
+}
+
+// checkPlace keeps the three layers apart, so that they can be unpacked into
+// one folder without ever touching the same name.
+func checkPlace(kind LayerKind, name string, dir bool) error {
+	top, rest, _ := strings.Cut(name, "/")
+	ok := false
+	switch kind {
+	case LayerModules:
+		ok = name == "drivers" && dir || top == "drivers" && !dir && !strings.Contains(rest, "/") && strings.HasSuffix(rest, ".ko")
+	case LayerFirmware:
+		ok = top == "firmware"
+	case LayerUserspace:
+		ok = top != "drivers" && top != "firmware"
+	}
+	if !ok {
+		return fmt.Errorf("%s does not belong into a layer of kind %q", name, kind)
+	}
+	return nil
+}
+
+func writeTar(ctx context.Context, w io.Writer, src *os.Root, entries []entry) error {
+	tw := tar.NewWriter(w)
+	for _, e := range entries {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		// No Format: archive/tar then writes USTAR and adds PAX records only
+		// for what USTAR cannot hold.
+		hdr := &tar.Header{Name: e.name, ModTime: time.Unix(0, 0), Mode: fileMode(e.mode)}
+		switch e.mode.Type() {
+		case fs.ModeDir:
+			hdr.Typeflag, hdr.Name, hdr.Mode = tar.TypeDir, e.name+"/", 0o755
+		case fs.ModeSymlink:
+			hdr.Typeflag, hdr.Linkname, hdr.Mode = tar.TypeSymlink, e.link, 0o777
+		default:
+			hdr.Typeflag, hdr.Size = tar.TypeReg, e.size
+		}
+		if err := tw.WriteHeader(hdr); err != nil {
+			return fmt.Errorf("%s: %w", e.name, err)
+		}
+		if hdr.Typeflag != tar.TypeReg {
+			continue
+		}
+		if err := copyIn(ctx, tw, src, e); err != nil {
+			return fmt.Errorf("%s: %w", e.name, err)
+		}
+	}
+	return tw.Close()
+}
+
+func copyIn(ctx context.Context, tw *tar.Writer, src *os.Root, e entry) error {
+	f, err := src.Open(e.name)
+	if err != nil {
+		return err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	n, err := io.Copy(tw, &ctxReader{ctx: ctx, r: f})
+	if err == nil && n != e.size {
+		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, e.size)
+	}
+	return err
+}
+
+func fileMode(m fs.FileMode) int64 {
+	if m.Perm()&0o111 != 0 {
+		return 0o755
+	}
+	return 0o644
+}
+
+// checkName accepts clean relative names only.
+func checkName(name string) error {
+	if name == "" || len(name) > maxName || name != path.Clean(name) || !fs.ValidPath(name) || name == "." ||
+		strings.ContainsAny(name, "\x00\\\n\r") {
+		return fmt.Errorf("name %.80q is not a clean relative path of at most %d bytes", name, maxName)
+	}
+	return nil
+}
+
+// checkLink accepts relative links that stay inside the tree. Only leading
+// ".." are allowed: a link is always a child of real folders, so those climb
+// real folders, while a ".." behind a name could climb out of what another
+// link points to.
+func checkLink(name, link string) error {
+	bad := func(why string) error { return fmt.Errorf("link %s -> %.80q %s", name, link, why) }
+	if link == "" || len(link) > maxName || path.IsAbs(link) || strings.ContainsAny(link, "\x00\\\n\r") {
+		return bad("is not a relative path")
+	}
+	if link != path.Clean(link) {
+		return bad("is not a clean path")
+	}
+	if in := path.Join(path.Dir(name), link); in == ".." || strings.HasPrefix(in, "../") {
+		return bad("leads out of the layer")
+	}
+	return nil
+}
+
+// countHash counts and hashes what it passes on.
+type countHash struct {
+	w io.Writer
+	h hash.Hash
+	n int64
+}
+
+func (c *countHash) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	c.h.Write(p[:n]) // a hash never returns an error
+	return n, err
+}
+
+func (c *countHash) digest() string { return "sha256:" + hex.EncodeToString(c.h.Sum(nil)) }
+
+// ctxReader stops reading when its context ends; it lives for one call.
+type ctxReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *ctxReader) Read(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
+	}
+	return c.r.Read(p)
+}
+
+// diskFull gives an error of a full disk its kind.
+func diskFull(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fault.Wrap(fault.DiskFull, err, "free some space on the disk of this folder")
+	}
+	return err
+}
