@@ -9,14 +9,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cache=${PREBAKE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}
+cache=${PREBAKE_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}
 out=${1:-bin/images}
 suite=bookworm
 
 if ((EUID != 0)); then
   # A root file system with its owners and devices takes root to make.
   echo "images: going on with sudo" >&2
-  exec sudo PREBAKE_CACHE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" "$0" "$@"
+  exec sudo PREBAKE_STATE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" "$0" "$@"
 fi
 
 say() { echo "images: $*" >&2; }

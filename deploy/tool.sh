@@ -9,7 +9,7 @@ set -euo pipefail
 package=${1:?usage: deploy/tool.sh MODULE@VERSION}
 name=$(basename "${package%@*}")
 version=${package##*@}
-root=${PREBAKE_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}/tools
+root=${PREBAKE_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}/tools
 dir=$root/$name-$version-$(cd / && go env GOVERSION)
 
 if [[ ! -x $dir/$name ]]; then
