@@ -1,0 +1,177 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// pipelineFlags are the settings that build and work share.
+func pipelineFlags() []ucli.Flag {
+	return []ucli.Flag{
+		&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://", Sources: cli.Env("kernel-mirror")},
+		&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
+		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, or oci:FOLDER; may be given more than once", Sources: cli.Env("to"), Required: true},
+		&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to; all others take the Docker configuration", Sources: cli.Env("username")},
+		&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
+		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen) or KMS URI", Sources: cli.Env("key"), Required: true},
+		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
+		&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")},
+		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
+		&ucli.DurationFlag{Name: "compile-timeout", Value: time.Hour, Usage: "longest `TIME` for one compile", Sources: cli.Env("compile-timeout")},
+		&ucli.StringFlag{Name: "load-test", Value: string(pipeline.LoadTestAuto), Usage: "load the modules in a virtual machine: auto, require or off", Sources: cli.Env("load-test"),
+			Validator: func(s string) error {
+				switch pipeline.LoadTest(s) {
+				case pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff:
+					return nil
+				}
+				return fmt.Errorf("load-test %q: want auto, require or off", s)
+			}},
+		&ucli.StringFlag{Name: "guestinit", Value: sibling("guestinit"), Usage: "`PROGRAM` that runs the virtual machine from inside", Sources: cli.Env("guestinit")},
+		&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML in the virtual machine", Sources: cli.Env("probe")},
+	}
+}
+
+func defaultCache() string {
+	dir, err := os.UserCacheDir()
+	if err != nil {
+		dir = os.TempDir()
+	}
+	return filepath.Join(dir, "prebake", "build")
+}
+
+// sibling names a program beside this one.
+func sibling(name string) string {
+	self, err := os.Executable()
+	if err != nil {
+		return name
+	}
+	return filepath.Join(filepath.Dir(self), name)
+}
+
+func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
+	cache, err := cas.Open(cmd.String("cache"))
+	if err != nil {
+		return pipeline.Config{}, fmt.Errorf("open cache: %w", err)
+	}
+	to := cmd.StringSlice("to")
+	credentials := func(destination string) registry.Options {
+		o := registry.Options{UserAgent: "prebake-builder/" + version}
+		if destination == to[0] {
+			o.Username, o.Password = cmd.String("username"), cmd.String("password")
+		}
+		return o
+	}
+	return pipeline.Config{
+		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
+		Cache: cache, Destinations: to, Key: cmd.String("key"), BuilderID: cmd.String("builder-id"),
+		Registry: credentials,
+		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
+		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),
+	}, nil
+}
+
+func buildCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "build",
+		Usage: "make one cell: one COS build's kernel and one driver",
+		Flags: append([]ucli.Flag{
+			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true, Sources: cli.Env("build-id")},
+			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD`: lakitu or lakitu-arm64", Sources: cli.Env("board")},
+			&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535, or a `VERSION`", Sources: cli.Env("driver")},
+			&ucli.StringFlag{Name: "flavour", Value: string(target.Proprietary), Usage: "proprietary or open", Sources: cli.Env("flavour")},
+			&ucli.StringFlag{Name: "log", Usage: "keep the full log in `FILE`; default: in the cache folder, its path is printed", Sources: cli.Env("log")},
+			cli.OutputFlag(),
+		}, pipelineFlags()...),
+		Action: runBuild,
+	}
+}
+
+func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
+	kernel, err := target.ParseKernel(cmd.String("build-id"), cmd.String("board"))
+	if err != nil {
+		return fault.Wrap(fault.Usage, err, "see builder build --help")
+	}
+	wish, err := target.ParseWish(cmd.String("driver"))
+	if err != nil {
+		return fault.Wrap(fault.Usage, err, "see builder build --help")
+	}
+	flavour, err := target.ParseFlavour(cmd.String("flavour"))
+	if err != nil {
+		return fault.Wrap(fault.Usage, err, "see builder build --help")
+	}
+	cfg, err := pipelineConfig(cmd)
+	if err != nil {
+		return err
+	}
+	logPath := cmd.String("log")
+	if logPath == "" {
+		logPath = filepath.Join(cfg.Cache.Dir(), "logs", fmt.Sprintf("%s-%s-%s-%s.log", kernel.BuildID, kernel.Board, wish, flavour))
+	}
+	if err := os.MkdirAll(filepath.Dir(logPath), 0o755); err != nil {
+		return err
+	}
+	log, err := os.Create(logPath)
+	if err != nil {
+		return fmt.Errorf("open log: %w", err)
+	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	stderr := cmd.Root().ErrWriter
+	fmt.Fprintf(stderr, "building %s %s for %s; full log in %s\n", wish, flavour, kernel, logPath)
+	line := &timeline.Run{Watch: cli.Progress(stderr)}
+	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
+	if err != nil {
+		fmt.Fprintf(stderr, "full log: %s\n", logPath)
+		return err
+	}
+	return cli.Print(cmd, res, func(w io.Writer) error { return printResult(w, res) })
+}
+
+func printResult(w io.Writer, res *pipeline.Result) error {
+	for _, repo := range res.Repositories {
+		if _, err := fmt.Fprintf(w, "%s@%s\n", repo, res.Digest); err != nil {
+			return err
+		}
+	}
+	verdict := "static checks only"
+	if res.LoadTest != nil {
+		verdict = res.LoadTest.State
+	}
+	_, err := fmt.Fprintf(w, "tag       %s\ndriver    %s\nkernel    %s, release %s\nABI       %s\nload test %s\n",
+		res.Tag, res.Driver, res.Kernel, res.Kernel.Release, res.Fingerprint, verdict)
+	return err
+}
+
+func keygenCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:      "keygen",
+		Usage:     "make a signing key (ECDSA P-256) in FILE and its public half in FILE.pub",
+		ArgsUsage: "FILE",
+		Action: func(_ context.Context, cmd *ucli.Command) error {
+			path := cmd.Args().First()
+			if path == "" || cmd.Args().Len() != 1 {
+				return fault.New(fault.Usage, "keygen takes one file name", "builder keygen prebake.key")
+			}
+			if err := sign.GenerateKey(path); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(cmd.Root().Writer, "%s\n%s.pub\n", path, path)
+			return err
+		},
+	}
+}

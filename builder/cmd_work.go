@@ -1,0 +1,66 @@
+package main
+
+import (
+	"context"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/worker"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+)
+
+func workCommand() *ucli.Command {
+	host, _ := os.Hostname() // an empty name falls to the check below
+	if host == "" {
+		host = "builder"
+	}
+	flags := append([]ucli.Flag{
+		&ucli.StringFlag{Name: "server", Value: "http://127.0.0.1:8440", Usage: "`URL` of the server that builds are reported to", Sources: cli.Env("server")},
+		&ucli.StringFlag{Name: "token", Usage: "the server's write `TOKEN`", Sources: cli.Env("token")},
+		&ucli.StringFlag{Name: "queue", Required: true, Usage: "`URL` of the queue: sqlite:///PATH (the server's queue.db) or postgres://…", Sources: cli.Env("queue")},
+		&ucli.StringFlag{Name: "id", Value: host, Usage: "`NAME` of this worker, one process each", Sources: cli.Env("id")},
+		&ucli.StringFlag{Name: "state", Value: filepath.Join(filepath.Dir(defaultCache()), "worker"), Usage: "`FOLDER` for the lock and running logs", Sources: cli.Env("state")},
+		&ucli.IntFlag{Name: "concurrency", Value: 1, Usage: "builds side by side", Sources: cli.Env("concurrency")},
+	}, pipelineFlags()...)
+	return &ucli.Command{
+		Name:   "work",
+		Usage:  "take builds from the queue until told to stop",
+		Flags:  append(flags, cli.LogFlags()...),
+		Action: runWork,
+	}
+}
+
+func runWork(ctx context.Context, cmd *ucli.Command) error {
+	log, err := cli.Logger(cmd)
+	if err != nil {
+		return err
+	}
+	cfg, err := pipelineConfig(cmd)
+	if err != nil {
+		return err
+	}
+	server, err := url.Parse(cmd.String("server"))
+	if err != nil {
+		return fault.Wrap(fault.Usage, err, "give --server as in http://127.0.0.1:8440")
+	}
+	configured := cfg.Registry
+	cfg.Registry = func(destination string) registry.Options {
+		o := configured(destination)
+		if host, _, _ := strings.Cut(destination, "/"); host == server.Host && o.Password == "" {
+			// The embedded registry takes the token that the API takes.
+			o.Username, o.Password = "token", cmd.String("token")
+		}
+		return o
+	}
+	return worker.Run(ctx, worker.Config{
+		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
+		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Pipeline: cfg, Log: log,
+	})
+}

@@ -1,0 +1,503 @@
+// Package pipeline makes one cell of the matrix: it takes a COS build and a
+// driver wish through source, compile, check, load test, package, sign and
+// publish, and reports every phase. `builder build`, `builder work` and a
+// node's local compile all run this one path.
+//
+// It refuses to publish anything that failed a phase, and to know how a phase
+// does its work; each has a package of its own.
+package pipeline
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// LoadTest says what to do about the load test.
+type LoadTest string
+
+// The load test's modes.
+const (
+	// LoadTestAuto runs it where the mirror has a bootable kernel.
+	LoadTestAuto LoadTest = "auto"
+	// LoadTestRequire fails the build where it cannot run.
+	LoadTestRequire LoadTest = "require"
+	// LoadTestOff publishes on static checks alone.
+	LoadTestOff LoadTest = "off"
+)
+
+// Config is what one machine brings to every build.
+type Config struct {
+	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
+	KernelMirror, DriverMirror string
+	// Cache is the content-addressed cache that builds share.
+	Cache *cas.Cache
+	// Destinations are registry references or oci: layout folders; each gets the artifact.
+	Destinations []string
+	// Registry returns the settings for one of the Destinations: credentials
+	// belong to one registry and are never shown to another. Nil is the Docker
+	// configuration for all.
+	Registry func(destination string) registry.Options
+	// Key is a private key file or a KMS URI.
+	Key string
+	// BuilderID goes into the provenance as builder.id, a URI.
+	BuilderID string
+	// Jobs is make's -j; 0 is one for each processor.
+	Jobs     int
+	LoadTest LoadTest
+	// Tools are programs that the load test puts into its machine.
+	GuestInit, NVMLProbe string
+	// CompileTimeout bounds the compile phase; 0 is one hour.
+	CompileTimeout time.Duration
+}
+
+// Request names one cell.
+type Request struct {
+	BuildID, Board string
+	Driver         target.Wish
+	Flavour        target.Flavour
+	// KernelMirror and DriverMirror replace the Config's where set.
+	KernelMirror, DriverMirror string
+}
+
+// Result is what a build came to.
+type Result struct {
+	Kernel      target.Kernel      `json:"kernel"`
+	Fingerprint target.Fingerprint `json:"fingerprint"`
+	Driver      target.Driver      `json:"driver"`
+	Digest      string             `json:"digest"`
+	// Repositories hold the artifact, in the order of Config.Destinations.
+	Repositories []string `json:"repositories"`
+	Tag          string   `json:"tag"`
+	// Existed says that every destination already had this very artifact.
+	Existed  bool              `json:"existed"`
+	LoadTest *loadtest.Verdict `json:"loadTest,omitempty"`
+	Layers   []bundle.Layer    `json:"layers,omitempty"`
+	Phases   []timeline.Phase  `json:"phases"`
+}
+
+type run struct {
+	cfg  Config
+	req  Request
+	log  io.Writer
+	line *timeline.Run
+	res  Result
+
+	kernel  *cossrc.Inputs
+	release *nvsrc.Release
+	modules map[string]string
+	id      bundle.Identity
+	started time.Time
+}
+
+// Run makes one cell. log gets everything that tools print. The Result is
+// returned with an error too, as far as it came.
+func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
+	if req.KernelMirror != "" {
+		cfg.KernelMirror = req.KernelMirror
+	}
+	if req.DriverMirror != "" {
+		cfg.DriverMirror = req.DriverMirror
+	}
+	if cfg.CompileTimeout == 0 {
+		cfg.CompileTimeout = time.Hour
+	}
+	if cfg.Registry == nil {
+		cfg.Registry = func(string) registry.Options { return registry.Options{} }
+	}
+	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC()}
+	err := r.all(ctx)
+	if err != nil {
+		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
+	}
+	r.res.Phases = line.Phases()
+	return &r.res, err
+}
+
+func (r *run) all(ctx context.Context) error {
+	for _, phase := range []struct {
+		name string
+		do   func(context.Context) (string, error)
+	}{
+		{"source", r.source},
+		{"compile", r.compile},
+		{"check", r.check},
+		{"load test", r.loadTest},
+		{"package", r.pack},
+		{"sign+publish", r.publish},
+	} {
+		fmt.Fprintf(r.log, "\n== %s\n", phase.name)
+		if err := r.line.Do(phase.name, func() (string, error) { return phase.do(ctx) }); err != nil {
+			return fmt.Errorf("%s: %w", phase.name, err)
+		}
+	}
+	return nil
+}
+
+func (r *run) say(phase string) func(string) {
+	return func(text string) {
+		fmt.Fprintln(r.log, text)
+		r.line.Say(phase, "%s", text)
+	}
+}
+
+// source fetches and checks every input, and settles the driver version.
+func (r *run) source(ctx context.Context) (string, error) {
+	kernels, err := cosbucket.Open(ctx, r.cfg.KernelMirror)
+	if err != nil {
+		return "", err
+	}
+	defer kernels.Close()
+	drivers, err := cosbucket.Open(ctx, r.cfg.DriverMirror)
+	if err != nil {
+		return "", err
+	}
+	defer drivers.Close()
+	if r.kernel, err = cossrc.Fetch(ctx, kernels, r.cfg.Cache, r.req.BuildID, r.req.Board, r.say("source")); err != nil {
+		return "", err
+	}
+	r.res.Kernel, r.res.Fingerprint = r.kernel.Kernel, r.kernel.Fingerprint
+	version, ok := r.req.Driver.Exact()
+	if !ok {
+		list, err := kernels.Drivers(ctx, r.kernel.Kernel)
+		if err != nil {
+			return "", err
+		}
+		if version, err = list.Choose(r.req.Driver); err != nil {
+			return "", err
+		}
+	}
+	r.res.Driver = target.Driver{Version: version, Flavour: r.req.Flavour}
+	if r.release, err = nvsrc.Fetch(ctx, drivers, r.cfg.Cache, version, r.kernel.Kernel.Arch, r.say("source")); err != nil {
+		return "", err
+	}
+	if _, err := r.release.Source(r.req.Flavour); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("kernel %s, ABI %s", r.kernel.Kernel.Release, r.kernel.Fingerprint.Short()), nil
+}
+
+// key names a cached product of this cell: everything that decides its bytes.
+func (r *run) key(parts ...string) string {
+	h := sha256.New()
+	for _, p := range append(parts, r.release.SourceDigest, string(r.res.Driver.Flavour)) {
+		fmt.Fprintf(h, "%d:%s\n", len(p), p)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// compile makes the modules, or finds them made by an earlier build of the
+// same inputs.
+func (r *run) compile(ctx context.Context) (string, error) {
+	source, err := r.release.Source(r.req.Flavour)
+	if err != nil {
+		return "", err
+	}
+	work, cleanup, err := r.cfg.Cache.TempDir("compile-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, cleanup()) }()
+	var phases []timeline.Phase
+	key := r.key(compile.Recipe, string(r.kernel.Fingerprint))
+	dir, cached, err := r.cfg.Cache.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
+			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
+		defer cancel()
+		made, err := compile.Modules(ctx, compile.Request{
+			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
+			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
+			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
+			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
+		})
+		if err != nil {
+			return err
+		}
+		phases = made.Phases
+		for name, path := range made.Modules {
+			if err := copyFile(filepath.Join(dir, name+".ko"), path); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return "", err
+	}
+	for _, p := range phases {
+		p.Name = "  " + p.Name
+		r.line.Add(p)
+	}
+	found, err := filepath.Glob(filepath.Join(dir, "*.ko"))
+	if err != nil {
+		return "", err
+	}
+	r.modules = map[string]string{}
+	for _, path := range found {
+		name := filepath.Base(path)
+		r.modules[name[:len(name)-len(".ko")]] = path
+	}
+	if cached {
+		return fmt.Sprintf("%d modules, cached", len(found)), nil
+	}
+	return fmt.Sprintf("%d modules", len(found)), nil
+}
+
+// check reads every module back and holds it against the kernel's own list.
+func (r *run) check(context.Context) (string, error) {
+	symvers, err := os.Open(filepath.Join(r.kernel.Headers, "Module.symvers"))
+	if err != nil {
+		return "", err
+	}
+	defer symvers.Close()
+	exports, err := modinfo.ReadSymvers(symvers)
+	if err != nil {
+		return "", err
+	}
+	var mods []*modinfo.Module
+	vermagic := ""
+	for name, path := range r.modules {
+		m, err := readModule(path)
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
+		}
+		mods = append(mods, m)
+		vermagic = m.Vermagic
+	}
+	if err := modinfo.Check(mods, modinfo.Rules{
+		Release: r.kernel.Kernel.Release, Vermagic: vermagic, Symvers: exports, ModVersions: exports.HasCRCs(),
+	}); err != nil {
+		return "", err
+	}
+	r.id = bundle.Identity{
+		Fingerprint: r.kernel.Fingerprint, Arch: r.kernel.Kernel.Arch, Release: r.kernel.Kernel.Release,
+		Vermagic: vermagic, Driver: r.res.Driver,
+	}
+	return vermagic, nil
+}
+
+func readModule(path string) (*modinfo.Module, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return modinfo.Read(f, info.Size())
+}
+
+// loadTest boots the kernel and loads the modules in it.
+func (r *run) loadTest(ctx context.Context) (string, error) {
+	switch {
+	case r.cfg.LoadTest == LoadTestOff:
+		return "off: static checks only", nil
+	case r.kernel.Boot == "" && r.cfg.LoadTest == LoadTestRequire:
+		return "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand for "+r.kernel.Kernel.String(), "publish without it: --load-test auto")
+	case r.kernel.Boot == "":
+		return "no bootable kernel at hand: static checks only", nil
+	}
+	user, err := r.staged(ctx, bundle.LayerUserspace)
+	if err != nil {
+		return "", err
+	}
+	firmware, err := r.staged(ctx, bundle.LayerFirmware)
+	if err != nil {
+		return "", err
+	}
+	key := r.key("loadtest-1", compile.Recipe, string(r.kernel.Fingerprint), r.kernel.BootDigest)
+	if raw, ok := r.cfg.Cache.Recall("loadtest", key); ok {
+		verdict := &loadtest.Verdict{}
+		if json.Unmarshal(raw, verdict) == nil {
+			r.res.LoadTest = verdict
+			return verdict.State + ", cached verdict", nil
+		}
+	}
+	verdict, err := loadtest.Run(ctx, loadtest.Config{
+		Boot: r.kernel.Boot, Modules: r.modules, Userspace: user, Firmware: firmware,
+		Version: r.res.Driver.Version, GuestInit: r.cfg.GuestInit, NVMLProbe: r.cfg.NVMLProbe,
+	}, r.log)
+	r.res.LoadTest = verdict
+	if err != nil {
+		return "", err
+	}
+	raw, err := json.Marshal(verdict)
+	if err != nil {
+		return "", err
+	}
+	return verdict.State, r.cfg.Cache.Remember("loadtest", key, raw)
+}
+
+// staged returns the folder with a driver version's user space or firmware.
+func (r *run) staged(ctx context.Context, kind bundle.LayerKind) (string, error) {
+	stage := r.release.StageUserspace
+	if kind == bundle.LayerFirmware {
+		stage = r.release.StageFirmware
+	}
+	dir, _, err := r.cfg.Cache.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
+	return dir, err
+}
+
+// packed returns a layer of the staged folder, compressed once and kept.
+func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool, err error) {
+	dir, cached, err := r.cfg.Cache.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
+		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
+		if err != nil {
+			return err
+		}
+		raw, err := json.Marshal(layer)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(dir, "layer.json"), raw, 0o644)
+	})
+	if err != nil {
+		return layer, false, err
+	}
+	raw, err := os.ReadFile(filepath.Join(dir, "layer.json"))
+	if err != nil {
+		return layer, false, err
+	}
+	if err := json.Unmarshal(raw, &layer); err != nil {
+		return layer, false, fmt.Errorf("read %s layer: %w", kind, err)
+	}
+	layer.Path = filepath.Join(dir, "layer.tar.zst")
+	return layer, cached, nil
+}
+
+func (r *run) pack(ctx context.Context) (string, error) {
+	reused := 0
+	for _, kind := range bundle.LayerKinds() {
+		var src, key string
+		var err error
+		if kind == bundle.LayerModules {
+			key = r.key(compile.Recipe, bundle.PackRecipe, string(r.kernel.Fingerprint))
+			var cleanup func() error
+			if src, cleanup, err = r.modulesFolder(); err != nil {
+				return "", err
+			}
+			defer func() { _ = cleanup() }() // a scratch folder; the next Open removes it as well
+		} else {
+			key = bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + r.release.Digest[len("sha256:"):]
+			if src, err = r.staged(ctx, kind); err != nil {
+				return "", err
+			}
+		}
+		layer, cached, err := r.packed(ctx, kind, src, key)
+		if err != nil {
+			return "", fmt.Errorf("%s layer: %w", kind, err)
+		}
+		if cached {
+			reused++
+		}
+		fmt.Fprintf(r.log, "%s layer %s, %d bytes\n", kind, layer.Digest, layer.Size)
+		r.res.Layers = append(r.res.Layers, layer)
+	}
+	var size int64
+	for _, l := range r.res.Layers {
+		size += l.Size
+	}
+	return fmt.Sprintf("3 layers, %.1f MB, %d cached", float64(size)/1e6, reused), nil
+}
+
+// modulesFolder lays the modules out as their layer wants them.
+func (r *run) modulesFolder() (string, func() error, error) {
+	dir, cleanup, err := r.cfg.Cache.TempDir("modules-")
+	if err != nil {
+		return "", nil, err
+	}
+	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
+		return "", nil, errors.Join(err, cleanup())
+	}
+	for name, path := range r.modules {
+		if err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path); err != nil {
+			return "", nil, errors.Join(err, cleanup())
+		}
+	}
+	return dir, cleanup, nil
+}
+
+// publish signs the statements about the image and sends all of it out.
+func (r *run) publish(ctx context.Context) (string, error) {
+	image, err := bundle.Image(r.id, r.res.Layers)
+	if err != nil {
+		return "", err
+	}
+	digest, err := image.Digest()
+	if err != nil {
+		return "", err
+	}
+	r.res.Digest, r.res.Tag = digest.String(), bundle.Tag(r.id)
+	signer, err := sign.LoadSigner(ctx, r.cfg.Key)
+	if err != nil {
+		return "", err
+	}
+	var bundles [][]byte
+	for _, statement := range r.statements() {
+		b, err := sign.Bundle(ctx, signer, statement)
+		if err != nil {
+			return "", err
+		}
+		bundles = append(bundles, b)
+	}
+	r.res.Existed = true
+	for _, dest := range r.cfg.Destinations {
+		repo, err := registry.Open(dest, r.cfg.Registry(dest))
+		if err != nil {
+			return "", err
+		}
+		got, existed, err := publish.Publish(ctx, repo, publish.Artifact{Image: image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: bundles})
+		if err != nil {
+			return "", fmt.Errorf("publish to %s: %w", dest, err)
+		}
+		if got != r.res.Digest {
+			return "", fault.Errorf(fault.PublishRefused, "publish to %s: it names %s, built %s", dest, got, r.res.Digest)
+		}
+		r.res.Existed = r.res.Existed && existed
+		r.res.Repositories = append(r.res.Repositories, repo.Name())
+	}
+	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.cfg.Destinations))
+	if r.res.Existed {
+		note += ", was there already"
+	}
+	return note, nil
+}
+
+func copyFile(dst, src string) (err error) {
+	in, err := os.Open(src)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	_, err = io.Copy(out, in)
+	return err
+}

@@ -1,0 +1,165 @@
+package scene
+
+import (
+	"archive/tar"
+	"compress/gzip"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// Node is a virtual machine that looks like a COS node of one build.
+type Node struct {
+	Kernel target.Kernel
+	// Boot is the folder with the kernel to boot; see [Scene.Boot].
+	Boot string
+	// GPU puts the emulated GPU into the machine.
+	GPU bool
+	// Key is the public key that the node trusts.
+	Key     string
+	Console io.Writer
+}
+
+// InstallDir is where the node's driver goes: GKE's folder.
+const InstallDir = "/home/kubernetes/bin/nvidia"
+
+// nodeFiles lays out a COS-like root with the fetcher in it.
+func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
+	key, err := os.ReadFile(n.Key)
+	if err != nil {
+		return nil, err
+	}
+	number := strings.Split(n.Kernel.BuildID, ".")
+	files := []vm.File{
+		{Name: "etc/os-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
+			"BUILD_ID=%s\nNAME=\"Container-Optimized OS\"\nKERNEL_COMMIT_ID=%s\nGOOGLE_CRASH_ID=Lakitu\nVERSION_ID=%d\nVERSION=%d\nPRETTY_NAME=\"Container-Optimized OS from Google\"\nID=cos\n",
+			n.Kernel.BuildID, n.Kernel.Commit, n.Kernel.Milestone, n.Kernel.Milestone))},
+		{Name: "etc/lsb-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
+			"CHROMEOS_RELEASE_BOARD=%s\nCHROMEOS_RELEASE_TRACK=stable-channel\nCHROMEOS_RELEASE_VERSION=%s\nCHROMEOS_RELEASE_BUILD_NUMBER=%s\nCHROMEOS_RELEASE_CHROME_MILESTONE=%d\nDEVICETYPE=OTHER\n",
+			n.Kernel.Board, n.Kernel.BuildID, number[0], n.Kernel.Milestone))},
+		{Name: "etc/prebake/keys.pem", Mode: 0o644, Data: key},
+		{Name: "usr/bin/fetcher", Mode: 0o755, Path: s.Program("fetcher")},
+		{Name: "usr/bin/nvmlprobe", Mode: 0o755, Path: s.Program("nvmlprobe")},
+	}
+	libs, err := vm.GlibcFiles(s.Program("nvmlprobe"))
+	if err != nil {
+		return nil, err
+	}
+	return append(files, libs...), nil
+}
+
+// Boot unpacks what the mirror has for booting a build's kernel.
+func (s *Scene) Boot(m *Mirror, k target.Kernel) (string, error) {
+	dir := filepath.Join(s.Dir, "boot", k.BuildID)
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
+	}
+	f, err := os.Open(filepath.Join(m.Dir, "cos", k.BuildID, k.Board, "prebake-boot.tgz"))
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if err := untar(f, dir); err != nil {
+		return "", fmt.Errorf("unpack boot files: %w", err)
+	}
+	return dir, nil
+}
+
+// untar unpacks an archive that this machine made itself.
+func untar(r io.Reader, dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	zr, err := gzip.NewReader(r)
+	if err != nil {
+		return err
+	}
+	tr := tar.NewReader(zr)
+	for {
+		h, err := tr.Next()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		switch h.Typeflag {
+		case tar.TypeDir:
+			err = root.MkdirAll(filepath.Clean(h.Name), 0o755)
+		case tar.TypeReg:
+			err = writeFile(root, filepath.Clean(h.Name), tr)
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+func writeFile(root *os.Root, name string, r io.Reader) error {
+	if err := root.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+		return err
+	}
+	f, err := root.Create(name)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, r)
+	return errors.Join(err, f.Close())
+}
+
+// RunNode boots the node, runs the steps, and switches it off.
+func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Result, error) {
+	files, err := s.nodeFiles(n)
+	if err != nil {
+		return nil, err
+	}
+	return vm.Run(ctx, vm.Config{
+		Boot: n.Boot, GPU: n.GPU, Init: s.Program("guestinit"), Files: files, Steps: steps,
+		Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: 10 * time.Minute,
+	})
+}
+
+// InstallStep is the node's main act: everything from resolving to validating.
+func InstallStep(srv *Server, extra ...string) vm.Step {
+	return vm.Step{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
+		"/usr/bin/fetcher", "install", "--server", "http://10.0.2.2:" + srv.Addr[strings.LastIndex(srv.Addr, ":")+1:],
+		"--install-dir", InstallDir, "--output", "json",
+	}, extra...)}
+}
+
+// ModulesStep reads what is live in the node's kernel.
+func ModulesStep() vm.Step {
+	return vm.Step{Name: "modules", Argv: []string{"@cat", "/proc/modules"}, KeepGoing: true}
+}
+
+// StepNamed returns a step's outcome.
+func StepNamed(res *vm.Result, name string) (vm.StepResult, error) {
+	for _, step := range res.Steps {
+		if step.Name == name {
+			return step, nil
+		}
+	}
+	return vm.StepResult{}, fmt.Errorf("the node did not run step %q", name)
+}
+
+// Decode reads a step's JSON result.
+func Decode(step vm.StepResult, v any) error {
+	if err := json.Unmarshal(step.Stdout, v); err != nil {
+		return fmt.Errorf("step %s printed no JSON (exit %d, stderr %q): %w", step.Name, step.ExitCode, step.Stderr, err)
+	}
+	return nil
+}
