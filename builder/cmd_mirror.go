@@ -1,0 +1,74 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/mirror"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// mirrorCommand makes a COS-shaped mirror out of Debian packages.
+func mirrorCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "mirror",
+		Usage: "make a COS-shaped mirror of kernels and drivers out of Debian's packages",
+		Description: "Lays out COS and driver buckets as folders, out of packages of the machine's own Debian archive.\n" +
+			"Needs no root, installs nothing, and leaves the machine's apt sources as they are.",
+		Flags: []ucli.Flag{
+			&ucli.StringFlag{Name: "out", Usage: "`FOLDER` of the mirror", Required: true},
+			&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects (default: prebake/mirror in the user's cache folder)", Sources: cli.Env("mirror-cache")},
+			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` to lay the builds out for"},
+			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels: the oldest `N`-1 in Debian's index and the newest"},
+			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
+			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
+			&ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"},
+			cli.OutputFlag(),
+		},
+		Action: runMirror,
+	}
+}
+
+func runMirror(ctx context.Context, cmd *ucli.Command) error {
+	if cmd.Args().Present() {
+		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()), "see "+cmd.FullName()+" --help")
+	}
+	cache := cmd.String("cache")
+	if cache == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			return fault.Wrap(fault.Usage, err, "pass --cache")
+		}
+		cache = filepath.Join(user, "prebake", "mirror")
+	}
+	start := time.Now()
+	result, err := mirror.Make(ctx, mirror.Config{
+		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
+		OnlyKernels: cmd.Bool("only-kernels"), Refresh: cmd.Bool("refresh"),
+		Say: func(line string) { fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line) },
+	})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  done: %d objects made, %d taken from the cache\n", time.Since(start).Seconds(), result.Made, result.Cached)
+	return cli.Print(cmd, result, func(w io.Writer) error {
+		for _, b := range result.Builds {
+			if _, err := fmt.Fprintf(w, "build   %s/%s  %s  Debian %s\n", b.BuildID, b.Board, b.Release, b.DebianPackageVersion); err != nil {
+				return err
+			}
+		}
+		for _, d := range result.Drivers {
+			if _, err := fmt.Fprintf(w, "driver  %s  %v\n", d.Version, d.Flavours); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}

@@ -1,0 +1,239 @@
+package mirror
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// indexAge is how old a package index may be before it is fetched again.
+// Debian replaces kernels every few weeks.
+const indexAge = 24 * time.Hour
+
+// pkg is one Debian package in one version.
+type pkg struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+}
+
+// upstream returns the version without epoch and Debian revision.
+func (p pkg) upstream() string {
+	v := p.Version
+	if _, after, ok := strings.Cut(v, ":"); ok {
+		v = after
+	}
+	if i := strings.LastIndexByte(v, '-'); i >= 0 {
+		v = v[:i]
+	}
+	return v
+}
+
+// apt asks and downloads with the machine's apt, through sources, lists and
+// caches of our own: the machine's stay as they are.
+type apt struct {
+	dir  string // holds sources, lists, cache and packages
+	conf string
+	say  func(string)
+}
+
+// openApt prepares our own apt folders under dir and fetches the index when it
+// is missing, old, or refresh asks for it.
+func openApt(ctx context.Context, dir string, refresh bool, say func(string)) (*apt, error) {
+	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), say: say}
+	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
+		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
+			return nil, err
+		}
+	}
+	codename, err := osReleaseField("/etc/os-release", "VERSION_CODENAME")
+	if err != nil {
+		return nil, err
+	}
+	sources, err := DeriveSources(os.DirFS("/etc/apt"), codename)
+	if err != nil {
+		return nil, err
+	}
+	sourcesFile := filepath.Join(dir, "prebake.sources")
+	before, _ := os.ReadFile(sourcesFile)
+	if err := os.WriteFile(sourcesFile, sources, 0o644); err != nil {
+		return nil, err
+	}
+	me, err := user.Current()
+	if err != nil {
+		return nil, fmt.Errorf("find own user name: %w", err)
+	}
+	conf := fmt.Sprintf(`Dir::Etc::SourceList %q;
+Dir::Etc::SourceParts "/dev/null";
+Dir::Etc::Preferences "/dev/null";
+Dir::Etc::PreferencesParts "/dev/null";
+Dir::State::Lists %q;
+Dir::State::extended_states %q;
+Dir::Cache %q;
+APT::Sandbox::User %q;
+APT::Update::Post-Invoke {};
+APT::Update::Post-Invoke-Success {};
+Acquire::Languages "none";
+Acquire::Retries "3";
+`, sourcesFile, filepath.Join(dir, "lists"), filepath.Join(dir, "state/extended"), filepath.Join(dir, "cache"), me.Username)
+	if err := os.WriteFile(a.conf, []byte(conf), 0o644); err != nil {
+		return nil, err
+	}
+	stamp := filepath.Join(dir, "updated")
+	info, err := os.Stat(stamp)
+	have := err == nil
+	if have && !refresh && bytes.Equal(before, sources) && time.Since(info.ModTime()) < indexAge {
+		return a, nil
+	}
+	say("fetching Debian's package index (contrib and non-free too)")
+	if _, err := a.run(ctx, "", "apt-get", "update", "-qq", "--error-on=any"); err != nil {
+		if have && ctx.Err() == nil {
+			say("package index not refreshed, going on with the one at hand: " + firstLine(err))
+			return a, nil
+		}
+		return nil, fault.Wrap(fault.Transient, err, "check the machine's network and apt sources, then run again")
+	}
+	return a, os.WriteFile(stamp, nil, 0o644)
+}
+
+func (a *apt) run(ctx context.Context, dir, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.Env = append(os.Environ(), "APT_CONFIG="+a.conf, "LC_ALL=C", "DEBIAN_FRONTEND=noninteractive")
+	return output(cmd)
+}
+
+// output runs cmd and returns its stdout; the error carries the end of stderr.
+func output(cmd *exec.Cmd) ([]byte, error) {
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return nil, commandError(cmd, err, stderr.Bytes())
+	}
+	return stdout.Bytes(), nil
+}
+
+func commandError(cmd *exec.Cmd, err error, stderr []byte) error {
+	text := strings.TrimSpace(string(stderr[max(0, len(stderr)-2000):]))
+	if text == "" {
+		return fmt.Errorf("run %s: %w", filepath.Base(cmd.Path), err)
+	}
+	return fmt.Errorf("run %s: %w: %s", filepath.Base(cmd.Path), err, text)
+}
+
+func firstLine(err error) string {
+	line, _, _ := strings.Cut(err.Error(), "\n")
+	return line
+}
+
+// names returns the packages whose names begin with prefix.
+func (a *apt) names(ctx context.Context, prefix string) ([]string, error) {
+	out, err := a.run(ctx, "", "apt-cache", "pkgnames", prefix)
+	if err != nil {
+		return nil, err
+	}
+	names := strings.Fields(string(out))
+	slices.Sort(names)
+	return names, nil
+}
+
+// versions returns the versions in the index of each package, newest first.
+func (a *apt) versions(ctx context.Context, names ...string) (map[string][]string, error) {
+	out, err := a.run(ctx, "", "apt-cache", append([]string{"madison"}, names...)...)
+	if err != nil {
+		return nil, err
+	}
+	return parseMadison(out), nil
+}
+
+// parseMadison reads "name | version | where" lines, newest version first.
+func parseMadison(out []byte) map[string][]string {
+	all := map[string][]string{}
+	scan := bufio.NewScanner(bytes.NewReader(out))
+	for scan.Scan() {
+		fields := strings.Split(scan.Text(), "|")
+		if len(fields) < 3 || !strings.HasSuffix(strings.TrimSpace(fields[2]), "Packages") {
+			continue
+		}
+		name, version := strings.TrimSpace(fields[0]), strings.TrimSpace(fields[1])
+		if name != "" && version != "" && !slices.Contains(all[name], version) {
+			all[name] = append(all[name], version)
+		}
+	}
+	return all
+}
+
+// file returns the downloaded file of a package; apt writes an epoch's colon
+// as %3a.
+func (a *apt) file(p pkg) (string, bool) {
+	escaped := strings.ReplaceAll(p.Version, ":", "%3a")
+	for _, arch := range []string{"amd64", "all"} {
+		name := filepath.Join(a.dir, "packages", p.Name+"_"+escaped+"_"+arch+".deb")
+		if info, err := os.Stat(name); err == nil && info.Size() > 0 {
+			return name, true
+		}
+	}
+	return "", false
+}
+
+// download makes sure that every package is at hand. apt checks each file
+// against the signed index; a file gets its name here only when it is whole.
+func (a *apt) download(ctx context.Context, pkgs []pkg) error {
+	var missing []string
+	for _, p := range pkgs {
+		if _, ok := a.file(p); !ok && !slices.Contains(missing, p.Name+"="+p.Version) {
+			missing = append(missing, p.Name+"="+p.Version)
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	a.say(fmt.Sprintf("downloading %d Debian packages", len(missing)))
+	tmp, err := os.MkdirTemp(a.dir, "download-")
+	if err != nil {
+		return err
+	}
+	_, err = a.run(ctx, tmp, "apt-get", append([]string{"download", "-qq"}, missing...)...)
+	if err != nil {
+		return errors.Join(fault.Wrap(fault.Transient, err, "run again with --refresh, which asks for the present package versions"), os.RemoveAll(tmp))
+	}
+	files, err := os.ReadDir(tmp)
+	if err != nil {
+		return err
+	}
+	for _, f := range files {
+		if err := os.Rename(filepath.Join(tmp, f.Name()), filepath.Join(a.dir, "packages", f.Name())); err != nil {
+			return err
+		}
+	}
+	for _, p := range pkgs {
+		if _, ok := a.file(p); !ok {
+			return fault.New(fault.InputMissing, fmt.Sprintf("download %s %s: apt wrote no such file", p.Name, p.Version), "run again with --refresh")
+		}
+	}
+	return os.Remove(tmp)
+}
+
+// osReleaseField returns one field of an os-release file.
+func osReleaseField(file, key string) (string, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return "", fmt.Errorf("read release of this machine: %w", err)
+	}
+	for line := range strings.Lines(string(text)) {
+		if v, ok := strings.CutPrefix(strings.TrimSpace(line), key+"="); ok {
+			return strings.Trim(v, `"'`), nil
+		}
+	}
+	return "", fault.New(fault.Unsupported, fmt.Sprintf("%s has no %s", file, key), "run on Debian 12")
+}

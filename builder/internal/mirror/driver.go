@@ -1,0 +1,255 @@
+package mirror
+
+import (
+	"bytes"
+	"compress/gzip"
+	"context"
+	"fmt"
+	"io"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// The packages of one NVIDIA release. Debian splits the runfile; the mirror
+// puts together again what a compute node wants: CUDA, NVML, video, OpenCL,
+// tools and firmware, without X11, 32-bit libraries and documentation.
+var (
+	sourcePackage     = "nvidia-kernel-source"
+	openSourcePackage = "nvidia-open-kernel-source"
+	driverPackages    = []string{
+		"firmware-nvidia-gsp", "nvidia-smi", "libcuda1", "libnvidia-ml1", "libnvidia-ptxjitcompiler1", "libnvidia-nvvm4",
+		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd", "nvidia-cuda-mps",
+	}
+	// driverTools are built apart by Debian and follow the branch, not the release.
+	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
+)
+
+// release is one NVIDIA release as Debian has it.
+type release struct {
+	version  string // 535.261.03
+	packages []pkg
+	open     bool
+}
+
+func (r release) flavours() []target.Flavour {
+	if r.open {
+		return []target.Flavour{target.Proprietary, target.Open}
+	}
+	return []target.Flavour{target.Proprietary}
+}
+
+// findReleases returns the newest release that has both flavours and the
+// newest of all, in that order; they may be one.
+func findReleases(ctx context.Context, a *apt) ([]release, error) {
+	ask := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
+	versions, err := a.versions(ctx, ask...)
+	if err != nil {
+		return nil, err
+	}
+	return selectReleases(versions)
+}
+
+func selectReleases(versions map[string][]string) ([]release, error) {
+	var both, newest *release
+	for _, v := range versions[sourcePackage] {
+		r := release{version: pkg{Version: v}.upstream()}
+		if !target.ValidVersion(r.version) {
+			continue
+		}
+		r.packages = append(r.packages, pkg{sourcePackage, v})
+		if slices.Contains(versions[openSourcePackage], v) {
+			r.open = true
+			r.packages = append(r.packages, pkg{openSourcePackage, v})
+		}
+		if !r.complete(versions, v) {
+			continue
+		}
+		r.addTools(versions)
+		if r.open && (both == nil || target.CompareVersions(r.version, both.version) > 0) {
+			both = &r
+		}
+		if newest == nil || target.CompareVersions(r.version, newest.version) > 0 {
+			newest = &r
+		}
+	}
+	if both == nil {
+		return nil, fault.New(fault.InputMissing, "find drivers: apt knows no NVIDIA release with both kernel module sources",
+			"make sure that the machine's archive serves contrib and non-free, and run again with --refresh")
+	}
+	if newest.version == both.version {
+		return []release{*both}, nil
+	}
+	return []release{*both, *newest}, nil
+}
+
+// complete adds the release's other packages and reports whether all exist in
+// this very version.
+func (r *release) complete(versions map[string][]string, v string) bool {
+	for _, name := range driverPackages {
+		if !slices.Contains(versions[name], v) {
+			return false
+		}
+		r.packages = append(r.packages, pkg{name, v})
+	}
+	return true
+}
+
+// addTools adds of each tool the newest version of the branch that is not
+// newer than the release, or the branch's oldest.
+func (r *release) addTools(versions map[string][]string) {
+	for _, name := range driverTools {
+		var best string
+		for _, v := range versions[name] { // newest first
+			if target.Branch(pkg{Version: v}.upstream()) != target.Branch(r.version) {
+				continue
+			}
+			if best = v; target.CompareVersions(cleanVersion(v), r.version) <= 0 {
+				break
+			}
+		}
+		if best != "" {
+			r.packages = append(r.packages, pkg{name, best})
+		}
+	}
+}
+
+func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
+
+// runfileTree lays out a release the way that NVIDIA's archive does.
+func runfileTree(ctx context.Context, a *apt, r release) (tree, error) {
+	t := tree{}
+	for _, p := range r.packages {
+		file, ok := a.file(p)
+		if !ok {
+			return nil, fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+		}
+		var err error
+		switch p.Name {
+		case sourcePackage:
+			err = addSource(ctx, t, file, "nvidia-kernel", "kernel")
+		case openSourcePackage:
+			err = addSource(ctx, t, file, "nvidia-open-kernel", "kernel-open")
+		default:
+			err = readDeb(ctx, t, file, func(name string) string { return runfileName(name, r.version) })
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if err := t.addLibraryLinks(r.version); err != nil {
+		return nil, err
+	}
+	for name, n := range t {
+		if path.Ext(name) == ".gz" { // manual pages
+			delete(t, name)
+			continue
+		}
+		if n.link == "" && !n.dir {
+			n.mode = 0o644 | n.mode&0o111
+			t[name] = n
+		}
+	}
+	for _, must := range []string{"kernel/Makefile", "kernel/conftest.sh", "kernel/nvidia/nv-kernel.o_binary", "nvidia-smi", "LICENSE", "libcuda.so." + r.version, "libnvidia-ml.so." + r.version} {
+		if _, ok := t[must]; !ok {
+			return nil, fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must), "")
+		}
+	}
+	t.add("nvidia-installer", node{mode: 0o755, data: []byte(installer)})
+	t.addFile(".manifest", manifest(t, r.version))
+	return t, nil
+}
+
+// addSource adds the module sources in one of Debian's -source packages, and
+// NVIDIA's terms, which every package has a copy of.
+func addSource(ctx context.Context, t tree, deb, inside, to string) error {
+	outer := tree{}
+	err := readDeb(ctx, outer, deb, func(name string) string {
+		switch {
+		case path.Dir(name) == "usr/src" && strings.HasSuffix(name, ".tar.xz"):
+			return "source"
+		case path.Base(name) == "copyright":
+			return "LICENSE"
+		case path.Base(name) == "README.txt.gz":
+			return "README.gz"
+		}
+		return ""
+	})
+	if err != nil {
+		return err
+	}
+	if n, ok := outer["LICENSE"]; ok && to == "kernel" {
+		t.add("LICENSE", n)
+	}
+	if n, ok := outer["README.gz"]; ok {
+		text, err := gunzip(n.data)
+		if err != nil {
+			return fmt.Errorf("read README of %s: %w", path.Base(deb), err)
+		}
+		if gpus := supportedGPUs(text); gpus != "" {
+			t.addFile("supported-gpus/supported-gpus.json", gpus)
+		}
+	}
+	prefix := "modules/" + inside
+	move := under(prefix, to)
+	return readXZ(ctx, t, outer["source"].data, func(name string) string {
+		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") {
+			return ""
+		}
+		return move(name)
+	})
+}
+
+// runfileName flattens a path of Debian's into the name in NVIDIA's archive;
+// "" leaves the file out.
+func runfileName(name, version string) string {
+	dir, base := path.Dir(name), path.Base(name)
+	switch {
+	case strings.HasPrefix(name, "lib/firmware/nvidia/"+version+"/"), strings.HasPrefix(name, "usr/lib/firmware/nvidia/"+version+"/"):
+		return "firmware/" + base
+	case (dir == "usr/bin" || dir == "usr/sbin") && strings.HasPrefix(base, "nvidia-"), dir == "usr/lib/nvidia/current" && strings.HasPrefix(base, "nvidia-"):
+		return base
+	case strings.HasPrefix(dir, "usr/lib/x86_64-linux-gnu") && strings.HasSuffix(base, ".so."+version):
+		return base
+	}
+	return ""
+}
+
+func gunzip(data []byte) ([]byte, error) {
+	zr, err := gzip.NewReader(bytes.NewReader(data))
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.LimitReader(zr, 16<<20))
+}
+
+var (
+	usizeLine  = regexp.MustCompile(`(?m)^\s*echo Uncompressed size: ([0-9]+) KB$`)
+	headerEnds = []byte("\neval $finish; exit $res\n")
+)
+
+// fixHeader replaces the size that makeself took from du, which depends on the
+// file system, by the sum of the file sizes. The payload stays as it is, and so
+// do the number of lines and all checksums.
+func fixHeader(file []byte, t tree) ([]byte, error) {
+	end := bytes.Index(file, headerEnds)
+	if end < 0 {
+		return nil, fault.New(fault.Internal, "read makeself header: its last line is not where it should be", "report the version of makeself")
+	}
+	head := file[:end]
+	m := usizeLine.FindSubmatch(head)
+	if m == nil {
+		return nil, fault.New(fault.Internal, "read makeself header: no uncompressed size", "report the version of makeself")
+	}
+	var total int64
+	for _, n := range t {
+		total += int64(len(n.data))
+	}
+	size := regexp.MustCompile(`\b` + string(m[1]) + `( KB|; then)`)
+	fixed := size.ReplaceAll(head, fmt.Appendf(nil, "%d$1", (total+1023)/1024))
+	return slices.Concat(fixed, file[end:]), nil
+}

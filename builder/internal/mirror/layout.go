@@ -1,0 +1,250 @@
+package mirror
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// toolVersion names a compressor's version: other versions, other bytes.
+func toolVersion(ctx context.Context, name string) (string, error) {
+	out, err := output(exec.CommandContext(ctx, name, "--version"))
+	if err != nil {
+		return "", err
+	}
+	line, _, _ := strings.Cut(string(out), "\n")
+	return line, nil
+}
+
+func toolVersions(ctx context.Context, names ...string) ([]string, error) {
+	var all []string
+	for _, name := range names {
+		v, err := toolVersion(ctx, name)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, v)
+	}
+	return all, nil
+}
+
+// work makes a scratch folder in the cache and removes it afterwards.
+func (m *maker) work(f func(dir string) error) (err error) {
+	dir, err := os.MkdirTemp(m.Cache, "work-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	return f(dir)
+}
+
+func (m *maker) makeToolchain(ctx context.Context) (object, error) {
+	versions, err := toolVersions(ctx, "xz", "patchelf")
+	if err != nil {
+		return object{}, err
+	}
+	r := recipe{Kind: "toolchain.tar.xz", Packages: m.toolchainPkgs, Tools: versions}
+	return m.object(ctx, "toolchain", r, func(ctx context.Context, w io.Writer) error {
+		return m.work(func(dir string) error {
+			t, err := toolchainTree(ctx, m.apt, m.toolchainPkgs, dir)
+			if err != nil {
+				return err
+			}
+			return t.writeTarXZ(ctx, w)
+		})
+	})
+}
+
+func (m *maker) makeDriver(ctx context.Context, r release) error {
+	dir := filepath.Join(m.Out, "drivers")
+	if err := os.MkdirAll(filepath.Join(dir, "sha256"), 0o755); err != nil {
+		return err
+	}
+	versions, err := toolVersions(ctx, "makeself", "zstd", "tar")
+	if err != nil {
+		return err
+	}
+	name := cosbucket.RunfileName(r.version, target.AMD64)
+	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions}, func(ctx context.Context, w io.Writer) error {
+		t, err := runfileTree(ctx, m.apt, r)
+		if err != nil {
+			return err
+		}
+		return m.work(func(dir string) error { return packRunfile(ctx, t, name, r.version, dir, w) })
+	})
+	if err != nil {
+		return err
+	}
+	if err := o.publish(filepath.Join(dir, name)); err != nil {
+		return err
+	}
+	return putFile(filepath.Join(dir, cosbucket.RunfileSumName(r.version, target.AMD64)), o.SHA256+"  "+name+"\n")
+}
+
+func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releases []release) error {
+	k := target.Kernel{BuildID: b.BuildID, Board: b.Board}
+	at := func(name string) string { return filepath.Join(m.Out, "cos", filepath.FromSlash(name)) }
+	if err := os.MkdirAll(filepath.Dir(at(cosbucket.HeadersName(k))), 0o755); err != nil {
+		return err
+	}
+	r := recipe{Kind: "kernel-headers.tgz", Packages: []pkg{b.kernel.headers, b.kernel.common, b.kernel.kbuild}}
+	if b.second {
+		r.Params = []string{"second build"}
+	}
+	headers, err := m.object(ctx, "headers of "+b.BuildID, r, func(ctx context.Context, w io.Writer) error {
+		t, err := headerTree(ctx, m.apt, b.kernel)
+		if err != nil {
+			return err
+		}
+		if b.second {
+			rebuilt(t, b.kernel, b.mtime)
+		}
+		return t.writeTgz(w, "./", b.mtime)
+	})
+	if err != nil {
+		return err
+	}
+	boot, err := m.makeBoot(ctx, b.kernel, headers)
+	if err != nil {
+		return err
+	}
+	for name, o := range map[string]object{cosbucket.HeadersName(k): headers, cosbucket.ToolchainName(k): toolchain, cosbucket.BootName(k): boot} {
+		if err := o.publish(at(name)); err != nil {
+			return err
+		}
+		if err := writeMD5(at(name), o.MD5); err != nil {
+			return err
+		}
+	}
+	for name, text := range m.texts(k, b, releases) {
+		if err := publishText(at(name), text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// texts are the small files of a build.
+func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]string {
+	stable, latest := releases[0], releases[len(releases)-1]
+	all := map[string]string{
+		cosbucket.ToolchainEnvName(k):   toolchainEnv,
+		cosbucket.CommitName(k):         b.kernel.commit() + "\n",
+		cosbucket.KernelInfoName(k):     "URL=deb:linux@" + b.kernel.version + "\n",
+		cosbucket.DefaultVersionName(k): stable.version + "\n",
+		cosbucket.LatestVersionName(k):  latest.version + "\n",
+		cosbucket.DriverVersionsName(k): driverVersions(releases),
+	}
+	for branch, version := range branches(releases) {
+		all[cosbucket.BranchVersionName(k, branch)] = version + "\n"
+	}
+	return all
+}
+
+// branches maps each branch to its newest release.
+func branches(releases []release) map[string]string {
+	all := map[string]string{}
+	for _, r := range releases {
+		if b := target.Branch(r.version); target.CompareVersions(r.version, all[b]) > 0 {
+			all[b] = r.version
+		}
+	}
+	return all
+}
+
+// driverVersions writes gpu_driver_versions.textproto. The release that is
+// the default comes first, as in COS's files.
+func driverVersions(releases []release) string {
+	var out strings.Builder
+	for _, gpu := range []string{"NO_GPU", "OTHERS"} {
+		fmt.Fprintf(&out, "gpu_driver_version_info {\n  gpu_device {\n    gpu_type: %q\n  }\n", gpu)
+		entry := func(label, version string) {
+			fmt.Fprintf(&out, "  supported_driver_versions {\n    label: %q\n    version: %q\n  }\n", label, version)
+		}
+		entry("DEFAULT", releases[0].version)
+		latest := releases[len(releases)-1].version
+		entry("LATEST", latest)
+		entry(target.Branch(latest), latest)
+		out.WriteString("}\n")
+	}
+	return out.String()
+}
+
+func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object, error) {
+	r := recipe{Kind: "prebake-boot.tgz", Packages: []pkg{k.image}}
+	if m.EmuGPU != nil {
+		r.Packages = append([]pkg{k.image, k.headers, k.common, k.kbuild}, m.toolchainPkgs...)
+		r.Params = []string{"emugpu " + m.EmuGPURevision}
+	}
+	return m.object(ctx, "boot files of "+k.release, r, func(ctx context.Context, w io.Writer) error {
+		var emu []byte
+		if m.EmuGPU != nil {
+			var err error
+			if emu, err = m.compileEmuGPU(ctx, k, headers); err != nil {
+				return fmt.Errorf("compile emulated GPU for %s: %w", k.release, err)
+			}
+		}
+		t, err := bootTree(ctx, m.apt, k, emu)
+		if err != nil {
+			return err
+		}
+		return t.writeTgz(w, "./", epoch)
+	})
+}
+
+func (m *maker) compileEmuGPU(ctx context.Context, k kernel, headers object) (ko []byte, err error) {
+	toolchain, err := m.toolchain.dir(ctx, m.Cache)
+	if err != nil {
+		return nil, err
+	}
+	err = m.work(func(dir string) error {
+		if _, err := output(exec.CommandContext(ctx, "tar", "-xzf", headers.path, "-C", dir)); err != nil {
+			return err
+		}
+		env := map[string]string{}
+		for line := range strings.Lines(toolchainEnv) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), "=")
+			env[name] = value
+		}
+		path, err := m.EmuGPU(ctx, filepath.Join(dir, "usr/src/linux-headers-"+k.release), toolchain, env, k.release)
+		if err != nil {
+			return err
+		}
+		ko, err = os.ReadFile(path)
+		return err
+	})
+	return ko, err
+}
+
+// unpacked is the toolchain as a folder, unpacked when first asked for.
+type unpacked struct {
+	object object
+	once   sync.Once
+	path   string
+	err    error
+}
+
+func (u *unpacked) dir(ctx context.Context, parent string) (string, error) {
+	u.once.Do(func() {
+		if u.path, u.err = os.MkdirTemp(parent, "work-toolchain-"); u.err == nil {
+			_, u.err = output(exec.CommandContext(ctx, "tar", "-xJf", u.object.path, "-C", u.path))
+		}
+	})
+	return u.path, u.err
+}
+
+func (u *unpacked) remove() error {
+	if u.path == "" {
+		return nil
+	}
+	return os.RemoveAll(u.path)
+}

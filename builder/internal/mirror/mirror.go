@@ -1,0 +1,299 @@
+// Package mirror makes, out of Debian's packages, folders that look exactly
+// like a COS release bucket and COS's bucket of NVIDIA drivers. With them
+// everything that Prebake does can be tried on a machine that reaches nothing
+// but Debian's archive, on real kernels and a real driver.
+//
+// It refuses to change the machine: apt runs on sources, lists and caches of
+// its own, nothing is installed, no root is needed. It pins no version: apt is
+// asked what there is. The same package versions give the same bytes.
+package mirror
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+var errNoSpace error = syscall.ENOSPC
+
+// The numbers of the mirror's BUILD_IDs: <major>.0.<abi> for a Debian kernel,
+// <major>.1.<abi> for a second build of the same kernel.
+const buildMajor = 17800
+
+// milestone is what the mirror's builds call themselves.
+const milestone = 109
+
+// Config says what to make and where.
+type Config struct {
+	// Out is the folder of the mirror; it is created.
+	Out string
+	// Cache keeps Debian packages and finished objects; it is created.
+	Cache string
+	// Board is the COS board to lay the builds out for; "" is lakitu.
+	Board string
+	// Kernels is how many kernels to take when ABIs is empty: the oldest ones in
+	// Debian's index and the newest. 0 is 3.
+	Kernels int
+	// ABIs picks kernels by Debian's ABI number instead.
+	ABIs []int
+	// OnlyKernels leaves the drivers out.
+	OnlyKernels bool
+	// Refresh asks Debian's archive for its present index first; without it an
+	// index of the last day is good enough.
+	Refresh bool
+	// EmuGPU compiles the emulated GPU against a kernel and returns the module's
+	// path; nil leaves emugpu.ko out of prebake-boot.tgz. headersDir is the header
+	// tree itself, env is toolchain_env.
+	EmuGPU func(ctx context.Context, headersDir, toolchainDir string, env map[string]string, release string) (koPath string, err error)
+	// EmuGPURevision names the emulated GPU's source: another one, another module.
+	EmuGPURevision string
+	// Say is told what is being done, a line at a time; nil is silent.
+	Say func(string)
+}
+
+// WithDefaults returns c with its defaults filled in.
+func (c Config) WithDefaults() Config {
+	if c.Board == "" {
+		c.Board = "lakitu"
+	}
+	if c.Kernels == 0 {
+		c.Kernels = 3
+	}
+	if c.Say == nil {
+		c.Say = func(string) {}
+	}
+	return c
+}
+
+// Validate reports all that is wrong with c.
+func (c Config) Validate() error {
+	var errs []error
+	if c.Out == "" || c.Cache == "" {
+		errs = append(errs, fault.New(fault.Usage, "mirror needs an output folder and a cache folder", "pass --out and --cache"))
+	}
+	if c.Kernels < 2 {
+		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels), "pass --kernels 3"))
+	}
+	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {
+		errs = append(errs, fault.Wrap(fault.Usage, err, ""))
+	} else if target.BoardArch(c.Board) != target.AMD64 {
+		errs = append(errs, fault.New(fault.Unsupported, "board "+c.Board+": the mirror holds kernels for amd64 only", "use --board lakitu"))
+	}
+	return errors.Join(errs...)
+}
+
+// Build is one COS build of the mirror.
+type Build struct {
+	BuildID string `json:"buildId"`
+	Board   string `json:"board"`
+	Release string `json:"release"`
+	// DebianPackageVersion is the version of the kernel's Debian packages.
+	DebianPackageVersion string `json:"debianPackageVersion"`
+	Note                 string `json:"note,omitempty"`
+}
+
+// Driver is one NVIDIA release of the mirror.
+type Driver struct {
+	Version  string           `json:"version"`
+	Flavours []target.Flavour `json:"flavours"`
+}
+
+// Result says what the mirror holds; it is also written to mirror.json.
+type Result struct {
+	Builds  []Build  `json:"builds"`
+	Drivers []Driver `json:"drivers"`
+	// Made and Cached count the objects that this run made and took from the cache.
+	Made   int `json:"-"`
+	Cached int `json:"-"`
+}
+
+// tools are the programs that the mirror runs, and the Debian package of each.
+var tools = []struct{ name, pkg string }{
+	{"apt-get", "apt"}, {"apt-cache", "apt"}, {"dpkg-deb", "dpkg"}, {"xz", "xz-utils"},
+	{"zstd", "zstd"}, {"makeself", "makeself"}, {"patchelf", "patchelf"}, {"tar", "tar"},
+}
+
+func checkTools() error {
+	var missing []string
+	for _, t := range tools {
+		if _, err := exec.LookPath(t.name); err != nil {
+			missing = append(missing, t.pkg)
+		}
+	}
+	if len(missing) > 0 {
+		return fault.New(fault.Usage, "programs are missing on this machine: "+strings.Join(missing, ", "),
+			"apt-get install "+strings.Join(missing, " "))
+	}
+	return nil
+}
+
+// maker holds one run.
+type maker struct {
+	Config
+	apt   *apt
+	store store
+	// toolchainPkgs is what the toolchain archive is made of.
+	toolchainPkgs []pkg
+	toolchain     *unpacked
+
+	mu     sync.Mutex
+	result Result
+}
+
+// Make makes or completes the mirror.
+func Make(ctx context.Context, c Config) (Result, error) {
+	c = c.WithDefaults()
+	if err := errors.Join(c.Validate(), checkTools()); err != nil {
+		return Result{}, err
+	}
+	for _, dir := range []*string{&c.Out, &c.Cache} {
+		abs, err := filepath.Abs(*dir)
+		if err != nil {
+			return Result{}, err
+		}
+		if err := os.MkdirAll(abs, 0o755); err != nil {
+			return Result{}, err
+		}
+		*dir = abs
+	}
+	a, err := openApt(ctx, filepath.Join(c.Cache, "debian"), c.Refresh, c.Say)
+	if err != nil {
+		return Result{}, err
+	}
+	m := &maker{Config: c, apt: a, store: store{filepath.Join(c.Cache, "objects")}}
+	if err := m.run(ctx); err != nil {
+		return Result{}, err
+	}
+	return m.result, nil
+}
+
+func (m *maker) run(ctx context.Context) error {
+	all, err := findKernels(ctx, m.apt)
+	if err != nil {
+		return err
+	}
+	kernels, err := selectKernels(all, m.ABIs, m.Kernels)
+	if err != nil {
+		return err
+	}
+	releases, err := findReleases(ctx, m.apt)
+	if err != nil {
+		return err
+	}
+	versions, err := m.apt.versions(ctx, toolchainPackages...)
+	if err != nil {
+		return err
+	}
+	for _, name := range toolchainPackages {
+		if len(versions[name]) == 0 {
+			return fault.New(fault.Unsupported, "find toolchain: apt knows no "+name, "run on Debian 12 for amd64")
+		}
+		m.toolchainPkgs = append(m.toolchainPkgs, pkg{name, versions[name][0]})
+	}
+	want := append([]pkg(nil), m.toolchainPkgs...)
+	for _, k := range kernels {
+		m.Say("kernel " + k.release + " (Debian " + k.version + ")")
+		want = append(want, k.packages()...)
+	}
+	for _, r := range releases {
+		m.Say(fmt.Sprintf("driver %s, %v", r.version, r.flavours()))
+		if !m.OnlyKernels {
+			want = append(want, r.packages...)
+		}
+	}
+	if err := m.apt.download(ctx, want); err != nil {
+		return err
+	}
+	builds := m.plan(kernels)
+	if err := m.makeAll(ctx, builds, releases); err != nil {
+		return err
+	}
+	for _, b := range builds {
+		m.result.Builds = append(m.result.Builds, b.Build)
+	}
+	for _, r := range releases {
+		m.result.Drivers = append(m.result.Drivers, Driver{r.version, r.flavours()})
+	}
+	text, err := json.MarshalIndent(m.result, "", "  ")
+	if err != nil {
+		return err
+	}
+	return putFile(filepath.Join(m.Out, "mirror.json"), string(text)+"\n")
+}
+
+// build is one COS build to lay out.
+type build struct {
+	Build
+	kernel kernel
+	second bool // the other build of the same kernel
+	mtime  time.Time
+}
+
+func (m *maker) plan(kernels []kernel) []build {
+	var builds []build
+	for i, k := range kernels {
+		b := build{kernel: k, mtime: epoch, Build: Build{BuildID: fmt.Sprintf("%d.0.%d", buildMajor, k.abi), Board: m.Board, Release: k.release, DebianPackageVersion: k.version}}
+		builds = append(builds, b)
+		if i == 1 {
+			b.BuildID, b.second, b.mtime = fmt.Sprintf("%d.1.%d", buildMajor, k.abi), true, epoch.AddDate(0, 0, 7)
+			b.Note = "second build of the kernel of " + builds[i].BuildID + ": other build time, host and user, one fingerprint"
+			builds = append(builds, b)
+		}
+	}
+	return builds
+}
+
+// makeAll makes the toolchain first, since the emulated GPU is compiled with
+// it, and then everything else, two at a time.
+func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
+	toolchain, err := m.makeToolchain(ctx)
+	if err != nil {
+		return err
+	}
+	m.toolchain = &unpacked{object: toolchain}
+	defer func() { err = errors.Join(err, m.toolchain.remove()) }()
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(2)
+	if !m.OnlyKernels {
+		for _, r := range releases {
+			g.Go(func() error { return m.makeDriver(ctx, r) })
+		}
+	}
+	for _, b := range builds {
+		g.Go(func() error { return m.makeBuild(ctx, b, toolchain, releases) })
+	}
+	return g.Wait()
+}
+
+// object makes or recalls one object and says so.
+func (m *maker) object(ctx context.Context, what string, r recipe, write func(context.Context, io.Writer) error) (object, error) {
+	start := time.Now()
+	o, err := m.store.make(ctx, r, write)
+	if err != nil {
+		return o, fmt.Errorf("make %s: %w", what, err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if o.cached {
+		m.result.Cached++
+		m.Say(fmt.Sprintf("%s: cached, %.1f MB", what, float64(o.Size)/1e6))
+		return o, nil
+	}
+	m.result.Made++
+	m.Say(fmt.Sprintf("%s: made, %.1f MB in %.1f s", what, float64(o.Size)/1e6, time.Since(start).Seconds()))
+	return o, nil
+}

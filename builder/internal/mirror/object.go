@@ -1,0 +1,152 @@
+package mirror
+
+import (
+	"context"
+	"crypto/md5" //nolint:gosec // COS buckets publish md5 beside each file; it is a format here, not a protection
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// revision changes whenever the code would make other bytes out of the same
+// packages, so that objects of older code are not taken from the cache.
+const revision = 2
+
+// recipe is all that an object's bytes depend on.
+type recipe struct {
+	Revision int      `json:"revision"`
+	Kind     string   `json:"kind"`
+	Packages []pkg    `json:"packages"`
+	Tools    []string `json:"tools,omitempty"`
+	Params   []string `json:"params,omitempty"`
+}
+
+func (r recipe) key() (string, error) {
+	r.Revision = revision
+	text, err := json.Marshal(r)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(text)
+	return hex.EncodeToString(sum[:16]), nil
+}
+
+// object is one finished file in the cache.
+type object struct {
+	path   string
+	cached bool
+	Size   int64  `json:"size"`
+	MD5    string `json:"md5"`
+	SHA256 string `json:"sha256"`
+}
+
+// store keeps finished objects by recipe.
+type store struct{ dir string }
+
+// make returns the object of this recipe, and makes it with write when no
+// earlier run did. A name in the store holds a whole file or nothing.
+func (s store) make(ctx context.Context, r recipe, write func(ctx context.Context, w io.Writer) error) (object, error) {
+	key, err := r.key()
+	if err != nil {
+		return object{}, err
+	}
+	o := object{path: filepath.Join(s.dir, r.Kind+"-"+key)}
+	if text, err := os.ReadFile(o.path + ".json"); err == nil && json.Unmarshal(text, &o) == nil {
+		if info, err := os.Stat(o.path); err == nil && info.Size() == o.Size {
+			o.cached = true
+			return o, nil
+		}
+	}
+	if err := os.MkdirAll(s.dir, 0o755); err != nil {
+		return object{}, err
+	}
+	m, h, c := md5.New(), sha256.New(), &counter{}
+	err = writeAtomic(o.path, func(w io.Writer) error { return write(ctx, io.MultiWriter(w, m, h, c)) })
+	if err != nil {
+		return object{}, err
+	}
+	o.Size, o.MD5, o.SHA256 = c.n, hex.EncodeToString(m.Sum(nil)), hex.EncodeToString(h.Sum(nil))
+	text, err := json.Marshal(o)
+	if err != nil {
+		return object{}, err
+	}
+	return o, writeAtomic(o.path+".json", func(w io.Writer) error {
+		_, err := w.Write(text)
+		return err
+	})
+}
+
+// publish copies the object to dst. A copy, not a link: who damages a mirror on purpose must not damage the cache.
+func (o object) publish(dst string) error {
+	return writeAtomic(dst, func(w io.Writer) error {
+		f, err := os.Open(o.path)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		n, err := io.Copy(w, f)
+		if err == nil && n != o.Size {
+			err = fmt.Errorf("copy %s: %d bytes, want %d", o.path, n, o.Size)
+		}
+		return err
+	})
+}
+
+// writeMD5 writes <file>.md5: the sum in hex and nothing else, as COS does.
+func writeMD5(file, sum string) error { return putFile(file+".md5", sum) }
+
+// publishText writes a small file and its md5.
+func publishText(dst, text string) error {
+	if err := putFile(dst, text); err != nil {
+		return err
+	}
+	sum := md5.Sum([]byte(text))
+	return writeMD5(dst, hex.EncodeToString(sum[:]))
+}
+
+func putFile(dst, text string) error {
+	return writeAtomic(dst, func(w io.Writer) error {
+		_, err := io.WriteString(w, text)
+		return err
+	})
+}
+
+// writeAtomic gives dst its new content in one step.
+func writeAtomic(dst string, write func(io.Writer) error) error {
+	f, err := os.CreateTemp(filepath.Dir(dst), "."+filepath.Base(dst)+".tmp-")
+	if err != nil {
+		return err
+	}
+	err = write(f)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err = errors.Join(err, f.Close()); err == nil {
+		err = os.Rename(f.Name(), dst)
+	}
+	if err != nil {
+		return errors.Join(fmt.Errorf("write %s: %w", dst, diskFull(err)), os.Remove(f.Name()))
+	}
+	return nil
+}
+
+func diskFull(err error) error {
+	if errors.Is(err, errNoSpace) {
+		return fault.Wrap(fault.DiskFull, err, "free some space: a mirror and its cache take about 4 GB")
+	}
+	return err
+}
+
+type counter struct{ n int64 }
+
+func (c *counter) Write(p []byte) (int, error) {
+	c.n += int64(len(p))
+	return len(p), nil
+}

@@ -1,0 +1,200 @@
+package mirror
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// gccMajor is the compiler that Debian 12 builds its kernels with.
+const gccMajor = "12"
+
+// prefix is how COS's SDK names its tools; toolchain_env points at them.
+const prefix = "x86_64-cros-linux-gnu-"
+
+// toolchainEnv is the content of toolchain_env.
+const toolchainEnv = "CC=" + prefix + "gcc\nCXX=" + prefix + "gcc\n"
+
+// toolchainPackages hold the compiler, the binary tools and every library that
+// they load, save libc, which is the machine's.
+var toolchainPackages = []string{
+	"gcc-" + gccMajor, "cpp-" + gccMajor, "libgcc-" + gccMajor + "-dev",
+	"binutils-x86-64-linux-gnu", "libbinutils", "libctf0", "libctf-nobfd0",
+	"libisl23", "libmpc3", "libmpfr6", "libgmp10", "libjansson4", "libzstd1", "zlib1g",
+}
+
+// binaries are the tools of binutils that go in.
+var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "readelf", "size", "strings", "strip"}
+
+// gccDir is the compiler's own folder: the driver finds it, and as and ld
+// behind it, by the way from its own place. No wrapper is needed.
+const gccDir = "lib/gcc/x86_64-linux-gnu/" + gccMajor
+
+// machineLibs stay the machine's own, as with COS's archive: whoever runs the
+// toolchain has a C library.
+var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
+
+// toolchainTree lays out a compiler that works from any folder.
+func toolchainTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
+	t := tree{}
+	for _, p := range pkgs {
+		file, ok := a.file(p)
+		if !ok {
+			return nil, fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+		}
+		if err := readDeb(ctx, t, file, toolchainPick); err != nil {
+			return nil, err
+		}
+	}
+	t.add("bin/"+prefix+"ld", node{link: prefix + "ld.bfd"})
+	for _, tool := range []string{"ar", "as", "ld", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "strip"} {
+		t.add("x86_64-linux-gnu/bin/"+tool, node{link: "../../bin/" + prefix + tool})
+	}
+	if err := t.resolveLinks(); err != nil {
+		return nil, err
+	}
+	if err := relocate(ctx, t, work); err != nil {
+		return nil, err
+	}
+	return t, t.checkLibraries()
+}
+
+// toolchainPick leaves out link-time optimisation, sanitizers and plugins: a
+// kernel module needs none of them, and they are two thirds of the packages.
+func toolchainPick(name string) string {
+	base := path.Base(name)
+	if tool, ok := strings.CutPrefix(name, "usr/bin/x86_64-linux-gnu-"); ok {
+		if tool == "gcc-"+gccMajor {
+			return "bin/" + prefix + "gcc"
+		}
+		if slices.Contains(binaries, tool) {
+			return "bin/" + prefix + tool
+		}
+		return ""
+	}
+	if rest, ok := strings.CutPrefix(name, "usr/"+gccDir+"/"); ok {
+		switch {
+		case strings.HasPrefix(rest, "include/") && !strings.HasPrefix(rest, "include/sanitizer"),
+			rest == "cc1", rest == "collect2", rest == "lto-wrapper", rest == "liblto_plugin.so", rest == "libgcc.a",
+			strings.HasPrefix(rest, "crt") && path.Ext(rest) == ".o":
+			return gccDir + "/" + rest
+		}
+		return ""
+	}
+	dir := path.Dir(name)
+	if (dir == "usr/lib/x86_64-linux-gnu" || dir == "lib/x86_64-linux-gnu") && strings.Contains(base, ".so") {
+		return "lib/" + base
+	}
+	return ""
+}
+
+// resolveLinks replaces links that leave the tree, or dangle because their
+// target got another name here, by an error: the archive must stand alone.
+func (t tree) resolveLinks() error {
+	for name, n := range t {
+		if n.link == "" {
+			continue
+		}
+		to := path.Join(path.Dir(name), n.link)
+		if _, ok := t[to]; path.IsAbs(n.link) || !ok {
+			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s points at %s, which is not in it", name, n.link), "")
+		}
+	}
+	return nil
+}
+
+// relocate makes every program and library look for its libraries relative to
+// its own place first.
+func relocate(ctx context.Context, t tree, work string) error {
+	root, err := os.OpenRoot(work)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	for _, name := range t.names() {
+		n := t[name]
+		if n.link != "" || !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
+			continue
+		}
+		up, err := filepath.Rel(path.Dir(name), "lib")
+		if err != nil {
+			return err
+		}
+		file := strings.ReplaceAll(name, "/", "+")
+		if err := root.WriteFile(file, n.data, 0o755); err != nil {
+			return err
+		}
+		cmd := exec.CommandContext(ctx, "patchelf", "--force-rpath", "--set-rpath", "$ORIGIN/"+up, file)
+		cmd.Dir = work
+		if _, err := output(cmd); err != nil {
+			return fmt.Errorf("relocate %s: %w", name, err)
+		}
+		if n.data, err = root.ReadFile(file); err != nil {
+			return err
+		}
+		t[name] = n
+		if err := root.Remove(file); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// checkLibraries refuses a toolchain that would need a library which is
+// neither in it nor part of every machine.
+func (t tree) checkLibraries() error {
+	for name, n := range t {
+		if !bytes.HasPrefix(n.data, []byte(elf.ELFMAG)) || path.Ext(name) == ".o" {
+			continue
+		}
+		f, err := elf.NewFile(bytes.NewReader(n.data))
+		if err != nil {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+		needed, err := f.ImportedLibraries()
+		if err != nil {
+			return fmt.Errorf("read %s: %w", name, err)
+		}
+		for _, lib := range needed {
+			if _, ok := t["lib/"+lib]; !ok && !slices.Contains(machineLibs, lib) {
+				return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list holds", name, lib),
+					"add its package to toolchainPackages")
+			}
+		}
+	}
+	return nil
+}
+
+// writeTarXZ compresses in blocks of a fixed size: the bytes do not depend on
+// the number of processors, which xz would otherwise let them.
+func (t tree) writeTarXZ(ctx context.Context, w io.Writer) error {
+	cmd := exec.CommandContext(ctx, "xz", "-3", "-T2", "--block-size=8MiB", "--check=crc64", "-c")
+	cmd.Env = append(os.Environ(), "XZ_DEFAULTS=", "XZ_OPT=")
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return err
+	}
+	var stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = w, &stderr
+	if err := cmd.Start(); err != nil {
+		return commandError(cmd, err, nil)
+	}
+	packErr := t.writeTar(in, "./", epoch)
+	if err := in.Close(); packErr == nil {
+		packErr = err
+	}
+	if err := cmd.Wait(); err != nil {
+		return commandError(cmd, err, stderr.Bytes())
+	}
+	return packErr
+}

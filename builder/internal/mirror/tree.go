@@ -1,0 +1,239 @@
+package mirror
+
+import (
+	"archive/tar"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// epoch is the modification time of everything that the mirror packs: the
+// archives say nothing of the day they were made on.
+var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// maxEntry bounds one file out of a package; NVIDIA's largest is under 100 MiB.
+const maxEntry = 1 << 30
+
+// node is one file, folder or link of a tree.
+type node struct {
+	mode fs.FileMode // permission bits
+	dir  bool
+	link string
+	data []byte
+}
+
+// tree maps slash-separated relative paths to nodes. Folders need no entry.
+type tree map[string]node
+
+// add stores a node and replaces what was there, folder links included.
+func (t tree) add(name string, n node) { t[path.Clean(name)] = n }
+
+func (t tree) addFile(name, text string) { t.add(name, node{mode: 0o644, data: []byte(text)}) }
+
+// names returns all paths in order, parents before children, with every
+// missing parent folder.
+func (t tree) names() []string {
+	all := map[string]bool{}
+	for name := range t {
+		for p := name; p != "." && p != "/"; p = path.Dir(p) {
+			all[p] = true
+		}
+	}
+	names := make([]string, 0, len(all))
+	for name := range all {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// writeTar writes the tree as a tar whose bytes depend on nothing but the
+// tree, the prefix before every name, and mtime.
+func (t tree) writeTar(w io.Writer, prefix string, mtime time.Time) error {
+	tw := tar.NewWriter(w)
+	for _, name := range t.names() {
+		n, ok := t[name]
+		hdr := &tar.Header{Name: prefix + name, ModTime: mtime, Mode: int64(n.mode.Perm()), Uname: "root", Gname: "root"}
+		switch {
+		case !ok || n.dir:
+			hdr.Typeflag, hdr.Mode, hdr.Name = tar.TypeDir, 0o755, hdr.Name+"/"
+		case n.link != "":
+			hdr.Typeflag, hdr.Mode, hdr.Linkname = tar.TypeSymlink, 0o777, n.link
+		default:
+			hdr.Typeflag, hdr.Size = tar.TypeReg, int64(len(n.data))
+		}
+		if err := tw.WriteHeader(hdr); err != nil {
+			return fmt.Errorf("pack %s: %w", name, err)
+		}
+		if hdr.Typeflag == tar.TypeReg {
+			if _, err := tw.Write(n.data); err != nil {
+				return fmt.Errorf("pack %s: %w", name, err)
+			}
+		}
+	}
+	return tw.Close()
+}
+
+// writeTgz writes the tree as a gzip-compressed tar without name or time in
+// its header.
+func (t tree) writeTgz(w io.Writer, prefix string, mtime time.Time) error {
+	zw := gzip.NewWriter(w)
+	if err := t.writeTar(zw, prefix, mtime); err != nil {
+		return err
+	}
+	return zw.Close()
+}
+
+// writeDir lays the tree under dir, which exists and is empty.
+func (t tree) writeDir(dir string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	for _, name := range t.names() {
+		n, ok := t[name]
+		switch {
+		case !ok || n.dir:
+			err = root.Mkdir(name, 0o755)
+		case n.link != "":
+			err = root.Symlink(n.link, name)
+		default:
+			// Chmod, since the umask must not show in the archive.
+			if err = root.WriteFile(name, n.data, 0o600); err == nil {
+				err = root.Chmod(name, n.mode)
+			}
+		}
+		if err != nil {
+			return fmt.Errorf("lay out %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// readDir is the opposite of writeDir.
+func readDir(dir string) (tree, error) {
+	t := tree{}
+	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || p == dir {
+			return err
+		}
+		name, err := filepath.Rel(dir, p)
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		n := node{mode: info.Mode().Perm(), dir: d.IsDir()}
+		switch {
+		case d.IsDir():
+		case info.Mode()&fs.ModeSymlink != 0:
+			n.link, err = os.Readlink(p)
+		default:
+			n.data, err = os.ReadFile(p)
+		}
+		t.add(filepath.ToSlash(name), n)
+		return err
+	})
+	return t, err
+}
+
+// pick says where a file of an archive goes: its name in the tree, or "" to
+// leave it out.
+type pick func(name string) string
+
+// readDeb adds the picked files of a Debian package to t.
+func readDeb(ctx context.Context, t tree, deb string, where pick) error {
+	err := pipe(exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb), func(r io.Reader) error { return readTar(t, r, where) })
+	if err != nil {
+		return fmt.Errorf("unpack %s: %w", filepath.Base(deb), err)
+	}
+	return nil
+}
+
+// readXZ adds the picked files of a tar.xz to t.
+func readXZ(ctx context.Context, t tree, archive []byte, where pick) error {
+	cmd := exec.CommandContext(ctx, "xz", "-dc")
+	cmd.Stdin = bytes.NewReader(archive)
+	return pipe(cmd, func(r io.Reader) error { return readTar(t, r, where) })
+}
+
+// pipe hands cmd's stdout to read and drains what read leaves.
+func pipe(cmd *exec.Cmd, read func(io.Reader) error) error {
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return commandError(cmd, err, nil)
+	}
+	readErr := read(out)
+	_, drainErr := io.Copy(io.Discard, out)
+	if err := cmd.Wait(); err != nil {
+		return errors.Join(readErr, commandError(cmd, err, stderr.Bytes()))
+	}
+	return errors.Join(readErr, drainErr)
+}
+
+func readTar(t tree, r io.Reader, where pick) error {
+	tr := tar.NewReader(r)
+	for {
+		hdr, err := tr.Next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read tar: %w", err)
+		}
+		name := where(strings.TrimSuffix(strings.TrimPrefix(path.Clean(hdr.Name), "./"), "/"))
+		if name == "" {
+			continue
+		}
+		if !filepath.IsLocal(name) {
+			return fmt.Errorf("read tar: name %q leaves the tree", hdr.Name)
+		}
+		n := node{mode: hdr.FileInfo().Mode().Perm()}
+		switch hdr.Typeflag {
+		case tar.TypeDir:
+			n.dir = true
+		case tar.TypeSymlink:
+			n.link = hdr.Linkname
+		case tar.TypeReg:
+			if hdr.Size > maxEntry {
+				return fmt.Errorf("read tar: %s has %d bytes, more than %d", hdr.Name, hdr.Size, maxEntry)
+			}
+			n.data = make([]byte, hdr.Size)
+			if _, err := io.ReadFull(tr, n.data); err != nil {
+				return fmt.Errorf("read tar: %s: %w", hdr.Name, err)
+			}
+		default:
+			return fmt.Errorf("read tar: %s is neither file, folder nor symbolic link", hdr.Name)
+		}
+		t.add(name, n)
+	}
+}
+
+// under returns a pick of everything below folder from, moved to folder to.
+func under(from, to string) pick {
+	return func(name string) string {
+		if rest, ok := strings.CutPrefix(name, from+"/"); ok {
+			return path.Join(to, rest)
+		}
+		return ""
+	}
+}

@@ -1,0 +1,61 @@
+package cosbucket
+
+import (
+	"path"
+
+	"github.com/prebake/prebake/pkg/target"
+)
+
+func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
+
+// HeadersName returns the object that holds the kernel's header tree.
+func HeadersName(k target.Kernel) string { return under(k, "kernel-headers.tgz") }
+
+// ToolchainName returns the object that holds the compiler.
+func ToolchainName(k target.Kernel) string { return under(k, "toolchain.tar.xz") }
+
+// ToolchainEnvName returns the object that names the compiler to call.
+func ToolchainEnvName(k target.Kernel) string { return under(k, "toolchain_env") }
+
+// CommitName returns the object that holds the kernel's source commit.
+func CommitName(k target.Kernel) string { return under(k, "kernel_commit") }
+
+// KernelInfoName returns the object that says where the kernel's source is.
+func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
+
+// DriverVersionsName returns the object that lists the driver versions for each
+// kind of GPU.
+func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
+
+// DefaultVersionName returns the object that holds the default driver version.
+func DefaultVersionName(k target.Kernel) string { return under(k, "gpu_default_version") }
+
+// LatestVersionName returns the object that holds the latest driver version.
+func LatestVersionName(k target.Kernel) string { return under(k, "gpu_latest_version") }
+
+// BranchVersionName returns the object that holds the version of a branch, such
+// as R535.
+func BranchVersionName(k target.Kernel, branch string) string {
+	return under(k, "gpu_"+branch+"_version")
+}
+
+// BootName returns the object that holds what a test machine needs to boot this
+// kernel. It is Prebake's own; COS's buckets have none.
+func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
+
+// MD5Name returns the object that holds another object's md5, in hex.
+func MD5Name(name string) string { return name + ".md5" }
+
+// RunfileName returns the driver bucket's object for a driver version.
+func RunfileName(version string, arch target.Arch) string {
+	machine := "x86_64"
+	if arch == target.ARM64 {
+		machine = "aarch64"
+	}
+	return "NVIDIA-Linux-" + machine + "-" + version + ".run"
+}
+
+// RunfileSumName returns the object that holds the runfile's sha256.
+func RunfileSumName(version string, arch target.Arch) string {
+	return "sha256/" + RunfileName(version, arch) + ".sha256"
+}
