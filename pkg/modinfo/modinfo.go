@@ -1,0 +1,333 @@
+// Package modinfo reads the facts of a compiled kernel module (.ko) and of a
+// kernel's Module.symvers, and holds the one against the other: would this
+// kernel load these modules? It refuses to load, to change or to trust
+// anything: the files may be hostile, and every size in them is bounded.
+package modinfo
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Module is what a .ko file says about itself.
+type Module struct {
+	// Name is the name that /proc/modules shows: with underscores, without .ko.
+	Name string
+	// Version is MODULE_VERSION, such as 535.261.03; may be empty.
+	Version string
+	// SrcVersion is a checksum over the sources, where the kernel wants one.
+	SrcVersion string
+	// Vermagic is the kernel release and the options that decide over loading,
+	// without the blank at its end.
+	Vermagic string
+	License  string
+	// Depends are the modules that have to be loaded before, as depmod writes
+	// them; see [Canonical].
+	Depends []string
+	// Firmware are the names that the module may ask for.
+	Firmware []string
+	// Namespaces are the symbol namespaces that the module imports.
+	Namespaces []string
+	// Imports are the undefined symbols, sorted.
+	Imports []Symbol
+	// Exports are the symbols that the module offers, sorted.
+	Exports []string
+	// ExportCRCs are the checksums of Exports, where the kernel has MODVERSIONS.
+	ExportCRCs map[string]uint32
+	// CRCs are the checksums that the module wants its imports to have; empty
+	// without MODVERSIONS.
+	CRCs map[string]uint32
+	// Machine is the processor that the module is for.
+	Machine elf.Machine
+	// Signed says that a signature is appended; whether it holds is not said.
+	Signed bool
+	// Size is the length of the module without that signature.
+	Size int64
+}
+
+// Symbol is an undefined symbol. A weak one may stay undefined.
+type Symbol struct {
+	Name string
+	Weak bool
+}
+
+// Canonical returns a module's name as the kernel compares it: - is _.
+func Canonical(name string) string { return strings.ReplaceAll(name, "-", "_") }
+
+// Bounds. The largest real module, nvidia.ko of the open flavour, is 250 MB as
+// built, has 100,000 symbols, and none of its tables reaches a tenth of these.
+const (
+	maxFile    = 2 << 30
+	maxSection = 64 << 20
+	maxSymbols = 2 << 20
+	maxModinfo = 1 << 20
+)
+
+// Read reads a module's facts.
+func Read(r io.ReaderAt, size int64) (*Module, error) {
+	m, err := read(r, size)
+	if err != nil {
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read module: %w", err), "compile the module again; this file is no module of a 64-bit Linux kernel, or is damaged")
+	}
+	return m, nil
+}
+
+func read(r io.ReaderAt, size int64) (*Module, error) {
+	if size <= 0 || size > maxFile {
+		return nil, fmt.Errorf("%d bytes: want 1 to %d", size, int64(maxFile))
+	}
+	m := &Module{Size: size}
+	signature, err := signatureSize(r, size)
+	if err != nil {
+		return nil, err
+	}
+	if signature > 0 {
+		m.Signed, m.Size = true, size-signature
+	}
+	f, err := elf.NewFile(io.NewSectionReader(r, 0, m.Size))
+	if err != nil {
+		return nil, err
+	}
+	if f.Class != elf.ELFCLASS64 || f.Data != elf.ELFDATA2LSB || f.Type != elf.ET_REL {
+		return nil, fmt.Errorf("%v %v %v: want a relocatable file of a 64-bit little-endian machine", f.Class, f.Data, f.Type)
+	}
+	m.Machine = f.Machine
+	if err := m.readInfo(f); err != nil {
+		return nil, err
+	}
+	if err := m.readVersions(f); err != nil {
+		return nil, err
+	}
+	if err := m.readSymbols(f); err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+// section returns the content of a section, or nil if there is none.
+func section(f *elf.File, name string, limit uint64) ([]byte, error) {
+	s := f.Section(name)
+	if s == nil || s.Type == elf.SHT_NOBITS {
+		return nil, nil
+	}
+	switch {
+	case s.Flags&elf.SHF_COMPRESSED != 0:
+		return nil, fmt.Errorf("section %s: compressed", name)
+	case s.Size > limit:
+		return nil, fmt.Errorf("section %s: %d bytes are more than %d", name, s.Size, limit)
+	}
+	data, err := s.Data()
+	if err != nil {
+		return nil, fmt.Errorf("section %s: %w", name, err)
+	}
+	return data, nil
+}
+
+func (m *Module) readInfo(f *elf.File) error {
+	data, err := section(f, ".modinfo", maxModinfo)
+	if err != nil {
+		return err
+	}
+	if data == nil {
+		return errors.New("no .modinfo section")
+	}
+	info := parseInfo(data)
+	m.Name = Canonical(first(info["name"]))
+	if m.Name == "" {
+		if m.Name, err = structName(f); err != nil {
+			return err
+		}
+	}
+	m.Version = first(info["version"])
+	m.SrcVersion = first(info["srcversion"])
+	m.Vermagic = strings.TrimSpace(first(info["vermagic"]))
+	m.License = first(info["license"])
+	m.Firmware = info["firmware"]
+	m.Namespaces = info["import_ns"]
+	for _, name := range strings.Split(first(info["depends"]), ",") {
+		if name != "" {
+			m.Depends = append(m.Depends, name)
+		}
+	}
+	switch {
+	case m.Name == "":
+		return errors.New("no name")
+	case m.Vermagic == "":
+		return errors.New("no vermagic")
+	}
+	// Callers put these into file names, labels and terminals.
+	for _, name := range append([]string{m.Name}, m.Depends...) {
+		if !namePattern.MatchString(name) {
+			return fmt.Errorf("module name %q: want letters, digits, _ and -", name)
+		}
+	}
+	for _, text := range []string{m.Version, m.SrcVersion, m.Vermagic, m.License} {
+		if !textPattern.MatchString(text) {
+			return fmt.Errorf("text %q: want printable ASCII, at most 256 characters", text[:min(len(text), 256)])
+		}
+	}
+	return nil
+}
+
+var (
+	namePattern = regexp.MustCompile(`^[A-Za-z0-9_-]{1,55}$`)
+	textPattern = regexp.MustCompile(`^[ -~]{0,256}$`)
+)
+
+// parseInfo reads key=value strings, each ended by zero bytes.
+func parseInfo(data []byte) map[string][]string {
+	info := map[string][]string{}
+	for entry := range bytes.SplitSeq(data, []byte{0}) {
+		if key, value, ok := bytes.Cut(entry, []byte("=")); ok && len(key) > 0 {
+			info[string(key)] = append(info[string(key)], string(value))
+		}
+	}
+	return info
+}
+
+func first(values []string) string {
+	if len(values) == 0 {
+		return ""
+	}
+	return values[0]
+}
+
+// structName reads the name out of struct module, for modules without name=
+// (before Linux 4.13): it stands behind the state (an int, padded) and a list head.
+func structName(f *elf.File) (string, error) {
+	const offset, length = 24, 56
+	data, err := section(f, ".gnu.linkonce.this_module", maxModinfo)
+	if err != nil || len(data) < offset+length {
+		return "", err
+	}
+	name, _, _ := bytes.Cut(data[offset:offset+length], []byte{0})
+	return Canonical(string(name)), nil
+}
+
+// readVersions reads __versions: records of 64 bytes, a checksum in the first
+// eight and a name in the others; or, from Linux 6.14 on, the two sections that
+// lift the bound on the name's length.
+func (m *Module) readVersions(f *elf.File) error {
+	const record, nameAt = 64, 8
+	m.CRCs = map[string]uint32{}
+	data, err := section(f, "__versions", maxSection)
+	if err != nil {
+		return err
+	}
+	if len(data)%record != 0 {
+		return fmt.Errorf("section __versions: %d bytes are no multiple of %d", len(data), record)
+	}
+	for ; len(data) > 0; data = data[record:] {
+		name, _, ended := bytes.Cut(data[nameAt:record], []byte{0})
+		if !ended || len(name) == 0 {
+			return errors.New("section __versions: a name without end, or empty")
+		}
+		m.CRCs[string(name)] = binary.LittleEndian.Uint32(data)
+	}
+	crcs, err := section(f, "__version_ext_crcs", maxSection)
+	if err != nil {
+		return err
+	}
+	names, err := section(f, "__version_ext_names", maxSection)
+	if err != nil {
+		return err
+	}
+	for ; len(crcs) >= 4; crcs = crcs[4:] {
+		name, rest, ended := bytes.Cut(names, []byte{0})
+		if !ended || len(name) == 0 {
+			return errors.New("section __version_ext_names: fewer names than checksums")
+		}
+		m.CRCs[string(name)], names = binary.LittleEndian.Uint32(crcs), rest
+	}
+	return nil
+}
+
+func (m *Module) readSymbols(f *elf.File) error {
+	m.ExportCRCs = map[string]uint32{}
+	table := f.SectionByType(elf.SHT_SYMTAB)
+	if table == nil {
+		return errors.New("no symbol table")
+	}
+	if table.Size/elf.Sym64Size > maxSymbols || int(table.Link) >= len(f.Sections) || f.Sections[table.Link].Size > maxSection ||
+		(table.Flags|f.Sections[table.Link].Flags)&elf.SHF_COMPRESSED != 0 {
+		return errors.New("symbol table: too large, or without its names")
+	}
+	symbols, err := f.Symbols()
+	if err != nil {
+		return fmt.Errorf("symbol table: %w", err)
+	}
+	crcTables := map[elf.SectionIndex][]byte{}
+	for i, s := range f.Sections {
+		if s.Name == "__kcrctab" || s.Name == "__kcrctab_gpl" {
+			if s.Size > maxSection || s.Type == elf.SHT_NOBITS || s.Flags&elf.SHF_COMPRESSED != 0 {
+				return fmt.Errorf("section %s: too large, or not plain", s.Name)
+			}
+			if crcTables[elf.SectionIndex(i)], err = s.Data(); err != nil {
+				return fmt.Errorf("section %s: %w", s.Name, err)
+			}
+		}
+	}
+	exports := map[string]bool{}
+	for _, s := range symbols {
+		bind := elf.ST_BIND(s.Info)
+		if s.Section == elf.SHN_UNDEF {
+			if s.Name != "" && (bind == elf.STB_GLOBAL || bind == elf.STB_WEAK) {
+				m.Imports = append(m.Imports, Symbol{Name: s.Name, Weak: bind == elf.STB_WEAK})
+			}
+			continue
+		}
+		if name, ok := strings.CutPrefix(s.Name, "__ksymtab_"); ok && name != "" {
+			exports[name] = true
+		}
+		name, ok := strings.CutPrefix(s.Name, "__crc_")
+		if !ok || name == "" {
+			continue
+		}
+		if s.Section == elf.SHN_ABS { // before Linux 5.19 the value was the checksum
+			m.ExportCRCs[name] = uint32(s.Value)
+		} else if crcs, ok := crcTables[s.Section]; ok && s.Value+4 > s.Value && s.Value+4 <= uint64(len(crcs)) {
+			m.ExportCRCs[name] = binary.LittleEndian.Uint32(crcs[s.Value:])
+		}
+	}
+	for name := range exports {
+		m.Exports = append(m.Exports, name)
+	}
+	slices.Sort(m.Exports)
+	slices.SortFunc(m.Imports, func(a, b Symbol) int { return strings.Compare(a.Name, b.Name) })
+	m.Imports = slices.CompactFunc(m.Imports, func(a, b Symbol) bool { return a.Name == b.Name })
+	return nil
+}
+
+// SignatureMagic ends a signed module. Before it stand twelve bytes whose third
+// is the kind of signature (2 is PKCS #7) and whose last four its length.
+const SignatureMagic = "~Module signature appended~\n"
+
+// signatureSize returns how many bytes the appended signature takes with its
+// trailer, or 0 if there is none.
+func signatureSize(r io.ReaderAt, size int64) (int64, error) {
+	const info = 12
+	trailer := make([]byte, info+len(SignatureMagic))
+	if size < int64(len(trailer)) {
+		return 0, nil
+	}
+	if _, err := r.ReadAt(trailer, size-int64(len(trailer))); err != nil && !errors.Is(err, io.EOF) {
+		return 0, fmt.Errorf("signature trailer: %w", err)
+	}
+	if string(trailer[info:]) != SignatureMagic {
+		return 0, nil
+	}
+	length := int64(binary.BigEndian.Uint32(trailer[info-4:])) + int64(len(trailer))
+	if trailer[2] != 2 || length >= size {
+		return 0, errors.New("signature trailer: not PKCS #7, or longer than the file")
+	}
+	return length, nil
+}

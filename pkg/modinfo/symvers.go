@@ -1,0 +1,119 @@
+package modinfo
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"path"
+	"strconv"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Export is a symbol that a kernel or one of its modules offers.
+type Export struct {
+	// CRC is the checksum of the symbol's type; 0 without MODVERSIONS.
+	CRC uint32
+	// Module is vmlinux, or the path of the module that has the symbol.
+	Module string
+	// GPL says that only modules with a compatible licence may use it.
+	GPL bool
+	// Namespace has to be imported by who uses the symbol; mostly empty.
+	Namespace string
+}
+
+// Symvers is a kernel's Module.symvers by symbol name.
+type Symvers map[string]Export
+
+// HasCRCs reports whether the kernel has MODVERSIONS: without, every checksum is 0.
+func (s Symvers) HasCRCs() bool {
+	for _, e := range s {
+		if e.CRC != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// modules returns the names of the kernel's own modules that export anything.
+func (s Symvers) modules() map[string]bool {
+	names := map[string]bool{}
+	for _, e := range s {
+		names[e.provider()] = true
+	}
+	return names
+}
+
+func (e Export) provider() string { return Canonical(path.Base(e.Module)) }
+
+// Bounds for Module.symvers; a distribution's kernel has 25,000 lines.
+const (
+	maxSymversLines = 1 << 20
+	maxSymversLine  = 4 << 10
+)
+
+// ReadSymvers reads Module.symvers: lines of checksum, symbol, module, kind of
+// export and, from Linux 5.4 on, namespace, with tabs between them.
+func ReadSymvers(r io.Reader) (Symvers, error) {
+	all := Symvers{}
+	lines := bufio.NewScanner(r)
+	lines.Buffer(make([]byte, 0, maxSymversLine), maxSymversLine)
+	n := 0
+	for lines.Scan() {
+		if n++; n > maxSymversLines {
+			return nil, symversFault(n, errors.New("too many lines"))
+		}
+		if lines.Text() == "" {
+			continue
+		}
+		name, export, err := parseExport(lines.Text())
+		if err != nil {
+			return nil, symversFault(n, err)
+		}
+		if old, ok := all[name]; ok && old != export {
+			return nil, symversFault(n, fmt.Errorf("symbol %s: exported twice, by %s and %s", name, old.Module, export.Module))
+		}
+		all[name] = export
+	}
+	if err := lines.Err(); errors.Is(err, bufio.ErrTooLong) {
+		return nil, symversFault(n+1, err)
+	} else if err != nil {
+		return nil, fmt.Errorf("read Module.symvers: %w", err)
+	}
+	return all, nil
+}
+
+func symversFault(line int, err error) error {
+	return fault.Wrap(fault.Usage, fmt.Errorf("read Module.symvers: line %d: %w", line, err),
+		"take Module.symvers from the header tree of the very kernel; it has lines such as 0x4c9d28b0<tab>phys_base<tab>vmlinux<tab>EXPORT_SYMBOL<tab>")
+}
+
+func parseExport(line string) (string, Export, error) {
+	fields := strings.Split(line, "\t")
+	if len(fields) < 4 || len(fields) > 5 {
+		return "", Export{}, fmt.Errorf("%d fields: want 4 or 5", len(fields))
+	}
+	digits, ok := strings.CutPrefix(fields[0], "0x")
+	crc, err := strconv.ParseUint(digits, 16, 32)
+	if !ok || err != nil || digits[0] == '+' {
+		return "", Export{}, fmt.Errorf("checksum %q: want 0x and 8 hex digits", fields[0])
+	}
+	e := Export{CRC: uint32(crc), Module: fields[2]}
+	if len(fields) == 5 {
+		e.Namespace = fields[4]
+	}
+	switch kind := fields[3]; kind {
+	case "EXPORT_SYMBOL", "EXPORT_UNUSED_SYMBOL":
+	case "EXPORT_SYMBOL_GPL", "EXPORT_SYMBOL_GPL_FUTURE", "EXPORT_UNUSED_SYMBOL_GPL":
+		e.GPL = true
+	default:
+		// Linux 5.3 and older wrote the namespace elsewhere; nothing else is known.
+		return "", Export{}, fmt.Errorf("kind of export %q: want EXPORT_SYMBOL or EXPORT_SYMBOL_GPL", kind)
+	}
+	if fields[1] == "" || fields[2] == "" {
+		return "", Export{}, errors.New("no symbol or no module")
+	}
+	return fields[1], e, nil
+}
