@@ -1,0 +1,154 @@
+package loadtest
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+)
+
+// liveConfig returns a real kernel and a real driver that was compiled for it.
+// The end-to-end run sets both: PREBAKE_BOOT is a boot folder, PREBAKE_DRIVER
+// a folder with drivers/*.ko, lib64/ and perhaps firmware/.
+func liveConfig(t *testing.T) Config {
+	t.Helper()
+	boot, driver := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_DRIVER")
+	if boot == "" || driver == "" {
+		t.Skip("PREBAKE_BOOT and PREBAKE_DRIVER name no kernel and no driver made for it")
+	}
+	c := Config{Boot: boot, Modules: map[string]string{}, Userspace: driver, Firmware: driver, Timeout: 5 * time.Minute,
+		Init: buildProgram(t, "pkg/vm/guestinit", "0"), Probe: buildProgram(t, "fetcher/nvmlprobe", "1")}
+	files, err := filepath.Glob(filepath.Join(driver, "drivers", "*.ko"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("modules in %s: %v, %v", driver, files, err)
+	}
+	for _, f := range files {
+		c.Modules[strings.TrimSuffix(filepath.Base(f), ".ko")] = f
+	}
+	f, err := os.Open(c.Modules["nvidia"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := modinfo.Read(f, st.Size())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Version = m.Version
+	return c
+}
+
+func buildProgram(t *testing.T, pkg, cgo string) string {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
+	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
+	}
+	return out
+}
+
+func TestLiveDriverLoads(t *testing.T) {
+	t.Parallel()
+	c := liveConfig(t)
+	v, err := Run(t.Context(), c, nil)
+	if err != nil {
+		t.Fatalf("Run() = %v\n%s", err, kernelLog(v))
+	}
+	t.Logf("boot %.2f s, load %.2f s, probe %.2f s, unload %.2f s, machine %.2f s; skipped %v, warnings %q",
+		v.BootSeconds, v.LoadSeconds, v.ProbeSeconds, v.UnloadSeconds, v.Seconds, v.Skipped, v.Warnings)
+	for line := range strings.Lines(v.KernelLog) {
+		if strings.Contains(line, "NVRM") || strings.Contains(line, "nvidia") {
+			t.Log(strings.TrimSpace(line))
+		}
+	}
+	if v.State != Loaded || v.NVMLVersion != c.Version {
+		t.Errorf("verdict = %s, NVML %q; want loaded, %s", v, v.NVMLVersion, c.Version)
+	}
+	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
+		if !slices.Contains(v.Loaded, m) {
+			t.Errorf("loaded = %v; want %s among them", v.Loaded, m)
+		}
+	}
+}
+
+func TestLiveDriverWithoutGPU(t *testing.T) {
+	t.Parallel()
+	c := liveConfig(t)
+	bare := t.TempDir()
+	for _, name := range []string{"vmlinuz", "modules"} {
+		abs, err := filepath.Abs(filepath.Join(c.Boot, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(abs, filepath.Join(bare, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	c.Boot = bare
+	v, err := Run(t.Context(), c, nil)
+	if err != nil {
+		t.Fatalf("Run() = %v\n%s", err, kernelLog(v))
+	}
+	t.Logf("verdict %q; machine %.2f s\n%s", v, v.Seconds, v.KernelLog)
+	if v.State != NoDevice {
+		t.Errorf("verdict = %s; want %s", v, NoDevice)
+	}
+}
+
+// TestLiveWrongModule changes the module's version magic: what happens when a
+// module meets a kernel that it was not made for. The release inside the magic
+// does not count where the kernel has symbol versions, the rest always does.
+func TestLiveWrongModule(t *testing.T) {
+	t.Parallel()
+	c := liveConfig(t)
+	text, err := os.ReadFile(c.Modules["nvidia"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(text, []byte("vermagic="))
+	if at < 0 {
+		t.Fatal("nvidia.ko has no vermagic")
+	}
+	magic, _, _ := bytes.Cut(text[at:], []byte{0})
+	copy(text[at:], bytes.Replace(magic, []byte(" SMP "), []byte(" XMP "), 1))
+	wrong := filepath.Join(t.TempDir(), "nvidia.ko")
+	if err := os.WriteFile(wrong, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c.Modules["nvidia"] = wrong
+	v, err := Run(t.Context(), c, nil)
+	if !fault.Is(err, fault.LoadTestFailed) || v == nil {
+		t.Fatalf("Run() = %v, %v; want load-test-failed and a verdict", v, err)
+	}
+	t.Log(v)
+	if diff := cmp.Diff(Rejected, v.State); diff != "" {
+		t.Error(diff)
+	}
+	for _, want := range []string{"load nvidia", "ENOEXEC", "version magic"} {
+		if !strings.Contains(v.Reason, want) {
+			t.Errorf("reason = %q; want %q in it", v.Reason, want)
+		}
+	}
+}
+
+func kernelLog(v *Verdict) string {
+	if v == nil {
+		return ""
+	}
+	return v.KernelLog
+}

@@ -1,0 +1,174 @@
+// Command nvmlprobe opens NVIDIA's management library, asks it for the
+// driver's version and the GPUs, prints the answer as one JSON object and
+// ends. It is a program of its own because NVML needs cgo and dlopen, which
+// the static fetcher must not have. It refuses to change anything on the GPU,
+// and to judge the answer.
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/NVIDIA/go-nvml/pkg/dl"
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+)
+
+// Exit codes.
+const (
+	exitAnswered = 0 // NVML answered; devices may be empty
+	exitSilent   = 1 // NVML could not be opened or asked; error says why
+	exitUsage    = 2
+)
+
+// Answer is what the probe prints.
+type Answer struct {
+	DriverVersion string `json:"driverVersion,omitempty"`
+	// CUDAVersion is the highest CUDA version that the driver supports, such as 12.2.
+	CUDAVersion string   `json:"cudaVersion,omitempty"`
+	Devices     []Device `json:"devices"`
+	Error       string   `json:"error,omitempty"`
+	// Code is NVML's return value that goes with Error; 0 if it came from elsewhere.
+	Code int `json:"code,omitempty"`
+}
+
+// Device is one GPU.
+type Device struct {
+	UUID        string `json:"uuid,omitempty"`
+	Name        string `json:"name,omitempty"`
+	PCIBusID    string `json:"pciBusId,omitempty"`
+	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
+	// Error says why NVML cannot use or describe this GPU.
+	Error string `json:"error,omitempty"`
+}
+
+func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+
+func run(args []string, stdout, stderr io.Writer) int {
+	flags := flag.NewFlagSet("nvmlprobe", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	lib := flags.String("lib", "libnvidia-ml.so.1", "NVML library: a path, or a name for the loader to find")
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return exitAnswered
+	} else if err != nil {
+		return exitUsage
+	}
+	if flags.NArg() > 0 {
+		fmt.Fprintf(stderr, "nvmlprobe: argument %q: want none; name the library with --lib\n", flags.Arg(0))
+		return exitUsage
+	}
+	a := ask(nvml.New(nvml.WithLibraryPath(*lib)), func() error { return openable(*lib) })
+	if err := json.NewEncoder(stdout).Encode(a); err != nil {
+		fmt.Fprintf(stderr, "nvmlprobe: print answer: %v\n", err)
+		return exitSilent
+	}
+	if a.Error != "" {
+		return exitSilent
+	}
+	return exitAnswered
+}
+
+// openable returns the loader's own words about a library that NVML only
+// calls not found.
+func openable(path string) error {
+	lib := dl.New(path, dl.RTLD_LAZY)
+	if err := lib.Open(); err != nil {
+		return err
+	}
+	return lib.Close()
+}
+
+// asked is the part of NVML that the probe uses.
+type asked interface {
+	Init() nvml.Return
+	Shutdown() nvml.Return
+	SystemGetDriverVersion() (string, nvml.Return)
+	SystemGetCudaDriverVersion_v2() (int, nvml.Return)
+	DeviceGetCount() (int, nvml.Return)
+	DeviceGetHandleByIndex(int) (nvml.Device, nvml.Return)
+}
+
+// ask fills an answer as far as NVML gives one.
+func ask(lib asked, why func() error) (a Answer) {
+	a.Devices = []Device{}
+	if ret := lib.Init(); ret != nvml.SUCCESS {
+		a.Error, a.Code = "open NVML: "+words(ret), int(ret)
+		if ret == nvml.ERROR_LIBRARY_NOT_FOUND {
+			if err := why(); err != nil {
+				a.Error = "open NVML: " + err.Error()
+			}
+		}
+		return a
+	}
+	defer lib.Shutdown()
+	version, ret := lib.SystemGetDriverVersion()
+	if ret != nvml.SUCCESS {
+		a.Error, a.Code = "read driver version: "+words(ret), int(ret)
+		return a
+	}
+	a.DriverVersion = version
+	if cuda, ret := lib.SystemGetCudaDriverVersion_v2(); ret == nvml.SUCCESS {
+		a.CUDAVersion = fmt.Sprintf("%d.%d", cuda/1000, cuda%1000/10)
+	}
+	count, ret := lib.DeviceGetCount()
+	if ret != nvml.SUCCESS {
+		a.Error, a.Code = "count GPUs: "+words(ret), int(ret)
+		return a
+	}
+	for i := range count {
+		d, ret := lib.DeviceGetHandleByIndex(i)
+		if ret != nvml.SUCCESS {
+			a.Devices = append(a.Devices, Device{Error: fmt.Sprintf("open GPU %d: %s", i, words(ret))})
+			continue
+		}
+		a.Devices = append(a.Devices, describe(d))
+	}
+	return a
+}
+
+// facts is the part of a GPU that the probe reads.
+type facts interface {
+	GetUUID() (string, nvml.Return)
+	GetName() (string, nvml.Return)
+	GetPciInfo() (nvml.PciInfo, nvml.Return)
+	GetMemoryInfo() (nvml.Memory, nvml.Return)
+}
+
+// describe reads what the GPU tells; the first refusal is its error.
+func describe(d facts) (out Device) {
+	note := func(what string, ret nvml.Return) bool {
+		if ret != nvml.SUCCESS && out.Error == "" {
+			out.Error = "read " + what + ": " + words(ret)
+		}
+		return ret == nvml.SUCCESS
+	}
+	var ret nvml.Return
+	out.UUID, ret = d.GetUUID()
+	note("UUID", ret)
+	out.Name, ret = d.GetName()
+	note("name", ret)
+	if pci, ret := d.GetPciInfo(); note("PCI address", ret) {
+		out.PCIBusID = cString(pci.BusId[:])
+	}
+	if mem, ret := d.GetMemoryInfo(); note("memory size", ret) {
+		out.MemoryBytes = mem.Total
+	}
+	return out
+}
+
+func words(ret nvml.Return) string { return nvml.ErrorString(ret) }
+
+// cString reads up to the terminating zero.
+func cString[T int8 | uint8](chars []T) string {
+	out := make([]byte, 0, len(chars))
+	for _, c := range chars {
+		if c == 0 {
+			break
+		}
+		out = append(out, byte(c))
+	}
+	return string(out)
+}

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/NVIDIA/go-nvml/pkg/nvml"
+	"github.com/google/go-cmp/cmp"
+)
+
+// library answers like NVML would; methods that a row leaves out succeed.
+type library struct {
+	init, version, count nvml.Return
+	devices              []nvml.Return
+}
+
+func (l library) Init() nvml.Return     { return l.init }
+func (l library) Shutdown() nvml.Return { return nvml.SUCCESS }
+func (l library) SystemGetDriverVersion() (string, nvml.Return) {
+	return "535.261.03", l.version
+}
+func (l library) SystemGetCudaDriverVersion_v2() (int, nvml.Return) { return 12020, nvml.SUCCESS }
+func (l library) DeviceGetCount() (int, nvml.Return)                { return len(l.devices), l.count }
+func (l library) DeviceGetHandleByIndex(i int) (nvml.Device, nvml.Return) {
+	return gpu{}, l.devices[i]
+}
+
+type gpu struct {
+	nvml.Device
+	memory nvml.Return
+}
+
+func (gpu) GetUUID() (string, nvml.Return) { return "GPU-1", nvml.SUCCESS }
+func (gpu) GetName() (string, nvml.Return) { return "Tesla T4", nvml.SUCCESS }
+func (gpu) GetPciInfo() (nvml.PciInfo, nvml.Return) {
+	var p nvml.PciInfo
+	for i, c := range []byte("00000001:00:00.0") {
+		p.BusId[i] = p.BusId[i]*0 + convert(p.BusId[i], c)
+	}
+	return p, nvml.SUCCESS
+}
+func (g gpu) GetMemoryInfo() (nvml.Memory, nvml.Return) {
+	return nvml.Memory{Total: 16 << 30}, g.memory
+}
+
+// convert gives b the type of like, which differs between NVML's versions.
+func convert[T int8 | uint8](_ T, b byte) T { return T(b) }
+
+func TestAsk(t *testing.T) {
+	t.Parallel()
+	good := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0", MemoryBytes: 16 << 30}
+	for _, row := range []struct {
+		name string
+		lib  library
+		why  error
+		want Answer
+	}{
+		{"no GPU", library{}, nil, Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{}}},
+		{"one good GPU, one lost", library{devices: []nvml.Return{nvml.SUCCESS, nvml.ERROR_GPU_IS_LOST}}, nil,
+			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{good,
+				{Error: "open GPU 1: " + words(nvml.ERROR_GPU_IS_LOST)}}}},
+		{"library missing", library{init: nvml.ERROR_LIBRARY_NOT_FOUND}, errors.New("no such file"),
+			Answer{Devices: []Device{}, Error: "open NVML: no such file", Code: int(nvml.ERROR_LIBRARY_NOT_FOUND)}},
+		{"driver not loaded", library{init: nvml.ERROR_DRIVER_NOT_LOADED}, nil,
+			Answer{Devices: []Device{}, Error: "open NVML: " + words(nvml.ERROR_DRIVER_NOT_LOADED), Code: int(nvml.ERROR_DRIVER_NOT_LOADED)}},
+		{"no version", library{version: nvml.ERROR_UNKNOWN}, nil,
+			Answer{Devices: []Device{}, Error: "read driver version: " + words(nvml.ERROR_UNKNOWN), Code: int(nvml.ERROR_UNKNOWN)}},
+		{"no count", library{count: nvml.ERROR_UNKNOWN}, nil,
+			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{}, Error: "count GPUs: " + words(nvml.ERROR_UNKNOWN), Code: int(nvml.ERROR_UNKNOWN)}},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			got := ask(row.lib, func() error { return row.why })
+			if diff := cmp.Diff(row.want, got); diff != "" {
+				t.Errorf("ask() (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestDescribeKeepsWhatItCouldRead(t *testing.T) {
+	t.Parallel()
+	got := describe(gpu{memory: nvml.ERROR_NOT_SUPPORTED})
+	want := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0",
+		Error: "read memory size: " + words(nvml.ERROR_NOT_SUPPORTED)}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("describe() (-want +got):\n%s", diff)
+	}
+}
+
+func TestRunWithoutLibrary(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "libnvidia-ml.so.1")
+	var out, errs bytes.Buffer
+	if code := run([]string{"--lib", path}, &out, &errs); code != exitSilent {
+		t.Errorf("run() = %d; want %d", code, exitSilent)
+	}
+	var a Answer
+	if err := json.Unmarshal(out.Bytes(), &a); err != nil {
+		t.Fatalf("answer %q: %v", out.String(), err)
+	}
+	if !strings.Contains(a.Error, path) || !strings.Contains(a.Error, "No such file") {
+		t.Errorf("error = %q; want the loader's words about %s", a.Error, path)
+	}
+}
+
+func TestRunUsage(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{{"--nothing"}, {"libnvidia-ml.so.1"}} {
+		if code := run(args, &bytes.Buffer{}, &bytes.Buffer{}); code != exitUsage {
+			t.Errorf("run(%q) = %d; want %d", args, code, exitUsage)
+		}
+	}
+}

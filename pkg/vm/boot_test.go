@@ -1,0 +1,134 @@
+package vm_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// bootFolder returns a folder with a real kernel. The end-to-end run sets it.
+func bootFolder(t *testing.T) string {
+	t.Helper()
+	dir := os.Getenv("PREBAKE_BOOT")
+	if dir == "" {
+		t.Skip("PREBAKE_BOOT names no folder with vmlinuz, modules/ and emugpu.ko")
+	}
+	return dir
+}
+
+// build compiles a static program of this module.
+func build(t *testing.T, pkg string) string {
+	t.Helper()
+	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
+	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
+	}
+	return out
+}
+
+func mustStep(t *testing.T, res *vm.Result, name string) vm.StepResult {
+	t.Helper()
+	s, ok := res.Step(name)
+	if !ok {
+		t.Fatalf("step %q did not start; steps: %+v", name, res.Steps)
+	}
+	return s
+}
+
+func TestBootWithNetworkAndGPU(t *testing.T) {
+	t.Parallel()
+	boot, init := bootFolder(t), build(t, "pkg/vm/guestinit")
+	l, err := net.Listen("tcp4", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := &httptest.Server{Listener: l, Config: &http.Server{Handler: http.NotFoundHandler()}}
+	srv.Start()
+	defer srv.Close()
+	res, err := vm.Run(t.Context(), vm.Config{
+		Boot: boot, Init: init, GPU: true, Network: true, Timeout: 3 * time.Minute,
+		Files: []vm.File{{Name: "/etc/greeting", Data: []byte("hello\n")}, {Name: "/etc/link", Link: "greeting"}},
+		Steps: []vm.Step{
+			{Name: "cat", Argv: []string{"@cat", "/etc/link"}},
+			{Name: "gpu", Argv: []string{"@cat", "/sys/bus/pci/devices/0001:00:00.0/resource", "/sys/bus/pci/devices/0001:00:00.0/vendor"}},
+			{Name: "route", Argv: []string{"@cat", "/proc/net/route", "/proc/cmdline"}},
+			{Name: "unload", Argv: []string{"@rmmod", "emugpu"}},
+			{Name: "load again", Argv: []string{"@insmod", "/prebake/emugpu.ko"}},
+			{Name: "twice", Argv: []string{"@insmod", "/prebake/emugpu.ko"}, KeepGoing: true},
+			{Name: "missing", Argv: []string{"/bin/nothing"}},
+			{Name: "not run", Argv: []string{"@cat", "/etc/link"}},
+		},
+	})
+	if err != nil {
+		t.Fatalf("Run() = %v", err)
+	}
+	t.Logf("boot %.2f s, all %.2f s, initramfs %d bytes", res.BootSeconds, res.Seconds, res.InitramfsBytes)
+	if got := string(mustStep(t, res, "cat").Stdout); got != "hello\n" {
+		t.Errorf("cat = %q; want hello", got)
+	}
+	gpu := string(mustStep(t, res, "gpu").Stdout)
+	for _, want := range []string{"0x0000000050000000 0x0000000050ffffff", "0x0000000052000000 0x0000000053ffffff", "0x10de"} {
+		if !strings.Contains(gpu, want) {
+			t.Errorf("emulated GPU = %s; want %s in it", gpu, want)
+		}
+	}
+	if route := string(mustStep(t, res, "route").Stdout); !strings.Contains(route, "0202000A") {
+		t.Errorf("routes = %s; want one by 10.0.2.2", route)
+	}
+	for name, want := range map[string]int{"unload": 0, "load again": 0, "twice": 17, "missing": 127} {
+		if s := mustStep(t, res, name); s.ExitCode != want {
+			t.Errorf("step %q = %d (%s); want %d", name, s.ExitCode, s.Error, want)
+		}
+	}
+	if _, ok := res.Step("not run"); ok {
+		t.Error("a step after a failed one ran")
+	}
+	if !strings.Contains(res.KernelLog, "Linux version") || res.Crash != "" {
+		t.Errorf("kernel log of %d bytes, crash %q; want a boot log and no crash", len(res.KernelLog), res.Crash)
+	}
+}
+
+func TestBootCrashIsReported(t *testing.T) {
+	t.Parallel()
+	boot := bootFolder(t)
+	// Any static program that ends is a panic when it is process 1.
+	res, err := vm.Run(t.Context(), vm.Config{Boot: boot, Init: build(t, "pkg/vm/testdata/quitter"), Timeout: 2 * time.Minute})
+	var crash *vm.CrashError
+	if !errors.As(err, &crash) {
+		t.Fatalf("Run() = %v; want a CrashError", err)
+	}
+	if !strings.Contains(crash.Line, "Attempted to kill init") || !strings.Contains(res.KernelLog, "Linux version") {
+		t.Errorf("crash = %q with %d bytes of log; want the panic's line and the console", crash.Line, len(res.KernelLog))
+	}
+}
+
+func TestBootEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	boot, init := bootFolder(t), build(t, "pkg/vm/guestinit")
+	ctx, cancel := context.WithCancel(t.Context())
+	_, err := vm.Run(ctx, vm.Config{
+		Boot: boot, Init: init, Timeout: 2 * time.Minute,
+		Steps: []vm.Step{{Name: "forever", Argv: []string{"@wait", "/never"}}},
+		Watch: func(p vm.Progress) {
+			if p.State == "begin" {
+				cancel()
+			}
+		},
+	})
+	if !fault.Is(err, fault.Cancelled) {
+		t.Errorf("Run() = %v, a %v; want cancelled", err, fault.Of(err))
+	}
+}

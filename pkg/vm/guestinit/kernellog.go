@@ -1,0 +1,90 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxKernelLog bounds the text of one read, well below a line's bound.
+const maxKernelLog = 1 << 20
+
+// kernelLog reads /dev/kmsg, whose every read returns one record
+// (Documentation/ABI/testing/dev-kmsg in the kernel's source).
+type kernelLog struct {
+	mu sync.Mutex
+	fd int
+}
+
+func openKernelLog(path string) (*kernelLog, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open kernel log: %w", err)
+	}
+	return &kernelLog{fd: fd}, nil
+}
+
+// read returns the records that came since the last call, one a line.
+func (k *kernelLog) read() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	var text strings.Builder
+	record := make([]byte, 16<<10)
+	for text.Len() < maxKernelLog {
+		n, err := unix.Read(k.fd, record)
+		if errors.Is(err, unix.EPIPE) || errors.Is(err, unix.EINTR) {
+			continue // records were overwritten; the next read goes on after the gap
+		}
+		if err != nil || n <= 0 {
+			break // EAGAIN: nothing more
+		}
+		if line, ok := formatRecord(string(record[:n])); ok {
+			text.WriteString(line)
+			text.WriteByte('\n')
+		}
+	}
+	return text.String()
+}
+
+// formatRecord turns "6,339,5140900,-;text" and its continuation lines into
+// the form that dmesg prints: "[    5.140900] text".
+func formatRecord(record string) (string, bool) {
+	head, body, ok := strings.Cut(record, ";")
+	if !ok {
+		return "", false
+	}
+	fields := strings.Split(head, ",")
+	if len(fields) < 3 {
+		return "", false
+	}
+	us, err := strconv.ParseUint(fields[2], 10, 64)
+	if err != nil {
+		return "", false
+	}
+	text, _, _ := strings.Cut(body, "\n") // what follows is a device's dictionary
+	return fmt.Sprintf("[%5d.%06d] %s", us/1e6, us%1e6, unescape(text)), true
+}
+
+// unescape undoes the \xHH that the kernel writes for each unprintable byte. A
+// newline becomes a space: the text stays one line.
+func unescape(text string) string {
+	var out strings.Builder
+	for i := 0; i < len(text); i++ {
+		if text[i] == '\\' && i+3 < len(text) && text[i+1] == 'x' {
+			if b, err := strconv.ParseUint(text[i+2:i+4], 16, 8); err == nil {
+				if b == '\n' || b == '\r' {
+					b = ' '
+				}
+				out.WriteByte(byte(b))
+				i += 3
+				continue
+			}
+		}
+		out.WriteByte(text[i])
+	}
+	return strings.TrimSpace(out.String())
+}

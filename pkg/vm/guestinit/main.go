@@ -1,0 +1,191 @@
+// Command guestinit is /init of Prebake's virtual machines: it mounts what a
+// Linux program expects, loads the kernel modules that came with it, brings
+// the network up, runs the steps of a script, tells the host about each over
+// the second serial port, and powers off. It has built-in steps for kernel
+// modules, device nodes and files, so that a machine needs no shell. It
+// refuses to run anywhere but as process 1.
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/vm/internal/wire"
+)
+
+func main() {
+	if os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, "guestinit: runs only as process 1 of a virtual machine")
+		os.Exit(2)
+	}
+	boot()
+	powerOff()
+}
+
+// boot runs the whole script. Nothing may get out of it: process 1 that ends
+// is a kernel panic.
+func boot() {
+	var host *link
+	defer func() {
+		if p := recover(); p != nil {
+			fmt.Fprintf(os.Stderr, "guestinit: panic: %v\n%s", p, debug.Stack())
+			if host != nil {
+				host.send(wire.Event{Type: wire.Fatal, Error: fmt.Sprintf("guestinit panic: %v", p)})
+			}
+		}
+	}()
+	if err := mounts(); err != nil {
+		fmt.Fprintf(os.Stderr, "guestinit: %v\n", err)
+		return
+	}
+	port, err := openPort(wire.Port)
+	if err != nil {
+		fmt.Fprintf(os.Stderr, "guestinit: %v\n", err)
+		return
+	}
+	host = &link{w: port}
+	host.send(wire.Event{Type: wire.Hello})
+	if err := script(host); err != nil {
+		host.send(wire.Event{Type: wire.Fatal, Error: err.Error(), Kernel: host.kernel()})
+	} else {
+		host.send(wire.Event{Type: wire.Bye, Kernel: host.kernel()})
+	}
+	drain(port)
+}
+
+func script(host *link) error {
+	log, err := openKernelLog("/dev/kmsg")
+	if err != nil {
+		return err
+	}
+	host.log = log
+	text, err := os.ReadFile(wire.ScriptPath)
+	if err != nil {
+		return fmt.Errorf("read script: %w", err)
+	}
+	var s wire.Script
+	if err := json.Unmarshal(text, &s); err != nil {
+		return fmt.Errorf("read script: %w", err)
+	}
+	if err := prepare(s); err != nil {
+		return err
+	}
+	host.send(wire.Event{Type: wire.Ready, Kernel: host.kernel()})
+	r := &runner{host: host, builtins: builtins()}
+	r.run(s.Steps)
+	return nil
+}
+
+// prepare loads modules and brings devices up.
+func prepare(s wire.Script) error {
+	names, err := moduleOrder(wire.OrderPath)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		if err := insmod(filepath.Join(wire.ModulesDir, name), ""); err != nil {
+			return fmt.Errorf("load %s: %w", name, err)
+		}
+	}
+	if s.Network {
+		if err := network(10 * time.Second); err != nil {
+			return fmt.Errorf("bring network up: %w", err)
+		}
+	}
+	if s.GPU {
+		if err := insmod(wire.GPUModule, ""); err != nil {
+			return fmt.Errorf("load emulated GPU: %w", err)
+		}
+	}
+	return nil
+}
+
+// moduleOrder reads file names, one a line; a missing list is an empty one.
+func moduleOrder(path string) ([]string, error) {
+	text, err := os.ReadFile(path)
+	if os.IsNotExist(err) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read module order: %w", err)
+	}
+	var names []string
+	lines := bufio.NewScanner(bytes.NewReader(text))
+	for lines.Scan() {
+		name := strings.TrimSpace(lines.Text())
+		if name == "" {
+			continue
+		}
+		if filepath.Base(name) != name {
+			return nil, fmt.Errorf("read module order: %q: want a file name", name)
+		}
+		names = append(names, name)
+	}
+	return names, lines.Err()
+}
+
+func mounts() error {
+	for _, m := range []struct {
+		kind, at string
+		flags    uintptr
+		data     string
+	}{
+		{"devtmpfs", "/dev", unix.MS_NOSUID, "mode=0755"},
+		{"proc", "/proc", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"sysfs", "/sys", unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC, ""},
+		{"tmpfs", "/tmp", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+		{"tmpfs", "/run", unix.MS_NOSUID | unix.MS_NODEV, "mode=0755"},
+		{"tmpfs", "/dev/shm", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+	} {
+		if err := os.MkdirAll(m.at, 0o755); err != nil {
+			return fmt.Errorf("mount %s: %w", m.at, err)
+		}
+		if err := unix.Mount(m.kind, m.at, m.kind, m.flags, m.data); err != nil {
+			return fmt.Errorf("mount %s: %w", m.at, err)
+		}
+	}
+	return nil
+}
+
+// openPort opens a serial port for bytes that the line discipline leaves as
+// they are.
+func openPort(path string) (*os.File, error) {
+	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
+	t.Cflag = unix.CS8 | unix.CREAD | unix.CLOCAL | unix.B115200
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, t); err != nil {
+		return nil, fmt.Errorf("set up %s: %w", path, err)
+	}
+	return os.NewFile(uintptr(fd), path), nil
+}
+
+// drain waits until the port has sent everything.
+func drain(port *os.File) {
+	if err := unix.IoctlSetInt(int(port.Fd()), unix.TCSBRK, 1); err != nil {
+		fmt.Fprintf(os.Stderr, "guestinit: drain: %v\n", err)
+	}
+}
+
+func powerOff() {
+	unix.Sync()
+	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF); err != nil {
+		fmt.Fprintf(os.Stderr, "guestinit: power off: %v\n", err)
+	}
+	select {}
+}

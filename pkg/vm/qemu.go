@@ -1,0 +1,122 @@
+package vm
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/vm/emugpu"
+)
+
+// machine is one running qemu.
+type machine struct {
+	start           time.Time
+	console, events *os.File
+	stderr          *tail
+	done            chan error
+}
+
+// args returns qemu's command line. Files 3 to 5 are the console, the events
+// and the initramfs.
+func (c Config) args() []string {
+	kernel := []string{
+		"console=ttyS0,115200", "panic=-1", "oops=panic", "nokaslr", "nmi_watchdog=0", "rdinit=/init",
+	}
+	if c.GPU {
+		kernel = append(kernel, emugpu.KernelArg)
+	}
+	kernel = append(kernel, c.KernelArgs...)
+	// The empty romfile saves the network card's boot code, which has to start
+	// nothing.
+	nic := []string{"-nic", "none"}
+	if c.Network {
+		nic = []string{"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="}
+	}
+	return append(nic,
+		"-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg", "-cpu", "max",
+		"-smp", strconv.Itoa(c.CPUs), "-m", strconv.Itoa(c.MemoryMiB),
+		"-display", "none", "-vga", "none", "-no-reboot",
+		"-chardev", "file,id=console,path=/dev/fd/3", "-serial", "chardev:console",
+		"-chardev", "file,id=events,path=/dev/fd/4", "-serial", "chardev:events",
+		"-kernel", filepath.Join(c.Boot, BootKernel), "-initrd", "/dev/fd/5",
+		"-append", strings.Join(kernel, " "),
+	)
+}
+
+// start starts qemu. It dies with ctx, and with this process.
+func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err error) {
+	qemu, err := exec.LookPath(c.QEMU)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find emulator: %w", err),
+			"install Debian's package qemu-system-x86, or name the program")
+	}
+	consoleR, consoleW, err := os.Pipe()
+	if err != nil {
+		return nil, fmt.Errorf("start machine: %w", err)
+	}
+	eventsR, eventsW, err := os.Pipe()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start machine: %w", err), consoleR.Close(), consoleW.Close())
+	}
+	m := &machine{console: consoleR, events: eventsR, stderr: &tail{max: 64 << 10}, done: make(chan error, 1)}
+	cmd := exec.CommandContext(ctx, qemu, c.args()...)
+	cmd.Stderr = writerFunc(func(p []byte) (int, error) { m.stderr.write(p); return len(p), nil })
+	cmd.ExtraFiles = []*os.File{consoleW, eventsW, initrd}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second
+	m.start = time.Now()
+	started := make(chan error)
+	go func() {
+		// The death signal is tied to the thread that started the child, so
+		// that thread has to live as long as the child does.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		if err := cmd.Start(); err != nil {
+			started <- err
+			return
+		}
+		started <- nil
+		m.done <- cmd.Wait()
+	}()
+	err = <-started
+	// The child has its own ends; ours would keep the readers waiting.
+	err = errors.Join(err, consoleW.Close(), eventsW.Close())
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("start %s: %w", qemu, err), consoleR.Close(), eventsR.Close())
+	}
+	return m, nil
+}
+
+// wait returns when qemu is gone. The readers see the end of both pipes then.
+func (m *machine) wait() error { return <-m.done }
+
+func (m *machine) close() error { return errors.Join(m.console.Close(), m.events.Close()) }
+
+type writerFunc func(p []byte) (int, error)
+
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+type counter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *counter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
+}
+
+func newBuffered(w io.Writer) *bufio.Writer { return bufio.NewWriterSize(w, 1<<20) }

@@ -1,0 +1,265 @@
+package vm
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/vm/internal/wire"
+)
+
+// maxConsole bounds what is kept of the console; it is the end that tells.
+const maxConsole = 4 << 20
+
+// Run boots the machine, runs its steps and waits for its end. A step that
+// fails is no error of Run: the result tells. When the guest's kernel crashes,
+// the error is a [*CrashError] and the result holds what came before.
+func Run(ctx context.Context, c Config) (*Result, error) {
+	c = c.WithDefaults()
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	initrd, size, err := stageInitramfs(c)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = initrd.Close() }()
+	ctx, cancel := context.WithTimeoutCause(ctx, c.Timeout, errOverran)
+	defer cancel()
+
+	m, err := start(ctx, c, initrd)
+	if err != nil {
+		return nil, err
+	}
+	console := &tail{max: maxConsole}
+	seen := &recorder{config: c, start: m.start}
+	var readers errgroup.Group
+	readers.Go(func() error { return copyConsole(m.console, console, c.Console) })
+	readers.Go(func() error {
+		err := wire.Read(m.events, seen.event)
+		if err != nil {
+			cancel() // a guest that speaks nonsense has nothing more to say
+			_, _ = io.Copy(io.Discard, m.events)
+		}
+		return err
+	})
+	exit := m.wait()
+	protocol := errors.Join(readers.Wait(), m.close())
+	res := seen.result()
+	res.Seconds = time.Since(m.start).Seconds()
+	res.InitramfsBytes = size
+	return res, verdict(ctx, c, res, seen, ends{console: console.String(), exit: exit, protocol: protocol, stderr: m.stderr.String()})
+}
+
+var errOverran = errors.New("machine ran past its time limit")
+
+// ends is how a machine's run came out, seen from all sides.
+type ends struct {
+	console  string
+	exit     error
+	protocol error
+	stderr   string
+}
+
+// verdict says why a run was no good, most telling cause first, and nil if it
+// was.
+func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends) error {
+	if !seen.over {
+		res.KernelLog = e.console
+		if res.Crash = crashLine(e.console); res.Crash != "" {
+			return &CrashError{Line: res.Crash, Step: seen.running()}
+		}
+	}
+	switch cause := context.Cause(ctx); {
+	case seen.over:
+	case errors.Is(cause, errOverran):
+		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: no end after %v (%s)", c.Timeout, seen.place()),
+			"raise the limit, or read the console for what the machine waits for")
+	case e.protocol != nil:
+		return fmt.Errorf("run machine: %w", e.protocol)
+	case cause != nil:
+		return fmt.Errorf("run machine: %w", cause)
+	case e.exit != nil:
+		return fmt.Errorf("run %s: %w: %s", c.QEMU, e.exit, lastLine(e.stderr, "it said nothing"))
+	case seen.fatal != "":
+		return fmt.Errorf("start machine: %s", seen.fatal)
+	default:
+		return fmt.Errorf("run machine: power went off too early (%s); the console ends in %q", seen.place(), lastLine(e.console, ""))
+	}
+	return nil
+}
+
+func lastLine(text, none string) string {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	if last := strings.TrimSpace(lines[len(lines)-1]); last != "" {
+		return last
+	}
+	return none
+}
+
+// stageInitramfs writes the initramfs to a file that has no name any more when
+// it is returned, so that nothing can leave it behind.
+func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
+	f, err := os.CreateTemp("", "prebake-initramfs-")
+	if err != nil {
+		return nil, 0, fmt.Errorf("write initramfs: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, f.Close())
+		}
+	}()
+	if err := os.Remove(f.Name()); err != nil {
+		return nil, 0, fmt.Errorf("write initramfs: %w", err)
+	}
+	w := &counter{w: f}
+	buffered := newBuffered(w)
+	if err := writeInitramfs(buffered, c); err != nil {
+		return nil, 0, err
+	}
+	if err := buffered.Flush(); err != nil {
+		return nil, 0, fmt.Errorf("write initramfs: %w", err)
+	}
+	if limit := int64(c.MemoryMiB) << 20 / 3; w.n > limit {
+		return nil, 0, fault.New(fault.Usage,
+			fmt.Sprintf("write initramfs: %d MiB of files do not fit %d MiB of memory", w.n>>20, c.MemoryMiB),
+			fmt.Sprintf("give the machine at least %d MiB", 3*w.n>>20+1))
+	}
+	return f, w.n, nil
+}
+
+// recorder turns events into results.
+type recorder struct {
+	config Config
+	start  time.Time
+	steps  []StepResult
+	index  map[int]int // step in the script -> in steps
+	log    strings.Builder
+	ready  float64
+	last   int // index in steps of the one that began last; meaningful if any
+	fatal  string
+	over   bool // bye was said
+}
+
+func (r *recorder) event(e wire.Event) error {
+	r.log.WriteString(e.Kernel)
+	switch e.Type {
+	case wire.Ready:
+		r.ready = time.Since(r.start).Seconds()
+		r.watch(Progress{State: "ready", Seconds: r.ready})
+	case wire.Begin:
+		if e.Step >= len(r.config.Steps) {
+			return fmt.Errorf("read event: step %d of %d", e.Step, len(r.config.Steps))
+		}
+		if r.index == nil {
+			r.index = map[int]int{}
+		}
+		r.index[e.Step] = len(r.steps)
+		r.last = len(r.steps)
+		name := r.config.Steps[e.Step].Name
+		r.steps = append(r.steps, StepResult{Name: name})
+		r.watch(Progress{State: "begin", Step: name})
+	case wire.Output, wire.End:
+		i, ok := r.index[e.Step]
+		if !ok {
+			return fmt.Errorf("read event: %s of step %d, which did not begin", e.Type, e.Step)
+		}
+		r.about(&r.steps[i], e)
+	case wire.Fatal:
+		r.fatal = e.Error
+	case wire.Bye:
+		r.over = true
+	}
+	return nil
+}
+
+func (r *recorder) about(s *StepResult, e wire.Event) {
+	if e.Type == wire.End {
+		s.Ended, s.ExitCode, s.Error, s.Seconds, s.KernelLog = true, e.Exit, e.Error, e.Seconds, e.Kernel
+		r.watch(Progress{State: "end", Step: s.Name, ExitCode: e.Exit, Seconds: e.Seconds})
+		return
+	}
+	kept := &s.Stdout
+	if e.Stream == "stderr" {
+		kept = &s.Stderr
+	}
+	if len(*kept) < wire.MaxOutput {
+		*kept = append(*kept, e.Data...)
+	}
+	r.watch(Progress{State: "output", Step: s.Name, Stream: e.Stream, Data: e.Data})
+}
+
+func (r *recorder) watch(p Progress) {
+	if r.config.Watch != nil {
+		r.config.Watch(p)
+	}
+}
+
+func (r *recorder) result() *Result {
+	return &Result{Steps: r.steps, KernelLog: r.log.String(), BootSeconds: r.ready}
+}
+
+// running names the step that began last and has not ended.
+func (r *recorder) running() string {
+	if len(r.steps) == 0 || r.steps[r.last].Ended {
+		return ""
+	}
+	return r.steps[r.last].Name
+}
+
+func (r *recorder) place() string {
+	switch name := r.running(); {
+	case name != "":
+		return fmt.Sprintf("in step %q", name)
+	case r.ready == 0:
+		return "while booting"
+	case len(r.steps) == 0:
+		return "before the first step"
+	}
+	return fmt.Sprintf("after step %q", r.steps[r.last].Name)
+}
+
+// copyConsole keeps the console's end and shows all of it to the caller, whose
+// trouble with it must not stop the machine.
+func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
+	buf := make([]byte, 32<<10)
+	for {
+		n, err := from.Read(buf)
+		keep.write(buf[:n])
+		if show != nil && n > 0 {
+			if _, werr := show.Write(buf[:n]); werr != nil {
+				show = nil
+			}
+		}
+		if errors.Is(err, io.EOF) || errors.Is(err, os.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read console: %w", err)
+		}
+	}
+}
+
+// tail keeps the last max bytes, and up to as many before them.
+type tail struct {
+	buf bytes.Buffer
+	max int
+}
+
+func (t *tail) write(p []byte) {
+	t.buf.Write(p)
+	if t.buf.Len() > 2*t.max {
+		t.buf.Next(t.buf.Len() - t.max)
+	}
+}
+
+// String returns the text with the serial port's carriage returns removed.
+func (t *tail) String() string { return strings.ReplaceAll(t.buf.String(), "\r", "") }
