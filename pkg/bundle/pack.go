@@ -33,6 +33,10 @@ const (
 	windowSize = 8 << 20 // of zstd, on both sides: bounds the reader's memory
 )
 
+// PackRecipe names the way layers are packed. It changes whenever equal input
+// would give other bytes, so that caches of packed layers can tell.
+const PackRecipe = "tar-zstd-1"
+
 // Layer is one packed layer on disk.
 type Layer struct {
 	Kind LayerKind

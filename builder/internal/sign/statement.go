@@ -1,0 +1,241 @@
+package sign
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+
+	provenance "github.com/in-toto/attestation/go/predicates/provenance/v1"
+	intoto "github.com/in-toto/attestation/go/v1"
+	protocommon "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
+	"github.com/sigstore/sigstore-go/pkg/root"
+	sgsign "github.com/sigstore/sigstore-go/pkg/sign"
+	"github.com/sigstore/sigstore/pkg/signature"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Material is one input of a build.
+type Material struct {
+	Name, URI string
+	Digest    string // sha256:...
+}
+
+// BuildFacts is everything that provenance says about a build. Times and ids
+// come from the caller: this package reads no clock.
+type BuildFacts struct {
+	Kernel      target.Kernel
+	Fingerprint target.Fingerprint
+	Driver      target.Driver
+	Materials   []Material
+	// BuilderID names who built it, a URI; nodes may demand certain ones.
+	BuilderID string
+	// InvocationID names this run; empty leaves it out.
+	InvocationID string
+	// Started and Finished are left out when zero.
+	Started, Finished time.Time
+	// LogDigest is the digest of the build log; empty leaves it out.
+	LogDigest string
+	// Facts are further words about sandbox and compiler.
+	Facts map[string]string
+}
+
+// Statement is an in-toto statement that is ready to be signed.
+type Statement struct {
+	PredicateType string
+	payload       []byte
+}
+
+// JSON returns the statement's text.
+func (s Statement) JSON() []byte { return s.payload }
+
+// Provenance states how the artifact with this manifest digest was built, in
+// the terms of SLSA v1.
+func Provenance(digest string, f BuildFacts) (Statement, error) {
+	s, err := newProvenance(digest, f)
+	if err != nil {
+		return Statement{}, fmt.Errorf("state provenance: %w", err)
+	}
+	return s, nil
+}
+
+func newProvenance(digest string, f BuildFacts) (Statement, error) {
+	external, err := toStruct(trust.Parameters{Kernel: f.Kernel, Fingerprint: f.Fingerprint, Driver: f.Driver})
+	if err != nil {
+		return Statement{}, err
+	}
+	p := &provenance.Provenance{
+		BuildDefinition: &provenance.BuildDefinition{BuildType: trust.BuildType, ExternalParameters: external},
+		RunDetails: &provenance.RunDetails{
+			Builder:  &provenance.Builder{Id: f.BuilderID},
+			Metadata: &provenance.BuildMetadata{InvocationId: f.InvocationID, StartedOn: timestamp(f.Started), FinishedOn: timestamp(f.Finished)},
+		},
+	}
+	if len(f.Facts) > 0 {
+		if p.BuildDefinition.InternalParameters, err = toStruct(f.Facts); err != nil {
+			return Statement{}, err
+		}
+	}
+	for _, m := range f.Materials {
+		rd, err := resource(m.Name, m.URI, m.Digest)
+		if err != nil {
+			return Statement{}, fmt.Errorf("material %s: %w", m.Name, err)
+		}
+		p.BuildDefinition.ResolvedDependencies = append(p.BuildDefinition.ResolvedDependencies, rd)
+	}
+	if f.LogDigest != "" {
+		rd, err := resource("build log", "", f.LogDigest)
+		if err != nil {
+			return Statement{}, fmt.Errorf("build log: %w", err)
+		}
+		p.RunDetails.Byproducts = append(p.RunDetails.Byproducts, rd)
+	}
+	if err := p.Validate(); err != nil {
+		return Statement{}, err
+	}
+	return newStatement(digest, f.Driver, trust.PredicateProvenance, p)
+}
+
+// KernelMatch states that the artifact with this manifest digest fits this COS
+// build, whose kernel has this fingerprint.
+func KernelMatch(digest string, k target.Kernel, fp target.Fingerprint, d target.Driver) (Statement, error) {
+	predicate, err := toStruct(trust.KernelMatch{Kernel: k, Fingerprint: fp})
+	if err != nil {
+		return Statement{}, fmt.Errorf("state kernel match: %w", err)
+	}
+	s, err := newStatement(digest, d, trust.PredicateKernelMatch, predicate)
+	if err != nil {
+		return Statement{}, fmt.Errorf("state kernel match: %w", err)
+	}
+	return s, nil
+}
+
+func newStatement(digest string, d target.Driver, predicateType string, predicate proto.Message) (Statement, error) {
+	body := &structpb.Struct{}
+	raw, err := protojson.Marshal(predicate)
+	if err != nil {
+		return Statement{}, err
+	}
+	if err := protojson.Unmarshal(raw, body); err != nil {
+		return Statement{}, err
+	}
+	subject, err := resource("nvidia-"+d.String(), "", digest)
+	if err != nil {
+		return Statement{}, fmt.Errorf("subject: %w", err)
+	}
+	st := &intoto.Statement{Type: intoto.StatementTypeUri, Subject: []*intoto.ResourceDescriptor{subject}, PredicateType: predicateType, Predicate: body}
+	if err := st.Validate(); err != nil {
+		return Statement{}, err
+	}
+	payload, err := marshal(st)
+	if err != nil {
+		return Statement{}, err
+	}
+	return Statement{PredicateType: predicateType, payload: payload}, nil
+}
+
+// marshal prints a message without the random white space that protojson puts
+// in to keep people from comparing its output.
+func marshal(m proto.Message) ([]byte, error) {
+	raw, err := protojson.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	var buf bytes.Buffer
+	if err := json.Compact(&buf, raw); err != nil {
+		return nil, err
+	}
+	return buf.Bytes(), nil
+}
+
+func toStruct(v any) (*structpb.Struct, error) {
+	raw, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	s := &structpb.Struct{}
+	return s, s.UnmarshalJSON(raw)
+}
+
+func resource(name, uri, digest string) (*intoto.ResourceDescriptor, error) {
+	sum, ok := strings.CutPrefix(digest, "sha256:")
+	if !ok || len(sum) != 2*sha256.Size {
+		return nil, fmt.Errorf("digest %.80q: want sha256: and 64 hex digits", digest)
+	}
+	return &intoto.ResourceDescriptor{Name: name, Uri: uri, Digest: map[string]string{"sha256": sum}}, nil
+}
+
+func timestamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t.UTC())
+}
+
+// Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope and
+// the hint of the key, without certificate, timestamp or log entry, so that it
+// can be verified offline for as long as the key is trusted. The result was
+// verified with the public key before it is returned.
+func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
+	raw, err := newBundle(ctx, s, st)
+	if err != nil {
+		return nil, fmt.Errorf("sign %s: %w", st.PredicateType, err)
+	}
+	return raw, nil
+}
+
+func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
+	verifier, err := signature.LoadECDSAVerifier(s.pub, crypto.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	trusted := root.NewTrustedPublicKeyMaterialFromMapping(map[string]*root.ExpiringKey{
+		s.key.Hint(): root.NewExpiringKey(verifier, time.Time{}, time.Time{}),
+	})
+	content := &sgsign.DSSEData{Data: st.payload, PayloadType: "application/vnd.in-toto+json"}
+	b, err := sgsign.Bundle(content, keypair{s}, sgsign.BundleOptions{Context: ctx, TrustedRoot: trusted})
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, fault.Wrap(fault.Transient, err, "check that the signing key can be reached")
+	}
+	return marshal(b)
+}
+
+// keypair shows a Signer to the bundle library.
+type keypair struct{ s *Signer }
+
+func (k keypair) GetHashAlgorithm() protocommon.HashAlgorithm {
+	return protocommon.HashAlgorithm_SHA2_256
+}
+
+func (k keypair) GetSigningAlgorithm() protocommon.PublicKeyDetails {
+	return protocommon.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256
+}
+
+func (k keypair) GetHint() []byte                { return []byte(k.s.key.Hint()) }
+func (k keypair) GetKeyAlgorithm() string        { return "ECDSA" }
+func (k keypair) GetPublicKey() crypto.PublicKey { return k.s.pub }
+
+func (k keypair) GetPublicKeyPem() (string, error) {
+	text, err := k.s.PublicPEM()
+	return string(text), err
+}
+
+func (k keypair) SignData(ctx context.Context, data []byte) (sig, digest []byte, err error) {
+	sig, err = k.s.sign(ctx, data)
+	sum := sha256.Sum256(data)
+	return sig, sum[:], err
+}

@@ -1,0 +1,117 @@
+package trust
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/sigstore/sigstore/pkg/signature"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// PublicKey is one key whose signatures are trusted: ECDSA on P-256, which
+// every KMS and cosign speak.
+type PublicKey struct {
+	key *ecdsa.PublicKey
+	sum [sha256.Size]byte // of the DER form (SubjectPublicKeyInfo)
+}
+
+const (
+	maxKeys    = 64
+	maxKeyFile = 64 << 10
+)
+
+// NewPublicKey checks a key that is already in memory.
+func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
+	key, ok := pub.(*ecdsa.PublicKey)
+	if !ok || key.Curve != elliptic.P256() {
+		return PublicKey{}, fault.New(fault.Usage, "read public key: not an ECDSA P-256 key", "make one with: builder keygen FILE")
+	}
+	der, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		return PublicKey{}, fault.Errorf(fault.Usage, "read public key: %w", err)
+	}
+	return PublicKey{key: key, sum: sha256.Sum256(der)}, nil
+}
+
+// ParsePublicKeys reads one or more PEM blocks of type PUBLIC KEY; nothing
+// else but white space may stand between them.
+func ParsePublicKeys(text []byte) ([]PublicKey, error) {
+	keys, err := parsePublicKeys(text)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public keys: %w", err), "give a file with PEM blocks of type PUBLIC KEY, as builder and cosign write them")
+	}
+	return keys, nil
+}
+
+func parsePublicKeys(text []byte) ([]PublicKey, error) {
+	if len(text) > maxKeyFile {
+		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), maxKeyFile)
+	}
+	var keys []PublicKey
+	for rest := bytes.TrimSpace(text); len(rest) > 0; rest = bytes.TrimSpace(rest) {
+		if !bytes.HasPrefix(rest, []byte("-----BEGIN ")) {
+			return nil, errors.New("text outside of a PEM block")
+		}
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return nil, errors.New("broken PEM block")
+		}
+		if block.Type != "PUBLIC KEY" {
+			return nil, fmt.Errorf("PEM block of type %.40q; want PUBLIC KEY", block.Type)
+		}
+		pub, err := x509.ParsePKIXPublicKey(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		key, err := NewPublicKey(pub)
+		if err != nil {
+			return nil, err
+		}
+		if keys = append(keys, key); len(keys) > maxKeys {
+			return nil, fmt.Errorf("more than %d keys", maxKeys)
+		}
+	}
+	if len(keys) == 0 {
+		return nil, errors.New("no key")
+	}
+	return keys, nil
+}
+
+// ID returns the first 16 hex digits of the SHA-256 of the key's DER form, for
+// people to compare: openssl pkey -pubin -outform DER | sha256sum.
+func (k PublicKey) ID() string { return hex.EncodeToString(k.sum[:8]) }
+
+// Hint returns what a Sigstore bundle carries to say which key signed it: the
+// whole SHA-256 in base64.
+func (k PublicKey) Hint() string { return base64.StdEncoding.EncodeToString(k.sum[:]) }
+
+func (k PublicKey) verifier() (signature.Verifier, error) {
+	return signature.LoadECDSAVerifier(k.key, crypto.SHA256)
+}
+
+// hintID shows a bundle's hint as an ID where it has the usual form.
+func hintID(hint string) string {
+	if sum, err := base64.StdEncoding.DecodeString(hint); err == nil && len(sum) == sha256.Size {
+		return hex.EncodeToString(sum[:8])
+	}
+	return fmt.Sprintf("%.40q", hint)
+}
+
+func ids(keys []PublicKey) string {
+	var all []string
+	for _, k := range keys {
+		all = append(all, k.ID())
+	}
+	return strings.Join(all, ", ")
+}

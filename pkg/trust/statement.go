@@ -1,0 +1,181 @@
+package trust
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/sigstore/sigstore-go/pkg/bundle"
+	"github.com/sigstore/sigstore-go/pkg/root"
+	"github.com/sigstore/sigstore-go/pkg/verify"
+	"google.golang.org/protobuf/proto"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// What can be wrong with a bundle itself. Each comes with its own text; these
+// are for errors.Is.
+var (
+	ErrMalformed  = errors.New("malformed bundle")
+	ErrUnknownKey = errors.New("signed by an unknown key")
+	ErrChanged    = errors.New("signature does not hold: payload or signature changed after signing")
+)
+
+// Bounds of what is looked at. A registry may let others attach whatever they
+// like, so neither number nor size may cost much.
+const (
+	MaxBundles    = 64
+	MaxBundleSize = 1 << 20
+	maxSubjects   = 64
+)
+
+// statementType is the only type of in-toto statement that is read.
+const statementType = "https://in-toto.io/Statement/v1"
+
+// Verifier checks bundles against a fixed set of public keys. It needs no
+// network, no clock and no files.
+type Verifier struct {
+	policy   Policy
+	keys     map[string]PublicKey // by hint
+	verifier *verify.Verifier
+}
+
+// Policy says whom to trust.
+type Policy struct {
+	// Keys are the public keys of those who may publish; at least one.
+	Keys []PublicKey
+	// Builders are the builder ids that provenance may name; none is any.
+	Builders []string
+}
+
+// NewVerifier returns a verifier for this policy.
+func NewVerifier(p Policy) (*Verifier, error) {
+	if len(p.Keys) == 0 {
+		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured", "configure the publisher's public key")
+	}
+	v := &Verifier{policy: p, keys: map[string]PublicKey{}}
+	byHint := map[string]*root.ExpiringKey{}
+	for _, k := range p.Keys {
+		sv, err := k.verifier()
+		if err != nil {
+			return nil, fault.Errorf(fault.Usage, "verify artifacts: key %s: %w", k.ID(), err)
+		}
+		v.keys[k.Hint()] = k
+		byHint[k.Hint()] = root.NewExpiringKey(sv, time.Time{}, time.Time{})
+	}
+	var err error
+	// Long-lived keys and no log: there is no time to verify, and no service
+	// to ask.
+	v.verifier, err = verify.NewVerifier(root.NewTrustedPublicKeyMaterialFromMapping(byHint), verify.WithNoObserverTimestamps())
+	if err != nil {
+		return nil, fmt.Errorf("verify artifacts: %w", err)
+	}
+	return v, nil
+}
+
+// Statement is an in-toto statement whose signature holds.
+type Statement struct {
+	// KeyID is the [PublicKey.ID] of the signer.
+	KeyID string
+	// Subjects are the digests that the statement is about.
+	Subjects      []string
+	PredicateType string
+	// Predicate is JSON.
+	Predicate []byte
+}
+
+// About reports whether the statement is about this digest.
+func (s *Statement) About(digest string) bool {
+	for _, d := range s.Subjects {
+		if d == digest {
+			return true
+		}
+	}
+	return false
+}
+
+// Statement checks one bundle's signature and returns what was signed. It
+// says nothing about what the statement is worth.
+func (v *Verifier) Statement(data []byte) (*Statement, error) {
+	st, err := v.statement(data)
+	if err != nil {
+		hint := ""
+		if errors.Is(err, ErrUnknownKey) {
+			hint = "configure the public key of whoever published this artifact, if you trust them"
+		}
+		return nil, fault.Wrap(fault.Unverified, err, hint)
+	}
+	return st, nil
+}
+
+func (v *Verifier) statement(data []byte) (*Statement, error) {
+	if len(data) > MaxBundleSize {
+		return nil, fmt.Errorf("%w: %d bytes; at most %d are read", ErrMalformed, len(data), MaxBundleSize)
+	}
+	var b bundle.Bundle
+	if err := b.UnmarshalJSON(data); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+	}
+	if b.MediaType != ArtifactTypeBundle {
+		return nil, fmt.Errorf("%w: media type %.80q; want %s", ErrMalformed, b.MediaType, ArtifactTypeBundle)
+	}
+	if env := b.GetDsseEnvelope(); env == nil || env.GetPayloadType() != bundle.IntotoMediaType || len(env.GetSignatures()) != 1 {
+		return nil, fmt.Errorf("%w: not an in-toto statement with one signature", ErrMalformed)
+	}
+	content, err := b.VerificationContent()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+	}
+	pub := content.PublicKey()
+	if pub == nil {
+		return nil, fmt.Errorf("%w: signed with a certificate; only keys are trusted (%s)", ErrUnknownKey, ids(v.policy.Keys))
+	}
+	key, ok := v.keys[pub.Hint()]
+	if !ok {
+		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), ids(v.policy.Keys))
+	}
+	// The subject is compared by the caller, who can then say what it is
+	// instead; nothing is returned here before the signature holds.
+	result, err := v.verifier.Verify(&b, verify.NewPolicy(verify.WithoutArtifactUnsafe(), verify.WithKey()))
+	if err != nil {
+		return nil, fmt.Errorf("%w (key %s)", ErrChanged, key.ID())
+	}
+	return readStatement(key, result)
+}
+
+func readStatement(key PublicKey, result *verify.VerificationResult) (*Statement, error) {
+	in := result.Statement
+	if in == nil || in.GetType() != statementType {
+		return nil, fmt.Errorf("%w: payload is not an in-toto statement v1", ErrMalformed)
+	}
+	if len(in.GetSubject()) > maxSubjects {
+		return nil, fmt.Errorf("%w: %d subjects; at most %d are read", ErrMalformed, len(in.GetSubject()), maxSubjects)
+	}
+	st := &Statement{KeyID: key.ID(), PredicateType: in.GetPredicateType()}
+	for _, s := range in.GetSubject() {
+		if sum := s.GetDigest()["sha256"]; sum != "" {
+			st.Subjects = append(st.Subjects, "sha256:"+sum)
+		}
+	}
+	var err error
+	if in.GetPredicate() == nil || proto.Size(in.GetPredicate()) == 0 {
+		return nil, fmt.Errorf("%w: statement without a predicate", ErrMalformed)
+	}
+	if st.Predicate, err = in.GetPredicate().MarshalJSON(); err != nil {
+		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, cut{err})
+	}
+	return st, nil
+}
+
+// cut shortens the text of an error that may quote foreign bytes.
+type cut struct{ err error }
+
+func (c cut) Error() string {
+	text := c.err.Error()
+	if len(text) > 200 {
+		text = text[:200] + "..."
+	}
+	return fmt.Sprintf("%q", text)
+}
+
+func (c cut) Unwrap() error { return c.err }

@@ -1,0 +1,311 @@
+// Package trust decides whether an artifact is what somebody with a trusted
+// key said it is, and whether that was said for this very kernel and driver.
+// It works offline, with public keys only. It refuses to sign, to fetch, and
+// to take anything out of a statement before its signature holds.
+package trust
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// The two kinds of statements that an artifact needs, and how they are stored.
+const (
+	// PredicateProvenance says how an artifact was built, and of what.
+	PredicateProvenance = "https://slsa.dev/provenance/v1"
+	// PredicateKernelMatch says that an artifact fits one COS build: there is
+	// one such statement for each build of a fingerprint.
+	PredicateKernelMatch = "https://prebake.dev/kernel-match/v1"
+	// BuildType names the rules by which the provenance's parameters are read.
+	BuildType = "https://prebake.dev/build/v1"
+	// ArtifactTypeBundle is the type under which bundles are attached.
+	ArtifactTypeBundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
+)
+
+// What can be wrong with an artifact whose bundles are read. Each comes with
+// its own text; these are for errors.Is.
+var (
+	ErrOtherDigest   = errors.New("statement is about another artifact")
+	ErrNoProvenance  = errors.New("no provenance attached")
+	ErrNoKernelMatch = errors.New("no kernel match attached")
+	ErrOtherKernel   = errors.New("made for another kernel")
+	ErrOtherDriver   = errors.New("holds another driver")
+	ErrOtherIdentity = errors.New("statement and artifact disagree")
+)
+
+// Expect is what the caller wants the artifact to be.
+type Expect struct {
+	// Digest is that of the manifest, whose bytes the caller has compared.
+	Digest string
+	// Kernel is the node's: BuildID and Board are needed; Release, Version and
+	// Arch are compared where they are known on both sides.
+	Kernel target.Kernel
+	// Driver is the one that was asked for.
+	Driver target.Driver
+	// Identity is what the manifest's annotations say.
+	Identity bundle.Identity
+}
+
+// KernelMatch is the predicate of that name.
+type KernelMatch struct {
+	Kernel      target.Kernel      `json:"kernel"`
+	Fingerprint target.Fingerprint `json:"fingerprint"`
+}
+
+// Parameters are the provenance's external parameters.
+type Parameters struct {
+	Kernel      target.Kernel      `json:"kernel"`
+	Fingerprint target.Fingerprint `json:"fingerprint"`
+	Driver      target.Driver      `json:"driver"`
+}
+
+// Material is one input that the provenance names.
+type Material struct {
+	Name   string `json:"name"`
+	URI    string `json:"uri,omitempty"`
+	Digest string `json:"digest"`
+}
+
+// Verdict is what was proved.
+type Verdict struct {
+	// KeyID is the key that signed the provenance.
+	KeyID string `json:"keyId"`
+	// BuilderID and InvocationID say who built it, and in which run.
+	BuilderID    string `json:"builderId"`
+	InvocationID string `json:"invocationId,omitempty"`
+	// Built is what was built, and for which build's kernel it was compiled.
+	Built Parameters `json:"built"`
+	// Match is the statement for this node's build.
+	Match KernelMatch `json:"match"`
+	// Materials are the inputs.
+	Materials []Material `json:"materials"`
+	// Ignored says why bundles that are attached too were not used.
+	Ignored []string `json:"ignored,omitempty"`
+}
+
+// String sums the verdict up in one line.
+func (v *Verdict) String() string {
+	return fmt.Sprintf("driver %s for %s, signed by key %s, built by %s from %d inputs",
+		v.Built.Driver, v.Match.Kernel, v.KeyID, v.BuilderID, len(v.Materials))
+}
+
+// Verify decides about an artifact. It needs one valid provenance and one
+// valid kernel match for Expect's build, both about Expect's digest. Bundles
+// that prove nothing are ignored as long as others do: anybody may attach
+// something to an artifact. Only the first [MaxBundles] are looked at.
+func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
+	verdict, err := v.verify(bundles, e)
+	if err != nil {
+		return nil, fmt.Errorf("verify artifact %s: %w", e.Digest, err)
+	}
+	return verdict, nil
+}
+
+func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
+	if err := e.check(); err != nil {
+		return nil, err
+	}
+	var verdict Verdict
+	var provenance, match, useless tally
+	for i, data := range bundles {
+		if i == MaxBundles {
+			useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
+			break
+		}
+		st, err := v.Statement(data)
+		if err != nil {
+			useless.add(err)
+			continue
+		}
+		if !st.About(e.Digest) {
+			useless.add(fault.Errorf(fault.Unverified, "%w: %s", ErrOtherDigest, strings.Join(st.Subjects[:min(3, len(st.Subjects))], ", ")))
+			continue
+		}
+		switch st.PredicateType {
+		case PredicateProvenance:
+			provenance.judge(v.provenance(st, e, &verdict))
+		case PredicateKernelMatch:
+			match.judge(kernelMatch(st, e, &verdict))
+		default:
+			useless.add(fault.Errorf(fault.Unverified, "statement of type %.80q", st.PredicateType))
+		}
+	}
+	if err := provenance.explain(ErrNoProvenance, useless); err != nil {
+		return nil, err
+	}
+	if err := match.explain(ErrNoKernelMatch, useless); err != nil {
+		return nil, err
+	}
+	for _, err := range slices.Concat(provenance.errs, match.errs, useless.errs) {
+		verdict.Ignored = append(verdict.Ignored, err.Error())
+	}
+	return &verdict, nil
+}
+
+// check compares what was asked for with what the manifest says, before any
+// statement is read.
+func (e Expect) check() error {
+	if _, err := target.ParseKernel(e.Kernel.BuildID, e.Kernel.Board); err != nil {
+		return fault.Wrap(fault.Usage, err, "")
+	}
+	id := e.Identity
+	switch {
+	case e.Driver != id.Driver:
+		return fault.Errorf(fault.Mismatch, "%w: %s; wanted is %s", ErrOtherDriver, id.Driver, e.Driver)
+	case e.Kernel.Arch != "" && e.Kernel.Arch != id.Arch:
+		return fault.Errorf(fault.Mismatch, "%w: it is for %s, this node is %s", ErrOtherKernel, id.Arch, e.Kernel.Arch)
+	case e.Kernel.Release != "" && e.Kernel.Release != id.Release:
+		return fault.Errorf(fault.Mismatch, "%w: it is for release %s, this node runs %s", ErrOtherKernel, id.Release, e.Kernel.Release)
+	}
+	return nil
+}
+
+// provenance fills the verdict from the first statement that fits.
+func (v *Verifier) provenance(st *Statement, e Expect, verdict *Verdict) error {
+	var p struct {
+		BuildDefinition struct {
+			BuildType            string     `json:"buildType"`
+			ExternalParameters   Parameters `json:"externalParameters"`
+			ResolvedDependencies []struct {
+				Name   string            `json:"name"`
+				URI    string            `json:"uri"`
+				Digest map[string]string `json:"digest"`
+			} `json:"resolvedDependencies"`
+		} `json:"buildDefinition"`
+		RunDetails struct {
+			Builder struct {
+				ID string `json:"id"`
+			} `json:"builder"`
+			Metadata struct {
+				InvocationID string `json:"invocationId"`
+			} `json:"metadata"`
+		} `json:"runDetails"`
+	}
+	if err := json.Unmarshal(st.Predicate, &p); err != nil {
+		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, cut{err})
+	}
+	built, id := p.BuildDefinition.ExternalParameters, e.Identity
+	disagree := func(what, said, is any) error {
+		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, the artifact says %v", ErrOtherIdentity, what, said, is)
+	}
+	switch {
+	case p.BuildDefinition.BuildType != BuildType:
+		return fault.Errorf(fault.Unverified, "provenance has build type %.80q; want %s", p.BuildDefinition.BuildType, BuildType)
+	case p.RunDetails.Builder.ID == "":
+		return fault.New(fault.Unverified, "provenance names no builder", "")
+	case len(v.policy.Builders) > 0 && !slices.Contains(v.policy.Builders, p.RunDetails.Builder.ID):
+		return fault.Errorf(fault.Unverified, "built by %.120q; trusted are %s", p.RunDetails.Builder.ID, strings.Join(v.policy.Builders, ", "))
+	case built.Driver != id.Driver:
+		return disagree("driver", built.Driver, id.Driver)
+	case built.Fingerprint != id.Fingerprint:
+		return disagree("fingerprint", built.Fingerprint, id.Fingerprint)
+	case built.Kernel.Arch != id.Arch:
+		return disagree("architecture", built.Kernel.Arch, id.Arch)
+	case built.Kernel.Release != id.Release:
+		return disagree("release", built.Kernel.Release, id.Release)
+	}
+	if verdict.KeyID != "" {
+		return nil
+	}
+	verdict.KeyID, verdict.Built = st.KeyID, built
+	verdict.BuilderID, verdict.InvocationID = p.RunDetails.Builder.ID, p.RunDetails.Metadata.InvocationID
+	for _, d := range p.BuildDefinition.ResolvedDependencies {
+		verdict.Materials = append(verdict.Materials, Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})
+	}
+	return nil
+}
+
+// ParseKernelMatch reads a kernel match out of a statement.
+func ParseKernelMatch(st *Statement) (KernelMatch, error) {
+	var m KernelMatch
+	if st.PredicateType != PredicateKernelMatch {
+		return m, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no kernel match", ErrMalformed, st.PredicateType)
+	}
+	if err := json.Unmarshal(st.Predicate, &m); err != nil {
+		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, cut{err})
+	}
+	if _, err := target.ParseKernel(m.Kernel.BuildID, m.Kernel.Board); err != nil {
+		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, err)
+	}
+	return m, nil
+}
+
+func kernelMatch(st *Statement, e Expect, verdict *Verdict) error {
+	m, err := ParseKernelMatch(st)
+	if err != nil {
+		return err
+	}
+	differs := func(said, is string) bool { return said != "" && is != "" && said != is }
+	switch said, node := m.Kernel, e.Kernel; {
+	case m.Fingerprint != e.Identity.Fingerprint:
+		return fault.Errorf(fault.Mismatch, "%w: kernel match is for fingerprint %s, the artifact says %s", ErrOtherIdentity, m.Fingerprint, e.Identity.Fingerprint)
+	case said.BuildID != node.BuildID || said.Board != node.Board:
+		return fault.Errorf(fault.Mismatch, "%w: this artifact is attested for %s, this node is %s", ErrOtherKernel, said, node)
+	case differs(said.Release, node.Release):
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested with release %s, this node runs %s", ErrOtherKernel, said, said.Release, node.Release)
+	case differs(said.Version, node.Version):
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel version %q, this node runs %q", ErrOtherKernel, said, said.Version, node.Version)
+	case differs(string(said.Arch), string(node.Arch)):
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested for %s, this node is %s", ErrOtherKernel, said, said.Arch, node.Arch)
+	case differs(said.Commit, node.Commit):
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel commit %s, this node has %s", ErrOtherKernel, said, said.Commit, node.Commit)
+	}
+	verdict.Match = m
+	return nil
+}
+
+// tally collects what was found for one of the needed statements.
+type tally struct {
+	ok   bool
+	errs []error
+}
+
+func (t *tally) add(err error) { t.errs = append(t.errs, err) }
+
+func (t *tally) judge(err error) {
+	if err == nil {
+		t.ok = true
+		return
+	}
+	t.add(err)
+}
+
+// explain returns nil when the statement was found, else the reason that says
+// most: what was wrong with statements of that type, or what was wrong with
+// the bundles that might have been it, or that there was nothing.
+func (t *tally) explain(none error, useless tally) error {
+	const shown = 3
+	var missing error
+	switch {
+	case t.ok:
+		return nil
+	case len(t.errs) > 0:
+		missing = join(t.errs[:min(shown, len(t.errs))])
+	case len(useless.errs) > 0:
+		errs := useless.errs[:min(shown, len(useless.errs))]
+		missing = fmt.Errorf("%w that holds: %w", none, join(errs))
+	default:
+		missing = none
+	}
+	kind := fault.Unverified
+	if len(t.errs) > 0 {
+		kind = fault.Of(t.errs[0])
+	}
+	return fault.Wrap(kind, missing, "")
+}
+
+// join is errors.Join on one line.
+func join(errs []error) error {
+	all := errs[0]
+	for _, err := range errs[1:] {
+		all = fmt.Errorf("%w; %w", all, err)
+	}
+	return all
+}
