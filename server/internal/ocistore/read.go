@@ -1,0 +1,222 @@
+package ocistore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"iter"
+	"os"
+	"path"
+	"slices"
+	"strings"
+
+	"cuelabs.dev/go/oci/ociregistry"
+)
+
+// mediaTypeBlob is what a blob is served as: the protocol does not know more.
+const mediaTypeBlob = "application/octet-stream"
+
+// file serves a part of a file as a BlobReader.
+type file struct {
+	io.Reader
+	f    *os.File
+	desc ociregistry.Descriptor
+}
+
+func (f *file) Close() error                       { return f.f.Close() }
+func (f *file) Descriptor() ociregistry.Descriptor { return f.desc }
+
+// gone maps a missing file to the protocol's word for it.
+func gone(err, unknown error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return unknown
+	}
+	return err
+}
+
+// open opens stored bytes from offset0 to offset1 (exclusive; -1 is the end).
+func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader, error) {
+	sum, err := hexOf(desc.Digest)
+	if err != nil {
+		return nil, err
+	}
+	f, err := s.root.Open(blobPath(sum))
+	if err != nil {
+		return nil, gone(err, unknown)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	desc.Size = info.Size()
+	if offset1 < 0 || offset1 > desc.Size {
+		offset1 = desc.Size
+	}
+	if offset0 < 0 || offset0 > offset1 {
+		return nil, errors.Join(fmt.Errorf("%w: %d to %d of %d bytes", ociregistry.ErrRangeInvalid, offset0, offset1, desc.Size), f.Close())
+	}
+	return &file{io.NewSectionReader(f, offset0, offset1-offset0), f, desc}, nil
+}
+
+// GetBlob implements [ociregistry.Reader]. Blobs are shared by all
+// repositories: reading is open to everybody anyway.
+func (s *Store) GetBlob(ctx context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
+	return s.GetBlobRange(ctx, repo, d, 0, -1)
+}
+
+// GetBlobRange implements [ociregistry.Reader].
+func (s *Store) GetBlobRange(_ context.Context, _ string, d ociregistry.Digest, offset0, offset1 int64) (ociregistry.BlobReader, error) {
+	return s.open(ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d}, offset0, offset1, ociregistry.ErrBlobUnknown)
+}
+
+// ResolveBlob implements [ociregistry.Reader].
+func (s *Store) ResolveBlob(_ context.Context, _ string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
+	size, err := s.has(d)
+	if err != nil {
+		return ociregistry.Descriptor{}, gone(err, ociregistry.ErrBlobUnknown)
+	}
+	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: size}, nil
+}
+
+// ResolveManifest implements [ociregistry.Reader].
+func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
+	sum, err := hexOf(d)
+	if err != nil {
+		return ociregistry.Descriptor{}, err
+	}
+	name, err := repoPath(repo, "_manifests", sum)
+	if err != nil {
+		return ociregistry.Descriptor{}, err
+	}
+	desc, err := s.readDescriptor(name)
+	return plain(desc), gone(err, ociregistry.ErrManifestUnknown)
+}
+
+// plain leaves the three members that resolving answers.
+func plain(d ociregistry.Descriptor) ociregistry.Descriptor {
+	return ociregistry.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
+}
+
+// ResolveTag implements [ociregistry.Reader].
+func (s *Store) ResolveTag(ctx context.Context, repo, tag string) (ociregistry.Descriptor, error) {
+	name, err := tagPath(repo, tag)
+	if err != nil {
+		return ociregistry.Descriptor{}, err
+	}
+	desc, err := s.readDescriptor(name)
+	if err != nil {
+		return ociregistry.Descriptor{}, gone(err, ociregistry.ErrManifestUnknown)
+	}
+	return s.ResolveManifest(ctx, repo, desc.Digest)
+}
+
+// GetManifest implements [ociregistry.Reader].
+func (s *Store) GetManifest(ctx context.Context, repo string, d ociregistry.Digest) (ociregistry.BlobReader, error) {
+	desc, err := s.ResolveManifest(ctx, repo, d)
+	if err != nil {
+		return nil, err
+	}
+	return s.open(desc, 0, -1, ociregistry.ErrManifestUnknown)
+}
+
+// GetTag implements [ociregistry.Reader].
+func (s *Store) GetTag(ctx context.Context, repo, tag string) (ociregistry.BlobReader, error) {
+	desc, err := s.ResolveTag(ctx, repo, tag)
+	if err != nil {
+		return nil, err
+	}
+	return s.open(desc, 0, -1, ociregistry.ErrManifestUnknown)
+}
+
+// Repositories implements [ociregistry.Lister].
+func (s *Store) Repositories(ctx context.Context, startAfter string) iter.Seq2[string, error] {
+	var names []string
+	err := fs.WalkDir(s.root.FS(), "repos", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || ctx.Err() != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		if !d.IsDir() || !strings.HasPrefix(d.Name(), "_") {
+			return nil
+		}
+		if name := strings.TrimPrefix(path.Dir(p), "repos/"); d.Name() == "_manifests" && name > startAfter {
+			names = append(names, name)
+		}
+		return fs.SkipDir
+	})
+	if err != nil {
+		return ociregistry.ErrorSeq[string](err)
+	}
+	slices.Sort(names)
+	return ociregistry.SliceSeq(names)
+}
+
+// Tags implements [ociregistry.Lister].
+func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[string, error] {
+	manifests, err := repoPath(repo, "_manifests")
+	if err == nil {
+		_, err = s.root.Stat(manifests)
+	}
+	if err != nil {
+		return ociregistry.ErrorSeq[string](gone(err, ociregistry.ErrNameUnknown))
+	}
+	entries, err := fs.ReadDir(s.root.FS(), path.Join(path.Dir(manifests), "_tags"))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return ociregistry.ErrorSeq[string](err)
+	}
+	names := []string{}
+	for _, e := range entries { // ReadDir sorts
+		if e.Name() > startAfter {
+			names = append(names, e.Name())
+		}
+	}
+	return ociregistry.SliceSeq(names)
+}
+
+// Referrers implements [ociregistry.Lister]. A subject that does not exist has
+// no referrers; that is not an error in the protocol.
+func (s *Store) Referrers(ctx context.Context, repo string, subject ociregistry.Digest, artifactType string) iter.Seq2[ociregistry.Descriptor, error] {
+	all, err := s.referrers(ctx, repo, subject, artifactType)
+	if err != nil {
+		return ociregistry.ErrorSeq[ociregistry.Descriptor](err)
+	}
+	return ociregistry.SliceSeq(all)
+}
+
+func (s *Store) referrers(ctx context.Context, repo string, subject ociregistry.Digest, artifactType string) ([]ociregistry.Descriptor, error) {
+	sum, err := hexOf(subject)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := repoPath(repo, "_referrers", sum)
+	if err != nil {
+		return nil, err
+	}
+	entries, err := fs.ReadDir(s.root.FS(), dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	all := []ociregistry.Descriptor{}
+	for _, e := range entries {
+		desc, err := s.readDescriptor(path.Join(dir, e.Name()))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // deleted since
+		}
+		if err != nil {
+			return nil, err
+		}
+		if artifactType != "" && desc.ArtifactType != artifactType {
+			continue
+		}
+		// The entry is written before the manifest; a kill in between leaves
+		// an entry that must not be shown.
+		if _, err := s.ResolveManifest(ctx, repo, desc.Digest); errors.Is(err, ociregistry.ErrManifestUnknown) {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		all = append(all, desc)
+	}
+	return all, nil
+}

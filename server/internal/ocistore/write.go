@@ -1,0 +1,372 @@
+package ocistore
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+
+	"cuelabs.dev/go/oci/ociregistry"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+)
+
+// The manifest media types that are taken. Docker's two are there for images
+// that other tools copy in.
+const (
+	dockerManifest = "application/vnd.docker.distribution.manifest.v2+json"
+	dockerList     = "application/vnd.docker.distribution.manifest.list.v2+json"
+)
+
+// PushBlob implements [ociregistry.Writer].
+func (s *Store) PushBlob(_ context.Context, repo string, desc ociregistry.Descriptor, r io.Reader) (ociregistry.Descriptor, error) {
+	sum, err := hexOf(desc.Digest)
+	if err != nil {
+		return desc, err
+	}
+	if _, err := repoPath(repo); err != nil {
+		return desc, err
+	}
+	seen := digest.SHA256.Digester()
+	count := &counter{}
+	name, err := s.temp(io.TeeReader(io.LimitReader(r, MaxBlob+1), io.MultiWriter(seen.Hash(), count)))
+	if err != nil {
+		return desc, fmt.Errorf("store blob: %w", err)
+	}
+	switch {
+	case count.n > MaxBlob || (desc.Size >= 0 && count.n != desc.Size):
+		err = fmt.Errorf("%w: got %d bytes", ociregistry.ErrSizeInvalid, count.n)
+	case seen.Digest() != desc.Digest:
+		err = fmt.Errorf("%w: got %s", ociregistry.ErrDigestInvalid, seen.Digest())
+	}
+	if err != nil {
+		return desc, errors.Join(err, s.root.Remove(name))
+	}
+	desc.Size = count.n
+	return desc, s.adopt(name, blobPath(sum))
+}
+
+type counter struct{ n int64 }
+
+func (c *counter) Write(p []byte) (int, error) { c.n += int64(len(p)); return len(p), nil }
+
+// MountBlob implements [ociregistry.Writer]: blobs are shared already.
+func (s *Store) MountBlob(ctx context.Context, _, toRepo string, d ociregistry.Digest) (ociregistry.Descriptor, error) {
+	if _, err := repoPath(toRepo); err != nil {
+		return ociregistry.Descriptor{}, err
+	}
+	return s.ResolveBlob(ctx, toRepo, d)
+}
+
+// PushBlobChunked implements [ociregistry.Writer].
+func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregistry.BlobWriter, error) {
+	if _, err := repoPath(repo); err != nil {
+		return nil, err
+	}
+	id := randomID()
+	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
+	if err != nil {
+		return nil, fmt.Errorf("begin upload: %w", err)
+	}
+	return s.upload(id, f, 0, -1)
+}
+
+var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
+
+// PushBlobChunkedResume implements [ociregistry.Writer]. The state of an upload
+// is the length of its file, so it survives a restart.
+func (s *Store) PushBlobChunkedResume(_ context.Context, repo, id string, offset int64, _ int) (ociregistry.BlobWriter, error) {
+	if _, err := repoPath(repo); err != nil {
+		return nil, err
+	}
+	if !idPattern.MatchString(id) {
+		return nil, ociregistry.ErrBlobUploadUnknown
+	}
+	f, err := s.root.OpenFile("uploads/"+id, os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		return nil, gone(err, ociregistry.ErrBlobUploadUnknown)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return s.upload(id, f, info.Size(), offset)
+}
+
+func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.BlobWriter, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy[id] {
+		return nil, errors.Join(fmt.Errorf("%w: another request writes to it", ociregistry.ErrBlobUploadInvalid), f.Close())
+	}
+	s.busy[id] = true
+	return &upload{s: s, id: id, f: f, size: size, offset: offset}, nil
+}
+
+// upload is one request's hold on an upload.
+type upload struct {
+	s      *Store
+	id     string
+	f      *os.File // nil once let go
+	size   int64
+	offset int64 // what the client thinks the size is; -1 is unsaid or checked
+}
+
+func (u *upload) ID() string     { return u.id }
+func (u *upload) Size() int64    { return u.size }
+func (u *upload) ChunkSize() int { return 64 << 10 }
+
+// Write appends. The client's offset is checked with the first byte: an empty
+// closing request says 0 whatever came before.
+func (u *upload) Write(p []byte) (int, error) {
+	if u.offset >= 0 && u.offset != u.size {
+		return 0, fmt.Errorf("%w: chunk begins at %d, the upload has %d bytes", ociregistry.ErrRangeInvalid, u.offset, u.size)
+	}
+	u.offset = -1
+	if u.size+int64(len(p)) > MaxBlob {
+		return 0, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrSizeInvalid, int64(MaxBlob))
+	}
+	n, err := u.f.Write(p)
+	u.size += int64(n)
+	return n, err
+}
+
+// Close lets go; the upload can be resumed.
+func (u *upload) Close() error {
+	if u.f == nil {
+		return nil
+	}
+	err := u.f.Close()
+	u.f = nil
+	u.s.mu.Lock()
+	delete(u.s.busy, u.id)
+	u.s.mu.Unlock()
+	return err
+}
+
+// Cancel drops the upload.
+func (u *upload) Cancel() error {
+	err := u.s.root.Remove("uploads/" + u.id)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return errors.Join(u.Close(), err)
+}
+
+// Commit verifies the upload against the digest and makes it a blob. Content
+// that is not what was promised is dropped.
+func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err error) {
+	sum, err := hexOf(d)
+	if err != nil {
+		return desc, errors.Join(err, u.Cancel())
+	}
+	if err := u.f.Sync(); err != nil {
+		return desc, err
+	}
+	name := "uploads/" + u.id
+	f, err := u.s.root.Open(name)
+	if err != nil {
+		return desc, err
+	}
+	seen := digest.SHA256.Digester()
+	n, err := io.Copy(seen.Hash(), f)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return desc, err
+	}
+	if seen.Digest() != d {
+		return desc, errors.Join(fmt.Errorf("%w: got %s", ociregistry.ErrDigestInvalid, seen.Digest()), u.Cancel())
+	}
+	if err := u.s.adopt(name, blobPath(sum)); err != nil {
+		return desc, err
+	}
+	return ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d, Size: n}, u.Close()
+}
+
+// manifest is the part of all manifest kinds that a registry must look at.
+type manifest struct {
+	MediaType    string                   `json:"mediaType"`
+	ArtifactType string                   `json:"artifactType"`
+	Config       *ociregistry.Descriptor  `json:"config"`
+	Layers       []ociregistry.Descriptor `json:"layers"`
+	Manifests    []ociregistry.Descriptor `json:"manifests"`
+	Subject      *ociregistry.Descriptor  `json:"subject"`
+	Annotations  map[string]string        `json:"annotations"`
+}
+
+// PushManifest implements [ociregistry.Writer]. Order matters: content,
+// referrers entry, manifest, tag. Each is visible only once what it needs is.
+func (s *Store) PushManifest(ctx context.Context, repo, tag string, content []byte, mediaType string) (desc ociregistry.Descriptor, err error) {
+	if len(content) > MaxManifest {
+		return desc, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrManifestInvalid, MaxManifest)
+	}
+	var tagFile string
+	if tag != "" {
+		if tagFile, err = tagPath(repo, tag); err != nil {
+			return desc, err
+		}
+	}
+	m, err := s.check(ctx, repo, content, mediaType)
+	if err != nil {
+		return desc, err
+	}
+	desc = ociregistry.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(content), Size: int64(len(content))}
+	full := desc
+	full.ArtifactType, full.Annotations = m.ArtifactType, m.Annotations
+	if full.ArtifactType == "" && m.Config != nil {
+		full.ArtifactType = m.Config.MediaType // distribution-spec 1.1, "Listing Referrers"
+	}
+	if tagFile != "" && s.createOnly(repo, tag) {
+		if old, err := s.readDescriptor(tagFile); err == nil && old.Digest != desc.Digest {
+			return desc, denied(repo, tag, old.Digest)
+		}
+	}
+	if _, err := s.putBytes(content); err != nil {
+		return desc, fmt.Errorf("store manifest: %w", err)
+	}
+	if m.Subject != nil {
+		subject, err := hexOf(m.Subject.Digest)
+		if err != nil {
+			return desc, err
+		}
+		name, err := repoPath(repo, "_referrers", subject, desc.Digest.Encoded())
+		if err != nil {
+			return desc, err
+		}
+		if err := s.writeJSON(name, full); err != nil {
+			return desc, fmt.Errorf("store referrer: %w", err)
+		}
+	}
+	name, err := repoPath(repo, "_manifests", desc.Digest.Encoded())
+	if err != nil {
+		return desc, err
+	}
+	if err := s.writeJSON(name, full); err != nil {
+		return desc, fmt.Errorf("store manifest: %w", err)
+	}
+	if tagFile == "" {
+		return desc, nil
+	}
+	return desc, s.setTag(repo, tag, tagFile, desc)
+}
+
+func denied(repo, tag string, is ociregistry.Digest) error {
+	return fmt.Errorf("%w: tag %s of %s is create-only and names %s", ociregistry.ErrDenied, tag, repo, is)
+}
+
+func (s *Store) setTag(repo, tag, name string, desc ociregistry.Descriptor) error {
+	if !s.createOnly(repo, tag) {
+		return s.writeJSON(name, desc)
+	}
+	err := s.createJSON(name, desc)
+	if !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	old, err := s.readDescriptor(name)
+	if err != nil {
+		return err
+	}
+	if old.Digest != desc.Digest {
+		return denied(repo, tag, old.Digest)
+	}
+	return nil
+}
+
+// check parses a manifest and makes sure that everything it names is here. A
+// subject may be missing: the protocol lets referrers come first.
+func (s *Store) check(ctx context.Context, repo string, content []byte, mediaType string) (manifest, error) {
+	var m manifest
+	invalid := func(format string, args ...any) error {
+		return fmt.Errorf("%w: "+format, append([]any{ociregistry.ErrManifestInvalid}, args...)...)
+	}
+	switch mediaType {
+	case ocispec.MediaTypeImageManifest, ocispec.MediaTypeImageIndex, dockerManifest, dockerList:
+	default:
+		return m, invalid("media type %q is not a manifest's", mediaType)
+	}
+	if err := json.Unmarshal(content, &m); err != nil {
+		return m, invalid("%v", err)
+	}
+	if m.MediaType != "" && m.MediaType != mediaType {
+		return m, invalid("sent as %q, but says it is %q", mediaType, m.MediaType)
+	}
+	if mediaType == ocispec.MediaTypeImageIndex || mediaType == dockerList {
+		if m.Config != nil || len(m.Layers) > 0 {
+			return m, invalid("an index has no config and no layers")
+		}
+		for _, d := range m.Manifests {
+			if _, err := s.ResolveManifest(ctx, repo, d.Digest); err != nil {
+				return m, missing("manifest", d.Digest, err)
+			}
+		}
+		return m, nil
+	}
+	if m.Config == nil || len(m.Manifests) > 0 {
+		return m, invalid("an image manifest has a config and no manifests")
+	}
+	for _, d := range append([]ociregistry.Descriptor{*m.Config}, m.Layers...) {
+		size, err := s.has(d.Digest)
+		if err != nil {
+			return m, missing("blob", d.Digest, err)
+		}
+		if size != d.Size {
+			return m, invalid("%s has %d bytes, the manifest says %d", d.Digest, size, d.Size)
+		}
+	}
+	return m, nil
+}
+
+func missing(what string, d ociregistry.Digest, err error) error {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ociregistry.ErrManifestUnknown) {
+		return fmt.Errorf("%w: %s %s", ociregistry.ErrManifestBlobUnknown, what, d)
+	}
+	return err
+}
+
+// DeleteTag implements [ociregistry.Deleter]: the manifest stays.
+func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
+	name, err := tagPath(repo, tag)
+	if err != nil {
+		return err
+	}
+	return gone(s.root.Remove(name), ociregistry.ErrManifestUnknown)
+}
+
+// DeleteManifest implements [ociregistry.Deleter]: tags that name it go first,
+// then the manifest. Its bytes stay, since another repository may have them.
+func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
+	desc, err := s.ResolveManifest(ctx, repo, d)
+	if err != nil {
+		return err
+	}
+	for tag, err := range s.Tags(ctx, repo, "") {
+		if err != nil {
+			return err
+		}
+		name, err := tagPath(repo, tag)
+		if err != nil {
+			return err
+		}
+		if at, err := s.readDescriptor(name); err == nil && at.Digest == d {
+			if err := s.root.Remove(name); err != nil {
+				return err
+			}
+		}
+	}
+	name, err := repoPath(repo, "_manifests", desc.Digest.Encoded())
+	if err != nil {
+		return err
+	}
+	return gone(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
+}
+
+// DeleteBlob implements [ociregistry.Deleter]. Blobs are shared, so deleting
+// one by name is refused.
+func (s *Store) DeleteBlob(context.Context, string, ociregistry.Digest) error {
+	return fmt.Errorf("%w: blobs are shared by repositories and cannot be deleted one by one", ociregistry.ErrUnsupported)
+}
