@@ -1,0 +1,321 @@
+package deploy_test
+
+import (
+	"bytes"
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"go.yaml.in/yaml/v3"
+)
+
+// manifest is what the tests look at of a Kubernetes object.
+type manifest struct {
+	Kind     string
+	Metadata struct {
+		Name, Namespace string
+		Labels          map[string]string
+	}
+	Spec struct {
+		Replicas int
+		Strategy struct{ Type string }
+		Selector struct {
+			MatchLabels map[string]string `yaml:"matchLabels"`
+		}
+		Template struct {
+			Metadata struct{ Labels map[string]string }
+			Spec     pod
+		}
+	}
+}
+
+type pod struct {
+	HostPID         bool   `yaml:"hostPID"`
+	HostNetwork     bool   `yaml:"hostNetwork"`
+	HostUsers       *bool  `yaml:"hostUsers"`
+	PriorityClass   string `yaml:"priorityClassName"`
+	AutomountToken  *bool  `yaml:"automountServiceAccountToken"`
+	SecurityContext struct {
+		RunAsNonRoot   bool                  `yaml:"runAsNonRoot"`
+		RunAsUser      int                   `yaml:"runAsUser"`
+		SeccompProfile struct{ Type string } `yaml:"seccompProfile"`
+	} `yaml:"securityContext"`
+	Tolerations []struct{ Key, Operator string }
+	Affinity    struct {
+		NodeAffinity struct {
+			Required struct {
+				Terms []struct {
+					MatchExpressions []expression `yaml:"matchExpressions"`
+				} `yaml:"nodeSelectorTerms"`
+			} `yaml:"requiredDuringSchedulingIgnoredDuringExecution"`
+		} `yaml:"nodeAffinity"`
+	}
+	Containers []container
+	Volumes    []struct {
+		Name     string
+		HostPath struct{ Path string } `yaml:"hostPath"`
+	}
+}
+
+type expression struct {
+	Key, Operator string
+	Values        []string
+}
+
+type container struct {
+	Name, Image     string
+	Args            []string
+	Env             []struct{ Name string }
+	SecurityContext struct {
+		Privileged   bool
+		Escalation   *bool  `yaml:"allowPrivilegeEscalation"`
+		ReadOnlyRoot bool   `yaml:"readOnlyRootFilesystem"`
+		ProcMount    string `yaml:"procMount"`
+		Capabilities struct{ Add, Drop []string }
+	} `yaml:"securityContext"`
+	VolumeMounts []struct {
+		Name             string
+		MountPath        string `yaml:"mountPath"`
+		ReadOnly         bool   `yaml:"readOnly"`
+		MountPropagation string `yaml:"mountPropagation"`
+	} `yaml:"volumeMounts"`
+}
+
+// manifests reads every object below deploy/kubernetes.
+func manifests(t *testing.T) map[string]manifest {
+	t.Helper()
+	all := map[string]manifest{}
+	paths, err := filepath.Glob("kubernetes/*.yaml")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("find manifests: %v, %d files", err, len(paths))
+	}
+	for _, path := range paths {
+		dec := yaml.NewDecoder(bytes.NewBufferString(read(t, "deploy/"+path)))
+		for {
+			var m manifest
+			err := dec.Decode(&m)
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatalf("%s: %v", path, err)
+			}
+			if m.Kind == "" || m.Metadata.Name == "" {
+				t.Errorf("%s: an object without kind or name", path)
+			}
+			all[m.Kind+"/"+m.Metadata.Name] = m
+		}
+	}
+	return all
+}
+
+// object returns one object and its only container.
+func object(t *testing.T, name string) (manifest, container) {
+	t.Helper()
+	m, ok := manifests(t)[name]
+	if !ok {
+		t.Fatalf("no object %s below deploy/kubernetes", name)
+	}
+	if n := len(m.Spec.Template.Spec.Containers); n != 1 {
+		t.Fatalf("%s has %d containers; want 1", name, n)
+	}
+	return m, m.Spec.Template.Spec.Containers[0]
+}
+
+func TestServerManifest(t *testing.T) {
+	t.Parallel()
+	m, c := object(t, "Deployment/prebake-server")
+	p := m.Spec.Template.Spec
+	if m.Spec.Replicas != 1 || m.Spec.Strategy.Type != "Recreate" {
+		t.Errorf("server has %d replicas, strategy %q; want 1, Recreate: its folder belongs to one process", m.Spec.Replicas, m.Spec.Strategy.Type)
+	}
+	if !p.SecurityContext.RunAsNonRoot || p.SecurityContext.SeccompProfile.Type != "RuntimeDefault" {
+		t.Errorf("server pod's security context = %+v; want non-root, seccomp RuntimeDefault", p.SecurityContext)
+	}
+	if p.HostPID || p.HostNetwork || len(hostPaths(p)) > 0 {
+		t.Errorf("server shares the host: pid %v, network %v, paths %v; want none", p.HostPID, p.HostNetwork, hostPaths(p))
+	}
+	unprivileged(t, c)
+}
+
+func TestBuilderManifest(t *testing.T) {
+	t.Parallel()
+	m, c := object(t, "Deployment/prebake-builder")
+	p := m.Spec.Template.Spec
+	if !p.SecurityContext.RunAsNonRoot || p.HostPID || p.HostNetwork || len(hostPaths(p)) > 0 {
+		t.Errorf("builder: non-root %v, host pid %v, host network %v, host paths %v; want true and none",
+			p.SecurityContext.RunAsNonRoot, p.HostPID, p.HostNetwork, hostPaths(p))
+	}
+	// Kubernetes refuses an unmasked /proc outside a user namespace.
+	if p.HostUsers == nil || *p.HostUsers || c.SecurityContext.ProcMount != "Unmasked" {
+		t.Errorf("builder: hostUsers %v, procMount %q; want false, Unmasked: the sandbox mounts a /proc of its own", p.HostUsers, c.SecurityContext.ProcMount)
+	}
+	unprivileged(t, c)
+}
+
+// unprivileged wants what the restricted profile wants of a container.
+func unprivileged(t *testing.T, c container) {
+	t.Helper()
+	s := c.SecurityContext
+	if s.Privileged || s.Escalation == nil || *s.Escalation || !s.ReadOnlyRoot || !slices.Equal(s.Capabilities.Drop, []string{"ALL"}) || len(s.Capabilities.Add) > 0 {
+		t.Errorf("%s's security context = %+v; want unprivileged, no escalation, read-only root, all capabilities dropped", c.Name, s)
+	}
+}
+
+func hostPaths(p pod) []string {
+	var paths []string
+	for _, v := range p.Volumes {
+		if v.HostPath.Path != "" {
+			paths = append(paths, v.HostPath.Path)
+		}
+	}
+	return paths
+}
+
+func TestFetcherManifest(t *testing.T) {
+	t.Parallel()
+	m, c := object(t, "DaemonSet/prebake-fetcher")
+	p := m.Spec.Template.Spec
+	if !p.HostPID || !p.HostNetwork || p.PriorityClass != "system-node-critical" {
+		t.Errorf("fetcher: host pid %v, host network %v, priority %q; want true, true, system-node-critical", p.HostPID, p.HostNetwork, p.PriorityClass)
+	}
+	if !c.SecurityContext.Privileged || !c.SecurityContext.ReadOnlyRoot {
+		t.Errorf("fetcher's security context = %+v; want privileged with a read-only root", c.SecurityContext)
+	}
+	if p.AutomountToken == nil || *p.AutomountToken {
+		t.Error("fetcher gets a service account token; want none: it never asks the cluster")
+	}
+	if diff := cmp.Diff([]string{"/"}, hostPaths(p)); diff != "" {
+		t.Errorf("fetcher's host paths (-want +got):\n%s", diff)
+	}
+	mounted := false
+	for _, v := range c.VolumeMounts {
+		if v.Name != "host" {
+			if !v.ReadOnly {
+				t.Errorf("mount %s at %s is writable; want only the node's root to be", v.Name, v.MountPath)
+			}
+			continue
+		}
+		mounted = v.MountPropagation == "HostToContainer" && slices.Contains(c.Args, "--host-root="+v.MountPath)
+	}
+	if !mounted {
+		t.Error("the node's root is not mounted with HostToContainer at --host-root")
+	}
+	if !slices.Contains(c.Args, "--install-dir=/home/kubernetes/bin/nvidia") {
+		t.Errorf("fetcher's args = %v; want GKE's install folder", c.Args)
+	}
+	if len(p.Tolerations) != 1 || p.Tolerations[0].Operator != "Exists" || p.Tolerations[0].Key != "" {
+		t.Errorf("fetcher tolerates %v; want every taint", p.Tolerations)
+	}
+	terms := p.Affinity.NodeAffinity.Required.Terms
+	if len(terms) == 0 {
+		t.Fatal("fetcher has no node affinity; it would run on nodes without a GPU")
+	}
+	for _, term := range terms {
+		if !slices.ContainsFunc(term.MatchExpressions, func(e expression) bool { return e.Key == "prebake.dev/skip" && e.Operator == "NotIn" }) {
+			t.Errorf("node selector term %v does not honour prebake.dev/skip", term.MatchExpressions)
+		}
+	}
+}
+
+func TestSelectors(t *testing.T) {
+	t.Parallel()
+	for name, m := range manifests(t) {
+		if len(m.Spec.Template.Spec.Containers) == 0 {
+			continue
+		}
+		if diff := cmp.Diff(m.Spec.Selector.MatchLabels, m.Spec.Template.Metadata.Labels); diff != "" {
+			t.Errorf("%s selects other pods than it makes:\n%s", name, diff)
+		}
+		if ns := manifests(t)["Namespace/"+m.Metadata.Namespace]; ns.Kind == "" {
+			t.Errorf("%s is in namespace %q, which no manifest makes", name, m.Metadata.Namespace)
+		}
+	}
+}
+
+// TestManifestFlags holds every flag and variable of the manifests against the
+// programs' sources.
+func TestManifestFlags(t *testing.T) {
+	t.Parallel()
+	for name, m := range manifests(t) {
+		for _, c := range m.Spec.Template.Spec.Containers {
+			known := words(t, c.Name)
+			for i, arg := range c.Args {
+				flag, _, _ := strings.Cut(strings.TrimPrefix(arg, "--"), "=")
+				if !known[flag] || (i > 0) != strings.HasPrefix(arg, "--") {
+					t.Errorf("%s: %s has no flag or command %q", name, c.Name, arg)
+				}
+			}
+			for _, env := range c.Env {
+				flag, ok := strings.CutPrefix(env.Name, "PREBAKE_")
+				if ok && !known[strings.ToLower(strings.ReplaceAll(flag, "_", "-"))] {
+					t.Errorf("%s: %s has no flag behind %s", name, c.Name, env.Name)
+				}
+			}
+		}
+	}
+}
+
+func TestCloudInitFlags(t *testing.T) {
+	t.Parallel()
+	text := read(t, "deploy/gce/cloud-init.yaml")
+	var doc map[string]any
+	if err := yaml.Unmarshal([]byte(text), &doc); err != nil {
+		t.Fatal(err)
+	}
+	_, args, ok := strings.Cut(text, "/fetcher:latest run")
+	args, _, ok2 := strings.Cut(args, "ExecStop")
+	if !ok || !ok2 {
+		t.Fatal("cloud-init.yaml does not run the fetcher")
+	}
+	known := words(t, "fetcher")
+	for _, word := range strings.Fields(args) {
+		flag, isFlag := strings.CutPrefix(word, "--")
+		flag, _, _ = strings.Cut(flag, "=")
+		if isFlag && !known[flag] {
+			t.Errorf("cloud-init.yaml: fetcher has no flag %s", word)
+		}
+	}
+}
+
+// words returns the names of a program's commands and flags: every Name of a
+// composite literal in its main package and in pkg/cli.
+func words(t *testing.T, program string) map[string]bool {
+	t.Helper()
+	found := map[string]bool{}
+	for _, dir := range []string{program, "pkg/cli"} {
+		paths, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
+		if err != nil || len(paths) == 0 {
+			t.Fatalf("find sources of %s: %v, %d files", dir, err, len(paths))
+		}
+		for _, path := range paths {
+			file, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ast.Inspect(file, func(n ast.Node) bool {
+				kv, ok := n.(*ast.KeyValueExpr)
+				if !ok {
+					return true
+				}
+				key, ok := kv.Key.(*ast.Ident)
+				value, ok2 := kv.Value.(*ast.BasicLit)
+				if ok && ok2 && key.Name == "Name" && value.Kind == token.STRING {
+					if name, err := strconv.Unquote(value.Value); err == nil {
+						found[name] = true
+					}
+				}
+				return true
+			})
+		}
+	}
+	return found
+}
