@@ -159,7 +159,7 @@ func (w *watch) end(failed bool) {
 }
 
 // A quiet make prints one such line for each step.
-var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|BTF \[M\]|MODPOST)[: ] *(\S*)(.*)$`)
+var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|BTF \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {
 	w.findings.read(line)
