@@ -1,0 +1,73 @@
+package sandbox_test
+
+import (
+	"bufio"
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+)
+
+// holdLock names the folder whose lock file the helper process below holds
+// inside a sandbox.
+const holdLock = "PREBAKE_TEST_HOLD_LOCK"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(holdLock); dir != "" {
+		err := sandbox.Run(context.Background(), sandbox.Config{
+			Argv: []string{"flock", "/work/lock", "sh", "-c", "echo held; sleep 600"}, Dir: "/work", Output: os.Stdout,
+			Env:   map[string]string{"PATH": "/usr/bin:/bin"},
+			Binds: []sandbox.Bind{{Host: dir, Inside: "/work", Writable: true}},
+		})
+		if err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// SIGKILL to the process that made the sandbox ends everything in it: the lock
+// that a program inside holds comes free.
+func TestDiesWithParent(t *testing.T) {
+	t.Parallel()
+	needBubblewrap(t)
+	if _, err := exec.LookPath("flock"); err != nil {
+		t.Skip("flock is missing: apt-get install util-linux")
+	}
+	dir := t.TempDir()
+	lock, err := os.Create(filepath.Join(dir, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	helper := exec.CommandContext(t.Context(), os.Args[0])
+	helper.Env = append(os.Environ(), holdLock+"="+dir)
+	out, err := helper.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := helper.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "held\n" {
+		t.Fatalf("helper says %q, %v; want held", line, err)
+	}
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err == nil {
+		t.Fatal("the lock is free while the sandbox runs")
+	}
+	if err := helper.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	// Blocks for as long as anything inside lives; the test's limit ends it.
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Errorf("flock: %v", err)
+	}
+	if err := helper.Wait(); err == nil {
+		t.Error("helper ended well; want it killed")
+	}
+}
