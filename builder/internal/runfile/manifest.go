@@ -1,0 +1,231 @@
+package runfile
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"strconv"
+	"strings"
+)
+
+// Bounds of a manifest. Real ones have some 1,000 lines.
+const (
+	maxManifest = 4 << 20
+	maxEntries  = 50_000
+	maxField    = 1024
+	headerLines = 8
+)
+
+// Entry is one file or link of a release.
+type Entry struct {
+	// Path is the file's path in the archive or, for a link, its name.
+	Path string
+	Mode fs.FileMode
+	Type string
+	// Compat32 marks what is for 32-bit programs.
+	Compat32 bool
+	// Subdir is where below its folder the file belongs; "" is the folder itself.
+	Subdir string
+	// Target is what a link points at; "" for a file.
+	Target string
+	// NonGLVND marks the variant for systems without libglvnd.
+	NonGLVND bool
+	// Module is the component that the entry belongs to; "" in older files.
+	Module string
+}
+
+// Manifest is a parsed .manifest.
+type Manifest struct {
+	Product, Version string
+	// Settings are lines 3 to 8, which an installer reads.
+	Settings []string
+	Entries  []Entry
+	// Unknown counts the lines of each type that this code does not know.
+	Unknown map[string]int
+}
+
+// shape is which fields follow name, mode and type.
+type shape struct {
+	class  bool // NATIVE or COMPAT32
+	subdir bool
+	target bool
+	glvnd  bool // GLVND or NON_GLVND, behind the rest
+}
+
+var (
+	lib      = shape{class: true}
+	libSub   = shape{class: true, subdir: true}
+	libGL    = shape{class: true, glvnd: true}
+	link     = shape{class: true, target: true}
+	linkSub  = shape{class: true, subdir: true, target: true}
+	linkGL   = shape{class: true, target: true, glvnd: true}
+	file     = shape{}
+	fileSub  = shape{subdir: true}
+	fileLink = shape{target: true}
+	shapes   = map[string]shape{
+		"OPENGL_LIB": lib, "GLVND_LIB": lib, "NVCUVID_LIB": lib, "ENCODEAPI_LIB": lib, "UTILITY_LIB": lib,
+		"CUDA_LIB": libSub, "OPENCL_LIB": libSub, "OPENCL_WRAPPER_LIB": libSub, "VDPAU_LIB": libSub, "TLS_LIB": libSub,
+		"GLX_CLIENT_LIB": libGL, "EGL_CLIENT_LIB": libGL,
+		"OPENGL_SYMLINK": link, "GLVND_SYMLINK": link, "UTILITY_LIB_SYMLINK": link, "NVCUVID_LIB_SYMLINK": link, "ENCODEAPI_LIB_SYMLINK": link,
+		"CUDA_SYMLINK": linkSub, "OPENCL_LIB_SYMLINK": linkSub, "OPENCL_WRAPPER_SYMLINK": linkSub, "VDPAU_SYMLINK": linkSub,
+		"GLX_CLIENT_SYMLINK": linkGL, "EGL_CLIENT_SYMLINK": linkGL,
+		"UTILITY_BINARY": file, "INSTALLER_BINARY": file, "CUDA_ICD": file, "VULKAN_ICD_JSON": file, "GLVND_EGL_ICD_JSON": file, "FIRMWARE": file,
+		"DOCUMENTATION": fileSub, "MANPAGE": fileSub, "NVIDIA_MODPROBE": fileSub, "EXPLICIT_PATH": fileSub, "APPLICATION_PROFILE": fileSub, "KERNEL_MODULE_SRC": fileSub,
+		"UTILITY_BIN_SYMLINK": fileLink,
+	}
+)
+
+// ParseManifest reads a .manifest. Lines of types that it does not know are
+// counted and skipped, since every branch adds some; a line of a known type
+// that lacks its fields, or names a path outside the archive, is an error.
+func ParseManifest(r io.Reader) (*Manifest, error) {
+	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
+	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
+	m := &Manifest{Unknown: map[string]int{}}
+	read := 0
+	for n := 1; lines.Scan(); n++ {
+		text := lines.Text()
+		if read += len(text) + 1; read > maxManifest || len(m.Entries) >= maxEntries {
+			return nil, damaged("manifest is longer than %d bytes or %d entries", maxManifest, maxEntries)
+		}
+		switch {
+		case n == 1:
+			m.Product = text
+		case n == 2:
+			m.Version = strings.TrimSpace(text)
+		case n <= headerLines:
+			m.Settings = append(m.Settings, text)
+		default:
+			if err := m.line(text); err != nil {
+				return nil, damaged("manifest line %d: %v", n, err)
+			}
+		}
+	}
+	if err := lines.Err(); err != nil {
+		if errors.Is(err, bufio.ErrTooLong) {
+			return nil, damaged("manifest has a line over %d bytes", 8*maxField)
+		}
+		return nil, fmt.Errorf("read manifest: %w", err)
+	}
+	if len(m.Settings) != headerLines-2 {
+		return nil, damaged("manifest ends inside its header")
+	}
+	return m, nil
+}
+
+func (m *Manifest) line(text string) error {
+	fields := strings.Fields(text)
+	if len(fields) == 0 {
+		return nil
+	}
+	if len(fields) < 3 {
+		return fmt.Errorf("%.80q has no type", text)
+	}
+	e := Entry{Path: fields[0], Type: fields[2]}
+	s, ok := shapes[e.Type]
+	if !ok {
+		m.Unknown[e.Type]++
+		return nil
+	}
+	mode, err := strconv.ParseUint(fields[1], 8, 12)
+	if err != nil {
+		return fmt.Errorf("mode %.20q", fields[1])
+	}
+	e.Mode = fs.FileMode(mode & 0o777)
+	if e.Path, err = inside(e.Path); err != nil {
+		return err
+	}
+	if err := e.fill(s, fields[3:]); err != nil {
+		return fmt.Errorf("%s %s: %w", e.Type, e.Path, err)
+	}
+	m.Entries = append(m.Entries, e)
+	return nil
+}
+
+// fill reads the fields behind the type. KEY:VALUE fields stand behind those
+// with a fixed place, but for INHERIT_PATH_DEPTH:n, which takes the place of a
+// subdir: the path's own folders below the n-th say it.
+func (e *Entry) fill(s shape, fields []string) error {
+	next := func(what string) (string, error) {
+		if len(fields) == 0 {
+			return "", fmt.Errorf("no %s", what)
+		}
+		f := fields[0]
+		fields = fields[1:]
+		return f, nil
+	}
+	if s.class {
+		class, err := next("NATIVE or COMPAT32")
+		if err != nil {
+			return err
+		}
+		if class != "NATIVE" && class != "COMPAT32" {
+			return fmt.Errorf("%.40q; want NATIVE or COMPAT32", class)
+		}
+		e.Compat32 = class == "COMPAT32"
+	}
+	if s.subdir {
+		sub, err := next("subdir")
+		if err != nil {
+			return err
+		}
+		if e.Subdir, err = e.subdir(sub); err != nil {
+			return err
+		}
+	}
+	if s.target {
+		to, err := next("target")
+		if err != nil {
+			return err
+		}
+		if e.Target, err = inside(to); err != nil {
+			return err
+		}
+	}
+	for _, f := range fields {
+		key, value, ok := strings.Cut(f, ":")
+		switch {
+		case ok && key == "MODULE":
+			e.Module = value
+		case s.glvnd && f == "NON_GLVND":
+			e.NonGLVND = true
+		}
+	}
+	return nil
+}
+
+func (e *Entry) subdir(field string) (string, error) {
+	depth, ok := strings.CutPrefix(field, "INHERIT_PATH_DEPTH:")
+	if !ok {
+		sub := strings.Trim(field, "/")
+		if sub == "" || sub == "." {
+			return "", nil
+		}
+		return inside(sub)
+	}
+	n, err := strconv.ParseUint(depth, 10, 6)
+	if err != nil {
+		return "", fmt.Errorf("%.40q", field)
+	}
+	parts := strings.Split(path.Dir(e.Path), "/")
+	if int(n) >= len(parts) || parts[0] == "." {
+		return "", nil
+	}
+	return path.Join(parts[n:]...), nil
+}
+
+// inside returns the clean form of a relative path without "..".
+func inside(name string) (string, error) {
+	if len(name) > maxField || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
+		return "", fmt.Errorf("path %.80q leads out of the archive", name)
+	}
+	for part := range strings.SplitSeq(name, "/") {
+		if part == ".." {
+			return "", fmt.Errorf("path %.80q leads out of the archive", name)
+		}
+	}
+	return path.Clean(name), nil
+}
