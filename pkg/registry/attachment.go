@@ -1,0 +1,85 @@
+package registry
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// The empty descriptor of image-spec 1.1 ("guidance for an empty descriptor").
+const emptyType = "application/vnd.oci.empty.v1+json"
+
+var emptyConfig = []byte("{}")
+
+// attachment is a manifest that refers to another one and carries one payload.
+type attachment struct {
+	payload  []byte
+	layer    v1.Descriptor
+	manifest []byte
+	desc     v1.Descriptor
+	subject  v1.Hash
+}
+
+func newAttachment(subject v1.Descriptor, artifactType string, payload []byte, annotations map[string]string) (*attachment, error) {
+	if artifactType == "" {
+		return nil, fault.New(fault.Usage, "no artifact type", "")
+	}
+	a := &attachment{payload: payload, subject: subject.Digest}
+	a.layer.MediaType = types.MediaType(artifactType)
+	var err error
+	if a.layer.Digest, a.layer.Size, err = v1.SHA256(bytes.NewReader(payload)); err != nil {
+		return nil, err
+	}
+	config := v1.Descriptor{MediaType: emptyType}
+	if config.Digest, config.Size, err = v1.SHA256(bytes.NewReader(emptyConfig)); err != nil {
+		return nil, err
+	}
+	a.manifest, err = json.Marshal(v1.Manifest{
+		SchemaVersion: 2,
+		MediaType:     types.OCIManifestSchema1,
+		ArtifactType:  artifactType,
+		Config:        config,
+		Layers:        []v1.Descriptor{a.layer},
+		Annotations:   annotations,
+		Subject:       &v1.Descriptor{MediaType: subject.MediaType, Digest: subject.Digest, Size: subject.Size},
+	})
+	if err != nil {
+		return nil, err
+	}
+	a.desc = v1.Descriptor{MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Annotations: annotations}
+	a.desc.Digest, a.desc.Size, err = v1.SHA256(bytes.NewReader(a.manifest))
+	return a, err
+}
+
+// image shows the attachment as an image, which is what the library pushes.
+func (a *attachment) image() (v1.Image, error) { return partial.CompressedToImage(attachmentImage{a}) }
+
+type attachmentImage struct{ a *attachment }
+
+func (i attachmentImage) RawConfigFile() ([]byte, error)      { return emptyConfig, nil }
+func (i attachmentImage) RawManifest() ([]byte, error)        { return i.a.manifest, nil }
+func (i attachmentImage) MediaType() (types.MediaType, error) { return types.OCIManifestSchema1, nil }
+
+func (i attachmentImage) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
+	if h != i.a.layer.Digest {
+		return nil, fmt.Errorf("no layer %s in this attachment", h)
+	}
+	return payloadLayer(i), nil
+}
+
+type payloadLayer struct{ a *attachment }
+
+func (l payloadLayer) Digest() (v1.Hash, error)            { return l.a.layer.Digest, nil }
+func (l payloadLayer) DiffID() (v1.Hash, error)            { return l.a.layer.Digest, nil }
+func (l payloadLayer) Size() (int64, error)                { return l.a.layer.Size, nil }
+func (l payloadLayer) MediaType() (types.MediaType, error) { return l.a.layer.MediaType, nil }
+func (l payloadLayer) Compressed() (io.ReadCloser, error) {
+	return io.NopCloser(bytes.NewReader(l.a.payload)), nil
+}

@@ -1,0 +1,361 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/gofrs/flock"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// layoutStore is an OCI image layout (image-spec 1.1, image-layout.md). One
+// entry of index.json stands for each manifest and tag; attachments have an
+// entry without a tag, and their manifest's subject says what they belong to.
+// Every file appears whole, under its final name, or not at all; writers of
+// all processes take turns.
+type layoutStore struct{ dir string }
+
+const (
+	refName   = "org.opencontainers.image.ref.name"
+	indexFile = "index.json"
+	lockFile  = ".prebake.lock"
+	tmpPrefix = ".prebake.tmp-"
+	maxIndex  = 64 << 20
+)
+
+func openLayout(dir string) (*layoutStore, error) {
+	if dir == "" {
+		return nil, errors.New("no folder")
+	}
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	return &layoutStore{dir: abs}, nil
+}
+
+func (s *layoutStore) blobPath(digest string) string {
+	return filepath.Join(s.dir, "blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
+}
+
+// index reads index.json; a folder that does not exist is empty.
+func (s *layoutStore) index() (*v1.IndexManifest, error) {
+	idx := &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+	raw, err := readFile(filepath.Join(s.dir, indexFile), maxIndex)
+	if errors.Is(err, fs.ErrNotExist) {
+		return idx, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(raw, idx); err != nil {
+		return nil, damaged(fmt.Errorf("read %s: %w", indexFile, err))
+	}
+	return idx, nil
+}
+
+func readFile(path string, limit int64) (_ []byte, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	raw, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(raw)) > limit {
+		err = fault.Errorf(fault.Unverified, "%s is longer than %d bytes", path, limit)
+	}
+	return raw, err
+}
+
+func (s *layoutStore) resolve(_ context.Context, ref string) (v1.Descriptor, error) {
+	idx, err := s.index()
+	if err != nil {
+		return v1.Descriptor{}, err
+	}
+	for _, d := range idx.Manifests {
+		if d.Digest.String() == ref || d.Annotations[refName] == ref {
+			return v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, nil
+		}
+	}
+	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this folder", "")
+}
+
+func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
+	if _, err := s.resolve(ctx, digest); err != nil {
+		return nil, err
+	}
+	return readFile(s.blobPath(digest), MaxManifest)
+}
+
+func (s *layoutStore) blob(_ context.Context, digest string, size int64) (io.ReadCloser, error) {
+	f, err := os.Open(s.blobPath(digest))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.Wrap(fault.NoArtifact, err, "")
+	}
+	if err != nil {
+		return nil, err
+	}
+	info, err := f.Stat()
+	if err == nil && info.Size() > size {
+		err = damaged(fmt.Errorf("%d bytes; want %d", info.Size(), size))
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func (s *layoutStore) referrers(_ context.Context, digest string) ([]v1.Descriptor, error) {
+	idx, err := s.index()
+	if err != nil {
+		return nil, err
+	}
+	var list []v1.Descriptor
+	for _, d := range idx.Manifests {
+		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
+			continue
+		}
+		raw, err := readFile(s.blobPath(d.Digest.String()), MaxManifest)
+		if err != nil {
+			return nil, err
+		}
+		var m v1.Manifest
+		if json.Unmarshal(raw, &m) != nil || m.Subject == nil || m.Subject.Digest.String() != digest {
+			continue
+		}
+		d.ArtifactType, d.Annotations = m.ArtifactType, m.Annotations
+		if d.ArtifactType == "" {
+			d.ArtifactType = string(m.Config.MediaType)
+		}
+		list = append(list, d)
+	}
+	return list, nil
+}
+
+func (s *layoutStore) push(ctx context.Context, img v1.Image) error {
+	desc, err := describe(img)
+	if err != nil {
+		return err
+	}
+	return s.locked(ctx, func() error { return s.put(ctx, img, desc) })
+}
+
+func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
+	img, err := a.image()
+	if err != nil {
+		return err
+	}
+	return s.locked(ctx, func() error { return s.put(ctx, img, a.desc) })
+}
+
+// put writes blobs, then the manifest, then the index.
+func (s *layoutStore) put(ctx context.Context, img v1.Image, desc v1.Descriptor) error {
+	layers, err := img.Layers()
+	if err != nil {
+		return err
+	}
+	for _, l := range layers {
+		digest, err := l.Digest()
+		if err != nil {
+			return err
+		}
+		size, err := l.Size()
+		if err != nil {
+			return err
+		}
+		if err := s.putBlob(ctx, digest, size, l.Compressed); err != nil {
+			return err
+		}
+	}
+	config, err := img.RawConfigFile()
+	if err != nil {
+		return err
+	}
+	manifest, err := img.RawManifest()
+	if err != nil {
+		return err
+	}
+	for _, raw := range [][]byte{config, manifest} {
+		digest, size, err := v1.SHA256(bytes.NewReader(raw))
+		if err != nil {
+			return err
+		}
+		if err := s.putBlob(ctx, digest, size, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil }); err != nil {
+			return err
+		}
+	}
+	return s.edit(func(idx *v1.IndexManifest) bool {
+		for _, d := range idx.Manifests {
+			if d.Digest == desc.Digest {
+				return false
+			}
+		}
+		idx.Manifests = append(idx.Manifests, desc)
+		return true
+	})
+}
+
+func (s *layoutStore) putBlob(ctx context.Context, digest v1.Hash, size int64, open func() (io.ReadCloser, error)) error {
+	if err := checkDigest(digest.String()); err != nil {
+		return err
+	}
+	path := s.blobPath(digest.String())
+	if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() && info.Size() == size {
+		return nil
+	}
+	rc, err := open()
+	if err != nil {
+		return err
+	}
+	defer rc.Close() //nolint:errcheck // only read
+	hasher, err := v1.Hasher("sha256")
+	if err != nil {
+		return err
+	}
+	return s.write(path, func(w io.Writer) error {
+		n, err := io.Copy(io.MultiWriter(w, hasher), readerFunc(func(p []byte) (int, error) {
+			if ctx.Err() != nil {
+				return 0, context.Cause(ctx)
+			}
+			return rc.Read(p)
+		}))
+		if err == nil && (n != size || fmt.Sprintf("%x", hasher.Sum(nil)) != digest.Hex) {
+			err = fault.Errorf(fault.Unverified, "blob %s changed while it was read", digest)
+		}
+		return err
+	})
+}
+
+func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) error {
+	return s.locked(ctx, func() error {
+		have, err := s.resolve(ctx, tag)
+		switch {
+		case err == nil && have.Digest != d.Digest:
+			return taken(have.Digest, d.Digest)
+		case err == nil:
+			return nil
+		case !fault.Is(err, fault.NoArtifact):
+			return err
+		}
+		if _, err := s.resolve(ctx, d.Digest.String()); err != nil {
+			return err
+		}
+		return s.edit(func(idx *v1.IndexManifest) bool {
+			entry := v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Annotations: map[string]string{refName: tag}}
+			for i, old := range idx.Manifests {
+				if old.Digest == d.Digest && old.Annotations[refName] == "" {
+					idx.Manifests[i] = entry // the entry that only kept it reachable
+					return true
+				}
+			}
+			idx.Manifests = append(idx.Manifests, entry)
+			return true
+		})
+	})
+}
+
+// edit changes index.json; the caller holds the lock.
+func (s *layoutStore) edit(change func(*v1.IndexManifest) bool) error {
+	idx, err := s.index()
+	if err != nil {
+		return err
+	}
+	if !change(idx) {
+		return nil
+	}
+	raw, err := json.MarshalIndent(idx, "", "  ")
+	if err != nil {
+		return err
+	}
+	return s.write(filepath.Join(s.dir, indexFile), func(w io.Writer) error {
+		_, err := w.Write(raw)
+		return err
+	})
+}
+
+// locked runs f while no other writer of any process works on the folder. It
+// makes the folder, and removes what writers that died left behind.
+func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
+	if err := os.MkdirAll(filepath.Join(s.dir, "blobs", "sha256"), 0o755); err != nil {
+		return denied(err)
+	}
+	lock := flock.New(filepath.Join(s.dir, lockFile))
+	if _, err := lock.TryLockContext(ctx, 20*time.Millisecond); err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for another writer of %s: %w", s.dir, context.Cause(ctx))
+		}
+		return denied(err)
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	stale, err := filepath.Glob(filepath.Join(s.dir, tmpPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range stale {
+		if err := os.Remove(path); err != nil {
+			return denied(err)
+		}
+	}
+	marker := filepath.Join(s.dir, "oci-layout")
+	if _, err := os.Stat(marker); errors.Is(err, fs.ErrNotExist) {
+		err := s.write(marker, func(w io.Writer) error {
+			_, err := io.WriteString(w, `{"imageLayoutVersion":"1.0.0"}`)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return f()
+}
+
+// write makes a file appear whole or not at all.
+func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
+	f, err := os.CreateTemp(s.dir, tmpPrefix)
+	if err != nil {
+		return denied(err)
+	}
+	err = fill(f)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return denied(errors.Join(err, os.Remove(f.Name())))
+	}
+	return nil
+}
+
+// denied gives an error of the disk its kind.
+func denied(err error) error {
+	switch {
+	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+		return fault.Wrap(fault.DiskFull, err, "free some space on the disk of this folder")
+	case errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS):
+		return fault.Wrap(fault.PublishRefused, err, "allow this user to write to the folder")
+	}
+	return err
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

@@ -1,0 +1,334 @@
+package registry
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"syscall"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// remoteStore is a repository behind the distribution API.
+type remoteStore struct {
+	repo    name.Repository
+	options []remote.Option
+	puller  *remote.Puller
+}
+
+func openRemote(ref string, o Options) (*remoteStore, error) {
+	// Strict: a name without a host would silently mean Docker Hub.
+	parse := []name.Option{name.StrictValidation}
+	if o.Plain {
+		parse = append(parse, name.Insecure)
+	}
+	repo, err := name.NewRepository(ref, parse...)
+	if err != nil {
+		return nil, err
+	}
+	tr := o.Transport
+	if tr == nil {
+		tr = remote.DefaultTransport
+	}
+	s := &remoteStore{repo: repo, options: []remote.Option{remote.WithTransport(bounded{tr})}}
+	if o.UserAgent != "" {
+		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
+	}
+	switch {
+	case o.Password != "":
+		user := o.Username
+		if user == "" {
+			user = "token"
+		}
+		s.options = append(s.options, remote.WithAuth(authn.FromConfig(authn.AuthConfig{Username: user, Password: o.Password})))
+	default:
+		s.options = append(s.options, remote.WithAuthFromKeychain(authn.DefaultKeychain))
+	}
+	s.puller, err = remote.NewPuller(s.options...)
+	return s, err
+}
+
+// reference parses a checked tag or digest.
+func (s *remoteStore) reference(ref string) name.Reference {
+	if digestPattern.MatchString(ref) {
+		return s.repo.Digest(ref)
+	}
+	return s.repo.Tag(ref)
+}
+
+func (s *remoteStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
+	// HEAD first, since it does not count as a pull; not every registry
+	// answers it in full, so GET decides.
+	head, err := s.puller.Head(ctx, s.reference(ref))
+	if err == nil && head.Digest.Algorithm == "sha256" {
+		return v1.Descriptor{MediaType: head.MediaType, Digest: head.Digest, Size: head.Size}, nil
+	}
+	if err := s.reading(ctx, err); ctx.Err() != nil || fault.Is(err, fault.NoArtifact) || fault.Is(err, fault.Transient) {
+		return v1.Descriptor{}, err
+	}
+	d, err := s.puller.Get(ctx, s.reference(ref))
+	if err != nil {
+		return v1.Descriptor{}, s.reading(ctx, err)
+	}
+	return v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}, nil
+}
+
+func (s *remoteStore) manifest(ctx context.Context, digest string) ([]byte, error) {
+	d, err := s.puller.Get(ctx, s.repo.Digest(digest))
+	if err != nil {
+		return nil, s.reading(ctx, err)
+	}
+	return d.Manifest, nil
+}
+
+func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
+	layer, err := s.puller.Layer(ctx, s.repo.Digest(digest))
+	if err != nil {
+		return nil, s.reading(ctx, err)
+	}
+	rc, err := layer.Compressed()
+	if err != nil {
+		return nil, s.reading(ctx, err)
+	}
+	return &stream{ctx: ctx, rc: rc, s: s, left: size}, nil
+}
+
+func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
+	idx, err := remote.Referrers(s.repo.Digest(digest), append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
+	if err != nil {
+		return nil, s.reading(ctx, err)
+	}
+	m, err := idx.IndexManifest()
+	if err != nil {
+		return nil, damaged(err)
+	}
+	return m.Manifests, nil
+}
+
+func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
+	d, err := describe(img)
+	if err != nil {
+		return err
+	}
+	// A pusher remembers what it sent; a fresh one asks the registry again.
+	p, err := remote.NewPusher(s.options...)
+	if err != nil {
+		return err
+	}
+	return s.writing(ctx, p.Push(ctx, s.repo.Digest(d.Digest.String()), img))
+}
+
+func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) error {
+	switch have, err := s.resolve(ctx, tag); {
+	case err == nil && have.Digest == d.Digest:
+		return nil
+	case err == nil:
+		return taken(have.Digest, d.Digest)
+	case !fault.Is(err, fault.NoArtifact):
+		return err
+	}
+	raw, err := s.manifest(ctx, d.Digest.String())
+	if err != nil {
+		return err
+	}
+	p, err := remote.NewPusher(s.options...)
+	if err != nil {
+		return err
+	}
+	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
+		return s.writing(ctx, err)
+	}
+	// The API has no "create only": whoever wrote last wins, so look again.
+	have, err := s.resolve(ctx, tag)
+	if err == nil && have.Digest != d.Digest {
+		err = taken(have.Digest, d.Digest)
+	}
+	return err
+}
+
+func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
+	img, err := a.image()
+	if err != nil {
+		return err
+	}
+	// Where the registry lacks the referrers API, attaching rewrites a shared
+	// tag, and of two writers at once one is lost: so look whether it is there.
+	const tries = 3
+	for range tries {
+		p, err := remote.NewPusher(s.options...)
+		if err != nil {
+			return err
+		}
+		if err := p.Push(ctx, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
+			return s.writing(ctx, err)
+		}
+		// Push does nothing for a manifest that is there, even if an earlier
+		// run ended before it was listed; Put also brings the list up to date.
+		listed, err := s.listed(ctx, a)
+		if listed || err != nil {
+			return err
+		}
+		if err := p.Put(ctx, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
+			return s.writing(ctx, err)
+		}
+		if listed, err := s.listed(ctx, a); listed || err != nil {
+			return err
+		}
+	}
+	return fault.New(fault.Transient, "the registry does not list what was attached", "try again; if it stays so, use a registry with the OCI referrers API")
+}
+
+func (s *remoteStore) listed(ctx context.Context, a *attachment) (bool, error) {
+	list, err := s.referrers(ctx, a.subject.String())
+	if err != nil {
+		return false, err
+	}
+	for _, d := range list {
+		if d.Digest == a.desc.Digest {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// rawManifest is a manifest to be put under another name.
+type rawManifest struct {
+	raw       []byte
+	mediaType types.MediaType
+}
+
+func (m rawManifest) RawManifest() ([]byte, error)        { return m.raw, nil }
+func (m rawManifest) MediaType() (types.MediaType, error) { return m.mediaType, nil }
+
+// reading gives an error of a read its kind.
+func (s *remoteStore) reading(ctx context.Context, err error) error {
+	return s.classify(ctx, err, false)
+}
+
+// writing gives an error of a write its kind.
+func (s *remoteStore) writing(ctx context.Context, err error) error {
+	return s.classify(ctx, err, true)
+}
+
+func (s *remoteStore) classify(ctx context.Context, err error, write bool) error {
+	if err == nil {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	host := s.repo.RegistryStr()
+	var api *transport.Error
+	if errors.As(err, &api) {
+		return answered(host, api.StatusCode, err, write)
+	}
+	if errors.Is(err, errTooLong) {
+		return fault.Wrap(fault.Unverified, err, "")
+	}
+	var authority x509.UnknownAuthorityError
+	var hostname x509.HostnameError
+	var verification *tls.CertificateVerificationError
+	if errors.As(err, &authority) || errors.As(err, &hostname) || errors.As(err, &verification) {
+		return fault.Wrap(fault.Usage, err, "install the certificate authority of "+host+" on this machine")
+	}
+	if strings.Contains(err.Error(), "server gave HTTP response to HTTPS client") { // net/http has no type for it
+		return fault.Wrap(fault.Usage, err, host+" speaks plain HTTP: say so in the configuration of this repository")
+	}
+	if onNetwork(err) {
+		return fault.Wrap(fault.Transient, err, "check that "+host+" can be reached from here")
+	}
+	if write {
+		return err
+	}
+	// What is left are answers that the client library would not believe.
+	return damaged(err)
+}
+
+func onNetwork(err error) bool {
+	var network net.Error
+	return errors.As(err, &network) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) ||
+		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
+}
+
+// answered maps the status of a registry's answer.
+func answered(host string, status int, err error, write bool) error {
+	login := "log in with docker login " + host + ", or configure a user and token for it"
+	switch {
+	case status == http.StatusUnauthorized || status == http.StatusForbidden:
+		if write {
+			return fault.Wrap(fault.PublishRefused, err, login+" that may push")
+		}
+		return fault.Wrap(fault.Usage, err, login)
+	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
+		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
+	case write:
+		return fault.Wrap(fault.PublishRefused, err, "")
+	case status == http.StatusNotFound:
+		return fault.Wrap(fault.NoArtifact, err, "")
+	}
+	return err
+}
+
+// stream is a blob on its way; it lives for one call.
+type stream struct {
+	ctx  context.Context
+	rc   io.ReadCloser
+	s    *remoteStore
+	left int64
+}
+
+func (b *stream) Read(p []byte) (int, error) {
+	n, err := b.rc.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return 0, damaged(errTooLong)
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = b.s.reading(b.ctx, err)
+	}
+	return n, err
+}
+
+func (b *stream) Close() error { return b.rc.Close() }
+
+var errTooLong = errors.New("answer is longer than it may be")
+
+// bounded cuts off manifests and lists that are too long; the library's own
+// bound is 100 MB.
+type bounded struct{ next http.RoundTripper }
+
+func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := b.next.RoundTrip(req)
+	if err != nil || resp.Body == nil {
+		return resp, err
+	}
+	if strings.Contains(req.URL.Path, "/manifests/") || strings.Contains(req.URL.Path, "/referrers/") {
+		resp.Body = &boundedBody{resp.Body, MaxManifest}
+	}
+	return resp, nil
+}
+
+type boundedBody struct {
+	io.ReadCloser
+	left int64
+}
+
+func (b *boundedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if b.left -= int64(n); b.left < 0 {
+		return 0, fmt.Errorf("%w: more than %d bytes", errTooLong, MaxManifest)
+	}
+	return n, err
+}
