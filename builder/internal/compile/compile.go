@@ -148,9 +148,10 @@ func (r Request) withDefaults() (Request, error) {
 }
 
 // run stages the sources, compiles with the make command given, and strips.
-func run(ctx context.Context, r Request, command func(tools) []string) (*Result, error) {
-	result := &Result{Modules: map[string]string{}}
-	r, err := r.withDefaults()
+func run(ctx context.Context, r Request, command func(tools) []string) (result *Result, err error) {
+	result = &Result{Modules: map[string]string{}}
+	defer func() { err = stopped(ctx, err) }()
+	r, err = r.withDefaults()
 	if err != nil {
 		return result, err
 	}

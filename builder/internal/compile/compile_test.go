@@ -240,10 +240,24 @@ func TestCancel(t *testing.T) {
 	stop := errors.New("enough")
 	r.Progress = func(string, int, int) { cancel(stop) }
 	result, err := compile.Modules(ctx, r)
-	if !errors.Is(err, stop) {
-		t.Errorf("Modules = %v; want the cause", err)
+	if !errors.Is(err, stop) || !fault.Is(err, fault.Cancelled) {
+		t.Errorf("Modules = %v (%v); want the cause, cancelled", err, fault.Of(err))
 	}
 	if len(result.Phases) != 1 || !result.Phases[0].Failed {
 		t.Errorf("phases are %+v; want one, failed", result.Phases)
+	}
+}
+
+func TestTimeLimit(t *testing.T) {
+	t.Parallel()
+	plain, cancel := context.WithTimeout(t.Context(), 0)
+	defer cancel()
+	if _, err := compile.Modules(plain, toy(t)); !fault.Is(err, fault.TimedOut) || fault.Hint(err) == "" {
+		t.Errorf("Modules = %v (%v); want timed-out with a hint", err, fault.Of(err))
+	}
+	named, cancel := context.WithTimeoutCause(t.Context(), 0, fault.New(fault.TimedOut, "ran longer than 0s", "raise --limit"))
+	defer cancel()
+	if _, err := compile.Modules(named, toy(t)); !fault.Is(err, fault.TimedOut) || fault.Hint(err) != "raise --limit" {
+		t.Errorf("Modules = %v (%v, hint %q); want the cause and its hint", err, fault.Of(err), fault.Hint(err))
 	}
 }

@@ -97,19 +97,23 @@ var checks = map[string]struct {
 	"module_symvers_sanity_check": {fault.InputMissing, "the kernel's Module.symvers is missing or empty", "publish a kernel-headers.tgz that holds Module.symvers"},
 }
 
-// diagnose gives the error of a failed run its kind, its text and its hint.
-func diagnose(err error, f findings) error {
+// stopped gives an error that the end of the context brought about its kind,
+// unless whoever ended it said one.
+func stopped(ctx context.Context, err error) error {
 	var classified *fault.Error
 	switch {
-	case errors.As(err, &classified): // the sandbox knows better
+	case err == nil || ctx.Err() == nil || errors.As(err, &classified):
 		return err
-	case errors.Is(err, context.DeadlineExceeded):
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
 		return fault.Wrap(fault.TimedOut, err, hintTime)
-	case errors.Is(err, context.Canceled):
-		return fault.Wrap(fault.Cancelled, err, "")
 	}
+	return fault.Wrap(fault.Cancelled, err, "")
+}
+
+// diagnose gives the error of a failed run its kind, its text and its hint.
+func diagnose(err error, f findings) error {
 	var exit *sandbox.ExitError
-	if !errors.As(err, &exit) {
+	if !errors.As(err, &exit) { // the sandbox, or who ended the context, knows better
 		return err
 	}
 	switch check := checks[f.check]; {

@@ -1,7 +1,6 @@
 package compile
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -92,12 +91,6 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 /prebake/src/a.c:9:1: fatal error: error writing to /tmp/ccxyz.s: No space left on device
 `, failed, fault.DiskFull, "a.c:9:1: fatal error: error writing to /tmp/ccxyz.s: No space left on device",
 		},
-		{"time limit", "", fmt.Errorf("run make: %w", context.DeadlineExceeded), fault.TimedOut, "run make: context deadline exceeded"},
-		{"cancelled", "", fmt.Errorf("run make: %w", context.Canceled), fault.Cancelled, "run make: context canceled"},
-		{
-			"classified cause", "/prebake/src/a.c:7:1: error: x\n", fmt.Errorf("run make: %w", fault.New(fault.TimedOut, "ran longer than 1h", "raise it")),
-			fault.TimedOut, "run make: ran longer than 1h",
-		},
 		{"silent", "", failed, fault.Internal, "run make: exit status 2"},
 		{"only words", "something odd\n", failed, fault.Internal, "run make: exit status 2: something odd"},
 		{"warnings are no errors", "/prebake/src/a.c:7:1: warning: error: x\nerror: forwarding\n", failed, fault.Internal, "run make: exit status 2: error: forwarding"},
@@ -116,7 +109,7 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 			if fault.Of(err) != row.kind || err.Error() != row.text {
 				t.Errorf("diagnose = %v: %v\nwant %v: %s", fault.Of(err), err, row.kind, row.text)
 			}
-			if fault.Hint(err) == "" && row.kind != fault.Cancelled {
+			if fault.Hint(err) == "" {
 				t.Errorf("diagnose = %v; want a hint", err)
 			}
 		})
