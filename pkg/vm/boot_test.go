@@ -80,7 +80,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 		t.Errorf("cat = %q; want hello", got)
 	}
 	gpu := string(mustStep(t, res, "gpu").Stdout)
-	for _, want := range []string{"0x0000000050000000 0x0000000050ffffff", "0x0000000052000000 0x0000000053ffffff", "0x10de"} {
+	for _, want := range []string{"0x0000000050000000 0x0000000050ffffff", "0x0000000051000000 0x0000000051ffffff", "0x0000000052000000 0x0000000053ffffff", "0x10de"} {
 		if !strings.Contains(gpu, want) {
 			t.Errorf("emulated GPU = %s; want %s in it", gpu, want)
 		}

@@ -29,8 +29,12 @@
 #define WINDOW_END	0x53ffffffUL
 #define BAR0_START	0x50000000UL	/* registers */
 #define BAR0_SIZE	0x01000000UL
-#define BAR1_START	0x52000000UL	/* frame buffer aperture, prefetchable */
+#define BAR1_START	0x52000000UL	/* frame buffer aperture, 64 bits wide */
 #define BAR1_SIZE	0x02000000UL
+#define BAR3_START	0x51000000UL	/* instance memory, 64 bits wide */
+#define BAR3_SIZE	0x01000000UL
+#define BAR_WIDE	(PCI_BASE_ADDRESS_MEM_TYPE_64 | \
+			 PCI_BASE_ADDRESS_MEM_PREFETCH)
 
 #define CAP_EXPRESS	0x78
 #define CAP_MSIX	0xb4
@@ -101,7 +105,8 @@ static void fill_config(void)
 	put8(PCI_CLASS_PROG, 0x00);
 	put16(PCI_CLASS_DEVICE, PCI_CLASS_DISPLAY_3D);
 	put32(PCI_BASE_ADDRESS_0, BAR0_START);
-	put32(PCI_BASE_ADDRESS_1, BAR1_START | PCI_BASE_ADDRESS_MEM_PREFETCH);
+	put32(PCI_BASE_ADDRESS_1, BAR1_START | BAR_WIDE);
+	put32(PCI_BASE_ADDRESS_3, BAR3_START | BAR_WIDE);
 	put16(PCI_SUBSYSTEM_VENDOR_ID, PCI_VENDOR_ID_NVIDIA);
 	put16(PCI_SUBSYSTEM_ID, 0x12a2);
 	put8(PCI_CAPABILITY_LIST, CAP_EXPRESS);
@@ -140,6 +145,11 @@ static u32 writable(int at)
 		return ~(u32)(BAR0_SIZE - 1);
 	case PCI_BASE_ADDRESS_1:
 		return ~(u32)(BAR1_SIZE - 1);
+	case PCI_BASE_ADDRESS_3:
+		return ~(u32)(BAR3_SIZE - 1);
+	case PCI_BASE_ADDRESS_2:	/* upper halves */
+	case PCI_BASE_ADDRESS_4:
+		return ~0U;
 	case PCI_INTERRUPT_LINE:
 		return 0xff;
 	case CAP_EXPRESS + PCI_EXP_DEVCTL:
