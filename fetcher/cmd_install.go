@@ -1,0 +1,69 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+func installCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "install",
+		Usage: "bring the node to its driver once, and say how that went",
+		Flags: installFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
+			a, done, err := newAgent(cmd, false)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, done()) }()
+			return runOnce(ctx, cmd, a.Run)
+		},
+	}
+}
+
+// runOnce prints the report whatever came out, and returns the error.
+func runOnce(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
+	r, err := run(ctx)
+	return errors.Join(err, cli.Print(cmd, r, func(w io.Writer) error { return printReport(w, r) }))
+}
+
+func printReport(w io.Writer, r *agent.Report) error {
+	if r.Kernel.BuildID != "" {
+		fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", r.Kernel, r.Kernel.Release)
+	}
+	if r.Answer.Digest != "" {
+		fmt.Fprintf(w, "%-8s %s, from %s\n%-8s %s\n", "driver", r.Answer.Driver, r.Answer.Source, "artifact", r.Answer.Repository)
+		if r.Verdict.State == "" {
+			fmt.Fprintf(w, "%-8s %s\n", "digest", r.Answer.Digest)
+		}
+	}
+	step := "did"
+	if r.DryRun {
+		step = "would"
+	}
+	for _, p := range r.Plan {
+		fmt.Fprintf(w, "%-8s %s\n", step, p)
+	}
+	if r.DryRun && len(r.Plan) == 0 {
+		fmt.Fprintf(w, "%-8s nothing\n", step)
+	}
+	for _, m := range r.Modules {
+		if m.Reason != "" {
+			fmt.Fprintf(w, "%-8s %s: %s\n", m.Was, m.Name, m.Reason)
+		}
+	}
+	if r.Verdict.State != "" {
+		if err := r.Verdict.Print(w); err != nil {
+			return err
+		}
+	}
+	return timeline.Print(w, "timeline", r.Phases)
+}

@@ -1,0 +1,83 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+func statusCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "status",
+		Usage: "say what is installed and loaded, from disk and /proc alone",
+		Flags: append(hostFlags(), cli.OutputFlag()),
+		Action: func(_ context.Context, cmd *ucli.Command) (err error) {
+			a, done, err := localAgent(cmd)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, done()) }()
+			s, err := a.Status()
+			if err != nil {
+				return err
+			}
+			return errors.Join(s.Verdict.Err(), cli.Print(cmd, s, func(w io.Writer) error { return printStatus(w, s) }))
+		},
+	}
+}
+
+func rollbackCommand() *ucli.Command {
+	flags := append(hostFlags(), changeFlags()...)
+	return &ucli.Command{
+		Name:  "rollback",
+		Usage: "put the driver that was installed before in force again, or what was there before us",
+		Flags: append(flags, cli.OutputFlag()),
+		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
+			a, done, err := localAgent(cmd)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, done()) }()
+			return runOnce(ctx, cmd, a.Rollback)
+		},
+	}
+}
+
+// localAgent wires an agent that asks nobody.
+func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
+	cfg, err := readHostConfig(cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := logger(cmd, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	if cmd.Name == "rollback" {
+		if err := needProbe(cmd, cfg); err != nil {
+			return nil, nil, err
+		}
+	}
+	parts, done, err := hostParts(cmd, cfg, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	return agent.New(cfg, parts), done, nil
+}
+
+func printStatus(w io.Writer, s *agent.Status) error {
+	fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", s.Host.Kernel, s.Host.Kernel.Release)
+	if s.Host.Driver.Version != "" {
+		fmt.Fprintf(w, "%-8s %s\n", "loaded", s.Host.Driver)
+	}
+	if s.Previous != nil {
+		fmt.Fprintf(w, "%-8s %s\n", "previous", s.Previous.Driver)
+	}
+	return s.Verdict.Print(w)
+}

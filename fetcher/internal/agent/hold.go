@@ -1,0 +1,231 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Hold looks at the driver again every so often until the context ends, and
+// hands each verdict to tell. It changes nothing, and it leaves the modules
+// loaded: whoever uses the GPU must not notice that this program ends.
+func (a *Agent) Hold(ctx context.Context, every time.Duration, tell func(gpucheck.Verdict)) error {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	last := gpucheck.Ready
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		v, err := a.look(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		if err != nil {
+			v.State, v.Reason = gpucheck.Unusable, err.Error()
+		}
+		if v.State != last {
+			a.parts.Log.WarnContext(ctx, "verdict changed", "verdict", v.State, "was", last, "reason", v.Reason)
+		}
+		last = v.State
+		tell(v)
+	}
+}
+
+// look judges what is in force now.
+func (a *Agent) look(ctx context.Context) (v gpucheck.Verdict, err error) {
+	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	if err != nil {
+		return v, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	set, err := store.Current()
+	if err != nil {
+		return v, err
+	}
+	if set == nil {
+		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
+	}
+	return a.validate(ctx, set, kmod.Mark{})
+}
+
+// Status is what a node says of itself without asking anybody.
+type Status struct {
+	Host *host.Facts `json:"host"`
+	// Installed and Previous are null when there is no such set.
+	Installed *install.Set     `json:"installed"`
+	Previous  *install.Set     `json:"previous"`
+	Verdict   gpucheck.Verdict `json:"verdict"`
+	// CheckedAt is when the verdict's NVML part was seen; null is never in this boot.
+	CheckedAt *time.Time `json:"checkedAt"`
+}
+
+// Status reads the disk and /proc. It changes nothing and uses no network.
+func (a *Agent) Status() (_ *Status, err error) {
+	facts, err := host.Observe(a.parts.Root)
+	if err != nil {
+		return nil, err
+	}
+	s := &Status{Host: facts}
+	s.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}}
+	for _, m := range facts.Modules {
+		s.Verdict.Modules[m.Name] = m.Version
+	}
+	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	if s.Installed, err = store.Current(); err != nil {
+		return nil, err
+	}
+	if s.Previous, err = store.Previous(); err != nil {
+		return nil, err
+	}
+	if s.Installed == nil {
+		return s, nil
+	}
+	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, PCIGPUs: len(facts.GPUs), Modules: s.Verdict.Modules}
+	staged := false
+	if rec := a.recall(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
+		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At
+		staged = rec.Verdict.State == gpucheck.Staged && len(facts.Modules) == 0
+	}
+	s.Verdict = judgeStatus(f, facts, s.Installed, staged)
+	return s, nil
+}
+
+// judgeStatus adds to the usual judgement what only a look at the disk shows.
+func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
+	v := gpucheck.Judge(f)
+	switch {
+	case set.Kernel.BuildID != facts.Kernel.BuildID || set.Kernel.Board != facts.Kernel.Board:
+		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("installed for COS %s; this node runs %s", set.Kernel, facts.Kernel)
+	case facts.Driver != (target.Driver{}) && facts.Driver != set.Driver:
+		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("loaded is %s; installed is %s", facts.Driver, set.Driver)
+	case staged:
+		v.State, v.Reason = gpucheck.Staged, "installed, and by request not loaded"
+	}
+	return v
+}
+
+// recall reads what the last run of this boot saw; nil when there was none.
+func (a *Agent) recall() *record {
+	raw, err := fs.ReadFile(a.parts.Root, filepath.Join(a.cfg.InstallDir, recordFile)[1:])
+	if err != nil {
+		return nil
+	}
+	var rec record
+	if json.Unmarshal(raw, &rec) != nil || rec.BootID != a.bootID() {
+		return nil
+	}
+	return &rec
+}
+
+// Rollback puts the previous set in force again, or what was in the install
+// folder before us, and loads what it can.
+func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
+	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
+	facts, err := a.observe(r)
+	if err != nil {
+		return r, err
+	}
+	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	if err != nil {
+		return r, nothingInstalled(err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	current, err := store.Current()
+	if err == nil && current == nil {
+		err = nothingInstalled(fs.ErrNotExist)
+	}
+	if err != nil {
+		return r, err
+	}
+	previous, err := store.Previous()
+	if err != nil {
+		return r, err
+	}
+	if previous == nil {
+		r.did("remove %s from %s", current.Driver, a.cfg.InstallDir)
+		if a.cfg.DryRun {
+			return r, nil
+		}
+		return r, a.withdraw(ctx, r, store, facts)
+	}
+	r.did("switch %s back to %s", a.cfg.InstallDir, short(previous.Digest))
+	r.Answer = keptAnswer(previous)
+	if err := fitsNode(previous, facts); err != nil {
+		return r, err
+	}
+	if a.cfg.DryRun {
+		return r, a.planLoad(r, facts, previous)
+	}
+	unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+	if err != nil {
+		return r, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	err = a.activate(ctx, r, store, facts, previous)
+	r.Phases = a.parts.Line.Phases()
+	return r, err
+}
+
+// withdraw takes the only set out of force and unloads it.
+func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, facts *host.Facts) (err error) {
+	unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	for _, m := range facts.Modules { // youngest first
+		done, err := a.loader.Unload(ctx, []string{m.Name})
+		if err != nil {
+			return err
+		}
+		for _, name := range done {
+			r.did("unload %s", name)
+		}
+	}
+	r.Changed = true
+	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.GPUs), Modules: map[string]string{}}
+	return errors.Join(store.Restore(install.Pointers{}), store.Sweep())
+}
+
+func nothingInstalled(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return fault.New(fault.NoArtifact, "roll back: no driver of ours is in force", "run fetcher install")
+}
+
+func keptAnswer(s *install.Set) resolve.Answer {
+	return resolve.Answer{State: api.Published, Driver: s.Driver, Digest: s.Digest, Repository: s.Repository, Source: keptInstalled}
+}
+
+// fitsNode refuses a set that was installed for another COS build.
+func fitsNode(s *install.Set, facts *host.Facts) error {
+	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board && s.Kernel.Release == facts.Kernel.Release {
+		return nil
+	}
+	return fault.New(fault.Mismatch, fmt.Sprintf("roll back: the previous driver was installed for COS %s; this node runs %s", s.Kernel, facts.Kernel),
+		"install a driver for this build: fetcher install --driver VERSION")
+}

@@ -1,0 +1,174 @@
+// Package devnode makes the device files of a loaded NVIDIA driver. It makes
+// nvidia-uvm last: GKE's device plugin takes nvidiactl and nvidia-uvm together
+// as the sign that a driver is ready. It refuses to replace a file that is not
+// a device.
+package devnode
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Node is one character device file.
+type Node struct {
+	Name         string
+	Major, Minor uint32
+	Mode         fs.FileMode
+	UID, GID     int
+}
+
+// The fixed numbers of NVIDIA's driver: major 195, with 255 for the control
+// device and 254 for modesetting (nv.h: NV_MAJOR_DEVICE_NUMBER and friends).
+const (
+	major        = 195
+	minorControl = 255
+	minorModeset = 254
+)
+
+// Plan lists the nodes for the modules that are loaded, reading /proc below
+// the node's root.
+func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
+	raw, err := fs.ReadFile(root, "proc/devices")
+	if err != nil {
+		return nil, fmt.Errorf("read device numbers: %w", err)
+	}
+	majors := ParseMajors(string(raw))
+	params, err := fs.ReadFile(root, "proc/driver/nvidia/params")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read driver parameters: %w", err)
+	}
+	base := ParseParams(string(params))
+	node := func(name string, major, minor uint32) Node {
+		n := base
+		n.Name, n.Major, n.Minor = name, major, minor
+		return n
+	}
+	var nodes []Node
+	if modules["nvidia"] {
+		minors, err := gpuMinors(root)
+		if err != nil {
+			return nil, err
+		}
+		for _, minor := range minors {
+			nodes = append(nodes, node("nvidia"+strconv.FormatUint(uint64(minor), 10), major, minor))
+		}
+		nodes = append(nodes, node("nvidiactl", major, minorControl))
+	}
+	if modules["nvidia_modeset"] {
+		nodes = append(nodes, node("nvidia-modeset", major, minorModeset))
+	}
+	if uvm, ok := majors["nvidia-uvm"]; ok && modules["nvidia_uvm"] {
+		nodes = append(nodes, node("nvidia-uvm-tools", uvm, 1), node("nvidia-uvm", uvm, 0))
+	}
+	return nodes, nil
+}
+
+// ParseMajors reads the character devices of /proc/devices.
+func ParseMajors(text string) map[string]uint32 {
+	majors := map[string]uint32{}
+	for line := range strings.Lines(text) {
+		if strings.HasPrefix(line, "Block devices") {
+			break
+		}
+		number, name, ok := strings.Cut(strings.TrimSpace(line), " ")
+		if n, err := strconv.ParseUint(number, 10, 12); ok && err == nil {
+			majors[name] = uint32(n)
+		}
+	}
+	return majors
+}
+
+// ParseParams reads owner and mode from /proc/driver/nvidia/params; where it
+// says nothing, they are root's and 0666.
+func ParseParams(text string) Node {
+	n := Node{Mode: 0o666}
+	for line := range strings.Lines(text) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		v, err := strconv.ParseUint(value, 10, 31)
+		if err != nil {
+			continue
+		}
+		switch key {
+		case "DeviceFileUID":
+			n.UID = int(v)
+		case "DeviceFileGID":
+			n.GID = int(v)
+		case "DeviceFileMode":
+			n.Mode = fs.FileMode(v) & fs.ModePerm
+		}
+	}
+	return n
+}
+
+// gpuMinors reads the minor number of each GPU that the driver knows.
+func gpuMinors(root fs.FS) ([]uint32, error) {
+	const dir = "proc/driver/nvidia/gpus"
+	entries, err := fs.ReadDir(root, dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list GPUs of the driver: %w", err)
+	}
+	var minors []uint32
+	for _, e := range entries {
+		raw, err := fs.ReadFile(root, dir+"/"+e.Name()+"/information")
+		if err != nil {
+			return nil, fmt.Errorf("read GPU %s: %w", e.Name(), err)
+		}
+		for line := range strings.Lines(string(raw)) {
+			key, value, _ := strings.Cut(line, ":")
+			if strings.TrimSpace(key) != "Device Minor" {
+				continue
+			}
+			if n, err := strconv.ParseUint(strings.TrimSpace(value), 10, 8); err == nil {
+				minors = append(minors, uint32(n))
+			}
+		}
+	}
+	return minors, nil
+}
+
+// System is what makes device files. The one real implementation is [Linux].
+type System interface {
+	// Make makes n in the folder dev, or corrects what is there.
+	Make(dev string, n Node) error
+}
+
+// Linux makes real device files.
+type Linux struct{}
+
+// Make implements [System].
+func (Linux) Make(dev string, n Node) error {
+	path := filepath.Join(dev, n.Name)
+	want := unix.Mkdev(n.Major, n.Minor)
+	var st unix.Stat_t
+	err := unix.Lstat(path, &st)
+	switch {
+	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFCHR:
+		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: something else is there", path), "remove "+path)
+	case err == nil && st.Rdev != want:
+		// A module that was loaded again may have got another major number.
+		if err := unix.Unlink(path); err != nil {
+			return fmt.Errorf("replace device file %s: %w", path, err)
+		}
+	case err != nil && !errors.Is(err, unix.ENOENT):
+		return fmt.Errorf("look at device file %s: %w", path, err)
+	}
+	if err := unix.Mknod(path, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", path, err), "run as root with CAP_MKNOD (privileged: true)")
+	}
+	// The process's umask has no say in this.
+	if err := errors.Join(unix.Chmod(path, uint32(n.Mode)), unix.Chown(path, n.UID, n.GID)); err != nil {
+		return fmt.Errorf("set owner and mode of %s: %w", path, err)
+	}
+	return nil
+}

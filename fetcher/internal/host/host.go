@@ -1,0 +1,245 @@
+// Package host reads the facts of a node: which COS build it runs, which
+// kernel, how that kernel treats modules, which NVIDIA devices it has and
+// which driver is loaded. All reads go below one root folder, so a node's
+// recorded files serve as well as the node. It refuses to change anything and
+// to guess: a fact that the node does not tell stays empty.
+package host
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"runtime"
+	"strconv"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// maxFile bounds every file that is read here; the largest real one is
+// /proc/modules with some tens of kilobytes.
+const maxFile = 1 << 20
+
+// Facts are what a node says of itself.
+type Facts struct {
+	Kernel target.Kernel `json:"kernel"`
+	// OS is ID of os-release; COS says "cos".
+	OS     string `json:"os"`
+	Policy Policy `json:"policy"`
+	// GPUs are the NVIDIA display devices on the PCI bus, usable or not.
+	GPUs []GPU `json:"gpus"`
+	// Modules are the NVIDIA modules that are loaded now.
+	Modules []Module `json:"modules"`
+	// Driver is the driver that is loaded now; its Version is empty when none is.
+	Driver target.Driver `json:"loadedDriver"`
+	// FirmwarePath is the extra folder in which the kernel looks for firmware.
+	FirmwarePath string `json:"firmwarePath,omitempty"`
+}
+
+// GPU is one NVIDIA display device.
+type GPU struct {
+	// Address is domain:bus:device.function.
+	Address string `json:"address"`
+	// Device is the PCI device id, such as 0x1eb8.
+	Device string `json:"device"`
+}
+
+// Module is one line of /proc/modules.
+type Module struct {
+	// Name is the kernel's spelling, with underscores.
+	Name string `json:"name"`
+	// Version is the module's own; empty when it has none.
+	Version string   `json:"version,omitempty"`
+	Refs    int      `json:"refs"`
+	UsedBy  []string `json:"usedBy,omitempty"`
+}
+
+// Observe reads the facts from the folder that is the node's root. An error
+// is of kind Unsupported when the node does not say which COS build it runs.
+func Observe(root fs.FS) (*Facts, error) {
+	f := &Facts{}
+	osRelease, err := readFirst(root, "etc/os-release", "usr/lib/os-release")
+	if err != nil {
+		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("read os-release: %w", err),
+			"run this on a Container-Optimized OS node, or name the folder where its root is mounted: --host-root /root")
+	}
+	values := ParseKeyValues(osRelease)
+	lsb, err := readFirst(root, "etc/lsb-release")
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("read lsb-release: %w", err)
+	}
+	board := ParseKeyValues(lsb)["CHROMEOS_RELEASE_BOARD"]
+	kernel, err := target.ParseKernel(values["BUILD_ID"], board)
+	if err != nil {
+		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("identify node: %w", err),
+			"run this on a Container-Optimized OS node, or name the folder where its root is mounted: --host-root /root")
+	}
+	f.OS = values["ID"]
+	kernel.Milestone, _ = strconv.Atoi(values["VERSION"])
+	if c := values["KERNEL_COMMIT_ID"]; target.ValidCommit(c) {
+		kernel.Commit = c
+	}
+	kernel.Arch = target.Arch(runtime.GOARCH)
+	if kernel.Release, err = readLine(root, "proc/sys/kernel/osrelease"); err != nil {
+		return nil, fmt.Errorf("read kernel release: %w", err)
+	}
+	if kernel.Version, err = readLine(root, "proc/sys/kernel/version"); err != nil {
+		return nil, fmt.Errorf("read kernel version: %w", err)
+	}
+	f.Kernel = kernel
+	if f.Policy, err = readPolicy(root); err != nil {
+		return nil, err
+	}
+	if f.GPUs, err = readGPUs(root); err != nil {
+		return nil, err
+	}
+	if f.Modules, err = LoadedModules(root); err != nil {
+		return nil, err
+	}
+	if f.Driver, err = LoadedDriver(root); err != nil {
+		return nil, err
+	}
+	f.FirmwarePath, err = readOptional(root, "sys/module/firmware_class/parameters/path")
+	return f, err
+}
+
+// LoadedModules returns the NVIDIA modules in /proc/modules, in its order
+// (youngest first).
+func LoadedModules(root fs.FS) ([]Module, error) {
+	text, err := readFirst(root, "proc/modules")
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // a kernel without loadable modules has no such file
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read loaded modules: %w", err)
+	}
+	var mods []Module
+	for _, m := range ParseModules(text) {
+		if m.Name != "nvidia" && !strings.HasPrefix(m.Name, "nvidia_") {
+			continue
+		}
+		if m.Version, err = readOptional(root, "sys/module/"+m.Name+"/version"); err != nil {
+			return nil, err
+		}
+		mods = append(mods, m)
+	}
+	return mods, nil
+}
+
+// ParseModules reads /proc/modules: name, size, references, users, state.
+// Lines that do not have that form are skipped.
+func ParseModules(text string) []Module {
+	var mods []Module
+	for line := range strings.Lines(text) {
+		field := strings.Fields(line)
+		if len(field) < 4 {
+			continue
+		}
+		refs, err := strconv.Atoi(field[2])
+		if err != nil {
+			continue
+		}
+		m := Module{Name: field[0], Refs: refs}
+		for user := range strings.SplitSeq(field[3], ",") {
+			if user != "" && user != "-" && user != "[permanent]" {
+				m.UsedBy = append(m.UsedBy, user)
+			}
+		}
+		mods = append(mods, m)
+	}
+	return mods
+}
+
+// LoadedDriver returns the driver that is loaded now, or the zero value.
+func LoadedDriver(root fs.FS) (target.Driver, error) {
+	text, err := readFirst(root, "proc/driver/nvidia/version")
+	if errors.Is(err, fs.ErrNotExist) {
+		return target.Driver{}, nil
+	}
+	if err != nil {
+		return target.Driver{}, fmt.Errorf("read loaded driver: %w", err)
+	}
+	return ParseDriverVersion(text)
+}
+
+// ParseDriverVersion reads /proc/driver/nvidia/version. Its first line has one
+// of two forms, which tell the flavour:
+//
+//	NVRM version: NVIDIA UNIX x86_64 Kernel Module  <version>  <date>
+//	NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  <version>  <more>
+func ParseDriverVersion(text string) (target.Driver, error) {
+	line, _, _ := strings.Cut(text, "\n")
+	rest, ok := strings.CutPrefix(line, "NVRM version: NVIDIA UNIX ")
+	if !ok {
+		return target.Driver{}, fmt.Errorf("read loaded driver: first line %q is not the NVIDIA driver's", cut(line, 80))
+	}
+	d := target.Driver{Flavour: target.Proprietary}
+	if strings.HasPrefix(rest, "Open Kernel Module") {
+		d.Flavour = target.Open
+	}
+	for word := range strings.FieldsSeq(rest) {
+		if strings.Contains(word, ".") && target.ValidVersion(word) {
+			d.Version = word
+			return d, nil
+		}
+	}
+	return target.Driver{}, fmt.Errorf("read loaded driver: no version in %q", cut(line, 80))
+}
+
+// readGPUs lists PCI devices of vendor 10de whose class is a display one: VGA
+// (0300) or 3D controller (0302).
+func readGPUs(root fs.FS) ([]GPU, error) {
+	const dir = "sys/bus/pci/devices"
+	entries, err := fs.ReadDir(root, dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil // no PCI bus at all
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list PCI devices: %w", err)
+	}
+	var gpus []GPU
+	for _, e := range entries {
+		var id [3]string
+		for i, name := range []string{"vendor", "class", "device"} {
+			if id[i], err = readOptional(root, dir+"/"+e.Name()+"/"+name); err != nil {
+				return nil, err
+			}
+		}
+		if id[0] == "0x10de" && (strings.HasPrefix(id[1], "0x0300") || strings.HasPrefix(id[1], "0x0302")) {
+			gpus = append(gpus, GPU{Address: e.Name(), Device: id[2]})
+		}
+	}
+	return gpus, nil
+}
+
+func readFirst(root fs.FS, names ...string) (text string, err error) {
+	for _, name := range names {
+		if text, err = readBounded(root, name); !errors.Is(err, fs.ErrNotExist) {
+			return text, err
+		}
+	}
+	return text, err
+}
+
+// readLine returns a file's text without the white space around it.
+func readLine(root fs.FS, name string) (string, error) {
+	text, err := readBounded(root, name)
+	return strings.TrimSpace(text), err
+}
+
+// readOptional is readLine; a file that does not exist is empty.
+func readOptional(root fs.FS, name string) (string, error) {
+	text, err := readLine(root, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	return text, err
+}
+
+func cut(s string, n int) string {
+	if len(s) > n {
+		return s[:n]
+	}
+	return s
+}

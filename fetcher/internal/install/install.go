@@ -1,0 +1,273 @@
+// Package install keeps driver sets in a node's install folder and switches
+// between them atomically. Everything of ours lies below .prebake:
+//
+//	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
+//	.prebake/sets/<hex>/        one artifact: links into layers, and set.json
+//	.prebake/current, previous  links to sets; a rename of "current" is the switch
+//	.prebake/adopted/<name>     a real folder that was at <name> before us
+//	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
+//
+// All links are relative, so the tree holds wherever it is mounted. The
+// package refuses to give a layer or a set its final name before the caller
+// says that it is verified, and to verify anything itself.
+package install
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// home is our own folder below the install folder.
+const home = ".prebake"
+
+// roots says which top-level names come from which layer.
+var roots = map[bundle.LayerKind][]string{
+	bundle.LayerModules:   {"drivers"},
+	bundle.LayerUserspace: {"bin", "lib64", "share", "vulkan"},
+	bundle.LayerFirmware:  {"firmware"},
+}
+
+// names are all top-level names that we own, libraries before modules.
+var names = []string{"lib64", "bin", "share", "vulkan", "firmware", "drivers"}
+
+// Layer is one layer of a set.
+type Layer struct {
+	Kind   bundle.LayerKind `json:"kind"`
+	Digest string           `json:"digest"`
+	DiffID string           `json:"diffId"`
+	Size   int64            `json:"size"`
+}
+
+// Module is one kernel module of a set, as it was when it was verified.
+type Module struct {
+	Name string `json:"name"`
+	// File is the path below the install folder.
+	File     string `json:"file"`
+	SHA256   string `json:"sha256"`
+	Size     int64  `json:"size"`
+	Version  string `json:"version"`
+	Vermagic string `json:"vermagic"`
+	Signed   bool   `json:"signed,omitempty"`
+}
+
+// Set is one installed artifact.
+type Set struct {
+	// Digest is the artifact's manifest digest.
+	Digest     string        `json:"digest"`
+	Repository string        `json:"repository"`
+	Kernel     target.Kernel `json:"kernel"`
+	Driver     target.Driver `json:"driver"`
+	Layers     []Layer       `json:"layers"`
+	// Modules are in load order.
+	Modules     []Module  `json:"modules"`
+	InstalledAt time.Time `json:"installedAt"`
+}
+
+// Store is the install folder of one node.
+type Store struct {
+	dir  string
+	root *os.Root
+}
+
+// Open opens the install folder; with create it is made first.
+func Open(dir string, create bool) (*Store, error) {
+	if create {
+		if err := os.MkdirAll(filepath.Join(dir, home), 0o755); err != nil {
+			return nil, diskFault(fmt.Errorf("make install folder: %w", err))
+		}
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fmt.Errorf("open install folder: %w", err)
+	}
+	s := &Store{dir: dir, root: root}
+	if create {
+		for _, sub := range []string{"layers", "sets", "adopted"} {
+			if err := root.MkdirAll(path.Join(home, sub), 0o755); err != nil {
+				return nil, errors.Join(diskFault(fmt.Errorf("make install folder: %w", err)), root.Close())
+			}
+		}
+	}
+	return s, nil
+}
+
+// Close releases the folder.
+func (s *Store) Close() error { return s.root.Close() }
+
+// Dir returns the install folder's path.
+func (s *Store) Dir() string { return s.dir }
+
+// Path returns the path of something below our own folder.
+func (s *Store) Path(name string) string { return filepath.Join(s.dir, home, name) }
+
+// hexOf returns the folder name of a digest, which came over the network.
+func hexOf(digest string) (string, error) {
+	f, err := target.ParseFingerprint(digest) // the same form: sha256: and 64 lower-case hex digits
+	if err != nil {
+		return "", fault.New(fault.Unverified, fmt.Sprintf("digest %q: want sha256: and 64 lower-case hex digits", digest), "")
+	}
+	return strings.TrimPrefix(string(f), "sha256:"), nil
+}
+
+// HasLayer reports whether a layer is unpacked already.
+func (s *Store) HasLayer(digest string) bool {
+	name, err := hexOf(digest)
+	if err != nil {
+		return false
+	}
+	info, err := s.root.Lstat(path.Join(home, "layers", name))
+	return err == nil && info.IsDir()
+}
+
+// AddLayer lets fill write a layer into a fresh folder and gives that folder
+// its final name when fill and every check in it succeeded. On an error
+// nothing remains.
+func (s *Store) AddLayer(digest string, fill func(dst *os.Root) error) error {
+	name, err := hexOf(digest)
+	if err != nil {
+		return err
+	}
+	return s.add(path.Join("layers", name), fill)
+}
+
+// add fills a temporary folder, flushes it to disk and renames it to its final
+// name below our own folder.
+func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
+	tmp := path.Join(home, "tmp-"+path.Base(final))
+	final = path.Join(home, final)
+	if err := s.root.RemoveAll(tmp); err != nil {
+		return fmt.Errorf("clear staging folder: %w", err)
+	}
+	if err := s.root.Mkdir(tmp, 0o755); err != nil {
+		return diskFault(fmt.Errorf("make staging folder: %w", err))
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(diskFault(err), s.root.RemoveAll(tmp))
+		}
+	}()
+	dst, err := s.root.OpenRoot(tmp)
+	if err != nil {
+		return fmt.Errorf("open staging folder: %w", err)
+	}
+	if err := errors.Join(fill(dst), dst.Close()); err != nil {
+		return err
+	}
+	if err := s.sync(); err != nil {
+		return err
+	}
+	if err := s.root.Rename(tmp, final); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("name staged folder: %w", err)
+	} else if err != nil {
+		return s.root.RemoveAll(tmp) // the same digest is there already
+	}
+	return nil
+}
+
+// sync flushes the filesystem, so that no name outlives its bytes in a crash.
+func (s *Store) sync() error {
+	d, err := s.root.Open(home)
+	if err != nil {
+		return fmt.Errorf("open install folder: %w", err)
+	}
+	err = unix.Syncfs(int(d.Fd()))
+	if err != nil {
+		err = fmt.Errorf("flush install folder: %w", err)
+	}
+	return errors.Join(err, d.Close())
+}
+
+// LayerFS returns the files of an unpacked layer.
+func (s *Store) LayerFS(digest string) (fs.FS, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	return fs.Sub(s.root.FS(), path.Join(home, "layers", name))
+}
+
+// AddSet writes a set whose layers are all there. It is not in force before
+// [Store.Switch].
+func (s *Store) AddSet(set Set) error {
+	name, err := hexOf(set.Digest)
+	if err != nil {
+		return err
+	}
+	raw, err := json.MarshalIndent(set, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode set: %w", err)
+	}
+	raw = append(raw, '\n')
+	final := path.Join("sets", name)
+	if info, err := s.root.Lstat(path.Join(home, final)); err == nil && info.IsDir() {
+		// The same artifact again, perhaps for another COS build of its
+		// fingerprint: its links are right, and it may be the one in force.
+		return s.WriteFile(path.Join(home, final, "set.json"), raw)
+	}
+	return s.add(final, func(dst *os.Root) error {
+		for _, l := range set.Layers {
+			layer, err := hexOf(l.Digest)
+			if err != nil {
+				return err
+			}
+			for _, name := range roots[l.Kind] {
+				if _, err := s.root.Stat(path.Join(home, "layers", layer, name)); errors.Is(err, fs.ErrNotExist) {
+					continue
+				} else if err != nil {
+					return fmt.Errorf("look into layer: %w", err)
+				}
+				if err := dst.Symlink(path.Join("..", "..", "layers", layer, name), name); err != nil {
+					return fmt.Errorf("link layer: %w", err)
+				}
+			}
+		}
+		return dst.WriteFile("set.json", raw, 0o644)
+	})
+}
+
+// Current returns the set in force, or nil when there is none.
+func (s *Store) Current() (*Set, error) { return s.readSet("current") }
+
+// Previous returns the set that was in force before, or nil.
+func (s *Store) Previous() (*Set, error) { return s.readSet("previous") }
+
+// maxSet bounds set.json; a real one has a few kilobytes.
+const maxSet = 1 << 20
+
+func (s *Store) readSet(link string) (_ *Set, err error) {
+	f, err := s.root.Open(path.Join(home, link, "set.json"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s set: %w", link, err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	var set Set
+	if err := json.NewDecoder(io.LimitReader(f, maxSet)).Decode(&set); err != nil {
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read %s set: %w", link, err), "install again with fetcher install --force")
+	}
+	return &set, nil
+}
+
+// diskFault marks an error that says that the disk is full.
+func diskFault(err error) error {
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		return fault.Wrap(fault.DiskFull, err, "free space below the install folder, or name another with --install-dir")
+	}
+	return err
+}

@@ -1,0 +1,274 @@
+package install
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Switch puts a set in force. The one rename of "current" moves every name at
+// once; the set that was in force before becomes the previous one.
+func (s *Store) Switch(digest string) error {
+	name, err := hexOf(digest)
+	if err != nil {
+		return err
+	}
+	next := path.Join("sets", name)
+	if _, err := s.root.Stat(path.Join(home, next, "set.json")); err != nil {
+		return fmt.Errorf("switch to %s: %w", digest, err)
+	}
+	was, err := s.link("current")
+	if err != nil {
+		return err
+	}
+	if was != "" && was != next {
+		if err := s.point(path.Join(home, "previous"), was); err != nil {
+			return err
+		}
+	}
+	if err := s.point(path.Join(home, "current"), next); err != nil {
+		return err
+	}
+	return s.expose()
+}
+
+// Restore puts back exactly what was in force when before was taken.
+func (s *Store) Restore(before Pointers) error {
+	for name, to := range map[string]string{"previous": before.previous, "current": before.current} {
+		if to == "" {
+			if err := s.root.Remove(path.Join(home, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("restore %s: %w", name, err)
+			}
+		} else if err := s.point(path.Join(home, name), to); err != nil {
+			return err
+		}
+	}
+	if before.current == "" {
+		return s.withdraw()
+	}
+	return s.expose()
+}
+
+// Pointers remembers which sets are current and previous.
+type Pointers struct{ current, previous string }
+
+// Pointers returns which sets are current and previous, for [Store.Restore].
+func (s *Store) Pointers() (p Pointers, err error) {
+	if p.current, err = s.link("current"); err != nil {
+		return p, err
+	}
+	p.previous, err = s.link("previous")
+	return p, err
+}
+
+// link reads one of our two pointers; "" when it does not exist.
+func (s *Store) link(name string) (string, error) {
+	to, err := s.root.Readlink(path.Join(home, name))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", nil
+	}
+	if err != nil {
+		return "", fmt.Errorf("read %s: %w", name, err)
+	}
+	return to, nil
+}
+
+// point makes or replaces a link atomically.
+func (s *Store) point(name, to string) error {
+	tmp := path.Join(home, "tmp-link")
+	if err := s.root.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("clear staging link: %w", err)
+	}
+	if err := s.root.Symlink(to, tmp); err != nil {
+		return diskFault(fmt.Errorf("make link: %w", err))
+	}
+	if err := s.root.Rename(tmp, name); err != nil {
+		return fmt.Errorf("point %s: %w", name, err)
+	}
+	return nil
+}
+
+// expose makes the top-level names lead into the current set. A real folder at
+// such a name (another installer's) is kept aside as adopted.
+func (s *Store) expose() error {
+	for _, name := range names {
+		to := path.Join(home, "current", name)
+		_, err := s.root.Stat(to)
+		if errors.Is(err, fs.ErrNotExist) {
+			if err := s.conceal(name); err != nil {
+				return err
+			}
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("look into current set: %w", err)
+		}
+		if got, err := s.root.Readlink(name); err == nil && got == to {
+			continue
+		}
+		info, err := s.root.Lstat(name)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			err = s.point(name, to)
+		case err != nil:
+			err = fmt.Errorf("look at %s: %w", name, err)
+		case info.IsDir():
+			err = s.adopt(name, to)
+		default:
+			err = s.point(name, to)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return s.sync()
+}
+
+// adopt exchanges a real folder and our link in one step where the filesystem
+// can, and moves the folder aside.
+func (s *Store) adopt(name, to string) error {
+	aside := path.Join(home, "adopted", name)
+	if err := s.root.RemoveAll(aside); err != nil {
+		return fmt.Errorf("clear %s: %w", aside, err)
+	}
+	if err := s.point(aside, to); err != nil { // takes the place that the folder gets
+		return err
+	}
+	err := s.exchange(aside, name)
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+		if err = s.root.Remove(aside); err == nil {
+			if err = s.root.Rename(name, aside); err == nil {
+				err = s.point(name, to)
+			}
+		}
+	}
+	if errors.Is(err, unix.EBUSY) {
+		return fault.Wrap(fault.Busy, fmt.Errorf("adopt %s: %w", name, err),
+			"another installer has mounted something at or below this folder; stop it first")
+	}
+	if err != nil {
+		return fmt.Errorf("adopt %s: %w", name, err)
+	}
+	return nil
+}
+
+func (s *Store) exchange(a, b string) error {
+	d, err := s.root.Open(".")
+	if err != nil {
+		return err
+	}
+	fd := int(d.Fd())
+	return errors.Join(unix.Renameat2(fd, a, fd, b, unix.RENAME_EXCHANGE), d.Close())
+}
+
+// conceal takes one of our top-level links away and restores an adopted folder.
+func (s *Store) conceal(name string) error {
+	to, err := s.root.Readlink(name)
+	if err == nil && strings.HasPrefix(to, home+"/") {
+		if err := s.root.Remove(name); err != nil {
+			return fmt.Errorf("remove %s: %w", name, err)
+		}
+	} else if _, err := s.root.Lstat(name); err == nil {
+		return nil // not ours
+	}
+	err = s.root.Rename(path.Join(home, "adopted", name), name)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("restore %s: %w", name, err)
+	}
+	return nil
+}
+
+// withdraw leaves the install folder as it was before us.
+func (s *Store) withdraw() error {
+	for _, name := range names {
+		if err := s.conceal(name); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{path.Join(home, "current"), ".cache"} {
+		if err := s.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove %s: %w", name, err)
+		}
+	}
+	return s.sync()
+}
+
+// Sweep removes sets and layers that neither the current nor the previous set
+// needs, and what an interrupted run left.
+func (s *Store) Sweep() error {
+	keep := map[string]bool{}
+	for _, pointer := range []string{"current", "previous"} {
+		to, err := s.link(pointer)
+		if err != nil {
+			return err
+		}
+		set, err := s.readSet(pointer)
+		if err != nil {
+			return err
+		}
+		if set == nil {
+			continue
+		}
+		keep[to] = true
+		for _, l := range set.Layers {
+			if name, err := hexOf(l.Digest); err == nil {
+				keep[path.Join("layers", name)] = true
+			}
+		}
+	}
+	for _, dir := range []string{"layers", "sets", "."} {
+		d, err := s.root.Open(path.Join(home, dir))
+		if err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		entries, err := d.ReadDir(-1)
+		if err := errors.Join(err, d.Close()); err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		for _, e := range entries {
+			name := path.Join(dir, e.Name())
+			if keep[name] || (dir == "." && !strings.HasPrefix(e.Name(), "tmp-")) {
+				continue
+			}
+			if err := s.root.RemoveAll(path.Join(home, name)); err != nil {
+				return fmt.Errorf("sweep: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// WriteCacheFile writes the note that Google's installer leaves for itself and
+// its readers, so that both agree on what is installed.
+func (s *Store) WriteCacheFile(set Set) error {
+	values := map[string]string{"BUILD_ID": set.Kernel.BuildID, "DRIVER_VERSION": set.Driver.Version}
+	if set.Driver.Flavour == "open" {
+		values["KERNEL_OPEN"] = "Y"
+	}
+	return s.WriteFile(".cache", []byte(host.FormatKeyValues(values, "BUILD_ID", "DRIVER_VERSION", "KERNEL_OPEN")))
+}
+
+// WriteFile replaces a small file of the install folder atomically.
+func (s *Store) WriteFile(name string, data []byte) error {
+	tmp := path.Join(home, "tmp-file")
+	f, err := s.root.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+	if err != nil {
+		return diskFault(fmt.Errorf("write %s: %w", name, err))
+	}
+	_, err = f.Write(data)
+	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return diskFault(fmt.Errorf("write %s: %w", name, err))
+	}
+	if err := s.root.Rename(tmp, name); err != nil {
+		return fmt.Errorf("write %s: %w", name, err)
+	}
+	return nil
+}

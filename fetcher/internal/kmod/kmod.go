@@ -1,0 +1,323 @@
+// Package kmod loads and unloads kernel modules by system call, from bytes
+// that the caller has verified and holds in memory, so that what was verified
+// is what the kernel gets. Each refusal of the kernel becomes a fault with the
+// kernel's own lines. It refuses to search for modules, to resolve their
+// dependencies, and to force anything.
+package kmod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// System is the part of the kernel that changes things. The one real
+// implementation is [Linux].
+type System interface {
+	// InitModule is init_module(2).
+	InitModule(image []byte, params string) error
+	// DeleteModule is delete_module(2) with O_NONBLOCK: it never waits.
+	DeleteModule(name string) error
+	// Log returns the lines of the kernel log that are still held.
+	Log() ([]string, error)
+}
+
+// Linux is the running kernel.
+type Linux struct{}
+
+// InitModule implements [System].
+func (Linux) InitModule(image []byte, params string) error { return unix.InitModule(image, params) }
+
+// DeleteModule implements [System].
+func (Linux) DeleteModule(name string) error { return unix.DeleteModule(name, unix.O_NONBLOCK) }
+
+// Log implements [System] with syslog(2), which reads without consuming.
+func (Linux) Log() ([]string, error) {
+	// 3 is SYSLOG_ACTION_READ_ALL, 10 is SYSLOG_ACTION_SIZE_BUFFER: syslog(2).
+	size, err := unix.Klogctl(10, nil)
+	if err != nil {
+		return nil, fmt.Errorf("measure kernel log: %w", err)
+	}
+	buf := make([]byte, size)
+	n, err := unix.Klogctl(3, buf)
+	if err != nil {
+		return nil, fmt.Errorf("read kernel log: %w", err)
+	}
+	return strings.Split(strings.TrimRight(string(buf[:n]), "\n"), "\n"), nil
+}
+
+// Image is one module that may be loaded.
+type Image struct {
+	// Name is the module's name; hyphen and underscore are equal.
+	Name string
+	// Version is what the module says of itself; empty when it says nothing.
+	Version string
+	// Params is the parameter string, such as "NVreg_Foo=1".
+	Params string
+	// Bytes returns the verified file.
+	Bytes func() ([]byte, error)
+	// Optional says that the driver serves without this module.
+	Optional bool
+}
+
+// Outcome says what became of one image.
+type Outcome struct {
+	Name string `json:"name"`
+	// Was is "loaded", "already loaded" or "skipped".
+	Was string `json:"was"`
+	// Reason says why an optional module was skipped.
+	Reason string `json:"reason,omitempty"`
+}
+
+// What became of a module; see [Outcome].
+const (
+	Loaded  = "loaded"
+	Already = "already loaded"
+	Skipped = "skipped"
+)
+
+// Loader loads and unloads modules of one node.
+type Loader struct {
+	System System
+	// Root is the node's root folder; /proc and /sys are read below it.
+	Root fs.FS
+}
+
+// kernelName is a module's name in the kernel's spelling.
+func kernelName(name string) string { return strings.ReplaceAll(name, "-", "_") }
+
+// Load loads images in order. A module of the same version that is loaded
+// already counts as done; one of another version is a fault of kind Busy. On
+// an error the modules that this call loaded are unloaded again.
+func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err error) {
+	var mine []string
+	defer func() {
+		if err != nil && len(mine) > 0 {
+			slices.Reverse(mine)
+			_, undo := l.Unload(context.WithoutCancel(ctx), mine)
+			err = errors.Join(err, undo)
+		}
+	}()
+	for _, img := range images {
+		if ctx.Err() != nil {
+			return done, context.Cause(ctx)
+		}
+		same, err := l.isLoaded(img)
+		if err != nil {
+			return done, err
+		}
+		if same {
+			done = append(done, Outcome{Name: img.Name, Was: Already})
+			continue
+		}
+		switch err := l.loadOne(img); {
+		case err == nil:
+			mine = append(mine, img.Name)
+			done = append(done, Outcome{Name: img.Name, Was: Loaded})
+		case img.Optional:
+			done = append(done, Outcome{Name: img.Name, Was: Skipped, Reason: err.Error()})
+		default:
+			return done, err
+		}
+	}
+	return done, nil
+}
+
+// isLoaded reports whether the module is loaded in this very version.
+func (l *Loader) isLoaded(img Image) (bool, error) {
+	mods, err := host.LoadedModules(l.Root)
+	if err != nil {
+		return false, err
+	}
+	for _, m := range mods {
+		if m.Name != kernelName(img.Name) {
+			continue
+		}
+		if m.Version != img.Version {
+			return false, fault.New(fault.Busy,
+				fmt.Sprintf("load %s %s: version %s of it is loaded", img.Name, img.Version, orUnknown(m.Version)),
+				"stop what uses the GPU and run this again, or reboot the node")
+		}
+		return true, nil
+	}
+	return false, nil
+}
+
+func (l *Loader) loadOne(img Image) error {
+	image, err := img.Bytes()
+	if err != nil {
+		return err
+	}
+	mark := l.Mark()
+	err = l.System.InitModule(image, img.Params)
+	if errors.Is(err, syscall.EEXIST) {
+		// Somebody was faster; that is only fine if it is the same module.
+		same, lookErr := l.isLoaded(img)
+		if lookErr != nil {
+			return lookErr
+		}
+		if same {
+			return nil
+		}
+	}
+	if err == nil {
+		return nil
+	}
+	kind, hint := classify(err)
+	text := fmt.Sprintf("load %s: %s", img.Name, explain(err))
+	if lines := l.Since(mark); len(lines) > 0 {
+		text += "; the kernel says: " + strings.Join(tail(lines, 4), " | ")
+	}
+	return &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: text, cause: err}}
+}
+
+// refusal is a kernel's refusal in words; it unwraps to the errno.
+type refusal struct {
+	text  string
+	cause error
+}
+
+func (r *refusal) Error() string { return r.text }
+func (r *refusal) Unwrap() error { return r.cause }
+
+// refusals maps what init_module(2) and the kernel's module loader answer.
+var refusals = []struct {
+	errno syscall.Errno
+	kind  fault.Kind
+	text  string
+	hint  string
+}{
+	{unix.ENODEV, fault.NoDevice, "the driver found no device that it can use (ENODEV)", "check that a GPU is attached to this machine: lspci -d 10de:"},
+	{unix.ENOEXEC, fault.Rejected, "the module does not fit this kernel (ENOEXEC)", "build the driver for this very COS build"},
+	{unix.ENOENT, fault.Rejected, "the kernel lacks a symbol that the module needs (ENOENT)", "build the driver for this very COS build"},
+	{unix.EINVAL, fault.Rejected, "the kernel refused the module or one of its parameters (EINVAL)", "check --module-param, and that the driver was built for this very COS build"},
+	{unix.EKEYREJECTED, fault.Rejected, "the kernel refused the module's signature (EKEYREJECTED)", "boot the node with module.sig_enforce=0"},
+	{unix.ENOKEY, fault.Rejected, "the kernel has no key for the module's signature (ENOKEY)", "boot the node with module.sig_enforce=0"},
+	{unix.EBADMSG, fault.Rejected, "the module's signature is malformed (EBADMSG)", "fetch the driver again"},
+	{unix.EPERM, fault.Rejected, "not permitted (EPERM)", "run as root with CAP_SYS_MODULE (privileged: true), and check loadpin and lockdown on the kernel command line"},
+	{unix.EACCES, fault.Rejected, "denied by a security module (EACCES)", "run as root with CAP_SYS_MODULE (privileged: true)"},
+	{unix.EBUSY, fault.Busy, "in use (EBUSY)", "stop what uses the GPU and run this again"},
+	{unix.EAGAIN, fault.Busy, "in use (EAGAIN)", "stop what uses the GPU and run this again"},
+	{unix.EEXIST, fault.Busy, "another version is loaded (EEXIST)", "stop what uses the GPU and run this again, or reboot the node"},
+	{unix.ENOMEM, fault.Transient, "the node has too little memory (ENOMEM)", "free memory on the node and run this again"},
+	{unix.EIO, fault.Unusable, "the driver could not talk to the device (EIO)", "read the kernel's NVRM lines: dmesg | grep NVRM"},
+}
+
+func classify(err error) (fault.Kind, string) {
+	for _, r := range refusals {
+		if errors.Is(err, r.errno) {
+			return r.kind, r.hint
+		}
+	}
+	return fault.Rejected, "read the kernel's lines: dmesg | tail"
+}
+
+func explain(err error) string {
+	for _, r := range refusals {
+		if errors.Is(err, r.errno) {
+			return r.text
+		}
+	}
+	return err.Error()
+}
+
+// Unload unloads modules in the order given and returns those that it
+// unloaded; a module that is not loaded counts as done. A module in use is a
+// fault of kind Busy, and those after it stay.
+func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err error) {
+	for _, name := range names {
+		if ctx.Err() != nil {
+			return done, context.Cause(ctx)
+		}
+		err := l.System.DeleteModule(kernelName(name))
+		if errors.Is(err, syscall.ENOENT) {
+			continue
+		}
+		if err != nil {
+			kind, hint := classify(err)
+			return done, &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: fmt.Sprintf("unload %s: %s", name, explain(err)), cause: err}}
+		}
+		done = append(done, name)
+	}
+	return done, nil
+}
+
+// Mark is a place in the kernel log.
+type Mark struct{ last string }
+
+// Mark remembers the end of the kernel log, for [Loader.Since].
+func (l *Loader) Mark() Mark {
+	lines, err := l.System.Log()
+	if err != nil || len(lines) == 0 {
+		return Mark{} // without a log there is nothing to quote later either
+	}
+	return Mark{last: lines[len(lines)-1]}
+}
+
+// Since returns the kernel's lines after the mark, without their priority
+// prefix. When the mark has been overwritten, all lines count.
+func (l *Loader) Since(m Mark) []string {
+	lines, err := l.System.Log()
+	if err != nil {
+		return nil // the log is an extra: its absence must not hide the cause
+	}
+	if m.last != "" {
+		for i := len(lines) - 1; i >= 0; i-- {
+			if lines[i] == m.last {
+				lines = lines[i+1:]
+				break
+			}
+		}
+	}
+	var plain []string
+	for _, line := range lines {
+		if line = stripPrefix(line); line != "" {
+			plain = append(plain, line)
+		}
+	}
+	return plain
+}
+
+// NVRM returns the driver's own lines among these, at most the last n.
+func NVRM(lines []string, n int) []string {
+	var found []string
+	for _, line := range lines {
+		if _, text, ok := strings.Cut(line, "NVRM"); ok {
+			found = append(found, "NVRM"+text)
+		}
+	}
+	return tail(found, n)
+}
+
+// stripPrefix drops "<6>" and "[   12.345678] " in front of a line.
+func stripPrefix(line string) string {
+	if strings.HasPrefix(line, "<") {
+		if _, rest, ok := strings.Cut(line, ">"); ok {
+			line = rest
+		}
+	}
+	if strings.HasPrefix(line, "[") {
+		if _, rest, ok := strings.Cut(line, "]"); ok {
+			line = rest
+		}
+	}
+	return strings.TrimSpace(line)
+}
+
+func tail(lines []string, n int) []string { return lines[max(0, len(lines)-n):] }
+
+func orUnknown(s string) string {
+	if s == "" {
+		return "(unknown)"
+	}
+	return s
+}

@@ -1,0 +1,165 @@
+// Package local compiles a driver on the node itself by running the builder:
+// the same code path as on the farm. What it makes is signed with a key that
+// only this node has and that is trusted for the node's own folder alone. It
+// refuses to know how a driver is compiled.
+package local
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Builder runs the builder program.
+type Builder struct {
+	// Program is the builder.
+	Program string
+	// StateDir is a folder for the node's key, its artifacts and the cache.
+	StateDir string
+	// KernelMirror and DriverMirror are where the inputs are; "" leaves them to
+	// the builder's own defaults.
+	KernelMirror, DriverMirror string
+	// Say gets the builder's progress lines; may be nil.
+	Say func(line string)
+}
+
+// grace is how long a builder may tidy up after it was told to stop.
+const grace = 30 * time.Second
+
+// Layout returns the reference of the node's own artifacts.
+func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "local") }
+
+// PublicKey returns the public half of the node's key.
+func (b Builder) PublicKey() ([]byte, error) {
+	pem, err := os.ReadFile(filepath.Join(b.StateDir, "local.key.pub"))
+	if err != nil {
+		return nil, fmt.Errorf("read node key: %w", err)
+	}
+	return pem, nil
+}
+
+// Build compiles and returns the artifact in the node's own layout. An error
+// has the kind that the builder's exit code stands for.
+func (b Builder) Build(ctx context.Context, q resolve.Question) (resolve.Answer, error) {
+	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
+		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
+	}
+	key := filepath.Join(b.StateDir, "local.key")
+	if _, err := os.Stat(key); errors.Is(err, os.ErrNotExist) {
+		if _, err := b.run(ctx, "keygen", key); err != nil {
+			return resolve.Answer{}, fmt.Errorf("make node key: %w", err)
+		}
+	}
+	flavour := q.Flavour
+	if flavour == resolve.Auto {
+		flavour = string(target.Proprietary) // every release that compiles at all on an old kernel has it
+	}
+	args := []string{
+		"build", "--build-id", q.Kernel.BuildID, "--board", q.Kernel.Board, "--driver", string(q.Wish), "--flavour", flavour,
+		"--to", b.Layout(), "--key", key, "--cache", filepath.Join(b.StateDir, "cache"), "--load-test", "off", "--output", "json",
+	}
+	if b.KernelMirror != "" {
+		args = append(args, "--kernel-mirror", b.KernelMirror)
+	}
+	if b.DriverMirror != "" {
+		args = append(args, "--driver-mirror", b.DriverMirror)
+	}
+	out, err := b.run(ctx, args...)
+	if err != nil {
+		return resolve.Answer{}, fmt.Errorf("compile on this node: %w", err)
+	}
+	var res struct {
+		Digest string        `json:"digest"`
+		Driver target.Driver `json:"driver"`
+	}
+	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
+		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer names no digest", "use the builder of the same release as this program")
+	}
+	return resolve.Answer{State: api.Published, Source: "local", Driver: res.Driver, Repository: b.Layout(), Digest: res.Digest}, nil
+}
+
+// maxOutput bounds what is kept of the builder's result.
+const maxOutput = 4 << 20
+
+// run runs the builder and returns its stdout.
+func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, b.Program, args...)
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = grace
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	var stdout bytes.Buffer
+	cmd.Stdout = &stdout
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, fmt.Errorf("run %s: %w", b.Program, err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run builder: %w", err), "name the builder program with --builder PATH, or --builder never")
+	}
+	said := b.follow(stderr)
+	err = cmd.Wait()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return nil, said.fault(exit.ExitCode())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("run builder: %w", err)
+	}
+	if stdout.Len() > maxOutput {
+		return nil, fault.New(fault.Internal, "run builder: its answer is too large", "")
+	}
+	return stdout.Bytes(), nil
+}
+
+// words are the builder's own error and hint lines.
+type words struct{ err, hint string }
+
+// follow passes lines on and keeps the error and the hint among them.
+func (b Builder) follow(r io.Reader) (w words) {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(make([]byte, 0, 4096), 1<<20)
+	for lines.Scan() {
+		line := lines.Text()
+		switch {
+		case strings.HasPrefix(line, "error: "):
+			w.err = strings.TrimPrefix(line, "error: ")
+		case strings.HasPrefix(line, "hint:"):
+			w.hint = strings.TrimSpace(strings.TrimPrefix(line, "hint:"))
+		case b.Say != nil:
+			b.Say(line)
+		}
+	}
+	_, _ = io.Copy(io.Discard, r) // a line beyond the bound must not block the builder
+	return w
+}
+
+// fault turns the builder's end back into an error of its kind.
+func (w words) fault(exit int) error {
+	if w.err == "" {
+		w.err = fmt.Sprintf("the builder ended with status %d", exit)
+	}
+	for _, k := range fault.Kinds() {
+		if k.ExitCode() == exit {
+			return fault.New(k, w.err, w.hint)
+		}
+	}
+	return fault.New(fault.Internal, w.err, w.hint)
+}

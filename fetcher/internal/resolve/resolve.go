@@ -1,0 +1,233 @@
+// Package resolve turns what a node wants into the one artifact that it should
+// run, by asking a server or, without one, a registry. It refuses to trust the
+// answer: whoever acts on it verifies what it names.
+package resolve
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Auto leaves the flavour to the server, or to what is published.
+const Auto = "auto"
+
+// Question is what a node wants.
+type Question struct {
+	Kernel target.Kernel
+	Wish   target.Wish
+	// Flavour is auto, proprietary or open.
+	Flavour string
+}
+
+// Answer names an artifact, or says why there is none.
+type Answer struct {
+	State api.State `json:"state"`
+	// Driver is exact as far as it is known.
+	Driver target.Driver `json:"driver"`
+	// Repository is a reference that the registry client opens.
+	Repository string `json:"repository,omitempty"`
+	Digest     string `json:"digest,omitempty"`
+	// Source is server, registry, local or installed.
+	Source string `json:"source"`
+	Reason string `json:"reason,omitempty"`
+	Hint   string `json:"hint,omitempty"`
+	// Build is the newest build of the cell; 0 is none.
+	Build int64 `json:"build,omitempty"`
+}
+
+// Pending reports whether a build is on its way.
+func (a Answer) Pending() bool { return a.State == api.Building || a.State == api.Queued }
+
+// Err returns why there is no artifact as a fault; nil when there is one.
+func (a Answer) Err() error {
+	text := fmt.Sprintf("resolve driver: %s", a.State)
+	if a.Reason != "" {
+		text += ": " + a.Reason
+	}
+	hint := a.Hint
+	switch a.State {
+	case api.Published:
+		return nil
+	case api.Unsupported:
+		return fault.New(fault.Unsupported, text, hint)
+	case api.Building, api.Queued:
+		if hint == "" {
+			hint = "wait for the build with --wait 15m, or compile on this node with --builder PATH"
+		}
+	default:
+		if hint == "" {
+			hint = "compile on this node with --builder PATH, or ask the farm for it: POST /v1/builds"
+		}
+	}
+	return fault.New(fault.NoArtifact, text, hint)
+}
+
+type asker interface {
+	Resolve(ctx context.Context, q api.Question) (api.Resolution, error)
+	Base() string
+}
+
+// Server asks a Prebake server.
+type Server struct{ Client asker }
+
+// Find asks the server once.
+func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
+	r, err := s.Client.Resolve(ctx, api.Question{
+		BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour, Release: q.Kernel.Release,
+	})
+	if err != nil {
+		return Answer{}, fmt.Errorf("ask server: %w", err)
+	}
+	a := Answer{State: r.State, Driver: r.Driver, Digest: r.Digest, Source: "server", Reason: r.Reason, Hint: r.Hint}
+	if r.Build != nil {
+		a.Build = r.Build.ID
+		if a.Reason == "" && r.State == api.Failed {
+			a.Reason = fmt.Sprintf("build %d: %s: %s", r.Build.ID, r.Build.Class, r.Build.Error)
+		}
+	}
+	if a.State != api.Published {
+		return a, nil
+	}
+	if a.Repository, err = absolute(s.Client.Base(), r.Repository); err != nil {
+		return Answer{}, err
+	}
+	return a, check(a, q)
+}
+
+// absolute completes a repository that is on the server itself.
+func absolute(base, repository string) (string, error) {
+	if repository == "" {
+		return "", fault.New(fault.Transient, "ask server: the answer names no repository", "update the server")
+	}
+	path, ok := strings.CutPrefix(repository, "/")
+	if !ok {
+		return repository, nil
+	}
+	u, err := url.Parse(base)
+	if err != nil || u.Host == "" {
+		return "", fault.New(fault.Usage, fmt.Sprintf("server %q is not a URL with a host", base), "give the server as in --server http://127.0.0.1:8440")
+	}
+	return u.Host + "/" + path, nil
+}
+
+// check compares the answer with the question. A server that answers
+// something else is wrong, and the signed statements would only tell later.
+func check(a Answer, q Question) error {
+	mismatch := func(what, got, want string) error {
+		return fault.New(fault.Mismatch, fmt.Sprintf("ask server: asked for %s %s, got %s", what, want, got), "check that --server names the right server")
+	}
+	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
+		return fault.Wrap(fault.Mismatch, fmt.Errorf("ask server: %w", err), "update the server")
+	}
+	if v, exact := q.Wish.Exact(); exact && v != a.Driver.Version {
+		return mismatch("driver", a.Driver.Version, v)
+	}
+	if b, named := q.Wish.BranchName(); named && b != a.Driver.Branch() {
+		return mismatch("branch", a.Driver.Branch(), b)
+	}
+	if q.Flavour != Auto && q.Flavour != string(a.Driver.Flavour) {
+		return mismatch("flavour", string(a.Driver.Flavour), q.Flavour)
+	}
+	return nil
+}
+
+// Registry finds artifacts by the tag that names a COS build.
+type Registry struct {
+	// Ref is the repository.
+	Ref string
+	// Resolve turns a tag into a digest; kind NoArtifact when there is none.
+	Resolve func(ctx context.Context, tag string) (digest string, err error)
+}
+
+// Find looks the tag up. Only exact versions have tags. With flavour auto the
+// open one is preferred, as COS itself does where both exist.
+func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
+	version, exact := q.Wish.Exact()
+	if !exact {
+		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone knows exact versions only", q.Wish),
+			"name the version, as in --driver 535.261.03, or a server with --server URL")
+	}
+	flavours := []target.Flavour{target.Flavour(q.Flavour)}
+	if q.Flavour == Auto {
+		flavours = []target.Flavour{target.Open, target.Proprietary}
+	}
+	a := Answer{State: api.Unknown, Source: "registry", Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]}}
+	for _, f := range flavours {
+		d := target.Driver{Version: version, Flavour: f}
+		tag := bundle.KernelTag(q.Kernel, d)
+		digest, err := r.Resolve(ctx, tag)
+		if fault.Is(err, fault.NoArtifact) {
+			a.Reason = fmt.Sprintf("%s has no tag %s", r.Ref, tag)
+			continue
+		}
+		if err != nil {
+			return Answer{}, fmt.Errorf("ask registry: %w", err)
+		}
+		return Answer{State: api.Published, Source: "registry", Driver: d, Repository: r.Ref, Digest: digest}, nil
+	}
+	return a, nil
+}
+
+// Nobody is for nodes that have neither: nothing is ever published there.
+type Nobody struct{}
+
+// Find answers unknown.
+func (Nobody) Find(context.Context, Question) (Answer, error) {
+	return Answer{State: api.Unknown, Source: "nobody", Reason: "neither a server nor a registry is configured"}, nil
+}
+
+// Finder is one way to find an artifact.
+type Finder interface {
+	Find(ctx context.Context, q Question) (Answer, error)
+}
+
+// Patience says how long to wait for a build or for a service that fails.
+type Patience struct {
+	// Wait is the longest time in all; 0 asks once.
+	Wait time.Duration
+	// Pause is the time between two questions; 0 is 3 seconds.
+	Pause time.Duration
+	// Say tells what is waited for; may be nil.
+	Say func(text string)
+}
+
+// Find asks until there is a final answer or the patience is over. The last
+// answer or error is returned as it is.
+func (p Patience) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
+	if p.Pause <= 0 {
+		p.Pause = 3 * time.Second
+	}
+	over := time.After(p.Wait)
+	for {
+		a, err := f.Find(ctx, q)
+		if err == nil && !a.Pending() || err != nil && !fault.Is(err, fault.Transient) {
+			return a, err
+		}
+		if p.Say != nil {
+			switch {
+			case err != nil:
+				p.Say(err.Error())
+			case a.Build != 0:
+				p.Say(fmt.Sprintf("build %d is %s", a.Build, a.State))
+			default:
+				p.Say(string(a.State))
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return a, errors.Join(context.Cause(ctx), err)
+		case <-over:
+			return a, err
+		case <-time.After(p.Pause):
+		}
+	}
+}

@@ -1,0 +1,54 @@
+// Command fetcher brings a Container-Optimized OS node to the NVIDIA driver
+// that it should run. It is static and small, and it refuses to hold a private
+// key, to speak SQL, and to link C. This package is wiring only.
+package main
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// version is set at link time.
+var version = "devel"
+
+func main() { cli.Main(root()) }
+
+func root() *ucli.Command {
+	return &ucli.Command{
+		Name:        "fetcher",
+		Usage:       "find, verify, install and load the NVIDIA driver made for this COS node",
+		Version:     version,
+		Description: exitCodes(),
+		Commands: []*ucli.Command{
+			runCommand(),
+			installCommand(),
+			resolveCommand(),
+			statusCommand(),
+			rollbackCommand(),
+			{
+				Name: "version", Usage: "print the version",
+				Action: func(_ context.Context, cmd *ucli.Command) error {
+					_, err := fmt.Fprintln(cmd.Root().Writer, version)
+					return err
+				},
+			},
+		},
+	}
+}
+
+// exitCodes lists what the exit status means; package fault holds the list.
+func exitCodes() string {
+	var b strings.Builder
+	b.WriteString("Exit status:\n   0  done; the driver is ready, or staged by request\n")
+	for _, k := range fault.Kinds() {
+		fmt.Fprintf(&b, "  %2d  %s\n", k.ExitCode(), k.What())
+	}
+	b.WriteString("Codes from 20 on come from a builder that compiles on this node.")
+	return b.String()
+}

@@ -1,0 +1,168 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/devnode"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/fetcher/internal/local"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// hostParts are the parts that every command needs.
+func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Parts, func() error, error) {
+	root, err := os.OpenRoot(cfg.HostRoot)
+	if err != nil {
+		return agent.Parts{}, nil, fault.Wrap(fault.Usage, fmt.Errorf("open host root: %w", err), "name the folder where the node's root is mounted with --host-root")
+	}
+	return agent.Parts{
+		Root: root.FS(), Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
+		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
+		Probe: gpucheck.Prober{
+			Program: cmd.String("probe"), HostRoot: cfg.HostRoot,
+			Copy:    filepath.Join(cfg.InstallDir, ".prebake", "probe"),
+			Library: filepath.Join(cfg.InstallDir, "lib64", "libnvidia-ml.so.1"),
+		},
+	}, root.Close, nil
+}
+
+// newAgent wires an agent that installs.
+func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) {
+	cfg, err := readConfig(cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	log, err := logger(cmd, long)
+	if err != nil {
+		return nil, nil, err
+	}
+	keys, err := os.ReadFile(cmd.String("key"))
+	if err != nil {
+		return nil, nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE; nothing is installed unverified")
+	}
+	verifier, err := newVerifier(keys)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := needProbe(cmd, cfg); err != nil {
+		return nil, nil, err
+	}
+	builder, err := newBuilder(cmd, cfg)
+	if err != nil {
+		return nil, nil, err
+	}
+	finder, err := newFinder(cmd, builder != nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	parts, closeRoot, err := hostParts(cmd, cfg, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	parts.Finder, parts.Verifier, parts.LocalVerifier = finder, verifier, newVerifier
+	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
+	if builder != nil {
+		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
+		parts.Local = builder
+	}
+	return agent.New(cfg, parts), closeRoot, nil
+}
+
+func needProbe(cmd *ucli.Command, cfg agent.Config) error {
+	if cfg.NoLoad || cfg.DryRun {
+		return nil
+	}
+	if _, err := os.Stat(cmd.String("probe")); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("find probe: %w", err), "name the nvmlprobe program with --probe PATH, or load nothing: --no-load")
+	}
+	return nil
+}
+
+func newVerifier(pem []byte) (agent.Verifier, error) {
+	keys, err := trust.ParsePublicKeys(pem)
+	if err != nil {
+		return nil, err
+	}
+	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
+	if err != nil {
+		return nil, err
+	}
+	return v, nil
+}
+
+func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error) {
+	o := registry.Options{UserAgent: "prebake-fetcher/" + version}
+	// A server that is asked over plain HTTP serves its own registry likewise.
+	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
+		o.Plain = true
+	}
+	return registry.Open(ref, o)
+}
+
+// newBuilder returns nil when this node must not or cannot compile.
+func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
+	program := cmd.String("builder")
+	if program == "never" {
+		return nil, nil
+	}
+	if program == "" {
+		program = sibling("builder")
+		if _, err := os.Stat(program); errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		}
+	}
+	if _, err := os.Stat(program); err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err), "name the builder program with --builder PATH, or turn it off: --builder never")
+	}
+	return &local.Builder{
+		Program: program, StateDir: filepath.Join(cfg.HostRoot, cmd.String("state-dir")),
+		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
+	}, nil
+}
+
+// newFinder asks a server, else a registry, else nobody: then the node compiles.
+func newFinder(cmd *ucli.Command, compiles bool) (resolve.Finder, error) {
+	if server := cmd.String("server"); server != "" {
+		u, err := url.Parse(server)
+		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
+		}
+		return resolve.Server{Client: api.NewClient(server, "", nil)}, nil
+	}
+	if ref := cmd.String("registry"); ref != "" {
+		repo, err := openRepository(cmd, ref)
+		if err != nil {
+			return nil, err
+		}
+		return resolve.Registry{Ref: ref, Resolve: func(ctx context.Context, tag string) (string, error) {
+			d, err := repo.Resolve(ctx, tag)
+			if err != nil {
+				return "", err
+			}
+			return d.Digest.String(), nil
+		}}, nil
+	}
+	if compiles {
+		return resolve.Nobody{}, nil
+	}
+	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")
+}
