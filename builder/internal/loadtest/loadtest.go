@@ -16,7 +16,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -32,10 +31,6 @@ const (
 	// Rejected: the kernel or the driver said no.
 	Rejected = "rejected"
 )
-
-// loadOrder is the order in which a node loads the modules. nvidia-peermem is
-// never loaded: it needs an RDMA stack.
-var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // Config says what to load and where.
 type Config struct {
@@ -136,16 +131,6 @@ func (c Config) validate() error {
 	return nil
 }
 
-// normalise lets callers name modules with or without .ko and with either of
-// the kernel's spellings.
-func normalise(modules map[string]string) map[string]string {
-	out := make(map[string]string, len(modules))
-	for name, path := range modules {
-		out[strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")] = path
-	}
-	return out
-}
-
 func exists(path string) (bool, error) {
 	_, err := os.Stat(path)
 	if errors.Is(err, os.ErrNotExist) {
@@ -184,32 +169,16 @@ const (
 const stepTimeout = 2 * time.Minute
 
 func newPlan(c Config) (*plan, error) {
-	p := &plan{version: c.Version, skipped: map[string]string{}}
 	present, err := kernelModules(c.Boot)
 	if err != nil {
 		return nil, err
 	}
-	for _, name := range loadOrder {
-		file := c.Modules[name]
-		if file == "" {
-			continue
-		}
-		missing, err := missingDependencies(file, present)
-		if err != nil {
-			return nil, err
-		}
-		if len(missing) > 0 {
-			p.skipped[name] = "needs " + strings.Join(missing, ", ") + ", which this machine does not have"
-			continue
-		}
-		present[name] = true
-		p.modules = append(p.modules, name)
-		p.files = append(p.files, vm.File{Name: guestModules + "/" + name + ".ko", Path: file, Mode: 0o644})
+	p := &plan{version: c.Version}
+	if p.modules, p.skipped, err = choose(c.Modules, present, dependencies); err != nil {
+		return nil, err
 	}
-	for name := range c.Modules {
-		if !slices.Contains(loadOrder, name) {
-			p.skipped[name] = "not loaded by nodes"
-		}
+	for _, name := range p.modules {
+		p.files = append(p.files, vm.File{Name: guestModules + "/" + name + ".ko", Path: c.Modules[name], Mode: 0o644})
 	}
 	if err := p.addFiles(c); err != nil {
 		return nil, err

@@ -1,0 +1,103 @@
+package loadtest
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// loadOrder is the order in which a node loads the modules. nvidia-peermem is
+// never loaded: it needs an RDMA stack.
+var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
+
+// normalise lets callers name modules with or without .ko and with either of
+// the kernel's spellings.
+func normalise(modules map[string]string) map[string]string {
+	out := make(map[string]string, len(modules))
+	for name, path := range modules {
+		out[plainName(name)] = path
+	}
+	return out
+}
+
+// plainName returns a module's name in the spelling that NVIDIA's files have.
+func plainName(name string) string {
+	return strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "_", "-")
+}
+
+// choose returns the modules that can be loaded, in order, and why each other
+// one is not. present names the modules that the machine has at boot; depends
+// reads what a file needs.
+func choose(modules map[string]string, present map[string]bool, depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
+	skipped = map[string]string{}
+	for name := range modules {
+		if !slices.Contains(loadOrder, name) {
+			skipped[name] = "not loaded by nodes"
+		}
+	}
+	for _, name := range loadOrder {
+		file := modules[name]
+		if file == "" {
+			continue
+		}
+		needs, err := depends(file)
+		if err != nil {
+			return nil, nil, fmt.Errorf("read %s: %w", filepath.Base(file), err)
+		}
+		var missing []string
+		for _, need := range needs {
+			if need = plainName(need); !present[need] && !slices.Contains(order, need) {
+				missing = append(missing, need)
+			}
+		}
+		if len(missing) == 0 {
+			order = append(order, name)
+			continue
+		}
+		skipped[name] = "needs " + strings.Join(missing, ", ") + ", which the machine does not have"
+	}
+	if why, ok := skipped["nvidia"]; ok {
+		return nil, nil, fault.New(fault.InputMissing, "nvidia "+why, "add these modules to modules/order of the kernel's boot archive")
+	}
+	return order, skipped, nil
+}
+
+// kernelModules returns the names of the modules that the machine loads while
+// it boots.
+func kernelModules(boot string) (map[string]bool, error) {
+	present := map[string]bool{}
+	text, err := os.ReadFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	for _, file := range strings.Fields(string(text)) {
+		present[plainName(file)] = true
+	}
+	return present, nil
+}
+
+// dependencies reads the modules that a file needs.
+func dependencies(file string) (names []string, err error) {
+	in, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, in.Close()) }()
+	st, err := in.Stat()
+	if err != nil {
+		return nil, err
+	}
+	m, err := modinfo.Read(in, st.Size())
+	if err != nil {
+		return nil, err
+	}
+	return m.Depends, nil
+}
