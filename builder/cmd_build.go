@@ -79,7 +79,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), BuilderID: cmd.String("builder-id"),
+		Cache: cache, Destinations: to, Key: cmd.String("key"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials,
 		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),

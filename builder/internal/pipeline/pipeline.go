@@ -23,8 +23,6 @@ import (
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
-	"github.com/prebake/prebake/builder/internal/publish"
-	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
@@ -62,8 +60,9 @@ type Config struct {
 	Registry func(destination string) registry.Options
 	// Key is a private key file or a KMS URI.
 	Key string
-	// BuilderID goes into the provenance as builder.id, a URI.
-	BuilderID string
+	// BuilderID goes into the provenance as builder.id, a URI; Version is this
+	// program's.
+	BuilderID, Version string
 	// Jobs is make's -j; 0 is one for each processor.
 	Jobs     int
 	LoadTest LoadTest
@@ -339,7 +338,7 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 	}
 	verdict, err := loadtest.Run(ctx, loadtest.Config{
 		Boot: r.kernel.Boot, Modules: r.modules, Userspace: user, Firmware: firmware,
-		Version: r.res.Driver.Version, GuestInit: r.cfg.GuestInit, NVMLProbe: r.cfg.NVMLProbe,
+		Version: r.res.Driver.Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
 	r.res.LoadTest = verdict
 	if err != nil {
@@ -350,141 +349,6 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return verdict.State, r.cfg.Cache.Remember("loadtest", key, raw)
-}
-
-// staged returns the folder with a driver version's user space or firmware.
-func (r *run) staged(ctx context.Context, kind bundle.LayerKind) (string, error) {
-	stage := r.release.StageUserspace
-	if kind == bundle.LayerFirmware {
-		stage = r.release.StageFirmware
-	}
-	dir, _, err := r.cfg.Cache.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
-	return dir, err
-}
-
-// packed returns a layer of the staged folder, compressed once and kept.
-func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool, err error) {
-	dir, cached, err := r.cfg.Cache.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
-		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
-		if err != nil {
-			return err
-		}
-		raw, err := json.Marshal(layer)
-		if err != nil {
-			return err
-		}
-		return os.WriteFile(filepath.Join(dir, "layer.json"), raw, 0o644)
-	})
-	if err != nil {
-		return layer, false, err
-	}
-	raw, err := os.ReadFile(filepath.Join(dir, "layer.json"))
-	if err != nil {
-		return layer, false, err
-	}
-	if err := json.Unmarshal(raw, &layer); err != nil {
-		return layer, false, fmt.Errorf("read %s layer: %w", kind, err)
-	}
-	layer.Path = filepath.Join(dir, "layer.tar.zst")
-	return layer, cached, nil
-}
-
-func (r *run) pack(ctx context.Context) (string, error) {
-	reused := 0
-	for _, kind := range bundle.LayerKinds() {
-		var src, key string
-		var err error
-		if kind == bundle.LayerModules {
-			key = r.key(compile.Recipe, bundle.PackRecipe, string(r.kernel.Fingerprint))
-			var cleanup func() error
-			if src, cleanup, err = r.modulesFolder(); err != nil {
-				return "", err
-			}
-			defer func() { _ = cleanup() }() // a scratch folder; the next Open removes it as well
-		} else {
-			key = bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + r.release.Digest[len("sha256:"):]
-			if src, err = r.staged(ctx, kind); err != nil {
-				return "", err
-			}
-		}
-		layer, cached, err := r.packed(ctx, kind, src, key)
-		if err != nil {
-			return "", fmt.Errorf("%s layer: %w", kind, err)
-		}
-		if cached {
-			reused++
-		}
-		fmt.Fprintf(r.log, "%s layer %s, %d bytes\n", kind, layer.Digest, layer.Size)
-		r.res.Layers = append(r.res.Layers, layer)
-	}
-	var size int64
-	for _, l := range r.res.Layers {
-		size += l.Size
-	}
-	return fmt.Sprintf("3 layers, %.1f MB, %d cached", float64(size)/1e6, reused), nil
-}
-
-// modulesFolder lays the modules out as their layer wants them.
-func (r *run) modulesFolder() (string, func() error, error) {
-	dir, cleanup, err := r.cfg.Cache.TempDir("modules-")
-	if err != nil {
-		return "", nil, err
-	}
-	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
-		return "", nil, errors.Join(err, cleanup())
-	}
-	for name, path := range r.modules {
-		if err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path); err != nil {
-			return "", nil, errors.Join(err, cleanup())
-		}
-	}
-	return dir, cleanup, nil
-}
-
-// publish signs the statements about the image and sends all of it out.
-func (r *run) publish(ctx context.Context) (string, error) {
-	image, err := bundle.Image(r.id, r.res.Layers)
-	if err != nil {
-		return "", err
-	}
-	digest, err := image.Digest()
-	if err != nil {
-		return "", err
-	}
-	r.res.Digest, r.res.Tag = digest.String(), bundle.Tag(r.id)
-	signer, err := sign.LoadSigner(ctx, r.cfg.Key)
-	if err != nil {
-		return "", err
-	}
-	var bundles [][]byte
-	for _, statement := range r.statements() {
-		b, err := sign.Bundle(ctx, signer, statement)
-		if err != nil {
-			return "", err
-		}
-		bundles = append(bundles, b)
-	}
-	r.res.Existed = true
-	for _, dest := range r.cfg.Destinations {
-		repo, err := registry.Open(dest, r.cfg.Registry(dest))
-		if err != nil {
-			return "", err
-		}
-		got, existed, err := publish.Publish(ctx, repo, publish.Artifact{Image: image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: bundles})
-		if err != nil {
-			return "", fmt.Errorf("publish to %s: %w", dest, err)
-		}
-		if got != r.res.Digest {
-			return "", fault.Errorf(fault.PublishRefused, "publish to %s: it names %s, built %s", dest, got, r.res.Digest)
-		}
-		r.res.Existed = r.res.Existed && existed
-		r.res.Repositories = append(r.res.Repositories, repo.Name())
-	}
-	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.cfg.Destinations))
-	if r.res.Existed {
-		note += ", was there already"
-	}
-	return note, nil
 }
 
 func copyFile(dst, src string) (err error) {

@@ -86,7 +86,7 @@ func (cfg Config) build(ctx context.Context, job api.BuildJob, attempt int) erro
 			reports.phase(e.Phase)
 		}
 	}}
-	if err := cfg.Server.UpdateBuild(ctx, job.Build, api.BuildUpdate{State: api.Building, Worker: cfg.ID, Attempt: attempt}); err != nil {
+	if _, err := cfg.Server.UpdateBuild(ctx, job.Build, api.BuildUpdate{State: api.Building, Worker: cfg.ID, Attempt: attempt}); err != nil {
 		reports.close()
 		return fmt.Errorf("report start: %w", err)
 	}
@@ -131,7 +131,7 @@ func (cfg Config) finish(ctx context.Context, log *slog.Logger, job api.BuildJob
 		update.State, update.Class, update.Error, update.Hint = api.Failed, kind.String(), buildErr.Error(), fault.Hint(buildErr)
 		log.ErrorContext(ctx, "build failed", "class", kind.String(), "err", buildErr)
 	}
-	if err := cfg.Server.UpdateBuild(ctx, job.Build, update); err != nil {
+	if _, err := cfg.Server.UpdateBuild(ctx, job.Build, update); err != nil {
 		return fmt.Errorf("report end: %w", err)
 	}
 	return nil
@@ -149,7 +149,7 @@ func newReporter(server *api.Client, build int64, log *slog.Logger) *reporter {
 	r.done.Go(func() {
 		for phase := range r.next {
 			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-			if err := server.UpdateBuild(ctx, build, api.BuildUpdate{Phase: phase}); err != nil {
+			if _, err := server.UpdateBuild(ctx, build, api.BuildUpdate{Phase: phase}); err != nil {
 				log.DebugContext(ctx, "phase not reported", "err", err)
 			}
 			cancel()

@@ -1,11 +1,8 @@
 package scene
 
 import (
-	"archive/tar"
-	"compress/gzip"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -13,6 +10,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
 )
@@ -40,15 +38,15 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	}
 	number := strings.Split(n.Kernel.BuildID, ".")
 	files := []vm.File{
-		{Name: "etc/os-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
+		{Name: "/etc/os-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
 			"BUILD_ID=%s\nNAME=\"Container-Optimized OS\"\nKERNEL_COMMIT_ID=%s\nGOOGLE_CRASH_ID=Lakitu\nVERSION_ID=%d\nVERSION=%d\nPRETTY_NAME=\"Container-Optimized OS from Google\"\nID=cos\n",
 			n.Kernel.BuildID, n.Kernel.Commit, n.Kernel.Milestone, n.Kernel.Milestone))},
-		{Name: "etc/lsb-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
+		{Name: "/etc/lsb-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
 			"CHROMEOS_RELEASE_BOARD=%s\nCHROMEOS_RELEASE_TRACK=stable-channel\nCHROMEOS_RELEASE_VERSION=%s\nCHROMEOS_RELEASE_BUILD_NUMBER=%s\nCHROMEOS_RELEASE_CHROME_MILESTONE=%d\nDEVICETYPE=OTHER\n",
 			n.Kernel.Board, n.Kernel.BuildID, number[0], n.Kernel.Milestone))},
-		{Name: "etc/prebake/keys.pem", Mode: 0o644, Data: key},
-		{Name: "usr/bin/fetcher", Mode: 0o755, Path: s.Program("fetcher")},
-		{Name: "usr/bin/nvmlprobe", Mode: 0o755, Path: s.Program("nvmlprobe")},
+		{Name: "/etc/prebake/keys.pem", Mode: 0o644, Data: key},
+		{Name: "/usr/bin/fetcher", Mode: 0o755, Path: s.Program("fetcher")},
+		{Name: "/usr/bin/nvmlprobe", Mode: 0o755, Path: s.Program("nvmlprobe")},
 	}
 	libs, err := vm.GlibcFiles(s.Program("nvmlprobe"))
 	if err != nil {
@@ -58,67 +56,19 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 }
 
 // Boot unpacks what the mirror has for booting a build's kernel.
-func (s *Scene) Boot(m *Mirror, k target.Kernel) (string, error) {
+func (s *Scene) Boot(ctx context.Context, m *Mirror, k target.Kernel) (string, error) {
 	dir := filepath.Join(s.Dir, "boot", k.BuildID)
 	if _, err := os.Stat(dir); err == nil {
 		return dir, nil
 	}
-	f, err := os.Open(filepath.Join(m.Dir, "cos", k.BuildID, k.Board, "prebake-boot.tgz"))
-	if err != nil {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	defer f.Close()
-	if err := untar(f, dir); err != nil {
+	file := filepath.Join(m.Dir, "cos", k.BuildID, k.Board, "prebake-boot.tgz")
+	if _, err := archive.UnpackFile(ctx, file, dir, archive.Options{}); err != nil {
 		return "", fmt.Errorf("unpack boot files: %w", err)
 	}
 	return dir, nil
-}
-
-// untar unpacks an archive that this machine made itself.
-func untar(r io.Reader, dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	zr, err := gzip.NewReader(r)
-	if err != nil {
-		return err
-	}
-	tr := tar.NewReader(zr)
-	for {
-		h, err := tr.Next()
-		if errors.Is(err, io.EOF) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		switch h.Typeflag {
-		case tar.TypeDir:
-			err = root.MkdirAll(filepath.Clean(h.Name), 0o755)
-		case tar.TypeReg:
-			err = writeFile(root, filepath.Clean(h.Name), tr)
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-func writeFile(root *os.Root, name string, r io.Reader) error {
-	if err := root.MkdirAll(filepath.Dir(name), 0o755); err != nil {
-		return err
-	}
-	f, err := root.Create(name)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(f, r)
-	return errors.Join(err, f.Close())
 }
 
 // RunNode boots the node, runs the steps, and switches it off.

@@ -1,0 +1,151 @@
+// Package e2e plays the main job with the real programs, real kernels and real
+// NVIDIA drivers, the way an operator would. It refuses to look inside the
+// programs: what it knows, it knows from their output, the API, the registry
+// and the disk.
+//
+// It needs the programs in bin/ and the Debian packages of `make setup`; run
+// it through `make test`. With -short it is left out.
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// stage is what all tests share: one mirror, one server, one worker, one key.
+type stage struct {
+	*scene.Scene
+	mirror *scene.Mirror
+	key    string
+	srv    *scene.Server
+	worker *scene.Process
+}
+
+var shared *stage // set by TestMain before any test runs, never after
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) (code int) {
+	for _, arg := range os.Args {
+		if arg == "-test.short=true" {
+			fmt.Println("e2e: left out with -short; run make test")
+			return 0
+		}
+	}
+	dir, err := os.MkdirTemp("", "prebake-e2e-")
+	if err == nil {
+		defer os.RemoveAll(dir)
+		shared, err = setUp(context.Background(), dir)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "e2e: set up:", err)
+		return 1
+	}
+	defer func() {
+		if err := errors.Join(shared.worker.Stop(), shared.srv.Stop()); err != nil {
+			fmt.Fprintln(os.Stderr, "e2e: tear down:", err)
+			code = 1
+		}
+		if code != 0 {
+			for _, name := range []string{"server.log", "worker.log"} {
+				log, _ := os.ReadFile(filepath.Join(dir, name)) // best effort: it is for the reader of a failure
+				fmt.Fprintf(os.Stderr, "---- %s\n%s\n", name, log)
+			}
+		}
+	}()
+	return m.Run()
+}
+
+func setUp(ctx context.Context, dir string) (*stage, error) {
+	bin, err := filepath.Abs("../../bin")
+	if err != nil {
+		return nil, err
+	}
+	if _, err := os.Stat(filepath.Join(bin, "builder")); err != nil {
+		return nil, fmt.Errorf("%w; run make build", err)
+	}
+	s, err := scene.New(bin, dir, os.Stderr)
+	if err != nil {
+		return nil, err
+	}
+	st := &stage{Scene: s, key: filepath.Join(dir, "farm.key")}
+	if st.mirror, err = s.Mirror(ctx); err != nil {
+		return nil, err
+	}
+	if _, err := s.Must(ctx, "builder", "keygen", st.key); err != nil {
+		return nil, err
+	}
+	if st.srv, err = s.StartServer(ctx, filepath.Join(dir, "server"), st.mirror); err != nil {
+		return nil, err
+	}
+	if st.worker, err = s.StartWorker(st.srv, st.mirror, st.key, s.BuildCache()); err != nil {
+		return nil, errors.Join(err, st.srv.Stop())
+	}
+	return st, nil
+}
+
+// kernel returns the nth build of the mirror: 0 and 1 are the two oldest ABIs,
+// which compile the older driver; the last ABI does not.
+func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
+
+// driver is the older version, which has both flavours.
+func (s *stage) driver() string { return s.mirror.Drivers[0].Version }
+
+// twin is the extra build of a kernel that another build has as well.
+func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
+	t.Helper()
+	for _, a := range s.mirror.Builds {
+		for _, b := range s.mirror.Builds {
+			if a.BuildID > b.BuildID && a.Release == b.Release {
+				return a.Kernel, b.Kernel
+			}
+		}
+	}
+	t.Fatal("the mirror has no two builds of one kernel")
+	return
+}
+
+// newest is the kernel whose interface the older driver does not know.
+func (s *stage) newest() target.Kernel {
+	newest := s.mirror.Builds[0].Kernel
+	for _, b := range s.mirror.Builds[1:] {
+		if b.Release > newest.Release {
+			newest = b.Kernel
+		}
+	}
+	return newest
+}
+
+// build asks a server for a cell and waits until it is over.
+func build(t *testing.T, srv *scene.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
+	t.Helper()
+	b, err := srv.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: driver, Flavour: string(f)})
+	if err != nil {
+		t.Fatalf("request %s %s-%s: %v", k, driver, f, err)
+	}
+	b, err = scene.WaitBuild(t.Context(), srv.Client, b.ID, func(b api.Build) { t.Logf("build %d: %s %s", b.ID, b.State, b.Phase) })
+	if err != nil {
+		t.Fatalf("wait for build %d: %v", b.ID, err)
+	}
+	return b
+}
+
+// published is build for cells that have to succeed.
+func published(t *testing.T, srv *scene.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
+	t.Helper()
+	b := build(t, srv, k, driver, f)
+	if b.State != api.Published || b.Digest == "" {
+		t.Fatalf("build %d of %s %s-%s is %s (%s): %s", b.ID, k, driver, f, b.State, b.Class, b.Error)
+	}
+	return b
+}

@@ -1,0 +1,228 @@
+package e2e
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+func itoa(n int64) string { return strconv.FormatInt(n, 10) }
+
+// A node with the emulated GPU installs the driver, changes its flavour, and
+// has it live in its kernel each time.
+func TestNodeWithGPU(t *testing.T) {
+	k := shared.kernel(1)
+	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	open := published(t, shared.srv, k, shared.driver(), target.Open)
+	boot, err := shared.Boot(t.Context(), shared.mirror, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	install := func(name string, args ...string) vm.Step {
+		step := scene.InstallStep(shared.srv, append([]string{"--driver", shared.driver()}, args...)...)
+		step.Name = name
+		return step
+	}
+	modules := func(name string) vm.Step {
+		return vm.Step{Name: name, Argv: []string{"@cat", "/proc/modules"}, KeepGoing: true}
+	}
+	res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub"}, []vm.Step{
+		install("install", "--flavour", "proprietary"), modules("modules 1"),
+		install("again", "--flavour", "proprietary"),
+		install("change", "--flavour", "open"), modules("modules 2"),
+		{Name: "status", Argv: []string{"/usr/bin/fetcher", "status", "--install-dir", scene.InstallDir}, KeepGoing: true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var first, again, change scene.Report
+	for name, r := range map[string]*scene.Report{"install": &first, "again": &again, "change": &change} {
+		step, err := scene.StepNamed(res, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: exit %d, %.1f s\n%s%s", name, step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
+		if err := scene.Decode(step, r); err != nil {
+			t.Fatal(err)
+		}
+		if want := fault.Unusable.ExitCode(); step.ExitCode != want {
+			t.Errorf("%s: exit code %d; want %d: the emulated GPU is present but not usable", name, step.ExitCode, want)
+		}
+		if r.Verdict.NVML.Version != shared.driver() || r.Verdict.PCIGPUs != 1 || r.Verdict.UsableGPUs != 0 {
+			t.Errorf("%s: verdict %+v; want NVML %s, one GPU on PCI, none usable", name, r.Verdict, shared.driver())
+		}
+	}
+	if first.Verdict.Digest != proprietary.Digest || change.Verdict.Digest != open.Digest {
+		t.Errorf("installed %s then %s; want %s then %s", first.Verdict.Digest, change.Verdict.Digest, proprietary.Digest, open.Digest)
+	}
+	if !first.Changed || again.Changed || again.FetchedBytes != 0 || !change.Changed {
+		t.Errorf("changed: %v, %v (%d bytes), %v; want true, false (0 bytes), true", first.Changed, again.Changed, again.FetchedBytes, change.Changed)
+	}
+	// Only the modules differ between flavours; all else is on the node already.
+	m := manifest(t, shared.srv, open.Digest)
+	if want := layer(t, m, bundle.LayerModules).Size; change.FetchedBytes != want {
+		t.Errorf("changing the flavour fetched %d bytes; want the modules layer alone, %d", change.FetchedBytes, want)
+	}
+	for _, name := range []string{"modules 1", "modules 2"} {
+		step, err := scene.StepNamed(res, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		live := scene.Live(step.Stdout)
+		for _, want := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
+			if !slices.Contains(live, want) {
+				t.Errorf("%s: %v lacks %s", name, live, want)
+			}
+		}
+	}
+}
+
+// nodeRoot makes a folder that looks like a COS node's root to the fetcher.
+func nodeRoot(t *testing.T, k target.Kernel) string {
+	t.Helper()
+	root := t.TempDir()
+	for name, text := range map[string]string{
+		"etc/os-release":            "ID=cos\nBUILD_ID=" + k.BuildID + "\nVERSION=109\nKERNEL_COMMIT_ID=" + k.Commit + "\n",
+		"etc/lsb-release":           "CHROMEOS_RELEASE_BOARD=" + k.Board + "\n",
+		"proc/sys/kernel/osrelease": k.Release + "\n",
+		"proc/cmdline":              "root=/dev/dm-0 cros_efi\n",
+		"proc/modules":              "",
+		"proc/devices":              "",
+	} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return root
+}
+
+// One flipped byte in the registry's copy of a real artifact: the node refuses,
+// and what it had stays in force.
+func TestNodeRefusesFlippedByte(t *testing.T) {
+	k := shared.kernel(1)
+	good := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	bad := published(t, shared.srv, k, shared.driver(), target.Open)
+	root := nodeRoot(t, k)
+	install := func(flavour target.Flavour) *scene.Result {
+		res, err := shared.Run(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root, "--key", shared.key+".pub",
+			"--driver", shared.driver(), "--flavour", string(flavour), "--no-load", "--builder", "never", "--output", "json")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res
+	}
+	if res := install(target.Proprietary); res.Code != 0 {
+		t.Fatalf("install: exit code %d: %s", res.Code, res.Stderr)
+	}
+	folder := filepath.Join(root, scene.InstallDir)
+	ko := filepath.Join(folder, "drivers", "nvidia.ko")
+	before, err := os.ReadFile(ko)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := layer(t, manifest(t, shared.srv, bad.Digest), bundle.LayerModules)
+	blob := findFile(t, shared.srv.Data, l.Digest.Hex)
+	flip(t, blob)
+	defer flip(t, blob)
+	res := install(target.Open)
+	if want := fault.Unverified.ExitCode(); res.Code != want {
+		t.Errorf("flipped byte: exit code %d: %s; want %d", res.Code, res.Stderr, want)
+	}
+	after, err := os.ReadFile(ko)
+	if err != nil || string(after) != string(before) {
+		t.Errorf("after the refusal %s is another file (%v)", ko, err)
+	}
+	if left := findFiles(t, folder, l.Digest.Hex); len(left) != 0 {
+		t.Errorf("the refused layer left %v", left)
+	}
+	if !strings.Contains(string(res.Stderr), l.Digest.Hex[:12]) {
+		t.Errorf("error %q does not name the layer %s", res.Stderr, l.Digest)
+	}
+	t.Logf("kept %s, refused %s: %s", good.Digest, bad.Digest, res.Stderr)
+}
+
+func flip(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	b := make([]byte, 1)
+	if _, err := f.ReadAt(b, 4096); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1
+	if _, err := f.WriteAt(b, 4096); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func findFiles(t *testing.T, dir, part string) (found []string) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		if err == nil && strings.Contains(d.Name(), part) {
+			found = append(found, path)
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func findFile(t *testing.T, dir, part string) string {
+	t.Helper()
+	for _, path := range findFiles(t, dir, part) {
+		if info, err := os.Stat(path); err == nil && info.Size() > 1<<20 {
+			return path
+		}
+	}
+	t.Fatalf("%s holds no large file with %s in its name", dir, part)
+	return ""
+}
+
+// Without a match the node compiles for itself, through the same code, and
+// trusts what it made. The server of this test has never heard of any build.
+func TestNodeCompilesLocally(t *testing.T) {
+	k := shared.kernel(1)
+	published(t, shared.srv, k, shared.driver(), target.Proprietary) // so that the shared build cache has the modules
+	dir := t.TempDir()
+	s, err := scene.New(shared.Bin, dir, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv, err := s.StartServer(t.Context(), filepath.Join(dir, "server"), shared.mirror)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Stop() //nolint:errcheck // the test has its verdict by then
+	root := nodeRoot(t, k)
+	t.Setenv("PREBAKE_CACHE", shared.BuildCache())
+	res, err := s.Run(t.Context(), "fetcher", "install", "--server", "http://"+srv.Addr, "--host-root", root, "--key", shared.key+".pub",
+		"--driver", shared.driver(), "--flavour", "proprietary", "--no-load", "--builder", s.Program("builder"),
+		"--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(), "--output", "json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Code != 0 {
+		t.Fatalf("install: exit code %d\n%s%s", res.Code, res.Stdout, res.Stderr)
+	}
+	if _, err := os.Stat(filepath.Join(root, scene.InstallDir, "drivers", "nvidia.ko")); err != nil {
+		t.Error(err)
+	}
+}
