@@ -127,6 +127,11 @@ func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
 // PublicKey returns the public half, for verifying.
 func (s *Signer) PublicKey() trust.PublicKey { return s.key }
 
+// Verifier returns a verifier that trusts this key only.
+func (s *Signer) Verifier() (*trust.Verifier, error) {
+	return trust.NewVerifier(trust.Policy{Keys: []trust.PublicKey{s.key}})
+}
+
 // PublicPEM returns the public half in the form that nodes are configured with.
 func (s *Signer) PublicPEM() ([]byte, error) { return cryptoutils.MarshalPublicKeyToPEM(s.pub) }
 

@@ -1,0 +1,159 @@
+// Package publish puts an artifact into a repository so that nobody ever sees
+// half of it: blobs, manifest, signed statements, and only then the names by
+// which it is found. It may be interrupted anywhere and run again. It refuses
+// to replace what is published.
+package publish
+
+import (
+	"context"
+	"fmt"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// ArtifactTypeLog is the type under which a build log is attached.
+const ArtifactTypeLog = "application/vnd.prebake.build-log.v1"
+
+// Annotations of attached bundles, in the words of the Sigstore bundle
+// specification; cosign reads them.
+const (
+	annotationContent   = "dev.sigstore.bundle.content"
+	annotationPredicate = "dev.sigstore.bundle.predicateType"
+)
+
+// Artifact is everything that is published at once.
+type Artifact struct {
+	Image    v1.Image
+	Identity bundle.Identity
+	// Kernel is the COS build for which it is published this time.
+	Kernel target.Kernel
+	// Bundles are the signed statements: provenance, and the kernel match for
+	// Kernel.
+	Bundles [][]byte
+	// Verifier reads statements that are attached already, so that equal ones
+	// are not attached again: signatures differ each time. Nil attaches always.
+	Verifier *trust.Verifier
+	// Log is the build log; nil attaches none.
+	Log []byte
+}
+
+// Existing returns the digest that a tag names in a repository, if it names
+// one. The caller verifies its statements before it relies on them.
+func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
+	d, err := repo.Resolve(ctx, tag)
+	switch {
+	case fault.Is(err, fault.NoArtifact):
+		return "", false, nil
+	case err != nil:
+		return "", false, err
+	}
+	return d.Digest.String(), true, nil
+}
+
+// Publish stores an artifact and returns its digest; existed says that its tag
+// was there before, with this digest. Then only what is missing is added, such
+// as the statement for another COS build with this fingerprint. A tag that
+// names another digest is [fault.PublishRefused], and nothing was changed.
+func Publish(ctx context.Context, repo *registry.Repository, a Artifact) (digest string, existed bool, err error) {
+	digest, existed, err = publish(ctx, repo, a)
+	if err != nil {
+		return "", false, fmt.Errorf("publish driver %s for %s: %w", a.Identity.Driver, a.Kernel, err)
+	}
+	return digest, existed, nil
+}
+
+func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string, bool, error) {
+	hash, err := a.Image.Digest()
+	if err != nil {
+		return "", false, err
+	}
+	digest := hash.String()
+	tags := []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
+	// Both names are looked at before the first byte is sent.
+	var existed bool
+	for i, tag := range tags {
+		have, ok, err := Existing(ctx, repo, tag)
+		if err != nil {
+			return "", false, err
+		}
+		if ok && have != digest {
+			return "", false, fault.New(fault.PublishRefused, fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
+				"equal inputs give equal digests, so find out what differs; remove the tag by hand if the published artifact is wrong")
+		}
+		if i == 0 {
+			existed = ok
+		}
+	}
+	subject, err := repo.Push(ctx, a.Image)
+	if err != nil {
+		return "", false, err
+	}
+	if err := attach(ctx, repo, subject, a); err != nil {
+		return "", false, err
+	}
+	for _, tag := range tags {
+		if err := repo.Tag(ctx, subject, tag); err != nil {
+			return "", false, err
+		}
+	}
+	return digest, existed, nil
+}
+
+// attach adds the statements, and the log of the build that comes first.
+func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
+	digest := subject.Digest.String()
+	present := map[string]bool{}
+	if a.Verifier != nil {
+		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+		if err != nil {
+			return err
+		}
+		for _, raw := range attached {
+			// What cannot be verified is somebody else's, and says nothing.
+			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
+				present[says(st)] = true
+			}
+		}
+	}
+	for _, raw := range a.Bundles {
+		if a.Verifier != nil {
+			st, err := a.Verifier.Statement(raw)
+			if err != nil {
+				return fmt.Errorf("own statement: %w", err)
+			}
+			if !st.About(digest) {
+				return fault.Errorf(fault.Internal, "own statement of type %s is not about %s", st.PredicateType, digest)
+			}
+			if present[says(st)] {
+				continue
+			}
+		}
+		annotations := map[string]string{annotationContent: "dsse-envelope", annotationPredicate: predicateType(raw)}
+		if _, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, annotations); err != nil {
+			return err
+		}
+	}
+	if a.Log == nil {
+		return nil
+	}
+	logs, err := repo.Referrers(ctx, digest, ArtifactTypeLog)
+	if err != nil || len(logs) > 0 {
+		return err
+	}
+	_, err = repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil)
+	return err
+}
+
+// says sums up what a statement proves: two that say the same are one too many.
+func says(st *trust.Statement) string {
+	if m, err := trust.ParseKernelMatch(st); err == nil {
+		return st.PredicateType + " " + m.Kernel.String() + " " + string(m.Fingerprint)
+	}
+	return st.PredicateType
+}

@@ -1,0 +1,273 @@
+// Package testkit holds small real things for tests: a registry in this
+// process, a key pair, and a signed sample artifact. Only test files import
+// it. It refuses to stand in for anything that a test could use for real.
+package testkit
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"log"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	ggcr "github.com/google/go-containerregistry/pkg/registry"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	protocommon "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
+	"github.com/sigstore/sigstore-go/pkg/sign"
+	"github.com/sigstore/sigstore/pkg/cryptoutils"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Registry starts a registry that ends with the test, with or without the
+// referrers API, and returns its host:port.
+func Registry(t testing.TB, referrers bool) string {
+	t.Helper()
+	s := httptest.NewServer(ggcr.New(ggcr.Logger(log.New(io.Discard, "", 0)), ggcr.WithReferrersSupport(referrers)))
+	t.Cleanup(s.Close)
+	return strings.TrimPrefix(s.URL, "http://")
+}
+
+// Key is a fresh ECDSA P-256 key pair.
+type Key struct{ private *ecdsa.PrivateKey }
+
+// NewKey makes one.
+func NewKey(t testing.TB) *Key {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &Key{private}
+}
+
+// Private returns the private half.
+func (k *Key) Private() *ecdsa.PrivateKey { return k.private }
+
+// Public returns the public half.
+func (k *Key) Public(t testing.TB) trust.PublicKey {
+	t.Helper()
+	pub, err := trust.NewPublicKey(k.private.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return pub
+}
+
+// PEM returns the public half as nodes are configured with it.
+func (k *Key) PEM(t testing.TB) []byte {
+	t.Helper()
+	text, err := cryptoutils.MarshalPublicKeyToPEM(k.private.Public())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+// Verifier returns a verifier that trusts this key only.
+func (k *Key) Verifier(t testing.TB) *trust.Verifier {
+	t.Helper()
+	v, err := trust.NewVerifier(trust.Policy{Keys: []trust.PublicKey{k.Public(t)}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// Sign returns a bundle over an in-toto statement given as JSON.
+func (k *Key) Sign(t testing.TB, payload []byte) []byte {
+	t.Helper()
+	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"}, keypair{k, k.Public(t).Hint()}, sign.BundleOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := protojson.Marshal(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// Statement returns a signed statement about a manifest digest.
+func (k *Key) Statement(t testing.TB, digest, predicateType string, predicate any) []byte {
+	t.Helper()
+	payload, err := json.Marshal(map[string]any{
+		"_type":         "https://in-toto.io/Statement/v1",
+		"subject":       []any{map[string]any{"name": "sample", "digest": map[string]string{"sha256": strings.TrimPrefix(digest, "sha256:")}}},
+		"predicateType": predicateType,
+		"predicate":     predicate,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k.Sign(t, payload)
+}
+
+// Provenance returns a signed provenance statement.
+func (k *Key) Provenance(t testing.TB, digest string, p trust.Parameters) []byte {
+	t.Helper()
+	return k.Statement(t, digest, trust.PredicateProvenance, ProvenancePredicate(p))
+}
+
+// ProvenancePredicate returns a provenance for tests to spoil and sign.
+func ProvenancePredicate(p trust.Parameters) map[string]any {
+	return map[string]any{
+		"buildDefinition": map[string]any{
+			"buildType":          trust.BuildType,
+			"externalParameters": p,
+			"resolvedDependencies": []any{
+				map[string]any{"name": "kernel-headers.tgz", "uri": "https://example.com/kernel-headers.tgz", "digest": map[string]string{"sha256": strings.Repeat("5", 64)}},
+			},
+		},
+		"runDetails": map[string]any{"builder": map[string]any{"id": "https://example.com/builder"}, "metadata": map[string]any{"invocationId": "run-1"}},
+	}
+}
+
+// KernelMatch returns a signed kernel match statement.
+func (k *Key) KernelMatch(t testing.TB, digest string, m trust.KernelMatch) []byte {
+	t.Helper()
+	return k.Statement(t, digest, trust.PredicateKernelMatch, m)
+}
+
+// keypair shows a Key to the bundle library.
+type keypair struct {
+	k    *Key
+	hint string
+}
+
+func (p keypair) GetHashAlgorithm() protocommon.HashAlgorithm {
+	return protocommon.HashAlgorithm_SHA2_256
+}
+
+func (p keypair) GetSigningAlgorithm() protocommon.PublicKeyDetails {
+	return protocommon.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256
+}
+
+func (p keypair) GetHint() []byte                { return []byte(p.hint) }
+func (p keypair) GetKeyAlgorithm() string        { return "ECDSA" }
+func (p keypair) GetPublicKey() crypto.PublicKey { return p.k.private.Public() }
+
+func (p keypair) GetPublicKeyPem() (string, error) {
+	text, err := cryptoutils.MarshalPublicKeyToPEM(p.k.private.Public())
+	return string(text), err
+}
+
+func (p keypair) SignData(_ context.Context, data []byte) (sig, digest []byte, err error) {
+	sum := sha256.Sum256(data)
+	sig, err = ecdsa.SignASN1(rand.Reader, p.k.private, sum[:])
+	return sig, sum[:], err
+}
+
+// Sample is a small artifact with its statements.
+type Sample struct {
+	Image    v1.Image
+	Digest   string
+	Identity bundle.Identity
+	// Kernel is the COS build that the statements are for.
+	Kernel  target.Kernel
+	Layers  []bundle.Layer
+	Bundles [][]byte
+}
+
+// SampleKernel is the COS build that [NewSample] is made for, with this last
+// number of its BUILD_ID.
+func SampleKernel(patch string) target.Kernel {
+	return target.Kernel{
+		BuildID: "17800.0." + patch, Board: "lakitu", Milestone: 109, Arch: target.AMD64,
+		Release: "6.1.0-" + patch + "-cloud-amd64", Version: "#1 SMP PREEMPT_DYNAMIC Debian " + patch,
+	}
+}
+
+// NewSample makes an artifact for a kernel and driver, signed with key. The
+// modules are no real ones; salt makes another artifact of the same identity.
+func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
+	t.Helper()
+	fp := sha256.Sum256([]byte("fingerprint of " + k.Release))
+	s := Sample{Kernel: k, Identity: bundle.Identity{
+		Fingerprint: target.Fingerprint("sha256:" + hex.EncodeToString(fp[:])),
+		Arch:        k.Arch, Release: k.Release, Vermagic: k.Release + " SMP preempt mod_unload modversions ", Driver: d,
+	}}
+	files := map[bundle.LayerKind]map[string]string{
+		bundle.LayerModules:   {"drivers/nvidia.ko": "\x7fELF nvidia " + k.Release + salt, "drivers/nvidia-uvm.ko": "\x7fELF uvm " + k.Release},
+		bundle.LayerUserspace: {"bin/nvidia-smi": "#! smi " + d.Version, "lib64/libnvidia-ml.so." + d.Version: "\x7fELF nvml " + d.Version, "share/LICENSE": "text"},
+		bundle.LayerFirmware:  {"firmware/nvidia/" + d.Version + "/gsp_tu10x.bin": "gsp " + d.Version},
+	}
+	for _, kind := range bundle.LayerKinds() {
+		dir := t.TempDir()
+		for name, content := range files[kind] {
+			path := filepath.Join(dir, name)
+			if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			mode := os.FileMode(0o644)
+			if strings.HasPrefix(name, "bin/") {
+				mode = 0o755
+			}
+			if err := os.WriteFile(path, []byte(content), mode); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if kind == bundle.LayerUserspace {
+			if err := os.Symlink("libnvidia-ml.so."+d.Version, filepath.Join(dir, "lib64/libnvidia-ml.so.1")); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l, err := bundle.PackLayer(t.Context(), dir, kind, filepath.Join(t.TempDir(), string(kind)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Layers = append(s.Layers, l)
+	}
+	var err error
+	if s.Image, err = bundle.Image(s.Identity, s.Layers); err != nil {
+		t.Fatal(err)
+	}
+	digest, err := s.Image.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Digest = digest.String()
+	s.Bundles = [][]byte{
+		key.Provenance(t, s.Digest, trust.Parameters{Kernel: k, Fingerprint: s.Identity.Fingerprint, Driver: d}),
+		key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: k, Fingerprint: s.Identity.Fingerprint}),
+	}
+	return s
+}
+
+// Expect returns what a node of the sample's kernel expects of it.
+func (s Sample) Expect() trust.Expect {
+	return trust.Expect{Digest: s.Digest, Kernel: s.Kernel, Driver: s.Identity.Driver, Identity: s.Identity}
+}
+
+// Publish puts the sample into a repository, with its statements and tags.
+func (s Sample) Publish(t testing.TB, repo *registry.Repository) {
+	t.Helper()
+	d, err := repo.Push(t.Context(), s.Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range s.Bundles {
+		if _, err := repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, b, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, tag := range []string{bundle.Tag(s.Identity), bundle.KernelTag(s.Kernel, s.Identity.Driver)} {
+		if err := repo.Tag(t.Context(), d, tag); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
