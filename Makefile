@@ -12,6 +12,8 @@ GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 GOVULNDB ?= https://vuln.go.dev
 
 FUZZTIME ?= 10s
+# All but the end-to-end tests, which need a mirror and virtual machines.
+PACKAGES = $$($(GO) list ./... | grep -v '/deploy/e2e$$')
 ARGS ?=
 
 # The C side of go-nvml is deprecated by its own header; the rest is Go's default.
@@ -42,12 +44,12 @@ test: setup build ## run all tests, the real compile and the virtual node among 
 	$(GO) test -timeout 80m ./...
 
 .PHONY: unit
-unit: ## run the quick tests only: nothing to install, no virtual machine
-	$(GO) test -short ./...
+unit: ## run the tests of single packages only, without the end-to-end ones
+	$(GO) test -short $(PACKAGES)
 
 .PHONY: race
-race: ## run the quick tests with the race detector
-	$(GO) test -race -short -timeout 30m ./...
+race: ## run the tests of single packages with the race detector
+	$(GO) test -race -short -timeout 30m $(PACKAGES)
 
 .PHONY: fuzz
 fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each

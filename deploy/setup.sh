@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the Debian packages that building, testing and the demo need, and
-# only those that are missing. Quiet and quick when nothing is.
+# only those that are missing. Quick when nothing is.
 #
 # usage: deploy/setup.sh [GROUP…]   groups: build, run, images; default: all
 set -euo pipefail
@@ -39,6 +39,7 @@ for package in "${wanted[@]}"; do
   [[ $installed == *" $package=installed "* ]] || missing+=("$package")
 done
 if ((${#missing[@]} == 0)); then
+  echo "setup: all ${#wanted[@]} packages are there" >&2
   exit 0
 fi
 
