@@ -1,0 +1,115 @@
+package discover_test
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/discover"
+)
+
+// notes is the smallest catalogue.
+type notes struct {
+	mu      sync.Mutex
+	kernels []api.Kernel
+	drivers []string
+}
+
+func (n *notes) Kernels(context.Context) ([]api.Kernel, error) { return nil, nil }
+
+func (n *notes) SawKernel(_ context.Context, k api.Kernel) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.kernels = append(n.kernels, k)
+	return nil
+}
+
+func (n *notes) SawDriver(_ context.Context, d api.DriverRelease) error {
+	n.drivers = append(n.drivers, d.Version)
+	return nil
+}
+
+func lay(t *testing.T, files map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range files {
+		name = filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return "file://" + dir
+}
+
+func TestLook(t *testing.T) {
+	t.Parallel()
+	commit := strings.Repeat("a", 40)
+	kernels := lay(t, map[string]string{
+		"17800.0.47/lakitu/kernel_commit":       commit + "\n",
+		"17800.0.47/lakitu/gpu_default_version": "535.261.03\n",
+		"17800.0.47/lakitu/gpu_latest_version":  "535.309.01\n",
+		"17800.0.50/lakitu/kernel_commit":       commit + "\n",
+		"17800.0.9/lakitu/kernel_commit":        commit + "\n",
+		"17800.0.51/lakitu/kernel_commit":       "no commit\n",
+		"latest/lakitu/kernel_commit":           commit + "\n",
+	})
+	drivers := lay(t, map[string]string{
+		"NVIDIA-Linux-x86_64-535.261.03.run":               "x",
+		"sha256/NVIDIA-Linux-x86_64-535.261.03.run.sha256": "x",
+		"NVIDIA-Linux-aarch64-535.261.03.run":              "x",
+		"NVIDIA-Linux-x86_64-535.309.01.run":               "x",
+		"NVIDIA-Linux-x86_64-.run":                         "x",
+		"README":                                           "x",
+	})
+	n := &notes{}
+	k, d, err := discover.Look(t.Context(), discover.Config{KernelMirror: kernels, DriverMirror: drivers, Catalogue: n, Newest: 3})
+	if k != 2 || d != 2 || !fault.Is(err, fault.Unsupported) {
+		t.Errorf("Look() = %d kernels, %d drivers, %v; want 2, 2 and trouble with one commit", k, d, err)
+	}
+	slices.SortFunc(n.kernels, func(a, b api.Kernel) int { return strings.Compare(a.BuildID, b.BuildID) })
+	kernel := func(id string) target.Kernel {
+		return target.Kernel{BuildID: id, Board: "lakitu", Commit: commit, Arch: target.AMD64}
+	}
+	want := []api.Kernel{
+		{Kernel: kernel("17800.0.47"), Default: "535.261.03", Latest: "535.309.01"},
+		{Kernel: kernel("17800.0.50")},
+	}
+	for i := range n.kernels {
+		n.kernels[i].Branches = nil
+	}
+	if diff := cmp.Diff(want, n.kernels); diff != "" {
+		t.Errorf("kernels (-want +got):\n%s", diff)
+	}
+	slices.Sort(n.drivers)
+	if diff := cmp.Diff([]string{"535.261.03", "535.309.01"}, n.drivers); diff != "" {
+		t.Errorf("drivers (-want +got):\n%s", diff)
+	}
+}
+
+func TestTroubleIsNotFatal(t *testing.T) {
+	t.Parallel()
+	n := &notes{}
+	drivers := lay(t, map[string]string{"NVIDIA-Linux-x86_64-535.261.03.run": "x"})
+	c := discover.Config{KernelMirror: "file:///does/not/exist", DriverMirror: drivers, Catalogue: n, Log: slog.New(slog.DiscardHandler)}
+	if k, d, err := discover.Look(t.Context(), c); k != 0 || d != 1 || err == nil {
+		t.Errorf("Look() = %d, %d, %v; want the driver and the trouble", k, d, err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	stop()
+	if err := discover.Run(ctx, c); err != nil {
+		t.Errorf("Run() = %v; want nil", err)
+	}
+}
