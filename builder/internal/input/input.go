@@ -1,0 +1,310 @@
+// Package input brings objects of a bucket into the cache: each is streamed,
+// verified against the checksum beside it, and recorded for provenance. An
+// object whose published checksum was met before is not fetched again.
+//
+// It refuses to keep bytes that differ from their checksum, and to hold an
+// object in memory.
+package input
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"io/fs"
+	"path"
+	"regexp"
+	"strings"
+	"sync"
+
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Source is what this package asks of a bucket.
+type Source interface {
+	Get(ctx context.Context, name string) (io.ReadCloser, cosbucket.Attrs, error)
+	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
+	URL(name string) string
+}
+
+// Material is one input of a build, as provenance names it.
+type Material struct {
+	Name   string `json:"name"`
+	URI    string `json:"uri"`
+	Digest string `json:"digest"` // sha256:…
+	Size   int64  `json:"size"`
+	// Unverified tells that the bucket has no checksum for this object: the
+	// digest says what was used, and nothing vouches for it.
+	Unverified bool `json:"unverified,omitempty"`
+}
+
+// Algorithm is how a checksum was made.
+type Algorithm string
+
+// The checksums that buckets publish.
+const (
+	MD5    Algorithm = "md5"
+	SHA256 Algorithm = "sha256"
+)
+
+func (a Algorithm) new() hash.Hash {
+	if a == MD5 {
+		return md5.New()
+	}
+	return sha256.New()
+}
+
+// Sum is a published checksum; the zero value is none.
+type Sum struct {
+	Algorithm Algorithm
+	Hex       string
+}
+
+// maxSum bounds a checksum file: one digest and a file name.
+const maxSum = 4 << 10
+
+// fetched is the kind of the facts "this bucket's object of this sum is that blob".
+const fetched = "fetched-v1"
+
+// attempts is how often an object is fetched when its stream breaks. The
+// bucket itself retries what fails before the first byte.
+const attempts = 3
+
+// reportEvery is how many bytes pass between two progress lines.
+const reportEvery = 64 << 20
+
+// Fetcher fetches from one bucket into one cache.
+type Fetcher struct {
+	Source Source
+	Cache  *cas.Cache
+	// Say is told about progress, a line at a time, never concurrently; may be nil.
+	Say func(string)
+
+	mu sync.Mutex
+}
+
+// Sayf reports a line of progress.
+func (f *Fetcher) Sayf(format string, args ...any) {
+	if f.Say == nil {
+		return
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.Say(fmt.Sprintf(format, args...))
+}
+
+var sumPattern = map[Algorithm]*regexp.Regexp{
+	MD5:    regexp.MustCompile(`^[0-9a-f]{32}$`),
+	SHA256: regexp.MustCompile(`^[0-9a-f]{64}$`),
+}
+
+// ParseSum reads a checksum file for the object: bare hex, or md5sum's
+// `hex  name` lines, of which the one that names the object counts.
+func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
+	base := path.Base(object)
+	for line := range bytes.Lines(text) {
+		fields := strings.Fields(string(line))
+		if len(fields) == 0 {
+			continue
+		}
+		sum := strings.ToLower(fields[0])
+		named := len(fields) == 2 && path.Base(strings.TrimPrefix(fields[1], "*")) == base
+		if sumPattern[a].MatchString(sum) && (len(fields) == 1 || named) {
+			return Sum{a, sum}, nil
+		}
+	}
+	return Sum{}, fault.New(fault.Checksum, fmt.Sprintf("read %s of %s: no line holds one", a, base),
+		"replace the checksum file by the digest in hex, or by a line of "+string(a)+"sum's")
+}
+
+// Sum reads the checksum file of an object; a missing file is InputMissing.
+func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) (Sum, error) {
+	text, err := f.Source.ReadSmall(ctx, sumName, maxSum)
+	if err != nil {
+		return Sum{}, err
+	}
+	return ParseSum(a, text, object)
+}
+
+// MD5Beside reads the .md5 file beside an object. Not every object has one:
+// then the sum is zero.
+func (f *Fetcher) MD5Beside(ctx context.Context, object string) (Sum, error) {
+	sum, err := f.Sum(ctx, MD5, cosbucket.MD5Name(object), object)
+	if fault.Is(err, fault.InputMissing) {
+		return Sum{}, nil
+	}
+	return sum, err
+}
+
+// fact is what is remembered of an object that was fetched.
+type fact struct {
+	Digest string `json:"digest"`
+	Size   int64  `json:"size"`
+}
+
+// key names a sum within its bucket: builds of one milestone share a toolchain
+// of gigabytes under as many names. Who could plant a colliding object in the
+// bucket could as well replace the object.
+func (f *Fetcher) key(name string, s Sum) string {
+	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
+}
+
+func (f *Fetcher) recall(name string, s Sum) (fact, bool) {
+	var known fact
+	raw, ok := f.Cache.Recall(fetched, f.key(name, s))
+	if !ok || s.Hex == "" || json.Unmarshal(raw, &known) != nil {
+		return fact{}, false
+	}
+	_, ok = f.Cache.Blob(known.Digest)
+	return known, ok
+}
+
+// Blob brings an object into the cache and returns what it is and where. With
+// a zero sum the object is checked against the md5 that the bucket's own
+// listing tells, and is marked as unverified where that is missing too.
+func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
+	known, ok := f.recall(name, sum)
+	if ok {
+		f.Sayf("%s: unchanged, from the cache", path.Base(name))
+	} else {
+		var err error
+		for try := 1; ; try++ {
+			known, sum, err = f.fetch(ctx, name, sum)
+			if err == nil {
+				break
+			}
+			if try == attempts || !fault.Is(err, fault.Transient) {
+				return Material{}, "", err
+			}
+			f.Sayf("%s: %v: trying again", path.Base(name), err)
+		}
+	}
+	m := Material{Name: path.Base(name), URI: f.Source.URL(name), Digest: known.Digest, Size: known.Size, Unverified: sum.Hex == ""}
+	file, ok := f.Cache.Blob(known.Digest)
+	if !ok {
+		return Material{}, "", fmt.Errorf("fetch %s: blob %s vanished from the cache", name, known.Digest)
+	}
+	return m, file, nil
+}
+
+// fetch downloads the object once and returns the sum that it was checked
+// against.
+func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, Sum, error) {
+	body, attrs, err := f.Source.Get(ctx, name)
+	if err != nil {
+		return fact{}, sum, err
+	}
+	defer body.Close()
+	if sum.Hex == "" && sumPattern[MD5].MatchString(attrs.MD5) {
+		sum = Sum{MD5, attrs.MD5}
+		if known, ok := f.recall(name, sum); ok {
+			f.Sayf("%s: unchanged, from the cache", path.Base(name))
+			return known, sum, nil
+		}
+	}
+	want := ""
+	if sum.Algorithm == SHA256 {
+		want = "sha256:" + sum.Hex
+	}
+	s := &stream{r: body, say: f.Sayf, name: path.Base(name), size: attrs.Size, sum: sum}
+	if sum.Hex != "" && want == "" {
+		s.hash = sum.Algorithm.new()
+	}
+	digest, size, err := f.Cache.PutBlob(ctx, s, want)
+	if err != nil {
+		if want != "" && fault.Is(err, fault.Checksum) {
+			err = mismatch(name, sum, err)
+		}
+		return fact{}, sum, fmt.Errorf("fetch %s: %w", f.Source.URL(name), err)
+	}
+	known := fact{digest, size}
+	f.Sayf("%s: fetched, %.1f MB", path.Base(name), float64(size)/1e6)
+	if sum.Hex == "" {
+		return known, sum, nil
+	}
+	raw, err := json.Marshal(known)
+	if err != nil {
+		return fact{}, sum, err
+	}
+	return known, sum, f.Cache.Remember(fetched, f.key(name, sum), raw)
+}
+
+func mismatch(name string, sum Sum, cause error) error {
+	return fault.Wrap(fault.Checksum, fmt.Errorf("%s differs from its published %s %s: %w", path.Base(name), sum.Algorithm, sum.Hex, cause),
+		"replace the object or its checksum in the bucket: one of the two is damaged")
+}
+
+// Small reads an object of a few bytes into memory, checked against the .md5
+// beside it.
+func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, Material, error) {
+	data, err := f.Source.ReadSmall(ctx, name, limit)
+	if err != nil {
+		return nil, Material{}, err
+	}
+	sum, err := f.MD5Beside(ctx, name)
+	if err != nil {
+		return nil, Material{}, err
+	}
+	if got := md5.Sum(data); sum.Hex != "" && hex.EncodeToString(got[:]) != sum.Hex {
+		return nil, Material{}, fmt.Errorf("fetch %s: %w", f.Source.URL(name), mismatch(name, sum, fmt.Errorf("content is %x", got)))
+	}
+	digest := sha256.Sum256(data)
+	m := Material{Name: path.Base(name), URI: f.Source.URL(name), Digest: "sha256:" + hex.EncodeToString(digest[:]), Size: int64(len(data)), Unverified: sum.Hex == ""}
+	return data, m, nil
+}
+
+// stream counts, hashes and reports a download. At its end it answers with an
+// error instead of io.EOF when the bytes are not those that were promised, so
+// that nothing is stored.
+type stream struct {
+	r    io.Reader
+	say  func(string, ...any)
+	name string
+	size int64 // promised; 0 is unknown
+	sum  Sum
+	hash hash.Hash // nil: checked elsewhere, or nothing to check against
+	n    int64
+}
+
+func (s *stream) Read(b []byte) (int, error) {
+	n, err := s.r.Read(b)
+	if s.hash != nil {
+		s.hash.Write(b[:n])
+	}
+	if before := s.n / reportEvery; (s.n+int64(n))/reportEvery > before && s.size > reportEvery {
+		s.say("%s: %d of %d MB", s.name, (s.n+int64(n))/1e6, s.size/1e6)
+	}
+	s.n += int64(n)
+	switch {
+	case err == nil:
+		return n, nil
+	case !errors.Is(err, io.EOF):
+		return n, broken(s.name, err)
+	case s.size > 0 && s.n < s.size:
+		return n, broken(s.name, fmt.Errorf("%d of %d bytes: %w", s.n, s.size, io.ErrUnexpectedEOF))
+	}
+	if s.hash != nil {
+		if got := hex.EncodeToString(s.hash.Sum(nil)); got != s.sum.Hex {
+			return n, mismatch(s.name, s.sum, fmt.Errorf("content is %s", got))
+		}
+	}
+	return n, io.EOF
+}
+
+// broken says that a stream which ended early may not do so the next time; an
+// error that has a kind, or a file's, keeps it.
+func broken(name string, err error) error {
+	var f *fault.Error
+	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+		return err
+	}
+	return fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err), "try again; check the network on the way to the bucket")
+}
