@@ -99,18 +99,18 @@ starts() {
   say "$image: $1: $(head -n 1 "$work/smoke.log" | tr -d '\r')"
 }
 enter builder
-starts builder --version
-starts fetcher --version
+starts builder version
+starts fetcher version
 starts bwrap --version
 # A machine with its network card, which needs a boot ROM that is easily forgotten.
 starts sh -c 'echo quit | timeout 60 qemu-system-x86_64 -accel tcg -machine q35 -display none -S \
   -netdev user,id=n -device virtio-net-pci,netdev=n -monitor stdio'
 buildah_ rm "$container" >/dev/null
 enter server
-starts /usr/local/bin/server --version
+starts /usr/local/bin/server version
 buildah_ rm "$container" >/dev/null
 enter fetcher
-starts /usr/local/bin/fetcher --version
+starts /usr/local/bin/fetcher version
 buildah_ rm "$container" >/dev/null
 
 printf '%-8s %10s %10s\n' image unpacked archive

@@ -286,11 +286,18 @@ func TestCloudInitFlags(t *testing.T) {
 	}
 }
 
-// words returns the names of a program's commands and flags: every Name of a
-// composite literal in its main package and in pkg/cli.
+// words returns the names of a program's commands and flags, as its main
+// package and pkg/cli write them: Name: "…" in a literal, or flag("…", …).
 func words(t *testing.T, program string) map[string]bool {
 	t.Helper()
 	found := map[string]bool{}
+	add := func(e ast.Expr) {
+		if lit, ok := e.(*ast.BasicLit); ok && lit.Kind == token.STRING {
+			if name, err := strconv.Unquote(lit.Value); err == nil {
+				found[name] = true
+			}
+		}
+	}
 	for _, dir := range []string{program, "pkg/cli"} {
 		paths, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
 		if err != nil || len(paths) == 0 {
@@ -302,15 +309,14 @@ func words(t *testing.T, program string) map[string]bool {
 				t.Fatal(err)
 			}
 			ast.Inspect(file, func(n ast.Node) bool {
-				kv, ok := n.(*ast.KeyValueExpr)
-				if !ok {
-					return true
-				}
-				key, ok := kv.Key.(*ast.Ident)
-				value, ok2 := kv.Value.(*ast.BasicLit)
-				if ok && ok2 && key.Name == "Name" && value.Kind == token.STRING {
-					if name, err := strconv.Unquote(value.Value); err == nil {
-						found[name] = true
+				switch n := n.(type) {
+				case *ast.KeyValueExpr:
+					if key, ok := n.Key.(*ast.Ident); ok && key.Name == "Name" {
+						add(n.Value)
+					}
+				case *ast.CallExpr:
+					if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "flag" && len(n.Args) > 0 {
+						add(n.Args[0])
 					}
 				}
 				return true
