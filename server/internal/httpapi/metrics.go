@@ -1,0 +1,128 @@
+package httpapi
+
+import (
+	"context"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/prebake/prebake/pkg/api"
+)
+
+// metrics has a registry of its own: the library's global one is shared with
+// whatever else is linked.
+type metrics struct {
+	registry *prometheus.Registry
+	took     *prometheus.HistogramVec
+}
+
+func newMetrics(c Config) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		took: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "prebake_http_request_seconds", Help: "Duration of HTTP requests by route, method and status.",
+			Buckets: []float64{.001, .005, .02, .1, .5, 2, 10, 60, 300},
+		}, []string{"route", "method", "status"}),
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "prebake_build_info", Help: "Version of the server.",
+		ConstLabels: prometheus.Labels{"version": c.Version}})
+	info.Set(1)
+	m.registry.MustRegister(m.took, info, &inventory{c}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
+}
+
+// measure records each request under the pattern of its route, which bounds
+// the number of series whatever clients ask for.
+func (m *metrics) measure(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		begin, seen := time.Now(), &statusWriter{ResponseWriter: w, status: http.StatusOK}
+		next.ServeHTTP(seen, r)
+		route := "none"
+		if rc := chi.RouteContext(r.Context()); rc != nil && rc.RoutePattern() != "" {
+			route = rc.RoutePattern()
+		}
+		method := r.Method
+		switch method {
+		case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete:
+		default:
+			method = "other"
+		}
+		m.took.WithLabelValues(route, method, strconv.Itoa(seen.status)).Observe(time.Since(begin).Seconds())
+	})
+}
+
+// statusWriter remembers the status; Unwrap keeps deadlines and flushing.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+	wrote  bool
+}
+
+func (s *statusWriter) Unwrap() http.ResponseWriter { return s.ResponseWriter }
+
+func (s *statusWriter) WriteHeader(status int) {
+	if !s.wrote {
+		s.status, s.wrote = status, true
+	}
+	s.ResponseWriter.WriteHeader(status)
+}
+
+func (s *statusWriter) Write(p []byte) (int, error) {
+	s.wrote = true
+	return s.ResponseWriter.Write(p)
+}
+
+// inventory counts builds, artifacts and jobs when it is asked.
+type inventory struct{ c Config }
+
+func inventoryDescs() (builds, artifacts, jobs *prometheus.Desc) {
+	return prometheus.NewDesc("prebake_builds", "Builds by state.", []string{"state"}, nil),
+		prometheus.NewDesc("prebake_artifacts", "Artifacts by state.", []string{"state"}, nil),
+		prometheus.NewDesc("prebake_queue_jobs", "Jobs in the build queue by state.", []string{"state"}, nil)
+}
+
+func (i *inventory) Describe(out chan<- *prometheus.Desc) {
+	builds, artifacts, jobs := inventoryDescs()
+	out <- builds
+	out <- artifacts
+	out <- jobs
+}
+
+func (i *inventory) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	builds, artifacts, jobs := inventoryDescs()
+	count := func(desc *prometheus.Desc, state string, n int) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, float64(n), state)
+	}
+	if counts, err := i.c.Store.CountBuilds(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(builds, err)
+	} else {
+		for _, state := range []api.State{api.Queued, api.Building, api.Published, api.Failed, api.Cancelled} {
+			count(builds, string(state), counts[state])
+		}
+	}
+	if counts, err := i.c.Store.CountArtifacts(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(artifacts, err)
+	} else {
+		for _, state := range []api.State{api.Published, api.Yanked} {
+			count(artifacts, string(state), counts[state])
+		}
+	}
+	if depth, err := i.c.Queue.Depth(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(jobs, err)
+	} else {
+		for state, n := range depth {
+			count(jobs, state, n)
+		}
+	}
+}

@@ -1,0 +1,144 @@
+package httpapi
+
+import (
+	"encoding/json"
+	"net/http"
+	"path"
+	"reflect"
+	"strings"
+
+	"github.com/danielgtaylor/huma/v2"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/ocistore"
+)
+
+// problem is an error answer in the shape that the router wants: a status, a
+// media type, and our members.
+type problem struct{ api.Problem }
+
+func (p *problem) Error() string             { return p.Detail }
+func (p *problem) GetStatus() int            { return p.Status }
+func (p *problem) ContentType(string) string { return "application/problem+json" }
+
+// problemOf maps a fault by its kind. What is wrong inside the server is not
+// told to the outside.
+func problemOf(err error) api.Problem {
+	kind := fault.Of(err)
+	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
+	if kind == fault.Internal {
+		p.Detail = "internal error; the server's log has the cause"
+	}
+	return p
+}
+
+func asProblem(err error) huma.StatusError { return &problem{problemOf(err)} }
+
+// reshape turns the router's own refusals (a body that is no JSON, a missing
+// member) into our shape, so that clients see one kind of error.
+func reshape(_ huma.Context, _ string, v any) (any, error) {
+	m, ok := v.(*huma.ErrorModel)
+	if !ok {
+		return v, nil
+	}
+	var detail []string
+	for _, e := range m.Errors {
+		text := e.Message
+		if e.Location != "" {
+			text = e.Location + ": " + text
+		}
+		detail = append(detail, text)
+	}
+	if len(detail) == 0 {
+		detail = []string{m.Detail}
+	}
+	kind := fault.Usage
+	if m.Status >= http.StatusInternalServerError {
+		kind = fault.Internal
+	}
+	return &problem{api.Problem{Title: m.Title, Status: m.Status, Kind: kind, Detail: strings.Join(detail, "; "),
+		Hint: "the members are described in /openapi.json"}}, nil
+}
+
+func writeProblem(w http.ResponseWriter, p api.Problem) {
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.WriteHeader(p.Status)
+	_ = json.NewEncoder(w).Encode(p) // the client is gone; there is nobody to tell
+}
+
+func writeText(w http.ResponseWriter, status int, text string) {
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	w.WriteHeader(status)
+	_, _ = w.Write([]byte(text)) // as above
+}
+
+// unauthorized is the answer to a write without the token.
+func unauthorized() api.Problem {
+	return api.Problem{Title: "Unauthorized", Status: http.StatusUnauthorized, Kind: fault.Usage,
+		Detail: "this call needs the server's token", Hint: "send it as Authorization: Bearer TOKEN; the server logs where it keeps it"}
+}
+
+func allowed(authorization, token string) bool {
+	given, ok := strings.CutPrefix(authorization, "Bearer ")
+	return ok && ocistore.Same(given, token)
+}
+
+// checkSecurity guards the routes of the table that have Security.
+func checkSecurity(a huma.API, token string) func(huma.Context, func(huma.Context)) {
+	return func(ctx huma.Context, next func(huma.Context)) {
+		if len(ctx.Operation().Security) == 0 || allowed(ctx.Header("Authorization"), token) {
+			next(ctx)
+			return
+		}
+		p := unauthorized()
+		ctx.SetHeader("Www-Authenticate", `Bearer realm="prebake"`)
+		ctx.SetHeader("Content-Type", "application/problem+json")
+		ctx.SetStatus(p.Status)
+		_ = a.Marshal(ctx.BodyWriter(), "application/json", p) // the client is gone
+	}
+}
+
+// needToken guards the routes outside of the table.
+func needToken(token string) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !allowed(r.Header.Get("Authorization"), token) {
+				w.Header().Set("Www-Authenticate", `Bearer realm="prebake"`)
+				writeProblem(w, unauthorized())
+				return
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
+}
+
+// apiConfig describes the API. The router's default would add $schema members
+// to answers and a documentation page that loads scripts from elsewhere.
+func apiConfig(version string) huma.Config {
+	names := func(t reflect.Type, hint string) string {
+		name := huma.DefaultSchemaNamer(t, hint)
+		for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
+			t = t.Elem()
+		}
+		if path.Base(t.PkgPath()) == "target" { // api.Kernel and target.Kernel are two things
+			return "Target" + name
+		}
+		return name
+	}
+	return huma.Config{
+		OpenAPI: &huma.OpenAPI{
+			OpenAPI: "3.1.0",
+			Info:    &huma.Info{Title: "Prebake", Version: version, Description: "NVIDIA drivers for COS, built ahead."},
+			Components: &huma.Components{
+				Schemas:         huma.NewMapRegistry("#/components/schemas/", names),
+				SecuritySchemes: map[string]*huma.SecurityScheme{"token": {Type: "http", Scheme: "bearer"}},
+			},
+		},
+		OpenAPIPath:      "/openapi",
+		Formats:          map[string]huma.Format{"application/json": huma.DefaultJSONFormat, "json": huma.DefaultJSONFormat},
+		DefaultFormat:    "application/json",
+		NoFormatFallback: false,
+		Transformers:     []huma.Transformer{reshape},
+	}
+}

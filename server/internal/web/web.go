@@ -1,0 +1,276 @@
+// Package web is the server's pages for people: the matrix of kernels and
+// drivers, and one page for each build. They are made of templates and one
+// style sheet, all embedded. It refuses scripts, anything from other hosts, and
+// to change anything.
+package web
+
+import (
+	"bytes"
+	"context"
+	"embed"
+	"fmt"
+	"html/template"
+	"log/slog"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
+)
+
+//go:embed pages/*.html assets/*
+var files embed.FS
+
+// reader is what the pages read; package catalogue has it.
+type reader interface {
+	Matrix(ctx context.Context) (*catalogue.Matrix, error)
+	Artifacts(ctx context.Context) ([]api.Artifact, error)
+	Builds(ctx context.Context, state api.State) ([]api.Build, error)
+	Build(ctx context.Context, id int64) (api.Build, error)
+}
+
+type pages struct {
+	reader reader
+	log    *slog.Logger
+	tmpl   *template.Template
+}
+
+// New returns the pages /, /builds/{id} and /assets/.
+func New(r reader, log *slog.Logger) (http.Handler, error) {
+	tmpl, err := template.New("").Funcs(template.FuncMap{
+		"mark":  mark,
+		"label": label,
+		"short": short,
+		"when":  func(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") },
+		"date":  func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
+		"secs":  func(s float64) string { return strconv.FormatFloat(s, 'f', 2, 64) },
+	}).ParseFS(files, "pages/*.html")
+	if err != nil {
+		return nil, fmt.Errorf("parse pages: %w", err)
+	}
+	p := &pages{reader: r, log: log, tmpl: tmpl}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /{$}", p.matrix)
+	mux.HandleFunc("GET /builds/{id}", p.build)
+	mux.Handle("GET /assets/", cached(http.FileServerFS(files)))
+	return mux, nil
+}
+
+func cached(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Cache-Control", "public, max-age=300")
+		next.ServeHTTP(w, r)
+	})
+}
+
+// mark is a sign for a state, for readers who do not see the colours.
+func mark(s api.State) string {
+	switch s {
+	case api.Published:
+		return "✓"
+	case api.Building:
+		return "⚙"
+	case api.Queued:
+		return "…"
+	case api.Failed:
+		return "✗"
+	case api.Yanked:
+		return "⊘"
+	case api.Unsupported, api.Cancelled:
+		return "–"
+	}
+	return "·"
+}
+
+// label is a state in the words of the page.
+func label(s api.State) string {
+	if s == api.Unknown {
+		return "not built"
+	}
+	return string(s)
+}
+
+// short cuts a digest or fingerprint to what people compare at a glance.
+func short(v any) string {
+	text := strings.TrimPrefix(fmt.Sprint(v), "sha256:")
+	return text[:min(12, len(text))]
+}
+
+// legend explains the states in the order of a build's life.
+type legend struct {
+	State api.State
+	Text  string
+}
+
+type matrixPage struct {
+	*catalogue.Matrix
+	Rows      []row
+	Legend    []legend
+	Artifacts []artifact
+	Recent    []api.Build
+}
+
+type row struct {
+	Kernel api.Kernel
+	Cells  [][]cell
+}
+
+type cell struct {
+	catalogue.Cell
+	// Link leads to the build or the artifact; Why is the tooltip.
+	Link, Why string
+}
+
+type artifact struct {
+	api.Artifact
+	Ref string
+}
+
+// maxRecent bounds the list of builds on the first page.
+const maxRecent = 12
+
+func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
+	m, err := p.reader.Matrix(r.Context())
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	artifacts, err := p.reader.Artifacts(r.Context())
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	recent, err := p.reader.Builds(r.Context(), "")
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	page := matrixPage{Matrix: m, Recent: recent[:min(maxRecent, len(recent))], Legend: []legend{
+		{api.Published, "signed and ready to install"},
+		{api.Building, "a builder works on it"},
+		{api.Queued, "waits for a builder"},
+		{api.Failed, "the last build failed; its page says how"},
+		{api.Yanked, "withdrawn, do not use"},
+		{api.Cancelled, "called off"},
+		{api.Unsupported, "cannot be built"},
+		{api.Unknown, "nobody asked for it yet"},
+	}}
+	for i, k := range m.Kernels {
+		line := row{Kernel: k}
+		for j := range m.Drivers {
+			var both []cell
+			for _, c := range m.Cells[i][j] {
+				both = append(both, cell{c, link(c), why(k, c)})
+			}
+			line.Cells = append(line.Cells, both)
+		}
+		page.Rows = append(page.Rows, line)
+	}
+	for _, a := range artifacts {
+		page.Artifacts = append(page.Artifacts, artifact{a, reference(r.Host, a)})
+	}
+	p.render(w, r, http.StatusOK, "matrix.html", page)
+}
+
+func link(c catalogue.Cell) string {
+	switch {
+	case c.State == api.Published || c.State == api.Yanked && c.Digest != "":
+		return "#" + anchor(c.Digest)
+	case c.Build != nil:
+		return "/builds/" + strconv.FormatInt(c.Build.ID, 10)
+	}
+	return ""
+}
+
+func anchor(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
+
+func why(k api.Kernel, c catalogue.Cell) string {
+	text := fmt.Sprintf("%s, driver %s: %s", k, target.Driver{Version: c.Driver.Version, Flavour: c.Flavour}, label(c.State))
+	if c.Reason != "" {
+		text += ". " + c.Reason
+	}
+	return text
+}
+
+// reference is what a stock client pulls. A repository without a host is on
+// this server, under the name that the reader reached it by.
+func reference(host string, a api.Artifact) string {
+	repo := a.Repository
+	if strings.HasPrefix(repo, "/") {
+		repo = host + repo
+	}
+	return repo + "@" + a.Digest
+}
+
+// Anchor is the artifact's place on the page.
+func (a artifact) Anchor() string { return anchor(a.Digest) }
+
+type buildPage struct {
+	api.Build
+	Ref, Total string
+	HasLog     bool
+}
+
+func (p *pages) build(w http.ResponseWriter, r *http.Request) {
+	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
+	if err != nil {
+		p.fail(w, r, fault.New(fault.InputMissing, "there is no such build", ""))
+		return
+	}
+	b, err := p.reader.Build(r.Context(), id)
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published}
+	var total float64
+	for _, phase := range b.Phases {
+		total += phase.Seconds
+	}
+	page.Total = strconv.FormatFloat(total, 'f', 2, 64)
+	if b.Digest != "" {
+		artifacts, err := p.reader.Artifacts(r.Context())
+		if err != nil {
+			p.fail(w, r, err)
+			return
+		}
+		for _, a := range artifacts {
+			if a.Digest == b.Digest {
+				page.Ref = reference(r.Host, a)
+			}
+		}
+	}
+	p.render(w, r, http.StatusOK, "build.html", page)
+}
+
+type failPage struct{ Title, Text, Hint string }
+
+func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
+	kind := fault.Of(err)
+	page := failPage{Title: kind.What(), Text: err.Error(), Hint: fault.Hint(err)}
+	if kind == fault.Internal {
+		page.Text = "The server's log has the cause."
+	}
+	if kind.HTTPStatus() >= http.StatusInternalServerError {
+		p.log.ErrorContext(r.Context(), "page failed", "path", r.URL.Path, "err", err)
+	}
+	p.render(w, r, kind.HTTPStatus(), "fail.html", page)
+}
+
+// render makes the whole page first: half a page would look like an answer.
+func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
+	var out bytes.Buffer
+	if err := p.tmpl.ExecuteTemplate(&out, name, data); err != nil {
+		p.log.ErrorContext(r.Context(), "page not rendered", "path", r.URL.Path, "err", err)
+		http.Error(w, "internal error; the server's log has the cause", http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "text/html; charset=utf-8")
+	w.Header().Set("Cache-Control", "no-store")
+	w.WriteHeader(status)
+	_, _ = out.WriteTo(w) // the client is gone; there is nobody to tell
+}

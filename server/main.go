@@ -1,0 +1,66 @@
+// Command server is Prebake's catalogue, build queue and registry in one
+// process that needs no service beside it. It holds no rule of its own: this
+// package wires the parts together and prints what the API answers.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"runtime"
+	"runtime/debug"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+func main() { cli.Main(program()) }
+
+// program is the whole command tree.
+func program() *ucli.Command {
+	return &ucli.Command{
+		Name:  "server",
+		Usage: "keep the catalogue of COS kernels and NVIDIA drivers, queue builds, serve artifacts",
+		Description: "Start it with \"server serve\". The other commands ask a running server (--server)\n" +
+			"and print tables, or JSON with --output json.",
+		Commands: []*ucli.Command{
+			serveCommand(),
+			kernelsCommand(), driversCommand(), artifactsCommand(), buildsCommand(), buildCommand(), resolveCommand(),
+			requestCommand(), yankCommand(), unyankCommand(),
+			versionCommand(),
+		},
+	}
+}
+
+// version is what the toolchain recorded: the module version of a release, or
+// the commit of a build from a checkout.
+func version() string {
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return "unknown"
+	}
+	v := info.Main.Version
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" && (v == "" || v == "(devel)") {
+			v = "devel-" + s.Value[:min(12, len(s.Value))]
+		}
+	}
+	if v == "" {
+		return "(devel)"
+	}
+	return v
+}
+
+func versionCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "version", Usage: "print the version", Flags: []ucli.Flag{cli.OutputFlag()},
+		Action: func(_ context.Context, cmd *ucli.Command) error {
+			v := map[string]string{"version": version(), "go": runtime.Version()}
+			return cli.Print(cmd, v, func(w io.Writer) error {
+				_, err := fmt.Fprintf(w, "server %s (%s)\n", v["version"], v["go"])
+				return err
+			})
+		},
+	}
+}

@@ -1,0 +1,230 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/gofrs/flock"
+	ucli "github.com/urfave/cli/v3"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/discover"
+	"github.com/prebake/prebake/server/internal/httpapi"
+	"github.com/prebake/prebake/server/internal/jobs"
+	"github.com/prebake/prebake/server/internal/ocistore"
+	"github.com/prebake/prebake/server/internal/store"
+	"github.com/prebake/prebake/server/internal/web"
+)
+
+// settings are the flags of serve, resolved.
+type settings struct {
+	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
+	DiscoverEvery, Grace                                                                          time.Duration
+}
+
+func serveCommand() *ucli.Command {
+	flag := func(name, value, usage string) ucli.Flag {
+		return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: cli.Env(name)}
+	}
+	return &ucli.Command{
+		Name: "serve", Usage: "run the server until it is told to stop",
+		Flags: append([]ucli.Flag{
+			flag("listen", "127.0.0.1:8440", "`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it"),
+			flag("data", "", "`FOLDER` of everything the server keeps (default: $XDG_STATE_HOME/prebake, or /var/lib/prebake for root)"),
+			flag("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://… (default: DATA/catalogue.db)"),
+			flag("queue", "", "build queue's `URL` (default: DATA/queue.db, or the database when that is postgres)"),
+			flag("kernel-mirror", "", "bucket `URL` of COS releases (gs://, https://, file://) to discover kernels in"),
+			flag("driver-mirror", "", "bucket `URL` of NVIDIA runfiles to discover drivers in"),
+			flag("public-repository", "/prebake/driver", "`REPOSITORY` that builders publish to; one that begins with / is on this server"),
+			flag("token", "", "`TOKEN` that opens writing; prefer --token-file"),
+			flag("token-file", "", "`FILE` with the token (default: DATA/token, made at the first start)"),
+			&ucli.DurationFlag{Name: "discover-interval", Value: 15 * time.Minute, Usage: "`PAUSE` between looks at the mirrors", Sources: cli.Env("discover-interval")},
+			&ucli.DurationFlag{Name: "grace", Value: 20 * time.Second, Usage: "`TIME` that running requests get when the server stops", Sources: cli.Env("grace")},
+		}, cli.LogFlags()...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			log, err := cli.Logger(cmd)
+			if err != nil {
+				return err
+			}
+			s := settings{
+				Listen: cmd.String("listen"), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
+				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
+				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
+				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
+			}
+			if err := s.complete(); err != nil {
+				return err
+			}
+			return serve(ctx, s, log)
+		},
+	}
+}
+
+// complete fills in what depends on other settings.
+func (s *settings) complete() error {
+	if s.Data == "" {
+		dir, err := stateDir()
+		if err != nil {
+			return err
+		}
+		s.Data = dir
+	}
+	var err error
+	if s.Data, err = filepath.Abs(s.Data); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("data folder: %w", err), "give --data as an absolute path")
+	}
+	if s.Database == "" {
+		s.Database = "sqlite://" + filepath.Join(s.Data, "catalogue.db")
+	}
+	if s.Queue == "" {
+		s.Queue = s.Database
+		if strings.HasPrefix(s.Database, "sqlite://") {
+			// A file of its own: builders write to it all the time, and the
+			// catalogue need not wait for them.
+			s.Queue = "sqlite://" + filepath.Join(s.Data, "queue.db")
+		}
+	}
+	if s.PublicRepository == "" {
+		return fault.New(fault.Usage, "public repository is empty", "use --public-repository /prebake/driver, or a repository of your registry")
+	}
+	return nil
+}
+
+func stateDir() (string, error) {
+	if dir := os.Getenv("XDG_STATE_HOME"); dir != "" {
+		return filepath.Join(dir, "prebake"), nil
+	}
+	if os.Geteuid() == 0 {
+		return "/var/lib/prebake", nil
+	}
+	home, err := os.UserHomeDir()
+	if err != nil {
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("choose data folder: %w", err), "give --data FOLDER")
+	}
+	return filepath.Join(home, ".local/state/prebake"), nil
+}
+
+// serve opens the parts from the bottom up, runs them, and closes them in the
+// opposite order.
+func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
+	closing := func(what string, f func() error) {
+		if cerr := f(); cerr != nil {
+			err = errors.Join(err, fmt.Errorf("close %s: %w", what, cerr))
+		}
+	}
+	if err := os.MkdirAll(s.Data, 0o750); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("make data folder: %w", err), "give --data a folder that this user may write")
+	}
+	lock := flock.New(filepath.Join(s.Data, "lock"))
+	locked, err := lock.TryLock()
+	if err != nil {
+		return fmt.Errorf("lock data folder: %w", err)
+	}
+	if !locked {
+		return fault.New(fault.Busy, "data folder "+s.Data+" is in use by another server", "stop that one, or give --data another folder")
+	}
+	defer closing("lock", lock.Close)
+	token, err := loadToken(s, log)
+	if err != nil {
+		return err
+	}
+	db, err := store.Open(ctx, s.Database)
+	if err != nil {
+		return err
+	}
+	defer closing("catalogue", db.Close)
+	q, err := queue.Open(ctx, s.Queue)
+	if err != nil {
+		return err
+	}
+	defer closing("queue", q.Close)
+	q.SetLogger(log)
+	logs, err := store.OpenLogs(filepath.Join(s.Data, "logs"))
+	if err != nil {
+		return err
+	}
+	defer closing("logs", logs.Close)
+	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), createOnly)
+	if err != nil {
+		return err
+	}
+	defer closing("registry", registry.Close)
+	cat := catalogue.New(catalogue.Config{
+		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository,
+		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Log: log,
+	})
+	pages, err := web.New(cat, log)
+	if err != nil {
+		return err
+	}
+	handler := httpapi.New(httpapi.Config{
+		Catalogue: cat, Store: db, Queue: q, Token: token, Version: version(), Log: log,
+		Registry: ocistore.Handler(registry, token, log), Pages: pages,
+	})
+	listener, err := net.Listen("tcp", s.Listen)
+	if err != nil {
+		return fault.Wrap(fault.Busy, fmt.Errorf("listen: %w", err), "give --listen a free address, or port 0")
+	}
+	address := listener.Addr().String()
+	addressFile := filepath.Join(s.Data, "address")
+	if err := os.WriteFile(addressFile, []byte("http://"+address+"\n"), 0o644); err != nil {
+		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())
+	}
+	defer closing("address", func() error { return os.Remove(addressFile) })
+
+	group, running := errgroup.WithContext(ctx)
+	server := &http.Server{
+		Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	group.Go(func() error {
+		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+			return fmt.Errorf("serve: %w", err)
+		}
+		return nil
+	})
+	group.Go(func() error {
+		sweeper := &jobs.Sweeper{Catalogue: cat, Queue: q, Log: log}
+		return sweeper.Run(running)
+	})
+	group.Go(func() error {
+		return discover.Run(running, discover.Config{KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror,
+			Every: s.DiscoverEvery, Catalogue: cat, Log: log})
+	})
+	group.Go(func() error {
+		<-running.Done()
+		// Two steps: no new requests, then, after the grace, no old ones.
+		log.Info("server stopping", "grace", s.Grace)
+		patience, cancel := context.WithTimeout(context.WithoutCancel(ctx), s.Grace)
+		defer cancel()
+		if err := server.Shutdown(patience); err != nil {
+			return server.Close()
+		}
+		return nil
+	})
+	log.Info("server ready", "url", "http://"+address, "data", s.Data, "version", version())
+	return group.Wait()
+}
+
+// fallbackTag is the tag under which clients that know no referrers API keep a
+// list of them; it must move.
+var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
+
+// createOnly protects the tags of Prebake's own repositories: what a tag named
+// once, it names for ever.
+func createOnly(repo, tag string) bool {
+	return strings.HasPrefix(repo, "prebake/") && !fallbackTag.MatchString(tag)
+}

@@ -1,0 +1,62 @@
+package main
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// loadToken returns the token from the flag, the file, or DATA/token, which is
+// made with a random one at the first start. The value is never logged.
+func loadToken(s settings, log *slog.Logger) (string, error) {
+	if s.Token != "" {
+		return s.Token, checkToken(s.Token, "--token")
+	}
+	if s.TokenFile != "" {
+		return readToken(s.TokenFile)
+	}
+	name := filepath.Join(s.Data, "token")
+	token, err := readToken(name)
+	if err == nil {
+		log.Info("token read", "file", name)
+		return token, nil
+	}
+	if !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	token = rand.Text()
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return "", fmt.Errorf("make token: %w", err)
+	}
+	_, err = f.WriteString(token + "\n")
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return "", fmt.Errorf("make token: %w", err)
+	}
+	log.Info("token made", "file", name)
+	return token, nil
+}
+
+// readToken reads the first line of a file.
+func readToken(name string) (string, error) {
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "give --token-file a readable file with the token")
+	}
+	token := strings.TrimSpace(string(raw))
+	return token, checkToken(token, name)
+}
+
+func checkToken(token, where string) error {
+	if len(token) < 16 || strings.ContainsAny(token, " \t\r\n") {
+		return fault.New(fault.Usage, "token in "+where+" is not one word of 16 letters or more", "make one: openssl rand -hex 16")
+	}
+	return nil
+}
