@@ -41,6 +41,7 @@ func FuzzFormatRecord(f *testing.F) {
 	f.Add("6,339,5140900,-;text\n SUBSYSTEM=pci")
 	f.Add(`3,1,18446744073709551615,-;\x0a\x`)
 	f.Add(";;;")
+	f.Add(",,0;0\r0")
 	f.Fuzz(func(t *testing.T, record string) {
 		if len(record) > 1<<14 {
 			return

@@ -70,21 +70,25 @@ func formatRecord(record string) (string, bool) {
 }
 
 // unescape undoes the \xHH that the kernel writes for each unprintable byte. A
-// newline becomes a space: the text stays one line.
+// control character becomes a space: the text stays one line.
 func unescape(text string) string {
 	var out strings.Builder
 	for i := 0; i < len(text); i++ {
 		if text[i] == '\\' && i+3 < len(text) && text[i+1] == 'x' {
 			if b, err := strconv.ParseUint(text[i+2:i+4], 16, 8); err == nil {
-				if b == '\n' || b == '\r' {
-					b = ' '
-				}
-				out.WriteByte(byte(b))
+				out.WriteByte(printable(byte(b)))
 				i += 3
 				continue
 			}
 		}
-		out.WriteByte(text[i])
+		out.WriteByte(printable(text[i]))
 	}
 	return strings.TrimSpace(out.String())
+}
+
+func printable(b byte) byte {
+	if b < ' ' {
+		return ' '
+	}
+	return b
 }
