@@ -125,6 +125,9 @@ func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
 		return fault.New(fault.Mismatch, fmt.Sprintf("ask server: asked for %s %s, got %s", what, want, got), "check that --server names the right server")
 	}
+	if _, err := target.ParseFingerprint(a.Digest); err != nil { // digests have the same form
+		return fault.New(fault.Unverified, fmt.Sprintf("ask server: digest %.80q: want sha256: and 64 hex digits", a.Digest), "check that --server names the right server")
+	}
 	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
 		return fault.Wrap(fault.Mismatch, fmt.Errorf("ask server: %w", err), "update the server")
 	}

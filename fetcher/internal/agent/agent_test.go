@@ -1,0 +1,415 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/devnode"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+const (
+	buildA, buildB = "17800.0.47", "17800.0.50"
+	oldVersion     = "535.100.01"
+	newVersion     = "535.261.03"
+	installDir     = "home/kubernetes/bin/nvidia"
+)
+
+// kernel is a recording stand-in for the module system calls. It keeps the
+// fake /proc and /sys as a kernel would.
+type kernel struct {
+	root string
+	// refuse maps a module's name to the errno of its next insertions.
+	refuse map[string]syscall.Errno
+	flavor target.Flavour
+
+	mu    sync.Mutex
+	calls []string
+	log   []string
+}
+
+func (k *kernel) InitModule(image []byte, params string) error {
+	m, err := modinfo.Read(bytes.NewReader(image), int64(len(image)))
+	if err != nil {
+		return syscall.ENOEXEC
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.calls = append(k.calls, strings.TrimSpace("load "+m.Name+" "+m.Version+" "+params))
+	if errno, ok := k.refuse[m.Name+" "+m.Version]; ok {
+		k.log = append(k.log, "<4>[    9.000001] NVRM: "+m.Name+" says "+errno.Error())
+		return errno
+	}
+	if m.Name == "nvidia" {
+		k.must(os.MkdirAll(filepath.Join(k.root, "proc/driver/nvidia"), 0o755))
+		k.must(os.WriteFile(filepath.Join(k.root, "proc/driver/nvidia/version"),
+			[]byte("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "+m.Version+"  Release Build  (builder@host)\n"), 0o644))
+	}
+	k.must(os.MkdirAll(filepath.Join(k.root, "sys/module", m.Name), 0o755))
+	k.must(os.WriteFile(filepath.Join(k.root, "sys/module", m.Name, "version"), []byte(m.Version+"\n"), 0o644))
+	return k.modules(func(lines []string) []string {
+		return append([]string{m.Name + " 4096 0 - Live 0x0000000000000000 (O)"}, lines...)
+	})
+}
+
+func (k *kernel) DeleteModule(name string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.calls = append(k.calls, "unload "+name)
+	k.must(os.RemoveAll(filepath.Join(k.root, "sys/module", name)))
+	if name == "nvidia" {
+		k.must(os.RemoveAll(filepath.Join(k.root, "proc/driver/nvidia")))
+	}
+	return k.modules(func(lines []string) []string {
+		var rest []string
+		for _, line := range lines {
+			if !strings.HasPrefix(line, name+" ") {
+				rest = append(rest, line)
+			}
+		}
+		return rest
+	})
+}
+
+func (k *kernel) Log() ([]string, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return append([]string{"<6>[    0.000000] Linux version 6.1.77+"}, k.log...), nil
+}
+
+func (k *kernel) modules(edit func([]string) []string) error {
+	path := filepath.Join(k.root, "proc/modules")
+	raw, err := os.ReadFile(path)
+	k.must(err)
+	lines := edit(strings.Split(strings.TrimSpace(string(raw)), "\n"))
+	return os.WriteFile(path, []byte(strings.Join(lines, "\n")+"\n"), 0o644)
+}
+
+func (k *kernel) must(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// nodes records the device files that were asked for.
+type nodes struct{ made []string }
+
+func (n *nodes) Make(_ string, d devnode.Node) error {
+	n.made = append(n.made, d.Name)
+	return nil
+}
+
+// probe answers as NVML does with this many GPUs, in the installed version.
+type probe struct {
+	root    string
+	devices int
+}
+
+func (p probe) Probe(context.Context) (gpucheck.NVML, error) {
+	to, err := os.Readlink(filepath.Join(p.root, installDir, "lib64/libnvidia-ml.so.1"))
+	if err != nil {
+		return gpucheck.NVML{}, err
+	}
+	return gpucheck.NVML{Version: strings.TrimPrefix(to, "libnvidia-ml.so."), CUDA: "12.2", Devices: make([]gpucheck.Device, p.devices)}, nil
+}
+
+// finder names one artifact, as a server would.
+type finder struct {
+	answer resolve.Answer
+	err    error
+}
+
+func (f finder) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	return f.answer, f.err
+}
+
+// node is everything that one test runs on.
+type node struct {
+	root   string
+	kernel *kernel
+	nodes  *nodes
+	cfg    agent.Config
+	parts  agent.Parts
+}
+
+func newNode(t *testing.T, c sample.Cell, gpus int, key *testkit.Key) *node {
+	t.Helper()
+	root := sample.Root(t, c, gpus)
+	n := &node{root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
+	n.cfg = agent.Config{HostRoot: root, InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
+	n.parts = agent.Parts{
+		Verifier: key.Verifier(t), Root: os.DirFS(root), Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus},
+		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now,
+		Open: func(ref string) (agent.Repository, error) { return registry.Open(ref, registry.Options{Plain: true}) },
+		LocalVerifier: func(pem []byte) (agent.Verifier, error) {
+			keys, err := trust.ParsePublicKeys(pem)
+			if err != nil {
+				return nil, err
+			}
+			return trust.NewVerifier(trust.Policy{Keys: keys})
+		},
+	}
+	return n
+}
+
+// run runs one pass; ref and digest are what the finder names.
+func (n *node) run(t *testing.T, ref, digest string, d target.Driver) (*agent.Report, error) {
+	t.Helper()
+	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref, Digest: digest}}
+	return n.runAs(t)
+}
+
+func (n *node) runAs(t *testing.T) (*agent.Report, error) {
+	t.Helper()
+	n.parts.Line = &timeline.Run{}
+	n.kernel.calls, n.nodes.made = nil, nil
+	r, err := agent.New(n.cfg, n.parts).Run(t.Context())
+	if r == nil {
+		t.Fatal("Run returned no report")
+	}
+	return r, err
+}
+
+// tree lists what an observer sees below the install folder: top-level links
+// resolved to a file's content. Our own folder is left out.
+func (n *node) tree(t *testing.T) map[string]string {
+	t.Helper()
+	seen := map[string]string{}
+	dir := filepath.Join(n.root, installDir)
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return seen
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if e.Name() == ".prebake" || e.Name() == ".cache" {
+			continue
+		}
+		sub, err := filepath.EvalSymlinks(filepath.Join(dir, e.Name()))
+		if err != nil {
+			t.Fatalf("%s leads nowhere: %v", e.Name(), err)
+		}
+		err = filepath.WalkDir(sub, func(path string, d fs.DirEntry, err error) error {
+			if err != nil || !d.Type().IsRegular() {
+				return err
+			}
+			raw, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			rel, err := filepath.Rel(sub, path)
+			if filepath.Ext(path) == ".ko" {
+				raw = []byte("module")
+			}
+			seen[filepath.Join(e.Name(), rel)] = string(raw)
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return seen
+}
+
+// leftovers lists staging folders and layers that no set names.
+func (n *node) leftovers(t *testing.T) []string {
+	t.Helper()
+	left, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", "tmp-*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return left
+}
+
+func layout(t *testing.T) string { return "oci:" + filepath.Join(t.TempDir(), "layout") }
+
+func TestInstall(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	ref := testkit.Registry(t, true) + "/prebake/driver"
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.cfg.ModuleParams = map[string]string{"nvidia": "NVreg_Foo=1"}
+
+	r, err := n.run(t, ref, p.Digest, c.Driver)
+	if err != nil {
+		t.Fatalf("Run = %v; want nil", err)
+	}
+	if r.Verdict.State != gpucheck.Ready || !r.Changed || r.FetchedBytes == 0 || r.CachedBytes != 0 {
+		t.Errorf("report = %+v; want ready, changed and fetched", r)
+	}
+	want := []string{"load nvidia " + newVersion + " NVreg_Foo=1", "load nvidia_uvm " + newVersion, "load nvidia_modeset " + newVersion}
+	if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"nvidiactl", "nvidia-modeset", "nvidia-uvm-tools", "nvidia-uvm"}, n.nodes.made); diff != "" {
+		t.Errorf("device files (-want +got):\n%s", diff)
+	}
+	want = []string{"observe", "resolve", "verify", "fetch", "stage", "install", "load", "validate"}
+	var phases []string
+	for _, ph := range r.Phases {
+		phases = append(phases, ph.Name)
+	}
+	if diff := cmp.Diff(want, phases); diff != "" {
+		t.Errorf("phases (-want +got):\n%s", diff)
+	}
+	tree := n.tree(t)
+	for name, content := range map[string]string{
+		"lib64/libnvidia-ml.so." + newVersion: "library " + newVersion, "firmware/nvidia/" + newVersion + "/gsp_tu10x.bin": "firmware " + newVersion, "drivers/nvidia.ko": "module",
+	} {
+		if tree[name] != content {
+			t.Errorf("installed %s = %q; want %q", name, tree[name], content)
+		}
+	}
+	raw, err := os.ReadFile(filepath.Join(n.root, installDir, ".cache"))
+	if want := "BUILD_ID=" + buildA + "\nDRIVER_VERSION=" + newVersion + "\nKERNEL_OPEN=Y\n"; err != nil || string(raw) != want {
+		t.Errorf(".cache = %q, %v; want %q", raw, err, want)
+	}
+	raw, err = os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path"))
+	if err != nil || string(raw) != "/"+installDir+"/firmware" {
+		t.Errorf("firmware path = %q, %v", raw, err)
+	}
+
+	// The same again fetches, loads and changes nothing.
+	r, err = n.run(t, ref, p.Digest, c.Driver)
+	if err != nil || r.Changed || r.FetchedBytes != 0 || r.CachedBytes == 0 || len(n.kernel.calls) != 0 {
+		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
+	}
+}
+
+func TestUpgradeAndRollback(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	n := newNode(t, older, 1, key)
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	good := n.tree(t)
+
+	// A driver in use stays.
+	inUse := func(refs string) {
+		path := filepath.Join(n.root, "proc/modules")
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := strings.ReplaceAll(string(raw), "nvidia_uvm 4096 0", "nvidia_uvm 4096 "+refs)
+		text = strings.ReplaceAll(text, "nvidia_uvm 4096 1", "nvidia_uvm 4096 "+refs)
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inUse("1")
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
+		t.Fatalf("Run with a driver in use = %v; want busy", err)
+	}
+	if diff := cmp.Diff(good, n.tree(t)); diff != "" || len(n.kernel.calls) != 0 {
+		t.Errorf("a driver in use was touched: calls %v, tree (-want +got):\n%s", n.kernel.calls, diff)
+	}
+	inUse("0")
+
+	// A new driver that the kernel refuses: the old one comes back.
+	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENOENT
+	_, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "NVRM: nvidia_uvm says") {
+		t.Fatalf("Run with a refused module = %v; want rejected with the kernel's line", err)
+	}
+	if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+		t.Errorf("after a refused module, tree (-want +got):\n%s", diff)
+	}
+	want := []string{
+		"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia",
+		"load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "unload nvidia",
+		"load nvidia " + oldVersion, "load nvidia_uvm " + oldVersion, "load nvidia_modeset " + oldVersion,
+	}
+	if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+	clear(n.kernel.refuse)
+
+	// Then it works, and the way back works too.
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if err != nil || !r.Changed || r.Verdict.NVML.Version != newVersion {
+		t.Fatalf("Run = %+v, %v; want the new driver", r, err)
+	}
+	n.parts.Line = &timeline.Run{}
+	back, err := agent.New(n.cfg, n.parts).Rollback(t.Context())
+	if err != nil || back.Verdict.NVML.Version != oldVersion {
+		t.Fatalf("Rollback = %+v, %v; want the old driver", back, err)
+	}
+	if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+		t.Errorf("after rollback, tree (-want +got):\n%s", diff)
+	}
+}
+
+func TestNoUsableGPU(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	rows := []struct {
+		name    string
+		gpus    int
+		usable  int
+		refuse  bool
+		kind    fault.Kind
+		state   gpucheck.State
+		present bool // files stay installed
+	}{
+		{"no GPU", 0, 0, true, fault.NoDevice, gpucheck.NoDevice, true},
+		{"GPU that the driver does not take", 1, 0, true, fault.Unusable, "", false},
+		{"GPU that does not answer", 1, 0, false, fault.Unusable, gpucheck.Unusable, true},
+		{"one of two answers", 2, 1, false, fault.Unusable, gpucheck.Unusable, true},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t, c, row.gpus, key)
+			n.parts.Probe = probe{n.root, row.usable}
+			if row.refuse {
+				n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+			}
+			r, err := n.run(t, ref, p.Digest, c.Driver)
+			if !fault.Is(err, row.kind) || r.Verdict.State != row.state {
+				t.Fatalf("Run = %v with verdict %q; want %v with verdict %q", err, r.Verdict.State, row.kind, row.state)
+			}
+			if row.refuse && !strings.Contains(err.Error(), "NVRM: nvidia says no such device") {
+				t.Errorf("Run = %v; want the kernel's NVRM line in it", err)
+			}
+			if got := len(n.tree(t)) > 0; got != row.present {
+				t.Errorf("files installed = %v; want %v", got, row.present)
+			}
+		})
+	}
+}
