@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"net"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -55,9 +53,11 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	srv := &httptest.Server{Listener: l, Config: &http.Server{Handler: http.NotFoundHandler()}}
-	srv.Start()
-	defer srv.Close()
+	defer func() { _ = l.Close() }()
+	_, port, err := net.SplitHostPort(l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
 	res, err := vm.Run(t.Context(), vm.Config{
 		Boot: boot, Init: init, GPU: true, Network: true, Timeout: 3 * time.Minute,
 		Files: []vm.File{{Name: "/etc/greeting", Data: []byte("hello\n")}, {Name: "/etc/link", Link: "greeting"}},
@@ -65,6 +65,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 			{Name: "cat", Argv: []string{"@cat", "/etc/link"}},
 			{Name: "gpu", Argv: []string{"@cat", "/sys/bus/pci/devices/0001:00:00.0/resource", "/sys/bus/pci/devices/0001:00:00.0/vendor"}},
 			{Name: "route", Argv: []string{"@cat", "/proc/net/route", "/proc/cmdline"}},
+			{Name: "host", Argv: []string{"@dial", net.JoinHostPort(vm.HostAddress, port)}},
 			{Name: "unload", Argv: []string{"@rmmod", "emugpu"}},
 			{Name: "load again", Argv: []string{"@insmod", "/prebake/emugpu.ko"}},
 			{Name: "twice", Argv: []string{"@insmod", "/prebake/emugpu.ko"}, KeepGoing: true},
@@ -88,7 +89,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	if route := string(mustStep(t, res, "route").Stdout); !strings.Contains(route, "0202000A") {
 		t.Errorf("routes = %s; want one by 10.0.2.2", route)
 	}
-	for name, want := range map[string]int{"unload": 0, "load again": 0, "twice": 17, "missing": 127} {
+	for name, want := range map[string]int{"host": 0, "unload": 0, "load again": 0, "twice": 17, "missing": 127} {
 		if s := mustStep(t, res, name); s.ExitCode != want {
 			t.Errorf("step %q = %d (%s); want %d", name, s.ExitCode, s.Error, want)
 		}

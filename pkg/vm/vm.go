@@ -56,7 +56,7 @@ type File struct {
 //	@cat FILE...                  @ls FOLDER...
 //	@mknod PATH MAJOR MINOR       @nvidia-nodes
 //	@open FILE...                 @wait PATH...
-//	@stop NAME                    (end a background step)
+//	@dial HOST:PORT...            @stop NAME (end a background step)
 type Step struct {
 	// Name identifies the step in the result; "" is Argv joined.
 	Name string

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -38,6 +39,7 @@ func builtins() map[string]builtin {
 		"@ls":           list,        // FOLDER...: every path below, with kind and size
 		"@mknod":        mknod,       // PATH MAJOR MINOR: a character device
 		"@nvidia-nodes": nvidiaNodes, // the device nodes that nvidia-modprobe would make
+		"@dial":         dial,        // HOST:PORT...: open and close a TCP connection
 		"@open":         open,        // FILE...: open for reading and writing, then close
 		"@wait":         wait,        // PATH...: until every one exists
 	}
@@ -219,6 +221,20 @@ func open(_ context.Context, args []string, _ io.Writer) error {
 		}
 		if err := unix.Close(fd); err != nil {
 			return fmt.Errorf("close %s: %w", path, err)
+		}
+	}
+	return nil
+}
+
+func dial(ctx context.Context, args []string, _ io.Writer) error {
+	var d net.Dialer
+	for _, address := range args {
+		c, err := d.DialContext(ctx, "tcp", address)
+		if err != nil {
+			return err
+		}
+		if err := c.Close(); err != nil {
+			return err
 		}
 	}
 	return nil
