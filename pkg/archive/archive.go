@@ -332,7 +332,7 @@ func foreign(ctx context.Context, err error) error {
 	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) {
 		return err
 	}
-	return fault.Wrap(fault.Unverified, err, "the archive is damaged: fetch it again, or replace it at its source")
+	return fault.Wrap(fault.Unverified, err, replace)
 }
 
 // local classifies an error of our own file system.

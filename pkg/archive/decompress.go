@@ -183,4 +183,8 @@ func (p *xzProcess) Close() error {
 }
 
 // refuse makes an error about bytes that this package does not accept.
-func refuse(format string, args ...any) error { return fault.Errorf(fault.Unverified, format, args...) }
+func refuse(format string, args ...any) error {
+	return fault.Wrap(fault.Unverified, fmt.Errorf(format, args...), replace)
+}
+
+const replace = "the archive is damaged or was tampered with: replace it at its source"

@@ -340,7 +340,7 @@ func (c *Cache) factPath(kind, key string) string {
 // TempDir makes an empty folder on the cache's file system. It goes with
 // cleanup, with Close, or at the next Open after this process died.
 func (c *Cache) TempDir(prefix string) (dir string, cleanup func() error, err error) {
-	dir, err = os.MkdirTemp(c.work(), prefix+"-*")
+	dir, err = os.MkdirTemp(c.work(), strings.TrimSuffix(prefix, "-")+"-*")
 	if err != nil {
 		return "", nil, disk(fmt.Errorf("make work folder: %w", err))
 	}

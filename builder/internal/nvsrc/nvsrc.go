@@ -1,0 +1,257 @@
+// Package nvsrc brings one NVIDIA release into the cache: the runfile, checked
+// against its sha256, unpacked without running any of it, and laid out as the
+// folders of an installation.
+//
+// It refuses a runfile without a published sha256, one that holds another
+// version than its name says, and to make up a flavour that the release does
+// not have.
+package nvsrc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/input"
+	"github.com/prebake/prebake/builder/internal/runfile"
+	"github.com/prebake/prebake/pkg/archive"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Material is one input, as provenance names it.
+type Material = input.Material
+
+// Release is one NVIDIA release in the cache. Nobody may write below Dir.
+type Release struct {
+	Version string
+	// Flavours are those whose module sources the release holds.
+	Flavours  []target.Flavour
+	Materials []Material
+	// Dir is the extracted tree.
+	Dir string
+	// Digest is the runfile's sha256: with it, StageRecipe names what the Stage
+	// functions make.
+	Digest string
+	// SourceDigest is a digest over the content of the module sources of all
+	// flavours.
+	SourceDigest string
+	// Manifest is what the release says of its files; nil where it says nothing
+	// that can be read.
+	Manifest *runfile.Manifest
+}
+
+// Kinds of cached trees and facts. The number changes with what is made of the
+// same runfile.
+const (
+	driverKind = "driver-v1"
+	sourceKind = "driver-source-v1"
+)
+
+// limits are several times what a release of 2026 holds (1.5 GB, 2,500 files).
+var limits = archive.Options{Entries: 100_000, Bytes: 8 << 30}
+
+// folders are where the module sources of each flavour are in a release.
+var folders = map[target.Flavour]string{target.Proprietary: "kernel", target.Open: "kernel-open"}
+
+// lister is a bucket that can say what it holds; a plain https one cannot.
+type lister interface {
+	List(ctx context.Context, prefix string) ([]string, error)
+}
+
+// Fetch brings a release into the cache. say is told about progress, a line at
+// a time; it may be nil.
+func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch, say func(string)) (*Release, error) {
+	return fetch(ctx, b, cache, version, arch, say)
+}
+
+func fetch(ctx context.Context, b input.Source, cache *cas.Cache, version string, arch target.Arch, say func(string)) (*Release, error) {
+	if !target.ValidVersion(version) {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("driver version %q: want numbers with dots", version), "name a version such as 535.261.03")
+	}
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, version: version, arch: arch}
+	r, err := f.run(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("driver %s: %w", version, err)
+	}
+	return r, nil
+}
+
+type fetcher struct {
+	input.Fetcher
+	version string
+	arch    target.Arch
+}
+
+func (f *fetcher) run(ctx context.Context) (*Release, error) {
+	name := cosbucket.RunfileName(f.version, f.arch)
+	sum, err := f.Sum(ctx, input.SHA256, cosbucket.RunfileSumName(f.version, f.arch), name)
+	if err != nil {
+		return nil, f.missing(ctx, err)
+	}
+	m, file, err := f.Blob(ctx, name, sum)
+	if err != nil {
+		return nil, f.missing(ctx, err)
+	}
+	dir, cached, err := f.Cache.Tree(ctx, driverKind, m.Digest, func(ctx context.Context, dir string) error { return extract(ctx, file, dir) })
+	if err != nil {
+		return nil, fmt.Errorf("extract %s: %w", m.Name, err)
+	}
+	if !cached {
+		f.Sayf("%s: extracted", m.Name)
+	}
+	r := &Release{Version: f.version, Dir: dir, Digest: m.Digest, Materials: []Material{m}}
+	if r.Manifest, err = f.manifest(dir); err != nil {
+		return nil, err
+	}
+	for _, flavour := range []target.Flavour{target.Proprietary, target.Open} {
+		if isSource(filepath.Join(dir, folders[flavour])) {
+			r.Flavours = append(r.Flavours, flavour)
+		}
+	}
+	if len(r.Flavours) == 0 {
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s holds no kernel module sources", m.Name), "check that the object is NVIDIA's full driver runfile")
+	}
+	if r.SourceDigest, err = f.sourceDigest(ctx, dir, m.Digest); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// missing turns an absent object into an answer that says what there is.
+func (f *fetcher) missing(ctx context.Context, err error) error {
+	if !fault.Is(err, fault.InputMissing) {
+		return err
+	}
+	name := cosbucket.RunfileName(f.version, f.arch)
+	hint := "check the version, or copy the runfile and its sha256 to " + f.Source.URL(name) + " and " + f.Source.URL(cosbucket.RunfileSumName(f.version, f.arch))
+	if l, ok := f.Source.(lister); ok {
+		prefix, suffix, _ := strings.Cut(name, f.version)
+		if names, lerr := l.List(ctx, prefix); lerr == nil {
+			if near := nearest(f.version, names, prefix, suffix); len(near) > 0 {
+				hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
+			}
+		}
+	}
+	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)
+}
+
+// nearest returns up to six versions of a listing, those of the same branch first.
+func nearest(version string, names []string, prefix, suffix string) []string {
+	var same, other []string
+	for _, n := range names {
+		v := strings.TrimSuffix(strings.TrimPrefix(path.Base(n), prefix), suffix)
+		switch {
+		case !target.ValidVersion(v) || v == version:
+		case target.Branch(v) == target.Branch(version):
+			same = append(same, v)
+		default:
+			other = append(other, v)
+		}
+	}
+	newest := func(a, b string) int { return target.CompareVersions(b, a) }
+	slices.SortFunc(same, newest)
+	slices.SortFunc(other, newest)
+	all := slices.Compact(append(same, other...))
+	return all[:min(6, len(all))]
+}
+
+func extract(ctx context.Context, file, dir string) error {
+	in, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	payload, _, err := runfile.Payload(in)
+	if err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	_, err = archive.Unpack(ctx, payload, root, limits)
+	return err
+}
+
+// manifest reads .manifest. A release without one is fine, and so is one whose
+// manifest cannot be understood: the files themselves tell enough. A manifest
+// of another version is neither.
+func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
+	in, err := os.OpenInRoot(dir, ".manifest")
+	if errors.Is(err, fs.ErrNotExist) {
+		f.Sayf("the release has no .manifest: libraries are told by their SONAME")
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read .manifest: %w", err)
+	}
+	defer in.Close()
+	m, err := runfile.ParseManifest(in)
+	if err != nil {
+		if !fault.Is(err, fault.Unverified) {
+			return nil, err
+		}
+		f.Sayf("%v: libraries are told by their SONAME", err)
+		return nil, nil
+	}
+	if m.Version != f.version {
+		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version), "put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
+	}
+	if len(m.Unknown) > 0 {
+		f.Sayf("left out files of unknown types in .manifest: %s", strings.Join(slices.Sorted(maps.Keys(m.Unknown)), ", "))
+	}
+	return m, nil
+}
+
+func (f *fetcher) sourceDigest(ctx context.Context, dir, blob string) (string, error) {
+	if known, ok := f.Cache.Recall(sourceKind, blob); ok {
+		if fp, err := target.ParseFingerprint(string(known)); err == nil {
+			return string(fp), nil
+		}
+	}
+	digest, err := cas.DigestTree(ctx, dir, func(name string) bool {
+		top, _, _ := strings.Cut(name, "/")
+		return top != folders[target.Proprietary] && top != folders[target.Open]
+	})
+	if err != nil {
+		return "", err
+	}
+	return digest, f.Cache.Remember(sourceKind, blob, []byte(digest))
+}
+
+// isSource reports whether dir is a folder that NVIDIA's kbuild files are in.
+func isSource(dir string) bool {
+	fi, err := os.Lstat(dir)
+	if err != nil || !fi.IsDir() {
+		return false
+	}
+	for _, must := range []string{"Makefile", "Kbuild"} {
+		if fi, err := os.Lstat(filepath.Join(dir, must)); err != nil || !fi.Mode().IsRegular() {
+			return false
+		}
+	}
+	return true
+}
+
+// Source returns the folder with the module sources of a flavour.
+func (r *Release) Source(f target.Flavour) (dir string, err error) {
+	if slices.Contains(r.Flavours, f) {
+		return filepath.Join(r.Dir, folders[f]), nil
+	}
+	names := make([]string, len(r.Flavours))
+	for i, have := range r.Flavours {
+		names[i] = string(have)
+	}
+	return "", fault.New(fault.Unsupported, fmt.Sprintf("driver %s: the release has no %s modules", r.Version, f), "use --flavour "+strings.Join(names, " or "))
+}

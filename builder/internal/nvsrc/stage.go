@@ -1,0 +1,307 @@
+package nvsrc
+
+import (
+	"debug/elf"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// StageRecipe names what the Stage functions make of a release. It changes
+// whenever the same release would be laid out in another way.
+const StageRecipe = "stage-1"
+
+// Folders of an installation.
+const (
+	binDir      = "bin"
+	libDir      = "lib64"
+	vulkanDir   = "vulkan/icd.d"
+	eglDir      = "share/glvnd/egl_vendor.d"
+	openCLDir   = "share/OpenCL/vendors"
+	firmwareDir = "firmware/nvidia"
+)
+
+// destinations are where a compute node wants the files of each type. What is
+// not here stays out: X11, VDPAU, documentation, unit files, sources.
+// GLX_CLIENT_LIB is here because Vulkan's driver file names libGLX_nvidia.
+var destinations = map[string]string{
+	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,
+	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir, "EGL_CLIENT_LIB": libDir,
+	"CUDA_SYMLINK": libDir, "OPENCL_LIB_SYMLINK": libDir, "OPENCL_WRAPPER_SYMLINK": libDir, "NVCUVID_LIB_SYMLINK": libDir, "ENCODEAPI_LIB_SYMLINK": libDir,
+	"UTILITY_LIB_SYMLINK": libDir, "OPENGL_SYMLINK": libDir, "GLVND_SYMLINK": libDir, "GLX_CLIENT_SYMLINK": libDir, "EGL_CLIENT_SYMLINK": libDir,
+	"UTILITY_BINARY": binDir, "UTILITY_BIN_SYMLINK": binDir, "NVIDIA_MODPROBE": binDir,
+	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
+}
+
+// desktop are beginnings of library names that only a desktop session uses;
+// their types do not tell.
+var desktop = []string{
+	"libnvidia-gtk", "libnvidia-wayland-client", "libnvidia-egl-wayland", "libnvidia-egl-xcb", "libnvidia-egl-xlib",
+	"libnvidia-fbc", "libvdpau", "libglxserver", "libnvidia-glxserver", "libnvidia-wfb", "libnvidia-vulkan-producer",
+}
+
+// tools are the programs that a node runs.
+var tools = []string{
+	"nvidia-smi", "nvidia-modprobe", "nvidia-persistenced", "nvidia-debugdump", "nvidia-cuda-mps-control", "nvidia-cuda-mps-server",
+}
+
+// item is one file or link of the layout.
+type item struct {
+	src  string // below the release's folder; "" for a link
+	link string // target
+	exec bool
+}
+
+// StageUserspace lays the release's user space below dst, an empty folder.
+// The same release gives the same files, links and modes wherever it runs.
+func (r *Release) StageUserspace(dst string) error {
+	layout, err := r.userspace()
+	if err == nil {
+		err = r.write(dst, layout)
+	}
+	if err == nil {
+		err = addSONAMEs(filepath.Join(dst, libDir))
+	}
+	if err != nil {
+		return fmt.Errorf("stage user space of %s: %w", r.Version, err)
+	}
+	return nil
+}
+
+// StageFirmware lays the GSP firmware below dst, where the kernel's firmware
+// loader looks for it. A release without any leaves an empty folder.
+func (r *Release) StageFirmware(dst string) error {
+	names, err := filepath.Glob(filepath.Join(r.Dir, "firmware", "*.bin"))
+	if err != nil {
+		return err
+	}
+	to := path.Join(firmwareDir, r.Version)
+	layout := map[string]item{}
+	for _, name := range names {
+		layout[path.Join(to, filepath.Base(name))] = item{src: path.Join("firmware", filepath.Base(name))}
+	}
+	err = os.MkdirAll(filepath.Join(dst, filepath.FromSlash(to)), 0o755)
+	if err == nil {
+		err = r.write(dst, layout)
+	}
+	if err != nil {
+		return fmt.Errorf("stage firmware of %s: %w", r.Version, err)
+	}
+	return nil
+}
+
+// userspace decides the layout: by the manifest, else by names.
+func (r *Release) userspace() (map[string]item, error) {
+	if r.Manifest == nil {
+		return r.byName()
+	}
+	layout := map[string]item{}
+	for _, e := range r.Manifest.Entries {
+		to, ok := destinations[e.Type]
+		base := path.Base(e.Path)
+		if !ok || e.Compat32 || e.NonGLVND || !wanted(to, base) {
+			continue
+		}
+		it := item{src: e.Path, exec: e.Mode&0o111 != 0}
+		if e.Target != "" {
+			it = item{link: path.Base(e.Target)} // the folders are flat
+		}
+		name := path.Join(to, base)
+		if old, ok := layout[name]; ok && old != it {
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name), "report this driver version: its manifest is new in kind")
+		}
+		layout[name] = it
+	}
+	dropDangling(layout)
+	return layout, nil
+}
+
+// byName is the layout of a release whose manifest cannot be read: libraries
+// of the version at the top of the tree, known tools, known driver files.
+func (r *Release) byName() (map[string]item, error) {
+	entries, err := os.ReadDir(r.Dir)
+	if err != nil {
+		return nil, err
+	}
+	layout := map[string]item{}
+	for _, e := range entries {
+		name := e.Name()
+		to := ""
+		switch {
+		case !e.Type().IsRegular():
+		case strings.HasPrefix(name, "lib") && strings.Contains(name, ".so."):
+			to = libDir
+		case slices.Contains(tools, name):
+			to = binDir
+		case name == "nvidia_icd.json":
+			to = vulkanDir
+		case name == "10_nvidia.json":
+			to = eglDir
+		case name == "nvidia.icd":
+			to = openCLDir
+		}
+		if to != "" && wanted(to, name) {
+			layout[path.Join(to, name)] = item{src: name, exec: to == binDir || to == libDir}
+		}
+	}
+	// Programs open these two by their plain names too.
+	for _, plain := range []string{"libcuda.so", "libnvidia-ml.so", "libnvcuvid.so", "libnvidia-encode.so"} {
+		if _, ok := layout[path.Join(libDir, plain+"."+r.Version)]; ok {
+			layout[path.Join(libDir, plain)] = item{link: plain + ".1"}
+		}
+	}
+	return layout, nil
+}
+
+func wanted(to, base string) bool {
+	switch to {
+	case binDir:
+		return slices.Contains(tools, base)
+	case libDir:
+		return !slices.ContainsFunc(desktop, func(prefix string) bool { return strings.HasPrefix(base, prefix) })
+	}
+	return true
+}
+
+// dropDangling removes links whose target is not in the layout: those of files
+// that are left out.
+func dropDangling(layout map[string]item) {
+	for again := true; again; {
+		again = false
+		for name, it := range layout {
+			if it.link == "" {
+				continue
+			}
+			if _, ok := layout[path.Join(path.Dir(name), it.link)]; !ok {
+				delete(layout, name)
+				again = true
+			}
+		}
+	}
+}
+
+// write copies the layout below dst.
+func (r *Release) write(dst string, layout map[string]item) error {
+	from, err := os.OpenRoot(r.Dir)
+	if err != nil {
+		return err
+	}
+	defer from.Close()
+	to, err := os.OpenRoot(dst)
+	if err != nil {
+		return err
+	}
+	defer to.Close()
+	for name, it := range layout {
+		if err := to.MkdirAll(path.Dir(name), 0o755); err != nil {
+			return disk(err)
+		}
+		if it.link != "" {
+			err = to.Symlink(it.link, name)
+		} else {
+			err = copyFile(from, to, name, it)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return fault.Wrap(fault.Unverified, fmt.Errorf("the manifest names %s, which the release lacks: %w", it.src, err), "check that the object is NVIDIA's .run file, whole and unchanged")
+		}
+		if err != nil {
+			return disk(err)
+		}
+	}
+	return nil
+}
+
+func copyFile(from, to *os.Root, name string, it item) error {
+	in, err := from.Open(filepath.FromSlash(it.src))
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	fi, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	if !fi.Mode().IsRegular() {
+		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a file", it.src), "check that the object is NVIDIA's .run file, whole and unchanged")
+	}
+	mode := fs.FileMode(0o644)
+	if it.exec {
+		mode = 0o755
+	}
+	out, err := to.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	if err == nil {
+		err = out.Chmod(mode)
+	}
+	return errors.Join(err, out.Close())
+}
+
+// addSONAMEs makes sure that the loader finds every library of the folder under
+// the name that programs were linked with.
+func addSONAMEs(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		if !e.Type().IsRegular() {
+			continue
+		}
+		soname, err := readSONAME(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return err
+		}
+		if soname == "" || soname == e.Name() {
+			continue
+		}
+		if err := os.Symlink(e.Name(), filepath.Join(dir, soname)); err != nil && !errors.Is(err, fs.ErrExist) {
+			return disk(err)
+		}
+	}
+	return nil
+}
+
+// readSONAME returns a library's DT_SONAME; "" when it has none, or is no ELF
+// file that can be read.
+func readSONAME(file string) (string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	lib, err := elf.NewFile(f)
+	if err != nil {
+		return "", nil
+	}
+	defer lib.Close()
+	names, err := lib.DynString(elf.DT_SONAME)
+	if err != nil || len(names) == 0 {
+		return "", nil
+	}
+	if names[0] != path.Base(names[0]) || names[0] == "." || names[0] == ".." || len(names[0]) > 255 {
+		return "", fault.New(fault.Unverified, fmt.Sprintf("%s has the SONAME %.80q, which is no file name", filepath.Base(file), names[0]), "check that the object is NVIDIA's .run file, whole and unchanged")
+	}
+	return names[0], nil
+}
+
+func disk(err error) error {
+	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+		return fault.Wrap(fault.DiskFull, err, "free space, or set another cache folder")
+	}
+	return err
+}
