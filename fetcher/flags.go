@@ -114,7 +114,7 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 }
 
 // paramPattern keeps a parameter one word: the kernel splits at white space.
-var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]{0,1024})$`)
+var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]*)$`)
 
 func readParams(list []string) (map[string]string, error) {
 	params := map[string]string{}

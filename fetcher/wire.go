@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -130,7 +131,8 @@ func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
 			return nil, nil
 		}
 	}
-	if _, err := os.Stat(program); err != nil {
+	program, err := exec.LookPath(program)
+	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err), "name the builder program with --builder PATH, or turn it off: --builder never")
 	}
 	return &local.Builder{

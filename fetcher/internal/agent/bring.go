@@ -128,6 +128,13 @@ func verify(ctx context.Context, repo Repository, v Verifier, r *Report, facts *
 		return none, nil, err
 	}
 	verdict, err := v.Verify(bundles, trust.Expect{Digest: r.Answer.Digest, Kernel: facts.Kernel, Driver: r.Answer.Driver, Identity: content.Identity})
+	switch {
+	case fault.Hint(err) != "":
+	case fault.Is(err, fault.Mismatch):
+		err = fault.Wrap(fault.Mismatch, err, "have the driver built for COS "+facts.Kernel.String()+", and check that --server or --registry is the right one")
+	case fault.Is(err, fault.Unverified):
+		err = fault.Wrap(fault.Unverified, err, "use nothing of this artifact; publish it again, or fetch from another registry")
+	}
 	return content, verdict, err
 }
 

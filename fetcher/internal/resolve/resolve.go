@@ -59,6 +59,10 @@ func (a Answer) Err() error {
 		return nil
 	case api.Unsupported:
 		return fault.New(fault.Unsupported, text, hint)
+	case api.Yanked:
+		if hint == "" {
+			hint = "ask for another version with --driver"
+		}
 	case api.Building, api.Queued:
 		if hint == "" {
 			hint = "wait for the build with --wait 15m, or compile on this node with --builder PATH"

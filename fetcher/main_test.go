@@ -1,0 +1,170 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"fetcher": main, "fake-builder": fakeBuilder, "fake-probe": fakeProbe})
+}
+
+// TestScript drives the program as an operator does. In each script:
+//
+//	$ROOT      a node's root folder, COS 17800.0.47, one GPU, nothing loaded
+//	$ROOT0     the same without a GPU
+//	$REGISTRY  a repository with 535.261.03-open for that node
+//	$SIBLING   a repository that offers another build's artifact under its name
+//	$LAYOUT    an OCI layout folder with what a node compiled itself
+//	$SERVER    a server that names the artifact; other drivers have other states
+//	$KEY, $OTHERKEY  the publisher's public key, and somebody else's
+//	$DIGEST    the artifact's digest
+func TestScript(t *testing.T) {
+	t.Parallel()
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireExplicitExec: true,
+		Setup:               func(env *testscript.Env) error { return setup(t, env) },
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
+			"exits": exits,
+		},
+	})
+}
+
+// exits runs a command and compares its exit status: exits 8 fetcher install.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS PROGRAM [ARGUMENT...]")
+	}
+	err := ts.Exec(args[1], args[2:]...)
+	got := 0
+	if err != nil {
+		text := err.Error()
+		n, convErr := strconv.Atoi(strings.TrimPrefix(text, "exit status "))
+		if convErr != nil {
+			ts.Fatalf("%s: %v", args[1], err)
+		}
+		got = n
+	}
+	if strconv.Itoa(got) != args[0] {
+		ts.Fatalf("%s ended with status %d; want %s", strings.Join(args[1:], " "), got, args[0])
+	}
+}
+
+func setup(t *testing.T, env *testscript.Env) error {
+	key, other := testkit.NewKey(t), testkit.NewKey(t)
+	c := sample.NewCell(t, "17800.0.47", "535.261.03")
+	registry := testkit.Registry(t, true) + "/prebake/driver"
+	p := sample.Publish(t, registry, key, c)
+
+	sibling := sample.NewCell(t, "17800.0.50", "535.261.03")
+	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
+	sibling.PointAt = c.Kernel
+	siblings := testkit.Registry(t, true) + "/prebake/driver"
+	sample.Publish(t, siblings, key, sibling)
+
+	own := testkit.NewKey(t)
+	state := filepath.Join(env.WorkDir, "made")
+	made := sample.NewCell(t, "17800.0.47", "550.54.15")
+	pm := sample.Publish(t, "oci:"+filepath.Join(state, "local"), own, made)
+
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { resolution(w, r, c, registry, p.Digest) }))
+	t.Cleanup(server.Close)
+	for name, pem := range map[string][]byte{"key.pem": key.PEM(t), "other.pem": other.PEM(t), "own.pem": own.PEM(t)} {
+		if err := os.WriteFile(filepath.Join(env.WorkDir, name), pem, 0o644); err != nil {
+			return err
+		}
+	}
+	env.Setenv("ROOT", sample.Root(t, c, 1))
+	env.Setenv("ROOT0", sample.Root(t, c, 0))
+	env.Setenv("REGISTRY", registry)
+	env.Setenv("SIBLING", siblings)
+	env.Setenv("SERVER", server.URL)
+	env.Setenv("KEY", filepath.Join(env.WorkDir, "key.pem"))
+	env.Setenv("OTHERKEY", filepath.Join(env.WorkDir, "other.pem"))
+	env.Setenv("DIGEST", p.Digest)
+	env.Setenv("MADE", state)
+	env.Setenv("MADE_DIGEST", pm.Digest)
+	return nil
+}
+
+// resolution answers as a server does; the driver's version picks the state.
+func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repository, digest string) {
+	q := r.URL.Query()
+	answer := api.Resolution{Kernel: c.Kernel, Driver: c.Driver, State: api.Published, Repository: repository, Digest: digest}
+	if r.URL.Path != "/v1/resolve" || q.Get("buildId") != c.Kernel.BuildID || q.Get("board") != c.Kernel.Board {
+		answer = api.Resolution{Kernel: c.Kernel, State: api.Unknown, Reason: "no such kernel"}
+	}
+	build := &api.Build{ID: 7, Class: "api-break", Error: "nv-pci.c:1: error: too few arguments"}
+	switch q.Get("driver") {
+	case "500.1.1":
+		w.WriteHeader(http.StatusServiceUnavailable)
+		return
+	case "500.1.2":
+		answer = api.Resolution{State: api.Failed, Build: build}
+	case "500.1.3":
+		answer = api.Resolution{State: api.Building, Build: build}
+	case "500.1.4":
+		answer = api.Resolution{State: api.Unsupported, Reason: "this release has no such flavour"}
+	case "500.1.5":
+		answer = api.Resolution{State: api.Yanked, Reason: "breaks suspend"}
+	case "550.54.15":
+		answer = api.Resolution{State: api.Unknown, Reason: "nobody asked for it yet"}
+	case "500.1.6":
+		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // and the driver is not the one asked for
+	}
+	w.Header().Set("Content-Type", "application/json")
+	if err := json.NewEncoder(w).Encode(answer); err != nil {
+		panic(err)
+	}
+}
+
+// fakeBuilder stands for the builder: it keeps to its command line and hands
+// out an artifact that was made before. FAIL=exit status makes it fail so.
+func fakeBuilder() {
+	args := map[string]string{}
+	for i := 2; i+1 < len(os.Args); i += 2 {
+		args[os.Args[i]] = os.Args[i+1]
+	}
+	check := func(err error) {
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "error:", err)
+			os.Exit(1)
+		}
+	}
+	made := os.Getenv("MADE")
+	switch os.Args[1] {
+	case "keygen":
+		check(os.WriteFile(os.Args[2], []byte("private"), 0o600))
+		pem, err := os.ReadFile(filepath.Join(filepath.Dir(made), "own.pem"))
+		check(err)
+		check(os.WriteFile(os.Args[2]+".pub", pem, 0o644))
+	case "build":
+		if status, err := strconv.Atoi(os.Getenv("FAIL")); err == nil {
+			fmt.Fprint(os.Stderr, "compiling\nerror: compile: nv-pci.c:1: error: too few arguments\nhint:  take another driver\n")
+			os.Exit(status)
+		}
+		check(os.CopyFS(strings.TrimPrefix(args["--to"], "oci:"), os.DirFS(filepath.Join(made, "local"))))
+		fmt.Printf("{\"digest\": %q, \"driver\": {\"version\": %q, \"flavour\": \"open\"}}\n", os.Getenv("MADE_DIGEST"), args["--driver"])
+	}
+}
+
+// fakeProbe stands for nvmlprobe on a machine without the driver.
+func fakeProbe() {
+	fmt.Println(`{"driverVersion":"","cudaVersion":"","devices":[],"error":"cannot open libnvidia-ml.so.1"}`)
+	os.Exit(1)
+}
