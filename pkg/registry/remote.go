@@ -30,6 +30,9 @@ type remoteStore struct {
 }
 
 func openRemote(ref string, o Options) (*remoteStore, error) {
+	if strings.Contains(ref, "://") {
+		return nil, errors.New("it is a URL, not a repository")
+	}
 	// Strict: a name without a host would silently mean Docker Hub.
 	parse := []name.Option{name.StrictValidation}
 	if o.Plain {

@@ -3,12 +3,13 @@ package trust
 import (
 	"errors"
 	"fmt"
+	"strings"
+	"time"
 
 	"github.com/sigstore/sigstore-go/pkg/bundle"
 	"github.com/sigstore/sigstore-go/pkg/root"
 	"github.com/sigstore/sigstore-go/pkg/verify"
 	"google.golang.org/protobuf/proto"
-	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -171,7 +172,7 @@ func readStatement(key PublicKey, result *verify.VerificationResult) (*Statement
 type cut struct{ err error }
 
 func (c cut) Error() string {
-	text := c.err.Error()
+	text := strings.ReplaceAll(c.err.Error(), "\u00a0", " ") // protobuf varies its white space
 	if len(text) > 200 {
 		text = text[:200] + "..."
 	}

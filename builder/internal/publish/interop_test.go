@@ -1,0 +1,128 @@
+package publish_test
+
+import (
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// tool finds a program of others, or skips the test.
+func tool(t *testing.T, name string) func(args ...string) (string, error) {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("%s is not on PATH", name)
+	}
+	return func(args ...string) (string, error) {
+		cmd := exec.CommandContext(t.Context(), path, args...)
+		cmd.Env = append(os.Environ(), "HOME="+t.TempDir(), "DOCKER_CONFIG="+t.TempDir())
+		out, err := cmd.CombinedOutput()
+		t.Logf("%s %s\n%s", name, strings.Join(args, " "), out)
+		return string(out), err
+	}
+}
+
+// published signs a sample with a key file, as the builder does, and publishes
+// it to a registry with or without the referrers API.
+func published(t *testing.T, referrers bool) (ref, digest, pub string, s testkit.Sample) {
+	t.Helper()
+	s = testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+	key := filepath.Join(t.TempDir(), "key")
+	if err := sign.GenerateKey(key); err != nil {
+		t.Fatal(err)
+	}
+	signer, err := sign.LoadSigner(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := signer.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	provenance, err := sign.Provenance(s.Digest, sign.BuildFacts{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver, BuilderID: "https://example.com/builder",
+		Materials: []sign.Material{{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	match, err := sign.KernelMatch(s.Digest, s.Kernel, s.Identity.Fingerprint, driver)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := publish.Artifact{Image: s.Image, Identity: s.Identity, Kernel: s.Kernel, Verifier: v}
+	for _, st := range []sign.Statement{provenance, match} {
+		raw, err := sign.Bundle(t.Context(), signer, st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.Bundles = append(a.Bundles, raw)
+	}
+	ref = testkit.Registry(t, referrers) + "/prebake/driver"
+	digest, _, err = publish.Publish(t.Context(), open(t, ref, nil), a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ref, digest, key + ".pub", s
+}
+
+func TestCosignVerifies(t *testing.T) {
+	t.Parallel()
+	cosign := tool(t, "cosign")
+	// Without the referrers API: the sample registry that has it reports no
+	// artifact types.
+	ref, digest, pub, _ := published(t, false)
+	args := []string{"verify-attestation", "--key", pub, "--insecure-ignore-tlog=true", "--allow-http-registry"}
+	for _, kind := range []string{"slsaprovenance1", "https://prebake.dev/kernel-match/v1"} {
+		if _, err := cosign(append(args, "--type", kind, ref+"@"+digest)...); err != nil {
+			t.Errorf("cosign verify-attestation --type %s: %v", kind, err)
+		}
+	}
+	other := filepath.Join(t.TempDir(), "other.pub")
+	if err := os.WriteFile(other, testkit.NewKey(t).PEM(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args[2] = other
+	if out, err := cosign(append(args, "--type", "slsaprovenance1", ref+"@"+digest)...); err == nil {
+		t.Errorf("cosign accepted another key: %s", out)
+	}
+}
+
+func TestCranePulls(t *testing.T) {
+	t.Parallel()
+	crane := tool(t, "crane")
+	ref, digest, _, s := published(t, true)
+	tagged := ref + ":" + bundle.KernelTag(s.Kernel, driver)
+	if got, err := crane("digest", tagged); err != nil || strings.TrimSpace(got) != digest {
+		t.Errorf("crane digest = %q, %v; want %s", got, err, digest)
+	}
+	raw, err := crane("manifest", tagged)
+	if err != nil || !json.Valid([]byte(raw)) {
+		t.Errorf("crane manifest = %v", err)
+	}
+	// --fast: crane's full check reads gzip layers only.
+	if _, err := crane("validate", "--fast", "--remote", tagged); err != nil {
+		t.Errorf("crane validate = %v", err)
+	}
+	if _, err := crane("pull", tagged, filepath.Join(t.TempDir(), "image.tar")); err != nil {
+		t.Errorf("crane pull = %v", err)
+	}
+	dir := filepath.Join(t.TempDir(), "layout")
+	if _, err := crane("pull", "--format=oci", tagged, dir); err != nil {
+		t.Errorf("crane pull --format=oci = %v", err)
+	}
+	out := filepath.Join(t.TempDir(), "root.tar")
+	if _, err := crane("export", tagged, out); err != nil {
+		t.Errorf("crane export = %v", err)
+	}
+	list, err := exec.CommandContext(t.Context(), "tar", "-tf", out).CombinedOutput()
+	if err != nil || !strings.Contains(string(list), "drivers/nvidia.ko") || !strings.Contains(string(list), "lib64/libnvidia-ml.so.1") {
+		t.Errorf("tar -tf = %s, %v; want the files of all layers", list, err)
+	}
+}
