@@ -204,12 +204,13 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 	if resp.StatusCode/100 == 2 {
 		return resp, nil
 	}
-	return nil, errors.Join(fail(problem(resp)), resp.Body.Close())
+	return nil, errors.Join(problem(resp, fail), resp.Body.Close())
 }
 
 // problem turns an error answer back into a classified error. Answers that are
-// not ours (a proxy's page) are classified by status alone.
-func problem(resp *http.Response) error {
+// not ours (a proxy's page) are classified by status alone, and say where they
+// came from.
+func problem(resp *http.Response, fail func(error) error) error {
 	var p Problem
 	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxProblem))
 	isOurs := err == nil && strings.HasPrefix(resp.Header.Get("Content-Type"), "application/problem+json") &&
@@ -230,5 +231,5 @@ func problem(resp *http.Response) error {
 	case resp.StatusCode >= 400:
 		kind = fault.Usage
 	}
-	return fault.New(kind, "the server answered "+resp.Status, hint)
+	return fault.Wrap(kind, fail(errors.New("the server answered "+resp.Status)), hint)
 }

@@ -59,7 +59,7 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 }
 
 func (c *Catalogue) open(ctx context.Context, k api.Kernel, cell api.Resolution) (api.Build, error) {
-	now := c.Now().UTC()
+	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, CreatedAt: now}
 	switch cell.State {
 	case api.Yanked:
@@ -207,7 +207,7 @@ func changed(b api.Build, u api.BuildUpdate, now func() time.Time) (api.Build, e
 		if !slices.Contains(next[b.State], u.State) {
 			return b, fault.New(fault.Mismatch, fmt.Sprintf("it is %s and cannot become %s", b.State, u.State), "")
 		}
-		at := now().UTC()
+		at := now()
 		switch u.State {
 		case api.Queued:
 			b.Phase, b.Worker, b.StartedAt, b.FinishedAt = "", "", nil, nil

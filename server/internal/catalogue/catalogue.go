@@ -79,6 +79,10 @@ func New(c Config) *Catalogue {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
+	clock := c.Now
+	// What is answered at once must equal what is read later: databases keep
+	// microseconds.
+	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
 	return &Catalogue{c}
 }
 
@@ -89,7 +93,7 @@ const MaxBuilds = 1000
 func (c *Catalogue) Kernels(ctx context.Context) ([]api.Kernel, error) {
 	all, err := c.Store.Kernels(ctx)
 	slices.SortFunc(all, func(a, b api.Kernel) int {
-		return cmp.Or(cmp.Compare(b.Milestone, a.Milestone), target.CompareVersions(b.BuildID, a.BuildID), cmp.Compare(a.Board, b.Board))
+		return cmp.Or(target.CompareVersions(b.BuildID, a.BuildID), cmp.Compare(a.Board, b.Board))
 	})
 	return all, err
 }
@@ -138,13 +142,13 @@ func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 
 // SawKernel records a kernel that was discovered.
 func (c *Catalogue) SawKernel(ctx context.Context, k api.Kernel) error {
-	k.SeenAt = c.Now().UTC()
+	k.SeenAt = c.Now()
 	return c.Store.PutKernel(ctx, k)
 }
 
 // SawDriver records a driver version that was discovered.
 func (c *Catalogue) SawDriver(ctx context.Context, d api.DriverRelease) error {
-	d.SeenAt = c.Now().UTC()
+	d.SeenAt = c.Now()
 	return c.Store.PutDriver(ctx, d)
 }
 
@@ -156,7 +160,7 @@ func (c *Catalogue) AddArtifact(ctx context.Context, a api.Artifact) (api.Artifa
 	if err := c.checkArtifact(ctx, &a); err != nil {
 		return a, fmt.Errorf("add artifact: %w", err)
 	}
-	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now().UTC()
+	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now()
 	if err := c.Store.PutArtifact(ctx, a); err != nil {
 		return a, err
 	}

@@ -39,7 +39,7 @@ func parseWish(buildID, board, driver, flavour string) (wish, error) {
 	}
 	d, err := target.ParseWish(driver)
 	if err != nil {
-		return wish{}, fault.Wrap(fault.Usage, err, "")
+		return wish{}, fault.Wrap(fault.Usage, err, "list what is known: server drivers")
 	}
 	w := wish{kernel: k, driver: d}
 	if flavour == "" || flavour == Auto {
@@ -47,7 +47,7 @@ func parseWish(buildID, board, driver, flavour string) (wish, error) {
 	}
 	f, err := target.ParseFlavour(flavour)
 	if err != nil {
-		return wish{}, fault.Wrap(fault.Usage, fmt.Errorf("flavour %q: want auto, proprietary or open", flavour), "")
+		return wish{}, fault.Wrap(fault.Usage, fmt.Errorf("flavour %q: want auto, proprietary or open", flavour), "auto lets the server choose")
 	}
 	w.flavours = []target.Flavour{f}
 	return w, nil

@@ -124,11 +124,14 @@ func answer[T any](v T, err error) (*body[T], error) {
 	return &body[T]{v}, nil
 }
 
-type buildID struct {
+// BuildPath names a build. It and DigestPath are exported because the router fills embedded
+// structs by reflection and passes over others in silence.
+type BuildPath struct {
 	ID int64 `path:"id" minimum:"1" doc:"number of the build"`
 }
 
-type digestPath struct {
+// DigestPath names an artifact.
+type DigestPath struct {
 	Digest string `path:"digest" doc:"digest of the artifact, sha256:…"`
 }
 
@@ -167,7 +170,7 @@ func mountAPI(r chi.Router, c Config) {
 	}) (*body[[]api.Build], error) {
 		return answer(cat.Builds(ctx, api.State(in.State)))
 	})
-	huma.Register(a, read("read-build", "/v1/builds/{id}", "Read a build"), func(ctx context.Context, in *buildID) (*body[api.Build], error) {
+	huma.Register(a, read("read-build", "/v1/builds/{id}", "Read a build"), func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
 		return answer(cat.Build(ctx, in.ID))
 	})
 	huma.Register(a, write("request-build", http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
@@ -176,7 +179,7 @@ func mountAPI(r chi.Router, c Config) {
 		})
 	huma.Register(a, write("update-build", http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
 		func(ctx context.Context, in *struct {
-			buildID
+			BuildPath
 			Body api.BuildUpdate
 		}) (*body[api.Build], error) {
 			return answer(cat.Update(ctx, in.ID, in.Body))
@@ -187,13 +190,13 @@ func mountAPI(r chi.Router, c Config) {
 		})
 	huma.Register(a, write("yank", http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
 		func(ctx context.Context, in *struct {
-			digestPath
+			DigestPath
 			Body api.YankRequest
 		}) (*body[api.Artifact], error) {
 			return answer(cat.Yank(ctx, in.Digest, in.Body.Reason))
 		})
 	huma.Register(a, write("unyank", http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
-		func(ctx context.Context, in *digestPath) (*body[api.Artifact], error) {
+		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Unyank(ctx, in.Digest))
 		})
 }

@@ -1,0 +1,215 @@
+package httpapi_test
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/httpapi"
+	"github.com/prebake/prebake/server/internal/ocistore"
+	"github.com/prebake/prebake/server/internal/store"
+	"github.com/prebake/prebake/server/internal/web"
+)
+
+const token = "0123456789abcdef"
+
+// serve starts the whole server but for discovery, over a temporary folder, and
+// returns its address.
+func serve(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	log := slog.New(slog.DiscardHandler)
+	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
+	check(t, err)
+	q, err := queue.Open(t.Context(), "sqlite://"+filepath.Join(dir, "queue.db"))
+	check(t, err)
+	logs, err := store.OpenLogs(filepath.Join(dir, "logs"))
+	check(t, err)
+	registry, err := ocistore.Open(filepath.Join(dir, "registry"), nil)
+	check(t, err)
+	cat := catalogue.New(catalogue.Config{Store: db, Logs: logs, Queue: q, Repository: "/prebake/driver", Log: log})
+	pages, err := web.New(cat, log)
+	check(t, err)
+	s := httptest.NewServer(httpapi.New(httpapi.Config{Catalogue: cat, Store: db, Queue: q, Token: token, Version: "test", Log: log,
+		Registry: ocistore.Handler(registry, token, log), Pages: pages}))
+	t.Cleanup(func() {
+		s.Close()
+		check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close()))
+	})
+	return s.URL
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+var (
+	finger = target.Fingerprint("sha256:" + strings.Repeat("a", 64))
+	digest = "sha256:" + strings.Repeat("c", 64)
+)
+
+// TestClient walks a build's life through the typed client.
+func TestClient(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	url := serve(t)
+	c := api.NewClient(url+"/", token, nil)
+	b, err := c.RequestBuild(ctx, api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	check(t, err)
+	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
+	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Kernel: &kernel, Fingerprint: finger})
+	check(t, err)
+	if _, err := c.BuildLog(ctx, b.ID); !fault.Is(err, fault.InputMissing) || fault.Hint(err) == "" {
+		t.Errorf("BuildLog(none yet) = %v; want input-missing with a hint", err)
+	}
+	check(t, c.PutBuildLog(ctx, b.ID, strings.NewReader("line 1\nline 2\n")))
+	log, err := c.BuildLog(ctx, b.ID)
+	check(t, err)
+	text, err := io.ReadAll(log)
+	check(t, errors.Join(err, log.Close()))
+	if string(text) != "line 1\nline 2\n" {
+		t.Errorf("BuildLog() = %q", text)
+	}
+	done, err := c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Published, Digest: digest})
+	check(t, err)
+	read, err := c.Build(ctx, b.ID)
+	check(t, err)
+	if d := cmp.Diff(done, read); d != "" || read.State != api.Published || read.Kernel != kernel {
+		t.Errorf("Build() after publishing (-update +read):\n%s%+v", d, read)
+	}
+	question := api.Question{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03"}
+	r, err := c.Resolve(ctx, question)
+	check(t, err)
+	if r.State != api.Published || r.Digest != digest || r.Repository != "/prebake/driver" || r.Driver.Flavour != target.Open {
+		t.Errorf("Resolve() = %+v; want the published artifact", r)
+	}
+	_, err = c.AddArtifact(ctx, api.Artifact{Digest: digest, Fingerprint: finger, Driver: done.Driver,
+		Kernels: []target.Kernel{{BuildID: "17800.1.47", Board: "lakitu"}}})
+	check(t, err)
+	a, err := c.Yank(ctx, digest, "panics")
+	check(t, err)
+	if a.State != api.Yanked || len(a.Kernels) != 2 {
+		t.Errorf("Yank() = %+v; want yanked, for two kernels", a)
+	}
+	if r, err = c.Resolve(ctx, question); err != nil || r.State != api.Yanked || r.Reason != "panics" {
+		t.Errorf("Resolve() = %s %q, %v; want yanked", r.State, r.Reason, err)
+	}
+	a, err = c.Unyank(ctx, digest)
+	if err != nil || a.State != api.Published {
+		t.Errorf("Unyank() = %s, %v", a.State, err)
+	}
+	for what, n := range map[string]func() (int, error){
+		"kernels":   func() (int, error) { all, err := c.Kernels(ctx); return len(all), err },
+		"artifacts": func() (int, error) { all, err := c.Artifacts(ctx); return len(all), err },
+		"builds":    func() (int, error) { all, err := c.Builds(ctx, ""); return len(all), err },
+		"published": func() (int, error) { all, err := c.Builds(ctx, api.Published); return len(all), err },
+	} {
+		if got, err := n(); err != nil || got != 1 {
+			t.Errorf("list of %s has %d, %v; want 1", what, got, err)
+		}
+	}
+	if all, err := c.Drivers(ctx); err != nil || all == nil || len(all) != 0 {
+		t.Errorf("Drivers() = %#v, %v; want an empty list", all, err)
+	}
+	refusals := map[string]struct {
+		err  error
+		want fault.Kind
+	}{
+		"no such build":   {second(c.Build(ctx, 999)), fault.InputMissing},
+		"bad state":       {second(c.Builds(ctx, "odd")), fault.Usage},
+		"bad kernel":      {second(c.Resolve(ctx, api.Question{BuildID: "x", Board: "y"})), fault.Usage},
+		"yank of nothing": {second(c.Yank(ctx, "sha256:0", "x")), fault.NoArtifact},
+		"final state":     {second(c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued})), fault.Mismatch},
+		"log of nothing":  {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.InputMissing},
+		"no token":        {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Usage},
+		"wrong token":     {api.NewClient(url, "wrong", nil).PutBuildLog(ctx, b.ID, strings.NewReader("x")), fault.Usage},
+		"nobody there":    {second(api.NewClient("http://127.0.0.1:1", "", nil).Kernels(ctx)), fault.Transient},
+		"no URL":          {second(api.NewClient("::", "", nil).Kernels(ctx)), fault.Usage},
+	}
+	for name, row := range refusals {
+		if !fault.Is(row.err, row.want) {
+			t.Errorf("%s: %v; want %v", name, row.err, row.want)
+		}
+	}
+}
+
+func second[T any](_ T, err error) error { return err }
+
+// TestRoutes looks at status, media type and access of single routes.
+func TestRoutes(t *testing.T) {
+	t.Parallel()
+	url := serve(t)
+	problem, text, html := "application/problem+json", "text/plain; charset=utf-8", "text/html; charset=utf-8"
+	rows := []struct {
+		name, method, path, auth, body string
+		status                         int
+		kind                           string
+		contains                       string
+	}{
+		{"health", "GET", "/healthz", "", "", 200, text, "ok"},
+		{"readiness", "GET", "/readyz", "", "", 200, text, "ok"},
+		{"metrics", "GET", "/metrics", "", "", 200, "", `prebake_queue_jobs{state="running"} 0`},
+		{"API description", "GET", "/openapi.json", "", "", 200, "application/openapi+json", `"request-build"`},
+		{"no documentation page from elsewhere", "GET", "/docs", "", "", 404, problem, `"hint"`},
+		{"page", "GET", "/", "", "", 200, html, "Kernels and drivers"},
+		{"style", "GET", "/assets/style.css", "", "", 200, "text/css; charset=utf-8", "prefers-color-scheme"},
+		{"build page of nothing", "GET", "/builds/9", "", "", 404, html, "build 9 does not exist"},
+		{"empty list", "GET", "/v1/kernels", "", "", 200, "application/json", "[]"},
+		{"no such route", "GET", "/v1/nothing", "", "", 404, problem, `"kind":"usage"`},
+		{"wrong method", "DELETE", "/v1/kernels", "", "", 405, problem, `"hint"`},
+		{"question without kernel", "GET", "/v1/resolve", "", "", 400, problem, "BUILD_ID"},
+		{"build without number", "GET", "/v1/builds/x", "", "", 422, problem, "path.id"},
+		{"log without number", "GET", "/v1/builds/x/log", "", "", 400, problem, "not a number"},
+		{"write without token", "POST", "/v1/builds", "", `{}`, 401, problem, "token"},
+		{"write with a wrong token", "POST", "/v1/builds", "Bearer x", `{}`, 401, problem, "token"},
+		{"log without token", "PUT", "/v1/builds/1/log", "", "x", 401, problem, "token"},
+		{"artifact without token", "POST", "/v1/artifacts", "", "{}", 401, problem, "token"},
+		{"update without token", "PATCH", "/v1/builds/1", "", "{}", 401, problem, "token"},
+		{"yank without token", "POST", "/v1/artifacts/sha256:0/yank", "", "{}", 401, problem, "token"},
+		{"unyank without token", "POST", "/v1/artifacts/sha256:0/unyank", "", "", 401, problem, "token"},
+		{"body that is no JSON", "POST", "/v1/builds", "Bearer " + token, `{`, 400, problem, `"kind":"usage"`},
+		{"body without a member", "POST", "/v1/builds", "Bearer " + token, `{}`, 422, problem, "required property"},
+		{"body too large", "POST", "/v1/builds", "Bearer " + token, strings.Repeat(" ", 2<<20), 413, problem, `"kind":"usage"`},
+		{"registry ping wants credentials", "GET", "/v2/", "", "", 401, "application/json", "UNAUTHORIZED"},
+		{"registry takes the token", "GET", "/v2/", "Bearer " + token, "", 200, "", ""},
+		{"registry tells of nothing", "GET", "/v2/x/tags/list", "", "", 404, "application/json", "NAME_UNKNOWN"},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			req, err := http.NewRequestWithContext(t.Context(), row.method, url+row.path, strings.NewReader(row.body))
+			check(t, err)
+			req.Header.Set("Content-Type", "application/json")
+			if row.auth != "" {
+				req.Header.Set("Authorization", row.auth)
+			}
+			resp, err := http.DefaultClient.Do(req)
+			check(t, err)
+			body, err := io.ReadAll(resp.Body)
+			check(t, errors.Join(err, resp.Body.Close()))
+			kind := resp.Header.Get("Content-Type")
+			if resp.StatusCode != row.status || (row.kind != "" && kind != row.kind) || !bytes.Contains(body, []byte(row.contains)) {
+				t.Errorf("%s %s = %s %q\n%.400s\nwant %d %q with %q", row.method, row.path, resp.Status, kind, body, row.status, row.kind, row.contains)
+			}
+			if resp.StatusCode == http.StatusUnauthorized && resp.Header.Get("Www-Authenticate") == "" {
+				t.Error("401 without a challenge")
+			}
+		})
+	}
+}

@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// locked is a buffer that a running server and a test may share.
+type locked struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *locked) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *locked) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}
+
+// start runs "server serve" over dir and returns its URL and a way to stop it
+// that returns its exit status.
+func start(t *testing.T, dir string, more ...string) (url string, stop func() int, log *locked) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	log = &locked{}
+	done := make(chan int, 1)
+	args := append([]string{"server", "serve", "--listen", "127.0.0.1:0", "--data", dir, "--grace", "1s"}, more...)
+	go func() { done <- cli.Run(ctx, program(), args, log, log) }()
+	stop = sync.OnceValue(func() int { cancel(); return <-done })
+	t.Cleanup(func() { stop() })
+	deadline, end := context.WithTimeout(t.Context(), time.Minute)
+	defer end()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		if raw, err := os.ReadFile(filepath.Join(dir, "address")); err == nil {
+			return strings.TrimSpace(string(raw)), stop, log
+		}
+		select {
+		case code := <-done:
+			t.Fatalf("server ended with %d:\n%s", code, log)
+		case <-deadline.Done():
+			t.Fatalf("no address after a minute:\n%s", log)
+		case <-tick.C:
+		}
+	}
+}
+
+// run runs one command and returns what it wrote.
+func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = cli.Run(t.Context(), program(), append([]string{"server"}, args...), &out, &errs)
+	return code, out.String(), errs.String()
+}
+
+// TestOperator drives the server the way an operator does, over a restart.
+func TestOperator(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, stop, log := start(t, dir)
+	token := filepath.Join(dir, "token")
+	secret, err := os.ReadFile(token)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if info, err := os.Stat(token); err != nil || info.Mode().Perm() != 0o600 {
+		t.Errorf("token file has mode %v, %v; want 0600", info.Mode(), err)
+	}
+	digest := "sha256:" + strings.Repeat("c", 64)
+	c := api.NewClient(url, strings.TrimSpace(string(secret)), nil)
+
+	steps := []struct {
+		name string
+		args []string
+		code int
+		out  string // a part of stdout
+		err  string // a part of stderr
+	}{
+		{"nothing known", []string{"kernels"}, 0, "no kernel is known yet", ""},
+		{"request", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03", "--flavour", "open"}, 0, "state      queued", ""},
+		{"request again", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03", "--flavour", "open"}, 0, "build      1", ""},
+		{"builds", []string{"builds"}, 0, "17800.0.47/lakitu  535.261.03-open", ""},
+		{"builds as JSON", []string{"builds", "--output", "json", "--state", "queued"}, 0, `"buildId": "17800.0.47"`, ""},
+		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, 0, "start one: builder work", ""},
+		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, 2, "", "needs the server's token"},
+		{"bad wish", []string{"resolve", "--build-id", "17800.0.47", "--driver", "new"}, 2, "", "hint:"},
+		{"no such build", []string{"build", "99"}, fault.InputMissing.ExitCode(), "", "list builds"},
+		{"no log yet", []string{"build", "1", "--log"}, fault.InputMissing.ExitCode(), "", "no log yet"},
+		{"stray argument", []string{"kernels", "x"}, 2, "", "takes no argument"},
+		{"bad number", []string{"build", "x"}, 2, "", "needs one number"},
+		{"unknown command", []string{"frobnicate"}, 2, "", "no command"},
+		{"server away", []string{"drivers", "--server", "http://127.0.0.1:1"}, fault.Transient.ExitCode(), "", "check that the server runs"},
+	}
+	for _, s := range steps {
+		args := s.args
+		if s.name != "server away" && s.name != "unknown command" {
+			args = append([]string{s.args[0], "--server", url}, s.args[1:]...)
+		}
+		code, out, errs := run(t, args...)
+		if code != s.code || !strings.Contains(out, s.out) || !strings.Contains(errs, s.err) {
+			t.Errorf("%s: %v = %d\n%s%s\nwant %d with %q and %q", s.name, s.args, code, out, errs, s.code, s.out, s.err)
+		}
+		for line := range strings.Lines(out) {
+			if len([]rune(strings.TrimRight(line, "\n"))) > columns && !strings.Contains(strings.Join(args, " "), "json") {
+				t.Errorf("%s: a line of %d letters: %s", s.name, len(line), line)
+			}
+		}
+	}
+
+	// A second server must keep off.
+	if code, _, errs := run(t, "serve", "--listen", "127.0.0.1:0", "--data", dir); code != fault.Busy.ExitCode() || !strings.Contains(errs, "another server") {
+		t.Errorf("second server = %d %s; want busy", code, errs)
+	}
+
+	if code := stop(); code != 0 {
+		t.Errorf("stop = %d; want 0\n%s", code, log)
+	}
+	if strings.Contains(log.String(), strings.TrimSpace(string(secret))) {
+		t.Error("the log has the token in it")
+	}
+	if _, err := os.Stat(filepath.Join(dir, "address")); !os.IsNotExist(err) {
+		t.Errorf("the address file is still there: %v", err)
+	}
+
+	// A builder takes the job straight from the queue, with the server away.
+	work(t, dir, func(job api.BuildJob) {
+		if job.Build != 1 || job.BuildID != "17800.0.47" || job.Driver != "535.261.03" || job.Flavour != "open" {
+			t.Errorf("the queue has %+v; want build 1", job)
+		}
+	})
+
+	url, _, _ = start(t, dir)
+	c = api.NewClient(url, strings.TrimSpace(string(secret)), nil)
+	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64", Arch: target.AMD64}
+	_, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
+		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))})
+	// The sweep of the new process may have failed the build first: its job
+	// ended without a report. A builder that reports late brings it back.
+	if fault.Is(err, fault.Mismatch) {
+		if _, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Building}); err == nil {
+			_, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
+				Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))})
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, s := range []struct{ args, want string }{
+		{"resolve --build-id 17800.0.47 --driver 535.261.03", "digest     " + digest},
+		{"artifacts", digest}, {"kernels", "6.1.0-47-cloud-amd64"},
+		{"yank --token-file " + token + " --reason panics " + digest, "yanked panics"},
+		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "reason     panics"},
+		{"unyank --token-file " + token + " " + digest, "published"},
+	} {
+		fields := strings.Fields(s.args)
+		code, out, errs := run(t, append([]string{fields[0], "--server", url}, fields[1:]...)...)
+		if code != 0 || !strings.Contains(out, s.want) {
+			t.Errorf("%s = %d\n%s%s\nwant %q", s.args, code, out, errs, s.want)
+		}
+	}
+}
+
+// work takes one job from the queue of a stopped server.
+func work(t *testing.T, dir string, see func(api.BuildJob)) {
+	t.Helper()
+	q, err := queue.Open(t.Context(), "sqlite://"+filepath.Join(dir, "queue.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := q.Work(ctx, "test", 1, func(_ context.Context, job api.BuildJob, _ int) error {
+		see(job)
+		cancel()
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+	if err := q.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestWait shows that --wait ends with the status of the failure's class.
+func TestWait(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	url, _, _ := start(t, dir, "--token", "0123456789abcdef")
+	c := api.NewClient(url, "0123456789abcdef", nil)
+	args := []string{"request", "--server", url, "--token", "0123456789abcdef", "--build-id", "17800.0.47", "--driver", "535.1", "--flavour", "open"}
+	if code, _, errs := run(t, args...); code != 0 {
+		t.Fatal(errs)
+	}
+	if _, err := c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Building}); err != nil {
+		t.Fatal(err)
+	}
+	type result struct {
+		code int
+		errs string
+	}
+	done := make(chan result, 1)
+	go func() {
+		var out, errs bytes.Buffer
+		code := cli.Run(t.Context(), program(), append([]string{"server"}, append(args, "--wait")...), &out, &errs)
+		done <- result{code, errs.String()}
+	}()
+	if _, err := c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
+		t.Fatal(err)
+	}
+	// Asking after the failure opens build 2; end that one too.
+	for {
+		all, err := c.Builds(t.Context(), api.Queued)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, b := range all {
+			if _, err := c.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		select {
+		case r := <-done:
+			if r.code != fault.APIBreak.ExitCode() || !strings.Contains(r.errs, "nv-pci.c:1") || !strings.Contains(r.errs, "newer") {
+				t.Errorf("--wait = %d %s; want %d with the compiler's line", r.code, r.errs, fault.APIBreak.ExitCode())
+			}
+			return
+		default:
+		}
+	}
+}
+
+func TestServeRefuses(t *testing.T) {
+	t.Parallel()
+	short := filepath.Join(t.TempDir(), "short")
+	if err := os.WriteFile(short, []byte("x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"--database", "mysql://x"}, {"--queue", "x"}, {"--token", "short"}, {"--token-file", short},
+		{"--token-file", "/does/not/exist"}, {"--log-level", "loud"}, {"--public-repository", ""},
+	} {
+		all := append([]string{"serve", "--listen", "127.0.0.1:0", "--data", t.TempDir()}, args...)
+		if code, _, errs := run(t, all...); code != 2 || !strings.Contains(errs, "hint:") {
+			t.Errorf("serve %v = %d %s; want 2 with a hint", args, code, errs)
+		}
+	}
+}
+
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	code, out, _ := run(t, "version", "--output", "json")
+	var v map[string]string
+	if err := json.Unmarshal([]byte(out), &v); code != 0 || err != nil || v["version"] == "" {
+		t.Errorf("version = %d %s, %v", code, out, err)
+	}
+}
