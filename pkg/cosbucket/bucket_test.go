@@ -1,0 +1,360 @@
+package cosbucket_test
+
+import (
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+const textproto = `
+gpu_driver_version_info {
+  gpu_device { gpu_type: "NVIDIA_L4" }
+  supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
+  supported_driver_versions { label: "R470" version: "470.256.02" }
+}
+gpu_driver_version_info {
+  gpu_device { gpu_type: "OTHERS" }
+  supported_driver_versions { label: "DEFAULT" version: "535.261.03" }
+  supported_driver_versions { label: "LATEST" version: "550.90.07" }
+  supported_driver_versions { label: "R550" version: "550.54.15" }
+  supported_driver_versions { version: "570.10.2" }
+  newer_field { x: 1 }
+}
+`
+
+var objects = map[string]string{
+	"17800.0.47/lakitu/kernel_commit":                 strings.Repeat("ab", 20) + "\n",
+	"17800.0.47/lakitu/gpu_default_version":           "535.261.03\n",
+	"17800.0.47/lakitu/gpu_latest_version":            "570.9.9\n",
+	"17800.0.47/lakitu/gpu_R535_version":              "535.309.01\n",
+	"17800.0.47/lakitu/gpu_driver_versions.textproto": textproto,
+	"17800.0.50/lakitu-arm64/kernel_commit":           "nonsense\n",
+	"17800.0.50/lakitu-arm64/big":                     strings.Repeat("x", 5000),
+	"notabuild/lakitu/kernel_commit":                  "x",
+	"17800.0.9/kernel_commit":                         "an older layout",
+}
+
+var kernel47 = target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Arch: target.AMD64}
+
+func folder(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range objects {
+		file := filepath.Join(dir, filepath.FromSlash(name))
+		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+func open(t *testing.T, rawURL string) *cosbucket.Bucket {
+	t.Helper()
+	b, err := cosbucket.Open(t.Context(), rawURL)
+	if err != nil {
+		t.Fatalf("Open(%s): %v", rawURL, err)
+	}
+	t.Cleanup(func() {
+		if err := b.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	return b
+}
+
+// conform is what every kind of bucket has to do alike.
+func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
+	t.Helper()
+	ctx := t.Context()
+	got, err := b.ReadSmall(ctx, cosbucket.DefaultVersionName(kernel47), 100)
+	if err != nil || string(got) != "535.261.03\n" {
+		t.Errorf("ReadSmall(gpu_default_version) = %q, %v; want 535.261.03", got, err)
+	}
+	r, attrs, err := b.Get(ctx, "17800.0.50/lakitu-arm64/big")
+	if err != nil {
+		t.Fatalf("Get(big): %v", err)
+	}
+	text, err := io.ReadAll(r)
+	if err != nil || len(text) != 5000 || attrs.Size != 5000 {
+		t.Errorf("Get(big) = %d bytes, %v, size %d; want 5000", len(text), err, attrs.Size)
+	}
+	if err := r.Close(); err != nil {
+		t.Errorf("Close(big): %v", err)
+	}
+	if _, err := b.ReadSmall(ctx, "17800.0.50/lakitu-arm64/big", 4999); !fault.Is(err, fault.Unsupported) {
+		t.Errorf("ReadSmall(big, 4999) = %v; want unsupported", err)
+	}
+	if _, _, err := b.Get(ctx, "17800.0.47/lakitu/toolchain.tar.xz"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(absent) = %v; want input-missing", err)
+	}
+	for _, name := range []string{"", ".", "/etc/passwd", "../x", "a/../../x", "a//b", "a\nb"} {
+		if _, _, err := b.Get(ctx, name); !fault.Is(err, fault.Usage) {
+			t.Errorf("Get(%q) = %v; want usage", name, err)
+		}
+	}
+	k, err := b.Describe(ctx, kernel47)
+	if err != nil || k.Commit != strings.Repeat("ab", 20) {
+		t.Errorf("Describe = %+v, %v", k, err)
+	}
+	if _, err := b.Describe(ctx, target.Kernel{BuildID: "17800.0.50", Board: "lakitu-arm64"}); !fault.Is(err, fault.Unsupported) {
+		t.Errorf("Describe(bad commit) = %v; want unsupported", err)
+	}
+	drivers, err := b.Drivers(ctx, kernel47)
+	want := cosbucket.DriverList{
+		Default: "535.261.03", Latest: "570.9.9",
+		Branches: map[string]string{"R470": "470.256.02", "R535": "535.309.01", "R550": "550.54.15"},
+		Versions: []string{"470.256.02", "535.1.1", "535.261.03", "535.309.01", "550.54.15", "550.90.07", "570.9.9", "570.10.2"},
+	}
+	if diff := cmp.Diff(want, drivers); err != nil || diff != "" {
+		t.Errorf("Drivers: %v (-want +got)\n%s", err, diff)
+	}
+	if _, err := b.Drivers(ctx, target.Kernel{BuildID: "1.2.3", Board: "lakitu"}); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Drivers(no such build) = %v; want input-missing", err)
+	}
+	if !lists {
+		if _, err := b.List(ctx, ""); !fault.Is(err, fault.Unsupported) {
+			t.Errorf("List = %v; want unsupported", err)
+		}
+		return
+	}
+	names, err := b.List(ctx, "17800.0.47/lakitu/gpu_R")
+	if diff := cmp.Diff([]string{"17800.0.47/lakitu/gpu_R535_version"}, names); err != nil || diff != "" {
+		t.Errorf("List(gpu_R): %v (-want +got)\n%s", err, diff)
+	}
+	if names, err := b.List(ctx, "none/such/"); err != nil || len(names) != 0 {
+		t.Errorf("List(none) = %v, %v; want nothing", names, err)
+	}
+	builds, err := b.Builds(ctx)
+	wantBuilds := []target.Kernel{kernel47, {BuildID: "17800.0.50", Board: "lakitu-arm64", Arch: target.ARM64}}
+	if diff := cmp.Diff(wantBuilds, builds); err != nil || diff != "" {
+		t.Errorf("Builds: %v (-want +got)\n%s", err, diff)
+	}
+}
+
+func TestFolder(t *testing.T) {
+	t.Parallel()
+	dir := folder(t)
+	b := open(t, "file://"+dir)
+	conform(t, b, true)
+	if got, want := b.URL("a/b"), "file://"+dir+"/a/b"; got != want {
+		t.Errorf("URL = %s; want %s", got, want)
+	}
+	secret := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secret, []byte("s"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(secret, filepath.Join(dir, "planted")); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := b.Get(t.Context(), "planted"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(link out of the folder) = %v; want input-missing", err)
+	}
+	if _, _, err := b.Get(t.Context(), "17800.0.47"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(folder) = %v; want input-missing", err)
+	}
+}
+
+func TestOpenRefuses(t *testing.T) {
+	t.Parallel()
+	for rawURL, want := range map[string]fault.Kind{
+		"":                            fault.Usage,
+		"/tmp":                        fault.Usage,
+		"ftp://host/x":                fault.Usage,
+		"file://relative/x":           fault.Usage,
+		"file:///does/not/exist/here": fault.InputMissing,
+		"https:///x":                  fault.Usage,
+		"https://user:word@host/x":    fault.Usage,
+		"https://host/x?token=1":      fault.Usage,
+		"gs://":                       fault.Usage,
+		"http://[::1":                 fault.Usage,
+	} {
+		if _, err := cosbucket.Open(t.Context(), rawURL); !fault.Is(err, want) {
+			t.Errorf("Open(%q) = %v; want %v", rawURL, err, want)
+		}
+	}
+}
+
+// flaky is a web server that fails the first calls for each object, and breaks
+// the first download of the big one in its middle.
+type flaky struct {
+	dir http.Handler
+
+	mu    sync.Mutex
+	calls map[string]int
+	auth  bool
+}
+
+func (f *flaky) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	f.mu.Lock()
+	f.calls[r.URL.Path]++
+	call := f.calls[r.URL.Path]
+	f.auth = f.auth || r.Header.Get("Authorization") != ""
+	f.mu.Unlock()
+	switch {
+	case path.Base(r.URL.Path) == "always-down", call <= 2 && path.Base(r.URL.Path) != "big":
+		http.Error(w, "down", http.StatusServiceUnavailable)
+	case call == 1:
+		w.Header().Set("Content-Length", "5000")
+		w.Header().Set("Accept-Ranges", "bytes")
+		w.Header().Set("Etag", `"1"`)
+		_, _ = io.WriteString(w, strings.Repeat("x", 1234))
+		panic(http.ErrAbortHandler)
+	default:
+		w.Header().Set("Etag", `"1"`)
+		f.dir.ServeHTTP(w, r)
+	}
+}
+
+func TestWeb(t *testing.T) {
+	t.Parallel()
+	f := &flaky{dir: http.FileServer(http.Dir(folder(t))), calls: map[string]int{}}
+	server := httptest.NewServer(f)
+	t.Cleanup(server.Close)
+	b := openQuick(t, server.URL)
+	conform(t, b, false)
+	if _, _, err := b.Get(t.Context(), "always-down"); !fault.Is(err, fault.Transient) {
+		t.Errorf("Get(always-down) = %v; want transient", err)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if got := f.calls["/always-down"]; got != 5 {
+		t.Errorf("Get(always-down) asked %d times; want 5", got)
+	}
+	if f.auth {
+		t.Error("an Authorization header was sent to a bucket that nobody gave credentials for")
+	}
+}
+
+// TestWebBrokenFile checks that a download without a way to resume fails
+// instead of ending early.
+func TestWebBrokenFile(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "5000")
+		_, _ = io.WriteString(w, "short")
+		panic(http.ErrAbortHandler)
+	}))
+	t.Cleanup(server.Close)
+	if _, err := openQuick(t, server.URL).ReadSmall(t.Context(), "x", 1<<20); !fault.Is(err, fault.Transient) {
+		t.Errorf("ReadSmall = %v; want transient", err)
+	}
+}
+
+func TestWebCancelled(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		cancel()
+		http.Error(w, "down", http.StatusBadGateway)
+	}))
+	t.Cleanup(server.Close)
+	if _, _, err := openQuick(t, server.URL).Get(ctx, "x"); !fault.Is(err, fault.Cancelled) {
+		t.Errorf("Get = %v; want cancelled", err)
+	}
+}
+
+// fakeGCS answers the few calls that a reader makes: listings and attributes
+// over the JSON API, content by its plain path.
+func fakeGCS(w http.ResponseWriter, r *http.Request) {
+	type object map[string]string
+	describe := func(name string) object {
+		sum := md5.Sum([]byte(objects[name]))
+		return object{"name": name, "bucket": "cos-tools", "size": strconv.Itoa(len(objects[name])), "generation": "7",
+			"md5Hash": base64.StdEncoding.EncodeToString(sum[:])}
+	}
+	reply := func(v any) {
+		w.Header().Set("Content-Type", "application/json")
+		_ = json.NewEncoder(w).Encode(v)
+	}
+	if text, ok := objects[strings.TrimPrefix(r.URL.Path, "/cos-tools/")]; ok && r.URL.Query().Get("generation") == "7" {
+		w.Header().Set("X-Goog-Generation", "7")
+		_, _ = io.WriteString(w, text)
+		return
+	}
+	rest, ok := strings.CutPrefix(r.URL.EscapedPath(), "/storage/v1/b/cos-tools/o")
+	if !ok || r.Header.Get("Authorization") != "" {
+		http.Error(w, "bucket", http.StatusNotFound)
+		return
+	}
+	name, err := url.PathUnescape(strings.TrimPrefix(rest, "/"))
+	if err != nil {
+		http.Error(w, "name", http.StatusBadRequest)
+		return
+	}
+	q := r.URL.Query()
+	switch _, ok := objects[name]; {
+	case rest == "":
+		items := []object{}
+		for name := range objects {
+			glob := q.Get("matchGlob")
+			if match, _ := path.Match(glob, name); strings.HasPrefix(name, q.Get("prefix")) && (glob == "" || match) {
+				items = append(items, describe(name))
+			}
+		}
+		slices.SortFunc(items, func(a, b object) int { return strings.Compare(a["name"], b["name"]) })
+		reply(map[string]any{"kind": "storage#objects", "items": items})
+	case !ok:
+		http.Error(w, "object", http.StatusNotFound)
+	default:
+		reply(describe(name))
+	}
+}
+
+// TestGCS is not parallel: the library reads its emulator's address from the
+// environment.
+func TestGCS(t *testing.T) {
+	server := httptest.NewServer(http.HandlerFunc(fakeGCS))
+	t.Cleanup(server.Close)
+	t.Setenv("STORAGE_EMULATOR_HOST", server.URL)
+	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
+	t.Setenv("CLOUDSDK_CONFIG", t.TempDir())
+	b := open(t, "gs://cos-tools")
+	conform(t, b, true)
+	if got, want := b.URL("a/b"), "gs://cos-tools/a/b"; got != want {
+		t.Errorf("URL = %s; want %s", got, want)
+	}
+	r, attrs, err := b.Get(t.Context(), cosbucket.DefaultVersionName(kernel47))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := md5.Sum([]byte("535.261.03\n"))
+	if want := hex.EncodeToString(sum[:]); attrs.MD5 != want {
+		t.Errorf("Get(...).MD5 = %s; want %s", attrs.MD5, want)
+	}
+	if err := r.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, _, err := open(t, "gs://other").Get(t.Context(), "x"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(other bucket) = %v; want input-missing", err)
+	}
+	below := open(t, "gs://cos-tools/17800.0.47")
+	if names, err := below.List(t.Context(), "lakitu/gpu_default"); err != nil || len(names) != 1 {
+		t.Errorf("List below a folder = %v, %v; want one name", names, err)
+	}
+	if text, err := below.ReadSmall(t.Context(), "lakitu/gpu_default_version", 100); err != nil || string(text) != "535.261.03\n" {
+		t.Errorf("ReadSmall below a folder = %q, %v", text, err)
+	}
+}

@@ -1,0 +1,222 @@
+package cosbucket
+
+import (
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/prototext"
+
+	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Bounds on what a bucket may say about drivers; real files have a few KiB.
+const (
+	maxVersionFile = 1 << 10
+	maxTextproto   = 1 << 20
+	maxVersions    = 4096
+)
+
+// DriverList is what COS says about the driver versions for one build.
+type DriverList struct {
+	// Default and Latest are "" where COS names none.
+	Default, Latest string
+	// Branches maps a branch, such as R535, to its version.
+	Branches map[string]string
+	// Versions are all versions named anywhere, lowest first.
+	Versions []string
+}
+
+// Drivers reads gpu_default_version, gpu_latest_version, the gpu_R*_version
+// files and gpu_driver_versions.textproto of a build. Any of them may be
+// missing; where two disagree, the single-version file is right, since that is
+// what COS's own installer reads.
+func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
+	var l DriverList
+	text, err := b.ReadSmall(ctx, DriverVersionsName(k), maxTextproto)
+	switch {
+	case err == nil:
+		if l, err = ParseDriverVersions(text); err != nil {
+			return DriverList{}, fmt.Errorf("read %s: %w", b.URL(DriverVersionsName(k)), err)
+		}
+	case !fault.Is(err, fault.InputMissing):
+		return DriverList{}, err
+	}
+	if l.Branches == nil {
+		l.Branches = map[string]string{}
+	}
+	one := func(name string) (string, error) {
+		text, err := b.ReadSmall(ctx, name, maxVersionFile)
+		if err != nil {
+			if fault.Is(err, fault.InputMissing) {
+				return "", nil
+			}
+			return "", err
+		}
+		version, err := ParseVersionFile(text)
+		if err != nil {
+			return "", fmt.Errorf("read %s: %w", b.URL(name), err)
+		}
+		l.Versions = append(l.Versions, version)
+		return version, nil
+	}
+	for name, to := range map[string]*string{DefaultVersionName(k): &l.Default, LatestVersionName(k): &l.Latest} {
+		version, err := one(name)
+		if err != nil {
+			return DriverList{}, err
+		}
+		if version != "" {
+			*to = version
+		}
+	}
+	names, err := b.branchFiles(ctx, k, l)
+	if err != nil {
+		return DriverList{}, err
+	}
+	for _, branch := range names {
+		version, err := one(BranchVersionName(k, branch))
+		if err != nil {
+			return DriverList{}, err
+		}
+		if version != "" {
+			l.Branches[branch] = version
+		}
+	}
+	if len(l.Versions) == 0 {
+		return DriverList{}, fault.New(fault.InputMissing, "list drivers of "+k.String()+": the bucket names none for this build",
+			"check BUILD_ID and board, or ask for an exact version")
+	}
+	l.Versions = sortVersions(l.Versions)
+	return l, nil
+}
+
+var branchFile = regexp.MustCompile(`/gpu_(R[0-9]{3,4})_version$`)
+
+// branchFiles returns the branches that may have a file of their own: those
+// listed, or, where the bucket cannot list, those of the versions known so far.
+func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList) ([]string, error) {
+	names, err := b.List(ctx, under(k, "gpu_R"))
+	if err != nil && !fault.Is(err, fault.Unsupported) {
+		return nil, err
+	}
+	var branches []string
+	for _, name := range names {
+		if m := branchFile.FindStringSubmatch(name); m != nil {
+			branches = append(branches, m[1])
+		}
+	}
+	if err != nil {
+		for _, v := range l.Versions {
+			branches = append(branches, target.Branch(v))
+		}
+	}
+	slices.Sort(branches)
+	return slices.Compact(branches), nil
+}
+
+// ParseVersionFile reads a file that holds one driver version and a newline.
+func ParseVersionFile(text []byte) (string, error) {
+	version := strings.TrimSpace(string(text))
+	if len(text) > maxVersionFile || !target.ValidVersion(version) {
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("%.60q is not a driver version", version), "")
+	}
+	return version, nil
+}
+
+// ParseDriverVersions reads gpu_driver_versions.textproto. Fields that are
+// newer than this program are passed over, and so are versions that are not of
+// NVIDIA's form. Labels of the entry for all other GPUs go before those of a
+// particular GPU.
+func ParseDriverVersions(text []byte) (DriverList, error) {
+	if len(text) > maxTextproto {
+		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: more than %d bytes", maxTextproto), "")
+	}
+	var list gpuversions.GPUDriverVersionInfoList
+	if err := (prototext.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, &list); err != nil {
+		return DriverList{}, fault.Wrap(fault.Unsupported, fmt.Errorf("driver versions: %w", err), "check that the bucket holds COS builds")
+	}
+	infos := list.GetGpuDriverVersionInfo()
+	slices.SortStableFunc(infos, func(a, b *gpuversions.GPUDriverVersionInfo) int { return rank(a) - rank(b) })
+	l := DriverList{Branches: map[string]string{}}
+	for _, info := range infos {
+		for _, v := range info.GetSupportedDriverVersions() {
+			if !target.ValidVersion(v.GetVersion()) {
+				continue
+			}
+			l.Versions = append(l.Versions, v.GetVersion())
+			wish, err := target.ParseWish(v.GetLabel())
+			_, isBranch := wish.BranchName()
+			switch {
+			case v.GetLabel() == "DEFAULT" && l.Default == "":
+				l.Default = v.GetVersion()
+			case v.GetLabel() == "LATEST" && l.Latest == "":
+				l.Latest = v.GetVersion()
+			case err == nil && isBranch && l.Branches[v.GetLabel()] == "":
+				l.Branches[v.GetLabel()] = v.GetVersion()
+			}
+		}
+	}
+	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
+		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: %d of them, more than %d", len(l.Versions), maxVersions), "")
+	}
+	return l, nil
+}
+
+func rank(info *gpuversions.GPUDriverVersionInfo) int {
+	switch info.GetGpuDevice().GetGpuType() {
+	case "OTHERS", "OTHER":
+		return 0
+	case "NO_GPU":
+		return 2
+	}
+	return 1
+}
+
+func sortVersions(versions []string) []string {
+	slices.SortFunc(versions, func(a, b string) int {
+		if c := target.CompareVersions(a, b); c != 0 {
+			return c
+		}
+		return strings.Compare(a, b)
+	})
+	return slices.Compact(versions)
+}
+
+// Choose returns the version that a wish means. An exact version is always
+// allowed, listed or not: driver buckets hold more than COS qualifies.
+func (l DriverList) Choose(w target.Wish) (string, error) {
+	if version, ok := w.Exact(); ok {
+		return version, nil
+	}
+	var version string
+	branch, isBranch := w.BranchName()
+	switch {
+	case w == target.Default:
+		version = l.Default
+	case w == target.Latest:
+		version = l.Latest
+	case isBranch:
+		if version = l.Branches[branch]; version == "" {
+			for _, v := range l.Versions {
+				if target.Branch(v) == branch && (version == "" || target.CompareVersions(v, version) > 0) {
+					version = v
+				}
+			}
+		}
+	default:
+		_, err := target.ParseWish(string(w))
+		return "", fault.Wrap(fault.Usage, err, "")
+	}
+	if version == "" {
+		hint := "ask for an exact version"
+		if len(l.Versions) > 0 {
+			hint += ", such as one of " + strings.Join(l.Versions, ", ")
+		}
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS names none for this build", w), hint)
+	}
+	return version, nil
+}

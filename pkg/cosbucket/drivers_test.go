@@ -1,0 +1,113 @@
+package cosbucket_test
+
+import (
+	"net/url"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+func openQuick(t *testing.T, rawURL string) *cosbucket.Bucket {
+	t.Helper()
+	u, err := url.Parse(rawURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := cosbucket.OpenWebWithWait(u, time.Millisecond)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := b.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+	})
+	return b
+}
+
+func TestChoose(t *testing.T) {
+	t.Parallel()
+	list := cosbucket.DriverList{
+		Default: "535.261.03", Branches: map[string]string{"R535": "535.261.03"},
+		Versions: []string{"470.82.1", "470.256.2", "535.261.03", "535.309.01"},
+	}
+	tests := []struct {
+		wish target.Wish
+		want string
+		kind fault.Kind // of the error, if want is ""
+	}{
+		{"default", "535.261.03", 0},
+		{"latest", "", fault.Unsupported},
+		{"R535", "535.261.03", 0},
+		{"R470", "470.256.2", 0},
+		{"R580", "", fault.Unsupported},
+		{"580.1.2", "580.1.2", 0},
+		{"nonsense", "", fault.Usage},
+	}
+	for _, test := range tests {
+		got, err := list.Choose(test.wish)
+		if got != test.want || (test.want == "" && !fault.Is(err, test.kind)) || (test.want != "" && err != nil) {
+			t.Errorf("Choose(%s) = %q, %v; want %q, %v", test.wish, got, err, test.want, test.kind)
+		}
+	}
+}
+
+func TestNames(t *testing.T) {
+	t.Parallel()
+	k := target.Kernel{BuildID: "17800.66.78", Board: "lakitu"}
+	got := []string{
+		cosbucket.HeadersName(k), cosbucket.ToolchainName(k), cosbucket.ToolchainEnvName(k), cosbucket.CommitName(k),
+		cosbucket.KernelInfoName(k), cosbucket.DriverVersionsName(k), cosbucket.DefaultVersionName(k), cosbucket.LatestVersionName(k),
+		cosbucket.BranchVersionName(k, "R535"), cosbucket.BootName(k), cosbucket.MD5Name(cosbucket.HeadersName(k)),
+		cosbucket.RunfileName("535.1.2", target.AMD64), cosbucket.RunfileName("535.1.2", target.ARM64), cosbucket.RunfileSumName("535.1.2", target.AMD64),
+	}
+	const dir = "17800.66.78/lakitu/"
+	want := []string{
+		dir + "kernel-headers.tgz", dir + "toolchain.tar.xz", dir + "toolchain_env", dir + "kernel_commit",
+		dir + "kernel_info", dir + "gpu_driver_versions.textproto", dir + "gpu_default_version", dir + "gpu_latest_version",
+		dir + "gpu_R535_version", dir + "prebake-boot.tgz", dir + "kernel-headers.tgz.md5",
+		"NVIDIA-Linux-x86_64-535.1.2.run", "NVIDIA-Linux-aarch64-535.1.2.run", "sha256/NVIDIA-Linux-x86_64-535.1.2.run.sha256",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("names (-want +got)\n%s", diff)
+	}
+}
+
+func FuzzParseDriverVersions(f *testing.F) {
+	for _, seed := range []string{textproto, "", "gpu_driver_version_info {", `gpu_driver_version_info: { supported_driver_versions: [{version: "1.2"}, {label: "R535"}] }`, "x: [1,2", "\xff"} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		list, err := cosbucket.ParseDriverVersions(text)
+		if err != nil {
+			return
+		}
+		for _, v := range append([]string{list.Default, list.Latest}, list.Versions...) {
+			if v != "" && !target.ValidVersion(v) {
+				t.Errorf("ParseDriverVersions let %q through", v)
+			}
+		}
+		for branch, v := range list.Branches {
+			if got, err := list.Choose(target.Wish(branch)); err != nil || got != v {
+				t.Errorf("Choose(%s) = %s, %v; want %s", branch, got, err, v)
+			}
+		}
+	})
+}
+
+func FuzzParseVersionFile(f *testing.F) {
+	for _, seed := range []string{"535.261.03\n", "", "535", "535.1\r\n", "../x", "535.1\n536.2"} {
+		f.Add([]byte(seed))
+	}
+	f.Fuzz(func(t *testing.T, text []byte) {
+		v, err := cosbucket.ParseVersionFile(text)
+		if err == nil && !target.ValidVersion(v) {
+			t.Errorf("ParseVersionFile(%q) = %q", text, v)
+		}
+	})
+}

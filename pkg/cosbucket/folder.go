@@ -1,0 +1,92 @@
+package cosbucket
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// folder is a bucket in a local folder. os.Root keeps names and links inside.
+type folder struct {
+	dir  string
+	root *os.Root
+}
+
+func openFolder(u *url.URL) (*folder, error) {
+	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
+		return nil, fault.New(fault.Usage, "want an absolute path behind file://", "write file:///FOLDER")
+	}
+	root, err := os.OpenRoot(filepath.Clean(u.Path))
+	if err != nil {
+		return nil, missing(err)
+	}
+	return &folder{filepath.Clean(u.Path), root}, nil
+}
+
+func (f *folder) get(_ context.Context, name string) (io.ReadCloser, Attrs, error) {
+	info, err := f.root.Stat(name)
+	if err != nil {
+		return nil, Attrs{}, missing(err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, Attrs{}, missing(fmt.Errorf("%s is not a file", name))
+	}
+	r, err := f.root.Open(name)
+	if err != nil {
+		return nil, Attrs{}, missing(err)
+	}
+	return r, Attrs{Size: info.Size()}, nil
+}
+
+func (f *folder) list(ctx context.Context, prefix, glob string) ([]string, error) {
+	start := "."
+	if i := strings.LastIndexByte(prefix, '/'); i > 0 {
+		start = prefix[:i]
+	}
+	depth := strings.Count(glob, "/")
+	var names []string
+	err := fs.WalkDir(f.root.FS(), start, func(name string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) && name == start {
+			return fs.SkipAll
+		}
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			if glob != "" && name != "." && strings.Count(name, "/") >= depth {
+				return fs.SkipDir
+			}
+			return ctx.Err()
+		}
+		if matches(name, prefix, glob) {
+			names = append(names, name)
+		}
+		return nil
+	})
+	return names, err
+}
+
+func matches(name, prefix, glob string) bool {
+	if glob != "" {
+		if ok, err := path.Match(glob, name); err != nil || !ok {
+			return false
+		}
+	}
+	return strings.HasPrefix(name, prefix)
+}
+
+func (f *folder) url(name string) string {
+	u := url.URL{Scheme: "file", Path: path.Join(filepath.ToSlash(f.dir), name)}
+	return u.String()
+}
+
+func (f *folder) close() error { return f.root.Close() }
