@@ -18,6 +18,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/gofrs/flock"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/riverqueue/river"
@@ -50,8 +51,9 @@ const grace = 5 * time.Second
 
 // Queue is an open queue. Close it.
 type Queue struct {
-	sqlite *sql.DB       // one of the two is set
-	pg     *pgxpool.Pool //
+	sqlite *sql.DB // one of sqlite and pg is set
+	path   string  // of the SQLite file
+	pg     *pgxpool.Pool
 	exec   riverdriver.Executor
 	insert client
 	log    *slog.Logger
@@ -110,43 +112,63 @@ func (q *Queue) openSQLite(path string) error {
 		return err
 	}
 	db.SetMaxOpenConns(1)
-	q.sqlite, q.exec = db, riversqlite.New(db).GetExecutor()
+	q.path, q.sqlite, q.exec = path, db, riversqlite.New(db).GetExecutor()
 	return nil
 }
 
 func (q *Queue) openPostgres(ctx context.Context, rawURL string) error {
-	pool, err := pgxpool.New(ctx, rawURL)
+	config, err := pgxpool.ParseConfig(rawURL) // its error leaves the password out
 	if err != nil {
-		// The error text of the library leaves the password out.
 		return fault.Wrap(fault.Usage, err, "use postgres://user@host/database")
+	}
+	// Migrating holds one connection for the lock and works on another.
+	config.MaxConns = max(config.MaxConns, 4)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return err
 	}
 	q.pg, q.exec = pool, riverpgxv5.New(pool).GetExecutor()
 	return nil
 }
 
-// migrate runs River's migrations; a second try covers another process that
-// ran them at the same moment.
-func (q *Queue) migrate(ctx context.Context) error {
-	once := func() error {
-		if q.sqlite != nil {
-			m, err := rivermigrate.New(riversqlite.New(q.sqlite), &rivermigrate.Config{Logger: q.log})
-			if err != nil {
-				return err
-			}
-			_, err = m.Migrate(ctx, rivermigrate.DirectionUp, nil)
+// migrationLock is the key of PostgreSQL's advisory lock around migrations: an
+// arbitrary number that nobody else uses. With SQLite a lock file beside the
+// database does the same; River's migrations do not lock by themselves.
+const migrationLock = 0x70726562616b65
+
+// migrate runs River's migrations, one process at a time.
+func (q *Queue) migrate(ctx context.Context) (err error) {
+	if q.sqlite != nil {
+		lock := flock.New(q.path + ".lock")
+		if _, err := lock.TryLockContext(ctx, 50*time.Millisecond); err != nil {
 			return err
 		}
-		m, err := rivermigrate.New(riverpgxv5.New(q.pg), &rivermigrate.Config{Logger: q.log})
+		defer func() { err = errors.Join(err, lock.Close()) }()
+		m, err := rivermigrate.New(riversqlite.New(q.sqlite), &rivermigrate.Config{Logger: q.log})
 		if err != nil {
 			return err
 		}
 		_, err = m.Migrate(ctx, rivermigrate.DirectionUp, nil)
 		return err
 	}
-	if once() == nil {
-		return nil
+	conn, err := q.pg.Acquire(ctx)
+	if err != nil {
+		return err
 	}
-	return once()
+	defer conn.Release()
+	if _, err := conn.Exec(ctx, "SELECT pg_advisory_lock($1)", int64(migrationLock)); err != nil {
+		return err
+	}
+	defer func() {
+		_, uerr := conn.Exec(context.WithoutCancel(ctx), "SELECT pg_advisory_unlock($1)", int64(migrationLock))
+		err = errors.Join(err, uerr)
+	}()
+	m, err := rivermigrate.New(riverpgxv5.New(q.pg), &rivermigrate.Config{Logger: q.log})
+	if err != nil {
+		return err
+	}
+	_, err = m.Migrate(ctx, rivermigrate.DirectionUp, nil)
+	return err
 }
 
 func (q *Queue) client(config *river.Config) (client, error) {

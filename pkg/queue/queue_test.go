@@ -2,42 +2,80 @@ package queue_test
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
+	"net/url"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// each runs a test over every database that is at hand.
-func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue, build func(int64) int64)) {
+// each runs a test over every database that is at hand, each time a fresh one.
+func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
 		t.Parallel()
-		path := "sqlite://" + filepath.Join(t.TempDir(), "queue.db")
-		f(t, opener(path), func(n int64) int64 { return n })
+		f(t, opener("sqlite://"+filepath.Join(t.TempDir(), "queue.db")))
 	})
 	t.Run("postgres", func(t *testing.T) {
-		url := os.Getenv("PREBAKE_TEST_POSTGRES")
-		if url == "" {
-			t.Skip("PREBAKE_TEST_POSTGRES names no database")
-		}
-		base := time.Now().UnixNano()
-		f(t, opener(url), func(n int64) int64 { return base + n })
+		t.Parallel()
+		f(t, opener(freshSchema(t)))
 	})
 }
 
-func opener(url string) func(t *testing.T) *queue.Queue {
+// freshSchema makes an empty schema in the test database and returns a URL
+// that uses it.
+func freshSchema(t *testing.T) string {
+	t.Helper()
+	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
+	if raw == "" {
+		t.Skip("PREBAKE_TEST_POSTGRES names no database")
+	}
+	conn, err := pgx.Connect(t.Context(), raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := "queue_" + strings.ToLower(rand.Text())
+	exec := func(statement string) {
+		if _, err := conn.Exec(context.WithoutCancel(t.Context()), statement); err != nil {
+			t.Error(err)
+		}
+	}
+	exec("CREATE SCHEMA " + schema)
+	t.Cleanup(func() {
+		exec("DROP SCHEMA " + schema + " CASCADE")
+		if err := conn.Close(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := u.Query()
+	query.Set("search_path", schema)
+	u.RawQuery = query.Encode()
+	return u.String()
+}
+
+func opener(rawURL string) func(t *testing.T) *queue.Queue {
 	return func(t *testing.T) *queue.Queue {
 		t.Helper()
-		q, err := queue.Open(t.Context(), url)
+		q, err := queue.Open(t.Context(), rawURL)
 		if err != nil {
-			t.Fatal(err)
+			t.Error(err)
+			runtime.Goexit()
 		}
 		t.Cleanup(func() {
 			if err := q.Close(); err != nil {
@@ -54,20 +92,20 @@ func job(build int64) api.BuildJob {
 
 func TestWorkVerdicts(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue, build func(int64) int64) {
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		for n := range int64(4) {
 			for range 2 { // the second insert of one build must not make a second job
-				if err := q.Insert(t.Context(), job(build(n))); err != nil {
+				if err := q.Insert(t.Context(), job(n)); err != nil {
 					t.Fatal(err)
 				}
 			}
 		}
 		results := map[int64]error{
-			build(0): nil,
-			build(1): fault.New(fault.APIBreak, "nv-pci.c:1: error", ""),
-			build(2): fault.New(fault.Transient, "mirror is away", ""),
-			build(3): errors.New("nobody knows"),
+			0: nil,
+			1: fault.New(fault.APIBreak, "nv-pci.c:1: error", ""),
+			2: fault.New(fault.Transient, "mirror is away", ""),
+			3: errors.New("nobody knows"),
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
@@ -90,7 +128,7 @@ func TestWorkVerdicts(t *testing.T) {
 			{Found: true, State: "retryable", Attempt: 1},
 			{Found: true, Over: true, State: "cancelled", Attempt: 1},
 		} {
-			got, err := q.Lookup(t.Context(), build(int64(n)))
+			got, err := q.Lookup(t.Context(), int64(n))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -102,7 +140,7 @@ func TestWorkVerdicts(t *testing.T) {
 				t.Errorf("Lookup(%d) = %+v; want %+v", n, got, want)
 			}
 		}
-		if got, err := q.Lookup(t.Context(), build(99)); err != nil || got.Found {
+		if got, err := q.Lookup(t.Context(), 99); err != nil || got.Found {
 			t.Errorf("Lookup(absent) = %+v, %v; want nothing", got, err)
 		}
 	})
@@ -112,9 +150,9 @@ func TestWorkVerdicts(t *testing.T) {
 // attempt.
 func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue, build func(int64) int64) {
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
-		if err := q.Insert(t.Context(), job(build(1))); err != nil {
+		if err := q.Insert(t.Context(), job(1)); err != nil {
 			t.Fatal(err)
 		}
 		ctx, stop := context.WithCancel(t.Context())
@@ -126,7 +164,7 @@ func TestStopHandsBack(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		expect(t, q, build(1), 1)
+		expect(t, q, 1, 1)
 	})
 }
 
@@ -134,11 +172,11 @@ func TestStopHandsBack(t *testing.T) {
 // of the same id, and not by one of another id.
 func TestKilledWorker(t *testing.T) {
 	t.Parallel()
-	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue, build func(int64) int64) {
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		// The first process: it hangs in the build and its database is taken
 		// away, which is all that a kill leaves behind.
 		dead := open(t)
-		if err := dead.Insert(t.Context(), job(build(1))); err != nil {
+		if err := dead.Insert(t.Context(), job(1)); err != nil {
 			t.Fatal(err)
 		}
 		started, gone := make(chan struct{}), make(chan struct{})
@@ -153,11 +191,11 @@ func TestKilledWorker(t *testing.T) {
 		}()
 		<-started
 		q := open(t)
-		if s, err := q.Lookup(t.Context(), build(1)); err != nil || s.State != "running" {
+		if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "running" {
 			t.Fatalf("Lookup() = %+v, %v; want running", s, err)
 		}
-		expect(t, q, build(1), 2)
-		if s, err := q.Lookup(t.Context(), build(1)); err != nil || s.State != "completed" {
+		expect(t, q, 1, 2)
+		if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "completed" {
 			t.Errorf("Lookup() = %+v, %v; want completed", s, err)
 		}
 		stop()
@@ -189,11 +227,27 @@ func expect(t *testing.T, q *queue.Queue, build int64, attempt int) {
 	}
 }
 
+// Server and builders open a new queue at the same moment.
+func TestOpenTogether(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		var wait sync.WaitGroup
+		for n := range int64(4) {
+			wait.Go(func() {
+				if err := open(t).Insert(t.Context(), job(n)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wait.Wait()
+	})
+}
+
 func TestOpenRefuses(t *testing.T) {
 	t.Parallel()
-	for _, url := range []string{"", "queue.db", "sqlite://relative.db", "mysql://x/y"} {
-		if q, err := queue.Open(t.Context(), url); !fault.Is(err, fault.Usage) {
-			t.Errorf("Open(%q) = %v, %v; want a usage error", url, q, err)
+	for _, bad := range []string{"", "queue.db", "sqlite://relative.db", "mysql://x/y"} {
+		if q, err := queue.Open(t.Context(), bad); !fault.Is(err, fault.Usage) {
+			t.Errorf("Open(%q) = %v, %v; want a usage error", bad, q, err)
 		}
 	}
 }
