@@ -82,7 +82,7 @@ func (a *Agent) Status() (_ *Status, err error) {
 		return nil, err
 	}
 	s := &Status{Host: facts}
-	s.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}}
+	s.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}}}
 	for _, m := range facts.Modules {
 		s.Verdict.Modules[m.Name] = m.Version
 	}

@@ -91,6 +91,9 @@ func Judge(f Facts) Verdict {
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, NVML: f.NVML,
 		PCIGPUs: f.PCIGPUs, UsableGPUs: len(f.NVML.Devices), NVRM: f.NVRM,
 	}
+	if v.NVML.Devices == nil {
+		v.NVML.Devices = []Device{} // an empty list in JSON
+	}
 	is := func(s State, format string, args ...any) Verdict {
 		v.State, v.Reason = s, fmt.Sprintf(format, args...)
 		return v

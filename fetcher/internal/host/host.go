@@ -109,12 +109,12 @@ func Observe(root fs.FS) (*Facts, error) {
 func LoadedModules(root fs.FS) ([]Module, error) {
 	text, err := readFirst(root, "proc/modules")
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // a kernel without loadable modules has no such file
+		return []Module{}, nil // a kernel without loadable modules has no such file
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read loaded modules: %w", err)
 	}
-	var mods []Module
+	mods := []Module{}
 	for _, m := range ParseModules(text) {
 		if m.Name != "nvidia" && !strings.HasPrefix(m.Name, "nvidia_") {
 			continue
@@ -193,12 +193,12 @@ func readGPUs(root fs.FS) ([]GPU, error) {
 	const dir = "sys/bus/pci/devices"
 	entries, err := fs.ReadDir(root, dir)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil // no PCI bus at all
+		return []GPU{}, nil // no PCI bus at all
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list PCI devices: %w", err)
 	}
-	var gpus []GPU
+	gpus := []GPU{}
 	for _, e := range entries {
 		var id [3]string
 		for i, name := range []string{"vendor", "class", "device"} {

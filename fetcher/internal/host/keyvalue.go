@@ -1,10 +1,13 @@
 package host
 
-import "strings"
+import (
+	"strings"
+	"unicode"
+)
 
 // ParseKeyValues reads a file of KEY=VALUE lines as COS writes os-release and
-// lsb-release: the first '=' splits, quotes of either kind around the value
-// are dropped, blank lines, comments and lines without '=' are skipped. The
+// lsb-release: the first '=' splits, white space and quotes of either
+// kind around the value are dropped, blank lines, comments and lines without '=' are skipped. The
 // last line of a key wins.
 func ParseKeyValues(text string) map[string]string {
 	values := map[string]string{}
@@ -15,10 +18,12 @@ func ParseKeyValues(text string) map[string]string {
 		if !ok || key == "" || strings.HasPrefix(line, "#") {
 			continue
 		}
-		values[key] = strings.Trim(strings.TrimSpace(value), `"'`)
+		values[key] = strings.TrimFunc(value, isPadding)
 	}
 	return values
 }
+
+func isPadding(r rune) bool { return r == '"' || r == '\'' || unicode.IsSpace(r) }
 
 // FormatKeyValues writes values in the order of keys; keys without a value are
 // left out.

@@ -259,7 +259,7 @@ func (s *Store) readSet(link string) (_ *Set, err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	var set Set
 	if err := json.NewDecoder(io.LimitReader(f, maxSet)).Decode(&set); err != nil {
-		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read %s set: %w", link, err), "install again with fetcher install --force")
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read %s set: %w", link, err), "remove the link .prebake/current in the install folder and run fetcher install again")
 	}
 	return &set, nil
 }

@@ -111,6 +111,9 @@ func answer(w http.ResponseWriter, status int, body []byte) {
 func (s *Server) Run(ctx context.Context, listen string) error {
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "tcp", listen)
+	if ctx.Err() != nil && err != nil {
+		return nil // told to stop before it began
+	}
 	if err != nil {
 		return fmt.Errorf("serve status: %w", err)
 	}

@@ -1,0 +1,104 @@
+package devnode_test
+
+import (
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+	"testing/fstest"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/fetcher/internal/devnode"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func file(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(text)} }
+
+func TestPlan(t *testing.T) {
+	t.Parallel()
+	devices := "Character devices:\n  1 mem\n195 nvidia\n195 nvidia-modeset\n195 nvidiactl\n236 nvidia-uvm\n\nBlock devices:\n 99 nvidia-uvm\n"
+	all := map[string]bool{"nvidia": true, "nvidia_uvm": true, "nvidia_modeset": true}
+	node := func(name string, major, minor uint32) devnode.Node {
+		return devnode.Node{Name: name, Major: major, Minor: minor, Mode: 0o666}
+	}
+	owned := node("nvidiactl", 195, 255)
+	owned.Mode, owned.UID, owned.GID = 0o660, 7, 8
+	rows := []struct {
+		name    string
+		root    fstest.MapFS
+		modules map[string]bool
+		want    []devnode.Node
+	}{
+		{"everything, nvidia-uvm last", fstest.MapFS{
+			"proc/devices": file(devices),
+			"proc/driver/nvidia/gpus/0001:00:00.0/information": file("Model: \t\t Tesla T4\nDevice Minor: \t 0\n"),
+			"proc/driver/nvidia/gpus/0002:00:00.0/information": file("Model: \t\t Tesla T4\nDevice Minor: \t 3\n"),
+		}, all, []devnode.Node{
+			node("nvidia0", 195, 0), node("nvidia3", 195, 3), node("nvidiactl", 195, 255), node("nvidia-modeset", 195, 254),
+			node("nvidia-uvm-tools", 236, 1), node("nvidia-uvm", 236, 0),
+		}},
+		{"nothing loaded", fstest.MapFS{"proc/devices": file(devices)}, nil, nil},
+		{"uvm without a number", fstest.MapFS{"proc/devices": file("Character devices:\n195 nvidia\n")}, all,
+			[]devnode.Node{node("nvidiactl", 195, 255), node("nvidia-modeset", 195, 254)}},
+		{"owner and mode", fstest.MapFS{
+			"proc/devices":              file(devices),
+			"proc/driver/nvidia/params": file("ModifyDeviceFiles: 1\nDeviceFileUID: 7\nDeviceFileGID: 8\nDeviceFileMode: 432\nRegistryDwords: \"\"\n"),
+		}, map[string]bool{"nvidia": true}, []devnode.Node{owned}},
+	}
+	for _, row := range rows {
+		got, err := devnode.Plan(row.root, row.modules)
+		if err != nil {
+			t.Errorf("%s: %v", row.name, err)
+		}
+		if diff := cmp.Diff(row.want, got); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", row.name, diff)
+		}
+	}
+}
+
+// TestMake makes /dev/null's twin, which any root process may.
+func TestMake(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	n := devnode.Node{Name: "twin", Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}
+	if err := (devnode.Linux{}).Make(dir, n); errors.Is(err, unix.EPERM) {
+		t.Skip("making device files needs root with CAP_MKNOD")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	for _, minor := range []uint32{3, 3, 5} { // again, and then with another number
+		n.Minor = minor
+		if err := (devnode.Linux{}).Make(dir, n); err != nil {
+			t.Fatal(err)
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(dir, "twin"), &st); err != nil || st.Rdev != unix.Mkdev(1, minor) || fs.FileMode(st.Mode).Perm() != 0o666 {
+			t.Errorf("Make(minor %d): device %x mode %o, %v", minor, st.Rdev, st.Mode, err)
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.Name = "file"
+	if err := (devnode.Linux{}).Make(dir, n); !fault.Is(err, fault.Busy) {
+		t.Errorf("Make over a file = %v; want busy", err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add("Character devices:\n  1 mem\n195 nvidia\nBlock devices:\n")
+	f.Add("DeviceFileMode: 438\nDeviceFileUID: 4294967295\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		for name, major := range devnode.ParseMajors(text) {
+			if major >= 1<<12 {
+				t.Errorf("ParseMajors(%q)[%q] = %d; want 12 bits", text, name, major)
+			}
+		}
+		if n := devnode.ParseParams(text); n.Mode&^fs.ModePerm != 0 || n.UID < 0 || n.GID < 0 {
+			t.Errorf("ParseParams(%q) = %+v", text, n)
+		}
+	})
+}

@@ -1,0 +1,125 @@
+package gpucheck_test
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// TestMain lets this program stand for nvmlprobe in its own tests.
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "--lib" {
+		fmt.Print(os.Getenv("LD_LIBRARY_PATH")[1:]) // what a test wrote in place of a folder
+		os.Exit(strings.Count(os.Args[2], "fail"))
+	}
+	os.Exit(m.Run())
+}
+
+const version = "535.261.03"
+
+func good() gpucheck.Facts {
+	return gpucheck.Facts{
+		Driver: target.Driver{Version: version, Flavour: target.Open}, PCIGPUs: 1,
+		Modules: map[string]string{"nvidia": version, "nvidia_uvm": version},
+		NVML:    gpucheck.NVML{Version: version, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)},
+	}
+}
+
+func TestJudge(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name string
+		edit func(*gpucheck.Facts)
+		want gpucheck.State
+		kind fault.Kind // Internal: no error
+	}{
+		{"good", func(*gpucheck.Facts) {}, gpucheck.Ready, fault.Internal},
+		{"no GPU", func(f *gpucheck.Facts) { f.PCIGPUs = 0 }, gpucheck.NoDevice, fault.NoDevice},
+		{"not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia") }, gpucheck.Unusable, fault.Unusable},
+		{"uvm not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia_uvm") }, gpucheck.Unusable, fault.Unusable},
+		{"another version loaded", func(f *gpucheck.Facts) { f.Modules["nvidia"] = "470.1" }, gpucheck.Drifted, fault.Mismatch},
+		{"NVML fails", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{Error: "no library"} }, gpucheck.Unusable, fault.Unusable},
+		{"NVML not asked", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{} }, gpucheck.Loaded, fault.Internal},
+		{"NVML of another version", func(f *gpucheck.Facts) { f.NVML.Version = "470.1" }, gpucheck.Unusable, fault.Unusable},
+		{"GPU missing", func(f *gpucheck.Facts) { f.PCIGPUs = 2 }, gpucheck.Unusable, fault.Unusable},
+		{"no GPU answers", func(f *gpucheck.Facts) { f.NVML.Devices = nil }, gpucheck.Unusable, fault.Unusable},
+		{"device error", func(f *gpucheck.Facts) { f.NVML.Error = "device 0 is lost" }, gpucheck.Unusable, fault.Unusable},
+	}
+	for _, row := range rows {
+		f := good()
+		f.NVRM = []string{"NVRM: quoted"}
+		row.edit(&f)
+		v := gpucheck.Judge(f)
+		err := v.Err()
+		if v.State != row.want || (row.kind == fault.Internal) != (err == nil) || err != nil && (!fault.Is(err, row.kind) || fault.Hint(err) == "") {
+			t.Errorf("%s: Judge = %q, Err = %v; want %q and %v with a hint", row.name, v.State, err, row.want, row.kind)
+		}
+		if (row.kind == fault.NoDevice || row.kind == fault.Unusable) && !strings.Contains(err.Error(), "NVRM: quoted") {
+			t.Errorf("%s: Err = %v; want the kernel's line in it", row.name, err)
+		}
+	}
+}
+
+func TestPrint(t *testing.T) {
+	t.Parallel()
+	f := good()
+	f.Digest = "sha256:" + strings.Repeat("a", 64)
+	f.NVRM = []string{strings.Repeat("NVRM: long ", 20)}
+	f.NVML.Devices[0] = gpucheck.Device{UUID: "GPU-" + strings.Repeat("0", 32), Name: "NVIDIA H100 80GB HBM3", PCIBusID: "00000000:00:04.0", MemoryBytes: 80 << 30}
+	var out bytes.Buffer
+	if err := gpucheck.Judge(f).Print(&out); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), f.Digest+"\n") {
+		t.Errorf("Print cut the digest:\n%s", out.String())
+	}
+	for line := range strings.Lines(out.String()) {
+		if len(strings.TrimSuffix(line, "\n")) > 80 {
+			t.Errorf("line of %d columns: %q", len(line)-1, line)
+		}
+	}
+}
+
+// TestProbe runs this program as the probe. The folder of the library carries
+// the answer, since the probe gets no other environment.
+func TestProbe(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := []struct {
+		name, answer, lib string
+		want              gpucheck.NVML
+		ok                bool
+	}{
+		{"works", `{"driverVersion":"535.1.1","cudaVersion":"12.2","devices":[]}`, "x", gpucheck.NVML{Version: "535.1.1"}, true},
+		{"NVML says no", `{"error":"driver not loaded"}`, "fail", gpucheck.NVML{Error: "driver not loaded"}, true},
+		{"fails without a reason", `{}`, "fail", gpucheck.NVML{Error: "exit status 1"}, true},
+		{"says nothing", `{}`, "x", gpucheck.NVML{Error: "the probe named no version"}, true},
+		{"is another program", `hello`, "x", gpucheck.NVML{}, false},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			p := gpucheck.Prober{Program: self, HostRoot: "/", Library: "/" + row.answer + "/" + row.lib}
+			got, err := p.Probe(t.Context())
+			if (err == nil) != row.ok || got.Version != row.want.Version || got.Error != row.want.Error {
+				t.Errorf("Probe = %+v, %v; want %+v", got, err, row.want)
+			}
+			if !row.ok && (!fault.Is(err, fault.Unusable) || fault.Hint(err) == "") {
+				t.Errorf("Probe = %v; want unusable with a hint", err)
+			}
+		})
+	}
+	if _, err := (gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), HostRoot: "/", Library: "/x/y"}).Probe(t.Context()); !fault.Is(err, fault.Unusable) {
+		t.Errorf("Probe without a program = %v; want unusable", err)
+	}
+}

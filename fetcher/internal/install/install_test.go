@@ -1,0 +1,220 @@
+package install_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
+
+func open(t *testing.T) *install.Store {
+	t.Helper()
+	s, err := install.Open(filepath.Join(t.TempDir(), "nvidia"), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// add stages a set whose user space layer is named by c.
+func add(t *testing.T, s *install.Store, c string, dirs ...string) install.Set {
+	t.Helper()
+	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
+	err := s.AddLayer(l.Digest, func(dst *os.Root) error {
+		for _, dir := range dirs {
+			if err := dst.Mkdir(dir, 0o755); err != nil {
+				return err
+			}
+			if err := dst.WriteFile(dir+"/who", []byte(c), 0o644); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	set := install.Set{Digest: digest(c), Driver: target.Driver{Version: "535.1." + c, Flavour: target.Open}, Layers: []install.Layer{l}}
+	if err := s.AddSet(set); err != nil {
+		t.Fatal(err)
+	}
+	return set
+}
+
+// who says what each top-level name leads to.
+func who(t *testing.T, s *install.Store) map[string]string {
+	t.Helper()
+	seen := map[string]string{}
+	for _, name := range []string{"bin", "lib64", "share", "vulkan", "drivers", "firmware"} {
+		raw, err := os.ReadFile(filepath.Join(s.Dir(), name, "who"))
+		if errors.Is(err, os.ErrNotExist) {
+			if _, err := os.Lstat(filepath.Join(s.Dir(), name)); err == nil {
+				seen[name] = "(dangling)"
+			}
+			continue
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		seen[name] = string(raw)
+	}
+	return seen
+}
+
+func TestSwitchAndRestore(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	if err := os.MkdirAll(filepath.Join(s.Dir(), "lib64"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir(), "lib64/who"), []byte("google"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	nothing, err := s.Pointers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, two := add(t, s, "1", "bin", "lib64", "vulkan"), add(t, s, "2", "bin", "lib64")
+	steps := []struct {
+		name string
+		do   func() error
+		want map[string]string
+	}{
+		{"first", func() error { return s.Switch(one.Digest) }, map[string]string{"bin": "1", "lib64": "1", "vulkan": "1"}},
+		{"again", func() error { return s.Switch(one.Digest) }, map[string]string{"bin": "1", "lib64": "1", "vulkan": "1"}},
+		{"second has no vulkan", func() error { return s.Switch(two.Digest) }, map[string]string{"bin": "2", "lib64": "2"}},
+		{"unknown set", func() error {
+			if s.Switch(digest("9")) == nil {
+				return errors.New("Switch to an unknown set succeeded")
+			}
+			return nil
+		}, map[string]string{"bin": "2", "lib64": "2"}},
+		{"back", func() error { return s.Switch(one.Digest) }, map[string]string{"bin": "1", "lib64": "1", "vulkan": "1"}},
+		{"nothing of ours", func() error { return s.Restore(nothing) }, map[string]string{"lib64": "google"}},
+		{"and once more", func() error { return s.Switch(two.Digest) }, map[string]string{"bin": "2", "lib64": "2"}},
+	}
+	for _, step := range steps {
+		if err := step.do(); err != nil {
+			t.Fatalf("%s: %v", step.name, err)
+		}
+		if diff := cmp.Diff(step.want, who(t, s)); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", step.name, diff)
+		}
+	}
+	// The tree holds wherever it is mounted.
+	moved := filepath.Join(t.TempDir(), "elsewhere")
+	if err := os.Rename(s.Dir(), moved); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join(moved, "lib64/who"))
+	if err != nil || string(raw) != "2" {
+		t.Errorf("moved install folder: lib64 leads to %q, %v", raw, err)
+	}
+}
+
+func TestAddLayerFails(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	want := errors.New("digest differs")
+	err := s.AddLayer(digest("1"), func(dst *os.Root) error {
+		return errors.Join(dst.WriteFile("half", []byte("x"), 0o644), want)
+	})
+	if !errors.Is(err, want) || s.HasLayer(digest("1")) {
+		t.Errorf("AddLayer = %v, HasLayer %v; want the cause and no layer", err, s.HasLayer(digest("1")))
+	}
+	left, err := filepath.Glob(s.Path("tmp-*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left behind %v, %v", left, err)
+	}
+	for _, bad := range []string{"", "sha256:../x", "md5:" + strings.Repeat("1", 64), digest("A")} {
+		if err := s.AddLayer(bad, func(*os.Root) error { return nil }); !fault.Is(err, fault.Unverified) {
+			t.Errorf("AddLayer(%q) = %v; want unverified", bad, err)
+		}
+	}
+}
+
+func TestSweep(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	for _, c := range []string{"1", "2", "3"} {
+		if err := s.Switch(add(t, s, c, "bin").Digest); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Mkdir(s.Path("tmp-interrupted"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Sweep(); err != nil {
+		t.Fatal(err)
+	}
+	for c, want := range map[string]bool{"1": false, "2": true, "3": true} {
+		if got := s.HasLayer(digest(c)); got != want {
+			t.Errorf("after Sweep, HasLayer(%s) = %v; want %v", c, got, want)
+		}
+	}
+	if _, err := os.Stat(s.Path("tmp-interrupted")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("Sweep left the interrupted folder: %v", err)
+	}
+	cur, err := s.Current()
+	prev, err2 := s.Previous()
+	if err := errors.Join(err, err2); err != nil || cur.Digest != digest("3") || prev.Digest != digest("2") {
+		t.Errorf("Current = %+v, Previous = %+v, %v; want 3 and 2", cur, prev, err)
+	}
+}
+
+func TestLock(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	google := filepath.Join(t.TempDir(), "lock")
+	unlock, err := s.Lock(google)
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, err := install.Open(s.Dir(), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := again.Lock(google); !fault.Is(err, fault.Busy) {
+		t.Errorf("second Lock = %v; want busy", err)
+	}
+	if err := unlock(); err != nil {
+		t.Fatal(err)
+	}
+	unlock, err = again.Lock(google)
+	if err != nil {
+		t.Fatalf("Lock after unlock = %v", err)
+	}
+	if err := errors.Join(unlock(), again.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCorruptSet(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	set := add(t, s, "1", "bin")
+	if err := s.Switch(set.Digest); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(s.Path("current/set.json"), []byte("{"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Current(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
+		t.Errorf("Current with a broken set.json = %v; want unverified with a hint", err)
+	}
+}

@@ -1,0 +1,186 @@
+package kmod_test
+
+import (
+	"errors"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/fstest"
+
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// system records calls and answers with errnos.
+type system struct {
+	insert, remove map[string]error // by the image's text, and by name
+	log            []string
+	calls          []string
+	onInsert       func(image string)
+}
+
+func (s *system) InitModule(image []byte, params string) error {
+	s.calls = append(s.calls, strings.TrimSpace("init "+string(image)+" "+params))
+	if s.onInsert != nil {
+		s.onInsert(string(image))
+	}
+	err := s.insert[string(image)]
+	if err != nil {
+		s.log = append(s.log, "<3>[   12.500000] "+string(image)+": the kernel's words")
+	}
+	return err
+}
+
+func (s *system) DeleteModule(name string) error {
+	s.calls = append(s.calls, "delete "+name)
+	return s.remove[name]
+}
+
+func (s *system) Log() ([]string, error) { return s.log, nil }
+
+func image(name string) kmod.Image {
+	return kmod.Image{Name: name, Version: "535.1.1", Bytes: func() ([]byte, error) { return []byte(name), nil }}
+}
+
+func modules(lines string) fstest.MapFS {
+	return fstest.MapFS{
+		"proc/modules":                  {Data: []byte(lines)},
+		"sys/module/nvidia/version":     {Data: []byte("535.1.1\n")},
+		"sys/module/nvidia_uvm/version": {Data: []byte("535.1.1\n")},
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		errno syscall.Errno
+		kind  fault.Kind
+	}{
+		{unix.ENODEV, fault.NoDevice}, {unix.ENOEXEC, fault.Rejected}, {unix.ENOENT, fault.Rejected}, {unix.EINVAL, fault.Rejected},
+		{unix.EKEYREJECTED, fault.Rejected}, {unix.ENOKEY, fault.Rejected}, {unix.EBADMSG, fault.Rejected}, {unix.EPERM, fault.Rejected},
+		{unix.EACCES, fault.Rejected}, {unix.EBUSY, fault.Busy}, {unix.EEXIST, fault.Busy}, {unix.ENOMEM, fault.Transient},
+		{unix.EIO, fault.Unusable}, {unix.EXDEV, fault.Rejected},
+	}
+	for _, row := range rows {
+		t.Run(row.errno.Error(), func(t *testing.T) {
+			t.Parallel()
+			s := &system{insert: map[string]error{"nvidia": row.errno}, log: []string{"<6>[    0.000000] old news"}}
+			l := &kmod.Loader{System: s, Root: modules("")}
+			_, err := l.Load(t.Context(), []kmod.Image{image("nvidia")})
+			if !fault.Is(err, row.kind) || !errors.Is(err, row.errno) || fault.Hint(err) == "" {
+				t.Errorf("Load = %v (%v, hint %q); want %v, the errno and a hint", err, fault.Of(err), fault.Hint(err), row.kind)
+			}
+			if err == nil || !strings.Contains(err.Error(), "nvidia: the kernel's words") || strings.Contains(err.Error(), "old news") {
+				t.Errorf("Load = %v; want the new kernel line and no other", err)
+			}
+		})
+	}
+}
+
+func TestLoad(t *testing.T) {
+	t.Parallel()
+	optional := image("nvidia-drm")
+	optional.Optional = true
+	params := image("nvidia")
+	params.Params = "NVreg_A=1"
+	unread := image("nvidia")
+	unread.Bytes = func() ([]byte, error) { return nil, fault.New(fault.Unverified, "changed", "") }
+	rows := []struct {
+		name   string
+		lines  string
+		images []kmod.Image
+		insert map[string]error
+		remove map[string]error
+		calls  []string
+		was    []string
+		kind   fault.Kind // Internal: no error
+	}{
+		{"in order, with parameters", "", []kmod.Image{params, image("nvidia-uvm")}, nil, nil,
+			[]string{"init nvidia NVreg_A=1", "init nvidia-uvm"}, []string{kmod.Loaded, kmod.Loaded}, fault.Internal},
+		{"hyphen equals underscore", "nvidia_uvm 1 0 - Live\nnvidia 1 1 nvidia_uvm, Live\n", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, nil, nil,
+			nil, []string{kmod.Already, kmod.Already}, fault.Internal},
+		{"optional one refused", "", []kmod.Image{image("nvidia"), optional}, map[string]error{"nvidia-drm": unix.ENOENT}, nil,
+			[]string{"init nvidia", "init nvidia-drm"}, []string{kmod.Loaded, kmod.Skipped}, fault.Internal},
+		{"second one refused, first one goes", "", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
+			[]string{"init nvidia", "init nvidia-uvm", "delete nvidia"}, []string{kmod.Loaded}, fault.Rejected},
+		{"one that was there stays", "nvidia 1 0 - Live\n", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
+			[]string{"init nvidia-uvm"}, []string{kmod.Already}, fault.Rejected},
+		{"bytes do not hold", "", []kmod.Image{unread}, nil, nil, nil, nil, fault.Unverified},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			s := &system{insert: row.insert, remove: row.remove}
+			done, err := (&kmod.Loader{System: s, Root: modules(row.lines)}).Load(t.Context(), row.images)
+			if row.kind == fault.Internal && err != nil || row.kind != fault.Internal && !fault.Is(err, row.kind) {
+				t.Errorf("Load = %v; want %v", err, row.kind)
+			}
+			var was []string
+			for _, o := range done {
+				was = append(was, o.Was)
+			}
+			if diff := cmp.Diff(row.was, was); diff != "" {
+				t.Errorf("outcomes (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(row.calls, s.calls); diff != "" {
+				t.Errorf("system calls (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestLoadOverAnotherVersion(t *testing.T) {
+	t.Parallel()
+	root := modules("nvidia 1 0 - Live\n")
+	root["sys/module/nvidia/version"].Data = []byte("470.1.1\n")
+	s := &system{}
+	_, err := (&kmod.Loader{System: s, Root: root}).Load(t.Context(), []kmod.Image{image("nvidia")})
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "470.1.1") || len(s.calls) > 0 {
+		t.Errorf("Load over another version = %v, calls %v; want busy with that version, and no call", err, s.calls)
+	}
+}
+
+// TestEEXIST covers somebody who loads the same module at the same time.
+func TestEEXIST(t *testing.T) {
+	t.Parallel()
+	for version, kind := range map[string]fault.Kind{"535.1.1": fault.Internal, "470.1.1": fault.Busy} {
+		root := modules("")
+		s := &system{insert: map[string]error{"nvidia": unix.EEXIST}, onInsert: func(string) {
+			root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}
+			root["sys/module/nvidia/version"] = &fstest.MapFile{Data: []byte(version + "\n")}
+		}}
+		_, err := (&kmod.Loader{System: s, Root: root}).Load(t.Context(), []kmod.Image{image("nvidia")})
+		if kind == fault.Internal && err != nil || kind != fault.Internal && !fault.Is(err, kind) {
+			t.Errorf("Load against a racing %s = %v; want kind %v", version, err, kind)
+		}
+	}
+}
+
+func TestUnload(t *testing.T) {
+	t.Parallel()
+	s := &system{remove: map[string]error{"nvidia_uvm": unix.ENOENT, "nvidia": unix.EAGAIN}}
+	done, err := (&kmod.Loader{System: s}).Unload(t.Context(), []string{"nvidia-modeset", "nvidia-uvm", "nvidia", "never"})
+	if !fault.Is(err, fault.Busy) || fault.Hint(err) == "" {
+		t.Errorf("Unload of a module in use = %v; want busy with a hint", err)
+	}
+	if diff := cmp.Diff([]string{"nvidia-modeset"}, done); diff != "" {
+		t.Errorf("unloaded (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"delete nvidia_modeset", "delete nvidia_uvm", "delete nvidia"}, s.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+}
+
+func TestNVRM(t *testing.T) {
+	t.Parallel()
+	s := &system{log: []string{"<4>[    1.0] a"}}
+	l := &kmod.Loader{System: s}
+	mark := l.Mark()
+	s.log = append(s.log, "<4>[    2.0] NVRM: one", "<6>[    2.1] other", "[    2.2] NVRM: two", "<4>[    3.0] NVRM: three")
+	if diff := cmp.Diff([]string{"NVRM: two", "NVRM: three"}, kmod.NVRM(l.Since(mark), 2)); diff != "" {
+		t.Errorf("NVRM (-want +got):\n%s", diff)
+	}
+}

@@ -1,0 +1,65 @@
+package report_test
+
+import (
+	"context"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/report"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+func get(t *testing.T, s *report.Server, path string) (int, string) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	s.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
+	return w.Code, w.Body.String()
+}
+
+func TestServer(t *testing.T) {
+	t.Parallel()
+	s := report.New()
+	if code, _ := get(t, s, "/healthz"); code != http.StatusOK {
+		t.Errorf("healthz = %d; want 200", code)
+	}
+	if code, _ := get(t, s, "/readyz"); code != http.StatusServiceUnavailable {
+		t.Errorf("readyz before any verdict = %d; want 503", code)
+	}
+	v := gpucheck.Verdict{State: gpucheck.Ready, Driver: target.Driver{Version: "535.1.1", Flavour: target.Open}, PCIGPUs: 2, UsableGPUs: 2}
+	s.Tell(v)
+	s.TellPhases([]timeline.Phase{{Name: "fetch", Seconds: 1.5}, {Name: "load", Failed: true}})
+	if code, body := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(body, `"verdict":"ready"`) {
+		t.Errorf("readyz = %d %s; want 200 with the verdict", code, body)
+	}
+	_, metrics := get(t, s, "/metrics")
+	for _, want := range []string{
+		"prebake_fetcher_ready 1", "prebake_fetcher_gpus_usable 2", `prebake_fetcher_phase_seconds{outcome="ok",phase="fetch"} 1.5`,
+		`prebake_fetcher_driver_info{digest="",flavour="open",verdict="ready",version="535.1.1"} 1`,
+	} {
+		if !strings.Contains(metrics, want+"\n") {
+			t.Errorf("metrics lack %s:\n%s", want, metrics)
+		}
+	}
+	v.State = gpucheck.Unusable
+	s.Tell(v)
+	if code, _ := get(t, s, "/readyz"); code != http.StatusServiceUnavailable {
+		t.Errorf("readyz of an unusable GPU = %d; want 503", code)
+	}
+}
+
+func TestRunStops(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	// Cancelled before or after it listens: either way it returns.
+	if err := report.New().Run(ctx, "127.0.0.1:0"); err != nil {
+		t.Errorf("Run = %v", err)
+	}
+	if err := report.New().Run(t.Context(), "nowhere:port"); err == nil {
+		t.Error("Run on a bad address succeeded")
+	}
+}
