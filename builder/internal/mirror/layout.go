@@ -10,6 +10,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"time"
+
+	"github.com/gofrs/flock"
 
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/target"
@@ -35,6 +38,30 @@ func toolVersions(ctx context.Context, names ...string) ([]string, error) {
 		all = append(all, v)
 	}
 	return all, nil
+}
+
+// lock keeps other runs away from the cache folder until unlock, and removes
+// what a run that was killed left there.
+func lock(ctx context.Context, c Config) (unlock func() error, err error) {
+	l := flock.New(filepath.Join(c.Cache, "lock"))
+	locked, err := l.TryLock()
+	if err == nil && !locked {
+		c.Say("waiting for another run that uses " + c.Cache)
+		_, err = l.TryLockContext(ctx, 500*time.Millisecond)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", c.Cache, err)
+	}
+	for _, pattern := range []string{"work-*", "debian/download-*", "objects/.*.tmp-*"} {
+		stale, err := filepath.Glob(filepath.Join(c.Cache, pattern))
+		for _, dir := range stale {
+			err = errors.Join(err, os.RemoveAll(dir))
+		}
+		if err != nil {
+			return nil, errors.Join(err, l.Unlock())
+		}
+	}
+	return l.Unlock, nil
 }
 
 // work makes a scratch folder in the cache and removes it afterwards.

@@ -155,7 +155,7 @@ type maker struct {
 }
 
 // Make makes or completes the mirror.
-func Make(ctx context.Context, c Config) (Result, error) {
+func Make(ctx context.Context, c Config) (result Result, err error) {
 	c = c.WithDefaults()
 	if err := errors.Join(c.Validate(), checkTools()); err != nil {
 		return Result{}, err
@@ -170,6 +170,11 @@ func Make(ctx context.Context, c Config) (Result, error) {
 		}
 		*dir = abs
 	}
+	unlock, err := lock(ctx, c)
+	if err != nil {
+		return Result{}, err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
 	a, err := openApt(ctx, filepath.Join(c.Cache, "debian"), c.Refresh, c.Say)
 	if err != nil {
 		return Result{}, err
@@ -273,10 +278,31 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 			g.Go(func() error { return m.makeDriver(ctx, r) })
 		}
 	}
-	for _, b := range builds {
-		g.Go(func() error { return m.makeBuild(ctx, b, toolchain, releases) })
+	for _, same := range byKernel(builds) {
+		g.Go(func() error {
+			for _, b := range same {
+				if err := m.makeBuild(ctx, b, toolchain, releases); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
 	}
 	return g.Wait()
+}
+
+// byKernel puts builds of one kernel together: they share objects, which
+// should be made once.
+func byKernel(builds []build) [][]build {
+	var groups [][]build
+	for i, b := range builds {
+		if i > 0 && builds[i-1].kernel.abi == b.kernel.abi {
+			groups[len(groups)-1] = append(groups[len(groups)-1], b)
+			continue
+		}
+		groups = append(groups, []build{b})
+	}
+	return groups
 }
 
 // object makes or recalls one object and says so.

@@ -20,12 +20,17 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 		}
 	}
 	var order []string
+	open := map[string]bool{}
 	var visit func(module string) error
 	visit = func(module string) error {
 		file := files[module]
 		if slices.Contains(order, file) {
 			return nil
 		}
+		if open[module] {
+			return fmt.Errorf("read module %s: it depends on itself", file)
+		}
+		open[module] = true
 		deps, err := moduleDepends(t[file].data)
 		if err != nil {
 			return fmt.Errorf("read module %s: %w", file, err)
@@ -38,9 +43,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 				return err
 			}
 		}
-		if !slices.Contains(order, file) {
-			order = append(order, file)
-		}
+		order = append(order, file)
 		return nil
 	}
 	for _, module := range wanted {

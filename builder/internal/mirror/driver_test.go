@@ -1,0 +1,236 @@
+package mirror
+
+import (
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// index says what apt would of an archive with these driver releases.
+func index(open []string, all ...string) map[string][]string {
+	v := map[string][]string{sourcePackage: all, openSourcePackage: open}
+	for _, name := range driverPackages {
+		v[name] = all
+	}
+	v["nvidia-modprobe"] = []string{"535.309.01-0+deb12u1", "535.161.07-1~deb12u1", "530.1.1-1"}
+	v["nvidia-persistenced"] = []string{"535.171.04-1~deb12u1"}
+	return v
+}
+
+func TestSelectReleases(t *testing.T) {
+	t.Parallel()
+	const stable, newer = "535.261.03-1", "535.309.01-0+deb12u1"
+	got, err := selectReleases(index([]string{stable}, newer, stable))
+	if err != nil || len(got) != 2 {
+		t.Fatalf("selectReleases = %+v, %v; want two releases", got, err)
+	}
+	for i, want := range []struct {
+		version  string
+		flavours []target.Flavour
+		modprobe string
+	}{
+		{"535.261.03", []target.Flavour{target.Proprietary, target.Open}, "535.161.07-1~deb12u1"},
+		{"535.309.01", []target.Flavour{target.Proprietary}, newer},
+	} {
+		r := got[i]
+		if r.version != want.version || !slices.Equal(r.flavours(), want.flavours) {
+			t.Errorf("release %d = %s %v; want %s %v", i, r.version, r.flavours(), want.version, want.flavours)
+		}
+		if !slices.Contains(r.packages, pkg{"nvidia-modprobe", want.modprobe}) {
+			t.Errorf("release %s has packages %v; want nvidia-modprobe %s", r.version, r.packages, want.modprobe)
+		}
+	}
+	if got, err := selectReleases(index([]string{stable}, stable)); err != nil || len(got) != 1 {
+		t.Errorf("selectReleases(one) = %+v, %v; want one release", got, err)
+	}
+	if _, err := selectReleases(index(nil, stable)); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("selectReleases(no open source) = %v; want input-missing", err)
+	}
+	lacking := index([]string{stable}, newer, stable)
+	lacking["libcuda1"] = []string{stable}
+	if got, err := selectReleases(lacking); err != nil || len(got) != 1 || got[0].version != "535.261.03" {
+		t.Errorf("selectReleases(newer without libcuda1) = %+v, %v; want the stable one", got, err)
+	}
+}
+
+func TestSelectKernels(t *testing.T) {
+	t.Parallel()
+	var all []kernel
+	for _, abi := range []int{47, 50, 53, 56} {
+		all = append(all, kernel{abi: abi})
+	}
+	tests := []struct {
+		abis  []int
+		count int
+		want  string
+		kind  fault.Kind
+	}{
+		{nil, 3, "47 50 56", 0},
+		{nil, 2, "47 56", 0},
+		{nil, 4, "47 50 53 56", 0},
+		{nil, 5, "", fault.InputMissing},
+		{[]int{56, 50}, 3, "50 56", 0},
+		{[]int{48}, 3, "", fault.InputMissing},
+	}
+	for _, test := range tests {
+		picked, err := selectKernels(all, test.abis, test.count)
+		var got []string
+		for _, k := range picked {
+			got = append(got, fmt.Sprint(k.abi))
+		}
+		if strings.Join(got, " ") != test.want || test.want == "" && !fault.Is(err, test.kind) {
+			t.Errorf("selectKernels(%v, %d) = %v, %v; want %q", test.abis, test.count, got, err, test.want)
+		}
+	}
+}
+
+func TestManifest(t *testing.T) {
+	t.Parallel()
+	in := tree{
+		"libcuda.so":               {link: "libcuda.so.1"},
+		"libcuda.so.1":             {link: "libcuda.so.535.1.2"},
+		"libcuda.so.535.1.2":       {mode: 0o644, data: []byte{1}},
+		"libnvidia-ml.so.1":        {link: "libnvidia-ml.so.535.1.2"},
+		"libnvidia-ml.so.535.1.2":  {mode: 0o644, data: []byte{1}},
+		"libnvcuvid.so.535.1.2":    {mode: 0o644, data: []byte{1}},
+		"kernel/nvidia/nv.c":       {mode: 0o644, data: []byte{1}},
+		"kernel/Kbuild":            {mode: 0o644, data: []byte{1}},
+		"kernel-open/nvidia-uvm/x": {dir: true},
+		"firmware/gsp_tu10x.bin":   {mode: 0o644, data: []byte{1}},
+		"nvidia-smi":               {mode: 0o755, data: []byte{1}},
+		"nvidia-modprobe":          {mode: 0o755, data: []byte{1}},
+		"nvidia-installer":         {mode: 0o755, data: []byte{1}},
+		"LICENSE":                  {mode: 0o644, data: []byte{1}},
+	}
+	lines := strings.Split(strings.TrimSuffix(manifest(in, "535.1.2"), "\n"), "\n")
+	if lines[1] != "535.1.2" || len(lines) < 8 {
+		t.Fatalf("manifest header is %q", lines)
+	}
+	want := []string{
+		"LICENSE 0644 DOCUMENTATION ./",
+		"firmware/gsp_tu10x.bin 0644 FIRMWARE",
+		"kernel/Kbuild 0644 KERNEL_MODULE_SRC INHERIT_PATH_DEPTH:1 MODULE:proprietary",
+		"kernel/nvidia/nv.c 0644 KERNEL_MODULE_SRC INHERIT_PATH_DEPTH:1 MODULE:proprietary",
+		"libcuda.so 0000 CUDA_SYMLINK NATIVE ./ libcuda.so.1",
+		"libcuda.so.1 0000 CUDA_SYMLINK NATIVE ./ libcuda.so.535.1.2",
+		"libcuda.so.535.1.2 0755 CUDA_LIB NATIVE ./",
+		"libnvcuvid.so.535.1.2 0755 NVCUVID_LIB NATIVE",
+		"libnvidia-ml.so.1 0000 UTILITY_LIB_SYMLINK NATIVE libnvidia-ml.so.535.1.2",
+		"libnvidia-ml.so.535.1.2 0755 UTILITY_LIB NATIVE",
+		"nvidia-installer 0755 INSTALLER_BINARY",
+		"nvidia-modprobe 4755 NVIDIA_MODPROBE bin/",
+		"nvidia-smi 0755 UTILITY_BINARY",
+	}
+	if diff := cmp.Diff(want, lines[8:]); diff != "" {
+		t.Errorf("manifest (-want +got)\n%s", diff)
+	}
+}
+
+func TestRunfileName(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]string{
+		"usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.535.1.2": "libcuda.so.535.1.2",
+		"usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.1":       "",
+		"usr/lib/nvidia/current/nvidia-smi":                          "nvidia-smi",
+		"usr/bin/nvidia-modprobe":                                    "nvidia-modprobe",
+		"usr/sbin/nvidia-cuda-mps-server":                            "nvidia-cuda-mps-server",
+		"lib/firmware/nvidia/535.1.2/gsp_tu10x.bin":                  "firmware/gsp_tu10x.bin",
+		"lib/firmware/nvidia/530.1.2/gsp_tu10x.bin":                  "",
+		"usr/share/doc/nvidia-smi/copyright":                         "",
+	} {
+		if got := runfileName(in, "535.1.2"); got != want {
+			t.Errorf("runfileName(%s) = %q; want %q", in, got, want)
+		}
+	}
+}
+
+func TestSupportedGPUs(t *testing.T) {
+	t.Parallel()
+	readme := "Contents\nAppendix A. Supported NVIDIA GPU Products\n...\n\nAppendix A. Supported NVIDIA GPU Products\n____\n\nA1. CURRENT NVIDIA GPUS\n\n" +
+		" NVIDIA GPU product      Device PCI ID*  VDPAU features\n ------  ----  ---\n" +
+		" NVIDIA L4                                        27B8 10DE 16CA  K\n NVIDIA TITAN RTX   1E02            J\n" +
+		"\nBelow are the legacy GPUs that\n NVIDIA GeForce OLD   0001            A\n"
+	var got struct {
+		Chips []struct{ DevID, SubDevID, SubVendorID, Name string }
+	}
+	if err := json.Unmarshal([]byte(supportedGPUs([]byte(readme))), &got); err != nil {
+		t.Fatal(err)
+	}
+	if len(got.Chips) != 2 || got.Chips[0].Name != "NVIDIA TITAN RTX" || got.Chips[1].SubDevID != "0x16CA" || got.Chips[1].SubVendorID != "0x10DE" {
+		t.Errorf("supportedGPUs = %+v; want TITAN RTX and L4", got.Chips)
+	}
+	if got := supportedGPUs([]byte("no table")); got != "" {
+		t.Errorf("supportedGPUs(no table) = %q; want nothing", got)
+	}
+}
+
+func TestDriverVersions(t *testing.T) {
+	t.Parallel()
+	releases := []release{{version: "535.261.03", open: true}, {version: "535.309.01"}}
+	list, err := cosbucket.ParseDriverVersions([]byte(driverVersions(releases)))
+	want := cosbucket.DriverList{
+		Default: "535.261.03", Latest: "535.309.01",
+		Branches: map[string]string{"R535": "535.309.01"}, Versions: []string{"535.261.03", "535.309.01"},
+	}
+	if diff := cmp.Diff(want, list); err != nil || diff != "" {
+		t.Errorf("driverVersions: %v (-want +got)\n%s", err, diff)
+	}
+}
+
+func TestFixHeader(t *testing.T) {
+	t.Parallel()
+	script := func(kb string) string {
+		return "#!/bin/sh\n\techo Uncompressed size: " + kb + " KB\n  if test \"$leftspace\" -lt " + kb + "; then\n   echo (" + kb + " KB)\neval $finish; exit $res\n"
+	}
+	payload := "\x28\xb5\x2f\xfd 500 KB"
+	got, err := fixHeader([]byte(script("500")+payload), tree{"a": {data: make([]byte, 2049)}})
+	if want := script("3") + payload; err != nil || string(got) != want {
+		t.Errorf("fixHeader = %q, %v; want %q", got, err, want)
+	}
+	if _, err := fixHeader([]byte("#!/bin/sh\n"), nil); err == nil {
+		t.Error("fixHeader(no header) succeeded")
+	}
+}
+
+func TestRebuilt(t *testing.T) {
+	t.Parallel()
+	k := kernel{release: "6.1.0-1-cloud-amd64"}
+	in := tree{}
+	dir := "usr/src/linux-headers-" + k.release + "/include/generated/"
+	in.addFile(dir+"compile.h", "#define LINUX_COMPILE_BY\t\"debian-kernel\"\n#define LINUX_COMPILER\t\"gcc\"\n")
+	rebuilt(in, k, epoch)
+	if got, want := string(in[dir+"compile.h"].data), "#define LINUX_COMPILE_BY\t\"rebuild\"\n#define LINUX_COMPILER\t\"gcc\"\n"; got != want {
+		t.Errorf("compile.h = %q; want %q", got, want)
+	}
+	if got, want := string(in[dir+"utsversion.h"].data), "#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC Thu Jan  1 00:00:00 UTC 2026\"\n"; got != want {
+		t.Errorf("utsversion.h = %q; want %q", got, want)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	t.Parallel()
+	good := Config{Out: "o", Cache: "c"}.WithDefaults()
+	if err := good.Validate(); err != nil {
+		t.Errorf("Validate(defaults) = %v", err)
+	}
+	for name, change := range map[string]func(*Config){
+		"no out":       func(c *Config) { c.Out = "" },
+		"one kernel":   func(c *Config) { c.Kernels = 1 },
+		"board":        func(c *Config) { c.Board = "../x" },
+		"another arch": func(c *Config) { c.Board = "lakitu-arm64" },
+	} {
+		c := good
+		change(&c)
+		if err := c.Validate(); err == nil {
+			t.Errorf("Validate(%s) succeeded", name)
+		}
+	}
+}
