@@ -26,7 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Options bound and shape an Unpack. Zero fields have the defaults named here.
+// Options bound an Unpack. Zero fields have the defaults named here.
 type Options struct {
 	// Entries is the largest number of entries; 0 is 500,000.
 	Entries int
@@ -34,9 +34,6 @@ type Options struct {
 	Bytes int64
 	// Name is the longest path in bytes; 0 is 1024.
 	Name int
-	// Keep decides which entries are unpacked, by clean slash path; nil is all.
-	// Entries that are left out still count towards the bounds.
-	Keep func(name string) bool
 	// Outside is called for a symbolic link that could lead out of the folder;
 	// the link is then left out. With nil such a link refuses the archive.
 	Outside func(name, target string)
@@ -140,10 +137,6 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 		if h.Typeflag != tar.TypeDir {
 			return refuse("unpack %q: the archive's root is not a folder", h.Name)
 		}
-		return nil
-	}
-	if u.o.Keep != nil && !u.o.Keep(name) {
-		u.stats.Bytes += h.Size // decompressing it costs as much
 		return nil
 	}
 	switch h.Typeflag {
@@ -306,9 +299,6 @@ func (u *unpacker) hardlink(name, target string) error {
 		return err
 	}
 	if !u.files[old] {
-		if u.o.Keep != nil && !u.o.Keep(old) {
-			return refuse("unpack %q: hard link to %q, which is left out", name, old)
-		}
 		return refuse("unpack %q: hard link to %q, which is no earlier file of the archive", name, old)
 	}
 	if err := u.folder(path.Dir(name)); err != nil {

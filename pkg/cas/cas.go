@@ -119,6 +119,9 @@ func sweep(dir string) error {
 		file := filepath.Join(dir, ownersDir, e.Name())
 		lock := flock.New(file, flock.SetFlag(os.O_RDWR))
 		ok, err := lock.TryLock()
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // closed since ReadDir, its folders gone before
+		}
 		if err != nil {
 			return err
 		}
