@@ -170,15 +170,19 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
-	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Token: token, Version: version(), Log: log,
-		Registry: ocistore.Handler(registry, token, log), Pages: pages,
-	})
 	listener, err := net.Listen("tcp", s.Listen)
 	if err != nil {
 		return fault.Wrap(fault.Busy, fmt.Errorf("listen: %w", err), "give --listen a free address, or port 0")
 	}
 	address := listener.Addr().String()
+	_, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
+	}
+	handler := httpapi.New(httpapi.Config{
+		Catalogue: cat, Store: db, Queue: q, Token: token, Port: port, Version: version(), Log: log,
+		Registry: ocistore.Handler(registry, token, log), Pages: pages,
+	})
 	addressFile := filepath.Join(s.Data, "address")
 	if err := os.WriteFile(addressFile, []byte("http://"+address+"\n"), 0o644); err != nil {
 		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())

@@ -83,7 +83,8 @@ type Build struct {
 	Phase   string        `json:"phase,omitempty"`
 	Worker  string        `json:"worker,omitempty"`
 	Attempt int           `json:"attempt"`
-	// Class is the kind of the failure; only with State failed.
+	// Class is the kind of the failure with State failed; with queued it is
+	// that of the try before, if there was one.
 	Class string `json:"class,omitempty"`
 	// Error is the first error line: for an API break the compiler's.
 	Error      string           `json:"error,omitempty"`

@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -100,11 +102,18 @@ func (c *Catalogue) OpenBuilds(ctx context.Context) ([]api.Build, error) {
 	return c.Store.OpenBuilds(ctx)
 }
 
-// Abandon fails an open build that no worker will touch again.
+// Abandon fails an open build that no worker will touch again. What the last
+// try said of itself tells more than that it was the last.
 func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
-	_, err := c.Update(ctx, id, api.BuildUpdate{
-		State: api.Failed, Class: fault.Internal.String(), Error: why, Hint: "ask for the build again",
-	})
+	b, err := c.Store.Build(ctx, id)
+	if err != nil {
+		return err
+	}
+	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why, Hint: "ask for the build again"}
+	if b.Class != "" {
+		u.Class, u.Error, u.Hint = b.Class, b.Error, orText(b.Hint, u.Hint)
+	}
+	_, err = c.Update(ctx, id, u)
 	return err
 }
 
@@ -126,6 +135,8 @@ const (
 
 // Update applies what a builder reports of a build.
 func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (api.Build, error) {
+	// The builder's log has the whole text; the catalogue keeps what fits a table.
+	u.Error, u.Hint = firstLine(u.Error), firstLine(u.Hint)
 	if err := checkUpdate(u); err != nil {
 		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
 	}
@@ -162,8 +173,18 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	return after, nil
 }
 
+// firstLine cuts a text to its first line and to what the catalogue keeps.
+func firstLine(text string) string {
+	text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
+	for len(text) > maxLine {
+		_, size := utf8.DecodeLastRuneInString(text)
+		text = text[:len(text)-size]
+	}
+	return strings.ToValidUTF8(text, "?")
+}
+
 func checkUpdate(u api.BuildUpdate) error {
-	for name, text := range map[string]string{"phase": u.Phase, "error": u.Error, "hint": u.Hint, "worker": u.Worker, "repository": u.Repository} {
+	for name, text := range map[string]string{"phase": u.Phase, "worker": u.Worker, "repository": u.Repository} {
 		if len(text) > maxLine {
 			return fmt.Errorf("%s is longer than %d bytes", name, maxLine)
 		}
@@ -214,8 +235,11 @@ func changed(b api.Build, u api.BuildUpdate, now func() time.Time) (api.Build, e
 		case api.Building:
 			b.StartedAt, b.FinishedAt = &at, nil
 			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
-		default:
+		case api.Failed, api.Cancelled:
 			b.FinishedAt = &at
+		case api.Published:
+			b.FinishedAt = &at
+			b.Class, b.Error, b.Hint = "", "", ""
 		}
 		b.State = u.State
 	} else if b.State == api.Published && u.Digest != "" && u.Digest != b.Digest {
@@ -229,7 +253,7 @@ func changed(b api.Build, u api.BuildUpdate, now func() time.Time) (api.Build, e
 	set(&b.Phase, u.Phase)
 	set(&b.Worker, u.Worker)
 	set(&b.Digest, u.Digest)
-	if b.State == api.Failed {
+	if b.State == api.Failed || b.State == api.Queued { // queued: of the try before
 		set(&b.Class, u.Class)
 		set(&b.Error, u.Error)
 		set(&b.Hint, u.Hint)

@@ -307,7 +307,8 @@ func TestUpdate(t *testing.T) {
 		{"not a build's state", []api.BuildUpdate{state(api.Yanked)}, fault.Usage, api.Queued},
 		{"bad fingerprint", []api.BuildUpdate{{Fingerprint: "x"}}, fault.Usage, api.Queued},
 		{"another kernel", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: other, Board: "lakitu"}}}, fault.Mismatch, api.Queued},
-		{"too long", []api.BuildUpdate{{Error: strings.Repeat("x", 5000)}}, fault.Usage, api.Queued},
+		{"too long", []api.BuildUpdate{{Phase: strings.Repeat("x", 5000)}}, fault.Usage, api.Queued},
+		{"a long error is cut", []api.BuildUpdate{{State: api.Failed, Class: "internal", Error: strings.Repeat("ü", 5000)}}, 0, api.Failed},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -327,6 +328,34 @@ func TestUpdate(t *testing.T) {
 				t.Errorf("state = %s, %v; want %s", got.State, err, row.want)
 			}
 		})
+	}
+}
+
+// A build that waits for its next try says why, and keeps that when there is
+// no next try.
+func TestRetryTellsWhy(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building})
+	update(t, c, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "mirror is away\ndetail", Hint: "wait"})
+	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+	if err != nil || r.State != api.Queued || !strings.Contains(r.Reason, "next try after transient: mirror is away") {
+		t.Errorf("Resolve() = %s %q, %v; want queued with the reason of the last try", r.State, r.Reason, err)
+	}
+	if err := c.Abandon(t.Context(), b.ID, "discarded"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Build(t.Context(), b.ID)
+	if err != nil || got.State != api.Failed || got.Class != "transient" || got.Error != "mirror is away" || got.Hint != "wait" {
+		t.Errorf("Build() = %+v, %v; want failed, as the last try said", got, err)
+	}
+	other := request(t, c, other, v261, "open")
+	if err := c.Abandon(t.Context(), other.ID, "lost"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = c.Build(t.Context(), other.ID); err != nil || got.Class != "internal" || got.Error != "lost" {
+		t.Errorf("Build() = %+v, %v; want internal: lost", got, err)
 	}
 }
 

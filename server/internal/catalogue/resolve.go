@@ -201,6 +201,9 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, artifacts []api
 		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf("build %d is in phase %s", newest.ID, orText(newest.Phase, "start")), "ask again in a minute"
 	case open:
 		r.State, r.Reason, r.Hint = api.Queued, fmt.Sprintf("build %d waits for a builder", newest.ID), "start one: builder work"
+		if newest.Class != "" {
+			r.Reason = fmt.Sprintf("build %d waits for its next try after %s: %s", newest.ID, newest.Class, newest.Error)
+		}
 	case yanked != nil:
 		r.State, r.Reason, r.Hint = api.Yanked, yanked.Reason, "choose another driver version"
 	case never(rel, d) != "":

@@ -6,7 +6,9 @@ package httpapi
 import (
 	"context"
 	"log/slog"
+	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/danielgtaylor/huma/v2"
@@ -52,6 +54,8 @@ type Config struct {
 	Pages http.Handler
 	// Token opens the write routes.
 	Token string
+	// Port is the one that the server listens on; see relative.
+	Port string
 	// Version is told in the API's description.
 	Version string
 	Log     *slog.Logger
@@ -135,6 +139,31 @@ type DigestPath struct {
 	Digest string `path:"digest" doc:"digest of the artifact, sha256:…"`
 }
 
+// Asked learns the name by which a client reached the server.
+type Asked struct{ host string }
+
+// Resolve is the router's hook for what is not a parameter.
+func (a *Asked) Resolve(ctx huma.Context) []error {
+	a.host = ctx.Host()
+	return nil
+}
+
+// relative takes the host from a repository that is on this server, since
+// others reach the server by other names: a builder beside it says 127.0.0.1,
+// which means something else on a node.
+func relative(repository, asked, port string) string {
+	host, rest, ok := strings.Cut(repository, "/")
+	if !ok || host == "" {
+		return repository
+	}
+	name, at, err := net.SplitHostPort(host)
+	loopback := err == nil && at == port && (name == "localhost" || net.ParseIP(name).IsLoopback())
+	if host == asked || loopback {
+		return "/" + rest
+	}
+	return repository
+}
+
 // mountAPI is the route table. A route with Security needs the token.
 func mountAPI(r chi.Router, c Config) {
 	cat := c.Catalogue
@@ -180,12 +209,18 @@ func mountAPI(r chi.Router, c Config) {
 	huma.Register(a, write("update-build", http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			BuildPath
+			Asked
 			Body api.BuildUpdate
 		}) (*body[api.Build], error) {
+			in.Body.Repository = relative(in.Body.Repository, in.host, c.Port)
 			return answer(cat.Update(ctx, in.ID, in.Body))
 		})
 	huma.Register(a, write("add-artifact", http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
-		func(ctx context.Context, in *body[api.Artifact]) (*body[api.Artifact], error) {
+		func(ctx context.Context, in *struct {
+			Asked
+			Body api.Artifact
+		}) (*body[api.Artifact], error) {
+			in.Body.Repository = relative(in.Body.Repository, in.host, c.Port)
 			return answer(cat.AddArtifact(ctx, in.Body))
 		})
 	huma.Register(a, write("yank", http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),

@@ -86,7 +86,8 @@ func TestClient(t *testing.T) {
 	if string(text) != "line 1\nline 2\n" {
 		t.Errorf("BuildLog() = %q", text)
 	}
-	done, err := c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Published, Digest: digest})
+	done, err := c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Published, Digest: digest,
+		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"}) // on this very server
 	check(t, err)
 	read, err := c.Build(ctx, b.ID)
 	check(t, err)
