@@ -69,7 +69,7 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 	if err != nil {
 		return Layer{}, err
 	}
-	defer src.Close() //nolint:errcheck // only read
+	defer src.Close()
 	entries, err := listTree(src, kind)
 	if err != nil {
 		return Layer{}, err
@@ -210,7 +210,7 @@ func copyIn(ctx context.Context, tw *tar.Writer, src *os.Root, e entry) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	n, err := io.Copy(tw, &ctxReader{ctx: ctx, r: f})
 	if err == nil && n != e.size {
 		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, e.size)

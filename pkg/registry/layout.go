@@ -72,7 +72,7 @@ func readFile(path string, limit int64) (_ []byte, err error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	raw, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(raw)) > limit {
 		err = fault.Errorf(fault.Unverified, "%s is longer than %d bytes", path, limit)
@@ -220,7 +220,7 @@ func (s *layoutStore) putBlob(ctx context.Context, digest v1.Hash, size int64, o
 	if err != nil {
 		return err
 	}
-	defer rc.Close() //nolint:errcheck // only read
+	defer rc.Close()
 	hasher, err := v1.Hasher("sha256")
 	if err != nil {
 		return err

@@ -93,7 +93,7 @@ func fromFile(path string, l loading) (*Signer, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "make a key with: builder keygen "+path)
 	}
-	defer f.Close() //nolint:errcheck // only read
+	defer f.Close()
 	text, err := io.ReadAll(io.LimitReader(f, maxKeyFile+1))
 	if err != nil {
 		return nil, err
