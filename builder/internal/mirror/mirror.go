@@ -57,7 +57,7 @@ type Config struct {
 	Refresh bool
 	// EmuGPU compiles the emulated GPU against a kernel and returns the module's
 	// path; nil leaves emugpu.ko out of prebake-boot.tgz. headersDir is the header
-	// tree itself, env is toolchain_env.
+	// tree itself, env is toolchain_env. It may be called for two kernels at once.
 	EmuGPU func(ctx context.Context, headersDir, toolchainDir string, env map[string]string, release string) (koPath string, err error)
 	// EmuGPURevision names the emulated GPU's source: another one, another module.
 	EmuGPURevision string

@@ -1,0 +1,104 @@
+package mirror
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+)
+
+// TestReal makes the kernel half of a mirror twice out of the same Debian
+// packages, in two folders and with nothing cached, and compares every byte;
+// then it compiles with the toolchain archive in a sandbox that hides the
+// machine's own compiler. It takes two minutes, so it runs only where
+// PREBAKE_MIRROR_CACHE names the cache folder of an earlier `builder mirror`.
+func TestReal(t *testing.T) {
+	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
+	if cache == "" {
+		t.Skip("PREBAKE_MIRROR_CACHE is not set: it names the folder with Debian packages that `builder mirror --cache` filled")
+	}
+	packages, err := filepath.Glob(filepath.Join(cache, "debian/packages/*.deb"))
+	if err != nil || len(packages) == 0 {
+		t.Fatalf("no packages under %s: %v", cache, err)
+	}
+	var sums [2]map[string]string
+	var out string
+	for i := range sums {
+		out = filepath.Join(t.TempDir(), strings.Repeat("deeper/", i), "mirror")
+		own := t.TempDir()
+		if err := os.MkdirAll(filepath.Join(own, "debian/packages"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for _, p := range packages {
+			if err := os.Symlink(p, filepath.Join(own, "debian/packages", filepath.Base(p))); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := Make(t.Context(), Config{Out: out, Cache: own, OnlyKernels: true, Say: func(line string) { t.Log(line) }}); err != nil {
+			t.Fatal(err)
+		}
+		sums[i] = digests(t, out)
+	}
+	if diff := cmp.Diff(sums[0], sums[1]); diff != "" {
+		t.Errorf("two mirrors of the same packages differ (-first +second)\n%s", diff)
+	}
+	archives, err := filepath.Glob(filepath.Join(out, "cos/*/lakitu/toolchain.tar.xz"))
+	if err != nil || len(archives) == 0 {
+		t.Fatalf("no toolchain in the mirror: %v", err)
+	}
+	compileHidden(t, archives[0])
+}
+
+func digests(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := fs.WalkDir(os.DirFS(dir), ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		data, err := os.ReadFile(filepath.Join(dir, name))
+		sum := sha256.Sum256(data)
+		all[name] = hex.EncodeToString(sum[:])
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// compileHidden shows that compiler, assembler, linker and all their libraries
+// but libc come out of the archive, at a path that it was not made for.
+func compileHidden(t *testing.T, archive string) {
+	t.Helper()
+	dir := t.TempDir()
+	if _, err := output(exec.CommandContext(t.Context(), "tar", "-xJf", archive, "-C", dir)); err != nil {
+		t.Fatal(err)
+	}
+	const script = `set -e
+cd /tmp
+echo 'int twice(int x) { return 2 * x; }' > t.c
+gcc=x86_64-cros-linux-gnu-gcc
+for p in cc1 as ld; do readlink -f $($gcc -print-prog-name=$p); done
+$gcc -O2 -c t.c -o t.o
+x86_64-cros-linux-gnu-ld -r -o u.o t.o
+x86_64-cros-linux-gnu-nm u.o | grep -q ' T twice'
+ldd $($gcc -print-prog-name=cc1) $($gcc -print-prog-name=ld) | awk '$2 == "=>" { print $3 }' | while read -r l; do readlink -f "$l"; done | sort -u`
+	out, err := output(exec.CommandContext(t.Context(), "bwrap", "--unshare-all", "--clearenv", "--setenv", "PATH", "/elsewhere/toolchain/bin:/usr/bin",
+		"--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64",
+		"--tmpfs", "/usr/lib/gcc", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", dir, "/elsewhere/toolchain", "bash", "-c", script))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range strings.Fields(string(out)) {
+		if base := filepath.Base(file); !strings.HasPrefix(file, "/elsewhere/toolchain/") && base != "libc.so.6" && base != "libm.so.6" {
+			t.Errorf("the toolchain uses %s of the machine", file)
+		}
+	}
+}
