@@ -6,20 +6,27 @@ SHELL := /bin/bash
 GO ?= go
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo devel)
 
-# Tools are pinned here and nowhere else.
+# Tools are pinned here; those that tests use, in go.mod.
 GOLANGCI := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 GOVULNCHECK := golang.org/x/vuln/cmd/govulncheck@v1.9.0
 GOVULNDB ?= https://vuln.go.dev
 
 FUZZTIME ?= 10s
-# All but the end-to-end tests, which need a mirror and virtual machines.
-PACKAGES = $$($(GO) list ./... | grep -v '/deploy/e2e$$')
 ARGS ?=
 
+# One set of flags for build, test and lint, so that each package is compiled
+# once: no path of this checkout, no C. Only nvmlprobe is cgo.
+export GOFLAGS := -trimpath $(GOFLAGS)
+export CGO_ENABLED := 0
 # The C side of go-nvml is deprecated by its own header; the rest is Go's default.
 export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations
-# No path and no state of this checkout in the programs; VERSION is enough.
-GOBUILD := $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/
+GOBUILD := $(GO) build -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/
+CGO := ./fetcher/nvmlprobe
+
+# All but the cgo package, and of these all but the end-to-end tests, which
+# need a mirror and virtual machines.
+PACKAGES = $$($(GO) list ./... | grep -v '/fetcher/nvmlprobe$$')
+UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$$')
 
 .PHONY: help
 help: ## show this list
@@ -32,8 +39,8 @@ setup: ## install the Debian packages that are missing (with sudo where needed)
 .PHONY: build
 build: ## build all programs into bin/
 	@deploy/setup.sh build
-	CGO_ENABLED=0 $(GOBUILD) ./builder ./server ./fetcher ./pkg/vm/guestinit
-	CGO_ENABLED=1 $(GOBUILD) ./fetcher/nvmlprobe
+	$(GOBUILD) ./builder ./server ./fetcher ./pkg/vm/guestinit
+	CGO_ENABLED=1 $(GOBUILD) $(CGO)
 
 .PHONY: demo
 demo: setup build ## run the main job end to end: real kernel, real driver, virtual node
@@ -41,15 +48,16 @@ demo: setup build ## run the main job end to end: real kernel, real driver, virt
 
 .PHONY: test
 test: setup build ## run all tests, the real compile and the virtual node among them
-	$(GO) test -timeout 80m ./...
+	CGO_ENABLED=1 $(GO) test $(CGO)
+	$(GO) test -timeout 80m $(PACKAGES)
 
 .PHONY: unit
 unit: ## run the tests of single packages only, without the end-to-end ones
-	$(GO) test -short $(PACKAGES)
+	$(GO) test -short $(UNITS)
 
 .PHONY: race
 race: ## run the tests of single packages with the race detector
-	$(GO) test -race -short -timeout 30m $(PACKAGES)
+	CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $(UNITS) $(CGO)
 
 .PHONY: fuzz
 fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
@@ -69,8 +77,9 @@ lint: ## gofmt, golangci-lint and govulncheck, pinned
 	@deploy/setup.sh build
 	@unformatted=$$(git ls-files -co --exclude-standard -- '*.go' | xargs gofmt -l); \
 	  [[ -z "$$unformatted" ]] || { echo "lint: not formatted:"; echo "$$unformatted"; echo "lint: run gofmt -w on them"; exit 1; }
-	@tool=$$(deploy/tool.sh $(GOLANGCI)) && "$$tool" run ./...
-	@tool=$$(deploy/tool.sh $(GOVULNCHECK)) && deploy/vulncheck.sh "$$tool" $(GOVULNDB)
+	@tool=$$(deploy/tool.sh $(GOLANGCI)) && \
+	  "$$tool" run $$($(GO) list -f '{{.Dir}}' $(PACKAGES)) && CGO_ENABLED=1 "$$tool" run $(CGO)
+	@tool=$$(deploy/tool.sh $(GOVULNCHECK)) && CGO_ENABLED=1 deploy/vulncheck.sh "$$tool" $(GOVULNDB)
 
 .PHONY: images
 images: build ## build and start the container images with buildah, no registry needed
