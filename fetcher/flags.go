@@ -58,6 +58,7 @@ func installFlags() []ucli.Flag {
 		&ucli.StringFlag{Name: "kernel-mirror", Usage: "`URL` of the COS release bucket for a compile on this node", Sources: cli.Env("kernel-mirror")},
 		&ucli.StringFlag{Name: "driver-mirror", Usage: "`URL` of the driver bucket for a compile on this node", Sources: cli.Env("driver-mirror")},
 		&ucli.StringFlag{Name: "state-dir", Value: "/var/lib/prebake", Usage: "`FOLDER`, seen from the node's root, for what is compiled on this node and its key", Sources: cli.Env("state-dir"), Validator: absolute},
+		&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` of the cache for a compile on this node (default: cache in the state folder)", Sources: cli.Env("cache")},
 		cli.OutputFlag(),
 	)
 	return append(flags, cli.LogFlags()...)

@@ -135,8 +135,13 @@ func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err), "name the builder program with --builder PATH, or turn it off: --builder never")
 	}
+	state := filepath.Join(cfg.HostRoot, cmd.String("state-dir"))
+	cache := cmd.String("cache")
+	if cache == "" {
+		cache = filepath.Join(state, "cache")
+	}
 	return &local.Builder{
-		Program: program, StateDir: filepath.Join(cfg.HostRoot, cmd.String("state-dir")),
+		Program: program, StateDir: state, CacheDir: cache,
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 	}, nil
 }

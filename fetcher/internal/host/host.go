@@ -84,7 +84,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	if kernel.Release, err = readLine(root, "proc/sys/kernel/osrelease"); err != nil {
 		return nil, fmt.Errorf("read kernel release: %w", err)
 	}
-	if kernel.Version, err = readLine(root, "proc/sys/kernel/version"); err != nil {
+	if kernel.Version, err = readOptional(root, "proc/sys/kernel/version"); err != nil {
 		return nil, fmt.Errorf("read kernel version: %w", err)
 	}
 	f.Kernel = kernel

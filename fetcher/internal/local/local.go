@@ -29,8 +29,10 @@ import (
 type Builder struct {
 	// Program is the builder.
 	Program string
-	// StateDir is a folder for the node's key, its artifacts and the cache.
+	// StateDir is a folder for the node's key and its artifacts.
 	StateDir string
+	// CacheDir is the builder's cache.
+	CacheDir string
 	// KernelMirror and DriverMirror are where the inputs are; "" leaves them to
 	// the builder's own defaults.
 	KernelMirror, DriverMirror string
@@ -71,7 +73,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (resolve.Answer,
 	}
 	args := []string{
 		"build", "--build-id", q.Kernel.BuildID, "--board", q.Kernel.Board, "--driver", string(q.Wish), "--flavour", flavour,
-		"--to", b.Layout(), "--key", key, "--cache", filepath.Join(b.StateDir, "cache"), "--load-test", "off", "--output", "json",
+		"--to", b.Layout(), "--key", key, "--cache", b.CacheDir, "--load-test", "off", "--output", "json",
 	}
 	if b.KernelMirror != "" {
 		args = append(args, "--kernel-mirror", b.KernelMirror)
