@@ -1,0 +1,100 @@
+package local_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/local"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// script stands for the builder; it notes how it was called.
+func script(t *testing.T, body string) local.Builder {
+	t.Helper()
+	dir := t.TempDir()
+	program := filepath.Join(dir, "builder")
+	text := "#!/bin/sh\nset -e\necho \"$@\" >>" + dir + "/calls\nif [ \"$1\" = keygen ]; then : >\"$2\"; echo public >\"$2.pub\"; exit 0; fi\n" + body + "\n"
+	if err := os.WriteFile(program, []byte(text), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return local.Builder{Program: program, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
+}
+
+var question = resolve.Question{Kernel: target.Kernel{BuildID: "1.2.3", Board: "lakitu"}, Wish: "R535", Flavour: "open"}
+
+func TestBuild(t *testing.T) {
+	t.Parallel()
+	b := script(t, `echo "  ok  compile" >&2; echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
+	var said []string
+	b.Say = func(line string) { said = append(said, line) }
+	for range 2 { // the second time the key is there
+		a, err := b.Build(t.Context(), question)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a.Digest != "sha256:ab" || a.Driver.Version != "535.1.1" || a.Source != "local" || a.Repository != "oci:"+b.StateDir+"/local" {
+			t.Errorf("Build = %+v", a)
+		}
+	}
+	if pem, err := b.PublicKey(); err != nil || string(pem) != "public\n" {
+		t.Errorf("PublicKey = %q, %v", pem, err)
+	}
+	raw, err := os.ReadFile(filepath.Join(filepath.Dir(b.Program), "calls"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	build := "build --build-id 1.2.3 --board lakitu --driver R535 --flavour open --to oci:STATE/local --key STATE/local.key --cache " + b.CacheDir +
+		" --load-test off --output json --kernel-mirror file:///k --driver-mirror file:///d"
+	want := []string{"keygen STATE/local.key", build, build}
+	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(raw), b.StateDir, "STATE")), "\n")
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("calls (-want +got):\n%s", diff)
+	}
+	if len(said) != 2 || said[0] != "  ok  compile" {
+		t.Errorf("said %q", said)
+	}
+}
+
+func TestBuildFails(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name, body string
+		kind       fault.Kind
+		text, hint string
+	}{
+		{"kind and words of the builder", `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`, fault.APIBreak, "too few arguments", "take another"},
+		{"no words", `exit 27`, fault.DiskFull, "status 27", ""},
+		{"unknown status", `exit 99`, fault.Internal, "status 99", ""},
+		{"no JSON", `echo done`, fault.Internal, "names no digest", "same release"},
+		{"no digest", `echo '{}'`, fault.Internal, "names no digest", "same release"},
+	}
+	for _, row := range rows {
+		_, err := script(t, row.body).Build(t.Context(), question)
+		if err == nil || fault.Of(err) != row.kind || !strings.Contains(err.Error(), row.text) || !strings.Contains(fault.Hint(err), row.hint) {
+			t.Errorf("%s: Build = %v (%v, hint %q); want %v with %q", row.name, err, fault.Of(err), fault.Hint(err), row.kind, row.text)
+		}
+	}
+	b := script(t, "exit 0")
+	b.Program = filepath.Join(t.TempDir(), "none")
+	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
+		t.Errorf("Build without a program = %v; want usage with a hint", err)
+	}
+}
+
+func TestBuildStops(t *testing.T) {
+	t.Parallel()
+	// The builder is told to stop as soon as it says that it runs.
+	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
+	ctx, cancel := context.WithCancel(t.Context())
+	b.Say = func(string) { cancel() }
+	if _, err := b.Build(ctx, question); !fault.Is(err, fault.Cancelled) {
+		t.Errorf("Build = %v; want cancelled", err)
+	}
+}
