@@ -70,6 +70,10 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 		return nil, err
 	}
 	err = a.parts.Line.Do("stage", func() (string, error) {
+		if current != nil && current.Digest == set.Digest && current.Kernel == set.Kernel {
+			*set = *current
+			return "already staged", nil
+		}
 		if set.Modules == nil { // the modules layer was there already
 			layer, err := store.LayerFS(content.Layer(bundle.LayerModules).Digest)
 			if err != nil {

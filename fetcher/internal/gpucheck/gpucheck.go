@@ -165,8 +165,10 @@ func (v Verdict) Print(w io.Writer) error {
 		line("module", "%s %s", name, v.Modules[name])
 	}
 	switch {
+	case v.NVML.CUDA != "":
+		line("nvml", "%s, CUDA %s", v.NVML.Version, v.NVML.CUDA)
 	case v.NVML.Version != "":
-		line("nvml", "%s (CUDA %s)", v.NVML.Version, v.NVML.CUDA)
+		line("nvml", "%s", v.NVML.Version)
 	case v.NVML.Error != "":
 		line("nvml", "no answer: %s", v.NVML.Error)
 	}
