@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -36,7 +37,7 @@ func mirrorCommand() *ucli.Command {
 	}
 }
 
-func runMirror(ctx context.Context, cmd *ucli.Command) error {
+func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cmd.Args().Present() {
 		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()), "see "+cmd.FullName()+" --help")
 	}
@@ -48,11 +49,23 @@ func runMirror(ctx context.Context, cmd *ucli.Command) error {
 		}
 		cache = filepath.Join(user, "prebake", "mirror")
 	}
+	revision, err := emuGPURevision()
+	if err != nil {
+		return err
+	}
+	work, err := os.MkdirTemp("", "prebake-mirror-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 	start := time.Now()
 	result, err := mirror.Make(ctx, mirror.Config{
+		EmuGPU: compileEmuGPU(work), EmuGPURevision: revision,
 		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
 		OnlyKernels: cmd.Bool("only-kernels"), Refresh: cmd.Bool("refresh"),
-		Say: func(line string) { fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line) },
+		Say: func(line string) {
+			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)
+		},
 	})
 	if err != nil {
 		return err

@@ -197,21 +197,22 @@ func TestHonestFailures(t *testing.T) {
 	defer brokenWorker.Stop() //nolint:errcheck // as above
 
 	rows := []struct {
-		name   string
-		srv    *scene.Server
-		kernel target.Kernel
-		driver string
-		class  fault.Kind
-		text   []string // all in the build's error
-		log    string   // in the log
+		name    string
+		srv     *scene.Server
+		kernel  target.Kernel
+		driver  string
+		flavour target.Flavour
+		class   fault.Kind
+		text    []string // all in the build's error
+		log     string   // in the log
 	}{
-		{"unknown driver version", shared.srv, shared.kernel(0), "535.999.99", fault.InputMissing, []string{"535.999.99"}, "535.999.99"},
-		{"headers with a wrong checksum", brokenServer, shared.kernel(0), shared.driver(), fault.Checksum, []string{"kernel-headers.tgz"}, "kernel-headers.tgz"},
-		{"driver too old for the kernel", shared.srv, shared.newest(), shared.driver(), fault.APIBreak, []string{"nv-pci.c", "pci_resize_resource"}, "too few arguments to function"},
+		{"unknown driver version", shared.srv, shared.kernel(0), "535.999.99", target.Proprietary, fault.InputMissing, []string{"535.999.99"}, "535.999.99"},
+		{"headers with a wrong checksum", brokenServer, shared.kernel(0), shared.driver(), target.Proprietary, fault.Checksum, []string{"kernel-headers.tgz"}, "kernel-headers.tgz"},
+		{"driver too old for the kernel", shared.srv, shared.newest(), shared.driver(), target.Open, fault.APIBreak, []string{"nv-pci.c", "pci_resize_resource"}, "too few arguments to function"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
-			b := build(t, row.srv, row.kernel, row.driver, target.Proprietary)
+			b := build(t, row.srv, row.kernel, row.driver, row.flavour)
 			if b.State != api.Failed || b.Class != row.class.String() {
 				t.Fatalf("build is %s (%s): %s; want failed (%s)", b.State, b.Class, b.Error, row.class)
 			}
@@ -238,7 +239,7 @@ func TestHonestFailures(t *testing.T) {
 			if err != nil || !strings.Contains(string(out), row.log) {
 				t.Errorf("server build --log (%d bytes, %v) does not hold %q", len(out), err, row.log)
 			}
-			r, err := row.srv.Client.Resolve(t.Context(), api.Question{BuildID: row.kernel.BuildID, Board: row.kernel.Board, Driver: row.driver, Flavour: string(target.Proprietary)})
+			r, err := row.srv.Client.Resolve(t.Context(), api.Question{BuildID: row.kernel.BuildID, Board: row.kernel.Board, Driver: row.driver, Flavour: string(row.flavour)})
 			if err != nil || r.State != api.Failed {
 				t.Errorf("resolve = %s (%s), %v; want failed", r.State, r.Reason, err)
 			}

@@ -135,13 +135,17 @@ func (r *run) publish(ctx context.Context) (string, error) {
 		}
 		bundles = append(bundles, b)
 	}
+	verifier, err := signer.Verifier()
+	if err != nil {
+		return "", err
+	}
 	r.res.Existed = true
 	for _, dest := range r.cfg.Destinations {
 		repo, err := registry.Open(dest, r.cfg.Registry(dest))
 		if err != nil {
 			return "", err
 		}
-		got, existed, err := publish.Publish(ctx, repo, publish.Artifact{Image: image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: bundles})
+		got, existed, err := publish.Publish(ctx, repo, publish.Artifact{Image: image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: bundles, Verifier: verifier})
 		if err != nil {
 			return "", fmt.Errorf("publish to %s: %w", dest, err)
 		}

@@ -141,6 +141,14 @@ func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	if len(m.Builds) < 3 || len(m.Drivers) < 2 {
 		return nil, fmt.Errorf("mirror has %d builds and %d drivers; want at least 3 and 2", len(m.Builds), len(m.Drivers))
 	}
+	for i := range m.Builds {
+		k := &m.Builds[i].Kernel
+		commit, err := os.ReadFile(filepath.Join(m.Dir, "cos", k.BuildID, k.Board, "kernel_commit"))
+		if err != nil {
+			return nil, err
+		}
+		k.Commit, k.Milestone = strings.TrimSpace(string(commit)), 109
+	}
 	return m, nil
 }
 
@@ -221,7 +229,7 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 			return false, nil
 		}
 		token, err := os.ReadFile(filepath.Join(data, "token"))
-		srv.Addr, srv.Token = strings.TrimSpace(string(addr)), strings.TrimSpace(string(token))
+		srv.Addr, srv.Token = strings.TrimPrefix(strings.TrimSpace(string(addr)), "http://"), strings.TrimSpace(string(token))
 		return err == nil && srv.Addr != "", nil
 	}); err != nil {
 		return nil, errors.Join(fmt.Errorf("wait for server: %w", err), p.Kill())
