@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"runtime"
-	"runtime/debug"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -33,30 +32,14 @@ func program() *ucli.Command {
 	}
 }
 
-// version is what the toolchain recorded: the module version of a release, or
-// the commit of a build from a checkout.
-func version() string {
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return "unknown"
-	}
-	v := info.Main.Version
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" && (v == "" || v == "(devel)") {
-			v = "devel-" + s.Value[:min(12, len(s.Value))]
-		}
-	}
-	if v == "" {
-		return "(devel)"
-	}
-	return v
-}
+// version is set at link time.
+var version = "devel"
 
 func versionCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "version", Usage: "print the version", Flags: []ucli.Flag{cli.OutputFlag()},
 		Action: func(_ context.Context, cmd *ucli.Command) error {
-			v := map[string]string{"version": version(), "go": runtime.Version()}
+			v := map[string]string{"version": version, "go": runtime.Version()}
 			return cli.Print(cmd, v, func(w io.Writer) error {
 				_, err := fmt.Fprintf(w, "server %s (%s)\n", v["version"], v["go"])
 				return err

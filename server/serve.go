@@ -180,7 +180,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
 	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Token: token, Port: port, Version: version(), Log: log,
+		Catalogue: cat, Store: db, Queue: q, Token: token, Port: port, Version: version, Log: log,
 		Registry: ocistore.Handler(registry, token, log), Pages: pages,
 	})
 	addressFile := filepath.Join(s.Data, "address")
@@ -219,7 +219,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 		return nil
 	})
-	log.Info("server ready", "url", "http://"+address, "data", s.Data, "version", version())
+	log.Info("server ready", "url", "http://"+address, "data", s.Data, "version", version)
 	return group.Wait()
 }
 

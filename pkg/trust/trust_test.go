@@ -2,6 +2,7 @@ package trust_test
 
 import (
 	"bytes"
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"strings"
@@ -32,6 +33,17 @@ func TestVerify(t *testing.T) {
 	}
 }
 
+// flipByte changes the nth byte behind a base64 text.
+func flipByte(t *testing.T, text string, n int) string {
+	t.Helper()
+	raw, err := base64.StdEncoding.DecodeString(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw[n] ^= 1
+	return base64.StdEncoding.EncodeToString(raw)
+}
+
 // flip changes one byte of the decoded envelope payload.
 func flip(t *testing.T, raw []byte, field string) []byte {
 	t.Helper()
@@ -42,14 +54,10 @@ func flip(t *testing.T, raw []byte, field string) []byte {
 	env := b["dsseEnvelope"].(map[string]any)
 	switch field {
 	case "payload":
-		text := []byte(env["payload"].(string))
-		text[40] ^= 1 // another letter of base64
-		env["payload"] = string(text)
+		env["payload"] = flipByte(t, env["payload"].(string), 40)
 	case "signature":
 		sig := env["signatures"].([]any)[0].(map[string]any)
-		text := []byte(sig["sig"].(string))
-		text[20] ^= 1
-		sig["sig"] = string(text)
+		sig["sig"] = flipByte(t, sig["sig"].(string), 20)
 	case "payloadType":
 		env["payloadType"] = "text/plain"
 	}
