@@ -70,7 +70,7 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 
 .PHONY: bench
 bench: setup build ## measure the headline ratios and print them
-	$(GO) run ./deploy/demo --bench $(ARGS)
+	$(GO) run ./deploy/bench $(ARGS)
 
 .PHONY: lint
 lint: ## gofmt, golangci-lint and govulncheck, pinned

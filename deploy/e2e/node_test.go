@@ -90,21 +90,8 @@ func TestNodeWithGPU(t *testing.T) {
 func nodeRoot(t *testing.T, k target.Kernel) string {
 	t.Helper()
 	root := t.TempDir()
-	for name, text := range map[string]string{
-		"etc/os-release":            "ID=cos\nBUILD_ID=" + k.BuildID + "\nVERSION=109\nKERNEL_COMMIT_ID=" + k.Commit + "\n",
-		"etc/lsb-release":           "CHROMEOS_RELEASE_BOARD=" + k.Board + "\n",
-		"proc/sys/kernel/osrelease": k.Release + "\n",
-		"proc/cmdline":              "root=/dev/dm-0 cros_efi\n",
-		"proc/modules":              "",
-		"proc/devices":              "",
-	} {
-		path := filepath.Join(root, name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
+	if err := scene.NodeRoot(root, k); err != nil {
+		t.Fatal(err)
 	}
 	return root
 }

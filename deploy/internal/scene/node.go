@@ -113,3 +113,25 @@ func Decode(step vm.StepResult, v any) error {
 	}
 	return nil
 }
+
+// NodeRoot makes a folder that looks like a COS node's root to the fetcher,
+// for everything that needs no kernel of its own.
+func NodeRoot(root string, k target.Kernel) error {
+	for name, text := range map[string]string{
+		"etc/os-release":            "ID=cos\nBUILD_ID=" + k.BuildID + "\nVERSION=109\nKERNEL_COMMIT_ID=" + k.Commit + "\n",
+		"etc/lsb-release":           "CHROMEOS_RELEASE_BOARD=" + k.Board + "\n",
+		"proc/sys/kernel/osrelease": k.Release + "\n",
+		"proc/cmdline":              "root=/dev/dm-0 cros_efi\n",
+		"proc/modules":              "",
+		"proc/devices":              "",
+	} {
+		path := filepath.Join(root, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
