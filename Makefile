@@ -49,7 +49,7 @@ demo: setup build ## run the main job end to end: real kernel, real driver, virt
 .PHONY: test
 test: setup build ## run all tests, the real compile and the virtual node among them
 	CGO_ENABLED=1 $(GO) test $(CGO)
-	$(GO) test -timeout 80m $(PACKAGES)
+	deploy/postgres.sh $(GO) test -timeout 80m $(PACKAGES)
 
 .PHONY: unit
 unit: ## run the tests of single packages only, without the end-to-end ones

@@ -2,7 +2,7 @@
 # Installs the Debian packages that building, testing and the demo need, and
 # only those that are missing. Quick when nothing is.
 #
-# usage: deploy/setup.sh [GROUP…]   groups: build, run, images; default: all
+# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, images; default: all
 set -euo pipefail
 
 declare -A groups=(
@@ -15,14 +15,16 @@ declare -A groups=(
   # libraries. Load test and demo node: qemu, and its network card's boot ROM,
   # without which qemu refuses to make the card.
   [run]="bubblewrap make bc libelf1 gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
+  # The other database of the server and its queue; see deploy/postgres.sh.
+  [test]="postgresql"
   # A Dockerfile builder that needs no daemon, and a base image made on the spot.
   [images]="buildah debootstrap"
 )
 
 wanted=()
-for group in "${@:-build run images}"; do
+for group in "${@:-build run test images}"; do
   for name in $group; do
-    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run or images" >&2; exit 2; }
+    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test or images" >&2; exit 2; }
     read -ra packages <<<"${groups[$name]}"
     wanted+=("${packages[@]}")
   done
@@ -54,6 +56,11 @@ echo "setup: installing ${missing[*]}${sudo:+ (with sudo)}" >&2
 start=$SECONDS
 # One unreachable source among many must not stop us: installing decides.
 apt update >/dev/null || echo "setup: apt-get update had trouble; going on with the lists at hand" >&2
+if [[ " ${missing[*]} " == *" postgresql "* ]]; then
+  # Only the programs are wanted: no server that runs on this machine from now on.
+  "${sudo[@]}" mkdir -p /etc/postgresql-common/createcluster.d
+  echo 'create_main_cluster = false' | "${sudo[@]}" tee /etc/postgresql-common/createcluster.d/prebake.conf >/dev/null
+fi
 # Recommended packages stay out: qemu's alone would be a desktop.
 apt install -y --no-install-recommends "${missing[@]}" >&2
 echo "setup: installed ${#missing[@]} packages in $((SECONDS - start)) s" >&2

@@ -108,7 +108,7 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer srv.Stop() //nolint:errcheck // the test has its verdict by then
+	defer srv.Stop()
 	start := func() *scene.Process {
 		w, err := s.StartWorker(srv, shared.mirror, shared.key, filepath.Join(dir, "empty", "cache"))
 		if err != nil {
@@ -136,7 +136,7 @@ func TestKilledBuilderReproduces(t *testing.T) {
 		t.Fatalf("after the kill the catalogue has %d artifacts, %v; want none", len(got), err)
 	}
 	worker = start()
-	defer worker.Stop() //nolint:errcheck // as above
+	defer worker.Stop()
 	b, err = scene.WaitBuild(t.Context(), srv.Client, b.ID, func(b api.Build) { t.Logf("build %d: %s %s", b.ID, b.State, b.Phase) })
 	if err != nil || b.State != api.Published {
 		log, _ := os.ReadFile(filepath.Join(dir, "worker.log"))
@@ -189,12 +189,12 @@ func TestHonestFailures(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer brokenServer.Stop() //nolint:errcheck // the test has its verdict by then
+	defer brokenServer.Stop()
 	brokenWorker, err := s.StartWorker(brokenServer, broken, shared.key, filepath.Join(dir, "cache"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer brokenWorker.Stop() //nolint:errcheck // as above
+	defer brokenWorker.Stop()
 
 	rows := []struct {
 		name    string

@@ -197,7 +197,7 @@ func TestNodeCompilesLocally(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer srv.Stop() //nolint:errcheck // the test has its verdict by then
+	defer srv.Stop()
 	root := nodeRoot(t, k)
 	t.Setenv("PREBAKE_CACHE", shared.BuildCache())
 	res, err := s.Run(t.Context(), "fetcher", "install", "--server", "http://"+srv.Addr, "--host-root", root, "--key", shared.key+".pub",

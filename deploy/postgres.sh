@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Runs a command with a PostgreSQL of its own at hand, and ends that server
+# with it. The server listens on a socket in a temporary folder only.
+#
+# usage: deploy/postgres.sh COMMAND…   PREBAKE_TEST_POSTGRES names the database
+set -euo pipefail
+
+bin=$(find /usr/lib/postgresql -maxdepth 2 -name bin 2>/dev/null | sort -V | tail -n 1)
+[[ -x $bin/initdb ]] || { echo "postgres: not installed; run make setup" >&2; exit 1; }
+
+dir=$(mktemp -d "${TMPDIR:-/tmp}/prebake-postgres-XXXXXX")
+# PostgreSQL refuses to run as root; its package made a user for it.
+as=()
+if ((EUID == 0)); then
+  as=(setpriv --reuid postgres --regid postgres --init-groups)
+  chown postgres "$dir"
+fi
+started=
+finish() {
+  [[ -z $started ]] || (cd "$dir" && "${as[@]}" "$bin/pg_ctl" -D "$dir/data" -m fast -w stop >/dev/null) || true
+  rm -rf "$dir"
+}
+trap finish EXIT
+
+quiet() { (cd "$dir" && "${as[@]}" env LC_ALL=C.UTF-8 "$@") >"$dir/log" 2>&1 || { cat "$dir/log" >&2; exit 1; }; }
+touch "$dir/log"
+quiet "$bin/initdb" -D "$dir/data" -U prebake -A trust -E UTF8 --no-sync
+quiet "$bin/pg_ctl" -D "$dir/data" -w -l "$dir/data/server.log" \
+  -o "-c listen_addresses='' -c unix_socket_directories=$dir -c fsync=off" start
+started=yes
+quiet "$bin/createdb" -h "$dir" -U prebake prebake
+chmod 755 "$dir"
+PREBAKE_TEST_POSTGRES="postgres://prebake@/prebake?host=$dir" "$@"
