@@ -1,0 +1,125 @@
+package e2e
+
+import (
+	"errors"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/archive"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// cosign is the stock verifier, at a version that builds with the Go of go.mod.
+const cosign = "github.com/sigstore/cosign/v3/cmd/cosign@v3.0.6"
+
+// Some packages have tests that want a real kernel, a real driver or a stock
+// tool, and are skipped where there is none. Here they have all of it, and none
+// may be skipped.
+func TestPartsOnRealInputs(t *testing.T) {
+	k := shared.kernel(1)
+	published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	boot, err := shared.Boot(t.Context(), shared.mirror, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := nodeRoot(t, k)
+	if _, err := shared.Must(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root, "--key", shared.key+".pub",
+		"--driver", shared.driver(), "--flavour", "proprietary", "--no-load", "--builder", "never", "--output", "json"); err != nil {
+		t.Fatal(err)
+	}
+	driver := filepath.Join(root, scene.InstallDir)
+	own := modulesWithSymvers(t, driver, k)
+	sibling := modulesWithSymvers(t, driver, shared.kernel(0))
+	mirror := "PREBAKE_MIRROR=file://" + shared.mirror.Dir
+	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
+
+	rows := []struct {
+		name, pkg, run string
+		env            []string
+	}{
+		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
+		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
+		{"mirror twice", "./builder/internal/mirror", "TestReal", []string{"PREBAKE_MIRROR_CACHE=" + filepath.Join(shared.State, "packages")}},
+		{"modules against their kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + own, "PREBAKE_MODULES_RELEASE=" + k.Release}},
+		{"modules against a sibling kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + sibling, "PREBAKE_MODULES_WANT=checksum"}},
+		{"virtual machine", "./pkg/vm", "Boot", []string{"PREBAKE_BOOT=" + boot}},
+		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
+		{"stock tools", "./builder/internal/publish", "Cosign|Crane", []string{tools}},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-run", row.run, row.pkg)
+			cmd.Dir = "../.."
+			cmd.Env = append(os.Environ(), row.env...)
+			out, err := cmd.CombinedOutput()
+			text := string(out)
+			if err != nil || strings.Contains(text, "--- SKIP") || !strings.Contains(text, "--- PASS") {
+				t.Errorf("go test -run %s %s: %v\n%s", row.run, row.pkg, err, text)
+			}
+		})
+	}
+}
+
+// modulesWithSymvers returns a folder with a driver's modules and a kernel's
+// Module.symvers.
+func modulesWithSymvers(t *testing.T, driver string, k target.Kernel) string {
+	t.Helper()
+	headers, dir := t.TempDir(), t.TempDir()
+	if _, err := archive.UnpackFile(t.Context(), filepath.Join(shared.mirror.Dir, "cos", k.BuildID, k.Board, "kernel-headers.tgz"), headers, archive.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(driver, "drivers", "*.ko"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("modules in %s: %v, %v", driver, files, err)
+	}
+	for _, f := range append(files, filepath.Join(headers, "usr/src/linux-headers-"+k.Release, "Module.symvers")) {
+		copyTo(t, filepath.Join(dir, filepath.Base(f)), f)
+	}
+	return dir
+}
+
+func copyTo(t *testing.T, dst, src string) {
+	t.Helper()
+	in, err := os.Open(src)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.Close()
+	out, err := os.Create(dst)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = io.Copy(out, in)
+	if err := errors.Join(err, out.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// stockTools returns a folder with crane and cosign in it.
+func stockTools(t *testing.T) string {
+	t.Helper()
+	dir := t.TempDir()
+	path, err := exec.CommandContext(t.Context(), "go", "tool", "-n", "crane").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	copyTo(t, filepath.Join(dir, "crane"), strings.TrimSpace(string(path)))
+	cmd := exec.CommandContext(t.Context(), "deploy/tool.sh", cosign)
+	cmd.Dir, cmd.Stderr = "../..", os.Stderr
+	path, err = cmd.Output()
+	if err != nil {
+		t.Fatalf("build cosign: %v", err)
+	}
+	copyTo(t, filepath.Join(dir, "cosign"), strings.TrimSpace(string(path)))
+	for _, name := range []string{"crane", "cosign"} {
+		if err := os.Chmod(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
