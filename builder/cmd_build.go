@@ -133,6 +133,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter
 	fmt.Fprintf(stderr, "building %s %s for %s; full log in %s\n", wish, flavour, kernel, logPath)
+	cfg.Cache.Say = func(text string) { fmt.Fprintln(io.MultiWriter(stderr, log), text) }
 	line := &timeline.Run{Watch: cli.Progress(stderr)}
 	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
 	if err != nil {

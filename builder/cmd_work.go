@@ -46,6 +46,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
+	cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
 	server, err := url.Parse(cmd.String("server"))
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "give --server as in http://127.0.0.1:8440")

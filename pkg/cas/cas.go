@@ -5,8 +5,9 @@
 // was made from, a fact is a small value that was expensive to learn. All
 // three appear complete, by rename, or not at all; what a killed process left
 // half done is removed at the next Open. Blobs are verified as they come in and
-// not again when they are asked for: Verify does that on demand. Whoever gets
-// a path must not write to it.
+// not again when they are asked for: Verify does that on demand. A tree is
+// verified each time it is asked for, and made again when it is not what it
+// was. Whoever gets a path must not write to it.
 //
 // It refuses to download, to decide what is worth keeping, and to serve a
 // folder that machines share over a network without working flock.
@@ -36,6 +37,7 @@ import (
 const (
 	blobsDir  = "blobs/sha256"
 	treesDir  = "trees"
+	sealsDir  = "seals" // seals/<kind>/<key>: the digest of the tree of that name
 	factsDir  = "facts"
 	tmpDir    = "tmp"    // tmp/<owner>/…: blobs and trees before their rename
 	workDir   = "work"   // work/<owner>/…: TempDir
@@ -57,6 +59,10 @@ var (
 
 // Cache is an open cache. Its methods may be called concurrently.
 type Cache struct {
+	// Say is told in a line about a damaged tree that is made again; nil is
+	// silent. It is set before the first use, if at all.
+	Say func(text string)
+
 	dir   string
 	owner string
 	lock  *flock.Flock // held until Close or the end of the process
@@ -69,7 +75,7 @@ func Open(dir string) (*Cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open cache: %w", err)
 	}
-	for _, d := range []string{blobsDir, treesDir, factsDir, tmpDir, workDir, ownersDir, locksDir} {
+	for _, d := range []string{blobsDir, treesDir, sealsDir, factsDir, tmpDir, workDir, ownersDir, locksDir} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, disk(fmt.Errorf("open cache: %w", err))
 		}
@@ -150,7 +156,8 @@ func sweep(dir string) error {
 	}
 	// Owner files go last: killed in between, the next sweep starts over.
 	for _, file := range dead {
-		if err := os.Remove(file); err != nil {
+		// One that closed between ReadDir and the lock has removed its own.
+		if err := os.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
@@ -253,7 +260,8 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 // Tree returns the folder of this kind and key. Where there is none, make
 // fills an empty folder, which then takes the name; of several processes that
 // ask at once, one makes it and the others wait. cached tells that it was there
-// already. Kind and key are file names of at most 200 characters; a digest's
+// already, and that its content is what it was when it was made: a tree that
+// was changed since is made again. Kind and key are file names of at most 200 characters; a digest's
 // "sha256:" is dropped.
 func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
@@ -261,8 +269,8 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
 	}
 	path = filepath.Join(c.dir, treesDir, kind, key)
-	if isDir(path) {
-		return path, true, nil
+	if ok, _, err := c.intact(ctx, kind, key, path); ok || err != nil {
+		return path, ok, err
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return "", false, disk(fmt.Errorf("make tree: %w", err))
@@ -275,8 +283,14 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 		return "", false, fmt.Errorf("make tree %s/%s: wait for its lock: %w", kind, key, err)
 	}
 	defer func() { err = errors.Join(err, lock.Close()) }()
-	if isDir(path) { // another process was faster
-		return path, true, nil
+	ok, trouble, err := c.intact(ctx, kind, key, path)
+	if ok || err != nil { // ok: another process was faster
+		return path, ok, err
+	}
+	if trouble != "" {
+		if err := c.discard(kind, key, path, trouble); err != nil {
+			return "", false, err
+		}
 	}
 	tmp, err := os.MkdirTemp(c.tmp(), "tree-*")
 	if err != nil {
@@ -284,6 +298,9 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 	}
 	if err = os.Chmod(tmp, 0o755); err == nil {
 		err = make(ctx, tmp)
+	}
+	if err == nil {
+		err = c.seal(ctx, kind, key, tmp)
 	}
 	if err == nil {
 		err = syncTree(tmp)
@@ -298,17 +315,24 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 }
 
 // Remember keeps a small value under a key of any text.
-func (c *Cache) Remember(kind, key string, value []byte) (err error) {
+func (c *Cache) Remember(kind, key string, value []byte) error {
 	if !keyPattern.MatchString(kind) || len(value) > maxFact {
 		return fault.New(fault.Internal, fmt.Sprintf("remember %q: not a file name, or %d bytes are too many", kind, len(value)), "")
 	}
-	path := c.factPath(kind, key)
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+	if err := c.writeFile(c.factPath(kind, key), value); err != nil {
 		return disk(fmt.Errorf("remember: %w", err))
 	}
-	f, err := os.CreateTemp(c.tmp(), "fact-*")
+	return nil
+}
+
+// writeFile gives path its new content in one step, durably.
+func (c *Cache) writeFile(path string, value []byte) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(c.tmp(), "file-*")
 	if err != nil {
-		return disk(fmt.Errorf("remember: %w", err))
+		return err
 	}
 	_, err = f.Write(value)
 	if err == nil {
@@ -321,7 +345,7 @@ func (c *Cache) Remember(kind, key string, value []byte) (err error) {
 		err = os.Rename(f.Name(), path)
 	}
 	if err != nil {
-		return errors.Join(disk(fmt.Errorf("remember: %w", err)), os.Remove(f.Name()))
+		return errors.Join(err, os.Remove(f.Name()))
 	}
 	return nil
 }

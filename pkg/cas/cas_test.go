@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/iotest"
 	"time"
@@ -202,6 +203,92 @@ func TestTreeIsMadeOnce(t *testing.T) {
 	wg.Wait()
 	if made.Load() != 1 || hits.Load() != 7 {
 		t.Errorf("tree was made %d times and found %d times; want 1 and 7", made.Load(), hits.Load())
+	}
+}
+
+// What happened to a tree since it was made shows when it is asked for, and the
+// tree is made again: its bytes may end up in something that is signed.
+func TestDamagedTreeIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name   string
+		damage func(cache, tree string) error
+	}{
+		{"truncated file", func(_, tree string) error { return os.Truncate(filepath.Join(tree, "nvidia.ko"), 3) }},
+		{"flipped bit", func(_, tree string) error {
+			return os.WriteFile(filepath.Join(tree, "nvidia.ko"), []byte("modulf"), 0o644)
+		}},
+		{"lost file", func(_, tree string) error { return os.Remove(filepath.Join(tree, "nvidia.ko")) }},
+		{"added file", func(_, tree string) error { return os.WriteFile(filepath.Join(tree, "extra.ko"), nil, 0o644) }},
+		{"other link", func(_, tree string) error {
+			return errors.Join(os.Remove(filepath.Join(tree, "link")), os.Symlink("extra", filepath.Join(tree, "link")))
+		}},
+		{"now executable", func(_, tree string) error { return os.Chmod(filepath.Join(tree, "nvidia.ko"), 0o755) }},
+		{"no seal", func(cache, _ string) error { return os.RemoveAll(filepath.Join(cache, "seals")) }},
+		{"empty seal", func(cache, _ string) error { return os.Truncate(filepath.Join(cache, "seals/modules/k"), 0) }},
+		{"device in its place", func(_, tree string) error {
+			return errors.Join(os.Remove(filepath.Join(tree, "link")), syscall.Mkfifo(filepath.Join(tree, "link"), 0o600))
+		}},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			c := open(t, dir)
+			var said []string
+			c.Say = func(text string) { said = append(said, text) }
+			fill := func(_ context.Context, dir string) error {
+				return errors.Join(os.WriteFile(filepath.Join(dir, "nvidia.ko"), []byte("module"), 0o644), os.Symlink("nvidia.ko", filepath.Join(dir, "link")))
+			}
+			tree := func() (path string, cached bool) {
+				t.Helper()
+				path, cached, err := c.Tree(t.Context(), "modules", "k", fill)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return path, cached
+			}
+			path, _ := tree()
+			if _, cached := tree(); !cached || len(said) > 0 {
+				t.Fatalf("an intact tree: cached %t, said %q; want it found in silence", cached, said)
+			}
+			if err := row.damage(dir, path); err != nil {
+				t.Fatal(err)
+			}
+			if _, cached := tree(); cached || len(said) != 1 || !strings.Contains(said[0], "modules/k") {
+				t.Errorf("a damaged tree: cached %t, said %q; want it made again and named", cached, said)
+			}
+			if _, cached := tree(); !cached {
+				t.Error("the tree that was made again is not found")
+			}
+			if text, err := os.ReadFile(filepath.Join(path, "nvidia.ko")); err != nil || string(text) != "module" {
+				t.Errorf("the tree holds %q, %v; want module", text, err)
+			}
+			if left, err := os.ReadDir(path); err != nil || len(left) != 2 {
+				t.Errorf("the tree holds %v, %v; want two files", left, err)
+			}
+		})
+	}
+}
+
+// Asking ends with its context, and says nothing bad about the tree.
+func TestTreeIsNotDamagedByCancelling(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir())
+	fill := func(_ context.Context, dir string) error {
+		return os.WriteFile(filepath.Join(dir, "a"), []byte("a"), 0o644)
+	}
+	if _, _, err := c.Tree(t.Context(), "headers", "k", fill); err != nil {
+		t.Fatal(err)
+	}
+	why := errors.New("told to stop")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	if _, _, err := c.Tree(ctx, "headers", "k", nil); !errors.Is(err, why) {
+		t.Errorf("Tree with an ended context = %v; want its cause", err)
+	}
+	if _, cached, err := c.Tree(t.Context(), "headers", "k", nil); err != nil || !cached {
+		t.Errorf("Tree afterwards = %t, %v; want it found", cached, err)
 	}
 }
 

@@ -1,0 +1,68 @@
+package cas
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// A seal is the digest of a tree, written before the tree gets its name. What a
+// disk, a power cut or somebody's hand did to a tree since then shows against
+// it; without it, those bytes would be compiled, signed and published.
+
+func (c *Cache) sealPath(kind, key string) string {
+	return filepath.Join(c.dir, sealsDir, kind, key)
+}
+
+// seal records the digest of the finished tree in dir.
+func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
+	digest, err := DigestTree(ctx, dir, nil)
+	if err != nil {
+		return fmt.Errorf("make tree %s/%s: %w", kind, key, err)
+	}
+	return c.writeFile(c.sealPath(kind, key), []byte(digest))
+}
+
+// intact reports whether there is a tree that is what its seal says. Why one
+// that is there is not, is trouble; an error is the end of the context.
+func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, trouble string, err error) {
+	if !isDir(path) {
+		return false, "", nil
+	}
+	want, err := os.ReadFile(c.sealPath(kind, key))
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, "it has no seal", nil
+	}
+	if err != nil {
+		return false, err.Error(), nil
+	}
+	got, err := DigestTree(ctx, path, nil)
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		return false, "", fmt.Errorf("check tree %s/%s: %w", kind, key, cause)
+	}
+	if err != nil {
+		return false, err.Error(), nil
+	}
+	if got != string(want) {
+		return false, fmt.Sprintf("its content is %s, it was made as %.80s", got, want), nil
+	}
+	return true, "", nil
+}
+
+// discard takes a damaged tree out of the way.
+func (c *Cache) discard(kind, key, path, trouble string) error {
+	if c.Say != nil {
+		c.Say(fmt.Sprintf("cached tree %s/%s is damaged (%s): making it again; check the disk of %s", kind, key, trouble, c.dir))
+	}
+	grave, err := os.MkdirTemp(c.tmp(), "damaged-*")
+	if err == nil {
+		err = os.Rename(path, filepath.Join(grave, "tree"))
+	}
+	if err != nil {
+		return fmt.Errorf("discard damaged tree %s/%s: %w", kind, key, err)
+	}
+	return os.RemoveAll(grave)
+}
