@@ -208,6 +208,9 @@ func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Optio
 	}
 	o.Outside = func(link, to string) { f.Sayf("%s: left out link %s, which leads out to %s", m.Name, link, to) }
 	dir, cached, err := f.Cache.Tree(ctx, kind, m.Digest, func(ctx context.Context, dir string) error {
+		if err := f.Recheck(ctx, name, sum, m); err != nil {
+			return err
+		}
 		_, err := archive.UnpackFile(ctx, file, dir, o)
 		return err
 	})
@@ -245,8 +248,13 @@ func headersRoot(dir string) (string, error) {
 		return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that the object is the header archive of a COS build")
 	}
+	// Lstat: what is behind a link is not part of the fingerprint.
+	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
+			"check that the object is the header archive of a COS build")
+	}
 	for _, must := range []string{"Makefile", ".config", "Module.symvers"} {
-		if fi, err := os.Stat(filepath.Join(found[0], must)); err != nil || !fi.Mode().IsRegular() {
+		if fi, err := os.Lstat(filepath.Join(found[0], must)); err != nil || !fi.Mode().IsRegular() {
 			return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: no file %s", path.Join(filepath.Base(found[0]), must)),
 				"check that the object is the header archive of a COS build")
 		}

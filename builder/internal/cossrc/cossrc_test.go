@@ -336,6 +336,18 @@ func TestFetchRefuses(t *testing.T) {
 			delete(h, tree+"Module.symvers")
 			o["kernel-headers.tgz"] = tgz(t, tarOf(t, h, day, 0))
 		}, kind: fault.Unsupported, text: "Module.symvers"},
+		{name: "header tree behind a link", change: func(t *testing.T, o map[string][]byte) {
+			h := map[string]string{"usr/src/linux-headers-6.1.0-9-test": "-> ../../elsewhere"}
+			for name, body := range headerFiles() {
+				h["elsewhere/"+strings.TrimPrefix(name, tree)] = body
+			}
+			o["kernel-headers.tgz"] = tgz(t, tarOf(t, h, day, 0))
+		}, kind: fault.Unsupported, text: "no folder"},
+		{name: "Module.symvers behind a link", change: func(t *testing.T, o map[string][]byte) {
+			h := headerFiles()
+			h["symvers"], h[tree+"Module.symvers"] = h[tree+"Module.symvers"], "-> ../../../symvers"
+			o["kernel-headers.tgz"] = tgz(t, tarOf(t, h, day, 0))
+		}, kind: fault.Unsupported, text: "Module.symvers"},
 		{name: "release that is no release", change: func(t *testing.T, o map[string][]byte) {
 			h := headerFiles()
 			h[tree+"include/generated/utsrelease.h"] = "#define UTS_RELEASE \"../../etc\"\n"
@@ -365,6 +377,37 @@ func TestFetchRefuses(t *testing.T) {
 				t.Errorf("Fetch = %v (%v), hint %q; want %v, naming %s, with a hint", err, fault.Of(err), fault.Hint(err), r.kind, r.text)
 			}
 		})
+	}
+}
+
+// An archive that went bad in the cache is fetched again before anything is
+// made of it.
+func TestDamagedArchiveIsFetchedAgain(t *testing.T) {
+	t.Parallel()
+	b := newBench(t)
+	lay(t, b.dir, "17800.0.9", release(t, headerFiles(), toolchainFiles(), day, 0))
+	first, err := b.fetch(t, "17800.0.9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range first.Materials {
+		file, ok := b.cache.Blob(m.Digest)
+		if !ok {
+			continue // small ones are not kept
+		}
+		if err := errors.Join(os.Chmod(file, 0o644), os.WriteFile(file, []byte("rot"), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.RemoveAll(filepath.Join(b.cache.Dir(), "trees")); err != nil {
+		t.Fatal(err)
+	}
+	again, err := b.fetch(t, "17800.0.9")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(first, again); diff != "" {
+		t.Errorf("inputs after the damage (-want +got):\n%s", diff)
 	}
 }
 

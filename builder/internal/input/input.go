@@ -195,6 +195,22 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 	return m, file, nil
 }
 
+// Recheck reads a blob that [Fetcher.Blob] returned once more, before something
+// is made of it that will stay: it may have lain in the cache for a year. A
+// damaged one is fetched again, to the same path.
+func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material) error {
+	err := f.Cache.Verify(ctx, m.Digest)
+	if !fault.Is(err, fault.Checksum) {
+		return err
+	}
+	f.Sayf("%s: damaged in the cache, fetching it again: %v", m.Name, err)
+	again, _, err := f.Blob(ctx, name, sum)
+	if err == nil && again.Digest != m.Digest {
+		err = fault.New(fault.Checksum, fmt.Sprintf("fetch %s: it is %s now, and was %s before", m.URI, again.Digest, m.Digest), "run the command again")
+	}
+	return err
+}
+
 // fetch downloads the object once and returns the sum that it was checked
 // against.
 func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, Sum, error) {

@@ -102,7 +102,12 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	if err != nil {
 		return nil, f.missing(ctx, err)
 	}
-	dir, cached, err := f.Cache.Tree(ctx, driverKind, m.Digest, func(ctx context.Context, dir string) error { return extract(ctx, file, dir) })
+	dir, cached, err := f.Cache.Tree(ctx, driverKind, m.Digest, func(ctx context.Context, dir string) error {
+		if err := f.Recheck(ctx, name, sum, m); err != nil {
+			return err
+		}
+		return extract(ctx, file, dir)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("extract %s: %w", m.Name, err)
 	}
