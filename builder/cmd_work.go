@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"io"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -9,11 +10,13 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/worker"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/timeline"
 )
 
 func workCommand() *ucli.Command {
@@ -62,6 +65,9 @@ func runWork(ctx context.Context, cmd *ucli.Command) error {
 	}
 	return worker.Run(ctx, worker.Config{
 		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
-		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Pipeline: cfg, Log: log,
+		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Log: log,
+		Make: func(ctx context.Context, r pipeline.Request, out io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+			return pipeline.Run(ctx, cfg, r, out, line)
+		},
 	})
 }

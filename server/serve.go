@@ -151,7 +151,6 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return err
 	}
 	defer closing("queue", q.Close)
-	q.SetLogger(log)
 	logs, err := store.OpenLogs(filepath.Join(s.Data, "logs"))
 	if err != nil {
 		return err

@@ -65,6 +65,10 @@ type Artifact struct {
 	PublishedAt time.Time       `json:"publishedAt"`
 }
 
+// MaxBuildLog bounds the log of one build: the server takes no more, and
+// builders send the end of a longer one.
+const MaxBuildLog = 64 << 20
+
 // BuildRequest asks for a cell to be built.
 type BuildRequest struct {
 	BuildID string `json:"buildId"`

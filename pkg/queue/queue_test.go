@@ -94,7 +94,7 @@ func TestWorkVerdicts(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
-		for n := range int64(4) {
+		for n := range int64(6) {
 			for range 2 { // the second insert of one build must not make a second job
 				if err := q.Insert(t.Context(), job(n)); err != nil {
 					t.Fatal(err)
@@ -106,12 +106,14 @@ func TestWorkVerdicts(t *testing.T) {
 			1: fault.New(fault.APIBreak, "nv-pci.c:1: error", ""),
 			2: fault.New(fault.Transient, "mirror is away", ""),
 			3: errors.New("nobody knows"),
+			4: queue.HandBack(errors.New("the server is away")),
+			5: fault.New(fault.Cancelled, "somebody called it off", ""),
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		var seen atomic.Int64
 		err := q.Work(ctx, "w1", 2, func(_ context.Context, j api.BuildJob, attempt int) error {
-			if attempt == 1 && seen.Add(1) == 4 {
+			if attempt == 1 && seen.Add(1) == 6 {
 				stop()
 			}
 			return results[j.Build]
@@ -119,13 +121,15 @@ func TestWorkVerdicts(t *testing.T) {
 		if err != nil {
 			t.Fatalf("Work() = %v", err)
 		}
-		if n := seen.Load(); n != 4 {
-			t.Errorf("%d first attempts; want 4", n)
+		if n := seen.Load(); n != 6 {
+			t.Errorf("%d first attempts; want 6", n)
 		}
 		for n, want := range []queue.Standing{
 			{Found: true, Over: true, State: "completed", Attempt: 1},
 			{Found: true, Over: true, State: "cancelled", Attempt: 1},
 			{Found: true, State: "retryable", Attempt: 1},
+			{Found: true, Over: true, State: "cancelled", Attempt: 1},
+			{Found: true, State: "scheduled", Attempt: 0},
 			{Found: true, Over: true, State: "cancelled", Attempt: 1},
 		} {
 			got, err := q.Lookup(t.Context(), int64(n))
@@ -134,6 +138,9 @@ func TestWorkVerdicts(t *testing.T) {
 			}
 			if n == 2 && got.State == "available" { // a short pause is served by River without the scheduler
 				got.State = "retryable"
+			}
+			if n == 4 && got.State == "available" { // the stop may have come between
+				got.State = "scheduled"
 			}
 			got.Error = ""
 			if got != want {
@@ -159,7 +166,7 @@ func TestStopHandsBack(t *testing.T) {
 		err := q.Work(ctx, "w1", 1, func(jobCtx context.Context, _ api.BuildJob, _ int) error {
 			stop()
 			<-jobCtx.Done()
-			return fault.Wrap(fault.Cancelled, jobCtx.Err(), "")
+			return queue.HandBack(jobCtx.Err())
 		})
 		if err != nil {
 			t.Fatal(err)

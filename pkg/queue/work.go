@@ -2,6 +2,7 @@ package queue
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -15,21 +16,22 @@ import (
 
 // Work takes builds and calls do for each, at most concurrency at a time, until
 // ctx is done. Then it takes no more, gives running builds a short grace,
-// cancels them, hands them back without counting the attempt, and returns nil.
+// cancels them, and returns nil once they have ended.
 //
 // id names the worker and must be used by one process at a time; the caller
 // makes sure of that, with a lock file for example. Jobs that a killed process
 // of the same id left behind are made available again at once.
 //
-// An error of do that is not retryable ends the job; others are tried again
-// with growing pauses, in all MaxAttempts times.
+// do's error decides: [HandBack] hands the job back; one that is not retryable,
+// or Cancelled, ends it; others are tried again with growing pauses, in all
+// MaxAttempts times.
 func (q *Queue) Work(ctx context.Context, id string, concurrency int, do func(ctx context.Context, job api.BuildJob, attempt int) error) error {
 	if err := q.adopt(ctx, id); err != nil {
 		return err
 	}
 	workers := river.NewWorkers()
 	river.AddWorker(workers, river.WorkFunc(func(jobCtx context.Context, job *river.Job[api.BuildJob]) error {
-		return verdict(ctx, jobCtx, do(jobCtx, job.Args, job.Attempt))
+		return verdict(ctx, do(jobCtx, job.Args, job.Attempt))
 	}))
 	c, err := q.client(&river.Config{
 		ID:                   id,
@@ -57,13 +59,31 @@ func (q *Queue) Work(ctx context.Context, id string, concurrency int, do func(ct
 	return nil
 }
 
-// verdict maps the outcome of a build to River's words.
-func verdict(ctx, jobCtx context.Context, err error) error {
+// handBackPause is how long a job rests that a worker gave back of its own.
+const handBackPause = 15 * time.Second
+
+// handedBack is the error of [HandBack].
+type handedBack struct{ error }
+
+func (h handedBack) Unwrap() error { return h.error }
+
+// HandBack says that a build is not to blame for how its attempt ended, such as
+// when the worker was told to stop or its server is away: the job comes back,
+// at once after a stop and else after a short pause, and the attempt does not
+// count.
+func HandBack(err error) error { return handedBack{err} }
+
+// verdict maps the outcome of a build to River's words. It looks at the error
+// alone, so that what do reported elsewhere is what the queue does.
+func verdict(ctx context.Context, err error) error {
+	var back handedBack
 	switch {
 	case err == nil:
 		return nil
-	case ctx.Err() != nil && jobCtx.Err() != nil:
-		return river.JobSnooze(0) // stopped, not failed: hand it back, uncounted
+	case errors.As(err, &back) && ctx.Err() != nil:
+		return river.JobSnooze(0)
+	case errors.As(err, &back):
+		return river.JobSnooze(handBackPause)
 	case fault.Is(err, fault.Cancelled) || !fault.Of(err).Retryable():
 		return river.JobCancel(err)
 	}

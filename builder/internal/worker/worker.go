@@ -1,16 +1,20 @@
-// Package worker takes builds from the queue, runs the pipeline for each, and
-// tells the server how they go. It refuses to decide whether a failure is
-// worth another try: the fault's kind says so, and the queue keeps count.
+// Package worker takes builds from the queue, has each one made, and tells the
+// server how they go. Server and queue are two memories of one build, so every
+// outcome is decided once, here, and told to both: what the server hears and
+// what the queue hears never differ.
+//
+// It refuses to know how a build is made, and to decide whether a failure is
+// worth another try: the fault's kind says so.
 package worker
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
-	"sync"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -23,29 +27,46 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// Config is what a worker needs beside the pipeline's own settings.
+// Config is what a worker needs.
 type Config struct {
 	// ID names this worker to queue and server. Only one process may use it at
-	// a time; a lock in State sees to that.
+	// a time: at its start, a worker takes over what ran under its ID.
 	ID string
-	// State is a folder for the lock and for logs of running builds.
+	// State is a folder for the logs of running builds, and for a lock that
+	// keeps a second worker off.
 	State string
 	// QueueURL is sqlite:///path or postgres://...
 	QueueURL string
 	// Concurrency is how many builds run side by side; 0 is one.
 	Concurrency int
-	Server      *api.Client
-	Pipeline    pipeline.Config
-	Log         *slog.Logger
-	// Watch shows progress of every build; may be nil.
-	Watch func(timeline.Event)
+	// Patience is how long a build that is over waits for a server that does
+	// not answer; 0 is one minute.
+	Patience time.Duration
+	Server   *api.Client
+	// Make makes one build. It returns a Result with an error too, as far as it
+	// came; log gets everything that tools print.
+	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
+	Log  *slog.Logger
+}
+
+// farewell is how long reports may take once the worker was told to stop.
+const farewell = 20 * time.Second
+
+type worker struct {
+	Config
+	// stopping is done when no more builds are to be taken; stop says why.
+	stopping context.Context
+	stop     context.CancelCauseFunc
 }
 
 // Run works until ctx ends. A build in progress at that moment is handed back
 // to the queue.
 func Run(ctx context.Context, cfg Config) (err error) {
+	if cfg.Patience <= 0 {
+		cfg.Patience = time.Minute
+	}
 	if err := os.MkdirAll(cfg.State, 0o755); err != nil {
-		return err
+		return fault.Wrap(fault.Usage, fmt.Errorf("make state folder: %w", err), "give --state a folder that this user may write")
 	}
 	lock := flock.New(filepath.Join(cfg.State, "worker.lock"))
 	switch locked, err := lock.TryLock(); {
@@ -60,113 +81,145 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, q.Close()) }()
+	q.SetLogger(cfg.Log)
+	w := &worker{Config: cfg}
+	w.stopping, w.stop = context.WithCancelCause(ctx)
+	defer w.stop(nil)
+	w.sendLeftovers(ctx)
 	cfg.Log.InfoContext(ctx, "worker started", "worker", cfg.ID)
-	return q.Work(ctx, cfg.ID, max(1, cfg.Concurrency), func(ctx context.Context, job api.BuildJob, attempt int) error {
-		return cfg.build(ctx, job, attempt)
-	})
-}
-
-// build runs one job and reports it. What it returns decides about a retry.
-func (cfg Config) build(ctx context.Context, job api.BuildJob, attempt int) error {
-	log := cfg.Log.With("job", job.Build, "build", job.BuildID+"/"+job.Board, "driver", job.Driver+"-"+job.Flavour)
-	logPath := filepath.Join(cfg.State, fmt.Sprintf("build-%d.log", job.Build))
-	out, err := os.Create(logPath)
-	if err != nil {
-		return fault.Wrap(fault.Internal, err, "")
-	}
-	defer os.Remove(logPath)
-	defer out.Close()
-
-	reports := newReporter(cfg.Server, job.Build, log)
-	line := &timeline.Run{Watch: func(e timeline.Event) {
-		if cfg.Watch != nil {
-			cfg.Watch(e)
-		}
-		if e.Done == nil && e.Text == "" {
-			reports.phase(e.Phase)
-		}
-	}}
-	if _, err := cfg.Server.UpdateBuild(ctx, job.Build, api.BuildUpdate{State: api.Building, Worker: cfg.ID, Attempt: attempt}); err != nil {
-		reports.close()
-		return fmt.Errorf("report start: %w", err)
-	}
-	log.InfoContext(ctx, "build started", "attempt", attempt)
-	res, buildErr := pipeline.Run(ctx, cfg.Pipeline, pipeline.Request{
-		BuildID: job.BuildID, Board: job.Board, Driver: target.Wish(job.Driver), Flavour: target.Flavour(job.Flavour),
-		KernelMirror: job.KernelMirror, DriverMirror: job.DriverMirror,
-	}, out, line)
-	reports.close()
-
-	// The end is reported even when the worker was told to stop meanwhile.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 30*time.Second)
-	defer cancel()
-	return errors.Join(buildErr, cfg.finish(ctx, log, job, logPath, res, buildErr))
-}
-
-func (cfg Config) finish(ctx context.Context, log *slog.Logger, job api.BuildJob, logPath string, res *pipeline.Result, buildErr error) error {
-	f, err := os.Open(logPath)
-	if err != nil {
+	if err := q.Work(w.stopping, cfg.ID, max(1, cfg.Concurrency), w.build); err != nil {
 		return err
 	}
-	defer f.Close()
-	if err := cfg.Server.PutBuildLog(ctx, job.Build, f); err != nil {
-		return fmt.Errorf("report log: %w", err)
-	}
-	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint, Digest: res.Digest}
-	if res.Kernel.BuildID != "" {
-		update.Kernel = &res.Kernel
-	}
-	switch kind := fault.Of(buildErr); {
-	case buildErr == nil:
-		update.State = api.Published
-		if len(res.Repositories) > 0 {
-			update.Repository = res.Repositories[0]
-		}
-		log.InfoContext(ctx, "build published", "digest", res.Digest)
-	case kind.Retryable():
-		// Back in line: queued again, with the reason of the last try.
-		update.State, update.Class, update.Error, update.Hint = api.Queued, kind.String(), buildErr.Error(), fault.Hint(buildErr)
-		log.WarnContext(ctx, "build put back", "err", buildErr)
-	default:
-		update.State, update.Class, update.Error, update.Hint = api.Failed, kind.String(), buildErr.Error(), fault.Hint(buildErr)
-		log.ErrorContext(ctx, "build failed", "class", kind.String(), "err", buildErr)
-	}
-	if _, err := cfg.Server.UpdateBuild(ctx, job.Build, update); err != nil {
-		return fmt.Errorf("report end: %w", err)
+	if ctx.Err() == nil { // it stopped itself
+		return context.Cause(w.stopping)
 	}
 	return nil
 }
 
-// reporter sends phase changes without holding up the build: only the newest
-// one matters, and a lost one harms nobody.
-type reporter struct {
-	next chan string
-	done sync.WaitGroup
-}
-
-func newReporter(server *api.Client, build int64, log *slog.Logger) *reporter {
-	r := &reporter{next: make(chan string, 1)}
-	r.done.Go(func() {
-		for phase := range r.next {
-			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-			if _, err := server.UpdateBuild(ctx, build, api.BuildUpdate{Phase: phase}); err != nil {
-				log.DebugContext(ctx, "phase not reported", "err", err)
-			}
-			cancel()
-		}
-	})
-	return r
-}
-
-func (r *reporter) phase(name string) {
-	select {
-	case <-r.next: // an older one that nobody took
-	default:
+// build makes one build and reports it. What it returns decides about a retry.
+func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
+	log := w.Log.With("build", job.Build, "kernel", job.BuildID+"/"+job.Board, "driver", job.Driver+"-"+job.Flavour, "attempt", attempt)
+	if err := w.reportStart(ctx, job.Build, attempt); err != nil {
+		log.WarnContext(ctx, "build not begun", "err", err)
+		return err
 	}
-	r.next <- name
+	log.InfoContext(ctx, "build started")
+	res, err := w.make(ctx, job, log)
+	// Whatever it is, it came of being stopped.
+	stopped := err != nil && w.stopping.Err() != nil && ctx.Err() != nil
+	if stopped {
+		err = queue.HandBack(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was told to stop: %w", err), ""))
+	}
+	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
+
+	patience := w.Patience
+	if w.stopping.Err() != nil {
+		patience = min(patience, farewell)
+	}
+	// The end is reported even when the worker was told to stop meanwhile.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
+	defer cancel()
+	if rerr := w.reportEnd(ctx, log, job.Build, update); rerr != nil {
+		log.WarnContext(ctx, "build not reported", "state", update.State, "err", rerr)
+		if stopped || !mayPass(rerr) {
+			return errors.Join(err, rerr)
+		}
+		// What nobody heard of has to happen again; the cache makes it short.
+		return fault.Wrap(fault.Transient, rerr, "")
+	}
+	switch update.State {
+	case api.Published:
+		log.InfoContext(ctx, "build published", "digest", update.Digest)
+	case api.Queued:
+		log.WarnContext(ctx, "build put back", "err", err)
+	default:
+		log.ErrorContext(ctx, "build failed", "state", update.State, "class", update.Class, "err", err)
+	}
+	return err
 }
 
-func (r *reporter) close() {
-	close(r.next)
-	r.done.Wait()
+// reportStart tells the server that the build begins. Without its consent there
+// is no build.
+func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
+	_, err := w.Server.UpdateBuild(ctx, build, api.BuildUpdate{State: api.Building, Worker: w.ID, Attempt: attempt})
+	if err == nil {
+		return nil
+	}
+	err = fmt.Errorf("report start of build %d: %w", build, err)
+	switch kind := fault.Of(err); {
+	case kind == fault.Usage: // every other build would fare the same
+		err = fault.Wrap(fault.Usage, err, "check --server and --token")
+		w.stop(err)
+		return queue.HandBack(err)
+	case kind != fault.Busy && mayPass(err):
+		return queue.HandBack(err)
+	}
+	return err // the server knows better: the build is over, gone, or another one is open
+}
+
+func (w *worker) logPath(build int64) string {
+	return filepath.Join(w.State, fmt.Sprintf("build-%d.log", build))
+}
+
+// make has the build made, with its log in a file and its phases told.
+func (w *worker) make(ctx context.Context, job api.BuildJob, log *slog.Logger) (res *pipeline.Result, err error) {
+	out, err := os.Create(w.logPath(job.Build))
+	if err != nil {
+		return &pipeline.Result{}, fmt.Errorf("open log: %w", err)
+	}
+	defer func() {
+		if cerr := out.Close(); cerr != nil {
+			log.WarnContext(ctx, "log incomplete", "err", cerr)
+		}
+	}()
+	reports := newReporter(w.Server, job.Build, log)
+	defer reports.close()
+	line := &timeline.Run{Watch: func(e timeline.Event) {
+		if e.Done == nil && e.Text == "" {
+			reports.phase(e.Phase)
+		}
+	}}
+	return w.Make(ctx, pipeline.Request{
+		BuildID: job.BuildID, Board: job.Board, Driver: target.Wish(job.Driver), Flavour: target.Flavour(job.Flavour),
+		KernelMirror: job.KernelMirror, DriverMirror: job.DriverMirror,
+	}, out, line)
+}
+
+// outcome is what the server is told; last says that the queue will not offer
+// the build again.
+func outcome(res *pipeline.Result, err error, stopped, last bool) api.BuildUpdate {
+	update := api.BuildUpdate{Phases: res.Phases, Fingerprint: res.Fingerprint}
+	if res.Kernel.BuildID != "" {
+		update.Kernel = &res.Kernel
+	}
+	if err == nil {
+		update.State, update.Digest = api.Published, res.Digest
+		if len(res.Repositories) > 0 {
+			update.Repository = res.Repositories[0]
+		}
+		return update
+	}
+	kind := fault.Of(err)
+	update.Class, update.Error, update.Hint = kind.String(), errorText(err), fault.Hint(err)
+	switch {
+	case stopped:
+		update.State = api.Queued // handed back, whatever the attempt
+	case kind == fault.Cancelled:
+		update.State = api.Cancelled
+	case kind.Retryable() && !last:
+		update.State = api.Queued // back in line, with the reason of this try
+	default:
+		update.State = api.Failed
+	}
+	return update
+}
+
+// errorText is what tables show of an error: of an API break the compiler's own
+// line, without the way that it came.
+func errorText(err error) string {
+	var e *fault.Error
+	if errors.As(err, &e) && e.Kind == fault.APIBreak {
+		return e.Error()
+	}
+	return err.Error()
 }

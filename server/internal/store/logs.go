@@ -9,11 +9,9 @@ import (
 	"path/filepath"
 	"strconv"
 
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 )
-
-// MaxLog bounds one build's log.
-const MaxLog = 64 << 20
 
 // Logs keeps build logs as files, <dir>/<build>.log.
 type Logs struct{ root *os.Root }
@@ -58,9 +56,9 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 			err = errors.Join(err, ignoreGone(os.Remove(part.Name())))
 		}
 	}()
-	n, err := io.Copy(part, io.LimitReader(r, MaxLog+1))
-	if err == nil && n > MaxLog {
-		err = fault.New(fault.Usage, fmt.Sprintf("the log is larger than %d MiB", MaxLog>>20), "send its end only")
+	n, err := io.Copy(part, io.LimitReader(r, api.MaxBuildLog+1))
+	if err == nil && n > api.MaxBuildLog {
+		err = fault.New(fault.Usage, fmt.Sprintf("the log is larger than %d MiB", api.MaxBuildLog>>20), "send its end only")
 	}
 	if err == nil {
 		err = part.Sync()

@@ -1,0 +1,152 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// reportEnd sends the log and then the outcome: whoever reads that a build is
+// over finds its log. A log that the server refuses does not hide the outcome.
+func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
+	err := patiently(ctx, func() error { return w.sendLog(ctx, build) })
+	switch {
+	case err != nil && mayPass(err):
+		return err // the file stays for the next start
+	case err != nil:
+		log.WarnContext(ctx, "log not taken", "err", err)
+	}
+	err = patiently(ctx, func() error {
+		_, err := w.Server.UpdateBuild(ctx, build, update)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("report end of build %d: %w", build, err)
+	}
+	if err := w.dropLog(build); err != nil {
+		log.WarnContext(ctx, "log not removed", "err", err)
+	}
+	return nil
+}
+
+// mayPass reports whether the server may answer better later: what goes wrong
+// inside it is not the build's fault either.
+func mayPass(err error) bool {
+	kind := fault.Of(err)
+	return kind.Retryable() || kind == fault.Internal
+}
+
+// patiently repeats a call that may succeed later, until ctx is done.
+func patiently(ctx context.Context, call func() error) error {
+	for {
+		err := call()
+		if err == nil || !mayPass(err) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// sendLog sends the end of a build's log, as much as the server takes.
+func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
+	f, err := os.Open(w.logPath(build))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // the disk was full before the first line
+	}
+	if err != nil {
+		return fmt.Errorf("send log: %w", err)
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err == nil && info.Size() > api.MaxBuildLog {
+		_, err = f.Seek(-api.MaxBuildLog, io.SeekEnd)
+	}
+	if err == nil {
+		err = w.Server.PutBuildLog(ctx, build, f)
+	}
+	if err != nil {
+		return fmt.Errorf("send log: %w", err)
+	}
+	return nil
+}
+
+func (w *worker) dropLog(build int64) error {
+	if err := os.Remove(w.logPath(build)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("remove log: %w", err)
+	}
+	return nil
+}
+
+// sendLeftovers sends the logs of builds that a killed process of this worker
+// was at, so that the last words of a build that kills its worker are read.
+func (w *worker) sendLeftovers(ctx context.Context) {
+	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
+	if err != nil {
+		w.Log.WarnContext(ctx, "old logs not found", "err", err)
+	}
+	for _, name := range left {
+		var build int64
+		if _, err := fmt.Sscanf(filepath.Base(name), "build-%d.log", &build); err != nil {
+			continue // not ours
+		}
+		b, err := w.Server.Build(ctx, build)
+		// Another worker may have been at the build since: its log counts.
+		if err == nil && b.State == api.Building && b.Worker == w.ID {
+			err = w.sendLog(ctx, build)
+		}
+		if err == nil || !mayPass(err) {
+			err = errors.Join(err, w.dropLog(build))
+		}
+		if err != nil {
+			w.Log.WarnContext(ctx, "old log not sent", "build", build, "err", err)
+		}
+	}
+}
+
+// reporter sends phase changes without holding up the build: only the newest
+// one matters, and a lost one harms nobody.
+type reporter struct {
+	next chan string
+	done sync.WaitGroup
+}
+
+func newReporter(server *api.Client, build int64, log *slog.Logger) *reporter {
+	r := &reporter{next: make(chan string, 1)}
+	r.done.Go(func() {
+		for phase := range r.next {
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+			if _, err := server.UpdateBuild(ctx, build, api.BuildUpdate{Phase: phase}); err != nil {
+				log.DebugContext(ctx, "phase not reported", "err", err)
+			}
+			cancel()
+		}
+	})
+	return r
+}
+
+// phase is called by one timeline, which never calls concurrently.
+func (r *reporter) phase(name string) {
+	select {
+	case <-r.next: // an older one that nobody took
+	default:
+	}
+	r.next <- name
+}
+
+func (r *reporter) close() {
+	close(r.next)
+	r.done.Wait()
+}

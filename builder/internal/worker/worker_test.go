@@ -1,0 +1,479 @@
+package worker_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/worker"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// server is the part of the API that a worker speaks to.
+type server struct {
+	*httptest.Server
+	// refuse answers an update with an error; nil takes it. It may stop things.
+	refuse func(u api.BuildUpdate) *api.Problem
+
+	mu     sync.Mutex
+	states []api.BuildUpdate // updates with a state, without times
+	phases []string
+	log    string
+	build  api.Build // what GET answers
+}
+
+func newServer(t *testing.T) *server {
+	t.Helper()
+	s := &server{}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/builds/7", func(w http.ResponseWriter, _ *http.Request) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		answer(w, http.StatusOK, s.build)
+	})
+	mux.HandleFunc("PATCH /v1/builds/7", func(w http.ResponseWriter, r *http.Request) {
+		var u api.BuildUpdate
+		if err := json.NewDecoder(r.Body).Decode(&u); err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.refuse != nil {
+			if p := s.refuse(u); p != nil {
+				p.Status = p.Kind.HTTPStatus()
+				w.Header().Set("Content-Type", "application/problem+json")
+				answer(w, p.Status, p)
+				return
+			}
+		}
+		if u.State != "" {
+			s.states = append(s.states, u)
+		} else {
+			s.phases = append(s.phases, u.Phase)
+		}
+		answer(w, http.StatusOK, s.build)
+	})
+	mux.HandleFunc("PUT /v1/builds/7/log", func(w http.ResponseWriter, r *http.Request) {
+		raw, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.log = string(raw)
+		w.WriteHeader(http.StatusNoContent)
+	})
+	s.Server = httptest.NewServer(mux)
+	t.Cleanup(s.Close)
+	return s
+}
+
+func answer(w http.ResponseWriter, status int, v any) {
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // a lost answer shows in the test's verdict
+}
+
+// try is one call of the pipeline: what it comes to.
+type try func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
+
+// rig is a worker with one build in its queue.
+type rig struct {
+	cfg    worker.Config
+	queue  *queue.Queue
+	server *server
+	mu     sync.Mutex
+	tries  int
+}
+
+func newRig(t *testing.T, tries ...try) *rig {
+	t.Helper()
+	dir := t.TempDir()
+	queueURL := "sqlite://" + filepath.Join(dir, "queue.db")
+	q, err := queue.Open(t.Context(), queueURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	job := api.BuildJob{Build: 7, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open", KernelMirror: "file:///k"}
+	if err := q.Insert(t.Context(), job); err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{queue: q, server: newServer(t)}
+	r.cfg = worker.Config{
+		ID: "w1", State: filepath.Join(dir, "state"), QueueURL: queueURL, Patience: 100 * time.Millisecond,
+		Server: api.NewClient(r.server.URL, "", nil), Log: slog.New(slog.DiscardHandler),
+		Make: func(ctx context.Context, req pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+			want := pipeline.Request{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: target.Open, KernelMirror: "file:///k"}
+			if req != want {
+				t.Errorf("the pipeline was asked for %+v; want %+v", req, want)
+			}
+			r.mu.Lock()
+			n := r.tries
+			r.tries++
+			r.mu.Unlock()
+			if n >= len(tries) {
+				return &pipeline.Result{}, fmt.Errorf("try %d was not expected", n+1)
+			}
+			return tries[n](ctx, log, line)
+		},
+	}
+	return r
+}
+
+// run works until the server has heard of this many states, or done ends it.
+func (r *rig) run(t *testing.T, states int) error {
+	t.Helper()
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	heard, refuse := 0, r.server.refuse
+	r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+		if u.State != "" {
+			if heard++; heard == states {
+				stop()
+			}
+		}
+		if refuse != nil {
+			return refuse(u)
+		}
+		return nil
+	}
+	return worker.Run(ctx, r.cfg)
+}
+
+var result = pipeline.Result{
+	Kernel:      target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64"},
+	Fingerprint: "sha256:1111111111111111111111111111111111111111111111111111111111111111",
+	Digest:      "sha256:2222222222222222222222222222222222222222222222222222222222222222", Repositories: []string{"here/driver", "there/driver"},
+}
+
+func works(_ context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+	fmt.Fprintln(log, "all is well")
+	res := result
+	err := line.Do("source", func() (string, error) { return "", nil })
+	return &res, err
+}
+
+// fails returns a try that ends in err after it has seen the kernel.
+func fails(err error) try {
+	return func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		fmt.Fprintln(log, "log of a failure")
+		return &pipeline.Result{Kernel: result.Kernel, Fingerprint: result.Fingerprint, Digest: result.Digest}, err
+	}
+}
+
+func TestOutcomes(t *testing.T) {
+	t.Parallel()
+	begun := func(attempt int) api.BuildUpdate {
+		return api.BuildUpdate{State: api.Building, Worker: "w1", Attempt: attempt}
+	}
+	published := api.BuildUpdate{State: api.Published, Kernel: &result.Kernel, Fingerprint: result.Fingerprint, Digest: result.Digest, Repository: "here/driver"}
+	ended := func(state api.State, kind fault.Kind, text, hint string) api.BuildUpdate {
+		return api.BuildUpdate{State: state, Class: kind.String(), Error: text, Hint: hint, Kernel: &result.Kernel, Fingerprint: result.Fingerprint}
+	}
+	line := "nvidia/nv-pci.c:1:2: error: too few arguments"
+	rows := []struct {
+		name  string
+		tries []try
+		want  []api.BuildUpdate
+		queue queue.Standing
+		log   string
+	}{
+		{"success", []try{works}, []api.BuildUpdate{begun(1), published}, queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1}, "all is well\n"},
+		{"API break shows the compiler's line", []try{fails(fmt.Errorf("compile: compile x for y: %w", fault.New(fault.APIBreak, line, "newer driver")))},
+			[]api.BuildUpdate{begun(1), ended(api.Failed, fault.APIBreak, line, "newer driver")},
+			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
+		{"a bug is final", []try{fails(errors.New("nil map"))}, []api.BuildUpdate{begun(1), ended(api.Failed, fault.Internal, "nil map", "")},
+			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
+		{"trouble passes", []try{fails(fault.New(fault.Transient, "mirror is away", "wait")), works},
+			[]api.BuildUpdate{begun(1), ended(api.Queued, fault.Transient, "mirror is away", "wait"), begun(2), published},
+			queue.Standing{Found: true, Over: true, State: "completed", Attempt: 2}, "all is well\n"},
+		{"called off", []try{fails(fault.New(fault.Cancelled, "not needed", ""))}, []api.BuildUpdate{begun(1), ended(api.Cancelled, fault.Cancelled, "not needed", "")},
+			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t, row.tries...)
+			if err := r.run(t, len(row.want)); err != nil {
+				t.Fatalf("Run = %v", err)
+			}
+			for i := range r.server.states {
+				r.server.states[i].Phases = nil
+			}
+			if diff := cmp.Diff(row.want, r.server.states); diff != "" {
+				t.Errorf("the server heard (-want +got):\n%s", diff)
+			}
+			if r.server.log != row.log {
+				t.Errorf("log = %q; want %q", r.server.log, row.log)
+			}
+			r.standing(t, row.queue)
+			r.noLogs(t)
+		})
+	}
+}
+
+func (r *rig) standing(t *testing.T, want queue.Standing) {
+	t.Helper()
+	got, err := r.queue.Lookup(t.Context(), 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Error = ""
+	if got != want {
+		t.Errorf("the queue has %+v; want %+v", got, want)
+	}
+}
+
+func (r *rig) noLogs(t *testing.T) {
+	t.Helper()
+	if left, err := filepath.Glob(filepath.Join(r.cfg.State, "*.log")); err != nil || len(left) > 0 {
+		t.Errorf("logs left in the state folder: %v, %v", left, err)
+	}
+}
+
+func TestPhasesAreTold(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, works)
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"source"}, r.server.phases); diff != "" {
+		t.Errorf("phases (-want +got):\n%s", diff)
+	}
+}
+
+// The last try that fails is told as a failure, since the queue drops the job.
+func TestLastAttempt(t *testing.T) {
+	t.Parallel()
+	// The first attempts were lost with their worker.
+	r := newRig(t, fails(fault.New(fault.OutOfMemory, "killed", "")))
+	lost(t, r, queue.MaxAttempts-1)
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.server.states[1]; got.State != api.Failed || got.Class != fault.OutOfMemory.String() || r.server.states[0].Attempt != queue.MaxAttempts {
+		t.Errorf("the server heard %+v; want failed, out of memory, in the last attempt", r.server.states)
+	}
+	r.standing(t, queue.Standing{Found: true, Over: true, State: "discarded", Attempt: queue.MaxAttempts})
+}
+
+// lost uses up attempts by workers whose database goes away in mid-build.
+func lost(t *testing.T, r *rig, attempts int) {
+	t.Helper()
+	gone := make(chan struct{})
+	var ended sync.WaitGroup
+	ctx, stop := context.WithCancel(t.Context())
+	for range attempts {
+		q, err := queue.Open(t.Context(), r.cfg.QueueURL)
+		if err != nil {
+			t.Fatal(err)
+		}
+		started := make(chan struct{})
+		ended.Go(func() {
+			_ = q.Work(ctx, "w1", 1, func(context.Context, api.BuildJob, int) error { // its database is closed
+				close(started)
+				<-gone
+				return nil
+			})
+		})
+		<-started
+		if err := q.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() { stop(); close(gone); ended.Wait() })
+}
+
+// Told to stop in mid-build, the worker hands the build back: queued for the
+// server, uncounted for the queue, whatever the broken-off build said.
+func TestStopHandsBack(t *testing.T) {
+	t.Parallel()
+	var stop context.CancelFunc
+	r := newRig(t, func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		stop()
+		<-ctx.Done()
+		return &pipeline.Result{}, errors.New("bwrap: killed")
+	}, works)
+	var ctx context.Context
+	ctx, stop = context.WithCancel(t.Context())
+	defer stop()
+	if err := worker.Run(ctx, r.cfg); err != nil {
+		t.Fatalf("Run = %v", err)
+	}
+	if got := r.server.states[len(r.server.states)-1]; got.State != api.Queued || got.Class != fault.Cancelled.String() {
+		t.Errorf("the server heard %+v; want queued, cancelled", got)
+	}
+	r.standing(t, queue.Standing{Found: true, State: "available", Attempt: 0})
+	r.noLogs(t)
+	r.server.states = nil
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.server.states; got[0].Attempt != 1 || got[1].State != api.Published {
+		t.Errorf("after the stop the server heard %+v; want attempt 1, published", got)
+	}
+}
+
+// A server that does not answer costs no attempt before the build, and no
+// outcome after it.
+func TestServerAway(t *testing.T) {
+	t.Parallel()
+	t.Run("at the start", func(t *testing.T) {
+		t.Parallel()
+		r := newRig(t)
+		r.server.refuse = func(api.BuildUpdate) *api.Problem {
+			return &api.Problem{Kind: fault.Transient, Detail: "database is locked"}
+		}
+		if err := r.run(t, 1); err != nil {
+			t.Fatal(err)
+		}
+		r.standing(t, queue.Standing{Found: true, State: "available", Attempt: 0})
+		if r.tries != 0 {
+			t.Errorf("the pipeline ran %d times; want none", r.tries)
+		}
+	})
+	t.Run("at the end", func(t *testing.T) {
+		t.Parallel()
+		broken := fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", ""))
+		r := newRig(t, broken, broken)
+		lost := false
+		r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+			if u.State == api.Failed && !lost {
+				lost = true
+				return &api.Problem{Kind: fault.Internal, Detail: "disk I/O error"}
+			}
+			return nil
+		}
+		if err := r.run(t, 4); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(r.server.states); n != 3 || r.server.states[2].Class != fault.APIBreak.String() {
+			t.Errorf("the server heard %+v; want the failure at last", r.server.states)
+		}
+		r.standing(t, queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 2})
+		r.noLogs(t)
+	})
+}
+
+// A build that the server does not want begun is not begun, and not offered
+// again.
+func TestServerRefusesBuild(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.refuse = func(api.BuildUpdate) *api.Problem {
+		return &api.Problem{Kind: fault.Mismatch, Detail: "it is published and cannot become building"}
+	}
+	if err := r.run(t, 1); err != nil {
+		t.Fatal(err)
+	}
+	r.standing(t, queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1})
+}
+
+// A wrong token is the worker's own fault: it ends, and burns no build.
+func TestWrongTokenEndsWorker(t *testing.T) {
+	t.Parallel()
+	r := newRig(t)
+	r.server.refuse = func(api.BuildUpdate) *api.Problem {
+		return &api.Problem{Kind: fault.Usage, Detail: "this call needs the server's token"}
+	}
+	err := worker.Run(t.Context(), r.cfg)
+	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "--token") {
+		t.Errorf("Run = %v, hint %q; want a usage error that names --token", err, fault.Hint(err))
+	}
+	r.standing(t, queue.Standing{Found: true, State: "available", Attempt: 0})
+}
+
+func TestSecondWorkerIsRefused(t *testing.T) {
+	t.Parallel()
+	var second error
+	var r *rig
+	r = newRig(t, func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+		second = worker.Run(ctx, r.cfg)
+		return works(ctx, log, line)
+	})
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if !fault.Is(second, fault.Busy) || fault.Hint(second) == "" {
+		t.Errorf("Run in a state folder that is in use = %v; want busy and a hint", second)
+	}
+}
+
+// The log of a build that killed its worker is sent at the next start, unless
+// another worker has been at the build since.
+func TestLogOfKilledBuild(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name  string
+		build api.Build
+		want  string
+	}{
+		{"still ours", api.Build{ID: 7, State: api.Building, Worker: "w1"}, "last words"},
+		{"another's", api.Build{ID: 7, State: api.Building, Worker: "w2"}, ""},
+		{"over", api.Build{ID: 7, State: api.Published, Worker: "w1"}, ""},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			r := newRig(t)
+			if err := os.MkdirAll(r.cfg.State, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(filepath.Join(r.cfg.State, "build-7.log"), []byte("last words"), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			r.server.build = row.build
+			r.server.refuse = func(api.BuildUpdate) *api.Problem { return &api.Problem{Kind: fault.Transient} }
+			if err := r.run(t, 1); err != nil {
+				t.Fatal(err)
+			}
+			if r.server.log != row.want {
+				t.Errorf("log = %q; want %q", r.server.log, row.want)
+			}
+			r.noLogs(t)
+		})
+	}
+}
+
+// Of a log that is longer than the server takes, the end is sent.
+func TestLongLog(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		if err := log.(*os.File).Truncate(api.MaxBuildLog); err != nil {
+			t.Error(err)
+		}
+		if _, err := log.(*os.File).WriteAt([]byte("the end"), api.MaxBuildLog); err != nil {
+			t.Error(err)
+		}
+		res := result
+		return &res, nil
+	})
+	r.cfg.Patience = time.Minute
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(r.server.log); n != api.MaxBuildLog || !strings.HasSuffix(r.server.log, "the end") {
+		t.Errorf("log of %d bytes; want the last %d", n, api.MaxBuildLog)
+	}
+}
