@@ -76,16 +76,19 @@ func (b *Bucket) Close() error { return b.backend.close() }
 func (b *Bucket) URL(name string) string { return b.backend.url(name) }
 
 // Get opens an object. The error is a fault.InputMissing when there is none;
-// transient trouble is retried a few times first. The stream is not verified.
+// transient trouble is retried a few times first. The stream is not verified;
+// it breaks, as transient trouble, when nothing comes for minutes.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
 	}
+	ctx, cancel := context.WithCancel(ctx)
 	r, attrs, err := b.backend.get(ctx, name)
 	if err != nil {
+		cancel()
 		return nil, Attrs{}, fmt.Errorf("fetch %s: %w", b.URL(name), err)
 	}
-	return r, attrs, nil
+	return watch(r, b.URL(name), cancel), attrs, nil
 }
 
 // ReadSmall returns the content of an object of at most limit bytes.

@@ -18,6 +18,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -274,6 +276,43 @@ func TestWebCancelled(t *testing.T) {
 	if _, _, err := openQuick(t, server.URL).Get(ctx, "x"); !fault.Is(err, fault.Cancelled) {
 		t.Errorf("Get = %v; want cancelled", err)
 	}
+}
+
+// A bucket that goes silent does not hold its reader for ever, and a slow
+// reader is not taken for a silent bucket.
+func TestSilence(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r, _, err := cosbucket.OpenSilent().Get(t.Context(), "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * cosbucket.StallLimit)
+		b := make([]byte, 2)
+		if _, err := io.ReadFull(r, b); err != nil || string(b) != "ab" {
+			t.Errorf("a reader that took its time read %q, %v; want ab", b, err)
+		}
+		if _, err := r.Read(b); !fault.Is(err, fault.Transient) {
+			t.Errorf("Read of a silent bucket = %v; want transient", err)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		r, _, err := cosbucket.OpenSilent().Get(ctx, "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		cancel()
+		if _, err := io.ReadAll(r); !fault.Is(err, fault.Cancelled) {
+			t.Errorf("Read after cancel = %v; want cancelled", err)
+		}
+		if err := r.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // fakeGCS answers the few calls that a reader makes: listings and attributes

@@ -92,7 +92,7 @@ func statusError(code int) error {
 }
 
 func (w *web) get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
-	resp, err := w.fetch(ctx, name, 0, "")
+	resp, err := w.fetch(ctx, name, 0, "") //nolint:bodyclose // the reader that is returned closes it
 	if err != nil {
 		return nil, Attrs{}, err
 	}
@@ -143,10 +143,11 @@ type resuming struct {
 func (r *resuming) Read(p []byte) (int, error) {
 	n, err := r.body.Read(p)
 	r.offset += int64(n)
-	if err == nil || err == io.EOF && (r.size < 0 || r.offset == r.size) {
+	ended := errors.Is(err, io.EOF)
+	if err == nil || ended && (r.size < 0 || r.offset == r.size) {
 		return n, err
 	}
-	if err == io.EOF {
+	if ended {
 		err = io.ErrUnexpectedEOF
 	}
 	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
@@ -157,7 +158,7 @@ func (r *resuming) Read(p []byte) (int, error) {
 		return n, broken
 	}
 	r.tries++
-	resp, err := r.again(r.offset)
+	resp, err := r.again(r.offset) //nolint:bodyclose // Close closes what is the body now
 	if err != nil {
 		return n, errors.Join(broken, err)
 	}
