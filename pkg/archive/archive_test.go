@@ -332,7 +332,8 @@ func FuzzUnpack(f *testing.F) {
 			t.Fatal(err)
 		}
 		defer root.Close()
-		_, err = archive.Unpack(t.Context(), bytes.NewReader(data), root, archive.Options{Entries: 100, Bytes: 1 << 20, Outside: func(string, string) {}})
+		// Whether it is refused or not, nothing may get out.
+		_, _ = archive.Unpack(t.Context(), bytes.NewReader(data), root, archive.Options{Entries: 100, Bytes: 1 << 20, Outside: func(string, string) {}})
 		if entries, rerr := os.ReadDir(dir); rerr != nil || len(entries) != 1 {
 			t.Fatalf("Unpack left %v beside its folder, %v", entries, rerr)
 		}

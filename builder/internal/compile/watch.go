@@ -37,7 +37,6 @@ var (
 	conftestList = regexp.MustCompile(`^\s*NV_CONFTEST_[A-Z]+_COMPILE_TESTS\s*\+=\s*(.*)$`)
 	headerList   = regexp.MustCompile(`^\s*NV_HEADER_PRESENCE_TESTS\s*=`)
 	checkList    = regexp.MustCompile(`^\s*BUILD_SANITY_CHECKS\s*=`)
-	headerName   = regexp.MustCompile(`^[a-z][\w./-]*\.h$`)
 	sourceName   = regexp.MustCompile(`[\w./-]+\.c\b`)
 	objectList   = regexp.MustCompile(`^\s*obj-m\s*[+:]?=\s*(.*)$`)
 )

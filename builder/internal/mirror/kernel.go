@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
-	"io"
 	"path"
 	"regexp"
 	"slices"
@@ -225,9 +224,4 @@ func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error
 		t.add("emugpu.ko", node{mode: 0o644, data: emuGPU})
 	}
 	return t, nil
-}
-
-// tgz returns a writer of the tree for the store.
-func (t tree) tgz(prefix string, mtime time.Time) func(context.Context, io.Writer) error {
-	return func(_ context.Context, w io.Writer) error { return t.writeTgz(w, prefix, mtime) }
 }

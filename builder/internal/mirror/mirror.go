@@ -34,9 +34,6 @@ var errNoSpace error = syscall.ENOSPC
 // <major>.1.<abi> for a second build of the same kernel.
 const buildMajor = 17800
 
-// milestone is what the mirror's builds call themselves.
-const milestone = 109
-
 // Config says what to make and where.
 type Config struct {
 	// Out is the folder of the mirror; it is created.

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -15,7 +16,8 @@ import (
 // since makeself writes it into the header.
 func packRunfile(ctx context.Context, t tree, name, version, work string, w io.Writer) error {
 	payload := filepath.Join(work, "payload")
-	if err := os.MkdirAll(payload, 0o755); err != nil {
+	// Chmod, since the umask must not show in the archive.
+	if err := errors.Join(os.Mkdir(payload, 0o755), os.Chmod(payload, 0o755)); err != nil {
 		return err
 	}
 	if err := t.writeDir(payload); err != nil {

@@ -106,7 +106,9 @@ func (t tree) writeDir(dir string) error {
 		n, ok := t[name]
 		switch {
 		case !ok || n.dir:
-			err = root.Mkdir(name, 0o755)
+			if err = root.Mkdir(name, 0o755); err == nil {
+				err = root.Chmod(name, 0o755)
+			}
 		case n.link != "":
 			err = root.Symlink(n.link, name)
 		default:
@@ -120,35 +122,6 @@ func (t tree) writeDir(dir string) error {
 		}
 	}
 	return nil
-}
-
-// readDir is the opposite of writeDir.
-func readDir(dir string) (tree, error) {
-	t := tree{}
-	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
-		if err != nil || p == dir {
-			return err
-		}
-		name, err := filepath.Rel(dir, p)
-		if err != nil {
-			return err
-		}
-		info, err := d.Info()
-		if err != nil {
-			return err
-		}
-		n := node{mode: info.Mode().Perm(), dir: d.IsDir()}
-		switch {
-		case d.IsDir():
-		case info.Mode()&fs.ModeSymlink != 0:
-			n.link, err = os.Readlink(p)
-		default:
-			n.data, err = os.ReadFile(p)
-		}
-		t.add(filepath.ToSlash(name), n)
-		return err
-	})
-	return t, err
 }
 
 // pick says where a file of an archive goes: its name in the tree, or "" to
