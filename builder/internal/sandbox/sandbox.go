@@ -9,7 +9,7 @@
 // own /proc, /dev and /tmp; the folders bound by the caller; the host name
 // "prebake"; user and group 1000, without capabilities and unable to make
 // namespaces of its own. No home folder, no /etc but what links and the loader
-// need.
+// need. Output, size of a file, processes and /tmp are bounded.
 package sandbox
 
 import (
@@ -23,10 +23,13 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -53,7 +56,23 @@ type Config struct {
 	Binds []Bind
 	// Output receives stdout and stderr as one stream; nil drops it.
 	Output io.Writer
+	// MaxOutput ends a program that prints more bytes; 0 is 256 MiB.
+	MaxOutput int64
 }
+
+// What one program and all that it starts may take, so that one that runs wild
+// fails by itself and not the machine. Memory is for the machine to bound, by
+// a control group: address space says little about it.
+const (
+	maxOutput    = 256 << 20
+	maxFile      = 4 << 30 // the largest object files have some 100 MB
+	maxProcesses = 16384   // threads too; not enforced for root
+	maxTmp       = 4 << 30 // /tmp is memory
+)
+
+// prlimit sets the limits from inside: by the time that this process could set
+// them, the program may have started others.
+const prlimit = "/usr/bin/prlimit"
 
 // Validate reports every problem of the configuration at once.
 func (c Config) Validate() error {
@@ -84,6 +103,8 @@ func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) 
 
 const (
 	hintInstall = "install bubblewrap: apt-get install bubblewrap"
+	hintLimits  = "install util-linux: apt-get install util-linux"
+	hintFlood   = "read the end of the build's log for what repeats itself"
 	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); in a container, run it privileged or with a seccomp profile that permits unshare"
 )
 
@@ -94,14 +115,30 @@ func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("run in sandbox: %w", err)
 	}
+	program := c.Argv[0]
 	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("run %s: %w", c.Argv[0], context.Cause(ctx))
+		return fmt.Errorf("run %s: %w", program, context.Cause(ctx))
 	}
 	bwrap, err := exec.LookPath("bwrap")
 	if err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %w", err), hintInstall)
 	}
-	setup := &setupTrouble{next: c.Output}
+	if _, err := exec.LookPath(prlimit); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %w", err), hintLimits)
+	}
+	limit, err := limits()
+	if err != nil {
+		return fmt.Errorf("make sandbox: %w", err)
+	}
+	c.Argv = append(limit, c.Argv...)
+	if c.MaxOutput == 0 {
+		c.MaxOutput = maxOutput
+	}
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	setup := &setupTrouble{next: c.Output, left: c.MaxOutput, flood: func() {
+		stop(fault.New(fault.Internal, fmt.Sprintf("it printed more than %d bytes", c.MaxOutput), hintFlood))
+	}}
 	cmd := exec.CommandContext(ctx, bwrap, arguments(c)...)
 	cmd.Env = []string{} // bubblewrap itself needs nothing of ours
 	cmd.Stdout, cmd.Stderr = setup, setup
@@ -118,24 +155,24 @@ func Run(ctx context.Context, c Config) error {
 		done <- cmd.Run()
 	}()
 	err = <-done
+	if ctx.Err() != nil && (err != nil || setup.flooded()) {
+		return fmt.Errorf("run %s: %w", program, context.Cause(ctx))
+	}
 	if err == nil {
 		return nil
-	}
-	if ctx.Err() != nil {
-		return fmt.Errorf("run %s: %w", c.Argv[0], context.Cause(ctx))
 	}
 	if text := setup.text(); text != "" {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %s", text), setupHint(text))
 	}
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) {
-		return fmt.Errorf("run %s in sandbox: %w", c.Argv[0], err)
+		return fmt.Errorf("run %s in sandbox: %w", program, err)
 	}
 	status := exit.ExitCode()
 	if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
 		status = 128 + int(ws.Signal())
 	}
-	return fmt.Errorf("run %s: %w", c.Argv[0], &ExitError{Status: status})
+	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
 
 // Probe reports whether this machine can run a sandbox at all.
@@ -150,6 +187,24 @@ func setupHint(text string) string {
 		}
 	}
 	return "check that bubblewrap 0.8 or newer is installed and that every bound folder exists: bwrap --version"
+}
+
+// limits returns the command that runs another one within the bounds above, or
+// those of this process where they are narrower.
+func limits() ([]string, error) {
+	args := []string{prlimit, "--core=0"}
+	for _, l := range []struct {
+		flag     string
+		resource int
+		most     uint64
+	}{{"--fsize", unix.RLIMIT_FSIZE, maxFile}, {"--nproc", unix.RLIMIT_NPROC, maxProcesses}} {
+		var own unix.Rlimit
+		if err := unix.Getrlimit(l.resource, &own); err != nil {
+			return nil, fmt.Errorf("read own limits: %w", err)
+		}
+		args = append(args, fmt.Sprintf("%s=%d", l.flag, min(l.most, own.Max)))
+	}
+	return args, nil
 }
 
 func arguments(c Config) []string {
@@ -176,7 +231,7 @@ func arguments(c Config) []string {
 	args = append(args,
 		"--ro-bind-try", "/etc/alternatives", "/etc/alternatives", // awk is a link through it
 		"--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache",
-		"--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp",
+		"--proc", "/proc", "--dev", "/dev", "--size", strconv.Itoa(maxTmp), "--tmpfs", "/tmp",
 	)
 	for _, b := range c.Binds {
 		flag := "--ro-bind"
@@ -192,12 +247,16 @@ func arguments(c Config) []string {
 	return append(append(args, "--"), c.Argv...)
 }
 
-// setupTrouble passes the program's output on and keeps the first line if it
-// is bubblewrap's own complaint: it prints one, and only one, before it gives up.
+// setupTrouble passes the program's output on, up to a bound, and keeps the
+// first line if it is bubblewrap's own complaint: it prints one, and only one,
+// before it gives up.
 type setupTrouble struct {
 	next io.Writer
 
+	flood func() // called when left runs out
+
 	mu    sync.Mutex
+	left  int64 // bytes that may still come; negative after the flood
 	first []byte
 	ended bool // the first line is complete
 }
@@ -212,10 +271,23 @@ func (s *setupTrouble) Write(p []byte) (int, error) {
 		s.first = append(s.first, line[:min(len(line), maxFirstLine-len(s.first))]...)
 		s.ended = found || len(s.first) == maxFirstLine
 	}
+	if s.left < 0 {
+		return len(p), nil // until the program is gone
+	}
+	if s.left -= int64(len(p)); s.left < 0 {
+		s.flood()
+		return len(p), nil
+	}
 	if s.next == nil {
 		return len(p), nil
 	}
 	return s.next.Write(p)
+}
+
+func (s *setupTrouble) flooded() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.left < 0
 }
 
 func (s *setupTrouble) text() string {

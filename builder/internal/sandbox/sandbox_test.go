@@ -49,6 +49,10 @@ func TestInside(t *testing.T) {
 		{"root is read-only", `touch /x 2>/dev/null || echo refused`, "refused"},
 		{"/usr is read-only", `touch /usr/x /usr/local/x 2>/dev/null || echo refused`, "refused"},
 		{"/tmp is writable and empty", `ls -A /tmp | wc -l; touch /tmp/x && echo ok`, "0\nok"},
+		{"no file over the limit", `truncate -s 5G /tmp/x 2>/dev/null || echo refused`, "refused"},
+		{"/tmp is bounded", `df -k --output=size /tmp | tail -n 1 | awk '{print ($1 <= 4194304)}'`, "1"},
+		{"processes are bounded", `grep 'Max processes' /proc/self/limits | awk '{print ($3 <= 16384)}'`, "1"},
+		{"no core dumps", `ulimit -c`, "0"},
 		{"no new namespaces", `unshare -U true 2>/dev/null || echo refused`, "refused"},
 	}
 	for _, row := range rows {
@@ -156,6 +160,29 @@ func TestCancel(t *testing.T) {
 		t.Errorf("Run = %v after %v; want the cause of the cancellation", err, time.Since(started))
 	}
 }
+
+// A program that prints without end is ended, says why, and has filled no disk.
+func TestFlood(t *testing.T) {
+	t.Parallel()
+	needBubblewrap(t)
+	for _, script := range []string{"yes", "head -c 2000000 /dev/zero", "echo begin; yes >&2"} {
+		out := &counter{}
+		err := sandbox.Run(t.Context(), sandbox.Config{
+			Argv: []string{"sh", "-c", script}, Dir: "/", Output: out, MaxOutput: 1 << 20,
+			Env: map[string]string{"PATH": "/usr/bin:/bin"},
+		})
+		if err == nil || !strings.Contains(err.Error(), "printed more than 1048576 bytes") || fault.Hint(err) == "" || fault.Is(err, fault.Cancelled) {
+			t.Errorf("Run(%s) = %v (%v), hint %q; want the flood named", script, err, fault.Of(err), fault.Hint(err))
+		}
+		if out.n > 1<<20 {
+			t.Errorf("Run(%s) passed %d bytes on; want at most %d", script, out.n, 1<<20)
+		}
+	}
+}
+
+type counter struct{ n int }
+
+func (c *counter) Write(p []byte) (int, error) { c.n += len(p); return len(p), nil }
 
 type onFirstWrite struct{ do func() }
 
