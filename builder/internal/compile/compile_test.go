@@ -40,7 +40,7 @@ func toy(t *testing.T) compile.Request {
 	@$(CC) -g -c nvidia/nv.c -o nv.o
 	@echo "  MODPOST $(CURDIR)/Module.symvers"
 	@cp nv.o nvidia.ko; cp nv.o nvidia-uvm.ko
-	@echo "ARGS SYSSRC=$(SYSSRC) KERNEL_UNAME=$(KERNEL_UNAME) ARCH=$(ARCH) CC=$(CC) STRIP=$(STRIP) LD=$(origin LD) SYMVERS=$(IGNORE_MISSING_MODULE_SYMVERS)"
+	@echo "ARGS SYSSRC=$(SYSSRC) KERNEL_UNAME=$(KERNEL_UNAME) ARCH=$(ARCH) CC=$(CC) STRIP=$(STRIP) LD=$(LD) SYMVERS=$(IGNORE_MISSING_MODULE_SYMVERS)"
 	@tr '\0' '\n' < /proc/$$PPID/environ | sort
 `,
 		"source/Kbuild":             "NV_HEADER_PRESENCE_TESTS = \\\n linux/efi.h \\\n asm/page.h\n\nX = y\n",
@@ -117,7 +117,7 @@ func TestModules(t *testing.T) {
 		t.Error("nvidia.ko has debug sections; want them stripped")
 	}
 	_, seen, _ := strings.Cut(log.String(), "ARGS ")
-	const wantSeen = `SYSSRC=/prebake/kernel KERNEL_UNAME=6.1.0-50-cloud-amd64 ARCH=x86_64 CC=x86_64-cros-linux-gnu-gcc STRIP=x86_64-cros-linux-gnu-strip LD=default SYMVERS=
+	const wantSeen = `SYSSRC=/prebake/kernel KERNEL_UNAME=6.1.0-50-cloud-amd64 ARCH=x86_64 CC=x86_64-cros-linux-gnu-gcc STRIP=x86_64-cros-linux-gnu-strip LD=x86_64-cros-linux-gnu-ld SYMVERS=
 HOME=/nonexistent
 KBUILD_BUILD_HOST=prebake
 KBUILD_BUILD_TIMESTAMP=Thu Jan  1 00:00:00 UTC 1970

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -102,16 +103,16 @@ func findTools(r Request) (tools, error) {
 		if named := r.Env[row.variable]; toolPattern.MatchString(named) {
 			row.candidates = append([]string{named}, row.candidates...)
 		}
-		for _, name := range row.candidates {
-			if !has(name) {
-				continue
-			}
-			t.variables = append(t.variables, row.variable+"="+name)
+		// One that is missing keeps its name: a build that needs it then fails
+		// over that name, instead of taking the host's tool unseen.
+		name := row.candidates[0]
+		if i := slices.IndexFunc(row.candidates, has); i >= 0 {
+			name = row.candidates[i]
 			if row.variable == "STRIP" {
 				t.strip = name
 			}
-			break
 		}
+		t.variables = append(t.variables, row.variable+"="+name)
 	}
 	if t.strip == "" {
 		return t, fault.New(fault.InputMissing, fmt.Sprintf("find strip: the toolchain has no bin/%sstrip", prefix),
