@@ -98,7 +98,8 @@ func (s *remoteStore) manifest(ctx context.Context, digest string) ([]byte, erro
 }
 
 func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
-	layer, err := s.puller.Layer(ctx, s.repo.Digest(digest))
+	var body io.ReadCloser
+	layer, err := s.puller.Layer(context.WithValue(ctx, bodyKey{}, &body), s.repo.Digest(digest))
 	if err != nil {
 		return nil, s.reading(ctx, err)
 	}
@@ -106,8 +107,14 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 	if err != nil {
 		return nil, s.reading(ctx, err)
 	}
-	return &stream{ctx: ctx, rc: rc, s: s, left: size}, nil
+	// The library hashes what passes through rc, and whoever reads a blob from
+	// here hashes it again: once is enough, so rc is for closing only.
+	return &stream{ctx: ctx, body: body, rc: rc, s: s, left: size}, nil
 }
+
+// bodyKey is under which a request's context may hold an *io.ReadCloser: there
+// [bounded] leaves the body of the newest answer, as it comes from the network.
+type bodyKey struct{}
 
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
 	idx, err := remote.Referrers(s.repo.Digest(digest), append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
@@ -288,13 +295,14 @@ func answered(host string, status int, err error, write bool) error {
 // stream is a blob on its way; it lives for one call.
 type stream struct {
 	ctx  context.Context
-	rc   io.ReadCloser
+	body io.Reader
+	rc   io.Closer
 	s    *remoteStore
 	left int64
 }
 
 func (b *stream) Read(p []byte) (int, error) {
-	n, err := b.rc.Read(p)
+	n, err := b.body.Read(p)
 	if b.left -= int64(n); b.left < 0 {
 		return 0, damaged(errTooLong)
 	}
@@ -319,6 +327,9 @@ func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if strings.Contains(req.URL.Path, "/manifests/") || strings.Contains(req.URL.Path, "/referrers/") {
 		resp.Body = &boundedBody{resp.Body, MaxManifest}
+	}
+	if body, ok := req.Context().Value(bodyKey{}).(*io.ReadCloser); ok {
+		*body = resp.Body
 	}
 	return resp, nil
 }

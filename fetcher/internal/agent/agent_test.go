@@ -156,7 +156,7 @@ type node struct {
 	parts  agent.Parts
 }
 
-func newNode(t *testing.T, c sample.Cell, gpus int, key *testkit.Key) *node {
+func newNode(t testing.TB, c sample.Cell, gpus int, key *testkit.Key) *node {
 	t.Helper()
 	root := sample.Root(t, c, gpus)
 	n := &node{root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
@@ -177,13 +177,13 @@ func newNode(t *testing.T, c sample.Cell, gpus int, key *testkit.Key) *node {
 }
 
 // run runs one pass; ref and digest are what the finder names.
-func (n *node) run(t *testing.T, ref, digest string, d target.Driver) (*agent.Report, error) {
+func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Report, error) {
 	t.Helper()
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref, Digest: digest}}
 	return n.runAs(t)
 }
 
-func (n *node) runAs(t *testing.T) (*agent.Report, error) {
+func (n *node) runAs(t testing.TB) (*agent.Report, error) {
 	t.Helper()
 	n.parts.Line = &timeline.Run{}
 	n.kernel.calls, n.nodes.made = nil, nil

@@ -8,6 +8,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -36,6 +37,8 @@ type Cell struct {
 	Untagged bool
 	// PointAt is the build whose pointer tag is set; the zero value is Kernel.
 	PointAt target.Kernel
+	// Bulk is added to one file of each layer, in bytes; half of it compresses away.
+	Bulk int
 }
 
 // NewCell returns a cell of a COS build and a driver version.
@@ -80,6 +83,12 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 		mods["drivers/"+name+".ko"] = string(Module(name, c.Driver.Version, c.vermagic()))
 	}
 	firmware := map[string]string{"firmware/nvidia/" + c.Driver.Version + "/gsp_tu10x.bin": "firmware " + c.Driver.Version}
+	if c.Bulk > 0 {
+		bulk := filler(c.Bulk)
+		mods["drivers/nvidia.ko"] += bulk // behind the sections of an ELF file anything may stand
+		libs["lib64/libcuda.so."+c.Driver.Version] = bulk
+		firmware["firmware/nvidia/"+c.Driver.Version+"/gsp_ga10x.bin"] = bulk
+	}
 	var layers []bundle.Layer
 	for i, files := range []map[string]string{mods, libs, firmware} {
 		kind := bundle.LayerKinds()[i]
@@ -127,6 +136,16 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 		t.Fatal(err)
 	}
 	return Published{Digest: d.Digest.String(), Manifest: manifest, Layers: layers}
+}
+
+// filler returns bytes of which every other stretch of 4 KiB is noise.
+func filler(n int) string {
+	noise := rand.NewChaCha8([32]byte{})
+	data := make([]byte, n)
+	for at := 0; at+4096 <= n; at += 2 * 4096 {
+		_, _ = noise.Read(data[at : at+4096]) // ChaCha8 never returns an error
+	}
+	return string(data)
 }
 
 // Attest attaches the signed statements of a cell to an artifact.
