@@ -35,11 +35,11 @@ func Progress(w io.Writer) func(timeline.Event) {
 }
 
 func doneLine(p *timeline.Phase) string {
-	mark := "ok "
+	mark := "ok"
 	if p.Failed {
 		mark = "FAIL"
 	}
-	return fmt.Sprintf("  %-4s%-12s %7.1f s  %s", mark, p.Name, p.Seconds, p.Note)
+	return fmt.Sprintf("  %-5s%-12s %7.1f s  %s", mark, p.Name, p.Seconds, p.Note)
 }
 
 // bar shows the running phase on the last line and leaves one line for each
