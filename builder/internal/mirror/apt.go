@@ -45,6 +45,8 @@ type apt struct {
 	dir  string // holds sources, lists, cache and packages
 	conf string
 	say  func(string)
+	// fresh tells that this run fetched the index.
+	fresh bool
 }
 
 // openApt prepares our own apt folders under dir and fetches the index when it
@@ -103,6 +105,7 @@ Acquire::Retries "3";
 		}
 		return nil, fault.Wrap(fault.Transient, err, "check the machine's network and apt sources, then run again")
 	}
+	a.fresh = true
 	return a, os.WriteFile(stamp, nil, 0o644)
 }
 
@@ -186,6 +189,14 @@ func (a *apt) file(p pkg) (string, bool) {
 	return "", false
 }
 
+// errDownload marks packages that the archive did not give: an index of
+// yesterday may name what it has replaced since.
+var errDownload = errors.New("download packages")
+
+// batch is how many packages are downloaded at once: what a run that is killed
+// has to download again.
+const batch = 8
+
 // download makes sure that every package is at hand. apt checks each file
 // against the signed index; a file gets its name here only when it is whole.
 func (a *apt) download(ctx context.Context, pkgs []pkg) error {
@@ -199,13 +210,30 @@ func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 		return nil
 	}
 	a.say(fmt.Sprintf("downloading %d Debian packages", len(missing)))
+	for names := range slices.Chunk(missing, batch) {
+		if err := a.downloadBatch(ctx, names); err != nil {
+			return err
+		}
+	}
+	for _, p := range pkgs {
+		if _, ok := a.file(p); !ok {
+			return fault.New(fault.InputMissing, fmt.Sprintf("download %s %s: apt wrote no such file", p.Name, p.Version), "run again with --refresh")
+		}
+	}
+	return nil
+}
+
+func (a *apt) downloadBatch(ctx context.Context, names []string) (err error) {
 	tmp, err := os.MkdirTemp(a.dir, "download-")
 	if err != nil {
 		return err
 	}
-	_, err = a.run(ctx, tmp, "apt-get", append([]string{"download", "-qq"}, missing...)...)
-	if err != nil {
-		return errors.Join(fault.Wrap(fault.Transient, err, "run again with --refresh, which asks for the present package versions"), os.RemoveAll(tmp))
+	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
+	if _, err = a.run(ctx, tmp, "apt-get", append([]string{"download", "-qq"}, names...)...); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return fault.Wrap(fault.Transient, fmt.Errorf("%w: %w", errDownload, err), "run again with --refresh, which asks for the present package versions")
 	}
 	files, err := os.ReadDir(tmp)
 	if err != nil {
@@ -216,12 +244,7 @@ func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 			return err
 		}
 	}
-	for _, p := range pkgs {
-		if _, ok := a.file(p); !ok {
-			return fault.New(fault.InputMissing, fmt.Sprintf("download %s %s: apt wrote no such file", p.Name, p.Version), "run again with --refresh")
-		}
-	}
-	return os.Remove(tmp)
+	return nil
 }
 
 // osReleaseField returns one field of an os-release file.

@@ -172,15 +172,20 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 		return Result{}, err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
-	a, err := openApt(ctx, filepath.Join(c.Cache, "debian"), c.Refresh, c.Say)
-	if err != nil {
-		return Result{}, err
+	for refresh := c.Refresh; ; refresh = true {
+		a, err := openApt(ctx, filepath.Join(c.Cache, "debian"), refresh, c.Say)
+		if err != nil {
+			return Result{}, err
+		}
+		m := &maker{Config: c, apt: a, store: store{filepath.Join(c.Cache, "objects")}}
+		if err = m.run(ctx); err == nil {
+			return m.result, nil
+		}
+		if refresh || a.fresh || !errors.Is(err, errDownload) {
+			return Result{}, err
+		}
+		c.Say("Debian's archive no longer has a package of the index at hand: asking for the present one")
 	}
-	m := &maker{Config: c, apt: a, store: store{filepath.Join(c.Cache, "objects")}}
-	if err := m.run(ctx); err != nil {
-		return Result{}, err
-	}
-	return m.result, nil
 }
 
 func (m *maker) run(ctx context.Context) error {

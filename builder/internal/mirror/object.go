@@ -83,20 +83,32 @@ func (s store) make(ctx context.Context, r recipe, write func(ctx context.Contex
 	})
 }
 
-// publish copies the object to dst. A copy, not a link: who damages a mirror on purpose must not damage the cache.
+// publish copies the object to dst. A copy, not a link: who damages a mirror on
+// purpose must not damage the cache. An object that went bad in the cache is
+// removed from it and not published.
 func (o object) publish(dst string) error {
-	return writeAtomic(dst, func(w io.Writer) error {
+	bad := false
+	err := writeAtomic(dst, func(w io.Writer) error {
 		f, err := os.Open(o.path)
 		if err != nil {
 			return err
 		}
 		defer f.Close()
-		n, err := io.Copy(w, f)
-		if err == nil && n != o.Size {
-			err = fmt.Errorf("copy %s: %d bytes, want %d", o.path, n, o.Size)
+		h := sha256.New()
+		if _, err := io.Copy(io.MultiWriter(w, h), f); err != nil {
+			return err
 		}
-		return err
+		if got := hex.EncodeToString(h.Sum(nil)); got != o.SHA256 {
+			bad = true
+			return fault.New(fault.Checksum, fmt.Sprintf("copy %s: its sha256 is %s, it was made as %s", o.path, got, o.SHA256),
+				"run again: the damaged object was removed; check the disk")
+		}
+		return nil
 	})
+	if bad {
+		err = errors.Join(err, os.Remove(o.path+".json"), os.Remove(o.path))
+	}
+	return err
 }
 
 // writeMD5 writes <file>.md5: the sum in hex and nothing else, as COS does.

@@ -153,6 +153,39 @@ func TestStore(t *testing.T) {
 	}
 }
 
+// An object that went bad in the cache is neither published nor kept.
+func TestPublishDamagedObject(t *testing.T) {
+	t.Parallel()
+	s := store{t.TempDir()}
+	r := recipe{Kind: "thing"}
+	calls := 0
+	write := func(_ context.Context, w io.Writer) error {
+		calls++
+		_, err := io.WriteString(w, "content")
+		return err
+	}
+	o, err := s.make(t.Context(), r, write)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(o.path, []byte("contenu"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	if o, err = s.make(t.Context(), r, write); err != nil {
+		t.Fatal(err)
+	}
+	if err := o.publish(filepath.Join(out, "x")); !fault.Is(err, fault.Checksum) || fault.Hint(err) == "" {
+		t.Errorf("publish(damaged) = %v; want checksum-mismatch with a hint", err)
+	}
+	if left, err := os.ReadDir(out); err != nil || len(left) != 0 {
+		t.Errorf("publish(damaged) left %v, %v", left, err)
+	}
+	if o, err := s.make(t.Context(), r, write); err != nil || o.cached || calls != 2 {
+		t.Errorf("make afterwards = %+v, %v; want it made again", o, err)
+	}
+}
+
 func TestPublishText(t *testing.T) {
 	t.Parallel()
 	dst := filepath.Join(t.TempDir(), "toolchain_env")

@@ -1,0 +1,59 @@
+package mirror
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// aptGet stands in for apt-get download: it writes what is asked for, until it
+// is asked for "gone".
+const aptGet = `#!/bin/sh
+shift 2
+for p in "$@"; do
+  echo "$p" >> "$ASKED"
+  [ "${p%%=*}" != gone ] || { echo half > "gone_1_amd64.deb"; echo "404 Not Found" >&2; exit 100; }
+  echo deb > "${p%%=*}_${p#*=}_amd64.deb"
+done
+`
+
+// What an interrupted download brought stays; a half file never gets a
+// package's name.
+func TestDownloadGoesOn(t *testing.T) {
+	bin, dir := t.TempDir(), t.TempDir()
+	asked := filepath.Join(t.TempDir(), "asked")
+	if err := errors.Join(os.WriteFile(filepath.Join(bin, "apt-get"), []byte(aptGet), 0o755), os.Mkdir(filepath.Join(dir, "packages"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	t.Setenv("ASKED", asked)
+	a := &apt{dir: dir, say: func(string) {}}
+	var pkgs []pkg
+	for _, name := range strings.Fields("a b c d e f g h gone i") {
+		pkgs = append(pkgs, pkg{name, "1"})
+	}
+	err := a.download(t.Context(), pkgs)
+	if !errors.Is(err, errDownload) || !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "404") || fault.Hint(err) == "" {
+		t.Fatalf("download = %v (%v); want transient, with apt's words and a hint", err, fault.Of(err))
+	}
+	if _, ok := a.file(pkg{"gone", "1"}); ok {
+		t.Error("a half package got its name")
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "download-*")); err != nil || len(left) > 0 {
+		t.Errorf("download left %v, %v", left, err)
+	}
+	if err := os.Truncate(asked, 0); err != nil {
+		t.Fatal(err)
+	}
+	pkgs[8].Name = "replaced"
+	if err := a.download(t.Context(), pkgs); err != nil {
+		t.Fatal(err)
+	}
+	if text, err := os.ReadFile(asked); err != nil || string(text) != "replaced=1\ni=1\n" {
+		t.Errorf("the second download asked for %q, %v; want what was missing", text, err)
+	}
+}
