@@ -20,7 +20,7 @@ type answer struct {
 
 // judge turns what a machine did into a verdict.
 func judge(p *plan, res *vm.Result) *Verdict {
-	v := &Verdict{Skipped: p.skipped, KernelLog: res.KernelLog, BootSeconds: res.BootSeconds, Seconds: res.Seconds,
+	v := &Verdict{Skipped: p.skipped, KernelLog: lastBytes(res.KernelLog, maxKernelLog), BootSeconds: res.BootSeconds, Seconds: res.Seconds,
 		Warnings: warnings(res.KernelLog)}
 	for _, s := range res.Steps {
 		switch {
@@ -207,6 +207,15 @@ func notLive(text string, modules []string) []string {
 		}
 	}
 	return missing
+}
+
+// lastBytes returns the whole lines at the end of a text that fit.
+func lastBytes(text string, most int) string {
+	if len(text) <= most {
+		return text
+	}
+	_, whole, _ := strings.Cut(text[len(text)-most:], "\n")
+	return whole
 }
 
 func firstLine(text string) string {

@@ -192,3 +192,14 @@ func FuzzTellingLine(f *testing.F) {
 		warnings(log)
 	})
 }
+
+func TestKernelLogIsBounded(t *testing.T) {
+	t.Parallel()
+	p := testPlan()
+	res := goodRun(p)
+	res.KernelLog = strings.Repeat("NVRM: said too much\n", maxKernelLog)
+	v := judge(p, res)
+	if len(v.KernelLog) > maxKernelLog || !strings.HasPrefix(v.KernelLog, "NVRM: ") || !strings.HasSuffix(v.KernelLog, "much\n") {
+		t.Errorf("a verdict keeps %d bytes of the log, %.20q…; want whole lines of at most %d", len(v.KernelLog), v.KernelLog, maxKernelLog)
+	}
+}

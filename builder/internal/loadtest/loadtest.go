@@ -67,12 +67,16 @@ type Verdict struct {
 	Reason string
 	// Warnings are kernel log lines that a person should see though all went well.
 	Warnings []string
-	// KernelLog is all that the kernel said.
+	// KernelLog is what the kernel said, the last maxKernelLog bytes of it.
 	KernelLog string
 	// BootSeconds, LoadSeconds, ProbeSeconds and UnloadSeconds say where the
 	// time went; Seconds is the machine's whole life.
 	BootSeconds, LoadSeconds, ProbeSeconds, UnloadSeconds, Seconds float64
 }
+
+// maxKernelLog bounds the log in a verdict, which is kept as a fact and sent
+// around. An undisturbed run takes a fifth of it.
+const maxKernelLog = 128 << 10
 
 // String returns a line for people.
 func (v *Verdict) String() string {
