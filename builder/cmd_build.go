@@ -150,8 +150,11 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 		}
 	}
 	verdict := "static checks only"
-	if res.LoadTest != nil {
+	switch {
+	case res.LoadTest != nil:
 		verdict = res.LoadTest.State
+	case res.Reused:
+		verdict = "as published already: nothing was made anew"
 	}
 	_, err := fmt.Fprintf(w, "tag       %s\ndriver    %s\nkernel    %s, release %s\nABI       %s\nload test %s\n",
 		res.Tag, res.Driver, res.Kernel, res.Kernel.Release, res.Fingerprint, verdict)

@@ -1,7 +1,8 @@
 // Package pipeline makes one cell of the matrix: it takes a COS build and a
-// driver wish through source, compile, check, load test, package, sign and
-// publish, and reports every phase. `builder build`, `builder work` and a
-// node's local compile all run this one path.
+// driver wish through source, look up, compile, check, load test, package, sign
+// and publish, and reports every phase. `builder build`, `builder work` and a
+// node's local compile all run this one path. A cell that every destination
+// has already, signed with our key, is attested and not compiled again.
 //
 // It refuses to publish anything that failed a phase, and to know how a phase
 // does its work; each has a package of its own.
@@ -15,14 +16,19 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
@@ -31,6 +37,7 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 // LoadTest says what to do about the load test.
@@ -91,7 +98,9 @@ type Result struct {
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
 	// Existed says that every destination already had this very artifact.
-	Existed  bool              `json:"existed"`
+	Existed bool `json:"existed"`
+	// Reused says that nothing was compiled, tested or packed for that reason.
+	Reused   bool              `json:"reused,omitempty"`
 	LoadTest *loadtest.Verdict `json:"loadTest,omitempty"`
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
 	Phases   []timeline.Phase  `json:"phases"`
@@ -109,6 +118,12 @@ type run struct {
 	modules map[string]string
 	id      bundle.Identity
 	started time.Time
+
+	signer   *sign.Signer
+	verifier *trust.Verifier
+	places   []place
+	image    v1.Image
+	bundles  [][]byte // the signed statements
 }
 
 // Run makes one cell. log gets everything that tools print. The Result is
@@ -137,16 +152,22 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 
 func (r *run) all(ctx context.Context) error {
 	for _, phase := range []struct {
-		name string
-		do   func(context.Context) (string, error)
+		name   string
+		making bool // left out when there is nothing to make
+		do     func(context.Context) (string, error)
 	}{
-		{"source", r.source},
-		{"compile", r.compile},
-		{"check", r.check},
-		{"load test", r.loadTest},
-		{"package", r.pack},
-		{"sign+publish", r.publish},
+		{"source", false, r.source},
+		{"look up", false, r.lookUp},
+		{"compile", true, r.compile},
+		{"check", true, r.check},
+		{"load test", true, r.loadTest},
+		{"package", true, r.pack},
+		{"sign", true, r.sign},
+		{"publish", false, r.publish},
 	} {
+		if phase.making && r.res.Reused {
+			continue
+		}
 		fmt.Fprintf(r.log, "\n== %s\n", phase.name)
 		if err := r.line.Do(phase.name, func() (string, error) { return phase.do(ctx) }); err != nil {
 			return fmt.Errorf("%s: %w", phase.name, err)
@@ -209,7 +230,7 @@ func (r *run) key(parts ...string) string {
 
 // compile makes the modules, or finds them made by an earlier build of the
 // same inputs.
-func (r *run) compile(ctx context.Context) (string, error) {
+func (r *run) compile(ctx context.Context) (note string, err error) {
 	source, err := r.release.Source(r.req.Flavour)
 	if err != nil {
 		return "", err
@@ -276,9 +297,9 @@ func (r *run) check(context.Context) (string, error) {
 		return "", err
 	}
 	var mods []*modinfo.Module
-	vermagic := ""
-	for name, path := range r.modules {
-		m, err := readModule(path)
+	vermagic := "" // any module's: the others have to have the same
+	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
+		m, err := readModule(r.modules[name])
 		if err != nil {
 			return "", fmt.Errorf("%s: %w", name, err)
 		}

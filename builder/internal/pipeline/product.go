@@ -7,16 +7,10 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"time"
 
 	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
-	"github.com/prebake/prebake/builder/internal/publish"
-	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
-	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/registry"
 )
 
 // staged returns the folder with a driver version's user space or firmware.
@@ -106,86 +100,4 @@ func (r *run) modulesFolder() (string, func() error, error) {
 		}
 	}
 	return dir, cleanup, nil
-}
-
-// publish signs the statements about the image and sends all of it out.
-func (r *run) publish(ctx context.Context) (string, error) {
-	image, err := bundle.Image(r.id, r.res.Layers)
-	if err != nil {
-		return "", err
-	}
-	digest, err := image.Digest()
-	if err != nil {
-		return "", err
-	}
-	r.res.Digest, r.res.Tag = digest.String(), bundle.Tag(r.id)
-	signer, err := sign.LoadSigner(ctx, r.cfg.Key)
-	if err != nil {
-		return "", err
-	}
-	statements, err := r.statements()
-	if err != nil {
-		return "", err
-	}
-	var bundles [][]byte
-	for _, statement := range statements {
-		b, err := sign.Bundle(ctx, signer, statement)
-		if err != nil {
-			return "", err
-		}
-		bundles = append(bundles, b)
-	}
-	verifier, err := signer.Verifier()
-	if err != nil {
-		return "", err
-	}
-	r.res.Existed = true
-	for _, dest := range r.cfg.Destinations {
-		repo, err := registry.Open(dest, r.cfg.Registry(dest))
-		if err != nil {
-			return "", err
-		}
-		got, existed, err := publish.Publish(ctx, repo, publish.Artifact{Image: image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: bundles, Verifier: verifier})
-		if err != nil {
-			return "", fmt.Errorf("publish to %s: %w", dest, err)
-		}
-		if got != r.res.Digest {
-			return "", fault.Errorf(fault.PublishRefused, "publish to %s: it names %s, built %s", dest, got, r.res.Digest)
-		}
-		r.res.Existed = r.res.Existed && existed
-		r.res.Repositories = append(r.res.Repositories, repo.Name())
-	}
-	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.cfg.Destinations))
-	if r.res.Existed {
-		note += ", was there already"
-	}
-	return note, nil
-}
-
-// statements says how the image was made and for which COS build it is good.
-func (r *run) statements() ([]sign.Statement, error) {
-	var materials []sign.Material
-	for _, m := range append(append([]cossrc.Material(nil), r.kernel.Materials...), r.release.Materials...) {
-		materials = append(materials, sign.Material{Name: m.Name, URI: m.URI, Digest: m.Digest})
-	}
-	facts := map[string]string{
-		"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
-		"builder": r.cfg.Version, "vermagic": r.id.Vermagic,
-		"loadTest": "static checks only",
-	}
-	if r.res.LoadTest != nil {
-		facts["loadTest"] = r.res.LoadTest.State
-	}
-	provenance, err := sign.Provenance(r.res.Digest, sign.BuildFacts{
-		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver, Materials: materials,
-		BuilderID: r.cfg.BuilderID, Started: r.started, Finished: time.Now().UTC(), Facts: facts,
-	})
-	if err != nil {
-		return nil, err
-	}
-	match, err := sign.KernelMatch(r.res.Digest, r.kernel.Kernel, r.kernel.Fingerprint, r.res.Driver)
-	if err != nil {
-		return nil, err
-	}
-	return []sign.Statement{provenance, match}, nil
 }

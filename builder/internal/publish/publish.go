@@ -74,35 +74,71 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 		return "", false, err
 	}
 	digest := hash.String()
-	tags := []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
-	// Both names are looked at before the first byte is sent.
-	var existed bool
-	for i, tag := range tags {
+	existed, err := lookAt(ctx, repo, digest, a)
+	if err != nil {
+		return "", false, err
+	}
+	subject, err := repo.Push(ctx, a.Image)
+	if err != nil {
+		return "", false, err
+	}
+	return digest, existed, finish(ctx, repo, subject, a)
+}
+
+// Attest does what [Publish] does for an artifact that is in the repository:
+// it attaches the statements that are missing, and the names by which the
+// kernel's build finds it. Image is not needed.
+func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
+	err := func() error {
+		if _, err := lookAt(ctx, repo, digest, a); err != nil {
+			return err
+		}
+		subject, err := repo.Resolve(ctx, digest)
+		if err != nil {
+			return err
+		}
+		return finish(ctx, repo, subject, a)
+	}()
+	if err != nil {
+		return fmt.Errorf("attest driver %s for %s: %w", a.Identity.Driver, a.Kernel, err)
+	}
+	return nil
+}
+
+func (a Artifact) tags() []string {
+	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
+}
+
+// lookAt looks at both names before the first byte is sent; existed says that
+// the artifact's own is there.
+func lookAt(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
+	for i, tag := range a.tags() {
 		have, ok, err := Existing(ctx, repo, tag)
 		if err != nil {
-			return "", false, err
+			return false, err
 		}
 		if ok && have != digest {
-			return "", false, fault.New(fault.PublishRefused, fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
+			return false, fault.New(fault.PublishRefused, fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
 				"equal inputs give equal digests, so find out what differs; remove the tag by hand if the published artifact is wrong")
 		}
 		if i == 0 {
 			existed = ok
 		}
 	}
-	subject, err := repo.Push(ctx, a.Image)
-	if err != nil {
-		return "", false, err
-	}
+	return existed, nil
+}
+
+// finish makes a stored image an artifact that can be found.
+func finish(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	if err := attach(ctx, repo, subject, a); err != nil {
-		return "", false, err
+		return err
 	}
-	for _, tag := range tags {
+	for _, tag := range a.tags() {
 		if err := repo.Tag(ctx, subject, tag); err != nil {
-			return "", false, err
+			return err
 		}
 	}
-	return digest, existed, nil
+	return nil
 }
 
 // attach adds the statements, and the log of the build that comes first.

@@ -1,0 +1,433 @@
+package pipeline_test
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/md5"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+	"github.com/ulikunitz/xz"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+const (
+	version = "535.261.03"
+	headers = "usr/src/linux-headers-6.1.0-9-test/"
+)
+
+// headerFiles is a kernel small enough to compile against in a moment; a name
+// that ends in * is executable.
+func headerFiles() map[string]string {
+	return map[string]string{
+		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\n", headers + "Module.symvers": "0x00000000\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n",
+		headers + "include/config/kernel.release": "6.1.0-9-test\n",
+	}
+}
+
+func toolchainFiles() map[string]string {
+	files := map[string]string{}
+	for _, tool := range []string{"gcc", "strip"} {
+		files["bin/x86_64-cros-linux-gnu-"+tool+"*"] = "#!/bin/sh\nexec /usr/bin/" + tool + " \"$@\"\n"
+	}
+	return files
+}
+
+// driverFiles is a release whose one module says what a real one says of itself.
+func driverFiles() map[string]string {
+	return map[string]string{
+		"kernel-open/Kbuild":   "obj-m += nvidia.o\n",
+		"kernel-open/Makefile": "modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) -c nv.c -o nvidia.ko\n",
+		"kernel-open/nv.c": `static const char info[] __attribute__((section(".modinfo"), used)) =
+	"license=Dual MIT/GPL\0version=` + version + `\0name=nvidia\0vermagic=6.1.0-9-test SMP mod_unload \0depends=";
+`,
+		"firmware/gsp_tu10x.bin": "gsp", "nvidia-smi*": "ELF",
+	}
+}
+
+func tarOf(t testing.TB, files map[string]string, out io.WriteCloser) {
+	t.Helper()
+	w := tar.NewWriter(out)
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		h := &tar.Header{Name: "./" + strings.TrimSuffix(name, "*"), Mode: 0o644, Size: int64(len(files[name]))}
+		if strings.HasSuffix(name, "*") {
+			h.Mode = 0o755
+		}
+		if err := w.WriteHeader(h); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.WriteString(w, files[name]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Close(), out.Close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// farm is two buckets, a key and a registry.
+type farm struct {
+	dir, key string
+	repo     string
+}
+
+func newFarm(t *testing.T) *farm {
+	t.Helper()
+	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skip(tool + " is missing: apt-get install bubblewrap build-essential")
+		}
+	}
+	f := &farm{dir: t.TempDir(), repo: testkit.Registry(t, true) + "/prebake/driver"}
+	f.kernel(t, "17800.0.9", headerFiles())
+	f.driver(t, driverFiles())
+	f.newKey(t)
+	return f
+}
+
+func (f *farm) newKey(t *testing.T) {
+	t.Helper()
+	f.key = filepath.Join(t.TempDir(), "key")
+	if err := sign.GenerateKey(f.key); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (f *farm) put(t *testing.T, name string, data []byte) {
+	t.Helper()
+	path := filepath.Join(f.dir, name)
+	if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// kernel lays out a COS build.
+func (f *farm) kernel(t *testing.T, build string, files map[string]string) {
+	t.Helper()
+	var tree, tools bytes.Buffer
+	tarOf(t, files, gzip.NewWriter(&tree))
+	zw, err := xz.NewWriter(&tools)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tarOf(t, toolchainFiles(), zw)
+	for name, data := range map[string][]byte{
+		"kernel-headers.tgz": tree.Bytes(), "toolchain.tar.xz": tools.Bytes(),
+		"toolchain_env": []byte("CC=x86_64-cros-linux-gnu-gcc\n"), "kernel_commit": []byte(strings.Repeat("0a", 20) + "\n"),
+	} {
+		f.put(t, "cos/"+build+"/lakitu/"+name, data)
+		f.put(t, "cos/"+build+"/lakitu/"+name+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)))
+	}
+}
+
+// driver lays out an NVIDIA release.
+func (f *farm) driver(t *testing.T, files map[string]string) {
+	t.Helper()
+	run := bytes.NewBufferString("#!/bin/sh\nskip=\"20\"\n" + strings.Repeat(":\n", 18))
+	zw, err := zstd.NewWriter(run)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tarOf(t, files, zw)
+	name := "NVIDIA-Linux-x86_64-" + version + ".run"
+	f.put(t, "drivers/"+name, run.Bytes())
+	f.put(t, "drivers/sha256/"+name+".sha256", fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(run.Bytes()), name))
+}
+
+func (f *farm) config(t *testing.T, cache *cas.Cache) pipeline.Config {
+	return pipeline.Config{
+		KernelMirror: "file://" + f.dir + "/cos", DriverMirror: "file://" + f.dir + "/drivers", Cache: cache,
+		Destinations: []string{f.repo}, Key: f.key, BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: pipeline.LoadTestAuto,
+	}
+}
+
+func emptyCache(t *testing.T) *cas.Cache {
+	t.Helper()
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := cache.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return cache
+}
+
+func request(build string) pipeline.Request {
+	return pipeline.Request{BuildID: build, Board: "lakitu", Driver: version, Flavour: target.Open}
+}
+
+// build runs the pipeline and returns its log too.
+func build(t *testing.T, cfg pipeline.Config, r pipeline.Request) (*pipeline.Result, string, error) {
+	t.Helper()
+	var log bytes.Buffer
+	res, err := pipeline.Run(t.Context(), cfg, r, &log, &timeline.Run{})
+	return res, log.String(), err
+}
+
+func must(t *testing.T, cfg pipeline.Config, r pipeline.Request) *pipeline.Result {
+	t.Helper()
+	res, log, err := build(t, cfg, r)
+	if err != nil {
+		t.Fatalf("Run = %v\n%s", err, log)
+	}
+	return res
+}
+
+func phases(res *pipeline.Result) (names []string) {
+	for _, p := range res.Phases {
+		if !strings.HasPrefix(p.Name, " ") {
+			names = append(names, p.Name)
+		}
+	}
+	return names
+}
+
+// verified checks that a node of this build would take the artifact.
+func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
+	t.Helper()
+	repo, err := registry.Open(f.repo, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tag := range []string{res.Tag, bundle.KernelTag(res.Kernel, res.Driver)} {
+		if d, ok, err := publish.Existing(t.Context(), repo, tag); err != nil || !ok || d != res.Digest {
+			t.Errorf("tag %s names %s, %v; want %s", tag, d, err, res.Digest)
+		}
+	}
+	signer, err := sign.LoadSigner(t.Context(), f.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := signer.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := repo.Manifest(t.Context(), res.Digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc, err := bundle.ConfigDescriptor(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := repo.Small(t.Context(), desc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := bundle.ParseManifest(raw, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	bundles, err := repo.Attached(t.Context(), res.Digest, trust.ArtifactTypeBundle)
+	if err != nil || len(bundles) != attached {
+		t.Errorf("%d statements attached, %v; want %d", len(bundles), err, attached)
+	}
+	if _, err := v.Verify(bundles, trust.Expect{Digest: res.Digest, Kernel: res.Kernel, Driver: res.Driver, Identity: content.Identity}); err != nil {
+		t.Errorf("Verify = %v", err)
+	}
+}
+
+var (
+	whole  = []string{"source", "look up", "compile", "check", "load test", "package", "sign", "publish"}
+	reused = []string{"source", "look up", "publish"}
+)
+
+// From empty caches to a verified artifact, then from the cache, then from the
+// registry alone.
+func TestBuild(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cache := emptyCache(t)
+	first := must(t, f.config(t, cache), request("17800.0.9"))
+	if diff := cmp.Diff(whole, phases(first)); diff != "" || first.Existed || first.Reused {
+		t.Errorf("first build: existed %v, reused %v, phases (-want +got):\n%s", first.Existed, first.Reused, diff)
+	}
+	f.verified(t, first, 2)
+
+	elsewhere := f.config(t, cache)
+	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "layout")}
+	second := must(t, elsewhere, request("17800.0.9"))
+	if second.Digest != first.Digest || second.Existed || !slices.ContainsFunc(second.Phases, func(p timeline.Phase) bool { return p.Name == "compile" && strings.Contains(p.Note, "cached") }) {
+		t.Errorf("from the cache: %s, existed %v, %+v; want %s, cached", second.Digest, second.Existed, second.Phases, first.Digest)
+	}
+
+	// Nothing but the registry: this build again, and another of one kernel.
+	twin := headerFiles()
+	twin[headers+"include/generated/compile.h"] = "#define LINUX_COMPILE_HOST \"b\"\n"
+	f.kernel(t, "17800.1.9", twin)
+	for i, id := range []string{"17800.0.9", "17800.1.9"} {
+		res := must(t, f.config(t, emptyCache(t)), request(id))
+		if diff := cmp.Diff(reused, phases(res)); diff != "" || !res.Existed || !res.Reused || res.Digest != first.Digest || res.Tag != first.Tag {
+			t.Errorf("%s: %s, existed %v, reused %v; want %s; phases (-want +got):\n%s", id, res.Digest, res.Existed, res.Reused, first.Digest, diff)
+		}
+		if res.Kernel.BuildID != id || len(res.Layers) != 3 || len(res.Repositories) != 1 {
+			t.Errorf("%s: result %+v lacks something", id, res)
+		}
+		f.verified(t, res, 2+i)
+	}
+}
+
+// What is published is compiled again unless it is certain that this would
+// change nothing.
+func TestNotReused(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name   string
+		change func(t *testing.T, f *farm, cfg *pipeline.Config)
+		kind   fault.Kind // of the outcome; Internal is success
+	}{
+		{"signed with another key", func(t *testing.T, f *farm, cfg *pipeline.Config) { f.newKey(t); cfg.Key = f.key }, fault.Internal},
+		{"not everywhere", func(t *testing.T, _ *farm, cfg *pipeline.Config) {
+			cfg.Destinations = append(cfg.Destinations, "oci:"+filepath.Join(t.TempDir(), "layout"))
+		}, fault.Internal},
+		{"made from another runfile", func(t *testing.T, f *farm, _ *pipeline.Config) {
+			files := driverFiles()
+			files["nvidia-smi*"] = "ELF, changed"
+			f.driver(t, files)
+		}, fault.PublishRefused},
+		{"load test demanded", func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestRequire }, fault.LoadTestFailed},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			first := must(t, f.config(t, emptyCache(t)), request("17800.0.9"))
+			cfg := f.config(t, emptyCache(t))
+			row.change(t, f, &cfg)
+			res, log, err := build(t, cfg, request("17800.0.9"))
+			if row.kind != fault.Internal {
+				if !fault.Is(err, row.kind) || res.Reused {
+					t.Errorf("Run = %v, reused %v; want %v", err, res.Reused, row.kind)
+				}
+				return
+			}
+			if err != nil || res.Reused || res.Digest != first.Digest {
+				t.Fatalf("Run = %s, reused %v, %v; want %s made again\n%s", res.Digest, res.Reused, err, first.Digest, log)
+			}
+		})
+	}
+}
+
+// A build with a boot image of its own is not attested before its load test.
+func TestNotReusedUntested(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	must(t, f.config(t, emptyCache(t)), request("17800.0.9"))
+	f.kernel(t, "17800.1.9", headerFiles())
+	var boot bytes.Buffer
+	tarOf(t, map[string]string{"vmlinuz": "none"}, gzip.NewWriter(&boot))
+	f.put(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
+	f.put(t, "cos/17800.1.9/lakitu/prebake-boot.tgz.md5", fmt.Appendf(nil, "%x", md5.Sum(boot.Bytes())))
+	cfg := f.config(t, emptyCache(t))
+	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // so that the machine cannot even start
+	res, _, err := build(t, cfg, request("17800.1.9"))
+	if err == nil || res.Reused {
+		t.Errorf("Run = %+v, %v; want the load test's failure", res, err)
+	}
+	if diff := cmp.Diff(whole[:5], phases(res)); diff != "" {
+		t.Errorf("phases (-want +got):\n%s", diff)
+	}
+	cfg.LoadTest = pipeline.LoadTestOff
+	if res := must(t, cfg, request("17800.1.9")); !res.Reused {
+		t.Errorf("with the load test off: %+v; want it reused", res)
+	}
+}
+
+func TestFailures(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name   string
+		change func(t *testing.T, f *farm, cfg *pipeline.Config, r *pipeline.Request)
+		kind   fault.Kind
+		text   string
+		phases []string
+	}{
+		{"unknown BUILD_ID", func(_ *testing.T, _ *farm, _ *pipeline.Config, r *pipeline.Request) { r.BuildID = "17800.0.99" },
+			fault.InputMissing, "17800.0.99", whole[:1]},
+		{"unknown driver", func(_ *testing.T, _ *farm, _ *pipeline.Config, r *pipeline.Request) { r.Driver = "535.999.99" },
+			fault.InputMissing, "535.999.99", whole[:1]},
+		{"flavour that the release lacks", func(_ *testing.T, _ *farm, _ *pipeline.Config, r *pipeline.Request) { r.Flavour = target.Proprietary },
+			fault.Unsupported, "proprietary", whole[:1]},
+		{"wrong checksum", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
+			f.put(t, "cos/17800.0.9/lakitu/kernel-headers.tgz.md5", []byte(strings.Repeat("0", 32)))
+		}, fault.Checksum, "kernel-headers.tgz", whole[:1]},
+		{"no key, told before the compile", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) { cfg.Key += ".none" },
+			fault.Usage, "load signing key", whole[:2]},
+		{"no registry, told before the compile", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
+			cfg.Destinations = []string{"127.0.0.1:1/prebake/driver"}
+		}, fault.Transient, "127.0.0.1:1", whole[:2]},
+		{"API break", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
+			files := driverFiles()
+			files["kernel-open/nv.c"] = "int f(int a, int b);\nint nv(void) { return f(1); }\n"
+			f.driver(t, files)
+		}, fault.APIBreak, "error: too few arguments to function", whole[:3]},
+		{"module for another kernel", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
+			files := driverFiles()
+			files["kernel-open/nv.c"] = strings.Replace(files["kernel-open/nv.c"], "6.1.0-9-test", "6.1.0-8-test", 1)
+			f.driver(t, files)
+		}, fault.CheckFailed, "6.1.0-8-test", whole[:4]},
+		{"load test demanded without a boot image", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
+			cfg.LoadTest = pipeline.LoadTestRequire
+		}, fault.LoadTestFailed, "no bootable kernel", whole[:5]},
+		{"out of time", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) { cfg.CompileTimeout = 1 },
+			fault.TimedOut, "longer than 1ns", whole[:3]},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t)
+			cfg, r := f.config(t, emptyCache(t)), request("17800.0.9")
+			row.change(t, f, &cfg, &r)
+			res, log, err := build(t, cfg, r)
+			if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.text) {
+				t.Errorf("Run = %v (%v); want %v with %q", err, fault.Of(err), row.kind, row.text)
+			}
+			if strings.Contains(err.Error(), "\n") {
+				t.Errorf("Run = %q; want one line", err)
+			}
+			if !strings.Contains(log, row.text) {
+				t.Errorf("the log lacks %q:\n%s", row.text, log)
+			}
+			if diff := cmp.Diff(row.phases, phases(res)); diff != "" || !res.Phases[len(res.Phases)-1].Failed {
+				t.Errorf("phases %+v, the last one failed (-want +got):\n%s", res.Phases, diff)
+			}
+			if left, err := filepath.Glob(filepath.Join(cfg.Cache.Dir(), "work", "*", "*")); err != nil || len(left) > 0 {
+				t.Errorf("work folders left: %v, %v", left, err)
+			}
+			repo, err := registry.Open(f.repo, registry.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := repo.Resolve(context.WithoutCancel(t.Context()), bundle.KernelTag(target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}, target.Driver{Version: version, Flavour: target.Open})); !fault.Is(err, fault.NoArtifact) {
+				t.Errorf("Resolve after a failure = %v; want that nothing is there", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,225 @@
+package pipeline
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// place is one destination.
+type place struct {
+	name string
+	repo *registry.Repository
+}
+
+// lookUp asks every destination whether it has this cell. It comes before the
+// compile for another reason too: a key or a destination that does not work
+// shall show before minutes of work, not behind them.
+func (r *run) lookUp(ctx context.Context) (string, error) {
+	var err error
+	if r.signer, err = sign.LoadSigner(ctx, r.cfg.Key); err != nil {
+		return "", err
+	}
+	if r.verifier, err = r.signer.Verifier(); err != nil {
+		return "", err
+	}
+	for _, dest := range r.cfg.Destinations {
+		repo, err := registry.Open(dest, r.cfg.Registry(dest))
+		if err != nil {
+			return "", err
+		}
+		r.places = append(r.places, place{dest, repo})
+	}
+	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver})
+	digest := ""
+	for _, p := range r.places {
+		have, ok, err := publish.Existing(ctx, p.repo, r.res.Tag)
+		if err != nil {
+			return "", err
+		}
+		if !ok || digest != "" && have != digest {
+			return "not published yet", nil
+		}
+		digest = have
+	}
+	if digest == "" {
+		return "nowhere to look", nil
+	}
+	switch reason, err := r.reuse(ctx, digest); {
+	case fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact):
+		fmt.Fprintf(r.log, "%s is there, but: %v\n", r.res.Tag, err)
+		return "published, but does not verify", nil
+	case err != nil:
+		return "", err
+	case reason != "":
+		return "published, " + reason, nil
+	}
+	return "published already", nil
+}
+
+// reuse decides whether the artifact with this digest is as good as one made
+// now: whole, in every place, signed with our key, of this fingerprint, driver
+// and runfile. Then a statement that it fits this COS build is all that there
+// is to make. The reason says why it is made again nevertheless.
+func (r *run) reuse(ctx context.Context, digest string) (reason string, err error) {
+	if r.cfg.LoadTest == LoadTestRequire {
+		return "load test required", nil
+	}
+	statement, err := sign.KernelMatch(digest, r.kernel.Kernel, r.kernel.Fingerprint, r.res.Driver)
+	if err != nil {
+		return "", err
+	}
+	match, err := sign.Bundle(ctx, r.signer, statement)
+	if err != nil {
+		return "", err
+	}
+	for _, p := range r.places {
+		content, attested, err := r.holds(ctx, p, digest, match)
+		if err != nil {
+			return "", err
+		}
+		// With a boot image of its own, a build that nobody attested yet is
+		// tested before it is.
+		if !attested && r.cfg.LoadTest != LoadTestOff && r.kernel.Boot != "" {
+			return "not tested on this build yet", nil
+		}
+		r.id = content.Identity
+		r.res.Layers = nil
+		for _, l := range content.Layers {
+			r.res.Layers = append(r.res.Layers, bundle.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
+		}
+	}
+	r.res.Digest, r.res.Reused, r.bundles = digest, true, [][]byte{match}
+	return "", nil
+}
+
+// holds verifies what a place has under a digest; attested says that there is
+// a statement for this COS build already.
+func (r *run) holds(ctx context.Context, p place, digest string, match []byte) (content bundle.Content, attested bool, err error) {
+	manifest, err := p.repo.Manifest(ctx, digest)
+	if err != nil {
+		return content, false, err
+	}
+	desc, err := bundle.ConfigDescriptor(manifest)
+	if err != nil {
+		return content, false, err
+	}
+	config, err := p.repo.Small(ctx, desc)
+	if err != nil {
+		return content, false, err
+	}
+	if content, err = bundle.ParseManifest(manifest, config); err != nil {
+		return content, false, err
+	}
+	attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		return content, false, err
+	}
+	expect := trust.Expect{Digest: digest, Kernel: r.kernel.Kernel, Driver: r.res.Driver, Identity: content.Identity}
+	verdict, err := r.verifier.Verify(append([][]byte{match}, attached...), expect)
+	if err != nil {
+		return content, false, err
+	}
+	if !slices.ContainsFunc(verdict.Materials, func(m trust.Material) bool { return m.Digest == r.release.Digest }) {
+		return content, false, fault.Errorf(fault.Mismatch, "%s was not made from runfile %s", digest, r.release.Digest)
+	}
+	for _, l := range content.Layers { // a registry may have lost what it promised
+		blob, err := p.repo.Blob(ctx, l.Digest, l.Size)
+		if err != nil {
+			return content, false, err
+		}
+		if err := blob.Close(); err != nil {
+			return content, false, err
+		}
+	}
+	_, err = r.verifier.Verify(attached, expect)
+	return content, err == nil, nil
+}
+
+// sign makes the image and signs the statements about it.
+func (r *run) sign(ctx context.Context) (string, error) {
+	var err error
+	if r.image, err = bundle.Image(r.id, r.res.Layers); err != nil {
+		return "", err
+	}
+	digest, err := r.image.Digest()
+	if err != nil {
+		return "", err
+	}
+	r.res.Digest = digest.String()
+	statements, err := r.statements()
+	if err != nil {
+		return "", err
+	}
+	for _, statement := range statements {
+		b, err := sign.Bundle(ctx, r.signer, statement)
+		if err != nil {
+			return "", err
+		}
+		r.bundles = append(r.bundles, b)
+	}
+	return "key " + r.signer.PublicKey().ID(), nil
+}
+
+// publish sends out what the places do not have yet.
+func (r *run) publish(ctx context.Context) (string, error) {
+	a := publish.Artifact{Image: r.image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: r.bundles, Verifier: r.verifier}
+	r.res.Existed = true
+	for _, p := range r.places {
+		existed, err := true, error(nil)
+		if r.res.Reused {
+			err = publish.Attest(ctx, p.repo, r.res.Digest, a)
+		} else {
+			_, existed, err = publish.Publish(ctx, p.repo, a)
+		}
+		if err != nil {
+			return "", fmt.Errorf("publish to %s: %w", p.name, err)
+		}
+		r.res.Existed = r.res.Existed && existed
+		r.res.Repositories = append(r.res.Repositories, p.repo.Name())
+	}
+	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.places))
+	if r.res.Existed {
+		note += ", was there already"
+	}
+	return note, nil
+}
+
+// statements says how the image was made and for which COS build it is good.
+func (r *run) statements() ([]sign.Statement, error) {
+	var materials []sign.Material
+	for _, m := range append(append([]cossrc.Material(nil), r.kernel.Materials...), r.release.Materials...) {
+		materials = append(materials, sign.Material{Name: m.Name, URI: m.URI, Digest: m.Digest})
+	}
+	facts := map[string]string{
+		"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
+		"builder": r.cfg.Version, "vermagic": r.id.Vermagic,
+		"loadTest": "static checks only",
+	}
+	if r.res.LoadTest != nil {
+		facts["loadTest"] = r.res.LoadTest.State
+	}
+	provenance, err := sign.Provenance(r.res.Digest, sign.BuildFacts{
+		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver, Materials: materials,
+		BuilderID: r.cfg.BuilderID, Started: r.started, Finished: time.Now().UTC(), Facts: facts,
+	})
+	if err != nil {
+		return nil, err
+	}
+	match, err := sign.KernelMatch(r.res.Digest, r.kernel.Kernel, r.kernel.Fingerprint, r.res.Driver)
+	if err != nil {
+		return nil, err
+	}
+	return []sign.Statement{provenance, match}, nil
+}
