@@ -72,9 +72,10 @@ const (
 func New(c Config) http.Handler {
 	m := newMetrics(c)
 	root := chi.NewRouter()
-	root.Use(m.measure, recoverPanics(c.Log), secureHeaders)
+	// Every request sets its deadlines, refused ones too: those of the request
+	// before would end the connection.
+	root.Use(m.measure, recoverPanics(c.Log), secureHeaders, deadline(shortCall))
 	root.Group(func(r chi.Router) {
-		r.Use(deadline(shortCall))
 		mountAPI(r, c)
 		r.Get("/healthz", func(w http.ResponseWriter, _ *http.Request) { writeText(w, http.StatusOK, "ok\n") })
 		r.Get("/readyz", ready(c))
@@ -167,7 +168,7 @@ func relative(repository, asked, port string) string {
 // mountAPI is the route table. A route with Security needs the token.
 func mountAPI(r chi.Router, c Config) {
 	cat := c.Catalogue
-	a := humachi.New(r, apiConfig(c.Version))
+	a := humachi.New(r, apiConfig(c.Version, c.Log))
 	a.UseMiddleware(checkSecurity(a, c.Token))
 	read := func(id, path, what string) huma.Operation {
 		return huma.Operation{OperationID: id, Method: http.MethodGet, Path: path, Summary: what}

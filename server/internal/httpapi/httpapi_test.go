@@ -30,8 +30,13 @@ const token = "0123456789abcdef"
 // returns its address.
 func serve(t *testing.T) string {
 	t.Helper()
+	url, _ := serveLogging(t, slog.New(slog.DiscardHandler))
+	return url
+}
+
+func serveLogging(t *testing.T, log *slog.Logger) (string, *store.Store) {
+	t.Helper()
 	dir := t.TempDir()
-	log := slog.New(slog.DiscardHandler)
 	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
 	check(t, err)
 	q, err := queue.Open(t.Context(), "sqlite://"+filepath.Join(dir, "queue.db"))
@@ -49,7 +54,7 @@ func serve(t *testing.T) string {
 		s.Close()
 		check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close()))
 	})
-	return s.URL
+	return s.URL, db
 }
 
 func check(t *testing.T, err error) {
@@ -146,6 +151,23 @@ func TestClient(t *testing.T) {
 	for name, row := range refusals {
 		if !fault.Is(row.err, row.want) {
 			t.Errorf("%s: %v; want %v", name, row.err, row.want)
+		}
+	}
+}
+
+// What goes wrong inside the server is in its log, whichever way it was asked.
+func TestFailuresAreLogged(t *testing.T) {
+	t.Parallel()
+	var said bytes.Buffer
+	url, db := serveLogging(t, slog.New(slog.NewTextHandler(&said, nil)))
+	check(t, db.Close())
+	for _, path := range []string{"/v1/kernels", "/v1/builds/1/log"} {
+		said.Reset()
+		resp, err := http.Get(url + path)
+		check(t, err)
+		check(t, resp.Body.Close())
+		if resp.StatusCode != http.StatusServiceUnavailable || !strings.Contains(said.String(), "database is closed") || !strings.Contains(said.String(), path) {
+			t.Errorf("GET %s without a database = %s, logged %q; want 503 and the cause", path, resp.Status, said.String())
 		}
 	}
 }

@@ -75,7 +75,7 @@ func getLog(c Config) http.HandlerFunc {
 			log, _, err = c.Catalogue.OpenLog(r.Context(), id)
 		}
 		if err != nil {
-			writeProblem(w, problemOf(err))
+			fail(w, r, c.Log, err)
 			return
 		}
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
@@ -93,8 +93,7 @@ func putLog(c Config) http.HandlerFunc {
 			err = c.Catalogue.PutLog(r.Context(), id, r.Body)
 		}
 		if err != nil {
-			c.Log.WarnContext(r.Context(), "log not stored", "build", id, "err", err)
-			writeProblem(w, problemOf(err))
+			fail(w, r, c.Log, err)
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)

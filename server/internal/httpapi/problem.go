@@ -2,6 +2,7 @@ package httpapi
 
 import (
 	"encoding/json"
+	"log/slog"
 	"net/http"
 	"path"
 	"reflect"
@@ -16,7 +17,10 @@ import (
 
 // problem is an error answer in the shape that the router wants: a status, a
 // media type, and our members.
-type problem struct{ api.Problem }
+type problem struct {
+	api.Problem
+	cause error // for the server's log
+}
 
 func (p *problem) Error() string             { return p.Detail }
 func (p *problem) GetStatus() int            { return p.Status }
@@ -33,7 +37,27 @@ func problemOf(err error) api.Problem {
 	return p
 }
 
-func asProblem(err error) huma.StatusError { return &problem{problemOf(err)} }
+func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
+
+// fail answers with an error, and logs the server's own.
+func fail(w http.ResponseWriter, r *http.Request, log *slog.Logger, err error) {
+	p := problemOf(err)
+	if p.Status >= http.StatusInternalServerError {
+		log.ErrorContext(r.Context(), "request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+	}
+	writeProblem(w, p)
+}
+
+// logFailures logs what went wrong inside the server, since the answer does not
+// always tell it.
+func logFailures(log *slog.Logger) huma.Transformer {
+	return func(ctx huma.Context, _ string, v any) (any, error) {
+		if p, ok := v.(*problem); ok && p.cause != nil && p.Status >= http.StatusInternalServerError {
+			log.ErrorContext(ctx.Context(), "request failed", "method", ctx.Method(), "path", ctx.URL().Path, "err", p.cause)
+		}
+		return v, nil
+	}
+}
 
 // reshape turns the router's own refusals (a body that is no JSON, a missing
 // member) into our shape, so that clients see one kind of error.
@@ -57,7 +81,7 @@ func reshape(_ huma.Context, _ string, v any) (any, error) {
 	if m.Status >= http.StatusInternalServerError {
 		kind = fault.Internal
 	}
-	return &problem{api.Problem{Title: m.Title, Status: m.Status, Kind: kind, Detail: strings.Join(detail, "; "),
+	return &problem{Problem: api.Problem{Title: m.Title, Status: m.Status, Kind: kind, Detail: strings.Join(detail, "; "),
 		Hint: "the members are described in /openapi.json"}}, nil
 }
 
@@ -115,7 +139,7 @@ func needToken(token string) func(http.Handler) http.Handler {
 
 // apiConfig describes the API. The router's default would add $schema members
 // to answers and a documentation page that loads scripts from elsewhere.
-func apiConfig(version string) huma.Config {
+func apiConfig(version string, log *slog.Logger) huma.Config {
 	names := func(t reflect.Type, hint string) string {
 		name := huma.DefaultSchemaNamer(t, hint)
 		for t.Kind() == reflect.Pointer || t.Kind() == reflect.Slice {
@@ -139,6 +163,6 @@ func apiConfig(version string) huma.Config {
 		Formats:          map[string]huma.Format{"application/json": huma.DefaultJSONFormat, "json": huma.DefaultJSONFormat},
 		DefaultFormat:    "application/json",
 		NoFormatFallback: false,
-		Transformers:     []huma.Transformer{reshape},
+		Transformers:     []huma.Transformer{logFailures(log), reshape},
 	}
 }
