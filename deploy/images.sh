@@ -105,6 +105,23 @@ starts bwrap --version
 # A machine with its network card, which needs a boot ROM that is easily forgotten.
 starts sh -c 'echo quit | timeout 60 qemu-system-x86_64 -accel tcg -machine q35 -display none -S \
   -netdev user,id=n -device virtio-net-pci,netdev=n -monitor stdio'
+# The sandbox and what kbuild runs in it, as the pod's user. The kernel gives no
+# namespaces to a process in a chroot, such as those that buildah runs here; so
+# the image becomes the root of a mount namespace, as it does in a pod.
+sandboxed() {
+  local root answer
+  root=$(buildah_ mount "$container")
+  # shellcheck disable=SC2016 # make's and awk's, not this shell's
+  answer=$(bwrap --bind "$root" / --dev-bind /proc /proc --dev-bind /dev /dev --tmpfs /tmp --clearenv --setenv PATH /usr/bin:/bin \
+    setpriv --reuid 65532 --regid 65532 --clear-groups \
+    bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL --new-session --die-with-parent \
+    --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64 \
+    --ro-bind /etc/alternatives /etc/alternatives --proc /proc --dev /dev --tmpfs /tmp --remount-ro / \
+    prlimit --core=0 make -s -f - <<<'all:; @echo 6*7 | bc | awk "{ print \$$1 }"' 2>&1) || true
+  [[ $answer == 42 ]] || { say "$image: the sandbox does not run inside the image: $answer"; exit 1; }
+  say "$image: sandbox with make, bc and awk runs as uid 65532"
+}
+sandboxed
 buildah_ rm "$container" >/dev/null
 enter server
 starts /usr/local/bin/server version

@@ -17,8 +17,9 @@ declare -A groups=(
   [run]="bubblewrap make bc libelf1 gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
   # The other database of the server and its queue; see deploy/postgres.sh.
   [test]="postgresql"
-  # A Dockerfile builder that needs no daemon, and a base image made on the spot.
-  [images]="buildah debootstrap"
+  # A Dockerfile builder that needs no daemon, a base image made on the spot, and
+  # what enters an image to try its sandbox.
+  [images]="buildah debootstrap bubblewrap"
 )
 
 wanted=()
