@@ -109,6 +109,9 @@ func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	if err != nil {
 		return err
 	}
+	if b.State != api.Queued && b.State != api.Building {
+		return nil // its end was reported meanwhile
+	}
 	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why, Hint: "ask for the build again"}
 	if b.Class != "" {
 		u.Class, u.Error, u.Hint = b.Class, b.Error, orText(b.Hint, u.Hint)
@@ -224,8 +227,10 @@ func changed(b api.Build, u api.BuildUpdate, now func() time.Time) (api.Build, e
 		}
 		b.Kernel = *u.Kernel
 	}
-	if u.State != "" && u.State != b.State {
-		if !slices.Contains(next[b.State], u.State) {
+	// After a worker was killed, the next attempt finds the build building.
+	again := u.State == api.Building && b.State == api.Building && u.Attempt > b.Attempt
+	if u.State != "" && (u.State != b.State || again) {
+		if !again && !slices.Contains(next[b.State], u.State) {
 			return b, fault.New(fault.Mismatch, fmt.Sprintf("it is %s and cannot become %s", b.State, u.State), "")
 		}
 		at := now()
@@ -233,7 +238,7 @@ func changed(b api.Build, u api.BuildUpdate, now func() time.Time) (api.Build, e
 		case api.Queued:
 			b.Phase, b.Worker, b.StartedAt, b.FinishedAt = "", "", nil, nil
 		case api.Building:
-			b.StartedAt, b.FinishedAt = &at, nil
+			b.StartedAt, b.FinishedAt, b.Phase = &at, nil, ""
 			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
 		case api.Failed, api.Cancelled:
 			b.FinishedAt = &at

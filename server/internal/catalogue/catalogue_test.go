@@ -8,6 +8,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -356,6 +358,46 @@ func TestRetryTellsWhy(t *testing.T) {
 	}
 	if got, err = c.Build(t.Context(), other.ID); err != nil || got.Class != "internal" || got.Error != "lost" {
 		t.Errorf("Build() = %+v, %v; want internal: lost", got, err)
+	}
+}
+
+// A report that comes between the sweep's two looks counts.
+func TestAbandonComesLate(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	for _, end := range []api.BuildUpdate{
+		{State: api.Failed, Class: "api-break", Error: "nv.c:1: error"},
+		{State: api.Building},
+		{State: api.Published, Digest: digest("1"), Fingerprint: fingerA},
+	} {
+		update(t, c, b.ID, end)
+		if end.State == api.Building {
+			continue
+		}
+		before, err := c.Build(t.Context(), b.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Abandon(t.Context(), b.ID, "lost"); err != nil {
+			t.Errorf("Abandon(%s) = %v", end.State, err)
+		}
+		if after, err := c.Build(t.Context(), b.ID); err != nil || !cmp.Equal(before, after) {
+			t.Errorf("Abandon(%s) left %+v, %v; want %+v", end.State, after, err, before)
+		}
+	}
+}
+
+// The attempt after a killed one starts afresh.
+func TestSecondAttemptStartsAfresh(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 1, Worker: "w1"})
+	update(t, c, b.ID, api.BuildUpdate{Phase: "compile"})
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 2, Worker: "w1"})
+	if got, err := c.Build(t.Context(), b.ID); err != nil || got.Attempt != 2 || got.Phase != "" {
+		t.Errorf("second attempt = %+v, %v; want no phase yet", got, err)
 	}
 }
 

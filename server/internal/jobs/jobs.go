@@ -8,6 +8,7 @@ package jobs
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -57,34 +58,39 @@ func (s *Sweeper) Run(ctx context.Context) error {
 	}
 }
 
-// Sweep looks at every open build once.
+// Sweep looks at every open build once. Trouble with one does not keep it from
+// the others.
 func (s *Sweeper) Sweep(ctx context.Context) error {
 	open, err := s.Catalogue.OpenBuilds(ctx)
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, b := range open {
-		at, err := s.Queue.Lookup(ctx, b.ID)
-		if err != nil {
-			return err
+		if err := s.sweep(ctx, b); err != nil {
+			errs = append(errs, fmt.Errorf("build %d: %w", b.ID, err))
 		}
-		switch {
-		case !at.Found && b.State == api.Queued:
-			s.Log.InfoContext(ctx, "build queued again", "build", b.ID)
-			err = s.Catalogue.Enqueue(ctx, b)
-		case !at.Found:
-			err = s.Catalogue.Abandon(ctx, b.ID, "the queue lost the build's job")
-		case at.Over:
-			why := at.Error
-			if why == "" {
-				why = "the worker reported no outcome"
-			}
-			s.Log.WarnContext(ctx, "build abandoned", "build", b.ID, "err", why)
-			err = s.Catalogue.Abandon(ctx, b.ID, fmt.Sprintf("the job ended as %s after %d attempts: %s", at.State, at.Attempt, why))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *Sweeper) sweep(ctx context.Context, b api.Build) error {
+	at, err := s.Queue.Lookup(ctx, b.ID)
+	switch {
+	case err != nil:
+		return err
+	case !at.Found && b.State == api.Queued:
+		s.Log.InfoContext(ctx, "build queued again", "build", b.ID)
+		return s.Catalogue.Enqueue(ctx, b)
+	case !at.Found:
+		return s.Catalogue.Abandon(ctx, b.ID, "the queue lost the build's job")
+	case at.Over:
+		why := at.Error
+		if why == "" {
+			why = "the worker reported no outcome"
 		}
-		if err != nil {
-			return err
-		}
+		s.Log.WarnContext(ctx, "build abandoned", "build", b.ID, "err", why)
+		return s.Catalogue.Abandon(ctx, b.ID, fmt.Sprintf("the job ended as %s after %d attempts: %s", at.State, at.Attempt, why))
 	}
 	return nil
 }

@@ -2,7 +2,9 @@ package jobs_test
 
 import (
 	"context"
+	"errors"
 	"log/slog"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -24,7 +26,10 @@ func (w *world) Enqueue(_ context.Context, b api.Build) error {
 	w.did = append(w.did, "enqueue")
 	return nil
 }
-func (w *world) Abandon(_ context.Context, _ int64, why string) error {
+func (w *world) Abandon(_ context.Context, id int64, why string) error {
+	if id == 13 {
+		return errors.New("it is published and cannot become failed")
+	}
 	w.did = append(w.did, "abandon: "+why)
 	return nil
 }
@@ -59,6 +64,20 @@ func TestSweep(t *testing.T) {
 		if d := cmp.Diff(row.want, w.did); d != "" {
 			t.Errorf("%s: Sweep() did (-want +got):\n%s", row.name, d)
 		}
+	}
+}
+
+// One build that cannot be swept keeps no other from it.
+func TestSweepGoesOn(t *testing.T) {
+	t.Parallel()
+	over := queue.Standing{Found: true, Over: true, State: "discarded", Attempt: 5, Error: "x"}
+	w := &world{open: []api.Build{{ID: 13, State: api.Building}, {ID: 1, State: api.Queued}}, standing: map[int64]queue.Standing{13: over}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
+	if err := s.Sweep(t.Context()); err == nil || !strings.Contains(err.Error(), "build 13") {
+		t.Errorf("Sweep() = %v; want the trouble with build 13", err)
+	}
+	if d := cmp.Diff([]string{"enqueue"}, w.did); d != "" {
+		t.Errorf("Sweep() did (-want +got):\n%s", d)
 	}
 }
 
