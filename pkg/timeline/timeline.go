@@ -6,12 +6,15 @@ package timeline
 import (
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 	"time"
 )
 
 // Phase is one finished step.
 type Phase struct {
+	// Name says what was done. One that begins with a space is a part of the
+	// phase that follows, whose time includes it.
 	Name  string    `json:"name"`
 	Start time.Time `json:"start"`
 	// Seconds is the wall-clock duration.
@@ -93,26 +96,34 @@ func (r *Run) Phases() []Phase {
 	return append([]Phase(nil), r.phases...)
 }
 
+// Total is the time of all phases in seconds, with no part counted twice.
+func Total(phases []Phase) (seconds float64) {
+	for _, p := range phases {
+		if !strings.HasPrefix(p.Name, " ") {
+			seconds += p.Seconds
+		}
+	}
+	return seconds
+}
+
 // Print writes phases as a table of at most 80 columns.
 func Print(w io.Writer, title string, phases []Phase) error {
 	if _, err := fmt.Fprintf(w, "%s\n", title); err != nil {
 		return err
 	}
-	var total float64
 	for _, p := range phases {
-		total += p.Seconds
 		mark := " "
 		if p.Failed {
 			mark = "x"
 		}
 		note := p.Note
-		if len(note) > 50 {
-			note = note[:47] + "..."
+		if letters := []rune(note); len(letters) > 50 {
+			note = string(letters[:47]) + "..."
 		}
 		if _, err := fmt.Fprintf(w, " %s %-14s %8.2f s  %s\n", mark, p.Name, p.Seconds, note); err != nil {
 			return err
 		}
 	}
-	_, err := fmt.Fprintf(w, "   %-14s %8.2f s\n", "total", total)
+	_, err := fmt.Fprintf(w, "   %-14s %8.2f s\n", "total", Total(phases))
 	return err
 }

@@ -55,3 +55,21 @@ func TestRun(t *testing.T) {
 		t.Errorf("table lacks the failed phase or the note:\n%s", out.String())
 	}
 }
+
+// A part of a phase is shown, and not counted twice.
+func TestTotal(t *testing.T) {
+	t.Parallel()
+	phases := []timeline.Phase{
+		{Name: "source", Seconds: 1}, {Name: "  conftest", Seconds: 20}, {Name: "  compile", Seconds: 100}, {Name: "compile", Seconds: 121, Note: strings.Repeat("ü", 60)},
+	}
+	if got := timeline.Total(phases); got != 122 {
+		t.Errorf("Total = %v; want 122", got)
+	}
+	var out strings.Builder
+	if err := timeline.Print(&out, "builder", phases); err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(out.String(), "122.00 s\n") || !strings.Contains(out.String(), strings.Repeat("ü", 47)+"...\n") {
+		t.Errorf("Print wrote\n%s\nwant a total of 122 s and whole letters", out.String())
+	}
+}

@@ -19,6 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
@@ -227,11 +228,7 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published}
-	var total float64
-	for _, phase := range b.Phases {
-		total += phase.Seconds
-	}
-	page.Total = strconv.FormatFloat(total, 'f', 2, 64)
+	page.Total = strconv.FormatFloat(timeline.Total(b.Phases), 'f', 2, 64)
 	if b.Digest != "" {
 		artifacts, err := p.reader.Artifacts(r.Context())
 		if err != nil {
