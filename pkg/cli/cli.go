@@ -5,7 +5,8 @@
 //
 // The rules that it keeps for all programs:
 //   - stdout is the result, stderr is everything else.
-//   - An error is one "error:" line and, where somebody knows it, one "hint:" line.
+//   - An error is one "error:" line (what else is wrong stands indented below)
+//     and, where somebody knows it, one "hint:" line.
 //   - The exit code is the error's kind's; package fault holds the list.
 //   - Flag beats environment beats default; environment names are PREBAKE_ and
 //     the flag's name.
@@ -79,7 +80,7 @@ func walk(cmd *ucli.Command, f func(*ucli.Command)) {
 
 // PrintError writes an error and its hint the way every program does.
 func PrintError(w io.Writer, err error) {
-	fmt.Fprintf(w, "error: %v\n", err)
+	fmt.Fprintf(w, "error: %s\n", strings.ReplaceAll(err.Error(), "\n", "\n       "))
 	if hint := fault.Hint(err); hint != "" {
 		fmt.Fprintf(w, "hint:  %s\n", hint)
 	}

@@ -25,6 +25,7 @@ func program() *ucli.Command {
 				return fault.New(fault.Busy, "lock held", "wait for the other one")
 			}},
 			{Name: "crash", Action: func(context.Context, *ucli.Command) error { return errors.New("boom") }},
+			{Name: "twice", Action: func(context.Context, *ucli.Command) error { return errors.Join(errors.New("one"), errors.New("two")) }},
 			{Name: "group", Commands: []*ucli.Command{{Name: "inner", Action: func(context.Context, *ucli.Command) error { return nil }}}},
 		},
 	}
@@ -43,6 +44,7 @@ func TestRun(t *testing.T) {
 		{"show --nonsense", 2, "", "hint:  see tool show --help"},
 		{"fail", 7, "", "error: lock held\nhint:  wait for the other one\n"},
 		{"crash", 1, "", "error: boom\n"},
+		{"twice", 1, "", "error: one\n       two\n"},
 		{"nonsense", 2, "", `tool has no command "nonsense"`},
 		{"group nonsense", 2, "", `tool group has no command "nonsense"`},
 		{"group inner", 0, "", ""},
