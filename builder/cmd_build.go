@@ -33,7 +33,7 @@ func pipelineFlags() []ucli.Flag {
 		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
 		&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")},
 		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
-		&ucli.DurationFlag{Name: "compile-timeout", Value: time.Hour, Usage: "longest `TIME` for one compile", Sources: cli.Env("compile-timeout")},
+		&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for one compile; a build from the queue has one hour in all", Sources: cli.Env("compile-timeout")},
 		&ucli.StringFlag{Name: "load-test", Value: string(pipeline.LoadTestAuto), Usage: "load the modules in a virtual machine: auto, require or off", Sources: cli.Env("load-test"),
 			Validator: func(s string) error {
 				switch pipeline.LoadTest(s) {
@@ -119,6 +119,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	logPath := cmd.String("log")
 	if logPath == "" {
 		logPath = filepath.Join(cfg.Cache.Dir(), "logs", fmt.Sprintf("%s-%s-%s-%s.log", kernel.BuildID, kernel.Board, wish, flavour))

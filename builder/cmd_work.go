@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net/url"
 	"os"
@@ -40,7 +41,7 @@ func workCommand() *ucli.Command {
 	}
 }
 
-func runWork(ctx context.Context, cmd *ucli.Command) error {
+func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {
 		return err
@@ -49,6 +50,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
 	server, err := url.Parse(cmd.String("server"))
 	if err != nil {

@@ -75,7 +75,7 @@ type Config struct {
 	LoadTest LoadTest
 	// Tools are programs that the load test puts into its machine.
 	GuestInit, NVMLProbe string
-	// CompileTimeout bounds the compile phase; 0 is one hour.
+	// CompileTimeout bounds the compile phase; 0 is 45 minutes.
 	CompileTimeout time.Duration
 }
 
@@ -136,7 +136,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 		cfg.DriverMirror = req.DriverMirror
 	}
 	if cfg.CompileTimeout == 0 {
-		cfg.CompileTimeout = time.Hour
+		cfg.CompileTimeout = 45 * time.Minute
 	}
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
