@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -193,13 +194,14 @@ func requestCommand() *ucli.Command {
 	}
 }
 
-// wait follows a build, with a line for each change.
+// wait follows a build, with a line for each change. A server that is away for
+// a while is waited for as well.
 func wait(ctx context.Context, c *api.Client, b api.Build, say io.Writer) (api.Build, error) {
 	tick := time.NewTicker(time.Second)
 	defer tick.Stop()
-	last := ""
+	last, away := "", false
 	for {
-		if line := fmt.Sprintf("build %d: %s %s", b.ID, b.State, b.Phase); line != last {
+		if line := strings.TrimSpace(fmt.Sprintf("build %d: %s %s", b.ID, b.State, b.Phase)); line != last {
 			last = line
 			fmt.Fprintln(say, line)
 		}
@@ -213,12 +215,15 @@ func wait(ctx context.Context, c *api.Client, b api.Build, say io.Writer) (api.B
 		case <-tick.C:
 		}
 		next, err := c.Build(ctx, b.ID)
-		if err != nil && !fault.Of(err).Retryable() {
-			return b, err
-		}
-		if err == nil {
+		switch {
+		case err == nil:
 			b = next
+		case !fault.Of(err).Retryable():
+			return b, err
+		case !away && ctx.Err() == nil:
+			fmt.Fprintf(say, "waiting for the server: %v\n", err)
 		}
+		away = err != nil
 	}
 }
 
