@@ -224,6 +224,12 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 	}
 	srv := &Server{Process: p, Data: data}
 	if err := waitFor(ctx, time.Minute, func() (bool, error) {
+		select {
+		case err := <-p.done:
+			p.done <- nil
+			return false, errors.Join(fmt.Errorf("it ended, see %s", filepath.Join(s.Dir, "server.log")), err)
+		default:
+		}
 		addr, err := os.ReadFile(addrFile)
 		if err != nil {
 			return false, nil
