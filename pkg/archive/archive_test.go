@@ -4,7 +4,9 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
+	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -249,6 +251,17 @@ func TestUnpackBoundsXZDictionary(t *testing.T) {
 	_, _, err := unpack(t, whole, archive.Options{})
 	if !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), "dictionary") {
 		t.Errorf("Unpack of a 4 GiB dictionary = %v; want a refusal", err)
+	}
+	tool, err := exec.LookPath("xz")
+	if err != nil {
+		t.Skip("the xz program is not installed")
+	}
+	// The program looks at the header's checksum first: its last four bytes.
+	header := whole[12 : 12+4*(int(whole[12])+1)]
+	binary.LittleEndian.PutUint32(header[len(header)-4:], crc32.ChecksumIEEE(header[:len(header)-4]))
+	_, _, err = unpack(t, whole, archive.Options{XZTool: tool})
+	if !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), "emory") {
+		t.Errorf("Unpack of a 4 GiB dictionary by %s = %v; want a refusal", tool, err)
 	}
 }
 

@@ -100,6 +100,9 @@ func Decompress(ctx context.Context, r io.Reader, xzTool string) (io.ReadCloser,
 // for 64 MiB, and the decoder allocates what is asked before it reads a byte.
 const xzDict = 256 << 20
 
+// xzMemory is the same bound for an xz program, with room for its threads.
+const xzMemory = "--memlimit-decompress=1GiB"
+
 // checkXZ bounds the dictionary size that the first block asks for. The block
 // header follows the 12 bytes of the stream header (.xz file format 1.2.1,
 // sections 3.1 and 5.3.1): its size, flags, up to two optional sizes, then the
@@ -141,7 +144,7 @@ type xzProcess struct {
 
 func startXZ(ctx context.Context, tool string, r io.Reader) (*xzProcess, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	p := &xzProcess{cancel: cancel, cmd: exec.CommandContext(ctx, tool, "--decompress", "--stdout", "--threads=0", "--quiet")}
+	p := &xzProcess{cancel: cancel, cmd: exec.CommandContext(ctx, tool, "--decompress", "--stdout", "--threads=0", xzMemory, "--quiet")}
 	p.cmd.Env = []string{"LC_ALL=C"} // XZ_OPT and XZ_DEFAULTS of the caller do not count
 	p.cmd.Stdin, p.cmd.Stderr = r, &p.stderr
 	out, err := p.cmd.StdoutPipe()
