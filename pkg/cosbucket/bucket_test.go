@@ -174,6 +174,13 @@ func TestFolder(t *testing.T) {
 	if _, _, err := b.Get(t.Context(), "planted"); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(link out of the folder) = %v; want input-missing", err)
 	}
+	if _, _, err := b.Get(t.Context(), "17800.0.47/lakitu/kernel_commit/x"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(below a file) = %v; want input-missing", err)
+	}
+	// Trouble of the file system is not absence.
+	if _, _, err := b.Get(t.Context(), strings.Repeat("x", 300)); err == nil || fault.Is(err, fault.InputMissing) {
+		t.Errorf("Get(name that the file system refuses) = %v; want another error than input-missing", err)
+	}
 	if _, _, err := b.Get(t.Context(), "17800.0.47"); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Get(folder) = %v; want input-missing", err)
 	}

@@ -11,6 +11,7 @@ import (
 	"path"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -35,16 +36,29 @@ func openFolder(u *url.URL) (*folder, error) {
 func (f *folder) get(_ context.Context, name string) (io.ReadCloser, Attrs, error) {
 	info, err := f.root.Stat(name)
 	if err != nil {
-		return nil, Attrs{}, missing(err)
+		return nil, Attrs{}, absent(err)
 	}
 	if !info.Mode().IsRegular() {
 		return nil, Attrs{}, missing(fmt.Errorf("%s is not a file", name))
 	}
 	r, err := f.root.Open(name)
 	if err != nil {
-		return nil, Attrs{}, missing(err)
+		return nil, Attrs{}, absent(err)
 	}
 	return r, Attrs{Size: info.Size()}, nil
+}
+
+// absent tells a file that is not there from one that the system would not
+// give: a checksum that cannot be read must not count as none.
+func absent(err error) error {
+	var errno syscall.Errno
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		return fault.Wrap(fault.Usage, err, "let this user read the bucket's folder")
+	case errors.As(err, &errno) && errno != syscall.ENOENT && errno != syscall.ENOTDIR:
+		return err
+	}
+	return missing(err)
 }
 
 func (f *folder) list(ctx context.Context, prefix, glob string) ([]string, error) {
