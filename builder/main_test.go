@@ -1,0 +1,78 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// run runs one command and returns what it wrote.
+func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	code = cli.Run(t.Context(), root(), append([]string{"builder"}, args...), &out, &errs)
+	return code, out.String(), errs.String()
+}
+
+// TestOperator makes the mistakes that people make: each one has its exit code
+// and names the next move.
+func TestOperator(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	key := filepath.Join(dir, "key")
+	if code, out, errs := run(t, "keygen", key); code != 0 || !strings.Contains(out, key+".pub") {
+		t.Fatalf("keygen = %d %s%s", code, out, errs)
+	}
+	bucket := filepath.Join(dir, "bucket")
+	if err := os.Mkdir(bucket, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	build := func(more ...string) []string {
+		return append([]string{"build", "--build-id", "17800.0.9", "--driver", "535.261.03", "--kernel-mirror", "file://" + bucket, "--driver-mirror", "file://" + bucket,
+			"--to", "oci:" + filepath.Join(dir, "layout"), "--key", key, "--cache", filepath.Join(dir, "cache")}, more...)
+	}
+	work := func(more ...string) []string {
+		return append([]string{"work", "--to", "oci:" + filepath.Join(dir, "layout"), "--key", key, "--cache", filepath.Join(dir, "cache"), "--state", filepath.Join(dir, "state")}, more...)
+	}
+	rows := []struct {
+		name string
+		args []string
+		code int
+		err  string // a part of stderr
+	}{
+		{"no key file name", []string{"keygen"}, 2, "hint:  builder keygen"},
+		{"key is there", []string{"keygen", key}, 2, "hint:  use another name"},
+		{"no flags", []string{"build"}, 2, "build-id"},
+		{"bad BUILD_ID", build("--build-id", "x"), 2, "hint:  see builder build --help"},
+		{"bad driver", build("--driver", "new"), 2, "hint:  see builder build --help"},
+		{"bad flavour", build("--flavour", "sweet"), 2, "hint:  see builder build --help"},
+		{"bad load test", build("--load-test", "maybe"), 2, "auto, require or off"},
+		{"COS build that the bucket lacks", build(), fault.InputMissing.ExitCode(), "hint:  check BUILD_ID"},
+		{"no queue", work(), 2, "queue"},
+		{"queue that is none", work("--queue", "mysql://x"), 2, "hint:  use sqlite:///abs/path/queue.db"},
+		{"unknown command", []string{"frobnicate"}, 2, "no command"},
+		{"mirror with an argument", []string{"mirror", "--out", dir, "x"}, 2, "unexpected argument"},
+	}
+	for _, row := range rows {
+		code, out, errs := run(t, row.args...)
+		if code != row.code || out != "" || !strings.Contains(errs, row.err) {
+			t.Errorf("%s: %v = %d\n%s%s\nwant %d with %q and nothing on stdout", row.name, row.args, code, out, errs, row.code, row.err)
+		}
+	}
+	// The log of the failed build tells the same, and no lock is left.
+	logs, err := filepath.Glob(filepath.Join(dir, "cache", "logs", "*.log"))
+	if err != nil || len(logs) != 1 {
+		t.Fatalf("logs = %v, %v; want one", logs, err)
+	}
+	if text, err := os.ReadFile(logs[0]); err != nil || !strings.Contains(string(text), "build failed (input-missing)") {
+		t.Errorf("log = %q, %v", text, err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "cache", "owners", "*")); err != nil || len(left) > 0 {
+		t.Errorf("owners left in the cache: %v, %v", left, err)
+	}
+}
