@@ -119,10 +119,17 @@ func (l *Loader) Load(ctx context.Context, images []Image) (done []Outcome, err 
 			done = append(done, Outcome{Name: img.Name, Was: Already})
 			continue
 		}
-		switch err := l.loadOne(img); {
+		image, err := img.Bytes()
+		if err != nil {
+			return done, err // bytes that do not hold are never skipped
+		}
+		was, err := l.loadOne(img, image)
+		switch {
 		case err == nil:
-			mine = append(mine, img.Name)
-			done = append(done, Outcome{Name: img.Name, Was: Loaded})
+			done = append(done, Outcome{Name: img.Name, Was: was})
+			if was == Loaded { // what others loaded is not ours to unload
+				mine = append(mine, img.Name)
+			}
 		case img.Optional:
 			done = append(done, Outcome{Name: img.Name, Was: Skipped, Reason: err.Error()})
 		default:
@@ -152,32 +159,29 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 	return false, nil
 }
 
-func (l *Loader) loadOne(img Image) error {
-	image, err := img.Bytes()
-	if err != nil {
-		return err
-	}
+// loadOne says whether the module is there through us or through others.
+func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	mark := l.Mark()
 	err = l.System.InitModule(image, img.Params)
 	if errors.Is(err, syscall.EEXIST) {
 		// Somebody was faster; that is only fine if it is the same module.
 		same, lookErr := l.isLoaded(img)
 		if lookErr != nil {
-			return lookErr
+			return "", lookErr
 		}
 		if same {
-			return nil
+			return Already, nil
 		}
 	}
 	if err == nil {
-		return nil
+		return Loaded, nil
 	}
 	kind, hint := classify(err)
 	text := fmt.Sprintf("load %s: %s", img.Name, explain(err))
 	if lines := l.Since(mark); len(lines) > 0 {
 		text += "; the kernel says: " + strings.Join(tail(lines, 4), " | ")
 	}
-	return &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: text, cause: err}}
+	return "", &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: text, cause: err}}
 }
 
 // refusal is a kernel's refusal in words; it unwraps to the errno.

@@ -88,6 +88,8 @@ func TestLoad(t *testing.T) {
 	params.Params = "NVreg_A=1"
 	unread := image("nvidia")
 	unread.Bytes = func() ([]byte, error) { return nil, fault.New(fault.Unverified, "changed", "") }
+	tampered := unread
+	tampered.Name, tampered.Optional = "nvidia-drm", true
 	rows := []struct {
 		name   string
 		lines  string
@@ -109,6 +111,11 @@ func TestLoad(t *testing.T) {
 		{"one that was there stays", "nvidia 1 0 - Live\n", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
 			[]string{"init nvidia-uvm"}, []string{kmod.Already}, fault.Rejected},
 		{"bytes do not hold", "", []kmod.Image{unread}, nil, nil, nil, nil, fault.Unverified},
+		{"bytes of an optional one do not hold", "", []kmod.Image{params, tampered}, nil, nil,
+			[]string{"init nvidia NVreg_A=1", "delete nvidia"}, []string{kmod.Loaded}, fault.Unverified},
+		{"third one refused, the others go in reverse", "", []kmod.Image{image("nvidia"), image("nvidia-uvm"), image("nvidia-modeset")},
+			map[string]error{"nvidia-modeset": unix.EINVAL}, nil,
+			[]string{"init nvidia", "init nvidia-uvm", "init nvidia-modeset", "delete nvidia_uvm", "delete nvidia"}, []string{kmod.Loaded, kmod.Loaded}, fault.Rejected},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -152,10 +159,20 @@ func TestEEXIST(t *testing.T) {
 			root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}
 			root["sys/module/nvidia/version"] = &fstest.MapFile{Data: []byte(version + "\n")}
 		}}
-		_, err := (&kmod.Loader{System: s, Root: root}).Load(t.Context(), []kmod.Image{image("nvidia")})
-		if kind == fault.Internal && err != nil || kind != fault.Internal && !fault.Is(err, kind) {
-			t.Errorf("Load against a racing %s = %v; want kind %v", version, err, kind)
+		l := &kmod.Loader{System: s, Root: root}
+		done, err := l.Load(t.Context(), []kmod.Image{image("nvidia")})
+		if kind == fault.Internal && (err != nil || done[0].Was != kmod.Already) || kind != fault.Internal && !fault.Is(err, kind) {
+			t.Errorf("Load against a racing %s = %v, %v; want kind %v, or already loaded", version, done, err, kind)
 		}
+	}
+	// What the other one loaded stays when a later module is refused.
+	root := modules("")
+	s := &system{insert: map[string]error{"nvidia": unix.EEXIST, "nvidia-uvm": unix.EINVAL}, onInsert: func(string) {
+		root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}
+	}}
+	_, err := (&kmod.Loader{System: s, Root: root}).Load(t.Context(), []kmod.Image{image("nvidia"), image("nvidia-uvm")})
+	if diff := cmp.Diff([]string{"init nvidia", "init nvidia-uvm"}, s.calls); diff != "" || !fault.Is(err, fault.Rejected) {
+		t.Errorf("Load = %v; want rejected, and nothing unloaded (-want +got):\n%s", err, diff)
 	}
 }
 
