@@ -7,13 +7,15 @@
 // half done is removed at the next Open. Blobs are verified as they come in and
 // not again when they are asked for: Verify does that on demand. A tree is
 // verified each time it is asked for, and made again when it is not what it
-// was. Whoever gets a path must not write to it.
+// was; so is a fact, which is then forgotten. Whoever gets a path must not
+// write to it.
 //
 // It refuses to download, to decide what is worth keeping, and to serve a
 // folder that machines share over a network without working flock.
 package cas
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -319,7 +321,7 @@ func (c *Cache) Remember(kind, key string, value []byte) error {
 	if !keyPattern.MatchString(kind) || len(value) > maxFact {
 		return fault.New(fault.Internal, fmt.Sprintf("remember %q: not a file name, or %d bytes are too many", kind, len(value)), "")
 	}
-	if err := c.writeFile(c.factPath(kind, key), value); err != nil {
+	if err := c.writeFile(c.factPath(kind, key), append(factSum(value), value...)); err != nil {
 		return disk(fmt.Errorf("remember: %w", err))
 	}
 	return nil
@@ -350,13 +352,23 @@ func (c *Cache) writeFile(path string, value []byte) error {
 	return nil
 }
 
-// Recall returns what was remembered under the key.
+// factSum is what stands before a fact's value, in hex.
+func factSum(value []byte) []byte {
+	sum := sha256.Sum256(value)
+	return append(hex.AppendEncode(nil, sum[:]), '\n')
+}
+
+// Recall returns what was remembered under the key; a damaged fact is forgotten.
 func (c *Cache) Recall(kind, key string) ([]byte, bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}
-	value, err := os.ReadFile(c.factPath(kind, key))
-	return value, err == nil
+	text, err := os.ReadFile(c.factPath(kind, key))
+	if err != nil {
+		return nil, false
+	}
+	_, value, _ := bytes.Cut(text, []byte("\n"))
+	return value, bytes.HasPrefix(text, factSum(value))
 }
 
 func (c *Cache) factPath(kind, key string) string {

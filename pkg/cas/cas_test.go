@@ -356,6 +356,22 @@ func TestFacts(t *testing.T) {
 			t.Errorf("Recall = %q, %t; want %q", got, ok, value)
 		}
 	}
+	facts, err := filepath.Glob(filepath.Join(dir, "facts/fetched/*"))
+	if err != nil || len(facts) != 1 {
+		t.Fatalf("facts %v, %v; want one", facts, err)
+	}
+	text, err := os.ReadFile(facts[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, damaged := range []string{"", "two", strings.Replace(string(text), "two", "twp", 1), string(text[:len(text)-1])} {
+		if err := os.WriteFile(facts[0], []byte(damaged), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if got, ok := c.Recall("fetched", key); ok {
+			t.Errorf("Recall of the damaged fact %q = %q; want it forgotten", damaged, got)
+		}
+	}
 	if err := c.Remember("../x", key, nil); err == nil {
 		t.Error("Remember accepted ../x as a kind")
 	}
