@@ -47,11 +47,13 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed = changed
 	err = a.parts.Line.Do("install", func() (string, error) {
-		if err := store.Switch(set.Digest); err != nil {
-			return "", errors.Join(err, store.Restore(pointers))
-		}
-		if err := store.WriteCacheFile(*set); err != nil {
+		// Libraries on a filesystem without exec are of no use to anybody, so
+		// that is mended before any device file says that the driver is ready.
+		if _, err := store.EnsureExec(); err != nil {
 			return "", err
+		}
+		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil {
+			return "", errors.Join(err, restore(store, pointers, before))
 		}
 		if !changed {
 			return "already in force", nil
@@ -69,11 +71,6 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 			return a.takeBack(ctx, r, store, facts, pointers, changed, before, err)
 		}
 	}
-	// Libraries on a filesystem without exec are of no use to anybody, so the
-	// mount is mended even where nothing is loaded.
-	if _, err := store.EnsureExec(); err != nil {
-		return err
-	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if r.Verdict, err = a.validate(ctx, set, mark); err != nil {
 			return "", err
@@ -89,13 +86,22 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 	return errors.Join(r.Verdict.Err(), store.Sweep())
 }
 
+// restore puts back the files that were in force before.
+func restore(store *install.Store, to install.Pointers, before *install.Set) error {
+	err := store.Restore(to)
+	if before != nil {
+		err = errors.Join(err, store.WriteCacheFile(*before))
+	}
+	return err
+}
+
 // takeBack restores files and modules after a failed load. cause stays the
 // error; what cannot be restored is added to it.
 func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, to install.Pointers, changed bool, before *install.Set, cause error) error {
 	ctx = context.WithoutCancel(ctx)
 	var errs []error
 	if changed {
-		if err := store.Restore(to); err != nil {
+		if err := restore(store, to, before); err != nil {
 			errs = append(errs, fmt.Errorf("take install back: %w", err))
 		} else {
 			r.Changed = false

@@ -288,11 +288,8 @@ func TestInstall(t *testing.T) {
 			t.Errorf("installed %s = %q; want %q", name, tree[name], content)
 		}
 	}
-	raw, err := os.ReadFile(filepath.Join(n.root, installDir, ".cache"))
-	if want := "BUILD_ID=" + buildA + "\nDRIVER_VERSION=" + newVersion + "\nKERNEL_OPEN=Y\n"; err != nil || string(raw) != want {
-		t.Errorf(".cache = %q, %v; want %q", raw, err, want)
-	}
-	raw, err = os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path"))
+	wantCache(t, n, newVersion)
+	raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path"))
 	if err != nil || string(raw) != "/"+installDir+"/firmware" {
 		t.Errorf("firmware path = %q, %v", raw, err)
 	}
@@ -357,6 +354,8 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	clear(n.kernel.refuse)
 
+	wantCache(t, n, oldVersion)
+
 	// Then it works, and the way back works too.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if err != nil || !r.Changed || r.Verdict.NVML.Version != newVersion {
@@ -369,6 +368,16 @@ func TestUpgradeAndRollback(t *testing.T) {
 	}
 	if diff := cmp.Diff(good, n.tree(t)); diff != "" {
 		t.Errorf("after rollback, tree (-want +got):\n%s", diff)
+	}
+	wantCache(t, n, oldVersion)
+}
+
+// wantCache compares the note for Google's installer.
+func wantCache(t *testing.T, n *node, version string) {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(n.root, installDir, ".cache"))
+	if want := "BUILD_ID=" + buildA + "\nDRIVER_VERSION=" + version + "\nKERNEL_OPEN=Y\n"; err != nil || string(raw) != want {
+		t.Errorf(".cache = %q, %v; want %q", raw, err, want)
 	}
 }
 
