@@ -16,7 +16,7 @@ suite=bookworm
 if ((EUID != 0)); then
   # A root file system with its owners and devices takes root to make.
   echo "images: going on with sudo" >&2
-  exec sudo PREBAKE_STATE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" "$0" "$@"
+  exec sudo PREBAKE_STATE="$cache" BASE_IMAGE="${BASE_IMAGE:-}" deploy/images.sh "$@"
 fi
 
 say() { echo "images: $*" >&2; }
