@@ -56,15 +56,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "give --server as in http://127.0.0.1:8440")
 	}
-	configured := cfg.Registry
-	cfg.Registry = func(destination string) registry.Options {
-		o := configured(destination)
-		if host, _, _ := strings.Cut(destination, "/"); host == server.Host && o.Password == "" {
-			// The embedded registry takes the token that the API takes.
-			o.Username, o.Password = "token", cmd.String("token")
-		}
-		return o
-	}
+	cfg.Registry = embedded(server, cmd.String("token"), cfg.Registry)
 	return worker.Run(ctx, worker.Config{
 		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
 		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Log: log,
@@ -72,4 +64,20 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 			return pipeline.Run(ctx, cfg, r, out, line)
 		},
 	})
+}
+
+// embedded adds to a destination on the server itself what --server and --token
+// say already: its registry speaks what the API speaks, and takes its token.
+func embedded(server *url.URL, token string, configured func(string) registry.Options) func(string) registry.Options {
+	return func(destination string) registry.Options {
+		o := configured(destination)
+		if host, _, _ := strings.Cut(destination, "/"); host != server.Host {
+			return o
+		}
+		o.Plain = o.Plain || server.Scheme == "http"
+		if o.Password == "" {
+			o.Username, o.Password = "token", token
+		}
+		return o
+	}
 }

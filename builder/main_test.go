@@ -2,13 +2,17 @@ package main
 
 import (
 	"bytes"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
 )
 
 // run runs one command and returns what it wrote.
@@ -74,5 +78,31 @@ func TestOperator(t *testing.T) {
 	}
 	if left, err := filepath.Glob(filepath.Join(dir, "cache", "owners", "*")); err != nil || len(left) > 0 {
 		t.Errorf("owners left in the cache: %v, %v", left, err)
+	}
+}
+
+// The server's own registry takes the API's token; no other registry sees it.
+func TestEmbedded(t *testing.T) {
+	t.Parallel()
+	server, err := url.Parse("http://prebake.svc:8440")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := registry.Options{Username: "me", Password: "mine"}
+	rows := []struct {
+		destination      string
+		configured, want registry.Options
+	}{
+		{"prebake.svc:8440/prebake/driver", registry.Options{}, registry.Options{Username: "token", Password: "secret", Plain: true}},
+		{"prebake.svc:8440/prebake/driver", named, registry.Options{Username: "me", Password: "mine", Plain: true}},
+		{"prebake.svc/prebake/driver", registry.Options{}, registry.Options{}},
+		{"ghcr.io/x/prebake.svc:8440", named, named},
+		{"oci:/x", registry.Options{}, registry.Options{}},
+	}
+	for _, row := range rows {
+		got := embedded(server, "secret", func(string) registry.Options { return row.configured })(row.destination)
+		if diff := cmp.Diff(row.want, got); diff != "" {
+			t.Errorf("options of %s (-want +got):\n%s", row.destination, diff)
+		}
 	}
 }

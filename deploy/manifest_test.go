@@ -159,6 +159,19 @@ func TestBuilderManifest(t *testing.T) {
 		t.Errorf("builder: hostUsers %v, procMount %q; want false, Unmasked: the sandbox mounts a /proc of its own", p.HostUsers, c.SecurityContext.ProcMount)
 	}
 	unprivileged(t, c)
+	// The builder gives its token to the registry at --server only, and the
+	// server tells its own repository from others by that name.
+	value := func(flag string) string {
+		for _, arg := range c.Args {
+			if v, ok := strings.CutPrefix(arg, "--"+flag+"="); ok {
+				return v
+			}
+		}
+		return ""
+	}
+	if host, _, _ := strings.Cut(value("to"), "/"); "http://"+host != value("server") {
+		t.Errorf("builder publishes to %s and reports to %s; want one host", value("to"), value("server"))
+	}
 }
 
 // unprivileged wants what the restricted profile wants of a container.
