@@ -142,9 +142,14 @@ func (a *Agent) mayReplace(facts *host.Facts, set *install.Set) error {
 	if !a.replaces(facts, set) {
 		return nil
 	}
+	return idle(facts)
+}
+
+// idle refuses a driver that is in use, before anything of it is unloaded.
+func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
 		if m.Refs > len(m.UsedBy) {
-			return fault.New(fault.Busy, fmt.Sprintf("replace driver %s: module %s is in use by %s", facts.Driver, m.Name, plural(m.Refs-len(m.UsedBy), "open device")),
+			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, plural(m.Refs-len(m.UsedBy), "open device")),
 				"stop what uses the GPU (nvidia-smi lists it) and run this again; the driver in use stays as it is")
 		}
 	}
@@ -172,15 +177,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 		return "", err
 	}
 	if a.replaces(facts, set) {
-		var names []string
-		for _, m := range facts.Modules { // youngest first, so users come before what they use
-			names = append(names, m.Name)
-		}
-		done, err := a.loader.Unload(ctx, names)
-		for _, name := range done {
-			r.did("unload %s", name)
-		}
-		if err != nil {
+		if err := a.unload(ctx, r, facts); err != nil {
 			return "", err
 		}
 	}
@@ -203,6 +200,19 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 		return "already loaded", nil
 	}
 	return plural(fresh, "module"), nil
+}
+
+// unload unloads the driver that is loaded.
+func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
+	var names []string
+	for _, m := range facts.Modules { // youngest first, so users come before what they use
+		names = append(names, m.Name)
+	}
+	done, err := a.loader.Unload(ctx, names)
+	for _, name := range done {
+		r.did("unload %s", name)
+	}
+	return err
 }
 
 // images are the modules of a set that are loaded, in load order. The bytes are

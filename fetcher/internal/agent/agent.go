@@ -154,9 +154,9 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		defer func() { err = errors.Join(err, store.Close()) }()
 	}
 	if !a.cfg.DryRun {
-		unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
-		if err != nil {
-			return err
+		unlock, lockErr := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+		if lockErr != nil {
+			return lockErr
 		}
 		defer func() { err = errors.Join(err, unlock()) }()
 	}

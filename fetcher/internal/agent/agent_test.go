@@ -314,26 +314,14 @@ func TestUpgradeAndRollback(t *testing.T) {
 	good := n.tree(t)
 
 	// A driver in use stays.
-	inUse := func(refs string) {
-		path := filepath.Join(n.root, "proc/modules")
-		raw, err := os.ReadFile(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		text := strings.ReplaceAll(string(raw), "nvidia_uvm 4096 0", "nvidia_uvm 4096 "+refs)
-		text = strings.ReplaceAll(text, "nvidia_uvm 4096 1", "nvidia_uvm 4096 "+refs)
-		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	inUse("1")
+	n.inUse(t, "1")
 	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
 		t.Fatalf("Run with a driver in use = %v; want busy", err)
 	}
 	if diff := cmp.Diff(good, n.tree(t)); diff != "" || len(n.kernel.calls) != 0 {
 		t.Errorf("a driver in use was touched: calls %v, tree (-want +got):\n%s", n.kernel.calls, diff)
 	}
-	inUse("0")
+	n.inUse(t, "0")
 
 	// A new driver that the kernel refuses: the old one comes back.
 	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENOENT
@@ -370,6 +358,70 @@ func TestUpgradeAndRollback(t *testing.T) {
 		t.Errorf("after rollback, tree (-want +got):\n%s", diff)
 	}
 	wantCache(t, n, oldVersion)
+}
+
+// inUse says how many programs have the driver open.
+func (n *node) inUse(t *testing.T, refs string) {
+	t.Helper()
+	path := filepath.Join(n.root, "proc/modules")
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := strings.ReplaceAll(string(raw), "nvidia_uvm 4096 0", "nvidia_uvm 4096 "+refs)
+	text = strings.ReplaceAll(text, "nvidia_uvm 4096 1", "nvidia_uvm 4096 "+refs)
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestWithdraw rolls back the first driver of ours: what another installer had
+// left is there again.
+func TestWithdraw(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	for _, foreign := range []bool{false, true} {
+		n := newNode(t, c, 1, key)
+		rollback := func() (*agent.Report, error) {
+			n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
+			return agent.New(n.cfg, n.parts).Rollback(t.Context())
+		}
+		sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
+		if _, err := rollback(); !fault.Is(err, fault.NoArtifact) || fault.Hint(err) == "" {
+			t.Errorf("Rollback with nothing of ours = %v; want no artifact and a hint", err)
+		}
+		before := n.tree(t)
+		if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+			t.Fatal(err)
+		}
+		ours := n.tree(t)
+		n.inUse(t, "1")
+		if _, err := rollback(); !fault.Is(err, fault.Busy) || len(n.kernel.calls) > 0 || !cmp.Equal(ours, n.tree(t)) {
+			t.Errorf("Rollback of a driver in use = %v, calls %v; want busy and nothing done", err, n.kernel.calls)
+		}
+		n.inUse(t, "0")
+		want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}
+		if foreign { // somebody loaded another driver meanwhile
+			sample.Write(t, n.root, "proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "+oldVersion+"  Thu\n")
+			want = nil
+		}
+		r, err := rollback()
+		if err != nil || !r.Changed || r.Verdict.State != gpucheck.Absent {
+			t.Fatalf("Rollback = %+v, %v; want it taken out of force", r, err)
+		}
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+			t.Errorf("system calls (-want +got):\n%s", diff)
+		}
+		if diff := cmp.Diff(before, n.tree(t)); diff != "" {
+			t.Errorf("after rollback, tree (-want +got):\n%s", diff)
+		}
+		if _, err := os.Stat(filepath.Join(n.root, installDir, ".cache")); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf(".cache of a driver that is gone: %v", err)
+		}
+	}
 }
 
 // wantCache compares the note for Google's installer.

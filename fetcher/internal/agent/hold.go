@@ -153,6 +153,13 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, nothingInstalled(err)
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
+	if !a.cfg.DryRun {
+		unlock, lockErr := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+		if lockErr != nil {
+			return r, nothingInstalled(lockErr)
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
+	}
 	current, err := store.Current()
 	if err == nil && current == nil {
 		err = nothingInstalled(fs.ErrNotExist)
@@ -169,7 +176,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		if a.cfg.DryRun {
 			return r, nil
 		}
-		return r, a.withdraw(ctx, r, store, facts)
+		return r, a.withdraw(ctx, r, store, facts, current)
 	}
 	r.did("switch %s back to %s", a.cfg.InstallDir, short(previous.Digest))
 	r.Answer = keptAnswer(previous)
@@ -179,30 +186,20 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	if a.cfg.DryRun {
 		return r, a.planLoad(r, facts, previous)
 	}
-	unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
-	if err != nil {
-		return r, err
-	}
-	defer func() { err = errors.Join(err, unlock()) }()
 	err = a.activate(ctx, r, store, facts, previous)
 	r.Phases = a.parts.Line.Phases()
 	return r, err
 }
 
-// withdraw takes the only set out of force and unloads it.
-func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, facts *host.Facts) (err error) {
-	unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, unlock()) }()
-	for _, m := range facts.Modules { // youngest first
-		done, err := a.loader.Unload(ctx, []string{m.Name})
-		if err != nil {
+// withdraw takes the only set out of force and unloads it; a driver that
+// somebody else loaded stays.
+func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, current *install.Set) error {
+	if !a.replaces(facts, current) {
+		if err := idle(facts); err != nil {
 			return err
 		}
-		for _, name := range done {
-			r.did("unload %s", name)
+		if err := a.unload(ctx, r, facts); err != nil {
+			return err
 		}
 	}
 	r.Changed = true
