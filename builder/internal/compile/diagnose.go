@@ -29,7 +29,7 @@ var (
 	modpostError  = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
 	makeError     = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
 	makeCheck     = regexp.MustCompile(`: (\w+_sanity_check|cc_version_check)\] Error \d+$`)
-	programGone   = regexp.MustCompile(`^(?:/bin/sh|sh|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
+	programGone   = regexp.MustCompile(`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
 	memoryTrouble = regexp.MustCompile(`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 

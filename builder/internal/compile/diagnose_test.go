@@ -66,6 +66,10 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 			failed, fault.Internal, "/bin/sh: 1: x86_64-cros-linux-gnu-ld: not found",
 		},
 		{
+			"no make", "prlimit: failed to execute make: No such file or directory\n",
+			failed, fault.Internal, "prlimit: failed to execute make: No such file or directory",
+		},
+		{
 			"wrong flag", "gcc: error: unrecognized command-line option '-mharden-sls=all'\nmake[2]: *** [/prebake/kernel/scripts/Makefile.build:250: /prebake/src/a.o] Error 1\n",
 			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1, after: gcc: error: unrecognized command-line option '-mharden-sls=all'",
 		},
