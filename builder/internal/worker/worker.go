@@ -9,6 +9,7 @@ package worker
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -29,12 +30,11 @@ import (
 
 // Config is what a worker needs.
 type Config struct {
-	// ID names this worker to queue and server. Only one process may use it at
-	// a time: at its start, a worker takes over what ran under its ID.
-	ID string
-	// State is a folder for the logs of running builds, and for a lock that
-	// keeps a second worker off.
-	State string
+	// ID names this worker to people, and State is a folder for the logs of its
+	// running builds. Together they name it to the queue: at its start, a worker
+	// takes over what ran under that name. A lock in State keeps a second one
+	// off. On different machines, IDs have to differ.
+	ID, State string
 	// QueueURL is sqlite:///path or postgres://...
 	QueueURL string
 	// Concurrency is how many builds run side by side; 0 is one.
@@ -73,7 +73,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	case err != nil:
 		return fmt.Errorf("lock %s: %w", lock.Path(), err)
 	case !locked:
-		return fault.New(fault.Busy, "another worker uses "+cfg.State, "give each worker its own --state folder and --id")
+		return fault.New(fault.Busy, "another worker uses "+cfg.State, "give each worker its own --state folder")
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
 	q, err := queue.Open(ctx, cfg.QueueURL)
@@ -87,13 +87,28 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer w.stop(nil)
 	w.sendLeftovers(ctx)
 	cfg.Log.InfoContext(ctx, "worker started", "worker", cfg.ID)
-	if err := q.Work(w.stopping, cfg.ID, max(1, cfg.Concurrency), w.build); err != nil {
+	name, err := cfg.queueName()
+	if err != nil {
+		return err
+	}
+	if err := q.Work(w.stopping, name, max(1, cfg.Concurrency), w.build); err != nil {
 		return err
 	}
 	if ctx.Err() == nil { // it stopped itself
 		return context.Cause(w.stopping)
 	}
 	return nil
+}
+
+// queueName is the name under which the queue knows the worker: no other
+// process of this machine can have it while State is locked.
+func (cfg Config) queueName() (string, error) {
+	state, err := filepath.Abs(cfg.State)
+	if err != nil {
+		return "", fmt.Errorf("name worker: %w", err)
+	}
+	sum := sha256.Sum256([]byte(state))
+	return fmt.Sprintf("%.80s-%x", cfg.ID, sum[:4]), nil
 }
 
 // build makes one build and reports it. What it returns decides about a retry.

@@ -282,6 +282,10 @@ func TestLastAttempt(t *testing.T) {
 // lost uses up attempts by workers whose database goes away in mid-build.
 func lost(t *testing.T, r *rig, attempts int) {
 	t.Helper()
+	name, err := r.cfg.QueueName()
+	if err != nil {
+		t.Fatal(err)
+	}
 	gone := make(chan struct{})
 	var ended sync.WaitGroup
 	ctx, stop := context.WithCancel(t.Context())
@@ -292,7 +296,7 @@ func lost(t *testing.T, r *rig, attempts int) {
 		}
 		started := make(chan struct{})
 		ended.Go(func() {
-			_ = q.Work(ctx, "w1", 1, func(context.Context, api.BuildJob, int) error { // its database is closed
+			_ = q.Work(ctx, name, 1, func(context.Context, api.BuildJob, int) error { // its database is closed
 				close(started)
 				<-gone
 				return nil
@@ -418,6 +422,37 @@ func TestSecondWorkerIsRefused(t *testing.T) {
 	}
 	if !fault.Is(second, fault.Busy) || fault.Hint(second) == "" {
 		t.Errorf("Run in a state folder that is in use = %v; want busy and a hint", second)
+	}
+}
+
+// A worker with the same ID and another folder, as two defaults on one machine
+// have it, does not take over what the first one runs.
+func TestSameIDElsewhere(t *testing.T) {
+	t.Parallel()
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	var r *rig
+	r = newRig(t, func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+		second := r.cfg
+		second.State = t.TempDir()
+		ctx2, other := context.WithTimeout(ctx, time.Second) // two looks into the queue
+		defer other()
+		if err := worker.Run(ctx2, second); err != nil {
+			t.Errorf("second worker: %v", err)
+		}
+		return works(ctx, log, line)
+	})
+	r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+		if u.State == api.Published {
+			stop()
+		}
+		return nil
+	}
+	if err := worker.Run(ctx, r.cfg); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(r.server.states); n != 2 || r.tries != 1 {
+		t.Errorf("the server heard %+v in %d tries; want one build", r.server.states, r.tries)
 	}
 }
 
