@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 
@@ -90,6 +91,20 @@ func TestVerifyRefuses(t *testing.T) {
 		f(&p)
 		return key.Provenance(t, s.Digest, p)
 	}
+	matchFor := func(f func(k *target.Kernel)) []byte {
+		m := trust.KernelMatch{Kernel: k47, Fingerprint: s.Identity.Fingerprint}
+		f(&m.Kernel)
+		return key.KernelMatch(t, s.Digest, m)
+	}
+	statement := func(kind string, subjects int) []byte {
+		subject := fmt.Sprintf(`{"name":"x","digest":{"sha256":%q}}`, strings.TrimPrefix(s.Digest, "sha256:"))
+		predicate, err := json.Marshal(testkit.ProvenancePredicate(params))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fmt.Appendf(nil, `{"_type":%q,"subject":[%s],"predicateType":%q,"predicate":%s}`,
+			kind, strings.Repeat(subject+",", subjects-1)+subject, trust.PredicateProvenance, predicate)
+	}
 	expect := func(f func(e *trust.Expect)) trust.Expect {
 		e := s.Expect()
 		f(&e)
@@ -124,6 +139,9 @@ func TestVerifyRefuses(t *testing.T) {
 		{"another commit", [][]byte{prov, key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: func() target.Kernel { k := k47; k.Commit = strings.Repeat("a", 40); return k }(), Fingerprint: s.Identity.Fingerprint})},
 			expect(func(e *trust.Expect) { e.Kernel.Commit = strings.Repeat("b", 40) }), fault.Mismatch, trust.ErrOtherKernel, "commit"},
 		{"another architecture", s.Bundles, expect(func(e *trust.Expect) { e.Kernel.Arch = target.ARM64 }), fault.Mismatch, trust.ErrOtherKernel, "arm64"},
+		{"another architecture in the artifact", s.Bundles, expect(func(e *trust.Expect) { e.Identity.Arch = target.ARM64 }), fault.Mismatch, trust.ErrOtherKernel, "it is for arm64"},
+		{"match for another release", [][]byte{prov, matchFor(func(k *target.Kernel) { k.Release = "6.6.1" })}, same, fault.Mismatch, trust.ErrOtherKernel, "attested with release 6.6.1"},
+		{"match for another architecture", [][]byte{prov, matchFor(func(k *target.Kernel) { k.Arch = target.ARM64 })}, same, fault.Mismatch, trust.ErrOtherKernel, "attested for arm64"},
 		{"another driver asked for", s.Bundles, expect(func(e *trust.Expect) { e.Driver.Flavour = target.Proprietary }), fault.Mismatch, trust.ErrOtherDriver, "535.261.03-proprietary"},
 		{"annotations of another driver", s.Bundles, expect(func(e *trust.Expect) { e.Driver.Version = "535.309.01"; e.Identity.Driver = e.Driver }),
 			fault.Mismatch, trust.ErrOtherIdentity, "provenance is for driver"},
@@ -133,6 +151,11 @@ func TestVerifyRefuses(t *testing.T) {
 			same, fault.Mismatch, trust.ErrOtherIdentity, "kernel match is for fingerprint"},
 		{"provenance of another release", [][]byte{provFor(func(p *trust.Parameters) { p.Kernel.Release = "6.6.1" }), match}, same, fault.Mismatch, trust.ErrOtherIdentity, "6.6.1"},
 		{"provenance of another architecture", [][]byte{provFor(func(p *trust.Parameters) { p.Kernel.Arch = target.ARM64 }), match}, same, fault.Mismatch, trust.ErrOtherIdentity, "arm64"},
+		{"provenance of another fingerprint", [][]byte{provFor(func(p *trust.Parameters) { p.Fingerprint = sibling.Identity.Fingerprint }), match},
+			same, fault.Mismatch, trust.ErrOtherIdentity, "provenance is for fingerprint"},
+		{"another statement type", [][]byte{key.Sign(t, statement("https://in-toto.io/Statement/v0.1", 1)), match}, same, fault.Unverified, trust.ErrMalformed, "statement v1"},
+		{"too many subjects", [][]byte{key.Sign(t, statement("https://in-toto.io/Statement/v1", 65)), match}, same, fault.Unverified, trust.ErrMalformed, "at most 64"},
+		{"another media type", [][]byte{bytes.Replace(prov, []byte("bundle.v0.3+json"), []byte("bundle.v0.2+json"), 1), match}, same, fault.Unverified, trust.ErrMalformed, "malformed"},
 		{"another build type", [][]byte{spoiled(func(p map[string]any) { p["buildDefinition"].(map[string]any)["buildType"] = "https://example.com/x" }), match},
 			same, fault.Unverified, nil, "build type"},
 		{"no builder", [][]byte{spoiled(func(p map[string]any) { delete(p, "runDetails") }), match}, same, fault.Unverified, nil, "no builder"},

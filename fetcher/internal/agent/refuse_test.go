@@ -103,6 +103,7 @@ func TestRefuses(t *testing.T) {
 	t.Parallel()
 	key, stranger := testkit.NewKey(t), testkit.NewKey(t)
 	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	newer.Bulk = 256 << 10 // noise in which a flipped byte breaks nothing but a digest
 	ref := testkit.Registry(t, true) + "/prebake/driver"
 	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
 	modules, userspace := pn.Layers[0].Digest, pn.Layers[1].Digest
@@ -125,6 +126,19 @@ func TestRefuses(t *testing.T) {
 	wrongInside.Vermagic, wrongInside.Untagged = "6.1.99+ SMP preempt mod_unload ", true
 	insides := testkit.Registry(t, true) + "/prebake/driver"
 	pw := sample.Publish(t, insides, key, wrongInside)
+	spoiled := func(spoil func(map[string]string)) string {
+		c := newer
+		c.Spoil, c.Untagged = spoil, true
+		return sample.Publish(t, insides, key, c).Digest
+	}
+	nvidia := func(version, vermagic string) func(map[string]string) {
+		return func(files map[string]string) {
+			files["drivers/nvidia.ko"] = string(sample.Module("nvidia", version, vermagic))
+		}
+	}
+	otherOptions := spoiled(nvidia(newVersion, "6.1.77+ SMP mod_unload "))
+	otherVersion := spoiled(nvidia(oldVersion, "6.1.77+ SMP preempt mod_unload "))
+	noNvidia := spoiled(func(files map[string]string) { delete(files, "drivers/nvidia.ko") })
 
 	other := newer.Driver
 	other.Version = "535.999.99"
@@ -160,6 +174,9 @@ func TestRefuses(t *testing.T) {
 		{"signed by another key", strangers, ps.Digest, newer.Driver, liar{}, fault.Unverified, "unknown key"},
 		{"artifact of the sibling kernel", siblings, pb.Digest, newer.Driver, liar{}, fault.Mismatch, "attested for " + buildB + "/lakitu, this node is " + buildA + "/lakitu"},
 		{"modules for another kernel inside", insides, pw.Digest, newer.Driver, liar{}, fault.Mismatch, `made for kernel "6.1.99+"`},
+		{"module with other options inside", insides, otherOptions, newer.Driver, liar{}, fault.Mismatch, `vermagic "6.1.77+ SMP mod_unload"`},
+		{"module of another version inside", insides, otherVersion, newer.Driver, liar{}, fault.Mismatch, `version "` + oldVersion + `"`},
+		{"no module of that name inside", insides, noNvidia, newer.Driver, liar{}, fault.Mismatch, "holds no drivers/nvidia.ko"},
 		{"server names another driver's artifact", ref, pn.Digest, other, liar{}, fault.Mismatch, newVersion},
 		{"digest that nobody has", ref, "sha256:" + strings.Repeat("ab", 32), newer.Driver, liar{}, fault.NoArtifact, ""},
 		{"digest that is a path", ref, "sha256:../../../../etc/passwd", newer.Driver, liar{}, fault.Usage, ""},

@@ -39,6 +39,8 @@ type Cell struct {
 	PointAt target.Kernel
 	// Bulk is added to one file of each layer, in bytes; half of it compresses away.
 	Bulk int
+	// Spoil changes the files of the modules layer before they are packed; may be nil.
+	Spoil func(files map[string]string)
 }
 
 // NewCell returns a cell of a COS build and a driver version.
@@ -88,6 +90,9 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 		mods["drivers/nvidia.ko"] += bulk // behind the sections of an ELF file anything may stand
 		libs["lib64/libcuda.so."+c.Driver.Version] = bulk
 		firmware["firmware/nvidia/"+c.Driver.Version+"/gsp_ga10x.bin"] = bulk
+	}
+	if c.Spoil != nil {
+		c.Spoil(mods)
 	}
 	var layers []bundle.Layer
 	for i, files := range []map[string]string{mods, libs, firmware} {
