@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // A seal is the digest of a tree, written before the tree gets its name. What a
@@ -27,7 +29,8 @@ func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
 }
 
 // intact reports whether there is a tree that is what its seal says. Why one
-// that is there is not, is trouble; an error is the end of the context.
+// that is there is not, is trouble. An error says that nobody can tell: the
+// context ended, or the tree belongs to another user.
 func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, trouble string, err error) {
 	if !isDir(path) {
 		return false, "", nil
@@ -36,12 +39,18 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	if errors.Is(err, fs.ErrNotExist) {
 		return false, "it has no seal", nil
 	}
+	if errors.Is(err, fs.ErrPermission) {
+		return false, "", foreign(kind, key, err)
+	}
 	if err != nil {
 		return false, err.Error(), nil
 	}
 	got, err := DigestTree(ctx, path, nil)
 	if cause := context.Cause(ctx); err != nil && cause != nil {
 		return false, "", fmt.Errorf("check tree %s/%s: %w", kind, key, cause)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return false, "", foreign(kind, key, err)
 	}
 	if err != nil {
 		return false, err.Error(), nil
@@ -50,6 +59,10 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 		return false, fmt.Sprintf("its content is %s, it was made as %.80s", got, want), nil
 	}
 	return true, "", nil
+}
+
+func foreign(kind, key string, err error) error {
+	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err), "run as the user that the cache folder belongs to, or set another cache folder")
 }
 
 // discard takes a damaged tree out of the way.
