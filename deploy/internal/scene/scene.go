@@ -194,7 +194,7 @@ func (p *Process) Kill() error {
 	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
 	}
-	_ = <-p.done // killed: its status says nothing
+	<-p.done // killed: its status says nothing
 	p.done <- nil
 	return nil
 }
