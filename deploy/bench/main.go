@@ -170,7 +170,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 	}
 	b.cold, b.coldCPU = append(b.cold, seconds), append(b.coldCPU, childCPU()-cpu)
 	for _, p := range phases {
-		if p.Name == "compile" {
+		if p.Name == "compile" && p.Of == "" {
 			b.compile = append(b.compile, p.Seconds)
 		}
 	}

@@ -39,7 +39,11 @@ func doneLine(p *timeline.Phase) string {
 	if p.Failed {
 		mark = "FAIL"
 	}
-	return fmt.Sprintf("  %-5s%-12s %7.1f s  %s", mark, p.Name, p.Seconds, p.Note)
+	name := p.Name
+	if p.Of != "" {
+		name = "- " + name
+	}
+	return fmt.Sprintf("  %-5s%-12s %7.1f s  %s", mark, name, p.Seconds, p.Note)
 }
 
 // bar shows the running phase on the last line and leaves one line for each

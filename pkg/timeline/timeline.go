@@ -6,21 +6,20 @@ package timeline
 import (
 	"fmt"
 	"io"
-	"strings"
 	"sync"
 	"time"
 )
 
 // Phase is one finished step.
 type Phase struct {
-	// Name says what was done. One that begins with a space is a part of the
-	// phase that follows, whose time includes it.
 	Name  string    `json:"name"`
 	Start time.Time `json:"start"`
 	// Seconds is the wall-clock duration.
 	Seconds float64 `json:"seconds"`
 	// Note is what the reader should know: "cached", a size, a count; may be empty.
 	Note string `json:"note,omitempty"`
+	// Of names the phase that this one is a part of; its time is in that one's.
+	Of string `json:"of,omitempty"`
 	// Failed says that the phase ended in an error.
 	Failed bool `json:"failed,omitempty"`
 }
@@ -99,7 +98,7 @@ func (r *Run) Phases() []Phase {
 // Total is the time of all phases in seconds, with no part counted twice.
 func Total(phases []Phase) (seconds float64) {
 	for _, p := range phases {
-		if !strings.HasPrefix(p.Name, " ") {
+		if p.Of == "" {
 			seconds += p.Seconds
 		}
 	}
@@ -112,7 +111,10 @@ func Print(w io.Writer, title string, phases []Phase) error {
 		return err
 	}
 	for _, p := range phases {
-		mark := " "
+		mark, name := " ", p.Name
+		if p.Of != "" {
+			name = "- " + name
+		}
 		if p.Failed {
 			mark = "x"
 		}
@@ -120,7 +122,7 @@ func Print(w io.Writer, title string, phases []Phase) error {
 		if letters := []rune(note); len(letters) > 50 {
 			note = string(letters[:47]) + "..."
 		}
-		if _, err := fmt.Fprintf(w, " %s %-14s %8.2f s  %s\n", mark, p.Name, p.Seconds, note); err != nil {
+		if _, err := fmt.Fprintf(w, " %s %-14s %8.2f s  %s\n", mark, name, p.Seconds, note); err != nil {
 			return err
 		}
 	}

@@ -42,6 +42,7 @@ func TestRun(t *testing.T) {
 	if diff := cmp.Diff([]string{"fetch", "fetch 7 bytes", "fetch done", "load", "load done"}, events); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
 	}
+	r.Add(timeline.Phase{Name: "read", Of: "load", Seconds: 0.5})
 	var out strings.Builder
 	if err := timeline.Print(&out, "node", r.Phases()); err != nil {
 		t.Fatal(err)
@@ -50,6 +51,9 @@ func TestRun(t *testing.T) {
 		if len(line) > 80 {
 			t.Errorf("line of %d columns: %q", len(line), line)
 		}
+	}
+	if !strings.Contains(out.String(), "- read") || !strings.Contains(out.String(), "total              2.00 s") {
+		t.Errorf("a part of a phase is not shown as one, or counts twice:\n%s", out.String())
 	}
 	if !strings.Contains(out.String(), "x load") || !strings.Contains(out.String(), "7 bytes") {
 		t.Errorf("table lacks the failed phase or the note:\n%s", out.String())
@@ -60,7 +64,7 @@ func TestRun(t *testing.T) {
 func TestTotal(t *testing.T) {
 	t.Parallel()
 	phases := []timeline.Phase{
-		{Name: "source", Seconds: 1}, {Name: "  conftest", Seconds: 20}, {Name: "  compile", Seconds: 100}, {Name: "compile", Seconds: 121, Note: strings.Repeat("ü", 60)},
+		{Name: "source", Seconds: 1}, {Name: "conftest", Of: "compile", Seconds: 20}, {Name: "compile", Of: "compile", Seconds: 100}, {Name: "compile", Seconds: 121, Note: strings.Repeat("ü", 60)},
 	}
 	if got := timeline.Total(phases); got != 122 {
 		t.Errorf("Total = %v; want 122", got)

@@ -267,7 +267,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		return "", err
 	}
 	for _, p := range phases {
-		p.Name = "  " + p.Name
+		p.Of = "compile"
 		r.line.Add(p)
 	}
 	found, err := filepath.Glob(filepath.Join(dir, "*.ko"))

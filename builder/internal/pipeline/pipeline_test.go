@@ -202,7 +202,7 @@ func must(t *testing.T, cfg pipeline.Config, r pipeline.Request) *pipeline.Resul
 
 func phases(res *pipeline.Result) (names []string) {
 	for _, p := range res.Phases {
-		if !strings.HasPrefix(p.Name, " ") {
+		if p.Of == "" {
 			names = append(names, p.Name)
 		}
 	}
