@@ -7,6 +7,8 @@ import (
 	"maps"
 	"slices"
 	"strings"
+
+	"github.com/prebake/prebake/pkg/modinfo"
 )
 
 // sample is a small module that the tests write as an ELF file themselves.
@@ -20,6 +22,7 @@ type sample struct {
 	absolute map[string]uint32 // likewise, as absolute symbols of older kernels
 	this     string            // name in .gnu.linkonce.this_module
 	noTable  bool              // without a symbol table
+	note     string            // the section of the build id
 
 	cutVersions int // bytes missing at the end of __versions
 }
@@ -86,6 +89,9 @@ func (s sample) bytes() []byte {
 		}
 		add(sect{name: "__version_ext_crcs", kind: elf.SHT_PROGBITS, data: crcs})
 		add(sect{name: "__version_ext_names", kind: elf.SHT_PROGBITS, data: names})
+	}
+	if s.note != "" {
+		add(sect{name: modinfo.BuildIDNote, kind: elf.SHT_NOTE, data: []byte(s.note)})
 	}
 	if s.this != "" {
 		data := make([]byte, 0x380)

@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -46,6 +47,8 @@ type Module struct {
 	// CRCs are the checksums that the module wants its imports to have; empty
 	// without MODVERSIONS.
 	CRCs map[string]uint32
+	// BuildID is the linker's name for these very bytes; empty without one.
+	BuildID string
 	// Machine is the processor that the module is for.
 	Machine elf.Machine
 	// Signed says that a signature is appended; whether it holds is not said.
@@ -104,6 +107,11 @@ func read(r io.ReaderAt, size int64) (*Module, error) {
 	if err := m.readInfo(f); err != nil {
 		return nil, err
 	}
+	note, err := section(f, BuildIDNote, maxModinfo)
+	if err != nil {
+		return nil, err
+	}
+	m.BuildID = BuildID(note)
 	if err := m.readVersions(f); err != nil {
 		return nil, err
 	}
@@ -176,6 +184,24 @@ func (m *Module) readInfo(f *elf.File) error {
 		}
 	}
 	return nil
+}
+
+// BuildIDNote is the section that holds a build id, and the file below a loaded
+// module's notes folder in /sys that shows it.
+const BuildIDNote = ".note.gnu.build-id"
+
+// BuildID reads a build id out of such a section: the lengths of owner and
+// content, the type 3, the owner GNU, the content. "" is any other note.
+func BuildID(note []byte) string {
+	const head, longest = 16, 64
+	if len(note) < head || string(note[12:head]) != "GNU\x00" {
+		return ""
+	}
+	owner, content, kind := binary.LittleEndian.Uint32(note), binary.LittleEndian.Uint32(note[4:]), binary.LittleEndian.Uint32(note[8:])
+	if owner != 4 || kind != 3 || content > longest || int(content) > len(note)-head {
+		return ""
+	}
+	return hex.EncodeToString(note[head : head+content])
 }
 
 var (

@@ -49,6 +49,8 @@ func TestRead(t *testing.T) {
 		{"namespaces", change(func(s *sample) { s.info = append(s.info, "import_ns=DMA_BUF", "import_ns=VFIO") }), func(m *modinfo.Module) { m.Namespaces = []string{"DMA_BUF", "VFIO"} }},
 		{"no MODVERSIONS", change(func(s *sample) { s.versions = nil }), func(m *modinfo.Module) { m.CRCs = nil }},
 		{"extended versions", change(func(s *sample) { s.extended, s.versions = s.versions, nil }), func(m *modinfo.Module) {}},
+		{"build id", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }), func(m *modinfo.Module) { m.BuildID = "abcd" }},
+		{"build id cut short", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x03\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }), func(m *modinfo.Module) {}},
 		{"absolute checksums", change(func(s *sample) { s.absolute, s.exports = s.exports, nil }), func(m *modinfo.Module) {}},
 	}
 	for _, row := range rows {
@@ -157,6 +159,16 @@ func FuzzRead(f *testing.F) {
 		}
 		// Whatever it is, holding it against a kernel must end.
 		_ = modinfo.Check([]*modinfo.Module{m}, modinfo.Rules{Release: "6.1", ModVersions: true})
+	})
+}
+
+func FuzzBuildID(f *testing.F) {
+	f.Add([]byte("\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd"))
+	f.Add([]byte("\x04\x00\x00\x00\xff\xff\xff\xff\x03\x00\x00\x00GNU\x00"))
+	f.Fuzz(func(t *testing.T, note []byte) {
+		if id := modinfo.BuildID(note); len(id) > 128 {
+			t.Errorf("BuildID(%x) = %s; want at most 64 bytes", note, id)
+		}
 	})
 }
 

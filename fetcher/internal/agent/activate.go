@@ -314,7 +314,7 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) 
 	if err != nil {
 		return gpucheck.Verdict{}, err
 	}
-	f := gpucheck.Facts{Driver: set.Driver, Digest: set.Digest, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}}
+	f := gpucheck.Facts{Driver: set.Driver, Digest: set.Digest, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}, Foreign: foreign(facts, set)}
 	for _, m := range facts.Modules {
 		f.Modules[m.Name] = m.Version
 	}
@@ -330,6 +330,19 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) 
 	}
 	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
 	return gpucheck.Judge(f), nil
+}
+
+// foreign lists the loaded modules whose build id is not the installed file's.
+// They keep working, and after the next boot the installed ones are loaded.
+func foreign(facts *host.Facts, set *install.Set) []string {
+	var names []string
+	for _, m := range facts.Modules {
+		i := slices.IndexFunc(set.Modules, func(own install.Module) bool { return kernelName(own.Name) == m.Name })
+		if i >= 0 && m.BuildID != "" && set.Modules[i].BuildID != "" && m.BuildID != set.Modules[i].BuildID {
+			names = append(names, m.Name)
+		}
+	}
+	return names
 }
 
 // record is what a run leaves for fetcher status.

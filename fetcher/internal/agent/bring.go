@@ -256,7 +256,7 @@ func inspectOne(layer fs.FS, file string) (install.Module, error) {
 	}
 	return install.Module{
 		Name: strings.TrimSuffix(path.Base(file), ".ko"), File: file, SHA256: digestOf(raw), Size: int64(len(raw)),
-		Version: m.Version, Vermagic: strings.TrimSpace(m.Vermagic), Signed: m.Signed,
+		Version: m.Version, Vermagic: strings.TrimSpace(m.Vermagic), BuildID: m.BuildID, Signed: m.Signed,
 	}, nil
 }
 

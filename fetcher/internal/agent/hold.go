@@ -103,7 +103,7 @@ func (a *Agent) Status() (_ *Status, err error) {
 	if s.Installed == nil {
 		return s, nil
 	}
-	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, PCIGPUs: len(facts.GPUs), Modules: s.Verdict.Modules}
+	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, PCIGPUs: len(facts.GPUs), Modules: s.Verdict.Modules, Foreign: foreign(facts, s.Installed)}
 	staged := false
 	if rec := a.recall(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
 		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At

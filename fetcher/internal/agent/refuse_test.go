@@ -441,6 +441,13 @@ func TestPolicyAndStatus(t *testing.T) {
 		t.Fatal(err)
 	}
 	status(fault.Internal, "")
+	for text, want := range map[string][]string{"nvidia" + newVersion: nil, "another compiler's": {"nvidia"}} {
+		sample.Write(t, n.root, "sys/module/nvidia/notes/.note.gnu.build-id", sample.BuildNote(text))
+		s, err := agent.New(n.cfg, n.parts).Status()
+		if err != nil || !cmp.Equal(s.Verdict.Foreign, want) || s.Verdict.Err() != nil {
+			t.Errorf("Status with a module of build %q = %+v, %v; want %v named as foreign", text, s.Verdict, err, want)
+		}
+	}
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", "another\n")
 	status(fault.Internal, "") // loaded, but nobody asked NVML in this boot
 	sample.Write(t, n.root, "sys/module/nvidia/version", oldVersion+"\n")

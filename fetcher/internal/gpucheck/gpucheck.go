@@ -48,7 +48,10 @@ type Verdict struct {
 	Digest string `json:"digest,omitempty"`
 	// Modules are the NVIDIA modules that are loaded, with their versions.
 	Modules map[string]string `json:"modules"`
-	NVML    NVML              `json:"nvml"`
+	// Foreign are those of them that were loaded from another file than the
+	// installed one, although it has the same version.
+	Foreign []string `json:"foreignModules,omitempty"`
+	NVML    NVML     `json:"nvml"`
 	// PCIGPUs are on the bus; UsableGPUs answered NVML.
 	PCIGPUs    int `json:"pciGPUs"`
 	UsableGPUs int `json:"usableGPUs"`
@@ -77,6 +80,7 @@ type Facts struct {
 	Driver  target.Driver
 	Digest  string
 	Modules map[string]string
+	Foreign []string
 	NVML    NVML
 	PCIGPUs int
 	NVRM    []string
@@ -88,7 +92,7 @@ var required = []string{"nvidia", "nvidia_uvm"}
 // Judge makes a verdict from facts. The first thing that is wrong decides.
 func Judge(f Facts) Verdict {
 	v := Verdict{
-		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, NVML: f.NVML,
+		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
 		PCIGPUs: f.PCIGPUs, UsableGPUs: len(f.NVML.Devices), NVRM: f.NVRM,
 	}
 	if v.NVML.Devices == nil {
@@ -162,7 +166,11 @@ func (v Verdict) Print(w io.Writer) error {
 		line("digest", "%s", v.Digest)
 	}
 	for _, name := range slices.Sorted(maps.Keys(v.Modules)) {
-		line("module", "%s %s", name, v.Modules[name])
+		note := ""
+		if slices.Contains(v.Foreign, name) {
+			note = ", not loaded from the installed file"
+		}
+		line("module", "%s %s%s", name, v.Modules[name], note)
 	}
 	switch {
 	case v.NVML.CUDA != "":

@@ -72,6 +72,7 @@ func TestPrint(t *testing.T) {
 	f := good()
 	f.Digest = "sha256:" + strings.Repeat("a", 64)
 	f.NVRM = []string{strings.Repeat("NVRM: long ", 20)}
+	f.Foreign = []string{"nvidia_uvm"}
 	f.NVML.Devices[0] = gpucheck.Device{UUID: "GPU-" + strings.Repeat("0", 32), Name: "NVIDIA H100 80GB HBM3", PCIBusID: "00000000:00:04.0", MemoryBytes: 80 << 30}
 	var out bytes.Buffer
 	if err := gpucheck.Judge(f).Print(&out); err != nil {
@@ -79,6 +80,9 @@ func TestPrint(t *testing.T) {
 	}
 	if !strings.Contains(out.String(), f.Digest+"\n") {
 		t.Errorf("Print cut the digest:\n%s", out.String())
+	}
+	if want := "nvidia_uvm " + version + ", not loaded from the installed file\n"; !strings.Contains(out.String(), want) {
+		t.Errorf("Print = %s; want %q in it", out.String(), want)
 	}
 	for line := range strings.Lines(out.String()) {
 		if len(strings.TrimSuffix(line, "\n")) > 80 {

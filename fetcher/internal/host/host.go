@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -50,7 +51,9 @@ type Module struct {
 	// Name is the kernel's spelling, with underscores.
 	Name string `json:"name"`
 	// Version is the module's own; empty when it has none.
-	Version string   `json:"version,omitempty"`
+	Version string `json:"version,omitempty"`
+	// BuildID names the bytes that were loaded; empty where the kernel does not tell.
+	BuildID string   `json:"buildId,omitempty"`
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`
 }
@@ -122,6 +125,11 @@ func LoadedModules(root fs.FS) ([]Module, error) {
 		if m.Version, err = readOptional(root, "sys/module/"+m.Name+"/version"); err != nil {
 			return nil, err
 		}
+		note, err := readBounded(root, "sys/module/"+m.Name+"/notes/"+modinfo.BuildIDNote)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fs.ErrPermission) { // root alone may read it
+			return nil, err
+		}
+		m.BuildID = modinfo.BuildID([]byte(note))
 		mods = append(mods, m)
 	}
 	return mods, nil

@@ -61,6 +61,7 @@ type Module struct {
 	Size     int64  `json:"size"`
 	Version  string `json:"version"`
 	Vermagic string `json:"vermagic"`
+	BuildID  string `json:"buildId,omitempty"`
 	Signed   bool   `json:"signed,omitempty"`
 }
 

@@ -6,6 +6,7 @@ package sample
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
@@ -18,6 +19,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
@@ -176,7 +178,7 @@ func Attest(t testing.TB, repo *registry.Repository, key *testkit.Key, d v1.Desc
 // what the arguments say.
 func Module(name, version, vermagic string) []byte {
 	info := []byte("license=Dual MIT/GPL\x00version=" + version + "\x00name=" + strings.ReplaceAll(name, "-", "_") + "\x00vermagic=" + vermagic + "\x00depends=\x00")
-	names := []byte("\x00.modinfo\x00.shstrtab\x00.symtab\x00.strtab\x00")
+	names := []byte("\x00.modinfo\x00.shstrtab\x00.symtab\x00.strtab\x00" + modinfo.BuildIDNote + "\x00")
 	const header, section = 64, 64
 	symbols := make([]byte, 24) // the one null symbol
 	strtab := []byte{0}
@@ -187,7 +189,7 @@ func Module(name, version, vermagic string) []byte {
 		link       uint32
 		entry      uint64
 	}
-	secs := []sec{{}, {1, 1, info, 0, 0}, {10, 3, names, 0, 0}, {20, 2, symbols, 4, 24}, {28, 3, strtab, 0, 0}}
+	secs := []sec{{}, {1, 1, info, 0, 0}, {10, 3, names, 0, 0}, {20, 2, symbols, 4, 24}, {28, 3, strtab, 0, 0}, {36, 7, []byte(BuildNote(name + version)), 0, 0}}
 	var body, table bytes.Buffer
 	put := func(b *bytes.Buffer, v any) { _ = binary.Write(b, binary.LittleEndian, v) } // a Buffer takes everything
 	for i, s := range secs {
@@ -213,6 +215,12 @@ func Module(name, version, vermagic string) []byte {
 	out.Write(body.Bytes())
 	out.Write(table.Bytes())
 	return out.Bytes()
+}
+
+// BuildNote returns the note of a build id that is made from a text.
+func BuildNote(text string) string {
+	sum := sha256.Sum256([]byte(text))
+	return "\x04\x00\x00\x00\x20\x00\x00\x00\x03\x00\x00\x00GNU\x00" + string(sum[:])
 }
 
 // Root makes a node's root folder that runs the cell's kernel, with this many GPUs.
