@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -22,9 +23,9 @@ import (
 // can never give an equal one.
 const treeScheme = "prebake tree 1\n"
 
-// digestWorkers is how many files are hashed at once: enough to keep a small
-// builder's cores busy without fighting the compiler on a large one.
-const digestWorkers = 2
+// maxWorkers is how many files are hashed at once on a large machine; more
+// would wait for the disk.
+const maxWorkers = 8
 
 type treeEntry struct {
 	path string // slash path below the tree
@@ -90,10 +91,11 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 // hashFiles fills in content digests and executable bits.
 func hashFiles(ctx context.Context, dir string, entries []treeEntry) error {
 	g, ctx := errgroup.WithContext(ctx)
-	for w := range digestWorkers {
+	workers := min(maxWorkers, runtime.GOMAXPROCS(0))
+	for w := range workers {
 		g.Go(func() error {
 			buf := make([]byte, 128<<10)
-			for i := w; i < len(entries); i += digestWorkers {
+			for i := w; i < len(entries); i += workers {
 				if err := context.Cause(ctx); err != nil {
 					return err
 				}
