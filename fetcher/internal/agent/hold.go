@@ -26,6 +26,9 @@ func (a *Agent) Hold(ctx context.Context, every time.Duration, tell func(gpuchec
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	last := gpucheck.Ready
+	if a.cfg.NoLoad {
+		last = gpucheck.Staged
+	}
 	for {
 		select {
 		case <-ctx.Done():

@@ -17,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -115,7 +116,7 @@ func (s *Server) Run(ctx context.Context, listen string) error {
 		return nil // told to stop before it began
 	}
 	if err != nil {
-		return fmt.Errorf("serve status: %w", err)
+		return fault.Wrap(fault.Usage, fmt.Errorf("serve status: %w", err), "name a free address of this node with --listen, as in 127.0.0.1:8441")
 	}
 	srv := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) }}
 	stopped := make(chan error, 1)
