@@ -19,9 +19,9 @@ const holdLock = "PREBAKE_TEST_HOLD_LOCK"
 func TestMain(m *testing.M) {
 	if dir := os.Getenv(holdLock); dir != "" {
 		err := sandbox.Run(context.Background(), sandbox.Config{
-			Argv: []string{"flock", "/work/lock", "sh", "-c", "echo held; sleep 600"}, Dir: "/work", Output: os.Stdout,
+			Argv: []string{"flock", "/prebake/lock", "sh", "-c", "echo held; sleep 600"}, Dir: "/prebake", Output: os.Stdout,
 			Env:   map[string]string{"PATH": "/usr/bin:/bin"},
-			Binds: []sandbox.Bind{{Host: dir, Inside: "/work", Writable: true}},
+			Binds: []sandbox.Bind{{Host: dir, Inside: "/prebake", Writable: true}},
 		})
 		if err != nil {
 			os.Exit(1)
