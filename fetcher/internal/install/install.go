@@ -4,7 +4,7 @@
 //	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
 //	.prebake/sets/<hex>/        one artifact: links into layers, and set.json
 //	.prebake/current, previous  links to sets; a rename of "current" is the switch
-//	.prebake/adopted/<name>     a real folder that was at <name> before us
+//	.prebake/adopted/<name>     what was at <name> before us
 //	<name> -> .prebake/current/<name>, for bin, lib64, share, vulkan, drivers, firmware
 //
 // All links are relative, so the tree holds wherever it is mounted. The

@@ -85,6 +85,15 @@ func TestSwitchAndRestore(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(s.Dir(), "lib64/who"), []byte("google"), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.MkdirAll(filepath.Join(s.Dir(), "elsewhere"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(s.Dir(), "elsewhere/who"), []byte("link"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("elsewhere", filepath.Join(s.Dir(), "bin")); err != nil {
+		t.Fatal(err)
+	}
 	nothing, err := s.Pointers()
 	if err != nil {
 		t.Fatal(err)
@@ -105,7 +114,7 @@ func TestSwitchAndRestore(t *testing.T) {
 			return nil
 		}, map[string]string{"bin": "2", "lib64": "2"}},
 		{"back", func() error { return s.Switch(one.Digest) }, map[string]string{"bin": "1", "lib64": "1", "vulkan": "1"}},
-		{"nothing of ours", func() error { return s.Restore(nothing) }, map[string]string{"lib64": "google"}},
+		{"nothing of ours", func() error { return s.Restore(nothing) }, map[string]string{"lib64": "google", "bin": "link"}},
 		{"and once more", func() error { return s.Switch(two.Digest) }, map[string]string{"bin": "2", "lib64": "2"}},
 	}
 	for _, step := range steps {

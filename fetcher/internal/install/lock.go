@@ -61,7 +61,7 @@ func (s *Store) EnsureExec() (bool, error) {
 	// read-only, nosuid, nodev, noexec. A remount keeps the access time mode.
 	keep := uintptr(st.Flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
 	if err := unix.Mount("none", s.dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
-		return false, s.execFault(err)
+		return false, s.execFault(errors.Join(err, unix.Unmount(s.dir, unix.MNT_DETACH)))
 	}
 	return true, nil
 }

@@ -96,8 +96,8 @@ func (s *Store) point(name, to string) error {
 	return nil
 }
 
-// expose makes the top-level names lead into the current set. A real folder at
-// such a name (another installer's) is kept aside as adopted.
+// expose makes the top-level names lead into the current set. What another
+// installer had at such a name, a folder or a link, is kept aside as adopted.
 func (s *Store) expose() error {
 	for _, name := range names {
 		to := path.Join(home, "current", name)
@@ -114,16 +114,14 @@ func (s *Store) expose() error {
 		if got, err := s.root.Readlink(name); err == nil && got == to {
 			continue
 		}
-		info, err := s.root.Lstat(name)
+		_, err = s.root.Lstat(name)
 		switch {
 		case errors.Is(err, fs.ErrNotExist):
 			err = s.point(name, to)
 		case err != nil:
 			err = fmt.Errorf("look at %s: %w", name, err)
-		case info.IsDir():
-			err = s.adopt(name, to)
 		default:
-			err = s.point(name, to)
+			err = s.adopt(name, to)
 		}
 		if err != nil {
 			return err
@@ -132,14 +130,14 @@ func (s *Store) expose() error {
 	return s.sync()
 }
 
-// adopt exchanges a real folder and our link in one step where the filesystem
-// can, and moves the folder aside.
+// adopt exchanges what is there and our link in one step where the filesystem
+// can, and keeps the other aside.
 func (s *Store) adopt(name, to string) error {
 	aside := path.Join(home, "adopted", name)
 	if err := s.root.RemoveAll(aside); err != nil {
 		return fmt.Errorf("clear %s: %w", aside, err)
 	}
-	if err := s.point(aside, to); err != nil { // takes the place that the folder gets
+	if err := s.point(aside, to); err != nil { // takes the place that the other gets
 		return err
 	}
 	err := s.exchange(aside, name)
