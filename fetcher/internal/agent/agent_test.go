@@ -45,7 +45,6 @@ type kernel struct {
 	root string
 	// refuse maps a module's name to the errno of its next insertions.
 	refuse map[string]syscall.Errno
-	flavor target.Flavour
 
 	mu    sync.Mutex
 	calls []string
