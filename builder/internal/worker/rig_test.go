@@ -1,0 +1,197 @@
+package worker_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/worker"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// server is the part of the API that a worker speaks to.
+type server struct {
+	*httptest.Server
+	// refuse answers an update with an error; nil takes it. It may stop things.
+	refuse func(u api.BuildUpdate) *api.Problem
+
+	mu     sync.Mutex
+	states []api.BuildUpdate // updates with a state, without times
+	phases []string
+	log    string
+	build  api.Build // what GET answers
+}
+
+func newServer(t *testing.T) *server {
+	t.Helper()
+	s := &server{}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /v1/builds/7", func(w http.ResponseWriter, _ *http.Request) {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		answer(w, http.StatusOK, s.build)
+	})
+	mux.HandleFunc("PATCH /v1/builds/7", func(w http.ResponseWriter, r *http.Request) {
+		var u api.BuildUpdate
+		if err := json.NewDecoder(r.Body).Decode(&u); err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if s.refuse != nil {
+			if p := s.refuse(u); p != nil {
+				p.Status = p.Kind.HTTPStatus()
+				w.Header().Set("Content-Type", "application/problem+json")
+				answer(w, p.Status, p)
+				return
+			}
+		}
+		if u.State != "" {
+			s.states = append(s.states, u)
+		} else {
+			s.phases = append(s.phases, u.Phase)
+		}
+		answer(w, http.StatusOK, s.build)
+	})
+	mux.HandleFunc("PUT /v1/builds/7/log", func(w http.ResponseWriter, r *http.Request) {
+		raw, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.log = string(raw)
+		w.WriteHeader(http.StatusNoContent)
+	})
+	s.Server = httptest.NewServer(mux)
+	t.Cleanup(s.Close)
+	return s
+}
+
+func answer(w http.ResponseWriter, status int, v any) {
+	w.WriteHeader(status)
+	_ = json.NewEncoder(w).Encode(v) // a lost answer shows in the test's verdict
+}
+
+// try is one call of the pipeline: what it comes to.
+type try func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
+
+// rig is a worker with one build in its queue.
+type rig struct {
+	cfg    worker.Config
+	queue  *queue.Queue
+	server *server
+	mu     sync.Mutex
+	tries  int
+}
+
+func newRig(t *testing.T, tries ...try) *rig {
+	t.Helper()
+	dir := t.TempDir()
+	queueURL := "sqlite://" + filepath.Join(dir, "queue.db")
+	q, err := queue.Open(t.Context(), queueURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	job := api.BuildJob{Build: 7, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open", KernelMirror: "file:///k"}
+	if err := q.Insert(t.Context(), job); err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{queue: q, server: newServer(t)}
+	r.cfg = worker.Config{
+		ID: "w1", State: filepath.Join(dir, "state"), QueueURL: queueURL, Patience: 100 * time.Millisecond,
+		Server: api.NewClient(r.server.URL, "", nil), Log: slog.New(slog.DiscardHandler),
+		Make: func(ctx context.Context, req pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+			want := pipeline.Request{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: target.Open, KernelMirror: "file:///k"}
+			if req != want {
+				t.Errorf("the pipeline was asked for %+v; want %+v", req, want)
+			}
+			r.mu.Lock()
+			n := r.tries
+			r.tries++
+			r.mu.Unlock()
+			if n >= len(tries) {
+				return &pipeline.Result{}, fmt.Errorf("try %d was not expected", n+1)
+			}
+			return tries[n](ctx, log, line)
+		},
+	}
+	return r
+}
+
+// run works until the server has heard of this many states, or done ends it.
+func (r *rig) run(t *testing.T, states int) error {
+	t.Helper()
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	heard, refuse := 0, r.server.refuse
+	r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+		if u.State != "" {
+			if heard++; heard == states {
+				stop()
+			}
+		}
+		if refuse != nil {
+			return refuse(u)
+		}
+		return nil
+	}
+	return worker.Run(ctx, r.cfg)
+}
+
+var result = pipeline.Result{
+	Kernel:      target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64"},
+	Fingerprint: "sha256:1111111111111111111111111111111111111111111111111111111111111111",
+	Digest:      "sha256:2222222222222222222222222222222222222222222222222222222222222222", Repositories: []string{"here/driver", "there/driver"},
+}
+
+func works(_ context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+	fmt.Fprintln(log, "all is well")
+	res := result
+	err := line.Do("source", func() (string, error) { return "", nil })
+	return &res, err
+}
+
+// fails returns a try that ends in err after it has seen the kernel.
+func fails(err error) try {
+	return func(_ context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		fmt.Fprintln(log, "log of a failure")
+		return &pipeline.Result{Kernel: result.Kernel, Fingerprint: result.Fingerprint, Digest: result.Digest}, err
+	}
+}
+
+func (r *rig) standing(t *testing.T, want queue.Standing) {
+	t.Helper()
+	got, err := r.queue.Lookup(t.Context(), 7)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got.Error = ""
+	if got != want {
+		t.Errorf("the queue has %+v; want %+v", got, want)
+	}
+}
+
+func (r *rig) noLogs(t *testing.T) {
+	t.Helper()
+	if left, err := filepath.Glob(filepath.Join(r.cfg.State, "*.log")); err != nil || len(left) > 0 {
+		t.Errorf("logs left in the state folder: %v, %v", left, err)
+	}
+}
