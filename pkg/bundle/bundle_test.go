@@ -204,6 +204,25 @@ func TestPackIsDeterministic(t *testing.T) {
 	}
 }
 
+// What is published stays what it is: a change here (another release of the
+// compression library, say) gives old inputs new digests, and a tag that names
+// the old one refuses the new one. Then PackRecipe changes too.
+func TestPackKeepsItsBytes(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(1, 2))
+	words := []string{"nvidia", "module", "symbol", "kernel", "\x00\x00\x00\x00", "\x7fELF"}
+	var text strings.Builder
+	for text.Len() < 3<<20 {
+		text.WriteString(words[random.IntN(len(words))])
+		text.WriteByte(byte(random.UintN(256)))
+	}
+	got := pack(t, LayerModules, map[string]string{"drivers/nvidia.ko": text.String(), "drivers/nvidia-uvm.ko": text.String()[1<<20:]})
+	want := Layer{Digest: "sha256:2bc114a93918b7497867a88ea9e0b0ba5276194c88404bb0c1af574a2601eb2f", DiffID: "sha256:aad0381547f6cb7ea43043b8c2a0a14d09b019013c034682489f7e23b8a96ce1"}
+	if PackRecipe != "tar-zstd-1" || got.Digest != want.Digest || got.DiffID != want.DiffID {
+		t.Errorf("%s: PackLayer = %s of %s; want %s of %s for tar-zstd-1", PackRecipe, got.Digest, got.DiffID, want.Digest, want.DiffID)
+	}
+}
+
 func TestPackRefuses(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
