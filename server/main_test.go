@@ -87,7 +87,6 @@ func TestOperator(t *testing.T) {
 		t.Errorf("token file has mode %v, %v; want 0600", info.Mode(), err)
 	}
 	digest := "sha256:" + strings.Repeat("c", 64)
-	c := api.NewClient(url, strings.TrimSpace(string(secret)), nil)
 
 	steps := []struct {
 		name string
@@ -150,7 +149,7 @@ func TestOperator(t *testing.T) {
 	})
 
 	url, _, _ = start(t, dir)
-	c = api.NewClient(url, strings.TrimSpace(string(secret)), nil)
+	c := api.NewClient(url, strings.TrimSpace(string(secret)), nil)
 	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64", Arch: target.AMD64}
 	_, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
 		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))})

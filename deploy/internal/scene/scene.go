@@ -155,7 +155,8 @@ func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 // Process is a program that runs until it is stopped.
 type Process struct {
 	cmd  *exec.Cmd
-	done chan error
+	done chan struct{} // closed when the program is over
+	err  error         // how it ended; read it behind done
 }
 
 // Start starts a program; its output goes to the file log in Dir.
@@ -170,8 +171,11 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", name, err), out.Close())
 	}
-	p := &Process{cmd: cmd, done: make(chan error, 1)}
-	go func() { p.done <- errors.Join(cmd.Wait(), out.Close()) }()
+	p := &Process{cmd: cmd, done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.err = errors.Join(cmd.Wait(), out.Close())
+	}()
 	return p, nil
 }
 
@@ -181,9 +185,8 @@ func (p *Process) Stop() error {
 		return err
 	}
 	select {
-	case err := <-p.done:
-		p.done <- nil
-		return err
+	case <-p.done:
+		return p.err
 	case <-time.After(20 * time.Second):
 		return errors.Join(errors.New("program did not end in 20 s"), p.Kill())
 	}
@@ -195,7 +198,6 @@ func (p *Process) Kill() error {
 		return err
 	}
 	<-p.done // killed: its status says nothing
-	p.done <- nil
 	return nil
 }
 
@@ -225,9 +227,8 @@ func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Serve
 	srv := &Server{Process: p, Data: data}
 	if err := waitFor(ctx, time.Minute, func() (bool, error) {
 		select {
-		case err := <-p.done:
-			p.done <- nil
-			return false, errors.Join(fmt.Errorf("it ended, see %s", filepath.Join(s.Dir, "server.log")), err)
+		case <-p.done:
+			return false, errors.Join(fmt.Errorf("it ended, see %s", filepath.Join(s.Dir, "server.log")), p.err)
 		default:
 		}
 		addr, err := os.ReadFile(addrFile)
