@@ -82,7 +82,11 @@ func (r *run) pack(ctx context.Context) (string, error) {
 	for _, l := range r.res.Layers {
 		size += l.Size
 	}
-	return fmt.Sprintf("3 layers, %.1f MB, %d cached", float64(size)/1e6, reused), nil
+	note := fmt.Sprintf("3 layers, %.1f MB", float64(size)/1e6)
+	if reused > 0 {
+		note += fmt.Sprintf(", %d cached", reused)
+	}
+	return note, nil
 }
 
 // modulesFolder lays the modules out as their layer wants them.
