@@ -92,7 +92,6 @@ func run(ctx context.Context, bin string, runs int, out io.Writer) (err error) {
 	fmt.Fprintf(out, "driver %s (proprietary), kernel %s, make -j%d, %d run(s), medians\n", b.driver, b.kernel.Release, runtime.NumCPU(), runs)
 	for _, r := range []ratio{
 		{"build from empty caches, source to published", "plain make modules of the same cell, sources unpacked", b.cold, b.plain, "s"},
-		{"  the same in processor time, which a busy machine spoils less", "plain make modules of the same cell", b.coldCPU, b.plainCPU, "CPU s"},
 		{"  of it, the compile phase in the sandbox", "plain make modules of the same cell", b.compile, b.plain, "s"},
 		{"the same build once more, caches warm", "plain make modules of the same cell", b.warm, b.plain, "s"},
 		{"node: resolve, fetch, verify, stage, switch", "compile on the node (plain make modules)", b.install, b.plain, "s"},
@@ -112,7 +111,7 @@ type bench struct {
 
 	headers, toolchain, source string
 
-	plain, plainCPU, cold, coldCPU, compile, warm, install, small, whole []float64
+	plain, cold, compile, warm, install, small, whole []float64
 }
 
 // layOut unpacks what a person would unpack by hand for a plain make.
@@ -151,24 +150,23 @@ func (b *bench) once(ctx context.Context, n int) error {
 	if err := os.CopyFS(tree, os.DirFS(filepath.Join(b.source, "kernel"))); err != nil {
 		return err
 	}
-	start, cpu := time.Now(), childCPU()
+	start := time.Now()
 	if err := b.command(ctx, "make", "-C", tree, "modules", "SYSSRC="+b.headers, "SYSOUT="+b.headers, "KERNEL_UNAME="+b.kernel.Release,
 		"CC=x86_64-cros-linux-gnu-gcc", "LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1", fmt.Sprintf("-j%d", runtime.NumCPU())); err != nil {
 		return err
 	}
-	b.plain, b.plainCPU = append(b.plain, time.Since(start).Seconds()), append(b.plainCPU, childCPU()-cpu)
+	b.plain = append(b.plain, time.Since(start).Seconds())
 	if err := os.RemoveAll(tree); err != nil {
 		return err
 	}
 
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
-	cpu = childCPU()
 	seconds, phases, err := b.build(ctx, cache, repo)
 	if err != nil {
 		return err
 	}
-	b.cold, b.coldCPU = append(b.cold, seconds), append(b.coldCPU, childCPU()-cpu)
+	b.cold = append(b.cold, seconds)
 	for _, p := range phases {
 		if p.Name == "compile" && p.Of == "" {
 			b.compile = append(b.compile, p.Seconds)
@@ -179,15 +177,6 @@ func (b *bench) once(ctx context.Context, n int) error {
 	}
 	b.warm = append(b.warm, seconds)
 	return b.node(ctx, n, repo)
-}
-
-// childCPU returns the processor seconds of all programs that have ended.
-func childCPU() float64 {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_CHILDREN, &u); err != nil {
-		return 0 // cannot fail for this argument
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano()).Seconds()
 }
 
 // result is what builder build --output json prints, as far as it is read here.
