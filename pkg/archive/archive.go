@@ -21,7 +21,6 @@ import (
 	"os"
 	"path"
 	"strings"
-	"syscall"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -328,7 +327,7 @@ func foreign(ctx context.Context, err error) error {
 // local classifies an error of our own file system.
 func local(name string, err error) error {
 	switch {
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case fault.NoSpace(err):
 		return fault.Wrap(fault.DiskFull, fmt.Errorf("unpack %q: %w", name, err), "free space, or set another cache folder")
 	case errors.Is(err, fs.ErrExist):
 		return refuse("unpack %q: the archive holds this name twice", name)

@@ -16,7 +16,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -283,8 +282,5 @@ func (c *ctxReader) Read(p []byte) (int, error) {
 
 // diskFull gives an error of a full disk its kind.
 func diskFull(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fault.Wrap(fault.DiskFull, err, "free some space on the disk of this folder")
-	}
-	return err
+	return fault.Disk(err, "free some space on the disk of this folder")
 }

@@ -27,7 +27,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -394,10 +393,10 @@ func isDir(path string) bool {
 // disk gives a full disk its kind.
 func disk(err error) error {
 	var f *fault.Error
-	if errors.As(err, &f) || !errors.Is(err, syscall.ENOSPC) && !errors.Is(err, syscall.EDQUOT) {
+	if errors.As(err, &f) {
 		return err
 	}
-	return fault.Wrap(fault.DiskFull, err, "free space, or set another cache folder")
+	return fault.Disk(err, "free space, or set another cache folder")
 }
 
 // ctxReader ends a copy when its context does.

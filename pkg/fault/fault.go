@@ -10,6 +10,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"syscall"
 )
 
 // Kind is one way to fail. The zero value is Internal: an error that nobody
@@ -188,6 +189,20 @@ func Hint(err error) string {
 		err = e.Err
 	}
 	return ""
+}
+
+// NoSpace reports whether err says that a disk, or the caller's share of it, is full.
+func NoSpace(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// Disk gives an error of a full disk its kind and the hint; any other error,
+// nil among them, stays as it is.
+func Disk(err error, hint string) error {
+	if !NoSpace(err) {
+		return err
+	}
+	return Wrap(DiskFull, err, hint)
 }
 
 // Is reports whether err is of this kind.

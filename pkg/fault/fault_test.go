@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"syscall"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -26,6 +27,21 @@ func TestTable(t *testing.T) {
 	}
 	if _, err := fault.Parse("nonsense"); err == nil {
 		t.Error("Parse(nonsense) succeeded; want an error")
+	}
+}
+
+func TestDisk(t *testing.T) {
+	t.Parallel()
+	for _, cause := range []error{syscall.ENOSPC, syscall.EDQUOT} {
+		err := fault.Disk(fmt.Errorf("write: %w", cause), "free space")
+		if fault.Of(err) != fault.DiskFull || fault.Hint(err) != "free space" || !errors.Is(err, cause) {
+			t.Errorf("Disk(%v) = %v (%v, %q); want disk-full with its hint", cause, err, fault.Of(err), fault.Hint(err))
+		}
+	}
+	for _, other := range []error{nil, syscall.EIO, fault.New(fault.Busy, "lock", "")} {
+		if got := fault.Disk(other, "free space"); got != other { //nolint:errorlint // the very same value
+			t.Errorf("Disk(%v) = %v; want it unchanged", other, got)
+		}
 	}
 }
 

@@ -348,7 +348,7 @@ func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
 // denied gives an error of the disk its kind.
 func denied(err error) error {
 	switch {
-	case errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT):
+	case fault.NoSpace(err):
 		return fault.Wrap(fault.DiskFull, err, "free some space on the disk of this folder")
 	case errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS):
 		return fault.Wrap(fault.PublishRefused, err, "allow this user to write to the folder")

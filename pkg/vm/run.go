@@ -8,7 +8,6 @@ import (
 	"io"
 	"os"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -114,9 +113,7 @@ func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 		return nil, 0, fmt.Errorf("write initramfs: %w", err)
 	}
 	defer func() {
-		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-			err = fault.Wrap(fault.DiskFull, err, "free space in "+os.TempDir()+", or name another folder in TMPDIR")
-		}
+		err = fault.Disk(err, "free space in "+os.TempDir()+", or name another folder in TMPDIR")
 		if err != nil {
 			err = errors.Join(err, f.Close())
 		}

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"syscall"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -75,8 +74,5 @@ func copyFile(from, to string) (err error) {
 
 // diskFull gives an error of the host's file system its kind.
 func diskFull(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fault.Wrap(fault.DiskFull, err, hintDisk)
-	}
-	return err
+	return fault.Disk(err, hintDisk)
 }

@@ -19,7 +19,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -27,8 +26,6 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
-
-var errNoSpace error = syscall.ENOSPC
 
 // The numbers of the mirror's BUILD_IDs: <major>.0.<abi> for a Debian kernel,
 // <major>.1.<abi> for a second build of the same kernel.

@@ -150,10 +150,7 @@ func writeAtomic(dst string, write func(io.Writer) error) error {
 }
 
 func diskFull(err error) error {
-	if errors.Is(err, errNoSpace) {
-		return fault.Wrap(fault.DiskFull, err, "free some space: a mirror and its cache take about 4 GB")
-	}
-	return err
+	return fault.Disk(err, "free some space: a mirror and its cache take about 4 GB")
 }
 
 type counter struct{ n int64 }

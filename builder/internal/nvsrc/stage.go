@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -300,8 +299,5 @@ func readSONAME(file string) (string, error) {
 }
 
 func disk(err error) error {
-	if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-		return fault.Wrap(fault.DiskFull, err, "free space, or set another cache folder")
-	}
-	return err
+	return fault.Disk(err, "free space, or set another cache folder")
 }

@@ -267,8 +267,5 @@ func (s *Store) readSet(link string) (_ *Set, err error) {
 
 // diskFault marks an error that says that the disk is full.
 func diskFault(err error) error {
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		return fault.Wrap(fault.DiskFull, err, "free space below the install folder, or name another with --install-dir")
-	}
-	return err
+	return fault.Disk(err, "free space below the install folder, or name another with --install-dir")
 }
