@@ -53,6 +53,8 @@ const (
 	LoadTestOff LoadTest = "off"
 )
 
+const defaultCompileTimeout = 45 * time.Minute
+
 // Config is what one machine brings to every build.
 type Config struct {
 	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
@@ -113,6 +115,10 @@ type run struct {
 	line *timeline.Run
 	res  Result
 
+	// fresh is a folder for everything that is made when nothing that an
+	// earlier build made may be used; see Make.
+	fresh string
+
 	kernel  *cossrc.Inputs
 	release *nvsrc.Release
 	modules map[string]string
@@ -136,7 +142,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 		cfg.DriverMirror = req.DriverMirror
 	}
 	if cfg.CompileTimeout == 0 {
-		cfg.CompileTimeout = 45 * time.Minute
+		cfg.CompileTimeout = defaultCompileTimeout
 	}
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
@@ -150,12 +156,14 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	return &r.res, err
 }
 
+type phase struct {
+	name   string
+	making bool // left out when there is nothing to make
+	do     func(context.Context) (string, error)
+}
+
 func (r *run) all(ctx context.Context) error {
-	for _, phase := range []struct {
-		name   string
-		making bool // left out when there is nothing to make
-		do     func(context.Context) (string, error)
-	}{
+	return r.each(ctx, []phase{
 		{"source", false, r.source},
 		{"look up", false, r.lookUp},
 		{"compile", true, r.compile},
@@ -164,7 +172,11 @@ func (r *run) all(ctx context.Context) error {
 		{"package", true, r.pack},
 		{"sign", true, r.sign},
 		{"publish", false, r.publish},
-	} {
+	})
+}
+
+func (r *run) each(ctx context.Context, phases []phase) error {
+	for _, phase := range phases {
 		if phase.making && r.res.Reused {
 			continue
 		}
@@ -242,7 +254,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	defer func() { err = errors.Join(err, cleanup()) }()
 	var phases []timeline.Phase
 	key := r.key(compile.Recipe, string(r.kernel.Fingerprint))
-	dir, cached, err := r.cfg.Cache.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+	dir, cached, err := r.tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
 		defer cancel()
@@ -283,6 +295,21 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		return fmt.Sprintf("%d modules, cached", len(found)), nil
 	}
 	return fmt.Sprintf("%d modules", len(found)), nil
+}
+
+// tree is a product of this build in the cache, or in the folder for fresh ones.
+func (r *run) tree(ctx context.Context, kind, key string, fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
+	if r.fresh == "" {
+		return r.cfg.Cache.Tree(ctx, kind, key, fill)
+	}
+	path = filepath.Join(r.fresh, kind)
+	switch err := os.Mkdir(path, 0o755); {
+	case errors.Is(err, os.ErrExist): // made by this very run
+		return path, false, nil
+	case err != nil:
+		return "", false, err
+	}
+	return path, false, fill(ctx, path)
 }
 
 // check reads every module back and holds it against the kernel's own list.

@@ -19,13 +19,13 @@ func (r *run) staged(ctx context.Context, kind bundle.LayerKind) (string, error)
 	if kind == bundle.LayerFirmware {
 		stage = r.release.StageFirmware
 	}
-	dir, _, err := r.cfg.Cache.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
+	dir, _, err := r.tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
 	return dir, err
 }
 
 // packed returns a layer of the staged folder, compressed once and kept.
 func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool, err error) {
-	dir, cached, err := r.cfg.Cache.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
+	dir, cached, err := r.tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
 		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
 		if err != nil {
 			return err

@@ -6,9 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -198,20 +195,13 @@ func (r *run) publish(ctx context.Context) (string, error) {
 
 // statements says how the image was made and for which COS build it is good.
 func (r *run) statements() ([]sign.Statement, error) {
-	var materials []sign.Material
-	for _, m := range append(append([]cossrc.Material(nil), r.kernel.Materials...), r.release.Materials...) {
-		materials = append(materials, sign.Material{Name: m.Name, URI: m.URI, Digest: m.Digest})
-	}
-	facts := map[string]string{
-		"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
-		"builder": r.cfg.Version, "vermagic": r.id.Vermagic,
-		"loadTest": "static checks only",
-	}
+	facts := Recipes()
+	facts["builder"], facts["vermagic"], facts["loadTest"] = r.cfg.Version, r.id.Vermagic, "static checks only"
 	if r.res.LoadTest != nil {
 		facts["loadTest"] = r.res.LoadTest.State
 	}
 	provenance, err := sign.Provenance(r.res.Digest, sign.BuildFacts{
-		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver, Materials: materials,
+		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver, Materials: r.materials(),
 		BuilderID: r.cfg.BuilderID, Started: r.started, Finished: time.Now().UTC(), Facts: facts,
 	})
 	if err != nil {
@@ -222,4 +212,13 @@ func (r *run) statements() ([]sign.Statement, error) {
 		return nil, err
 	}
 	return []sign.Statement{provenance, match}, nil
+}
+
+// materials are all inputs, as the provenance names them.
+func (r *run) materials() []sign.Material {
+	var all []sign.Material
+	for _, m := range slices.Concat(r.kernel.Materials, r.release.Materials) {
+		all = append(all, sign.Material{Name: m.Name, URI: m.URI, Digest: m.Digest})
+	}
+	return all
 }

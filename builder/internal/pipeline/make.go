@@ -1,0 +1,65 @@
+package pipeline
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// Made is a cell that was made and went nowhere.
+type Made struct {
+	Kernel      target.Kernel
+	Fingerprint target.Fingerprint
+	Driver      target.Driver
+	Identity    bundle.Identity
+	// Layers lie as files in the folder that the caller gave.
+	Layers    []bundle.Layer
+	Image     v1.Image
+	Materials []sign.Material
+}
+
+// Make makes one cell from its sources again: nothing that an earlier build
+// made is used, neither modules nor compiler caches nor layers. The cache serves
+// fetched inputs only, which it compares with their digests. dir is an empty
+// folder of the caller's for all that is made. No key is needed, nothing is
+// loaded, signed or published.
+func Make(ctx context.Context, cfg Config, req Request, dir string, log io.Writer, line *timeline.Run) (*Made, error) {
+	if cfg.CompileTimeout == 0 {
+		cfg.CompileTimeout = defaultCompileTimeout
+	}
+	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), fresh: dir}
+	err := r.each(ctx, []phase{
+		{"source", false, r.source},
+		{"compile", true, r.compile},
+		{"check", true, r.check},
+		{"package", true, r.pack},
+	})
+	if err != nil {
+		return nil, err
+	}
+	made := &Made{
+		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver,
+		Identity: r.id, Layers: r.res.Layers, Materials: r.materials(),
+	}
+	if made.Image, err = bundle.Image(made.Identity, made.Layers); err != nil {
+		return nil, fmt.Errorf("package: %w", err)
+	}
+	return made, nil
+}
+
+// Recipes are the ways in which this builder makes things, as the provenance
+// of what it makes names them. An artifact can be made again by a builder with
+// the same recipes.
+func Recipes() map[string]string {
+	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe}
+}
