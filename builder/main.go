@@ -28,6 +28,7 @@ func root() *ucli.Command {
 			buildCommand(),
 			workCommand(),
 			keygenCommand(),
+			reproduceCommand(),
 			mirrorCommand(),
 			{
 				Name: "version", Usage: "print the version",

@@ -1,0 +1,172 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/reproduce"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+func reproduceCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:      "reproduce",
+		Usage:     "make a published artifact again from its provenance and compare it file by file",
+		ArgsUsage: "REF",
+		Description: "REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.\n" +
+			"Nothing that an earlier build left in a cache is used. Exit status 0 says that the\n" +
+			"same digest came out, 5 (mismatch) that it did not.",
+		Flags: []ucli.Flag{
+			&ucli.StringSliceFlag{Name: "public-key", Usage: "`FILE` with a public key whose provenance is believed; may be given more than once", Required: true, Sources: cli.Env("public-key")},
+			&ucli.BoolFlag{Name: "attest", Usage: `sign "rebuilt, identical" with --key and attach it`, Sources: cli.Env("attest")},
+			&ucli.StringFlag{Name: "key", Usage: "private key of whoever makes it again: `FILE` or KMS URI", Sources: cli.Env("key")},
+			&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that names whoever makes it again", Sources: cli.Env("builder-id")},
+			&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://", Sources: cli.Env("kernel-mirror")},
+			&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
+			&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the registry; default: the Docker configuration", Sources: cli.Env("username")},
+			&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the registry", Sources: cli.Env("password")},
+			&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the cache; only fetched inputs are taken from it", Sources: cli.Env("cache")},
+			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
+			&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for the compile", Sources: cli.Env("compile-timeout")},
+			cli.OutputFlag(),
+		},
+		Action: runReproduce,
+	}
+}
+
+// splitReference parts host/repository@digest, or with :tag, into repository
+// and the rest. A port is not a tag.
+func splitReference(ref string) (repository, name string, err error) {
+	if at := strings.LastIndex(ref, "@"); at > 0 {
+		return ref[:at], ref[at+1:], nil
+	}
+	colon := strings.LastIndex(ref, ":")
+	if colon <= strings.LastIndex(ref, "/") || strings.HasPrefix(ref, "oci:") && colon == len("oci") {
+		return "", "", fault.New(fault.Usage, fmt.Sprintf("reference %q: names no artifact in the repository", ref), "add @sha256:DIGEST or :TAG")
+	}
+	return ref[:colon], ref[colon+1:], nil
+}
+
+func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
+	if cmd.Args().Len() != 1 {
+		return fault.New(fault.Usage, "reproduce takes one reference", "builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
+	}
+	where, name, err := splitReference(cmd.Args().First())
+	if err != nil {
+		return err
+	}
+	repo, err := registry.Open(where, registry.Options{UserAgent: "prebake-builder/" + version, Username: cmd.String("username"), Password: cmd.String("password")})
+	if err != nil {
+		return err
+	}
+	verifier, err := publicKeys(cmd.StringSlice("public-key"))
+	if err != nil {
+		return err
+	}
+	var signer *sign.Signer
+	if cmd.Bool("attest") {
+		if cmd.String("key") == "" {
+			return fault.New(fault.Usage, "--attest needs a key to sign with", "add --key FILE; make one with: builder keygen FILE")
+		}
+		if signer, err = sign.LoadSigner(ctx, cmd.String("key")); err != nil {
+			return err
+		}
+	}
+	cache, err := cas.Open(cmd.String("cache"))
+	if err != nil {
+		return fmt.Errorf("open cache: %w", err)
+	}
+	defer func() { err = errors.Join(err, cache.Close()) }()
+	log, logPath, err := openLog(cache, "reproduce-"+strings.ReplaceAll(name, ":", "-"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	stderr := cmd.Root().ErrWriter
+	fmt.Fprintf(stderr, "reproducing %s; full log in %s\n", cmd.Args().First(), logPath)
+	cfg := pipeline.Config{
+		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"), Cache: cache,
+		Version: version, Jobs: cmd.Int("jobs"), CompileTimeout: cmd.Duration("compile-timeout"),
+	}
+	report, err := reproduce.Run(ctx, reproduce.Config{
+		Repo: repo, Ref: name, Verifier: verifier, TempDir: cache.TempDir, Attest: signer, By: cmd.String("builder-id"),
+		Make: func(ctx context.Context, req pipeline.Request, dir string) (*pipeline.Made, error) {
+			return pipeline.Make(ctx, cfg, req, dir, log, &timeline.Run{Watch: cli.Progress(stderr)})
+		},
+	})
+	if err != nil {
+		return err
+	}
+	if err := cli.Print(cmd, report, func(w io.Writer) error { return printReport(w, report) }); err != nil {
+		return err
+	}
+	if !report.Identical {
+		return fault.New(fault.Mismatch, fmt.Sprintf("%s did not come out again: %d file(s) differ", report.Digest, len(report.Differences)),
+			"do not use the artifact until its builder has explained the difference")
+	}
+	return nil
+}
+
+func publicKeys(files []string) (*trust.Verifier, error) {
+	var policy trust.Policy
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public key: %w", err), "give the FILE.pub that builder keygen wrote")
+		}
+		keys, err := trust.ParsePublicKeys(text)
+		if err != nil {
+			return nil, err
+		}
+		policy.Keys = append(policy.Keys, keys...)
+	}
+	return trust.NewVerifier(policy)
+}
+
+func openLog(cache *cas.Cache, name string) (*os.File, string, error) {
+	path := filepath.Join(cache.Dir(), "logs", name+".log")
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, "", err
+	}
+	log, err := os.Create(path)
+	if err != nil {
+		return nil, "", fmt.Errorf("open log: %w", err)
+	}
+	return log, path, nil
+}
+
+func printReport(w io.Writer, r *reproduce.Report) error {
+	outcome := "identical: the same digest came out"
+	if !r.Identical {
+		outcome = "DIFFERENT: made again it is " + r.Made
+	}
+	if _, err := fmt.Fprintf(w, "artifact  %s@%s\ndriver    %s\nkernel    %s, release %s\nbuilt by  %s\noutcome   %s\n",
+		r.Repository, r.Digest, r.Driver, r.Kernel, r.Kernel.Release, r.BuilderID, outcome); err != nil {
+		return err
+	}
+	for _, d := range r.Differences {
+		if _, err := fmt.Fprintf(w, "differs   %s: %s\n", d.Name, d.What); err != nil {
+			return err
+		}
+	}
+	if r.Attested == "" {
+		return nil
+	}
+	_, err := fmt.Fprintf(w, "attested  %s\n", r.Attested)
+	return err
+}

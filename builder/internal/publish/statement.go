@@ -1,0 +1,45 @@
+package publish
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Statement signs one more statement about an artifact that is in the
+// repository and attaches it, and returns the digest of what it attached. One
+// of this type by this key that is there already is enough: then it returns "".
+func Statement(ctx context.Context, repo *registry.Repository, digest string, signer *sign.Signer, s sign.Statement) (string, error) {
+	attached, err := func() (string, error) {
+		verifier, err := signer.Verifier()
+		if err != nil {
+			return "", err
+		}
+		there, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+		if err != nil {
+			return "", err
+		}
+		for _, raw := range there {
+			if st, err := verifier.Statement(raw); err == nil && st.About(digest) && st.PredicateType == s.PredicateType {
+				return "", nil
+			}
+		}
+		raw, err := sign.Bundle(ctx, signer, s)
+		if err != nil {
+			return "", err
+		}
+		subject, err := repo.Resolve(ctx, digest)
+		if err != nil {
+			return "", err
+		}
+		d, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, map[string]string{annotationContent: "dsse-envelope", annotationPredicate: s.PredicateType})
+		return d.Digest.String(), err
+	}()
+	if err != nil {
+		return "", fmt.Errorf("attach %s: %w", s.PredicateType, err)
+	}
+	return attached, nil
+}

@@ -1,0 +1,232 @@
+package reproduce
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/pkg/bundle"
+)
+
+// Difference is one file that is not the same on both sides.
+type Difference struct {
+	// Name is the file's path in the artifact.
+	Name string `json:"name"`
+	// What says how the sides differ, and for modules in which section first.
+	What string `json:"what"`
+}
+
+// compare unpacks those layers whose digests differ, published and made, and
+// compares them file by file.
+func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made, folder func(string) (string, error), report *Report) error {
+	theirs, err := folder("published")
+	if err != nil {
+		return err
+	}
+	ours, err := folder("again")
+	if err != nil {
+		return err
+	}
+	for _, layer := range made.Layers {
+		published := content.Layer(layer.Kind)
+		if published.Digest == layer.Digest {
+			continue
+		}
+		blob, err := c.Repo.Blob(ctx, published.Digest, published.Size)
+		if err != nil {
+			return err
+		}
+		err = unpack(ctx, blob, published.Digest, published.DiffID, published.Size, theirs)
+		if err := errors.Join(err, blob.Close()); err != nil {
+			return fmt.Errorf("published %s layer: %w", layer.Kind, err)
+		}
+		file, err := os.Open(layer.Path)
+		if err != nil {
+			return err
+		}
+		err = unpack(ctx, file, layer.Digest, layer.DiffID, layer.Size, ours)
+		if err := errors.Join(err, file.Close()); err != nil {
+			return fmt.Errorf("%s layer: %w", layer.Kind, err)
+		}
+	}
+	report.Files, report.Differences, err = compareTrees(theirs, ours)
+	if err != nil {
+		return err
+	}
+	if len(report.Differences) == 0 {
+		// Every file is the same, yet the digest is not: the packing differs.
+		report.Differences = []Difference{{"(manifest)", fmt.Sprintf("all %d files are the same, but they are packed or described in another way", report.Files)}}
+	}
+	return nil
+}
+
+func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64, dir string) error {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(bundle.Unpack(ctx, r, digest, diffID, size, root), root.Close())
+}
+
+// compareTrees compares two folders by name, kind, exec bit, link target and
+// content.
+func compareTrees(published, made string) (files int, all []Difference, err error) {
+	theirs, err := list(published)
+	if err != nil {
+		return 0, nil, err
+	}
+	ours, err := list(made)
+	if err != nil {
+		return 0, nil, err
+	}
+	names := maps.Clone(theirs)
+	maps.Copy(names, ours)
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		was, inTheirs := theirs[name]
+		is, inOurs := ours[name]
+		what := ""
+		switch {
+		case !inOurs:
+			what = "only in the published artifact"
+		case !inTheirs:
+			what = "missing in the published artifact"
+		case was != is:
+			what = fmt.Sprintf("%s in the published artifact, %s made again", was, is)
+		case was == regular || was == program:
+			if what, err = compareFiles(filepath.Join(published, name), filepath.Join(made, name)); err != nil {
+				return len(names), all, err
+			}
+		}
+		if what != "" {
+			all = append(all, Difference{name, what})
+		}
+	}
+	return len(names), all, nil
+}
+
+// What an entry can be; a link is "link to" and its target.
+const (
+	folderEntry = "folder"
+	regular     = "file"
+	program     = "program"
+)
+
+// list describes every entry below a folder, but not the contents.
+func list(dir string) (map[string]string, error) {
+	all := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		switch mode := info.Mode(); {
+		case mode.IsDir():
+			all[name] = folderEntry
+		case mode&fs.ModeSymlink != 0:
+			target, err := os.Readlink(path)
+			if err != nil {
+				return err
+			}
+			all[name] = "link to " + target
+		case mode&0o111 != 0:
+			all[name] = program
+		default:
+			all[name] = regular
+		}
+		return nil
+	})
+	return all, err
+}
+
+// compareFiles returns "" for equal contents, else where they part.
+func compareFiles(published, made string) (string, error) {
+	a, err := os.ReadFile(published)
+	if err != nil {
+		return "", err
+	}
+	b, err := os.ReadFile(made)
+	if err != nil {
+		return "", err
+	}
+	if bytes.Equal(a, b) {
+		return "", nil
+	}
+	if where := elfDifference(a, b); where != "" {
+		return where, nil
+	}
+	if len(a) != len(b) {
+		return fmt.Sprintf("%d bytes in the published artifact, %d made again", len(a), len(b)), nil
+	}
+	at := 0
+	for a[at] == b[at] {
+		at++
+	}
+	return fmt.Sprintf("differs from byte %d on", at), nil
+}
+
+// elfDifference names the sections in which two ELF files differ; "" where
+// they are not ELF files, or differ elsewhere only.
+func elfDifference(published, made []byte) string {
+	a, err := elf.NewFile(bytes.NewReader(published))
+	if err != nil {
+		return ""
+	}
+	b, err := elf.NewFile(bytes.NewReader(made))
+	if err != nil {
+		return ""
+	}
+	theirs, ours := sections(a), sections(b)
+	names := maps.Clone(theirs)
+	maps.Copy(names, ours)
+	var differ []string
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		if !bytes.Equal(theirs[name], ours[name]) {
+			differ = append(differ, name)
+		}
+	}
+	const shown = 4
+	switch n := len(differ); {
+	case n == 0:
+		return ""
+	case n == 1:
+		return "differs in section " + differ[0]
+	case n <= shown:
+		return "differs in sections " + strings.Join(differ, ", ")
+	default:
+		return fmt.Sprintf("differs in sections %s and %d more", strings.Join(differ[:shown], ", "), n-shown)
+	}
+}
+
+// sections maps names to contents; sections of one name are joined. One that
+// cannot be read counts as empty: the bytes differ in any case.
+func sections(f *elf.File) map[string][]byte {
+	all := map[string][]byte{}
+	for _, s := range f.Sections {
+		if s.Type == elf.SHT_NULL {
+			continue
+		}
+		data, err := s.Data()
+		if err != nil {
+			data = nil
+		}
+		all[s.Name] = append(all[s.Name], data...)
+	}
+	return all
+}

@@ -1,0 +1,202 @@
+package reproduce_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/reproduce"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+var (
+	driver    = target.Driver{Version: "535.261.03", Flavour: target.Proprietary}
+	materials = []sign.Material{
+		{Name: "kernel-headers.tgz", URI: "file:///cos/17800.0.47/lakitu/kernel-headers.tgz", Digest: "sha256:" + strings.Repeat("5", 64)},
+		{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "file:///drivers/NVIDIA-Linux-x86_64-535.261.03.run", Digest: "sha256:" + strings.Repeat("6", 64)},
+	}
+)
+
+// farm is a repository with one published artifact, and the keys around it.
+type farm struct {
+	cfg    reproduce.Config
+	sample testkit.Sample
+	second *sign.Signer
+}
+
+func signer(t *testing.T) *sign.Signer {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "key")
+	if err := sign.GenerateKey(path); err != nil {
+		t.Fatal(err)
+	}
+	s, err := sign.LoadSigner(t.Context(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// newFarm publishes a sample, with the provenance of a builder of these recipes.
+func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
+	t.Helper()
+	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "farm"), registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	builder := signer(t)
+	provenance, err := sign.Provenance(s.Digest, sign.BuildFacts{
+		Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver, Materials: materials,
+		BuilderID: "https://example.com/farm", Started: time.Unix(1, 0), Finished: time.Unix(2, 0), Facts: recipes,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	match, err := sign.KernelMatch(s.Digest, s.Kernel, s.Identity.Fingerprint, s.Identity.Driver)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Bundles = nil
+	for _, st := range []sign.Statement{provenance, match} {
+		b, err := sign.Bundle(t.Context(), builder, st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Bundles = append(s.Bundles, b)
+	}
+	s.Publish(t, repo)
+	verifier, err := builder.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &farm{sample: s, second: signer(t), cfg: reproduce.Config{
+		Repo: repo, Ref: s.Digest, Verifier: verifier, By: "https://example.com/second",
+		TempDir: func(string) (string, func() error, error) {
+			dir, err := os.MkdirTemp(t.TempDir(), "")
+			return dir, func() error { return os.RemoveAll(dir) }, err
+		},
+	}}
+}
+
+// again stands for a rebuild that came to these layers.
+func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context, pipeline.Request, string) (*pipeline.Made, error) {
+	return func(_ context.Context, req pipeline.Request, _ string) (*pipeline.Made, error) {
+		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board, Driver: target.Wish(driver.Version), Flavour: driver.Flavour}, req); diff != "" {
+			return nil, fault.Errorf(fault.Internal, "asked for another cell (-want +got):\n%s", diff)
+		}
+		return &pipeline.Made{Kernel: want.Kernel, Driver: driver, Identity: want.Identity, Layers: layers, Image: image, Materials: inputs}, nil
+	}
+}
+
+func facts() map[string]string {
+	f := pipeline.Recipes()
+	f["builder"] = "v9"
+	return f
+}
+
+func sample(t *testing.T, salt string) testkit.Sample {
+	t.Helper()
+	return testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, salt)
+}
+
+func TestIdentical(t *testing.T) {
+	t.Parallel()
+	s := sample(t, "")
+	f := newFarm(t, s, facts())
+	f.cfg.Make, f.cfg.Attest = again(s, s.Image, s.Layers, materials), f.second
+	report, err := reproduce.Run(t.Context(), f.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !report.Identical || report.Made != s.Digest || len(report.Differences) != 0 || report.BuilderID != "https://example.com/farm" || report.Attested == "" {
+		t.Errorf("Run = %+v; want identical, attested", report)
+	}
+	attached, err := f.cfg.Repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	verifier, err := f.second.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := 0
+	for _, raw := range attached {
+		if st, err := verifier.Statement(raw); err == nil && st.PredicateType == sign.PredicateReproduced && st.About(s.Digest) && strings.Contains(string(st.Predicate), `"identical"`) {
+			said++
+		}
+	}
+	if said != 1 {
+		t.Errorf("%d statements of the second party; want one", said)
+	}
+	// Said once is enough.
+	if report, err = reproduce.Run(t.Context(), f.cfg); err != nil || report.Attested != "" {
+		t.Errorf("second Run = %+v, %v; want nothing attested anew", report, err)
+	}
+}
+
+// One changed object is found, and named.
+func TestDifferent(t *testing.T) {
+	t.Parallel()
+	published, made := sample(t, " with one changed object"), sample(t, "")
+	f := newFarm(t, published, facts())
+	f.cfg.Make, f.cfg.Attest = again(made, made.Image, made.Layers, materials), f.second
+	report, err := reproduce.Run(t.Context(), f.cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []reproduce.Difference{{Name: "drivers/nvidia.ko", What: "56 bytes in the published artifact, 32 made again"}}
+	if diff := cmp.Diff(want, report.Differences); diff != "" || report.Identical || report.Made != made.Digest || report.Files != 3 || report.Attested != "" {
+		t.Errorf("Run = %+v; differences (-want +got):\n%s", report, diff)
+	}
+}
+
+func TestRefuses(t *testing.T) {
+	t.Parallel()
+	s := sample(t, "")
+	rows := []struct {
+		name    string
+		recipes map[string]string
+		inputs  []sign.Material
+		edit    func(*reproduce.Config)
+		kind    fault.Kind
+		want    string
+	}{
+		{"another recipe", map[string]string{"compile": "compile-0", "builder": "v3"}, materials, nil, fault.Unsupported, `recipe compile "compile-0"`},
+		{"another input", facts(), []sign.Material{materials[0], {Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}}, nil, fault.Mismatch, "NVIDIA-Linux-x86_64-535.261.03.run"},
+		{"one input more", facts(), append(materials[:2:2], sign.Material{Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}), nil, fault.Mismatch, "now there are 3"},
+		{"not published", facts(), materials, func(c *reproduce.Config) { c.Ref = "sha256:" + strings.Repeat("0", 64) }, fault.NoArtifact, ""},
+		{"another key", facts(), materials, func(c *reproduce.Config) { c.Verifier = testkit.NewKey(t).Verifier(t) }, fault.Unverified, "key"},
+		{"rebuild fails", facts(), materials, func(c *reproduce.Config) {
+			c.Make = func(context.Context, pipeline.Request, string) (*pipeline.Made, error) {
+				return nil, fault.New(fault.InputMissing, "no such headers", "")
+			}
+		}, fault.InputMissing, "make it again"},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			f := newFarm(t, s, row.recipes)
+			f.cfg.Make, f.cfg.Attest = again(s, s.Image, s.Layers, row.inputs), f.second
+			if row.edit != nil {
+				row.edit(&f.cfg)
+			}
+			report, err := reproduce.Run(t.Context(), f.cfg)
+			if fault.Of(err) != row.kind || err == nil || !strings.Contains(err.Error(), row.want) {
+				t.Errorf("Run = %+v, %v (%v); want %v with %q", report, err, fault.Of(err), row.kind, row.want)
+			}
+		})
+	}
+}
