@@ -52,8 +52,12 @@ type Inputs struct {
 	Fingerprint target.Fingerprint
 	// Headers is the header tree itself, the one with Makefile and .config.
 	Headers string
-	// Toolchain is the root of the unpacked toolchain archive.
-	Toolchain string
+	// HeadersDigest is the digest of its content, less what the package comment
+	// leaves out of the fingerprint.
+	HeadersDigest string
+	// Toolchain is the root of the unpacked toolchain archive, and
+	// ToolchainDigest the digest of its content.
+	Toolchain, ToolchainDigest string
 	// Env is toolchain_env: CC and CXX.
 	Env map[string]string
 	// Boot is the unpacked prebake-boot.tgz, and BootDigest that archive's
@@ -168,6 +172,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	if in.Kernel.Release, in.Kernel.Version, err = readRelease(headersDir); err != nil {
 		return nil, err
 	}
+	in.HeadersDigest, in.ToolchainDigest = headers.digest, toolchain.digest
 	in.Fingerprint = combine(headers.digest, toolchain.digest, in.Env)
 	for _, m := range []Material{headers.material, toolchain.material, envMaterial, commitMaterial, boot.material} {
 		if m.Digest != "" {

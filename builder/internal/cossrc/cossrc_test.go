@@ -200,6 +200,12 @@ func TestFetch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if in.ToolchainDigest != digest {
+		t.Errorf("ToolchainDigest = %s; want %s", in.ToolchainDigest, digest)
+	}
+	if _, err := target.ParseFingerprint(in.HeadersDigest); err != nil || in.HeadersDigest == digest {
+		t.Errorf("HeadersDigest = %s, %v; want one of its own", in.HeadersDigest, err)
+	}
 	if got, err := cossrc.Fingerprint(in.Headers, digest, in.Env); err != nil || got != in.Fingerprint {
 		t.Errorf("Fingerprint = %s, %v; want what Fetch says: %s", got, err, in.Fingerprint)
 	}
