@@ -13,13 +13,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"maps"
-	"os"
-	"path/filepath"
-	"slices"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -33,7 +28,6 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -121,7 +115,8 @@ type run struct {
 
 	kernel  *cossrc.Inputs
 	release *nvsrc.Release
-	modules map[string]string
+	modules map[string]string // name to path
+	sums    map[string]string // name to SHA-256, in hex
 	id      bundle.Identity
 	started time.Time
 
@@ -240,124 +235,6 @@ func (r *run) key(parts ...string) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// compile makes the modules, or finds them made by an earlier build of the
-// same inputs.
-func (r *run) compile(ctx context.Context) (note string, err error) {
-	source, err := r.release.Source(r.req.Flavour)
-	if err != nil {
-		return "", err
-	}
-	work, cleanup, err := r.cfg.Cache.TempDir("compile-")
-	if err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, cleanup()) }()
-	var phases []timeline.Phase
-	key := r.key(compile.Recipe, string(r.kernel.Fingerprint))
-	dir, cached, err := r.tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
-		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
-			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
-		defer cancel()
-		made, err := compile.Modules(ctx, compile.Request{
-			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
-			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
-			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
-			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
-		})
-		if err != nil {
-			return err
-		}
-		phases = made.Phases
-		for name, path := range made.Modules {
-			if err := copyFile(filepath.Join(dir, name+".ko"), path); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	if err != nil {
-		return "", err
-	}
-	for _, p := range phases {
-		p.Of = "compile"
-		r.line.Add(p)
-	}
-	found, err := filepath.Glob(filepath.Join(dir, "*.ko"))
-	if err != nil {
-		return "", err
-	}
-	r.modules = map[string]string{}
-	for _, path := range found {
-		name := filepath.Base(path)
-		r.modules[name[:len(name)-len(".ko")]] = path
-	}
-	if cached {
-		return fmt.Sprintf("%d modules, cached", len(found)), nil
-	}
-	return fmt.Sprintf("%d modules", len(found)), nil
-}
-
-// tree is a product of this build in the cache, or in the folder for fresh ones.
-func (r *run) tree(ctx context.Context, kind, key string, fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
-	if r.fresh == "" {
-		return r.cfg.Cache.Tree(ctx, kind, key, fill)
-	}
-	path = filepath.Join(r.fresh, kind)
-	switch err := os.Mkdir(path, 0o755); {
-	case errors.Is(err, os.ErrExist): // made by this very run
-		return path, false, nil
-	case err != nil:
-		return "", false, err
-	}
-	return path, false, fill(ctx, path)
-}
-
-// check reads every module back and holds it against the kernel's own list.
-func (r *run) check(context.Context) (string, error) {
-	symvers, err := os.Open(filepath.Join(r.kernel.Headers, "Module.symvers"))
-	if err != nil {
-		return "", err
-	}
-	defer symvers.Close()
-	exports, err := modinfo.ReadSymvers(symvers)
-	if err != nil {
-		return "", err
-	}
-	var mods []*modinfo.Module
-	vermagic := "" // any module's: the others have to have the same
-	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
-		m, err := readModule(r.modules[name])
-		if err != nil {
-			return "", fmt.Errorf("%s: %w", name, err)
-		}
-		mods = append(mods, m)
-		vermagic = m.Vermagic
-	}
-	if err := modinfo.Check(mods, modinfo.Rules{
-		Release: r.kernel.Kernel.Release, Vermagic: vermagic, Symvers: exports, ModVersions: exports.HasCRCs(),
-	}); err != nil {
-		return "", err
-	}
-	r.id = bundle.Identity{
-		Fingerprint: r.kernel.Fingerprint, Arch: r.kernel.Kernel.Arch, Release: r.kernel.Kernel.Release,
-		Vermagic: vermagic, Driver: r.res.Driver,
-	}
-	return vermagic, nil
-}
-
-func readModule(path string) (*modinfo.Module, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	return modinfo.Read(f, info.Size())
-}
-
 // loadTest boots the kernel and loads the modules in it.
 func (r *run) loadTest(ctx context.Context) (string, error) {
 	switch {
@@ -397,19 +274,4 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return verdict.State, r.cfg.Cache.Remember("loadtest", key, raw)
-}
-
-func copyFile(dst, src string) (err error) {
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, out.Close()) }()
-	_, err = io.Copy(out, in)
-	return err
 }

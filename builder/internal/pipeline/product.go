@@ -30,6 +30,9 @@ func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string
 		if err != nil {
 			return err
 		}
+		if err := r.cfg.Cache.Recheck(ctx, src); err != nil {
+			return err
+		}
 		raw, err := json.Marshal(layer)
 		if err != nil {
 			return err
@@ -99,7 +102,11 @@ func (r *run) modulesFolder() (string, func() error, error) {
 		return "", nil, errors.Join(err, cleanup())
 	}
 	for name, path := range r.modules {
-		if err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path); err != nil {
+		sum, err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path)
+		if err == nil && sum != r.sums[name] {
+			err = changed(name, r.cfg.Cache.Dir())
+		}
+		if err != nil {
 			return "", nil, errors.Join(err, cleanup())
 		}
 	}

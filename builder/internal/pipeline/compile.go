@@ -1,0 +1,210 @@
+package pipeline
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// sumsFile lies beside the modules in the cache, in the form of sha256sum: what
+// left the compiler is compared with it before anything is proved about it, and
+// again before it is packed.
+const sumsFile = "SHA256SUMS"
+
+// compile makes the modules, or finds them made by an earlier build of the
+// same inputs.
+func (r *run) compile(ctx context.Context) (note string, err error) {
+	source, err := r.release.Source(r.req.Flavour)
+	if err != nil {
+		return "", err
+	}
+	work, cleanup, err := r.cfg.Cache.TempDir("compile-")
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, cleanup()) }()
+	var phases []timeline.Phase
+	key := r.key(compile.Recipe, string(r.kernel.Fingerprint))
+	dir, cached, err := r.tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
+			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
+		defer cancel()
+		made, err := compile.Modules(ctx, compile.Request{
+			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
+			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
+			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
+			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
+		})
+		// A tree that changed under the compiler explains every error, and
+		// makes every success worthless.
+		for _, input := range []string{r.kernel.Headers, r.kernel.Toolchain, source} {
+			if err := r.cfg.Cache.Recheck(ctx, input); err != nil {
+				return err
+			}
+		}
+		if err != nil {
+			return err
+		}
+		phases = made.Phases
+		var sums bytes.Buffer
+		for _, name := range slices.Sorted(maps.Keys(made.Modules)) {
+			sum, err := copyFile(filepath.Join(dir, name+".ko"), made.Modules[name])
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(&sums, "%s  %s.ko\n", sum, name)
+		}
+		return os.WriteFile(filepath.Join(dir, sumsFile), sums.Bytes(), 0o644)
+	})
+	if err != nil {
+		return "", err
+	}
+	for _, p := range phases {
+		p.Of = "compile"
+		r.line.Add(p)
+	}
+	if err := r.findModules(dir); err != nil {
+		return "", err
+	}
+	if cached {
+		return fmt.Sprintf("%d modules, cached", len(r.modules)), nil
+	}
+	return fmt.Sprintf("%d modules", len(r.modules)), nil
+}
+
+// findModules reads which modules a folder holds, and what they have to be.
+func (r *run) findModules(dir string) error {
+	raw, err := os.ReadFile(filepath.Join(dir, sumsFile))
+	if err != nil {
+		return err
+	}
+	r.modules, r.sums = map[string]string{}, map[string]string{}
+	for lines := bufio.NewScanner(bytes.NewReader(raw)); lines.Scan(); {
+		sum, file, ok := strings.Cut(lines.Text(), "  ")
+		name, isModule := strings.CutSuffix(file, ".ko")
+		if !ok || !isModule {
+			return fault.New(fault.Internal, fmt.Sprintf("read %s: line %q", sumsFile, lines.Text()), "")
+		}
+		r.modules[name], r.sums[name] = filepath.Join(dir, file), sum
+	}
+	return nil
+}
+
+// changed is the error about a module that is not what the compiler left.
+func changed(name, dir string) error {
+	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name), "run it again: it is made anew; check the disk of "+dir)
+}
+
+// check reads every module back and holds it against the kernel's own list.
+func (r *run) check(context.Context) (string, error) {
+	symvers, err := os.Open(filepath.Join(r.kernel.Headers, "Module.symvers"))
+	if err != nil {
+		return "", err
+	}
+	defer symvers.Close()
+	exports, err := modinfo.ReadSymvers(symvers)
+	if err != nil {
+		return "", err
+	}
+	var mods []*modinfo.Module
+	vermagic := "" // any module's: the others have to have the same
+	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
+		m, err := readModule(r.modules[name])
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
+		}
+		sum, err := fileSum(r.modules[name])
+		if err != nil {
+			return "", err
+		}
+		if sum != r.sums[name] {
+			return "", changed(name, r.cfg.Cache.Dir())
+		}
+		mods = append(mods, m)
+		vermagic = m.Vermagic
+	}
+	if err := modinfo.Check(mods, modinfo.Rules{
+		Release: r.kernel.Kernel.Release, Vermagic: vermagic, Symvers: exports, ModVersions: exports.HasCRCs(),
+	}); err != nil {
+		return "", err
+	}
+	r.id = bundle.Identity{
+		Fingerprint: r.kernel.Fingerprint, Arch: r.kernel.Kernel.Arch, Release: r.kernel.Kernel.Release,
+		Vermagic: vermagic, Driver: r.res.Driver,
+	}
+	return vermagic, nil
+}
+
+func readModule(path string) (*modinfo.Module, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return modinfo.Read(f, info.Size())
+}
+
+// tree is a product of this build in the cache, or in the folder for fresh ones.
+func (r *run) tree(ctx context.Context, kind, key string, fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
+	if r.fresh == "" {
+		return r.cfg.Cache.Tree(ctx, kind, key, fill)
+	}
+	path = filepath.Join(r.fresh, kind)
+	switch err := os.Mkdir(path, 0o755); {
+	case errors.Is(err, os.ErrExist): // made by this very run
+		return path, false, nil
+	case err != nil:
+		return "", false, err
+	}
+	return path, false, fill(ctx, path)
+}
+
+// copyFile copies a file and returns the SHA-256 of what it copied, in hex.
+func copyFile(dst, src string) (sum string, err error) {
+	in, err := os.Open(src)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	h := sha256.New()
+	_, err = io.Copy(io.MultiWriter(out, h), in)
+	return hex.EncodeToString(h.Sum(nil)), err
+}
+
+func fileSum(path string) (string, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
