@@ -254,7 +254,9 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if errors.As(err, &authority) || errors.As(err, &hostname) || errors.As(err, &verification) {
 		return fault.Wrap(fault.Usage, err, "install the certificate authority of "+host+" on this machine")
 	}
-	if strings.Contains(err.Error(), "server gave HTTP response to HTTPS client") { // net/http has no type for it
+	// net/http has no type for it. On loopback the client tries plain HTTP next,
+	// and then what came of that is what counts.
+	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") && !strings.Contains(text, `Get "http://`) {
 		return fault.Wrap(fault.Usage, err, host+" speaks plain HTTP: say so in the configuration of this repository")
 	}
 	if onNetwork(err) {

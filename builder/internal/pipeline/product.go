@@ -11,6 +11,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // staged returns the folder with a driver version's user space or firmware.
@@ -99,7 +100,7 @@ func (r *run) modulesFolder() (string, func() error, error) {
 		return "", nil, err
 	}
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
-		return "", nil, errors.Join(err, cleanup())
+		return "", nil, errors.Join(disk(err), cleanup())
 	}
 	for name, path := range r.modules {
 		sum, err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path)
@@ -107,8 +108,13 @@ func (r *run) modulesFolder() (string, func() error, error) {
 			err = changed(name, r.cfg.Cache.Dir())
 		}
 		if err != nil {
-			return "", nil, errors.Join(err, cleanup())
+			return "", nil, errors.Join(disk(err), cleanup())
 		}
 	}
 	return dir, cleanup, nil
+}
+
+// disk gives an error of the cache's file system its kind.
+func disk(err error) error {
+	return fault.Disk(err, "free some space on the disk of the cache folder, or set another one")
 }

@@ -181,6 +181,11 @@ func (r *run) publish(ctx context.Context) (string, error) {
 			_, existed, err = publish.Publish(ctx, p.repo, a)
 		}
 		if err != nil {
+			// A place that refuses bytes may be right: it compares them with their
+			// digests.
+			if damaged := r.layersIntact(ctx); damaged != nil {
+				err = fmt.Errorf("%w; so: %w", damaged, err)
+			}
 			return "", fmt.Errorf("publish to %s: %w", p.name, err)
 		}
 		r.res.Existed = r.res.Existed && existed
@@ -191,6 +196,19 @@ func (r *run) publish(ctx context.Context) (string, error) {
 		note += ", was there already"
 	}
 	return note, nil
+}
+
+// layersIntact tells whether the layers still are what was packed.
+func (r *run) layersIntact(ctx context.Context) error {
+	if r.res.Reused {
+		return nil
+	}
+	for _, l := range r.res.Layers {
+		if err := r.cfg.Cache.Recheck(ctx, l.Path); err != nil {
+			return fmt.Errorf("%s layer: %w", l.Kind, err)
+		}
+	}
+	return nil
 }
 
 // statements says how the image was made and for which COS build it is good.

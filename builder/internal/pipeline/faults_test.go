@@ -1,0 +1,465 @@
+package pipeline_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+var update = flag.Bool("update", false, "write docs/faults.md anew")
+
+// The faults that are put into a build, each at the start of every phase.
+const (
+	faultKill    = "killed"
+	faultDisk    = "disk full"
+	faultNetwork = "network gone"
+	faultCache   = "cache damaged"
+)
+
+var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
+
+// order is what a build in a process of its own is told, in the environment.
+type order struct {
+	Kernels, Drivers, Repo, Key, Cache string
+	// Fault strikes when Phase begins; "" is none.
+	Fault, Phase string
+	// Control is a URL whose reading takes the network down.
+	Control string
+}
+
+// outcome is what it prints.
+type outcome struct {
+	Class  string // "" is success
+	Error  string
+	Digest string
+	// Again is the outcome of a second build in the same process, after a disk
+	// that was full has room again.
+	Again *outcome
+}
+
+const orderVariable = "PREBAKE_TEST_ORDER"
+
+// TestFaultProcess is no test of its own: it is the process that a fault
+// strikes, and does nothing unless it is told what to build.
+func TestFaultProcess(t *testing.T) {
+	raw := os.Getenv(orderVariable)
+	if raw == "" {
+		return
+	}
+	var o order
+	if err := json.Unmarshal([]byte(raw), &o); err != nil {
+		t.Fatal(err)
+	}
+	got := o.build()
+	if o.Fault == faultDisk {
+		if err := os.RemoveAll(filepath.Join(o.Cache, "filler")); err != nil {
+			t.Fatal(err)
+		}
+		o.Fault = ""
+		again := o.build()
+		got.Again = &again
+	}
+	text, err := json.Marshal(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("OUTCOME %s\n", text)
+}
+
+func (o order) build() (got outcome) {
+	failed := func(err error) outcome {
+		return outcome{Class: fault.Of(err).String(), Error: err.Error()}
+	}
+	cache, err := cas.Open(o.Cache)
+	if err != nil {
+		return failed(err)
+	}
+	defer func() {
+		if err := cache.Close(); err != nil && got.Class == "" {
+			got = failed(err)
+		}
+	}()
+	var struck error
+	line := &timeline.Run{Watch: func(e timeline.Event) {
+		if e.Phase == o.Phase && e.Done == nil && e.Text == "" {
+			struck = errors.Join(struck, o.strike())
+		}
+	}}
+	res, err := pipeline.Run(context.Background(), pipeline.Config{
+		KernelMirror: o.Kernels, DriverMirror: o.Drivers, Cache: cache, Destinations: []string{o.Repo}, Key: o.Key,
+		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: pipeline.LoadTestAuto,
+	}, request("17800.0.9"), io.Discard, line)
+	if struck != nil {
+		return outcome{Class: "strike", Error: struck.Error()}
+	}
+	if err != nil {
+		return failed(err)
+	}
+	return outcome{Digest: res.Digest}
+}
+
+func (o order) strike() error {
+	switch o.Fault {
+	case faultKill:
+		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	case faultDisk:
+		return fill(filepath.Join(o.Cache, "filler"))
+	case faultNetwork:
+		resp, err := http.Get(o.Control)
+		if err != nil {
+			return err
+		}
+		return resp.Body.Close()
+	case faultCache:
+		return damage(o.Cache)
+	}
+	return nil
+}
+
+// fill writes files until not one byte more goes onto the disk.
+func fill(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	chunk := make([]byte, 1<<20)
+	for i := 0; ; i++ {
+		err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), chunk, 0o644)
+		if errors.Is(err, syscall.ENOSPC) {
+			if len(chunk) == 1 {
+				return nil
+			}
+			chunk = chunk[:len(chunk)/16+1]
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// damage flips a bit in every file that the cache holds for later use.
+func damage(dir string) error {
+	for _, part := range []string{"trees", "blobs", "facts", "seals"} {
+		err := filepath.WalkDir(filepath.Join(dir, part), func(path string, entry fs.DirEntry, err error) error {
+			if errors.Is(err, fs.ErrNotExist) {
+				return nil
+			}
+			if err != nil || !entry.Type().IsRegular() {
+				return err
+			}
+			data, err := os.ReadFile(path)
+			if err != nil || len(data) == 0 {
+				return err
+			}
+			data[len(data)/2] ^= 1
+			// In place: who holds the file open sees it, as with a failing disk.
+			f, err := os.OpenFile(path, os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			_, err = f.Write(data)
+			return errors.Join(err, f.Close())
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// wire is the network between the build and the rest of the world. It can be
+// taken down, and it can pull the trigger at one write to the registry.
+type wire struct {
+	*httptest.Server
+	down    atomic.Bool
+	writes  atomic.Int64
+	trigger func(write int64)
+}
+
+func newWire(t *testing.T, f *farm) *wire {
+	t.Helper()
+	repo, err := name.NewRepository(f.repo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	registry := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: repo.RegistryStr()})
+	registry.ErrorHandler = func(http.ResponseWriter, *http.Request, error) {} // a killed client
+	files := http.FileServer(http.Dir(f.dir))
+	w := &wire{}
+	w.Server = httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/control/down":
+			w.down.Store(true)
+		case w.down.Load():
+			panic(http.ErrAbortHandler)
+		case !strings.HasPrefix(r.URL.Path, "/v2/"):
+			files.ServeHTTP(rw, r)
+		default:
+			if r.Method != http.MethodGet && r.Method != http.MethodHead {
+				if n := w.writes.Add(1); w.trigger != nil {
+					w.trigger(n)
+				}
+			}
+			registry.ServeHTTP(rw, r)
+		}
+	}))
+	t.Cleanup(w.Close)
+	return w
+}
+
+// theatre is one farm of its own for one fault.
+type theatre struct {
+	f    *farm
+	wire *wire
+	order
+}
+
+func newTheatre(t *testing.T) *theatre {
+	t.Helper()
+	f := newFarm(t)
+	w := newWire(t, f)
+	host := strings.TrimPrefix(w.URL, "http://")
+	return &theatre{f: f, wire: w, order: order{
+		Kernels: w.URL + "/cos", Drivers: w.URL + "/drivers", Repo: host + "/prebake/driver", Key: f.key,
+		Cache: filepath.Join(t.TempDir(), "cache"), Control: w.URL + "/control/down",
+	}}
+}
+
+// process returns the command for a build in a process of its own.
+func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
+	t.Helper()
+	th.Fault, th.Phase = fault, phase
+	text, err := json.Marshal(th.order)
+	if err != nil {
+		t.Fatal(err)
+	}
+	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
+	if fault == faultDisk {
+		if err := os.MkdirAll(th.Cache, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(32 << 20), "--tmpfs", th.Cache, "--die-with-parent", "--"}, argv...)
+	}
+	cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
+	cmd.Env = append(os.Environ(), orderVariable+"="+string(text), "PREBAKE_RETRY_WAIT=1ms")
+	return cmd
+}
+
+// run builds, and returns nil if the process was killed.
+func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
+	t.Helper()
+	return read(t, th.process(t, fault, phase))
+}
+
+func read(t *testing.T, cmd *exec.Cmd) *outcome {
+	t.Helper()
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signaled() {
+		return nil
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	_, text, ok := bytes.Cut(out, []byte("OUTCOME "))
+	text, _, _ = bytes.Cut(text, []byte("\n"))
+	got := &outcome{}
+	if !ok || json.Unmarshal(text, got) != nil {
+		t.Fatalf("no outcome in %q", out)
+	}
+	return got
+}
+
+// tags returns what the registry's tags name.
+func (th *theatre) tags(t *testing.T) map[string]string {
+	t.Helper()
+	repo, err := name.NewRepository(th.f.repo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]string{}
+	list, err := remote.List(repo)
+	if err != nil {
+		return all // nothing was ever pushed
+	}
+	for _, tag := range list {
+		desc, err := remote.Head(repo.Tag(tag))
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[tag] = desc.Digest.String()
+	}
+	return all
+}
+
+// afterwards checks what must hold however a build ended: no name names
+// anything but the right artifact; and that the next build ends well.
+func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
+	t.Helper()
+	for tag, digest := range th.tags(t) {
+		if digest != want {
+			t.Errorf("behind the fault, tag %s names %s; want %s or nothing", tag, digest, want)
+		}
+	}
+	th.wire.down.Store(false)
+	if again == nil {
+		again = th.run(t, "", "")
+	}
+	if again == nil || again.Class != "" || again.Digest != want {
+		t.Fatalf("after the restart: %+v; want %s", again, want)
+	}
+	tags := th.tags(t)
+	if len(tags) != 2 {
+		t.Errorf("after the restart the tags are %v; want two", tags)
+	}
+	for tag, digest := range tags {
+		if digest != want {
+			t.Errorf("after the restart, tag %s names %s; want %s", tag, digest, want)
+		}
+	}
+}
+
+// reference is the digest that the cell has when nothing goes wrong.
+func reference(t *testing.T) string {
+	t.Helper()
+	got := newTheatre(t).run(t, "", "")
+	if got == nil || got.Digest == "" {
+		t.Fatalf("without a fault: %+v", got)
+	}
+	return got.Digest
+}
+
+// Every fault strikes at the start of every phase. Nothing wrong is published,
+// the class is the right one, and the next build ends well. The table in
+// docs/faults.md is what was seen here.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	want := reference(t)
+	var mu sync.Mutex
+	seen := map[string]string{}
+	t.Run("strike", func(t *testing.T) {
+		for _, phase := range whole {
+			for _, kind := range faults {
+				t.Run(phase+" "+kind, func(t *testing.T) {
+					t.Parallel()
+					th := newTheatre(t)
+					got := th.run(t, kind, phase)
+					cell, again := "killed", (*outcome)(nil)
+					switch {
+					case got == nil && kind != faultKill:
+						t.Fatal("the build was killed")
+					case got == nil:
+					case got.Class == "":
+						cell, again = "published", got.Again
+						if got.Digest != want {
+							t.Errorf("published %s; want %s", got.Digest, want)
+						}
+					default:
+						cell, again = got.Class, got.Again
+						t.Logf("%s: %s", got.Class, got.Error)
+					}
+					th.afterwards(t, want, again)
+					mu.Lock()
+					defer mu.Unlock()
+					seen[phase+" "+kind] = cell
+				})
+			}
+		}
+	})
+	if !t.Failed() {
+		checkTable(t, seen)
+	}
+}
+
+// kill -9 at every single write to the registry.
+func TestKilledWhilePublishing(t *testing.T) {
+	t.Parallel()
+	want := reference(t)
+	count := func() int64 {
+		th := newTheatre(t)
+		th.run(t, "", "")
+		return th.wire.writes.Load()
+	}()
+	if count < 10 {
+		t.Fatalf("a whole build makes %d writes to the registry; that is too few to be true", count)
+	}
+	for at := range count {
+		t.Run(fmt.Sprintf("write %d of %d", at+1, count), func(t *testing.T) {
+			t.Parallel()
+			th := newTheatre(t)
+			cmd := th.process(t, "", "")
+			th.wire.trigger = func(n int64) {
+				if n == at+1 {
+					_ = cmd.Process.Kill() // it may be over already
+				}
+			}
+			if got := read(t, cmd); got != nil && got.Digest != want {
+				t.Errorf("it was not killed, and came to %+v", got)
+			}
+			th.wire.trigger = nil
+			th.afterwards(t, want, nil)
+		})
+	}
+}
+
+const tableFile = "../../../docs/faults.md"
+
+// checkTable compares what was seen with the table in the documentation.
+func checkTable(t *testing.T, seen map[string]string) {
+	t.Helper()
+	const start, end = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+	var table strings.Builder
+	fmt.Fprintf(&table, "| phase | %s |\n|---|%s\n", strings.Join(faults, " | "), strings.Repeat("---|", len(faults)))
+	for _, phase := range whole {
+		cells := []string{phase}
+		for _, kind := range faults {
+			cells = append(cells, seen[phase+" "+kind])
+		}
+		fmt.Fprintf(&table, "| %s |\n", strings.Join(cells, " | "))
+	}
+	text, err := os.ReadFile(tableFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok := strings.Cut(string(text), start)
+	old, after, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no place for the table", tableFile)
+	}
+	switch {
+	case old == table.String():
+	case *update:
+		if err := os.WriteFile(tableFile, slices.Concat([]byte(before), []byte(start), []byte(table.String()), []byte(end), []byte(after)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	default:
+		t.Errorf("%s says\n%s\nand this run saw\n%s\nrun: go test ./builder/internal/pipeline -run TestFaults -update", tableFile, old, table.String())
+	}
+}
