@@ -2,6 +2,7 @@ package modinfo
 
 import (
 	"cmp"
+	"debug/elf"
 	"errors"
 	"fmt"
 	"maps"
@@ -21,6 +22,15 @@ type Rules struct {
 	Symvers Symvers
 	// ModVersions says that the kernel compares checksums.
 	ModVersions bool
+	// Machine is the kernel's processor; EM_NONE leaves it out.
+	Machine elf.Machine
+	// Salt is the kernel's CONFIG_BUILD_SALT, which may be empty; nil leaves it out.
+	Salt *string
+	// StructSize is sizeof(struct module) of the kernel; 0 leaves it out.
+	StructSize uint64
+	// MadeFor is the ABI fingerprint that every module has to be stamped with;
+	// "" leaves it out.
+	MadeFor string
 }
 
 // Problem is one reason for the kernel to refuse a module, or to crash with it.
@@ -114,6 +124,7 @@ func (c *checker) module(m *Module) {
 	case c.rules.Vermagic != "" && m.Vermagic != strings.TrimSpace(c.rules.Vermagic):
 		c.add(m, "", remedyKernel, "vermagic %q; this kernel wants %q", m.Vermagic, strings.TrimSpace(c.rules.Vermagic))
 	}
+	c.origin(m)
 	needs := map[string]bool{}
 	for _, name := range m.Depends {
 		name = Canonical(name)
@@ -135,6 +146,28 @@ func (c *checker) module(m *Module) {
 				c.crc(m, name, export.CRC, "this kernel's")
 			}
 		}
+	}
+}
+
+// origin holds what a module tells about the kernel tree that it was made from
+// against the kernel. Where releases repeat and the kernel compares no
+// checksums, nothing else tells siblings apart.
+func (c *checker) origin(m *Module) {
+	if c.rules.Machine != elf.EM_NONE && m.Machine != c.rules.Machine {
+		c.add(m, "", remedyKernel, "made for processor %v; this kernel's is %v", m.Machine, c.rules.Machine)
+	}
+	if salt := c.rules.Salt; salt != nil && m.Salt != *salt {
+		c.add(m, "", remedyKernel, "made for a kernel with build salt %q; this kernel's is %q", m.Salt, *salt)
+	}
+	if size := c.rules.StructSize; size != 0 && m.StructSize != size {
+		c.add(m, "", remedyKernel, "struct module has %d bytes in it; in this kernel %d", m.StructSize, size)
+	}
+	switch want := c.rules.MadeFor; {
+	case want == "" || m.MadeFor == want:
+	case m.MadeFor == "":
+		c.add(m, "", remedyKernel, "does not say what kernel it was made for; this kernel is %s", want)
+	default:
+		c.add(m, "", remedyKernel, "made for kernel %s; this kernel is %s", m.MadeFor, want)
 	}
 }
 

@@ -1,6 +1,7 @@
 package modinfo_test
 
 import (
+	"debug/elf"
 	"errors"
 	"maps"
 	"os"
@@ -62,6 +63,13 @@ func TestCheck(t *testing.T) {
 		{"same name twice", func(a, b *sample, r *modinfo.Rules) { b.info[2] = "name=nvidia" }, "nvidia: is in the set twice"},
 		{"circle", func(a, b *sample, r *modinfo.Rules) { a.info[2] = "depends=nvidia_uvm" }, "nvidia: depends on itself through nvidia, nvidia_uvm"},
 		{"exported twice", func(a, b *sample, r *modinfo.Rules) { b.exports = maps.Clone(a.exports) }, "symbol nvidia_get_rm_ops: is exported by nvidia_uvm too"},
+		{"another processor", func(a, b *sample, r *modinfo.Rules) { r.Machine = elf.EM_AARCH64 }, "nvidia: made for processor EM_X86_64; this kernel's is EM_AARCH64"},
+		{"another salt", func(a, b *sample, r *modinfo.Rules) { salt := "6.1.0-50"; r.Salt = &salt }, "made for a kernel with build salt \"\"; this kernel's is \"6.1.0-50\""},
+		{"another struct module", func(a, b *sample, r *modinfo.Rules) { a.this, r.StructSize = "nvidia", 0x340 }, "nvidia: struct module has 896 bytes in it; in this kernel 832"},
+		{"not stamped", func(a, b *sample, r *modinfo.Rules) { r.MadeFor = "sha256:ab" }, "nvidia: does not say what kernel it was made for"},
+		{"stamped with a sibling", func(a, b *sample, r *modinfo.Rules) {
+			r.MadeFor, a.stamp = "sha256:ab", string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:cd")))
+		}, "nvidia: made for kernel sha256:cd; this kernel is sha256:ab"},
 		{"many problems", func(a, b *sample, r *modinfo.Rules) {
 			for c := 'a'; c <= 'z'; c++ {
 				a.imports = append(a.imports, "gone_"+string(c))

@@ -23,6 +23,8 @@ type sample struct {
 	this     string            // name in .gnu.linkonce.this_module
 	noTable  bool              // without a symbol table
 	note     string            // the section of the build id
+	linux    string            // the section of the kernel's own notes
+	stamp    string            // the section of the builder's stamp
 
 	cutVersions int // bytes missing at the end of __versions
 }
@@ -92,6 +94,12 @@ func (s sample) bytes() []byte {
 	}
 	if s.note != "" {
 		add(sect{name: modinfo.BuildIDNote, kind: elf.SHT_NOTE, data: []byte(s.note)})
+	}
+	if s.linux != "" {
+		add(sect{name: ".note.Linux", kind: elf.SHT_NOTE, data: []byte(s.linux)})
+	}
+	if s.stamp != "" {
+		add(sect{name: modinfo.StampSection, kind: elf.SHT_NOTE, data: []byte(s.stamp)})
 	}
 	if s.this != "" {
 		data := make([]byte, 0x380)

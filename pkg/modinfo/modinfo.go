@@ -8,7 +8,6 @@ import (
 	"bytes"
 	"debug/elf"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -49,6 +48,15 @@ type Module struct {
 	CRCs map[string]uint32
 	// BuildID is the linker's name for these very bytes; empty without one.
 	BuildID string
+	// Salt is CONFIG_BUILD_SALT of the kernel that the module was made for;
+	// empty where that is empty.
+	Salt string
+	// MadeFor is the ABI fingerprint that the builder stamped into the module
+	// (see [StampSection]); empty without a stamp.
+	MadeFor string
+	// StructSize is sizeof(struct module) of the kernel that the module was made
+	// for; Linux compares it from 6.4 on.
+	StructSize uint64
 	// Machine is the processor that the module is for.
 	Machine elf.Machine
 	// Signed says that a signature is appended; whether it holds is not said.
@@ -107,11 +115,12 @@ func read(r io.ReaderAt, size int64) (*Module, error) {
 	if err := m.readInfo(f); err != nil {
 		return nil, err
 	}
-	note, err := section(f, BuildIDNote, maxModinfo)
-	if err != nil {
+	if err := m.readNotes(f); err != nil {
 		return nil, err
 	}
-	m.BuildID = BuildID(note)
+	if s := f.Section(".gnu.linkonce.this_module"); s != nil {
+		m.StructSize = s.Size
+	}
 	if err := m.readVersions(f); err != nil {
 		return nil, err
 	}
@@ -184,24 +193,6 @@ func (m *Module) readInfo(f *elf.File) error {
 		}
 	}
 	return nil
-}
-
-// BuildIDNote is the section that holds a build id, and the file below a loaded
-// module's notes folder in /sys that shows it.
-const BuildIDNote = ".note.gnu.build-id"
-
-// BuildID reads a build id out of such a section: the lengths of owner and
-// content, the type 3, the owner GNU, the content. "" is any other note.
-func BuildID(note []byte) string {
-	const head, longest = 16, 64
-	if len(note) < head || string(note[12:head]) != "GNU\x00" {
-		return ""
-	}
-	owner, content, kind := binary.LittleEndian.Uint32(note), binary.LittleEndian.Uint32(note[4:]), binary.LittleEndian.Uint32(note[8:])
-	if owner != 4 || kind != 3 || content > longest || int(content) > len(note)-head {
-		return ""
-	}
-	return hex.EncodeToString(note[head : head+content])
 }
 
 var (

@@ -44,13 +44,17 @@ func TestRead(t *testing.T) {
 		{"plain", plain, func(m *modinfo.Module) {}},
 		{"signed", signed(plain, "signature"), func(m *modinfo.Module) { m.Signed = true }},
 		{"dash in the name", change(func(s *sample) { s.info[4] = "name=nvidia-x" }), func(m *modinfo.Module) { m.Name = "nvidia_x" }},
-		{"name in the struct only", change(func(s *sample) { s.info, s.this = slices.Delete(s.info, 4, 5), "nvidia" }), func(m *modinfo.Module) {}},
+		{"name in the struct only", change(func(s *sample) { s.info, s.this = slices.Delete(s.info, 4, 5), "nvidia" }), func(m *modinfo.Module) { m.StructSize = 0x380 }},
 		{"two dependencies", change(func(s *sample) { s.info[2] = "depends=drm,i2c-core" }), func(m *modinfo.Module) { m.Depends = []string{"drm", "i2c-core"} }},
 		{"namespaces", change(func(s *sample) { s.info = append(s.info, "import_ns=DMA_BUF", "import_ns=VFIO") }), func(m *modinfo.Module) { m.Namespaces = []string{"DMA_BUF", "VFIO"} }},
 		{"no MODVERSIONS", change(func(s *sample) { s.versions = nil }), func(m *modinfo.Module) { m.CRCs = nil }},
 		{"extended versions", change(func(s *sample) { s.extended, s.versions = s.versions, nil }), func(m *modinfo.Module) {}},
 		{"build id", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }), func(m *modinfo.Module) { m.BuildID = "abcd" }},
 		{"build id cut short", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x03\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }), func(m *modinfo.Module) {}},
+		{"stamp and salt", change(func(s *sample) {
+			s.linux = string(modinfo.AppendNote(modinfo.AppendNote(nil, "Linux", 0x101, make([]byte, 4)), "Linux", 0x100, []byte("6.1.0-50\x00")))
+			s.stamp = string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:ab")))
+		}), func(m *modinfo.Module) { m.Salt, m.MadeFor = "6.1.0-50", "sha256:ab" }},
 		{"absolute checksums", change(func(s *sample) { s.absolute, s.exports = s.exports, nil }), func(m *modinfo.Module) {}},
 	}
 	for _, row := range rows {
@@ -159,6 +163,21 @@ func FuzzRead(f *testing.F) {
 		}
 		// Whatever it is, holding it against a kernel must end.
 		_ = modinfo.Check([]*modinfo.Module{m}, modinfo.Rules{Release: "6.1", ModVersions: true})
+	})
+}
+
+func FuzzNote(f *testing.F) {
+	f.Add([]byte("content"), "Prebake", uint32(1), []byte("\x04\x00\x00\x00\xff\xff\xff\xff\x03\x00\x00\x00GNU\x00"))
+	f.Fuzz(func(t *testing.T, content []byte, owner string, kind uint32, before []byte) {
+		if len(content) > 200 || len(owner) > 200 || strings.ContainsRune(owner, 0) {
+			return
+		}
+		if got := modinfo.Note(before, owner, kind); len(got) > len(before) {
+			t.Errorf("Note(%x) = %x", before, got)
+		}
+		if got := modinfo.Note(modinfo.AppendNote(nil, owner, kind, content), owner, kind); !bytes.Equal(got, content) {
+			t.Errorf("Note(AppendNote(%q, %d, %x)) = %x", owner, kind, content, got)
+		}
 	})
 }
 

@@ -7,6 +7,8 @@ import "strings"
 // of them ends the machine.
 var crashMarks = []string{
 	"BUG: ",
+	"kernel BUG at ",
+	"Unable to handle kernel ",
 	"general protection fault",
 	"invalid opcode:",
 	"divide error:",

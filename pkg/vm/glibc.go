@@ -13,36 +13,47 @@ import (
 )
 
 // libraryFolders are where a glibc loader without a cache or configuration
-// looks on the distributions that Prebake builds on.
-var libraryFolders = []string{
-	"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib",
+// looks on the distributions that Prebake builds on, and where Debian keeps the
+// libraries of a cross compiler, which a loader does not know.
+var libraryFolders = map[elf.Machine][]string{
+	elf.EM_X86_64:  {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
+	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib", "/usr/aarch64-linux-gnu/lib"},
 }
+
+// guestFolders are where a guest's loader finds what came from anywhere else.
+var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu", elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
 // dlopened are glibc's parts that NVIDIA's libraries need, though the program
 // that opens them by name may not.
 var dlopened = []string{"libdl.so.2", "libpthread.so.0", "librt.so.1", "libm.so.6"}
 
-// GlibcFiles returns what dynamic programs and libraries of this host need in
-// a guest: the loader, every library they name, those that these name, and
-// glibc's parts that NVIDIA's libraries name. Each keeps its host path. The
-// programs themselves are not among them. Run paths are not followed.
+// GlibcFiles returns what dynamic programs and libraries need in a guest of
+// their own architecture: the loader, every library they name, those that these
+// name, and glibc's parts that NVIDIA's libraries name. The programs themselves
+// are not among them. Run paths are not followed.
 func GlibcFiles(paths ...string) ([]File, error) {
-	found := map[string]string{} // name -> path
+	found := map[string]bool{}
 	var files []File
-	add := func(host string) {
-		files = append(files, File{Name: host, Path: host, Mode: 0o755})
-	}
 	var queue []string
+	var machine elf.Machine
 	for _, p := range paths {
-		interpreter, needed, err := dynamic(p)
+		d, err := readDynamicFile(p)
 		if err != nil {
 			return nil, fmt.Errorf("find libraries of %s: %w", p, err)
 		}
-		if interpreter != "" && found[path.Base(interpreter)] == "" {
-			found[path.Base(interpreter)] = interpreter
-			add(interpreter)
+		if machine != elf.EM_NONE && d.machine != machine {
+			return nil, fault.New(fault.Usage, fmt.Sprintf("find libraries of %s: it is for %v, the others for %v", p, d.machine, machine), "")
 		}
-		queue = append(queue, needed...)
+		machine = d.machine
+		if name := path.Base(d.interpreter); d.interpreter != "" && !found[name] {
+			found[name] = true
+			host, err := findLibrary(machine, name)
+			if err != nil {
+				return nil, err
+			}
+			files = append(files, File{Name: d.interpreter, Path: host, Mode: 0o755})
+		}
+		queue = append(queue, d.needed...)
 	}
 	if len(queue) == 0 {
 		return nil, nil // static: needs nothing
@@ -51,77 +62,87 @@ func GlibcFiles(paths ...string) ([]File, error) {
 	for len(queue) > 0 {
 		name := queue[0]
 		queue = queue[1:]
-		if found[name] != "" {
+		if found[name] {
 			continue
 		}
-		host, err := findLibrary(name)
+		found[name] = true
+		host, err := findLibrary(machine, name)
 		if err != nil {
 			return nil, err
 		}
-		found[name] = host
-		add(host)
-		_, needed, err := dynamic(host)
+		files = append(files, File{Name: path.Join(guestFolders[machine], name), Path: host, Mode: 0o755})
+		d, err := readDynamicFile(host)
 		if err != nil {
 			return nil, fmt.Errorf("find libraries of %s: %w", host, err)
 		}
-		queue = append(queue, needed...)
+		queue = append(queue, d.needed...)
 	}
 	return files, nil
 }
 
-func findLibrary(name string) (string, error) {
+func findLibrary(machine elf.Machine, name string) (string, error) {
 	if strings.ContainsRune(name, '/') {
 		return "", fmt.Errorf("library %q: want a name without a folder", name)
 	}
-	for _, dir := range libraryFolders {
+	for _, dir := range libraryFolders[machine] {
 		p := path.Join(dir, name)
 		f, err := elf.Open(p)
 		if err != nil {
 			continue
 		}
-		machine := f.Machine
-		if f.Close() == nil && machine == elf.EM_X86_64 {
+		found := f.Machine
+		if f.Close() == nil && found == machine {
 			return p, nil
 		}
 	}
-	return "", fault.New(fault.Usage, fmt.Sprintf("find library %s: not in %s", name, strings.Join(libraryFolders, ", ")),
-		"install the package that has it")
+	hint := "install the package that has it"
+	if machine == elf.EM_AARCH64 {
+		hint = "install Debian's package libc6-dev-arm64-cross"
+	}
+	return "", fault.New(fault.Usage, fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
 }
 
 // maxInterpreter bounds the path of a loader.
 const maxInterpreter = 4096
 
-// dynamic reads a program's loader and the libraries that it names.
-func dynamic(file string) (interpreter string, needed []string, err error) {
+// dynamic is what a program or library says about what it needs.
+type dynamic struct {
+	machine     elf.Machine
+	interpreter string
+	needed      []string
+}
+
+func readDynamicFile(file string) (d dynamic, err error) {
 	in, err := os.Open(file)
 	if err != nil {
-		return "", nil, err
+		return d, err
 	}
 	defer func() { err = errors.Join(err, in.Close()) }()
 	return readDynamic(in)
 }
 
-func readDynamic(r io.ReaderAt) (interpreter string, needed []string, err error) {
+func readDynamic(r io.ReaderAt) (d dynamic, err error) {
 	f, err := elf.NewFile(r)
 	if err != nil {
-		return "", nil, err
+		return d, err
 	}
+	d.machine = f.Machine
 	for _, p := range f.Progs {
 		if p.Type != elf.PT_INTERP {
 			continue
 		}
 		if p.Filesz > maxInterpreter {
-			return "", nil, fmt.Errorf("loader's path of %d bytes", p.Filesz)
+			return d, fmt.Errorf("loader's path of %d bytes", p.Filesz)
 		}
 		text := make([]byte, p.Filesz)
 		if _, err := p.ReadAt(text, 0); err != nil {
-			return "", nil, fmt.Errorf("read loader's path: %w", err)
+			return d, fmt.Errorf("read loader's path: %w", err)
 		}
-		interpreter = strings.TrimRight(string(text), "\x00")
-		if !path.IsAbs(interpreter) || path.Clean(interpreter) != interpreter {
-			return "", nil, fmt.Errorf("loader %q: want a clean absolute path", interpreter)
+		d.interpreter = strings.TrimRight(string(text), "\x00")
+		if !path.IsAbs(d.interpreter) || path.Clean(d.interpreter) != d.interpreter {
+			return d, fmt.Errorf("loader %q: want a clean absolute path", d.interpreter)
 		}
 	}
-	needed, err = f.ImportedLibraries()
-	return interpreter, needed, err
+	d.needed, err = f.ImportedLibraries()
+	return d, err
 }

@@ -16,12 +16,33 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm/emugpu"
 )
 
-// cpuModel is everything that the emulator knows, without AVX2: emulated, Go's
-// AVX2 code for SHA-256 is slower than its plain code, and a node hashes much.
-const cpuModel = "max,avx2=off"
+// platform is how a machine of one architecture is put together.
+type platform struct {
+	qemu, pkg    string // the emulator and Debian's package of it
+	machine, cpu string
+	console      string // of the kernel
+	events       []string
+}
+
+// The processor of amd64 is everything that the emulator knows, without AVX2:
+// emulated, Go's AVX2 code for SHA-256 is slower than its plain code, and a node
+// hashes much. That of arm64 is what COS's Arm nodes have; qemu's "max" would
+// spend its time on computing pointer authentication. Its one serial port is
+// the console, so the events take a PCI one.
+var platforms = map[target.Arch]platform{
+	target.AMD64: {
+		qemu: "qemu-system-x86_64", pkg: "qemu-system-x86", machine: "q35", cpu: "max,avx2=off",
+		console: "ttyS0,115200", events: []string{"-serial", "chardev:events"},
+	},
+	target.ARM64: {
+		qemu: "qemu-system-aarch64", pkg: "qemu-system-arm", machine: "virt", cpu: "neoverse-n1",
+		console: "ttyAMA0", events: []string{"-device", "pci-serial,chardev=events"},
+	},
+}
 
 // machine is one running qemu.
 type machine struct {
@@ -34,11 +55,12 @@ type machine struct {
 // args returns qemu's command line. Files 3 to 5 are the console, the events
 // and the initramfs.
 func (c Config) args() []string {
+	p := platforms[c.Arch]
 	kernel := []string{
-		"console=ttyS0,115200", "panic=-1", "oops=panic", "nokaslr", "nmi_watchdog=0", "rdinit=/init",
+		"console=" + p.console, "panic=-1", "oops=panic", "nokaslr", "nmi_watchdog=0", "rdinit=/init",
 	}
 	if c.GPU {
-		kernel = append(kernel, emugpu.KernelArg)
+		kernel = append(kernel, emugpu.KernelArg(c.Arch))
 	}
 	kernel = append(kernel, c.KernelArgs...)
 	// The empty romfile saves the network card's boot code, which has to start
@@ -47,15 +69,28 @@ func (c Config) args() []string {
 	if c.Network {
 		nic = []string{"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="}
 	}
-	return append(nic,
-		"-nodefaults", "-no-user-config", "-machine", "q35", "-accel", "tcg", "-cpu", cpuModel,
+	args := append(nic,
+		"-nodefaults", "-no-user-config", "-machine", p.machine, "-accel", "tcg", "-cpu", p.cpu,
 		"-smp", strconv.Itoa(c.CPUs), "-m", strconv.Itoa(c.MemoryMiB),
 		"-display", "none", "-vga", "none", "-no-reboot",
 		"-chardev", "file,id=console,path=/dev/fd/3", "-serial", "chardev:console",
-		"-chardev", "file,id=events,path=/dev/fd/4", "-serial", "chardev:events",
+		"-chardev", "file,id=events,path=/dev/fd/4",
 		"-kernel", filepath.Join(c.Boot, BootKernel), "-initrd", "/dev/fd/5",
 		"-append", strings.Join(kernel, " "),
 	)
+	return append(args, p.events...)
+}
+
+// describe says what the guest runs in, with the emulator's own words about
+// its version.
+func (c Config) describe(ctx context.Context) string {
+	p := platforms[c.Arch]
+	text := fmt.Sprintf("machine %s, processor %s (%d), emulated, %d MiB", p.machine, p.cpu, c.CPUs, c.MemoryMiB)
+	out, err := exec.CommandContext(ctx, c.QEMU, "--version").Output()
+	if line, _, _ := strings.Cut(string(out), "\n"); err == nil && line != "" {
+		text = line + ", " + text
+	}
+	return text
 }
 
 // start starts qemu. It dies with ctx, and with this process.
@@ -63,7 +98,7 @@ func start(ctx context.Context, c Config, initrd *os.File) (_ *machine, err erro
 	qemu, err := exec.LookPath(c.QEMU)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find emulator: %w", err),
-			"install Debian's package qemu-system-x86, or name the program")
+			"install Debian's package "+platforms[c.Arch].pkg+", or name the program")
 	}
 	consoleR, consoleW, err := os.Pipe()
 	if err != nil {

@@ -55,7 +55,7 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	protocol := errors.Join(readers.Wait(), m.close())
 	res := seen.result()
 	res.Seconds = time.Since(m.start).Seconds()
-	res.InitramfsBytes = size
+	res.InitramfsBytes, res.Machine = size, c.describe(ctx)
 	return res, verdict(ctx, c, res, seen, ends{console: console.String(), exit: exit, protocol: protocol, stderr: m.stderr.String()})
 }
 

@@ -16,10 +16,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm/emugpu"
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
@@ -77,6 +78,8 @@ type Config struct {
 	// Boot is a folder with vmlinuz, modules/order and the modules it lists,
 	// and perhaps emugpu.ko.
 	Boot string
+	// Arch is the machine's architecture; "" is amd64.
+	Arch target.Arch
 	// GPU gives the machine the emulated GPU.
 	GPU bool
 	// Init is the guestinit program on the host.
@@ -87,7 +90,8 @@ type Config struct {
 	// Network gives the guest a user-mode network on which the host's loopback
 	// is [HostAddress].
 	Network bool
-	// MemoryMiB is the guest's memory; 0 is 3072. With the GPU at least 2048.
+	// MemoryMiB is the guest's memory; 0 is 3072. With the GPU at
+	// least emugpu.Memory.
 	MemoryMiB int
 	// CPUs is the number of virtual processors; 0 is 1.
 	CPUs int
@@ -100,7 +104,8 @@ type Config struct {
 	Watch func(Progress)
 	// Timeout ends the whole run; 0 is 5 minutes.
 	Timeout time.Duration
-	// QEMU is the emulator; "" is qemu-system-x86_64 from PATH.
+	// QEMU is the emulator; "" is the one for Arch from PATH, such as
+	// qemu-system-x86_64.
 	QEMU string
 }
 
@@ -151,6 +156,8 @@ type Result struct {
 	Crash string
 	// InitramfsBytes is the size of the initramfs.
 	InitramfsBytes int64
+	// Machine says in a line what the guest ran in.
+	Machine string
 }
 
 // Step returns the first result of that name.
@@ -181,9 +188,7 @@ func (e *CrashError) Error() string {
 
 const (
 	defaultMemory  = 3072
-	gpuMemory      = 2048
 	defaultTimeout = 5 * time.Minute
-	defaultQEMU    = "qemu-system-x86_64"
 )
 
 // WithDefaults returns a copy in which no zero has a meaning of its own.
@@ -197,8 +202,11 @@ func (c Config) WithDefaults() Config {
 	if c.Timeout == 0 {
 		c.Timeout = defaultTimeout
 	}
+	if c.Arch == "" {
+		c.Arch = target.AMD64
+	}
 	if c.QEMU == "" {
-		c.QEMU = defaultQEMU
+		c.QEMU = platforms[c.Arch].qemu
 	}
 	steps := make([]Step, len(c.Steps))
 	for i, s := range c.Steps {
@@ -228,14 +236,14 @@ func (c Config) Validate() error {
 	say := func(format string, args ...any) {
 		errs = append(errs, fmt.Errorf(format, args...))
 	}
-	if runtime.GOARCH != "amd64" {
-		say("machine of %s: only amd64 guests are known", runtime.GOARCH)
+	if _, ok := platforms[c.Arch]; !ok {
+		say("machine of architecture %q: want amd64 or arm64", c.Arch)
 	}
 	need := []string{BootKernel}
 	if c.GPU {
 		need = append(need, BootGPU)
-		if c.MemoryMiB < gpuMemory {
-			say("memory of %d MiB: the emulated GPU needs %d", c.MemoryMiB, gpuMemory)
+		if least := emugpu.Memory(c.Arch); c.MemoryMiB < least {
+			say("memory of %d MiB: the emulated GPU needs %d", c.MemoryMiB, least)
 		}
 	}
 	for _, name := range need {

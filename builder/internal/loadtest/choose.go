@@ -10,13 +10,16 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// loadOrder is the order in which a node loads the modules. nvidia-peermem is
-// never loaded: it needs an RDMA stack.
-var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
+// peermem is the module that shares GPU memory with RDMA cards. Made for a
+// kernel without the vendor's RDMA stack it links, and says EINVAL when loaded.
+const peermem = "nvidia-peermem"
+
+// loadOrder is the order in which a node loads the modules, and behind them the
+// one that most nodes have no use for.
+var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", peermem}
 
 // normalise lets callers name modules with or without .ko and with either of
 // the kernel's spellings.
@@ -40,7 +43,7 @@ func choose(modules map[string]string, present map[string]bool, depends func(fil
 	skipped = map[string]string{}
 	for name := range modules {
 		if !slices.Contains(loadOrder, name) {
-			skipped[name] = "not loaded by nodes"
+			skipped[name] = "not a module of the driver that nodes load"
 		}
 	}
 	for _, name := range loadOrder {
@@ -85,17 +88,8 @@ func kernelModules(boot string) (map[string]bool, error) {
 }
 
 // dependencies reads the modules that a file needs.
-func dependencies(file string) (names []string, err error) {
-	in, err := os.Open(file)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, in.Close()) }()
-	st, err := in.Stat()
-	if err != nil {
-		return nil, err
-	}
-	m, err := modinfo.Read(in, st.Size())
+func dependencies(file string) ([]string, error) {
+	m, err := readModule(file)
 	if err != nil {
 		return nil, err
 	}

@@ -14,7 +14,7 @@ import (
 
 func TestChoose(t *testing.T) {
 	t.Parallel()
-	all := map[string]string{"nvidia": "nvidia", "nvidia-uvm": "uvm", "nvidia-modeset": "modeset", "nvidia-drm": "drm", "nvidia-peermem": "peermem"}
+	all := map[string]string{"nvidia": "nvidia", "nvidia-uvm": "uvm", "nvidia-modeset": "modeset", "nvidia-drm": "drm", "nvidia-peermem": "peermem", "nvidia-vgpu": "vgpu"}
 	needs := map[string][]string{"uvm": {"nvidia"}, "modeset": {"nvidia"}, "drm": {"nvidia_modeset", "drm_kms_helper", "drm"}}
 	depends := func(file string) ([]string, error) { return needs[file], nil }
 	for _, row := range []struct {
@@ -23,10 +23,10 @@ func TestChoose(t *testing.T) {
 		order   []string
 		skipped map[string]string
 	}{
-		{"kernel without DRM", nil, []string{"nvidia", "nvidia-uvm", "nvidia-modeset"},
-			map[string]string{"nvidia-drm": "needs drm-kms-helper, drm, which the machine does not have", "nvidia-peermem": "not loaded by nodes"}},
+		{"kernel without DRM", nil, []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
+			map[string]string{"nvidia-drm": "needs drm-kms-helper, drm, which the machine does not have", "nvidia-vgpu": "not a module of the driver that nodes load"}},
 		{"kernel with DRM", map[string]bool{"drm": true, "drm-kms-helper": true},
-			[]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}, map[string]string{"nvidia-peermem": "not loaded by nodes"}},
+			[]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}, map[string]string{"nvidia-vgpu": "not a module of the driver that nodes load"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()

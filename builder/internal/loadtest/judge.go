@@ -3,7 +3,9 @@ package loadtest
 import (
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -20,8 +22,15 @@ type answer struct {
 
 // judge turns what a machine did into a verdict.
 func judge(p *plan, res *vm.Result) *Verdict {
-	v := &Verdict{Skipped: p.skipped, KernelLog: lastBytes(res.KernelLog, maxKernelLog), BootSeconds: res.BootSeconds, Seconds: res.Seconds,
-		Warnings: warnings(res.KernelLog)}
+	log := sinceLoad(res)
+	v := &Verdict{Machine: res.Machine, EmulatedGPU: p.gpu, NotAsked: p.notAsked, KernelLog: lastBytes(log, maxKernelLog),
+		BootSeconds: res.BootSeconds, Seconds: res.Seconds, Warnings: warnings(log)}
+	for _, name := range p.modules {
+		v.Modules = append(v.Modules, Module{Name: name})
+	}
+	for _, name := range slices.Sorted(maps.Keys(p.skipped)) {
+		v.Modules = append(v.Modules, Module{Name: name, Load: Skipped, Note: p.skipped[name]})
+	}
 	for _, s := range res.Steps {
 		switch {
 		case strings.HasPrefix(s.Name, stepLoad):
@@ -33,43 +42,125 @@ func judge(p *plan, res *vm.Result) *Verdict {
 		}
 	}
 	v.State, v.Reason = v.examine(p, res)
+	switch {
+	case v.State == Rejected:
+	case res.Crash != "":
+		v.State, v.Reason = Rejected, "kernel crashed at the end: "+res.Crash
+	case len(v.Warnings) > 0:
+		v.State, v.Reason = Rejected, "the kernel complained: "+v.Warnings[0]
+	}
 	return v
+}
+
+// sinceLoad is the kernel's log from the first load on, or all of it after a
+// crash, when the steps' shares of it are lost.
+func sinceLoad(res *vm.Result) string {
+	if res.Crash != "" {
+		return res.KernelLog
+	}
+	boot := 0
+	for _, s := range res.Steps {
+		if strings.HasPrefix(s.Name, stepLoad) {
+			if i := strings.Index(res.KernelLog, s.KernelLog); i >= 0 && s.KernelLog != "" {
+				boot = i
+			}
+			break
+		}
+	}
+	return res.KernelLog[boot:]
 }
 
 // examine walks the steps in the order in which they ran and stops at the
 // first that was not as it should be.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
+	before, ok := res.Step(stepBefore)
+	if !ok || !before.Ended || before.ExitCode != 0 {
+		return Rejected, cutOff("read the kernel's release", res)
+	}
+	release, taint, _ := strings.Cut(strings.TrimSpace(string(before.Stdout)), "\n")
+	if v.Release = release; release != p.release {
+		// A kernel with symbol versions would not even ask.
+		return Rejected, fmt.Sprintf("the machine runs kernel %s; the modules were made for %s", release, p.release)
+	}
 	for _, name := range p.modules {
 		s, ok := res.Step(stepLoad + name)
-		if !ok || !s.Ended {
+		m := v.module(name)
+		switch {
+		case !ok || !s.Ended:
+			m.Load = Refused
 			return Rejected, cutOff("load "+name, res)
+		case s.ExitCode == 0:
+			m.Load = OK
+			continue
+		case name == peermem && s.ExitCode == int(unix.EINVAL) && !strings.Contains(s.KernelLog, "nvidia_peermem:"):
+			m.Load, m.Note = Skipped, "links into the kernel and says EINVAL: it has no RDMA stack to work with"
+			continue
 		}
 		if s.ExitCode == int(unix.ENODEV) && name == "nvidia" {
 			if line := noDeviceLine(s.KernelLog); line != "" {
+				m.Load, m.Note = OK, "linked, ran, and left again: no device"
 				return NoDevice, line
 			}
 		}
-		if s.ExitCode != 0 {
-			return Rejected, refusal("load "+name, s)
-		}
-		v.Loaded = append(v.Loaded, name)
+		m.Load = Refused
+		return Rejected, refusal("load "+name, s)
 	}
 	if state, reason := v.examineLive(p, res); state != Loaded {
 		return state, reason
 	}
 	for _, name := range slices.Backward(p.modules) {
+		m := v.module(name)
+		if m.Load != OK {
+			continue
+		}
 		s, ok := res.Step(stepUnload + name)
+		m.Unload = Refused
 		if !ok || !s.Ended {
 			return Rejected, cutOff("unload "+name, res)
 		}
 		if s.ExitCode != 0 {
 			return Rejected, refusal("unload "+name, s)
 		}
+		m.Unload = OK
 	}
 	if res.Crash != "" {
-		return Rejected, "kernel crashed at the end: " + res.Crash
+		return Loaded, "" // judge knows
+	}
+	after, ok := res.Step(stepAfter)
+	if !ok || !after.Ended || after.ExitCode != 0 {
+		return Rejected, cutOff("read the kernel's taint", res)
+	}
+	if flags := newTaint(taint, string(after.Stdout)); flags != "" {
+		return Rejected, "the modules tainted the kernel: " + flags
 	}
 	return Loaded, ""
+}
+
+// taints are the flags of Documentation/admin-guide/tainted-kernels.rst that
+// tell of damage. Those of a module that is proprietary, out of tree and not
+// signed by the kernel's key are expected; a soft lockup is what a busy host
+// does to an emulated machine.
+var taints = []struct {
+	bit  uint
+	what string
+}{
+	{1, "module forced"}, {3, "module removed by force"}, {4, "machine check"}, {5, "bad page"}, {7, "oops"}, {9, "warning"},
+}
+
+// newTaint names the flags that were set meanwhile.
+func newTaint(before, after string) string {
+	was, err1 := strconv.ParseUint(strings.TrimSpace(before), 10, 64)
+	is, err2 := strconv.ParseUint(strings.TrimSpace(after), 10, 64)
+	if err1 != nil || err2 != nil {
+		return fmt.Sprintf("unknown flags %.20q, then %.20q", before, after)
+	}
+	var flags []string
+	for _, t := range taints {
+		if is&^was&(1<<t.bit) != 0 {
+			flags = append(flags, t.what)
+		}
+	}
+	return strings.Join(flags, ", ")
 }
 
 // examineLive looks at what the loaded modules said.
@@ -89,10 +180,13 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 				return Rejected, fmt.Sprintf("the loaded driver calls itself %q; want version %s", firstLine(text), p.version)
 			}
 		case stepModules:
-			if missing := notLive(text, p.modules); len(missing) > 0 {
+			if missing := notLive(text, v.Loaded()); len(missing) > 0 {
 				return Rejected, "not in /proc/modules after loading: " + strings.Join(missing, ", ")
 			}
 		}
+	}
+	if p.notAsked != "" {
+		return Loaded, ""
 	}
 	s, ok := res.Step(stepProbe)
 	if !ok || !s.Ended {
@@ -161,17 +255,24 @@ func tellingLine(log string) string {
 	return withoutStamp(lines[len(lines)-1])
 }
 
-// warnings returns the lines by which the kernel complains without giving up.
+// warnings returns the lines by which the kernel says that something is wrong
+// in it, without giving up.
 func warnings(log string) []string {
 	var all []string
 	for line := range strings.Lines(log) {
 		text := withoutStamp(strings.TrimSpace(line))
-		if strings.HasPrefix(text, "WARNING: ") || strings.HasPrefix(text, "INFO: task ") || strings.HasPrefix(text, "UBSAN: ") {
-			all = append(all, text)
+		for _, mark := range []string{"WARNING: CPU: ", "UBSAN: ", "KASAN: ", "BUG: "} {
+			// A workqueue that waits long is a busy host's doing.
+			if strings.HasPrefix(text, mark) && !strings.HasPrefix(text, "BUG: workqueue lockup") && len(all) < maxWarnings {
+				all = append(all, text)
+			}
 		}
 	}
 	return all
 }
+
+// maxWarnings bounds what a verdict quotes.
+const maxWarnings = 20
 
 // findLine returns the first line that has the first mark that any line has.
 func findLine(log string, marks []string) string {
@@ -207,15 +308,6 @@ func notLive(text string, modules []string) []string {
 		}
 	}
 	return missing
-}
-
-// lastBytes returns the whole lines at the end of a text that fit.
-func lastBytes(text string, most int) string {
-	if len(text) <= most {
-		return text
-	}
-	_, whole, _ := strings.Cut(text[len(text)-most:], "\n")
-	return whole
 }
 
 func firstLine(text string) string {

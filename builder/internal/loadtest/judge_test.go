@@ -1,17 +1,17 @@
 package loadtest
 
 import (
+	"encoding/json"
 	"slices"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-const version = "535.261.03"
+const version, release = "535.261.03", "6.1.0-50-cloud-amd64"
 
 // What real machines said, shortened.
 const (
@@ -45,8 +45,8 @@ emugpu 16384 0 - Live 0xffffffffc05e2000 (O)
 )
 
 func testPlan() *plan {
-	p := &plan{version: version, modules: []string{"nvidia", "nvidia-uvm", "nvidia-modeset"},
-		skipped: map[string]string{"nvidia-peermem": "not loaded by nodes"}}
+	p := &plan{version: version, release: release, modules: []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
+		skipped: map[string]string{"nvidia-drm": "needs drm"}}
 	p.addSteps()
 	return p
 }
@@ -57,8 +57,16 @@ func goodRun(p *plan) *vm.Result {
 	for _, s := range p.steps {
 		r := vm.StepResult{Name: s.Name, Ended: true, Seconds: 1}
 		switch s.Name {
+		case stepBefore:
+			r.Stdout = []byte(release + "\n4096\n")
+		case stepAfter:
+			r.Stdout = []byte("12289\n") // P, O, E: what NVIDIA's module always does
 		case stepLoad + "nvidia":
 			r.KernelLog = logLoaded
+		case stepLoad + peermem:
+			r.ExitCode, r.Error = 22, "insmod nvidia-peermem.ko: invalid argument"
+		case stepUnload + peermem:
+			r.ExitCode, r.Error = 2, "rmmod nvidia-peermem: no such file"
 		case stepVersion:
 			r.Stdout = []byte(procVersion)
 		case stepModules:
@@ -98,8 +106,8 @@ func TestJudge(t *testing.T) {
 		reason []string // every one is in the reason; none: there is no reason
 	}{
 		{"good", func(*vm.Result) {}, Loaded, 3, nil},
-		{"no GPU", change("load nvidia", fails(19, logNoGPU)), NoDevice, 0, []string{"NVRM: No NVIDIA GPU found."}},
-		{"GPU not accepted", change("load nvidia", fails(19, logNotAccepted)), NoDevice, 0, []string{"None of the NVIDIA devices were initialized"}},
+		{"no GPU", change("load nvidia", fails(19, logNoGPU)), NoDevice, 1, []string{"NVRM: No NVIDIA GPU found."}},
+		{"GPU not accepted", change("load nvidia", fails(19, logNotAccepted)), NoDevice, 1, []string{"None of the NVIDIA devices were initialized"}},
 		{"ENODEV for another reason", change("load nvidia", fails(19, "[ 1.0] nvidia: odd\n")), Rejected, 0, []string{"load nvidia: ENODEV", "nvidia: odd"}},
 		{"wrong magic", change("load nvidia", fails(8, logMagic)), Rejected, 0, []string{"load nvidia: ENOEXEC", "version magic '6.1.0-53"}},
 		{"unknown symbol", change("load nvidia", fails(2, logSymbol)), Rejected, 0, []string{"ENOENT", "kernel: nvidia: Unknown symbol pci_resize_resource (err -2)"}},
@@ -116,6 +124,23 @@ func TestJudge(t *testing.T) {
 		{"NVML of another driver", change(stepProbe, says(nvmlNew)), Rejected, 3, []string{`"535.309.01"; want 535.261.03`}},
 		{"probe crashes", change(stepProbe, func(s *vm.StepResult) { s.ExitCode, s.Stdout, s.Stderr = 139, nil, []byte("trap\n") }), Rejected, 3, []string{"exit status 139 without an answer: trap"}},
 		{"does not unload", change("unload nvidia", fails(11, "")), Rejected, 3, []string{"unload nvidia: EAGAIN"}},
+		{"peer memory does not link", change("load nvidia-peermem", fails(2, "[ 1.0] nvidia_peermem: Unknown symbol ib_register_peer_memory_client (err -2)\n")), Rejected, 3, []string{"load nvidia-peermem: ENOENT", "Unknown symbol"}},
+		{"NVML was not asked", func(res *vm.Result) {
+			res.Steps = slices.DeleteFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == stepProbe })
+		}, Rejected, 3, []string{"ask NVML: the machine did not get"}},
+		{"another kernel", change(stepBefore, says("6.1.0-47-cloud-amd64\n0\n")), Rejected, 0, []string{"runs kernel 6.1.0-47-cloud-amd64; the modules were made for 6.1.0-50-cloud-amd64"}},
+		{"taints the kernel", change(stepAfter, says("12801\n")), Rejected, 3, []string{"the modules tainted the kernel: warning"}},
+		{"taint of the boot stays out", func(res *vm.Result) {
+			change(stepBefore, says(release+"\n512\n"))(res)
+			change(stepAfter, says("12801\n"))(res)
+		}, Loaded, 3, nil},
+		{"taint cannot be read", change(stepAfter, says("much\n")), Rejected, 3, []string{"unknown flags"}},
+		{"kernel warns", func(res *vm.Result) { res.KernelLog += "[    9.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n" }, Rejected, 3, []string{"the kernel complained: WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1"}},
+		{"kernel warns while it boots", func(res *vm.Result) { res.KernelLog = "[    0.1] WARNING: CPU: 0 PID: 1 at boot.c:1\n" + res.KernelLog }, Loaded, 3, nil},
+		{"no GPU, and a warning", func(res *vm.Result) {
+			change("load nvidia", fails(19, logNoGPU))(res)
+			res.KernelLog = "[    7.1] WARNING: CPU: 0 PID: 1 at x.c:1\n"
+		}, Rejected, 1, []string{"complained"}},
 		{"crashes at power-off", func(res *vm.Result) { res.Crash = "BUG: late" }, Rejected, 3, []string{"BUG: late"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -124,8 +149,8 @@ func TestJudge(t *testing.T) {
 			res := goodRun(p)
 			row.change(res)
 			v := judge(p, res)
-			if v.State != row.state || len(v.Loaded) != row.loaded {
-				t.Errorf("judge() = %s, loaded %v; want %s, %d of them", v, v.Loaded, row.state, row.loaded)
+			if v.State != row.state || len(v.Loaded()) != row.loaded {
+				t.Errorf("judge() = %s, loaded %v; want %s, %d of them", v, v.Loaded(), row.state, row.loaded)
 			}
 			if len(row.reason) == 0 && v.Reason != "" {
 				t.Errorf("reason = %q; want none", v.Reason)
@@ -144,14 +169,47 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 	p := testPlan()
 	res := goodRun(p)
 	res.BootSeconds, res.Seconds = 4, 16
-	res.KernelLog += "[    9.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n"
+	res.KernelLog = "[    0.1] Linux version 6.1\n" + res.KernelLog
+	res.Machine = "QEMU emulator version 7.2"
 	want := &Verdict{
-		State: Loaded, Loaded: p.modules, NVMLVersion: version, Skipped: p.skipped,
-		Warnings:    []string{"WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1"},
-		BootSeconds: 4, LoadSeconds: 3, ProbeSeconds: 4, UnloadSeconds: 3, Seconds: 16,
+		State: Loaded, Release: release, Machine: res.Machine, NVMLVersion: version, KernelLog: logLoaded,
+		Modules: []Module{
+			{Name: "nvidia", Load: OK, Unload: OK}, {Name: "nvidia-uvm", Load: OK, Unload: OK}, {Name: "nvidia-modeset", Load: OK, Unload: OK},
+			{Name: "nvidia-peermem", Load: Skipped, Note: "links into the kernel and says EINVAL: it has no RDMA stack to work with"},
+			{Name: "nvidia-drm", Load: Skipped, Note: "needs drm"},
+		},
+		BootSeconds: 4, LoadSeconds: 4, ProbeSeconds: 6, UnloadSeconds: 4, Seconds: 16,
 	}
-	if diff := cmp.Diff(want, judge(p, res), cmpopts.IgnoreFields(Verdict{}, "KernelLog")); diff != "" {
+	if diff := cmp.Diff(want, judge(p, res)); diff != "" {
 		t.Errorf("judge() (-want +got):\n%s", diff)
+	}
+}
+
+// What is signed keeps its names.
+func TestVerdictJSON(t *testing.T) {
+	t.Parallel()
+	v := Verdict{State: Rejected, Reason: "r", Release: "6.1", Machine: "m", EmulatedGPU: true, NVMLVersion: "1", NotAsked: "n", Warnings: []string{"w"}, KernelLog: "k",
+		Modules: []Module{{Name: "nvidia", Load: Refused, Unload: Skipped, Note: "x"}}}
+	const want = `{"state":"rejected","reason":"r","release":"6.1","machine":"m","emulatedGpu":true,` +
+		`"modules":[{"name":"nvidia","load":"refused","unload":"skipped","note":"x"}],"nvmlVersion":"1","notAsked":"n","warnings":["w"],"kernelLog":"k",` +
+		`"bootSeconds":0,"loadSeconds":0,"probeSeconds":0,"unloadSeconds":0,"seconds":0}`
+	got, err := json.Marshal(v)
+	if err != nil || string(got) != want {
+		t.Errorf("Marshal(verdict) = %s, %v; want %s", got, err, want)
+	}
+}
+
+// A machine for another processor may lack the probe: the verdict says so.
+func TestNotAsked(t *testing.T) {
+	t.Parallel()
+	p := &plan{version: version, release: release, modules: []string{"nvidia"}, notAsked: "this builder has no nvmlprobe-arm64"}
+	p.addSteps()
+	res := goodRun(p)
+	if _, ok := res.Step(stepProbe); ok {
+		t.Error("NVML is asked though it cannot be")
+	}
+	if v := judge(p, res); v.State != Loaded || v.NotAsked != p.notAsked || v.NVMLVersion != "" {
+		t.Errorf("judge() = %+v; want loaded, and why NVML was not asked", v)
 	}
 }
 
@@ -161,8 +219,8 @@ func TestPlanUnloadsInReverse(t *testing.T) {
 	for _, s := range testPlan().steps {
 		names = append(names, s.Name)
 	}
-	want := []string{"load nvidia", "load nvidia-uvm", "load nvidia-modeset", stepVersion, stepModules, stepNodes, stepProbe,
-		"unload nvidia-modeset", "unload nvidia-uvm", "unload nvidia"}
+	want := []string{stepBefore, "load nvidia", "load nvidia-uvm", "load nvidia-modeset", "load nvidia-peermem", stepVersion, stepModules, stepNodes, stepProbe,
+		"unload nvidia-peermem", "unload nvidia-modeset", "unload nvidia-uvm", "unload nvidia", stepAfter}
 	if diff := cmp.Diff(want, names); diff != "" {
 		t.Errorf("steps (-want +got):\n%s", diff)
 	}
@@ -197,7 +255,7 @@ func TestKernelLogIsBounded(t *testing.T) {
 	t.Parallel()
 	p := testPlan()
 	res := goodRun(p)
-	res.KernelLog = strings.Repeat("NVRM: said too much\n", maxKernelLog)
+	res.KernelLog = logLoaded + strings.Repeat("NVRM: said too much\n", maxKernelLog)
 	v := judge(p, res)
 	if len(v.KernelLog) > maxKernelLog || !strings.HasPrefix(v.KernelLog, "NVRM: ") || !strings.HasSuffix(v.KernelLog, "much\n") {
 		t.Errorf("a verdict keeps %d bytes of the log, %.20q…; want whole lines of at most %d", len(v.KernelLog), v.KernelLog, maxKernelLog)

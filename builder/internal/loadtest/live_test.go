@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -69,8 +68,8 @@ func TestLiveDriverLoads(t *testing.T) {
 	if err != nil {
 		t.Fatalf("Run() = %v\n%s", err, kernelLog(v))
 	}
-	t.Logf("boot %.2f s, load %.2f s, probe %.2f s, unload %.2f s, machine %.2f s; skipped %v, warnings %q",
-		v.BootSeconds, v.LoadSeconds, v.ProbeSeconds, v.UnloadSeconds, v.Seconds, v.Skipped, v.Warnings)
+	t.Logf("boot %.2f s, load %.2f s, probe %.2f s, unload %.2f s, machine %.2f s, %s; modules %+v, warnings %q",
+		v.BootSeconds, v.LoadSeconds, v.ProbeSeconds, v.UnloadSeconds, v.Seconds, v.Machine, v.Modules, v.Warnings)
 	for line := range strings.Lines(v.KernelLog) {
 		if strings.Contains(line, "NVRM") || strings.Contains(line, "nvidia") {
 			t.Log(strings.TrimSpace(line))
@@ -79,9 +78,14 @@ func TestLiveDriverLoads(t *testing.T) {
 	if v.State != Loaded || v.NVMLVersion != c.Version {
 		t.Errorf("verdict = %s, NVML %q; want loaded, %s", v, v.NVMLVersion, c.Version)
 	}
-	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
-		if !slices.Contains(v.Loaded, m) {
-			t.Errorf("loaded = %v; want %s among them", v.Loaded, m)
+	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
+		if m := v.module(name); m.Load != OK || m.Unload != OK {
+			t.Errorf("module %+v; want it loaded and unloaded", m)
+		}
+	}
+	for _, name := range []string{"nvidia-drm", "nvidia-peermem"} {
+		if m := v.module(name); m.Load != OK && m.Note == "" {
+			t.Errorf("module %+v; want it loaded, or a note why not", m)
 		}
 	}
 }

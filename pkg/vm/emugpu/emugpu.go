@@ -11,6 +11,8 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // The sources have a folder of their own because the go command refuses C
@@ -22,8 +24,23 @@ var sources embed.FS
 // Name is the module's name; its file is Name.ko.
 const Name = "emugpu"
 
-// KernelArg is what the kernel has to boot with.
-const KernelArg = "memmap=96M$0x4f000000"
+// KernelArg is what a kernel has to boot with: it takes the memory that serves
+// as the device's away from the kernel. Arm kernels know no memmap=; there the
+// machine has more memory than the kernel may use.
+func KernelArg(arch target.Arch) string {
+	if arch == target.ARM64 {
+		return "mem=2304M"
+	}
+	return "memmap=96M$0x4f000000"
+}
+
+// Memory is how many MiB the machine has to have.
+func Memory(arch target.Arch) int {
+	if arch == target.ARM64 {
+		return 2304 + 128
+	}
+	return 2048
+}
 
 // Sources returns Kbuild and emugpu.c.
 func Sources() fs.FS {

@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"strings"
 	"time"
@@ -47,7 +48,7 @@ func boot() {
 		fmt.Fprintf(os.Stderr, "guestinit: %v\n", err)
 		return
 	}
-	port, err := openPort(wire.Port)
+	port, err := openPort(wire.Port(runtime.GOARCH))
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "guestinit: %v\n", err)
 		return

@@ -5,11 +5,12 @@
  * It exists so that NVIDIA's driver can be loaded, asked and unloaded in a
  * virtual machine that has no GPU. It presents a PCI root bus in a domain of
  * its own with one function on it. The function's configuration space is an
- * array; its BARs are memory that the boot parameter
+ * array; its BARs are memory that a boot parameter took away from the kernel:
  *
- *	memmap=96M$0x4f000000
+ *	memmap=96M$0x4f000000	on x86
+ *	mem=2304M		on arm64, in a machine with 128 MiB more
  *
- * took away from the kernel. Nothing behind the registers computes anything:
+ * Nothing behind the registers computes anything:
  * the driver binds to the device and fails, as it should, when somebody opens
  * it.
  */
@@ -25,13 +26,20 @@
  * in the resource tree the later one becomes the parent, and then the BARs
  * cannot be claimed below the window.
  */
+#ifdef CONFIG_ARM64
+/* qemu's virt machine has its memory from 0x40000000 on. */
+#define WINDOW_START	0xd1000000UL
+#define BOOT_WITH	"mem=2304M"
+#else
 #define WINDOW_START	0x50000000UL
-#define WINDOW_END	0x53ffffffUL
-#define BAR0_START	0x50000000UL	/* registers */
+#define BOOT_WITH	"memmap=96M$0x4f000000"
+#endif
+#define WINDOW_END	(WINDOW_START + 0x03ffffffUL)
+#define BAR0_START	WINDOW_START	/* registers */
 #define BAR0_SIZE	0x01000000UL
-#define BAR1_START	0x52000000UL	/* frame buffer aperture, 64 bits wide */
+#define BAR1_START	(WINDOW_START + 0x02000000UL) /* frame buffer aperture, 64 bits wide */
 #define BAR1_SIZE	0x02000000UL
-#define BAR3_START	0x51000000UL	/* instance memory, 64 bits wide */
+#define BAR3_START	(WINDOW_START + 0x01000000UL) /* instance memory, 64 bits wide */
 #define BAR3_SIZE	0x01000000UL
 #define BAR_WIDE	(PCI_BASE_ADDRESS_MEM_TYPE_64 | \
 			 PCI_BASE_ADDRESS_MEM_PREFETCH)
@@ -52,10 +60,12 @@ static u8 config[256];
 static DEFINE_RAW_SPINLOCK(config_lock);
 static struct pci_bus *root;
 
+#ifdef CONFIG_X86
 static struct pci_sysdata sysdata = {
 	.domain = 1,
 	.node = NUMA_NO_NODE,
 };
+#endif
 
 static struct resource window = {
 	.name = "emugpu window",
@@ -224,6 +234,34 @@ static int fill_registers(void)
 	return 0;
 }
 
+#ifdef CONFIG_X86
+static struct pci_bus *create_root(struct list_head *resources)
+{
+	return pci_create_root_bus(NULL, 0, &ops, &sysdata, resources);
+}
+#else
+/*
+ * Where the domain's number is no matter of sysdata, the bridge has it. Asking
+ * for a free one would fail: the device tree numbers the machine's own bridge.
+ */
+static struct pci_bus *create_root(struct list_head *resources)
+{
+	struct pci_host_bridge *bridge = pci_alloc_host_bridge(0);
+
+	if (!bridge)
+		return NULL;
+	list_splice_init(resources, &bridge->windows);
+	bridge->ops = &ops;
+	bridge->busnr = 0;
+	bridge->domain_nr = 1;
+	if (pci_scan_root_bus_bridge(bridge)) {
+		pci_free_host_bridge(bridge);
+		return NULL;
+	}
+	return bridge->bus;
+}
+#endif
+
 static int __init emugpu_init(void)
 {
 	LIST_HEAD(resources);
@@ -232,7 +270,7 @@ static int __init emugpu_init(void)
 	if (region_intersects(WINDOW_START, WINDOW_END + 1 - WINDOW_START,
 			      IORESOURCE_SYSTEM_RAM,
 			      IORES_DESC_NONE) != REGION_DISJOINT) {
-		pr_err("emugpu: the window %pR is RAM: boot with memmap=96M$0x4f000000\n",
+		pr_err("emugpu: the window %pR is RAM: boot with " BOOT_WITH "\n",
 		       &window);
 		return -EBUSY;
 	}
@@ -245,7 +283,7 @@ static int __init emugpu_init(void)
 		goto release;
 	pci_add_resource(&resources, &window);
 	pci_add_resource(&resources, &busses);
-	root = pci_create_root_bus(NULL, 0, &ops, &sysdata, &resources);
+	root = create_root(&resources);
 	if (!root) {
 		pci_free_resource_list(&resources);
 		err = -ENODEV;

@@ -19,9 +19,16 @@ const (
 	ModulesDir = "/prebake/modules"
 	OrderPath  = "/prebake/modules/order"
 	GPUModule  = "/prebake/emugpu.ko"
-	// Port is the guest's name of the serial port that carries events.
-	Port = "/dev/ttyS1"
 )
+
+// Port is the guest's name of the serial port that carries events. On amd64 the
+// console is the first port of the same kind; an Arm machine's console is not.
+func Port(goarch string) string {
+	if goarch == "arm64" {
+		return "/dev/ttyS0"
+	}
+	return "/dev/ttyS1"
+}
 
 // Script is what the guest does between boot and power-off.
 type Script struct {

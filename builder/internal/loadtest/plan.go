@@ -1,0 +1,163 @@
+package loadtest
+
+import (
+	"debug/elf"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// plan is what the machine is told to do, and how its steps are found again.
+type plan struct {
+	version string
+	arch    target.Arch
+	release string // that the modules were made for
+	gpu     bool
+	modules []string // to load, in order
+	skipped map[string]string
+	// notAsked says why NVML cannot be asked.
+	notAsked string
+	files    []vm.File
+	steps    []vm.Step
+}
+
+// Names of steps.
+const (
+	stepBefore  = "machine"
+	stepLoad    = "load "
+	stepUnload  = "unload "
+	stepVersion = "driver version"
+	stepModules = "module list"
+	stepNodes   = "device nodes"
+	stepProbe   = "nvml"
+	stepAfter   = "taint"
+)
+
+// Places in the machine.
+const (
+	guestModules = "/usr/local/nvidia/drivers"
+	guestLib     = "/usr/local/nvidia/lib64/libnvidia-ml.so.1"
+	guestProbe   = "/prebake/nvmlprobe"
+	procRelease  = "/proc/sys/kernel/osrelease"
+	procTainted  = "/proc/sys/kernel/tainted"
+)
+
+// stepTimeout bounds one step: far above what a slow machine needs.
+const stepTimeout = 2 * time.Minute
+
+func newPlan(c Config) (*plan, error) {
+	present, err := kernelModules(c.Boot)
+	if err != nil {
+		return nil, err
+	}
+	main, err := readModule(c.Modules["nvidia"])
+	if err != nil {
+		return nil, fmt.Errorf("read nvidia.ko: %w", err)
+	}
+	p := &plan{version: c.Version}
+	p.release, _, _ = strings.Cut(main.Vermagic, " ")
+	if p.arch, err = archOf(main.Machine); err != nil {
+		return nil, err
+	}
+	if p.modules, p.skipped, err = choose(c.Modules, present, dependencies); err != nil {
+		return nil, err
+	}
+	for _, name := range p.modules {
+		p.files = append(p.files, vm.File{Name: guestModules + "/" + name + ".ko", Path: c.Modules[name], Mode: 0o644})
+	}
+	if err := p.addFiles(c); err != nil {
+		return nil, err
+	}
+	p.addSteps()
+	return p, nil
+}
+
+// archOf returns the architecture of a machine that loads such modules.
+func archOf(m elf.Machine) (target.Arch, error) {
+	switch m {
+	case elf.EM_X86_64:
+		return target.AMD64, nil
+	case elf.EM_AARCH64:
+		return target.ARM64, nil
+	}
+	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
+}
+
+// helper returns the program of ours for an architecture.
+func helper(program string, arch target.Arch) string {
+	if arch == target.AMD64 {
+		return program
+	}
+	return program + "-" + string(arch)
+}
+
+func (p *plan) addFiles(c Config) error {
+	lib, probe := filepath.Join(c.Userspace, "lib64", "libnvidia-ml.so.1"), helper(c.Probe, p.arch)
+	switch _, err := os.Stat(probe); {
+	case err == nil:
+		libraries, err := vm.GlibcFiles(probe, lib)
+		if err != nil {
+			return err
+		}
+		p.files = append(p.files, vm.File{Name: guestLib, Path: lib, Mode: 0o755}, vm.File{Name: guestProbe, Path: probe, Mode: 0o755})
+		p.files = append(p.files, libraries...)
+	case errors.Is(err, os.ErrNotExist) && p.arch != target.AMD64:
+		// Compiling it takes a cross compiler, which not every builder has.
+		p.notAsked = "this builder has no " + filepath.Base(probe)
+	default:
+		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err), "run make build, or name the program with --probe")
+	}
+	if c.Firmware == "" {
+		return nil
+	}
+	firmware, err := vm.Tree("/lib/firmware", filepath.Join(c.Firmware, "firmware"))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // a driver without GSP firmware
+	}
+	p.files = append(p.files, firmware...)
+	return err
+}
+
+func (p *plan) addSteps() {
+	add := func(keepGoing bool, name string, argv ...string) {
+		p.steps = append(p.steps, vm.Step{Name: name, Argv: argv, Timeout: stepTimeout, KeepGoing: keepGoing})
+	}
+	add(false, stepBefore, "@cat", procRelease, procTainted)
+	for _, m := range p.modules {
+		add(m == peermem, stepLoad+m, "@insmod", guestModules+"/"+m+".ko")
+	}
+	add(false, stepVersion, "@cat", "/proc/driver/nvidia/version")
+	add(false, stepModules, "@cat", "/proc/modules")
+	add(false, stepNodes, "@nvidia-nodes")
+	if p.notAsked == "" {
+		// Whatever the probe says, the modules have to unload after it.
+		add(true, stepProbe, guestProbe, "--lib", guestLib)
+	}
+	for _, m := range slices.Backward(p.modules) {
+		add(m == peermem, stepUnload+m, "@rmmod", m)
+	}
+	add(false, stepAfter, "@cat", procTainted)
+}
+
+// readModule reads a module's facts.
+func readModule(file string) (m *modinfo.Module, err error) {
+	in, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, in.Close()) }()
+	st, err := in.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return modinfo.Read(in, st.Size())
+}

@@ -1,0 +1,101 @@
+package modinfo
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"encoding/hex"
+	"fmt"
+)
+
+// BuildIDNote is the section that holds a build id, and the file below a loaded
+// module's notes folder in /sys that shows it.
+const BuildIDNote = ".note.gnu.build-id"
+
+// StampSection is the section that holds the builder's stamp: one note of owner
+// [StampOwner] and type [StampType] whose content is the ABI fingerprint of the
+// kernel that the module was made for. A loaded module shows it in
+// /sys/module/<name>/notes/<StampSection>.
+const (
+	StampSection = ".note.prebake"
+	StampOwner   = "Prebake"
+	StampType    = 1
+)
+
+// The note by which modpost says CONFIG_BUILD_SALT (include/linux/build-salt.h).
+const (
+	linuxNote  = ".note.Linux"
+	linuxOwner = "Linux"
+	saltType   = 0x100
+)
+
+// longest bounds a note's owner and content.
+const longest = 256
+
+// Note returns the content of the first note of an owner and a type in a note
+// section: the lengths of owner and content, the type, the owner with its zero
+// byte, the content, both padded to four bytes. nil is none.
+func Note(section []byte, owner string, kind uint32) []byte {
+	const head = 12
+	for len(section) >= head {
+		nameLen, size := binary.LittleEndian.Uint32(section), binary.LittleEndian.Uint32(section[4:])
+		found := binary.LittleEndian.Uint32(section[8:])
+		if nameLen > longest || size > longest {
+			return nil
+		}
+		at := head + int(nameLen+3)&^3
+		end := at + int(size)
+		if end > len(section) {
+			return nil
+		}
+		if found == kind && string(section[head:head+int(nameLen)]) == owner+"\x00" {
+			return section[at:end]
+		}
+		section = section[min((end+3)&^3, len(section)):]
+	}
+	return nil
+}
+
+// AppendNote appends a note in the same form.
+func AppendNote(section []byte, owner string, kind uint32, content []byte) []byte {
+	pad := func(b []byte) []byte { return append(b, make([]byte, -len(b)&3)...) }
+	section = binary.LittleEndian.AppendUint32(pad(section), uint32(len(owner)+1))
+	section = binary.LittleEndian.AppendUint32(section, uint32(len(content)))
+	section = binary.LittleEndian.AppendUint32(section, kind)
+	section = pad(append(append(section, owner...), 0))
+	return pad(append(section, content...))
+}
+
+// BuildID reads a build id out of its section; "" is any other note.
+func BuildID(note []byte) string {
+	const most, gnuBuildID = 64, 3
+	id := Note(note, "GNU", gnuBuildID)
+	if len(id) > most {
+		return ""
+	}
+	return hex.EncodeToString(id)
+}
+
+func (m *Module) readNotes(f *elf.File) error {
+	id, err := section(f, BuildIDNote, maxModinfo)
+	if err != nil {
+		return err
+	}
+	linux, err := section(f, linuxNote, maxModinfo)
+	if err != nil {
+		return err
+	}
+	stamp, err := section(f, StampSection, maxModinfo)
+	if err != nil {
+		return err
+	}
+	m.BuildID = BuildID(id)
+	m.Salt = string(bytes.TrimRight(Note(linux, linuxOwner, saltType), "\x00"))
+	m.MadeFor = string(Note(stamp, StampOwner, StampType))
+	for _, text := range []string{m.Salt, m.MadeFor} {
+		if !textPattern.MatchString(text) {
+			return fmt.Errorf("note %q: want printable ASCII", text[:min(len(text), 256)])
+		}
+	}
+	return nil
+}
