@@ -27,10 +27,10 @@ func reproduceCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:      "reproduce",
 		Usage:     "make a published artifact again from its provenance and compare it file by file",
-		ArgsUsage: "REF",
+		ArgsUsage: "REF…",
 		Description: "REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.\n" +
 			"Nothing that an earlier build left in a cache is used. Exit status 0 says that the\n" +
-			"same digest came out, 5 (mismatch) that it did not.",
+			"same digests came out, 5 (mismatch) that one did not.",
 		Flags: []ucli.Flag{
 			&ucli.StringSliceFlag{Name: "public-key", Usage: "`FILE` with a public key whose provenance is believed; may be given more than once", Required: true, Sources: cli.Env("public-key")},
 			&ucli.BoolFlag{Name: "attest", Usage: `sign "rebuilt, identical" with --key and attach it`, Sources: cli.Env("attest")},
@@ -63,63 +63,99 @@ func splitReference(ref string) (repository, name string, err error) {
 }
 
 func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
-	if cmd.Args().Len() != 1 {
-		return fault.New(fault.Usage, "reproduce takes one reference", "builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
-	}
-	where, name, err := splitReference(cmd.Args().First())
-	if err != nil {
-		return err
-	}
-	repo, err := registry.Open(where, registry.Options{UserAgent: "prebake-builder/" + version, Username: cmd.String("username"), Password: cmd.String("password")})
-	if err != nil {
-		return err
+	refs := cmd.Args().Slice()
+	if len(refs) == 0 {
+		return fault.New(fault.Usage, "reproduce takes references to artifacts", "builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
 	verifier, err := publicKeys(cmd.StringSlice("public-key"))
 	if err != nil {
 		return err
 	}
-	var signer *sign.Signer
+	base := reproduce.Config{Verifier: verifier, By: cmd.String("builder-id")}
 	if cmd.Bool("attest") {
 		if cmd.String("key") == "" {
 			return fault.New(fault.Usage, "--attest needs a key to sign with", "add --key FILE; make one with: builder keygen FILE")
 		}
-		if signer, err = sign.LoadSigner(ctx, cmd.String("key")); err != nil {
+		if base.Attest, err = sign.LoadSigner(ctx, cmd.String("key")); err != nil {
 			return err
 		}
+	}
+	var all []reproduce.Config
+	for _, ref := range refs {
+		c := base
+		where, name, err := splitReference(ref)
+		if err != nil {
+			return err
+		}
+		c.Ref = name
+		c.Repo, err = registry.Open(where, registry.Options{UserAgent: "prebake-builder/" + version, Username: cmd.String("username"), Password: cmd.String("password")})
+		if err != nil {
+			return err
+		}
+		all = append(all, c)
 	}
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {
 		return fmt.Errorf("open cache: %w", err)
 	}
 	defer func() { err = errors.Join(err, cache.Close()) }()
-	log, logPath, err := openLog(cache, "reproduce-"+strings.ReplaceAll(name, ":", "-"))
+	reports, err := reproduceAll(ctx, cmd, cache, all)
 	if err != nil {
 		return err
 	}
+	if err := cli.Print(cmd, reports, func(w io.Writer) error { return printReports(w, reports) }); err != nil {
+		return err
+	}
+	var differ []string
+	for _, r := range reports {
+		if !r.Identical {
+			differ = append(differ, r.Digest)
+		}
+	}
+	if len(differ) > 0 {
+		return fault.New(fault.Mismatch, fmt.Sprintf("%d of %d artifacts did not come out again: %s", len(differ), len(reports), strings.Join(differ, ", ")),
+			"do not use them until their builder has explained the difference")
+	}
+	return nil
+}
+
+// reproduceAll makes one cell after the other. They share one cache for
+// products, which begins empty and ends with this call.
+func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, all []reproduce.Config) (_ []*reproduce.Report, err error) {
+	dir, cleanup, err := cache.TempDir("products-")
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, cleanup()) }()
+	products, err := cas.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, products.Close()) }()
+	log, logPath, err := openLog(cache, "reproduce")
+	if err != nil {
+		return nil, err
+	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter
-	fmt.Fprintf(stderr, "reproducing %s; full log in %s\n", cmd.Args().First(), logPath)
 	cfg := pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"), Cache: cache,
 		Version: version, Jobs: cmd.Int("jobs"), CompileTimeout: cmd.Duration("compile-timeout"),
 	}
-	report, err := reproduce.Run(ctx, reproduce.Config{
-		Repo: repo, Ref: name, Verifier: verifier, TempDir: cache.TempDir, Attest: signer, By: cmd.String("builder-id"),
-		Make: func(ctx context.Context, req pipeline.Request, dir string) (*pipeline.Made, error) {
-			return pipeline.Make(ctx, cfg, req, dir, log, &timeline.Run{Watch: cli.Progress(stderr)})
-		},
-	})
-	if err != nil {
-		return err
+	var reports []*reproduce.Report
+	for _, c := range all {
+		fmt.Fprintf(stderr, "reproducing %s in %s; full log in %s\n", c.Ref, c.Repo.Name(), logPath)
+		c.TempDir = products.TempDir
+		c.Make = func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error) {
+			return pipeline.Make(ctx, cfg, req, products, log, &timeline.Run{Watch: cli.Progress(stderr)})
+		}
+		report, err := reproduce.Run(ctx, c)
+		if err != nil {
+			return nil, err
+		}
+		reports = append(reports, report)
 	}
-	if err := cli.Print(cmd, report, func(w io.Writer) error { return printReport(w, report) }); err != nil {
-		return err
-	}
-	if !report.Identical {
-		return fault.New(fault.Mismatch, fmt.Sprintf("%s did not come out again: %d file(s) differ", report.Digest, len(report.Differences)),
-			"do not use the artifact until its builder has explained the difference")
-	}
-	return nil
+	return reports, nil
 }
 
 func publicKeys(files []string) (*trust.Verifier, error) {
@@ -148,6 +184,20 @@ func openLog(cache *cas.Cache, name string) (*os.File, string, error) {
 		return nil, "", fmt.Errorf("open log: %w", err)
 	}
 	return log, path, nil
+}
+
+func printReports(w io.Writer, reports []*reproduce.Report) error {
+	for i, r := range reports {
+		if i > 0 {
+			if _, err := fmt.Fprintln(w); err != nil {
+				return err
+			}
+		}
+		if err := printReport(w, r); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func printReport(w io.Writer, r *reproduce.Report) error {

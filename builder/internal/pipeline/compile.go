@@ -34,14 +34,14 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	if err != nil {
 		return "", err
 	}
-	work, cleanup, err := r.cfg.Cache.TempDir("compile-")
+	work, cleanup, err := r.products.TempDir("compile-")
 	if err != nil {
 		return "", err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
 	var phases []timeline.Phase
 	key := r.key(compile.Recipe, string(r.kernel.Fingerprint))
-	dir, cached, err := r.tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+	dir, cached, err := r.products.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
 		defer cancel()
@@ -134,7 +134,7 @@ func (r *run) check(context.Context) (string, error) {
 			return "", err
 		}
 		if sum != r.sums[name] {
-			return "", changed(name, r.cfg.Cache.Dir())
+			return "", changed(name, r.products.Dir())
 		}
 		mods = append(mods, m)
 		vermagic = m.Vermagic
@@ -162,21 +162,6 @@ func readModule(path string) (*modinfo.Module, error) {
 		return nil, err
 	}
 	return modinfo.Read(f, info.Size())
-}
-
-// tree is a product of this build in the cache, or in the folder for fresh ones.
-func (r *run) tree(ctx context.Context, kind, key string, fill func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
-	if r.fresh == "" {
-		return r.cfg.Cache.Tree(ctx, kind, key, fill)
-	}
-	path = filepath.Join(r.fresh, kind)
-	switch err := os.Mkdir(path, 0o755); {
-	case errors.Is(err, os.ErrExist): // made by this very run
-		return path, false, nil
-	case err != nil:
-		return "", false, err
-	}
-	return path, false, fill(ctx, path)
 }
 
 // copyFile copies a file and returns the SHA-256 of what it copied, in hex.

@@ -12,6 +12,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )
@@ -22,22 +23,22 @@ type Made struct {
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers lie as files in the folder that the caller gave.
+	// Layers lie as files in the cache that the caller gave.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
 }
 
-// Make makes one cell from its sources again: nothing that an earlier build
-// made is used, neither modules nor compiler caches nor layers. The cache serves
-// fetched inputs only, which it compares with their digests. dir is an empty
-// folder of the caller's for all that is made. No key is needed, nothing is
-// loaded, signed or published.
-func Make(ctx context.Context, cfg Config, req Request, dir string, log io.Writer, line *timeline.Run) (*Made, error) {
+// Make makes one cell from its sources again, without what earlier builds made:
+// modules, compiler caches and layers go into products, and come from there. A
+// cache that the caller has just opened in an empty folder knows nothing of any
+// of them. Config.Cache serves fetched inputs only, which it compares with their
+// digests. No key is needed; nothing is loaded, signed or published.
+func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made, error) {
 	if cfg.CompileTimeout == 0 {
 		cfg.CompileTimeout = defaultCompileTimeout
 	}
-	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), fresh: dir}
+	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
 	err := r.each(ctx, []phase{
 		{"source", false, r.source},
 		{"compile", true, r.compile},

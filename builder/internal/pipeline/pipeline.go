@@ -109,9 +109,8 @@ type run struct {
 	line *timeline.Run
 	res  Result
 
-	// fresh is a folder for everything that is made when nothing that an
-	// earlier build made may be used; see Make.
-	fresh string
+	// products is where everything that is made goes: Config.Cache, but for Make.
+	products *cas.Cache
 
 	kernel  *cossrc.Inputs
 	release *nvsrc.Release
@@ -142,7 +141,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
 	}
-	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC()}
+	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: cfg.Cache}
 	err := r.all(ctx)
 	if err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)

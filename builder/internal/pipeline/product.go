@@ -20,18 +20,18 @@ func (r *run) staged(ctx context.Context, kind bundle.LayerKind) (string, error)
 	if kind == bundle.LayerFirmware {
 		stage = r.release.StageFirmware
 	}
-	dir, _, err := r.tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
+	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
 	return dir, err
 }
 
 // packed returns a layer of the staged folder, compressed once and kept.
 func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool, err error) {
-	dir, cached, err := r.tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
+	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
 		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
 		if err != nil {
 			return err
 		}
-		if err := r.cfg.Cache.Recheck(ctx, src); err != nil {
+		if err := r.products.Recheck(ctx, src); err != nil {
 			return err
 		}
 		raw, err := json.Marshal(layer)
@@ -95,7 +95,7 @@ func (r *run) pack(ctx context.Context) (string, error) {
 
 // modulesFolder lays the modules out as their layer wants them.
 func (r *run) modulesFolder() (string, func() error, error) {
-	dir, cleanup, err := r.cfg.Cache.TempDir("modules-")
+	dir, cleanup, err := r.products.TempDir("modules-")
 	if err != nil {
 		return "", nil, err
 	}
@@ -105,7 +105,7 @@ func (r *run) modulesFolder() (string, func() error, error) {
 	for name, path := range r.modules {
 		sum, err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path)
 		if err == nil && sum != r.sums[name] {
-			err = changed(name, r.cfg.Cache.Dir())
+			err = changed(name, r.products.Dir())
 		}
 		if err != nil {
 			return "", nil, errors.Join(disk(err), cleanup())

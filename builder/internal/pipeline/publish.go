@@ -204,7 +204,7 @@ func (r *run) layersIntact(ctx context.Context) error {
 		return nil
 	}
 	for _, l := range r.res.Layers {
-		if err := r.cfg.Cache.Recheck(ctx, l.Path); err != nil {
+		if err := r.products.Recheck(ctx, l.Path); err != nil {
 			return fmt.Errorf("%s layer: %w", l.Kind, err)
 		}
 	}

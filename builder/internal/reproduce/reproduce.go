@@ -31,9 +31,9 @@ type Config struct {
 	Ref string
 	// Verifier holds the keys whose provenance is believed.
 	Verifier *trust.Verifier
-	// Make makes the cell in an empty folder. It is pipeline.Make with this
-	// machine's mirrors and tools.
-	Make func(ctx context.Context, req pipeline.Request, dir string) (*pipeline.Made, error)
+	// Make makes the cell. It is pipeline.Make with this machine's mirrors and
+	// tools, and a cache for products that was empty when the program began.
+	Make func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error)
 	// TempDir gives an empty folder and what removes it. The folder takes the
 	// artifact twice, unpacked.
 	TempDir func(prefix string) (dir string, cleanup func() error, err error)
@@ -102,14 +102,10 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		path := filepath.Join(dir, name)
 		return path, os.Mkdir(path, 0o755)
 	}
-	work, err := folder("made")
-	if err != nil {
-		return nil, err
-	}
 	made, err := c.Make(ctx, pipeline.Request{
 		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board,
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
-	}, work)
+	})
 	if err != nil {
 		return nil, fmt.Errorf("make it again: %w", err)
 	}

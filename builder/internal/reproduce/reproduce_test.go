@@ -92,8 +92,8 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 }
 
 // again stands for a rebuild that came to these layers.
-func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context, pipeline.Request, string) (*pipeline.Made, error) {
-	return func(_ context.Context, req pipeline.Request, _ string) (*pipeline.Made, error) {
+func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context, pipeline.Request) (*pipeline.Made, error) {
+	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
 		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board, Driver: target.Wish(driver.Version), Flavour: driver.Flavour}, req); diff != "" {
 			return nil, fault.Errorf(fault.Internal, "asked for another cell (-want +got):\n%s", diff)
 		}
@@ -180,7 +180,7 @@ func TestRefuses(t *testing.T) {
 		{"not published", facts(), materials, func(c *reproduce.Config) { c.Ref = "sha256:" + strings.Repeat("0", 64) }, fault.NoArtifact, ""},
 		{"another key", facts(), materials, func(c *reproduce.Config) { c.Verifier = testkit.NewKey(t).Verifier(t) }, fault.Unverified, "key"},
 		{"rebuild fails", facts(), materials, func(c *reproduce.Config) {
-			c.Make = func(context.Context, pipeline.Request, string) (*pipeline.Made, error) {
+			c.Make = func(context.Context, pipeline.Request) (*pipeline.Made, error) {
 				return nil, fault.New(fault.InputMissing, "no such headers", "")
 			}
 		}, fault.InputMissing, "make it again"},
