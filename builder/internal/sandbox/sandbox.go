@@ -9,7 +9,8 @@
 // own /proc, /dev and /tmp; the folders bound by the caller; the host name
 // "prebake"; user and group 1000, without capabilities and unable to make
 // namespaces of its own. No home folder, no /etc but what links and the loader
-// need. Output, size of a file, processes and /tmp are bounded.
+// need. Memory, processes, time, disk space, output and /tmp are bounded; see
+// [Limits] and, for how firmly, [Bounds].
 package sandbox
 
 import (
@@ -28,8 +29,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -58,21 +57,11 @@ type Config struct {
 	Output io.Writer
 	// MaxOutput ends a program that prints more bytes; 0 is 256 MiB.
 	MaxOutput int64
+	// Limits bound what the program takes; the zero value has safe defaults.
+	Limits Limits
+	// Usage, where not nil, is filled in with what the program took.
+	Usage *Usage
 }
-
-// What one program and all that it starts may take, so that one that runs wild
-// fails by itself and not the machine. Memory is for the machine to bound, by
-// a control group: address space says little about it.
-const (
-	maxOutput    = 256 << 20
-	maxFile      = 4 << 30 // the largest object files have some 100 MB
-	maxProcesses = 16384   // threads too; not enforced for root
-	maxTmp       = 4 << 30 // /tmp is memory
-)
-
-// prlimit sets the limits from inside: by the time that this process could set
-// them, the program may have started others.
-const prlimit = "/usr/bin/prlimit"
 
 // Validate reports every problem of the configuration at once.
 func (c Config) Validate() error {
@@ -110,7 +99,9 @@ const (
 
 // Run runs the program and waits for it and everything it started. The sandbox
 // dies with this process, also by SIGKILL, and when ctx ends. A program that
-// ends badly gives an [ExitError]; a sandbox that cannot be made, fault.Usage.
+// ends badly gives an [ExitError]; one that broke a limit, fault.OutOfMemory,
+// fault.DiskFull, fault.TimedOut or fault.Internal, whatever its status; a sandbox
+// that cannot be made, fault.Usage.
 func Run(ctx context.Context, c Config) error {
 	if err := c.Validate(); err != nil {
 		return fmt.Errorf("run in sandbox: %w", err)
@@ -126,22 +117,91 @@ func Run(ctx context.Context, c Config) error {
 	if _, err := exec.LookPath(prlimit); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %w", err), hintLimits)
 	}
-	limit, err := limits()
-	if err != nil {
-		return fmt.Errorf("make sandbox: %w", err)
-	}
-	c.Argv = append(limit, c.Argv...)
 	if c.MaxOutput == 0 {
 		c.MaxOutput = maxOutput
 	}
+	c.Limits = c.Limits.withDefaults()
+	disk, err := newDiskWatch(c.Limits, c.Binds)
+	if err != nil {
+		return fmt.Errorf("run %s: %w", program, err)
+	}
+	ctx, late := context.WithTimeoutCause(ctx, c.Limits.Time, fault.New(fault.TimedOut, fmt.Sprintf("it ran longer than %v", c.Limits.Time), hintTime))
+	defer late()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
 	setup := &setupTrouble{next: c.Output, left: c.MaxOutput, flood: func() {
 		stop(fault.New(fault.Internal, fmt.Sprintf("it printed more than %d bytes", c.MaxOutput), hintFlood))
 	}}
+	var watch sync.WaitGroup
+	watch.Go(func() { disk.run(ctx, stop) })
+	broke, err := c.start(ctx, bwrap, setup)
+	cause := context.Cause(ctx) // before the watch is told to end
+	stop(nil)
+	watch.Wait()
+	if c.Usage != nil {
+		c.Usage.Disk = disk.grown
+	}
+	if cause != nil && (err != nil || setup.flooded()) {
+		return fmt.Errorf("run %s: %w", program, cause)
+	}
+	if err == nil {
+		return nil
+	}
+	if broke != nil {
+		return fmt.Errorf("run %s: %w", program, broke)
+	}
+	if text := setup.text(); text != "" {
+		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %s", text), setupHint(text))
+	}
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		return fmt.Errorf("run %s in sandbox: %w", program, err)
+	}
+	status := exit.ExitCode()
+	if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+		status = 128 + int(ws.Signal())
+	}
+	if status == 128+int(syscall.SIGXFSZ) {
+		return fmt.Errorf("run %s: %w", program, fault.New(fault.DiskFull, fmt.Sprintf("it wrote a file of more than %d MiB", min(maxFile, c.Limits.Disk)>>20), hintFlood))
+	}
+	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
+}
+
+// start runs bubblewrap, in a control group where there can be one. broke is
+// the limit that the control group says was broken.
+func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (broke, err error) {
+	g, gerr := newGroup(c.Limits)
+	if gerr == nil {
+		defer func() {
+			if c.Usage != nil {
+				c.Usage.PeakMemory = g.peak()
+			}
+			broke = g.verdict(c.Limits)
+			err = errors.Join(err, g.close())
+		}()
+		started, err := c.exec(ctx, bwrap, output, g)
+		if started {
+			return nil, err
+		}
+		// No CLONE_INTO_CGROUP: an old kernel, or a filter of system calls.
+	}
+	_, err = c.exec(ctx, bwrap, output, nil)
+	return nil, err
+}
+
+// exec runs bubblewrap in the group, and without one where g is nil.
+func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *group) (started bool, err error) {
+	limit, err := c.Limits.command(g == nil)
+	if err != nil {
+		return true, fmt.Errorf("make sandbox: %w", err)
+	}
+	c.Argv = append(limit, c.Argv...)
 	cmd := exec.CommandContext(ctx, bwrap, arguments(c)...)
 	cmd.Env = []string{} // bubblewrap itself needs nothing of ours
-	cmd.Stdout, cmd.Stderr = setup, setup
+	cmd.Stdout, cmd.Stderr = output, output
+	if g != nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(g.dir.Fd())}
+	}
 	// Descendants die with the sandbox's first process; the delay only guards
 	// against a pipe that outlives it.
 	cmd.WaitDelay = 10 * time.Second
@@ -155,24 +215,7 @@ func Run(ctx context.Context, c Config) error {
 		done <- cmd.Run()
 	}()
 	err = <-done
-	if ctx.Err() != nil && (err != nil || setup.flooded()) {
-		return fmt.Errorf("run %s: %w", program, context.Cause(ctx))
-	}
-	if err == nil {
-		return nil
-	}
-	if text := setup.text(); text != "" {
-		return fault.Wrap(fault.Usage, fmt.Errorf("make sandbox: %s", text), setupHint(text))
-	}
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) {
-		return fmt.Errorf("run %s in sandbox: %w", program, err)
-	}
-	status := exit.ExitCode()
-	if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
-		status = 128 + int(ws.Signal())
-	}
-	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
+	return cmd.Process != nil, err
 }
 
 // Probe reports whether this machine can run a sandbox at all.
@@ -187,24 +230,6 @@ func setupHint(text string) string {
 		}
 	}
 	return "check that bubblewrap 0.8 or newer is installed and that every bound folder exists: bwrap --version"
-}
-
-// limits returns the command that runs another one within the bounds above, or
-// those of this process where they are narrower.
-func limits() ([]string, error) {
-	args := []string{prlimit, "--core=0"}
-	for _, l := range []struct {
-		flag     string
-		resource int
-		most     uint64
-	}{{"--fsize", unix.RLIMIT_FSIZE, maxFile}, {"--nproc", unix.RLIMIT_NPROC, maxProcesses}} {
-		var own unix.Rlimit
-		if err := unix.Getrlimit(l.resource, &own); err != nil {
-			return nil, fmt.Errorf("read own limits: %w", err)
-		}
-		args = append(args, fmt.Sprintf("%s=%d", l.flag, min(l.most, own.Max)))
-	}
-	return args, nil
 }
 
 func arguments(c Config) []string {

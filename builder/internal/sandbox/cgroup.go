@@ -1,0 +1,269 @@
+package sandbox
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Control groups, version 2. Each run gets a group of its own beside the
+// builder's, and the sandbox is born inside it, so that nothing it starts can be
+// outside.
+const (
+	groupRoot = "/sys/fs/cgroup"
+	// selfGroup is where the builder itself goes: a group that hands controllers
+	// to its children may hold no process.
+	selfGroup = "prebake-builder"
+	runGroup  = "prebake-run-" // and a process id, a dash, something random
+)
+
+const hintGroup = "give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder …, or Delegate=yes in its unit; a Kubernetes pod has its memory limit around it in any case"
+
+// Means says how the bounds on memory and processes are kept on this machine.
+type Means struct {
+	// ControlGroup says that a control group keeps them, for all processes
+	// together. Otherwise Why says why not, with a hint; memory is bounded for
+	// each process, and the number of processes for this user, except for root.
+	ControlGroup bool
+	Why          error
+}
+
+// Bounds finds out how the bounds are kept here.
+func Bounds() Means {
+	g, err := newGroup(Limits{}.withDefaults())
+	if err == nil {
+		err = g.close()
+	}
+	return Means{ControlGroup: err == nil, Why: fault.Wrap(fault.Unsupported, err, hintGroup)}
+}
+
+// ownGroup returns the folder of this process's control group.
+func ownGroup() (string, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(groupRoot, &s); err != nil {
+		return "", fmt.Errorf("find control groups: %s: %w", groupRoot, err)
+	}
+	if s.Type != unix.CGROUP2_SUPER_MAGIC {
+		return "", fmt.Errorf("find control groups: %s is not version 2", groupRoot)
+	}
+	text, err := os.ReadFile("/proc/self/cgroup")
+	if err != nil {
+		return "", fmt.Errorf("find own control group: %w", err)
+	}
+	path, err := parseOwnGroup(string(text))
+	return filepath.Join(groupRoot, path), err
+}
+
+// parseOwnGroup reads /proc/self/cgroup, whose line of version 2 is 0::/path.
+func parseOwnGroup(text string) (string, error) {
+	for line := range strings.Lines(text) {
+		if path, ok := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "0::/"); ok {
+			if path != "" && !filepath.IsLocal(path) { // /../x: outside of the namespace
+				return "", fmt.Errorf("find own control group: /%s is out of sight", path)
+			}
+			return path, nil
+		}
+	}
+	return "", errors.New("find own control group: none of version 2")
+}
+
+// groupMemory is the least memory limit from this group up to the root.
+func groupMemory(dir string) int64 {
+	least := int64(math.MaxInt64)
+	for ; len(dir) >= len(groupRoot); dir = filepath.Dir(dir) {
+		text, err := os.ReadFile(filepath.Join(dir, "memory.max"))
+		if err != nil {
+			continue // the root has none
+		}
+		if n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64); err == nil { // or "max"
+			least = min(least, n)
+		}
+	}
+	return least
+}
+
+// parent returns the group in which runs get theirs, with the controllers that
+// they need. The builder moves into a child of it where that is necessary and it
+// is the only process there.
+func parent() (string, error) {
+	own, err := ownGroup()
+	if err != nil {
+		return "", err
+	}
+	if filepath.Base(own) == selfGroup {
+		return filepath.Dir(own), nil
+	}
+	return own, delegate(own, os.Getpid())
+}
+
+func delegate(dir string, self int) error {
+	has := func(file string) (bool, error) {
+		text, err := os.ReadFile(filepath.Join(dir, file))
+		words := strings.Fields(string(text))
+		return slices.Contains(words, "memory") && slices.Contains(words, "pids"), err
+	}
+	if ok, err := has("cgroup.subtree_control"); ok || err != nil {
+		return err
+	}
+	if ok, err := has("cgroup.controllers"); !ok || err != nil {
+		return errors.Join(fmt.Errorf("control group %s has no say over memory and processes", dir), err)
+	}
+	enable := func() error { return writeGroup(dir, "cgroup.subtree_control", "+memory +pids") }
+	err := enable()
+	if !errors.Is(err, unix.EBUSY) {
+		return err
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	if err != nil {
+		return err
+	}
+	for _, pid := range strings.Fields(string(text)) {
+		if pid != strconv.Itoa(self) {
+			return fmt.Errorf("control group %s is shared with other processes", dir)
+		}
+	}
+	leaf := filepath.Join(dir, selfGroup)
+	if err := os.Mkdir(leaf, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	if err := writeGroup(leaf, "cgroup.procs", strconv.Itoa(self)); err != nil {
+		return err
+	}
+	return enable()
+}
+
+func writeGroup(dir, file, value string) error {
+	// No O_CREATE: a control that the kernel does not have is an error.
+	f, err := os.OpenFile(filepath.Join(dir, file), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
+
+// group is the control group of one run.
+type group struct {
+	dir  *os.File
+	path string
+}
+
+func newGroup(l Limits) (*group, error) {
+	base, err := parent()
+	if err != nil {
+		return nil, err
+	}
+	sweepGroups(base)
+	path, err := os.MkdirTemp(base, fmt.Sprintf("%s%d-*", runGroup, os.Getpid()))
+	if err != nil {
+		return nil, err
+	}
+	g := &group{path: path}
+	if err := g.set(l); err != nil {
+		return nil, errors.Join(err, g.close())
+	}
+	return g, nil
+}
+
+func (g *group) set(l Limits) (err error) {
+	err = errors.Join(
+		writeGroup(g.path, "memory.max", strconv.FormatInt(l.Memory, 10)),
+		writeGroup(g.path, "memory.oom.group", "1"), // half a build is of no use
+		writeGroup(g.path, "pids.max", strconv.Itoa(l.Processes)))
+	if err != nil {
+		return err
+	}
+	// Swap would turn an end into an endless crawl. Absent where there is none.
+	if err := writeGroup(g.path, "memory.swap.max", "0"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	g.dir, err = os.Open(g.path)
+	return err
+}
+
+// verdict says which bound the run broke, if any. Only the kernel's own count
+// says it for sure: a program that was killed looks the same whoever did it.
+func (g *group) verdict(l Limits) error {
+	if n := g.count("memory.events", "oom_kill"); n > 0 {
+		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)
+	}
+	if n := g.count("pids.events", "max"); n > 0 {
+		return fault.New(fault.Internal, fmt.Sprintf("it started more than %d processes", l.Processes), hintProcesses)
+	}
+	return nil
+}
+
+// count reads one number of a flat keyed file.
+func (g *group) count(file, key string) int64 {
+	text, err := os.ReadFile(filepath.Join(g.path, file))
+	if err != nil {
+		return 0
+	}
+	return parseCount(text, key)
+}
+
+func parseCount(text []byte, key string) int64 {
+	for line := range bytes.Lines(text) {
+		if f := bytes.Fields(line); len(f) == 2 && string(f[0]) == key {
+			n, _ := strconv.ParseInt(string(f[1]), 10, 64) // the kernel writes numbers
+			return n
+		}
+	}
+	return 0
+}
+
+func (g *group) peak() int64 {
+	text, err := os.ReadFile(filepath.Join(g.path, "memory.peak"))
+	if err != nil {
+		return 0
+	}
+	n, _ := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64) // as above
+	return n
+}
+
+// close removes the group. The kernel may still be busy with its last process.
+func (g *group) close() error {
+	var err error
+	if g.dir != nil {
+		err = g.dir.Close()
+	}
+	for range 50 {
+		rerr := unix.Rmdir(g.path)
+		if !errors.Is(rerr, unix.EBUSY) {
+			return errors.Join(err, rerr)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	return err // the next run sweeps it up
+}
+
+// sweepGroups removes empty groups of builders that were killed.
+func sweepGroups(base string) {
+	left, err := filepath.Glob(filepath.Join(base, runGroup+"*"))
+	if err != nil {
+		return // the pattern is fixed
+	}
+	for _, path := range left {
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), runGroup), "-")
+		n, err := strconv.Atoi(pid)
+		if err != nil || n == os.Getpid() || !errors.Is(unix.Kill(n, 0), unix.ESRCH) {
+			continue
+		}
+		// One that another container's builder has just made looks dead too.
+		if info, err := os.Stat(path); err == nil && time.Since(info.ModTime()) > time.Minute {
+			_ = unix.Rmdir(path) // refused while anything lives in it
+		}
+	}
+}

@@ -1,0 +1,157 @@
+package sandbox_test
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// limited runs a script within limits and returns what it printed.
+func limited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bind) (string, sandbox.Usage, error) {
+	t.Helper()
+	needBubblewrap(t)
+	var out bytes.Buffer
+	var usage sandbox.Usage
+	err := sandbox.Run(t.Context(), sandbox.Config{
+		Argv: []string{"sh", "-c", script}, Dir: "/", Binds: binds, Output: &out, Limits: l, Usage: &usage,
+		Env: map[string]string{"PATH": "/usr/bin:/bin"},
+	})
+	return out.String(), usage, err
+}
+
+// grab holds 300 MB of memory: tail keeps what may turn out to be the end.
+const grab = `head -c 300000000 /dev/zero | tail -c 300000000 | wc -c`
+
+// A program that wants more memory than it may have does not get it, with a
+// control group or without.
+func TestMemory(t *testing.T) {
+	t.Parallel()
+	out, _, err := limited(t, sandbox.Limits{Memory: 64 << 20}, grab)
+	if strings.Contains(out, "300000000") {
+		t.Errorf("%s printed %q; want it refused", grab, out)
+	}
+	// Per process, the program is told and says so itself; package compile
+	// reads that. A control group's verdict is the kernel's.
+	if sandbox.Bounds().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
+		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
+	}
+	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil || strings.TrimSpace(out) != "300000000" {
+		t.Errorf("with memory enough, Run = %q, %v", out, err)
+	}
+}
+
+// What the writable folders grow by is bounded, though no single file is large.
+func TestDisk(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	// A folder that is large already costs nothing.
+	if err := os.WriteFile(filepath.Join(dir, "before"), make([]byte, 40<<20), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	script := `i=0; while [ $i -lt 10 ]; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); done; echo written; sleep 600`
+	_, usage, err := limited(t, sandbox.Limits{Disk: 32 << 20}, script, sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
+	if !fault.Is(err, fault.DiskFull) || fault.Hint(err) == "" || usage.Disk < 32<<20 {
+		t.Errorf("Run = %v (%v), hint %q, usage %+v; want disk full, a hint and what it wrote", err, fault.Of(err), fault.Hint(err), usage)
+	}
+}
+
+func TestLargeFile(t *testing.T) {
+	t.Parallel()
+	_, _, err := limited(t, sandbox.Limits{Disk: 1 << 20}, `exec head -c 2000000 /dev/zero >/tmp/x`)
+	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "a file of more than 1 MiB") {
+		t.Errorf("Run = %v (%v); want disk full", err, fault.Of(err))
+	}
+}
+
+// A disk that is nearly full ends the run before it begins.
+func TestMinFree(t *testing.T) {
+	t.Parallel()
+	out, _, err := limited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`, sandbox.Bind{Host: t.TempDir(), Inside: "/b", Writable: true})
+	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "MiB left") || out != "" {
+		t.Errorf("Run on a full disk = %v (%v), printed %q; want disk full and nothing begun", err, fault.Of(err), out)
+	}
+}
+
+func TestTime(t *testing.T) {
+	t.Parallel()
+	_, _, err := limited(t, sandbox.Limits{Time: 50 * time.Millisecond}, `sleep 600`)
+	if !fault.Is(err, fault.TimedOut) || !strings.Contains(err.Error(), "longer than 50ms") {
+		t.Errorf("Run = %v (%v); want timed out", err, fault.Of(err))
+	}
+}
+
+// The number of processes holds for an ordinary user, and for root where there
+// is a control group.
+func TestProcesses(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() == 0 && !sandbox.Bounds().ControlGroup {
+		t.Skipf("RLIMIT_NPROC does not bind root, and %v", sandbox.Bounds().Why)
+	}
+	// Where other processes of this user count too, fewer are left.
+	out, _, err := limited(t, sandbox.Limits{Processes: 16}, `i=0; while [ $i -lt 30 ]; do sleep 600 & i=$((i+1)); done; echo all`)
+	if err == nil || strings.Contains(out, "all") {
+		t.Errorf("Run = %q, %v; want it to fail at the sixteenth process", out, err)
+	}
+	if sandbox.Bounds().ControlGroup && !strings.Contains(err.Error(), "more than 16 processes") {
+		t.Errorf("Run = %v; want the limit named", err)
+	}
+}
+
+// Without a control group, what is missing is said with its remedy.
+func TestBoundsSayWhy(t *testing.T) {
+	t.Parallel()
+	m := sandbox.Bounds()
+	if m.ControlGroup != (m.Why == nil) || m.Why != nil && !strings.Contains(fault.Hint(m.Why), "Delegate=yes") {
+		t.Errorf("Bounds() = %+v, hint %q; want either a control group or why not", m, fault.Hint(m.Why))
+	}
+}
+
+// asUser names the test that this program runs as another user.
+const asUser = "PREBAKE_TEST_AS_USER"
+
+// Root is not needed: the tests that try the walls pass as an ordinary user.
+func TestAsOrdinaryUser(t *testing.T) {
+	t.Parallel()
+	needBubblewrap(t)
+	if os.Getuid() != 0 || os.Getenv(asUser) != "" {
+		t.Skip("this is an ordinary user already")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "sandbox-user-") // testing's own folders are root's alone
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	program, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmp := filepath.Join(dir, "tmp")
+	err = errors.Join(os.Chmod(dir, 0o755), os.WriteFile(filepath.Join(dir, "sandbox.test"), program, 0o755), os.Mkdir(tmp, 0o755), os.Chown(tmp, 65532, 65532))
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "sandbox.test"), "-test.v", "-test.timeout=2m", "-test.run", "^Test(Inside|NoNetwork|Binds|Exit|Memory|Disk|Processes|DiesWithParent)$")
+	cmd.Dir, cmd.Env = tmp, []string{"PATH=/usr/bin:/bin", "TMPDIR=" + tmp, asUser + "=1"}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532, NoSetGroups: true}}
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "--- PASS: TestProcesses") {
+		t.Errorf("as uid 65532: %v\n%s", err, out)
+	}
+}
