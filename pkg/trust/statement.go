@@ -47,6 +47,8 @@ type Policy struct {
 	Keys []PublicKey
 	// Builders are the builder ids that provenance may name; none is any.
 	Builders []string
+	// LoadTest says whether artifacts need one; the zero value takes any.
+	LoadTest LoadTestPolicy
 }
 
 // NewVerifier returns a verifier for this policy.
@@ -93,6 +95,19 @@ func (s *Statement) About(digest string) bool {
 		}
 	}
 	return false
+}
+
+// Statements returns those of the bundles that hold, are about this digest and
+// have this predicate type, for callers who read more than [Verifier.Verify]
+// decides by. Only the first [MaxBundles] are looked at.
+func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []*Statement {
+	var all []*Statement
+	for _, data := range bundles[:min(len(bundles), MaxBundles)] {
+		if st, err := v.Statement(data); err == nil && st.PredicateType == predicateType && st.About(digest) {
+			all = append(all, st)
+		}
+	}
+	return all
 }
 
 // Statement checks one bundle's signature and returns what was signed. It

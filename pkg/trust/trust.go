@@ -16,13 +16,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The two kinds of statements that an artifact needs, and how they are stored.
+// The kinds of statements that an artifact needs or may have, and how they are
+// stored.
 const (
 	// PredicateProvenance says how an artifact was built, and of what.
 	PredicateProvenance = "https://slsa.dev/provenance/v1"
 	// PredicateKernelMatch says that an artifact fits one COS build: there is
 	// one such statement for each build of a fingerprint.
 	PredicateKernelMatch = "https://prebake.dev/kernel-match/v1"
+	// PredicateSBOM is an SPDX document: what is in the artifact. It decides
+	// nothing here.
+	PredicateSBOM = "https://spdx.dev/Document"
 	// BuildType names the rules by which the provenance's parameters are read.
 	BuildType = "https://prebake.dev/build/v1"
 	// ArtifactTypeBundle is the type under which bundles are attached.
@@ -88,6 +92,8 @@ type Verdict struct {
 	Match KernelMatch `json:"match"`
 	// Materials are the inputs.
 	Materials []Material `json:"materials"`
+	// LoadTest is the load test's verdict; empty where nothing says any.
+	LoadTest string `json:"loadTest,omitempty"`
 	// Ignored says why bundles that are attached too were not used.
 	Ignored []string `json:"ignored,omitempty"`
 }
@@ -99,7 +105,8 @@ func (v *Verdict) String() string {
 }
 
 // Verify decides about an artifact. It needs one valid provenance and one
-// valid kernel match for Expect's build, both about Expect's digest. Bundles
+// valid kernel match for Expect's build, both about Expect's digest, a load
+// test where the policy wants one, and no failed one in any case. Bundles
 // that prove nothing are ignored as long as others do: anybody may attach
 // something to an artifact. Only the first [MaxBundles] are looked at.
 func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
@@ -116,6 +123,7 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	}
 	var verdict Verdict
 	var provenance, match, useless tally
+	var tests loadTests
 	for i, data := range bundles {
 		if i == MaxBundles {
 			useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
@@ -135,6 +143,11 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 			provenance.judge(v.provenance(st, e, &verdict))
 		case PredicateKernelMatch:
 			match.judge(kernelMatch(st, e, &verdict))
+		case PredicateTestResult:
+			if err := tests.add(st, e); err != nil {
+				useless.add(err)
+			}
+		case PredicateSBOM:
 		default:
 			useless.add(fault.Errorf(fault.Unverified, "statement of type %.80q", st.PredicateType))
 		}
@@ -143,6 +156,10 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 		return nil, err
 	}
 	if err := match.explain(ErrNoKernelMatch, useless); err != nil {
+		return nil, err
+	}
+	var err error
+	if verdict.LoadTest, err = tests.decide(v.policy.LoadTest); err != nil {
 		return nil, err
 	}
 	for _, err := range slices.Concat(provenance.errs, match.errs, useless.errs) {

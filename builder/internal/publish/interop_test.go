@@ -9,9 +9,11 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sbom"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 // tool finds a program of others, or skips the test.
@@ -28,6 +30,19 @@ func tool(t *testing.T, name string) func(args ...string) (string, error) {
 		t.Logf("%s %s\n%s", name, strings.Join(args, " "), out)
 		return string(out), err
 	}
+}
+
+func newSigner(t *testing.T) *sign.Signer {
+	t.Helper()
+	key := filepath.Join(t.TempDir(), "key")
+	if err := sign.GenerateKey(key); err != nil {
+		t.Fatal(err)
+	}
+	signer, err := sign.LoadSigner(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return signer
 }
 
 // published signs a sample with a key file, as the builder does, and publishes
@@ -56,8 +71,25 @@ func published(t *testing.T, referrers bool) (ref, digest, pub string, s testkit
 	if err != nil {
 		t.Fatal(err)
 	}
+	tested, err := sign.TestResult(s.Digest, sign.TestFacts{Driver: driver, LoadTest: trust.LoadTest{Verdict: trust.VerdictLoaded, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc, err := sbom.JSON(sbom.Facts{Digest: s.Digest, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver, Layers: s.Layers,
+		Materials: []sign.Material{
+			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)},
+			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://x/y", Digest: "sha256:" + strings.Repeat("2", 64)},
+		},
+		Modules: map[string]string{"nvidia": key}}) // any file has a digest
+	if err != nil {
+		t.Fatal(err)
+	}
+	contents, err := sign.SBOM(s.Digest, driver, doc)
+	if err != nil {
+		t.Fatal(err)
+	}
 	a := publish.Artifact{Image: s.Image, Identity: s.Identity, Kernel: s.Kernel, Verifier: v}
-	for _, st := range []sign.Statement{provenance, match} {
+	for _, st := range []sign.Statement{provenance, match, tested, contents} {
 		raw, err := sign.Bundle(t.Context(), signer, st)
 		if err != nil {
 			t.Fatal(err)
@@ -79,7 +111,8 @@ func TestCosignVerifies(t *testing.T) {
 	// artifact types.
 	ref, digest, pub, _ := published(t, false)
 	args := []string{"verify-attestation", "--key", pub, "--insecure-ignore-tlog=true", "--allow-http-registry"}
-	for _, kind := range []string{"slsaprovenance1", "https://prebake.dev/kernel-match/v1"} {
+	kinds := []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"}
+	for _, kind := range kinds {
 		if _, err := cosign(append(args, "--type", kind, ref+"@"+digest)...); err != nil {
 			t.Errorf("cosign verify-attestation --type %s: %v", kind, err)
 		}
@@ -89,8 +122,10 @@ func TestCosignVerifies(t *testing.T) {
 		t.Fatal(err)
 	}
 	args[2] = other
-	if out, err := cosign(append(args, "--type", "slsaprovenance1", ref+"@"+digest)...); err == nil {
-		t.Errorf("cosign accepted another key: %s", out)
+	for _, kind := range kinds {
+		if out, err := cosign(append(args, "--type", kind, ref+"@"+digest)...); err == nil {
+			t.Errorf("cosign verify-attestation --type %s accepted another key: %s", kind, out)
+		}
 	}
 }
 

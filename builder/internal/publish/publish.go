@@ -17,8 +17,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// ArtifactTypeLog is the type under which a build log is attached.
-const ArtifactTypeLog = "application/vnd.prebake.build-log.v1"
+// ArtifactTypeLog is the type under which a build log is attached: see [PackLog].
+const ArtifactTypeLog = "application/vnd.prebake.build-log.v1+zstd"
 
 // Annotations of attached bundles, in the words of the Sigstore bundle
 // specification; cosign reads them.
@@ -33,13 +33,15 @@ type Artifact struct {
 	Identity bundle.Identity
 	// Kernel is the COS build for which it is published this time.
 	Kernel target.Kernel
-	// Bundles are the signed statements: provenance, and the kernel match for
-	// Kernel.
+	// Bundles are the signed statements: provenance, the kernel match for
+	// Kernel, test result, contents.
 	Bundles [][]byte
 	// Verifier reads statements that are attached already, so that equal ones
 	// are not attached again: signatures differ each time. Nil attaches always.
 	Verifier *trust.Verifier
-	// Log is the build log; nil attaches none.
+	// Log is the build log as [PackLog] returns it; nil attaches none. It is
+	// attached with the provenance that names it, and left out where another
+	// run's provenance is there already.
 	Log []byte
 }
 
@@ -141,7 +143,8 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach adds the statements, and the log of the build that comes first.
+// attach adds the statements that are missing. A log goes before them, so that
+// what a provenance names is there.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()
 	present := map[string]bool{}
@@ -155,6 +158,11 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
 				present[says(st)] = true
 			}
+		}
+	}
+	if a.Log != nil && !present[trust.PredicateProvenance] {
+		if _, err := repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil); err != nil {
+			return err
 		}
 	}
 	for _, raw := range a.Bundles {
@@ -175,21 +183,16 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			return err
 		}
 	}
-	if a.Log == nil {
-		return nil
-	}
-	logs, err := repo.Referrers(ctx, digest, ArtifactTypeLog)
-	if err != nil || len(logs) > 0 {
-		return err
-	}
-	_, err = repo.Attach(ctx, subject, ArtifactTypeLog, a.Log, nil)
-	return err
+	return nil
 }
 
 // says sums up what a statement proves: two that say the same are one too many.
 func says(st *trust.Statement) string {
 	if m, err := trust.ParseKernelMatch(st); err == nil {
 		return st.PredicateType + " " + m.Kernel.String() + " " + string(m.Fingerprint)
+	}
+	if r, err := trust.ParseTestResult(st); err == nil {
+		return st.PredicateType + " " + r.LoadTest.Kernel.String() + " " + r.LoadTest.Verdict
 	}
 	return st.PredicateType
 }

@@ -65,8 +65,10 @@ func sample(t *testing.T) testkit.Sample {
 	return testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 }
 
-func TestSignedWithFileVerifies(t *testing.T) {
-	t.Parallel()
+// keyFile makes a key in a file, and returns it with a verifier that has read
+// its public half.
+func keyFile(t *testing.T) (*sign.Signer, *trust.Verifier) {
+	t.Helper()
 	path := filepath.Join(t.TempDir(), "key")
 	if err := sign.GenerateKey(path); err != nil {
 		t.Fatal(err)
@@ -87,6 +89,12 @@ func TestSignedWithFileVerifies(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return signer, v
+}
+
+func TestSignedWithFileVerifies(t *testing.T) {
+	t.Parallel()
+	signer, v := keyFile(t)
 	s := sample(t)
 	got, err := v.Verify(bundles(t, signer, s), s.Expect())
 	if err != nil {

@@ -1,0 +1,178 @@
+package sign
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	testresult "github.com/in-toto/attestation/go/predicates/test_result/v0"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/structpb"
+
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// TestFacts is everything that a test result says.
+type TestFacts struct {
+	Driver target.Driver
+	// LoadTest is the verdict with what led to it. Its kernel log is cut to the
+	// last [MaxTestLog] bytes.
+	LoadTest trust.LoadTest
+	// Static names the static checks that passed: nothing is tested that did
+	// not pass them.
+	Static []string
+	// Warnings are lines of the kernel's log that a person should see though
+	// all went well.
+	Warnings []string
+	// Configuration names by digest what it was tested with, such as the boot
+	// image. The kernel's build is named in any case.
+	Configuration []Material
+	// URL leads people to the run; may be empty.
+	URL string
+}
+
+// Bounds of what goes into a statement, which nodes fetch.
+const (
+	MaxTestLog   = 32 << 10
+	maxTestLines = 64
+	maxTestLine  = 400
+)
+
+// fieldLoadTest is our field of the predicate, named as in-toto asks of
+// fields that are not its own: vendor, underscore, name.
+const fieldLoadTest = "prebake_loadTest"
+
+// TestResult states how the artifact with this manifest digest did in its
+// tests, in the terms of in-toto's test-result v0.1.
+func TestResult(digest string, f TestFacts) (Statement, error) {
+	s, err := newTestResult(digest, f)
+	if err != nil {
+		return Statement{}, fmt.Errorf("state test result: %w", err)
+	}
+	return s, nil
+}
+
+func newTestResult(digest string, f TestFacts) (Statement, error) {
+	t := f.LoadTest
+	t.KernelLog, t.Reason = lastLines(t.KernelLog, MaxTestLog), oneLine(t.Reason)
+	p := &testresult.TestResult{Url: f.URL, PassedTests: lines(f.Static)}
+	for _, m := range t.Modules {
+		name := "load " + oneLine(m.Name)
+		switch m.Result {
+		case "loaded":
+			p.PassedTests = append(p.PassedTests, name)
+		case "skipped":
+			p.WarnedTests = append(p.WarnedTests, name+": skipped: "+oneLine(m.Note))
+		case "rejected":
+			p.FailedTests = append(p.FailedTests, name+": "+oneLine(m.Note))
+		default:
+			return Statement{}, fmt.Errorf("module %s: result %q: want loaded, skipped or rejected", m.Name, m.Result)
+		}
+	}
+	for _, w := range lines(f.Warnings) {
+		p.WarnedTests = append(p.WarnedTests, "kernel log: "+w)
+	}
+	summary := t.Verdict
+	if t.Reason != "" {
+		summary += ": " + t.Reason
+	}
+	switch t.Verdict {
+	case trust.VerdictLoaded:
+		p.PassedTests = append(p.PassedTests, summary)
+		p.Result = "PASSED"
+		if len(p.WarnedTests) > 0 {
+			p.Result = "WARNED"
+		}
+	case trust.VerdictNoDevice, trust.VerdictStatic:
+		p.Result, p.WarnedTests = "WARNED", append(p.WarnedTests, summary)
+	case trust.VerdictRejected:
+		p.Result, p.FailedTests = "FAILED", append(p.FailedTests, summary)
+	default:
+		return Statement{}, fmt.Errorf("verdict %q: not one of those that a load test has", t.Verdict)
+	}
+	if t.Verdict != trust.VerdictRejected && len(p.FailedTests) > 0 {
+		return Statement{}, fmt.Errorf("verdict %q, although %s", t.Verdict, p.FailedTests[0])
+	}
+	// The only required field of a configuration is what it is: a COS build has
+	// no digest, its inputs do.
+	k, err := resource("kernel", "", string(t.Fingerprint))
+	if err != nil {
+		return Statement{}, fmt.Errorf("fingerprint: %w", err)
+	}
+	k.Name = "kernel " + t.Kernel.String()
+	p.Configuration = append(p.Configuration, k)
+	for _, m := range f.Configuration {
+		rd, err := resource(m.Name, m.URI, m.Digest)
+		if err != nil {
+			return Statement{}, fmt.Errorf("configuration %s: %w", m.Name, err)
+		}
+		p.Configuration = append(p.Configuration, rd)
+	}
+	raw, err := protojson.Marshal(p)
+	if err != nil {
+		return Statement{}, err
+	}
+	body := &structpb.Struct{}
+	if err := protojson.Unmarshal(raw, body); err != nil {
+		return Statement{}, err
+	}
+	own, err := toStruct(t)
+	if err != nil {
+		return Statement{}, err
+	}
+	body.Fields[fieldLoadTest] = structpb.NewStructValue(own)
+	return newStatement(digest, f.Driver, trust.PredicateTestResult, body)
+}
+
+// SBOM states what is in the artifact with this manifest digest: doc is an
+// SPDX document in JSON.
+func SBOM(digest string, d target.Driver, doc []byte) (Statement, error) {
+	s, err := func() (Statement, error) {
+		var head struct {
+			Version string `json:"spdxVersion"`
+		}
+		if err := json.Unmarshal(doc, &head); err != nil {
+			return Statement{}, err
+		}
+		if !strings.HasPrefix(head.Version, "SPDX-2.") {
+			return Statement{}, fmt.Errorf("spdxVersion %.40q: want 2", head.Version)
+		}
+		body := &structpb.Struct{}
+		if err := body.UnmarshalJSON(doc); err != nil {
+			return Statement{}, err
+		}
+		return newStatement(digest, d, trust.PredicateSBOM, body)
+	}()
+	if err != nil {
+		return Statement{}, fmt.Errorf("state contents: %w", err)
+	}
+	return s, nil
+}
+
+// lines bounds a list of foreign texts.
+func lines(texts []string) []string {
+	var all []string
+	for i, text := range texts {
+		if i == maxTestLines {
+			return append(all, fmt.Sprintf("%d more", len(texts)-i))
+		}
+		all = append(all, oneLine(text))
+	}
+	return all
+}
+
+// oneLine makes a foreign text fit for a list: valid UTF-8, which statements
+// have to be, and one line of bounded length.
+func oneLine(text string) string {
+	text, _, _ = strings.Cut(strings.TrimSpace(text), "\n")
+	return strings.ToValidUTF8(text[:min(len(text), maxTestLine)], "?")
+}
+
+// lastLines returns the whole lines at the end of a text that fit.
+func lastLines(text string, most int) string {
+	if len(text) > most {
+		_, text, _ = strings.Cut(text[len(text)-most:], "\n")
+	}
+	return strings.ToValidUTF8(text, "?")
+}
