@@ -1,10 +1,15 @@
 // Package cosbucket reads a COS release bucket or a bucket of NVIDIA runfiles,
 // wherever it is: Google Cloud Storage (gs://), any web server (https://,
-// http://), or a folder (file://), all with the same object names.
+// http://), or a folder (file://), all with the same object names. Several
+// mirrors of one bucket can stand in for each other.
+//
+// A download that breaks goes on where it broke, as long as the object is still
+// the same; at its end it is held against the size, md5 and crc32c that the
+// bucket tells of the object.
 //
 // It refuses to write, to send credentials that nobody configured, and to
-// judge an object's content beyond its small text files: who fetches an archive
-// checks it against the sum beside it.
+// judge an object's content beyond that and its small text files: who fetches
+// an archive checks it against the sum beside it.
 package cosbucket
 
 import (
@@ -14,151 +19,203 @@ import (
 	"io"
 	"io/fs"
 	"net/url"
-	"slices"
+	"regexp"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/target"
 )
 
 // Attrs is what a bucket says about an object.
 type Attrs struct {
 	// Size is in bytes; -1 is unknown.
 	Size int64
-	// MD5 is in hex; "" is unknown.
-	MD5 string
+	// MD5 and CRC32C are in hex; "" is unknown.
+	MD5, CRC32C string
+	// URL is where the object came from: of several mirrors, the one that had it.
+	URL string
+	// pin names this very object among those that ever had its name; "" is
+	// unknown, and then a download cannot be resumed here.
+	pin string
 }
 
 // backend is one way to reach a bucket. Names are valid fs paths.
 type backend interface {
-	get(ctx context.Context, name string) (io.ReadCloser, Attrs, error)
-	// list returns the names of objects that begin with prefix; glob, if not
-	// empty, has to match the whole name, and * matches no slash in it.
-	list(ctx context.Context, prefix, glob string) ([]string, error)
+	// open opens an object from an offset on. With a pin, another object of that
+	// name is transient trouble.
+	open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error)
+	// list returns the names of objects that begin with prefix.
+	list(ctx context.Context, prefix string) ([]string, error)
+	// folders returns what stands before the first slash of names.
+	folders(ctx context.Context) ([]string, error)
+	// sibling opens the bucket of another name that is reached the same way.
+	sibling(ctx context.Context, bucket string) (backend, error)
 	url(name string) string
 	close() error
 }
 
+// maxListed bounds what a bucket may list; Google's driver bucket has tens of
+// thousands of names.
+const maxListed = 1 << 20
+
+func tooMany() error {
+	return fault.New(fault.Unsupported, fmt.Sprintf("more than %d names", maxListed), "check the bucket's URL")
+}
+
 // Bucket is an open bucket. It is safe for concurrent use.
-type Bucket struct{ backend backend }
+type Bucket struct {
+	mirrors []backend
+	// first is the mirror that is asked first: the last one that answered after
+	// another did not.
+	first atomic.Int32
+	wait  time.Duration // before the first resumption
+}
 
 // Open returns the bucket at a gs://, https://, http:// or file:// URL. A path
 // behind the bucket's name is put before every object's name.
+//
+// Several URLs with commas between them are mirrors of one bucket. They are
+// asked in this order, the next one only when one cannot be reached: what a
+// mirror does not have does not exist, and what is damaged there stays an
+// error.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open bucket: %w", err), "name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
+	return open(ctx, rawURL, retryWait)
+}
+
+func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, err error) {
+	all := &Bucket{wait: wait}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, all.Close())
+		}
+	}()
+	for _, one := range split(rawURL) {
+		u, err := url.Parse(one)
+		if err != nil {
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("open bucket: %w", err), "name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
+		}
+		if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
+			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %s: user, query and fragment have no place in a bucket's URL", u.Redacted()), "leave them out")
+		}
+		var b backend
+		switch u.Scheme {
+		case "gs":
+			b, err = openGCS(ctx, u.Host, u.Path, wait)
+		case "http", "https":
+			b, err = openHTTP(u, wait)
+		case "file":
+			b, err = openFolder(u)
+		default:
+			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", one), "name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, several mirrors of it with commas between them")
+		}
+		if err != nil {
+			return nil, fmt.Errorf("open bucket %s: %w", one, err)
+		}
+		all.mirrors = append(all.mirrors, b)
 	}
-	if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %s: user, query and fragment have no place in a bucket's URL", u.Redacted()), "leave them out")
+	return all, nil
+}
+
+var beginsURL = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9+.-]*://`)
+
+// split cuts a list of URLs at the commas that a URL begins behind.
+func split(list string) []string {
+	var urls []string
+	for part := range strings.SplitSeq(list, ",") {
+		trimmed := strings.TrimSpace(part)
+		if beginsURL.MatchString(trimmed) || len(urls) == 0 {
+			urls = append(urls, trimmed)
+		} else {
+			urls[len(urls)-1] += "," + part
+		}
 	}
-	var b backend
-	switch u.Scheme {
-	case "gs":
-		b, err = openGCS(ctx, u)
-	case "http", "https":
-		b, err = openHTTP(u, retryWait)
-	case "file":
-		b, err = openFolder(u)
-	default:
-		return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", rawURL), "name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
-	}
-	if err != nil {
-		return nil, fmt.Errorf("open bucket %s: %w", rawURL, err)
-	}
-	return &Bucket{b}, nil
+	return urls
 }
 
 // Close lets go of connections and folders.
-func (b *Bucket) Close() error { return b.backend.close() }
+func (b *Bucket) Close() error {
+	var errs []error
+	for _, m := range b.mirrors {
+		errs = append(errs, m.close())
+	}
+	return errors.Join(errs...)
+}
 
-// URL returns the object's URL, for people and for provenance.
-func (b *Bucket) URL(name string) string { return b.backend.url(name) }
+// URL returns the object's URL, for people and for provenance. Of several
+// mirrors it is the first; [Attrs] tell which one had an object.
+func (b *Bucket) URL(name string) string { return b.mirrors[0].url(name) }
+
+// each asks the mirrors, one after the other, until one answers.
+func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
+	var troubles, cannot []error
+	start := int(b.first.Load())
+	for i := range b.mirrors {
+		at := (start + i) % len(b.mirrors)
+		err := ask(b.mirrors[at])
+		switch {
+		case errors.Is(err, errCannotList):
+			cannot = append(cannot, err)
+		case err == nil || !fault.Is(err, fault.Transient):
+			if len(troubles) > 0 {
+				b.prefer(at)
+			}
+			return err
+		default:
+			troubles = append(troubles, err)
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return errors.Join(append(troubles, cannot...)...)
+}
+
+func (b *Bucket) prefer(at int) {
+	b.first.Store(int32(at % len(b.mirrors))) //nolint:gosec // a list of URLs is short
+}
 
 // Get opens an object. The error is a fault.InputMissing when there is none;
-// transient trouble is retried a few times first. The stream is not verified;
-// it breaks, as transient trouble, when nothing comes for minutes.
+// transient trouble is retried a few times first, and then at the next mirror.
+// At its end the stream is checked against what the bucket says of the object:
+// its last read gives a fault.Checksum instead of io.EOF. It breaks, as
+// transient trouble, when nothing comes for minutes.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	r, attrs, err := b.backend.get(ctx, name)
+	s := &stream{ctx: ctx, bucket: b, name: name}
+	err := b.each(ctx, func(m backend) (err error) {
+		s.from = m
+		if s.body, s.attrs, err = m.open(ctx, name, 0, ""); err != nil {
+			return fmt.Errorf("fetch %s: %w", m.url(name), err)
+		}
+		s.attrs.URL = m.url(name)
+		return nil
+	})
 	if err != nil {
 		cancel()
-		return nil, Attrs{}, fmt.Errorf("fetch %s: %w", b.URL(name), err)
+		return nil, Attrs{}, err
 	}
-	return watch(r, b.URL(name), cancel), attrs, nil
+	s.check = newCheck(s.attrs)
+	return watch(s, s.attrs.URL, cancel), s.attrs, nil
 }
 
 // ReadSmall returns the content of an object of at most limit bytes.
 func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error) {
-	r, _, err := b.Get(ctx, name)
+	r, attrs, err := b.Get(ctx, name)
 	if err != nil {
 		return nil, err
 	}
 	text, err := io.ReadAll(io.LimitReader(r, limit+1))
 	if err = errors.Join(err, r.Close()); err != nil {
-		return nil, fmt.Errorf("fetch %s: %w", b.URL(name), err)
+		return nil, fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(text)) > limit {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", b.URL(name), limit), "check that the bucket holds COS builds")
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit), "check that the bucket holds COS builds")
 	}
 	return text, nil
-}
-
-// List returns the names of all objects that begin with prefix, in order. The
-// error is a fault.Unsupported for web servers, which cannot list.
-func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
-	return b.list(ctx, prefix, "")
-}
-
-func (b *Bucket) list(ctx context.Context, prefix, glob string) ([]string, error) {
-	if prefix != "" {
-		if err := checkName(strings.TrimSuffix(prefix, "/")); err != nil {
-			return nil, err
-		}
-	}
-	names, err := b.backend.list(ctx, prefix, glob)
-	if err != nil {
-		return nil, fmt.Errorf("list %s: %w", b.URL(prefix), err)
-	}
-	slices.Sort(names)
-	return names, nil
-}
-
-// Builds returns the COS builds in the bucket: those with a kernel_commit. The
-// commit itself is not read, since there may be thousands; see [Bucket.Describe].
-func (b *Bucket) Builds(ctx context.Context) ([]target.Kernel, error) {
-	names, err := b.list(ctx, "", "*/*/kernel_commit")
-	if err != nil {
-		return nil, err
-	}
-	var all []target.Kernel
-	for _, name := range names {
-		parts := strings.Split(name, "/")
-		if len(parts) != 3 {
-			continue
-		}
-		if k, err := target.ParseKernel(parts[0], parts[1]); err == nil {
-			all = append(all, k)
-		}
-	}
-	return all, nil
-}
-
-// Describe returns the kernel with its source commit.
-func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, error) {
-	text, err := b.ReadSmall(ctx, CommitName(k), 1<<10)
-	if err != nil {
-		return k, err
-	}
-	commit := strings.TrimSpace(string(text))
-	if !target.ValidCommit(commit) {
-		return k, fault.New(fault.Unsupported, fmt.Sprintf("read %s: %.60q is not a commit of 40 hex digits", b.URL(CommitName(k)), commit), "")
-	}
-	k.Commit = commit
-	return k, nil
 }
 
 // checkName refuses names that mean anything but an object below the bucket.

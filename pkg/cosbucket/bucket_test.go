@@ -2,19 +2,12 @@ package cosbucket_test
 
 import (
 	"context"
-	"crypto/md5"
-	"encoding/base64"
-	"encoding/hex"
-	"encoding/json"
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"path"
 	"path/filepath"
-	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -53,10 +46,17 @@ var objects = map[string]string{
 	"17800.0.50/lakitu-arm64/kernel_commit":           "nonsense\n",
 	"17800.0.50/lakitu-arm64/big":                     strings.Repeat("x", 5000),
 	"notabuild/lakitu/kernel_commit":                  "x",
-	"17800.0.9/kernel_commit":                         "an older layout",
+	// The older layout, with a list that is serialized only.
+	"17412.0.9/kernel_commit":           strings.Repeat("cd", 20) + "\n",
+	"17412.0.9/gpu_driver_versions.bin": "\x0a\x1f\x0a\x08\x0a\x06OTHERS\x12\x13\x0a\x07DEFAULT\x12\x08470.82.1",
+	"17412.0.9/gpu_R470_version":        "470.256.02\n",
+	"17412.0.9/extensions/gpu/x":        "not a board",
 }
 
-var kernel47 = target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Arch: target.AMD64}
+var (
+	kernel47 = target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Milestone: 109, Arch: target.AMD64}
+	kernel9  = target.Kernel{BuildID: "17412.0.9", Board: "lakitu", Milestone: 105, Arch: target.AMD64}
+)
 
 func folder(t *testing.T) string {
 	t.Helper()
@@ -133,6 +133,17 @@ func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 	if diff := cmp.Diff(want, drivers); err != nil || diff != "" {
 		t.Errorf("Drivers: %v (-want +got)\n%s", err, diff)
 	}
+	drivers, err = b.Drivers(ctx, kernel9)
+	want = cosbucket.DriverList{Default: "470.82.1", Branches: map[string]string{"R470": "470.256.02"}, Versions: []string{"470.82.1", "470.256.02"}}
+	if diff := cmp.Diff(want, drivers); err != nil || diff != "" {
+		t.Errorf("Drivers of the older layout: %v (-want +got)\n%s", err, diff)
+	}
+	if k, err := b.Describe(ctx, kernel9); err != nil || k.Commit != strings.Repeat("cd", 20) {
+		t.Errorf("Describe of the older layout = %+v, %v", k, err)
+	}
+	if _, err := b.Describe(ctx, target.Kernel{BuildID: "17412.0.9", Board: "lakitu-arm64"}); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Describe(an Arm board in the older layout) = %v; want input-missing", err)
+	}
 	if _, err := b.Drivers(ctx, target.Kernel{BuildID: "1.2.3", Board: "lakitu"}); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Drivers(no such build) = %v; want input-missing", err)
 	}
@@ -150,7 +161,7 @@ func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 		t.Errorf("List(none) = %v, %v; want nothing", names, err)
 	}
 	builds, err := b.Builds(ctx)
-	wantBuilds := []target.Kernel{kernel47, {BuildID: "17800.0.50", Board: "lakitu-arm64", Arch: target.ARM64}}
+	wantBuilds := []target.Kernel{kernel9, kernel47, {BuildID: "17800.0.50", Board: "lakitu-arm64", Milestone: 109, Arch: target.ARM64}}
 	if diff := cmp.Diff(wantBuilds, builds); err != nil || diff != "" {
 		t.Errorf("Builds: %v (-want +got)\n%s", err, diff)
 	}
@@ -198,6 +209,9 @@ func TestOpenRefuses(t *testing.T) {
 		"https://user:word@host/x":    fault.Usage,
 		"https://host/x?token=1":      fault.Usage,
 		"gs://":                       fault.Usage,
+		"gs://abc,ftp://host/x":       fault.Usage,
+		"gs://Capitals":               fault.Usage,
+		"gs://abc,":                   fault.Usage,
 		"http://[::1":                 fault.Usage,
 	} {
 		if _, err := cosbucket.Open(t.Context(), rawURL); !fault.Is(err, want) {
@@ -242,7 +256,7 @@ func TestWeb(t *testing.T) {
 	f := &flaky{dir: http.FileServer(http.Dir(folder(t))), calls: map[string]int{}}
 	server := httptest.NewServer(f)
 	t.Cleanup(server.Close)
-	b := openQuick(t, server.URL)
+	b := quick(t, server.URL)
 	conform(t, b, false)
 	if _, _, err := b.Get(t.Context(), "always-down"); !fault.Is(err, fault.Transient) {
 		t.Errorf("Get(always-down) = %v; want transient", err)
@@ -267,7 +281,7 @@ func TestWebBrokenFile(t *testing.T) {
 		panic(http.ErrAbortHandler)
 	}))
 	t.Cleanup(server.Close)
-	if _, err := openQuick(t, server.URL).ReadSmall(t.Context(), "x", 1<<20); !fault.Is(err, fault.Transient) {
+	if _, err := quick(t, server.URL).ReadSmall(t.Context(), "x", 1<<20); !fault.Is(err, fault.Transient) {
 		t.Errorf("ReadSmall = %v; want transient", err)
 	}
 }
@@ -280,7 +294,7 @@ func TestWebCancelled(t *testing.T) {
 		http.Error(w, "down", http.StatusBadGateway)
 	}))
 	t.Cleanup(server.Close)
-	if _, _, err := openQuick(t, server.URL).Get(ctx, "x"); !fault.Is(err, fault.Cancelled) {
+	if _, _, err := quick(t, server.URL).Get(ctx, "x"); !fault.Is(err, fault.Cancelled) {
 		t.Errorf("Get = %v; want cancelled", err)
 	}
 }
@@ -320,87 +334,4 @@ func TestSilence(t *testing.T) {
 			t.Error(err)
 		}
 	})
-}
-
-// fakeGCS answers the few calls that a reader makes: listings and attributes
-// over the JSON API, content by its plain path.
-func fakeGCS(w http.ResponseWriter, r *http.Request) {
-	type object map[string]string
-	describe := func(name string) object {
-		sum := md5.Sum([]byte(objects[name]))
-		return object{"name": name, "bucket": "cos-tools", "size": strconv.Itoa(len(objects[name])), "generation": "7",
-			"md5Hash": base64.StdEncoding.EncodeToString(sum[:])}
-	}
-	reply := func(v any) {
-		w.Header().Set("Content-Type", "application/json")
-		_ = json.NewEncoder(w).Encode(v)
-	}
-	if text, ok := objects[strings.TrimPrefix(r.URL.Path, "/cos-tools/")]; ok && r.URL.Query().Get("generation") == "7" {
-		w.Header().Set("X-Goog-Generation", "7")
-		_, _ = io.WriteString(w, text)
-		return
-	}
-	rest, ok := strings.CutPrefix(r.URL.EscapedPath(), "/storage/v1/b/cos-tools/o")
-	if !ok || r.Header.Get("Authorization") != "" {
-		http.Error(w, "bucket", http.StatusNotFound)
-		return
-	}
-	name, err := url.PathUnescape(strings.TrimPrefix(rest, "/"))
-	if err != nil {
-		http.Error(w, "name", http.StatusBadRequest)
-		return
-	}
-	q := r.URL.Query()
-	switch _, ok := objects[name]; {
-	case rest == "":
-		items := []object{}
-		for name := range objects {
-			glob := q.Get("matchGlob")
-			if match, _ := path.Match(glob, name); strings.HasPrefix(name, q.Get("prefix")) && (glob == "" || match) {
-				items = append(items, describe(name))
-			}
-		}
-		slices.SortFunc(items, func(a, b object) int { return strings.Compare(a["name"], b["name"]) })
-		reply(map[string]any{"kind": "storage#objects", "items": items})
-	case !ok:
-		http.Error(w, "object", http.StatusNotFound)
-	default:
-		reply(describe(name))
-	}
-}
-
-// TestGCS is not parallel: the library reads its emulator's address from the
-// environment.
-func TestGCS(t *testing.T) {
-	server := httptest.NewServer(http.HandlerFunc(fakeGCS))
-	t.Cleanup(server.Close)
-	t.Setenv("STORAGE_EMULATOR_HOST", server.URL)
-	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", "")
-	t.Setenv("CLOUDSDK_CONFIG", t.TempDir())
-	b := open(t, "gs://cos-tools")
-	conform(t, b, true)
-	if got, want := b.URL("a/b"), "gs://cos-tools/a/b"; got != want {
-		t.Errorf("URL = %s; want %s", got, want)
-	}
-	r, attrs, err := b.Get(t.Context(), cosbucket.DefaultVersionName(kernel47))
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum := md5.Sum([]byte("535.261.03\n"))
-	if want := hex.EncodeToString(sum[:]); attrs.MD5 != want {
-		t.Errorf("Get(...).MD5 = %s; want %s", attrs.MD5, want)
-	}
-	if err := r.Close(); err != nil {
-		t.Error(err)
-	}
-	if _, _, err := open(t, "gs://other").Get(t.Context(), "x"); !fault.Is(err, fault.InputMissing) {
-		t.Errorf("Get(other bucket) = %v; want input-missing", err)
-	}
-	below := open(t, "gs://cos-tools/17800.0.47")
-	if names, err := below.List(t.Context(), "lakitu/gpu_default"); err != nil || len(names) != 1 {
-		t.Errorf("List below a folder = %v, %v; want one name", names, err)
-	}
-	if text, err := below.ReadSmall(t.Context(), "lakitu/gpu_default_version", 100); err != nil || string(text) != "535.261.03\n" {
-		t.Errorf("ReadSmall below a folder = %q, %v", text, err)
-	}
 }

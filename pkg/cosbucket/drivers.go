@@ -8,6 +8,7 @@ import (
 	"strings"
 
 	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
 	"github.com/prebake/prebake/pkg/fault"
@@ -17,7 +18,7 @@ import (
 // Bounds on what a bucket may say about drivers; real files have a few KiB.
 const (
 	maxVersionFile = 1 << 10
-	maxTextproto   = 1 << 20
+	maxVersionList = 1 << 20
 	maxVersions    = 4096
 )
 
@@ -32,25 +33,16 @@ type DriverList struct {
 }
 
 // Drivers reads gpu_default_version, gpu_latest_version, the gpu_R*_version
-// files and gpu_driver_versions.textproto of a build. Any of them may be
-// missing; where two disagree, the single-version file is right, since that is
+// files and gpu_driver_versions of a build, as text or serialized. Any of them
+// may be missing; where two disagree, the single-version file is right, since that is
 // what COS's own installer reads.
 func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, error) {
-	var l DriverList
-	text, err := b.ReadSmall(ctx, DriverVersionsName(k), maxTextproto)
-	switch {
-	case err == nil:
-		if l, err = ParseDriverVersions(text); err != nil {
-			return DriverList{}, fmt.Errorf("read %s: %w", b.URL(DriverVersionsName(k)), err)
-		}
-	case !fault.Is(err, fault.InputMissing):
+	l, err := b.versionList(ctx, k)
+	if err != nil {
 		return DriverList{}, err
 	}
-	if l.Branches == nil {
-		l.Branches = map[string]string{}
-	}
 	one := func(name string) (string, error) {
-		text, err := b.ReadSmall(ctx, name, maxVersionFile)
+		text, url, err := b.small(ctx, k, name, maxVersionFile)
 		if err != nil {
 			if fault.Is(err, fault.InputMissing) {
 				return "", nil
@@ -59,7 +51,7 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 		}
 		version, err := ParseVersionFile(text)
 		if err != nil {
-			return "", fmt.Errorf("read %s: %w", b.URL(name), err)
+			return "", fmt.Errorf("read %s: %w", url, err)
 		}
 		l.Versions = append(l.Versions, version)
 		return version, nil
@@ -94,22 +86,51 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 	return l, nil
 }
 
+// versionList reads the build's list of versions; none is an empty list. The
+// two forms hold the same, and COS's newest builds have the serialized one only.
+func (b *Bucket) versionList(ctx context.Context, k target.Kernel) (DriverList, error) {
+	for _, form := range []struct {
+		name  string
+		parse func([]byte) (DriverList, error)
+	}{{DriverVersionsName(k), ParseDriverVersions}, {DriverVersionsBinName(k), ParseDriverVersionsBin}} {
+		text, url, err := b.small(ctx, k, form.name, maxVersionList)
+		if fault.Is(err, fault.InputMissing) {
+			continue
+		}
+		if err != nil {
+			return DriverList{}, err
+		}
+		l, err := form.parse(text)
+		if err != nil {
+			return DriverList{}, fmt.Errorf("read %s: %w", url, err)
+		}
+		return l, nil
+	}
+	return DriverList{Branches: map[string]string{}}, nil
+}
+
 var branchFile = regexp.MustCompile(`/gpu_(R[0-9]{3,4})_version$`)
 
 // branchFiles returns the branches that may have a file of their own: those
 // listed, or, where the bucket cannot list, those of the versions known so far.
 func (b *Bucket) branchFiles(ctx context.Context, k target.Kernel, l DriverList) ([]string, error) {
-	names, err := b.List(ctx, under(k, "gpu_R"))
-	if err != nil && !fault.Is(err, fault.Unsupported) {
-		return nil, err
-	}
 	var branches []string
-	for _, name := range names {
-		if m := branchFile.FindStringSubmatch(name); m != nil {
-			branches = append(branches, m[1])
+	cannot := false
+	for _, prefix := range Layouts(k, under(k, "gpu_R")) {
+		names, err := b.List(ctx, prefix)
+		if cannot = fault.Is(err, fault.Unsupported); cannot {
+			break
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range names {
+			if m := branchFile.FindStringSubmatch(name); m != nil {
+				branches = append(branches, m[1])
+			}
 		}
 	}
-	if err != nil {
+	if cannot {
 		for _, v := range l.Versions {
 			branches = append(branches, target.Branch(v))
 		}
@@ -132,11 +153,21 @@ func ParseVersionFile(text []byte) (string, error) {
 // NVIDIA's form. Labels of the entry for all other GPUs go before those of a
 // particular GPU.
 func ParseDriverVersions(text []byte) (DriverList, error) {
-	if len(text) > maxTextproto {
-		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: more than %d bytes", maxTextproto), "")
+	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
+}
+
+// ParseDriverVersionsBin reads gpu_driver_versions.bin, the same message
+// serialized.
+func ParseDriverVersionsBin(data []byte) (DriverList, error) {
+	return parseVersions(data, proto.UnmarshalOptions{DiscardUnknown: true, RecursionLimit: 16}.Unmarshal)
+}
+
+func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (DriverList, error) {
+	if len(data) > maxVersionList {
+		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: more than %d bytes", maxVersionList), "check that the bucket holds COS builds")
 	}
 	var list gpuversions.GPUDriverVersionInfoList
-	if err := (prototext.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, &list); err != nil {
+	if err := unmarshal(data, &list); err != nil {
 		return DriverList{}, fault.Wrap(fault.Unsupported, fmt.Errorf("driver versions: %w", err), "check that the bucket holds COS builds")
 	}
 	infos := list.GetGpuDriverVersionInfo()

@@ -1,7 +1,6 @@
 package cosbucket_test
 
 import (
-	"net/url"
 	"testing"
 	"time"
 
@@ -12,13 +11,10 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-func openQuick(t *testing.T, rawURL string) *cosbucket.Bucket {
+// quick opens a bucket whose retries come quickly.
+func quick(t *testing.T, rawURL string) *cosbucket.Bucket {
 	t.Helper()
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := cosbucket.OpenWebWithWait(u, time.Millisecond)
+	b, err := cosbucket.OpenWithWait(t.Context(), rawURL, time.Millisecond)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,14 +58,16 @@ func TestNames(t *testing.T) {
 	k := target.Kernel{BuildID: "17800.66.78", Board: "lakitu"}
 	got := []string{
 		cosbucket.HeadersName(k), cosbucket.ToolchainName(k), cosbucket.ToolchainEnvName(k), cosbucket.CommitName(k),
-		cosbucket.KernelInfoName(k), cosbucket.DriverVersionsName(k), cosbucket.DefaultVersionName(k), cosbucket.LatestVersionName(k),
+		cosbucket.KernelInfoName(k), cosbucket.VMLinuxName(k), cosbucket.ToolchainPointerName(k), cosbucket.ToolchainURLName(k), cosbucket.ToolchainPathName(k),
+		cosbucket.DriverVersionsName(k), cosbucket.DriverVersionsBinName(k), cosbucket.DefaultVersionName(k), cosbucket.LatestVersionName(k),
 		cosbucket.BranchVersionName(k, "R535"), cosbucket.BootName(k), cosbucket.MD5Name(cosbucket.HeadersName(k)),
 		cosbucket.RunfileName("535.1.2", target.AMD64), cosbucket.RunfileName("535.1.2", target.ARM64), cosbucket.RunfileSumName("535.1.2", target.AMD64),
 	}
 	const dir = "17800.66.78/lakitu/"
 	want := []string{
 		dir + "kernel-headers.tgz", dir + "toolchain.tar.xz", dir + "toolchain_env", dir + "kernel_commit",
-		dir + "kernel_info", dir + "gpu_driver_versions.textproto", dir + "gpu_default_version", dir + "gpu_latest_version",
+		dir + "kernel_info", dir + "vmlinux", dir + "toolchain.tar.xz.gcs", dir + "toolchain_url", dir + "toolchain_path",
+		dir + "gpu_driver_versions.textproto", dir + "gpu_driver_versions.bin", dir + "gpu_default_version", dir + "gpu_latest_version",
 		dir + "gpu_R535_version", dir + "prebake-boot.tgz", dir + "kernel-headers.tgz.md5",
 		"NVIDIA-Linux-x86_64-535.1.2.run", "NVIDIA-Linux-aarch64-535.1.2.run", "sha256/NVIDIA-Linux-x86_64-535.1.2.run.sha256",
 	}
@@ -82,22 +80,32 @@ func FuzzParseDriverVersions(f *testing.F) {
 	for _, seed := range []string{textproto, "", "gpu_driver_version_info {", `gpu_driver_version_info: { supported_driver_versions: [{version: "1.2"}, {label: "R535"}] }`, "x: [1,2", "\xff"} {
 		f.Add([]byte(seed))
 	}
-	f.Fuzz(func(t *testing.T, text []byte) {
-		list, err := cosbucket.ParseDriverVersions(text)
-		if err != nil {
-			return
+	f.Fuzz(func(t *testing.T, text []byte) { checkList(t, cosbucket.ParseDriverVersions, text) })
+}
+
+func FuzzParseDriverVersionsBin(f *testing.F) {
+	f.Add([]byte(objects["17412.0.9/gpu_driver_versions.bin"]))
+	f.Add([]byte("\x0a\x05\x0a\x03\x0a\x01x"))
+	f.Add([]byte("\x0a\xff\xff\xff\xff\x0f"))
+	f.Fuzz(func(t *testing.T, data []byte) { checkList(t, cosbucket.ParseDriverVersionsBin, data) })
+}
+
+// checkList is what holds for every list that a bucket may hold.
+func checkList(t *testing.T, parse func([]byte) (cosbucket.DriverList, error), text []byte) {
+	list, err := parse(text)
+	if err != nil {
+		return
+	}
+	for _, v := range append([]string{list.Default, list.Latest}, list.Versions...) {
+		if v != "" && !target.ValidVersion(v) {
+			t.Errorf("ParseDriverVersions let %q through", v)
 		}
-		for _, v := range append([]string{list.Default, list.Latest}, list.Versions...) {
-			if v != "" && !target.ValidVersion(v) {
-				t.Errorf("ParseDriverVersions let %q through", v)
-			}
+	}
+	for branch, v := range list.Branches {
+		if got, err := list.Choose(target.Wish(branch)); err != nil || got != v {
+			t.Errorf("Choose(%s) = %s, %v; want %s", branch, got, err, v)
 		}
-		for branch, v := range list.Branches {
-			if got, err := list.Choose(target.Wish(branch)); err != nil || got != v {
-				t.Errorf("Choose(%s) = %s, %v; want %s", branch, got, err, v)
-			}
-		}
-	})
+	}
 }
 
 func FuzzParseVersionFile(f *testing.F) {

@@ -3,30 +3,31 @@ package cosbucket
 import (
 	"context"
 	"io"
-	"net/url"
 	"time"
 )
 
-// OpenWebWithWait opens a web bucket whose retries come quickly.
-func OpenWebWithWait(u *url.URL, wait time.Duration) (*Bucket, error) {
-	b, err := openHTTP(u, wait)
-	if err != nil {
-		return nil, err
-	}
-	return &Bucket{b}, nil
+// OpenWithWait opens a bucket whose retries come quickly.
+func OpenWithWait(ctx context.Context, rawURL string, wait time.Duration) (*Bucket, error) {
+	return open(ctx, rawURL, wait)
 }
+
+// Split cuts a list of URLs.
+var Split = split
 
 // StallLimit is how long a read may take.
 const StallLimit = stallLimit
 
+// RetryMax is how often a request is sent again.
+const RetryMax = retryMax
+
 // OpenSilent opens a bucket that sends two bytes of an object and then nothing.
-func OpenSilent() *Bucket { return &Bucket{silent{}} }
+func OpenSilent() *Bucket { return &Bucket{mirrors: []backend{silent{}}} }
 
 type silent struct{ backend }
 
 func (silent) url(name string) string { return "silent://" + name }
 
-func (silent) get(ctx context.Context, _ string) (io.ReadCloser, Attrs, error) {
+func (silent) open(ctx context.Context, _ string, _ int64, _ string) (io.ReadCloser, Attrs, error) {
 	r, w := io.Pipe()
 	go func() {
 		_, _ = w.Write([]byte("ab"))

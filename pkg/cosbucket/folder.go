@@ -33,7 +33,7 @@ func openFolder(u *url.URL) (*folder, error) {
 	return &folder{filepath.Clean(u.Path), root}, nil
 }
 
-func (f *folder) get(_ context.Context, name string) (io.ReadCloser, Attrs, error) {
+func (f *folder) open(_ context.Context, name string, offset int64, _ string) (io.ReadCloser, Attrs, error) {
 	info, err := f.root.Stat(name)
 	if err != nil {
 		return nil, Attrs{}, absent(err)
@@ -44,6 +44,9 @@ func (f *folder) get(_ context.Context, name string) (io.ReadCloser, Attrs, erro
 	r, err := f.root.Open(name)
 	if err != nil {
 		return nil, Attrs{}, absent(err)
+	}
+	if _, err := r.Seek(offset, io.SeekStart); err != nil {
+		return nil, Attrs{}, errors.Join(err, r.Close())
 	}
 	return r, Attrs{Size: info.Size()}, nil
 }
@@ -61,27 +64,24 @@ func absent(err error) error {
 	return missing(err)
 }
 
-func (f *folder) list(ctx context.Context, prefix, glob string) ([]string, error) {
+func (f *folder) list(ctx context.Context, prefix string) ([]string, error) {
 	start := "."
 	if i := strings.LastIndexByte(prefix, '/'); i > 0 {
 		start = prefix[:i]
 	}
-	depth := strings.Count(glob, "/")
 	var names []string
 	err := fs.WalkDir(f.root.FS(), start, func(name string, d fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) && name == start {
+		switch {
+		case errors.Is(err, fs.ErrNotExist) && name == start:
 			return fs.SkipAll
-		}
-		if err != nil {
+		case err != nil:
 			return err
-		}
-		if d.IsDir() {
-			if glob != "" && name != "." && strings.Count(name, "/") >= depth {
-				return fs.SkipDir
-			}
+		case d.IsDir():
 			return ctx.Err()
+		case len(names) == maxListed:
+			return tooMany()
 		}
-		if matches(name, prefix, glob) {
+		if strings.HasPrefix(name, prefix) {
 			names = append(names, name)
 		}
 		return nil
@@ -89,13 +89,22 @@ func (f *folder) list(ctx context.Context, prefix, glob string) ([]string, error
 	return names, err
 }
 
-func matches(name, prefix, glob string) bool {
-	if glob != "" {
-		if ok, err := path.Match(glob, name); err != nil || !ok {
-			return false
+func (f *folder) folders(context.Context) ([]string, error) {
+	entries, err := fs.ReadDir(f.root.FS(), ".")
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, e := range entries {
+		if e.IsDir() {
+			names = append(names, e.Name())
 		}
 	}
-	return strings.HasPrefix(name, prefix)
+	return names, nil
+}
+
+func (f *folder) sibling(_ context.Context, bucket string) (backend, error) {
+	return openFolder(&url.URL{Scheme: "file", Path: filepath.Join(filepath.Dir(f.dir), bucket)})
 }
 
 func (f *folder) url(name string) string {

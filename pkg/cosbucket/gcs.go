@@ -7,16 +7,21 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/url"
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"cloud.google.com/go/storage"
+	"github.com/googleapis/gax-go/v2"
 	"google.golang.org/api/googleapi"
 	"google.golang.org/api/iterator"
 	"google.golang.org/api/option"
+	htransport "google.golang.org/api/transport/http"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -28,24 +33,36 @@ type gcs struct {
 	bucket *storage.BucketHandle
 	name   string
 	prefix string // "" or ending in a slash
+	wait   time.Duration
 }
 
-func openGCS(ctx context.Context, u *url.URL) (*gcs, error) {
-	if u.Host == "" {
-		return nil, fault.New(fault.Usage, "no bucket in the URL", "write gs://BUCKET")
+// gcsName is Google's rule for names of buckets, those of domains among them.
+var gcsName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$`)
+
+func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*gcs, error) {
+	if !gcsName.MatchString(name) {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%q is not the name of a bucket", name), "write gs://BUCKET, several mirrors of it with commas between them")
 	}
-	var options []option.ClientOption
+	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
 		// COS's buckets are public, and a token of a machine without rights is
 		// refused where no token is not.
-		options = append(options, option.WithoutAuthentication())
+		options = []option.ClientOption{option.WithoutAuthentication()}
 	}
-	client, err := storage.NewClient(ctx, options...)
+	const hint = "check the Google credentials of this account, or unset GOOGLE_APPLICATION_CREDENTIALS"
+	transport, _, err := htransport.NewClient(ctx, options...)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "check the Google credentials of this account, or unset GOOGLE_APPLICATION_CREDENTIALS")
+		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
-	client.SetRetry(storage.WithMaxAttempts(retryMax + 1))
-	g := &gcs{client: client, bucket: client.Bucket(u.Host), name: u.Host, prefix: strings.Trim(u.Path, "/")}
+	transport.Transport = bounded{transport.Transport}
+	// The client is told a second time that it needs no credentials: it would
+	// ask the metadata server for some, and wait.
+	client, err := storage.NewClient(ctx, option.WithHTTPClient(transport), option.WithoutAuthentication())
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, err, hint)
+	}
+	client.SetRetry(storage.WithMaxAttempts(retryMax+1), storage.WithBackoff(gax.Backoff{Initial: wait, Max: 8 * wait, Multiplier: 2}))
+	g := &gcs{client: client, bucket: client.Bucket(name), name: name, prefix: strings.Trim(prefix, "/"), wait: wait}
 	if g.prefix != "" {
 		g.prefix += "/"
 	}
@@ -66,42 +83,91 @@ func credentialsConfigured(getenv func(string) string) bool {
 	return err == nil
 }
 
-func (g *gcs) get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
+// bounded is a transport that sends only so many requests for one download. The
+// library resumes a broken one by itself, and never gives up on a server that
+// breaks each answer at once.
+type bounded struct{ http.RoundTripper }
+
+type budgetKey struct{}
+
+var errBudget = fmt.Errorf("%d requests did not bring the object", retryMax+1)
+
+func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
+	if left, ok := req.Context().Value(budgetKey{}).(*atomic.Int32); ok && left.Add(-1) < 0 {
+		return nil, errBudget
+	}
+	return b.RoundTripper.RoundTrip(req)
+}
+
+func (g *gcs) open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error) {
 	object := g.bucket.Object(g.prefix + name)
-	attrs, err := object.Attrs(ctx)
-	if err != nil {
-		return nil, Attrs{}, gcsError(err)
+	var a Attrs
+	if pin == "" {
+		attrs, err := object.Attrs(ctx)
+		if err != nil {
+			return nil, Attrs{}, gcsError(err)
+		}
+		a = Attrs{Size: attrs.Size, MD5: hex.EncodeToString(attrs.MD5)}
+		if attrs.CRC32C != 0 { // 0 is also what the library says for none
+			a.CRC32C = fmt.Sprintf("%08x", attrs.CRC32C)
+		}
+		pin = strconv.FormatInt(attrs.Generation, 10)
 	}
 	// The generation pins the content: a download that breaks goes on with the
 	// same bytes or not at all.
-	r, err := object.Generation(attrs.Generation).ReadCompressed(true).NewReader(ctx)
+	generation, err := strconv.ParseInt(pin, 10, 64)
 	if err != nil {
-		return nil, Attrs{}, gcsError(err)
+		return nil, Attrs{}, fault.Wrap(fault.Internal, err, "")
 	}
-	return r, Attrs{Size: attrs.Size, MD5: hex.EncodeToString(attrs.MD5)}, nil
+	left := new(atomic.Int32)
+	left.Store(retryMax + 1)
+	ctx = context.WithValue(ctx, budgetKey{}, left)
+	r, err := object.Generation(generation).ReadCompressed(true).NewRangeReader(ctx, offset, -1)
+	if err != nil {
+		err = gcsError(err)
+		if fault.Is(err, fault.InputMissing) {
+			err = fault.Wrap(fault.Transient, fmt.Errorf("it was replaced while it was fetched: %v", err), "try again")
+		}
+		return nil, Attrs{}, err
+	}
+	a.pin = pin
+	return r, a, nil
 }
 
-func (g *gcs) list(ctx context.Context, prefix, glob string) ([]string, error) {
-	query := &storage.Query{Prefix: g.prefix + prefix}
-	if glob != "" {
-		query = &storage.Query{MatchGlob: g.prefix + glob}
-	}
+func (g *gcs) list(ctx context.Context, prefix string) ([]string, error) {
+	return g.query(ctx, &storage.Query{Prefix: g.prefix + prefix})
+}
+
+func (g *gcs) folders(ctx context.Context) ([]string, error) {
+	return g.query(ctx, &storage.Query{Prefix: g.prefix, Delimiter: "/"})
+}
+
+// query returns names of objects, or with a delimiter what stands before it.
+func (g *gcs) query(ctx context.Context, query *storage.Query) ([]string, error) {
+	query.Projection = storage.ProjectionNoACL
 	if err := query.SetAttrSelection([]string{"Name"}); err != nil {
 		return nil, err
 	}
 	var names []string
 	for it := g.bucket.Objects(ctx, query); ; {
 		attrs, err := it.Next()
-		if errors.Is(err, iterator.Done) {
+		switch {
+		case errors.Is(err, iterator.Done):
 			return names, nil
-		}
-		if err != nil {
+		case err != nil:
 			return nil, gcsError(err)
-		}
-		if name := strings.TrimPrefix(attrs.Name, g.prefix); matches(name, prefix, glob) {
-			names = append(names, name)
+		case len(names) == maxListed:
+			return nil, tooMany()
+		case query.Delimiter == "":
+			names = append(names, strings.TrimPrefix(attrs.Name, g.prefix))
+		case attrs.Prefix != "":
+			names = append(names, strings.Trim(strings.TrimPrefix(attrs.Prefix, g.prefix), "/"))
 		}
 	}
+}
+
+func (g *gcs) sibling(ctx context.Context, bucket string) (backend, error) {
+	return openGCS(ctx, bucket, "", g.wait)
 }
 
 func (g *gcs) url(name string) string { return "gs://" + path.Join(g.name, g.prefix, name) }

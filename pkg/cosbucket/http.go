@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"path"
 	"strings"
 	"time"
 
@@ -19,7 +20,7 @@ import (
 )
 
 // The bounds on retries: five tries within about eight seconds, and as many
-// resumptions of one broken download.
+// resumptions of one download that does not get on.
 const (
 	retryMax  = 4
 	retryWait = 500 * time.Millisecond
@@ -57,7 +58,9 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	req.Header.Set("Accept-Encoding", "identity")
 	if offset > 0 {
 		req.Header.Set("Range", fmt.Sprintf("bytes=%d-", offset))
-		req.Header.Set("If-Match", etag)
+		if etag != "" {
+			req.Header.Set("If-Match", etag)
+		}
 	}
 	resp, err := w.client.Do(req)
 	if err != nil {
@@ -69,12 +72,12 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 		}
 		return nil, fault.Wrap(fault.Transient, err, "check the network and the bucket's URL")
 	}
-	want := http.StatusOK
-	if offset > 0 {
-		want = http.StatusPartialContent
-	}
-	if resp.StatusCode == want {
+	switch {
+	case offset == 0 && resp.StatusCode == http.StatusOK, offset > 0 && resp.StatusCode == http.StatusPartialContent:
 		return resp, nil
+	case resp.StatusCode == http.StatusOK:
+		err := fault.New(fault.Transient, "server began anew where it was asked for the rest", "try again; name another mirror if it stays so")
+		return nil, errors.Join(err, resp.Body.Close())
 	}
 	return nil, errors.Join(statusError(resp.StatusCode), resp.Body.Close())
 }
@@ -91,80 +94,88 @@ func statusError(code int) error {
 	return fault.Wrap(fault.Unsupported, err, "check the bucket's URL")
 }
 
-func (w *web) get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
-	resp, err := w.fetch(ctx, name, 0, "") //nolint:bodyclose // the reader that is returned closes it
+func (w *web) open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error) {
+	resp, err := w.fetch(ctx, name, offset, pin) //nolint:bodyclose // the caller closes what is returned
 	if err != nil {
 		return nil, Attrs{}, err
 	}
-	attrs := Attrs{Size: resp.ContentLength, MD5: googMD5(resp.Header)}
-	r := &resuming{name: name, body: resp.Body, size: resp.ContentLength}
-	if etag := resp.Header.Get("Etag"); resp.Header.Get("Accept-Ranges") == "bytes" && !strings.HasPrefix(etag, "W/") {
-		r.etag = etag
+	a := Attrs{Size: resp.ContentLength}
+	if resp.StatusCode == http.StatusPartialContent {
+		if a.Size, err = total(resp.Header.Get("Content-Range"), offset); err != nil {
+			return nil, Attrs{}, errors.Join(err, resp.Body.Close())
+		}
 	}
-	r.again = func(offset int64) (*http.Response, error) { return w.fetch(ctx, name, offset, r.etag) }
-	return r, attrs, nil
+	// Google's sums are over what is stored. Of an object that it decompresses on
+	// the way they say nothing, and neither does the length.
+	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" || resp.Header.Get("Content-Encoding") == stored {
+		a.MD5, a.CRC32C = googHash(resp.Header)
+	}
+	if etag := resp.Header.Get("Etag"); resp.Header.Get("Accept-Ranges") == "bytes" && !strings.HasPrefix(etag, "W/") {
+		a.pin = etag
+	}
+	return resp.Body, a, nil
 }
 
-// googMD5 returns the md5 that Google Cloud Storage sends with an object.
-func googMD5(h http.Header) string {
+// total returns the whole size out of a Content-Range that begins at offset.
+func total(contentRange string, offset int64) (int64, error) {
+	var first, last, size int64
+	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 || first != offset || last != size-1 {
+		return 0, fault.New(fault.Transient, fmt.Sprintf("server answered with range %.60q; want it from %d to the end", contentRange, offset), "try again; name another mirror if it stays so")
+	}
+	return size, nil
+}
+
+// googHash returns md5 and crc32c in hex as Google Cloud Storage sends them
+// with an object; "" is none.
+func googHash(h http.Header) (md5, crc32c string) {
 	for _, line := range h.Values("X-Goog-Hash") {
 		for part := range strings.SplitSeq(line, ",") {
-			if sum, ok := strings.CutPrefix(strings.TrimSpace(part), "md5="); ok {
-				if raw, err := base64.StdEncoding.DecodeString(sum); err == nil && len(raw) == 16 {
-					return hex.EncodeToString(raw)
-				}
+			name, sum, _ := strings.Cut(strings.TrimSpace(part), "=")
+			raw, err := base64.StdEncoding.DecodeString(sum)
+			switch {
+			case err != nil:
+			case name == "md5" && len(raw) == 16:
+				md5 = hex.EncodeToString(raw)
+			case name == "crc32c" && len(raw) == 4:
+				crc32c = hex.EncodeToString(raw)
 			}
 		}
 	}
-	return ""
+	return md5, crc32c
 }
 
-func (w *web) list(context.Context, string, string) ([]string, error) {
-	return nil, fault.New(fault.Unsupported, "a web server cannot list a bucket", "name builds by BUILD_ID and board, or use the bucket's gs:// URL")
+func (w *web) list(context.Context, string) ([]string, error) { return nil, cannotList() }
+
+func (w *web) folders(context.Context) ([]string, error) { return nil, cannotList() }
+
+var errCannotList = errors.New("a web server cannot list a bucket")
+
+func cannotList() error {
+	return fault.Wrap(fault.Unsupported, errCannotList, "name builds by BUILD_ID and board, or use the bucket's gs:// URL")
+}
+
+// google is where Google Cloud Storage serves objects over plain https: the
+// bucket is the first part of the path, or of the host.
+const google = "storage.googleapis.com"
+
+func (w *web) sibling(_ context.Context, bucket string) (backend, error) {
+	u := *w.base
+	dir := strings.Trim(u.Path, "/")
+	switch {
+	case u.Host == google:
+		u.Path = "/" + bucket
+	case strings.HasSuffix(u.Host, "."+google):
+		u.Host, u.Path = bucket+"."+google, ""
+	case dir == "":
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s has no folder for a bucket's name, and bucket %s is asked for", w.url(""), bucket),
+			"serve each bucket in a folder of its name, as https://HOST/cos-tools and https://HOST/"+bucket)
+	default:
+		u.Path = "/" + path.Join(path.Dir(dir), bucket)
+	}
+	return &web{base: &u, client: w.client}, nil
 }
 
 func (w *web) close() error {
 	w.client.HTTPClient.CloseIdleConnections()
 	return nil
 }
-
-// resuming is a download that goes on where it broke, as long as the object is
-// still the same one.
-type resuming struct {
-	name   string
-	body   io.ReadCloser
-	size   int64 // -1 is unknown
-	offset int64
-	etag   string // "" forbids resumption
-	tries  int
-	again  func(offset int64) (*http.Response, error)
-}
-
-func (r *resuming) Read(p []byte) (int, error) {
-	n, err := r.body.Read(p)
-	r.offset += int64(n)
-	ended := errors.Is(err, io.EOF)
-	if err == nil || ended && (r.size < 0 || r.offset == r.size) {
-		return n, err
-	}
-	if ended {
-		err = io.ErrUnexpectedEOF
-	}
-	if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
-		return n, err
-	}
-	broken := fault.Wrap(fault.Transient, fmt.Errorf("download of %s broke after %d bytes: %w", r.name, r.offset, err), "try again later")
-	if r.etag == "" || r.offset == 0 || r.tries >= retryMax {
-		return n, broken
-	}
-	r.tries++
-	resp, err := r.again(r.offset) //nolint:bodyclose // Close closes what is the body now
-	if err != nil {
-		return n, errors.Join(broken, err)
-	}
-	old := r.body
-	r.body = resp.Body
-	return n, old.Close()
-}
-
-func (r *resuming) Close() error { return r.body.Close() }

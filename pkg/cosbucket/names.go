@@ -2,9 +2,26 @@ package cosbucket
 
 import (
 	"path"
+	"strings"
 
 	"github.com/prebake/prebake/pkg/target"
 )
+
+// The names below are those of the current layout, <BUILD_ID>/<BOARD>/<file>.
+// Until 2023 builds were laid out as <BUILD_ID>/<file>, for x86 alone.
+const (
+	legacyBoard = "lakitu"
+	commitFile  = "kernel_commit"
+)
+
+// Layouts returns the names that an object of a build may have, the likelier
+// first, given its name in the current layout.
+func Layouts(k target.Kernel, name string) []string {
+	if rest, ok := strings.CutPrefix(name, k.BuildID+"/"+legacyBoard+"/"); ok && k.Board == legacyBoard {
+		return []string{name, k.BuildID + "/" + rest}
+	}
+	return []string{name}
+}
 
 func under(k target.Kernel, name string) string { return path.Join(k.BuildID, k.Board, name) }
 
@@ -14,11 +31,27 @@ func HeadersName(k target.Kernel) string { return under(k, "kernel-headers.tgz")
 // ToolchainName returns the object that holds the compiler.
 func ToolchainName(k target.Kernel) string { return under(k, "toolchain.tar.xz") }
 
+// ToolchainPointerName returns the object that says where the compiler is when
+// it is not in the bucket itself; see [ParsePointer].
+func ToolchainPointerName(k target.Kernel) string { return under(k, "toolchain.tar.xz.gcs") }
+
+// ToolchainURLName returns the object in which old builds say where the
+// compiler is; see [ParseToolchainURL].
+func ToolchainURLName(k target.Kernel) string { return under(k, "toolchain_url") }
+
+// ToolchainPathName returns the object in which builds of COS's own test runs
+// say where the compiler is; see [ParseToolchainPath].
+func ToolchainPathName(k target.Kernel) string { return under(k, "toolchain_path") }
+
+// VMLinuxName returns the object that holds the kernel with its symbols and
+// types.
+func VMLinuxName(k target.Kernel) string { return under(k, "vmlinux") }
+
 // ToolchainEnvName returns the object that names the compiler to call.
 func ToolchainEnvName(k target.Kernel) string { return under(k, "toolchain_env") }
 
 // CommitName returns the object that holds the kernel's source commit.
-func CommitName(k target.Kernel) string { return under(k, "kernel_commit") }
+func CommitName(k target.Kernel) string { return under(k, commitFile) }
 
 // KernelInfoName returns the object that says where the kernel's source is.
 func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
@@ -26,6 +59,9 @@ func KernelInfoName(k target.Kernel) string { return under(k, "kernel_info") }
 // DriverVersionsName returns the object that lists the driver versions for each
 // kind of GPU.
 func DriverVersionsName(k target.Kernel) string { return under(k, "gpu_driver_versions.textproto") }
+
+// DriverVersionsBinName returns the object that holds the same list, serialized.
+func DriverVersionsBinName(k target.Kernel) string { return under(k, "gpu_driver_versions.bin") }
 
 // DefaultVersionName returns the object that holds the default driver version.
 func DefaultVersionName(k target.Kernel) string { return under(k, "gpu_default_version") }

@@ -93,7 +93,16 @@ func (c Config) kernels(ctx context.Context) (n int, err error) {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
 	defer func() { err = errors.Join(err, b.Close()) }()
-	found, err := b.Builds(ctx)
+	ids, err := b.BuildIDs(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("discover kernels: %w", err)
+	}
+	most := c.Newest
+	if most <= 0 {
+		most = 200
+	}
+	// Not every build has every board; twice as many are looked into.
+	found, err := b.BuildsOf(ctx, ids[:min(len(ids), 2*most)])
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
@@ -105,7 +114,7 @@ func (c Config) kernels(ctx context.Context) (n int, err error) {
 	for _, k := range known {
 		old[k.String()] = k
 	}
-	found = newest(found, c.Newest)
+	found = newest(found, most)
 	troubles := make([]error, len(found))
 	var group errgroup.Group
 	group.SetLimit(parallel)
@@ -150,9 +159,6 @@ func (c Config) kernel(ctx context.Context, b *cosbucket.Bucket, k target.Kernel
 
 // newest keeps the n highest BUILD_IDs of each board.
 func newest(all []target.Kernel, n int) []target.Kernel {
-	if n <= 0 {
-		n = 200
-	}
 	slices.SortStableFunc(all, func(a, b target.Kernel) int { return target.CompareVersions(b.BuildID, a.BuildID) })
 	seen := map[string]int{}
 	return slices.DeleteFunc(all, func(k target.Kernel) bool {

@@ -81,7 +81,7 @@ func TestLook(t *testing.T) {
 	}
 	slices.SortFunc(n.kernels, func(a, b api.Kernel) int { return strings.Compare(a.BuildID, b.BuildID) })
 	kernel := func(id string) target.Kernel {
-		return target.Kernel{BuildID: id, Board: "lakitu", Commit: commit, Arch: target.AMD64}
+		return target.Kernel{BuildID: id, Board: "lakitu", Milestone: 109, Commit: commit, Arch: target.AMD64}
 	}
 	want := []api.Kernel{
 		{Kernel: kernel("17800.0.47"), Default: "535.261.03", Latest: "535.309.01"},

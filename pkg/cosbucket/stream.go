@@ -1,0 +1,206 @@
+package cosbucket
+
+import (
+	"context"
+	"crypto/md5"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// progress is what a download has to bring between two breaks to count as
+// getting on: the tries begin anew then.
+const progress = 1 << 20
+
+// stream is a download that goes on where it broke, here or at the next mirror,
+// as long as the object is still the same one, and that is checked at its end.
+type stream struct {
+	ctx    context.Context //nolint:containedctx // of one download: a Reader has no other way to be cancelled
+	bucket *Bucket
+	name   string
+	from   backend
+	body   io.ReadCloser
+	attrs  Attrs
+	check  check
+	offset int64
+	broke  int64 // the offset of the last break
+	tries  int   // at this mirror, since it last got on
+	moves  int   // to another mirror, since it last got on
+}
+
+func (s *stream) Read(p []byte) (int, error) {
+	n, err := s.body.Read(p)
+	s.offset += int64(n)
+	s.check.write(p[:n])
+	switch {
+	case err == nil:
+		return n, nil
+	// Whole is whole, however the server took its leave.
+	case s.offset == s.attrs.Size, errors.Is(err, io.EOF) && s.attrs.Size < 0:
+		if err := s.check.judge(s.offset); err != nil {
+			return n, err
+		}
+		return n, io.EOF
+	case errors.Is(err, io.EOF):
+		err = io.ErrUnexpectedEOF
+	case s.ctx.Err() != nil:
+		return n, s.ctx.Err()
+	case errors.As(err, new(*fs.PathError)):
+		return n, err // a disk does not get better by asking again
+	}
+	if s.attrs.Size >= 0 && s.offset > s.attrs.Size {
+		return n, s.check.judge(s.offset)
+	}
+	return n, s.resume(err)
+}
+
+// resume puts a new body in the place of a broken one.
+func (s *stream) resume(cause error) error {
+	if s.offset-s.broke >= progress {
+		s.tries, s.moves = 0, 0
+	}
+	s.broke = s.offset
+	broken := fault.Wrap(fault.Transient, fmt.Errorf("download of %s broke after %d bytes: %w", s.name, s.offset, cause), "try again; check the network on the way to the bucket")
+	if s.attrs.pin == "" {
+		return s.elsewhere(broken)
+	}
+	for s.tries < retryMax {
+		if err := pause(s.ctx, s.bucket.wait<<s.tries); err != nil {
+			return err
+		}
+		s.tries++
+		body, _, err := s.from.open(s.ctx, s.name, s.offset, s.attrs.pin)
+		if err == nil {
+			_ = s.body.Close() // broken as it is
+			s.body = body
+			return nil
+		}
+		if s.ctx.Err() != nil {
+			return s.ctx.Err()
+		}
+		broken = errors.Join(broken, err)
+		if !fault.Is(err, fault.Transient) {
+			break
+		}
+	}
+	return s.elsewhere(broken)
+}
+
+// elsewhere goes on at another mirror, if that says it has the very same bytes.
+func (s *stream) elsewhere(broken error) error {
+	for i, m := range s.bucket.mirrors {
+		if m == s.from {
+			// The next download, perhaps of this very object, begins behind it.
+			s.bucket.prefer(i + 1)
+			continue
+		}
+		if !s.check.strong() || s.moves == len(s.bucket.mirrors)-1 {
+			continue
+		}
+		body, attrs, err := m.open(s.ctx, s.name, s.offset, "")
+		if err != nil {
+			if s.ctx.Err() != nil {
+				return s.ctx.Err()
+			}
+			broken = errors.Join(broken, err)
+			continue
+		}
+		if same, told := s.attrs.same(attrs); !same {
+			_ = body.Close() // not used
+			if told {
+				return fault.New(fault.Checksum, fmt.Sprintf("%s and %s are not the same bytes", s.attrs.URL, m.url(s.name)),
+					"name mirrors of one bucket only: one of the two is damaged, or another object")
+			}
+			continue
+		}
+		_ = s.body.Close() // broken as it is
+		s.body, s.from, s.tries = body, m, 0
+		s.moves++
+		s.attrs.pin = attrs.pin
+		s.bucket.prefer(i)
+		return nil
+	}
+	return broken
+}
+
+func (s *stream) Close() error { return s.body.Close() }
+
+// same reports whether two objects have the same bytes, and whether both
+// buckets tell enough to say so.
+func (a Attrs) same(b Attrs) (same, told bool) {
+	told = a.MD5 != "" && b.MD5 != "" || a.CRC32C != "" && b.CRC32C != "" && a.Size >= 0 && b.Size >= 0
+	differ := func(x, y string) bool { return x != "" && y != "" && x != y }
+	if differ(a.MD5, b.MD5) || differ(a.CRC32C, b.CRC32C) || a.Size >= 0 && b.Size >= 0 && a.Size != b.Size {
+		return false, true
+	}
+	return told, told
+}
+
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-t.C:
+		return nil
+	}
+}
+
+// check holds an object against what the bucket said of it.
+type check struct {
+	attrs  Attrs
+	md5    hash.Hash   // nil: not told
+	crc32c hash.Hash32 // nil: not told
+}
+
+func newCheck(a Attrs) check {
+	c := check{attrs: a}
+	if a.MD5 != "" {
+		c.md5 = md5.New()
+	}
+	if a.CRC32C != "" {
+		c.crc32c = crc32.New(crc32.MakeTable(crc32.Castagnoli))
+	}
+	return c
+}
+
+// strong reports whether a wrong continuation would be found out.
+func (c check) strong() bool { return c.md5 != nil || c.crc32c != nil }
+
+func (c check) write(p []byte) {
+	if c.md5 != nil {
+		c.md5.Write(p)
+	}
+	if c.crc32c != nil {
+		c.crc32c.Write(p)
+	}
+}
+
+func (c check) judge(size int64) error {
+	bad := func(what, want, got string) error {
+		return fault.New(fault.Checksum, fmt.Sprintf("%s came with %s %s; the bucket says %s", c.attrs.URL, what, got, want),
+			"try again; if it stays so, put the object into the bucket anew, or name another mirror")
+	}
+	if c.attrs.Size >= 0 && size != c.attrs.Size {
+		return bad("size", fmt.Sprint(c.attrs.Size), fmt.Sprint(size))
+	}
+	if c.md5 != nil {
+		if got := hex.EncodeToString(c.md5.Sum(nil)); got != c.attrs.MD5 {
+			return bad("md5", c.attrs.MD5, got)
+		}
+	}
+	if c.crc32c != nil {
+		if got := hex.EncodeToString(c.crc32c.Sum(nil)); got != c.attrs.CRC32C {
+			return bad("crc32c", c.attrs.CRC32C, got)
+		}
+	}
+	return nil
+}
