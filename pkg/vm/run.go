@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"time"
 
@@ -27,6 +28,12 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
+	own, err := bootArgs(c.Boot)
+	if err != nil {
+		return nil, err
+	}
+	// The caller's come last: of two that say the same, kernels take the later.
+	c.KernelArgs = slices.Concat(own, c.KernelArgs)
 	initrd, size, err := stageInitramfs(c)
 	if err != nil {
 		return nil, err

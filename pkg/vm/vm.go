@@ -76,7 +76,7 @@ type Step struct {
 // Config describes a machine and what it does.
 type Config struct {
 	// Boot is a folder with vmlinuz, modules/order and the modules it lists,
-	// and perhaps emugpu.ko.
+	// and perhaps emugpu.ko and [BootArgs].
 	Boot string
 	// Arch is the machine's architecture; "" is amd64.
 	Arch target.Arch
@@ -95,7 +95,8 @@ type Config struct {
 	MemoryMiB int
 	// CPUs is the number of virtual processors; 0 is 1.
 	CPUs int
-	// KernelArgs are added to the kernel's command line.
+	// KernelArgs are added to the kernel's command line, after those of the boot
+	// folder's [BootArgs].
 	KernelArgs []string
 	// Console gets the first serial port's text as it comes; may be nil.
 	Console io.Writer

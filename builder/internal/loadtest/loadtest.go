@@ -48,6 +48,8 @@ type Config struct {
 	// Init and Probe are the programs guestinit and nvmlprobe for amd64. Those
 	// for another processor stand beside them: guestinit-arm64, nvmlprobe-arm64.
 	Init, Probe string
+	// KernelArgs are added to the kernel's command line, as module.sig_enforce=1.
+	KernelArgs []string
 	// Timeout ends the machine; 0 is 5 minutes.
 	Timeout time.Duration
 	// Watch hears of the machine's progress; may be nil.
@@ -73,7 +75,7 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	p.gpu = gpu
 	res, err := vm.Run(ctx, vm.Config{
 		Boot: c.Boot, Arch: p.arch, GPU: gpu, Init: helper(c.Init, p.arch), Files: p.files, Steps: p.steps,
-		Console: console, Watch: c.Watch, Timeout: c.Timeout,
+		KernelArgs: c.KernelArgs, Console: console, Watch: c.Watch, Timeout: c.Timeout,
 	})
 	var crash *vm.CrashError
 	if err != nil && !errors.As(err, &crash) {
