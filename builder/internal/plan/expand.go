@@ -1,0 +1,331 @@
+package plan
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// bucket is what Expand asks of a COS release bucket.
+type bucket interface {
+	Builds(ctx context.Context) ([]target.Kernel, error)
+	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
+}
+
+// Cell is one kernel and one driver that are wanted together.
+type Cell struct {
+	// Kernel has BUILD_ID, board, architecture and, where it is known, the
+	// milestone. With a Problem, BUILD_ID may be "".
+	Kernel target.Kernel `json:"kernel"`
+	// Driver has an exact version. With a Problem, version or flavour may be "".
+	Driver target.Driver `json:"driver"`
+	// Asked says in whose words it was asked for, such as "milestone 109" or R535.
+	Asked []string `json:"asked,omitempty"`
+	// EarlyWarning says that a failure is reported and does not alarm.
+	EarlyWarning bool `json:"earlyWarning,omitempty"`
+	// Listed says that the flavour came from the wish list's general list, and
+	// that a release without it is no failure.
+	Listed bool `json:"-"`
+	// Problem says why there is nothing to build; nil where there is.
+	Problem *Problem `json:"problem,omitempty"`
+}
+
+// String names the cell in one word, for people and for logs' file names.
+func (c Cell) String() string {
+	return c.Kernel.BuildID + "-" + c.Kernel.Board + "-" + c.Driver.String()
+}
+
+// Problem is a wish that no cell can be made of.
+type Problem struct {
+	Err error `json:"-"`
+	// Unavailable says that it is no failure: the same wish holds for others.
+	Unavailable bool `json:"unavailable,omitempty"`
+}
+
+// MarshalText prints the error.
+func (p *Problem) MarshalText() ([]byte, error) { return []byte(p.Err.Error()), nil }
+
+// Plan is what a wish list comes to.
+type Plan struct {
+	// Cells in the order in which they were asked for, without repetition;
+	// those of early warnings come last.
+	Cells []Cell `json:"cells"`
+	// Notes are what the reader of the wish list should know.
+	Notes []string `json:"notes,omitempty"`
+}
+
+// parallel bounds the requests under way at the bucket.
+const parallel = 8
+
+// Expand returns the cells of a wish list. What cannot be answered for one
+// kernel or one driver is a cell with a Problem: it holds up no other. images
+// may be nil.
+func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
+	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
+	for i := range w.Exclude {
+		e.unused[i] = true
+	}
+	kernels := e.kernels(ctx)
+	lists := e.lists(ctx, kernels)
+	if err := context.Cause(ctx); err != nil {
+		return nil, fmt.Errorf("expand wish list: %w", err)
+	}
+	cells := e.cells(kernels, lists)
+	if len(cells) == 0 {
+		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "take a rule out of exclude")
+	}
+	if len(cells) > maxCells {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells, more than %d", len(cells), maxCells), "ask for fewer kernels or drivers in one file")
+	}
+	slices.SortStableFunc(cells, func(a, b Cell) int {
+		switch {
+		case a.EarlyWarning == b.EarlyWarning:
+			return 0
+		case b.EarlyWarning:
+			return -1
+		}
+		return 1
+	})
+	p := &Plan{Cells: cells}
+	for i, x := range w.Exclude {
+		if e.unused[i] {
+			p.Notes = append(p.Notes, fmt.Sprintf("exclude[%d] (line %d) takes out nothing", i, x.line))
+		}
+	}
+	return p, nil
+}
+
+type expander struct {
+	wish   *Wish
+	bucket bucket
+	images *ImageMap
+	unused map[int]bool // exclude rules that took out nothing so far
+}
+
+// wanted is one kernel of the wish list, or an entry that has none.
+type wanted struct {
+	kernel target.Kernel
+	asked  string
+	early  bool
+	err    error
+}
+
+// kernels answers the entries for kernels. A kernel that several ask for comes
+// once, and warns early only if all of them do.
+func (e *expander) kernels(ctx context.Context) []wanted {
+	var all []wanted
+	known, listErr, listed := []target.Kernel(nil), error(nil), false
+	for _, entry := range e.wish.Kernels {
+		boards := e.wish.boards()
+		if entry.Board != "" {
+			boards = []string{entry.Board}
+		}
+		asked := entry.String()
+		if entry.Build == "" && !listed {
+			known, listErr = e.builds(ctx)
+			listed = true
+		}
+		for _, board := range boards {
+			add := func(k target.Kernel, err error) {
+				k.Milestone = e.images.milestone(k.BuildID)
+				all = merge(all, wanted{kernel: k, asked: asked, early: entry.EarlyWarning, err: err})
+			}
+			if entry.Build != "" {
+				k, err := target.ParseKernel(entry.Build, board)
+				add(k, err)
+				continue
+			}
+			none := target.Kernel{Board: board, Arch: target.BoardArch(board)}
+			if listErr != nil {
+				add(none, listErr)
+				continue
+			}
+			found := e.newest(known, entry, board)
+			if len(found) == 0 {
+				add(none, fault.New(fault.InputMissing, fmt.Sprintf("%s: the bucket has no such build for board %s", asked, board),
+					"check milestone and board; builder plan shows what a wish list comes to"))
+			}
+			for _, k := range found {
+				add(k, nil)
+			}
+		}
+	}
+	return all
+}
+
+// String returns the entry in the words of an error or a table.
+func (k Kernel) String() string {
+	var s string
+	switch {
+	case k.Build != "":
+		return "build " + k.Build
+	case k.Milestone != 0:
+		s = fmt.Sprintf("milestone %d, latest %d", k.Milestone, k.Latest)
+	default:
+		s = fmt.Sprintf("latest %d", k.Latest)
+	}
+	if k.Released {
+		s += " released"
+	}
+	return s
+}
+
+func merge(all []wanted, w wanted) []wanted {
+	for i, have := range all {
+		if have.kernel.String() == w.kernel.String() && have.kernel.BuildID != "" {
+			all[i].early = have.early && w.early
+			return all
+		}
+	}
+	return append(all, w)
+}
+
+// builds lists the bucket. A web server cannot list; there the image map says
+// what there is.
+func (e *expander) builds(ctx context.Context) ([]target.Kernel, error) {
+	all, err := e.bucket.Builds(ctx)
+	if err != nil && fault.Is(err, fault.Unsupported) {
+		if e.images != nil {
+			return e.images.kernels, nil
+		}
+		return nil, fault.Wrap(fault.Unsupported, err, "name exact builds, or give imageMap: it says which builds there are where the bucket cannot")
+	}
+	return all, err
+}
+
+// newest returns the builds of a board that an entry asks for, newest first.
+func (e *expander) newest(known []target.Kernel, entry Kernel, board string) []target.Kernel {
+	var found []target.Kernel
+	for _, k := range known {
+		if k.Board != board || entry.Milestone != 0 && e.images.milestone(k.BuildID) != entry.Milestone || entry.Released && (e.images == nil || !e.images.released[k.String()]) {
+			continue
+		}
+		found = append(found, k)
+	}
+	slices.SortFunc(found, func(a, b target.Kernel) int { return target.CompareVersions(b.BuildID, a.BuildID) })
+	found = slices.CompactFunc(found, func(a, b target.Kernel) bool { return a.BuildID == b.BuildID })
+	return found[:min(entry.Latest, len(found))]
+}
+
+// answer is what the bucket said about one kernel's drivers.
+type answer struct {
+	list cosbucket.DriverList
+	err  error
+}
+
+// lists asks for the driver lists of all kernels, if any wish needs them.
+func (e *expander) lists(ctx context.Context, kernels []wanted) []answer {
+	all := make([]answer, len(kernels))
+	if !slices.ContainsFunc(e.wish.Drivers, func(d Driver) bool { _, exact := d.Wish.Exact(); return !exact }) {
+		return all
+	}
+	var group errgroup.Group
+	group.SetLimit(parallel)
+	for i, k := range kernels {
+		if k.err != nil {
+			continue
+		}
+		group.Go(func() error {
+			all[i].list, all[i].err = e.bucket.Drivers(ctx, k.kernel)
+			return nil
+		})
+	}
+	_ = group.Wait() // the functions above return nil
+	return all
+}
+
+// cells combines kernels, drivers and flavours.
+func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
+	var all []Cell
+	index := map[string]int{}
+	add := func(c Cell, asked string) {
+		if e.excluded(c, asked) {
+			return
+		}
+		key := c.String()
+		if c.Kernel.BuildID == "" || c.Driver.Version == "" {
+			key += "\n" + asked // wishes without an answer are told one by one
+		}
+		i, ok := index[key]
+		if !ok {
+			i = len(all)
+			index[key] = i
+			all = append(all, c)
+		}
+		have := &all[i]
+		have.Listed = have.Listed && c.Listed
+		if !slices.Contains(have.Asked, asked) {
+			have.Asked = append(have.Asked, asked)
+		}
+	}
+	met := map[target.Wish]bool{} // wishes that some kernel could answer
+	for i, k := range kernels {
+		if k.err != nil {
+			add(Cell{Kernel: k.kernel, EarlyWarning: k.early, Problem: &Problem{Err: k.err}}, k.asked)
+			continue
+		}
+		for _, d := range e.wish.Drivers {
+			flavours, listed := d.Flavours, false
+			if len(flavours) == 0 {
+				flavours, listed = e.wish.Flavours, true
+			}
+			version, problem := choose(d.Wish, lists[i])
+			if problem != nil {
+				add(Cell{Kernel: k.kernel, EarlyWarning: k.early, Problem: problem}, string(d.Wish))
+				continue
+			}
+			met[d.Wish] = true
+			for _, f := range flavours {
+				add(Cell{Kernel: k.kernel, Driver: target.Driver{Version: version, Flavour: f}, EarlyWarning: k.early, Listed: listed}, string(d.Wish))
+			}
+		}
+	}
+	// What COS offers for no kernel at all is rather a mistake in the file.
+	for i := range all {
+		if p := all[i].Problem; p != nil && p.Unavailable && !slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {
+			p.Unavailable = false
+		}
+	}
+	return all
+}
+
+// choose picks the version that a wish means for one kernel.
+func choose(w target.Wish, a answer) (string, *Problem) {
+	version, exact := w.Exact()
+	if exact {
+		return version, nil
+	}
+	if a.err != nil { // very new builds have no list yet
+		return "", &Problem{Err: fmt.Errorf("driver %s: %w", w, a.err), Unavailable: fault.Is(a.err, fault.InputMissing)}
+	}
+	version, err := a.list.Choose(w)
+	if err != nil {
+		return "", &Problem{Err: err, Unavailable: fault.Is(err, fault.Unsupported)}
+	}
+	return version, nil
+}
+
+// excluded applies the rules. A wish without a version is meant by its own name.
+func (e *expander) excluded(c Cell, asked string) bool {
+	if c.Problem != nil && c.Kernel.BuildID == "" {
+		return false
+	}
+	out := false
+	for i, x := range e.wish.Exclude {
+		driver := x.Driver == "" || x.Driver == c.Driver.Version || c.Driver.Version != "" && x.Driver == c.Driver.Branch()
+		if c.Problem != nil {
+			driver = x.Driver == "" || x.Driver == asked
+		}
+		if driver && (x.Build == "" || x.Build == c.Kernel.BuildID) && (x.Milestone == 0 || x.Milestone == c.Kernel.Milestone) &&
+			(x.Board == "" || x.Board == c.Kernel.Board) && (x.Flavour == "" || x.Flavour == c.Driver.Flavour) {
+			out, e.unused[i] = true, false
+		}
+	}
+	return out
+}

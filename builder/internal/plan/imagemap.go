@@ -1,0 +1,83 @@
+package plan
+
+import (
+	"encoding/json"
+	"fmt"
+	"regexp"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// MaxImageMap bounds an image map; the real one has less than a megabyte.
+const MaxImageMap = 32 << 20
+
+const maxImages = 200_000
+
+// imageName is the name of a COS image: milestone and three numbers. GKE's own
+// images, whose names are longer, say the same elsewhere in the list.
+var imageName = regexp.MustCompile(`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
+
+// ImageMap knows the COS builds that became images. The zero value knows none.
+type ImageMap struct {
+	milestones map[string]int
+	released   map[string]bool // BUILD_ID/board
+	kernels    []target.Kernel
+}
+
+// ParseImageMap reads a list of images in the form of gke-to-cos.json. Names
+// that are not COS's are passed over; a list without any COS image is an error.
+func ParseImageMap(data []byte) (*ImageMap, error) {
+	const hint = "name a list in the form of https://www.gstatic.com/gke-image-maps/gke-to-cos.json"
+	if len(data) > MaxImageMap {
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: more than %d bytes", MaxImageMap), hint)
+	}
+	var list struct {
+		Entries []struct {
+			Image string `json:"image"`
+		} `json:"entries"`
+	}
+	if err := json.Unmarshal(data, &list); err != nil {
+		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("read image map: %w", err), hint)
+	}
+	if len(list.Entries) > maxImages {
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: %d entries, more than %d", len(list.Entries), maxImages), hint)
+	}
+	m := &ImageMap{milestones: map[string]int{}, released: map[string]bool{}}
+	for _, e := range list.Entries {
+		parts := imageName.FindStringSubmatch(e.Image)
+		if parts == nil {
+			continue
+		}
+		board := "lakitu"
+		if parts[1] != "" {
+			board = "lakitu-arm64"
+		}
+		k, err := target.ParseKernel(parts[3]+"."+parts[4]+"."+parts[5], board)
+		if err != nil {
+			continue
+		}
+		if _, err := fmt.Sscanf(parts[2], "%d", &k.Milestone); err != nil {
+			continue
+		}
+		m.milestones[k.BuildID] = k.Milestone
+		if !m.released[k.String()] {
+			m.released[k.String()] = true
+			m.kernels = append(m.kernels, k)
+		}
+	}
+	if len(m.kernels) == 0 {
+		return nil, fault.New(fault.Unsupported, "read image map: no COS image in it", hint)
+	}
+	return m, nil
+}
+
+// milestone tells the milestone of a build: the map knows, or the number of the
+// build's branch does; 0 is unknown.
+func (m *ImageMap) milestone(buildID string) int {
+	if m != nil && m.milestones[buildID] != 0 {
+		return m.milestones[buildID]
+	}
+	n, _ := target.Milestone(buildID)
+	return n
+}

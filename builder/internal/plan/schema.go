@@ -1,0 +1,11 @@
+package plan
+
+import _ "embed" // the schema
+
+//go:embed wish-list.schema.json
+var schema []byte
+
+// Schema returns the JSON Schema of wish lists, for editors. A test generates
+// it from the types and their comments (go test -run TestSchema -update) and
+// keeps docs/wish-list.schema.json equal to it.
+func Schema() []byte { return append([]byte(nil), schema...) }

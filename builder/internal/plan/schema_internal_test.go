@@ -1,0 +1,108 @@
+package plan
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/invopop/jsonschema"
+
+	"github.com/prebake/prebake/pkg/target"
+)
+
+var update = flag.Bool("update", false, "rewrite the generated schema")
+
+// generate makes the schema out of the types, their tags and their comments.
+func generate(t *testing.T) []byte {
+	t.Helper()
+	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
+	if err := r.AddGoComments("github.com/prebake/prebake/builder/internal/plan", ".", jsonschema.WithFullComment()); err != nil {
+		t.Fatal(err)
+	}
+	words := func(values ...any) *jsonschema.Schema { return &jsonschema.Schema{Type: "string", Enum: values} }
+	r.Mapper = func(typ reflect.Type) *jsonschema.Schema {
+		switch typ {
+		case reflect.TypeFor[target.Flavour]():
+			return words(string(target.Proprietary), string(target.Open))
+		case reflect.TypeFor[target.Arch]():
+			return words(string(target.AMD64), string(target.ARM64))
+		case reflect.TypeFor[Driver]():
+			form := r.Reflect(DriverForm{})
+			form.Version = ""
+			// 535.54 is a number to YAML, and a version to us.
+			version, _ := form.Properties.Get("version")
+			*version = jsonschema.Schema{Description: version.Description, OneOf: []*jsonschema.Schema{
+				{Type: "string", Pattern: `^[0-9]{1,5}(\.[0-9]{1,5}){1,3}$`}, {Type: "number"},
+			}}
+			form.OneOf = []*jsonschema.Schema{{Required: []string{"version"}}, {Required: []string{"branch"}}}
+			return &jsonschema.Schema{OneOf: []*jsonschema.Schema{
+				{Type: "string", Pattern: `^(default|latest|R[0-9]{3,4}|[0-9]{1,5}(\.[0-9]{1,5}){1,3})$`}, {Type: "number"}, form,
+			}}
+		}
+		return nil
+	}
+	s := r.Reflect(&Wish{})
+	kernels, _ := s.Properties.Get("kernels")
+	kernels.Items.OneOf = []*jsonschema.Schema{{Required: []string{"build"}}, {Required: []string{"latest"}}}
+	s.ID = "https://prebake.dev/schema/wish-list.json"
+	s.Title = "Prebake wish list"
+	out, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(out, '\n')
+}
+
+// The schema that is built in and the one in docs are those of the types.
+func TestSchema(t *testing.T) {
+	t.Parallel()
+	want := generate(t)
+	for _, file := range []string{"wish-list.schema.json", filepath.Join("..", "..", "..", "docs", "wish-list.schema.json")} {
+		if *update {
+			if err := os.WriteFile(file, want, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		got, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is out of step with the types; run go test ./builder/internal/plan -run TestSchema -update\n%s", file, cmp.Diff(string(got), string(want)))
+		}
+	}
+	if !*update && !bytes.Equal(Schema(), want) {
+		t.Error("Schema() is not the generated one")
+	}
+}
+
+// What the schema offers is what the parser takes: each property of each type
+// is a field that the parser knows.
+func TestSchemaFields(t *testing.T) {
+	t.Parallel()
+	for where, typ := range map[string]reflect.Type{
+		"": reflect.TypeFor[Wish](), "kernels": reflect.TypeFor[Kernel](), "drivers": reflect.TypeFor[DriverForm](), "exclude": reflect.TypeFor[Exclude](),
+	} {
+		for i := range typ.NumField() {
+			f := typ.Field(i)
+			if !f.IsExported() {
+				continue
+			}
+			name, _, _ := bytes.Cut([]byte(f.Tag.Get("json")), []byte(","))
+			text := string(name) + ": [[]]\n" // no field takes a list of lists
+			if where != "" {
+				text = where + ":\n- " + text
+			}
+			_, err := Parse("w.yaml", []byte(text))
+			if err == nil || bytes.Contains([]byte(err.Error()), []byte("found field")) {
+				t.Errorf("Parse(%q) = %v; want the field known", text, err)
+			}
+		}
+	}
+}

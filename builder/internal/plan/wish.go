@@ -1,0 +1,128 @@
+// Package plan turns a wish list into cells. A wish list is a YAML file that a
+// person keeps: which COS builds, which drivers, which flavours. Parse reads it
+// and names every mistake at once, with its line; Expand asks a bucket what
+// there is and returns one cell for each build, driver version and flavour.
+//
+// It is pure over what the bucket says: it opens no file, no connection and no
+// cache. It refuses to guess: a field that it does not know, a milestone that
+// nobody named, a driver that COS does not offer are all said, and never
+// passed over.
+package plan
+
+import (
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// FormatVersion is the version of the wish list's format.
+const FormatVersion = 1
+
+// Bounds of a wish list. They are far above what a farm builds in a day.
+const (
+	maxFile      = 1 << 20 // bytes
+	maxLatest    = 1000    // builds that one entry may ask for
+	maxCells     = 20_000  // cells of one plan
+	maxMistakes  = 100     // mistakes that are told
+	minMilestone = 60
+	maxMilestone = 9999
+)
+
+// Wish is a wish list: the COS builds, drivers and flavours that have to be
+// published. Every kernel is combined with every driver and every flavour.
+type Wish struct {
+	// Version of the format: 1.
+	Version int `json:"version" jsonschema:"enum=1"`
+	// ImageMap is the URL (https://, gs:// or file://) of a list of released images in the form of
+	// https://www.gstatic.com/gke-image-maps/gke-to-cos.json. It tells the milestones of BUILD_IDs
+	// that the builder does not know, and what `released` means. Optional.
+	ImageMap string `json:"imageMap,omitempty"`
+	// Boards for which kernels are wanted. Default: lakitu. Leave it out where architectures is given.
+	Boards []string `json:"boards,omitempty" jsonschema:"minItems=1,uniqueItems=true,example=lakitu,example=lakitu-arm64"`
+	// Architectures is another way to name COS's own boards: amd64 is lakitu, arm64 is lakitu-arm64.
+	Architectures []target.Arch `json:"architectures,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
+	// Kernels that are wanted: an exact build, or the newest ones, of a milestone or of all.
+	Kernels []Kernel `json:"kernels" jsonschema:"minItems=1"`
+	// Drivers that are wanted for each kernel: a version, a branch such as R535, default or latest. What
+	// default, latest and a branch mean is what COS says for that very build.
+	Drivers []Driver `json:"drivers" jsonschema:"minItems=1"`
+	// Flavours that are wanted of each driver. Default: proprietary and open. A release that does not have
+	// one of them is reported as unavailable, which is no failure.
+	Flavours []target.Flavour `json:"flavours,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
+	// Exclude lists cells that are not wanted after all.
+	Exclude []Exclude `json:"exclude,omitempty"`
+}
+
+// Kernel is one wish for kernels: `build`, or `latest` with or without
+// `milestone`.
+type Kernel struct {
+	// Build is an exact BUILD_ID, such as 17800.66.78.
+	Build string `json:"build,omitempty" jsonschema:"pattern=^[0-9]{1\\,9}\\.[0-9]{1\\,9}\\.[0-9]{1\\,9}$"`
+	// Milestone such as 109; it goes with latest.
+	Milestone int `json:"milestone,omitempty" jsonschema:"minimum=60,maximum=9999"`
+	// Latest is how many of the newest builds are wanted, of each board.
+	Latest int `json:"latest,omitempty" jsonschema:"minimum=1,maximum=1000"`
+	// Board for this entry only, such as lakitu-arm64.
+	Board string `json:"board,omitempty"`
+	// Released counts only builds that the image map lists: a release bucket also holds builds that
+	// never became an image. It goes with latest, and needs imageMap.
+	Released bool `json:"released,omitempty"`
+	// EarlyWarning is for milestones that are not released yet: their failures are reported and do not
+	// change the exit code.
+	EarlyWarning bool `json:"earlyWarning,omitempty"`
+}
+
+// Driver is one wish for a driver. In the file it is a word (default, latest,
+// R535, 535.261.03), or a mapping with `version` or `branch`.
+type Driver struct {
+	// Wish is default, latest, a branch or a version.
+	Wish target.Wish
+	// Flavours of this driver only. One that is asked for here and does not
+	// exist is a failure; nil takes the wish list's.
+	Flavours []target.Flavour
+}
+
+// DriverForm is the mapping form of a [Driver], for the schema.
+type DriverForm struct {
+	// Version is NVIDIA's, such as 535.261.03.
+	Version string `json:"version,omitempty"`
+	// Branch such as R535: the version that COS names for it.
+	Branch string `json:"branch,omitempty" jsonschema:"pattern=^R[0-9]{3\\,4}$"`
+	// Flavours of this driver only. One that the release does not have is a failure here.
+	Flavours []target.Flavour `json:"flavours,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
+}
+
+// Exclude takes out the cells for which all of its fields hold.
+type Exclude struct {
+	// Build is an exact BUILD_ID.
+	Build string `json:"build,omitempty"`
+	// Milestone of the build.
+	Milestone int `json:"milestone,omitempty"`
+	// Board such as lakitu-arm64.
+	Board string `json:"board,omitempty"`
+	// Driver is a version or a branch such as R535.
+	Driver string `json:"driver,omitempty"`
+	// Flavour is proprietary or open.
+	Flavour target.Flavour `json:"flavour,omitempty"`
+	// Reason is for whoever reads the file next.
+	Reason string `json:"reason,omitempty"`
+
+	line int
+}
+
+// boards returns the boards of the wish list.
+func (w *Wish) boards() []string {
+	switch {
+	case len(w.Boards) > 0:
+		return w.Boards
+	case len(w.Architectures) == 0:
+		return []string{"lakitu"}
+	}
+	var all []string
+	for _, a := range w.Architectures {
+		if a == target.ARM64 {
+			all = append(all, "lakitu-arm64")
+		} else {
+			all = append(all, "lakitu")
+		}
+	}
+	return all
+}
