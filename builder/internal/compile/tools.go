@@ -48,8 +48,32 @@ type tools struct {
 // toolchain's bin folders only.
 var toolPattern = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9._+-]{0,63}$`)
 
-// findTools looks up the compiler and its companions in the toolchain folder.
-// COS's recipe is the same: the name in toolchain_env, the others by its prefix.
+// compilerPattern takes a compiler's name apart: the prefix that its companions
+// have too, and the version that Debian's names end with.
+var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
+
+// hostClang is the compiler of COS's toolchains for programs that run during
+// the build.
+const hostClang = "x86_64-pc-linux-gnu-clang"
+
+// toolchain looks programs up in an unpacked toolchain archive.
+type toolchain string
+
+func (t toolchain) has(name string) bool {
+	for _, dir := range []string{"bin", "usr/bin"} {
+		// Lstat: a link may lead to where only the sandbox has a file.
+		if info, err := os.Lstat(filepath.Join(string(t), dir, name)); err == nil && !info.IsDir() {
+			return true
+		}
+	}
+	return false
+}
+
+// findTools chooses the compiler and its companions: the compiler by the name
+// in toolchain_env, the others by what the kernel's configuration says that it
+// was built with. A kernel of clang and lld was built with LLVM=1, and its
+// modules are; one of clang and another linker has the binutils of the
+// compiler's prefix, as has one of gcc.
 func findTools(r Request) (tools, error) {
 	var t tools
 	config, err := readConfig(filepath.Join(r.Headers, ".config"))
@@ -57,56 +81,23 @@ func findTools(r Request) (tools, error) {
 		return t, err
 	}
 	t.modVersions = config["CONFIG_MODVERSIONS"]
-	has := func(name string) bool {
-		for _, dir := range []string{"bin", "usr/bin"} {
-			// Lstat: a link may lead to where only the sandbox has a file.
-			if info, err := os.Lstat(filepath.Join(r.Toolchain, dir, name)); err == nil && !info.IsDir() {
-				return true
-			}
-		}
-		return false
-	}
-	cc := r.Env["CC"]
-	if cc == "" {
-		cc = crossPrefix[r.Arch] + "gcc"
-	}
-	if !toolPattern.MatchString(cc) {
-		return t, fault.New(fault.Usage, fmt.Sprintf("compiler %q: want the name of a program in the toolchain", cc), "correct CC in the kernel's toolchain_env")
-	}
-	if !has(cc) {
-		return t, fault.New(fault.InputMissing, fmt.Sprintf("find compiler: the toolchain has no bin/%s", cc),
-			"publish a toolchain.tar.xz that holds the CC of its toolchain_env")
+	chain := toolchain(r.Toolchain)
+	cc, prefix, suffix, err := findCompiler(r, config, chain)
+	if err != nil {
+		return t, err
 	}
 	t.clang = strings.Contains(cc, "clang")
 	t.variables = []string{"CC=" + cc}
-	prefix := crossPrefix[r.Arch]
-	if i := strings.LastIndexByte(cc, '-'); i >= 0 {
-		prefix = cc[:i+1]
-	}
-	linkers := []string{prefix + "ld"}
-	if config["CONFIG_LD_IS_LLD"] {
-		linkers = []string{prefix + "ld.lld", "ld.lld", prefix + "ld"}
-	}
-	rows := []struct {
-		variable   string
-		candidates []string
-	}{
-		{"LD", linkers},
-		{"AR", []string{prefix + "ar", "llvm-ar"}},
-		{"NM", []string{prefix + "nm", "llvm-nm"}},
-		{"OBJCOPY", []string{prefix + "objcopy", "llvm-objcopy"}},
-		{"OBJDUMP", []string{prefix + "objdump", "llvm-objdump"}},
-		{"READELF", []string{prefix + "readelf", "llvm-readelf"}},
-		{"STRIP", []string{prefix + "strip", "llvm-strip"}},
-	}
-	for _, row := range rows {
+	llvm := t.clang && config["CONFIG_LD_IS_LLD"]
+	t.variables = append(t.variables, clangVariables(config, chain, t.clang, llvm, prefix)...)
+	for _, row := range companions(config, llvm, prefix, suffix) {
 		if named := r.Env[row.variable]; toolPattern.MatchString(named) {
 			row.candidates = append([]string{named}, row.candidates...)
 		}
 		// One that is missing keeps its name: a build that needs it then fails
 		// over that name, instead of taking the host's tool unseen.
 		name := row.candidates[0]
-		if i := slices.IndexFunc(row.candidates, has); i >= 0 {
+		if i := slices.IndexFunc(row.candidates, chain.has); i >= 0 {
 			name = row.candidates[i]
 			if row.variable == "STRIP" {
 				t.strip = name
@@ -125,6 +116,97 @@ func findTools(r Request) (tools, error) {
 		}
 	}
 	return t, nil
+}
+
+// findCompiler returns the compiler's name and what comes before and after the
+// word for it in its companions' names.
+func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefix, suffix string, err error) {
+	cc, prefix = r.Env["CC"], crossPrefix[r.Arch]
+	if cc == "" {
+		cc = prefix + "gcc"
+		if config["CONFIG_CC_IS_CLANG"] {
+			cc = prefix + "clang"
+		}
+	}
+	const hint = "correct CC in the kernel's toolchain_env"
+	if !toolPattern.MatchString(cc) {
+		return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %q: want the name of a program in the toolchain", cc), hint)
+	}
+	if !chain.has(cc) {
+		return "", "", "", fault.New(fault.InputMissing, fmt.Sprintf("find compiler: the toolchain has no bin/%s", cc),
+			"publish a toolchain.tar.xz that holds the CC of its toolchain_env")
+	}
+	if m := compilerPattern.FindStringSubmatch(cc); m != nil {
+		prefix, suffix = m[1], m[2]
+	}
+	// Kbuild takes its flags from the compiler at hand and its options from the
+	// configuration: with another compiler, modules come out that nobody tried.
+	clang := strings.Contains(cc, "clang")
+	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
+		if config[option] && other {
+			return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: the kernel's .config says %s=y", cc, option), hint)
+		}
+	}
+	// clang is one program for all processors and goes by its name. Kbuild would
+	// name the target by itself, but the driver's own tests of the kernel would not.
+	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
+		return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
+			"name "+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
+	}
+	return cc, prefix, suffix, nil
+}
+
+// clangVariables are what Kbuild has to be told about clang beyond tools' names.
+func clangVariables(config map[string]bool, chain toolchain, clang, llvm bool, prefix string) []string {
+	if !clang {
+		return nil
+	}
+	var all []string
+	if llvm {
+		all = append(all, "LLVM=1")
+	}
+	switch assembler := chain.has(prefix + "as"); {
+	case config["CONFIG_AS_IS_GNU"]:
+		// Kbuild makes the way to the assembler out of this prefix.
+		all = append(all, "LLVM_IAS=0", "CROSS_COMPILE="+prefix)
+	case config["CONFIG_AS_IS_LLVM"], !assembler:
+		// Kernels before 5.13 do not say; their default would be as.
+		all = append(all, "LLVM_IAS=1")
+	}
+	if chain.has(hostClang) {
+		all = append(all, "HOSTCC="+hostClang, "HOSTCXX="+hostClang+"++")
+	}
+	return all
+}
+
+// companion is a make variable and the names that its tool may have, best first.
+type companion struct {
+	variable   string
+	candidates []string
+}
+
+func companions(config map[string]bool, llvm bool, prefix, suffix string) []companion {
+	linkers := []string{prefix + "ld"}
+	switch {
+	case config["CONFIG_LD_IS_LLD"]:
+		linkers = []string{prefix + "ld.lld", "ld.lld" + suffix, "ld.lld", prefix + "ld"}
+	case config["CONFIG_LD_IS_BFD"]:
+		// In COS's newer toolchains plain ld is lld.
+		linkers = []string{prefix + "ld.bfd", prefix + "ld"}
+	}
+	all := []companion{{"LD", linkers}}
+	for _, variable := range []string{"AR", "NM", "OBJCOPY", "OBJDUMP", "READELF", "STRIP"} {
+		name := strings.ToLower(variable)
+		gnu, own := []string{prefix + name}, []string{"llvm-" + name + suffix, "llvm-" + name}
+		if suffix == "" {
+			own = own[1:]
+		}
+		if llvm {
+			gnu, own = own, gnu
+		}
+		all = append(all, companion{variable, slices.Concat(gnu, own)})
+	}
+	return all
 }
 
 // environment is the whole environment of a build. Nothing of the caller's
