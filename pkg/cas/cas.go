@@ -8,7 +8,8 @@
 // not again when they are asked for: Verify does that on demand. A tree is
 // verified each time it is asked for, and made again when it is not what it
 // was; so is a fact, which is then forgotten. Whoever gets a path must not
-// write to it.
+// write to it. Trim removes what was not used for long, and never what a living
+// process was handed out.
 //
 // It refuses to download, to decide what is worth keeping, and to serve a
 // folder that machines share over a network without working flock.
@@ -27,6 +28,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/gofrs/flock"
@@ -44,6 +46,7 @@ const (
 	workDir   = "work"   // work/<owner>/…: TempDir
 	ownersDir = "owners" // <owner>.lock, flocked while its process lives
 	locksDir  = "locks"  // one lock for each tree that was ever made
+	usesDir   = "uses"   // <kind>@<key>: when a blob or tree was last used, and by whom
 )
 
 // maxFact bounds a fact's value.
@@ -67,6 +70,11 @@ type Cache struct {
 	dir   string
 	owner string
 	lock  *flock.Flock // held until Close or the end of the process
+
+	mu    sync.Mutex
+	count uint64          // of pieces of work begun and entries used
+	works map[uint64]bool // pieces of work that have not ended, by count
+	pins  map[string]*pin
 }
 
 // Open opens the cache in dir, makes it where there is none, and removes what
@@ -76,7 +84,7 @@ func Open(dir string) (*Cache, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open cache: %w", err)
 	}
-	for _, d := range []string{blobsDir, treesDir, sealsDir, factsDir, tmpDir, workDir, ownersDir, locksDir} {
+	for _, d := range []string{blobsDir, treesDir, sealsDir, factsDir, tmpDir, workDir, ownersDir, locksDir, usesDir} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
 			return nil, disk(fmt.Errorf("open cache: %w", err))
 		}
@@ -165,8 +173,9 @@ func sweep(dir string) error {
 	return nil
 }
 
-// Close removes this cache's temporary folders and gives up its lock.
+// Close removes this cache's temporary folders and gives up its locks.
 func (c *Cache) Close() error {
+	c.unpin()
 	return errors.Join(os.RemoveAll(c.tmp()), os.RemoveAll(c.work()), os.Remove(c.lock.Path()), c.lock.Close())
 }
 
@@ -188,8 +197,10 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 		if !digestPattern.MatchString(want) {
 			return "", 0, fault.New(fault.Usage, fmt.Sprintf("store blob: digest %q: want sha256: and 64 hex digits", want), "")
 		}
-		if fi, err := os.Stat(c.blobPath(want)); err == nil {
-			return want, fi.Size(), nil
+		if path, ok := c.Blob(want); ok {
+			if fi, err := os.Stat(path); err == nil {
+				return want, fi.Size(), nil
+			}
 		}
 	}
 	f, err := os.CreateTemp(c.tmp(), "blob-*")
@@ -219,19 +230,29 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	if want != "" && digest != want {
 		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content is %s; want %s", digest, want), "")
 	}
-	if err := os.Rename(f.Name(), c.blobPath(digest)); err != nil {
+	err = c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:")))
+	if err == nil {
+		err = os.Rename(f.Name(), c.blobPath(digest))
+	}
+	if err != nil {
 		return "", 0, disk(fmt.Errorf("store blob: %w", err))
 	}
 	return digest, size, nil
 }
 
-// Blob returns the path of a stored blob.
+// Blob returns the path of a stored blob, which stays until the work ends; see Begin.
 func (c *Cache) Blob(digest string) (path string, ok bool) {
 	if !digestPattern.MatchString(digest) {
 		return "", false
 	}
 	path = c.blobPath(digest)
-	fi, err := os.Lstat(path)
+	if fi, err := os.Lstat(path); err != nil || !fi.Mode().IsRegular() {
+		return path, false
+	}
+	if err := c.use(useName(blobKind, strings.TrimPrefix(digest, "sha256:"))); err != nil {
+		return path, false
+	}
+	fi, err := os.Lstat(path) // it may have been evicted before this use
 	return path, err == nil && fi.Mode().IsRegular()
 }
 
@@ -270,6 +291,12 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
 	}
 	path = filepath.Join(c.dir, treesDir, kind, key)
+	if err := c.use(useName(kind, key)); err != nil {
+		if errors.Is(err, fs.ErrPermission) {
+			err = foreign(kind, key, err)
+		}
+		return "", false, disk(err)
+	}
 	if ok, _, err := c.intact(ctx, kind, key, path); ok || err != nil {
 		return path, ok, err
 	}
@@ -362,9 +389,14 @@ func (c *Cache) Recall(kind, key string) ([]byte, bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}
-	text, err := os.ReadFile(c.factPath(kind, key))
+	path := c.factPath(kind, key)
+	text, err := os.ReadFile(path)
 	if err != nil {
 		return nil, false
+	}
+	if fi, err := os.Stat(path); err == nil && time.Since(fi.ModTime()) > time.Hour {
+		now := time.Now()
+		_ = os.Chtimes(path, now, now) // else Trim thinks it unused
 	}
 	_, value, _ := bytes.Cut(text, []byte("\n"))
 	return value, bytes.HasPrefix(text, factSum(value))

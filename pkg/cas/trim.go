@@ -1,0 +1,357 @@
+package cas
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/gofrs/flock"
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Kind is what the cache holds of one kind of thing.
+type Kind struct {
+	// Name is a tree's kind, "blob", "fact:" and a fact's kind, the name of a
+	// folder that somebody else keeps in the cache's, or one of "unfinished"
+	// (what running builds work in) and "records" (locks, seals and stamps).
+	Name    string `json:"kind"`
+	Entries int    `json:"entries"`
+	Bytes   int64  `json:"bytes"`
+	// InUse counts entries that a living process holds on to.
+	InUse int `json:"inUse"`
+	// LastUse is when the newest of them was asked for.
+	LastUse time.Time `json:"lastUse,omitzero"`
+}
+
+// Limit says what Trim is to reach. Zero fields bound nothing.
+type Limit struct {
+	// Bytes is how large the cache may be.
+	Bytes int64
+	// MinFree is how many bytes are to be free on its disk.
+	MinFree int64
+	// OlderThan is for how long an entry may go unused.
+	OlderThan time.Duration
+	// DryRun removes nothing, and tells what would go.
+	DryRun bool
+}
+
+// Trimmed is what Trim did.
+type Trimmed struct {
+	Removed int   `json:"removed"`
+	Freed   int64 `json:"freedBytes"`
+	// Left is the size of the cache afterwards.
+	Left int64 `json:"leftBytes"`
+	// InUse counts entries that should have gone and are in use.
+	InUse int `json:"inUse"`
+	// Busy says that another process is trimming: nothing was done.
+	Busy bool `json:"busy,omitempty"`
+	// Kinds are the removed entries, by kind.
+	Kinds []Kind `json:"kinds"`
+}
+
+// entry is one thing that can go by itself.
+type entry struct {
+	kind, path string
+	use        string // name in uses/; "" for a file that is its own stamp
+	seal       string // goes with it
+	used       time.Time
+	bytes      int64
+}
+
+// fresh is for how long a file in a folder that somebody else keeps is left
+// alone: it may be half of something.
+const fresh = time.Hour
+
+// Kinds lists what the cache holds, the largest kind first.
+func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
+	entries, rest, err := c.entries(ctx)
+	if err != nil {
+		return nil, err
+	}
+	kinds := tally(entries, func(e entry) bool {
+		if e.use == "" {
+			return false
+		}
+		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			_ = f.Close() // read-only
+		}
+		return errors.Is(err, errInUse)
+	})
+	for _, k := range rest {
+		if k.Entries > 0 {
+			kinds = append(kinds, k)
+		}
+	}
+	slices.SortFunc(kinds, func(a, b Kind) int { return cmp.Or(cmp.Compare(b.Bytes, a.Bytes), cmp.Compare(a.Name, b.Name)) })
+	return kinds, nil
+}
+
+func tally(entries []entry, busy func(entry) bool) []Kind {
+	at := map[string]int{}
+	kinds := []Kind{}
+	for _, e := range entries {
+		i, ok := at[e.kind]
+		if !ok {
+			i = len(kinds)
+			at[e.kind] = i
+			kinds = append(kinds, Kind{Name: e.kind})
+		}
+		k := &kinds[i]
+		k.Entries++
+		k.Bytes += e.bytes
+		if e.used.After(k.LastUse) {
+			k.LastUse = e.used
+		}
+		if busy(e) {
+			k.InUse++
+		}
+	}
+	return kinds
+}
+
+// Trim removes what was not used for the longest time, until the limit is
+// reached. What a living process was handed out is never removed; see Begin. A
+// process that is killed in the middle leaves nothing half removed under its
+// name.
+func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
+	done = &Trimmed{Kinds: []Kind{}}
+	gate := flock.New(filepath.Join(c.dir, "trim.lock"))
+	switch ok, err := gate.TryLock(); {
+	case err != nil:
+		return done, disk(fmt.Errorf("trim cache: %w", err))
+	case !ok:
+		done.Busy = true
+		return done, nil
+	}
+	defer func() { err = errors.Join(err, gate.Close()) }()
+	entries, rest, err := c.entries(ctx)
+	if err != nil {
+		return done, err
+	}
+	for _, e := range entries {
+		done.Left += e.bytes
+	}
+	for _, k := range rest {
+		done.Left += k.Bytes
+	}
+	free, err := c.free()
+	if err != nil {
+		return done, err
+	}
+	slices.SortStableFunc(entries, func(a, b entry) int { return a.used.Compare(b.used) })
+	var gone []entry
+	defer func() { done.Kinds = tally(gone, func(entry) bool { return false }) }()
+	for _, e := range entries {
+		if cause := context.Cause(ctx); cause != nil {
+			return done, fmt.Errorf("trim cache: %w", cause)
+		}
+		tooOld := l.OlderThan > 0 && time.Since(e.used) > l.OlderThan
+		tooMuch := l.Bytes > 0 && done.Left > l.Bytes || l.MinFree > 0 && free < l.MinFree
+		if !tooOld && !tooMuch {
+			break // all others were used later
+		}
+		switch err := c.evict(e, l.DryRun); {
+		case errors.Is(err, errInUse):
+			done.InUse++
+			continue
+		case err != nil:
+			return done, fmt.Errorf("trim cache: remove %s: %w", e.path, err)
+		}
+		gone = append(gone, e)
+		done.Removed++
+		done.Freed += e.bytes
+		done.Left -= e.bytes
+		free += e.bytes
+	}
+	return done, nil
+}
+
+// evict removes one entry, unless somebody has it or asked for it since.
+func (c *Cache) evict(e entry, dry bool) (err error) {
+	if e.use != "" {
+		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		if info, err := f.Stat(); err != nil || info.Size() > 0 && info.ModTime().After(e.used) {
+			return errors.Join(errInUse, err)
+		}
+	}
+	if dry {
+		return nil
+	}
+	grave, err := os.MkdirTemp(c.tmp(), "evicted-*")
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(e.path, filepath.Join(grave, "entry")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return errors.Join(err, os.Remove(grave))
+	}
+	if e.seal != "" {
+		err = ignoreAbsent(os.Remove(e.seal))
+	}
+	if e.use != "" {
+		err = errors.Join(err, ignoreAbsent(os.Remove(c.usePath(e.use))))
+	}
+	return errors.Join(err, os.RemoveAll(grave))
+}
+
+func ignoreAbsent(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// entries lists what can go, and sums up what cannot.
+func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err error) {
+	unfinished, records := Kind{Name: "unfinished"}, Kind{Name: "records"}
+	top, err := os.ReadDir(c.dir)
+	if err != nil {
+		return nil, nil, fmt.Errorf("list cache: %w", err)
+	}
+	for _, d := range top {
+		if cause := context.Cause(ctx); cause != nil {
+			return nil, nil, fmt.Errorf("list cache: %w", cause)
+		}
+		path := filepath.Join(c.dir, d.Name())
+		switch d.Name() {
+		case "blobs":
+			err = each(filepath.Join(c.dir, blobsDir), func(name, path string, info fs.FileInfo) {
+				all = append(all, c.entry(blobKind, name, path, info))
+			})
+		case treesDir:
+			err = each(path, func(kind, path string, _ fs.FileInfo) {
+				_ = each(path, func(key, path string, info fs.FileInfo) { // gone meanwhile
+					e := c.entry(kind, key, path, info)
+					e.seal = c.sealPath(kind, key)
+					all = append(all, e)
+				})
+			})
+		case factsDir:
+			err = each(path, func(kind, path string, _ fs.FileInfo) {
+				_ = each(path, func(_, path string, info fs.FileInfo) { // as above
+					all = append(all, entry{kind: "fact:" + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
+				})
+			})
+		case tmpDir, workDir:
+			unfinished.add(path)
+		case sealsDir, ownersDir, locksDir, usesDir:
+			records.add(path)
+		default:
+			if d.IsDir() { // somebody else's
+				all = append(all, foreignFiles(d.Name(), path)...)
+			}
+		}
+		if err != nil {
+			return nil, nil, fmt.Errorf("list cache: %w", err)
+		}
+	}
+	return all, []Kind{unfinished, records}, nil
+}
+
+func (c *Cache) entry(kind, key, path string, info fs.FileInfo) entry {
+	e := entry{kind: kind, path: path, use: useName(kind, key), used: info.ModTime()}
+	if stamp, err := os.Stat(c.usePath(e.use)); err == nil {
+		e.used = stamp.ModTime()
+	}
+	if info.Mode().IsRegular() {
+		e.bytes = blocks(info)
+	} else {
+		e.bytes = c.size(e.use, path)
+	}
+	return e
+}
+
+func useName(kind, key string) string { return kind + "@" + key }
+
+func (k *Kind) add(path string) {
+	bytes, files := measure(path)
+	k.Bytes += bytes
+	k.Entries += files
+}
+
+// each calls f for what is in a folder; what goes meanwhile is left out.
+func each(dir string, f func(name, path string, info fs.FileInfo)) error {
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return ignoreAbsent(err)
+	}
+	for _, d := range list {
+		if info, err := d.Info(); err == nil {
+			f(d.Name(), filepath.Join(dir, d.Name()), info)
+		}
+	}
+	return nil
+}
+
+// foreignFiles are the files of a folder that somebody else keeps in the
+// cache's, such as a compiler cache: each can go by itself, but for locks and
+// for what is fresh.
+func foreignFiles(kind, dir string) (all []entry) {
+	_ = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return nil //nolint:nilerr // gone meanwhile, or not ours to read
+		}
+		info, err := d.Info()
+		if err != nil || !info.Mode().IsRegular() || strings.HasSuffix(path, ".lock") || time.Since(info.ModTime()) < fresh {
+			return nil //nolint:nilerr // as above
+		}
+		all = append(all, entry{kind: kind, path: path, used: info.ModTime(), bytes: blocks(info)})
+		return nil
+	})
+	return all
+}
+
+// measure returns what a file or folder takes on the disk.
+func measure(path string) (bytes int64, files int) {
+	_ = filepath.WalkDir(path, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return nil //nolint:nilerr // gone meanwhile
+		}
+		if info, err := d.Info(); err == nil {
+			bytes += blocks(info)
+			files++
+		}
+		return nil
+	})
+	return bytes, files
+}
+
+func blocks(info fs.FileInfo) int64 {
+	if s, ok := info.Sys().(*syscall.Stat_t); ok {
+		return s.Blocks * 512
+	}
+	return info.Size()
+}
+
+func (c *Cache) free() (int64, error) {
+	var s unix.Statfs_t
+	if err := unix.Statfs(c.dir, &s); err != nil {
+		return 0, fmt.Errorf("read free space of %s: %w", c.dir, err)
+	}
+	return int64(s.Bavail) * s.Bsize, nil
+}
+
+// Room reports whether the cache's disk has this many bytes free; if not, as
+// fault.DiskFull with both numbers.
+func (c *Cache) Room(need int64) error {
+	free, err := c.free()
+	if err != nil || free >= need {
+		return err
+	}
+	return fault.New(fault.DiskFull, fmt.Sprintf("the disk of %s has %d MiB free; want %d MiB", c.dir, free>>20, (need+1<<20-1)>>20),
+		"free space, for example with builder cache trim --max-size 5GiB --cache "+c.dir+", or set another --cache")
+}

@@ -1,0 +1,299 @@
+package cas_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// fill makes a tree of 64 KiB.
+func fill(_ context.Context, dir string) error {
+	return os.WriteFile(filepath.Join(dir, "a"), make([]byte, 64<<10), 0o644)
+}
+
+func mustTree(t *testing.T, c *cas.Cache, kind, key string) (path string, cached bool) {
+	t.Helper()
+	path, cached, err := c.Tree(t.Context(), kind, key, fill)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path, cached
+}
+
+// age sets when an entry was last used.
+func age(t *testing.T, dir, use string, ago time.Duration) {
+	t.Helper()
+	at := time.Now().Add(-ago)
+	if err := os.Chtimes(filepath.Join(dir, "uses", use), at, at); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func mustTrim(t *testing.T, c *cas.Cache, l cas.Limit) *cas.Trimmed {
+	t.Helper()
+	done, err := c.Trim(t.Context(), l)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return done
+}
+
+func kinds(t *testing.T, c *cas.Cache) map[string]cas.Kind {
+	t.Helper()
+	list, err := c.Kinds(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := map[string]cas.Kind{}
+	for _, k := range list {
+		m[k.Name] = k
+	}
+	return m
+}
+
+// aged returns a cache with three trees and a blob that nobody uses, tree 0
+// unused for the longest time.
+func aged(t *testing.T) (c *cas.Cache, dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	c = open(t, dir)
+	end := c.Begin()
+	for n := range 3 {
+		mustTree(t, c, "modules", fmt.Sprint(n))
+	}
+	if _, _, err := c.PutBlob(t.Context(), strings.NewReader(hello), ""); err != nil {
+		t.Fatal(err)
+	}
+	end()
+	for n := range 3 {
+		age(t, dir, "modules@"+fmt.Sprint(n), time.Duration(10-n)*time.Hour)
+	}
+	age(t, dir, "blob@"+helloSum[len("sha256:"):], time.Hour)
+	return c, dir
+}
+
+func TestTrim(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name  string
+		limit func(size int64) cas.Limit
+		left  []string // trees, and "blob"
+	}{
+		{"no limit", func(int64) cas.Limit { return cas.Limit{} }, []string{"0", "1", "2", "blob"}},
+		{"large enough", func(n int64) cas.Limit { return cas.Limit{Bytes: n} }, []string{"0", "1", "2", "blob"}},
+		{"a byte too large", func(n int64) cas.Limit { return cas.Limit{Bytes: n - 1} }, []string{"1", "2", "blob"}},
+		{"two trees too large", func(n int64) cas.Limit { return cas.Limit{Bytes: n - 100<<10} }, []string{"2", "blob"}},
+		{"all", func(int64) cas.Limit { return cas.Limit{Bytes: 1} }, nil},
+		{"old", func(int64) cas.Limit { return cas.Limit{OlderThan: 9*time.Hour - time.Minute} }, []string{"2", "blob"}},
+		{"disk never free enough", func(int64) cas.Limit { return cas.Limit{MinFree: 1 << 60} }, nil},
+		{"disk free enough", func(int64) cas.Limit { return cas.Limit{MinFree: 1} }, []string{"0", "1", "2", "blob"}},
+		{"dry run", func(int64) cas.Limit { return cas.Limit{Bytes: 1, DryRun: true} }, []string{"0", "1", "2", "blob"}},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			c, dir := aged(t)
+			size := mustTrim(t, c, cas.Limit{}).Left
+			done := mustTrim(t, c, row.limit(size))
+			var left []string
+			for n := range 3 {
+				if _, err := os.Stat(filepath.Join(dir, "trees/modules", fmt.Sprint(n))); err == nil {
+					left = append(left, fmt.Sprint(n))
+				}
+			}
+			if _, ok := c.Blob(helloSum); ok {
+				left = append(left, "blob")
+			}
+			if diff := cmp.Diff(row.left, left); diff != "" {
+				t.Errorf("left after Trim (-want +got):\n%s", diff)
+			}
+			if want := 4 - len(row.left); done.Removed != want && !row.limit(size).DryRun || done.Left != size-done.Freed || done.InUse != 0 {
+				t.Errorf("Trim = %+v of %d bytes; want %d removed", done, size, want)
+			}
+			if row.limit(size).DryRun && done.Removed != 4 {
+				t.Errorf("dry run = %+v; want it to tell of 4", done)
+			}
+			// What went is made again.
+			if _, cached := mustTree(t, c, "modules", "0"); cached != (len(left) == 4) {
+				t.Errorf("tree 0 is cached: %t", cached)
+			}
+			if entries, err := filepath.Glob(filepath.Join(dir, "tmp/*/*")); err != nil || len(entries) > 0 {
+				t.Errorf("Trim left %v, %v", entries, err)
+			}
+		})
+	}
+}
+
+// What another process, or another piece of work, was handed out is not removed.
+func TestTrimLeavesWhatIsInUse(t *testing.T) {
+	t.Parallel()
+	c, dir := aged(t)
+	other, err := cas.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustTree(t, other, "modules", "0")
+	age(t, dir, "modules@0", 20*time.Hour)
+	end := c.Begin()
+	endLater := c.Begin()
+	mustTree(t, c, "modules", "1")
+	if k := kinds(t, c)["modules"]; k.InUse != 2 || k.Entries != 3 || k.Bytes < 3*64<<10 {
+		t.Errorf("kinds = %+v; want two of three in use", k)
+	}
+	for _, step := range []struct {
+		name  string
+		do    func()
+		inUse int
+	}{
+		{"all of it", func() {}, 2},
+		{"one work has ended, a concurrent one has not", end, 2},
+		{"both have ended", endLater, 1},
+	} {
+		step.do()
+		if done := mustTrim(t, c, cas.Limit{Bytes: 1}); done.InUse != step.inUse {
+			t.Errorf("%s: Trim = %+v; want %d in use", step.name, done, step.inUse)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "trees/modules/0/a")); err != nil {
+			t.Errorf("%s: what another process has is gone: %v", step.name, err)
+		}
+	}
+	end() // once more is nothing
+	if err := other.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if done := mustTrim(t, c, cas.Limit{Bytes: 1}); done.InUse != 0 || done.Removed != 1 {
+		t.Errorf("after the other's end: Trim = %+v; want its tree gone", done)
+	}
+}
+
+// While others trim without pause, whoever asks for a tree gets it whole, and
+// keeps it until the work ends.
+func TestTrimAgainstUse(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	trimmer := open(t, dir)
+	var trims sync.WaitGroup
+	removed := 0
+	trims.Go(func() {
+		for ctx.Err() == nil {
+			done, err := trimmer.Trim(ctx, cas.Limit{Bytes: 1})
+			if err != nil && !errors.Is(err, context.Canceled) {
+				t.Error(err)
+				return
+			}
+			removed += done.Removed
+		}
+	})
+	var users sync.WaitGroup
+	for range 3 {
+		c := open(t, dir)
+		users.Go(func() {
+			for range 60 {
+				end := c.Begin()
+				path, _, err := c.Tree(t.Context(), "headers", "k", fill)
+				if err != nil {
+					t.Error(err)
+				} else if raw, err := os.ReadFile(filepath.Join(path, "a")); err != nil || len(raw) != 64<<10 {
+					t.Errorf("the tree holds %d bytes, %v", len(raw), err)
+				}
+				end()
+			}
+		})
+	}
+	users.Wait()
+	stop()
+	trims.Wait()
+	if removed == 0 {
+		t.Error("nothing was removed in all that time: the test tried nothing")
+	}
+}
+
+// One trims at a time.
+func TestTrimIsBusy(t *testing.T) {
+	t.Parallel()
+	c, dir := aged(t)
+	lock, err := os.OpenFile(filepath.Join(dir, "trim.lock"), os.O_CREATE|os.O_RDWR, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	if done := mustTrim(t, c, cas.Limit{Bytes: 1}); !done.Busy || done.Removed != 0 {
+		t.Errorf("Trim beside another one = %+v; want busy and nothing done", done)
+	}
+}
+
+// A folder that somebody else keeps in the cache's is counted and trimmed file
+// by file, but for what is fresh and for locks.
+func TestTrimForeign(t *testing.T) {
+	t.Parallel()
+	c, dir := aged(t)
+	for name, ago := range map[string]time.Duration{"ccache/0/old": 30 * time.Hour, "ccache/0/new": 0, "ccache/0/x.lock": 30 * time.Hour} {
+		path := filepath.Join(dir, name)
+		err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, make([]byte, 8<<10), 0o644), os.Chtimes(path, time.Now().Add(-ago), time.Now().Add(-ago)))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.Remember("verdict", "k", []byte("v")); err != nil {
+		t.Fatal(err)
+	}
+	k := kinds(t, c)
+	if k["ccache"].Entries != 1 || k["ccache"].Bytes != 8<<10 || k["fact:verdict"].Entries != 1 || k["blob"].Entries != 1 || k["records"].Entries == 0 {
+		t.Errorf("kinds = %+v; want a removable file of ccache's, a fact, a blob and records", k)
+	}
+	mustTrim(t, c, cas.Limit{OlderThan: 20 * time.Hour})
+	left, err := filepath.Glob(filepath.Join(dir, "ccache/0/*"))
+	if err != nil || len(left) != 2 {
+		t.Errorf("left of ccache: %v, %v; want new and x.lock", left, err)
+	}
+	if _, ok := c.Recall("verdict", "k"); !ok {
+		t.Error("a fresh fact is gone")
+	}
+	mustTrim(t, c, cas.Limit{Bytes: 1})
+	if _, ok := c.Recall("verdict", "k"); ok {
+		t.Error("Trim of everything left a fact")
+	}
+}
+
+func TestRoom(t *testing.T) {
+	t.Parallel()
+	c := open(t, t.TempDir())
+	if err := c.Room(1); err != nil {
+		t.Errorf("Room(1) = %v", err)
+	}
+	err := c.Room(1 << 60)
+	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "MiB free; want 1099511627776 MiB") || !strings.Contains(fault.Hint(err), "builder cache trim") {
+		t.Errorf("Room(1 EiB) = %v, hint %q; want disk full with both numbers", err, fault.Hint(err))
+	}
+}
+
+func TestTrimEndsWithItsContext(t *testing.T) {
+	t.Parallel()
+	c, dir := aged(t)
+	why := errors.New("told to stop")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(why)
+	if _, err := c.Trim(ctx, cas.Limit{Bytes: 1}); !errors.Is(err, why) {
+		t.Errorf("Trim = %v; want %v", err, why)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "trees/modules/0")); err != nil {
+		t.Error(err)
+	}
+}
