@@ -111,7 +111,8 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 	if headers, err = binary.Append(headers, le, added); err != nil {
 		return nil, err
 	}
-	le.PutUint64(out[atShoff:], place(headers, 8))
+	table := place(headers, 8) // may move out
+	le.PutUint64(out[atShoff:], table)
 	le.PutUint16(out[atShnum:], uint16(n+1))
 	return out, nil
 }

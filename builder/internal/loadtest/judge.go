@@ -131,7 +131,7 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 		return Rejected, cutOff("read the kernel's taint", res)
 	}
 	if flags := newTaint(taint, string(after.Stdout)); flags != "" {
-		return Rejected, "the modules tainted the kernel: " + flags
+		return Rejected, strings.Join(append([]string{"the modules tainted the kernel: " + flags}, v.Warnings[:min(1, len(v.Warnings))]...), ": ")
 	}
 	return Loaded, ""
 }

@@ -12,7 +12,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // liveConfig returns a real kernel and a real driver that was compiled for it.
@@ -24,8 +24,7 @@ func liveConfig(t *testing.T) Config {
 	if boot == "" || driver == "" {
 		t.Skip("PREBAKE_BOOT and PREBAKE_DRIVER name no kernel and no driver made for it")
 	}
-	c := Config{Boot: boot, Modules: map[string]string{}, Userspace: driver, Firmware: driver, Timeout: 5 * time.Minute,
-		Init: buildProgram(t, "pkg/vm/guestinit", "0"), Probe: buildProgram(t, "fetcher/nvmlprobe", "1")}
+	c := Config{Boot: boot, Modules: map[string]string{}, Userspace: driver, Firmware: driver, Timeout: 5 * time.Minute}
 	files, err := filepath.Glob(filepath.Join(driver, "drivers", "*.ko"))
 	if err != nil || len(files) == 0 {
 		t.Fatalf("modules in %s: %v, %v", driver, files, err)
@@ -33,28 +32,32 @@ func liveConfig(t *testing.T) Config {
 	for _, f := range files {
 		c.Modules[strings.TrimSuffix(filepath.Base(f), ".ko")] = f
 	}
-	f, err := os.Open(c.Modules["nvidia"])
+	m, err := readModule(c.Modules["nvidia"])
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = f.Close() }()
-	st, err := f.Stat()
+	arch, err := archOf(m.Machine)
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := modinfo.Read(f, st.Size())
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Version = m.Version
+	c.Version, c.Init, c.Probe = m.Version, buildProgram(t, "pkg/vm/guestinit", arch), buildProgram(t, "fetcher/nvmlprobe", arch)
 	return c
 }
 
-func buildProgram(t *testing.T, pkg, cgo string) string {
+// buildProgram returns a program of ours under its name for amd64; the one for
+// another architecture stands beside it.
+func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
+	cmd := exec.Command("go", "build", "-o", helper(out, arch), "github.com/prebake/prebake/"+pkg)
+	cgo := "0"
+	if strings.HasSuffix(pkg, "nvmlprobe") {
+		cgo = "1"
+	}
+	cmd.Env = append(os.Environ(), "GOARCH="+string(arch), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
+	if arch == target.ARM64 {
+		cmd.Env = append(cmd.Env, "CC=aarch64-linux-gnu-gcc-12")
+	}
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
 	}

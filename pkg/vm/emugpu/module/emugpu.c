@@ -16,6 +16,7 @@
  */
 #include <linux/io.h>
 #include <linux/ioport.h>
+#include <linux/irq.h>
 #include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/pci.h>
@@ -120,8 +121,11 @@ static void fill_config(void)
 	put16(PCI_SUBSYSTEM_VENDOR_ID, PCI_VENDOR_ID_NVIDIA);
 	put16(PCI_SUBSYSTEM_ID, 0x12a2);
 	put8(PCI_CAPABILITY_LIST, CAP_EXPRESS);
-	put8(PCI_INTERRUPT_LINE, 11);
-	put8(PCI_INTERRUPT_PIN, 1);
+	/* Without interrupt controllers of a PC, a line is somebody else's. */
+	if (IS_ENABLED(CONFIG_X86)) {
+		put8(PCI_INTERRUPT_LINE, 11);
+		put8(PCI_INTERRUPT_PIN, 1);
+	}
 
 	put8(CAP_EXPRESS + PCI_CAP_LIST_ID, PCI_CAP_ID_EXP);
 	put8(CAP_EXPRESS + PCI_CAP_LIST_NEXT, CAP_MSIX);
@@ -239,7 +243,18 @@ static struct pci_bus *create_root(struct list_head *resources)
 {
 	return pci_create_root_bus(NULL, 0, &ops, &sysdata, resources);
 }
+
+static int add_interrupt(void)
+{
+	return 0;
+}
+
+static void drop_interrupt(void)
+{
+}
 #else
+static int irq;
+
 /*
  * Where the domain's number is no matter of sysdata, the bridge has it. Asking
  * for a free one would fail: the device tree numbers the machine's own bridge.
@@ -259,6 +274,31 @@ static struct pci_bus *create_root(struct list_head *resources)
 		return NULL;
 	}
 	return bridge->bus;
+}
+
+/*
+ * There is no interrupt controller behind the bridge that could send messages,
+ * and no line of a PC. The device gets an interrupt of its own that never
+ * comes.
+ */
+static int add_interrupt(void)
+{
+	struct pci_dev *dev;
+
+	root->bus_flags |= PCI_BUS_FLAGS_NO_MSI;
+	irq = irq_alloc_desc(NUMA_NO_NODE);
+	if (irq < 0)
+		return irq;
+	irq_set_chip_and_handler(irq, &dummy_irq_chip, handle_simple_irq);
+	irq_clear_status_flags(irq, IRQ_NOREQUEST);
+	list_for_each_entry(dev, &root->devices, bus_list)
+		dev->irq = irq;
+	return 0;
+}
+
+static void drop_interrupt(void)
+{
+	irq_free_desc(irq);
 }
 #endif
 
@@ -296,6 +336,13 @@ static int __init emugpu_init(void)
 	 * firmware's map calls reserved.
 	 */
 	pci_bus_claim_resources(root);
+	err = add_interrupt();
+	if (err) {
+		pci_stop_root_bus(root);
+		pci_remove_root_bus(root);
+		pci_unlock_rescan_remove();
+		goto release;
+	}
 	pci_bus_add_devices(root);
 	pci_unlock_rescan_remove();
 	return 0;
@@ -311,6 +358,7 @@ static void __exit emugpu_exit(void)
 	pci_stop_root_bus(root);
 	pci_remove_root_bus(root);
 	pci_unlock_rescan_remove();
+	drop_interrupt();
 	remove_resource(&window);
 }
 
