@@ -1,0 +1,37 @@
+package sign
+
+import (
+	"fmt"
+
+	intoto "github.com/in-toto/attestation/go/v1"
+)
+
+// About states anything else about the bytes with this digest: a predicate of
+// a type of its own. name is for people to read.
+func About(name, digest, predicateType string, predicate any) (Statement, error) {
+	s, err := about(name, digest, predicateType, predicate)
+	if err != nil {
+		return Statement{}, fmt.Errorf("state %s: %w", predicateType, err)
+	}
+	return s, nil
+}
+
+func about(name, digest, predicateType string, predicate any) (Statement, error) {
+	body, err := toStruct(predicate)
+	if err != nil {
+		return Statement{}, err
+	}
+	subject, err := resource(name, "", digest)
+	if err != nil {
+		return Statement{}, fmt.Errorf("subject: %w", err)
+	}
+	st := &intoto.Statement{Type: intoto.StatementTypeUri, Subject: []*intoto.ResourceDescriptor{subject}, PredicateType: predicateType, Predicate: body}
+	if err := st.Validate(); err != nil {
+		return Statement{}, err
+	}
+	payload, err := marshal(st)
+	if err != nil {
+		return Statement{}, err
+	}
+	return Statement{PredicateType: predicateType, payload: payload}, nil
+}

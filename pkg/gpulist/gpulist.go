@@ -1,0 +1,315 @@
+// Package gpulist says which GPUs a driver release supports, and which of its
+// two kinds of kernel modules serves a given GPU. It reads NVIDIA's own
+// supported-gpus.json where a release is built, and the short form of it, a
+// signed statement, where a node chooses.
+//
+// It refuses to guess about products: a GPU that a list leaves out is judged by
+// its architecture, as if there were no list.
+package gpulist
+
+import (
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// PredicateType is that of the statement with a [List] about an artifact.
+const PredicateType = "https://prebake.dev/supported-gpus/v1"
+
+// File is where a runfile has NVIDIA's list, below its top folder.
+const File = "supported-gpus/supported-gpus.json"
+
+// Bounds of what is read: a list of 2026 has some 1,300 products in 400 KB.
+const (
+	MaxFile     = 8 << 20
+	maxChips    = 20_000
+	maxFeatures = 64
+	maxText     = 160
+)
+
+// kernelOpen is NVIDIA's word for: the open modules drive this product.
+const kernelOpen = "kernelopen"
+
+// Chip is one product.
+type Chip struct {
+	// Device is the PCI device id, such as 0x1eb8; SubVendor and SubDevice are
+	// those of the board where only certain boards are meant.
+	Device    string `json:"device"`
+	SubVendor string `json:"subVendor,omitempty"`
+	SubDevice string `json:"subDevice,omitempty"`
+	// Name is NVIDIA's; short lists leave it out.
+	Name string `json:"name,omitempty"`
+	// Features are NVIDIA's words; short lists keep kernelopen alone.
+	Features []string `json:"features,omitempty"`
+	// Legacy names the older branch that this product needs instead, such as
+	// 470.xx; "" is none.
+	Legacy string `json:"legacy,omitempty"`
+}
+
+// Open reports whether the list says that the open modules drive it.
+func (c Chip) Open() bool { return slices.Contains(c.Features, kernelOpen) }
+
+// List is what one driver release supports.
+type List struct {
+	Version string `json:"version"`
+	Chips   []Chip `json:"gpus"`
+}
+
+var (
+	idPattern     = regexp.MustCompile(`^0[xX][0-9a-fA-F]{4}$`)
+	wordPattern   = regexp.MustCompile(`^[!-~]{1,64}$`)
+	legacyPattern = regexp.MustCompile(`^[0-9]{1,4}(\.[0-9x]{1,4}){0,3}$`)
+)
+
+// ParseFile reads NVIDIA's supported-gpus.json. Fields that are newer than
+// this program are passed over.
+func ParseFile(version string, text []byte) (*List, error) {
+	l, err := parseFile(version, text)
+	if err != nil {
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read supported-gpus.json: %w", err), "check that the object is NVIDIA's .run file, whole and unchanged")
+	}
+	return l, nil
+}
+
+func parseFile(version string, text []byte) (*List, error) {
+	if len(text) > MaxFile {
+		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), MaxFile)
+	}
+	var file struct {
+		Chips []struct {
+			DevID       string   `json:"devid"`
+			SubVendorID string   `json:"subvendorid"`
+			SubDevID    string   `json:"subdevid"`
+			Name        string   `json:"name"`
+			Features    []string `json:"features"`
+			Legacy      string   `json:"legacybranch"`
+		} `json:"chips"`
+	}
+	if err := json.Unmarshal(text, &file); err != nil {
+		return nil, err
+	}
+	l := &List{Version: version}
+	for _, c := range file.Chips {
+		l.Chips = append(l.Chips, Chip{Device: c.DevID, SubVendor: c.SubVendorID, SubDevice: c.SubDevID, Name: c.Name, Features: c.Features, Legacy: c.Legacy})
+	}
+	return l, l.settle()
+}
+
+// ParsePredicate reads the predicate of a statement whose signature holds.
+func ParsePredicate(text []byte) (*List, error) {
+	l := &List{}
+	err := json.Unmarshal(text, l)
+	if err == nil {
+		err = l.settle()
+	}
+	if err != nil {
+		return nil, fault.Errorf(fault.Unverified, "read supported GPUs: %w", err)
+	}
+	return l, nil
+}
+
+// settle checks every field and puts the list into its one order.
+func (l *List) settle() error {
+	if !target.ValidVersion(l.Version) {
+		return fmt.Errorf("%.60q is not a driver version", l.Version)
+	}
+	if len(l.Chips) == 0 || len(l.Chips) > maxChips {
+		return fmt.Errorf("%d products; want 1 to %d", len(l.Chips), maxChips)
+	}
+	for i := range l.Chips {
+		c := &l.Chips[i]
+		for _, id := range []*string{&c.Device, &c.SubVendor, &c.SubDevice} {
+			if *id == "" && id != &c.Device {
+				continue
+			}
+			if !idPattern.MatchString(*id) {
+				return fmt.Errorf("product %d: id %.40q: want 0x and 4 hex digits", i, *id)
+			}
+			*id = strings.ToLower(*id)
+		}
+		if len(c.Name) > maxText || len(c.Features) > maxFeatures {
+			return fmt.Errorf("product %s: a name of %d bytes and %d features; at most %d and %d are read", c.Device, len(c.Name), len(c.Features), maxText, maxFeatures)
+		}
+		for _, f := range c.Features {
+			if !wordPattern.MatchString(f) {
+				return fmt.Errorf("product %s: feature %.80q is no word", c.Device, f)
+			}
+		}
+		if c.Legacy != "" && !legacyPattern.MatchString(c.Legacy) {
+			return fmt.Errorf("product %s: legacy branch %.40q", c.Device, c.Legacy)
+		}
+	}
+	slices.SortStableFunc(l.Chips, Chip.compare)
+	return nil
+}
+
+func (c Chip) compare(d Chip) int {
+	return cmp.Or(strings.Compare(c.Device, d.Device), strings.Compare(c.SubVendor, d.SubVendor), strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
+}
+
+// Short returns what a node needs to choose: ids, whether the open modules
+// drive it, the legacy branch. Boards that differ in nothing else are one.
+func (l *List) Short() *List {
+	short := &List{Version: l.Version}
+	rest := l.Chips
+	for len(rest) > 0 {
+		n := slices.IndexFunc(rest, func(c Chip) bool { return c.Device != rest[0].Device })
+		if n < 0 {
+			n = len(rest)
+		}
+		boards := rest[:n]
+		rest = rest[n:]
+		if !slices.ContainsFunc(boards, func(c Chip) bool { return c.Open() != boards[0].Open() || c.Legacy != boards[0].Legacy }) {
+			short.Chips = append(short.Chips, shorten(Chip{Device: boards[0].Device, Legacy: boards[0].Legacy}, boards[0].Open()))
+			continue
+		}
+		for _, c := range boards {
+			short.Chips = append(short.Chips, shorten(Chip{Device: c.Device, SubVendor: c.SubVendor, SubDevice: c.SubDevice, Legacy: c.Legacy}, c.Open()))
+		}
+	}
+	return short
+}
+
+func shorten(c Chip, open bool) Chip {
+	if open {
+		c.Features = []string{kernelOpen}
+	}
+	return c
+}
+
+// GPU is one device of a node, by its PCI ids.
+type GPU struct {
+	// Address is where it is; for messages only.
+	Address string
+	// Device is such as 0x1eb8; SubVendor and SubDevice may be "".
+	Device, SubVendor, SubDevice string
+}
+
+// String names the GPU as lspci does.
+func (g GPU) String() string {
+	id := "10de:" + strings.TrimPrefix(g.Device, "0x")
+	if g.Address == "" {
+		return id
+	}
+	return g.Address + " (" + id + ")"
+}
+
+// find returns the entry for a GPU: the one of its board, else the device's.
+func (l *List) find(g GPU) (Chip, bool) {
+	if l == nil {
+		return Chip{}, false
+	}
+	var found *Chip
+	for i, c := range l.Chips {
+		switch {
+		case c.Device != strings.ToLower(g.Device):
+		case c.SubDevice != "" && c.SubDevice == strings.ToLower(g.SubDevice) && c.SubVendor == strings.ToLower(g.SubVendor):
+			return c, true
+		case c.SubDevice == "":
+			found = &l.Chips[i]
+		}
+	}
+	if found == nil {
+		return Chip{}, false
+	}
+	return *found, true
+}
+
+// tellsOpen reports whether the list speaks of the open modules at all.
+func (l *List) tellsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
+
+// firstTuring is the lowest PCI device id of a GPU with a GSP (TU102, 0x1e02
+// and up), which the open modules need. NVIDIA gives ids out upwards: Volta,
+// the generation before, ends at 0x1df6.
+const firstTuring = 0x1e00
+
+func turing(device string) bool {
+	id, err := strconv.ParseUint(strings.TrimPrefix(strings.ToLower(device), "0x"), 16, 16)
+	return err == nil && id >= firstTuring
+}
+
+// Serves reports whether modules of this flavour drive a GPU; if not, why
+// says so. A nil list, and one that is silent about the GPU, leaves it to the
+// GPU's architecture: the open modules need Turing or newer.
+func (l *List) Serves(g GPU, f target.Flavour) (ok bool, why string) {
+	c, listed := l.find(g)
+	switch {
+	case listed && c.Legacy != "":
+		return false, fmt.Sprintf("driver %s no longer supports GPU %s, which needs branch %s", l.Version, g, c.Legacy)
+	case f != target.Open:
+		return true, ""
+	case listed && l.tellsOpen() && !c.Open():
+		return false, fmt.Sprintf("the open modules of driver %s do not drive GPU %s", l.Version, g)
+	case (!listed || !l.tellsOpen()) && !turing(g.Device):
+		return false, fmt.Sprintf("the open modules drive Turing GPUs and newer ones, and GPU %s is older", g)
+	}
+	return true, ""
+}
+
+// Drives reports whether modules of this flavour drive any product that COS
+// calls by this gpu_type in gpu_driver_versions, such as NVIDIA_TESLA_P100. A
+// product's name has to hold the type's words, one behind the other.
+func (l *List) Drives(gpuType string, f target.Flavour) bool {
+	words := strings.FieldsFunc(strings.ToUpper(gpuType), func(r rune) bool { return r == '_' })
+	words = slices.DeleteFunc(words, func(w string) bool { return w == "NVIDIA" || w == "TESLA" })
+	if l == nil || len(words) == 0 {
+		return false
+	}
+	return slices.ContainsFunc(l.Chips, func(c Chip) bool {
+		name := strings.FieldsFunc(strings.ToUpper(c.Name), func(r rune) bool { return r == ' ' || r == '-' || r == '_' })
+		for i := range name {
+			if len(name)-i >= len(words) && slices.Equal(name[i:i+len(words)], words) {
+				ok, _ := l.Serves(GPU{Device: c.Device, SubVendor: c.SubVendor, SubDevice: c.SubDevice}, f)
+				return ok
+			}
+		}
+		return false
+	})
+}
+
+// Offer is one flavour that could be had, with what is known about it.
+type Offer struct {
+	Flavour target.Flavour
+	// List is nil where nothing signed says what the artifact supports.
+	List *List
+}
+
+// Choose returns the index of the offer that a node with these GPUs should
+// take: the open modules before the proprietary ones, as COS itself has it,
+// as long as they drive every GPU. A node without GPUs is served by any.
+func Choose(gpus []GPU, offers []Offer) (int, error) {
+	var whys []string
+	for _, f := range []target.Flavour{target.Open, target.Proprietary} {
+		i := slices.IndexFunc(offers, func(o Offer) bool { return o.Flavour == f })
+		if i < 0 {
+			continue
+		}
+		why := ""
+		for _, g := range gpus {
+			if _, why = offers[i].List.Serves(g, f); why != "" {
+				break
+			}
+		}
+		if why == "" {
+			return i, nil
+		}
+		if !slices.Contains(whys, why) {
+			whys = append(whys, why)
+		}
+	}
+	if len(offers) == 0 {
+		return 0, fault.New(fault.NoArtifact, "choose flavour: none is published", "")
+	}
+	hint := "ask for another driver version with --driver"
+	if len(offers) == 1 && offers[0].Flavour == target.Open {
+		hint = "have the proprietary flavour built and published, or ask for another version with --driver"
+	}
+	return 0, fault.New(fault.Unsupported, "choose flavour: "+strings.Join(whys, "; "), hint)
+}
