@@ -16,9 +16,8 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -40,7 +39,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
 	var phases []timeline.Phase
-	key := r.key(compile.Recipe, string(r.kernel.Fingerprint))
+	key := r.key(compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint))
 	dir, cached, err := r.products.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
@@ -64,7 +63,11 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		phases = made.Phases
 		var sums bytes.Buffer
 		for _, name := range slices.Sorted(maps.Keys(made.Modules)) {
-			sum, err := copyFile(filepath.Join(dir, name+".ko"), made.Modules[name])
+			path := filepath.Join(dir, name+".ko")
+			if err := gate.Stamp(path, made.Modules[name], r.kernel.Fingerprint); err != nil {
+				return err
+			}
+			sum, err := fileSum(path)
 			if err != nil {
 				return err
 			}
@@ -109,59 +112,6 @@ func (r *run) findModules(dir string) error {
 // changed is the error about a module that is not what the compiler left.
 func changed(name, dir string) error {
 	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name), "run it again: it is made anew; check the disk of "+dir)
-}
-
-// check reads every module back and holds it against the kernel's own list.
-func (r *run) check(context.Context) (string, error) {
-	symvers, err := os.Open(filepath.Join(r.kernel.Headers, "Module.symvers"))
-	if err != nil {
-		return "", err
-	}
-	defer symvers.Close()
-	exports, err := modinfo.ReadSymvers(symvers)
-	if err != nil {
-		return "", err
-	}
-	var mods []*modinfo.Module
-	vermagic := "" // any module's: the others have to have the same
-	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
-		m, err := readModule(r.modules[name])
-		if err != nil {
-			return "", fmt.Errorf("%s: %w", name, err)
-		}
-		sum, err := fileSum(r.modules[name])
-		if err != nil {
-			return "", err
-		}
-		if sum != r.sums[name] {
-			return "", changed(name, r.products.Dir())
-		}
-		mods = append(mods, m)
-		vermagic = m.Vermagic
-	}
-	if err := modinfo.Check(mods, modinfo.Rules{
-		Release: r.kernel.Kernel.Release, Vermagic: vermagic, Symvers: exports, ModVersions: exports.HasCRCs(),
-	}); err != nil {
-		return "", err
-	}
-	r.id = bundle.Identity{
-		Fingerprint: r.kernel.Fingerprint, Arch: r.kernel.Kernel.Arch, Release: r.kernel.Kernel.Release,
-		Vermagic: vermagic, Driver: r.res.Driver,
-	}
-	return vermagic, nil
-}
-
-func readModule(path string) (*modinfo.Module, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	return modinfo.Read(f, info.Size())
 }
 
 // copyFile copies a file and returns the SHA-256 of what it copied, in hex.

@@ -265,7 +265,7 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 		if err := os.MkdirAll(th.Cache, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(32 << 20), "--tmpfs", th.Cache, "--die-with-parent", "--"}, argv...)
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(256 << 20), "--tmpfs", th.Cache, "--die-with-parent", "--"}, argv...)
 	}
 	cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), orderVariable+"="+string(text), "PREBAKE_RETRY_WAIT=1ms")

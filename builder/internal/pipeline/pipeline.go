@@ -12,14 +12,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"fmt"
 	"io"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
-	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
@@ -124,6 +122,9 @@ type run struct {
 	places   []place
 	image    v1.Image
 	bundles  [][]byte // the signed statements
+
+	copy      *logCopy
+	packedLog []byte
 }
 
 // Run makes one cell. log gets everything that tools print. The Result is
@@ -141,8 +142,14 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
 	}
-	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: cfg.Cache}
-	err := r.all(ctx)
+	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache}
+	kept, err := newLogCopy(cfg.Cache)
+	if err != nil {
+		return &r.res, disk(fmt.Errorf("keep the log: %w", err))
+	}
+	defer func() { _ = kept.close() }() // a scratch file; the next Open removes it as well
+	r.copy, r.log = kept, io.MultiWriter(log, kept)
+	err = r.all(ctx)
 	if err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
 	}
@@ -232,45 +239,4 @@ func (r *run) key(parts ...string) string {
 		fmt.Fprintf(h, "%d:%s\n", len(p), p)
 	}
 	return hex.EncodeToString(h.Sum(nil))
-}
-
-// loadTest boots the kernel and loads the modules in it.
-func (r *run) loadTest(ctx context.Context) (string, error) {
-	switch {
-	case r.cfg.LoadTest == LoadTestOff:
-		return "off: static checks only", nil
-	case r.kernel.Boot == "" && r.cfg.LoadTest == LoadTestRequire:
-		return "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand for "+r.kernel.Kernel.String(), "publish without it: --load-test auto")
-	case r.kernel.Boot == "":
-		return "no bootable kernel at hand: static checks only", nil
-	}
-	user, err := r.staged(ctx, bundle.LayerUserspace)
-	if err != nil {
-		return "", err
-	}
-	firmware, err := r.staged(ctx, bundle.LayerFirmware)
-	if err != nil {
-		return "", err
-	}
-	key := r.key("loadtest-1", compile.Recipe, string(r.kernel.Fingerprint), r.kernel.BootDigest)
-	if raw, ok := r.cfg.Cache.Recall("loadtest", key); ok {
-		verdict := &loadtest.Verdict{}
-		if json.Unmarshal(raw, verdict) == nil {
-			r.res.LoadTest = verdict
-			return verdict.State + ", cached verdict", nil
-		}
-	}
-	verdict, err := loadtest.Run(ctx, loadtest.Config{
-		Boot: r.kernel.Boot, Modules: r.modules, Userspace: user, Firmware: firmware,
-		Version: r.res.Driver.Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
-	}, r.log)
-	r.res.LoadTest = verdict
-	if err != nil {
-		return "", err
-	}
-	raw, err := json.Marshal(verdict)
-	if err != nil {
-		return "", err
-	}
-	return verdict.State, r.cfg.Cache.Remember("loadtest", key, raw)
 }

@@ -44,7 +44,7 @@ const (
 // that ends in * is executable.
 func headerFiles() map[string]string {
 	return map[string]string{
-		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\n", headers + "Module.symvers": "0x00000000\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n",
+		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\nCONFIG_SMP=y\nCONFIG_MODULE_UNLOAD=y\n", headers + "Module.symvers": "0x00000000\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n",
 		headers + "include/config/kernel.release": "6.1.0-9-test\n",
 	}
 }
@@ -249,8 +249,24 @@ func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
 	if err != nil || len(bundles) != attached {
 		t.Errorf("%d statements attached, %v; want %d", len(bundles), err, attached)
 	}
-	if _, err := v.Verify(bundles, trust.Expect{Digest: res.Digest, Kernel: res.Kernel, Driver: res.Driver, Identity: content.Identity}); err != nil {
-		t.Errorf("Verify = %v", err)
+	verdict, err := v.Verify(bundles, trust.Expect{Digest: res.Digest, Kernel: res.Kernel, Driver: res.Driver, Identity: content.Identity})
+	if err != nil {
+		t.Fatalf("Verify = %v", err)
+	}
+	if verdict.LoadTest != trust.VerdictStatic || !strings.HasPrefix(verdict.InvocationID, "urn:uuid:") {
+		t.Errorf("Verify = load test %q, invocation %q; want static checks only, and an id", verdict.LoadTest, verdict.InvocationID)
+	}
+	for _, predicate := range []string{trust.PredicateProvenance, trust.PredicateKernelMatch, trust.PredicateTestResult, trust.PredicateSBOM} {
+		if len(v.Statements(bundles, res.Digest, predicate)) == 0 {
+			t.Errorf("no statement of type %s", predicate)
+		}
+	}
+	logs, err := repo.Attached(t.Context(), res.Digest, publish.ArtifactTypeLog)
+	if err != nil || len(logs) != 1 {
+		t.Fatalf("%d logs attached, %v; want one", len(logs), err)
+	}
+	if text, err := publish.UnpackLog(logs[0]); err != nil || !strings.Contains(string(text), "== compile\n") {
+		t.Errorf("the attached log is %q, %v; want what the build said", text, err)
 	}
 }
 
@@ -269,7 +285,7 @@ func TestBuild(t *testing.T) {
 	if diff := cmp.Diff(whole, phases(first)); diff != "" || first.Existed || first.Reused {
 		t.Errorf("first build: existed %v, reused %v, phases (-want +got):\n%s", first.Existed, first.Reused, diff)
 	}
-	f.verified(t, first, 2)
+	f.verified(t, first, 4)
 
 	elsewhere := f.config(t, cache)
 	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "layout")}
@@ -290,7 +306,7 @@ func TestBuild(t *testing.T) {
 		if res.Kernel.BuildID != id || len(res.Layers) != 3 || len(res.Repositories) != 1 {
 			t.Errorf("%s: result %+v lacks something", id, res)
 		}
-		f.verified(t, res, 2+i)
+		f.verified(t, res, 4+i)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 
 	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -60,7 +61,7 @@ func (r *run) pack(ctx context.Context) (string, error) {
 		var src, key string
 		var err error
 		if kind == bundle.LayerModules {
-			key = r.key(compile.Recipe, bundle.PackRecipe, string(r.kernel.Fingerprint))
+			key = r.key(compile.Recipe, gate.Recipe, bundle.PackRecipe, string(r.kernel.Fingerprint))
 			var cleanup func() error
 			if src, cleanup, err = r.modulesFolder(); err != nil {
 				return "", err

@@ -6,7 +6,10 @@ import (
 	"slices"
 	"time"
 
+	"github.com/google/uuid"
+
 	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sbom"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -171,7 +174,7 @@ func (r *run) sign(ctx context.Context) (string, error) {
 
 // publish sends out what the places do not have yet.
 func (r *run) publish(ctx context.Context) (string, error) {
-	a := publish.Artifact{Image: r.image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: r.bundles, Verifier: r.verifier}
+	a := publish.Artifact{Image: r.image, Identity: r.id, Kernel: r.kernel.Kernel, Bundles: r.bundles, Verifier: r.verifier, Log: r.packedLog}
 	r.res.Existed = true
 	for _, p := range r.places {
 		existed, err := true, error(nil)
@@ -214,13 +217,16 @@ func (r *run) layersIntact(ctx context.Context) error {
 // statements says how the image was made and for which COS build it is good.
 func (r *run) statements() ([]sign.Statement, error) {
 	facts := Recipes()
-	facts["builder"], facts["vermagic"], facts["loadTest"] = r.cfg.Version, r.id.Vermagic, "static checks only"
-	if r.res.LoadTest != nil {
-		facts["loadTest"] = r.res.LoadTest.State
+	facts["builder"], facts["vermagic"] = r.cfg.Version, r.id.Vermagic
+	log, err := r.copy.packed()
+	if err != nil {
+		return nil, err
 	}
+	r.packedLog = log.bytes
 	provenance, err := sign.Provenance(r.res.Digest, sign.BuildFacts{
 		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver, Materials: r.materials(),
-		BuilderID: r.cfg.BuilderID, Started: r.started, Finished: time.Now().UTC(), Facts: facts,
+		BuilderID: r.cfg.BuilderID, InvocationID: "urn:uuid:" + uuid.NewString(), LogDigest: log.digest,
+		Started: r.started, Finished: time.Now().UTC(), Facts: facts,
 	})
 	if err != nil {
 		return nil, err
@@ -229,7 +235,22 @@ func (r *run) statements() ([]sign.Statement, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []sign.Statement{provenance, match}, nil
+	tested, err := sign.TestResult(r.res.Digest, r.testFacts())
+	if err != nil {
+		return nil, err
+	}
+	doc, err := sbom.JSON(sbom.Facts{
+		Digest: r.res.Digest, Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver,
+		Materials: r.materials(), Layers: r.res.Layers, Modules: r.modules,
+	})
+	if err != nil {
+		return nil, err
+	}
+	contents, err := sign.SBOM(r.res.Digest, r.res.Driver, doc)
+	if err != nil {
+		return nil, err
+	}
+	return []sign.Statement{provenance, match, tested, contents}, nil
 }
 
 // materials are all inputs, as the provenance names them.

@@ -1,0 +1,111 @@
+package pipeline
+
+import (
+	"context"
+	"encoding/json"
+	"maps"
+	"slices"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// staticChecks names what check proves, for the signed test result.
+var staticChecks = []string{
+	"module names, driver version and processor", "vermagic", "stamp of the kernel's fingerprint", "build salt",
+	"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
+}
+
+// check holds every module against the kernel that it was made for.
+func (r *run) check(context.Context) (string, error) {
+	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
+		sum, err := fileSum(r.modules[name])
+		if err != nil {
+			return "", err
+		}
+		if sum != r.sums[name] {
+			return "", changed(name, r.products.Dir())
+		}
+	}
+	vermagic, err := gate.Check(r.modules, gate.Kernel{
+		Headers: r.kernel.Headers, Boot: r.kernel.Boot, Release: r.kernel.Kernel.Release, Arch: r.kernel.Kernel.Arch,
+		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Version,
+	})
+	if err != nil {
+		return "", err
+	}
+	r.id = bundle.Identity{
+		Fingerprint: r.kernel.Fingerprint, Arch: r.kernel.Kernel.Arch, Release: r.kernel.Kernel.Release,
+		Vermagic: vermagic, Driver: r.res.Driver,
+	}
+	return vermagic, nil
+}
+
+// loadTest boots the kernel and loads the modules in it.
+func (r *run) loadTest(ctx context.Context) (string, error) {
+	switch {
+	case r.cfg.LoadTest == LoadTestOff:
+		return "off: static checks only", nil
+	case r.kernel.Boot == "" && r.cfg.LoadTest == LoadTestRequire:
+		return "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand for "+r.kernel.Kernel.String(), "publish without it: --load-test auto")
+	case r.kernel.Boot == "":
+		return "no bootable kernel at hand: static checks only", nil
+	}
+	user, err := r.staged(ctx, bundle.LayerUserspace)
+	if err != nil {
+		return "", err
+	}
+	firmware, err := r.staged(ctx, bundle.LayerFirmware)
+	if err != nil {
+		return "", err
+	}
+	key := r.key(loadtest.Recipe, compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint), r.kernel.BootDigest)
+	if raw, ok := r.products.Recall("loadtest", key); ok {
+		verdict := &loadtest.Verdict{}
+		if json.Unmarshal(raw, verdict) == nil {
+			r.res.LoadTest = verdict
+			return verdict.State + ", cached verdict", nil
+		}
+	}
+	verdict, err := loadtest.Run(ctx, loadtest.Config{
+		Boot: r.kernel.Boot, Modules: r.modules, Userspace: user, Firmware: firmware,
+		Version: r.res.Driver.Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
+	}, r.log)
+	r.res.LoadTest = verdict
+	if err != nil {
+		return "", err
+	}
+	raw, err := json.Marshal(verdict)
+	if err != nil {
+		return "", err
+	}
+	return verdict.State, r.products.Remember("loadtest", key, raw)
+}
+
+// testFacts is the proof in the words of the signed test result.
+func (r *run) testFacts() sign.TestFacts {
+	f := sign.TestFacts{Driver: r.res.Driver, Static: staticChecks, LoadTest: trust.LoadTest{
+		Verdict: trust.VerdictStatic, Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint,
+	}}
+	v := r.res.LoadTest
+	if v == nil {
+		return f
+	}
+	f.Warnings = v.Warnings
+	f.Configuration = []sign.Material{{Name: "boot image", Digest: r.kernel.BootDigest}}
+	t := &f.LoadTest
+	t.Verdict, t.Reason, t.Release, t.NVMLVersion, t.KernelLog = v.State, v.Reason, v.Release, v.NVMLVersion, v.KernelLog
+	for _, m := range v.Modules {
+		result := map[string]string{loadtest.OK: "loaded", loadtest.Refused: "rejected"}[m.Load]
+		if result == "" {
+			result = "skipped"
+		}
+		t.Modules = append(t.Modules, trust.ModuleResult{Name: m.Name, Result: result, Note: m.Note})
+	}
+	return f
+}
