@@ -83,7 +83,7 @@ lint: ## gofmt, golangci-lint and govulncheck, pinned
 
 .PHONY: images
 images: build ## build and start the container images with buildah, no registry needed
-	@deploy/setup.sh images
+	@deploy/setup.sh run images
 	@deploy/images.sh
 
 .PHONY: generate

@@ -122,6 +122,36 @@ sandboxed() {
   say "$image: sandbox with make, bc and awk runs as uid 65532"
 }
 sandboxed
+# One cell from empty caches, in the image and as its user: it has to come to
+# the digest that a build on this machine comes to, which may use its caches.
+same_digest() {
+  local root mirror=$cache/mirror start=$SECONDS here there cell
+  bin/builder mirror --out "$mirror" --cache "$cache/packages" >"$work/mirror.log" 2>&1 ||
+    { tail -n 20 "$work/mirror.log" >&2; say "no mirror to build from"; exit 1; }
+  bin/builder keygen "$work/key" >/dev/null
+  cell=(--build-id "$(sed -n 's/.*"buildId": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)"
+    --driver "$(sed -n 's/.*"version": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 1p)"
+    --flavour proprietary --load-test off --output json)
+  digest() { sed -n 's/^  "digest": "\(sha256:[0-9a-f]*\)",$/\1/p'; }
+  here=$(bin/builder build "${cell[@]}" --kernel-mirror "file://$mirror/cos" --driver-mirror "file://$mirror/drivers" \
+    --cache "$cache/build" --key "$work/key" --to "oci:$work/here" 2>"$work/here.log" | digest) || true
+  root=$(buildah_ mount "$container")
+  install -d -o 65532 -g 65532 "$work/there"
+  install -o 65532 -g 65532 -m 0600 "$work/key" "$work/there/key"
+  there=$(bwrap --bind "$root" / --dev-bind /proc /proc --dev-bind /dev /dev --tmpfs /tmp --ro-bind "$mirror" /mnt --bind "$work/there" /srv \
+    --clearenv --setenv PATH /usr/local/bin:/usr/bin:/bin --setenv HOME /nonexistent \
+    setpriv --reuid 65532 --regid 65532 --clear-groups \
+    builder build "${cell[@]}" --kernel-mirror file:///mnt/cos --driver-mirror file:///mnt/drivers \
+    --cache /srv/cache --key /srv/key --to oci:/srv/out 2>"$work/there.log" | digest) || true
+  if [[ -z $here || $here != "$there" ]]; then
+    tail -n 5 "$work/here.log" "$work/there.log" >&2
+    say "$image: ${cell[1]} ${cell[3]} is ${here:-nothing} here and ${there:-nothing} in the image"
+    exit 1
+  fi
+  say "$image: ${cell[1]} ${cell[3]} from empty caches as uid 65532 is $there, as it is here; $((SECONDS - start)) s"
+  rm -rf "$work/here" "$work/there"
+}
+same_digest
 buildah_ rm "$container" >/dev/null
 enter server
 starts /usr/local/bin/server version

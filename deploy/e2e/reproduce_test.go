@@ -1,0 +1,222 @@
+package e2e
+
+import (
+	"debug/elf"
+	"encoding/json"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// What was published comes out again from its provenance, without anything
+// that the builder left in its caches; a second party signs that. An artifact
+// with one changed object, signed by somebody with a key that is believed, is
+// told apart, with the file and the section named.
+func TestReproduce(t *testing.T) {
+	k := shared.kernel(1)
+	digest := published(t, shared.srv, k, shared.driver(), target.Proprietary).Digest
+	insider := testkit.NewKey(t)
+	tampered := tamper(t, shared.srv.Repository(), digest, insider)
+
+	dir := t.TempDir()
+	believed, second := filepath.Join(dir, "believed.pub"), filepath.Join(dir, "second.key")
+	farm, err := os.ReadFile(shared.key + ".pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(believed, append(farm, insider.PEM(t)...), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := shared.Must(t.Context(), "builder", "keygen", second); err != nil {
+		t.Fatal(err)
+	}
+	res, err := shared.Run(t.Context(), "builder", "reproduce", "--public-key", believed, "--attest", "--key", second, "--builder-id", "https://example.com/second",
+		"--username", "prebake", "--password", shared.srv.Token, "--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(),
+		"--cache", shared.BuildCache(), "--output", "json", shared.srv.Repository()+"@"+digest, tampered)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if res.Code != fault.Mismatch.ExitCode() {
+		t.Errorf("reproduce ends with %d; want %d, for the second artifact", res.Code, fault.Mismatch.ExitCode())
+	}
+	var reports []struct {
+		Identical   bool
+		Made        string
+		Attested    string
+		Differences []struct{ Name, What string }
+	}
+	if err := json.Unmarshal(res.Stdout, &reports); err != nil || len(reports) != 2 {
+		t.Fatalf("reproduce prints %q, %v; want two reports", res.Stdout, err)
+	}
+	if r := reports[0]; !r.Identical || r.Made != digest || r.Attested == "" || len(r.Differences) != 0 {
+		t.Errorf("the published artifact: %+v; want identical and attested", r)
+	}
+	if r := reports[1]; r.Identical || r.Made != digest || r.Attested != "" || len(r.Differences) != 1 ||
+		r.Differences[0].Name != "drivers/nvidia-modeset.ko" || r.Differences[0].What != "differs in section .text" {
+		t.Errorf("the artifact with one changed object: %+v; want drivers/nvidia-modeset.ko, section .text", r)
+	}
+	// The second party's word is there for whoever has its key.
+	key, err := os.ReadFile(second + ".pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if types := statements(t, open(t, shared.srv.Repository()), digest, verifier(t, key)); len(types) != 1 || types["https://prebake.dev/reproduced/v1"] == nil {
+		t.Errorf("statements of the second party: %v; want one that says reproduced", types)
+	}
+}
+
+func open(t *testing.T, ref string) *registry.Repository {
+	t.Helper()
+	repo, err := registry.Open(ref, registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return repo
+}
+
+func verifier(t *testing.T, pem []byte) *trust.Verifier {
+	t.Helper()
+	keys, err := trust.ParsePublicKeys(pem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// statements returns the predicates that are attached and verify, by type.
+func statements(t *testing.T, repo *registry.Repository, digest string, v *trust.Verifier) map[string][]byte {
+	t.Helper()
+	attached, err := repo.Attached(t.Context(), digest, trust.ArtifactTypeBundle)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := map[string][]byte{}
+	for _, raw := range attached {
+		if st, err := v.Statement(raw); err == nil && st.About(digest) {
+			all[st.PredicateType] = st.Predicate
+		}
+	}
+	return all
+}
+
+// tamper makes an artifact that differs from a published one in one byte of
+// one module, publishes it with the other's provenance under another key, and
+// returns its reference.
+func tamper(t *testing.T, repository, digest string, insider *testkit.Key) string {
+	t.Helper()
+	ctx, repo := t.Context(), open(t, repository)
+	farm, err := os.ReadFile(shared.key + ".pub")
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest, err := repo.Manifest(ctx, digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc, err := bundle.ConfigDescriptor(manifest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config, err := repo.Small(ctx, desc)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content, err := bundle.ParseManifest(manifest, config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var layers []bundle.Layer
+	for _, l := range content.Layers {
+		blob, err := repo.Blob(ctx, l.Digest, l.Size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l.Kind == bundle.LayerModules {
+			dir := t.TempDir()
+			root, err := os.OpenRoot(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := bundle.Unpack(ctx, blob, l.Digest, l.DiffID, l.Size, root); err != nil {
+				t.Fatal(err)
+			}
+			changeText(t, filepath.Join(dir, "drivers", "nvidia-modeset.ko"))
+			layer, err := bundle.PackLayer(ctx, dir, l.Kind, filepath.Join(t.TempDir(), "layer"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			layers = append(layers, layer)
+		} else {
+			path := filepath.Join(t.TempDir(), "layer")
+			out, err := os.Create(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.Copy(out, blob); err != nil {
+				t.Fatal(err)
+			}
+			if err := out.Close(); err != nil {
+				t.Fatal(err)
+			}
+			layers = append(layers, bundle.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size, Path: path})
+		}
+		if err := blob.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	img, err := bundle.Image(content.Identity, layers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	place := "oci:" + filepath.Join(t.TempDir(), "tampered")
+	to := open(t, place)
+	subject, err := to.Push(ctx, img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := statements(t, repo, digest, verifier(t, farm))
+	for _, predicateType := range []string{trust.PredicateProvenance, trust.PredicateKernelMatch} {
+		var predicate any
+		if err := json.Unmarshal(said[predicateType], &predicate); err != nil {
+			t.Fatalf("%s of %s: %v", predicateType, digest, err)
+		}
+		raw := insider.Statement(t, subject.Digest.String(), predicateType, predicate)
+		if _, err := to.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return place + "@" + subject.Digest.String()
+}
+
+// changeText flips a bit in the code of a module.
+func changeText(t *testing.T, path string) {
+	t.Helper()
+	f, err := elf.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := f.Section(".text")
+	if err := f.Close(); err != nil || text == nil {
+		t.Fatalf("%s has no code: %v", path, err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data[text.Offset+text.Size/2] ^= 1
+	if err := os.WriteFile(path, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
