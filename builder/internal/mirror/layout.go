@@ -216,7 +216,7 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 		var emu []byte
 		if m.EmuGPU != nil {
 			var err error
-			if emu, err = m.compileEmuGPU(ctx, k, headers); err != nil {
+			if emu, err = m.compileEmuGPU(ctx, k.release, toolchainEnv, headers, m.toolchain, nil); err != nil {
 				return fmt.Errorf("compile emulated GPU for %s: %w", k.release, err)
 			}
 		}
@@ -228,8 +228,10 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 	})
 }
 
-func (m *maker) compileEmuGPU(ctx context.Context, k kernel, headers object) (ko []byte, err error) {
-	toolchain, err := m.toolchain.dir(ctx, m.Cache)
+// compileEmuGPU compiles the emulated GPU against a header archive. finish, if
+// not nil, may change the module before it is packed.
+func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
+	tools, err := toolchain.dir(ctx, m.Cache)
 	if err != nil {
 		return nil, err
 	}
@@ -242,9 +244,15 @@ func (m *maker) compileEmuGPU(ctx context.Context, k kernel, headers object) (ko
 			name, value, _ := strings.Cut(strings.TrimSpace(line), "=")
 			env[name] = value
 		}
-		path, err := m.EmuGPU(ctx, filepath.Join(dir, "usr/src/linux-headers-"+k.release), toolchain, env, k.release)
+		headersDir := filepath.Join(dir, "usr/src/linux-headers-"+release)
+		path, err := m.EmuGPU(ctx, headersDir, tools, env, release)
 		if err != nil {
 			return err
+		}
+		if finish != nil {
+			if err := finish(ctx, headersDir, path); err != nil {
+				return err
+			}
 		}
 		ko, err = os.ReadFile(path)
 		return err

@@ -46,6 +46,10 @@ type Config struct {
 	ABIs []int
 	// OnlyKernels leaves the drivers out.
 	OnlyKernels bool
+	// Clang adds a kernel that is compiled here, with clang, in COS's manner: no
+	// symbol versions, module signatures, LoadPin. OnlyClang leaves Debian's own
+	// kernels out.
+	Clang, OnlyClang bool
 	// Refresh asks Debian's archive for its present index first; without it an
 	// index of the last day is good enough.
 	Refresh bool
@@ -67,6 +71,7 @@ func (c Config) WithDefaults() Config {
 	if c.Kernels == 0 {
 		c.Kernels = 3
 	}
+	c.Clang = c.Clang || c.OnlyClang
 	if c.Say == nil {
 		c.Say = func(string) {}
 	}
@@ -154,6 +159,11 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 	if err := errors.Join(c.Validate(), checkTools()); err != nil {
 		return Result{}, err
 	}
+	if c.Clang {
+		if err := checkClangTools(); err != nil {
+			return Result{}, err
+		}
+	}
 	for _, dir := range []*string{&c.Out, &c.Cache} {
 		abs, err := filepath.Abs(*dir)
 		if err != nil {
@@ -190,9 +200,11 @@ func (m *maker) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	kernels, err := selectKernels(all, m.ABIs, m.Kernels)
-	if err != nil {
-		return err
+	var kernels []kernel
+	if !m.OnlyClang {
+		if kernels, err = selectKernels(all, m.ABIs, m.Kernels); err != nil {
+			return err
+		}
 	}
 	releases, err := findReleases(ctx, m.apt)
 	if err != nil {
@@ -219,6 +231,13 @@ func (m *maker) run(ctx context.Context) error {
 			want = append(want, r.packages...)
 		}
 	}
+	var clang clangBuild
+	if m.Clang {
+		if clang, err = m.planClang(ctx); err != nil {
+			return err
+		}
+		want = append(want, clang.packages()...)
+	}
 	if err := m.apt.download(ctx, want); err != nil {
 		return err
 	}
@@ -228,6 +247,13 @@ func (m *maker) run(ctx context.Context) error {
 	}
 	for _, b := range builds {
 		m.result.Builds = append(m.result.Builds, b.Build)
+	}
+	if m.Clang {
+		b, err := m.makeClang(ctx, clang, releases)
+		if err != nil {
+			return err
+		}
+		m.result.Builds = append(m.result.Builds, b)
 	}
 	for _, r := range releases {
 		m.result.Drivers = append(m.result.Drivers, Driver{r.version, r.flavours()})
@@ -264,9 +290,11 @@ func (m *maker) plan(kernels []kernel) []build {
 // makeAll makes the toolchain first, since the emulated GPU is compiled with
 // it, and then everything else, two at a time.
 func (m *maker) makeAll(ctx context.Context, builds []build, releases []release) (err error) {
-	toolchain, err := m.makeToolchain(ctx)
-	if err != nil {
-		return err
+	var toolchain object
+	if len(builds) > 0 {
+		if toolchain, err = m.makeToolchain(ctx); err != nil {
+			return err
+		}
 	}
 	m.toolchain = &unpacked{object: toolchain}
 	defer func() { err = errors.Join(err, m.toolchain.remove()) }()

@@ -1,0 +1,126 @@
+package mirror
+
+import (
+	"bytes"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/pkg/archive"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// TestClangKernel has the builder do what it is for, on a kernel like COS's:
+// compiled with clang and lld, without symbol versions, with LoadPin. The
+// driver is compiled with that toolchain, checked, loaded in a machine that
+// boots that kernel, and published. The kernel takes minutes to compile, once
+// for each cache, so the test runs only where PREBAKE_CLANG_CACHE names the
+// cache folder of `builder mirror` (make clang does).
+func TestClangKernel(t *testing.T) {
+	cache := os.Getenv("PREBAKE_CLANG_CACHE")
+	if cache == "" {
+		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `builder mirror --only-clang`; run make clang")
+	}
+	bin, dir := t.TempDir(), t.TempDir()
+	for pkg, cgo := range map[string]string{"builder": "0", "pkg/vm/guestinit": "0", "fetcher/nvmlprobe": "1"} {
+		cmd := exec.CommandContext(t.Context(), "go", "build", "-o", bin+"/", "github.com/prebake/prebake/"+pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
+		if text, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("go build %s: %v\n%s", pkg, err, text)
+		}
+	}
+	builder := func(out any, args ...string) {
+		t.Helper()
+		start := time.Now()
+		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "builder"), args...)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err := cmd.Run(); err != nil {
+			t.Fatalf("builder %s: %v\n%s", strings.Join(args, " "), err, &stderr)
+		}
+		t.Logf("builder %s: %.1f s\n%s", args[0], time.Since(start).Seconds(), &stderr)
+		if out == nil {
+			return
+		}
+		if err := json.Unmarshal(stdout.Bytes(), out); err != nil {
+			t.Fatalf("builder %s printed %q: %v", args[0], &stdout, err)
+		}
+	}
+
+	mirror := filepath.Join(dir, "mirror")
+	var made Result
+	builder(&made, "mirror", "--only-clang", "--out", mirror, "--cache", cache, "--output", "json")
+	if len(made.Builds) != 1 {
+		t.Fatalf("builder mirror made %v; want one build", made.Builds)
+	}
+	kernel := made.Builds[0]
+	checkClangBuild(t, filepath.Join(mirror, "cos", kernel.BuildID, kernel.Board), kernel.Release)
+
+	key := filepath.Join(dir, "key")
+	builder(nil, "keygen", key)
+	var done struct {
+		Driver   target.Driver
+		LoadTest loadtest.Verdict
+	}
+	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
+		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
+		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
+	v := done.LoadTest
+	if v.State != loadtest.Loaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
+		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
+	}
+	var loaded []string
+	for _, m := range v.Modules {
+		if m.Load == loadtest.OK {
+			loaded = append(loaded, m.Name)
+		} else {
+			t.Logf("%s: %s, %s", m.Name, m.Load, m.Note)
+		}
+	}
+	if diff := cmp.Diff([]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}, loaded[:min(4, len(loaded))]); diff != "" {
+		t.Errorf("modules loaded differ (-want +got):\n%s", diff)
+	}
+	if !strings.Contains(v.KernelLog, "LoadPin: kernel-module pinning-excluded") {
+		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
+	}
+}
+
+// checkClangBuild looks at the published build as a builder would.
+func checkClangBuild(t *testing.T, build, release string) {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range []string{"kernel-headers.tgz", "prebake-boot.tgz"} {
+		if _, err := archive.UnpackFile(t.Context(), filepath.Join(build, name), dir, archive.Options{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !strings.HasSuffix(release, "+") {
+		t.Errorf("release = %q; want it to end with + as COS's do", release)
+	}
+	config, err := os.ReadFile(filepath.Join(dir, "usr/src/linux-headers-"+release, ".config"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if missing := unmet(configText(), string(config)); len(missing) > 0 {
+		t.Errorf(".config lacks %v", missing)
+	}
+	gpu, err := os.ReadFile(filepath.Join(dir, "emugpu.ko"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.HasSuffix(gpu, []byte("~Module signature appended~\n")) {
+		t.Error("emugpu.ko is not signed")
+	}
+	for _, name := range []string{signingKeyName, signingCertName, "toolchain.tar.xz", "toolchain_env", "kernel_commit"} {
+		if _, err := os.Stat(filepath.Join(build, name)); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -1,0 +1,130 @@
+package mirror
+
+import (
+	"context"
+	"io"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// clangMajor is the compiler of the clang-built kernel: the newest of Debian 12.
+const clangMajor = "16"
+
+// hostPrefix is how COS's SDK names the compiler that makes programs for the
+// machine it runs on; prefix names the one that makes kernels.
+const hostPrefix = "x86_64-pc-linux-gnu-"
+
+// clangEnv is the content of toolchain_env.
+const clangEnv = "CC=" + prefix + "clang\nCXX=" + prefix + "clang++\n"
+
+// clangPackages hold the compiler, the linker, LLVM's binary tools and every
+// library that they load, save libc, which is the machine's.
+var clangPackages = []string{
+	"clang-" + clangMajor, "lld-" + clangMajor, "llvm-" + clangMajor,
+	"libclang-cpp" + clangMajor, "libclang-common-" + clangMajor + "-dev", "libllvm" + clangMajor,
+	"libbsd0", "libedit2", "libffi8", "libgcc-s1", "libicu72", "liblzma5", "libmd0", "libstdc++6",
+	"libtinfo6", "libxml2", "libz3-4", "libzstd1", "zlib1g",
+}
+
+// llvmDir is where Debian keeps the programs under their plain names.
+const llvmDir = "usr/lib/llvm-" + clangMajor
+
+// llvmTools are the binary tools that go in; llvmLinks those that are another
+// one under a second name. Debian's llvm-objdump is left out: it loads an HTTP
+// client and all that this one loads, and no module is made with it.
+var (
+	llvmTools = []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-readobj", "llvm-size", "llvm-strings"}
+	llvmLinks = map[string]string{"llvm-ranlib": "llvm-ar", "llvm-strip": "llvm-objcopy", "llvm-readelf": "llvm-readobj"}
+)
+
+// makeClangToolchain makes the archive of clang, lld and LLVM's tools.
+func (m *maker) makeClangToolchain(ctx context.Context, pkgs []pkg) (object, error) {
+	versions, err := toolVersions(ctx, "xz", "patchelf")
+	if err != nil {
+		return object{}, err
+	}
+	r := recipe{Kind: "clang-toolchain.tar.xz", Packages: pkgs, Tools: versions}
+	return m.object(ctx, "clang toolchain", r, func(ctx context.Context, w io.Writer) error {
+		return m.work(func(dir string) error {
+			t, err := clangTree(ctx, m.apt, pkgs, dir)
+			if err != nil {
+				return err
+			}
+			return t.writeTarXZ(ctx, w)
+		})
+	})
+}
+
+// clangTree lays out clang, lld and LLVM's tools under the names that they
+// have in COS's SDK. There are no binutils in it, so nothing can take them
+// unseen.
+func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
+	t := tree{}
+	for _, p := range pkgs {
+		file, ok := a.file(p)
+		if !ok {
+			return nil, fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+		}
+		if err := readDeb(ctx, t, file, clangPick); err != nil {
+			return nil, err
+		}
+	}
+	for _, p := range []string{prefix, hostPrefix} {
+		t.add("bin/"+p+"clang", node{link: "clang-" + clangMajor})
+		t.add("bin/"+p+"clang++", node{link: "clang-" + clangMajor})
+		t.add("bin/"+p+"ld.lld", node{link: "lld"})
+	}
+	t.add("bin/ld.lld", node{link: "lld"})
+	for name, to := range llvmLinks {
+		t.add("bin/"+name, node{link: to})
+	}
+	if err := t.resolveLinks(); err != nil {
+		return nil, err
+	}
+	if err := relocate(ctx, t, work); err != nil {
+		return nil, err
+	}
+	return t, t.checkLibraries()
+}
+
+// clangPick leaves out what kernels need not: static libraries, sanitizers,
+// headers of C++ and of accelerators, optimiser plugins.
+func clangPick(name string) string {
+	if tool, ok := strings.CutPrefix(name, llvmDir+"/bin/"); ok {
+		switch {
+		case tool == "clang":
+			return "bin/clang-" + clangMajor
+		case tool == "lld", slices.Contains(llvmTools, tool):
+			return "bin/" + tool
+		}
+		return ""
+	}
+	// The compiler finds its own headers by the way from its own place.
+	const headers = llvmDir + "/lib/clang/" + clangMajor + "/include/"
+	if rest, ok := strings.CutPrefix(name, headers); ok {
+		if strings.ContainsRune(rest, '/') || strings.HasPrefix(rest, "__clang_cuda") || strings.HasPrefix(rest, "__clang_hip") {
+			return ""
+		}
+		return "lib/clang/" + clangMajor + "/include/" + rest
+	}
+	dir, base := path.Dir(name), path.Base(name)
+	// Debian keeps this library among LLVM's own and links to it from the others.
+	if cpp := "libclang-cpp.so." + clangMajor; base == cpp {
+		if dir == llvmDir+"/lib" {
+			return "lib/" + cpp
+		}
+		return ""
+	}
+	for _, unused := range []string{"libicui18n", "libicuio", "libicutest", "libicutu"} {
+		if strings.HasPrefix(base, unused) {
+			return ""
+		}
+	}
+	if (dir == "usr/lib/x86_64-linux-gnu" || dir == "lib/x86_64-linux-gnu") && strings.Contains(base, ".so") {
+		return "lib/" + base
+	}
+	return ""
+}
