@@ -50,20 +50,24 @@ func WithPassword(f func() ([]byte, error)) Option {
 	return func(l *loading) { l.password = f }
 }
 
-// LoadSigner opens a key: ref is the path of a PEM file, or a KMS URI such as
-// gcpkms://projects/... A URI is served by a provider that is linked into the
-// program, else by a plugin program sigstore-kms-<scheme> on PATH.
-func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error) {
+func newLoading(opts []Option) loading {
 	l := loading{password: func() ([]byte, error) { return nil, errors.New("the key is encrypted, and there is no password") }}
 	for _, o := range opts {
 		o(&l)
 	}
+	return l
+}
+
+// LoadSigner opens a key: ref is the path of a PEM file, or a KMS URI such as
+// gcpkms://projects/... A URI is served by a provider that is linked into the
+// program, else by a plugin program sigstore-kms-<scheme> on PATH.
+func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error) {
 	var s *Signer
 	var err error
 	if strings.Contains(ref, "://") {
 		s, err = fromKMS(ctx, ref)
 	} else {
-		s, err = fromFile(ref, l)
+		s, err = fromFile(ref, newLoading(opts))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("load signing key %s: %w", ref, err)
@@ -71,7 +75,7 @@ func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error
 	return s, nil
 }
 
-func fromKMS(ctx context.Context, ref string) (*Signer, error) {
+func openKMS(ctx context.Context, ref string) (kms.SignerVerifier, error) {
 	sv, err := kms.Get(ctx, ref, crypto.SHA256)
 	if err != nil {
 		var missing *kms.ProviderNotFoundError
@@ -81,6 +85,14 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 		}
 		return nil, fault.Wrap(fault.Transient, err, "check that the KMS can be reached and that these credentials may use the key")
 	}
+	return sv, nil
+}
+
+func fromKMS(ctx context.Context, ref string) (*Signer, error) {
+	sv, err := openKMS(ctx, ref)
+	if err != nil {
+		return nil, err
+	}
 	pub, err := sv.PublicKey(options.WithContext(ctx))
 	if err != nil {
 		return nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
@@ -88,7 +100,7 @@ func fromKMS(ctx context.Context, ref string) (*Signer, error) {
 	return newSigner(sv, pub)
 }
 
-func fromFile(path string, l loading) (*Signer, error) {
+func privateFile(path string, l loading) (crypto.Signer, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "make a key with: builder keygen "+path)
@@ -104,6 +116,18 @@ func fromFile(path string, l loading) (*Signer, error) {
 	private, err := cryptoutils.UnmarshalPEMToPrivateKey(text, func(bool) ([]byte, error) { return l.password() })
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "give a PEM file of type PRIVATE KEY, as builder keygen writes it")
+	}
+	key, ok := private.(crypto.Signer)
+	if !ok {
+		return nil, fault.Errorf(fault.Usage, "a key of type %T cannot sign", private)
+	}
+	return key, nil
+}
+
+func fromFile(path string, l loading) (*Signer, error) {
+	private, err := privateFile(path, l)
+	if err != nil {
+		return nil, err
 	}
 	key, ok := private.(*ecdsa.PrivateKey)
 	if !ok {
@@ -185,4 +209,31 @@ func writeNew(path string, data []byte, mode os.FileMode) error {
 		return errors.Join(err, os.Remove(path))
 	}
 	return nil
+}
+
+// OpenKey opens a key of any kind, by file or URI as in [LoadSigner], for
+// signatures that are no statements, such as those of kernel modules. It works
+// for as long as ctx does.
+func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
+	key, err := func() (crypto.Signer, error) {
+		if !strings.Contains(ref, "://") {
+			return privateFile(ref, newLoading(opts))
+		}
+		sv, err := openKMS(ctx, ref)
+		if err != nil {
+			return nil, err
+		}
+		key, _, err := sv.CryptoSigner(ctx, func(error) {}) // Public returns nil then, and Sign its error
+		if err == nil && key.Public() == nil {
+			err = errors.New("no public key")
+		}
+		if err != nil {
+			return nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
+		}
+		return key, nil
+	}()
+	if err != nil {
+		return nil, fmt.Errorf("open key %s: %w", ref, err)
+	}
+	return key, nil
 }

@@ -1,0 +1,273 @@
+// Package modsign signs kernel modules as the kernel's own sign-file does, and
+// verifies such signatures by the kernel's rules. It also takes Google's
+// signatures as they are: the detached ones of a COS build, and the archive of
+// modules that Google has signed.
+//
+// It refuses keys whose signatures differ from run to run (equal inputs have to
+// give equal modules), a module that is signed already, and to hand out a
+// signature that it has not verified itself. Private keys stay in package sign.
+package modsign
+
+import (
+	"context"
+	"crypto"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/binary"
+	"encoding/hex"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"slices"
+
+	"github.com/smallstep/pkcs7"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+)
+
+// Recipe names the way in which modules are signed: it changes when the bytes
+// of a signature would, and goes into cache keys with [Signer.Identity].
+const Recipe = "modsign-1"
+
+// Bounds. The largest module that a driver has after stripping is some 70 MB.
+const (
+	maxModule    = 512 << 20
+	maxSignature = 1 << 20
+	maxCertFile  = 1 << 20
+)
+
+// Signer signs modules with one RSA key, wherever that is kept.
+type Signer struct {
+	key      crypto.Signer
+	cert     *x509.Certificate
+	identity string
+}
+
+// Load opens a key, a PEM file or a KMS URI as in [sign.LoadSigner], and reads
+// the certificate (PEM or DER) that the kernel trusts.
+func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
+	s, err := load(ctx, keyRef, certPath)
+	if err != nil {
+		return nil, fmt.Errorf("load module signing key: %w", err)
+	}
+	return s, nil
+}
+
+func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
+	certs, err := ReadCertificates(certPath)
+	if err != nil {
+		return nil, err
+	}
+	if len(certs) != 1 {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s holds %d certificates", certPath, len(certs)), "give a file with the signing certificate alone")
+	}
+	key, err := sign.OpenKey(ctx, keyRef)
+	if err != nil {
+		return nil, err
+	}
+	cert := certs[0]
+	pub, ok := key.Public().(*rsa.PublicKey)
+	if !ok {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is of type %T: an ECDSA signature is another one each time, and so would be the artifact", keyRef, key.Public()),
+			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out modules.crt")
+	}
+	// crypto/rsa.c, rsa_check_key_length: other lengths do not verify.
+	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()), "the kernel verifies 2048, 3072 and 4096 bits")
+	}
+	if !pub.Equal(cert.PublicKey) {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not that of key %s", certPath, keyRef), "give the certificate whose public key this is")
+	}
+	if cert.KeyUsage != 0 && cert.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not for signatures", certPath), "make one with key usage digitalSignature")
+	}
+	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
+}
+
+// ReadCertificates reads a file of PEM certificates, or of one in DER.
+func ReadCertificates(path string) ([]*x509.Certificate, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "give the certificate's file")
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, maxCertFile+1))
+	if err != nil {
+		return nil, err
+	}
+	certs, err := parseCertificates(text)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read certificate %s: %w", path, err), "give an X.509 certificate in PEM or DER")
+	}
+	return certs, nil
+}
+
+func parseCertificates(text []byte) ([]*x509.Certificate, error) {
+	if len(text) > maxCertFile {
+		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
+	}
+	block, rest := pem.Decode(text)
+	if block == nil {
+		return x509.ParseCertificates(text)
+	}
+	var certs []*x509.Certificate
+	for ; block != nil; block, rest = pem.Decode(rest) {
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("PEM block of type %.40q", block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, err
+		}
+		certs = append(certs, cert)
+	}
+	return certs, nil
+}
+
+// Fingerprint names a certificate: sha256: and the digest of its DER form.
+func Fingerprint(cert *x509.Certificate) string {
+	sum := sha256.Sum256(cert.Raw)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// Identity is the [Fingerprint] of the certificate. It decides, with [Recipe]
+// and the hash, the bytes of every signature.
+func (s *Signer) Identity() string { return s.identity }
+
+// Certificate is the one by which the kernel finds its key.
+func (s *Signer) Certificate() *x509.Certificate { return s.cert }
+
+// Sign writes the module src with a signature to the new file dst. hash is the
+// kernel's CONFIG_MODULE_SIG_HASH: see [ReadConfig].
+func (s *Signer) Sign(ctx context.Context, src, dst, hash string) error {
+	if err := s.signFile(ctx, src, dst, hash); err != nil {
+		return fmt.Errorf("sign module %s: %w", src, err)
+	}
+	return nil
+}
+
+func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
+	if err := ctx.Err(); err != nil {
+		return context.Cause(ctx)
+	}
+	digest, err := digestOf(hash)
+	if err != nil {
+		return err
+	}
+	module, err := readModule(src)
+	if err != nil {
+		return err
+	}
+	switch _, signature, err := Split(module); {
+	case err != nil:
+		return err
+	case signature != nil:
+		return fault.New(fault.CheckFailed, "it is signed already", "sign the module as it was compiled")
+	}
+	signature, err := s.detached(module, digest)
+	if err != nil {
+		return err
+	}
+	if _, err := verify(module, signature, []*x509.Certificate{s.cert}); err != nil {
+		// A KMS key for RSA-PSS, or with another hash, signs and is of no use.
+		return fault.Wrap(fault.Usage, fmt.Errorf("own signature: %w", err), "use a key for RSA PKCS#1 v1.5 with "+hash)
+	}
+	return writeNew(dst, module, signature)
+}
+
+// digestOf returns the library's name of a hash.
+func digestOf(hash string) (asn1.ObjectIdentifier, error) {
+	switch hash {
+	case "sha256":
+		return pkcs7.OIDDigestAlgorithmSHA256, nil
+	case "sha384":
+		return pkcs7.OIDDigestAlgorithmSHA384, nil
+	case "sha512":
+		return pkcs7.OIDDigestAlgorithmSHA512, nil
+	}
+	return nil, fault.New(fault.Unsupported, fmt.Sprintf("the kernel wants module signatures with hash %.40q", hash),
+		"sha256, sha384 and sha512 can be signed with: build without a module key for this kernel")
+}
+
+// detached makes the CMS structure that scripts/sign-file makes: no content, no
+// certificates and no signed attributes, which the kernel refuses in modules.
+func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, error) {
+	sd, err := pkcs7.NewSignedData(module)
+	if err != nil {
+		return nil, err
+	}
+	sd.SetDigestAlgorithm(digest)
+	// The kernel knows the plain algorithm only, whatever the hash.
+	sd.SetEncryptionAlgorithm(pkcs7.OIDEncryptionAlgorithmRSA)
+	if err := sd.SignWithoutAttr(s.cert, s.key, pkcs7.SignerInfoConfig{}); err != nil {
+		return nil, fault.Wrap(fault.Transient, err, "check that the module signing key can be reached")
+	}
+	sd.Detach()
+	// Finish would add the certificate, so what it wraps is wrapped here.
+	body := sd.GetSignedData()
+	body.SignerInfos[0].DigestEncryptionAlgorithm.Parameters = asn1.NullRawValue
+	inner, err := asn1.Marshal(*body)
+	if err != nil {
+		return nil, err
+	}
+	return asn1.Marshal(struct {
+		Type    asn1.ObjectIdentifier
+		Content asn1.RawValue
+	}{pkcs7.OIDSignedData, asn1.RawValue{Class: asn1.ClassContextSpecific, Tag: 0, IsCompound: true, Bytes: inner}})
+}
+
+// The trailer: struct module_signature of include/linux/module_signature.h.
+// Everything in it is zero but the kind of signature and its length.
+const (
+	trailerSize = 12
+	kindAt      = 2
+	kindPKCS7   = 2
+	lengthAt    = 8
+)
+
+// trailer returns what follows a signature.
+func trailer(signature []byte) []byte {
+	t := make([]byte, trailerSize, trailerSize+len(modinfo.SignatureMagic))
+	t[kindAt] = kindPKCS7
+	binary.BigEndian.PutUint32(t[lengthAt:], uint32(len(signature))) //nolint:gosec // bounded by maxSignature
+	return append(t, modinfo.SignatureMagic...)
+}
+
+func readModule(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	module, err := io.ReadAll(io.LimitReader(f, maxModule+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(module) > maxModule {
+		return nil, fault.Errorf(fault.CheckFailed, "more than %d bytes", maxModule)
+	}
+	return module, nil
+}
+
+// writeNew writes a signed module; half of one is never left.
+func writeNew(dst string, module, signature []byte) error {
+	f, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	for _, part := range [][]byte{module, signature, trailer(signature)} {
+		if err == nil {
+			_, err = f.Write(part)
+		}
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return errors.Join(err, os.Remove(dst))
+	}
+	return nil
+}

@@ -1,0 +1,231 @@
+package modsign
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/asn1"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/smallstep/pkcs7"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+)
+
+// What can be wrong with a module's signature. Each comes with its own text;
+// these are for errors.Is.
+var (
+	// ErrUnsigned: the kernel says EKEYREJECTED under module.sig_enforce=1.
+	ErrUnsigned = errors.New("module is not signed")
+	// ErrMalformed: EBADMSG or EINVAL.
+	ErrMalformed = errors.New("malformed module signature")
+	// ErrUnknownKey: ENOKEY.
+	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
+	// ErrChanged: EKEYREJECTED.
+	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
+)
+
+// Signature is one that holds.
+type Signature struct {
+	// Signer is the certificate whose key made it.
+	Signer *x509.Certificate
+	// Hash is the digest's object identifier.
+	Hash asn1.ObjectIdentifier
+}
+
+// Split parts a module from its signature, which is nil where there is none.
+// The trailer is held to the kernel's rules (kernel/module_signature.c,
+// mod_check_sig).
+func Split(module []byte) (body, signature []byte, err error) {
+	rest, ok := bytes.CutSuffix(module, []byte(modinfo.SignatureMagic))
+	if !ok {
+		return module, nil, nil
+	}
+	bad := func(what string) ([]byte, []byte, error) {
+		return nil, nil, fault.Errorf(fault.CheckFailed, "%w: trailer: %s", ErrMalformed, what)
+	}
+	if len(rest) < trailerSize {
+		return bad("cut off")
+	}
+	info := rest[len(rest)-trailerSize:]
+	rest = rest[:len(rest)-trailerSize]
+	length := binary.BigEndian.Uint32(info[lengthAt:])
+	want := make([]byte, lengthAt)
+	want[kindAt] = kindPKCS7
+	switch {
+	case info[kindAt] != kindPKCS7:
+		return bad("not PKCS #7")
+	case !bytes.Equal(info[:lengthAt], want):
+		return bad("a field that has to be zero is not")
+	case length == 0 || length > maxSignature || int64(length) >= int64(len(rest)):
+		return bad(fmt.Sprintf("%d bytes of signature in %d bytes", length, len(rest)))
+	}
+	at := len(rest) - int(length)
+	return rest[:at], rest[at:], nil
+}
+
+// Verify checks by the kernel's rules that a module carries a signature by the
+// key of one of these certificates, or of one that they have certified. It
+// holds no certificate against a clock: the kernel has none that it trusts.
+func Verify(module []byte, trusted []*x509.Certificate) (*Signature, error) {
+	body, signature, err := Split(module)
+	if err != nil {
+		return nil, err
+	}
+	if signature == nil {
+		return nil, fault.Wrap(fault.CheckFailed, ErrUnsigned, "sign it: give the builder a module key")
+	}
+	return verify(body, signature, trusted)
+}
+
+// VerifyFile is [Verify] for a file.
+func VerifyFile(path string, trusted []*x509.Certificate) (*Signature, error) {
+	module, err := readModule(path)
+	if err == nil {
+		var s *Signature
+		if s, err = Verify(module, trusted); err == nil {
+			return s, nil
+		}
+	}
+	return nil, fmt.Errorf("verify module %s: %w", path, err)
+}
+
+// verify decides over a detached signature (crypto/asymmetric_keys/pkcs7_*.c).
+func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, error) {
+	s, err := func() (*Signature, error) {
+		p7, err := parse(signature)
+		if err != nil {
+			return nil, err
+		}
+		reasons := []error{}
+		for _, signer := range p7.Signers {
+			cert := trustedSigner(signer.IssuerAndSerialNumber.IssuerName.FullBytes, signer.IssuerAndSerialNumber.SerialNumber.String(), p7.Certificates, trusted)
+			if cert == nil {
+				reasons = append(reasons, fmt.Errorf("%w: serial number %.80s", ErrUnknownKey, signer.IssuerAndSerialNumber.SerialNumber))
+				continue
+			}
+			one := *p7
+			one.Content, one.Certificates, one.Signers = body, []*x509.Certificate{cert}, p7.Signers[:0:0]
+			one.Signers = append(one.Signers, signer)
+			if err := one.Verify(); err != nil {
+				reasons = append(reasons, fmt.Errorf("%w: %.200q", ErrChanged, err.Error()))
+				continue
+			}
+			return &Signature{Signer: cert, Hash: signer.DigestAlgorithm.Algorithm}, nil
+		}
+		return nil, reasons[0]
+	}()
+	if err != nil {
+		return nil, fault.Wrap(fault.CheckFailed, err, "sign the module with a key whose certificate the kernel was built with")
+	}
+	return s, nil
+}
+
+// Bounds of a signature's parts; the kernel's own has one signer.
+const (
+	maxSigners = 16
+	maxChain   = 8
+)
+
+// parse reads a signature that the kernel would take for a module's.
+func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
+	if len(signature) > maxSignature {
+		return nil, fmt.Errorf("%w: %d bytes", ErrMalformed, len(signature))
+	}
+	// The library takes BER, and forgives some of what it cannot read. This is
+	// the outline, in DER, without anything behind it.
+	var outline struct {
+		Type    asn1.ObjectIdentifier
+		Content struct {
+			Version int
+			Digests asn1.RawValue
+			Inner   struct {
+				Type    asn1.ObjectIdentifier
+				Content asn1.RawValue `asn1:"explicit,optional,tag:0"`
+			}
+			Certificates asn1.RawValue   `asn1:"optional,tag:0"`
+			CRLs         asn1.RawValue   `asn1:"optional,tag:1"`
+			Signers      []asn1.RawValue `asn1:"set"`
+		} `asn1:"explicit,tag:0"`
+	}
+	rest, err := asn1.Unmarshal(signature, &outline)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
+	case len(rest) > 0:
+		return nil, fmt.Errorf("%w: data behind its end", ErrMalformed)
+	case !outline.Type.Equal(pkcs7.OIDSignedData) || !outline.Content.Inner.Type.Equal(pkcs7.OIDData):
+		return nil, fmt.Errorf("%w: not signed data", ErrMalformed)
+	case len(outline.Content.Inner.Content.FullBytes) > 0:
+		return nil, fmt.Errorf("%w: it holds content of its own", ErrMalformed)
+	}
+	if p7, err = pkcs7.Parse(signature); err != nil {
+		return nil, fmt.Errorf("%w: %.200q", ErrMalformed, err.Error())
+	}
+	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
+		return nil, fmt.Errorf("%w: %d signers", ErrMalformed, n)
+	}
+	for _, s := range p7.Signers {
+		switch {
+		case len(s.AuthenticatedAttributes) > 0: // pkcs7_verify.c: "Invalid module sig (authattrs)"
+			return nil, fmt.Errorf("%w: it has signed attributes, which the kernel refuses in modules", ErrMalformed)
+		case s.IssuerAndSerialNumber.SerialNumber == nil:
+			return nil, fmt.Errorf("%w: a signer without a serial number", ErrMalformed)
+		case !strings.HasPrefix(s.DigestAlgorithm.Algorithm.String(), sha2):
+			return nil, fmt.Errorf("%w: digest algorithm %s", ErrMalformed, s.DigestAlgorithm.Algorithm)
+		}
+	}
+	return p7, nil
+}
+
+// sha2 begins the object identifiers of that family.
+const sha2 = "2.16.840.1.101.3.4.2."
+
+// trustedSigner finds the certificate of a signer: a trusted one, or one that
+// came with the signature and was certified by a trusted one.
+func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certificate) *x509.Certificate {
+	is := func(c *x509.Certificate) bool {
+		return bytes.Equal(c.RawIssuer, issuer) && c.SerialNumber.String() == serial
+	}
+	for _, c := range trusted {
+		if is(c) {
+			return c
+		}
+	}
+	for _, c := range sent {
+		if is(c) && chains(c, sent, trusted) {
+			return c
+		}
+	}
+	return nil
+}
+
+// chains reports whether a certificate was certified by a trusted one, maybe
+// through others that came with it.
+func chains(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
+	certified := func(by *x509.Certificate) bool {
+		return bytes.Equal(by.RawSubject, c.RawIssuer) && by.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil
+	}
+	for range maxChain {
+		for _, t := range trusted {
+			if certified(t) {
+				return true
+			}
+		}
+		var next *x509.Certificate
+		for _, s := range sent {
+			if s != c && certified(s) {
+				next = s
+				break
+			}
+		}
+		if next == nil {
+			return false
+		}
+		c = next
+	}
+	return false
+}
