@@ -10,6 +10,7 @@
 package compile
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -22,9 +23,13 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
+	"golang.org/x/sync/errgroup"
+
 	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -32,7 +37,7 @@ import (
 
 // Recipe names the way modules are made here. It goes into cache keys: raise the
 // number with any change that may change the bytes that come out.
-const Recipe = "compile-1"
+const Recipe = "compile-2"
 
 // Request is one compilation. Source, Headers, Toolchain, Release, Arch and
 // WorkDir are needed.
@@ -53,8 +58,18 @@ type Request struct {
 	Arch   target.Arch
 	// Jobs is make's -j; 0 is the number of CPUs. It does not change the result.
 	Jobs int
-	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/
-	// and out/ afterwards and belongs to the caller.
+	// Debug keeps debug information: Result.Debug has the modules before
+	// stripping. It does not change the stripped ones.
+	Debug bool
+	// Cache remembers what conftest found out and what was compiled, for the
+	// same and for sibling kernels; nil does all the work again. It does not
+	// change the result. With it HeaderDigest, ToolchainDigest and SourceDigest
+	// are needed: they name the content of those folders, the last one for all
+	// flavours of Driver. A HeaderDigest may leave out compile.h and utsversion.h.
+	Cache                                       *cas.Cache
+	HeaderDigest, ToolchainDigest, SourceDigest string
+	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/,
+	// out/ and, with a Cache, aid/ afterwards and belongs to the caller.
 	WorkDir string
 	// Log receives the whole output of the run; nil drops it.
 	Log io.Writer
@@ -68,6 +83,9 @@ type Result struct {
 	// Modules maps a module's file name without .ko to the path of the stripped
 	// file in WorkDir/out, mode 0644.
 	Modules map[string]string
+	// Debug maps them to the files before stripping, with the same build ids.
+	// It is empty without Request.Debug.
+	Debug map[string]string
 	// Phases are conftest, compile, link and strip, as far as each took place.
 	Phases []timeline.Phase
 }
@@ -135,6 +153,9 @@ func (r Request) withDefaults() (Request, error) {
 	if left, err := os.ReadDir(r.WorkDir); err == nil && len(left) > 0 {
 		errs = append(errs, fmt.Errorf("work folder %s: not empty", r.WorkDir))
 	}
+	if r.Cache != nil && (r.HeaderDigest == "" || r.ToolchainDigest == "" || r.SourceDigest == "") {
+		errs = append(errs, errors.New("cache without the digests of headers, toolchain and source"))
+	}
 	if r.Jobs == 0 {
 		r.Jobs = runtime.NumCPU()
 	}
@@ -147,9 +168,19 @@ func (r Request) withDefaults() (Request, error) {
 	return r, errors.Join(errs...)
 }
 
+// build is one compilation under way.
+type build struct {
+	r        Request
+	t        tools
+	src, out string
+	box      sandbox.Config // make's, without its arguments and output
+	args     []string       // make's command line, less -j
+	watch    *watch
+}
+
 // run stages the sources, compiles with the make command given, and strips.
 func run(ctx context.Context, r Request, command func(tools) []string) (result *Result, err error) {
-	result = &Result{Modules: map[string]string{}}
+	result = &Result{Modules: map[string]string{}, Debug: map[string]string{}}
 	defer func() { err = stopped(ctx, err) }()
 	r, err = r.withDefaults()
 	if err != nil {
@@ -162,51 +193,96 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	if err := sandbox.Probe(ctx); err != nil {
 		return result, err
 	}
-	src, out := filepath.Join(r.WorkDir, "src"), filepath.Join(r.WorkDir, "out")
-	if err := stage(ctx, r.Source, src); err != nil {
+	b := &build{r: r, t: t, src: filepath.Join(r.WorkDir, "src"), out: filepath.Join(r.WorkDir, "out")}
+	if err := stage(ctx, r.Source, b.src); err != nil {
 		return result, diskFull(fmt.Errorf("copy sources: %w", err))
 	}
-	if err := os.Mkdir(out, 0o755); err != nil {
+	if err := os.Mkdir(b.out, 0o755); err != nil {
 		return result, diskFull(err)
 	}
-	box := sandbox.Config{
+	b.box = sandbox.Config{
 		Env: environment(t), Dir: insideSource,
 		Binds: []sandbox.Bind{
 			{Host: r.Toolchain, Inside: insideToolchain},
 			{Host: r.Headers, Inside: insideKernel},
-			{Host: src, Inside: insideSource, Writable: true},
-			{Host: out, Inside: insideOut, Writable: true},
+			{Host: b.src, Inside: insideSource, Writable: true},
+			{Host: b.out, Inside: insideOut, Writable: true},
 		},
 	}
+	b.args = append(command(t), "ARCH="+kernelArch[r.Arch])
+	b.args = append(append(b.args, t.variables...), flagVariables(r, t)...)
+	b.watch = newWatch(r.Log, r.Progress, countWork(b.src), time.Now)
 
-	w := newWatch(r.Log, r.Progress, countWork(src), time.Now)
-	box.Output = w
-	box.Argv = append(command(t), "-j"+strconv.Itoa(r.Jobs), "ARCH="+kernelArch[r.Arch])
-	box.Argv = append(box.Argv, t.variables...)
-	if t.clang {
-		// Kernels ask for this error, and older drivers trip over it in clang's
-		// stricter reading; COS's own farm drops it too.
-		box.Argv = append(box.Argv, "KCFLAGS=-Wno-error=strict-prototypes")
-	}
-	err = sandbox.Run(ctx, box)
-	if cerr := w.close(err != nil); cerr != nil && err == nil {
+	err = b.make(ctx)
+	if cerr := b.watch.close(err != nil); cerr != nil && err == nil {
 		err = diskFull(fmt.Errorf("write log: %w", cerr))
 	}
-	result.Phases = w.phases
+	result.Phases = b.watch.phases
 	if err != nil {
-		return result, diagnose(err, w.findings)
+		return result, diagnose(err, b.watch.findings)
 	}
-
-	err = strip(ctx, r, box, t, result)
-	if err != nil {
+	if err = b.strip(ctx, result); err != nil {
 		clear(result.Modules)
+		clear(result.Debug)
 	}
 	return result, err
 }
 
+// make runs make, with what is remembered laid out for it.
+func (b *build) make(ctx context.Context) error {
+	var a *aid
+	if b.r.Cache != nil {
+		var err error
+		if a, err = b.prepare(ctx); errors.Is(err, errNoAid) {
+			fmt.Fprintf(b.watch, "prebake: %v\n", err)
+		} else if err != nil {
+			return diskFull(err)
+		}
+	}
+	if a != nil {
+		n, err := a.restore(ctx)
+		if err != nil {
+			return diskFull(fmt.Errorf("restore objects: %w", err))
+		}
+		b.watch.reuse(phaseCompile, n)
+	}
+	box := b.box
+	box.Argv, box.Output = append(slices.Clone(b.args), "-j"+strconv.Itoa(b.r.Jobs)), b.watch
+	if err := sandbox.Run(ctx, box); err != nil {
+		return err
+	}
+	if a != nil {
+		if err := a.keep(ctx); err != nil {
+			return diskFull(fmt.Errorf("keep objects: %w", err))
+		}
+	}
+	return nil
+}
+
+// flagVariables are compiler flags of ours, on top of the kernel's.
+func flagVariables(r Request, t tools) []string {
+	var cflags, all []string
+	if t.clang {
+		// Kernels ask for this error, and older drivers trip over it in clang's
+		// stricter reading; COS's own farm drops it too.
+		cflags = append(cflags, "-Wno-error=strict-prototypes")
+	}
+	// Debug information is a fifth of the work, most of the bytes, and goes with
+	// stripping, unless BTF is made of it: which kbuild does where there is a
+	// vmlinux.
+	_, err := os.Lstat(filepath.Join(r.Headers, "vmlinux"))
+	if !r.Debug && !(t.btf && err == nil) {
+		cflags, all = append(cflags, "-g0"), append(all, "KAFLAGS=-g0")
+	}
+	if len(cflags) > 0 {
+		all = append(all, "KCFLAGS="+strings.Join(cflags, " "))
+	}
+	return all
+}
+
 // strip writes each module without its debug sections into out.
-func strip(ctx context.Context, r Request, box sandbox.Config, t tools, result *Result) (err error) {
-	built, err := filepath.Glob(filepath.Join(r.WorkDir, "src", "*.ko"))
+func (b *build) strip(ctx context.Context, result *Result) (err error) {
+	built, err := filepath.Glob(filepath.Join(b.src, "*.ko"))
 	if err != nil {
 		return err
 	}
@@ -214,30 +290,57 @@ func strip(ctx context.Context, r Request, box sandbox.Config, t tools, result *
 	if len(built) == 0 {
 		return fault.New(fault.Internal, "make ended well but left no module", "read the build's log for what it did")
 	}
-	w := newWatch(r.Log, func(string, int, int) {}, work{}, time.Now)
-	box.Output = w
 	phase := timeline.Phase{Name: "strip", Start: time.Now().UTC(), Note: count(len(built), "module")}
 	defer func() {
 		phase.Seconds, phase.Failed = time.Since(phase.Start).Seconds(), err != nil
 		result.Phases = append(result.Phases, phase)
 	}()
-	for i, file := range built {
-		r.Progress("strip", i, len(built))
-		name := filepath.Base(file)
-		box.Argv = []string{t.strip, "--strip-debug", "-o", insideOut + "/" + name, insideSource + "/" + name}
-		err := sandbox.Run(ctx, box)
-		err = cmp.Or(err, w.close(err != nil))
-		if err != nil {
-			return diagnose(fmt.Errorf("strip %s: %w", name, err), w.findings)
-		}
-		path := filepath.Join(r.WorkDir, "out", name)
-		if err := os.Chmod(path, 0o644); err != nil {
-			return fmt.Errorf("strip %s: %w", name, err)
-		}
-		result.Modules[strings.TrimSuffix(name, ".ko")] = path
+	b.r.Progress("strip", 0, len(built))
+	var mu sync.Mutex // the log's, and of what is counted
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(b.r.Jobs)
+	for _, file := range built {
+		g.Go(func() error {
+			name := filepath.Base(file)
+			if err := b.stripOne(gctx, name, &mu); err != nil {
+				return fmt.Errorf("strip %s: %w", name, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			module := strings.TrimSuffix(name, ".ko")
+			result.Modules[module] = filepath.Join(b.out, name)
+			if b.r.Debug {
+				result.Debug[module] = file
+			}
+			b.r.Progress("strip", len(result.Modules), len(built))
+			return nil
+		})
 	}
-	r.Progress("strip", len(built), len(built))
-	return nil
+	return g.Wait()
+}
+
+func (b *build) stripOne(ctx context.Context, name string, mu *sync.Mutex) error {
+	var said bytes.Buffer
+	box := b.box
+	box.Output, box.MaxOutput = &said, 1<<20
+	box.Argv = []string{b.t.strip, "--strip-debug", "-o", insideOut + "/" + name, insideSource + "/" + name}
+	err := sandbox.Run(ctx, box)
+	mu.Lock()
+	w := newWatch(b.r.Log, func(string, int, int) {}, work{}, time.Now)
+	_, werr := w.Write(said.Bytes())
+	werr = cmp.Or(werr, w.close(err != nil))
+	mu.Unlock()
+	if err = cmp.Or(err, werr); err != nil {
+		return diagnose(err, w.findings)
+	}
+	path, debug := filepath.Join(b.out, name), ""
+	if b.r.Debug {
+		debug = filepath.Join(b.src, name)
+	}
+	if err := os.Chmod(path, 0o644); err != nil {
+		return err
+	}
+	return setBuildID(path, debug)
 }
 
 func count(n int, thing string) string {

@@ -42,6 +42,7 @@ type tools struct {
 	clang     bool
 
 	modVersions bool // CONFIG_MODVERSIONS of the kernel
+	btf         bool // CONFIG_DEBUG_INFO_BTF_MODULES of the kernel
 }
 
 // A tool is named, not given as a command line: it is looked up in the
@@ -81,6 +82,7 @@ func findTools(r Request) (tools, error) {
 		return t, err
 	}
 	t.modVersions = config["CONFIG_MODVERSIONS"]
+	t.btf = config["CONFIG_DEBUG_INFO_BTF_MODULES"]
 	chain := toolchain(r.Toolchain)
 	cc, prefix, suffix, err := findCompiler(r, config, chain)
 	if err != nil {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -108,12 +109,38 @@ type watch struct {
 	phase    string
 	started  time.Time
 	done     int
+	reused   map[string]int // steps of a phase that need not be done
 	phases   []timeline.Phase
 	findings findings
 }
 
 func newWatch(log io.Writer, progress func(string, int, int), expect work, now func() time.Time) *watch {
-	return &watch{log: log, progress: progress, expect: expect, now: now, started: now()}
+	return &watch{log: log, progress: progress, expect: expect, now: now, started: now(), reused: map[string]int{}}
+}
+
+// reuse counts steps of a phase whose outcome was remembered.
+func (w *watch) reuse(phase string, n int) {
+	if n == 0 {
+		return
+	}
+	w.reused[phase] += n
+	if phase == phaseConftest && w.phase == "" {
+		w.phase = phase
+	}
+	if phase == w.phase {
+		done := w.done + w.reused[phase]
+		w.progress(phase, done, max(done, w.expect.of(phase)))
+	}
+}
+
+// note is what a phase's record says of itself.
+func (w *watch) note(phase string, done int) string {
+	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"}, phaseLink: {"step", ""}}[phase]
+	text := count(done+w.reused[phase], what[0])
+	if n := w.reused[phase]; n > 0 {
+		text += ", " + strconv.Itoa(n) + " " + what[1]
+	}
+	return text
 }
 
 func (w *watch) Write(p []byte) (int, error) {
@@ -149,10 +176,9 @@ func (w *watch) end(failed bool) {
 		return
 	}
 	now := w.now()
-	note := map[string]string{phaseConftest: "test", phaseCompile: "file", phaseLink: "step"}[w.phase]
 	w.phases = append(w.phases, timeline.Phase{
 		Name: w.phase, Start: w.started.UTC(), Seconds: now.Sub(w.started).Seconds(),
-		Note: count(w.done, note), Failed: failed,
+		Note: w.note(w.phase, w.done), Failed: failed,
 	})
 	w.phase, w.started, w.done = "", now, 0
 }
@@ -187,6 +213,11 @@ func (w *watch) read(line string) {
 			return
 		}
 	}
+	// With every object reused nothing is compiled, and that is worth a record.
+	if phase == phaseLink && w.phase != phaseCompile && w.phase != phaseLink && w.reused[phaseCompile] > 0 {
+		w.end(false)
+		w.phase = phaseCompile
+	}
 	// Conftests come before everything else; a late one does not turn time back.
 	if w.phase != phase && (w.phase == "" || phase != phaseConftest) {
 		w.end(false)
@@ -195,5 +226,6 @@ func (w *watch) read(line string) {
 	if phase == w.phase && m[1] != "MODPOST" {
 		w.done++
 	}
-	w.progress(w.phase, w.done, max(w.done, w.expect.of(w.phase)))
+	done := w.done + w.reused[w.phase]
+	w.progress(w.phase, done, max(done, w.expect.of(w.phase)))
 }

@@ -1,0 +1,116 @@
+package compile_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// A cache never makes a different module, with a real kernel and a real driver:
+// what make alone compiles with debug information, what an empty cache's build
+// leaves, and what a filled one's leaves are the same bytes. PREBAKE_CELLS is a
+// list of BUILD_ID/VERSION; the cells share one cache, in that order, and each
+// is also made by make alone unless a "=" before it says that it has to equal
+// the one before.
+func TestRealSameBytes(t *testing.T) {
+	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
+	if mirror == "" || cells == "" {
+		t.Skip("PREBAKE_MIRROR and PREBAKE_CELLS name no mirror and no cells to compile")
+	}
+	cache, err := cas.Open(filepath.Join(t.TempDir(), "cache"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cache.Close()
+	kernels, err := cosbucket.Open(t.Context(), mirror+"/cos")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kernels.Close()
+	drivers, err := cosbucket.Open(t.Context(), mirror+"/drivers")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer drivers.Close()
+	var want map[string]string
+	for cell := range strings.FieldsSeq(cells) {
+		cell, same := strings.CutPrefix(cell, "=")
+		id, version, _ := strings.Cut(cell, "/")
+		k, err := cossrc.Fetch(t.Context(), kernels, cache, id, "lakitu", func(string) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d, err := nvsrc.Fetch(t.Context(), drivers, cache, version, k.Kernel.Arch, func(string) {})
+		if err != nil {
+			t.Fatal(err)
+		}
+		source, err := d.Source(target.Proprietary)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r := compile.Request{
+			Source: source, Headers: k.Headers, Toolchain: k.Toolchain, Env: k.Env, Release: k.Kernel.Release,
+			Driver: target.Driver{Version: version, Flavour: target.Proprietary}, Arch: k.Kernel.Arch,
+			HeaderDigest: k.HeadersDigest, ToolchainDigest: k.ToolchainDigest, SourceDigest: d.SourceDigest,
+		}
+		if !same {
+			r.Debug = true
+			want = compileReal(t, r, cell+" by make alone")
+			r.Debug = false
+		}
+		r.Cache = cache
+		for _, what := range []string{" for the first time", " once more"} {
+			got := compileReal(t, r, cell+what)
+			if len(got) != len(want) {
+				t.Fatalf("%s%s: %d modules; want %d", cell, what, len(got), len(want))
+			}
+			for name, path := range want {
+				if !sameFile(t, got[name], path) {
+					t.Errorf("%s%s: %s is not what make alone makes (%s, %s)", cell, what, name, got[name], path)
+				}
+			}
+		}
+	}
+}
+
+func compileReal(t *testing.T, r compile.Request, what string) map[string]string {
+	t.Helper()
+	var log bytes.Buffer
+	r.WorkDir, r.Log = t.TempDir(), &log
+	result, err := compile.Modules(t.Context(), r)
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", what, err, log.Bytes()[max(0, log.Len()-4000):])
+	}
+	for _, p := range result.Phases {
+		t.Logf("%s: %-9s %6.1f s  %s", what, p.Name, p.Seconds, p.Note)
+	}
+	if strings.Contains(log.String(), "prebake: ") {
+		t.Logf("%s", log.Bytes()[strings.Index(log.String(), "prebake: "):][:400])
+	}
+	if len(result.Debug) > 0 != r.Debug {
+		t.Errorf("%s: debug files %v; asked for: %t", what, result.Debug, r.Debug)
+	}
+	return result.Modules
+}
+
+func sameFile(t *testing.T, a, b string) bool {
+	t.Helper()
+	one, err := os.ReadFile(a)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, err := os.ReadFile(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return bytes.Equal(one, two)
+}

@@ -1,0 +1,153 @@
+package compile
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/cas"
+)
+
+// A view is a kernel's header tree less what tells it from its siblings: the
+// release and version strings, the salt of the build ids, and the checksums in
+// Module.symvers. What is remembered under a view's digest is found out with
+// those things out of sight, so that the key covers all that was to be seen.
+type view struct {
+	viewFact
+	masked map[string][]byte // what stands in for a file, by slash path below the tree
+}
+
+// viewFact is the costly part of a view, remembered for a header tree's digest.
+type viewFact struct {
+	// Digest covers every file and, of those that are masked, the mask.
+	Digest string `json:"digest"`
+	// Macros says that a header names a macro of NVIDIA's conftest or version.
+	Macros bool `json:"macros"`
+}
+
+var (
+	quoted      = regexp.MustCompile(`"[^"\n]*"`)
+	symversCRC  = regexp.MustCompile(`(?m)^0x[0-9a-fA-F]+\t`)
+	driverMacro = regexp.MustCompile(`\bNV_\w+_PRESENT\b|\bNV_VERSION_STRING\b`)
+)
+
+const maskedString = `"masked"`
+
+func dropSalt(text []byte) []byte {
+	var kept []byte
+	for line := range bytes.Lines(text) {
+		if !bytes.Contains(line, []byte("CONFIG_BUILD_SALT")) {
+			kept = append(kept, line...)
+		}
+	}
+	return kept
+}
+
+func dropStrings(text []byte) []byte { return quoted.ReplaceAll(text, []byte(maskedString)) }
+
+// masks are the files of which a view shows only a part.
+func masks() map[string]func([]byte) []byte {
+	return map[string]func([]byte) []byte{
+		".config":                        dropSalt,
+		"include/config/auto.conf":       dropSalt,
+		"include/generated/autoconf.h":   dropSalt,
+		"include/generated/rustc_cfg":    dropSalt,
+		"include/generated/compile.h":    dropStrings,
+		"include/generated/package.h":    dropStrings,
+		"include/generated/utsrelease.h": dropStrings,
+		"include/generated/utsversion.h": dropStrings,
+		"include/config/kernel.release":  func([]byte) []byte { return []byte("masked\n") },
+		"Module.symvers":                 func(text []byte) []byte { return symversCRC.ReplaceAll(text, []byte("0x00000000\t")) },
+	}
+}
+
+// newView reads the header tree.
+func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string) (*view, error) {
+	v := &view{masked: map[string][]byte{}}
+	h := sha256.New()
+	all := masks()
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		path := filepath.Join(headers, name)
+		if info, err := os.Lstat(path); errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, err
+		} else if !info.Mode().IsRegular() {
+			return nil, fmt.Errorf("%s: not a file", name)
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		v.masked[name] = all[name](text)
+		fmt.Fprintf(h, "%s %d\n%s\n", name, len(v.masked[name]), v.masked[name])
+	}
+	var shown viewFact
+	raw, ok := cache.Recall("header-view-1", headerDigest)
+	if !ok || json.Unmarshal(raw, &shown) != nil {
+		var err error
+		if shown.Digest, err = cas.DigestTree(ctx, headers, func(p string) bool { return v.masked[p] != nil }); err != nil {
+			return nil, err
+		}
+		if shown.Macros, err = namesDriver(headers); err != nil {
+			return nil, err
+		}
+		if raw, err = json.Marshal(shown); err != nil {
+			return nil, err
+		}
+		if err := cache.Remember("header-view-1", headerDigest, raw); err != nil {
+			return nil, err
+		}
+	}
+	fmt.Fprintln(h, shown.Digest)
+	v.Digest, v.Macros = hex.EncodeToString(h.Sum(nil)), shown.Macros
+	return v, nil
+}
+
+// namesDriver reports whether a header speaks of the driver's own macros: then
+// what the driver defines changes what the header says.
+func namesDriver(headers string) (found bool, err error) {
+	err = filepath.WalkDir(headers, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() || !strings.HasSuffix(path, ".h") {
+			return err
+		}
+		text, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		if driverMacro.Match(text) {
+			found = true
+			return fs.SkipAll
+		}
+		return nil
+	})
+	return found, err
+}
+
+// binds lays the masks over the header tree of a sandbox; their files go to dir.
+func (v *view) binds(dir string) ([]sandbox.Bind, error) {
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, err
+	}
+	var binds []sandbox.Bind
+	for _, name := range slices.Sorted(maps.Keys(v.masked)) {
+		file := filepath.Join(dir, strings.ReplaceAll(name, "/", "@"))
+		if err := os.WriteFile(file, v.masked[name], 0o644); err != nil {
+			return nil, err
+		}
+		binds = append(binds, sandbox.Bind{Host: file, Inside: insideKernel + "/" + name})
+	}
+	return binds, nil
+}
