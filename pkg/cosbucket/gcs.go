@@ -126,7 +126,7 @@ func (g *gcs) open(ctx context.Context, name string, offset int64, pin string) (
 	if err != nil {
 		err = gcsError(err)
 		if fault.Is(err, fault.InputMissing) {
-			err = fault.Wrap(fault.Transient, fmt.Errorf("it was replaced while it was fetched: %v", err), "try again")
+			err = fault.Wrap(fault.Transient, errors.New("it was replaced while it was fetched"), "try again")
 		}
 		return nil, Attrs{}, err
 	}

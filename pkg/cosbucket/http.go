@@ -95,7 +95,7 @@ func statusError(code int) error {
 }
 
 func (w *web) open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error) {
-	resp, err := w.fetch(ctx, name, offset, pin) //nolint:bodyclose // the caller closes what is returned
+	resp, err := w.fetch(ctx, name, offset, pin)
 	if err != nil {
 		return nil, Attrs{}, err
 	}
