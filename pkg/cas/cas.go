@@ -66,6 +66,10 @@ type Cache struct {
 	// Say is told in a line about a damaged tree that is made again; nil is
 	// silent. It is set before the first use, if at all.
 	Say func(text string)
+	// Count hears of each question by kind ("blob", a tree's kind, "fact:" and a
+	// fact's), and whether the answer was there; nil is deaf. It is set before the
+	// first use, and may be called concurrently.
+	Count func(kind string, hit bool)
 
 	dir   string
 	owner string
@@ -182,6 +186,12 @@ func (c *Cache) Close() error {
 // Dir returns the cache's folder as an absolute path.
 func (c *Cache) Dir() string { return c.dir }
 
+func (c *Cache) counted(kind string, hit bool) {
+	if c.Count != nil {
+		c.Count(kind, hit)
+	}
+}
+
 func (c *Cache) tmp() string  { return filepath.Join(c.dir, tmpDir, c.owner) }
 func (c *Cache) work() string { return filepath.Join(c.dir, workDir, c.owner) }
 
@@ -242,6 +252,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 
 // Blob returns the path of a stored blob, which stays until the work ends; see Begin.
 func (c *Cache) Blob(digest string) (path string, ok bool) {
+	defer func() { c.counted(blobKind, ok) }()
 	if !digestPattern.MatchString(digest) {
 		return "", false
 	}
@@ -290,6 +301,11 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 	if !keyPattern.MatchString(kind) || !keyPattern.MatchString(key) {
 		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
 	}
+	defer func() {
+		if err == nil {
+			c.counted(kind, cached)
+		}
+	}()
 	path = filepath.Join(c.dir, treesDir, kind, key)
 	if err := c.use(useName(kind, key)); err != nil {
 		if errors.Is(err, fs.ErrPermission) {
@@ -385,10 +401,11 @@ func factSum(value []byte) []byte {
 }
 
 // Recall returns what was remembered under the key; a damaged fact is forgotten.
-func (c *Cache) Recall(kind, key string) ([]byte, bool) {
+func (c *Cache) Recall(kind, key string) (value []byte, ok bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}
+	defer func() { c.counted("fact:"+kind, ok) }()
 	path := c.factPath(kind, key)
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -398,7 +415,7 @@ func (c *Cache) Recall(kind, key string) ([]byte, bool) {
 		now := time.Now()
 		_ = os.Chtimes(path, now, now) // else Trim thinks it unused
 	}
-	_, value, _ := bytes.Cut(text, []byte("\n"))
+	_, value, _ = bytes.Cut(text, []byte("\n"))
 	return value, bytes.HasPrefix(text, factSum(value))
 }
 

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// What a build takes at its peak, as docs/decisions/0016 measured: a work
+// folder with debug information, and what it adds to the cache.
+const buildNeeds = 4 << 30
+
+func cacheFlag() ucli.Flag {
+	return &ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")}
+}
+
+// cacheSizeFlag is the bound that build and work keep; see trimCache.
+func cacheSizeFlag() ucli.Flag {
+	return &ucli.StringFlag{Name: "cache-size", Usage: "remove what was not used for the longest time from a cache larger than `SIZE`, as in 20GiB, after each build; default: no bound",
+		Sources: cli.Env("cache-size"), Validator: validSize}
+}
+
+func validSize(text string) error { _, err := parseSize(text); return err }
+
+// parseSize reads 20GiB, 500MB or a number of bytes; "" is 0.
+func parseSize(text string) (int64, error) {
+	if text == "" {
+		return 0, nil
+	}
+	n, err := humanize.ParseBytes(text)
+	if err != nil || n == 0 || n > 1<<60 {
+		return 0, fmt.Errorf("size %q: want it as in 20GiB", text)
+	}
+	return int64(n), nil
+}
+
+// trimCache keeps the cache within --cache-size. To be called after a build;
+// without the flag it does nothing.
+func trimCache(ctx context.Context, cmd *ucli.Command, cache *cas.Cache) (*cas.Trimmed, error) {
+	size, err := parseSize(cmd.String("cache-size"))
+	if err != nil || size == 0 {
+		return &cas.Trimmed{}, err
+	}
+	return cache.Trim(ctx, cas.Limit{Bytes: size})
+}
+
+func cacheCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:   "cache",
+		Usage:  "list what the cache holds",
+		Flags:  []ucli.Flag{cacheFlag(), cli.OutputFlag()},
+		Action: listCache,
+		Commands: []*ucli.Command{{
+			Name:  "trim",
+			Usage: "remove what was not used for the longest time",
+			Description: "What a running builder uses is never removed, so this may be called at any time.\n" +
+				"Everything that goes can be fetched or made again.",
+			Flags: []ucli.Flag{
+				cacheFlag(),
+				&ucli.StringFlag{Name: "max-size", Usage: "until the cache is not larger than `SIZE`, as in 20GiB", Validator: validSize},
+				&ucli.StringFlag{Name: "min-free", Usage: "until the disk has `SIZE` free", Validator: validSize},
+				&ucli.DurationFlag{Name: "older-than", Usage: "whatever was not used for this `TIME`, as in 720h"},
+				&ucli.BoolFlag{Name: "dry-run", Usage: "remove nothing, say what would go"},
+				cli.OutputFlag(),
+			},
+			Action: runTrim,
+		}},
+	}
+}
+
+// withCache opens the cache for one command.
+func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
+	cache, err := cas.Open(cmd.String("cache"))
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(cache), cache.Close())
+}
+
+func listCache(ctx context.Context, cmd *ucli.Command) error {
+	if name := cmd.Args().First(); name != "" {
+		return fault.New(fault.Usage, fmt.Sprintf("%s has no command %q", cmd.FullName(), name), "see "+cmd.FullName()+" --help")
+	}
+	return withCache(cmd, func(cache *cas.Cache) error {
+		kinds, err := cache.Kinds(ctx)
+		if err != nil {
+			return err
+		}
+		var total int64
+		for _, k := range kinds {
+			total += k.Bytes
+		}
+		list := struct {
+			Dir   string     `json:"dir"`
+			Bytes int64      `json:"bytes"`
+			Kinds []cas.Kind `json:"kinds"`
+		}{cache.Dir(), total, kinds}
+		return cli.Print(cmd, list, func(w io.Writer) error {
+			if _, err := fmt.Fprintf(w, "%s\n%s", list.Dir, kindTable(kinds, true)); err != nil {
+				return err
+			}
+			_, err := fmt.Fprintf(w, "%-24s %8s %10s\n", "total", "", humanize.IBytes(uint64(total)))
+			return err
+		})
+	})
+}
+
+// kindTable fits 80 columns.
+func kindTable(kinds []cas.Kind, used bool) string {
+	text := fmt.Sprintf("%-24s %8s %10s", "KIND", "ENTRIES", "SIZE")
+	if used {
+		text += fmt.Sprintf(" %8s  %s", "IN USE", "LAST USE")
+	}
+	text += "\n"
+	for _, k := range kinds {
+		text += fmt.Sprintf("%-24.24s %8d %10s", k.Name, k.Entries, humanize.IBytes(uint64(k.Bytes)))
+		if used {
+			last := "-"
+			if !k.LastUse.IsZero() {
+				last = k.LastUse.UTC().Format(time.DateTime)
+			}
+			text += fmt.Sprintf(" %8d  %s", k.InUse, last)
+		}
+		text += "\n"
+	}
+	return text
+}
+
+func runTrim(ctx context.Context, cmd *ucli.Command) error {
+	limit := cas.Limit{OlderThan: cmd.Duration("older-than"), DryRun: cmd.Bool("dry-run")}
+	var err error
+	if limit.Bytes, err = parseSize(cmd.String("max-size")); err != nil {
+		return err
+	}
+	if limit.MinFree, err = parseSize(cmd.String("min-free")); err != nil {
+		return err
+	}
+	if limit.Bytes == 0 && limit.MinFree == 0 && limit.OlderThan <= 0 {
+		return fault.New(fault.Usage, "trim to what?", "give --max-size, --min-free or --older-than, as in --max-size 20GiB")
+	}
+	return withCache(cmd, func(cache *cas.Cache) error {
+		done, err := cache.Trim(ctx, limit)
+		if err != nil {
+			return err
+		}
+		if done.Busy {
+			return fault.New(fault.Busy, "another process is trimming "+cache.Dir(), "wait for it")
+		}
+		return cli.Print(cmd, done, func(w io.Writer) error {
+			verb := "removed"
+			if limit.DryRun {
+				verb = "would remove"
+			}
+			_, err := fmt.Fprintf(w, "%s%s %d entries, %s; %s left", kindTable(done.Kinds, false), verb, done.Removed, humanize.IBytes(uint64(done.Freed)), humanize.IBytes(uint64(done.Left)))
+			if err == nil && done.InUse > 0 {
+				_, err = fmt.Fprintf(w, "; %d entries stay, they are in use", done.InUse)
+			}
+			if err == nil {
+				_, err = fmt.Fprintln(w)
+			}
+			return err
+		})
+	})
+}

@@ -1,0 +1,24 @@
+package main
+
+import (
+	"context"
+	"log/slog"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/telemetry"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+// metricsFlag is for programs that run long enough to be scraped.
+func metricsFlag() ucli.Flag {
+	return &ucli.StringFlag{Name: "metrics-address", Usage: "serve Prometheus metrics at http://`HOST:PORT`/metrics, as in 127.0.0.1:9440; default: nowhere",
+		Sources: cli.Env("metrics-address")}
+}
+
+// startTelemetry begins what --metrics-address and the OTEL_* environment ask
+// for. A command without that flag has traces only.
+func startTelemetry(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, log *slog.Logger) (*telemetry.Telemetry, error) {
+	return telemetry.Start(ctx, telemetry.Config{Version: version, MetricsAddress: cmd.String("metrics-address"), Cache: cache, Log: log})
+}

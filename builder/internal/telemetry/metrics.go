@@ -1,0 +1,159 @@
+package telemetry
+
+import (
+	"context"
+	"net/http"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// metrics has a registry of its own: the library's global one is shared with
+// whatever else is linked.
+type metrics struct {
+	registry *prometheus.Registry
+	seconds  *prometheus.HistogramVec
+	results  *prometheus.CounterVec
+	lookups  *prometheus.CounterVec
+	running  prometheus.Gauge
+	queue    *queueDepth
+}
+
+func newMetrics(c Config) *metrics {
+	m := &metrics{
+		registry: prometheus.NewRegistry(),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "prebake_build_phase_seconds", Help: "Duration of a build's phases; of is the phase that one is a part of.",
+			Buckets: []float64{.1, .5, 1, 2, 5, 10, 20, 60, 120, 300, 600, 1200, 2700},
+		}, []string{"phase", "of"}),
+		results: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "prebake_builds_total", Help: "Builds that ended, by class: published, or the class of the failure.",
+		}, []string{"class", "flavour", "early_warning"}),
+		lookups: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "prebake_cache_lookups_total", Help: "Questions to the cache, by kind and result: hit or miss.",
+		}, []string{"kind", "result"}),
+		running: prometheus.NewGauge(prometheus.GaugeOpts{Name: "prebake_builds_running", Help: "Builds in progress."}),
+		queue:   &queueDepth{},
+	}
+	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "prebake_builder_info", Help: "Version of the builder.",
+		ConstLabels: prometheus.Labels{"version": c.Version}})
+	info.Set(1)
+	m.registry.MustRegister(m.seconds, m.results, m.lookups, m.running, m.queue, info,
+		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	if c.Cache != nil {
+		m.registry.MustRegister(&cacheSize{cache: c.Cache})
+	}
+	return m
+}
+
+func (m *metrics) handler() http.Handler {
+	return promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{ErrorHandling: promhttp.ContinueOnError})
+}
+
+func (m *metrics) phase(p timeline.Phase) {
+	m.seconds.WithLabelValues(p.Name, p.Of).Observe(p.Seconds)
+}
+
+func (m *metrics) result(c Cell, err error) {
+	class := "published"
+	if err != nil {
+		class = fault.Of(err).String()
+	}
+	m.results.WithLabelValues(class, c.Flavour, strconv.FormatBool(c.EarlyWarning)).Inc()
+}
+
+func (m *metrics) lookup(kind string, hit bool) {
+	result := "miss"
+	if hit {
+		result = "hit"
+	}
+	m.lookups.WithLabelValues(kind, result).Inc()
+}
+
+// Queue has the queue's jobs by state counted from now on; nil ends that.
+func (t *Telemetry) Queue(depth func(context.Context) (map[string]int, error)) {
+	if t == nil {
+		return
+	}
+	t.metrics.queue.mu.Lock()
+	defer t.metrics.queue.mu.Unlock()
+	t.metrics.queue.depth = depth
+}
+
+func queueDesc() *prometheus.Desc {
+	return prometheus.NewDesc("prebake_queue_jobs", "Jobs in the build queue by state.", []string{"state"}, nil)
+}
+
+// queueDepth asks the queue when it is scraped.
+type queueDepth struct {
+	mu    sync.Mutex
+	depth func(context.Context) (map[string]int, error)
+}
+
+func (q *queueDepth) Describe(out chan<- *prometheus.Desc) { out <- queueDesc() }
+
+func (q *queueDepth) Collect(out chan<- prometheus.Metric) {
+	q.mu.Lock()
+	defer q.mu.Unlock() // the queue stays open for as long
+	if q.depth == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	counts, err := q.depth(ctx)
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(queueDesc(), err)
+		return
+	}
+	for state, n := range counts {
+		out <- prometheus.MustNewConstMetric(queueDesc(), prometheus.GaugeValue, float64(n), state)
+	}
+}
+
+func cacheDescs() (bytes, entries *prometheus.Desc) {
+	return prometheus.NewDesc("prebake_cache_bytes", "Size of the cache by kind.", []string{"kind"}, nil),
+		prometheus.NewDesc("prebake_cache_entries", "Entries of the cache by kind.", []string{"kind"}, nil)
+}
+
+// cacheSize walks the cache's folder, and no oftener than once a minute.
+type cacheSize struct {
+	cache *cas.Cache
+
+	mu    sync.Mutex
+	at    time.Time
+	kinds []cas.Kind
+}
+
+func (s *cacheSize) Describe(out chan<- *prometheus.Desc) {
+	bytes, entries := cacheDescs()
+	out <- bytes
+	out <- entries
+}
+
+func (s *cacheSize) Collect(out chan<- prometheus.Metric) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	bytes, entries := cacheDescs()
+	if s.at.IsZero() || time.Since(s.at) > time.Minute {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		kinds, err := s.cache.Kinds(ctx)
+		if err != nil {
+			out <- prometheus.NewInvalidMetric(bytes, err)
+			return
+		}
+		s.kinds, s.at = kinds, time.Now()
+	}
+	for _, k := range s.kinds {
+		out <- prometheus.MustNewConstMetric(bytes, prometheus.GaugeValue, float64(k.Bytes), k.Name)
+		out <- prometheus.MustNewConstMetric(entries, prometheus.GaugeValue, float64(k.Entries), k.Name)
+	}
+}
