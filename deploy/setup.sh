@@ -15,8 +15,9 @@ declare -A groups=(
   # libraries. Load test and demo node: qemu, and its network card's boot ROM,
   # without which qemu refuses to make the card.
   [run]="bubblewrap make bc libelf1 gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
-  # The other database of the server and its queue; see deploy/postgres.sh.
-  [test]="postgresql"
+  # The other database of the server and its queue; see deploy/postgres.sh. A
+  # registry that nobody here wrote.
+  [test]="postgresql docker-registry"
   # A Dockerfile builder that needs no daemon, a base image made on the spot, and
   # what enters an image to try its sandbox.
   [images]="buildah debootstrap bubblewrap"
@@ -61,6 +62,11 @@ if [[ " ${missing[*]} " == *" postgresql "* ]]; then
   # Only the programs are wanted: no server that runs on this machine from now on.
   "${sudo[@]}" mkdir -p /etc/postgresql-common/createcluster.d
   echo 'create_main_cluster = false' | "${sudo[@]}" tee /etc/postgresql-common/createcluster.d/prebake.conf >/dev/null
+fi
+if [[ " ${missing[*]} " == *" docker-registry "* ]]; then
+  # As above: the program, and no service of that name.
+  "${sudo[@]}" mkdir -p /etc/systemd/system
+  "${sudo[@]}" ln -sfn /dev/null /etc/systemd/system/docker-registry.service
 fi
 # Recommended packages stay out: qemu's alone would be a desktop.
 apt install -y --no-install-recommends "${missing[@]}" >&2

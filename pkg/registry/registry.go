@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -37,6 +38,9 @@ type Options struct {
 	// Username and Password are sent where the registry asks for them. A
 	// password alone is a token. Both empty: the Docker configuration decides.
 	Username, Password string
+	// Keychain finds credentials where there is no password; nil is the user's
+	// Docker configuration.
+	Keychain authn.Keychain
 	// Plain speaks HTTP. Loopback and private addresses are tried both ways
 	// without it.
 	Plain bool

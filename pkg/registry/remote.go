@@ -57,6 +57,8 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 			user = "token"
 		}
 		s.options = append(s.options, remote.WithAuth(authn.FromConfig(authn.AuthConfig{Username: user, Password: o.Password})))
+	case o.Keychain != nil:
+		s.options = append(s.options, remote.WithAuthFromKeychain(o.Keychain))
 	default:
 		s.options = append(s.options, remote.WithAuthFromKeychain(authn.DefaultKeychain))
 	}

@@ -1,0 +1,78 @@
+package login_test
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+
+	"github.com/prebake/prebake/builder/internal/login"
+)
+
+// gcloud is a program that answers as Google's does.
+const gcloud = `#!/bin/sh
+echo '{"credential":{"access_token":"token-of-gcloud","token_expiry":"2999-01-01T00:00:00Z"}}'
+`
+
+// TestKeychain asks for a registry of Google's and for others, with and
+// without an entry in the Docker configuration.
+func TestKeychain(t *testing.T) {
+	home := t.TempDir()
+	for name, value := range map[string]string{
+		"HOME": home, "DOCKER_CONFIG": home, "CLOUDSDK_CONFIG": home, "GOOGLE_APPLICATION_CREDENTIALS": "", "REGISTRY_AUTH_FILE": "", "XDG_RUNTIME_DIR": home,
+		// No machine account here.
+		"GCE_METADATA_HOST": noMetadata(t), "PATH": home,
+	} {
+		t.Setenv(name, value)
+	}
+	if err := os.WriteFile(filepath.Join(home, "gcloud"), []byte(gcloud), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	config, err := json.Marshal(map[string]any{"auths": map[string]any{
+		"europe-docker.pkg.dev": map[string]string{"auth": base64.StdEncoding.EncodeToString([]byte("me:written-down"))},
+		"registry.example":      map[string]string{"auth": base64.StdEncoding.EncodeToString([]byte("me:example"))},
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(home, "config.json"), config, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for host, want := range map[string]string{
+		"us-docker.pkg.dev": "token-of-gcloud", "gcr.io": "token-of-gcloud", "europe-docker.pkg.dev": "written-down", "registry.example": "example", "other.example": "",
+	} {
+		reg, err := name.NewRegistry(host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		auth, err := login.Keychain().Resolve(reg)
+		if err != nil {
+			t.Errorf("%s: Resolve = %v", host, err)
+			continue
+		}
+		got := &authn.AuthConfig{}
+		if auth != authn.Anonymous {
+			if got, err = auth.Authorization(); err != nil {
+				t.Errorf("%s: Authorization = %v", host, err)
+				continue
+			}
+		}
+		if got.Password != want {
+			t.Errorf("%s: password = %q; want %q", host, got.Password, want)
+		}
+	}
+}
+
+// noMetadata is a metadata server without an account.
+func noMetadata(t *testing.T) string {
+	t.Helper()
+	s := httptest.NewServer(http.NotFoundHandler())
+	t.Cleanup(s.Close)
+	return s.Listener.Addr().String()
+}

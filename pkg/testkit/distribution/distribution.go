@@ -1,0 +1,82 @@
+// Package distribution runs the registry of the distribution project, as
+// Debian packages it, for one test: a registry that nobody here wrote. Only
+// test files import it. It refuses to stand in for one with the referrers API:
+// version 2.8 has none, and that is what it is for.
+package distribution
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"testing"
+)
+
+// Program is the registry's name on PATH; Debian's package has the same.
+// Tests that need it are skipped where it is not there.
+const Program = "docker-registry"
+
+const config = `version: 0.1
+log: {level: info, formatter: text}
+storage:
+  filesystem: {rootdirectory: %q}
+http: {addr: "127.0.0.1:0"}
+`
+
+var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+)`)
+
+// Start runs an empty registry that ends with the test and returns its
+// host:port.
+func Start(t testing.TB) string {
+	t.Helper()
+	program, err := exec.LookPath(Program)
+	if err != nil {
+		t.Skipf("%s is not on PATH: install Debian's package of that name (deploy/setup.sh test)", Program)
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "config.yml")
+	if err := os.WriteFile(file, fmt.Appendf(nil, config, filepath.Join(dir, "data")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "serve", file)
+	cmd.Env = []string{"HOME=/nonexistent", "OTEL_TRACES_EXPORTER=none"}
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd.Stdout, cmd.Stderr = w, w
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	_ = w.Close() // the program has its own
+	stop := func(rest chan struct{}) {
+		if err := cmd.Process.Kill(); err != nil {
+			t.Errorf("stop the registry: %v", err)
+		}
+		<-rest
+		_ = cmd.Wait() // killed
+		_ = r.Close()
+	}
+	// It says where it listens, or ends.
+	var said []string
+	for lines := bufio.NewScanner(r); lines.Scan(); {
+		if m := listening.FindStringSubmatch(lines.Text()); m != nil {
+			rest := make(chan struct{})
+			go func() {
+				defer close(rest)
+				_, _ = io.Copy(io.Discard, r)
+			}()
+			t.Cleanup(func() { stop(rest) })
+			return m[1]
+		}
+		said = append(said, lines.Text())
+	}
+	ended := make(chan struct{})
+	close(ended)
+	stop(ended)
+	t.Fatalf("the registry ended and said %q", said)
+	return ""
+}
