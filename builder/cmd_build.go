@@ -7,6 +7,8 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -26,13 +28,13 @@ func pipelineFlags() []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://", Sources: cli.Env("kernel-mirror")},
 		&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
-		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, or oci:FOLDER; may be given more than once", Sources: cli.Env("to"), Required: true},
+		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, or oci:FOLDER; may be given more than once", Sources: cli.Env("to")},
 		&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to; all others take the Docker configuration", Sources: cli.Env("username")},
 		&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
-		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen) or KMS URI", Sources: cli.Env("key"), Required: true},
+		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen) or KMS URI", Sources: cli.Env("key")},
 		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
 		&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")},
-		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
+		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`, of each cell; 0 divides the processors", Sources: cli.Env("jobs")},
 		&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for one compile; a build from the queue has one hour in all", Sources: cli.Env("compile-timeout")},
 		&ucli.StringFlag{Name: "load-test", Value: string(pipeline.LoadTestAuto), Usage: "load the modules in a virtual machine: auto, require or off", Sources: cli.Env("load-test"),
 			Validator: func(s string) error {
@@ -64,7 +66,24 @@ func sibling(name string) string {
 	return filepath.Join(filepath.Dir(self), name)
 }
 
+// missing returns an error that names the flags of these that nobody set.
+func missing(cmd *ucli.Command, names ...string) error {
+	var none []string
+	for _, name := range names {
+		if list, ok := cmd.Value(name).([]string); cmd.String(name) == "" && (!ok || len(list) == 0) {
+			none = append(none, "--"+name)
+		}
+	}
+	if len(none) == 0 {
+		return nil
+	}
+	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
+}
+
 func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
+	if err := missing(cmd, "to", "key"); err != nil {
+		return pipeline.Config{}, err
+	}
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {
 		return pipeline.Config{}, fmt.Errorf("open cache: %w", err)
@@ -89,16 +108,25 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "build",
-		Usage: "make one cell: one COS build's kernel and one driver",
-		Flags: append([]ucli.Flag{
-			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true, Sources: cli.Env("build-id")},
+		Usage: "make one cell (one COS build's kernel and one driver), or all cells of a wish list",
+		Flags: slices.Concat([]ucli.Flag{
+			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Sources: cli.Env("build-id")},
 			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD`: lakitu or lakitu-arm64", Sources: cli.Env("board")},
 			&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535, or a `VERSION`", Sources: cli.Env("driver")},
 			&ucli.StringFlag{Name: "flavour", Value: string(target.Proprietary), Usage: "proprietary or open", Sources: cli.Env("flavour")},
 			&ucli.StringFlag{Name: "log", Usage: "keep the full log in `FILE`; default: in the cache folder, its path is printed", Sources: cli.Env("log")},
+			&ucli.BoolFlag{Name: "dry-run", Usage: "with --wish: print what would be made, and make nothing", Sources: cli.Env("dry-run")},
 			cli.OutputFlag(),
-		}, pipelineFlags()...),
-		Action: runBuild,
+		}, wishFlags(), pipelineFlags()),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := oneOf(cmd, "wish", "build-id"); err != nil {
+				return err
+			}
+			if cmd.String("wish") != "" {
+				return runBuildWish(ctx, cmd)
+			}
+			return runBuild(ctx, cmd)
+		},
 	}
 }
 

@@ -7,7 +7,9 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -25,19 +27,29 @@ func workCommand() *ucli.Command {
 	if host == "" {
 		host = "builder"
 	}
-	flags := append([]ucli.Flag{
+	flags := []ucli.Flag{
 		&ucli.StringFlag{Name: "server", Value: "http://127.0.0.1:8440", Usage: "`URL` of the server that builds are reported to", Sources: cli.Env("server")},
 		&ucli.StringFlag{Name: "token", Usage: "the server's write `TOKEN`", Sources: cli.Env("token")},
-		&ucli.StringFlag{Name: "queue", Required: true, Usage: "`URL` of the queue: sqlite:///PATH (the server's queue.db) or postgres://…", Sources: cli.Env("queue")},
+		&ucli.StringFlag{Name: "queue", Usage: "`URL` of the queue: sqlite:///PATH (the server's queue.db) or postgres://…", Sources: cli.Env("queue")},
 		&ucli.StringFlag{Name: "id", Value: host, Usage: "`NAME` of this worker, one process each", Sources: cli.Env("id")},
 		&ucli.StringFlag{Name: "state", Value: filepath.Join(filepath.Dir(defaultCache()), "worker"), Usage: "`FOLDER` for the lock and running logs", Sources: cli.Env("state")},
-		&ucli.IntFlag{Name: "concurrency", Value: 1, Usage: "builds side by side", Sources: cli.Env("concurrency")},
-	}, pipelineFlags()...)
+		&ucli.IntFlag{Name: "concurrency", Value: 1, Usage: "builds from the queue side by side", Sources: cli.Env("concurrency")},
+		&ucli.DurationFlag{Name: "interval", Value: 15 * time.Minute, Usage: "with --wish: `TIME` between two looks at the list and the buckets", Sources: cli.Env("interval")},
+		&ucli.DurationFlag{Name: "grace", Value: 10 * time.Minute, Usage: "with --wish: `TIME` for cells under way when told to stop; a second signal cancels them", Sources: cli.Env("grace")},
+	}
 	return &ucli.Command{
-		Name:   "work",
-		Usage:  "take builds from the queue until told to stop",
-		Flags:  append(flags, cli.LogFlags()...),
-		Action: runWork,
+		Name:  "work",
+		Usage: "take builds from the queue, or keep a wish list published, until told to stop",
+		Flags: slices.Concat(flags, wishFlags(), pipelineFlags(), cli.LogFlags()),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := oneOf(cmd, "wish", "queue"); err != nil {
+				return err
+			}
+			if cmd.String("wish") != "" {
+				return runWorkWish(ctx, cmd)
+			}
+			return runWork(ctx, cmd)
+		},
 	}
 }
 

@@ -27,6 +27,8 @@ func root() *ucli.Command {
 		Commands: []*ucli.Command{
 			buildCommand(),
 			workCommand(),
+			planCommand(),
+			wishCommand(),
 			keygenCommand(),
 			reproduceCommand(),
 			mirrorCommand(),

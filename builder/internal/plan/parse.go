@@ -101,8 +101,8 @@ var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
 func (p *parser) file(data []byte) *Wish {
 	top := at{node: &yaml.Node{}}
-	if len(data) > maxFile {
-		p.say(top, "more than %d bytes", maxFile)
+	if len(data) > MaxFile {
+		p.say(top, "more than %d bytes", MaxFile)
 		return nil
 	}
 	dec := yaml.NewDecoder(bytes.NewReader(data))

@@ -16,12 +16,14 @@ import (
 // FormatVersion is the version of the wish list's format.
 const FormatVersion = 1
 
-// Bounds of a wish list. They are far above what a farm builds in a day.
+// MaxFile bounds a wish list, in bytes.
+const MaxFile = 1 << 20
+
+// More bounds. They are far above what a farm builds in a day.
 const (
-	maxFile      = 1 << 20 // bytes
-	maxLatest    = 1000    // builds that one entry may ask for
-	maxCells     = 20_000  // cells of one plan
-	maxMistakes  = 100     // mistakes that are told
+	maxLatest    = 1000   // builds that one entry may ask for
+	maxCells     = 20_000 // cells of one plan
+	maxMistakes  = 100    // mistakes that are told
 	minMilestone = 60
 	maxMilestone = 9999
 )

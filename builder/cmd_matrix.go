@@ -1,0 +1,276 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// wishFlags are the settings of build and work for a wish list.
+func wishFlags() []ucli.Flag {
+	return []ucli.Flag{
+		wishFlag(),
+		&ucli.IntFlag{Name: "parallel", Usage: "`COUNT` of cells of the wish list side by side; 0 divides processors and memory", Sources: cli.Env("parallel")},
+		&ucli.IntFlag{Name: "attempts", Value: 3, Usage: "how often a cell of the wish list is begun whose failure may pass", Sources: cli.Env("attempts")},
+		&ucli.BoolFlag{Name: "retry-failed", Usage: "begin cells of the wish list again that failed before from the same inputs", Sources: cli.Env("retry-failed")},
+	}
+}
+
+func wishFlag() ucli.Flag {
+	return &ucli.StringFlag{Name: "wish", Usage: "wish list `FILE` that says which cells are wanted", Sources: cli.Env("wish")}
+}
+
+// oneOf demands exactly one of two flags.
+func oneOf(cmd *ucli.Command, a, b string) error {
+	if (cmd.String(a) == "") == (cmd.String(b) == "") {
+		what := "neither --" + a + " nor --" + b
+		if cmd.String(a) != "" {
+			what = "both --" + a + " and --" + b
+		}
+		return fault.New(fault.Usage, what, "give one of the two; see "+cmd.FullName()+" --help")
+	}
+	return nil
+}
+
+func wishCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "wish",
+		Usage: "check wish lists",
+		Commands: []*ucli.Command{
+			{
+				Name: "check", Usage: "read a wish list and name every mistake", ArgsUsage: "FILE",
+				Action: func(_ context.Context, cmd *ucli.Command) error {
+					if cmd.Args().Len() != 1 {
+						return fault.New(fault.Usage, "wish check takes one file name", "builder wish check wish.yaml")
+					}
+					w, err := readWish(cmd.Args().First())
+					if err != nil {
+						return err
+					}
+					_, err = fmt.Fprintf(cmd.Root().Writer, "%s: %d kernel wishes × %d driver wishes\n", cmd.Args().First(), len(w.Kernels), len(w.Drivers))
+					return err
+				},
+			},
+			{
+				Name: "schema", Usage: "print the JSON Schema of wish lists, for editors",
+				Action: func(_ context.Context, cmd *ucli.Command) error {
+					_, err := cmd.Root().Writer.Write(plan.Schema())
+					return err
+				},
+			},
+		},
+	}
+}
+
+// planCommand takes the settings of build that it has a use for.
+func planCommand() *ucli.Command {
+	flags := []ucli.Flag{wishFlag(), cli.OutputFlag()}
+	for _, f := range pipelineFlags() {
+		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "cache", "load-test"}, f.Names()[0]) {
+			flags = append(flags, f)
+		}
+	}
+	return &ucli.Command{
+		Name:  "plan",
+		Usage: "print the cells of a wish list, and which of them are published at --to",
+		Flags: flags,
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := missing(cmd, "wish", "to", "key"); err != nil {
+				return err
+			}
+			return runPlan(ctx, cmd)
+		},
+	}
+}
+
+func readWish(file string) (*plan.Wish, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "see docs/examples/wish.yaml")
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, plan.MaxFile+1))
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "see docs/examples/wish.yaml")
+	}
+	return plan.Parse(file, text)
+}
+
+// matrix is a farm that is set up, with what it holds open.
+type matrix struct {
+	cfg              pipeline.Config
+	farm             farm.Config
+	kernels, drivers *cosbucket.Bucket
+}
+
+func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
+	m := &matrix{}
+	if m.cfg, err = pipelineConfig(cmd); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, m.close())
+		}
+	}()
+	if m.kernels, err = cosbucket.Open(ctx, m.cfg.KernelMirror); err != nil {
+		return nil, err
+	}
+	if m.drivers, err = cosbucket.Open(ctx, m.cfg.DriverMirror); err != nil {
+		return nil, err
+	}
+	places, err := openPlaces(ctx, m.cfg)
+	if err != nil {
+		return nil, err
+	}
+	m.farm.Parallel, m.cfg.Jobs = farm.Size(cmd.Int("parallel"), m.cfg.Jobs, farm.Cores(), farm.FreeMemory("/"))
+	m.farm.Attempts = cmd.Int("attempts")
+	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
+	m.farm.Published = places.Published
+	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, Forget: cmd.Bool("retry-failed")}
+	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+		return pipeline.Run(ctx, m.cfg, pipeline.Request{
+			BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Driver: target.Wish(c.Driver.Version), Flavour: c.Driver.Flavour,
+		}, log, line)
+	}
+	m.farm.Kernel = func(ctx context.Context, k target.Kernel) (target.Fingerprint, error) {
+		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, nil)
+		if err != nil {
+			return "", err
+		}
+		return in.Fingerprint, nil
+	}
+	m.farm.Driver = func(ctx context.Context, version string, arch target.Arch) ([]target.Flavour, error) {
+		release, err := nvsrc.Fetch(ctx, m.drivers, m.cfg.Cache, version, arch, nil)
+		if err != nil {
+			return nil, err
+		}
+		return release.Flavours, nil
+	}
+	return m, nil
+}
+
+// openPlaces opens the destinations, and the key whose statements count there.
+// Both have to work before the first minute of work.
+func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) {
+	signer, err := sign.LoadSigner(ctx, cfg.Key)
+	if err != nil {
+		return nil, err
+	}
+	policy := trust.Policy{Keys: []trust.PublicKey{signer.PublicKey()}}
+	if cfg.LoadTest == pipeline.LoadTestRequire {
+		policy.LoadTest = trust.LoadTestTested
+	}
+	p := &farm.Places{}
+	if p.Verifier, err = trust.NewVerifier(policy); err != nil {
+		return nil, err
+	}
+	for _, dest := range cfg.Destinations {
+		repo, err := registry.Open(dest, cfg.Registry(dest))
+		if err != nil {
+			return nil, err
+		}
+		p.Repositories = append(p.Repositories, repo)
+	}
+	return p, nil
+}
+
+func (m *matrix) close() error {
+	var errs []error
+	if m.kernels != nil {
+		errs = append(errs, m.kernels.Close())
+	}
+	if m.drivers != nil {
+		errs = append(errs, m.drivers.Close())
+	}
+	return errors.Join(append(errs, m.cfg.Cache.Close())...)
+}
+
+// plan asks the bucket what a wish list comes to at this moment.
+func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
+	images, err := farm.LoadImageMap(ctx, w.ImageMap)
+	if err != nil {
+		return nil, err
+	}
+	return plan.Expand(ctx, w, m.kernels, images)
+}
+
+// runPlan looks and makes nothing.
+func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
+	w, err := readWish(cmd.String("wish"))
+	if err != nil {
+		return err
+	}
+	m, err := openMatrix(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.close()) }()
+	p, err := m.plan(ctx, w)
+	if err != nil {
+		return err
+	}
+	return show(cmd, farm.Look(ctx, m.farm, p), 0)
+}
+
+// runBuildWish makes what is missing of a wish list.
+func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
+	if cmd.Bool("dry-run") {
+		return runPlan(ctx, cmd)
+	}
+	begin := time.Now()
+	w, err := readWish(cmd.String("wish"))
+	if err != nil {
+		return err
+	}
+	m, err := openMatrix(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.close()) }()
+	p, err := m.plan(ctx, w)
+	if err != nil {
+		return err
+	}
+	stderr := cmd.Root().ErrWriter
+	fmt.Fprintf(stderr, "%d cells, %d side by side with %d compilers each; logs in %s\n", len(p.Cells), m.farm.Parallel, m.cfg.Jobs, m.farm.Logs)
+	screen := newScreen(stderr)
+	m.cfg.Cache.Say, m.farm.Watch = screen.say, screen.watch
+	report := farm.Run(ctx, m.farm, p)
+	screen.close()
+	if err := show(cmd, report, time.Since(begin)); err != nil {
+		return err
+	}
+	if n := report.Early(); n > 0 {
+		fmt.Fprintf(stderr, "note:  %d cells of early warnings failed; they do not change the exit code\n", n)
+	}
+	return report.Err()
+}
+
+func show(cmd *ucli.Command, r *farm.Report, took time.Duration) error {
+	for _, note := range r.Notes {
+		fmt.Fprintf(cmd.Root().ErrWriter, "note:  %s\n", note)
+	}
+	return cli.Print(cmd, r, func(w io.Writer) error { return printMatrix(w, r, took) })
+}

@@ -1,0 +1,249 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+
+	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+// columns is the width of everything that is printed.
+const columns = 80
+
+// names returns what the first two columns say of a job.
+func names(j *farm.Job) (kernel, driver, flavour string) {
+	kernel, driver, flavour = j.Cell.Kernel.String(), j.Cell.Driver.Version, string(j.Cell.Driver.Flavour)
+	if j.Cell.Kernel.BuildID == "" {
+		kernel = strings.Join(j.Cell.Asked, ", ")
+		return kernel, "-", "-"
+	}
+	if driver == "" {
+		driver, flavour = strings.Join(j.Cell.Asked, ", "), "-"
+	}
+	return kernel, driver, flavour
+}
+
+func title(j *farm.Job) string {
+	kernel, driver, flavour := names(j)
+	return kernel + " " + driver + "-" + flavour
+}
+
+// cut shortens s to n letters.
+func cut(s string, n int) string {
+	if letters := []rune(s); len(letters) > n {
+		return string(letters[:n-1]) + "…"
+	}
+	return s
+}
+
+// printMatrix writes a table of 80 columns: a row for each cell, and below it
+// why it failed.
+func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
+	rows := [][4]string{{"KERNEL", "DRIVER", "FLAVOUR", "STATE"}}
+	for _, j := range r.Jobs {
+		kernel, driver, flavour := names(j)
+		rows = append(rows, [4]string{kernel, driver, flavour, string(j.State)})
+	}
+	limits := [4]int{28, 14, 11, 11}
+	var widths [4]int
+	for _, row := range rows {
+		for i, s := range row {
+			widths[i] = max(widths[i], min(len([]rune(s)), limits[i]))
+		}
+	}
+	out := &strings.Builder{}
+	for i, row := range rows {
+		for c, s := range row {
+			fmt.Fprintf(out, "%-*s  ", widths[c], cut(s, widths[c]))
+		}
+		if i == 0 {
+			fmt.Fprintf(out, "%8s\n", "SECONDS")
+			continue
+		}
+		j := r.Jobs[i-1]
+		seconds := "-"
+		if j.Seconds > 0 {
+			seconds = fmt.Sprintf("%.1f", j.Seconds)
+		}
+		fmt.Fprintf(out, "%8s\n", seconds)
+		if j.Failure != nil {
+			for _, line := range wrap(reason(j), columns-4) {
+				fmt.Fprintf(out, "    %s\n", line)
+			}
+		}
+	}
+	fmt.Fprintln(out, summary(r, took))
+	_, err := io.WriteString(w, out.String())
+	return err
+}
+
+// reason says why a cell is not published.
+func reason(j *farm.Job) string {
+	s := j.Failure.Class.String()
+	if j.Cell.EarlyWarning {
+		s = "early warning, " + s
+	}
+	if j.Known {
+		s += ", as before"
+	}
+	if j.Like != "" {
+		s += ", like " + j.Like
+	}
+	return s + ": " + j.Failure.Error
+}
+
+func summary(r *farm.Report, took time.Duration) string {
+	var parts []string
+	for _, s := range farm.States() {
+		if n := r.States[s]; n > 0 {
+			parts = append(parts, fmt.Sprintf("%d %s", n, s))
+		}
+	}
+	text := fmt.Sprintf("%d cells: %s", len(r.Jobs), strings.Join(parts, ", "))
+	if took > 0 {
+		text += fmt.Sprintf("; %.1f s", took.Seconds())
+	}
+	return text
+}
+
+// maxReason bounds what the table shows of an error; the log has all of it.
+const maxReason = 600
+
+// wrap breaks a text into lines at its spaces, and within words that are
+// longer than a line.
+func wrap(text string, width int) []string {
+	var lines []string
+	line := []rune(nil)
+	for _, word := range strings.Fields(cut(text, maxReason)) {
+		letters := []rune(word)
+		if len(line) > 0 && len(line)+1+len(letters) > width {
+			lines, line = append(lines, string(line)), nil
+		}
+		if len(line) > 0 {
+			line = append(line, ' ')
+		}
+		for len(line)+len(letters) > width {
+			fits := width - len(line)
+			lines, line, letters = append(lines, string(line)+string(letters[:fits])), nil, letters[fits:]
+		}
+		line = append(line, letters...)
+	}
+	return append(lines, string(line))
+}
+
+// screen shows the progress of many cells: on a terminal a moving line for each
+// cell under way and a lasting one for each that is settled; elsewhere plain
+// lines, one for each finished phase.
+type screen struct {
+	w    io.Writer
+	bars *mpb.Progress // nil elsewhere
+
+	mu    sync.Mutex
+	lines map[int]*moving
+}
+
+type moving struct {
+	bar   *mpb.Bar
+	begin time.Time
+
+	mu   sync.Mutex
+	text string
+}
+
+func newScreen(w io.Writer) *screen {
+	s := &screen{w: w, lines: map[int]*moving{}}
+	if cli.IsTerminal(w) {
+		s.bars = mpb.New(mpb.WithOutput(w), mpb.WithWidth(columns))
+	}
+	return s
+}
+
+func (s *screen) say(text string) {
+	if s.bars != nil {
+		_, _ = s.bars.Write([]byte(text + "\n")) // a failing terminal has nobody to tell
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	fmt.Fprintln(s.w, text)
+}
+
+func (s *screen) watch(e farm.Event) {
+	name := title(e.Job)
+	switch e.Kind {
+	case farm.Started:
+		if s.bars == nil {
+			s.say(fmt.Sprintf("%s: begun", name))
+			return
+		}
+		s.begin(e.Job.Index, name)
+	case farm.Phase:
+		switch {
+		case s.bars != nil:
+			s.move(e.Job.Index, name+" "+e.Phase.Phase+" "+e.Phase.Text)
+		case e.Phase.Done != nil && e.Phase.Done.Of == "":
+			s.say(fmt.Sprintf("%s: %s %.1f s  %s", name, e.Phase.Phase, e.Phase.Done.Seconds, e.Phase.Done.Note))
+		}
+	case farm.Again:
+		s.end(e.Job.Index)
+		s.say(fmt.Sprintf("%s: %v, will be tried again: %s", name, e.Failure.Class, e.Failure.Error))
+	case farm.Note:
+		s.say(fmt.Sprintf("%s: %s", name, e.Failure.Error))
+	case farm.Settled:
+		s.end(e.Job.Index)
+		text := fmt.Sprintf("[%d/%d] %s: %s", e.Done, e.Total, name, e.Job.State)
+		if e.Job.Failure != nil {
+			text += " " + cut(reason(e.Job), 2*columns)
+		}
+		s.say(text)
+	}
+}
+
+func (s *screen) begin(index int, name string) {
+	m := &moving{begin: time.Now(), text: name}
+	m.bar = s.bars.New(0, mpb.SpinnerStyle(), mpb.BarWidth(1), mpb.BarRemoveOnComplete(),
+		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string {
+			m.mu.Lock()
+			defer m.mu.Unlock()
+			return fmt.Sprintf(" %-66.66s %6.0f s", m.text, time.Since(m.begin).Seconds())
+		})))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.lines[index] = m
+}
+
+func (s *screen) move(index int, text string) {
+	s.mu.Lock()
+	m := s.lines[index]
+	s.mu.Unlock()
+	if m == nil {
+		return
+	}
+	m.mu.Lock()
+	m.text = text
+	m.mu.Unlock()
+	m.bar.Increment()
+}
+
+func (s *screen) end(index int) {
+	s.mu.Lock()
+	m := s.lines[index]
+	delete(s.lines, index)
+	s.mu.Unlock()
+	if m != nil {
+		m.bar.Abort(true)
+	}
+}
+
+func (s *screen) close() {
+	if s.bars != nil {
+		s.bars.Wait()
+	}
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// runWorkWish keeps a wish list published: it reads the file and asks the
+// buckets again and again, and makes what is missing. Told to stop, it begins
+// nothing more; told twice, it cancels what is under way.
+func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
+	log, err := cli.Logger(cmd)
+	if err != nil {
+		return err
+	}
+	if _, err := readWish(cmd.String("wish")); err != nil { // a mistake at the start is the operator's, who is there
+		return err
+	}
+	m, err := openMatrix(ctx, cmd)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, m.close()) }()
+	m.cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
+	hard, stop := cli.Grace(ctx, cmd.Duration("grace"))
+	defer stop()
+	m.farm.Stopping = ctx.Done()
+	m.farm.Watch = func(e farm.Event) { logEvent(hard, log, e) }
+	log.InfoContext(ctx, "worker started", "wish", cmd.String("wish"), "parallel", m.farm.Parallel, "jobs", m.cfg.Jobs)
+	tick := time.NewTicker(max(cmd.Duration("interval"), time.Second))
+	defer tick.Stop()
+	for {
+		if err := m.round(hard, cmd.String("wish"), log); err != nil && ctx.Err() == nil {
+			log.ErrorContext(ctx, "wish list not built", "class", fault.Of(err), "err", err, "hint", fault.Hint(err))
+		}
+		select {
+		case <-ctx.Done():
+			log.InfoContext(hard, "worker stopped")
+			return nil
+		case <-tick.C:
+		}
+	}
+}
+
+// round makes what is missing at this moment. A list with a mistake is said
+// and builds nothing until it is mended.
+func (m *matrix) round(ctx context.Context, file string, log *slog.Logger) error {
+	begin := time.Now()
+	w, err := readWish(file)
+	if err != nil {
+		return err
+	}
+	p, err := m.plan(ctx, w)
+	if err != nil {
+		return err
+	}
+	for _, note := range p.Notes {
+		log.WarnContext(ctx, "wish list has a needless rule", "note", note)
+	}
+	report := farm.Run(ctx, m.farm, p)
+	args := []any{"cells", len(report.Jobs), "took", time.Since(begin).Round(time.Millisecond)}
+	for _, s := range farm.States() {
+		if n := report.States[s]; n > 0 {
+			args = append(args, string(s), n)
+		}
+	}
+	log.InfoContext(ctx, "round done", args...)
+	return nil
+}
+
+// logEvent logs what changes something: what was there before, and what failed
+// before from the same inputs, is in the log of the round that met it first.
+func logEvent(ctx context.Context, log *slog.Logger, e farm.Event) {
+	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
+	switch e.Kind {
+	case farm.Started:
+		log.InfoContext(ctx, "build started", "attempt", e.Job.Attempts)
+		return
+	case farm.Again:
+		log.WarnContext(ctx, "build put back", "class", e.Failure.Class, "err", e.Failure.Error)
+		return
+	case farm.Note:
+		log.WarnContext(ctx, "note", "err", e.Failure.Error)
+		return
+	case farm.Phase:
+		return
+	}
+	took := time.Duration(e.Job.Seconds * float64(time.Second)).Round(time.Millisecond)
+	switch e.Job.State {
+	case farm.Published:
+		log.InfoContext(ctx, "build published", "digest", e.Job.Digest, "took", took)
+	case farm.Failed:
+		level, message := slog.LevelError, "build failed"
+		if e.Job.Cell.EarlyWarning {
+			level, message = slog.LevelWarn, "early warning"
+		}
+		if e.Job.Known {
+			level = slog.LevelDebug
+		}
+		log.Log(ctx, level, message, "class", e.Job.Failure.Class, "err", e.Job.Failure.Error, "log", e.Job.Log, "took", took)
+	case farm.Cancelled:
+		log.InfoContext(ctx, "build cancelled", "took", took)
+	default:
+		log.DebugContext(ctx, "build not needed", "state", string(e.Job.State))
+	}
+}

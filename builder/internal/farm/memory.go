@@ -1,0 +1,97 @@
+package farm
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// facts is the part of the cache that Memory needs.
+type facts interface {
+	Remember(kind, key string, value []byte) error
+	Recall(kind, key string) ([]byte, bool)
+}
+
+// small reads the small objects of a bucket.
+type small interface {
+	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
+}
+
+const (
+	failureKind = "failure-v1"
+	maxSumFile  = 4 << 10
+)
+
+// Memory keeps failures that would only happen again in the cache. What a
+// failure came from is told by the checksums that the buckets publish beside
+// headers, toolchain and runfile, so that nothing has to be fetched or unpacked
+// to know it again; a build without them is tried each time. Another builder
+// version, recipe or input asks anew.
+type Memory struct {
+	Facts            facts
+	Kernels, Drivers small
+	// Version is this program's.
+	Version string
+	// Forget makes Recall know nothing; Remember still does.
+	Forget bool
+}
+
+// key names what decides a cell's failure; "" where the bucket does not say.
+func (m *Memory) key(ctx context.Context, c plan.Cell) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", m.Version, compile.Recipe, c.Driver, c.Kernel.Arch)
+	for _, part := range []struct {
+		from small
+		name string
+	}{
+		{m.Kernels, cosbucket.MD5Name(cosbucket.HeadersName(c.Kernel))},
+		{m.Kernels, cosbucket.MD5Name(cosbucket.ToolchainName(c.Kernel))},
+		{m.Kernels, cosbucket.ToolchainEnvName(c.Kernel)},
+		{m.Drivers, cosbucket.RunfileSumName(c.Driver.Version, c.Kernel.Arch)},
+	} {
+		text, err := part.from.ReadSmall(ctx, part.name, maxSumFile)
+		if err != nil || len(bytes.TrimSpace(text)) == 0 {
+			return ""
+		}
+		fmt.Fprintf(h, "%d:%s\n", len(text), text)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// Recall returns the failure that these inputs had before.
+func (m *Memory) Recall(ctx context.Context, c plan.Cell) (Failure, bool) {
+	if m.Forget {
+		return Failure{}, false
+	}
+	key := m.key(ctx, c)
+	if key == "" {
+		return Failure{}, false
+	}
+	raw, ok := m.Facts.Recall(failureKind, key)
+	var f Failure
+	if !ok || json.Unmarshal(raw, &f) != nil || f.Class == fault.Internal {
+		return Failure{}, false
+	}
+	return f, true
+}
+
+// Remember keeps a failure.
+func (m *Memory) Remember(ctx context.Context, c plan.Cell, f Failure) error {
+	key := m.key(ctx, c)
+	if key == "" {
+		return nil
+	}
+	raw, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	return m.Facts.Remember(failureKind, key, raw)
+}

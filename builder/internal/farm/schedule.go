@@ -1,0 +1,364 @@
+package farm
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// input is a kernel or a driver release that several cells need.
+type input struct {
+	claimed, here bool
+	err           error
+	fingerprint   target.Fingerprint // of a kernel
+	flavours      []target.Flavour   // of a driver
+}
+
+// job is a cell on its way.
+type job struct {
+	*Job
+	kernel, driver *input
+	running        bool
+	alone          bool      // ran out of memory beside others
+	notBefore      time.Time // of the next attempt
+	pauses         *backoff.ExponentialBackOff
+}
+
+// same tells builds with one outcome.
+type same struct {
+	fingerprint target.Fingerprint
+	driver      target.Driver
+}
+
+func (j *job) same() same { return same{j.kernel.fingerprint, j.Cell.Driver} }
+
+// ready reports whether all is there that the cell needs; farm.mu is held.
+func (j *job) ready() bool {
+	return j.kernel.here && j.driver.here && j.kernel.err == nil && j.driver.err == nil && slices.Contains(j.driver.flavours, j.Cell.Driver.Flavour)
+}
+
+type farm struct {
+	cfg  Config
+	jobs []*job
+
+	telling sync.Mutex // orders events
+
+	mu      sync.Mutex
+	changed chan struct{} // closed and replaced at each change
+	ended   bool          // no more inputs will arrive
+	warm    map[any]bool  // fingerprints and driver versions that a cell was made of
+}
+
+func newFarm(cfg Config, p *plan.Plan) *farm {
+	f := &farm{cfg: cfg, changed: make(chan struct{}), warm: map[any]bool{}}
+	inputs := map[string]*input{}
+	of := func(name string) *input {
+		if inputs[name] == nil {
+			inputs[name] = &input{}
+		}
+		return inputs[name]
+	}
+	for i, c := range p.Cells {
+		j := &job{Job: &Job{Index: i, Cell: c}, pauses: cfg.pauses()}
+		if c.Problem == nil {
+			j.Log = filepath.Join(cfg.Logs, LogName(c))
+			j.kernel, j.driver = of("kernel "+c.Kernel.String()), of(fmt.Sprintf("driver %s %s", c.Driver.Version, c.Kernel.Arch))
+		}
+		f.jobs = append(f.jobs, j)
+	}
+	return f
+}
+
+// stir wakes those who wait in next. f.mu is held.
+func (f *farm) stir() {
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+func (f *farm) stopping(ctx context.Context) bool {
+	select {
+	case <-f.cfg.Stopping: // nil never answers
+		return true
+	default:
+		return ctx.Err() != nil
+	}
+}
+
+// claim returns the input if it is needed and nobody fetches it yet.
+func (f *farm) claim(in *input) *input {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	needed := slices.ContainsFunc(f.jobs, func(j *job) bool { return j.State == "" && (j.kernel == in || j.driver == in) })
+	if in == nil || in.claimed || !needed {
+		return nil
+	}
+	in.claimed = true
+	return in
+}
+
+// arrived takes an input, or fails the cells that wait for it.
+func (f *farm) arrived(ctx context.Context, in *input, keep func(), err error) {
+	f.mu.Lock()
+	in.here, in.err = true, err
+	keep()
+	var lost, lacking []*job
+	for _, j := range f.jobs {
+		switch {
+		case j.State != "" || j.kernel != in && j.driver != in:
+		case err != nil:
+			lost = append(lost, j)
+		case j.driver == in && !slices.Contains(in.flavours, j.Cell.Driver.Flavour):
+			lacking = append(lacking, j)
+		}
+	}
+	f.stir()
+	f.mu.Unlock()
+	for _, j := range lost {
+		f.fail(j, err)
+	}
+	for _, j := range lacking {
+		lack := Failure{
+			Class: fault.Unsupported, Error: fmt.Sprintf("driver %s: the release has no %s modules", j.Cell.Driver.Version, j.Cell.Driver.Flavour),
+			Hint: "ask for another flavour of it", Lacking: true,
+		}
+		f.remember(ctx, j, lack)
+		f.settle(j, stateOf(j.Cell, lack), &lack)
+	}
+}
+
+// fetched says that whatever has not arrived by now never will.
+func (f *farm) fetched() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ended = true
+	f.stir()
+}
+
+// next waits for the cell that is best made now; nil says that there is none
+// left.
+func (f *farm) next(ctx context.Context) *job {
+	for {
+		if f.stopping(ctx) {
+			return nil
+		}
+		f.mu.Lock()
+		j, wait, open := f.pick(time.Now())
+		changed := f.changed
+		if j != nil {
+			j.running = true
+			j.Attempts++
+		}
+		f.mu.Unlock()
+		if j != nil || !open {
+			return j
+		}
+		var timer <-chan time.Time
+		if wait > 0 {
+			timer = time.After(wait)
+		}
+		select {
+		case <-changed:
+		case <-timer:
+		case <-f.cfg.Stopping:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// pick chooses among the cells that may start now. wait is until the next
+// pause is over; open says that there may be something to do later. f.mu is
+// held.
+func (f *farm) pick(now time.Time) (best *job, wait time.Duration, open bool) {
+	running := map[same]bool{}
+	busy := map[any]bool{}
+	count, alone := 0, false
+	for _, j := range f.jobs {
+		if j.running {
+			count++
+			alone = alone || j.alone
+			running[j.same()] = true
+			busy[j.kernel.fingerprint], busy[j.Cell.Driver.Version] = true, true
+		}
+	}
+	bestCost := 0
+	for _, j := range f.jobs {
+		if j.State != "" || j.running {
+			continue
+		}
+		if !j.ready() {
+			open = open || !f.ended
+			continue
+		}
+		open = true
+		if pause := j.notBefore.Sub(now); pause > 0 {
+			if wait == 0 || pause < wait {
+				wait = pause
+			}
+			continue
+		}
+		if running[j.same()] || alone || j.alone && count > 0 {
+			continue
+		}
+		if cost := f.cost(j, busy); best == nil || cost < bestCost {
+			best, bestCost = j, cost
+		}
+	}
+	return best, wait, open
+}
+
+// cost orders the cells that may start: one whose kernel or driver another
+// cell is just warming up would do the same work beside it, so it comes late;
+// one whose kernel and driver are warm comes early. What costs the same keeps
+// the plan's order, which is kernel by kernel.
+func (f *farm) cost(j *job, busy map[any]bool) int {
+	cost := 0
+	for weight, key := range []any{j.Cell.Driver.Version, j.kernel.fingerprint} {
+		switch {
+		case f.warm[key]:
+		case busy[key]:
+			cost += 8 << weight
+		default:
+			cost += 1 << weight
+		}
+	}
+	if j.Cell.EarlyWarning {
+		cost += 4 // what alarms goes first, among equals
+	}
+	return cost
+}
+
+// made takes the outcome of one attempt.
+func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
+	f.mu.Lock()
+	j.running = false
+	j.Seconds += took.Seconds()
+	if res != nil {
+		j.Digest, j.Phases = res.Digest, res.Phases
+	}
+	kind := fault.Of(err)
+	if err == nil {
+		f.warm[j.kernel.fingerprint], f.warm[j.Cell.Driver.Version] = true, true
+	}
+	again := err != nil && kind.Retryable() && kind != fault.Cancelled && j.Attempts < f.cfg.Attempts
+	if again {
+		j.notBefore = time.Now().Add(j.pauses.NextBackOff())
+		j.alone = j.alone || kind == fault.OutOfMemory
+	}
+	key := j.same()
+	f.stir()
+	f.mu.Unlock()
+	switch {
+	case err == nil && res != nil && res.Reused:
+		f.settle(j, Existed, nil)
+	case err == nil:
+		f.settle(j, Published, nil)
+	case again:
+		known := failure(err)
+		f.say(Event{Job: j.Job, Kind: Again, Failure: &known})
+	default:
+		f.fail(j, err)
+	}
+	if err == nil || !lasting(kind) {
+		return
+	}
+	f.remember(ctx, j, failure(err))
+	for _, twin := range f.twins(key) {
+		f.mu.Lock()
+		twin.Like = j.Cell.Kernel.String()
+		f.mu.Unlock()
+		f.remember(ctx, twin, failure(err))
+		f.fail(twin, err)
+	}
+}
+
+// twins returns the open cells that would be the same build.
+func (f *farm) twins(key same) []*job {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []*job
+	for _, j := range f.jobs {
+		if j.State == "" && !j.running && j.kernel.here && j.same() == key {
+			all = append(all, j)
+		}
+	}
+	return all
+}
+
+func (f *farm) remember(ctx context.Context, j *job, known Failure) {
+	if f.cfg.Memory == nil || ctx.Err() != nil {
+		return
+	}
+	if merr := f.cfg.Memory.Remember(ctx, j.Cell, known); merr != nil {
+		note := failure(fmt.Errorf("failure not remembered: %w", merr))
+		f.say(Event{Job: j.Job, Kind: Note, Failure: &note})
+	}
+}
+
+// stateOf tells failures from what is none: a flavour that the release does not
+// have, and that nobody asked for by name.
+func stateOf(c plan.Cell, known Failure) State {
+	switch {
+	case known.Class == fault.Cancelled:
+		return Cancelled
+	case known.Lacking && c.Listed:
+		return Unavailable
+	}
+	return Failed
+}
+
+func (f *farm) fail(j *job, err error) {
+	known := failure(err)
+	f.settle(j, stateOf(j.Cell, known), &known)
+}
+
+func (f *farm) settle(j *job, state State, known *Failure) {
+	f.mu.Lock()
+	if j.State != "" {
+		f.mu.Unlock()
+		return
+	}
+	j.State, j.Failure = state, known
+	f.stir()
+	f.mu.Unlock()
+	f.say(Event{Job: j.Job, Kind: Settled})
+}
+
+// giveUp settles what was never begun, or not begun again.
+func (f *farm) giveUp(ctx context.Context) {
+	cause := context.Cause(ctx)
+	for _, j := range f.jobs {
+		text := "not begun: told to stop"
+		if cause == nil && !f.stopping(ctx) {
+			text = "not begun: nobody told why" // a bug in pick
+		}
+		f.fail(j, fault.New(fault.Cancelled, text, "run the command again: what is done is kept"))
+	}
+}
+
+func (f *farm) say(e Event) {
+	f.telling.Lock()
+	defer f.telling.Unlock()
+	f.mu.Lock()
+	e.Total = len(f.jobs)
+	for _, j := range f.jobs {
+		if j.State != "" {
+			e.Done++
+		}
+	}
+	copied := *e.Job // the watcher's own
+	e.Job = &copied
+	f.mu.Unlock()
+	if f.cfg.Watch != nil {
+		f.cfg.Watch(e)
+	}
+}
