@@ -68,6 +68,13 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 	  done; \
 	done
 
+# The kernel is compiled once and kept with the packages that demo and tests use.
+.PHONY: clang
+clang: setup build ## compile a kernel with clang in COS's manner, a driver for it, and load that
+	@deploy/setup.sh clang
+	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
+	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./builder/internal/mirror
+
 .PHONY: bench
 bench: setup build ## measure the headline ratios and print them
 	$(GO) run ./deploy/bench $(ARGS)

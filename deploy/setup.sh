@@ -2,7 +2,7 @@
 # Installs the Debian packages that building, testing and the demo need, and
 # only those that are missing. Quick when nothing is.
 #
-# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, images; default: all
+# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, images, clang; default: all but clang
 set -euo pipefail
 
 declare -A groups=(
@@ -21,12 +21,15 @@ declare -A groups=(
   # A Dockerfile builder that needs no daemon, a base image made on the spot, and
   # what enters an image to try its sandbox.
   [images]="buildah debootstrap bubblewrap"
+  # What compiling a whole kernel needs, for `builder mirror --clang` only; clang
+  # itself comes out of the mirror's packages.
+  [clang]="make bc flex bison libelf-dev libssl-dev"
 )
 
 wanted=()
 for group in "${@:-build run test images}"; do
   for name in $group; do
-    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test or images" >&2; exit 2; }
+    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, images or clang" >&2; exit 2; }
     read -ra packages <<<"${groups[$name]}"
     wanted+=("${packages[@]}")
   done
