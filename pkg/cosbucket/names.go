@@ -82,6 +82,10 @@ func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }
 // MD5Name returns the object that holds another object's md5, in hex.
 func MD5Name(name string) string { return name + ".md5" }
 
+// SHA256Name returns the object that holds another object's sha256, in hex,
+// where a bucket publishes that.
+func SHA256Name(name string) string { return name + ".sha256" }
+
 // RunfileName returns the driver bucket's object for a driver version.
 func RunfileName(version string, arch target.Arch) string {
 	machine := "x86_64"

@@ -200,7 +200,7 @@ func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 
 // unpack fetches an archive and unpacks it, once for each content.
 func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (part, error) {
-	sum, err := f.MD5Beside(ctx, name)
+	sum, err := f.SumBeside(ctx, name)
 	if err != nil {
 		return part{}, err
 	}

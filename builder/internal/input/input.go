@@ -31,7 +31,6 @@ import (
 // Source is what this package asks of a bucket.
 type Source interface {
 	Get(ctx context.Context, name string) (io.ReadCloser, cosbucket.Attrs, error)
-	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
 	URL(name string) string
 }
 
@@ -66,10 +65,17 @@ func (a Algorithm) new() hash.Hash {
 type Sum struct {
 	Algorithm Algorithm
 	Hex       string
+	// Of is the URL of the object that it was published for, at the mirror that
+	// had it; "" is unknown.
+	Of string
 }
 
 // maxSum bounds a checksum file: one digest and a file name.
 const maxSum = 4 << 10
+
+// maxObject bounds what is stored of one object; a toolchain of COS has 0.7 GB,
+// a kernel with its symbols as much.
+const maxObject = 32 << 30
 
 // fetched is the kind of the facts "this bucket's object of this sum is that blob".
 const fetched = "fetched-v1"
@@ -118,7 +124,7 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 		sum := strings.ToLower(fields[0])
 		named := len(fields) == 2 && path.Base(strings.TrimPrefix(fields[1], "*")) == base
 		if sumPattern[a].MatchString(sum) && (len(fields) == 1 || named) {
-			return Sum{a, sum}, nil
+			return Sum{Algorithm: a, Hex: sum}, nil
 		}
 	}
 	return Sum{}, fault.New(fault.Checksum, fmt.Sprintf("read %s of %s: no line holds one", a, base),
@@ -127,21 +133,47 @@ func ParseSum(a Algorithm, text []byte, object string) (Sum, error) {
 
 // Sum reads the checksum file of an object; a missing file is InputMissing.
 func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) (Sum, error) {
-	text, err := f.Source.ReadSmall(ctx, sumName, maxSum)
+	text, attrs, err := f.read(ctx, sumName, maxSum)
 	if err != nil {
 		return Sum{}, err
 	}
-	return ParseSum(a, text, object)
+	sum, err := ParseSum(a, text, object)
+	if bucket, ok := strings.CutSuffix(attrs.URL, sumName); ok && err == nil {
+		sum.Of = bucket + object
+	}
+	return sum, err
 }
 
-// MD5Beside reads the .md5 file beside an object. Not every object has one:
-// then the sum is zero.
-func (f *Fetcher) MD5Beside(ctx context.Context, object string) (Sum, error) {
+// SumBeside reads the checksum file beside an object, .md5 or else .sha256. Not
+// every object has one: then the sum is zero.
+func (f *Fetcher) SumBeside(ctx context.Context, object string) (Sum, error) {
 	sum, err := f.Sum(ctx, MD5, cosbucket.MD5Name(object), object)
+	if fault.Is(err, fault.InputMissing) {
+		sum, err = f.Sum(ctx, SHA256, cosbucket.SHA256Name(object), object)
+	}
 	if fault.Is(err, fault.InputMissing) {
 		return Sum{}, nil
 	}
 	return sum, err
+}
+
+// read reads an object of at most limit bytes.
+func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, cosbucket.Attrs, error) {
+	body, attrs, err := f.Source.Get(ctx, name)
+	if err != nil {
+		return nil, attrs, err
+	}
+	if attrs.URL == "" {
+		attrs.URL = f.Source.URL(name)
+	}
+	data, err := io.ReadAll(io.LimitReader(body, limit+1))
+	if err = errors.Join(err, body.Close()); err != nil {
+		return nil, attrs, fmt.Errorf("fetch %s: %w", attrs.URL, err)
+	}
+	if int64(len(data)) > limit {
+		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit), "check the object in the bucket: COS's has a few lines")
+	}
+	return data, attrs, nil
 }
 
 // fact is what is remembered of an object that was fetched.
@@ -172,12 +204,14 @@ func (f *Fetcher) recall(name string, s Sum) (fact, bool) {
 // listing tells, and is marked as unverified where that is missing too.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
 	known, ok := f.recall(name, sum)
+	at, vouched := sum.Of, sum.Hex != ""
 	if ok {
 		f.Sayf("%s: unchanged, from the cache", path.Base(name))
 	} else {
+		var attrs cosbucket.Attrs
 		var err error
 		for try := 1; ; try++ {
-			known, sum, err = f.fetch(ctx, name, sum)
+			known, attrs, err = f.fetch(ctx, name, sum)
 			if err == nil {
 				break
 			}
@@ -186,8 +220,12 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 			}
 			f.Sayf("%s: %v: trying again", path.Base(name), err)
 		}
+		at, vouched = attrs.URL, vouched || attrs.MD5 != "" || attrs.CRC32C != ""
 	}
-	m := Material{Name: path.Base(name), URI: f.Source.URL(name), Digest: known.Digest, Size: known.Size, Unverified: sum.Hex == ""}
+	if at == "" {
+		at = f.Source.URL(name)
+	}
+	m := Material{Name: path.Base(name), URI: at, Digest: known.Digest, Size: known.Size, Unverified: !vouched}
 	file, ok := f.Cache.Blob(known.Digest)
 	if !ok {
 		return Material{}, "", fmt.Errorf("fetch %s: blob %s vanished from the cache", name, known.Digest)
@@ -211,20 +249,24 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	return err
 }
 
-// fetch downloads the object once and returns the sum that it was checked
-// against.
-func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, Sum, error) {
+// fetch downloads the object once, checked against the sum or else the md5
+// that the bucket tells, and returns what the bucket said of it.
+func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbucket.Attrs, error) {
 	body, attrs, err := f.Source.Get(ctx, name)
 	if err != nil {
-		return fact{}, sum, err
+		return fact{}, attrs, err
 	}
 	defer body.Close()
-	if sum.Hex == "" && sumPattern[MD5].MatchString(attrs.MD5) {
-		sum = Sum{MD5, attrs.MD5}
+	switch told := sumPattern[MD5].MatchString(attrs.MD5); {
+	case told && sum.Hex == "":
+		sum = Sum{Algorithm: MD5, Hex: attrs.MD5}
 		if known, ok := f.recall(name, sum); ok {
 			f.Sayf("%s: unchanged, from the cache", path.Base(name))
-			return known, sum, nil
+			return known, attrs, nil
 		}
+	case told && sum.Algorithm == MD5 && sum.Hex != attrs.MD5:
+		// Gigabytes need not come to know that.
+		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name), mismatch(name, sum, fmt.Errorf("the bucket says %s", attrs.MD5)))
 	}
 	want := ""
 	if sum.Algorithm == SHA256 {
@@ -239,18 +281,18 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, Sum, e
 		if want != "" && fault.Is(err, fault.Checksum) {
 			err = mismatch(name, sum, err)
 		}
-		return fact{}, sum, fmt.Errorf("fetch %s: %w", f.Source.URL(name), err)
+		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name), err)
 	}
 	known := fact{digest, size}
 	f.Sayf("%s: fetched, %.1f MB", path.Base(name), float64(size)/1e6)
 	if sum.Hex == "" {
-		return known, sum, nil
+		return known, attrs, nil
 	}
 	raw, err := json.Marshal(known)
 	if err != nil {
-		return fact{}, sum, err
+		return fact{}, attrs, err
 	}
-	return known, sum, f.Cache.Remember(fetched, f.key(name, sum), raw)
+	return known, attrs, f.Cache.Remember(fetched, f.key(name, sum), raw)
 }
 
 func mismatch(name string, sum Sum, cause error) error {
@@ -258,22 +300,29 @@ func mismatch(name string, sum Sum, cause error) error {
 		"replace the object or its checksum in the bucket: one of the two is damaged")
 }
 
-// Small reads an object of a few bytes into memory, checked against the .md5
-// beside it.
+// Small reads an object of a few bytes into memory, checked against the
+// checksum file beside it.
 func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, Material, error) {
-	data, err := f.Source.ReadSmall(ctx, name, limit)
+	data, attrs, err := f.read(ctx, name, limit)
 	if err != nil {
 		return nil, Material{}, err
 	}
-	sum, err := f.MD5Beside(ctx, name)
+	sum, err := f.SumBeside(ctx, name)
 	if err != nil {
 		return nil, Material{}, err
 	}
-	if got := md5.Sum(data); sum.Hex != "" && hex.EncodeToString(got[:]) != sum.Hex {
-		return nil, Material{}, fmt.Errorf("fetch %s: %w", f.Source.URL(name), mismatch(name, sum, fmt.Errorf("content is %x", got)))
+	if sum.Hex != "" {
+		h := sum.Algorithm.new()
+		h.Write(data)
+		if got := hex.EncodeToString(h.Sum(nil)); got != sum.Hex {
+			return nil, Material{}, fmt.Errorf("fetch %s: %w", attrs.URL, mismatch(name, sum, fmt.Errorf("content is %s", got)))
+		}
 	}
 	digest := sha256.Sum256(data)
-	m := Material{Name: path.Base(name), URI: f.Source.URL(name), Digest: "sha256:" + hex.EncodeToString(digest[:]), Size: int64(len(data)), Unverified: sum.Hex == ""}
+	m := Material{
+		Name: path.Base(name), URI: attrs.URL, Digest: "sha256:" + hex.EncodeToString(digest[:]), Size: int64(len(data)),
+		Unverified: sum.Hex == "" && attrs.MD5 == "" && attrs.CRC32C == "",
+	}
 	return data, m, nil
 }
 
@@ -300,6 +349,8 @@ func (s *stream) Read(b []byte) (int, error) {
 	}
 	s.n += int64(n)
 	switch {
+	case s.n > maxObject:
+		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30), "check that the bucket's object is what its name says")
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):

@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -29,6 +30,8 @@ type bucket struct {
 	bodies map[string][]io.Reader
 	data   map[string]string
 	md5    map[string]string // told as attributes
+	crc32c string            // told as an attribute
+	mirror string            // told as where things came from
 	size   int64             // told for every object; 0 is the true one
 	gets   int
 }
@@ -40,8 +43,13 @@ func (b *bucket) Get(_ context.Context, name string) (io.ReadCloser, cosbucket.A
 	if !ok {
 		return nil, cosbucket.Attrs{}, fault.New(fault.InputMissing, "fetch "+name+": not there", "")
 	}
-	b.gets++
-	attrs := cosbucket.Attrs{Size: int64(len(data)), MD5: b.md5[name]}
+	if path.Ext(name) != ".md5" && path.Ext(name) != ".sha256" {
+		b.gets++
+	}
+	attrs := cosbucket.Attrs{Size: int64(len(data)), MD5: b.md5[name], CRC32C: b.crc32c, URL: b.mirror + name}
+	if b.mirror == "" {
+		attrs.URL = ""
+	}
 	if b.size != 0 {
 		attrs.Size = b.size
 	}
@@ -50,17 +58,6 @@ func (b *bucket) Get(_ context.Context, name string) (io.ReadCloser, cosbucket.A
 		return io.NopCloser(bodies[0]), attrs, nil
 	}
 	return io.NopCloser(strings.NewReader(data)), attrs, nil
-}
-
-func (b *bucket) ReadSmall(_ context.Context, name string, limit int64) ([]byte, error) {
-	data, ok := b.data[name]
-	if !ok {
-		return nil, fault.New(fault.InputMissing, "fetch "+name+": not there", "")
-	}
-	if int64(len(data)) > limit {
-		return nil, fault.New(fault.Unsupported, name+": too large", "")
-	}
-	return []byte(data), nil
 }
 
 func hexMD5(s string) string    { return fmt.Sprintf("%x", md5.Sum([]byte(s))) }
@@ -102,19 +99,23 @@ func TestBlobIsFetchedOnce(t *testing.T) {
 		gets       int // of two fetches
 	}{
 		{"md5 beside", &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.MD5Beside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
 		{"md5sum line", &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes") + "  o\n"}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.MD5Beside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
 		{"sha256", &bucket{data: map[string]string{"d/o": "bytes", "sha256/o.sha256": hexSHA256("bytes") + " *o\n"}},
 			func(f *input.Fetcher) (input.Sum, error) {
 				return f.Sum(t.Context(), input.SHA256, "sha256/o.sha256", "d/o")
 			}, false, 1},
 		{"md5 as an attribute", &bucket{data: map[string]string{"d/o": "bytes"}, md5: map[string]string{"d/o": hexMD5("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.MD5Beside(t.Context(), "d/o") }, false, 2},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 2},
+		{"sha256 beside", &bucket{data: map[string]string{"d/o": "bytes", "d/o.sha256": hexSHA256("bytes")}},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
+		{"crc32c as an attribute", &bucket{data: map[string]string{"d/o": "bytes"}, crc32c: "01234567"},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 2},
 		{"nothing to check against", &bucket{data: map[string]string{"d/o": "bytes"}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.MD5Beside(t.Context(), "d/o") }, true, 2},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, true, 2},
 		{"size unknown", &bucket{size: -1, data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.MD5Beside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
@@ -149,7 +150,7 @@ func TestBlobFollowsItsChecksum(t *testing.T) {
 	b := &bucket{data: map[string]string{"o": "one", "o.md5": hexMD5("one"), "p": "one", "p.md5": hexMD5("one")}}
 	f := newFetcher(t, b)
 	get := func(name string) (input.Material, error) {
-		sum, err := f.MD5Beside(t.Context(), name)
+		sum, err := f.SumBeside(t.Context(), name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -184,6 +185,7 @@ func TestBlobRefuses(t *testing.T) {
 		{"wrong md5", &bucket{data: map[string]string{"o": "bytes"}}, input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")}, fault.Checksum},
 		{"wrong sha256", &bucket{data: map[string]string{"o": "bytes"}}, input.Sum{Algorithm: input.SHA256, Hex: hexSHA256("other")}, fault.Checksum},
 		{"wrong md5 attribute", &bucket{data: map[string]string{"o": "bytes"}, md5: map[string]string{"o": hexMD5("other")}}, input.Sum{}, fault.Checksum},
+		{"md5 attribute against the md5 beside", &bucket{data: map[string]string{"o": "bytes"}, md5: map[string]string{"o": hexMD5("bytes")}}, input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")}, fault.Checksum},
 		{"missing", &bucket{}, input.Sum{}, fault.InputMissing},
 		{"shorter than promised", &bucket{data: map[string]string{"o": "bytes"}, size: 9}, input.Sum{}, fault.Transient},
 	}
@@ -214,6 +216,29 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 	b.bodies["o"] = []io.Reader{cut(), cut(), cut()}
 	if _, _, err := newFetcher(t, b).Blob(t.Context(), "o", input.Sum{}); !fault.Is(err, fault.Transient) || b.gets != 6 {
 		t.Errorf("Blob = %v after %d downloads; want it to give up as transient after three", err, b.gets-3)
+	}
+}
+
+// The material says where an object is that was there, whether it was fetched
+// from that mirror or its checksum was.
+func TestMaterialNamesTheMirror(t *testing.T) {
+	t.Parallel()
+	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"}, mirror: "https://mirror.example/"}
+	f := newFetcher(t, b)
+	for _, how := range []string{"fetched", "recalled"} {
+		sum, err := f.SumBeside(t.Context(), "d/o")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if m, _, err := f.Blob(t.Context(), "d/o", sum); err != nil || m.URI != "https://mirror.example/d/o" {
+			t.Errorf("%s: material %+v, %v; want it at the mirror", how, m, err)
+		}
+	}
+	if _, m, err := f.Small(t.Context(), "d/p", 10); err != nil || m.URI != "https://mirror.example/d/p" {
+		t.Errorf("small: material %+v, %v; want it at the mirror", m, err)
+	}
+	if _, _, err := f.Small(t.Context(), "d/o", 4); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" {
+		t.Errorf("Small beyond the limit = %v; want unsupported, with a hint", err)
 	}
 }
 
