@@ -14,6 +14,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/mirror"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // mirrorCommand makes a COS-shaped mirror out of Debian packages.
@@ -26,7 +27,8 @@ func mirrorCommand() *ucli.Command {
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "out", Usage: "`FOLDER` of the mirror", Required: true},
 			&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects (default: prebake/mirror in the user's cache folder)", Sources: cli.Env("mirror-cache")},
-			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` to lay the builds out for"},
+			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` to lay the builds for amd64 out for"},
+			&ucli.StringSliceFlag{Name: "arch", Value: []string{string(target.AMD64)}, Usage: "`ARCHITECTURES`: amd64, arm64 or both; of arm64 the oldest kernel and one driver, for board lakitu-arm64"},
 			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels: the oldest `N`-1 in Debian's index and the newest"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
 			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
@@ -60,10 +62,14 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
+	var archs []target.Arch
+	for _, arch := range cmd.StringSlice("arch") {
+		archs = append(archs, target.Arch(arch))
+	}
 	start := time.Now()
 	result, err := mirror.Make(ctx, mirror.Config{
 		EmuGPU: compileEmuGPU(work), EmuGPURevision: revision,
-		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
+		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
 		OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
 		Say: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)

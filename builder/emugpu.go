@@ -31,8 +31,8 @@ func emuGPURevision() (string, error) {
 }
 
 // compileEmuGPU returns a compiler of the emulated GPU that works below dir.
-func compileEmuGPU(dir string) func(ctx context.Context, headers, toolchain string, env map[string]string, release string) (string, error) {
-	return func(ctx context.Context, headers, toolchain string, env map[string]string, release string) (string, error) {
+func compileEmuGPU(dir string) func(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
+	return func(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
 		work, err := os.MkdirTemp(dir, "emugpu-")
 		if err != nil {
 			return "", err
@@ -47,7 +47,7 @@ func compileEmuGPU(dir string) func(ctx context.Context, headers, toolchain stri
 			return "", err
 		}
 		res, err := compile.External(ctx, compile.Request{
-			Source: source, Headers: headers, Toolchain: toolchain, Env: env, Release: release, Arch: target.AMD64, WorkDir: out,
+			Source: source, Headers: headers, Toolchain: toolchain, Env: env, Release: release, Arch: arch, WorkDir: out,
 		})
 		if err != nil {
 			return "", fmt.Errorf("compile %s: %w", emugpu.Name, err)

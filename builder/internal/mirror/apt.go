@@ -51,7 +51,7 @@ type apt struct {
 
 // openApt prepares our own apt folders under dir and fetches the index when it
 // is missing, old, or refresh asks for it.
-func openApt(ctx context.Context, dir string, refresh bool, say func(string)) (*apt, error) {
+func openApt(ctx context.Context, dir string, p platform, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), say: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
@@ -87,7 +87,7 @@ APT::Update::Post-Invoke {};
 APT::Update::Post-Invoke-Success {};
 Acquire::Languages "none";
 Acquire::Retries "3";
-`, sourcesFile, filepath.Join(dir, "lists"), filepath.Join(dir, "state/extended"), filepath.Join(dir, "cache"), me.Username)
+`, sourcesFile, filepath.Join(dir, "lists"), filepath.Join(dir, "state/extended"), filepath.Join(dir, "cache"), me.Username) + p.aptConf()
 	if err := os.WriteFile(a.conf, []byte(conf), 0o644); err != nil {
 		return nil, err
 	}
@@ -97,7 +97,7 @@ Acquire::Retries "3";
 	if have && !refresh && bytes.Equal(before, sources) && time.Since(info.ModTime()) < indexAge {
 		return a, nil
 	}
-	say("fetching Debian's package index (contrib and non-free too)")
+	say("fetching Debian's package index for " + string(p.arch) + " (contrib and non-free too)")
 	if _, err := a.run(ctx, "", "apt-get", "update", "-qq", "--error-on=any"); err != nil {
 		if have && ctx.Err() == nil {
 			say("package index not refreshed, going on with the one at hand: " + firstLine(err))
@@ -180,8 +180,12 @@ func parseMadison(out []byte) map[string][]string {
 // as %3a.
 func (a *apt) file(p pkg) (string, bool) {
 	escaped := strings.ReplaceAll(p.Version, ":", "%3a")
-	for _, arch := range []string{"amd64", "all"} {
-		name := filepath.Join(a.dir, "packages", p.Name+"_"+escaped+"_"+arch+".deb")
+	base, own, foreign := strings.Cut(p.Name, ":")
+	if !foreign {
+		own = "amd64"
+	}
+	for _, arch := range []string{own, "all"} {
+		name := filepath.Join(a.dir, "packages", base+"_"+escaped+"_"+arch+".deb")
 		if info, err := os.Stat(name); err == nil && info.Size() > 0 {
 			return name, true
 		}

@@ -45,13 +45,20 @@ func (r release) flavours() []target.Flavour {
 
 // findReleases returns the newest release that has both flavours and the
 // newest of all, in that order; they may be one.
-func findReleases(ctx context.Context, a *apt) ([]release, error) {
+func findReleases(ctx context.Context, a *apt, p platform) ([]release, error) {
 	ask := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
-	versions, err := a.versions(ctx, ask...)
+	versions, err := a.versions(ctx, p.named(ask...)...)
 	if err != nil {
 		return nil, err
 	}
-	return selectReleases(versions)
+	releases, err := selectReleases(p.plain(versions))
+	for i, r := range releases {
+		releases[i].packages = nil
+		for _, one := range r.packages {
+			releases[i].packages = append(releases[i].packages, pkg{one.Name + p.foreign, one.Version})
+		}
+	}
+	return releases, err
 }
 
 func selectReleases(versions map[string][]string) ([]release, error) {
@@ -121,21 +128,21 @@ func (r *release) addTools(versions map[string][]string) {
 func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
 
 // runfileTree lays out a release the way that NVIDIA's archive does.
-func runfileTree(ctx context.Context, a *apt, r release) (tree, error) {
+func runfileTree(ctx context.Context, a *apt, p platform, r release) (tree, error) {
 	t := tree{}
-	for _, p := range r.packages {
-		file, ok := a.file(p)
+	for _, need := range r.packages {
+		file, ok := a.file(need)
 		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+			return nil, fault.New(fault.InputMissing, "package "+need.Name+" is not at hand", "")
 		}
 		var err error
-		switch p.Name {
+		switch strings.TrimSuffix(need.Name, p.foreign) {
 		case sourcePackage:
 			err = addSource(ctx, t, file, "nvidia-kernel", "kernel")
 		case openSourcePackage:
 			err = addSource(ctx, t, file, "nvidia-open-kernel", "kernel-open")
 		default:
-			err = readDeb(ctx, t, file, func(name string) string { return runfileName(name, r.version) })
+			err = readDeb(ctx, t, file, func(name string) string { return p.runfileName(name, r.version) })
 		}
 		if err != nil {
 			return nil, err
@@ -160,7 +167,7 @@ func runfileTree(ctx context.Context, a *apt, r release) (tree, error) {
 		}
 	}
 	t.add("nvidia-installer", node{mode: 0o755, data: []byte(installer)})
-	t.addFile(".manifest", manifest(t, r.version))
+	t.addFile(".manifest", manifest(t, p.runfile, r.version))
 	return t, nil
 }
 
@@ -206,14 +213,14 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 
 // runfileName flattens a path of Debian's into the name in NVIDIA's archive;
 // "" leaves the file out.
-func runfileName(name, version string) string {
+func (p platform) runfileName(name, version string) string {
 	dir, base := path.Dir(name), path.Base(name)
 	switch {
 	case strings.HasPrefix(name, "lib/firmware/nvidia/"+version+"/"), strings.HasPrefix(name, "usr/lib/firmware/nvidia/"+version+"/"):
 		return "firmware/" + base
 	case (dir == "usr/bin" || dir == "usr/sbin") && strings.HasPrefix(base, "nvidia-"), dir == "usr/lib/nvidia/current" && strings.HasPrefix(base, "nvidia-"):
 		return base
-	case strings.HasPrefix(dir, "usr/lib/x86_64-linux-gnu") && strings.HasSuffix(base, ".so."+version):
+	case strings.HasPrefix(dir, "usr/lib/"+p.triplet) && strings.HasSuffix(base, ".so."+version):
 		return base
 	}
 	return ""

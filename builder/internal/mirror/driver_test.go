@@ -81,7 +81,7 @@ func TestSelectKernels(t *testing.T) {
 		{[]int{48}, 3, "", fault.InputMissing},
 	}
 	for _, test := range tests {
-		picked, err := selectKernels(all, test.abis, test.count)
+		picked, err := platforms[target.AMD64].selectKernels(all, test.abis, test.count)
 		var got []string
 		for _, k := range picked {
 			got = append(got, fmt.Sprint(k.abi))
@@ -110,7 +110,7 @@ func TestManifest(t *testing.T) {
 		"nvidia-installer":         {mode: 0o755, data: []byte{1}},
 		"LICENSE":                  {mode: 0o644, data: []byte{1}},
 	}
-	lines := strings.Split(strings.TrimSuffix(manifest(in, "535.1.2"), "\n"), "\n")
+	lines := strings.Split(strings.TrimSuffix(manifest(in, "x86_64", "535.1.2"), "\n"), "\n")
 	if lines[1] != "535.1.2" || len(lines) < 8 {
 		t.Fatalf("manifest header is %q", lines)
 	}
@@ -146,7 +146,7 @@ func TestRunfileName(t *testing.T) {
 		"lib/firmware/nvidia/530.1.2/gsp_tu10x.bin":                  "",
 		"usr/share/doc/nvidia-smi/copyright":                         "",
 	} {
-		if got := runfileName(in, "535.1.2"); got != want {
+		if got := platforms[target.AMD64].runfileName(in, "535.1.2"); got != want {
 			t.Errorf("runfileName(%s) = %q; want %q", in, got, want)
 		}
 	}

@@ -16,16 +16,13 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// flavour is Debian's kernel flavour that the mirror is made of: the smallest
-// one, for virtual machines.
-const flavour = "cloud-amd64"
-
 // kernel is one Debian kernel: its packages are all of one version, save the
 // build tools, which Debian keeps in one version for all of them.
 type kernel struct {
 	series  string // 6.1.0
 	abi     int
 	release string // 6.1.0-47-cloud-amd64
+	arch    string // the folder below arch/
 	version string // Debian's, such as 6.1.170-3
 	headers pkg
 	common  pkg
@@ -33,19 +30,18 @@ type kernel struct {
 	image   pkg
 }
 
-var headersPattern = regexp.MustCompile(`^linux-headers-([0-9]+\.[0-9]+\.[0-9]+)-([0-9]{1,6})-` + flavour + `$`)
-
 // findKernels returns the release's own kernels in the index, oldest first.
 // Backported kernels have names of another form and stay out.
-func findKernels(ctx context.Context, a *apt) ([]kernel, error) {
+func findKernels(ctx context.Context, a *apt, p platform) ([]kernel, error) {
 	names, err := a.names(ctx, "linux-headers-")
 	if err != nil {
 		return nil, err
 	}
 	var all []kernel
 	var ask []string
+	pattern := p.headers()
 	for _, name := range names {
-		m := headersPattern.FindStringSubmatch(name)
+		m := pattern.FindStringSubmatch(name)
 		if m == nil {
 			continue
 		}
@@ -53,14 +49,14 @@ func findKernels(ctx context.Context, a *apt) ([]kernel, error) {
 		if err != nil {
 			return nil, fmt.Errorf("read package name %s: %w", name, err)
 		}
-		k := kernel{series: m[1], abi: abi, release: strings.TrimPrefix(name, "linux-headers-")}
-		k.headers.Name, k.common.Name, k.image.Name = name, fmt.Sprintf("linux-headers-%s-%d-common", k.series, abi), "linux-image-"+k.release
+		k := kernel{series: m[1], abi: abi, release: strings.TrimPrefix(name, "linux-headers-"), arch: p.kernelArch}
+		k.headers.Name, k.common.Name, k.image.Name = name+p.foreign, fmt.Sprintf("linux-headers-%s-%d-common", k.series, abi), "linux-image-"+k.release+p.foreign
 		k.kbuild.Name = "linux-kbuild-" + k.series[:strings.LastIndexByte(k.series, '.')]
 		all = append(all, k)
 		ask = append(ask, k.headers.Name, k.common.Name, k.image.Name, k.kbuild.Name)
 	}
 	if len(all) == 0 {
-		return nil, fault.New(fault.Unsupported, "find kernels: apt knows no linux-headers-<version>-<abi>-"+flavour, "run on Debian 12 for amd64")
+		return nil, fault.New(fault.Unsupported, "find kernels: apt knows no linux-headers-<version>-<abi>-"+p.flavour, "run on Debian 12 for amd64")
 	}
 	versions, err := a.versions(ctx, ask...)
 	if err != nil {
@@ -89,7 +85,10 @@ func (k *kernel) complete(versions map[string][]string) bool {
 
 // selectKernels picks by ABI number, or the count-1 oldest and the newest: old
 // ones compile with the stable driver, the newest shows the API break.
-func selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
+func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
+	if len(abis) == 0 && p.oldest && len(all) > 0 {
+		return all[:1], nil
+	}
 	if len(abis) == 0 {
 		if len(all) < count {
 			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(all)), "ask for fewer with --kernels")
@@ -135,7 +134,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	common := under("usr/src/"+k.common.Name, root)
 	err := read(k.common, func(name string) string {
 		to := common(name)
-		if rest, ok := strings.CutPrefix(to, root+"/arch/"); ok && rest != "x86" && !strings.HasPrefix(rest, "x86/") {
+		if rest, ok := strings.CutPrefix(to, root+"/arch/"); ok && rest != k.arch && !strings.HasPrefix(rest, k.arch+"/") {
 			return ""
 		}
 		// The package has links to kbuild's folders here.
@@ -147,7 +146,7 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	own := under("usr/src/"+k.headers.Name, root)
+	own := under("usr/src/linux-headers-"+k.release, root)
 	err = read(k.headers, func(name string) string {
 		to := own(name)
 		switch rel := strings.TrimPrefix(to, root+"/"); {
@@ -188,7 +187,8 @@ func rebuilt(t tree, k kernel, when time.Time) {
 }
 
 // boot packs what a test machine needs to start this kernel: its image, the
-// modules of its network card in load order, and the emulated GPU if built.
+// modules of its network card and of DRM in load order, and the emulated GPU if
+// built.
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	file, ok := a.file(k.image)
 	if !ok {
@@ -209,7 +209,7 @@ func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error
 	if !ok {
 		return nil, fault.New(fault.InputMissing, "find image of "+k.release+": not in "+k.image.Name, "")
 	}
-	order, err := loadOrder(in, "virtio_pci", "virtio_net")
+	order, err := loadOrder(in, "virtio_pci", "virtio_net", "drm_kms_helper")
 	if err != nil {
 		return nil, err
 	}

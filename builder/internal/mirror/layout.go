@@ -52,7 +52,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("lock %s: %w", c.Cache, err)
 	}
-	for _, pattern := range []string{"work-*", "debian/download-*", "objects/.*.tmp-*"} {
+	for _, pattern := range []string{"work-*", "debian*/download-*", "objects/.*.tmp-*"} {
 		stale, err := filepath.Glob(filepath.Join(c.Cache, pattern))
 		for _, dir := range stale {
 			err = errors.Join(err, os.RemoveAll(dir))
@@ -80,9 +80,9 @@ func (m *maker) makeToolchain(ctx context.Context) (object, error) {
 		return object{}, err
 	}
 	r := recipe{Kind: "toolchain.tar.xz", Packages: m.toolchainPkgs, Tools: versions}
-	return m.object(ctx, "toolchain", r, func(ctx context.Context, w io.Writer) error {
+	return m.object(ctx, "toolchain for "+string(m.platform.arch), r, func(ctx context.Context, w io.Writer) error {
 		return m.work(func(dir string) error {
-			t, err := toolchainTree(ctx, m.apt, m.toolchainPkgs, dir)
+			t, err := toolchainTree(ctx, m.apt, m.platform, m.toolchainPkgs, dir)
 			if err != nil {
 				return err
 			}
@@ -100,9 +100,9 @@ func (m *maker) makeDriver(ctx context.Context, r release) error {
 	if err != nil {
 		return err
 	}
-	name := cosbucket.RunfileName(r.version, target.AMD64)
+	name := cosbucket.RunfileName(r.version, m.platform.arch)
 	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions}, func(ctx context.Context, w io.Writer) error {
-		t, err := runfileTree(ctx, m.apt, r)
+		t, err := runfileTree(ctx, m.apt, m.platform, r)
 		if err != nil {
 			return err
 		}
@@ -114,7 +114,7 @@ func (m *maker) makeDriver(ctx context.Context, r release) error {
 	if err := o.publish(filepath.Join(dir, name)); err != nil {
 		return err
 	}
-	return putFile(filepath.Join(dir, cosbucket.RunfileSumName(r.version, target.AMD64)), o.SHA256+"  "+name+"\n")
+	return putFile(filepath.Join(dir, cosbucket.RunfileSumName(r.version, m.platform.arch)), o.SHA256+"  "+name+"\n")
 }
 
 func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releases []release) error {
@@ -164,7 +164,7 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]string {
 	stable, latest := releases[0], releases[len(releases)-1]
 	all := map[string]string{
-		cosbucket.ToolchainEnvName(k):   toolchainEnv,
+		cosbucket.ToolchainEnvName(k):   m.platform.env(),
 		cosbucket.CommitName(k):         b.kernel.commit() + "\n",
 		cosbucket.KernelInfoName(k):     "URL=deb:linux@" + b.kernel.version + "\n",
 		cosbucket.DefaultVersionName(k): stable.version + "\n",
@@ -216,7 +216,7 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 		var emu []byte
 		if m.EmuGPU != nil {
 			var err error
-			if emu, err = m.compileEmuGPU(ctx, k.release, toolchainEnv, headers, m.toolchain, nil); err != nil {
+			if emu, err = m.compileEmuGPU(ctx, k.release, m.platform.env(), headers, m.toolchain, nil); err != nil {
 				return fmt.Errorf("compile emulated GPU for %s: %w", k.release, err)
 			}
 		}
@@ -245,7 +245,7 @@ func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string,
 			env[name] = value
 		}
 		headersDir := filepath.Join(dir, "usr/src/linux-headers-"+release)
-		path, err := m.EmuGPU(ctx, headersDir, tools, env, release)
+		path, err := m.EmuGPU(ctx, m.platform.arch, headersDir, tools, env, release)
 		if err != nil {
 			return err
 		}

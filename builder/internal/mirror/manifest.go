@@ -13,11 +13,11 @@ import (
 
 // manifest writes the .manifest that tells an installer what every file of the
 // archive is. The shapes of its lines are NVIDIA's.
-func manifest(t tree, version string) string {
+func manifest(t tree, arch, version string) string {
 	var out strings.Builder
-	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-x86_64\n%s\n", version)
+	fmt.Fprintf(&out, "NVIDIA Accelerated Graphics Driver for Linux-%s\n%s\n", arch, version)
 	out.WriteString("nvidia\nkernel\nnvidia nvidia-uvm nvidia-modeset nvidia-drm nvidia-peermem\n")
-	out.WriteString("NVIDIA Linux x86_64 Kernel Module\nnvidia-installer\nx86_64\n")
+	fmt.Fprintf(&out, "NVIDIA Linux %s Kernel Module\nnvidia-installer\n%s\n", arch, arch)
 	for _, name := range t.names() {
 		if line := manifestLine(name, t[name]); line != "" {
 			out.WriteString(line + "\n")

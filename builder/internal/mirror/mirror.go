@@ -17,6 +17,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -37,8 +38,12 @@ type Config struct {
 	Out string
 	// Cache keeps Debian packages and finished objects; it is created.
 	Cache string
-	// Board is the COS board to lay the builds out for; "" is lakitu.
+	// Board is the COS board to lay the builds for amd64 out for; "" is lakitu.
+	// Those for arm64 are for lakitu-arm64.
 	Board string
+	// Archs are the architectures; none is amd64 alone. Of arm64 there is one
+	// kernel and one driver, unless ABIs names more kernels.
+	Archs []target.Arch
 	// Kernels is how many kernels to take when ABIs is empty: the oldest ones in
 	// Debian's index and the newest. 0 is 3.
 	Kernels int
@@ -56,7 +61,7 @@ type Config struct {
 	// EmuGPU compiles the emulated GPU against a kernel and returns the module's
 	// path; nil leaves emugpu.ko out of prebake-boot.tgz. headersDir is the header
 	// tree itself, env is toolchain_env. It may be called for two kernels at once.
-	EmuGPU func(ctx context.Context, headersDir, toolchainDir string, env map[string]string, release string) (koPath string, err error)
+	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string, release string) (koPath string, err error)
 	// EmuGPURevision names the emulated GPU's source: another one, another module.
 	EmuGPURevision string
 	// Say is told what is being done, a line at a time; nil is silent.
@@ -72,6 +77,9 @@ func (c Config) WithDefaults() Config {
 		c.Kernels = 3
 	}
 	c.Clang = c.Clang || c.OnlyClang
+	if len(c.Archs) == 0 {
+		c.Archs = []target.Arch{target.AMD64}
+	}
 	if c.Say == nil {
 		c.Say = func(string) {}
 	}
@@ -90,7 +98,12 @@ func (c Config) Validate() error {
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {
 		errs = append(errs, fault.Wrap(fault.Usage, err, ""))
 	} else if target.BoardArch(c.Board) != target.AMD64 {
-		errs = append(errs, fault.New(fault.Unsupported, "board "+c.Board+": the mirror holds kernels for amd64 only", "use --board lakitu"))
+		errs = append(errs, fault.New(fault.Usage, "board "+c.Board+": want one for amd64", "use --board lakitu; --arch arm64 makes builds for lakitu-arm64"))
+	}
+	for i, arch := range c.Archs {
+		if _, ok := platforms[arch]; !ok || slices.Contains(c.Archs[:i], arch) {
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each once", arch), "pass --arch amd64,arm64"))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -140,11 +153,12 @@ func checkTools() error {
 	return nil
 }
 
-// maker holds one run.
+// maker makes the mirror's part of one architecture.
 type maker struct {
 	Config
-	apt   *apt
-	store store
+	platform platform
+	apt      *apt
+	store    store
 	// toolchainPkgs is what the toolchain archive is made of.
 	toolchainPkgs []pkg
 	toolchain     *unpacked
@@ -179,12 +193,31 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 		return Result{}, err
 	}
 	defer func() { err = errors.Join(err, unlock()) }()
-	for refresh := c.Refresh; ; refresh = true {
-		a, err := openApt(ctx, filepath.Join(c.Cache, "debian"), refresh, c.Say)
+	for _, arch := range slices.Sorted(slices.Values(c.Archs)) {
+		if arch != target.AMD64 {
+			c.Clang, c.OnlyClang = false, false // it is a kernel for amd64
+		}
+		part, err := makePart(ctx, c, platforms[arch])
 		if err != nil {
 			return Result{}, err
 		}
-		m := &maker{Config: c, apt: a, store: store{filepath.Join(c.Cache, "objects")}}
+		result.add(part)
+	}
+	text, err := json.MarshalIndent(result, "", "  ")
+	if err != nil {
+		return Result{}, err
+	}
+	return result, putFile(filepath.Join(c.Out, "mirror.json"), string(text)+"\n")
+}
+
+// makePart makes the mirror's part of one architecture.
+func makePart(ctx context.Context, c Config, p platform) (Result, error) {
+	for refresh := c.Refresh; ; refresh = true {
+		a, err := openApt(ctx, filepath.Join(c.Cache, p.aptDir()), p, refresh, c.Say)
+		if err != nil {
+			return Result{}, err
+		}
+		m := &maker{Config: c, platform: p, apt: a, store: store{filepath.Join(c.Cache, "objects")}}
 		if err = m.run(ctx); err == nil {
 			return m.result, nil
 		}
@@ -195,26 +228,40 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 	}
 }
 
+// add takes over what a part of the mirror holds.
+func (r *Result) add(part Result) {
+	r.Builds = append(r.Builds, part.Builds...)
+	for _, d := range part.Drivers {
+		if !slices.ContainsFunc(r.Drivers, func(have Driver) bool { return have.Version == d.Version }) {
+			r.Drivers = append(r.Drivers, d)
+		}
+	}
+	r.Made, r.Cached = r.Made+part.Made, r.Cached+part.Cached
+}
+
 func (m *maker) run(ctx context.Context) error {
-	all, err := findKernels(ctx, m.apt)
+	all, err := findKernels(ctx, m.apt, m.platform)
 	if err != nil {
 		return err
 	}
 	var kernels []kernel
 	if !m.OnlyClang {
-		if kernels, err = selectKernels(all, m.ABIs, m.Kernels); err != nil {
+		if kernels, err = m.platform.selectKernels(all, m.ABIs, m.Kernels); err != nil {
 			return err
 		}
 	}
-	releases, err := findReleases(ctx, m.apt)
+	releases, err := findReleases(ctx, m.apt, m.platform)
 	if err != nil {
 		return err
 	}
-	versions, err := m.apt.versions(ctx, toolchainPackages...)
+	if m.platform.oldest {
+		releases = releases[:1]
+	}
+	versions, err := m.apt.versions(ctx, m.platform.toolchain...)
 	if err != nil {
 		return err
 	}
-	for _, name := range toolchainPackages {
+	for _, name := range m.platform.toolchain {
 		if len(versions[name]) == 0 {
 			return fault.New(fault.Unsupported, "find toolchain: apt knows no "+name, "run on Debian 12 for amd64")
 		}
@@ -258,11 +305,7 @@ func (m *maker) run(ctx context.Context) error {
 	for _, r := range releases {
 		m.result.Drivers = append(m.result.Drivers, Driver{r.version, r.flavours()})
 	}
-	text, err := json.MarshalIndent(m.result, "", "  ")
-	if err != nil {
-		return err
-	}
-	return putFile(filepath.Join(m.Out, "mirror.json"), string(text)+"\n")
+	return nil
 }
 
 // build is one COS build to lay out.
@@ -276,7 +319,7 @@ type build struct {
 func (m *maker) plan(kernels []kernel) []build {
 	var builds []build
 	for i, k := range kernels {
-		b := build{kernel: k, mtime: epoch, Build: Build{BuildID: fmt.Sprintf("%d.0.%d", buildMajor, k.abi), Board: m.Board, Release: k.release, DebianPackageVersion: k.version}}
+		b := build{kernel: k, mtime: epoch, Build: Build{BuildID: fmt.Sprintf("%d.0.%d", buildMajor, k.abi), Board: m.platform.board(m.Board), Release: k.release, DebianPackageVersion: k.version}}
 		builds = append(builds, b)
 		if i == 1 {
 			b.BuildID, b.second, b.mtime = fmt.Sprintf("%d.1.%d", buildMajor, k.abi), true, epoch.AddDate(0, 0, 7)

@@ -27,38 +27,32 @@ const toolchainEnv = "CC=" + prefix + "gcc\nCXX=" + prefix + "gcc\n"
 
 // toolchainPackages hold the compiler, the binary tools and every library that
 // they load, save libc, which is the machine's.
-var toolchainPackages = []string{
-	"gcc-" + gccMajor, "cpp-" + gccMajor, "libgcc-" + gccMajor + "-dev",
-	"binutils-x86-64-linux-gnu", "libbinutils", "libctf0", "libctf-nobfd0",
-	"libisl23", "libmpc3", "libmpfr6", "libgmp10", "libjansson4", "libzstd1", "zlib1g",
-}
+var toolchainPackages = append([]string{
+	"gcc-" + gccMajor, "cpp-" + gccMajor, "libgcc-" + gccMajor + "-dev", "binutils-x86-64-linux-gnu",
+}, libraryPackages...)
 
 // binaries are the tools of binutils that go in.
 var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "readelf", "size", "strings", "strip"}
-
-// gccDir is the compiler's own folder: the driver finds it, and as and ld
-// behind it, by the way from its own place. No wrapper is needed.
-const gccDir = "lib/gcc/x86_64-linux-gnu/" + gccMajor
 
 // machineLibs stay the machine's own, as with COS's archive: whoever runs the
 // toolchain has a C library.
 var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
 
 // toolchainTree lays out a compiler that works from any folder.
-func toolchainTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, error) {
+func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work string) (tree, error) {
 	t := tree{}
-	for _, p := range pkgs {
-		file, ok := a.file(p)
+	for _, need := range pkgs {
+		file, ok := a.file(need)
 		if !ok {
-			return nil, fault.New(fault.InputMissing, "package "+p.Name+" is not at hand", "")
+			return nil, fault.New(fault.InputMissing, "package "+need.Name+" is not at hand", "")
 		}
-		if err := readDeb(ctx, t, file, toolchainPick); err != nil {
+		if err := readDeb(ctx, t, file, p.toolchainPick); err != nil {
 			return nil, err
 		}
 	}
-	t.add("bin/"+prefix+"ld", node{link: prefix + "ld.bfd"})
+	t.add("bin/"+p.prefix+"ld", node{link: p.prefix + "ld.bfd"})
 	for _, tool := range []string{"ar", "as", "ld", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "strip"} {
-		t.add("x86_64-linux-gnu/bin/"+tool, node{link: "../../bin/" + prefix + tool})
+		t.add(p.triplet+"/bin/"+tool, node{link: "../../bin/" + p.prefix + tool})
 	}
 	if err := t.resolveLinks(); err != nil {
 		return nil, err
@@ -71,23 +65,23 @@ func toolchainTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, 
 
 // toolchainPick leaves out link-time optimisation, sanitizers and plugins: a
 // kernel module needs none of them, and they are two thirds of the packages.
-func toolchainPick(name string) string {
+func (p platform) toolchainPick(name string) string {
 	base := path.Base(name)
-	if tool, ok := strings.CutPrefix(name, "usr/bin/x86_64-linux-gnu-"); ok {
+	if tool, ok := strings.CutPrefix(name, "usr/bin/"+p.triplet+"-"); ok {
 		if tool == "gcc-"+gccMajor {
-			return "bin/" + prefix + "gcc"
+			return "bin/" + p.prefix + "gcc"
 		}
 		if slices.Contains(binaries, tool) {
-			return "bin/" + prefix + tool
+			return "bin/" + p.prefix + tool
 		}
 		return ""
 	}
-	if rest, ok := strings.CutPrefix(name, "usr/"+gccDir+"/"); ok {
+	if rest, ok := strings.CutPrefix(name, "usr/"+p.gccDir+"/"); ok {
 		switch {
 		case strings.HasPrefix(rest, "include/") && !strings.HasPrefix(rest, "include/sanitizer"),
 			rest == "cc1", rest == "collect2", rest == "lto-wrapper", rest == "liblto_plugin.so", rest == "libgcc.a",
 			strings.HasPrefix(rest, "crt") && path.Ext(rest) == ".o":
-			return gccDir + "/" + rest
+			return p.gccDir + "/" + rest
 		}
 		return ""
 	}
