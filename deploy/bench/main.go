@@ -12,21 +12,20 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
-	"syscall"
-	"time"
 
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/deploy/internal/scene"
-	"github.com/prebake/prebake/pkg/archive"
-	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cli"
-	"github.com/prebake/prebake/pkg/target"
-	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/fault"
 )
+
+// measurements are what --only chooses from.
+func measurements() []string { return []string{"cold", "sibling", "next", "matrix", "node"} }
 
 func main() {
 	cli.Main(&ucli.Command{
@@ -35,11 +34,31 @@ func main() {
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "runs of each measurement; the median counts"},
+			&ucli.StringFlag{Name: "only", Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
+			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			return run(ctx, cmd.String("bin"), max(1, cmd.Int("runs")), cmd.Root().Writer)
+			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), only: map[string]bool{}}
+			list := measurements()
+			if text := cmd.String("only"); text != "" {
+				list = strings.Split(text, ",")
+			}
+			for _, name := range list {
+				if !slices.Contains(measurements(), name) {
+					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name), "choose from "+strings.Join(measurements(), ", "))
+				}
+				o.only[name] = true
+			}
+			return run(ctx, o, cmd.Root().Writer)
 		},
 	})
+}
+
+type options struct {
+	bin  string
+	runs int
+	abis []int
+	only map[string]bool
 }
 
 // ratio is one line of the result.
@@ -50,6 +69,9 @@ type ratio struct {
 }
 
 func (r ratio) print(w io.Writer) {
+	if len(r.ours) == 0 || len(r.theirs) == 0 {
+		return
+	}
 	ours, theirs := median(r.ours), median(r.theirs)
 	fmt.Fprintf(w, "%6.3f  %s\n        %.1f %s; against %.1f %s: %s\n", ours/theirs, r.what, ours, r.unit, theirs, r.unit, r.alternative)
 }
@@ -59,9 +81,8 @@ func median(v []float64) float64 {
 	return s[len(s)/2]
 }
 
-func run(ctx context.Context, bin string, runs int, out io.Writer) (err error) {
-	bin, err = filepath.Abs(bin)
-	if err != nil {
+func run(ctx context.Context, o options, out io.Writer) (err error) {
+	if o.bin, err = filepath.Abs(o.bin); err != nil {
 		return err
 	}
 	dir, err := os.MkdirTemp("", "prebake-bench-")
@@ -69,158 +90,78 @@ func run(ctx context.Context, bin string, runs int, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	s, err := scene.New(bin, dir, os.Stderr)
+	s, err := scene.New(o.bin, dir, os.Stderr)
 	if err != nil {
 		return err
 	}
-	m, err := s.Mirror(ctx)
-	if err != nil {
+	b := &bench{Scene: s, options: o, key: filepath.Join(dir, "key"), headers: map[string]string{}, sources: map[string]string{}}
+	if b.mirror, err = b.makeMirror(ctx); err != nil {
 		return err
 	}
-	b := &bench{Scene: s, mirror: m, kernel: m.Builds[1].Kernel, driver: m.Drivers[0].Version, key: filepath.Join(dir, "key")}
 	if _, err := s.Must(ctx, "builder", "keygen", b.key); err != nil {
 		return err
 	}
-	if err := b.layOut(ctx); err != nil {
-		return err
-	}
-	for i := range runs {
+	for i := range o.runs {
 		if err := b.once(ctx, i); err != nil {
 			return err
 		}
 	}
-	fmt.Fprintf(out, "driver %s (proprietary), kernel %s, make -j%d, %d run(s), medians\n", b.driver, b.kernel.Release, runtime.NumCPU(), runs)
-	for _, r := range []ratio{
-		{"build from empty caches, source to published", "plain make modules of the same cell, sources unpacked", b.cold, b.plain, "s"},
-		{"  of it, the compile phase in the sandbox", "plain make modules of the same cell", b.compile, b.plain, "s"},
-		{"the same build once more, caches warm", "plain make modules of the same cell", b.warm, b.plain, "s"},
-		{"node: resolve, fetch, verify, stage, switch", "compile on the node (plain make modules)", b.install, b.plain, "s"},
-		{"bytes a node fetches when only the kernel changed", "the whole artifact, as one-blob drivers need", b.small, b.whole, "MB"},
-	} {
-		r.print(out)
-	}
+	b.print(out)
 	return nil
 }
 
-type bench struct {
-	*scene.Scene
-	mirror *scene.Mirror
-	kernel target.Kernel
-	driver string
-	key    string
-
-	headers, toolchain, source string
-
-	plain, cold, compile, warm, install, small, whole []float64
-}
-
-// layOut unpacks what a person would unpack by hand for a plain make.
-func (b *bench) layOut(ctx context.Context) error {
-	from := filepath.Join(b.mirror.Dir, "cos", b.kernel.BuildID, b.kernel.Board)
-	for name, dir := range map[string]string{"kernel-headers.tgz": "headers", "toolchain.tar.xz": "toolchain"} {
-		dir = filepath.Join(b.Dir, dir)
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			return err
-		}
-		if _, err := archive.UnpackFile(ctx, filepath.Join(from, name), dir, archive.Options{XZTool: "xz"}); err != nil {
-			return fmt.Errorf("unpack %s: %w", name, err)
+// makeMirror lays out four kernels and both drivers. Which four is a rule and no
+// choice: the two oldest, on which both drivers compile, and the two newest.
+func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
+	if len(b.abis) == 0 {
+		var err error
+		if b.abis, err = debianABIs(ctx); err != nil {
+			return nil, err
 		}
 	}
-	b.headers = filepath.Join(b.Dir, "headers", "usr", "src", "linux-headers-"+b.kernel.Release)
-	b.toolchain = filepath.Join(b.Dir, "toolchain")
-	b.source = filepath.Join(b.Dir, "runfile")
-	runfile := filepath.Join(b.mirror.Dir, "drivers", "NVIDIA-Linux-x86_64-"+b.driver+".run")
-	return b.command(ctx, "sh", runfile, "--noexec", "--target", b.source)
-}
-
-func (b *bench) command(ctx context.Context, name string, args ...string) error {
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Env = append(os.Environ(), "PATH="+filepath.Join(b.toolchain, "bin")+":"+os.Getenv("PATH"))
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out[max(0, len(out)-500):])
+	m := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}
+	args := []string{"mirror", "--out", m.Dir, "--cache", filepath.Join(b.State, "packages")}
+	for _, abi := range b.abis {
+		args = append(args, "--kernel-abi", strconv.Itoa(abi))
 	}
-	return nil
-}
-
-func (b *bench) once(ctx context.Context, n int) error {
-	// The alternative first: what people do today.
-	fmt.Fprintf(b.Out, "plain make...\n")
-	tree := filepath.Join(b.Dir, fmt.Sprintf("plain-%d", n))
-	if err := os.CopyFS(tree, os.DirFS(filepath.Join(b.source, "kernel"))); err != nil {
-		return err
+	if _, err := b.Must(ctx, "builder", args...); err != nil {
+		return nil, err
 	}
-	start := time.Now()
-	if err := b.command(ctx, "make", "-C", tree, "modules", "SYSSRC="+b.headers, "SYSOUT="+b.headers, "KERNEL_UNAME="+b.kernel.Release,
-		"CC=x86_64-cros-linux-gnu-gcc", "LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1", fmt.Sprintf("-j%d", runtime.NumCPU())); err != nil {
-		return err
-	}
-	b.plain = append(b.plain, time.Since(start).Seconds())
-	if err := os.RemoveAll(tree); err != nil {
-		return err
-	}
-
-	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
-	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
-	seconds, phases, err := b.build(ctx, cache, repo)
+	raw, err := os.ReadFile(filepath.Join(m.Dir, "mirror.json"))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	b.cold = append(b.cold, seconds)
-	for _, p := range phases {
-		if p.Name == "compile" && p.Of == "" {
-			b.compile = append(b.compile, p.Seconds)
-		}
+	if err := json.Unmarshal(raw, m); err != nil {
+		return nil, fmt.Errorf("read mirror.json: %w", err)
 	}
-	if seconds, _, err = b.build(ctx, cache, "oci:"+filepath.Join(b.Dir, fmt.Sprintf("layout-%d-again", n))); err != nil {
-		return err
+	// Twins of a kernel compile to nothing new.
+	m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
+	if len(m.Builds) < 2 || len(m.Drivers) < 2 {
+		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least 2 of each", len(m.Builds), len(m.Drivers))
 	}
-	b.warm = append(b.warm, seconds)
-	return b.node(ctx, n, repo)
+	return m, nil
 }
 
-// result is what builder build --output json prints, as far as it is read here.
-type result struct {
-	Layers []bundle.Layer   `json:"layers"`
-	Phases []timeline.Phase `json:"phases"`
-}
+var abiPattern = regexp.MustCompile(`^linux-headers-6\.1\.0-([0-9]+)-cloud-amd64 `)
 
-func (b *bench) build(ctx context.Context, cache, to string) (float64, []timeline.Phase, error) {
-	start := time.Now()
-	out, err := b.Must(ctx, "builder", "build", "--build-id", b.kernel.BuildID, "--board", b.kernel.Board, "--driver", b.driver,
-		"--kernel-mirror", b.mirror.KernelURL(), "--driver-mirror", b.mirror.DriverURL(), "--cache", cache, "--key", b.key,
-		"--to", to, "--load-test", "off", "--output", "json")
+func debianABIs(ctx context.Context) ([]int, error) {
+	out, err := exec.CommandContext(ctx, "apt-cache", "search", "--names-only", `^linux-headers-6\.1\.0-[0-9]+-cloud-amd64$`).Output()
 	if err != nil {
-		return 0, nil, err
+		return nil, fmt.Errorf("ask apt for kernels: %w", err)
 	}
-	seconds := time.Since(start).Seconds()
-	var res result
-	if err := json.Unmarshal(out, &res); err != nil {
-		return 0, nil, fmt.Errorf("read builder's result: %w", err)
-	}
-	var small, whole float64
-	for _, l := range res.Layers {
-		whole += float64(l.Size) / 1e6
-		if l.Kind == bundle.LayerModules {
-			small = float64(l.Size) / 1e6
+	var abis []int
+	for line := range strings.Lines(string(out)) {
+		if m := abiPattern.FindStringSubmatch(line); m != nil {
+			abi, err := strconv.Atoi(m[1])
+			if err != nil {
+				return nil, err
+			}
+			abis = append(abis, abi)
 		}
 	}
-	b.small, b.whole = append(b.small, small), append(b.whole, whole)
-	return seconds, res.Phases, nil
-}
-
-// node installs from the layout folder on a root that looks like a COS node.
-// Loading is left out: it costs the same whoever made the modules.
-func (b *bench) node(ctx context.Context, n int, repo string) error {
-	root := filepath.Join(b.Dir, fmt.Sprintf("node-%d", n))
-	if err := scene.NodeRoot(root, b.kernel); err != nil {
-		return err
+	slices.Sort(abis)
+	if len(abis) > 4 {
+		abis = slices.Concat(abis[:2], abis[len(abis)-2:])
 	}
-	start := time.Now()
-	if _, err := b.Must(ctx, "fetcher", "install", "--registry", repo, "--host-root", root, "--key", b.key+".pub", "--driver", b.driver,
-		"--flavour", string(target.Proprietary), "--no-load", "--builder", "never", "--output", "json"); err != nil {
-		return err
-	}
-	b.install = append(b.install, time.Since(start).Seconds())
-	return nil
+	return abis, nil
 }

@@ -1,0 +1,332 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/archive"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+type mirror struct {
+	Dir     string
+	Builds  []build
+	Drivers []struct {
+		Version string `json:"version"`
+	} `json:"drivers"`
+}
+
+type build struct {
+	target.Kernel
+	// Package is the Debian version of the kernel, as in 6.1.192-2.
+	Package string `json:"debianPackageVersion"`
+	Note    string `json:"note"`
+}
+
+// upstream is the kernel's version without Debian's own revision: kernels that
+// share it are siblings.
+func (k build) upstream() string {
+	version, _, _ := strings.Cut(k.Package, "-")
+	return version
+}
+
+// cell is one kernel with one driver, and what it is in the matrix.
+type cell struct {
+	kernel build
+	driver string
+	// role is cold for the first cell, next for another driver on a kernel that
+	// had one, sibling for a driver that a sibling kernel had; else empty.
+	role string
+}
+
+func (c cell) String() string { return c.kernel.Release + " " + c.driver }
+
+type bench struct {
+	*scene.Scene
+	options
+	mirror *mirror
+	key    string
+
+	headers, sources map[string]string // unpacked, by release and by driver
+	toolchain        string
+	dkms             string // the script
+
+	roles        map[string]*ratio // by role
+	cells        []cell            // of the last run, those that compile
+	whole, small []float64
+	matrix       ratio
+	compile      ratio
+	warm, node   ratio
+	bytes        ratio
+}
+
+// once makes the whole matrix from an empty cache, in order, and what it is
+// compared with beside it.
+func (b *bench) once(ctx context.Context, n int) error {
+	if b.roles == nil {
+		b.roles = map[string]*ratio{"cold": {}, "next": {}, "sibling": {}}
+	}
+	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
+	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
+	var ours, theirs float64
+	b.cells = nil
+	done := map[string]bool{} // what a role asks for: kernel or upstream with a driver
+	for _, k := range b.mirror.Builds {
+		for _, d := range b.mirror.Drivers {
+			c := cell{kernel: k, driver: d.Version}
+			switch {
+			case done[k.upstream()+" "+d.Version]:
+				c.role = "sibling"
+			case done[k.Release]:
+				c.role = "next"
+			case len(done) == 0:
+				c.role = "cold"
+			}
+			if !b.wanted(c, done) {
+				continue
+			}
+			seconds, phases, err := b.build(ctx, c, cache, repo)
+			if fault.Is(err, fault.APIBreak) {
+				fmt.Fprintf(b.Out, "%s does not compile\n", c)
+				continue
+			}
+			if err != nil {
+				return err
+			}
+			done[k.upstream()+" "+d.Version], done[k.Release] = true, true
+			b.cells = append(b.cells, c)
+			ours += seconds
+			if r := b.roles[c.role]; r != nil && b.only[c.role] {
+				plain, err := b.plain(ctx, c)
+				if err != nil {
+					return err
+				}
+				r.ours, r.theirs = append(r.ours, seconds), append(r.theirs, plain)
+				fmt.Fprintf(b.Out, "%s, %s: %.1f s, plain make %.1f s\n", c, c.role, seconds, plain)
+				if c.role == "cold" {
+					for _, p := range phases {
+						if p.Name == "compile" && p.Of == "" {
+							b.compile.ours, b.compile.theirs = append(b.compile.ours, p.Seconds), append(b.compile.theirs, plain)
+						}
+					}
+				}
+			}
+			if b.only["matrix"] {
+				seconds, err := b.byDKMS(ctx, c)
+				if err != nil {
+					return err
+				}
+				theirs += seconds
+			}
+		}
+	}
+	if b.only["matrix"] {
+		b.matrix.ours, b.matrix.theirs = append(b.matrix.ours, ours), append(b.matrix.theirs, theirs)
+	}
+	if !b.only["node"] || len(b.cells) == 0 {
+		return nil
+	}
+	return b.onNode(ctx, n, cache, repo)
+}
+
+// wanted reports whether a cell is measured, or goes before one that is.
+func (b *bench) wanted(c cell, done map[string]bool) bool {
+	if b.only["matrix"] || c.role == "cold" {
+		return true
+	}
+	switch c.role {
+	case "next":
+		return b.only["next"] && len(b.roles["next"].ours) <= len(b.roles["cold"].ours)
+	case "sibling":
+		return b.only["sibling"]
+	}
+	if !b.only["sibling"] {
+		return false
+	}
+	// The first of two siblings.
+	return slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
+		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
+	}) && !done[c.kernel.Release]
+}
+
+// result is what builder build --output json prints, as far as it is read here.
+type result struct {
+	Layers []bundle.Layer   `json:"layers"`
+	Phases []timeline.Phase `json:"phases"`
+}
+
+func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, []timeline.Phase, error) {
+	start := time.Now()
+	res, err := b.Run(ctx, "builder", "build", "--build-id", c.kernel.BuildID, "--board", c.kernel.Board, "--driver", c.driver,
+		"--kernel-mirror", "file://"+filepath.Join(b.mirror.Dir, "cos"), "--driver-mirror", "file://"+filepath.Join(b.mirror.Dir, "drivers"),
+		"--cache", cache, "--key", b.key, "--to", to, "--load-test", "off", "--output", "json")
+	if err != nil {
+		return 0, nil, err
+	}
+	if res.Code == fault.APIBreak.ExitCode() {
+		return 0, nil, fault.New(fault.APIBreak, c.String(), "")
+	}
+	if res.Code != 0 {
+		return 0, nil, fmt.Errorf("build %s: exit status %d", c, res.Code)
+	}
+	seconds := time.Since(start).Seconds()
+	var r result
+	if err := json.Unmarshal(res.Stdout, &r); err != nil {
+		return 0, nil, fmt.Errorf("read builder's result: %w", err)
+	}
+	for _, p := range r.Phases {
+		fmt.Fprintf(b.Out, "  %-10s %6.1f s  %s\n", p.Name, p.Seconds, p.Note)
+	}
+	var small, whole float64
+	for _, l := range r.Layers {
+		whole += float64(l.Size) / 1e6
+		if l.Kind == bundle.LayerModules {
+			small = float64(l.Size) / 1e6
+		}
+	}
+	b.small, b.whole = append(b.small, small), append(b.whole, whole)
+	return seconds, r.Phases, nil
+}
+
+// headerTree, and source below, unpack what a person would unpack by hand.
+func (b *bench) headerTree(ctx context.Context, k build) (string, error) {
+	if dir := b.headers[k.Release]; dir != "" {
+		return dir, nil
+	}
+	from := filepath.Join(b.mirror.Dir, "cos", k.BuildID, k.Board)
+	unpack := func(name, dir string) error {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return err
+		}
+		if _, err := archive.UnpackFile(ctx, filepath.Join(from, name), dir, archive.Options{XZTool: "xz"}); err != nil {
+			return fmt.Errorf("unpack %s: %w", name, err)
+		}
+		return nil
+	}
+	if b.toolchain == "" { // Debian compiled all these kernels with one
+		b.toolchain = filepath.Join(b.Dir, "toolchain")
+		if err := unpack("toolchain.tar.xz", b.toolchain); err != nil {
+			return "", err
+		}
+	}
+	dir := filepath.Join(b.Dir, "headers-"+k.Release)
+	if err := unpack("kernel-headers.tgz", dir); err != nil {
+		return "", err
+	}
+	b.headers[k.Release] = filepath.Join(dir, "usr", "src", "linux-headers-"+k.Release)
+	return b.headers[k.Release], nil
+}
+
+func (b *bench) source(ctx context.Context, driver string) (string, error) {
+	if dir := b.sources[driver]; dir != "" {
+		return dir, nil
+	}
+	dir := filepath.Join(b.Dir, "runfile-"+driver)
+	runfile := filepath.Join(b.mirror.Dir, "drivers", "NVIDIA-Linux-x86_64-"+driver+".run")
+	if err := b.command(ctx, "sh", runfile, "--noexec", "--target", dir); err != nil {
+		return "", err
+	}
+	b.sources[driver] = filepath.Join(dir, "kernel")
+	return b.sources[driver], nil
+}
+
+func (b *bench) command(ctx context.Context, name string, args ...string) error {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Join(b.toolchain, "bin")+":"+os.Getenv("PATH"))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out[max(0, len(out)-500):])
+	}
+	return nil
+}
+
+// makeFlags are what make needs to be told about these folders.
+func makeFlags(headers string) []string {
+	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc", "LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
+}
+
+// plain is what people do by hand: make modules in unpacked sources.
+func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
+	headers, err := b.headerTree(ctx, c.kernel)
+	if err != nil {
+		return 0, err
+	}
+	source, err := b.source(ctx, c.driver)
+	if err != nil {
+		return 0, err
+	}
+	tree := filepath.Join(b.Dir, "plain")
+	if err := os.CopyFS(tree, os.DirFS(source)); err != nil {
+		return 0, err
+	}
+	start := time.Now()
+	args := append([]string{"-C", tree, "modules", "KERNEL_UNAME=" + c.kernel.Release, fmt.Sprintf("-j%d", runtime.NumCPU())}, makeFlags(headers)...)
+	if err := b.command(ctx, "make", args...); err != nil {
+		return 0, err
+	}
+	return time.Since(start).Seconds(), os.RemoveAll(tree)
+}
+
+// onNode builds the first cell once more, and installs it on a root that looks
+// like a COS node. Loading is left out: it costs the same whoever made the modules.
+func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
+	c := b.cells[0]
+	plain, err := b.plain(ctx, c)
+	if err != nil {
+		return err
+	}
+	seconds, _, err := b.build(ctx, c, cache, "oci:"+filepath.Join(b.Dir, fmt.Sprintf("layout-%d-again", n)))
+	if err != nil {
+		return err
+	}
+	b.warm.ours, b.warm.theirs = append(b.warm.ours, seconds), append(b.warm.theirs, plain)
+	root := filepath.Join(b.Dir, fmt.Sprintf("node-%d", n))
+	if err := scene.NodeRoot(root, c.kernel.Kernel); err != nil {
+		return err
+	}
+	start := time.Now()
+	if _, err := b.Must(ctx, "fetcher", "install", "--registry", repo, "--host-root", root, "--key", b.key+".pub", "--driver", c.driver,
+		"--flavour", string(target.Proprietary), "--no-load", "--builder", "never", "--output", "json"); err != nil {
+		return err
+	}
+	b.node.ours, b.node.theirs = append(b.node.ours, time.Since(start).Seconds()), append(b.node.theirs, plain)
+	return nil
+}
+
+func (b *bench) print(out io.Writer) {
+	jobs := runtime.NumCPU()
+	fmt.Fprintf(out, "%s, %d processors, %d run(s), medians; proprietary flavour\n", time.Now().UTC().Format(time.DateOnly), jobs, b.runs)
+	for _, c := range b.cells {
+		fmt.Fprintf(out, "  %s (Debian %s) %s\n", c, c.kernel.Package, c.role)
+	}
+	plain := fmt.Sprintf("make modules SYSSRC=HEADERS SYSOUT=HEADERS KERNEL_UNAME=RELEASE CC=.. LD=.. IGNORE_CC_MISMATCH=1 -j%d, of the same cell, sources unpacked", jobs)
+	rows := []ratio{
+		{"cold: from empty caches, source to published", plain, b.roles["cold"].ours, b.roles["cold"].theirs, "s"},
+		{"  of it, the compile phase in the sandbox", plain, b.compile.ours, b.compile.theirs, "s"},
+		{"sibling kernel, same driver, source to published", plain, b.roles["sibling"].ours, b.roles["sibling"].theirs, "s"},
+		{"same kernel, next driver of the branch, source to published", plain, b.roles["next"].ours, b.roles["next"].theirs, "s"},
+		{fmt.Sprintf("matrix of %d cells, from empty caches", len(b.cells)), fmt.Sprintf("dkms build -m nvidia -v VERSION -k RELEASE --kernelsourcedir HEADERS -j %d, for each cell", jobs), b.matrix.ours, b.matrix.theirs, "s"},
+		{"the same build once more, caches warm", plain, b.warm.ours, b.warm.theirs, "s"},
+		{"node: resolve, fetch, verify, stage, switch", "compile on the node: " + plain, b.node.ours, b.node.theirs, "s"},
+	}
+	if b.only["node"] {
+		rows = append(rows, ratio{"bytes a node fetches when only the kernel changed", "the whole artifact, as one-blob drivers need", b.small, b.whole, "MB"})
+	}
+	for _, r := range rows {
+		r.print(out)
+	}
+}
