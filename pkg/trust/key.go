@@ -3,8 +3,6 @@ package trust
 import (
 	"bytes"
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
@@ -20,9 +18,11 @@ import (
 )
 
 // PublicKey is one key whose signatures are trusted: ECDSA on P-256, which
-// every KMS and cosign speak.
+// every KMS and cosign speak, on P-384 or P-521, RSA (PKCS #1 v1.5) of 2048,
+// 3072 or 4096 bits, or Ed25519. Each goes with the hash that Sigstore's
+// algorithm registry names for it, and with no other.
 type PublicKey struct {
-	key *ecdsa.PublicKey
+	key crypto.PublicKey
 	sum [sha256.Size]byte // of the DER form (SubjectPublicKeyInfo)
 }
 
@@ -33,15 +33,15 @@ const (
 
 // NewPublicKey checks a key that is already in memory.
 func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
-	key, ok := pub.(*ecdsa.PublicKey)
-	if !ok || key.Curve != elliptic.P256() {
-		return PublicKey{}, fault.New(fault.Usage, "read public key: not an ECDSA P-256 key", "make one with: builder keygen FILE")
+	if _, err := signature.GetDefaultPublicKeyDetails(pub); err != nil {
+		return PublicKey{}, fault.New(fault.Usage, fmt.Sprintf("read public key: %T of this kind or length is not supported", pub),
+			"use ECDSA P-256, P-384 or P-521, RSA of 2048, 3072 or 4096 bits, or Ed25519: builder keygen FILE")
 	}
-	der, err := x509.MarshalPKIXPublicKey(key)
+	der, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {
 		return PublicKey{}, fault.Errorf(fault.Usage, "read public key: %w", err)
 	}
-	return PublicKey{key: key, sum: sha256.Sum256(der)}, nil
+	return PublicKey{key: pub, sum: sha256.Sum256(der)}, nil
 }
 
 // ParsePublicKeys reads one or more PEM blocks of type PUBLIC KEY; nothing
@@ -97,7 +97,7 @@ func (k PublicKey) ID() string { return hex.EncodeToString(k.sum[:8]) }
 func (k PublicKey) Hint() string { return base64.StdEncoding.EncodeToString(k.sum[:]) }
 
 func (k PublicKey) verifier() (signature.Verifier, error) {
-	return signature.LoadECDSAVerifier(k.key, crypto.SHA256)
+	return signature.LoadDefaultVerifier(k.key)
 }
 
 // hintID shows a bundle's hint as an ID where it has the usual form.

@@ -1,7 +1,15 @@
 package publish_test
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
+	"encoding/pem"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -34,28 +42,42 @@ func tool(t *testing.T, name string) func(args ...string) (string, error) {
 
 func newSigner(t *testing.T) *sign.Signer {
 	t.Helper()
-	key := filepath.Join(t.TempDir(), "key")
-	if err := sign.GenerateKey(key); err != nil {
-		t.Fatal(err)
-	}
-	signer, err := sign.LoadSigner(t.Context(), key)
+	signer, err := sign.LoadSigner(t.Context(), keyFile(t, testkit.NewKey(t).Private()))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return signer
 }
 
-// published signs a sample with a key file, as the builder does, and publishes
-// it to a registry with or without the referrers API.
-func published(t *testing.T, referrers bool) (ref, digest, pub string, s testkit.Sample) {
+// keyFile writes a private key to a file.
+func keyFile(t *testing.T, key crypto.Signer) string {
 	t.Helper()
-	s = testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
-	key := filepath.Join(t.TempDir(), "key")
-	if err := sign.GenerateKey(key); err != nil {
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
 		t.Fatal(err)
 	}
+	path := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// published signs a sample with a key file, as the builder does, and publishes
+// it to a registry with or without the referrers API.
+func published(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
+	t.Helper()
+	s = testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
 	signer, err := sign.LoadSigner(t.Context(), key)
 	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := signer.PublicPEM()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pub = filepath.Join(t.TempDir(), "key.pub")
+	if err := os.WriteFile(pub, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	v, err := signer.Verifier()
@@ -80,7 +102,7 @@ func published(t *testing.T, referrers bool) (ref, digest, pub string, s testkit
 			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://x/y", Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
-		Modules: map[string]string{"nvidia": key}}) // any file has a digest
+		Modules: map[string]string{"nvidia": pub}}) // any file has a digest
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,30 +123,52 @@ func published(t *testing.T, referrers bool) (ref, digest, pub string, s testkit
 	if err != nil {
 		t.Fatal(err)
 	}
-	return ref, digest, key + ".pub", s
+	return ref, digest, pub, s
 }
 
 func TestCosignVerifies(t *testing.T) {
 	t.Parallel()
 	cosign := tool(t, "cosign")
-	// Without the referrers API: the sample registry that has it reports no
-	// artifact types.
-	ref, digest, pub, _ := published(t, false)
-	args := []string{"verify-attestation", "--key", pub, "--insecure-ignore-tlog=true", "--allow-http-registry"}
-	kinds := []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"}
-	for _, kind := range kinds {
-		if _, err := cosign(append(args, "--type", kind, ref+"@"+digest)...); err != nil {
-			t.Errorf("cosign verify-attestation --type %s: %v", kind, err)
-		}
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsa2048, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, ed, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
 	}
 	other := filepath.Join(t.TempDir(), "other.pub")
 	if err := os.WriteFile(other, testkit.NewKey(t).PEM(t), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	args[2] = other
-	for _, kind := range kinds {
-		if out, err := cosign(append(args, "--type", kind, ref+"@"+digest)...); err == nil {
-			t.Errorf("cosign verify-attestation --type %s accepted another key: %s", kind, out)
+	for _, row := range []struct {
+		name string
+		key  crypto.Signer
+		args []string
+	}{
+		{"ECDSA P-256", testkit.NewKey(t).Private(), nil},
+		{"ECDSA P-384", p384, []string{"--signature-digest-algorithm", "sha384"}},
+		{"RSA", rsa2048, nil},
+		{"Ed25519", ed, nil},
+	} {
+		// Without the referrers API: the sample registry that has it reports no
+		// artifact types.
+		ref, digest, pub, _ := published(t, false, keyFile(t, row.key))
+		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"} {
+			verify := func(key string) (string, error) {
+				args := append([]string{"verify-attestation", "--key", key, "--insecure-ignore-tlog=true", "--allow-http-registry", "--type", kind}, row.args...)
+				return cosign(append(args, ref+"@"+digest)...)
+			}
+			if _, err := verify(pub); err != nil {
+				t.Errorf("%s: cosign verify-attestation --type %s: %v", row.name, kind, err)
+			}
+			if out, err := verify(other); err == nil {
+				t.Errorf("%s: cosign verify-attestation --type %s accepted another key: %s", row.name, kind, out)
+			}
 		}
 	}
 }
@@ -132,7 +176,7 @@ func TestCosignVerifies(t *testing.T) {
 func TestCranePulls(t *testing.T) {
 	t.Parallel()
 	crane := tool(t, "crane")
-	ref, digest, _, s := published(t, true)
+	ref, digest, _, s := published(t, true, keyFile(t, testkit.NewKey(t).Private()))
 	tagged := ref + ":" + bundle.KernelTag(s.Kernel, driver)
 	if got, err := crane("digest", tagged); err != nil || strings.TrimSpace(got) != digest {
 		t.Errorf("crane digest = %q, %v; want %s", got, err, digest)

@@ -21,18 +21,19 @@ import (
 
 	"github.com/sigstore/sigstore/pkg/cryptoutils"
 	"github.com/sigstore/sigstore/pkg/signature"
-	"github.com/sigstore/sigstore/pkg/signature/kms"
 	"github.com/sigstore/sigstore/pkg/signature/options"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// Signer signs with one ECDSA P-256 key, wherever that is kept.
+// Signer signs statements with one key, of the kinds that [trust.PublicKey]
+// names, wherever that is kept.
 type Signer struct {
-	sv  signature.Signer
-	pub *ecdsa.PublicKey
-	key trust.PublicKey
+	sv      signature.Signer
+	pub     crypto.PublicKey
+	details signature.AlgorithmDetails
+	key     trust.PublicKey
 }
 
 const maxKeyFile = 64 << 10
@@ -75,31 +76,6 @@ func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error
 	return s, nil
 }
 
-func openKMS(ctx context.Context, ref string) (kms.SignerVerifier, error) {
-	sv, err := kms.Get(ctx, ref, crypto.SHA256)
-	if err != nil {
-		var missing *kms.ProviderNotFoundError
-		if errors.As(err, &missing) {
-			scheme, _, _ := strings.Cut(ref, "://")
-			return nil, fault.Wrap(fault.Usage, err, "put the plugin sigstore-kms-"+scheme+" on PATH, or use a key file")
-		}
-		return nil, fault.Wrap(fault.Transient, err, "check that the KMS can be reached and that these credentials may use the key")
-	}
-	return sv, nil
-}
-
-func fromKMS(ctx context.Context, ref string) (*Signer, error) {
-	sv, err := openKMS(ctx, ref)
-	if err != nil {
-		return nil, err
-	}
-	pub, err := sv.PublicKey(options.WithContext(ctx))
-	if err != nil {
-		return nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
-	}
-	return newSigner(sv, pub)
-}
-
 func privateFile(path string, l loading) (crypto.Signer, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -129,15 +105,15 @@ func fromFile(path string, l loading) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	key, ok := private.(*ecdsa.PrivateKey)
-	if !ok {
-		return nil, fault.New(fault.Usage, "not an ECDSA P-256 key", "make one with: builder keygen FILE")
+	// First, for its error names what is supported.
+	if _, err := trust.NewPublicKey(private.Public()); err != nil {
+		return nil, err
 	}
-	sv, err := signature.LoadECDSASigner(key, crypto.SHA256)
+	sv, err := signature.LoadDefaultSigner(private)
 	if err != nil {
 		return nil, err
 	}
-	return newSigner(sv, key.Public())
+	return newSigner(sv, private.Public())
 }
 
 func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
@@ -145,7 +121,11 @@ func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Signer{sv: sv, pub: pub.(*ecdsa.PublicKey), key: key}, nil
+	details, err := signature.GetDefaultAlgorithmDetails(pub)
+	if err != nil {
+		return nil, err
+	}
+	return &Signer{sv: sv, pub: pub, details: details, key: key}, nil
 }
 
 // PublicKey returns the public half, for verifying.
@@ -209,31 +189,4 @@ func writeNew(path string, data []byte, mode os.FileMode) error {
 		return errors.Join(err, os.Remove(path))
 	}
 	return nil
-}
-
-// OpenKey opens a key of any kind, by file or URI as in [LoadSigner], for
-// signatures that are no statements, such as those of kernel modules. It works
-// for as long as ctx does.
-func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
-	key, err := func() (crypto.Signer, error) {
-		if !strings.Contains(ref, "://") {
-			return privateFile(ref, newLoading(opts))
-		}
-		sv, err := openKMS(ctx, ref)
-		if err != nil {
-			return nil, err
-		}
-		key, _, err := sv.CryptoSigner(ctx, func(error) {}) // Public returns nil then, and Sign its error
-		if err == nil && key.Public() == nil {
-			err = errors.New("no public key")
-		}
-		if err != nil {
-			return nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
-		}
-		return key, nil
-	}()
-	if err != nil {
-		return nil, fmt.Errorf("open key %s: %w", ref, err)
-	}
-	return key, nil
 }

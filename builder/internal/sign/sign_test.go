@@ -2,9 +2,11 @@ package sign_test
 
 import (
 	"context"
+	"crypto/ecdh"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -243,6 +245,22 @@ func TestLoadSignerFiles(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	x25519, err := ecdh.X25519().GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	exchange, err := x509.MarshalPKCS8PrivateKey(x25519)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rsa1536, err := rsa.GenerateKey(rand.Reader, 1536)
+	if err != nil {
+		t.Fatal(err)
+	}
+	short, err := x509.MarshalPKCS8PrivateKey(rsa1536)
+	if err != nil {
+		t.Fatal(err)
+	}
 	password := func(bool) ([]byte, error) { return []byte("secret"), nil }
 	encrypted, _, err := cryptoutils.GeneratePEMEncodedECDSAKeyPair(elliptic.P256(), password)
 	if err != nil {
@@ -259,7 +277,9 @@ func TestLoadSignerFiles(t *testing.T) {
 		{"encrypted as cosign does", write(encrypted), []sign.Option{given}, true},
 		{"encrypted, no password", write(encrypted), nil, false},
 		{"encrypted, wrong password", write(encrypted), []sign.Option{sign.WithPassword(func() ([]byte, error) { return []byte("x"), nil })}, false},
-		{"another curve", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: long})), nil, false},
+		{"another curve", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: long})), nil, true},
+		{"no curve for signatures", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: exchange})), nil, false},
+		{"a short RSA key", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: short})), nil, false},
 		{"a public key", write(testkit.NewKey(t).PEM(t)), nil, false},
 		{"no PEM", write([]byte("hello")), nil, false},
 		{"too long", write(make([]byte, 70000)), nil, false},

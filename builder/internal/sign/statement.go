@@ -196,7 +196,7 @@ func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 }
 
 func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
-	verifier, err := signature.LoadECDSAVerifier(s.pub, crypto.SHA256)
+	verifier, err := signature.LoadDefaultVerifier(s.pub)
 	if err != nil {
 		return nil, err
 	}
@@ -217,16 +217,14 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 // keypair shows a Signer to the bundle library.
 type keypair struct{ s *Signer }
 
-func (k keypair) GetHashAlgorithm() protocommon.HashAlgorithm {
-	return protocommon.HashAlgorithm_SHA2_256
-}
-
+func (k keypair) GetHashAlgorithm() protocommon.HashAlgorithm { return k.s.details.GetProtoHashType() }
 func (k keypair) GetSigningAlgorithm() protocommon.PublicKeyDetails {
-	return protocommon.PublicKeyDetails_PKIX_ECDSA_P256_SHA_256
+	return k.s.details.GetSignatureAlgorithm()
 }
+func (k keypair) GetHint() []byte { return []byte(k.s.key.Hint()) }
 
-func (k keypair) GetHint() []byte                { return []byte(k.s.key.Hint()) }
-func (k keypair) GetKeyAlgorithm() string        { return "ECDSA" }
+// GetKeyAlgorithm is for certificate authorities only.
+func (k keypair) GetKeyAlgorithm() string        { return "" }
 func (k keypair) GetPublicKey() crypto.PublicKey { return k.s.pub }
 
 func (k keypair) GetPublicKeyPem() (string, error) {
@@ -234,8 +232,8 @@ func (k keypair) GetPublicKeyPem() (string, error) {
 	return string(text), err
 }
 
+// SignData returns no digest: a statement's envelope has no place for one.
 func (k keypair) SignData(ctx context.Context, data []byte) (sig, digest []byte, err error) {
 	sig, err = k.s.sign(ctx, data)
-	sum := sha256.Sum256(data)
-	return sig, sum[:], err
+	return sig, nil, err
 }

@@ -1,0 +1,94 @@
+package sign
+
+import (
+	"context"
+	"crypto"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/sigstore/sigstore/pkg/signature"
+	"github.com/sigstore/sigstore/pkg/signature/kms"
+	"github.com/sigstore/sigstore/pkg/signature/options"
+
+	// Key holders that are linked in. Every other one, PKCS #11 tokens among
+	// them, is a plugin program.
+	_ "github.com/sigstore/sigstore/pkg/signature/kms/gcp"
+	_ "github.com/sigstore/sigstore/pkg/signature/kms/hashivault"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// hintRefs shows how the keys of each holder are named.
+const hintRefs = "name it gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
+	"or NAME://... with a plugin sigstore-kms-NAME on PATH"
+
+func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerifier, crypto.PublicKey, error) {
+	sv, err := kms.Get(ctx, ref, hash)
+	if err != nil {
+		var missing *kms.ProviderNotFoundError
+		if errors.As(err, &missing) {
+			scheme, _, _ := strings.Cut(ref, "://")
+			return nil, nil, fault.Wrap(fault.Usage, err, "put the plugin sigstore-kms-"+scheme+" on PATH, or use a key file")
+		}
+		// The libraries say neither whether it is the name, the network or the
+		// credentials; only the name is for nobody to wait for.
+		if text := err.Error(); strings.Contains(text, "kms specification") || strings.Contains(text, "is not set") || strings.Contains(text, "no Vault token") {
+			return nil, nil, fault.Wrap(fault.Usage, err, hintRefs)
+		}
+		return nil, nil, fault.Wrap(fault.Transient, err, "check that the KMS can be reached and that these credentials may use the key")
+	}
+	pub, err := sv.PublicKey(options.WithContext(ctx))
+	if err != nil {
+		return nil, nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
+	}
+	return sv, pub, nil
+}
+
+func fromKMS(ctx context.Context, ref string) (*Signer, error) {
+	sv, pub, err := openKMS(ctx, ref, crypto.SHA256)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := trust.NewPublicKey(pub); err != nil {
+		return nil, err
+	}
+	details, err := signature.GetDefaultAlgorithmDetails(pub)
+	if err != nil {
+		return nil, err
+	}
+	if hash := details.GetHashType(); hash != crypto.SHA256 {
+		if sv, pub, err = openKMS(ctx, ref, hash); err != nil {
+			return nil, err
+		}
+	}
+	return newSigner(sv, pub)
+}
+
+// OpenKey opens a key of any kind, by file or URI as in [LoadSigner], for
+// signatures that are no statements, such as those of kernel modules. It works
+// for as long as ctx does.
+func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, error) {
+	key, err := func() (crypto.Signer, error) {
+		if !strings.Contains(ref, "://") {
+			return privateFile(ref, newLoading(opts))
+		}
+		sv, _, err := openKMS(ctx, ref, crypto.SHA256)
+		if err != nil {
+			return nil, err
+		}
+		key, _, err := sv.CryptoSigner(ctx, func(error) {}) // Public returns nil then, and Sign its error
+		if err == nil && key.Public() == nil {
+			err = errors.New("no public key")
+		}
+		if err != nil {
+			return nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
+		}
+		return key, nil
+	}()
+	if err != nil {
+		return nil, fmt.Errorf("open key %s: %w", ref, err)
+	}
+	return key, nil
+}
