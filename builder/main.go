@@ -30,6 +30,8 @@ func root() *ucli.Command {
 			planCommand(),
 			wishCommand(),
 			keygenCommand(),
+			cacheCommand(),
+			doctorCommand(),
 			reproduceCommand(),
 			mirrorCommand(),
 			{

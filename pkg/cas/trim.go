@@ -145,7 +145,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	for _, k := range rest {
 		done.Left += k.Bytes
 	}
-	free, err := c.free()
+	free, err := c.Free()
 	if err != nil {
 		return done, err
 	}
@@ -337,7 +337,8 @@ func blocks(info fs.FileInfo) int64 {
 	return info.Size()
 }
 
-func (c *Cache) free() (int64, error) {
+// Free returns how many bytes this user may still write to the cache's disk.
+func (c *Cache) Free() (int64, error) {
 	var s unix.Statfs_t
 	if err := unix.Statfs(c.dir, &s); err != nil {
 		return 0, fmt.Errorf("read free space of %s: %w", c.dir, err)
@@ -348,7 +349,7 @@ func (c *Cache) free() (int64, error) {
 // Room reports whether the cache's disk has this many bytes free; if not, as
 // fault.DiskFull with both numbers.
 func (c *Cache) Room(need int64) error {
-	free, err := c.free()
+	free, err := c.Free()
 	if err != nil || free >= need {
 		return err
 	}

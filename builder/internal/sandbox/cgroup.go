@@ -46,7 +46,10 @@ func Bounds() Means {
 	if err == nil {
 		err = g.close()
 	}
-	return Means{ControlGroup: err == nil, Why: fault.Wrap(fault.Unsupported, err, hintGroup)}
+	if err != nil && fault.Hint(err) == "" {
+		err = fault.Wrap(fault.Unsupported, err, hintGroup)
+	}
+	return Means{ControlGroup: err == nil, Why: err}
 }
 
 // ownGroup returns the folder of this process's control group.
@@ -56,7 +59,7 @@ func ownGroup() (string, error) {
 		return "", fmt.Errorf("find control groups: %s: %w", groupRoot, err)
 	}
 	if s.Type != unix.CGROUP2_SUPER_MAGIC {
-		return "", fmt.Errorf("find control groups: %s is not version 2", groupRoot)
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not of version 2", groupRoot), "boot with systemd.unified_cgroup_hierarchy=1, on a kernel of 5.7 or newer")
 	}
 	text, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {

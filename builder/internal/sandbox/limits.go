@@ -66,7 +66,7 @@ const (
 
 func (l Limits) withDefaults() Limits {
 	if l.Memory <= 0 {
-		l.Memory = availableMemory() / 8 * 7
+		l.Memory = AvailableMemory() / 8 * 7
 	}
 	if l.Processes <= 0 {
 		l.Processes = maxProcesses
@@ -83,9 +83,9 @@ func (l Limits) withDefaults() Limits {
 	return l
 }
 
-// availableMemory is what this process may have: the machine's, or less where
+// AvailableMemory is what this process may have: the machine's, or less where
 // a control group says so.
-func availableMemory() int64 {
+func AvailableMemory() int64 {
 	var info unix.Sysinfo_t
 	most := int64(4 << 30) // for a kernel that does not say
 	if err := unix.Sysinfo(&info); err == nil {

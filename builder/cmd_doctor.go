@@ -1,0 +1,100 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/doctor"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/registry"
+)
+
+// doctorCommand takes the settings of build and work, none of which it needs.
+func doctorCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "doctor",
+		Usage: "check this machine for all that builds need, and name what is missing",
+		Description: "Takes the flags and environment of build and work. Mirrors, destinations and key are tried\n" +
+			"where they are given. Changes nothing. The exit code is that of the worst finding.",
+		Flags: []ucli.Flag{
+			cacheFlag(),
+			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
+			&ucli.StringFlag{Name: "kernel-mirror", Usage: "try the `URL` of the COS release bucket", Sources: cli.Env("kernel-mirror")},
+			&ucli.StringFlag{Name: "driver-mirror", Usage: "try the `URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
+			&ucli.StringSliceFlag{Name: "to", Usage: "try whether `REF` may be written; may be given more than once", Sources: cli.Env("to")},
+			&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to", Sources: cli.Env("username")},
+			&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
+			&ucli.StringFlag{Name: "key", Usage: "try to load the private signing key: `FILE` or KMS URI", Sources: cli.Env("key")},
+			&ucli.StringFlag{Name: "guestinit", Value: sibling("guestinit"), Usage: "`PROGRAM` that runs the virtual machine from inside", Sources: cli.Env("guestinit")},
+			&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML in the virtual machine", Sources: cli.Env("probe")},
+			cli.OutputFlag(),
+		},
+		Action: runDoctor,
+	}
+}
+
+func runDoctor(ctx context.Context, cmd *ucli.Command) error {
+	to := cmd.StringSlice("to")
+	c := doctor.Config{
+		Cache: cmd.String("cache"), Need: buildNeeds, Jobs: cmd.Int("jobs"),
+		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), Destinations: to, Key: cmd.String("key"),
+	}
+	for _, flag := range []string{"kernel-mirror", "driver-mirror"} {
+		if url := cmd.String(flag); url != "" {
+			c.Mirrors = append(c.Mirrors, url)
+		}
+	}
+	report := doctor.Examine(ctx, c, doctor.Real(func(destination string) registry.Options {
+		o := registry.Options{UserAgent: "prebake-builder/" + version}
+		if destination == to[0] {
+			o.Username, o.Password = cmd.String("username"), cmd.String("password")
+		}
+		return o
+	}))
+	if err := cli.Print(cmd, report, func(w io.Writer) error {
+		_, err := io.WriteString(w, reportTable(report))
+		return err
+	}); err != nil {
+		return err
+	}
+	return report.Err()
+}
+
+// reportTable fits 80 columns.
+func reportTable(r *doctor.Report) string {
+	var out strings.Builder
+	for _, f := range r.Findings {
+		head := fmt.Sprintf("%-5s %-12s ", f.Level, f.Check)
+		hang(&out, head, f.Text)
+		if f.Next != "" {
+			hang(&out, strings.Repeat(" ", 19)+"next: ", f.Next)
+		}
+	}
+	if r.Install != "" {
+		fmt.Fprintf(&out, "\nall that is missing, on Debian:\n  %s\n", r.Install)
+	}
+	return out.String()
+}
+
+// hang writes text behind a head, in lines of at most 80 columns but for words
+// that are longer.
+func hang(out *strings.Builder, head, text string) {
+	const width = 80
+	line := head
+	for i, word := range strings.Fields(text) {
+		switch {
+		case i == 0:
+			line += word
+		case len([]rune(line))+1+len([]rune(word)) > width:
+			fmt.Fprintln(out, line)
+			line = strings.Repeat(" ", len(head)) + word
+		default:
+			line += " " + word
+		}
+	}
+	fmt.Fprintln(out, line)
+}

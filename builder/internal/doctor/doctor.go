@@ -1,0 +1,337 @@
+// Package doctor looks at a machine for all that builds need, and says of each
+// thing that is missing what to do about it: which package to install, which
+// setting to change. It changes nothing and leaves nothing behind but an empty
+// cache folder.
+//
+// It refuses to guess: what it reports it has tried, with the code that builds
+// use.
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Level says what a finding means for builds.
+type Level string
+
+// Levels, from good to bad.
+const (
+	OK   Level = "ok"
+	Note Level = "note" // worth knowing
+	Warn Level = "warn" // builds work, less well or not all of them
+	Fail Level = "fail" // builds do not work
+)
+
+// Finding is what one look showed.
+type Finding struct {
+	Check string `json:"check"`
+	Level Level  `json:"level"`
+	Text  string `json:"text"`
+	// Next is what to do about it; set for every warning and failure.
+	Next string `json:"next,omitempty"`
+	// Class is the class of a failure.
+	Class string `json:"class,omitempty"`
+	// Packages are Debian's names of what is missing.
+	Packages []string `json:"packages,omitempty"`
+}
+
+// Report is all findings, in the order of the checks.
+type Report struct {
+	Findings []Finding `json:"findings"`
+	// Install is one command for all that is missing; "" when nothing is.
+	Install string `json:"install,omitempty"`
+}
+
+// Config says what the machine is meant to do.
+type Config struct {
+	// Cache is the cache folder that builds are to use.
+	Cache string
+	// Need is how many bytes a build takes on the cache's disk, and Jobs how many
+	// compilers run at once; 0 is one for each processor.
+	Need int64
+	Jobs int
+	// GuestInit and NVMLProbe are the load test's programs.
+	GuestInit, NVMLProbe string
+	// Mirrors, Destinations and Key are tried where they are set.
+	Mirrors      []string
+	Destinations []string
+	Key          string
+}
+
+// Machine is how to look at a machine. [Real] is this one.
+type Machine struct {
+	// Program reports whether the sandbox will find a program.
+	Program func(name string) bool
+	// Library reports whether the loader will find a shared library.
+	Library func(name string) bool
+	// Executable reports whether a file is there and may be run.
+	Executable func(path string) error
+	// Sandbox runs an empty one; Bounds is [sandbox.Bounds].
+	Sandbox func(ctx context.Context) error
+	Bounds  func() sandbox.Means
+	// Memory and Processors are what this process may use.
+	Memory     int64
+	Processors int
+	// Cache opens a cache, and returns how many bytes its disk has free.
+	Cache func(dir string) (free int64, err error)
+	// KVM reports whether the processor's virtualisation can be used.
+	KVM bool
+	// Now is the clock, and Synchronised what the kernel thinks of it.
+	Now          func() time.Time
+	Synchronised bool
+	// Mirror, Destination and Key try one of Config's.
+	Mirror, Destination, Key func(ctx context.Context, name string) error
+}
+
+// patience bounds one check that goes over a network.
+const patience = 20 * time.Second
+
+type examination struct {
+	Config
+	m Machine
+	r *Report
+}
+
+// Examine makes all checks.
+func Examine(ctx context.Context, c Config, m Machine) *Report {
+	e := &examination{Config: c, m: m, r: &Report{Findings: []Finding{}}}
+	e.sandbox(ctx)
+	e.tools()
+	e.limits()
+	e.machine()
+	e.cache()
+	e.loadTest()
+	e.clock()
+	e.outside(ctx)
+	var packages []string
+	for _, f := range e.r.Findings {
+		packages = append(packages, f.Packages...)
+	}
+	slices.Sort(packages)
+	if packages = slices.Compact(packages); len(packages) > 0 {
+		e.r.Install = "apt-get install " + strings.Join(packages, " ")
+	}
+	return e.r
+}
+
+func (e *examination) add(f Finding) { e.r.Findings = append(e.r.Findings, f) }
+
+func (e *examination) ok(check, format string, args ...any) {
+	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
+}
+
+// fail reports an error with its own hint, or this one where it has none.
+func (e *examination) fail(check string, err error, next string) {
+	if hint := fault.Hint(err); hint != "" {
+		next = hint
+	}
+	e.add(Finding{Check: check, Level: Fail, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
+}
+
+func missing(check string, level Level, text string, packages ...string) Finding {
+	f := Finding{Check: check, Level: level, Text: text, Packages: packages,
+		Next: "on Debian: apt-get install " + strings.Join(packages, " ") + "; elsewhere install what brings it"}
+	if level == Fail {
+		f.Class = fault.Usage.String()
+	}
+	return f
+}
+
+func (e *examination) sandbox(ctx context.Context) {
+	if !e.m.Program("bwrap") {
+		e.add(missing("sandbox", Fail, "bubblewrap is missing: nothing can be compiled without it", "bubblewrap"))
+		return
+	}
+	if err := e.m.Sandbox(ctx); err != nil {
+		e.fail("sandbox", err, "bwrap --unshare-all --ro-bind / / true says more")
+		return
+	}
+	e.ok("sandbox", "bubblewrap runs, and the kernel gives it namespaces")
+}
+
+// programs are what kernel and driver makefiles run, by Debian's package.
+func programs() []struct {
+	name string
+	of   []string
+} {
+	return []struct {
+		name string
+		of   []string
+	}{
+		{"bc", []string{"bc"}},
+		{"coreutils", []string{"basename", "cat", "chmod", "cp", "cut", "date", "dirname", "echo", "env", "expr", "head", "ln", "ls", "md5sum", "mkdir", "mktemp", "mv", "readlink", "rm", "sort", "tail", "test", "touch", "tr", "true", "uname", "uniq", "wc"}},
+		{"dash", []string{"sh"}},
+		{"findutils", []string{"find", "xargs"}},
+		{"grep", []string{"grep"}},
+		{"make", []string{"make"}},
+		{"mawk", []string{"awk"}},
+		{"sed", []string{"sed"}},
+		{"util-linux", []string{"prlimit"}},
+	}
+}
+
+func (e *examination) tools() {
+	var lacks, packages []string
+	for _, p := range programs() {
+		for _, name := range p.of {
+			if !e.m.Program(name) {
+				lacks = append(lacks, name)
+				packages = append(packages, p.name)
+			}
+		}
+	}
+	if !e.m.Library("libelf.so.1") {
+		lacks, packages = append(lacks, "libelf.so.1 (for the kernel's objtool)"), append(packages, "libelf1")
+	}
+	if len(lacks) > 0 {
+		packages = slices.Compact(packages)
+		text := strings.Join(lacks, ", ")
+		e.add(missing("build tools", Fail, "missing in /usr/bin, where the sandbox looks: "+text, packages...))
+		return
+	}
+	e.ok("build tools", "make, bc, libelf and the shell's tools are there")
+}
+
+func (e *examination) limits() {
+	if b := e.m.Bounds(); !b.ControlGroup {
+		e.add(Finding{Check: "limits", Level: Warn, Next: fault.Hint(b.Why),
+			Text: fmt.Sprintf("no control group for builds: memory is bounded for each process only, and root may start any number (%v)", b.Why)})
+		return
+	}
+	e.ok("limits", "a control group bounds memory and processes of each build")
+}
+
+func (e *examination) machine() {
+	jobs := e.Jobs
+	if jobs <= 0 {
+		jobs = e.m.Processors
+	}
+	need := int64(jobs) << 30
+	if e.m.Memory < need {
+		f := Finding{Check: "memory", Level: Warn, Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each", size(e.m.Memory), jobs), Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
+		if e.m.Memory < 1<<30 {
+			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB"
+		}
+		e.add(f)
+		return
+	}
+	e.ok("memory", "%s, %d processors", size(e.m.Memory), e.m.Processors)
+}
+
+func (e *examination) cache() {
+	free, err := e.m.Cache(e.Cache)
+	switch {
+	case err != nil:
+		e.fail("cache", err, "give --cache a folder that this user may write")
+	case free < e.Need:
+		e.add(Finding{Check: "cache", Level: Fail, Class: fault.DiskFull.String(),
+			Text: fmt.Sprintf("the disk of %s has %s free; a build needs %s", e.Cache, size(free), size(e.Need)), Next: "free space, or set another --cache"})
+	case free < 5*e.Need:
+		e.add(Finding{Check: "cache", Level: Warn, Text: fmt.Sprintf("the disk of %s has %s free: enough for a few cells", e.Cache, size(free)), Next: "set --cache-size, so that the cache stays within bounds"})
+	default:
+		e.ok("cache", "%s is writable, %s free", e.Cache, size(free))
+	}
+}
+
+func (e *examination) loadTest() {
+	for _, emulator := range []struct{ arch, program, name string }{
+		{"amd64", "qemu-system-x86_64", "qemu-system-x86"}, {"arm64", "qemu-system-aarch64", "qemu-system-arm"},
+	} {
+		check := "qemu " + emulator.arch
+		if !e.m.Program(emulator.program) {
+			f := missing(check, Warn, emulator.program+" is missing: drivers for "+emulator.arch+" cannot be load-tested", emulator.name)
+			f.Next += "; or build with --load-test off"
+			e.add(f)
+			continue
+		}
+		e.ok(check, "%s is there", emulator.program)
+	}
+	text := "no KVM here; load tests run in emulation in any case"
+	if e.m.KVM {
+		text = "there is KVM; load tests run in emulation all the same, so that every machine gives the same verdict"
+	}
+	e.add(Finding{Check: "kvm", Level: Note, Text: text})
+	for _, p := range []struct{ check, path, flag string }{{"guestinit", e.GuestInit, "--guestinit"}, {"nvmlprobe", e.NVMLProbe, "--probe"}} {
+		if err := e.m.Executable(p.path); err != nil {
+			e.add(Finding{Check: p.check, Level: Warn, Text: fmt.Sprintf("load tests need it: %v", err),
+				Next: fmt.Sprintf("put %s beside the builder program (make build makes it), or name it with %s; or build with --load-test off", filepath.Base(p.path), p.flag)})
+			continue
+		}
+		e.ok(p.check, "%s", p.path)
+	}
+}
+
+// released is a date that no right clock is before.
+func released() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
+
+func (e *examination) clock() {
+	const next = "set the clock, and keep it right: apt-get install systemd-timesyncd, or chrony"
+	switch now := e.m.Now().UTC(); {
+	case now.Before(released()) || now.After(released().AddDate(30, 0, 0)):
+		e.add(Finding{Check: "clock", Level: Fail, Class: fault.Usage.String(), Next: next,
+			Text: fmt.Sprintf("it shows %s: certificates will not hold, and provenance would lie", now.Format(time.DateTime))})
+	case !e.m.Synchronised:
+		e.add(Finding{Check: "clock", Level: Note, Text: now.Format(time.DateTime) + " UTC; the kernel does not know that anybody keeps it right"})
+	default:
+		e.ok("clock", "%s UTC, synchronised", now.Format(time.DateTime))
+	}
+}
+
+// outside tries what the configuration names, each for a short while.
+func (e *examination) outside(ctx context.Context) {
+	try := func(check, name, good, next string, do func(context.Context, string) error) {
+		ctx, cancel := context.WithTimeout(ctx, patience)
+		defer cancel()
+		if err := do(ctx, name); err != nil {
+			e.fail(check, err, next)
+			return
+		}
+		e.ok(check, "%s %s", name, good)
+	}
+	for _, name := range e.Mirrors {
+		try("mirror", name, "answers", "check the URL, the network and the proxy", e.m.Mirror)
+	}
+	for _, name := range e.Destinations {
+		try("destination", name, "may be written", "check the name, --username and --password, or docker login", e.m.Destination)
+	}
+	if e.Key != "" {
+		try("key", e.Key, "is loadable", "make one: builder keygen", e.m.Key)
+	}
+}
+
+// Err is nil where nothing keeps builds from working; else it has the class of
+// the worst finding, which is the first failure: what comes later may only
+// follow from it.
+func (r *Report) Err() error {
+	n, first := 0, -1
+	for i, f := range r.Findings {
+		if f.Level == Fail {
+			if n++; first < 0 {
+				first = i
+			}
+		}
+	}
+	if n == 0 {
+		return nil
+	}
+	kind, err := fault.Parse(r.Findings[first].Class)
+	if err != nil {
+		return err
+	}
+	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, first %s", n, len(r.Findings), r.Findings[first].Check), r.Findings[first].Next)
+}
+
+func size(bytes int64) string {
+	if bytes < 10<<30 {
+		return fmt.Sprintf("%.1f GiB", float64(bytes)/(1<<30))
+	}
+	return fmt.Sprintf("%d GiB", bytes>>30)
+}

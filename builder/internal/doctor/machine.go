@@ -1,0 +1,103 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+)
+
+// Real is this machine. options gives the settings for one destination.
+func Real(options func(destination string) registry.Options) Machine {
+	return Machine{
+		Program: func(name string) bool {
+			for _, dir := range []string{"/usr/bin", "/bin", "/usr/sbin", "/sbin"} {
+				if executable(filepath.Join(dir, name)) == nil {
+					return true
+				}
+			}
+			return false
+		},
+		Library: func(name string) bool {
+			for _, dir := range []string{"/usr/lib/*", "/lib/*", "/usr/lib64", "/lib64", "/usr/lib", "/lib"} {
+				if found, err := filepath.Glob(filepath.Join(dir, name)); err == nil && len(found) > 0 {
+					return true
+				}
+			}
+			return false
+		},
+		Executable: executable,
+		Sandbox:    sandbox.Probe,
+		Bounds:     sandbox.Bounds,
+		Memory:     sandbox.AvailableMemory(),
+		Processors: runtime.GOMAXPROCS(0), // what a control group allows, too
+		Cache:      openCache,
+		KVM:        unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil,
+		Now:        time.Now, Synchronised: synchronised(),
+		Mirror: reach,
+		Destination: func(ctx context.Context, name string) error {
+			return registry.CheckPush(ctx, name, options(name))
+		},
+		Key: func(ctx context.Context, ref string) error {
+			_, err := sign.LoadSigner(ctx, ref)
+			return err
+		},
+	}
+}
+
+func executable(path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return err
+	}
+	if !info.Mode().IsRegular() || unix.Access(path, unix.X_OK) != nil {
+		return fmt.Errorf("%s: not a program that this user may run", path)
+	}
+	return nil
+}
+
+func openCache(dir string) (free int64, err error) {
+	c, err := cas.Open(dir)
+	if err != nil {
+		if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
+			err = fault.Wrap(fault.Usage, err, "give --cache a folder that this user may write")
+		}
+		return 0, err
+	}
+	free, err = c.Free()
+	return free, errors.Join(err, c.Close())
+}
+
+// synchronised asks the kernel whether somebody keeps its clock right.
+func synchronised() bool {
+	state, err := unix.Adjtimex(&unix.Timex{})
+	return err == nil && state != unix.TIME_ERROR
+}
+
+// reach asks a bucket for an object that it does not have: an honest no is an
+// answer.
+func reach(ctx context.Context, url string) (err error) {
+	b, err := cosbucket.Open(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, b.Close()) }()
+	_, err = b.ReadSmall(ctx, "prebake-doctor/no-such-object", 1)
+	if fault.Is(err, fault.InputMissing) {
+		return nil
+	}
+	return err
+}
