@@ -19,6 +19,14 @@
 // Whatever else differs makes another fingerprint. That may cost a build that
 // was not needed; the other mistake would cost a node.
 //
+// A toolchain that is not in the bucket itself is fetched from where the
+// bucket's toolchain.tar.xz.gcs says, or, for old builds, toolchain_path or
+// toolchain_url: from another bucket that is reached the same way.
+//
+// The kernel with its symbols and types, vmlinux, is fetched for who asks. It
+// decides over the types in a module then, and so it counts: since it holds the
+// build's number and time, no two builds share a fingerprint with it.
+//
 // It refuses inputs that differ from their checksum, and never guesses a
 // kernel's release.
 package cossrc
@@ -30,7 +38,6 @@ import (
 	"os/exec"
 	"path"
 	"path/filepath"
-	"strings"
 
 	"golang.org/x/sync/errgroup"
 
@@ -60,11 +67,24 @@ type Inputs struct {
 	Toolchain, ToolchainDigest string
 	// Env is toolchain_env: CC and CXX.
 	Env map[string]string
+	// VMLinux is the kernel with its symbols and types, a file that is not
+	// executable, and VMLinuxDigest its digest; both are "" unless asked for.
+	VMLinux, VMLinuxDigest string
 	// Boot is the unpacked prebake-boot.tgz, and BootDigest that archive's
 	// digest; both are "" where the bucket has none.
 	Boot, BootDigest string
-	Materials        []Material
+	// SourceURL is where the kernel's source is, as kernel_info says; "" where
+	// the bucket has none. It is told, and not fetched.
+	SourceURL string
+	Materials []Material
 }
+
+// Option asks for more than every build needs.
+type Option func(*fetcher)
+
+// WithVMLinux asks for the kernel with its symbols and types. A build without
+// one is a fault.InputMissing.
+func WithVMLinux() Option { return func(f *fetcher) { f.vmlinux = true } }
 
 // Kinds of cached trees and facts. The number changes with what is made of the
 // same archive.
@@ -85,67 +105,64 @@ var (
 
 // Fetch brings the kernel inputs of one COS build into the cache. say is told
 // about progress, a line at a time; it may be nil.
-func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string)) (*Inputs, error) {
-	return fetch(ctx, b, cache, buildID, board, say)
-}
-
-func fetch(ctx context.Context, b input.Source, cache *cas.Cache, buildID, board string, say func(string)) (*Inputs, error) {
+func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string), options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "name a build as a bucket does: --build-id 17800.66.78 --board lakitu")
 	}
-	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, kernel: kernel}
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, bucket: b, kernel: kernel}
+	for _, o := range options {
+		o(f)
+	}
 	in, err := f.run(ctx)
 	if err != nil {
-		err = fmt.Errorf("kernel %s: %w", kernel, err)
-		if fault.Is(err, fault.InputMissing) && fault.Hint(err) == "" {
-			err = fault.Wrap(fault.InputMissing, err, "check BUILD_ID and board: the bucket is asked for "+b.URL(cosbucket.HeadersName(kernel)))
-		}
-		return nil, err
+		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
 	}
 	return in, nil
 }
 
 type fetcher struct {
 	input.Fetcher
-	kernel target.Kernel
-}
-
-// part is one archive of the build, unpacked.
-type part struct {
-	material Material
-	dir      string // the cached tree
-	digest   string // of the tree's content; "" where nobody asked
+	bucket  *cosbucket.Bucket
+	kernel  target.Kernel
+	vmlinux bool
 }
 
 func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	in := &Inputs{Kernel: f.kernel}
-	env, envMaterial, err := f.Small(ctx, cosbucket.ToolchainEnvName(f.kernel), maxEnv)
+	env, envMaterial, err := f.small(ctx, cosbucket.ToolchainEnvName(f.kernel), maxEnv)
 	if err != nil {
 		return nil, err
 	}
 	if in.Env, err = ParseEnv(env); err != nil {
 		return nil, err
 	}
-	commit, commitMaterial, err := f.commit(ctx)
-	if err != nil {
+	var commitMaterial Material
+	if in.Kernel.Commit, commitMaterial, err = f.commit(ctx); err != nil {
 		return nil, err
 	}
-	in.Kernel.Commit = commit
+	if in.SourceURL, err = f.info(ctx); err != nil {
+		return nil, err
+	}
 
-	var headers, toolchain, boot part
+	var headers, toolchain, boot, vmlinux part
 	var headersDir string
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
 		if headers, err = f.unpack(gctx, cosbucket.HeadersName(f.kernel), headersKind, headersLimits); err != nil {
 			return err
 		}
-		if headersDir, err = headersRoot(headers.dir); err != nil {
+		if headersDir, err = headersRoot(headers.at); err != nil {
 			return err
 		}
 		headers.digest, err = f.treeDigest(gctx, headersKind, headers.material.Digest, func() (string, error) { return digestHeaders(gctx, headersDir) })
 		if err != nil {
 			return err
+		}
+		if f.vmlinux {
+			if vmlinux, err = f.file(gctx, cosbucket.VMLinuxName(f.kernel)); err != nil {
+				return err
+			}
 		}
 		boot, err = f.unpack(gctx, cosbucket.BootName(f.kernel), bootKind, bootLimits)
 		if fault.Is(err, fault.InputMissing) {
@@ -159,88 +176,29 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		if limits.XZTool, err = exec.LookPath("xz"); err != nil {
 			limits.XZTool = ""
 		}
-		if toolchain, err = f.unpack(gctx, cosbucket.ToolchainName(f.kernel), toolchainKind, limits); err != nil {
+		if toolchain, err = f.toolchain(gctx, limits); err != nil {
 			return err
 		}
-		toolchain.digest, err = f.treeDigest(gctx, toolchainKind, toolchain.material.Digest, func() (string, error) { return cas.DigestTree(gctx, toolchain.dir, nil) })
+		toolchain.digest, err = f.treeDigest(gctx, toolchainKind, toolchain.material.Digest, func() (string, error) { return cas.DigestTree(gctx, toolchain.at, nil) })
 		return err
 	})
 	if err := g.Wait(); err != nil {
 		return nil, err
 	}
-	in.Headers, in.Toolchain, in.Boot, in.BootDigest = headersDir, toolchain.dir, boot.dir, boot.material.Digest
+	in.Headers, in.HeadersDigest = headersDir, headers.digest
+	in.Toolchain, in.ToolchainDigest = toolchain.at, toolchain.digest
+	in.VMLinux, in.VMLinuxDigest = vmlinux.at, vmlinux.material.Digest
+	in.Boot, in.BootDigest = boot.at, boot.material.Digest
 	if in.Kernel.Release, in.Kernel.Version, err = readRelease(headersDir); err != nil {
 		return nil, err
 	}
-	in.HeadersDigest, in.ToolchainDigest = headers.digest, toolchain.digest
-	in.Fingerprint = combine(headers.digest, toolchain.digest, in.Env)
-	for _, m := range []Material{headers.material, toolchain.material, envMaterial, commitMaterial, boot.material} {
+	in.Fingerprint = combine(headers.digest, toolchain.digest, vmlinux.material.Digest, in.Env)
+	for _, m := range []Material{headers.material, toolchain.material, toolchain.pointer, envMaterial, commitMaterial, vmlinux.material, boot.material} {
 		if m.Digest != "" {
 			in.Materials = append(in.Materials, m)
 		}
 	}
 	return in, nil
-}
-
-// commit reads kernel_commit, which old builds lack.
-func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
-	text, m, err := f.Small(ctx, cosbucket.CommitName(f.kernel), 1<<10)
-	if fault.Is(err, fault.InputMissing) {
-		return "", Material{}, nil
-	}
-	if err != nil {
-		return "", Material{}, err
-	}
-	commit := strings.TrimSpace(string(text))
-	if !target.ValidCommit(commit) {
-		return "", Material{}, fault.New(fault.Checksum, fmt.Sprintf("read kernel_commit: %.60q is not a commit of 40 hex digits", commit), "replace "+m.URI)
-	}
-	return commit, m, nil
-}
-
-// unpack fetches an archive and unpacks it, once for each content.
-func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (part, error) {
-	sum, err := f.SumBeside(ctx, name)
-	if err != nil {
-		return part{}, err
-	}
-	m, file, err := f.Blob(ctx, name, sum)
-	if err != nil {
-		return part{}, err
-	}
-	if m.Unverified {
-		f.Sayf("%s: the bucket has no checksum for it", m.Name)
-	}
-	o.Outside = func(link, to string) { f.Sayf("%s: left out link %s, which leads out to %s", m.Name, link, to) }
-	dir, cached, err := f.Cache.Tree(ctx, kind, m.Digest, func(ctx context.Context, dir string) error {
-		if err := f.Recheck(ctx, name, sum, m); err != nil {
-			return err
-		}
-		_, err := archive.UnpackFile(ctx, file, dir, o)
-		return err
-	})
-	if err != nil {
-		return part{}, fmt.Errorf("unpack %s: %w", m.Name, err)
-	}
-	if !cached {
-		f.Sayf("%s: unpacked", m.Name)
-	}
-	return part{material: m, dir: dir}, nil
-}
-
-// treeDigest computes a tree's digest once for each archive.
-func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
-	key := kind + "\n" + blob
-	if known, ok := f.Cache.Recall(digestKind, key); ok {
-		if fp, err := target.ParseFingerprint(string(known)); err == nil {
-			return string(fp), nil
-		}
-	}
-	digest, err := compute()
-	if err != nil {
-		return "", err
-	}
-	return digest, f.Cache.Remember(digestKind, key, []byte(digest))
 }
 
 // headersRoot finds the one usr/src/linux-headers-* folder of the archive.

@@ -18,13 +18,13 @@ const fingerprintScheme = "prebake fingerprint 1\n"
 
 // Fingerprint returns the ABI fingerprint of a header tree, a toolchain (the
 // digest of its unpacked content, as [cas.DigestTree] makes it) and what
-// toolchain_env sets. The package comment says what does not count.
+// toolchain_env sets, for modules that are made without vmlinux. The package comment says what does not count.
 func Fingerprint(headersDir, toolchainTreeDigest string, env map[string]string) (target.Fingerprint, error) {
 	headers, err := digestHeaders(context.Background(), headersDir)
 	if err != nil {
 		return "", err
 	}
-	return combine(headers, toolchainTreeDigest, env), nil
+	return combine(headers, toolchainTreeDigest, "", env), nil
 }
 
 func digestHeaders(ctx context.Context, dir string) (string, error) {
@@ -41,9 +41,12 @@ func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }
 
-func combine(headers, toolchain string, env map[string]string) target.Fingerprint {
+func combine(headers, toolchain, vmlinux string, env map[string]string) target.Fingerprint {
 	h := sha256.New()
 	fmt.Fprintf(h, "%sheaders %s\ntoolchain %s\n", fingerprintScheme, headers, toolchain)
+	if vmlinux != "" {
+		fmt.Fprintf(h, "vmlinux %s\n", vmlinux)
+	}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		fmt.Fprintf(h, "env %s=%q\n", name, env[name])
 	}

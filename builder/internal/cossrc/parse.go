@@ -21,6 +21,8 @@ import (
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10
+	maxInfo   = 4 << 10
+	maxCommit = 1 << 10
 )
 
 var (
@@ -31,6 +33,8 @@ var (
 	// A release is a folder name below /lib/modules (64 bytes of utsname, one
 	// of them the end).
 	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._+~-]{0,63}$`)
+	// A source is a URL of any kind: mirrors that are not Google's name theirs.
+	sourcePattern  = regexp.MustCompile(`^[a-z][a-z0-9+.-]{0,31}:[!-~]{1,500}$`)
 	versionPattern = regexp.MustCompile(`^[ -~]{1,64}$`)
 )
 
@@ -71,6 +75,30 @@ func unquote(s string) string {
 		return s[1 : len(s)-1]
 	}
 	return s
+}
+
+// ParseInfo reads kernel_info and returns where the kernel's source is: the line
+// URL=….
+func ParseInfo(text []byte) (string, error) {
+	found := ""
+	for line := range strings.Lines(string(text)) {
+		value, ok := strings.CutPrefix(strings.TrimSpace(line), "URL=")
+		if value = unquote(value); !ok || value == found {
+			continue
+		}
+		if found != "" || !sourcePattern.MatchString(value) {
+			return "", badInfo("%.100q is not one URL", text)
+		}
+		found = value
+	}
+	if found == "" {
+		return "", badInfo("%.100q has no line URL=…", text)
+	}
+	return found, nil
+}
+
+func badInfo(format string, args ...any) error {
+	return fault.New(fault.Unsupported, "read kernel_info: "+fmt.Sprintf(format, args...), "check the object in the bucket: COS's has the line URL=https://cos.googlesource.com/third_party/kernel; without the object a build works too")
 }
 
 // readRelease returns what `uname -r` and `uname -v` print on the kernel of a

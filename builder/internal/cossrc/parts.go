@@ -1,0 +1,219 @@
+package cossrc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/input"
+	"github.com/prebake/prebake/pkg/archive"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// part is one object of the build in the cache: an archive, unpacked, or a file.
+type part struct {
+	material Material
+	pointer  Material // the object that said where this one is; mostly none
+	at       string   // the cached tree or file
+	digest   string   // of the tree's content; "" where nobody asked
+}
+
+// remedies say what to do when an object is in the bucket in neither layout.
+var remedies = map[string]string{
+	"kernel-headers.tgz": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror",
+	"toolchain.tar.xz":   "put it there, or a toolchain.tar.xz.gcs that says where it is",
+	"toolchain_env":      "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror; a build of your own needs the lines CC=… and CXX=… there",
+	"vmlinux":            "build without the kernel's types, or put the kernel's vmlinux there",
+}
+
+// either asks for an object by the names that it has in either layout, and
+// returns what the first answer is.
+func (f *fetcher) either(name string, ask func(at string) error) error {
+	var asked []string
+	for _, at := range cosbucket.Layouts(f.kernel, name) {
+		err := ask(at)
+		if !fault.Is(err, fault.InputMissing) {
+			return err
+		}
+		asked = append(asked, f.bucket.URL(at))
+	}
+	base := path.Base(name)
+	return fault.New(fault.InputMissing, fmt.Sprintf("the bucket has no %s: there is no %s", base, strings.Join(asked, ", and no ")), remedies[base])
+}
+
+// small reads a small object.
+func (f *fetcher) small(ctx context.Context, name string, limit int64) (data []byte, m Material, err error) {
+	err = f.either(name, func(at string) error {
+		data, m, err = f.Small(ctx, at, limit)
+		return err
+	})
+	return data, m, err
+}
+
+// commit reads kernel_commit, which old builds lack.
+func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
+	text, m, err := f.small(ctx, cosbucket.CommitName(f.kernel), maxCommit)
+	if fault.Is(err, fault.InputMissing) {
+		return "", Material{}, nil
+	}
+	if err != nil {
+		return "", Material{}, err
+	}
+	commit := strings.TrimSpace(string(text))
+	if !target.ValidCommit(commit) {
+		return "", Material{}, fault.New(fault.Checksum, fmt.Sprintf("read kernel_commit: %.60q is not a commit of 40 hex digits", commit), "replace "+m.URI)
+	}
+	return commit, m, nil
+}
+
+// info reads kernel_info, which not every build has.
+func (f *fetcher) info(ctx context.Context) (string, error) {
+	text, _, err := f.small(ctx, cosbucket.KernelInfoName(f.kernel), maxInfo)
+	if fault.Is(err, fault.InputMissing) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return ParseInfo(text)
+}
+
+// file fetches an object that is used as it is.
+func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
+	err = f.either(name, func(at string) error {
+		sum, err := f.SumBeside(ctx, at)
+		if err != nil {
+			return err
+		}
+		if p.material, p.at, err = f.Blob(ctx, at, sum); err != nil {
+			return err
+		}
+		return f.Recheck(ctx, at, sum, p.material)
+	})
+	return p, err
+}
+
+// unpack fetches an archive and unpacks it, once for each content.
+func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Options) (p part, err error) {
+	err = f.either(name, func(at string) error {
+		p, err = unpack(ctx, &f.Fetcher, at, kind, o)
+		return err
+	})
+	return p, err
+}
+
+func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.Options) (part, error) {
+	sum, err := f.SumBeside(ctx, name)
+	if err != nil {
+		return part{}, err
+	}
+	m, file, err := f.Blob(ctx, name, sum)
+	if err != nil {
+		return part{}, err
+	}
+	if m.Unverified {
+		f.Sayf("%s: the bucket has no checksum for it", m.Name)
+	}
+	o.Outside = func(link, to string) { f.Sayf("%s: left out link %s, which leads out to %s", m.Name, link, to) }
+	dir, cached, err := f.Cache.Tree(ctx, kind, m.Digest, func(ctx context.Context, dir string) error {
+		if err := f.Recheck(ctx, name, sum, m); err != nil {
+			return err
+		}
+		_, err := archive.UnpackFile(ctx, file, dir, o)
+		return err
+	})
+	if err != nil {
+		return part{}, fmt.Errorf("unpack %s: %w", m.Name, err)
+	}
+	if !cached {
+		f.Sayf("%s: unpacked", m.Name)
+	}
+	return part{material: m, at: dir}, nil
+}
+
+// treeDigest computes a tree's digest once for each archive.
+func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
+	key := kind + "\n" + blob
+	if known, ok := f.Cache.Recall(digestKind, key); ok {
+		if fp, err := target.ParseFingerprint(string(known)); err == nil {
+			return string(fp), nil
+		}
+	}
+	digest, err := compute()
+	if err != nil {
+		return "", err
+	}
+	return digest, f.Cache.Remember(digestKind, key, []byte(digest))
+}
+
+// pointers are the objects that say where the toolchain is, newest kind first.
+var pointers = []struct {
+	name  func(target.Kernel) string
+	parse func([]byte) ([]cosbucket.Pointer, error)
+}{
+	{cosbucket.ToolchainPointerName, one(cosbucket.ParsePointer)},
+	{cosbucket.ToolchainPathName, cosbucket.ParseToolchainPath},
+	{cosbucket.ToolchainURLName, one(cosbucket.ParseToolchainURL)},
+}
+
+func one(parse func([]byte) (cosbucket.Pointer, error)) func([]byte) ([]cosbucket.Pointer, error) {
+	return func(text []byte) ([]cosbucket.Pointer, error) {
+		p, err := parse(text)
+		return []cosbucket.Pointer{p}, err
+	}
+}
+
+// toolchain fetches and unpacks the toolchain, from this bucket or from where
+// it says.
+func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error) {
+	p, none := f.unpack(ctx, cosbucket.ToolchainName(f.kernel), toolchainKind, o)
+	if !fault.Is(none, fault.InputMissing) {
+		return p, none
+	}
+	for _, kind := range pointers {
+		text, m, err := f.small(ctx, kind.name(f.kernel), cosbucket.MaxPointer)
+		if fault.Is(err, fault.InputMissing) {
+			continue
+		}
+		if err != nil {
+			return part{}, err
+		}
+		places, err := kind.parse(text)
+		if err != nil {
+			return part{}, fmt.Errorf("%s: %w", m.URI, err)
+		}
+		p, err := f.follow(ctx, m, places, o)
+		p.pointer = m
+		return p, err
+	}
+	return part{}, none
+}
+
+// follow fetches the toolchain from the first of these places that has it.
+func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part, error) {
+	var absent []error
+	for _, at := range places {
+		f.Sayf("%s: the toolchain is %s", pointer.Name, at)
+		p, err := f.from(ctx, at, o)
+		if !fault.Is(err, fault.InputMissing) {
+			return p, err
+		}
+		absent = append(absent, err)
+	}
+	return part{}, fault.Wrap(fault.InputMissing, fmt.Errorf("%s says where the toolchain is, and there it is not: %w", pointer.URI, errors.Join(absent...)),
+		"put the toolchain into a bucket of that name beside this one, or to "+f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
+}
+
+func (f *fetcher) from(ctx context.Context, at cosbucket.Pointer, o archive.Options) (_ part, err error) {
+	b, err := f.bucket.Sibling(ctx, at)
+	if err != nil {
+		return part{}, err
+	}
+	defer func() { err = errors.Join(err, b.Close()) }()
+	other := &input.Fetcher{Source: b, Cache: f.Cache, Say: func(line string) { f.Sayf("%s", line) }}
+	return unpack(ctx, other, at.Path, toolchainKind, o)
+}
