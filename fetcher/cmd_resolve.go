@@ -28,7 +28,7 @@ func resolveOnce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	finder, err := newFinder(cmd, false)
+	finder, err := newFinder(cmd, nil, false) // without keys, lists of supported GPUs say nothing
 	if err != nil {
 		return err
 	}
@@ -42,7 +42,7 @@ func resolveOnce(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	say := func(text string) { fmt.Fprintln(cmd.Root().ErrWriter, "waiting: "+text) }
-	answer, err := resolve.Patience{Wait: cfg.Wait, Say: say}.Find(ctx, finder, resolve.Question{Kernel: facts.Kernel, Wish: cfg.Wish, Flavour: cfg.Flavour})
+	answer, err := resolve.Patience{Wait: cfg.Wait, Say: say}.Find(ctx, finder, resolve.Question{Kernel: facts.Kernel, Wish: cfg.Wish, Flavour: cfg.Flavour, GPUs: facts.Listed()})
 	if err != nil {
 		return err
 	}

@@ -33,7 +33,7 @@ func wishFlags() []ucli.Flag {
 		&ucli.StringFlag{Name: "server", Usage: "`URL` of the Prebake server to ask", Sources: cli.Env("server")},
 		&ucli.StringFlag{Name: "registry", Usage: "`REF` of a repository to look in when there is no server: host/name or oci:FOLDER", Sources: cli.Env("registry")},
 		&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535, or a `VERSION`", Sources: cli.Env("driver")},
-		&ucli.StringFlag{Name: "flavour", Value: resolve.Auto, Usage: "auto, proprietary or open", Sources: cli.Env("flavour")},
+		&ucli.StringFlag{Name: "flavour", Value: resolve.Auto, Usage: "auto (open where it drives this node's GPUs, else proprietary), proprietary or open", Sources: cli.Env("flavour")},
 		&ucli.DurationFlag{Name: "wait", Usage: "longest `TIME` to wait for a build in progress or a service that fails; 0 asks once", Sources: cli.Env("wait")},
 	}
 }

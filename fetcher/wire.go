@@ -71,7 +71,7 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	finder, err := newFinder(cmd, builder != nil)
+	finder, err := newFinder(cmd, verifier, builder != nil)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -79,7 +79,7 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	parts.Finder, parts.Verifier, parts.LocalVerifier = finder, verifier, newVerifier
+	parts.Finder, parts.Verifier, parts.LocalVerifier = finder, verifier, localVerifier
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
 	if builder != nil {
 		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
@@ -98,14 +98,19 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-func newVerifier(pem []byte) (agent.Verifier, error) {
+func newVerifier(pem []byte) (*trust.Verifier, error) {
 	keys, err := trust.ParsePublicKeys(pem)
 	if err != nil {
 		return nil, err
 	}
-	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
+	return trust.NewVerifier(trust.Policy{Keys: keys})
+}
+
+// localVerifier is newVerifier for the node's own key.
+func localVerifier(pem []byte) (agent.Verifier, error) {
+	v, err := newVerifier(pem)
 	if err != nil {
-		return nil, err
+		return nil, err // not a nil pointer in an interface
 	}
 	return v, nil
 }
@@ -147,20 +152,25 @@ func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
 }
 
 // newFinder asks a server, else a registry, else nobody: then the node compiles.
-func newFinder(cmd *ucli.Command, compiles bool) (resolve.Finder, error) {
+// v is who believes lists of supported GPUs; nil believes none.
+func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
+	var gpus resolve.Lister
+	if v != nil {
+		gpus = resolve.Signed(v, func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) })
+	}
 	if server := cmd.String("server"); server != "" {
 		u, err := url.Parse(server)
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
 		}
-		return resolve.Server{Client: api.NewClient(server, "", nil)}, nil
+		return resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus}, nil
 	}
 	if ref := cmd.String("registry"); ref != "" {
 		repo, err := openRepository(cmd, ref)
 		if err != nil {
 			return nil, err
 		}
-		return resolve.Registry{Ref: ref, Resolve: func(ctx context.Context, tag string) (string, error) {
+		return resolve.Registry{Ref: ref, GPUs: gpus, Resolve: func(ctx context.Context, tag string) (string, error) {
 			d, err := repo.Resolve(ctx, tag)
 			if err != nil {
 				return "", err

@@ -220,7 +220,7 @@ func currentSet(store *install.Store) (*install.Set, error) {
 // installed already answers the wish, that stays: a node must come up without
 // the farm.
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install.Set) (resolve.Answer, error) {
-	q := resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Flavour: a.cfg.Flavour}
+	q := resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Flavour: a.cfg.Flavour, GPUs: facts.Listed()}
 	var answer resolve.Answer
 	err := a.parts.Line.Do("resolve", func() (string, error) {
 		say := func(text string) { a.parts.Line.Say("resolve", "%s", text) }

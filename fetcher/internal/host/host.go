@@ -14,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -44,6 +45,18 @@ type GPU struct {
 	Address string `json:"address"`
 	// Device is the PCI device id, such as 0x1eb8.
 	Device string `json:"device"`
+	// SubVendor and SubDevice are the board's ids; "" is unknown.
+	SubVendor string `json:"subVendor,omitempty"`
+	SubDevice string `json:"subDevice,omitempty"`
+}
+
+// Listed returns the GPUs as lists of supported ones name them.
+func (f *Facts) Listed() []gpulist.GPU {
+	all := make([]gpulist.GPU, len(f.GPUs))
+	for i, g := range f.GPUs {
+		all[i] = gpulist.GPU(g)
+	}
+	return all
 }
 
 // Module is one line of /proc/modules.
@@ -208,14 +221,14 @@ func readGPUs(root fs.FS) ([]GPU, error) {
 	}
 	gpus := []GPU{}
 	for _, e := range entries {
-		var id [3]string
-		for i, name := range []string{"vendor", "class", "device"} {
+		var id [5]string
+		for i, name := range []string{"vendor", "class", "device", "subsystem_vendor", "subsystem_device"} {
 			if id[i], err = readOptional(root, dir+"/"+e.Name()+"/"+name); err != nil {
 				return nil, err
 			}
 		}
 		if id[0] == "0x10de" && (strings.HasPrefix(id[1], "0x0300") || strings.HasPrefix(id[1], "0x0302")) {
-			gpus = append(gpus, GPU{Address: e.Name(), Device: id[2]})
+			gpus = append(gpus, GPU{Address: e.Name(), Device: id[2], SubVendor: id[3], SubDevice: id[4]})
 		}
 	}
 	return gpus, nil

@@ -49,7 +49,7 @@ func TestObserve(t *testing.T) {
 		},
 		OS:     "cos",
 		Policy: host.Policy{SignaturesEnforced: true, LoadPin: true, LoadPinExcludes: []string{"kernel-module", "firmware"}},
-		GPUs:   []host.GPU{{Address: "0000:00:04.0", Device: "0x2330"}, {Address: "0000:00:05.0", Device: "0x27b8"}},
+		GPUs:   []host.GPU{{Address: "0000:00:04.0", Device: "0x2330", SubVendor: "0x10de", SubDevice: "0x16c1"}, {Address: "0000:00:05.0", Device: "0x27b8"}},
 		Modules: []host.Module{
 			{Name: "nvidia_drm"},
 			{Name: "nvidia_modeset", Refs: 1, UsedBy: []string{"nvidia_drm"}},

@@ -14,10 +14,12 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Auto leaves the flavour to the server, or to what is published.
+// Auto goes by the node's GPUs, and then by what is published: the open modules
+// where they drive every GPU of the node, else the proprietary ones.
 const Auto = "auto"
 
 // Question is what a node wants.
@@ -26,6 +28,8 @@ type Question struct {
 	Wish   target.Wish
 	// Flavour is auto, proprietary or open.
 	Flavour string
+	// GPUs are the node's; flavour auto goes by them.
+	GPUs []gpulist.GPU
 }
 
 // Answer names an artifact, or says why there is none.
@@ -81,10 +85,51 @@ type asker interface {
 }
 
 // Server asks a Prebake server.
-type Server struct{ Client asker }
+type Server struct {
+	Client asker
+	// GPUs may be nil.
+	GPUs Lister
+}
 
-// Find asks the server once.
+// Find asks the server once, and a second time where the open modules that it
+// answers with for flavour auto do not drive the node's GPUs.
 func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
+	auto := q.Flavour == Auto
+	q = q.narrow()
+	a, err := s.ask(ctx, q)
+	if err != nil || a.State != api.Published || !auto || len(q.GPUs) == 0 {
+		return a, err
+	}
+	unfit, err := s.unfit(ctx, q, a)
+	if err != nil || unfit == nil {
+		return a, err
+	}
+	if a.Driver.Flavour == target.Open {
+		q.Flavour, q.Wish = string(target.Proprietary), target.Wish(a.Driver.Version)
+		other, err := s.ask(ctx, q)
+		if err != nil || other.Pending() {
+			return other, err
+		}
+		if other.State == api.Published {
+			if unfit, err = s.unfit(ctx, q, other); err != nil || unfit == nil {
+				return other, err
+			}
+		}
+	}
+	return none(a, unfit), nil
+}
+
+// unfit says why an artifact does not drive the node's GPUs; nil is that it does.
+func (s Server) unfit(ctx context.Context, q Question, a Answer) (unfit, err error) {
+	list, err := s.GPUs.list(ctx, a)
+	if err != nil {
+		return nil, err
+	}
+	_, unfit = gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: a.Driver.Flavour, List: list}})
+	return unfit, nil
+}
+
+func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	r, err := s.Client.Resolve(ctx, api.Question{
 		BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour, Release: q.Kernel.Release,
 	})
@@ -153,35 +198,58 @@ type Registry struct {
 	Ref string
 	// Resolve turns a tag into a digest; kind NoArtifact when there is none.
 	Resolve func(ctx context.Context, tag string) (digest string, err error)
+	// GPUs may be nil.
+	GPUs Lister
 }
 
 // Find looks the tag up. Only exact versions have tags. With flavour auto the
-// open one is preferred, as COS itself does where both exist.
+// open one is preferred, as COS itself does where both exist and the open one
+// drives the GPUs.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	version, exact := q.Wish.Exact()
 	if !exact {
 		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone knows exact versions only", q.Wish),
 			"name the version, as in --driver 535.261.03, or a server with --server URL")
 	}
-	flavours := []target.Flavour{target.Flavour(q.Flavour)}
+	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
 		flavours = []target.Flavour{target.Open, target.Proprietary}
+	} else {
+		gpus = nil // whoever names a flavour gets it
 	}
-	a := Answer{State: api.Unknown, Source: "registry", Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]}}
+	unknown := Answer{State: api.Unknown, Source: "registry", Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]}}
+	var answers []Answer
+	var offers []gpulist.Offer
+	var unfit error
 	for _, f := range flavours {
 		d := target.Driver{Version: version, Flavour: f}
 		tag := bundle.KernelTag(q.Kernel, d)
 		digest, err := r.Resolve(ctx, tag)
 		if fault.Is(err, fault.NoArtifact) {
-			a.Reason = fmt.Sprintf("%s has no tag %s", r.Ref, tag)
+			unknown.Reason = fmt.Sprintf("%s has no tag %s", r.Ref, tag)
 			continue
 		}
 		if err != nil {
 			return Answer{}, fmt.Errorf("ask registry: %w", err)
 		}
-		return Answer{State: api.Published, Source: "registry", Driver: d, Repository: r.Ref, Digest: digest}, nil
+		a := Answer{State: api.Published, Source: "registry", Driver: d, Repository: r.Ref, Digest: digest}
+		o := gpulist.Offer{Flavour: f}
+		if len(gpus) > 0 {
+			if o.List, err = r.GPUs.list(ctx, a); err != nil {
+				return Answer{}, err
+			}
+		}
+		answers, offers = append(answers, a), append(offers, o)
+		i, err := gpulist.Choose(gpus, offers)
+		if err == nil {
+			return answers[i], nil // what is left need not be asked for
+		}
+		unfit = err
 	}
-	return a, nil
+	if unfit != nil {
+		return none(answers[0], unfit), nil
+	}
+	return unknown, nil
 }
 
 // Nobody is for nodes that have neither: nothing is ever published there.

@@ -1,0 +1,75 @@
+package resolve
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Lister returns the list of GPUs that a published artifact supports, as
+// somebody trusted signed it; nil is that nobody did.
+type Lister func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error)
+
+type statements interface {
+	Statement(bundle []byte) (*trust.Statement, error)
+}
+
+// Attachments is what is asked of a repository.
+type Attachments interface {
+	Attached(ctx context.Context, digest, artifactType string) ([][]byte, error)
+}
+
+// Signed reads lists out of the statements that are attached to artifacts. What
+// does not verify says nothing: anybody may attach something.
+func Signed(v statements, open func(repository string) (Attachments, error)) Lister {
+	return func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error) {
+		repo, err := open(repository)
+		if err != nil {
+			return nil, err
+		}
+		bundles, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+		if err != nil {
+			return nil, fmt.Errorf("read supported GPUs: %w", err)
+		}
+		for _, raw := range bundles[:min(len(bundles), trust.MaxBundles)] {
+			st, err := v.Statement(raw)
+			if err != nil || st.PredicateType != gpulist.PredicateType || !st.About(digest) {
+				continue
+			}
+			if l, err := gpulist.ParsePredicate(st.Predicate); err == nil && l.Version == d.Version {
+				return l, nil
+			}
+		}
+		return nil, nil
+	}
+}
+
+func (l Lister) list(ctx context.Context, a Answer) (*gpulist.List, error) {
+	if l == nil {
+		return nil, nil
+	}
+	return l(ctx, a.Repository, a.Digest, a.Driver)
+}
+
+// narrow settles flavour auto where no list is needed for it: no release's
+// open modules drive what is older than Turing.
+func (q Question) narrow() Question {
+	if _, err := gpulist.Choose(q.GPUs, []gpulist.Offer{{Flavour: target.Open}}); err != nil && q.Flavour == Auto {
+		q.Flavour = string(target.Proprietary)
+	}
+	return q
+}
+
+// none is the answer where what is published does not drive the GPUs. A node
+// that compiles by itself then makes the flavour that is left.
+func none(a Answer, unfit error) Answer {
+	return Answer{
+		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary}, Source: a.Source,
+		Reason: unfit.Error(), Hint: fault.Hint(unfit),
+	}
+}
