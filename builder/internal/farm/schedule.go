@@ -57,10 +57,11 @@ type farm struct {
 	changed chan struct{} // closed and replaced at each change
 	ended   bool          // no more inputs will arrive
 	warm    map[any]bool  // fingerprints and driver versions that a cell was made of
+	failed  map[same]*job // builds that would fail the same way again
 }
 
 func newFarm(cfg Config, p *plan.Plan) *farm {
-	f := &farm{cfg: cfg, changed: make(chan struct{}), warm: map[any]bool{}}
+	f := &farm{cfg: cfg, changed: make(chan struct{}), warm: map[any]bool{}, failed: map[same]*job{}}
 	inputs := map[string]*input{}
 	of := func(name string) *input {
 		if inputs[name] == nil {
@@ -111,7 +112,7 @@ func (f *farm) arrived(ctx context.Context, in *input, keep func(), err error) {
 	f.mu.Lock()
 	in.here, in.err = true, err
 	keep()
-	var lost, lacking []*job
+	var lost, lacking, twins []*job
 	for _, j := range f.jobs {
 		switch {
 		case j.State != "" || j.kernel != in && j.driver != in:
@@ -119,10 +120,15 @@ func (f *farm) arrived(ctx context.Context, in *input, keep func(), err error) {
 			lost = append(lost, j)
 		case j.driver == in && !slices.Contains(in.flavours, j.Cell.Driver.Flavour):
 			lacking = append(lacking, j)
+		case j.kernel == in && f.failed[j.same()] != nil:
+			twins = append(twins, j)
 		}
 	}
 	f.stir()
 	f.mu.Unlock()
+	for _, j := range twins {
+		f.failAlike(ctx, j)
+	}
 	for _, j := range lost {
 		f.fail(j, err)
 	}
@@ -206,7 +212,7 @@ func (f *farm) pick(now time.Time) (best *job, wait time.Duration, open bool) {
 			}
 			continue
 		}
-		if running[j.same()] || alone || j.alone && count > 0 {
+		if running[j.same()] || f.failed[j.same()] != nil || alone || j.alone && count > 0 {
 			continue
 		}
 		if cost := f.cost(j, busy); best == nil || cost < bestCost {
@@ -272,26 +278,29 @@ func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error
 		return
 	}
 	f.remember(ctx, j, failure(err))
-	for _, twin := range f.twins(key) {
-		f.mu.Lock()
-		twin.Like = j.Cell.Kernel.String()
-		f.mu.Unlock()
-		f.remember(ctx, twin, failure(err))
-		f.fail(twin, err)
+	f.mu.Lock()
+	f.failed[key] = j
+	var twins []*job
+	for _, other := range f.jobs {
+		if other.State == "" && !other.running && other.kernel.here && other.same() == key {
+			twins = append(twins, other)
+		}
+	}
+	f.mu.Unlock()
+	for _, twin := range twins {
+		f.failAlike(ctx, twin)
 	}
 }
 
-// twins returns the open cells that would be the same build.
-func (f *farm) twins(key same) []*job {
+// failAlike settles a cell as the one that is the same build.
+func (f *farm) failAlike(ctx context.Context, twin *job) {
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	var all []*job
-	for _, j := range f.jobs {
-		if j.State == "" && !j.running && j.kernel.here && j.same() == key {
-			all = append(all, j)
-		}
-	}
-	return all
+	first := f.failed[twin.same()]
+	twin.Like = first.Cell.Kernel.String()
+	known := *first.Failure
+	f.mu.Unlock()
+	f.remember(ctx, twin, known)
+	f.settle(twin, stateOf(twin.Cell, known), &known)
 }
 
 func (f *farm) remember(ctx context.Context, j *job, known Failure) {

@@ -1,0 +1,88 @@
+package farm
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Side by side, cells are chosen so that no two do the same work: neither the
+// same kernel nor the same driver while another one warms it up. Each step of
+// the script begins a cell, or ends one that is under way.
+func TestOrder(t *testing.T) {
+	t.Parallel()
+	p := &plan.Plan{}
+	for _, kernel := range []string{"1.0.1", "1.0.2", "2.0.1", "3.0.1"} {
+		for _, driver := range []string{"5.1", "6.1"} {
+			p.Cells = append(p.Cells, plan.Cell{
+				Kernel: target.Kernel{BuildID: kernel}, Driver: target.Driver{Version: driver, Flavour: target.Open},
+				EarlyWarning: kernel == "1.0.2" && driver == "6.1",
+			})
+		}
+	}
+	f := newFarm(Config{Attempts: 1}, p)
+	for _, j := range f.jobs {
+		family, _, _ := strings.Cut(j.Cell.Kernel.BuildID, ".") // 1.0.1 and 1.0.2 are twins
+		j.kernel.here, j.kernel.fingerprint = true, target.Fingerprint(family)
+		j.driver.here, j.driver.flavours = true, []target.Flavour{target.Open}
+	}
+	byName := map[string]*job{}
+	name := func(j *job) string { return j.Cell.Kernel.BuildID + " " + j.Cell.Driver.Version }
+	for _, j := range f.jobs {
+		byName[name(j)] = j
+	}
+	for i, step := range []struct{ end, begin string }{
+		{"", "1.0.1 5.1"},          // all are cold: the plan's order
+		{"", "2.0.1 6.1"},          // another kernel and another driver
+		{"1.0.1 5.1", "1.0.2 5.1"}, // its twin, which finds everything
+		{"1.0.2 5.1", "3.0.1 5.1"}, // not driver 6.1, nor kernel 2: both are being warmed up
+		{"2.0.1 6.1", "1.0.1 6.1"}, // warm in both
+		{"3.0.1 5.1", "2.0.1 5.1"},
+		{"1.0.1 6.1", "3.0.1 6.1"}, // before its twin's early warning
+		{"2.0.1 5.1", "1.0.2 6.1"},
+	} {
+		if j := byName[step.end]; j != nil {
+			f.made(t.Context(), j, &pipeline.Result{}, nil, time.Second)
+		}
+		got, _, _ := f.pick(time.Now())
+		if got == nil {
+			t.Fatalf("step %d: nothing begun; want %s", i, step.begin)
+		}
+		if diff := cmp.Diff(step.begin, name(got)); diff != "" {
+			t.Fatalf("step %d: begun (-want +got):\n%s", i, diff)
+		}
+		got.running = true
+	}
+	if j, _, open := f.pick(time.Now()); j != nil || open {
+		t.Errorf("after the last cell: %v, open %t", j, open)
+	}
+}
+
+var errBreak = fault.New(fault.APIBreak, "x.c:1: error: no such field", "")
+
+// A twin that arrives when its like has failed already is not begun.
+func TestLateTwin(t *testing.T) {
+	t.Parallel()
+	cell := func(kernel string) plan.Cell {
+		return plan.Cell{Kernel: target.Kernel{BuildID: kernel, Board: "lakitu"}, Driver: target.Driver{Version: "5.1", Flavour: target.Open}}
+	}
+	f := newFarm(Config{Attempts: 1}, &plan.Plan{Cells: []plan.Cell{cell("1.0.1"), cell("1.0.2")}})
+	first, twin := f.jobs[0], f.jobs[1]
+	f.arrived(t.Context(), first.driver, func() { first.driver.flavours = []target.Flavour{target.Open} }, nil)
+	f.arrived(t.Context(), first.kernel, func() { first.kernel.fingerprint = "1" }, nil)
+	if j, _, _ := f.pick(time.Now()); j != first {
+		t.Fatalf("pick = %v; want the first", j)
+	}
+	f.made(t.Context(), first, nil, errBreak, time.Second)
+	f.arrived(t.Context(), twin.kernel, func() { twin.kernel.fingerprint = "1" }, nil)
+	if twin.State != Failed || twin.Like != "1.0.1/lakitu" || twin.Attempts != 0 {
+		t.Errorf("twin is %s, like %q, %d attempts; want it failed like the first", twin.State, twin.Like, twin.Attempts)
+	}
+}
