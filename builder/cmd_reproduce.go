@@ -202,8 +202,11 @@ func printReports(w io.Writer, reports []*reproduce.Report) error {
 
 func printReport(w io.Writer, r *reproduce.Report) error {
 	outcome := "identical: the same digest came out"
-	if !r.Identical {
+	switch {
+	case !r.Identical:
 		outcome = "DIFFERENT: made again it is " + r.Made
+	case r.ModuleKey != "":
+		outcome = "identical but for the modules' signatures, under certificate\n          " + r.ModuleKey
 	}
 	if _, err := fmt.Fprintf(w, "artifact  %s@%s\ndriver    %s\nkernel    %s, release %s\nbuilt by  %s\noutcome   %s\n",
 		r.Repository, r.Digest, r.Driver, r.Kernel, r.Kernel.Release, r.BuilderID, outcome); err != nil {

@@ -48,6 +48,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
 			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
+			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest,
 			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
 		})
 		// A tree that changed under the compiler explains every error, and
@@ -61,19 +62,18 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			return err
 		}
 		phases = made.Phases
-		var sums bytes.Buffer
+		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(made.Modules)) {
 			path := filepath.Join(dir, name+".ko")
 			if err := gate.Stamp(path, made.Modules[name], r.kernel.Fingerprint); err != nil {
 				return err
 			}
-			sum, err := fileSum(path)
-			if err != nil {
+			var err error
+			if sums[name], err = fileSum(path); err != nil {
 				return err
 			}
-			fmt.Fprintf(&sums, "%s  %s.ko\n", sum, name)
 		}
-		return os.WriteFile(filepath.Join(dir, sumsFile), sums.Bytes(), 0o644)
+		return writeSums(dir, sums)
 	})
 	if err != nil {
 		return "", err
@@ -89,6 +89,14 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		return fmt.Sprintf("%d modules, cached", len(r.modules)), nil
 	}
 	return fmt.Sprintf("%d modules", len(r.modules)), nil
+}
+
+func writeSums(dir string, sums map[string]string) error {
+	var text bytes.Buffer
+	for _, name := range slices.Sorted(maps.Keys(sums)) {
+		fmt.Fprintf(&text, "%s  %s.ko\n", sums[name], name)
+	}
+	return os.WriteFile(filepath.Join(dir, sumsFile), text.Bytes(), 0o644)
 }
 
 // findModules reads which modules a folder holds, and what they have to be.

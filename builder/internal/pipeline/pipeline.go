@@ -14,12 +14,14 @@ import (
 	"encoding/hex"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -61,6 +63,9 @@ type Config struct {
 	Registry func(destination string) registry.Options
 	// Key is a private key file or a KMS URI.
 	Key string
+	// ModuleKey is an RSA key file or a KMS URI with which the modules are signed
+	// for the kernel, and ModuleCert its certificate; "" leaves them unsigned.
+	ModuleKey, ModuleCert string
 	// BuilderID goes into the provenance as builder.id, a URI; Version is this
 	// program's.
 	BuilderID, Version string
@@ -117,6 +122,9 @@ type run struct {
 	id      bundle.Identity
 	started time.Time
 
+	moduleSigner *modsign.Signer // nil without Config.ModuleKey
+	moduleHash   string
+
 	signer   *sign.Signer
 	verifier *trust.Verifier
 	places   []place
@@ -164,7 +172,7 @@ type phase struct {
 }
 
 func (r *run) all(ctx context.Context) error {
-	return r.each(ctx, []phase{
+	phases := []phase{
 		{"source", false, r.source},
 		{"look up", false, r.lookUp},
 		{"compile", true, r.compile},
@@ -173,7 +181,11 @@ func (r *run) all(ctx context.Context) error {
 		{"package", true, r.pack},
 		{"sign", true, r.sign},
 		{"publish", false, r.publish},
-	})
+	}
+	if r.cfg.ModuleKey != "" {
+		phases = slices.Insert(phases, 3, phase{"sign modules", true, r.signModules})
+	}
+	return r.each(ctx, phases)
 }
 
 func (r *run) each(ctx context.Context, phases []phase) error {

@@ -8,8 +8,6 @@ import (
 	"os"
 	"path/filepath"
 
-	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -61,7 +59,7 @@ func (r *run) pack(ctx context.Context) (string, error) {
 		var src, key string
 		var err error
 		if kind == bundle.LayerModules {
-			key = r.key(compile.Recipe, gate.Recipe, bundle.PackRecipe, string(r.kernel.Fingerprint))
+			key = r.moduleKey(bundle.PackRecipe)
 			var cleanup func() error
 			if src, cleanup, err = r.modulesFolder(); err != nil {
 				return "", err

@@ -6,7 +6,6 @@ import (
 	"maps"
 	"slices"
 
-	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -64,7 +63,7 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	key := r.key(loadtest.Recipe, compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint), r.kernel.BootDigest)
+	key := r.moduleKey(loadtest.Recipe, r.kernel.BootDigest)
 	if raw, ok := r.products.Recall("loadtest", key); ok {
 		verdict := &loadtest.Verdict{}
 		if json.Unmarshal(raw, verdict) == nil {

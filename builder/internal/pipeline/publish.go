@@ -34,6 +34,9 @@ func (r *run) lookUp(ctx context.Context) (string, error) {
 	if r.verifier, err = r.signer.Verifier(); err != nil {
 		return "", err
 	}
+	if err := r.loadModuleKey(ctx); err != nil {
+		return "", err
+	}
 	for _, dest := range r.cfg.Destinations {
 		repo, err := registry.Open(dest, r.cfg.Registry(dest))
 		if err != nil {
@@ -134,6 +137,15 @@ func (r *run) holds(ctx context.Context, p place, digest string, match []byte) (
 	if !slices.ContainsFunc(verdict.Materials, func(m trust.Material) bool { return m.Digest == r.release.Digest }) {
 		return content, false, fault.Errorf(fault.Mismatch, "%s was not made from runfile %s", digest, r.release.Digest)
 	}
+	for _, st := range r.verifier.Statements(attached, digest, trust.PredicateProvenance) {
+		by, err := moduleKeyOf(st)
+		if err != nil {
+			return content, false, err
+		}
+		if by != r.signedBy() {
+			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are signed under certificate %q; wanted is %q", digest, by, r.signedBy())
+		}
+	}
 	for _, l := range content.Layers { // a registry may have lost what it promised
 		blob, err := p.repo.Blob(ctx, l.Digest, l.Size)
 		if err != nil {
@@ -218,6 +230,9 @@ func (r *run) layersIntact(ctx context.Context) error {
 func (r *run) statements() ([]sign.Statement, error) {
 	facts := Recipes()
 	facts["builder"], facts["vermagic"] = r.cfg.Version, r.id.Vermagic
+	if by := r.signedBy(); by != "" {
+		facts[FactModuleKey] = by
+	}
 	log, err := r.copy.packed()
 	if err != nil {
 		return nil, err

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/pkg/bundle"
 )
@@ -59,11 +60,13 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 			return fmt.Errorf("%s layer: %w", layer.Kind, err)
 		}
 	}
-	report.Files, report.Differences, err = compareTrees(theirs, ours)
+	report.Files, report.Differences, err = compareTrees(theirs, ours, report.ModuleKey != "")
 	if err != nil {
 		return err
 	}
-	if len(report.Differences) == 0 {
+	// With signatures in the modules another digest is to be expected, but not
+	// another description.
+	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
 		// Every file is the same, yet the digest is not: the packing differs.
 		report.Differences = []Difference{{"(manifest)", fmt.Sprintf("all %d files are the same, but they are packed or described in another way", report.Files)}}
 	}
@@ -79,8 +82,8 @@ func unpack(ctx context.Context, r io.Reader, digest, diffID string, size int64,
 }
 
 // compareTrees compares two folders by name, kind, exec bit, link target and
-// content.
-func compareTrees(published, made string) (files int, all []Difference, err error) {
+// content. signed leaves signatures at the end of published modules out.
+func compareTrees(published, made string, signed bool) (files int, all []Difference, err error) {
 	theirs, err := list(published)
 	if err != nil {
 		return 0, nil, err
@@ -103,7 +106,8 @@ func compareTrees(published, made string) (files int, all []Difference, err erro
 		case was != is:
 			what = fmt.Sprintf("%s in the published artifact, %s made again", was, is)
 		case was == regular || was == program:
-			if what, err = compareFiles(filepath.Join(published, name), filepath.Join(made, name)); err != nil {
+			strip := signed && filepath.Ext(name) == ".ko"
+			if what, err = compareFiles(filepath.Join(published, name), filepath.Join(made, name), strip); err != nil {
 				return len(names), all, err
 			}
 		}
@@ -155,11 +159,17 @@ func list(dir string) (map[string]string, error) {
 	return all, err
 }
 
-// compareFiles returns "" for equal contents, else where they part.
-func compareFiles(published, made string) (string, error) {
+// compareFiles returns "" for equal contents, else where they part. strip leaves
+// the published module's signature out.
+func compareFiles(published, made string, strip bool) (string, error) {
 	a, err := os.ReadFile(published)
 	if err != nil {
 		return "", err
+	}
+	if strip {
+		if a, _, err = modsign.Split(a); err != nil {
+			return err.Error(), nil // the file is not what its provenance says: a difference
+		}
 	}
 	b, err := os.ReadFile(made)
 	if err != nil {

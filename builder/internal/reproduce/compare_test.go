@@ -38,7 +38,7 @@ func TestCompareTrees(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	files, got, err := compareTrees(a, b)
+	files, got, err := compareTrees(a, b, false)
 	if err != nil || files != 8 {
 		t.Errorf("compareTrees = %d files, %v; want 8", files, err)
 	}

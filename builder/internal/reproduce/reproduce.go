@@ -51,8 +51,13 @@ type Report struct {
 	Driver      target.Driver      `json:"driver"`
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	BuilderID   string             `json:"builderId"`
-	// Identical says that the digest came out again.
+	// Identical says that the digest came out again; with ModuleKey, that all
+	// came out again but the signatures inside the modules.
 	Identical bool `json:"identical"`
+	// ModuleKey names the certificate that the published modules are signed
+	// under. Nobody else can make those signatures again, so they are left out of
+	// the comparison.
+	ModuleKey string `json:"moduleKey,omitempty"`
 	// Made is the digest that came out.
 	Made string `json:"made"`
 	// Files is how many were compared; Differences are those that differ, in
@@ -121,12 +126,13 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		Kernel: p.Built.Kernel, Driver: p.Built.Driver, Fingerprint: p.Built.Fingerprint, BuilderID: p.BuilderID,
 	}
 	if !report.Identical {
+		report.ModuleKey = p.recipes[pipeline.FactModuleKey]
 		if err := c.compare(ctx, content, made, folder, report); err != nil {
 			return nil, err
 		}
-		return report, nil
+		report.Identical = report.ModuleKey != "" && len(report.Differences) == 0
 	}
-	if c.Attest != nil {
+	if report.Identical && c.Attest != nil {
 		report.Attested, err = c.attest(ctx, digest, p)
 	}
 	return report, err
