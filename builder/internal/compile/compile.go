@@ -263,9 +263,7 @@ func (b *build) make(ctx context.Context) error {
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
 	if t.clang {
-		// Kernels ask for this error, and older drivers trip over it in clang's
-		// stricter reading; COS's own farm drops it too.
-		cflags = append(cflags, "-Wno-error=strict-prototypes")
+		cflags = append(cflags, clangFlags...)
 	}
 	// Debug information is a fifth of the work, most of the bytes, and goes with
 	// stripping, unless BTF is made of it: which kbuild does where there is a

@@ -57,6 +57,15 @@ var compilerPattern = regexp.MustCompile(`^(.*-)?(?:gcc|clang|cc)(-[0-9.]+)?$`)
 // the build.
 const hostClang = "x86_64-pc-linux-gnu-clang"
 
+// clangFlags reach conftest too, and are there for its sake: it takes any error
+// for an answer. Where a kernel's CONFIG_WERROR reaches it, as in 5.15, clang's
+// warning about an undeclared function (gcc has been told to be silent) would
+// say that the kernel has that function. Errors that are asked for by name, as
+// NVIDIA's own flags do, stay errors. strict-prototypes is such a one of the
+// kernel's, and older drivers trip over it in clang's stricter reading; COS's
+// own farm drops it too.
+var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
+
 // toolchain looks programs up in an unpacked toolchain archive.
 type toolchain string
 

@@ -174,6 +174,33 @@ func TestFindToolsRefuses(t *testing.T) {
 	}
 }
 
+// TestFlags: clang's errors that nobody asked for by name reach neither
+// conftest nor the compilation; gcc's flags stay the kernel's.
+func TestFlags(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		cc   string
+		want bool
+	}{{"clang", true}, {"gcc", false}} {
+		r := kit(t, "CONFIG_LD_IS_LLD=y", amd64Prefix+row.cc, "llvm-strip")
+		r.Env["CC"] = amd64Prefix + row.cc
+		got, err := findTools(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var kcflags string
+		for _, v := range flagVariables(r, got) {
+			if rest, ok := strings.CutPrefix(v, "KCFLAGS="); ok {
+				kcflags = rest
+			}
+		}
+		has := strings.HasPrefix(kcflags, "-Wno-error -Wno-error=strict-prototypes")
+		if has != row.want || strings.Contains(kcflags, "-Wno-error") != row.want {
+			t.Errorf("KCFLAGS for %s = %q; want -Wno-error there: %v", row.cc, kcflags, row.want)
+		}
+	}
+}
+
 func TestSysroot(t *testing.T) {
 	t.Parallel()
 	r := kit(t, "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_LLD=y", amd64Prefix+"clang", "llvm-strip", "usr/x86_64-cros-linux-gnu/lib/crt1.o")
