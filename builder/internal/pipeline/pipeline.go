@@ -24,10 +24,12 @@ import (
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -55,7 +57,8 @@ type Config struct {
 	KernelMirror, DriverMirror string
 	// Cache is the content-addressed cache that builds share.
 	Cache *cas.Cache
-	// Destinations are registry references or oci: layout folders; each gets the artifact.
+	// Destinations are registry references or oci: layout folders, which get the
+	// artifact, and gs:// or file:// buckets, which get its tarball twin.
 	Destinations []string
 	// Registry returns the settings for one of the Destinations: credentials
 	// belong to one registry and are never shown to another. Nil is the Docker
@@ -93,7 +96,8 @@ type Result struct {
 	Fingerprint target.Fingerprint `json:"fingerprint"`
 	Driver      target.Driver      `json:"driver"`
 	Digest      string             `json:"digest"`
-	// Repositories hold the artifact, in the order of Config.Destinations.
+	// Repositories hold the artifact, in the order of Config.Destinations. Buckets
+	// are told under Twins.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
 	// Existed says that every destination already had this very artifact.
@@ -102,7 +106,9 @@ type Result struct {
 	Reused   bool              `json:"reused,omitempty"`
 	LoadTest *loadtest.Verdict `json:"loadTest,omitempty"`
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
-	Phases   []timeline.Phase  `json:"phases"`
+	// Twins are the tarballs in buckets.
+	Twins  []twin.Report    `json:"twins,omitempty"`
+	Phases []timeline.Phase `json:"phases"`
 }
 
 type run struct {
@@ -128,6 +134,8 @@ type run struct {
 	signer   *sign.Signer
 	verifier *trust.Verifier
 	places   []place
+	buckets  []*twin.Bucket
+	gpus     *gpulist.List // nil where the release has no list
 	image    v1.Image
 	bundles  [][]byte // the signed statements
 
@@ -158,6 +166,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	defer func() { _ = kept.close() }() // a scratch file; the next Open removes it as well
 	r.copy, r.log = kept, io.MultiWriter(log, kept)
 	err = r.all(ctx)
+	_ = r.closeBuckets() // every write to them was closed, and told, by itself
 	if err != nil {
 		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
 	}

@@ -8,9 +8,11 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/prebake/prebake/builder/internal/gpus"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sbom"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -37,7 +39,16 @@ func (r *run) lookUp(ctx context.Context) (string, error) {
 	if err := r.loadModuleKey(ctx); err != nil {
 		return "", err
 	}
+	if r.gpus, err = gpus.Read(r.release.Dir, r.release.Version); err != nil {
+		return "", err
+	}
 	for _, dest := range r.cfg.Destinations {
+		if twin.Is(dest) {
+			if err := r.openBucket(ctx, dest); err != nil {
+				return "", err
+			}
+			continue
+		}
 		repo, err := registry.Open(dest, r.cfg.Registry(dest))
 		if err != nil {
 			return "", err
@@ -78,6 +89,9 @@ func (r *run) lookUp(ctx context.Context) (string, error) {
 func (r *run) reuse(ctx context.Context, digest string) (reason string, err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
 		return "load test required", nil
+	}
+	if in, err := r.inBuckets(ctx, digest); err != nil || !in {
+		return "not in every bucket yet", err
 	}
 	statement, err := sign.KernelMatch(digest, r.kernel.Kernel, r.kernel.Fingerprint, r.res.Driver)
 	if err != nil {
@@ -206,7 +220,10 @@ func (r *run) publish(ctx context.Context) (string, error) {
 		r.res.Existed = r.res.Existed && existed
 		r.res.Repositories = append(r.res.Repositories, p.repo.Name())
 	}
-	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.places))
+	if err := r.publishTwins(ctx); err != nil {
+		return "", err
+	}
+	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.places)+len(r.buckets))
 	if r.res.Existed {
 		note += ", was there already"
 	}
@@ -265,7 +282,15 @@ func (r *run) statements() ([]sign.Statement, error) {
 	if err != nil {
 		return nil, err
 	}
-	return []sign.Statement{provenance, match, tested, contents}, nil
+	all := []sign.Statement{provenance, match, tested, contents}
+	if r.gpus != nil {
+		supported, err := gpus.Statement(r.res.Digest, r.res.Driver, r.gpus)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, supported)
+	}
+	return all, nil
 }
 
 // materials are all inputs, as the provenance names them.

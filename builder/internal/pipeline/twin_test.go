@@ -1,0 +1,62 @@
+package pipeline_test
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// A bucket gets a tarball for each COS build, and a cell that any destination
+// lacks is made again for it.
+func TestTarballTwins(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	folder := filepath.Join(t.TempDir(), "bucket")
+	cfg := f.config(t, emptyCache(t))
+	cfg.Destinations = append(cfg.Destinations, "file://"+folder)
+	first := must(t, cfg, request("17800.0.9"))
+	if len(first.Twins) != 1 || first.Existed || len(first.Repositories) != 1 {
+		t.Fatalf("first build: %+v; want one repository and one tarball, both new", first)
+	}
+	driver := target.Driver{Version: version, Flavour: target.Open}
+	tarball := func(id string) string {
+		return filepath.Join(folder, twin.TarballName(target.Kernel{BuildID: id, Board: "lakitu"}, driver))
+	}
+	if _, err := os.Stat(tarball("17800.0.9")); err != nil {
+		t.Error(err)
+	}
+	if again := must(t, cfg, request("17800.0.9")); !again.Reused || !again.Existed {
+		t.Errorf("the same again: %+v; want it reused", again)
+	}
+
+	// Another build with this fingerprint has one artifact, and its own tarball.
+	f.kernel(t, "17800.1.9", headerFiles())
+	other := must(t, cfg, request("17800.1.9"))
+	if other.Digest != first.Digest || other.Reused || len(other.Twins) != 1 || other.Twins[0].SHA256 != first.Twins[0].SHA256 || other.Twins[0].URL == first.Twins[0].URL {
+		t.Errorf("its twin: %+v; want %s with a tarball of its own", other, first.Digest)
+	}
+
+	// Other bytes under the name stay what they are.
+	if err := os.RemoveAll(filepath.Join(folder, "17800.0.9")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Dir(tarball("17800.0.9")), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(tarball("17800.0.9"), []byte("other"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
+		t.Errorf("over other bytes: %+v, %v; want it refused", res, err)
+	}
+	got, err := os.ReadFile(tarball("17800.0.9"))
+	if diff := cmp.Diff("other", string(got)); diff != "" || err != nil {
+		t.Errorf("the object changed, %v (-want +got):\n%s", err, diff)
+	}
+}
