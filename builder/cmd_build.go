@@ -13,6 +13,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/builder/internal/login"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/cas"
@@ -28,10 +29,12 @@ func pipelineFlags() []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://", Sources: cli.Env("kernel-mirror")},
 		&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
-		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, or oci:FOLDER; may be given more than once", Sources: cli.Env("to")},
+		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, oci:FOLDER, or gs://BUCKET/PREFIX or file://FOLDER for tarballs; may be given more than once", Sources: cli.Env("to")},
 		&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to; all others take the Docker configuration", Sources: cli.Env("username")},
 		&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
 		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen) or KMS URI", Sources: cli.Env("key")},
+		&ucli.StringFlag{Name: "module-key", Usage: "sign modules for the kernel with this RSA key: `FILE` or KMS URI", Sources: cli.Env("module-key")},
+		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key that the kernel trusts", Sources: cli.Env("module-cert")},
 		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
 		&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")},
 		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`, of each cell; 0 divides the processors", Sources: cli.Env("jobs")},
@@ -84,13 +87,16 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	if err := missing(cmd, "to", "key"); err != nil {
 		return pipeline.Config{}, err
 	}
+	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
+		return pipeline.Config{}, fault.New(fault.Usage, "--module-key and --module-cert go together", "see "+cmd.FullName()+" --help")
+	}
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {
 		return pipeline.Config{}, fmt.Errorf("open cache: %w", err)
 	}
 	to := cmd.StringSlice("to")
 	credentials := func(destination string) registry.Options {
-		o := registry.Options{UserAgent: "prebake-builder/" + version}
+		o := registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()}
 		if destination == to[0] {
 			o.Username, o.Password = cmd.String("username"), cmd.String("password")
 		}
@@ -98,7 +104,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), BuilderID: cmd.String("builder-id"), Version: version,
+		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials,
 		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),
@@ -175,6 +181,11 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 func printResult(w io.Writer, res *pipeline.Result) error {
 	for _, repo := range res.Repositories {
 		if _, err := fmt.Fprintf(w, "%s@%s\n", repo, res.Digest); err != nil {
+			return err
+		}
+	}
+	for _, t := range res.Twins {
+		if _, err := fmt.Fprintln(w, t.URL); err != nil {
 			return err
 		}
 	}
