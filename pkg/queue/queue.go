@@ -57,6 +57,7 @@ type Queue struct {
 	exec   riverdriver.Executor
 	insert client
 	log    *slog.Logger
+	grace  time.Duration // of Work; 0 is the constant
 }
 
 // client is what both instances of River's generic client have in common.
@@ -95,6 +96,10 @@ func Open(ctx context.Context, rawURL string) (*Queue, error) {
 
 // SetLogger gives River's own messages a place; without it they are dropped.
 func (q *Queue) SetLogger(log *slog.Logger) { q.log = log }
+
+// SetGrace says how long Work lets running builds go on after it was told to
+// stop; without it, for some seconds.
+func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
 	if !filepath.IsAbs(path) {

@@ -29,6 +29,10 @@ func (q *Queue) Work(ctx context.Context, id string, concurrency int, do func(ct
 	if err := q.adopt(ctx, id); err != nil {
 		return err
 	}
+	soft := grace
+	if q.grace > 0 {
+		soft = q.grace
+	}
 	workers := river.NewWorkers()
 	river.AddWorker(workers, river.WorkFunc(func(jobCtx context.Context, job *river.Job[api.BuildJob]) error {
 		return verdict(ctx, do(jobCtx, job.Args, job.Attempt))
@@ -39,7 +43,7 @@ func (q *Queue) Work(ctx context.Context, id string, concurrency int, do func(ct
 		MaxAttempts:          MaxAttempts,
 		JobTimeout:           JobTimeout,
 		RescueStuckJobsAfter: RescueAfter,
-		SoftStopTimeout:      grace,
+		SoftStopTimeout:      soft,
 		// SQLite has no notification of its own, so polling is the pace there.
 		FetchPollInterval: 500 * time.Millisecond,
 		PollOnly:          q.sqlite != nil,

@@ -73,7 +73,9 @@ func TestHealthy(t *testing.T) {
 // Each thing that is missing is named, with its package or its remedy.
 func TestFindings(t *testing.T) {
 	t.Parallel()
-	lacking := func(names ...string) func(string) bool { return func(n string) bool { return !slices.Contains(names, n) } }
+	lacking := func(names ...string) func(string) bool {
+		return func(n string) bool { return !slices.Contains(names, n) }
+	}
 	rows := []struct {
 		name    string
 		change  func(m *doctor.Machine, c *doctor.Config)

@@ -16,11 +16,13 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/gofrs/flock"
 
 	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/telemetry"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
@@ -47,6 +49,14 @@ type Config struct {
 	// came; log gets everything that tools print.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
+	// Grace is how long a build under way may go on once the worker was told to
+	// stop; what has not ended by then is cancelled and handed back. 0 is not
+	// at all.
+	Grace time.Duration
+	// Cancel cuts the grace short when it is closed; nil never does.
+	Cancel <-chan struct{}
+	// Telemetry hears of builds and of the queue's depth; nil does not.
+	Telemetry *telemetry.Telemetry
 }
 
 // farewell is how long reports may take once the worker was told to stop.
@@ -57,10 +67,13 @@ type worker struct {
 	// stopping is done when no more builds are to be taken; stop says why.
 	stopping context.Context
 	stop     context.CancelCauseFunc
+	// hard is done when builds under way are to end, too.
+	hard context.Context
 }
 
-// Run works until ctx ends. A build in progress at that moment is handed back
-// to the queue.
+// Run works until ctx ends. It then takes no more builds, lets those in
+// progress end within the grace period, cancels what is left, and hands that
+// back to the queue.
 func Run(ctx context.Context, cfg Config) (err error) {
 	if cfg.Patience <= 0 {
 		cfg.Patience = time.Minute
@@ -82,8 +95,17 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, q.Close()) }()
 	q.SetLogger(cfg.Log)
+	q.SetGrace(cfg.Grace + 2*farewell) // so that it is this package that cancels
+	cfg.Telemetry.Queue(q.Depth)
+	defer cfg.Telemetry.Queue(nil)
 	w := &worker{Config: cfg}
 	w.stopping, w.stop = context.WithCancelCause(ctx)
+	hard, cancel := context.WithCancelCause(context.WithoutCancel(ctx))
+	w.hard = hard
+	var end sync.WaitGroup
+	end.Go(func() { w.end(cancel) })
+	defer end.Wait()
+	defer cancel(nil)
 	defer w.stop(nil)
 	w.sendLeftovers(ctx)
 	cfg.Log.InfoContext(ctx, "worker started", "worker", cfg.ID)
@@ -98,6 +120,24 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return context.Cause(w.stopping)
 	}
 	return nil
+}
+
+// end cancels the builds under way once the worker was told to stop and the
+// grace period is over, or is cut short.
+func (w *worker) end(cancel context.CancelCauseFunc) {
+	select {
+	case <-w.stopping.Done():
+	case <-w.hard.Done():
+		return
+	}
+	grace := time.NewTimer(w.Grace)
+	defer grace.Stop()
+	select {
+	case <-grace.C:
+	case <-w.Cancel:
+	case <-w.hard.Done(): // all is over
+	}
+	cancel(fault.New(fault.Cancelled, "the worker was told to stop", ""))
 }
 
 // queueName is the name under which the queue knows the worker: no other
@@ -119,9 +159,9 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		return err
 	}
 	log.InfoContext(ctx, "build started")
-	res, err := w.make(ctx, job, log)
+	res, err := w.bounded(ctx, job, attempt, log)
 	// Whatever it is, it came of being stopped.
-	stopped := err != nil && w.stopping.Err() != nil && ctx.Err() != nil
+	stopped := err != nil && w.hard.Err() != nil
 	if stopped {
 		err = queue.HandBack(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was told to stop: %w", err), ""))
 	}
@@ -176,8 +216,21 @@ func (w *worker) logPath(build int64) string {
 	return filepath.Join(w.State, fmt.Sprintf("build-%d.log", build))
 }
 
+// bounded has the build made within the worker's life.
+func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	defer context.AfterFunc(w.hard, func() { cancel(context.Cause(w.hard)) })()
+	defer context.AfterFunc(w.stopping, func() {
+		if w.Grace > 0 {
+			log.InfoContext(ctx, "build goes on for a while", "grace", w.Grace)
+		}
+	})()
+	return w.make(ctx, job, attempt, log)
+}
+
 // make has the build made, with its log in a file and its phases told.
-func (w *worker) make(ctx context.Context, job api.BuildJob, log *slog.Logger) (res *pipeline.Result, err error) {
+func (w *worker) make(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (res *pipeline.Result, err error) {
 	out, err := os.Create(w.logPath(job.Build))
 	if err != nil {
 		return &pipeline.Result{}, fmt.Errorf("open log: %w", err)
@@ -194,6 +247,10 @@ func (w *worker) make(ctx context.Context, job api.BuildJob, log *slog.Logger) (
 			reports.phase(e.Phase)
 		}
 	}}
+	ctx, tell := w.Telemetry.Cell(ctx, telemetry.Cell{
+		Kernel: job.BuildID + "/" + job.Board, Driver: job.Driver, Flavour: job.Flavour, Build: job.Build, Attempt: attempt,
+	}, line)
+	defer func() { tell(err) }()
 	return w.Make(ctx, pipeline.Request{
 		BuildID: job.BuildID, Board: job.Board, Driver: target.Wish(job.Driver), Flavour: target.Flavour(job.Flavour),
 		KernelMirror: job.KernelMirror, DriverMirror: job.DriverMirror,

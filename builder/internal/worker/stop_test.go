@@ -1,0 +1,107 @@
+package worker_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/builder/internal/worker"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// How a stop in mid-build ends: the build may finish, well or badly, and that
+// counts; what does not within its grace is cancelled and handed back, and
+// costs no attempt.
+func TestStopInMidBuild(t *testing.T) {
+	t.Parallel()
+	waits := func(ctx context.Context, _ io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		<-ctx.Done()
+		if !fault.Is(context.Cause(ctx), fault.Cancelled) {
+			return &pipeline.Result{}, errors.New("the build was ended without its cause")
+		}
+		return &pipeline.Result{}, context.Cause(ctx)
+	}
+	// goesOn shows that the stop alone did not reach the build: its context is
+	// still good when the server has heard of a phase that began after it.
+	goesOn := func(then try, heard <-chan struct{}) try {
+		return func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+			err := line.Do("goes on", func() (string, error) {
+				select {
+				case <-ctx.Done():
+					return "", errors.New("the build was cancelled at once")
+				case <-heard:
+					return "", nil
+				}
+			})
+			if err != nil {
+				return &pipeline.Result{}, err
+			}
+			return then(ctx, log, line)
+		}
+	}
+	backInLine := queue.Standing{Found: true, State: "available", Attempt: 0}
+	rows := []struct {
+		name   string
+		grace  time.Duration
+		second bool // a second signal
+		goesOn bool
+		try    try
+		state  api.State
+		class  string
+		queue  queue.Standing
+	}{
+		{"finishes", time.Hour, false, true, works, api.Published, "", queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1}},
+		{"fails by itself", time.Hour, false, true, fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", "newer")), api.Failed, "api-break", queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}},
+		{"grace is over", time.Millisecond, false, false, waits, api.Queued, "cancelled", backInLine},
+		{"no grace", 0, false, false, waits, api.Queued, "cancelled", backInLine},
+		{"second signal", time.Hour, true, false, waits, api.Queued, "cancelled", backInLine},
+	}
+	for _, row := range rows {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			ctx, stop := context.WithCancel(t.Context())
+			defer stop()
+			again, heard := make(chan struct{}), make(chan struct{})
+			do := row.try
+			if row.goesOn {
+				do = goesOn(do, heard)
+			}
+			r := newRig(t, func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+				stop()
+				if row.second {
+					close(again)
+				}
+				return do(ctx, log, line)
+			})
+			r.cfg.Grace, r.cfg.Cancel = row.grace, again
+			r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+				if u.Phase == "goes on" {
+					close(heard)
+				}
+				return nil
+			}
+			// A second build waits: nobody may begin it.
+			if err := r.queue.Insert(t.Context(), api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"}); err != nil {
+				t.Fatal(err)
+			}
+			if err := worker.Run(ctx, r.cfg); err != nil {
+				t.Fatalf("Run = %v", err)
+			}
+			last := r.server.states[len(r.server.states)-1]
+			if last.State != row.state || last.Class != row.class || r.tries != 1 {
+				t.Errorf("after %d tries the server heard %+v; want %s %s", r.tries, last, row.state, row.class)
+			}
+			r.standing(t, row.queue)
+			if got, err := r.queue.Lookup(t.Context(), 8); err != nil || got.Attempt != 0 || got.Over {
+				t.Errorf("the build that was not begun: %+v, %v; want it in line", got, err)
+			}
+			r.noLogs(t)
+		})
+	}
+}
