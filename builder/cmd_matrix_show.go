@@ -32,7 +32,7 @@ func names(j *farm.Job) (kernel, driver, flavour string) {
 
 func title(j *farm.Job) string {
 	kernel, driver, flavour := names(j)
-	return kernel + " " + driver + "-" + flavour
+	return strings.TrimSuffix(kernel+" "+driver+"-"+flavour, "--")
 }
 
 // cut shortens s to n letters.
@@ -59,6 +59,7 @@ func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
 		}
 	}
 	out := &strings.Builder{}
+	before := ""
 	for i, row := range rows {
 		for c, s := range row {
 			fmt.Fprintf(out, "%-*s  ", widths[c], cut(s, widths[c]))
@@ -73,11 +74,18 @@ func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
 			seconds = fmt.Sprintf("%.1f", j.Seconds)
 		}
 		fmt.Fprintf(out, "%8s\n", seconds)
+		why := ""
 		if j.Failure != nil {
-			for _, line := range wrap(reason(j), columns-4) {
+			why = reason(j)
+			text := why
+			if why == before {
+				text = "as above"
+			}
+			for _, line := range wrap(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
 		}
+		before = why
 	}
 	fmt.Fprintln(out, summary(r, took))
 	_, err := io.WriteString(w, out.String())

@@ -1,0 +1,118 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/rogpeppe/go-internal/testscript"
+
+	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"builder": main})
+}
+
+// TestScript drives the program as an operator does. $KEY is a signing key.
+func TestScript(t *testing.T) {
+	t.Parallel()
+	testscript.Run(t, testscript.Params{
+		Dir:                 filepath.Join("testdata", "script"),
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			key := filepath.Join(env.WorkDir, "key")
+			if code, out, errs := run(t, "keygen", key); code != 0 {
+				t.Errorf("keygen = %d %s%s", code, out, errs)
+			}
+			env.Setenv("KEY", key)
+			env.Setenv("XDG_CACHE_HOME", filepath.Join(env.WorkDir, "home-cache"))
+			return nil
+		},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "await": await},
+	})
+}
+
+// exits runs a command and compares its exit status: exits 8 builder build.
+func exits(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) < 2 {
+		ts.Fatalf("usage: exits STATUS PROGRAM [ARGUMENT...]")
+	}
+	got := 0
+	if err := ts.Exec(args[1], args[2:]...); err != nil {
+		n, convErr := strconv.Atoi(strings.TrimPrefix(err.Error(), "exit status "))
+		if convErr != nil {
+			ts.Fatalf("%s: %v", args[1], err)
+		}
+		got = n
+	}
+	if strconv.Itoa(got) != args[0] {
+		ts.Fatalf("%s ended with status %d; want %s", strings.Join(args[1:], " "), got, args[0])
+	}
+}
+
+// await waits until a file is there, as long as the test may run.
+func await(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: await FILE")
+	}
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for range tick.C {
+		if _, err := os.Stat(ts.MkAbs(args[0])); err == nil {
+			return
+		}
+	}
+}
+
+// The table has 80 columns at most, whatever is in it, and says why a cell
+// failed in the compiler's words.
+func TestTable(t *testing.T) {
+	t.Parallel()
+	job := func(id, version string, f target.Flavour, s farm.State) *farm.Job {
+		k, err := target.ParseKernel(id, "lakitu")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return &farm.Job{Cell: plan.Cell{Kernel: k, Driver: target.Driver{Version: version, Flavour: f}, Asked: []string{"R535"}}, State: s}
+	}
+	jobs := []*farm.Job{
+		job("17800.0.50", "535.261.03", target.Proprietary, farm.Published),
+		job("17800.0.56", "535.261.03", target.Open, farm.Failed),
+		job("17800.1.50", "", "", farm.Unavailable),
+		job("123456789.123456789.123456789", "12345.12345.12345.12345", target.Proprietary, farm.Failed),
+		{Cell: plan.Cell{Kernel: target.Kernel{Board: "lakitu"}, Asked: []string{"milestone 125, latest 3 released"}, EarlyWarning: true}, State: farm.Failed},
+	}
+	jobs[0].Seconds = 123.456
+	jobs[1].Failure = &farm.Failure{Class: fault.APIBreak, Error: "nvidia/nv-pci.c:123:45: error: too few arguments to function 'pci_resize_resource'"}
+	jobs[1].Like = "17800.0.55/lakitu"
+	jobs[1].Seconds = 61
+	jobs[2].Failure = &farm.Failure{Class: fault.Unsupported, Error: "choose driver R535: COS names none for this build"}
+	jobs[3].Failure = &farm.Failure{Class: fault.Internal, Error: strings.Repeat("x", 200)}
+	jobs[3].Known = true
+	jobs[4].Failure = &farm.Failure{Class: fault.InputMissing, Error: "none"}
+	var out strings.Builder
+	r := &farm.Report{Jobs: jobs, States: map[farm.State]int{farm.Published: 1, farm.Failed: 3, farm.Unavailable: 1}}
+	if err := printMatrix(&out, r, 0); err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.ReadFile(filepath.Join("testdata", "table.txt"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), out.String()); diff != "" {
+		t.Errorf("table (-want +got):\n%s\n%s", diff, out.String())
+	}
+	for line := range strings.Lines(out.String()) {
+		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > columns {
+			t.Errorf("%d columns: %s", n, line)
+		}
+	}
+}
