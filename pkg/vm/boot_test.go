@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -25,12 +26,31 @@ func bootFolder(t *testing.T) string {
 	return dir
 }
 
+// bootArch tells what machine a kernel is for: an Arm image says so 56 bytes
+// into it (Documentation/arm64/booting.rst).
+func bootArch(t *testing.T, boot string) target.Arch {
+	t.Helper()
+	f, err := os.Open(filepath.Join(boot, vm.BootKernel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }()
+	magic := make([]byte, 4)
+	if _, err := f.ReadAt(magic, 56); err != nil {
+		t.Fatal(err)
+	}
+	if string(magic) == "ARM\x64" {
+		return target.ARM64
+	}
+	return target.AMD64
+}
+
 // build compiles a static program of this module.
-func build(t *testing.T, pkg string) string {
+func build(t *testing.T, arch target.Arch, pkg string) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
 	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+string(arch))
 	if text, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
 	}
@@ -48,7 +68,9 @@ func mustStep(t *testing.T, res *vm.Result, name string) vm.StepResult {
 
 func TestBootWithNetworkAndGPU(t *testing.T) {
 	t.Parallel()
-	boot, init := bootFolder(t), build(t, "pkg/vm/guestinit")
+	boot := bootFolder(t)
+	arch := bootArch(t, boot)
+	init := build(t, arch, "pkg/vm/guestinit")
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -59,7 +81,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 		t.Fatal(err)
 	}
 	res, err := vm.Run(t.Context(), vm.Config{
-		Boot: boot, Init: init, GPU: true, Network: true, Timeout: 3 * time.Minute,
+		Boot: boot, Arch: arch, Init: init, GPU: true, Network: true, Timeout: 3 * time.Minute,
 		Files: []vm.File{{Name: "/etc/greeting", Data: []byte("hello\n")}, {Name: "/etc/link", Link: "greeting"}},
 		Steps: []vm.Step{
 			{Name: "cat", Argv: []string{"@cat", "/etc/link"}},
@@ -76,12 +98,16 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	if err != nil {
 		t.Fatalf("Run() = %v", err)
 	}
-	t.Logf("boot %.2f s, all %.2f s, initramfs %d bytes", res.BootSeconds, res.Seconds, res.InitramfsBytes)
+	t.Logf("boot %.2f s, all %.2f s, initramfs %d bytes; %s", res.BootSeconds, res.Seconds, res.InitramfsBytes, res.Machine)
 	if got := string(mustStep(t, res, "cat").Stdout); got != "hello\n" {
 		t.Errorf("cat = %q; want hello", got)
 	}
 	gpu := string(mustStep(t, res, "gpu").Stdout)
-	for _, want := range []string{"0x0000000050000000 0x0000000050ffffff", "0x0000000051000000 0x0000000051ffffff", "0x0000000052000000 0x0000000053ffffff", "0x10de"} {
+	windows := map[target.Arch][]string{
+		target.AMD64: {"0x0000000050000000 0x0000000050ffffff", "0x0000000051000000 0x0000000051ffffff", "0x0000000052000000 0x0000000053ffffff"},
+		target.ARM64: {"0x00000000d2000000 0x00000000d2ffffff", "0x00000000d3000000 0x00000000d3ffffff", "0x00000000d4000000 0x00000000d5ffffff"},
+	}
+	for _, want := range append(windows[arch], "0x10de") {
 		if !strings.Contains(gpu, want) {
 			t.Errorf("emulated GPU = %s; want %s in it", gpu, want)
 		}
@@ -105,8 +131,9 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 func TestBootCrashIsReported(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
+	arch := bootArch(t, boot)
 	// Any static program that ends is a panic when it is process 1.
-	res, err := vm.Run(t.Context(), vm.Config{Boot: boot, Init: build(t, "pkg/vm/testdata/quitter"), Timeout: 2 * time.Minute})
+	res, err := vm.Run(t.Context(), vm.Config{Boot: boot, Arch: arch, Init: build(t, arch, "pkg/vm/testdata/quitter"), Timeout: 2 * time.Minute})
 	var crash *vm.CrashError
 	if !errors.As(err, &crash) {
 		t.Fatalf("Run() = %v; want a CrashError", err)
@@ -118,10 +145,12 @@ func TestBootCrashIsReported(t *testing.T) {
 
 func TestBootEndsWithItsContext(t *testing.T) {
 	t.Parallel()
-	boot, init := bootFolder(t), build(t, "pkg/vm/guestinit")
+	boot := bootFolder(t)
+	arch := bootArch(t, boot)
+	init := build(t, arch, "pkg/vm/guestinit")
 	ctx, cancel := context.WithCancel(t.Context())
 	_, err := vm.Run(ctx, vm.Config{
-		Boot: boot, Init: init, Timeout: 2 * time.Minute,
+		Boot: boot, Arch: arch, Init: init, Timeout: 2 * time.Minute,
 		Steps: []vm.Step{{Name: "forever", Argv: []string{"@wait", "/never"}}},
 		Watch: func(p vm.Progress) {
 			if p.State == "begin" {

@@ -28,8 +28,8 @@
  * cannot be claimed below the window.
  */
 #ifdef CONFIG_ARM64
-/* qemu's virt machine has its memory from 0x40000000 on. */
-#define WINDOW_START	0xd1000000UL
+/* The virt machine has its memory from 0x40000000 on; BARs are aligned to their sizes. */
+#define WINDOW_START	0xd2000000UL
 #define BOOT_WITH	"mem=2304M"
 #else
 #define WINDOW_START	0x50000000UL
