@@ -138,8 +138,10 @@ func (a *aid) plan(ctx context.Context) (*conftest.Plan, error) {
 // answer finds every answer and lays the files.
 func (a *aid) answer(ctx context.Context, script *conftest.Script, plan *conftest.Plan) error {
 	asker := conftest.NewAsker(script, plan, conftest.Basis{View: a.view.Digest, Toolchain: a.r.ToolchainDigest, Recipe: Recipe, Macros: a.view.Macros})
-	raw, _ := a.r.Cache.Recall("conftest-1", asker.SheetKey())
-	sheet := conftest.ReadSheet(raw)
+	sheet := conftest.Sheet{}
+	if raw, ok := a.r.Cache.Recall("conftest-1", asker.SheetKey()); ok {
+		sheet = conftest.ReadSheet(raw)
+	}
 	known := len(sheet)
 	for name, text := range map[string]string{
 		filepath.Join(a.src, "prebake-conftest.sh"): string(script.Batch(insideAid)),

@@ -98,7 +98,8 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 	raw, ok := cache.Recall("header-view-1", headerDigest)
 	if !ok || json.Unmarshal(raw, &shown) != nil {
 		var err error
-		if shown.Digest, err = cas.DigestTree(ctx, headers, func(p string) bool { return v.masked[p] != nil }); err != nil {
+		skip := func(p string) bool { _, masked := v.masked[p]; return masked }
+		if shown.Digest, err = cas.DigestTree(ctx, headers, skip); err != nil {
 			return nil, err
 		}
 		if shown.Macros, err = namesDriver(headers); err != nil {

@@ -1,0 +1,340 @@
+package compile_test
+
+import (
+	"bytes"
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/pkg/cas"
+)
+
+// The makefiles and the script are in the shape of NVIDIA's and kbuild's as far
+// as the cache knows it: questions, rules, times and .cmd files.
+const (
+	askingKbuild = `NV_KERNEL_SOURCES := $(SYSSRC)
+NV_KERNEL_OUTPUT := $(SYSOUT)
+NV_CONFTEST_CFLAGS = -O2 -I$(SYSSRC)/include -I/prebake/src -include $(SYSSRC)/include/generated/autoconf.h -DNV_VERSION_STRING=\"535.1\" $(KCFLAGS)
+NV_CONFTEST_CMD := /bin/sh /prebake/src/conftest.sh "$(CC)" $(ARCH) $(SYSSRC) $(SYSOUT)
+NV_HEADER_PRESENCE_TESTS = \
+ linux/here.h \
+ linux/gone.h
+
+NV_CONFTEST_FUNCTION_COMPILE_TESTS += has_size
+NV_CONFTEST_TYPE_COMPILE_TESTS += has_old symbol_a
+PARTS := $(NV_HEADER_PRESENCE_TESTS:%=conftest/header_presence/%.part)
+HEADERS := conftest/headers.h conftest/functions.h conftest/types.h conftest/patches.h
+SOURCES := $(sort $(wildcard nvidia/*.c))
+OBJECTS := $(SOURCES:.c=.o)
+
+modules: nvidia.ko
+
+.PHONY: conftest-verbose force
+conftest-verbose:
+force:
+
+conftest/uts_release: force | conftest-verbose
+	@mkdir -p conftest; new="// Kernel version: ` + "`$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' uts_release`" + `"; \
+	[ "$$new" = "` + "`cat $@ 2>/dev/null`" + `" ] || echo "$$new" > $@
+conftest/patches.h: conftest.sh | conftest-verbose
+	@mkdir -p conftest; $(NV_CONFTEST_CMD) patch_check > $@
+$(PARTS): conftest/header_presence/%.part: conftest.sh conftest/uts_release
+	@mkdir -p $(dir $@); echo " CONFTEST: $*"; $(NV_CONFTEST_CMD) test_kernel_header '$(NV_CONFTEST_CFLAGS)' '$*' > $@
+conftest/headers.h: $(PARTS) conftest/uts_release
+	@cat $^ > $@
+conftest/compile-tests/%.h: conftest.sh conftest/headers.h
+	@mkdir -p $(dir $@); echo " CONFTEST: $*"; $(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' $* > $@
+conftest/functions.h: conftest/compile-tests/has_size.h conftest/uts_release
+	@cat $^ > $@
+conftest/types.h: conftest/compile-tests/has_old.h conftest/compile-tests/symbol_a.h conftest/uts_release
+	@cat $^ > $@
+
+cmd = $(CC) -Wp,-MMD,nvidia/.$(*F).o.d $(NV_CONFTEST_CFLAGS) -c -o $@ $<
+nvidia/%.o: nvidia/%.c $(HEADERS)
+	@echo "  CC [M]  /prebake/src/$@"; $(cmd)
+	@{ echo 'cmd_$@ := $(subst \",\\",$(cmd))'; echo; echo 'source_$@ := /prebake/src/$<'; echo; echo 'deps_$@ := \'; \
+	  sed -e 's/^[^ ]*://' -e 's/\\$$//' nvidia/.$(*F).o.d | tr ' ' '\n' | grep -v -e '^$$' -e autoconf.h -e '^nvidia/.*\.c$$' | sed 's,^\([^/]\),/prebake/src/\1,; s/$$/ \\/'; echo; } > nvidia/.$(*F).o.cmd
+nvidia.ko: $(OBJECTS)
+	@echo "  MODPOST $@"
+	@echo 'const char salt[] = CONFIG_BUILD_SALT;' > nvidia.mod.c
+	@$(CC) $(NV_CONFTEST_CFLAGS) -c -o nvidia.mod.o nvidia.mod.c
+	@echo "  LD [M]  $@"; $(LD) -r --build-id=sha1 -o $@ $^ nvidia.mod.o
+`
+	askingScript = `#!/bin/sh
+CC="$1"
+OUTPUT=$4
+cd /prebake/src
+check() {
+    echo "$1" > conftest$$.c
+    if $CC $CFLAGS -c conftest$$.c > /dev/null 2>&1; then echo "#define $2"; else echo "#undef $2"; fi
+    rm -f conftest$$.c conftest$$.o
+}
+test_header_presence() {
+    def=NV_` + "`echo $1 | tr '/.a-z' '__A-Z'`" + `_PRESENT
+    if echo "#include <$1>" | $CC $CFLAGS -E - > /dev/null 2>&1; then echo "#define $def"; else echo "#undef $def"; fi
+}
+compile_test() {
+    case "$1" in
+        has_size)
+            check "#include <linux/here.h>
+            int f(struct here *h) { return h->size; }" NV_HAS_SIZE
+        ;;
+
+        has_old)
+            check "#include \"conftest/headers.h\"
+            #ifndef NV_LINUX_GONE_H_PRESENT
+            #error gone
+            #endif" NV_HAS_OLD
+        ;;
+
+        symbol_*)
+            if grep -q "	${1#symbol_}	" $OUTPUT/Module.symvers; then echo "#define NV_$1 1"; else echo "#define NV_$1 0"; fi
+        ;;
+
+        uts_release)
+            echo "#include <generated/utsrelease.h>
+            UTS_RELEASE" > conftest$$.c
+            $CC $CFLAGS -E -P conftest$$.c | sed '/^$/d'
+            rm -f conftest$$.c
+        ;;
+
+        *)
+            exit 1
+        ;;
+    esac
+}
+
+case "$5" in
+    test_kernel_header)
+        CFLAGS=$6
+        test_header_presence "${7}"
+        exit $?
+    ;;
+    patch_check)
+        echo "no patches"
+        exit 0
+    ;;
+
+    compile_tests)
+        shift 5
+
+        CFLAGS=$1
+        shift
+
+        for i in $*; do compile_test $i; done
+
+        exit 0
+    ;;
+esac
+`
+)
+
+// asking is a driver that asks its kernel, and a kernel that answers.
+func asking(t *testing.T) compile.Request {
+	t.Helper()
+	r := toy(t)
+	if err := os.Symlink("/usr/bin/ld", filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-ld")); err != nil {
+		t.Fatal(err)
+	}
+	write(t, r.Source, map[string]string{
+		"Makefile": "include Kbuild\n", "Kbuild": askingKbuild, "conftest.sh": askingScript,
+		"nvidia/nv.c": `#include <linux/here.h>
+#include "conftest/functions.h"
+#include "conftest/types.h"
+#ifdef NV_HAS_SIZE
+int nv(struct here *h) { return h->size + NV_symbol_a; }
+#endif
+`,
+		"nvidia/version.c": "#include <generated/utsrelease.h>\n#include \"conftest/headers.h\"\nconst char release[] = UTS_RELEASE;\n",
+	})
+	headers(t, r.Headers, "6.1.0-55", "0x11111111")
+	r.HeaderDigest, r.ToolchainDigest, r.SourceDigest = "headers 55", "toolchain", "source"
+	return r
+}
+
+func headers(t *testing.T, dir, release, crc string) {
+	t.Helper()
+	write(t, dir, map[string]string{
+		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",
+		"Makefile":                       "",
+		"Module.symvers":                 crc + "\ta\tvmlinux\tEXPORT_SYMBOL\t\n",
+		"include/linux/here.h":           "struct here { int size; };\n",
+		"include/generated/autoconf.h":   "#define CONFIG_X 1\n#define CONFIG_BUILD_SALT \"" + release + "\"\n",
+		"include/generated/utsrelease.h": "#define UTS_RELEASE \"" + release + "\"\n",
+	})
+}
+
+// made compiles and returns the module's bytes and what the phases say.
+func made(t *testing.T, r compile.Request) ([]byte, string) {
+	t.Helper()
+	var log bytes.Buffer
+	r.WorkDir, r.Log = t.TempDir(), &log
+	result, err := compile.Modules(t.Context(), r)
+	if err != nil {
+		t.Fatalf("Modules = %v\n%s", err, &log)
+	}
+	data, err := os.ReadFile(result.Modules["nvidia"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var notes []string
+	for _, p := range result.Phases {
+		if p.Name == "conftest" || p.Name == "compile" {
+			notes = append(notes, p.Note)
+		}
+	}
+	if strings.Contains(log.String(), "prebake: ") {
+		t.Errorf("the log has a complaint:\n%s", &log)
+	}
+	return data, strings.Join(notes, "; ")
+}
+
+// A cache never makes a different module, and what was remembered is used.
+func TestCache(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	dir := t.TempDir()
+	cache, err := cas.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cache.Close() })
+	step := func(what, notes string) {
+		t.Helper()
+		plain := r
+		plain.Cache, plain.Debug = nil, true
+		want, _ := made(t, plain)
+		cached := r
+		cached.Cache = cache
+		got, said := made(t, cached)
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s: the module is not what make alone makes", what)
+		}
+		if said != notes {
+			t.Errorf("%s: the phases say %q; want %q", what, said, notes)
+		}
+	}
+	step("empty cache", "6 tests; 2 files")
+	// version.c shows the release: it is never kept.
+	const all, none = "6 tests, 6 remembered; 2 files, 1 reused", "6 tests; 2 files"
+	step("the same again", all)
+	headers(t, r.Headers, "6.1.0-56", "0x22222222")
+	r.HeaderDigest = "headers 56"
+	step("sibling kernel", all)
+
+	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include \"conftest/types.h\"\nint other = NV_symbol_a;\n"})
+	r.SourceDigest = "next source"
+	step("next driver", "6 tests, 6 remembered; 2 files")
+	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(askingScript, "return h->size", "return h->length", 1)})
+	r.SourceDigest = "third source"
+	step("driver with one other question", "6 tests, 5 remembered; 2 files")
+
+	write(t, r.Headers, map[string]string{"Module.symvers": "0x22222222\tb\tvmlinux\tEXPORT_SYMBOL\t\n"})
+	r.HeaderDigest = "headers 57"
+	step("kernel with other symbols", none)
+	write(t, r.Headers, map[string]string{"include/linux/gone.h": ""})
+	r.HeaderDigest = "headers 58"
+	step("kernel with one more header", none)
+	write(t, r.Headers, map[string]string{"include/generated/autoconf.h": "#define CONFIG_BUILD_SALT \"\"\n"})
+	r.HeaderDigest = "headers 59"
+	step("kernel with another option", none)
+	r.ToolchainDigest = "another toolchain"
+	step("another compiler", none)
+	step("another compiler again", all)
+
+	for _, file := range []string{"trees/objects-1/*/nvidia/nv.o", "trees/objects-1/*/nvidia/.nv.o.cmd", "facts/conftest-1/*", "facts/conftest-plan-1/*", "facts/header-view-1/*"} {
+		found, err := filepath.Glob(filepath.Join(dir, file))
+		if err != nil || len(found) == 0 {
+			t.Fatalf("nothing is kept at %s: %v", file, err)
+		}
+		for _, path := range found {
+			if err := os.Chmod(path, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			text, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			text[len(text)/2] ^= 1
+			if err := os.WriteFile(path, text, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		notes := all
+		switch {
+		case strings.HasPrefix(file, "trees/"):
+			notes = "6 tests, 6 remembered; 2 files"
+		case strings.HasPrefix(file, "facts/conftest-1/"):
+			notes = "6 tests; 2 files, 1 reused"
+		}
+		step("damaged "+file, notes)
+		step("mended "+file, all)
+	}
+}
+
+// A compiler that is killed, or finds no room, says nothing about the kernel.
+func TestTroubleIsNoAnswer(t *testing.T) {
+	t.Parallel()
+	for name, trouble := range map[string]string{
+		"killed":    "kill -9 $$",
+		"disk full": "echo 'cc1: error: x.o: No space left on device' >&2; exit 1",
+	} {
+		r := asking(t)
+		cache, err := cas.Open(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cache.Close() })
+		want, _ := made(t, r)
+		r.Cache = cache
+		// The compiler fails over one of the questions, once.
+		gcc := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
+		if err := os.Remove(gcc); err != nil {
+			t.Fatal(err)
+		}
+		write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in *aid*|*conftest[0-9]*.c*) if [ -d /prebake/aid ] && mkdir /prebake/aid/once 2>/dev/null; then " + trouble + "; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"})
+		if err := os.Chmod(gcc, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		var log bytes.Buffer
+		r.WorkDir, r.Log = t.TempDir(), &log
+		result, err := compile.Modules(context.Background(), r)
+		if err != nil {
+			t.Fatalf("%s: Modules = %v\n%s", name, err, &log)
+		}
+		if !strings.Contains(log.String(), "trouble of its own") {
+			t.Errorf("%s: the log does not tell\n%s", name, &log)
+		}
+		got, err := os.ReadFile(result.Modules["nvidia"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s: another module", name)
+		}
+		if kept, err := filepath.Glob(filepath.Join(cache.Dir(), "*", "*", "*")); err == nil {
+			for _, path := range kept {
+				if strings.Contains(path, "facts/conftest-1/") || strings.Contains(path, "trees/objects-1/") {
+					t.Errorf("%s: %s was kept", name, path)
+				}
+			}
+		}
+	}
+}
+
+func TestCacheNeedsDigests(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cache.Close()
+	r.Cache, r.SourceDigest = cache, ""
+	if _, err := compile.Modules(t.Context(), r); err == nil || !strings.Contains(err.Error(), "without the digests") {
+		t.Errorf("Modules = %v; want the missing digest named", err)
+	}
+}

@@ -1,0 +1,377 @@
+package conftest_test
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/conftest"
+)
+
+// script is in the shape of NVIDIA's, written for this test.
+const script = `#!/bin/sh
+CC="$1"
+test_header_presence() {
+    echo "#define HEADER $1 $CFLAGS"
+}
+compile_test() {
+    case "$1" in
+        set_uc)
+            #
+            # A comment; with ;; within.
+            #
+            CODE="
+            #if defined(NV_ASM_PAGE_H_PRESENT)
+            int x;"
+            echo "#define SET_UC $CODE" | tr -d '\n'; echo
+        ;;
+
+        # Between two.
+        one | other)
+            LEFT=over
+            echo "#undef $1 $CC"
+        ;;
+
+    symbol_*)
+            echo "#define $1 1$LEFT"
+        ;;
+
+        uts_release)
+            echo '"masked"'
+        ;;
+
+        *)
+            echo "Error: unknown conftest '$1' requested" >&2
+            exit 1
+        ;;
+    esac
+}
+
+case "$5" in
+    patch_check)
+        exit 0
+    ;;
+
+    compile_tests)
+        shift 5
+
+        CFLAGS=$1
+        shift
+
+        for i in $*; do compile_test $i; done
+
+        exit 0
+    ;;
+esac
+`
+
+const plan = `cc gcc
+arch x86_64
+sources /k
+output /k
+flags -O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"
+headers asm/page.h linux/b.h asm/page.h
+functions set_uc one
+generic 
+macros 
+symbols symbol_x symbol_y symbol_x
+types one
+`
+
+func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *conftest.Plan) {
+	t.Helper()
+	s, err := conftest.ParseScript([]byte(scriptText))
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := conftest.ParsePlan(planText)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, p
+}
+
+// Make, given the rules, writes what ParsePlan reads, and stops.
+func TestPlanRules(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("make"); err != nil {
+		t.Skip("make is missing: apt-get install make")
+	}
+	dir := t.TempDir()
+	file := filepath.Join(dir, "plan")
+	text := `all: conftest-verbose
+	@echo went on
+conftest-verbose:
+	@echo asked
+CC = gcc
+ARCH = x86_64
+NV_KERNEL_SOURCES = /k
+NV_KERNEL_OUTPUT = /k
+NV_CONFTEST_CFLAGS = -O2 -DKBUILD_BASENAME="\#conftest12" -DNV_VERSION_STRING=\"535.1\"
+NV_HEADER_PRESENCE_TESTS = asm/page.h linux/b.h \
+ asm/page.h
+NV_CONFTEST_FUNCTION_COMPILE_TESTS = set_uc one
+NV_CONFTEST_SYMBOL_COMPILE_TESTS = symbol_x symbol_y symbol_x
+NV_CONFTEST_TYPE_COMPILE_TESTS += one
+`
+	cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
+	cmd.Stdin = strings.NewReader(text + conftest.PlanRules(file))
+	out, err := cmd.CombinedOutput()
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || strings.Contains(string(out), "asked") || strings.Contains(string(out), "went on") {
+		t.Errorf("make ended with %v and said\n%s\nwant it stopped before the first question", err, out)
+	}
+	got, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(plan, string(got)); diff != "" {
+		t.Errorf("plan differs (-want +got):\n%s", diff)
+	}
+}
+
+func TestParsePlan(t *testing.T) {
+	t.Parallel()
+	_, p := parse(t, script, plan)
+	want := &conftest.Plan{
+		CC: "gcc", Arch: "x86_64", Sources: "/k", Output: "/k", Flags: `-O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"`,
+		Headers: []string{"asm/page.h", "linux/b.h", "asm/page.h"},
+		Tests:   map[string][]string{"functions": {"set_uc", "one"}, "generic": {}, "macros": {}, "symbols": {"symbol_x", "symbol_y", "symbol_x"}, "types": {"one"}},
+	}
+	if diff := cmp.Diff(want, p); diff != "" {
+		t.Errorf("plan differs (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff([]string{"one", "set_uc", "symbol_x", "symbol_y"}, p.All()); diff != "" {
+		t.Errorf("tests differ (-want +got):\n%s", diff)
+	}
+	for _, row := range []struct{ name, from, to string }{
+		{"a quote in the flags", "-O2", "-D'x'"},
+		{"a header that climbs", "linux/b.h", "../b.h"},
+		{"an absolute header", "linux/b.h", "/b.h"},
+		{"a test that is a path", "set_uc", "a/b"},
+		{"a compiler with arguments", "cc gcc", "cc gcc -x"},
+		{"a line too many", "types one", "types one\nmore"},
+		{"lines out of order", "arch", "ark"},
+		{"nothing", plan, ""},
+		{"no tests", "set_uc one\n", "\n"},
+	} {
+		text := strings.ReplaceAll(plan, row.from, row.to)
+		if row.name == "no tests" {
+			text = "cc gcc\narch x\nsources /k\noutput /k\nflags \nheaders a.h\nfunctions \ngeneric \nmacros \nsymbols \ntypes \n"
+		}
+		if got, err := conftest.ParsePlan(text); !errors.Is(err, conftest.ErrShape) {
+			t.Errorf("ParsePlan of %s = %+v, %v; want %v", row.name, got, err, conftest.ErrShape)
+		}
+	}
+}
+
+// The batch answers what the script itself answers, question by question.
+func TestBatch(t *testing.T) {
+	t.Parallel()
+	s, p := parse(t, script, plan)
+	dir := t.TempDir()
+	for _, sub := range []string{"tests", "headers"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	sh := func(text string, args ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "sh", append([]string{"-s", "gcc", "x86_64", "/k", "/k"}, args...)...)
+		cmd.Stdin = strings.NewReader(text)
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(out)
+	}
+	batch := string(s.Batch(dir))
+	sh(batch, append([]string{"compile_tests", "-O2"}, p.All()...)...)
+	sh(batch, append([]string{"prebake_headers", "-O2"}, p.Headers...)...)
+	for _, test := range p.All() {
+		want := sh(script, "compile_tests", "-O2", test)
+		if got, err := os.ReadFile(filepath.Join(dir, "tests", test)); err != nil || string(got) != want || want == "" {
+			t.Errorf("%s: the batch answers %q, %v; the script %q", test, got, err, want)
+		}
+	}
+	if got, err := os.ReadFile(filepath.Join(dir, "headers/asm/page.h")); err != nil || string(got) != "#define HEADER asm/page.h -O2\n" {
+		t.Errorf("asm/page.h: the batch answers %q, %v", got, err)
+	}
+}
+
+func TestScriptShapes(t *testing.T) {
+	t.Parallel()
+	s, _ := parse(t, script, plan)
+	for test, want := range map[string]bool{"set_uc": true, "one": true, "other": true, "symbol_abc": true, "gone": false, "set_uc2": false, "*": false} {
+		if got := s.Knows(test); got != want {
+			t.Errorf("Knows(%s) = %t; want %t", test, got, want)
+		}
+	}
+	for _, row := range []struct{ name, from, to string }{
+		{"two loops", "        for i in $*; do compile_test $i; done\n", "        for i in $*; do compile_test $i; done\n        for i in $*; do compile_test $i; done\n"},
+		{"another loop", "do compile_test $i", "do compile_test \"$i\""},
+		{"no tests", "compile_test() {", "compile_it() {"},
+		{"a case within", "LEFT=over", "LEFT=over\n            case $LEFT in\n            over) ;;\n            esac"},
+		{"a stanza with its body beside", "        one | other)", "        one | other) LEFT=over"},
+		{"a stanza that does not end", "            echo \"#undef $1 $CC\"\n        ;;\n", "            echo \"#undef $1 $CC\"\n"},
+	} {
+		text := strings.Replace(script, row.from, row.to, 1)
+		if text == script {
+			t.Fatalf("%s: changes nothing", row.name)
+		}
+		got, err := conftest.ParseScript([]byte(text))
+		if row.name == "a stanza that does not end" {
+			// Two questions share one text then: each has the other's in its key.
+			if err != nil || got.Knows("symbol_x") {
+				t.Errorf("%s: ParseScript = %v; want one test that swallows the next", row.name, err)
+			}
+			continue
+		}
+		if !errors.Is(err, conftest.ErrShape) {
+			t.Errorf("%s: ParseScript = %v; want %v", row.name, err, conftest.ErrShape)
+		}
+	}
+}
+
+// What decides an answer is in its key or in its sheet's, and nothing else is.
+func TestKeys(t *testing.T) {
+	t.Parallel()
+	const headers = "#define NV_ASM_PAGE_H_PRESENT\n#undef NV_LINUX_B_H_PRESENT\n"
+	keys := func(scriptText, planText, headersText string, basis conftest.Basis) map[string]string {
+		t.Helper()
+		s, p := parse(t, scriptText, planText)
+		a := conftest.NewAsker(s, p, basis)
+		set, ok := a.TestKey("set_uc", headersText)
+		if !ok {
+			t.Fatal("no key for set_uc")
+		}
+		one, _ := a.TestKey("one", headersText)
+		if _, ok := a.TestKey("gone", headersText); ok {
+			t.Error("a key for a test that the script does not know")
+		}
+		return map[string]string{"sheet": a.SheetKey(), "set_uc": set, "one": one, "header": a.HeaderKey("asm/page.h")}
+	}
+	basis := conftest.Basis{View: "v", Toolchain: "t", Recipe: "r"}
+	base := keys(script, plan, headers, basis)
+	replace := strings.ReplaceAll
+	ms := replace(plan, `535.1\"`, `535.1\" -fms-extensions`)
+	rows := []struct {
+		name, script, plan, headers string
+		basis                       conftest.Basis
+		changed                     string // names of the keys that differ
+	}{
+		{"nothing", script, plan, headers, basis, ""},
+		{"process number", script, replace(plan, "conftest12", "conftest345"), headers, basis, ""},
+		{"driver version", script, replace(plan, "535.1", "535.2"), headers, basis, ""},
+		{"driver version that a header names", script, replace(plan, "535.1", "535.2"), headers, conftest.Basis{View: "v", Toolchain: "t", Recipe: "r", Macros: true}, "sheet set_uc one"},
+		{"-fms-extensions", script, ms, headers, basis, ""},
+		{"-fms-extensions of clang", script, replace(ms, "cc gcc", "cc clang"), headers, basis, "sheet"},
+		{"other flags", script, replace(plan, "-O2", "-O3"), headers, basis, "sheet"},
+		{"another compiler's name", script, replace(plan, "cc gcc", "cc gcc-12"), headers, basis, "sheet"},
+		{"view", script, plan, headers, conftest.Basis{View: "w", Toolchain: "t", Recipe: "r"}, "sheet"},
+		{"toolchain", script, plan, headers, conftest.Basis{View: "v", Toolchain: "u", Recipe: "r"}, "sheet"},
+		{"recipe", script, plan, headers, conftest.Basis{View: "v", Toolchain: "t", Recipe: "s"}, "sheet"},
+		{"a program", replace(script, "int x;", "int y;"), plan, headers, basis, "set_uc"},
+		{"the frame", replace(script, "CC=\"$1\"", "CC=\"$1 \""), plan, headers, basis, "sheet"},
+		{"another test", strings.Replace(script, "1$LEFT", "2$LEFT", 1), plan, headers, basis, ""},
+		{"a macro that one names", script, plan, replace(headers, "#define NV_ASM", "#undef NV_ASM"), basis, "set_uc"},
+		{"a macro that none names", script, plan, replace(headers, "#undef NV_LINUX", "#define NV_LINUX"), basis, ""},
+		{"one more macro", script, plan, headers + "#define NV_C_H_PRESENT\n", basis, ""},
+	}
+	for _, row := range rows {
+		var changed []string
+		got := keys(row.script, row.plan, row.headers, row.basis)
+		for _, name := range []string{"sheet", "set_uc", "one", "header"} {
+			if got[name] != base[name] {
+				changed = append(changed, name)
+			}
+		}
+		if strings.Join(changed, " ") != row.changed {
+			t.Errorf("with another %s the keys of %q change; want %q", row.name, changed, row.changed)
+		}
+	}
+	// -fms-extensions counts where a program has what it allows.
+	odd := replace(script, "int x;", "struct a { struct b; };")
+	if a, b := keys(odd, plan, headers, basis), keys(odd, ms, headers, basis); a["set_uc"] == b["set_uc"] || a["one"] != b["one"] {
+		t.Error("-fms-extensions has to count for set_uc and for nothing else")
+	}
+}
+
+// The files are what make's rules write: each part once, and the release last.
+func TestFiles(t *testing.T) {
+	t.Parallel()
+	_, p := parse(t, script, plan)
+	got := map[string]string{}
+	order := map[string]int{}
+	for i, f := range p.Files(map[string]string{"asm/page.h": "P\n", "linux/b.h": "B\n"},
+		map[string]string{"set_uc": "S\n", "one": "1\n", "symbol_x": "X\n", "symbol_y": "Y\n"}, "patches\n", "   \"6.1\"\n\n") {
+		got[f.Name], order[f.Name] = f.Text, i
+	}
+	const v = "// Kernel version:    \"6.1\"\n"
+	want := map[string]string{
+		"uts_release": v, "patches.h": "patches\n", "headers.h": "P\nB\n" + v,
+		"header_presence/asm/page.h.part": "P\n", "header_presence/linux/b.h.part": "B\n",
+		"compile-tests/set_uc.h": "S\n", "compile-tests/one.h": "1\n", "compile-tests/symbol_x.h": "X\n", "compile-tests/symbol_y.h": "Y\n",
+		"functions.h": "S\n1\n" + v, "generic.h": v, "macros.h": v, "symbols.h": "X\nY\n" + v, "types.h": "1\n" + v,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("files differ (-want +got):\n%s", diff)
+	}
+	for _, pair := range [][2]string{{"uts_release", "header_presence/asm/page.h.part"}, {"header_presence/linux/b.h.part", "headers.h"}, {"headers.h", "compile-tests/one.h"}, {"compile-tests/one.h", "types.h"}} {
+		if order[pair[0]] >= order[pair[1]] {
+			t.Errorf("%s comes after %s, which is made of it", pair[0], pair[1])
+		}
+	}
+}
+
+func TestSheet(t *testing.T) {
+	t.Parallel()
+	s := conftest.Sheet{"k": "#define A\n"}
+	if got := conftest.ReadSheet(s.Bytes()); !cmp.Equal(got, s) {
+		t.Errorf("ReadSheet(Bytes) = %v; want %v", got, s)
+	}
+	for _, raw := range []string{"", "null", "[]", `{"a":1}`} {
+		if got := conftest.ReadSheet([]byte(raw)); got == nil || len(got) != 0 {
+			t.Errorf("ReadSheet(%q) = %v; want an empty sheet", raw, got)
+		}
+	}
+	if raw := (conftest.Sheet{"k": strings.Repeat("x", 2<<20)}).Bytes(); raw != nil {
+		t.Errorf("Bytes of a sheet too large = %d bytes; want none", len(raw))
+	}
+}
+
+func FuzzParseScript(f *testing.F) {
+	f.Add(script)
+	f.Fuzz(func(t *testing.T, text string) {
+		s, err := conftest.ParseScript([]byte(text))
+		if err != nil {
+			if !errors.Is(err, conftest.ErrShape) {
+				t.Errorf("ParseScript = %v; want %v", err, conftest.ErrShape)
+			}
+			return
+		}
+		if again, err := conftest.ParseScript(s.Batch("/out")); err == nil && again.Knows("x") != s.Knows("x") {
+			t.Error("the batch knows other tests")
+		}
+	})
+}
+
+func FuzzParsePlan(f *testing.F) {
+	f.Add(plan)
+	f.Fuzz(func(t *testing.T, text string) {
+		p, err := conftest.ParsePlan(text)
+		if err != nil {
+			return
+		}
+		for _, file := range p.Files(nil, nil, "", "") {
+			if !filepath.IsLocal(file.Name) {
+				t.Errorf("a plan makes the file %q", file.Name)
+			}
+		}
+	})
+}
