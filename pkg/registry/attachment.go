@@ -20,23 +20,27 @@ var emptyConfig = []byte("{}")
 
 // attachment is a manifest that refers to another one and carries one payload.
 type attachment struct {
-	payload  []byte
+	open     func() (io.ReadCloser, error) // the payload
 	layer    v1.Descriptor
 	manifest []byte
 	desc     v1.Descriptor
 	subject  v1.Hash
 }
 
-func newAttachment(subject v1.Descriptor, artifactType string, payload []byte, annotations map[string]string) (*attachment, error) {
+// inMemory describes a payload that is at hand.
+func inMemory(mediaType string, payload []byte) (v1.Descriptor, func() (io.ReadCloser, error), error) {
+	d := v1.Descriptor{MediaType: types.MediaType(mediaType)}
+	var err error
+	d.Digest, d.Size, err = v1.SHA256(bytes.NewReader(payload))
+	return d, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(payload)), nil }, err
+}
+
+func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descriptor, open func() (io.ReadCloser, error), annotations map[string]string) (*attachment, error) {
 	if artifactType == "" {
 		return nil, fault.New(fault.Usage, "no artifact type", "")
 	}
-	a := &attachment{payload: payload, subject: subject.Digest}
-	a.layer.MediaType = types.MediaType(artifactType)
+	a := &attachment{open: open, layer: layer, subject: subject.Digest}
 	var err error
-	if a.layer.Digest, a.layer.Size, err = v1.SHA256(bytes.NewReader(payload)); err != nil {
-		return nil, err
-	}
 	config := v1.Descriptor{MediaType: emptyType}
 	if config.Digest, config.Size, err = v1.SHA256(bytes.NewReader(emptyConfig)); err != nil {
 		return nil, err
@@ -80,6 +84,4 @@ func (l payloadLayer) Digest() (v1.Hash, error)            { return l.a.layer.Di
 func (l payloadLayer) DiffID() (v1.Hash, error)            { return l.a.layer.Digest, nil }
 func (l payloadLayer) Size() (int64, error)                { return l.a.layer.Size, nil }
 func (l payloadLayer) MediaType() (types.MediaType, error) { return l.a.layer.MediaType, nil }
-func (l payloadLayer) Compressed() (io.ReadCloser, error) {
-	return io.NopCloser(bytes.NewReader(l.a.payload)), nil
-}
+func (l payloadLayer) Compressed() (io.ReadCloser, error)  { return l.a.open() }

@@ -266,7 +266,17 @@ func taken(have v1.Hash, want v1.Hash) error {
 // Attach stores payload as a referrer of subject. The same payload attached
 // again is the same referrer.
 func (r *Repository) Attach(ctx context.Context, subject v1.Descriptor, artifactType string, payload []byte, annotations map[string]string) (v1.Descriptor, error) {
-	a, err := newAttachment(subject, artifactType, payload, annotations)
+	layer, open, err := inMemory(artifactType, payload)
+	if err != nil {
+		return v1.Descriptor{}, fmt.Errorf("attach to %s in %s: %w", subject.Digest, r.name, err)
+	}
+	return r.AttachLayer(ctx, subject, artifactType, layer, open, annotations)
+}
+
+// AttachLayer is [Repository.Attach] for a payload of any size, which open
+// reads: layer says what it is.
+func (r *Repository) AttachLayer(ctx context.Context, subject v1.Descriptor, artifactType string, layer v1.Descriptor, open func() (io.ReadCloser, error), annotations map[string]string) (v1.Descriptor, error) {
+	a, err := newAttachment(subject, artifactType, layer, open, annotations)
 	if err == nil {
 		err = r.s.attach(ctx, a)
 	}

@@ -1,0 +1,22 @@
+package symbols
+
+import (
+	"encoding/json"
+	"fmt"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/bundle"
+)
+
+// ParseManifest returns the one layer of a manifest that [Publish] wrote.
+func ParseManifest(raw []byte) (v1.Descriptor, error) {
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return v1.Descriptor{}, fmt.Errorf("read manifest of debug symbols: %w", err)
+	}
+	if m.ArtifactType != ArtifactType || len(m.Layers) != 1 || m.Layers[0].MediaType != bundle.MediaTypeLayer || m.Subject == nil {
+		return v1.Descriptor{}, fmt.Errorf("read manifest of debug symbols: artifact type %.80q with %d layers", m.ArtifactType, len(m.Layers))
+	}
+	return m.Layers[0], nil
+}

@@ -1,0 +1,249 @@
+// Package symbols publishes the debug symbols of a driver's modules beside the
+// driver: an artifact of its own that refers to it, for whoever has to read a
+// crash dump. No node ever fetches it.
+//
+// It refuses symbols of other modules than the published ones, and to replace
+// what is published.
+package symbols
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// ArtifactType is the type under which symbols refer to a driver's artifact.
+const ArtifactType = "application/vnd.prebake.debug-symbols.v1"
+
+// Folder is where the layer has the files: where gdb, crash, perf and drgn look
+// below a root folder, by build id.
+const Folder = "usr/lib/debug/.build-id"
+
+// PredicateType is that of the statement about symbols: whose they are.
+const PredicateType = "https://prebake.dev/debug-symbols/v1"
+
+// Facts is the predicate of that name.
+type Facts struct {
+	// Artifact is the manifest digest of the driver.
+	Artifact    string             `json:"artifact"`
+	Driver      target.Driver      `json:"driver"`
+	Fingerprint target.Fingerprint `json:"fingerprint"`
+	// Modules maps modules to their build ids.
+	Modules map[string]string `json:"modules"`
+}
+
+// Set is the symbols of one artifact.
+type Set struct {
+	Identity bundle.Identity
+	// Debug maps modules to files with debug information, and Published to the
+	// files of the artifact; their build ids have to agree.
+	Debug, Published map[string]string
+	// Signer signs the statement about them.
+	Signer *sign.Signer
+	// Verifier judges what is attached already; nil trusts Signer's key only.
+	Verifier *trust.Verifier
+	// Scratch is a folder for the layer while it is made; "" is the system's.
+	Scratch string
+}
+
+// Publish attaches the symbols to the artifact with this manifest digest, and
+// a signed statement to the symbols; existed says that both were there before.
+// Others that somebody trusted attached already are [fault.PublishRefused].
+func Publish(ctx context.Context, repo *registry.Repository, digest string, s Set) (d v1.Descriptor, existed bool, err error) {
+	d, existed, err = s.publish(ctx, repo, digest)
+	if err != nil {
+		return v1.Descriptor{}, false, fmt.Errorf("publish debug symbols of %s: %w", digest, err)
+	}
+	return d, existed, nil
+}
+
+func (s Set) publish(ctx context.Context, repo *registry.Repository, digest string) (d v1.Descriptor, existed bool, err error) {
+	if s.Signer == nil {
+		return d, false, fault.New(fault.Usage, "no signing key", "name one with --key")
+	}
+	if s.Verifier == nil {
+		if s.Verifier, err = s.Signer.Verifier(); err != nil {
+			return d, false, err
+		}
+	}
+	subject, err := repo.Resolve(ctx, digest)
+	if err != nil {
+		return d, false, err
+	}
+	dir, err := os.MkdirTemp(s.Scratch, "prebake-symbols-")
+	if err != nil {
+		return d, false, onDisk(err)
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	packed, ids, err := s.pack(ctx, dir)
+	if err != nil {
+		return d, false, err
+	}
+	layer := v1.Descriptor{MediaType: bundle.MediaTypeLayer, Size: packed.Size}
+	if layer.Digest, err = v1.NewHash(packed.Digest); err != nil {
+		return d, false, err
+	}
+	if err := s.refuseOthers(ctx, repo, digest, layer); err != nil {
+		return d, false, err
+	}
+	// Attached in any case, which costs little where it is there: an earlier run
+	// may have ended between the manifest and the list of referrers.
+	d, err = repo.AttachLayer(ctx, subject, ArtifactType, layer, func() (io.ReadCloser, error) { return os.Open(packed.Path) }, s.Identity.Annotations())
+	if err != nil {
+		return d, false, err
+	}
+	if existed, err = s.signed(ctx, repo, d); err != nil || existed {
+		return d, existed, err
+	}
+	statement, err := sign.About("debug symbols of nvidia-"+s.Identity.Driver.String(), d.Digest.String(), PredicateType,
+		Facts{Artifact: digest, Driver: s.Identity.Driver, Fingerprint: s.Identity.Fingerprint, Modules: ids})
+	if err != nil {
+		return d, false, err
+	}
+	raw, err := sign.Bundle(ctx, s.Signer, statement)
+	if err != nil {
+		return d, false, err
+	}
+	_, err = repo.Attach(ctx, d, trust.ArtifactTypeBundle, raw, nil)
+	return d, false, err
+}
+
+// refuseOthers looks for other symbols of the same artifact. Those that nobody
+// trusted signed say nothing: anybody may attach something.
+func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest string, layer v1.Descriptor) error {
+	have, err := repo.Referrers(ctx, digest, ArtifactType)
+	if err != nil {
+		return err
+	}
+	for _, h := range have[:min(len(have), registry.MaxAttachments)] {
+		raw, err := repo.Manifest(ctx, h.Digest.String())
+		if err != nil {
+			return err
+		}
+		if l, err := ParseManifest(raw); err == nil && l.Digest == layer.Digest {
+			continue
+		}
+		signed, err := s.signed(ctx, repo, h)
+		if err != nil {
+			return err
+		}
+		if signed {
+			return fault.New(fault.PublishRefused, fmt.Sprintf("it has other symbols already, as %s", h.Digest),
+				"equal builds give equal symbols, so find out what differs; remove the referrer by hand if it is wrong")
+		}
+	}
+	return nil
+}
+
+// signed reports whether somebody trusted stated something about these symbols.
+func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
+	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle)
+	if err != nil {
+		return false, err
+	}
+	for _, raw := range attached {
+		if st, err := s.Verifier.Statement(raw); err == nil && st.PredicateType == PredicateType && st.About(d.Digest.String()) {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// pack lays the files out by build id, and packs them as layers are packed.
+func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[string]string, err error) {
+	tree := filepath.Join(dir, "tree")
+	ids = map[string]string{}
+	if len(s.Debug) == 0 {
+		return bundle.Layer{}, nil, fault.New(fault.Usage, "no symbols", "compile with debug information")
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Debug)) {
+		published, ok := s.Published[name]
+		if !ok {
+			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed, "there are symbols of %s, which the artifact does not have", name)
+		}
+		want, err := buildID(published)
+		if err != nil {
+			return bundle.Layer{}, nil, err
+		}
+		got, err := buildID(s.Debug[name])
+		if err != nil {
+			return bundle.Layer{}, nil, err
+		}
+		if got != want {
+			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed, "symbols of %s have build id %s; the artifact's module has %s", name, got, want)
+		}
+		ids[name] = got
+		if err := place(filepath.Join(tree, filepath.FromSlash(File(got))), s.Debug[name]); err != nil {
+			return bundle.Layer{}, nil, onDisk(err)
+		}
+	}
+	layer, err := bundle.PackLayer(ctx, tree, bundle.LayerUserspace, filepath.Join(dir, "layer.tar.zst"))
+	return layer, ids, err
+}
+
+// File returns the name of a module's symbols in the layer.
+func File(buildID string) string { return Folder + "/" + buildID[:2] + "/" + buildID[2:] + ".debug" }
+
+var idPattern = regexp.MustCompile(`^[0-9a-f]{8,128}$`)
+
+func buildID(file string) (string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	m, err := modinfo.Read(f, info.Size())
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", file, err)
+	}
+	if !idPattern.MatchString(m.BuildID) {
+		return "", fault.Errorf(fault.CheckFailed, "%s has no build id by which its symbols could be found", file)
+	}
+	return m.BuildID, nil
+}
+
+// place puts a file under another name, without a copy where that is possible.
+func place(dst, src string) (err error) {
+	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
+		return err
+	}
+	if err := os.Link(src, dst); err == nil || errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	in, err := os.Open(src)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+func onDisk(err error) error {
+	return fault.Disk(err, "free space in the folder for temporary files, or name another one with TMPDIR")
+}

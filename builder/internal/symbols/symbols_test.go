@@ -1,0 +1,261 @@
+package symbols_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/symbols"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/distribution"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+var driver = target.Driver{Version: "535.261.03", Flavour: target.Open}
+
+const source = `
+__attribute__((section(".modinfo"), used)) static const char vermagic[] = "vermagic=6.1.0 SMP ";
+__attribute__((section(".modinfo"), used)) static const char name[] = "name=%s";
+__attribute__((section(".gnu.linkonce.this_module"))) char this_module[64];
+int answer(int x) { return x + %d; }
+`
+
+// compile makes an object with debug information and a build id, and the same
+// stripped, as kbuild and our compile do.
+func compile(t *testing.T, name string, salt int) (debug, published string) {
+	t.Helper()
+	dir := t.TempDir()
+	debug, published = filepath.Join(dir, name+".debug"), filepath.Join(dir, name+".ko")
+	if err := os.WriteFile(filepath.Join(dir, "m.c"), fmt.Appendf(nil, source, name, salt), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"gcc", "-g", "-O1", "-c", "m.c", "-o", "m.o"},
+		{"ld", "-r", "--build-id=sha1", "m.o", "-o", debug},
+		{"strip", "--strip-debug", debug, "-o", published},
+	} {
+		cmd := exec.CommandContext(t.Context(), args[0], args[1:]...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", args, err, out)
+		}
+	}
+	return debug, published
+}
+
+func newSigner(t *testing.T) *sign.Signer {
+	t.Helper()
+	key := filepath.Join(t.TempDir(), "key")
+	if err := sign.GenerateKey(key); err != nil {
+		t.Fatal(err)
+	}
+	s, err := sign.LoadSigner(t.Context(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// newSet returns symbols of two modules.
+func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.Set {
+	t.Helper()
+	set := symbols.Set{Identity: id, Debug: map[string]string{}, Published: map[string]string{}, Signer: s, Scratch: t.TempDir()}
+	for _, name := range []string{"nvidia", "nvidia-uvm"} {
+		set.Debug[name], set.Published[name] = compile(t, name, salt)
+	}
+	// Without symbols, as what is published may be.
+	_, set.Published["nvidia-drm"] = compile(t, "nvidia-drm", salt)
+	return set
+}
+
+func TestPublish(t *testing.T) {
+	t.Parallel()
+	for name, place := range map[string]func(t *testing.T) string{
+		"registry":          func(t *testing.T) string { return testkit.Registry(t, true) + "/prebake/driver" },
+		"without referrers": func(t *testing.T) string { return testkit.Registry(t, false) + "/prebake/driver" },
+		"another registry":  func(t *testing.T) string { return distribution.Start(t) + "/prebake/driver" },
+		"layout":            func(t *testing.T) string { return "oci:" + filepath.Join(t.TempDir(), "layout") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			ctx := t.Context()
+			repo, err := registry.Open(place(t), registry.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+			if _, err := repo.Push(ctx, sample.Image); err != nil {
+				t.Fatal(err)
+			}
+			signer := newSigner(t)
+			set := newSet(t, sample.Identity, signer, 1)
+			d, existed, err := symbols.Publish(ctx, repo, sample.Digest, set)
+			if err != nil || existed {
+				t.Fatalf("Publish = %v, %v, %v; want new symbols", d, existed, err)
+			}
+			check(t, repo, sample.Digest, d, set)
+			again, existed, err := symbols.Publish(ctx, repo, sample.Digest, set)
+			if err != nil || !existed || again.Digest != d.Digest {
+				t.Errorf("Publish again = %v, %v, %v; want %s, existed", again, existed, err, d.Digest)
+			}
+			check(t, repo, sample.Digest, d, set)
+			if _, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, signer, 2)); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+				t.Errorf("Publish(others) = %v; want publish refused with a hint", err)
+			}
+			check(t, repo, sample.Digest, d, set)
+			if left, err := os.ReadDir(set.Scratch); err != nil || len(left) > 0 {
+				t.Errorf("left in the scratch folder: %v, %v", left, err)
+			}
+		})
+	}
+}
+
+// check reads the symbols back as somebody with a crash dump does.
+func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descriptor, set symbols.Set) {
+	t.Helper()
+	ctx := t.Context()
+	list, err := repo.Referrers(ctx, digest, symbols.ArtifactType)
+	if err != nil || len(list) != 1 || list[0].Digest != d.Digest {
+		t.Fatalf("Referrers = %v, %v; want %s alone", list, err, d.Digest)
+	}
+	if attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle); err != nil || len(attached) != 0 {
+		t.Errorf("the driver has %d statements, %v; want none: those about symbols are no node's business", len(attached), err)
+	}
+	v, err := set.Signer.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle)
+	if err != nil || len(attached) != 1 {
+		t.Fatalf("Attached = %d, %v; want one statement", len(attached), err)
+	}
+	st, err := v.Statement(attached[0])
+	if err != nil || !st.About(d.Digest.String()) || st.PredicateType != symbols.PredicateType || !strings.Contains(string(st.Predicate), digest) {
+		t.Errorf("Statement = %+v, %v", st, err)
+	}
+	raw, err := repo.Manifest(ctx, d.Digest.String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer, err := symbols.ParseManifest(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rc, err := repo.Blob(ctx, layer.Digest.String(), layer.Size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rc.Close()
+	dir := t.TempDir()
+	tar := exec.CommandContext(ctx, "tar", "--zstd", "-xf", "-", "-C", dir)
+	tar.Stdin = rc
+	if out, err := tar.CombinedOutput(); err != nil {
+		t.Fatalf("tar: %v\n%s", err, out)
+	}
+	found, err := filepath.Glob(filepath.Join(dir, symbols.Folder, "*", "*.debug"))
+	if err != nil || len(found) != len(set.Debug) {
+		t.Fatalf("files = %v, %v; want %d", found, err, len(set.Debug))
+	}
+	// The build id of what is published leads to the symbols.
+	for name := range set.Debug {
+		out, err := exec.CommandContext(ctx, "readelf", "-n", set.Published[name]).CombinedOutput()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, id, _ := strings.Cut(string(out), "Build ID: ")
+		id = strings.TrimSpace(id)
+		out, err = exec.CommandContext(ctx, "readelf", "-S", filepath.Join(dir, symbols.File(id))).CombinedOutput()
+		if err != nil || !strings.Contains(string(out), ".debug_info") {
+			t.Errorf("%s with build id %s: %v, %.200s; want debug information", name, id, err, out)
+		}
+	}
+}
+
+// What a stranger attached neither counts nor stands in the way.
+func TestStranger(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	repo, err := registry.Open(testkit.Registry(t, true)+"/prebake/driver", registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+	subject, err := repo.Push(ctx, sample.Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.Attach(ctx, subject, symbols.ArtifactType, []byte("junk"), nil); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, newSigner(t), 1)); err != nil {
+		t.Fatal(err)
+	}
+	set := newSet(t, sample.Identity, newSigner(t), 2)
+	if _, existed, err := symbols.Publish(ctx, repo, sample.Digest, set); err != nil || existed {
+		t.Errorf("Publish beside a stranger's = existed %v, %v; want new symbols", existed, err)
+	}
+}
+
+func TestRefuses(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	repo, err := registry.Open("oci:"+filepath.Join(t.TempDir(), "layout"), registry.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+	if _, err := repo.Push(ctx, sample.Image); err != nil {
+		t.Fatal(err)
+	}
+	signer := newSigner(t)
+	otherDebug, _ := compile(t, "nvidia", 7)
+	for name, row := range map[string]struct {
+		spoil  func(s *symbols.Set)
+		digest string
+		kind   fault.Kind
+	}{
+		"no key":             {func(s *symbols.Set) { s.Signer = nil }, sample.Digest, fault.Usage},
+		"no symbols":         {func(s *symbols.Set) { s.Debug = nil }, sample.Digest, fault.Usage},
+		"other module":       {func(s *symbols.Set) { delete(s.Published, "nvidia") }, sample.Digest, fault.CheckFailed},
+		"other bytes":        {func(s *symbols.Set) { s.Debug["nvidia"] = otherDebug }, sample.Digest, fault.CheckFailed},
+		"no such artifact":   {func(*symbols.Set) {}, "sha256:" + strings.Repeat("0", 64), fault.NoArtifact},
+		"without a build id": {func(s *symbols.Set) { strip(t, s.Debug["nvidia"]) }, sample.Digest, fault.CheckFailed},
+	} {
+		set := newSet(t, sample.Identity, signer, 1)
+		row.spoil(&set)
+		if _, _, err := symbols.Publish(ctx, repo, row.digest, set); !fault.Is(err, row.kind) {
+			t.Errorf("%s: Publish = %v (%v); want kind %v", name, err, fault.Of(err), row.kind)
+		}
+	}
+	if list, err := repo.Referrers(ctx, sample.Digest, symbols.ArtifactType); err != nil || len(list) > 0 {
+		t.Errorf("Referrers = %v, %v; want none", list, err)
+	}
+}
+
+// strip takes the build id out of a file.
+func strip(t *testing.T, file string) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), "objcopy", "--remove-section=.note.gnu.build-id", file).CombinedOutput(); err != nil {
+		t.Fatalf("objcopy: %v\n%s", err, out)
+	}
+}
+
+func FuzzParseManifest(f *testing.F) {
+	f.Add([]byte(`{"schemaVersion":2,"artifactType":"` + symbols.ArtifactType + `","layers":[{"mediaType":"` + bundle.MediaTypeLayer + `","size":1,"digest":"sha256:` + strings.Repeat("a", 64) + `"}],"subject":{}}`))
+	f.Add([]byte(`null`))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		if l, err := symbols.ParseManifest(raw); err == nil && string(l.MediaType) != bundle.MediaTypeLayer {
+			t.Errorf("ParseManifest = %+v", l)
+		}
+	})
+}
