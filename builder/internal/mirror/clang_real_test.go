@@ -2,13 +2,10 @@ package mirror
 
 import (
 	"bytes"
-	"encoding/json"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -28,31 +25,8 @@ func TestClangKernel(t *testing.T) {
 	if cache == "" {
 		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `builder mirror --only-clang`; run make clang")
 	}
-	bin, dir := t.TempDir(), t.TempDir()
-	for pkg, cgo := range map[string]string{"builder": "0", "pkg/vm/guestinit": "0", "fetcher/nvmlprobe": "1"} {
-		cmd := exec.CommandContext(t.Context(), "go", "build", "-o", bin+"/", "github.com/prebake/prebake/"+pkg)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
-		if text, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("go build %s: %v\n%s", pkg, err, text)
-		}
-	}
-	builder := func(out any, args ...string) {
-		t.Helper()
-		start := time.Now()
-		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "builder"), args...)
-		var stdout, stderr bytes.Buffer
-		cmd.Stdout, cmd.Stderr = &stdout, &stderr
-		if err := cmd.Run(); err != nil {
-			t.Fatalf("builder %s: %v\n%s", strings.Join(args, " "), err, &stderr)
-		}
-		t.Logf("builder %s: %.1f s\n%s", args[0], time.Since(start).Seconds(), &stderr)
-		if out == nil {
-			return
-		}
-		if err := json.Unmarshal(stdout.Bytes(), out); err != nil {
-			t.Fatalf("builder %s printed %q: %v", args[0], &stdout, err)
-		}
-	}
+	dir := t.TempDir()
+	builder := programs(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
