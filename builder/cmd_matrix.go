@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,6 +19,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/telemetry"
+	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -122,6 +125,8 @@ type matrix struct {
 	cfg              pipeline.Config
 	farm             farm.Config
 	kernels, drivers *cosbucket.Bucket
+	places           *farm.Places
+	telemetry        *telemetry.Telemetry // nil tells nothing
 }
 
 func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
@@ -140,19 +145,25 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.drivers, err = cosbucket.Open(ctx, m.cfg.DriverMirror); err != nil {
 		return nil, err
 	}
-	places, err := openPlaces(ctx, m.cfg)
-	if err != nil {
+	if m.places, err = openPlaces(ctx, m.cfg); err != nil {
 		return nil, err
 	}
 	m.farm.Parallel, m.cfg.Jobs = farm.Size(cmd.Int("parallel"), m.cfg.Jobs, farm.Cores(), farm.FreeMemory("/"))
 	m.farm.Attempts = cmd.Int("attempts")
 	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	m.farm.Published = places.Published
+	if m.cfg.ModuleKey == "" { // whose signature modules carry, only the pipeline compares
+		m.farm.Published = m.places.Published
+	}
 	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, Forget: cmd.Bool("retry-failed")}
 	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
-		return pipeline.Run(ctx, m.cfg, pipeline.Request{
+		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
+			Kernel: c.Kernel.String(), Driver: c.Driver.Version, Flavour: string(c.Driver.Flavour), EarlyWarning: c.EarlyWarning,
+		}, line)
+		res, err := pipeline.Run(ctx, m.cfg, pipeline.Request{
 			BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Driver: target.Wish(c.Driver.Version), Flavour: c.Driver.Flavour,
 		}, log, line)
+		end(err)
+		return res, err
 	}
 	m.farm.Kernel = func(ctx context.Context, k target.Kernel) (target.Fingerprint, error) {
 		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, nil)
@@ -187,9 +198,17 @@ func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) 
 		return nil, err
 	}
 	for _, dest := range cfg.Destinations {
+		if twin.Is(dest) {
+			b, err := twin.Open(ctx, dest)
+			if err != nil {
+				return nil, errors.Join(err, p.Close())
+			}
+			p.Buckets = append(p.Buckets, b)
+			continue
+		}
 		repo, err := registry.Open(dest, cfg.Registry(dest))
 		if err != nil {
-			return nil, err
+			return nil, errors.Join(err, p.Close())
 		}
 		p.Repositories = append(p.Repositories, repo)
 	}
@@ -204,7 +223,10 @@ func (m *matrix) close() error {
 	if m.drivers != nil {
 		errs = append(errs, m.drivers.Close())
 	}
-	return errors.Join(append(errs, m.cfg.Cache.Close())...)
+	if m.places != nil {
+		errs = append(errs, m.places.Close())
+	}
+	return errors.Join(append(errs, m.telemetry.Close(), m.cfg.Cache.Close())...)
 }
 
 // plan asks the bucket what a wish list comes to at this moment.
@@ -255,6 +277,9 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	stderr := cmd.Root().ErrWriter
 	fmt.Fprintf(stderr, "%d cells, %d side by side with %d compilers each; logs in %s\n", len(p.Cells), m.farm.Parallel, m.cfg.Jobs, m.farm.Logs)
+	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
+		return err
+	}
 	screen := newScreen(stderr)
 	m.cfg.Cache.Say, m.farm.Watch = screen.say, screen.watch
 	report := farm.Run(ctx, m.farm, p)

@@ -13,6 +13,10 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
+// defaultGrace is how long cells of a wish list may go on: there is no queue to
+// hand them back to.
+const defaultGrace = 10 * time.Minute
+
 // runWorkWish keeps a wish list published: it reads the file and asks the
 // buckets again and again, and makes what is missing. Told to stop, it begins
 // nothing more; told twice, it cancels what is under way.
@@ -29,8 +33,15 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.close()) }()
+	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, log); err != nil {
+		return err
+	}
 	m.cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
-	hard, stop := cli.Grace(ctx, cmd.Duration("grace"))
+	grace := defaultGrace
+	if cmd.IsSet("grace") {
+		grace = cmd.Duration("grace")
+	}
+	hard, stop := cli.Grace(ctx, grace)
 	defer stop()
 	m.farm.Stopping = ctx.Done()
 	m.farm.Watch = func(e farm.Event) { logEvent(hard, log, e) }

@@ -35,7 +35,8 @@ func workCommand() *ucli.Command {
 		&ucli.StringFlag{Name: "state", Value: filepath.Join(filepath.Dir(defaultCache()), "worker"), Usage: "`FOLDER` for the lock and running logs", Sources: cli.Env("state")},
 		&ucli.IntFlag{Name: "concurrency", Value: 1, Usage: "builds from the queue side by side", Sources: cli.Env("concurrency")},
 		&ucli.DurationFlag{Name: "interval", Value: 15 * time.Minute, Usage: "with --wish: `TIME` between two looks at the list and the buckets", Sources: cli.Env("interval")},
-		&ucli.DurationFlag{Name: "grace", Value: 10 * time.Minute, Usage: "with --wish: `TIME` for cells under way when told to stop; a second signal cancels them", Sources: cli.Env("grace")},
+		&ucli.DurationFlag{Name: "grace", DefaultText: "10m with --wish, 0 with --queue", Usage: "`TIME` that builds under way may go on when told to stop; a second signal cancels them", Sources: cli.Env("grace")},
+		metricsFlag(),
 	}
 	return &ucli.Command{
 		Name:  "work",
@@ -69,7 +70,15 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 		return fault.Wrap(fault.Usage, err, "give --server as in http://127.0.0.1:8440")
 	}
 	cfg.Registry = embedded(server, cmd.String("token"), cfg.Registry)
+	tell, err := startTelemetry(ctx, cmd, cfg.Cache, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, tell.Close()) }()
+	hard, stop := cli.Grace(ctx, cmd.Duration("grace"))
+	defer stop()
 	return worker.Run(ctx, worker.Config{
+		Grace: cmd.Duration("grace"), Cancel: hard.Done(), Telemetry: tell,
 		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
 		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Log: log,
 		Make: func(ctx context.Context, r pipeline.Request, out io.Writer, line *timeline.Run) (*pipeline.Result, error) {

@@ -2,10 +2,12 @@ package farm
 
 import (
 	"context"
+	"errors"
 	"sync"
 
 	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -16,7 +18,9 @@ import (
 // Places are the destinations of a farm, and the key whose word counts there.
 type Places struct {
 	Repositories []*registry.Repository
-	Verifier     *trust.Verifier
+	// Buckets hold the tarball twins of what Repositories hold.
+	Buckets  []*twin.Bucket
+	Verifier *trust.Verifier
 
 	mu   sync.Mutex
 	seen map[string]bool // layers that were opened, by repository and digest
@@ -48,7 +52,21 @@ func (p *Places) Published(ctx context.Context, c plan.Cell) (digest string, err
 			return "", err
 		}
 	}
+	for _, b := range p.Buckets {
+		if has, err := twin.Has(ctx, b, c.Kernel, c.Driver, digest); err != nil || !has {
+			return "", err
+		}
+	}
 	return digest, nil
+}
+
+// Close closes the buckets.
+func (p *Places) Close() error {
+	var errs []error
+	for _, b := range p.Buckets {
+		errs = append(errs, b.Close())
+	}
+	return errors.Join(errs...)
 }
 
 func (p *Places) holds(ctx context.Context, repo *registry.Repository, digest string, c plan.Cell) error {
