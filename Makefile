@@ -30,7 +30,7 @@ UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$
 
 .PHONY: help
 help: ## show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## install the Debian packages that are missing (with sudo where needed)
@@ -74,6 +74,20 @@ clang: setup build ## compile a kernel with clang in COS's manner, a driver for 
 	@deploy/setup.sh clang
 	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./builder/internal/mirror
+
+# Packages are kept with those that demo and tests use.
+.PHONY: arm64
+arm64: setup build ## cross-compile a driver for arm64 and load it in an emulated Arm machine
+	@deploy/setup.sh arm64
+	PREBAKE_ARM64_CACHE="$${PREBAKE_ARM64_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
+	  $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./builder/internal/mirror
+
+# What the load test of drivers for arm64 needs beside the builder.
+.PHONY: arm64-programs
+arm64-programs: ## build the load test's programs for arm64 into bin/
+	@deploy/setup.sh build arm64
+	GOARCH=arm64 $(GOBUILD)guestinit-arm64 ./pkg/vm/guestinit
+	CGO_ENABLED=1 GOARCH=arm64 CC=aarch64-linux-gnu-gcc-12 $(GOBUILD)nvmlprobe-arm64 $(CGO)
 
 .PHONY: bench
 bench: setup build ## measure the headline ratios and print them

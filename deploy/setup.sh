@@ -2,7 +2,8 @@
 # Installs the Debian packages that building, testing and the demo need, and
 # only those that are missing. Quick when nothing is.
 #
-# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, images, clang; default: all but clang
+# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, images, clang, arm64;
+# default: all but the last two
 set -euo pipefail
 
 declare -A groups=(
@@ -24,12 +25,16 @@ declare -A groups=(
   # What compiling a whole kernel needs, for `builder mirror --clang` only; clang
   # itself comes out of the mirror's packages.
   [clang]="make bc flex bison libelf-dev libssl-dev"
+  # Loading a driver for arm64: an emulated Arm machine, and a C compiler for the
+  # program that asks NVML in it. The driver's own cross compiler comes out of
+  # the mirror's packages.
+  [arm64]="qemu-system-arm gcc-12-aarch64-linux-gnu libc6-dev-arm64-cross"
 )
 
 wanted=()
 for group in "${@:-build run test images}"; do
   for name in $group; do
-    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, images or clang" >&2; exit 2; }
+    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, images, clang or arm64" >&2; exit 2; }
     read -ra packages <<<"${groups[$name]}"
     wanted+=("${packages[@]}")
   done

@@ -13,13 +13,17 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
+// drm is the module that makes a GPU known to the kernel's graphics. Made for a
+// kernel without DRM it is empty.
+const drm = "nvidia-drm"
+
 // peermem is the module that shares GPU memory with RDMA cards. Made for a
 // kernel without the vendor's RDMA stack it links, and says EINVAL when loaded.
 const peermem = "nvidia-peermem"
 
 // loadOrder is the order in which a node loads the modules, and behind them the
 // one that most nodes have no use for.
-var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", peermem}
+var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
 // normalise lets callers name modules with or without .ko and with either of
 // the kernel's spellings.

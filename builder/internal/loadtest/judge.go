@@ -91,6 +91,9 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 			return Rejected, cutOff("load "+name, res)
 		case s.ExitCode == 0:
 			m.Load = OK
+			if name == drm && p.idleDRM {
+				m.Note = "made for a kernel without DRM: there is nothing in it"
+			}
 			continue
 		case name == peermem && s.ExitCode == int(unix.EINVAL) && !strings.Contains(s.KernelLog, "nvidia_peermem:"):
 			m.Load, m.Note = Skipped, "links into the kernel and says EINVAL: it has no RDMA stack to work with"

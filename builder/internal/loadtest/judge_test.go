@@ -199,6 +199,25 @@ func TestVerdictJSON(t *testing.T) {
 	}
 }
 
+func TestIdleDRM(t *testing.T) {
+	t.Parallel()
+	for idle, want := range map[bool]string{true: "made for a kernel without DRM: there is nothing in it", false: ""} {
+		p := &plan{version: version, release: release, modules: []string{"nvidia", "nvidia-modeset", drm}, idleDRM: idle}
+		p.addSteps()
+		res := goodRun(p)
+		step, _ := res.Step(stepModules)
+		for i := range res.Steps {
+			if res.Steps[i].Name == stepModules {
+				res.Steps[i].Stdout = append([]byte("nvidia_drm 16384 0 - Live 0x0 (PO)\n"), step.Stdout...)
+			}
+		}
+		v := judge(p, res)
+		if m := v.module(drm); v.State != Loaded || m.Load != OK || m.Unload != OK || m.Note != want {
+			t.Errorf("idle %t: judge() = %s, %+v; want it loaded, note %q", idle, v, m, want)
+		}
+	}
+}
+
 // A machine for another processor may lack the probe: the verdict says so.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()

@@ -24,6 +24,8 @@ type plan struct {
 	gpu     bool
 	modules []string // to load, in order
 	skipped map[string]string
+	// idleDRM says that nvidia-drm is empty.
+	idleDRM bool
 	// notAsked says why NVML cannot be asked.
 	notAsked string
 	files    []vm.File
@@ -70,6 +72,13 @@ func newPlan(c Config) (*plan, error) {
 	}
 	if p.modules, p.skipped, err = choose(c.Modules, present, dependencies); err != nil {
 		return nil, err
+	}
+	if slices.Contains(p.modules, drm) {
+		m, err := readModule(c.Modules[drm])
+		if err != nil {
+			return nil, fmt.Errorf("read %s.ko: %w", drm, err)
+		}
+		p.idleDRM = !slices.ContainsFunc(m.Imports, func(s modinfo.Symbol) bool { return strings.HasPrefix(s.Name, "drm_") })
 	}
 	for _, name := range p.modules {
 		p.files = append(p.files, vm.File{Name: guestModules + "/" + name + ".ko", Path: c.Modules[name], Mode: 0o644})
