@@ -299,6 +299,29 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// Each class of failure has its counter.
+func TestEveryClassIsCounted(t *testing.T) {
+	t.Parallel()
+	tel, err := telemetry.Start(t.Context(), telemetry.Config{MetricsAddress: "127.0.0.1:0", Log: discard})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := tel.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	want := map[string]float64{}
+	for _, k := range fault.Kinds() {
+		_, end := tel.Cell(t.Context(), cell, &timeline.Run{})
+		end(fault.New(k, "x", ""))
+		want["class="+k.String()+" early_warning=false flavour=open"] = 1
+	}
+	if diff := cmp.Diff(want, series(scrape(t, tel.Address())["prebake_builds_total"])); diff != "" {
+		t.Errorf("counters (-want +got):\n%s", diff)
+	}
+}
+
 // A queue that does not answer leaves the other metrics alone.
 func TestMetricsOfABrokenQueue(t *testing.T) {
 	t.Parallel()
