@@ -39,7 +39,11 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
 	var phases []timeline.Phase
-	key := r.key(compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint))
+	parts := []string{compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint)}
+	if r.cfg.DebugSymbols {
+		parts = append(parts, debugFolder)
+	}
+	key := r.key(parts...)
 	dir, cached, err := r.products.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
@@ -48,6 +52,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
 			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
+			Debug: r.cfg.DebugSymbols,
 			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest,
 			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
 		})
@@ -73,11 +78,15 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 				return err
 			}
 		}
+		if err := keepDebug(dir, made.Debug); err != nil {
+			return err
+		}
 		return writeSums(dir, sums)
 	})
 	if err != nil {
 		return "", err
 	}
+	r.debugDir = filepath.Join(dir, debugFolder)
 	for _, p := range phases {
 		p.Of = "compile"
 		r.line.Add(p)

@@ -69,6 +69,9 @@ type Config struct {
 	// ModuleKey is an RSA key file or a KMS URI with which the modules are signed
 	// for the kernel, and ModuleCert its certificate; "" leaves them unsigned.
 	ModuleKey, ModuleCert string
+	// DebugSymbols publishes the modules' debug information beside the artifact.
+	// It makes the compile dearer, and changes nothing in the artifact.
+	DebugSymbols bool
 	// BuilderID goes into the provenance as builder.id, a URI; Version is this
 	// program's.
 	BuilderID, Version string
@@ -106,6 +109,8 @@ type Result struct {
 	Reused   bool              `json:"reused,omitempty"`
 	LoadTest *loadtest.Verdict `json:"loadTest,omitempty"`
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
+	// Symbols is the digest of the debug symbols, where they were wanted.
+	Symbols string `json:"symbols,omitempty"`
 	// Twins are the tarballs in buckets.
 	Twins  []twin.Report    `json:"twins,omitempty"`
 	Phases []timeline.Phase `json:"phases"`
@@ -125,8 +130,10 @@ type run struct {
 	release *nvsrc.Release
 	modules map[string]string // name to path
 	sums    map[string]string // name to SHA-256, in hex
-	id      bundle.Identity
-	started time.Time
+
+	debugDir string // with Config.DebugSymbols
+	id       bundle.Identity
+	started  time.Time
 
 	moduleSigner *modsign.Signer // nil without Config.ModuleKey
 	moduleHash   string

@@ -93,6 +93,11 @@ func (r *run) reuse(ctx context.Context, digest string) (reason string, err erro
 	if in, err := r.inBuckets(ctx, digest); err != nil || !in {
 		return "not in every bucket yet", err
 	}
+	if r.cfg.DebugSymbols {
+		if have, err := r.haveSymbols(ctx, digest); err != nil || !have {
+			return "debug symbols wanted", err
+		}
+	}
 	statement, err := sign.KernelMatch(digest, r.kernel.Kernel, r.kernel.Fingerprint, r.res.Driver)
 	if err != nil {
 		return "", err
@@ -219,6 +224,9 @@ func (r *run) publish(ctx context.Context) (string, error) {
 		}
 		r.res.Existed = r.res.Existed && existed
 		r.res.Repositories = append(r.res.Repositories, p.repo.Name())
+	}
+	if err := r.publishSymbols(ctx); err != nil {
+		return "", err
 	}
 	if err := r.publishTwins(ctx); err != nil {
 		return "", err

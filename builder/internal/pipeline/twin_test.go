@@ -60,3 +60,22 @@ func TestTarballTwins(t *testing.T) {
 		t.Errorf("the object changed, %v (-want +got):\n%s", err, diff)
 	}
 }
+
+// Debug symbols come beside the artifact, which they do not change.
+func TestDebugSymbols(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	files := driverFiles()
+	files["kernel-open/Makefile"] = "modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -nostdlib -r -Wl,--build-id=sha1 nv.c -o nvidia.ko\n"
+	f.driver(t, files)
+	cfg := f.config(t, emptyCache(t))
+	plain := must(t, cfg, request("17800.0.9"))
+	cfg.DebugSymbols = true
+	res := must(t, cfg, request("17800.0.9"))
+	if res.Digest != plain.Digest || res.Reused || res.Symbols == "" {
+		t.Errorf("with debug symbols: %+v; want %s, and symbols", res, plain.Digest)
+	}
+	if again := must(t, cfg, request("17800.0.9")); !again.Reused {
+		t.Errorf("the same again: %+v; want it reused", again)
+	}
+}

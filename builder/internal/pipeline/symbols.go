@@ -1,0 +1,72 @@
+package pipeline
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/prebake/prebake/builder/internal/symbols"
+)
+
+// debugFolder lies beside the modules in the cache, and holds them as they
+// were before they were stripped.
+const debugFolder = "debug"
+
+// keepDebug moves unstripped modules into the tree that is being made.
+func keepDebug(dir string, debug map[string]string) error {
+	if len(debug) == 0 {
+		return nil
+	}
+	if err := os.Mkdir(filepath.Join(dir, debugFolder), 0o755); err != nil {
+		return err
+	}
+	for _, name := range slices.Sorted(maps.Keys(debug)) {
+		if _, err := copyFile(filepath.Join(dir, debugFolder, name+".ko"), debug[name]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// haveSymbols reports whether every place has debug symbols of an artifact.
+func (r *run) haveSymbols(ctx context.Context, digest string) (bool, error) {
+	for _, p := range r.places {
+		have, err := p.repo.Referrers(ctx, digest, symbols.ArtifactType)
+		if err != nil || len(have) == 0 {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// publishSymbols puts debug symbols beside the artifact.
+func (r *run) publishSymbols(ctx context.Context) (err error) {
+	if !r.cfg.DebugSymbols || r.res.Reused { // reuse asked haveSymbols
+		return nil
+	}
+	debug := map[string]string{}
+	for name := range r.modules {
+		debug[name] = filepath.Join(r.debugDir, name+".ko")
+	}
+	scratch, cleanup, err := r.products.TempDir("symbols-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cleanup()) }()
+	for _, p := range r.places {
+		d, existed, err := symbols.Publish(ctx, p.repo, r.res.Digest, symbols.Set{
+			Identity: r.id, Debug: debug, Published: r.modules, Signer: r.signer, Verifier: r.verifier, Scratch: scratch,
+		})
+		if err != nil {
+			return err
+		}
+		r.res.Existed = r.res.Existed && existed
+		r.res.Symbols = d.Digest.String()
+		fmt.Fprintf(r.log, "debug symbols %s in %s\n", d.Digest, p.name)
+	}
+	return nil
+}
