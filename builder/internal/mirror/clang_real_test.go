@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -45,7 +46,9 @@ func TestClangKernel(t *testing.T) {
 	}
 	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
 		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
-		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
+		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require",
+		"--log", filepath.Join(dir, "log"), "--output", "json")
+	checkAnswers(t, filepath.Join(dir, "log"))
 	v := done.LoadTest
 	if v.State != loadtest.Loaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
 		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
@@ -63,6 +66,27 @@ func TestClangKernel(t *testing.T) {
 	}
 	if !strings.Contains(v.KernelLog, "LoadPin: kernel-module pinning-excluded") {
 		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
+	}
+}
+
+// checkAnswers looks for some of conftest's answers about this series in a
+// build's log. Those that are "absent" become "present" when clang's warnings
+// are errors.
+func checkAnswers(t *testing.T, log string) {
+	t.Helper()
+	text, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"#undef NV_IOREMAP_DRIVER_HARDENED_PRESENT", "#undef NV_WRITE_CR4_PRESENT", "#undef NV_IOASID_GET_PRESENT",
+		"#define NV_TIMER_SETUP_PRESENT", "#define NV_GET_USER_PAGES_REMOTE_HAS_ARGS_FLAGS_LOCKED_VMAS",
+		"#define NV_MMU_NOTIFIER_OPS_HAS_INVALIDATE_RANGE", "#define NV_DRM_ATOMIC_MODESET_AVAILABLE",
+		"#define NV_IS_EXPORT_SYMBOL_PRESENT_close_fd 1",
+	} {
+		if !regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(want) + `\s*$`).Match(text) {
+			t.Errorf("conftest did not answer %q", want)
+		}
 	}
 }
 
