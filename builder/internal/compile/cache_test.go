@@ -142,6 +142,7 @@ func asking(t *testing.T) compile.Request {
 	write(t, r.Source, map[string]string{
 		"Makefile": "include Kbuild\n", "Kbuild": askingKbuild, "conftest.sh": askingScript,
 		"nvidia/nv.c": `#include <linux/here.h>
+#include <generated/utsrelease.h>
 #include "conftest/functions.h"
 #include "conftest/types.h"
 #ifdef NV_HAS_SIZE
@@ -161,7 +162,7 @@ func headers(t *testing.T, dir, release, crc string) {
 		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",
 		"Makefile":                       "",
 		"Module.symvers":                 crc + "\ta\tvmlinux\tEXPORT_SYMBOL\t\n",
-		"include/linux/here.h":           "struct here { int size; };\n",
+		"include/linux/here.h":           "#ifndef _UTS_RELEASE_H\nstruct here { int size; };\n#endif\n",
 		"include/generated/autoconf.h":   "#define CONFIG_X 1\n#define CONFIG_BUILD_SALT \"" + release + "\"\n",
 		"include/generated/utsrelease.h": "#define UTS_RELEASE \"" + release + "\"\n",
 	})
@@ -218,7 +219,7 @@ func TestCache(t *testing.T) {
 		}
 	}
 	step("empty cache", "6 tests; 2 files")
-	// version.c shows the release: it is never kept.
+	// Both files read the release's header. version.c uses it and is never kept.
 	const all, none = "6 tests, 6 remembered; 2 files, 1 reused", "6 tests; 2 files"
 	step("the same again", all)
 	headers(t, r.Headers, "6.1.0-56", "0x22222222")

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 )
 
@@ -20,7 +21,8 @@ import (
 // not fit has the file compiled again.
 //
 // An object is kept only if nothing that a view hides went into it. Its .cmd
-// file lists what was read, so that is known, not assumed. The .mod.c files,
+// file lists what was read, and those files are searched for the hidden names,
+// so that is known, not assumed. The .mod.c files,
 // which carry a kernel's release and salt, are never kept.
 const objectsKind = "objects-1"
 
@@ -97,62 +99,146 @@ func (a *aid) keep(ctx context.Context) error {
 	return err
 }
 
-// products lists the files worth keeping, by path below the sources.
-func (a *aid) products() ([]string, error) {
-	hidden := map[string]bool{}
-	for name := range a.view.masked {
-		// autoconf.h is in every command; only the salt in it is hidden, and
-		// who reads that names it.
-		if name != "include/generated/autoconf.h" {
-			hidden[name] = true
+// hidden returns, for each header of which a view shows only a part, the macros
+// whose values it hides. A header that is more than plain definitions hides
+// all, which no name stands for.
+func (a *aid) hidden() (map[string][]string, error) {
+	names := map[string][]string{}
+	for header := range a.view.masked {
+		if !strings.HasSuffix(header, ".h") {
+			names[header] = nil
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(a.r.Headers, header))
+		if err != nil {
+			return nil, err
+		}
+		if header == "include/generated/autoconf.h" {
+			names[header] = []string{"CONFIG_BUILD_SALT", "BUILD_SALT"} // IS_ENABLED and its like
+			continue
+		}
+		names[header] = []string{}
+		for line := range strings.Lines(string(text)) {
+			m := definition.FindStringSubmatch(line)
+			if m == nil && strings.TrimSpace(line) != "" {
+				names[header] = nil
+				break
+			}
+			if m != nil {
+				names[header] = append(names[header], m[1])
+			}
 		}
 	}
-	salted := map[string]bool{} // by dependency
+	return names, nil
+}
+
+var definition = regexp.MustCompile(`^#define ([A-Za-z_][A-Za-z0-9_]*)(\s|$)`)
+
+// reader finds out which words the files contain that objects are made of.
+type reader struct {
+	a      *aid
+	hidden map[string][]string
+	words  []string
+	found  map[string]map[string]bool // by file
+}
+
+// sees reports whether something that a view hides may have gone into an
+// object: it was made of a header that hides a macro, and another of its files
+// names the macro, in whatever context.
+func (r *reader) sees(c command) bool {
+	wanted, files := []string{}, []string{}
+	for _, dep := range append(slices.Clone(c.deps), "include/generated/autoconf.h") {
+		inside := dep
+		if !filepath.IsAbs(inside) {
+			inside = filepath.Join(insideKernel, inside)
+		}
+		inside = filepath.Clean(inside)
+		if rel, ok := strings.CutPrefix(inside, insideKernel+"/"); ok {
+			if names, masked := r.hidden[rel]; masked && names == nil {
+				return true
+			} else if masked {
+				wanted = append(wanted, names...)
+				continue
+			}
+			files = append(files, filepath.Join(r.a.r.Headers, rel))
+		} else if rel, ok := strings.CutPrefix(inside, insideSource+"/"); ok {
+			files = append(files, filepath.Join(r.a.src, rel))
+		} else if !strings.HasPrefix(inside, insideToolchain+"/") { // its digest is in the key
+			return true // from where no key looks
+		}
+	}
+	for _, file := range files {
+		found := r.read(file)
+		if found == nil || slices.ContainsFunc(wanted, func(name string) bool { return found[name] }) {
+			return true
+		}
+	}
+	return false
+}
+
+// read returns the words in a file, or nil where it cannot be read.
+func (r *reader) read(file string) map[string]bool {
+	found, known := r.found[file]
+	if known {
+		return found
+	}
+	if text, err := os.ReadFile(file); err == nil {
+		found = map[string]bool{}
+		for _, word := range r.words {
+			found[word] = containsWord(text, word)
+		}
+	}
+	r.found[file] = found
+	return found
+}
+
+// containsWord reports whether the text has the word as a whole identifier.
+func containsWord(text []byte, word string) bool {
+	for from := 0; ; {
+		i := bytes.Index(text[from:], []byte(word))
+		if i < 0 {
+			return false
+		}
+		begin := from + i
+		end := begin + len(word)
+		if (begin == 0 || !inIdentifier(text[begin-1])) && (end == len(text) || !inIdentifier(text[end])) {
+			return true
+		}
+		from = begin + 1
+	}
+}
+
+func inIdentifier(c byte) bool {
+	return c == '_' || c >= '0' && c <= '9' || c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z'
+}
+
+// products lists the files worth keeping, by path below the sources.
+func (a *aid) products() ([]string, error) {
+	hidden, err := a.hidden()
+	if err != nil {
+		return nil, err
+	}
+	r := &reader{a: a, hidden: hidden, found: map[string]map[string]bool{}}
+	for _, names := range hidden {
+		r.words = append(r.words, names...)
+	}
 	var files []string
-	err := filepath.WalkDir(a.src, func(path string, d fs.DirEntry, err error) error {
+	err = filepath.WalkDir(a.src, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() {
 			return err
 		}
 		object, ok := strings.CutSuffix(d.Name(), ".o.cmd")
-		if object, ok = strings.CutPrefix(object, "."); !ok || object == "" || strings.HasSuffix(object, ".mod") || d.Name() == object {
+		if !ok || !strings.HasPrefix(object, ".") || strings.HasSuffix(object, ".mod") {
 			return nil
 		}
+		object = object[1:]
 		text, err := os.ReadFile(path)
 		if err != nil {
 			return err
 		}
-		cmd, ok := parseCommand(string(text))
-		if !ok {
-			return nil // linked, not compiled
-		}
-		for _, dep := range cmd.deps {
-			inside := dep
-			if !filepath.IsAbs(inside) {
-				inside = filepath.Join(insideKernel, inside)
-			}
-			inside = filepath.Clean(inside)
-			var host string
-			if rel, ok := strings.CutPrefix(inside, insideKernel+"/"); ok {
-				if hidden[rel] {
-					return nil
-				}
-				host = filepath.Join(a.r.Headers, rel)
-			} else if rel, ok := strings.CutPrefix(inside, insideSource+"/"); ok {
-				host = filepath.Join(a.src, rel)
-			} else if strings.HasPrefix(inside, insideToolchain+"/") {
-				continue // the toolchain's digest is in the key
-			} else {
-				return nil // from where no key looks
-			}
-			bad, seen := salted[host]
-			if !seen {
-				text, err := os.ReadFile(host)
-				bad = err != nil || bytes.Contains(text, []byte("BUILD_SALT")) && !strings.HasSuffix(host, "include/generated/autoconf.h")
-				salted[host] = bad
-			}
-			if bad {
-				return nil
-			}
+		// What is linked, not compiled, has no such file.
+		if c, ok := parseCommand(string(text)); !ok || r.sees(c) {
+			return nil
 		}
 		rel, err := filepath.Rel(a.src, path)
 		if err != nil {

@@ -201,6 +201,18 @@ func TestParseCommand(t *testing.T) {
 	}
 }
 
+func TestContainsWord(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]bool{
+		"UTS": true, "a UTS b": true, "(UTS)": true, "XUTS UTS": true, "UTSUTS UTS": true,
+		"": false, "XUTS": false, "UTSX UTS_ _UTS": false, "UTSUTS": false, "UT": false,
+	} {
+		if got := containsWord([]byte(text), "UTS"); got != want {
+			t.Errorf("containsWord(%q, UTS) = %t; want %t", text, got, want)
+		}
+	}
+}
+
 func FuzzParseCommand(f *testing.F) {
 	f.Add(aCommand)
 	f.Fuzz(func(t *testing.T, text string) {
