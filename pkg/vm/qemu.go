@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -69,7 +70,7 @@ func (c Config) args() []string {
 	if c.Network {
 		nic = []string{"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="}
 	}
-	args := append(nic,
+	return slices.Concat(nic, []string{
 		"-nodefaults", "-no-user-config", "-machine", p.machine, "-accel", "tcg", "-cpu", p.cpu,
 		"-smp", strconv.Itoa(c.CPUs), "-m", strconv.Itoa(c.MemoryMiB),
 		"-display", "none", "-vga", "none", "-no-reboot",
@@ -77,8 +78,7 @@ func (c Config) args() []string {
 		"-chardev", "file,id=events,path=/dev/fd/4",
 		"-kernel", filepath.Join(c.Boot, BootKernel), "-initrd", "/dev/fd/5",
 		"-append", strings.Join(kernel, " "),
-	)
-	return append(args, p.events...)
+	}, p.events) // behind the console: the first port is the first named
 }
 
 // describe says what the guest runs in, with the emulator's own words about

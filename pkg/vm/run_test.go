@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
@@ -26,6 +27,9 @@ func TestCrashLine(t *testing.T) {
 			"BUG: kernel NULL pointer dereference, address: 0000000000000008"},
 		{"fault", "[ 7.1] general protection fault, probably for non-canonical address 0xdead: 0000 [#1]\n[ 8.0] Kernel panic - not syncing: Fatal exception\n",
 			"general protection fault, probably for non-canonical address 0xdead: 0000 [#1]"},
+		{"oops on arm64", "[    7.1] Unable to handle kernel NULL pointer dereference at virtual address 0000000000000010\n[    7.2] Internal error: Oops: 0000000096000045 [#1] SMP\n",
+			"Unable to handle kernel NULL pointer dereference at virtual address 0000000000000010"},
+		{"assertion", "[    7.1] kernel BUG at mm/slub.c:1!\n[    7.2] invalid opcode: 0000 [#1]\n", "kernel BUG at mm/slub.c:1!"},
 		{"warning", "[ 7.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n", ""},
 		{"words of a program", "fetcher: says Kernel panic - not syncing\n[   1.0] x: BUG: y\n", ""},
 	} {
@@ -218,5 +222,27 @@ func TestTailKeepsTheEnd(t *testing.T) {
 	}
 	if got := k.String(); got != "hij" {
 		t.Errorf("tail = %q; want hij", got)
+	}
+}
+
+func TestArgsOfArchitectures(t *testing.T) {
+	t.Parallel()
+	for arch, want := range map[target.Arch][]string{
+		target.AMD64: {"-machine q35", "-serial chardev:events", "console=ttyS0,115200 panic=-1 oops=panic", "memmap=96M$0x4f000000"},
+		target.ARM64: {"-machine virt", "-cpu neoverse-n1", "-serial chardev:console", "-device pci-serial,chardev=events", "console=ttyAMA0 panic=-1 oops=panic", "mem=2304M"},
+	} {
+		c := Config{Arch: arch, GPU: true}.WithDefaults()
+		got := strings.Join(c.args(), " ")
+		for _, w := range want {
+			if !strings.Contains(got, w) {
+				t.Errorf("args of %s = %s; want %q in it", arch, got, w)
+			}
+		}
+		if got, want := c.QEMU, map[target.Arch]string{target.AMD64: "qemu-system-x86_64", target.ARM64: "qemu-system-aarch64"}[arch]; got != want {
+			t.Errorf("emulator of %s = %s; want %s", arch, got, want)
+		}
+	}
+	if err := (Config{Arch: "riscv64"}).WithDefaults().Validate(); err == nil || !strings.Contains(err.Error(), `"riscv64"`) {
+		t.Errorf("Validate(riscv64) = %v; want it named", err)
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/prebake/prebake/pkg/target"
 )
 
 func TestWriteTo(t *testing.T) {
@@ -29,5 +31,19 @@ func TestWriteTo(t *testing.T) {
 	}
 	if err := WriteTo(dir); err == nil {
 		t.Error("WriteTo() over its own files = nil; want an error")
+	}
+}
+
+// What the machine boots with is what the source asks for.
+func TestKernelArg(t *testing.T) {
+	t.Parallel()
+	text, err := fs.ReadFile(Sources(), "emugpu.c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, arch := range []target.Arch{target.AMD64, target.ARM64} {
+		if want := `BOOT_WITH	"` + KernelArg(arch) + `"`; !bytes.Contains(text, []byte(want)) {
+			t.Errorf("emugpu.c has no %s", want)
+		}
 	}
 }
