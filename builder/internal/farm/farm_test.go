@@ -168,6 +168,13 @@ func states(r *farm.Report) []string {
 	return lines
 }
 
+// slowly lets inputs come one pair after the other, so that the plan's first
+// cell is the first that may begin.
+func slowly(string) error {
+	time.Sleep(time.Second)
+	return nil
+}
+
 var errBreak = fault.New(fault.APIBreak, "nv-pci.c:1: error: too few arguments", "take a newer one")
 
 // One failing cell never holds up another, twins fail and succeed together,
@@ -180,7 +187,7 @@ func TestRun(t *testing.T) {
 func testRun(t *testing.T) {
 	w := &world{
 		t:      t,
-		arrive: func(string) error { time.Sleep(time.Second); return nil },
+		arrive: slowly,
 		takes:  func(plan.Cell) time.Duration { return time.Minute },
 		outcome: func(c plan.Cell, _ int) error {
 			if c.Driver.String() == "5.1-open" {
@@ -324,7 +331,7 @@ func TestCancel(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		w := &world{t: t, takes: func(plan.Cell) time.Duration { return time.Hour }}
+		w := &world{t: t, arrive: slowly, takes: func(plan.Cell) time.Duration { return time.Hour }}
 		time.AfterFunc(90*time.Minute, cancel)
 		r := farm.Run(ctx, w.config(), cells("1.0.1 5.1-open", "2.0.1 5.1-open", "3.0.1 5.1-open"))
 		want := []string{"1.0.1 5.1-open published", "2.0.1 5.1-open cancelled cancelled", "3.0.1 5.1-open cancelled cancelled"}
@@ -342,7 +349,7 @@ func TestStopping(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		stopping := make(chan struct{})
-		w := &world{t: t, takes: func(plan.Cell) time.Duration { return time.Hour }}
+		w := &world{t: t, arrive: slowly, takes: func(plan.Cell) time.Duration { return time.Hour }}
 		time.AfterFunc(30*time.Minute, func() { close(stopping) })
 		cfg := w.config()
 		cfg.Stopping = stopping
