@@ -20,6 +20,7 @@ type attrs struct {
 // upload is an object that is about to be created.
 type upload struct {
 	name, contentType string
+	cacheControl      string // "" is the destination's own rule
 	size              int64
 	md5               [16]byte
 	crc32c            uint32

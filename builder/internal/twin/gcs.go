@@ -90,6 +90,8 @@ func (g *gcs) create(ctx context.Context, u upload) error {
 }
 
 func (g *gcs) replace(ctx context.Context, u upload, token string) error {
+	// A public object is cached for an hour otherwise, also in Google's network.
+	u.cacheControl = "no-cache"
 	if token == "" {
 		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
 	}
@@ -113,7 +115,7 @@ func (g *gcs) write(ctx context.Context, u upload, c storage.Conditions) error {
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	w := g.object(u.name).If(c).NewWriter(wctx)
-	w.ContentType = u.contentType
+	w.ContentType, w.CacheControl = u.contentType, u.cacheControl
 	w.ChunkSize = int(min(chunk, u.size+1))
 	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
 	n, err := io.Copy(w, in)

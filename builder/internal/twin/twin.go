@@ -458,30 +458,14 @@ func (p *publisher) lists(ctx context.Context, entry Entry) error {
 // indexWith adds the entry to an index, nil where there is none. An index that
 // nobody trusted signed is not extended: to sign it would vouch for all of it.
 func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]byte, error) {
-	name := IndexName(p.Kernel)
-	x := Index{Format: indexFormat, BuildID: p.Kernel.BuildID, Board: p.Kernel.Board}
-	if have != nil {
-		refuse := func(err error) error {
-			return fault.Wrap(fault.PublishRefused, fmt.Errorf("extend %s: %w", p.bucket.URL(name), err),
-				"publish with the key that signed it, or remove it by hand if it is wrong")
-		}
-		digest := bytesObject(name, "", have).sha256
-		bundle, _, err := p.bucket.small(ctx, stateSignatureName(name, digest), maxSignature)
-		if err != nil {
-			return nil, err
-		}
-		if bundle == nil {
-			return nil, refuse(errors.New("it has no signature"))
-		}
-		if _, err := Verify(p.verifier, bundle, digest, ObjectFacts{Object: name, BuildID: p.Kernel.BuildID, Board: p.Kernel.Board}); err != nil {
-			return nil, refuse(err)
-		}
-		if x, err = ParseIndex(have); err != nil {
-			return nil, refuse(err)
-		}
+	x, err := p.bucket.believe(ctx, p.verifier, p.Kernel, have)
+	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
+		return nil, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err), "publish with the key that signed it, or remove it by hand if it is wrong")
 	}
-	x, err := x.with(entry)
 	if err != nil {
+		return nil, err
+	}
+	if x, err = x.with(entry); err != nil {
 		return nil, err
 	}
 	return x.marshal()
