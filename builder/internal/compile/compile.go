@@ -175,6 +175,7 @@ type build struct {
 	src, out string
 	box      sandbox.Config // make's, without its arguments and output
 	args     []string       // make's command line, less -j
+	debug    bool           // with debug information
 	watch    *watch
 }
 
@@ -211,6 +212,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	}
 	b.args = append(command(t), "ARCH="+kernelArch[r.Arch])
 	b.args = append(append(b.args, t.variables...), flagVariables(r, t)...)
+	b.debug = debugInformation(r, t)
 	b.watch = newWatch(r.Log, r.Progress, countWork(b.src), time.Now)
 
 	err = b.make(ctx)
@@ -265,17 +267,21 @@ func flagVariables(r Request, t tools) []string {
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
 	}
-	// Debug information is a fifth of the work, most of the bytes, and goes with
-	// stripping, unless BTF is made of it: which kbuild does where there is a
-	// vmlinux.
-	_, err := os.Lstat(filepath.Join(r.Headers, "vmlinux"))
-	if !r.Debug && !(t.btf && err == nil) {
+	if !debugInformation(r, t) {
 		cflags, all = append(cflags, "-g0"), append(all, "KAFLAGS=-g0")
 	}
 	if len(cflags) > 0 {
 		all = append(all, "KCFLAGS="+strings.Join(cflags, " "))
 	}
 	return all
+}
+
+// debugInformation reports whether to compile with it. It is a fifth of the
+// work and most of the bytes, and goes with stripping, unless BTF is made of
+// it: which kbuild does where there is a vmlinux.
+func debugInformation(r Request, t tools) bool {
+	_, err := os.Lstat(filepath.Join(r.Headers, "vmlinux"))
+	return r.Debug || t.btf && err == nil
 }
 
 // strip writes each module without its debug sections into out.

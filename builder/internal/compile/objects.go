@@ -38,6 +38,11 @@ func (a *aid) objectsKey() string {
 			parts = append(parts, arg)
 		}
 	}
+	if a.debug {
+		// Debug information may tell of a header's content what the code does
+		// not: compilers put checksums of files into it. Siblings share none.
+		parts = append(parts, "debug", a.r.Release, a.r.HeaderDigest)
+	}
 	for _, p := range parts {
 		fmt.Fprintf(h, "%d:%s\n", len(p), p)
 	}
