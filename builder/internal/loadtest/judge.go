@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -168,7 +169,10 @@ func newTaint(before, after string) string {
 
 // examineLive looks at what the loaded modules said.
 func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
-	for _, name := range []string{stepVersion, stepModules, stepNodes} {
+	for _, name := range []string{stepVersion, stepModules, stepStamp, stepNodes} {
+		if name == stepStamp && p.madeFor == "" {
+			continue
+		}
 		s, ok := res.Step(name)
 		if !ok || !s.Ended {
 			return Rejected, cutOff("read "+name, res)
@@ -181,6 +185,10 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 		case stepVersion:
 			if !slices.Contains(strings.Fields(text), p.version) {
 				return Rejected, fmt.Sprintf("the loaded driver calls itself %q; want version %s", firstLine(text), p.version)
+			}
+		case stepStamp:
+			if got := string(modinfo.Note(s.Stdout, modinfo.StampOwner, modinfo.StampType)); got != p.madeFor {
+				return Rejected, fmt.Sprintf("the loaded module says that it was made for kernel %q; its file says %s", got, p.madeFor)
 			}
 		case stepModules:
 			if missing := notLive(text, v.Loaded()); len(missing) > 0 {

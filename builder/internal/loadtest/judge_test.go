@@ -8,10 +8,11 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-const version, release = "535.261.03", "6.1.0-50-cloud-amd64"
+const version, release, stamp = "535.261.03", "6.1.0-50-cloud-amd64", "sha256:11"
 
 // What real machines said, shortened.
 const (
@@ -45,7 +46,7 @@ emugpu 16384 0 - Live 0xffffffffc05e2000 (O)
 )
 
 func testPlan() *plan {
-	p := &plan{version: version, release: release, modules: []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
+	p := &plan{version: version, release: release, madeFor: stamp, modules: []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
 		skipped: map[string]string{"nvidia-drm": "needs drm"}}
 	p.addSteps()
 	return p
@@ -71,6 +72,8 @@ func goodRun(p *plan) *vm.Result {
 			r.Stdout = []byte(procVersion)
 		case stepModules:
 			r.Stdout = []byte(procModules)
+		case stepStamp:
+			r.Stdout = modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte(stamp))
 		case stepProbe:
 			r.Stdout = []byte(nvmlGood)
 		}
@@ -119,6 +122,7 @@ func TestJudge(t *testing.T) {
 			res.Crash = "BUG: kernel NULL pointer dereference"
 		}, Rejected, 1, []string{"load nvidia-uvm: kernel crashed: BUG: kernel NULL"}},
 		{"other driver in the kernel", change(stepVersion, says("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.031\n")), Rejected, 3, []string{"want version 535.261.03"}},
+		{"stamped otherwise", change(stepStamp, says(string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:22"))))), Rejected, 3, []string{`made for kernel "sha256:22"; its file says sha256:11`}},
 		{"not live", change(stepModules, says(strings.ReplaceAll(procModules, "0 - Live 0xffffffffc4800000", "0 - Loading 0x0"))), Rejected, 3, []string{"nvidia-uvm"}},
 		{"NVML says no", change(stepProbe, says(nvmlBad)), Rejected, 3, []string{"Driver/library version mismatch"}},
 		{"NVML of another driver", change(stepProbe, says(nvmlNew)), Rejected, 3, []string{`"535.309.01"; want 535.261.03`}},
@@ -178,7 +182,7 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 			{Name: "nvidia-peermem", Load: Skipped, Note: "links into the kernel and says EINVAL: it has no RDMA stack to work with"},
 			{Name: "nvidia-drm", Load: Skipped, Note: "needs drm"},
 		},
-		BootSeconds: 4, LoadSeconds: 4, ProbeSeconds: 6, UnloadSeconds: 4, Seconds: 16,
+		BootSeconds: 4, LoadSeconds: 4, ProbeSeconds: 7, UnloadSeconds: 4, Seconds: 16,
 	}
 	if diff := cmp.Diff(want, judge(p, res)); diff != "" {
 		t.Errorf("judge() (-want +got):\n%s", diff)
@@ -238,7 +242,7 @@ func TestPlanUnloadsInReverse(t *testing.T) {
 	for _, s := range testPlan().steps {
 		names = append(names, s.Name)
 	}
-	want := []string{stepBefore, "load nvidia", "load nvidia-uvm", "load nvidia-modeset", "load nvidia-peermem", stepVersion, stepModules, stepNodes, stepProbe,
+	want := []string{stepBefore, "load nvidia", "load nvidia-uvm", "load nvidia-modeset", "load nvidia-peermem", stepVersion, stepModules, stepStamp, stepNodes, stepProbe,
 		"unload nvidia-peermem", "unload nvidia-modeset", "unload nvidia-uvm", "unload nvidia", stepAfter}
 	if diff := cmp.Diff(want, names); diff != "" {
 		t.Errorf("steps (-want +got):\n%s", diff)

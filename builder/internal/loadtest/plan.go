@@ -21,6 +21,7 @@ type plan struct {
 	version string
 	arch    target.Arch
 	release string // that the modules were made for
+	madeFor string // the stamp of nvidia.ko
 	gpu     bool
 	modules []string // to load, in order
 	skipped map[string]string
@@ -39,6 +40,7 @@ const (
 	stepUnload  = "unload "
 	stepVersion = "driver version"
 	stepModules = "module list"
+	stepStamp   = "stamp"
 	stepNodes   = "device nodes"
 	stepProbe   = "nvml"
 	stepAfter   = "taint"
@@ -51,6 +53,7 @@ const (
 	guestProbe   = "/prebake/nvmlprobe"
 	procRelease  = "/proc/sys/kernel/osrelease"
 	procTainted  = "/proc/sys/kernel/tainted"
+	sysStamp     = "/sys/module/nvidia/notes/" + modinfo.StampSection
 )
 
 // stepTimeout bounds one step: far above what a slow machine needs.
@@ -65,7 +68,7 @@ func newPlan(c Config) (*plan, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read nvidia.ko: %w", err)
 	}
-	p := &plan{version: c.Version}
+	p := &plan{version: c.Version, madeFor: main.MadeFor}
 	p.release, _, _ = strings.Cut(main.Vermagic, " ")
 	if p.arch, err = archOf(main.Machine); err != nil {
 		return nil, err
@@ -146,6 +149,9 @@ func (p *plan) addSteps() {
 	}
 	add(false, stepVersion, "@cat", "/proc/driver/nvidia/version")
 	add(false, stepModules, "@cat", "/proc/modules")
+	if p.madeFor != "" {
+		add(false, stepStamp, "@cat", sysStamp)
+	}
 	add(false, stepNodes, "@nvidia-nodes")
 	if p.notAsked == "" {
 		// Whatever the probe says, the modules have to unload after it.

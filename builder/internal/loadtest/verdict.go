@@ -3,7 +3,7 @@ package loadtest
 import "strings"
 
 // Recipe names the way of testing. It goes into the key of a kept verdict.
-const Recipe = "loadtest-2"
+const Recipe = "loadtest-3"
 
 // Verdict is what was seen. Its JSON is kept, printed and signed: names stay.
 type Verdict struct {
