@@ -99,3 +99,19 @@ func RunfileName(version string, arch target.Arch) string {
 func RunfileSumName(version string, arch target.Arch) string {
 	return "sha256/" + RunfileName(version, arch) + ".sha256"
 }
+
+// RunfilePlace is where a bucket may have a runfile, and where its sha256.
+type RunfilePlace struct{ Runfile, Sum string }
+
+// RunfilePlaces returns where buckets have a driver version: COS's own first,
+// then a plain folder, and then NVIDIA's download server and Google's former
+// buckets, which have a folder for each version and the sum beside the file.
+func RunfilePlaces(version string, arch target.Arch) []RunfilePlace {
+	name := RunfileName(version, arch)
+	all := []RunfilePlace{{name, RunfileSumName(version, arch)}}
+	for _, dir := range []string{"", version, path.Join("tesla", version)} {
+		at := path.Join(dir, name)
+		all = append(all, RunfilePlace{at, SHA256Name(at)}, RunfilePlace{at, at + ".sha256sum"})
+	}
+	return all
+}

@@ -93,8 +93,7 @@ type fetcher struct {
 }
 
 func (f *fetcher) run(ctx context.Context) (*Release, error) {
-	name := cosbucket.RunfileName(f.version, f.arch)
-	sum, err := f.Sum(ctx, input.SHA256, cosbucket.RunfileSumName(f.version, f.arch), name)
+	name, sum, err := f.find(ctx)
 	if err != nil {
 		return nil, f.missing(ctx, err)
 	}
@@ -132,6 +131,21 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 	return r, nil
 }
 
+// find returns the first place that has a sha256 of the release, and that sum.
+func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err error) {
+	var none error
+	for _, place := range cosbucket.RunfilePlaces(f.version, f.arch) {
+		sum, err = f.Sum(ctx, input.SHA256, place.Sum, place.Runfile)
+		if !fault.Is(err, fault.InputMissing) {
+			return place.Runfile, sum, err
+		}
+		if none == nil {
+			none = err // COS's own place stands for all
+		}
+	}
+	return "", input.Sum{}, none
+}
+
 // missing turns an absent object into an answer that says what there is.
 func (f *fetcher) missing(ctx context.Context, err error) error {
 	if !fault.Is(err, fault.InputMissing) {
@@ -141,10 +155,14 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 	hint := "check the version, or copy the runfile and its sha256 to " + f.Source.URL(name) + " and " + f.Source.URL(cosbucket.RunfileSumName(f.version, f.arch))
 	if l, ok := f.Source.(lister); ok {
 		prefix, suffix, _ := strings.Cut(name, f.version)
-		if names, lerr := l.List(ctx, prefix); lerr == nil {
-			if near := nearest(f.version, names, prefix, suffix); len(near) > 0 {
-				hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
+		var names []string
+		for _, at := range []string{prefix, "tesla/"} {
+			if found, lerr := l.List(ctx, at); lerr == nil {
+				names = append(names, found...)
 			}
+		}
+		if near := nearest(f.version, names, prefix, suffix); len(near) > 0 {
+			hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
 		}
 	}
 	return fault.Wrap(fault.InputMissing, fmt.Errorf("the driver bucket has no such release: %w", err), hint)

@@ -293,6 +293,34 @@ func TestStageWithoutManifest(t *testing.T) {
 	}
 }
 
+// Each place where buckets have runfiles is found, with the sum that belongs
+// to it, and the material says where.
+func TestPlaces(t *testing.T) {
+	t.Parallel()
+	file := runfile(t, driverFiles(t), false)
+	places := cosbucket.RunfilePlaces(version, target.AMD64)
+	if len(places) != 7 {
+		t.Errorf("%d places; want 7", len(places))
+	}
+	for _, place := range places {
+		dir := t.TempDir()
+		for name, data := range map[string][]byte{place.Runfile: file, place.Sum: fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(file), filepath.Base(place.Runfile))} {
+			at := filepath.Join(dir, name)
+			if err := errors.Join(os.MkdirAll(filepath.Dir(at), 0o755), os.WriteFile(at, data, 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r, _, err := fetch(t, dir, version)
+		if err != nil {
+			t.Errorf("%+v: %v", place, err)
+			continue
+		}
+		if want := "file://" + dir + "/" + place.Runfile; r.Materials[0].URI != want || r.Materials[0].Unverified {
+			t.Errorf("%+v: material %+v; want %s, verified", place, r.Materials[0], want)
+		}
+	}
+}
+
 func TestFetchRefuses(t *testing.T) {
 	t.Parallel()
 	good := runfile(t, driverFiles(t), false)
@@ -313,6 +341,9 @@ func TestFetchRefuses(t *testing.T) {
 			lay(t, dir, "535.309.01", good, "")
 			lay(t, dir, "470.1.1", good, "")
 		}, version, fault.InputMissing, "535.309.01, 470.1.1"},
+		{"unknown version of a bucket with folders", func(t *testing.T, dir string) {
+			lay(t, filepath.Join(dir, "tesla", "535.309.01"), "535.309.01", good, "")
+		}, version, fault.InputMissing, "such as 535.309.01"},
 		{"empty bucket", func(*testing.T, string) {}, version, fault.InputMissing, "copy the runfile"},
 		{"not a version", func(*testing.T, string) {}, "../x", fault.Usage, "535"},
 		{"no sha256", func(t *testing.T, dir string) {

@@ -70,9 +70,10 @@ func TestLook(t *testing.T) {
 		"NVIDIA-Linux-x86_64-535.261.03.run":               "x",
 		"sha256/NVIDIA-Linux-x86_64-535.261.03.run.sha256": "x",
 		"NVIDIA-Linux-aarch64-535.261.03.run":              "x",
-		"NVIDIA-Linux-x86_64-535.309.01.run":               "x",
-		"NVIDIA-Linux-x86_64-.run":                         "x",
-		"README":                                           "x",
+		// As Google's former buckets have it.
+		"tesla/535.309.01/NVIDIA-Linux-x86_64-535.309.01.run": "x",
+		"NVIDIA-Linux-x86_64-.run":                            "x",
+		"README":                                              "x",
 	})
 	n := &notes{}
 	k, d, err := discover.Look(t.Context(), discover.Config{KernelMirror: kernels, DriverMirror: drivers, Catalogue: n, Newest: 3})
