@@ -1,0 +1,112 @@
+package modsign_test
+
+import (
+	"crypto/x509"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/modsign"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// TestLive shows modules to a real kernel that takes signed ones only.
+// PREBAKE_BOOT is a boot folder whose modules may be signed or not;
+// PREBAKE_MODULE_KEY and PREBAKE_MODULE_CERT a pair that this kernel trusts,
+// such as the mirror's test-module-signing.key and .crt for its clang-built
+// kernel. Without the pair, only what a kernel refuses is tried.
+func TestLive(t *testing.T) {
+	t.Parallel()
+	boot, key, cert := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_MODULE_KEY"), os.Getenv("PREBAKE_MODULE_CERT")
+	if boot == "" {
+		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules")
+	}
+	init := filepath.Join(t.TempDir(), "guestinit")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	// The kernel alone: modules come in the steps.
+	bare := t.TempDir()
+	kernel, err := filepath.Abs(filepath.Join(boot, vm.BootKernel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(kernel, filepath.Join(bare, vm.BootKernel)); err != nil {
+		t.Fatal(err)
+	}
+	unsigned, asShipped := plainModule(t, boot)
+	c := vm.Config{Boot: bare, Init: init, Timeout: 3 * time.Minute, KernelArgs: []string{"module.sig_enforce=1"}}
+	type expectation struct {
+		name  string
+		errno syscall.Errno
+	}
+	var want []expectation
+	try := func(name string, data []byte, errno syscall.Errno) {
+		file := "/" + strings.ReplaceAll(name, " ", "-") + ".ko"
+		c.Files = append(c.Files, vm.File{Name: file, Data: data, Mode: 0o644})
+		c.Steps = append(c.Steps, vm.Step{Name: name, Argv: []string{"@insmod", file}, KeepGoing: true, Timeout: time.Minute})
+		want = append(want, expectation{name, errno})
+	}
+	try("unsigned", unsigned, syscall.EKEYREJECTED)
+	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"), syscall.ENOKEY)
+	broken := signed(t, load(t, rsaPair(t)), unsigned, "sha256")
+	broken[len(broken)-len("~Module signature appended~\n")-12] = 1 // the field that Split refuses too
+	try("signed with a broken trailer", broken, syscall.EBADMSG)
+	if key != "" && cert != "" {
+		s, err := modsign.Load(t.Context(), key, cert)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, hash := range []string{"sha256", "sha512"} {
+			good := signed(t, s, unsigned, hash)
+			changed := append([]byte(nil), good...)
+			changed[len(changed)/2] ^= 1
+			if _, err := modsign.Verify(good, []*x509.Certificate{s.Certificate()}); err != nil {
+				t.Error(err)
+			}
+			try("changed after signing with "+hash, changed, syscall.EKEYREJECTED)
+			try("signed with "+hash, good, 0)
+			c.Steps = append(c.Steps, vm.Step{Name: "unload " + hash, Argv: []string{"@rmmod", moduleName}})
+		}
+	} else if asShipped != nil {
+		try("signed by whoever built the kernel", asShipped, 0)
+	}
+	res, err := vm.Run(t.Context(), c)
+	if err != nil {
+		t.Fatalf("Run() = %v", err)
+	}
+	for _, w := range want {
+		s, ok := res.Step(w.name)
+		if !ok || syscall.Errno(s.ExitCode) != w.errno {
+			t.Errorf("insmod of a module %s = %d (%s); want %d\n%s", w.name, s.ExitCode, s.Error, w.errno, s.KernelLog)
+		}
+		t.Logf("%s: %d %s %s", w.name, s.ExitCode, s.Error, strings.TrimSpace(s.KernelLog))
+	}
+}
+
+// moduleName is of the one that stands for a driver: it needs nothing else.
+const moduleName = "failover"
+
+// plainModule returns a module without its signature, and as it is shipped if
+// it has one.
+func plainModule(t *testing.T, boot string) (unsigned, asShipped []byte) {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(boot, "modules", moduleName+".ko"))
+	if err != nil {
+		t.Skipf("no module to try it with: %v", err)
+	}
+	body, signature, err := modsign.Split(data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if signature != nil {
+		asShipped = data
+	}
+	return body, asShipped
+}
