@@ -37,7 +37,8 @@ func pipelineFlags() []ucli.Flag {
 		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key that the kernel trusts", Sources: cli.Env("module-cert")},
 		&ucli.BoolFlag{Name: "debug-symbols", Usage: "publish the modules' debug information beside the artifact", Sources: cli.Env("debug-symbols")},
 		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
-		&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")},
+		cacheFlag(),
+		cacheSizeFlag(),
 		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`, of each cell; 0 divides the processors", Sources: cli.Env("jobs")},
 		&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for one compile; a build from the queue has one hour in all", Sources: cli.Env("compile-timeout")},
 		&ucli.StringFlag{Name: "load-test", Value: string(pipeline.LoadTestAuto), Usage: "load the modules in a virtual machine: auto, require or off", Sources: cli.Env("load-test"),
@@ -174,6 +175,9 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
+		return err
+	}
+	if _, err := trimCache(ctx, cmd, cfg.Cache); err != nil {
 		return err
 	}
 	return cli.Print(cmd, res, func(w io.Writer) error { return printResult(w, res) })

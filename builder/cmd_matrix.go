@@ -163,6 +163,9 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 			BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Driver: target.Wish(c.Driver.Version), Flavour: c.Driver.Flavour,
 		}, log, line)
 		end(err)
+		if _, terr := trimCache(ctx, cmd, m.cfg.Cache); terr != nil { // the build is what it is
+			fmt.Fprintf(log, "cache not trimmed: %v\n", terr)
+		}
 		return res, err
 	}
 	m.farm.Kernel = func(ctx context.Context, k target.Kernel) (target.Fingerprint, error) {

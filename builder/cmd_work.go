@@ -82,7 +82,11 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
 		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Log: log,
 		Make: func(ctx context.Context, r pipeline.Request, out io.Writer, line *timeline.Run) (*pipeline.Result, error) {
-			return pipeline.Run(ctx, cfg, r, out, line)
+			res, err := pipeline.Run(ctx, cfg, r, out, line)
+			if _, terr := trimCache(ctx, cmd, cfg.Cache); terr != nil {
+				log.WarnContext(ctx, "cache not trimmed", "err", terr)
+			}
+			return res, err
 		},
 	})
 }
