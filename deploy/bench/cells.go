@@ -96,7 +96,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			case len(done) == 0:
 				c.role = "cold"
 			}
-			if !b.wanted(c, done) {
+			if !b.wanted(c) {
 				continue
 			}
 			seconds, phases, err := b.build(ctx, c, cache, repo)
@@ -144,23 +144,19 @@ func (b *bench) once(ctx context.Context, n int) error {
 }
 
 // wanted reports whether a cell is measured, or goes before one that is.
-func (b *bench) wanted(c cell, done map[string]bool) bool {
-	if b.only["matrix"] || c.role == "cold" {
-		return true
-	}
-	switch c.role {
-	case "next":
-		return b.only["next"] && len(b.roles["next"].ours) <= len(b.roles["cold"].ours)
-	case "sibling":
-		return b.only["sibling"]
-	}
-	if !b.only["sibling"] {
-		return false
-	}
-	// The first of two siblings.
-	return slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
+func (b *bench) wanted(c cell) bool {
+	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
-	}) && !done[c.kernel.Release]
+	})
+	switch {
+	case b.only["matrix"]:
+		return true
+	case c.role == "cold":
+		return b.only["cold"] || b.only["next"] || b.only["node"] || hasSibling
+	case c.role == "next":
+		return b.only["next"]
+	}
+	return b.only["sibling"] && hasSibling
 }
 
 // result is what builder build --output json prints, as far as it is read here.

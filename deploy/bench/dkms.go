@@ -43,7 +43,7 @@ func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error)
 	}
 	start := time.Now()
 	err = b.command(ctx, "bwrap", "--unshare-all", "--uid", "0", "--gid", "0", "--die-with-parent",
-		"--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/var/tmp", "--bind", b.Dir, b.Dir,
+		"--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--bind", b.Dir, b.Dir,
 		"bash", b.dkms, "build", "-m", "nvidia", "-v", c.driver, "-k", c.kernel.Release, "-a", "x86_64",
 		"--kernelsourcedir", headers, "--dkmstree", filepath.Join(dir, "tree"), "--sourcetree", filepath.Join(dir, "source"),
 		"-j", fmt.Sprint(runtime.NumCPU()))
