@@ -3,6 +3,7 @@ package sandbox_test
 import (
 	"bufio"
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,6 +28,16 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if where := os.Getenv(inGuest); where != "" {
+		if err := enterGuest(where); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		if b := sandbox.Bounds(); !b.ControlGroup {
+			fmt.Fprintln(os.Stderr, "no control group:", b.Why)
+			os.Exit(1)
+		}
 	}
 	os.Exit(m.Run())
 }

@@ -1,0 +1,146 @@
+package sandbox_test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// inGuest makes this program set up a virtual machine before it runs its tests.
+// Its value says where in the tree of control groups they run: root, unit (a
+// group of its own, as a service has it) or user (the same, delegated to an
+// ordinary user).
+const inGuest = "PREBAKE_TEST_GUEST"
+
+// The bounds that take a control group, in a machine that has them: the same
+// tests run in it as root of the tree, in a unit's group and as an ordinary
+// user with a delegated one.
+func TestInVirtualMachine(t *testing.T) {
+	t.Parallel()
+	boot := os.Getenv("PREBAKE_BOOT")
+	if boot == "" {
+		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules/")
+	}
+	init := filepath.Join(t.TempDir(), "guestinit")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, text)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := vm.Config{Boot: boot, Init: init, Timeout: 8 * time.Minute, Files: []vm.File{{Name: "/sandbox.test", Path: self, Mode: 0o755}}}
+	var programs []string
+	for _, name := range []string{"bwrap", "prlimit", "sh", "true", "cat", "cut", "df", "echo", "env", "grep", "head", "id", "ls", "sleep", "sort", "tail", "touch", "tr", "truncate", "uname", "unshare", "wc", "awk"} {
+		path, err := filepath.EvalSymlinks("/usr/bin/" + name)
+		if err != nil {
+			t.Skipf("%v", err)
+		}
+		c.Files = append(c.Files, vm.File{Name: "/usr/bin/" + name, Path: path, Mode: 0o755})
+		programs = append(programs, path)
+	}
+	libraries, err := vm.GlibcFiles(programs...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Files = append(c.Files, libraries...)
+	c.Files = append(c.Files, vm.File{Name: "/bin/sh", Path: programs[2], Mode: 0o755}, vm.File{Name: "/usr/local"}, vm.File{Name: "/usr/src"})
+	for _, where := range []string{"root", "unit", "user"} {
+		c.Steps = append(c.Steps, vm.Step{Name: where, KeepGoing: true, Env: []string{inGuest + "=" + where},
+			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=150s", "-test.parallel=1", "-test.run", "^Test(Inside|Exit|Memory|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
+	}
+	c.Watch = func(p vm.Progress) {
+		if p.State == "output" {
+			t.Logf("%s: %s", p.Step, p.Data)
+		}
+	}
+	res, err := vm.Run(t.Context(), c)
+	if err != nil {
+		t.Fatalf("Run() = %v\n%s", err, res.KernelLog)
+	}
+	for _, where := range []string{"root", "unit", "user"} {
+		if s, ok := res.Step(where); !ok || s.ExitCode != 0 {
+			t.Errorf("as %s: %d %s\n%s%s", where, s.ExitCode, s.Error, s.Stdout, s.Stderr)
+		}
+	}
+}
+
+// GroupsAreRemoved: a run leaves no control group behind.
+func TestGroupsAreRemoved(t *testing.T) {
+	t.Parallel()
+	needBubblewrap(t)
+	if m := sandbox.Bounds(); !m.ControlGroup {
+		t.Skip(m.Why)
+	}
+	_, usage, err := limited(t, sandbox.Limits{}, `head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null`)
+	if err != nil || usage.PeakMemory < 20_000_000 || usage.PeakMemory > 200_000_000 {
+		// Before 5.19 nobody counts.
+		if err != nil || usage.PeakMemory != 0 {
+			t.Errorf("Run = %v, usage %+v; want a peak of some 20 MB", err, usage)
+		}
+	}
+	left, err := filepath.Glob(fmt.Sprintf("/sys/fs/cgroup/*/prebake-run-%d-*", os.Getpid()))
+	if err != nil || len(left) > 0 {
+		t.Errorf("control groups left: %v, %v", left, err)
+	}
+}
+
+// enterGuest makes a root that can be pivoted, which an initramfs cannot, with
+// control groups, and goes where the tests are to run.
+func enterGuest(where string) error {
+	const root = "/new"
+	steps := []error{os.MkdirAll(root, 0o755), unix.Mount("tmpfs", root, "tmpfs", 0, "mode=755")}
+	for _, dir := range []string{"/usr", "/bin", "/lib", "/lib64"} {
+		steps = append(steps, copyAll(dir, root+dir))
+	}
+	steps = append(steps, copyAll("/sandbox.test", root+"/sandbox.test"))
+	for _, m := range []struct{ kind, at string }{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"cgroup2", "/sys/fs/cgroup"}} {
+		steps = append(steps, os.MkdirAll(root+m.at, 0o755), unix.Mount(m.kind, root+m.at, m.kind, 0, ""))
+	}
+	steps = append(steps, os.Chmod(root+"/tmp", 0o777), unix.Chdir(root), unix.Mount(".", "/", "", unix.MS_MOVE, ""), unix.Chroot("."), unix.Chdir("/"))
+	if err := errors.Join(steps...); err != nil || where == "root" {
+		return err
+	}
+	unit := "/sys/fs/cgroup/" + where
+	err := errors.Join(os.WriteFile("/sys/fs/cgroup/cgroup.subtree_control", []byte("+memory +pids"), 0o644), os.Mkdir(unit, 0o755),
+		os.WriteFile(unit+"/cgroup.procs", []byte("0"), 0o644))
+	if err != nil || where == "unit" {
+		return err
+	}
+	for _, file := range []string{"", "/cgroup.procs", "/cgroup.subtree_control", "/cgroup.threads"} { // what systemd delegates
+		if err := os.Chown(unit+file, 65532, 65532); err != nil {
+			return err
+		}
+	}
+	return errors.Join(syscall.Setgid(65532), syscall.Setuid(65532))
+}
+
+func copyAll(from, to string) error {
+	return filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		target := to + path[len(from):]
+		if d.IsDir() {
+			return os.MkdirAll(target, 0o755)
+		}
+		raw, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(target, raw, 0o755)
+	})
+}
