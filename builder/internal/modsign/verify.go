@@ -15,16 +15,18 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// What can be wrong with a module's signature. Each comes with its own text;
-// these are for errors.Is.
+// What can be wrong with a module's signature, and what a kernel under
+// module.sig_enforce=1 says. Each comes with its own text; these are for
+// errors.Is.
 var (
-	// ErrUnsigned: the kernel says EKEYREJECTED under module.sig_enforce=1.
+	// ErrUnsigned: EKEYREJECTED, "Loading of unsigned module is rejected".
 	ErrUnsigned = errors.New("module is not signed")
 	// ErrMalformed: EBADMSG or EINVAL.
 	ErrMalformed = errors.New("malformed module signature")
-	// ErrUnknownKey: ENOKEY.
+	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is
+	// rejected".
 	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
-	// ErrChanged: EKEYREJECTED.
+	// ErrChanged: EKEYREJECTED without a word.
 	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
 )
 
