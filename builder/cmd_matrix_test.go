@@ -3,18 +3,23 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/vbauerster/mpb/v8"
 
 	"github.com/prebake/prebake/builder/internal/farm"
 	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
 )
 
 func TestMain(m *testing.M) {
@@ -115,4 +120,61 @@ func TestTable(t *testing.T) {
 			t.Errorf("%d columns: %s", n, line)
 		}
 	}
+}
+
+// On a terminal, each cell under way has a moving line, and each that is
+// settled a lasting one; nothing is left moving at the end.
+func TestScreen(t *testing.T) {
+	t.Parallel()
+	out := &safeBuffer{}
+	s := &screen{w: out, lines: map[int]*moving{}, bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(columns), mpb.WithAutoRefresh())}
+	event := func(index int, kind farm.EventKind) farm.Event {
+		c := plan.Cell{Kernel: target.Kernel{BuildID: "1.0." + strconv.Itoa(index), Board: "lakitu"}, Driver: target.Driver{Version: "5.1", Flavour: target.Open}}
+		return farm.Event{Kind: kind, Total: 2, Job: &farm.Job{Index: index, Cell: c, State: farm.Published}}
+	}
+	s.watch(event(0, farm.Started))
+	s.watch(event(1, farm.Started))
+	e := event(0, farm.Phase)
+	e.Phase = timeline.Event{Phase: "compile", Text: "conftest 3/390"}
+	s.watch(e)
+	for !strings.Contains(out.String(), "conftest 3/390") {
+		runtime.Gosched() // until the line was drawn
+	}
+	again := event(1, farm.Again)
+	again.Failure = &farm.Failure{Class: fault.Transient, Error: "down"}
+	s.watch(again)
+	s.watch(event(0, farm.Settled))
+	s.watch(event(1, farm.Started))
+	s.watch(event(1, farm.Settled))
+	s.close()
+	for _, want := range []string{"1.0.0/lakitu 5.1-open: published\n", "1.0.1/lakitu 5.1-open: published\n", "1.0.1/lakitu 5.1-open: transient, will be tried again: down\n"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("screen lacks %q:\n%q", want, out.String())
+		}
+	}
+	for line := range strings.Lines(out.String()) {
+		line = ansi.ReplaceAllString(strings.TrimSuffix(line, "\n"), "")
+		if n := len([]rune(line)); n > columns {
+			t.Errorf("%d columns: %q", n, line)
+		}
+	}
+}
+
+var ansi = regexp.MustCompile("\x1b\\[[0-9;]*[A-Za-z]|\r")
+
+type safeBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *safeBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *safeBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.String()
 }
