@@ -2,6 +2,7 @@ package cosbucket_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"crypto/md5"
 	"crypto/rand"
 	"crypto/rsa"
@@ -168,6 +169,29 @@ func TestEmulator(t *testing.T) {
 			t.Errorf("plain web says %+v; want what the API says: %+v", plain, attrs)
 		}
 	})
+}
+
+// An object that Google's servers decompress on the way is had as it is stored
+// by the API, where the sums are over just that, and plain over https, where
+// they say nothing.
+func TestEmulatorStoredCompressed(t *testing.T) {
+	p := behind(t)
+	p.Bucket(t, "cos-tools")
+	var stored bytes.Buffer
+	w := gzip.NewWriter(&stored)
+	if _, err := io.WriteString(w, long); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	p.PutGzip(t, "cos-tools", "x", stored.Bytes())
+	if text, err := quick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil || !bytes.Equal(text, stored.Bytes()) {
+		t.Errorf("by the API: %d bytes, %v; want the %d that are stored", len(text), err, stored.Len())
+	}
+	if text, err := quick(t, p.Endpoint+"/cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil || string(text) != long {
+		t.Errorf("over the web: %d bytes, %v; want %d", len(text), err, len(long))
+	}
 }
 
 // Credentials that somebody configured are used.

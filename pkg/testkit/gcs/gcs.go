@@ -127,7 +127,18 @@ func (s *Server) Bucket(t testing.TB, name string) {
 // Put stores an object, in place of one that has its name.
 func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()
-	q := url.Values{"uploadType": {"media"}, "name": {name}}
+	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
+}
+
+// PutGzip stores an object that is stored compressed and meant to be had plain:
+// gzipped data with a Content-Encoding.
+func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
+	t.Helper()
+	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}, "contentEncoding": {"gzip"}})
+}
+
+func (s *Server) put(t testing.TB, bucket string, data []byte, q url.Values) {
+	t.Helper()
 	s.post(t, "/upload/storage/v1/b/"+url.PathEscape(bucket)+"/o?"+q.Encode(), "application/octet-stream", data)
 }
 
