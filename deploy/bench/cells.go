@@ -71,7 +71,6 @@ type bench struct {
 	matrix       ratio
 	compile      ratio
 	warm, node   ratio
-	bytes        ratio
 }
 
 // once makes the whole matrix from an empty cache, in order, and what it is

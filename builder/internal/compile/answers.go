@@ -109,7 +109,7 @@ func (a *aid) plan(ctx context.Context) (*conftest.Plan, error) {
 		return nil, err
 	}
 	box := a.box
-	box.Argv, box.Output = append(args, "-j1"), nil
+	box.Argv, box.Output = slices.Concat(args, []string{"-j1"}), nil
 	err = sandbox.Run(ctx, box) // ends badly, as the rules say
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause

@@ -185,6 +185,7 @@ func TestParseCommand(t *testing.T) {
 			t.Errorf("parseCommand = %t; dependencies differ (-want +got):\n%s", ok, diff)
 		}
 	}
+	unfinished, _, _ := strings.Cut(aCommand, "\n\n/prebake")
 	for name, text := range map[string]string{
 		"linked":           "cmd_/prebake/src/nvidia.o := ld -r -o /prebake/src/nvidia.o @/prebake/src/nvidia.mod\n",
 		"two commands":     "cmd_x := gcc\n" + aCommand,
@@ -192,7 +193,7 @@ func TestParseCommand(t *testing.T) {
 		"a plugin":         strings.Replace(aCommand, "-O2", "-fplugin=./scripts/x.so", 1),
 		"a profile":        strings.Replace(aCommand, "-O2", "-fprofile-sample-use=/x", 1),
 		"a strange name":   strings.Replace(aCommand, "include/linux/kconfig.h", "$(shell x)", 1),
-		"no end of a list": aCommand[:strings.Index(aCommand, "\n\n/prebake")],
+		"no end of a list": unfinished,
 		"nothing":          "",
 	} {
 		if got, ok := parseCommand(text); ok {
