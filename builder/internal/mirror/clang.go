@@ -183,12 +183,7 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 		r.Params = append(r.Params, "emugpu "+m.EmuGPURevision)
 	}
 	return m.object(ctx, "boot files of "+b.release, r, func(ctx context.Context, w io.Writer) error {
-		t, err := readTgz(kernel.path, func(name string) string {
-			if name == clangImage {
-				return vm.BootKernel
-			}
-			return ""
-		})
+		t, err := readTgz(kernel.path, under("boot", ""))
 		if err != nil {
 			return err
 		}

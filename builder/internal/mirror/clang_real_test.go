@@ -3,9 +3,11 @@ package mirror
 import (
 	"bytes"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -13,6 +15,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
 )
 
 // TestClangKernel has the builder do what it is for, on a kernel like COS's:
@@ -36,7 +39,8 @@ func TestClangKernel(t *testing.T) {
 		t.Fatalf("builder mirror made %v; want one build", made.Builds)
 	}
 	kernel := made.Builds[0]
-	checkClangBuild(t, filepath.Join(mirror, "cos", kernel.BuildID, kernel.Board), kernel.Release)
+	build := filepath.Join(mirror, "cos", kernel.BuildID, kernel.Board)
+	checkSignatures(t, build, checkClangBuild(t, build, kernel.Release), kernel.Release)
 
 	key := filepath.Join(dir, "key")
 	builder(nil, "keygen", key)
@@ -90,10 +94,11 @@ func checkAnswers(t *testing.T, log string) {
 	}
 }
 
-// checkClangBuild looks at the published build as a builder would.
-func checkClangBuild(t *testing.T, build, release string) {
+// checkClangBuild looks at the published build as a builder would, and returns
+// a folder with what is in its archives.
+func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
-	dir := t.TempDir()
+	dir = t.TempDir()
 	for _, name := range []string{"kernel-headers.tgz", "prebake-boot.tgz"} {
 		if _, err := archive.UnpackFile(t.Context(), filepath.Join(build, name), dir, archive.Options{}); err != nil {
 			t.Fatal(err)
@@ -119,6 +124,62 @@ func checkClangBuild(t *testing.T, build, release string) {
 	for _, name := range []string{signingKeyName, signingCertName, "toolchain.tar.xz", "toolchain_env", "kernel_commit"} {
 		if _, err := os.Stat(filepath.Join(build, name)); err != nil {
 			t.Error(err)
+		}
+	}
+	return dir
+}
+
+// checkSignatures boots the kernel and has it take modules that the published
+// key signed, and no others; LoadPin, left to itself, takes those of one file
+// system only.
+func checkSignatures(t *testing.T, build, unpacked, release string) {
+	t.Helper()
+	init := filepath.Join(t.TempDir(), "guestinit")
+	cmd := exec.CommandContext(t.Context(), "go", "build", "-o", init, "github.com/prebake/prebake/pkg/vm/guestinit")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("go build guestinit: %v\n%s", err, text)
+	}
+	var pair signingPair
+	var err error
+	if pair.key, err = os.ReadFile(filepath.Join(build, signingKeyName)); err != nil {
+		t.Fatal(err)
+	}
+	if pair.cert, err = os.ReadFile(filepath.Join(build, signingCertName)); err != nil {
+		t.Fatal(err)
+	}
+	unsigned, err := os.ReadFile(filepath.Join(unpacked, "modules/test_module.ko"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	signed := filepath.Join(t.TempDir(), "signed.ko")
+	if err := os.WriteFile(signed, unsigned, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := signModule(t.Context(), filepath.Join(unpacked, "usr/src/linux-headers-"+release), signed, pair); err != nil {
+		t.Fatal(err)
+	}
+	res, err := vm.Run(t.Context(), vm.Config{
+		Boot: unpacked, Init: init, KernelArgs: []string{"module.sig_enforce=1", "loadpin.exclude=firmware"},
+		Files: []vm.File{{Name: "/unsigned.ko", Data: unsigned}, {Name: "/signed.ko", Path: signed}},
+		Steps: []vm.Step{
+			{Name: "unsigned", Argv: []string{"@insmod", "/unsigned.ko"}, KeepGoing: true},
+			{Name: "signed", Argv: []string{"@insmod", "/signed.ko"}},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]struct {
+		errno syscall.Errno
+		log   string
+	}{
+		"unsigned": {syscall.EKEYREJECTED, "LoadPin: kernel-module pinned"},
+		"signed":   {0, "Hello, world"},
+	} {
+		s, _ := res.Step(name)
+		if syscall.Errno(s.ExitCode) != want.errno || !strings.Contains(s.KernelLog, want.log) {
+			t.Errorf("insmod of the %s module = %d (%s); want %d and %q in the log:\n%s", name, s.ExitCode, s.Error, want.errno, want.log, s.KernelLog)
 		}
 	}
 }

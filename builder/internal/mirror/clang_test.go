@@ -42,7 +42,7 @@ func TestBuiltTree(t *testing.T) {
 	t.Parallel()
 	src := t.TempDir()
 	for name, text := range map[string]string{
-		"include/config/kernel.release": "6.1.9+\n", "arch/x86/boot/bzImage": "image", "Makefile": "m", ".config": "c", "Module.symvers": "s",
+		"include/config/kernel.release": "6.1.9+\n", "arch/x86/boot/bzImage": "image", "lib/test_module.ko": "ko", "lib/test_hmm.ko": "ko", "Makefile": "m", ".config": "c", "Module.symvers": "s",
 		"include/generated/autoconf.h": "h", "include/linux/module.h": "h", "scripts/mod/modpost": "ELF", "scripts/mod/modpost.o": "o",
 		"scripts/mod/.modpost.o.cmd": "cmd", "scripts/module.lds": "l", "tools/objtool/objtool": "ELF", "tools/objtool/check.c": "c",
 		"arch/x86/Makefile": "m", "arch/x86/include/asm/page.h": "h", "arch/x86/kernel/cpu.c": "c", "arch/arm/Makefile": "m",
@@ -76,7 +76,7 @@ func TestBuiltTree(t *testing.T) {
 		}
 	}
 	want := []string{
-		"boot/vmlinuz", ".config", "Makefile", "Module.symvers", "arch/x86/Makefile", "arch/x86/include/asm/page.h",
+		"boot/modules/test_module.ko", "boot/vmlinuz", ".config", "Makefile", "Module.symvers", "arch/x86/Makefile", "arch/x86/include/asm/page.h",
 		"include/config/kernel.release", "include/generated/autoconf.h", "include/generated/uapi -> ../linux", "include/linux/module.h",
 		"scripts/mod/modpost*", "scripts/module.lds", "tools/objtool/objtool*",
 	}

@@ -40,10 +40,12 @@ const (
 // clangCert is where the trusted certificate lies in the kernel's source.
 const clangCert = "certs/test-module-signing.crt"
 
-// Top folders of the archive that a finished kernel is kept as.
+// What the archive that a finished kernel is kept as holds. No machine needs
+// the module; it is there, unsigned, for tests of what the kernel refuses.
 const (
-	clangHeaders = "headers"
-	clangImage   = "boot/vmlinuz"
+	clangHeaders    = "headers"
+	clangImage      = "boot/vmlinuz"
+	clangTestModule = "boot/modules/test_module.ko"
 )
 
 // sourceLimits bound a kernel source archive: twice of what 6.12 has.
@@ -232,7 +234,7 @@ func unmet(want, got string) []string {
 }
 
 // builtTree takes out of a compiled source tree what modules are compiled
-// with, under headers/, and the image to boot.
+// with, under headers/, the image to boot and the module to try.
 func builtTree(src, release string) (tree, error) {
 	text, err := os.ReadFile(filepath.Join(src, "include/config/kernel.release"))
 	if err != nil {
@@ -269,11 +271,13 @@ func builtTree(src, release string) (tree, error) {
 			return nil, fault.New(fault.Internal, "compile kernel: it left no "+must, "")
 		}
 	}
-	image, err := os.ReadFile(filepath.Join(src, "arch/x86/boot/bzImage"))
-	if err != nil {
-		return nil, err
+	for name, built := range map[string]string{clangImage: "arch/x86/boot/bzImage", clangTestModule: "lib/test_module.ko"} {
+		data, err := os.ReadFile(filepath.Join(src, built))
+		if err != nil {
+			return nil, fmt.Errorf("compile kernel: %w", err)
+		}
+		t.add(name, node{mode: 0o644, data: data})
 	}
-	t.add(clangImage, node{mode: 0o644, data: image})
 	return t, nil
 }
 
