@@ -48,7 +48,11 @@ func openGCS(ctx context.Context, u *url.URL) (*gcs, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "check the Google credentials of this account")
 	}
-	client.SetRetry(storage.WithMaxAttempts(maxAttempts))
+	client.SetRetry(storage.WithMaxAttempts(maxAttempts), storage.WithErrorFunc(func(err error) bool {
+		// The library leaves out the connection that ends without an answer,
+		// after which nobody knows whether a write took effect.
+		return storage.ShouldRetry(err) || errors.Is(err, io.EOF)
+	}))
 	g := &gcs{client: client, bucket: client.Bucket(u.Host), name: u.Host, prefix: prefix}
 	if prefix != "" {
 		g.prefix += "/"

@@ -1,0 +1,73 @@
+package twin_test
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/pkg/testkit/gcs"
+)
+
+// loser stands before the emulator and loses the first answer to each upload
+// of an object whose name ends in one of these: the upload itself took effect.
+type loser struct {
+	next  http.Handler
+	names []string
+
+	mu   sync.Mutex
+	lost []string
+}
+
+func (l *loser) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if name := r.URL.Query().Get("name"); r.Method == http.MethodPost && l.loses(name) {
+		l.next.ServeHTTP(httptest.NewRecorder(), r)
+		panic(http.ErrAbortHandler) // the connection ends without an answer
+	}
+	l.next.ServeHTTP(w, r)
+}
+
+func (l *loser) loses(name string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, suffix := range l.names {
+		if strings.HasSuffix(name, suffix) {
+			l.names = append(l.names[:i:i], l.names[i+1:]...)
+			l.lost = append(l.lost, name)
+			return true
+		}
+	}
+	return false
+}
+
+// TestLostAnswers repeats an upload that took effect, as the library does when
+// it got no answer: the precondition then fails on the publisher's own object.
+func TestLostAnswers(t *testing.T) {
+	s := gcs.Start(t)
+	u, err := url.Parse(s.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &loser{next: &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(u) }}, names: []string{".tgz", "index.json"}}
+	proxy := httptest.NewServer(l)
+	t.Cleanup(proxy.Close)
+	(&gcs.Server{Endpoint: proxy.URL}).Use(t)
+	s.Bucket(t, "twins")
+	signer, _ := newSigner(t)
+	v, err := signer.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const dest = "gs://twins/x"
+	if _, err := twin.Publish(t.Context(), openBucket(t, dest), newRelease(t, signer, open, "")); err != nil {
+		t.Fatal(err)
+	}
+	if len(l.lost) != 2 {
+		t.Errorf("lost the answers for %q; want two", l.lost)
+	}
+	check(t, content(t, dest), v, open)
+}
