@@ -233,8 +233,8 @@ func hasHeading(text, fragment string) bool {
 }
 
 var (
-	makeTarget  = regexp.MustCompile(`(?m)^([a-z-]+):.*## `)
-	makeMention = regexp.MustCompile("`make ([a-z-]+)")
+	makeTarget  = regexp.MustCompile(`(?m)^([a-z0-9-]+):.*## `)
+	makeMention = regexp.MustCompile("`make ([a-z0-9-]+)")
 )
 
 func TestMakeTargetsInDocumentsExist(t *testing.T) {
