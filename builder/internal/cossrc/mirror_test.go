@@ -1,6 +1,7 @@
 package cossrc_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
 // TestMirror reads every build of a mirror made of real kernels.
@@ -72,5 +74,66 @@ func TestMirror(t *testing.T) {
 	}
 	if len(byPrint) >= len(builds) {
 		t.Errorf("%d builds have %d fingerprints; want the rebuilt kernel to share one", len(builds), len(byPrint))
+	}
+}
+
+// TestEmulatorMirror reads a build of a mirror made of real kernels over Google
+// Cloud Storage's API: it is the very build that it is as a folder.
+func TestEmulatorMirror(t *testing.T) {
+	mirror := os.Getenv("PREBAKE_MIRROR")
+	if mirror == "" {
+		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `builder mirror` makes it")
+	}
+	root := filepath.Join(strings.TrimPrefix(mirror, "file://"), "cos")
+	builds, err := filepath.Glob(filepath.Join(root, "*", "lakitu", "kernel-headers.tgz"))
+	if err != nil || len(builds) == 0 {
+		t.Fatalf("no builds below %s: %v", root, err)
+	}
+	dir := filepath.Dir(builds[0])
+	build := filepath.Base(filepath.Dir(dir))
+	s := gcs.Start(t)
+	s.Use(t)
+	s.Bucket(t, "cos-tools")
+	s.Bucket(t, "cos-tools-eu")
+	objects, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range objects {
+		data, err := os.ReadFile(filepath.Join(dir, o.Name()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.Put(t, "cos-tools", build+"/lakitu/"+o.Name(), data)
+		s.Put(t, "cos-tools-eu", build+"/"+o.Name(), data) // the older layout
+	}
+	var want *cossrc.Inputs
+	for _, url := range []string{mirror + "/cos", "gs://cos-tools", "gs://cos-tools-eu", s.Endpoint + "/cos-tools"} {
+		bucket, err := cosbucket.Open(t.Context(), url)
+		if err != nil {
+			t.Fatal(err)
+		}
+		cache, err := cas.Open(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		in, err := cossrc.Fetch(t.Context(), bucket, cache, build, "lakitu", func(line string) { t.Log(line) })
+		if err != nil {
+			t.Fatalf("Fetch from %s: %v", url, err)
+		}
+		if want == nil {
+			want = in
+		}
+		if in.Fingerprint != want.Fingerprint || in.Kernel != want.Kernel || len(in.Materials) != len(want.Materials) {
+			t.Errorf("from %s: %+v; want %+v", url, in, want)
+		}
+		for i, m := range in.Materials {
+			if m.Digest != want.Materials[i].Digest || !strings.HasPrefix(m.URI, url+"/"+build+"/") || m.Unverified {
+				t.Errorf("material %+v; want %s, verified, from %s", m, want.Materials[i].Digest, url)
+			}
+		}
+		if err := errors.Join(bucket.Close(), cache.Close()); err != nil {
+			t.Error(err)
+		}
 	}
 }
