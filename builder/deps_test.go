@@ -12,7 +12,7 @@ func TestDependencies(t *testing.T) {
 	wall.Bans(t, map[string]string{
 		"github.com/prebake/prebake/server":      "builders talk to the server over HTTP and the queue",
 		"github.com/prebake/prebake/fetcher":     "a node runs the builder, not the other way",
-		"github.com/go-chi/chi/v5":               "a builder serves nothing: nobody may reach the signing key over the network",
+		"github.com/go-chi/chi/v5":               "a builder serves nothing but its metrics: nobody may reach the signing key over the network",
 		"github.com/danielgtaylor/huma/v2":       "as above",
 		"cuelabs.dev/go/oci/ociregistry":         "the registry is the server's",
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
@@ -26,6 +26,8 @@ func TestHomes(t *testing.T) {
 		{Lib: "github.com/prebake/prebake/pkg/queue", Package: "/internal/worker", Why: "only worker takes builds from the queue"},
 		{Lib: "github.com/sigstore/sigstore", Package: "/internal/sign", Why: "private keys live in sign"},
 		{Lib: "github.com/sigstore/sigstore-go", Package: "/internal/sign", Why: "private keys live in sign"},
+		{Lib: "go.opentelemetry.io/otel", Package: "/internal/telemetry", Why: "what leaves a builder is decided in one place"},
+		{Lib: "github.com/prometheus/client_golang", Package: "/internal/telemetry", Why: "as above"},
 		{Lib: "github.com/riverqueue/river", Why: "the queue lives in pkg/queue"},
 	})
 }
