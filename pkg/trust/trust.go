@@ -13,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -147,7 +148,7 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 			if err := tests.add(st, e); err != nil {
 				useless.add(err)
 			}
-		case PredicateSBOM:
+		case PredicateSBOM, gpulist.PredicateType: // for others to read
 		default:
 			useless.add(fault.Errorf(fault.Unverified, "statement of type %.80q", st.PredicateType))
 		}
