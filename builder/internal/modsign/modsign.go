@@ -21,8 +21,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 
 	"github.com/smallstep/pkcs7"
 
@@ -142,6 +145,22 @@ func (s *Signer) Identity() string { return s.identity }
 
 // Certificate is the one by which the kernel finds its key.
 func (s *Signer) Certificate() *x509.Certificate { return s.cert }
+
+// Key names what a signature is made with, for cache keys: modules with equal
+// keys and equal bytes are signed with equal bytes.
+func (s *Signer) Key(hash string) string { return Recipe + "-" + hash + "-" + s.identity }
+
+// SignAll signs modules, by name, into a folder, and returns where they are.
+func (s *Signer) SignAll(ctx context.Context, modules map[string]string, dir, hash string) (map[string]string, error) {
+	out := map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		out[name] = filepath.Join(dir, strings.TrimSuffix(name, ".ko")+".ko")
+		if err := s.Sign(ctx, modules[name], out[name], hash); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
 
 // Sign writes the module src with a signature to the new file dst. hash is the
 // kernel's CONFIG_MODULE_SIG_HASH: see [ReadConfig].

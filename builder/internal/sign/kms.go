@@ -24,6 +24,8 @@ import (
 const hintRefs = "name it gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
 	"or NAME://... with a plugin sigstore-kms-NAME on PATH"
 
+const hintGoogle = "give Google credentials: GOOGLE_APPLICATION_CREDENTIALS, gcloud auth application-default login, or a service account of the machine"
+
 func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerifier, crypto.PublicKey, error) {
 	sv, err := kms.Get(ctx, ref, hash)
 	if err != nil {
@@ -32,18 +34,35 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 			scheme, _, _ := strings.Cut(ref, "://")
 			return nil, nil, fault.Wrap(fault.Usage, err, "put the plugin sigstore-kms-"+scheme+" on PATH, or use a key file")
 		}
-		// The libraries say neither whether it is the name, the network or the
-		// credentials; only the name is for nobody to wait for.
-		if text := err.Error(); strings.Contains(text, "kms specification") || strings.Contains(text, "is not set") || strings.Contains(text, "no Vault token") {
-			return nil, nil, fault.Wrap(fault.Usage, err, hintRefs)
-		}
-		return nil, nil, fault.Wrap(fault.Transient, err, "check that the KMS can be reached and that these credentials may use the key")
+		return nil, nil, explain(err)
 	}
 	pub, err := sv.PublicKey(options.WithContext(ctx))
 	if err != nil {
-		return nil, nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
+		return nil, nil, explain(err)
 	}
 	return sv, pub, nil
+}
+
+// explain tells words and credentials that are off, which nobody should wait
+// for, from a service that may answer the next time. The libraries have no
+// errors of their own for that, so their texts decide; any other is the
+// service's.
+func explain(err error) error {
+	for _, known := range []struct{ text, hint string }{
+		{"kms specification", hintRefs},
+		{"is not set", hintRefs},
+		{"no Vault token", hintRefs},
+		{".vault-token", hintRefs},
+		{"credentials:", hintGoogle},
+		{"new gcp kms client: open ", hintGoogle},
+		{"permission denied", "check that these credentials may use the key and read its public half"},
+		{"PermissionDenied", "grant roles/cloudkms.signerVerifier on the key"},
+	} {
+		if strings.Contains(err.Error(), known.text) {
+			return fault.Wrap(fault.Usage, err, known.hint)
+		}
+	}
+	return fault.Wrap(fault.Transient, err, "check that the KMS can be reached")
 }
 
 func fromKMS(ctx context.Context, ref string) (*Signer, error) {
@@ -83,7 +102,7 @@ func OpenKey(ctx context.Context, ref string, opts ...Option) (crypto.Signer, er
 			err = errors.New("no public key")
 		}
 		if err != nil {
-			return nil, fault.Wrap(fault.Transient, err, "check that these credentials may read the public key")
+			return nil, explain(err)
 		}
 		return key, nil
 	}()

@@ -174,12 +174,25 @@ func TestVault(t *testing.T) {
 		t.Errorf("LoadSigner(bad name) = %v, hint %q; want how to name it", err, fault.Hint(err))
 	}
 	t.Setenv("VAULT_TOKEN", "s.wrong")
-	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "permission denied") {
+	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("LoadSigner(wrong token) = %v; want permission denied", err)
 	}
 	t.Setenv("VAULT_ADDR", "")
 	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "VAULT_ADDR") {
 		t.Errorf("LoadSigner(no address) = %v, hint %q; want the variable's name", err, fault.Hint(err))
+	}
+}
+
+// TestGoogleWithoutCredentials is as far as Google's KMS can be tried without
+// Google: it shows that the client is linked in, and what it says.
+func TestGoogleWithoutCredentials(t *testing.T) {
+	t.Setenv("GOOGLE_APPLICATION_CREDENTIALS", filepath.Join(t.TempDir(), "none"))
+	_, err := sign.LoadSigner(t.Context(), "gcpkms://projects/p/locations/l/keyRings/r/cryptoKeys/k/cryptoKeyVersions/1")
+	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "GOOGLE_APPLICATION_CREDENTIALS") {
+		t.Errorf("LoadSigner = %v, hint %q; want usage, and how to give credentials", err, fault.Hint(err))
+	}
+	if _, err := sign.LoadSigner(t.Context(), "gcpkms://x"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "gcpkms://projects/") {
+		t.Errorf("LoadSigner(bad name) = %v, hint %q; want how to name it", err, fault.Hint(err))
 	}
 }
 
