@@ -15,8 +15,11 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/gpulist"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 func TestMain(m *testing.M) {
@@ -29,6 +32,8 @@ func TestMain(m *testing.M) {
 //	$ROOT0     the same without a GPU
 //	$REGISTRY  a repository with 535.261.03-open for that node
 //	$SIBLING   a repository that offers another build's artifact under its name
+//	$BOTH      a repository with both flavours of 535.261.03, whose signed list
+//	           says that the open one drives an L4 and not the node's T4
 //	$LAYOUT    an OCI layout folder with what a node compiled itself
 //	$SERVER    a server that names the artifact; other drivers have other states
 //	$KEY, $OTHERKEY  the publisher's public key, and somebody else's
@@ -68,8 +73,8 @@ func exits(ts *testscript.TestScript, neg bool, args []string) {
 func setup(t *testing.T, env *testscript.Env) error {
 	key, other := testkit.NewKey(t), testkit.NewKey(t)
 	c := sample.NewCell(t, "17800.0.47", "535.261.03")
-	registry := testkit.Registry(t, true) + "/prebake/driver"
-	p := sample.Publish(t, registry, key, c)
+	published := testkit.Registry(t, true) + "/prebake/driver"
+	p := sample.Publish(t, published, key, c)
 
 	sibling := sample.NewCell(t, "17800.0.50", "535.261.03")
 	sibling.Fingerprint = target.Fingerprint("sha256:" + strings.Repeat("0b", 32))
@@ -77,12 +82,21 @@ func setup(t *testing.T, env *testscript.Env) error {
 	siblings := testkit.Registry(t, true) + "/prebake/driver"
 	sample.Publish(t, siblings, key, sibling)
 
+	both := testkit.Registry(t, true) + "/prebake/driver"
+	for _, f := range []target.Flavour{target.Open, target.Proprietary} {
+		flavoured := c
+		flavoured.Driver.Flavour = f
+		if err := list(t, both, key, sample.Publish(t, both, key, flavoured).Digest); err != nil {
+			return err
+		}
+	}
+
 	own := testkit.NewKey(t)
 	state := filepath.Join(env.WorkDir, "made")
 	made := sample.NewCell(t, "17800.0.47", "550.54.15")
 	pm := sample.Publish(t, "oci:"+filepath.Join(state, "local"), own, made)
 
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { resolution(w, r, c, registry, p.Digest) }))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { resolution(w, r, c, published, p.Digest) }))
 	t.Cleanup(server.Close)
 	for name, pem := range map[string][]byte{"key.pem": key.PEM(t), "other.pem": other.PEM(t), "own.pem": own.PEM(t)} {
 		if err := os.WriteFile(filepath.Join(env.WorkDir, name), pem, 0o644); err != nil {
@@ -91,8 +105,9 @@ func setup(t *testing.T, env *testscript.Env) error {
 	}
 	env.Setenv("ROOT", sample.Root(t, c, 1))
 	env.Setenv("ROOT0", sample.Root(t, c, 0))
-	env.Setenv("REGISTRY", registry)
+	env.Setenv("REGISTRY", published)
 	env.Setenv("SIBLING", siblings)
+	env.Setenv("BOTH", both)
 	env.Setenv("SERVER", server.URL)
 	env.Setenv("KEY", filepath.Join(env.WorkDir, "key.pem"))
 	env.Setenv("OTHERKEY", filepath.Join(env.WorkDir, "other.pem"))
@@ -100,6 +115,21 @@ func setup(t *testing.T, env *testscript.Env) error {
 	env.Setenv("MADE", state)
 	env.Setenv("MADE_DIGEST", pm.Digest)
 	return nil
+}
+
+// list attaches a signed list of supported GPUs.
+func list(t *testing.T, ref string, key *testkit.Key, digest string) error {
+	repo, err := registry.Open(ref, registry.Options{Plain: true})
+	if err != nil {
+		return err
+	}
+	d, err := repo.Resolve(t.Context(), digest)
+	if err != nil {
+		return err
+	}
+	l := gpulist.List{Version: "535.261.03", Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x102d", Legacy: "470.xx"}, {Device: "0x27b8", Features: []string{"kernelopen"}}}}
+	_, err = repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, key.Statement(t, digest, gpulist.PredicateType, l), nil)
+	return err
 }
 
 // resolution answers as a server does; the driver's version picks the state.
