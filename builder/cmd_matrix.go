@@ -256,7 +256,11 @@ func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
-	return show(cmd, farm.Look(ctx, m.farm, p), 0)
+	report, err := farm.Look(ctx, m.farm, p)
+	if err != nil {
+		return err
+	}
+	return show(cmd, report, 0)
 }
 
 // runBuildWish makes what is missing of a wish list.

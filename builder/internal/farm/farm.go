@@ -14,6 +14,7 @@
 package farm
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -130,11 +131,15 @@ func Run(ctx context.Context, cfg Config, p *plan.Plan) *Report {
 	return f.report(p)
 }
 
-// Look says of every cell what is known without making anything.
-func Look(ctx context.Context, cfg Config, p *plan.Plan) *Report {
+// Look says of every cell what is known without making anything. A destination
+// that does not answer is an error: what it has is not known to be missing.
+func Look(ctx context.Context, cfg Config, p *plan.Plan) (*Report, error) {
 	f := newFarm(cfg, p)
 	f.lookUp(ctx)
-	return f.report(p)
+	if f.trouble != nil {
+		return nil, fmt.Errorf("look for published cells: %w", f.trouble)
+	}
+	return f.report(p), nil
 }
 
 // lookUp settles the cells that are published and those whose failure is known.
@@ -161,8 +166,14 @@ func (f *farm) lookUp(ctx context.Context) {
 
 func (f *farm) look(ctx context.Context, j *job) {
 	if f.cfg.Published != nil {
-		// Trouble on the way is the build's own trouble too, if it stays.
-		if digest, err := f.cfg.Published(ctx, j.Cell); err == nil && digest != "" {
+		switch digest, err := f.cfg.Published(ctx, j.Cell); {
+		case err != nil: // the build meets the same trouble, if it stays
+			f.mu.Lock()
+			f.trouble = cmp.Or(f.trouble, err)
+			f.mu.Unlock()
+			note := failure(fmt.Errorf("not known whether it is published: %w", err))
+			f.say(Event{Job: j.Job, Kind: Note, Failure: &note})
+		case digest != "":
 			f.mu.Lock()
 			j.Digest = digest
 			f.mu.Unlock()

@@ -250,9 +250,31 @@ func testRun(t *testing.T) {
 	}
 	// And a look makes nothing at all.
 	w.published = nil
-	r = farm.Look(t.Context(), cfg, p)
-	if len(w.began)+len(w.fetched) != 0 || r.States[farm.Missing] != 4 {
-		t.Errorf("look begins %v, fetches %v, %v; want 4 missing", w.began, w.fetched, r.States)
+	r, err := farm.Look(t.Context(), cfg, p)
+	if err != nil || len(w.began)+len(w.fetched) != 0 || r.States[farm.Missing] != 4 {
+		t.Errorf("look begins %v, fetches %v, %v, %v; want 4 missing", w.began, w.fetched, r.States, err)
+	}
+}
+
+// A destination that does not answer has not said that a cell is missing: a
+// look fails, and a run tries to make it.
+func TestUnknown(t *testing.T) {
+	t.Parallel()
+	w := &world{t: t}
+	cfg := w.config()
+	cfg.Published = func(context.Context, plan.Cell) (string, error) { return "", fault.New(fault.Transient, "down", "") }
+	notes := 0
+	cfg.Watch = func(e farm.Event) {
+		if e.Kind == farm.Note {
+			notes++
+		}
+	}
+	p := cells("1.0.1 5.1-open")
+	if r, err := farm.Look(t.Context(), cfg, p); !fault.Is(err, fault.Transient) {
+		t.Errorf("Look = %v, %v; want transient trouble", r, err)
+	}
+	if r := farm.Run(t.Context(), cfg, p); r.States[farm.Published] != 1 || notes != 2 {
+		t.Errorf("Run: %v, %d notes; want it made, and a note each time", r.States, notes)
 	}
 }
 

@@ -58,6 +58,7 @@ type farm struct {
 	ended   bool          // no more inputs will arrive
 	warm    map[any]bool  // fingerprints and driver versions that a cell was made of
 	failed  map[same]*job // builds that would fail the same way again
+	trouble error         // the first answer that lookUp did not get
 }
 
 func newFarm(cfg Config, p *plan.Plan) *farm {
