@@ -59,7 +59,9 @@ func ReadDetached(r io.Reader) (*Detached, error) {
 			if err != nil {
 				return fmt.Errorf("%.100q: %w", h.Name, err)
 			}
-			d.Certificates = append(d.Certificates, certs...)
+			if d.Certificates = append(d.Certificates, certs...); len(d.Certificates) > maxSent {
+				return fmt.Errorf("more than %d certificates", maxSent)
+			}
 			return nil
 		}
 		into := d.Firmware

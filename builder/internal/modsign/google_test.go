@@ -128,6 +128,7 @@ func TestDetached(t *testing.T) {
 
 func TestReadDetachedRefuses(t *testing.T) {
 	t.Parallel()
+	cert := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: rsaPair(t).cert.Raw}))
 	for name, archive := range map[string][]byte{
 		"no archive":        []byte("hello"),
 		"cut off":           tgz(t, entry{name: "nvidia.ko.sig", data: "x"})[:40],
@@ -137,6 +138,7 @@ func TestReadDetachedRefuses(t *testing.T) {
 		"no certificate":    tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: "x"}),
 		"a link":            tgz(t, entry{name: "nvidia.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
 		"a long signature":  tgz(t, entry{name: "nvidia.ko.sig", data: strings.Repeat("x", 1<<20+1)}),
+		"many certificates": tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: strings.Repeat(cert, 17)}),
 		"a bomb":            tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "zeros", data: strings.Repeat("\x00", 65<<20)}),
 		"too many":          tgz(t, slices.Repeat([]entry{{name: "x", data: ""}}, 1100)...),
 		"another container": append([]byte("\x1f\x8b\x08\x00"), 0, 0, 0, 0, 0, 3, 1, 0, 0, 0xff, 0xff),

@@ -126,9 +126,11 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 	return s, nil
 }
 
-// Bounds of a signature's parts; the kernel's own has one signer.
+// Bounds of a signature's parts; the kernel's own has one signer and no
+// certificates. Each costs the work of verifying something.
 const (
 	maxSigners = 16
+	maxSent    = 16
 	maxChain   = 8
 )
 
@@ -169,6 +171,9 @@ func parse(signature []byte) (p7 *pkcs7.PKCS7, err error) {
 	}
 	if n := len(p7.Signers); n == 0 || n > maxSigners || n != len(outline.Content.Signers) {
 		return nil, fmt.Errorf("%w: %d signers", ErrMalformed, n)
+	}
+	if n := len(p7.Certificates); n > maxSent {
+		return nil, fmt.Errorf("%w: %d certificates", ErrMalformed, n)
 	}
 	for _, s := range p7.Signers {
 		switch {
