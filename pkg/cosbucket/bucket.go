@@ -168,7 +168,16 @@ func (b *Bucket) each(ctx context.Context, ask func(m backend) error) error {
 			break
 		}
 	}
-	return errors.Join(append(troubles, cannot...)...)
+	return inOneLine(append(troubles, cannot...))
+}
+
+// inOneLine is errors.Join for what people read as one sentence.
+func inOneLine(errs []error) error {
+	all := errs[0]
+	for _, err := range errs[1:] {
+		all = fmt.Errorf("%w; %w", all, err)
+	}
+	return all
 }
 
 func (b *Bucket) prefer(at int) {

@@ -2,7 +2,6 @@ package cosbucket
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -135,5 +134,5 @@ func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit 
 		}
 		absent = append(absent, err)
 	}
-	return nil, "", errors.Join(absent...)
+	return nil, "", inOneLine(absent)
 }

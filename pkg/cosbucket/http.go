@@ -119,7 +119,7 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 // total returns the whole size out of a Content-Range that begins at offset.
 func total(contentRange string, offset int64) (int64, error) {
 	var first, last, size int64
-	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 || first != offset || last != size-1 {
+	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 || first != offset || last < first || last != size-1 {
 		return 0, fault.New(fault.Transient, fmt.Sprintf("server answered with range %.60q; want it from %d to the end", contentRange, offset), "try again; name another mirror if it stays so")
 	}
 	return size, nil

@@ -85,7 +85,7 @@ func (s *stream) resume(cause error) error {
 		if s.ctx.Err() != nil {
 			return s.ctx.Err()
 		}
-		broken = errors.Join(broken, err)
+		broken = fmt.Errorf("%w; %w", broken, err)
 		if !fault.Is(err, fault.Transient) {
 			break
 		}
@@ -109,7 +109,7 @@ func (s *stream) elsewhere(broken error) error {
 			if s.ctx.Err() != nil {
 				return s.ctx.Err()
 			}
-			broken = errors.Join(broken, err)
+			broken = fmt.Errorf("%w; %w", broken, err)
 			continue
 		}
 		if same, told := s.attrs.same(attrs); !same {

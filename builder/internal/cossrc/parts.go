@@ -195,16 +195,16 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 
 // follow fetches the toolchain from the first of these places that has it.
 func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part, error) {
-	var absent []error
+	absent := fmt.Errorf("%s says where the toolchain is, and there it is not", pointer.URI)
 	for _, at := range places {
 		f.Sayf("%s: the toolchain is %s", pointer.Name, at)
 		p, err := f.from(ctx, at, o)
 		if !fault.Is(err, fault.InputMissing) {
 			return p, err
 		}
-		absent = append(absent, err)
+		absent = fmt.Errorf("%w; %w", absent, err)
 	}
-	return part{}, fault.Wrap(fault.InputMissing, fmt.Errorf("%s says where the toolchain is, and there it is not: %w", pointer.URI, errors.Join(absent...)),
+	return part{}, fault.Wrap(fault.InputMissing, absent,
 		"put the toolchain into a bucket of that name beside this one, or to "+f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
 }
 
