@@ -2,6 +2,7 @@ package resolve_test
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 
@@ -38,13 +39,15 @@ func lists(list *gpulist.List, err error) resolve.Lister {
 	return func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return list, err }
 }
 
-var auto = []struct {
+type autoRow struct {
 	name      string
 	gpus      []gpulist.GPU
 	published string // flavours
 	list      *gpulist.List
 	want      string // flavour, or a word of the reason
-}{
+}
+
+var auto = []autoRow{
 	{"Turing", gpus(turing), "open proprietary", release, "open"},
 	{"Turing without a list", gpus(turing), "open proprietary", nil, "open"},
 	{"Turing, only proprietary", gpus(turing), "proprietary", release, "proprietary"},
@@ -59,8 +62,9 @@ var auto = []struct {
 
 func TestAutoByRegistry(t *testing.T) {
 	t.Parallel()
-	rows := append(auto[:len(auto):len(auto)], auto[0])
-	rows[len(auto)].name, rows[len(auto)].gpus, rows[len(auto)].published, rows[len(auto)].want = "Volta, only open", gpus(volta), "open", "do not drive GPU 0000:00:04.0 (10de:1db1)"
+	onlyOpen := auto[0]
+	onlyOpen.name, onlyOpen.gpus, onlyOpen.published, onlyOpen.want = "Volta, only open", gpus(volta), "open", "do not drive GPU 0000:00:04.0 (10de:1db1)"
+	rows := slices.Concat(auto, []autoRow{onlyOpen})
 	for _, row := range rows {
 		r := resolve.Registry{Ref: "reg/x", GPUs: lists(row.list, nil), Resolve: func(_ context.Context, tag string) (string, error) {
 			for f := range strings.FieldsSeq(row.published) {
