@@ -168,15 +168,15 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		}
 		return res, err
 	}
-	m.farm.Kernel = func(ctx context.Context, k target.Kernel) (target.Fingerprint, error) {
-		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, nil)
+	m.farm.Kernel = func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error) {
+		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, say)
 		if err != nil {
 			return "", err
 		}
 		return in.Fingerprint, nil
 	}
-	m.farm.Driver = func(ctx context.Context, version string, arch target.Arch) ([]target.Flavour, error) {
-		release, err := nvsrc.Fetch(ctx, m.drivers, m.cfg.Cache, version, arch, nil)
+	m.farm.Driver = func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error) {
+		release, err := nvsrc.Fetch(ctx, m.drivers, m.cfg.Cache, version, arch, say)
 		if err != nil {
 			return nil, err
 		}
@@ -283,7 +283,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	stderr := cmd.Root().ErrWriter
-	fmt.Fprintf(stderr, "%d cells, %d side by side with %d compilers each; logs in %s\n", len(p.Cells), m.farm.Parallel, m.cfg.Jobs, m.farm.Logs)
+	fmt.Fprintf(stderr, "%s, %d side by side with %d compilers each; logs in %s\n", cellsOf(len(p.Cells)), m.farm.Parallel, m.cfg.Jobs, m.farm.Logs)
 	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
 		return err
 	}
@@ -295,7 +295,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	if n := report.Early(); n > 0 {
-		fmt.Fprintf(stderr, "note:  %d cells of early warnings failed; they do not change the exit code\n", n)
+		fmt.Fprintf(stderr, "note:  early warning: %s failed; that does not change the exit code\n", cellsOf(n))
 	}
 	return report.Err()
 }

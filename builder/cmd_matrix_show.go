@@ -107,6 +107,13 @@ func reason(j *farm.Job) string {
 	return s + ": " + j.Failure.Error
 }
 
+func cellsOf(n int) string {
+	if n == 1 {
+		return "1 cell"
+	}
+	return fmt.Sprintf("%d cells", n)
+}
+
 func summary(r *farm.Report, took time.Duration) string {
 	var parts []string
 	for _, s := range farm.States() {
@@ -114,7 +121,7 @@ func summary(r *farm.Report, took time.Duration) string {
 			parts = append(parts, fmt.Sprintf("%d %s", n, s))
 		}
 	}
-	text := fmt.Sprintf("%d cells: %s", len(r.Jobs), strings.Join(parts, ", "))
+	text := fmt.Sprintf("%s: %s", cellsOf(len(r.Jobs)), strings.Join(parts, ", "))
 	if took > 0 {
 		text += fmt.Sprintf("; %.1f s", took.Seconds())
 	}
@@ -202,6 +209,8 @@ func (s *screen) watch(e farm.Event) {
 	case farm.Again:
 		s.end(e.Job.Index)
 		s.say(fmt.Sprintf("%s: %v, will be tried again: %s", name, e.Failure.Class, e.Failure.Error))
+	case farm.Fetch:
+		s.say(e.Text)
 	case farm.Note:
 		s.say(fmt.Sprintf("%s: %s", name, e.Failure.Error))
 	case farm.Settled:

@@ -101,6 +101,9 @@ func logEvent(ctx context.Context, log *slog.Logger, e farm.Event) {
 	case farm.Note:
 		log.WarnContext(ctx, "note", "err", e.Failure.Error)
 		return
+	case farm.Fetch:
+		log.DebugContext(ctx, "input fetched", "what", e.Text)
+		return
 	case farm.Phase:
 		return
 	}

@@ -39,9 +39,10 @@ type Config struct {
 	// came; log gets everything that tools print.
 	Make func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	// Kernel brings a kernel's inputs into the cache and returns its fingerprint.
-	Kernel func(ctx context.Context, k target.Kernel) (target.Fingerprint, error)
+	// say is told about progress, a line at a time.
+	Kernel func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error)
 	// Driver brings a release into the cache and returns the flavours that it has.
-	Driver func(ctx context.Context, version string, arch target.Arch) ([]target.Flavour, error)
+	Driver func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error)
 	// Published returns the digest of a cell that every destination has, signed
 	// for this very build, and "" where one has not. It is asked before
 	// anything is fetched. Nil: nothing is published.
@@ -204,15 +205,17 @@ func (f *farm) fetch(ctx context.Context) {
 		}
 		if in := f.claim(j.kernel); in != nil {
 			group.Go(func() error {
-				fp, err := retry(ctx, f.cfg, func() (target.Fingerprint, error) { return f.cfg.Kernel(ctx, j.Cell.Kernel) })
+				say := f.saying(j, "kernel "+j.Cell.Kernel.String())
+				fp, err := retry(ctx, f.cfg, func() (target.Fingerprint, error) { return f.cfg.Kernel(ctx, j.Cell.Kernel, say) })
 				f.arrived(ctx, in, func() { in.fingerprint = fp }, err)
 				return nil
 			})
 		}
 		if in := f.claim(j.driver); in != nil {
 			group.Go(func() error {
+				say := f.saying(j, "driver "+j.Cell.Driver.Version)
 				flavours, err := retry(ctx, f.cfg, func() ([]target.Flavour, error) {
-					return f.cfg.Driver(ctx, j.Cell.Driver.Version, j.Cell.Kernel.Arch)
+					return f.cfg.Driver(ctx, j.Cell.Driver.Version, j.Cell.Kernel.Arch, say)
 				})
 				f.arrived(ctx, in, func() { in.flavours = flavours }, err)
 				return nil
@@ -220,6 +223,11 @@ func (f *farm) fetch(ctx context.Context) {
 		}
 	}
 	_ = group.Wait() // the functions above return nil
+}
+
+// saying tells the watcher what is being fetched.
+func (f *farm) saying(j *job, what string) func(string) {
+	return func(text string) { f.say(Event{Job: j.Job, Kind: Fetch, Text: what + ": " + text}) }
 }
 
 // retry repeats what may pass.

@@ -74,11 +74,14 @@ func (w *world) config() farm.Config {
 	}
 	return farm.Config{
 		Make: w.make, Logs: filepath.Join(w.t.TempDir(), "logs"), Memory: w,
-		Kernel: func(_ context.Context, k target.Kernel) (target.Fingerprint, error) {
+		Kernel: func(_ context.Context, k target.Kernel, _ func(string)) (target.Fingerprint, error) {
 			family, _, _ := strings.Cut(k.BuildID, ".")
 			return target.Fingerprint(family), w.fetch(k.BuildID)
 		},
-		Driver: func(_ context.Context, version string, _ target.Arch) ([]target.Flavour, error) {
+		Driver: func(_ context.Context, version string, _ target.Arch, say func(string)) ([]target.Flavour, error) {
+			if w.arrive == nil {
+				say("here")
+			}
 			if version == "9.9" {
 				return []target.Flavour{target.Proprietary}, w.fetch(version)
 			}
@@ -422,10 +425,10 @@ func TestEvents(t *testing.T) {
 	var seen []string
 	cfg := w.config()
 	cfg.Watch = func(e farm.Event) {
-		seen = append(seen, fmt.Sprintf("%d/%d %d %s %s", e.Done, e.Total, e.Kind, e.Job.State, e.Phase.Phase))
+		seen = append(seen, fmt.Sprintf("%d/%d %d %s %s%s", e.Done, e.Total, e.Kind, e.Job.State, e.Phase.Phase, e.Text))
 	}
 	farm.Run(t.Context(), cfg, cells("1.0.1 5.1-open"))
-	want := []string{"0/1 0  ", "0/1 1  compile", "0/1 1  compile", "1/1 3 published "}
+	want := []string{"0/1 5  driver 5.1: here", "0/1 0  ", "0/1 1  compile", "0/1 1  compile", "1/1 3 published "}
 	if diff := cmp.Diff(want, seen); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
 	}

@@ -57,6 +57,7 @@ const (
 	Again   // an attempt failed, another one comes
 	Settled // it has a state
 	Note    // something that is no failure
+	Fetch   // an input of this cell and others is on its way
 )
 
 // Event is something that happened to a cell. The Job is a copy.
@@ -65,6 +66,7 @@ type Event struct {
 	Kind        EventKind
 	Phase       timeline.Event // of Phase
 	Failure     *Failure       // of Again and Note
+	Text        string         // of Fetch
 	Done, Total int            // cells
 }
 
