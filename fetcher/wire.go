@@ -60,7 +60,11 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 	if err != nil {
 		return nil, nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE; nothing is installed unverified")
 	}
-	verifier, err := newVerifier(keys)
+	policy, err := trust.ParseLoadTestPolicy(cmd.String("load-test"))
+	if err != nil {
+		return nil, nil, fault.Wrap(fault.Usage, err, "see --help")
+	}
+	verifier, err := newVerifier(keys, policy)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -98,17 +102,18 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-func newVerifier(pem []byte) (*trust.Verifier, error) {
+func newVerifier(pem []byte, loadTest trust.LoadTestPolicy) (*trust.Verifier, error) {
 	keys, err := trust.ParsePublicKeys(pem)
 	if err != nil {
 		return nil, err
 	}
-	return trust.NewVerifier(trust.Policy{Keys: keys})
+	return trust.NewVerifier(trust.Policy{Keys: keys, LoadTest: loadTest})
 }
 
-// localVerifier is newVerifier for the node's own key.
+// localVerifier is newVerifier for the node's own key. What a node compiled for
+// itself is tested by being loaded.
 func localVerifier(pem []byte) (agent.Verifier, error) {
-	v, err := newVerifier(pem)
+	v, err := newVerifier(pem, trust.LoadTestAny)
 	if err != nil {
 		return nil, err // not a nil pointer in an interface
 	}
