@@ -405,7 +405,7 @@ func (c *Cache) Recall(kind, key string) (value []byte, ok bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}
-	defer func() { c.counted("fact:"+kind, ok) }()
+	defer func() { c.counted(factKind+kind, ok) }()
 	path := c.factPath(kind, key)
 	text, err := os.ReadFile(path)
 	if err != nil {

@@ -68,6 +68,14 @@ type entry struct {
 	bytes      int64
 }
 
+// rank is the order in which kinds go.
+func (e entry) rank() int {
+	if strings.HasPrefix(e.kind, factKind) {
+		return 1
+	}
+	return 0
+}
+
 // fresh is for how long a file in a folder that somebody else keeps is left
 // alone: it may be half of something.
 const fresh = time.Hour
@@ -79,7 +87,7 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 		return nil, err
 	}
 	kinds := tally(entries, func(e entry) bool {
-		if e.use == "" {
+		if !c.stamped(e) {
 			return false
 		}
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
@@ -95,6 +103,16 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 	}
 	slices.SortFunc(kinds, func(a, b Kind) int { return cmp.Or(cmp.Compare(b.Bytes, a.Bytes), cmp.Compare(a.Name, b.Name)) })
 	return kinds, nil
+}
+
+// stamped reports whether anybody has used the entry since there are stamps. To
+// lock it would make a stamp of now.
+func (c *Cache) stamped(e entry) bool {
+	if e.use == "" {
+		return false
+	}
+	_, err := os.Lstat(c.usePath(e.use))
+	return err == nil
 }
 
 func tally(entries []entry, busy func(entry) bool) []Kind {
@@ -149,7 +167,10 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 	if err != nil {
 		return done, err
 	}
-	slices.SortStableFunc(entries, func(a, b entry) int { return a.used.Compare(b.used) })
+	// Facts come last: they are small, and some took long to learn.
+	slices.SortStableFunc(entries, func(a, b entry) int {
+		return cmp.Or(cmp.Compare(a.rank(), b.rank()), a.used.Compare(b.used))
+	})
 	var gone []entry
 	defer func() { done.Kinds = tally(gone, func(entry) bool { return false }) }()
 	for _, e := range entries {
@@ -159,7 +180,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 		tooOld := l.OlderThan > 0 && time.Since(e.used) > l.OlderThan
 		tooMuch := l.Bytes > 0 && done.Left > l.Bytes || l.MinFree > 0 && free < l.MinFree
 		if !tooOld && !tooMuch {
-			break // all others were used later
+			continue
 		}
 		switch err := c.evict(e, l.DryRun); {
 		case errors.Is(err, errInUse):
@@ -179,7 +200,7 @@ func (c *Cache) Trim(ctx context.Context, l Limit) (done *Trimmed, err error) {
 
 // evict removes one entry, unless somebody has it or asked for it since.
 func (c *Cache) evict(e entry, dry bool) (err error) {
-	if e.use != "" {
+	if e.use != "" && (!dry || c.stamped(e)) {
 		f, err := lockUse(c.usePath(e.use), unix.LOCK_EX|unix.LOCK_NB)
 		if err != nil {
 			return err
@@ -243,7 +264,7 @@ func (c *Cache) entries(ctx context.Context) (all []entry, rest []Kind, err erro
 		case factsDir:
 			err = each(path, func(kind, path string, _ fs.FileInfo) {
 				_ = each(path, func(_, path string, info fs.FileInfo) { // as above
-					all = append(all, entry{kind: "fact:" + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
+					all = append(all, entry{kind: factKind + kind, path: path, used: info.ModTime(), bytes: blocks(info)})
 				})
 			})
 		case tmpDir, workDir:

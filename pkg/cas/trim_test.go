@@ -223,6 +223,59 @@ func TestTrimAgainstUse(t *testing.T) {
 	}
 }
 
+// Looking changes nothing: a cache that was filled before there were stamps is
+// trimmed by the times of its entries, also after it was listed.
+func TestTrimWithoutStamps(t *testing.T) {
+	t.Parallel()
+	c, dir := aged(t)
+	if err := os.RemoveAll(filepath.Join(dir, "uses")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(dir, "uses"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for n, ago := range []time.Duration{time.Hour, 30 * time.Hour, 2 * time.Hour} {
+		if err := os.Chtimes(filepath.Join(dir, "trees/modules", fmt.Sprint(n)), time.Now(), time.Now().Add(-ago)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kinds(t, c)
+	mustTrim(t, c, cas.Limit{Bytes: 1, DryRun: true})
+	if left, err := os.ReadDir(filepath.Join(dir, "uses")); err != nil || len(left) > 0 {
+		t.Errorf("looking left %v, %v", left, err)
+	}
+	mustTrim(t, c, cas.Limit{OlderThan: 20 * time.Hour})
+	if left, err := os.ReadDir(filepath.Join(dir, "trees/modules")); err != nil || len(left) != 2 || left[0].Name() != "0" {
+		t.Errorf("left after Trim: %v, %v; want 0 and 2", left, err)
+	}
+}
+
+// What took long to learn and takes no space goes last.
+func TestTrimFactsLast(t *testing.T) {
+	t.Parallel()
+	c, dir := aged(t)
+	if err := c.Remember("verdict", "k", []byte("v")); err != nil {
+		t.Fatal(err)
+	}
+	facts, err := filepath.Glob(filepath.Join(dir, "facts/verdict/*"))
+	if err != nil || len(facts) != 1 {
+		t.Fatal(facts, err)
+	}
+	ago := time.Now().Add(-1000 * time.Hour)
+	if err := os.Chtimes(facts[0], ago, ago); err != nil {
+		t.Fatal(err)
+	}
+	size := mustTrim(t, c, cas.Limit{}).Left
+	mustTrim(t, c, cas.Limit{Bytes: size - 100<<10})
+	if _, err := os.Stat(facts[0]); err != nil {
+		t.Errorf("the fact went before trees: %v", err)
+	}
+	mustTrim(t, c, cas.Limit{OlderThan: 999 * time.Hour})
+	if _, err := os.Stat(facts[0]); err == nil {
+		t.Error("a fact that is too old is still there")
+	}
+}
+
 // One trims at a time.
 func TestTrimIsBusy(t *testing.T) {
 	t.Parallel()

@@ -18,7 +18,11 @@ import (
 // and a shared flock on it, that a living process may be reading the entry.
 // Whoever evicts takes the lock exclusively, and removes the file last.
 
-const blobKind = "blob"
+// Names of kinds that are no tree's.
+const (
+	blobKind = "blob"
+	factKind = "fact:" // and the fact's kind
+)
 
 func (c *Cache) usePath(name string) string { return filepath.Join(c.dir, usesDir, name) }
 

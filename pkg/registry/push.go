@@ -77,7 +77,7 @@ func (f fixed) Resolve(authn.Resource) (authn.Authenticator, error) { return f.A
 
 // within ends requests with a context that the library does not take.
 type within struct {
-	ctx  context.Context //nolint:containedctx // see above
+	ctx  context.Context // see above
 	next http.RoundTripper
 }
 

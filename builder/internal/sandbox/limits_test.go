@@ -28,15 +28,15 @@ func limited(t *testing.T, l sandbox.Limits, script string, binds ...sandbox.Bin
 	return out.String(), usage, err
 }
 
-// grab holds 100 MB of memory: tail keeps what may turn out to be the end.
-const grab = `head -c 100000000 /dev/zero | tail -c 100000000 | wc -c`
+// grab holds 60 MB of memory: tail keeps what may turn out to be the end.
+const grab = `head -c 60000000 /dev/zero | tail -c 60000000 | wc -c`
 
 // A program that wants more memory than it may have does not get it, with a
 // control group or without.
 func TestMemory(t *testing.T) {
 	t.Parallel()
-	out, _, err := limited(t, sandbox.Limits{Memory: 48 << 20}, grab)
-	if strings.Contains(out, "100000000") {
+	out, _, err := limited(t, sandbox.Limits{Memory: 32 << 20}, grab)
+	if strings.Contains(out, "60000000") {
 		t.Errorf("%s printed %q; want it refused", grab, out)
 	}
 	// Per process, the program is told and says so itself; package compile
@@ -44,7 +44,7 @@ func TestMemory(t *testing.T) {
 	if sandbox.Bounds().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
 		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
 	}
-	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil || strings.TrimSpace(out) != "100000000" {
+	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil || strings.TrimSpace(out) != "60000000" {
 		t.Errorf("with memory enough, Run = %q, %v", out, err)
 	}
 }

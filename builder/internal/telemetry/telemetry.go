@@ -205,7 +205,7 @@ func (t *Telemetry) Cell(ctx context.Context, c Cell, line *timeline.Run) (_ con
 // calls it concurrently.
 type watch struct {
 	t    *Telemetry
-	ctx  context.Context //nolint:containedctx // carries the build's span to callbacks that have no context
+	ctx  context.Context // carries the build's span to callbacks that have no context
 	next func(timeline.Event)
 	open map[string]api.Span
 }
