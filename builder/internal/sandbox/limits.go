@@ -134,7 +134,6 @@ func (l Limits) command(each bool) ([]string, error) {
 type diskWatch struct {
 	limits  Limits
 	folders []string
-	began   int64 // bytes at the start
 	grown   int64
 }
 
@@ -145,11 +144,7 @@ func newDiskWatch(l Limits, binds []Bind) (*diskWatch, error) {
 			w.folders = append(w.folders, b.Host)
 		}
 	}
-	if err := w.room(); err != nil {
-		return nil, err
-	}
-	w.began = w.measure(context.Background())
-	return w, nil
+	return w, w.room()
 }
 
 // room reports a disk that is nearly full.
@@ -194,6 +189,9 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 	if len(w.folders) == 0 {
 		return
 	}
+	// Beside the program's start, which need not wait for it: what it writes in
+	// that moment may count as having been there.
+	began := w.measure(ctx)
 	pause := time.NewTimer(time.Second)
 	defer pause.Stop()
 	for {
@@ -211,7 +209,7 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 		if ctx.Err() != nil {
 			return
 		}
-		if w.grown = now - w.began; w.grown > w.limits.Disk {
+		if w.grown = now - began; w.grown > w.limits.Disk {
 			stop(fault.New(fault.DiskFull, fmt.Sprintf("it wrote more than %d MiB into its folders", w.limits.Disk>>20), "read the end of the build's log for what it was writing"))
 			return
 		}

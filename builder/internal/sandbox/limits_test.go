@@ -57,7 +57,7 @@ func TestDisk(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "before"), make([]byte, 40<<20), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	script := `i=0; while [ $i -lt 10 ]; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); done; echo written; sleep 600`
+	script := `i=0; while [ $i -lt 30 ]; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); done; echo written; sleep 600`
 	_, usage, err := limited(t, sandbox.Limits{Disk: 32 << 20}, script, sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
 	if !fault.Is(err, fault.DiskFull) || fault.Hint(err) == "" || usage.Disk < 32<<20 {
 		t.Errorf("Run = %v (%v), hint %q, usage %+v; want disk full, a hint and what it wrote", err, fault.Of(err), fault.Hint(err), usage)
