@@ -42,7 +42,7 @@ func TestInVirtualMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := vm.Config{Boot: boot, Init: init, Timeout: 8 * time.Minute, Files: []vm.File{{Name: "/sandbox.test", Path: self, Mode: 0o755}}}
+	c := vm.Config{Boot: boot, Init: init, Timeout: 13 * time.Minute, Files: []vm.File{{Name: "/sandbox.test", Path: self, Mode: 0o755}}}
 	var programs []string
 	for _, name := range []string{"bwrap", "prlimit", "sh", "true", "cat", "cut", "df", "echo", "env", "grep", "head", "id", "ls", "sleep", "sort", "tail", "touch", "tr", "truncate", "uname", "unshare", "wc", "awk"} {
 		path, err := filepath.EvalSymlinks("/usr/bin/" + name)
@@ -60,7 +60,7 @@ func TestInVirtualMachine(t *testing.T) {
 	c.Files = append(c.Files, vm.File{Name: "/bin/sh", Path: programs[2], Mode: 0o755}, vm.File{Name: "/usr/local"}, vm.File{Name: "/usr/src"})
 	for _, where := range []string{"root", "unit", "user"} {
 		c.Steps = append(c.Steps, vm.Step{Name: where, KeepGoing: true, Env: []string{inGuest + "=" + where},
-			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=150s", "-test.parallel=1", "-test.run", "^Test(Inside|Exit|Memory|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
+			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=4m", "-test.parallel=1", "-test.run", "^Test(Inside|Exit|Memory|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
 	}
 	c.Watch = func(p vm.Progress) {
 		if p.State == "output" {
