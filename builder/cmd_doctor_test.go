@@ -1,0 +1,51 @@
+package main
+
+import (
+	"encoding/json"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/doctor"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Whatever else this machine has: a destination that cannot be written fails
+// the check, as text for people and as JSON for programs.
+func TestDoctor(t *testing.T) {
+	t.Parallel()
+	args := []string{"doctor", "--cache", filepath.Join(t.TempDir(), "cache"), "--to", "oci:/proc/self/x", "--to", "oci:" + t.TempDir(), "--key", filepath.Join(t.TempDir(), "none")}
+	code, out, errs := runOne(t, doctorCommand(), args...)
+	if code == 0 || !strings.Contains(errs, "this machine cannot build") || !strings.Contains(errs, "hint:") {
+		t.Errorf("doctor = %d\n%s; want a failure and what to do", code, errs)
+	}
+	for line := range strings.Lines(out) {
+		if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > 80 && strings.Count(strings.TrimSpace(line), " ") > 0 {
+			t.Errorf("a line of %d columns: %s", n, line)
+		}
+	}
+	for _, want := range []string{"fail  destination", "ok    destination", "fail  key", "next: "} {
+		if !strings.Contains(out, want) {
+			t.Errorf("the table lacks %q:\n%s", want, out)
+		}
+	}
+	_, out, _ = runOne(t, doctorCommand(), append(args, "--output", "json")...)
+	var r doctor.Report
+	if err := json.Unmarshal([]byte(out), &r); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	// The exit code is that of the first failure.
+	kind, err := fault.Parse(firstClass(r))
+	if err != nil || kind.ExitCode() != code {
+		t.Errorf("exit code %d, first failure of class %q (%v)", code, firstClass(r), err)
+	}
+}
+
+func firstClass(r doctor.Report) string {
+	for _, f := range r.Findings {
+		if f.Level == doctor.Fail {
+			return f.Class
+		}
+	}
+	return ""
+}
