@@ -36,6 +36,7 @@ func pipelineFlags() []ucli.Flag {
 		&ucli.StringFlag{Name: "module-key", Usage: "sign modules for the kernel with this RSA key: `FILE` or KMS URI", Sources: cli.Env("module-key")},
 		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key that the kernel trusts", Sources: cli.Env("module-cert")},
 		&ucli.BoolFlag{Name: "debug-symbols", Usage: "publish the modules' debug information beside the artifact", Sources: cli.Env("debug-symbols")},
+		&ucli.BoolFlag{Name: "with-runfile", Usage: "copy NVIDIA's runfile into buckets among --to as well", Sources: cli.Env("with-runfile")},
 		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
 		cacheFlag(),
 		cacheSizeFlag(),
@@ -85,6 +86,16 @@ func missing(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
+// alien refuses flags that mean nothing beside the one that was given.
+func alien(cmd *ucli.Command, beside string, names ...string) error {
+	for _, name := range names {
+		if cmd.IsSet(name) {
+			return fault.New(fault.Usage, fmt.Sprintf("--%s means nothing with %s", name, beside), "leave it out; see "+cmd.FullName()+" --help")
+		}
+	}
+	return nil
+}
+
 func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	if err := missing(cmd, "to", "key"); err != nil {
 		return pipeline.Config{}, err
@@ -106,7 +117,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), DebugSymbols: cmd.Bool("debug-symbols"), BuilderID: cmd.String("builder-id"), Version: version,
+		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), DebugSymbols: cmd.Bool("debug-symbols"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials,
 		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),
@@ -131,7 +142,13 @@ func buildCommand() *ucli.Command {
 				return err
 			}
 			if cmd.String("wish") != "" {
+				if err := alien(cmd, "--wish", "board", "driver", "flavour", "log"); err != nil {
+					return err
+				}
 				return runBuildWish(ctx, cmd)
+			}
+			if err := alien(cmd, "--build-id", "dry-run", "parallel", "retry-failed"); err != nil {
+				return err
 			}
 			return runBuild(ctx, cmd)
 		},

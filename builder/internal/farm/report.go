@@ -92,6 +92,9 @@ func (f *farm) report(p *plan.Plan) *Report {
 		if j.State == "" {
 			j.State = Missing
 		}
+		if j.Attempts == 0 {
+			j.Log = "" // of an earlier run, if there is one
+		}
 		r.Jobs = append(r.Jobs, j.Job)
 		r.States[j.State]++
 		if j.State != Failed {

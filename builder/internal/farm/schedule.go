@@ -55,6 +55,7 @@ type farm struct {
 
 	mu      sync.Mutex
 	changed chan struct{} // closed and replaced at each change
+	done    int           // cells that have a state
 	ended   bool          // no more inputs will arrive
 	warm    map[any]bool  // fingerprints and driver versions that a cell was made of
 	failed  map[same]*job // builds that would fail the same way again
@@ -338,6 +339,7 @@ func (f *farm) settle(j *job, state State, known *Failure) {
 		return
 	}
 	j.State, j.Failure = state, known
+	f.done++
 	f.stir()
 	f.mu.Unlock()
 	f.say(Event{Job: j.Job, Kind: Settled})
@@ -359,12 +361,7 @@ func (f *farm) say(e Event) {
 	f.telling.Lock()
 	defer f.telling.Unlock()
 	f.mu.Lock()
-	e.Total = len(f.jobs)
-	for _, j := range f.jobs {
-		if j.State != "" {
-			e.Done++
-		}
-	}
+	e.Done, e.Total = f.done, len(f.jobs)
 	copied := *e.Job // the watcher's own
 	e.Job = &copied
 	f.mu.Unlock()
