@@ -72,6 +72,9 @@ type Config struct {
 	// DebugSymbols publishes the modules' debug information beside the artifact.
 	// It makes the compile dearer, and changes nothing in the artifact.
 	DebugSymbols bool
+	// WithRunfile copies NVIDIA's runfile into buckets, for installers that get
+	// their user space there.
+	WithRunfile bool
 	// BuilderID goes into the provenance as builder.id, a URI; Version is this
 	// program's.
 	BuilderID, Version string

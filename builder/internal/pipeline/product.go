@@ -98,19 +98,28 @@ func (r *run) modulesFolder() (string, func() error, error) {
 	if err != nil {
 		return "", nil, err
 	}
+	if err := r.layModules(dir); err != nil {
+		return "", nil, errors.Join(err, cleanup())
+	}
+	return dir, cleanup, nil
+}
+
+// layModules copies the modules into dir/drivers, and compares them on the way
+// with what was proved.
+func (r *run) layModules(dir string) error {
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
-		return "", nil, errors.Join(disk(err), cleanup())
+		return disk(err)
 	}
 	for name, path := range r.modules {
 		sum, err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path)
-		if err == nil && sum != r.sums[name] {
-			err = changed(name, r.products.Dir())
-		}
 		if err != nil {
-			return "", nil, errors.Join(disk(err), cleanup())
+			return disk(err)
+		}
+		if sum != r.sums[name] {
+			return changed(name, r.products.Dir())
 		}
 	}
-	return dir, cleanup, nil
+	return nil
 }
 
 // disk gives an error of the cache's file system its kind.

@@ -90,9 +90,6 @@ func (r *run) reuse(ctx context.Context, digest string) (reason string, err erro
 	if r.cfg.LoadTest == LoadTestRequire {
 		return "load test required", nil
 	}
-	if in, err := r.inBuckets(ctx, digest); err != nil || !in {
-		return "not in every bucket yet", err
-	}
 	if r.cfg.DebugSymbols {
 		if have, err := r.haveSymbols(ctx, digest); err != nil || !have {
 			return "debug symbols wanted", err

@@ -40,36 +40,34 @@ func (r *run) inBuckets(ctx context.Context, digest string) (bool, error) {
 	return true, nil
 }
 
-// publishTwins puts the tarball into every bucket.
+// publishTwins puts the tarball into every bucket that lacks it.
 func (r *run) publishTwins(ctx context.Context) (err error) {
-	if len(r.buckets) == 0 || r.res.Reused { // reuse asked inBuckets
+	if len(r.buckets) == 0 {
 		return nil
 	}
-	modules, cleanup, err := r.modulesFolder()
+	if r.res.Reused {
+		if all, err := r.inBuckets(ctx, r.res.Digest); err != nil || all {
+			return err
+		}
+	}
+	scratch, cleanup, err := r.products.TempDir("twin-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
-	firmware, err := r.staged(ctx, bundle.LayerFirmware)
+	release, err := r.twinFiles(ctx, scratch)
 	if err != nil {
 		return err
 	}
-	scratch, cleanScratch, err := r.products.TempDir("twin-")
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, cleanScratch()) }()
-	release := twin.Release{
-		Kernel: r.kernel.Kernel, Driver: r.res.Driver, Fingerprint: r.kernel.Fingerprint,
-		Modules: filepath.Join(modules, "drivers"), Firmware: firmware, Artifact: r.res.Digest,
-		Signer: r.signer, Verifier: r.verifier, GPUs: r.gpus, Scratch: scratch,
-	}
-	if _, err := os.Stat(filepath.Join(firmware, "firmware")); errors.Is(err, os.ErrNotExist) {
-		release.Firmware = ""
-	}
+	release.Kernel, release.Driver, release.Fingerprint, release.Artifact = r.kernel.Kernel, r.res.Driver, r.kernel.Fingerprint, r.res.Digest
+	release.Signer, release.Verifier, release.GPUs, release.Scratch = r.signer, r.verifier, r.gpus, scratch
 	for _, m := range r.release.Materials {
-		if m.Digest == r.release.Digest {
-			release.Runfile = &twin.Runfile{SHA256: m.Digest, URI: m.URI}
+		if m.Digest != r.release.Digest {
+			continue
+		}
+		release.Runfile = &twin.Runfile{SHA256: m.Digest, URI: m.URI}
+		if path, ok := r.cfg.Cache.Blob(m.Digest); ok && r.cfg.WithRunfile {
+			release.Runfile.Path, release.Runfile.Copy = path, true
 		}
 	}
 	for _, b := range r.buckets {
@@ -81,4 +79,27 @@ func (r *run) publishTwins(ctx context.Context) (err error) {
 		r.res.Twins = append(r.res.Twins, report)
 	}
 	return nil
+}
+
+// twinFiles says where modules and firmware lie: those that were made, or
+// those of the artifact that is reused.
+func (r *run) twinFiles(ctx context.Context, scratch string) (twin.Release, error) {
+	dir := filepath.Join(scratch, "files")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return twin.Release{}, disk(err)
+	}
+	if r.res.Reused {
+		return twin.FromArtifact(ctx, r.places[0].repo, r.res.Digest, dir)
+	}
+	if err := r.layModules(dir); err != nil {
+		return twin.Release{}, err
+	}
+	firmware, err := r.staged(ctx, bundle.LayerFirmware)
+	if err != nil {
+		return twin.Release{}, err
+	}
+	if _, err := os.Stat(filepath.Join(firmware, "firmware")); errors.Is(err, os.ErrNotExist) {
+		firmware = ""
+	}
+	return twin.Release{Modules: filepath.Join(dir, "drivers"), Firmware: firmware}, nil
 }

@@ -38,7 +38,7 @@ func TestTarballTwins(t *testing.T) {
 	// Another build with this fingerprint has one artifact, and its own tarball.
 	f.kernel(t, "17800.1.9", headerFiles())
 	other := must(t, cfg, request("17800.1.9"))
-	if other.Digest != first.Digest || other.Reused || len(other.Twins) != 1 || other.Twins[0].SHA256 != first.Twins[0].SHA256 || other.Twins[0].URL == first.Twins[0].URL {
+	if other.Digest != first.Digest || !other.Reused || len(other.Twins) != 1 || other.Twins[0].SHA256 != first.Twins[0].SHA256 || other.Twins[0].URL == first.Twins[0].URL {
 		t.Errorf("its twin: %+v; want %s with a tarball of its own", other, first.Digest)
 	}
 
