@@ -61,15 +61,18 @@ func choose(modules map[string]string, present map[string]bool, depends func(fil
 		}
 		var missing []string
 		for _, need := range needs {
-			if need = plainName(need); !present[need] && !slices.Contains(order, need) {
-				missing = append(missing, need)
+			need = plainName(need)
+			if why := skipped[need]; why != "" {
+				missing = append(missing, need+", which "+why)
+			} else if !present[need] && !slices.Contains(order, need) {
+				missing = append(missing, need+", which the machine does not have")
 			}
 		}
 		if len(missing) == 0 {
 			order = append(order, name)
 			continue
 		}
-		skipped[name] = "needs " + strings.Join(missing, ", ") + ", which the machine does not have"
+		skipped[name] = "needs " + strings.Join(missing, "; ")
 	}
 	if why, ok := skipped["nvidia"]; ok {
 		return nil, nil, fault.New(fault.InputMissing, "nvidia "+why, "add these modules to modules/order of the kernel's boot archive")

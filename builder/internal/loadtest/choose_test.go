@@ -16,7 +16,6 @@ func TestChoose(t *testing.T) {
 	t.Parallel()
 	all := map[string]string{"nvidia": "nvidia", "nvidia-uvm": "uvm", "nvidia-modeset": "modeset", "nvidia-drm": "drm", "nvidia-peermem": "peermem", "nvidia-vgpu": "vgpu"}
 	needs := map[string][]string{"uvm": {"nvidia"}, "modeset": {"nvidia"}, "drm": {"nvidia_modeset", "drm_kms_helper", "drm"}}
-	depends := func(file string) ([]string, error) { return needs[file], nil }
 	for _, row := range []struct {
 		name    string
 		present map[string]bool
@@ -24,12 +23,24 @@ func TestChoose(t *testing.T) {
 		skipped map[string]string
 	}{
 		{"kernel without DRM", nil, []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
-			map[string]string{"nvidia-drm": "needs drm-kms-helper, drm, which the machine does not have", "nvidia-vgpu": "not a module of the driver that nodes load"}},
+			map[string]string{"nvidia-drm": "needs drm-kms-helper, which the machine does not have; drm, which the machine does not have", "nvidia-vgpu": "not a module of the driver that nodes load"}},
+		{"kernel without ACPI's video", map[string]bool{"no-video": true}, []string{"nvidia", "nvidia-uvm", "nvidia-peermem"},
+			map[string]string{
+				"nvidia-modeset": "needs video, which the machine does not have",
+				"nvidia-drm":     "needs nvidia-modeset, which needs video, which the machine does not have; drm-kms-helper, which the machine does not have; drm, which the machine does not have",
+				"nvidia-vgpu":    "not a module of the driver that nodes load",
+			}},
 		{"kernel with DRM", map[string]bool{"drm": true, "drm-kms-helper": true},
 			[]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}, map[string]string{"nvidia-vgpu": "not a module of the driver that nodes load"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
+			depends := func(file string) ([]string, error) {
+				if file == "modeset" && row.present["no-video"] {
+					return []string{"nvidia", "video"}, nil
+				}
+				return needs[file], nil
+			}
 			order, skipped, err := choose(all, row.present, depends)
 			if err != nil {
 				t.Fatal(err)

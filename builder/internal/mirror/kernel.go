@@ -186,9 +186,13 @@ func rebuilt(t tree, k kernel, when time.Time) {
 	}
 }
 
-// boot packs what a test machine needs to start this kernel: its image, the
-// modules of its network card and of DRM in load order, and the emulated GPU if
-// built.
+// bootModules are what a test machine loads at boot, with all that they depend
+// on, where the kernel does not have them built in: its network card, and what
+// nvidia-modeset and nvidia-drm need of the kernel.
+var bootModules = []string{"virtio_pci", "virtio_net", "drm_kms_helper", "video"}
+
+// bootTree packs what a test machine needs to start this kernel: its image, the
+// bootModules in load order, and the emulated GPU if built.
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	file, ok := a.file(k.image)
 	if !ok {
@@ -209,7 +213,7 @@ func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error
 	if !ok {
 		return nil, fault.New(fault.InputMissing, "find image of "+k.release+": not in "+k.image.Name, "")
 	}
-	order, err := loadOrder(in, "virtio_pci", "virtio_net", "drm_kms_helper")
+	order, err := loadOrder(in, bootModules...)
 	if err != nil {
 		return nil, err
 	}

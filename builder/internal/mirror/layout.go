@@ -207,10 +207,10 @@ func driverVersions(releases []release) string {
 }
 
 func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object, error) {
-	r := recipe{Kind: "prebake-boot.tgz", Packages: []pkg{k.image}}
+	r := recipe{Kind: "prebake-boot.tgz", Packages: []pkg{k.image}, Params: []string{"modules " + strings.Join(bootModules, " ")}}
 	if m.EmuGPU != nil {
 		r.Packages = append([]pkg{k.image, k.headers, k.common, k.kbuild}, m.toolchainPkgs...)
-		r.Params = []string{"emugpu " + m.EmuGPURevision}
+		r.Params = append(r.Params, "emugpu "+m.EmuGPURevision)
 	}
 	return m.object(ctx, "boot files of "+k.release, r, func(ctx context.Context, w io.Writer) error {
 		var emu []byte
