@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -12,6 +13,7 @@ import (
 	"github.com/prebake/prebake/deploy/internal/scene"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
 // cosign is the stock verifier, at a version that builds with the Go of go.mod.
@@ -36,7 +38,12 @@ func TestPartsOnRealInputs(t *testing.T) {
 	own := modulesWithSymvers(t, driver, k)
 	sibling := modulesWithSymvers(t, driver, shared.kernel(0))
 	mirror := "PREBAKE_MIRROR=file://" + shared.mirror.Dir
+	packages := "PREBAKE_MIRROR_CACHE=" + filepath.Join(shared.State, "packages")
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
+	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
+	twin, of := shared.twin(t)
+	// Made by make alone and with empty caches, and then out of full ones.
+	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
 
 	rows := []struct {
 		name, pkg, run string
@@ -44,7 +51,14 @@ func TestPartsOnRealInputs(t *testing.T) {
 	}{
 		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
-		{"mirror twice", "./builder/internal/mirror", "TestReal", []string{"PREBAKE_MIRROR_CACHE=" + filepath.Join(shared.State, "packages")}},
+		{"mirror twice", "./builder/internal/mirror", "TestReal", []string{packages}},
+		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells}},
+		{"the gate", "./builder/internal/gate", "TestRealGate", []string{mirror}},
+		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
+		{"sandbox under control groups", "./builder/internal/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
+		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket", "GCS|Emulator|Start", []string{emulator}},
+		{"inputs out of an emulated bucket", "./builder/internal/cossrc", "Emulator|Layout", []string{emulator, mirror}},
+		{"tarballs in an emulated bucket, another registry", "./builder/internal/twin ./builder/internal/symbols", "Test", []string{emulator, tools}},
 		{"modules against their kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + own, "PREBAKE_MODULES_RELEASE=" + k.Release}},
 		{"modules against a sibling kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + sibling, "PREBAKE_MODULES_WANT=checksum"}},
 		{"virtual machine", "./pkg/vm", "Boot", []string{"PREBAKE_BOOT=" + boot}},
@@ -53,7 +67,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
-			cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-run", row.run, row.pkg)
+			cmd := exec.CommandContext(t.Context(), "go", append([]string{"test", "-v", "-count=1", "-timeout=30m", "-run", row.run}, strings.Fields(row.pkg)...)...)
 			cmd.Dir = "../.."
 			cmd.Env = append(os.Environ(), row.env...)
 			out, err := cmd.CombinedOutput()
@@ -100,6 +114,18 @@ func copyTo(t *testing.T, dst, src string) {
 	}
 }
 
+// tool builds a pinned program, or finds it built.
+func tool(t *testing.T, name string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "deploy/tool.sh", name)
+	cmd.Dir, cmd.Stderr = "../..", os.Stderr
+	path, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("build %s: %v", name, err)
+	}
+	return strings.TrimSpace(string(path))
+}
+
 // stockTools returns a folder with crane and cosign in it.
 func stockTools(t *testing.T) string {
 	t.Helper()
@@ -109,13 +135,7 @@ func stockTools(t *testing.T) string {
 		t.Fatal(err)
 	}
 	copyTo(t, filepath.Join(dir, "crane"), strings.TrimSpace(string(path)))
-	cmd := exec.CommandContext(t.Context(), "deploy/tool.sh", cosign)
-	cmd.Dir, cmd.Stderr = "../..", os.Stderr
-	path, err = cmd.Output()
-	if err != nil {
-		t.Fatalf("build cosign: %v", err)
-	}
-	copyTo(t, filepath.Join(dir, "cosign"), strings.TrimSpace(string(path)))
+	copyTo(t, filepath.Join(dir, "cosign"), tool(t, cosign))
 	for _, name := range []string{"crane", "cosign"} {
 		if err := os.Chmod(filepath.Join(dir, name), 0o755); err != nil {
 			t.Fatal(err)

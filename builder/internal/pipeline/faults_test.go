@@ -268,7 +268,7 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(256 << 20), "--tmpfs", th.Cache, "--die-with-parent", "--"}, argv...)
 	}
 	cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
-	cmd.Env = append(os.Environ(), orderVariable+"="+string(text), "PREBAKE_RETRY_WAIT=1ms")
+	cmd.Env = append(os.Environ(), orderVariable+"="+string(text))
 	return cmd
 }
 
