@@ -21,6 +21,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -194,9 +195,21 @@ func (f *farm) look(ctx context.Context, j *job) {
 }
 
 // fetch brings in what the open cells need, in their order: a kernel, then its
-// drivers, so that the first cell can start early.
+// drivers, so that the first cell can start early. Told to stop, it gives up:
+// nobody will begin what it fetches.
 func (f *farm) fetch(ctx context.Context) {
 	defer f.fetched()
+	ctx, cancel := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() {
+		select {
+		case <-f.cfg.Stopping: // nil never answers
+			cancel()
+		case <-ctx.Done():
+		}
+	})
+	defer watch.Wait()
+	defer cancel()
 	var group errgroup.Group
 	group.SetLimit(fetchers)
 	for _, j := range f.jobs {

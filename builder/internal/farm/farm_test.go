@@ -386,6 +386,27 @@ func TestStopping(t *testing.T) {
 	})
 }
 
+// Told to stop, it does not wait for inputs that nobody will use.
+func TestStoppingFetch(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		stopping := make(chan struct{})
+		w := &world{t: t}
+		cfg := w.config()
+		cfg.Stopping = stopping
+		cfg.Kernel = func(ctx context.Context, _ target.Kernel, _ func(string)) (target.Fingerprint, error) {
+			<-ctx.Done()
+			return "", ctx.Err()
+		}
+		time.AfterFunc(time.Minute, func() { close(stopping) })
+		r := farm.Run(t.Context(), cfg, cells("1.0.1 5.1-open", "2.0.1 5.1-open"))
+		want := []string{"1.0.1 5.1-open cancelled cancelled", "2.0.1 5.1-open cancelled cancelled"}
+		if diff := cmp.Diff(want, states(r)); diff != "" {
+			t.Errorf("states (-want +got):\n%s", diff)
+		}
+	})
+}
+
 // The exit code: one class has its own, several have one, early warnings none.
 func TestErr(t *testing.T) {
 	t.Parallel()
@@ -432,57 +453,4 @@ func TestEvents(t *testing.T) {
 	if diff := cmp.Diff(want, seen); diff != "" {
 		t.Errorf("events (-want +got):\n%s", diff)
 	}
-}
-
-func TestSize(t *testing.T) {
-	t.Parallel()
-	const gib = 1 << 30
-	rows := []struct {
-		parallel, jobs, cores int
-		memory                uint64
-		cells, each           int
-	}{
-		{0, 0, 1, 0, 1, 1},
-		{0, 0, 2, 8 * gib, 1, 2},
-		{0, 0, 8, 64 * gib, 2, 4},
-		{0, 0, 16, 64 * gib, 4, 4},
-		{0, 0, 16, 8 * gib, 2, 8}, // memory decides
-		{0, 0, 16, gib, 1, 16},
-		{3, 0, 8, gib, 3, 2}, // whoever says a number means it
-		{0, 6, 16, 0, 4, 6},
-		{9, 0, 2, 0, 9, 1},
-	}
-	for _, row := range rows {
-		if c, e := farm.Size(row.parallel, row.jobs, row.cores, row.memory); c != row.cells || e != row.each {
-			t.Errorf("Size(%d, %d, %d, %d) = %d, %d; want %d, %d", row.parallel, row.jobs, row.cores, row.memory, c, e, row.cells, row.each)
-		}
-	}
-}
-
-func TestFreeMemory(t *testing.T) {
-	t.Parallel()
-	root := t.TempDir()
-	write := func(name, text string) {
-		file := filepath.Join(root, name)
-		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want := func(n uint64) {
-		t.Helper()
-		if got := farm.FreeMemory(root); got != n {
-			t.Errorf("FreeMemory = %d; want %d", got, n)
-		}
-	}
-	want(0)
-	write("proc/meminfo", "MemTotal: 8192 kB\nMemAvailable: 4096 kB\n")
-	want(4096 << 10)
-	write("sys/fs/cgroup/memory.max", "max\n")
-	write("sys/fs/cgroup/memory.current", "1000\n")
-	want(4096 << 10)
-	write("sys/fs/cgroup/memory.max", "3000\n")
-	want(2000)
 }
