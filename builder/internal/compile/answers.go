@@ -22,6 +22,9 @@ import (
 // insideAid is where the build's own helper files are in the sandbox.
 const insideAid = "/prebake/aid"
 
+// batchScript lies beside conftest.sh, which looks around in its own folder.
+const batchScript = "prebake-conftest.sh"
+
 // questionsAtOnce is how many questions one shell answers: enough that parsing
 // the script is a small part, few enough that all processors end together.
 const questionsAtOnce = 6
@@ -79,7 +82,7 @@ func (b *build) prepare(ctx context.Context) (*aid, error) {
 		return nil, err
 	}
 	if err := a.answer(ctx, script, plan); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(filepath.Join(b.src, "conftest")))
+		return nil, errors.Join(err, os.RemoveAll(filepath.Join(b.src, "conftest")), os.RemoveAll(filepath.Join(b.src, batchScript)))
 	}
 	return a, nil
 }
@@ -99,17 +102,27 @@ func (a *aid) plan(ctx context.Context) (*conftest.Plan, error) {
 			return plan, nil
 		}
 	}
-	kbuild := filepath.Join(a.src, "Kbuild")
-	was, err := os.ReadFile(kbuild)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNoAid, err)
+	// A copy of the sources: make may do more than it is asked for, and what it
+	// does here is done with masks before its eyes.
+	src := filepath.Join(a.dir, "src")
+	if err := stage(ctx, a.r.Source, src); err != nil {
+		return nil, err
 	}
-	file := filepath.Join(a.dir, "plan")
-	if err := os.WriteFile(kbuild, append(slices.Clone(was), conftest.PlanRules(insideAid+"/plan")...), 0o644); err != nil {
+	kbuild := filepath.Join(src, "Kbuild")
+	was, err := os.ReadFile(kbuild)
+	if err != nil || !strings.Contains(string(was), "conftest-verbose") {
+		return nil, fmt.Errorf("%w: its Kbuild file is of another shape", errNoAid)
+	}
+	if err := os.WriteFile(kbuild, append(was, conftest.PlanRules(insideAid+"/plan")...), 0o644); err != nil {
 		return nil, err
 	}
 	box := a.box
-	box.Argv, box.Output = slices.Concat(args, []string{"-j1"}), nil
+	box.Argv, box.Output, box.Binds = slices.Concat(args, []string{"-j1"}), nil, slices.Clone(a.box.Binds)
+	for i := range box.Binds {
+		if box.Binds[i].Inside == insideSource {
+			box.Binds[i].Host = src
+		}
+	}
 	err = sandbox.Run(ctx, box) // ends badly, as the rules say
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
@@ -118,10 +131,10 @@ func (a *aid) plan(ctx context.Context) (*conftest.Plan, error) {
 	if err != nil && !errors.As(err, &exit) {
 		return nil, err
 	}
-	if err := os.WriteFile(kbuild, was, 0o644); err != nil {
+	if err := os.RemoveAll(src); err != nil {
 		return nil, err
 	}
-	text, err := os.ReadFile(file)
+	text, err := os.ReadFile(filepath.Join(a.dir, "plan"))
 	if err != nil {
 		return nil, fmt.Errorf("%w: make told no plan", errNoAid)
 	}
@@ -144,9 +157,9 @@ func (a *aid) answer(ctx context.Context, script *conftest.Script, plan *conftes
 	}
 	known := len(sheet)
 	for name, text := range map[string]string{
-		filepath.Join(a.src, "prebake-conftest.sh"): string(script.Batch(insideAid)),
-		filepath.Join(a.dir, "flags"):               plan.Flags,
-		filepath.Join(a.dir, "cc"):                  compilerGuard(plan.CC),
+		filepath.Join(a.src, batchScript): string(script.Batch(insideAid)),
+		filepath.Join(a.dir, "flags"):     plan.Flags,
+		filepath.Join(a.dir, "cc"):        compilerGuard(plan.CC),
 	} {
 		if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
 			return err
@@ -241,7 +254,7 @@ func (a *aid) ask(ctx context.Context, plan *conftest.Plan, sheet conftest.Sheet
 	}
 	box := a.box
 	box.Output = a.watch
-	box.Argv = []string{"sh", "-c", `exec xargs -P "$1" -n "$2" /bin/sh ` + insideSource + `/prebake-conftest.sh ` + insideAid + `/cc "$3" "$4" "$5" "$6" "$(cat ` + insideAid + `/flags)" < ` + insideAid + `/list`,
+	box.Argv = []string{"sh", "-c", `exec xargs -P "$1" -n "$2" /bin/sh ` + insideSource + `/` + batchScript + ` ` + insideAid + `/cc "$3" "$4" "$5" "$6" "$(cat ` + insideAid + `/flags)" < ` + insideAid + `/list`,
 		"sh", strconv.Itoa(a.r.Jobs), strconv.Itoa(questionsAtOnce), plan.Arch, plan.Sources, plan.Output, mode}
 	if err := sandbox.Run(ctx, box); err != nil {
 		return nil, a.given(ctx, err)
@@ -274,7 +287,7 @@ func (a *aid) patches(ctx context.Context, plan *conftest.Plan, sheet conftest.S
 	}
 	box := a.box
 	box.Output = nil
-	box.Argv = []string{"sh", "-c", `/bin/sh ` + insideSource + `/prebake-conftest.sh "$1" "$2" "$3" "$4" patch_check > ` + insideAid + `/patches`,
+	box.Argv = []string{"sh", "-c", `/bin/sh ` + insideSource + `/` + batchScript + ` "$1" "$2" "$3" "$4" patch_check > ` + insideAid + `/patches`,
 		"sh", plan.CC, plan.Arch, plan.Sources, plan.Output}
 	if err := sandbox.Run(ctx, box); err != nil {
 		return "", a.given(ctx, err)
@@ -310,7 +323,7 @@ func (a *aid) lay(files []conftest.File) error {
 		}
 		a.laid[f.Name] = f.Text
 	}
-	return os.Remove(filepath.Join(a.src, "prebake-conftest.sh"))
+	return os.Remove(filepath.Join(a.src, batchScript))
 }
 
 // kept reports whether make took the laid files as they were.

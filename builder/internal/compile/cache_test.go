@@ -326,6 +326,40 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 	}
 }
 
+// A driver whose makefiles are of another shape is left to make, and nothing of
+// what was tried gets into the module.
+func TestOtherShapes(t *testing.T) {
+	t.Parallel()
+	for name, files := range map[string]map[string]string{
+		"no conftest-verbose":      {"Kbuild": strings.ReplaceAll(askingKbuild, "conftest-verbose", "conftest-loud")},
+		"nobody asks for the plan": {"Kbuild": strings.ReplaceAll(askingKbuild, " | conftest-verbose", "")},
+		"another script":           {"conftest.sh": strings.Replace(askingScript, "do compile_test $i", "do  compile_test $i", 1)},
+		"patches":                  {"patch-x.h": ""},
+	} {
+		r := asking(t)
+		write(t, r.Source, files)
+		want, _ := made(t, r)
+		cache, err := cas.Open(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cache.Close() })
+		r.Cache = cache
+		var log bytes.Buffer
+		r.WorkDir, r.Log = t.TempDir(), &log
+		result, err := compile.Modules(t.Context(), r)
+		if err != nil {
+			t.Fatalf("%s: Modules = %v\n%s", name, err, &log)
+		}
+		if got, err := os.ReadFile(result.Modules["nvidia"]); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: another module than make's: %v", name, err)
+		}
+		if !strings.Contains(log.String(), "conftest is left to make") {
+			t.Errorf("%s: the log does not tell\n%s", name, &log)
+		}
+	}
+}
+
 func TestCacheNeedsDigests(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
