@@ -3,10 +3,13 @@ package compile_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/cas"
@@ -323,6 +326,37 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// Several builds on one cache folder do not get into each other's way.
+func TestCacheShared(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	want, _ := made(t, r)
+	dir := t.TempDir()
+	g, ctx := errgroup.WithContext(t.Context())
+	for range 3 {
+		r := r
+		r.WorkDir = t.TempDir()
+		g.Go(func() (err error) {
+			if r.Cache, err = cas.Open(dir); err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, r.Cache.Close()) }()
+			result, err := compile.Modules(ctx, r)
+			if err != nil {
+				return err
+			}
+			got, err := os.ReadFile(result.Modules["nvidia"])
+			if err == nil && !bytes.Equal(got, want) {
+				t.Error("a build beside others makes another module")
+			}
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Error(err)
 	}
 }
 
