@@ -18,6 +18,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/vm"
 )
 
 // bare makes this program the patient of TestBareMachine.
@@ -186,9 +187,16 @@ func TestBareMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "bwrap", "--unshare-all", "--die-with-parent", "--tmpfs", "/", "--ro-bind", self, "/doctor.test",
-		"--proc", "/proc", "--dir", "/tmp", "--dir", "/usr/bin", "--ro-bind", "/usr/bin/sed", "/usr/bin/sed", "--remount-ro", "/usr/bin/sed",
-		"--clearenv", "--setenv", bare, "1", "--setenv", "PATH", "/usr/bin", "/doctor.test")
+	args := []string{"--unshare-all", "--die-with-parent", "--tmpfs", "/", "--ro-bind", self, "/doctor.test",
+		"--proc", "/proc", "--dir", "/tmp", "--dir", "/usr/bin", "--ro-bind", "/usr/bin/sed", "/usr/bin/sed"}
+	libraries, err := vm.GlibcFiles(self) // none but for the race detector
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range libraries {
+		args = append(args, "--ro-bind", l.Path, l.Name)
+	}
+	cmd := exec.CommandContext(t.Context(), "bwrap", append(args, "--clearenv", "--setenv", bare, "1", "--setenv", "PATH", "/usr/bin", "/doctor.test")...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("in an empty root: %v\n%s", err, out)
