@@ -17,6 +17,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/timeline"
 )
@@ -45,6 +46,12 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	}
 	key := r.key(parts...)
 	dir, cached, err := r.products.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+		if err := r.products.Room(r.cfg.Room); err != nil {
+			return err
+		}
+		if b := sandbox.Bounds(); !b.ControlGroup {
+			fmt.Fprintf(r.log, "each process of the compile is bounded, not all together: %v\n", b.Why)
+		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
 		defer cancel()

@@ -114,7 +114,7 @@ func (o order) build() (got outcome) {
 	}}
 	res, err := pipeline.Run(context.Background(), pipeline.Config{
 		KernelMirror: o.Kernels, DriverMirror: o.Drivers, Cache: cache, Destinations: []string{o.Repo}, Key: o.Key,
-		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: pipeline.LoadTestAuto,
+		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: pipeline.LoadTestAuto, Room: 1 << 20,
 	}, request("17800.0.9"), io.Discard, line)
 	if struck != nil {
 		return outcome{Class: "strike", Error: struck.Error()}

@@ -39,6 +39,10 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	if cfg.CompileTimeout == 0 {
 		cfg.CompileTimeout = defaultCompileTimeout
 	}
+	if cfg.Room == 0 {
+		cfg.Room = defaultRoom
+	}
+	defer cfg.Cache.Begin()()
 	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
 	err := r.each(ctx, []phase{
 		{"source", false, r.source},

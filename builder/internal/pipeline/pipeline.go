@@ -49,7 +49,10 @@ const (
 	LoadTestOff LoadTest = "off"
 )
 
-const defaultCompileTimeout = 45 * time.Minute
+const (
+	defaultCompileTimeout = 45 * time.Minute
+	defaultRoom           = 1 << 30
+)
 
 // Config is what one machine brings to every build.
 type Config struct {
@@ -83,6 +86,10 @@ type Config struct {
 	LoadTest LoadTest
 	// Tools are programs that the load test puts into its machine.
 	GuestInit, NVMLProbe string
+	// Room is how much of the cache's disk has to be free before a compile, in
+	// bytes; 0 is 1 GiB, which holds the sources, objects and modules of the
+	// largest driver.
+	Room int64
 	// CompileTimeout bounds the compile phase; 0 is 45 minutes.
 	CompileTimeout time.Duration
 }
@@ -165,10 +172,14 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	if cfg.CompileTimeout == 0 {
 		cfg.CompileTimeout = defaultCompileTimeout
 	}
+	if cfg.Room == 0 {
+		cfg.Room = defaultRoom
+	}
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
 	}
 	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache}
+	defer cfg.Cache.Begin()() // what this build uses stays until it ends
 	kept, err := newLogCopy(cfg.Cache)
 	if err != nil {
 		return &r.res, disk(fmt.Errorf("keep the log: %w", err))
