@@ -16,7 +16,7 @@ import (
 
 // staticChecks names what check proves, for the signed test result.
 var staticChecks = []string{
-	"module names, driver version and processor", "vermagic", "stamp of the kernel's fingerprint", "build salt",
+	"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", "stamp of the kernel's fingerprint", "build salt",
 	"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
 }
 
