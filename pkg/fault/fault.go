@@ -40,6 +40,7 @@ const (
 	TimedOut                   // ran past its limit
 	PublishRefused             // the destination holds other bytes under this name, or says no
 	Cancelled                  // somebody told it to stop
+	Several                    // several things failed, each in its own way
 	kinds                      // number of kinds
 )
 
@@ -75,6 +76,7 @@ var table = [kinds]row{
 	TimedOut:       {"timed-out", 28, 504, true, "ran past its time limit"},
 	PublishRefused: {"publish-refused", 29, 409, false, "the destination refused, or holds other bytes under this name"},
 	Cancelled:      {"cancelled", 30, 499, true, "told to stop"},
+	Several:        {"several", 31, 422, false, "several builds failed, not all in the same way"},
 }
 
 func (k Kind) row() row {

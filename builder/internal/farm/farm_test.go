@@ -419,7 +419,7 @@ func TestErr(t *testing.T) {
 	}{
 		{name: "all published", ok: true},
 		{name: "one class", fails: map[string]error{"1.0.1": errBreak, "2.0.1": errBreak}, kind: fault.APIBreak},
-		{name: "several classes", fails: map[string]error{"1.0.1": errBreak, "2.0.1": fault.New(fault.CheckFailed, "x", "")}, kind: fault.Internal},
+		{name: "several classes", fails: map[string]error{"1.0.1": errBreak, "2.0.1": fault.New(fault.CheckFailed, "x", "")}, kind: fault.Several},
 		{name: "early warnings only", fails: map[string]error{"3.0.1": errBreak}, early: "3.0.1", ok: true},
 		{name: "early warnings beside others", fails: map[string]error{"1.0.1": errBreak, "3.0.1": fault.New(fault.CheckFailed, "x", "")}, early: "3.0.1", kind: fault.APIBreak},
 	}

@@ -114,7 +114,7 @@ func (f *farm) report(p *plan.Plan) *Report {
 }
 
 // several is the class of cells that failed in more than one way.
-const several = fault.Internal
+const several = fault.Several
 
 // Err is nil when everything that alarms is published. Otherwise its kind is
 // that of the failures, where all are of one kind; a run that was told to stop

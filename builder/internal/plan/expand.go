@@ -14,7 +14,10 @@ import (
 
 // bucket is what Expand asks of a COS release bucket.
 type bucket interface {
-	Builds(ctx context.Context) ([]target.Kernel, error)
+	// BuildIDs are newest first; one listing tells them all. BuildsOf costs a
+	// listing for each.
+	BuildIDs(ctx context.Context) ([]string, error)
+	BuildsOf(ctx context.Context, ids []string) ([]target.Kernel, error)
 	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
 }
 
@@ -120,16 +123,15 @@ type wanted struct {
 // once, and warns early only if all of them do.
 func (e *expander) kernels(ctx context.Context) []wanted {
 	var all []wanted
-	known, listErr, listed := []target.Kernel(nil), error(nil), false
+	var known *listing
 	for _, entry := range e.wish.Kernels {
 		boards := e.wish.boards()
 		if entry.Board != "" {
 			boards = []string{entry.Board}
 		}
 		asked := entry.String()
-		if entry.Build == "" && !listed {
-			known, listErr = e.builds(ctx)
-			listed = true
+		if entry.Build == "" && known == nil {
+			known = e.list(ctx)
 		}
 		for _, board := range boards {
 			add := func(k target.Kernel, err error) {
@@ -142,11 +144,11 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 				continue
 			}
 			none := target.Kernel{Board: board, Arch: target.BoardArch(board)}
-			if listErr != nil {
-				add(none, listErr)
+			found, err := e.newest(ctx, known, entry, board)
+			if err != nil {
+				add(none, err)
 				continue
 			}
-			found := e.newest(known, entry, board)
 			if len(found) == 0 {
 				add(none, fault.New(fault.InputMissing, fmt.Sprintf("%s: the bucket has no such build for board %s", asked, board),
 					"check milestone and board; builder plan shows what a wish list comes to"))
@@ -186,31 +188,78 @@ func merge(all []wanted, w wanted) []wanted {
 	return append(all, w)
 }
 
-// builds lists the bucket. A web server cannot list; there the image map says
-// what there is.
-func (e *expander) builds(ctx context.Context) ([]target.Kernel, error) {
-	all, err := e.bucket.Builds(ctx)
-	if err != nil && fault.Is(err, fault.Unsupported) {
-		if e.images != nil {
-			return e.images.kernels, nil
-		}
-		return nil, fault.Wrap(fault.Unsupported, err, "name exact builds, or give imageMap: it says which builds there are where the bucket cannot")
-	}
-	return all, err
+// listing is which builds there are. Which boards a build is for is asked only
+// of those that may be wanted: a bucket has thousands.
+type listing struct {
+	ids    []string // newest first
+	boards map[string][]target.Kernel
+	err    error
 }
 
-// newest returns the builds of a board that an entry asks for, newest first.
-func (e *expander) newest(known []target.Kernel, entry Kernel, board string) []target.Kernel {
-	var found []target.Kernel
-	for _, k := range known {
-		if k.Board != board || entry.Milestone != 0 && e.images.milestone(k.BuildID) != entry.Milestone || entry.Released && (e.images == nil || !e.images.released[k.String()]) {
-			continue
+// list lists the bucket. A web server cannot list; there the image map says
+// what there is.
+func (e *expander) list(ctx context.Context) *listing {
+	l := &listing{boards: map[string][]target.Kernel{}}
+	l.ids, l.err = e.bucket.BuildIDs(ctx)
+	switch {
+	case l.err == nil || !fault.Is(l.err, fault.Unsupported):
+	case e.images == nil:
+		l.err = fault.Wrap(fault.Unsupported, l.err, "name exact builds, or give imageMap: it says which builds there are where the bucket cannot")
+	default:
+		l.ids, l.err = nil, nil
+		for _, k := range e.images.kernels {
+			l.ids = append(l.ids, k.BuildID)
+			l.boards[k.BuildID] = append(l.boards[k.BuildID], k)
 		}
-		found = append(found, k)
+		slices.SortFunc(l.ids, func(a, b string) int { return target.CompareVersions(b, a) })
+		l.ids = slices.Compact(l.ids)
 	}
-	slices.SortFunc(found, func(a, b target.Kernel) int { return target.CompareVersions(b.BuildID, a.BuildID) })
-	found = slices.CompactFunc(found, func(a, b target.Kernel) bool { return a.BuildID == b.BuildID })
-	return found[:min(entry.Latest, len(found))]
+	return l
+}
+
+// atOnce is how many builds are asked at a time for their boards.
+const atOnce = 8
+
+// newest returns the builds of a board that an entry asks for, newest first.
+func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel, err error) {
+	if l.err != nil {
+		return nil, l.err
+	}
+	var candidates []string
+	for _, id := range l.ids {
+		name := target.Kernel{BuildID: id, Board: board}.String()
+		if entry.Milestone == 0 || e.images.milestone(id) == entry.Milestone {
+			if !entry.Released || e.images != nil && e.images.released[name] {
+				candidates = append(candidates, id)
+			}
+		}
+	}
+	for some := range slices.Chunk(candidates, atOnce) {
+		unknown := slices.DeleteFunc(slices.Clone(some), func(id string) bool { _, ok := l.boards[id]; return ok })
+		if len(unknown) > 0 {
+			kernels, err := e.bucket.BuildsOf(ctx, unknown)
+			if err != nil {
+				return nil, err
+			}
+			for _, id := range unknown {
+				l.boards[id] = nil
+			}
+			for _, k := range kernels {
+				l.boards[k.BuildID] = append(l.boards[k.BuildID], k)
+			}
+		}
+		for _, id := range some {
+			for _, k := range l.boards[id] {
+				if k.Board == board && len(found) < entry.Latest {
+					found = append(found, k)
+				}
+			}
+		}
+		if len(found) == entry.Latest {
+			break
+		}
+	}
+	return found, nil
 }
 
 // answer is what the bucket said about one kernel's drivers.

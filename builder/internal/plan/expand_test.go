@@ -3,6 +3,7 @@ package plan_test
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -30,17 +31,32 @@ type world struct {
 	trouble map[string]error
 }
 
-func (w world) Builds(context.Context) ([]target.Kernel, error) {
-	var all []target.Kernel
+func (w world) BuildIDs(context.Context) ([]string, error) {
+	var ids []string
 	for _, b := range w.builds {
-		id, board, _ := strings.Cut(b, "/")
-		k, err := target.ParseKernel(id, board)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, k)
+		id, _, _ := strings.Cut(b, "/")
+		ids = append(ids, id)
 	}
-	return all, w.err
+	slices.SortFunc(ids, func(a, b string) int { return target.CompareVersions(b, a) })
+	return slices.Compact(ids), w.err
+}
+
+func (w world) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, error) {
+	var all []target.Kernel
+	for _, id := range ids {
+		for _, b := range w.builds {
+			have, board, _ := strings.Cut(b, "/")
+			if have != id {
+				continue
+			}
+			k, err := target.ParseKernel(id, board)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, k)
+		}
+	}
+	return all, nil
 }
 
 func (w world) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
