@@ -27,8 +27,8 @@ import (
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
 	return []ucli.Flag{
-		&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://", Sources: cli.Env("kernel-mirror")},
-		&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
+		&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://; several mirrors of it with commas", Sources: cli.Env("kernel-mirror")},
+		&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles; several mirrors of it with commas", Sources: cli.Env("driver-mirror")},
 		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, oci:FOLDER, or gs://BUCKET/PREFIX or file://FOLDER for tarballs; may be given more than once", Sources: cli.Env("to")},
 		&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to; all others take the Docker configuration", Sources: cli.Env("username")},
 		&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},

@@ -151,7 +151,9 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	m.farm.Parallel, m.cfg.Jobs = farm.Size(cmd.Int("parallel"), m.cfg.Jobs, farm.Cores(), farm.FreeMemory("/"))
 	m.farm.Attempts = cmd.Int("attempts")
 	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	if m.cfg.ModuleKey == "" { // whose signature modules carry, only the pipeline compares
+	// Whose signature modules carry, and whether symbols are there, only the
+	// pipeline compares.
+	if m.cfg.ModuleKey == "" && !m.cfg.DebugSymbols {
 		m.farm.Published = m.places.Published
 	}
 	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, Forget: cmd.Bool("retry-failed")}
