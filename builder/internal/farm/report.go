@@ -1,7 +1,6 @@
 package farm
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 
@@ -147,7 +146,7 @@ func (r *Report) Err() error {
 		}
 		text += k.String()
 	}
-	return fault.Wrap(several, errors.New(fmt.Sprintf("%d of %d cells failed in several ways: %s", failed, len(r.Jobs), text)), hint)
+	return fault.Wrap(several, fmt.Errorf("%d of %d cells failed in several ways: %s", failed, len(r.Jobs), text), hint)
 }
 
 // Early counts the failures of early warnings.

@@ -45,7 +45,7 @@ func (r *run) loadModuleKey(ctx context.Context) error {
 // moduleKey names a cached product that is made of the modules as they are
 // published: everything that decides their bytes, and more where it is given.
 func (r *run) moduleKey(more ...string) string {
-	parts := append(more, compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint))
+	parts := slices.Concat(more, []string{compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint)})
 	if r.moduleSigner != nil {
 		parts = append(parts, modsign.Recipe, r.moduleSigner.Identity(), r.moduleHash)
 	}
