@@ -70,19 +70,7 @@ func (p *Places) Close() error {
 }
 
 func (p *Places) holds(ctx context.Context, repo *registry.Repository, digest string, c plan.Cell) error {
-	manifest, err := repo.Manifest(ctx, digest)
-	if err != nil {
-		return err
-	}
-	desc, err := bundle.ConfigDescriptor(manifest)
-	if err != nil {
-		return err
-	}
-	config, err := repo.Small(ctx, desc)
-	if err != nil {
-		return err
-	}
-	content, err := bundle.ParseManifest(manifest, config)
+	content, err := publish.Content(ctx, repo, digest)
 	if err != nil {
 		return err
 	}

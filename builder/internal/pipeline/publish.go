@@ -126,19 +126,8 @@ func (r *run) reuse(ctx context.Context, digest string) (reason string, err erro
 // holds verifies what a place has under a digest; attested says that there is
 // a statement for this COS build already.
 func (r *run) holds(ctx context.Context, p place, digest string, match []byte) (content bundle.Content, attested bool, err error) {
-	manifest, err := p.repo.Manifest(ctx, digest)
+	content, err = publish.Content(ctx, p.repo, digest)
 	if err != nil {
-		return content, false, err
-	}
-	desc, err := bundle.ConfigDescriptor(manifest)
-	if err != nil {
-		return content, false, err
-	}
-	config, err := p.repo.Small(ctx, desc)
-	if err != nil {
-		return content, false, err
-	}
-	if content, err = bundle.ParseManifest(manifest, config); err != nil {
 		return content, false, err
 	}
 	attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle)

@@ -58,6 +58,24 @@ func Existing(ctx context.Context, repo *registry.Repository, tag string) (diges
 	return d.Digest.String(), true, nil
 }
 
+// Content reads what the artifact with this digest holds: its manifest, whose
+// bytes are compared with the digest, and its config.
+func Content(ctx context.Context, repo *registry.Repository, digest string) (bundle.Content, error) {
+	manifest, err := repo.Manifest(ctx, digest)
+	if err != nil {
+		return bundle.Content{}, err
+	}
+	desc, err := bundle.ConfigDescriptor(manifest)
+	if err != nil {
+		return bundle.Content{}, err
+	}
+	config, err := repo.Small(ctx, desc)
+	if err != nil {
+		return bundle.Content{}, err
+	}
+	return bundle.ParseManifest(manifest, config)
+}
+
 // Publish stores an artifact and returns its digest; existed says that its tag
 // was there before, with this digest. Then only what is missing is added, such
 // as the statement for another COS build with this fingerprint. A tag that

@@ -87,7 +87,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 			err = fmt.Errorf("reproduce %s: %w", digest, err)
 		}
 	}()
-	content, err := read(ctx, c.Repo, digest)
+	content, err := publish.Content(ctx, c.Repo, digest)
 	if err != nil {
 		return nil, err
 	}
@@ -136,22 +136,6 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		report.Attested, err = c.attest(ctx, digest, p)
 	}
 	return report, err
-}
-
-func read(ctx context.Context, repo *registry.Repository, digest string) (bundle.Content, error) {
-	manifest, err := repo.Manifest(ctx, digest)
-	if err != nil {
-		return bundle.Content{}, err
-	}
-	config, err := bundle.ConfigDescriptor(manifest)
-	if err != nil {
-		return bundle.Content{}, err
-	}
-	raw, err := repo.Small(ctx, config)
-	if err != nil {
-		return bundle.Content{}, err
-	}
-	return bundle.ParseManifest(manifest, raw)
 }
 
 // provenance finds the statement that says how the artifact was made, and
