@@ -3,7 +3,6 @@ package vm
 import (
 	"context"
 	"errors"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 	"github.com/prebake/prebake/pkg/vm/internal/wire"
 )
 
@@ -168,9 +168,7 @@ func TestRunReportsWhatQEMUSays(t *testing.T) {
 	c := sampleConfig(t)
 	c.QEMU = filepath.Join(t.TempDir(), "qemu")
 	script := "#!/bin/sh\necho noise >&3\necho '{\"type\":\"hello\"}' >&4\necho 'qemu: cannot set up guest memory' >&2\nexit 1\n"
-	if err := os.WriteFile(c.QEMU, []byte(script), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	program.Write(t, c.QEMU, []byte(script))
 	var console strings.Builder
 	c.Console = &console
 	_, err := Run(t.Context(), c)

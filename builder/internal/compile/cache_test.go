@@ -13,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // The makefiles and the script are in the shape of NVIDIA's and kbuild's as far
@@ -299,10 +300,7 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 		if err := os.Remove(gcc); err != nil {
 			t.Fatal(err)
 		}
-		write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in *aid*|*conftest[0-9]*.c*) if [ -d /prebake/aid ] && mkdir /prebake/aid/once 2>/dev/null; then " + trouble + "; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"})
-		if err := os.Chmod(gcc, 0o755); err != nil {
-			t.Fatal(err)
-		}
+		program.Write(t, gcc, []byte("#!/bin/sh\ncase \"$*\" in *aid*|*conftest[0-9]*.c*) if [ -d /prebake/aid ] && mkdir /prebake/aid/once 2>/dev/null; then "+trouble+"; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"))
 		var log bytes.Buffer
 		r.WorkDir, r.Log = t.TempDir(), &log
 		result, err := compile.Modules(context.Background(), r)

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/name"
 
 	"github.com/prebake/prebake/builder/internal/login"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // gcloud is a program that answers as Google's does.
@@ -31,9 +32,7 @@ func TestKeychain(t *testing.T) {
 	} {
 		t.Setenv(name, value)
 	}
-	if err := os.WriteFile(filepath.Join(home, "gcloud"), []byte(gcloud), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	program.Write(t, filepath.Join(home, "gcloud"), []byte(gcloud))
 	config, err := json.Marshal(map[string]any{"auths": map[string]any{
 		"europe-docker.pkg.dev": map[string]string{"auth": base64.StdEncoding.EncodeToString([]byte("me:written-down"))},
 		"registry.example":      map[string]string{"auth": base64.StdEncoding.EncodeToString([]byte("me:example"))},

@@ -13,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // limited runs a script within limits and returns what it printed.
@@ -138,16 +139,16 @@ func TestAsOrdinaryUser(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	program, err := os.ReadFile(self)
+	text, err := os.ReadFile(self)
 	if err != nil {
 		t.Fatal(err)
 	}
-	tmp := filepath.Join(dir, "tmp")
-	err = errors.Join(os.Chmod(dir, 0o755), os.WriteFile(filepath.Join(dir, "sandbox.test"), program, 0o755), os.Mkdir(tmp, 0o755), os.Chown(tmp, 65532, 65532))
-	if err != nil {
+	copied, tmp := filepath.Join(dir, "sandbox.test"), filepath.Join(dir, "tmp")
+	program.Write(t, copied, text)
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Mkdir(tmp, 0o755), os.Chown(tmp, 65532, 65532)); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), filepath.Join(dir, "sandbox.test"), "-test.v", "-test.timeout=2m", "-test.run", "^Test(Inside|NoNetwork|Binds|Exit|Memory|Disk|Processes|DiesWithParent)$")
+	cmd := exec.CommandContext(t.Context(), copied, "-test.v", "-test.timeout=2m", "-test.run", "^Test(Inside|NoNetwork|Binds|Exit|Memory|Disk|Processes|DiesWithParent)$")
 	cmd.Dir, cmd.Env = tmp, []string{"PATH=/usr/bin:/bin", "TMPDIR=" + tmp, asUser + "=1"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532, NoSetGroups: true}}
 	out, err := cmd.CombinedOutput()

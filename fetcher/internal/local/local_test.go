@@ -13,18 +13,17 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // script stands for the builder; it notes how it was called.
 func script(t *testing.T, body string) local.Builder {
 	t.Helper()
 	dir := t.TempDir()
-	program := filepath.Join(dir, "builder")
+	builder := filepath.Join(dir, "builder")
 	text := "#!/bin/sh\nset -e\necho \"$@\" >>" + dir + "/calls\nif [ \"$1\" = keygen ]; then : >\"$2\"; echo public >\"$2.pub\"; exit 0; fi\n" + body + "\n"
-	if err := os.WriteFile(program, []byte(text), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	return local.Builder{Program: program, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
+	program.Write(t, builder, []byte(text))
+	return local.Builder{Program: builder, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
 }
 
 var question = resolve.Question{Kernel: target.Kernel{BuildID: "1.2.3", Board: "lakitu"}, Wish: "R535", Flavour: "open"}
