@@ -75,6 +75,16 @@ func BranchVersionName(k target.Kernel, branch string) string {
 	return under(k, "gpu_"+branch+"_version")
 }
 
+// SignatureNames returns the objects that may hold Google's signatures of a
+// driver's modules, the newer name first.
+func SignatureNames(k target.Kernel, version string) []string {
+	return []string{under(k, "extensions/gpu/nvidia-drivers-"+version+"-signature.tar.gz"), under(k, "extensions/gpu/"+version+".signature.tar.gz")}
+}
+
+// TrustedKeyName returns the object that holds the root certificate that the
+// kernel was built with, by which it knows Google's signatures.
+func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
+
 // BootName returns the object that holds what a test machine needs to boot this
 // kernel. It is Prebake's own; COS's buckets have none.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }

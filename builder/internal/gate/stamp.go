@@ -19,6 +19,9 @@ const (
 	sectionHeader    = 64
 )
 
+// stampAlign is the alignment of a note.
+const stampAlign = 4
+
 // maxModule bounds what is stamped: the largest module has 250 MB as built.
 const maxModule = 1 << 30
 
@@ -101,13 +104,13 @@ func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
 		return offset
 	}
 	note := modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte(f))
-	noteAt := place(note, 4)
+	noteAt := place(note, stampAlign)
 	nameAt := uint32(len(names))
 	names = append(append(bytes.Clone(names), modinfo.StampSection...), 0)
 	namesAt := place(names, 1)
 	le.PutUint64(headers[at*sectionHeader+24:], namesAt)
 	le.PutUint64(headers[at*sectionHeader+32:], uint64(len(names)))
-	added := elf.Section64{Name: nameAt, Type: uint32(elf.SHT_NOTE), Flags: uint64(elf.SHF_ALLOC), Off: noteAt, Size: uint64(len(note)), Addralign: 4}
+	added := elf.Section64{Name: nameAt, Type: uint32(elf.SHT_NOTE), Flags: uint64(elf.SHF_ALLOC), Off: noteAt, Size: uint64(len(note)), Addralign: stampAlign}
 	if headers, err = binary.Append(headers, le, added); err != nil {
 		return nil, err
 	}

@@ -171,7 +171,7 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 		return nil, attrs, fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(data)) > limit {
-		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit), "check the object in the bucket: COS's has a few lines")
+		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit), "check the object in the bucket: COS's is smaller by far")
 	}
 	return data, attrs, nil
 }

@@ -4,19 +4,14 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
-	"crypto/sha256"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-
-	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/fault"
@@ -26,7 +21,6 @@ import (
 type entry struct {
 	name, data string
 	kind       byte
-	ima        string
 }
 
 func tgz(t testing.TB, entries ...entry) []byte {
@@ -38,9 +32,6 @@ func tgz(t testing.TB, entries ...entry) []byte {
 		h := &tar.Header{Name: e.name, Mode: 0o644, Size: int64(len(e.data)), Typeflag: tar.TypeReg, Format: tar.FormatPAX}
 		if e.kind != 0 {
 			h.Typeflag, h.Size, h.Linkname = e.kind, 0, e.data
-		}
-		if e.ima != "" {
-			h.PAXRecords = map[string]string{"SCHILY.xattr.security.ima": e.ima}
 		}
 		if err := w.WriteHeader(h); err != nil {
 			t.Fatal(err)
@@ -73,7 +64,7 @@ func newGoogle(t testing.TB) google {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cert := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: g.driver.cert.Raw}))
+	cert := string(pemOf(g.driver.cert))
 	g.archive = tgz(t,
 		entry{name: "./", kind: tar.TypeDir}, entry{name: "./gpu-driver-cert.pem", data: cert}, entry{name: "./gpu-driver-cert.der", data: string(g.driver.cert.Raw)},
 		entry{name: "./nvidia.ko.sig", data: string(signature)}, entry{name: "./gsp_tu10x.bin.sig", data: "\x03\x02ima"}, entry{name: "./sign-file", data: "\x7fELF"},
@@ -81,54 +72,85 @@ func newGoogle(t testing.TB) google {
 	return g
 }
 
-func TestDetached(t *testing.T) {
+func pemOf(c *x509.Certificate) []byte {
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.Raw})
+}
+
+func TestAttach(t *testing.T) {
 	t.Parallel()
 	g, stranger := newGoogle(t), rsaPair(t)
-	d, err := modsign.ReadDetached(bytes.NewReader(g.archive))
+	_, another, err := modsign.Split(signed(t, load(t, stranger), module, "sha256"))
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(slices.Sorted(maps.Keys(d.Modules)), []string{"nvidia.ko"}) || string(d.Firmware["gsp_tu10x.bin"]) != "\x03\x02ima" || len(d.Certificates) != 2 {
-		t.Errorf("ReadDetached = %+v", d)
+	withCertificate := func(signature []byte) []byte {
+		return tgz(t, entry{name: "gpu-driver-cert.pem", data: string(pemOf(g.driver.cert))}, entry{name: "nvidia.ko.sig", data: string(signature)})
 	}
-	recompiled := append(bytes.Clone(module), '!')
-	for name, row := range map[string]struct {
-		file     string
-		module   []byte
-		trusted  []*x509.Certificate
-		attached bool
-		why      string
+	for _, row := range []struct {
+		name, file    string
+		archive, root []byte
+		module        []byte
+		leftOut       string // "" is attached, or refused
+		refused       error
 	}{
-		"the very bytes, root known":   {"nvidia.ko", module, []*x509.Certificate{g.root.cert}, true, ""},
-		"the very bytes, root unknown": {"nvidia.ko", module, nil, true, ""},
-		"the very bytes, another root": {"nvidia.ko", module, []*x509.Certificate{stranger.cert}, false, "not over these bytes"},
-		"compiled again":               {"nvidia.ko", recompiled, []*x509.Certificate{g.root.cert}, false, "not over these bytes"},
-		"not signed by Google":         {"nvidia-uvm.ko", module, nil, false, "no signature of nvidia-uvm.ko"},
+		{name: "the very bytes, root known", root: pemOf(g.root.cert)},
+		{name: "the very bytes, the root itself is the signer", root: g.driver.cert.Raw},
+		{name: "the very bytes, root unknown"},
+		{name: "the very bytes, another root", root: pemOf(stranger.cert), leftOut: "whom the kernel's root has not certified"},
+		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'), leftOut: "that of nvidia is over other bytes"},
+		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is none of nvidia-uvm"},
+		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another), refused: modsign.ErrUnknownKey},
+		{name: "no signature", archive: withCertificate([]byte("x")), refused: modsign.ErrMalformed},
 	} {
-		dir := t.TempDir()
-		dst := filepath.Join(dir, "out.ko")
-		attached, why, err := d.Attach(write(t, filepath.Join(dir, row.file), row.module), dst, row.trusted)
-		if err != nil || attached != row.attached || !strings.Contains(why, row.why) || attached != (why == "") {
-			t.Errorf("%s: Attach = %v, %q, %v; want %v, %q", name, attached, why, err, row.attached, row.why)
+		if row.archive == nil {
+			row.archive = g.archive
 		}
-		switch _, err := os.Stat(dst); {
-		case !row.attached && !errors.Is(err, os.ErrNotExist):
-			t.Errorf("%s: Attach left a file: %v", name, err)
-		case row.attached:
+		if row.file == "" {
+			row.file = "nvidia"
+		}
+		if row.module == nil {
+			row.module = module
+		}
+		d, err := modsign.ReadDetached(bytes.NewReader(row.archive), row.root)
+		if err != nil {
+			t.Errorf("%s: ReadDetached = %v", row.name, err)
+			continue
+		}
+		dst := filepath.Join(t.TempDir(), "out.ko")
+		err = d.Attach(dst, row.file, row.module)
+		switch {
+		case row.leftOut != "":
+			if !errors.Is(err, modsign.ErrLeftOut) || !strings.Contains(err.Error(), row.leftOut) {
+				t.Errorf("%s: Attach = %v; want it left out: %s", row.name, err, row.leftOut)
+			}
+		case row.refused != nil:
+			if !errors.Is(err, row.refused) || errors.Is(err, modsign.ErrLeftOut) || !fault.Is(err, fault.CheckFailed) || !strings.Contains(fault.Hint(err), "--google-signatures") {
+				t.Errorf("%s: Attach = %v, hint %q; want %v and what to do", row.name, err, fault.Hint(err), row.refused)
+			}
+		case err != nil:
+			t.Errorf("%s: Attach = %v", row.name, err)
+		default:
 			if _, err := modsign.VerifyFile(dst, []*x509.Certificate{g.driver.cert}); err != nil {
-				t.Errorf("%s: VerifyFile = %v", name, err)
+				t.Errorf("%s: VerifyFile = %v", row.name, err)
 			}
 		}
+		if _, serr := os.Stat(dst); err != nil && !errors.Is(serr, os.ErrNotExist) {
+			t.Errorf("%s: Attach left a file: %v", row.name, serr)
+		}
 	}
-	own := write(t, filepath.Join(t.TempDir(), "nvidia.ko"), signed(t, load(t, stranger), module, "sha256"))
-	if _, _, err := d.Attach(own, filepath.Join(t.TempDir(), "x"), nil); !fault.Is(err, fault.CheckFailed) {
+	d, err := modsign.ReadDetached(bytes.NewReader(g.archive), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := signed(t, load(t, stranger), module, "sha256")
+	if err := d.Attach(filepath.Join(t.TempDir(), "x"), "nvidia", own); !fault.Is(err, fault.CheckFailed) || errors.Is(err, modsign.ErrLeftOut) {
 		t.Errorf("Attach(signed already) = %v; want check failed", err)
 	}
 }
 
 func TestReadDetachedRefuses(t *testing.T) {
 	t.Parallel()
-	cert := string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: rsaPair(t).cert.Raw}))
+	cert := string(pemOf(rsaPair(t).cert))
 	for name, archive := range map[string][]byte{
 		"no archive":        []byte("hello"),
 		"cut off":           tgz(t, entry{name: "nvidia.ko.sig", data: "x"})[:40],
@@ -136,62 +158,22 @@ func TestReadDetachedRefuses(t *testing.T) {
 		"firmware only":     tgz(t, entry{name: "gsp.bin.sig", data: "x"}),
 		"twice":             tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "./a/nvidia.ko.sig", data: "y"}),
 		"no certificate":    tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: "x"}),
-		"a link":            tgz(t, entry{name: "nvidia.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
+		"a link":            tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "nvidia-uvm.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
+		"a way out":         tgz(t, entry{name: "../nvidia.ko.sig", data: "x"}),
+		"a path of ours":    tgz(t, entry{name: "/etc/nvidia.ko.sig", data: "x"}),
 		"a long signature":  tgz(t, entry{name: "nvidia.ko.sig", data: strings.Repeat("x", 1<<20+1)}),
 		"many certificates": tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: strings.Repeat(cert, 17)}),
 		"a bomb":            tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "zeros", data: strings.Repeat("\x00", 65<<20)}),
 		"too many":          tgz(t, slices.Repeat([]entry{{name: "x", data: ""}}, 1100)...),
 		"another container": append([]byte("\x1f\x8b\x08\x00"), 0, 0, 0, 0, 0, 3, 1, 0, 0, 0xff, 0xff),
 	} {
-		if d, err := modsign.ReadDetached(bytes.NewReader(archive)); !fault.Is(err, fault.CheckFailed) || fault.Hint(err) == "" {
+		if d, err := modsign.ReadDetached(bytes.NewReader(archive), nil); !fault.Is(err, fault.CheckFailed) || fault.Hint(err) == "" {
 			t.Errorf("%s: ReadDetached = %+v, %v; want check failed and a hint", name, d, err)
 		}
 	}
-}
-
-func TestPassThrough(t *testing.T) {
-	t.Parallel()
-	g, stranger := newGoogle(t), rsaPair(t)
-	good := signed(t, load(t, g.driver), module, "sha256")
-	sum := func(data []byte) string {
-		h := sha256.Sum256(data)
-		return "sha256:" + hex.EncodeToString(h[:])
-	}
-	changed := append([]byte("x"), good...)
-	archive := tgz(t, entry{name: "drivers/", kind: tar.TypeDir}, entry{name: "drivers/nvidia.ko", data: string(good)},
-		entry{name: "drivers/nvidia-uvm.ko", data: string(module)}, entry{name: "drivers/nvidia-drm.ko", data: string(changed)},
-		entry{name: "firmware/nvidia/1/gsp_tu10x.bin", data: "gsp", ima: "\x03sig"}, entry{name: "firmware/nvidia/1/gsp_ga10x.bin", data: "gsp"})
-	archive = append(archive, 0, 0, 0, 0) // nothing may be lost, not even this
-	// A signer that is trusted itself, or through its root: that certificate is
-	// not in the modules, so only the first is enough here, as in the kernel.
-	for name, trusted := range map[string][]*x509.Certificate{"trusted": {g.driver.cert}, "stranger": {stranger.cert}, "nobody": nil} {
-		var out bytes.Buffer
-		got, err := modsign.PassThrough(&out, bytes.NewReader(archive), trusted)
-		if err != nil || !bytes.Equal(out.Bytes(), archive) || got.Digest != sum(archive) || got.Size != int64(len(archive)) {
-			t.Fatalf("%s: PassThrough = %+v, %v; want every byte as it was", name, got, err)
-		}
-		problems := map[string]bool{}
-		for i := range got.Files {
-			problems[got.Files[i].Name] = got.Files[i].Problem != ""
-			got.Files[i].Problem = ""
-		}
-		want := []modsign.SignedFile{
-			{Name: "drivers/nvidia.ko", Digest: sum(good), Signed: true}, {Name: "drivers/nvidia-uvm.ko", Digest: sum(module)},
-			{Name: "drivers/nvidia-drm.ko", Digest: sum(changed), Signed: true},
-			{Name: "firmware/nvidia/1/gsp_tu10x.bin", Digest: sum([]byte("gsp")), Signed: true},
-			{Name: "firmware/nvidia/1/gsp_ga10x.bin", Digest: sum([]byte("gsp"))},
-		}
-		if diff := cmp.Diff(want, got.Files); diff != "" {
-			t.Errorf("%s: PassThrough (-want +got):\n%s", name, diff)
-		}
-		if problems["drivers/nvidia.ko"] != (name == "stranger") || problems["drivers/nvidia-drm.ko"] != (name != "nobody") {
-			t.Errorf("%s: problems = %v", name, problems)
-		}
-	}
-	for name, archive := range map[string][]byte{"no archive": []byte("x"), "no driver": tgz(t, entry{name: "x", data: "y"}), "cut off": archive[:len(archive)/2]} {
-		if got, err := modsign.PassThrough(&bytes.Buffer{}, bytes.NewReader(archive), nil); !fault.Is(err, fault.CheckFailed) {
-			t.Errorf("%s: PassThrough = %+v, %v; want check failed", name, got, err)
-		}
+	good := tgz(t, entry{name: "nvidia.ko.sig", data: "x"})
+	if _, err := modsign.ReadDetached(bytes.NewReader(good), []byte("no certificate")); !fault.Is(err, fault.CheckFailed) || !strings.Contains(err.Error(), "trusted_key.pem") {
+		t.Errorf("ReadDetached(a root that is no certificate) = %v; want check failed", err)
 	}
 }
 
@@ -199,15 +181,14 @@ func FuzzReadDetached(f *testing.F) {
 	g := newGoogle(f)
 	f.Add(g.archive)
 	f.Add([]byte("\x1f\x8b\x08"))
-	path := write(f, filepath.Join(f.TempDir(), "nvidia.ko"), module)
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		d, err := modsign.ReadDetached(bytes.NewReader(raw))
+		d, err := modsign.ReadDetached(bytes.NewReader(raw), g.root.cert.Raw)
 		if err != nil {
 			return
 		}
 		// Whatever comes along, only Google's own key makes a signature hold.
 		dst := filepath.Join(t.TempDir(), "x")
-		if attached, _, err := d.Attach(path, dst, []*x509.Certificate{g.root.cert}); err == nil && attached {
+		if err := d.Attach(dst, "nvidia", module); err == nil {
 			if _, err := modsign.VerifyFile(dst, []*x509.Certificate{g.driver.cert}); err != nil {
 				t.Errorf("Attach took a signature by another key: %v", err)
 			}

@@ -1,7 +1,7 @@
 // Package modsign signs kernel modules as the kernel's own sign-file does, and
-// verifies such signatures by the kernel's rules. It also takes Google's
-// signatures as they are: the detached ones of a COS build, and the archive of
-// modules that Google has signed.
+// verifies such signatures by the kernel's rules. It also attaches the
+// signatures that Google ships with a COS build, to the very modules that they
+// were made over.
 //
 // It refuses keys whose signatures differ from run to run (equal inputs have to
 // give equal modules), a module that is signed already, and to hand out a
