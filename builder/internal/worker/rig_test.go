@@ -116,7 +116,7 @@ func newRig(t *testing.T, tries ...try) *rig {
 	}
 	r := &rig{queue: q, server: newServer(t)}
 	r.cfg = worker.Config{
-		ID: "w1", State: filepath.Join(dir, "state"), QueueURL: queueURL, Patience: 100 * time.Millisecond,
+		ID: "w1", State: filepath.Join(dir, "state"), QueueURL: queueURL,
 		Server: api.NewClient(r.server.URL, "", nil), Log: slog.New(slog.DiscardHandler),
 		Make: func(ctx context.Context, req pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			want := pipeline.Request{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: target.Open, KernelMirror: "file:///k"}

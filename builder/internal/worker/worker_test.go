@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
@@ -182,6 +183,7 @@ func TestServerAway(t *testing.T) {
 		t.Parallel()
 		broken := fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", ""))
 		r := newRig(t, broken, broken)
+		r.cfg.Patience = 1900 * time.Millisecond // less than the pause before a report is repeated
 		lost := false
 		r.server.refuse = func(u api.BuildUpdate) *api.Problem {
 			if u.State == api.Failed && !lost {
@@ -255,9 +257,11 @@ func TestSameIDElsewhere(t *testing.T) {
 	r = newRig(t, func(ctx context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		second := r.cfg
 		second.State = t.TempDir()
-		ctx2, other := context.WithTimeout(ctx, time.Second) // two looks into the queue
+		ctx2, other := context.WithCancel(ctx)
 		defer other()
-		if err := worker.Run(ctx2, second); err != nil {
+		// It is stopped when it has begun to look and had time to look twice.
+		second.Log = slog.New(started{slog.DiscardHandler, func() { time.AfterFunc(time.Second, other) }})
+		if err := worker.Run(ctx2, second); err != nil && ctx2.Err() == nil {
 			t.Errorf("second worker: %v", err)
 		}
 		return works(ctx, log, line)
@@ -274,6 +278,21 @@ func TestSameIDElsewhere(t *testing.T) {
 	if n := len(r.server.states); n != 2 || r.tries != 1 {
 		t.Errorf("the server heard %+v in %d tries; want one build", r.server.states, r.tries)
 	}
+}
+
+// started calls f when a worker says that it has started.
+type started struct {
+	slog.Handler
+	f func()
+}
+
+func (started) Enabled(context.Context, slog.Level) bool { return true }
+
+func (s started) Handle(_ context.Context, r slog.Record) error {
+	if r.Message == "worker started" {
+		s.f()
+	}
+	return nil
 }
 
 // The log of a build that killed its worker is sent at the next start, unless
@@ -324,7 +343,6 @@ func TestLongLog(t *testing.T) {
 		res := result
 		return &res, nil
 	})
-	r.cfg.Patience = time.Minute
 	if err := r.run(t, 2); err != nil {
 		t.Fatal(err)
 	}
