@@ -104,6 +104,12 @@ func (k *Key) Sign(t testing.TB, payload []byte) []byte {
 // Statement returns a signed statement about a manifest digest.
 func (k *Key) Statement(t testing.TB, digest, predicateType string, predicate any) []byte {
 	t.Helper()
+	return k.Sign(t, Payload(t, digest, predicateType, predicate))
+}
+
+// Payload returns a statement about a manifest digest for somebody to sign.
+func Payload(t testing.TB, digest, predicateType string, predicate any) []byte {
+	t.Helper()
 	payload, err := json.Marshal(map[string]any{
 		"_type":         "https://in-toto.io/Statement/v1",
 		"subject":       []any{map[string]any{"name": "sample", "digest": map[string]string{"sha256": strings.TrimPrefix(digest, "sha256:")}}},
@@ -113,7 +119,7 @@ func (k *Key) Statement(t testing.TB, digest, predicateType string, predicate an
 	if err != nil {
 		t.Fatal(err)
 	}
-	return k.Sign(t, payload)
+	return payload
 }
 
 // Provenance returns a signed provenance statement.

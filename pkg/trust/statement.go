@@ -33,18 +33,24 @@ const (
 // statementType is the only type of in-toto statement that is read.
 const statementType = "https://in-toto.io/Statement/v1"
 
-// Verifier checks bundles against a fixed set of public keys. It needs no
-// network, no clock and no files.
+// Verifier checks bundles against a fixed set of public keys and identities.
+// It needs no network, no clock and no files.
 type Verifier struct {
-	policy   Policy
-	keys     map[string]PublicKey // by hint
-	verifier *verify.Verifier
+	policy       Policy
+	keys         map[string]PublicKey // by hint
+	verifier     *verify.Verifier
+	certificates *certificates // nil trusts none
 }
 
-// Policy says whom to trust.
+// Policy says whom to trust: at least one key or identity. One that signed is
+// enough.
 type Policy struct {
-	// Keys are the public keys of those who may publish; at least one.
+	// Keys are the public keys of those who may publish.
 	Keys []PublicKey
+	// Root is what certificates are judged by, and Identities are those whom they
+	// may name. The two go together.
+	Root       *Root
+	Identities []Identity
 	// Builders are the builder ids that provenance may name; none is any.
 	Builders []string
 	// LoadTest says whether artifacts need one; the zero value takes any.
@@ -53,8 +59,11 @@ type Policy struct {
 
 // NewVerifier returns a verifier for this policy.
 func NewVerifier(p Policy) (*Verifier, error) {
-	if len(p.Keys) == 0 {
-		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured", "configure the publisher's public key")
+	if len(p.Keys)+len(p.Identities) == 0 {
+		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured", "configure the publisher's public key, or a trusted root and the identity that certificates of it have to name")
+	}
+	if (p.Root == nil) != (len(p.Identities) == 0) {
+		return nil, fault.New(fault.Usage, "verify artifacts: a trusted root and the identities that certificates of it have to name go together", "configure both, or neither")
 	}
 	v := &Verifier{policy: p, keys: map[string]PublicKey{}}
 	byHint := map[string]*root.ExpiringKey{}
@@ -73,13 +82,20 @@ func NewVerifier(p Policy) (*Verifier, error) {
 	if err != nil {
 		return nil, fmt.Errorf("verify artifacts: %w", err)
 	}
+	if p.Root != nil {
+		if v.certificates, err = newCertificates(p); err != nil {
+			return nil, fmt.Errorf("verify artifacts: %w", err)
+		}
+	}
 	return v, nil
 }
 
 // Statement is an in-toto statement whose signature holds.
 type Statement struct {
-	// KeyID is the [PublicKey.ID] of the signer.
-	KeyID string
+	// KeyID is the [PublicKey.ID] of the signer, and Identity whom the signer's
+	// certificate names. One of the two is empty.
+	KeyID    string
+	Identity string
 	// Subjects are the digests that the statement is about.
 	Subjects      []string
 	PredicateType string
@@ -115,13 +131,23 @@ func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []
 func (v *Verifier) Statement(data []byte) (*Statement, error) {
 	st, err := v.statement(data)
 	if err != nil {
-		hint := ""
-		if errors.Is(err, ErrUnknownKey) {
-			hint = "configure the public key of whoever published this artifact, if you trust them"
-		}
-		return nil, fault.Wrap(fault.Unverified, err, hint)
+		return nil, fault.Wrap(fault.Unverified, err, hintFor(err))
 	}
 	return st, nil
+}
+
+func hintFor(err error) string {
+	switch {
+	case errors.Is(err, ErrUnknownKey):
+		return "configure the public key of whoever published this artifact, if you trust them"
+	case errors.Is(err, ErrUnknownIdentity):
+		return "configure the name and the issuer that are in the certificate, if you trust them"
+	case errors.Is(err, ErrOtherRoot):
+		return "configure the trusted root of the Sigstore deployment that the publisher's certificate is from, if you trust it"
+	case errors.Is(err, ErrNoTime):
+		return "have it signed again with a timestamp authority, or a log, that the trusted root names"
+	}
+	return ""
 }
 
 func (v *Verifier) statement(data []byte) (*Statement, error) {
@@ -144,11 +170,14 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	}
 	pub := content.PublicKey()
 	if pub == nil {
-		return nil, fmt.Errorf("%w: signed with a certificate; only keys are trusted (%s)", ErrUnknownKey, ids(v.policy.Keys))
+		if v.certificates == nil {
+			return nil, fmt.Errorf("%w: signed with a certificate; only keys are trusted (%s)", ErrUnknownKey, ids(v.policy.Keys))
+		}
+		return v.certificates.statement(&b, content.Certificate())
 	}
 	key, ok := v.keys[pub.Hint()]
 	if !ok {
-		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), ids(v.policy.Keys))
+		return nil, fmt.Errorf("%w: key %s; trusted are %s", ErrUnknownKey, hintID(pub.Hint()), v.trusted())
 	}
 	// The subject is compared by the caller, who can then say what it is
 	// instead; nothing is returned here before the signature holds.
@@ -156,10 +185,23 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (key %s)", ErrChanged, key.ID())
 	}
-	return readStatement(key, result)
+	return readStatement(Statement{KeyID: key.ID()}, result)
 }
 
-func readStatement(key PublicKey, result *verify.VerificationResult) (*Statement, error) {
+// trusted names everybody, for people.
+func (v *Verifier) trusted() string {
+	all := ids(v.policy.Keys)
+	switch {
+	case v.certificates == nil:
+		return all
+	case all == "":
+		return v.certificates.identities
+	}
+	return all + ", " + v.certificates.identities
+}
+
+// readStatement fills in what was said by a signer who is known.
+func readStatement(st Statement, result *verify.VerificationResult) (*Statement, error) {
 	in := result.Statement
 	if in == nil || in.GetType() != statementType {
 		return nil, fmt.Errorf("%w: payload is not an in-toto statement v1", ErrMalformed)
@@ -167,7 +209,7 @@ func readStatement(key PublicKey, result *verify.VerificationResult) (*Statement
 	if len(in.GetSubject()) > maxSubjects {
 		return nil, fmt.Errorf("%w: %d subjects; at most %d are read", ErrMalformed, len(in.GetSubject()), maxSubjects)
 	}
-	st := &Statement{KeyID: key.ID(), PredicateType: in.GetPredicateType()}
+	st.PredicateType = in.GetPredicateType()
 	for _, s := range in.GetSubject() {
 		if sum := s.GetDigest()["sha256"]; sum != "" {
 			st.Subjects = append(st.Subjects, "sha256:"+sum)
@@ -180,7 +222,7 @@ func readStatement(key PublicKey, result *verify.VerificationResult) (*Statement
 	if st.Predicate, err = in.GetPredicate().MarshalJSON(); err != nil {
 		return nil, fmt.Errorf("%w: predicate: %w", ErrMalformed, cut{err})
 	}
-	return st, nil
+	return &st, nil
 }
 
 // cut shortens the text of an error that may quote foreign bytes.

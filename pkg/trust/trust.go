@@ -1,6 +1,6 @@
-// Package trust decides whether an artifact is what somebody with a trusted
-// key said it is, and whether that was said for this very kernel and driver.
-// It works offline, with public keys only. It refuses to sign, to fetch, and
+// Package trust decides whether an artifact is what somebody who is trusted, by
+// a key or by an identity, said it is, and whether that was said for this very
+// kernel and driver. It works offline, and holds nothing secret. It refuses to sign, to fetch, and
 // to take anything out of a statement before its signature holds.
 package trust
 
@@ -82,8 +82,10 @@ type Material struct {
 
 // Verdict is what was proved.
 type Verdict struct {
-	// KeyID is the key that signed the provenance.
-	KeyID string `json:"keyId"`
+	// KeyID is the key that signed the provenance, and Identity whom the
+	// certificate names that did. One of the two is empty.
+	KeyID    string `json:"keyId,omitempty"`
+	Identity string `json:"identity,omitempty"`
 	// BuilderID and InvocationID say who built it, and in which run.
 	BuilderID    string `json:"builderId"`
 	InvocationID string `json:"invocationId,omitempty"`
@@ -99,10 +101,13 @@ type Verdict struct {
 	Ignored []string `json:"ignored,omitempty"`
 }
 
+// SignedBy names the key or the identity that signed the provenance.
+func (v *Verdict) SignedBy() string { return v.KeyID + v.Identity }
+
 // String sums the verdict up in one line.
 func (v *Verdict) String() string {
-	return fmt.Sprintf("driver %s for %s, signed by key %s, built by %s from %d inputs",
-		v.Built.Driver, v.Match.Kernel, v.KeyID, v.BuilderID, len(v.Materials))
+	return fmt.Sprintf("driver %s for %s, signed by %s, built by %s from %d inputs",
+		v.Built.Driver, v.Match.Kernel, v.SignedBy(), v.BuilderID, len(v.Materials))
 }
 
 // Verify decides about an artifact. It needs one valid provenance and one
@@ -231,10 +236,10 @@ func (v *Verifier) provenance(st *Statement, e Expect, verdict *Verdict) error {
 	case built.Kernel.Release != id.Release:
 		return disagree("release", built.Kernel.Release, id.Release)
 	}
-	if verdict.KeyID != "" {
+	if verdict.BuilderID != "" {
 		return nil
 	}
-	verdict.KeyID, verdict.Built = st.KeyID, built
+	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, built
 	verdict.BuilderID, verdict.InvocationID = p.RunDetails.Builder.ID, p.RunDetails.Metadata.InvocationID
 	for _, d := range p.BuildDefinition.ResolvedDependencies {
 		verdict.Materials = append(verdict.Materials, Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})

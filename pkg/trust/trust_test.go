@@ -266,17 +266,19 @@ func FuzzParsePublicKeys(f *testing.F) {
 }
 
 // FuzzVerify looks for crashes, and for a second bundle that verifies: what
-// anybody can make without the key must never be trusted.
+// anybody can make without the key or the identity must never be trusted.
 func FuzzVerify(f *testing.F) {
-	key := testkit.NewKey(f)
+	key, farm := testkit.NewKey(f), testkit.NewAuthority(f)
 	s := testkit.NewSample(f, key, testkit.SampleKernel("47"), driver, "")
-	v := key.Verifier(f)
+	v := verifier(f, trust.Policy{Keys: []trust.PublicKey{key.Public(f)}, Root: parseRoot(f, farm.Root(f, nil, nil)), Identities: []trust.Identity{someone()}})
+	provenance, _ := payloads(f, s)
 	want, err := v.Statement(s.Bundles[0])
 	if err != nil {
 		f.Fatal(err)
 	}
 	f.Add(s.Bundles[0])
 	f.Add(s.Bundles[1])
+	f.Add(farm.Sign(f, provenance, someone(), longAgo(), longAgo()))
 	f.Add([]byte(`{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","verificationMaterial":{"publicKey":{"hint":""}},"dsseEnvelope":{"payload":"","payloadType":"application/vnd.in-toto+json","signatures":[{"sig":""}]}}`))
 	f.Add([]byte(`{"mediaType":"application/vnd.dev.sigstore.bundle.v0.3+json","verificationMaterial":{"certificate":{"rawBytes":""},"tlogEntries":[{}]},"messageSignature":{}}`))
 	f.Add([]byte(`null`))

@@ -1,0 +1,185 @@
+package testkit
+
+import (
+	"context"
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"io"
+	"math/big"
+	"net/http"
+	"net/http/httptest"
+	"testing"
+	"time"
+
+	"github.com/digitorus/timestamp"
+	protobundle "github.com/sigstore/protobuf-specs/gen/pb-go/bundle/v1"
+	protocommon "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
+	"github.com/sigstore/sigstore-go/pkg/fulcio/certificate"
+	"github.com/sigstore/sigstore-go/pkg/root"
+	"github.com/sigstore/sigstore-go/pkg/sign"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Authority is a Sigstore deployment of one's own: it certifies identities and
+// stamps times, at whatever time a test wants.
+type Authority struct {
+	// CA issues certificates with CAKey.
+	CA    *x509.Certificate
+	CAKey *ecdsa.PrivateKey
+	// Lifetime is that of certificates.
+	Lifetime time.Duration
+
+	stampRoot, stamper *x509.Certificate
+	stampKey           *ecdsa.PrivateKey
+}
+
+// NewAuthority makes one whose own certificates hold for ten years in both
+// directions.
+func NewAuthority(t testing.TB) *Authority {
+	t.Helper()
+	a := &Authority{CAKey: NewKey(t).private, Lifetime: 10 * time.Minute, stampKey: NewKey(t).private}
+	certifying := x509.Certificate{Subject: pkix.Name{CommonName: "sample authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	long := func(c x509.Certificate) *x509.Certificate {
+		c.NotBefore, c.NotAfter = time.Now().AddDate(-10, 0, 0), time.Now().AddDate(10, 0, 0)
+		return &c
+	}
+	a.CA = issue(t, long(certifying), nil, a.CAKey.Public(), a.CAKey)
+	rootKey := NewKey(t).private
+	a.stampRoot = issue(t, long(certifying), nil, rootKey.Public(), rootKey)
+	usage, err := asn1.Marshal([]asn1.ObjectIdentifier{{1, 3, 6, 1, 5, 5, 7, 3, 8}}) // time stamping, and critical, as RFC 3161 wants it
+	if err != nil {
+		t.Fatal(err)
+	}
+	a.stamper = issue(t, long(x509.Certificate{
+		Subject: pkix.Name{CommonName: "sample time"}, KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 37}, Critical: true, Value: usage}},
+	}), a.stampRoot, a.stampKey.Public(), rootKey)
+	return a
+}
+
+// issue signs a certificate; without a parent it is its own.
+func issue(t testing.TB, c, parent *x509.Certificate, pub crypto.PublicKey, by crypto.Signer) *x509.Certificate {
+	t.Helper()
+	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 120))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.SerialNumber = serial
+	if parent == nil {
+		parent = c
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, parent, pub, by)
+	if err != nil {
+		t.Fatal(err)
+	}
+	made, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return made
+}
+
+// Certificate certifies that a key is in these hands, from a time on.
+func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Identity, from time.Time) *x509.Certificate {
+	t.Helper()
+	issuer, err := asn1.MarshalWithParams(who.Issuer, "utf8")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return issue(t, &x509.Certificate{
+		NotBefore: from, NotAfter: from.Add(a.Lifetime), EmailAddresses: []string{who.Subject},
+		ExtraExtensions: []pkix.Extension{{Id: certificate.OIDIssuerV2, Value: issuer}},
+		KeyUsage:        x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageCodeSigning},
+	}, a.CA, pub, a.CAKey)
+}
+
+// Root returns what to trust, as trusted_root.json, with logs, if any, to
+// which this authority tells nothing.
+func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.TransparencyLog) []byte {
+	t.Helper()
+	from := a.CA.NotBefore
+	r, err := root.NewTrustedRoot(root.TrustedRootMediaType01,
+		[]root.CertificateAuthority{&root.FulcioCertificateAuthority{Root: a.CA, ValidityPeriodStart: from, URI: "https://ca.example.com"}}, certificateLogs,
+		[]root.TimestampingAuthority{&root.SigstoreTimestampingAuthority{Root: a.stampRoot, Leaf: a.stamper, ValidityPeriodStart: from, URI: "https://time.example.com"}}, logs)
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw, err := r.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// Stamp returns an RFC 3161 time stamp over a SHA-256.
+func (a *Authority) Stamp(t testing.TB, sum []byte, at time.Time) []byte {
+	t.Helper()
+	raw, err := (&timestamp.Timestamp{
+		HashAlgorithm: crypto.SHA256, HashedMessage: sum, Time: at, Policy: asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 57264, 2},
+	}).CreateResponseWithOpts(a.stamper, a.stampKey, crypto.SHA256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// ServeTime starts a timestamp authority that ends with the test, and returns
+// its URL.
+func (a *Authority) ServeTime(t testing.TB) string {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		asked, err := timestamp.ParseRequest(body)
+		if err != nil || asked.HashAlgorithm != crypto.SHA256 {
+			http.Error(w, "want a SHA-256", http.StatusBadRequest)
+			return
+		}
+		_, _ = w.Write(a.Stamp(t, asked.HashedMessage, time.Now()))
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+// Sign returns a bundle over an in-toto statement given as JSON: by a key of
+// the moment that was certified from a time on, with stamps of these times by
+// this authority.
+func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from time.Time, stamps ...time.Time) []byte {
+	t.Helper()
+	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"}, keypair{k: NewKey(t)},
+		sign.BundleOptions{CertificateProvider: certifier(func(pub crypto.PublicKey) []byte { return a.Certificate(t, pub, who, from).Raw })})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(b.GetDsseEnvelope().GetSignatures()[0].GetSig())
+	proof := b.GetVerificationMaterial()
+	for _, at := range stamps {
+		if proof.TimestampVerificationData == nil {
+			proof.TimestampVerificationData = &protobundle.TimestampVerificationData{}
+		}
+		proof.TimestampVerificationData.Rfc3161Timestamps = append(proof.TimestampVerificationData.Rfc3161Timestamps,
+			&protocommon.RFC3161SignedTimestamp{SignedTimestamp: a.Stamp(t, sum[:], at)})
+	}
+	raw, err := protojson.Marshal(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+// certifier shows an authority to the bundle library.
+type certifier func(crypto.PublicKey) []byte
+
+func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte, error) {
+	return c(k.GetPublicKey()), nil
+}

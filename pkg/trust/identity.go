@@ -1,0 +1,171 @@
+package trust
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"regexp"
+	"strings"
+
+	"github.com/sigstore/sigstore-go/pkg/bundle"
+	"github.com/sigstore/sigstore-go/pkg/fulcio/certificate"
+	"github.com/sigstore/sigstore-go/pkg/root"
+	"github.com/sigstore/sigstore-go/pkg/verify"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// What can be wrong with a bundle that was signed with a short-lived
+// certificate. Each comes with its own text; these are for errors.Is.
+var (
+	ErrUnknownIdentity = errors.New("signed by an unknown identity")
+	ErrOtherRoot       = errors.New("signed with a certificate of another root")
+	ErrNoTime          = errors.New("nothing that is trusted says that it was signed while its certificate was valid")
+)
+
+// Root is a Sigstore deployment, the public one or one's own: authorities for
+// certificates and time stamps, and logs.
+type Root struct{ material *root.TrustedRoot }
+
+const maxRootFile = 1 << 20
+
+// ParseRoot reads a trusted_root.json, as Sigstore's root of trust has it and
+// cosign trusted-root create writes it.
+func ParseRoot(text []byte) (*Root, error) {
+	r, err := parseRoot(text)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted root: %w", err), "give a Sigstore trusted_root.json: cosign trusted-root create writes one")
+	}
+	return r, nil
+}
+
+func parseRoot(text []byte) (*Root, error) {
+	if len(text) > maxRootFile {
+		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), maxRootFile)
+	}
+	material, err := root.NewTrustedRootFromJSON(text)
+	switch {
+	case err != nil:
+		return nil, cut{err}
+	case len(material.FulcioCertificateAuthorities()) == 0:
+		return nil, errors.New("no certificate authority")
+	case len(material.TimestampingAuthorities())+len(material.RekorLogs()) == 0:
+		return nil, errors.New("no timestamp authority and no log, so nobody to say when something was signed")
+	}
+	return &Root{material}, nil
+}
+
+// Identity is whom a certificate names, and who vouched for that.
+type Identity struct {
+	// Subject is the certificate's subject alternative name: a URL or a mail
+	// address.
+	Subject string
+	// Pattern, a regular expression for the whole name, replaces Subject.
+	Pattern string
+	// Issuer is the URL of the OpenID Connect issuer.
+	Issuer string
+}
+
+func (i Identity) String() string {
+	if i.Pattern != "" {
+		return fmt.Sprintf("/%s/ (%s)", i.Pattern, i.Issuer)
+	}
+	return fmt.Sprintf("%s (%s)", i.Subject, i.Issuer)
+}
+
+func (i Identity) matcher() (verify.CertificateIdentity, error) {
+	none := verify.CertificateIdentity{}
+	if (i.Subject == "") == (i.Pattern == "") || i.Issuer == "" {
+		return none, errors.New("a certificate's identity is a name, or a pattern for it, and an issuer")
+	}
+	whole := ""
+	if i.Pattern != "" {
+		// Alone first: a pattern with a bracket too many could leave the group.
+		if _, err := regexp.Compile(i.Pattern); err != nil {
+			return none, err
+		}
+		whole = `\A(?:` + i.Pattern + `)\z`
+	}
+	return verify.NewShortCertificateIdentity(i.Issuer, "", i.Subject, whole)
+}
+
+// certificates is the half of a [Verifier] that judges certificates.
+type certificates struct {
+	root       root.TrustedMaterial
+	identities string // for people
+	verifier   *verify.Verifier
+	policy     verify.PolicyBuilder
+	logged     bool // certificates have to be in a log
+}
+
+func newCertificates(p Policy) (*certificates, error) {
+	c := &certificates{root: p.Root.material}
+	// What the root names is demanded: who runs a log wants to see in it whatever
+	// is signed in his name.
+	demanded := []verify.VerifierOption{verify.WithObserverTimestamps(1)}
+	if len(c.root.RekorLogs()) > 0 {
+		demanded = append(demanded, verify.WithTransparencyLog(1))
+	}
+	if c.logged = len(c.root.CTLogs()) > 0; c.logged {
+		demanded = append(demanded, verify.WithSignedCertificateTimestamps(1))
+	}
+	var names []string
+	var whom []verify.PolicyOption
+	for _, i := range p.Identities {
+		m, err := i.matcher()
+		if err != nil {
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("certificate identity %s: %w", i, err), "name the subject and the issuer of the publisher's certificates")
+		}
+		names, whom = append(names, i.String()), append(whom, verify.WithCertificateIdentity(m))
+	}
+	c.identities, c.policy = strings.Join(names, ", "), verify.NewPolicy(verify.WithoutArtifactUnsafe(), whom...)
+	var err error
+	c.verifier, err = verify.NewVerifier(c.root, demanded...)
+	return c, err
+}
+
+func (c *certificates) statement(b *bundle.Bundle, leaf *x509.Certificate) (*Statement, error) {
+	result, err := c.verifier.Verify(b, c.policy)
+	if err != nil {
+		return nil, c.explain(b, leaf, err)
+	}
+	return readStatement(Statement{Identity: nameOf(*result.Signature.Certificate).String()}, result)
+}
+
+func nameOf(s certificate.Summary) Identity {
+	return Identity{Subject: s.SubjectAlternativeName, Issuer: s.Issuer}
+}
+
+// explain finds out which link is broken, for the library's errors hardly have
+// types. Nothing is accepted here.
+func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause error) error {
+	if other := new(verify.ErrNoMatchingCertificateIdentity); errors.As(cause, &other) {
+		who, err := certificate.SummarizeCertificate(leaf)
+		if err != nil {
+			return fmt.Errorf("%w: %w", ErrMalformed, cut{err})
+		}
+		return fmt.Errorf("%w: %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
+	}
+	chains, err := verify.VerifyLeafCertificate(leaf.NotBefore, leaf, c.root)
+	if err != nil {
+		return fmt.Errorf("%w: issued by %.200q", ErrOtherRoot, leaf.Issuer.String())
+	}
+	if c.logged {
+		if err := verify.VerifySignedCertificateTimestamp(chains, 1, c.root); err != nil {
+			return fmt.Errorf("%w: no trusted log of certificates has it: %w", ErrOtherRoot, cut{err})
+		}
+	}
+	times, err := c.verifier.VerifyTransparencyLogInclusion(b)
+	if err == nil {
+		times, err = c.verifier.VerifyObserverTimestamps(b, times)
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", ErrNoTime, cut{err})
+	}
+	for _, t := range times {
+		if at := t.Timestamp; at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {
+			return fmt.Errorf("%w: it was valid from %s to %s, and signed at %s", ErrNoTime, leaf.NotBefore.UTC(), leaf.NotAfter.UTC(), at.UTC())
+		}
+	}
+	return fmt.Errorf("%w (certificate by %.200q)", ErrChanged, leaf.Issuer.String())
+}
