@@ -182,8 +182,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Catalogue: cat, Store: db, Queue: q, Token: token, Port: port, Version: version, Log: log,
 		Registry: ocistore.Handler(registry, token, log), Pages: pages,
 	})
+	// Whoever waits for the file to appear must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")
-	if err := os.WriteFile(addressFile, []byte("http://"+address+"\n"), 0o644); err != nil {
+	if err := os.WriteFile(addressFile+".new", []byte("http://"+address+"\n"), 0o644); err != nil {
+		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())
+	}
+	if err := os.Rename(addressFile+".new", addressFile); err != nil {
 		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())
 	}
 	defer closing("address", func() error { return os.Remove(addressFile) })
