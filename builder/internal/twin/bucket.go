@@ -40,6 +40,9 @@ type store interface {
 	// replace puts data in place of the state that the token names, "" for
 	// none; the error is errChanged where another state is there.
 	replace(ctx context.Context, u upload, token string) error
+	// remove removes the state that the token names; the error is errChanged
+	// where another state is there. One that is gone is no error.
+	remove(ctx context.Context, name, token string) error
 	url(name string) string
 	close() error
 }
@@ -150,5 +153,27 @@ func (b *Bucket) update(ctx context.Context, name, contentType string, limit int
 			return false, nil, fmt.Errorf("update %s: %w", b.URL(name), err)
 		}
 	}
-	return false, nil, fault.New(fault.Transient, fmt.Sprintf("update %s: others changed it %d times meanwhile", b.URL(name), tries), "try again later")
+	return false, nil, busy("update", b.URL(name))
+}
+
+// remove removes an object if its bytes are such as to be removed, and by
+// nobody else's leave.
+func (b *Bucket) remove(ctx context.Context, name string, limit int64, such func(have []byte) bool) (bool, error) {
+	for range tries {
+		have, token, err := b.small(ctx, name, limit)
+		if err != nil || have == nil || !such(have) {
+			return false, err
+		}
+		switch err = b.s.remove(ctx, name, token); {
+		case err == nil:
+			return true, nil
+		case !errors.Is(err, errChanged):
+			return false, fmt.Errorf("remove %s: %w", b.URL(name), err)
+		}
+	}
+	return false, busy("remove", b.URL(name))
+}
+
+func busy(verb, url string) error {
+	return fault.New(fault.Transient, fmt.Sprintf("%s %s: others changed it %d times meanwhile", verb, url, tries), "try again later")
 }

@@ -6,15 +6,33 @@ import (
 	"io"
 	"os"
 	"strconv"
+
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
 )
 
-// EditText and EditBinary add a version to gpu_driver_versions.
-func EditText(have []byte, version string, serves func(string) bool) ([]byte, error) {
-	return editText(have, version, serves)
+// Form is one of the two forms of gpu_driver_versions.
+type Form struct {
+	Name      string
+	edit      func(have []byte, change edit) ([]byte, error)
+	Unmarshal func([]byte, proto.Message) error
+	Marshal   func(proto.Message) ([]byte, error)
 }
 
-func EditBinary(have []byte, version string, serves func(string) bool) ([]byte, error) {
-	return editBinary(have, version, serves)
+// Text and Binary are all forms.
+var (
+	Text   = Form{"textproto", editText, prototext.Unmarshal, prototext.Marshal}
+	Binary = Form{"bin", editBinary, proto.Unmarshal, proto.Marshal}
+)
+
+// Add adds a version.
+func (f Form) Add(have []byte, version string, serves func(string) bool) ([]byte, error) {
+	return f.edit(have, withVersion(version, serves))
+}
+
+// Relabel takes labels away and gives others.
+func (f Form) Relabel(have []byte, drop, give []Label) ([]byte, error) {
+	return f.edit(have, withLabels(drop, give))
 }
 
 // Pack packs a release's files with attributes that a file system may not hold.
@@ -70,6 +88,16 @@ func (b *breaking) replace(ctx context.Context, u upload, token string) error {
 		return err
 	}
 	if err := b.store.replace(ctx, u, token); err != nil {
+		return err
+	}
+	return b.after()
+}
+
+func (b *breaking) remove(ctx context.Context, name, token string) error {
+	if err := b.before(); err != nil {
+		return err
+	}
+	if err := b.store.remove(ctx, name, token); err != nil {
 		return err
 	}
 	return b.after()
@@ -134,6 +162,15 @@ func (m *Memory) replace(_ context.Context, u upload, token string) error {
 	}
 	m.state++
 	m.objects[u.name], m.states[u.name] = data, strconv.Itoa(m.state)
+	return nil
+}
+
+func (m *Memory) remove(_ context.Context, name, token string) error {
+	if m.states[name] != token {
+		return errChanged
+	}
+	delete(m.objects, name)
+	delete(m.states, name)
 	return nil
 }
 

@@ -112,12 +112,8 @@ func (f *folder) create(ctx context.Context, u upload) error {
 
 func (f *folder) replace(ctx context.Context, u upload, token string) error {
 	return f.locked(ctx, func() error {
-		have, err := f.digest(u.name)
-		if err != nil && !errors.Is(err, errAbsent) {
+		if err := f.still(u.name, token); err != nil {
 			return err
-		}
-		if have != token {
-			return errChanged
 		}
 		if err := f.write(ctx, u); err != nil {
 			return err
@@ -127,6 +123,30 @@ func (f *folder) replace(ctx context.Context, u upload, token string) error {
 		}
 		return f.sync(path.Dir(u.name))
 	})
+}
+
+func (f *folder) remove(ctx context.Context, name, token string) error {
+	return f.locked(ctx, func() error {
+		if err := f.still(name, token); err != nil {
+			return err
+		}
+		if err := f.root.Remove(name); err != nil {
+			return onDisk(err)
+		}
+		return f.sync(path.Dir(name))
+	})
+}
+
+// still returns errChanged unless a file is in the state of a token.
+func (f *folder) still(name, token string) error {
+	have, err := f.digest(name)
+	if err != nil && !errors.Is(err, errAbsent) {
+		return err
+	}
+	if have != token {
+		return errChanged
+	}
+	return nil
 }
 
 func (f *folder) locked(ctx context.Context, do func() error) error {

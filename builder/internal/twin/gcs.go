@@ -99,11 +99,32 @@ func (g *gcs) replace(ctx context.Context, u upload, token string) error {
 	if token == "" {
 		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
 	}
+	c, err := state(token)
+	if err != nil {
+		return err
+	}
+	return g.write(ctx, u, c)
+}
+
+func (g *gcs) remove(ctx context.Context, name, token string) error {
+	c, err := state(token)
+	if err != nil {
+		return err
+	}
+	err = g.object(name).If(c).Delete(ctx)
+	if errors.Is(err, storage.ErrObjectNotExist) { // or the answer to a first try was lost
+		return nil
+	}
+	return g.fault(ctx, err)
+}
+
+// state is the condition that an object is still in the state of a token.
+func state(token string) (storage.Conditions, error) {
 	generation, err := strconv.ParseInt(token, 10, 64)
 	if err != nil || generation == 0 {
-		return fault.Errorf(fault.Internal, "generation %q", token)
+		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q", token)
 	}
-	return g.write(ctx, u, storage.Conditions{GenerationMatch: generation})
+	return storage.Conditions{GenerationMatch: generation}, nil
 }
 
 // chunk is how much is held in memory to be sent again when the network fails.

@@ -21,17 +21,21 @@ const indexFormat = 1
 const (
 	maxIndex   = 4 << 20
 	maxEntries = 2000
+	maxLabels  = 4000
 )
 
 // Index lists what is published for one COS build, for programs to read. It is
-// one of the few objects that change: entries are added and never altered. It
-// tells no time, so that equal content is equal bytes.
+// one of the few objects that change: drivers are added and never altered, and
+// only labels move. It tells no time, so that equal content is equal bytes.
 type Index struct {
 	Format  int    `json:"format"`
 	BuildID string `json:"buildId"`
 	Board   string `json:"board"`
 	// Drivers are in order of version and flavour.
 	Drivers []Entry `json:"drivers"`
+	// Labels are those that builders gave. A label that is not among them is
+	// somebody else's.
+	Labels []Label `json:"labels,omitempty"`
 }
 
 // Entry is one driver of an index. Names of objects are those below the
@@ -101,6 +105,17 @@ func parseIndex(text []byte) (Index, error) {
 		}
 		if i > 0 && x.Drivers[i-1].compare(e) >= 0 {
 			return x, fmt.Errorf("driver %d is out of order", i)
+		}
+	}
+	if len(x.Labels) > maxLabels {
+		return x, fmt.Errorf("%d labels; at most %d are read", len(x.Labels), maxLabels)
+	}
+	for i, l := range x.Labels {
+		if err := l.check(x); err != nil {
+			return x, fmt.Errorf("label %d: %w", i, err)
+		}
+		if i > 0 && x.Labels[i-1].compare(l) >= 0 {
+			return x, fmt.Errorf("label %d is out of order", i)
 		}
 	}
 	return x, nil

@@ -40,10 +40,10 @@ func TestEditVersions(t *testing.T) {
 	}
 	text := []byte(cosText)
 	for _, version := range []string{"535.261.03", "535.309.01", "535.261.03"} {
-		if text, err = twin.EditText(text, version, none); err != nil {
+		if text, err = twin.Text.Add(text, version, none); err != nil {
 			t.Fatal(err)
 		}
-		if bin, err = twin.EditBinary(bin, version, none); err != nil {
+		if bin, err = twin.Binary.Add(bin, version, none); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -107,10 +107,10 @@ gpu_driver_version_info {
 	}
 	// What this program does not know is kept, or else left alone.
 	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
-	if got, err := twin.EditBinary(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) || !bytes.Contains(got, []byte("580.1.1")) {
+	if got, err := twin.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) || !bytes.Contains(got, []byte("580.1.1")) {
 		t.Errorf("EditBinary(newer) = %q, %v; want the new field kept", got, err)
 	}
-	if got, err := twin.EditText(append(text, "region: \"eu\"\n"...), "580.1.1", none); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+	if got, err := twin.Text.Add(append(text, "region: \"eu\"\n"...), "580.1.1", none); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
 		t.Errorf("EditText(newer) = %q, %v; want publish refused with a hint", got, err)
 	}
 }
@@ -122,7 +122,7 @@ func FuzzEditText(f *testing.F) {
 	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "\001\"\\é" } }`))
 	f.Add([]byte(nil))
 	f.Fuzz(func(t *testing.T, have []byte) {
-		got, err := twin.EditText(have, "535.261.03", none)
+		got, err := twin.Text.Add(have, "535.261.03", none)
 		if err != nil {
 			return
 		}
@@ -134,7 +134,7 @@ func FuzzEditText(f *testing.F) {
 			t.Fatalf("EditText(%q) = %q, which cannot be read: %v", have, got, err)
 		}
 		kept(t, &before, &after)
-		if again, err := twin.EditText(got, "535.261.03", none); err != nil || !bytes.Equal(again, got) {
+		if again, err := twin.Text.Add(got, "535.261.03", none); err != nil || !bytes.Equal(again, got) {
 			t.Errorf("EditText twice = %q, %v; want %q", again, err, got)
 		}
 	})
@@ -152,7 +152,7 @@ func FuzzEditBinary(f *testing.F) {
 	f.Add(bin)
 	f.Add([]byte("\x9a\x06\x03new"))
 	f.Fuzz(func(t *testing.T, have []byte) {
-		got, err := twin.EditBinary(have, "535.261.03", none)
+		got, err := twin.Binary.Add(have, "535.261.03", none)
 		if err != nil {
 			return
 		}
@@ -188,7 +188,7 @@ func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
 	}
 }
 
-// An index of one driver, as it is published.
+// An index of one driver and two labels, as it is published.
 var indexText = `{
   "format": 1,
   "buildId": "17800.0.47",
@@ -210,6 +210,20 @@ var indexText = `{
         }
       ]
     }
+  ],
+  "labels": [
+    {
+      "label": "DEFAULT",
+      "gpuType": "OTHERS",
+      "version": "535.261.03",
+      "builder": "b"
+    },
+    {
+      "label": "LATEST",
+      "version": "535.261.03",
+      "builder": "b",
+      "declared": true
+    }
   ]
 }
 `
@@ -221,7 +235,7 @@ func sampleIndex() string {
 func TestParseIndex(t *testing.T) {
 	t.Parallel()
 	good := sampleIndex()
-	if x, err := twin.ParseIndex([]byte(good)); err != nil || len(x.Drivers) != 1 || x.Drivers[0].Driver != open {
+	if x, err := twin.ParseIndex([]byte(good)); err != nil || len(x.Drivers) != 1 || x.Drivers[0].Driver != open || len(x.Labels) != 2 {
 		t.Fatalf("ParseIndex = %+v, %v", x, err)
 	}
 	for name, edit := range map[string][2]string{
@@ -236,6 +250,13 @@ func TestParseIndex(t *testing.T) {
 		"no size":             {`"size": 10`, `"size": 0`},
 		"not JSON":            {`{`, `[`},
 		"data behind the end": {"\n}\n", "\n}\n{}"},
+		"label of nobody":     {`"builder": "b"`, `"builder": ""`},
+		"no label":            {`"label": "DEFAULT"`, `"label": "BEST"`},
+		"branch of another":   {`"label": "LATEST"`, `"label": "R580"`},
+		"label of no version": {`"gpuType": "OTHERS",
+      "version": "535.261.03"`, `"gpuType": "OTHERS",
+      "version": "535.1.1"`},
+		"label out of order": {`"label": "LATEST"`, `"label": "DEFAULT"`},
 	} {
 		bad := strings.Replace(good, edit[0], edit[1], 1)
 		if bad == good {

@@ -9,12 +9,14 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// loser stands before the emulator and loses the first answer to each upload
-// of an object whose name ends in one of these: the upload itself took effect.
+// loser stands before the emulator and loses the first answer to each upload or
+// removal of an object whose name ends in one of these: it took effect itself.
 type loser struct {
 	next  http.Handler
 	names []string
@@ -24,7 +26,11 @@ type loser struct {
 }
 
 func (l *loser) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if name := r.URL.Query().Get("name"); r.Method == http.MethodPost && l.loses(name) {
+	name := r.URL.Query().Get("name")
+	if r.Method == http.MethodDelete {
+		name = r.URL.Path
+	}
+	if (r.Method == http.MethodPost || r.Method == http.MethodDelete) && l.loses(name) {
 		l.next.ServeHTTP(httptest.NewRecorder(), r)
 		panic(http.ErrAbortHandler) // the connection ends without an answer
 	}
@@ -52,7 +58,7 @@ func TestLostAnswers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &loser{next: &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(u) }}, names: []string{".tgz", "index.json"}}
+	l := &loser{next: &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(u) }}, names: []string{".tgz", "index.json", "gpu_default_version", "gpu_default_version"}}
 	proxy := httptest.NewServer(l)
 	t.Cleanup(proxy.Close)
 	(&gcs.Server{Endpoint: proxy.URL}).Use(t)
@@ -66,8 +72,17 @@ func TestLostAnswers(t *testing.T) {
 	if _, err := twin.Publish(t.Context(), openBucket(t, dest), newRelease(t, signer, open, "")); err != nil {
 		t.Fatal(err)
 	}
-	if len(l.lost) != 2 {
-		t.Errorf("lost the answers for %q; want two", l.lost)
+	bare := lasting(content(t, dest))
+	for _, declared := range []labels{{"DEFAULT": v261}, nil} {
+		if _, err := twin.Give(t.Context(), openBucket(t, dest), labelling(signer, declared, nil)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(l.lost) != 4 {
+		t.Errorf("lost the answers for %q; want four", l.lost)
 	}
 	check(t, content(t, dest), v, open)
+	if diff := cmp.Diff(bare, lasting(content(t, dest))); diff != "" {
+		t.Errorf("with the label taken away (-before +now):\n%s", diff)
+	}
 }

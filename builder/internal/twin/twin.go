@@ -4,11 +4,12 @@
 // an index. The bucket is one of Google Cloud Storage or a folder.
 //
 // Objects are created and never replaced; the lists that have to grow
-// (index.json and gpu_driver_versions) change only from the very state that
-// was read. Publishing may be interrupted anywhere and run again. The package
-// refuses to publish other bytes under a name that is taken, to extend an index
-// that nobody trusted signed, and to list a driver for Google's installer that
-// it could not install.
+// (index.json and gpu_driver_versions) and the labels in them change only from
+// the very state that was read. Publishing may be interrupted anywhere and run
+// again. The package refuses to publish other bytes under a name that is taken,
+// to extend an index that nobody trusted signed, to list a driver for Google's
+// installer that it could not install, and to move a label that somebody else
+// set.
 package twin
 
 import (
@@ -105,9 +106,7 @@ type Report struct {
 
 // Names of objects below the bucket's prefix.
 const (
-	indexFile  = "index.json"
-	textFile   = "gpu_driver_versions.textproto"
-	binaryFile = "gpu_driver_versions.bin"
+	indexFile = "index.json"
 	// RunfileFolder holds copies of runfiles, in the layout of COS's driver
 	// bucket.
 	RunfileFolder = "drivers"
@@ -420,48 +419,55 @@ func (p *publisher) stored(name string, size int64, digest string, existed bool)
 	p.report.Existed = p.report.Existed && existed
 }
 
+// listing is an object that changes.
+type listing struct {
+	name, contentType string
+	limit             int64
+	// next makes the next state of the present one, nil where there is none.
+	next func(have []byte) ([]byte, error)
+}
+
 // lists adds the release to the objects that change, the index last.
 func (p *publisher) lists(ctx context.Context, entry Entry) error {
-	serves := func(gpuType string) bool { return p.GPUs.Drives(gpuType, p.Driver.Flavour) }
-	type list struct {
-		file, contentType string
-		limit             int64
-		change            func(have []byte) ([]byte, error)
-	}
-	var all []list
 	if forInstaller(p.Driver) {
-		all = append(all,
-			list{textFile, text, maxVersions, func(have []byte) ([]byte, error) { return editText(have, p.Driver.Version, serves) }},
-			list{binaryFile, "application/octet-stream", maxVersions, func(have []byte) ([]byte, error) { return editBinary(have, p.Driver.Version, serves) }})
+		serves := func(gpuType string) bool { return p.GPUs.Drives(gpuType, p.Driver.Flavour) }
+		if err := p.versions(ctx, withVersion(p.Driver.Version, serves)); err != nil {
+			return err
+		}
 	}
-	all = append(all, list{indexFile, "application/json", maxIndex, func(have []byte) ([]byte, error) { return p.indexWith(ctx, have, entry) }})
-	for _, l := range all {
-		name := under(p.Kernel, l.file)
-		changed, data, err := p.bucket.update(ctx, name, l.contentType, l.limit, l.change, func(data []byte) error {
-			digest := bytesObject(name, "", data).sha256
-			o := p.signature(stateSignatureName(name, digest), digest, ObjectFacts{Object: name})
-			there, err := p.look(ctx, o)
-			if err != nil {
-				return err
-			}
-			return p.create(ctx, o, there)
-		})
+	return p.change(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) { return p.indexWith(ctx, have, entry) }})
+}
+
+// versions changes gpu_driver_versions in both its forms.
+func (p *publisher) versions(ctx context.Context, change edit) error {
+	if err := p.change(ctx, listing{cosbucket.DriverVersionsName(p.Kernel), text, maxVersions, func(have []byte) ([]byte, error) { return editText(have, change) }}); err != nil {
+		return err
+	}
+	return p.change(ctx, listing{cosbucket.DriverVersionsBinName(p.Kernel), "application/octet-stream", maxVersions, func(have []byte) ([]byte, error) { return editBinary(have, change) }})
+}
+
+// change changes an object. The signature of the next state is there before it.
+func (p *publisher) change(ctx context.Context, l listing) error {
+	changed, data, err := p.bucket.update(ctx, l.name, l.contentType, l.limit, l.next, func(data []byte) error {
+		digest := bytesObject(l.name, "", data).sha256
+		o := p.signature(stateSignatureName(l.name, digest), digest, ObjectFacts{Object: l.name})
+		there, err := p.look(ctx, o)
 		if err != nil {
 			return err
 		}
-		o := bytesObject(name, "", data)
-		p.stored(name, o.size, o.sha256, !changed)
+		return p.create(ctx, o, there)
+	})
+	if err != nil {
+		return err
 	}
+	o := bytesObject(l.name, "", data)
+	p.stored(l.name, o.size, o.sha256, !changed)
 	return nil
 }
 
-// indexWith adds the entry to an index, nil where there is none. An index that
-// nobody trusted signed is not extended: to sign it would vouch for all of it.
+// indexWith adds the entry to an index, nil where there is none.
 func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]byte, error) {
-	x, err := p.bucket.believe(ctx, p.verifier, p.Kernel, have)
-	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
-		return nil, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err), "publish with the key that signed it, or remove it by hand if it is wrong")
-	}
+	x, err := p.index(ctx, have)
 	if err != nil {
 		return nil, err
 	}
@@ -469,4 +475,14 @@ func (p *publisher) indexWith(ctx context.Context, have []byte, entry Entry) ([]
 		return nil, err
 	}
 	return x.marshal()
+}
+
+// index reads an index that is about to be changed. One that nobody trusted
+// signed is not: to sign it would vouch for all of it.
+func (p *publisher) index(ctx context.Context, have []byte) (Index, error) {
+	x, err := p.bucket.believe(ctx, p.verifier, p.Kernel, have)
+	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) {
+		return Index{}, fault.Wrap(fault.PublishRefused, fmt.Errorf("extend the index: %w", err), "publish with the key that signed it, or remove it by hand if it is wrong")
+	}
+	return x, err
 }
