@@ -23,9 +23,10 @@
 // bucket's toolchain.tar.xz.gcs says, or, for old builds, toolchain_path or
 // toolchain_url: from another bucket that is reached the same way.
 //
-// The kernel with its symbols and types, vmlinux, is fetched for who asks. It
-// decides over the types in a module then, and so it counts: since it holds the
-// build's number and time, no two builds share a fingerprint with it.
+// The description of the kernel's types, BTF, is taken out of vmlinux for who
+// asks and where the kernel's configuration has BTF for modules. It decides over
+// that of a module then, which fits no other kernel's, and so it counts. The rest
+// of vmlinux, the build's number and time among it, does not.
 //
 // It refuses inputs that differ from their checksum, and never guesses a
 // kernel's release.
@@ -67,9 +68,10 @@ type Inputs struct {
 	Toolchain, ToolchainDigest string
 	// Env is toolchain_env: CC and CXX.
 	Env map[string]string
-	// VMLinux is the kernel with its symbols and types, a file that is not
-	// executable, and VMLinuxDigest its digest; both are "" unless asked for.
-	VMLinux, VMLinuxDigest string
+	// BTF is a file with the description of the kernel's types, as vmlinux has it,
+	// and BTFDigest its digest; both are "" unless asked for, and where the kernel
+	// takes none with a module.
+	BTF, BTFDigest string
 	// Boot is the unpacked prebake-boot.tgz, and BootDigest that archive's
 	// digest; both are "" where the bucket has none.
 	Boot, BootDigest string
@@ -82,9 +84,10 @@ type Inputs struct {
 // Option asks for more than every build needs.
 type Option func(*fetcher)
 
-// WithVMLinux asks for the kernel with its symbols and types. A build without
-// one is a fault.InputMissing.
-func WithVMLinux() Option { return func(f *fetcher) { f.vmlinux = true } }
+// WithBTF asks for the description of the kernel's types. A build whose kernel
+// takes BTF with a module, and whose bucket has no vmlinux, is a
+// fault.InputMissing.
+func WithBTF() Option { return func(f *fetcher) { f.btf = true } }
 
 // Kinds of cached trees and facts. The number changes with what is made of the
 // same archive.
@@ -92,6 +95,7 @@ const (
 	headersKind   = "headers-v1"
 	toolchainKind = "toolchain-v1"
 	bootKind      = "boot-v1"
+	btfKind       = "btf-v1"
 	digestKind    = "tree-digest-v1"
 )
 
@@ -123,9 +127,9 @@ func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, 
 
 type fetcher struct {
 	input.Fetcher
-	bucket  *cosbucket.Bucket
-	kernel  target.Kernel
-	vmlinux bool
+	bucket *cosbucket.Bucket
+	kernel target.Kernel
+	btf    bool
 }
 
 func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
@@ -145,7 +149,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		return nil, err
 	}
 
-	var headers, toolchain, boot, vmlinux part
+	var headers, toolchain, boot, types part
 	var headersDir string
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
@@ -159,8 +163,8 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		if err != nil {
 			return err
 		}
-		if f.vmlinux {
-			if vmlinux, err = f.file(gctx, cosbucket.VMLinuxName(f.kernel)); err != nil {
+		if f.btf {
+			if types, err = f.types(gctx, headersDir); err != nil {
 				return err
 			}
 		}
@@ -187,13 +191,13 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	}
 	in.Headers, in.HeadersDigest = headersDir, headers.digest
 	in.Toolchain, in.ToolchainDigest = toolchain.at, toolchain.digest
-	in.VMLinux, in.VMLinuxDigest = vmlinux.at, vmlinux.material.Digest
+	in.BTF, in.BTFDigest = types.at, types.digest
 	in.Boot, in.BootDigest = boot.at, boot.material.Digest
 	if in.Kernel.Release, in.Kernel.Version, err = readRelease(headersDir); err != nil {
 		return nil, err
 	}
-	in.Fingerprint = combine(headers.digest, toolchain.digest, vmlinux.material.Digest, in.Env)
-	for _, m := range []Material{headers.material, toolchain.material, toolchain.pointer, envMaterial, commitMaterial, vmlinux.material, boot.material} {
+	in.Fingerprint = combine(headers.digest, toolchain.digest, types.digest, in.Env)
+	for _, m := range []Material{headers.material, toolchain.material, toolchain.pointer, envMaterial, commitMaterial, types.material, boot.material} {
 		if m.Digest != "" {
 			in.Materials = append(in.Materials, m)
 		}

@@ -18,7 +18,8 @@ const fingerprintScheme = "prebake fingerprint 1\n"
 
 // Fingerprint returns the ABI fingerprint of a header tree, a toolchain (the
 // digest of its unpacked content, as [cas.DigestTree] makes it) and what
-// toolchain_env sets, for modules that are made without vmlinux. The package comment says what does not count.
+// toolchain_env sets, for modules that are made without BTF. The package comment
+// says what does not count.
 func Fingerprint(headersDir, toolchainTreeDigest string, env map[string]string) (target.Fingerprint, error) {
 	headers, err := digestHeaders(context.Background(), headersDir)
 	if err != nil {
@@ -41,11 +42,11 @@ func volatile(name string) bool {
 	return name == "include/generated/compile.h" || name == "include/generated/utsversion.h"
 }
 
-func combine(headers, toolchain, vmlinux string, env map[string]string) target.Fingerprint {
+func combine(headers, toolchain, btf string, env map[string]string) target.Fingerprint {
 	h := sha256.New()
 	fmt.Fprintf(h, "%sheaders %s\ntoolchain %s\n", fingerprintScheme, headers, toolchain)
-	if vmlinux != "" {
-		fmt.Fprintf(h, "vmlinux %s\n", vmlinux)
+	if btf != "" {
+		fmt.Fprintf(h, "btf %s\n", btf)
 	}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		fmt.Fprintf(h, "env %s=%q\n", name, env[name])

@@ -167,39 +167,19 @@ func TestArmHasNoOlderLayout(t *testing.T) {
 	}
 }
 
-func TestVMLinuxAndInfo(t *testing.T) {
+func TestInfo(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
 	objects := layouts(t)[0].objects
-	const b = "cos-tools/17800.0.9/lakitu/"
-	objects[b+"kernel_info"] = []byte("URL=https://cos.googlesource.com/third_party/kernel\n")
+	const info = "cos-tools/17800.0.9/lakitu/kernel_info"
+	objects[info] = []byte("URL=https://cos.googlesource.com/third_party/kernel\n")
 	put(t, root, objects)
 	url := "file://" + root + "/cos-tools"
-	_, err := fetchFrom(t, url, "lakitu", cossrc.WithVMLinux())
-	if !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), url+"/17800.0.9/lakitu/vmlinux") || fault.Hint(err) == "" {
-		t.Errorf("Fetch with a vmlinux that is not there = %v; want input-missing that names it, with a hint", err)
+	in, err := fetchFrom(t, url, "lakitu")
+	if err != nil || in.Fingerprint != golden || in.SourceURL != "https://cos.googlesource.com/third_party/kernel" {
+		t.Errorf("Fetch = %+v, %v; want the source's URL, and the fingerprint as without", in, err)
 	}
-	put(t, root, map[string][]byte{b + "vmlinux": []byte("ELF types")})
-	plain, err := fetchFrom(t, url, "lakitu")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if plain.Fingerprint != golden || plain.VMLinux != "" || plain.SourceURL != "https://cos.googlesource.com/third_party/kernel" {
-		t.Errorf("inputs %+v; want what they were without a vmlinux, and the source's URL", plain)
-	}
-	full, err := fetchFrom(t, url, "lakitu", cossrc.WithVMLinux())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if text, err := os.ReadFile(full.VMLinux); err != nil || string(text) != "ELF types" || len(full.Materials) != len(plain.Materials)+1 {
-		t.Errorf("vmlinux = %q, %v, of %d materials", text, err, len(full.Materials))
-	}
-	put(t, root, map[string][]byte{b + "vmlinux": []byte("ELF other types")})
-	other, err := fetchFrom(t, url, "lakitu", cossrc.WithVMLinux())
-	if err != nil || full.Fingerprint == golden || other.Fingerprint == full.Fingerprint {
-		t.Errorf("fingerprints %s, %s, %v; want each vmlinux to have its own", full.Fingerprint, other.Fingerprint, err)
-	}
-	put(t, root, map[string][]byte{b + "kernel_info": []byte("<html>")})
+	put(t, root, map[string][]byte{info: []byte("<html>")})
 	if _, err := fetchFrom(t, url, "lakitu"); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" {
 		t.Errorf("Fetch with a kernel_info that is none = %v; want unsupported, with a hint", err)
 	}

@@ -21,6 +21,7 @@ import (
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10
+	maxConfig = 4 << 20
 	maxInfo   = 4 << 10
 	maxCommit = 1 << 10
 )
@@ -110,7 +111,7 @@ func readRelease(dir string) (release, version string, err error) {
 		return "", "", err
 	}
 	if release == "" {
-		text, err := readHead(dir, "include/config/kernel.release")
+		text, err := readHead(dir, "include/config/kernel.release", maxHeader)
 		if err != nil {
 			return "", "", err
 		}
@@ -137,7 +138,7 @@ func readRelease(dir string) (release, version string, err error) {
 
 // readDefine returns a string macro of a header; "" when either is missing.
 func readDefine(dir, name, macro string) (string, error) {
-	text, err := readHead(dir, name)
+	text, err := readHead(dir, name, maxHeader)
 	if err != nil {
 		return "", err
 	}
@@ -167,7 +168,7 @@ func parseDefine(text []byte, macro string) (string, error) {
 }
 
 // readHead reads the first bytes of a file of the tree; nothing when it is missing.
-func readHead(dir, name string) ([]byte, error) {
+func readHead(dir, name string, limit int64) ([]byte, error) {
 	f, err := os.OpenInRoot(dir, filepath.FromSlash(name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -176,5 +177,5 @@ func readHead(dir, name string) ([]byte, error) {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxHeader))
+	return io.ReadAll(io.LimitReader(f, limit))
 }

@@ -27,7 +27,7 @@ var remedies = map[string]string{
 	"kernel-headers.tgz": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror",
 	"toolchain.tar.xz":   "put it there, or a toolchain.tar.xz.gcs that says where it is",
 	"toolchain_env":      "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror; a build of your own needs the lines CC=… and CXX=… there",
-	"vmlinux":            "build without the kernel's types, or put the kernel's vmlinux there",
+	"vmlinux":            "build without --btf, or put the kernel's vmlinux there",
 }
 
 // either asks for an object by the names that it has in either layout, and
@@ -80,21 +80,6 @@ func (f *fetcher) info(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return ParseInfo(text)
-}
-
-// file fetches an object that is used as it is.
-func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
-	err = f.either(name, func(at string) error {
-		sum, err := f.SumBeside(ctx, at)
-		if err != nil {
-			return err
-		}
-		if p.material, p.at, err = f.Blob(ctx, at, sum); err != nil {
-			return err
-		}
-		return f.Recheck(ctx, at, sum, p.material)
-	})
-	return p, err
 }
 
 // unpack fetches an archive and unpacks it, once for each content.

@@ -1,0 +1,76 @@
+package cossrc
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+
+	"github.com/prebake/prebake/builder/internal/btf"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+var takesBTF = regexp.MustCompile(`(?m)^CONFIG_DEBUG_INFO_BTF_MODULES=y$`)
+
+// typesFile is the one file of a cached tree of btfKind.
+const typesFile = "vmlinux.btf"
+
+// types takes the description of the kernel's types out of vmlinux, once for
+// each content; none where the kernel takes no such thing with a module.
+func (f *fetcher) types(ctx context.Context, headers string) (p part, err error) {
+	config, err := readHead(headers, ".config", maxConfig)
+	if err != nil {
+		return p, err
+	}
+	if !takesBTF.Match(config) {
+		f.Sayf("this kernel is configured without BTF for modules")
+		return p, nil
+	}
+	err = f.either(cosbucket.VMLinuxName(f.kernel), func(at string) error {
+		sum, err := f.SumBeside(ctx, at)
+		if err != nil {
+			return err
+		}
+		m, file, err := f.Blob(ctx, at, sum)
+		if err != nil {
+			return err
+		}
+		dir, _, err := f.Cache.Tree(ctx, btfKind, m.Digest, func(ctx context.Context, dir string) error {
+			if err := f.Recheck(ctx, at, sum, m); err != nil {
+				return err
+			}
+			return extractTypes(file, filepath.Join(dir, typesFile))
+		})
+		if err != nil {
+			return fmt.Errorf("read %s: %w", m.Name, err)
+		}
+		p = part{material: m, at: filepath.Join(dir, typesFile)}
+		p.digest, err = f.treeDigest(ctx, btfKind, m.Digest, func() (string, error) {
+			data, err := os.ReadFile(p.at)
+			sum := sha256.Sum256(data)
+			return "sha256:" + hex.EncodeToString(sum[:]), err
+		})
+		return err
+	})
+	return p, err
+}
+
+func extractTypes(vmlinux, to string) (err error) {
+	f, err := os.Open(vmlinux)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // only read
+	data, err := btf.Read(f)
+	if err == nil {
+		_, err = btf.Parse(data)
+	}
+	if err != nil {
+		return fault.Wrap(fault.Unsupported, err, "check that the object is the kernel as it was linked, with its BTF; or build without --btf")
+	}
+	return os.WriteFile(to, data, 0o644)
+}
