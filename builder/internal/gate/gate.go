@@ -43,6 +43,9 @@ type Kernel struct {
 	Fingerprint target.Fingerprint
 	// Version is the driver's; "" leaves it out.
 	Version string
+	// BTF is a file with the description of the kernel's types that the modules'
+	// were made against; "" is none, and then the modules may have none.
+	BTF string
 }
 
 var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
@@ -74,6 +77,9 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 		return "", fault.Wrap(fault.CheckFailed, errors.Join(errs...), "compile the modules of this very driver again")
 	}
 	if err := modinfo.Check(mods, rules); err != nil {
+		return "", err
+	}
+	if err := k.checkTypes(modules); err != nil {
 		return "", err
 	}
 	return mods[0].Vermagic, nil // Check refuses an empty set

@@ -24,9 +24,12 @@ const (
 )
 
 // module writes the smallest relocatable file that is a module to the kernel's
-// loader and to us.
-func module(vermagic string) []byte {
+// loader and to us; more are names and contents of further sections, by turns.
+func module(vermagic string, more ...string) []byte {
 	names := []byte("\x00.modinfo\x00.symtab\x00.strtab\x00.gnu.linkonce.this_module\x00.shstrtab\x00")
+	for i := 0; i < len(more); i += 2 {
+		names = append(append(names, more[i]...), 0)
+	}
 	at := func(name string) uint32 { return uint32(bytes.Index(names, append([]byte(name), 0))) }
 	var body []byte
 	headers := []elf.Section64{{}}
@@ -39,6 +42,9 @@ func module(vermagic string) []byte {
 	headers[2].Entsize = elf.Sym64Size
 	add(".strtab", elf.SHT_STRTAB, []byte{0}, 0)
 	add(".gnu.linkonce.this_module", elf.SHT_PROGBITS, make([]byte, 0x380), 0)
+	for i := 0; i < len(more); i += 2 {
+		add(more[i], elf.SHT_PROGBITS, []byte(more[i+1]), 0)
+	}
 	add(".shstrtab", elf.SHT_STRTAB, names, 0)
 	header := elf.Header64{Type: uint16(elf.ET_REL), Machine: uint16(elf.EM_X86_64), Version: 1, Shoff: uint64(64 + len(body)),
 		Ehsize: 64, Shentsize: 64, Shnum: uint16(len(headers)), Shstrndx: uint16(len(headers) - 1)}
