@@ -61,6 +61,9 @@ type Request struct {
 	// Debug keeps debug information: Result.Debug has the modules before
 	// stripping. It does not change the stripped ones.
 	Debug bool
+	// BTF is a file with the description of the kernel's types; the modules get
+	// one of theirs that goes on where it ends. "" is none.
+	BTF string
 	// Cache remembers what conftest found out and what was compiled, for the
 	// same and for sibling kernels; nil does all the work again. It does not
 	// change the result. With it HeaderDigest, ToolchainDigest and SourceDigest
@@ -86,7 +89,7 @@ type Result struct {
 	// Debug maps them to the files before stripping, with the same build ids.
 	// It is empty without Request.Debug.
 	Debug map[string]string
-	// Phases are conftest, compile, link and strip, as far as each took place.
+	// Phases are conftest, compile, link, types and strip, as far as each took place.
 	Phases []timeline.Phase
 }
 
@@ -126,6 +129,11 @@ var releasePattern = regexp.MustCompile(`^[0-9][A-Za-z0-9._+~-]{0,63}$`)
 
 func (r Request) withDefaults() (Request, error) {
 	var errs []error
+	if r.BTF != "" {
+		if info, err := os.Stat(r.BTF); err != nil || !info.Mode().IsRegular() {
+			errs = append(errs, fmt.Errorf("types %s: not a file (%v)", r.BTF, err))
+		}
+	}
 	for _, dir := range []struct {
 		name string
 		path *string
@@ -194,6 +202,9 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	if err := sandbox.Probe(ctx); err != nil {
 		return result, err
 	}
+	if err := checkTypes(ctx, r, t); err != nil {
+		return result, err
+	}
 	b := &build{r: r, t: t, src: filepath.Join(r.WorkDir, "src"), out: filepath.Join(r.WorkDir, "out")}
 	if err := stage(ctx, r.Source, b.src); err != nil {
 		return result, diskFull(fmt.Errorf("copy sources: %w", err))
@@ -212,7 +223,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	}
 	b.args = append(command(t), "ARCH="+kernelArch[r.Arch])
 	b.args = append(append(b.args, t.variables...), flagVariables(r, t)...)
-	b.debug = debugInformation(r, t)
+	b.debug = debugInformation(r)
 	b.watch = newWatch(r.Log, r.Progress, countWork(b.src), time.Now)
 
 	err = b.make(ctx)
@@ -222,6 +233,11 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	result.Phases = b.watch.phases
 	if err != nil {
 		return result, diagnose(err, b.watch.findings)
+	}
+	if r.BTF != "" {
+		if err := b.types(ctx, result); err != nil {
+			return result, err
+		}
 	}
 	if err = b.strip(ctx, result); err != nil {
 		clear(result.Modules)
@@ -264,10 +280,13 @@ func (b *build) make(ctx context.Context) error {
 // flagVariables are compiler flags of ours, on top of the kernel's.
 func flagVariables(r Request, t tools) []string {
 	var cflags, all []string
+	if t.btf {
+		all = append(all, "CONFIG_DEBUG_INFO_BTF_MODULES=") // see types
+	}
 	if t.clang {
 		cflags = append(cflags, clangFlags...)
 	}
-	if !debugInformation(r, t) {
+	if !debugInformation(r) {
 		cflags, all = append(cflags, "-g0"), append(all, "KAFLAGS=-g0")
 	}
 	if len(cflags) > 0 {
@@ -277,22 +296,27 @@ func flagVariables(r Request, t tools) []string {
 }
 
 // debugInformation reports whether to compile with it. It is a fifth of the
-// work and most of the bytes, and goes with stripping, unless BTF is made of
-// it: which kbuild does where there is a vmlinux.
-func debugInformation(r Request, t tools) bool {
-	_, err := os.Lstat(filepath.Join(r.Headers, "vmlinux"))
-	return r.Debug || t.btf && err == nil
+// work and most of the bytes, and goes with stripping, unless BTF is made of it.
+func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
+
+// built are the modules that make left, by file name.
+func (b *build) built() ([]string, error) {
+	files, err := filepath.Glob(filepath.Join(b.src, "*.ko"))
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(files)
+	if len(files) == 0 {
+		return nil, fault.New(fault.Internal, "make ended well but left no module", "read the build's log for what it did")
+	}
+	return files, nil
 }
 
 // strip writes each module without its debug sections into out.
 func (b *build) strip(ctx context.Context, result *Result) (err error) {
-	built, err := filepath.Glob(filepath.Join(b.src, "*.ko"))
+	built, err := b.built()
 	if err != nil {
 		return err
-	}
-	slices.Sort(built)
-	if len(built) == 0 {
-		return fault.New(fault.Internal, "make ended well but left no module", "read the build's log for what it did")
 	}
 	phase := timeline.Phase{Name: "strip", Start: time.Now().UTC(), Note: count(len(built), "module")}
 	defer func() {

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -38,11 +39,13 @@ var crossPrefix = map[target.Arch]string{
 type tools struct {
 	variables []string // make variables, CC=name and so on
 	strip     string   // name of the strip program
+	objcopy   string   // likewise; "" where the toolchain has none
 	sysroot   string   // path inside the sandbox; may be empty
 	clang     bool
 
 	modVersions bool // CONFIG_MODVERSIONS of the kernel
 	btf         bool // CONFIG_DEBUG_INFO_BTF_MODULES of the kernel
+	pahole      int  // CONFIG_PAHOLE_VERSION, as 124; 0 where the kernel does not say
 }
 
 // A tool is named, not given as a command line: it is looked up in the
@@ -86,9 +89,13 @@ func (t toolchain) has(name string) bool {
 // compiler's prefix, as has one of gcc.
 func findTools(r Request) (tools, error) {
 	var t tools
-	config, err := readConfig(filepath.Join(r.Headers, ".config"))
+	text, err := readConfig(filepath.Join(r.Headers, ".config"))
 	if err != nil {
 		return t, err
+	}
+	config := parseConfig(text)
+	if m := madeBy.FindSubmatch(text); m != nil {
+		t.pahole, _ = strconv.Atoi(string(m[1])) // digits, by the pattern
 	}
 	t.modVersions = config["CONFIG_MODVERSIONS"]
 	t.btf = config["CONFIG_DEBUG_INFO_BTF_MODULES"]
@@ -110,8 +117,11 @@ func findTools(r Request) (tools, error) {
 		name := row.candidates[0]
 		if i := slices.IndexFunc(row.candidates, chain.has); i >= 0 {
 			name = row.candidates[i]
-			if row.variable == "STRIP" {
+			switch row.variable {
+			case "STRIP":
 				t.strip = name
+			case "OBJCOPY":
+				t.objcopy = name
 			}
 		}
 		t.variables = append(t.variables, row.variable+"="+name)
@@ -241,8 +251,9 @@ func environment(t tools) map[string]string {
 
 const maxConfig = 4 << 20
 
-// readConfig returns the options that a kernel configuration sets to y.
-func readConfig(path string) (map[string]bool, error) {
+var madeBy = regexp.MustCompile(`(?m)^CONFIG_PAHOLE_VERSION=([0-9]{1,4})$`)
+
+func readConfig(path string) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err),
@@ -253,11 +264,16 @@ func readConfig(path string) (map[string]bool, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read kernel configuration: %w", err)
 	}
+	return text, nil
+}
+
+// parseConfig returns the options that a kernel configuration sets to y.
+func parseConfig(text []byte) map[string]bool {
 	set := map[string]bool{}
 	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
 		if name, ok := strings.CutSuffix(lines.Text(), "=y"); ok {
 			set[name] = true
 		}
 	}
-	return set, nil
+	return set
 }

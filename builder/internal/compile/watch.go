@@ -184,7 +184,7 @@ func (w *watch) end(failed bool) {
 }
 
 // A quiet make prints one such line for each step.
-var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|BTF \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
+var stepLine = regexp.MustCompile(`^ +(CONFTEST|CC \[M\]|AS \[M\]|LD \[M\]|MODPOST)[: ]? *(\S*)(.*)$`)
 
 func (w *watch) read(line string) {
 	w.findings.read(line)
@@ -206,8 +206,6 @@ func (w *watch) read(line string) {
 		}
 	case "MODPOST":
 		phase = phaseLink
-	case "BTF [M]": // only says that it is skipped: header trees hold no vmlinux
-		return
 	default:
 		if phase != phaseLink { // parts of a module, linked while others compile
 			return

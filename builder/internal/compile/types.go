@@ -1,0 +1,169 @@
+package compile
+
+import (
+	"bytes"
+	"context"
+	"debug/elf"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+const (
+	insideBTF = "/prebake/vmlinux.btf"
+	// pahole makes BTF out of debug information. It is the host's: neither
+	// headers nor toolchain bring one.
+	pahole       = "pahole"
+	hintPahole   = "apt-get install dwarves; or build without --btf"
+	hintNoTypes  = "build without --btf"
+	paholeOutput = 16 << 10
+)
+
+var paholeVersion = regexp.MustCompile(`^v([0-9]{1,2})\.([0-9]{1,2})\n$`)
+
+// Pahole returns the version of the pahole that makes BTF, as it prints it:
+// v1.24. Another version makes other bytes.
+func Pahole(ctx context.Context) (string, error) {
+	said, err := ask(ctx, sandbox.Config{Dir: "/", Env: environment(tools{})}, pahole, "--version")
+	if err != nil {
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("find pahole: %w", err), hintPahole)
+	}
+	if !paholeVersion.MatchString(said) {
+		return "", fault.New(fault.Usage, fmt.Sprintf("find pahole: its version is %.40q; want one such as v1.24", said), hintPahole)
+	}
+	return strings.TrimSpace(said), nil
+}
+
+// ask runs a program for the little that it says.
+func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error) {
+	var said bytes.Buffer
+	box.Argv, box.Output, box.MaxOutput = argv, &said, paholeOutput
+	if err := sandbox.Run(ctx, box); err != nil {
+		return "", fmt.Errorf("%w: %s", err, strings.TrimSpace(said.String()))
+	}
+	return said.String(), nil
+}
+
+// checkTypes tells before the first minute of work that BTF cannot be made.
+func checkTypes(ctx context.Context, r Request, t tools) error {
+	if r.BTF == "" {
+		return nil
+	}
+	if !t.btf {
+		return fault.New(fault.Usage, "make BTF: the kernel is configured without CONFIG_DEBUG_INFO_BTF_MODULES", hintNoTypes)
+	}
+	if t.objcopy == "" {
+		return fault.New(fault.InputMissing, "make BTF: the toolchain has no objcopy", "publish a toolchain.tar.xz with the binutils of its compiler; or "+hintNoTypes)
+	}
+	have, err := Pahole(ctx)
+	if err != nil {
+		return err
+	}
+	// Kernels since 5.18 say which one made theirs. Their flags are for that one,
+	// and an older does not know them.
+	parts := paholeVersion.FindStringSubmatch(have + "\n")
+	major, _ := strconv.Atoi(parts[1]) // digits, by the pattern
+	minor, _ := strconv.Atoi(parts[2])
+	if number := 100*major + minor; number < t.pahole {
+		return fault.New(fault.Usage, fmt.Sprintf("make BTF: pahole is %s; the kernel's own BTF was made by v%d.%02d", have, t.pahole/100, t.pahole%100),
+			fmt.Sprintf("install dwarves %d.%02d or newer; or %s", t.pahole/100, t.pahole%100, hintNoTypes))
+	}
+	return nil
+}
+
+// types adds BTF to the modules that make left. Kbuild would do so if there were
+// a vmlinux in the header tree, and is kept from it and from saying for each
+// module that there is none: header trees lack the resolve_btfids that its rule
+// runs, and its flags let pahole work in parallel, which gives types another
+// order each time.
+func (b *build) types(ctx context.Context, result *Result) (err error) {
+	built, err := b.built()
+	if err != nil {
+		return err
+	}
+	phase := timeline.Phase{Name: "types", Start: time.Now().UTC(), Note: count(len(built), "module")}
+	defer func() {
+		phase.Seconds, phase.Failed = time.Since(phase.Start).Seconds(), err != nil
+		result.Phases = append(result.Phases, phase)
+	}()
+	box := b.box
+	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: b.r.BTF, Inside: insideBTF})
+	box.Env = maps.Clone(box.Env)
+	box.Env["LLVM_OBJCOPY"] = b.t.objcopy // pahole has it add the section
+	flags, err := paholeFlags(ctx, box)
+	if err != nil {
+		return err
+	}
+	for i, file := range built {
+		name := filepath.Base(file)
+		b.r.Progress("types", i, len(built))
+		fmt.Fprintf(b.r.Log, "  BTF     %s %s\n", name, strings.Join(flags, " "))
+		if err := wantsNoIDs(file); err != nil {
+			return fmt.Errorf("make BTF of %s: %w", name, err)
+		}
+		argv := slices.Concat([]string{pahole, "-J"}, flags, []string{"--btf_base", insideBTF, insideSource + "/" + name})
+		said, err := ask(ctx, box, argv...)
+		if err != nil {
+			return fault.Wrap(fault.Internal, fmt.Errorf("make BTF of %s: %w", name, err), hintNoTypes)
+		}
+		fmt.Fprint(b.r.Log, said)
+	}
+	b.r.Progress("types", len(built), len(built))
+	return nil
+}
+
+// flagRules has make tell the flags that the kernel wants of pahole: since Linux
+// 6.9 its makefiles say them, before that a script, and in the beginning nobody.
+const flagRules = `
+srctree := .
+-include include/config/auto.conf
+ifneq ($(wildcard scripts/Makefile.btf),)
+include scripts/Kbuild.include
+include scripts/Makefile.btf
+else ifneq ($(wildcard scripts/pahole-flags.sh),)
+PAHOLE_FLAGS := $(shell PAHOLE=` + pahole + ` sh scripts/pahole-flags.sh)
+endif
+prebake-flags: ; @echo $(PAHOLE_FLAGS)
+`
+
+// paholeFlags asks the kernel's makefiles which types it understands.
+func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
+	box.Dir = insideKernel
+	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")
+	if err != nil {
+		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err), hintNoTypes)
+	}
+	flags := strings.Fields(said)
+	for _, flag := range flags {
+		if !paholeFlag.MatchString(flag) {
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: %.200q", said), hintNoTypes)
+		}
+	}
+	return slices.DeleteFunc(flags, func(flag string) bool { return strings.HasPrefix(flag, "-j") || strings.HasPrefix(flag, "--jobs") }), nil
+}
+
+var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
+
+// wantsNoIDs refuses a module with functions for BPF programs: the numbers of
+// their types would have to be filled in.
+func wantsNoIDs(file string) (err error) {
+	f, err := elf.Open(file)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if f.Section(".BTF_ids") != nil {
+		return fault.New(fault.Unsupported, "it has a section .BTF_ids, which only the kernel's resolve_btfids can fill in", hintNoTypes)
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+package compile_test
+
+import (
+	"bytes"
+	"debug/elf"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/btf"
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/btfsample"
+)
+
+// kernelTypes are those of the toy kernel; int is one of them, so that a module
+// that has it has to refer to it.
+var kernelTypes = []string{"int", "task_struct"}
+
+// typedToy is a toy whose kernel takes BTF with a module.
+func typedToy(t *testing.T, config string) compile.Request {
+	t.Helper()
+	r := toy(t)
+	for _, tool := range []string{"pahole", "objcopy"} {
+		path, err := exec.LookPath(tool)
+		if err != nil {
+			t.Skip(tool + " is missing: apt-get install dwarves binutils")
+		}
+		if tool == "objcopy" {
+			if err := os.Symlink(path, filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-objcopy")); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	dir := t.TempDir()
+	write(t, dir, map[string]string{"vmlinux.btf": string(btfsample.Kernel(kernelTypes...))})
+	write(t, r.Headers, map[string]string{
+		".config":                 "CONFIG_MODVERSIONS=y\n" + config,
+		"scripts/pahole-flags.sh": "echo --btf_gen_floats -j --lang_exclude=rust\n",
+	})
+	write(t, r.Source, map[string]string{"nvidia/nv.c": "struct nv_state { int minor; float load; }; int nv(struct nv_state *s) { return s->minor; }\n"})
+	r.BTF = filepath.Join(dir, "vmlinux.btf")
+	return r
+}
+
+const takesBTF = "CONFIG_DEBUG_INFO_BTF_MODULES=y\n"
+
+// Modules get types that go on where the kernel's end, the same each time, with
+// debug symbols kept and without; and nobody gets any unasked.
+func TestTypes(t *testing.T) {
+	t.Parallel()
+	var first []byte
+	for _, debug := range []bool{false, true} {
+		r := typedToy(t, takesBTF+"CONFIG_PAHOLE_VERSION=116\n")
+		r.Debug = debug
+		var log bytes.Buffer
+		r.Log = &log
+		result, err := compile.Modules(t.Context(), r)
+		if err != nil {
+			t.Fatalf("Modules = %v\n%s", err, &log)
+		}
+		if got := strings.Join(names(result.Phases), " "); got != "conftest compile link types strip" {
+			t.Errorf("phases are %s", got)
+		}
+		if !strings.Contains(log.String(), "nvidia.ko --btf_gen_floats --lang_exclude=rust\n") {
+			t.Errorf("log = %s; want the kernel's flags, less those for parallel work", &log)
+		}
+		data, err := os.ReadFile(result.Modules["nvidia"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		types, err := btf.Read(bytes.NewReader(data))
+		if err != nil || !bytes.Contains(types, []byte("nv_state\x00")) || bytes.Contains(types, []byte("\x00int\x00")) {
+			t.Errorf("types = %q, %v; want the module's own, without the kernel's", types, err)
+		}
+		kernel, err := btf.Parse(btfsample.Kernel(kernelTypes...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := kernel.Check(types); err != nil {
+			t.Errorf("Check = %v", err)
+		}
+		if first == nil {
+			first = data
+		} else if !bytes.Equal(first, data) {
+			t.Error("two compiles of the same differ")
+		}
+	}
+	r := typedToy(t, takesBTF)
+	r.BTF = ""
+	result, err := compile.Modules(t.Context(), r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := elf.Open(result.Modules["nvidia"])
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if f.Section(btf.Section) != nil || f.Section(".debug_info") != nil {
+		t.Error("a module made without the kernel's types has some")
+	}
+}
+
+func TestTypesRefused(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name, config string
+		files        map[string]string // of the headers
+		source       string
+		noObjcopy    bool
+		want         fault.Kind
+		text         string
+	}{
+		{"kernel without", "", nil, "", false, fault.Usage, "configured without CONFIG_DEBUG_INFO_BTF_MODULES"},
+		{"newer pahole", takesBTF + "CONFIG_PAHOLE_VERSION=9901\n", nil, "", false, fault.Usage, "made by v99.01"},
+		{"no objcopy", takesBTF, nil, "", true, fault.InputMissing, "no objcopy"},
+		{"flags that name a file", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --btf_base=/etc/x\n"}, "", false, fault.Unsupported, "--btf_base=/etc/x"},
+		{"flags that pahole does not know", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --of_the_future\n"}, "", false, fault.Internal, "--of_the_future"},
+		{"makefile that fails", takesBTF, map[string]string{"scripts/Kbuild.include": "", "scripts/Makefile.btf": "$(error no such kernel)\n"}, "", false, fault.Unsupported, "no such kernel"},
+		{"functions for BPF programs", takesBTF, nil, "__attribute__((section(\".BTF_ids\"))) int ids[2] = {1, 2};\n", false, fault.Unsupported, ".BTF_ids"},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			r := typedToy(t, row.config)
+			write(t, r.Headers, row.files)
+			if row.source != "" {
+				write(t, r.Source, map[string]string{"nvidia/nv.c": row.source})
+			}
+			if row.noObjcopy {
+				if err := os.Remove(filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-objcopy")); err != nil {
+					t.Fatal(err)
+				}
+			}
+			result, err := compile.Modules(t.Context(), r)
+			if !fault.Is(err, row.want) || !strings.Contains(err.Error(), row.text) || fault.Hint(err) == "" || len(result.Modules) > 0 {
+				t.Errorf("Modules = %v, %v (hint %q); want %v with %q and a hint", result.Modules, err, fault.Hint(err), row.want, row.text)
+			}
+		})
+	}
+}
+
+// Since Linux 6.9 makefiles say the flags.
+func TestTypesFlagsOfMakefiles(t *testing.T) {
+	t.Parallel()
+	r := typedToy(t, takesBTF)
+	write(t, r.Headers, map[string]string{
+		"include/config/auto.conf": "CONFIG_PAHOLE_VERSION=124\n",
+		"scripts/Kbuild.include":   "same = $(if $(filter $1,$2),y)\n",
+		"scripts/Makefile.btf":     "flags-$(call same,$(CONFIG_PAHOLE_VERSION),124) := --jobs=4 -j2 --btf_gen_floats\nexport PAHOLE_FLAGS := $(flags-y)\nexport MODULE_PAHOLE_FLAGS := --of_the_future\n",
+	})
+	var log bytes.Buffer
+	r.Log = &log
+	if _, err := compile.Modules(t.Context(), r); err != nil || !strings.Contains(log.String(), "nvidia.ko --btf_gen_floats\n") {
+		t.Errorf("Modules = %v; want the makefile's flags in\n%s", err, &log)
+	}
+}
