@@ -35,6 +35,8 @@ func pipelineFlags() []ucli.Flag {
 		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen) or KMS URI", Sources: cli.Env("key")},
 		&ucli.StringFlag{Name: "module-key", Usage: "sign modules for the kernel with this RSA key: `FILE` or KMS URI", Sources: cli.Env("module-key")},
 		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key that the kernel trusts", Sources: cli.Env("module-cert")},
+		&ucli.StringFlag{Name: "google-signatures", Value: string(pipeline.GoogleAuto), Usage: "attach Google's module signatures where the COS build ships some and they hold: auto, require or off", Sources: cli.Env("google-signatures"),
+			Validator: mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)},
 		&ucli.BoolFlag{Name: "debug-symbols", Usage: "publish the modules' debug information beside the artifact", Sources: cli.Env("debug-symbols")},
 		&ucli.BoolFlag{Name: "with-runfile", Usage: "copy NVIDIA's runfile into buckets among --to as well", Sources: cli.Env("with-runfile")},
 		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
@@ -43,15 +45,20 @@ func pipelineFlags() []ucli.Flag {
 		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`, of each cell; 0 divides the processors", Sources: cli.Env("jobs")},
 		&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for one compile; a build from the queue has one hour in all", Sources: cli.Env("compile-timeout")},
 		&ucli.StringFlag{Name: "load-test", Value: string(pipeline.LoadTestAuto), Usage: "load the modules in a virtual machine: auto, require or off", Sources: cli.Env("load-test"),
-			Validator: func(s string) error {
-				switch pipeline.LoadTest(s) {
-				case pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff:
-					return nil
-				}
-				return fmt.Errorf("load-test %q: want auto, require or off", s)
-			}},
+			Validator: mode("load-test", pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)},
 		&ucli.StringFlag{Name: "guestinit", Value: sibling("guestinit"), Usage: "`PROGRAM` that runs the virtual machine from inside", Sources: cli.Env("guestinit")},
 		&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML in the virtual machine", Sources: cli.Env("probe")},
+	}
+}
+
+// mode refuses a flag's value that is none of the three that such flags have.
+func mode[T ~string](flag string, auto, require, off T) func(string) error {
+	return func(s string) error {
+		switch T(s) {
+		case auto, require, off:
+			return nil
+		}
+		return fmt.Errorf("%s %q: want %s, %s or %s", flag, s, auto, require, off)
 	}
 }
 
@@ -103,6 +110,10 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
 		return pipeline.Config{}, fault.New(fault.Usage, "--module-key and --module-cert go together", "see "+cmd.FullName()+" --help")
 	}
+	google := pipeline.GoogleSignatures(cmd.String("google-signatures"))
+	if google == pipeline.GoogleRequire && cmd.String("module-key") != "" {
+		return pipeline.Config{}, fault.New(fault.Usage, "--google-signatures require and --module-key exclude each other: a module has one signature", "leave one of them out")
+	}
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {
 		return pipeline.Config{}, fmt.Errorf("open cache: %w", err)
@@ -117,7 +128,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), DebugSymbols: cmd.Bool("debug-symbols"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
+		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: google, DebugSymbols: cmd.Bool("debug-symbols"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials,
 		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),

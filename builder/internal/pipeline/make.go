@@ -34,21 +34,17 @@ type Made struct {
 // modules, compiler caches and layers go into products, and come from there. A
 // cache that the caller has just opened in an empty folder knows nothing of any
 // of them. Config.Cache serves fetched inputs only, which it compares with their
-// digests. No key is needed; nothing is loaded, signed or published.
+// digests. No key is needed; nothing is loaded, signed by us or published.
 func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made, error) {
-	if cfg.CompileTimeout == 0 {
-		cfg.CompileTimeout = defaultCompileTimeout
-	}
-	if cfg.Room == 0 {
-		cfg.Room = defaultRoom
-	}
+	cfg = cfg.withDefaults(req)
 	defer cfg.Cache.Begin()()
 	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
 	err := r.each(ctx, []phase{
-		{"source", false, r.source},
-		{"compile", true, r.compile},
-		{"check", true, r.check},
-		{"package", true, r.pack},
+		{"source", always, r.source},
+		{"compile", making, r.compile},
+		{"sign modules", signing, r.signModules},
+		{"check", making, r.check},
+		{"package", making, r.pack},
 	})
 	if err != nil {
 		return nil, err

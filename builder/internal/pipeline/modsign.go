@@ -45,32 +45,58 @@ func (r *run) loadModuleKey(ctx context.Context) error {
 // moduleKey names a cached product that is made of the modules as they are
 // published: everything that decides their bytes, and more where it is given.
 func (r *run) moduleKey(more ...string) string {
-	parts := slices.Concat(more, []string{compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint)})
-	if r.moduleSigner != nil {
-		parts = append(parts, modsign.Recipe, r.moduleSigner.Identity(), r.moduleHash)
+	if r.carries() != (carries{}) {
+		more = slices.Concat(more, r.signatureParts())
 	}
-	return r.key(parts...)
+	return r.stampedKey(more...)
 }
 
-// signedBy is the certificate that the modules of this run are signed under.
-func (r *run) signedBy() string {
-	if r.moduleSigner == nil {
-		return ""
+// stampedKey names what is made of the modules as they left the compiler.
+func (r *run) stampedKey(more ...string) string {
+	return r.key(append(slices.Clone(more), compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint))...)
+}
+
+// signatureParts are what decides over the modules' signatures, for cache keys.
+func (r *run) signatureParts() []string {
+	if r.moduleSigner != nil {
+		return []string{modsign.Recipe, r.moduleSigner.Identity(), r.moduleHash}
 	}
-	return r.moduleSigner.Identity()
+	parts := []string{modsign.AttachRecipe}
+	for _, m := range r.google.materials {
+		parts = append(parts, m.Digest)
+	}
+	return parts
 }
 
 // signModules puts signed modules in the place of unsigned ones. It comes after
 // the sandbox, which the key never enters.
 func (r *run) signModules(ctx context.Context) (string, error) {
-	dir, cached, err := r.products.Tree(ctx, "signed", r.moduleKey(), func(ctx context.Context, dir string) error {
+	if r.moduleSigner == nil {
+		return r.attachSignatures(ctx)
+	}
+	cached, err := r.signEach(ctx, func(src, dst, _ string) error {
+		return r.moduleSigner.Sign(ctx, src, dst, r.moduleHash)
+	})
+	if err != nil {
+		return "", err
+	}
+	note := fmt.Sprintf("%s, %s", r.moduleHash, r.moduleSigner.Certificate().Subject)
+	if cached {
+		note += ", cached"
+	}
+	return note, nil
+}
+
+// signEach makes signed modules out of those at hand, and goes on with them.
+func (r *run) signEach(ctx context.Context, sign func(src, dst, name string) error) (cached bool, err error) {
+	dir, cached, err := r.products.Tree(ctx, "signed", r.stampedKey(r.signatureParts()...), func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(r.modules)) {
 			if sum, err := fileSum(r.modules[name]); err != nil || sum != r.sums[name] {
 				return changed(name, r.products.Dir())
 			}
 			path := filepath.Join(dir, name+".ko")
-			if err := r.moduleSigner.Sign(ctx, r.modules[name], path, r.moduleHash); err != nil {
+			if err := sign(r.modules[name], path, name); err != nil {
 				return err
 			}
 			var err error
@@ -81,28 +107,21 @@ func (r *run) signModules(ctx context.Context) (string, error) {
 		return writeSums(dir, sums)
 	})
 	if err != nil {
-		return "", err
+		return false, err
 	}
-	if err := r.findModules(dir); err != nil {
-		return "", err
-	}
-	note := fmt.Sprintf("%s, %s", r.moduleHash, r.moduleSigner.Certificate().Subject)
-	if cached {
-		note += ", cached"
-	}
-	return note, nil
+	return cached, r.findModules(dir)
 }
 
-// moduleKeyOf reads out of provenance which certificate the modules of an
-// artifact are signed under; "" is none.
-func moduleKeyOf(st *trust.Statement) (string, error) {
+// carriesOf reads out of provenance whose signatures the modules carry.
+func carriesOf(st *trust.Statement) (carries, error) {
 	var p struct {
 		BuildDefinition struct {
 			InternalParameters map[string]string `json:"internalParameters"`
 		} `json:"buildDefinition"`
 	}
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
-		return "", fault.Errorf(fault.Unverified, "read provenance: %w", err)
+		return carries{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
 	}
-	return p.BuildDefinition.InternalParameters[FactModuleKey], nil
+	facts := p.BuildDefinition.InternalParameters
+	return carries{key: facts[FactModuleKey], google: facts[FactGoogleSignatures]}, nil
 }

@@ -9,12 +9,12 @@
 package pipeline
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
 	"io"
-	"slices"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -72,6 +72,8 @@ type Config struct {
 	// ModuleKey is an RSA key file or a KMS URI with which the modules are signed
 	// for the kernel, and ModuleCert its certificate; "" leaves them unsigned.
 	ModuleKey, ModuleCert string
+	// GoogleSignatures says what to do with Google's; "" is GoogleAuto.
+	GoogleSignatures GoogleSignatures
 	// DebugSymbols publishes the modules' debug information beside the artifact.
 	// It makes the compile dearer, and changes nothing in the artifact.
 	DebugSymbols bool
@@ -99,8 +101,10 @@ type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
 	Flavour        target.Flavour
-	// KernelMirror and DriverMirror replace the Config's where set.
+	// KernelMirror, DriverMirror and GoogleSignatures replace the Config's where
+	// set.
 	KernelMirror, DriverMirror string
+	GoogleSignatures           GoogleSignatures
 }
 
 // Result is what a build came to.
@@ -147,6 +151,7 @@ type run struct {
 
 	moduleSigner *modsign.Signer // nil without Config.ModuleKey
 	moduleHash   string
+	google       *googleSignatures // nil where there are none, or none is wanted
 
 	signer   *sign.Signer
 	verifier *trust.Verifier
@@ -160,21 +165,18 @@ type run struct {
 	packedLog []byte
 }
 
+// withDefaults returns the settings for one request.
+func (c Config) withDefaults(req Request) Config {
+	c.KernelMirror, c.DriverMirror = cmp.Or(req.KernelMirror, c.KernelMirror), cmp.Or(req.DriverMirror, c.DriverMirror)
+	c.GoogleSignatures = cmp.Or(req.GoogleSignatures, c.GoogleSignatures, GoogleAuto)
+	c.CompileTimeout, c.Room = cmp.Or(c.CompileTimeout, defaultCompileTimeout), cmp.Or(c.Room, defaultRoom)
+	return c
+}
+
 // Run makes one cell. log gets everything that tools print. The Result is
 // returned with an error too, as far as it came.
 func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
-	if req.KernelMirror != "" {
-		cfg.KernelMirror = req.KernelMirror
-	}
-	if req.DriverMirror != "" {
-		cfg.DriverMirror = req.DriverMirror
-	}
-	if cfg.CompileTimeout == 0 {
-		cfg.CompileTimeout = defaultCompileTimeout
-	}
-	if cfg.Room == 0 {
-		cfg.Room = defaultRoom
-	}
+	cfg = cfg.withDefaults(req)
 	if cfg.Registry == nil {
 		cfg.Registry = func(string) registry.Options { return registry.Options{} }
 	}
@@ -196,31 +198,32 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 }
 
 type phase struct {
-	name   string
-	making bool // left out when there is nothing to make
-	do     func(context.Context) (string, error)
+	name string
+	when func(*run) bool
+	do   func(context.Context) (string, error)
 }
 
+func always(*run) bool    { return true }
+func making(r *run) bool  { return !r.res.Reused }
+func signing(r *run) bool { return making(r) && (r.moduleSigner != nil || r.google != nil) }
+
 func (r *run) all(ctx context.Context) error {
-	phases := []phase{
-		{"source", false, r.source},
-		{"look up", false, r.lookUp},
-		{"compile", true, r.compile},
-		{"check", true, r.check},
-		{"load test", true, r.loadTest},
-		{"package", true, r.pack},
-		{"sign", true, r.sign},
-		{"publish", false, r.publish},
-	}
-	if r.cfg.ModuleKey != "" {
-		phases = slices.Insert(phases, 3, phase{"sign modules", true, r.signModules})
-	}
-	return r.each(ctx, phases)
+	return r.each(ctx, []phase{
+		{"source", always, r.source},
+		{"look up", always, r.lookUp},
+		{"compile", making, r.compile},
+		{"sign modules", signing, r.signModules},
+		{"check", making, r.check},
+		{"load test", making, r.loadTest},
+		{"package", making, r.pack},
+		{"sign", making, r.sign},
+		{"publish", always, r.publish},
+	})
 }
 
 func (r *run) each(ctx context.Context, phases []phase) error {
 	for _, phase := range phases {
-		if phase.making && r.res.Reused {
+		if !phase.when(r) {
 			continue
 		}
 		fmt.Fprintf(r.log, "\n== %s\n", phase.name)
@@ -269,6 +272,9 @@ func (r *run) source(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if _, err := r.release.Source(r.req.Flavour); err != nil {
+		return "", err
+	}
+	if err := r.fetchSignatures(ctx, kernels); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("kernel %s, ABI %s", r.kernel.Kernel.Release, r.kernel.Fingerprint.Short()), nil

@@ -14,10 +14,17 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// staticChecks names what check proves, for the signed test result.
-var staticChecks = []string{
-	"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", "stamp of the kernel's fingerprint", "build salt",
-	"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
+// staticChecks names what was proved before the load test, for the signed test
+// result.
+func (r *run) staticChecks() []string {
+	origin := "stamp of the kernel's fingerprint"
+	if r.carries().google != "" {
+		origin = "Google's signature of every module, for this COS build and over these bytes"
+	}
+	return []string{
+		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", origin, "build salt",
+		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
+	}
 }
 
 // check holds every module against the kernel that it was made for.
@@ -31,10 +38,14 @@ func (r *run) check(context.Context) (string, error) {
 			return "", changed(name, r.products.Dir())
 		}
 	}
-	vermagic, err := gate.Check(r.modules, gate.Kernel{
+	kernel := gate.Kernel{
 		Headers: r.kernel.Headers, Boot: r.kernel.Boot, Release: r.kernel.Kernel.Release, Arch: r.kernel.Kernel.Arch,
 		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Version,
-	})
+	}
+	if r.carries().google != "" {
+		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
+	}
+	vermagic, err := gate.Check(r.modules, kernel)
 	if err != nil {
 		return "", err
 	}
@@ -88,7 +99,7 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 
 // testFacts is the proof in the words of the signed test result.
 func (r *run) testFacts() sign.TestFacts {
-	f := sign.TestFacts{Driver: r.res.Driver, Static: staticChecks, LoadTest: trust.LoadTest{
+	f := sign.TestFacts{Driver: r.res.Driver, Static: r.staticChecks(), LoadTest: trust.LoadTest{
 		Verdict: trust.VerdictStatic, Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint,
 	}}
 	v := r.res.LoadTest

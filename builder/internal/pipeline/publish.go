@@ -143,12 +143,12 @@ func (r *run) holds(ctx context.Context, p place, digest string, match []byte) (
 		return content, false, fault.Errorf(fault.Mismatch, "%s was not made from runfile %s", digest, r.release.Digest)
 	}
 	for _, st := range r.verifier.Statements(attached, digest, trust.PredicateProvenance) {
-		by, err := moduleKeyOf(st)
+		have, err := carriesOf(st)
 		if err != nil {
 			return content, false, err
 		}
-		if by != r.signedBy() {
-			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are signed under certificate %q; wanted is %q", digest, by, r.signedBy())
+		if !r.takes(have) {
+			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are %s, which is not what is asked for", digest, have)
 		}
 	}
 	for _, l := range content.Layers { // a registry may have lost what it promised
@@ -241,8 +241,11 @@ func (r *run) layersIntact(ctx context.Context) error {
 func (r *run) statements() ([]sign.Statement, error) {
 	facts := Recipes()
 	facts["builder"], facts["vermagic"] = r.cfg.Version, r.id.Vermagic
-	if by := r.signedBy(); by != "" {
-		facts[FactModuleKey] = by
+	switch carry := r.carries(); {
+	case carry.key != "":
+		facts[FactModuleKey] = carry.key
+	case carry.google != "":
+		facts[FactGoogleSignatures] = carry.google
 	}
 	log, err := r.copy.packed()
 	if err != nil {
@@ -290,7 +293,11 @@ func (r *run) statements() ([]sign.Statement, error) {
 // materials are all inputs, as the provenance names them.
 func (r *run) materials() []sign.Material {
 	var all []sign.Material
-	for _, m := range slices.Concat(r.kernel.Materials, r.release.Materials) {
+	inputs := slices.Concat(r.kernel.Materials, r.release.Materials)
+	if r.carries().google != "" {
+		inputs = append(inputs, r.google.materials...)
+	}
+	for _, m := range inputs {
 		all = append(all, sign.Material{Name: m.Name, URI: m.URI, Digest: m.Digest})
 	}
 	return all

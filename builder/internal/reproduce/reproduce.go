@@ -107,8 +107,12 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		path := filepath.Join(dir, name)
 		return path, os.Mkdir(path, 0o755)
 	}
+	google := pipeline.GoogleOff
+	if p.recipes[pipeline.FactGoogleSignatures] != "" {
+		google = pipeline.GoogleRequire
+	}
 	made, err := c.Make(ctx, pipeline.Request{
-		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board,
+		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google,
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {

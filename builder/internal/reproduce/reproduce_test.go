@@ -94,7 +94,7 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 // again stands for a rebuild that came to these layers.
 func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context, pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
-		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board, Driver: target.Wish(driver.Version), Flavour: driver.Flavour}, req); diff != "" {
+		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board, Driver: target.Wish(driver.Version), Flavour: driver.Flavour, GoogleSignatures: pipeline.GoogleOff}, req); diff != "" {
 			return nil, fault.Errorf(fault.Internal, "asked for another cell (-want +got):\n%s", diff)
 		}
 		return &pipeline.Made{Kernel: want.Kernel, Driver: driver, Identity: want.Identity, Layers: layers, Image: image, Materials: inputs}, nil
@@ -148,6 +148,22 @@ func TestIdentical(t *testing.T) {
 }
 
 // One changed object is found, and named.
+// What carries Google's signatures is made again with them.
+func TestGoogleSignatures(t *testing.T) {
+	t.Parallel()
+	s, with := sample(t, ""), facts()
+	with[pipeline.FactGoogleSignatures] = materials[0].Digest
+	f := newFarm(t, s, with)
+	asked := pipeline.GoogleSignatures("")
+	f.cfg.Make = func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error) {
+		asked, req.GoogleSignatures = req.GoogleSignatures, pipeline.GoogleOff
+		return again(s, s.Image, s.Layers, materials)(ctx, req)
+	}
+	if report, err := reproduce.Run(t.Context(), f.cfg); err != nil || !report.Identical || asked != pipeline.GoogleRequire {
+		t.Errorf("Run = %+v, %v, with Google's signatures %q; want identical, and required", report, err, asked)
+	}
+}
+
 func TestDifferent(t *testing.T) {
 	t.Parallel()
 	published, made := sample(t, " with one changed object"), sample(t, "")
