@@ -1,9 +1,8 @@
 package e2e
 
 import (
+	"bufio"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -321,23 +320,20 @@ func crane(t *testing.T, args ...string) string {
 	return string(out)
 }
 
-// craneRegistry starts crane's own registry on a free port of loopback.
+// craneRegistry starts crane's own registry on a free port of loopback, which
+// it chooses itself: one that was free a moment ago may be another test's.
 func craneRegistry(t *testing.T) string {
 	t.Helper()
-	crane(t, "version") // built before the clock runs
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	addr := l.Addr().String()
-	if err := l.Close(); err != nil {
-		t.Fatal(err)
-	}
+	crane(t, "version") // so that it is built
 	path, err := exec.CommandContext(t.Context(), "go", "tool", "-n", "crane").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(strings.TrimSpace(string(path)), "registry", "serve", "--address", addr, "--disk", t.TempDir())
+	cmd := exec.Command(strings.TrimSpace(string(path)), "registry", "serve", "--address", "127.0.0.1:0", "--disk", t.TempDir())
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -345,13 +341,12 @@ func craneRegistry(t *testing.T) string {
 		_ = cmd.Process.Kill() // it has no other way to end
 		_ = cmd.Wait()
 	})
-	for range 100 {
-		resp, err := http.Get("http://" + addr + "/v2/")
-		if err == nil {
-			_ = resp.Body.Close()
-			return addr
+	// It listens when it names its port.
+	for lines := bufio.NewScanner(stderr); lines.Scan(); {
+		if _, port, ok := strings.Cut(lines.Text(), "serving on port "); ok {
+			go func() { _, _ = io.Copy(io.Discard, stderr) }() // until it ends
+			return "127.0.0.1:" + port
 		}
-		time.Sleep(100 * time.Millisecond)
 	}
 	t.Fatal("crane's registry did not start")
 	return ""
