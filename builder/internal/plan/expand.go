@@ -30,6 +30,8 @@ type Cell struct {
 	Driver target.Driver `json:"driver"`
 	// Asked says in whose words it was asked for, such as "milestone 109" or R535.
 	Asked []string `json:"asked,omitempty"`
+	// Labels are those that the wish list gives to the driver in buckets.
+	Labels []string `json:"labels,omitempty"`
 	// EarlyWarning says that a failure is reported and does not alarm.
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
 	// Listed says that the flavour came from the wish list's general list, and
@@ -61,6 +63,24 @@ type Plan struct {
 	Cells []Cell `json:"cells"`
 	// Notes are what the reader of the wish list should know.
 	Notes []string `json:"notes,omitempty"`
+}
+
+// Labels returns, for each kernel that has cells, the labels that the wish list
+// gives and their versions; "" is a version that nobody could tell.
+func (p *Plan) Labels() map[target.Kernel]map[string]string {
+	all := map[target.Kernel]map[string]string{}
+	for _, c := range p.Cells {
+		if c.Kernel.BuildID == "" {
+			continue
+		}
+		if all[c.Kernel] == nil {
+			all[c.Kernel] = map[string]string{}
+		}
+		for _, label := range c.Labels {
+			all[c.Kernel][label] = c.Driver.Version
+		}
+	}
+	return all
 }
 
 // parallel bounds the requests under way at the bucket.
@@ -306,8 +326,10 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 			i = len(all)
 			index[key] = i
 			all = append(all, c)
+			all[i].Labels = nil
 		}
 		have := &all[i]
+		have.Labels = append(have.Labels, c.Labels...)
 		have.Listed = have.Listed && c.Listed
 		if !slices.Contains(have.Asked, asked) {
 			have.Asked = append(have.Asked, asked)
@@ -326,12 +348,16 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 			}
 			version, problem := choose(d.Wish, lists[i])
 			if problem != nil {
-				add(Cell{Kernel: k.kernel, EarlyWarning: k.early, Problem: problem}, string(d.Wish))
+				add(Cell{Kernel: k.kernel, EarlyWarning: k.early, Labels: d.Labels, Problem: problem}, string(d.Wish))
 				continue
 			}
 			met[d.Wish] = true
 			for _, f := range flavours {
-				add(Cell{Kernel: k.kernel, Driver: target.Driver{Version: version, Flavour: f}, EarlyWarning: k.early, Listed: listed}, string(d.Wish))
+				c := Cell{Kernel: k.kernel, Driver: target.Driver{Version: version, Flavour: f}, EarlyWarning: k.early, Listed: listed}
+				if f == target.Open { // COS's installer takes no other from a bucket
+					c.Labels = d.Labels
+				}
+				add(c, string(d.Wish))
 			}
 		}
 	}

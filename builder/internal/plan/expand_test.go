@@ -106,6 +106,9 @@ func show(p *plan.Plan) string {
 			s += " by name"
 		}
 		s += " <" + strings.Join(c.Asked, "; ") + ">"
+		if len(c.Labels) > 0 {
+			s += " " + strings.Join(c.Labels, ",")
+		}
 		if c.Problem != nil {
 			s += " " + fault.Of(c.Problem.Err).String()
 			if c.Problem.Unavailable {
@@ -114,6 +117,12 @@ func show(p *plan.Plan) string {
 		}
 		lines = append(lines, s)
 	}
+	for kernel, labels := range p.Labels() {
+		for label, version := range labels {
+			lines = append(lines, fmt.Sprintf("%s calls %q %s", kernel, version, label))
+		}
+	}
+	slices.Sort(lines[len(p.Cells):])
 	return strings.Join(append(lines, p.Notes...), "\n")
 }
 
@@ -162,6 +171,14 @@ func TestExpand(t *testing.T) {
 			"M140 20300.0.1/lakitu 550.1.1-open <550.1.1>"}},
 		{"only what was released", "imageMap: https://x/y\nkernels: [{milestone: 109, latest: 5, released: true}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), images, []string{
 			"M109 17800.0.47/lakitu 550.1.1-open <550.1.1>"}},
+		{"labels of the open flavour, of a version by two names, and of one that nobody knows",
+			"kernels: [{milestone: 109, latest: 2}, {build: 18244.0.2}]\ndrivers: [{branch: R535, labels: [DEFAULT, R535]}, {version: 535.1.1, flavours: [open], labels: [LATEST]}]\nexclude: [{build: 18244.0.2, driver: 535.1.1}]", real109(), nil, []string{
+				"M109 17800.0.50/lakitu 535.2.2-proprietary <R535>", "M109 17800.0.50/lakitu 535.2.2-open <R535> DEFAULT,R535", "M109 17800.0.50/lakitu 535.1.1-open by name <535.1.1> LATEST",
+				"M109 17800.0.47/lakitu 535.1.1-proprietary <R535>", "M109 17800.0.47/lakitu 535.1.1-open by name <R535; 535.1.1> DEFAULT,R535,LATEST",
+				"M113 18244.0.2/lakitu - <R535> DEFAULT,R535 unsupported unavailable",
+				`17800.0.47/lakitu calls "535.1.1" DEFAULT`, `17800.0.47/lakitu calls "535.1.1" LATEST`, `17800.0.47/lakitu calls "535.1.1" R535`,
+				`17800.0.50/lakitu calls "535.1.1" LATEST`, `17800.0.50/lakitu calls "535.2.2" DEFAULT`, `17800.0.50/lakitu calls "535.2.2" R535`,
+				`18244.0.2/lakitu calls "" DEFAULT`, `18244.0.2/lakitu calls "" R535`}},
 		{"rules", "kernels: [{milestone: 109, latest: 3}]\ndrivers: [default, R550]\nflavours: [proprietary, open]\nexclude:\n- {driver: R470}\n- {driver: R550, build: 17800.0.9}\n- {build: 17800.0.47, flavour: open}\n- {driver: 535.2.2}\n- {milestone: 113}", real109(), nil, []string{
 			"M109 17800.0.50/lakitu 550.1.1-proprietary <R550>", "M109 17800.0.50/lakitu 550.1.1-open <R550>",
 			"M109 17800.0.47/lakitu 535.1.1-proprietary <default>", "M109 17800.0.47/lakitu 550.1.1-proprietary <R550>",

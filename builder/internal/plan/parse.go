@@ -60,6 +60,14 @@ type mistake struct {
 type parser struct {
 	name     string
 	mistakes []mistake
+	labels   []labelAt
+}
+
+// labelAt is a label and the driver that it is for.
+type labelAt struct {
+	at
+	label  string
+	driver Driver
 }
 
 // at is a node and the way to it, such as kernels[1].latest.
@@ -270,7 +278,34 @@ func (p *parser) wish(a at) *Wish {
 			}
 		}
 	}
+	p.checkLabels(w)
 	return w
+}
+
+// checkLabels looks at what only the whole file tells of labels.
+func (p *parser) checkLabels(w *Wish) {
+	seen := map[string]bool{}
+	for _, l := range p.labels {
+		flavours := l.driver.Flavours
+		if len(flavours) == 0 {
+			flavours = w.Flavours
+		}
+		wish, _ := target.ParseLabel(l.label) // which was done before
+		branch, is := wish.BranchName()
+		of := target.Branch(string(l.driver.Wish))
+		if _, exact := l.driver.Wish.Exact(); !exact {
+			of = string(l.driver.Wish)
+		}
+		switch {
+		case seen[l.label]:
+			p.say(l.at, "found label %s for a second driver; want it once", l.label)
+		case is && branch != of:
+			p.say(l.at, "found label %s for driver %s; want it for a driver of that branch", l.label, l.driver.Wish)
+		case !slices.Contains(flavours, target.Open):
+			p.say(l.at, "found a label for a driver without the open flavour; want open among its flavours, since COS's installer takes no other from a bucket")
+		}
+		seen[l.label] = true
+	}
 }
 
 func (p *parser) url(a at) string {
@@ -405,6 +440,7 @@ func (p *parser) driver(a at) (Driver, bool) {
 			d.Wish = target.Wish(text)
 		},
 		"flavours": func(a at) { d.Flavours = words(p, a, "proprietary and open", p.flavour) },
+		"labels":   func(a at) { d.Labels = words(p, a, "labels, such as DEFAULT", p.label) },
 	})
 	_, version := seen["version"]
 	_, branch := seen["branch"]
@@ -413,7 +449,27 @@ func (p *parser) driver(a at) (Driver, bool) {
 	case version == branch:
 		p.say(a, "found %s; want either version or branch", map[bool]string{true: "version and branch", false: "neither version nor branch"}[version])
 	}
-	return d, len(p.mistakes) == before
+	if len(p.mistakes) > before {
+		return d, false
+	}
+	for i, label := range d.Labels {
+		e := at{seen["labels"].node.Content[i], fmt.Sprintf("%s.labels[%d]", a.path, i)}
+		p.labels = append(p.labels, labelAt{e, label, d})
+	}
+	return d, true
+}
+
+func (p *parser) label(a at) (string, bool) {
+	const what = "DEFAULT, LATEST or a branch such as R535"
+	text, ok := p.word(a, what)
+	if !ok {
+		return "", false
+	}
+	_, err := target.ParseLabel(text)
+	if err != nil {
+		p.want(a, "%s", what)
+	}
+	return text, err == nil
 }
 
 func (p *parser) exclude(a at) Exclude {

@@ -34,7 +34,7 @@ func TestExample(t *testing.T) {
 			{Milestone: 125, Latest: 3, Released: true},
 			{Latest: 1, EarlyWarning: true},
 		},
-		Drivers:  []plan.Driver{{Wish: target.Default}, {Wish: target.Latest}, {Wish: "R580"}, {Wish: "535.261.03", Flavours: both[:1]}},
+		Drivers:  []plan.Driver{{Wish: target.Default}, {Wish: target.Latest}, {Wish: "R580", Labels: []string{"LATEST"}}, {Wish: "535.261.03", Flavours: both[:1]}},
 		Flavours: both,
 		Exclude: []plan.Exclude{
 			{Driver: "R535", Milestone: 125, Reason: "no longer supported there"},
@@ -49,12 +49,12 @@ func TestExample(t *testing.T) {
 // The shortest wish list, and the spellings that YAML takes for numbers.
 func TestParse(t *testing.T) {
 	t.Parallel()
-	got, err := plan.Parse("w.yaml", []byte("version: 1\nkernels: [{latest: 2}]\ndrivers: [535.10, {version: 550.20}, R470]\n"))
+	got, err := plan.Parse("w.yaml", []byte("version: 1\nkernels: [{latest: 2}]\ndrivers: [535.10, {version: 550.20, labels: [DEFAULT, R550]}, R470]\n"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := &plan.Wish{
-		Version: 1, Kernels: []plan.Kernel{{Latest: 2}}, Drivers: []plan.Driver{{Wish: "535.10"}, {Wish: "550.20"}, {Wish: "R470"}},
+		Version: 1, Kernels: []plan.Kernel{{Latest: 2}}, Drivers: []plan.Driver{{Wish: "535.10"}, {Wish: "550.20", Labels: []string{"DEFAULT", "R550"}}, {Wish: "R470"}},
 		Flavours: []target.Flavour{target.Proprietary, target.Open},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
@@ -107,6 +107,15 @@ func TestMistakes(t *testing.T) {
 		{"bad flavour", head + tail + "flavours: [closed]\n", `w:4:12: flavours[0]: found "closed"; want proprietary or open`},
 		{"a rule for all", head + tail + "exclude: [{reason: tired}]\n", "w:4:11: exclude[0]: found a rule that takes out everything; want at least one of board, build, driver, flavour or milestone"},
 		{"a rule with a wish", head + tail + "exclude: [{driver: default}]\n", `w:4:20: exclude[0].driver: found "default"; want a version or a branch such as R535`},
+		{"bad label", head + "drivers: [{branch: R535, labels: [default]}]\n", `w:3:35: drivers[0].labels[0]: found "default"; want DEFAULT, LATEST or a branch such as R535`},
+		{"label twice", head + "drivers: [{branch: R535, labels: [LATEST, LATEST]}]\n", `w:3:43: drivers[0].labels[1]: found "LATEST" twice; want it once`},
+		{"label for two", head + "drivers: [{branch: R535, labels: [LATEST]}, {version: 580.1, labels: [LATEST]}]\n", "w:3:71: drivers[1].labels[0]: found label LATEST for a second driver; want it once"},
+		{"label of another branch", head + "drivers: [{branch: R535, labels: [R580]}, {version: 580.1, labels: [R535]}]\n", strings.Join([]string{
+			"w:3:35: drivers[0].labels[0]: found label R580 for driver R535; want it for a driver of that branch",
+			"w:3:69: drivers[1].labels[0]: found label R535 for driver 580.1; want it for a driver of that branch",
+		}, "\n")},
+		{"label without the open flavour", "flavours: [proprietary]\n" + head + "drivers: [{version: 535.1, labels: [R535]}, {version: 580.1, flavours: [open], labels: [R580]}]\n",
+			"w:4:37: drivers[0].labels[0]: found a label for a driver without the open flavour; want open among its flavours, since COS's installer takes no other from a bucket"},
 		{"several", "version: x\nkernels:\n- {latset: 1}\ndrivers: [R]\n", strings.Join([]string{
 			`w:1:10: version: found "x"; want a number from 1 to 1073741824, such as 1`,
 			"w:3:3: kernels[0]: found neither build nor latest; want {build: 17800.66.78}, {milestone: 109, latest: 3} or {latest: 2}",

@@ -39,6 +39,8 @@ func generate(t *testing.T) []byte {
 			*version = jsonschema.Schema{Description: version.Description, OneOf: []*jsonschema.Schema{
 				{Type: "string", Pattern: `^[0-9]{1,5}(\.[0-9]{1,5}){1,3}$`}, {Type: "number"},
 			}}
+			labels, _ := form.Properties.Get("labels")
+			labels.Items.Pattern = `^(DEFAULT|LATEST|R[0-9]{3,4})$`
 			form.OneOf = []*jsonschema.Schema{{Required: []string{"version"}}, {Required: []string{"branch"}}}
 			return &jsonschema.Schema{OneOf: []*jsonschema.Schema{
 				{Type: "string", Pattern: `^(default|latest|R[0-9]{3,4}|[0-9]{1,5}(\.[0-9]{1,5}){1,3})$`}, {Type: "number"}, form,

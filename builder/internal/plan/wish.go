@@ -80,6 +80,8 @@ type Driver struct {
 	// Flavours of this driver only. One that is asked for here and does not
 	// exist is a failure; nil takes the wish list's.
 	Flavours []target.Flavour
+	// Labels are given to this driver in buckets.
+	Labels []string
 }
 
 // DriverForm is the mapping form of a [Driver], for the schema.
@@ -90,6 +92,9 @@ type DriverForm struct {
 	Branch string `json:"branch,omitempty" jsonschema:"pattern=^R[0-9]{3\\,4}$"`
 	// Flavours of this driver only. One that the release does not have is a failure here.
 	Flavours []target.Flavour `json:"flavours,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
+	// Labels by which COS's own installer finds this driver in buckets: DEFAULT, LATEST, or its branch.
+	// They are the open flavour's. A label that no driver has here goes to the version to which COS gives it.
+	Labels []string `json:"labels,omitempty" jsonschema:"minItems=1,uniqueItems=true"`
 }
 
 // Exclude takes out the cells for which all of its fields hold.
