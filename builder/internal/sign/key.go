@@ -1,7 +1,7 @@
 // Package sign is the private-key side: it loads a signing key from a file or
-// a KMS, makes the statements about an artifact, and signs them into Sigstore
-// bundles. It refuses to publish, to verify for others, and to let a private
-// key out.
+// a KMS, or has keys of the moment certified, makes the statements about an
+// artifact, and signs them into Sigstore bundles. It refuses to publish, to
+// verify for others, and to let a private key out.
 package sign
 
 import (
@@ -15,7 +15,6 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"strings"
 
@@ -28,12 +27,14 @@ import (
 )
 
 // Signer signs statements with one key, of the kinds that [trust.PublicKey]
-// names, wherever that is kept.
+// names, wherever that is kept; or as one identity, with keys of the moment.
 type Signer struct {
 	sv      signature.Signer
 	pub     crypto.PublicKey
 	details signature.AlgorithmDetails
 	key     trust.PublicKey
+
+	keyless *keyless // in place of all that
 }
 
 const maxKeyFile = 64 << 10
@@ -43,6 +44,8 @@ type Option func(*loading)
 
 type loading struct {
 	password func() ([]byte, error)
+	root     *trust.Root
+	token    func() ([]byte, error)
 }
 
 // WithPassword is asked for the password of an encrypted key file, such as
@@ -61,11 +64,14 @@ func newLoading(opts []Option) loading {
 
 // LoadSigner opens a key: ref is the path of a PEM file, or a KMS URI such as
 // gcpkms://projects/... A URI is served by a provider that is linked into the
-// program, else by a plugin program sigstore-kms-<scheme> on PATH.
+// program, else by a plugin program sigstore-kms-<scheme> on PATH. Without a
+// key, ref is [PrefixKeyless] and the path of a signing configuration.
 func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error) {
 	var s *Signer
 	var err error
-	if strings.Contains(ref, "://") {
+	if path, ok := strings.CutPrefix(ref, PrefixKeyless); ok {
+		s, err = fromIdentity(ctx, path, newLoading(opts))
+	} else if strings.Contains(ref, "://") {
 		s, err = fromKMS(ctx, ref)
 	} else {
 		s, err = fromFile(ref, newLoading(opts))
@@ -77,17 +83,9 @@ func LoadSigner(ctx context.Context, ref string, opts ...Option) (*Signer, error
 }
 
 func privateFile(path string, l loading) (crypto.Signer, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "make a key with: builder keygen "+path)
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxKeyFile+1))
+	text, err := readFile(path, maxKeyFile, "make a key with: builder keygen "+path)
 	if err != nil {
 		return nil, err
-	}
-	if len(text) > maxKeyFile {
-		return nil, fault.Errorf(fault.Usage, "more than %d bytes", maxKeyFile)
 	}
 	private, err := cryptoutils.UnmarshalPEMToPrivateKey(text, func(bool) ([]byte, error) { return l.password() })
 	if err != nil {
@@ -128,13 +126,28 @@ func newSigner(sv signature.Signer, pub crypto.PublicKey) (*Signer, error) {
 	return &Signer{sv: sv, pub: pub, details: details, key: key}, nil
 }
 
-// PublicKey returns the public half, for verifying.
+// PublicKey returns the public half, for verifying. Who signs without a key
+// has none.
 func (s *Signer) PublicKey() trust.PublicKey { return s.key }
 
-// Verifier returns a verifier that trusts this key only.
-func (s *Signer) Verifier() (*trust.Verifier, error) {
-	return trust.NewVerifier(trust.Policy{Keys: []trust.PublicKey{s.key}})
+// Policy trusts this key, or this identity, only.
+func (s *Signer) Policy() trust.Policy {
+	if s.keyless != nil {
+		return s.keyless.policy
+	}
+	return trust.Policy{Keys: []trust.PublicKey{s.key}}
 }
+
+// String names the key or the identity.
+func (s *Signer) String() string {
+	if s.keyless != nil {
+		return s.keyless.policy.Identities[0].String()
+	}
+	return "key " + s.key.ID()
+}
+
+// Verifier returns a verifier that trusts this key, or this identity, only.
+func (s *Signer) Verifier() (*trust.Verifier, error) { return trust.NewVerifier(s.Policy()) }
 
 // PublicPEM returns the public half in the form that nodes are configured with.
 func (s *Signer) PublicPEM() ([]byte, error) { return cryptoutils.MarshalPublicKeyToPEM(s.pub) }

@@ -13,9 +13,7 @@ import (
 	provenance "github.com/in-toto/attestation/go/predicates/provenance/v1"
 	intoto "github.com/in-toto/attestation/go/v1"
 	protocommon "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
-	"github.com/sigstore/sigstore-go/pkg/root"
 	sgsign "github.com/sigstore/sigstore-go/pkg/sign"
-	"github.com/sigstore/sigstore/pkg/signature"
 	"google.golang.org/protobuf/encoding/protojson"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/structpb"
@@ -185,8 +183,9 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 
 // Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope and
 // the hint of the key, without certificate, timestamp or log entry, so that it
-// can be verified offline for as long as the key is trusted. The result was
-// verified with the public key before it is returned.
+// can be verified offline for as long as the key is trusted. A signer without
+// a key puts a certificate there, and what proves the time. The result was
+// verified as others will before it is returned.
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {
@@ -196,22 +195,37 @@ func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 }
 
 func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
-	verifier, err := signature.LoadDefaultVerifier(s.pub)
+	verifier, err := s.Verifier()
 	if err != nil {
 		return nil, err
 	}
-	trusted := root.NewTrustedPublicKeyMaterialFromMapping(map[string]*root.ExpiringKey{
-		s.key.Hint(): root.NewExpiringKey(verifier, time.Time{}, time.Time{}),
-	})
-	content := &sgsign.DSSEData{Data: st.payload, PayloadType: "application/vnd.in-toto+json"}
-	b, err := sgsign.Bundle(content, keypair{s}, sgsign.BundleOptions{Context: ctx, TrustedRoot: trusted})
-	if err != nil {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+	var key sgsign.Keypair = keypair{s}
+	options, explain := sgsign.BundleOptions{Context: ctx}, explainKey
+	if s.keyless != nil {
+		explain = explainService
+		if key, options, err = s.keyless.options(ctx); err != nil {
+			return nil, err
 		}
-		return nil, fault.Wrap(fault.Transient, err, "check that the signing key can be reached")
 	}
-	return marshal(b)
+	b, err := sgsign.Bundle(&sgsign.DSSEData{Data: st.payload, PayloadType: "application/vnd.in-toto+json"}, key, options)
+	if err != nil {
+		return nil, explain(ctx, err)
+	}
+	raw, err := marshal(b)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := verifier.Statement(raw); err != nil {
+		return nil, err
+	}
+	return raw, nil
+}
+
+func explainKey(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return fault.Wrap(fault.Transient, err, "check that the signing key can be reached")
 }
 
 // keypair shows a Signer to the bundle library.

@@ -1,0 +1,210 @@
+package sign
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	prototrust "github.com/sigstore/protobuf-specs/gen/pb-go/trustroot/v1"
+	"github.com/sigstore/sigstore-go/pkg/fulcio/certificate"
+	"github.com/sigstore/sigstore-go/pkg/root"
+	sgsign "github.com/sigstore/sigstore-go/pkg/sign"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// PrefixKeyless is how references begin that name no key but a file: a Sigstore
+// signing configuration, which says who certifies and who stamps times.
+const PrefixKeyless = "keyless:"
+
+// WithIdentity is for references without a key. token is asked for an identity
+// token whenever a certificate is needed, and what is signed has to hold
+// against this root.
+func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
+	return func(l *loading) { l.root, l.token = root, token }
+}
+
+// margin is how long before its end a certificate is no longer used: a
+// signature needs its time stamp within.
+const margin = time.Minute
+
+const (
+	maxSigningConfig = 1 << 20
+	tries            = 3 // of services that are too busy
+)
+
+// keyless signs with keys of the moment, each good for as long as its
+// certificate.
+type keyless struct {
+	ca     *sgsign.Fulcio
+	stamps []*sgsign.TimestampAuthority
+	logs   []sgsign.Transparency
+	token  func() ([]byte, error)
+	policy trust.Policy // that trusts whom the first certificate named
+
+	mu      sync.Mutex
+	keypair sgsign.Keypair
+	leaf    *x509.Certificate
+	until   time.Time
+}
+
+func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) {
+	if l.root == nil || l.token == nil {
+		return nil, fault.New(fault.Usage, "without a key, a trusted root and an identity token are needed", "add --trusted-root FILE and --identity-token FILE")
+	}
+	text, err := readFile(path, maxSigningConfig, "write one with: cosign signing-config create")
+	if err != nil {
+		return nil, err
+	}
+	k := &keyless{token: l.token}
+	if err := k.services(text, time.Now()); err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err), "give a Sigstore signing_config.json with a certificate authority and a timestamp authority or a log: cosign signing-config create writes one")
+	}
+	_, leaf, err := k.certified(ctx)
+	if err != nil {
+		return nil, err
+	}
+	who, err := certificate.SummarizeCertificate(leaf)
+	if err != nil {
+		return nil, fmt.Errorf("certificate: %w", err)
+	}
+	k.policy = trust.Policy{Root: l.root, Identities: []trust.Identity{{Subject: who.SubjectAlternativeName, Issuer: who.Issuer}}}
+	return &Signer{keyless: k}, nil
+}
+
+// services picks those that are good now.
+func (k *keyless) services(text []byte, now time.Time) error {
+	raw, err := root.NewSigningConfigProtobuf(text)
+	if err != nil {
+		return err
+	}
+	cfg, err := root.NewSigningConfigFromProtobuf(raw)
+	if err != nil {
+		return err
+	}
+	ca, err := root.SelectService(cfg.FulcioCertificateAuthorityURLs(), sgsign.FulcioAPIVersions, now)
+	if err != nil {
+		return fmt.Errorf("certificate authority: %w", err)
+	}
+	k.ca = sgsign.NewFulcio(&sgsign.FulcioOptions{BaseURL: ca.URL, Retries: tries})
+	stamps, err := several("timestamp authority", raw.GetTsaConfig(), cfg.TimestampAuthorityURLs(), sgsign.TimestampAuthorityAPIVersions, now)
+	if err != nil {
+		return err
+	}
+	for _, s := range stamps {
+		k.stamps = append(k.stamps, sgsign.NewTimestampAuthority(&sgsign.TimestampAuthorityOptions{URL: s.URL, Retries: tries}))
+	}
+	logs, err := several("log", raw.GetRekorTlogConfig(), cfg.RekorLogURLs(), sgsign.RekorAPIVersions, now)
+	if err != nil {
+		return err
+	}
+	for _, s := range logs {
+		k.logs = append(k.logs, sgsign.NewRekor(&sgsign.RekorOptions{BaseURL: s.URL, Retries: tries, Version: s.MajorAPIVersion}))
+	}
+	if len(k.stamps)+len(k.logs) == 0 {
+		return errors.New("no timestamp authority and no log")
+	}
+	return nil
+}
+
+// several picks as many services of one kind as the configuration wants.
+func several(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32, now time.Time) ([]root.Service, error) {
+	if len(all) == 0 {
+		return nil, nil
+	}
+	some, err := root.SelectServices(all, root.ServiceConfiguration{Selector: want.GetSelector(), Count: want.GetCount()}, versions, now)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", kind, err)
+	}
+	return some, nil
+}
+
+// certified returns a key with a certificate that is good for a while.
+func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certificate, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if time.Now().Before(k.until) {
+		return k.keypair, k.leaf, nil
+	}
+	token, err := k.token()
+	if err != nil {
+		return nil, nil, err
+	}
+	fresh, err := sgsign.NewEphemeralKeypair(nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	asked := time.Now()
+	der, err := k.ca.GetCertificate(ctx, fresh, &sgsign.CertificateProviderOptions{IDToken: string(token)})
+	if err != nil {
+		return nil, nil, explainService(ctx, err)
+	}
+	leaf, err := x509.ParseCertificate(der)
+	if err != nil {
+		return nil, nil, fmt.Errorf("certificate: %w", err)
+	}
+	// By its length, not by its end: the authority's clock is not this one.
+	k.keypair, k.leaf, k.until = fresh, leaf, asked.Add(leaf.NotAfter.Sub(leaf.NotBefore)-margin)
+	return fresh, leaf, nil
+}
+
+// options returns the key to sign with next, and what proves whose it is and
+// when it signed.
+func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
+	key, leaf, err := k.certified(ctx)
+	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.stamps, TransparencyLogs: k.logs}, err
+}
+
+// issued shows a certificate that is there already to the bundle library.
+type issued struct{ leaf *x509.Certificate }
+
+func (i issued) GetCertificate(context.Context, sgsign.Keypair, *sgsign.CertificateProviderOptions) ([]byte, error) {
+	return i.leaf.Raw, nil
+}
+
+// explainService tells a token that is off from a service that may answer the
+// next time. As in explain, only texts tell.
+func explainService(ctx context.Context, err error) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	const hintToken = "give a fresh token for the audience that the certificate authority wants, sigstore as a rule: --identity-token FILE, or SIGSTORE_ID_TOKEN"
+	for _, known := range []struct{ text, hint string }{
+		{"Fulcio returned 4", hintToken},
+		{"identity token", hintToken},
+		{"illegal base64", hintToken},
+		{"invalid character", hintToken},
+		{"in claims", hintToken},
+		{"not verified by identity provider", hintToken},
+		{"authority returned 4", "check the timestamp authority's URL in the signing configuration"},
+	} {
+		if strings.Contains(err.Error(), known.text) {
+			return fault.Wrap(fault.Usage, err, known.hint)
+		}
+	}
+	return fault.Wrap(fault.Transient, err, "check that the services in the signing configuration can be reached")
+}
+
+// readFile reads a file that is not longer than it may be.
+func readFile(path string, most int64, hint string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, err, hint)
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(text)) > most {
+		return nil, fault.Errorf(fault.Usage, "more than %d bytes", most)
+	}
+	return text, nil
+}
