@@ -80,8 +80,10 @@ type Config struct {
 	// WithRunfile copies NVIDIA's runfile into buckets, for installers that get
 	// their user space there.
 	WithRunfile bool
-	// BuilderID goes into the provenance as builder.id, a URI; Version is this
-	// program's.
+	// LabelsLater leaves labels in buckets to whoever knows more than one cell.
+	LabelsLater bool
+	// BuilderID goes into the provenance as builder.id, a URI, and is who gives
+	// labels; Version is this program's.
 	BuilderID, Version string
 	// Jobs is make's -j; 0 is one for each processor.
 	Jobs     int
@@ -101,6 +103,8 @@ type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
 	Flavour        target.Flavour
+	// Labels are given to the driver in buckets, besides those that COS gives it.
+	Labels []string
 	// KernelMirror, DriverMirror and GoogleSignatures replace the Config's where
 	// set.
 	KernelMirror, DriverMirror string
@@ -126,7 +130,9 @@ type Result struct {
 	// Symbols is the digest of the debug symbols, where they were wanted.
 	Symbols string `json:"symbols,omitempty"`
 	// Twins are the tarballs in buckets.
-	Twins  []twin.Report    `json:"twins,omitempty"`
+	Twins []twin.Report `json:"twins,omitempty"`
+	// Labels are those of this COS build in each bucket.
+	Labels []twin.Labelled  `json:"labels,omitempty"`
 	Phases []timeline.Phase `json:"phases"`
 }
 
@@ -157,7 +163,8 @@ type run struct {
 	verifier *trust.Verifier
 	places   []place
 	buckets  []*twin.Bucket
-	gpus     *gpulist.List // nil where the release has no list
+	gpus     *gpulist.List     // nil where the release has no list
+	said     map[string]string // the labels that COS gives, where they are asked for
 	image    v1.Image
 	bundles  [][]byte // the signed statements
 
@@ -276,6 +283,11 @@ func (r *run) source(ctx context.Context) (string, error) {
 	}
 	if err := r.fetchSignatures(ctx, kernels); err != nil {
 		return "", err
+	}
+	if r.labels() {
+		if r.said, err = twin.Said(ctx, kernels, r.kernel.Kernel); err != nil {
+			return "", err
+		}
 	}
 	return fmt.Sprintf("kernel %s, ABI %s", r.kernel.Kernel.Release, r.kernel.Fingerprint.Short()), nil
 }

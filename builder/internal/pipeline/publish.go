@@ -217,6 +217,9 @@ func (r *run) publish(ctx context.Context) (string, error) {
 	if err := r.publishTwins(ctx); err != nil {
 		return "", err
 	}
+	if err := r.giveLabels(ctx); err != nil {
+		return "", err
+	}
 	note := fmt.Sprintf("%s to %d place(s)", r.res.Digest[:19], len(r.places)+len(r.buckets))
 	if r.res.Existed {
 		note += ", was there already"

@@ -6,9 +6,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // openBucket opens a destination for tarball twins.
@@ -38,6 +40,34 @@ func (r *run) inBuckets(ctx context.Context, digest string) (bool, error) {
 		}
 	}
 	return true, nil
+}
+
+// labels reports whether this run gives labels in buckets.
+func (r *run) labels() bool {
+	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, twin.Is)
+}
+
+// giveLabels gives the driver its labels in every bucket.
+func (r *run) giveLabels(ctx context.Context) error {
+	if !r.labels() {
+		return nil
+	}
+	l := twin.Labelling{
+		Kernel: r.kernel.Kernel, Builder: r.cfg.BuilderID, Declared: map[string]string{}, Said: r.said,
+		Signer: r.signer, Verifier: r.verifier,
+	}
+	for _, label := range r.req.Labels {
+		l.Declared[label] = r.res.Driver.Version
+	}
+	for _, b := range r.buckets {
+		got, err := twin.Give(ctx, b, l)
+		if err != nil {
+			return err
+		}
+		r.res.Existed = r.res.Existed && got.Existed
+		r.res.Labels = append(r.res.Labels, got)
+	}
+	return nil
 }
 
 // publishTwins puts the tarball into every bucket that lacks it.

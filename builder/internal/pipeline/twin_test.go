@@ -1,6 +1,7 @@
 package pipeline_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -58,6 +59,40 @@ func TestTarballTwins(t *testing.T) {
 	got, err := os.ReadFile(tarball("17800.0.9"))
 	if diff := cmp.Diff("other", string(got)); diff != "" || err != nil {
 		t.Errorf("the object changed, %v (-want +got):\n%s", err, diff)
+	}
+}
+
+// The driver gets the labels that COS gives it and those that are asked for,
+// also where its tarball is there already.
+func TestLabels(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.put(t, "cos/17800.0.9/lakitu/gpu_default_version", []byte(version+"\n"))
+	folder := filepath.Join(t.TempDir(), "bucket")
+	cfg := f.config(t, emptyCache(t))
+	cfg.Destinations = append(cfg.Destinations, "file://"+folder)
+	label := func(name string) string {
+		text, err := os.ReadFile(filepath.Join(folder, "17800.0.9/lakitu", name))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	req := request("17800.0.9")
+	cfg.LabelsLater = true
+	if res := must(t, cfg, req); len(res.Labels) != 0 || label("gpu_default_version") != "" {
+		t.Errorf("with labels later: %+v, DEFAULT %q; want none", res.Labels, label("gpu_default_version"))
+	}
+	cfg.LabelsLater = false
+	if res := must(t, cfg, req); !res.Reused || res.Existed || label("gpu_default_version") != version+"\n" {
+		t.Errorf("again: %+v, DEFAULT %q; want what COS says", res, label("gpu_default_version"))
+	}
+	req.Labels = []string{"LATEST"}
+	if res := must(t, cfg, req); !res.Reused || res.Existed || label("gpu_default_version") != version+"\n" || label("gpu_latest_version") != version+"\n" {
+		t.Errorf("with a label: %+v, DEFAULT %q, LATEST %q; want both", res, label("gpu_default_version"), label("gpu_latest_version"))
+	}
+	if res := must(t, cfg, request("17800.0.9")); !res.Existed || label("gpu_latest_version") != version+"\n" {
+		t.Errorf("the same again: %+v, LATEST %q; want nothing changed", res, label("gpu_latest_version"))
 	}
 }
 
