@@ -91,7 +91,7 @@ func wishCommand() *ucli.Command {
 func planCommand() *ucli.Command {
 	flags := []ucli.Flag{wishFlag(), cli.OutputFlag()}
 	for _, f := range pipelineFlags() {
-		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "cache", "load-test"}, f.Names()[0]) {
+		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "identity-token", "trusted-root", "cache", "load-test"}, f.Names()[0]) {
 			flags = append(flags, f)
 		}
 	}
@@ -152,12 +152,12 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	m.farm.Parallel, m.cfg.Jobs = farm.Size(cmd.Int("parallel"), m.cfg.Jobs, farm.Cores(), farm.FreeMemory("/"))
 	m.farm.Attempts = cmd.Int("attempts")
 	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
-	// Whose signature modules carry, and whether symbols are there, only the
-	// pipeline compares.
-	if m.cfg.ModuleKey == "" && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols {
+	// Whose signature modules carry, and whether symbols and BTF are there, only
+	// the pipeline compares.
+	if m.cfg.ModuleKey == "" && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
 		m.farm.Published = m.places.Published
 	}
-	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, Forget: cmd.Bool("retry-failed")}
+	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, BTF: m.cfg.BTF, Forget: cmd.Bool("retry-failed")}
 	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
 			Kernel: c.Kernel.String(), Driver: c.Driver.Version, Flavour: string(c.Driver.Flavour), EarlyWarning: c.EarlyWarning,
@@ -172,7 +172,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		return res, err
 	}
 	m.farm.Kernel = func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error) {
-		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, say)
+		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, say, m.cfg.KernelOptions()...)
 		if err != nil {
 			return "", err
 		}
@@ -191,11 +191,11 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 // openPlaces opens the destinations, and the key whose statements count there.
 // Both have to work before the first minute of work.
 func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) {
-	signer, err := sign.LoadSigner(ctx, cfg.Key)
+	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
 		return nil, err
 	}
-	policy := trust.Policy{Keys: []trust.PublicKey{signer.PublicKey()}}
+	policy := signer.Policy()
 	if cfg.LoadTest == pipeline.LoadTestRequire {
 		policy.LoadTest = trust.LoadTestTested
 	}

@@ -40,6 +40,8 @@ type Memory struct {
 	Kernels, Drivers small
 	// Version is this program's.
 	Version string
+	// BTF says that modules get BTF, for which more can be missing.
+	BTF bool
 	// Forget makes Recall know nothing; Remember still does.
 	Forget bool
 }
@@ -48,15 +50,20 @@ type Memory struct {
 func (m *Memory) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
 	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", m.Version, compile.Recipe, c.Driver, c.Kernel.Arch)
-	for _, part := range []struct {
+	type object struct {
 		from small
 		name string
-	}{
+	}
+	parts := []object{
 		{m.Kernels, cosbucket.MD5Name(cosbucket.HeadersName(c.Kernel))},
 		{m.Kernels, cosbucket.MD5Name(cosbucket.ToolchainName(c.Kernel))},
 		{m.Kernels, cosbucket.ToolchainEnvName(c.Kernel)},
 		{m.Drivers, cosbucket.RunfileSumName(c.Driver.Version, c.Kernel.Arch)},
-	} {
+	}
+	if m.BTF {
+		parts = append(parts, object{m.Kernels, cosbucket.MD5Name(cosbucket.VMLinuxName(c.Kernel))})
+	}
+	for _, part := range parts {
 		text, err := part.from.ReadSmall(ctx, part.name, maxSumFile)
 		if err != nil || len(bytes.TrimSpace(text)) == 0 {
 			return ""

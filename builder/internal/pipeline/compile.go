@@ -59,13 +59,17 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
 			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
-			Debug: r.cfg.DebugSymbols,
+			Debug: r.cfg.DebugSymbols, BTF: r.kernel.BTF,
 			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest,
 			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
 		})
 		// A tree that changed under the compiler explains every error, and
 		// makes every success worthless.
-		for _, input := range []string{r.kernel.Headers, r.kernel.Toolchain, source} {
+		inputs := []string{r.kernel.Headers, r.kernel.Toolchain, source}
+		if r.kernel.BTF != "" {
+			inputs = append(inputs, r.kernel.BTF)
+		}
+		for _, input := range inputs {
 			if err := r.cfg.Cache.Recheck(ctx, input); err != nil {
 				return err
 			}

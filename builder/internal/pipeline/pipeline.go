@@ -77,6 +77,10 @@ type Config struct {
 	// DebugSymbols publishes the modules' debug information beside the artifact.
 	// It makes the compile dearer, and changes nothing in the artifact.
 	DebugSymbols bool
+	// BTF gives the modules a description of their types, for tracers, where the
+	// kernel takes one. It needs the bucket's vmlinux and pahole, and makes other
+	// artifacts, with fingerprints of their own.
+	BTF bool
 	// WithRunfile copies NVIDIA's runfile into buckets, for installers that get
 	// their user space there.
 	WithRunfile bool
@@ -109,6 +113,8 @@ type Request struct {
 	// set.
 	KernelMirror, DriverMirror string
 	GoogleSignatures           GoogleSignatures
+	// BTF asks for BTF as Config.BTF does, and for this very version of pahole.
+	BTF string
 }
 
 // Result is what a build came to.
@@ -152,6 +158,7 @@ type run struct {
 	sums    map[string]string // name to SHA-256, in hex
 
 	debugDir string // with Config.DebugSymbols
+	pahole   string // its version; "" where the modules get no BTF
 	id       bundle.Identity
 	started  time.Time
 
@@ -176,6 +183,7 @@ type run struct {
 func (c Config) withDefaults(req Request) Config {
 	c.KernelMirror, c.DriverMirror = cmp.Or(req.KernelMirror, c.KernelMirror), cmp.Or(req.DriverMirror, c.DriverMirror)
 	c.GoogleSignatures = cmp.Or(req.GoogleSignatures, c.GoogleSignatures, GoogleAuto)
+	c.BTF = c.BTF || req.BTF != ""
 	c.CompileTimeout, c.Room = cmp.Or(c.CompileTimeout, defaultCompileTimeout), cmp.Or(c.Room, defaultRoom)
 	return c
 }
@@ -260,7 +268,10 @@ func (r *run) source(ctx context.Context) (string, error) {
 		return "", err
 	}
 	defer drivers.Close()
-	if r.kernel, err = cossrc.Fetch(ctx, kernels, r.cfg.Cache, r.req.BuildID, r.req.Board, r.say("source")); err != nil {
+	if r.kernel, err = cossrc.Fetch(ctx, kernels, r.cfg.Cache, r.req.BuildID, r.req.Board, r.say("source"), r.cfg.KernelOptions()...); err != nil {
+		return "", err
+	}
+	if err := r.findPahole(ctx); err != nil {
 		return "", err
 	}
 	r.res.Kernel, r.res.Fingerprint = r.kernel.Kernel, r.kernel.Fingerprint
@@ -294,6 +305,9 @@ func (r *run) source(ctx context.Context) (string, error) {
 
 // key names a cached product of this cell: everything that decides its bytes.
 func (r *run) key(parts ...string) string {
+	if r.pahole != "" {
+		parts = append(parts, FactBTF, r.pahole)
+	}
 	h := sha256.New()
 	for _, p := range append(parts, r.release.SourceDigest, string(r.res.Driver.Flavour)) {
 		fmt.Fprintf(h, "%d:%s\n", len(p), p)

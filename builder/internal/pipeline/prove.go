@@ -21,10 +21,14 @@ func (r *run) staticChecks() []string {
 	if r.carries().google != "" {
 		origin = "Google's signature of every module, for this COS build and over these bytes"
 	}
-	return []string{
+	all := []string{
 		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", origin, "build salt",
 		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
 	}
+	if r.kernel.BTF != "" {
+		all = append(all, "BTF of every module goes on where the kernel's ends")
+	}
+	return all
 }
 
 // check holds every module against the kernel that it was made for.
@@ -40,7 +44,7 @@ func (r *run) check(context.Context) (string, error) {
 	}
 	kernel := gate.Kernel{
 		Headers: r.kernel.Headers, Boot: r.kernel.Boot, Release: r.kernel.Kernel.Release, Arch: r.kernel.Kernel.Arch,
-		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Version,
+		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Version, BTF: r.kernel.BTF,
 	}
 	if r.carries().google != "" {
 		kernel.Fingerprint = "" // Google's signature is over the module without our stamp

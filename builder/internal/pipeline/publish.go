@@ -250,6 +250,9 @@ func (r *run) statements() ([]sign.Statement, error) {
 	case carry.google != "":
 		facts[FactGoogleSignatures] = carry.google
 	}
+	if r.pahole != "" {
+		facts[FactBTF] = r.pahole
+	}
 	log, err := r.copy.packed()
 	if err != nil {
 		return nil, err

@@ -1,0 +1,38 @@
+package pipeline
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// FactBTF is the word under which the provenance names the version of the pahole
+// that made the modules' BTF; modules without have no such fact.
+const FactBTF = "btf"
+
+// KernelOptions are what has to be fetched of a kernel beside what every build needs.
+func (c Config) KernelOptions() []cossrc.Option {
+	if c.BTF {
+		return []cossrc.Option{cossrc.WithBTF()}
+	}
+	return nil
+}
+
+// findPahole settles who makes the modules' BTF, where some is to be made.
+// Another version makes other bytes.
+func (r *run) findPahole(ctx context.Context) (err error) {
+	if r.kernel.BTF == "" {
+		return nil
+	}
+	if r.pahole, err = compile.Pahole(ctx); err != nil {
+		return err
+	}
+	if want := r.req.BTF; want != "" && want != r.pahole {
+		return fault.New(fault.Unsupported, fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, r.pahole),
+			"install that version of dwarves")
+	}
+	return nil
+}
