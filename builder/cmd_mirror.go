@@ -32,6 +32,7 @@ func mirrorCommand() *ucli.Command {
 			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels: the oldest `N`-1 in Debian's index and the newest"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
 			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
+			&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, out of which --btf of other commands takes the kernel's types (50 MB a build)"},
 			&ucli.BoolFlag{Name: "clang", Usage: "add a kernel that is compiled here with clang, in COS's manner (minutes, once)"},
 			&ucli.BoolFlag{Name: "only-clang", Usage: "as --clang, without Debian's own kernels"},
 			&ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"},
@@ -70,7 +71,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	result, err := mirror.Make(ctx, mirror.Config{
 		EmuGPU: compileEmuGPU(work), EmuGPURevision: revision,
 		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
-		OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
+		VMLinux: cmd.Bool("vmlinux"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
 		Say: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)
 		},

@@ -191,17 +191,16 @@ func rebuilt(t tree, k kernel, when time.Time) {
 // nvidia-modeset and nvidia-drm need of the kernel.
 var bootModules = []string{"virtio_pci", "virtio_net", "drm_kms_helper", "video"}
 
-// bootTree packs what a test machine needs to start this kernel: its image, the
-// bootModules in load order, and the emulated GPU if built.
-func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
+// kernelImage returns the file that boots, and adds what is wanted beside it
+// from the kernel's package to in.
+func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name string) bool) ([]byte, error) {
 	file, ok := a.file(k.image)
 	if !ok {
 		return nil, fault.New(fault.InputMissing, "package "+k.image.Name+" is not at hand", "")
 	}
-	in := tree{}
-	modules := "lib/modules/" + k.release
+	boot := "boot/vmlinuz-" + k.release
 	err := readDeb(ctx, in, file, func(name string) string {
-		if name == "boot/vmlinuz-"+k.release || strings.HasPrefix(name, modules+"/") && path.Ext(name) == ".ko" {
+		if name == boot || more(name) {
 			return name
 		}
 		return ""
@@ -209,15 +208,27 @@ func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error
 	if err != nil {
 		return nil, err
 	}
-	image, ok := in["boot/vmlinuz-"+k.release]
+	image, ok := in[boot]
 	if !ok {
 		return nil, fault.New(fault.InputMissing, "find image of "+k.release+": not in "+k.image.Name, "")
+	}
+	return image.data, nil
+}
+
+// bootTree packs what a test machine needs to start this kernel: its image, the
+// bootModules in load order, and the emulated GPU if built.
+func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
+	in := tree{}
+	modules := "lib/modules/" + k.release
+	image, err := kernelImage(ctx, a, k, in, func(name string) bool { return strings.HasPrefix(name, modules+"/") && path.Ext(name) == ".ko" })
+	if err != nil {
+		return nil, err
 	}
 	order, err := loadOrder(in, bootModules...)
 	if err != nil {
 		return nil, err
 	}
-	t := tree{"vmlinuz": {mode: 0o644, data: image.data}}
+	t := tree{"vmlinuz": {mode: 0o644, data: image}}
 	var list strings.Builder
 	for _, name := range order {
 		t.add("modules/"+path.Base(name), node{mode: 0o644, data: in[name].data})

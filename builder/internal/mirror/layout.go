@@ -144,7 +144,13 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	if err != nil {
 		return err
 	}
-	for name, o := range map[string]object{cosbucket.HeadersName(k): headers, cosbucket.ToolchainName(k): toolchain, cosbucket.BootName(k): boot} {
+	objects := map[string]object{cosbucket.HeadersName(k): headers, cosbucket.ToolchainName(k): toolchain, cosbucket.BootName(k): boot}
+	if m.VMLinux {
+		if objects[cosbucket.VMLinuxName(k)], err = m.makeVMLinux(ctx, b.kernel); err != nil {
+			return err
+		}
+	}
+	for name, o := range objects {
 		if err := o.publish(at(name)); err != nil {
 			return err
 		}

@@ -49,6 +49,9 @@ type Config struct {
 	Kernels int
 	// ABIs picks kernels by Debian's ABI number instead.
 	ABIs []int
+	// VMLinux adds the kernels as they were linked, with their types. Only Debian's
+	// own kernels for amd64 have them where they can be taken out.
+	VMLinux bool
 	// OnlyKernels leaves the drivers out.
 	OnlyKernels bool
 	// Clang adds a kernel that is compiled here, with clang, in COS's manner: no
@@ -104,6 +107,9 @@ func (c Config) Validate() error {
 		if _, ok := platforms[arch]; !ok || slices.Contains(c.Archs[:i], arch) {
 			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each once", arch), "pass --arch amd64,arm64"))
 		}
+	}
+	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
+		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: its kernel's image holds none", "leave out --vmlinux, or --arch arm64"))
 	}
 	return errors.Join(errs...)
 }

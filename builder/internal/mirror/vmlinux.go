@@ -1,0 +1,83 @@
+package mirror
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"fmt"
+	"io"
+
+	"github.com/pierrec/lz4/v4"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// maxLinked bounds a kernel as it was linked, without its debug information.
+const maxLinked = 512 << 20
+
+// The fields of a bzImage's setup header that say where the compressed kernel
+// is, from Documentation/arch/x86/boot.rst; version 2.08 of the protocol and
+// later have them all.
+const (
+	atSetupSects    = 0x1f1
+	atHeaderMagic   = 0x202
+	atProtocol      = 0x206
+	atPayloadOffset = 0x248
+	atPayloadLength = 0x24c
+	endOfHeader     = 0x250
+)
+
+// LinkedKernel takes the kernel as it was linked, an ELF file without debug
+// information, out of the image that boots on amd64. Debian compresses it with
+// LZ4.
+func LinkedKernel(image []byte) ([]byte, error) {
+	bad := func(format string, args ...any) error {
+		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...), "make the mirror without --vmlinux")
+	}
+	le := binary.LittleEndian
+	if len(image) < endOfHeader || string(image[atHeaderMagic:atHeaderMagic+4]) != "HdrS" || le.Uint16(image[atProtocol:]) < 0x208 {
+		return nil, bad("it is no bzImage")
+	}
+	sectors := uint64(image[atSetupSects])
+	if sectors == 0 {
+		sectors = 4
+	}
+	from := (sectors+1)*512 + uint64(le.Uint32(image[atPayloadOffset:]))
+	size := uint64(le.Uint32(image[atPayloadLength:]))
+	const trailer = 4 // the size of what comes out
+	if size < trailer || from+size > uint64(len(image)) {
+		return nil, bad("%d bytes from %d on, of %d", size, from, len(image))
+	}
+	payload := image[from : from+size-trailer]
+	want := le.Uint32(image[from+size-trailer:])
+	if !bytes.HasPrefix(payload, []byte{0x02, 0x21, 0x4c, 0x18}) {
+		return nil, bad("its kernel is not compressed with LZ4")
+	}
+	if want > maxLinked {
+		return nil, bad("a kernel of %d bytes; want at most %d", want, maxLinked)
+	}
+	linked, err := io.ReadAll(io.LimitReader(lz4.NewReader(bytes.NewReader(payload)), int64(want)+1))
+	if err != nil {
+		return nil, bad("decompress: %v", err)
+	}
+	if uint64(len(linked)) != uint64(want) {
+		return nil, bad("a kernel of %d bytes; it says %d", len(linked), want)
+	}
+	return linked, nil
+}
+
+// makeVMLinux makes the object that COS's buckets have for who makes BTF.
+func (m *maker) makeVMLinux(ctx context.Context, k kernel) (object, error) {
+	return m.object(ctx, "vmlinux of "+k.release, recipe{Kind: "vmlinux", Packages: []pkg{k.image}}, func(ctx context.Context, w io.Writer) error {
+		image, err := kernelImage(ctx, m.apt, k, tree{}, func(string) bool { return false })
+		if err != nil {
+			return err
+		}
+		linked, err := LinkedKernel(image)
+		if err != nil {
+			return err
+		}
+		_, err = w.Write(linked)
+		return err
+	})
+}

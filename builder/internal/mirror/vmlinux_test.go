@@ -1,0 +1,83 @@
+package mirror
+
+import (
+	"bytes"
+	"encoding/binary"
+	"strings"
+	"testing"
+
+	"github.com/pierrec/lz4/v4"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// bzImage is an image as a kernel's build makes it: a sector to boot from, one
+// of setup, and then, behind some code, the compressed kernel and its size.
+func bzImage(t testing.TB, linked []byte, size int) []byte {
+	t.Helper()
+	var packed bytes.Buffer
+	w := lz4.NewWriter(&packed)
+	if err := w.Apply(lz4.LegacyOption(true)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(linked); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	const code = 96
+	image := make([]byte, 2*512+code)
+	image[atSetupSects] = 1
+	copy(image[atHeaderMagic:], "HdrS")
+	le := binary.LittleEndian
+	le.PutUint16(image[atProtocol:], 0x20f)
+	le.PutUint32(image[atPayloadOffset:], code)
+	le.PutUint32(image[atPayloadLength:], uint32(packed.Len()+4))
+	image = append(image, packed.Bytes()...)
+	image = le.AppendUint32(image, uint32(size))
+	return append(image, "what follows"...)
+}
+
+func TestLinkedKernel(t *testing.T) {
+	t.Parallel()
+	linked := bytes.Repeat([]byte("\x7fELF kernel "), 1<<20)
+	got, err := LinkedKernel(bzImage(t, linked, len(linked)))
+	if err != nil || !bytes.Equal(got, linked) {
+		t.Errorf("LinkedKernel = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
+	}
+	good := func() []byte { return bzImage(t, linked, len(linked)) }
+	edit := func(change func(image []byte)) []byte {
+		image := good()
+		change(image)
+		return image
+	}
+	for _, row := range []struct {
+		name  string
+		image []byte
+		want  string
+	}{
+		{"nothing", nil, "no bzImage"},
+		{"flat image", make([]byte, 4096), "no bzImage"},
+		{"old protocol", edit(func(i []byte) { i[atProtocol] = 7 }), "no bzImage"},
+		{"beyond the end", edit(func(i []byte) { i[atPayloadLength+3] = 0xff }), "bytes from 1120 on"},
+		{"other compression", edit(func(i []byte) { i[1120] = 0xfd }), "not compressed with LZ4"},
+		{"damaged", edit(func(i []byte) { copy(i[1130:], make([]byte, 64)) }), "read kernel image: "},
+		{"less than it says", bzImage(t, linked, len(linked)+1), "it says"},
+		{"more than it says", bzImage(t, linked, len(linked)-1), "it says"},
+		{"far too much", bzImage(t, linked, maxLinked+1), "want at most"},
+	} {
+		if _, err := LinkedKernel(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.want) {
+			t.Errorf("%s: LinkedKernel = %v; want unsupported with %q and a hint", row.name, err, row.want)
+		}
+	}
+}
+
+func FuzzLinkedKernel(f *testing.F) {
+	f.Add(bzImage(f, []byte("\x7fELF kernel"), len("\x7fELF kernel")))
+	f.Fuzz(func(t *testing.T, image []byte) {
+		if linked, err := LinkedKernel(image); err == nil && len(linked) > maxLinked {
+			t.Errorf("a kernel of %d bytes", len(linked))
+		}
+	})
+}
