@@ -85,6 +85,12 @@ func SignatureNames(k target.Kernel, version string) []string {
 // kernel was built with, by which it knows Google's signatures.
 func TrustedKeyName(k target.Kernel) string { return under(k, "trusted_key.pem") }
 
+// SignedDriverName returns the object that holds the open modules of a driver
+// as Google compiled and signed them.
+func SignedDriverName(k target.Kernel, version string) string {
+	return under(k, "nvidia-drivers-"+version+".tgz")
+}
+
 // BootName returns the object that holds what a test machine needs to boot this
 // kernel. It is Prebake's own; COS's buckets have none.
 func BootName(k target.Kernel) string { return under(k, "prebake-boot.tgz") }

@@ -43,15 +43,70 @@ func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache,
 			return nil, fmt.Errorf("kernel %s: %w", kernel, err)
 		}
 		s := &Signatures{Archive: archive, Materials: []Material{m}}
-		key, m, err := f.small(ctx, cosbucket.TrustedKeyName(kernel), maxTrustedKey)
-		switch {
-		case fault.Is(err, fault.InputMissing):
-			return s, nil
-		case err != nil:
+		if s.TrustedKey, m, err = f.trustedKey(ctx); err != nil {
 			return nil, fmt.Errorf("kernel %s: %w", kernel, err)
 		}
-		s.TrustedKey, s.Materials = key, append(s.Materials, m)
+		if s.TrustedKey != nil {
+			s.Materials = append(s.Materials, m)
+		}
 		return s, nil
 	}
 	return nil, nil
+}
+
+// SignedDriver is a driver whose open modules Google compiled and signed for a
+// COS build.
+type SignedDriver struct {
+	// Archive is the path of nvidia-drivers-<VERSION>.tgz in the cache.
+	Archive string
+	// TrustedKey is as in [Signatures].
+	TrustedKey []byte
+	// Materials are these objects, the archive first.
+	Materials []Material
+}
+
+// FetchSignedDriver brings such a driver into the cache. A build without one is
+// a fault.InputMissing.
+func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string, say func(string)) (*SignedDriver, error) {
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, bucket: b, kernel: kernel}
+	archive, err := f.file(ctx, cosbucket.SignedDriverName(kernel, version))
+	if fault.Is(err, fault.InputMissing) {
+		err = fault.Wrap(fault.InputMissing, err, "choose a version that COS offers for this build, or build without --google-modules")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+	}
+	d := &SignedDriver{Archive: archive.at, Materials: []Material{archive.material}}
+	var m Material
+	if d.TrustedKey, m, err = f.trustedKey(ctx); err != nil {
+		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
+	}
+	if d.TrustedKey != nil {
+		d.Materials = append(d.Materials, m)
+	}
+	return d, nil
+}
+
+// file fetches an object that is used as it is.
+func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
+	err = f.either(name, func(at string) error {
+		sum, err := f.SumBeside(ctx, at)
+		if err != nil {
+			return err
+		}
+		if p.material, p.at, err = f.Blob(ctx, at, sum); err != nil {
+			return err
+		}
+		return f.Recheck(ctx, at, sum, p.material)
+	})
+	return p, err
+}
+
+// trustedKey reads trusted_key.pem, which not every build has.
+func (f *fetcher) trustedKey(ctx context.Context) ([]byte, Material, error) {
+	key, m, err := f.small(ctx, cosbucket.TrustedKeyName(f.kernel), maxTrustedKey)
+	if fault.Is(err, fault.InputMissing) {
+		return nil, Material{}, nil
+	}
+	return key, m, err
 }

@@ -31,10 +31,11 @@ type Detached struct {
 	modules             map[string][]byte // by file name, such as nvidia.ko
 }
 
-// Bounds of the archive.
+// Bounds of the archives.
 const (
 	maxEntries      = 1024
 	maxSignatureTar = 64 << 20
+	maxDriverTar    = 8 << 30
 )
 
 // ReadDetached reads such an archive, and leaves what it does not know. root is
@@ -47,7 +48,7 @@ func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 		err = errors.New("no signature of a module")
 	}
 	if err == nil && root != nil {
-		if d.roots, err = parseCertificates(root); err != nil {
+		if d.roots, err = ParseCertificates(root); err != nil {
 			err = fmt.Errorf("trusted_key.pem: %w", err)
 		}
 	}
@@ -71,7 +72,7 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 	case len(raw) > maxSignature:
 		return fmt.Errorf("%.100q has more than %d bytes", h.Name, maxSignature)
 	case certificate:
-		certs, err := parseCertificates(raw)
+		certs, err := ParseCertificates(raw)
 		if err != nil {
 			return fmt.Errorf("%.100q: %w", h.Name, err)
 		}
@@ -108,7 +109,44 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
 		return fault.Errorf(fault.CheckFailed, "%w: that of %s is by %.200q, whom the kernel's root has not certified", ErrLeftOut, name, s.Signer.Subject.String())
 	}
-	return writeNew(dst, module, signature)
+	return writeNew(dst, module, signature, trailer(signature))
+}
+
+// UnpackRecipe names the way in which [UnpackSigned] writes, for cache keys.
+const UnpackRecipe = "unpack-signed-1"
+
+// UnpackSigned writes the modules out of nvidia-drivers-<VERSION>.tgz, which
+// Google compiled and signed for one COS build, into a folder: untouched, since
+// a kernel that takes Google's key alone takes nothing else. Each has to carry
+// a signature that one of these certificates vouches for. It returns their names
+// without .ko.
+func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([]string, error) {
+	var names []string
+	err := eachFile(archive, maxDriverTar, func(h *tar.Header, body io.Reader) error {
+		name, isModule := strings.CutSuffix(path.Base(h.Name), ".ko")
+		if !isModule {
+			return nil
+		}
+		if slices.Contains(names, name) {
+			return fmt.Errorf("%.100q is there twice", name)
+		}
+		module, err := readBounded(body)
+		if err != nil {
+			return fmt.Errorf("%.100q: %w", h.Name, err)
+		}
+		if _, err := Verify(module, trusted); err != nil {
+			return fmt.Errorf("%.100q: %w", h.Name, err)
+		}
+		names = append(names, name)
+		return writeNew(filepath.Join(dir, name+".ko"), module)
+	})
+	if err == nil && len(names) == 0 {
+		err = errors.New("no modules")
+	}
+	if err != nil {
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("unpack Google's modules: %w", err), "check which certificate the kernel was built with, and replace the archive in the bucket where it is damaged; or build without --google-modules")
+	}
+	return names, nil
 }
 
 // eachFile calls do for every regular file of a tar in gzip.
@@ -132,12 +170,10 @@ func eachFile(r io.Reader, most int64, do func(h *tar.Header, body io.Reader) er
 			return err
 		case n == maxEntries:
 			return fmt.Errorf("more than %d entries", maxEntries)
+		case h.Typeflag != tar.TypeReg: // nothing is made of links and folders
+			continue
 		case !filepath.IsLocal(h.Name):
 			return fmt.Errorf("%.100q leads out of the archive", h.Name)
-		case h.Typeflag == tar.TypeDir:
-			continue
-		case h.Typeflag != tar.TypeReg:
-			return fmt.Errorf("%.100q is neither a file nor a folder", h.Name)
 		}
 		if err := do(h, in); err != nil {
 			return err

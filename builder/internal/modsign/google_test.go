@@ -158,7 +158,7 @@ func TestReadDetachedRefuses(t *testing.T) {
 		"firmware only":     tgz(t, entry{name: "gsp.bin.sig", data: "x"}),
 		"twice":             tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "./a/nvidia.ko.sig", data: "y"}),
 		"no certificate":    tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: "x"}),
-		"a link":            tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "nvidia-uvm.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
+		"a link":            tgz(t, entry{name: "nvidia.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
 		"a way out":         tgz(t, entry{name: "../nvidia.ko.sig", data: "x"}),
 		"a path of ours":    tgz(t, entry{name: "/etc/nvidia.ko.sig", data: "x"}),
 		"a long signature":  tgz(t, entry{name: "nvidia.ko.sig", data: strings.Repeat("x", 1<<20+1)}),

@@ -1,7 +1,7 @@
 // Package modsign signs kernel modules as the kernel's own sign-file does, and
 // verifies such signatures by the kernel's rules. It also attaches the
-// signatures that Google ships with a COS build, to the very modules that they
-// were made over.
+// signatures that Google ships with a COS build to the very modules that they
+// were made over, and takes the modules that Google signed itself as they are.
 //
 // It refuses keys whose signatures differ from run to run (equal inputs have to
 // give equal modules), a module that is signed already, and to hand out a
@@ -104,14 +104,15 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	certs, err := parseCertificates(text)
+	certs, err := ParseCertificates(text)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read certificate %s: %w", path, err), "give an X.509 certificate in PEM or DER")
 	}
 	return certs, nil
 }
 
-func parseCertificates(text []byte) ([]*x509.Certificate, error) {
+// ParseCertificates reads PEM certificates, or one in DER.
+func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 	if len(text) > maxCertFile {
 		return nil, fmt.Errorf("more than %d bytes", maxCertFile)
 	}
@@ -197,7 +198,7 @@ func (s *Signer) signFile(ctx context.Context, src, dst, hash string) error {
 		// A KMS key for RSA-PSS, or with another hash, signs and is of no use.
 		return fault.Wrap(fault.Usage, fmt.Errorf("own signature: %w", err), "use a key for RSA PKCS#1 v1.5 with "+hash)
 	}
-	return writeNew(dst, module, signature)
+	return writeNew(dst, module, signature, trailer(signature))
 }
 
 // digestOf returns the library's name of a hash.
@@ -264,7 +265,11 @@ func readModule(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	module, err := io.ReadAll(io.LimitReader(f, maxModule+1))
+	return readBounded(f)
+}
+
+func readBounded(r io.Reader) ([]byte, error) {
+	module, err := io.ReadAll(io.LimitReader(r, maxModule+1))
 	if err != nil {
 		return nil, err
 	}
@@ -274,13 +279,13 @@ func readModule(path string) ([]byte, error) {
 	return module, nil
 }
 
-// writeNew writes a signed module; half of one is never left.
-func writeNew(dst string, module, signature []byte) error {
+// writeNew writes a module; half of one is never left.
+func writeNew(dst string, parts ...[]byte) error {
 	f, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
-	for _, part := range [][]byte{module, signature, trailer(signature)} {
+	for _, part := range parts {
 		if err == nil {
 			_, err = f.Write(part)
 		}

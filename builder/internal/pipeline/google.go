@@ -3,14 +3,20 @@ package pipeline
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 // GoogleSignatures says what to do with the signatures that Google ships with a
@@ -32,6 +38,10 @@ const (
 // whose signatures the modules carry, by digest.
 const FactGoogleSignatures = "googleSignatures"
 
+// FactGoogleModules is the word under which the provenance names the archive
+// that Google's own modules come from, by digest.
+const FactGoogleModules = "googleModules"
+
 // googleSignatures are those of this run's COS build and driver.
 type googleSignatures struct {
 	*modsign.Detached
@@ -42,7 +52,7 @@ type googleSignatures struct {
 // fetchSignatures reads Google's signatures, where there are some and this
 // build wants them.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket) error {
-	if r.cfg.ModuleKey != "" || r.cfg.GoogleSignatures == GoogleOff {
+	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
 		return nil
 	}
 	s, err := cossrc.FetchSignatures(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.res.Driver.Version)
@@ -92,41 +102,124 @@ func (r *run) attachSignatures(ctx context.Context) (string, error) {
 	return note, nil
 }
 
+// fetchModules fetches the modules that Google compiled.
+func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket) (err error) {
+	switch {
+	case !r.cfg.GoogleModules:
+		return nil
+	case r.req.Flavour != target.Open:
+		return fault.New(fault.Unsupported, fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour), "--flavour open, or build without --google-modules")
+	}
+	r.prebuilt, err = cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.res.Driver.Version, r.say("source"))
+	return err
+}
+
+// takeModules goes on with Google's modules in the place of compiled ones.
+func (r *run) takeModules(ctx context.Context) (string, error) {
+	trusted, err := r.kernelTrusts()
+	if err != nil {
+		return "", err
+	}
+	archive := r.prebuilt.Materials[0]
+	dir, cached, err := r.products.Tree(ctx, "google", r.key(r.signatureParts()...), func(_ context.Context, dir string) (err error) {
+		f, err := os.Open(r.prebuilt.Archive)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, f.Close()) }()
+		names, err := modsign.UnpackSigned(f, dir, trusted)
+		if err != nil {
+			return fmt.Errorf("%s: %w", archive.URI, err)
+		}
+		sums := map[string]string{}
+		for _, name := range names {
+			if sums[name], err = fileSum(filepath.Join(dir, name+".ko")); err != nil {
+				return err
+			}
+		}
+		return writeSums(dir, sums)
+	})
+	if err != nil {
+		return "", err
+	}
+	if err := r.findModules(dir); err != nil {
+		return "", err
+	}
+	note := fmt.Sprintf("%d modules, signed by Google", len(r.modules))
+	if cached {
+		note += ", cached"
+	}
+	return note, nil
+}
+
+// kernelTrusts are the certificates that Google's modules are held against.
+func (r *run) kernelTrusts() (trusted []*x509.Certificate, err error) {
+	if r.cfg.ModuleCert != "" {
+		return modsign.ReadCertificates(r.cfg.ModuleCert)
+	}
+	if r.prebuilt.TrustedKey == nil {
+		return nil, fault.New(fault.InputMissing, "the bucket does not show the certificate that this kernel was built with: there is no trusted_key.pem", "give it with --module-cert FILE")
+	}
+	return modsign.ParseCertificates(r.prebuilt.TrustedKey)
+}
+
 // carries says whose signatures the modules of an artifact carry, as its
-// provenance names them; "" is nobody's.
+// provenance names them; all "" is nobody's.
 type carries struct {
-	key    string // the certificate of the farm's own key
-	google string // the digest of Google's archive
+	key     string // the certificate of the farm's own key
+	google  string // the digest of Google's signature archive
+	modules string // the digest of Google's archive of modules
 }
 
 func (r *run) carries() carries {
 	switch {
 	case r.moduleSigner != nil:
 		return carries{key: r.moduleSigner.Identity()}
+	case r.prebuilt != nil:
+		return carries{modules: r.prebuilt.Materials[0].Digest}
 	case r.google != nil && r.google.attached:
 		return carries{google: r.google.materials[0].Digest}
 	}
 	return carries{}
 }
 
-// takes reports whether an artifact with such modules is what this run is
-// asked for. What Google signed for a sibling build is as good as unsigned.
-func (r *run) takes(c carries) bool {
+// byGoogle reports whether the modules are as Google signed them, without our
+// stamp.
+func (c carries) byGoogle() bool { return c.google != "" || c.modules != "" }
+
+// fact is what the provenance says of it.
+func (c carries) fact() (name, value string, ok bool) {
 	switch {
+	case c.key != "":
+		return FactModuleKey, c.key, true
+	case c.google != "":
+		return FactGoogleSignatures, c.google, true
+	case c.modules != "":
+		return FactGoogleModules, c.modules, true
+	}
+	return "", "", false
+}
+
+// takes reports whether an artifact with such modules, made of these inputs, is
+// what this run is asked for. What Google signed for a sibling build is as good
+// as unsigned where nobody asked for signatures, and as good as this build's own
+// modules where both kernels were built with the same root.
+func (r *run) takes(c carries, inputs []trust.Material) bool {
+	switch {
+	case r.prebuilt != nil:
+		return c == r.carries() || c.modules != "" && r.prebuilt.TrustedKey != nil &&
+			slices.ContainsFunc(inputs, func(m trust.Material) bool { return m.Digest == r.prebuilt.Materials[1].Digest })
 	case r.moduleSigner != nil || r.cfg.GoogleSignatures == GoogleOff:
 		return c == r.carries()
 	case r.cfg.GoogleSignatures == GoogleRequire:
 		return c == carries{google: r.google.materials[0].Digest}
 	}
-	return c.key == ""
+	return c.key == "" && c.modules == ""
 }
 
 func (c carries) String() string {
-	switch {
-	case c.key != "":
-		return "signed under certificate " + c.key
-	case c.google != "":
-		return "signed by Google, in archive " + c.google
+	if name, value, ok := c.fact(); ok {
+		return "signed: " + name + " " + value
 	}
 	return "unsigned"
 }

@@ -41,7 +41,8 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
 	err := r.each(ctx, []phase{
 		{"source", always, r.source},
-		{"compile", making, r.compile},
+		{"compile", compiling, r.compile},
+		{"take modules", taking, r.takeModules},
 		{"sign modules", signing, r.signModules},
 		{"check", making, r.check},
 		{"package", making, r.pack},

@@ -58,8 +58,11 @@ func (r *run) stampedKey(more ...string) string {
 
 // signatureParts are what decides over the modules' signatures, for cache keys.
 func (r *run) signatureParts() []string {
-	if r.moduleSigner != nil {
+	switch {
+	case r.moduleSigner != nil:
 		return []string{modsign.Recipe, r.moduleSigner.Identity(), r.moduleHash}
+	case r.prebuilt != nil:
+		return []string{modsign.UnpackRecipe, r.prebuilt.Materials[0].Digest}
 	}
 	parts := []string{modsign.AttachRecipe}
 	for _, m := range r.google.materials {
@@ -123,5 +126,5 @@ func carriesOf(st *trust.Statement) (carries, error) {
 		return carries{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
 	}
 	facts := p.BuildDefinition.InternalParameters
-	return carries{key: facts[FactModuleKey], google: facts[FactGoogleSignatures]}, nil
+	return carries{key: facts[FactModuleKey], google: facts[FactGoogleSignatures], modules: facts[FactGoogleModules]}, nil
 }

@@ -74,6 +74,10 @@ type Config struct {
 	ModuleKey, ModuleCert string
 	// GoogleSignatures says what to do with Google's; "" is GoogleAuto.
 	GoogleSignatures GoogleSignatures
+	// GoogleModules publishes the open modules that Google compiled and signed
+	// for the COS build, untouched. They are held against the certificate that
+	// the bucket says the kernel was built with, or against ModuleCert.
+	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information beside the artifact.
 	// It makes the compile dearer, and changes nothing in the artifact.
 	DebugSymbols bool
@@ -113,6 +117,8 @@ type Request struct {
 	// set.
 	KernelMirror, DriverMirror string
 	GoogleSignatures           GoogleSignatures
+	// GoogleModules asks for them whatever the Config says.
+	GoogleModules bool
 	// BTF asks for BTF as Config.BTF does, and for this very version of pahole.
 	BTF string
 }
@@ -164,7 +170,8 @@ type run struct {
 
 	moduleSigner *modsign.Signer // nil without Config.ModuleKey
 	moduleHash   string
-	google       *googleSignatures // nil where there are none, or none is wanted
+	google       *googleSignatures    // nil where there are none, or none is wanted
+	prebuilt     *cossrc.SignedDriver // nil without Config.GoogleModules
 
 	signer   *sign.Signer
 	verifier *trust.Verifier
@@ -182,6 +189,7 @@ type run struct {
 // withDefaults returns the settings for one request.
 func (c Config) withDefaults(req Request) Config {
 	c.KernelMirror, c.DriverMirror = cmp.Or(req.KernelMirror, c.KernelMirror), cmp.Or(req.DriverMirror, c.DriverMirror)
+	c.GoogleModules = c.GoogleModules || req.GoogleModules
 	c.GoogleSignatures = cmp.Or(req.GoogleSignatures, c.GoogleSignatures, GoogleAuto)
 	c.BTF = c.BTF || req.BTF != ""
 	c.CompileTimeout, c.Room = cmp.Or(c.CompileTimeout, defaultCompileTimeout), cmp.Or(c.Room, defaultRoom)
@@ -222,11 +230,15 @@ func always(*run) bool    { return true }
 func making(r *run) bool  { return !r.res.Reused }
 func signing(r *run) bool { return making(r) && (r.moduleSigner != nil || r.google != nil) }
 
+func compiling(r *run) bool { return making(r) && r.prebuilt == nil }
+func taking(r *run) bool    { return making(r) && r.prebuilt != nil }
+
 func (r *run) all(ctx context.Context) error {
 	return r.each(ctx, []phase{
 		{"source", always, r.source},
 		{"look up", always, r.lookUp},
-		{"compile", making, r.compile},
+		{"compile", compiling, r.compile},
+		{"take modules", taking, r.takeModules},
 		{"sign modules", signing, r.signModules},
 		{"check", making, r.check},
 		{"load test", making, r.loadTest},
@@ -293,6 +305,9 @@ func (r *run) source(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if err := r.fetchSignatures(ctx, kernels); err != nil {
+		return "", err
+	}
+	if err := r.fetchModules(ctx, kernels); err != nil {
 		return "", err
 	}
 	if r.labels() {

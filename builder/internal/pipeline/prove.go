@@ -18,7 +18,7 @@ import (
 // result.
 func (r *run) staticChecks() []string {
 	origin := "stamp of the kernel's fingerprint"
-	if r.carries().google != "" {
+	if r.carries().byGoogle() {
 		origin = "Google's signature of every module, for this COS build and over these bytes"
 	}
 	all := []string{
@@ -46,7 +46,7 @@ func (r *run) check(context.Context) (string, error) {
 		Headers: r.kernel.Headers, Boot: r.kernel.Boot, Release: r.kernel.Kernel.Release, Arch: r.kernel.Kernel.Arch,
 		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Version, BTF: r.kernel.BTF,
 	}
-	if r.carries().google != "" {
+	if r.carries().byGoogle() {
 		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
 	}
 	vermagic, err := gate.Check(r.modules, kernel)

@@ -147,7 +147,7 @@ func (r *run) holds(ctx context.Context, p place, digest string, match []byte) (
 		if err != nil {
 			return content, false, err
 		}
-		if !r.takes(have) {
+		if !r.takes(have, verdict.Materials) {
 			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are %s, which is not what is asked for", digest, have)
 		}
 	}
@@ -244,11 +244,8 @@ func (r *run) layersIntact(ctx context.Context) error {
 func (r *run) statements() ([]sign.Statement, error) {
 	facts := Recipes()
 	facts["builder"], facts["vermagic"] = r.cfg.Version, r.id.Vermagic
-	switch carry := r.carries(); {
-	case carry.key != "":
-		facts[FactModuleKey] = carry.key
-	case carry.google != "":
-		facts[FactGoogleSignatures] = carry.google
+	if name, value, ok := r.carries().fact(); ok {
+		facts[name] = value
 	}
 	if r.pahole != "" {
 		facts[FactBTF] = r.pahole
@@ -300,7 +297,10 @@ func (r *run) statements() ([]sign.Statement, error) {
 func (r *run) materials() []sign.Material {
 	var all []sign.Material
 	inputs := slices.Concat(r.kernel.Materials, r.release.Materials)
-	if r.carries().google != "" {
+	switch c := r.carries(); {
+	case c.modules != "":
+		inputs = append(inputs, r.prebuilt.Materials...)
+	case c.google != "":
 		inputs = append(inputs, r.google.materials...)
 	}
 	for _, m := range inputs {
