@@ -32,7 +32,9 @@ func pipelineFlags() []ucli.Flag {
 		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, oci:FOLDER, or gs://BUCKET/PREFIX or file://FOLDER for tarballs; may be given more than once", Sources: cli.Env("to")},
 		&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to; all others take the Docker configuration", Sources: cli.Env("username")},
 		&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
-		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen) or KMS URI", Sources: cli.Env("key")},
+		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen), KMS URI, or keyless: and a file with a Sigstore signing configuration", Sources: cli.Env("key")},
+		identityTokenFlag(),
+		cli.TrustedRootFlag(),
 		&ucli.StringFlag{Name: "module-key", Usage: "sign modules for the kernel with this RSA key: `FILE` or KMS URI", Sources: cli.Env("module-key")},
 		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key that the kernel trusts", Sources: cli.Env("module-cert")},
 		&ucli.StringFlag{Name: "google-signatures", Value: string(pipeline.GoogleAuto), Usage: "attach Google's module signatures where the COS build ships some and they hold: auto, require or off", Sources: cli.Env("google-signatures"),
@@ -115,6 +117,10 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	if google == pipeline.GoogleRequire && cmd.String("module-key") != "" {
 		return pipeline.Config{}, fault.New(fault.Usage, "--google-signatures require and --module-key exclude each other: a module has one signature", "leave one of them out")
 	}
+	keys, err := keyOptions(cmd)
+	if err != nil {
+		return pipeline.Config{}, err
+	}
 	cache, err := cas.Open(cmd.String("cache"))
 	if err != nil {
 		return pipeline.Config{}, fmt.Errorf("open cache: %w", err)
@@ -130,7 +136,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: google, DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
-		Registry: credentials,
+		Registry: credentials, KeyOptions: keys,
 		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),
 	}, nil

@@ -28,7 +28,9 @@ func doctorCommand() *ucli.Command {
 			&ucli.StringSliceFlag{Name: "to", Usage: "try whether `REF` may be written; may be given more than once", Sources: cli.Env("to")},
 			&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to", Sources: cli.Env("username")},
 			&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
-			&ucli.StringFlag{Name: "key", Usage: "try to load the private signing key: `FILE` or KMS URI", Sources: cli.Env("key")},
+			&ucli.StringFlag{Name: "key", Usage: "try to load the private signing key: `FILE` or KMS URI, or to sign without one: keyless: and a file", Sources: cli.Env("key")},
+			identityTokenFlag(),
+			cli.TrustedRootFlag(),
 			&ucli.StringFlag{Name: "guestinit", Value: sibling("guestinit"), Usage: "`PROGRAM` that runs the virtual machine from inside", Sources: cli.Env("guestinit")},
 			&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML in the virtual machine", Sources: cli.Env("probe")},
 			cli.OutputFlag(),
@@ -48,13 +50,17 @@ func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 			c.Mirrors = append(c.Mirrors, url)
 		}
 	}
+	keys, err := keyOptions(cmd)
+	if err != nil {
+		return err
+	}
 	report := doctor.Examine(ctx, c, doctor.Real(func(destination string) registry.Options {
 		o := registry.Options{UserAgent: "prebake-builder/" + version}
 		if destination == to[0] {
 			o.Username, o.Password = cmd.String("username"), cmd.String("password")
 		}
 		return o
-	}))
+	}, keys...))
 	if err := cli.Print(cmd, report, func(w io.Writer) error {
 		_, err := io.WriteString(w, reportTable(report))
 		return err

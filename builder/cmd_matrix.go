@@ -91,7 +91,7 @@ func wishCommand() *ucli.Command {
 func planCommand() *ucli.Command {
 	flags := []ucli.Flag{wishFlag(), cli.OutputFlag()}
 	for _, f := range pipelineFlags() {
-		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "cache", "load-test"}, f.Names()[0]) {
+		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "identity-token", "trusted-root", "cache", "load-test"}, f.Names()[0]) {
 			flags = append(flags, f)
 		}
 	}
@@ -191,11 +191,11 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 // openPlaces opens the destinations, and the key whose statements count there.
 // Both have to work before the first minute of work.
 func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) {
-	signer, err := sign.LoadSigner(ctx, cfg.Key)
+	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
 		return nil, err
 	}
-	policy := trust.Policy{Keys: []trust.PublicKey{signer.PublicKey()}}
+	policy := signer.Policy()
 	if cfg.LoadTest == pipeline.LoadTestRequire {
 		policy.LoadTest = trust.LoadTestTested
 	}

@@ -20,7 +20,6 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/timeline"
-	"github.com/prebake/prebake/pkg/trust"
 )
 
 func reproduceCommand() *ucli.Command {
@@ -31,10 +30,11 @@ func reproduceCommand() *ucli.Command {
 		Description: "REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.\n" +
 			"Nothing that an earlier build left in a cache is used. Exit status 0 says that the\n" +
 			"same digests came out, 5 (mismatch) that one did not.",
-		Flags: []ucli.Flag{
-			&ucli.StringSliceFlag{Name: "public-key", Usage: "`FILE` with a public key whose provenance is believed; may be given more than once", Required: true, Sources: cli.Env("public-key")},
+		Flags: append(cli.TrustFlags(), []ucli.Flag{
+			&ucli.StringSliceFlag{Name: "public-key", Usage: "`FILE` with a public key whose provenance is believed; may be given more than once", Sources: cli.Env("public-key")},
 			&ucli.BoolFlag{Name: "attest", Usage: `sign "rebuilt, identical" with --key and attach it`, Sources: cli.Env("attest")},
-			&ucli.StringFlag{Name: "key", Usage: "private key of whoever makes it again: `FILE` or KMS URI", Sources: cli.Env("key")},
+			&ucli.StringFlag{Name: "key", Usage: "private key of whoever makes it again: `FILE` or KMS URI, or keyless: and a file with a Sigstore signing configuration", Sources: cli.Env("key")},
+			identityTokenFlag(),
 			&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that names whoever makes it again", Sources: cli.Env("builder-id")},
 			&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://; several mirrors of it with commas", Sources: cli.Env("kernel-mirror")},
 			&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles; several mirrors of it with commas", Sources: cli.Env("driver-mirror")},
@@ -44,7 +44,7 @@ func reproduceCommand() *ucli.Command {
 			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
 			&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for the compile", Sources: cli.Env("compile-timeout")},
 			cli.OutputFlag(),
-		},
+		}...),
 		Action: runReproduce,
 	}
 }
@@ -67,7 +67,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	if len(refs) == 0 {
 		return fault.New(fault.Usage, "reproduce takes references to artifacts", "builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
-	verifier, err := publicKeys(cmd.StringSlice("public-key"))
+	verifier, err := trusted(cmd)
 	if err != nil {
 		return err
 	}
@@ -76,7 +76,11 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 		if cmd.String("key") == "" {
 			return fault.New(fault.Usage, "--attest needs a key to sign with", "add --key FILE; make one with: builder keygen FILE")
 		}
-		if base.Attest, err = sign.LoadSigner(ctx, cmd.String("key")); err != nil {
+		keys, err := keyOptions(cmd)
+		if err != nil {
+			return err
+		}
+		if base.Attest, err = sign.LoadSigner(ctx, cmd.String("key"), keys...); err != nil {
 			return err
 		}
 	}
@@ -156,22 +160,6 @@ func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, all 
 		reports = append(reports, report)
 	}
 	return reports, nil
-}
-
-func publicKeys(files []string) (*trust.Verifier, error) {
-	var policy trust.Policy
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public key: %w", err), "give the FILE.pub that builder keygen wrote")
-		}
-		keys, err := trust.ParsePublicKeys(text)
-		if err != nil {
-			return nil, err
-		}
-		policy.Keys = append(policy.Keys, keys...)
-	}
-	return trust.NewVerifier(policy)
 }
 
 func openLog(cache *cas.Cache, name string) (*os.File, string, error) {

@@ -115,6 +115,22 @@ func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	return enc.Encode(v)
 }
 
+// TrustedRootFlag is --trusted-root, for whoever deals with certificates.
+func TrustedRootFlag() ucli.Flag {
+	return &ucli.StringFlag{Name: "trusted-root", Usage: "`FILE` with the Sigstore root (trusted_root.json) that certificates and time stamps are judged by", Sources: Env("trusted-root")}
+}
+
+// TrustFlags are --trusted-root and whom its certificates have to name, for
+// commands that verify; the words are cosign's.
+func TrustFlags() []ucli.Flag {
+	return []ucli.Flag{
+		TrustedRootFlag(),
+		&ucli.StringFlag{Name: "certificate-identity", Usage: "trust statements signed by `NAME`, a URL or mail address, as a certificate of --trusted-root says", Sources: Env("certificate-identity")},
+		&ucli.StringFlag{Name: "certificate-identity-regexp", Usage: "in place of the name, a `PATTERN` for the whole of it", Sources: Env("certificate-identity-regexp")},
+		&ucli.StringFlag{Name: "certificate-oidc-issuer", Usage: "`URL` of the OpenID Connect issuer that vouches for the name", Sources: Env("certificate-oidc-issuer")},
+	}
+}
+
 // LogFlags are --log-level and --log-format, for programs that run long.
 func LogFlags() []ucli.Flag {
 	return []ucli.Flag{

@@ -4,6 +4,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"strings"
 
@@ -27,16 +28,28 @@ var (
 // certificates and time stamps, and logs.
 type Root struct{ material *root.TrustedRoot }
 
-const maxRootFile = 1 << 20
+const (
+	maxRootFile = 1 << 20
+	hintRoot    = "give a Sigstore trusted_root.json: cosign trusted-root create writes one"
+)
 
 // ParseRoot reads a trusted_root.json, as Sigstore's root of trust has it and
 // cosign trusted-root create writes it.
 func ParseRoot(text []byte) (*Root, error) {
 	r, err := parseRoot(text)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted root: %w", err), "give a Sigstore trusted_root.json: cosign trusted-root create writes one")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted root: %w", err), hintRoot)
 	}
 	return r, nil
+}
+
+// ReadRoot reads a root from a file.
+func ReadRoot(file string) (*Root, error) {
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted root: %w", err), hintRoot)
+	}
+	return ParseRoot(text)
 }
 
 func parseRoot(text []byte) (*Root, error) {

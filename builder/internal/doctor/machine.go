@@ -21,7 +21,7 @@ import (
 )
 
 // Real is this machine. options gives the settings for one destination.
-func Real(options func(destination string) registry.Options) Machine {
+func Real(options func(destination string) registry.Options, keys ...sign.Option) Machine {
 	return Machine{
 		Program: func(name string) bool {
 			for _, dir := range []string{"/usr/bin", "/bin", "/usr/sbin", "/sbin"} {
@@ -52,7 +52,7 @@ func Real(options func(destination string) registry.Options) Machine {
 			return registry.CheckPush(ctx, name, options(name))
 		},
 		Key: func(ctx context.Context, ref string) error {
-			_, err := sign.LoadSigner(ctx, ref)
+			_, err := sign.LoadSigner(ctx, ref, keys...)
 			return err
 		},
 	}

@@ -67,8 +67,10 @@ type Config struct {
 	// belong to one registry and are never shown to another. Nil is the Docker
 	// configuration for all.
 	Registry func(destination string) registry.Options
-	// Key is a private key file or a KMS URI.
-	Key string
+	// Key is a private key file, a KMS URI, or none, as [sign.LoadSigner] takes it
+	// with KeyOptions.
+	Key        string
+	KeyOptions []sign.Option
 	// ModuleKey is an RSA key file or a KMS URI with which the modules are signed
 	// for the kernel, and ModuleCert its certificate; "" leaves them unsigned.
 	ModuleKey, ModuleCert string

@@ -30,7 +30,7 @@ type place struct {
 // shall show before minutes of work, not behind them.
 func (r *run) lookUp(ctx context.Context) (string, error) {
 	var err error
-	if r.signer, err = sign.LoadSigner(ctx, r.cfg.Key); err != nil {
+	if r.signer, err = sign.LoadSigner(ctx, r.cfg.Key, r.cfg.KeyOptions...); err != nil {
 		return "", err
 	}
 	if r.verifier, err = r.signer.Verifier(); err != nil {
@@ -186,7 +186,7 @@ func (r *run) sign(ctx context.Context) (string, error) {
 		}
 		r.bundles = append(r.bundles, b)
 	}
-	return "key " + r.signer.PublicKey().ID(), nil
+	return r.signer.String(), nil
 }
 
 // publish sends out what the places do not have yet.

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// envToken is where a CI system puts its token for Sigstore's own tools.
+const envToken = "SIGSTORE_ID_TOKEN"
+
+func identityTokenFlag() ucli.Flag {
+	return &ucli.StringFlag{Name: "identity-token", Usage: "with --key keyless:: `FILE` with an OpenID Connect token, read again for each certificate (default: the token in " + envToken + ")", Sources: cli.Env("identity-token")}
+}
+
+func isKeyless(cmd *ucli.Command) bool {
+	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
+}
+
+// keyOptions says how the key is loaded that --key names.
+func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
+	if !isKeyless(cmd) {
+		return nil, alien(cmd, "a key of one's own", "identity-token")
+	}
+	if err := missing(cmd, "trusted-root"); err != nil {
+		return nil, err
+	}
+	root, err := trust.ReadRoot(cmd.String("trusted-root"))
+	if err != nil {
+		return nil, err
+	}
+	file := cmd.String("identity-token")
+	return []sign.Option{sign.WithIdentity(root, func() ([]byte, error) { return identityToken(file) })}, nil
+}
+
+// trusted is whom the flags of reproduce name.
+func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
+	var policy trust.Policy
+	for _, file := range cmd.StringSlice("public-key") {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public key: %w", err), "give the FILE.pub that builder keygen wrote")
+		}
+		keys, err := trust.ParsePublicKeys(text)
+		if err != nil {
+			return nil, err
+		}
+		policy.Keys = append(policy.Keys, keys...)
+	}
+	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"), Issuer: cmd.String("certificate-oidc-issuer")}
+	if who != (trust.Identity{}) {
+		if err := missing(cmd, "trusted-root"); err != nil {
+			return nil, err
+		}
+		root, err := trust.ReadRoot(cmd.String("trusted-root"))
+		if err != nil {
+			return nil, err
+		}
+		policy.Root, policy.Identities = root, []trust.Identity{who}
+	}
+	if len(policy.Keys)+len(policy.Identities) == 0 {
+		return nil, fault.New(fault.Usage, "nobody's provenance is believed", "add --public-key FILE, or --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
+	}
+	return trust.NewVerifier(policy)
+}
+
+func identityToken(file string) ([]byte, error) {
+	token, err := []byte(os.Getenv(envToken)), error(nil)
+	if file != "" {
+		token, err = os.ReadFile(file)
+	}
+	if token = bytes.TrimSpace(token); err == nil && len(token) == 0 {
+		err = errors.New("there is none")
+	}
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err), "name the file with an OpenID Connect token: --identity-token FILE, or set "+envToken)
+	}
+	return token, nil
+}
