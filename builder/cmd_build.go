@@ -36,7 +36,8 @@ func pipelineFlags() []ucli.Flag {
 		identityTokenFlag(),
 		cli.TrustedRootFlag(),
 		&ucli.StringFlag{Name: "module-key", Usage: "sign modules for the kernel with this RSA key: `FILE` or KMS URI", Sources: cli.Env("module-key")},
-		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key that the kernel trusts", Sources: cli.Env("module-cert")},
+		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key, or for --google-modules, that the kernel trusts", Sources: cli.Env("module-cert")},
+		&ucli.BoolFlag{Name: "google-modules", Usage: "publish the open modules that Google compiled and signed for the COS build, untouched", Sources: cli.Env("google-modules")},
 		&ucli.StringFlag{Name: "google-signatures", Value: string(pipeline.GoogleAuto), Usage: "attach Google's module signatures where the COS build ships some and they hold: auto, require or off", Sources: cli.Env("google-signatures"),
 			Validator: mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)},
 		&ucli.BoolFlag{Name: "debug-symbols", Usage: "publish the modules' debug information beside the artifact", Sources: cli.Env("debug-symbols")},
@@ -106,16 +107,27 @@ func alien(cmd *ucli.Command, beside string, names ...string) error {
 	return nil
 }
 
+// oneSignature refuses settings that would have modules signed twice, or that
+// mean nothing for modules which somebody else made.
+func oneSignature(cmd *ucli.Command) error {
+	if cmd.Bool("google-modules") {
+		return alien(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")
+	}
+	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
+		return fault.New(fault.Usage, "--module-key and --module-cert go together", "see "+cmd.FullName()+" --help")
+	}
+	if cmd.String("google-signatures") == string(pipeline.GoogleRequire) {
+		return alien(cmd, "--google-signatures require", "module-key")
+	}
+	return nil
+}
+
 func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	if err := missing(cmd, "to", "key"); err != nil {
 		return pipeline.Config{}, err
 	}
-	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
-		return pipeline.Config{}, fault.New(fault.Usage, "--module-key and --module-cert go together", "see "+cmd.FullName()+" --help")
-	}
-	google := pipeline.GoogleSignatures(cmd.String("google-signatures"))
-	if google == pipeline.GoogleRequire && cmd.String("module-key") != "" {
-		return pipeline.Config{}, fault.New(fault.Usage, "--google-signatures require and --module-key exclude each other: a module has one signature", "leave one of them out")
+	if err := oneSignature(cmd); err != nil {
+		return pipeline.Config{}, err
 	}
 	keys, err := keyOptions(cmd)
 	if err != nil {
@@ -135,7 +147,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: google, DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
+		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: pipeline.GoogleSignatures(cmd.String("google-signatures")), GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials, KeyOptions: keys,
 		Jobs:     cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),

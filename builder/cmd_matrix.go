@@ -154,7 +154,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Whose signature modules carry, and whether symbols and BTF are there, only
 	// the pipeline compares.
-	if m.cfg.ModuleKey == "" && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
+	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
 		m.farm.Published = m.places.Published
 	}
 	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, BTF: m.cfg.BTF, Forget: cmd.Bool("retry-failed")}

@@ -40,6 +40,7 @@ func reproduceCommand() *ucli.Command {
 			&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles; several mirrors of it with commas", Sources: cli.Env("driver-mirror")},
 			&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the registry; default: the Docker configuration", Sources: cli.Env("username")},
 			&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the registry", Sources: cli.Env("password")},
+			&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none", Sources: cli.Env("module-cert")},
 			&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the cache; only fetched inputs are taken from it", Sources: cli.Env("cache")},
 			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
 			&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for the compile", Sources: cli.Env("compile-timeout")},
@@ -144,7 +145,7 @@ func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, all 
 	stderr := cmd.Root().ErrWriter
 	cfg := pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"), Cache: cache,
-		Version: version, Jobs: cmd.Int("jobs"), CompileTimeout: cmd.Duration("compile-timeout"),
+		ModuleCert: cmd.String("module-cert"), Version: version, Jobs: cmd.Int("jobs"), CompileTimeout: cmd.Duration("compile-timeout"),
 	}
 	var reports []*reproduce.Report
 	for _, c := range all {

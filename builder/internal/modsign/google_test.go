@@ -13,6 +13,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/smallstep/pkcs7"
+
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -175,6 +178,86 @@ func TestReadDetachedRefuses(t *testing.T) {
 	if _, err := modsign.ReadDetached(bytes.NewReader(good), []byte("no certificate")); !fault.Is(err, fault.CheckFailed) || !strings.Contains(err.Error(), "trusted_key.pem") {
 		t.Errorf("ReadDetached(a root that is no certificate) = %v; want check failed", err)
 	}
+}
+
+// withCertificate is the module signed in such a way that the signer's
+// certificate comes along.
+func withCertificate(t *testing.T, p *pair) []byte {
+	t.Helper()
+	sd, err := pkcs7.NewSignedData(module)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sd.SetDigestAlgorithm(pkcs7.OIDDigestAlgorithmSHA256)
+	sd.SetEncryptionAlgorithm(pkcs7.OIDEncryptionAlgorithmRSA)
+	if err := sd.SignWithoutAttr(p.cert, p.key, pkcs7.SignerInfoConfig{}); err != nil {
+		t.Fatal(err)
+	}
+	sd.Detach()
+	signature, err := sd.Finish()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return appended(module, signature)
+}
+
+func TestUnpackSigned(t *testing.T) {
+	t.Parallel()
+	g, stranger := newGoogle(t), rsaPair(t)
+	good := signed(t, load(t, g.driver), module, "sha256")
+	changed := append([]byte("x"), good...)
+	withCertificate := withCertificate(t, g.driver)
+	nvidia := entry{name: "drivers/nvidia.ko", data: string(good)}
+	rest := []entry{{name: "drivers/", kind: tar.TypeDir}, {name: "firmware/nvidia/1/gsp_tu10x.bin", data: "gsp"}, {name: "firmware/gsp.bin", data: "nvidia/1/gsp_tu10x.bin", kind: tar.TypeSymlink}}
+	for _, row := range []struct {
+		name    string
+		entries []entry
+		trusted *x509.Certificate
+		want    map[string]string // nil is refused
+		cause   error
+	}{
+		{"the signer is trusted", append(rest, nvidia, entry{name: "drivers/nvidia-uvm.ko", data: string(good)}), g.driver.cert, map[string]string{"nvidia": string(good), "nvidia-uvm": string(good)}, nil},
+		{"the signer's certificate comes along, its root is trusted", []entry{{name: "nvidia.ko", data: string(withCertificate)}}, g.root.cert, map[string]string{"nvidia": string(withCertificate)}, nil},
+		{"nobody knows the signer", []entry{nvidia}, stranger.cert, nil, modsign.ErrUnknownKey},
+		{"one is not signed", []entry{nvidia, {name: "drivers/nvidia-uvm.ko", data: string(module)}}, g.driver.cert, nil, modsign.ErrUnsigned},
+		{"one was changed", []entry{nvidia, {name: "drivers/nvidia-uvm.ko", data: string(changed)}}, g.driver.cert, nil, modsign.ErrChanged},
+		{"one is there twice", []entry{nvidia, {name: "nvidia.ko", data: string(good)}}, g.driver.cert, nil, nil},
+		{"a way out", []entry{{name: "../nvidia.ko", data: string(good)}}, g.driver.cert, nil, nil},
+		{"no modules", rest, g.driver.cert, nil, nil},
+	} {
+		dir := t.TempDir()
+		names, err := modsign.UnpackSigned(bytes.NewReader(tgz(t, row.entries...)), dir, []*x509.Certificate{row.trusted})
+		if row.want == nil {
+			if !fault.Is(err, fault.CheckFailed) || row.cause != nil && !errors.Is(err, row.cause) || !strings.Contains(fault.Hint(err), "--google-modules") {
+				t.Errorf("%s: UnpackSigned = %q, %v, hint %q; want check failed, %v", row.name, names, err, fault.Hint(err), row.cause)
+			}
+			continue
+		}
+		got := map[string]string{}
+		for _, name := range names {
+			data, rerr := os.ReadFile(filepath.Join(dir, name+".ko"))
+			err = errors.Join(err, rerr)
+			got[name] = string(data)
+		}
+		if diff := cmp.Diff(row.want, got); err != nil || diff != "" {
+			t.Errorf("%s: UnpackSigned: %v; modules (-want +got):\n%s", row.name, err, diff)
+		}
+	}
+}
+
+func FuzzUnpackSigned(f *testing.F) {
+	g := newGoogle(f)
+	f.Add(tgz(f, entry{name: "drivers/nvidia.ko", data: string(signed(f, load(f, g.driver), module, "sha256"))}))
+	f.Add([]byte("\x1f\x8b\x08"))
+	f.Fuzz(func(t *testing.T, raw []byte) {
+		dir := t.TempDir()
+		names, err := modsign.UnpackSigned(bytes.NewReader(raw), dir, []*x509.Certificate{g.driver.cert})
+		for _, name := range names {
+			if _, verr := modsign.VerifyFile(filepath.Join(dir, name+".ko"), []*x509.Certificate{g.driver.cert}); err != nil || verr != nil {
+				t.Errorf("UnpackSigned wrote %q, %v; it verifies: %v", name, err, verr)
+			}
+		}
+	})
 }
 
 func FuzzReadDetached(f *testing.F) {

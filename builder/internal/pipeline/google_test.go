@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
@@ -42,14 +43,14 @@ func newGoogle(t *testing.T) google {
 	return g
 }
 
-// files are those of a signature archive over these modules.
-func (g google) files(t *testing.T, modules map[string][]byte) map[string]string {
+// sign returns modules as they are with signatures behind them.
+func (g google) sign(t *testing.T, modules map[string][]byte) map[string][]byte {
 	t.Helper()
 	signer, err := modsign.Load(t.Context(), g.key, g.certPath)
 	if err != nil {
 		t.Fatal(err)
 	}
-	files := map[string]string{"gpu-driver-cert.der": string(g.certs[0].Raw), "gsp_tu10x.bin.sig": "\x03\x02ima"}
+	signed := map[string][]byte{}
 	for name, module := range modules {
 		src, dst := filepath.Join(t.TempDir(), "plain"), filepath.Join(t.TempDir(), "signed")
 		if err := os.WriteFile(src, module, 0o600); err != nil {
@@ -58,10 +59,18 @@ func (g google) files(t *testing.T, modules map[string][]byte) map[string]string
 		if err := signer.Sign(t.Context(), src, dst, "sha256"); err != nil {
 			t.Fatal(err)
 		}
-		data, err := os.ReadFile(dst)
-		if err != nil {
+		if signed[name], err = os.ReadFile(dst); err != nil {
 			t.Fatal(err)
 		}
+	}
+	return signed
+}
+
+// files are those of a signature archive over these modules.
+func (g google) files(t *testing.T, modules map[string][]byte) map[string]string {
+	t.Helper()
+	files := map[string]string{"gpu-driver-cert.der": string(g.certs[0].Raw), "gsp_tu10x.bin.sig": "\x03\x02ima"}
+	for name, data := range g.sign(t, modules) {
 		_, signature, err := modsign.Split(data)
 		if err != nil {
 			t.Fatal(err)
@@ -323,5 +332,76 @@ func TestHostileGoogleSignatures(t *testing.T) {
 	cfg.GoogleSignatures = pipeline.GoogleOff
 	if _, log, err := build(t, cfg, request("17800.0.9")); err != nil {
 		t.Errorf("with Google's signatures off, as the hint says: %v\n%s", err, log)
+	}
+}
+
+// The modules that Google made are published as they are, and nothing is
+// compiled.
+func TestGoogleModules(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	cfg := f.config(t, emptyCache(t))
+	plain := must(t, cfg, request("17800.0.9"))
+	g := newGoogle(t)
+	signed := g.sign(t, f.unstamped(t, plain))
+	f = f.elsewhere(t)
+	cfg.Destinations, cfg.GoogleModules = []string{f.repo}, true
+	refused := func(what string, r pipeline.Request, kind fault.Kind, hint string) {
+		t.Helper()
+		if res, _, err := build(t, cfg, r); !fault.Is(err, kind) || !strings.Contains(fault.Hint(err), hint) || res.Digest != "" {
+			t.Errorf("%s: %s, %v, hint %q; want %v, %q", what, res.Digest, err, fault.Hint(err), kind, hint)
+		}
+	}
+	refused("none there", request("17800.0.9"), fault.InputMissing, "without --google-modules")
+	archive := tgz(t, map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "firmware/nvidia/" + version + "/gsp_tu10x.bin": "gsp"})
+	for _, build := range []string{"17800.0.9", "17800.0.10", "17800.0.11"} { // one fingerprint
+		f.kernel(t, build, headerFiles())
+		f.put(t, "cos/"+build+"/lakitu/nvidia-drivers-"+version+".tgz", archive)
+	}
+	refused("no root", request("17800.0.9"), fault.InputMissing, "--module-cert")
+	f.put(t, lakitu9+"trusted_key.pem", newGoogle(t).certs[0].Raw)
+	refused("another root", request("17800.0.9"), fault.CheckFailed, "--google-modules")
+	proprietary := request("17800.0.9")
+	proprietary.Flavour = target.Proprietary
+	refused("another flavour", proprietary, fault.Unsupported, "--flavour open")
+
+	f.put(t, lakitu9+"trusted_key.pem", g.certs[0].Raw)
+	res := must(t, cfg, request("17800.0.9"))
+	want := slices.Clone(whole)
+	want[2] = "take modules"
+	if diff := cmp.Diff(want, phases(res)); diff != "" {
+		t.Errorf("phases (-want +got):\n%s", diff)
+	}
+	if got, err := os.ReadFile(f.module(t, res)); err != nil || !bytes.Equal(got, signed["nvidia"]) {
+		t.Errorf("the published module has %d bytes, %v; want the %d that Google signed", len(got), err, len(signed["nvidia"]))
+	}
+	if got := f.materialsOf(t, res); !slices.Contains(got, "nvidia-drivers-"+version+".tgz") || !slices.Contains(got, "trusted_key.pem") {
+		t.Errorf("the provenance names inputs %q; want Google's archive and root among them", got)
+	}
+	req := request("17800.0.9")
+	req.GoogleModules = true
+	made, err := pipeline.Make(t.Context(), cfg, req, emptyCache(t), &bytes.Buffer{}, &timeline.Run{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := made.Image.Digest(); err != nil || got.String() != res.Digest {
+		t.Errorf("Make = %s, %v; want %s", got, err, res.Digest)
+	}
+
+	// A sibling of the same fingerprint, whose archive is another one: what is
+	// there serves it, if both kernels know the same root.
+	files := map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "README": "made for another build"}
+	for build, root := range map[string][]byte{"17800.0.10": g.certs[0].Raw, "17800.0.11": newGoogle(t).certs[0].Raw} {
+		f.put(t, "cos/"+build+"/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
+		f.put(t, "cos/"+build+"/lakitu/trusted_key.pem", root)
+	}
+	if again := must(t, cfg, request("17800.0.10")); !again.Reused || again.Digest != res.Digest {
+		t.Errorf("a sibling with the same root: %+v; want it reused", again)
+	}
+	refused("a sibling with another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
+	// Who asks for compiled modules does not get Google's, nor the other way round.
+	cfg.GoogleModules = false
+	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
+		t.Errorf("compiled, where Google's are: %v; want it refused", err)
 	}
 }

@@ -112,7 +112,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		google = pipeline.GoogleRequire
 	}
 	made, err := c.Make(ctx, pipeline.Request{
-		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google, BTF: p.recipes[pipeline.FactBTF],
+		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google, GoogleModules: p.recipes[pipeline.FactGoogleModules] != "", BTF: p.recipes[pipeline.FactBTF],
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {

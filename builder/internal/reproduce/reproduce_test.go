@@ -148,19 +148,28 @@ func TestIdentical(t *testing.T) {
 }
 
 // One changed object is found, and named.
-// What carries Google's signatures is made again with them.
-func TestGoogleSignatures(t *testing.T) {
+// What carries Google's signatures, or is Google's, is made again as such.
+func TestGoogle(t *testing.T) {
 	t.Parallel()
-	s, with := sample(t, ""), facts()
-	with[pipeline.FactGoogleSignatures] = materials[0].Digest
-	f := newFarm(t, s, with)
-	asked := pipeline.GoogleSignatures("")
-	f.cfg.Make = func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error) {
-		asked, req.GoogleSignatures = req.GoogleSignatures, pipeline.GoogleOff
-		return again(s, s.Image, s.Layers, materials)(ctx, req)
-	}
-	if report, err := reproduce.Run(t.Context(), f.cfg); err != nil || !report.Identical || asked != pipeline.GoogleRequire {
-		t.Errorf("Run = %+v, %v, with Google's signatures %q; want identical, and required", report, err, asked)
+	for fact, want := range map[string]pipeline.Request{
+		pipeline.FactGoogleSignatures: {GoogleSignatures: pipeline.GoogleRequire},
+		pipeline.FactGoogleModules:    {GoogleSignatures: pipeline.GoogleOff, GoogleModules: true},
+	} {
+		s, with := sample(t, ""), facts()
+		with[fact] = materials[0].Digest
+		f := newFarm(t, s, with)
+		var asked pipeline.Request
+		f.cfg.Make = func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error) {
+			asked = pipeline.Request{GoogleSignatures: req.GoogleSignatures, GoogleModules: req.GoogleModules}
+			req.GoogleSignatures, req.GoogleModules = pipeline.GoogleOff, false
+			return again(s, s.Image, s.Layers, materials)(ctx, req)
+		}
+		if report, err := reproduce.Run(t.Context(), f.cfg); err != nil || !report.Identical {
+			t.Errorf("%s: Run = %+v, %v; want identical", fact, report, err)
+		}
+		if diff := cmp.Diff(want, asked); diff != "" {
+			t.Errorf("%s: asked for (-want +got):\n%s", fact, diff)
+		}
 	}
 }
 
