@@ -52,8 +52,9 @@ func changeFlags() []ucli.Flag {
 func installFlags() []ucli.Flag {
 	flags := append(hostFlags(), wishFlags()...)
 	flags = append(flags, changeFlags()...)
+	flags = append(flags, cli.TrustFlags()...)
 	flags = append(flags,
-		&ucli.StringFlag{Name: "key", Value: defaultKeys, Usage: "`FILE` with the public keys (PEM) whose signatures are trusted", Sources: cli.Env("key")},
+		&ucli.StringFlag{Name: "key", Value: defaultKeys, Usage: "`FILE` with the public keys (PEM) whose signatures are trusted; with --trusted-root there need not be one", Sources: cli.Env("key")},
 		&ucli.StringFlag{Name: "load-test", Value: "any", Usage: "take artifacts that had static checks only (any), or only those that a kernel has loaded (tested)", Sources: cli.Env("load-test")},
 		&ucli.StringFlag{Name: "builder", Usage: "`PROGRAM` that compiles on this node when nothing is published; never turns that off (default: builder beside this program, if it is there)", Sources: cli.Env("builder")},
 		&ucli.StringFlag{Name: "kernel-mirror", Usage: "`URL` of the COS release bucket for a compile on this node", Sources: cli.Env("kernel-mirror")},

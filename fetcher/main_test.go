@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 
@@ -36,6 +37,8 @@ func TestMain(m *testing.M) {
 //	           says that the open one drives an L4 and not the node's T4
 //	$LAYOUT    an OCI layout folder with what a node compiled itself
 //	$SERVER    a server that names the artifact; other drivers have other states
+//	$CERTIFIED  a repository with the same artifact, signed by an identity that
+//	           $TRUSTED certifies and $UNTRUSTED does not
 //	$KEY, $OTHERKEY  the publisher's public key, and somebody else's
 //	$DIGEST    the artifact's digest
 func TestScript(t *testing.T) {
@@ -91,6 +94,12 @@ func setup(t *testing.T, env *testscript.Env) error {
 		}
 	}
 
+	certified := testkit.Registry(t, true) + "/prebake/driver"
+	farm := testkit.NewAuthority(t)
+	if err := certify(t, certified, farm, c, sample.Publish(t, certified, other, c).Digest); err != nil {
+		return err
+	}
+
 	own := testkit.NewKey(t)
 	state := filepath.Join(env.WorkDir, "made")
 	made := sample.NewCell(t, "17800.0.47", "550.54.15")
@@ -98,7 +107,8 @@ func setup(t *testing.T, env *testscript.Env) error {
 
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { resolution(w, r, c, published, p.Digest) }))
 	t.Cleanup(server.Close)
-	for name, pem := range map[string][]byte{"key.pem": key.PEM(t), "other.pem": other.PEM(t), "own.pem": own.PEM(t)} {
+	for name, pem := range map[string][]byte{"key.pem": key.PEM(t), "other.pem": other.PEM(t), "own.pem": own.PEM(t),
+		"trusted.json": farm.Root(t, nil, nil), "untrusted.json": testkit.NewAuthority(t).Root(t, nil, nil)} {
 		if err := os.WriteFile(filepath.Join(env.WorkDir, name), pem, 0o644); err != nil {
 			return err
 		}
@@ -108,6 +118,9 @@ func setup(t *testing.T, env *testscript.Env) error {
 	env.Setenv("REGISTRY", published)
 	env.Setenv("SIBLING", siblings)
 	env.Setenv("BOTH", both)
+	env.Setenv("CERTIFIED", certified)
+	env.Setenv("TRUSTED", filepath.Join(env.WorkDir, "trusted.json"))
+	env.Setenv("UNTRUSTED", filepath.Join(env.WorkDir, "untrusted.json"))
 	env.Setenv("SERVER", server.URL)
 	env.Setenv("KEY", filepath.Join(env.WorkDir, "key.pem"))
 	env.Setenv("OTHERKEY", filepath.Join(env.WorkDir, "other.pem"))
@@ -117,8 +130,24 @@ func setup(t *testing.T, env *testscript.Env) error {
 	return nil
 }
 
+// certify attaches what an identity says about an artifact, and said long ago.
+func certify(t *testing.T, ref string, farm *testkit.Authority, c sample.Cell, digest string) error {
+	then := time.Now().AddDate(-1, 0, 0)
+	sign := func(kind string, predicate any) []byte {
+		return farm.Sign(t, testkit.Payload(t, digest, kind, predicate), trust.Identity{Subject: "farm@example.com", Issuer: "https://login.example.com"}, then, then.Add(time.Minute))
+	}
+	return attach(t, ref, digest,
+		sign(trust.PredicateProvenance, testkit.ProvenancePredicate(trust.Parameters{Kernel: c.Kernel, Fingerprint: c.Fingerprint, Driver: c.Driver})),
+		sign(trust.PredicateKernelMatch, trust.KernelMatch{Kernel: c.Kernel, Fingerprint: c.Fingerprint}))
+}
+
 // list attaches a signed list of supported GPUs.
 func list(t *testing.T, ref string, key *testkit.Key, digest string) error {
+	l := gpulist.List{Version: "535.261.03", Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x102d", Legacy: "470.xx"}, {Device: "0x27b8", Features: []string{"kernelopen"}}}}
+	return attach(t, ref, digest, key.Statement(t, digest, gpulist.PredicateType, l))
+}
+
+func attach(t *testing.T, ref, digest string, signed ...[]byte) error {
 	repo, err := registry.Open(ref, registry.Options{Plain: true})
 	if err != nil {
 		return err
@@ -127,9 +156,12 @@ func list(t *testing.T, ref string, key *testkit.Key, digest string) error {
 	if err != nil {
 		return err
 	}
-	l := gpulist.List{Version: "535.261.03", Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x102d", Legacy: "470.xx"}, {Device: "0x27b8", Features: []string{"kernelopen"}}}}
-	_, err = repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, key.Statement(t, digest, gpulist.PredicateType, l), nil)
-	return err
+	for _, s := range signed {
+		if _, err := repo.Attach(t.Context(), d, trust.ArtifactTypeBundle, s, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // resolution answers as a server does; the driver's version picks the state.

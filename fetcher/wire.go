@@ -56,15 +56,7 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	keys, err := os.ReadFile(cmd.String("key"))
-	if err != nil {
-		return nil, nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE; nothing is installed unverified")
-	}
-	policy, err := trust.ParseLoadTestPolicy(cmd.String("load-test"))
-	if err != nil {
-		return nil, nil, fault.Wrap(fault.Usage, err, "see --help")
-	}
-	verifier, err := newVerifier(keys, policy)
+	verifier, err := newVerifier(cmd)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -102,18 +94,45 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 	return nil
 }
 
-func newVerifier(pem []byte, loadTest trust.LoadTestPolicy) (*trust.Verifier, error) {
+// newVerifier trusts the keys and the identity that the flags name. The keys
+// may be missing where an identity is trusted, unless a file of them was named.
+func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
+	var policy trust.Policy
+	var err error
+	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test")); err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "see --help")
+	}
+	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"), Issuer: cmd.String("certificate-oidc-issuer")}
+	file := cmd.String("trusted-root")
+	if (file == "") != (who == trust.Identity{}) {
+		return nil, fault.New(fault.Usage, "a trusted root and whom its certificates have to name go together", "give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
+	}
+	if file != "" {
+		if policy.Root, err = trust.ReadRoot(file); err != nil {
+			return nil, err
+		}
+		policy.Identities = []trust.Identity{who}
+	}
+	pem, err := os.ReadFile(cmd.String("key"))
+	switch {
+	case err == nil:
+		if policy.Keys, err = trust.ParsePublicKeys(pem); err != nil {
+			return nil, err
+		}
+	case file == "" || cmd.IsSet("key") || !errors.Is(err, fs.ErrNotExist):
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified")
+	}
+	return trust.NewVerifier(policy)
+}
+
+// localVerifier trusts the node's own key. What a node compiled for itself is
+// tested by being loaded.
+func localVerifier(pem []byte) (agent.Verifier, error) {
 	keys, err := trust.ParsePublicKeys(pem)
 	if err != nil {
 		return nil, err
 	}
-	return trust.NewVerifier(trust.Policy{Keys: keys, LoadTest: loadTest})
-}
-
-// localVerifier is newVerifier for the node's own key. What a node compiled for
-// itself is tested by being loaded.
-func localVerifier(pem []byte) (agent.Verifier, error) {
-	v, err := newVerifier(pem, trust.LoadTestAny)
+	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
 	if err != nil {
 		return nil, err // not a nil pointer in an interface
 	}

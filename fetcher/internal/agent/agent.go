@@ -112,7 +112,7 @@ func New(cfg Config, parts Parts) *Agent {
 type Report struct {
 	Kernel target.Kernel  `json:"kernel"`
 	Answer resolve.Answer `json:"resolution"`
-	// SignedBy names the key whose signature was accepted; empty when an
+	// SignedBy names the key or identity whose signature was accepted; empty when an
 	// installed driver was kept without asking anybody.
 	SignedBy string `json:"signedBy,omitempty"`
 	// Changed says that another artifact is in force than before.

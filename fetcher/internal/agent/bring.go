@@ -44,8 +44,8 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 		if content, verdict, err = verify(ctx, repo, v, r, facts); err != nil {
 			return "", err
 		}
-		r.SignedBy = verdict.KeyID
-		return fmt.Sprintf("%s signed by %s", short(r.Answer.Digest), short(verdict.KeyID)), nil
+		r.SignedBy = verdict.SignedBy()
+		return fmt.Sprintf("%s signed by %s", short(r.Answer.Digest), r.SignedBy), nil
 	})
 	if err != nil {
 		return nil, err
