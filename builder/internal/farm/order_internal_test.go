@@ -86,3 +86,62 @@ func TestLateTwin(t *testing.T) {
 		t.Errorf("twin is %s, like %q, %d attempts; want it failed like the first", twin.State, twin.Like, twin.Attempts)
 	}
 }
+
+// The moment in which an attempt ends has no gap: a worker that looks for work
+// then begins neither the cell again nor a twin of one that failed.
+func TestNothingIsBegunMeanwhile(t *testing.T) {
+	t.Parallel()
+	var cells []plan.Cell
+	for _, kernel := range []string{"1.0.1", "1.0.2"} {
+		cells = append(cells, plan.Cell{Kernel: target.Kernel{BuildID: kernel, Board: "lakitu"}, Driver: target.Driver{Version: "5.1", Flavour: target.Open}})
+	}
+	for _, row := range []struct {
+		name   string
+		err    error
+		state  State
+		digest string
+		twin   bool // the twin is begun next
+	}{
+		{"made", nil, Published, "sha256:1", true},
+		{"failed", errBreak, Failed, "", false},
+	} {
+		var f *farm
+		var begun []string
+		look := func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if j, _, _ := f.pick(time.Now()); j != nil {
+				begun = append(begun, j.Cell.Kernel.BuildID)
+			}
+		}
+		f = newFarm(Config{Attempts: 1}, &plan.Plan{Cells: cells})
+		for _, j := range f.jobs {
+			j.kernel.here, j.kernel.fingerprint, j.driver.here, j.driver.flavours = true, "1", true, []target.Flavour{target.Open}
+		}
+		first, twin := f.jobs[0], f.jobs[1]
+		first.running = true
+		woken, looked := f.changed, make(chan struct{})
+		f.telling.Lock() // what made says is held up until somebody has looked
+		go func() {
+			defer close(looked)
+			<-woken
+			look()
+			f.telling.Unlock()
+		}()
+		f.made(t.Context(), first, &pipeline.Result{Digest: "sha256:1"}, row.err, time.Second)
+		<-looked
+		var want []string
+		if row.twin {
+			want = []string{twin.Cell.Kernel.BuildID}
+		}
+		if diff := cmp.Diff(want, begun); diff != "" {
+			t.Errorf("%s: begun (-want +got):\n%s", row.name, diff)
+		}
+		if first.State != row.state || first.Digest != row.digest {
+			t.Errorf("%s: it is %s, digest %q; want %s, %q", row.name, first.State, first.Digest, row.state, row.digest)
+		}
+		if failed := twin.State == Failed && twin.Like == "1.0.1/lakitu"; failed == row.twin {
+			t.Errorf("%s: its twin is %q, like %q", row.name, twin.State, twin.Like)
+		}
+	}
+}

@@ -245,50 +245,54 @@ func (f *farm) cost(j *job, busy map[any]bool) int {
 	return cost
 }
 
-// made takes the outcome of one attempt.
+// made takes the outcome of one attempt. A worker that looks for work meanwhile
+// must begin neither the cell again nor a twin of one that failed.
 func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error, took time.Duration) {
 	f.mu.Lock()
 	j.running = false
 	j.Seconds += took.Seconds()
 	if res != nil {
-		j.Digest, j.Phases = res.Digest, res.Phases
+		j.Phases = res.Phases
 	}
-	kind := fault.Of(err)
 	if err == nil {
+		state := Published
+		if res != nil {
+			j.Digest = res.Digest
+			if res.Reused {
+				state = Existed
+			}
+		}
 		f.warm[j.kernel.fingerprint], f.warm[j.Cell.Driver.Version] = true, true
-	}
-	again := err != nil && kind.Retryable() && kind != fault.Cancelled && j.Attempts < f.cfg.Attempts
-	if again {
-		j.notBefore = time.Now().Add(j.pauses.NextBackOff())
-		j.alone = j.alone || kind == fault.OutOfMemory
-	}
-	key := j.same()
-	f.stir()
-	f.mu.Unlock()
-	switch {
-	case err == nil && res != nil && res.Reused:
-		f.settle(j, Existed, nil)
-	case err == nil:
-		f.settle(j, Published, nil)
-	case again:
-		known := failure(err)
-		f.say(Event{Job: j.Job, Kind: Again, Failure: &known})
-	default:
-		f.fail(j, err)
-	}
-	if err == nil || !lasting(kind) {
+		f.put(j, state, nil)
+		f.mu.Unlock()
+		f.say(Event{Job: j.Job, Kind: Settled})
 		return
 	}
-	f.remember(ctx, j, failure(err))
-	f.mu.Lock()
-	f.failed[key] = j
+	kind, known := fault.Of(err), failure(err)
+	if kind.Retryable() && kind != fault.Cancelled && j.Attempts < f.cfg.Attempts {
+		j.notBefore = time.Now().Add(j.pauses.NextBackOff())
+		j.alone = j.alone || kind == fault.OutOfMemory
+		f.stir()
+		f.mu.Unlock()
+		f.say(Event{Job: j.Job, Kind: Again, Failure: &known})
+		return
+	}
+	f.put(j, stateOf(j.Cell, known), &known)
 	var twins []*job
-	for _, other := range f.jobs {
-		if other.State == "" && !other.running && other.kernel.here && other.same() == key {
-			twins = append(twins, other)
+	if lasting(kind) {
+		key := j.same()
+		f.failed[key] = j
+		for _, other := range f.jobs {
+			if other.State == "" && !other.running && other.kernel.here && other.same() == key {
+				twins = append(twins, other)
+			}
 		}
 	}
 	f.mu.Unlock()
+	f.say(Event{Job: j.Job, Kind: Settled})
+	if lasting(kind) {
+		f.remember(ctx, j, known)
+	}
 	for _, twin := range twins {
 		f.failAlike(ctx, twin)
 	}
@@ -334,15 +338,22 @@ func (f *farm) fail(j *job, err error) {
 
 func (f *farm) settle(j *job, state State, known *Failure) {
 	f.mu.Lock()
+	open := f.put(j, state, known)
+	f.mu.Unlock()
+	if open {
+		f.say(Event{Job: j.Job, Kind: Settled})
+	}
+}
+
+// put gives a cell its state, and reports whether it had none; f.mu is held.
+func (f *farm) put(j *job, state State, known *Failure) bool {
 	if j.State != "" {
-		f.mu.Unlock()
-		return
+		return false
 	}
 	j.State, j.Failure = state, known
 	f.done++
 	f.stir()
-	f.mu.Unlock()
-	f.say(Event{Job: j.Job, Kind: Settled})
+	return true
 }
 
 // giveUp settles what was never begun, or not begun again.
