@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -164,6 +165,7 @@ func buildCommand() *ucli.Command {
 			&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535, or a `VERSION`", Sources: cli.Env("driver")},
 			&ucli.StringFlag{Name: "flavour", Value: string(target.Proprietary), Usage: "proprietary or open", Sources: cli.Env("flavour")},
 			&ucli.StringFlag{Name: "log", Usage: "keep the full log in `FILE`; default: in the cache folder, its path is printed", Sources: cli.Env("log")},
+			&ucli.StringSliceFlag{Name: "label", Usage: "call this driver `LABEL` in buckets among --to: DEFAULT, LATEST or its branch; may be given more than once", Sources: cli.Env("label")},
 			&ucli.BoolFlag{Name: "dry-run", Usage: "with --wish: print what would be made, and make nothing", Sources: cli.Env("dry-run")},
 			cli.OutputFlag(),
 		}, wishFlags(), pipelineFlags()),
@@ -172,7 +174,7 @@ func buildCommand() *ucli.Command {
 				return err
 			}
 			if cmd.String("wish") != "" {
-				if err := alien(cmd, "--wish", "board", "driver", "flavour", "log"); err != nil {
+				if err := alien(cmd, "--wish", "board", "driver", "flavour", "label", "log"); err != nil {
 					return err
 				}
 				return runBuildWish(ctx, cmd)
@@ -198,6 +200,10 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "see builder build --help")
 	}
+	labels, err := labelsOf(cmd, flavour)
+	if err != nil {
+		return err
+	}
 	cfg, err := pipelineConfig(cmd)
 	if err != nil {
 		return err
@@ -219,7 +225,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	fmt.Fprintf(stderr, "building %s %s for %s; full log in %s\n", wish, flavour, kernel, logPath)
 	cfg.Cache.Say = func(text string) { fmt.Fprintln(io.MultiWriter(stderr, log), text) }
 	line := &timeline.Run{Watch: cli.Progress(stderr)}
-	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
+	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour, Labels: labels}, log, line)
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
 		return err
@@ -239,6 +245,13 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 	for _, t := range res.Twins {
 		if _, err := fmt.Fprintln(w, t.URL); err != nil {
 			return err
+		}
+	}
+	for _, l := range res.Labels {
+		for _, label := range slices.Sorted(maps.Keys(l.Labels)) {
+			if _, err := fmt.Fprintf(w, "label     %s is %s in %s\n", label, l.Labels[label], l.URL); err != nil {
+				return err
+			}
 		}
 	}
 	verdict := "static checks only"

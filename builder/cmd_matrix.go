@@ -158,6 +158,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		m.farm.Published = m.places.Published
 	}
 	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, BTF: m.cfg.BTF, Forget: cmd.Bool("retry-failed")}
+	m.cfg.LabelsLater = true // the wish list says which, of all cells together
 	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
 			Kernel: c.Kernel.String(), Driver: c.Driver.Version, Flavour: string(c.Driver.Flavour), EarlyWarning: c.EarlyWarning,
@@ -199,7 +200,7 @@ func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) 
 	if cfg.LoadTest == pipeline.LoadTestRequire {
 		policy.LoadTest = trust.LoadTestTested
 	}
-	p := &farm.Places{}
+	p := &farm.Places{Signer: signer}
 	if p.Verifier, err = trust.NewVerifier(policy); err != nil {
 		return nil, err
 	}
@@ -300,7 +301,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if n := report.Early(); n > 0 {
 		fmt.Fprintf(stderr, "note:  early warning: %s failed; that does not change the exit code\n", cellsOf(n))
 	}
-	return report.Err()
+	return errors.Join(report.Err(), m.label(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
 }
 
 func show(cmd *ucli.Command, r *farm.Report, took time.Duration) error {

@@ -84,7 +84,7 @@ func (m *matrix) round(ctx context.Context, file string, log *slog.Logger) error
 		}
 	}
 	log.InfoContext(ctx, "round done", args...)
-	return nil
+	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
 }
 
 // logEvent logs what changes something: what was there before, and what failed

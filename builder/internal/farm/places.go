@@ -7,6 +7,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -21,6 +22,8 @@ type Places struct {
 	// Buckets hold the tarball twins of what Repositories hold.
 	Buckets  []*twin.Bucket
 	Verifier *trust.Verifier
+	// Signer signs lists with labels.
+	Signer *sign.Signer
 
 	mu   sync.Mutex
 	seen map[string]bool // layers that were opened, by repository and digest

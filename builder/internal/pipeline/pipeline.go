@@ -114,6 +114,7 @@ type Request struct {
 	Driver         target.Wish
 	Flavour        target.Flavour
 	// Labels are given to the driver in buckets, besides those that COS gives it.
+	// They are the open flavour's.
 	Labels []string
 	// KernelMirror, DriverMirror and GoogleSignatures replace the Config's where
 	// set.
@@ -300,6 +301,9 @@ func (r *run) source(ctx context.Context) (string, error) {
 		}
 	}
 	r.res.Driver = target.Driver{Version: version, Flavour: r.req.Flavour}
+	if err := r.askLabels(ctx, kernels); err != nil {
+		return "", err
+	}
 	if r.release, err = nvsrc.Fetch(ctx, drivers, r.cfg.Cache, version, r.kernel.Kernel.Arch, r.say("source")); err != nil {
 		return "", err
 	}
@@ -311,11 +315,6 @@ func (r *run) source(ctx context.Context) (string, error) {
 	}
 	if err := r.fetchModules(ctx, kernels); err != nil {
 		return "", err
-	}
-	if r.labels() {
-		if r.said, err = twin.Said(ctx, kernels, r.kernel.Kernel); err != nil {
-			return "", err
-		}
 	}
 	return fmt.Sprintf("kernel %s, ABI %s", r.kernel.Kernel.Release, r.kernel.Fingerprint.Short()), nil
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -45,6 +47,20 @@ func (r *run) inBuckets(ctx context.Context, digest string) (bool, error) {
 // labels reports whether this run gives labels in buckets.
 func (r *run) labels() bool {
 	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, twin.Is)
+}
+
+// askLabels asks COS for the labels that it gives, and refuses those that the
+// driver cannot have.
+func (r *run) askLabels(ctx context.Context, kernels *cosbucket.Bucket) (err error) {
+	for _, label := range r.req.Labels {
+		if err := target.CheckLabel(label, r.res.Driver.Version); err != nil {
+			return fault.Wrap(fault.Usage, err, "give a driver DEFAULT, LATEST, or the label of its own branch")
+		}
+	}
+	if r.labels() {
+		r.said, err = twin.Said(ctx, kernels, r.kernel.Kernel)
+	}
+	return err
 }
 
 // giveLabels gives the driver its labels in every bucket.

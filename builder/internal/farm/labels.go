@@ -1,0 +1,79 @@
+package farm
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// lister is what is asked of a COS release bucket for labels.
+type lister interface {
+	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
+}
+
+// Label gives every kernel of a plan the labels in every bucket that the wish
+// list and COS give, and takes away what builder gave before and gives no
+// longer. Kernels that the plan does not name keep theirs. One kernel's trouble
+// holds up no other's labels; note is told which labels could not be given for
+// want of a published version.
+func (p *Places) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
+	if len(p.Buckets) == 0 {
+		return nil
+	}
+	wanted := pl.Labels()
+	kernels := slices.SortedFunc(maps.Keys(wanted), func(a, b target.Kernel) int {
+		return cmp.Or(target.CompareVersions(a.BuildID, b.BuildID), strings.Compare(a.Board, b.Board))
+	})
+	var mu sync.Mutex
+	errs := make([]error, len(kernels))
+	var group errgroup.Group
+	group.SetLimit(lookers)
+	for i, k := range kernels {
+		group.Go(func() error {
+			notes, err := p.label(ctx, k, wanted[k], builder, cos)
+			mu.Lock()
+			defer mu.Unlock()
+			for _, text := range notes {
+				note(text)
+			}
+			errs[i] = err
+			return nil
+		})
+	}
+	_ = group.Wait() // the functions above return nil
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) > 0 {
+		return fmt.Errorf("%d of %d builds not labelled, first: %w", len(errs), len(kernels), errs[0])
+	}
+	return nil
+}
+
+func (p *Places) label(ctx context.Context, k target.Kernel, declared map[string]string, builder string, cos lister) (notes []string, err error) {
+	said, err := twin.Said(ctx, cos, k)
+	if err != nil {
+		return nil, fmt.Errorf("label drivers for %s: %w", k, err)
+	}
+	for _, b := range p.Buckets {
+		got, err := twin.Give(ctx, b, twin.Labelling{
+			Kernel: k, Builder: builder, Declared: declared, Said: said, Whole: true, Signer: p.Signer, Verifier: p.Verifier,
+		})
+		if err != nil {
+			return notes, err
+		}
+		for _, label := range got.Absent {
+			notes = append(notes, fmt.Sprintf("label %s for %s stays as it was: %s is not published in %s", label, k, cmp.Or(declared[label], "its version"), got.URL))
+		}
+	}
+	return notes, nil
+}

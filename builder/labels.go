@@ -1,0 +1,39 @@
+package main
+
+import (
+	"context"
+	"slices"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/plan"
+	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// labelsOf returns the labels that a single build gives its driver.
+func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
+	labels := cmd.StringSlice("label")
+	for _, label := range labels {
+		if _, err := target.ParseLabel(label); err != nil {
+			return nil, fault.Wrap(fault.Usage, err, "see builder build --help")
+		}
+	}
+	switch {
+	case len(labels) == 0:
+	case flavour != target.Open:
+		return nil, fault.New(fault.Usage, "--label means nothing with --flavour "+string(flavour), "COS's own installer takes no other than the open flavour from a bucket: --flavour open")
+	case !slices.ContainsFunc(cmd.StringSlice("to"), twin.Is):
+		return nil, fault.New(fault.Usage, "--label means nothing without a bucket", "add --to gs://BUCKET/PREFIX or --to file:///FOLDER")
+	}
+	return labels, nil
+}
+
+// label gives the labels of a wish list, once its cells are there.
+func (m *matrix) label(ctx context.Context, p *plan.Plan, note func(string)) error {
+	if ctx.Err() != nil { // told to stop, which the report says
+		return nil
+	}
+	return m.places.Label(ctx, p, m.cfg.BuilderID, m.kernels, note)
+}
