@@ -64,6 +64,12 @@ func facts(in *cossrc.Inputs) gate.Kernel {
 // stamps it.
 func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	t.Helper()
+	return typedStandIn(t, in, deed, "")
+}
+
+// typedStandIn makes one with BTF against the kernel's types in a file, too.
+func typedStandIn(t *testing.T, in *cossrc.Inputs, deed, types string) string {
+	t.Helper()
 	dir := t.TempDir()
 	source, work := filepath.Join(dir, "source"), filepath.Join(dir, "work")
 	for _, d := range []string{source, work} {
@@ -82,7 +88,7 @@ func standIn(t *testing.T, in *cossrc.Inputs, deed string) string {
 	}
 	var log bytes.Buffer
 	made, err := compile.External(t.Context(), compile.Request{Source: source, Headers: in.Headers, Toolchain: in.Toolchain, Env: in.Env,
-		Release: in.Kernel.Release, Arch: in.Kernel.Arch, WorkDir: work, Log: &log})
+		Release: in.Kernel.Release, Arch: in.Kernel.Arch, BTF: types, WorkDir: work, Log: &log})
 	if err != nil {
 		t.Fatalf("External = %v\n%s", err, &log)
 	}
