@@ -19,6 +19,9 @@ import (
 // cosign is the stock verifier, at a version that builds with the Go of go.mod.
 const cosign = "github.com/sigstore/cosign/v3/cmd/cosign@v3.0.6"
 
+// fulcio certifies identities.
+const fulcio = "github.com/sigstore/fulcio@v1.8.8"
+
 // Some packages have tests that want a real kernel, a real driver or a stock
 // tool, and are skipped where there is none. Here they have all of it, and none
 // may be skipped.
@@ -126,7 +129,7 @@ func tool(t *testing.T, name string) string {
 	return strings.TrimSpace(string(path))
 }
 
-// stockTools returns a folder with crane and cosign in it.
+// stockTools returns a folder with crane, cosign and fulcio in it.
 func stockTools(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -136,7 +139,8 @@ func stockTools(t *testing.T) string {
 	}
 	copyTo(t, filepath.Join(dir, "crane"), strings.TrimSpace(string(path)))
 	copyTo(t, filepath.Join(dir, "cosign"), tool(t, cosign))
-	for _, name := range []string{"crane", "cosign"} {
+	copyTo(t, filepath.Join(dir, "fulcio"), tool(t, fulcio))
+	for _, name := range []string{"crane", "cosign", "fulcio"} {
 		if err := os.Chmod(filepath.Join(dir, name), 0o755); err != nil {
 			t.Fatal(err)
 		}

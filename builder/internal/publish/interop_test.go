@@ -67,7 +67,6 @@ func keyFile(t *testing.T, key crypto.Signer) string {
 // it to a registry with or without the referrers API.
 func published(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
 	t.Helper()
-	s = testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
 	signer, err := sign.LoadSigner(t.Context(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -80,6 +79,13 @@ func published(t *testing.T, referrers bool, key string) (ref, digest, pub strin
 	if err := os.WriteFile(pub, text, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	ref, digest, s = publishedBy(t, referrers, signer)
+	return ref, digest, pub, s
+}
+
+func publishedBy(t *testing.T, referrers bool, signer *sign.Signer) (ref, digest string, s testkit.Sample) {
+	t.Helper()
+	s = testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
 	v, err := signer.Verifier()
 	if err != nil {
 		t.Fatal(err)
@@ -102,7 +108,7 @@ func published(t *testing.T, referrers bool, key string) (ref, digest, pub strin
 			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://x/y", Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
-		Modules: map[string]string{"nvidia": pub}}) // any file has a digest
+		Modules: map[string]string{"nvidia": s.Layers[0].Path}}) // any file has a digest
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -123,7 +129,7 @@ func published(t *testing.T, referrers bool, key string) (ref, digest, pub strin
 	if err != nil {
 		t.Fatal(err)
 	}
-	return ref, digest, pub, s
+	return ref, digest, s
 }
 
 func TestCosignVerifies(t *testing.T) {
