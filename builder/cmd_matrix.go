@@ -157,7 +157,11 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
 		m.farm.Published = m.places.Published
 	}
-	m.farm.Memory = &farm.Memory{Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, BTF: m.cfg.BTF, Forget: cmd.Bool("retry-failed")}
+	how, signatures := m.cfg.Signing()
+	m.farm.Memory = &farm.Memory{
+		Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, BTF: m.cfg.BTF, Forget: cmd.Bool("retry-failed"),
+		Settings: fmt.Sprintf("%s, debug symbols %t", how, m.cfg.DebugSymbols), Signatures: signatures,
+	}
 	m.cfg.LabelsLater = true // the wish list says which, of all cells together
 	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{

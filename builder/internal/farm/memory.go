@@ -12,6 +12,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // facts is the part of the cache that Memory needs.
@@ -34,7 +35,7 @@ const (
 // failure came from is told by the checksums that the buckets publish beside
 // headers, toolchain and runfile, so that nothing has to be fetched or unpacked
 // to know it again; a build without them is tried each time. Another builder
-// version, recipe or input asks anew.
+// version, recipe, setting or input asks anew.
 type Memory struct {
 	Facts            facts
 	Kernels, Drivers small
@@ -42,6 +43,12 @@ type Memory struct {
 	Version string
 	// BTF says that modules get BTF, for which more can be missing.
 	BTF bool
+	// Settings are those of the run that decide which failures there are, in
+	// words: what fails with one may be made with another.
+	Settings string
+	// Signatures names the objects of the kernel bucket that may hold signatures
+	// for a driver's modules; nil is none. They may come, and be replaced.
+	Signatures func(k target.Kernel, version string) []string
 	// Forget makes Recall know nothing; Remember still does.
 	Forget bool
 }
@@ -49,7 +56,7 @@ type Memory struct {
 // key names what decides a cell's failure; "" where the bucket does not say.
 func (m *Memory) key(ctx context.Context, c plan.Cell) string {
 	h := sha256.New()
-	fmt.Fprintf(h, "%s\n%s\n%s\n%s\n", m.Version, compile.Recipe, c.Driver, c.Kernel.Arch)
+	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
 	type object struct {
 		from small
 		name string
@@ -66,6 +73,16 @@ func (m *Memory) key(ctx context.Context, c plan.Cell) string {
 	for _, part := range parts {
 		text, err := part.from.ReadSmall(ctx, part.name, maxSumFile)
 		if err != nil || len(bytes.TrimSpace(text)) == 0 {
+			return ""
+		}
+		fmt.Fprintf(h, "%d:%s\n", len(text), text)
+	}
+	if m.Signatures == nil {
+		return hex.EncodeToString(h.Sum(nil))
+	}
+	for _, name := range m.Signatures(c.Kernel, c.Driver.Version) {
+		text, err := m.Kernels.ReadSmall(ctx, cosbucket.MD5Name(name), maxSumFile)
+		if err != nil && !fault.Is(err, fault.InputMissing) {
 			return ""
 		}
 		fmt.Fprintf(h, "%d:%s\n", len(text), text)

@@ -187,6 +187,23 @@ func TestMemory(t *testing.T) {
 	}
 	forgotten("another flavour", m, cell("1.0.1 5.1-proprietary"))
 	forgotten("another version of the builder", &farm.Memory{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "2"}, c)
+	forgotten("other settings", &farm.Memory{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "1", Settings: "signed"}, c)
+	// Signatures that a kernel gets, or gets others of, are another try.
+	signed := &farm.Memory{Facts: facts{}, Kernels: kernels, Drivers: drivers, Version: "1", Signatures: func(k target.Kernel, version string) []string {
+		return []string{k.BuildID + "/" + version + ".tgz"}
+	}}
+	for _, sum := range []string{"", "ee\n", "ff\n"} {
+		if sum != "" {
+			kernels["1.0.1/5.1.tgz.md5"] = sum
+		}
+		forgotten("signatures "+sum, signed, c)
+		if err := signed.Remember(t.Context(), c, known); err != nil {
+			t.Fatal(err)
+		}
+		if _, ok := signed.Recall(t.Context(), c); !ok {
+			t.Errorf("Recall with signatures %q = nothing; want %+v", sum, known)
+		}
+	}
 	forgotten("told to forget", &farm.Memory{Facts: cache, Kernels: kernels, Drivers: drivers, Version: "1", Forget: true}, c)
 	for name := range cos("1.0.2") {
 		changed := cos("1.0.2")

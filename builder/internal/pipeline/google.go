@@ -49,6 +49,21 @@ type googleSignatures struct {
 	attached  bool
 }
 
+// Signing says in words how modules get signatures for the kernel, and which
+// objects of the kernel bucket those come from; nil is none.
+func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
+	c = c.withDefaults(Request{})
+	switch {
+	case c.GoogleModules:
+		objects = func(k target.Kernel, version string) []string {
+			return []string{cosbucket.SignedDriverName(k, version)}
+		}
+	case c.ModuleKey == "" && c.GoogleSignatures != GoogleOff:
+		objects = cosbucket.SignatureNames
+	}
+	return fmt.Sprintf("module key %q, certificate %q, Google's signatures %s, Google's modules %t", c.ModuleKey, c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
+}
+
 // fetchSignatures reads Google's signatures, where there are some and this
 // build wants them.
 func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket) error {
