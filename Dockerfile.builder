@@ -20,12 +20,12 @@ EXPOSE 8440
 ENTRYPOINT ["/usr/local/bin/server"]
 
 # The builder brings what its sandbox needs beside the kernel's own toolchain:
-# bubblewrap, make and the shell tools of kbuild, bc, libelf1 for objtool; and
-# qemu with its network card's boot ROM for the load test.
+# bubblewrap, make and the shell tools of kbuild, bc, libelf1 for objtool, dwarves
+# for --btf; and qemu with its network card's boot ROM for the load test.
 FROM ${BASE} AS builder
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-      bc bubblewrap ca-certificates ipxe-qemu libelf1 make qemu-system-x86 xz-utils zstd \
+      bc bubblewrap ca-certificates dwarves ipxe-qemu libelf1 make qemu-system-x86 xz-utils zstd \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/dpkg.log /var/log/apt
 # guestinit and nvmlprobe lie beside builder, where it looks for them; fetcher
 # is there so that one image can do a whole installation.

@@ -23,6 +23,7 @@ func doctorCommand() *ucli.Command {
 		Flags: []ucli.Flag{
 			cacheFlag(),
 			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
+			&ucli.BoolFlag{Name: "btf", Usage: "look for what makes BTF, too", Sources: cli.Env("btf")},
 			&ucli.StringFlag{Name: "kernel-mirror", Usage: "try the `URL` of the COS release bucket", Sources: cli.Env("kernel-mirror")},
 			&ucli.StringFlag{Name: "driver-mirror", Usage: "try the `URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
 			&ucli.StringSliceFlag{Name: "to", Usage: "try whether `REF` may be written; may be given more than once", Sources: cli.Env("to")},
@@ -42,7 +43,7 @@ func doctorCommand() *ucli.Command {
 func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 	to := cmd.StringSlice("to")
 	c := doctor.Config{
-		Cache: cmd.String("cache"), Need: buildNeeds, Jobs: cmd.Int("jobs"),
+		Cache: cmd.String("cache"), Need: buildNeeds, Jobs: cmd.Int("jobs"), BTF: cmd.Bool("btf"),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), Destinations: to, Key: cmd.String("key"),
 	}
 	for _, flag := range []string{"kernel-mirror", "driver-mirror"} {

@@ -10,12 +10,12 @@ declare -A groups=(
   # The NVML probe is cgo; everything else is plain Go.
   [build]="gcc libc6-dev ca-certificates"
   # builder: a sandbox (bubblewrap), what kbuild runs in it (make, bc, libelf1
-  # for objtool), and gcc-12 with binutils, which the COS-shaped mirror wraps as
-  # the toolchain of Debian's kernels. mirror: makeself packs the driver, zstd
+  # for objtool, dwarves for --btf), and gcc-12 with binutils, which the COS-shaped
+  # mirror wraps as the toolchain of Debian's kernels. mirror: makeself packs the driver, zstd
   # and xz read packages, patchelf makes the wrapped compiler find its own
   # libraries. Load test and demo node: qemu, and its network card's boot ROM,
   # without which qemu refuses to make the card.
-  [run]="bubblewrap make bc libelf1 gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
+  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
   # The other database of the server and its queue; see deploy/postgres.sh. A
   # registry that nobody here wrote.
   [test]="postgresql docker-registry"

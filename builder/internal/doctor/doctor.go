@@ -58,6 +58,8 @@ type Config struct {
 	// compilers run at once; 0 is one for each processor.
 	Need int64
 	Jobs int
+	// BTF says that modules are to get some.
+	BTF bool
 	// GuestInit and NVMLProbe are the load test's programs.
 	GuestInit, NVMLProbe string
 	// Mirrors, Destinations and Key are tried where they are set.
@@ -105,6 +107,9 @@ func Examine(ctx context.Context, c Config, m Machine) *Report {
 	e := &examination{Config: c, m: m, r: &Report{Findings: []Finding{}}}
 	e.sandbox(ctx)
 	e.tools()
+	if e.BTF {
+		e.types()
+	}
 	e.limits()
 	e.machine()
 	e.cache()
@@ -198,6 +203,14 @@ func (e *examination) tools() {
 		return
 	}
 	e.ok("build tools", "make, bc, libelf and the shell's tools are there")
+}
+
+func (e *examination) types() {
+	if !e.m.Program("pahole") {
+		e.add(missing("types", Fail, "pahole is missing: no BTF can be made", "dwarves"))
+		return
+	}
+	e.ok("types", "pahole is there, which makes BTF")
 }
 
 func (e *examination) limits() {

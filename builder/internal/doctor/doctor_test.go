@@ -94,6 +94,8 @@ func TestFindings(t *testing.T) {
 			}
 		}, "sandbox", doctor.Fail, "no permissions", "sysctl -w x=1", "", fault.Usage},
 		{"no make, no bc", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("make", "bc", "find") }, "build tools", doctor.Fail, "bc, find, make", "apt-get install bc findutils make", "apt-get install bc findutils make", fault.Usage},
+		{"no pahole", func(m *doctor.Machine, c *doctor.Config) { m.Program, c.BTF = lacking("pahole"), true }, "types", doctor.Fail, "no BTF can be made", "apt-get install dwarves", "apt-get install dwarves", fault.Usage},
+		{"pahole", func(_ *doctor.Machine, c *doctor.Config) { c.BTF = true }, "types", doctor.OK, "pahole is there", "", "", 0},
 		{"no libelf", func(m *doctor.Machine, _ *doctor.Config) { m.Library = lacking("libelf.so.1") }, "build tools", doctor.Fail, "objtool", "libelf1", "apt-get install libelf1", fault.Usage},
 		{"no control group", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Bounds = func() sandbox.Means {
