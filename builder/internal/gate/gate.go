@@ -44,7 +44,7 @@ type Kernel struct {
 	// Version is the driver's; "" leaves it out.
 	Version string
 	// BTF is a file with the description of the kernel's types that the modules'
-	// were made against; "" is none, and then the modules may have none.
+	// were made against; "" is none, and then modules of ours may have none.
 	BTF string
 }
 

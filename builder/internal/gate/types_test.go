@@ -42,6 +42,11 @@ func TestTypes(t *testing.T) {
 		}
 	}
 	k := kernel(t)
+	typed := map[string]string{"nvidia": stampFile(t, module(magic, with(own)...), ours)}
+	k.Fingerprint = ""
+	if _, err := Check(typed, k); err != nil {
+		t.Errorf("Check of somebody else's module with BTF = %v; want it to pass", err)
+	}
 	k.BTF = filepath.Join(k.Headers, "vmlinux.btf")
 	write(t, k.BTF, []byte("types"))
 	if _, err := Check(map[string]string{"nvidia": stampFile(t, module(magic), ours)}, k); err == nil || !strings.Contains(err.Error(), "read the kernel's types") {
