@@ -208,6 +208,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	cfg.Labels = labels
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	logPath := cmd.String("log")
 	if logPath == "" {
@@ -225,7 +226,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	fmt.Fprintf(stderr, "building %s %s for %s; full log in %s\n", wish, flavour, kernel, logPath)
 	cfg.Cache.Say = func(text string) { fmt.Fprintln(io.MultiWriter(stderr, log), text) }
 	line := &timeline.Run{Watch: cli.Progress(stderr)}
-	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour, Labels: labels}, log, line)
+	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
 		return err

@@ -90,7 +90,10 @@ type Config struct {
 	// WithRunfile copies NVIDIA's runfile into buckets, for installers that get
 	// their user space there.
 	WithRunfile bool
-	// LabelsLater leaves labels in buckets to whoever knows more than one cell.
+	// Labels are given to the driver in buckets, besides those that COS gives it.
+	// They are the open flavour's. LabelsLater leaves all labels to whoever knows
+	// more than one cell.
+	Labels      []string
 	LabelsLater bool
 	// BuilderID goes into the provenance as builder.id, a URI, and is who gives
 	// labels; Version is this program's.
@@ -113,9 +116,6 @@ type Request struct {
 	BuildID, Board string
 	Driver         target.Wish
 	Flavour        target.Flavour
-	// Labels are given to the driver in buckets, besides those that COS gives it.
-	// They are the open flavour's.
-	Labels []string
 	// KernelMirror, DriverMirror and GoogleSignatures replace the Config's where
 	// set.
 	KernelMirror, DriverMirror string

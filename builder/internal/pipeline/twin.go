@@ -52,7 +52,7 @@ func (r *run) labels() bool {
 // askLabels asks COS for the labels that it gives, and refuses those that the
 // driver cannot have.
 func (r *run) askLabels(ctx context.Context, kernels *cosbucket.Bucket) (err error) {
-	for _, label := range r.req.Labels {
+	for _, label := range r.cfg.Labels {
 		if err := target.CheckLabel(label, r.res.Driver.Version); err != nil {
 			return fault.Wrap(fault.Usage, err, "give a driver DEFAULT, LATEST, or the label of its own branch")
 		}
@@ -72,7 +72,7 @@ func (r *run) giveLabels(ctx context.Context) error {
 		Kernel: r.kernel.Kernel, Builder: r.cfg.BuilderID, Declared: map[string]string{}, Said: r.said,
 		Signer: r.signer, Verifier: r.verifier,
 	}
-	for _, label := range r.req.Labels {
+	for _, label := range r.cfg.Labels {
 		l.Declared[label] = r.res.Driver.Version
 	}
 	for _, b := range r.buckets {
