@@ -72,7 +72,7 @@ type Request struct {
 	Cache                                       *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest string
 	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/,
-	// out/ and, with a Cache, aid/ afterwards and belongs to the caller.
+	// out/ and, with a Cache, aid/ and preambles/ afterwards and belongs to the caller.
 	WorkDir string
 	// Log receives the whole output of the run; nil drops it.
 	Log io.Writer
@@ -263,6 +263,11 @@ func (b *build) make(ctx context.Context) error {
 			return diskFull(fmt.Errorf("restore objects: %w", err))
 		}
 		b.watch.reuse(phaseCompile, n)
+		if n == 0 {
+			if err := b.preambles(); err != nil {
+				return diskFull(err)
+			}
+		}
 	}
 	box := b.box
 	box.Argv, box.Output = append(slices.Clone(b.args), "-j"+strconv.Itoa(b.r.Jobs)), b.watch

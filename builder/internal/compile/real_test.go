@@ -93,13 +93,32 @@ func compileReal(t *testing.T, r compile.Request, what string) map[string]string
 	for _, p := range result.Phases {
 		t.Logf("%s: %-9s %6.1f s  %s", what, p.Name, p.Seconds, p.Note)
 	}
-	if strings.Contains(log.String(), "prebake: ") {
-		t.Logf("%s", log.Bytes()[strings.Index(log.String(), "prebake: "):][:400])
+	for line := range strings.Lines(log.String()) {
+		if strings.HasPrefix(line, "prebake: ") {
+			t.Log(strings.TrimSpace(line))
+		}
 	}
+	checkPreambles(t, r.WorkDir)
 	if len(result.Debug) > 0 != r.Debug {
 		t.Errorf("%s: debug files %v; asked for: %t", what, result.Debug, r.Debug)
 	}
 	return result.Modules
+}
+
+// checkPreambles reports what stood in the way of preambles, if there are any:
+// without them a build is only slower.
+func checkPreambles(t *testing.T, work string) {
+	t.Helper()
+	headers, err := filepath.Glob(filepath.Join(work, "preambles", "*.h"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, header := range headers {
+		if made, err := filepath.Glob(strings.TrimSuffix(header, ".h") + "-*.pch"); err != nil || len(made) == 0 {
+			said, _ := filepath.Glob(strings.TrimSuffix(header, ".h") + "-*.said")
+			t.Errorf("no compiled preamble of %s; see %v", header, said)
+		}
+	}
 }
 
 func sameFile(t *testing.T, a, b string) bool {

@@ -38,6 +38,7 @@ var crossPrefix = map[target.Arch]string{
 // tools is what the toolchain offers and what the kernel's configuration asks for.
 type tools struct {
 	variables []string // make variables, CC=name and so on
+	compiler  string   // path inside the sandbox
 	strip     string   // name of the strip program
 	objcopy   string   // likewise; "" where the toolchain has none
 	sysroot   string   // path inside the sandbox; may be empty
@@ -72,14 +73,17 @@ var clangFlags = []string{"-Wno-error", "-Wno-error=strict-prototypes"}
 // toolchain looks programs up in an unpacked toolchain archive.
 type toolchain string
 
-func (t toolchain) has(name string) bool {
+func (t toolchain) has(name string) bool { return t.inside(name) != "" }
+
+// inside returns a program's path in the sandbox, or "" where there is none.
+func (t toolchain) inside(name string) string {
 	for _, dir := range []string{"bin", "usr/bin"} {
 		// Lstat: a link may lead to where only the sandbox has a file.
 		if info, err := os.Lstat(filepath.Join(string(t), dir, name)); err == nil && !info.IsDir() {
-			return true
+			return insideToolchain + "/" + dir + "/" + name
 		}
 	}
-	return false
+	return ""
 }
 
 // findTools chooses the compiler and its companions: the compiler by the name
@@ -106,6 +110,7 @@ func findTools(r Request) (tools, error) {
 	}
 	t.clang = strings.Contains(cc, "clang")
 	t.variables = []string{"CC=" + cc}
+	t.compiler = chain.inside(cc)
 	llvm := t.clang && config["CONFIG_LD_IS_LLD"]
 	t.variables = append(t.variables, clangVariables(config, chain, t.clang, llvm, prefix)...)
 	for _, row := range companions(config, llvm, prefix, suffix) {

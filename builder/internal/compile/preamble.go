@@ -1,0 +1,68 @@
+package compile
+
+import (
+	_ "embed"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/preamble"
+	"github.com/prebake/prebake/builder/internal/sandbox"
+)
+
+// insidePreambles is where compiled preambles are in the sandbox.
+const insidePreambles = "/prebake/preambles"
+
+//go:embed preamble.sh
+var preambleScript string
+
+// preambles lets the compiler read once what many sources of a module begin
+// with. It changes make's sandbox: a script stands in front of the compiler.
+// clang only, whose objects are the same either way; gcc's differ in the order
+// of instructions. Without debug information only, which tells of the files
+// that were read.
+func (b *build) preambles() error {
+	if !b.t.clang || b.debug {
+		return nil
+	}
+	found, err := preamble.Find(os.DirFS(b.src), insideSource)
+	if err != nil {
+		return fmt.Errorf("look for preambles: %w", err)
+	}
+	if len(found) == 0 {
+		return nil
+	}
+	dir, sources := filepath.Join(b.r.WorkDir, "preambles"), 0
+	for i, p := range found {
+		name := strconv.Itoa(i)
+		if err := write(filepath.Join(dir, name+".h"), p.Text, 0o644); err != nil {
+			return err
+		}
+		sources += len(p.Sources)
+		for _, s := range p.Sources {
+			about := name + "\n" + s.First + "\n" + strings.Join(s.Through, " ") + "\n"
+			if err := write(filepath.Join(dir, "of", s.Path), about, 0o644); err != nil {
+				return err
+			}
+		}
+	}
+	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@SOURCES@", insideSource, "@KERNEL@", insideKernel, "@PREAMBLES@", insidePreambles).Replace(preambleScript)
+	if err := write(filepath.Join(dir, "bin", filepath.Base(b.t.compiler)), script, 0o755); err != nil {
+		return err
+	}
+	fmt.Fprintf(b.watch, "prebake: %s begin with %s\n", count(sources, "source"), count(len(found), "preamble"))
+	b.box.Binds = append(b.box.Binds, sandbox.Bind{Host: dir, Inside: insidePreambles, Writable: true})
+	b.box.Env = maps.Clone(b.box.Env)
+	b.box.Env["PATH"] = insidePreambles + "/bin:" + b.box.Env["PATH"]
+	return nil
+}
+
+func write(path, text string, mode os.FileMode) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(path, []byte(text), mode)
+}
