@@ -13,6 +13,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/worker"
 	"github.com/prebake/prebake/pkg/api"
@@ -120,8 +122,8 @@ func newRig(t *testing.T, tries ...try) *rig {
 		Server: api.NewClient(r.server.URL, "", nil), Log: slog.New(slog.DiscardHandler),
 		Make: func(ctx context.Context, req pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			want := pipeline.Request{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: target.Open, KernelMirror: "file:///k"}
-			if req != want {
-				t.Errorf("the pipeline was asked for %+v; want %+v", req, want)
+			if diff := cmp.Diff(want, req); diff != "" {
+				t.Errorf("the pipeline was asked for another cell (-want +got):\n%s", diff)
 			}
 			r.mu.Lock()
 			n := r.tries
