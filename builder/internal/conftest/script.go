@@ -108,7 +108,7 @@ func (s *Script) Knows(test string) bool {
 // test_kernel_header for many. A question still has a shell's state to itself.
 func (s *Script) Batch(out string) []byte {
 	batch := bytes.Replace(s.text, []byte(testLoop),
-		[]byte("        for i in $*; do echo \" CONFTEST: $i\"; ( compile_test $i ) > "+out+"/tests/$i; done\n"), 1)
+		[]byte("        for i in $*; do echo \" CONFTEST: $i\"; ( compile_test $i ) > \""+out+"/tests/$i\"; done\n"), 1)
 	return bytes.Replace(batch, []byte(testMode), []byte(`
     prebake_headers)
         shift 5
@@ -116,8 +116,8 @@ func (s *Script) Batch(out string) []byte {
         shift
         for i in $*; do
             echo " CONFTEST: $i"
-            mkdir -p `+out+`/headers/${i%/*}
-            ( test_header_presence "$i" ) > `+out+`/headers/$i
+            mkdir -p "`+out+`/headers/${i%/*}"
+            ( test_header_presence "$i" ) > "`+out+`/headers/$i"
         done
         exit 0
     ;;

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -124,7 +125,7 @@ func TestLayouts(t *testing.T) {
 			put(t, root, l.objects)
 			web := httptest.NewServer(http.FileServer(http.Dir(root)))
 			t.Cleanup(web.Close)
-			for _, bucketURL := range []string{"file://" + root + "/cos-tools", web.URL + "/cos-tools"} {
+			for _, bucketURL := range []string{(&url.URL{Scheme: "file", Path: root + "/cos-tools"}).String(), web.URL + "/cos-tools"} {
 				if in, err := fetchFrom(t, bucketURL, l.board); err != nil {
 					t.Errorf("Fetch: %v", err)
 				} else {
