@@ -1,6 +1,7 @@
 package testkit
 
 import (
+	"bytes"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -9,19 +10,30 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
 	"io"
 	"math/big"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/digitorus/timestamp"
 	protobundle "github.com/sigstore/protobuf-specs/gen/pb-go/bundle/v1"
 	protocommon "github.com/sigstore/protobuf-specs/gen/pb-go/common/v1"
+	prototrust "github.com/sigstore/protobuf-specs/gen/pb-go/trustroot/v1"
 	"github.com/sigstore/sigstore-go/pkg/fulcio/certificate"
 	"github.com/sigstore/sigstore-go/pkg/root"
 	"github.com/sigstore/sigstore-go/pkg/sign"
+	"github.com/sigstore/sigstore/pkg/cryptoutils"
+	"github.com/sigstore/sigstore/pkg/signature"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/prebake/prebake/pkg/trust"
@@ -38,6 +50,7 @@ type Authority struct {
 
 	stampRoot, stamper *x509.Certificate
 	stampKey           *ecdsa.PrivateKey
+	issued             atomic.Int32
 }
 
 // NewAuthority makes one whose own certificates hold for ten years in both
@@ -128,6 +141,108 @@ func (a *Authority) Stamp(t testing.TB, sum []byte, at time.Time) []byte {
 		t.Fatal(err)
 	}
 	return raw
+}
+
+// ServeCertificates starts a server that ends with the test and certifies as
+// Fulcio does, but believes every [Token] that is not expired; and returns its
+// URL. A real Fulcio can take its place: it is given CA and CAKey.
+func (a *Authority) ServeCertificates(t testing.TB) string {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		pub, who, err := asked(r)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		a.issued.Add(1)
+		made := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate(t, pub, who, time.Now()).Raw})
+		_ = json.NewEncoder(w).Encode(map[string]any{"signedCertificateDetachedSct": map[string]any{"chain": map[string]any{"certificates": []string{string(made)}}}})
+	}))
+	t.Cleanup(s.Close)
+	return s.URL
+}
+
+// Issued returns how many certificates were asked for.
+func (a *Authority) Issued() int { return int(a.issued.Load()) }
+
+type claims struct {
+	Email    string `json:"email"`
+	Verified bool   `json:"email_verified"`
+	Issuer   string `json:"iss"`
+	Expires  int64  `json:"exp"`
+}
+
+// Token returns an identity token that nobody signed.
+func Token(t testing.TB, issuer, email string, expires time.Time) []byte {
+	t.Helper()
+	body, err := json.Marshal(claims{email, true, issuer, expires.Unix()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return []byte("e30." + base64.RawURLEncoding.EncodeToString(body) + ".e30")
+}
+
+// asked reads what Fulcio is asked: to certify a key to the bearer of a token,
+// who signed his own name with it.
+func asked(r *http.Request) (crypto.PublicKey, trust.Identity, error) {
+	var in struct {
+		PublicKeyRequest struct {
+			PublicKey         struct{ Content string }
+			ProofOfPossession []byte
+		}
+	}
+	var who claims
+	if err := json.NewDecoder(r.Body).Decode(&in); err != nil {
+		return nil, trust.Identity{}, err
+	}
+	_, token, _ := strings.Cut(r.Header.Get("Authorization"), ".")
+	token, _, _ = strings.Cut(token, ".")
+	body, err := base64.RawURLEncoding.DecodeString(token)
+	if err != nil {
+		return nil, trust.Identity{}, err
+	}
+	if err := json.Unmarshal(body, &who); err != nil {
+		return nil, trust.Identity{}, err
+	}
+	if who.Expires < time.Now().Unix() {
+		return nil, trust.Identity{}, errors.New("token is expired")
+	}
+	pub, err := cryptoutils.UnmarshalPEMToPublicKey([]byte(in.PublicKeyRequest.PublicKey.Content))
+	if err != nil {
+		return nil, trust.Identity{}, err
+	}
+	v, err := signature.LoadDefaultVerifier(pub)
+	if err != nil {
+		return nil, trust.Identity{}, err
+	}
+	return pub, trust.Identity{Subject: who.Email, Issuer: who.Issuer},
+		v.VerifySignature(bytes.NewReader(in.PublicKeyRequest.ProofOfPossession), strings.NewReader(who.Email))
+}
+
+// SigningConfig writes a Sigstore signing configuration and returns its path.
+func SigningConfig(t testing.TB, ca string, stamps ...string) string {
+	t.Helper()
+	service := func(url string) root.Service {
+		return root.Service{URL: url, MajorAPIVersion: 1, ValidityPeriodStart: time.Now().AddDate(-1, 0, 0), Operator: url}
+	}
+	all := root.ServiceConfiguration{Selector: prototrust.ServiceSelector_ALL}
+	var times []root.Service
+	for _, url := range stamps {
+		times = append(times, service(url))
+	}
+	cfg, err := root.NewSigningConfig(root.SigningConfigMediaType02, []root.Service{service(ca)}, nil, nil, all, times, all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := cfg.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "signing_config.json")
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // ServeTime starts a timestamp authority that ends with the test, and returns

@@ -17,8 +17,6 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
-	prototrust "github.com/sigstore/protobuf-specs/gen/pb-go/trustroot/v1"
-	"github.com/sigstore/sigstore-go/pkg/root"
 
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/fault"
@@ -151,28 +149,6 @@ func runFulcio(t *testing.T, program string, args []string) (address, said strin
 	}
 }
 
-// keylessRef writes a signing configuration, and returns the reference to it.
-func keylessRef(t *testing.T, ca, stamps string) string {
-	t.Helper()
-	service := func(url string) []root.Service {
-		return []root.Service{{URL: url, MajorAPIVersion: 1, ValidityPeriodStart: time.Now().AddDate(-1, 0, 0), Operator: "example.com"}}
-	}
-	some := root.ServiceConfiguration{Selector: prototrust.ServiceSelector_ANY}
-	cfg, err := root.NewSigningConfig(root.SigningConfigMediaType02, service(ca), nil, nil, some, service(stamps), some)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := cfg.MarshalJSON()
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "signing_config.json")
-	if err := os.WriteFile(path, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	return sign.PrefixKeyless + path
-}
-
 // TestCosignVerifiesKeyless signs with certificates of a real Fulcio.
 func TestCosignVerifiesKeyless(t *testing.T) {
 	t.Parallel()
@@ -182,7 +158,7 @@ func TestCosignVerifiesKeyless(t *testing.T) {
 		t.Skip("fulcio is not on PATH")
 	}
 	farm, l := testkit.NewAuthority(t), newLogin(t)
-	ref := keylessRef(t, startFulcio(t, program, farm, l), farm.ServeTime(t))
+	ref := sign.PrefixKeyless + testkit.SigningConfig(t, startFulcio(t, program, farm, l), farm.ServeTime(t))
 	rootJSON := farm.Root(t, nil, nil)
 	r, err := trust.ParseRoot(rootJSON)
 	if err != nil {
