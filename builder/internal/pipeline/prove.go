@@ -8,6 +8,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -60,6 +61,12 @@ func (r *run) check(context.Context) (string, error) {
 	return vermagic, nil
 }
 
+// testKey names the verdict about these modules on this boot image, with the
+// user space and firmware of this very runfile.
+func (r *run) testKey() string {
+	return r.moduleKey(loadtest.Recipe, r.kernel.BootDigest, nvsrc.StageRecipe, r.release.Digest)
+}
+
 // loadTest boots the kernel and loads the modules in it.
 func (r *run) loadTest(ctx context.Context) (string, error) {
 	switch {
@@ -78,7 +85,7 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	key := r.moduleKey(loadtest.Recipe, r.kernel.BootDigest)
+	key := r.testKey()
 	if raw, ok := r.products.Recall("loadtest", key); ok {
 		verdict := &loadtest.Verdict{}
 		if json.Unmarshal(raw, verdict) == nil {
