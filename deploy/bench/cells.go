@@ -255,6 +255,13 @@ func makeFlags(headers string) []string {
 	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc", "LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
 }
 
+// clangFlags go on top where clang compiled the kernel. Without those for the
+// compiler, conftest of these drivers stops at clang's warnings.
+func clangFlags() []string {
+	return []string{"LLVM=1", "ARCH=x86_64", "CC=x86_64-cros-linux-gnu-clang", "LD=x86_64-cros-linux-gnu-ld.lld",
+		"HOSTCC=x86_64-pc-linux-gnu-clang", "HOSTCXX=x86_64-pc-linux-gnu-clang++", "KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
+}
+
 // plain is what people do by hand: make modules in unpacked sources.
 func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 	headers, err := b.headerTree(ctx, c.kernel)
@@ -271,6 +278,9 @@ func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 	}
 	start := time.Now()
 	args := append([]string{"-C", tree, "modules", "KERNEL_UNAME=" + c.kernel.Release, fmt.Sprintf("-j%d", runtime.NumCPU())}, makeFlags(headers)...)
+	if b.clang {
+		args = append(args, clangFlags()...)
+	}
 	if err := b.command(ctx, "make", args...); err != nil {
 		return 0, err
 	}
@@ -309,7 +319,11 @@ func (b *bench) print(out io.Writer) {
 	for _, c := range b.cells {
 		fmt.Fprintf(out, "  %s (Debian %s) %s\n", c, c.kernel.Package, c.role)
 	}
-	plain := fmt.Sprintf("make modules SYSSRC=HEADERS SYSOUT=HEADERS KERNEL_UNAME=RELEASE CC=.. LD=.. IGNORE_CC_MISMATCH=1 -j%d, of the same cell, sources unpacked", jobs)
+	llvm := ""
+	if b.clang {
+		llvm = "LLVM=1 "
+	}
+	plain := fmt.Sprintf("make modules SYSSRC=HEADERS SYSOUT=HEADERS KERNEL_UNAME=RELEASE %sCC=.. LD=.. IGNORE_CC_MISMATCH=1 -j%d, of the same cell, sources unpacked", llvm, jobs)
 	rows := []ratio{
 		{"cold: from empty caches, source to published", plain, b.roles["cold"].ours, b.roles["cold"].theirs, "s"},
 		{"  of it, the compile phase in the sandbox", plain, b.compile.ours, b.compile.theirs, "s"},

@@ -35,17 +35,24 @@ func main() {
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "runs of each measurement; the median counts"},
 			&ucli.StringFlag{Name: "only", Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
+			&ucli.BoolFlag{Name: "clang", Usage: "measure cold and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), only: map[string]bool{}}
+			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), clang: cmd.Bool("clang"), only: map[string]bool{}}
 			list := measurements()
+			if o.clang {
+				list = []string{"cold", "next"}
+			}
 			if text := cmd.String("only"); text != "" {
 				list = strings.Split(text, ",")
 			}
 			for _, name := range list {
 				if !slices.Contains(measurements(), name) {
 					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name), "choose from "+strings.Join(measurements(), ", "))
+				}
+				if o.clang && name != "cold" && name != "next" {
+					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name), "choose from cold, next")
 				}
 				o.only[name] = true
 			}
@@ -55,10 +62,11 @@ func main() {
 }
 
 type options struct {
-	bin  string
-	runs int
-	abis []int
-	only map[string]bool
+	bin   string
+	runs  int
+	abis  []int
+	clang bool
+	only  map[string]bool
 }
 
 // ratio is one line of the result.
@@ -112,19 +120,23 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 
 // makeMirror lays out four kernels and both drivers. Which four is a rule and no
 // choice: the two oldest, on which both drivers compile, and the two newest.
+// With clang it is the one kernel that there is.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
-	if len(b.abis) == 0 {
+	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
+	args := []string{"mirror", "--cache", filepath.Join(b.State, "packages")}
+	if b.clang {
+		m, kernels = &mirror{Dir: filepath.Join(b.State, "bench-clang-mirror")}, 1
+		args = append(args, "--only-clang")
+	} else if len(b.abis) == 0 {
 		var err error
 		if b.abis, err = debianABIs(ctx); err != nil {
 			return nil, err
 		}
 	}
-	m := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}
-	args := []string{"mirror", "--out", m.Dir, "--cache", filepath.Join(b.State, "packages")}
 	for _, abi := range b.abis {
 		args = append(args, "--kernel-abi", strconv.Itoa(abi))
 	}
-	if _, err := b.Must(ctx, "builder", args...); err != nil {
+	if _, err := b.Must(ctx, "builder", append(args, "--out", m.Dir)...); err != nil {
 		return nil, err
 	}
 	raw, err := os.ReadFile(filepath.Join(m.Dir, "mirror.json"))
@@ -134,10 +146,11 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	if err := json.Unmarshal(raw, m); err != nil {
 		return nil, fmt.Errorf("read mirror.json: %w", err)
 	}
-	// Twins of a kernel compile to nothing new.
-	m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
-	if len(m.Builds) < 2 || len(m.Drivers) < 2 {
-		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least 2 of each", len(m.Builds), len(m.Drivers))
+	if !b.clang { // twins of a kernel compile to nothing new
+		m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
+	}
+	if len(m.Builds) < kernels || len(m.Drivers) < 2 {
+		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 2", len(m.Builds), len(m.Drivers), kernels)
 	}
 	return m, nil
 }
