@@ -70,6 +70,15 @@ func TestClangKernel(t *testing.T) {
 	if !strings.Contains(v.KernelLog, "LoadPin: kernel-module pinning-excluded") {
 		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
 	}
+
+	// What caches and preambles leave out makes no other module.
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=60m", "-run=^TestRealSameBytes$", "github.com/prebake/prebake/builder/internal/compile")
+	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+done.Driver.Version)
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Errorf("same bytes: %v", err)
+	}
 }
 
 // checkAnswers looks for some of conftest's answers about this series among
