@@ -130,8 +130,10 @@ var releasePattern = regexp.MustCompile(`^[0-9][A-Za-z0-9._+~-]{0,63}$`)
 func (r Request) withDefaults() (Request, error) {
 	var errs []error
 	if r.BTF != "" {
-		if info, err := os.Stat(r.BTF); err != nil || !info.Mode().IsRegular() {
-			errs = append(errs, fmt.Errorf("types %s: not a file (%v)", r.BTF, err))
+		if info, err := os.Stat(r.BTF); err != nil {
+			errs = append(errs, fmt.Errorf("types: %w", err))
+		} else if !info.Mode().IsRegular() {
+			errs = append(errs, fmt.Errorf("types %s: not a file", r.BTF))
 		}
 	}
 	for _, dir := range []struct {

@@ -89,6 +89,13 @@ func TestTypes(t *testing.T) {
 		}
 	}
 	r := typedToy(t, takesBTF)
+	for bad, want := range map[string]string{r.BTF + ".old": "no such file", r.Headers: "not a file"} {
+		wrong := r
+		wrong.BTF = bad
+		if _, err := compile.Modules(t.Context(), wrong); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("Modules with types %s = %v; want %q", bad, err, want)
+		}
+	}
 	r.BTF = ""
 	result, err := compile.Modules(t.Context(), r)
 	if err != nil {
