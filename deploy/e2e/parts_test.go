@@ -66,6 +66,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"modules against a sibling kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + sibling, "PREBAKE_MODULES_WANT=checksum"}},
 		{"virtual machine", "./pkg/vm", "Boot", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
+		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane", []string{tools}},
 	}
 	for _, row := range rows {

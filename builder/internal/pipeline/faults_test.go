@@ -16,7 +16,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -48,8 +47,16 @@ var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
 // order is what a build in a process of its own is told, in the environment.
 type order struct {
 	Kernels, Drivers, Repo, Key, Cache string
-	// Fault strikes when Phase begins; "" is none.
-	Fault, Phase string
+	// Fault strikes when Phase begins, or when the console of the load test's
+	// machine says Text; "" is none.
+	Fault, Phase, Text string
+	// Warm is the load test's mode of a build for another place, which fills the
+	// cache before; "" is none.
+	Warm pipeline.LoadTest
+	// Parts are the folders of the cache that a fault damages; none is all.
+	Parts []string
+	// Init and Probe are the load test's programs.
+	Init, Probe string
 	// Control is a URL whose reading takes the network down.
 	Control string
 }
@@ -59,6 +66,8 @@ type outcome struct {
 	Class  string // "" is success
 	Error  string
 	Digest string
+	// Machines were running when it was killed.
+	Machines []int
 	// Again is the outcome of a second build in the same process, after a disk
 	// that was full has room again.
 	Again *outcome
@@ -77,13 +86,23 @@ func TestFaultProcess(t *testing.T) {
 	if err := json.Unmarshal([]byte(raw), &o); err != nil {
 		t.Fatal(err)
 	}
-	got := o.build()
+	if err := os.MkdirAll(os.TempDir(), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if o.Warm != "" {
+		before := o
+		before.Fault, before.Repo = "", "oci:"+filepath.Join(filepath.Dir(o.Cache), "layout")
+		if got := before.build(o.Warm); got.Class != "" {
+			t.Fatalf("the build before: %+v", got)
+		}
+	}
+	got := o.build(pipeline.LoadTestAuto)
 	if o.Fault == faultDisk {
 		if err := os.RemoveAll(filepath.Join(o.Cache, "filler")); err != nil {
 			t.Fatal(err)
 		}
 		o.Fault = ""
-		again := o.build()
+		again := o.build(pipeline.LoadTestAuto)
 		got.Again = &again
 	}
 	text, err := json.Marshal(got)
@@ -93,7 +112,7 @@ func TestFaultProcess(t *testing.T) {
 	fmt.Printf("OUTCOME %s\n", text)
 }
 
-func (o order) build() (got outcome) {
+func (o order) build(mode pipeline.LoadTest) (got outcome) {
 	failed := func(err error) outcome {
 		return outcome{Class: fault.Of(err).String(), Error: err.Error()}
 	}
@@ -107,15 +126,21 @@ func (o order) build() (got outcome) {
 		}
 	}()
 	var struck error
+	strike := func() { struck = errors.Join(struck, o.strike()) }
 	line := &timeline.Run{Watch: func(e timeline.Event) {
-		if e.Phase == o.Phase && e.Done == nil && e.Text == "" {
-			struck = errors.Join(struck, o.strike())
+		if o.Text == "" && e.Phase == o.Phase && e.Done == nil && e.Text == "" {
+			strike()
 		}
 	}}
+	log := io.Discard
+	if o.Text != "" {
+		log = &alarm{text: []byte(o.Text), ring: strike}
+	}
 	res, err := pipeline.Run(context.Background(), pipeline.Config{
 		KernelMirror: o.Kernels, DriverMirror: o.Drivers, Cache: cache, Destinations: []string{o.Repo}, Key: o.Key,
-		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: pipeline.LoadTestAuto, Room: 1 << 20,
-	}, request("17800.0.9"), io.Discard, line)
+		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: mode, Room: 1 << 20,
+		GuestInit: o.Init, NVMLProbe: o.Probe,
+	}, request("17800.0.9"), log, line)
 	if struck != nil {
 		return outcome{Class: "strike", Error: struck.Error()}
 	}
@@ -128,6 +153,9 @@ func (o order) build() (got outcome) {
 func (o order) strike() error {
 	switch o.Fault {
 	case faultKill:
+		if err := tellMachines(); err != nil {
+			return err
+		}
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultDisk:
 		return fill(filepath.Join(o.Cache, "filler"))
@@ -138,7 +166,7 @@ func (o order) strike() error {
 		}
 		return resp.Body.Close()
 	case faultCache:
-		return damage(o.Cache)
+		return damage(o.Cache, o.Parts)
 	}
 	return nil
 }
@@ -164,9 +192,15 @@ func fill(dir string) error {
 	}
 }
 
-// damage flips a bit in every file that the cache holds for later use.
-func damage(dir string) error {
-	for _, part := range []string{"trees", "blobs", "facts", "seals"} {
+// damage flips a bit in every file that the cache holds for later use, or in
+// those of some parts, which have to be there.
+func damage(dir string, parts []string) error {
+	changed := 0
+	all := parts
+	if len(parts) == 0 {
+		all = []string{"trees", "blobs", "facts", "seals"}
+	}
+	for _, part := range all {
 		err := filepath.WalkDir(filepath.Join(dir, part), func(path string, entry fs.DirEntry, err error) error {
 			if errors.Is(err, fs.ErrNotExist) {
 				return nil
@@ -185,11 +219,15 @@ func damage(dir string) error {
 				return err
 			}
 			_, err = f.Write(data)
+			changed++
 			return errors.Join(err, f.Close())
 		})
 		if err != nil {
 			return err
 		}
+	}
+	if changed == 0 && len(parts) > 0 {
+		return fmt.Errorf("there is nothing to damage in %v", parts)
 	}
 	return nil
 }
@@ -238,17 +276,19 @@ func newWire(t *testing.T, f *farm) *wire {
 type theatre struct {
 	f    *farm
 	wire *wire
+	disk string // holds the cache
+	tmp  string // for temporary files
 	order
 }
 
-func newTheatre(t *testing.T) *theatre {
+func newTheatre(t *testing.T, f *farm) *theatre {
 	t.Helper()
-	f := newFarm(t)
 	w := newWire(t, f)
 	host := strings.TrimPrefix(w.URL, "http://")
-	return &theatre{f: f, wire: w, order: order{
+	disk := t.TempDir()
+	return &theatre{f: f, wire: w, disk: disk, tmp: filepath.Join(disk, "tmp"), order: order{
 		Kernels: w.URL + "/cos", Drivers: w.URL + "/drivers", Repo: host + "/prebake/driver", Key: f.key,
-		Cache: filepath.Join(t.TempDir(), "cache"), Control: w.URL + "/control/down",
+		Cache: filepath.Join(disk, "cache"), Control: w.URL + "/control/down",
 	}}
 }
 
@@ -262,17 +302,16 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	}
 	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
 	if fault == faultDisk {
-		if err := os.MkdirAll(th.Cache, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(256 << 20), "--tmpfs", th.Cache, "--die-with-parent", "--"}, argv...)
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(256 << 20), "--tmpfs", th.disk, "--die-with-parent", "--"}, argv...)
 	}
 	cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
-	cmd.Env = append(os.Environ(), orderVariable+"="+string(text))
+	cmd.Env = append(os.Environ(), orderVariable+"="+string(text), "TMPDIR="+th.tmp)
 	return cmd
 }
 
-// run builds, and returns nil if the process was killed.
+// killed is the class of a build that did not live to tell its own.
+const killed = "killed"
+
 func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	t.Helper()
 	return read(t, th.process(t, fault, phase))
@@ -283,7 +322,7 @@ func read(t *testing.T, cmd *exec.Cmd) *outcome {
 	out, err := cmd.Output()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signaled() {
-		return nil
+		return &outcome{Class: killed, Machines: machinesIn(t, out)}
 	}
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -330,9 +369,10 @@ func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	}
 	th.wire.down.Store(false)
 	if again == nil {
+		th.Warm = ""
 		again = th.run(t, "", "")
 	}
-	if again == nil || again.Class != "" || again.Digest != want {
+	if again.Class != "" || again.Digest != want {
 		t.Fatalf("after the restart: %+v; want %s", again, want)
 	}
 	tags := th.tags(t)
@@ -346,11 +386,36 @@ func (th *theatre) afterwards(t *testing.T, want string, again *outcome) {
 	}
 }
 
+// struck builds under a fault and once more, and returns how the first ended.
+func (th *theatre) struck(t *testing.T, kind, phase, want string) string {
+	t.Helper()
+	got := th.run(t, kind, phase)
+	if (got.Class == killed) != (kind == faultKill) {
+		t.Fatalf("the build ended with %+v", got)
+	}
+	cell := got.Class
+	if cell == "" {
+		cell = "published"
+		if got.Digest != want {
+			t.Errorf("published %s; want %s", got.Digest, want)
+		}
+	}
+	t.Logf("%s: %s", cell, got.Error)
+	if want := kind == faultKill && th.Text != ""; (len(got.Machines) == 1) != want {
+		t.Errorf("machines %v ran when it was killed", got.Machines)
+	}
+	for _, pid := range got.Machines {
+		ended(t, pid)
+	}
+	th.afterwards(t, want, got.Again)
+	return cell
+}
+
 // reference is the digest that the cell has when nothing goes wrong.
 func reference(t *testing.T) string {
 	t.Helper()
-	got := newTheatre(t).run(t, "", "")
-	if got == nil || got.Digest == "" {
+	got := newTheatre(t, newFarm(t)).run(t, "", "")
+	if got.Digest == "" {
 		t.Fatalf("without a fault: %+v", got)
 	}
 	return got.Digest
@@ -369,23 +434,8 @@ func TestFaults(t *testing.T) {
 			for _, kind := range faults {
 				t.Run(phase+" "+kind, func(t *testing.T) {
 					t.Parallel()
-					th := newTheatre(t)
-					got := th.run(t, kind, phase)
-					cell, again := "killed", (*outcome)(nil)
-					switch {
-					case got == nil && kind != faultKill:
-						t.Fatal("the build was killed")
-					case got == nil:
-					case got.Class == "":
-						cell, again = "published", got.Again
-						if got.Digest != want {
-							t.Errorf("published %s; want %s", got.Digest, want)
-						}
-					default:
-						cell, again = got.Class, got.Again
-						t.Logf("%s: %s", got.Class, got.Error)
-					}
-					th.afterwards(t, want, again)
+					th := newTheatre(t, newFarm(t))
+					cell := th.struck(t, kind, phase, want)
 					mu.Lock()
 					defer mu.Unlock()
 					seen[phase+" "+kind] = cell
@@ -394,7 +444,7 @@ func TestFaults(t *testing.T) {
 		}
 	})
 	if !t.Failed() {
-		checkTable(t, seen)
+		checkTable(t, "", "phase", whole, seen)
 	}
 }
 
@@ -403,7 +453,7 @@ func TestKilledWhilePublishing(t *testing.T) {
 	t.Parallel()
 	want := reference(t)
 	count := func() int64 {
-		th := newTheatre(t)
+		th := newTheatre(t, newFarm(t))
 		th.run(t, "", "")
 		return th.wire.writes.Load()
 	}()
@@ -413,53 +463,18 @@ func TestKilledWhilePublishing(t *testing.T) {
 	for at := range count {
 		t.Run(fmt.Sprintf("write %d of %d", at+1, count), func(t *testing.T) {
 			t.Parallel()
-			th := newTheatre(t)
+			th := newTheatre(t, newFarm(t))
 			cmd := th.process(t, "", "")
 			th.wire.trigger = func(n int64) {
 				if n == at+1 {
 					_ = cmd.Process.Kill() // it may be over already
 				}
 			}
-			if got := read(t, cmd); got != nil && got.Digest != want {
+			if got := read(t, cmd); got.Class != killed && got.Digest != want {
 				t.Errorf("it was not killed, and came to %+v", got)
 			}
 			th.wire.trigger = nil
 			th.afterwards(t, want, nil)
 		})
-	}
-}
-
-const tableFile = "../../../docs/faults.md"
-
-// checkTable compares what was seen with the table in the documentation.
-func checkTable(t *testing.T, seen map[string]string) {
-	t.Helper()
-	const start, end = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-	var table strings.Builder
-	fmt.Fprintf(&table, "| phase | %s |\n|---|%s\n", strings.Join(faults, " | "), strings.Repeat("---|", len(faults)))
-	for _, phase := range whole {
-		cells := []string{phase}
-		for _, kind := range faults {
-			cells = append(cells, seen[phase+" "+kind])
-		}
-		fmt.Fprintf(&table, "| %s |\n", strings.Join(cells, " | "))
-	}
-	text, err := os.ReadFile(tableFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, rest, ok := strings.Cut(string(text), start)
-	old, after, ok2 := strings.Cut(rest, end)
-	if !ok || !ok2 {
-		t.Fatalf("%s has no place for the table", tableFile)
-	}
-	switch {
-	case old == table.String():
-	case *update:
-		if err := os.WriteFile(tableFile, slices.Concat([]byte(before), []byte(start), []byte(table.String()), []byte(end), []byte(after)), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	default:
-		t.Errorf("%s says\n%s\nand this run saw\n%s\nrun: go test ./builder/internal/pipeline -run TestFaults -update", tableFile, old, table.String())
 	}
 }

@@ -139,9 +139,15 @@ func (f *farm) kernel(t *testing.T, build string, files map[string]string) {
 		"kernel-headers.tgz": tree.Bytes(), "toolchain.tar.xz": tools.Bytes(),
 		"toolchain_env": []byte("CC=x86_64-cros-linux-gnu-gcc\n"), "kernel_commit": []byte(strings.Repeat("0a", 20) + "\n"),
 	} {
-		f.put(t, "cos/"+build+"/lakitu/"+name, data)
-		f.put(t, "cos/"+build+"/lakitu/"+name+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)))
+		f.checked(t, "cos/"+build+"/lakitu/"+name, data)
 	}
+}
+
+// checked lays out a file with its checksum beside it.
+func (f *farm) checked(t *testing.T, name string, data []byte) {
+	t.Helper()
+	f.put(t, name, data)
+	f.put(t, name+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)))
 }
 
 // driver lays out an NVIDIA release.
@@ -183,6 +189,19 @@ func request(build string) pipeline.Request {
 	return pipeline.Request{BuildID: build, Board: "lakitu", Driver: version, Flavour: target.Open}
 }
 
+func (f *farm) verifier(t *testing.T) *trust.Verifier {
+	t.Helper()
+	signer, err := sign.LoadSigner(t.Context(), f.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := signer.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
 // build runs the pipeline and returns its log too.
 func build(t *testing.T, cfg pipeline.Config, r pipeline.Request) (*pipeline.Result, string, error) {
 	t.Helper()
@@ -221,14 +240,7 @@ func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
 			t.Errorf("tag %s names %s, %v; want %s", tag, d, err, res.Digest)
 		}
 	}
-	signer, err := sign.LoadSigner(t.Context(), f.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	v, err := signer.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
+	v := f.verifier(t)
 	raw, err := repo.Manifest(t.Context(), res.Digest)
 	if err != nil {
 		t.Fatal(err)
@@ -359,8 +371,7 @@ func TestNotReusedUntested(t *testing.T) {
 	f.kernel(t, "17800.1.9", headerFiles())
 	var boot bytes.Buffer
 	tarOf(t, map[string]string{"vmlinuz": "none"}, gzip.NewWriter(&boot))
-	f.put(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
-	f.put(t, "cos/17800.1.9/lakitu/prebake-boot.tgz.md5", fmt.Appendf(nil, "%x", md5.Sum(boot.Bytes())))
+	f.checked(t, "cos/17800.1.9/lakitu/prebake-boot.tgz", boot.Bytes())
 	cfg := f.config(t, emptyCache(t))
 	cfg.GuestInit = filepath.Join(t.TempDir(), "none") // so that the machine cannot even start
 	res, _, err := build(t, cfg, request("17800.1.9"))

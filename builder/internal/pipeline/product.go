@@ -19,7 +19,14 @@ func (r *run) staged(ctx context.Context, kind bundle.LayerKind) (string, error)
 	if kind == bundle.LayerFirmware {
 		stage = r.release.StageFirmware
 	}
-	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(_ context.Context, dir string) error { return stage(dir) })
+	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(ctx context.Context, dir string) error {
+		err := stage(dir)
+		// A release that changed meanwhile would be kept as good.
+		if damaged := r.cfg.Cache.Recheck(ctx, r.release.Dir); damaged != nil {
+			return damaged
+		}
+		return err
+	})
 	return dir, err
 }
 

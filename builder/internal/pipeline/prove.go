@@ -32,16 +32,30 @@ func (r *run) staticChecks() []string {
 	return all
 }
 
-// check holds every module against the kernel that it was made for.
-func (r *run) check(context.Context) (string, error) {
+// intact tells whether the modules still are what the compiler left, and these
+// folders of the cache what was put into them.
+func (r *run) intact(ctx context.Context, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
 		sum, err := fileSum(r.modules[name])
 		if err != nil {
-			return "", err
+			return err
 		}
 		if sum != r.sums[name] {
-			return "", changed(name, r.products.Dir())
+			return changed(name, r.products.Dir())
 		}
+	}
+	for _, dir := range folders {
+		if err := r.products.Recheck(ctx, dir); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// check holds every module against the kernel that it was made for.
+func (r *run) check(ctx context.Context) (string, error) {
+	if err := r.intact(ctx); err != nil {
+		return "", err
 	}
 	kernel := gate.Kernel{
 		Headers: r.kernel.Headers, Boot: r.kernel.Boot, Release: r.kernel.Kernel.Release, Arch: r.kernel.Kernel.Arch,
@@ -93,10 +107,19 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 			return verdict.State + ", cached verdict", nil
 		}
 	}
+	// A kernel that was damaged since it was unpacked may hang until the time is up.
+	if err := r.intact(ctx, r.kernel.Boot); err != nil {
+		return "", err
+	}
 	verdict, err := loadtest.Run(ctx, loadtest.Config{
 		Boot: r.kernel.Boot, Modules: r.modules, Userspace: user, Firmware: firmware,
 		Version: r.res.Driver.Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
+	// What changed under the machine explains every refusal, and makes every
+	// success worthless.
+	if err := r.intact(ctx, r.kernel.Boot, user, firmware); err != nil {
+		return "", err
+	}
 	r.res.LoadTest = verdict
 	if err != nil {
 		return "", err

@@ -179,6 +179,9 @@ func (r *run) sign(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	if err := r.intact(ctx); err != nil { // the list of contents names their sums
+		return "", err
+	}
 	for _, statement := range statements {
 		b, err := sign.Bundle(ctx, r.signer, statement)
 		if err != nil {
