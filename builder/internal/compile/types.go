@@ -21,9 +21,9 @@ import (
 
 const (
 	insideBTF = "/prebake/vmlinux.btf"
-	// pahole makes BTF out of debug information. It is the host's: neither
-	// headers nor toolchain bring one.
-	pahole       = "pahole"
+	// pahole makes BTF out of debug information. It is the host's, whose version
+	// is told, even if a toolchain brings one.
+	pahole       = "/usr/bin/pahole"
 	hintPahole   = "apt-get install dwarves; or build without --btf"
 	hintNoTypes  = "build without --btf"
 	paholeOutput = 16 << 10
