@@ -238,7 +238,7 @@ type wire struct {
 	*httptest.Server
 	down    atomic.Bool
 	writes  atomic.Int64
-	trigger func(write int64)
+	trigger atomic.Pointer[func(write int64)]
 }
 
 func newWire(t *testing.T, f *farm) *wire {
@@ -261,8 +261,9 @@ func newWire(t *testing.T, f *farm) *wire {
 			files.ServeHTTP(rw, r)
 		default:
 			if r.Method != http.MethodGet && r.Method != http.MethodHead {
-				if n := w.writes.Add(1); w.trigger != nil {
-					w.trigger(n)
+				n := w.writes.Add(1)
+				if pull := w.trigger.Load(); pull != nil {
+					(*pull)(n)
 				}
 			}
 			registry.ServeHTTP(rw, r)
@@ -314,12 +315,20 @@ const killed = "killed"
 
 func (th *theatre) run(t *testing.T, fault, phase string) *outcome {
 	t.Helper()
-	return read(t, th.process(t, fault, phase))
+	return read(t, th.process(t, fault, phase), func() {})
 }
 
-func read(t *testing.T, cmd *exec.Cmd) *outcome {
+// read runs a build to its end; started is called once it runs.
+func read(t *testing.T, cmd *exec.Cmd, started func()) *outcome {
 	t.Helper()
-	out, err := cmd.Output()
+	var buffer bytes.Buffer
+	cmd.Stdout = &buffer
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	started()
+	err := cmd.Wait()
+	out := buffer.Bytes()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signaled() {
 		return &outcome{Class: killed, Machines: machinesIn(t, out)}
@@ -465,15 +474,18 @@ func TestKilledWhilePublishing(t *testing.T) {
 			t.Parallel()
 			th := newTheatre(t, newFarm(t))
 			cmd := th.process(t, "", "")
-			th.wire.trigger = func(n int64) {
+			started := make(chan struct{})
+			pull := func(n int64) {
 				if n == at+1 {
+					<-started
 					_ = cmd.Process.Kill() // it may be over already
 				}
 			}
-			if got := read(t, cmd); got.Class != killed && got.Digest != want {
+			th.wire.trigger.Store(&pull)
+			if got := read(t, cmd, func() { close(started) }); got.Class != killed && got.Digest != want {
 				t.Errorf("it was not killed, and came to %+v", got)
 			}
-			th.wire.trigger = nil
+			th.wire.trigger.Store(nil)
 			th.afterwards(t, want, nil)
 		})
 	}
