@@ -11,6 +11,7 @@ import (
 	"io"
 	"io/fs"
 	"maps"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -315,7 +316,7 @@ func TestPlaces(t *testing.T) {
 			t.Errorf("%+v: %v", place, err)
 			continue
 		}
-		if want := "file://" + dir + "/" + place.Runfile; r.Materials[0].URI != want || r.Materials[0].Unverified {
+		if want := (&url.URL{Scheme: "file", Path: dir + "/" + place.Runfile}).String(); r.Materials[0].URI != want || r.Materials[0].Unverified {
 			t.Errorf("%+v: material %+v; want %s, verified", place, r.Materials[0], want)
 		}
 	}
