@@ -36,7 +36,7 @@ var paholeVersion = regexp.MustCompile(`^v([0-9]{1,2})\.([0-9]{1,2})\n$`)
 func Pahole(ctx context.Context) (string, error) {
 	said, err := ask(ctx, sandbox.Config{Dir: "/", Env: environment(tools{})}, pahole, "--version")
 	if err != nil {
-		return "", fault.Wrap(fault.Usage, fmt.Errorf("find pahole: %w", err), hintPahole)
+		return "", refused(fmt.Errorf("find pahole: %w", err), fault.Usage, hintPahole)
 	}
 	if !paholeVersion.MatchString(said) {
 		return "", fault.New(fault.Usage, fmt.Sprintf("find pahole: its version is %.40q; want one such as v1.24", said), hintPahole)
@@ -52,6 +52,19 @@ func ask(ctx context.Context, box sandbox.Config, argv ...string) (string, error
 		return "", fmt.Errorf("%w: %s", err, strings.TrimSpace(said.String()))
 	}
 	return said.String(), nil
+}
+
+// refused gives the error of a program that ended badly its kind; what the
+// sandbox itself says has one.
+func refused(err error, kind fault.Kind, hint string) error {
+	var exit *sandbox.ExitError
+	switch {
+	case !errors.As(err, &exit):
+		return err
+	case exit.Killed():
+		return fault.Wrap(fault.OutOfMemory, err, hintMemory)
+	}
+	return fault.Wrap(kind, err, hint)
 }
 
 // checkTypes tells before the first minute of work that BTF cannot be made.
@@ -114,7 +127,7 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 		argv := slices.Concat([]string{pahole, "-J"}, flags, []string{"--btf_base", insideBTF, insideSource + "/" + name})
 		said, err := ask(ctx, box, argv...)
 		if err != nil {
-			return fault.Wrap(fault.Internal, fmt.Errorf("make BTF of %s: %w", name, err), hintNoTypes)
+			return refused(fmt.Errorf("make BTF of %s: %w", name, err), fault.Internal, hintNoTypes)
 		}
 		fmt.Fprint(b.r.Log, said)
 	}
@@ -132,6 +145,9 @@ include scripts/Kbuild.include
 include scripts/Makefile.btf
 else ifneq ($(wildcard scripts/pahole-flags.sh),)
 PAHOLE_FLAGS := $(shell PAHOLE=` + pahole + ` sh scripts/pahole-flags.sh)
+ifneq ($(.SHELLSTATUS),0)
+$(error scripts/pahole-flags.sh failed)
+endif
 endif
 prebake-flags: ; @echo $(PAHOLE_FLAGS)
 `
@@ -141,7 +157,7 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	box.Dir = insideKernel
 	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")
 	if err != nil {
-		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err), hintNoTypes)
+		return nil, refused(fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err), fault.Unsupported, hintNoTypes)
 	}
 	flags := strings.Fields(said)
 	for _, flag := range flags {

@@ -126,6 +126,7 @@ func TestTypesRefused(t *testing.T) {
 		{"no objcopy", takesBTF, nil, "", true, fault.InputMissing, "no objcopy"},
 		{"flags that name a file", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --btf_base=/etc/x\n"}, "", false, fault.Unsupported, "--btf_base=/etc/x"},
 		{"flags that pahole does not know", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --of_the_future\n"}, "", false, fault.Internal, "--of_the_future"},
+		{"script that fails", takesBTF, map[string]string{"scripts/pahole-flags.sh": "exit 3\n"}, "", false, fault.Unsupported, "pahole-flags.sh failed"},
 		{"makefile that fails", takesBTF, map[string]string{"scripts/Kbuild.include": "", "scripts/Makefile.btf": "$(error no such kernel)\n"}, "", false, fault.Unsupported, "no such kernel"},
 		{"functions for BPF programs", takesBTF, nil, "__attribute__((section(\".BTF_ids\"))) int ids[2] = {1, 2};\n", false, fault.Unsupported, ".BTF_ids"},
 	} {
@@ -146,6 +147,16 @@ func TestTypesRefused(t *testing.T) {
 				t.Errorf("Modules = %v, %v (hint %q); want %v with %q and a hint", result.Modules, err, fault.Hint(err), row.want, row.text)
 			}
 		})
+	}
+}
+
+// Whatever was killed for want of memory failed for that reason.
+func TestTypesOutOfMemory(t *testing.T) {
+	t.Parallel()
+	r := typedToy(t, takesBTF)
+	write(t, r.Headers, map[string]string{"scripts/Kbuild.include": "", "scripts/Makefile.btf": "PAHOLE_FLAGS := $(shell kill -9 $$PPID)\n"})
+	if _, err := compile.Modules(t.Context(), r); !fault.Is(err, fault.OutOfMemory) || fault.Hint(err) == "" {
+		t.Errorf("Modules = %v; want out-of-memory, with a hint", err)
 	}
 }
 
