@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path"
 	"path/filepath"
@@ -172,7 +173,7 @@ func TestFolder(t *testing.T) {
 	dir := folder(t)
 	b := open(t, "file://"+dir)
 	conform(t, b, true)
-	if got, want := b.URL("a/b"), "file://"+dir+"/a/b"; got != want {
+	if got, want := b.URL("a/b"), (&url.URL{Scheme: "file", Path: dir + "/a/b"}).String(); got != want {
 		t.Errorf("URL = %s; want %s", got, want)
 	}
 	secret := filepath.Join(t.TempDir(), "secret")

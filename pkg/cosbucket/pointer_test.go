@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -122,8 +123,9 @@ func TestSibling(t *testing.T) {
 	server := httptest.NewServer(http.FileServer(http.Dir(dir)))
 	t.Cleanup(server.Close)
 	sdk := cosbucket.Pointer{Bucket: "cos-sdk", Path: "a/b"}
+	folder := (&url.URL{Scheme: "file", Path: dir}).String()
 	rows := []struct{ bucket, want string }{
-		{"file://" + dir + "/cos-tools", "file://" + dir + "/cos-sdk/a/b"},
+		{folder + "/cos-tools", folder + "/cos-sdk/a/b"},
 		{server.URL + "/cos-tools", server.URL + "/cos-sdk/a/b"},
 		{"https://mirror.example/pub/cos-tools/", "https://mirror.example/pub/cos-sdk/a/b"},
 		{"https://storage.googleapis.com/cos-tools/below", "https://storage.googleapis.com/cos-sdk/a/b"},

@@ -21,7 +21,7 @@ func script(t *testing.T, body string) local.Builder {
 	t.Helper()
 	dir := t.TempDir()
 	builder := filepath.Join(dir, "builder")
-	text := "#!/bin/sh\nset -e\necho \"$@\" >>" + dir + "/calls\nif [ \"$1\" = keygen ]; then : >\"$2\"; echo public >\"$2.pub\"; exit 0; fi\n" + body + "\n"
+	text := "#!/bin/sh\nset -e\necho \"$@\" >>\"${0%/*}\"/calls\nif [ \"$1\" = keygen ]; then : >\"$2\"; echo public >\"$2.pub\"; exit 0; fi\n" + body + "\n"
 	program.Write(t, builder, []byte(text))
 	return local.Builder{Program: builder, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
 }
