@@ -21,7 +21,7 @@ const AttachRecipe = "attach-1"
 
 // ErrLeftOut says that a signature of Google's is of no use for a module. Its
 // text goes on with the reason.
-var ErrLeftOut = errors.New("Google's signatures are left out")
+var ErrLeftOut = errors.New("signatures by Google are left out")
 
 // Detached are Google's signatures over the driver of one COS build, from
 // extensions/gpu/nvidia-drivers-<VERSION>-signature.tar.gz. They are over the
@@ -105,7 +105,7 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 	case errors.Is(err, ErrChanged):
 		return fault.Errorf(fault.CheckFailed, "%w: that of %s is over other bytes", ErrLeftOut, name)
 	case err != nil:
-		return fault.Wrap(fault.CheckFailed, fmt.Errorf("Google's signature of %s: %w", name, err), "replace the archive in the bucket, or build with --google-signatures off")
+		return fault.Wrap(fault.CheckFailed, fmt.Errorf("signature by Google of %s: %w", name, err), "replace the archive in the bucket, or build with --google-signatures off")
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
 		return fault.Errorf(fault.CheckFailed, "%w: that of %s is by %.200q, whom the kernel's root has not certified", ErrLeftOut, name, s.Signer.Subject.String())
 	}

@@ -340,6 +340,11 @@ func TestHostileGoogleSignatures(t *testing.T) {
 func TestGoogleModules(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)
+	both := driverFiles()
+	for _, file := range []string{"Kbuild", "Makefile", "nv.c"} {
+		both["kernel/"+file] = both["kernel-open/"+file]
+	}
+	f.driver(t, both)
 	cfg := f.config(t, emptyCache(t))
 	plain := must(t, cfg, request("17800.0.9"))
 	g := newGoogle(t)
@@ -363,7 +368,7 @@ func TestGoogleModules(t *testing.T) {
 	refused("another root", request("17800.0.9"), fault.CheckFailed, "--google-modules")
 	proprietary := request("17800.0.9")
 	proprietary.Flavour = target.Proprietary
-	refused("another flavour", proprietary, fault.Unsupported, "--flavour open")
+	refused("another flavour", proprietary, fault.Unsupported, "without --google-modules")
 
 	f.put(t, lakitu9+"trusted_key.pem", g.certs[0].Raw)
 	res := must(t, cfg, request("17800.0.9"))
