@@ -179,7 +179,8 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	return p, nil
 }
 
-// Stop asks the program to end, waits, and kills it after 20 seconds.
+// Stop asks the program to end, waits, and kills it after a minute: server and
+// builder give what is under way 20 seconds of their own.
 func (p *Process) Stop() error {
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return err
@@ -187,8 +188,8 @@ func (p *Process) Stop() error {
 	select {
 	case <-p.done:
 		return p.err
-	case <-time.After(20 * time.Second):
-		return errors.Join(errors.New("program did not end in 20 s"), p.Kill())
+	case <-time.After(time.Minute):
+		return errors.Join(errors.New("program did not end in a minute"), p.Kill())
 	}
 }
 
