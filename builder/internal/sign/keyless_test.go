@@ -1,6 +1,7 @@
 package sign_test
 
 import (
+	"encoding/json"
 	"errors"
 	"net/http"
 	"net/http/httptest"
@@ -38,6 +39,28 @@ func deployment(t *testing.T) (farm *testkit.Authority, r *trust.Root) {
 func keylessRef(t *testing.T, ca string, stamps ...string) string {
 	t.Helper()
 	return sign.PrefixKeyless + testkit.SigningConfig(t, ca, stamps...)
+}
+
+// withLog adds a log to a signing configuration.
+func withLog(t *testing.T, ref, url string) string {
+	t.Helper()
+	path := strings.TrimPrefix(ref, sign.PrefixKeyless)
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var cfg map[string]any
+	if err := json.Unmarshal(text, &cfg); err != nil {
+		t.Fatal(err)
+	}
+	cfg["rekorTlogUrls"] = []any{map[string]any{"url": url, "majorApiVersion": 2, "operator": "example.com", "validFor": map[string]string{"start": "2020-01-01T00:00:00Z"}}}
+	if text, err = json.Marshal(cfg); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return ref
 }
 
 func TestKeyless(t *testing.T) {
@@ -153,15 +176,16 @@ func TestKeylessRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, row := range []struct {
-		name, stamps string
-		kind         fault.Kind
-		hint         string
+		name, ref string
+		kind      fault.Kind
+		hint      string
 	}{
-		{"time out of reach", gone.URL, fault.Transient, "can be reached"},
-		{"no timestamp authority", refusing.URL, fault.Usage, "timestamp authority's URL"},
-		{"time of another root", testkit.NewAuthority(t).ServeTime(t), fault.Unverified, "that the trusted root names"},
+		{"time out of reach", keylessRef(t, url, gone.URL), fault.Transient, "can be reached"},
+		{"no timestamp authority", keylessRef(t, url, refusing.URL), fault.Usage, "timestamp authority's URL"},
+		{"time of another root", keylessRef(t, url, testkit.NewAuthority(t).ServeTime(t)), fault.Unverified, "that the trusted root names"},
+		{"log out of reach", withLog(t, keylessRef(t, url, stamps), gone.URL), fault.Transient, "can be reached"},
 	} {
-		signer, err := sign.LoadSigner(t.Context(), keylessRef(t, url, row.stamps), good)
+		signer, err := sign.LoadSigner(t.Context(), row.ref, good)
 		if err != nil {
 			t.Fatal(err)
 		}
