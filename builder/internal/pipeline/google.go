@@ -117,34 +117,42 @@ func (r *run) attachSignatures(ctx context.Context) (string, error) {
 	return note, nil
 }
 
-// fetchModules fetches the modules that Google compiled.
-func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket) (err error) {
+// googleModules are those that Google compiled for this run's COS build.
+type googleModules struct {
+	*cossrc.SignedDriver
+	dir    string // the verified modules
+	cached bool
+}
+
+// fetchModules fetches them, and verifies each, before anything is decided.
+func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket) error {
 	switch {
 	case !r.cfg.GoogleModules:
 		return nil
 	case r.req.Flavour != target.Open:
 		return fault.New(fault.Unsupported, fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour), "--flavour open, or build without --google-modules")
 	}
-	r.prebuilt, err = cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.res.Driver.Version, r.say("source"))
-	return err
-}
-
-// takeModules goes on with Google's modules in the place of compiled ones.
-func (r *run) takeModules(ctx context.Context) (string, error) {
-	trusted, err := r.kernelTrusts()
+	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.res.Driver.Version, r.say("source"))
 	if err != nil {
-		return "", err
+		return err
 	}
-	archive := r.prebuilt.Materials[0]
-	dir, cached, err := r.products.Tree(ctx, "google", r.key(r.signatureParts()...), func(_ context.Context, dir string) (err error) {
-		f, err := os.Open(r.prebuilt.Archive)
+	trusted, err := r.kernelTrusts(driver)
+	if err != nil {
+		return err
+	}
+	parts := []string{modsign.UnpackRecipe, driver.Materials[0].Digest}
+	for _, cert := range trusted {
+		parts = append(parts, modsign.Fingerprint(cert))
+	}
+	dir, cached, err := r.products.Tree(ctx, "google", r.key(parts...), func(_ context.Context, dir string) (err error) {
+		f, err := os.Open(driver.Archive)
 		if err != nil {
 			return err
 		}
 		defer func() { err = errors.Join(err, f.Close()) }()
 		names, err := modsign.UnpackSigned(f, dir, trusted)
 		if err != nil {
-			return fmt.Errorf("%s: %w", archive.URI, err)
+			return fmt.Errorf("%s: %w", driver.Materials[0].URI, err)
 		}
 		sums := map[string]string{}
 		for _, name := range names {
@@ -154,28 +162,35 @@ func (r *run) takeModules(ctx context.Context) (string, error) {
 		}
 		return writeSums(dir, sums)
 	})
-	if err != nil {
-		return "", err
-	}
-	if err := r.findModules(dir); err != nil {
-		return "", err
-	}
-	note := fmt.Sprintf("%d modules, signed by Google", len(r.modules))
-	if cached {
-		note += ", cached"
-	}
-	return note, nil
+	r.prebuilt = &googleModules{driver, dir, cached}
+	return err
 }
 
 // kernelTrusts are the certificates that Google's modules are held against.
-func (r *run) kernelTrusts() (trusted []*x509.Certificate, err error) {
-	if r.cfg.ModuleCert != "" {
+func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
+	switch {
+	case r.cfg.ModuleCert != "":
 		return modsign.ReadCertificates(r.cfg.ModuleCert)
-	}
-	if r.prebuilt.TrustedKey == nil {
+	case driver.TrustedKey == nil:
 		return nil, fault.New(fault.InputMissing, "the bucket does not show the certificate that this kernel was built with: there is no trusted_key.pem", "give it with --module-cert FILE")
 	}
-	return modsign.ParseCertificates(r.prebuilt.TrustedKey)
+	trusted, err := modsign.ParseCertificates(driver.TrustedKey)
+	if err != nil {
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read %s: %w", driver.Materials[1].URI, err), "replace it in the bucket, or give the certificate with --module-cert FILE")
+	}
+	return trusted, nil
+}
+
+// takeModules goes on with Google's modules in the place of compiled ones.
+func (r *run) takeModules(context.Context) (string, error) {
+	if err := r.findModules(r.prebuilt.dir); err != nil {
+		return "", err
+	}
+	note := fmt.Sprintf("%d modules, signed by Google", len(r.modules))
+	if r.prebuilt.cached {
+		note += ", cached"
+	}
+	return note, nil
 }
 
 // carries says whose signatures the modules of an artifact carry, as its
@@ -220,14 +235,18 @@ func (c carries) fact() (name, value string, ok bool) {
 // as unsigned where nobody asked for signatures, and as good as this build's own
 // modules where both kernels were built with the same root.
 func (r *run) takes(c carries, inputs []trust.Material) bool {
+	among := func(wanted []cossrc.Material) bool {
+		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {
+			return !slices.ContainsFunc(inputs, func(m trust.Material) bool { return m.Digest == w.Digest })
+		})
+	}
 	switch {
 	case r.prebuilt != nil:
-		return c == r.carries() || c.modules != "" && r.prebuilt.TrustedKey != nil &&
-			slices.ContainsFunc(inputs, func(m trust.Material) bool { return m.Digest == r.prebuilt.Materials[1].Digest })
+		return c == r.carries() || c.modules != "" && r.prebuilt.TrustedKey != nil && among(r.prebuilt.Materials[1:])
 	case r.moduleSigner != nil || r.cfg.GoogleSignatures == GoogleOff:
 		return c == r.carries()
 	case r.cfg.GoogleSignatures == GoogleRequire:
-		return c == carries{google: r.google.materials[0].Digest}
+		return c.google != "" && among(r.google.materials)
 	}
 	return c.key == "" && c.modules == ""
 }

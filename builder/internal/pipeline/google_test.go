@@ -114,15 +114,7 @@ func (f *farm) materialsOf(t *testing.T, res *pipeline.Result) (names []string) 
 	if err != nil {
 		t.Fatal(err)
 	}
-	signer, err := sign.LoadSigner(t.Context(), f.key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	v, err := signer.Verifier()
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, st := range v.Statements(bundles, res.Digest, trust.PredicateProvenance) {
+	for _, st := range f.verifier(t).Statements(bundles, res.Digest, trust.PredicateProvenance) {
 		var p struct {
 			BuildDefinition struct {
 				ResolvedDependencies []struct{ Name string } `json:"resolvedDependencies"`
@@ -231,8 +223,12 @@ func TestGoogleSignatures(t *testing.T) {
 		}
 	}
 
-	// A sibling of the same fingerprint, to which Google gave no signatures.
+	// Siblings of the same fingerprint: one to which Google gave no signatures,
+	// and one whose kernel was built with another root.
 	f.kernel(t, "17800.0.10", headerFiles())
+	f.kernel(t, "17800.0.11", headerFiles())
+	f.put(t, "cos/17800.0.11/lakitu/extensions/gpu/"+archiveName, tgz(t, g.files(t, modules)))
+	f.put(t, "cos/17800.0.11/lakitu/trusted_key.pem", newGoogle(t).certs[0].Raw)
 	for _, row := range []struct {
 		build string
 		mode  pipeline.GoogleSignatures
@@ -240,6 +236,7 @@ func TestGoogleSignatures(t *testing.T) {
 	}{
 		{"17800.0.9", pipeline.GoogleAuto, 0}, {"17800.0.9", pipeline.GoogleRequire, 0}, {"17800.0.10", pipeline.GoogleAuto, 0},
 		{"17800.0.9", pipeline.GoogleOff, fault.PublishRefused}, {"17800.0.10", pipeline.GoogleRequire, fault.InputMissing},
+		{"17800.0.11", pipeline.GoogleRequire, fault.CheckFailed},
 	} {
 		cfg.GoogleSignatures = row.mode
 		again, _, err := build(t, cfg, request(row.build))
@@ -396,14 +393,13 @@ func TestGoogleModules(t *testing.T) {
 	// A sibling of the same fingerprint, whose archive is another one: what is
 	// there serves it, if both kernels know the same root.
 	files := map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "README": "made for another build"}
-	for build, root := range map[string][]byte{"17800.0.10": g.certs[0].Raw, "17800.0.11": newGoogle(t).certs[0].Raw} {
-		f.put(t, "cos/"+build+"/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
-		f.put(t, "cos/"+build+"/lakitu/trusted_key.pem", root)
-	}
+	f.put(t, "cos/17800.0.10/lakitu/nvidia-drivers-"+version+".tgz", tgz(t, files))
+	f.put(t, "cos/17800.0.10/lakitu/trusted_key.pem", g.certs[0].Raw)
+	f.put(t, "cos/17800.0.11/lakitu/trusted_key.pem", newGoogle(t).certs[0].Raw)
 	if again := must(t, cfg, request("17800.0.10")); !again.Reused || again.Digest != res.Digest {
 		t.Errorf("a sibling with the same root: %+v; want it reused", again)
 	}
-	refused("a sibling with another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
+	refused("the same archive, but another root", request("17800.0.11"), fault.CheckFailed, "which certificate")
 	// Who asks for compiled modules does not get Google's, nor the other way round.
 	cfg.GoogleModules = false
 	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {

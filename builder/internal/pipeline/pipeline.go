@@ -173,8 +173,8 @@ type run struct {
 
 	moduleSigner *modsign.Signer // nil without Config.ModuleKey
 	moduleHash   string
-	google       *googleSignatures    // nil where there are none, or none is wanted
-	prebuilt     *cossrc.SignedDriver // nil without Config.GoogleModules
+	google       *googleSignatures // nil where there are none, or none is wanted
+	prebuilt     *googleModules    // nil without Config.GoogleModules
 
 	signer   *sign.Signer
 	verifier *trust.Verifier
