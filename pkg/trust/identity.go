@@ -68,6 +68,23 @@ func parseRoot(text []byte) (*Root, error) {
 	return &Root{material}, nil
 }
 
+// Certified says that an authority of this root issued a certificate, and
+// nothing about who used it when.
+func (r *Root) Certified(leaf *x509.Certificate) error {
+	if _, err := chains(r.material, leaf); err != nil {
+		return fault.Wrap(fault.Unverified, err, hintFor(err))
+	}
+	return nil
+}
+
+func chains(r root.TrustedMaterial, leaf *x509.Certificate) ([][]*x509.Certificate, error) {
+	all, err := verify.VerifyLeafCertificate(leaf.NotBefore, leaf, r)
+	if err != nil {
+		return nil, fmt.Errorf("%w: issued by %.200q", ErrOtherRoot, leaf.Issuer.String())
+	}
+	return all, nil
+}
+
 // Identity is whom a certificate names, and who vouched for that.
 type Identity struct {
 	// Subject is the certificate's subject alternative name: a URL or a mail
@@ -159,12 +176,12 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 		}
 		return fmt.Errorf("%w: %.300q; trusted are %s", ErrUnknownIdentity, nameOf(who).String(), c.identities)
 	}
-	chains, err := verify.VerifyLeafCertificate(leaf.NotBefore, leaf, c.root)
+	issued, err := chains(c.root, leaf)
 	if err != nil {
-		return fmt.Errorf("%w: issued by %.200q", ErrOtherRoot, leaf.Issuer.String())
+		return err
 	}
 	if c.logged {
-		if err := verify.VerifySignedCertificateTimestamp(chains, 1, c.root); err != nil {
+		if err := verify.VerifySignedCertificateTimestamp(issued, 1, c.root); err != nil {
 			return fmt.Errorf("%w: no trusted log of certificates has it: %w", ErrOtherRoot, cut{err})
 		}
 	}

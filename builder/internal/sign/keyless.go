@@ -71,6 +71,9 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	if err != nil {
 		return nil, err
 	}
+	if err := l.root.Certified(leaf); err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "give the trusted root of the deployment that the signing configuration names")
+	}
 	who, err := certificate.SummarizeCertificate(leaf)
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)

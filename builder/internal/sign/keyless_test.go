@@ -163,6 +163,7 @@ func TestKeylessRefuses(t *testing.T) {
 		{"expired token", keylessRef(t, url, stamps), []sign.Option{given(testkit.Token(t, issuer, "farm@example.com", time.Unix(1, 0)))}, fault.Usage, "fresh token"},
 		{"no token", keylessRef(t, url, stamps), []sign.Option{given([]byte("x"))}, fault.Usage, "fresh token"},
 		{"a token for nobody", keylessRef(t, url, stamps), []sign.Option{given(testkit.Token(t, issuer, "", time.Now()))}, fault.Usage, "fresh token"},
+		{"authority of another root", keylessRef(t, testkit.NewAuthority(t).ServeCertificates(t), stamps), []sign.Option{good}, fault.Usage, "that the signing configuration names"},
 		{"authority out of reach", keylessRef(t, gone.URL, stamps), []sign.Option{good}, fault.Transient, "can be reached"},
 	}
 	for _, row := range rows {
@@ -182,7 +183,7 @@ func TestKeylessRefuses(t *testing.T) {
 	}{
 		{"time out of reach", keylessRef(t, url, gone.URL), fault.Transient, "can be reached"},
 		{"no timestamp authority", keylessRef(t, url, refusing.URL), fault.Usage, "timestamp authority's URL"},
-		{"time of another root", keylessRef(t, url, testkit.NewAuthority(t).ServeTime(t)), fault.Unverified, "that the trusted root names"},
+		{"time of another root", keylessRef(t, url, testkit.NewAuthority(t).ServeTime(t)), fault.Usage, "that the trusted root names"},
 		{"log out of reach", withLog(t, keylessRef(t, url, stamps), gone.URL), fault.Transient, "can be reached"},
 	} {
 		signer, err := sign.LoadSigner(t.Context(), row.ref, good)

@@ -216,7 +216,11 @@ func newBundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 		return nil, err
 	}
 	if _, err := verifier.Statement(raw); err != nil {
-		return nil, err
+		kind := fault.Transient // a KMS whose key was replaced meanwhile names the new one the next time
+		if s.keyless != nil {
+			kind = fault.Usage // the root is of other services, or the token of somebody else
+		}
+		return nil, fault.Wrap(kind, fmt.Errorf("verify what was signed: %w", err), "")
 	}
 	return raw, nil
 }
