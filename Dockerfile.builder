@@ -1,8 +1,11 @@
-# Two images: "builder" (the default) and "server".
+# Three images: "builder" (the default), "server", and "builder-arm64", which
+# load-tests drivers for arm64 too.
 #
 #   make build
 #   docker build -f Dockerfile.builder -t prebake-builder .
 #   docker build -f Dockerfile.builder -t prebake-server --target server .
+#   make arm64-programs
+#   docker build -f Dockerfile.builder -t prebake-builder-arm64 --target builder-arm64 .
 #
 # BASE is any Debian 12 root with apt. "make images" makes one on the spot and
 # needs neither a registry nor a Docker daemon.
@@ -32,3 +35,17 @@ RUN apt-get update \
 COPY bin/builder bin/fetcher bin/guestinit bin/nvmlprobe /usr/local/bin/
 USER 65532:65532
 ENTRYPOINT ["/usr/local/bin/builder"]
+
+# An emulated Arm machine, and what runs in it: cross-compiled, so that no
+# compiler is in the image. The emulator of 32-bit machines is as large as the
+# one that load tests start, and comes in the same package.
+FROM builder AS builder-arm64
+USER 0:0
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends qemu-system-arm \
+ && rm -rf /usr/bin/qemu-system-arm /var/lib/apt/lists/* /var/cache/apt/* /var/log/dpkg.log /var/log/apt
+COPY bin/guestinit-arm64 bin/nvmlprobe-arm64 /usr/local/bin/
+USER 65532:65532
+
+# What is built where no target is named.
+FROM builder

@@ -107,6 +107,11 @@ images: build ## build and start the container images with buildah, no registry 
 	@deploy/setup.sh run images
 	@deploy/images.sh
 
+.PHONY: images-arm64
+images-arm64: build arm64-programs ## build the container image that load-tests drivers for arm64 too
+	@deploy/setup.sh run images
+	@deploy/images.sh --arm64
+
 .PHONY: generate
 generate: ## write the generated parts of the documentation again
 	$(GO) generate ./...

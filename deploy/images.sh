@@ -4,14 +4,16 @@
 # base is a Debian root that debootstrap makes from this machine's own apt
 # sources, kept under the user's cache folder.
 #
-# usage: deploy/images.sh [FOLDER]   images as OCI archives into FOLDER (bin/images)
+# usage: deploy/images.sh [--arm64] [FOLDER]   images as OCI archives into FOLDER (bin/images)
+#   --arm64        the image builder-arm64 in place of the three
 #   BASE_IMAGE=…   use this image as base instead
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 cache=${PREBAKE_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}
-out=${1:-bin/images}
 suite=bookworm
+images=(builder server fetcher)
+programs=(builder server fetcher nvmlprobe guestinit)
 
 if ((EUID != 0)); then
   # A root file system with its owners and devices takes root to make.
@@ -20,8 +22,14 @@ if ((EUID != 0)); then
 fi
 
 say() { echo "images: $*" >&2; }
-for program in builder server fetcher nvmlprobe guestinit; do
-  [[ -x bin/$program ]] || { say "bin/$program is missing; run make build"; exit 1; }
+if [[ ${1:-} == --arm64 ]]; then
+  shift
+  images=(builder-arm64)
+  programs+=(guestinit-arm64 nvmlprobe-arm64)
+fi
+out=${1:-bin/images}
+for program in "${programs[@]}"; do
+  [[ -x bin/$program ]] || { say "bin/$program is missing; run make build, and make arm64-programs for --arm64"; exit 1; }
 done
 
 mkdir -p "$cache/images" "$out"
@@ -84,9 +92,13 @@ build() {
   buildah_ push -q "localhost/prebake/$name" "oci-archive:$out/$name.tar:prebake/$name:latest"
   say "built $name in $((SECONDS - start)) s"
 }
-build builder Dockerfile.builder --target builder
-build server Dockerfile.builder --target server
-build fetcher Dockerfile.fetcher
+sizes() {
+  printf '%-13s %10s %10s\n' image unpacked archive
+  for name in "${images[@]}"; do
+    printf '%-13s %10s %10s\n' "$name" \
+      "$(buildah_ images --format '{{.Size}}' "localhost/prebake/$name" | tr -d ' ')" "$(du -h "$out/$name.tar" | cut -f1)"
+  done
+}
 
 # What an image is for must start inside it.
 enter() {
@@ -98,6 +110,29 @@ starts() {
     { tail -n 20 "$work/smoke.log" >&2; say "$image: $* does not run inside the image"; exit 1; }
   say "$image: $1: $(head -n 1 "$work/smoke.log" | tr -d '\r')"
 }
+# What a builder's doctor says of a machine that is this image.
+doctor_finds() {
+  local root report
+  root=$(buildah_ mount "$container")
+  report=$(bwrap --bind "$root" / --dev-bind /proc /proc --dev-bind /dev /dev --tmpfs /tmp \
+    --clearenv --setenv PATH /usr/local/bin:/usr/bin:/bin --setenv HOME /nonexistent \
+    setpriv --reuid 65532 --regid 65532 --clear-groups builder doctor --cache /tmp/cache 2>&1) || true
+  grep -q "^ok    $1 " <<<"$report" || { echo "$report" >&2; say "$image: doctor does not find $1"; exit 1; }
+  say "$image: doctor finds $1"
+}
+if [[ ${images[0]} == builder-arm64 ]]; then
+  build builder-arm64 Dockerfile.builder --target builder-arm64
+  enter builder-arm64
+  starts qemu-system-aarch64 --version
+  doctor_finds "qemu amd64"
+  doctor_finds "qemu arm64"
+  buildah_ rm "$container" >/dev/null
+  sizes
+  exit
+fi
+build builder Dockerfile.builder --target builder
+build server Dockerfile.builder --target server
+build fetcher Dockerfile.fetcher
 enter builder
 starts builder version
 starts fetcher version
@@ -160,8 +195,4 @@ enter fetcher
 starts /usr/local/bin/fetcher version
 buildah_ rm "$container" >/dev/null
 
-printf '%-8s %10s %10s\n' image unpacked archive
-for name in builder server fetcher; do
-  printf '%-8s %10s %10s\n' "$name" \
-    "$(buildah_ images --format '{{.Size}}' "localhost/prebake/$name" | tr -d ' ')" "$(du -h "$out/$name.tar" | cut -f1)"
-done
+sizes

@@ -15,8 +15,10 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // Level says what a finding means for builds.
@@ -255,14 +257,20 @@ func (e *examination) cache() {
 }
 
 func (e *examination) loadTest() {
-	for _, emulator := range []struct{ arch, program, name string }{
-		{"amd64", "qemu-system-x86_64", "qemu-system-x86"}, {"arm64", "qemu-system-aarch64", "qemu-system-arm"},
+	for _, emulator := range []struct {
+		arch          target.Arch
+		program, name string
+	}{
+		{target.AMD64, "qemu-system-x86_64", "qemu-system-x86"}, {target.ARM64, "qemu-system-aarch64", "qemu-system-arm"},
 	} {
-		check := "qemu " + emulator.arch
+		check := "qemu " + string(emulator.arch)
 		if !e.m.Program(emulator.program) {
-			f := missing(check, Warn, emulator.program+" is missing: drivers for "+emulator.arch+" cannot be load-tested", emulator.name)
+			f := missing(check, Warn, fmt.Sprintf("%s is missing: drivers for %s cannot be load-tested", emulator.program, emulator.arch), emulator.name)
 			f.Next += "; or build with --load-test off"
 			e.add(f)
+			continue
+		}
+		if emulator.arch == target.ARM64 && !e.armHelpers(check) {
 			continue
 		}
 		e.ok(check, "%s is there", emulator.program)
@@ -284,6 +292,22 @@ func (e *examination) loadTest() {
 
 // released is a date that no right clock is before.
 func released() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
+
+// armHelpers looks for the programs for arm64; those for amd64 are findings of
+// their own.
+func (e *examination) armHelpers(check string) bool {
+	for _, p := range []struct{ path, without string }{
+		{e.GuestInit, "drivers for arm64 cannot be load-tested"}, {e.NVMLProbe, "load tests of drivers for arm64 do not ask NVML"},
+	} {
+		path := loadtest.Helper(p.path, target.ARM64)
+		if err := e.m.Executable(path); err != nil {
+			e.add(Finding{Check: check, Level: Warn, Text: fmt.Sprintf("the emulator is there, but %s: %v", p.without, err),
+				Next: fmt.Sprintf("put %s beside %s: make arm64-programs; or take the image builder-arm64; or build no drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
+			return false
+		}
+	}
+	return true
+}
 
 func (e *examination) clock() {
 	const next = "set the clock, and keep it right: apt-get install systemd-timesyncd, or chrony"

@@ -77,6 +77,16 @@ func TestFindings(t *testing.T) {
 	lacking := func(names ...string) func(string) bool {
 		return func(n string) bool { return !slices.Contains(names, n) }
 	}
+	lackingFile := func(file string) func(*doctor.Machine, *doctor.Config) {
+		return func(m *doctor.Machine, _ *doctor.Config) {
+			m.Executable = func(path string) error {
+				if path == file {
+					return os.ErrNotExist
+				}
+				return nil
+			}
+		}
+	}
 	rows := []struct {
 		name    string
 		change  func(m *doctor.Machine, c *doctor.Config)
@@ -115,14 +125,9 @@ func TestFindings(t *testing.T) {
 			m.Cache = func(string) (int64, error) { return 0, os.ErrPermission }
 		}, "cache", doctor.Fail, "permission denied", "--cache", "", fault.Internal},
 		{"no emulator", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("qemu-system-aarch64") }, "qemu arm64", doctor.Warn, "arm64 cannot be load-tested", "qemu-system-arm; ", "apt-get install qemu-system-arm", 0},
-		{"no helper", func(m *doctor.Machine, _ *doctor.Config) {
-			m.Executable = func(path string) error {
-				if path == "/bin/nvmlprobe" {
-					return os.ErrNotExist
-				}
-				return nil
-			}
-		}, "nvmlprobe", doctor.Warn, "not exist", "--probe", "", 0},
+		{"no helper", lackingFile("/bin/nvmlprobe"), "nvmlprobe", doctor.Warn, "not exist", "--probe", "", 0},
+		{"no helper for arm64", lackingFile("/bin/guestinit-arm64"), "qemu arm64", doctor.Warn, "cannot be load-tested", "put guestinit-arm64 beside guestinit: make arm64-programs", "", 0},
+		{"no probe for arm64", lackingFile("/bin/nvmlprobe-arm64"), "qemu arm64", doctor.Warn, "do not ask NVML", "put nvmlprobe-arm64 beside nvmlprobe: make arm64-programs", "", 0},
 		{"old clock", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Now = func() time.Time { return time.Unix(0, 0) }
 		}, "clock", doctor.Fail, "1970-01-01", "set the clock", "", fault.Usage},

@@ -49,7 +49,7 @@ func liveConfig(t *testing.T) Config {
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", helper(out, arch), "github.com/prebake/prebake/"+pkg)
+	cmd := exec.Command("go", "build", "-o", Helper(out, arch), "github.com/prebake/prebake/"+pkg)
 	cgo := "0"
 	if strings.HasSuffix(pkg, "nvmlprobe") {
 		cgo = "1"

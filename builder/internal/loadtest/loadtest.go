@@ -74,7 +74,7 @@ func Run(ctx context.Context, c Config, console io.Writer) (*Verdict, error) {
 	}
 	p.gpu = gpu
 	res, err := vm.Run(ctx, vm.Config{
-		Boot: c.Boot, Arch: p.arch, GPU: gpu, Init: helper(c.Init, p.arch), Files: p.files, Steps: p.steps,
+		Boot: c.Boot, Arch: p.arch, GPU: gpu, Init: Helper(c.Init, p.arch), Files: p.files, Steps: p.steps,
 		KernelArgs: c.KernelArgs, Console: console, Watch: c.Watch, Timeout: c.Timeout,
 	})
 	var crash *vm.CrashError

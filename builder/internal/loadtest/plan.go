@@ -104,8 +104,9 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
 }
 
-// helper returns the program of ours for an architecture.
-func helper(program string, arch target.Arch) string {
+// Helper returns the program of ours for an architecture: it stands beside the
+// one for amd64.
+func Helper(program string, arch target.Arch) string {
 	if arch == target.AMD64 {
 		return program
 	}
@@ -113,7 +114,7 @@ func helper(program string, arch target.Arch) string {
 }
 
 func (p *plan) addFiles(c Config) error {
-	lib, probe := filepath.Join(c.Userspace, "lib64", "libnvidia-ml.so.1"), helper(c.Probe, p.arch)
+	lib, probe := filepath.Join(c.Userspace, "lib64", "libnvidia-ml.so.1"), Helper(c.Probe, p.arch)
 	switch _, err := os.Stat(probe); {
 	case err == nil:
 		libraries, err := vm.GlibcFiles(probe, lib)
