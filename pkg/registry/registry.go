@@ -22,15 +22,9 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Bounds of what is read.
-const (
-	// MaxManifest bounds a manifest, an index and a list of referrers.
-	MaxManifest = 4 << 20
-	// MaxAttachments bounds how many attached payloads [Repository.Attached] reads.
-	MaxAttachments = 64
-	// MaxAttachment bounds one of them.
-	MaxAttachment = 1 << 20
-)
+// MaxManifest bounds a manifest, an index and a list of referrers, all pages of
+// it together.
+const MaxManifest = 4 << 20
 
 // Options say how to speak to a registry; the zero value asks the user's
 // Docker configuration for credentials.
@@ -145,6 +139,22 @@ func (r *Repository) Blob(ctx context.Context, digest string, size int64) (io.Re
 // Referrers lists what is attached to a manifest, in a stable order: all of
 // it, or what has this artifact type.
 func (r *Repository) Referrers(ctx context.Context, digest, artifactType string) ([]v1.Descriptor, error) {
+	all, err := r.list(ctx, digest)
+	if err != nil || artifactType == "" {
+		return all, err
+	}
+	var list []v1.Descriptor
+	for _, d := range all {
+		if mayBe(d, artifactType) && (d.ArtifactType == artifactType || r.attachedAs(ctx, d, artifactType)) {
+			d.ArtifactType = artifactType
+			list = append(list, d)
+		}
+	}
+	return list, nil
+}
+
+// list returns all manifests that are attached to one, by digest.
+func (r *Repository) list(ctx context.Context, digest string) ([]v1.Descriptor, error) {
 	err := checkDigest(digest)
 	var all []v1.Descriptor
 	if err == nil {
@@ -153,22 +163,9 @@ func (r *Repository) Referrers(ctx context.Context, digest, artifactType string)
 	if err != nil {
 		return nil, fmt.Errorf("list referrers of %s in %s: %w", digest, r.name, err)
 	}
-	var list []v1.Descriptor
-	for _, d := range all {
-		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
-			continue
-		}
-		if artifactType != "" && d.ArtifactType != artifactType {
-			// A registry from before artifact types reports the config's.
-			if d.ArtifactType != "" && d.ArtifactType != emptyType || !r.attachedAs(ctx, d, artifactType) {
-				continue
-			}
-			d.ArtifactType = artifactType
-		}
-		list = append(list, d)
-	}
-	slices.SortFunc(list, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
-	return slices.CompactFunc(list, func(a, b v1.Descriptor) bool { return a.Digest == b.Digest }), nil
+	all = slices.DeleteFunc(all, func(d v1.Descriptor) bool { return !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil })
+	slices.SortFunc(all, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
+	return slices.CompactFunc(all, func(a, b v1.Descriptor) bool { return a.Digest == b.Digest }), nil
 }
 
 func (r *Repository) attachedAs(ctx context.Context, d v1.Descriptor, artifactType string) bool {
@@ -178,35 +175,6 @@ func (r *Repository) attachedAs(ctx context.Context, d v1.Descriptor, artifactTy
 	}
 	var m v1.Manifest
 	return json.Unmarshal(raw, &m) == nil && m.ArtifactType == artifactType
-}
-
-// Attached returns the payloads of this type that are attached to a manifest,
-// compared with their digests, at most [MaxAttachments] of at most
-// [MaxAttachment] bytes. Others, and manifests of another shape, are left out:
-// anybody who may push can attach them.
-func (r *Repository) Attached(ctx context.Context, digest, artifactType string) ([][]byte, error) {
-	list, err := r.Referrers(ctx, digest, artifactType)
-	if err != nil {
-		return nil, err
-	}
-	var all [][]byte
-	for _, d := range list[:min(len(list), MaxAttachments)] {
-		raw, err := r.Manifest(ctx, d.Digest.String())
-		if err != nil {
-			return nil, err
-		}
-		var m v1.Manifest
-		if err := json.Unmarshal(raw, &m); err != nil || len(m.Layers) != 1 || m.Subject == nil || m.Subject.Digest.String() != digest ||
-			m.Layers[0].Size < 0 || m.Layers[0].Size > MaxAttachment || checkDigest(m.Layers[0].Digest.String()) != nil {
-			continue
-		}
-		payload, err := r.Small(ctx, m.Layers[0])
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, payload)
-	}
-	return all, nil
 }
 
 // Small reads a whole blob of at most [MaxManifest] bytes and compares it with

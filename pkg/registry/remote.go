@@ -46,7 +46,7 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	if tr == nil {
 		tr = remote.DefaultTransport
 	}
-	s := &remoteStore{repo: repo, options: []remote.Option{remote.WithTransport(bounded{tr})}}
+	s := &remoteStore{repo: repo, options: []remote.Option{remote.WithTransport(bounded{pages{tr}})}}
 	if o.UserAgent != "" {
 		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
 	}
@@ -246,6 +246,9 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	var api *transport.Error
 	if errors.As(err, &api) {
 		return answered(host, api.StatusCode, err, write)
+	}
+	if fault.Is(err, fault.Unverified) {
+		return err
 	}
 	if errors.Is(err, errTooLong) {
 		return fault.Wrap(fault.Unverified, err, "")

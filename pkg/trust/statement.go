@@ -25,7 +25,9 @@ var (
 // Bounds of what is looked at. A registry may let others attach whatever they
 // like, so neither number nor size may cost much.
 const (
-	MaxBundles    = 64
+	// MaxBundles has room for what [Wanted] finds, as much that has no labels, and
+	// the caller's own.
+	MaxBundles    = 64 + 64 + 16
 	MaxBundleSize = 1 << 20
 	maxSubjects   = 64
 )

@@ -77,11 +77,11 @@ func (p *Places) holds(ctx context.Context, repo *registry.Repository, digest st
 	if err != nil {
 		return err
 	}
-	attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+	kernel := target.Kernel{BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Arch: c.Kernel.Arch}
+	attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(kernel)...)
 	if err != nil {
 		return err
 	}
-	kernel := target.Kernel{BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Arch: c.Kernel.Arch}
 	if _, err := p.Verifier.Verify(attached, trust.Expect{Digest: digest, Kernel: kernel, Driver: c.Driver, Identity: content.Identity}); err != nil {
 		return err
 	}

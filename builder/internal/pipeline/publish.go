@@ -130,7 +130,7 @@ func (r *run) holds(ctx context.Context, p place, digest string, match []byte) (
 	if err != nil {
 		return content, false, err
 	}
-	attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+	attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(r.kernel.Kernel)...)
 	if err != nil {
 		return content, false, err
 	}

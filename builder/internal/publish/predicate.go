@@ -1,20 +1,25 @@
 package publish
 
-import "encoding/json"
+import (
+	"encoding/json"
 
-// predicateType reads the type of a statement out of a bundle that this
-// program has just made; "" is unknown. It verifies nothing.
-func predicateType(raw []byte) string {
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// labels returns the labels of a statement in a bundle that this program has
+// just made. It verifies nothing.
+func labels(raw []byte) map[string]string {
 	var b struct {
 		Envelope struct {
 			Payload []byte `json:"payload"`
 		} `json:"dsseEnvelope"`
 	}
 	var st struct {
-		PredicateType string `json:"predicateType"`
+		PredicateType string          `json:"predicateType"`
+		Predicate     json.RawMessage `json:"predicate"`
 	}
 	if json.Unmarshal(raw, &b) != nil || json.Unmarshal(b.Envelope.Payload, &st) != nil {
-		return ""
+		return nil
 	}
-	return st.PredicateType
+	return trust.Labels(&trust.Statement{PredicateType: st.PredicateType, Predicate: st.Predicate})
 }

@@ -20,13 +20,6 @@ import (
 // ArtifactTypeLog is the type under which a build log is attached: see [PackLog].
 const ArtifactTypeLog = "application/vnd.prebake.build-log.v1+zstd"
 
-// Annotations of attached bundles, in the words of the Sigstore bundle
-// specification; cosign reads them.
-const (
-	annotationContent   = "dev.sigstore.bundle.content"
-	annotationPredicate = "dev.sigstore.bundle.predicateType"
-)
-
 // Artifact is everything that is published at once.
 type Artifact struct {
 	Image    v1.Image
@@ -167,7 +160,11 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	digest := subject.Digest.String()
 	present := map[string]bool{}
 	if a.Verifier != nil {
-		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+		var wanted []map[string]string
+		for _, raw := range a.Bundles {
+			wanted = append(wanted, labels(raw))
+		}
+		attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, wanted...)
 		if err != nil {
 			return err
 		}
@@ -196,8 +193,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 				continue
 			}
 		}
-		annotations := map[string]string{annotationContent: "dsse-envelope", annotationPredicate: predicateType(raw)}
-		if _, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, annotations); err != nil {
+		if _, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, labels(raw)); err != nil {
 			return err
 		}
 	}

@@ -18,7 +18,7 @@ func Statement(ctx context.Context, repo *registry.Repository, digest string, si
 		if err != nil {
 			return "", err
 		}
-		there, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+		there, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(s.PredicateType))
 		if err != nil {
 			return "", err
 		}
@@ -35,7 +35,7 @@ func Statement(ctx context.Context, repo *registry.Repository, digest string, si
 		if err != nil {
 			return "", err
 		}
-		d, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, map[string]string{annotationContent: "dsse-envelope", annotationPredicate: s.PredicateType})
+		d, err := repo.Attach(ctx, subject, trust.ArtifactTypeBundle, raw, labels(raw))
 		return d.Digest.String(), err
 	}()
 	if err != nil {

@@ -145,7 +145,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 // provenance finds the statement that says how the artifact was made, and
 // verifies it as a node of the kernel that it was made for would.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
-	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))
 	if err != nil {
 		return nil, err
 	}
@@ -168,6 +168,9 @@ func (c Config) provenance(ctx context.Context, digest string, content bundle.Co
 	if built.Kernel.BuildID == "" {
 		// Nothing names a kernel. Verify wants one before it explains itself.
 		built.Kernel = target.Kernel{BuildID: "0.0.0", Board: "none"}
+	}
+	if attached, err = c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(built.Kernel)...); err != nil {
+		return nil, err
 	}
 	verdict, err := c.Verifier.Verify(attached, trust.Expect{
 		Digest: digest, Kernel: target.Kernel{BuildID: built.Kernel.BuildID, Board: built.Kernel.Board},

@@ -121,7 +121,7 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	if err != nil {
 		return d, false, err
 	}
-	_, err = repo.Attach(ctx, d, trust.ArtifactTypeBundle, raw, nil)
+	_, err = repo.Attach(ctx, d, trust.ArtifactTypeBundle, raw, trust.OfType(PredicateType))
 	return d, false, err
 }
 
@@ -154,7 +154,7 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 
 // signed reports whether somebody trusted stated something about these symbols.
 func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descriptor) (bool, error) {
-	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle)
+	attached, err := repo.Attached(ctx, d.Digest.String(), trust.ArtifactTypeBundle, trust.OfType(PredicateType))
 	if err != nil {
 		return false, err
 	}

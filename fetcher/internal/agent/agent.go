@@ -36,10 +36,10 @@ type Repository interface {
 	Name() string
 	Manifest(ctx context.Context, digest string) ([]byte, error)
 	Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error)
-	// Small reads a whole blob and Attached whole signatures, both compared
-	// with their digests.
+	// Small reads a whole blob and Attached whole signatures, those that have one
+	// of the wanted sets of annotations first, both compared with their digests.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	Attached(ctx context.Context, digest, artifactType string) ([][]byte, error)
+	Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte, error)
 }
 
 // Verifier judges signed statements; package trust has the one implementation.

@@ -127,7 +127,7 @@ func verify(ctx context.Context, repo Repository, v Verifier, r *Report, facts *
 	if err != nil {
 		return none, nil, err
 	}
-	bundles, err := repo.Attached(ctx, r.Answer.Digest, trust.ArtifactTypeBundle)
+	bundles, err := repo.Attached(ctx, r.Answer.Digest, trust.ArtifactTypeBundle, trust.Wanted(facts.Kernel)...)
 	if err != nil {
 		return none, nil, err
 	}

@@ -21,7 +21,7 @@ type statements interface {
 
 // Attachments is what is asked of a repository.
 type Attachments interface {
-	Attached(ctx context.Context, digest, artifactType string) ([][]byte, error)
+	Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte, error)
 }
 
 // Signed reads lists out of the statements that are attached to artifacts. What
@@ -32,7 +32,7 @@ func Signed(v statements, open func(repository string) (Attachments, error)) Lis
 		if err != nil {
 			return nil, err
 		}
-		bundles, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle)
+		bundles, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(gpulist.PredicateType))
 		if err != nil {
 			return nil, fmt.Errorf("read supported GPUs: %w", err)
 		}

@@ -147,7 +147,9 @@ func TestAutoByServer(t *testing.T) {
 
 type attached [][]byte
 
-func (a attached) Attached(context.Context, string, string) ([][]byte, error) { return a, nil }
+func (a attached) Attached(context.Context, string, string, ...map[string]string) ([][]byte, error) {
+	return a, nil
+}
 
 func TestSigned(t *testing.T) {
 	t.Parallel()

@@ -1,0 +1,200 @@
+package registry_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+const labelledType = "application/vnd.test.labelled"
+
+// crowd attaches many of one kind, one that is wanted, and some without
+// annotations.
+func crowd(t *testing.T, repo *registry.Repository) (digest string) {
+	t.Helper()
+	img, err := random.Image(64, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := repo.Push(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attach := func(text string, annotations map[string]string) {
+		if _, err := repo.Attach(t.Context(), subject, labelledType, []byte(text), annotations); err != nil {
+			t.Fatal(err)
+		}
+	}
+	attach("plan", map[string]string{"kind": "plan"})
+	attach("old plan", nil)
+	attach("old match", map[string]string{"kind": "match"})
+	for i := range registry.MaxAttachments + 8 {
+		attach(fmt.Sprintf("match %d", i), map[string]string{"kind": "match", "of": strconv.Itoa(i)})
+	}
+	return subject.Digest.String()
+}
+
+func attached(t *testing.T, repo *registry.Repository, digest string, wanted ...map[string]string) []string {
+	t.Helper()
+	raw, err := repo.Attached(t.Context(), digest, labelledType, wanted...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all []string
+	for _, r := range raw {
+		all = append(all, string(r))
+	}
+	return all
+}
+
+func TestAttachedOfMany(t *testing.T) {
+	t.Parallel()
+	for name, ref := range map[string]string{
+		"with referrers": testkit.Registry(t, true) + "/many", "without": testkit.Registry(t, false) + "/many",
+		"layout": "oci:" + filepath.Join(t.TempDir(), "l"), "in pages": newPaged(t, nil) + "/many", "lists no annotations": newPaged(t, bare) + "/many",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			repo := open(t, ref)
+			digest := crowd(t, repo)
+			plan, match := map[string]string{"kind": "plan"}, map[string]string{"kind": "match", "of": "7"}
+
+			got := attached(t, repo, digest, plan, match)
+			if name == "lists no annotations" {
+				slices.Sort(got) // all of them may be it: there is no order
+			} else {
+				slices.Sort(got[2:])
+			}
+			want := []string{"plan", "match 7", "old match", "old plan"}
+			if name == "lists no annotations" {
+				slices.Sort(want)
+			}
+			if diff := cmp.Diff(want, got); diff != "" {
+				t.Errorf("Attached(plan, match 7) (-want +got):\n%s", diff)
+			}
+
+			// Many of one kind leave room for the others.
+			got = attached(t, repo, digest, map[string]string{"kind": "match"}, plan)
+			if name != "lists no annotations" && !slices.Contains(got[:2], "plan") {
+				t.Errorf("Attached(every match, plan) begins with %q; want the plan in it", got[:2])
+			}
+			if len(got) > 2*registry.MaxAttachments {
+				t.Errorf("Attached(every match, plan) = %d payloads; want at most %d", len(got), 2*registry.MaxAttachments)
+			}
+			if got := attached(t, repo, digest); len(got) != registry.MaxAttachments {
+				t.Errorf("Attached() = %d payloads; want %d", len(got), registry.MaxAttachments)
+			}
+		})
+	}
+}
+
+// bare takes the annotations off a list.
+func bare(page *v1.IndexManifest, _ http.Header) {
+	for i := range page.Manifests {
+		page.Manifests[i].Annotations = nil
+	}
+}
+
+// newPaged starts a registry that lists 40 referrers a page, and returns its
+// host:port. change may spoil a page.
+func newPaged(t *testing.T, change func(page *v1.IndexManifest, h http.Header)) string {
+	t.Helper()
+	behind := httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: testkit.Registry(t, true)})
+	behind.ModifyResponse = func(resp *http.Response) error {
+		if !strings.Contains(resp.Request.URL.Path, "/referrers/") || resp.StatusCode != http.StatusOK {
+			return nil
+		}
+		var list v1.IndexManifest
+		if err := json.NewDecoder(resp.Body).Decode(&list); err != nil {
+			return err
+		}
+		slices.SortFunc(list.Manifests, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
+		from, _ := strconv.Atoi(resp.Request.URL.Query().Get("from"))
+		to := min(from+40, len(list.Manifests))
+		if to < len(list.Manifests) {
+			resp.Header.Set("Link", fmt.Sprintf(`<%s?from=%d>; rel="next"`, resp.Request.URL.Path, to))
+		}
+		list.Manifests = list.Manifests[from:to]
+		if change != nil {
+			change(&list, resp.Header)
+		}
+		raw, err := json.Marshal(list)
+		if err != nil {
+			return err
+		}
+		resp.Header.Del("Content-Length")
+		resp.ContentLength = int64(len(raw))
+		resp.Body = http.NoBody
+		if len(raw) > 0 {
+			resp.Body = readCloser{strings.NewReader(string(raw))}
+		}
+		return nil
+	}
+	s := httptest.NewServer(behind)
+	t.Cleanup(s.Close)
+	return strings.TrimPrefix(s.URL, "http://")
+}
+
+type readCloser struct{ *strings.Reader }
+
+func (readCloser) Close() error { return nil }
+
+func TestHostilePages(t *testing.T) {
+	t.Parallel()
+	elsewhere := atomic.Int64{}
+	other := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { elsewhere.Add(1) }))
+	t.Cleanup(other.Close)
+	rows := map[string]func(page *v1.IndexManifest, h http.Header){
+		"endless": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `<?from=0>; rel="next"`) },
+		"too long": func(page *v1.IndexManifest, h http.Header) {
+			page.Annotations = map[string]string{"padding": strings.Repeat("x", registry.MaxManifest/10)}
+			h.Set("Link", `<?from=0>; rel="next"`)
+		},
+		"of another host": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", "<"+other.URL+`>; rel="next"`) },
+		"of another list": func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `</v2/x/referrers/y>; rel="next"`) },
+		"no URL":          func(_ *v1.IndexManifest, h http.Header) { h.Set("Link", `<%zz>; rel="next"`) },
+	}
+	for name, change := range rows {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			armed := atomic.Bool{}
+			repo := open(t, newPaged(t, func(page *v1.IndexManifest, h http.Header) {
+				if armed.Load() {
+					change(page, h)
+				}
+			})+"/pages")
+			img, err := random.Image(64, 1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			subject, err := repo.Push(t.Context(), img)
+			if err != nil {
+				t.Fatal(err)
+			}
+			armed.Store(true)
+			if list, err := repo.Referrers(t.Context(), subject.Digest.String(), ""); !fault.Is(err, fault.Unverified) {
+				t.Errorf("Referrers = %d, %v (%v); want unverified", len(list), err, fault.Of(err))
+			}
+			if n := elsewhere.Load(); n != 0 {
+				t.Errorf("%d requests went to another host", n)
+			}
+		})
+	}
+}

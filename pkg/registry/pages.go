@@ -1,0 +1,103 @@
+package registry
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"regexp"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// maxPages bounds the pages of one list of referrers.
+const maxPages = 256
+
+// pages makes one answer out of a list of referrers that comes in pages
+// (distribution-spec, "Listing Referrers"); the client library reads the first
+// one only. The pages are bounded together, as one answer is.
+type pages struct{ next http.RoundTripper }
+
+func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := p.next.RoundTrip(req)
+	if err != nil || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/referrers/") ||
+		resp.StatusCode != http.StatusOK || len(resp.Header.Values("Link")) == 0 {
+		return resp, err
+	}
+	var whole v1.IndexManifest
+	left := int64(MaxManifest)
+	for page := 1; ; page++ {
+		part, n, err := readPage(resp.Body, left)
+		if err != nil {
+			return nil, fmt.Errorf("read page %d of the referrers: %w", page, err)
+		}
+		left -= n
+		part.Manifests = append(whole.Manifests, part.Manifests...)
+		whole = part
+		at, err := nextPage(req.URL, resp.Header)
+		if err == nil && at != nil && page == maxPages {
+			err = damaged(fmt.Errorf("more than %d pages", maxPages))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read the referrers: %w", err)
+		}
+		if at == nil {
+			break
+		}
+		again := req.Clone(req.Context())
+		again.URL = at
+		more, err := p.next.RoundTrip(again)
+		if err != nil || more.StatusCode != http.StatusOK {
+			return more, err // the caller knows what to make of an error
+		}
+		resp = more
+	}
+	raw, err := json.Marshal(whole)
+	if err != nil {
+		return nil, err
+	}
+	resp.Header.Del("Link")
+	resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(raw)), int64(len(raw))
+	return resp, nil
+}
+
+// readPage reads at most left bytes, and closes the body.
+func readPage(body io.ReadCloser, left int64) (part v1.IndexManifest, n int64, err error) {
+	raw, err := io.ReadAll(io.LimitReader(body, left+1))
+	if err := errors.Join(err, body.Close()); err != nil {
+		return part, 0, err
+	}
+	if n = int64(len(raw)); n > left {
+		return part, n, fmt.Errorf("%w: more than %d bytes", errTooLong, MaxManifest)
+	}
+	if err := json.Unmarshal(raw, &part); err != nil {
+		return part, n, damaged(err)
+	}
+	return part, n, nil
+}
+
+var nextLink = regexp.MustCompile(`<([^<>]*)>\s*;\s*rel="?next"?\s*(?:[,;]|$)`) // RFC 8288
+
+// nextPage returns where a list goes on, nil where it ends. It has to be the same
+// list: the request carries the credentials for this registry.
+func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
+	for _, link := range h.Values("Link") {
+		m := nextLink.FindStringSubmatch(link)
+		if m == nil {
+			continue
+		}
+		to, err := from.Parse(m[1])
+		if err != nil {
+			return nil, damaged(fmt.Errorf("next page at %.100q: not a URL", m[1]))
+		}
+		if to.Scheme != from.Scheme || to.Host != from.Host || to.Path != from.Path || to.User != nil {
+			return nil, damaged(fmt.Errorf("next page at %.100q: another place than the list's", m[1]))
+		}
+		return to, nil
+	}
+	return nil, nil
+}
