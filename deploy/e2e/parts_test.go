@@ -56,7 +56,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
 		{"mirror twice", "./builder/internal/mirror", "TestReal", []string{packages}},
 		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells}},
-		{"the gate", "./builder/internal/gate", "TestRealGate", []string{mirror}},
+		{"the gate", "./builder/internal/gate", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
 		{"sandbox under control groups", "./builder/internal/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
 		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket", "GCS|Emulator|Start", []string{emulator}},
