@@ -117,7 +117,7 @@ func TestLogThatProvenanceNames(t *testing.T) {
 		}
 		statements := v.Statements(attached, s.Digest, trust.PredicateProvenance)
 		if len(statements) != 1 || !strings.Contains(string(statements[0].Predicate), strings.TrimPrefix(want, "sha256:")) {
-			t.Fatalf("%s: %d provenances, %s; want one that names %s", name, len(statements), statements[0].Predicate, want)
+			t.Fatalf("%s: %d provenances, %+v; want one that names %s", name, len(statements), statements, want)
 		}
 		logs, err := repo.Attached(ctx, s.Digest, publish.ArtifactTypeLog)
 		if err != nil {
