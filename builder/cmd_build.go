@@ -219,7 +219,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	log, err := os.Create(logPath)
 	if err != nil {
-		return fmt.Errorf("open log: %w", err)
+		return fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
 	}
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter

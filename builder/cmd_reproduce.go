@@ -170,7 +170,7 @@ func openLog(cache *cas.Cache, name string) (*os.File, string, error) {
 	}
 	log, err := os.Create(path)
 	if err != nil {
-		return nil, "", fmt.Errorf("open log: %w", err)
+		return nil, "", fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
 	}
 	return log, path, nil
 }

@@ -233,7 +233,7 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 func (w *worker) make(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (res *pipeline.Result, err error) {
 	out, err := os.Create(w.logPath(job.Build))
 	if err != nil {
-		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space for the builder's cache")
+		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
 	}
 	defer func() {
 		if cerr := out.Close(); cerr != nil {
