@@ -29,8 +29,9 @@ func (b *build) preambles() error {
 		return nil
 	}
 	found, err := preamble.Find(os.DirFS(b.src), insideSource)
-	if err != nil {
-		return fmt.Errorf("look for preambles: %w", err)
+	if err != nil { // make may still cope with what this could not
+		fmt.Fprintf(b.watch, "prebake: no preambles: %v\n", err)
+		return nil
 	}
 	if len(found) == 0 {
 		return nil

@@ -1,11 +1,13 @@
 package compile
 
 import (
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -132,6 +134,28 @@ func TestPreambleScript(t *testing.T) {
 				t.Errorf("the compiler is called (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// Sources that cannot be looked through are compiled plainly.
+func TestPreamblesLeftOut(t *testing.T) {
+	t.Parallel()
+	var log strings.Builder
+	b := &build{r: Request{WorkDir: t.TempDir()}, t: tools{clang: true, compiler: insideToolchain + "/bin/clang"}, src: t.TempDir()}
+	b.box.Env = map[string]string{"PATH": "/bin"}
+	b.watch = newWatch(&log, func(string, int, int) {}, work{}, time.Now)
+	large := filepath.Join(b.src, "m", "large.c")
+	if err := write(large, "int large;\n", 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(large, 9<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(b.preambles(), b.watch.close(false)); err != nil {
+		t.Fatal(err)
+	}
+	if b.box.Env["PATH"] != "/bin" || len(b.box.Binds) != 0 || !strings.Contains(log.String(), "no preambles: ") {
+		t.Errorf("PATH %q, binds %v, log %q; want them as they were, and a word in the log", b.box.Env["PATH"], b.box.Binds, log.String())
 	}
 }
 
