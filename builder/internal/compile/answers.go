@@ -1,95 +1,106 @@
 package compile
 
 import (
+	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
+	_ "embed"
 	"errors"
 	"fmt"
 	"io/fs"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/builder/internal/conftest"
+	"github.com/prebake/prebake/builder/internal/leftover"
 	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/cas"
 )
 
-// insideAid is where the build's own helper files are in the sandbox.
-const insideAid = "/prebake/aid"
+// insideAsk is the folder of one question in its sandbox, the only one that the
+// question can write to.
+const insideAsk = "/prebake/ask"
 
-// batchScript lies beside conftest.sh, which looks around in its own folder.
-const batchScript = "prebake-conftest.sh"
+const (
+	maxAnswer = 64 << 10
+	maxPlan   = 1 << 20
+	maxHeader = 4 << 20 // a file of the folder conftest/
+)
 
-// questionsAtOnce is how many questions one shell answers: enough that parsing
-// the script is a small part, few enough that all processors end together.
-const questionsAtOnce = 6
+// errLeft says that conftest is left to make, and why; make then does the same
+// work at its own pace.
+var errLeft = errors.New("conftest is left to make")
 
-// errNoAid says that conftest is left to make, and why; make then does the
-// same work at its own pace.
-var errNoAid = errors.New("conftest is left to make")
-
-// aid answers conftest's questions before make asks them: from memory where
-// the same question was asked of an equal view, and many to a shell otherwise.
-type aid struct {
+// answers has conftest's questions answered before make asks them: from memory
+// where the same question was asked of an equal view, and otherwise by running
+// the test, each in a sandbox of its own that shows it nothing but what the key
+// of its answer covers.
+type answers struct {
 	*build
-	view *view
-	dir  string // in WorkDir
-	box  sandbox.Config
-	// laid is what lay gave to make, by path below src/conftest.
-	laid map[string]string
+	view   *view
+	box    sandbox.Config // with the view's masks, and without the sources
+	files  map[string]string
+	script *conftest.Script
+	plan   *conftest.Plan
+	asker  *conftest.Asker
+	sheet  conftest.Sheet
 }
 
-// prepare lays conftest's answers into the staged sources. An error that wraps
-// errNoAid leaves the sources as they were.
-func (b *build) prepare(ctx context.Context) (*aid, error) {
+// answers writes conftest's answers into the staged sources. An error that wraps
+// errLeft leaves the sources as they were.
+func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	text, err := os.ReadFile(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errNoAid)
+		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errLeft)
 	} else if err != nil {
 		return nil, err
 	}
 	script, err := conftest.ParseScript(text)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNoAid, err)
+		return nil, fmt.Errorf("%w: %w", errLeft, err)
 	}
 	// patch_check prints what such files define.
 	if found, err := filepath.Glob(filepath.Join(b.src, "patch-*.h")); err != nil || len(found) > 0 {
-		return nil, fmt.Errorf("%w: the sources are patched", errNoAid)
+		return nil, fmt.Errorf("%w: the sources are patched", errLeft)
 	}
-	a := &aid{build: b, dir: filepath.Join(b.r.WorkDir, "aid"), box: b.box, laid: map[string]string{}}
-	for _, dir := range []string{"", "tests", "headers"} {
-		if err := os.Mkdir(filepath.Join(a.dir, dir), 0o755); err != nil {
-			return nil, err
-		}
-	}
-	if a.view, err = newView(ctx, b.r.Cache, b.r.Headers, b.r.HeaderDigest); err != nil {
-		return nil, fmt.Errorf("read header tree: %w", err)
-	}
-	masks, err := a.view.binds(filepath.Join(a.dir, "masks"))
+	a := &answers{build: b, view: v, script: script, files: map[string]string{}}
+	a.box = b.box
+	a.box.Binds = slices.DeleteFunc(slices.Clone(b.box.Binds), func(bind sandbox.Bind) bool { return bind.Writable })
+	masks, err := v.binds(filepath.Join(b.r.WorkDir, "masks"))
 	if err != nil {
 		return nil, err
 	}
-	a.box.Binds = append(slices.Clone(b.box.Binds), masks...)
-	a.box.Binds = append(a.box.Binds, sandbox.Bind{Host: a.dir, Inside: insideAid, Writable: true})
-
-	plan, err := a.plan(ctx)
+	a.box.Binds = append(a.box.Binds, masks...)
+	if a.plan, err = a.findPlan(ctx); err != nil {
+		return nil, err
+	}
+	a.asker = conftest.NewAsker(script, a.plan, conftest.Basis{View: v.Digest, Toolchain: b.r.ToolchainDigest, Recipe: Recipe, Macros: v.Macros})
+	if a.sheet, err = readSheet(b.r.Cache, a.asker.SheetKey()); err != nil {
+		return nil, err
+	}
+	files, err := a.find(ctx)
 	if err != nil {
 		return nil, err
 	}
-	if err := a.answer(ctx, script, plan); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(filepath.Join(b.src, "conftest")), os.RemoveAll(filepath.Join(b.src, batchScript)))
-	}
-	return a, nil
+	return a, a.write(files)
 }
 
-// plan asks make for its questions. It is remembered: the makefiles of driver
-// and kernel decide it.
-func (a *aid) plan(ctx context.Context) (*conftest.Plan, error) {
+func readSheet(cache *cas.Cache, key string) (conftest.Sheet, error) {
+	if raw, ok := cache.Recall("conftest-2", key); ok {
+		return conftest.ReadSheet(raw), nil
+	}
+	return conftest.Sheet{}, nil
+}
+
+// findPlan has make run the driver's sanity checks and tell its questions. It is
+// remembered: the makefiles and the scripts of driver and kernel decide it.
+func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
 		if strings.HasPrefix(arg, "KERNEL_UNAME=") {
@@ -97,259 +108,267 @@ func (a *aid) plan(ctx context.Context) (*conftest.Plan, error) {
 		}
 	}
 	key := strings.Join(append([]string{Recipe, a.view.Digest, a.r.ToolchainDigest, a.r.SourceDigest, string(a.r.Driver.Flavour)}, args...), "\n")
-	if raw, ok := a.r.Cache.Recall("conftest-plan-1", key); ok {
+	if raw, ok := a.r.Cache.Recall("conftest-plan-2", key); ok {
 		if plan, err := conftest.ParsePlan(string(raw)); err == nil {
 			return plan, nil
 		}
 	}
 	// A copy of the sources: make may do more than it is asked for, and what it
 	// does here is done with masks before its eyes.
-	src := filepath.Join(a.dir, "src")
+	dir := filepath.Join(a.r.WorkDir, "plan")
+	src, told := filepath.Join(dir, "src"), filepath.Join(dir, "told")
+	if err := os.MkdirAll(told, 0o755); err != nil {
+		return nil, err
+	}
 	if err := stage(ctx, a.r.Source, src); err != nil {
 		return nil, err
 	}
-	kbuild := filepath.Join(src, "Kbuild")
-	was, err := os.ReadFile(kbuild)
-	if err != nil || !strings.Contains(string(was), "conftest-verbose") {
-		return nil, fmt.Errorf("%w: its Kbuild file is of another shape", errNoAid)
-	}
-	if err := os.WriteFile(kbuild, append(was, conftest.PlanRules(insideAid+"/plan")...), 0o644); err != nil {
+	if err := appendTo(filepath.Join(src, "Kbuild"), conftest.PlanRules(insideAsk+"/plan")); errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: the driver has no Kbuild file", errLeft)
+	} else if err != nil {
 		return nil, err
 	}
-	box := a.box
-	box.Argv, box.Output, box.Binds = slices.Concat(args, []string{"-j1"}), nil, slices.Clone(a.box.Binds)
-	for i := range box.Binds {
-		if box.Binds[i].Inside == insideSource {
-			box.Binds[i].Host = src
-		}
+	var said bytes.Buffer
+	box, err := withTrouble(a.box, filepath.Join(dir, "trouble"))
+	if err != nil {
+		return nil, err
 	}
+	box.Argv, box.Output, box.MaxOutput = slices.Concat(args, []string{"-j1"}), &said, 16<<20
+	box.Limits.Time = 10 * time.Minute
+	box.Binds = append(box.Binds,
+		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
+		sandbox.Bind{Host: told, Inside: insideAsk, Writable: true})
 	err = sandbox.Run(ctx, box) // ends badly, as the rules say
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
+	}
+	if err := trouble(filepath.Join(dir, "trouble")); err != nil {
+		return nil, err
 	}
 	var exit *sandbox.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return nil, err
 	}
-	if err := os.RemoveAll(src); err != nil {
-		return nil, err
+	text, rerr := leftover.ReadFile(told, "plan", maxPlan)
+	if rerr != nil {
+		return nil, a.noPlan(err, said.String())
 	}
-	text, err := os.ReadFile(filepath.Join(a.dir, "plan"))
-	if err != nil {
-		return nil, fmt.Errorf("%w: make told no plan", errNoAid)
+	if err := os.RemoveAll(dir); err != nil {
+		return nil, err
 	}
 	plan, err := conftest.ParsePlan(string(text))
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errNoAid, err)
+		return nil, fmt.Errorf("%w: %w", errLeft, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: it looks at %s", errNoAid, plan.Sources)
+		return nil, fmt.Errorf("%w: it looks at %s", errLeft, plan.Sources)
 	}
-	return plan, a.r.Cache.Remember("conftest-plan-1", key, text)
+	return plan, a.r.Cache.Remember("conftest-plan-2", key, text)
 }
 
-// answer finds every answer and lays the files.
-func (a *aid) answer(ctx context.Context, script *conftest.Script, plan *conftest.Plan) error {
-	asker := conftest.NewAsker(script, plan, conftest.Basis{View: a.view.Digest, Toolchain: a.r.ToolchainDigest, Recipe: Recipe, Macros: a.view.Macros})
-	sheet := conftest.Sheet{}
-	if raw, ok := a.r.Cache.Recall("conftest-1", asker.SheetKey()); ok {
-		sheet = conftest.ReadSheet(raw)
+// noPlan tells a driver that refuses the kernel from one that cannot be asked
+// for its plan.
+func (a *answers) noPlan(err error, said string) error {
+	var f findings
+	for line := range strings.Lines(said) {
+		f.read(strings.TrimRight(line, "\r\n"))
 	}
-	known := len(sheet)
-	for name, text := range map[string]string{
-		filepath.Join(a.src, batchScript): string(script.Batch(insideAid)),
-		filepath.Join(a.dir, "flags"):     plan.Flags,
-		filepath.Join(a.dir, "cc"):        compilerGuard(plan.CC),
-	} {
-		if err := os.WriteFile(name, []byte(text), 0o755); err != nil {
-			return err
-		}
+	if _, known := checks[f.check]; known && err != nil {
+		fmt.Fprint(a.watch, said)
+		return err // which [diagnose] reads together with what the watch saw
 	}
-	a.watch.expect.conftest = len(plan.Headers) + len(plan.All())
+	return fmt.Errorf("%w: make told no plan: %s", errLeft, f.said)
+}
 
-	headers, err := a.ask(ctx, plan, sheet, "prebake_headers", "headers", plan.Headers, asker.HeaderKey)
+func appendTo(file, text string) (err error) {
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0)
 	if err != nil {
 		return err
 	}
-	for _, f := range plan.Files(headers, nil, "", "") {
+	defer func() { err = errors.Join(err, f.Close()) }()
+	_, err = f.WriteString(text)
+	return err
+}
+
+// question is one call of conftest.sh.
+type question struct {
+	name, key string
+	test      string   // the one test that the script is shown with; "" for none
+	argv      []string // after the script's fourth argument
+	headers   string   // conftest/headers.h, as far as the test may see it
+}
+
+// find returns the files of the folder conftest/.
+func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
+	known, flags := len(a.sheet), a.asker.Flags()
+	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
+	var about []question
+	for _, name := range a.plan.Headers {
+		if !a.script.OneHeader() {
+			return nil, fmt.Errorf("%w: the script answers for no single header", errLeft)
+		}
+		about = append(about, question{name: name, key: a.asker.HeaderKey(name), argv: []string{conftest.ModeHeader, flags, name}})
+	}
+	if len(a.plan.Headers) == 0 {
+		if a.script.OneHeader() {
+			return nil, fmt.Errorf("%w: the plan names no header", errLeft)
+		}
+		about = []question{{key: a.asker.HeaderKey(""), argv: []string{conftest.ModeHeaders, flags}}}
+	}
+	headers, err := a.ask(ctx, about)
+	if err != nil {
+		return nil, err
+	}
+	var present string // headers.h; the version that stands in it is a comment, which nothing sees
+	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
-			// The version that stands in it is a comment, which nothing sees.
-			if err := os.MkdirAll(filepath.Join(a.src, "conftest"), 0o755); err != nil {
-				return err
-			}
-			if err := os.WriteFile(filepath.Join(a.src, "conftest", "headers.h"), []byte(f.Text), 0o644); err != nil {
-				return err
-			}
-			headers[""] = f.Text
+			present = f.Text
 		}
 	}
-	names := plan.All()
-	for _, name := range append(slices.Clone(names), "uts_release") {
-		if !script.Knows(name) {
-			return fmt.Errorf("%w: the script has no test %s", errNoAid, name)
+	about = []question{{name: conftest.ModePatches, key: a.asker.PatchesKey(), argv: []string{conftest.ModePatches}}}
+	for _, name := range append(a.plan.All(), "uts_release") {
+		key, ok := a.asker.TestKey(name, present)
+		if !ok {
+			return nil, fmt.Errorf("%w: the script has no test %s", errLeft, name)
 		}
+		about = append(about, question{name: name, key: key, test: name, argv: []string{conftest.ModeTest, flags, name}, headers: a.asker.Seen(name, present)})
 	}
-	tests, err := a.ask(ctx, plan, sheet, "compile_tests", "tests", append(names, "uts_release"), func(name string) string {
-		key, _ := asker.TestKey(name, headers[""])
-		return key
-	})
+	tests, err := a.ask(ctx, about)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	patches, err := a.patches(ctx, plan, sheet, asker.PatchesKey())
-	if err != nil {
-		return err
-	}
-	if len(sheet) > known {
-		if raw := sheet.Bytes(); raw != nil {
-			if err := a.r.Cache.Remember("conftest-1", asker.SheetKey(), raw); err != nil {
-				return err
+	if len(a.sheet) > known {
+		if raw := a.sheet.Bytes(); raw != nil {
+			if err := a.r.Cache.Remember("conftest-2", a.asker.SheetKey(), raw); err != nil {
+				return nil, err
 			}
 		}
 	}
 	release, err := a.release(tests["uts_release"])
 	if err != nil {
-		return err
-	}
-	return a.lay(plan.Files(headers, tests, patches, release))
-}
-
-// compilerGuard is a compiler that tells of an end that says nothing about the
-// program: a full disk or a killed compiler must not pass for an answer.
-func compilerGuard(cc string) string {
-	return `#!/bin/sh
-exec 3>&1
-said=$(` + cc + ` "$@" 2>&1 >&3)
-status=$?
-case $status in
-0) ;;
-1) case $said in
-	*"No space left"*|*"annot allocate"*|*"memory exhausted"*|*"out of memory"*|*"temporarily unavailable"*|*illed*|*"quota exceeded"*|*"nput/output error"*)
-		echo "$said" >> ` + insideAid + `/trouble ;;
-	esac ;;
-*) echo "status $status: $said" >> ` + insideAid + `/trouble ;;
-esac
-[ -z "$said" ] || printf '%s\n' "$said" >&2
-exit $status
-`
-}
-
-// ask returns the answers to questions, and adds those that were not known.
-func (a *aid) ask(ctx context.Context, plan *conftest.Plan, sheet conftest.Sheet, mode, folder string, names []string, key func(string) string) (map[string]string, error) {
-	answers := map[string]string{}
-	var open []string
-	for _, name := range names {
-		if text, ok := sheet[key(name)]; ok {
-			answers[name] = text
-		} else if !slices.Contains(open, name) {
-			open = append(open, name)
-		}
-	}
-	a.watch.reuse(phaseConftest, len(answers))
-	if len(open) == 0 {
-		return answers, nil
-	}
-	if err := os.WriteFile(filepath.Join(a.dir, "list"), []byte(strings.Join(open, "\n")+"\n"), 0o644); err != nil {
 		return nil, err
 	}
-	box := a.box
-	box.Output = a.watch
-	box.Argv = []string{"sh", "-c", `exec xargs -P "$1" -n "$2" /bin/sh ` + insideSource + `/` + batchScript + ` ` + insideAid + `/cc "$3" "$4" "$5" "$6" "$(cat ` + insideAid + `/flags)" < ` + insideAid + `/list`,
-		"sh", strconv.Itoa(a.r.Jobs), strconv.Itoa(questionsAtOnce), plan.Arch, plan.Sources, plan.Output, mode}
-	if err := sandbox.Run(ctx, box); err != nil {
-		return nil, a.given(ctx, err)
-	}
-	if text, err := os.ReadFile(filepath.Join(a.dir, "trouble")); !errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: the compiler had trouble of its own: %.300s", errNoAid, text)
-	}
-	for _, name := range open {
-		text, err := os.ReadFile(filepath.Join(a.dir, folder, name))
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", errNoAid, err)
+	return a.plan.Files(headers, tests, tests[conftest.ModePatches], release), nil
+}
+
+// ask returns the answers to questions by name, and adds those that were not
+// known to the sheet.
+func (a *answers) ask(ctx context.Context, about []question) (map[string]string, error) {
+	found, asked := map[string]string{}, map[string]bool{}
+	var open []question
+	for _, q := range about {
+		if text, ok := a.sheet[q.key]; ok {
+			found[q.name] = text
+		} else if !asked[q.name] {
+			asked[q.name], open = true, append(open, q)
 		}
-		answers[name], sheet[key(name)] = string(text), string(text)
 	}
-	return answers, nil
+	remembered := len(found)
+	if _, ok := found[conftest.ModePatches]; ok {
+		remembered-- // it asks nothing about the kernel
+	}
+	a.watch.reuse(phaseConftest, remembered)
+	var mu sync.Mutex // the watch's and the maps'
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(a.r.Jobs)
+	for i, q := range open {
+		g.Go(func() error {
+			text, err := a.askOne(gctx, q, filepath.Join(a.r.WorkDir, "ask", strconv.Itoa(i)))
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if q.name != conftest.ModePatches {
+				fmt.Fprintf(a.watch, " CONFTEST: %s\n", q.name)
+			}
+			found[q.name], a.sheet[q.key] = text, text
+			return nil
+		})
+	}
+	return found, errors.Join(g.Wait(), context.Cause(ctx))
 }
 
-// given tells a sandbox's end from the script's.
-func (a *aid) given(ctx context.Context, err error) error {
+// askOne runs the script for one question.
+func (a *answers) askOne(ctx context.Context, q question, dir string) (text string, err error) {
+	script, err := a.script.Question(q.test)
+	if err != nil {
+		return "", fmt.Errorf("%w: %w", errLeft, err)
+	}
+	work, told := filepath.Join(dir, "work"), filepath.Join(dir, "trouble")
+	for name, text := range map[string]string{"conftest.sh": string(script), "conftest/headers.h": q.headers} {
+		if err := write(filepath.Join(work, name), text, 0o644); err != nil {
+			return "", err
+		}
+	}
+	box, err := withTrouble(a.box, told)
+	if err != nil {
+		return "", err
+	}
+	var said bytes.Buffer
+	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideAsk, Writable: true})
+	box.Dir, box.Output, box.MaxOutput = insideAsk, &said, 1<<20
+	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 512<<20
+	box.Argv = append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output}, q.argv...)
+	err = sandbox.Run(ctx, box)
+	if cause := context.Cause(ctx); cause != nil {
+		return "", cause
+	}
+	if err := trouble(told); err != nil {
+		return "", err
+	}
 	var exit *sandbox.ExitError
-	if context.Cause(ctx) == nil && errors.As(err, &exit) {
-		return fmt.Errorf("%w: %w", errNoAid, err)
+	if errors.As(err, &exit) && !exit.Killed() {
+		return "", fmt.Errorf("%w: %s: %w: %.200q", errLeft, q.name, err, said.String())
+	} else if err != nil {
+		return "", diagnose(err, findings{})
 	}
-	return err
-}
-
-func (a *aid) patches(ctx context.Context, plan *conftest.Plan, sheet conftest.Sheet, key string) (string, error) {
-	if text, ok := sheet[key]; ok {
-		return text, nil
+	raw, err := leftover.ReadFile(work, "answer", maxAnswer)
+	if err != nil {
+		return "", fmt.Errorf("%w: %s: %w", errLeft, q.name, err)
 	}
-	box := a.box
-	box.Output = nil
-	box.Argv = []string{"sh", "-c", `/bin/sh ` + insideSource + `/` + batchScript + ` "$1" "$2" "$3" "$4" patch_check > ` + insideAid + `/patches`,
-		"sh", plan.CC, plan.Arch, plan.Sources, plan.Output}
-	if err := sandbox.Run(ctx, box); err != nil {
-		return "", a.given(ctx, err)
-	}
-	text, err := os.ReadFile(filepath.Join(a.dir, "patches"))
-	sheet[key] = string(text)
-	return string(text), err
+	return string(raw), os.RemoveAll(dir)
 }
 
 // release puts the real release where the view had a mask.
-func (a *aid) release(answer string) (string, error) {
+func (a *answers) release(answer string) (string, error) {
 	text, err := os.ReadFile(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errNoAid, err)
+		return "", fmt.Errorf("%w: %w", errLeft, err)
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: utsrelease.h is of another shape", errNoAid)
+		return "", fmt.Errorf("%w: utsrelease.h is of another shape", errLeft)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil
 }
 
-// lay writes the files of the folder conftest/, each not older than those that
-// make says it is made of.
-func (a *aid) lay(files []conftest.File) error {
-	for _, f := range files {
-		path := filepath.Join(a.src, "conftest", f.Name)
-		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-			return err
-		}
-		if err := os.WriteFile(path, []byte(f.Text), 0o644); err != nil {
-			return err
-		}
-		a.laid[f.Name] = f.Text
+//go:embed conftest.sh
+var answeredScript string
+
+// write writes the files of the folder conftest/, each not older than those that
+// make says it is made of. The driver's own script gives way to one that only
+// repeats what was found: nothing of it runs beside the compiler.
+func (a *answers) write(files []conftest.File) error {
+	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@", insideSource+"/conftest/uts_release").Replace(answeredScript)
+	if err := os.WriteFile(filepath.Join(a.src, "conftest.sh"), []byte(script), 0o644); err != nil {
+		return err
 	}
-	return os.Remove(filepath.Join(a.src, batchScript))
+	for _, f := range files {
+		if err := write(filepath.Join(a.src, "conftest", f.Name), f.Text, 0o644); err != nil {
+			return err
+		}
+		a.files[f.Name] = f.Text
+	}
+	return nil
 }
 
-// kept reports whether make took the laid files as they were.
-func (a *aid) kept() bool {
-	for name, text := range a.laid {
-		now, err := os.ReadFile(filepath.Join(a.src, "conftest", name))
-		if err != nil || string(now) != text {
+// kept reports whether make took the files as they were.
+func (a *answers) kept(left *leftover.Dir) bool {
+	for name, text := range a.files {
+		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {
 			return false
 		}
 	}
 	return true
-}
-
-// digest names the answers, less the comment that tells the release.
-func (a *aid) digest() string {
-	shown := map[string]string{}
-	for name, text := range a.laid {
-		if i := strings.LastIndex(text, "// Kernel version: "); i >= 0 {
-			text = text[:i]
-		}
-		shown[name] = text
-	}
-	raw, err := json.Marshal(shown) // in order of name
-	if err != nil {
-		return strings.Join(slices.Sorted(maps.Keys(shown)), " ")
-	}
-	sum := sha256.Sum256(raw)
-	return hex.EncodeToString(sum[:])
 }

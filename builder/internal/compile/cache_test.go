@@ -2,7 +2,6 @@ package compile_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -13,15 +12,18 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 
 // The makefiles and the script are in the shape of NVIDIA's and kbuild's as far
 // as the cache knows it: questions, rules, times and .cmd files.
 const (
-	askingKbuild = `NV_KERNEL_SOURCES := $(SYSSRC)
+	askingKbuild = `obj := .
+NV_KERNEL_SOURCES := $(SYSSRC)
 NV_KERNEL_OUTPUT := $(SYSOUT)
-NV_CONFTEST_CFLAGS = -O2 -I$(SYSSRC)/include -I/prebake/src -include $(SYSSRC)/include/generated/autoconf.h -DNV_VERSION_STRING=\"535.1\" $(KCFLAGS)
+NV_CFLAGS_FROM_CONFTEST := $(shell /bin/sh /prebake/src/conftest.sh "$(CC)" $(ARCH) $(SYSSRC) $(SYSOUT) build_cflags)
+NV_CONFTEST_CFLAGS = $(NV_CFLAGS_FROM_CONFTEST) -I$(SYSSRC)/include -I/prebake/src -include $(SYSSRC)/include/generated/autoconf.h -DNV_VERSION_STRING=\"535.1\" $(KCFLAGS)
 NV_CONFTEST_CMD := /bin/sh /prebake/src/conftest.sh "$(CC)" $(ARCH) $(SYSSRC) $(SYSOUT)
 NV_HEADER_PRESENCE_TESTS = \
  linux/here.h \
@@ -36,14 +38,17 @@ OBJECTS := $(SOURCES:.c=.o)
 
 modules: nvidia.ko
 
-.PHONY: conftest-verbose force
-conftest-verbose:
-force:
+BUILD_SANITY_CHECKS = cc_sanity_check
+.PHONY: $(BUILD_SANITY_CHECKS) NV_GENERATE_UTS_RELEASE
+$(BUILD_SANITY_CHECKS):
+	@$(NV_CONFTEST_CMD) $@ full_output
+NV_GENERATE_UTS_RELEASE:
 
-conftest/uts_release: force | conftest-verbose
+$(HEADERS): | $(BUILD_SANITY_CHECKS)
+conftest/uts_release: NV_GENERATE_UTS_RELEASE
 	@mkdir -p conftest; new="// Kernel version: ` + "`$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' uts_release`" + `"; \
 	[ "$$new" = "` + "`cat $@ 2>/dev/null`" + `" ] || echo "$$new" > $@
-conftest/patches.h: conftest.sh | conftest-verbose
+conftest/patches.h: conftest.sh conftest/uts_release
 	@mkdir -p conftest; $(NV_CONFTEST_CMD) patch_check > $@
 $(PARTS): conftest/header_presence/%.part: conftest.sh conftest/uts_release
 	@mkdir -p $(dir $@); echo " CONFTEST: $*"; $(NV_CONFTEST_CMD) test_kernel_header '$(NV_CONFTEST_CFLAGS)' '$*' > $@
@@ -70,7 +75,7 @@ nvidia.ko: $(OBJECTS)
 	askingScript = `#!/bin/sh
 CC="$1"
 OUTPUT=$4
-cd /prebake/src
+cd ${0%/*}
 check() {
     echo "$1" > conftest$$.c
     if $CC $CFLAGS -c conftest$$.c > /dev/null 2>&1; then echo "#define $2"; else echo "#undef $2"; fi
@@ -112,6 +117,13 @@ compile_test() {
 }
 
 case "$5" in
+    build_cflags)
+        echo -O2 -DKBUILD_BASENAME=\"#conftest$$\"
+        exit 0
+    ;;
+    cc_sanity_check)
+        exit 0
+    ;;
     test_kernel_header)
         CFLAGS=$6
         test_header_presence "${7}"
@@ -235,7 +247,8 @@ func TestCache(t *testing.T) {
 	step("next driver", "6 tests, 6 remembered; 2 files")
 	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(askingScript, "return h->size", "return h->length", 1)})
 	r.SourceDigest = "third source"
-	step("driver with one other question", "6 tests, 5 remembered; 2 files")
+	// nv.c does not name the macro whose question changed.
+	step("driver with one other question", "6 tests, 5 remembered; 2 files, 1 reused")
 
 	write(t, r.Headers, map[string]string{"Module.symvers": "0x22222222\tb\tvmlinux\tEXPORT_SYMBOL\t\n"})
 	r.HeaderDigest = "headers 57"
@@ -250,7 +263,7 @@ func TestCache(t *testing.T) {
 	step("another compiler", none)
 	step("another compiler again", all)
 
-	for _, file := range []string{"trees/objects-1/*/nvidia/nv.o", "trees/objects-1/*/nvidia/.nv.o.cmd", "facts/conftest-1/*", "facts/conftest-plan-1/*", "facts/header-view-1/*"} {
+	for _, file := range []string{"trees/object-1/*/object", "trees/object-1/*/command", "facts/object-inputs-1/*", "facts/conftest-2/*", "facts/conftest-plan-2/*", "facts/header-view-1/*"} {
 		found, err := filepath.Glob(filepath.Join(dir, file))
 		if err != nil || len(found) == 0 {
 			t.Fatalf("nothing is kept at %s: %v", file, err)
@@ -270,9 +283,9 @@ func TestCache(t *testing.T) {
 		}
 		notes := all
 		switch {
-		case strings.HasPrefix(file, "trees/"):
+		case strings.HasPrefix(file, "trees/"), strings.HasPrefix(file, "facts/object"):
 			notes = "6 tests, 6 remembered; 2 files"
-		case strings.HasPrefix(file, "facts/conftest-1/"):
+		case strings.HasPrefix(file, "facts/conftest-2/"):
 			notes = "6 tests; 2 files, 1 reused"
 		}
 		step("damaged "+file, notes)
@@ -280,47 +293,45 @@ func TestCache(t *testing.T) {
 	}
 }
 
-// A compiler that is killed, or finds no room, says nothing about the kernel.
+// A compiler that is killed, or finds no room, says nothing about the kernel,
+// whether the question is ours or make's. The words are gcc's and clang's own.
 func TestTroubleIsNoAnswer(t *testing.T) {
 	t.Parallel()
-	for name, trouble := range map[string]string{
-		"killed":    "kill -9 $$",
-		"disk full": "echo 'cc1: error: x.o: No space left on device' >&2; exit 1",
+	for name, row := range map[string]struct {
+		trouble string
+		want    fault.Kind
+	}{
+		"killed":               {"kill -9 $$", fault.OutOfMemory},
+		"its part is killed":   {"echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1", fault.OutOfMemory},
+		"clang's is killed":    {"echo 'clang: error: unable to execute command: Killed' >&2; exit 254", fault.OutOfMemory},
+		"no memory":            {"echo 'cc1: out of memory allocating 65536 bytes after a total of 1 bytes' >&2; exit 1", fault.OutOfMemory},
+		"no room for objects":  {"echo 'cc1: error: x.o: No space left on device' >&2; exit 1", fault.DiskFull},
+		"crash":                {"kill -SEGV $$", fault.Internal},
 	} {
-		r := asking(t)
-		cache, err := cas.Open(t.TempDir())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { _ = cache.Close() })
-		want, _ := made(t, r)
-		r.Cache = cache
-		// The compiler fails over one of the questions, once.
-		gcc := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
-		if err := os.Remove(gcc); err != nil {
-			t.Fatal(err)
-		}
-		program.Write(t, gcc, []byte("#!/bin/sh\ncase \"$*\" in *aid*|*conftest[0-9]*.c*) if [ -d /prebake/aid ] && mkdir /prebake/aid/once 2>/dev/null; then "+trouble+"; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"))
-		var log bytes.Buffer
-		r.WorkDir, r.Log = t.TempDir(), &log
-		result, err := compile.Modules(context.Background(), r)
-		if err != nil {
-			t.Fatalf("%s: Modules = %v\n%s", name, err, &log)
-		}
-		if !strings.Contains(log.String(), "trouble of its own") {
-			t.Errorf("%s: the log does not tell\n%s", name, &log)
-		}
-		got, err := os.ReadFile(result.Modules["nvidia"])
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Equal(got, want) {
-			t.Errorf("%s: another module", name)
-		}
-		if kept, err := filepath.Glob(filepath.Join(cache.Dir(), "*", "*", "*")); err == nil {
-			for _, path := range kept {
-				if strings.Contains(path, "facts/conftest-1/") || strings.Contains(path, "trees/objects-1/") {
-					t.Errorf("%s: %s was kept", name, path)
+		for _, remembers := range []bool{true, false} {
+			r := asking(t)
+			cache, err := cas.Open(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = cache.Close() })
+			if remembers {
+				r.Cache = cache
+			}
+			// The compiler fails over one of the questions.
+			gcc := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
+			if err := os.Remove(gcc); err != nil {
+				t.Fatal(err)
+			}
+			program.Write(t, gcc, []byte("#!/bin/sh\ncase \"$*\" in *conftest[0-9]*.c*) if grep -q size conftest[0-9]*.c; then "+row.trouble+"; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"))
+			var log bytes.Buffer
+			r.WorkDir, r.Log = t.TempDir(), &log
+			if _, err := compile.Modules(t.Context(), r); fault.Of(err) != row.want || fault.Hint(err) == "" {
+				t.Errorf("%s, with a cache: %t: Modules = %v (%v, hint %q); want %v\n%s", name, remembers, err, fault.Of(err), fault.Hint(err), row.want, &log)
+			}
+			for _, kept := range []string{"facts/conftest-2", "trees/object-1"} {
+				if found, err := filepath.Glob(filepath.Join(cache.Dir(), kept, "*")); err != nil || len(found) > 0 {
+					t.Errorf("%s: %v is kept, %v", name, found, err)
 				}
 			}
 		}
@@ -363,10 +374,11 @@ func TestCacheShared(t *testing.T) {
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{
-		"no conftest-verbose":      {"Kbuild": strings.ReplaceAll(askingKbuild, "conftest-verbose", "conftest-loud")},
-		"nobody asks for the plan": {"Kbuild": strings.ReplaceAll(askingKbuild, " | conftest-verbose", "")},
-		"another script":           {"conftest.sh": strings.Replace(askingScript, "do compile_test $i", "do  compile_test $i", 1)},
-		"patches":                  {"patch-x.h": ""},
+		"no release in the answers": {"Kbuild": strings.ReplaceAll(askingKbuild, "conftest/uts_release", "conftest/release")},
+		"another script":            {"conftest.sh": strings.Replace(askingScript, "do compile_test $i", "do  compile_test $i", 1)},
+		"patches":                   {"patch-x.h": ""},
+		"a question out of plan": {"Kbuild": strings.Replace(askingKbuild, "\nnvidia.ko: $(OBJECTS)\n",
+			"\nconftest/late.h: conftest/headers.h\n\t@$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' symbol_late > $@\nnvidia.ko: $(OBJECTS) | conftest/late.h\n", 1)},
 	} {
 		r := asking(t)
 		write(t, r.Source, files)

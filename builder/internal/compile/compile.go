@@ -16,6 +16,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -28,6 +29,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/prebake/prebake/builder/internal/leftover"
 	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
@@ -71,8 +73,8 @@ type Request struct {
 	// flavours of Driver. A HeaderDigest may leave out compile.h and utsversion.h.
 	Cache                                       *cas.Cache
 	HeaderDigest, ToolchainDigest, SourceDigest string
-	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/,
-	// out/ and, with a Cache, aid/ and preambles/ afterwards and belongs to the caller.
+	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/, out/,
+	// modules/ and more afterwards, and belongs to the caller.
 	WorkDir string
 	// Log receives the whole output of the run; nil drops it.
 	Log io.Writer
@@ -84,9 +86,10 @@ type Request struct {
 // Result is what a compilation left.
 type Result struct {
 	// Modules maps a module's file name without .ko to the path of the stripped
-	// file in WorkDir/out, mode 0644.
+	// file in WorkDir/modules, mode 0644, where no sandbox could write.
 	Modules map[string]string
-	// Debug maps them to the files before stripping, with the same build ids.
+	// Debug maps them to the files before stripping, in WorkDir/debug, with the
+	// same build ids.
 	// It is empty without Request.Debug.
 	Debug map[string]string
 	// Phases are conftest, compile, link, types and strip, as far as each took place.
@@ -211,8 +214,10 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	if err := stage(ctx, r.Source, b.src); err != nil {
 		return result, diskFull(fmt.Errorf("copy sources: %w", err))
 	}
-	if err := os.Mkdir(b.out, 0o755); err != nil {
-		return result, diskFull(err)
+	for _, dir := range []string{b.out, b.modulesDir(), b.debugDir()} {
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			return result, diskFull(err)
+		}
 	}
 	b.box = sandbox.Config{
 		Env: environment(t), Dir: insideSource,
@@ -222,6 +227,9 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 			{Host: b.src, Inside: insideSource, Writable: true},
 			{Host: b.out, Inside: insideOut, Writable: true},
 		},
+	}
+	if err := b.newGuard(); err != nil {
+		return result, diskFull(err)
 	}
 	b.args = append(command(t), "ARCH="+kernelArch[r.Arch])
 	b.args = append(append(b.args, t.variables...), flagVariables(r, t)...)
@@ -248,40 +256,86 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	return result, err
 }
 
-// make runs make, with what is remembered laid out for it.
+func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
+func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
+
+// make runs make, after writing what is remembered into the sources. Nothing but
+// make gets to see the sources writable, so until then they are as staged.
 func (b *build) make(ctx context.Context) error {
-	var a *aid
+	var a *answers
+	var o *objects
+	restored := 0
 	if b.r.Cache != nil {
-		var err error
-		if a, err = b.prepare(ctx); errors.Is(err, errNoAid) {
+		v, err := newView(ctx, b.r.Cache, b.r.Headers, b.r.HeaderDigest)
+		if err == nil {
+			a, err = b.answers(ctx, v)
+		}
+		if errors.Is(err, errLeft) {
 			fmt.Fprintf(b.watch, "prebake: %v\n", err)
 		} else if err != nil {
 			return diskFull(err)
-		}
-	}
-	if a != nil {
-		n, err := a.restore(ctx)
-		if err != nil {
-			return diskFull(fmt.Errorf("restore objects: %w", err))
-		}
-		b.watch.reuse(phaseCompile, n)
-		if n == 0 {
-			if err := b.preambles(); err != nil {
-				return diskFull(err)
+		} else {
+			if o, err = b.newObjects(v, a); err == nil {
+				restored, err = o.restore(ctx)
 			}
+			if err != nil {
+				return diskFull(fmt.Errorf("restore objects: %w", err))
+			}
+			b.watch.reuse(phaseCompile, restored)
 		}
 	}
 	box := b.box
-	box.Argv, box.Output = append(slices.Clone(b.args), "-j"+strconv.Itoa(b.r.Jobs)), b.watch
-	if err := sandbox.Run(ctx, box); err != nil {
-		return err
-	}
-	if a != nil {
-		if err := a.keep(ctx); err != nil {
-			return diskFull(fmt.Errorf("keep objects: %w", err))
+	if b.watch.expect.compile-restored >= minForPreambles {
+		var err error
+		if box, err = b.preambles(box); err != nil {
+			return diskFull(err)
 		}
 	}
+	err := b.runMake(ctx, box, "trouble")
+	if a != nil && err != nil && b.watch.findings.unanswered {
+		fmt.Fprintf(b.watch, "prebake: %v: make asks what the plan did not name\n", errLeft)
+		b.watch.findings, o = findings{}, nil
+		if err := errors.Join(os.RemoveAll(b.src), stage(ctx, b.r.Source, b.src)); err != nil {
+			return diskFull(err)
+		}
+		err = b.runMake(ctx, b.box, "trouble-again")
+	}
+	if err != nil || o == nil {
+		return err
+	}
+	left, err := leftover.Open(b.src)
+	if err != nil {
+		return err
+	}
+	defer left.Close()
+	if !a.kept(left) {
+		return nil // make asked again: it knew better, and nothing is sure
+	}
+	if err := o.keep(ctx, left); err != nil {
+		return diskFull(fmt.Errorf("keep objects: %w", err))
+	}
 	return nil
+}
+
+// minForPreambles is how many files have to be left to compile: a preamble costs
+// about as much as three of them.
+const minForPreambles = 16
+
+// runMake runs make with a guard in front of the compiler. What the guard noted
+// is the error, whatever make came to: an answer may have been made of it.
+func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
+	dir := filepath.Join(b.r.WorkDir, note)
+	box, err := withTrouble(box, dir)
+	if err != nil {
+		return diskFull(err)
+	}
+	box.Argv, box.Output = append(slices.Clone(b.args), "-j"+strconv.Itoa(b.r.Jobs)), b.watch
+	err = sandbox.Run(ctx, box)
+	var exit *sandbox.ExitError
+	if err == nil || errors.As(err, &exit) {
+		return cmp.Or(trouble(dir), err)
+	}
+	return err
 }
 
 // flagVariables are compiler flags of ours, on top of the kernel's.
@@ -308,18 +362,23 @@ func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
 // built are the modules that make left, by file name.
 func (b *build) built() ([]string, error) {
-	files, err := filepath.Glob(filepath.Join(b.src, "*.ko"))
+	left, err := leftover.Open(b.src)
 	if err != nil {
 		return nil, err
 	}
-	slices.Sort(files)
+	defer left.Close()
+	files, err := left.Named(".ko")
+	if err != nil {
+		return nil, fault.Wrap(fault.Internal, fmt.Errorf("look for modules: %w", err), hintLog)
+	}
 	if len(files) == 0 {
 		return nil, fault.New(fault.Internal, "make ended well but left no module", "read the build's log for what it did")
 	}
 	return files, nil
 }
 
-// strip writes each module without its debug sections into out.
+// strip makes each module without its debug sections, and takes it out of the
+// sandbox's reach.
 func (b *build) strip(ctx context.Context, result *Result) (err error) {
 	built, err := b.built()
 	if err != nil {
@@ -334,18 +393,18 @@ func (b *build) strip(ctx context.Context, result *Result) (err error) {
 	var mu sync.Mutex // the log's, and of what is counted
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(b.r.Jobs)
-	for _, file := range built {
+	for i, name := range built {
 		g.Go(func() error {
-			name := filepath.Base(file)
-			if err := b.stripOne(gctx, name, &mu); err != nil {
+			module, err := b.stripOne(gctx, name, filepath.Join(b.out, strconv.Itoa(i)), &mu)
+			if err != nil {
 				return fmt.Errorf("strip %s: %w", name, err)
 			}
 			mu.Lock()
 			defer mu.Unlock()
-			module := strings.TrimSuffix(name, ".ko")
-			result.Modules[module] = filepath.Join(b.out, name)
+			base := strings.TrimSuffix(name, ".ko")
+			result.Modules[base] = module
 			if b.r.Debug {
-				result.Debug[module] = file
+				result.Debug[base] = filepath.Join(b.debugDir(), name)
 			}
 			b.r.Progress("strip", len(result.Modules), len(built))
 			return nil
@@ -354,28 +413,64 @@ func (b *build) strip(ctx context.Context, result *Result) (err error) {
 	return g.Wait()
 }
 
-func (b *build) stripOne(ctx context.Context, name string, mu *sync.Mutex) error {
+// stripOne strips one module into a folder that only this run of strip can write
+// to, and returns the path of a copy.
+func (b *build) stripOne(ctx context.Context, name, out string, mu *sync.Mutex) (module string, err error) {
+	if err := os.Mkdir(out, 0o755); err != nil {
+		return "", diskFull(err)
+	}
 	var said bytes.Buffer
 	box := b.box
 	box.Output, box.MaxOutput = &said, 1<<20
+	box.Binds = slices.Clone(b.box.Binds)
+	for i := range box.Binds {
+		switch box.Binds[i].Inside {
+		case insideOut:
+			box.Binds[i].Host = out
+		case insideSource:
+			box.Binds[i].Writable = false
+		}
+	}
 	box.Argv = []string{b.t.strip, "--strip-debug", "-o", insideOut + "/" + name, insideSource + "/" + name}
-	err := sandbox.Run(ctx, box)
+	err = sandbox.Run(ctx, box)
 	mu.Lock()
 	w := newWatch(b.r.Log, func(string, int, int) {}, work{}, time.Now)
 	_, werr := w.Write(said.Bytes())
 	werr = cmp.Or(werr, w.close(err != nil))
 	mu.Unlock()
 	if err = cmp.Or(err, werr); err != nil {
-		return diagnose(err, w.findings)
+		return "", diagnose(err, w.findings)
 	}
-	path, debug := filepath.Join(b.out, name), ""
+	module = filepath.Join(b.modulesDir(), name)
+	if err := take(out, name, module); err != nil {
+		return "", err
+	}
+	debug := ""
 	if b.r.Debug {
-		debug = filepath.Join(b.src, name)
+		debug = filepath.Join(b.debugDir(), name)
+		if err := take(b.src, name, debug); err != nil {
+			return "", err
+		}
 	}
-	if err := os.Chmod(path, 0o644); err != nil {
+	return module, setBuildID(module, debug)
+}
+
+// maxModule bounds a module with its debug information: NVIDIA's largest has 400 MB.
+const maxModule = 2 << 30
+
+// take copies a module out of a folder that a sandbox could write to.
+func take(dir, name, to string) (err error) {
+	left, err := leftover.Open(dir)
+	if err != nil {
 		return err
 	}
-	return setBuildID(path, debug)
+	defer left.Close()
+	_, err = left.Copy(to, name, maxModule)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, leftover.ErrKind), errors.Is(err, leftover.ErrLarge):
+		return fault.Wrap(fault.Internal, fmt.Errorf("take %s out of the sandbox: %w", name, err), hintLog)
+	}
+	return diskFull(err)
 }
 
 func count(n int, thing string) string {

@@ -102,7 +102,7 @@ func TestModules(t *testing.T) {
 	if diff := cmp.Diff(map[string]int{"conftest": 3, "compile": 1, "link": 2, "strip": 2}, progress); diff != "" {
 		t.Errorf("progress totals differ (-want +got):\n%s", diff)
 	}
-	want := map[string]string{"nvidia": filepath.Join(r.WorkDir, "out/nvidia.ko"), "nvidia-uvm": filepath.Join(r.WorkDir, "out/nvidia-uvm.ko")}
+	want := map[string]string{"nvidia": filepath.Join(r.WorkDir, "modules/nvidia.ko"), "nvidia-uvm": filepath.Join(r.WorkDir, "modules/nvidia-uvm.ko")}
 	if diff := cmp.Diff(want, result.Modules); diff != "" {
 		t.Errorf("modules differ (-want +got):\n%s", diff)
 	}
@@ -123,7 +123,7 @@ KBUILD_BUILD_HOST=prebake
 KBUILD_BUILD_TIMESTAMP=Thu Jan  1 00:00:00 UTC 1970
 KBUILD_BUILD_USER=prebake
 LC_ALL=C
-PATH=/prebake/toolchain/bin:/prebake/toolchain/usr/bin:/usr/bin:/bin
+PATH=/prebake/guard:/prebake/toolchain/bin:/prebake/toolchain/usr/bin:/usr/bin:/bin
 PWD=/prebake/src
 SOURCE_DATE_EPOCH=0
 TZ=UTC

@@ -20,7 +20,9 @@ type findings struct {
 	memory  string
 	disk    string
 	make    string // make's first *** line
-	said    string // the last line before it that is no step and no make message
+	// unanswered says that make asked conftest what nobody had asked before.
+	unanswered bool
+	said       string // the last line before it that is no step and no make message
 }
 
 var (
@@ -32,6 +34,9 @@ var (
 	programGone   = regexp.MustCompile(`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
 	memoryTrouble = regexp.MustCompile(`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
+
+// unanswered begins what the script in the place of conftest.sh says then.
+const unanswered = "prebake: conftest has no answer: "
 
 const diskTrouble = "No space left on device"
 
@@ -46,6 +51,9 @@ func (f *findings) read(line string) {
 		first(&f.disk, relative(line))
 	case memoryTrouble.MatchString(line):
 		first(&f.memory, relative(line))
+	}
+	if strings.HasPrefix(line, unanswered) {
+		f.unanswered = true
 	}
 	if sourceError.MatchString(line) {
 		first(&f.source, relative(line))

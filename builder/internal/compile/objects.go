@@ -3,319 +3,355 @@ package compile
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
+
+	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/pkg/cas"
 )
 
-// Objects are kept as one tree for each driver and view: what make left for
-// every source file, which is the object and the .cmd file that make compares
-// with what it would do. make stays the judge: a command or a time that does
-// not fit has the file compiled again.
+// Objects are kept one by one, each with what it was made of: the driver's files
+// among its dependencies by content, the answers of conftest that these files
+// name, and the driver's version where they name it. Everything else that decides
+// an object is in [objects.base]. So the next driver of a branch, and a sibling
+// kernel, take what is made of the same things.
+//
+// What is kept is the object and the .cmd file that make compares with what it
+// would do. make stays the judge: a command or a time that does not fit has the
+// file compiled again.
 //
 // An object is kept only if nothing that a view hides went into it. Its .cmd
-// file lists what was read, and those files are searched for the hidden names,
-// so that is known, not assumed. The .mod.c files,
-// which carry a kernel's release and salt, are never kept.
-const objectsKind = "objects-1"
+// file lists what was read, and those files are searched for the hidden names.
+// The .mod.c files, which carry a kernel's release and salt, are never kept.
+const (
+	objectKind = "object-1" // trees: OBJECT and COMMAND
+	inputsKind = "object-inputs-1"
 
-var errNoObjects = errors.New("no objects are kept")
+	maxVariants  = 8 // of one object, the newest first
+	maxCommand   = 1 << 20
+	maxObject    = 1 << 30
+	maxSource    = 8 << 20
+	maxGenerated = 64 << 10
+)
 
-// objectsKey names the objects of this build. There is none without digests of
-// everything that decides them.
-func (a *aid) objectsKey() string {
-	h := sha256.New()
-	parts := []string{objectsKind, Recipe, a.view.Digest, a.r.ToolchainDigest, a.r.SourceDigest, string(a.r.Driver.Flavour), a.digest()}
-	for _, arg := range a.args {
-		if !strings.HasPrefix(arg, "KERNEL_UNAME=") {
-			parts = append(parts, arg)
-		}
-	}
-	if a.debug {
-		// Debug information may tell of a header's content what the code does
-		// not: compilers put checksums of files into it. Siblings share none.
-		parts = append(parts, "debug", a.r.Release, a.r.HeaderDigest)
-	}
-	for _, p := range parts {
-		fmt.Fprintf(h, "%d:%s\n", len(p), p)
-	}
-	return hex.EncodeToString(h.Sum(nil))
+// objects keeps and restores what a build compiles.
+type objects struct {
+	*build
+	view    *view
+	answers map[string]string // the folder conftest/
+	base    *cas.Key
+	tree    *wordReader // of the sources as they came
+	// restored are the objects that were not compiled.
+	restored map[string]bool
 }
 
-// restore puts kept objects into the staged sources and returns how many.
-func (a *aid) restore(ctx context.Context) (int, error) {
-	dir, cached, err := a.r.Cache.Tree(ctx, objectsKind, a.objectsKey(), func(context.Context, string) error { return errNoObjects })
-	if errors.Is(err, errNoObjects) {
-		return 0, nil
-	}
-	if err != nil || !cached {
-		return 0, err
-	}
-	n := 0
-	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || d.IsDir() {
-			return err
-		}
-		name, err := filepath.Rel(dir, path)
-		if err != nil {
-			return err
-		}
-		to := filepath.Join(a.src, name)
-		// The copy's time is now: not older than what it was made of.
-		if err := copyFile(path, to); err != nil {
-			return err
-		}
-		if strings.HasSuffix(name, ".o") {
-			n++
-		}
-		return nil
-	})
-	return n, err
+// variant is one object that was kept, and what it was made of.
+type variant struct {
+	// Files are the driver's files that were read, by slash path.
+	Files []string `json:"files"`
+	// Macros are answers that the kernel's headers name.
+	Macros []string `json:"macros,omitempty"`
+	// Generated are files that the driver's makefiles made, by path.
+	Generated map[string]string `json:"generated,omitempty"`
+	// Inputs is the digest of all that; Version is the driver that it was made for.
+	Inputs  string `json:"inputs"`
+	Version string `json:"version"`
 }
 
-// keep remembers the objects of a finished build.
-func (a *aid) keep(ctx context.Context) error {
-	if !a.kept() {
-		return nil // make asked again: it knew better, and nothing is sure
-	}
-	files, err := a.products()
-	if err != nil || len(files) == 0 {
-		return err
-	}
-	_, _, err = a.r.Cache.Tree(ctx, objectsKind, a.objectsKey(), func(_ context.Context, dir string) error {
-		for _, name := range files {
-			to := filepath.Join(dir, name)
-			if err := os.MkdirAll(filepath.Dir(to), 0o755); err != nil {
-				return err
-			}
-			if err := copyFile(filepath.Join(a.src, name), to); err != nil {
-				return err
-			}
-		}
-		return nil
-	})
-	return err
-}
-
-// hidden returns, for each header of which a view shows only a part, the macros
-// whose values it hides. A header that is more than plain definitions hides
-// all, which no name stands for.
-func (a *aid) hidden() (map[string][]string, error) {
-	names := map[string][]string{}
-	for header := range a.view.masked {
-		if !strings.HasSuffix(header, ".h") {
-			names[header] = nil
-			continue
-		}
-		text, err := os.ReadFile(filepath.Join(a.r.Headers, header))
-		if err != nil {
-			return nil, err
-		}
-		if header == "include/generated/autoconf.h" {
-			names[header] = []string{"CONFIG_BUILD_SALT", "BUILD_SALT"} // IS_ENABLED and its like
-			continue
-		}
-		names[header] = []string{}
-		for line := range strings.Lines(string(text)) {
-			m := definition.FindStringSubmatch(line)
-			if m == nil && strings.TrimSpace(line) != "" {
-				names[header] = nil
-				break
-			}
-			if m != nil {
-				names[header] = append(names[header], m[1])
-			}
-		}
-	}
-	return names, nil
-}
-
-var definition = regexp.MustCompile(`^#define ([A-Za-z_][A-Za-z0-9_]*)(\s|$)`)
-
-// reader finds out which words the files contain that objects are made of.
-type reader struct {
-	a      *aid
-	hidden map[string][]string
-	words  []string
-	found  map[string]map[string]bool // by file
-}
-
-// sees reports whether something that a view hides may have gone into an
-// object: it was made of a header that hides a macro, and another of its files
-// names the macro, in whatever context.
-func (r *reader) sees(c command) bool {
-	wanted, files := []string{}, []string{}
-	for _, dep := range append(slices.Clone(c.deps), "include/generated/autoconf.h") {
-		inside := dep
-		if !filepath.IsAbs(inside) {
-			inside = filepath.Join(insideKernel, inside)
-		}
-		inside = filepath.Clean(inside)
-		if rel, ok := strings.CutPrefix(inside, insideKernel+"/"); ok {
-			if names, masked := r.hidden[rel]; masked && names == nil {
-				return true
-			} else if masked {
-				wanted = append(wanted, names...)
-				continue
-			}
-			files = append(files, filepath.Join(r.a.r.Headers, rel))
-		} else if rel, ok := strings.CutPrefix(inside, insideSource+"/"); ok {
-			files = append(files, filepath.Join(r.a.src, rel))
-		} else if !strings.HasPrefix(inside, insideToolchain+"/") { // its digest is in the key
-			return true // from where no key looks
-		}
-	}
-	for _, file := range files {
-		found := r.read(file)
-		if found == nil || slices.ContainsFunc(wanted, func(name string) bool { return found[name] }) {
-			return true
-		}
-	}
-	return false
-}
-
-// read returns the words in a file, or nil where it cannot be read.
-func (r *reader) read(file string) map[string]bool {
-	found, known := r.found[file]
-	if known {
-		return found
-	}
-	if text, err := os.ReadFile(file); err == nil {
-		found = map[string]bool{}
-		for _, word := range r.words {
-			found[word] = containsWord(text, word)
-		}
-	}
-	r.found[file] = found
-	return found
-}
-
-// containsWord reports whether the text has the word as a whole identifier.
-func containsWord(text []byte, word string) bool {
-	for from := 0; ; {
-		i := bytes.Index(text[from:], []byte(word))
-		if i < 0 {
-			return false
-		}
-		begin := from + i
-		end := begin + len(word)
-		if (begin == 0 || !inIdentifier(text[begin-1])) && (end == len(text) || !inIdentifier(text[end])) {
-			return true
-		}
-		from = begin + 1
-	}
-}
-
-func inIdentifier(c byte) bool {
-	return c == '_' || c >= '0' && c <= '9' || c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z'
-}
-
-// products lists the files worth keeping, by path below the sources.
-func (a *aid) products() ([]string, error) {
-	hidden, err := a.hidden()
+// newObjects prepares for a build whose answers are known.
+func (b *build) newObjects(v *view, a *answers) (*objects, error) {
+	o := &objects{build: b, view: v, answers: a.files, tree: newWordReader(answerNames(a.files)), restored: map[string]bool{}}
+	makefiles, err := b.makefiles()
 	if err != nil {
 		return nil, err
 	}
-	r := &reader{a: a, hidden: hidden, found: map[string]map[string]bool{}}
-	for _, names := range hidden {
-		r.words = append(r.words, names...)
-	}
-	var files []string
-	err = filepath.WalkDir(a.src, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || !d.Type().IsRegular() {
-			return err
-		}
-		object, ok := strings.CutSuffix(d.Name(), ".o.cmd")
-		if !ok || !strings.HasPrefix(object, ".") || strings.HasSuffix(object, ".mod") {
-			return nil
-		}
-		object = object[1:]
-		text, err := os.ReadFile(path)
-		if err != nil {
-			return err
-		}
-		// What is linked, not compiled, has no such file.
-		if c, ok := parseCommand(string(text)); !ok || r.sees(c) {
-			return nil
-		}
-		rel, err := filepath.Rel(a.src, path)
-		if err != nil {
-			return err
-		}
-		object = filepath.Join(filepath.Dir(rel), object+".o")
-		if info, err := os.Lstat(filepath.Join(a.src, object)); err != nil || !info.Mode().IsRegular() {
-			return nil
-		}
-		files = append(files, rel, object)
-		return nil
-	})
-	if err != nil || len(files) == 0 {
-		return nil, err
-	}
-	// Headers that the driver's makefiles make; their rules have no inputs.
-	for _, name := range []string{"nv_compiler.h"} {
-		if info, err := os.Lstat(filepath.Join(a.src, name)); err == nil && info.Mode().IsRegular() {
-			files = append(files, name)
+	o.base = cas.NewKey(objectKind).Add("recipe", Recipe).Add("kernel view", v.Digest).Add("toolchain", b.r.ToolchainDigest).
+		Add("flavour", string(b.r.Driver.Flavour)).Add("makefiles", makefiles).Add("conftest flags", versionMacro.ReplaceAllString(a.asker.Flags(), ""))
+	for _, arg := range b.args {
+		if !strings.HasPrefix(arg, "KERNEL_UNAME=") {
+			o.base.Add("argument", arg)
 		}
 	}
-	return files, nil
-}
-
-// command is what a .cmd file of kbuild says of an object.
-type command struct {
-	line string
-	deps []string // the source first
+	if b.debug {
+		// Debug information may tell of a header's content what the code does
+		// not: compilers put checksums of files into it. Siblings share none.
+		o.base.Add("debug", b.r.Release+" "+b.r.HeaderDigest)
+	}
+	return o, nil
 }
 
 var (
-	commandLine = regexp.MustCompile(`^(?:saved)?cmd_\S+ := (.*)$`)
-	sourceLine  = regexp.MustCompile(`^source_\S+ := (\S+)$`)
-	depsLine    = regexp.MustCompile(`^deps_\S+ := \\$`)
-	// Options by which a command reads what no list of dependencies names.
-	unlisted = regexp.MustCompile(`(^|\s)(-fplugin\S*|@\S+|-specs\S*|-fprofile-use\S*|-fprofile-\S*use=\S*|-fsanitize-ignorelist\S*|-fsanitize-blacklist\S*)`)
+	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
+	versionLine  = regexp.MustCompile(`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
+	// Lists of questions: words alone, which no shell and no function of make reads.
+	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
 
-const maxDeps = 20000
+// makefiles digests all of the driver's files that run beside the compiler:
+// everything but sources, headers and the linked cores. What only asks the kernel
+// and what only tells the version does not count; the answers do, by name.
+func (b *build) makefiles() (string, error) {
+	key := cas.NewKey("makefiles")
+	err := filepath.WalkDir(b.r.Source, func(file string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		name, err := filepath.Rel(b.r.Source, file)
+		if err != nil {
+			return err
+		}
+		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) || slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
+			return nil // neither of the two runs beside the compiler
+		}
+		if d.Type() == fs.ModeSymlink {
+			to, err := os.Readlink(file)
+			key.Add(name, "link to "+to)
+			return err
+		}
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return err
+		}
+		var kept strings.Builder
+		for line := range strings.Lines(string(text)) {
+			if bare := strings.TrimRight(line, "\r\n"); !versionLine.MatchString(bare) && !listLine.MatchString(bare) {
+				kept.WriteString(line)
+			}
+		}
+		key.Add(name, kept.String())
+		return nil
+	})
+	return key.String(), err
+}
 
-// parseCommand reads the .cmd file of a compiled object. It says no to any
-// other, and to a command whose inputs are not all listed.
-func parseCommand(text string) (command, bool) {
-	var c command
-	inDeps := false
-	for line := range strings.Lines(text) {
-		line = strings.TrimSuffix(line, "\n")
-		switch {
-		case inDeps:
-			name, more := strings.CutSuffix(strings.TrimSpace(line), `\`)
-			name = strings.TrimSpace(name)
-			// $(wildcard include/config/X) names an option, which autoconf.h decides.
-			if name != "" && !strings.HasPrefix(name, "$(wildcard ") {
-				if strings.ContainsAny(name, " $") || len(c.deps) == maxDeps {
-					return command{}, false
-				}
-				c.deps = append(c.deps, name)
+var answerLine = regexp.MustCompile(`^\s*#\s*(?:define|undef)\s+(\w+)`)
+
+// answerNames are the macros that conftest's answers define or not.
+func answerNames(files map[string]string) map[string]bool {
+	names := map[string]bool{"NV_VERSION_STRING": true}
+	for _, text := range files {
+		for line := range strings.Lines(text) {
+			if m := answerLine.FindStringSubmatch(line); m != nil {
+				names[m[1]] = true
 			}
-			inDeps = more
-		case commandLine.MatchString(line):
-			if c.line != "" {
-				return command{}, false
-			}
-			c.line = commandLine.FindStringSubmatch(line)[1]
-		case sourceLine.MatchString(line):
-			c.deps = append(c.deps, sourceLine.FindStringSubmatch(line)[1])
-		case depsLine.MatchString(line):
-			inDeps = true
 		}
 	}
-	if c.line == "" || len(c.deps) < 2 || inDeps || unlisted.MatchString(c.line) {
-		return command{}, false
+	return names
+}
+
+// answersAbout returns the lines of the answers about these macros, and all lines
+// that are not about one macro alone: those may be seen by anybody.
+func answersAbout(files map[string]string, named map[string]bool) string {
+	var b strings.Builder
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if path.Ext(name) != ".h" || strings.Contains(name, "/") {
+			continue // what the headers are put together of
+		}
+		fmt.Fprintf(&b, "%s\n", name)
+		for line := range strings.Lines(files[name]) {
+			if strings.HasPrefix(line, "// Kernel version: ") {
+				continue // a comment
+			}
+			if m := answerLine.FindStringSubmatch(line); m == nil || named[m[1]] {
+				b.WriteString(line)
+			}
+		}
 	}
-	return c, true
+	return b.String()
+}
+
+// inputs digests what a variant is made of, as it is in this build. It says no
+// where a file is missing.
+func (o *objects) inputs(v variant, read func(name string) *words) (string, bool) {
+	key := cas.NewKey("inputs")
+	named, pastes := map[string]bool{}, map[string]bool{}
+	for _, name := range v.Macros {
+		named[name] = true
+	}
+	for _, name := range v.Files {
+		w := read(name)
+		if w == nil {
+			return "", false
+		}
+		key.Add(name, w.digest)
+		maps.Copy(named, w.named)
+		maps.Copy(pastes, w.pastes)
+	}
+	// A name that is pasted together counts with every macro that it may become.
+	for part := range pastes {
+		for name := range o.tree.wanted {
+			if strings.HasPrefix(name, part) || strings.HasSuffix(name, part) {
+				named[name] = true
+			}
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(v.Generated)) {
+		key.Add("generated "+name, v.Generated[name])
+	}
+	if named["NV_VERSION_STRING"] || o.debug {
+		key.Add("version", o.r.Driver.Version)
+	}
+	return key.Add("answers", answersAbout(o.answers, named)).String(), true
+}
+
+func (o *objects) factKey(object string) string { return o.base.With("object", object).String() }
+
+func (o *objects) variants(object string) []variant {
+	var all []variant
+	raw, ok := o.r.Cache.Recall(inputsKind, o.factKey(object))
+	if !ok || json.Unmarshal(raw, &all) != nil {
+		return nil
+	}
+	return all
+}
+
+var errNone = errors.New("nothing is kept")
+
+// restore puts kept objects into the staged sources, which no sandbox has
+// written to so far, and returns how many.
+func (o *objects) restore(ctx context.Context) (int, error) {
+	read := func(name string) *words {
+		return o.tree.read(name, func() ([]byte, error) { return os.ReadFile(filepath.Join(o.src, filepath.FromSlash(name))) })
+	}
+	err := filepath.WalkDir(o.src, func(file string, d fs.DirEntry, err error) error {
+		if err != nil || !d.Type().IsRegular() || filepath.Ext(file) != ".c" && filepath.Ext(file) != ".S" {
+			return err
+		}
+		rel, err := filepath.Rel(o.src, file)
+		if err != nil {
+			return err
+		}
+		object := filepath.ToSlash(strings.TrimSuffix(rel, filepath.Ext(rel)) + ".o")
+		for _, v := range o.variants(object) {
+			if inputs, ok := o.inputs(v, read); !ok || inputs != v.Inputs {
+				continue
+			}
+			ok, err := o.restoreOne(ctx, object, v)
+			if err != nil {
+				return err
+			}
+			if ok {
+				o.restored[object] = true
+				break
+			}
+		}
+		return nil
+	})
+	return len(o.restored), err
+}
+
+func (o *objects) restoreOne(ctx context.Context, object string, v variant) (bool, error) {
+	dir, _, err := o.r.Cache.Tree(ctx, objectKind, o.base.With("object", object).Add("inputs", v.Inputs).String(),
+		func(context.Context, string) error { return errNone })
+	if errors.Is(err, errNone) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	for name, text := range v.Generated {
+		file := filepath.Join(o.src, filepath.FromSlash(name))
+		if was, err := os.ReadFile(file); err == nil && string(was) != text {
+			return false, nil
+		} else if err == nil {
+			continue
+		}
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			return false, err
+		}
+	}
+	command, err := os.ReadFile(filepath.Join(dir, "command"))
+	if err != nil {
+		return false, err
+	}
+	// The command tells the driver's version to every file; this one does not
+	// look at it, or the version would be among its inputs.
+	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`), []byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Version+`\"`))
+	file := filepath.Join(o.src, filepath.FromSlash(object))
+	// The copies' times are now: not older than what they were made of.
+	if err := copyFile(filepath.Join(dir, "object"), file); err != nil {
+		return false, err
+	}
+	return true, os.WriteFile(filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".cmd"), command, 0o644)
+}
+
+// keep remembers the objects of a finished build.
+func (o *objects) keep(ctx context.Context, left *leftover.Dir) error {
+	hidden, err := o.hidden()
+	if err != nil {
+		return err
+	}
+	k := &keeper{objects: o, left: left, hidden: hidden, ours: newWordReader(maps.Clone(o.tree.wanted)), headers: newWordReader(maps.Clone(o.tree.wanted))}
+	for _, names := range hidden {
+		for _, name := range names {
+			k.headers.wanted[name], k.ours.wanted[name] = true, true
+		}
+	}
+	files, err := left.Files()
+	if err != nil {
+		return err
+	}
+	for _, name := range files {
+		object, ok := strings.CutSuffix(path.Base(name), ".o.cmd")
+		if !ok || !strings.HasPrefix(object, ".") || strings.HasSuffix(object, ".mod") {
+			continue
+		}
+		object = path.Join(path.Dir(name), object[1:]+".o")
+		if o.restored[object] {
+			continue // it came from there
+		}
+		if err := k.keepOne(ctx, name, object); err != nil {
+			return fmt.Errorf("%s: %w", object, err)
+		}
+	}
+	return nil
+}
+
+// keepOne keeps an object if all that it was made of is known.
+func (k *keeper) keepOne(ctx context.Context, cmdFile, object string) error {
+	text, err := k.left.Read(cmdFile, maxCommand)
+	if err != nil {
+		return nil //nolint:nilerr // not a file that kbuild makes: nothing to keep
+	}
+	c, ok := parseCommand(string(text)) // what is linked, not compiled, has no such file
+	if !ok {
+		return nil
+	}
+	v, ok := k.made(c)
+	if !ok {
+		return nil
+	}
+	if v.Inputs, ok = k.inputs(v, k.readOurs); !ok {
+		return nil
+	}
+	key := k.base.With("object", object).Add("inputs", v.Inputs).String()
+	_, _, err = k.r.Cache.Tree(ctx, objectKind, key, func(_ context.Context, dir string) error {
+		if _, err := k.left.Copy(filepath.Join(dir, "object"), object, maxObject); err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(dir, "command"), text, 0o644)
+	})
+	if errors.Is(err, leftover.ErrKind) || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return err
+	}
+	all := k.variants(object)
+	if slices.ContainsFunc(all, func(have variant) bool { return have.Inputs == v.Inputs }) {
+		return nil // make compiled it again all the same, or the object was damaged
+	}
+	all = append([]variant{v}, all...)
+	raw, err := json.Marshal(all[:min(len(all), maxVariants)])
+	if err != nil {
+		return err
+	}
+	return k.r.Cache.Remember(inputsKind, k.factKey(object), raw)
 }

@@ -6,6 +6,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -24,46 +25,39 @@ var preambleScript string
 // clang only, whose objects are the same either way; gcc's differ in the order
 // of instructions. Without debug information only, which tells of the files
 // that were read.
-func (b *build) preambles() error {
+func (b *build) preambles(box sandbox.Config) (sandbox.Config, error) {
 	if !b.t.clang || b.debug {
-		return nil
+		return box, nil
 	}
 	found, err := preamble.Find(os.DirFS(b.src), insideSource)
 	if err != nil { // make may still cope with what this could not
 		fmt.Fprintf(b.watch, "prebake: no preambles: %v\n", err)
-		return nil
+		return box, nil
 	}
 	if len(found) == 0 {
-		return nil
+		return box, nil
 	}
 	dir, sources := filepath.Join(b.r.WorkDir, "preambles"), 0
 	for i, p := range found {
 		name := strconv.Itoa(i)
 		if err := write(filepath.Join(dir, name+".h"), p.Text, 0o644); err != nil {
-			return err
+			return box, err
 		}
 		sources += len(p.Sources)
 		for _, s := range p.Sources {
 			about := name + "\n" + s.First + "\n" + strings.Join(s.Through, " ") + "\n"
 			if err := write(filepath.Join(dir, "of", s.Path), about, 0o644); err != nil {
-				return err
+				return box, err
 			}
 		}
 	}
-	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@SOURCES@", insideSource, "@KERNEL@", insideKernel, "@PREAMBLES@", insidePreambles).Replace(preambleScript)
+	script := strings.NewReplacer("@COMPILER@", insideGuard+"/"+filepath.Base(b.t.compiler), "@SOURCES@", insideSource, "@KERNEL@", insideKernel, "@PREAMBLES@", insidePreambles).Replace(preambleScript)
 	if err := write(filepath.Join(dir, "bin", filepath.Base(b.t.compiler)), script, 0o755); err != nil {
-		return err
+		return box, err
 	}
 	fmt.Fprintf(b.watch, "prebake: %s begin with %s\n", count(sources, "source"), count(len(found), "preamble"))
-	b.box.Binds = append(b.box.Binds, sandbox.Bind{Host: dir, Inside: insidePreambles, Writable: true})
-	b.box.Env = maps.Clone(b.box.Env)
-	b.box.Env["PATH"] = insidePreambles + "/bin:" + b.box.Env["PATH"]
-	return nil
-}
-
-func write(path, text string, mode os.FileMode) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(path, []byte(text), mode)
+	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insidePreambles, Writable: true})
+	box.Env = maps.Clone(box.Env)
+	box.Env["PATH"] = insidePreambles + "/bin:" + box.Env["PATH"]
+	return box, nil
 }

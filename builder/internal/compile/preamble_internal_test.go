@@ -151,11 +151,12 @@ func TestPreamblesLeftOut(t *testing.T) {
 	if err := os.Truncate(large, 9<<20); err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(b.preambles(), b.watch.close(false)); err != nil {
+	box, err := b.preambles(b.box)
+	if err := errors.Join(err, b.watch.close(false)); err != nil {
 		t.Fatal(err)
 	}
-	if b.box.Env["PATH"] != "/bin" || len(b.box.Binds) != 0 || !strings.Contains(log.String(), "no preambles: ") {
-		t.Errorf("PATH %q, binds %v, log %q; want them as they were, and a word in the log", b.box.Env["PATH"], b.box.Binds, log.String())
+	if box.Env["PATH"] != "/bin" || len(box.Binds) != 0 || !strings.Contains(log.String(), "no preambles: ") {
+		t.Errorf("PATH %q, binds %v, log %q; want them as they were, and a word in the log", box.Env["PATH"], box.Binds, log.String())
 	}
 }
 

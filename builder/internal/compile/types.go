@@ -7,13 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/builder/internal/leftover"
 	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -117,11 +117,10 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 	if err != nil {
 		return err
 	}
-	for i, file := range built {
-		name := filepath.Base(file)
+	for i, name := range built {
 		b.r.Progress("types", i, len(built))
 		fmt.Fprintf(b.r.Log, "  BTF     %s %s\n", name, strings.Join(flags, " "))
-		if err := wantsNoIDs(file); err != nil {
+		if err := wantsNoIDs(b.src, name); err != nil {
 			return fmt.Errorf("make BTF of %s: %w", name, err)
 		}
 		argv := slices.Concat([]string{pahole, "-J"}, flags, []string{"--btf_base", insideBTF, insideSource + "/" + name})
@@ -172,12 +171,21 @@ var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
 
 // wantsNoIDs refuses a module with functions for BPF programs: the numbers of
 // their types would have to be filled in.
-func wantsNoIDs(file string) (err error) {
-	f, err := elf.Open(file)
+func wantsNoIDs(dir, name string) (err error) {
+	left, err := leftover.Open(dir)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
+	defer left.Close()
+	file, err := left.Open(name, maxModule)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, file.Close()) }()
+	f, err := elf.NewFile(file)
+	if err != nil {
+		return err
+	}
 	if f.Section(".BTF_ids") != nil {
 		return fault.New(fault.Unsupported, "it has a section .BTF_ids, which only the kernel's resolve_btfids can fill in", hintNoTypes)
 	}

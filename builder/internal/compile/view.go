@@ -85,7 +85,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		} else if err != nil {
 			return nil, err
 		} else if !info.Mode().IsRegular() {
-			return nil, fmt.Errorf("%w: %s is not a file", errNoAid, name)
+			return nil, fmt.Errorf("%w: %s is not a file", errLeft, name)
 		}
 		text, err := os.ReadFile(path)
 		if err != nil {

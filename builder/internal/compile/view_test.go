@@ -202,14 +202,25 @@ func TestParseCommand(t *testing.T) {
 	}
 }
 
-func TestContainsWord(t *testing.T) {
+func TestWords(t *testing.T) {
 	t.Parallel()
+	read := func(text string) *words {
+		return newWordReader(map[string]bool{"UTS": true}).read("f", func() ([]byte, error) { return []byte(text), nil })
+	}
 	for text, want := range map[string]bool{
 		"UTS": true, "a UTS b": true, "(UTS)": true, "XUTS UTS": true, "UTSUTS UTS": true,
 		"": false, "XUTS": false, "UTSX UTS_ _UTS": false, "UTSUTS": false, "UT": false,
 	} {
-		if got := containsWord([]byte(text), "UTS"); got != want {
-			t.Errorf("containsWord(%q, UTS) = %t; want %t", text, got, want)
+		if got := read(text).named["UTS"]; got != want {
+			t.Errorf("words of %q name UTS: %t; want %t", text, got, want)
+		}
+	}
+	if got := read("#define X(a) NV_IS_ ## a\n#define Y(b) b##_PRESENT\n").pastes; !got["NV_IS_"] || !got["_PRESENT"] || len(got) != 2 {
+		t.Errorf("pasted parts are %v", got)
+	}
+	for text, want := range map[string]bool{"asm(\".incbin \\\"f\\\"\");": true, "#embed <f>": true, "int incbin;": false} {
+		if got := read(text).hides; got != want {
+			t.Errorf("%q takes a file in: %t; want %t", text, got, want)
 		}
 	}
 }

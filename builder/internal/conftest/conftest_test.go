@@ -53,6 +53,12 @@ compile_test() {
 }
 
 case "$5" in
+    test_kernel_header)
+        CFLAGS=$6
+        test_header_presence "$7"
+        exit $?
+    ;;
+
     patch_check)
         exit 0
     ;;
@@ -75,6 +81,7 @@ arch x86_64
 sources /k
 output /k
 flags -O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"
+cflags -O2
 headers asm/page.h linux/b.h asm/page.h
 functions set_uc one
 generic 
@@ -96,42 +103,73 @@ func parse(t *testing.T, scriptText, planText string) (*conftest.Script, *confte
 	return s, p
 }
 
-// Make, given the rules, writes what ParsePlan reads, and stops.
+// Make, given the rules, runs the checks, writes what ParsePlan reads, and stops
+// before the first question. The makefile is cut down from the shape that all of
+// NVIDIA's Kbuild files have; the unpatched ones themselves are tried in
+// deploy/e2e.
 func TestPlanRules(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("make"); err != nil {
 		t.Skip("make is missing: apt-get install make")
 	}
-	dir := t.TempDir()
-	file := filepath.Join(dir, "plan")
-	text := `all: conftest-verbose
-	@echo went on
-conftest-verbose:
-	@echo asked
+	const text = `obj := .
 CC = gcc
 ARCH = x86_64
 NV_KERNEL_SOURCES = /k
 NV_KERNEL_OUTPUT = /k
+NV_CFLAGS_FROM_CONFTEST := -O2
 NV_CONFTEST_CFLAGS = -O2 -DKBUILD_BASENAME="\#conftest12" -DNV_VERSION_STRING=\"535.1\"
 NV_HEADER_PRESENCE_TESTS = asm/page.h linux/b.h \
  asm/page.h
 NV_CONFTEST_FUNCTION_COMPILE_TESTS = set_uc one
 NV_CONFTEST_SYMBOL_COMPILE_TESTS = symbol_x symbol_y symbol_x
 NV_CONFTEST_TYPE_COMPILE_TESTS += one
+HEADERS := $(obj)/conftest/patches.h $(obj)/conftest/headers.h
+all: nv.o
+	@echo went on
+nv.o: | $(HEADERS)
+	@echo asked
+$(HEADERS):
+	@echo asked
+BUILD_SANITY_CHECKS = cc_sanity_check xen_sanity_check
+.PHONY: $(BUILD_SANITY_CHECKS)
+$(BUILD_SANITY_CHECKS):
+	@echo checked $@
+$(HEADERS): | $(BUILD_SANITY_CHECKS)
+$(obj)/conftest/uts_release: NV_GENERATE_UTS_RELEASE
+	@echo asked
+.PHONY: NV_GENERATE_UTS_RELEASE
+$(HEADERS): $(obj)/conftest/uts_release
 `
+	for name, row := range map[string]struct{ text, said string }{
+		"as NVIDIA has it":   {text, "checked cc_sanity_check\nchecked xen_sanity_check\n"},
+		"as Debian edits it": {text + ".PHONY: conftest-verbose\nconftest-verbose:\n\t@echo flags\n$(obj)/conftest/uts_release $(BUILD_SANITY_CHECKS) $(obj)/conftest/patches.h: | conftest-verbose\n", "flags\nchecked cc_sanity_check\nchecked xen_sanity_check\n"},
+	} {
+		file := filepath.Join(t.TempDir(), "plan")
+		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
+		cmd.Stdin = strings.NewReader(row.text + conftest.PlanRules(file))
+		out, err := cmd.Output()
+		var exit *exec.ExitError
+		if !errors.As(err, &exit) || string(out) != row.said {
+			t.Errorf("%s: make ended with %v and said\n%s\nwant it stopped before the first question, and\n%s", name, err, out, row.said)
+		}
+		got, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(plan, string(got)); diff != "" {
+			t.Errorf("%s: plan differs (-want +got):\n%s", name, diff)
+		}
+	}
+	// A check that fails ends make before there is a plan.
+	file := filepath.Join(t.TempDir(), "plan")
 	cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
-	cmd.Stdin = strings.NewReader(text + conftest.PlanRules(file))
-	out, err := cmd.CombinedOutput()
-	var exit *exec.ExitError
-	if !errors.As(err, &exit) || strings.Contains(string(out), "asked") || strings.Contains(string(out), "went on") {
-		t.Errorf("make ended with %v and said\n%s\nwant it stopped before the first question", err, out)
+	cmd.Stdin = strings.NewReader(strings.Replace(text, "@echo checked $@", "@exit 1", 1) + conftest.PlanRules(file))
+	if out, err := cmd.CombinedOutput(); err == nil || !strings.Contains(string(out), "cc_sanity_check] Error 1") {
+		t.Errorf("make with a check that fails = %v\n%s", err, out)
 	}
-	got, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(plan, string(got)); diff != "" {
-		t.Errorf("plan differs (-want +got):\n%s", diff)
+	if _, err := os.Stat(file); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("there is a plan: %v", err)
 	}
 }
 
@@ -139,7 +177,7 @@ func TestParsePlan(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)
 	want := &conftest.Plan{
-		CC: "gcc", Arch: "x86_64", Sources: "/k", Output: "/k", Flags: `-O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"`,
+		CC: "gcc", Arch: "x86_64", Sources: "/k", Output: "/k", Flags: `-O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"`, CFlags: "-O2",
 		Headers: []string{"asm/page.h", "linux/b.h", "asm/page.h"},
 		Tests:   map[string][]string{"functions": {"set_uc", "one"}, "generic": {}, "macros": {}, "symbols": {"symbol_x", "symbol_y", "symbol_x"}, "types": {"one"}},
 	}
@@ -162,7 +200,7 @@ func TestParsePlan(t *testing.T) {
 	} {
 		text := strings.ReplaceAll(plan, row.from, row.to)
 		if row.name == "no tests" {
-			text = "cc gcc\narch x\nsources /k\noutput /k\nflags \nheaders a.h\nfunctions \ngeneric \nmacros \nsymbols \ntypes \n"
+			text = "cc gcc\narch x\nsources /k\noutput /k\nflags \ncflags \nheaders a.h\nfunctions \ngeneric \nmacros \nsymbols \ntypes \n"
 		}
 		if got, err := conftest.ParsePlan(text); !errors.Is(err, conftest.ErrShape) {
 			t.Errorf("ParsePlan of %s = %+v, %v; want %v", row.name, got, err, conftest.ErrShape)
@@ -170,37 +208,49 @@ func TestParsePlan(t *testing.T) {
 	}
 }
 
-// The batch answers what the script itself answers, question by question.
-func TestBatch(t *testing.T) {
+// A script with one test answers what the whole script answers, and nothing else.
+func TestQuestion(t *testing.T) {
 	t.Parallel()
 	s, p := parse(t, script, plan)
-	dir := t.TempDir()
-	for _, sub := range []string{"tests", "headers"} {
-		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
-			t.Fatal(err)
-		}
-	}
-	sh := func(text string, args ...string) string {
+	sh := func(text []byte, args ...string) (string, error) {
 		t.Helper()
 		cmd := exec.CommandContext(t.Context(), "sh", append([]string{"-s", "gcc", "x86_64", "/k", "/k"}, args...)...)
-		cmd.Stdin = strings.NewReader(text)
+		cmd.Stdin = strings.NewReader(string(text))
 		out, err := cmd.Output()
+		return string(out), err
+	}
+	question := func(test string) []byte {
+		t.Helper()
+		text, err := s.Question(test)
 		if err != nil {
 			t.Fatal(err)
 		}
-		return string(out)
+		return text
 	}
-	batch := string(s.Batch(dir))
-	sh(batch, append([]string{"compile_tests", "-O2"}, p.All()...)...)
-	sh(batch, append([]string{"prebake_headers", "-O2"}, p.Headers...)...)
 	for _, test := range p.All() {
-		want := sh(script, "compile_tests", "-O2", test)
-		if got, err := os.ReadFile(filepath.Join(dir, "tests", test)); err != nil || string(got) != want || want == "" {
-			t.Errorf("%s: the batch answers %q, %v; the script %q", test, got, err, want)
+		want, err := sh([]byte(script), conftest.ModeTest, "-O2", test)
+		if err != nil || want == "" {
+			t.Fatal(err)
+		}
+		if got, err := sh(question(test), conftest.ModeTest, "-O2", test); err != nil || got != want {
+			t.Errorf("%s: alone it answers %q, %v; in the script %q", test, got, err, want)
+		}
+		if got, err := sh(question(test), conftest.ModeTest, "-O2", "other"); test != "one" && err == nil {
+			t.Errorf("the script for %s answers %q to another question", test, got)
 		}
 	}
-	if got, err := os.ReadFile(filepath.Join(dir, "headers/asm/page.h")); err != nil || string(got) != "#define HEADER asm/page.h -O2\n" {
-		t.Errorf("asm/page.h: the batch answers %q, %v", got, err)
+	if got, err := sh(question(""), conftest.ModeHeader, "-O2", "asm/page.h"); err != nil || got != "#define HEADER asm/page.h -O2\n" {
+		t.Errorf("asm/page.h: the script answers %q, %v", got, err)
+	}
+	if got, err := sh(question(""), conftest.ModePatches); err != nil || got != "" {
+		t.Errorf("patches: the script answers %q, %v", got, err)
+	}
+	if _, err := s.Question("gone"); !errors.Is(err, conftest.ErrShape) {
+		t.Errorf("Question of no test = %v; want %v", err, conftest.ErrShape)
+	}
+	calls, _ := parse(t, strings.Replace(script, "LEFT=over", "compile_test set_uc", 1), plan)
+	if _, err := calls.Question("one"); !errors.Is(err, conftest.ErrShape) {
+		t.Errorf("Question of a test that runs another = %v; want %v", err, conftest.ErrShape)
 	}
 }
 
@@ -215,6 +265,7 @@ func TestScriptShapes(t *testing.T) {
 	for _, row := range []struct{ name, from, to string }{
 		{"two loops", "        for i in $*; do compile_test $i; done\n", "        for i in $*; do compile_test $i; done\n        for i in $*; do compile_test $i; done\n"},
 		{"another loop", "do compile_test $i", "do compile_test \"$i\""},
+		{"no way to ask for headers", "test_kernel_header)", "test_header)"},
 		{"no tests", "compile_test() {", "compile_it() {"},
 		{"a case within", "LEFT=over", "LEFT=over\n            case $LEFT in\n            over) ;;\n            esac"},
 		{"a stanza with its body beside", "        one | other)", "        one | other) LEFT=over"},
@@ -269,8 +320,7 @@ func TestKeys(t *testing.T) {
 		{"process number", script, replace(plan, "conftest12", "conftest345"), headers, basis, ""},
 		{"driver version", script, replace(plan, "535.1", "535.2"), headers, basis, ""},
 		{"driver version that a header names", script, replace(plan, "535.1", "535.2"), headers, conftest.Basis{View: "v", Toolchain: "t", Recipe: "r", Macros: true}, "sheet set_uc one"},
-		{"-fms-extensions", script, ms, headers, basis, ""},
-		{"-fms-extensions of clang", script, replace(ms, "cc gcc", "cc clang"), headers, basis, "sheet"},
+		{"-fms-extensions", script, ms, headers, basis, "sheet"}, // a header may hold what it allows
 		{"other flags", script, replace(plan, "-O2", "-O3"), headers, basis, "sheet"},
 		{"another compiler's name", script, replace(plan, "cc gcc", "cc gcc-12"), headers, basis, "sheet"},
 		{"view", script, plan, headers, conftest.Basis{View: "w", Toolchain: "t", Recipe: "r"}, "sheet"},
@@ -295,10 +345,13 @@ func TestKeys(t *testing.T) {
 			t.Errorf("with another %s the keys of %q change; want %q", row.name, changed, row.changed)
 		}
 	}
-	// -fms-extensions counts where a program has what it allows.
-	odd := replace(script, "int x;", "struct a { struct b; };")
-	if a, b := keys(odd, plan, headers, basis), keys(odd, ms, headers, basis); a["set_uc"] == b["set_uc"] || a["one"] != b["one"] {
-		t.Error("-fms-extensions has to count for set_uc and for nothing else")
+	s, p := parse(t, script, plan)
+	a := conftest.NewAsker(s, p, basis)
+	if got := a.Flags(); strings.Contains(got, "535.1") || strings.Contains(got, "conftest12") {
+		t.Errorf("Flags = %q: a program would see what no key covers", got)
+	}
+	if got := a.Seen("set_uc", headers); got != "#define NV_ASM_PAGE_H_PRESENT\n" {
+		t.Errorf("Seen = %q; want the one line that the test's text names", got)
 	}
 }
 
@@ -311,6 +364,12 @@ func TestFiles(t *testing.T) {
 	for i, f := range p.Files(map[string]string{"asm/page.h": "P\n", "linux/b.h": "B\n"},
 		map[string]string{"set_uc": "S\n", "one": "1\n", "symbol_x": "X\n", "symbol_y": "Y\n"}, "patches\n", "   \"6.1\"\n\n") {
 		got[f.Name], order[f.Name] = f.Text, i
+	}
+	p.Headers = nil
+	for _, f := range p.Files(map[string]string{"": "all\n"}, nil, "", "") {
+		if f.Name == "headers.h" && f.Text != "all\n" {
+			t.Errorf("headers.h of a script that knows its headers is %q; want all that it answered", f.Text)
+		}
 	}
 	const v = "// Kernel version:    \"6.1\"\n"
 	want := map[string]string{
@@ -355,8 +414,8 @@ func FuzzParseScript(f *testing.F) {
 			}
 			return
 		}
-		if again, err := conftest.ParseScript(s.Batch("/out")); err == nil && again.Knows("x") != s.Knows("x") {
-			t.Error("the batch knows other tests")
+		if one, err := s.Question("x"); err == nil != s.Knows("x") && !errors.Is(err, conftest.ErrShape) {
+			t.Errorf("Question = %q, %v", one, err)
 		}
 	})
 }

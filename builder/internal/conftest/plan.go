@@ -28,8 +28,9 @@ func Categories() []string { return []string{"functions", "generic", "macros", "
 type Plan struct {
 	// CC, Arch, Sources and Output are the script's first four arguments.
 	CC, Arch, Sources, Output string
-	// Flags is NV_CONFTEST_CFLAGS, expanded.
-	Flags string
+	// Flags is NV_CONFTEST_CFLAGS, expanded, and CFlags NV_CFLAGS_FROM_CONFTEST,
+	// the script's own part of it.
+	Flags, CFlags string
 	// Headers are the headers tested for presence, in order.
 	Headers []string
 	// Tests are the compile tests of each category, in order.
@@ -42,6 +43,7 @@ var planVariables = []struct{ name, expression string }{
 	{"sources", "$(NV_KERNEL_SOURCES)"},
 	{"output", "$(NV_KERNEL_OUTPUT)"},
 	{"flags", "$(NV_CONFTEST_CFLAGS)"},
+	{"cflags", "$(NV_CFLAGS_FROM_CONFTEST)"},
 	{"headers", "$(NV_HEADER_PRESENCE_TESTS)"},
 	{"functions", "$(NV_CONFTEST_FUNCTION_COMPILE_TESTS)"},
 	{"generic", "$(NV_CONFTEST_GENERIC_COMPILE_TESTS)"},
@@ -50,12 +52,15 @@ var planVariables = []struct{ name, expression string }{
 	{"types", "$(NV_CONFTEST_TYPE_COMPILE_TESTS)"},
 }
 
-// PlanRules is makefile text which, appended to a driver's Kbuild file, writes
-// the plan to file and stops make before the first question: make alone knows
-// the flags, which the kernel's makefiles compose.
+// PlanRules is makefile text which, appended to a driver's Kbuild file, has the
+// driver's sanity checks run, writes the plan to file, and stops make before the
+// first question: make alone knows the flags, which the kernel's makefiles
+// compose. It hangs on conftest/uts_release, which every header of answers
+// depends on, in all of NVIDIA's releases from 515.43.04 to 595.45.04 and in
+// Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
-	b.WriteString("\nconftest-verbose: prebake-plan\n.PHONY: prebake-plan\nprebake-plan:\n")
+	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: $(BUILD_SANITY_CHECKS)\n")
 	for i, v := range planVariables {
 		arrow := ">>"
 		if i == 0 {
@@ -100,6 +105,8 @@ func ParsePlan(text string) (*Plan, error) {
 				return nil, fmt.Errorf("%w: flags with a quote", ErrShape)
 			}
 			p.Flags = value
+		case "cflags":
+			p.CFlags = value
 		case "headers":
 			p.Headers = strings.Fields(value)
 		default:
@@ -121,7 +128,7 @@ func ParsePlan(text string) (*Plan, error) {
 			return nil, fmt.Errorf("%w: test %q", ErrShape, t)
 		}
 	}
-	if len(p.Headers) == 0 || len(p.All()) == 0 {
+	if len(p.All()) == 0 { // releases before 515.76 name no headers
 		return nil, fmt.Errorf("%w: no tests", ErrShape)
 	}
 	return p, nil
@@ -150,7 +157,8 @@ func unique(list []string) []string {
 // Files returns what make would have left in the folder conftest/, by slash
 // path and in an order in which each file is as new as those it is made of.
 // headers, tests and patches are what the script printed, and release what it
-// printed for uts_release.
+// printed for uts_release. A plan without headers has the answer for "" in
+// headers, which is all of headers.h.
 func (p *Plan) Files(headers, tests map[string]string, patches, release string) []File {
 	version := "// Kernel version: " + strings.TrimRight(release, "\n") + "\n"
 	files := []File{{"uts_release", version}, {"patches.h", patches}}
@@ -159,7 +167,11 @@ func (p *Plan) Files(headers, tests map[string]string, patches, release string) 
 		files = append(files, File{"header_presence/" + h + ".part", headers[h]})
 		all.WriteString(headers[h])
 	}
-	files = append(files, File{"headers.h", all.String() + version})
+	if len(p.Headers) == 0 {
+		files = append(files, File{"headers.h", headers[""]})
+	} else {
+		files = append(files, File{"headers.h", all.String() + version})
+	}
 	for _, t := range p.All() {
 		files = append(files, File{"compile-tests/" + t + ".h", tests[t]})
 	}

@@ -1,7 +1,6 @@
 package conftest
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -13,10 +12,15 @@ import (
 // Script is a driver's conftest.sh, taken apart: compile tests are stanzas of
 // one case statement, everything else is common to all.
 type Script struct {
-	text    []byte
-	rest    string // all but the stanzas
-	stanzas []stanza
+	head, tail string // what comes before and after the stanzas
+	stanzas    []stanza
+	// oneHeader says that the script answers for one header at a time, as those
+	// since 515.76 do; the older ones answer for all that they know at once.
+	oneHeader bool
 }
+
+// frame is all of the script but its stanzas.
+func (s *Script) frame() string { return s.head + beginTests + endTests + s.tail }
 
 type stanza struct {
 	patterns []string
@@ -33,11 +37,15 @@ const (
 	endTests   = "\n    esac\n}\n"
 	testLoop   = "        for i in $*; do compile_test $i; done\n"
 	testMode   = "\n    compile_tests)\n"
+
+	headerMode     = "\n    test_kernel_header)\n"
+	headerModeAll  = "\n    test_kernel_headers)\n"
+	answersAnother = "compile_test "
 )
 
 // ParseScript takes a conftest.sh apart, or returns ErrShape.
 func ParseScript(text []byte) (*Script, error) {
-	s := &Script{text: text}
+	s := &Script{}
 	all := string(text)
 	for _, part := range []string{beginTests, testLoop, testMode} {
 		if strings.Count(all, part) != 1 {
@@ -49,7 +57,13 @@ func ParseScript(text []byte) (*Script, error) {
 	if !found {
 		return nil, fmt.Errorf("%w: the tests have no end", ErrShape)
 	}
-	s.rest = head + beginTests + endTests + tail
+	s.head, s.tail = head, tail
+	switch one, every := strings.Contains(all, headerMode), strings.Contains(all, headerModeAll); {
+	case one == every:
+		return nil, fmt.Errorf("%w: no way to ask for headers", ErrShape)
+	default:
+		s.oneHeader = one
+	}
 	var now *stanza // nil between stanzas
 	for line := range strings.Lines(body + "\n") {
 		bare := strings.TrimSpace(line)
@@ -103,26 +117,46 @@ func (s *Script) Knows(test string) bool {
 	return ok
 }
 
-// Batch returns a script that answers many questions in one shell: with
-// compile_tests each answer goes to out/tests/NAME, and prebake_headers is
-// test_kernel_header for many. A question still has a shell's state to itself.
-func (s *Script) Batch(out string) []byte {
-	batch := bytes.Replace(s.text, []byte(testLoop),
-		[]byte("        for i in $*; do echo \" CONFTEST: $i\"; ( compile_test $i ) > \""+out+"/tests/$i\"; done\n"), 1)
-	return bytes.Replace(batch, []byte(testMode), []byte(`
-    prebake_headers)
-        shift 5
-        CFLAGS=$1
-        shift
-        for i in $*; do
-            echo " CONFTEST: $i"
-            mkdir -p "`+out+`/headers/${i%/*}"
-            ( test_header_presence "$i" ) > "`+out+`/headers/$i"
-        done
-        exit 0
-    ;;
-`+testMode[1:]), 1)
+// Modes of the script, its fifth argument.
+const (
+	ModeTest    = "compile_tests"       // then the flags and the test's name
+	ModeHeader  = "test_kernel_header"  // then the flags and the header's name
+	ModeHeaders = "test_kernel_headers" // then the flags
+	ModePatches = "patch_check"
+)
+
+// names reports whether the script speaks of a word anywhere.
+func (s *Script) names(word string) bool {
+	for _, st := range s.stanzas {
+		if strings.Contains(st.text, word) {
+			return true
+		}
+	}
+	return strings.Contains(s.frame(), word)
 }
+
+// OneHeader reports whether the script answers for one header at a time.
+func (s *Script) OneHeader() bool { return s.oneHeader }
+
+// Question returns the script with no other test than this one: what its answer
+// is made of, and what [Asker.TestKey] covers. With "" it has no test at all.
+func (s *Script) Question(test string) ([]byte, error) {
+	text := ""
+	if test != "" {
+		var ok bool
+		if text, ok = s.find(test); !ok {
+			return nil, fmt.Errorf("%w: the script has no test %s", ErrShape, test)
+		}
+		if strings.Contains(text, answersAnother) {
+			return nil, fmt.Errorf("%w: the test %s runs another one", ErrShape, test)
+		}
+		text += "        ;;\n"
+	}
+	return []byte(s.head + beginTests + text + noOther + endTests + s.tail), nil
+}
+
+// noOther ends a script that is asked what it cannot answer.
+const noOther = "        *) exit 1\n        ;;"
 
 func digest(parts ...string) string {
 	h := sha256.New()

@@ -48,81 +48,67 @@ type Asker struct {
 	script *Script
 	plan   *Plan
 	basis  Basis
-	flags  string // those that count for every question
-	loose  bool   // -fms-extensions is given, and counts for some questions only
+	flags  string
 }
 
 var (
 	selfName    = regexp.MustCompile(`#conftest[0-9]+`)
 	versionFlag = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
-	msFlag      = regexp.MustCompile(`(^| )-fms-extensions( |$)`)
-	unnamed     = regexp.MustCompile(`\b(struct|union)\s+\w+\s*;`)
 	presence    = regexp.MustCompile(`\bNV_\w+_PRESENT\b`)
 )
 
 // NewAsker prepares keys for the questions of a plan.
 //
-// Three things on the command line do not count. The script's process number,
-// which it puts into KBUILD_BASENAME. The driver's version, where neither the
-// script nor a header names its macro. And gcc's -fms-extensions, which newer
-// drivers add: all that it changes in C is to accept a struct's member that is
-// a tagged struct without a name. The kernel's headers are written to be
-// compiled without it, since the kernel's own flags lack it, so it can count
-// only for a question whose own text has such a member.
+// Two things on the command line do not count, and [Asker.Flags] leaves them
+// out, so that no program sees them: the script's process number, which it puts
+// into KBUILD_BASENAME, and the driver's version, where neither the script nor a
+// header names its macro.
 func NewAsker(s *Script, p *Plan, b Basis) *Asker {
 	a := &Asker{script: s, plan: p, basis: b, flags: selfName.ReplaceAllString(p.Flags, "#conftest")}
-	if !b.Macros && !strings.Contains(string(s.text), "NV_VERSION_STRING") {
+	if !b.Macros && !s.names("NV_VERSION_STRING") {
 		a.flags = versionFlag.ReplaceAllString(a.flags, "")
-	}
-	gcc := strings.Contains(p.CC, "gcc")
-	if gcc && len(msFlag.FindAllString(a.flags, -1)) == 1 && strings.HasSuffix(a.flags, " -fms-extensions") {
-		a.flags, a.loose = strings.TrimSuffix(a.flags, " -fms-extensions"), true
 	}
 	return a
 }
 
+// Flags are the compiler's flags that every question is to be asked with.
+func (a *Asker) Flags() string { return a.flags }
+
 // SheetKey names the sheet that holds the answers.
 func (a *Asker) SheetKey() string {
-	return digest("conftest sheet 1", a.basis.View, a.basis.Toolchain, a.basis.Recipe, a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.rest)
+	return digest("conftest sheet 2", a.basis.View, a.basis.Toolchain, a.basis.Recipe, a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
-// HeaderKey is the key of the question whether a header is there.
-func (a *Asker) HeaderKey(header string) string {
-	return a.key("header", header, "")
-}
+// HeaderKey is the key of the question whether a header is there; "" stands for
+// all headers that a script knows by itself.
+func (a *Asker) HeaderKey(header string) string { return digest("header", header) }
 
-// TestKey is the key of a compile test, once headers.h is known: a program sees
-// of it only the macros that its text names.
+// TestKey is the key of a compile test, once headers.h is known.
 func (a *Asker) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
-	if !ok {
-		return "", false
-	}
-	seen := headers
-	if !a.basis.Macros {
-		named := map[string]bool{}
-		for _, part := range []string{text, a.script.rest} {
-			for _, m := range presence.FindAllString(part, -1) {
-				named[m] = true
-			}
-		}
-		var lines []string
-		for line := range strings.Lines(headers) {
-			if words := strings.Fields(line); len(words) > 1 && named[words[1]] {
-				lines = append(lines, line)
-			}
-		}
-		seen = strings.Join(lines, "")
-	}
-	return a.key("test", test, text+seen), true
+	return digest("test", test, text+a.Seen(test, headers)), ok
 }
 
-func (a *Asker) key(kind, name, text string) string {
-	ms := ""
-	if a.loose && unnamed.MatchString(text) {
-		ms = "-fms-extensions"
+// Seen is the part of headers.h that a test's program may see: the lines about
+// macros that its text names. All of it, where a header of the kernel names one.
+func (a *Asker) Seen(test, headers string) string {
+	if a.basis.Macros {
+		return headers
 	}
-	return digest(kind, name, text, ms)
+	text, _ := a.script.find(test)
+	named := map[string]bool{}
+	for _, part := range []string{text, a.script.frame()} {
+		for _, m := range presence.FindAllString(part, -1) {
+			named[m] = true
+		}
+	}
+	var lines strings.Builder
+	for line := range strings.Lines(headers) {
+		if words := strings.Fields(line); len(words) > 1 && named[words[1]] {
+			lines.WriteString(line)
+		}
+	}
+	return lines.String()
 }
 
 // PatchesKey is the key of what patch_check prints for sources without patches.

@@ -1,0 +1,206 @@
+package compile_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+const secret = "-----BEGIN PRIVATE KEY-----"
+
+// attack compiles a driver that attacks its builder, and returns what the log and
+// the error tell. A builder that hangs fails the test by its context.
+func attack(t *testing.T, r compile.Request, cache *cas.Cache) (result *compile.Result, told string, err error) {
+	t.Helper()
+	var log bytes.Buffer
+	r.Cache, r.WorkDir, r.Log = cache, t.TempDir(), &log
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	result, err = compile.Modules(ctx, r)
+	told = log.String()
+	if err != nil {
+		told += err.Error() + fault.Hint(err)
+	}
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		t.Errorf("the builder hangs: %s", told)
+	}
+	return result, told, err
+}
+
+func newCache(t *testing.T) *cas.Cache {
+	t.Helper()
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cache.Close() })
+	return cache
+}
+
+// A file of the host is out of reach for whatever a build leaves in the place of
+// a file that the builder reads, copies or writes, and nothing hangs.
+func TestHostileFiles(t *testing.T) {
+	t.Parallel()
+	host := filepath.Join(t.TempDir(), "key")
+	if err := os.WriteFile(host, []byte(secret), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// Each row goes into one place; %s is what it leaves there.
+	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir", "a link to itself": "ln -s ."}
+	places := map[string]func(kbuild, script, make string) (string, string){
+		"an answer": func(kbuild, script, make string) (string, string) {
+			return kbuild, strings.Replace(script, "        has_size)\n", "        has_size)\n            rm -f answer; "+make+" answer\n", 1)
+		},
+		"the guard's note": func(kbuild, script, make string) (string, string) {
+			return kbuild, strings.Replace(script, "        has_size)\n", "        has_size)\n            rm -f /prebake/trouble/compiler; "+make+" /prebake/trouble/compiler\n", 1)
+		},
+		"the plan": func(kbuild, script, make string) (string, string) {
+			return strings.Replace(kbuild, "\nmodules:", "\nX := $(shell test -d /prebake/ask && rm -f /prebake/ask/plan && "+make+" /prebake/ask/plan)\nmodules:", 1), script
+		},
+		"a module": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@rm -f $@; " + make + " $@\n", script
+		},
+		"a second module": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@" + make + " other.ko\n", script
+		},
+		"a stripped module": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@" + make + " /prebake/out/nvidia.ko; mkdir -p /prebake/out/0; " + make + " /prebake/out/0/nvidia.ko; true\n", script
+		},
+		"an object": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@rm -f nvidia/nv.o; " + make + " nvidia/nv.o\n", script
+		},
+		"a command file": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@rm -f nvidia/.nv.o.cmd; " + make + " nvidia/.nv.o.cmd\n", script
+		},
+		"a source": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@rm -f nvidia/nv.c; " + make + " nvidia/nv.c\n", script
+		},
+		"the answers' folder": func(kbuild, script, make string) (string, string) {
+			return kbuild + "\t@rm -rf conftest; " + make + " conftest\n", script
+		},
+	}
+	for place, edit := range places {
+		for kind, command := range links {
+			if place == "the plan" && kind == "a pipe" {
+				continue // make itself waits then, until the sandbox's time is up
+			}
+			t.Run(place+" is "+kind, func(t *testing.T) {
+				t.Parallel()
+				r := asking(t)
+				kbuild, script := edit(askingKbuild, askingScript, command)
+				if kbuild+script == askingKbuild+askingScript {
+					t.Fatal("the row changes nothing")
+				}
+				write(t, r.Source, map[string]string{"Kbuild": kbuild, "conftest.sh": script})
+				result, told, err := attack(t, r, newCache(t))
+				if strings.Contains(told, secret) {
+					t.Errorf("the host's file is told:\n%s", told)
+				}
+				for name, path := range result.Modules {
+					if text, err := os.ReadFile(path); err != nil || bytes.Contains(text, []byte(secret)) {
+						t.Errorf("module %s: %v, or it holds the host's file", name, err)
+					}
+				}
+				if err == nil && place == "a module" {
+					t.Error("Modules succeeded without a module")
+				}
+				if text, err := os.ReadFile(host); err != nil || string(text) != secret {
+					t.Errorf("the host's file is now %q, %v", text, err)
+				}
+				if info, err := os.Stat(host); err != nil || info.Mode().Perm() != 0o600 {
+					t.Errorf("the host's file has mode %v, %v", info.Mode(), err)
+				}
+			})
+		}
+	}
+}
+
+// What one driver's test does cannot become the answer that another driver
+// believes, nor that of another test of its own.
+func TestHostileAnswers(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	want, _ := made(t, r)
+	cache := newCache(t)
+	bad := asking(t)
+	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
+	poison := `        has_old)
+            for dir in . .. /prebake/ask /prebake/src /prebake/guard /prebake/trouble /tmp; do
+                for name in has_size tests/has_size answer conftest/headers.h conftest.sh; do
+                    echo "#define NV_HAS_SIZE_NOT" > $dir/$name
+                done
+                echo 'exit 1' > $dir/x86_64-cros-linux-gnu-gcc
+            done 2>/dev/null
+`
+	write(t, bad.Source, map[string]string{"conftest.sh": strings.Replace(askingScript, "        has_old)\n", poison, 1)})
+	bad.SourceDigest = "a hostile driver"
+	if _, told, err := attack(t, bad, cache); err != nil {
+		t.Logf("the hostile driver fails: %s", told)
+	}
+	r.Cache = cache
+	if got, notes := made(t, r); !bytes.Equal(got, want) {
+		t.Errorf("after a hostile driver another one becomes another module (%s)", notes)
+	}
+}
+
+// A driver whose makefiles do something else than they say leaves no object that
+// another driver with the same sources takes.
+func TestHostileObjects(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	want, _ := made(t, r)
+	cache := newCache(t)
+	bad := asking(t)
+	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
+	write(t, bad.Source, map[string]string{"Kbuild": askingKbuild + "\t@echo 'int nv(void *h) { return 666; }' > /tmp/x.c; $(CC) -c -o nvidia/nv.o /tmp/x.c\n"})
+	bad.SourceDigest = "a hostile driver"
+	if _, told, err := attack(t, bad, cache); err != nil {
+		t.Fatal(told)
+	}
+	r.Cache = cache
+	if got, notes := made(t, r); !bytes.Equal(got, want) {
+		t.Errorf("after a hostile driver another one becomes another module (%s)", notes)
+	}
+}
+
+// An object that takes in what a view hides is compiled for each kernel anew.
+func TestHiddenFileInObject(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include <linux/here.h>\nasm(\".section .rodata\\n.incbin \\\"/prebake/kernel/include/generated/utsrelease.h\\\"\\n.previous\");\n"})
+	cache := newCache(t)
+	for _, release := range []string{"6.1.0-55", "6.1.0-56"} {
+		headers(t, r.Headers, release, "0x11111111")
+		r.HeaderDigest = "headers " + release
+		plain, cached := r, r
+		want, _ := made(t, plain)
+		cached.Cache = cache
+		if got, notes := made(t, cached); !bytes.Equal(got, want) {
+			t.Errorf("%s: another module than make's (%s)", release, notes)
+		}
+	}
+}
+
+// The driver's own checks come before its questions: a kernel that it refuses is
+// refused at once.
+func TestChecksFirst(t *testing.T) {
+	t.Parallel()
+	r := asking(t)
+	write(t, r.Source, map[string]string{
+		"Kbuild":      strings.Replace(askingKbuild, "BUILD_SANITY_CHECKS = cc_sanity_check", "BUILD_SANITY_CHECKS = cc_sanity_check preempt_rt_sanity_check", 1),
+		"conftest.sh": strings.Replace(askingScript, "    cc_sanity_check)", "    preempt_rt_sanity_check)\n        echo 'The kernel you are installing for is a PREEMPT_RT kernel!'\n        exit 1\n    ;;\n    cc_sanity_check)", 1),
+	})
+	_, told, err := attack(t, r, newCache(t))
+	if fault.Of(err) != fault.Unsupported || strings.Contains(told, "CONFTEST") || !strings.Contains(told, "PREEMPT_RT") {
+		t.Errorf("Modules = %v (%v); want %v before the first question\n%s", err, fault.Of(err), fault.Unsupported, told)
+	}
+}

@@ -1,0 +1,55 @@
+package cas
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"slices"
+)
+
+// Key is the name of a tree or a fact, put together from everything that decides
+// its content. Two keys are equal only if the same parts were added in the same
+// order.
+type Key struct {
+	parts []Part
+}
+
+// Part is one of the things that decide an entry.
+type Part struct{ Name, Value string }
+
+// NewKey begins a key for one kind of entry.
+func NewKey(kind string) *Key { return (&Key{}).Add("kind", kind) }
+
+// Add adds a part and returns the key.
+func (k *Key) Add(name, value string) *Key {
+	k.parts = append(k.parts, Part{name, value})
+	return k
+}
+
+// With returns a key with one part more, and leaves this one as it is.
+func (k *Key) With(name, value string) *Key {
+	return (&Key{slices.Clone(k.parts)}).Add(name, value)
+}
+
+// String is the key as the cache takes it: SHA-256 in hex.
+func (k *Key) String() string {
+	h := sha256.New()
+	for _, p := range k.parts {
+		fmt.Fprintf(h, "%d:%s %d:%s\n", len(p.Name), p.Name, len(p.Value), p.Value)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// Differs names the first part in which two keys differ, or "" where there is
+// none: why an entry was not found, when another one was.
+func (k *Key) Differs(other *Key) string {
+	for i, p := range k.parts {
+		if i >= len(other.parts) || other.parts[i] != p {
+			return p.Name
+		}
+	}
+	if len(other.parts) > len(k.parts) {
+		return other.parts[len(k.parts)].Name
+	}
+	return ""
+}
