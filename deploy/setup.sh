@@ -15,7 +15,7 @@ declare -A groups=(
   # and xz read packages, patchelf makes the wrapped compiler find its own
   # libraries. Load test and demo node: qemu, and its network card's boot ROM,
   # without which qemu refuses to make the card.
-  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
+  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
   # The other database of the server and its queue; see deploy/postgres.sh. A
   # registry that nobody here wrote.
   [test]="postgresql docker-registry"

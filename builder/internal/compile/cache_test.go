@@ -301,12 +301,12 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 		trouble string
 		want    fault.Kind
 	}{
-		"killed":               {"kill -9 $$", fault.OutOfMemory},
-		"its part is killed":   {"echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1", fault.OutOfMemory},
-		"clang's is killed":    {"echo 'clang: error: unable to execute command: Killed' >&2; exit 254", fault.OutOfMemory},
-		"no memory":            {"echo 'cc1: out of memory allocating 65536 bytes after a total of 1 bytes' >&2; exit 1", fault.OutOfMemory},
-		"no room for objects":  {"echo 'cc1: error: x.o: No space left on device' >&2; exit 1", fault.DiskFull},
-		"crash":                {"kill -SEGV $$", fault.Internal},
+		"killed":              {"kill -9 $$", fault.OutOfMemory},
+		"its part is killed":  {"echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1", fault.OutOfMemory},
+		"clang's is killed":   {"echo 'clang: error: unable to execute command: Killed' >&2; exit 254", fault.OutOfMemory},
+		"no memory":           {"echo 'cc1: out of memory allocating 65536 bytes after a total of 1 bytes' >&2; exit 1", fault.OutOfMemory},
+		"no room for objects": {"echo 'cc1: error: x.o: No space left on device' >&2; exit 1", fault.DiskFull},
+		"crash":               {"kill -SEGV $$", fault.Internal},
 	} {
 		for _, remembers := range []bool{true, false} {
 			r := asking(t)

@@ -66,6 +66,7 @@ func openApt(ctx context.Context, dir string, p platform, refresh bool, say func
 	if err != nil {
 		return nil, err
 	}
+	sources = addDebSrc(sources, codename)
 	sourcesFile := filepath.Join(dir, "prebake.sources")
 	before, _ := os.ReadFile(sourcesFile)
 	if err := os.WriteFile(sourcesFile, sources, 0o644); err != nil {

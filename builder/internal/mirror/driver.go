@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"path"
@@ -34,6 +35,23 @@ type release struct {
 	version  string // 535.261.03
 	packages []pkg
 	open     bool
+}
+
+// sourceVersion is the version of the release's source packages.
+func (r release) sourceVersion() string {
+	for _, p := range r.packages {
+		if strings.HasPrefix(p.Name, sourcePackage) {
+			return p.Version
+		}
+	}
+	return ""
+}
+
+// onlySources are the packages with module sources.
+func (r release) onlySources() []pkg {
+	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
+		return !strings.HasPrefix(p.Name, sourcePackage) && !strings.HasPrefix(p.Name, openSourcePackage)
+	})
 }
 
 func (r release) flavours() []target.Flavour {
@@ -127,8 +145,57 @@ func (r *release) addTools(versions map[string][]string) {
 
 func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
 
-// runfileTree lays out a release the way that NVIDIA's archive does.
-func runfileTree(ctx context.Context, a *apt, p platform, r release) (tree, error) {
+// runfileTree lays out a release the way that NVIDIA's archive does, and tells
+// which of Debian's edits it undid for that.
+func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
+	t, err := debianTree(ctx, m.apt, m.platform, r)
+	if err != nil {
+		return nil, nil, err
+	}
+	edits, err := m.makeOwn(ctx, t, r, releases)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := finish(t, m.platform, r); err != nil {
+		return nil, nil, err
+	}
+	return t, edits, nil
+}
+
+// makeOwn puts NVIDIA's own module sources in the place of Debian's edition of
+// them. Where they cannot be had, Debian's stay, and the list says so.
+func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
+	var s sources
+	switch base := releases[0]; {
+	case m.platform.foreign != "":
+		return []string{"Debian's edition: only amd64's is changed back"}, nil
+	case r.open:
+		s, err = m.ownSources(ctx, r, t)
+	case target.Branch(base.version) == target.Branch(r.version):
+		s, err = m.likeSources(ctx, base, t)
+	default:
+		return []string{"Debian's edition: no release of the branch has both flavours"}, nil
+	}
+	if errors.Is(err, errNoOrigin) || fault.Is(err, fault.Unsupported) {
+		m.Say(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
+		return []string{fmt.Sprintf("Debian's edition: %v", err)}, nil
+	} else if err != nil {
+		return nil, err
+	}
+	t.replace("kernel", s.kernel)
+	if r.open {
+		t.replace("kernel-open", s.open)
+	}
+	for _, must := range []string{"conftest-verbose", "NV_CFLAGS_FROM_KBUILD"} {
+		if bytes.Contains(t["kernel/Kbuild"].data, []byte(must)) {
+			return nil, fault.New(fault.Internal, "undo Debian's edits: Kbuild still has "+must, "")
+		}
+	}
+	return s.edits, nil
+}
+
+// debianTree puts a release's packages together.
+func debianTree(ctx context.Context, a *apt, p platform, r release) (tree, error) {
 	t := tree{}
 	for _, need := range r.packages {
 		file, ok := a.file(need)
@@ -148,8 +215,13 @@ func runfileTree(ctx context.Context, a *apt, p platform, r release) (tree, erro
 			return nil, err
 		}
 	}
+	return t, nil
+}
+
+// finish adds what is neither in Debian's packages nor in NVIDIA's sources.
+func finish(t tree, p platform, r release) error {
 	if err := t.addLibraryLinks(r.version); err != nil {
-		return nil, err
+		return err
 	}
 	for name, n := range t {
 		if path.Ext(name) == ".gz" { // manual pages
@@ -163,12 +235,12 @@ func runfileTree(ctx context.Context, a *apt, p platform, r release) (tree, erro
 	}
 	for _, must := range []string{"kernel/Makefile", "kernel/conftest.sh", "kernel/nvidia/nv-kernel.o_binary", "nvidia-smi", "LICENSE", "libcuda.so." + r.version, "libnvidia-ml.so." + r.version} {
 		if _, ok := t[must]; !ok {
-			return nil, fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must), "")
+			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must), "")
 		}
 	}
 	t.add("nvidia-installer", node{mode: 0o755, data: []byte(installer)})
 	t.addFile(".manifest", manifest(t, p.runfile, r.version))
-	return t, nil
+	return nil
 }
 
 // addSource adds the module sources in one of Debian's -source packages, and
@@ -204,7 +276,8 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 	prefix := "modules/" + inside
 	move := under(prefix, to)
 	return readXZ(ctx, t, outer["source"].data, func(name string) string {
-		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") {
+		// What Debian puts beside NVIDIA's files.
+		if name == prefix+"/debian" || strings.HasPrefix(name, prefix+"/debian/") || name == prefix+"/NVIDIA_Changelog" {
 			return ""
 		}
 		return move(name)
@@ -235,6 +308,8 @@ func gunzip(data []byte) ([]byte, error) {
 }
 
 var (
+	optionLine = regexp.MustCompile(`(?m)^(\s+--noexec)\)$`)
+	skipLine   = regexp.MustCompile(`(?m)^skip="([0-9]+)"$`)
 	usizeLine  = regexp.MustCompile(`(?m)^\s*echo Uncompressed size: ([0-9]+) KB$`)
 	headerEnds = []byte("\neval $finish; exit $res\n")
 )
@@ -258,5 +333,12 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	}
 	size := regexp.MustCompile(`\b` + string(m[1]) + `( KB|; then)`)
 	fixed := size.ReplaceAll(head, fmt.Appendf(nil, "%d$1", (total+1023)/1024))
+	// NVIDIA's header takes -x, with which its callers unpack it, and writes the
+	// number of lines without quotes.
+	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
+		return nil, fault.New(fault.Internal, "read makeself header: no option --noexec or no skip line", "report the version of makeself")
+	}
+	fixed = optionLine.ReplaceAll(fixed, []byte("$1|-x|--extract-only)"))
+	fixed = skipLine.ReplaceAll(fixed, []byte("skip=$1"))
 	return slices.Concat(fixed, file[end:]), nil
 }

@@ -91,7 +91,7 @@ func (m *maker) makeToolchain(ctx context.Context) (object, error) {
 	})
 }
 
-func (m *maker) makeDriver(ctx context.Context, r release) error {
+func (m *maker) makeDriver(ctx context.Context, r release, releases []release) error {
 	dir := filepath.Join(m.Out, "drivers")
 	if err := os.MkdirAll(filepath.Join(dir, "sha256"), 0o755); err != nil {
 		return err
@@ -101,14 +101,38 @@ func (m *maker) makeDriver(ctx context.Context, r release) error {
 		return err
 	}
 	name := cosbucket.RunfileName(r.version, m.platform.arch)
-	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions}, func(ctx context.Context, w io.Writer) error {
-		t, err := runfileTree(ctx, m.apt, m.platform, r)
-		if err != nil {
+	var t tree
+	var edits []string
+	lay := func() (err error) {
+		if t == nil {
+			t, edits, err = m.runfileTree(ctx, r, releases)
+		}
+		return err
+	}
+	params := []string{undoRecipe, releases[0].sourceVersion()}
+	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions, Params: params}, func(ctx context.Context, w io.Writer) error {
+		if err := lay(); err != nil {
 			return err
 		}
 		return m.work(func(dir string) error { return packRunfile(ctx, t, name, r.version, dir, w) })
 	})
 	if err != nil {
+		return err
+	}
+	list, err := m.object(ctx, "edits undone in "+name, recipe{Kind: "driver.edits", Packages: r.onlySources(), Params: params}, func(_ context.Context, w io.Writer) error {
+		if err := lay(); err != nil {
+			return err
+		}
+		_, err := io.WriteString(w, strings.Join(edits, "\n")+"\n")
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(m.Out, "edits"), 0o755); err != nil {
+		return err
+	}
+	if err := list.publish(filepath.Join(m.Out, "edits", r.version+".txt")); err != nil {
 		return err
 	}
 	if err := o.publish(filepath.Join(dir, name)); err != nil {

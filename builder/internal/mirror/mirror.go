@@ -142,7 +142,7 @@ type Result struct {
 // tools are the programs that the mirror runs, and the Debian package of each.
 var tools = []struct{ name, pkg string }{
 	{"apt-get", "apt"}, {"apt-cache", "apt"}, {"dpkg-deb", "dpkg"}, {"xz", "xz-utils"},
-	{"zstd", "zstd"}, {"makeself", "makeself"}, {"patchelf", "patchelf"}, {"tar", "tar"},
+	{"zstd", "zstd"}, {"patch", "patch"}, {"diff", "diffutils"}, {"makeself", "makeself"}, {"patchelf", "patchelf"}, {"tar", "tar"},
 }
 
 func checkTools() error {
@@ -351,7 +351,7 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 	g.SetLimit(2)
 	if !m.OnlyKernels {
 		for _, r := range releases {
-			g.Go(func() error { return m.makeDriver(ctx, r) })
+			g.Go(func() error { return m.makeDriver(ctx, r, releases) })
 		}
 	}
 	for _, same := range byKernel(builds) {

@@ -31,6 +31,8 @@ type node struct {
 	dir  bool
 	link string
 	data []byte
+	// changed is when the file was last changed, as an archive says, in seconds.
+	changed int64
 }
 
 // tree maps slash-separated relative paths to nodes. Folders need no entry.
@@ -180,7 +182,7 @@ func readTar(t tree, r io.Reader, where pick) error {
 		if !filepath.IsLocal(name) {
 			return fmt.Errorf("read tar: name %q leaves the tree", hdr.Name)
 		}
-		n := node{mode: hdr.FileInfo().Mode().Perm()}
+		n := node{mode: hdr.FileInfo().Mode().Perm(), changed: hdr.ModTime.Unix()}
 		switch hdr.Typeflag {
 		case tar.TypeDir:
 			n.dir = true
