@@ -187,12 +187,12 @@ func TestDriverVersions(t *testing.T) {
 
 func TestFixHeader(t *testing.T) {
 	t.Parallel()
-	script := func(kb string) string {
-		return "#!/bin/sh\n\techo Uncompressed size: " + kb + " KB\n  if test \"$leftspace\" -lt " + kb + "; then\n   echo (" + kb + " KB)\neval $finish; exit $res\n"
+	script := func(kb, skip, option string) string {
+		return "#!/bin/sh\nskip=" + skip + "\n\t" + option + ")\n\techo Uncompressed size: " + kb + " KB\n  if test \"$leftspace\" -lt " + kb + "; then\n   echo (" + kb + " KB)\neval $finish; exit $res\n"
 	}
 	payload := "\x28\xb5\x2f\xfd 500 KB"
-	got, err := fixHeader([]byte(script("500")+payload), tree{"a": {data: make([]byte, 2049)}})
-	if want := script("3") + payload; err != nil || string(got) != want {
+	got, err := fixHeader([]byte(script("500", `"715"`, "--noexec")+payload), tree{"a": {data: make([]byte, 2049)}})
+	if want := script("3", "715", "--noexec|-x|--extract-only") + payload; err != nil || string(got) != want {
 		t.Errorf("fixHeader = %q, %v; want %q", got, err, want)
 	}
 	if _, err := fixHeader([]byte("#!/bin/sh\n"), nil); err == nil {
