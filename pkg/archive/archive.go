@@ -98,10 +98,11 @@ type unpacker struct {
 	files map[string]bool // regular files made; what a hard link may name
 	buf   []byte
 	stats Stats
+	count int // entries read, and folders that their names implied
 }
 
 func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
-	for n := 0; ; n++ {
+	for {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
@@ -112,13 +113,21 @@ func (u *unpacker) run(ctx context.Context, tr *tar.Reader) error {
 		if err != nil {
 			return foreign(ctx, fmt.Errorf("read tar: %w", err))
 		}
-		if n >= u.o.Entries {
-			return refuse("read tar: more than %d entries", u.o.Entries)
+		if err := u.one(); err != nil {
+			return err
 		}
 		if err := u.entry(ctx, h, tr); err != nil {
 			return err
 		}
 	}
+}
+
+// one counts an entry, or a folder that a name implies: either is a file on the disk.
+func (u *unpacker) one() error {
+	if u.count++; u.count > u.o.Entries {
+		return refuse("read tar: more than %d entries and folders that their names imply", u.o.Entries)
+	}
+	return nil
 }
 
 func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) error {
@@ -175,7 +184,7 @@ func (u *unpacker) folder(name string) error {
 	if u.dirs[name] {
 		return nil
 	}
-	if err := u.folder(path.Dir(name)); err != nil {
+	if err := u.implied(path.Dir(name)); err != nil {
 		return err
 	}
 	err := u.root.Mkdir(name, 0o755)
@@ -197,8 +206,19 @@ func (u *unpacker) folder(name string) error {
 	return nil
 }
 
+// implied makes a folder that no entry named yet.
+func (u *unpacker) implied(name string) error {
+	if u.dirs[name] {
+		return nil
+	}
+	if err := u.one(); err != nil {
+		return err
+	}
+	return u.folder(name)
+}
+
 func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io.Reader) error {
-	if err := u.folder(path.Dir(name)); err != nil {
+	if err := u.implied(path.Dir(name)); err != nil {
 		return err
 	}
 	mode := fs.FileMode(0o644)
@@ -259,7 +279,7 @@ func (u *unpacker) symlink(name, target string) error {
 		u.o.Outside(name, target)
 		return nil
 	}
-	if err := u.folder(path.Dir(name)); err != nil {
+	if err := u.implied(path.Dir(name)); err != nil {
 		return err
 	}
 	if err := u.root.Symlink(target, name); err != nil {
@@ -300,7 +320,7 @@ func (u *unpacker) hardlink(name, target string) error {
 	if !u.files[old] {
 		return refuse("unpack %q: hard link to %q, which is no earlier file of the archive", name, old)
 	}
-	if err := u.folder(path.Dir(name)); err != nil {
+	if err := u.implied(path.Dir(name)); err != nil {
 		return err
 	}
 	if err := u.root.Link(old, name); err != nil {

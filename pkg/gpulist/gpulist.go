@@ -60,7 +60,12 @@ func (c Chip) Open() bool { return slices.Contains(c.Features, kernelOpen) }
 type List struct {
 	Version string `json:"version"`
 	Chips   []Chip `json:"gpus"`
+	// LeftOut says of NVIDIA's entries that could not be understood why, for the
+	// first twenty; only [ParseFile] fills it in.
+	LeftOut []string `json:"-"`
 }
+
+const maxLeftOut = 20
 
 var (
 	idPattern     = regexp.MustCompile(`^0[xX][0-9a-fA-F]{4}$`)
@@ -83,23 +88,41 @@ func parseFile(version string, text []byte) (*List, error) {
 		return nil, fmt.Errorf("%d bytes; at most %d are read", len(text), MaxFile)
 	}
 	var file struct {
-		Chips []struct {
-			DevID       string   `json:"devid"`
-			SubVendorID string   `json:"subvendorid"`
-			SubDevID    string   `json:"subdevid"`
-			Name        string   `json:"name"`
-			Features    []string `json:"features"`
-			Legacy      string   `json:"legacybranch"`
-		} `json:"chips"`
+		Chips []json.RawMessage `json:"chips"`
 	}
 	if err := json.Unmarshal(text, &file); err != nil {
 		return nil, err
 	}
+	if len(file.Chips) > maxChips {
+		return nil, fmt.Errorf("%d products; at most %d are read", len(file.Chips), maxChips)
+	}
 	l := &List{Version: version}
-	for _, c := range file.Chips {
-		l.Chips = append(l.Chips, Chip{Device: c.DevID, SubVendor: c.SubVendorID, SubDevice: c.SubDevID, Name: c.Name, Features: c.Features, Legacy: c.Legacy})
+	for i, raw := range file.Chips {
+		// One odd entry says nothing about the others.
+		c, err := parseChip(raw)
+		if err == nil {
+			l.Chips = append(l.Chips, c)
+		} else if len(l.LeftOut) < maxLeftOut {
+			l.LeftOut = append(l.LeftOut, fmt.Sprintf("product %d: %v", i, err))
+		}
 	}
 	return l, l.settle()
+}
+
+func parseChip(raw []byte) (Chip, error) {
+	var c struct {
+		DevID       string   `json:"devid"`
+		SubVendorID string   `json:"subvendorid"`
+		SubDevID    string   `json:"subdevid"`
+		Name        string   `json:"name"`
+		Features    []string `json:"features"`
+		Legacy      string   `json:"legacybranch"`
+	}
+	if err := json.Unmarshal(raw, &c); err != nil {
+		return Chip{}, err
+	}
+	chip := Chip{Device: c.DevID, SubVendor: c.SubVendorID, SubDevice: c.SubDevID, Name: c.Name, Features: c.Features, Legacy: c.Legacy}
+	return chip, chip.settle()
 }
 
 // ParsePredicate reads the predicate of a statement whose signature holds.
@@ -124,29 +147,36 @@ func (l *List) settle() error {
 		return fmt.Errorf("%d products; want 1 to %d", len(l.Chips), maxChips)
 	}
 	for i := range l.Chips {
-		c := &l.Chips[i]
-		for _, id := range []*string{&c.Device, &c.SubVendor, &c.SubDevice} {
-			if *id == "" && id != &c.Device {
-				continue
-			}
-			if !idPattern.MatchString(*id) {
-				return fmt.Errorf("product %d: id %.40q: want 0x and 4 hex digits", i, *id)
-			}
-			*id = strings.ToLower(*id)
-		}
-		if len(c.Name) > maxText || len(c.Features) > maxFeatures {
-			return fmt.Errorf("product %s: a name of %d bytes and %d features; at most %d and %d are read", c.Device, len(c.Name), len(c.Features), maxText, maxFeatures)
-		}
-		for _, f := range c.Features {
-			if !wordPattern.MatchString(f) {
-				return fmt.Errorf("product %s: feature %.80q is no word", c.Device, f)
-			}
-		}
-		if c.Legacy != "" && !legacyPattern.MatchString(c.Legacy) {
-			return fmt.Errorf("product %s: legacy branch %.40q", c.Device, c.Legacy)
+		if err := l.Chips[i].settle(); err != nil {
+			return fmt.Errorf("product %d: %w", i, err)
 		}
 	}
 	slices.SortStableFunc(l.Chips, Chip.compare)
+	return nil
+}
+
+// settle checks every field, and puts the ids into their one form.
+func (c *Chip) settle() error {
+	for _, id := range []*string{&c.Device, &c.SubVendor, &c.SubDevice} {
+		if *id == "" && id != &c.Device {
+			continue
+		}
+		if !idPattern.MatchString(*id) {
+			return fmt.Errorf("id %.40q: want 0x and 4 hex digits", *id)
+		}
+		*id = strings.ToLower(*id)
+	}
+	if len(c.Name) > maxText || len(c.Features) > maxFeatures {
+		return fmt.Errorf("a name of %d bytes and %d features; at most %d and %d are read", len(c.Name), len(c.Features), maxText, maxFeatures)
+	}
+	for _, f := range c.Features {
+		if !wordPattern.MatchString(f) {
+			return fmt.Errorf("feature %.80q is no word", f)
+		}
+	}
+	if c.Legacy != "" && !legacyPattern.MatchString(c.Legacy) {
+		return fmt.Errorf("legacy branch %.40q", c.Legacy)
+	}
 	return nil
 }
 

@@ -39,7 +39,7 @@ import (
 
 // Recipe names the way modules are made here. It goes into cache keys: raise the
 // number with any change that may change the bytes that come out.
-const Recipe = "compile-2"
+const Recipe = "compile-3"
 
 // Request is one compilation. Source, Headers, Toolchain, Release, Arch and
 // WorkDir are needed.
@@ -103,8 +103,9 @@ func Modules(ctx context.Context, r Request) (*Result, error) {
 	result, err := run(ctx, r, func(t tools) []string {
 		args := []string{"make", "modules", "SYSSRC=" + insideKernel, "SYSOUT=" + insideKernel,
 			"KERNEL_UNAME=" + r.Release, "IGNORE_CC_MISMATCH=1"}
-		// conftest.sh wants Module.symvers to name vmlinux's symbols. Kernels
-		// without MODVERSIONS, as COS's, may come without that file.
+		// As Google's installer does for kernels without MODVERSIONS, such as COS's:
+		// their Module.symvers has no checksums. That it is there, and names
+		// symbols, is cossrc's to see.
 		if !t.modVersions {
 			args = append(args, "IGNORE_MISSING_MODULE_SYMVERS=1")
 		}
@@ -210,6 +211,9 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 	if err := checkTypes(ctx, r, t); err != nil {
 		return result, err
 	}
+	if err := checkFit(ctx, r, t); err != nil {
+		return result, err
+	}
 	b := &build{r: r, t: t, src: filepath.Join(r.WorkDir, "src"), out: filepath.Join(r.WorkDir, "out")}
 	if err := stage(ctx, r.Source, b.src); err != nil {
 		return result, diskFull(fmt.Errorf("copy sources: %w", err))
@@ -219,14 +223,18 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 			return result, diskFull(err)
 		}
 	}
+	hidden, err := hideUnprinted(r.Headers, filepath.Join(r.WorkDir, "hidden"))
+	if err != nil {
+		return result, diskFull(err)
+	}
 	b.box = sandbox.Config{
 		Env: environment(t), Dir: insideSource,
-		Binds: []sandbox.Bind{
+		Binds: append([]sandbox.Bind{
 			{Host: r.Toolchain, Inside: insideToolchain},
 			{Host: r.Headers, Inside: insideKernel},
 			{Host: b.src, Inside: insideSource, Writable: true},
 			{Host: b.out, Inside: insideOut, Writable: true},
-		},
+		}, hidden...),
 	}
 	if err := b.newGuard(); err != nil {
 		return result, diskFull(err)

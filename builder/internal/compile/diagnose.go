@@ -17,6 +17,7 @@ type findings struct {
 	modpost string // modpost's first ERROR
 	check   string // name of NVIDIA's build sanity check that failed
 	missing string // a program that is not there
+	library string // a program of the inputs that this machine cannot run
 	memory  string
 	disk    string
 	make    string // make's first *** line
@@ -27,12 +28,14 @@ type findings struct {
 
 var (
 	// gcc and clang alike: file:line:column: error: text
-	sourceError   = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
-	modpostError  = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
-	makeError     = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
-	makeCheck     = regexp.MustCompile(`: (\w+_sanity_check|cc_version_check)\] Error \d+$`)
-	programGone   = regexp.MustCompile(`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
-	memoryTrouble = regexp.MustCompile(`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
+	sourceError  = regexp.MustCompile(`^([^\s:]+\.[chS]):(\d+):(?:\d+:)? (?:fatal )?error: (.*)$`)
+	modpostError = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
+	makeError    = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
+	makeCheck    = regexp.MustCompile(`: (\w+_sanity_check|cc_version_check)\] Error \d+$`)
+	programGone  = regexp.MustCompile(`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
+	// The dynamic loader's words, of glibc.
+	libraryTrouble = regexp.MustCompile("^\\S+: .*: version [`'][A-Z]+_[0-9.]+' not found \\(required by \\S+\\)$|^\\S+: error while loading shared libraries: \\S+: cannot open shared object file")
+	memoryTrouble  = regexp.MustCompile(`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 
 // unanswered begins what the script in the place of conftest.sh says then.
@@ -54,6 +57,9 @@ func (f *findings) read(line string) {
 	}
 	if strings.HasPrefix(line, unanswered) {
 		f.unanswered = true
+	}
+	if libraryTrouble.MatchString(line) {
+		first(&f.library, relative(line))
 	}
 	if sourceError.MatchString(line) {
 		first(&f.source, relative(line))
@@ -87,6 +93,7 @@ const (
 	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs"
 	hintTime   = "allow more time, or more jobs on a machine with more CPUs"
 	hintBreak  = "this driver release does not know this kernel's interfaces: choose a newer driver of the same branch"
+	hintImage  = "run the builder where the C library is as new as the inputs want it, such as a newer Debian; ldd --version says what this machine has"
 	hintLog    = "read the build's log; its first lines of trouble say more"
 )
 
@@ -131,6 +138,8 @@ func diagnose(err error, f findings) error {
 		return fault.New(fault.OutOfMemory, f.memory, hintMemory)
 	case exit.Killed():
 		return fault.New(fault.OutOfMemory, "the build was killed", hintMemory)
+	case f.library != "": // before the compiler's errors: questions may have gone wrong over it
+		return fault.New(fault.Usage, f.library, hintImage)
 	case f.source != "":
 		return fault.New(fault.APIBreak, f.source, hintBreak)
 	case f.modpost != "":

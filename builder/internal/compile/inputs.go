@@ -180,6 +180,10 @@ func (o *objects) hidden() (map[string][]string, error) {
 			names[header] = nil
 			continue
 		}
+		if slices.Contains(unprinted, header) {
+			names[header] = []string{} // the compiler saw no more of it than a view shows
+			continue
+		}
 		text, err := os.ReadFile(filepath.Join(o.r.Headers, header))
 		if err != nil {
 			return nil, err

@@ -64,10 +64,10 @@ func masks() map[string]func([]byte) []byte {
 		"include/config/auto.conf":       dropSalt,
 		"include/generated/autoconf.h":   dropSalt,
 		"include/generated/rustc_cfg":    dropSalt,
-		"include/generated/compile.h":    dropStrings,
+		"include/generated/compile.h":    hideStrings,
 		"include/generated/package.h":    dropStrings,
 		"include/generated/utsrelease.h": dropStrings,
-		"include/generated/utsversion.h": dropStrings,
+		"include/generated/utsversion.h": hideStrings,
 		"include/config/kernel.release":  func([]byte) []byte { return []byte("masked\n") },
 		"Module.symvers":                 func(text []byte) []byte { return symversCRC.ReplaceAll(text, []byte("0x00000000\t")) },
 	}

@@ -13,8 +13,8 @@
 //     packer's;
 //   - include/generated/compile.h: who compiled the kernel, where and when;
 //   - include/generated/utsversion.h: the build's number and time, which
-//     `uname -v` prints. A module that prints it prints that of the kernel it
-//     was compiled for.
+//     `uname -v` prints. No module can print it: package compile hides both
+//     files from the compiler.
 //
 // Whatever else differs makes another fingerprint. That may cost a build that
 // was not needed; the other mistake would cost a node.
@@ -221,10 +221,15 @@ func headersRoot(dir string) (string, error) {
 			"check that the object is the header archive of a COS build")
 	}
 	for _, must := range []string{"Makefile", ".config", "Module.symvers"} {
-		if fi, err := os.Lstat(filepath.Join(found[0], must)); err != nil || !fi.Mode().IsRegular() {
-			return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: no file %s", path.Join(filepath.Base(found[0]), must)),
-				"check that the object is the header archive of a COS build")
+		fi, err := os.Lstat(filepath.Join(found[0], must))
+		if err == nil && fi.Mode().IsRegular() && fi.Size() > 0 {
+			continue
 		}
+		hint := "check that the object is the header archive of a COS build"
+		if must == "Module.symvers" {
+			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the gate look every symbol up in it"
+		}
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: no file %s, or nothing in it", path.Join(filepath.Base(found[0]), must)), hint)
 	}
 	return found[0], nil
 }

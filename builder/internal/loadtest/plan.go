@@ -115,11 +115,17 @@ func Helper(program string, arch target.Arch) string {
 
 func (p *plan) addFiles(c Config) error {
 	lib, probe := filepath.Join(c.Userspace, "lib64", "libnvidia-ml.so.1"), Helper(c.Probe, p.arch)
+	if have, err := exists(lib); err != nil {
+		return err
+	} else if !have {
+		return fault.New(fault.InputMissing, fmt.Sprintf("driver %s comes without libnvidia-ml.so.1, which a node asks whether the driver works", p.version),
+			"check that the object is NVIDIA's full driver runfile for this architecture; --load-test off publishes what it has")
+	}
 	switch _, err := os.Stat(probe); {
 	case err == nil:
 		libraries, err := vm.GlibcFiles(probe, lib)
 		if err != nil {
-			return err
+			return fmt.Errorf("find what NVML needs: %w", err)
 		}
 		p.files = append(p.files, vm.File{Name: guestLib, Path: lib, Mode: 0o755}, vm.File{Name: guestProbe, Path: probe, Mode: 0o755})
 		p.files = append(p.files, libraries...)

@@ -14,7 +14,8 @@ type Config struct {
 	// Checks says that the kernel knows them at all: without, it takes every
 	// module and never looks at a signature.
 	Checks bool
-	// Forced says that it refuses unsigned modules whatever its command line.
+	// Forced says that it refuses unsigned modules whatever its command line: it
+	// was configured to, or to lock itself down when it boots.
 	Forced bool
 	// Hash is the one that its own modules are signed with.
 	Hash string
@@ -32,8 +33,8 @@ func ReadConfig(r io.Reader) (Config, error) {
 		switch name {
 		case "CONFIG_MODULE_SIG":
 			c.Checks = value == "y"
-		case "CONFIG_MODULE_SIG_FORCE":
-			c.Forced = value == "y"
+		case "CONFIG_MODULE_SIG_FORCE", "CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY", "CONFIG_LOCK_DOWN_KERNEL_FORCE_CONFIDENTIALITY":
+			c.Forced = c.Forced || value == "y"
 		case "CONFIG_MODULE_SIG_HASH":
 			c.Hash = strings.Trim(value, `"`)
 		}
@@ -44,5 +45,6 @@ func ReadConfig(r io.Reader) (Config, error) {
 	if c.Checks && c.Hash == "" {
 		return Config{}, fault.New(fault.CheckFailed, "read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH", "fetch the kernel's headers again")
 	}
+	c.Forced = c.Forced && c.Checks // without signatures there is nothing to refuse
 	return c, nil
 }

@@ -17,13 +17,15 @@ import (
 
 // StageRecipe names what the Stage functions make of a release. It changes
 // whenever the same release would be laid out in another way.
-const StageRecipe = "stage-1"
+const StageRecipe = "stage-2"
 
 // Folders of an installation.
 const (
 	binDir      = "bin"
 	libDir      = "lib64"
-	vulkanDir   = "vulkan/icd.d"
+	vulkanDir   = "vulkan"
+	icdDir      = "icd.d"
+	layerDir    = "implicit_layer.d"
 	eglDir      = "share/glvnd/egl_vendor.d"
 	openCLDir   = "share/OpenCL/vendors"
 	firmwareDir = "firmware/nvidia"
@@ -39,6 +41,18 @@ var destinations = map[string]string{
 	"UTILITY_LIB_SYMLINK": libDir, "OPENGL_SYMLINK": libDir, "GLVND_SYMLINK": libDir, "GLX_CLIENT_SYMLINK": libDir, "EGL_CLIENT_SYMLINK": libDir,
 	"UTILITY_BINARY": binDir, "UTILITY_BIN_SYMLINK": binDir, "NVIDIA_MODPROBE": binDir,
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
+}
+
+// vulkanPlace is the folder of one of Vulkan's files: older manifests do not
+// name it.
+func vulkanPlace(base, subdir string) string {
+	switch {
+	case subdir != "":
+		return path.Join(vulkanDir, subdir)
+	case base == "nvidia_layers.json":
+		return path.Join(vulkanDir, layerDir)
+	}
+	return path.Join(vulkanDir, icdDir)
 }
 
 // desktop are beginnings of library names that only a desktop session uses;
@@ -114,6 +128,9 @@ func (r *Release) userspace() (map[string]item, error) {
 		if e.Target != "" {
 			it = item{link: path.Base(e.Target)} // the folders are flat
 		}
+		if to == vulkanDir {
+			to = vulkanPlace(base, e.Subdir)
+		}
 		name := path.Join(to, base)
 		if old, ok := layout[name]; ok && old != it {
 			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name), "report this driver version: its manifest is new in kind")
@@ -141,8 +158,8 @@ func (r *Release) byName() (map[string]item, error) {
 			to = libDir
 		case slices.Contains(tools, name):
 			to = binDir
-		case name == "nvidia_icd.json":
-			to = vulkanDir
+		case name == "nvidia_icd.json", name == "nvidia_layers.json":
+			to = vulkanPlace(name, "")
 		case name == "10_nvidia.json":
 			to = eglDir
 		case name == "nvidia.icd":

@@ -105,7 +105,11 @@ func (r *run) attachSignatures(ctx context.Context) (string, error) {
 		fmt.Fprintln(r.log, err)
 		return err.Error(), nil
 	case errors.Is(err, modsign.ErrLeftOut):
-		return "", fault.Wrap(fault.CheckFailed, err, "publish the modules without them: --google-signatures auto")
+		hint := "publish the modules without them: --google-signatures auto"
+		if r.forced {
+			hint = hintSigned
+		}
+		return "", fault.Wrap(fault.CheckFailed, err, hint)
 	case err != nil:
 		return "", err
 	}

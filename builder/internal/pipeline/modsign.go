@@ -20,11 +20,12 @@ import (
 // whose key signed the modules; there is none for unsigned ones.
 const FactModuleKey = "moduleKey"
 
-// loadModuleKey opens the key for the modules, where there is one.
+// hintSigned is what to do for a kernel that takes signed modules only.
+const hintSigned = "sign them with a key that this kernel trusts: --module-key FILE --module-cert FILE; or publish those that Google signed: --google-modules"
+
+// loadModuleKey opens the key for the modules, where there is one. A kernel that
+// takes signed modules only is refused where nobody signs them.
 func (r *run) loadModuleKey(ctx context.Context) error {
-	if r.cfg.ModuleKey == "" {
-		return nil
-	}
 	f, err := os.Open(filepath.Join(r.kernel.Headers, ".config"))
 	if err != nil {
 		return fault.Wrap(fault.InputMissing, err, "publish a kernel-headers.tgz that holds the kernel's .config")
@@ -33,6 +34,17 @@ func (r *run) loadModuleKey(ctx context.Context) error {
 	config, err := modsign.ReadConfig(f)
 	if err != nil {
 		return err
+	}
+	r.forced = config.Forced
+	if r.cfg.ModuleKey == "" {
+		switch {
+		case !r.forced || r.prebuilt != nil:
+		case r.google != nil:
+			r.cfg.GoogleSignatures = GoogleRequire // left out, they would leave unsigned modules
+		default:
+			return fault.New(fault.Unsupported, fmt.Sprintf("kernel %s takes signed modules only, and nobody signs these", r.kernel.Kernel), hintSigned)
+		}
+		return nil
 	}
 	if !config.Checks {
 		return fault.New(fault.Unsupported, fmt.Sprintf("kernel %s does not know module signatures", r.kernel.Kernel), "build for it without --module-key")

@@ -173,6 +173,7 @@ type run struct {
 
 	moduleSigner *modsign.Signer // nil without Config.ModuleKey
 	moduleHash   string
+	forced       bool              // the kernel takes signed modules only
 	google       *googleSignatures // nil where there are none, or none is wanted
 	prebuilt     *googleModules    // nil without Config.GoogleModules
 

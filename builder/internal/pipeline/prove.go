@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"maps"
+	"os"
 	"slices"
 
 	"github.com/prebake/prebake/builder/internal/gate"
@@ -100,12 +101,9 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 		return "", err
 	}
 	key := r.testKey()
-	if raw, ok := r.products.Recall("loadtest", key); ok {
-		verdict := &loadtest.Verdict{}
-		if json.Unmarshal(raw, verdict) == nil {
-			r.res.LoadTest = verdict
-			return verdict.State + ", cached verdict", nil
-		}
+	if verdict := r.recalled(key); verdict != nil {
+		r.res.LoadTest = verdict
+		return verdict.State + ", cached verdict", nil
 	}
 	// A kernel that was damaged since it was unpacked may hang until the time is up.
 	if err := r.intact(ctx, r.kernel.Boot); err != nil {
@@ -129,6 +127,22 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 		return "", err
 	}
 	return verdict.State, r.products.Remember("loadtest", key, raw)
+}
+
+// recalled returns the kept verdict about these modules; nil where there is none,
+// and where a test made now would ask more than that one did.
+func (r *run) recalled(key string) *loadtest.Verdict {
+	raw, ok := r.products.Recall("loadtest", key)
+	verdict := &loadtest.Verdict{}
+	if !ok || json.Unmarshal(raw, verdict) != nil {
+		return nil
+	}
+	if verdict.NotAsked != "" {
+		if _, err := os.Stat(loadtest.Helper(r.cfg.NVMLProbe, r.kernel.Kernel.Arch)); err == nil {
+			return nil
+		}
+	}
+	return verdict
 }
 
 // testFacts is the proof in the words of the signed test result.

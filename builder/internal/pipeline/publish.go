@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -39,8 +40,14 @@ func (r *run) lookUp(ctx context.Context) (string, error) {
 	if err := r.loadModuleKey(ctx); err != nil {
 		return "", err
 	}
-	if r.gpus, err = gpus.Read(r.release.Dir, r.release.Version); err != nil {
+	switch r.gpus, err = gpus.Read(r.release.Dir, r.release.Version); {
+	case fault.Is(err, fault.Unverified): // it is advice: without it nodes go by their GPU's generation
+		r.gpus = nil
+		r.say("look up")(fmt.Sprintf("the artifact gets no list of supported GPUs: %v", err))
+	case err != nil:
 		return "", err
+	case r.gpus != nil && len(r.gpus.LeftOut) > 0:
+		r.say("look up")("left out of supported-gpus.json: " + strings.Join(r.gpus.LeftOut, "; "))
 	}
 	for _, dest := range r.cfg.Destinations {
 		if twin.Is(dest) {
@@ -288,10 +295,14 @@ func (r *run) statements() ([]sign.Statement, error) {
 	all := []sign.Statement{provenance, match, tested, contents}
 	if r.gpus != nil {
 		supported, err := gpus.Statement(r.res.Digest, r.res.Driver, r.gpus)
-		if err != nil {
+		switch {
+		case fault.Is(err, fault.Unsupported): // too long for a statement
+			r.say("sign")(err.Error())
+		case err != nil:
 			return nil, err
+		default:
+			all = append(all, supported)
 		}
-		all = append(all, supported)
 	}
 	return all, nil
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"io/fs"
 	"path"
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -51,32 +52,38 @@ type Manifest struct {
 type shape struct {
 	class  bool // NATIVE or COMPAT32
 	subdir bool
+	place  bool // a subdir, or none: it ends in a slash
 	target bool
 	glvnd  bool // GLVND or NON_GLVND, behind the rest
 }
 
 var (
-	lib      = shape{class: true}
-	libSub   = shape{class: true, subdir: true}
-	libGL    = shape{class: true, glvnd: true}
-	link     = shape{class: true, target: true}
-	linkSub  = shape{class: true, subdir: true, target: true}
-	linkGL   = shape{class: true, target: true, glvnd: true}
-	file     = shape{}
-	fileSub  = shape{subdir: true}
-	fileLink = shape{target: true}
-	shapes   = map[string]shape{
+	lib       = shape{class: true}
+	libSub    = shape{class: true, subdir: true}
+	libGL     = shape{class: true, glvnd: true}
+	link      = shape{class: true, target: true}
+	linkSub   = shape{class: true, subdir: true, target: true}
+	linkGL    = shape{class: true, target: true, glvnd: true}
+	file      = shape{}
+	filePlace = shape{place: true}
+	fileSub   = shape{subdir: true}
+	fileLink  = shape{target: true}
+	shapes    = map[string]shape{
 		"OPENGL_LIB": lib, "GLVND_LIB": lib, "NVCUVID_LIB": lib, "ENCODEAPI_LIB": lib, "UTILITY_LIB": lib,
 		"CUDA_LIB": libSub, "OPENCL_LIB": libSub, "OPENCL_WRAPPER_LIB": libSub, "VDPAU_LIB": libSub, "TLS_LIB": libSub,
 		"GLX_CLIENT_LIB": libGL, "EGL_CLIENT_LIB": libGL,
 		"OPENGL_SYMLINK": link, "GLVND_SYMLINK": link, "UTILITY_LIB_SYMLINK": link, "NVCUVID_LIB_SYMLINK": link, "ENCODEAPI_LIB_SYMLINK": link,
 		"CUDA_SYMLINK": linkSub, "OPENCL_LIB_SYMLINK": linkSub, "OPENCL_WRAPPER_SYMLINK": linkSub, "VDPAU_SYMLINK": linkSub,
 		"GLX_CLIENT_SYMLINK": linkGL, "EGL_CLIENT_SYMLINK": linkGL,
-		"UTILITY_BINARY": file, "INSTALLER_BINARY": file, "CUDA_ICD": file, "VULKAN_ICD_JSON": file, "GLVND_EGL_ICD_JSON": file, "FIRMWARE": file,
+		"UTILITY_BINARY": file, "INSTALLER_BINARY": file, "CUDA_ICD": file, "VULKAN_ICD_JSON": filePlace, "GLVND_EGL_ICD_JSON": file, "FIRMWARE": file,
 		"DOCUMENTATION": fileSub, "MANPAGE": fileSub, "NVIDIA_MODPROBE": fileSub, "EXPLICIT_PATH": fileSub, "APPLICATION_PROFILE": fileSub, "KERNEL_MODULE_SRC": fileSub,
 		"UTILITY_BIN_SYMLINK": fileLink,
 	}
 )
+
+// entryLine is name, mode, type and the rest. A name may hold blanks: the mode
+// and the word in capitals behind it tell where it ends.
+var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
 // ParseManifest reads a .manifest. Lines of types that it does not know are
 // counted and skipped, since every branch adds some; a line of a known type
@@ -117,28 +124,28 @@ func ParseManifest(r io.Reader) (*Manifest, error) {
 }
 
 func (m *Manifest) line(text string) error {
-	fields := strings.Fields(text)
-	if len(fields) == 0 {
+	if strings.TrimSpace(text) == "" {
 		return nil
 	}
-	if len(fields) < 3 {
+	f := entryLine.FindStringSubmatch(text)
+	if f == nil {
 		return fmt.Errorf("%.80q has no type", text)
 	}
-	e := Entry{Path: fields[0], Type: fields[2]}
+	e := Entry{Path: f[1], Type: f[3]}
 	s, ok := shapes[e.Type]
 	if !ok {
 		m.Unknown[e.Type]++
 		return nil
 	}
-	mode, err := strconv.ParseUint(fields[1], 8, 12)
+	mode, err := strconv.ParseUint(f[2], 8, 12)
 	if err != nil {
-		return fmt.Errorf("mode %.20q", fields[1])
+		return fmt.Errorf("mode %.20q", f[2])
 	}
 	e.Mode = fs.FileMode(mode & 0o777)
 	if e.Path, err = inside(e.Path); err != nil {
 		return err
 	}
-	if err := e.fill(s, fields[3:]); err != nil {
+	if err := e.fill(s, strings.Fields(f[4])); err != nil {
 		return fmt.Errorf("%s %s: %w", e.Type, e.Path, err)
 	}
 	m.Entries = append(m.Entries, e)
@@ -167,7 +174,8 @@ func (e *Entry) fill(s shape, fields []string) error {
 		}
 		e.Compat32 = class == "COMPAT32"
 	}
-	if s.subdir {
+	// Newer branches name the folder of a file that had none before.
+	if s.subdir || s.place && len(fields) > 0 && strings.HasSuffix(fields[0], "/") {
 		sub, err := next("subdir")
 		if err != nil {
 			return err
