@@ -151,6 +151,12 @@ func TestUnpack(t *testing.T) {
 		"lib": "drwxr-xr-x", "lib/deep": "drwxr-xr-x", "lib/deep/a.h": "-rw-r--r-- a",
 		"lib/b.h": "-> deep/a.h", "lib/deep/up": "-> ../../bin/tool", "lib/gone": "-> not/there",
 	}
+	// Nine entries, and two folders that only a name implies.
+	for most, ok := range map[int]bool{11: true, 10: false} {
+		if _, _, err := unpack(t, data, archive.Options{Entries: most}); (err == nil) != ok {
+			t.Errorf("Unpack with at most %d entries = %v; want success: %t", most, err, ok)
+		}
+	}
 	for _, format := range []archive.Format{archive.Plain, archive.Gzip, archive.XZ, archive.Zstd} {
 		t.Run(string(format), func(t *testing.T) {
 			t.Parallel()
@@ -204,6 +210,8 @@ func TestUnpackRefuses(t *testing.T) {
 		{"block device", []entry{{"a", tar.TypeBlock, 0o644, ""}}, archive.Options{}},
 		{"pipe", []entry{{"a", tar.TypeFifo, 0o644, ""}}, archive.Options{}},
 		{"too many entries", []entry{file("a"), file("b"), file("c")}, archive.Options{Entries: 2}},
+		{"too many implied folders", []entry{file("a/b/c/d")}, archive.Options{Entries: 3}},
+		{"too many implied folders of a link", []entry{link("a/b/c", "x")}, archive.Options{Entries: 2}},
 		{"too many bytes", []entry{file("a"), file("b"), file("c")}, archive.Options{Bytes: 2}},
 	}
 	for _, r := range rows {

@@ -168,6 +168,20 @@ func TestDrives(t *testing.T) {
 	}
 }
 
+// One odd entry says nothing about the others: the list is advice.
+func TestParseLeavesOut(t *testing.T) {
+	t.Parallel()
+	odd := strings.Replace(file, `"chips": [`, `"chips": [{"devid":"0x12345"},{"devid":"0x1eb8","features":["a b"]},{"devid":"0x1eb8","features":"x"},`, 1)
+	got := parse(t, odd)
+	if diff := cmp.Diff(parse(t, file).Chips, got.Chips); diff != "" || len(got.LeftOut) != 3 {
+		t.Errorf("left out %q; want three, and the others as they are (-want +got):\n%s", got.LeftOut, diff)
+	}
+	many := parse(t, strings.Replace(file, `"chips": [`, `"chips": [`+strings.Repeat(`{"devid":""},`, 1000), 1))
+	if len(many.LeftOut) != 20 {
+		t.Errorf("%d sentences about odd entries; want 20", len(many.LeftOut))
+	}
+}
+
 func TestParseRefuses(t *testing.T) {
 	t.Parallel()
 	chip := func(s string) string { return `{"chips":[` + s + `]}` }

@@ -261,3 +261,55 @@ func TestTimeLimit(t *testing.T) {
 		t.Errorf("Modules = %v (%v, hint %q); want the cause and its hint", err, fault.Of(err), fault.Hint(err))
 	}
 }
+
+// What no fingerprint covers, no module can hold. Before Linux 6.1 compile.h has
+// the build's number and time, and NVIDIA's driver prints them.
+func TestHidesWhoCompiled(t *testing.T) {
+	t.Parallel()
+	var sums []string
+	for _, built := range []string{"#1 SMP Thu Jan  1 00:00:00 UTC 2026", "#2 SMP Fri Jan  2 00:00:00 UTC 2026"} {
+		r := toy(t)
+		write(t, filepath.Dir(r.Source), map[string]string{
+			"headers/include/generated/compile.h": "/* This file is auto generated, version " + built[1:2] + " */\n#define UTS_VERSION\t\"" + built + "\"\n#define LINUX_COMPILE_BY \"me\"\n",
+			"source/nvidia/nv.c":                  "#include \"/prebake/kernel/include/generated/compile.h\"\nconst char when[] = UTS_VERSION; int nv(void) { return 1; }\n",
+		})
+		result, err := compile.Modules(t.Context(), r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		data, err := os.ReadFile(result.Modules["nvidia"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(data, []byte(built)) {
+			t.Errorf("the module tells %q", built)
+		}
+		sums = append(sums, string(data))
+	}
+	if sums[0] != sums[1] {
+		t.Error("two builds of one kernel give two modules")
+	}
+}
+
+// Build tools that need a newer C library are told before anything is compiled.
+func TestMachineTooOld(t *testing.T) {
+	t.Parallel()
+	r := toy(t)
+	program, err := os.ReadFile("/usr/bin/true")
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := bytes.ReplaceAll(program, []byte("GLIBC_2.34"), []byte("GLIBC_9.34"))
+	if bytes.Equal(newer, program) {
+		t.Skip("/usr/bin/true asks for no GLIBC_2.34")
+	}
+	path := filepath.Join(r.Headers, "scripts/basic/fixdep")
+	write(t, r.Headers, map[string]string{"scripts/basic/fixdep": string(newer)})
+	if err := os.Chmod(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	result, err := compile.Modules(t.Context(), r)
+	if fault.Of(err) != fault.Usage || !strings.Contains(err.Error(), "GLIBC_9.34") || fault.Hint(err) == "" || len(result.Phases) > 0 {
+		t.Errorf("Modules = %v (%v, %q) after %v; want it refused at once", err, fault.Of(err), fault.Hint(err), names(result.Phases))
+	}
+}

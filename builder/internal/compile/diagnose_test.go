@@ -95,6 +95,10 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 /prebake/src/a.c:9:1: fatal error: error writing to /tmp/ccxyz.s: No space left on device
 `, failed, fault.DiskFull, "a.c:9:1: fatal error: error writing to /tmp/ccxyz.s: No space left on device",
 		},
+		{"newer C library", "/prebake/kernel/scripts/basic/fixdep: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by /prebake/kernel/scripts/basic/fixdep)\nmake[3]: *** [/prebake/kernel/scripts/Makefile.build:250: /prebake/src/nvidia/nv.o] Error 1\n",
+			failed, fault.Usage, "<kernel>/scripts/basic/fixdep: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by <kernel>/scripts/basic/fixdep)"},
+		{"no library", "/prebake/kernel/tools/objtool/objtool: error while loading shared libraries: libelf.so.1: cannot open shared object file: No such file or directory\n", failed, fault.Usage,
+			"<kernel>/tools/objtool/objtool: error while loading shared libraries: libelf.so.1: cannot open shared object file: No such file or directory"},
 		{"silent", "", failed, fault.Internal, "run make: exit status 2"},
 		{"only words", "something odd\n", failed, fault.Internal, "run make: exit status 2: something odd"},
 		{"warnings are no errors", "/prebake/src/a.c:7:1: warning: error: x\nerror: forwarding\n", failed, fault.Internal, "run make: exit status 2: error: forwarding"},

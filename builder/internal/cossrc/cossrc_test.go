@@ -342,6 +342,11 @@ func TestFetchRefuses(t *testing.T) {
 			delete(h, tree+"Module.symvers")
 			o["kernel-headers.tgz"] = tgz(t, tarOf(t, h, day, 0))
 		}, kind: fault.Unsupported, text: "Module.symvers"},
+		{name: "empty Module.symvers", change: func(t *testing.T, o map[string][]byte) {
+			h := headerFiles()
+			h[tree+"Module.symvers"] = ""
+			o["kernel-headers.tgz"] = tgz(t, tarOf(t, h, day, 0))
+		}, kind: fault.Unsupported, text: "Module.symvers"},
 		{name: "header tree behind a link", change: func(t *testing.T, o map[string][]byte) {
 			h := map[string]string{"usr/src/linux-headers-6.1.0-9-test": "-> ../../elsewhere"}
 			for name, body := range headerFiles() {

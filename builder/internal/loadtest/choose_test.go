@@ -4,11 +4,13 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -84,6 +86,20 @@ func TestKernelModules(t *testing.T) {
 	got, err = kernelModules(boot)
 	if diff := cmp.Diff(map[string]bool{"drm": true, "drm-kms-helper": true}, got); diff != "" || err != nil {
 		t.Errorf("kernelModules() = %v, %v", got, err)
+	}
+}
+
+// A node asks NVML whether the driver works: a runfile without it is no driver.
+func TestPlanWantsNVML(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	err = (&plan{version: "1.2.3", arch: target.AMD64}).addFiles(Config{Userspace: dir, Probe: self})
+	if !fault.Is(err, fault.InputMissing) || fault.Hint(err) == "" || strings.Contains(err.Error(), dir) {
+		t.Errorf("addFiles = %v (hint %q); want %v without a path of the cache", err, fault.Hint(err), fault.InputMissing)
 	}
 }
 

@@ -413,11 +413,13 @@ func TestReadConfig(t *testing.T) {
 		want modsign.Config
 		ok   bool
 	}{
-		"COS":    {"CONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n", modsign.Config{Checks: true, Hash: "sha256"}, true},
-		"forced": {"CONFIG_MODULE_SIG_FORCE=y\nCONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n", modsign.Config{Checks: true, Forced: true, Hash: "sha512"}, true},
-		"none":   {"# CONFIG_MODULE_SIG is not set\n", modsign.Config{}, true},
-		"broken": {"CONFIG_MODULE_SIG=y\n", modsign.Config{}, false},
-		"long":   {strings.Repeat("x", 1<<20), modsign.Config{}, false},
+		"COS":                             {"CONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n", modsign.Config{Checks: true, Hash: "sha256"}, true},
+		"forced":                          {"CONFIG_MODULE_SIG_FORCE=y\nCONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n", modsign.Config{Checks: true, Forced: true, Hash: "sha512"}, true},
+		"locked down":                     {"CONFIG_MODULE_SIG=y\nCONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n", modsign.Config{Checks: true, Forced: true, Hash: "sha256"}, true},
+		"locked down, but checks nothing": {"CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y\n", modsign.Config{}, true},
+		"none":                            {"# CONFIG_MODULE_SIG is not set\n", modsign.Config{}, true},
+		"broken":                          {"CONFIG_MODULE_SIG=y\n", modsign.Config{}, false},
+		"long":                            {strings.Repeat("x", 1<<20), modsign.Config{}, false},
 	} {
 		got, err := modsign.ReadConfig(strings.NewReader(row.text))
 		if got != row.want || row.ok != (err == nil) {

@@ -84,7 +84,8 @@ libvdpau_nvidia.so.535.261.03 0755 VDPAU_LIB NATIVE vdpau
 nvidia-smi 0755 UTILITY_BINARY
 nvidia-settings 0755 UTILITY_BINARY
 nvidia-modprobe 4755 NVIDIA_MODPROBE bin/
-nvidia_icd.json 0644 VULKAN_ICD_JSON
+nvidia_icd.json 0644 VULKAN_ICD_JSON icd.d/
+nvidia_layers.json 0644 VULKAN_ICD_JSON implicit_layer.d/
 10_nvidia.json 0644 GLVND_EGL_ICD_JSON
 nvidia.icd 0644 CUDA_ICD
 nvidia_drv.so 0755 XMODULE_SHARED_LIB x11
@@ -100,7 +101,7 @@ func driverFiles(t testing.TB) map[string]string {
 		"kernel-open/Makefile": "modules:\n", "kernel-open/Kbuild": "obj-m\n",
 		"firmware/gsp_tu10x.bin": "gsp", "firmware/gsp_ga10x.bin": "gsp2",
 		"nvidia-smi*": "ELF", "nvidia-settings*": "ELF", "nvidia-modprobe": "ELF", "README.txt": "read",
-		"nvidia_icd.json": "{}", "10_nvidia.json": "{}", "nvidia.icd": "libnvidia-opencl.so.1\n",
+		"nvidia_icd.json": "{}", "nvidia_layers.json": "{}", "10_nvidia.json": "{}", "nvidia.icd": "libnvidia-opencl.so.1\n",
 		"nvidia_drv.so": "x", "32/libcuda.so." + version: library(t, "libcuda.so.1"), "tls/libnvidia-tls.so." + version: library(t, "libnvidia-tls.so."+version),
 	}
 	for name, soname := range map[string]string{
@@ -221,7 +222,7 @@ func TestFetchAndStage(t *testing.T) {
 		"lib64/libnvidia-ml.so.1": "libnvidia-ml.so." + version, "lib64/libnvidia-ml.so." + version: lib,
 		"lib64/libGLX_nvidia.so.0": "libGLX_nvidia.so." + version, "lib64/libGLX_nvidia.so." + version: lib,
 		"lib64/libnvidia-tls.so." + version: lib,
-		"share/OpenCL/vendors/nvidia.icd":   data, "share/glvnd/egl_vendor.d/10_nvidia.json": data, "vulkan/icd.d/nvidia_icd.json": data,
+		"share/OpenCL/vendors/nvidia.icd":   data, "share/glvnd/egl_vendor.d/10_nvidia.json": data, "vulkan/icd.d/nvidia_icd.json": data, "vulkan/implicit_layer.d/nvidia_layers.json": data,
 	}
 	for _, xzed := range []bool{false, true} {
 		dir := t.TempDir()

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -127,4 +128,33 @@ func (f *farm) module(t *testing.T, res *pipeline.Result) string {
 		t.Fatal(err)
 	}
 	return filepath.Join(dir, "drivers", "nvidia.ko")
+}
+
+// A kernel that takes signed modules only gets no unsigned ones, and that shows
+// before the compile.
+func TestForcedSignatures(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	files := headerFiles()
+	files[headers+".config"] += "CONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_FORCE=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n"
+	f.kernel(t, "17800.0.9", files)
+	cfg := f.config(t, emptyCache(t))
+	res, _, err := build(t, cfg, request("17800.0.9"))
+	if !fault.Is(err, fault.Unsupported) || !strings.Contains(fault.Hint(err), "--module-key") || slices.Contains(phases(res), "compile") {
+		t.Errorf("Run = %v (hint %q) after %v; want %v before the compile", err, fault.Hint(err), phases(res), fault.Unsupported)
+	}
+	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
+	must(t, cfg, request("17800.0.9"))
+}
+
+// A list of GPUs that cannot be read, or holds an odd entry, fails no build.
+func TestOddListOfGPUs(t *testing.T) {
+	t.Parallel()
+	for text, attached := range map[string]int{"{": 4, `{"chips":[{"devid":"0x1EB8","features":["kernelopen"]},{"devid":"odd"}]}`: 5} {
+		f := newFarm(t)
+		files := driverFiles()
+		files["supported-gpus/supported-gpus.json"] = text
+		f.driver(t, files)
+		f.verified(t, must(t, f.config(t, emptyCache(t)), request("17800.0.9")), attached)
+	}
 }

@@ -1,10 +1,15 @@
 package pipeline
 
 import (
+	"encoding/json"
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -31,5 +36,35 @@ func TestKeyOfVerdict(t *testing.T) {
 			t.Errorf("with another %s the key is that with another %s", what, other)
 		}
 		met[k] = what
+	}
+}
+
+// A verdict without NVML's answer holds for as long as nobody can ask.
+func TestVerdictWithoutNVML(t *testing.T) {
+	t.Parallel()
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cache.Close() })
+	probe := filepath.Join(t.TempDir(), "nvmlprobe")
+	r := &run{products: cache, cfg: Config{NVMLProbe: probe}, kernel: &cossrc.Inputs{Kernel: target.Kernel{Arch: target.ARM64}}}
+	for key, v := range map[string]loadtest.Verdict{"not asked": {State: "loaded", NotAsked: "this builder has no nvmlprobe-arm64"}, "asked": {State: "loaded", NVMLVersion: "1"}} {
+		raw, err := json.Marshal(v)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cache.Remember("loadtest", key, raw); err != nil {
+			t.Fatal(err)
+		}
+		if r.recalled(key) == nil {
+			t.Errorf("%s: no verdict before there is a probe", key)
+		}
+	}
+	if err := os.WriteFile(probe+"-arm64", nil, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if r.recalled("asked") == nil || r.recalled("not asked") != nil {
+		t.Errorf("with a probe the verdicts are %v and %v; want only the one that has asked", r.recalled("asked"), r.recalled("not asked"))
 	}
 }

@@ -188,6 +188,10 @@ libGL.so.535.261.03 0755 GLX_CLIENT_LIB NATIVE NON_GLVND MODULE:opengl
 libGLX_nvidia.so.0 0000 GLX_CLIENT_SYMLINK NATIVE libGLX_nvidia.so.535.261.03 GLVND
 tls/libnvidia-tls.so.535.261.03 0755 TLS_LIB NATIVE tls
 nvidia-smi 0755 UTILITY_BINARY
+nvidia_icd.json 0644 VULKAN_ICD_JSON icd.d/ MODULE:vulkan
+nvidia_layers.json 0644 VULKAN_ICD_JSON implicit_layer.d/
+old_icd.json 0644 VULKAN_ICD_JSON
+html/a b.html 0644 DOCUMENTATION ./
 nvidia-modprobe 4755 NVIDIA_MODPROBE bin/
 kernel/nvidia/nv.c 0644 KERNEL_MODULE_SRC INHERIT_PATH_DEPTH:1 MODULE:proprietary
 firmware/gsp_tu10x.bin 0644 FIRMWARE
@@ -214,6 +218,10 @@ func TestParseManifest(t *testing.T) {
 			{Path: "libGLX_nvidia.so.0", Type: "GLX_CLIENT_SYMLINK", Target: "libGLX_nvidia.so.535.261.03"},
 			{Path: "tls/libnvidia-tls.so.535.261.03", Mode: 0o755, Type: "TLS_LIB", Subdir: "tls"},
 			{Path: "nvidia-smi", Mode: 0o755, Type: "UTILITY_BINARY"},
+			{Path: "nvidia_icd.json", Mode: 0o644, Type: "VULKAN_ICD_JSON", Subdir: "icd.d", Module: "vulkan"},
+			{Path: "nvidia_layers.json", Mode: 0o644, Type: "VULKAN_ICD_JSON", Subdir: "implicit_layer.d"},
+			{Path: "old_icd.json", Mode: 0o644, Type: "VULKAN_ICD_JSON"},
+			{Path: "html/a b.html", Mode: 0o644, Type: "DOCUMENTATION"},
 			{Path: "nvidia-modprobe", Mode: 0o755, Type: "NVIDIA_MODPROBE", Subdir: "bin"},
 			{Path: "kernel/nvidia/nv.c", Mode: 0o644, Type: "KERNEL_MODULE_SRC", Subdir: "nvidia", Module: "proprietary"},
 			{Path: "firmware/gsp_tu10x.bin", Mode: 0o644, Type: "FIRMWARE"},
