@@ -6,8 +6,9 @@
 // three appear complete, by rename, or not at all; what a killed process left
 // half done is removed at the next Open. Blobs are verified as they come in and
 // not again when they are asked for: Verify does that on demand. A tree is
-// verified each time it is asked for, and made again when it is not what it
-// was; so is a fact, which is then forgotten. Whoever gets a path must not
+// read and verified when a process asks for it first, looked over each time after
+// that, and made again when it is not what it was; so is a fact, which is then
+// forgotten. Whoever gets a path must not
 // write to it. Trim removes what was not used for long, and never what a living
 // process was handed out.
 //
@@ -76,8 +77,9 @@ type Cache struct {
 	lock  *flock.Flock // held until Close or the end of the process
 
 	mu    sync.Mutex
-	count uint64          // of pieces of work begun and entries used
-	works map[uint64]bool // pieces of work that have not ended, by count
+	count uint64            // of pieces of work begun and entries used
+	read  map[string]string // trees that this process has read whole, and how their inodes were
+	works map[uint64]bool   // pieces of work that have not ended, by count
 	pins  map[string]*pin
 }
 

@@ -14,7 +14,14 @@ import (
 // made: [Cache.Tree] compared before it began. A tree that was damaged meanwhile
 // is removed, and the error is [fault.Transient]: the same job may succeed.
 // Paths outside of all trees are none of the cache's, and pass.
-func (c *Cache) Recheck(ctx context.Context, path string) error {
+func (c *Cache) Recheck(ctx context.Context, path string) error { return c.recheck(ctx, path, false) }
+
+// Reread is Recheck that reads every byte again. It finds what a disk changed
+// behind everybody's back, and belongs before something irrevocable, such as a
+// signature.
+func (c *Cache) Reread(ctx context.Context, path string) error { return c.recheck(ctx, path, true) }
+
+func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {
 	rel, err := filepath.Rel(filepath.Join(c.dir, treesDir), path)
 	if err != nil {
 		return fmt.Errorf("check %s again: %w", path, err)
@@ -25,6 +32,11 @@ func (c *Cache) Recheck(ctx context.Context, path string) error {
 	}
 	kind, key := parts[0], parts[1]
 	tree := filepath.Join(c.dir, treesDir, kind, key)
+	if whole {
+		c.mu.Lock()
+		delete(c.read, tree)
+		c.mu.Unlock()
+	}
 	ok, trouble, err := c.intact(ctx, kind, key, tree)
 	switch {
 	case ok || err != nil:

@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"slices"
@@ -203,7 +204,11 @@ func extract(ctx context.Context, file, dir string) error {
 		return err
 	}
 	defer root.Close()
-	_, err = archive.Unpack(ctx, payload, root, limits)
+	o := limits
+	if tool, err := exec.LookPath("xz"); err == nil {
+		o.XZTool = tool // some three times as fast as the decoder in Go, and bounded as a whole
+	}
+	_, err = archive.Unpack(ctx, payload, root, o)
 	return err
 }
 

@@ -65,11 +65,11 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		})
 		// A tree that changed under the compiler explains every error, and
 		// makes every success worthless.
-		inputs := []string{r.kernel.Headers, r.kernel.Toolchain, source}
+		r.inputs = []string{r.kernel.Headers, r.kernel.Toolchain, source}
 		if r.kernel.BTF != "" {
-			inputs = append(inputs, r.kernel.BTF)
+			r.inputs = append(r.inputs, r.kernel.BTF)
 		}
-		for _, input := range inputs {
+		for _, input := range r.inputs {
 			if err := r.cfg.Cache.Recheck(ctx, input); err != nil {
 				return err
 			}

@@ -165,6 +165,7 @@ type run struct {
 	release *nvsrc.Release
 	modules map[string]string // name to path
 	sums    map[string]string // name to SHA-256, in hex
+	inputs  []string          // folders that this run compiled from; none where the modules were there
 
 	debugDir string // with Config.DebugSymbols
 	pahole   string // its version; "" where the modules get no BTF

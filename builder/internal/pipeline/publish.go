@@ -189,6 +189,11 @@ func (r *run) sign(ctx context.Context) (string, error) {
 	if err := r.intact(ctx); err != nil { // the list of contents names their sums
 		return "", err
 	}
+	for _, input := range r.inputs { // what the provenance says they were made of
+		if err := r.cfg.Cache.Reread(ctx, input); err != nil {
+			return "", err
+		}
+	}
 	for _, statement := range statements {
 		b, err := sign.Bundle(ctx, r.signer, statement)
 		if err != nil {

@@ -176,6 +176,9 @@ func (t *tree) inside(name string) string {
 // files: it may include one, or asks whether one has been included.
 func (t *tree) minds(header string, files []string) bool {
 	for name := range t.closure(header) {
+		if t.files[name].computed {
+			return true // nobody knows what it includes
+		}
 		for _, f := range files {
 			if name == f || t.files[f].guard != "" && slices.Contains(t.files[name].asks, t.files[f].guard) {
 				return true

@@ -64,16 +64,18 @@ func TestFind(t *testing.T) {
 		"a header where every module looks": {four(map[string]string{"common/inc/base.h": header("BASE", kernel())}, "a", `#include "base.h"`), []string{"#include \"/src/common/inc/base.h\"\n"}},
 		"a kernel's header first":           {four(base(), "a", "#include <linux/x.h>\n#include \"base.h\""), []string{"#include <linux/x.h>\n" + wanted}},
 
-		"too few":                     {map[string]string{"m/base.h": header("BASE", kernel()), "m/a.c": `#include "base.h"`, "m/b.c": `#include "base.h"`, "m/c.c": `#include "base.h"`}, nil},
-		"not worth it":                {four(map[string]string{"m/base.h": header("BASE", "#include <linux/x.h>")}, "a", `#include "base.h"`), nil},
-		"code first":                  {four(base(), "a", "int early;\n#include \"base.h\""), nil},
-		"a condition first":           {four(base(), "a", "#if defined(X)\n#include \"base.h\"\n#endif"), nil},
-		"a definition over two lines": {four(base(), "a", "#define X \\\n  1\n#include \"base.h\""), nil},
-		"a computed name":             {four(base(), "a", "#include NAME\n#include \"base.h\""), nil},
-		"two headers of that name":    {four(base("common/inc/base.h", header("OTHER", kernel())), "a", `#include "base.h"`), nil},
-		"a way out of the tree":       {four(base(), "a", `#include "../m/base.h"`), nil},
-		"a header that is not there":  {four(base(), "a", "#include \"nowhere.h\"\n#include \"base.h\""), nil},
-		"modules that are not below":  {map[string]string{"base.h": header("BASE", kernel()), "a.c": `#include "base.h"`, "b.c": `#include "base.h"`, "c.c": `#include "base.h"`, "d.c": `#include "base.h"`}, nil},
+		"too few":                         {map[string]string{"m/base.h": header("BASE", kernel()), "m/a.c": `#include "base.h"`, "m/b.c": `#include "base.h"`, "m/c.c": `#include "base.h"`}, nil},
+		"not worth it":                    {four(map[string]string{"m/base.h": header("BASE", "#include <linux/x.h>")}, "a", `#include "base.h"`), nil},
+		"code first":                      {four(base(), "a", "int early;\n#include \"base.h\""), nil},
+		"a condition first":               {four(base(), "a", "#if defined(X)\n#include \"base.h\"\n#endif"), nil},
+		"a definition over two lines":     {four(base(), "a", "#define X \\\n  1\n#include \"base.h\""), []string{"#define X   1\n" + wanted}},
+		"a condition over two lines":      {four(base("m/way.h", header("WAY", "#include \"base.h\""), "m/base.h", header("BASE", kernel()+"#if defined(X) || \\\n  defined(__WAY_H__)\nint way;\n#endif")), "a", `#include "way.h"`), []string{"#include \"/src/m/way.h\"\n"}},
+		"what a header includes computed": {four(base("m/base.h", header("BASE", kernel()+"#define N <linux/x.h>\n#include N\n")), "a", `#include "base.h"`), nil},
+		"a computed name":                 {four(base(), "a", "#include NAME\n#include \"base.h\""), nil},
+		"two headers of that name":        {four(base("common/inc/base.h", header("OTHER", kernel())), "a", `#include "base.h"`), nil},
+		"a way out of the tree":           {four(base(), "a", `#include "../m/base.h"`), nil},
+		"a header that is not there":      {four(base(), "a", "#include \"nowhere.h\"\n#include \"base.h\""), nil},
+		"modules that are not below":      {map[string]string{"base.h": header("BASE", kernel()), "a.c": `#include "base.h"`, "b.c": `#include "base.h"`, "c.c": `#include "base.h"`, "d.c": `#include "base.h"`}, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -22,6 +22,7 @@ type file struct {
 	head     []directive // what comes before anything but definitions and includes
 	includes []string    // all of them, with <> or ""
 	asks     []string    // the names in its conditions
+	computed bool        // it includes what a macro names
 }
 
 // directive is an #include, with its <> or "", or a #define.
@@ -60,6 +61,7 @@ func readTree(sources fs.FS) (*tree, error) {
 
 var (
 	includeLine = regexp.MustCompile(`^#\s*include\s*(<[^<>"\s]+>|"[^<>"\s]+")$`)
+	anyInclude  = regexp.MustCompile(`^#\s*(include|include_next|import)\b`)
 	defineLine  = regexp.MustCompile(`^#\s*define\s+([A-Za-z_]\w*)(\s.*)?$`)
 	ifndefLine  = regexp.MustCompile(`^#\s*ifndef\s+([A-Za-z_]\w*)$`)
 	opens       = regexp.MustCompile(`^#\s*if(n?def)?\b`)
@@ -88,6 +90,8 @@ func parseFile(text string) file {
 	for _, line := range lines {
 		if m := includeLine.FindStringSubmatch(line); m != nil {
 			f.includes = append(f.includes, m[1])
+		} else if anyInclude.MatchString(line) {
+			f.computed = true
 		} else if condition.MatchString(line) {
 			f.asks = append(f.asks, identifier.FindAllString(line, -1)...)
 		}
@@ -129,6 +133,8 @@ func guard(lines []string) string {
 // code returns the lines that are not blank once comments are gone. Strings
 // and characters are left alone.
 func code(text string) []string {
+	// A backslash joins lines before anything else is looked at.
+	text = strings.ReplaceAll(strings.ReplaceAll(text, "\r\n", "\n"), "\\\n", "")
 	var b strings.Builder
 	for i := 0; i < len(text); {
 		switch c := text[i]; {

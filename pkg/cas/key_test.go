@@ -1,0 +1,35 @@
+package cas_test
+
+import (
+	"testing"
+
+	"github.com/prebake/prebake/pkg/cas"
+)
+
+// Parts do not run into each other, and a miss can say what differs.
+func TestKey(t *testing.T) {
+	t.Parallel()
+	base := func() *cas.Key { return cas.NewKey("k").Add("a", "1").Add("b", "2") }
+	met := map[string]string{}
+	for what, k := range map[string]*cas.Key{
+		"base": base(), "another kind": cas.NewKey("l").Add("a", "1").Add("b", "2"), "another value": cas.NewKey("k").Add("a", "1").Add("b", "3"),
+		"another order": cas.NewKey("k").Add("b", "2").Add("a", "1"), "parts run together": cas.NewKey("k").Add("a", "1\n1:b 1:2"), "one more": base().With("c", ""),
+	} {
+		if other, ok := met[k.String()]; ok {
+			t.Errorf("%s and %s have one key", what, other)
+		}
+		met[k.String()] = what
+	}
+	if base().String() != base().String() {
+		t.Error("equal parts give two keys")
+	}
+	for want, other := range map[string]*cas.Key{"": base(), "b": cas.NewKey("k").Add("a", "1").Add("b", "3"), "c": base().With("c", "x"), "kind": cas.NewKey("l").Add("a", "1").Add("b", "2")} {
+		if got := base().Differs(other); got != want {
+			t.Errorf("Differs = %q; want %q", got, want)
+		}
+	}
+	b := base()
+	if b.With("c", "1"); b.String() != base().String() {
+		t.Error("With changes the key")
+	}
+}

@@ -1,0 +1,69 @@
+package cas_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// A tree that a process has read is read again when anything about its files
+// changed, and whenever it is asked to.
+func TestTreeIsReadOnce(t *testing.T) {
+	t.Parallel()
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cache.Close() })
+	made := 0
+	tree := func() (string, bool) {
+		t.Helper()
+		dir, cached, err := cache.Tree(t.Context(), "kind", "key", func(_ context.Context, dir string) error {
+			made++
+			return os.WriteFile(filepath.Join(dir, "file"), []byte("content"), 0o644)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return dir, cached
+	}
+	dir, _ := tree()
+	file := filepath.Join(dir, "file")
+	old := func() {
+		t.Helper()
+		if err := os.Chtimes(file, time.Unix(1, 0), time.Unix(2, 0)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	old()
+	if _, cached := tree(); !cached {
+		t.Error("a tree with other times is made again")
+	}
+	for range 3 {
+		if _, cached := tree(); !cached {
+			t.Error("a tree that nobody touched is made again")
+		}
+		if err := cache.Recheck(t.Context(), dir); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := cache.Reread(t.Context(), dir); err != nil {
+		t.Error(err)
+	}
+	// Another content of the same size, with the old times.
+	if err := os.WriteFile(file, []byte("CONTENT"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	old()
+	if err := cache.Recheck(t.Context(), dir); !fault.Is(err, fault.Transient) {
+		t.Errorf("Recheck of a damaged tree = %v; want transient", err)
+	}
+	if _, cached := tree(); cached || made != 2 {
+		t.Errorf("a damaged tree is taken: made %d times", made)
+	}
+}
