@@ -11,7 +11,9 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/mirror"
+	"github.com/prebake/prebake/builder/internal/testgpu"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -33,6 +35,7 @@ func mirrorCommand() *ucli.Command {
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
 			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
 			&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, out of which --btf of other commands takes the kernel's types (50 MB a build)"},
+			&ucli.BoolFlag{Name: "no-boot-archive", Usage: "leave prebake-boot.tgz out, which no COS bucket has; with --vmlinux, load tests boot that"},
 			&ucli.BoolFlag{Name: "clang", Usage: "add a kernel that is compiled here with clang, in COS's manner (minutes, once)"},
 			&ucli.BoolFlag{Name: "only-clang", Usage: "as --clang, without Debian's own kernels"},
 			&ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"},
@@ -54,7 +57,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 		cache = filepath.Join(user, "prebake", "mirror")
 	}
-	revision, err := emuGPURevision()
+	revision, err := testgpu.Revision()
 	if err != nil {
 		return err
 	}
@@ -69,9 +72,11 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	start := time.Now()
 	result, err := mirror.Make(ctx, mirror.Config{
-		EmuGPU: compileEmuGPU(work), EmuGPURevision: revision,
+		EmuGPU: func(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
+			return testgpu.Compile(ctx, work, compile.Request{Headers: headers, Toolchain: toolchain, Env: env, Release: release, Arch: arch})
+		}, EmuGPURevision: revision,
 		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
-		VMLinux: cmd.Bool("vmlinux"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
+		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
 		Say: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)
 		},

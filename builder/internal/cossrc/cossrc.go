@@ -75,6 +75,9 @@ type Inputs struct {
 	// Boot is the unpacked prebake-boot.tgz, and BootDigest that archive's
 	// digest; both are "" where the bucket has none.
 	Boot, BootDigest string
+	// HasVMLinux says that the bucket has the kernel as it was linked, which
+	// [FetchVMLinux] brings.
+	HasVMLinux bool
 	// SourceURL is where the kernel's source is, as kernel_info says; "" where
 	// the bucket has none. It is told, and not fetched.
 	SourceURL string
@@ -193,6 +196,11 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	in.Toolchain, in.ToolchainDigest = toolchain.at, toolchain.digest
 	in.BTF, in.BTFDigest = types.at, types.digest
 	in.Boot, in.BootDigest = boot.at, boot.material.Digest
+	if in.Boot == "" {
+		if in.HasVMLinux, err = f.hasVMLinux(ctx); err != nil {
+			return nil, err
+		}
+	}
 	if in.Kernel.Release, in.Kernel.Version, err = readRelease(headersDir); err != nil {
 		return nil, err
 	}

@@ -254,7 +254,8 @@ func noDeviceLine(log string) string { return findLine(log, noDeviceMarks) }
 var tellingMarks = []string{
 	"Unknown symbol", "disagrees about version of symbol", "version magic", "no symbol version",
 	"Loading of unsigned module is rejected", "loading of module with unavailable key is rejected", "Key was rejected",
-	"LoadPin:", "Lockdown:", "exports duplicate symbol", "NVRM:", "nvidia",
+	// LoadPin also tells, with other words, of each module that it lets pass.
+	"LoadPin: kernel-module denied", "LoadPin: kernel-module old-api-denied", "LoadPin: firmware denied", "Lockdown:", "exports duplicate symbol", "NVRM:", "nvidia",
 }
 
 // tellingLine returns the kernel's line that best explains a failure.

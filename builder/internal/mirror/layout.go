@@ -164,11 +164,12 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 	if err != nil {
 		return err
 	}
-	boot, err := m.makeBoot(ctx, b.kernel, headers)
-	if err != nil {
-		return err
+	objects := map[string]object{cosbucket.HeadersName(k): headers, cosbucket.ToolchainName(k): toolchain}
+	if !m.NoBoot {
+		if objects[cosbucket.BootName(k)], err = m.makeBoot(ctx, b.kernel, headers); err != nil {
+			return err
+		}
 	}
-	objects := map[string]object{cosbucket.HeadersName(k): headers, cosbucket.ToolchainName(k): toolchain, cosbucket.BootName(k): boot}
 	if m.VMLinux {
 		if objects[cosbucket.VMLinuxName(k)], err = m.makeVMLinux(ctx, b.kernel); err != nil {
 			return err

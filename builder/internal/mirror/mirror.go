@@ -52,6 +52,9 @@ type Config struct {
 	// VMLinux adds the kernels as they were linked, with their types. Only Debian's
 	// own kernels for amd64 have them where they can be taken out.
 	VMLinux bool
+	// NoBoot leaves prebake-boot.tgz out, which no COS bucket has: a load test then
+	// boots vmlinux.
+	NoBoot bool
 	// OnlyKernels leaves the drivers out.
 	OnlyKernels bool
 	// Clang adds a kernel that is compiled here, with clang, in COS's manner: no

@@ -169,6 +169,8 @@ type run struct {
 
 	debugDir string // with Config.DebugSymbols
 	pahole   string // its version; "" where the modules get no BTF
+	boot     boot   // of the load test
+	untested string // why there was none, though it was not off
 	id       bundle.Identity
 	started  time.Time
 

@@ -79,18 +79,23 @@ func (r *run) check(ctx context.Context) (string, error) {
 // testKey names the verdict about these modules on this boot image, with the
 // user space and firmware of this very runfile.
 func (r *run) testKey() string {
-	return r.moduleKey(loadtest.Recipe, r.kernel.BootDigest, nvsrc.StageRecipe, r.release.Digest)
+	return r.moduleKey(loadtest.Recipe, r.boot.key, nvsrc.StageRecipe, r.release.Digest)
 }
 
 // loadTest boots the kernel and loads the modules in it.
 func (r *run) loadTest(ctx context.Context) (string, error) {
-	switch {
-	case r.cfg.LoadTest == LoadTestOff:
+	if r.cfg.LoadTest == LoadTestOff {
 		return "off: static checks only", nil
-	case r.kernel.Boot == "" && r.cfg.LoadTest == LoadTestRequire:
-		return "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand for "+r.kernel.Kernel.String(), "publish without it: --load-test auto")
-	case r.kernel.Boot == "":
-		return "no bootable kernel at hand: static checks only", nil
+	}
+	why, err := r.findBoot(ctx)
+	switch {
+	case err != nil:
+		return "", err
+	case why != "" && r.cfg.LoadTest == LoadTestRequire:
+		return "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand: "+why, "put the build's vmlinux into the bucket, or publish without it: --load-test auto")
+	case why != "":
+		r.untested = why
+		return "static checks only: " + why, nil
 	}
 	user, err := r.staged(ctx, bundle.LayerUserspace)
 	if err != nil {
@@ -106,16 +111,16 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 		return verdict.State + ", cached verdict", nil
 	}
 	// A kernel that was damaged since it was unpacked may hang until the time is up.
-	if err := r.intact(ctx, r.kernel.Boot); err != nil {
+	if err := r.intact(ctx, r.boot.dir); err != nil {
 		return "", err
 	}
 	verdict, err := loadtest.Run(ctx, loadtest.Config{
-		Boot: r.kernel.Boot, Modules: r.modules, Userspace: user, Firmware: firmware,
+		Boot: r.boot.dir, Modules: r.modules, Userspace: user, Firmware: firmware,
 		Version: r.res.Driver.Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
 	// What changed under the machine explains every refusal, and makes every
 	// success worthless.
-	if err := r.intact(ctx, r.kernel.Boot, user, firmware); err != nil {
+	if err := r.intact(ctx, r.boot.dir, user, firmware); err != nil {
 		return "", err
 	}
 	r.res.LoadTest = verdict
@@ -152,10 +157,11 @@ func (r *run) testFacts() sign.TestFacts {
 	}}
 	v := r.res.LoadTest
 	if v == nil {
+		f.LoadTest.Reason = r.untested
 		return f
 	}
 	f.Warnings = v.Warnings
-	f.Configuration = []sign.Material{{Name: "boot image", Digest: r.kernel.BootDigest}}
+	f.Configuration = r.boot.from
 	t := &f.LoadTest
 	t.Verdict, t.Reason, t.Release, t.NVMLVersion, t.KernelLog = v.State, v.Reason, v.Release, v.NVMLVersion, v.KernelLog
 	for _, m := range v.Modules {

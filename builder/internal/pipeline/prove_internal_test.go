@@ -17,7 +17,7 @@ import (
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(r *run)) string {
-		r := &run{kernel: &cossrc.Inputs{Fingerprint: "f", BootDigest: "b"}, release: &nvsrc.Release{SourceDigest: "s", Digest: "d"}}
+		r := &run{kernel: &cossrc.Inputs{Fingerprint: "f"}, boot: boot{key: "b"}, release: &nvsrc.Release{SourceDigest: "s", Digest: "d"}}
 		r.res.Driver.Flavour = target.Open
 		change(r)
 		return r.testKey()
@@ -25,7 +25,7 @@ func TestKeyOfVerdict(t *testing.T) {
 	met := map[string]string{key(func(*run) {}): "nothing"}
 	for what, change := range map[string]func(r *run){
 		"fingerprint":            func(r *run) { r.kernel.Fingerprint = "x" },
-		"boot image":             func(r *run) { r.kernel.BootDigest = "x" },
+		"boot image":             func(r *run) { r.boot.key = "x" },
 		"module sources":         func(r *run) { r.release.SourceDigest = "x" },
 		"user space or firmware": func(r *run) { r.release.Digest = "x" },
 		"flavour":                func(r *run) { r.res.Driver.Flavour = target.Proprietary },

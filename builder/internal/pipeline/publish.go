@@ -115,9 +115,9 @@ func (r *run) reuse(ctx context.Context, digest string) (reason string, err erro
 		if err != nil {
 			return "", err
 		}
-		// With a boot image of its own, a build that nobody attested yet is
+		// With a kernel of its own that boots, a build that nobody attested yet is
 		// tested before it is.
-		if !attested && r.cfg.LoadTest != LoadTestOff && r.kernel.Boot != "" {
+		if !attested && r.cfg.LoadTest != LoadTestOff && (r.kernel.Boot != "" || r.kernel.HasVMLinux) {
 			return "not tested on this build yet", nil
 		}
 		r.id = content.Identity

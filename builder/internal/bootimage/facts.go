@@ -1,0 +1,223 @@
+package bootimage
+
+import (
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"debug/elf"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Facts are what a vmlinux says of itself.
+type Facts struct {
+	// Banners are the texts that begin "Linux version "; linkers leave more than
+	// one, and the first may be unfinished.
+	Banners []string
+	// BuildID is the GNU build id in hex; "" where it has none.
+	BuildID string
+	// Config is the configuration that CONFIG_IKCONFIG put in; nil without it.
+	Config []byte
+}
+
+const (
+	maxSection = 256 << 20
+	maxBanner  = 1024
+	maxConfig  = 4 << 20
+)
+
+var (
+	bannerBegins = []byte("Linux version ")
+	configBegins = []byte("IKCFG_ST")
+	configEnds   = []byte("IKCFG_ED")
+)
+
+// ReadFacts reads them.
+func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
+	var f Facts
+	file, err := elf.NewFile(vmlinux)
+	if err != nil {
+		return f, odd("%v", err)
+	}
+	s := file.Section(".rodata")
+	if s == nil || s.Type == elf.SHT_NOBITS || s.Size > maxSection {
+		return f, odd("it has no section .rodata, or a larger one than any kernel's")
+	}
+	text, err := s.Data()
+	if err != nil {
+		return f, odd("section .rodata: %v", err)
+	}
+	for rest := text; ; {
+		i := bytes.Index(rest, bannerBegins)
+		if i < 0 {
+			break
+		}
+		rest = rest[i:]
+		end := bytes.IndexByte(rest[:min(len(rest), maxBanner)], 0)
+		if end < 0 {
+			rest = rest[len(bannerBegins):]
+			continue
+		}
+		f.Banners = append(f.Banners, strings.TrimRight(string(rest[:end]), "\n"))
+		rest = rest[end:]
+	}
+	if len(f.Banners) == 0 {
+		return f, odd("nothing in it says which kernel it is")
+	}
+	if _, packed, ok := bytes.Cut(text, configBegins); ok {
+		if packed, _, ok = bytes.Cut(packed, configEnds); ok {
+			if f.Config, err = unpackConfig(packed); err != nil {
+				return f, odd("its configuration: %v", err)
+			}
+		}
+	}
+	f.BuildID = buildID(file)
+	return f, nil
+}
+
+func unpackConfig(packed []byte) ([]byte, error) {
+	zr, err := gzip.NewReader(bytes.NewReader(packed))
+	if err != nil {
+		return nil, err
+	}
+	text, err := io.ReadAll(io.LimitReader(zr, maxConfig))
+	return text, errors.Join(err, zr.Close())
+}
+
+// buildID reads the note that linkers write; in a kernel it is among others.
+func buildID(file *elf.File) string {
+	s := file.Section(".note.gnu.build-id")
+	if s == nil {
+		s = file.Section(".notes")
+	}
+	if s == nil || s.Size > 1<<20 {
+		return ""
+	}
+	note, err := s.Data()
+	if err != nil {
+		return ""
+	}
+	for len(note) >= 12 {
+		name, size, kind := file.ByteOrder.Uint32(note), file.ByteOrder.Uint32(note[4:]), file.ByteOrder.Uint32(note[8:])
+		at := 12 + (uint64(name)+3)&^3
+		end := at + uint64(size)
+		if end > uint64(len(note)) {
+			return ""
+		}
+		if kind == 3 && string(note[12:12+name]) == "GNU\x00" {
+			return hex.EncodeToString(note[at:end])
+		}
+		note = note[min(uint64(len(note)), (end+3)&^3):]
+	}
+	return ""
+}
+
+var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
+
+// ErrOtherRun says that a kernel is of the same release and configuration as the
+// headers, and that somebody else linked it, or at another time. Whether an image
+// and its headers always come from one run of make is not known of every bucket.
+var ErrOtherRun = errors.New("linked in another run of make")
+
+// Check reports whether the kernel is the one that a header tree belongs to: the
+// release, and who built it, when and as which build, as far as the tree says so;
+// and the configuration, where the kernel carries it. Another build's kernel is
+// fault.Mismatch; it wraps ErrOtherRun if nothing differs but who linked it and when.
+func (f Facts) Check(headers string) error {
+	said := map[string]string{}
+	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
+		text, err := readBounded(filepath.Join(headers, "include", "generated", name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		for _, m := range definedString.FindAllSubmatch(text, -1) {
+			said[string(m[1])] = string(m[2])
+		}
+	}
+	if said["UTS_RELEASE"] == "" {
+		return fault.New(fault.Unsupported, "compare vmlinux with the headers: they do not tell the kernel's release", "check that kernel-headers.tgz is the header archive of a COS build")
+	}
+	release := "Linux version " + said["UTS_RELEASE"] + " ("
+	begins := release
+	if by, host := said["LINUX_COMPILE_BY"], said["LINUX_COMPILE_HOST"]; by != "" && host != "" {
+		begins += by + "@" + host + ")"
+	}
+	words := fmt.Errorf("it says %.160q, the headers %q … %q", f.Banners[len(f.Banners)-1], begins, said["UTS_VERSION"])
+	if !slices.ContainsFunc(f.Banners, func(banner string) bool { return strings.HasPrefix(banner, release) }) {
+		return foreign(words)
+	}
+	if err := f.checkConfig(headers); err != nil {
+		return err
+	}
+	if !slices.ContainsFunc(f.Banners, func(banner string) bool {
+		return strings.HasPrefix(banner, begins) && strings.HasSuffix(banner, said["UTS_VERSION"])
+	}) {
+		return foreign(fmt.Errorf("%w: %w", ErrOtherRun, words))
+	}
+	return nil
+}
+
+func (f Facts) checkConfig(headers string) error {
+	if f.Config == nil {
+		return nil
+	}
+	config, err := readBounded(filepath.Join(headers, ".config"))
+	if err != nil {
+		return err
+	}
+	if line := firstDifference(options(f.Config), options(config)); line != "" {
+		return foreign(errors.New("its configuration differs from the headers' in " + line))
+	}
+	return nil
+}
+
+func foreign(why error) error {
+	return fault.Wrap(fault.Mismatch, fmt.Errorf("vmlinux is not the kernel of this build: %w", why), "put the vmlinux there that was linked together with these headers; or publish without a load test: --load-test off")
+}
+
+func readBounded(file string) ([]byte, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxConfig))
+}
+
+// options are the lines of a configuration that set something.
+func options(text []byte) map[string]bool {
+	set := map[string]bool{}
+	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
+		if line := lines.Text(); strings.HasPrefix(line, "CONFIG_") {
+			set[line] = true
+		}
+	}
+	return set
+}
+
+func firstDifference(a, b map[string]bool) string {
+	var differ []string
+	for _, pair := range [][2]map[string]bool{{a, b}, {b, a}} {
+		for line := range pair[0] {
+			if !pair[1][line] {
+				differ = append(differ, line)
+			}
+		}
+	}
+	if len(differ) == 0 {
+		return ""
+	}
+	return slices.Min(differ)
+}

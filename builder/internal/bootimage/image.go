@@ -1,0 +1,159 @@
+// Package bootimage makes what a machine can boot out of a kernel as it was
+// linked, the vmlinux that COS publishes with each build, and tells whether such a
+// file is the kernel that a header tree belongs to.
+//
+// It refuses to guess: a file of another layout, or with another build's words in
+// it, is an error that names what does not fit.
+package bootimage
+
+import (
+	"bytes"
+	"debug/elf"
+	_ "embed"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Recipe names the way images are made; it goes into cache keys.
+const Recipe = "bootimage-1"
+
+// entryCode is entry.S, assembled; a test assembles it again and compares.
+//
+//go:embed entry.bin
+var entryCode []byte
+
+// Where the entry lies in the machine's memory, below every kernel.
+const (
+	page      = 0x1000
+	entryAt   = 1 << 20
+	zeroPage  = 0x1000 // boot_params, from there on
+	tables    = 0x2000 // page tables
+	entrySize = 0x8000
+
+	maxMemory   = 512 << 20
+	maxSegments = 16
+	lowMemory   = 1 << 30
+)
+
+const hintImage = "check that the object is the kernel as it was linked, an ELF file with its program segments"
+
+func odd(format string, args ...any) error {
+	return fault.New(fault.Unsupported, "read vmlinux: "+fmt.Sprintf(format, args...), hintImage)
+}
+
+// Write writes an image that qemu's -kernel takes. For amd64 that is an ELF file
+// with the kernel's own segments and an entry of ours, which its PVH note names;
+// so kernels boot whether or not they were built with such an entry. For arm64
+// it is the kernel's Image, which is what objcopy -O binary makes of vmlinux.
+func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
+	f, err := elf.NewFile(vmlinux)
+	if err != nil {
+		return odd("%v", err)
+	}
+	want := map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}[arch]
+	if f.Class != elf.ELFCLASS64 || f.Machine != want {
+		return odd("it is %v for %v; want 64 bits for %v", f.Class, f.Machine, want)
+	}
+	var load []*elf.Prog
+	low, high := ^uint64(0), uint64(0)
+	for _, p := range f.Progs {
+		if p.Type != elf.PT_LOAD || p.Memsz == 0 {
+			continue
+		}
+		if p.Filesz > p.Memsz || p.Memsz > maxMemory || p.Paddr+p.Memsz < p.Paddr {
+			return odd("a segment of %d bytes, %d of them in the file, at %#x", p.Memsz, p.Filesz, p.Paddr)
+		}
+		load, low, high = append(load, p), min(low, p.Paddr), max(high, p.Paddr+p.Memsz)
+	}
+	if len(load) == 0 || len(load) > maxSegments || high-low > maxMemory {
+		return odd("%d segments over %d bytes of memory", len(load), high-low)
+	}
+	if arch == target.ARM64 {
+		return writeFlat(out, load, low)
+	}
+	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
+		return odd("segments from %#x to %#x with an entry at %#x", low, high, f.Entry)
+	}
+	return writeELF(out, f.Entry, load)
+}
+
+// writeFlat writes the segments where they lie in memory (arm64's booting.rst).
+func writeFlat(out *os.File, load []*elf.Prog, low uint64) error {
+	for _, p := range load {
+		if _, err := io.Copy(io.NewOffsetWriter(out, int64(p.Paddr-low)), p.Open()); err != nil { //nolint:gosec // bounded by maxMemory
+			return err
+		}
+	}
+	magic := make([]byte, 4)
+	if _, err := out.ReadAt(magic, 56); err != nil || string(magic) != "ARM\x64" {
+		return odd("its first segment does not begin as an arm64 Image")
+	}
+	return nil
+}
+
+// entry is our code with the kernel's entry, the constants of boot_params
+// (Documentation/x86/boot.rst) and tables that map 4 GiB one to one.
+func entry(kernel uint64) []byte {
+	le, b := binary.LittleEndian, make([]byte, entrySize)
+	le.PutUint64(b[copy(b, entryCode)-8:], kernel)
+	zero, t := b[zeroPage:], b[tables:]
+	le.PutUint16(zero[0x1fe:], 0xaa55) // boot_flag
+	copy(zero[0x202:], "HdrS")
+	le.PutUint16(zero[0x206:], 0x20c) // protocol 2.12
+	zero[0x210] = 0xff                // type_of_loader: none with a number
+	zero[0x211] = 0x01                // LOADED_HIGH
+	const present = 0x3               // and writable
+	le.PutUint64(t, entryAt+tables+page|present)
+	for i := range uint64(4) {
+		le.PutUint64(t[page+8*i:], entryAt+tables+(2+i)*page|present)
+	}
+	for i := range uint64(2048) {
+		le.PutUint64(t[2*page+8*i:], i<<21|present|0x80) // 2 MiB each
+	}
+	return b
+}
+
+func writeELF(out *os.File, kernel uint64, load []*elf.Prog) error {
+	var head bytes.Buffer
+	var failed error
+	put := func(v any) { failed = errors.Join(failed, binary.Write(&head, binary.LittleEndian, v)) }
+	h := elf.Header64{
+		Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: 1, Entry: entryAt,
+		Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: uint16(len(load) + 2), //nolint:gosec // bounded by maxSegments
+	}
+	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
+	put(h)
+	put(elf.Prog64{Type: uint32(elf.PT_NOTE), Off: 64 + 56*uint64(h.Phnum), Filesz: 24, Memsz: 24, Align: 4})
+	at := uint64(page)
+	segment := func(to, size, memory uint64, from io.Reader) error {
+		put(elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W | elf.PF_X), Off: at, Vaddr: to, Paddr: to, Filesz: size, Memsz: memory, Align: page})
+		n, err := io.Copy(io.NewOffsetWriter(out, int64(at)), from) //nolint:gosec // bounded by maxMemory
+		if err == nil && uint64(n) != size {                        //nolint:gosec // never negative
+			err = io.ErrUnexpectedEOF
+		}
+		at = (at + size + page - 1) &^ (page - 1)
+		return err
+	}
+	if err := segment(entryAt, entrySize, entrySize, bytes.NewReader(entry(kernel))); err != nil {
+		return err
+	}
+	for _, p := range load {
+		if err := segment(p.Paddr, p.Filesz, p.Memsz, p.Open()); err != nil {
+			return err
+		}
+	}
+	put([3]uint32{4, 8, 18}) // sizes of name and content; XEN_ELFNOTE_PHYS32_ENTRY
+	put([4]byte{'X', 'e', 'n'})
+	put(uint64(entryAt))
+	if failed != nil {
+		return failed
+	}
+	_, err := out.WriteAt(head.Bytes(), 0)
+	return err
+}

@@ -1,0 +1,222 @@
+package bootimage_test
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/bootimage"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// The embedded code is what its source says. That it starts kernels, with an
+// entry for PVH of their own and without, is shown in deploy/e2e on real ones.
+func TestEntry(t *testing.T) {
+	t.Parallel()
+	for _, tool := range []string{"as", "ld"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skip(tool + " is missing: apt-get install binutils")
+		}
+	}
+	object, flat := filepath.Join(t.TempDir(), "entry.o"), filepath.Join(t.TempDir(), "entry.bin")
+	for _, argv := range [][]string{
+		{"as", "--64", "-o", object, "entry.S"},
+		{"ld", "-m", "elf_x86_64", "-Ttext=0x100000", "-e", "start", "--oformat", "binary", "-o", flat, object},
+	} {
+		if out, err := exec.CommandContext(t.Context(), argv[0], argv[1:]...).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", argv, err, out)
+		}
+	}
+	want, err := os.ReadFile(flat)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile("entry.bin")
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("entry.bin is not what entry.S assembles to (%d and %d bytes), %v", len(got), len(want), err)
+	}
+}
+
+// kernel is made by the machine's own compiler and linker: an ELF file for this
+// processor whose segments lie where a kernel's do.
+func kernel(t testing.TB, banner string, at string) []byte {
+	t.Helper()
+	for _, tool := range []string{"gcc", "ld"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skip(tool + " is missing: apt-get install build-essential")
+		}
+	}
+	dir := t.TempDir()
+	source := "const char linux_banner[] = \"" + banner + "\\n\";\nint data[3000] = {1};\nint _start(void) { return data[1] + linux_banner[0]; }\n"
+	if err := os.WriteFile(filepath.Join(dir, "k.c"), []byte(source), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, argv := range [][]string{
+		{"gcc", "-ffreestanding", "-fno-pic", "-mcmodel=large", "-c", "-o", "k.o", "k.c"},
+		{"ld", "--build-id=sha1", "-Ttext-segment=" + at, "-o", "vmlinux", "k.o"},
+	} {
+		cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", argv, err, out)
+		}
+	}
+	text, err := os.ReadFile(filepath.Join(dir, "vmlinux"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
+	t.Helper()
+	out, err := os.Create(filepath.Join(t.TempDir(), "image"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = out.Close() })
+	return out, bootimage.Write(out, bytes.NewReader(vmlinux), arch)
+}
+
+const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025"
+
+// The image holds the kernel's segments as they are, our entry below them, and
+// the note that names it.
+func TestWrite(t *testing.T) {
+	t.Parallel()
+	vmlinux := kernel(t, banner, "0x1000000")
+	out, err := image(t, vmlinux, target.AMD64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	was, err := elf.NewFile(bytes.NewReader(vmlinux))
+	if err != nil {
+		t.Fatal(err)
+	}
+	is, err := elf.NewFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	segments := func(f *elf.File) (all [][]byte) {
+		for _, p := range f.Progs {
+			if p.Type == elf.PT_LOAD && p.Paddr >= 0x1000000 {
+				data := make([]byte, p.Filesz)
+				if _, err := p.ReadAt(data, 0); err != nil {
+					t.Fatal(err)
+				}
+				all = append(all, append(binary.LittleEndian.AppendUint64(nil, p.Paddr), data...))
+			}
+		}
+		return all
+	}
+	if a, b := segments(was), segments(is); len(a) == 0 || !bytes.Equal(bytes.Join(a, nil), bytes.Join(b, nil)) {
+		t.Errorf("%d segments became %d, or changed", len(a), len(b))
+	}
+	note := make([]byte, is.Progs[0].Filesz)
+	if _, err := is.Progs[0].ReadAt(note, 0); err != nil || is.Progs[0].Type != elf.PT_NOTE || !bytes.Contains(note, []byte("Xen\x00\x00\x00\x10\x00")) {
+		t.Errorf("the first segment is %v with %x, %v", is.Progs[0].Type, note, err)
+	}
+	code := make([]byte, 208)
+	if _, err := is.Progs[1].ReadAt(code, 0); err != nil || binary.LittleEndian.Uint64(code[200:]) != was.Entry {
+		t.Errorf("the entry jumps to %x; want %x (%v)", code[200:], was.Entry, err)
+	}
+}
+
+func TestWriteRefuses(t *testing.T) {
+	t.Parallel()
+	good := kernel(t, banner, "0x1000000")
+	for name, vmlinux := range map[string][]byte{
+		"nothing": nil, "text": []byte("#!/bin/sh\n"), "half": good[:len(good)/2], "too low": kernel(t, banner, "0x10000"), "too high": kernel(t, banner, "0x50000000"),
+	} {
+		if _, err := image(t, vmlinux, target.AMD64); fault.Of(err) != fault.Unsupported && !errors.Is(err, os.ErrClosed) || err == nil {
+			if name != "half" || err == nil { // a segment that ends early is an error of reading
+				t.Errorf("%s: Write = %v; want %v", name, err, fault.Unsupported)
+			}
+		}
+	}
+	if _, err := image(t, good, target.ARM64); fault.Of(err) != fault.Unsupported {
+		t.Errorf("another processor's: Write = %v; want %v", err, fault.Unsupported)
+	}
+}
+
+func headers(t *testing.T, files map[string]string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, text := range files {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// The banner is one that a COS node printed.
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	facts, err := bootimage.ReadFacts(bytes.NewReader(kernel(t, banner, "0x1000000")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(facts.Banners) != 1 || facts.Banners[0] != banner || len(facts.BuildID) != 40 {
+		t.Errorf("ReadFacts = %+v", facts)
+	}
+	const release, version, by = "include/generated/utsrelease.h", "include/generated/utsversion.h", "include/generated/compile.h"
+	own := map[string]string{
+		release: "#define UTS_RELEASE \"6.6.105+\"\n", version: "#define UTS_VERSION \"#1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025\"\n",
+		by: "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"2832f747b46d\"\n", ".config": "CONFIG_A=y\n# CONFIG_B is not set\n",
+	}
+	for name, row := range map[string]struct {
+		file, text string
+		config     string
+		want       fault.Kind
+		other      bool
+	}{
+		"its own":                       {},
+		"its own configuration":         {config: "CONFIG_A=y\n"},
+		"another release":               {file: release, text: "#define UTS_RELEASE \"6.6.10\"\n", want: fault.Mismatch},
+		"no release":                    {file: release, text: "\n", want: fault.Unsupported},
+		"another time":                  {file: version, text: "#define UTS_VERSION \"#1 SMP PREEMPT_DYNAMIC Sun Sep 28 08:48:45 UTC 2025\"\n", want: fault.Mismatch, other: true},
+		"another host":                  {file: by, text: "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"other\"\n", want: fault.Mismatch, other: true},
+		"another configuration":         {config: "CONFIG_A=m\n", want: fault.Mismatch},
+		"an old kernel's own":           {file: version, text: "\n"},
+		"configuration of another time": {file: version, text: "#define UTS_VERSION \"#2\"\n", config: "CONFIG_C=y\n", want: fault.Mismatch},
+	} {
+		files := map[string]string{}
+		for name, text := range own {
+			files[name] = text
+		}
+		if row.file != "" {
+			files[row.file] = row.text
+		}
+		f := facts
+		if row.config != "" {
+			f.Config = []byte(row.config)
+		}
+		err := f.Check(headers(t, files))
+		if row.want == 0 && err != nil || row.want != 0 && (fault.Of(err) != row.want || errors.Is(err, bootimage.ErrOtherRun) != row.other || fault.Hint(err) == "") {
+			t.Errorf("%s: Check = %v (%v); want %v, of another run: %t", name, err, fault.Of(err), row.want, row.other)
+		}
+	}
+}
+
+func FuzzReadFacts(f *testing.F) {
+	f.Add(kernel(f, banner, "0x1000000"))
+	f.Fuzz(func(t *testing.T, vmlinux []byte) {
+		facts, err := bootimage.ReadFacts(bytes.NewReader(vmlinux))
+		if err == nil && (len(facts.Banners) == 0 || !strings.HasPrefix(facts.Banners[0], "Linux version ")) {
+			t.Errorf("ReadFacts = %+v", facts)
+		}
+		_, _ = image(t, vmlinux, target.AMD64)
+	})
+}

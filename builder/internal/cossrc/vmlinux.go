@@ -1,0 +1,48 @@
+package cossrc
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prebake/prebake/builder/internal/input"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// hasVMLinux asks for the object, and reads nothing of it: it has hundreds of
+// megabytes.
+func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
+	err := f.either(cosbucket.VMLinuxName(f.kernel), func(at string) error {
+		r, _, err := f.bucket.Get(ctx, at)
+		if err != nil {
+			return err
+		}
+		return r.Close()
+	})
+	if fault.Is(err, fault.InputMissing) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// FetchVMLinux brings a build's kernel, as it was linked, into the cache, and
+// returns its path there. A bucket without it is fault.InputMissing.
+func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, say func(string)) (file string, m Material, err error) {
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, bucket: b, kernel: kernel}
+	err = f.either(cosbucket.VMLinuxName(kernel), func(at string) error {
+		sum, err := f.SumBeside(ctx, at)
+		if err != nil {
+			return err
+		}
+		if m, file, err = f.Blob(ctx, at, sum); err != nil {
+			return err
+		}
+		return f.Recheck(ctx, at, sum, m)
+	})
+	if err != nil {
+		return "", m, fmt.Errorf("kernel %s: %w", kernel, err)
+	}
+	return file, m, nil
+}

@@ -1,0 +1,174 @@
+package pipeline
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/prebake/prebake/builder/internal/bootimage"
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/testgpu"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// boot is what the load test's machine starts from.
+type boot struct {
+	dir string // as package vm wants it; "" is none
+	// key names everything in the folder, for cache keys.
+	key string
+	// from are the files that it was made of, for the signed test result.
+	from []sign.Material
+}
+
+// cosArguments are the part of the kernel's command line that lets modules and
+// firmware out of the machine's own memory load in a kernel that is configured as
+// COS's: LoadPin, which COS's own command line keeps off modules with the same
+// words, IMA's appraisal of firmware, and a hang's time, which emulation is slower
+// than.
+const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
+
+// findBoot settles what the machine starts from: the bucket's own boot archive, or
+// its vmlinux. why says why there is nothing.
+func (r *run) findBoot(ctx context.Context) (why string, err error) {
+	switch {
+	case r.kernel.Boot != "":
+		r.boot = boot{r.kernel.Boot, r.kernel.BootDigest, []sign.Material{{Name: "boot image", Digest: r.kernel.BootDigest}}}
+		return "", nil
+	case !r.kernel.HasVMLinux:
+		return "the bucket has no vmlinux of " + r.kernel.Kernel.String(), nil
+	}
+	kernels, err := cosbucket.Open(ctx, r.cfg.KernelMirror)
+	if err != nil {
+		return "", err
+	}
+	defer kernels.Close()
+	vmlinux, material, err := cossrc.FetchVMLinux(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.say("load test"))
+	if err != nil {
+		return "", err
+	}
+	facts, err := r.readFacts(vmlinux)
+	if err == nil {
+		err = r.makeBoot(ctx, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest}, facts)
+	}
+	// A kernel that cannot be booted is no word against the modules; one of another
+	// build is: these may be made for the wrong headers.
+	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
+		return err.Error(), nil
+	}
+	return "", err
+}
+
+// readFacts reads what a vmlinux says of itself, and compares that with the
+// headers that the modules were compiled against.
+func (r *run) readFacts(vmlinux string) (facts bootimage.Facts, err error) {
+	f, err := os.Open(vmlinux)
+	if err != nil {
+		return facts, err
+	}
+	defer f.Close()
+	if facts, err = bootimage.ReadFacts(f); err == nil {
+		err = facts.Check(r.kernel.Headers)
+	}
+	return facts, err
+}
+
+// factsFile tells of the image in a folder of makeBoot's.
+const factsFile = "image.json"
+
+// makeBoot makes a boot folder out of vmlinux, with the emulated GPU compiled for
+// it, once for each content.
+func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, facts bootimage.Facts) error {
+	revision, err := testgpu.Revision()
+	if err != nil {
+		return err
+	}
+	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers", r.kernel.HeadersDigest).
+		Add("toolchain", r.kernel.ToolchainDigest).Add("emulated GPU", revision).Add("arguments", cosArguments).String()
+	dir, _, err := r.products.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
+		if err := r.writeImage(vmlinux, filepath.Join(dir, vm.BootKernel)); err != nil {
+			return err
+		}
+		for name, text := range map[string]string{vm.BootOrder: "", vm.BootArgs: cosArguments} {
+			file := filepath.Join(dir, filepath.FromSlash(name))
+			if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
+				return disk(err)
+			}
+		}
+		sum, err := fileSum(filepath.Join(dir, vm.BootKernel))
+		if err != nil {
+			return err
+		}
+		raw, err := json.Marshal(map[string]string{"image": "sha256:" + sum, "buildID": facts.BuildID})
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, factsFile), raw, 0o644); err != nil {
+			return disk(err)
+		}
+		return r.addGPU(ctx, dir)
+	})
+	if err != nil {
+		return err
+	}
+	raw, err := os.ReadFile(filepath.Join(dir, factsFile))
+	if err != nil {
+		return err
+	}
+	var made struct{ Image, BuildID string }
+	if err := json.Unmarshal(raw, &made); err != nil {
+		return err
+	}
+	r.boot = boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}
+	fmt.Fprintf(r.log, "boots %s, made of %s, build id %s: %s\n", made.Image, from.URI, made.BuildID, facts.Banners[len(facts.Banners)-1])
+	return nil
+}
+
+func (r *run) writeImage(vmlinux, to string) (err error) {
+	in, err := os.Open(vmlinux)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o644)
+	if err != nil {
+		return disk(err)
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	return disk(bootimage.Write(out, in, r.kernel.Kernel.Arch))
+}
+
+// addGPU compiles the emulated GPU into a boot folder. A kernel whose interfaces it
+// does not know gets a machine without: modules can still be loaded there.
+func (r *run) addGPU(ctx context.Context, dir string) (err error) {
+	work, cleanup, err := r.products.TempDir("emugpu-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cleanup()) }()
+	path, err := testgpu.Compile(ctx, work, compile.Request{
+		Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env, Release: r.kernel.Kernel.Release,
+		Arch: r.kernel.Kernel.Arch, Jobs: r.cfg.Jobs, Log: r.log,
+	})
+	if fault.Is(err, fault.APIBreak) && r.cfg.LoadTest != LoadTestRequire {
+		r.say("load test")(fmt.Sprintf("the machine gets no emulated GPU: %v", err))
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, input := range []string{r.kernel.Headers, r.kernel.Toolchain} {
+		if err := r.cfg.Cache.Recheck(ctx, input); err != nil {
+			return err
+		}
+	}
+	_, err = copyFile(filepath.Join(dir, vm.BootGPU), path)
+	return disk(err)
+}

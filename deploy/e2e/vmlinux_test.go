@@ -1,0 +1,104 @@
+package e2e
+
+import (
+	"crypto/md5" //nolint:gosec // the checksum that COS's buckets have
+	"encoding/hex"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// A bucket as COS's are, with vmlinux and without an archive to boot from: the load
+// test boots that very kernel, and the signed result names it. Debian's kernels
+// have an entry for PVH; the image that is made uses one of ours all the same.
+func TestLoadTestOnVMLinux(t *testing.T) {
+	k, other := shared.kernel(1), shared.kernel(0)
+	abi := func(id string) string {
+		_, after, _ := strings.Cut(id, ".")
+		_, after, _ = strings.Cut(after, ".")
+		if _, err := strconv.Atoi(after); err != nil {
+			t.Fatalf("BUILD_ID %s: %v", id, err)
+		}
+		return after
+	}
+	dir := t.TempDir()
+	if _, err := shared.Must(t.Context(), "builder", "mirror", "--out", dir, "--cache", filepath.Join(shared.State, "packages"), "--only-kernels",
+		"--kernel-abi", abi(other.BuildID)+","+abi(k.BuildID), "--vmlinux", "--no-boot-archive"); err != nil {
+		t.Fatal(err)
+	}
+	at := func(id, name string) string { return filepath.Join(dir, "cos", id, k.Board, name) }
+	if _, err := os.Stat(at(k.BuildID, "prebake-boot.tgz")); !os.IsNotExist(err) {
+		t.Fatalf("the bucket has an archive to boot from: %v", err)
+	}
+	layout := filepath.Join(t.TempDir(), "layout")
+	build := func() (*scene.Result, error) {
+		return shared.Run(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver", shared.driver(), "--flavour", "proprietary",
+			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(), "--cache", shared.BuildCache(),
+			"--key", shared.key, "--to", "oci:"+layout, "--load-test", "require", "--output", "json")
+	}
+	res, err := build()
+	if err != nil || res.Code != 0 {
+		t.Fatalf("build = %d, %v\n%s", res.Code, err, res.Stderr)
+	}
+	var got struct {
+		LoadTest struct {
+			State, NVMLVersion string
+		} `json:"loadTest"`
+	}
+	if err := json.Unmarshal(res.Stdout, &got); err != nil || got.LoadTest.State != "loaded" || got.LoadTest.NVMLVersion != shared.driver() {
+		t.Errorf("load test = %+v, %v; want it loaded, and NVML to answer %s", got.LoadTest, err, shared.driver())
+	}
+	if !strings.Contains(allBlobs(t, layout), "vmlinux") {
+		t.Error("no signed statement names vmlinux")
+	}
+
+	// Another build's vmlinux in its place, with a checksum that fits.
+	foreign, err := os.ReadFile(at(other.BuildID, "vmlinux"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := md5.Sum(foreign) //nolint:gosec // see the import
+	for name, text := range map[string][]byte{"vmlinux": foreign, "vmlinux.md5": []byte(hex.EncodeToString(sum[:]) + "\n")} {
+		file := at(k.BuildID, name)
+		if err := os.Remove(file); err != nil { // it may be one with the mirror's cache
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, text, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if res, err = build(); err != nil || res.Code != fault.Mismatch.ExitCode() || !strings.Contains(string(res.Stderr), "not the kernel of this build") {
+		t.Errorf("build with a foreign vmlinux = %d, %v; want %d\n%s", res.Code, err, fault.Mismatch.ExitCode(), res.Stderr)
+	}
+}
+
+// allBlobs returns the decoded payloads of all statements in a layout.
+func allBlobs(t *testing.T, layout string) string {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(layout, "blobs", "sha256", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all strings.Builder
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var bundle struct {
+			DSSEEnvelope struct {
+				Payload []byte `json:"payload"`
+			} `json:"dsseEnvelope"`
+		}
+		if len(text) < 1<<20 && json.Unmarshal(text, &bundle) == nil {
+			all.Write(bundle.DSSEEnvelope.Payload)
+		}
+	}
+	return all.String()
+}
