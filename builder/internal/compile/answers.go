@@ -55,7 +55,7 @@ type answers struct {
 // answers writes conftest's answers into the staged sources. An error that wraps
 // errLeft leaves the sources as they were.
 func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
-	text, err := os.ReadFile(filepath.Join(b.src, "conftest.sh"))
+	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errLeft)
 	} else if err != nil {
@@ -66,7 +66,7 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 		return nil, fmt.Errorf("%w: %w", errLeft, err)
 	}
 	// patch_check prints what such files define.
-	if found, err := filepath.Glob(filepath.Join(b.src, "patch-*.h")); err != nil || len(found) > 0 {
+	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
 		return nil, fmt.Errorf("%w: the sources are patched", errLeft)
 	}
 	a := &answers{build: b, view: v, script: script, files: map[string]string{}}
@@ -180,14 +180,11 @@ func (a *answers) noPlan(err error, said string) error {
 	return fmt.Errorf("%w: make told no plan: %s", errLeft, f.said)
 }
 
-func appendTo(file, text string) (err error) {
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND, 0)
-	if err != nil {
+func appendTo(file, text string) error {
+	return updateHost(file, os.O_WRONLY|os.O_APPEND, func(f *os.File) error {
+		_, err := f.WriteString(text)
 		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	_, err = f.WriteString(text)
-	return err
+	})
 }
 
 // question is one call of conftest.sh.
@@ -332,7 +329,7 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 
 // release puts the real release where the view had a mask.
 func (a *answers) release(answer string) (string, error) {
-	text, err := os.ReadFile(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
+	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
 		return "", fmt.Errorf("%w: %w", errLeft, err)
 	}

@@ -2,8 +2,6 @@ package compile
 
 import (
 	"crypto/sha256"
-	"debug/elf"
-	"errors"
 	"fmt"
 	"os"
 )
@@ -13,7 +11,7 @@ import (
 // debug sections, so that compiling with and without them would give two
 // modules that differ in nothing else. Modules without an id stay as they are.
 func setBuildID(stripped, debug string) error {
-	text, err := os.ReadFile(stripped)
+	text, err := readHost(stripped)
 	if err != nil {
 		return err
 	}
@@ -39,20 +37,17 @@ func setBuildID(stripped, debug string) error {
 	return writeAt(debug, id, at)
 }
 
-func writeAt(path string, data []byte, at int64) (err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
-	if err != nil {
+func writeAt(path string, data []byte, at int64) error {
+	return updateHost(path, os.O_WRONLY, func(f *os.File) error {
+		_, err := f.WriteAt(data, at)
 		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	_, err = f.WriteAt(data, at)
-	return err
+	})
 }
 
 // findBuildID returns where the GNU build id of an ELF file lies; size is 0
 // where it has none.
 func findBuildID(path string) (at, size int64, err error) {
-	f, err := elf.Open(path)
+	f, err := openHostELF(path)
 	if err != nil {
 		return 0, 0, fmt.Errorf("read module: %w", err)
 	}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	_ "embed"
 	"fmt"
-	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -68,11 +67,4 @@ func trouble(dir string) error {
 		return fault.New(fault.OutOfMemory, said, hintMemory)
 	}
 	return fault.New(fault.Internal, said, "check the machine's memory and disk, then run it again; if it happens again, the toolchain's compiler crashes")
-}
-
-func write(path, text string, mode os.FileMode) error {
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return err
-	}
-	return os.WriteFile(path, []byte(text), mode)
 }

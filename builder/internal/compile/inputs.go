@@ -94,7 +94,7 @@ func (k *keeper) readOurs(name string) *words {
 }
 
 func (k *keeper) readHeader(name string) *words {
-	return k.headers.read(name, func() ([]byte, error) { return os.ReadFile(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
+	return k.headers.read(name, func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
 }
 
 // made returns what a command made its object of. It says no where something
@@ -184,7 +184,7 @@ func (o *objects) hidden() (map[string][]string, error) {
 			names[header] = []string{} // the compiler saw no more of it than a view shows
 			continue
 		}
-		text, err := os.ReadFile(filepath.Join(o.r.Headers, header))
+		text, err := readHost(filepath.Join(o.r.Headers, header))
 		if err != nil {
 			return nil, err
 		}

@@ -101,7 +101,7 @@ var (
 // and what only tells the version does not count; the answers do, by name.
 func (b *build) makefiles() (string, error) {
 	key := cas.NewKey("makefiles")
-	err := filepath.WalkDir(b.r.Source, func(file string, d fs.DirEntry, err error) error {
+	err := walkHost(b.r.Source, func(file string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
@@ -117,7 +117,7 @@ func (b *build) makefiles() (string, error) {
 			key.Add(name, "link to "+to)
 			return err
 		}
-		text, err := os.ReadFile(file)
+		text, err := readHost(file)
 		if err != nil {
 			return err
 		}
@@ -220,9 +220,9 @@ var errNone = errors.New("nothing is kept")
 // written to so far, and returns how many.
 func (o *objects) restore(ctx context.Context) (int, error) {
 	read := func(name string) *words {
-		return o.tree.read(name, func() ([]byte, error) { return os.ReadFile(filepath.Join(o.src, filepath.FromSlash(name))) })
+		return o.tree.read(name, func() ([]byte, error) { return readHost(filepath.Join(o.src, filepath.FromSlash(name))) })
 	}
-	err := filepath.WalkDir(o.src, func(file string, d fs.DirEntry, err error) error {
+	err := walkHost(o.src, func(file string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() || filepath.Ext(file) != ".c" && filepath.Ext(file) != ".S" {
 			return err
 		}
@@ -259,7 +259,7 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	}
 	for name, text := range v.Generated {
 		file := filepath.Join(o.src, filepath.FromSlash(name))
-		if was, err := os.ReadFile(file); err == nil && string(was) != text {
+		if was, err := readHost(file); err == nil && string(was) != text {
 			return false, nil
 		} else if err == nil {
 			continue
@@ -268,7 +268,7 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 			return false, err
 		}
 	}
-	command, err := os.ReadFile(filepath.Join(dir, "command"))
+	command, err := readHost(filepath.Join(dir, "command"))
 	if err != nil {
 		return false, err
 	}

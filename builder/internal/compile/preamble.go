@@ -4,7 +4,6 @@ import (
 	_ "embed"
 	"fmt"
 	"maps"
-	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -29,7 +28,7 @@ func (b *build) preambles(box sandbox.Config) (sandbox.Config, error) {
 	if !b.t.clang || b.debug {
 		return box, nil
 	}
-	found, err := preamble.Find(os.DirFS(b.src), insideSource)
+	found, err := preamble.Find(hostFS(b.src), insideSource)
 	if err != nil { // make may still cope with what this could not
 		fmt.Fprintf(b.watch, "prebake: no preambles: %v\n", err)
 		return box, nil

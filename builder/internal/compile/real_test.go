@@ -2,6 +2,7 @@ package compile_test
 
 import (
 	"bytes"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -98,11 +99,37 @@ func compileReal(t *testing.T, r compile.Request, what string) map[string]string
 			t.Log(strings.TrimSpace(line))
 		}
 	}
+	// A real driver for which a part is off would only be slow: that is red here.
+	if r.Cache != nil && strings.Contains(log.String(), "left to make") {
+		t.Errorf("%s: conftest is left to make", what)
+	}
+	if strings.HasSuffix(what, " once more") {
+		checkReuse(t, what, result)
+	}
 	checkPreambles(t, r.WorkDir)
 	if len(result.Debug) > 0 != r.Debug {
 		t.Errorf("%s: debug files %v; asked for: %t", what, result.Debug, r.Debug)
 	}
 	return result.Modules
+}
+
+// checkReuse wants everything remembered that the same build did before, but for
+// the few sources that tell the kernel's release.
+func checkReuse(t *testing.T, what string, result *compile.Result) {
+	t.Helper()
+	for _, p := range result.Phases {
+		var all, known int
+		switch p.Name {
+		case "conftest":
+			if n, err := fmt.Sscanf(p.Note, "%d tests, %d remembered", &all, &known); n != 2 || all-known > 10 {
+				t.Errorf("%s: conftest: %s (%v)", what, p.Note, err)
+			}
+		case "compile":
+			if n, err := fmt.Sscanf(p.Note, "%d files, %d reused", &all, &known); n != 2 || all-known > 3 {
+				t.Errorf("%s: compile: %s (%v)", what, p.Note, err)
+			}
+		}
+	}
 }
 
 // checkPreambles reports what stood in the way of preambles, if there are any:

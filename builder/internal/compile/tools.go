@@ -259,7 +259,7 @@ const maxConfig = 4 << 20
 var madeBy = regexp.MustCompile(`(?m)^CONFIG_PAHOLE_VERSION=([0-9]{1,4})$`)
 
 func readConfig(path string) ([]byte, error) {
-	f, err := os.Open(path)
+	f, err := openHost(path)
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err),
 			"publish a kernel-headers.tgz that holds the kernel's .config")

@@ -44,7 +44,7 @@ func hideUnprinted(headers, dir string) ([]sandbox.Bind, error) {
 		} else if !info.Mode().IsRegular() {
 			return nil, fault.New(fault.Unsupported, name+" of the header tree is not a file", "check that kernel-headers.tgz is the header archive of a COS build")
 		}
-		text, err := os.ReadFile(filepath.Join(headers, name))
+		text, err := readHost(filepath.Join(headers, name))
 		if err != nil {
 			return nil, err
 		}

@@ -87,7 +87,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		} else if !info.Mode().IsRegular() {
 			return nil, fmt.Errorf("%w: %s is not a file", errLeft, name)
 		}
-		text, err := os.ReadFile(path)
+		text, err := readHost(path)
 		if err != nil {
 			return nil, err
 		}
@@ -120,11 +120,11 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 // namesDriver reports whether a header speaks of the driver's own macros: then
 // what the driver defines changes what the header says.
 func namesDriver(headers string) (found bool, err error) {
-	err = filepath.WalkDir(headers, func(path string, d fs.DirEntry, err error) error {
+	err = walkHost(headers, func(path string, d fs.DirEntry, err error) error {
 		if err != nil || !d.Type().IsRegular() || !strings.HasSuffix(path, ".h") {
 			return err
 		}
-		text, err := os.ReadFile(path)
+		text, err := readHost(path)
 		if err != nil {
 			return err
 		}

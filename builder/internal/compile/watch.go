@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"io"
 	"io/fs"
-	"os"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -47,11 +46,11 @@ var (
 // make does; what it misses only makes a progress display less exact.
 func countWork(src string) work {
 	tests, sources, modules := map[string]bool{}, map[string]bool{}, map[string]bool{}
-	_ = filepath.WalkDir(src, func(path string, entry fs.DirEntry, err error) error {
+	_ = walkHost(src, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || !entry.Type().IsRegular() || entry.Name() != "Kbuild" && filepath.Ext(path) != ".Kbuild" {
 			return nil
 		}
-		text, err := os.ReadFile(path)
+		text, err := readHost(path)
 		if err != nil {
 			return nil
 		}
