@@ -43,3 +43,14 @@ const (
 
 // LayerKinds returns the three kinds in manifest order.
 func LayerKinds() []LayerKind { return []LayerKind{LayerModules, LayerUserspace, LayerFirmware} }
+
+// annotationTitle is on each layer's descriptor; under this name oras keeps the
+// layer as a file (OCI image-spec, annotations.md).
+const annotationTitle = "org.opencontainers.image.title"
+
+// title is the file name of a layer of this kind.
+func (k LayerKind) title() string { return string(k) + ".tar.zst" }
+
+// ImageRecipe names the way a manifest and a config are made of layers. It changes
+// whenever equal layers would give another manifest.
+const ImageRecipe = "image-2"

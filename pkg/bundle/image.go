@@ -54,7 +54,7 @@ func Image(id Identity, layers []Layer) (v1.Image, error) {
 			MediaType:   MediaTypeLayer,
 			Digest:      digest,
 			Size:        l.Size,
-			Annotations: map[string]string{AnnotationLayer: string(l.Kind)},
+			Annotations: map[string]string{AnnotationLayer: string(l.Kind), annotationTitle: l.Kind.title()},
 		})
 	}
 	var err error

@@ -10,6 +10,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -93,11 +94,44 @@ func (s *layoutStore) resolve(_ context.Context, ref string) (v1.Descriptor, err
 	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this folder", "")
 }
 
-func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
-	if _, err := s.resolve(ctx, digest); err != nil {
-		return nil, err
+func (s *layoutStore) manifest(_ context.Context, digest string) ([]byte, error) {
+	raw, err := readFile(s.blobPath(digest), MaxManifest) // Repository compares it with its digest
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.New(fault.NoArtifact, "not in this folder", "")
 	}
-	return readFile(s.blobPath(digest), MaxManifest)
+	return raw, err
+}
+
+// A layout lists what is attached to a manifest in two ways, and others read one
+// of them each: oras takes entries of index.json whose manifest has a subject,
+// regclient the list that stands under the tag of the referrers tag schema.
+
+// listTag is the tag under which a subject's referrers are listed.
+func listTag(subject string) string { return strings.Replace(subject, ":", "-", 1) }
+
+// listed returns the list under that tag, and its place in the index; nil and -1
+// where there is none. What is no list of referrers says nothing.
+func (s *layoutStore) listed(idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int, error) {
+	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })
+	if i < 0 {
+		return nil, -1, nil
+	}
+	d := idx.Manifests[i]
+	if !d.MediaType.IsIndex() || checkDigest(d.Digest.String()) != nil {
+		return nil, i, nil
+	}
+	raw, err := readFile(s.blobPath(d.Digest.String()), MaxManifest)
+	if err != nil {
+		return nil, i, err
+	}
+	if err := sameDigest(raw, d.Digest.String()); err != nil {
+		return nil, i, err
+	}
+	list := &v1.IndexManifest{}
+	if err := json.Unmarshal(raw, list); err != nil {
+		return nil, i, damaged(err)
+	}
+	return list, i, nil
 }
 
 func (s *layoutStore) blob(_ context.Context, digest string, size int64) (io.ReadCloser, error) {
@@ -123,12 +157,23 @@ func (s *layoutStore) referrers(_ context.Context, digest string) ([]v1.Descript
 	if err != nil {
 		return nil, err
 	}
+	candidates := slices.Clone(idx.Manifests)
+	named, _, err := s.listed(idx, digest)
+	if err != nil {
+		return nil, err
+	}
+	if named != nil {
+		candidates = append(candidates, named.Manifests...)
+	}
 	var list []v1.Descriptor
-	for _, d := range idx.Manifests {
+	for i, d := range candidates {
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
 		raw, err := readFile(s.blobPath(d.Digest.String()), MaxManifest)
+		if errors.Is(err, fs.ErrNotExist) && i >= len(idx.Manifests) {
+			continue // a list may name what was not copied
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -158,7 +203,57 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 	if err != nil {
 		return err
 	}
-	return s.locked(ctx, func() error { return s.put(ctx, img, a.desc) })
+	return s.locked(ctx, func() error {
+		if err := s.put(ctx, img, a.desc); err != nil {
+			return err
+		}
+		return s.list(ctx, a.subject.String(), a.desc)
+	})
+}
+
+// list adds a referrer to its subject's list; the caller holds the lock. The blob
+// of the list before stays: readers take no lock.
+func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor) error {
+	idx, err := s.index()
+	if err != nil {
+		return err
+	}
+	list, i, err := s.listed(idx, subject)
+	switch {
+	case err != nil:
+		return err
+	case list == nil && i >= 0:
+		return fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is no list of referrers", "remove that entry from "+indexFile+" by hand, or publish to another folder")
+	case list == nil:
+		list = &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+		if list.Manifests, err = s.referrers(ctx, subject); err != nil { // of before there was a list, d among them
+			return err
+		}
+	case slices.ContainsFunc(list.Manifests, func(have v1.Descriptor) bool { return have.Digest == d.Digest }):
+		return nil
+	default:
+		list.Manifests = append(list.Manifests, d)
+	}
+	slices.SortFunc(list.Manifests, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
+	raw, err := json.Marshal(list)
+	if err != nil {
+		return err
+	}
+	entry := v1.Descriptor{MediaType: types.OCIImageIndex, Annotations: map[string]string{refName: listTag(subject)}}
+	if entry.Digest, entry.Size, err = v1.SHA256(bytes.NewReader(raw)); err != nil {
+		return err
+	}
+	if err := s.putBlob(ctx, entry.Digest, entry.Size, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil }); err != nil {
+		return err
+	}
+	return s.edit(func(idx *v1.IndexManifest) bool {
+		if i < 0 {
+			idx.Manifests = append(idx.Manifests, entry)
+		} else {
+			idx.Manifests[i] = entry // nobody else writes: the index is what it was
+		}
+		return true
+	})
 }
 
 // put writes blobs, then the manifest, then the index.

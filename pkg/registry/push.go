@@ -7,54 +7,27 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/google/go-containerregistry/pkg/authn"
-	"github.com/google/go-containerregistry/pkg/name"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// CheckPush reports whether a repository may be written, and leaves nothing
-// behind: a registry is asked for an upload that is called off at once, and in a
-// layout's folder, or where it is to be made, a file is made and removed.
+// CheckPush is [Repository.CheckPush] for a reference.
 func CheckPush(ctx context.Context, ref string, o Options) error {
-	if _, err := Open(ref, o); err != nil {
+	r, err := Open(ref, o)
+	if err != nil {
 		return err
 	}
-	if dir, ok := strings.CutPrefix(ref, "oci:"); ok {
-		return checkFolder(dir)
-	}
-	parse := []name.Option{name.StrictValidation}
-	if o.Plain {
-		parse = append(parse, name.Insecure)
-	}
-	repo, err := name.NewRepository(ref, parse...)
-	if err != nil {
-		return fault.Wrap(fault.Usage, err, "name it HOST[:PORT]/NAME")
-	}
-	var keys authn.Keychain = authn.DefaultKeychain
-	switch {
-	case o.Password != "":
-		user := o.Username
-		if user == "" {
-			user = "token"
-		}
-		keys = fixed{authn.FromConfig(authn.AuthConfig{Username: user, Password: o.Password})}
-	case o.Keychain != nil:
-		keys = o.Keychain
-	}
-	tr := o.Transport
-	if tr == nil {
-		tr = remote.DefaultTransport
-	}
-	err = remote.CheckPushPermission(repo.Tag("prebake-doctor"), keys, within{ctx, tr})
-	if err = (&remoteStore{repo: repo}).writing(ctx, err); err != nil {
-		return fmt.Errorf("try to write %s: %w", ref, err)
-	}
-	return nil
+	return r.CheckPush(ctx)
 }
+
+func (s *remoteStore) checkPush(ctx context.Context) error {
+	return s.writing(ctx, remote.CheckPushPermission(s.repo.Tag("prebake-doctor"), s.keys, within{ctx, s.transport}))
+}
+
+func (s *layoutStore) checkPush(context.Context) error { return checkFolder(s.dir) }
 
 func checkFolder(dir string) error {
 	for {

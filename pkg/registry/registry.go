@@ -53,6 +53,7 @@ type store interface {
 	push(ctx context.Context, img v1.Image) error
 	tag(ctx context.Context, d v1.Descriptor, tag string) error
 	attach(ctx context.Context, a *attachment) error
+	checkPush(ctx context.Context) error
 }
 
 // Repository is one repository. Its methods may be called concurrently.
@@ -281,4 +282,14 @@ func sameDigest(raw []byte, digest string) error {
 // damaged is the error for bytes that are not what their name says.
 func damaged(err error) error {
 	return fault.Wrap(fault.Unverified, err, "the repository serves altered bytes: publish the artifact again, or use another repository")
+}
+
+// CheckPush reports whether the repository may be written. A registry is asked
+// for an upload that is called off at once, which has some make the repository; in
+// a layout's folder, or where it is to be made, a file is made and removed.
+func (r *Repository) CheckPush(ctx context.Context) error {
+	if err := r.s.checkPush(ctx); err != nil {
+		return fmt.Errorf("try to write %s: %w", r.name, err)
+	}
+	return nil
 }

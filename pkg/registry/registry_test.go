@@ -189,8 +189,8 @@ func TestLayoutIsOneForOthers(t *testing.T) {
 			tags++
 		}
 	}
-	if len(m.Manifests) != 4 || tags != 2 {
-		t.Errorf("index has %d entries, %d with a tag; want 4 (2 tags, 2 attachments)", len(m.Manifests), tags)
+	if len(m.Manifests) != 5 || tags != 3 {
+		t.Errorf("index has %d entries, %d with a tag; want 5 (2 tags, 2 attachments, the list of these)", len(m.Manifests), tags)
 	}
 	h, err := v1.NewHash(s.Digest)
 	if err != nil {

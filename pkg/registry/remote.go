@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -27,6 +29,9 @@ type remoteStore struct {
 	repo    name.Repository
 	options []remote.Option
 	puller  *remote.Puller
+
+	keys      authn.Keychain
+	transport http.RoundTripper // the network's
 }
 
 func openRemote(ref string, o Options) (*remoteStore, error) {
@@ -46,21 +51,18 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	if tr == nil {
 		tr = remote.DefaultTransport
 	}
-	s := &remoteStore{repo: repo, options: []remote.Option{remote.WithTransport(bounded{pages{tr}})}}
-	if o.UserAgent != "" {
-		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
-	}
+	keys := o.Keychain
 	switch {
 	case o.Password != "":
-		user := o.Username
-		if user == "" {
-			user = "token"
-		}
-		s.options = append(s.options, remote.WithAuth(authn.FromConfig(authn.AuthConfig{Username: user, Password: o.Password})))
-	case o.Keychain != nil:
-		s.options = append(s.options, remote.WithAuthFromKeychain(o.Keychain))
-	default:
-		s.options = append(s.options, remote.WithAuthFromKeychain(authn.DefaultKeychain))
+		keys = fixed{authn.FromConfig(authn.AuthConfig{Username: cmp.Or(o.Username, "token"), Password: o.Password})}
+	case keys == nil:
+		keys = authn.DefaultKeychain
+	}
+	s := &remoteStore{repo: repo, keys: keys, transport: tr, options: []remote.Option{
+		remote.WithTransport(patient{bounded{pages{lenient{tr}}}}), remote.WithAuthFromKeychain(keys),
+	}}
+	if o.UserAgent != "" {
+		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
 	}
 	s.puller, err = remote.NewPuller(s.options...)
 	return s, err
@@ -184,7 +186,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		if err != nil {
 			return err
 		}
-		if err := p.Push(ctx, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
+		adding := context.WithValue(ctx, attaching{}, true)
+		if err := p.Push(adding, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
 			return s.writing(ctx, err)
 		}
 		// Push does nothing for a manifest that is there, even if an earlier
@@ -193,7 +196,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		if listed || err != nil {
 			return err
 		}
-		if err := p.Put(ctx, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
+		if err := p.Put(adding, s.repo.Digest(a.desc.Digest.String()), img); err != nil {
 			return s.writing(ctx, err)
 		}
 		if listed, err := s.listed(ctx, a); listed || err != nil {
@@ -245,9 +248,10 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	host := s.repo.RegistryStr()
 	var api *transport.Error
 	if errors.As(err, &api) {
-		return answered(host, api.StatusCode, err, write)
+		return answered(s.repo, api, err, write)
 	}
-	if fault.Is(err, fault.Unverified) {
+	var known *fault.Error
+	if errors.As(err, &known) { // said by what is between the library and the network
 		return err
 	}
 	if errors.Is(err, errTooLong) {
@@ -280,8 +284,21 @@ func onNetwork(err error) bool {
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
 }
 
-// answered maps the status of a registry's answer.
-func answered(host string, status int, err error, write bool) error {
+// Denied reports whether a registry refused to answer: for want of rights, or
+// because it makes no difference between what is secret and what is not there.
+func Denied(err error) bool {
+	var api *transport.Error
+	return errors.As(err, &api) && (api.StatusCode == http.StatusUnauthorized || api.StatusCode == http.StatusForbidden)
+}
+
+// unknownName reports whether a registry says that there is no such repository.
+func unknownName(api *transport.Error) bool {
+	return slices.ContainsFunc(api.Errors, func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
+}
+
+// answered maps a registry's answer.
+func answered(repo name.Repository, api *transport.Error, err error, write bool) error {
+	host, status := repo.RegistryStr(), api.StatusCode
 	login := "log in with docker login " + host + ", or configure a user and token for it"
 	switch {
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
@@ -291,8 +308,10 @@ func answered(host string, status int, err error, write bool) error {
 		return fault.Wrap(fault.Usage, err, login)
 	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
 		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
+	case write && unknownName(api):
+		return fault.Wrap(fault.PublishRefused, err, "make the repository "+repo.RepositoryStr()+" first: "+host+" makes none on push (Amazon ECR: aws ecr create-repository --repository-name "+repo.RepositoryStr()+"; Harbor: its project)")
 	case write:
-		return fault.Wrap(fault.PublishRefused, err, "")
+		return fault.Wrap(fault.PublishRefused, err, "read the registry's answer; builder doctor --to "+repo.Name()+" tries the same without a build")
 	case status == http.StatusNotFound:
 		return fault.Wrap(fault.NoArtifact, err, "")
 	}

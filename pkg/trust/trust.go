@@ -315,7 +315,7 @@ func (t *tally) explain(none error, useless tally) error {
 		errs := useless.errs[:min(shown, len(useless.errs))]
 		missing = fmt.Errorf("%w that holds: %w", none, join(errs))
 	default:
-		missing = none
+		return fault.Wrap(fault.Unverified, none, "statements are attached to the artifact and stay behind in a plain copy: copy with oras cp -r or regctl image copy --referrers")
 	}
 	kind := fault.Unverified
 	if len(t.errs) > 0 {

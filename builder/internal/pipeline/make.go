@@ -64,5 +64,5 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 // of what it makes names them. An artifact can be made again by a builder with
 // the same recipes.
 func Recipes() map[string]string {
-	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe, "stamp": gate.Recipe}
+	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe, "image": bundle.ImageRecipe, "stamp": gate.Recipe}
 }

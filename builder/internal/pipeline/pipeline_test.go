@@ -10,6 +10,8 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -387,6 +389,24 @@ func TestNotReusedUntested(t *testing.T) {
 	}
 }
 
+// refusing is a registry that answers every write this way, and knows nothing.
+func refusing(t *testing.T, status int, body string) string {
+	t.Helper()
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.URL.Path == "/v2/":
+		case r.Method == http.MethodGet || r.Method == http.MethodHead:
+			w.WriteHeader(http.StatusNotFound)
+		default:
+			w.Header().Set("Content-Type", "application/json")
+			w.WriteHeader(status)
+			_, _ = io.WriteString(w, body)
+		}
+	}))
+	t.Cleanup(s.Close)
+	return strings.TrimPrefix(s.URL, "http://")
+}
+
 func TestFailures(t *testing.T) {
 	t.Parallel()
 	rows := []struct {
@@ -410,6 +430,12 @@ func TestFailures(t *testing.T) {
 		{"no registry, told before the compile", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
 			cfg.Destinations = []string{"127.0.0.1:1/prebake/driver"}
 		}, fault.Transient, "127.0.0.1:1", whole[:2]},
+		{"registry that may only be read, told before the compile", func(t *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
+			cfg.Destinations = []string{refusing(t, http.StatusForbidden, `{"errors":[{"code":"DENIED","message":"requested access to the resource is denied"}]}`) + "/prebake/driver"}
+		}, fault.PublishRefused, "denied", whole[:2]},
+		{"registry without the repository, told before the compile", func(t *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
+			cfg.Destinations = []string{refusing(t, http.StatusNotFound, `{"errors":[{"code":"NAME_UNKNOWN","message":"The repository with name 'prebake/driver' does not exist"}]}`) + "/prebake/driver"}
+		}, fault.PublishRefused, "NAME_UNKNOWN", whole[:2]},
 		{"API break", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
 			files := driverFiles()
 			files["kernel-open/nv.c"] = "int f(int a, int b);\nint nv(void) { return f(1); }\n"

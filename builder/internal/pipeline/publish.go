@@ -26,10 +26,23 @@ type place struct {
 	repo *registry.Repository
 }
 
-// lookUp asks every destination whether it has this cell. It comes before the
-// compile for another reason too: a key or a destination that does not work
-// shall show before minutes of work, not behind them.
+// lookUp asks every destination whether it has this cell, and, where one has not,
+// whether it may be written. A key or a destination that does not work shall show
+// before minutes of work, not behind them.
 func (r *run) lookUp(ctx context.Context) (string, error) {
+	note, err := r.look(ctx)
+	if err != nil || r.res.Reused {
+		return note, err
+	}
+	for _, p := range r.places {
+		if err := p.repo.CheckPush(ctx); err != nil {
+			return "", fmt.Errorf("publish to %s: %w", p.name, err)
+		}
+	}
+	return note, nil
+}
+
+func (r *run) look(ctx context.Context) (string, error) {
 	var err error
 	if r.signer, err = sign.LoadSigner(ctx, r.cfg.Key, r.cfg.KeyOptions...); err != nil {
 		return "", err

@@ -42,6 +42,13 @@ type Artifact struct {
 // one. The caller verifies its statements before it relies on them.
 func Existing(ctx context.Context, repo *registry.Repository, tag string) (digest string, ok bool, err error) {
 	d, err := repo.Resolve(ctx, tag)
+	// A registry that makes repositories on push, as Quay does, lets nobody read
+	// one that it has not made yet. To who may push there, it has nothing.
+	if registry.Denied(err) && repo.CheckPush(ctx) == nil {
+		if d, err = repo.Resolve(ctx, tag); registry.Denied(err) {
+			return "", false, nil
+		}
+	}
 	switch {
 	case fault.Is(err, fault.NoArtifact):
 		return "", false, nil
