@@ -84,6 +84,12 @@ func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
 			for _, line := range wrap(text, columns-4) {
 				fmt.Fprintf(out, "    %s\n", line)
 			}
+			// What was tried has its log; of the rest this is all there is to know.
+			if hint := j.Failure.Hint; hint != "" && j.Attempts == 0 && text == why {
+				for _, line := range wrap("next: "+hint, columns-4) {
+					fmt.Fprintf(out, "    %s\n", line)
+				}
+			}
 		}
 		before = why
 	}

@@ -67,7 +67,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"virtual machine", "./pkg/vm", "Boot", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
-		{"stock tools", "./builder/internal/publish", "Cosign|Crane", []string{tools}},
+		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {

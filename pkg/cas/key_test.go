@@ -20,7 +20,7 @@ func TestKey(t *testing.T) {
 		}
 		met[k.String()] = what
 	}
-	if base().String() != base().String() {
+	if one, two := base(), base(); one.String() != two.String() {
 		t.Error("equal parts give two keys")
 	}
 	for want, other := range map[string]*cas.Key{"": base(), "b": cas.NewKey("k").Add("a", "1").Add("b", "3"), "c": base().With("c", "x"), "kind": cas.NewKey("l").Add("a", "1").Add("b", "2")} {

@@ -3,6 +3,7 @@ package cosbucket
 import (
 	"context"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
@@ -243,11 +244,31 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 		return "", fault.Wrap(fault.Usage, err, "")
 	}
 	if version == "" {
-		hint := "ask for an exact version"
-		if len(l.Versions) > 0 {
-			hint += ", such as one of " + strings.Join(l.Versions, ", ")
-		}
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS names none for this build", w), hint)
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS names none for this build", w), l.offer())
 	}
 	return version, nil
+}
+
+// offer says what may be asked for in the place of what COS does not name.
+func (l DriverList) offer() string {
+	newest := map[string]string{}
+	maps.Copy(newest, l.Branches)
+	for _, v := range l.Versions { // lowest first
+		if b := target.Branch(v); l.Branches[b] == "" {
+			newest[b] = v
+		}
+	}
+	var words []string
+	for _, row := range []struct{ name, version string }{{string(target.Default), l.Default}, {string(target.Latest), l.Latest}} {
+		if row.version != "" {
+			words = append(words, row.name+" ("+row.version+")")
+		}
+	}
+	for _, b := range slices.Sorted(maps.Keys(newest)) {
+		words = append(words, b+" ("+newest[b]+")")
+	}
+	if len(words) == 0 {
+		return "ask for an exact version"
+	}
+	return "ask for what COS names for it: " + strings.Join(words, ", ") + "; or for an exact version"
 }

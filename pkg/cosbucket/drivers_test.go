@@ -1,6 +1,7 @@
 package cosbucket_test
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -49,6 +50,9 @@ func TestChoose(t *testing.T) {
 		got, err := list.Choose(test.wish)
 		if got != test.want || (test.want == "" && !fault.Is(err, test.kind)) || (test.want != "" && err != nil) {
 			t.Errorf("Choose(%s) = %q, %v; want %q, %v", test.wish, got, err, test.want, test.kind)
+		}
+		if want := "default (535.261.03), R470 (470.256.2), R535 (535.261.03)"; test.wish == "R580" && !strings.Contains(fault.Hint(err), want) {
+			t.Errorf("Choose(%s) hints %q; want %q in it", test.wish, fault.Hint(err), want)
 		}
 	}
 }

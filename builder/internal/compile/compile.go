@@ -164,7 +164,7 @@ func (r Request) withDefaults() (Request, error) {
 	if r.Jobs < 0 {
 		errs = append(errs, fmt.Errorf("jobs %d: want 0 or more", r.Jobs))
 	}
-	if left, err := os.ReadDir(r.WorkDir); err == nil && len(left) > 0 {
+	if left, err := fs.ReadDir(hostFS(r.WorkDir), "."); err == nil && len(left) > 0 {
 		errs = append(errs, fmt.Errorf("work folder %s: not empty", r.WorkDir))
 	}
 	if r.Cache != nil && (r.HeaderDigest == "" || r.ToolchainDigest == "" || r.SourceDigest == "") {

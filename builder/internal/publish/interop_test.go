@@ -211,3 +211,38 @@ func TestCranePulls(t *testing.T) {
 		t.Errorf("tar -tf = %s, %v; want the files of all layers", list, err)
 	}
 }
+
+// What the README tells a reader to run, run as it stands there.
+func TestREADME(t *testing.T) {
+	t.Parallel()
+	const begin = "$ cosign verify-attestation --key "
+	text, err := os.ReadFile(filepath.FromSlash("../../../README.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for line := range strings.Lines(string(text)) {
+		if args, ok := strings.CutPrefix(strings.TrimSpace(line), begin); ok {
+			lines = append(lines, args)
+		}
+	}
+	if len(lines) == 0 {
+		t.Fatalf("no line of the README begins with %q", begin)
+	}
+	cosign := tool(t, "cosign")
+	ref, digest, pub, _ := published(t, false, keyFile(t, testkit.NewKey(t).Private()))
+	for _, args := range lines {
+		words := strings.Fields("verify-attestation --allow-http-registry --key " + args)
+		for i, w := range words {
+			switch {
+			case w == "prebake.key.pub":
+				words[i] = pub
+			case strings.HasSuffix(w, "@sha256:…"):
+				words[i] = ref + "@" + digest
+			}
+		}
+		if out, err := cosign(words...); err != nil {
+			t.Errorf("cosign %s: %v\n%s", args, err, out)
+		}
+	}
+}
