@@ -162,7 +162,7 @@ func buildCommand() *ucli.Command {
 		Flags: slices.Concat([]ucli.Flag{
 			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Sources: cli.Env("build-id")},
 			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD`: lakitu or lakitu-arm64", Sources: cli.Env("board")},
-			&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535, or a `VERSION`", Sources: cli.Env("driver")},
+			&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535 (each also for one GPU type, as in default@NVIDIA_L4), or a `VERSION`", Sources: cli.Env("driver")},
 			&ucli.StringFlag{Name: "flavour", Value: string(target.Proprietary), Usage: "proprietary or open", Sources: cli.Env("flavour")},
 			&ucli.StringFlag{Name: "log", Usage: "keep the full log in `FILE`; default: in the cache folder, its path is printed", Sources: cli.Env("log")},
 			&ucli.StringSliceFlag{Name: "label", Usage: "call this driver `LABEL` in buckets among --to: DEFAULT, LATEST or its branch; may be given more than once", Sources: cli.Env("label")},
@@ -192,7 +192,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "see builder build --help")
 	}
-	wish, err := target.ParseWish(cmd.String("driver"))
+	wish, err := target.ParseGPUWish(cmd.String("driver"))
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "see builder build --help")
 	}

@@ -31,6 +31,9 @@ type DriverList struct {
 	Branches map[string]string
 	// Versions are all versions named anywhere, lowest first.
 	Versions []string
+	// GPUs are the lists of the types of GPU that have one of their own, by COS's
+	// name for them.
+	GPUs map[string]DriverList
 }
 
 // Drivers reads gpu_default_version, gpu_latest_version, the gpu_R*_version
@@ -173,29 +176,43 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	infos := list.GetGpuDriverVersionInfo()
 	slices.SortStableFunc(infos, func(a, b *gpuversions.GPUDriverVersionInfo) int { return rank(a) - rank(b) })
-	l := DriverList{Branches: map[string]string{}}
+	l := DriverList{Branches: map[string]string{}, GPUs: map[string]DriverList{}}
 	for _, info := range infos {
-		for _, v := range info.GetSupportedDriverVersions() {
-			if !target.ValidVersion(v.GetVersion()) {
-				continue
+		l.add(info)
+		if gpu := info.GetGpuDevice().GetGpuType(); rank(info) == 1 && gpu != "" {
+			own := l.GPUs[gpu]
+			if own.Branches == nil {
+				own.Branches = map[string]string{}
 			}
-			l.Versions = append(l.Versions, v.GetVersion())
-			wish, err := target.ParseWish(v.GetLabel())
-			_, isBranch := wish.BranchName()
-			switch {
-			case v.GetLabel() == "DEFAULT" && l.Default == "":
-				l.Default = v.GetVersion()
-			case v.GetLabel() == "LATEST" && l.Latest == "":
-				l.Latest = v.GetVersion()
-			case err == nil && isBranch && l.Branches[v.GetLabel()] == "":
-				l.Branches[v.GetLabel()] = v.GetVersion()
-			}
+			own.add(info)
+			own.Versions = sortVersions(own.Versions)
+			l.GPUs[gpu] = own
 		}
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: %d of them, more than %d", len(l.Versions), maxVersions), "")
 	}
 	return l, nil
+}
+
+// add takes over what one entry names. What is there already stays.
+func (l *DriverList) add(info *gpuversions.GPUDriverVersionInfo) {
+	for _, v := range info.GetSupportedDriverVersions() {
+		if !target.ValidVersion(v.GetVersion()) {
+			continue
+		}
+		l.Versions = append(l.Versions, v.GetVersion())
+		wish, err := target.ParseWish(v.GetLabel())
+		_, isBranch := wish.BranchName()
+		switch {
+		case v.GetLabel() == "DEFAULT" && l.Default == "":
+			l.Default = v.GetVersion()
+		case v.GetLabel() == "LATEST" && l.Latest == "":
+			l.Latest = v.GetVersion()
+		case err == nil && isBranch && l.Branches[v.GetLabel()] == "":
+			l.Branches[v.GetLabel()] = v.GetVersion()
+		}
+	}
 }
 
 func rank(info *gpuversions.GPUDriverVersionInfo) int {
@@ -224,6 +241,13 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 	if version, ok := w.Exact(); ok {
 		return version, nil
 	}
+	if wish, gpu := w.GPU(); gpu != "" {
+		own, ok := l.GPUs[gpu]
+		if !ok {
+			return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS lists no GPU type %s for this build", w, gpu), l.offerGPUs())
+		}
+		return own.Choose(wish)
+	}
 	var version string
 	branch, isBranch := w.BranchName()
 	switch {
@@ -247,6 +271,14 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 		return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS names none for this build", w), l.offer())
 	}
 	return version, nil
+}
+
+// offerGPUs says which types of GPU have lists of their own.
+func (l DriverList) offerGPUs() string {
+	if len(l.GPUs) == 0 {
+		return "this build has one list for all GPUs: ask without a GPU type"
+	}
+	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + "; or without a GPU type"
 }
 
 // offer says what may be asked for in the place of what COS does not name.

@@ -123,3 +123,30 @@ func FuzzParseVersionFile(f *testing.F) {
 		}
 	})
 }
+
+// COS's lists have versions for each type of GPU. The shape is that of the list of
+// a COS 121 build, in the schema of cos/tools.
+func TestChooseByGPU(t *testing.T) {
+	t.Parallel()
+	entry := func(gpu string, versions ...string) string {
+		text := "gpu_driver_version_info {\n  gpu_device { gpu_type: \"" + gpu + "\" }\n"
+		for i := 0; i < len(versions); i += 2 {
+			text += "  supported_driver_versions { label: \"" + versions[i] + "\" version: \"" + versions[i+1] + "\" }\n"
+		}
+		return text + "}\n"
+	}
+	list, err := cosbucket.ParseDriverVersions([]byte(entry("NO_GPU", "DEFAULT", "550.90.7") + entry("NVIDIA_B200", "DEFAULT", "570.133.20", "LATEST", "580.65.6", "R570", "570.133.20") +
+		entry("NVIDIA_TESLA_P4", "DEFAULT", "535.230.2", "R535", "535.230.2") + entry("OTHERS", "DEFAULT", "535.230.2", "LATEST", "580.65.6", "R550", "550.90.7")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for wish, want := range map[target.Wish]string{
+		"default": "535.230.2", "default@NVIDIA_B200": "570.133.20", "latest@NVIDIA_B200": "580.65.6", "R570@NVIDIA_B200": "570.133.20", "default@NVIDIA_TESLA_P4": "535.230.2",
+		"latest@NVIDIA_TESLA_P4": "", "R550@NVIDIA_B200": "", "default@NVIDIA_L4": "",
+	} {
+		got, err := list.Choose(wish)
+		if got != want || want == "" && (!fault.Is(err, fault.Unsupported) || fault.Hint(err) == "") {
+			t.Errorf("Choose(%s) = %q, %v; want %q", wish, got, err, want)
+		}
+	}
+}

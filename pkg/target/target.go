@@ -173,6 +173,30 @@ func ParseWish(s string) (Wish, error) {
 	return "", fmt.Errorf("driver %q: want default, latest, a branch such as R535, or a version such as 535.261.03", s)
 }
 
+// gpuPattern is the form of COS's gpu_type strings, such as NVIDIA_L4 and
+// NVIDIA_H100_80GB (gpu_driver_versions.proto of cos/tools).
+var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
+
+// ParseGPUWish reads what ParseWish reads, and default, latest or a branch for one
+// type of GPU, as in default@NVIDIA_L4: COS's lists name versions for each type.
+func ParseGPUWish(s string) (Wish, error) {
+	name, gpu, found := strings.Cut(s, "@")
+	w, err := ParseWish(name)
+	if err != nil || !found {
+		return w, err
+	}
+	if _, exact := w.Exact(); exact || !gpuPattern.MatchString(gpu) {
+		return "", fmt.Errorf("driver %q: want default, latest or a branch before the @, and COS's name of a GPU type behind it, as in default@NVIDIA_L4", s)
+	}
+	return Wish(s), nil
+}
+
+// GPU returns a wish without its type of GPU, and the type; "" is any.
+func (w Wish) GPU() (Wish, string) {
+	name, gpu, _ := strings.Cut(string(w), "@")
+	return Wish(name), gpu
+}
+
 // Exact returns the version and true when the wish names one.
 func (w Wish) Exact() (string, bool) { return string(w), ValidVersion(string(w)) }
 

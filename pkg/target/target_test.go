@@ -101,3 +101,19 @@ func TestParseFingerprint(t *testing.T) {
 		}
 	}
 }
+
+func TestParseGPUWish(t *testing.T) {
+	t.Parallel()
+	for text, ok := range map[string]bool{
+		"default": true, "535.261.03": true, "default@NVIDIA_L4": true, "latest@NVIDIA_H100_80GB": true, "R535@NVIDIA_TESLA_P4": true,
+		"535.261.03@NVIDIA_L4": false, "default@": false, "default@nvidia": false, "default@A@B": false, "@NVIDIA_L4": false, "": false,
+	} {
+		w, err := target.ParseGPUWish(text)
+		if (err == nil) != ok {
+			t.Errorf("ParseGPUWish(%q) = %q, %v; want success: %t", text, w, err, ok)
+		}
+	}
+	if w, gpu := target.Wish("default@NVIDIA_L4").GPU(); w != target.Default || gpu != "NVIDIA_L4" {
+		t.Errorf("GPU() = %q, %q", w, gpu)
+	}
+}

@@ -416,7 +416,7 @@ func (p *parser) driver(a at) (Driver, bool) {
 		if !ok {
 			return d, false
 		}
-		wish, err := target.ParseWish(text)
+		wish, err := target.ParseGPUWish(text)
 		if err != nil {
 			p.want(a, "%s", what)
 		}

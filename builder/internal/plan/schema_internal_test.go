@@ -43,7 +43,7 @@ func generate(t *testing.T) []byte {
 			labels.Items.Pattern = `^(DEFAULT|LATEST|R[0-9]{3,4})$`
 			form.OneOf = []*jsonschema.Schema{{Required: []string{"version"}}, {Required: []string{"branch"}}}
 			return &jsonschema.Schema{OneOf: []*jsonschema.Schema{
-				{Type: "string", Pattern: `^(default|latest|R[0-9]{3,4}|[0-9]{1,5}(\.[0-9]{1,5}){1,3})$`}, {Type: "number"}, form,
+				{Type: "string", Pattern: `^((default|latest|R[0-9]{3,4})(@[A-Z0-9][A-Z0-9_]{0,63})?|[0-9]{1,5}(\.[0-9]{1,5}){1,3})$`}, {Type: "number"}, form,
 			}}
 		}
 		return nil

@@ -44,7 +44,8 @@ type Wish struct {
 	// Kernels that are wanted: an exact build, or the newest ones, of a milestone or of all.
 	Kernels []Kernel `json:"kernels" jsonschema:"minItems=1"`
 	// Drivers that are wanted for each kernel: a version, a branch such as R535, default or latest. What
-	// default, latest and a branch mean is what COS says for that very build.
+	// default, latest and a branch mean is what COS says for that very build; default@NVIDIA_L4 is what it says
+	// for that type of GPU.
 	Drivers []Driver `json:"drivers" jsonschema:"minItems=1"`
 	// Flavours that are wanted of each driver. Default: proprietary and open. A release that does not have
 	// one of them is reported as unavailable, which is no failure.
