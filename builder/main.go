@@ -32,6 +32,7 @@ func root() *ucli.Command {
 			keygenCommand(),
 			cacheCommand(),
 			doctorCommand(),
+			inspectCommand(),
 			reproduceCommand(),
 			mirrorCommand(),
 			{

@@ -58,6 +58,14 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Error("no signed statement names vmlinux")
 	}
 
+	inspect := func() (*scene.Result, error) {
+		return shared.Run(t.Context(), "builder", "inspect", "--build-id", k.BuildID, "--board", k.Board, "--vmlinux",
+			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--cache", shared.BuildCache())
+	}
+	if res, err = inspect(); err != nil || res.Code != 0 || !strings.Contains(string(res.Stdout), "boots vmlinux, of which ") {
+		t.Errorf("inspect = %d, %v\n%s", res.Code, err, res.Stdout)
+	}
+
 	// Another build's vmlinux in its place, with a checksum that fits.
 	foreign, err := os.ReadFile(at(other.BuildID, "vmlinux"))
 	if err != nil {
@@ -75,6 +83,9 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 	}
 	if res, err = build(); err != nil || res.Code != fault.Mismatch.ExitCode() || !strings.Contains(string(res.Stderr), "not the kernel of this build") {
 		t.Errorf("build with a foreign vmlinux = %d, %v; want %d\n%s", res.Code, err, fault.Mismatch.ExitCode(), res.Stderr)
+	}
+	if res, err = inspect(); err != nil || !strings.Contains(string(res.Stdout), "not the kernel of") {
+		t.Errorf("inspect with a foreign vmlinux = %d, %v\n%s", res.Code, err, res.Stdout)
 	}
 }
 

@@ -52,3 +52,18 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 	}
 	return nil
 }
+
+// Check reports whether a toolchain and a header tree fit each other and this
+// machine, before anything is compiled: the tools that the kernel's configuration
+// asks for are there, and the kernel's own build tools run here. Of the request it
+// looks at Headers, Toolchain, Env and Arch.
+func Check(ctx context.Context, r Request) error {
+	t, err := findTools(r)
+	if err != nil {
+		return err
+	}
+	if err := sandbox.Probe(ctx); err != nil {
+		return err
+	}
+	return checkFit(ctx, r, t)
+}

@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/doctor"
+	"github.com/prebake/prebake/builder/internal/inspect"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// inspectCommand tells in a minute whether a COS build is served.
+func inspectCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "inspect",
+		Usage: "look at one COS build of a bucket: what is there, what is taken, and what does not fit",
+		Description: "Fetches what a build fetches of the kernel, and compiles nothing. Send the print along when you\n" +
+			"report that a build is not served. The exit code is that of the worst finding.",
+		Flags: []ucli.Flag{
+			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true, Sources: cli.Env("build-id")},
+			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD`", Sources: cli.Env("board")},
+			&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket", Sources: cli.Env("kernel-mirror")},
+			&ucli.BoolFlag{Name: "vmlinux", Usage: "fetch vmlinux too (hundreds of MB), and hold it against the headers"},
+			cacheFlag(),
+			cli.OutputFlag(),
+		},
+		Action: runInspect,
+	}
+}
+
+func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
+	if cmd.Args().Present() {
+		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()), "see "+cmd.FullName()+" --help")
+	}
+	kernel, err := target.ParseKernel(cmd.String("build-id"), cmd.String("board"))
+	if err != nil {
+		return fault.Wrap(fault.Usage, err, "see builder inspect --help")
+	}
+	cache, err := cas.Open(cmd.String("cache"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cache.Close()) }()
+	kernels, err := cosbucket.Open(ctx, cmd.String("kernel-mirror"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, kernels.Close()) }()
+	report := inspect.Build(ctx, kernels, cache, kernel, inspect.Config{
+		VMLinux: cmd.Bool("vmlinux"), Say: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
+	})
+	if err := cli.Print(cmd, report, func(w io.Writer) error {
+		_, err := io.WriteString(w, reportTable(report))
+		return err
+	}); err != nil {
+		return err
+	}
+	if err := report.Err(); err != nil {
+		failed := 0
+		for _, f := range report.Findings {
+			if f.Level == doctor.Fail {
+				failed++
+			}
+		}
+		return fault.New(fault.Of(err), fmt.Sprintf("%s is not served as it is: %d of %d looks fail", kernel, failed, len(report.Findings)), "read the lines that begin with fail; send the print along if they are wrong")
+	}
+	return nil
+}
