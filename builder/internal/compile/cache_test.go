@@ -11,141 +11,10 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/testdriver"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit/program"
-)
-
-// The makefiles and the script are in the shape of NVIDIA's and kbuild's as far
-// as the cache knows it: questions, rules, times and .cmd files.
-const (
-	askingKbuild = `obj := .
-NV_KERNEL_SOURCES := $(SYSSRC)
-NV_KERNEL_OUTPUT := $(SYSOUT)
-NV_CFLAGS_FROM_CONFTEST := $(shell /bin/sh /prebake/src/conftest.sh "$(CC)" $(ARCH) $(SYSSRC) $(SYSOUT) build_cflags)
-NV_CONFTEST_CFLAGS = $(NV_CFLAGS_FROM_CONFTEST) -I$(SYSSRC)/include -I/prebake/src -include $(SYSSRC)/include/generated/autoconf.h -DNV_VERSION_STRING=\"535.1\" $(KCFLAGS)
-NV_CONFTEST_CMD := /bin/sh /prebake/src/conftest.sh "$(CC)" $(ARCH) $(SYSSRC) $(SYSOUT)
-NV_HEADER_PRESENCE_TESTS = \
- linux/here.h \
- linux/gone.h
-
-NV_CONFTEST_FUNCTION_COMPILE_TESTS += has_size
-NV_CONFTEST_TYPE_COMPILE_TESTS += has_old symbol_a
-PARTS := $(NV_HEADER_PRESENCE_TESTS:%=conftest/header_presence/%.part)
-HEADERS := conftest/headers.h conftest/functions.h conftest/types.h conftest/patches.h
-SOURCES := $(sort $(wildcard nvidia/*.c))
-OBJECTS := $(SOURCES:.c=.o)
-
-modules: nvidia.ko
-
-BUILD_SANITY_CHECKS = cc_sanity_check
-.PHONY: $(BUILD_SANITY_CHECKS) NV_GENERATE_UTS_RELEASE
-$(BUILD_SANITY_CHECKS):
-	@$(NV_CONFTEST_CMD) $@ full_output
-NV_GENERATE_UTS_RELEASE:
-
-$(HEADERS): | $(BUILD_SANITY_CHECKS)
-conftest/uts_release: NV_GENERATE_UTS_RELEASE
-	@mkdir -p conftest; new="// Kernel version: ` + "`$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' uts_release`" + `"; \
-	[ "$$new" = "` + "`cat $@ 2>/dev/null`" + `" ] || echo "$$new" > $@
-conftest/patches.h: conftest.sh conftest/uts_release
-	@mkdir -p conftest; $(NV_CONFTEST_CMD) patch_check > $@
-$(PARTS): conftest/header_presence/%.part: conftest.sh conftest/uts_release
-	@mkdir -p $(dir $@); echo " CONFTEST: $*"; $(NV_CONFTEST_CMD) test_kernel_header '$(NV_CONFTEST_CFLAGS)' '$*' > $@
-conftest/headers.h: $(PARTS) conftest/uts_release
-	@cat $^ > $@
-conftest/compile-tests/%.h: conftest.sh conftest/headers.h
-	@mkdir -p $(dir $@); echo " CONFTEST: $*"; $(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' $* > $@
-conftest/functions.h: conftest/compile-tests/has_size.h conftest/uts_release
-	@cat $^ > $@
-conftest/types.h: conftest/compile-tests/has_old.h conftest/compile-tests/symbol_a.h conftest/uts_release
-	@cat $^ > $@
-
-cmd = $(CC) -Wp,-MMD,nvidia/.$(*F).o.d $(NV_CONFTEST_CFLAGS) -c -o $@ $<
-nvidia/%.o: nvidia/%.c $(HEADERS)
-	@echo "  CC [M]  /prebake/src/$@"; $(cmd)
-	@{ echo 'cmd_$@ := $(subst \",\\",$(cmd))'; echo; echo 'source_$@ := /prebake/src/$<'; echo; echo 'deps_$@ := \'; \
-	  sed -e 's/^[^ ]*://' -e 's/\\$$//' nvidia/.$(*F).o.d | tr ' ' '\n' | grep -v -e '^$$' -e autoconf.h -e '^nvidia/.*\.c$$' | sed 's,^\([^/]\),/prebake/src/\1,; s/$$/ \\/'; echo; } > nvidia/.$(*F).o.cmd
-nvidia.ko: $(OBJECTS)
-	@echo "  MODPOST $@"
-	@echo 'const char salt[] = CONFIG_BUILD_SALT;' > nvidia.mod.c
-	@$(CC) $(NV_CONFTEST_CFLAGS) -c -o nvidia.mod.o nvidia.mod.c
-	@echo "  LD [M]  $@"; $(LD) -r --build-id=sha1 -o $@ $^ nvidia.mod.o
-`
-	askingScript = `#!/bin/sh
-CC="$1"
-OUTPUT=$4
-cd ${0%/*}
-check() {
-    echo "$1" > conftest$$.c
-    if $CC $CFLAGS -c conftest$$.c > /dev/null 2>&1; then echo "#define $2"; else echo "#undef $2"; fi
-    rm -f conftest$$.c conftest$$.o
-}
-test_header_presence() {
-    def=NV_` + "`echo $1 | tr '/.a-z' '__A-Z'`" + `_PRESENT
-    if echo "#include <$1>" | $CC $CFLAGS -E - > /dev/null 2>&1; then echo "#define $def"; else echo "#undef $def"; fi
-}
-compile_test() {
-    case "$1" in
-        has_size)
-            check "#include <linux/here.h>
-            int f(struct here *h) { return h->size; }" NV_HAS_SIZE
-        ;;
-
-        has_old)
-            check "#include \"conftest/headers.h\"
-            #ifndef NV_LINUX_GONE_H_PRESENT
-            #error gone
-            #endif" NV_HAS_OLD
-        ;;
-
-        symbol_*)
-            if grep -q "	${1#symbol_}	" $OUTPUT/Module.symvers; then echo "#define NV_$1 1"; else echo "#define NV_$1 0"; fi
-        ;;
-
-        uts_release)
-            echo "#include <generated/utsrelease.h>
-            UTS_RELEASE" > conftest$$.c
-            $CC $CFLAGS -E -P conftest$$.c | sed '/^$/d'
-            rm -f conftest$$.c
-        ;;
-
-        *)
-            exit 1
-        ;;
-    esac
-}
-
-case "$5" in
-    build_cflags)
-        echo -O2 -DKBUILD_BASENAME=\"#conftest$$\"
-        exit 0
-    ;;
-    cc_sanity_check)
-        exit 0
-    ;;
-    test_kernel_header)
-        CFLAGS=$6
-        test_header_presence "${7}"
-        exit $?
-    ;;
-    patch_check)
-        echo "no patches"
-        exit 0
-    ;;
-
-    compile_tests)
-        shift 5
-
-        CFLAGS=$1
-        shift
-
-        for i in $*; do compile_test $i; done
-
-        exit 0
-    ;;
-esac
-`
 )
 
 // asking is a driver that asks its kernel, and a kernel that answers.
@@ -155,18 +24,7 @@ func asking(t *testing.T) compile.Request {
 	if err := os.Symlink("/usr/bin/ld", filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-ld")); err != nil {
 		t.Fatal(err)
 	}
-	write(t, r.Source, map[string]string{
-		"Makefile": "include Kbuild\n", "Kbuild": askingKbuild, "conftest.sh": askingScript,
-		"nvidia/nv.c": `#include <linux/here.h>
-#include <generated/utsrelease.h>
-#include "conftest/functions.h"
-#include "conftest/types.h"
-#ifdef NV_HAS_SIZE
-int nv(struct here *h) { return h->size + NV_symbol_a; }
-#endif
-`,
-		"nvidia/version.c": "#include <generated/utsrelease.h>\n#include \"conftest/headers.h\"\nconst char release[] = UTS_RELEASE;\n",
-	})
+	write(t, r.Source, testdriver.Sources())
 	headers(t, r.Headers, "6.1.0-55", "0x11111111")
 	r.HeaderDigest, r.ToolchainDigest, r.SourceDigest = "headers 55", "toolchain", "source"
 	return r
@@ -174,14 +32,7 @@ int nv(struct here *h) { return h->size + NV_symbol_a; }
 
 func headers(t *testing.T, dir, release, crc string) {
 	t.Helper()
-	write(t, dir, map[string]string{
-		".config":                        "CONFIG_MODVERSIONS=y\nCONFIG_BUILD_SALT=\"" + release + "\"\n",
-		"Makefile":                       "",
-		"Module.symvers":                 crc + "\ta\tvmlinux\tEXPORT_SYMBOL\t\n",
-		"include/linux/here.h":           "#ifndef _UTS_RELEASE_H\nstruct here { int size; };\n#endif\n",
-		"include/generated/autoconf.h":   "#define CONFIG_X 1\n#define CONFIG_BUILD_SALT \"" + release + "\"\n",
-		"include/generated/utsrelease.h": "#define UTS_RELEASE \"" + release + "\"\n",
-	})
+	write(t, dir, testdriver.Headers(release, crc))
 }
 
 // made compiles and returns the module's bytes and what the phases say.
@@ -245,7 +96,7 @@ func TestCache(t *testing.T) {
 	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include \"conftest/types.h\"\nint other = NV_symbol_a;\n"})
 	r.SourceDigest = "next source"
 	step("next driver", "6 tests, 6 remembered; 2 files")
-	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(askingScript, "return h->size", "return h->length", 1)})
+	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "return h->size", "return h->length", 1)})
 	r.SourceDigest = "third source"
 	// nv.c does not name the macro whose question changed.
 	step("driver with one other question", "6 tests, 5 remembered; 2 files, 1 reused")
@@ -374,10 +225,10 @@ func TestCacheShared(t *testing.T) {
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{
-		"no release in the answers": {"Kbuild": strings.ReplaceAll(askingKbuild, "conftest/uts_release", "conftest/release")},
-		"another script":            {"conftest.sh": strings.Replace(askingScript, "do compile_test $i", "do  compile_test $i", 1)},
+		"no release in the answers": {"Kbuild": strings.ReplaceAll(testdriver.Kbuild, "conftest/uts_release", "conftest/release")},
+		"another script":            {"conftest.sh": strings.Replace(testdriver.Script, "do compile_test $i", "do  compile_test $i", 1)},
 		"patches":                   {"patch-x.h": ""},
-		"a question out of plan": {"Kbuild": strings.Replace(askingKbuild, "\nnvidia.ko: $(OBJECTS)\n",
+		"a question out of plan": {"Kbuild": strings.Replace(testdriver.Kbuild, "\nnvidia.ko: $(OBJECTS)\n",
 			"\nconftest/late.h: conftest/headers.h\n\t@$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' symbol_late > $@\nnvidia.ko: $(OBJECTS) | conftest/late.h\n", 1)},
 	} {
 		r := asking(t)

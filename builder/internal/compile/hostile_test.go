@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/testdriver"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -96,8 +97,8 @@ func TestHostileFiles(t *testing.T) {
 			t.Run(place+" is "+kind, func(t *testing.T) {
 				t.Parallel()
 				r := asking(t)
-				kbuild, script := edit(askingKbuild, askingScript, command)
-				if kbuild+script == askingKbuild+askingScript {
+				kbuild, script := edit(testdriver.Kbuild, testdriver.Script, command)
+				if kbuild+script == testdriver.Kbuild+testdriver.Script {
 					t.Fatal("the row changes nothing")
 				}
 				write(t, r.Source, map[string]string{"Kbuild": kbuild, "conftest.sh": script})
@@ -141,7 +142,7 @@ func TestHostileAnswers(t *testing.T) {
                 echo 'exit 1' > $dir/x86_64-cros-linux-gnu-gcc
             done 2>/dev/null
 `
-	write(t, bad.Source, map[string]string{"conftest.sh": strings.Replace(askingScript, "        has_old)\n", poison, 1)})
+	write(t, bad.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "        has_old)\n", poison, 1)})
 	bad.SourceDigest = "a hostile driver"
 	if _, told, err := attack(t, bad, cache); err != nil {
 		t.Logf("the hostile driver fails: %s", told)
@@ -161,7 +162,7 @@ func TestHostileObjects(t *testing.T) {
 	cache := newCache(t)
 	bad := asking(t)
 	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
-	write(t, bad.Source, map[string]string{"Kbuild": askingKbuild + "\t@echo 'int nv(void *h) { return 666; }' > /tmp/x.c; $(CC) -c -o nvidia/nv.o /tmp/x.c\n"})
+	write(t, bad.Source, map[string]string{"Kbuild": testdriver.Kbuild + "\t@echo 'int nv(void *h) { return 666; }' > /tmp/x.c; $(CC) -c -o nvidia/nv.o /tmp/x.c\n"})
 	bad.SourceDigest = "a hostile driver"
 	if _, told, err := attack(t, bad, cache); err != nil {
 		t.Fatal(told)
@@ -196,8 +197,8 @@ func TestChecksFirst(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
 	write(t, r.Source, map[string]string{
-		"Kbuild":      strings.Replace(askingKbuild, "BUILD_SANITY_CHECKS = cc_sanity_check", "BUILD_SANITY_CHECKS = cc_sanity_check preempt_rt_sanity_check", 1),
-		"conftest.sh": strings.Replace(askingScript, "    cc_sanity_check)", "    preempt_rt_sanity_check)\n        echo 'The kernel you are installing for is a PREEMPT_RT kernel!'\n        exit 1\n    ;;\n    cc_sanity_check)", 1),
+		"Kbuild":      strings.Replace(testdriver.Kbuild, "BUILD_SANITY_CHECKS = cc_sanity_check", "BUILD_SANITY_CHECKS = cc_sanity_check preempt_rt_sanity_check", 1),
+		"conftest.sh": strings.Replace(testdriver.Script, "    cc_sanity_check)", "    preempt_rt_sanity_check)\n        echo 'The kernel you are installing for is a PREEMPT_RT kernel!'\n        exit 1\n    ;;\n    cc_sanity_check)", 1),
 	})
 	_, told, err := attack(t, r, newCache(t))
 	if fault.Of(err) != fault.Unsupported || strings.Contains(told, "CONFTEST") || !strings.Contains(told, "PREEMPT_RT") {

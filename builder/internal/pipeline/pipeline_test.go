@@ -53,7 +53,7 @@ func headerFiles() map[string]string {
 
 func toolchainFiles() map[string]string {
 	files := map[string]string{}
-	for _, tool := range []string{"gcc", "strip"} {
+	for _, tool := range []string{"gcc", "ld", "strip"} {
 		files["bin/x86_64-cros-linux-gnu-"+tool+"*"] = "#!/bin/sh\nexec /usr/bin/" + tool + " \"$@\"\n"
 	}
 	return files
