@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -48,7 +49,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	if err != nil {
 		return false, err.Error(), nil
 	}
-	now := inodes(path)
+	now, quiet := inodes(path)
 	c.mu.Lock()
 	known := now != "" && c.read[path] == now+string(want)
 	c.mu.Unlock()
@@ -68,7 +69,7 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 	if got != string(want) {
 		return false, fmt.Sprintf("its content is %s, it was made as %.80s", got, want), nil
 	}
-	if inodes(path) == now { // nothing changed while it was read
+	if again, _ := inodes(path); quiet && again == now { // nothing changed while it was read
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		if c.read == nil {
@@ -82,9 +83,11 @@ func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, tr
 // inodes names the state of all files of a tree without reading them: device,
 // inode, size, and when the inode changed last, which no program can set. What a
 // process has read whole is the same for as long as that is, but for what the
-// disk itself does to it; see [Cache.Reread]. It is "" where nobody can tell.
-func inodes(dir string) string {
-	h := sha256.New()
+// disk itself does to it; see [Cache.Reread]. It is "" where nobody can tell. A file
+// that changed just now may change again within the same tick of the file system's
+// clock: quiet says that none did.
+func inodes(dir string) (state string, quiet bool) {
+	h, begin, newest := sha256.New(), time.Now(), time.Time{}
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -97,14 +100,21 @@ func inodes(dir string) string {
 		if !ok {
 			return errors.ErrUnsupported
 		}
+		if changed := time.Unix(s.Ctim.Sec, s.Ctim.Nsec); changed.After(newest) {
+			newest = changed
+		}
 		fmt.Fprintf(h, "%s\x00%d %d %d %d.%d\n", path, s.Dev, s.Ino, s.Size, s.Ctim.Sec, s.Ctim.Nsec)
 		return nil
 	})
 	if err != nil {
-		return ""
+		return "", false
 	}
-	return hex.EncodeToString(h.Sum(nil))
+	return hex.EncodeToString(h.Sum(nil)), begin.Sub(newest) > tick
 }
+
+// tick is far more than any file system's clock takes for a step: 10 ms for ext4,
+// xfs and btrfs on kernels before 6.13, which take the time of the last interrupt.
+const tick = time.Second
 
 func foreign(kind, key string, err error) error {
 	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err), "run as the user that the cache folder belongs to, or set another cache folder")

@@ -129,6 +129,7 @@ func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 	want := cosbucket.DriverList{
 		Default: "535.261.03", Latest: "570.9.9",
 		Branches: map[string]string{"R470": "470.256.02", "R535": "535.309.01", "R550": "550.54.15"},
+		GPUs:     map[string]cosbucket.DriverList{"NVIDIA_L4": {Default: "535.1.1", Branches: map[string]string{"R470": "470.256.02"}, Versions: []string{"470.256.02", "535.1.1"}}},
 		Versions: []string{"470.256.02", "535.1.1", "535.261.03", "535.309.01", "550.54.15", "550.90.07", "570.9.9", "570.10.2"},
 	}
 	if diff := cmp.Diff(want, drivers); err != nil || diff != "" {

@@ -176,7 +176,7 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	}
 	infos := list.GetGpuDriverVersionInfo()
 	slices.SortStableFunc(infos, func(a, b *gpuversions.GPUDriverVersionInfo) int { return rank(a) - rank(b) })
-	l := DriverList{Branches: map[string]string{}, GPUs: map[string]DriverList{}}
+	l := DriverList{Branches: map[string]string{}}
 	for _, info := range infos {
 		l.add(info)
 		if gpu := info.GetGpuDevice().GetGpuType(); rank(info) == 1 && gpu != "" {
@@ -186,6 +186,9 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 			}
 			own.add(info)
 			own.Versions = sortVersions(own.Versions)
+			if l.GPUs == nil {
+				l.GPUs = map[string]DriverList{}
+			}
 			l.GPUs[gpu] = own
 		}
 	}
