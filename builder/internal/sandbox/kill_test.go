@@ -7,8 +7,11 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/sandbox"
 )
@@ -81,4 +84,49 @@ func TestDiesWithParent(t *testing.T) {
 	if err := helper.Wait(); err == nil {
 		t.Error("helper ended well; want it killed")
 	}
+}
+
+// A sandbox that is called off while it is being made leaves no process behind.
+func TestCalledOffEarly(t *testing.T) {
+	t.Parallel()
+	needBubblewrap(t)
+	mark := "called-off-" + filepath.Base(t.TempDir()) + "-" + strconv.Itoa(os.Getpid())
+	for i := range 60 {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*200*time.Microsecond)
+		err := sandbox.Run(ctx, sandbox.Config{Argv: []string{"sleep", "600"}, Dir: "/", Env: map[string]string{"MARK": mark}})
+		cancel()
+		if err == nil {
+			t.Fatal("sleep ended well")
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	look := time.NewTicker(50 * time.Millisecond)
+	defer look.Stop()
+	for {
+		left := running(t, mark)
+		if len(left) == 0 {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("processes are left: %v", left)
+		case <-look.C:
+		}
+	}
+}
+
+// running lists the processes whose command line has a word.
+func running(t *testing.T, word string) (found []string) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if text, err := os.ReadFile(file); err == nil && strings.Contains(string(text), word) {
+			found = append(found, filepath.Dir(file))
+		}
+	}
+	return found
 }

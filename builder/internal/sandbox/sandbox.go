@@ -199,9 +199,11 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	cmd := exec.CommandContext(ctx, bwrap, arguments(c)...)
 	cmd.Env = []string{} // bubblewrap itself needs nothing of ours
 	cmd.Stdout, cmd.Stderr = output, output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	if g != nil {
-		cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(g.dir.Fd())}
+		cmd.SysProcAttr.UseCgroupFD, cmd.SysProcAttr.CgroupFD = true, int(g.dir.Fd())
 	}
+	cmd.Cancel = func() error { return killWithChildren(cmd.Process.Pid) }
 	// Descendants die with the sandbox's first process; the delay only guards
 	// against a pipe that outlives it.
 	cmd.WaitDelay = 10 * time.Second

@@ -1,0 +1,56 @@
+package sandbox
+
+import (
+	"errors"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/procfs"
+)
+
+// killWithChildren kills bubblewrap and its child, with which everything in the
+// sandbox ends: it is the first process of a PID namespace. Killing bubblewrap
+// alone is not enough while it sets up: a child that has not been told its user ids
+// yet, or has not asked to die with its parent yet, waits for good.
+func killWithChildren(pid int) error {
+	// A process that is stopped has no more children.
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		return err
+	}
+	children := childrenOnceStopped(pid)
+	err := syscall.Kill(-pid, syscall.SIGKILL)
+	for _, child := range children {
+		if kerr := syscall.Kill(child, syscall.SIGKILL); !errors.Is(kerr, syscall.ESRCH) {
+			err = errors.Join(err, kerr)
+		}
+	}
+	return err
+}
+
+// childrenOnceStopped waits until a process stands still, for no longer than a
+// tenth of a second, and lists its children.
+func childrenOnceStopped(pid int) (children []int) {
+	fs, err := procfs.NewFS(procfs.DefaultMountPoint)
+	if err != nil {
+		return nil
+	}
+	for end := time.Now().Add(100 * time.Millisecond); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		p, err := fs.Proc(pid)
+		if err != nil {
+			return nil
+		}
+		if s, err := p.Stat(); err != nil || s.State == "T" || s.State == "Z" {
+			break
+		}
+	}
+	all, err := fs.AllProcs()
+	if err != nil {
+		return nil
+	}
+	for _, p := range all {
+		if s, err := p.Stat(); err == nil && s.PPID == pid {
+			children = append(children, p.PID)
+		}
+	}
+	return children
+}
