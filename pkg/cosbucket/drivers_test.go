@@ -124,8 +124,8 @@ func FuzzParseVersionFile(f *testing.F) {
 	})
 }
 
-// COS's lists have versions for each type of GPU. The shape is that of the list of
-// a COS 121 build, in the schema of cos/tools.
+// COS's lists have versions for each type of GPU. The schema is that of cos/tools;
+// the list is made up.
 func TestChooseByGPU(t *testing.T) {
 	t.Parallel()
 	entry := func(gpu string, versions ...string) string {

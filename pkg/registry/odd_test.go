@@ -40,8 +40,8 @@ func proxied(t *testing.T, host string, answer func(w http.ResponseWriter, r *ht
 }
 
 // Statements get to an artifact, and are found, whatever a registry without the
-// referrers API says instead of 404. The statuses are those that users of oras,
-// regctl and cosign report of GitLab, older Harbor and proxies in front of others.
+// referrers API says instead of 404. None of the answers is a
+// recorded one: they are what HTTP offers for "no such thing here".
 func TestOddReferrers(t *testing.T) {
 	t.Parallel()
 	hosts := map[string]string{}
@@ -270,7 +270,7 @@ func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 }
 
 // A repository that has to be made by hand is named, with the way to make it: the
-// answer is Amazon ECR's, in the words of its documentation.
+// answer is written after Amazon ECR's, and not recorded.
 func TestUnknownRepository(t *testing.T) {
 	t.Parallel()
 	tr := answer(func(r *http.Request) (*http.Response, error) {

@@ -56,7 +56,7 @@ var planVariables = []struct{ name, expression string }{
 // driver's sanity checks run, writes the plan to file, and stops make before the
 // first question: make alone knows the flags, which the kernel's makefiles
 // compose. It hangs on conftest/uts_release, which every header of answers
-// depends on, in all of NVIDIA's releases from 515.43.04 to 595.45.04 and in
+// depends on: so it stands in NVIDIA's releases from 515.43.04 to 595.45.04, and in
 // Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder

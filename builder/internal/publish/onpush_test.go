@@ -18,8 +18,8 @@ import (
 
 // onPush is a registry that makes a repository when somebody who may push asks for
 // a token, and says of one that is not there what it says of one that is secret.
-// The exchange is that of the distribution project's token specification, the words
-// are those that users report of Quay.
+// The exchange is that of the distribution project's token specification; the answers
+// are written after what is known of Quay, and not recorded.
 func onPush(t *testing.T) string {
 	t.Helper()
 	var made atomic.Bool
