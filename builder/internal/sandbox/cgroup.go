@@ -18,14 +18,16 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Control groups, version 2. Each run gets a group of its own beside the
-// builder's, and the sandbox is born inside it, so that nothing it starts can be
-// outside.
+// Control groups, version 2. Each run gets a group of its own, and the sandbox is
+// born inside it, so that nothing it starts can be outside. The groups of one
+// builder's runs are in one group beside the builder's own, which bounds their
+// memory together.
 const (
 	groupRoot = "/sys/fs/cgroup"
 	// selfGroup is where the builder itself goes: a group that hands controllers
 	// to its children may hold no process.
 	selfGroup = "prebake-builder"
+	allGroup  = "prebake-all-" // and a process id, a dash, the bound in MiB
 	runGroup  = "prebake-run-" // and a process id, a dash, something random
 )
 
@@ -169,15 +171,43 @@ func newGroup(l Limits) (*group, error) {
 		return nil, err
 	}
 	sweepGroups(base)
-	path, err := os.MkdirTemp(base, fmt.Sprintf("%s%d-*", runGroup, os.Getpid()))
-	if err != nil {
-		return nil, err
+	for try := 0; ; try++ {
+		all, err := groupOfAll(base, l.Together)
+		if err != nil {
+			return nil, err
+		}
+		path, err := os.MkdirTemp(all, fmt.Sprintf("%s%d-*", runGroup, os.Getpid()))
+		if errors.Is(err, fs.ErrNotExist) && try < maxTries {
+			continue // the last run in it has just ended
+		} else if err != nil {
+			return nil, err
+		}
+		g := &group{path: path}
+		if err := g.set(l); err != nil {
+			return nil, errors.Join(err, g.close())
+		}
+		return g, nil
 	}
-	g := &group{path: path}
-	if err := g.set(l); err != nil {
-		return nil, errors.Join(err, g.close())
+}
+
+// maxTries bounds how often a run loses its place to one that ends. Each time
+// another run of this process has to begin and end in between.
+const maxTries = 100
+
+// groupOfAll makes or finds the group around all runs of this process with the
+// same bound.
+func groupOfAll(base string, most int64) (string, error) {
+	path := filepath.Join(base, fmt.Sprintf("%s%d-%d", allGroup, os.Getpid(), most>>20))
+	if err := os.Mkdir(path, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
 	}
-	return g, nil
+	err := errors.Join(
+		writeGroup(path, "memory.max", strconv.FormatInt(most, 10)),
+		writeGroup(path, "cgroup.subtree_control", "+memory +pids"))
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return path, nil // it is being removed: MkdirTemp sees that, and there is another try
+	}
+	return path, err
 }
 
 func (g *group) set(l Limits) (err error) {
@@ -200,6 +230,10 @@ func (g *group) set(l Limits) (err error) {
 // says it for sure: a program that was killed looks the same whoever did it.
 func (g *group) verdict(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
+		// "oom" counts the group's own bound and those below it, not those around it.
+		if g.count("memory.events", "oom") == 0 {
+			return fault.New(fault.OutOfMemory, fmt.Sprintf("all that runs side by side needed more than %d MiB of memory", l.Together>>20), hintTogether)
+		}
 		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)
 	}
 	if n := g.count("pids.events", "max"); n > 0 {
@@ -236,7 +270,8 @@ func (g *group) peak() int64 {
 	return n
 }
 
-// close removes the group. The kernel may still be busy with its last process.
+// close removes the group, and the one around it when this was the last run. The
+// kernel may still be busy with its last process.
 func (g *group) close() error {
 	var err error
 	if g.dir != nil {
@@ -245,6 +280,7 @@ func (g *group) close() error {
 	for range 50 {
 		rerr := unix.Rmdir(g.path)
 		if !errors.Is(rerr, unix.EBUSY) {
+			_ = unix.Rmdir(filepath.Dir(g.path)) // refused while another run is in it
 			return errors.Join(err, rerr)
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -254,19 +290,26 @@ func (g *group) close() error {
 
 // sweepGroups removes empty groups of builders that were killed.
 func sweepGroups(base string) {
-	left, err := filepath.Glob(filepath.Join(base, runGroup+"*"))
+	left, err := filepath.Glob(filepath.Join(base, allGroup+"*"))
 	if err != nil {
 		return // the pattern is fixed
 	}
 	for _, path := range left {
-		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), runGroup), "-")
+		pid, _, _ := strings.Cut(strings.TrimPrefix(filepath.Base(path), allGroup), "-")
 		n, err := strconv.Atoi(pid)
 		if err != nil || n == os.Getpid() || !errors.Is(unix.Kill(n, 0), unix.ESRCH) {
 			continue
 		}
 		// One that another container's builder has just made looks dead too.
-		if info, err := os.Stat(path); err == nil && time.Since(info.ModTime()) > time.Minute {
-			_ = unix.Rmdir(path) // refused while anything lives in it
+		if info, err := os.Stat(path); err != nil || time.Since(info.ModTime()) < time.Minute {
+			continue
+		}
+		runs, err := filepath.Glob(filepath.Join(path, runGroup+"*"))
+		if err != nil {
+			return // as above
+		}
+		for _, dir := range append(runs, path) {
+			_ = unix.Rmdir(dir) // refused while anything lives in it
 		}
 	}
 }

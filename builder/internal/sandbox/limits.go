@@ -17,10 +17,13 @@ import (
 // Limits bound what one program and all that it starts may take together, so
 // that one that runs wild fails by itself and not the machine.
 type Limits struct {
-	// Memory in bytes, /tmp among it; 0 is seven eighths of what this process
-	// may have. Where there is no control group (see [Bounds]) it bounds each
-	// process instead of all together.
+	// Memory in bytes, /tmp among it; 0 is as much as Together. Where there is no
+	// control group (see [Bounds]) it bounds each process instead of all together.
 	Memory int64
+	// Together bounds the memory of all runs that this process has at one time, in
+	// bytes; 0 is seven eighths of what this process may have. It holds where there
+	// is a control group, for all runs that give the same number.
+	Together int64
 	// Processes, threads too; 0 is 16384. Where there is no control group, it
 	// counts all processes of this user, and root's not at all.
 	Processes int
@@ -59,14 +62,18 @@ const prlimit = "/usr/bin/prlimit"
 
 const (
 	hintMemory    = "give the builder more memory (1 GiB for each job), or run fewer jobs"
+	hintTogether  = "run fewer builds or jobs side by side (--parallel, --jobs), or give the builder more memory"
 	hintDisk      = "free space on the disk of the cache folder, or choose another folder: --cache"
 	hintProcesses = "run fewer jobs; if one job alone does this, read the end of the build's log"
 	hintTime      = "allow more time, or more jobs on a machine with more processors"
 )
 
 func (l Limits) withDefaults() Limits {
+	if l.Together <= 0 {
+		l.Together = AvailableMemory() / 8 * 7
+	}
 	if l.Memory <= 0 {
-		l.Memory = AvailableMemory() / 8 * 7
+		l.Memory = l.Together
 	}
 	if l.Processes <= 0 {
 		l.Processes = maxProcesses

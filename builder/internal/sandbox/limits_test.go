@@ -2,11 +2,14 @@ package sandbox_test
 
 import (
 	"bytes"
+	"cmp"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -47,6 +50,34 @@ func TestMemory(t *testing.T) {
 	}
 	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil || strings.TrimSpace(out) != "60000000" {
 		t.Errorf("with memory enough, Run = %q, %v", out, err)
+	}
+}
+
+// Two runs of which each has room alone do not fit together: one of them ends, and
+// says that it was not alone.
+func TestTogether(t *testing.T) {
+	t.Parallel()
+	if m := sandbox.Bounds(); !m.ControlGroup {
+		t.Skip(m.Why)
+	}
+	// /tmp is memory: each run holds 60 MB there until the other one does, too.
+	hold := func(l sandbox.Limits, self, other int, meet string) error {
+		script := fmt.Sprintf(`head -c 60000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
+		_, _, err := limited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
+		return err
+	}
+	limits := sandbox.Limits{Memory: 100 << 20, Together: 100 << 20}
+	if err := hold(limits, 0, 0, t.TempDir()); err != nil {
+		t.Fatalf("alone: %v", err)
+	}
+	meet, errs := t.TempDir(), make([]error, 2)
+	var group sync.WaitGroup
+	for i := range errs {
+		group.Go(func() { errs[i] = hold(limits, i, 1-i, meet) })
+	}
+	group.Wait()
+	if err := cmp.Or(errs...); !fault.Is(err, fault.OutOfMemory) || !strings.Contains(err.Error(), "side by side") {
+		t.Errorf("two at once: %v; want one of them out of memory, for both together", errs)
 	}
 }
 

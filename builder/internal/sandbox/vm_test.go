@@ -60,7 +60,7 @@ func TestInVirtualMachine(t *testing.T) {
 	c.Files = append(c.Files, vm.File{Name: "/bin/sh", Path: programs[2], Mode: 0o755}, vm.File{Name: "/usr/local"}, vm.File{Name: "/usr/src"})
 	for _, where := range []string{"root", "unit", "user"} {
 		c.Steps = append(c.Steps, vm.Step{Name: where, KeepGoing: true, Env: []string{inGuest + "=" + where},
-			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=4m", "-test.parallel=1", "-test.run", "^Test(Inside|Exit|Memory|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
+			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=4m", "-test.parallel=1", "-test.run", "^Test(Inside|Exit|Memory|Together|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
 	}
 	c.Watch = func(p vm.Progress) {
 		if p.State == "output" {
@@ -92,9 +92,11 @@ func TestGroupsAreRemoved(t *testing.T) {
 			t.Errorf("Run = %v, usage %+v; want a peak of some 20 MB", err, usage)
 		}
 	}
-	left, err := filepath.Glob(fmt.Sprintf("/sys/fs/cgroup/*/prebake-run-%d-*", os.Getpid()))
-	if err != nil || len(left) > 0 {
-		t.Errorf("control groups left: %v, %v", left, err)
+	for _, pattern := range []string{"/sys/fs/cgroup/prebake-all-%d-*", "/sys/fs/cgroup/*/prebake-all-%d-*"} {
+		left, err := filepath.Glob(fmt.Sprintf(pattern, os.Getpid()))
+		if err != nil || len(left) > 0 {
+			t.Errorf("control groups left: %v, %v", left, err)
+		}
 	}
 }
 
