@@ -7,7 +7,8 @@
 #   make arm64-programs
 #   docker build -f Dockerfile.builder -t prebake-builder-arm64 --target builder-arm64 .
 #
-# BASE is any Debian 12 root with apt. "make images" makes one on the spot and
+# BASE is any Debian 12 root with apt; pin it by digest (BASE=…@sha256:…) for the
+# same tools in each build of the image. "make images" makes one on the spot and
 # needs neither a registry nor a Docker daemon.
 ARG BASE=docker.io/library/debian:bookworm-slim
 

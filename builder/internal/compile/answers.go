@@ -80,7 +80,7 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	if a.plan, err = a.findPlan(ctx); err != nil {
 		return nil, err
 	}
-	a.asker = conftest.NewAsker(script, a.plan, conftest.Basis{View: v.Digest, Toolchain: b.r.ToolchainDigest, Recipe: Recipe, Macros: v.Macros})
+	a.asker = conftest.NewAsker(script, a.plan, conftest.Basis{View: v.Digest, Toolchain: b.r.ToolchainDigest, Host: b.r.HostDigest, Recipe: Recipe, Macros: v.Macros})
 	if a.sheet, err = readSheet(b.r.Cache, a.asker.SheetKey()); err != nil {
 		return nil, err
 	}
@@ -107,7 +107,7 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			args[i] = "KERNEL_UNAME=masked"
 		}
 	}
-	key := strings.Join(append([]string{Recipe, a.view.Digest, a.r.ToolchainDigest, a.r.SourceDigest, string(a.r.Driver.Flavour)}, args...), "\n")
+	key := strings.Join(append([]string{Recipe, a.view.Digest, a.r.ToolchainDigest, a.r.HostDigest, a.r.SourceDigest, string(a.r.Driver.Flavour)}, args...), "\n")
 	if raw, ok := a.r.Cache.Recall("conftest-plan-2", key); ok {
 		if plan, err := conftest.ParsePlan(string(raw)); err == nil {
 			return plan, nil

@@ -26,7 +26,7 @@ func asking(t *testing.T) compile.Request {
 	}
 	write(t, r.Source, testdriver.Sources())
 	headers(t, r.Headers, "6.1.0-55", "0x11111111")
-	r.HeaderDigest, r.ToolchainDigest, r.SourceDigest = "headers 55", "toolchain", "source"
+	r.HeaderDigest, r.ToolchainDigest, r.SourceDigest, r.HostDigest = "headers 55", "toolchain", "source", "host"
 	return r
 }
 
@@ -113,6 +113,8 @@ func TestCache(t *testing.T) {
 	r.ToolchainDigest = "another toolchain"
 	step("another compiler", none)
 	step("another compiler again", all)
+	r.HostDigest = "another make"
+	step("other host tools", none)
 
 	for _, file := range []string{"trees/object-1/*/object", "trees/object-1/*/command", "facts/object-inputs-1/*", "facts/conftest-2/*", "facts/conftest-plan-2/*", "facts/header-view-1/*"} {
 		found, err := filepath.Glob(filepath.Join(dir, file))

@@ -68,11 +68,12 @@ type Request struct {
 	BTF string
 	// Cache remembers what conftest found out and what was compiled, for the
 	// same and for sibling kernels; nil does all the work again. It does not
-	// change the result. With it HeaderDigest, ToolchainDigest and SourceDigest
-	// are needed: they name the content of those folders, the last one for all
-	// flavours of Driver. A HeaderDigest may leave out compile.h and utsversion.h.
-	Cache                                       *cas.Cache
-	HeaderDigest, ToolchainDigest, SourceDigest string
+	// change the result. With it the digests are needed: the first three name the
+	// content of those folders, SourceDigest for all flavours of Driver; HostDigest
+	// names the host's programs, see [sandbox.HostTools]. A HeaderDigest may leave
+	// out compile.h and utsversion.h.
+	Cache                                                   *cas.Cache
+	HeaderDigest, ToolchainDigest, SourceDigest, HostDigest string
 	// WorkDir is an empty folder on a disk with 1 GiB to spare. It holds src/, out/,
 	// modules/ and more afterwards, and belongs to the caller.
 	WorkDir string
@@ -167,8 +168,8 @@ func (r Request) withDefaults() (Request, error) {
 	if left, err := fs.ReadDir(hostFS(r.WorkDir), "."); err == nil && len(left) > 0 {
 		errs = append(errs, fmt.Errorf("work folder %s: not empty", r.WorkDir))
 	}
-	if r.Cache != nil && (r.HeaderDigest == "" || r.ToolchainDigest == "" || r.SourceDigest == "") {
-		errs = append(errs, errors.New("cache without the digests of headers, toolchain and source"))
+	if r.Cache != nil && (r.HeaderDigest == "" || r.ToolchainDigest == "" || r.SourceDigest == "" || r.HostDigest == "") {
+		errs = append(errs, errors.New("cache without the digests of headers, toolchain, source and host tools"))
 	}
 	if r.Jobs == 0 {
 		r.Jobs = runtime.NumCPU()

@@ -74,7 +74,7 @@ func (b *build) newObjects(v *view, a *answers) (*objects, error) {
 	if err != nil {
 		return nil, err
 	}
-	o.base = cas.NewKey(objectKind).Add("recipe", Recipe).Add("kernel view", v.Digest).Add("toolchain", b.r.ToolchainDigest).
+	o.base = cas.NewKey(objectKind).Add("recipe", Recipe).Add("kernel view", v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest).
 		Add("flavour", string(b.r.Driver.Flavour)).Add("makefiles", makefiles).Add("conftest flags", versionMacro.ReplaceAllString(a.asker.Flags(), ""))
 	for _, arg := range b.args {
 		if !strings.HasPrefix(arg, "KERNEL_UNAME=") {

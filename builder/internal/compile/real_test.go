@@ -61,7 +61,7 @@ func TestRealSameBytes(t *testing.T) {
 		r := compile.Request{
 			Source: source, Headers: k.Headers, Toolchain: k.Toolchain, Env: k.Env, Release: k.Kernel.Release,
 			Driver: target.Driver{Version: version, Flavour: target.Proprietary}, Arch: k.Kernel.Arch,
-			HeaderDigest: k.HeadersDigest, ToolchainDigest: k.ToolchainDigest, SourceDigest: d.SourceDigest,
+			HeaderDigest: k.HeadersDigest, ToolchainDigest: k.ToolchainDigest, SourceDigest: d.SourceDigest, HostDigest: "this machine",
 		}
 		if !same {
 			r.Debug = true

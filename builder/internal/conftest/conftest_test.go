@@ -326,6 +326,7 @@ func TestKeys(t *testing.T) {
 		{"another compiler's name", script, replace(plan, "cc gcc", "cc gcc-12"), headers, basis, "sheet"},
 		{"view", script, plan, headers, conftest.Basis{View: "w", Toolchain: "t", Recipe: "r"}, "sheet"},
 		{"toolchain", script, plan, headers, conftest.Basis{View: "v", Toolchain: "u", Recipe: "r"}, "sheet"},
+		{"host tools", script, plan, headers, conftest.Basis{View: "v", Toolchain: "t", Host: "h", Recipe: "r"}, "sheet"},
 		{"recipe", script, plan, headers, conftest.Basis{View: "v", Toolchain: "t", Recipe: "s"}, "sheet"},
 		{"a program", replace(script, "int x;", "int y;"), plan, headers, basis, "set_uc"},
 		{"the frame", replace(script, "CC=\"$1\"", "CC=\"$1 \""), plan, headers, basis, "sheet"},

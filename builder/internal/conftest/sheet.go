@@ -11,9 +11,10 @@ type Basis struct {
 	// View is the digest of the header tree as the script sees it: nothing that
 	// it does not cover may be visible while an answer is found.
 	View string
-	// Toolchain is the digest of the compiler's folder, Recipe the way that
+	// Toolchain is the digest of the compiler's folder, Host that of the host's
+	// programs ([sandbox.HostTools]), Recipe the way that
 	// the script is run.
-	Toolchain, Recipe string
+	Toolchain, Host, Recipe string
 	// Macros says that some header speaks of presence macros or of the driver's
 	// version by name; then no question may be taken out of its context.
 	Macros bool
@@ -76,7 +77,7 @@ func (a *Asker) Flags() string { return a.flags }
 
 // SheetKey names the sheet that holds the answers.
 func (a *Asker) SheetKey() string {
-	return digest("conftest sheet 2", a.basis.View, a.basis.Toolchain, a.basis.Recipe, a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
+	return digest("conftest sheet 2", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
 // HeaderKey is the key of the question whether a header is there; "" stands for

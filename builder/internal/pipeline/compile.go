@@ -60,7 +60,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
 			Debug: r.cfg.DebugSymbols, BTF: r.kernel.BTF,
-			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest,
+			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest, HostDigest: r.host,
 			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
 		})
 		// A tree that changed under the compiler explains every error, and

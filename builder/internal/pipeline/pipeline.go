@@ -23,6 +23,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -168,6 +169,7 @@ type run struct {
 	inputs  []string          // folders that this run compiled from; none where the modules were there
 
 	debugDir string // with Config.DebugSymbols
+	host     string // digest of the host's programs that builds run
 	pahole   string // its version; "" where the modules get no BTF
 	boot     boot   // of the load test
 	untested string // why there was none, though it was not off
@@ -294,6 +296,9 @@ func (r *run) source(ctx context.Context) (string, error) {
 		return "", err
 	}
 	r.res.Kernel, r.res.Fingerprint = r.kernel.Kernel, r.kernel.Fingerprint
+	if r.host, err = sandbox.HostTools(); err != nil {
+		return "", err
+	}
 	version, ok := r.req.Driver.Exact()
 	if !ok {
 		list, err := kernels.Drivers(ctx, r.kernel.Kernel)
@@ -329,7 +334,7 @@ func (r *run) key(parts ...string) string {
 		parts = append(parts, FactBTF, r.pahole)
 	}
 	h := sha256.New()
-	for _, p := range append(parts, r.release.SourceDigest, string(r.res.Driver.Flavour)) {
+	for _, p := range append(parts, r.host, r.release.SourceDigest, string(r.res.Driver.Flavour)) {
 		fmt.Fprintf(h, "%d:%s\n", len(p), p)
 	}
 	return hex.EncodeToString(h.Sum(nil))

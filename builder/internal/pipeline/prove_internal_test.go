@@ -29,6 +29,7 @@ func TestKeyOfVerdict(t *testing.T) {
 		"module sources":         func(r *run) { r.release.SourceDigest = "x" },
 		"user space or firmware": func(r *run) { r.release.Digest = "x" },
 		"flavour":                func(r *run) { r.res.Driver.Flavour = target.Proprietary },
+		"host tools":             func(r *run) { r.host = "x" },
 		"BTF":                    func(r *run) { r.pahole = "x" },
 	} {
 		k := key(change)

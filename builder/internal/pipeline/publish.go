@@ -20,6 +20,10 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
+// factHost is the word under which the provenance names the programs of the host
+// that the build ran.
+const factHost = "host-tools"
+
 // place is one destination.
 type place struct {
 	name string
@@ -275,6 +279,7 @@ func (r *run) statements() ([]sign.Statement, error) {
 	if name, value, ok := r.carries().fact(); ok {
 		facts[name] = value
 	}
+	facts[factHost] = "sha256:" + r.host
 	if r.pahole != "" {
 		facts[FactBTF] = r.pahole
 	}

@@ -8,9 +8,11 @@
 // sh), except /usr/local, /usr/src and /usr/lib/modules, which are empty; its
 // own /proc, /dev and /tmp; the folders bound by the caller; the host name
 // "prebake"; user and group 1000, without capabilities and unable to make
-// namespaces of its own. No home folder, no /etc but what links and the loader
-// need. Memory, processes, time, disk space, output and /tmp are bounded; see
-// [Limits] and, for how firmly, [Bounds].
+// namespaces of its own. A filter keeps system calls that no build needs from it.
+// No home folder, no /etc but what links and the loader need. Memory, processes,
+// time, disk space, output and /tmp are bounded; see [Limits] and, for how firmly,
+// [Bounds]. /proc/self/mountinfo names the bound folders' paths on the host: the
+// kernel has no way to hide them.
 package sandbox
 
 import (
@@ -29,6 +31,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -72,8 +76,13 @@ func (c Config) Validate() error {
 	if !strings.HasPrefix(c.Dir, "/") {
 		errs = append(errs, fmt.Errorf("working folder %q: want an absolute path", c.Dir))
 	}
+	for key, value := range c.Env {
+		if strings.Contains(key+value, "\x00") {
+			errs = append(errs, fmt.Errorf("variable %q: want no zero byte", key))
+		}
+	}
 	for _, b := range c.Binds {
-		if !strings.HasPrefix(b.Host, "/") || !strings.HasPrefix(b.Inside, "/") {
+		if strings.Contains(b.Host+b.Inside, "\x00") || !strings.HasPrefix(b.Host, "/") || !strings.HasPrefix(b.Inside, "/") {
 			errs = append(errs, fmt.Errorf("bind %q at %q: want absolute paths", b.Host, b.Inside))
 		}
 	}
@@ -195,8 +204,29 @@ func (c Config) exec(ctx context.Context, bwrap string, output io.Writer, g *gro
 	if err != nil {
 		return true, fmt.Errorf("make sandbox: %w", err)
 	}
-	c.Argv = append(limit, c.Argv...)
-	cmd := exec.CommandContext(ctx, bwrap, arguments(c)...)
+	// Through descriptors, since /proc/1/cmdline would tell the program of the
+	// host's paths.
+	calls, err := filter()
+	if err != nil {
+		return true, fmt.Errorf("make sandbox: %w", err)
+	}
+	const first = 3 // of a child's descriptors after stderr
+	options := append(arguments(c), "--seccomp", strconv.Itoa(first+1))
+	var files []*os.File
+	defer func() {
+		for _, f := range files {
+			_ = f.Close() // memory, and read to its end
+		}
+	}()
+	for _, text := range []string{strings.Join(options, "\x00") + "\x00", string(calls)} {
+		f, err := memoryFile(text)
+		if err != nil {
+			return true, fmt.Errorf("make sandbox: %w", err)
+		}
+		files = append(files, f)
+	}
+	cmd := exec.CommandContext(ctx, bwrap, slices.Concat([]string{"--args", strconv.Itoa(first), "--"}, limit, c.Argv)...)
+	cmd.ExtraFiles = files
 	cmd.Env = []string{} // bubblewrap itself needs nothing of ours
 	cmd.Stdout, cmd.Stderr = output, output
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -234,6 +264,7 @@ func setupHint(text string) string {
 	return "check that bubblewrap 0.8 or newer is installed and that every bound folder exists: bwrap --version"
 }
 
+// arguments are bubblewrap's options.
 func arguments(c Config) []string {
 	args := []string{
 		"--unshare-all", "--unshare-user", "--disable-userns",
@@ -271,7 +302,21 @@ func arguments(c Config) []string {
 	for _, key := range slices.Sorted(maps.Keys(c.Env)) {
 		args = append(args, "--setenv", key, c.Env[key])
 	}
-	return append(append(args, "--"), c.Argv...)
+	return args
+}
+
+// memoryFile returns a file that is nowhere but in memory, at its beginning.
+func memoryFile(text string) (*os.File, error) {
+	fd, err := unix.MemfdCreate("prebake", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make a file in memory: %w", err)
+	}
+	f := os.NewFile(uintptr(fd), "memory")
+	_, err = f.WriteString(text)
+	if _, serr := f.Seek(0, io.SeekStart); err != nil || serr != nil {
+		return nil, errors.Join(err, serr, f.Close())
+	}
+	return f, nil
 }
 
 // setupTrouble passes the program's output on, up to a bound, and keeps the

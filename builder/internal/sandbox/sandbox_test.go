@@ -66,6 +66,16 @@ func TestInside(t *testing.T) {
 	}
 }
 
+// No process inside has the host's paths on its command line or in its environment.
+func TestNoHostPaths(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	got, err := shell(t, `cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\0' ' '`, sandbox.Bind{Host: dir, Inside: "/prebake"})
+	if err != nil || !strings.Contains(got, "prlimit") && !strings.Contains(got, "bwrap") || strings.Contains(got, dir) {
+		t.Errorf("processes inside = %q, %v; want them without %s", got, err, dir)
+	}
+}
+
 // A server on the host's loopback, reachable from this test, is out of reach inside.
 func TestNoNetwork(t *testing.T) {
 	t.Parallel()

@@ -1,0 +1,148 @@
+package sandbox_test
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/testkit/program"
+)
+
+// inFilter makes this program try system calls instead of running its tests.
+const inFilter = "PREBAKE_TEST_SECCOMP"
+
+// tryCalls prints what the kernel answers to each system call: allowed, or the
+// error's name. The kernel is asked, not the filter's text.
+func tryCalls() {
+	call := func(name string, number uintptr, args ...uintptr) {
+		a := append(args, make([]uintptr, 6-len(args))...)
+		_, _, errno := unix.Syscall6(number, a[0], a[1], a[2], a[3], a[4], a[5])
+		fmt.Printf("%s %s\n", name, unix.ErrnoName(errno))
+	}
+	call("getpid", unix.SYS_GETPID)
+	call("bpf", unix.SYS_BPF, 0, 0, 0)
+	call("keyctl", unix.SYS_KEYCTL, 0, 0, 0)
+	call("io_uring_setup", unix.SYS_IO_URING_SETUP, 1, 0)
+	call("perf_event_open", unix.SYS_PERF_EVENT_OPEN)
+	call("ptrace", unix.SYS_PTRACE, unix.PTRACE_TRACEME)
+	call("userfaultfd", unix.SYS_USERFAULTFD)
+	call("unshare", unix.SYS_UNSHARE, 0)
+	call("mount", unix.SYS_MOUNT)
+	call("open_by_handle_at", unix.SYS_OPEN_BY_HANDLE_AT)
+	call("newest", 2000)
+	call("clone user", unix.SYS_CLONE, unix.CLONE_NEWUSER|unix.CLONE_THREAD) // EINVAL without the filter
+	for _, family := range []int{unix.AF_UNIX, unix.AF_INET, unix.AF_VSOCK, unix.AF_ALG, unix.AF_PACKET} {
+		call(fmt.Sprintf("socket %d", family), unix.SYS_SOCKET, uintptr(family), unix.SOCK_DGRAM, 0)
+	}
+}
+
+func TestFilter(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Without a sandbox most of them answer otherwise: the filter says no, not
+	// this machine's kernel.
+	cmd := exec.CommandContext(t.Context(), self)
+	cmd.Env = []string{inFilter + "=1"}
+	bare, err := cmd.Output()
+	if err != nil || !strings.Contains(string(bare), "unshare \n") || !strings.Contains(string(bare), "clone user EINVAL\n") {
+		t.Fatalf("without a sandbox: %v\n%s", err, bare)
+	}
+	dir := t.TempDir()
+	text, err := os.ReadFile(self)
+	if err != nil {
+		t.Fatal(err)
+	}
+	program.Write(t, filepath.Join(dir, "self"), text)
+	got, err := shell(t, inFilter+"=1 /prebake/self", sandbox.Bind{Host: dir, Inside: "/prebake"})
+	if err != nil {
+		t.Fatalf("%v\n%s", err, got)
+	}
+	want := `getpid 
+bpf ENOSYS
+keyctl ENOSYS
+io_uring_setup ENOSYS
+perf_event_open ENOSYS
+ptrace ENOSYS
+userfaultfd ENOSYS
+unshare ENOSYS
+mount ENOSYS
+open_by_handle_at ENOSYS
+newest ENOSYS
+clone user EPERM
+socket 1 
+socket 2 
+socket 40 EAFNOSUPPORT
+socket 38 EAFNOSUPPORT
+socket 17 EAFNOSUPPORT`
+	if got != want {
+		t.Errorf("in the sandbox:\n%s\nwant\n%s\nwithout a sandbox:\n%s", got, want, bare)
+	}
+}
+
+// A program that calls in the manner of 32-bit ones gets nothing either: its
+// numbers mean other calls.
+func TestOtherABI(t *testing.T) {
+	t.Parallel()
+	if runtime.GOARCH != "amd64" {
+		t.Skip("int $0x80 is of x86 only")
+	}
+	dir := t.TempDir()
+	program.Write(t, filepath.Join(dir, "old"), oldCall())
+	bare := exec.CommandContext(t.Context(), filepath.Join(dir, "old")).Run()
+	if got, err := shell(t, "/prebake/old; echo $?", sandbox.Bind{Host: dir, Inside: "/prebake"}); err != nil || got != "38" {
+		t.Errorf("int $0x80 for getpid ended with %s, %v (without a sandbox: %v); want 38, ENOSYS", got, err, bare)
+	}
+	var exit *exec.ExitError
+	if errors.As(bare, &exit) && exit.ExitCode() == 38 {
+		t.Logf("this machine's kernel has no 32-bit calls itself")
+	}
+}
+
+// oldCall is a 64-bit program that calls getpid by int $0x80 and ends with the
+// error's number, or 0. The header is that of elf(5), the code of Intel's manual.
+func oldCall() []byte {
+	const base = 0x400000
+	code := []byte{
+		0xb8, 20, 0, 0, 0, // mov $20, %eax (getpid of 32-bit x86)
+		0xcd, 0x80, // int $0x80
+		0x31, 0xff, // xor %edi, %edi
+		0x85, 0xc0, // test %eax, %eax
+		0x79, 0x04, // jns +4
+		0xf7, 0xd8, // neg %eax
+		0x89, 0xc7, // mov %eax, %edi
+		0xb8, 60, 0, 0, 0, // mov $60, %eax (exit)
+		0x0f, 0x05, // syscall
+	}
+	type header struct {
+		Ident                                   [16]byte
+		Type, Machine                           uint16
+		Version                                 uint32
+		Entry, Phoff, Shoff                     uint64
+		Flags                                   uint32
+		Ehsize, Phentsize, Phnum                uint16
+		Shentsize, Shnum, Shstrndx              uint16
+		PType, PFlags                           uint32
+		Off, Vaddr, Paddr, Filesz, Memsz, Align uint64
+	}
+	h := header{Ident: [16]byte{0x7f, 'E', 'L', 'F', 2, 1, 1}, Type: 2, Machine: 62, Version: 1, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
+		PType: 1, PFlags: 5, Vaddr: base, Paddr: base, Align: 0x1000}
+	size := uint64(binary.Size(h))
+	h.Entry, h.Filesz, h.Memsz = base+size, size+uint64(len(code)), size+uint64(len(code))
+	text, err := binary.Append(nil, binary.LittleEndian, h)
+	if err != nil {
+		panic(err) // fixed types
+	}
+	return append(text, code...)
+}

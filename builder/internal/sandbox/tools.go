@@ -1,0 +1,116 @@
+package sandbox
+
+import (
+	"crypto/sha256"
+	"debug/elf"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+)
+
+// hostTools are the programs that a kernel's build system and a driver's scripts
+// run out of the host's /usr: those of Documentation/process/changes.rst that a
+// module's build needs, and the shell's.
+var hostTools = []string{
+	"awk", "basename", "bash", "bc", "cat", "chmod", "cksum", "cmp", "cp", "cut", "date", "diff", "dirname", "echo", "env", "expr", "false",
+	"find", "flock", "getconf", "gawk", "grep", "gzip", "head", "ln", "ls", "make", "mawk", "mkdir", "mktemp", "mv", "nproc", "pahole", "perl",
+	"printf", "prlimit", "python3", "readlink", "realpath", "rm", "sed", "seq", "sh", "sort", "stat", "tail", "tee", "test", "touch", "tr",
+	"true", "truncate", "uname", "uniq", "wc", "xargs", "xz", "zstd",
+}
+
+// HostTools is a digest of the programs of the host that builds run, by their
+// content, their loader and the C library among it: what a build makes, or
+// answers, is made of them as well as of its inputs. It is found once a process.
+func HostTools() (string, error) { return digestHostTools() }
+
+var digestHostTools = sync.OnceValues(func() (string, error) { return digestTools("/usr/bin", hostTools) })
+
+// digestTools digests programs of a folder. One that is missing is named as such.
+func digestTools(dir string, names []string) (string, error) {
+	h := sha256.New()
+	libraries := map[string]bool{}
+	for _, name := range names {
+		file, err := filepath.EvalSymlinks(filepath.Join(dir, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			fmt.Fprintf(h, "%s missing\n", name)
+			continue
+		} else if err != nil {
+			return "", fmt.Errorf("read host tools: %w", err)
+		}
+		sum, err := digestFile(file)
+		if err != nil {
+			return "", fmt.Errorf("read host tools: %w", err)
+		}
+		fmt.Fprintf(h, "%s %s\n", name, sum)
+		needed, err := needs(file)
+		if err != nil {
+			return "", fmt.Errorf("read host tools: %s: %w", name, err)
+		}
+		for _, library := range needed {
+			libraries[library] = true
+		}
+	}
+	var all []string
+	for library := range libraries {
+		all = append(all, library)
+	}
+	slices.Sort(all)
+	for _, library := range all {
+		sum, err := digestFile(library)
+		if err != nil {
+			return "", fmt.Errorf("read host tools: %w", err)
+		}
+		fmt.Fprintf(h, "%s %s\n", filepath.Base(library), sum)
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// needs are the files of a program's loader and libraries, where the loader of
+// Debian and its like looks for them; a script has none. What those need in turn
+// is the C library or comes with them.
+func needs(file string) (found []string, err error) {
+	f, err := elf.Open(file)
+	var format *elf.FormatError
+	if errors.As(err, &format) || errors.Is(err, io.EOF) {
+		return nil, nil // a script
+	} else if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	names, err := f.ImportedLibraries()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range names {
+		for _, pattern := range []string{"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/", "/lib/", "/usr/lib/"} {
+			paths, err := filepath.Glob(pattern + filepath.Base(name))
+			if err != nil {
+				return nil, err
+			}
+			if len(paths) > 0 {
+				found = append(found, paths...)
+				break
+			}
+		}
+	}
+	return found, nil
+}
+
+func digestFile(name string) (sum string, err error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close() // only read
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", fmt.Errorf("%s: %w", name, err)
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}

@@ -1,0 +1,60 @@
+package sandbox
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+)
+
+// Another make, or none, is another digest; another time of the same one is not.
+func TestDigestTools(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	make := filepath.Join(dir, "make")
+	digest := func(text string) string {
+		t.Helper()
+		if err := os.WriteFile(make, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(make, filepath.Join(dir, "gmake")); err != nil && !os.IsExist(err) {
+			t.Fatal(err)
+		}
+		d, err := digestTools(dir, []string{"gmake", "sh"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	first := digest("#!/bin/sh\necho 4.3\n")
+	if again := digest("#!/bin/sh\necho 4.3\n"); again != first {
+		t.Error("the same tools have two digests")
+	}
+	if other := digest("#!/bin/sh\necho 4.4\n"); other == first {
+		t.Error("another make has the same digest")
+	}
+	if err := os.Remove(make); err != nil {
+		t.Fatal(err)
+	}
+	if none, err := digestTools(dir, []string{"gmake", "sh"}); err != nil || none == first {
+		t.Errorf("digest without make = %s, %v; want another one", none, err)
+	}
+}
+
+// This machine's tools have a digest, with the C library among them.
+func TestHostTools(t *testing.T) {
+	t.Parallel()
+	start := time.Now()
+	if d, err := HostTools(); err != nil || len(d) != 64 {
+		t.Errorf("HostTools = %q, %v", d, err)
+	}
+	t.Logf("in %v", time.Since(start))
+	needed, err := needs("/proc/self/exe")
+	if err != nil || len(needed) > 3 {
+		t.Errorf("needs(this program) = %v, %v", needed, err)
+	}
+	libraries, err := needs("/usr/bin/env")
+	if err != nil || len(libraries) == 0 {
+		t.Errorf("needs(env) = %v, %v; want the C library", libraries, err)
+	}
+}
