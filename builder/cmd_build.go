@@ -229,6 +229,9 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
+		if kerr := keepFailure(ctx, cfg, res, err); kerr != nil {
+			fmt.Fprintf(stderr, "failure not remembered: %v\n", kerr)
+		}
 		return err
 	}
 	if _, err := trimCache(ctx, cmd, cfg.Cache); err != nil {

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/farm"
@@ -150,6 +151,10 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		return nil, err
 	}
 	m.farm.Parallel, m.cfg.Jobs = farm.Size(cmd.Int("parallel"), m.cfg.Jobs, farm.Cores(), farm.FreeMemory("/"))
+	if ahead := farm.Ahead(cmd.Int("parallel"), m.farm.Parallel, farm.FreeMemory("/")); ahead > 0 {
+		m.cfg.Compiling = semaphore.NewWeighted(int64(m.farm.Parallel))
+		m.farm.Parallel += ahead
+	}
 	m.farm.Attempts = cmd.Int("attempts")
 	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Whose signature modules carry, and whether symbols and BTF are there, only
@@ -157,11 +162,7 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
 		m.farm.Published = m.places.Published
 	}
-	how, signatures := m.cfg.Signing()
-	m.farm.Memory = &farm.Memory{
-		Facts: m.cfg.Cache, Kernels: m.kernels, Drivers: m.drivers, Version: version, BTF: m.cfg.BTF, Forget: cmd.Bool("retry-failed"),
-		Settings: fmt.Sprintf("%s, debug symbols %t", how, m.cfg.DebugSymbols), Signatures: signatures,
-	}
+	m.farm.Memory = failureMemory(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed"))
 	m.cfg.LabelsLater = true // the wish list says which, of all cells together
 	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
@@ -291,7 +292,11 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	stderr := cmd.Root().ErrWriter
-	fmt.Fprintf(stderr, "%s, %d side by side with %d compilers each; logs in %s\n", cellsOf(len(p.Cells)), m.farm.Parallel, m.cfg.Jobs, m.farm.Logs)
+	beside := ""
+	if m.cfg.Compiling != nil {
+		beside = ", one of which does not compile"
+	}
+	fmt.Fprintf(stderr, "%s, %d side by side%s, with %d compilers each; logs in %s\n", cellsOf(len(p.Cells)), m.farm.Parallel, beside, m.cfg.Jobs, m.farm.Logs)
 	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
 		return err
 	}

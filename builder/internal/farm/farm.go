@@ -79,7 +79,8 @@ type Failure struct {
 	Lacking bool `json:"lacking,omitempty"`
 }
 
-func failure(err error) Failure {
+// FailureOf is what there is to know of an error.
+func FailureOf(err error) Failure {
 	f := Failure{Class: fault.Of(err), Error: err.Error(), Hint: fault.Hint(err)}
 	var e *fault.Error
 	if errors.As(err, &e) && e.Kind == fault.APIBreak {
@@ -88,9 +89,9 @@ func failure(err error) Failure {
 	return f
 }
 
-// lasting reports whether the same inputs fail the same way each time. A load
+// Lasting reports whether the same inputs fail the same way each time. A load
 // test does not count: its machine may have been too busy.
-func lasting(kind fault.Kind) bool {
+func Lasting(kind fault.Kind) bool {
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 
@@ -154,7 +155,7 @@ func (f *farm) lookUp(ctx context.Context) {
 			if j.Cell.Problem.Unavailable {
 				state = Unavailable
 			}
-			known := failure(j.Cell.Problem.Err)
+			known := FailureOf(j.Cell.Problem.Err)
 			f.settle(j, state, &known)
 			continue
 		}
@@ -173,7 +174,7 @@ func (f *farm) look(ctx context.Context, j *job) {
 			f.mu.Lock()
 			f.trouble = cmp.Or(f.trouble, err)
 			f.mu.Unlock()
-			note := failure(fmt.Errorf("not known whether it is published: %w", err))
+			note := FailureOf(fmt.Errorf("not known whether it is published: %w", err))
 			f.say(Event{Job: j.Job, Kind: Note, Failure: &note})
 		case digest != "":
 			f.mu.Lock()

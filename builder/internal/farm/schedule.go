@@ -268,7 +268,7 @@ func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error
 		f.say(Event{Job: j.Job, Kind: Settled})
 		return
 	}
-	kind, known := fault.Of(err), failure(err)
+	kind, known := fault.Of(err), FailureOf(err)
 	if kind.Retryable() && kind != fault.Cancelled && j.Attempts < f.cfg.Attempts {
 		j.notBefore = time.Now().Add(j.pauses.NextBackOff())
 		j.alone = j.alone || kind == fault.OutOfMemory
@@ -279,7 +279,7 @@ func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error
 	}
 	f.put(j, stateOf(j.Cell, known), &known)
 	var twins []*job
-	if lasting(kind) {
+	if Lasting(kind) {
 		key := j.same()
 		f.failed[key] = j
 		for _, other := range f.jobs {
@@ -290,7 +290,7 @@ func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error
 	}
 	f.mu.Unlock()
 	f.say(Event{Job: j.Job, Kind: Settled})
-	if lasting(kind) {
+	if Lasting(kind) {
 		f.remember(ctx, j, known)
 	}
 	for _, twin := range twins {
@@ -314,7 +314,7 @@ func (f *farm) remember(ctx context.Context, j *job, known Failure) {
 		return
 	}
 	if merr := f.cfg.Memory.Remember(ctx, j.Cell, known); merr != nil {
-		note := failure(fmt.Errorf("failure not remembered: %w", merr))
+		note := FailureOf(fmt.Errorf("failure not remembered: %w", merr))
 		f.say(Event{Job: j.Job, Kind: Note, Failure: &note})
 	}
 }
@@ -332,7 +332,7 @@ func stateOf(c plan.Cell, known Failure) State {
 }
 
 func (f *farm) fail(j *job, err error) {
-	known := failure(err)
+	known := FailureOf(err)
 	f.settle(j, stateOf(j.Cell, known), &known)
 }
 

@@ -43,6 +43,15 @@ func Size(parallel, jobs, cores int, memory uint64) (cells, each int) {
 	return parallel, jobs
 }
 
+// Ahead is how many cells may be under way beside those that compile: one, where
+// nobody said how many, and memory has room for it.
+func Ahead(parallel, cells int, memory uint64) int {
+	if parallel > 0 || memory/CellMemory <= uint64(cells) {
+		return 0
+	}
+	return 1
+}
+
 // Cores returns how many processors this process may use.
 func Cores() int { return runtime.GOMAXPROCS(0) }
 

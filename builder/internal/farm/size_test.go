@@ -33,6 +33,27 @@ func TestSize(t *testing.T) {
 	}
 }
 
+func TestAhead(t *testing.T) {
+	t.Parallel()
+	const gib = 1 << 30
+	for _, row := range []struct {
+		parallel, cells int
+		memory          uint64
+		want            int
+	}{
+		{0, 1, 8 * gib, 1},
+		{0, 1, 6 * gib, 0}, // two test machines do not fit
+		{0, 1, 0, 0},       // nobody knows
+		{1, 1, 64 * gib, 0},
+		{0, 4, 18 * gib, 1},
+		{0, 4, 17 * gib, 0},
+	} {
+		if got := farm.Ahead(row.parallel, row.cells, row.memory); got != row.want {
+			t.Errorf("Ahead(%d, %d, %d) = %d; want %d", row.parallel, row.cells, row.memory, got, row.want)
+		}
+	}
+}
+
 func TestFreeMemory(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()

@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/gate"
@@ -46,6 +48,20 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	}
 	key := r.key(parts...)
 	dir, cached, err := r.products.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
+			began := time.Now().UTC()
+			r.line.Say("compile", "waits for another cell's compile")
+			if err := wait.Acquire(ctx, 1); err != nil {
+				return context.Cause(ctx)
+			}
+			phases = append(phases, timeline.Phase{Name: "wait", Start: began, Seconds: time.Since(began).Seconds()})
+		}
+		release := sync.OnceFunc(func() {
+			if r.cfg.Compiling != nil {
+				r.cfg.Compiling.Release(1)
+			}
+		})
+		defer release()
 		if err := r.products.Room(r.cfg.Room); err != nil {
 			return err
 		}
@@ -63,6 +79,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest, HostDigest: r.host,
 			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
 		})
+		release()
 		// A tree that changed under the compiler explains every error, and
 		// makes every success worthless.
 		r.inputs = []string{r.kernel.Headers, r.kernel.Toolchain, source}
@@ -77,7 +94,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		if err != nil {
 			return err
 		}
-		phases = made.Phases
+		phases = append(phases, made.Phases...)
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(made.Modules)) {
 			path := filepath.Join(dir, name+".ko")

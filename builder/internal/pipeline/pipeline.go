@@ -17,6 +17,8 @@ import (
 	"io"
 	"time"
 
+	"golang.org/x/sync/semaphore"
+
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
@@ -110,6 +112,10 @@ type Config struct {
 	Room int64
 	// CompileTimeout bounds the compile phase; 0 is 45 minutes.
 	CompileTimeout time.Duration
+	// Compiling bounds how many cells compile at a time, each with Jobs compilers;
+	// nil bounds nothing. What comes before and after a compile keeps about one
+	// processor busy, and goes on beside the next cell's.
+	Compiling *semaphore.Weighted
 }
 
 // Request names one cell.

@@ -1,0 +1,68 @@
+package pipeline_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"slices"
+	"testing"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// Where cells may compile one at a time, one waits for the other before its compile,
+// and gives its place back when it has failed, too.
+func TestCompiling(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.kernel(t, "17800.0.9", headerFiles())
+	f.driver(t, driverFiles())
+	cfg := f.config(t, emptyCache(t))
+	cfg.Compiling = semaphore.NewWeighted(1)
+	if err := cfg.Compiling.Acquire(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	type outcome struct {
+		res *pipeline.Result
+		err error
+	}
+	done := make(chan outcome, 1)
+	go func() {
+		res, _, err := build(t, cfg, request("17800.0.9"))
+		done <- outcome{res, err}
+	}()
+	select {
+	case got := <-done:
+		t.Fatalf("it did not wait: %v", got.err)
+	case <-time.After(2 * time.Second):
+	}
+	cfg.Compiling.Release(1)
+	got := <-done
+	if got.err != nil || !slices.Contains(phases(got.res), "compile") {
+		t.Fatalf("after the wait: %v, phases %v", got.err, phases(got.res))
+	}
+	if !cfg.Compiling.TryAcquire(1) {
+		t.Fatal("the place is not given back")
+	}
+	// Told to stop, it waits no longer.
+	cfg.Cache = emptyCache(t)
+	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
+	defer stop()
+	if _, err := pipeline.Run(ctx, cfg, request("17800.0.9"), io.Discard, &timeline.Run{}); err == nil {
+		t.Error("it compiled without a place")
+	}
+	cfg.Compiling.Release(1)
+
+	f.driver(t, map[string]string{"kernel-open/Kbuild": "obj-m += nvidia.o\n", "kernel-open/nvidia.c": "#error no\n"})
+	cfg.Cache = emptyCache(t)
+	if _, _, err := build(t, cfg, request("17800.0.9")); err == nil {
+		t.Error("a driver that does not compile was built")
+	}
+	if !cfg.Compiling.TryAcquire(1) {
+		t.Error("the place is not given back after a failure")
+	}
+}
