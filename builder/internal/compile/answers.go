@@ -50,6 +50,9 @@ type answers struct {
 	plan   *conftest.Plan
 	asker  *conftest.Asker
 	sheet  conftest.Sheet
+	// present is headers.h, once it is known; frontDir has the script that lets
+	// programs begin with what is compiled already.
+	present, frontDir string
 }
 
 // answers writes conftest's answers into the staged sources. An error that wraps
@@ -193,6 +196,10 @@ type question struct {
 	test      string   // the one test that the script is shown with; "" for none
 	argv      []string // after the script's fourth argument
 	headers   string   // conftest/headers.h, as far as the test may see it
+	// begin is what its program begins with, with these lines; nil is nothing that
+	// is compiled already.
+	begin *beginning
+	lines []string
 }
 
 // find returns the files of the folder conftest/.
@@ -216,19 +223,19 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	var present string // headers.h; the version that stands in it is a comment, which nothing sees
+	// The version that stands in headers.h is a comment, which nothing sees.
 	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
-			present = f.Text
+			a.present = f.Text
 		}
 	}
 	about = []question{{name: conftest.ModePatches, key: a.asker.PatchesKey(), argv: []string{conftest.ModePatches}}}
 	for _, name := range append(a.plan.All(), "uts_release") {
-		key, ok := a.asker.TestKey(name, present)
+		key, ok := a.asker.TestKey(name, a.present)
 		if !ok {
 			return nil, fmt.Errorf("%w: the script has no test %s", errLeft, name)
 		}
-		about = append(about, question{name: name, key: key, test: name, argv: []string{conftest.ModeTest, flags, name}, headers: a.asker.Seen(name, present)})
+		about = append(about, question{name: name, key: key, test: name, argv: []string{conftest.ModeTest, flags, name}, headers: a.asker.Seen(name, a.present)})
 	}
 	tests, err := a.ask(ctx, about)
 	if err != nil {
@@ -265,22 +272,39 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 		remembered-- // it asks nothing about the kernel
 	}
 	a.watch.reuse(phaseConftest, remembered)
-	var mu sync.Mutex // the watch's and the maps'
+	dir := filepath.Join(a.r.WorkDir, "ask")
+	a.assignBeginnings(open, dir)
+	a.frontDir = filepath.Join(dir, "front")
+	if err := a.front(a.frontDir, beginScript); err != nil {
+		return nil, err
+	}
+	var mu sync.Mutex // the watch's, the maps' and the beginnings' counts
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(a.r.Jobs)
-	for i, q := range open {
-		g.Go(func() error {
-			text, err := a.askOne(gctx, q, filepath.Join(a.r.WorkDir, "ask", strconv.Itoa(i)))
-			if err != nil {
+	answer := func(q question, dir string) error {
+		if q.begin != nil {
+			if err := q.begin.make(gctx, a); err != nil {
 				return err
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			if q.name != conftest.ModePatches {
-				fmt.Fprintf(a.watch, " CONFTEST: %s\n", q.name)
+		}
+		text, err := a.askOne(gctx, q, dir)
+		if err != nil {
+			return err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if q.name != conftest.ModePatches {
+			fmt.Fprintf(a.watch, " CONFTEST: %s\n", q.name)
+		}
+		found[q.name], a.sheet[q.key] = text, text
+		return q.begin.asked()
+	}
+	for i, next := range schedule(open) {
+		g.Go(func() error {
+			if next.begin != nil {
+				return next.begin.make(gctx, a)
 			}
-			found[q.name], a.sheet[q.key] = text, text
-			return nil
+			return answer(next.question, filepath.Join(dir, strconv.Itoa(i)))
 		})
 	}
 	return found, errors.Join(g.Wait(), context.Cause(ctx))
@@ -303,10 +327,11 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 		return "", err
 	}
 	var said bytes.Buffer
+	box = a.withBeginning(box, q)
 	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideAsk, Writable: true})
 	box.Dir, box.Output, box.MaxOutput = insideAsk, &said, 1<<20
 	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 512<<20
-	box.Argv = append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output}, q.argv...)
+	box.Argv = a.askArguments(q)
 	err = sandbox.Run(ctx, box)
 	if cause := context.Cause(ctx); cause != nil {
 		return "", cause

@@ -5,8 +5,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/cossrc"
@@ -42,7 +45,7 @@ func TestRealSameBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer drivers.Close()
-	var want map[string]string
+	var want, answers map[string]string
 	for cell := range strings.FieldsSeq(cells) {
 		cell, same := strings.CutPrefix(cell, "=")
 		id, version, _ := strings.Cut(cell, "/")
@@ -65,12 +68,15 @@ func TestRealSameBytes(t *testing.T) {
 		}
 		if !same {
 			r.Debug = true
-			want = compileReal(t, r, cell+" by make alone")
+			want, answers = compileReal(t, r, cell+" by make alone")
 			r.Debug = false
 		}
 		r.Cache = cache
 		for _, what := range []string{" for the first time", " once more"} {
-			got := compileReal(t, r, cell+what)
+			got, found := compileReal(t, r, cell+what)
+			if diff := cmp.Diff(answers, found); diff != "" {
+				t.Errorf("%s%s: conftest's answers differ from make's (-make +builder):\n%s", cell, what, diff)
+			}
 			if len(got) != len(want) {
 				t.Fatalf("%s%s: %d modules; want %d", cell, what, len(got), len(want))
 			}
@@ -83,7 +89,8 @@ func TestRealSameBytes(t *testing.T) {
 	}
 }
 
-func compileReal(t *testing.T, r compile.Request, what string) map[string]string {
+// compileReal returns the modules and conftest's answers.
+func compileReal(t *testing.T, r compile.Request, what string) (modules, answers map[string]string) {
 	t.Helper()
 	var log bytes.Buffer
 	r.WorkDir, r.Log = t.TempDir(), &log
@@ -110,7 +117,33 @@ func compileReal(t *testing.T, r compile.Request, what string) map[string]string
 	if len(result.Debug) > 0 != r.Debug {
 		t.Errorf("%s: debug files %v; asked for: %t", what, result.Debug, r.Debug)
 	}
-	return result.Modules
+	return result.Modules, readAnswers(t, filepath.Join(r.WorkDir, "src/conftest"))
+}
+
+// readAnswers reads what conftest left for the compiler, less comments and in an
+// order of its own: make asks in no particular one.
+func readAnswers(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	headers, err := filepath.Glob(filepath.Join(dir, "*.h"))
+	if err != nil || len(headers) == 0 {
+		t.Fatalf("no answers in %s: %v", dir, err)
+	}
+	answers := map[string]string{}
+	for _, name := range headers {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var lines []string
+		for line := range strings.Lines(string(text)) {
+			if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "//") {
+				lines = append(lines, line)
+			}
+		}
+		slices.Sort(lines)
+		answers[filepath.Base(name)] = strings.Join(slices.Compact(lines), "\n")
+	}
+	return answers
 }
 
 // checkReuse wants everything remembered that the same build did before, but for

@@ -1,0 +1,231 @@
+package compile
+
+import (
+	"context"
+	_ "embed"
+	"errors"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prebake/prebake/builder/internal/conftest"
+	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Most of what the compiler does for a question is to read the kernel's headers.
+// Questions whose programs begin with the same ones share a precompiled header.
+// It is made in a sandbox of its own by the driver's script, with none of its
+// tests: what shows there is covered by the key of every answer. The tests see it
+// read-only. Tokens, macros and flags are those of the plain compilation, so the
+// answers are, too; TestRealSameBytes compares them.
+const (
+	insideBegin = "/prebake/begin"
+	insideFront = "/prebake/front"
+
+	// minBeginning is how many programs have to begin alike: making a precompiled
+	// header costs about as much as three of them.
+	minBeginning = 4
+	maxBeginText = 64 << 10
+)
+
+//go:embed begin.sh
+var beginScript string
+
+//go:embed beginmake.sh
+var beginMakeScript string
+
+// beginning is a precompiled header for some questions.
+type beginning struct {
+	headers []string
+	at      string // its folder, and begin/ in it as the sandbox left it, shown read-only
+	dir     string
+
+	made sync.Once
+	err  error
+	// preamble are the lines that the script puts before every program; none where
+	// there is no precompiled header.
+	preamble []string
+	left     int // questions that are still to be asked
+}
+
+// assignBeginnings finds the questions that share a beginning.
+func (a *answers) assignBeginnings(open []question, dir string) {
+	if a.view.Macros {
+		return // headers may ask what the answers are
+	}
+	candidates := make([][]conftest.Beginning, len(open))
+	longest, made := 0, 0
+	for i, q := range open {
+		if q.test != "" {
+			candidates[i] = a.script.Beginnings(q.test, q.headers)
+			longest = max(longest, len(candidates[i]))
+		}
+	}
+	key := func(b conftest.Beginning) string { return strings.Join(b.Headers, " ") }
+	for n := longest; n > 0; n-- {
+		same := map[string][]int{}
+		for i, some := range candidates {
+			if len(some) >= n && open[i].begin == nil {
+				same[key(some[n-1])] = append(same[key(some[n-1])], i)
+			}
+		}
+		for _, name := range slices.Sorted(maps.Keys(same)) {
+			if len(same[name]) < minBeginning {
+				continue
+			}
+			b := &beginning{headers: candidates[same[name][0]][n-1].Headers, left: len(same[name]), at: filepath.Join(dir, "begin-"+strconv.Itoa(made))}
+			made++
+			for _, i := range same[name] {
+				open[i].begin, open[i].lines = b, candidates[i][n-1].Lines
+			}
+		}
+	}
+}
+
+// task is a precompiled header to make, or else a question to ask.
+type task struct {
+	begin    *beginning
+	question question
+}
+
+// schedule orders the work so that a precompiled header is made while the
+// questions of the one before are asked, and few are on the disk at a time.
+func schedule(open []question) []task {
+	var plain, all []task
+	of := map[*beginning][]task{}
+	var order []*beginning
+	for _, q := range open {
+		if q.begin == nil {
+			plain = append(plain, task{question: q})
+			continue
+		}
+		if of[q.begin] == nil {
+			order = append(order, q.begin)
+		}
+		of[q.begin] = append(of[q.begin], task{question: q})
+	}
+	for i, b := range order {
+		if i == 0 {
+			all = append(all, task{begin: b})
+		}
+		if i+1 < len(order) {
+			all = append(all, task{begin: order[i+1]})
+		}
+		all = append(all, of[b]...)
+	}
+	return append(all, plain...)
+}
+
+// asked counts a question, and removes the precompiled header after the last one.
+func (b *beginning) asked() error {
+	if b == nil {
+		return nil
+	}
+	if b.left--; b.left > 0 {
+		return nil
+	}
+	return os.RemoveAll(b.at)
+}
+
+// front writes a script to stand in front of the compiler.
+func (a *answers) front(dir, script string) error {
+	use, strict := "-include "+insideBegin+"/text.h", "-Winvalid-pch -Werror=invalid-pch"
+	if a.t.clang {
+		use, strict = "-include-pch "+insideBegin+"/text.h.gch", ""
+	}
+	name := filepath.Base(a.t.compiler)
+	text := strings.NewReplacer("@COMPILER@", insideGuard+"/"+name, "@BEGIN@", insideBegin, "@USE@", use, "@STRICT@", strict).Replace(script)
+	return write(filepath.Join(dir, name), text, 0o755)
+}
+
+// withFront puts the script of a folder in front of the compiler.
+func withFront(box sandbox.Config, dir string) sandbox.Config {
+	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideFront})
+	box.Env = maps.Clone(box.Env)
+	box.Env["PATH"] = insideFront + ":" + box.Env["PATH"]
+	return box
+}
+
+// make makes the precompiled header, once. An error is one of the machine's; a
+// compiler that cannot make one, or not use it, is none.
+func (b *beginning) make(ctx context.Context, a *answers) error {
+	b.made.Do(func() { b.err = b.makeOnce(ctx, a, b.at) })
+	return b.err
+}
+
+func (b *beginning) makeOnce(ctx context.Context, a *answers, dir string) error {
+	script, test, err := a.script.OnlyHeaders(b.headers)
+	if err != nil {
+		return nil //nolint:nilerr // a script of another shape goes without
+	}
+	work, told, front, begin := filepath.Join(dir, "work"), filepath.Join(dir, "trouble"), filepath.Join(dir, "front"), filepath.Join(dir, "begin")
+	err = errors.Join(os.MkdirAll(begin, 0o755), a.front(front, beginMakeScript),
+		write(filepath.Join(work, "conftest.sh"), string(script), 0o644),
+		write(filepath.Join(work, "conftest/headers.h"), a.asker.SeenByAll(a.present), 0o644))
+	if err != nil {
+		return err
+	}
+	box, err := withTrouble(a.box, told)
+	if err != nil {
+		return err
+	}
+	box = withFront(box, front)
+	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideAsk, Writable: true}, sandbox.Bind{Host: begin, Inside: insideBegin, Writable: true})
+	box.Dir, box.MaxOutput = insideAsk, 1<<20
+	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 1<<30
+	box.Argv = a.askArguments(question{argv: []string{conftest.ModeTest, a.asker.Flags(), test}})
+	err = sandbox.Run(ctx, box)
+	if cause := context.Cause(ctx); cause != nil {
+		return cause
+	}
+	if err := trouble(told); err != nil {
+		return err
+	}
+	var exit *sandbox.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		return err
+	}
+	if _, err := leftover.ReadFile(begin, "works", 0); errors.Is(err, fs.ErrNotExist) {
+		return os.RemoveAll(dir)
+	} else if err != nil {
+		return fault.Wrap(fault.Internal, err, hintLog)
+	}
+	program, err := leftover.ReadFile(begin, "program", maxBeginText)
+	if err != nil {
+		return fault.Wrap(fault.Internal, err, hintLog)
+	}
+	lines := strings.Split(strings.TrimSpace(string(program)), "\n")
+	var end []string
+	for _, h := range b.headers {
+		end = append(end, "#include "+h)
+	}
+	if n := len(lines) - len(end); n > 0 && slices.Equal(lines[n:], end) {
+		b.preamble, b.dir = lines[:n], begin
+	}
+	return nil
+}
+
+// withBeginning lets a question's programs begin with what is compiled.
+func (a *answers) withBeginning(box sandbox.Config, q question) sandbox.Config {
+	if q.begin == nil || q.begin.preamble == nil {
+		return box
+	}
+	box = withFront(box, a.frontDir)
+	box.Binds = append(box.Binds, sandbox.Bind{Host: q.begin.dir, Inside: insideBegin})
+	lines := slices.Concat(q.begin.preamble, q.lines)
+	box.Env["PREBAKE_LINES"], box.Env["PREBAKE_BEGIN"] = strconv.Itoa(len(lines)), strings.Join(lines, "\n")
+	return box
+}
+
+// askArguments run the script for a question.
+func (a *answers) askArguments(q question) []string {
+	return append([]string{"sh", "-c", `exec /bin/sh ./conftest.sh "$@" > answer`, "sh", a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output}, q.argv...)
+}

@@ -1,0 +1,14 @@
+#!/bin/sh
+# Stands in front of the compiler while a test of conftest runs. A program that
+# begins with the headers that were compiled beforehand, and with the same flags,
+# is compiled from there. Any other one is compiled as ever.
+src=
+for arg; do
+	case $arg in conftest*.c) src=$arg ;; esac
+done
+if [ -n "$src" ] &&
+	[ "$(printf '%s\n' "$@" | sed "s/^$src\$/conftest.c/")" = "$(cat @BEGIN@/flags)" ] &&
+	[ "$(sed -e 's/^[[:space:]]*//' -e '/^$/d' "$src" | head -n "$PREBAKE_LINES")" = "$PREBAKE_BEGIN" ]; then
+	exec @COMPILER@ @USE@ "$@"
+fi
+exec @COMPILER@ "$@"
