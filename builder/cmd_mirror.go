@@ -31,7 +31,8 @@ func mirrorCommand() *ucli.Command {
 			&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects (default: prebake/mirror in the user's cache folder)", Sources: cli.Env("mirror-cache")},
 			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` to lay the builds for amd64 out for"},
 			&ucli.StringSliceFlag{Name: "arch", Value: []string{string(target.AMD64)}, Usage: "`ARCHITECTURES`: amd64, arm64 or both; of arm64 the oldest kernel and one driver, for board lakitu-arm64"},
-			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels: the oldest `N`-1 in Debian's index and the newest"},
+			&ucli.StringSliceFlag{Name: "kernel-series", Value: []string{"6.1"}, Usage: "`SERIES` of kernels: 6.1, 6.12 or both; of 6.12 the newest kernel, unless --kernel-abi names another"},
+			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels of 6.1: the oldest `N`-1 in Debian's index and the newest"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
 			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
 			&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, out of which --btf of other commands takes the kernel's types (50 MB a build)"},
@@ -75,7 +76,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		EmuGPU: func(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
 			return testgpu.Compile(ctx, work, compile.Request{Headers: headers, Toolchain: toolchain, Env: env, Release: release, Arch: arch})
 		}, EmuGPURevision: revision,
-		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
+		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Series: cmd.StringSlice("kernel-series"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
 		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
 		Say: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)

@@ -63,31 +63,39 @@ func TestSelectReleases(t *testing.T) {
 
 func TestSelectKernels(t *testing.T) {
 	t.Parallel()
-	var all []kernel
+	var own []kernel
 	for _, abi := range []int{47, 50, 53, 56} {
-		all = append(all, kernel{abi: abi})
+		own = append(own, kernel{series: ownSeries, abi: abi})
 	}
+	both := append(slices.Clone(own), kernel{series: "6.12", abi: 115}, kernel{series: "6.12", abi: 117})
 	tests := []struct {
+		all   []kernel
 		abis  []int
 		count int
 		want  string
 		kind  fault.Kind
 	}{
-		{nil, 3, "47 50 56", 0},
-		{nil, 2, "47 56", 0},
-		{nil, 4, "47 50 53 56", 0},
-		{nil, 5, "", fault.InputMissing},
-		{[]int{56, 50}, 3, "50 56", 0},
-		{[]int{48}, 3, "", fault.InputMissing},
+		{own, nil, 3, "47 50 56", 0},
+		{own, nil, 2, "47 56", 0},
+		{own, nil, 4, "47 50 53 56", 0},
+		{own, nil, 5, "", fault.InputMissing},
+		{own, []int{56, 50}, 3, "50 56", 0},
+		{own, []int{48}, 3, "", fault.InputMissing},
+		{both, nil, 3, "47 50 56 117", 0},
+		{both, nil, 5, "", fault.InputMissing},
+		{both, []int{50}, 3, "50 117", 0},
+		{both, []int{50, 115}, 3, "50 115", 0},
+		{both, []int{115}, 3, "115", 0},
+		{both[4:], nil, 3, "117", 0},
 	}
 	for _, test := range tests {
-		picked, err := platforms[target.AMD64].selectKernels(all, test.abis, test.count)
+		picked, err := platforms[target.AMD64].selectKernels(test.all, test.abis, test.count)
 		var got []string
 		for _, k := range picked {
 			got = append(got, fmt.Sprint(k.abi))
 		}
 		if strings.Join(got, " ") != test.want || test.want == "" && !fault.Is(err, test.kind) {
-			t.Errorf("selectKernels(%v, %d) = %v, %v; want %q", test.abis, test.count, got, err, test.want)
+			t.Errorf("selectKernels(%d kernels, %v, %d) = %v, %v; want %q", len(test.all), test.abis, test.count, got, err, test.want)
 		}
 	}
 }
@@ -222,10 +230,13 @@ func TestValidate(t *testing.T) {
 		t.Errorf("Validate(defaults) = %v", err)
 	}
 	for name, change := range map[string]func(*Config){
-		"no out":       func(c *Config) { c.Out = "" },
-		"one kernel":   func(c *Config) { c.Kernels = 1 },
-		"board":        func(c *Config) { c.Board = "../x" },
-		"another arch": func(c *Config) { c.Board = "lakitu-arm64" },
+		"no out":        func(c *Config) { c.Out = "" },
+		"one kernel":    func(c *Config) { c.Kernels = 1 },
+		"board":         func(c *Config) { c.Board = "../x" },
+		"another arch":  func(c *Config) { c.Board = "lakitu-arm64" },
+		"series":        func(c *Config) { c.Series = []string{"6.6"} },
+		"series twice":  func(c *Config) { c.Series = []string{"6.12", "6.12"} },
+		"arm64 of 6.12": func(c *Config) { c.Archs, c.Series = []target.Arch{target.ARM64}, []string{"6.12"} },
 	} {
 		c := good
 		change(&c)

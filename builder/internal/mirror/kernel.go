@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -14,13 +15,14 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // kernel is one Debian kernel: its packages are all of one version, save the
 // build tools, which Debian keeps in one version for all of them.
 type kernel struct {
-	series  string // 6.1.0
-	abi     int
+	series  string // 6.1
+	abi     int    // 47 of 6.1.0-47, 117 of 6.12.117+deb12
 	release string // 6.1.0-47-cloud-amd64
 	arch    string // the folder below arch/
 	version string // Debian's, such as 6.1.170-3
@@ -30,33 +32,39 @@ type kernel struct {
 	image   pkg
 }
 
-// findKernels returns the release's own kernels in the index, oldest first.
-// Backported kernels have names of another form and stay out.
-func findKernels(ctx context.Context, a *apt, p platform) ([]kernel, error) {
+// ownSeries is the kernel series of Debian 12 itself.
+const ownSeries = "6.1"
+
+// buildMajors are the kernel series that Debian 12 has, and the numbers of the
+// mirror's BUILD_IDs: <major>.0.<abi> for a Debian kernel, <major>.1.<abi> for a
+// second build of the same kernel. They are those of COS's milestones 109 and
+// 125, which have kernels of these series.
+var buildMajors = map[string]int{ownSeries: 17800, "6.12": 19216}
+
+// buildMajor is the first number of the kernel's BUILD_IDs.
+func (k kernel) buildMajor() int { return buildMajors[k.series] }
+
+// findKernels returns the kernels of some series in the index, by series and
+// then the oldest first.
+func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]kernel, error) {
 	names, err := a.names(ctx, "linux-headers-")
 	if err != nil {
 		return nil, err
 	}
 	var all []kernel
 	var ask []string
-	pattern := p.headers()
 	for _, name := range names {
-		m := pattern.FindStringSubmatch(name)
-		if m == nil {
+		k, ok := p.kernel(name)
+		if !ok || !slices.Contains(series, k.series) {
 			continue
 		}
-		abi, err := strconv.Atoi(m[2])
-		if err != nil {
-			return nil, fmt.Errorf("read package name %s: %w", name, err)
-		}
-		k := kernel{series: m[1], abi: abi, release: strings.TrimPrefix(name, "linux-headers-"), arch: p.kernelArch}
-		k.headers.Name, k.common.Name, k.image.Name = name+p.foreign, fmt.Sprintf("linux-headers-%s-%d-common", k.series, abi), "linux-image-"+k.release+p.foreign
-		k.kbuild.Name = "linux-kbuild-" + k.series[:strings.LastIndexByte(k.series, '.')]
 		all = append(all, k)
 		ask = append(ask, k.headers.Name, k.common.Name, k.image.Name, k.kbuild.Name)
 	}
-	if len(all) == 0 {
-		return nil, fault.New(fault.Unsupported, "find kernels: apt knows no linux-headers-<version>-<abi>-"+p.flavour, "run on Debian 12 for amd64")
+	for _, s := range series {
+		if !slices.ContainsFunc(all, func(k kernel) bool { return k.series == s }) {
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("find kernels: apt knows no linux-headers-%s.<n>-%s", s, p.flavour), "run on Debian 12 for amd64")
+		}
 	}
 	versions, err := a.versions(ctx, ask...)
 	if err != nil {
@@ -68,8 +76,30 @@ func findKernels(ctx context.Context, a *apt, p platform) ([]kernel, error) {
 			whole = append(whole, k)
 		}
 	}
-	sort.Slice(whole, func(i, j int) bool { return whole[i].abi < whole[j].abi })
+	sort.Slice(whole, func(i, j int) bool {
+		if a, b := whole[i], whole[j]; a.series != b.series {
+			return target.CompareVersions(a.series, b.series) < 0
+		}
+		return whole[i].abi < whole[j].abi
+	})
 	return whole, nil
+}
+
+// kernel reads the name of a header package: linux-headers-6.1.0-47-cloud-amd64,
+// or linux-headers-6.12.117+deb12-cloud-amd64 for a series that Debian took over
+// from a later release. That one has build tools for each kernel.
+func (p platform) kernel(headers string) (kernel, bool) {
+	m := p.headers().FindStringSubmatch(headers)
+	if m == nil {
+		return kernel{}, false
+	}
+	k := kernel{series: m[2], release: strings.TrimPrefix(headers, "linux-headers-"), arch: p.kernelArch}
+	k.abi, _ = strconv.Atoi(cmp.Or(m[3], m[4])) // at most six digits
+	k.headers.Name, k.common.Name, k.image.Name = headers+p.foreign, "linux-headers-"+m[1]+"-common", "linux-image-"+k.release+p.foreign
+	if k.kbuild.Name = "linux-kbuild-" + k.series; m[4] != "" {
+		k.kbuild.Name = "linux-kbuild-" + m[1]
+	}
+	return k, true
 }
 
 // complete fills in the versions and reports whether all packages exist.
@@ -83,30 +113,50 @@ func (k *kernel) complete(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// selectKernels picks by ABI number, or the count-1 oldest and the newest: old
-// ones compile with the stable driver, the newest shows the API break.
+// selectKernels picks by ABI number, or of Debian 12's own series the count-1
+// oldest and the newest: old ones compile with the stable driver, the newest shows
+// the API break. Of any other series it is the newest, unless a number names one.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
 	}
-	if len(abis) == 0 {
-		if len(all) < count {
-			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(all)), "ask for fewer with --kernels")
-		}
-		return append(slices.Clone(all[:count-1]), all[len(all)-1]), nil
-	}
-	var have []string
-	picked := make([]kernel, 0, len(abis))
-	for _, k := range all {
-		have = append(have, strconv.Itoa(k.abi))
-		if slices.Contains(abis, k.abi) {
-			picked = append(picked, k)
+	for _, abi := range abis {
+		if !slices.ContainsFunc(all, func(k kernel) bool { return k.abi == abi }) {
+			var have []string
+			for _, k := range all {
+				have = append(have, strconv.Itoa(k.abi))
+			}
+			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d of %v is not in Debian's index", abi, abis), "choose --kernel-abi from "+strings.Join(have, ", "))
 		}
 	}
-	if len(picked) != len(abis) {
-		return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: not all of %v are in Debian's index", abis), "choose --kernel-abi from "+strings.Join(have, ", "))
+	var picked []kernel
+	for _, same := range bySeries(all) {
+		named := slices.DeleteFunc(slices.Clone(same), func(k kernel) bool { return !slices.Contains(abis, k.abi) })
+		switch {
+		case len(named) > 0:
+			picked = append(picked, named...)
+		case same[0].series != ownSeries:
+			picked = append(picked, same[len(same)-1])
+		case len(abis) > 0:
+		case len(same) < count:
+			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)), "ask for fewer with --kernels")
+		default:
+			picked = append(append(picked, same[:count-1]...), same[len(same)-1])
+		}
 	}
 	return picked, nil
+}
+
+// bySeries splits sorted kernels.
+func bySeries(all []kernel) [][]kernel {
+	var groups [][]kernel
+	for i := range all {
+		if i == 0 || all[i].series != all[i-1].series {
+			groups = append(groups, nil)
+		}
+		groups[len(groups)-1] = append(groups[len(groups)-1], all[i])
+	}
+	return groups
 }
 
 // commit stands in for COS's kernel commit: Debian builds from a source
@@ -220,7 +270,7 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	in := tree{}
 	modules := "lib/modules/" + k.release
-	image, err := kernelImage(ctx, a, k, in, func(name string) bool { return strings.HasPrefix(name, modules+"/") && path.Ext(name) == ".ko" })
+	image, err := kernelImage(ctx, a, k, in, func(name string) bool { return strings.HasPrefix(name, modules+"/") && moduleFile(name) })
 	if err != nil {
 		return nil, err
 	}
@@ -231,8 +281,9 @@ func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error
 	t := tree{"vmlinuz": {mode: 0o644, data: image}}
 	var list strings.Builder
 	for _, name := range order {
-		t.add("modules/"+path.Base(name), node{mode: 0o644, data: in[name].data})
-		fmt.Fprintln(&list, path.Base(name))
+		file := path.Base(strings.TrimSuffix(name, ".xz"))
+		t.add("modules/"+file, node{mode: 0o644, data: in[name].data})
+		fmt.Fprintln(&list, file)
 	}
 	t.addFile("modules/order", list.String())
 	if emuGPU != nil {

@@ -28,10 +28,6 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The numbers of the mirror's BUILD_IDs: <major>.0.<abi> for a Debian kernel,
-// <major>.1.<abi> for a second build of the same kernel.
-const buildMajor = 17800
-
 // Config says what to make and where.
 type Config struct {
 	// Out is the folder of the mirror; it is created.
@@ -44,8 +40,11 @@ type Config struct {
 	// Archs are the architectures; none is amd64 alone. Of arm64 there is one
 	// kernel and one driver, unless ABIs names more kernels.
 	Archs []target.Arch
-	// Kernels is how many kernels to take when ABIs is empty: the oldest ones in
-	// Debian's index and the newest. 0 is 3.
+	// Series are the kernel series, 6.1 and 6.12; none is 6.1 alone, Debian 12's
+	// own. Others are for amd64 only.
+	Series []string
+	// Kernels is how many kernels of 6.1 to take when ABIs is empty: the oldest ones
+	// in Debian's index and the newest. 0 is 3. Of another series it is the newest.
 	Kernels int
 	// ABIs picks kernels by Debian's ABI number instead.
 	ABIs []int
@@ -82,6 +81,9 @@ func (c Config) WithDefaults() Config {
 	if c.Kernels == 0 {
 		c.Kernels = 3
 	}
+	if len(c.Series) == 0 {
+		c.Series = []string{ownSeries}
+	}
 	c.Clang = c.Clang || c.OnlyClang
 	if len(c.Archs) == 0 {
 		c.Archs = []target.Arch{target.AMD64}
@@ -110,6 +112,14 @@ func (c Config) Validate() error {
 		if _, ok := platforms[arch]; !ok || slices.Contains(c.Archs[:i], arch) {
 			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each once", arch), "pass --arch amd64,arm64"))
 		}
+	}
+	for i, series := range c.Series {
+		if buildMajors[series] == 0 || slices.Contains(c.Series[:i], series) {
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("kernel series %q: want 6.1 or 6.12, each once", series), "pass --kernel-series 6.1,6.12"))
+		}
+	}
+	if slices.Contains(c.Archs, target.ARM64) && !slices.Equal(c.Series, []string{ownSeries}) {
+		errs = append(errs, fault.New(fault.Usage, "kernel series other than "+ownSeries+" are for amd64 only", "leave out --kernel-series, or --arch arm64"))
 	}
 	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
 		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: its kernel's image holds none", "leave out --vmlinux, or --arch arm64"))
@@ -249,7 +259,7 @@ func (r *Result) add(part Result) {
 }
 
 func (m *maker) run(ctx context.Context) error {
-	all, err := findKernels(ctx, m.apt, m.platform)
+	all, err := findKernels(ctx, m.apt, m.platform, m.Series)
 	if err != nil {
 		return err
 	}
@@ -328,10 +338,10 @@ type build struct {
 func (m *maker) plan(kernels []kernel) []build {
 	var builds []build
 	for i, k := range kernels {
-		b := build{kernel: k, mtime: epoch, Build: Build{BuildID: fmt.Sprintf("%d.0.%d", buildMajor, k.abi), Board: m.platform.board(m.Board), Release: k.release, DebianPackageVersion: k.version}}
+		b := build{kernel: k, mtime: epoch, Build: Build{BuildID: fmt.Sprintf("%d.0.%d", k.buildMajor(), k.abi), Board: m.platform.board(m.Board), Release: k.release, DebianPackageVersion: k.version}}
 		builds = append(builds, b)
 		if i == 1 {
-			b.BuildID, b.second, b.mtime = fmt.Sprintf("%d.1.%d", buildMajor, k.abi), true, epoch.AddDate(0, 0, 7)
+			b.BuildID, b.second, b.mtime = fmt.Sprintf("%d.1.%d", k.buildMajor(), k.abi), true, epoch.AddDate(0, 0, 7)
 			b.Note = "second build of the kernel of " + builds[i].BuildID + ": other build time, host and user, one fingerprint"
 			builds = append(builds, b)
 		}
@@ -375,7 +385,7 @@ func (m *maker) makeAll(ctx context.Context, builds []build, releases []release)
 func byKernel(builds []build) [][]build {
 	var groups [][]build
 	for i, b := range builds {
-		if i > 0 && builds[i-1].kernel.abi == b.kernel.abi {
+		if i > 0 && builds[i-1].kernel.release == b.kernel.release {
 			groups[len(groups)-1] = append(groups[len(groups)-1], b)
 			continue
 		}

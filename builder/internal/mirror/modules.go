@@ -4,18 +4,52 @@ import (
 	"bytes"
 	"debug/elf"
 	"fmt"
+	"io"
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/ulikunitz/xz"
 )
 
+// maxModule bounds one module of a kernel's own, which is far smaller.
+const maxModule = 64 << 20
+
+// moduleFile reports whether a file is a kernel module; Debian's newer kernels
+// have theirs compressed.
+func moduleFile(name string) bool {
+	return path.Ext(strings.TrimSuffix(name, ".xz")) == ".ko"
+}
+
+// decompress puts a module's content in the place of what xz made of it, if it
+// did. The name stays.
+func (t tree) decompress(file string) error {
+	if path.Ext(file) != ".xz" {
+		return nil
+	}
+	n := t[file]
+	r, err := xz.NewReader(bytes.NewReader(n.data))
+	if err != nil {
+		return err
+	}
+	if n.data, err = io.ReadAll(io.LimitReader(r, maxModule+1)); err != nil {
+		return err
+	}
+	if len(n.data) > maxModule {
+		return fmt.Errorf("it has more than %d bytes", maxModule)
+	}
+	t[file] = n
+	return nil
+}
+
 // loadOrder returns the files in t of the wanted modules and all that they
-// depend on, each after its own dependencies. A wanted module that is not there
-// is built into the kernel and stays out; a dependency has to be there.
+// depend on, each after its own dependencies, and decompresses them. A wanted
+// module that is not there is built into the kernel and stays out; a dependency
+// has to be there.
 func loadOrder(t tree, wanted ...string) ([]string, error) {
 	files := map[string]string{}
 	for name := range t {
-		if path.Ext(name) == ".ko" {
+		if moduleFile(name) {
 			files[moduleName(name)] = name
 		}
 	}
@@ -31,6 +65,9 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 			return fmt.Errorf("read module %s: it depends on itself", file)
 		}
 		open[module] = true
+		if err := t.decompress(file); err != nil {
+			return fmt.Errorf("read module %s: %w", file, err)
+		}
 		deps, err := moduleDepends(t[file].data)
 		if err != nil {
 			return fmt.Errorf("read module %s: %w", file, err)
@@ -59,7 +96,7 @@ func loadOrder(t tree, wanted ...string) ([]string, error) {
 
 // moduleName returns the name that the kernel knows a module file by.
 func moduleName(file string) string {
-	return strings.ReplaceAll(strings.TrimSuffix(path.Base(file), ".ko"), "-", "_")
+	return strings.ReplaceAll(strings.TrimSuffix(path.Base(strings.TrimSuffix(file, ".xz")), ".ko"), "-", "_")
 }
 
 // moduleDepends reads the depends= field of a module's .modinfo section.

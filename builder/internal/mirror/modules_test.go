@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/ulikunitz/xz"
 )
 
 // module makes the smallest ELF file with a .modinfo section.
@@ -32,6 +33,22 @@ func module(modinfo string) []byte {
 	return out.Bytes()
 }
 
+func xzOf(t testing.TB, data []byte) []byte {
+	t.Helper()
+	var out bytes.Buffer
+	w, err := xz.NewWriter(&out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.Write(data); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return out.Bytes()
+}
+
 func TestLoadOrder(t *testing.T) {
 	t.Parallel()
 	in := tree{
@@ -46,6 +63,17 @@ func TestLoadOrder(t *testing.T) {
 	want := []string{"k/failover.ko", "k/net_failover.ko", "k/virtio-ring.ko", "k/virtio_net.ko"}
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("loadOrder: %v (-want +got)\n%s", err, diff)
+	}
+	packed := tree{"k/net-failover.ko.xz": {data: xzOf(t, module("depends=failover\x00"))}, "k/failover.ko.xz": {data: xzOf(t, module(""))}, "k/bad.ko.xz": {data: []byte("text")}}
+	got, err = loadOrder(packed, "net_failover")
+	if diff := cmp.Diff([]string{"k/failover.ko.xz", "k/net-failover.ko.xz"}, got); err != nil || diff != "" {
+		t.Errorf("loadOrder(compressed modules): %v (-want +got)\n%s", err, diff)
+	}
+	if !bytes.Equal(packed["k/failover.ko.xz"].data, module("")) {
+		t.Error("loadOrder left a module compressed")
+	}
+	if _, err := loadOrder(packed, "bad"); err == nil {
+		t.Error("loadOrder(what is no xz) succeeded")
 	}
 	if _, err := loadOrder(in, "other"); err == nil {
 		t.Error("loadOrder(module with a dependency that is not there) succeeded")

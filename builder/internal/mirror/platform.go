@@ -68,9 +68,10 @@ func (p platform) board(amd64 string) string {
 // env is the content of toolchain_env.
 func (p platform) env() string { return "CC=" + p.prefix + "gcc\nCXX=" + p.prefix + "gcc\n" }
 
-// headers matches the names of Debian's header packages.
+// headers matches the names of Debian's header packages: what comes before the
+// flavour, the series in it, and the ABI number in one of two places.
 func (p platform) headers() *regexp.Regexp {
-	return regexp.MustCompile(`^linux-headers-([0-9]+\.[0-9]+\.[0-9]+)-([0-9]{1,6})-` + regexp.QuoteMeta(p.flavour) + `$`)
+	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` + regexp.QuoteMeta(p.flavour) + `$`)
 }
 
 // named returns package names as apt wants to hear them.

@@ -1,6 +1,7 @@
 package mirror
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -40,10 +41,34 @@ func TestPlatform(t *testing.T) {
 	}
 	for name, want := range map[string]bool{
 		"linux-headers-6.1.0-47-arm64": true, "linux-headers-6.1.0-47-cloud-arm64": false, "linux-headers-6.1.0-47-rt-arm64": false,
-		"linux-headers-6.12.115+deb12-arm64": false, "linux-headers-6.1.0-47-cloud-amd64": false,
+		"linux-headers-6.12.115+deb12-arm64": true, "linux-headers-6.1.0-47-cloud-amd64": false,
 	} {
-		if got := arm.headers().MatchString(name); got != want {
+		if _, got := arm.kernel(name); got != want {
 			t.Errorf("%s is a kernel for arm64: %t; want %t", name, got, want)
+		}
+	}
+}
+
+func TestKernelNames(t *testing.T) {
+	t.Parallel()
+	amd := platforms[target.AMD64]
+	for release, want := range map[string]string{
+		"6.1.0-47-cloud-amd64":         "6.1 47 17800 linux-headers-6.1.0-47-common linux-kbuild-6.1",
+		"6.12.117+deb12-cloud-amd64":   "6.12 117 19216 linux-headers-6.12.117+deb12-common linux-kbuild-6.12.117+deb12",
+		"6.12.117+deb12-amd64":         "",
+		"6.12.117+deb12-rt-amd64":      "",
+		"6.12-cloud-amd64":             "", // names the newest
+		"6.12.117-cloud-amd64":         "",
+		"6.1.0-1234567-cloud-amd64":    "",
+		"6.12.117+deb12-common":        "",
+		"6.12.117+deb-cloud-amd64":     "",
+		"6.12.117+deb12-x-cloud-amd64": "",
+	} {
+		k, ok := amd.kernel("linux-headers-" + release)
+		if ok != (want != "") {
+			t.Errorf("kernel(%s) = %+v, %t; want %q", release, k, ok, want)
+		} else if got := fmt.Sprintf("%s %d %d %s %s", k.series, k.abi, k.buildMajor(), k.common.Name, k.kbuild.Name); ok && (got != want || k.image.Name != "linux-image-"+release) {
+			t.Errorf("kernel(%s) = %s, image %s; want %s", release, got, k.image.Name, want)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -29,7 +30,7 @@ const (
 
 // LinkedKernel takes the kernel as it was linked, an ELF file without debug
 // information, out of the image that boots on amd64. Debian compresses it with
-// LZ4.
+// LZ4, from 6.12 on with zstd.
 func LinkedKernel(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...), "make the mirror without --vmlinux")
@@ -50,13 +51,25 @@ func LinkedKernel(image []byte) ([]byte, error) {
 	}
 	payload := image[from : from+size-trailer]
 	want := le.Uint32(image[from+size-trailer:])
-	if !bytes.HasPrefix(payload, []byte{0x02, 0x21, 0x4c, 0x18}) {
-		return nil, bad("its kernel is not compressed with LZ4")
-	}
 	if want > maxLinked {
 		return nil, bad("a kernel of %d bytes; want at most %d", want, maxLinked)
 	}
-	linked, err := io.ReadAll(io.LimitReader(lz4.NewReader(bytes.NewReader(payload)), int64(want)+1))
+	var packed io.Reader
+	switch {
+	case bytes.HasPrefix(payload, []byte{0x02, 0x21, 0x4c, 0x18}):
+		packed = lz4.NewReader(bytes.NewReader(payload))
+	case bytes.HasPrefix(payload, []byte{0x28, 0xb5, 0x2f, 0xfd}):
+		// zstd -22 looks back 128 MiB.
+		zr, err := zstd.NewReader(bytes.NewReader(payload), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(128<<20))
+		if err != nil {
+			return nil, bad("decompress: %v", err)
+		}
+		defer zr.Close()
+		packed = zr
+	default:
+		return nil, bad("its kernel is compressed neither with LZ4 nor with zstd")
+	}
+	linked, err := io.ReadAll(io.LimitReader(packed, int64(want)+1))
 	if err != nil {
 		return nil, bad("decompress: %v", err)
 	}

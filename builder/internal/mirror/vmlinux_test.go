@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/klauspost/compress/zstd"
 	"github.com/pierrec/lz4/v4"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -26,6 +27,20 @@ func bzImage(t testing.TB, linked []byte, size int) []byte {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
+	return imageOf(packed.Bytes(), size)
+}
+
+// zstdOf is what newer kernels have in it.
+func zstdOf(t testing.TB, linked []byte) []byte {
+	t.Helper()
+	w, err := zstd.NewWriter(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return w.EncodeAll(linked, nil)
+}
+
+func imageOf(packed []byte, size int) []byte {
 	const code = 96
 	image := make([]byte, 2*512+code)
 	image[atSetupSects] = 1
@@ -33,8 +48,8 @@ func bzImage(t testing.TB, linked []byte, size int) []byte {
 	le := binary.LittleEndian
 	le.PutUint16(image[atProtocol:], 0x20f)
 	le.PutUint32(image[atPayloadOffset:], code)
-	le.PutUint32(image[atPayloadLength:], uint32(packed.Len()+4))
-	image = append(image, packed.Bytes()...)
+	le.PutUint32(image[atPayloadLength:], uint32(len(packed)+4))
+	image = append(image, packed...)
 	image = le.AppendUint32(image, uint32(size))
 	return append(image, "what follows"...)
 }
@@ -45,6 +60,10 @@ func TestLinkedKernel(t *testing.T) {
 	got, err := LinkedKernel(bzImage(t, linked, len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
 		t.Errorf("LinkedKernel = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
+	}
+	got, err = LinkedKernel(imageOf(zstdOf(t, linked), len(linked)))
+	if err != nil || !bytes.Equal(got, linked) {
+		t.Errorf("LinkedKernel(zstd) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
 	}
 	good := func() []byte { return bzImage(t, linked, len(linked)) }
 	edit := func(change func(image []byte)) []byte {
@@ -61,10 +80,12 @@ func TestLinkedKernel(t *testing.T) {
 		{"flat image", make([]byte, 4096), "no bzImage"},
 		{"old protocol", edit(func(i []byte) { i[atProtocol] = 7 }), "no bzImage"},
 		{"beyond the end", edit(func(i []byte) { i[atPayloadLength+3] = 0xff }), "bytes from 1120 on"},
-		{"other compression", edit(func(i []byte) { i[1120] = 0xfd }), "not compressed with LZ4"},
+		{"other compression", edit(func(i []byte) { i[1120] = 0xfd }), "neither with LZ4 nor with zstd"},
 		{"damaged", edit(func(i []byte) { copy(i[1130:], make([]byte, 64)) }), "read kernel image: "},
 		{"less than it says", bzImage(t, linked, len(linked)+1), "it says"},
 		{"more than it says", bzImage(t, linked, len(linked)-1), "it says"},
+		{"damaged zstd", imageOf(append(zstdOf(t, linked)[:16], make([]byte, 64)...), len(linked)), "read kernel image: "},
+		{"more zstd than it says", imageOf(zstdOf(t, linked), len(linked)-1), "it says"},
 		{"far too much", bzImage(t, linked, maxLinked+1), "want at most"},
 	} {
 		if _, err := LinkedKernel(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.want) {
@@ -75,6 +96,7 @@ func TestLinkedKernel(t *testing.T) {
 
 func FuzzLinkedKernel(f *testing.F) {
 	f.Add(bzImage(f, []byte("\x7fELF kernel"), len("\x7fELF kernel")))
+	f.Add(imageOf(zstdOf(f, []byte("\x7fELF kernel")), len("\x7fELF kernel")))
 	f.Fuzz(func(t *testing.T, image []byte) {
 		if linked, err := LinkedKernel(image); err == nil && len(linked) > maxLinked {
 			t.Errorf("a kernel of %d bytes", len(linked))
