@@ -34,6 +34,8 @@ func mirrorCommand() *ucli.Command {
 			&ucli.StringSliceFlag{Name: "kernel-series", Value: []string{"6.1"}, Usage: "`SERIES` of kernels: 6.1, 6.12 or both; of 6.12 the newest kernel, unless --kernel-abi names another"},
 			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels of 6.1: the oldest `N`-1 in Debian's index and the newest"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
+			&ucli.StringSliceFlag{Name: "driver-branch", Usage: "`BRANCHES` of drivers, as in R535,R550 (default: Debian 12's); one that Debian 12 has not is Debian 13's edition"},
+			&ucli.BoolFlag{Name: "neighbour", Usage: "add one more release of the first branch, a close one, proprietary alone, out of Debian 13"},
 			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
 			&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, out of which --btf of other commands takes the kernel's types (50 MB a build)"},
 			&ucli.BoolFlag{Name: "no-boot-archive", Usage: "leave prebake-boot.tgz out, which no COS bucket has; with --vmlinux, load tests boot that"},
@@ -77,6 +79,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 			return testgpu.Compile(ctx, work, compile.Request{Headers: headers, Toolchain: toolchain, Env: env, Release: release, Arch: arch})
 		}, EmuGPURevision: revision,
 		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Series: cmd.StringSlice("kernel-series"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
+		Branches: cmd.StringSlice("driver-branch"), Neighbour: cmd.Bool("neighbour"),
 		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
 		Say: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)

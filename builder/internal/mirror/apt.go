@@ -50,8 +50,9 @@ type apt struct {
 }
 
 // openApt prepares our own apt folders under dir and fetches the index when it
-// is missing, old, or refresh asks for it.
-func openApt(ctx context.Context, dir string, p platform, refresh bool, say func(string)) (*apt, error) {
+// is missing, old, or refresh asks for it. It is that of the machine's own release,
+// or of the next one.
+func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
 	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), say: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
@@ -65,6 +66,9 @@ func openApt(ctx context.Context, dir string, p platform, refresh bool, say func
 	sources, err := DeriveSources(os.DirFS("/etc/apt"), codename)
 	if err != nil {
 		return nil, err
+	}
+	if next {
+		sources, codename = ofNext(sources, codename), nextCodename
 	}
 	sources = addDebSrc(sources, codename)
 	sourcesFile := filepath.Join(dir, "prebake.sources")
@@ -98,7 +102,7 @@ Acquire::Retries "3";
 	if have && !refresh && bytes.Equal(before, sources) && time.Since(info.ModTime()) < indexAge {
 		return a, nil
 	}
-	say("fetching Debian's package index for " + string(p.arch) + " (contrib and non-free too)")
+	say("fetching the package index of Debian's " + codename + " for " + string(p.arch) + " (contrib and non-free too)")
 	if _, err := a.run(ctx, "", "apt-get", "update", "-qq", "--error-on=any"); err != nil {
 		if have && ctx.Err() == nil {
 			say("package index not refreshed, going on with the one at hand: " + firstLine(err))

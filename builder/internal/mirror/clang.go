@@ -153,9 +153,8 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 			return err
 		}
 	}
-	// Debian's newest driver is the one that it made for this kernel.
 	source := build{Build: done, kernel: kernel{version: b.source.Version}}
-	texts := m.texts(k, source, releases[len(releases)-1:])
+	texts := m.texts(k, source, m.forSource(releases))
 	texts[cosbucket.ToolchainEnvName(k)] = clangEnv
 	for name, text := range texts {
 		if err := publishText(at(name), text); err != nil {
@@ -168,6 +167,23 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 		}
 	}
 	return os.Chmod(filepath.Join(dir, signingKeyName), 0o600)
+}
+
+// forSource are the releases for the kernel that is compiled here: the newest of
+// this Debian release is the one that it made for this source.
+func (m *maker) forSource(releases []release) []release {
+	var own, others []release
+	for _, r := range releases {
+		if r.apt == m.apt {
+			own = append(own, r)
+		} else {
+			others = append(others, r)
+		}
+	}
+	if len(own) == 0 {
+		return others
+	}
+	return append([]release{latestOf(own)}, others...)
 }
 
 // clangBootArgs is the part of COS's own command line that says what LoadPin

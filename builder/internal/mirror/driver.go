@@ -28,11 +28,35 @@ var (
 	}
 	// driverTools are built apart by Debian and follow the branch, not the release.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
+	// notOfLine is what a line of packages beside the plain one lacks.
+	notOfLine = []string{"nvidia-cuda-mps"}
 )
+
+// line is which of Debian's packages a release is made of: the plain ones, "", or
+// those of an older branch that it keeps beside them, such as "tesla-535".
+type line string
+
+// named returns the name that a plain package has in the line.
+func (l line) named(plain string) string {
+	if l == "" || slices.Contains(driverTools, plain) {
+		return plain
+	}
+	for _, prefix := range []string{"firmware-nvidia-", "libnvidia-", "nvidia-"} {
+		if rest, ok := strings.CutPrefix(plain, prefix); ok {
+			return prefix + string(l) + "-" + rest
+		}
+	}
+	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
+}
+
+// lacks tells a package that the line does not have.
+func (l line) lacks(plain string) bool { return l != "" && slices.Contains(notOfLine, plain) }
 
 // release is one NVIDIA release as Debian has it.
 type release struct {
 	version  string // 535.261.03
+	apt      *apt   // where the packages come from
+	line     line
 	packages []pkg
 	open     bool
 }
@@ -40,7 +64,7 @@ type release struct {
 // sourceVersion is the version of the release's source packages.
 func (r release) sourceVersion() string {
 	for _, p := range r.packages {
-		if strings.HasPrefix(p.Name, sourcePackage) {
+		if strings.HasPrefix(p.Name, r.line.named(sourcePackage)) {
 			return p.Version
 		}
 	}
@@ -50,7 +74,7 @@ func (r release) sourceVersion() string {
 // onlySources are the packages with module sources.
 func (r release) onlySources() []pkg {
 	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
-		return !strings.HasPrefix(p.Name, sourcePackage) && !strings.HasPrefix(p.Name, openSourcePackage)
+		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) && !strings.HasPrefix(p.Name, r.line.named(openSourcePackage))
 	})
 }
 
@@ -61,28 +85,39 @@ func (r release) flavours() []target.Flavour {
 	return []target.Flavour{target.Proprietary}
 }
 
-// findReleases returns the newest release that has both flavours and the
-// newest of all, in that order; they may be one.
-func findReleases(ctx context.Context, a *apt, p platform) ([]release, error) {
-	ask := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
+// findReleases returns the releases of a line that apt knows whole.
+func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, error) {
+	var ask []string
+	plain := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
+	for _, name := range plain {
+		ask = append(ask, l.named(name))
+	}
 	versions, err := a.versions(ctx, p.named(ask...)...)
 	if err != nil {
 		return nil, err
 	}
-	releases, err := selectReleases(p.plain(versions))
-	for i, r := range releases {
-		releases[i].packages = nil
-		for _, one := range r.packages {
-			releases[i].packages = append(releases[i].packages, pkg{one.Name + p.foreign, one.Version})
+	versions = p.plain(versions)
+	byPlain := map[string][]string{}
+	for i, name := range plain {
+		byPlain[name] = versions[ask[i]]
+	}
+	releases := wholeReleases(byPlain, l)
+	for i := range releases {
+		r := &releases[i]
+		r.apt = a
+		for j := range r.packages {
+			r.packages[j].Name = l.named(r.packages[j].Name) + p.foreign
 		}
 	}
-	return releases, err
+	return releases, nil
 }
 
-func selectReleases(versions map[string][]string) ([]release, error) {
-	var both, newest *release
+// wholeReleases returns the releases of which all packages exist; the versions are
+// by plain names.
+func wholeReleases(versions map[string][]string, l line) []release {
+	var whole []release
 	for _, v := range versions[sourcePackage] {
-		r := release{version: pkg{Version: v}.upstream()}
+		r := release{version: pkg{Version: v}.upstream(), line: l}
 		if !target.ValidVersion(r.version) {
 			continue
 		}
@@ -95,13 +130,116 @@ func selectReleases(versions map[string][]string) ([]release, error) {
 			continue
 		}
 		r.addTools(versions)
-		if r.open && (both == nil || target.CompareVersions(r.version, both.version) > 0) {
-			both = &r
+		whole = append(whole, r)
+	}
+	return whole
+}
+
+// findDrivers returns the releases to lay out: the default first, then the others
+// by version.
+func (m *maker) findDrivers(ctx context.Context) (releases []release, err error) {
+	own, err := findReleases(ctx, m.apt, m.platform, "")
+	if err != nil {
+		return nil, err
+	}
+	if len(m.Branches) == 0 {
+		releases, err = selectReleases(own)
+	} else {
+		releases, err = m.findBranches(ctx, own)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if m.platform.oldest {
+		return releases[:1], nil
+	}
+	if m.Neighbour {
+		r, err := m.findNeighbour(ctx, releases)
+		if err != nil {
+			return nil, err
 		}
-		if newest == nil || target.CompareVersions(r.version, newest.version) > 0 {
-			newest = &r
+		releases = append(releases, r)
+	}
+	slices.SortStableFunc(releases[1:], func(a, b release) int { return target.CompareVersions(a.version, b.version) })
+	return releases, nil
+}
+
+// findBranches takes each branch out of the machine's own Debian release, or out of
+// the next one where that has no such branch.
+func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
+	for _, branch := range m.Branches {
+		of := ofBranch(own, branch)
+		if len(of) == 0 {
+			a, err := m.openNext(ctx)
+			if err != nil {
+				return nil, err
+			}
+			next, err := findReleases(ctx, a, m.platform, "")
+			if err != nil {
+				return nil, err
+			}
+			if of = ofBranch(next, branch); len(of) == 0 {
+				var have []string
+				for _, r := range slices.Concat(own, next) {
+					have = append(have, target.Branch(r.version))
+				}
+				slices.Sort(have)
+				return nil, fault.New(fault.InputMissing, "find drivers: Debian 12 and 13 have no release of branch "+branch,
+					"choose --driver-branch from "+strings.Join(slices.Compact(have), ", "))
+			}
+		}
+		picked, err := selectReleases(of)
+		if err != nil {
+			return nil, err
+		}
+		releases = append(releases, picked...)
+	}
+	return releases, nil
+}
+
+// findNeighbour returns one more release of the default's branch, which the next
+// Debian release keeps beside its own.
+func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
+	a, err := m.openNext(ctx)
+	if err != nil {
+		return release{}, err
+	}
+	branch := target.Branch(releases[0].version)
+	l := line("tesla-" + strings.TrimPrefix(branch, "R"))
+	whole, err := findReleases(ctx, a, m.platform, l)
+	if err != nil {
+		return release{}, err
+	}
+	newest := newestRelease(ofBranch(whole, branch), func(r release) bool {
+		return !slices.ContainsFunc(releases, func(have release) bool { return have.version == r.version })
+	})
+	if newest == nil {
+		return release{}, fault.New(fault.InputMissing, fmt.Sprintf("find drivers: Debian 13 has no other release of %s among its %s packages", branch, l), "leave out --neighbour")
+	}
+	return *newest, nil
+}
+
+// ofBranch returns the releases of a branch; "" is any.
+func ofBranch(releases []release, branch string) []release {
+	return slices.DeleteFunc(slices.Clone(releases), func(r release) bool { return branch != "" && target.Branch(r.version) != branch })
+}
+
+// newestRelease returns the newest one that is wanted, or nil.
+func newestRelease(releases []release, wanted func(release) bool) *release {
+	var newest *release
+	for i, r := range releases {
+		if wanted(r) && (newest == nil || target.CompareVersions(r.version, newest.version) > 0) {
+			newest = &releases[i]
 		}
 	}
+	return newest
+}
+
+// selectReleases picks the newest release that has both flavours and the newest of
+// all, in that order; they may be one.
+func selectReleases(whole []release) ([]release, error) {
+	both := newestRelease(whole, func(r release) bool { return r.open })
+	newest := newestRelease(whole, func(release) bool { return true })
 	if both == nil {
 		return nil, fault.New(fault.InputMissing, "find drivers: apt knows no NVIDIA release with both kernel module sources",
 			"make sure that the machine's archive serves contrib and non-free, and run again with --refresh")
@@ -116,6 +254,9 @@ func selectReleases(versions map[string][]string) ([]release, error) {
 // this very version.
 func (r *release) complete(versions map[string][]string, v string) bool {
 	for _, name := range driverPackages {
+		if r.line.lacks(name) {
+			continue
+		}
 		if !slices.Contains(versions[name], v) {
 			return false
 		}
@@ -148,7 +289,7 @@ func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
 // runfileTree lays out a release the way that NVIDIA's archive does, and tells
 // which of Debian's edits it undid for that.
 func (m *maker) runfileTree(ctx context.Context, r release, releases []release) (tree, []string, error) {
-	t, err := debianTree(ctx, m.apt, m.platform, r)
+	t, err := debianTree(ctx, m.platform, r)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -166,20 +307,26 @@ func (m *maker) runfileTree(ctx context.Context, r release, releases []release) 
 // them. Where they cannot be had, Debian's stay, and the list says so.
 func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []release) (edits []string, err error) {
 	var s sources
-	switch base := releases[0]; {
+	base, ok := baseOf(r, releases)
+	switch {
 	case m.platform.foreign != "":
-		return []string{"Debian's edition: only amd64's is changed back"}, nil
+		return []string{debianEdition + "only amd64's is changed back"}, nil
 	case r.open:
 		s, err = m.ownSources(ctx, r, t)
-	case target.Branch(base.version) == target.Branch(r.version):
+	case ok:
 		s, err = m.likeSources(ctx, base, t)
 	default:
-		return []string{"Debian's edition: no release of the branch has both flavours"}, nil
+		return []string{debianEdition + "no release of the branch has both flavours"}, nil
 	}
-	if errors.Is(err, errNoOrigin) || fault.Is(err, fault.Unsupported) {
+	switch {
+	case errors.Is(err, errNoOrigin):
+		// What apt said is about this machine's archive, and no part of the mirror.
 		m.Say(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
-		return []string{fmt.Sprintf("Debian's edition: %v", err)}, nil
-	} else if err != nil {
+		return []string{debianEdition + errNoOrigin.Error()}, nil
+	case fault.Is(err, fault.Unsupported):
+		m.Say(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
+		return []string{fmt.Sprintf("%s%v", debianEdition, err)}, nil
+	case err != nil:
 		return nil, err
 	}
 	t.replace("kernel", s.kernel)
@@ -194,20 +341,36 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	return s.edits, nil
 }
 
+// debianEdition begins the list of a release whose sources stay Debian's.
+const debianEdition = "Debian's edition: "
+
+// baseOf returns the release of the same branch that has both flavours, by which
+// Debian's edits of another one are undone.
+func baseOf(r release, releases []release) (release, bool) {
+	if r.open {
+		return r, true
+	}
+	i := slices.IndexFunc(releases, func(b release) bool { return b.open && target.Branch(b.version) == target.Branch(r.version) })
+	if i < 0 {
+		return release{}, false
+	}
+	return releases[i], true
+}
+
 // debianTree puts a release's packages together.
-func debianTree(ctx context.Context, a *apt, p platform, r release) (tree, error) {
+func debianTree(ctx context.Context, p platform, r release) (tree, error) {
 	t := tree{}
 	for _, need := range r.packages {
-		file, ok := a.file(need)
+		file, ok := r.apt.file(need)
 		if !ok {
 			return nil, fault.New(fault.InputMissing, "package "+need.Name+" is not at hand", "")
 		}
 		var err error
 		switch strings.TrimSuffix(need.Name, p.foreign) {
-		case sourcePackage:
-			err = addSource(ctx, t, file, "nvidia-kernel", "kernel")
-		case openSourcePackage:
-			err = addSource(ctx, t, file, "nvidia-open-kernel", "kernel-open")
+		case r.line.named(sourcePackage):
+			err = addSource(ctx, t, file, r.line.named("nvidia-kernel"), "kernel")
+		case r.line.named(openSourcePackage):
+			err = addSource(ctx, t, file, r.line.named("nvidia-open-kernel"), "kernel-open")
 		default:
 			err = readDeb(ctx, t, file, func(name string) string { return p.runfileName(name, r.version) })
 		}
@@ -291,7 +454,7 @@ func (p platform) runfileName(name, version string) string {
 	switch {
 	case strings.HasPrefix(name, "lib/firmware/nvidia/"+version+"/"), strings.HasPrefix(name, "usr/lib/firmware/nvidia/"+version+"/"):
 		return "firmware/" + base
-	case (dir == "usr/bin" || dir == "usr/sbin") && strings.HasPrefix(base, "nvidia-"), dir == "usr/lib/nvidia/current" && strings.HasPrefix(base, "nvidia-"):
+	case (dir == "usr/bin" || dir == "usr/sbin") && strings.HasPrefix(base, "nvidia-"), path.Dir(dir) == "usr/lib/nvidia" && strings.HasPrefix(base, "nvidia-"):
 		return base
 	case strings.HasPrefix(dir, "usr/lib/"+p.triplet) && strings.HasSuffix(base, ".so."+version):
 		return base

@@ -3,6 +3,8 @@ package mirror
 import (
 	"encoding/json"
 	"fmt"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -28,7 +30,7 @@ func index(open []string, all ...string) map[string][]string {
 func TestSelectReleases(t *testing.T) {
 	t.Parallel()
 	const stable, newer = "535.261.03-1", "535.309.01-0+deb12u1"
-	got, err := selectReleases(index([]string{stable}, newer, stable))
+	got, err := selectReleases(wholeReleases(index([]string{stable}, newer, stable), ""))
 	if err != nil || len(got) != 2 {
 		t.Fatalf("selectReleases = %+v, %v; want two releases", got, err)
 	}
@@ -48,16 +50,136 @@ func TestSelectReleases(t *testing.T) {
 			t.Errorf("release %s has packages %v; want nvidia-modprobe %s", r.version, r.packages, want.modprobe)
 		}
 	}
-	if got, err := selectReleases(index([]string{stable}, stable)); err != nil || len(got) != 1 {
+	if got, err := selectReleases(wholeReleases(index([]string{stable}, stable), "")); err != nil || len(got) != 1 {
 		t.Errorf("selectReleases(one) = %+v, %v; want one release", got, err)
 	}
-	if _, err := selectReleases(index(nil, stable)); !fault.Is(err, fault.InputMissing) {
+	if _, err := selectReleases(wholeReleases(index(nil, stable), "")); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("selectReleases(no open source) = %v; want input-missing", err)
 	}
 	lacking := index([]string{stable}, newer, stable)
 	lacking["libcuda1"] = []string{stable}
-	if got, err := selectReleases(lacking); err != nil || len(got) != 1 || got[0].version != "535.261.03" {
+	if got, err := selectReleases(wholeReleases(lacking, "")); err != nil || len(got) != 1 || got[0].version != "535.261.03" {
 		t.Errorf("selectReleases(newer without libcuda1) = %+v, %v; want the stable one", got, err)
+	}
+}
+
+func TestLine(t *testing.T) {
+	t.Parallel()
+	const tesla = line("tesla-535")
+	for plain, want := range map[string]string{
+		"nvidia-kernel-source": "nvidia-tesla-535-kernel-source", "nvidia-kernel": "nvidia-tesla-535-kernel", "nvidia-smi": "nvidia-tesla-535-smi",
+		"firmware-nvidia-gsp": "firmware-nvidia-tesla-535-gsp", "libcuda1": "libnvidia-tesla-535-cuda1", "libnvidia-ml1": "libnvidia-tesla-535-ml1",
+		"libnvcuvid1": "libnvidia-tesla-535-nvcuvid1", "nvidia-modprobe": "nvidia-modprobe",
+	} {
+		if got := tesla.named(plain); got != want {
+			t.Errorf("%s.named(%s) = %s; want %s", tesla, plain, got, want)
+		}
+		if got := line("").named(plain); got != plain {
+			t.Errorf("the plain line calls %s %s", plain, got)
+		}
+	}
+	// The line has one package less; a plain release has to have it.
+	versions := index(nil, "535.274.02-1~deb13u1")
+	delete(versions, "nvidia-cuda-mps")
+	if got := wholeReleases(versions, ""); len(got) > 0 {
+		t.Errorf("wholeReleases(without nvidia-cuda-mps) = %+v; want none", got)
+	}
+	got := wholeReleases(versions, tesla)
+	if len(got) != 1 || got[0].version != "535.274.02" || got[0].open {
+		t.Fatalf("wholeReleases of %s = %+v; want 535.274.02, proprietary", tesla, got)
+	}
+	for i, p := range got[0].packages {
+		got[0].packages[i].Name = tesla.named(p.Name)
+	}
+	if v, only := got[0].sourceVersion(), got[0].onlySources(); v != "535.274.02-1~deb13u1" || len(only) != 1 {
+		t.Errorf("source version %q, sources %v; want 535.274.02-1~deb13u1 and one package", v, only)
+	}
+}
+
+// fakeApt has what aptCache says under "own" and "next", which are the folders'
+// names, too.
+func fakeApt(t *testing.T, madison string) (own, next *apt) {
+	t.Helper()
+	bin, dir := t.TempDir(), t.TempDir()
+	const script = "#!/bin/sh\ncat \"$APT_CONFIG.madison\"\n"
+	if err := os.WriteFile(filepath.Join(bin, "apt-cache"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	all := map[string]*apt{}
+	for _, name := range []string{"own", "next"} {
+		all[name] = &apt{conf: filepath.Join(dir, name)}
+	}
+	files := map[string]string{}
+	for line := range strings.Lines(madison) {
+		where, packages, _ := strings.Cut(strings.TrimSpace(line), " ")
+		name, version, _ := strings.Cut(packages, "=")
+		files[where] += name + " | " + version + " | m Packages\n"
+	}
+	for name, text := range files {
+		if err := os.WriteFile(all[name].conf+".madison", []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return all["own"], all["next"]
+}
+
+func TestFindDrivers(t *testing.T) {
+	var madison strings.Builder
+	add := func(where string, l line, version string, open bool) {
+		for _, name := range append([]string{sourcePackage}, driverPackages...) {
+			if !l.lacks(name) {
+				fmt.Fprintf(&madison, "%s %s=%s\n", where, l.named(name), version)
+			}
+		}
+		if open {
+			fmt.Fprintf(&madison, "%s %s=%s\n", where, openSourcePackage, version)
+		}
+	}
+	add("own", "", "535.309.01-0+deb12u1", false)
+	add("own", "", "535.261.03-1", true)
+	add("next", "", "550.163.01-2", true)
+	add("next", "tesla-535", "535.274.02-1~deb13u1", false)
+	own, next := fakeApt(t, madison.String())
+	for _, row := range []struct {
+		name      string
+		branches  []string
+		neighbour bool
+		want      string // version, and which archive
+		latest    string
+		err       string
+	}{
+		{name: "default", want: "535.261.03 own, 535.309.01 own", latest: "535.309.01"},
+		{name: "own branch", branches: []string{"R535"}, want: "535.261.03 own, 535.309.01 own", latest: "535.309.01"},
+		{name: "next branch", branches: []string{"R550"}, want: "550.163.01 next", latest: "550.163.01"},
+		{name: "both", branches: []string{"R535", "R550"}, want: "535.261.03 own, 535.309.01 own, 550.163.01 next", latest: "550.163.01"},
+		{name: "both, the other default", branches: []string{"R550", "R535"}, want: "550.163.01 next, 535.261.03 own, 535.309.01 own", latest: "550.163.01"},
+		{name: "neighbour", neighbour: true, want: "535.261.03 own, 535.274.02 next, 535.309.01 own", latest: "535.309.01"},
+		{name: "no such branch", branches: []string{"R535", "R999"}, err: "R999"},
+		{name: "no neighbour", branches: []string{"R550"}, neighbour: true, err: "tesla-550"},
+	} {
+		m := &maker{Config: Config{Branches: row.branches, Neighbour: row.neighbour}, platform: platforms[target.AMD64], apt: own, next: next}
+		releases, err := m.findDrivers(t.Context())
+		if row.err != "" {
+			if !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), row.err) || fault.Hint(err) == "" {
+				t.Errorf("%s: %v; want input-missing that names %s, with a hint", row.name, err, row.err)
+			}
+			continue
+		}
+		var got []string
+		for _, r := range releases {
+			got = append(got, r.version+" "+map[*apt]string{own: "own", next: "next"}[r.apt])
+			if base, ok := baseOf(r, releases); !ok || target.Branch(base.version) != target.Branch(r.version) || !base.open {
+				t.Errorf("%s: the base of %s is %s", row.name, r.version, base.version)
+			}
+		}
+		if err != nil || strings.Join(got, ", ") != row.want || latestOf(releases).version != row.latest {
+			t.Errorf("%s: %v, latest %s, %v; want %s, %s", row.name, got, latestOf(releases).version, err, row.want, row.latest)
+		}
+		// A kernel of this Debian release's source has this release's driver as default.
+		if clang := m.forSource(releases); len(row.branches) != 1 && clang[0].version != "535.309.01" {
+			t.Errorf("%s: the default for the clang-built kernel is %s; want 535.309.01", row.name, clang[0].version)
+		}
 	}
 }
 
@@ -145,14 +267,16 @@ func TestManifest(t *testing.T) {
 func TestRunfileName(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]string{
-		"usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.535.1.2": "libcuda.so.535.1.2",
-		"usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.1":       "",
-		"usr/lib/nvidia/current/nvidia-smi":                          "nvidia-smi",
-		"usr/bin/nvidia-modprobe":                                    "nvidia-modprobe",
-		"usr/sbin/nvidia-cuda-mps-server":                            "nvidia-cuda-mps-server",
-		"lib/firmware/nvidia/535.1.2/gsp_tu10x.bin":                  "firmware/gsp_tu10x.bin",
-		"lib/firmware/nvidia/530.1.2/gsp_tu10x.bin":                  "",
-		"usr/share/doc/nvidia-smi/copyright":                         "",
+		"usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.535.1.2":   "libcuda.so.535.1.2",
+		"usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.1":         "",
+		"usr/lib/nvidia/current/nvidia-smi":                            "nvidia-smi",
+		"usr/lib/nvidia/tesla-535/nvidia-smi":                          "nvidia-smi",
+		"usr/lib/x86_64-linux-gnu/nvidia/tesla-535/libcuda.so.535.1.2": "libcuda.so.535.1.2",
+		"usr/bin/nvidia-modprobe":                                      "nvidia-modprobe",
+		"usr/sbin/nvidia-cuda-mps-server":                              "nvidia-cuda-mps-server",
+		"lib/firmware/nvidia/535.1.2/gsp_tu10x.bin":                    "firmware/gsp_tu10x.bin",
+		"lib/firmware/nvidia/530.1.2/gsp_tu10x.bin":                    "",
+		"usr/share/doc/nvidia-smi/copyright":                           "",
 	} {
 		if got := platforms[target.AMD64].runfileName(in, "535.1.2"); got != want {
 			t.Errorf("runfileName(%s) = %q; want %q", in, got, want)
@@ -190,6 +314,14 @@ func TestDriverVersions(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, list); err != nil || diff != "" {
 		t.Errorf("driverVersions: %v (-want +got)\n%s", err, diff)
+	}
+	list, err = cosbucket.ParseDriverVersions([]byte(driverVersions(append(releases, release{version: "550.163.01", open: true}))))
+	want = cosbucket.DriverList{
+		Default: "535.261.03", Latest: "550.163.01", Branches: map[string]string{"R535": "535.309.01", "R550": "550.163.01"},
+		Versions: []string{"535.261.03", "535.309.01", "550.163.01"},
+	}
+	if diff := cmp.Diff(want, list); err != nil || diff != "" {
+		t.Errorf("driverVersions of two branches: %v (-want +got)\n%s", err, diff)
 	}
 }
 
@@ -230,13 +362,17 @@ func TestValidate(t *testing.T) {
 		t.Errorf("Validate(defaults) = %v", err)
 	}
 	for name, change := range map[string]func(*Config){
-		"no out":        func(c *Config) { c.Out = "" },
-		"one kernel":    func(c *Config) { c.Kernels = 1 },
-		"board":         func(c *Config) { c.Board = "../x" },
-		"another arch":  func(c *Config) { c.Board = "lakitu-arm64" },
-		"series":        func(c *Config) { c.Series = []string{"6.6"} },
-		"series twice":  func(c *Config) { c.Series = []string{"6.12", "6.12"} },
-		"arm64 of 6.12": func(c *Config) { c.Archs, c.Series = []target.Arch{target.ARM64}, []string{"6.12"} },
+		"no out":                  func(c *Config) { c.Out = "" },
+		"one kernel":              func(c *Config) { c.Kernels = 1 },
+		"board":                   func(c *Config) { c.Board = "../x" },
+		"another arch":            func(c *Config) { c.Board = "lakitu-arm64" },
+		"series":                  func(c *Config) { c.Series = []string{"6.6"} },
+		"branch":                  func(c *Config) { c.Branches = []string{"550"} },
+		"branch twice":            func(c *Config) { c.Branches = []string{"R550", "R550"} },
+		"arm64 of another branch": func(c *Config) { c.Archs, c.Branches = []target.Arch{target.ARM64}, []string{"R550"} },
+		"arm64 neighbour":         func(c *Config) { c.Archs, c.Neighbour = []target.Arch{target.ARM64}, true },
+		"series twice":            func(c *Config) { c.Series = []string{"6.12", "6.12"} },
+		"arm64 of 6.12":           func(c *Config) { c.Archs, c.Series = []target.Arch{target.ARM64}, []string{"6.12"} },
 	} {
 		c := good
 		change(&c)

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -109,7 +111,8 @@ func (m *maker) makeDriver(ctx context.Context, r release, releases []release) e
 		}
 		return err
 	}
-	params := []string{undoRecipe, releases[0].sourceVersion()}
+	base, _ := baseOf(r, releases)
+	params := []string{undoRecipe, base.sourceVersion()}
 	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions, Params: params}, func(ctx context.Context, w io.Writer) error {
 		if err := lay(); err != nil {
 			return err
@@ -134,6 +137,15 @@ func (m *maker) makeDriver(ctx context.Context, r release, releases []release) e
 	}
 	if err := list.publish(filepath.Join(m.Out, "edits", r.version+".txt")); err != nil {
 		return err
+	}
+	text, err := os.ReadFile(list.path)
+	if err != nil {
+		return err
+	}
+	if strings.HasPrefix(string(text), debianEdition) {
+		m.mu.Lock()
+		m.notes[r.version] = strings.TrimSpace(string(text))
+		m.mu.Unlock()
 	}
 	if err := o.publish(filepath.Join(dir, name)); err != nil {
 		return err
@@ -193,7 +205,7 @@ func (m *maker) makeBuild(ctx context.Context, b build, toolchain object, releas
 
 // texts are the small files of a build.
 func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]string {
-	stable, latest := releases[0], releases[len(releases)-1]
+	stable, latest := releases[0], latestOf(releases)
 	all := map[string]string{
 		cosbucket.ToolchainEnvName(k):   m.platform.env(),
 		cosbucket.CommitName(k):         b.kernel.commit() + "\n",
@@ -206,6 +218,11 @@ func (m *maker) texts(k target.Kernel, b build, releases []release) map[string]s
 		all[cosbucket.BranchVersionName(k, branch)] = version + "\n"
 	}
 	return all
+}
+
+// latestOf returns the newest of all releases; there is one at least.
+func latestOf(releases []release) release {
+	return *newestRelease(releases, func(release) bool { return true })
 }
 
 // branches maps each branch to its newest release.
@@ -229,9 +246,11 @@ func driverVersions(releases []release) string {
 			fmt.Fprintf(&out, "  supported_driver_versions {\n    label: %q\n    version: %q\n  }\n", label, version)
 		}
 		entry("DEFAULT", releases[0].version)
-		latest := releases[len(releases)-1].version
-		entry("LATEST", latest)
-		entry(target.Branch(latest), latest)
+		entry("LATEST", latestOf(releases).version)
+		newest := branches(releases)
+		for _, branch := range slices.Sorted(maps.Keys(newest)) {
+			entry(branch, newest[branch])
+		}
 		out.WriteString("}\n")
 	}
 	return out.String()

@@ -48,6 +48,13 @@ type Config struct {
 	Kernels int
 	// ABIs picks kernels by Debian's ABI number instead.
 	ABIs []int
+	// Branches are the driver branches, as in R535, the default's first; none is
+	// what Debian 12 has. One that it has not comes out of Debian 13, with the
+	// sources as Debian edited them. They are for amd64 only.
+	Branches []string
+	// Neighbour adds one more release of the default's branch, proprietary alone,
+	// which Debian 13 keeps beside its own driver. It is for amd64 only.
+	Neighbour bool
 	// VMLinux adds the kernels as they were linked, with their types. Only Debian's
 	// own kernels for amd64 have them where they can be taken out.
 	VMLinux bool
@@ -121,6 +128,14 @@ func (c Config) Validate() error {
 	if slices.Contains(c.Archs, target.ARM64) && !slices.Equal(c.Series, []string{ownSeries}) {
 		errs = append(errs, fault.New(fault.Usage, "kernel series other than "+ownSeries+" are for amd64 only", "leave out --kernel-series, or --arch arm64"))
 	}
+	for i, branch := range c.Branches {
+		if _, ok := target.Wish(branch).BranchName(); !ok || slices.Contains(c.Branches[:i], branch) {
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("driver branch %q: want one such as R535, each once", branch), "pass --driver-branch R535,R550"))
+		}
+	}
+	if slices.Contains(c.Archs, target.ARM64) && (len(c.Branches) > 0 || c.Neighbour) {
+		errs = append(errs, fault.New(fault.Usage, "other drivers than Debian 12's default are for amd64 only", "leave out --driver-branch and --neighbour, or --arch arm64"))
+	}
 	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
 		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: its kernel's image holds none", "leave out --vmlinux, or --arch arm64"))
 	}
@@ -141,6 +156,8 @@ type Build struct {
 type Driver struct {
 	Version  string           `json:"version"`
 	Flavours []target.Flavour `json:"flavours"`
+	// Note says why the sources are not as NVIDIA has them, if so.
+	Note string `json:"note,omitempty"`
 }
 
 // Result says what the mirror holds; it is also written to mirror.json.
@@ -177,6 +194,8 @@ type maker struct {
 	Config
 	platform platform
 	apt      *apt
+	next     *apt // of the next Debian release, once it was needed
+	refresh  bool
 	store    store
 	// toolchainPkgs is what the toolchain archive is made of.
 	toolchainPkgs []pkg
@@ -184,6 +203,7 @@ type maker struct {
 
 	mu     sync.Mutex
 	result Result
+	notes  map[string]string // on drivers, by version
 }
 
 // Make makes or completes the mirror.
@@ -232,19 +252,27 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 // makePart makes the mirror's part of one architecture.
 func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 	for refresh := c.Refresh; ; refresh = true {
-		a, err := openApt(ctx, filepath.Join(c.Cache, p.aptDir()), p, refresh, c.Say)
+		a, err := openApt(ctx, filepath.Join(c.Cache, p.aptDir()), p, false, refresh, c.Say)
 		if err != nil {
 			return Result{}, err
 		}
-		m := &maker{Config: c, platform: p, apt: a, store: store{filepath.Join(c.Cache, "objects")}}
+		m := &maker{Config: c, platform: p, apt: a, refresh: refresh, store: store{filepath.Join(c.Cache, "objects")}, notes: map[string]string{}}
 		if err = m.run(ctx); err == nil {
 			return m.result, nil
 		}
-		if refresh || a.fresh || !errors.Is(err, errDownload) {
+		if refresh || a.fresh && (m.next == nil || m.next.fresh) || !errors.Is(err, errDownload) {
 			return Result{}, err
 		}
 		c.Say("Debian's archive no longer has a package of the index at hand: asking for the present one")
 	}
+}
+
+// openNext returns the archive of the next Debian release.
+func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
+	if m.next == nil {
+		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh, m.Say)
+	}
+	return m.next, err
 }
 
 // add takes over what a part of the mirror holds.
@@ -269,12 +297,9 @@ func (m *maker) run(ctx context.Context) error {
 			return err
 		}
 	}
-	releases, err := findReleases(ctx, m.apt, m.platform)
+	releases, err := m.findDrivers(ctx)
 	if err != nil {
 		return err
-	}
-	if m.platform.oldest {
-		releases = releases[:1]
 	}
 	versions, err := m.apt.versions(ctx, m.platform.toolchain...)
 	if err != nil {
@@ -287,14 +312,19 @@ func (m *maker) run(ctx context.Context) error {
 		m.toolchainPkgs = append(m.toolchainPkgs, pkg{name, versions[name][0]})
 	}
 	want := append([]pkg(nil), m.toolchainPkgs...)
+	var wantNext []pkg
 	for _, k := range kernels {
 		m.Say("kernel " + k.release + " (Debian " + k.version + ")")
 		want = append(want, k.packages()...)
 	}
 	for _, r := range releases {
 		m.Say(fmt.Sprintf("driver %s, %v", r.version, r.flavours()))
-		if !m.OnlyKernels {
+		switch {
+		case m.OnlyKernels:
+		case r.apt == m.apt:
 			want = append(want, r.packages...)
+		default:
+			wantNext = append(wantNext, r.packages...)
 		}
 	}
 	var clang clangBuild
@@ -306,6 +336,11 @@ func (m *maker) run(ctx context.Context) error {
 	}
 	if err := m.apt.download(ctx, want); err != nil {
 		return err
+	}
+	if len(wantNext) > 0 {
+		if err := m.next.download(ctx, wantNext); err != nil {
+			return err
+		}
 	}
 	builds := m.plan(kernels)
 	if err := m.makeAll(ctx, builds, releases); err != nil {
@@ -322,7 +357,7 @@ func (m *maker) run(ctx context.Context) error {
 		m.result.Builds = append(m.result.Builds, b)
 	}
 	for _, r := range releases {
-		m.result.Drivers = append(m.result.Drivers, Driver{r.version, r.flavours()})
+		m.result.Drivers = append(m.result.Drivers, Driver{r.version, r.flavours(), m.notes[r.version]})
 	}
 	return nil
 }

@@ -60,6 +60,24 @@ func DeriveSources(etcApt fs.FS, codename string) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
+// nextCodename is the release after the one that the mirror runs on. Packages of
+// it are unpacked and never installed.
+const nextCodename = "trixie"
+
+// ofNext turns derived sources of one release into those of the next: the same
+// archives and keyrings, its suites.
+func ofNext(derived []byte, codename string) []byte {
+	var out bytes.Buffer
+	for line := range strings.Lines(string(derived)) {
+		if suites, ok := strings.CutPrefix(line, "Suites: "); ok {
+			// Old sources call the security suite <codename>/updates.
+			line = "Suites: " + strings.NewReplacer(codename+"/updates", nextCodename+"-security", codename, nextCodename).Replace(suites)
+		}
+		out.WriteString(line)
+	}
+	return out.Bytes()
+}
+
 // stanza is one source: field names in lower case, values as written.
 type stanza struct {
 	fields map[string]string

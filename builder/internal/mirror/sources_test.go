@@ -73,6 +73,17 @@ func TestDeriveSources(t *testing.T) {
 	}
 }
 
+func TestOfNext(t *testing.T) {
+	t.Parallel()
+	const in = "Types: deb\nURIs: http://m.example/bookworm\nSuites: bookworm bookworm-updates\nComponents: main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
+		"Types: deb\nURIs: http://m.example/security\nSuites: bookworm-security bookworm/updates\nComponents: main\n\n"
+	const want = "Types: deb\nURIs: http://m.example/bookworm\nSuites: trixie trixie-updates\nComponents: main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
+		"Types: deb\nURIs: http://m.example/security\nSuites: trixie-security trixie-security\nComponents: main\n\n"
+	if diff := cmp.Diff(want, string(ofNext([]byte(in), "bookworm"))); diff != "" {
+		t.Errorf("ofNext (-want +got)\n%s", diff)
+	}
+}
+
 func FuzzDeriveSources(f *testing.F) {
 	f.Add("Types: deb\nURIs: http://m.example\nSuites: bookworm\nComponents: main\nSigned-By:\n k\n", "deb [a=b] http://m.example bookworm main\n")
 	f.Add(" x\n:\n#\n\nTypes:", "deb\ndeb []\ndeb [")

@@ -226,7 +226,7 @@ type sources struct {
 
 // ownSources undoes Debian's edits of a release that has both flavours.
 func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, err error) {
-	file, err := m.apt.origin(ctx, r.sourceVersion())
+	file, err := r.apt.origin(ctx, r.sourceVersion())
 	if err != nil {
 		return s, err
 	}
@@ -251,7 +251,9 @@ func (m *maker) ownSources(ctx context.Context, r release, t tree) (s sources, e
 // likeSources undoes the edits of another release of the branch, as they were
 // undone in the release that has both flavours.
 func (m *maker) likeSources(ctx context.Context, base release, t tree) (s sources, err error) {
-	debian, err := debianTree(ctx, m.apt, m.platform, release{version: base.version, packages: base.onlySources()})
+	only := base
+	only.packages = base.onlySources()
+	debian, err := debianTree(ctx, m.platform, only)
 	if err != nil {
 		return s, err
 	}
