@@ -82,6 +82,12 @@ arm64: setup build ## cross-compile a driver for arm64 and load it in an emulate
 	PREBAKE_ARM64_CACHE="$${PREBAKE_ARM64_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./builder/internal/mirror
 
+# Packages are kept with those that demo and tests use.
+.PHONY: next
+next: setup build ## compile a driver of the next branch for the next kernel series and load it
+	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
+	  $(GO) test -v -count=1 -timeout 60m -run '^TestNext$$' ./builder/internal/mirror
+
 # What the load test of drivers for arm64 needs beside the builder.
 .PHONY: arm64-programs
 arm64-programs: ## build the load test's programs for arm64 into bin/

@@ -5,7 +5,8 @@
 //
 // It refuses to change the machine: apt runs on sources, lists and caches of
 // its own, nothing is installed, no root is needed. It pins no version: apt is
-// asked what there is. The same package versions give the same bytes.
+// asked what there is. The same package versions give the same bytes. Where more
+// is asked for than Debian 12 has, packages of Debian 13 are unpacked as well.
 package mirror
 
 import (

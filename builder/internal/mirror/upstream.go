@@ -140,7 +140,8 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 	}
 	for _, name := range debian.edited() {
 		was, edited := pair.own[name], pair.debian[name]
-		if was.data == nil || edited.data == nil {
+		// Where the pair's editions are equal, it was edited in this release alone.
+		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
 			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: nothing tells what "+name+" was before", "")
 		}
 		n := own[name]

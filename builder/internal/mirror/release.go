@@ -1,0 +1,294 @@
+package mirror
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// The packages of one NVIDIA release. Debian splits the runfile; the mirror
+// puts together again what a compute node wants: CUDA, NVML, video, OpenCL,
+// tools and firmware, without X11, 32-bit libraries and documentation.
+var (
+	sourcePackage     = "nvidia-kernel-source"
+	openSourcePackage = "nvidia-open-kernel-source"
+	driverPackages    = []string{
+		"firmware-nvidia-gsp", "nvidia-smi", "libcuda1", "libnvidia-ml1", "libnvidia-ptxjitcompiler1", "libnvidia-nvvm4",
+		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd", "nvidia-cuda-mps",
+	}
+	// driverTools are built apart by Debian and follow the branch, not the release.
+	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
+	// notOfLine is what a line of packages beside the plain one lacks.
+	notOfLine = []string{"nvidia-cuda-mps"}
+)
+
+// line is which of Debian's packages a release is made of: the plain ones, "", or
+// those of an older branch that it keeps beside them, such as "tesla-535".
+type line string
+
+// named returns the name that a plain package has in the line.
+func (l line) named(plain string) string {
+	if l == "" || slices.Contains(driverTools, plain) {
+		return plain
+	}
+	for _, prefix := range []string{"firmware-nvidia-", "libnvidia-", "nvidia-"} {
+		if rest, ok := strings.CutPrefix(plain, prefix); ok {
+			return prefix + string(l) + "-" + rest
+		}
+	}
+	return "libnvidia-" + string(l) + "-" + strings.TrimPrefix(plain, "lib")
+}
+
+// lacks tells a package that the line does not have.
+func (l line) lacks(plain string) bool { return l != "" && slices.Contains(notOfLine, plain) }
+
+// release is one NVIDIA release as Debian has it.
+type release struct {
+	version  string // 535.261.03
+	apt      *apt   // where the packages come from
+	line     line
+	packages []pkg
+	open     bool
+}
+
+// sourceVersion is the version of the release's source packages.
+func (r release) sourceVersion() string {
+	for _, p := range r.packages {
+		if strings.HasPrefix(p.Name, r.line.named(sourcePackage)) {
+			return p.Version
+		}
+	}
+	return ""
+}
+
+// onlySources are the packages with module sources.
+func (r release) onlySources() []pkg {
+	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
+		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) && !strings.HasPrefix(p.Name, r.line.named(openSourcePackage))
+	})
+}
+
+func (r release) flavours() []target.Flavour {
+	if r.open {
+		return []target.Flavour{target.Proprietary, target.Open}
+	}
+	return []target.Flavour{target.Proprietary}
+}
+
+// findReleases returns the releases of a line that apt knows whole.
+func findReleases(ctx context.Context, a *apt, p platform, l line) ([]release, error) {
+	var ask []string
+	plain := slices.Concat([]string{sourcePackage, openSourcePackage}, driverPackages, driverTools)
+	for _, name := range plain {
+		ask = append(ask, l.named(name))
+	}
+	versions, err := a.versions(ctx, p.named(ask...)...)
+	if err != nil {
+		return nil, err
+	}
+	versions = p.plain(versions)
+	byPlain := map[string][]string{}
+	for i, name := range plain {
+		byPlain[name] = versions[ask[i]]
+	}
+	releases := wholeReleases(byPlain, l)
+	for i := range releases {
+		r := &releases[i]
+		r.apt = a
+		for j := range r.packages {
+			r.packages[j].Name = l.named(r.packages[j].Name) + p.foreign
+		}
+	}
+	return releases, nil
+}
+
+// wholeReleases returns the releases of which all packages exist; the versions are
+// by plain names.
+func wholeReleases(versions map[string][]string, l line) []release {
+	var whole []release
+	for _, v := range versions[sourcePackage] {
+		r := release{version: pkg{Version: v}.upstream(), line: l}
+		if !target.ValidVersion(r.version) {
+			continue
+		}
+		r.packages = append(r.packages, pkg{sourcePackage, v})
+		if slices.Contains(versions[openSourcePackage], v) {
+			r.open = true
+			r.packages = append(r.packages, pkg{openSourcePackage, v})
+		}
+		if !r.complete(versions, v) {
+			continue
+		}
+		r.addTools(versions)
+		whole = append(whole, r)
+	}
+	return whole
+}
+
+// findDrivers returns the releases to lay out: the default first, then the others
+// by version.
+func (m *maker) findDrivers(ctx context.Context) (releases []release, err error) {
+	own, err := findReleases(ctx, m.apt, m.platform, "")
+	if err != nil {
+		return nil, err
+	}
+	if len(m.Branches) == 0 {
+		releases, err = selectReleases(own)
+	} else {
+		releases, err = m.findBranches(ctx, own)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if m.platform.oldest {
+		return releases[:1], nil
+	}
+	if m.Neighbour {
+		r, err := m.findNeighbour(ctx, releases)
+		if err != nil {
+			return nil, err
+		}
+		releases = append(releases, r)
+	}
+	slices.SortStableFunc(releases[1:], func(a, b release) int { return target.CompareVersions(a.version, b.version) })
+	return releases, nil
+}
+
+// findBranches takes each branch out of the machine's own Debian release, or out of
+// the next one where that has no such branch.
+func (m *maker) findBranches(ctx context.Context, own []release) (releases []release, err error) {
+	for _, branch := range m.Branches {
+		of := ofBranch(own, branch)
+		if len(of) == 0 {
+			a, err := m.openNext(ctx)
+			if err != nil {
+				return nil, err
+			}
+			next, err := findReleases(ctx, a, m.platform, "")
+			if err != nil {
+				return nil, err
+			}
+			if of = ofBranch(next, branch); len(of) == 0 {
+				var have []string
+				for _, r := range slices.Concat(own, next) {
+					have = append(have, target.Branch(r.version))
+				}
+				slices.Sort(have)
+				return nil, fault.New(fault.InputMissing, "find drivers: Debian 12 and 13 have no release of branch "+branch,
+					"choose --driver-branch from "+strings.Join(slices.Compact(have), ", "))
+			}
+		}
+		picked, err := selectReleases(of)
+		if err != nil {
+			return nil, err
+		}
+		releases = append(releases, picked...)
+	}
+	return releases, nil
+}
+
+// findNeighbour returns one more release of the default's branch, which the next
+// Debian release keeps beside its own.
+func (m *maker) findNeighbour(ctx context.Context, releases []release) (release, error) {
+	a, err := m.openNext(ctx)
+	if err != nil {
+		return release{}, err
+	}
+	branch := target.Branch(releases[0].version)
+	l := line("tesla-" + strings.TrimPrefix(branch, "R"))
+	whole, err := findReleases(ctx, a, m.platform, l)
+	if err != nil {
+		return release{}, err
+	}
+	newest := newestRelease(ofBranch(whole, branch), func(r release) bool {
+		return !slices.ContainsFunc(releases, func(have release) bool { return have.version == r.version })
+	})
+	if newest == nil {
+		return release{}, fault.New(fault.InputMissing, fmt.Sprintf("find drivers: Debian 13 has no other release of %s among its %s packages", branch, l), "leave out --neighbour")
+	}
+	return *newest, nil
+}
+
+// ofBranch returns the releases of a branch; "" is any.
+func ofBranch(releases []release, branch string) []release {
+	return slices.DeleteFunc(slices.Clone(releases), func(r release) bool { return branch != "" && target.Branch(r.version) != branch })
+}
+
+// newestRelease returns the newest one that is wanted, or nil.
+func newestRelease(releases []release, wanted func(release) bool) *release {
+	var newest *release
+	for i, r := range releases {
+		if wanted(r) && (newest == nil || target.CompareVersions(r.version, newest.version) > 0) {
+			newest = &releases[i]
+		}
+	}
+	return newest
+}
+
+// selectReleases picks the newest release that has both flavours and the newest of
+// all, in that order; they may be one.
+func selectReleases(whole []release) ([]release, error) {
+	both := newestRelease(whole, func(r release) bool { return r.open })
+	newest := newestRelease(whole, func(release) bool { return true })
+	if both == nil {
+		return nil, fault.New(fault.InputMissing, "find drivers: apt knows no NVIDIA release with both kernel module sources",
+			"make sure that the machine's archive serves contrib and non-free, and run again with --refresh")
+	}
+	if newest.version == both.version {
+		return []release{*both}, nil
+	}
+	return []release{*both, *newest}, nil
+}
+
+// complete adds the release's other packages and reports whether all exist in
+// this very version.
+func (r *release) complete(versions map[string][]string, v string) bool {
+	for _, name := range driverPackages {
+		if r.line.lacks(name) {
+			continue
+		}
+		if !slices.Contains(versions[name], v) {
+			return false
+		}
+		r.packages = append(r.packages, pkg{name, v})
+	}
+	return true
+}
+
+// addTools adds of each tool the newest version of the branch that is not
+// newer than the release, or the branch's oldest.
+func (r *release) addTools(versions map[string][]string) {
+	for _, name := range driverTools {
+		var best string
+		for _, v := range versions[name] { // newest first
+			if target.Branch(pkg{Version: v}.upstream()) != target.Branch(r.version) {
+				continue
+			}
+			if best = v; target.CompareVersions(cleanVersion(v), r.version) <= 0 {
+				break
+			}
+		}
+		if best != "" {
+			r.packages = append(r.packages, pkg{name, best})
+		}
+	}
+}
+
+func cleanVersion(v string) string { return pkg{Version: v}.upstream() }
+
+// baseOf returns the release of the same branch that has both flavours, by which
+// Debian's edits of another one are undone.
+func baseOf(r release, releases []release) (release, bool) {
+	if r.open {
+		return r, true
+	}
+	i := slices.IndexFunc(releases, func(b release) bool { return b.open && target.Branch(b.version) == target.Branch(r.version) })
+	if i < 0 {
+		return release{}, false
+	}
+	return releases[i], true
+}
