@@ -80,7 +80,7 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		}, EmuGPURevision: revision,
 		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Series: cmd.StringSlice("kernel-series"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
 		Branches: cmd.StringSlice("driver-branch"), Neighbour: cmd.Bool("neighbour"),
-		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), Refresh: cmd.Bool("refresh"),
+		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), ClangCached: cmd.Bool("clang-cached"), Refresh: cmd.Bool("refresh"),
 		Say: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)
 		},

@@ -16,7 +16,7 @@ import (
 
 // alike gives the driver six tests whose programs begin alike, in the shapes that
 // NVIDIA's conftest.sh has, and one that gives the compiler another flag.
-func alike(t *testing.T, r compile.Request) {
+func alike(t *testing.T, r compile.Request, header string) {
 	t.Helper()
 	const preamble = `
 CONFTEST_PREAMBLE="#include \"conftest/headers.h\"
@@ -49,6 +49,7 @@ compile_check_conftest() {
 	script := strings.Replace(testdriver.Script, before, preamble[1:]+"\n"+before+tests.String(), 1)
 	kbuild := strings.Replace(testdriver.Kbuild, "COMPILE_TESTS += has_size\n", "COMPILE_TESTS += has_size"+names.String()+"\n", 1)
 	write(t, r.Source, map[string]string{"conftest.sh": script, "Kbuild": kbuild})
+	write(t, r.Headers, map[string]string{"include/linux/here.h": header})
 }
 
 // functions compiles and returns the answers about functions.
@@ -93,25 +94,29 @@ func compiler(t *testing.T, r compile.Request, script string) {
 // same answers.
 func TestBeginnings(t *testing.T) {
 	t.Parallel()
+	const guarded = "#ifndef HERE_H\n#define HERE_H\nstruct here { int size; };\n#endif\n"
 	yes := []string{"#define NV_same_0", "#define NV_same_1", "#define NV_same_2", "#define NV_same_3", "#define NV_where_present", "#undef NV_no_member"}
 	for name, row := range map[string]struct {
 		script string
 		want   []string
+		header string
 	}{
 		// This compiler takes programs with the header only from a precompiled one,
 		// so that the answers tell which were.
 		"precompiled": {`case "$*" in *"-include /prebake/begin/text.h"*) ;; *" -c conftest"*) grep -q linux/here.h conftest*.c && exit 1 ;; esac
-`, append(yes, "#undef NV_other_flags")},
+`, append(yes, "#undef NV_other_flags"), guarded},
 		"no precompiled headers": {`case "$*" in *c-header*) exit 1 ;; esac
-`, append(yes, "#define NV_other_flags")},
+`, append(yes, "#define NV_other_flags"), guarded},
 		"none that works": {`case "$*" in *c-header*) : > /prebake/begin/text.h.gch; exit 0 ;; esac
-`, append(yes, "#define NV_other_flags")},
-		"as it is": {"", append(yes, "#define NV_other_flags")},
+`, append(yes, "#define NV_other_flags"), guarded},
+		"as it is": {"", append(yes, "#define NV_other_flags"), guarded},
+		// Read twice it is an error, so that no program can begin with it compiled.
+		"a header without a guard": {"", append(yes, "#define NV_other_flags"), "struct here { int size; };\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			r := asking(t)
-			alike(t, r)
+			alike(t, r, row.header)
 			compiler(t, r, row.script)
 			got := functions(t, r)
 			for _, line := range row.want {

@@ -125,15 +125,35 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 	if err != nil {
 		return Build{}, err
 	}
-	boot, err := m.makeClangBoot(ctx, b, kernel, headers, toolchain)
-	if err != nil {
-		return Build{}, err
+	objects := map[string]object{"headers": headers, "toolchain": archive}
+	if !m.NoBoot {
+		if objects["boot"], err = m.makeClangBoot(ctx, b, kernel, headers, toolchain); err != nil {
+			return Build{}, err
+		}
+	}
+	if m.VMLinux {
+		made.Kind = "clang-vmlinux"
+		objects["vmlinux"], err = m.object(ctx, "vmlinux of "+b.release, made, func(_ context.Context, w io.Writer) error {
+			t, err := readTgz(kernel.path, under("boot", "boot"))
+			if err != nil {
+				return err
+			}
+			linked, err := LinkedKernel(t[clangImage].data)
+			if err != nil {
+				return err
+			}
+			_, err = w.Write(linked)
+			return err
+		})
+		if err != nil {
+			return Build{}, err
+		}
 	}
 	done := Build{
 		BuildID: fmt.Sprintf("%d.0.%d", clangMajorBuild, b.patch), Board: m.Board, Release: b.release, DebianPackageVersion: b.source.Version,
 		Note: "compiled here with clang " + clangMajor + " in COS's manner: no MODVERSIONS, LoadPin, module signatures by " + signingCertName,
 	}
-	return done, m.publishClang(b, done, map[string]object{"headers": headers, "toolchain": archive, "boot": boot}, releases)
+	return done, m.publishClang(b, done, objects, releases)
 }
 
 func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object, releases []release) error {
@@ -143,9 +163,9 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	for name, o := range map[string]object{
-		cosbucket.HeadersName(k): objects["headers"], cosbucket.ToolchainName(k): objects["toolchain"], cosbucket.BootName(k): objects["boot"],
-	} {
+	names := map[string]string{"headers": cosbucket.HeadersName(k), "toolchain": cosbucket.ToolchainName(k), "boot": cosbucket.BootName(k), "vmlinux": cosbucket.VMLinuxName(k)}
+	for what, o := range objects {
+		name := names[what]
 		if err := o.publish(at(name)); err != nil {
 			return err
 		}

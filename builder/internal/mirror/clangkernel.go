@@ -72,6 +72,9 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 		if err != nil {
 			return err
 		}
+		if m.ClangCached {
+			return fault.New(fault.InputMissing, "no earlier run compiled "+b.release+" with clang", "run make clang, which takes a quarter of an hour and more")
+		}
 		return m.work(func(dir string) error {
 			m.Say("compiling " + b.release + " with clang: this takes minutes, once")
 			src, err := m.unpackSource(ctx, b.source, dir)

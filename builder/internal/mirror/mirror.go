@@ -56,8 +56,8 @@ type Config struct {
 	// Neighbour adds one more release of the default's branch, proprietary alone,
 	// which Debian 13 keeps beside its own driver. It is for amd64 only.
 	Neighbour bool
-	// VMLinux adds the kernels as they were linked, with their types. Only Debian's
-	// own kernels for amd64 have them where they can be taken out.
+	// VMLinux adds the kernels as they were linked, with their types, where they can
+	// be taken out of what boots: those for amd64.
 	VMLinux bool
 	// NoBoot leaves prebake-boot.tgz out, which no COS bucket has: a load test then
 	// boots vmlinux.
@@ -68,6 +68,9 @@ type Config struct {
 	// symbol versions, module signatures, LoadPin. OnlyClang leaves Debian's own
 	// kernels out.
 	Clang, OnlyClang bool
+	// ClangCached takes the clang-built kernel as an earlier run compiled it, and
+	// compiles none.
+	ClangCached bool
 	// Refresh asks Debian's archive for its present index first; without it an
 	// index of the last day is good enough.
 	Refresh bool

@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"encoding/binary"
 	"fmt"
@@ -30,7 +31,7 @@ const (
 
 // LinkedKernel takes the kernel as it was linked, an ELF file without debug
 // information, out of the image that boots on amd64. Debian compresses it with
-// LZ4, from 6.12 on with zstd.
+// LZ4, from 6.12 on with zstd; the kernel that is compiled here is with gzip.
 func LinkedKernel(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
 		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...), "make the mirror without --vmlinux")
@@ -66,8 +67,16 @@ func LinkedKernel(image []byte) ([]byte, error) {
 		}
 		defer zr.Close()
 		packed = zr
+	case bytes.HasPrefix(payload, []byte{0x1f, 0x8b}):
+		// gzip ends with the size itself, so none is appended.
+		zr, err := gzip.NewReader(bytes.NewReader(image[from : from+size]))
+		if err != nil {
+			return nil, bad("decompress: %v", err)
+		}
+		zr.Multistream(false)
+		packed = zr
 	default:
-		return nil, bad("its kernel is compressed neither with LZ4 nor with zstd")
+		return nil, bad("its kernel is compressed with neither LZ4, zstd nor gzip")
 	}
 	linked, err := io.ReadAll(io.LimitReader(packed, int64(want)+1))
 	if err != nil {

@@ -2,7 +2,9 @@ package mirror
 
 import (
 	"bytes"
+	"compress/gzip"
 	"encoding/binary"
+	"errors"
 	"strings"
 	"testing"
 
@@ -65,6 +67,17 @@ func TestLinkedKernel(t *testing.T) {
 	if err != nil || !bytes.Equal(got, linked) {
 		t.Errorf("LinkedKernel(zstd) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
 	}
+	var packed bytes.Buffer
+	zw := gzip.NewWriter(&packed)
+	_, err = zw.Write(linked)
+	if err := errors.Join(err, zw.Close()); err != nil {
+		t.Fatal(err)
+	}
+	// What follows gzip's own end is none of it: gzip has its size at the end.
+	got, err = LinkedKernel(imageOf(packed.Bytes()[:packed.Len()-4], len(linked)))
+	if err != nil || !bytes.Equal(got, linked) {
+		t.Errorf("LinkedKernel(gzip) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
+	}
 	good := func() []byte { return bzImage(t, linked, len(linked)) }
 	edit := func(change func(image []byte)) []byte {
 		image := good()
@@ -80,7 +93,7 @@ func TestLinkedKernel(t *testing.T) {
 		{"flat image", make([]byte, 4096), "no bzImage"},
 		{"old protocol", edit(func(i []byte) { i[atProtocol] = 7 }), "no bzImage"},
 		{"beyond the end", edit(func(i []byte) { i[atPayloadLength+3] = 0xff }), "bytes from 1120 on"},
-		{"other compression", edit(func(i []byte) { i[1120] = 0xfd }), "neither with LZ4 nor with zstd"},
+		{"other compression", edit(func(i []byte) { i[1120] = 0xfd }), "with neither LZ4"},
 		{"damaged", edit(func(i []byte) { copy(i[1130:], make([]byte, 64)) }), "read kernel image: "},
 		{"less than it says", bzImage(t, linked, len(linked)+1), "it says"},
 		{"more than it says", bzImage(t, linked, len(linked)-1), "it says"},
