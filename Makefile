@@ -75,6 +75,11 @@ clang: setup build ## compile a kernel with clang in COS's manner, a driver for 
 	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./builder/internal/mirror
 
+.PHONY: clang-cell
+clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if it did
+	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
+	  $(GO) test -v -count=1 -timeout 30m -run '^TestClangCell$$' ./builder/internal/mirror
+
 # Packages are kept with those that demo and tests use.
 .PHONY: arm64
 arm64: setup build ## cross-compile a driver for arm64 and load it in an emulated Arm machine

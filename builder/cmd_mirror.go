@@ -40,6 +40,7 @@ func mirrorCommand() *ucli.Command {
 			&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, out of which --btf of other commands takes the kernel's types (50 MB a build)"},
 			&ucli.BoolFlag{Name: "no-boot-archive", Usage: "leave prebake-boot.tgz out, which no COS bucket has; with --vmlinux, load tests boot that"},
 			&ucli.BoolFlag{Name: "clang", Usage: "add a kernel that is compiled here with clang, in COS's manner (minutes, once)"},
+			&ucli.BoolFlag{Name: "clang-cached", Usage: "with --clang or --only-clang: take the kernel that an earlier run compiled, and compile none"},
 			&ucli.BoolFlag{Name: "only-clang", Usage: "as --clang, without Debian's own kernels"},
 			&ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"},
 			cli.OutputFlag(),

@@ -25,9 +25,11 @@ import (
 type mirror struct {
 	Dir     string
 	Builds  []build
-	Drivers []struct {
-		Version string `json:"version"`
-	} `json:"drivers"`
+	Drivers []driver `json:"drivers"`
+}
+
+type driver struct {
+	Version string `json:"version"`
 }
 
 type build struct {
@@ -48,8 +50,9 @@ func (k build) upstream() string {
 type cell struct {
 	kernel build
 	driver string
-	// role is cold for the first cell, next for another driver on a kernel that
-	// had one, sibling for a driver that a sibling kernel had; else empty.
+	// role is cold for the first cell; on a kernel that had the first driver,
+	// neighbour for the second one and next for the third; sibling for a driver that
+	// a sibling kernel had; else empty.
 	role string
 }
 
@@ -77,7 +80,7 @@ type bench struct {
 // compared with beside it.
 func (b *bench) once(ctx context.Context, n int) error {
 	if b.roles == nil {
-		b.roles = map[string]*ratio{"cold": {}, "next": {}, "sibling": {}}
+		b.roles = map[string]*ratio{"cold": {}, "neighbour": {}, "next": {}, "sibling": {}}
 	}
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
@@ -85,11 +88,13 @@ func (b *bench) once(ctx context.Context, n int) error {
 	b.cells = nil
 	done := map[string]bool{} // what a role asks for: kernel or upstream with a driver
 	for _, k := range b.mirror.Builds {
-		for _, d := range b.mirror.Drivers {
+		for i, d := range b.mirror.Drivers {
 			c := cell{kernel: k, driver: d.Version}
 			switch {
 			case done[k.upstream()+" "+d.Version]:
 				c.role = "sibling"
+			case done[k.Release] && i == 1:
+				c.role = "neighbour"
 			case done[k.Release]:
 				c.role = "next"
 			case len(done) == 0:
@@ -152,9 +157,9 @@ func (b *bench) wanted(c cell) bool {
 	case b.only["matrix"]:
 		return true
 	case c.role == "cold":
-		return b.only["cold"] || b.only["next"] || b.only["node"] || hasSibling
-	case c.role == "next":
-		return b.only["next"]
+		return b.only["cold"] || b.only["neighbour"] || b.only["next"] || b.only["node"] || hasSibling
+	case c.role == "neighbour", c.role == "next":
+		return b.only[c.role]
 	}
 	return b.only["sibling"] && hasSibling
 }
@@ -328,6 +333,7 @@ func (b *bench) print(out io.Writer) {
 		{"cold: from empty caches, source to published", plain, b.roles["cold"].ours, b.roles["cold"].theirs, "s"},
 		{"  of it, the compile phase in the sandbox", plain, b.compile.ours, b.compile.theirs, "s"},
 		{"sibling kernel, same driver, source to published", plain, b.roles["sibling"].ours, b.roles["sibling"].theirs, "s"},
+		{"same kernel, a neighbour of the driver before, source to published", plain, b.roles["neighbour"].ours, b.roles["neighbour"].theirs, "s"},
 		{"same kernel, next driver of the branch, source to published", plain, b.roles["next"].ours, b.roles["next"].theirs, "s"},
 		{fmt.Sprintf("matrix of %d cells, from empty caches", len(b.cells)), fmt.Sprintf("dkms build -m nvidia -v VERSION -k RELEASE --kernelsourcedir HEADERS -j %d, for each cell", jobs), b.matrix.ours, b.matrix.theirs, "s"},
 		{"the same build once more, caches warm", plain, b.warm.ours, b.warm.theirs, "s"},

@@ -22,10 +22,16 @@ import (
 	"github.com/prebake/prebake/deploy/internal/scene"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // measurements are what --only chooses from.
-func measurements() []string { return []string{"cold", "sibling", "next", "matrix", "node"} }
+func measurements() []string {
+	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node"}
+}
+
+// clangMeasurements are those that one kernel is enough for.
+func clangMeasurements() []string { return []string{"cold", "neighbour", "next"} }
 
 func main() {
 	cli.Main(&ucli.Command{
@@ -35,14 +41,14 @@ func main() {
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "runs of each measurement; the median counts"},
 			&ucli.StringFlag{Name: "only", Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
-			&ucli.BoolFlag{Name: "clang", Usage: "measure cold and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
+			&ucli.BoolFlag{Name: "clang", Usage: "measure cold, neighbour and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), clang: cmd.Bool("clang"), only: map[string]bool{}}
 			list := measurements()
 			if o.clang {
-				list = []string{"cold", "next"}
+				list = clangMeasurements()
 			}
 			if text := cmd.String("only"); text != "" {
 				list = strings.Split(text, ",")
@@ -51,8 +57,8 @@ func main() {
 				if !slices.Contains(measurements(), name) {
 					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name), "choose from "+strings.Join(measurements(), ", "))
 				}
-				if o.clang && name != "cold" && name != "next" {
-					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name), "choose from cold, next")
+				if o.clang && !slices.Contains(clangMeasurements(), name) {
+					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name), "choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true
 			}
@@ -118,12 +124,12 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	return nil
 }
 
-// makeMirror lays out four kernels and both drivers. Which four is a rule and no
-// choice: the two oldest, on which both drivers compile, and the two newest.
+// makeMirror lays out four kernels and three drivers of one branch. Which four is a rule and no
+// choice: the two oldest, on which all drivers compile, and the two newest.
 // With clang it is the one kernel that there is.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
-	args := []string{"mirror", "--cache", filepath.Join(b.State, "packages")}
+	args := []string{"mirror", "--neighbour", "--cache", filepath.Join(b.State, "packages")}
 	if b.clang {
 		m, kernels = &mirror{Dir: filepath.Join(b.State, "bench-clang-mirror")}, 1
 		args = append(args, "--only-clang")
@@ -149,9 +155,11 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	if !b.clang { // twins of a kernel compile to nothing new
 		m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
 	}
-	if len(m.Builds) < kernels || len(m.Drivers) < 2 {
-		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 2", len(m.Builds), len(m.Drivers), kernels)
+	if len(m.Builds) < kernels || len(m.Drivers) < 3 {
+		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 3", len(m.Builds), len(m.Drivers), kernels)
 	}
+	// A release, its neighbour, and one that is further away.
+	slices.SortFunc(m.Drivers, func(x, y driver) int { return target.CompareVersions(x.Version, y.Version) })
 	return m, nil
 }
 

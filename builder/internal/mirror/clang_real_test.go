@@ -2,6 +2,7 @@ package mirror
 
 import (
 	"bytes"
+	"debug/elf"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -78,6 +79,59 @@ func TestClangKernel(t *testing.T) {
 	t.Logf("%s", out)
 	if err != nil {
 		t.Errorf("same bytes: %v", err)
+	}
+}
+
+// TestClangCell has the builder make and load-test a driver for that kernel out of
+// a bucket with nothing but what COS's have: vmlinux, and no archive to boot from.
+// The kernel has no entry of PVH's, LoadPin, no symbol versions, and panics on an
+// oops. It is taken from the cache; where none was compiled, the test says so.
+func TestClangCell(t *testing.T) {
+	cache := os.Getenv("PREBAKE_CLANG_CACHE")
+	if cache == "" {
+		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `builder mirror`; run make clang-cell")
+	}
+	if found, err := filepath.Glob(filepath.Join(cache, "objects", "clang-kernel.tgz-*.json")); err != nil || len(found) == 0 {
+		t.Skipf("no kernel of clang's in the cache, so this part did not run; make clang compiles one, in a quarter of an hour (%v)", err)
+	}
+	dir := t.TempDir()
+	builder := programs(t, target.AMD64)
+	mirror := filepath.Join(dir, "mirror")
+	var made Result
+	builder(&made, "mirror", "--only-clang", "--clang-cached", "--vmlinux", "--no-boot-archive", "--out", mirror, "--cache", cache, "--output", "json")
+	kernel := made.Builds[0]
+	bucket := filepath.Join(mirror, "cos", kernel.BuildID, kernel.Board)
+	if _, err := os.Stat(filepath.Join(bucket, "prebake-boot.tgz")); !os.IsNotExist(err) {
+		t.Fatalf("the bucket has an archive to boot from: %v", err)
+	}
+	linked, err := elf.Open(filepath.Join(bucket, "vmlinux"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer linked.Close()
+	if notes := linked.Section(".notes"); notes == nil {
+		t.Error("vmlinux has no notes")
+	}
+	key := filepath.Join(dir, "key")
+	builder(nil, "keygen", key)
+	var done struct {
+		Driver   target.Driver
+		LoadTest loadtest.Verdict
+	}
+	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "open",
+		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
+		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
+	v := done.LoadTest
+	if v.State != loadtest.Loaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
+		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
+	}
+	for i, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} { // DRM is built in
+		if i >= len(v.Modules) || v.Modules[i].Name != name || v.Modules[i].Load != loadtest.OK {
+			t.Errorf("modules %+v; want %s loaded", v.Modules, name)
+		}
+	}
+	if !strings.Contains(v.KernelLog, "LoadPin: kernel-module pinning-excluded") {
+		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
 	}
 }
 
