@@ -25,35 +25,73 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
+// The headings under which --help lists the settings.
+const (
+	groupWhat      = "What to build"
+	groupFrom      = "Where from"
+	groupTo        = "Where to"
+	groupTrust     = "Trust"
+	groupLoadTest  = "Load test"
+	groupResources = "Resources"
+	groupOutput    = "Output and advanced"
+)
+
+const (
+	kernelBucket = "gs://cos-tools"
+	driverBucket = "gs://cos-nvidia-gpu-drivers"
+	builderID    = "https://prebake.dev/builder/local"
+)
+
+// mirrorFlags say where kernels and drivers come from.
+func mirrorFlags() []ucli.Flag {
+	return cli.Group(groupFrom,
+		cli.String("kernel-mirror", kernelBucket,
+			"`URL` of the COS release bucket: gs://, https:// or file://; commas part mirrors"),
+		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; commas part mirrors"),
+	)
+}
+
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
-	return []ucli.Flag{
-		&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://; several mirrors of it with commas", Sources: cli.Env("kernel-mirror")},
-		&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles; several mirrors of it with commas", Sources: cli.Env("driver-mirror")},
-		&ucli.StringSliceFlag{Name: "to", Usage: "publish to `REF`: host/repository, oci:FOLDER, or gs://BUCKET/PREFIX or file://FOLDER for tarballs; may be given more than once", Sources: cli.Env("to")},
-		&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to; all others take the Docker configuration", Sources: cli.Env("username")},
-		&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
-		&ucli.StringFlag{Name: "key", Usage: "private signing key: `FILE` (see keygen), KMS URI, or keyless: and a file with a Sigstore signing configuration", Sources: cli.Env("key")},
-		identityTokenFlag(),
-		cli.TrustedRootFlag(),
-		&ucli.StringFlag{Name: "module-key", Usage: "sign modules for the kernel with this RSA key: `FILE` or KMS URI", Sources: cli.Env("module-key")},
-		&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate of --module-key, or for --google-modules, that the kernel trusts", Sources: cli.Env("module-cert")},
-		&ucli.BoolFlag{Name: "google-modules", Usage: "publish the open modules that Google compiled and signed for the COS build, untouched", Sources: cli.Env("google-modules")},
-		&ucli.StringFlag{Name: "google-signatures", Value: string(pipeline.GoogleAuto), Usage: "attach Google's module signatures where the COS build ships some and they hold: auto, require or off", Sources: cli.Env("google-signatures"),
-			Validator: mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)},
-		&ucli.BoolFlag{Name: "debug-symbols", Usage: "publish the modules' debug information beside the artifact", Sources: cli.Env("debug-symbols")},
-		&ucli.BoolFlag{Name: "btf", Usage: "describe the modules' types for tracers such as bpftrace, where the kernel takes that; needs the bucket's vmlinux, and pahole", Sources: cli.Env("btf")},
-		&ucli.BoolFlag{Name: "with-runfile", Usage: "copy NVIDIA's runfile into buckets among --to as well", Sources: cli.Env("with-runfile")},
-		&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that the provenance names as the builder", Sources: cli.Env("builder-id")},
-		cacheFlag(),
-		cacheSizeFlag(),
-		&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`, of each cell; 0 divides the processors", Sources: cli.Env("jobs")},
-		&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for one compile; a build from the queue has one hour in all", Sources: cli.Env("compile-timeout")},
-		&ucli.StringFlag{Name: "load-test", Value: string(pipeline.LoadTestAuto), Usage: "load the modules in a virtual machine: auto, require or off", Sources: cli.Env("load-test"),
-			Validator: mode("load-test", pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)},
-		&ucli.StringFlag{Name: "guestinit", Value: sibling("guestinit"), Usage: "`PROGRAM` that runs the virtual machine from inside", Sources: cli.Env("guestinit")},
-		&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML in the virtual machine", Sources: cli.Env("probe")},
-	}
+	googleSignatures := cli.String("google-signatures", string(pipeline.GoogleAuto),
+		"attach Google's module signatures that hold: `MODE` is auto, require or off")
+	googleSignatures.Validator = mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
+	loadTest := cli.String("load-test", string(pipeline.LoadTestAuto),
+		"load the modules in a virtual machine: `MODE` is auto, require or off")
+	loadTest.Validator = mode("load-test", pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)
+	return slices.Concat(
+		cli.Group(groupWhat,
+			cli.Bool("google-modules", "publish Google's own open modules, untouched"),
+			cli.Bool("debug-symbols", "publish the modules' debug information, too"),
+			cli.Bool("btf", "add types for tracers; needs the bucket's vmlinux, pahole"),
+		),
+		mirrorFlags(),
+		cli.Group(groupTo,
+			cli.Strings("to",
+				"publish to `REF`: host/repository, oci:FOLDER, or tarballs to gs://BUCKET/PREFIX or file://FOLDER"),
+			cli.String("username", "", "user `NAME` for the first --to, in place of Docker's"),
+			cli.String("password", "", "`PASSWORD` or token for the first --to"),
+			cli.Bool("with-runfile", "copy NVIDIA's runfile into buckets among --to"),
+		),
+		cli.Group(groupTrust,
+			cli.String("key", "",
+				"signing `KEY`: a file (see keygen), a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
+			identityTokenFlag(),
+			cli.TrustedRootFlag(),
+			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or KMS URI"),
+			cli.String("module-cert", "", "certificate `FILE` for --module-key or --google-modules"),
+			googleSignatures,
+			cli.String("builder-id", builderID, "`URI` of the builder in the provenance"),
+		),
+		cli.Group(groupLoadTest, loadTest),
+		programFlags(),
+		cli.Group(groupResources,
+			cacheFlag(),
+			cacheSizeFlag(),
+			cli.Int("jobs", 0, "`COUNT` of compilers for a cell; 0 divides processors"),
+			cli.Duration("compile-timeout", 45*time.Minute, "longest `TIME` for one compile"),
+		),
+	)
 }
 
 // mode refuses a flag's value that is none of the three that such flags have.
@@ -73,6 +111,15 @@ func defaultCache() string {
 		dir = os.TempDir()
 	}
 	return filepath.Join(dir, "prebake", "build")
+}
+
+// programFlags name the programs of the load test, by default those beside this
+// program.
+func programFlags() []ucli.Flag {
+	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` of the machine")
+	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
+	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
+	return cli.Group(groupLoadTest, guestinit, probe)
 }
 
 // sibling names a program beside this one.
@@ -158,17 +205,29 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "build",
-		Usage: "make one cell (one COS build's kernel and one driver), or all cells of a wish list",
-		Flags: slices.Concat([]ucli.Flag{
-			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Sources: cli.Env("build-id")},
-			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD`: lakitu or lakitu-arm64", Sources: cli.Env("board")},
-			&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535 (each also for one GPU type, as in default@NVIDIA_L4), or a `VERSION`", Sources: cli.Env("driver")},
-			&ucli.StringFlag{Name: "flavour", Value: string(target.Proprietary), Usage: "proprietary or open", Sources: cli.Env("flavour")},
-			&ucli.StringFlag{Name: "log", Usage: "keep the full log in `FILE`; default: in the cache folder, its path is printed", Sources: cli.Env("log")},
-			&ucli.StringSliceFlag{Name: "label", Usage: "call this driver `LABEL` in buckets among --to: DEFAULT, LATEST or its branch; may be given more than once", Sources: cli.Env("label")},
-			&ucli.BoolFlag{Name: "dry-run", Usage: "with --wish: print what would be made, and make nothing", Sources: cli.Env("dry-run")},
-			cli.OutputFlag(),
-		}, wishFlags(), pipelineFlags()),
+		Usage: "make one cell (a kernel and a driver), or those of a wish list",
+		Description: `Examples:
+  builder build --build-id 17800.66.78 --driver R535 \
+    --to registry.example/drivers --key prebake.key
+  builder build --wish wish.yaml --to gs://my-bucket/cos --key prebake.key`,
+		Flags: slices.Concat(
+			cli.Group(groupWhat,
+				wishFlag(),
+				cli.String("build-id", "", "COS `BUILD_ID`, such as 17800.66.78"),
+				cli.String("board", "lakitu", "`BOARD`: lakitu or lakitu-arm64"),
+				cli.String("driver", string(target.Default),
+					"`VERSION`, default, latest or a branch such as R535; for one GPU type: default@NVIDIA_L4"),
+				cli.String("flavour", string(target.Proprietary), "`FLAVOUR`: proprietary or open"),
+			),
+			pipelineFlags(),
+			wishFlags(),
+			cli.Group(groupTo, cli.Strings("label", "call the driver `LABEL` in buckets: DEFAULT, LATEST or its branch")),
+			cli.Group(groupOutput,
+				cli.String("log", "", "`FILE` for the full log (default: in the cache folder)"),
+				cli.Bool("dry-run", "with --wish: print what would be made, make nothing"),
+				cli.OutputFlag(),
+			),
+		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := oneOf(cmd, "wish", "build-id"); err != nil {
 				return err
@@ -273,7 +332,7 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 func keygenCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:      "keygen",
-		Usage:     "make a signing key (ECDSA P-256) in FILE and its public half in FILE.pub",
+		Usage:     "make a signing key in FILE and its public half in FILE.pub",
 		ArgsUsage: "FILE",
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			path := cmd.Args().First()

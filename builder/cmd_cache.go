@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
+	"strings"
 	"time"
 
 	"github.com/dustin/go-humanize"
@@ -20,13 +22,24 @@ import (
 const buildNeeds = 4 << 30
 
 func cacheFlag() ucli.Flag {
-	return &ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the content-addressed cache", Sources: cli.Env("cache")}
+	return homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache"))
+}
+
+// homeDefault has help show a default folder below the user's home as ~.
+func homeDefault(f *ucli.StringFlag) *ucli.StringFlag {
+	if home, err := os.UserHomeDir(); err == nil && home != "/" {
+		if rest, ok := strings.CutPrefix(f.Value, home+"/"); ok {
+			f.DefaultText = "~/" + rest
+		}
+	}
+	return f
 }
 
 // cacheSizeFlag is the bound that build and work keep; see trimCache.
 func cacheSizeFlag() ucli.Flag {
-	return &ucli.StringFlag{Name: "cache-size", Usage: "remove what was not used for the longest time from a cache larger than `SIZE`, as in 20GiB, after each build; default: no bound",
-		Sources: cli.Env("cache-size"), Validator: validSize}
+	f := cli.String("cache-size", "", "keep the cache below `SIZE`, as in 20GiB")
+	f.Validator = validSize
+	return f
 }
 
 func validSize(text string) error { _, err := parseSize(text); return err }
@@ -62,8 +75,8 @@ func cacheCommand() *ucli.Command {
 		Commands: []*ucli.Command{{
 			Name:  "trim",
 			Usage: "remove what was not used for the longest time",
-			Description: "What a running builder uses is never removed, so this may be called at any time.\n" +
-				"Everything that goes can be fetched or made again.",
+			Description: `What a running builder uses is never removed, so this may be called at any time.
+Everything that goes can be fetched or made again.`,
 			Flags: []ucli.Flag{
 				cacheFlag(),
 				&ucli.StringFlag{Name: "max-size", Usage: "until the cache is not larger than `SIZE`, as in 20GiB", Validator: validSize},

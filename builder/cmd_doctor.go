@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 
 	ucli "github.com/urfave/cli/v3"
@@ -17,25 +18,33 @@ import (
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
-		Usage: "check this machine for all that builds need, and name what is missing",
-		Description: "Takes the flags and environment of build and work. Mirrors, destinations and key are tried\n" +
-			"where they are given. Changes nothing. The exit code is that of the worst finding.",
-		Flags: []ucli.Flag{
-			cacheFlag(),
-			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
-			&ucli.BoolFlag{Name: "btf", Usage: "look for what makes BTF, too", Sources: cli.Env("btf")},
-			&ucli.StringFlag{Name: "kernel-mirror", Usage: "try the `URL` of the COS release bucket", Sources: cli.Env("kernel-mirror")},
-			&ucli.StringFlag{Name: "driver-mirror", Usage: "try the `URL` of the bucket with NVIDIA's runfiles", Sources: cli.Env("driver-mirror")},
-			&ucli.StringSliceFlag{Name: "to", Usage: "try whether `REF` may be written; may be given more than once", Sources: cli.Env("to")},
-			&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the first --to", Sources: cli.Env("username")},
-			&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the first --to", Sources: cli.Env("password")},
-			&ucli.StringFlag{Name: "key", Usage: "try to load the private signing key: `FILE` or KMS URI, or to sign without one: keyless: and a file", Sources: cli.Env("key")},
-			identityTokenFlag(),
-			cli.TrustedRootFlag(),
-			&ucli.StringFlag{Name: "guestinit", Value: sibling("guestinit"), Usage: "`PROGRAM` that runs the virtual machine from inside", Sources: cli.Env("guestinit")},
-			&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML in the virtual machine", Sources: cli.Env("probe")},
-			cli.OutputFlag(),
-		},
+		Usage: "check this machine for what builds need, and name what is missing",
+		Description: `Takes the flags and environment of build and work. Mirrors, destinations and key
+are tried where they are given. Changes nothing. The exit code is that of the
+worst finding.`,
+		Flags: slices.Concat(
+			cli.Group(groupWhat, cli.Bool("btf", "look for what makes BTF, too")),
+			cli.Group(groupFrom,
+				cli.String("kernel-mirror", "", "try the `URL` of the COS release bucket"),
+				cli.String("driver-mirror", "", "try the `URL` of the bucket with NVIDIA's runfiles"),
+			),
+			cli.Group(groupTo,
+				cli.Strings("to", "try whether `REF` may be written"),
+				cli.String("username", "", "user `NAME` for the first --to"),
+				cli.String("password", "", "`PASSWORD` or token for the first --to"),
+			),
+			cli.Group(groupTrust,
+				cli.String("key", "", "try to load the signing `KEY`: a file or KMS URI, or to sign without one: keyless:FILE"),
+				identityTokenFlag(),
+				cli.TrustedRootFlag(),
+			),
+			programFlags(),
+			cli.Group(groupResources,
+				cacheFlag(),
+				cli.Int("jobs", 0, "compilers side by side: `COUNT`; 0 is one for each processor"),
+			),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
 		Action: runDoctor,
 	}
 }

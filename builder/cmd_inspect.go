@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -21,17 +22,19 @@ import (
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",
-		Usage: "look at one COS build of a bucket: what is there, what is taken, and what does not fit",
-		Description: "Fetches what a build fetches of the kernel, and compiles nothing. Send the print along when you\n" +
-			"report that a build is not served. The exit code is that of the worst finding.",
-		Flags: []ucli.Flag{
-			&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true, Sources: cli.Env("build-id")},
-			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD`", Sources: cli.Env("board")},
-			&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket", Sources: cli.Env("kernel-mirror")},
-			&ucli.BoolFlag{Name: "vmlinux", Usage: "fetch vmlinux too (hundreds of MB), and hold it against the headers"},
-			cacheFlag(),
-			cli.OutputFlag(),
-		},
+		Usage: "look at one COS build: what is taken, and what does not fit",
+		Description: `Fetches what a build fetches of the kernel, and compiles nothing. Send the print
+along when you report that a build is not served. The exit code is that of the
+worst finding.`,
+		Flags: slices.Concat(
+			cli.Group(groupWhat,
+				&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true, Sources: cli.Env("build-id")},
+				cli.String("board", "lakitu", "COS `BOARD`"),
+				&ucli.BoolFlag{Name: "vmlinux", Usage: "fetch vmlinux, too (hundreds of MB), and compare it with the headers"},
+			),
+			cli.Group(groupFrom, cli.String("kernel-mirror", kernelBucket, "`URL` of the COS release bucket")),
+			cli.Group(groupOutput, cacheFlag(), cli.OutputFlag()),
+		),
 		Action: runInspect,
 	}
 }

@@ -32,18 +32,19 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// wishFlags are the settings of build and work for a wish list.
+// wishFlags are the settings of build and work that go with --wish.
 func wishFlags() []ucli.Flag {
-	return []ucli.Flag{
-		wishFlag(),
-		&ucli.IntFlag{Name: "parallel", Usage: "`COUNT` of cells of the wish list side by side; 0 divides processors and memory", Sources: cli.Env("parallel")},
-		&ucli.IntFlag{Name: "attempts", Value: 3, Usage: "how often a cell of the wish list is begun whose failure may pass", Sources: cli.Env("attempts")},
-		&ucli.BoolFlag{Name: "retry-failed", Usage: "begin cells of the wish list again that failed before from the same inputs", Sources: cli.Env("retry-failed")},
-	}
+	return slices.Concat(
+		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: try again what failed from the same inputs")),
+		cli.Group(groupResources,
+			cli.Int("parallel", 0, "`COUNT` of cells side by side; 0 goes by the machine"),
+			cli.Int("attempts", 3, "`COUNT` of tries where a failure may pass"),
+		),
+	)
 }
 
 func wishFlag() ucli.Flag {
-	return &ucli.StringFlag{Name: "wish", Usage: "wish list `FILE` that says which cells are wanted", Sources: cli.Env("wish")}
+	return cli.String("wish", "", "wish list `FILE`: which kernels with which drivers")
 }
 
 // oneOf demands exactly one of two flags.
@@ -90,7 +91,7 @@ func wishCommand() *ucli.Command {
 
 // planCommand takes the settings of build that it has a use for.
 func planCommand() *ucli.Command {
-	flags := []ucli.Flag{wishFlag(), cli.OutputFlag()}
+	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {
 		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "identity-token", "trusted-root", "cache", "load-test"}, f.Names()[0]) {
 			flags = append(flags, f)
@@ -98,8 +99,8 @@ func planCommand() *ucli.Command {
 	}
 	return &ucli.Command{
 		Name:  "plan",
-		Usage: "print the cells of a wish list, and which of them are published at --to",
-		Flags: flags,
+		Usage: "print the cells of a wish list, and which are published",
+		Flags: append(flags, cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := missing(cmd, "wish", "to", "key"); err != nil {
 				return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -23,28 +24,41 @@ import (
 func mirrorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "mirror",
-		Usage: "make a COS-shaped mirror of kernels and drivers out of Debian's packages",
-		Description: "Lays out COS and driver buckets as folders, out of packages of the machine's own Debian archive.\n" +
-			"Needs no root, installs nothing, and leaves the machine's apt sources as they are.",
-		Flags: []ucli.Flag{
-			&ucli.StringFlag{Name: "out", Usage: "`FOLDER` of the mirror", Required: true},
-			&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects (default: prebake/mirror in the user's cache folder)", Sources: cli.Env("mirror-cache")},
-			&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` to lay the builds for amd64 out for"},
-			&ucli.StringSliceFlag{Name: "arch", Value: []string{string(target.AMD64)}, Usage: "`ARCHITECTURES`: amd64, arm64 or both; of arm64 the oldest kernel and one driver, for board lakitu-arm64"},
-			&ucli.StringSliceFlag{Name: "kernel-series", Value: []string{"6.1"}, Usage: "`SERIES` of kernels: 6.1, 6.12 or both; of 6.12 the newest kernel, unless --kernel-abi names another"},
-			&ucli.IntFlag{Name: "kernels", Value: 3, Usage: "how many kernels of 6.1: the oldest `N`-1 in Debian's index and the newest"},
-			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernels with these ABI `NUMBERS` instead, as in 47,50,56"},
-			&ucli.StringSliceFlag{Name: "driver-branch", Usage: "`BRANCHES` of drivers, as in R535,R550 (default: Debian 12's); one that Debian 12 has not is Debian 13's edition"},
-			&ucli.BoolFlag{Name: "neighbour", Usage: "add one more release of the first branch, a close one, proprietary alone, out of Debian 13"},
-			&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
-			&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, out of which --btf of other commands takes the kernel's types (50 MB a build)"},
-			&ucli.BoolFlag{Name: "no-boot-archive", Usage: "leave prebake-boot.tgz out, which no COS bucket has; with --vmlinux, load tests boot that"},
-			&ucli.BoolFlag{Name: "clang", Usage: "add a kernel that is compiled here with clang, in COS's manner (minutes, once)"},
-			&ucli.BoolFlag{Name: "clang-cached", Usage: "with --clang or --only-clang: take the kernel that an earlier run compiled, and compile none"},
-			&ucli.BoolFlag{Name: "only-clang", Usage: "as --clang, without Debian's own kernels"},
-			&ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"},
-			cli.OutputFlag(),
-		},
+		Usage: "make a COS-shaped mirror out of Debian's packages",
+		Description: `Lays out COS and driver buckets as folders, out of packages of the machine's own
+Debian archive. Needs no root, installs nothing, and leaves the machine's apt
+sources as they are.`,
+		Flags: slices.Concat(
+			cli.Group(groupWhat,
+				&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "COS `BOARD` of the builds for amd64"},
+				&ucli.StringSliceFlag{Name: "arch", Value: []string{string(target.AMD64)},
+					Usage: "`ARCH` is amd64 or arm64; of arm64 the oldest kernel and one driver, for board lakitu-arm64"},
+				&ucli.StringSliceFlag{Name: "kernel-series", Value: []string{"6.1"},
+					Usage: "kernels of this `SERIES`, 6.1 or 6.12; of 6.12 the newest, unless --kernel-abi names another"},
+				&ucli.IntFlag{Name: "kernels", Value: 3,
+					Usage: "how many kernels of 6.1: the oldest `N`-1 in Debian's index and the newest"},
+				&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernel with this ABI `NUMBER` instead, as in 47,50,56"},
+				&ucli.StringSliceFlag{Name: "driver-branch",
+					Usage: "drivers of this `BRANCH`, as in R535 and R550; one that Debian 12 has not is Debian 13's edition",
+					DefaultText: "Debian 12's"},
+				&ucli.BoolFlag{Name: "neighbour",
+					Usage: "add one more release of the first branch, a close one, proprietary alone, out of Debian 13"},
+				&ucli.BoolFlag{Name: "only-kernels", Usage: "leave the driver bucket out"},
+				&ucli.BoolFlag{Name: "vmlinux", Usage: "add vmlinux, which --btf of other commands needs (50 MB a build)"},
+				&ucli.BoolFlag{Name: "no-boot-archive",
+					Usage: "leave prebake-boot.tgz out, which no COS bucket has; with --vmlinux, load tests boot that"},
+				&ucli.BoolFlag{Name: "clang", Usage: "add a kernel compiled here with clang, as COS does it (minutes, once)"},
+				&ucli.BoolFlag{Name: "clang-cached", Usage: "take that kernel as an earlier run compiled it, and compile none"},
+				&ucli.BoolFlag{Name: "only-clang", Usage: "as --clang, without Debian's own kernels"},
+			),
+			cli.Group(groupFrom, &ucli.BoolFlag{Name: "refresh", Usage: "ask Debian's archive for its present package index"}),
+			cli.Group(groupTo,
+				&ucli.StringFlag{Name: "out", Usage: "`FOLDER` of the mirror", Required: true},
+				&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects",
+					DefaultText: "prebake/mirror in the user's cache folder", Sources: cli.Env("mirror-cache")},
+			),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
 		Action: runMirror,
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -25,27 +26,39 @@ import (
 func reproduceCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:      "reproduce",
-		Usage:     "make a published artifact again from its provenance and compare it file by file",
+		Usage:     "make a published artifact again, and compare it file by file",
 		ArgsUsage: "REF…",
-		Description: "REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.\n" +
-			"Nothing that an earlier build left in a cache is used. Exit status 0 says that the\n" +
-			"same digests came out, 5 (mismatch) that one did not.",
-		Flags: append(cli.TrustFlags(), []ucli.Flag{
-			&ucli.StringSliceFlag{Name: "public-key", Usage: "`FILE` with a public key whose provenance is believed; may be given more than once", Sources: cli.Env("public-key")},
-			&ucli.BoolFlag{Name: "attest", Usage: `sign "rebuilt, identical" with --key and attach it`, Sources: cli.Env("attest")},
-			&ucli.StringFlag{Name: "key", Usage: "private key of whoever makes it again: `FILE` or KMS URI, or keyless: and a file with a Sigstore signing configuration", Sources: cli.Env("key")},
-			identityTokenFlag(),
-			&ucli.StringFlag{Name: "builder-id", Value: "https://prebake.dev/builder/local", Usage: "`URI` that names whoever makes it again", Sources: cli.Env("builder-id")},
-			&ucli.StringFlag{Name: "kernel-mirror", Value: "gs://cos-tools", Usage: "`URL` of the COS release bucket: gs://, https:// or file://; several mirrors of it with commas", Sources: cli.Env("kernel-mirror")},
-			&ucli.StringFlag{Name: "driver-mirror", Value: "gs://cos-nvidia-gpu-drivers", Usage: "`URL` of the bucket with NVIDIA's runfiles; several mirrors of it with commas", Sources: cli.Env("driver-mirror")},
-			&ucli.StringFlag{Name: "username", Usage: "user `NAME` for the registry; default: the Docker configuration", Sources: cli.Env("username")},
-			&ucli.StringFlag{Name: "password", Usage: "`PASSWORD` or token for the registry", Sources: cli.Env("password")},
-			&ucli.StringFlag{Name: "module-cert", Usage: "`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none", Sources: cli.Env("module-cert")},
-			&ucli.StringFlag{Name: "cache", Value: defaultCache(), Usage: "`FOLDER` of the cache; only fetched inputs are taken from it", Sources: cli.Env("cache")},
-			&ucli.IntFlag{Name: "jobs", Usage: "parallel compiler `COUNT`; 0 is one for each processor", Sources: cli.Env("jobs")},
-			&ucli.DurationFlag{Name: "compile-timeout", Value: 45 * time.Minute, Usage: "longest `TIME` for the compile", Sources: cli.Env("compile-timeout")},
-			cli.OutputFlag(),
-		}...),
+		Description: `REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.
+Nothing that an earlier build left in a cache is used. Exit status 0 says that
+the same digests came out, 5 (mismatch) that one did not.
+
+Example:
+  builder reproduce --public-key prebake.key.pub \
+    registry.example/drivers@sha256:DIGEST`,
+		Flags: slices.Concat(
+			mirrorFlags(),
+			cli.Group(groupFrom,
+				cli.String("username", "", "user `NAME` for the registry, in place of the Docker configuration's"),
+				cli.String("password", "", "`PASSWORD` or token for the registry"),
+			),
+			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key whose provenance is believed")),
+			cli.Group(groupTrust, cli.TrustFlags()...),
+			cli.Group(groupTrust, cli.String("module-cert", "",
+				"`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none")),
+			cli.Group("Statement",
+				cli.Bool("attest", `sign "rebuilt, identical" with --key and attach it`),
+				cli.String("key", "",
+					"`KEY` of whoever makes it again: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
+				identityTokenFlag(),
+				cli.String("builder-id", builderID, "`URI` that names whoever makes it again"),
+			),
+			cli.Group(groupResources,
+				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only fetched inputs are taken from it")),
+				cli.Int("jobs", 0, "compilers side by side: `COUNT`; 0 is one for each processor"),
+				cli.Duration("compile-timeout", 45*time.Minute, "longest `TIME` for the compile"),
+			),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
 		Action: runReproduce,
 	}
 }

@@ -13,8 +13,7 @@ import (
 
 // metricsFlag is for programs that run long enough to be scraped.
 func metricsFlag() ucli.Flag {
-	return &ucli.StringFlag{Name: "metrics-address", Usage: "serve Prometheus metrics at http://`HOST:PORT`/metrics, as in 127.0.0.1:9440; default: nowhere",
-		Sources: cli.Env("metrics-address")}
+	return cli.String("metrics-address", "", "serve Prometheus metrics at http://`ADDR`/metrics")
 }
 
 // startTelemetry begins what --metrics-address and the OTEL_* environment ask

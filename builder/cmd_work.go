@@ -27,21 +27,35 @@ func workCommand() *ucli.Command {
 	if host == "" {
 		host = "builder"
 	}
-	flags := []ucli.Flag{
-		&ucli.StringFlag{Name: "server", Value: "http://127.0.0.1:8440", Usage: "`URL` of the server that builds are reported to", Sources: cli.Env("server")},
-		&ucli.StringFlag{Name: "token", Usage: "the server's write `TOKEN`", Sources: cli.Env("token")},
-		&ucli.StringFlag{Name: "queue", Usage: "`URL` of the queue: sqlite:///PATH (the server's queue.db) or postgres://…", Sources: cli.Env("queue")},
-		&ucli.StringFlag{Name: "id", Value: host, Usage: "`NAME` of this worker, one process each", Sources: cli.Env("id")},
-		&ucli.StringFlag{Name: "state", Value: filepath.Join(filepath.Dir(defaultCache()), "worker"), Usage: "`FOLDER` for the lock and running logs", Sources: cli.Env("state")},
-		&ucli.IntFlag{Name: "concurrency", Value: 1, Usage: "builds from the queue side by side", Sources: cli.Env("concurrency")},
-		&ucli.DurationFlag{Name: "interval", Value: 15 * time.Minute, Usage: "with --wish: `TIME` between two looks at the list and the buckets", Sources: cli.Env("interval")},
-		&ucli.DurationFlag{Name: "grace", DefaultText: "10m with --wish, 0 with --queue", Usage: "`TIME` that builds under way may go on when told to stop; a second signal cancels them", Sources: cli.Env("grace")},
-		metricsFlag(),
-	}
+	grace := cli.Duration("grace", 0, "`TIME` for builds under way when told to stop")
+	grace.DefaultText = "10m with --wish, 0 with --queue"
 	return &ucli.Command{
 		Name:  "work",
-		Usage: "take builds from the queue, or keep a wish list published, until told to stop",
-		Flags: slices.Concat(flags, wishFlags(), pipelineFlags(), cli.LogFlags()),
+		Usage: "take builds from the queue, or keep a wish list published",
+		Description: `Examples:
+  builder work --queue sqlite:///var/lib/prebake/queue.db --token TOKEN \
+    --to 127.0.0.1:8440/prebake/driver --key prebake.key
+  builder work --wish wish.yaml --to gs://my-bucket/cos --key prebake.key`,
+		Flags: slices.Concat(
+			cli.Group(groupWhat,
+				wishFlag(),
+				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two looks at list and buckets"),
+				cli.String("queue", "", "`URL` of the queue: sqlite:///PATH or postgres://…"),
+				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
+				cli.String("token", "", "the server's write `TOKEN`"),
+				cli.String("id", host, "`NAME` of this worker, one process each"),
+			),
+			pipelineFlags(),
+			wishFlags(),
+			cli.Group(groupResources,
+				cli.Int("concurrency", 1, "`COUNT` of queued builds side by side"),
+				homeDefault(cli.String("state", filepath.Join(filepath.Dir(defaultCache()), "worker"),
+					"`FOLDER` for the lock and running logs")),
+				grace,
+			),
+			cli.Group(groupOutput, metricsFlag()),
+			cli.Group(groupOutput, cli.LogFlags()...),
+		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := oneOf(cmd, "wish", "queue"); err != nil {
 				return err

@@ -19,7 +19,9 @@ import (
 const envToken = "SIGSTORE_ID_TOKEN"
 
 func identityTokenFlag() ucli.Flag {
-	return &ucli.StringFlag{Name: "identity-token", Usage: "with --key keyless:: `FILE` with an OpenID Connect token, read again for each certificate (default: the token in " + envToken + ")", Sources: cli.Env("identity-token")}
+	f := cli.String("identity-token", "", "`FILE` with an OpenID Connect token for keyless:")
+	f.DefaultText = "$" + envToken
+	return f
 }
 
 func isKeyless(cmd *ucli.Command) bool {

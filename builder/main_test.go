@@ -111,3 +111,11 @@ func TestEmbedded(t *testing.T) {
 		}
 	}
 }
+
+// Help fits a terminal, and has each flag in a group.
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	if err := cli.CheckHelp(root); err != nil {
+		t.Error(err)
+	}
+}

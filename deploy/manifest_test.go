@@ -300,7 +300,7 @@ func TestCloudInitFlags(t *testing.T) {
 }
 
 // words returns the names of a program's commands and flags, as its main
-// package and pkg/cli write them: Name: "…" in a literal, or flag("…", …).
+// package and pkg/cli write them: Name: "…" in a literal, or cli.String("…", …).
 func words(t *testing.T, program string) map[string]bool {
 	t.Helper()
 	found := map[string]bool{}
@@ -328,7 +328,7 @@ func words(t *testing.T, program string) map[string]bool {
 						add(n.Value)
 					}
 				case *ast.CallExpr:
-					if f, ok := n.Fun.(*ast.Ident); ok && f.Name == "flag" && len(n.Args) > 0 {
+					if makesFlag(n.Fun, dir) && len(n.Args) > 0 {
 						add(n.Args[0])
 					}
 				}
@@ -337,4 +337,20 @@ func words(t *testing.T, program string) map[string]bool {
 		}
 	}
 	return found
+}
+
+// makesFlag reports whether a function is one of pkg/cli that return a flag.
+func makesFlag(fun ast.Expr, dir string) bool {
+	name := ""
+	switch f := fun.(type) {
+	case *ast.Ident:
+		if dir == "pkg/cli" {
+			name = f.Name
+		}
+	case *ast.SelectorExpr:
+		if from, ok := f.X.(*ast.Ident); ok && from.Name == "cli" {
+			name = f.Sel.Name
+		}
+	}
+	return slices.Contains([]string{"String", "Strings", "Bool", "Int", "Duration"}, name)
 }

@@ -17,6 +17,8 @@ func installCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "install",
 		Usage: "bring the node to its driver once, and say how that went",
+		Description: `Example:
+  fetcher install --server https://prebake.example --driver R535`,
 		Flags: installFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, false)

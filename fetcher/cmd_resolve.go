@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -14,11 +15,10 @@ import (
 )
 
 func resolveCommand() *ucli.Command {
-	flags := append(hostFlags(), wishFlags()...)
 	return &ucli.Command{
 		Name:   "resolve",
 		Usage:  "ask which artifact this node should run; changes nothing",
-		Flags:  append(flags, cli.OutputFlag()),
+		Flags:  slices.Concat(wishFlags(), hostFlags(), cli.Group(groupOutput, cli.OutputFlag())),
 		Action: resolveOnce,
 	}
 }

@@ -16,13 +16,14 @@ import (
 func runCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "run",
-		Usage: "bring the node to its driver, then hold and watch it until told to stop",
-		Description: "Ends at once, with the verdict's exit status, when the driver is not ready; whoever\n" +
-			"started it (kubelet, systemd) then tries again. On SIGTERM the modules stay loaded.",
-		Flags: append(installFlags(),
-			&ucli.StringFlag{Name: "listen", Usage: "serve /healthz, /readyz and /metrics on `ADDRESS`, as in 127.0.0.1:8441; empty serves nothing", Sources: cli.Env("listen")},
-			&ucli.DurationFlag{Name: "interval", Value: time.Minute, Usage: "`TIME` between two looks at the driver", Sources: cli.Env("interval")},
-		),
+		Usage: "bring the node to its driver, then watch it",
+		Description: `Ends at once, with the verdict's exit status, when the driver is not ready;
+whoever started it (kubelet, systemd) then tries again. On SIGTERM the modules
+stay loaded.`,
+		Flags: append(installFlags(), cli.Group(groupOutput,
+			cli.String("listen", "", "serve /healthz, /readyz and /metrics on `ADDRESS`, as in 127.0.0.1:8441"),
+			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
+		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, true)
 			if err != nil {

@@ -15,8 +15,8 @@ import (
 func statusCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "status",
-		Usage: "say what is installed and loaded, from disk and /proc alone",
-		Flags: append(hostFlags(), cli.OutputFlag()),
+		Usage: "say what is installed and loaded, from disk and /proc",
+		Flags: append(hostFlags(), cli.Group(groupOutput, cli.OutputFlag())...),
 		Action: func(_ context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {
@@ -33,11 +33,10 @@ func statusCommand() *ucli.Command {
 }
 
 func rollbackCommand() *ucli.Command {
-	flags := append(hostFlags(), changeFlags()...)
 	return &ucli.Command{
 		Name:  "rollback",
-		Usage: "put the driver that was installed before in force again, or what was there before us",
-		Flags: append(flags, cli.OutputFlag()),
+		Usage: "put the driver back in force that was there before",
+		Flags: append(hostFlags(), changeFlags()...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	ucli "github.com/urfave/cli/v3"
@@ -19,51 +20,86 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
+// The headings under which --help lists the settings.
+const (
+	groupWhat    = "What to install"
+	groupFrom    = "Where from"
+	groupTo      = "Where to"
+	groupTrust   = "Trust"
+	groupCompile = "Compile on this node"
+	groupOutput  = "Output and advanced"
+)
+
 // hostFlags say where the node is.
 func hostFlags() []ucli.Flag {
-	return []ucli.Flag{
-		&ucli.StringFlag{Name: "host-root", Value: "/", Usage: "`FOLDER` where the node's root is mounted; /root in a GKE DaemonSet", Sources: cli.Env("host-root"), Validator: absolute},
-		&ucli.StringFlag{Name: "install-dir", Value: "/home/kubernetes/bin/nvidia", Usage: "install `FOLDER`, seen from the node's root; /var/lib/nvidia on plain COS", Sources: cli.Env("install-dir"), Validator: absolute},
-	}
+	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a GKE DaemonSet")
+	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
+		"install `FOLDER`, seen from the node's root; /var/lib/nvidia on plain COS")
+	root.Validator, install.Validator = absolute, absolute
+	return cli.Group(groupTo, root, install)
 }
 
 // wishFlags say what the node wants and who is asked for it.
 func wishFlags() []ucli.Flag {
-	return []ucli.Flag{
-		&ucli.StringFlag{Name: "server", Usage: "`URL` of the Prebake server to ask", Sources: cli.Env("server")},
-		&ucli.StringFlag{Name: "registry", Usage: "`REF` of a repository to look in when there is no server: host/name or oci:FOLDER", Sources: cli.Env("registry")},
-		&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "default, latest, a branch such as R535, or a `VERSION`", Sources: cli.Env("driver")},
-		&ucli.StringFlag{Name: "flavour", Value: resolve.Auto, Usage: "auto (open where it drives this node's GPUs, else proprietary), proprietary or open", Sources: cli.Env("flavour")},
-		&ucli.DurationFlag{Name: "wait", Usage: "longest `TIME` to wait for a build in progress or a service that fails; 0 asks once", Sources: cli.Env("wait")},
-	}
+	return slices.Concat(
+		cli.Group(groupWhat,
+			cli.String("driver", string(target.Default), "`VERSION`, default, latest or a branch such as R535"),
+			cli.String("flavour", resolve.Auto, "`FLAVOUR`: proprietary, open, or auto (open where it drives this node's GPUs)"),
+		),
+		cli.Group(groupFrom,
+			cli.String("server", "", "`URL` of the Prebake server to ask"),
+			cli.String("registry", "", "without a server: `REF` of a repository, host/name or oci:FOLDER"),
+			cli.Duration("wait", 0, "longest `TIME` to wait for a build in progress or a service that fails; 0 asks once"),
+		),
+	)
 }
 
 // changeFlags are those of commands that change the node.
 func changeFlags() []ucli.Flag {
-	return []ucli.Flag{
-		&ucli.BoolFlag{Name: "dry-run", Usage: "resolve and verify, then print what would be done and change nothing", Sources: cli.Env("dry-run")},
-		&ucli.BoolFlag{Name: "no-load", Usage: "install and switch, but load no module", Sources: cli.Env("no-load")},
-		&ucli.StringFlag{Name: "probe", Value: sibling("nvmlprobe"), Usage: "`PROGRAM` that asks NVML", Sources: cli.Env("probe")},
-		&ucli.StringSliceFlag{Name: "module-param", Usage: "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0; may be repeated", Sources: cli.Env("module-param")},
-	}
+	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
+	probe.DefaultText = "nvmlprobe beside fetcher"
+	return slices.Concat(
+		cli.Group(groupTo,
+			cli.Bool("no-load", "install and switch, but load no module"),
+			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
+		),
+		cli.Group(groupOutput,
+			probe,
+			cli.Bool("dry-run", "resolve and verify, print what would be done, change nothing"),
+			cli.OutputFlag(),
+		),
+	)
 }
 
 // installFlags are what install and run share.
 func installFlags() []ucli.Flag {
-	flags := append(hostFlags(), wishFlags()...)
-	flags = append(flags, changeFlags()...)
-	flags = append(flags, cli.TrustFlags()...)
-	flags = append(flags,
-		&ucli.StringFlag{Name: "key", Value: defaultKeys, Usage: "`FILE` with the public keys (PEM) whose signatures are trusted; with --trusted-root there need not be one", Sources: cli.Env("key")},
-		&ucli.StringFlag{Name: "load-test", Value: "any", Usage: "take artifacts that had static checks only (any), or only those that a kernel has loaded (tested)", Sources: cli.Env("load-test")},
-		&ucli.StringFlag{Name: "builder", Usage: "`PROGRAM` that compiles on this node when nothing is published; never turns that off (default: builder beside this program, if it is there)", Sources: cli.Env("builder")},
-		&ucli.StringFlag{Name: "kernel-mirror", Usage: "`URL` of the COS release bucket for a compile on this node", Sources: cli.Env("kernel-mirror")},
-		&ucli.StringFlag{Name: "driver-mirror", Usage: "`URL` of the driver bucket for a compile on this node", Sources: cli.Env("driver-mirror")},
-		&ucli.StringFlag{Name: "state-dir", Value: "/var/lib/prebake", Usage: "`FOLDER`, seen from the node's root, for what is compiled on this node and its key", Sources: cli.Env("state-dir"), Validator: absolute},
-		&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` of the cache for a compile on this node (default: cache in the state folder)", Sources: cli.Env("cache")},
-		cli.OutputFlag(),
+	builder := cli.String("builder", "", "`PROGRAM` that compiles when nothing is published; never turns that off")
+	builder.DefaultText = "builder beside fetcher, if it is there"
+	state := cli.String("state-dir", "/var/lib/prebake",
+		"`FOLDER`, seen from the node's root, for what is compiled here and its key")
+	state.Validator = absolute
+	cache := cli.String("cache", "", "`FOLDER` of the cache")
+	cache.DefaultText = "cache in the state folder"
+	return slices.Concat(
+		wishFlags(),
+		hostFlags(),
+		cli.Group(groupTrust,
+			cli.String("key", defaultKeys,
+				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"),
+			cli.String("load-test", "any",
+				"take artifacts with static checks only (any), or those that a kernel has loaded (tested): `MODE`"),
+		),
+		cli.Group(groupTrust, cli.TrustFlags()...),
+		cli.Group(groupCompile,
+			builder,
+			cli.String("kernel-mirror", "", "`URL` of the COS release bucket"),
+			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles"),
+			state,
+			cache,
+		),
+		changeFlags(),
+		cli.Group(groupOutput, cli.LogFlags()...),
 	)
-	return append(flags, cli.LogFlags()...)
 }
 
 // defaultKeys is where an image or a node keeps the trusted keys.

@@ -88,3 +88,11 @@ func TestRunEnds(t *testing.T) {
 		})
 	}
 }
+
+// Help fits a terminal, and has each flag in a group.
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	if err := cli.CheckHelp(root); err != nil {
+		t.Error(err)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -17,20 +18,28 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// clientFlags reach a running server.
-func clientFlags(more ...ucli.Flag) []ucli.Flag {
-	return append([]ucli.Flag{
-		&ucli.StringFlag{Name: "server", Value: "http://127.0.0.1:8440", Usage: "`URL` of the server", Sources: cli.Env("server")},
-		cli.OutputFlag(),
-	}, more...)
+// The headings under which --help lists flags of several commands.
+const (
+	groupWhat   = "What to ask"
+	groupServer = "Server"
+	groupOutput = "Output and advanced"
+)
+
+// clientFlags are a command's own flags, and those that reach a running server.
+func clientFlags(own ...ucli.Flag) []ucli.Flag {
+	return slices.Concat(
+		cli.Group(groupWhat, own...),
+		cli.Group(groupServer, cli.String("server", "http://127.0.0.1:8440", "`URL` of the server")),
+		cli.Group(groupOutput, cli.OutputFlag()),
+	)
 }
 
 // writeFlags add the token.
-func writeFlags(more ...ucli.Flag) []ucli.Flag {
-	return clientFlags(append([]ucli.Flag{
-		&ucli.StringFlag{Name: "token", Usage: "the server's `TOKEN`; prefer --token-file", Sources: cli.Env("token")},
-		&ucli.StringFlag{Name: "token-file", Usage: "`FILE` with the server's token", Sources: cli.Env("token-file")},
-	}, more...)...)
+func writeFlags(own ...ucli.Flag) []ucli.Flag {
+	return append(clientFlags(own...), cli.Group(groupServer,
+		cli.String("token", "", "the server's `TOKEN`; prefer --token-file"),
+		cli.String("token-file", "", "`FILE` with the server's token"),
+	)...)
 }
 
 func client(cmd *ucli.Command) (*api.Client, error) {
@@ -137,9 +146,9 @@ func buildCommand() *ucli.Command {
 func cellFlags() []ucli.Flag {
 	return []ucli.Flag{
 		&ucli.StringFlag{Name: "build-id", Required: true, Usage: "`BUILD_ID` of the COS build, as in /etc/os-release", Sources: cli.Env("build-id")},
-		&ucli.StringFlag{Name: "board", Value: "lakitu", Usage: "`BOARD` of the COS build", Sources: cli.Env("board")},
-		&ucli.StringFlag{Name: "driver", Value: string(target.Default), Usage: "`DRIVER`: default, latest, a branch or a version", Sources: cli.Env("driver")},
-		&ucli.StringFlag{Name: "flavour", Value: "auto", Usage: "`FLAVOUR`: auto, proprietary or open", Sources: cli.Env("flavour")},
+		cli.String("board", "lakitu", "`BOARD` of the COS build"),
+		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version"),
+		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
 	}
 }
 
@@ -165,9 +174,12 @@ func resolveCommand() *ucli.Command {
 }
 
 func requestCommand() *ucli.Command {
-	flags := append(cellFlags(), &ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended; a failed one sets the exit status of its class"})
+	flags := append(cellFlags(), &ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended; a failed one sets the exit status"})
 	return &ucli.Command{
-		Name: "request", Usage: "ask for a build", Flags: writeFlags(flags...),
+		Name: "request", Usage: "ask for a build",
+		Description: `Example:
+  server request --build-id 17800.66.78 --driver R535 --wait --token-file token`,
+		Flags: writeFlags(flags...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
 				return err

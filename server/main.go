@@ -20,9 +20,9 @@ func main() { cli.Main(program()) }
 func program() *ucli.Command {
 	return &ucli.Command{
 		Name:  "server",
-		Usage: "keep the catalogue of COS kernels and NVIDIA drivers, queue builds, serve artifacts",
-		Description: "Start it with \"server serve\". The other commands ask a running server (--server)\n" +
-			"and print tables, or JSON with --output json.",
+		Usage: "keep the catalogue of kernels and drivers, queue builds, serve artifacts",
+		Description: `Start it with "server serve". The other commands ask a running server (--server)
+and print tables, or JSON with --output json.`,
 		Commands: []*ucli.Command{
 			serveCommand(),
 			kernelsCommand(), driversCommand(), artifactsCommand(), buildsCommand(), buildCommand(), resolveCommand(),

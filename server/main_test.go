@@ -273,3 +273,11 @@ func TestVersion(t *testing.T) {
 		t.Errorf("version = %d %s, %v", code, out, err)
 	}
 }
+
+// Help fits a terminal, and has each flag in a group.
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	if err := cli.CheckHelp(program); err != nil {
+		t.Error(err)
+	}
+}

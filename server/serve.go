@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -36,24 +37,31 @@ type settings struct {
 }
 
 func serveCommand() *ucli.Command {
-	flag := func(name, value, usage string) ucli.Flag {
-		return &ucli.StringFlag{Name: name, Value: value, Usage: usage, Sources: cli.Env(name)}
-	}
 	return &ucli.Command{
 		Name: "serve", Usage: "run the server until it is told to stop",
-		Flags: append([]ucli.Flag{
-			flag("listen", "127.0.0.1:8440", "`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it"),
-			flag("data", "", "`FOLDER` of everything the server keeps (default: $XDG_STATE_HOME/prebake, or /var/lib/prebake for root)"),
-			flag("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://… (default: DATA/catalogue.db)"),
-			flag("queue", "", "build queue's `URL` (default: DATA/queue.db, or the database when that is postgres)"),
-			flag("kernel-mirror", "", "bucket `URL` of COS releases (gs://, https://, file://) to discover kernels in"),
-			flag("driver-mirror", "", "bucket `URL` of NVIDIA runfiles to discover drivers in"),
-			flag("public-repository", "/prebake/driver", "`REPOSITORY` that builders publish to; one that begins with / is on this server"),
-			flag("token", "", "`TOKEN` that opens writing; prefer --token-file"),
-			flag("token-file", "", "`FILE` with the token (default: DATA/token, made at the first start)"),
-			&ucli.DurationFlag{Name: "discover-interval", Value: 15 * time.Minute, Usage: "`PAUSE` between looks at the mirrors", Sources: cli.Env("discover-interval")},
-			&ucli.DurationFlag{Name: "grace", Value: 20 * time.Second, Usage: "`TIME` that running requests get when the server stops", Sources: cli.Env("grace")},
-		}, cli.LogFlags()...),
+		Flags: slices.Concat(
+			cli.Group("Where from",
+				cli.String("kernel-mirror", "", "bucket `URL` of COS releases to discover kernels in: gs://, https:// or file://"),
+				cli.String("driver-mirror", "", "bucket `URL` of NVIDIA's runfiles to discover drivers in"),
+				cli.Duration("discover-interval", 15*time.Minute, "`PAUSE` between looks at the mirrors"),
+			),
+			cli.Group("Where to",
+				cli.String("listen", "127.0.0.1:8440", "`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it"),
+				cli.String("public-repository", "/prebake/driver",
+					"`REPOSITORY` that builders publish to; one that begins with / is on this server"),
+				defaultsTo(cli.String("data", "",
+					"`FOLDER` of everything the server keeps"), "$XDG_STATE_HOME/prebake, or /var/lib/prebake for root"),
+				defaultsTo(cli.String("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
+				defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db, or the database when that is postgres"),
+			),
+			cli.Group("Trust",
+				cli.String("token", "", "`TOKEN` that opens writing; prefer --token-file"),
+				defaultsTo(cli.String("token-file", "", "`FILE` with the token"), "DATA/token, made at the first start"),
+			),
+			cli.Group(groupOutput, cli.Duration("grace", 20*time.Second,
+				"`TIME` that running requests get when the server stops")),
+			cli.Group(groupOutput, cli.LogFlags()...),
+		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			log, err := cli.Logger(cmd)
 			if err != nil {
@@ -71,6 +79,12 @@ func serveCommand() *ucli.Command {
 			return serve(ctx, s, log)
 		},
 	}
+}
+
+// defaultsTo says in help what stands in for a flag that is not given.
+func defaultsTo(f *ucli.StringFlag, text string) *ucli.StringFlag {
+	f.DefaultText = text
+	return f
 }
 
 // complete fills in what depends on other settings.

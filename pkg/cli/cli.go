@@ -12,6 +12,7 @@
 //     the flag's name.
 //   - Progress and colour appear on a terminal only; elsewhere plain lines.
 //   - Every read command has --output text|json.
+//   - Help has a command's flags in groups, in 80 columns.
 package cli
 
 import (
@@ -42,6 +43,7 @@ func Main(root *ucli.Command) {
 
 // Run runs the program with these arguments and returns its exit status.
 func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr io.Writer) int {
+	useHelp()
 	root.Writer, root.ErrWriter = stdout, stderr
 	root.EnableShellCompletion = true
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
@@ -86,25 +88,6 @@ func PrintError(w io.Writer, err error) {
 	}
 }
 
-// Env names the environment variable behind a flag: PREBAKE_ and the flag's
-// name in upper case.
-func Env(flag string) ucli.ValueSourceChain {
-	return ucli.EnvVars("PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_")))
-}
-
-// OutputFlag is --output text|json, for read commands.
-func OutputFlag() ucli.Flag {
-	return &ucli.StringFlag{
-		Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`FORMAT` of the result: text or json",
-		Validator: func(s string) error {
-			if s != "text" && s != "json" {
-				return fmt.Errorf("output %q: want text or json", s)
-			}
-			return nil
-		},
-	}
-}
-
 // Print writes a result to stdout: v as indented JSON, or what text writes.
 func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	if cmd.String("output") != "json" {
@@ -113,30 +96,6 @@ func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
 	enc := json.NewEncoder(cmd.Root().Writer)
 	enc.SetIndent("", "  ")
 	return enc.Encode(v)
-}
-
-// TrustedRootFlag is --trusted-root, for whoever deals with certificates.
-func TrustedRootFlag() ucli.Flag {
-	return &ucli.StringFlag{Name: "trusted-root", Usage: "`FILE` with the Sigstore root (trusted_root.json) that certificates and time stamps are judged by", Sources: Env("trusted-root")}
-}
-
-// TrustFlags are --trusted-root and whom its certificates have to name, for
-// commands that verify; the words are cosign's.
-func TrustFlags() []ucli.Flag {
-	return []ucli.Flag{
-		TrustedRootFlag(),
-		&ucli.StringFlag{Name: "certificate-identity", Usage: "trust statements signed by `NAME`, a URL or mail address, as a certificate of --trusted-root says", Sources: Env("certificate-identity")},
-		&ucli.StringFlag{Name: "certificate-identity-regexp", Usage: "in place of the name, a `PATTERN` for the whole of it", Sources: Env("certificate-identity-regexp")},
-		&ucli.StringFlag{Name: "certificate-oidc-issuer", Usage: "`URL` of the OpenID Connect issuer that vouches for the name", Sources: Env("certificate-oidc-issuer")},
-	}
-}
-
-// LogFlags are --log-level and --log-format, for programs that run long.
-func LogFlags() []ucli.Flag {
-	return []ucli.Flag{
-		&ucli.StringFlag{Name: "log-level", Value: "info", Usage: "least `LEVEL` to log: debug, info, warn or error", Sources: Env("log-level")},
-		&ucli.StringFlag{Name: "log-format", Value: "text", Usage: "`FORMAT` of log lines: text or json", Sources: Env("log-format")},
-	}
 }
 
 // Logger returns the logger that LogFlags ask for; it writes to stderr.

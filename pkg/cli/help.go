@@ -1,0 +1,301 @@
+package cli
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"sync"
+	"unicode/utf8"
+
+	ucli "github.com/urfave/cli/v3"
+)
+
+const (
+	helpWidth  = 80 // columns that help keeps to
+	helpColumn = 28 // where texts begin at the latest
+)
+
+// Group puts flags under one heading of --help. Headings stand in the order in
+// which a command's flags name them; flags of one heading may come from several
+// calls.
+func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
+	for _, f := range flags {
+		if c, ok := f.(ucli.CategorizableFlag); ok {
+			c.SetCategory(heading)
+		}
+	}
+	return flags
+}
+
+// useHelp has the library print help with printHelp. It takes that from a
+// variable of its own only.
+var useHelp = sync.OnceFunc(func() {
+	ucli.HelpPrinter = func(w io.Writer, _ string, data any) {
+		if cmd, ok := data.(*ucli.Command); ok {
+			_, _ = io.WriteString(w, helpText(cmd)) // a closed terminal has nobody to tell
+		}
+	}
+})
+
+// helpText is what --help prints, in 80 columns.
+func helpText(cmd *ucli.Command) string {
+	var b strings.Builder
+	line(&b, 0, cmd.FullName()+" - "+cmd.Usage)
+	b.WriteString("\nUsage: " + cmd.FullName())
+	commands := slices.DeleteFunc(cmd.VisibleCommands(), func(c *ucli.Command) bool { return c.Name == "help" })
+	switch {
+	case len(commands) > 0 && len(cmd.Flags) > 0 && cmd.Name != cmd.Root().Name:
+		b.WriteString(" [COMMAND]")
+	case len(commands) > 0:
+		b.WriteString(" COMMAND")
+	}
+	b.WriteString(" [flags]")
+	if cmd.ArgsUsage != "" {
+		b.WriteString(" " + cmd.ArgsUsage)
+	}
+	b.WriteString("\n")
+	if cmd.Description != "" {
+		b.WriteString("\n" + strings.TrimRight(cmd.Description, "\n") + "\n")
+	}
+	if len(commands) > 0 {
+		var rows [][2]string
+		for _, c := range commands {
+			rows = append(rows, [2]string{strings.Join(c.Names(), ", "), c.Usage})
+		}
+		section(&b, "Commands", rows)
+	}
+	headings, groups := groupFlags(cmd.VisibleFlags())
+	for _, heading := range headings {
+		var rows [][2]string
+		for _, f := range groups[heading] {
+			rows = append(rows, flagRow(f))
+		}
+		section(&b, heading, rows)
+	}
+	if text := environment(cmd.VisibleFlags()); text != "" {
+		b.WriteString("\n")
+		line(&b, 0, text)
+	}
+	if len(commands) > 0 {
+		b.WriteString("\n")
+		line(&b, 0, cmd.FullName()+" COMMAND --help says more about one command.")
+	}
+	return b.String()
+}
+
+// groupFlags sorts flags under their headings. Flags without one, as --help is,
+// end the last group.
+func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.Flag) {
+	groups = map[string][]ucli.Flag{}
+	var rest []ucli.Flag
+	for _, f := range flags {
+		c, ok := f.(ucli.CategorizableFlag)
+		if !ok || c.GetCategory() == "" {
+			rest = append(rest, f)
+			continue
+		}
+		if groups[c.GetCategory()] == nil {
+			headings = append(headings, c.GetCategory())
+		}
+		groups[c.GetCategory()] = append(groups[c.GetCategory()], f)
+	}
+	if len(headings) == 0 {
+		headings = []string{"Flags"}
+	}
+	last := headings[len(headings)-1]
+	groups[last] = append(groups[last], rest...)
+	return headings, groups
+}
+
+// flagRow is a flag with its value's name, and what it does. The value's name
+// stands between back quotes in the usage text.
+func flagRow(f ucli.Flag) (row [2]string) {
+	var names []string
+	for _, name := range f.Names() {
+		dash := "--"
+		if len(name) == 1 {
+			dash = "-"
+		}
+		names = append(names, dash+name)
+	}
+	row[0] = strings.Join(names, ", ")
+	doc, ok := f.(ucli.DocGenerationFlag)
+	if !ok {
+		return row
+	}
+	placeholder, usage := "", doc.GetUsage()
+	if before, rest, ok := strings.Cut(usage, "`"); ok {
+		if name, after, ok := strings.Cut(rest, "`"); ok {
+			placeholder, usage = name, before+name+after
+		}
+	}
+	if doc.TakesValue() {
+		if placeholder == "" {
+			placeholder = "VALUE"
+		}
+		row[0] += " " + placeholder
+	}
+	if m, ok := f.(ucli.DocGenerationMultiValueFlag); ok && m.IsMultiValueFlag() {
+		usage += "; may be repeated"
+	}
+	if r, ok := f.(ucli.RequiredFlag); ok && r.IsRequired() {
+		usage += " (required)"
+	}
+	if text := defaultText(doc); text != "" {
+		usage += " (default: " + text + ")"
+	}
+	row[1] = usage
+	return row
+}
+
+// defaultText is a flag's default, if it says anything: what 0 or nothing means
+// is the usage text's matter.
+func defaultText(f ucli.DocGenerationFlag) string {
+	if text := f.GetDefaultText(); text != "" {
+		return text
+	}
+	if !f.TakesValue() {
+		return ""
+	}
+	text := strings.NewReplacer(`"`, "", "[", "", "]", "").Replace(f.GetValue())
+	if text == "0" || text == "0s" {
+		return ""
+	}
+	for _, zero := range []string{"m0s", "h0m"} { // 45m0s is 45m
+		if strings.HasSuffix(text, zero) {
+			text = text[:len(text)-2]
+		}
+	}
+	return text
+}
+
+// environment says which variables stand behind flags; Env makes their names.
+func environment(flags []ucli.Flag) string {
+	var with, without, odd []string
+	var example string
+	for _, f := range flags {
+		name := f.Names()[0]
+		doc, ok := f.(ucli.DocGenerationFlag)
+		switch {
+		case name == "help" || name == "version":
+		case !ok || len(doc.GetEnvVars()) == 0:
+			without = append(without, "--"+name)
+		case doc.GetEnvVars()[0] != envName(name):
+			odd = append(odd, "--"+name+" is also the environment variable "+doc.GetEnvVars()[0]+".")
+		default:
+			with = append(with, "--"+name)
+			example = cmp.Or(example, doc.GetEnvVars()[0])
+		}
+	}
+	var text string
+	const are = " environment variables, too: PREBAKE_ and the flag's name, as in "
+	switch {
+	case len(with) == 0:
+	case len(without)+len(odd) == 0:
+		text = "All flags are" + are + example + ". "
+	case len(without)+len(odd) <= len(with):
+		text = "All flags but " + list(without) + " are" + are + example + ". "
+	case len(with) == 1:
+		text = with[0] + " is also the environment variable " + example + ". "
+	default:
+		text = list(with) + " are" + are + example + ". "
+	}
+	if text += strings.Join(odd, " "); text != "" {
+		text += " A flag beats its variable."
+	}
+	return text
+}
+
+func list(words []string) string {
+	if len(words) == 1 {
+		return words[0]
+	}
+	return strings.Join(words[:len(words)-1], ", ") + " and " + words[len(words)-1]
+}
+
+// section writes a heading and two columns below it.
+func section(b *strings.Builder, heading string, rows [][2]string) {
+	fmt.Fprintf(b, "\n%s:\n", heading)
+	column := 0
+	for _, row := range rows {
+		column = max(column, utf8.RuneCountInString(row[0])+4)
+	}
+	column = min(column, helpColumn)
+	for _, row := range rows {
+		used := utf8.RuneCountInString(row[0]) + 2
+		fmt.Fprintf(b, "  %s", row[0])
+		switch {
+		case row[1] == "":
+			b.WriteString("\n")
+			continue
+		case used+2 > column:
+			b.WriteString("\n" + strings.Repeat(" ", column))
+		default:
+			b.WriteString(strings.Repeat(" ", column-used))
+		}
+		line(b, column, row[1])
+	}
+}
+
+// line writes text, which begins in a column, and breaks it between words
+// before column 80; what follows a break is indented as far.
+func line(b *strings.Builder, column int, text string) {
+	used := column
+	for i, word := range strings.Fields(text) {
+		n := utf8.RuneCountInString(word)
+		switch {
+		case i == 0:
+		case used+1+n > helpWidth:
+			b.WriteString("\n" + strings.Repeat(" ", column))
+			used = column
+		default:
+			b.WriteString(" ")
+			used++
+		}
+		b.WriteString(word)
+		used += n
+	}
+	b.WriteString("\n")
+}
+
+// CheckHelp is for the tests of programs: it names every page of help that is
+// longer than two screens or wider than a terminal, and every flag that stands
+// in no group while others of its command do.
+func CheckHelp(program func() *ucli.Command) error {
+	const most = 80
+	var problems []error
+	var look func(path []string, cmd *ucli.Command)
+	look = func(path []string, cmd *ucli.Command) {
+		name := strings.Join(path, " ")
+		var page, errs strings.Builder
+		if code := Run(context.Background(), program(), slices.Concat(path, []string{"--help"}), &page, &errs); code != 0 {
+			problems = append(problems, fmt.Errorf("%s --help: exit %d, %s", name, code, errs.String()))
+		}
+		if n := strings.Count(page.String(), "\n"); n > most {
+			problems = append(problems, fmt.Errorf("%s --help: %d lines; want at most %d", name, n, most))
+		}
+		for line := range strings.Lines(page.String()) {
+			// A single word, such as a folder of this machine, cannot be broken.
+			if n := utf8.RuneCountInString(line) - 1; n > helpWidth && len(strings.Fields(line)) > 1 {
+				problems = append(problems, fmt.Errorf("%s --help: %d columns; want at most %d: %s", name, n, helpWidth, line))
+			}
+		}
+		if headings, groups := groupFlags(cmd.Flags); len(cmd.Flags) > 0 && headings[0] != "Flags" {
+			for _, f := range groups[headings[len(headings)-1]] {
+				if c, ok := f.(ucli.CategorizableFlag); ok && c.GetCategory() == "" {
+					problems = append(problems, fmt.Errorf("%s: --%s is in no group", name, f.Names()[0]))
+				}
+			}
+		}
+		for _, sub := range cmd.Commands {
+			look(slices.Concat(path, []string{sub.Name}), sub)
+		}
+	}
+	root := program()
+	look([]string{root.Name}, root)
+	return errors.Join(problems...)
+}
