@@ -348,7 +348,7 @@ func foreign(ctx context.Context, err error) error {
 func local(name string, err error) error {
 	switch {
 	case fault.NoSpace(err):
-		return fault.Wrap(fault.DiskFull, fmt.Errorf("unpack %q: %w", name, err), "free space, or set another cache folder")
+		return fault.CacheDisk(fmt.Errorf("unpack %q: %w", name, err))
 	case errors.Is(err, fs.ErrExist):
 		return refuse("unpack %q: the archive holds this name twice", name)
 	}

@@ -441,13 +441,13 @@ func isDir(path string) bool {
 	return err == nil && fi.IsDir()
 }
 
-// disk gives a full disk its kind.
+// disk gives a full disk its kind, and leaves an error alone that has one.
 func disk(err error) error {
 	var f *fault.Error
 	if errors.As(err, &f) {
 		return err
 	}
-	return fault.Disk(err, "free space, or set another cache folder")
+	return fault.CacheDisk(err)
 }
 
 // ctxReader ends a copy when its context does.

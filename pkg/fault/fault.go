@@ -207,5 +207,13 @@ func Disk(err error, hint string) error {
 	return Wrap(DiskFull, err, hint)
 }
 
+// CacheDisk is Disk for what is written to the cache folder.
+func CacheDisk(err error) error { return Disk(err, "free space, or set another cache folder") }
+
+// TempDisk is Disk for what is written to the folder for temporary files.
+func TempDisk(err error) error {
+	return Disk(err, "free space in the folder for temporary files, or name another one with TMPDIR")
+}
+
 // Is reports whether err is of this kind.
 func Is(err error, kind Kind) bool { return err != nil && Of(err) == kind }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -36,6 +37,11 @@ func TestDisk(t *testing.T) {
 		err := fault.Disk(fmt.Errorf("write: %w", cause), "free space")
 		if fault.Of(err) != fault.DiskFull || fault.Hint(err) != "free space" || !errors.Is(err, cause) {
 			t.Errorf("Disk(%v) = %v (%v, %q); want disk-full with its hint", cause, err, fault.Of(err), fault.Hint(err))
+		}
+	}
+	for name, disk := range map[string]func(error) error{"cache": fault.CacheDisk, "TMPDIR": fault.TempDisk} {
+		if err := disk(syscall.ENOSPC); fault.Of(err) != fault.DiskFull || !strings.Contains(fault.Hint(err), name) {
+			t.Errorf("full disk of the folder of %s: %v, hint %q; want disk-full with a hint that names it", name, err, fault.Hint(err))
 		}
 	}
 	for _, other := range []error{nil, syscall.EIO, fault.New(fault.Busy, "lock", "")} {

@@ -120,7 +120,7 @@ func stageInitramfs(c Config) (_ *os.File, size int64, err error) {
 		return nil, 0, fmt.Errorf("write initramfs: %w", err)
 	}
 	defer func() {
-		err = fault.Disk(err, "free space in "+os.TempDir()+", or name another folder in TMPDIR")
+		err = fault.TempDisk(err)
 		if err != nil {
 			err = errors.Join(err, f.Close())
 		}

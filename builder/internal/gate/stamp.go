@@ -43,7 +43,7 @@ func Stamp(dst, src string, f target.Fingerprint) error {
 	}
 	_, err = out.Write(data)
 	if err = errors.Join(err, out.Close()); err != nil {
-		return fault.Disk(fmt.Errorf("stamp module: %w", err), "free space for the builder's cache")
+		return fault.CacheDisk(fmt.Errorf("stamp module: %w", err))
 	}
 	return nil
 }

@@ -219,7 +219,7 @@ func (r *Release) write(dst string, layout map[string]item) error {
 	defer to.Close()
 	for name, it := range layout {
 		if err := to.MkdirAll(path.Dir(name), 0o755); err != nil {
-			return disk(err)
+			return fault.CacheDisk(err)
 		}
 		if it.link != "" {
 			err = to.Symlink(it.link, name)
@@ -230,7 +230,7 @@ func (r *Release) write(dst string, layout map[string]item) error {
 			return fault.Wrap(fault.Unverified, fmt.Errorf("the manifest names %s, which the release lacks: %w", it.src, err), "check that the object is NVIDIA's .run file, whole and unchanged")
 		}
 		if err != nil {
-			return disk(err)
+			return fault.CacheDisk(err)
 		}
 	}
 	return nil
@@ -286,7 +286,7 @@ func addSONAMEs(dir string) error {
 			continue
 		}
 		if err := os.Symlink(e.Name(), filepath.Join(dir, soname)); err != nil && !errors.Is(err, fs.ErrExist) {
-			return disk(err)
+			return fault.CacheDisk(err)
 		}
 	}
 	return nil
@@ -313,8 +313,4 @@ func readSONAME(file string) (string, error) {
 		return "", fault.New(fault.Unverified, fmt.Sprintf("%s has the SONAME %.80q, which is no file name", filepath.Base(file), names[0]), "check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	return names[0], nil
-}
-
-func disk(err error) error {
-	return fault.Disk(err, "free space, or set another cache folder")
 }

@@ -99,7 +99,7 @@ func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, 
 		for name, text := range map[string]string{vm.BootOrder: "", vm.BootArgs: cosArguments} {
 			file := filepath.Join(dir, filepath.FromSlash(name))
 			if err := errors.Join(os.MkdirAll(filepath.Dir(file), 0o755), os.WriteFile(file, []byte(text), 0o644)); err != nil {
-				return disk(err)
+				return fault.CacheDisk(err)
 			}
 		}
 		sum, err := fileSum(filepath.Join(dir, vm.BootKernel))
@@ -111,7 +111,7 @@ func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, 
 			return err
 		}
 		if err := os.WriteFile(filepath.Join(dir, factsFile), raw, 0o644); err != nil {
-			return disk(err)
+			return fault.CacheDisk(err)
 		}
 		return r.addGPU(ctx, dir)
 	})
@@ -139,10 +139,10 @@ func (r *run) writeImage(vmlinux, to string) (err error) {
 	defer in.Close()
 	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_RDWR, 0o644)
 	if err != nil {
-		return disk(err)
+		return fault.CacheDisk(err)
 	}
 	defer func() { err = errors.Join(err, out.Close()) }()
-	return disk(bootimage.Write(out, in, r.kernel.Kernel.Arch))
+	return fault.CacheDisk(bootimage.Write(out, in, r.kernel.Kernel.Arch))
 }
 
 // addGPU compiles the emulated GPU into a boot folder. A kernel whose interfaces it
@@ -170,5 +170,5 @@ func (r *run) addGPU(ctx context.Context, dir string) (err error) {
 		}
 	}
 	_, err = copyFile(filepath.Join(dir, vm.BootGPU), path)
-	return disk(err)
+	return fault.CacheDisk(err)
 }

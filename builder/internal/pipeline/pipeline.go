@@ -222,7 +222,7 @@ func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *time
 	defer cfg.Cache.Begin()() // what this build uses stays until it ends
 	kept, err := newLogCopy(cfg.Cache)
 	if err != nil {
-		return &r.res, disk(fmt.Errorf("keep the log: %w", err))
+		return &r.res, fault.CacheDisk(fmt.Errorf("keep the log: %w", err))
 	}
 	defer func() { _ = kept.close() }() // a scratch file; the next Open removes it as well
 	r.copy, r.log = kept, io.MultiWriter(log, kept)

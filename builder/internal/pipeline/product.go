@@ -115,21 +115,16 @@ func (r *run) modulesFolder() (string, func() error, error) {
 // with what was proved.
 func (r *run) layModules(dir string) error {
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
-		return disk(err)
+		return fault.CacheDisk(err)
 	}
 	for name, path := range r.modules {
 		sum, err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path)
 		if err != nil {
-			return disk(err)
+			return fault.CacheDisk(err)
 		}
 		if sum != r.sums[name] {
 			return changed(name, r.products.Dir())
 		}
 	}
 	return nil
-}
-
-// disk gives an error of the cache's file system its kind.
-func disk(err error) error {
-	return fault.Disk(err, "free some space on the disk of the cache folder, or set another one")
 }

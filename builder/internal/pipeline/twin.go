@@ -132,7 +132,7 @@ func (r *run) publishTwins(ctx context.Context) (err error) {
 func (r *run) twinFiles(ctx context.Context, scratch string) (twin.Release, error) {
 	dir := filepath.Join(scratch, "files")
 	if err := os.Mkdir(dir, 0o755); err != nil {
-		return twin.Release{}, disk(err)
+		return twin.Release{}, fault.CacheDisk(err)
 	}
 	if r.res.Reused {
 		return twin.FromArtifact(ctx, r.places[0].repo, r.res.Digest, dir)

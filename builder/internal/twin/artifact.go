@@ -67,11 +67,11 @@ func fromArtifact(ctx context.Context, repo repository, digest, dir string) (Rel
 
 func unpackLayer(ctx context.Context, repo repository, l bundle.ContentLayer, dir string) (err error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
-		return scratch(err)
+		return fault.TempDisk(err)
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return scratch(err)
+		return fault.TempDisk(err)
 	}
 	defer root.Close()
 	rc, err := repo.Blob(ctx, l.Digest, l.Size)

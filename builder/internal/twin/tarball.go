@@ -132,7 +132,7 @@ func readXattr(f *os.File, name string) ([]byte, error) {
 func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, string) ([]byte, error)) (_ object, list []File, err error) {
 	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
 	if err != nil {
-		return object{}, nil, scratch(err)
+		return object{}, nil, fault.TempDisk(err)
 	}
 	defer func() { err = errors.Join(err, out.Close()) }()
 	sums := newSums()
@@ -146,17 +146,17 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	made := map[string]bool{}
 	for _, s := range files {
 		if err := folders(tw, made, path.Dir(s.name)); err != nil {
-			return object{}, nil, scratch(err)
+			return object{}, nil, fault.TempDisk(err)
 		}
 		f, err := packOne(ctx, tw, s, xattr)
 		if err != nil {
-			return object{}, nil, fmt.Errorf("%s: %w", s.name, scratch(err))
+			return object{}, nil, fmt.Errorf("%s: %w", s.name, fault.TempDisk(err))
 		}
 		list = append(list, f)
 	}
 	for _, finish := range []func() error{tw.Close, zw.Close, buffered.Flush} {
 		if err := finish(); err != nil {
-			return object{}, nil, scratch(err)
+			return object{}, nil, fault.TempDisk(err)
 		}
 	}
 	o := sums.object()
@@ -202,10 +202,6 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, hdr.Size)
 	}
 	return File{Name: s.name, Size: n, SHA256: "sha256:" + hex.EncodeToString(h.Sum(nil))}, err
-}
-
-func scratch(err error) error {
-	return fault.Disk(err, "free space in the folder for temporary files, or name another one with TMPDIR")
 }
 
 // sums counts and hashes what is written to it.

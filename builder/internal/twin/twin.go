@@ -178,7 +178,7 @@ func publish(ctx context.Context, b *Bucket, r Release) (_ Report, err error) {
 	}
 	dir, err := os.MkdirTemp(r.Scratch, "prebake-twin-")
 	if err != nil {
-		return Report{}, scratch(err)
+		return Report{}, fault.TempDisk(err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	objects, entry, err := p.objects(ctx, filepath.Join(dir, "tgz"))
