@@ -17,6 +17,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/leftover"
 	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/hostfile"
 )
 
 // Objects are kept one by one, each with what it was made of: the driver's files
@@ -277,7 +278,7 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`), []byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))
 	// The copies' times are now: not older than what they were made of.
-	if err := copyFile(filepath.Join(dir, "object"), file); err != nil {
+	if err := hostfile.Copy(file, filepath.Join(dir, "object")); err != nil {
 		return false, err
 	}
 	return true, os.WriteFile(filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".cmd"), command, 0o644)

@@ -2,14 +2,12 @@ package compile
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 )
 
 // stage copies a source tree, so that the build may write into it. The copy's
@@ -32,7 +30,7 @@ func stage(ctx context.Context, src, dst string) error {
 		case fs.ModeDir:
 			return os.Mkdir(to, 0o755)
 		case 0:
-			return copyFile(path, to)
+			return hostfile.Copy(to, path)
 		case fs.ModeSymlink:
 			link, err := os.Readlink(path)
 			if err != nil {
@@ -45,31 +43,6 @@ func stage(ctx context.Context, src, dst string) error {
 		}
 		return fault.Errorf(fault.Usage, "%s: neither a file, a folder nor a link", name)
 	})
-}
-
-func copyFile(from, to string) (err error) {
-	in, err := os.Open(from)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	info, err := in.Stat()
-	if err != nil {
-		return err
-	}
-	mode := fs.FileMode(0o644)
-	if info.Mode()&0o111 != 0 {
-		mode = 0o755
-	}
-	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, out.Close()) }()
-	if _, err := io.Copy(out, in); err != nil {
-		return fmt.Errorf("copy %s: %w", from, err)
-	}
-	return nil
 }
 
 // diskFull gives an error of the host's file system its kind.

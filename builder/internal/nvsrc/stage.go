@@ -4,7 +4,6 @@ import (
 	"debug/elf"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -13,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 )
 
 // StageRecipe names what the Stage functions make of a release. It changes
@@ -257,11 +257,7 @@ func copyFile(from, to *os.Root, name string, it item) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(out, in)
-	if err == nil {
-		err = out.Chmod(mode)
-	}
-	return errors.Join(err, out.Close())
+	return errors.Join(out.Chmod(mode), hostfile.Fill(out, in))
 }
 
 // addSONAMEs makes sure that the loader finds every library of the folder under

@@ -16,6 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -102,7 +103,7 @@ func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, 
 				return fault.CacheDisk(err)
 			}
 		}
-		sum, err := fileSum(filepath.Join(dir, vm.BootKernel))
+		sum, err := hostfile.Sum(filepath.Join(dir, vm.BootKernel))
 		if err != nil {
 			return err
 		}
@@ -169,6 +170,6 @@ func (r *run) addGPU(ctx context.Context, dir string) (err error) {
 			return err
 		}
 	}
-	_, err = copyFile(filepath.Join(dir, vm.BootGPU), path)
+	_, err = hostfile.CopySum(filepath.Join(dir, vm.BootGPU), path)
 	return fault.CacheDisk(err)
 }

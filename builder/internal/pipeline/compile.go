@@ -4,11 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -21,6 +18,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -102,7 +100,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 				return err
 			}
 			var err error
-			if sums[name], err = fileSum(path); err != nil {
+			if sums[name], err = hostfile.Sum(path); err != nil {
 				return err
 			}
 		}
@@ -157,34 +155,4 @@ func (r *run) findModules(dir string) error {
 // changed is the error about a module that is not what the compiler left.
 func changed(name, dir string) error {
 	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name), "run it again: it is made anew; check the disk of "+dir)
-}
-
-// copyFile copies a file and returns the SHA-256 of what it copied, in hex.
-func copyFile(dst, src string) (sum string, err error) {
-	in, err := os.Open(src)
-	if err != nil {
-		return "", err
-	}
-	defer in.Close()
-	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return "", err
-	}
-	defer func() { err = errors.Join(err, out.Close()) }()
-	h := sha256.New()
-	_, err = io.Copy(io.MultiWriter(out, h), in)
-	return hex.EncodeToString(h.Sum(nil)), err
-}
-
-func fileSum(path string) (string, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	h := sha256.New()
-	if _, err := io.Copy(h, f); err != nil {
-		return "", err
-	}
-	return hex.EncodeToString(h.Sum(nil)), nil
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -160,7 +161,7 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket) error
 		}
 		sums := map[string]string{}
 		for _, name := range names {
-			if sums[name], err = fileSum(filepath.Join(dir, name+".ko")); err != nil {
+			if sums[name], err = hostfile.Sum(filepath.Join(dir, name+".ko")); err != nil {
 				return err
 			}
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -107,7 +108,7 @@ func (r *run) signEach(ctx context.Context, sign func(src, dst, name string) err
 	dir, cached, err := r.products.Tree(ctx, "signed", r.stampedKey(r.signatureParts()...), func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(r.modules)) {
-			if sum, err := fileSum(r.modules[name]); err != nil || sum != r.sums[name] {
+			if sum, err := hostfile.Sum(r.modules[name]); err != nil || sum != r.sums[name] {
 				return changed(name, r.products.Dir())
 			}
 			path := filepath.Join(dir, name+".ko")
@@ -115,7 +116,7 @@ func (r *run) signEach(ctx context.Context, sign func(src, dst, name string) err
 				return err
 			}
 			var err error
-			if sums[name], err = fileSum(path); err != nil {
+			if sums[name], err = hostfile.Sum(path); err != nil {
 				return err
 			}
 		}

@@ -11,6 +11,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 )
 
 // staged returns the folder with a driver version's user space or firmware.
@@ -118,7 +119,7 @@ func (r *run) layModules(dir string) error {
 		return fault.CacheDisk(err)
 	}
 	for name, path := range r.modules {
-		sum, err := copyFile(filepath.Join(dir, "drivers", name+".ko"), path)
+		sum, err := hostfile.CopySum(filepath.Join(dir, "drivers", name+".ko"), path)
 		if err != nil {
 			return fault.CacheDisk(err)
 		}

@@ -13,6 +13,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -37,7 +38,7 @@ func (r *run) staticChecks() []string {
 // folders of the cache what was put into them.
 func (r *run) intact(ctx context.Context, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(r.modules)) {
-		sum, err := fileSum(r.modules[name])
+		sum, err := hostfile.Sum(r.modules[name])
 		if err != nil {
 			return err
 		}

@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/prebake/prebake/builder/internal/symbols"
+	"github.com/prebake/prebake/pkg/hostfile"
 )
 
 // debugFolder lies beside the modules in the cache, and holds them as they
@@ -25,7 +26,7 @@ func keepDebug(dir string, debug map[string]string) error {
 		return err
 	}
 	for _, name := range slices.Sorted(maps.Keys(debug)) {
-		if _, err := copyFile(filepath.Join(dir, debugFolder, name+".ko"), debug[name]); err != nil {
+		if _, err := hostfile.CopySum(filepath.Join(dir, debugFolder, name+".ko"), debug[name]); err != nil {
 			return err
 		}
 	}

@@ -23,6 +23,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
@@ -89,7 +90,7 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	}
 	dir, err := os.MkdirTemp(s.Scratch, "prebake-symbols-")
 	if err != nil {
-		return d, false, onDisk(err)
+		return d, false, fault.TempDisk(err)
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	packed, ids, err := s.pack(ctx, dir)
@@ -191,7 +192,7 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 		}
 		ids[name] = got
 		if err := place(filepath.Join(tree, filepath.FromSlash(File(got))), s.Debug[name]); err != nil {
-			return bundle.Layer{}, nil, onDisk(err)
+			return bundle.Layer{}, nil, fault.TempDisk(err)
 		}
 	}
 	layer, err := bundle.PackLayer(ctx, tree, bundle.LayerUserspace, filepath.Join(dir, "layer.tar.zst"))
@@ -224,26 +225,12 @@ func buildID(file string) (string, error) {
 }
 
 // place puts a file under another name, without a copy where that is possible.
-func place(dst, src string) (err error) {
+func place(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err
 	}
 	if err := os.Link(src, dst); err == nil || errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(out, in)
-	return errors.Join(err, out.Close())
-}
-
-func onDisk(err error) error {
-	return fault.Disk(err, "free space in the folder for temporary files, or name another one with TMPDIR")
+	return hostfile.Copy(dst, src)
 }

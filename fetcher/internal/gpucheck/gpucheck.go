@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -217,7 +219,7 @@ func (p Prober) Probe(ctx context.Context) (NVML, error) {
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.HostRoot != "/" {
-		if err := copyFile(filepath.Join(p.HostRoot, p.Copy), p.Program); err != nil {
+		if err := replace(filepath.Join(p.HostRoot, p.Copy), p.Program); err != nil {
 			return NVML{}, fmt.Errorf("copy probe: %w", err)
 		}
 		program, attr.Chroot = p.Copy, p.HostRoot
@@ -274,22 +276,16 @@ func (l *limited) Write(p []byte) (int, error) {
 	return l.Buffer.Write(p)
 }
 
-func copyFile(dst, src string) (err error) {
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, in.Close()) }()
+// replace copies a program over another, which may be running.
+func replace(dst, src string) error {
 	tmp := dst + ".new"
-	out, err := os.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
-	if err != nil {
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	_, err = io.Copy(out, in)
-	if err := errors.Join(err, out.Close()); err != nil {
+	if err := hostfile.Copy(tmp, src); err != nil {
 		return err
 	}
-	return os.Rename(tmp, dst)
+	return errors.Join(os.Chmod(tmp, 0o755), os.Rename(tmp, dst))
 }
 
 // clip cuts a text to n bytes and marks the cut.

@@ -1,0 +1,75 @@
+// Package hostfile copies and sums files by their paths. It refuses to write over
+// a file that is there. Paths that somebody else chose are no business of it:
+// they are opened with an os.Root, and what is open goes through Fill.
+package hostfile
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"io/fs"
+	"os"
+)
+
+// Copy copies a file to a new one, which is executable if the first is: mode
+// 0755 or 0644. What stays after an error is the caller's to remove.
+func Copy(to, from string) error {
+	in, err := os.Open(from)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	info, err := in.Stat()
+	if err != nil {
+		return err
+	}
+	mode := fs.FileMode(0o644)
+	if info.Mode()&0o111 != 0 {
+		mode = 0o755
+	}
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, mode)
+	if err != nil {
+		return err
+	}
+	return Fill(out, in)
+}
+
+// CopySum copies a file to a new one of mode 0644, and returns the SHA-256 of
+// what it copied, in hex.
+func CopySum(to, from string) (sum string, err error) {
+	in, err := os.Open(from)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	if err := Fill(out, io.TeeReader(in, h)); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// Fill writes all of in to out, and closes out.
+func Fill(out *os.File, in io.Reader) error {
+	_, err := io.Copy(out, in)
+	return errors.Join(err, out.Close())
+}
+
+// Sum returns a file's SHA-256, in hex.
+func Sum(path string) (string, error) {
+	in, err := os.Open(path)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, in); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
