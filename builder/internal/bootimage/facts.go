@@ -1,7 +1,6 @@
 package bootimage
 
 import (
-	"bufio"
 	"bytes"
 	"compress/gzip"
 	"debug/elf"
@@ -16,6 +15,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -33,7 +33,7 @@ type Facts struct {
 const (
 	maxSection = 256 << 20
 	maxBanner  = 1024
-	maxConfig  = 4 << 20
+	maxHeader  = 4 << 20
 )
 
 var (
@@ -90,7 +90,7 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := io.ReadAll(io.LimitReader(zr, maxConfig))
+	text, err := io.ReadAll(io.LimitReader(zr, kconfig.Max))
 	return text, errors.Join(err, zr.Close())
 }
 
@@ -173,11 +173,15 @@ func (f Facts) checkConfig(headers string) error {
 	if f.Config == nil {
 		return nil
 	}
-	config, err := readBounded(filepath.Join(headers, ".config"))
+	inside, err := kconfig.Parse(f.Config)
+	if err != nil {
+		return foreign(err)
+	}
+	outside, err := kconfig.ReadFile(filepath.Join(headers, ".config"))
 	if err != nil {
 		return err
 	}
-	if line := firstDifference(options(f.Config), options(config)); line != "" {
+	if line := firstDifference(inside, outside); line != "" {
 		return foreign(errors.New("its configuration differs from the headers' in " + line))
 	}
 	return nil
@@ -193,26 +197,17 @@ func readBounded(file string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxConfig))
+	return io.ReadAll(io.LimitReader(f, maxHeader))
 }
 
-// options are the lines of a configuration that set something.
-func options(text []byte) map[string]bool {
-	set := map[string]bool{}
-	for lines := bufio.NewScanner(bytes.NewReader(text)); lines.Scan(); {
-		if line := lines.Text(); strings.HasPrefix(line, "CONFIG_") {
-			set[line] = true
-		}
-	}
-	return set
-}
-
-func firstDifference(a, b map[string]bool) string {
+// firstDifference names the first option that is not set alike, as a or b has
+// it; "" where there is none.
+func firstDifference(a, b kconfig.Config) string {
 	var differ []string
-	for _, pair := range [][2]map[string]bool{{a, b}, {b, a}} {
-		for line := range pair[0] {
-			if !pair[1][line] {
-				differ = append(differ, line)
+	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {
+		for name, value := range pair[0] {
+			if other, ok := pair[1][name]; !ok || other != value {
+				differ = append(differ, name+"="+value)
 			}
 		}
 	}

@@ -7,14 +7,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"regexp"
 
 	"github.com/prebake/prebake/builder/internal/btf"
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 )
-
-var takesBTF = regexp.MustCompile(`(?m)^CONFIG_DEBUG_INFO_BTF_MODULES=y$`)
 
 // typesFile is the one file of a cached tree of btfKind.
 const typesFile = "vmlinux.btf"
@@ -22,11 +20,15 @@ const typesFile = "vmlinux.btf"
 // types takes the description of the kernel's types out of vmlinux, once for
 // each content; none where the kernel takes no such thing with a module.
 func (f *fetcher) types(ctx context.Context, headers string) (p part, err error) {
-	config, err := readHead(headers, ".config", maxConfig)
+	text, err := readHead(headers, ".config", kconfig.Max)
 	if err != nil {
 		return p, err
 	}
-	if !takesBTF.Match(config) {
+	config, err := kconfig.Parse(text)
+	if err != nil {
+		return p, err
+	}
+	if !config.On("CONFIG_DEBUG_INFO_BTF_MODULES") {
 		f.Sayf("this kernel is configured without BTF for modules")
 		return p, nil
 	}

@@ -21,7 +21,6 @@ import (
 const (
 	maxEnv    = 16 << 10
 	maxHeader = 64 << 10
-	maxConfig = 4 << 20
 	maxInfo   = 4 << 10
 	maxCommit = 1 << 10
 )

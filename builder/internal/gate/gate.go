@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"slices"
 
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/target"
@@ -101,7 +102,7 @@ func Read(path string) (*modinfo.Module, error) {
 
 func (k Kernel) rules() (modinfo.Rules, error) {
 	var r modinfo.Rules
-	config, err := readConfig(filepath.Join(k.Headers, ".config"))
+	config, err := kconfig.ReadFile(filepath.Join(k.Headers, ".config"))
 	if err != nil {
 		return r, err
 	}
@@ -114,9 +115,9 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	if r.Symvers, err = modinfo.ReadSymvers(symvers); err != nil {
 		return r, err
 	}
-	salt := config["CONFIG_BUILD_SALT"]
+	salt := config.Text("CONFIG_BUILD_SALT")
 	r.Release, r.Salt, r.Machine = k.Release, &salt, machines[k.Arch]
-	r.ModVersions = config["CONFIG_MODVERSIONS"] == "y"
+	r.ModVersions = config.On("CONFIG_MODVERSIONS")
 	r.Vermagic = vermagicOf(config, k.Release, k.Arch)
 	r.MadeFor = string(k.Fingerprint)
 	r.StructSize, err = structSize(k.Boot)

@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/target"
@@ -281,19 +282,12 @@ func TestVermagic(t *testing.T) {
 		{"real time", "CONFIG_SMP=y\nCONFIG_PREEMPT_RT=y\n", target.AMD64, "6.1 SMP preempt_rt"},
 		{"secret layout", "CONFIG_SMP=y\nCONFIG_RANDSTRUCT=y\n", target.AMD64, ""},
 	} {
-		if got := vermagicOf(parseConfig([]byte(row.config)), "6.1", row.arch); got != row.want {
+		config, err := kconfig.Parse([]byte(row.config))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := vermagicOf(config, "6.1", row.arch); got != row.want {
 			t.Errorf("%s: vermagicOf() = %q; want %q", row.name, got, row.want)
 		}
 	}
-}
-
-func FuzzParseConfig(f *testing.F) {
-	f.Add([]byte("CONFIG_SMP=y\n# CONFIG_X is not set\nCONFIG_BUILD_SALT=\"a=b\"\n"))
-	f.Fuzz(func(t *testing.T, text []byte) {
-		for name := range parseConfig(text) {
-			if !strings.HasPrefix(name, "CONFIG_") {
-				t.Errorf("parseConfig accepted %q", name)
-			}
-		}
-	})
 }

@@ -11,7 +11,6 @@ import (
 	"os"
 	"path"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -19,6 +18,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/doctor"
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -185,31 +185,17 @@ func (l *look) signed(ctx context.Context) {
 	l.ok("signed", "%s", strings.Join(found, ", "))
 }
 
-var option = regexp.MustCompile(`(?m)^(CONFIG_[A-Z0-9_]+)=(.*)$`)
-
 // facts are what decides how modules are made, loaded and tested.
 var facts = []string{
 	"CONFIG_CC_VERSION_TEXT", "CONFIG_LD_IS_LLD", "CONFIG_AS_IS_LLVM", "CONFIG_MODVERSIONS", "CONFIG_MODULE_SIG", "CONFIG_MODULE_SIG_FORCE", "CONFIG_MODULE_SIG_HASH",
 	"CONFIG_SECURITY_LOADPIN", "CONFIG_DEBUG_INFO_BTF_MODULES", "CONFIG_PVH", "CONFIG_DRM", "CONFIG_IKCONFIG", "CONFIG_PREEMPT_RT", "CONFIG_WERROR", "CONFIG_LTO_NONE", "CONFIG_LOCALVERSION",
 }
 
-const maxConfig = 4 << 20
-
 func (l *look) configuration(headers string) {
-	f, err := os.Open(filepath.Join(headers, ".config"))
+	set, err := kconfig.ReadFile(filepath.Join(headers, ".config"))
 	if err != nil {
 		l.fail("configuration", doctor.Fail, err)
 		return
-	}
-	defer f.Close()
-	text, err := io.ReadAll(io.LimitReader(f, maxConfig))
-	if err != nil {
-		l.fail("configuration", doctor.Fail, err)
-		return
-	}
-	set := map[string]string{}
-	for _, m := range option.FindAllSubmatch(text, -1) {
-		set[string(m[1])] = string(m[2])
 	}
 	var said []string
 	for _, name := range facts {

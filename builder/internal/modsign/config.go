@@ -1,11 +1,9 @@
 package modsign
 
 import (
-	"bufio"
-	"fmt"
 	"io"
-	"strings"
 
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -21,26 +19,16 @@ type Config struct {
 	Hash string
 }
 
-// maxConfig bounds a .config; a kernel with everything has 300 KB.
-const maxConfig = 4 << 20
-
 // ReadConfig reads a kernel's .config.
 func ReadConfig(r io.Reader) (Config, error) {
-	var c Config
-	in := bufio.NewScanner(io.LimitReader(r, maxConfig))
-	for in.Scan() {
-		name, value, _ := strings.Cut(in.Text(), "=")
-		switch name {
-		case "CONFIG_MODULE_SIG":
-			c.Checks = value == "y"
-		case "CONFIG_MODULE_SIG_FORCE", "CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY", "CONFIG_LOCK_DOWN_KERNEL_FORCE_CONFIDENTIALITY":
-			c.Forced = c.Forced || value == "y"
-		case "CONFIG_MODULE_SIG_HASH":
-			c.Hash = strings.Trim(value, `"`)
-		}
+	options, err := kconfig.Read(r)
+	if err != nil {
+		return Config{}, err
 	}
-	if err := in.Err(); err != nil {
-		return Config{}, fault.Wrap(fault.CheckFailed, fmt.Errorf("read kernel configuration: %w", err), "")
+	c := Config{Checks: options.On("CONFIG_MODULE_SIG"), Hash: options.Text("CONFIG_MODULE_SIG_HASH")}
+	for _, name := range []string{"CONFIG_MODULE_SIG_FORCE",
+		"CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY", "CONFIG_LOCK_DOWN_KERNEL_FORCE_CONFIDENTIALITY"} {
+		c.Forced = c.Forced || options.On(name)
 	}
 	if c.Checks && c.Hash == "" {
 		return Config{}, fault.New(fault.CheckFailed, "read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH", "fetch the kernel's headers again")

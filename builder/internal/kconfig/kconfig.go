@@ -1,0 +1,73 @@
+// Package kconfig reads a kernel's configuration, the .config of its headers.
+// It refuses to know what an option means.
+package kconfig
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Max bounds a configuration; a kernel with everything has 300 KB.
+const Max = 4 << 20
+
+// Config holds the options that are set, by their names with CONFIG_, as they
+// are written: y, m, a number, or a string in its quotes.
+type Config map[string]string
+
+const (
+	hintLacking = "publish a kernel-headers.tgz that holds the kernel's .config"
+	hintBroken  = "fetch the kernel's headers again"
+)
+
+// ReadFile reads a configuration by its path.
+func ReadFile(path string) (Config, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err), hintLacking)
+	}
+	defer f.Close() // only read
+	return Read(f)
+}
+
+// Read reads a configuration of at most Max bytes.
+func Read(r io.Reader) (Config, error) {
+	text, err := io.ReadAll(io.LimitReader(r, Max+1))
+	if err != nil {
+		return nil, fmt.Errorf("read kernel configuration: %w", err)
+	}
+	return Parse(text)
+}
+
+// Parse reads the lines that set an option; it passes over all others, and of
+// two lines for one option the second counts, as the kernel's own reader does.
+// What is too large, or has a line of 64 KB, is no configuration.
+func Parse(text []byte) (Config, error) {
+	if len(text) > Max {
+		err := fmt.Errorf("read kernel configuration: it has more than %d MiB", Max>>20)
+		return nil, fault.Wrap(fault.CheckFailed, err, hintBroken)
+	}
+	c := Config{}
+	lines := bufio.NewScanner(bytes.NewReader(text))
+	for lines.Scan() {
+		name, value, ok := strings.Cut(lines.Text(), "=")
+		if ok && strings.HasPrefix(name, "CONFIG_") {
+			c[name] = value
+		}
+	}
+	if err := lines.Err(); err != nil {
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read kernel configuration: %w", err), hintBroken)
+	}
+	return c, nil
+}
+
+// On reports whether an option is set to y.
+func (c Config) On(name string) bool { return c[name] == "y" }
+
+// Text returns an option's value without the quotes of a string.
+func (c Config) Text(name string) string { return strings.Trim(c[name], `"`) }
