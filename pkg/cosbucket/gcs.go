@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"os"
-	"path"
 	"path/filepath"
 	"regexp"
 	"strconv"
@@ -18,28 +17,25 @@ import (
 
 	"cloud.google.com/go/storage"
 	"github.com/googleapis/gax-go/v2"
-	"google.golang.org/api/googleapi"
 	"google.golang.org/api/iterator"
 	"google.golang.org/api/option"
 	htransport "google.golang.org/api/transport/http"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gcs"
 )
 
-// gcs is a bucket in Google Cloud Storage. STORAGE_EMULATOR_HOST redirects it,
+// googleBucket is a bucket in Google Cloud Storage. STORAGE_EMULATOR_HOST redirects it,
 // as it does every client of the library.
-type gcs struct {
-	client *storage.Client
-	bucket *storage.BucketHandle
-	name   string
-	prefix string // "" or ending in a slash
-	wait   time.Duration
+type googleBucket struct {
+	gcs.Bucket
+	wait time.Duration
 }
 
 // gcsName is Google's rule for names of buckets, those of domains among them.
 var gcsName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$`)
 
-func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*gcs, error) {
+func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*googleBucket, error) {
 	if !gcsName.MatchString(name) {
 		return nil, fault.New(fault.Usage, fmt.Sprintf("%q is not the name of a bucket", name), "write gs://BUCKET, several mirrors of it with commas between them")
 	}
@@ -62,11 +58,7 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*gcs
 		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
 	client.SetRetry(storage.WithMaxAttempts(retryMax+1), storage.WithBackoff(gax.Backoff{Initial: wait, Max: 8 * wait, Multiplier: 2}))
-	g := &gcs{client: client, bucket: client.Bucket(name), name: name, prefix: strings.Trim(prefix, "/"), wait: wait}
-	if g.prefix != "" {
-		g.prefix += "/"
-	}
-	return g, nil
+	return &googleBucket{gcs.New(client, name, prefix), wait}, nil
 }
 
 // credentialsConfigured reports whether somebody set up application default
@@ -99,8 +91,8 @@ func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 	return b.RoundTripper.RoundTrip(req)
 }
 
-func (g *gcs) open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error) {
-	object := g.bucket.Object(g.prefix + name)
+func (g *googleBucket) open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error) {
+	object := g.Object(name)
 	var a Attrs
 	if pin == "" {
 		attrs, err := object.Attrs(ctx)
@@ -134,22 +126,22 @@ func (g *gcs) open(ctx context.Context, name string, offset int64, pin string) (
 	return r, a, nil
 }
 
-func (g *gcs) list(ctx context.Context, prefix string) ([]string, error) {
-	return g.query(ctx, &storage.Query{Prefix: g.prefix + prefix})
+func (g *googleBucket) list(ctx context.Context, prefix string) ([]string, error) {
+	return g.query(ctx, &storage.Query{Prefix: g.Path(prefix)})
 }
 
-func (g *gcs) folders(ctx context.Context) ([]string, error) {
-	return g.query(ctx, &storage.Query{Prefix: g.prefix, Delimiter: "/"})
+func (g *googleBucket) folders(ctx context.Context) ([]string, error) {
+	return g.query(ctx, &storage.Query{Prefix: g.Path(""), Delimiter: "/"})
 }
 
 // query returns names of objects, or with a delimiter what stands before it.
-func (g *gcs) query(ctx context.Context, query *storage.Query) ([]string, error) {
+func (g *googleBucket) query(ctx context.Context, query *storage.Query) ([]string, error) {
 	query.Projection = storage.ProjectionNoACL
 	if err := query.SetAttrSelection([]string{"Name"}); err != nil {
 		return nil, err
 	}
 	var names []string
-	for it := g.bucket.Objects(ctx, query); ; {
+	for it := g.Objects(ctx, query); ; {
 		attrs, err := it.Next()
 		switch {
 		case errors.Is(err, iterator.Done):
@@ -159,30 +151,29 @@ func (g *gcs) query(ctx context.Context, query *storage.Query) ([]string, error)
 		case len(names) == maxListed:
 			return nil, tooMany()
 		case query.Delimiter == "":
-			names = append(names, strings.TrimPrefix(attrs.Name, g.prefix))
+			names = append(names, g.Trim(attrs.Name))
 		case attrs.Prefix != "":
-			names = append(names, strings.Trim(strings.TrimPrefix(attrs.Prefix, g.prefix), "/"))
+			names = append(names, strings.Trim(g.Trim(attrs.Prefix), "/"))
 		}
 	}
 }
 
-func (g *gcs) sibling(ctx context.Context, bucket string) (backend, error) {
+func (g *googleBucket) sibling(ctx context.Context, bucket string) (backend, error) {
 	return openGCS(ctx, bucket, "", g.wait)
 }
 
-func (g *gcs) url(name string) string { return "gs://" + path.Join(g.name, g.prefix, name) }
+func (g *googleBucket) url(name string) string { return g.URL(name) }
 
-func (g *gcs) close() error { return g.client.Close() }
+func (g *googleBucket) close() error { return g.Close() }
 
 func gcsError(err error) error {
-	var api *googleapi.Error
 	switch {
 	case errors.Is(err, storage.ErrObjectNotExist), errors.Is(err, storage.ErrBucketNotExist):
 		return missing(err)
 	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return err
-	case errors.As(err, &api) && api.Code < 500 && api.Code != http.StatusTooManyRequests && api.Code != http.StatusRequestTimeout:
-		return statusError(api.Code)
+	case gcs.Refused(gcs.Status(err)):
+		return statusError(gcs.Status(err))
 	}
-	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err), "check the network, then try again")
+	return gcs.Trouble(err)
 }

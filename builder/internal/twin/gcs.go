@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"net/url"
@@ -13,25 +12,20 @@ import (
 	"strings"
 
 	"cloud.google.com/go/storage"
-	"google.golang.org/api/googleapi"
 	"google.golang.org/api/option"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gcs"
 )
 
-// gcs is a destination in Google Cloud Storage.
-type gcs struct {
-	client *storage.Client
-	bucket *storage.BucketHandle
-	name   string
-	prefix string // "" or ending in a slash
-}
+// googleBucket is a destination in Google Cloud Storage.
+type googleBucket struct{ gcs.Bucket }
 
 // maxAttempts bounds how often the library tries one request; every write here
 // has a precondition, and so can be repeated.
 const maxAttempts = 6
 
-func openGCS(ctx context.Context, u *url.URL) (*gcs, error) {
+func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
 	if u.Host == "" {
 		return nil, fault.New(fault.Usage, "no bucket in the URL", "write gs://BUCKET/PREFIX")
 	}
@@ -53,17 +47,11 @@ func openGCS(ctx context.Context, u *url.URL) (*gcs, error) {
 		// after which nobody knows whether a write took effect.
 		return storage.ShouldRetry(err) || errors.Is(err, io.EOF)
 	}))
-	g := &gcs{client: client, bucket: client.Bucket(u.Host), name: u.Host, prefix: prefix}
-	if prefix != "" {
-		g.prefix += "/"
-	}
-	return g, nil
+	return &googleBucket{gcs.New(client, u.Host, prefix)}, nil
 }
 
-func (g *gcs) object(name string) *storage.ObjectHandle { return g.bucket.Object(g.prefix + name) }
-
-func (g *gcs) stat(ctx context.Context, name string) (attrs, bool, error) {
-	a, err := g.object(name).Attrs(ctx)
+func (g *googleBucket) stat(ctx context.Context, name string) (attrs, bool, error) {
+	a, err := g.Object(name).Attrs(ctx)
 	if errors.Is(err, storage.ErrObjectNotExist) {
 		return attrs{}, false, nil
 	}
@@ -74,8 +62,8 @@ func (g *gcs) stat(ctx context.Context, name string) (attrs, bool, error) {
 }
 
 // open's token is the generation.
-func (g *gcs) open(ctx context.Context, name string) (io.ReadCloser, string, error) {
-	r, err := g.object(name).ReadCompressed(true).NewReader(ctx)
+func (g *googleBucket) open(ctx context.Context, name string) (io.ReadCloser, string, error) {
+	r, err := g.Object(name).ReadCompressed(true).NewReader(ctx)
 	if errors.Is(err, storage.ErrObjectNotExist) {
 		return nil, "", errAbsent
 	}
@@ -85,7 +73,7 @@ func (g *gcs) open(ctx context.Context, name string) (io.ReadCloser, string, err
 	return r, strconv.FormatInt(r.Attrs.Generation, 10), nil
 }
 
-func (g *gcs) create(ctx context.Context, u upload) error {
+func (g *googleBucket) create(ctx context.Context, u upload) error {
 	err := g.write(ctx, u, storage.Conditions{DoesNotExist: true})
 	if errors.Is(err, errChanged) {
 		return errExists
@@ -93,7 +81,7 @@ func (g *gcs) create(ctx context.Context, u upload) error {
 	return err
 }
 
-func (g *gcs) replace(ctx context.Context, u upload, token string) error {
+func (g *googleBucket) replace(ctx context.Context, u upload, token string) error {
 	// A public object is cached for an hour otherwise, also in Google's network.
 	u.cacheControl = "no-cache"
 	if token == "" {
@@ -106,12 +94,12 @@ func (g *gcs) replace(ctx context.Context, u upload, token string) error {
 	return g.write(ctx, u, c)
 }
 
-func (g *gcs) remove(ctx context.Context, name, token string) error {
+func (g *googleBucket) remove(ctx context.Context, name, token string) error {
 	c, err := state(token)
 	if err != nil {
 		return err
 	}
-	err = g.object(name).If(c).Delete(ctx)
+	err = g.Object(name).If(c).Delete(ctx)
 	if errors.Is(err, storage.ErrObjectNotExist) { // or the answer to a first try was lost
 		return nil
 	}
@@ -130,7 +118,7 @@ func state(token string) (storage.Conditions, error) {
 // chunk is how much is held in memory to be sent again when the network fails.
 const chunk = 16 << 20
 
-func (g *gcs) write(ctx context.Context, u upload, c storage.Conditions) error {
+func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions) error {
 	in, err := u.open()
 	if err != nil {
 		return err
@@ -139,7 +127,7 @@ func (g *gcs) write(ctx context.Context, u upload, c storage.Conditions) error {
 	// Nothing becomes an object before Close; to end the context is to give up.
 	wctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	w := g.object(u.name).If(c).NewWriter(wctx)
+	w := g.Object(u.name).If(c).NewWriter(wctx)
 	w.ContentType, w.CacheControl = u.contentType, u.cacheControl
 	w.ChunkSize = int(min(chunk, u.size+1))
 	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
@@ -155,12 +143,11 @@ func (g *gcs) write(ctx context.Context, u upload, c storage.Conditions) error {
 	return g.fault(ctx, w.Close())
 }
 
-func (g *gcs) url(name string) string { return "gs://" + path.Join(g.name, g.prefix, name) }
+func (g *googleBucket) url(name string) string { return g.URL(name) }
 
-func (g *gcs) close() error { return g.client.Close() }
+func (g *googleBucket) close() error { return g.Close() }
 
-func (g *gcs) fault(ctx context.Context, err error) error {
-	var api *googleapi.Error
+func (g *googleBucket) fault(ctx context.Context, err error) error {
 	var known *fault.Error
 	switch {
 	case err == nil:
@@ -171,15 +158,15 @@ func (g *gcs) fault(ctx context.Context, err error) error {
 		return err
 	case errors.Is(err, storage.ErrBucketNotExist):
 		return fault.Wrap(fault.Usage, err, "make the bucket, or name another one")
-	case !errors.As(err, &api):
-	case api.Code == http.StatusPreconditionFailed:
+	case gcs.Status(err) == http.StatusPreconditionFailed:
 		return errChanged
-	case api.Code == http.StatusNotFound:
-		return fault.Wrap(fault.Usage, err, "make the bucket "+g.name+", or name another one")
-	case api.Code == http.StatusUnauthorized || api.Code == http.StatusForbidden:
-		return fault.Wrap(fault.PublishRefused, err, "log in with gcloud auth application-default login as somebody who may create objects in "+g.name)
-	case api.Code < 500 && api.Code != http.StatusTooManyRequests && api.Code != http.StatusRequestTimeout:
+	case gcs.Status(err) == http.StatusNotFound:
+		return fault.Wrap(fault.Usage, err, "make the bucket "+g.BucketName()+", or name another one")
+	case gcs.Status(err) == http.StatusUnauthorized, gcs.Status(err) == http.StatusForbidden:
+		return fault.Wrap(fault.PublishRefused, err,
+			"log in with gcloud auth application-default login as somebody who may create objects in "+g.BucketName())
+	case gcs.Refused(gcs.Status(err)):
 		return fault.Wrap(fault.PublishRefused, err, "")
 	}
-	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err), "check the network, then try again")
+	return gcs.Trouble(err)
 }
