@@ -48,19 +48,21 @@ func boot() {
 		fmt.Fprintf(os.Stderr, "guestinit: %v\n", err)
 		return
 	}
-	port, err := openPort(wire.Port(runtime.GOARCH))
+	events, err := openPort(wire.Port(runtime.GOARCH))
 	if err != nil {
 		fmt.Fprintf(os.Stderr, "guestinit: %v\n", err)
 		return
 	}
-	host = &link{w: port}
+	host = &link{w: events}
 	host.send(wire.Event{Type: wire.Hello})
 	if err := script(host); err != nil {
 		host.send(wire.Event{Type: wire.Fatal, Error: err.Error(), Kernel: host.kernel()})
 	} else {
 		host.send(wire.Event{Type: wire.Bye, Kernel: host.kernel()})
 	}
-	drain(port)
+	if err := events.drain(); err != nil {
+		fmt.Fprintf(os.Stderr, "guestinit: drain: %v\n", err)
+	}
 }
 
 func script(host *link) error {
@@ -155,32 +157,6 @@ func mounts() error {
 		}
 	}
 	return nil
-}
-
-// openPort opens a serial port for bytes that the line discipline leaves as
-// they are.
-func openPort(path string) (*os.File, error) {
-	fd, err := unix.Open(path, unix.O_RDWR|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	t, err := unix.IoctlGetTermios(fd, unix.TCGETS)
-	if err != nil {
-		return nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	t.Iflag, t.Oflag, t.Lflag = 0, 0, 0
-	t.Cflag = unix.CS8 | unix.CREAD | unix.CLOCAL | unix.B115200
-	if err := unix.IoctlSetTermios(fd, unix.TCSETS, t); err != nil {
-		return nil, fmt.Errorf("set up %s: %w", path, err)
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-// drain waits until the port has sent everything.
-func drain(port *os.File) {
-	if err := unix.IoctlSetInt(int(port.Fd()), unix.TCSBRK, 1); err != nil {
-		fmt.Fprintf(os.Stderr, "guestinit: drain: %v\n", err)
-	}
 }
 
 func powerOff() {
