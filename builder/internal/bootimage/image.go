@@ -75,7 +75,7 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 		return odd("%d segments over %d bytes of memory", len(load), high-low)
 	}
 	if arch == target.ARM64 {
-		return writeFlat(out, load, low)
+		return writeFlat(out, load, low, high)
 	}
 	if low < entryAt+entrySize || high > lowMemory || f.Entry < low || f.Entry >= high {
 		return odd("segments from %#x to %#x with an entry at %#x", low, high, f.Entry)
@@ -83,16 +83,31 @@ func Write(out *os.File, vmlinux io.ReaderAt, arch target.Arch) error {
 	return writeELF(out, f.Entry, load)
 }
 
-// writeFlat writes the segments where they lie in memory (arm64's booting.rst).
-func writeFlat(out *os.File, load []*elf.Prog, low uint64) error {
+// The header at the start of an arm64 Image (Documentation/arm64/booting.rst), which
+// is the start of the kernel as it was linked too.
+const (
+	atImageSize  = 16 // of the memory that the kernel takes, 8 bytes
+	atImageMagic = 56
+)
+
+// writeFlat writes the segments where they lie in memory. A kernel that lacks a part
+// would start and hang.
+func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {
-		if _, err := io.Copy(io.NewOffsetWriter(out, int64(p.Paddr-low)), p.Open()); err != nil { //nolint:gosec // bounded by maxMemory
+		n, err := io.Copy(io.NewOffsetWriter(out, int64(p.Paddr-low)), p.Open()) //nolint:gosec // bounded by maxMemory
+		if err != nil {
 			return err
 		}
+		if uint64(n) != p.Filesz { //nolint:gosec // never negative
+			return odd("it ends within the segment for %#x, after %d bytes of %d", p.Paddr, n, p.Filesz)
+		}
 	}
-	magic := make([]byte, 4)
-	if _, err := out.ReadAt(magic, 56); err != nil || string(magic) != "ARM\x64" {
+	head := make([]byte, 64)
+	if _, err := out.ReadAt(head, 0); err != nil || string(head[atImageMagic:][:4]) != "ARM\x64" {
 		return odd("its first segment does not begin as an arm64 Image")
+	}
+	if size := binary.LittleEndian.Uint64(head[atImageSize:]); size < high-low || size > maxMemory {
+		return odd("it says that it takes %d bytes of memory; its segments take %d", size, high-low)
 	}
 	return nil
 }

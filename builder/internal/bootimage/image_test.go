@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -144,6 +145,184 @@ func TestWriteRefuses(t *testing.T) {
 	if _, err := image(t, good, target.ARM64); fault.Of(err) != fault.Unsupported {
 		t.Errorf("another processor's: Write = %v; want %v", err, fault.Unsupported)
 	}
+}
+
+// part is a segment of a test's vmlinux.
+type part struct {
+	at, memory uint64
+	data       []byte
+}
+
+// linked is an ELF file for arm64 with these segments, one behind the other.
+func linked(parts ...part) []byte {
+	var out bytes.Buffer
+	put := func(v any) { _ = binary.Write(&out, binary.LittleEndian, v) }
+	h := elf.Header64{
+		Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_AARCH64), Version: 1, Entry: parts[0].at,
+		Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: uint16(len(parts)),
+	}
+	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
+	put(h)
+	at := uint64(64 + 56*len(parts))
+	for _, p := range parts {
+		size := uint64(len(p.data))
+		put(elf.Prog64{
+			Type: uint32(elf.PT_LOAD), Off: at, Vaddr: p.at, Paddr: p.at, Filesz: size, Memsz: p.memory, Align: 1,
+		})
+		at += size
+	}
+	for _, p := range parts {
+		out.Write(p.data)
+	}
+	return out.Bytes()
+}
+
+// arm64Head begins an Image: a branch, the memory it takes, the magic.
+func arm64Head(memory uint64) []byte {
+	b := make([]byte, 0x1000)
+	copy(b, "\x01\x00\x00\x14")
+	binary.LittleEndian.PutUint64(b[16:], memory)
+	copy(b[56:], "ARM\x64")
+	return b
+}
+
+// arm64Base is where kernels are linked to.
+const arm64Base = 0xffff800008000000
+
+// An Image has each segment where it lies in memory, zeros between them, and
+// nothing of what the kernel clears itself.
+func TestWriteFlat(t *testing.T) {
+	t.Parallel()
+	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)
+	// The order in the file is not that of memory, and what starts empty lies last.
+	out, err := image(t, linked(part{arm64Base + 0x3000, 0x400, data}, part{arm64Base, 0x1000, text},
+		part{arm64Base + 0x4000, 0x4000, nil}), target.ARM64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(out.Name())
+	want := slices.Concat(text, make([]byte, 0x2000), data)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("Write made %d bytes, %v; want these %d", len(got), err, len(want))
+	}
+	whole := linked(part{arm64Base, 0x1000, text}, part{arm64Base + 0x3000, 0x400, data})
+	for name, vmlinux := range map[string][]byte{
+		"no magic":              linked(part{arm64Base, 0x1000, make([]byte, 0x1000)}),
+		"shorter than a header": linked(part{arm64Base, 0x1000, text[:60]}),
+		"something before it":   linked(part{arm64Base - 0x1000, 0x1000, data}, part{arm64Base, 0x1000, text}),
+		"takes less than it is": linked(part{arm64Base, 0x1000, arm64Head(0xfff)}),
+		"takes too much":        linked(part{arm64Base, 0x1000, arm64Head(1 << 40)}),
+		"too far apart":         linked(part{arm64Base, 0x1000, text}, part{arm64Base + 1<<30, 0x400, data}),
+		"past the end":          linked(part{^uint64(0) - 0xfff, 0x2000, text}),
+		"larger than memory":    linked(part{arm64Base, 0x800, text}),
+		"too many":              linked(slices.Repeat([]part{{arm64Base, 0x1000, text}}, 17)...),
+		"ends early":            whole[:len(whole)-1],
+		"ends in the first":     whole[:0x800],
+	} {
+		if _, err := image(t, vmlinux, target.ARM64); fault.Of(err) != fault.Unsupported || fault.Hint(err) == "" {
+			t.Errorf("%s: Write = %v (%v); want %v", name, err, fault.Of(err), fault.Unsupported)
+		}
+	}
+}
+
+// What comes out is what binutils make of the same file, which is how the kernel's
+// own Makefile makes an Image.
+func TestWriteFlatAsObjcopy(t *testing.T) {
+	t.Parallel()
+	const prefix = "aarch64-linux-gnu-"
+	dir := t.TempDir()
+	for name, text := range map[string]string{
+		"k.S": `	.section .head.text, "ax"
+	.globl _text
+_text:	b	start
+	.zero	12
+	.quad	_end - _text
+	.zero	32
+	.ascii	"ARM\x64"
+	.zero	4
+	.text
+start:	wfi
+	b	start
+	.section .rodata, "a"
+	.ascii	"Linux version"
+	.data
+	.fill	5000, 1, 0x55
+	.bss
+	.zero	70000
+`,
+		// As in arch/arm64/kernel/vmlinux.lds.S: the address in memory is the linked one.
+		"k.lds": `ENTRY(_text)
+SECTIONS {
+	. = 0xffff800008000000;
+	.head.text : { *(.head.text) }
+	. = ALIGN(0x10000);
+	.text : { *(.text) }
+	. = ALIGN(0x10000);
+	.rodata : { *(.rodata) }
+	. = ALIGN(0x10000);
+	.data : { *(.data) }
+	.bss : { *(.bss) }
+	. = ALIGN(0x1000);
+	_end = .;
+}
+`,
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, argv := range [][]string{
+		{"as", "-o", "k.o", "k.S"}, {"ld", "-T", "k.lds", "-o", "vmlinux", "k.o"},
+		{"objcopy", "-O", "binary", "-S", "vmlinux", "Image"},
+	} {
+		if _, err := exec.LookPath(prefix + argv[0]); err != nil {
+			t.Skip(prefix + argv[0] + " is missing: apt-get install binutils-aarch64-linux-gnu")
+		}
+		cmd := exec.CommandContext(t.Context(), prefix+argv[0], argv[1:]...)
+		cmd.Dir = dir
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %v\n%s", argv, err, out)
+		}
+	}
+	vmlinux, err := os.ReadFile(filepath.Join(dir, "vmlinux"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.ReadFile(filepath.Join(dir, "Image"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := image(t, vmlinux, target.ARM64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(out.Name()); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("Write made %d bytes, %v; objcopy makes others, %d", len(got), err, len(want))
+	}
+}
+
+func FuzzWriteFlat(f *testing.F) {
+	text := arm64Head(0x9000)
+	f.Add(linked(part{arm64Base, 0x1000, text}, part{arm64Base + 0x3000, 0x400, []byte("data")}))
+	f.Add(linked(part{^uint64(0) - 0xfff, 0xfff, text}))
+	f.Add(linked(part{arm64Base, 0x800, text}, part{arm64Base, 0x1000, text}))
+	f.Fuzz(func(t *testing.T, vmlinux []byte) {
+		out, err := image(t, vmlinux, target.ARM64)
+		if err != nil {
+			return
+		}
+		head := make([]byte, 64)
+		info, err := out.Stat()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := out.ReadAt(head, 0); err != nil || string(head[56:60]) != "ARM\x64" {
+			t.Errorf("Write made an image that begins %x, %v", head, err)
+		}
+		if takes := binary.LittleEndian.Uint64(head[16:]); uint64(info.Size()) > takes || takes > 512<<20 {
+			t.Errorf("Write made an image of %d bytes that says it takes %d", info.Size(), takes)
+		}
+	})
 }
 
 func headers(t *testing.T, files map[string]string) string {
