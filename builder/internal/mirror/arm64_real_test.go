@@ -2,6 +2,8 @@ package mirror
 
 import (
 	"bytes"
+	"debug/elf"
+	"encoding/binary"
 	"encoding/json"
 	"os"
 	"os/exec"
@@ -11,7 +13,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prebake/prebake/builder/internal/bootimage"
 	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -21,7 +25,8 @@ const crossCompiler = "aarch64-linux-gnu-gcc-12"
 // TestARM64 has the builder do on this machine what it is for, for another
 // kind of machine: a driver is cross-compiled for an Arm kernel, checked,
 // loaded in an emulated Arm machine with all its modules, asked, unloaded, and
-// published. Packages and a compile take minutes, so the test runs only where
+// published; then once more from a bucket that has vmlinux and no archive to boot
+// from, as COS's. Packages and a compile take minutes, so the test runs only where
 // PREBAKE_ARM64_CACHE names the cache folder of `builder mirror` (make arm64
 // does).
 func TestARM64(t *testing.T) {
@@ -42,14 +47,15 @@ func TestARM64(t *testing.T) {
 
 	key := filepath.Join(dir, "key")
 	builder(nil, "keygen", key)
-	var done struct {
-		Kernel   target.Kernel
-		Driver   target.Driver
-		LoadTest loadtest.Verdict
+	build := func(out string) (done built) {
+		builder(&done, "build", "--build-id", kernel.BuildID, "--board", "lakitu-arm64",
+			"--driver", "default", "--flavour", "proprietary",
+			"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
+			"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, out),
+			"--load-test", "require", "--output", "json")
+		return done
 	}
-	builder(&done, "build", "--build-id", kernel.BuildID, "--board", "lakitu-arm64", "--driver", "default", "--flavour", "proprietary",
-		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
-		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
+	done := build("out")
 	if done.Kernel.Arch != target.ARM64 || done.Driver.Version != driver.Version {
 		t.Errorf("builder build made %+v for %+v; want driver %s for arm64", done.Driver, done.Kernel, driver.Version)
 	}
@@ -64,6 +70,102 @@ func TestARM64(t *testing.T) {
 		if i < 0 || v.Modules[i] != (loadtest.Module{Name: name, Load: loadtest.OK, Unload: loadtest.OK}) {
 			t.Errorf("modules = %+v; want %s loaded and unloaded, without a word", v.Modules, name)
 		}
+	}
+
+	// The parts of the machine that no load test shows.
+	bucket, boot := filepath.Join(mirror, "cos", kernel.BuildID, "lakitu-arm64"), filepath.Join(dir, "boot")
+	if err := os.Mkdir(boot, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	archived := filepath.Join(bucket, "prebake-boot.tgz")
+	if _, err := archive.UnpackFile(t.Context(), archived, boot, archive.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-parallel=1", "-run", "Boot",
+		"github.com/prebake/prebake/pkg/vm")
+	cmd.Env = append(os.Environ(), "PREBAKE_BOOT="+boot)
+	text, err := cmd.CombinedOutput()
+	if err != nil || !bytes.Contains(text, []byte("--- PASS: TestBootWithoutSerialDriver")) {
+		t.Errorf("tests of package vm: %v\n%s", err, text)
+	}
+
+	// COS's buckets have vmlinux and nothing else to boot from.
+	image, err := os.ReadFile(filepath.Join(boot, "vmlinuz"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{archived, archived + ".md5"} {
+		if err := os.Remove(name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := publishText(filepath.Join(bucket, "vmlinux"), string(wrapped(image))); err != nil {
+		t.Fatal(err)
+	}
+	v = build("out-vmlinux").LoadTest
+	t.Logf("out of vmlinux: %s; modules %+v", &v, v.Modules)
+	if v.State != loadtest.Loaded || v.NVMLVersion != driver.Version || !v.EmulatedGPU {
+		t.Errorf("load test on vmlinux: %s, NVML %q, GPU %t; want loaded, %s, true",
+			&v, v.NVMLVersion, v.EmulatedGPU, driver.Version)
+	}
+}
+
+// built is what builder build prints, as far as it is looked at here.
+type built struct {
+	Kernel   target.Kernel
+	Driver   target.Driver
+	LoadTest loadtest.Verdict
+}
+
+// wrapped makes a vmlinux of an arm64 Image: all of it is one segment and the
+// section .rodata. Debian's own is in a package of 800 MB.
+func wrapped(image []byte) []byte {
+	const base, head = 0xffff800008000000, 64 + 56
+	names := "\x00.rodata\x00.shstrtab\x00"
+	size, end := uint64(len(image)), uint64(head+len(image)+len(names))
+	h := elf.Header64{
+		Type: uint16(elf.ET_DYN), Machine: uint16(elf.EM_AARCH64), Version: 1, Entry: base, Ehsize: 64,
+		Phoff: 64, Phentsize: 56, Phnum: 1, Shoff: end, Shentsize: 64, Shnum: 3, Shstrndx: 2,
+	}
+	copy(h.Ident[:], "\x7fELF\x02\x01\x01")
+	var out bytes.Buffer
+	for _, part := range []any{
+		h,
+		elf.Prog64{
+			Type: uint32(elf.PT_LOAD), Off: head, Vaddr: base, Paddr: base, Filesz: size,
+			Memsz: binary.LittleEndian.Uint64(image[16:]), // image_size of Documentation/arm64/booting.rst
+		},
+		image, []byte(names), elf.Section64{},
+		elf.Section64{Name: 1, Type: uint32(elf.SHT_PROGBITS), Addr: base, Off: head, Size: size},
+		elf.Section64{Name: 9, Type: uint32(elf.SHT_STRTAB), Off: head + size, Size: uint64(len(names))},
+	} {
+		_ = binary.Write(&out, binary.LittleEndian, part) // a buffer takes everything
+	}
+	return out.Bytes()
+}
+
+// The wrapping is undone to the byte.
+func TestWrapped(t *testing.T) {
+	t.Parallel()
+	image := make([]byte, 4096)
+	copy(image[56:], "ARM\x64")
+	binary.LittleEndian.PutUint64(image[16:], 1<<16)
+	copy(image[1024:], "Linux version 6.1.0\x00")
+	vmlinux := bytes.NewReader(wrapped(image))
+	facts, err := bootimage.ReadFacts(vmlinux)
+	if err != nil || !slices.Equal(facts.Banners, []string{"Linux version 6.1.0"}) {
+		t.Errorf("ReadFacts = %+v, %v", facts, err)
+	}
+	out, err := os.Create(filepath.Join(t.TempDir(), "image"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer out.Close()
+	if err := bootimage.Write(out, vmlinux, target.ARM64); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := os.ReadFile(out.Name()); err != nil || !bytes.Equal(got, image) {
+		t.Errorf("Write made %d bytes, %v; want the %d that were wrapped", len(got), err, len(image))
 	}
 }
 
