@@ -39,7 +39,7 @@ setup: ## install the Debian packages that are missing (with sudo where needed)
 .PHONY: build
 build: ## build all programs into bin/
 	@deploy/setup.sh build
-	$(GOBUILD) ./builder ./server ./fetcher ./pkg/vm/guestinit
+	$(GOBUILD) ./builder ./server ./fetcher ./pkg/vm/guestinit ./deploy/mirror
 	CGO_ENABLED=1 $(GOBUILD) $(CGO)
 
 .PHONY: demo
@@ -73,25 +73,25 @@ fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 clang: setup build ## compile a kernel with clang in COS's manner, a driver for it, and load that
 	@deploy/setup.sh clang
 	PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./builder/internal/mirror
+	  $(GO) test -v -count=1 -timeout 120m -run '^TestClangKernel$$' ./deploy/internal/mirror
 
 .PHONY: clang-cell
 clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if it did
 	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 30m -run '^TestClangCell$$' ./builder/internal/mirror
+	  $(GO) test -v -count=1 -timeout 30m -run '^TestClangCell$$' ./deploy/internal/mirror
 
 # Packages are kept with those that demo and tests use.
 .PHONY: arm64
 arm64: setup build ## cross-compile a driver for arm64 and load it in an emulated Arm machine
 	@deploy/setup.sh arm64
 	PREBAKE_ARM64_CACHE="$${PREBAKE_ARM64_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./builder/internal/mirror
+	  $(GO) test -v -count=1 -timeout 60m -run '^TestARM64$$' ./deploy/internal/mirror
 
 # Packages are kept with those that demo and tests use.
 .PHONY: next
 next: setup build ## compile a driver of the next branch for the next kernel series and load it
 	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 60m -run '^TestNext$$' ./builder/internal/mirror
+	  $(GO) test -v -count=1 -timeout 60m -run '^TestNext$$' ./deploy/internal/mirror
 
 # What the load test of drivers for arm64 needs beside the builder.
 .PHONY: arm64-programs

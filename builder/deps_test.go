@@ -16,6 +16,7 @@ func TestDependencies(t *testing.T) {
 		"github.com/danielgtaylor/huma/v2":       "as above",
 		"cuelabs.dev/go/oci/ociregistry":         "the registry is the server's",
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
+		"github.com/prebake/prebake/deploy":      "what lays out Debian's packages is no part of the product",
 	})
 }
 

@@ -34,7 +34,7 @@ func root() *ucli.Command {
 			doctorCommand(),
 			inspectCommand(),
 			reproduceCommand(),
-			mirrorCommand(),
+			emugpuCommand(),
 			{
 				Name: "version", Usage: "print the version",
 				Action: func(_ context.Context, cmd *ucli.Command) error {

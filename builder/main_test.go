@@ -65,7 +65,6 @@ func TestOperator(t *testing.T) {
 		{"no queue", work(), 2, "queue"},
 		{"queue that is none", work("--queue", "mysql://x"), 2, "hint:  use sqlite:///abs/path/queue.db"},
 		{"unknown command", []string{"frobnicate"}, 2, "no command"},
-		{"mirror with an argument", []string{"mirror", "--out", dir, "x"}, 2, "unexpected argument"},
 	}
 	for _, row := range rows {
 		code, out, errs := run(t, row.args...)

@@ -161,7 +161,7 @@ sandboxed
 # the digest that a build on this machine comes to, which may use its caches.
 same_digest() {
   local root mirror=$cache/mirror start=$SECONDS here there cell
-  bin/builder mirror --out "$mirror" --cache "$cache/packages" >"$work/mirror.log" 2>&1 ||
+  bin/mirror --out "$mirror" --cache "$cache/packages" >"$work/mirror.log" 2>&1 ||
     { tail -n 20 "$work/mirror.log" >&2; say "no mirror to build from"; exit 1; }
   bin/builder keygen "$work/key" >/dev/null
   cell=(--build-id "$(sed -n 's/.*"buildId": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)"

@@ -22,7 +22,7 @@ declare -A groups=(
   # A Dockerfile builder that needs no daemon, a base image made on the spot, and
   # what enters an image to try its sandbox.
   [images]="buildah debootstrap bubblewrap"
-  # What compiling a whole kernel needs, for `builder mirror --clang` only; clang
+  # What compiling a whole kernel needs, for `mirror --clang` only; clang
   # itself comes out of the mirror's packages.
   [clang]="make bc flex bison libelf-dev libssl-dev"
   # Loading a driver for arm64: an emulated Arm machine, and a C compiler for the

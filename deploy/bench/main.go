@@ -129,7 +129,7 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 // With clang it is the one kernel that there is.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
-	args := []string{"mirror", "--neighbour", "--cache", filepath.Join(b.State, "packages")}
+	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}
 	if b.clang {
 		m, kernels = &mirror{Dir: filepath.Join(b.State, "bench-clang-mirror")}, 1
 		args = append(args, "--only-clang")
@@ -142,7 +142,7 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	for _, abi := range b.abis {
 		args = append(args, "--kernel-abi", strconv.Itoa(abi))
 	}
-	if _, err := b.Must(ctx, "builder", append(args, "--out", m.Dir)...); err != nil {
+	if _, err := b.Must(ctx, "mirror", append(args, "--out", m.Dir)...); err != nil {
 		return nil, err
 	}
 	raw, err := os.ReadFile(filepath.Join(m.Dir, "mirror.json"))

@@ -54,11 +54,11 @@ func TestPartsOnRealInputs(t *testing.T) {
 	}{
 		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
-		{"mirror twice", "./builder/internal/mirror", "TestReal", []string{packages}},
+		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
 		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells}},
 		{"the gate", "./builder/internal/gate", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
-		{"sandbox under control groups", "./builder/internal/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
+		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
 		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket", "GCS|Emulator|Start", []string{emulator}},
 		{"inputs out of an emulated bucket", "./builder/internal/cossrc", "Emulator|Layout", []string{emulator, mirror}},
 		{"tarballs in an emulated bucket, another registry", "./builder/internal/twin ./builder/internal/symbols", "Test[^X]", []string{emulator, tools}}, // TestXattr needs root

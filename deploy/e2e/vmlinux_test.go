@@ -28,7 +28,7 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		return after
 	}
 	dir := t.TempDir()
-	if _, err := shared.Must(t.Context(), "builder", "mirror", "--out", dir, "--cache", filepath.Join(shared.State, "packages"), "--only-kernels",
+	if _, err := shared.Must(t.Context(), "mirror", "--out", dir, "--cache", filepath.Join(shared.State, "packages"), "--only-kernels",
 		"--kernel-abi", abi(other.BuildID)+","+abi(k.BuildID), "--vmlinux", "--no-boot-archive"); err != nil {
 		t.Fatal(err)
 	}

@@ -19,8 +19,8 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/conftest"
 	"github.com/prebake/prebake/builder/internal/leftover"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // insideAsk is the folder of one question in its sandbox, the only one that the

@@ -16,8 +16,8 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/conftest"
 	"github.com/prebake/prebake/builder/internal/leftover"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // Most of what the compiler does for a question is to read the kernel's headers.

@@ -30,9 +30,9 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/builder/internal/leftover"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )

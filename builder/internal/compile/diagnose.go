@@ -7,8 +7,8 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // findings are the first lines of each kind of trouble in a build's output.

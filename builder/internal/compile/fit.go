@@ -7,8 +7,8 @@ import (
 	"runtime"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // hostTools are the programs of a header tree that kbuild runs.

@@ -10,8 +10,8 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/builder/internal/leftover"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 const (

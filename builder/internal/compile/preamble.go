@@ -10,7 +10,7 @@ import (
 	"strings"
 
 	"github.com/prebake/prebake/builder/internal/preamble"
-	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // insidePreambles is where compiled preambles are in the sandbox.

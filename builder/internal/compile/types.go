@@ -14,8 +14,8 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/leftover"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 

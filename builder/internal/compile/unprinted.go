@@ -10,8 +10,8 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // unprinted are the headers that differ between builds of one kernel, and that no

@@ -16,8 +16,8 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // A view is a kernel's header tree less what tells it from its siblings: the

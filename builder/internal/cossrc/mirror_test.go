@@ -18,7 +18,7 @@ import (
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
-		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `builder mirror` makes it")
+		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `mirror` makes it")
 	}
 	dir := filepath.Join(strings.TrimPrefix(mirror, "file://"), "cos")
 	builds, err := filepath.Glob(filepath.Join(dir, "*", "*", "kernel-headers.tgz"))
@@ -82,7 +82,7 @@ func TestMirror(t *testing.T) {
 func TestEmulatorMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
-		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `builder mirror` makes it")
+		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `mirror` makes it")
 	}
 	root := filepath.Join(strings.TrimPrefix(mirror, "file://"), "cos")
 	builds, err := filepath.Glob(filepath.Join(root, "*", "lakitu", "kernel-headers.tgz"))

@@ -16,8 +16,8 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/loadtest"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
 )
 

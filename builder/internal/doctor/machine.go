@@ -12,12 +12,12 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // Real is this machine. options gives the settings for one destination.

@@ -26,7 +26,7 @@ func kernels(t *testing.T) (older, newer *cossrc.Inputs) {
 	t.Helper()
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
-		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/, as `builder mirror` makes it")
+		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/, as `mirror` makes it")
 	}
 	builds, err := filepath.Glob(filepath.Join(strings.TrimPrefix(mirror, "file://"), "cos", "*.0.*", "lakitu", "kernel-headers.tgz"))
 	if err != nil || len(builds) < 2 {

@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/btf"
 	"github.com/prebake/prebake/builder/internal/cossrc"
 	"github.com/prebake/prebake/builder/internal/gate"
-	"github.com/prebake/prebake/builder/internal/mirror"
+	"github.com/prebake/prebake/pkg/bzimage"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/vm"
 )
@@ -22,7 +22,7 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	linked, err := mirror.LinkedKernel(image)
+	linked, err := bzimage.Linked(image)
 	if err != nil {
 		t.Fatal(err)
 	}

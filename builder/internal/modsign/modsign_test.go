@@ -393,7 +393,7 @@ func signFile(t *testing.T) string {
 	}
 	debs, err := filepath.Glob(filepath.Join(cache, "debian/packages/linux-kbuild-*.deb"))
 	if err != nil || len(debs) == 0 {
-		t.Skipf("no linux-kbuild package under %s: builder mirror fetches it", cache)
+		t.Skipf("no linux-kbuild package under %s: mirror fetches it", cache)
 	}
 	dir := t.TempDir()
 	if out, err := exec.CommandContext(t.Context(), "dpkg-deb", "-x", debs[0], dir).CombinedOutput(); err != nil {

@@ -17,7 +17,7 @@ import (
 func TestMirror(t *testing.T) {
 	mirror := os.Getenv("PREBAKE_MIRROR")
 	if mirror == "" {
-		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `builder mirror` makes it")
+		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `mirror` makes it")
 	}
 	files, err := filepath.Glob(filepath.Join(strings.TrimPrefix(mirror, "file://"), "drivers", "NVIDIA-Linux-x86_64-*.run"))
 	if err != nil || len(files) == 0 {

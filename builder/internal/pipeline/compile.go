@@ -16,9 +16,9 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/gate"
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/hostfile"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 

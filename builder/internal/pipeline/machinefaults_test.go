@@ -128,7 +128,7 @@ func newStage(t *testing.T) *stage {
 	t.Helper()
 	mirror, err := url.Parse(os.Getenv("PREBAKE_MIRROR"))
 	if err != nil || mirror.Scheme != "file" {
-		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/, as `builder mirror` makes it")
+		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/, as `mirror` makes it")
 	}
 	found, err := filepath.Glob(filepath.Join(mirror.Path, "cos", "*", "lakitu", "prebake-boot.tgz"))
 	if err != nil || len(found) == 0 {

@@ -25,7 +25,7 @@ import (
 
 // Scene is where everything lives.
 type Scene struct {
-	// Bin holds builder, server, fetcher, nvmlprobe and guestinit.
+	// Bin holds builder, server, fetcher, nvmlprobe, guestinit and mirror.
 	Bin string
 	// State keeps mirror, build cache and packages between runs.
 	State string
@@ -128,7 +128,7 @@ func (m *Mirror) DriverURL() string { return "file://" + filepath.Join(m.Dir, "d
 // Mirror lays the COS-shaped mirror out, or finds it.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
-	if _, err := s.Must(ctx, "builder", "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages")); err != nil {
+	if _, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages")); err != nil {
 		return nil, err
 	}
 	raw, err := os.ReadFile(filepath.Join(m.Dir, "mirror.json"))

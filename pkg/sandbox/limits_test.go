@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/testkit/program"
 )
 

@@ -1,3 +1,7 @@
+// Command mirror lays out, out of Debian's packages, folders that look like a COS
+// release bucket and COS's bucket of NVIDIA drivers, so that Prebake can be tried
+// where neither can be reached. It is no part of the product: demo, tests and
+// newcomers run it beside the builder. This package is wiring only.
 package main
 
 import (
@@ -5,26 +9,41 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
+	"syscall"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
 
-	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/builder/internal/mirror"
-	"github.com/prebake/prebake/builder/internal/testgpu"
+	"github.com/prebake/prebake/deploy/internal/mirror"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// mirrorCommand makes a COS-shaped mirror out of Debian packages.
-func mirrorCommand() *ucli.Command {
+// version is set at link time.
+var version = "devel"
+
+func main() { cli.Main(root()) }
+
+// The groups of flags in help.
+const (
+	groupWhat   = "What to lay out"
+	groupFrom   = "Where from"
+	groupTo     = "Where to"
+	groupOutput = "Output and advanced"
+)
+
+func root() *ucli.Command {
 	return &ucli.Command{
-		Name:  "mirror",
-		Usage: "make a COS-shaped mirror out of Debian's packages",
+		Name:    "mirror",
+		Version: version,
+		Usage:   "make a COS-shaped mirror out of Debian's packages",
 		Description: `Lays out COS and driver buckets as folders, out of packages of the machine's own
 Debian archive. Needs no root, installs nothing, and leaves the machine's apt
 sources as they are.`,
@@ -39,7 +58,7 @@ sources as they are.`,
 					Usage: "how many kernels of 6.1: the oldest `N`-1 in Debian's index and the newest"},
 				&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "take the kernel with this ABI `NUMBER` instead, as in 47,50,56"},
 				&ucli.StringSliceFlag{Name: "driver-branch",
-					Usage: "drivers of this `BRANCH`, as in R535 and R550; one that Debian 12 has not is Debian 13's edition",
+					Usage:       "drivers of this `BRANCH`, as in R535 and R550; one that Debian 12 has not is Debian 13's edition",
 					DefaultText: "Debian 12's"},
 				&ucli.BoolFlag{Name: "neighbour",
 					Usage: "add one more release of the first branch, a close one, proprietary alone, out of Debian 13"},
@@ -57,7 +76,10 @@ sources as they are.`,
 				&ucli.StringFlag{Name: "cache", Usage: "`FOLDER` for packages and finished objects",
 					DefaultText: "prebake/mirror in the user's cache folder", Sources: cli.Env("mirror-cache")},
 			),
-			cli.Group(groupOutput, cli.OutputFlag()),
+			cli.Group(groupOutput,
+				&ucli.StringFlag{Name: "builder", Usage: "`PROGRAM` that compiles the emulated GPU", DefaultText: "builder beside mirror"},
+				cli.OutputFlag(),
+			),
 		),
 		Action: runMirror,
 	}
@@ -75,24 +97,31 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 		cache = filepath.Join(user, "prebake", "mirror")
 	}
-	revision, err := testgpu.Revision()
-	if err != nil {
+	gpu := emugpu{builder: cmd.String("builder")}
+	if gpu.builder == "" {
+		self, err := os.Executable()
+		if err != nil {
+			return fault.Wrap(fault.Usage, err, "pass --builder")
+		}
+		gpu.builder = filepath.Join(filepath.Dir(self), "builder")
+	}
+	if gpu.work, err = os.MkdirTemp("", "prebake-mirror-"); err != nil {
 		return err
 	}
-	work, err := os.MkdirTemp("", "prebake-mirror-")
-	if err != nil {
-		return err
+	defer func() { err = errors.Join(err, os.RemoveAll(gpu.work)) }()
+	revision := ""
+	if !cmd.Bool("no-boot-archive") { // which has the module
+		if revision, err = gpu.revision(ctx); err != nil {
+			return err
+		}
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
 	var archs []target.Arch
 	for _, arch := range cmd.StringSlice("arch") {
 		archs = append(archs, target.Arch(arch))
 	}
 	start := time.Now()
 	result, err := mirror.Make(ctx, mirror.Config{
-		EmuGPU: func(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
-			return testgpu.Compile(ctx, work, compile.Request{Headers: headers, Toolchain: toolchain, Env: env, Release: release, Arch: arch})
-		}, EmuGPURevision: revision,
+		EmuGPU: gpu.compile, EmuGPURevision: revision,
 		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Series: cmd.StringSlice("kernel-series"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
 		Branches: cmd.StringSlice("driver-branch"), Neighbour: cmd.Bool("neighbour"),
 		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), ClangCached: cmd.Bool("clang-cached"), Refresh: cmd.Bool("refresh"),
@@ -117,4 +146,37 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 		return nil
 	})
+}
+
+// emugpu has the builder compile the emulated GPU of boot archives.
+type emugpu struct{ builder, work string }
+
+func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, g.builder, append([]string{"emugpu"}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("have the builder compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
+			"run make build, or pass --builder; --no-boot-archive does without")
+	}
+	return strings.TrimSpace(string(out)), nil
+}
+
+// revision names the source that the builder would compile.
+func (g emugpu) revision(ctx context.Context) (string, error) { return g.run(ctx, "--revision") }
+
+func (g emugpu) compile(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
+	dir, err := os.MkdirTemp(g.work, "emugpu-")
+	if err != nil {
+		return "", err
+	}
+	ko := filepath.Join(dir, "emugpu.ko")
+	args := []string{"--headers", headers, "--toolchain", toolchain, "--release", release, "--arch", string(arch), "--out", ko}
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		args = append(args, "--variable", name+"="+env[name])
+	}
+	_, err = g.run(ctx, args...)
+	return ko, err
 }

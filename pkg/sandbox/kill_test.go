@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // holdLock names the folder whose lock file the helper process below holds

@@ -1,9 +1,10 @@
-package mirror
+// Package bzimage takes the kernel, as it was linked, out of the image that boots on
+// amd64. It refuses to boot or to change one.
+package bzimage
 
 import (
 	"bytes"
 	"compress/gzip"
-	"context"
 	"encoding/binary"
 	"fmt"
 	"io"
@@ -29,12 +30,12 @@ const (
 	endOfHeader     = 0x250
 )
 
-// LinkedKernel takes the kernel as it was linked, an ELF file without debug
+// Linked takes the kernel as it was linked, an ELF file without debug
 // information, out of the image that boots on amd64. Debian compresses it with
 // LZ4, from 6.12 on with zstd; the kernel that is compiled here is with gzip.
-func LinkedKernel(image []byte) ([]byte, error) {
+func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
-		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...), "make the mirror without --vmlinux")
+		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...), "take a kernel for amd64 that is compressed with LZ4, zstd or gzip")
 	}
 	le := binary.LittleEndian
 	if len(image) < endOfHeader || string(image[atHeaderMagic:atHeaderMagic+4]) != "HdrS" || le.Uint16(image[atProtocol:]) < 0x208 {
@@ -86,20 +87,4 @@ func LinkedKernel(image []byte) ([]byte, error) {
 		return nil, bad("a kernel of %d bytes; it says %d", len(linked), want)
 	}
 	return linked, nil
-}
-
-// makeVMLinux makes the object that COS's buckets have for who makes BTF.
-func (m *maker) makeVMLinux(ctx context.Context, k kernel) (object, error) {
-	return m.object(ctx, "vmlinux of "+k.release, recipe{Kind: "vmlinux", Packages: []pkg{k.image}}, func(ctx context.Context, w io.Writer) error {
-		image, err := kernelImage(ctx, m.apt, k, tree{}, func(string) bool { return false })
-		if err != nil {
-			return err
-		}
-		linked, err := LinkedKernel(image)
-		if err != nil {
-			return err
-		}
-		_, err = w.Write(linked)
-		return err
-	})
 }

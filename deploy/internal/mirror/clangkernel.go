@@ -20,9 +20,9 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // clangConfig is what the clang-built kernel is configured with.
@@ -206,7 +206,7 @@ func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 	}
 	if missing := unmet(want, string(got)); len(missing) > 0 {
 		return fault.New(fault.Unsupported, "configure kernel: these have no effect: "+strings.Join(missing, ", "),
-			"correct builder/internal/mirror/clang.config for this kernel's source")
+			"correct deploy/internal/mirror/clang.config for this kernel's source")
 	}
 	return nil
 }

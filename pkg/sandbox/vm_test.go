@@ -13,7 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/vm"
 )
 

@@ -17,11 +17,11 @@ import (
 // packages, in two folders and with nothing cached, and compares every byte;
 // then it compiles with the toolchain archive in a sandbox that hides the
 // machine's own compiler. It takes two minutes, so it runs only where
-// PREBAKE_MIRROR_CACHE names the cache folder of an earlier `builder mirror`.
+// PREBAKE_MIRROR_CACHE names the cache folder of an earlier `mirror`.
 func TestReal(t *testing.T) {
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_MIRROR_CACHE is not set: it names the folder with Debian packages that `builder mirror --cache` filled")
+		t.Skip("PREBAKE_MIRROR_CACHE is not set: it names the folder with Debian packages that `mirror --cache` filled")
 	}
 	packages, err := filepath.Glob(filepath.Join(cache, "debian/packages/*.deb"))
 	if err != nil || len(packages) == 0 {

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/prebake/prebake/pkg/bzimage"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -138,7 +139,7 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 			if err != nil {
 				return err
 			}
-			linked, err := LinkedKernel(t[clangImage].data)
+			linked, err := bzimage.Linked(t[clangImage].data)
 			if err != nil {
 				return err
 			}

@@ -13,8 +13,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/bootimage"
-	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -27,12 +25,12 @@ const crossCompiler = "aarch64-linux-gnu-gcc-12"
 // loaded in an emulated Arm machine with all its modules, asked, unloaded, and
 // published; then once more from a bucket that has vmlinux and no archive to boot
 // from, as COS's. Packages and a compile take minutes, so the test runs only where
-// PREBAKE_ARM64_CACHE names the cache folder of `builder mirror` (make arm64
+// PREBAKE_ARM64_CACHE names the cache folder of `mirror` (make arm64
 // does).
 func TestARM64(t *testing.T) {
 	cache := os.Getenv("PREBAKE_ARM64_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_ARM64_CACHE is not set: it names the cache folder of `builder mirror --arch arm64`; run make arm64")
+		t.Skip("PREBAKE_ARM64_CACHE is not set: it names the cache folder of `mirror --arch arm64`; run make arm64")
 	}
 	dir := t.TempDir()
 	builder := programs(t, target.ARM64)
@@ -41,7 +39,7 @@ func TestARM64(t *testing.T) {
 	var made Result
 	builder(&made, "mirror", "--arch", "arm64", "--out", mirror, "--cache", cache, "--output", "json")
 	if len(made.Builds) != 1 || len(made.Drivers) != 1 {
-		t.Fatalf("builder mirror made %+v; want one build and one driver", made)
+		t.Fatalf("mirror made %+v; want one build and one driver", made)
 	}
 	kernel, driver := made.Builds[0], made.Drivers[0]
 
@@ -61,13 +59,13 @@ func TestARM64(t *testing.T) {
 	}
 	v := done.LoadTest
 	t.Logf("%s on %s: boot %.1f s, load %.1f s, probe %.1f s, unload %.1f s", &v, v.Machine, v.BootSeconds, v.LoadSeconds, v.ProbeSeconds, v.UnloadSeconds)
-	if v.State != loadtest.Loaded || v.NVMLVersion != driver.Version || v.Release != kernel.Release || !v.EmulatedGPU {
+	if v.State != stateLoaded || v.NVMLVersion != driver.Version || v.Release != kernel.Release || !v.EmulatedGPU {
 		t.Errorf("load test: %s, NVML %q, kernel %q, GPU %t; want loaded, %s, %s, true", &v, v.NVMLVersion, v.Release, v.EmulatedGPU, driver.Version, kernel.Release)
 	}
 	// This kernel has DRM: nothing is left out.
 	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} {
-		i := slices.IndexFunc(v.Modules, func(m loadtest.Module) bool { return m.Name == name })
-		if i < 0 || v.Modules[i] != (loadtest.Module{Name: name, Load: loadtest.OK, Unload: loadtest.OK}) {
+		i := slices.IndexFunc(v.Modules, func(m testedModule) bool { return m.Name == name })
+		if i < 0 || v.Modules[i] != (testedModule{Name: name, Load: loadOK, Unload: loadOK}) {
 			t.Errorf("modules = %+v; want %s loaded and unloaded, without a word", v.Modules, name)
 		}
 	}
@@ -104,7 +102,7 @@ func TestARM64(t *testing.T) {
 	}
 	v = build("out-vmlinux").LoadTest
 	t.Logf("out of vmlinux: %s; modules %+v", &v, v.Modules)
-	if v.State != loadtest.Loaded || v.NVMLVersion != driver.Version || !v.EmulatedGPU {
+	if v.State != stateLoaded || v.NVMLVersion != driver.Version || !v.EmulatedGPU {
 		t.Errorf("load test on vmlinux: %s, NVML %q, GPU %t; want loaded, %s, true",
 			&v, v.NVMLVersion, v.EmulatedGPU, driver.Version)
 	}
@@ -114,7 +112,7 @@ func TestARM64(t *testing.T) {
 type built struct {
 	Kernel   target.Kernel
 	Driver   target.Driver
-	LoadTest loadtest.Verdict
+	LoadTest verdict
 }
 
 // wrapped makes a vmlinux of an arm64 Image: all of it is one segment and the
@@ -144,34 +142,28 @@ func wrapped(image []byte) []byte {
 	return out.Bytes()
 }
 
-// The wrapping is undone to the byte.
-func TestWrapped(t *testing.T) {
-	t.Parallel()
-	image := make([]byte, 4096)
-	copy(image[56:], "ARM\x64")
-	binary.LittleEndian.PutUint64(image[16:], 1<<16)
-	copy(image[1024:], "Linux version 6.1.0\x00")
-	vmlinux := bytes.NewReader(wrapped(image))
-	facts, err := bootimage.ReadFacts(vmlinux)
-	if err != nil || !slices.Equal(facts.Banners, []string{"Linux version 6.1.0"}) {
-		t.Errorf("ReadFacts = %+v, %v", facts, err)
-	}
-	out, err := os.Create(filepath.Join(t.TempDir(), "image"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer out.Close()
-	if err := bootimage.Write(out, vmlinux, target.ARM64); err != nil {
-		t.Fatal(err)
-	}
-	if got, err := os.ReadFile(out.Name()); err != nil || !bytes.Equal(got, image) {
-		t.Errorf("Write made %d bytes, %v; want the %d that were wrapped", len(got), err, len(image))
-	}
+// verdict is what builder build --output json prints of its load test, as far as
+// it is looked at here.
+type verdict struct {
+	State, Reason, Release, Machine, NVMLVersion, KernelLog string
+
+	EmulatedGPU                                           bool
+	Modules                                               []testedModule
+	BootSeconds, LoadSeconds, ProbeSeconds, UnloadSeconds float64
 }
 
-// programs compiles the builder, and the programs that its load test of an
-// architecture needs, into one folder. It returns how to run the builder, whose
-// JSON it reads into out.
+type testedModule struct{ Name, Load, Unload, Note string }
+
+const (
+	stateLoaded = "loaded"
+	loadOK      = "ok"
+)
+
+func (v *verdict) String() string { return strings.TrimSuffix(v.State+": "+v.Reason, ": ") }
+
+// programs compiles builder and mirror, and the programs that the load test of an
+// architecture needs, into one folder. It returns how to run the first two, whose
+// JSON it reads into out: a first argument of "mirror" is that program.
 func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	t.Helper()
 	bin, suffix, cc := t.TempDir(), "", "gcc"
@@ -180,6 +172,7 @@ func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	}
 	for _, p := range []struct{ pkg, name, arch, cgo string }{
 		{"builder", "builder", string(target.AMD64), "0"},
+		{"deploy/mirror", "mirror", string(target.AMD64), "0"},
 		{"pkg/vm/guestinit", "guestinit" + suffix, string(arch), "0"},
 		{"fetcher/nvmlprobe", "nvmlprobe" + suffix, string(arch), "1"},
 	} {
@@ -192,7 +185,11 @@ func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
 	return func(out any, args ...string) {
 		t.Helper()
 		start := time.Now()
-		cmd := exec.CommandContext(t.Context(), filepath.Join(bin, "builder"), args...)
+		argv := append([]string{filepath.Join(bin, "builder")}, args...)
+		if args[0] == "mirror" {
+			argv = append([]string{filepath.Join(bin, "mirror")}, args[1:]...)
+		}
+		cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
 		var stdout, stderr bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &stdout, &stderr
 		if err := cmd.Run(); err != nil {

@@ -13,7 +13,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
@@ -24,11 +23,11 @@ import (
 // driver is compiled with that toolchain, checked, loaded in a machine that
 // boots that kernel, and published. The kernel takes minutes to compile, once
 // for each cache, so the test runs only where PREBAKE_CLANG_CACHE names the
-// cache folder of `builder mirror` (make clang does).
+// cache folder of `mirror` (make clang does).
 func TestClangKernel(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `builder mirror --only-clang`; run make clang")
+		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror --only-clang`; run make clang")
 	}
 	dir := t.TempDir()
 	builder := programs(t, target.AMD64)
@@ -37,7 +36,7 @@ func TestClangKernel(t *testing.T) {
 	var made Result
 	builder(&made, "mirror", "--only-clang", "--out", mirror, "--cache", cache, "--output", "json")
 	if len(made.Builds) != 1 {
-		t.Fatalf("builder mirror made %v; want one build", made.Builds)
+		t.Fatalf("mirror made %v; want one build", made.Builds)
 	}
 	kernel := made.Builds[0]
 	build := filepath.Join(mirror, "cos", kernel.BuildID, kernel.Board)
@@ -47,19 +46,19 @@ func TestClangKernel(t *testing.T) {
 	builder(nil, "keygen", key)
 	var done struct {
 		Driver   target.Driver
-		LoadTest loadtest.Verdict
+		LoadTest verdict
 	}
 	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
 		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
 		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
 	checkAnswers(t, filepath.Join(dir, "cache"))
 	v := done.LoadTest
-	if v.State != loadtest.Loaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
+	if v.State != stateLoaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
 		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
 	}
 	var loaded []string
 	for _, m := range v.Modules {
-		if m.Load == loadtest.OK {
+		if m.Load == loadOK {
 			loaded = append(loaded, m.Name)
 		} else {
 			t.Logf("%s: %s, %s", m.Name, m.Load, m.Note)
@@ -89,7 +88,7 @@ func TestClangKernel(t *testing.T) {
 func TestClangCell(t *testing.T) {
 	cache := os.Getenv("PREBAKE_CLANG_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `builder mirror`; run make clang-cell")
+		t.Skip("PREBAKE_CLANG_CACHE is not set: it names the cache folder of `mirror`; run make clang-cell")
 	}
 	if found, err := filepath.Glob(filepath.Join(cache, "objects", "clang-kernel.tgz-*.json")); err != nil || len(found) == 0 {
 		t.Skipf("no kernel of clang's in the cache, so this part did not run; make clang compiles one, in a quarter of an hour (%v)", err)
@@ -116,17 +115,17 @@ func TestClangCell(t *testing.T) {
 	builder(nil, "keygen", key)
 	var done struct {
 		Driver   target.Driver
-		LoadTest loadtest.Verdict
+		LoadTest verdict
 	}
 	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "open",
 		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
 		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
 	v := done.LoadTest
-	if v.State != loadtest.Loaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
+	if v.State != stateLoaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
 		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
 	}
 	for i, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} { // DRM is built in
-		if i >= len(v.Modules) || v.Modules[i].Name != name || v.Modules[i].Load != loadtest.OK {
+		if i >= len(v.Modules) || v.Modules[i].Name != name || v.Modules[i].Load != loadOK {
 			t.Errorf("modules %+v; want %s loaded", v.Modules, name)
 		}
 	}

@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/sandbox"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 func needBubblewrap(t *testing.T) {

@@ -1,4 +1,4 @@
-package mirror
+package bzimage
 
 import (
 	"bytes"
@@ -56,16 +56,16 @@ func imageOf(packed []byte, size int) []byte {
 	return append(image, "what follows"...)
 }
 
-func TestLinkedKernel(t *testing.T) {
+func TestLinked(t *testing.T) {
 	t.Parallel()
 	linked := bytes.Repeat([]byte("\x7fELF kernel "), 1<<20)
-	got, err := LinkedKernel(bzImage(t, linked, len(linked)))
+	got, err := Linked(bzImage(t, linked, len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
-		t.Errorf("LinkedKernel = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
+		t.Errorf("Linked = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
 	}
-	got, err = LinkedKernel(imageOf(zstdOf(t, linked), len(linked)))
+	got, err = Linked(imageOf(zstdOf(t, linked), len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
-		t.Errorf("LinkedKernel(zstd) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
+		t.Errorf("Linked(zstd) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
 	}
 	var packed bytes.Buffer
 	zw := gzip.NewWriter(&packed)
@@ -74,9 +74,9 @@ func TestLinkedKernel(t *testing.T) {
 		t.Fatal(err)
 	}
 	// What follows gzip's own end is none of it: gzip has its size at the end.
-	got, err = LinkedKernel(imageOf(packed.Bytes()[:packed.Len()-4], len(linked)))
+	got, err = Linked(imageOf(packed.Bytes()[:packed.Len()-4], len(linked)))
 	if err != nil || !bytes.Equal(got, linked) {
-		t.Errorf("LinkedKernel(gzip) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
+		t.Errorf("Linked(gzip) = %d bytes, %v; want the %d that went in", len(got), err, len(linked))
 	}
 	good := func() []byte { return bzImage(t, linked, len(linked)) }
 	edit := func(change func(image []byte)) []byte {
@@ -101,17 +101,17 @@ func TestLinkedKernel(t *testing.T) {
 		{"more zstd than it says", imageOf(zstdOf(t, linked), len(linked)-1), "it says"},
 		{"far too much", bzImage(t, linked, maxLinked+1), "want at most"},
 	} {
-		if _, err := LinkedKernel(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.want) {
-			t.Errorf("%s: LinkedKernel = %v; want unsupported with %q and a hint", row.name, err, row.want)
+		if _, err := Linked(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.want) {
+			t.Errorf("%s: Linked = %v; want unsupported with %q and a hint", row.name, err, row.want)
 		}
 	}
 }
 
-func FuzzLinkedKernel(f *testing.F) {
+func FuzzLinked(f *testing.F) {
 	f.Add(bzImage(f, []byte("\x7fELF kernel"), len("\x7fELF kernel")))
 	f.Add(imageOf(zstdOf(f, []byte("\x7fELF kernel")), len("\x7fELF kernel")))
 	f.Fuzz(func(t *testing.T, image []byte) {
-		if linked, err := LinkedKernel(image); err == nil && len(linked) > maxLinked {
+		if linked, err := Linked(image); err == nil && len(linked) > maxLinked {
 			t.Errorf("a kernel of %d bytes", len(linked))
 		}
 	})

@@ -1,0 +1,70 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/testgpu"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// emugpuCommand compiles the emulated GPU for whoever lays out a bucket with boot
+// archives, which is deploy/mirror. Load tests compile their own.
+func emugpuCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:   "emugpu",
+		Usage:  "compile the load test's emulated GPU for one kernel",
+		Hidden: true,
+		Flags: []ucli.Flag{
+			&ucli.BoolFlag{Name: "revision", Usage: "print what names the emulated GPU's source, and compile nothing"},
+			&ucli.StringFlag{Name: "headers", Usage: "`FOLDER` of the kernel's headers"},
+			&ucli.StringFlag{Name: "toolchain", Usage: "`FOLDER` of the unpacked toolchain"},
+			&ucli.StringSliceFlag{Name: "variable", Usage: "`NAME=VALUE` of toolchain_env"},
+			&ucli.StringFlag{Name: "release", Usage: "`RELEASE` of the kernel, as uname -r prints it"},
+			&ucli.StringFlag{Name: "arch", Value: string(target.AMD64), Usage: "amd64 or arm64"},
+			&ucli.StringFlag{Name: "out", Usage: "`FILE` of the module"},
+		},
+		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
+			revision, err := testgpu.Revision()
+			if err != nil {
+				return err
+			}
+			if cmd.Bool("revision") {
+				_, err := fmt.Fprintln(cmd.Root().Writer, revision)
+				return err
+			}
+			if err := missing(cmd, "headers", "toolchain", "release", "out"); err != nil {
+				return err
+			}
+			env := map[string]string{}
+			for _, variable := range cmd.StringSlice("variable") {
+				name, value, ok := strings.Cut(variable, "=")
+				if !ok {
+					return fault.New(fault.Usage, fmt.Sprintf("--variable %q: want NAME=VALUE", variable), "")
+				}
+				env[name] = value
+			}
+			work, err := os.MkdirTemp("", "prebake-emugpu-")
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
+			made, err := testgpu.Compile(ctx, work, compile.Request{
+				Headers: cmd.String("headers"), Toolchain: cmd.String("toolchain"), Env: env,
+				Release: cmd.String("release"), Arch: target.Arch(cmd.String("arch")),
+			})
+			if err != nil {
+				return err
+			}
+			return hostfile.Copy(cmd.String("out"), made)
+		},
+	}
+}
