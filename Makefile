@@ -89,9 +89,9 @@ arm64: setup build ## cross-compile a driver for arm64 and load it in an emulate
 
 # Packages are kept with those that demo and tests use.
 .PHONY: next
-next: setup build ## compile a driver of the next branch for the next kernel series and load it
+next: setup build ## make a wish list of two driver branches over two kernel series, and compare with make
 	PREBAKE_NEXT_CACHE="$${PREBAKE_NEXT_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
-	  $(GO) test -v -count=1 -timeout 60m -run '^TestNext$$' ./deploy/internal/mirror
+	  $(GO) test -v -count=1 -timeout 170m -run '^TestNext$$' ./deploy/internal/mirror
 
 # What the load test of drivers for arm64 needs beside the builder.
 .PHONY: arm64-programs

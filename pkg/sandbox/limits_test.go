@@ -60,13 +60,13 @@ func TestTogether(t *testing.T) {
 	if m := sandbox.Bounds(); !m.ControlGroup {
 		t.Skip(m.Why)
 	}
-	// /tmp is memory: each run holds 60 MB there until the other one does, too.
+	// /tmp is memory: each run holds 24 MB there until the other one does, too.
 	hold := func(l sandbox.Limits, self, other int, meet string) error {
-		script := fmt.Sprintf(`head -c 60000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
+		script := fmt.Sprintf(`head -c 24000000 /dev/zero >/tmp/x || exit 1; echo >/meet/%d; i=0; while [ $i -lt 100 ] && ! [ -e /meet/%d ]; do sleep 0.2; i=$((i+1)); done`, self, other)
 		_, _, err := limited(t, l, script, sandbox.Bind{Host: meet, Inside: "/meet", Writable: true})
 		return err
 	}
-	limits := sandbox.Limits{Memory: 100 << 20, Together: 100 << 20}
+	limits := sandbox.Limits{Memory: 40 << 20, Together: 40 << 20}
 	if err := hold(limits, 0, 0, t.TempDir()); err != nil {
 		t.Fatalf("alone: %v", err)
 	}

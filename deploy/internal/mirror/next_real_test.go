@@ -2,50 +2,110 @@ package mirror
 
 import (
 	"os"
+	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// TestNext has the builder compile a driver of another branch for a kernel of a
-// newer series, and load it. The flavour is the one that knows this kernel: the open
-// one calls pci_resize_resource, which 6.12 has changed since. Packages and a compile take minutes, so the test runs
-// only where PREBAKE_NEXT_CACHE names the cache folder of `mirror` (make
-// next does).
+// TestNext has the builder make a wish list of two driver branches, in both
+// flavours, over two kernel series, each cell with a load test; then some of the
+// cells again without any cache, which have to have the same digests, and by make
+// alone, which has to make the same modules.
+//
+// A driver may be older than a kernel's interfaces: then the cell has to fail with
+// the compiler's words, and no other failure is taken. Packages and compiles take
+// the better part of an hour, so the test runs only where PREBAKE_NEXT_CACHE names
+// the cache folder of `mirror` (make next does).
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_NEXT_CACHE is not set: it names the cache folder of `mirror --kernel-series 6.12 --driver-branch R550`; run make next")
+		t.Skip("PREBAKE_NEXT_CACHE is not set: it names the cache folder of `mirror --kernel-series 6.1,6.12 --driver-branch R535,R550`; run make next")
 	}
 	dir := t.TempDir()
 	builder := programs(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
-	builder(&made, "mirror", "--kernel-series", "6.12", "--driver-branch", "R550", "--out", mirror, "--cache", cache, "--output", "json")
-	if len(made.Builds) != 1 || len(made.Drivers) != 1 || !slices.Contains(made.Drivers[0].Flavours, target.Open) {
-		t.Fatalf("mirror made %+v; want one build, and one driver in both flavours", made)
+	builder(&made, "mirror", "--kernel-series", "6.1,6.12", "--kernels", "2", "--driver-branch", "R535,R550", "--out", mirror, "--cache", cache, "--output", "json")
+	kernels := map[string]string{} // BUILD_IDs by series
+	for _, b := range made.Builds {
+		series := strings.Join(strings.SplitN(b.Release, ".", 3)[:2], ".")
+		if kernels[series] == "" {
+			kernels[series] = b.BuildID
+		}
 	}
-	kernel, driver := made.Builds[0], made.Drivers[0]
-	if !strings.HasPrefix(kernel.Release, "6.12.") || target.Branch(driver.Version) != "R550" {
-		t.Errorf("mirror made %s and %s; want 6.12 and R550", kernel.Release, driver.Version)
+	if kernels["6.1"] == "" || kernels["6.12"] == "" {
+		t.Fatalf("mirror made %+v; want kernels of 6.1 and 6.12", made.Builds)
 	}
-
-	key := filepath.Join(dir, "key")
+	wish := filepath.Join(dir, "wish.yaml")
+	// What the newer kernel breaks does not alarm, so that the exit status stays 0.
+	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] + "\n    earlyWarning: true\n" +
+		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"
+	if err := os.WriteFile(wish, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	key, buckets := filepath.Join(dir, "key"), []string{"--kernel-mirror", "file://" + mirror + "/cos", "--driver-mirror", "file://" + mirror + "/drivers"}
 	builder(nil, "keygen", key)
-	var done struct {
-		Driver   target.Driver
-		LoadTest verdict
+	build := func(out any, cache string, more ...string) {
+		args := append([]string{"build", "--key", key, "--cache", filepath.Join(dir, cache), "--to", "oci:" + filepath.Join(dir, "out-"+cache), "--output", "json"}, buckets...)
+		builder(out, append(args, more...)...)
 	}
-	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "R550", "--flavour", "proprietary",
-		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
-		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
-	v := done.LoadTest
-	t.Logf("%s on %s: boot %.1f s, load %.1f s, probe %.1f s, unload %.1f s", &v, v.Machine, v.BootSeconds, v.LoadSeconds, v.ProbeSeconds, v.UnloadSeconds)
-	if v.State != stateLoaded || v.NVMLVersion != driver.Version || v.Release != kernel.Release || !v.EmulatedGPU {
-		t.Errorf("load test: %s, NVML %q, kernel %q, GPU %t; want loaded, %s, %s, true", &v, v.NVMLVersion, v.Release, v.EmulatedGPU, driver.Version, kernel.Release)
+	var report struct {
+		Cells []struct {
+			Cell struct {
+				Kernel target.Kernel
+				Driver target.Driver
+			}
+			State, Digest string
+			Failure       *struct{ Class, Error string }
+		}
+	}
+	build(&report, "all", "--wish", wish, "--load-test", "require")
+	if len(report.Cells) != 8 {
+		t.Fatalf("the wish list came to %d cells; want 8", len(report.Cells))
+	}
+	digests := map[string]string{}
+	for _, c := range report.Cells {
+		name := c.Cell.Kernel.BuildID + "/" + c.Cell.Driver.String()
+		digests[name] = c.Digest
+		switch {
+		case c.State == "published":
+			t.Logf("%s: %s", name, c.Digest)
+		case c.Failure != nil && c.Failure.Class == "api-break" && strings.Contains(c.Failure.Error, "error:") && c.Cell.Kernel.BuildID == kernels["6.12"]:
+			t.Logf("%s does not know the kernel: %s", name, c.Failure.Error)
+		default:
+			t.Errorf("%s: %s %+v", name, c.State, c.Failure)
+		}
+	}
+	var cells []string
+	for _, again := range []struct {
+		series string
+		branch string
+	}{{"6.12", "R550"}, {"6.1", "R550"}, {"6.1", "R535"}} {
+		for _, c := range report.Cells {
+			d := c.Cell.Driver
+			if c.State != "published" || c.Cell.Kernel.BuildID != kernels[again.series] || target.Branch(d.Version) != again.branch || d.Flavour != target.Proprietary {
+				continue
+			}
+			var one struct{ Digest string }
+			build(&one, "alone-"+again.series+again.branch, "--build-id", c.Cell.Kernel.BuildID, "--driver", d.Version, "--flavour", string(d.Flavour), "--load-test", "off")
+			if one.Digest != c.Digest {
+				t.Errorf("%s %s from an empty cache has the digest %s; want %s", c.Cell.Kernel.BuildID, d, one.Digest, c.Digest)
+			}
+			cells = append(cells, c.Cell.Kernel.BuildID+"/"+d.Version)
+		}
+	}
+	if len(cells) != 3 {
+		t.Fatalf("%v were made again; want three cells", cells)
+	}
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=90m", "-run=^TestRealSameBytes$", "github.com/prebake/prebake/builder/internal/compile")
+	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+strings.Join(cells, " "))
+	out, err := cmd.CombinedOutput()
+	t.Logf("%s", out)
+	if err != nil {
+		t.Errorf("same bytes: %v", err)
 	}
 }
