@@ -25,6 +25,10 @@ const peermem = "nvidia-peermem"
 // one that most nodes have no use for.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
+// ErrLacking says that the machine has not the kernel's own modules that nvidia
+// needs. A kernel that is booted from vmlinux alone has what is built into it.
+var ErrLacking = errors.New("the machine lacks modules of the kernel's own")
+
 // normalise lets callers name modules with or without .ko and with either of
 // the kernel's spellings.
 func normalise(modules map[string]string) map[string]string {
@@ -75,7 +79,7 @@ func choose(modules map[string]string, present map[string]bool, depends func(fil
 		skipped[name] = "needs " + strings.Join(missing, "; ")
 	}
 	if why, ok := skipped["nvidia"]; ok {
-		return nil, nil, fault.New(fault.InputMissing, "nvidia "+why, "add these modules to modules/order of the kernel's boot archive")
+		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why), "add these modules to modules/order of the kernel's boot archive")
 	}
 	return order, skipped, nil
 }

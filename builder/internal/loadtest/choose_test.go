@@ -61,7 +61,7 @@ func TestChooseRefuses(t *testing.T) {
 	t.Parallel()
 	modules := map[string]string{"nvidia": "nvidia.ko"}
 	_, _, err := choose(modules, nil, func(string) ([]string, error) { return []string{"video"}, nil })
-	if !fault.Is(err, fault.InputMissing) || fault.Hint(err) == "" {
+	if !fault.Is(err, fault.InputMissing) || fault.Hint(err) == "" || !errors.Is(err, ErrLacking) {
 		t.Errorf("choose() = %v; want input-missing with a hint", err)
 	}
 	broken := errors.New("no ELF file")

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"path/filepath"
 	"slices"
 	"testing"
 	"time"
@@ -49,7 +50,7 @@ func TestCompiling(t *testing.T) {
 		t.Fatal("the place is not given back")
 	}
 	// Told to stop, it waits no longer.
-	cfg.Cache = emptyCache(t)
+	cfg.Cache, cfg.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "another")}
 	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
 	defer stop()
 	if _, err := pipeline.Run(ctx, cfg, request("17800.0.9"), io.Discard, &timeline.Run{}); err == nil {

@@ -117,7 +117,7 @@ func TestClangCell(t *testing.T) {
 		Driver   target.Driver
 		LoadTest verdict
 	}
-	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "open",
+	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
 		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
 		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
 	v := done.LoadTest
