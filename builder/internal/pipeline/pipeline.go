@@ -194,6 +194,7 @@ type run struct {
 	buckets  []*twin.Bucket
 	gpus     *gpulist.List     // nil where the release has no list
 	said     map[string]string // the labels that COS gives, where they are asked for
+	ahead    *ahead
 	image    v1.Image
 	bundles  [][]byte // the signed statements
 
@@ -249,10 +250,14 @@ func compiling(r *run) bool { return making(r) && r.prebuilt == nil }
 func taking(r *run) bool    { return making(r) && r.prebuilt != nil }
 
 func (r *run) all(ctx context.Context) error {
+	defer func() { r.ahead.end() }()
 	return r.each(ctx, []phase{
 		{"source", always, r.source},
 		{"look up", always, r.lookUp},
-		{"compile", compiling, r.compile},
+		{"compile", compiling, func(ctx context.Context) (string, error) {
+			r.ahead = r.packAhead(ctx) // needs nothing of the modules
+			return r.compile(ctx)
+		}},
 		{"take modules", taking, r.takeModules},
 		{"sign modules", signing, r.signModules},
 		{"check", making, r.check},

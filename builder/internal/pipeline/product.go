@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -61,28 +62,89 @@ func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string
 	return layer, cached, nil
 }
 
+// layer is a packed layer, and whether an earlier build packed it.
+type layer struct {
+	bundle.Layer
+	cached bool
+	err    error
+}
+
+// driverLayer packs user space or firmware, which are the release's alone.
+func (r *run) driverLayer(ctx context.Context, kind bundle.LayerKind) (l layer) {
+	src, err := r.staged(ctx, kind)
+	if err != nil {
+		return layer{err: err}
+	}
+	key := bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + r.release.Digest[len("sha256:"):]
+	l.Layer, l.cached, l.err = r.packed(ctx, kind, src, key)
+	return l
+}
+
+// moduleLayer packs what was compiled.
+func (r *run) moduleLayer(ctx context.Context) (l layer) {
+	src, cleanup, err := r.modulesFolder()
+	if err != nil {
+		return layer{err: err}
+	}
+	defer func() { _ = cleanup() }() // a scratch folder; the next Open removes it as well
+	l.Layer, l.cached, l.err = r.packed(ctx, bundle.LayerModules, src, r.moduleKey(bundle.PackRecipe))
+	return l
+}
+
+// ahead are the driver's own layers, packed while the modules are compiled.
+type ahead struct {
+	group  sync.WaitGroup
+	stop   context.CancelFunc
+	layers map[bundle.LayerKind]layer
+}
+
+func (r *run) packAhead(ctx context.Context) *ahead {
+	a := &ahead{layers: map[bundle.LayerKind]layer{}}
+	ctx, a.stop = context.WithCancel(ctx)
+	a.group.Go(func() {
+		for _, kind := range bundle.LayerKinds() {
+			if kind != bundle.LayerModules {
+				a.layers[kind] = r.driverLayer(ctx, kind)
+			}
+		}
+	})
+	return a
+}
+
+// take waits for a layer. It says no where there is none: what went wrong is met
+// again by whoever packs it then.
+func (a *ahead) take(kind bundle.LayerKind) (layer, bool) {
+	if a == nil {
+		return layer{}, false
+	}
+	a.group.Wait()
+	l, ok := a.layers[kind]
+	return l, ok && l.err == nil
+}
+
+// end ends what is still being packed.
+func (a *ahead) end() {
+	if a != nil {
+		a.stop()
+		a.group.Wait()
+	}
+}
+
 func (r *run) pack(ctx context.Context) (string, error) {
 	reused := 0
 	for _, kind := range bundle.LayerKinds() {
-		var src, key string
-		var err error
+		var l layer
 		if kind == bundle.LayerModules {
-			key = r.moduleKey(bundle.PackRecipe)
-			var cleanup func() error
-			if src, cleanup, err = r.modulesFolder(); err != nil {
-				return "", err
-			}
-			defer func() { _ = cleanup() }() // a scratch folder; the next Open removes it as well
+			l = r.moduleLayer(ctx)
+		} else if known, ok := r.ahead.take(kind); ok {
+			l = known
 		} else {
-			key = bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + r.release.Digest[len("sha256:"):]
-			if src, err = r.staged(ctx, kind); err != nil {
-				return "", err
-			}
+			l = r.driverLayer(ctx, kind)
 		}
-		layer, cached, err := r.packed(ctx, kind, src, key)
-		if err != nil {
-			return "", fmt.Errorf("%s layer: %w", kind, err)
+		if l.err != nil {
+			return "", fmt.Errorf("%s layer: %w", kind, l.err)
 		}
+		layer, cached := l.Layer, l.cached
 		if cached {
 			reused++
 		}
