@@ -79,7 +79,7 @@ func choose(modules map[string]string, present map[string]bool, depends func(fil
 		skipped[name] = "needs " + strings.Join(missing, "; ")
 	}
 	if why, ok := skipped["nvidia"]; ok {
-		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why), "add these modules to modules/order of the kernel's boot archive")
+		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why), "add a boot archive whose modules/order has these modules, or skip the load test: --load-test off")
 	}
 	return order, skipped, nil
 }

@@ -44,7 +44,8 @@ type LoadTest string
 
 // The load test's modes.
 const (
-	// LoadTestAuto runs it where the mirror has a bootable kernel.
+	// LoadTestAuto runs it where the mirror has a bootable kernel, with the modules
+	// that the driver needs.
 	LoadTestAuto LoadTest = "auto"
 	// LoadTestRequire fails the build where it cannot run.
 	LoadTestRequire LoadTest = "require"
