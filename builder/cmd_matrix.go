@@ -163,7 +163,9 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
 		m.farm.Published = m.places.Published
 	}
-	m.farm.Memory = failureMemory(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed"))
+	if m.farm.Memory, err = failureMemory(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
+		return nil, err
+	}
 	m.cfg.LabelsLater = true // the wish list says which, of all cells together
 	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{

@@ -10,23 +10,28 @@ import (
 	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 // failureMemory keeps failures under the settings of this run. Builds of one cell
 // and of wish lists share it.
-func failureMemory(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) *farm.Memory {
+func failureMemory(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*farm.Memory, error) {
+	host, err := sandbox.HostTools()
+	if err != nil {
+		return nil, err
+	}
 	how, signatures := cfg.Signing()
 	return &farm.Memory{
 		Facts: cfg.Cache, Kernels: kernels, Drivers: drivers, Version: version, BTF: cfg.BTF, Forget: forget,
-		Settings: fmt.Sprintf("%s, debug symbols %t", how, cfg.DebugSymbols), Signatures: signatures,
-	}
+		Settings: fmt.Sprintf("%s, debug symbols %t, host tools %s", how, cfg.DebugSymbols, host), Signatures: signatures,
+	}, nil
 }
 
 // keepFailure remembers why a single build failed, so that a wish list does not
 // try the cell again. What failed before the inputs were there is not kept: they
 // may come.
 func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result, failed error) (err error) {
-	if ctx.Err() != nil || !farm.Lasting(fault.Of(failed)) || res == nil || len(res.Phases) < 2 {
+	if ctx.Err() != nil || !farm.Lasting(fault.Of(failed), res) || res == nil || len(res.Phases) < 2 {
 		return nil
 	}
 	kernels, err := cosbucket.Open(ctx, cfg.KernelMirror)
@@ -39,6 +44,9 @@ func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result,
 		return err
 	}
 	defer func() { err = errors.Join(err, drivers.Close()) }()
-	cell := plan.Cell{Kernel: res.Kernel, Driver: res.Driver}
-	return failureMemory(cfg, kernels, drivers, false).Remember(ctx, cell, farm.FailureOf(failed))
+	memory, err := failureMemory(cfg, kernels, drivers, false)
+	if err != nil {
+		return err
+	}
+	return memory.Remember(ctx, plan.Cell{Kernel: res.Kernel, Driver: res.Driver}, farm.FailureOf(failed))
 }

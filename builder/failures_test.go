@@ -44,6 +44,7 @@ func TestKeepFailure(t *testing.T) {
 		kept   bool
 	}{
 		"API break":               {apiBreak, []timeline.Phase{source, compile}, true},
+		"in the load test":        {apiBreak, []timeline.Phase{source, compile, {Name: "load test", Failed: true}}, false},
 		"before inputs came":      {apiBreak, []timeline.Phase{source}, false},
 		"something that may pass": {fault.New(fault.Transient, "connection reset", ""), []timeline.Phase{source, compile}, false},
 	} {
@@ -69,7 +70,11 @@ func TestKeepFailure(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer drivers.Close()
-			got, ok := failureMemory(cfg, kernels, drivers, false).Recall(t.Context(), plan.Cell{Kernel: kernel, Driver: driver})
+			memory, err := failureMemory(cfg, kernels, drivers, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, ok := memory.Recall(t.Context(), plan.Cell{Kernel: kernel, Driver: driver})
 			if ok != row.kept || ok && got.Class != fault.APIBreak {
 				t.Errorf("Recall = %+v, %t; want %t", got, ok, row.kept)
 			}

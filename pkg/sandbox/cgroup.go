@@ -183,10 +183,14 @@ func newGroup(l Limits) (*group, error) {
 			return nil, err
 		}
 		g := &group{path: path}
-		if err := g.set(l); err != nil {
-			return nil, errors.Join(err, g.close())
+		if err = g.set(l); err == nil {
+			return g, nil
 		}
-		return g, nil
+		cerr := g.close()
+		if (errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV)) && try < maxTries {
+			continue // the group around it was removed and made anew, and has no controllers yet
+		}
+		return nil, errors.Join(err, cerr)
 	}
 }
 
@@ -232,7 +236,7 @@ func (g *group) verdict(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
 		// "oom" counts the group's own bound and those below it, not those around it.
 		if g.count("memory.events", "oom") == 0 {
-			return fault.New(fault.OutOfMemory, fmt.Sprintf("all that runs side by side needed more than %d MiB of memory", l.Together>>20), hintTogether)
+			return fault.New(fault.OutOfMemory, fmt.Sprintf("all that ran side by side needed more than %d MiB of memory, or the machine had less", l.Together>>20), hintTogether)
 		}
 		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)
 	}
@@ -280,12 +284,15 @@ func (g *group) close() error {
 	for range 50 {
 		rerr := unix.Rmdir(g.path)
 		if !errors.Is(rerr, unix.EBUSY) {
+			if errors.Is(rerr, fs.ErrNotExist) {
+				rerr = nil // somebody else swept it up
+			}
 			_ = unix.Rmdir(filepath.Dir(g.path)) // refused while another run is in it
 			return errors.Join(err, rerr)
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	return err // the next run sweeps it up
+	return err // the next builder sweeps it up
 }
 
 // sweepGroups removes empty groups of builders that were killed.
@@ -300,16 +307,15 @@ func sweepGroups(base string) {
 		if err != nil || n == os.Getpid() || !errors.Is(unix.Kill(n, 0), unix.ESRCH) {
 			continue
 		}
-		// One that another container's builder has just made looks dead too.
-		if info, err := os.Stat(path); err != nil || time.Since(info.ModTime()) < time.Minute {
-			continue
-		}
 		runs, err := filepath.Glob(filepath.Join(path, runGroup+"*"))
 		if err != nil {
 			return // as above
 		}
 		for _, dir := range append(runs, path) {
-			_ = unix.Rmdir(dir) // refused while anything lives in it
+			// One that another container's builder has just made looks dead too.
+			if info, err := os.Stat(dir); err == nil && time.Since(info.ModTime()) > time.Minute {
+				_ = unix.Rmdir(dir) // refused while anything lives in it
+			}
 		}
 	}
 }

@@ -80,7 +80,8 @@ func filter() ([]byte, error) {
 		refuse(unix.EPERM),
 		allow)
 	p = append(p,
-		bpf.JumpIf{Cond: bpf.JumpNotEqual, Val: unix.SYS_SOCKET, SkipFalse: 1},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.SYS_SOCKETPAIR, SkipTrue: 2},
+		bpf.JumpIf{Cond: bpf.JumpEqual, Val: unix.SYS_SOCKET, SkipTrue: 1},
 		allow,
 		bpf.LoadAbsolute{Off: dataArg0, Size: 4})
 	for _, family := range allowedFamilies {

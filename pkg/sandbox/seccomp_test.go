@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -40,6 +41,8 @@ func tryCalls() {
 	call("open_by_handle_at", unix.SYS_OPEN_BY_HANDLE_AT)
 	call("newest", 2000)
 	call("clone user", unix.SYS_CLONE, unix.CLONE_NEWUSER|unix.CLONE_THREAD) // EINVAL without the filter
+	call("socketpair 1", unix.SYS_SOCKETPAIR, unix.AF_UNIX, unix.SOCK_DGRAM, 0, uintptr(unsafe.Pointer(new([2]int32))))
+	call("socketpair 40", unix.SYS_SOCKETPAIR, unix.AF_VSOCK, unix.SOCK_DGRAM, 0, 0)
 	for _, family := range []int{unix.AF_UNIX, unix.AF_INET, unix.AF_VSOCK, unix.AF_ALG, unix.AF_PACKET} {
 		call(fmt.Sprintf("socket %d", family), unix.SYS_SOCKET, uintptr(family), unix.SOCK_DGRAM, 0)
 	}
@@ -81,6 +84,8 @@ mount ENOSYS
 open_by_handle_at ENOSYS
 newest ENOSYS
 clone user EPERM
+socketpair 1 
+socketpair 40 EAFNOSUPPORT
 socket 1 
 socket 2 
 socket 40 EAFNOSUPPORT

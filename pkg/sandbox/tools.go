@@ -11,7 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"sync"
+	"strings"
 )
 
 // hostTools are the programs that a kernel's build system and a driver's scripts
@@ -26,10 +26,9 @@ var hostTools = []string{
 
 // HostTools is a digest of the programs of the host that builds run, by their
 // content, their loader and the C library among it: what a build makes, or
-// answers, is made of them as well as of its inputs. It is found once a process.
-func HostTools() (string, error) { return digestHostTools() }
-
-var digestHostTools = sync.OnceValues(func() (string, error) { return digestTools("/usr/bin", hostTools) })
+// answers, is made of them as well as of its inputs. It reads some 25 MB each time,
+// since the host may be updated while a builder runs.
+func HostTools() (string, error) { return digestTools("/usr/bin", hostTools) }
 
 // digestTools digests programs of a folder. One that is missing is named as such.
 func digestTools(dir string, names []string) (string, error) {
@@ -87,6 +86,15 @@ func needs(file string) (found []string, err error) {
 	if err != nil {
 		return nil, err
 	}
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			loader, err := io.ReadAll(io.LimitReader(p.Open(), maxLoader))
+			if err != nil {
+				return nil, err
+			}
+			found = append(found, strings.TrimRight(string(loader), "\x00"))
+		}
+	}
 	for _, name := range names {
 		for _, pattern := range []string{"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/", "/lib/", "/usr/lib/"} {
 			paths, err := filepath.Glob(pattern + filepath.Base(name))
@@ -101,6 +109,9 @@ func needs(file string) (found []string, err error) {
 	}
 	return found, nil
 }
+
+// maxLoader bounds the path of a program's loader.
+const maxLoader = 4096
 
 func digestFile(name string) (sum string, err error) {
 	f, err := os.Open(name)

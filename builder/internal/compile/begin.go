@@ -186,7 +186,9 @@ func (b *beginning) makeOnce(ctx context.Context, a *answers, dir string) error 
 	if cause := context.Cause(ctx); cause != nil {
 		return cause
 	}
-	if err := trouble(told); err != nil {
+	if err := trouble(told); fault.Is(err, fault.Internal) {
+		return os.RemoveAll(dir) // the compiler crashes over them, which is not to say over a program
+	} else if err != nil {
 		return err
 	}
 	var exit *sandbox.ExitError

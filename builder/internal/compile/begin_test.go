@@ -109,6 +109,10 @@ func TestBeginnings(t *testing.T) {
 `, append(yes, "#define NV_other_flags"), guarded},
 		"none that works": {`case "$*" in *c-header*) : > /prebake/begin/text.h.gch; exit 0 ;; esac
 `, append(yes, "#define NV_other_flags"), guarded},
+		"one that cannot be read later": {`case "$*" in *"-include /prebake/begin/text.h"*) [ ! -e /prebake/begin/works ] || { echo "fatal error: had to relocate PCH" >&2; exit 1; } ;; esac
+`, append(yes, "#define NV_other_flags"), guarded},
+		"a compiler that crashes over them": {`case "$*" in *c-header*) kill -SEGV $$ ;; esac
+`, append(yes, "#define NV_other_flags"), guarded},
 		"as it is": {"", append(yes, "#define NV_other_flags"), guarded},
 		// Read twice it is an error, so that no program can begin with it compiled.
 		"a header without a guard": {"", append(yes, "#define NV_other_flags"), "struct here { int size; };\n"},

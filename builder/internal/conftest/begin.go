@@ -22,8 +22,8 @@ var (
 	includeLine  = regexp.MustCompile(`^#\s*include\s+(<[\w./-]+>)\s*$`)
 	presentLine  = regexp.MustCompile(`^#\s*(if|elif)\s+defined\s*\(?\s*(NV_\w+_PRESENT)\s*\)?\s*$`)
 	ifdefLine    = regexp.MustCompile(`^#\s*(ifdef|ifndef)\s+(NV_\w+_PRESENT)\s*$`)
-	elseLine     = regexp.MustCompile(`^#\s*else\b`)
-	endifLine    = regexp.MustCompile(`^#\s*endif\b`)
+	elseLine     = regexp.MustCompile(`^#\s*else\s*(?:/\*[^*]*\*/\s*)?$`)
+	endifLine    = regexp.MustCompile(`^#\s*endif\s*(?:/\*[^*]*\*/\s*)?$`)
 	defineLine   = regexp.MustCompile(`^#\s*define\s+(NV_\w+_PRESENT)\b`)
 )
 

@@ -357,6 +357,32 @@ func TestKeys(t *testing.T) {
 	}
 }
 
+// A test whose text ends with the lines that another driver's test sees of headers.h is
+// another question: shell takes them for comments, and nothing defines the macros.
+func TestKeyOfLinesInText(t *testing.T) {
+	t.Parallel()
+	const line = "#define NV_ASM_PAGE_H_PRESENT\n"
+	key := func(scriptText, headers string) (string, string) {
+		t.Helper()
+		s, p := parse(t, scriptText, plan)
+		a := conftest.NewAsker(s, p, conftest.Basis{View: "v", Toolchain: "t", Recipe: "r"})
+		k, ok := a.TestKey("set_uc", headers)
+		if !ok {
+			t.Fatal("no key for set_uc")
+		}
+		return k, a.SheetKey()
+	}
+	text, _, _ := strings.Cut(script[strings.Index(script, "        set_uc"):], "        ;;")
+	honest, sheet := key(script, line)
+	forged, other := key(strings.Replace(script, text, text+line, 1), "")
+	if sheet != other {
+		t.Fatal("the two do not share a sheet")
+	}
+	if honest == forged {
+		t.Error("a test with the lines in its text has the key of one that sees them")
+	}
+}
+
 // The files are what make's rules write: each part once, and the release last.
 func TestFiles(t *testing.T) {
 	t.Parallel()

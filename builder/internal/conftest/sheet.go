@@ -77,7 +77,7 @@ func (a *Asker) Flags() string { return a.flags }
 
 // SheetKey names the sheet that holds the answers.
 func (a *Asker) SheetKey() string {
-	return digest("conftest sheet 2", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
+	return digest("conftest sheet 3", a.basis.View, a.basis.Toolchain, a.basis.Host, a.basis.Recipe, a.plan.CC, a.plan.Arch, a.plan.Sources, a.plan.Output, a.flags, a.script.frame())
 }
 
 // HeaderKey is the key of the question whether a header is there; "" stands for
@@ -87,7 +87,7 @@ func (a *Asker) HeaderKey(header string) string { return digest("header", header
 // TestKey is the key of a compile test, once headers.h is known.
 func (a *Asker) TestKey(test, headers string) (string, bool) {
 	text, ok := a.script.find(test)
-	return digest("test", test, text+a.Seen(test, headers)), ok
+	return digest("test", test, text, a.Seen(test, headers)), ok
 }
 
 // Seen is the part of headers.h that a test's program may see: the lines about

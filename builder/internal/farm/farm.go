@@ -90,8 +90,16 @@ func FailureOf(err error) Failure {
 }
 
 // Lasting reports whether the same inputs fail the same way each time. A load
-// test does not count: its machine may have been too busy.
-func Lasting(kind fault.Kind) bool {
+// test does not count, whatever it fails of: its machine may have been too busy,
+// and other settings do without.
+func Lasting(kind fault.Kind, res *pipeline.Result) bool {
+	if res != nil {
+		for _, p := range res.Phases {
+			if p.Name == "load test" && p.Of == "" && p.Failed {
+				return false
+			}
+		}
+	}
 	return kind == fault.APIBreak || kind == fault.Unsupported || kind == fault.CheckFailed
 }
 

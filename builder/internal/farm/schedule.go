@@ -279,7 +279,7 @@ func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error
 	}
 	f.put(j, stateOf(j.Cell, known), &known)
 	var twins []*job
-	if Lasting(kind) {
+	if Lasting(kind, res) {
 		key := j.same()
 		f.failed[key] = j
 		for _, other := range f.jobs {
@@ -290,7 +290,7 @@ func (f *farm) made(ctx context.Context, j *job, res *pipeline.Result, err error
 	}
 	f.mu.Unlock()
 	f.say(Event{Job: j.Job, Kind: Settled})
-	if Lasting(kind) {
+	if Lasting(kind, res) {
 		f.remember(ctx, j, known)
 	}
 	for _, twin := range twins {

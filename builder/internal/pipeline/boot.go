@@ -92,7 +92,7 @@ func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, 
 		return err
 	}
 	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers", r.kernel.HeadersDigest).
-		Add("toolchain", r.kernel.ToolchainDigest).Add("emulated GPU", revision).Add("arguments", cosArguments).String()
+		Add("toolchain", r.kernel.ToolchainDigest).Add("host tools", r.host).Add("emulated GPU", revision).Add("arguments", cosArguments).String()
 	dir, _, err := r.products.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
 		if err := r.writeImage(vmlinux, filepath.Join(dir, vm.BootKernel)); err != nil {
 			return err
