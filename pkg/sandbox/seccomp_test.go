@@ -25,7 +25,8 @@ const inFilter = "PREBAKE_TEST_SECCOMP"
 // error's name. The kernel is asked, not the filter's text.
 func tryCalls() {
 	call := func(name string, number uintptr, args ...uintptr) {
-		a := append(args, make([]uintptr, 6-len(args))...)
+		var a [6]uintptr
+		copy(a[:], args)
 		_, _, errno := unix.Syscall6(number, a[0], a[1], a[2], a[3], a[4], a[5])
 		fmt.Printf("%s %s\n", name, unix.ErrnoName(errno))
 	}

@@ -372,7 +372,8 @@ func TestKeyOfLinesInText(t *testing.T) {
 		}
 		return k, a.SheetKey()
 	}
-	text, _, _ := strings.Cut(script[strings.Index(script, "        set_uc"):], "        ;;")
+	_, text, _ := strings.Cut(script, "        set_uc)\n")
+	text, _, _ = strings.Cut(text, "        ;;")
 	honest, sheet := key(script, line)
 	forged, other := key(strings.Replace(script, text, text+line, 1), "")
 	if sheet != other {
