@@ -40,7 +40,8 @@ func (l lenient) RoundTrip(req *http.Request) (*http.Response, error) {
 	switch {
 	case strings.Contains(req.URL.Path, "/referrers/"):
 		switch resp.StatusCode {
-		case http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusGone, http.StatusUnsupportedMediaType, http.StatusNotImplemented:
+		// 400 is Quay's for a manifest that it does not have (quay/quay#3071).
+		case http.StatusBadRequest, http.StatusForbidden, http.StatusMethodNotAllowed, http.StatusNotAcceptable, http.StatusGone, http.StatusUnsupportedMediaType, http.StatusNotImplemented:
 			return absent(resp), nil
 		case http.StatusOK:
 			// Some add a charset; some answer every path with a page for people.
@@ -82,6 +83,11 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		Manifests json.RawMessage `json:"manifests"`
 	}
 	if json.Unmarshal(raw, &fields) != nil || json.Unmarshal(raw, &kind) != nil || kind.Manifests == nil || kind.MediaType != "" && kind.MediaType != types.OCIImageIndex {
+		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == "sha256:"+strings.TrimPrefix(path.Base(req.URL.Path), "sha256-") {
+			// GitLab's, which has no referrers API either (oras-project/oras-go#1396).
+			return nil, fault.New(fault.PublishRefused, req.URL.Host+" takes the tag "+path.Base(req.URL.Path)+" for the digest, and has no referrers API",
+				"publish to a registry that can list statements about an artifact; this one can keep none")
+		}
 		if req.Context().Value(attaching{}) != nil {
 			return nil, fault.New(fault.PublishRefused, "tag "+path.Base(req.URL.Path)+" is no list of referrers",
 				"remove that tag by hand: without the referrers API it is where statements about the artifact are listed")

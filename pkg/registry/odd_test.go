@@ -3,7 +3,6 @@ package registry_test
 import (
 	"bytes"
 	"encoding/json"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
@@ -266,27 +265,5 @@ func edit(t *testing.T, file string, keep func(d v1.Descriptor) bool) {
 	}
 	if err := os.WriteFile(file, raw, 0o644); err != nil {
 		t.Fatal(err)
-	}
-}
-
-// A repository that has to be made by hand is named, with the way to make it: the
-// answer is written after Amazon ECR's, and not recorded.
-func TestUnknownRepository(t *testing.T) {
-	t.Parallel()
-	tr := answer(func(r *http.Request) (*http.Response, error) {
-		switch {
-		case r.URL.Path == "/v2/":
-			return reply(r, 200, strings.NewReader(""), ""), nil
-		case r.Method == http.MethodGet || r.Method == http.MethodHead:
-			return reply(r, 404, strings.NewReader(""), "application/json"), nil
-		}
-		return reply(r, 404, io.NopCloser(strings.NewReader(`{"errors":[{"code":"NAME_UNKNOWN","message":"The repository with name 'x/y' does not exist in the registry with id '123456789012'"}]}`)), "application/json"), nil
-	})
-	repo, err := registry.Open("123456789012.dkr.ecr.eu-west-1.amazonaws.com/x/y", registry.Options{Transport: tr, Username: "u", Password: "p"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := repo.CheckPush(t.Context()); fault.Of(err) != fault.PublishRefused || !strings.Contains(fault.Hint(err), "create-repository --repository-name x/y") {
-		t.Errorf("CheckPush = %v (%v, hint %q); want the way to make the repository", err, fault.Of(err), fault.Hint(err))
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -203,8 +204,20 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 			return err
 		}
 	}
+	// Quay answers out of a cache, up to a minute old (quay/quay#6510).
+	for wait, waited := time.Second, time.Duration(0); waited < maxStale; waited, wait = waited+wait, min(2*wait, 15*time.Second) {
+		if err := sleep(ctx, wait); err != nil {
+			return err
+		}
+		if listed, err := s.listed(ctx, a); listed || err != nil {
+			return err
+		}
+	}
 	return fault.New(fault.Transient, "the registry does not list what was attached", "try again; if it stays so, use a registry with the OCI referrers API")
 }
+
+// maxStale is how long a list of referrers may be behind.
+const maxStale = 75 * time.Second
 
 func (s *remoteStore) listed(ctx context.Context, a *attachment) (bool, error) {
 	list, err := s.referrers(ctx, a.subject.String())
@@ -269,7 +282,12 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 		return fault.Wrap(fault.Usage, err, host+" speaks plain HTTP: say so in the configuration of this repository")
 	}
 	if onNetwork(err) {
-		return fault.Wrap(fault.Transient, err, "check that "+host+" can be reached from here")
+		hint := "check that " + host + " can be reached from here"
+		if write && strings.Contains(host, ".dkr.ecr.") {
+			// aws/containers-roadmap#1970
+			hint += "; Amazon ECR hangs up where there is no such repository: " + createECR(s.repo)
+		}
+		return fault.Wrap(fault.Transient, err, hint)
 	}
 	if write {
 		return err
@@ -296,6 +314,11 @@ func unknownName(api *transport.Error) bool {
 	return slices.ContainsFunc(api.Errors, func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
 }
 
+// createECR is the command that makes a repository there.
+func createECR(repo name.Repository) string {
+	return "aws ecr create-repository --repository-name " + repo.RepositoryStr()
+}
+
 // answered maps a registry's answer.
 func answered(repo name.Repository, api *transport.Error, err error, write bool) error {
 	host, status := repo.RegistryStr(), api.StatusCode
@@ -303,13 +326,13 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 	switch {
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
 		if write {
-			return fault.Wrap(fault.PublishRefused, err, login+" that may push")
+			return fault.Wrap(fault.PublishRefused, err, login+" that may push; Harbor answers so, too, where the project does not exist")
 		}
 		return fault.Wrap(fault.Usage, err, login)
 	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
 		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
 	case write && unknownName(api):
-		return fault.Wrap(fault.PublishRefused, err, "make the repository "+repo.RepositoryStr()+" first: "+host+" makes none on push (Amazon ECR: aws ecr create-repository --repository-name "+repo.RepositoryStr()+"; Harbor: its project)")
+		return fault.Wrap(fault.PublishRefused, err, "make the repository "+repo.RepositoryStr()+" first: "+host+" makes none on push (Amazon ECR: "+createECR(repo)+"; Harbor: its project)")
 	case write:
 		return fault.Wrap(fault.PublishRefused, err, "read the registry's answer; builder doctor --to "+repo.Name()+" tries the same without a build")
 	case status == http.StatusNotFound:

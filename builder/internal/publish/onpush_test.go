@@ -18,8 +18,10 @@ import (
 
 // onPush is a registry that makes a repository when somebody who may push asks for
 // a token, and says of one that is not there what it says of one that is secret.
-// The exchange is that of the distribution project's token specification; the answers
-// are written after what is known of Quay, and not recorded.
+// The exchange is that of the distribution project's token specification; status,
+// challenge and scopes are Quay's, as recorded in helm/helm#31567 (2025-11-25) and
+// helm/helm#32144 (2026-05-22), where a client that kept its token for reading could
+// not push.
 func onPush(t *testing.T) string {
 	t.Helper()
 	var made atomic.Bool
@@ -37,7 +39,12 @@ func onPush(t *testing.T) string {
 			w.Header().Set("Content-Type", "application/json")
 			_, _ = io.WriteString(w, `{"token":"`+answer+`"}`)
 		case token == "" || !made.Load() || token == "pull" && r.Method != http.MethodGet && r.Method != http.MethodHead:
-			w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token",service="registry"`)
+			scope := "repository:prebake/driver:pull"
+			if r.Method != http.MethodGet && r.Method != http.MethodHead {
+				scope += ",push"
+			}
+			w.Header().Set("WWW-Authenticate", `Bearer realm="http://`+r.Host+`/token",service="`+r.Host+`",scope="`+scope+`"`)
+			w.Header().Set("Docker-Distribution-Api-Version", "registry/2.0")
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(http.StatusUnauthorized)
 			_, _ = io.WriteString(w, `{"errors":[{"code":"UNAUTHORIZED","detail":{},"message":"access to the requested resource is not authorized"}]}`)
