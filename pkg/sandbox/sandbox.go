@@ -307,7 +307,12 @@ func arguments(c Config) []string {
 
 // memoryFile returns a file that is nowhere but in memory, at its beginning.
 func memoryFile(text string) (*os.File, error) {
-	fd, err := unix.MemfdCreate("prebake", unix.MFD_CLOEXEC)
+	// vm.memfd_noexec may want it said that nobody runs the file; kernels before 6.3
+	// do not know the word.
+	fd, err := unix.MemfdCreate("prebake", unix.MFD_CLOEXEC|unix.MFD_NOEXEC_SEAL)
+	if errors.Is(err, unix.EINVAL) {
+		fd, err = unix.MemfdCreate("prebake", unix.MFD_CLOEXEC)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("make a file in memory: %w", err)
 	}
