@@ -30,9 +30,11 @@ const (
 	insideBegin = "/prebake/begin"
 	insideFront = "/prebake/front"
 
-	// minBeginning is how many programs have to begin alike: making a precompiled
-	// header costs about as much as three of them.
-	minBeginning = 4
+	// How many programs have to begin alike. Making a precompiled header costs gcc
+	// about as much as three of them, and clang as much as one and a half.
+	minBeginning      = 4
+	minBeginningClang = 3
+
 	maxBeginText = 64 << 10
 )
 
@@ -62,7 +64,10 @@ func (a *answers) assignBeginnings(open []question, dir string) {
 		return // headers may ask what the answers are
 	}
 	candidates := make([][]conftest.Beginning, len(open))
-	longest, made := 0, 0
+	longest, made, least := 0, 0, minBeginning
+	if a.t.clang {
+		least = minBeginningClang
+	}
 	for i, q := range open {
 		if q.test != "" {
 			candidates[i] = a.script.Beginnings(q.test, q.headers)
@@ -78,7 +83,7 @@ func (a *answers) assignBeginnings(open []question, dir string) {
 			}
 		}
 		for _, name := range slices.Sorted(maps.Keys(same)) {
-			if len(same[name]) < minBeginning {
+			if len(same[name]) < least {
 				continue
 			}
 			b := &beginning{headers: candidates[same[name][0]][n-1].Headers, left: len(same[name]), at: filepath.Join(dir, "begin-"+strconv.Itoa(made))}
