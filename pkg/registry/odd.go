@@ -83,9 +83,12 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		Manifests json.RawMessage `json:"manifests"`
 	}
 	if json.Unmarshal(raw, &fields) != nil || json.Unmarshal(raw, &kind) != nil || kind.Manifests == nil || kind.MediaType != "" && kind.MediaType != types.OCIImageIndex {
-		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == "sha256:"+strings.TrimPrefix(path.Base(req.URL.Path), "sha256-") {
+		tag := path.Base(req.URL.Path)
+		digest := "sha256:" + strings.TrimPrefix(tag, "sha256-")
+		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
 			// GitLab's, which has no referrers API either (oras-project/oras-go#1396).
-			return nil, fault.New(fault.PublishRefused, req.URL.Host+" takes the tag "+path.Base(req.URL.Path)+" for the digest, and has no referrers API",
+			return nil, fault.New(fault.PublishRefused,
+				req.URL.Host+" takes the tag "+tag+" for the digest, and has no referrers API",
 				"publish to a registry that can list statements about an artifact; this one can keep none")
 		}
 		if req.Context().Value(attaching{}) != nil {

@@ -171,7 +171,8 @@ func (b *beginning) makeOnce(ctx context.Context, a *answers, dir string) error 
 	if err != nil {
 		return nil //nolint:nilerr // a script of another shape goes without
 	}
-	work, told, front, begin := filepath.Join(dir, "work"), filepath.Join(dir, "trouble"), filepath.Join(dir, "front"), filepath.Join(dir, "begin")
+	work, told := filepath.Join(dir, "work"), filepath.Join(dir, "trouble")
+	front, begin := filepath.Join(dir, "front"), filepath.Join(dir, "begin")
 	err = errors.Join(os.MkdirAll(begin, 0o755), a.front(front, beginMakeScript),
 		write(filepath.Join(work, "conftest.sh"), string(script), 0o644),
 		write(filepath.Join(work, "conftest/headers.h"), a.asker.SeenByAll(a.present), 0o644))
@@ -183,7 +184,9 @@ func (b *beginning) makeOnce(ctx context.Context, a *answers, dir string) error 
 		return err
 	}
 	box = withFront(box, front)
-	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideAsk, Writable: true}, sandbox.Bind{Host: begin, Inside: insideBegin, Writable: true})
+	box.Binds = append(box.Binds,
+		sandbox.Bind{Host: work, Inside: insideAsk, Writable: true},
+		sandbox.Bind{Host: begin, Inside: insideBegin, Writable: true})
 	box.Dir, box.MaxOutput = insideAsk, 1<<20
 	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 1<<30
 	box.Argv = a.askArguments(question{argv: []string{conftest.ModeTest, a.asker.Flags(), test}})

@@ -144,12 +144,11 @@ func (r *run) pack(ctx context.Context) (string, error) {
 		if l.err != nil {
 			return "", fmt.Errorf("%s layer: %w", kind, l.err)
 		}
-		layer, cached := l.Layer, l.cached
-		if cached {
+		if l.cached {
 			reused++
 		}
-		fmt.Fprintf(r.log, "%s layer %s, %d bytes\n", kind, layer.Digest, layer.Size)
-		r.res.Layers = append(r.res.Layers, layer)
+		fmt.Fprintf(r.log, "%s layer %s, %d bytes\n", kind, l.Digest, l.Size)
+		r.res.Layers = append(r.res.Layers, l.Layer)
 	}
 	var size int64
 	for _, l := range r.res.Layers {

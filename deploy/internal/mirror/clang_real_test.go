@@ -42,20 +42,8 @@ func TestClangKernel(t *testing.T) {
 	build := filepath.Join(mirror, "cos", kernel.BuildID, kernel.Board)
 	checkSignatures(t, build, checkClangBuild(t, build, kernel.Release), kernel.Release)
 
-	key := filepath.Join(dir, "key")
-	builder(nil, "keygen", key)
-	var done struct {
-		Driver   target.Driver
-		LoadTest verdict
-	}
-	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
-		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
-		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
+	v := buildClang(t, builder, mirror, dir, kernel)
 	checkAnswers(t, filepath.Join(dir, "cache"))
-	v := done.LoadTest
-	if v.State != stateLoaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
-		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
-	}
 	var loaded []string
 	for _, m := range v.Modules {
 		if m.Load == loadOK {
@@ -73,12 +61,31 @@ func TestClangKernel(t *testing.T) {
 
 	// What caches and preambles leave out makes no other module.
 	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=60m", "-run=^TestRealSameBytes$", "github.com/prebake/prebake/builder/internal/compile")
-	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+done.Driver.Version)
+	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+v.NVMLVersion)
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)
 	if err != nil {
 		t.Errorf("same bytes: %v", err)
 	}
+}
+
+// buildClang builds the newest driver for the kernel with everything below dir, and
+// returns the verdict of its load test, which has to be "loaded".
+func buildClang(t *testing.T, builder func(out any, args ...string), mirror, dir string, kernel Build) verdict {
+	t.Helper()
+	key := filepath.Join(dir, "key")
+	builder(nil, "keygen", key)
+	var done built
+	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
+		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
+		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"),
+		"--load-test", "require", "--output", "json")
+	v := done.LoadTest
+	if v.State != stateLoaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
+		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s",
+			v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
+	}
+	return v
 }
 
 // TestClangCell has the builder make and load-test a driver for that kernel out of
@@ -115,19 +122,7 @@ func TestClangCell(t *testing.T) {
 	if notes := linked.Section(".notes"); notes == nil {
 		t.Error("vmlinux has no notes")
 	}
-	key := filepath.Join(dir, "key")
-	builder(nil, "keygen", key)
-	var done struct {
-		Driver   target.Driver
-		LoadTest verdict
-	}
-	builder(&done, "build", "--build-id", kernel.BuildID, "--driver", "latest", "--flavour", "proprietary",
-		"--kernel-mirror", "file://"+mirror+"/cos", "--driver-mirror", "file://"+mirror+"/drivers",
-		"--cache", filepath.Join(dir, "cache"), "--key", key, "--to", "oci:"+filepath.Join(dir, "out"), "--load-test", "require", "--output", "json")
-	v := done.LoadTest
-	if v.State != stateLoaded || v.NVMLVersion != done.Driver.Version || v.Release != kernel.Release {
-		t.Errorf("load test: %s %s, NVML %q, kernel %q; want loaded, %s, %s", v.State, v.Reason, v.NVMLVersion, v.Release, done.Driver.Version, kernel.Release)
-	}
+	v := buildClang(t, builder, mirror, dir, kernel)
 	for i, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} { // DRM is built in
 		if i >= len(v.Modules) || v.Modules[i].Name != name || v.Modules[i].Load != loadOK {
 			t.Errorf("modules %+v; want %s loaded", v.Modules, name)
