@@ -259,13 +259,7 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 	case w == target.Latest:
 		version = l.Latest
 	case isBranch:
-		if version = l.Branches[branch]; version == "" {
-			for _, v := range l.Versions {
-				if target.Branch(v) == branch && (version == "" || target.CompareVersions(v, version) > 0) {
-					version = v
-				}
-			}
-		}
+		version = l.newest()[branch]
 	default:
 		_, err := target.ParseWish(string(w))
 		return "", fault.Wrap(fault.Usage, err, "")
@@ -284,15 +278,23 @@ func (l DriverList) offerGPUs() string {
 	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + "; or without a GPU type"
 }
 
-// offer says what may be asked for in the place of what COS does not name.
-func (l DriverList) offer() string {
+// newest returns the version that COS names for each branch, or else the highest
+// that it lists. An edition with a suffix is asked for by its name only.
+func (l DriverList) newest() map[string]string {
 	newest := map[string]string{}
-	maps.Copy(newest, l.Branches)
-	for _, v := range l.Versions { // lowest first
-		if b := target.Branch(v); l.Branches[b] == "" {
+	for _, v := range l.Versions {
+		b := target.Branch(v)
+		if target.ModuleVersion(v) == v && (newest[b] == "" || target.CompareVersions(v, newest[b]) > 0) {
 			newest[b] = v
 		}
 	}
+	maps.Copy(newest, l.Branches)
+	return newest
+}
+
+// offer says what may be asked for in the place of what COS does not name.
+func (l DriverList) offer() string {
+	newest := l.newest()
 	var words []string
 	for _, row := range []struct{ name, version string }{{string(target.Default), l.Default}, {string(target.Latest), l.Latest}} {
 		if row.version != "" {

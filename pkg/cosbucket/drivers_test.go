@@ -31,7 +31,7 @@ func TestChoose(t *testing.T) {
 	t.Parallel()
 	list := cosbucket.DriverList{
 		Default: "535.261.03", Branches: map[string]string{"R535": "535.261.03"},
-		Versions: []string{"470.82.1", "470.256.2", "535.261.03", "535.309.01"},
+		Versions: []string{"470.82.1", "470.256.2", "470.256.2-grid", "535.261.03", "535.309.01"},
 	}
 	tests := []struct {
 		wish target.Wish
@@ -44,6 +44,7 @@ func TestChoose(t *testing.T) {
 		{"R470", "470.256.2", 0},
 		{"R580", "", fault.Unsupported},
 		{"580.1.2", "580.1.2", 0},
+		{"470.256.2-grid", "470.256.2-grid", 0}, // by its name only
 		{"nonsense", "", fault.Usage},
 	}
 	for _, test := range tests {

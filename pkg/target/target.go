@@ -53,7 +53,7 @@ var (
 	buildIDPattern = regexp.MustCompile(`^[0-9]{1,9}\.[0-9]{1,9}\.[0-9]{1,9}$`)
 	boardPattern   = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,63}$`)
 	commitPattern  = regexp.MustCompile(`^[0-9a-f]{40}$`)
-	versionPattern = regexp.MustCompile(`^[0-9]{1,5}(\.[0-9]{1,5}){1,3}$`)
+	versionPattern = regexp.MustCompile(`^[0-9]{1,5}(\.[0-9]{1,5}){1,3}((?:-[a-z][a-z0-9]{0,15}){0,2})$`)
 	branchPattern  = regexp.MustCompile(`^R[0-9]{3,4}$`)
 )
 
@@ -101,7 +101,8 @@ func ParseFlavour(s string) (Flavour, error) {
 
 // Driver is one NVIDIA release in one flavour.
 type Driver struct {
-	// Version is NVIDIA's, such as 535.261.03.
+	// Version is NVIDIA's, such as 535.261.03, with the suffix of its runfile where
+	// that has one, such as 535.261.03-grid; see [ModuleVersion].
 	Version string  `json:"version"`
 	Flavour Flavour `json:"flavour"`
 }
@@ -112,7 +113,7 @@ func (d Driver) String() string { return d.Version + "-" + string(d.Flavour) }
 // ParseDriver checks a version and a flavour.
 func ParseDriver(version, flavour string) (Driver, error) {
 	if !ValidVersion(version) {
-		return Driver{}, fmt.Errorf("driver version %q: want numbers with dots, as in 535.261.03", version)
+		return Driver{}, fmt.Errorf("driver version %q: want numbers with dots, as in 535.261.03 or 535.261.03-grid", version)
 	}
 	f, err := ParseFlavour(flavour)
 	if err != nil {
@@ -121,8 +122,34 @@ func ParseDriver(version, flavour string) (Driver, error) {
 	return Driver{Version: version, Flavour: f}, nil
 }
 
-// ValidVersion reports whether s has the form of an NVIDIA driver version.
-func ValidVersion(s string) bool { return versionPattern.MatchString(s) }
+// Modules returns the driver as its own modules, libraries and firmware name it:
+// a loaded driver does not know the suffix of the runfile that it came in.
+func (d Driver) Modules() Driver { return Driver{ModuleVersion(d.Version), d.Flavour} }
+
+// ValidVersion reports whether s has the form of an NVIDIA driver version: up to
+// four numbers with dots, and up to two words behind dashes, which name an edition
+// of the release, as NVIDIA-Linux-x86_64-535.261.03-grid.run is the one for guests
+// of vGPU. A flavour's name is no such word, since it follows a version in tags.
+func ValidVersion(s string) bool {
+	m := versionPattern.FindStringSubmatch(s)
+	if m == nil {
+		return false
+	}
+	for word := range strings.SplitSeq(m[2], "-") {
+		if _, err := ParseFlavour(word); err == nil {
+			return false
+		}
+	}
+	return true
+}
+
+// ModuleVersion returns a driver version without the suffix of its runfile. This
+// is what the modules, NVML and the kernel's log say, and what the names of
+// libraries and of the firmware's folder hold.
+func ModuleVersion(version string) string {
+	number, _, _ := strings.Cut(version, "-")
+	return number
+}
 
 // Branch returns the driver branch, such as R535 for 535.261.03.
 func (d Driver) Branch() string { return Branch(d.Version) }
@@ -133,9 +160,11 @@ func Branch(version string) string {
 	return "R" + major
 }
 
-// CompareVersions orders driver versions by number, field by field; it returns
-// -1, 0 or 1 and orders missing fields first.
+// CompareVersions orders driver versions by number, field by field, and then by
+// suffix; it returns -1, 0 or 1 and orders missing fields first.
 func CompareVersions(a, b string) int {
+	a, suffix, _ := strings.Cut(a, "-")
+	b, other, _ := strings.Cut(b, "-")
 	as, bs := strings.Split(a, "."), strings.Split(b, ".")
 	for i := 0; i < len(as) || i < len(bs); i++ {
 		x, y := -1, -1
@@ -152,7 +181,7 @@ func CompareVersions(a, b string) int {
 			return 1
 		}
 	}
-	return 0
+	return strings.Compare(suffix, other)
 }
 
 // Wish is what a node or a person asks for before a version is chosen.

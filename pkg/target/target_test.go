@@ -1,6 +1,7 @@
 package target_test
 
 import (
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/target"
@@ -38,7 +39,18 @@ func TestParseDriver(t *testing.T) {
 	if err != nil || d.Branch() != "R535" || d.String() != "535.261.03-open" {
 		t.Errorf("ParseDriver = %v (branch %s), %v; want 535.261.03-open of R535", d, d.Branch(), err)
 	}
-	for _, row := range [][2]string{{"535", "open"}, {"535.x", "open"}, {"535.261.03", "closed"}, {"", ""}, {"535.1/..", "open"}} {
+	// Names of runfiles in the GRID folders of Google's nvidia-drivers-*-public buckets.
+	for _, version := range []string{"535.129.03-grid", "550.54.15-grid-gcp", "470.103.01-vgpu-kvm", "535.129.03-no-compat32"} {
+		d, err := target.ParseDriver(version, "proprietary")
+		number, _, _ := strings.Cut(version, "-")
+		if want := (target.Driver{Version: number, Flavour: target.Proprietary}); err != nil || d.Modules() != want || d.Branch() != "R"+number[:3] {
+			t.Errorf("ParseDriver(%s) = %v of %s, modules %v, %v; want modules %v", version, d, d.Branch(), d.Modules(), err, want)
+		}
+	}
+	for _, row := range [][2]string{
+		{"535", "open"}, {"535.x", "open"}, {"535.261.03", "closed"}, {"", ""}, {"535.1/..", "open"},
+		{"535.261.03-open", "open"}, {"535.261.03-grid-proprietary", "open"}, {"535.261.03-", "open"}, {"535.261.03-Grid", "open"}, {"535.261.03-a-b-c", "open"}, {"535.261.03-..", "open"},
+	} {
 		if d, err := target.ParseDriver(row[0], row[1]); err == nil {
 			t.Errorf("ParseDriver(%q, %q) = %v; want an error", row[0], row[1], d)
 		}
@@ -72,7 +84,7 @@ func TestParseWish(t *testing.T) {
 
 func TestCompareVersions(t *testing.T) {
 	t.Parallel()
-	ordered := []string{"470.256.02", "535.9", "535.54.03", "535.261", "535.261.03", "550.54.14", "1000.1"}
+	ordered := []string{"470.256.02", "535.9", "535.54.03", "535.261", "535.261.03", "535.261.03-grid", "535.261.03-vgpu", "550.54.14", "1000.1"}
 	for i, a := range ordered {
 		for j, b := range ordered {
 			want := 0

@@ -101,7 +101,7 @@ func (k *keeper) readHeader(name string) *words {
 // that a view hides may have gone in: the object was made of a header that hides
 // a macro, and another of its files names the macro, in whatever context.
 func (k *keeper) made(c command) (v variant, ok bool) {
-	v = variant{Version: k.r.Driver.Version, Generated: map[string]string{}}
+	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string
 	var read []*words
 	for _, dep := range append(slices.Clone(c.deps), "include/generated/autoconf.h") {

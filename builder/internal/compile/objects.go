@@ -199,7 +199,7 @@ func (o *objects) inputs(v variant, read func(name string) *words) (string, bool
 		key.Add("generated "+name, v.Generated[name])
 	}
 	if named["NV_VERSION_STRING"] || o.debug {
-		key.Add("version", o.r.Driver.Version)
+		key.Add("version", o.r.Driver.Modules().Version)
 	}
 	return key.Add("answers", answersAbout(o.answers, named)).String(), true
 }
@@ -275,7 +275,7 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	}
 	// The command tells the driver's version to every file; this one does not
 	// look at it, or the version would be among its inputs.
-	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`), []byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Version+`\"`))
+	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`), []byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))
 	// The copies' times are now: not older than what they were made of.
 	if err := hostfile.Copy(file, filepath.Join(dir, "object")); err != nil {

@@ -77,7 +77,7 @@ func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version s
 
 func fetch(ctx context.Context, b input.Source, cache *cas.Cache, version string, arch target.Arch, say func(string)) (*Release, error) {
 	if !target.ValidVersion(version) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("driver version %q: want numbers with dots", version), "name a version such as 535.261.03")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("driver version %q: want numbers with dots", version), "name a version such as 535.261.03, or 535.261.03-grid")
 	}
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, version: version, arch: arch}
 	r, err := f.run(ctx)
@@ -233,7 +233,7 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 		f.Sayf("%v: libraries are told by their SONAME", err)
 		return nil, nil
 	}
-	if m.Version != f.version {
+	if m.Version != target.ModuleVersion(f.version) {
 		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version), "put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {

@@ -258,6 +258,30 @@ func TestFetchAndStage(t *testing.T) {
 	}
 }
 
+// An edition's files bear the release's own version, and its runfile the suffix.
+func TestEdition(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	lay(t, dir, version+"-grid", runfile(t, driverFiles(t), false), "")
+	r, _, err := fetch(t, dir, version+"-grid")
+	if err != nil {
+		t.Fatal(err)
+	}
+	user, firmware := t.TempDir(), t.TempDir()
+	if err := errors.Join(r.StageUserspace(user), r.StageFirmware(firmware)); err != nil {
+		t.Fatal(err)
+	}
+	if got := layout(t, user)["lib64/libcuda.so"]; r.Version != version+"-grid" || got != "libcuda.so.1" {
+		t.Errorf("release %s, libcuda.so is %q; want a link to libcuda.so.1", r.Version, got)
+	}
+	if got := layout(t, firmware); got["firmware/nvidia/"+version+"/gsp_tu10x.bin"] == "" {
+		t.Errorf("firmware %v; want it where the driver looks for it", got)
+	}
+	if _, _, err := fetch(t, dir, version); !fault.Is(err, fault.InputMissing) || !strings.Contains(fault.Hint(err), version+"-grid") {
+		t.Errorf("the release without its edition: %v, hint %q; want the edition named", err, fault.Hint(err))
+	}
+}
+
 func TestStageWithoutManifest(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{"", "not a manifest\n"} {

@@ -13,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/hostfile"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // StageRecipe names what the Stage functions make of a release. It changes
@@ -97,7 +98,7 @@ func (r *Release) StageFirmware(dst string) error {
 	if err != nil {
 		return err
 	}
-	to := path.Join(firmwareDir, r.Version)
+	to := path.Join(firmwareDir, target.ModuleVersion(r.Version))
 	layout := map[string]item{}
 	for _, name := range names {
 		layout[path.Join(to, filepath.Base(name))] = item{src: path.Join("firmware", filepath.Base(name))}
@@ -171,7 +172,7 @@ func (r *Release) byName() (map[string]item, error) {
 	}
 	// Programs open these two by their plain names too.
 	for _, plain := range []string{"libcuda.so", "libnvidia-ml.so", "libnvcuvid.so", "libnvidia-encode.so"} {
-		if _, ok := layout[path.Join(libDir, plain+"."+r.Version)]; ok {
+		if _, ok := layout[path.Join(libDir, plain+"."+target.ModuleVersion(r.Version))]; ok {
 			layout[path.Join(libDir, plain)] = item{link: plain + ".1"}
 		}
 	}

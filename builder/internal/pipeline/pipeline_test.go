@@ -155,6 +155,12 @@ func (f *farm) checked(t *testing.T, name string, data []byte) {
 // driver lays out an NVIDIA release.
 func (f *farm) driver(t *testing.T, files map[string]string) {
 	t.Helper()
+	f.edition(t, version, files)
+}
+
+// edition lays out an NVIDIA release under a version with a suffix.
+func (f *farm) edition(t *testing.T, version string, files map[string]string) {
+	t.Helper()
 	run := bytes.NewBufferString("#!/bin/sh\nskip=\"20\"\n" + strings.Repeat(":\n", 18))
 	zw, err := zstd.NewWriter(run)
 	if err != nil {
@@ -322,6 +328,25 @@ func TestBuild(t *testing.T) {
 		}
 		f.verified(t, res, 4+i)
 	}
+}
+
+// Google's buckets have editions of a release beside it, such as the one for guests
+// of vGPU. It is another artifact; its modules bear the release's own version.
+func TestEdition(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	files := driverFiles()
+	files["nvidia-gridd*"] = "ELF"
+	f.edition(t, version+"-grid", files)
+	cfg := f.config(t, emptyCache(t))
+	plain := must(t, cfg, request("17800.0.9"))
+	r := request("17800.0.9")
+	r.Driver = version + "-grid"
+	res := must(t, cfg, r)
+	if res.Digest == plain.Digest || res.Driver.Version != version+"-grid" || !strings.HasPrefix(res.Tag, version+"-grid-open-") {
+		t.Errorf("the edition is %s %s, tag %s; the release %s", res.Digest, res.Driver, res.Tag, plain.Digest)
+	}
+	f.verified(t, res, 4)
 }
 
 // What is published is compiled again unless it is certain that this would

@@ -62,7 +62,7 @@ func (r *run) check(ctx context.Context) (string, error) {
 	}
 	kernel := gate.Kernel{
 		Headers: r.kernel.Headers, Boot: r.kernel.Boot, Release: r.kernel.Kernel.Release, Arch: r.kernel.Kernel.Arch,
-		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Version, BTF: r.kernel.BTF,
+		Fingerprint: r.kernel.Fingerprint, Version: r.res.Driver.Modules().Version, BTF: r.kernel.BTF,
 	}
 	if r.carries().byGoogle() {
 		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
@@ -118,7 +118,7 @@ func (r *run) loadTest(ctx context.Context) (string, error) {
 	}
 	verdict, err := loadtest.Run(ctx, loadtest.Config{
 		Boot: r.boot.dir, Modules: r.modules, Userspace: user, Firmware: firmware,
-		Version: r.res.Driver.Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
+		Version: r.res.Driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
 	}, r.log)
 	// What changed under the machine explains every refusal, and makes every
 	// success worthless.

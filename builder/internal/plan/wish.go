@@ -87,7 +87,7 @@ type Driver struct {
 
 // DriverForm is the mapping form of a [Driver], for the schema.
 type DriverForm struct {
-	// Version is NVIDIA's, such as 535.261.03.
+	// Version is NVIDIA's, such as 535.261.03, or 535.261.03-grid where the bucket has that edition of it.
 	Version string `json:"version,omitempty"`
 	// Branch such as R535: the version that COS names for it.
 	Branch string `json:"branch,omitempty" jsonschema:"pattern=^R[0-9]{3\\,4}$"`

@@ -80,7 +80,7 @@ func (r Release) sources() ([]source, error) {
 		return nil, fault.Errorf(fault.Usage, "%s holds no nvidia.ko", r.Modules)
 	}
 	if r.Firmware != "" {
-		want := path.Join("firmware/nvidia", r.Driver.Version)
+		want := path.Join("firmware/nvidia", r.Driver.Modules().Version)
 		err := filepath.WalkDir(r.Firmware, func(file string, d fs.DirEntry, err error) error {
 			if err != nil || d.IsDir() {
 				return err

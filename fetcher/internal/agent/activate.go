@@ -108,7 +108,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, f
 			r.did("took the install back")
 		}
 	}
-	if before != nil && facts.Driver.Version != "" && before.Driver == facts.Driver {
+	if before != nil && facts.Driver.Version != "" && before.Driver.Modules() == facts.Driver {
 		if _, err := a.loader.Load(ctx, a.images(store, before)); err != nil {
 			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
 		} else {
@@ -162,10 +162,10 @@ func (a *Agent) replaces(facts *host.Facts, set *install.Set) bool {
 		return false
 	}
 	if facts.Driver.Version != "" {
-		return facts.Driver != set.Driver
+		return facts.Driver != set.Driver.Modules()
 	}
 	for _, m := range facts.Modules {
-		if m.Version != "" && m.Version != set.Driver.Version {
+		if m.Version != "" && m.Version != set.Driver.Modules().Version {
 			return true
 		}
 	}
@@ -254,12 +254,12 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 // setFirmwarePath tells the kernel where the driver's firmware is, unless it
 // finds it already.
 func (a *Agent) setFirmwarePath(r *Report, facts *host.Facts, set *install.Set) error {
-	inside := path.Join("firmware", "nvidia", set.Driver.Version)
+	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
 	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir, inside)); err != nil {
 		return nil // this release has no firmware
 	}
 	if facts.FirmwarePath != "" {
-		if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, facts.FirmwarePath, "nvidia", set.Driver.Version)); err == nil {
+		if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)); err == nil {
 			return nil
 		}
 	}
@@ -383,7 +383,7 @@ func (a *Agent) planLoad(r *Report, facts *host.Facts, set *install.Set) error {
 		for _, m := range facts.Modules {
 			r.did("unload %s", m.Name)
 		}
-	} else if facts.Driver == (target.Driver{}) || facts.Driver != set.Driver {
+	} else if facts.Driver == (target.Driver{}) || facts.Driver != set.Driver.Modules() {
 		r.did("load %s", strings.Join(loaded, ", "))
 	}
 	return nil

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"maps"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -296,6 +298,30 @@ func TestInstall(t *testing.T) {
 	// The same again fetches, loads and changes nothing.
 	r, err = n.run(t, ref, p.Digest, c.Driver)
 	if err != nil || r.Changed || r.FetchedBytes != 0 || r.CachedBytes == 0 || len(n.kernel.calls) != 0 {
+		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
+	}
+}
+
+// An edition of a release has a suffix, of which its modules, NVML and the kernel
+// know nothing. It is installed, and then seen to be what is loaded.
+func TestEdition(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	c := sample.NewCell(t, buildA, newVersion+"-grid")
+	ref := testkit.Registry(t, true) + "/prebake/driver"
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	r, err := n.run(t, ref, p.Digest, c.Driver)
+	if err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Driver != c.Driver {
+		t.Fatalf("Run = %+v, %v; want %s ready", r, err, c.Driver)
+	}
+	if tree := n.tree(t); tree["firmware/nvidia/"+newVersion+"/gsp_tu10x.bin"] == "" {
+		t.Errorf("installed %v; want the firmware where the driver looks for it", slices.Sorted(maps.Keys(tree)))
+	}
+	if raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path")); err != nil || string(raw) != "/"+installDir+"/firmware" {
+		t.Errorf("firmware path = %q, %v", raw, err)
+	}
+	if r, err = n.run(t, ref, p.Digest, c.Driver); err != nil || r.Changed || len(n.kernel.calls) != 0 {
 		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
 	}
 }

@@ -219,8 +219,8 @@ func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts) ([]install.Modu
 			return nil, mismatch("made for kernel", release, facts.Kernel.Release)
 		case m.Vermagic != id.Vermagic:
 			return nil, mismatch("vermagic", m.Vermagic, id.Vermagic)
-		case m.Version != "" && m.Version != id.Driver.Version:
-			return nil, mismatch("version", m.Version, id.Driver.Version)
+		case m.Version != "" && m.Version != id.Driver.Modules().Version:
+			return nil, mismatch("version", m.Version, id.Driver.Modules().Version)
 		}
 		mods = append(mods, m)
 	}

@@ -122,7 +122,7 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 	switch {
 	case set.Kernel.BuildID != facts.Kernel.BuildID || set.Kernel.Board != facts.Kernel.Board:
 		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("installed for COS %s; this node runs %s", set.Kernel, facts.Kernel)
-	case facts.Driver != (target.Driver{}) && facts.Driver != set.Driver:
+	case facts.Driver != (target.Driver{}) && facts.Driver != set.Driver.Modules():
 		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("loaded is %s; installed is %s", facts.Driver, set.Driver)
 	case staged:
 		v.State, v.Reason = gpucheck.Staged, "installed, and by request not loaded"

@@ -112,7 +112,7 @@ func Judge(f Facts) Verdict {
 		if !ok {
 			return is(Unusable, "module %s is not loaded", name)
 		}
-		if got != "" && got != f.Driver.Version {
+		if got != "" && got != f.Driver.Modules().Version {
 			return is(Drifted, "module %s is version %s; installed is %s", name, got, f.Driver.Version)
 		}
 	}
@@ -121,7 +121,7 @@ func Judge(f Facts) Verdict {
 		return is(Loaded, "modules are loaded; NVML was not asked")
 	case f.NVML.Version == "":
 		return is(Unusable, "NVML does not answer: %s", f.NVML.Error)
-	case f.NVML.Version != f.Driver.Version:
+	case f.NVML.Version != f.Driver.Modules().Version:
 		return is(Unusable, "NVML answers with version %q; installed is %s", f.NVML.Version, f.Driver.Version)
 	case len(f.NVML.Devices) < f.PCIGPUs:
 		return is(Unusable, "%d of %d GPUs usable", len(f.NVML.Devices), f.PCIGPUs)

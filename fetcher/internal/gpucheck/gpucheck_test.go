@@ -42,6 +42,7 @@ func TestJudge(t *testing.T) {
 	}{
 		{"good", func(*gpucheck.Facts) {}, gpucheck.Ready, fault.Internal},
 		{"no GPU", func(f *gpucheck.Facts) { f.PCIGPUs = 0 }, gpucheck.NoDevice, fault.NoDevice},
+		{"an edition of a release", func(f *gpucheck.Facts) { f.Driver.Version = version + "-grid" }, gpucheck.Ready, fault.Internal},
 		{"not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia") }, gpucheck.Unusable, fault.Unusable},
 		{"uvm not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia_uvm") }, gpucheck.Unusable, fault.Unusable},
 		{"another version loaded", func(f *gpucheck.Facts) { f.Modules["nvidia"] = "470.1" }, gpucheck.Drifted, fault.Mismatch},

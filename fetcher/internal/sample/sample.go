@@ -78,20 +78,21 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 	t.Helper()
 	ctx := context.Background()
 	dir := t.TempDir()
+	version := c.Driver.Modules().Version
 	libs := map[string]string{
-		"bin/nvidia-smi": "#!/bin/false\n", "lib64/libnvidia-ml.so." + c.Driver.Version: "library " + c.Driver.Version,
+		"bin/nvidia-smi": "#!/bin/false\n", "lib64/libnvidia-ml.so." + version: "library " + version,
 		"vulkan/icd.d/nvidia_icd.json": "{}", "share/doc/README": "sample",
 	}
 	mods := map[string]string{}
 	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"} {
-		mods["drivers/"+name+".ko"] = string(Module(name, c.Driver.Version, c.vermagic()))
+		mods["drivers/"+name+".ko"] = string(Module(name, version, c.vermagic()))
 	}
-	firmware := map[string]string{"firmware/nvidia/" + c.Driver.Version + "/gsp_tu10x.bin": "firmware " + c.Driver.Version}
+	firmware := map[string]string{"firmware/nvidia/" + version + "/gsp_tu10x.bin": "firmware " + version}
 	if c.Bulk > 0 {
 		bulk := filler(c.Bulk)
 		mods["drivers/nvidia.ko"] += bulk // behind the sections of an ELF file anything may stand
-		libs["lib64/libcuda.so."+c.Driver.Version] = bulk
-		firmware["firmware/nvidia/"+c.Driver.Version+"/gsp_ga10x.bin"] = bulk
+		libs["lib64/libcuda.so."+version] = bulk
+		firmware["firmware/nvidia/"+version+"/gsp_ga10x.bin"] = bulk
 	}
 	if c.Spoil != nil {
 		c.Spoil(mods)
@@ -104,7 +105,7 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 			Write(t, src, name, content)
 		}
 		if kind == bundle.LayerUserspace {
-			if err := os.Symlink("libnvidia-ml.so."+c.Driver.Version, filepath.Join(src, "lib64/libnvidia-ml.so.1")); err != nil {
+			if err := os.Symlink("libnvidia-ml.so."+version, filepath.Join(src, "lib64/libnvidia-ml.so.1")); err != nil {
 				t.Fatal(err)
 			}
 		}

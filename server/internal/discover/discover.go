@@ -168,7 +168,7 @@ func newest(all []target.Kernel, n int) []target.Kernel {
 }
 
 // runfile is the name of an NVIDIA release in a driver bucket.
-var runfile = regexp.MustCompile(`^(?:tesla/)?(?:[^/]+/)?NVIDIA-Linux-(?:x86_64|aarch64)-([0-9.]+)\.run$`)
+var runfile = regexp.MustCompile(`^(?:tesla/)?(?:[^/]+/)?NVIDIA-Linux-(?:x86_64|aarch64)-([0-9][0-9a-z.-]*)\.run$`)
 
 func (c Config) drivers(ctx context.Context) (n int, err error) {
 	b, err := cosbucket.Open(ctx, c.DriverMirror)

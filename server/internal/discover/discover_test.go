@@ -73,12 +73,14 @@ func TestLook(t *testing.T) {
 		// As Google's former buckets have it.
 		"tesla/535.309.01/NVIDIA-Linux-x86_64-535.309.01.run": "x",
 		"NVIDIA-Linux-x86_64-.run":                            "x",
-		"README":                                              "x",
+		"NVIDIA-Linux-x86_64-535.261.03-grid.run":             "x",
+		"NVIDIA-Linux-x86_64-535.261.03-open.run":             "x", // what would its open flavour be called?
+		"README": "x",
 	})
 	n := &notes{}
 	k, d, err := discover.Look(t.Context(), discover.Config{KernelMirror: kernels, DriverMirror: drivers, Catalogue: n, Newest: 3})
-	if k != 2 || d != 2 || !fault.Is(err, fault.Unsupported) {
-		t.Errorf("Look() = %d kernels, %d drivers, %v; want 2, 2 and trouble with one commit", k, d, err)
+	if k != 2 || d != 3 || !fault.Is(err, fault.Unsupported) {
+		t.Errorf("Look() = %d kernels, %d drivers, %v; want 2, 3 and trouble with one commit", k, d, err)
 	}
 	slices.SortFunc(n.kernels, func(a, b api.Kernel) int { return strings.Compare(a.BuildID, b.BuildID) })
 	kernel := func(id string) target.Kernel {
@@ -95,7 +97,7 @@ func TestLook(t *testing.T) {
 		t.Errorf("kernels (-want +got):\n%s", diff)
 	}
 	slices.Sort(n.drivers)
-	if diff := cmp.Diff([]string{"535.261.03", "535.309.01"}, n.drivers); diff != "" {
+	if diff := cmp.Diff([]string{"535.261.03", "535.261.03-grid", "535.309.01"}, n.drivers); diff != "" {
 		t.Errorf("drivers (-want +got):\n%s", diff)
 	}
 }
