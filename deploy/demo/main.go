@@ -11,7 +11,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -77,8 +79,12 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 	if err != nil {
 		return err
 	}
-	kernel := m.Builds[1].Kernel
 	version := m.Drivers[0].Version
+	// The open flavour of this driver does not know the newest kernels.
+	kernel, sibling, hasSibling := m.Siblings()
+	if !hasSibling || d.flavour == target.Open {
+		kernel, hasSibling = m.Builds[1].Kernel, false
+	}
 	fmt.Fprintf(d.out, "%d COS builds, %d drivers in %s\n", len(m.Builds), len(m.Drivers), m.Dir)
 
 	d.title("server and builder")
@@ -102,6 +108,17 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 	build, err := d.build(ctx, srv, kernel, version)
 	if err != nil {
 		return err
+	}
+
+	var second api.Build
+	if hasSibling {
+		d.title("the same driver for COS build %s, a sibling of that kernel", sibling)
+		if second, err = d.build(ctx, srv, sibling, version); err != nil {
+			return err
+		}
+		if err := wantRemembered(second.Phases); err != nil {
+			return err
+		}
 	}
 
 	d.title("node with a GPU (emulated): boot, find, verify, install, load")
@@ -129,6 +146,11 @@ func (d *demo) run(ctx context.Context, bin string) (err error) {
 	d.title("result")
 	if err := timeline.Print(d.out, "builder", build.Phases); err != nil {
 		return err
+	}
+	if hasSibling {
+		if err := timeline.Print(d.out, "builder, the sibling", second.Phases); err != nil {
+			return err
+		}
 	}
 	if err := timeline.Print(d.out, "node", withGPU.phases()); err != nil {
 		return err
@@ -160,6 +182,36 @@ func (d *demo) build(ctx context.Context, srv *scene.Server, k target.Kernel, ve
 		}
 	}
 	return b, nil
+}
+
+// remembered is how the builder says in a phase's note that it used what it kept.
+var remembered = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
+
+// wantRemembered holds the phases of a sibling's build against what a farm is for:
+// most answers of conftest and most objects are those of the kernel before. A demo
+// that ran before with these caches left even the modules themselves.
+func wantRemembered(phases []timeline.Phase) error {
+	if slices.ContainsFunc(phases, func(p timeline.Phase) bool { return p.Name == "compile" && strings.HasSuffix(p.Note, "cached") }) {
+		return nil
+	}
+	var problems []error
+	for _, name := range []string{"conftest", "compile"} {
+		// Both are parts of a phase, and that one is called compile too.
+		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
+		if i < 0 {
+			problems = append(problems, fmt.Errorf("the sibling's build has no phase %s", name))
+			continue
+		}
+		var kept, all int
+		if m := remembered.FindStringSubmatch(phases[i].Note); m != nil {
+			all, _ = strconv.Atoi(m[1]) // digits, by the pattern
+			kept, _ = strconv.Atoi(m[2])
+		}
+		if kept*10 < all*9 || kept == 0 {
+			problems = append(problems, fmt.Errorf("the sibling's %s: %q; want nine tenths remembered or reused", name, phases[i].Note))
+		}
+	}
+	return errors.Join(problems...)
 }
 
 type nodeRun struct {

@@ -34,8 +34,14 @@ func TestWishList(t *testing.T) {
 	dir := t.TempDir()
 	var wish strings.Builder
 	wish.WriteString("version: 1\nkernels:\n")
+	// The demo makes one of two kernels that differ in nothing but their release.
+	older, _, _ := shared.mirror.Siblings()
+	builds := 0
 	for _, b := range shared.mirror.Builds {
-		fmt.Fprintf(&wish, "  - {build: %s, board: %s}\n", b.BuildID, b.Board)
+		if b.Kernel != older {
+			fmt.Fprintf(&wish, "  - {build: %s, board: %s}\n", b.BuildID, b.Board)
+			builds++
+		}
 	}
 	wish.WriteString("drivers:\n")
 	for _, d := range shared.mirror.Drivers {
@@ -67,7 +73,6 @@ func TestWishList(t *testing.T) {
 		return r
 	}
 	// Each version on each build in both flavours; one version has no open one.
-	builds := len(shared.mirror.Builds)
 	first := read(run("json"))
 	if n := len(first.Cells); n != builds*2*len(shared.mirror.Drivers) || first.States["unavailable"] != builds || first.States["failed"] != 1 || first.States["published"] != n-builds-1 {
 		t.Errorf("%d cells: %v; want one failed, %d unavailable, all others published", n, first.States, builds)

@@ -189,6 +189,7 @@ func TestSelectKernels(t *testing.T) {
 	for _, abi := range []int{47, 50, 53, 56} {
 		own = append(own, kernel{series: ownSeries, abi: abi})
 	}
+	many := append(slices.Clone(own), kernel{series: ownSeries, abi: 57}, kernel{series: ownSeries, abi: 58})
 	both := append(slices.Clone(own), kernel{series: "6.12", abi: 115}, kernel{series: "6.12", abi: 117})
 	tests := []struct {
 		all   []kernel
@@ -200,6 +201,9 @@ func TestSelectKernels(t *testing.T) {
 		{own, nil, 3, "47 50 56", 0},
 		{own, nil, 2, "47 56", 0},
 		{own, nil, 4, "47 50 53 56", 0},
+		{own[:3], nil, 0, "47 50 53", 0},
+		{many, nil, 0, "47 50 57 58", 0},
+		{many, nil, 5, "47 50 53 57 58", 0},
 		{own, nil, 5, "", fault.InputMissing},
 		{own, []int{56, 50}, 3, "50 56", 0},
 		{own, []int{48}, 3, "", fault.InputMissing},

@@ -113,9 +113,14 @@ func (k *kernel) complete(versions map[string][]string) bool {
 	return slices.Contains(versions[k.common.Name], k.version) && slices.Contains(versions[k.image.Name], k.version)
 }
 
-// selectKernels picks by ABI number, or of Debian 12's own series the count-1
-// oldest and the newest: old ones compile with the stable driver, the newest shows
-// the API break. Of any other series it is the newest, unless a number names one.
+// defaultKernels is enough for two old kernels that differ, and two new ones that
+// are siblings.
+const defaultKernels = 4
+
+// selectKernels picks by ABI number, or of Debian 12's own series half of count from
+// the oldest and half from the newest: old ones compile with the stable driver, the
+// newest shows the API break, and the two newest are often one upstream version
+// compiled twice. Of any other series it is the newest, unless a number names one.
 func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, error) {
 	if len(abis) == 0 && p.oldest && len(all) > 0 {
 		return all[:1], nil
@@ -141,7 +146,11 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 		case len(same) < count:
 			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)), "ask for fewer with --kernels")
 		default:
-			picked = append(append(picked, same[:count-1]...), same[len(same)-1])
+			n := count
+			if n == 0 {
+				n = min(defaultKernels, len(same))
+			}
+			picked = slices.Concat(picked, same[:n-n/2], same[len(same)-n/2:])
 		}
 	}
 	return picked, nil

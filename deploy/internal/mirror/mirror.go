@@ -44,8 +44,9 @@ type Config struct {
 	// Series are the kernel series, 6.1 and 6.12; none is 6.1 alone, Debian 12's
 	// own. Others are for amd64 only.
 	Series []string
-	// Kernels is how many kernels of 6.1 to take when ABIs is empty: the oldest ones
-	// in Debian's index and the newest. 0 is 3. Of another series it is the newest.
+	// Kernels is how many kernels of 6.1 to take when ABIs is empty: half from the
+	// oldest in Debian's index, half from the newest. 0 is four, or all if there are
+	// fewer. Of another series it is the newest.
 	Kernels int
 	// ABIs picks kernels by Debian's ABI number instead.
 	ABIs []int
@@ -89,9 +90,6 @@ func (c Config) WithDefaults() Config {
 	if c.Board == "" {
 		c.Board = "lakitu"
 	}
-	if c.Kernels == 0 {
-		c.Kernels = 3
-	}
 	if len(c.Series) == 0 {
 		c.Series = []string{ownSeries}
 	}
@@ -111,7 +109,7 @@ func (c Config) Validate() error {
 	if c.Out == "" || c.Cache == "" {
 		errs = append(errs, fault.New(fault.Usage, "mirror needs an output folder and a cache folder", "pass --out and --cache"))
 	}
-	if c.Kernels < 2 {
+	if c.Kernels < 0 || c.Kernels == 1 {
 		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels), "pass --kernels 3"))
 	}
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {

@@ -111,7 +111,9 @@ type Mirror struct {
 	Dir    string
 	Builds []struct {
 		target.Kernel
-		Note string `json:"note"`
+		// Package is the Debian version of the kernel, as in 6.1.192-2.
+		Package string `json:"debianPackageVersion"`
+		Note    string `json:"note"`
 	} `json:"builds"`
 	Drivers []struct {
 		Version  string           `json:"version"`
@@ -124,6 +126,21 @@ func (m *Mirror) KernelURL() string { return "file://" + filepath.Join(m.Dir, "c
 
 // DriverURL is the bucket with the runfiles.
 func (m *Mirror) DriverURL() string { return "file://" + filepath.Join(m.Dir, "drivers") }
+
+// Siblings returns the first two kernels that are one upstream version, which Debian
+// compiled twice. Its archive may have none at times: then ok is false.
+func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
+	for i, a := range m.Builds {
+		for _, b := range m.Builds[i+1:] {
+			upstream, _, _ := strings.Cut(a.Package, "-")
+			other, _, _ := strings.Cut(b.Package, "-")
+			if upstream == other && a.Release != b.Release {
+				return a.Kernel, b.Kernel, true
+			}
+		}
+	}
+	return target.Kernel{}, target.Kernel{}, false
+}
 
 // Mirror lays the COS-shaped mirror out, or finds it.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
