@@ -3,6 +3,7 @@ package cas
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"slices"
 )
@@ -52,4 +53,24 @@ func (k *Key) Differs(other *Key) string {
 		return other.parts[len(k.parts)].Name
 	}
 	return ""
+}
+
+// Missed says why an entry has to be made: the name of the first part in which its
+// key differs from the one that was asked for about the same thing the last time.
+// It is "" the first time, and where an entry was there and is gone. The key is
+// remembered for the next time; that a full disk does not let it costs a reason
+// only, and what asks for room says so by itself.
+func (c *Cache) Missed(about string, key *Key) string {
+	const kind = "keys"
+	differs := ""
+	if raw, ok := c.Recall(kind, about); ok {
+		var last Key
+		if err := json.Unmarshal(raw, &last.parts); err == nil {
+			differs = key.Differs(&last)
+		}
+	}
+	if raw, err := json.Marshal(key.parts); err == nil {
+		_ = c.Remember(kind, about, raw)
+	}
+	return differs
 }

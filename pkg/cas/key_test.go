@@ -28,6 +28,23 @@ func TestKey(t *testing.T) {
 			t.Errorf("Differs = %q; want %q", got, want)
 		}
 	}
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer cache.Close()
+	for i, row := range []struct {
+		about string
+		key   *cas.Key
+		want  string
+	}{
+		{"x", base(), ""}, {"x", base(), ""}, {"x", cas.NewKey("k").Add("a", "1").Add("b", "3"), "b"}, {"y", base(), ""},
+		{"x", base().With("c", "1"), "b"}, {"x", base(), "c"},
+	} {
+		if got := cache.Missed(row.about, row.key); got != row.want {
+			t.Errorf("%d: Missed(%s) = %q; want %q", i, row.about, got, row.want)
+		}
+	}
 	b := base()
 	if b.With("c", "1"); b.String() != base().String() {
 		t.Error("With changes the key")

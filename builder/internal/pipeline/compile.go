@@ -16,6 +16,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/sandbox"
@@ -40,12 +41,11 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
 	var phases []timeline.Phase
-	parts := []string{compile.Recipe, gate.Recipe, string(r.kernel.Fingerprint)}
-	if r.cfg.DebugSymbols {
-		parts = append(parts, debugFolder)
-	}
-	key := r.key(parts...)
-	dir, cached, err := r.products.Tree(ctx, "modules", key, func(ctx context.Context, dir string) error {
+	key, why := r.modulesKey(), ""
+	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
+		if why = r.products.Missed(fmt.Sprintf("modules of %s, %s", r.kernel.Kernel, r.res.Driver), key); why != "" {
+			fmt.Fprintf(r.log, "made anew: not the %s of the last build of this cell\n", why)
+		}
 		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
 			began := time.Now().UTC()
 			r.line.Say("compile", "waits for another cell's compile")
@@ -123,7 +123,24 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 	if cached {
 		return fmt.Sprintf("%d modules, cached", len(r.modules)), nil
 	}
+	if why != "" {
+		return fmt.Sprintf("%d modules, other %s", len(r.modules), why), nil
+	}
 	return fmt.Sprintf("%d modules", len(r.modules)), nil
+}
+
+// modulesKey is everything that decides the bytes of the compiled modules, in the
+// words in which a build says what changed.
+func (r *run) modulesKey() *cas.Key {
+	key := cas.NewKey("modules").Add("kernel fingerprint", string(r.kernel.Fingerprint)).Add("driver sources", r.release.SourceDigest).
+		Add("flavour", string(r.req.Flavour)).Add("host tools", r.host).Add("compile recipe", compile.Recipe).Add("stamp recipe", gate.Recipe)
+	if r.cfg.DebugSymbols {
+		key.Add("debug symbols", debugFolder)
+	}
+	if r.pahole != "" {
+		key.Add("pahole", r.pahole)
+	}
+	return key
 }
 
 func writeSums(dir string, sums map[string]string) error {

@@ -314,6 +314,16 @@ func TestBuild(t *testing.T) {
 		t.Errorf("from the cache: %s, existed %v, %+v; want %s, cached", second.Digest, second.Existed, second.Phases, first.Digest)
 	}
 
+	// A cell that has to be made again says what is new.
+	changed := headerFiles()
+	changed[headers+"include/linux/new.h"] = "#define NEW\n"
+	other := newFarm(t)
+	other.kernel(t, "17800.0.9", changed)
+	third := must(t, other.config(t, cache), request("17800.0.9"))
+	if !slices.ContainsFunc(third.Phases, func(p timeline.Phase) bool { return p.Name == "compile" && p.Note == "1 modules, other kernel fingerprint" }) {
+		t.Errorf("with another header the phases are %+v; want the compile to say so", third.Phases)
+	}
+
 	// Nothing but the registry: this build again, and another of one kernel.
 	twin := headerFiles()
 	twin[headers+"include/generated/compile.h"] = "#define LINUX_COMPILE_HOST \"b\"\n"
