@@ -100,7 +100,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			case len(done) == 0:
 				c.role = "cold"
 			}
-			if !b.wanted(c) {
+			if !b.wanted(c, n) {
 				continue
 			}
 			seconds, phases, err := b.build(ctx, c, cache, repo)
@@ -114,7 +114,6 @@ func (b *bench) once(ctx context.Context, n int) error {
 			done[k.upstream()+" "+d.Version], done[k.Release] = true, true
 			b.cells = append(b.cells, c)
 			ours += seconds
-			// Plain make is dear: one cell of each role is enough for a run.
 			if r := b.roles[c.role]; r != nil && b.only[c.role] && len(r.ours) == n {
 				plain, err := b.plain(ctx, c)
 				if err != nil {
@@ -148,14 +147,16 @@ func (b *bench) once(ctx context.Context, n int) error {
 	return b.onNode(ctx, n, cache, repo)
 }
 
-// wanted reports whether a cell is measured, or goes before one that is.
-func (b *bench) wanted(c cell) bool {
+// wanted reports whether a cell of a run is measured, or goes before one that is.
+func (b *bench) wanted(c cell, run int) bool {
 	hasSibling := slices.ContainsFunc(b.mirror.Builds, func(k build) bool {
 		return k.upstream() == c.kernel.upstream() && k.Release != c.kernel.Release
 	})
 	switch {
 	case b.only["matrix"]:
 		return true
+	case b.roles[c.role] != nil && len(b.roles[c.role].ours) > run:
+		return false // one cell of each role is enough for a run
 	case c.role == "cold":
 		return b.only["cold"] || b.only["neighbour"] || b.only["next"] || b.only["node"] || hasSibling
 	case c.role == "neighbour", c.role == "next":
