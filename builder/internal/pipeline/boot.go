@@ -17,6 +17,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/hostfile"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -38,45 +39,44 @@ const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_
 
 // findBoot settles what the machine starts from: the bucket's own boot archive, or
 // its vmlinux. why says why there is nothing.
-func (r *run) findBoot(ctx context.Context) (why string, err error) {
+func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
-	case r.kernel.Boot != "":
-		r.boot = boot{r.kernel.Boot, r.kernel.BootDigest, []sign.Material{{Name: "boot image", Digest: r.kernel.BootDigest}}}
-		return "", nil
-	case !r.kernel.HasVMLinux:
-		return "the bucket has no vmlinux of " + r.kernel.Kernel.String(), nil
+	case in.kernel.Boot != "":
+		return boot{in.kernel.Boot, in.kernel.BootDigest, []sign.Material{{Name: "boot image", Digest: in.kernel.BootDigest}}}, "", nil
+	case !in.kernel.HasVMLinux:
+		return b, "the bucket has no vmlinux of " + in.kernel.Kernel.String(), nil
 	}
 	kernels, err := cosbucket.Open(ctx, r.cfg.KernelMirror)
 	if err != nil {
-		return "", err
+		return b, "", err
 	}
 	defer kernels.Close()
-	vmlinux, material, err := cossrc.FetchVMLinux(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.say("load test"))
+	vmlinux, material, err := cossrc.FetchVMLinux(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, r.say("load test"))
 	if err != nil {
-		return "", err
+		return b, "", err
 	}
-	facts, err := r.readFacts(vmlinux)
+	facts, err := readFacts(vmlinux, in)
 	if err == nil {
-		err = r.makeBoot(ctx, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest}, facts)
+		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest}, facts)
 	}
 	// A kernel that cannot be booted is no word against the modules; one of another
 	// build is: these may be made for the wrong headers.
 	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
-		return err.Error(), nil
+		return boot{}, err.Error(), nil
 	}
-	return "", err
+	return b, "", err
 }
 
 // readFacts reads what a vmlinux says of itself, and compares that with the
 // headers that the modules were compiled against.
-func (r *run) readFacts(vmlinux string) (facts bootimage.Facts, err error) {
+func readFacts(vmlinux string, in *inputs) (facts bootimage.Facts, err error) {
 	f, err := os.Open(vmlinux)
 	if err != nil {
 		return facts, err
 	}
 	defer f.Close()
 	if facts, err = bootimage.ReadFacts(f); err == nil {
-		err = facts.Check(r.kernel.Headers)
+		err = facts.Check(in.kernel.Headers)
 	}
 	return facts, err
 }
@@ -86,15 +86,15 @@ const factsFile = "image.json"
 
 // makeBoot makes a boot folder out of vmlinux, with the emulated GPU compiled for
 // it, once for each content.
-func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, facts bootimage.Facts) error {
+func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material, facts bootimage.Facts) (boot, error) {
 	revision, err := testgpu.Revision()
 	if err != nil {
-		return err
+		return boot{}, err
 	}
-	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers", r.kernel.HeadersDigest).
-		Add("toolchain", r.kernel.ToolchainDigest).Add("host tools", r.host).Add("emulated GPU", revision).Add("arguments", cosArguments).String()
+	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers", in.kernel.HeadersDigest).
+		Add("toolchain", in.kernel.ToolchainDigest).Add("host tools", in.host).Add("emulated GPU", revision).Add("arguments", cosArguments).String()
 	dir, _, err := r.products.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
-		if err := r.writeImage(vmlinux, filepath.Join(dir, vm.BootKernel)); err != nil {
+		if err := writeImage(vmlinux, filepath.Join(dir, vm.BootKernel), in.kernel.Kernel.Arch); err != nil {
 			return err
 		}
 		for name, text := range map[string]string{vm.BootOrder: "", vm.BootArgs: cosArguments} {
@@ -114,25 +114,24 @@ func (r *run) makeBoot(ctx context.Context, vmlinux string, from sign.Material, 
 		if err := os.WriteFile(filepath.Join(dir, factsFile), raw, 0o644); err != nil {
 			return fault.CacheDisk(err)
 		}
-		return r.addGPU(ctx, dir)
+		return r.addGPU(ctx, in, dir)
 	})
 	if err != nil {
-		return err
+		return boot{}, err
 	}
 	raw, err := os.ReadFile(filepath.Join(dir, factsFile))
 	if err != nil {
-		return err
+		return boot{}, err
 	}
 	var made struct{ Image, BuildID string }
 	if err := json.Unmarshal(raw, &made); err != nil {
-		return err
+		return boot{}, err
 	}
-	r.boot = boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}
 	fmt.Fprintf(r.log, "boots %s, made of %s, build id %s: %s\n", made.Image, from.URI, made.BuildID, facts.Banners[len(facts.Banners)-1])
-	return nil
+	return boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}, nil
 }
 
-func (r *run) writeImage(vmlinux, to string) (err error) {
+func writeImage(vmlinux, to string, arch target.Arch) (err error) {
 	in, err := os.Open(vmlinux)
 	if err != nil {
 		return err
@@ -143,20 +142,20 @@ func (r *run) writeImage(vmlinux, to string) (err error) {
 		return fault.CacheDisk(err)
 	}
 	defer func() { err = errors.Join(err, out.Close()) }()
-	return fault.CacheDisk(bootimage.Write(out, in, r.kernel.Kernel.Arch))
+	return fault.CacheDisk(bootimage.Write(out, in, arch))
 }
 
 // addGPU compiles the emulated GPU into a boot folder. A kernel whose interfaces it
 // does not know gets a machine without: modules can still be loaded there.
-func (r *run) addGPU(ctx context.Context, dir string) (err error) {
+func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 	work, cleanup, err := r.products.TempDir("emugpu-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
 	path, err := testgpu.Compile(ctx, work, compile.Request{
-		Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env, Release: r.kernel.Kernel.Release,
-		Arch: r.kernel.Kernel.Arch, Jobs: r.cfg.Jobs, Log: r.log,
+		Headers: in.kernel.Headers, Toolchain: in.kernel.Toolchain, Env: in.kernel.Env, Release: in.kernel.Kernel.Release,
+		Arch: in.kernel.Kernel.Arch, Jobs: r.cfg.Jobs, Log: r.log,
 	})
 	if fault.Is(err, fault.APIBreak) && r.cfg.LoadTest != LoadTestRequire {
 		r.say("load test")(fmt.Sprintf("the machine gets no emulated GPU: %v", err))
@@ -165,7 +164,7 @@ func (r *run) addGPU(ctx context.Context, dir string) (err error) {
 	if err != nil {
 		return err
 	}
-	for _, input := range []string{r.kernel.Headers, r.kernel.Toolchain} {
+	for _, input := range []string{in.kernel.Headers, in.kernel.Toolchain} {
 		if err := r.cfg.Cache.Recheck(ctx, input); err != nil {
 			return err
 		}

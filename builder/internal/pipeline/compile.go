@@ -16,6 +16,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/hostfile"
@@ -28,22 +29,46 @@ import (
 // again before it is packed.
 const sumsFile = "SHA256SUMS"
 
+// modules are the modules of a driver in the cache.
+type modules struct {
+	files map[string]string // name to path
+	sums  map[string]string // name to SHA-256, in hex
+	// debug is the folder with the unstripped ones, with Config.DebugSymbols.
+	debug string
+	// madeOf are the folders that this run compiled from; none where the modules were
+	// there.
+	madeOf []string
+	// carries says whose signatures they carry, and signedBy decides over the bytes of
+	// these, for cache keys.
+	carries  carries
+	signedBy []string
+	// identity is what they are good for, once they are checked.
+	identity bundle.Identity
+}
+
+// key names a cached product that is made of the modules as they are published:
+// everything that decides their bytes, and more where it is given.
+func (m *modules) key(in *inputs, more ...string) string {
+	return in.stampedKey(slices.Concat(more, m.signedBy)...)
+}
+
 // compile makes the modules, or finds them made by an earlier build of the
 // same inputs.
-func (r *run) compile(ctx context.Context) (note string, err error) {
-	source, err := r.release.Source(r.req.Flavour)
+func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string, err error) {
+	source, err := in.release.Source(r.req.Flavour)
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
 	work, cleanup, err := r.products.TempDir("compile-")
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
 	var phases []timeline.Phase
-	key, why := r.modulesKey(), ""
+	var madeOf []string
+	key, why := r.modulesKey(in), ""
 	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
-		if why = r.products.Missed(fmt.Sprintf("modules of %s, %s", r.kernel.Kernel, r.res.Driver), key); why != "" {
+		if why = r.products.Missed(fmt.Sprintf("modules of %s, %s", in.kernel.Kernel, in.driver), key); why != "" {
 			fmt.Fprintf(r.log, "made anew: not the %s of the last build of this cell\n", why)
 		}
 		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
@@ -70,21 +95,21 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
 		defer cancel()
 		made, err := compile.Modules(ctx, compile.Request{
-			Source: source, Headers: r.kernel.Headers, Toolchain: r.kernel.Toolchain, Env: r.kernel.Env,
-			Release: r.kernel.Kernel.Release, Driver: r.res.Driver, Arch: r.kernel.Kernel.Arch,
+			Source: source, Headers: in.kernel.Headers, Toolchain: in.kernel.Toolchain, Env: in.kernel.Env,
+			Release: in.kernel.Kernel.Release, Driver: in.driver, Arch: in.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
-			Debug: r.cfg.DebugSymbols, BTF: r.kernel.BTF,
-			Cache: r.products, HeaderDigest: r.kernel.HeadersDigest, ToolchainDigest: r.kernel.ToolchainDigest, SourceDigest: r.release.SourceDigest, HostDigest: r.host,
+			Debug: r.cfg.DebugSymbols, BTF: in.kernel.BTF,
+			Cache: r.products, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest, SourceDigest: in.release.SourceDigest, HostDigest: in.host,
 			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
 		})
 		release()
 		// A tree that changed under the compiler explains every error, and
 		// makes every success worthless.
-		r.inputs = []string{r.kernel.Headers, r.kernel.Toolchain, source}
-		if r.kernel.BTF != "" {
-			r.inputs = append(r.inputs, r.kernel.BTF)
+		madeOf = []string{in.kernel.Headers, in.kernel.Toolchain, source}
+		if in.kernel.BTF != "" {
+			madeOf = append(madeOf, in.kernel.BTF)
 		}
-		for _, input := range r.inputs {
+		for _, input := range madeOf {
 			if err := r.cfg.Cache.Recheck(ctx, input); err != nil {
 				return err
 			}
@@ -96,7 +121,7 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(made.Modules)) {
 			path := filepath.Join(dir, name+".ko")
-			if err := gate.Stamp(path, made.Modules[name], r.kernel.Fingerprint); err != nil {
+			if err := gate.Stamp(path, made.Modules[name], in.kernel.Fingerprint); err != nil {
 				return err
 			}
 			var err error
@@ -110,35 +135,36 @@ func (r *run) compile(ctx context.Context) (note string, err error) {
 		return writeSums(dir, sums)
 	})
 	if err != nil {
-		return "", err
+		return nil, "", err
 	}
-	r.debugDir = filepath.Join(dir, debugFolder)
 	for _, p := range phases {
 		p.Of = "compile"
 		r.line.Add(p)
 	}
-	if err := r.findModules(dir); err != nil {
-		return "", err
+	if m, err = readModules(dir); err != nil {
+		return nil, "", err
 	}
-	if cached {
-		return fmt.Sprintf("%d modules, cached", len(r.modules)), nil
+	m.debug, m.madeOf = filepath.Join(dir, debugFolder), madeOf
+	note = fmt.Sprintf("%d modules", len(m.files))
+	switch {
+	case cached:
+		note += ", cached"
+	case why != "":
+		note += ", other " + why
 	}
-	if why != "" {
-		return fmt.Sprintf("%d modules, other %s", len(r.modules), why), nil
-	}
-	return fmt.Sprintf("%d modules", len(r.modules)), nil
+	return m, note, nil
 }
 
 // modulesKey is everything that decides the bytes of the compiled modules, in the
 // words in which a build says what changed.
-func (r *run) modulesKey() *cas.Key {
-	key := cas.NewKey("modules").Add("kernel fingerprint", string(r.kernel.Fingerprint)).Add("driver sources", r.release.SourceDigest).
-		Add("flavour", string(r.req.Flavour)).Add("host tools", r.host).Add("compile recipe", compile.Recipe).Add("stamp recipe", gate.Recipe)
+func (r *run) modulesKey(in *inputs) *cas.Key {
+	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources", in.release.SourceDigest).
+		Add("flavour", string(r.req.Flavour)).Add("host tools", in.host).Add("compile recipe", compile.Recipe).Add("stamp recipe", gate.Recipe)
 	if r.cfg.DebugSymbols {
 		key.Add("debug symbols", debugFolder)
 	}
-	if r.pahole != "" {
-		key.Add("pahole", r.pahole)
+	if in.pahole != "" {
+		key.Add("pahole", in.pahole)
 	}
 	return key
 }
@@ -151,20 +177,40 @@ func writeSums(dir string, sums map[string]string) error {
 	return os.WriteFile(filepath.Join(dir, sumsFile), text.Bytes(), 0o644)
 }
 
-// findModules reads which modules a folder holds, and what they have to be.
-func (r *run) findModules(dir string) error {
+// readModules reads which modules a folder holds, and what they have to be.
+func readModules(dir string) (*modules, error) {
 	raw, err := os.ReadFile(filepath.Join(dir, sumsFile))
 	if err != nil {
-		return err
+		return nil, err
 	}
-	r.modules, r.sums = map[string]string{}, map[string]string{}
+	m := &modules{files: map[string]string{}, sums: map[string]string{}}
 	for lines := bufio.NewScanner(bytes.NewReader(raw)); lines.Scan(); {
 		sum, file, ok := strings.Cut(lines.Text(), "  ")
 		name, isModule := strings.CutSuffix(file, ".ko")
 		if !ok || !isModule {
-			return fault.New(fault.Internal, fmt.Sprintf("read %s: line %q", sumsFile, lines.Text()), "")
+			return nil, fault.New(fault.Internal, fmt.Sprintf("read %s: line %q", sumsFile, lines.Text()), "")
 		}
-		r.modules[name], r.sums[name] = filepath.Join(dir, file), sum
+		m.files[name], m.sums[name] = filepath.Join(dir, file), sum
+	}
+	return m, nil
+}
+
+// intact tells whether modules still are what the compiler left, and these folders
+// of the cache what was put into them.
+func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
+	for _, name := range slices.Sorted(maps.Keys(m.files)) {
+		sum, err := hostfile.Sum(m.files[name])
+		if err != nil {
+			return err
+		}
+		if sum != m.sums[name] {
+			return changed(name, r.products.Dir())
+		}
+	}
+	for _, dir := range folders {
+		if err := r.products.Recheck(ctx, dir); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -47,7 +47,6 @@ const FactGoogleModules = "googleModules"
 type googleSignatures struct {
 	*modsign.Detached
 	materials []cossrc.Material // the archive first
-	attached  bool
 }
 
 // Signing says in words how modules get signatures for the kernel, and which
@@ -67,59 +66,62 @@ func (c Config) Signing() (how string, objects func(k target.Kernel, version str
 
 // fetchSignatures reads Google's signatures, where there are some and this
 // build wants them.
-func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket) error {
+func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleSignatures, error) {
 	if r.cfg.ModuleKey != "" || r.cfg.GoogleModules || r.cfg.GoogleSignatures == GoogleOff {
-		return nil
+		return nil, nil
 	}
-	s, err := cossrc.FetchSignatures(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.res.Driver.Version)
+	s, err := cossrc.FetchSignatures(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if s == nil {
 		if r.cfg.GoogleSignatures != GoogleRequire {
-			return nil
+			return nil, nil
 		}
-		archive := cosbucket.SignatureNames(r.kernel.Kernel, r.res.Driver.Version)[0]
-		return fault.New(fault.InputMissing, "the bucket has no signatures by Google for this driver: there is no "+kernels.URL(archive),
+		archive := cosbucket.SignatureNames(in.kernel.Kernel, in.driver.Version)[0]
+		return nil, fault.New(fault.InputMissing, "the bucket has no signatures by Google for this driver: there is no "+kernels.URL(archive),
 			"name a bucket that has them with --kernel-mirror, or build with --google-signatures auto")
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
 	if err != nil {
-		return fmt.Errorf("%s: %w", s.Materials[0].URI, err)
+		return nil, fmt.Errorf("%s: %w", s.Materials[0].URI, err)
 	}
-	r.google = &googleSignatures{Detached: detached, materials: s.Materials}
-	return nil
+	return &googleSignatures{Detached: detached, materials: s.Materials}, nil
 }
 
 // attachSignatures puts modules with Google's signatures in the place of
 // stamped ones: all of them, or none.
-func (r *run) attachSignatures(ctx context.Context) (string, error) {
-	cached, err := r.signEach(ctx, func(src, dst, name string) error {
+func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *modules) (*modules, string, error) {
+	by := []string{modsign.AttachRecipe}
+	for _, m := range in.google.materials {
+		by = append(by, m.Digest)
+	}
+	signed, cached, err := r.signEach(ctx, in, m, by, func(src, dst, name string) error {
 		module, err := gate.Unstamped(src)
 		if err != nil {
 			return err
 		}
-		return r.google.Attach(dst, name, module)
+		return in.google.Attach(dst, name, module)
 	})
 	switch {
-	case errors.Is(err, modsign.ErrLeftOut) && r.cfg.GoogleSignatures != GoogleRequire:
+	case errors.Is(err, modsign.ErrLeftOut) && s.google != GoogleRequire:
 		fmt.Fprintln(r.log, err)
-		return err.Error(), nil
+		return m, err.Error(), nil
 	case errors.Is(err, modsign.ErrLeftOut):
 		hint := "publish the modules without them: --google-signatures auto"
-		if r.forced {
+		if s.forced {
 			hint = hintSigned
 		}
-		return "", fault.Wrap(fault.CheckFailed, err, hint)
+		return nil, "", fault.Wrap(fault.CheckFailed, err, hint)
 	case err != nil:
-		return "", err
+		return nil, "", err
 	}
-	r.google.attached = true
-	note := fmt.Sprintf("%d of Google's signatures", len(r.modules))
+	signed.carries = carries{google: in.google.materials[0].Digest}
+	note := fmt.Sprintf("%d of Google's signatures", len(signed.files))
 	if cached {
 		note += ", cached"
 	}
-	return note, nil
+	return signed, note, nil
 }
 
 // googleModules are those that Google compiled for this run's COS build.
@@ -130,26 +132,26 @@ type googleModules struct {
 }
 
 // fetchModules fetches them, and verifies each, before anything is decided.
-func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket) error {
+func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (*googleModules, error) {
 	switch {
 	case !r.cfg.GoogleModules:
-		return nil
+		return nil, nil
 	case r.req.Flavour != target.Open:
-		return fault.New(fault.Unsupported, fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour), "--flavour open, or build without --google-modules")
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour), "--flavour open, or build without --google-modules")
 	}
-	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, r.kernel.Kernel, r.res.Driver.Version, r.say("source"))
+	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version, r.say("source"))
 	if err != nil {
-		return err
+		return nil, err
 	}
 	trusted, err := r.kernelTrusts(driver)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	parts := []string{modsign.UnpackRecipe, driver.Materials[0].Digest}
 	for _, cert := range trusted {
 		parts = append(parts, modsign.Fingerprint(cert))
 	}
-	dir, cached, err := r.products.Tree(ctx, "google", r.key(parts...), func(_ context.Context, dir string) (err error) {
+	dir, cached, err := r.products.Tree(ctx, "google", in.key(parts...), func(_ context.Context, dir string) (err error) {
 		f, err := os.Open(driver.Archive)
 		if err != nil {
 			return err
@@ -167,8 +169,10 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket) error
 		}
 		return writeSums(dir, sums)
 	})
-	r.prebuilt = &googleModules{driver, dir, cached}
-	return err
+	if err != nil {
+		return nil, err
+	}
+	return &googleModules{driver, dir, cached}, nil
 }
 
 // kernelTrusts are the certificates that Google's modules are held against.
@@ -187,15 +191,18 @@ func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, er
 }
 
 // takeModules goes on with Google's modules in the place of compiled ones.
-func (r *run) takeModules(context.Context) (string, error) {
-	if err := r.findModules(r.prebuilt.dir); err != nil {
-		return "", err
+func takeModules(in *inputs) (*modules, string, error) {
+	m, err := readModules(in.prebuilt.dir)
+	if err != nil {
+		return nil, "", err
 	}
-	note := fmt.Sprintf("%d modules, signed by Google", len(r.modules))
-	if r.prebuilt.cached {
+	archive := in.prebuilt.Materials[0].Digest
+	m.carries, m.signedBy = carries{modules: archive}, []string{modsign.UnpackRecipe, archive}
+	note := fmt.Sprintf("%d modules, signed by Google", len(m.files))
+	if in.prebuilt.cached {
 		note += ", cached"
 	}
-	return note, nil
+	return m, note, nil
 }
 
 // carries says whose signatures the modules of an artifact carry, as its
@@ -206,14 +213,14 @@ type carries struct {
 	modules string // the digest of Google's archive of modules
 }
 
-func (r *run) carries() carries {
+// willCarry says whose signatures modules of these inputs will carry, as far as that
+// is certain before they are made: Google's may not hold for them.
+func (s signing) willCarry(in *inputs) carries {
 	switch {
-	case r.moduleSigner != nil:
-		return carries{key: r.moduleSigner.Identity()}
-	case r.prebuilt != nil:
-		return carries{modules: r.prebuilt.Materials[0].Digest}
-	case r.google != nil && r.google.attached:
-		return carries{google: r.google.materials[0].Digest}
+	case s.own != nil:
+		return carries{key: s.own.Identity()}
+	case in.prebuilt != nil:
+		return carries{modules: in.prebuilt.Materials[0].Digest}
 	}
 	return carries{}
 }
@@ -239,19 +246,19 @@ func (c carries) fact() (name, value string, ok bool) {
 // what this run is asked for. What Google signed for a sibling build is as good
 // as unsigned where nobody asked for signatures, and as good as this build's own
 // modules where both kernels were built with the same root.
-func (r *run) takes(c carries, inputs []trust.Material) bool {
+func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {
-			return !slices.ContainsFunc(inputs, func(m trust.Material) bool { return m.Digest == w.Digest })
+			return !slices.ContainsFunc(madeOf, func(m trust.Material) bool { return m.Digest == w.Digest })
 		})
 	}
 	switch {
-	case r.prebuilt != nil:
-		return c == r.carries() || c.modules != "" && r.prebuilt.TrustedKey != nil && among(r.prebuilt.Materials[1:])
-	case r.moduleSigner != nil || r.cfg.GoogleSignatures == GoogleOff:
-		return c == r.carries()
-	case r.cfg.GoogleSignatures == GoogleRequire:
-		return c.google != "" && among(r.google.materials)
+	case in.prebuilt != nil:
+		return c == s.willCarry(in) || c.modules != "" && in.prebuilt.TrustedKey != nil && among(in.prebuilt.Materials[1:])
+	case s.own != nil || s.google == GoogleOff:
+		return c == s.willCarry(in)
+	case s.google == GoogleRequire:
+		return c.google != "" && among(in.google.materials)
 	}
 	return c.key == "" && c.modules == ""
 }

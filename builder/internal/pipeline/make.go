@@ -39,20 +39,21 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 	cfg = cfg.withDefaults(req)
 	defer cfg.Cache.Begin()()
 	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
-	err := r.each(ctx, []phase{
-		{"source", always, r.source},
-		{"compile", compiling, r.compile},
-		{"take modules", taking, r.takeModules},
-		{"sign modules", signing, r.signModules},
-		{"check", making, r.check},
-		{"package", making, r.pack},
-	})
+	in, err := phase(r, "source", func() (*inputs, string, error) { return r.source(ctx) })
+	if err != nil {
+		return nil, err
+	}
+	m, err := r.makeModules(ctx, in, signing{google: r.cfg.GoogleSignatures})
+	if err != nil {
+		return nil, err
+	}
+	layers, err := phase(r, "package", func() ([]bundle.Layer, string, error) { return r.pack(ctx, in, m, nil) })
 	if err != nil {
 		return nil, err
 	}
 	made := &Made{
-		Kernel: r.kernel.Kernel, Fingerprint: r.kernel.Fingerprint, Driver: r.res.Driver,
-		Identity: r.id, Layers: r.res.Layers, Materials: r.materials(),
+		Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint, Driver: in.driver,
+		Identity: m.identity, Layers: layers, Materials: in.materials(m.carries),
 	}
 	if made.Image, err = bundle.Image(made.Identity, made.Layers); err != nil {
 		return nil, fmt.Errorf("package: %w", err)

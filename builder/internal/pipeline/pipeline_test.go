@@ -320,7 +320,9 @@ func TestBuild(t *testing.T) {
 	other := newFarm(t)
 	other.kernel(t, "17800.0.9", changed)
 	third := must(t, other.config(t, cache), request("17800.0.9"))
-	if !slices.ContainsFunc(third.Phases, func(p timeline.Phase) bool { return p.Name == "compile" && p.Note == "1 modules, other kernel fingerprint" }) {
+	if !slices.ContainsFunc(third.Phases, func(p timeline.Phase) bool {
+		return p.Name == "compile" && p.Note == "1 modules, other kernel fingerprint"
+	}) {
 		t.Errorf("with another header the phases are %+v; want the compile to say so", third.Phases)
 	}
 

@@ -34,8 +34,8 @@ func keepDebug(dir string, debug map[string]string) error {
 }
 
 // haveSymbols reports whether every place has debug symbols of an artifact.
-func (r *run) haveSymbols(ctx context.Context, digest string) (bool, error) {
-	for _, p := range r.places {
+func (o *outlet) haveSymbols(ctx context.Context, digest string) (bool, error) {
+	for _, p := range o.places {
 		have, err := p.repo.Referrers(ctx, digest, symbols.ArtifactType)
 		if err != nil || len(have) == 0 {
 			return false, err
@@ -45,22 +45,22 @@ func (r *run) haveSymbols(ctx context.Context, digest string) (bool, error) {
 }
 
 // publishSymbols puts debug symbols beside the artifact.
-func (r *run) publishSymbols(ctx context.Context) (err error) {
-	if !r.cfg.DebugSymbols || r.res.Reused { // reuse asked haveSymbols
+func (r *run) publishSymbols(ctx context.Context, to *outlet, m *modules, a *artifact) (err error) {
+	if !r.cfg.DebugSymbols || a.there() { // reuse asked haveSymbols
 		return nil
 	}
 	debug := map[string]string{}
-	for name := range r.modules {
-		debug[name] = filepath.Join(r.debugDir, name+".ko")
+	for name := range m.files {
+		debug[name] = filepath.Join(m.debug, name+".ko")
 	}
 	scratch, cleanup, err := r.products.TempDir("symbols-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
-	for _, p := range r.places {
-		d, existed, err := symbols.Publish(ctx, p.repo, r.res.Digest, symbols.Set{
-			Identity: r.id, Debug: debug, Published: r.modules, Signer: r.signer, Verifier: r.verifier, Scratch: scratch,
+	for _, p := range to.places {
+		d, existed, err := symbols.Publish(ctx, p.repo, a.digest, symbols.Set{
+			Identity: a.identity, Debug: debug, Published: m.files, Signer: to.signer, Verifier: to.verifier, Scratch: scratch,
 		})
 		if err != nil {
 			return err

@@ -15,29 +15,11 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// openBucket opens a destination for tarball twins.
-func (r *run) openBucket(ctx context.Context, dest string) error {
-	b, err := twin.Open(ctx, dest)
-	if err != nil {
-		return err
-	}
-	r.buckets = append(r.buckets, b)
-	return nil
-}
-
-func (r *run) closeBuckets() error {
-	var errs []error
-	for _, b := range r.buckets {
-		errs = append(errs, b.Close())
-	}
-	return errors.Join(errs...)
-}
-
 // inBuckets reports whether every bucket lists the artifact's twin for this COS
 // build: each build has tarballs of its own there, whatever its fingerprint.
-func (r *run) inBuckets(ctx context.Context, digest string) (bool, error) {
-	for _, b := range r.buckets {
-		if has, err := twin.Has(ctx, b, r.kernel.Kernel, r.res.Driver, digest); err != nil || !has {
+func (o *outlet) inBuckets(ctx context.Context, in *inputs, digest string) (bool, error) {
+	for _, b := range o.buckets {
+		if has, err := twin.Has(ctx, b, in.kernel.Kernel, in.driver, digest); err != nil || !has {
 			return false, err
 		}
 	}
@@ -51,31 +33,31 @@ func (r *run) labels() bool {
 
 // askLabels asks COS for the labels that it gives, and refuses those that the
 // driver cannot have.
-func (r *run) askLabels(ctx context.Context, kernels *cosbucket.Bucket) (err error) {
+func (r *run) askLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
 	for _, label := range r.cfg.Labels {
-		if err := target.CheckLabel(label, r.res.Driver.Version); err != nil {
-			return fault.Wrap(fault.Usage, err, "give a driver DEFAULT, LATEST, or the label of its own branch")
+		if err := target.CheckLabel(label, in.driver.Version); err != nil {
+			return nil, fault.Wrap(fault.Usage, err, "give a driver DEFAULT, LATEST, or the label of its own branch")
 		}
 	}
-	if r.labels() {
-		r.said, err = twin.Said(ctx, kernels, r.kernel.Kernel)
+	if !r.labels() {
+		return nil, nil
 	}
-	return err
+	return twin.Said(ctx, kernels, in.kernel.Kernel)
 }
 
 // giveLabels gives the driver its labels in every bucket.
-func (r *run) giveLabels(ctx context.Context) error {
+func (r *run) giveLabels(ctx context.Context, in *inputs, to *outlet) error {
 	if !r.labels() {
 		return nil
 	}
 	l := twin.Labelling{
-		Kernel: r.kernel.Kernel, Builder: r.cfg.BuilderID, Declared: map[string]string{}, Said: r.said,
-		Signer: r.signer, Verifier: r.verifier,
+		Kernel: in.kernel.Kernel, Builder: r.cfg.BuilderID, Declared: map[string]string{}, Said: in.labels,
+		Signer: to.signer, Verifier: to.verifier,
 	}
 	for _, label := range r.cfg.Labels {
-		l.Declared[label] = r.res.Driver.Version
+		l.Declared[label] = in.driver.Version
 	}
-	for _, b := range r.buckets {
+	for _, b := range to.buckets {
 		got, err := twin.Give(ctx, b, l)
 		if err != nil {
 			return err
@@ -87,12 +69,12 @@ func (r *run) giveLabels(ctx context.Context) error {
 }
 
 // publishTwins puts the tarball into every bucket that lacks it.
-func (r *run) publishTwins(ctx context.Context) (err error) {
-	if len(r.buckets) == 0 {
+func (r *run) publishTwins(ctx context.Context, in *inputs, to *outlet, m *modules, a *artifact) (err error) {
+	if len(to.buckets) == 0 {
 		return nil
 	}
-	if r.res.Reused {
-		if all, err := r.inBuckets(ctx, r.res.Digest); err != nil || all {
+	if a.there() {
+		if all, err := to.inBuckets(ctx, in, a.digest); err != nil || all {
 			return err
 		}
 	}
@@ -101,14 +83,14 @@ func (r *run) publishTwins(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
-	release, err := r.twinFiles(ctx, scratch)
+	release, err := r.twinFiles(ctx, in, to, m, a, scratch)
 	if err != nil {
 		return err
 	}
-	release.Kernel, release.Driver, release.Fingerprint, release.Artifact = r.kernel.Kernel, r.res.Driver, r.kernel.Fingerprint, r.res.Digest
-	release.Signer, release.Verifier, release.GPUs, release.Scratch = r.signer, r.verifier, r.gpus, scratch
-	for _, m := range r.release.Materials {
-		if m.Digest != r.release.Digest {
+	release.Kernel, release.Driver, release.Fingerprint, release.Artifact = in.kernel.Kernel, in.driver, in.kernel.Fingerprint, a.digest
+	release.Signer, release.Verifier, release.GPUs, release.Scratch = to.signer, to.verifier, to.gpus, scratch
+	for _, m := range in.release.Materials {
+		if m.Digest != in.release.Digest {
 			continue
 		}
 		release.Runfile = &twin.Runfile{SHA256: m.Digest, URI: m.URI}
@@ -116,7 +98,7 @@ func (r *run) publishTwins(ctx context.Context) (err error) {
 			release.Runfile.Path, release.Runfile.Copy = path, true
 		}
 	}
-	for _, b := range r.buckets {
+	for _, b := range to.buckets {
 		report, err := twin.Publish(ctx, b, release)
 		if err != nil {
 			return fmt.Errorf("publish tarball: %w", err)
@@ -129,18 +111,18 @@ func (r *run) publishTwins(ctx context.Context) (err error) {
 
 // twinFiles says where modules and firmware lie: those that were made, or
 // those of the artifact that is reused.
-func (r *run) twinFiles(ctx context.Context, scratch string) (twin.Release, error) {
+func (r *run) twinFiles(ctx context.Context, in *inputs, to *outlet, m *modules, a *artifact, scratch string) (twin.Release, error) {
 	dir := filepath.Join(scratch, "files")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return twin.Release{}, fault.CacheDisk(err)
 	}
-	if r.res.Reused {
-		return twin.FromArtifact(ctx, r.places[0].repo, r.res.Digest, dir)
+	if a.there() {
+		return twin.FromArtifact(ctx, to.places[0].repo, a.digest, dir)
 	}
-	if err := r.layModules(dir); err != nil {
+	if err := r.layModules(m, dir); err != nil {
 		return twin.Release{}, err
 	}
-	firmware, err := r.staged(ctx, bundle.LayerFirmware)
+	firmware, err := r.staged(ctx, in, bundle.LayerFirmware)
 	if err != nil {
 		return twin.Release{}, err
 	}

@@ -23,16 +23,16 @@ func (c Config) KernelOptions() []cossrc.Option {
 
 // findPahole settles who makes the modules' BTF, where some is to be made.
 // Another version makes other bytes.
-func (r *run) findPahole(ctx context.Context) (err error) {
-	if r.kernel.BTF == "" {
-		return nil
+func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version string, err error) {
+	if kernel.BTF == "" {
+		return "", nil
 	}
-	if r.pahole, err = compile.Pahole(ctx); err != nil {
-		return err
+	if version, err = compile.Pahole(ctx); err != nil {
+		return "", err
 	}
-	if want := r.req.BTF; want != "" && want != r.pahole {
-		return fault.New(fault.Unsupported, fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, r.pahole),
+	if want := r.req.BTF; want != "" && want != version {
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, version),
 			"install that version of dwarves")
 	}
-	return nil
+	return version, nil
 }

@@ -16,15 +16,15 @@ import (
 )
 
 // staged returns the folder with a driver version's user space or firmware.
-func (r *run) staged(ctx context.Context, kind bundle.LayerKind) (string, error) {
-	stage := r.release.StageUserspace
+func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (string, error) {
+	stage := in.release.StageUserspace
 	if kind == bundle.LayerFirmware {
-		stage = r.release.StageFirmware
+		stage = in.release.StageFirmware
 	}
-	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+r.release.Digest[len("sha256:"):], func(ctx context.Context, dir string) error {
+	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):], func(ctx context.Context, dir string) error {
 		err := stage(dir)
 		// A release that changed meanwhile would be kept as good.
-		if damaged := r.cfg.Cache.Recheck(ctx, r.release.Dir); damaged != nil {
+		if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
 			return damaged
 		}
 		return err
@@ -70,24 +70,24 @@ type layer struct {
 }
 
 // driverLayer packs user space or firmware, which are the release's alone.
-func (r *run) driverLayer(ctx context.Context, kind bundle.LayerKind) (l layer) {
-	src, err := r.staged(ctx, kind)
+func (r *run) driverLayer(ctx context.Context, in *inputs, kind bundle.LayerKind) (l layer) {
+	src, err := r.staged(ctx, in, kind)
 	if err != nil {
 		return layer{err: err}
 	}
-	key := bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + r.release.Digest[len("sha256:"):]
+	key := bundle.PackRecipe + "-" + nvsrc.StageRecipe + "-" + in.release.Digest[len("sha256:"):]
 	l.Layer, l.cached, l.err = r.packed(ctx, kind, src, key)
 	return l
 }
 
 // moduleLayer packs what was compiled.
-func (r *run) moduleLayer(ctx context.Context) (l layer) {
-	src, cleanup, err := r.modulesFolder()
+func (r *run) moduleLayer(ctx context.Context, in *inputs, m *modules) (l layer) {
+	src, cleanup, err := r.modulesFolder(m)
 	if err != nil {
 		return layer{err: err}
 	}
 	defer func() { _ = cleanup() }() // a scratch folder; the next Open removes it as well
-	l.Layer, l.cached, l.err = r.packed(ctx, bundle.LayerModules, src, r.moduleKey(bundle.PackRecipe))
+	l.Layer, l.cached, l.err = r.packed(ctx, bundle.LayerModules, src, m.key(in, bundle.PackRecipe))
 	return l
 }
 
@@ -98,13 +98,13 @@ type ahead struct {
 	layers map[bundle.LayerKind]layer
 }
 
-func (r *run) packAhead(ctx context.Context) *ahead {
+func (r *run) packAhead(ctx context.Context, in *inputs) *ahead {
 	a := &ahead{layers: map[bundle.LayerKind]layer{}}
 	ctx, a.stop = context.WithCancel(ctx)
 	a.group.Go(func() {
 		for _, kind := range bundle.LayerKinds() {
 			if kind != bundle.LayerModules {
-				a.layers[kind] = r.driverLayer(ctx, kind)
+				a.layers[kind] = r.driverLayer(ctx, in, kind)
 			}
 		}
 	})
@@ -130,19 +130,20 @@ func (a *ahead) end() {
 	}
 }
 
-func (r *run) pack(ctx context.Context) (string, error) {
+// pack makes the layers, as far as they were not made ahead.
+func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *ahead) (_ []bundle.Layer, note string, err error) {
 	reused := 0
 	for _, kind := range bundle.LayerKinds() {
 		var l layer
 		if kind == bundle.LayerModules {
-			l = r.moduleLayer(ctx)
-		} else if known, ok := r.ahead.take(kind); ok {
+			l = r.moduleLayer(ctx, in, m)
+		} else if known, ok := early.take(kind); ok {
 			l = known
 		} else {
-			l = r.driverLayer(ctx, kind)
+			l = r.driverLayer(ctx, in, kind)
 		}
 		if l.err != nil {
-			return "", fmt.Errorf("%s layer: %w", kind, l.err)
+			return nil, "", fmt.Errorf("%s layer: %w", kind, l.err)
 		}
 		if l.cached {
 			reused++
@@ -154,20 +155,20 @@ func (r *run) pack(ctx context.Context) (string, error) {
 	for _, l := range r.res.Layers {
 		size += l.Size
 	}
-	note := fmt.Sprintf("3 layers, %.1f MB", float64(size)/1e6)
+	note = fmt.Sprintf("3 layers, %.1f MB", float64(size)/1e6)
 	if reused > 0 {
 		note += fmt.Sprintf(", %d cached", reused)
 	}
-	return note, nil
+	return r.res.Layers, note, nil
 }
 
 // modulesFolder lays the modules out as their layer wants them.
-func (r *run) modulesFolder() (string, func() error, error) {
+func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	dir, cleanup, err := r.products.TempDir("modules-")
 	if err != nil {
 		return "", nil, err
 	}
-	if err := r.layModules(dir); err != nil {
+	if err := r.layModules(m, dir); err != nil {
 		return "", nil, errors.Join(err, cleanup())
 	}
 	return dir, cleanup, nil
@@ -175,16 +176,16 @@ func (r *run) modulesFolder() (string, func() error, error) {
 
 // layModules copies the modules into dir/drivers, and compares them on the way
 // with what was proved.
-func (r *run) layModules(dir string) error {
+func (r *run) layModules(m *modules, dir string) error {
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
 		return fault.CacheDisk(err)
 	}
-	for name, path := range r.modules {
+	for name, path := range m.files {
 		sum, err := hostfile.CopySum(filepath.Join(dir, "drivers", name+".ko"), path)
 		if err != nil {
 			return fault.CacheDisk(err)
 		}
-		if sum != r.sums[name] {
+		if sum != m.sums[name] {
 			return changed(name, r.products.Dir())
 		}
 	}

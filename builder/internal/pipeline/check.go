@@ -1,0 +1,48 @@
+package pipeline
+
+import (
+	"context"
+
+	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/pkg/bundle"
+)
+
+// check holds every module against the kernel that it was made for.
+func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Identity, vermagic string, err error) {
+	if err := r.intact(ctx, m); err != nil {
+		return id, "", err
+	}
+	kernel := gate.Kernel{
+		Headers: in.kernel.Headers, Boot: in.kernel.Boot, Release: in.kernel.Kernel.Release, Arch: in.kernel.Kernel.Arch,
+		Fingerprint: in.kernel.Fingerprint, Version: in.driver.Modules().Version, BTF: in.kernel.BTF,
+	}
+	if m.carries.byGoogle() {
+		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
+	}
+	vermagic, err = gate.Check(m.files, kernel)
+	if err != nil {
+		return id, "", err
+	}
+	id = bundle.Identity{
+		Fingerprint: in.kernel.Fingerprint, Arch: in.kernel.Kernel.Arch, Release: in.kernel.Kernel.Release,
+		Vermagic: vermagic, Driver: in.driver,
+	}
+	return id, vermagic, nil
+}
+
+// staticChecks names what was proved before the load test, for the signed test
+// result.
+func staticChecks(in *inputs, m *modules) []string {
+	origin := "stamp of the kernel's fingerprint"
+	if m.carries.byGoogle() {
+		origin = "Google's signature of every module, for this COS build and over these bytes"
+	}
+	all := []string{
+		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", origin, "build salt",
+		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
+	}
+	if in.kernel.BTF != "" {
+		all = append(all, "BTF of every module goes on where the kernel's ends")
+	}
+	return all
+}

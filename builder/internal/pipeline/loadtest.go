@@ -1,0 +1,123 @@
+package pipeline
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+
+	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// loadTested is what a load test came to.
+type loadTested struct {
+	verdict *loadtest.Verdict // nil where there was none
+	why     string            // there was none, though it was not off
+	boot    boot
+}
+
+// testKey names the verdict about these modules on this boot image, with the
+// user space and firmware of this very runfile.
+func testKey(in *inputs, m *modules, b boot) string {
+	return m.key(in, loadtest.Recipe, b.key, nvsrc.StageRecipe, in.release.Digest)
+}
+
+// loadTest boots the kernel and loads the modules in it.
+func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTested, note string, err error) {
+	if r.cfg.LoadTest == LoadTestOff {
+		return t, "off: static checks only", nil
+	}
+	b, why, err := r.findBoot(ctx, in)
+	switch {
+	case err != nil:
+		return t, "", err
+	case why != "" && r.cfg.LoadTest == LoadTestRequire:
+		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand: "+why, "put the build's vmlinux into the bucket, or publish without it: --load-test auto")
+	case why != "":
+		return loadTested{why: why}, "static checks only: " + why, nil
+	}
+	t.boot = b
+	user, err := r.staged(ctx, in, bundle.LayerUserspace)
+	if err != nil {
+		return t, "", err
+	}
+	firmware, err := r.staged(ctx, in, bundle.LayerFirmware)
+	if err != nil {
+		return t, "", err
+	}
+	key := testKey(in, m, b)
+	if verdict := r.recalled(in, key); verdict != nil {
+		t.verdict, r.res.LoadTest = verdict, verdict
+		return t, verdict.State + ", cached verdict", nil
+	}
+	// A kernel that was damaged since it was unpacked may hang until the time is up.
+	if err := r.intact(ctx, m, b.dir); err != nil {
+		return t, "", err
+	}
+	verdict, err := loadtest.Run(ctx, loadtest.Config{
+		Boot: b.dir, Modules: m.files, Userspace: user, Firmware: firmware,
+		Version: in.driver.Modules().Version, Init: r.cfg.GuestInit, Probe: r.cfg.NVMLProbe,
+	}, r.log)
+	// What changed under the machine explains every refusal, and makes every
+	// success worthless.
+	if err := r.intact(ctx, m, b.dir, user, firmware); err != nil {
+		return t, "", err
+	}
+	if errors.Is(err, loadtest.ErrLacking) && r.cfg.LoadTest != LoadTestRequire {
+		return loadTested{why: err.Error()}, "static checks only: " + err.Error(), nil
+	}
+	t.verdict, r.res.LoadTest = verdict, verdict
+	if err != nil {
+		return t, "", err
+	}
+	raw, err := json.Marshal(verdict)
+	if err != nil {
+		return t, "", err
+	}
+	return t, verdict.State, r.products.Remember("loadtest", key, raw)
+}
+
+// recalled returns the kept verdict about these modules; nil where there is none,
+// and where a test made now would ask more than that one did.
+func (r *run) recalled(in *inputs, key string) *loadtest.Verdict {
+	raw, ok := r.products.Recall("loadtest", key)
+	verdict := &loadtest.Verdict{}
+	if !ok || json.Unmarshal(raw, verdict) != nil {
+		return nil
+	}
+	if verdict.NotAsked != "" {
+		if _, err := os.Stat(loadtest.Helper(r.cfg.NVMLProbe, in.kernel.Kernel.Arch)); err == nil {
+			return nil
+		}
+	}
+	return verdict
+}
+
+// testFacts is the proof in the words of the signed test result.
+func testFacts(in *inputs, m *modules, t loadTested) sign.TestFacts {
+	f := sign.TestFacts{Driver: in.driver, Static: staticChecks(in, m), LoadTest: trust.LoadTest{
+		Verdict: trust.VerdictStatic, Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint,
+	}}
+	v := t.verdict
+	if v == nil {
+		f.LoadTest.Reason = t.why
+		return f
+	}
+	f.Warnings = v.Warnings
+	f.Configuration = t.boot.from
+	l := &f.LoadTest
+	l.Verdict, l.Reason, l.Release, l.NVMLVersion, l.KernelLog = v.State, v.Reason, v.Release, v.NVMLVersion, v.KernelLog
+	for _, m := range v.Modules {
+		result := map[string]string{loadtest.OK: "loaded", loadtest.Refused: "rejected"}[m.Load]
+		if result == "" {
+			result = "skipped"
+		}
+		l.Modules = append(l.Modules, trust.ModuleResult{Name: m.Name, Result: result, Note: m.Note})
+	}
+	return f
+}

@@ -1,0 +1,220 @@
+package pipeline
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/gpus"
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// outlet is where an artifact goes, and in whose name.
+type outlet struct {
+	signer   *sign.Signer
+	verifier *trust.Verifier
+	signing  signing
+	gpus     *gpulist.List // nil where the release has no list
+	places   []place
+	buckets  []*twin.Bucket
+	// found is the artifact that every place has already and that is as good as one
+	// made now; nil where there is none.
+	found *artifact
+}
+
+// place is one destination.
+type place struct {
+	name string
+	repo *registry.Repository
+}
+
+// close closes the buckets. A nil outlet has none.
+func (o *outlet) close() error {
+	if o == nil {
+		return nil
+	}
+	var errs []error
+	for _, b := range o.buckets {
+		errs = append(errs, b.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// lookUp asks every destination whether it has this cell, and, where one has not,
+// whether it may be written. A key or a destination that does not work shall show
+// before minutes of work, not behind them.
+// The outlet is there with an error too, and has to be closed.
+func (r *run) lookUp(ctx context.Context, in *inputs) (to *outlet, note string, err error) {
+	to = &outlet{}
+	if err := r.open(ctx, in, to); err != nil {
+		return to, "", err
+	}
+	if note, err = r.look(ctx, in, to); err != nil || to.found != nil {
+		return to, note, err
+	}
+	for _, p := range to.places {
+		if err := p.repo.CheckPush(ctx); err != nil {
+			return to, "", fmt.Errorf("publish to %s: %w", p.name, err)
+		}
+	}
+	return to, note, nil
+}
+
+// open opens keys and destinations.
+func (r *run) open(ctx context.Context, in *inputs, to *outlet) (err error) {
+	if to.signer, err = sign.LoadSigner(ctx, r.cfg.Key, r.cfg.KeyOptions...); err != nil {
+		return err
+	}
+	if to.verifier, err = to.signer.Verifier(); err != nil {
+		return err
+	}
+	if to.signing, err = r.openSigning(ctx, in); err != nil {
+		return err
+	}
+	switch to.gpus, err = gpus.Read(in.release.Dir, in.release.Version); {
+	case fault.Is(err, fault.Unverified): // it is advice: without it nodes go by their GPU's generation
+		to.gpus = nil
+		r.say("look up")(fmt.Sprintf("the artifact gets no list of supported GPUs: %v", err))
+	case err != nil:
+		return err
+	case to.gpus != nil && len(to.gpus.LeftOut) > 0:
+		r.say("look up")("left out of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
+	}
+	for _, dest := range r.cfg.Destinations {
+		if twin.Is(dest) {
+			b, err := twin.Open(ctx, dest)
+			if err != nil {
+				return err
+			}
+			to.buckets = append(to.buckets, b)
+			continue
+		}
+		repo, err := registry.Open(dest, r.cfg.Registry(dest))
+		if err != nil {
+			return err
+		}
+		to.places = append(to.places, place{dest, repo})
+	}
+	return nil
+}
+
+// look asks every place for the artifact.
+func (r *run) look(ctx context.Context, in *inputs, to *outlet) (note string, err error) {
+	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
+	digest := ""
+	for _, p := range to.places {
+		have, ok, err := publish.Existing(ctx, p.repo, r.res.Tag)
+		if err != nil {
+			return "", err
+		}
+		if !ok || digest != "" && have != digest {
+			return "not published yet", nil
+		}
+		digest = have
+	}
+	if digest == "" {
+		return "nowhere to look", nil
+	}
+	found, reason, err := r.reuse(ctx, in, to, digest)
+	switch {
+	case fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch) || fault.Is(err, fault.NoArtifact):
+		fmt.Fprintf(r.log, "%s is there, but: %v\n", r.res.Tag, err)
+		return "published, but does not verify", nil
+	case err != nil:
+		return "", err
+	case reason != "":
+		return "published, " + reason, nil
+	}
+	to.found, r.res.Digest, r.res.Reused, r.res.Layers = found, found.digest, true, found.layers
+	return "published already", nil
+}
+
+// reuse decides whether the artifact with this digest is as good as one made
+// now: whole, in every place, signed with our key, of this fingerprint, driver
+// and runfile. Then a statement that it fits this COS build is all that there
+// is to make. The reason says why it is made again nevertheless.
+func (r *run) reuse(ctx context.Context, in *inputs, to *outlet, digest string) (found *artifact, reason string, err error) {
+	if r.cfg.LoadTest == LoadTestRequire {
+		return nil, "load test required", nil
+	}
+	if r.cfg.DebugSymbols {
+		if have, err := to.haveSymbols(ctx, digest); err != nil || !have {
+			return nil, "debug symbols wanted", err
+		}
+	}
+	statement, err := sign.KernelMatch(digest, in.kernel.Kernel, in.kernel.Fingerprint, in.driver)
+	if err != nil {
+		return nil, "", err
+	}
+	match, err := sign.Bundle(ctx, to.signer, statement)
+	if err != nil {
+		return nil, "", err
+	}
+	found = &artifact{digest: digest, bundles: [][]byte{match}}
+	for _, p := range to.places {
+		content, attested, err := holds(ctx, in, to, p, digest, match)
+		if err != nil {
+			return nil, "", err
+		}
+		// With a kernel of its own that boots, a build that nobody attested yet is
+		// tested before it is.
+		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
+			return nil, "not tested on this build yet", nil
+		}
+		found.identity, found.layers = content.Identity, nil
+		for _, l := range content.Layers {
+			found.layers = append(found.layers, bundle.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
+		}
+	}
+	return found, "", nil
+}
+
+// holds verifies what a place has under a digest; attested says that there is
+// a statement for this COS build already.
+func holds(ctx context.Context, in *inputs, to *outlet, p place, digest string, match []byte) (content bundle.Content, attested bool, err error) {
+	content, err = publish.Content(ctx, p.repo, digest)
+	if err != nil {
+		return content, false, err
+	}
+	attached, err := p.repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(in.kernel.Kernel)...)
+	if err != nil {
+		return content, false, err
+	}
+	expect := trust.Expect{Digest: digest, Kernel: in.kernel.Kernel, Driver: in.driver, Identity: content.Identity}
+	verdict, err := to.verifier.Verify(append([][]byte{match}, attached...), expect)
+	if err != nil {
+		return content, false, err
+	}
+	if !slices.ContainsFunc(verdict.Materials, func(m trust.Material) bool { return m.Digest == in.release.Digest }) {
+		return content, false, fault.Errorf(fault.Mismatch, "%s was not made from runfile %s", digest, in.release.Digest)
+	}
+	for _, st := range to.verifier.Statements(attached, digest, trust.PredicateProvenance) {
+		have, err := carriesOf(st)
+		if err != nil {
+			return content, false, err
+		}
+		if !to.signing.takes(have, in, verdict.Materials) {
+			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are %s, which is not what is asked for", digest, have)
+		}
+	}
+	for _, l := range content.Layers { // a registry may have lost what it promised
+		blob, err := p.repo.Blob(ctx, l.Digest, l.Size)
+		if err != nil {
+			return content, false, err
+		}
+		if err := blob.Close(); err != nil {
+			return content, false, err
+		}
+	}
+	_, err = to.verifier.Verify(attached, expect)
+	return content, err == nil, nil
+}

@@ -1,0 +1,137 @@
+package pipeline
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// run is one build: its settings, and where it tells what it does. What a phase
+// makes is its value, which goes to the phases that need it.
+type run struct {
+	cfg     Config
+	req     Request
+	log     io.Writer
+	kept    *logCopy // what log got; nil where nothing is signed
+	line    *timeline.Run
+	started time.Time
+	res     Result
+
+	// products is where everything that is made goes: Config.Cache, but for Make.
+	products *cas.Cache
+}
+
+// Run makes one cell. log gets everything that tools print. The Result is
+// returned with an error too, as far as it came.
+func Run(ctx context.Context, cfg Config, req Request, log io.Writer, line *timeline.Run) (*Result, error) {
+	cfg = cfg.withDefaults(req)
+	if cfg.Registry == nil {
+		cfg.Registry = func(string) registry.Options { return registry.Options{} }
+	}
+	r := &run{cfg: cfg, req: req, line: line, started: time.Now().UTC(), products: cfg.Cache}
+	defer cfg.Cache.Begin()() // what this build uses stays until it ends
+	kept, err := newLogCopy(cfg.Cache)
+	if err != nil {
+		return &r.res, fault.CacheDisk(fmt.Errorf("keep the log: %w", err))
+	}
+	defer func() { _ = kept.close() }() // a scratch file; the next Open removes it as well
+	r.kept, r.log = kept, io.MultiWriter(log, kept)
+	if err = r.all(ctx); err != nil {
+		fmt.Fprintf(log, "\nbuild failed (%v): %v\n", fault.Of(err), err)
+	}
+	r.res.Phases = line.Phases()
+	return &r.res, err
+}
+
+// all goes from the buckets to the published artifact.
+func (r *run) all(ctx context.Context) error {
+	in, err := phase(r, "source", func() (*inputs, string, error) { return r.source(ctx) })
+	if err != nil {
+		return err
+	}
+	to, err := phase(r, "look up", func() (*outlet, string, error) { return r.lookUp(ctx, in) })
+	defer func() { _ = to.close() }() // every write to them was closed, and told, by itself
+	if err != nil {
+		return err
+	}
+	a, m := to.found, (*modules)(nil)
+	if a == nil {
+		if a, m, err = r.make(ctx, in, to); err != nil {
+			return err
+		}
+	}
+	_, err = phase(r, "publish", func() (_ struct{}, note string, err error) {
+		note, err = r.publish(ctx, in, to, m, a)
+		return struct{}{}, note, err
+	})
+	return err
+}
+
+// make makes and signs an artifact that nobody has yet.
+func (r *run) make(ctx context.Context, in *inputs, to *outlet) (*artifact, *modules, error) {
+	var early *ahead
+	if in.prebuilt == nil {
+		early = r.packAhead(ctx, in) // needs nothing of the modules
+		defer early.end()
+	}
+	m, err := r.makeModules(ctx, in, to.signing)
+	if err != nil {
+		return nil, nil, err
+	}
+	tested, err := phase(r, "load test", func() (loadTested, string, error) { return r.loadTest(ctx, in, m) })
+	if err != nil {
+		return nil, nil, err
+	}
+	layers, err := phase(r, "package", func() ([]bundle.Layer, string, error) { return r.pack(ctx, in, m, early) })
+	if err != nil {
+		return nil, nil, err
+	}
+	a, err := phase(r, "sign", func() (*artifact, string, error) { return r.sign(ctx, in, to, m, tested, layers) })
+	return a, m, err
+}
+
+// makeModules compiles the modules, or takes those that Google compiled, signs them
+// where somebody does, and holds them against the kernel.
+func (r *run) makeModules(ctx context.Context, in *inputs, s signing) (m *modules, err error) {
+	if in.prebuilt != nil {
+		m, err = phase(r, "take modules", func() (*modules, string, error) { return takeModules(in) })
+	} else {
+		m, err = phase(r, "compile", func() (*modules, string, error) { return r.compile(ctx, in) })
+	}
+	if err == nil && (s.own != nil || in.google != nil) {
+		m, err = phase(r, "sign modules", func() (*modules, string, error) { return r.signModules(ctx, in, s, m) })
+	}
+	if err == nil {
+		m.identity, err = phase(r, "check", func() (bundle.Identity, string, error) { return r.check(ctx, in, m) })
+	}
+	return m, err
+}
+
+// phase runs a step of a build, records it, and returns what it made; do's text is
+// the note in the timeline.
+func phase[T any](r *run, name string, do func() (T, string, error)) (made T, err error) {
+	fmt.Fprintf(r.log, "\n== %s\n", name)
+	err = r.line.Do(name, func() (note string, err error) {
+		made, note, err = do()
+		return note, err
+	})
+	if err != nil {
+		err = fmt.Errorf("%s: %w", name, err)
+	}
+	return made, err
+}
+
+// say tells whoever watches a phase, and the log.
+func (r *run) say(phase string) func(string) {
+	return func(text string) {
+		fmt.Fprintln(r.log, text)
+		r.line.Say(phase, "%s", text)
+	}
+}

@@ -1,0 +1,126 @@
+package pipeline
+
+import (
+	"context"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/uuid"
+
+	"github.com/prebake/prebake/builder/internal/gpus"
+	"github.com/prebake/prebake/builder/internal/sbom"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// factHost is the word under which the provenance names the programs of the host
+// that the build ran.
+const factHost = "host-tools"
+
+// artifact is what is published.
+type artifact struct {
+	digest   string
+	identity bundle.Identity
+	layers   []bundle.Layer
+	bundles  [][]byte // the signed statements
+	// image is nil where the places have it already; so is the packed log.
+	image v1.Image
+	log   []byte
+}
+
+// there reports whether the places had the artifact before this build.
+func (a *artifact) there() bool { return a.image == nil }
+
+// sign makes the image and signs the statements about it.
+func (r *run) sign(ctx context.Context, in *inputs, to *outlet, m *modules, tested loadTested, layers []bundle.Layer) (_ *artifact, note string, err error) {
+	a := &artifact{identity: m.identity, layers: layers}
+	if a.image, err = bundle.Image(m.identity, layers); err != nil {
+		return nil, "", err
+	}
+	digest, err := a.image.Digest()
+	if err != nil {
+		return nil, "", err
+	}
+	a.digest = digest.String()
+	r.res.Digest = a.digest
+	log, err := r.kept.packed()
+	if err != nil {
+		return nil, "", err
+	}
+	a.log = log.bytes
+	statements, err := r.statements(in, to, m, tested, a, log.digest)
+	if err != nil {
+		return nil, "", err
+	}
+	if err := r.intact(ctx, m); err != nil { // the list of contents names their sums
+		return nil, "", err
+	}
+	for _, input := range m.madeOf { // what the provenance says they were made of
+		if err := r.cfg.Cache.Reread(ctx, input); err != nil {
+			return nil, "", err
+		}
+	}
+	for _, statement := range statements {
+		b, err := sign.Bundle(ctx, to.signer, statement)
+		if err != nil {
+			return nil, "", err
+		}
+		a.bundles = append(a.bundles, b)
+	}
+	return a, to.signer.String(), nil
+}
+
+// statements says how the image was made and for which COS build it is good.
+func (r *run) statements(in *inputs, to *outlet, m *modules, tested loadTested, a *artifact, logDigest string) ([]sign.Statement, error) {
+	facts := Recipes()
+	facts["builder"], facts["vermagic"] = r.cfg.Version, m.identity.Vermagic
+	if name, value, ok := m.carries.fact(); ok {
+		facts[name] = value
+	}
+	facts[factHost] = "sha256:" + in.host
+	if in.pahole != "" {
+		facts[FactBTF] = in.pahole
+	}
+	materials := in.materials(m.carries)
+	provenance, err := sign.Provenance(a.digest, sign.BuildFacts{
+		Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint, Driver: in.driver, Materials: materials,
+		BuilderID: r.cfg.BuilderID, InvocationID: "urn:uuid:" + uuid.NewString(), LogDigest: logDigest,
+		Started: r.started, Finished: time.Now().UTC(), Facts: facts,
+	})
+	if err != nil {
+		return nil, err
+	}
+	match, err := sign.KernelMatch(a.digest, in.kernel.Kernel, in.kernel.Fingerprint, in.driver)
+	if err != nil {
+		return nil, err
+	}
+	result, err := sign.TestResult(a.digest, testFacts(in, m, tested))
+	if err != nil {
+		return nil, err
+	}
+	doc, err := sbom.JSON(sbom.Facts{
+		Digest: a.digest, Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint, Driver: in.driver,
+		Materials: materials, Layers: a.layers, Modules: m.files,
+	})
+	if err != nil {
+		return nil, err
+	}
+	contents, err := sign.SBOM(a.digest, in.driver, doc)
+	if err != nil {
+		return nil, err
+	}
+	all := []sign.Statement{provenance, match, result, contents}
+	if to.gpus != nil {
+		supported, err := gpus.Statement(a.digest, in.driver, to.gpus)
+		switch {
+		case fault.Is(err, fault.Unsupported): // too long for a statement
+			r.say("sign")(err.Error())
+		case err != nil:
+			return nil, err
+		default:
+			all = append(all, supported)
+		}
+	}
+	return all, nil
+}

@@ -1,0 +1,117 @@
+package pipeline
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"slices"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/nvsrc"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/sandbox"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// inputs are everything that a cell is made of.
+type inputs struct {
+	kernel   *cossrc.Inputs
+	release  *nvsrc.Release
+	driver   target.Driver
+	host     string            // digest of the host's programs that builds run
+	pahole   string            // its version; "" where the modules get no BTF
+	google   *googleSignatures // nil where there are none, or none is wanted
+	prebuilt *googleModules    // nil without Config.GoogleModules
+	labels   map[string]string // those that COS gives, where they are asked for
+}
+
+// source fetches and checks every input, and settles the driver version.
+func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
+	kernels, err := cosbucket.Open(ctx, r.cfg.KernelMirror)
+	if err != nil {
+		return nil, "", err
+	}
+	defer kernels.Close()
+	drivers, err := cosbucket.Open(ctx, r.cfg.DriverMirror)
+	if err != nil {
+		return nil, "", err
+	}
+	defer drivers.Close()
+	in := &inputs{}
+	if in.kernel, err = cossrc.Fetch(ctx, kernels, r.cfg.Cache, r.req.BuildID, r.req.Board, r.say("source"), r.cfg.KernelOptions()...); err != nil {
+		return nil, "", err
+	}
+	if in.pahole, err = r.findPahole(ctx, in.kernel); err != nil {
+		return nil, "", err
+	}
+	r.res.Kernel, r.res.Fingerprint = in.kernel.Kernel, in.kernel.Fingerprint
+	if in.host, err = sandbox.HostTools(); err != nil {
+		return nil, "", err
+	}
+	version, ok := r.req.Driver.Exact()
+	if !ok {
+		list, err := kernels.Drivers(ctx, in.kernel.Kernel)
+		if err != nil {
+			return nil, "", err
+		}
+		if version, err = list.Choose(r.req.Driver); err != nil {
+			return nil, "", err
+		}
+	}
+	in.driver = target.Driver{Version: version, Flavour: r.req.Flavour}
+	r.res.Driver = in.driver
+	if in.labels, err = r.askLabels(ctx, kernels, in); err != nil {
+		return nil, "", err
+	}
+	if in.release, err = nvsrc.Fetch(ctx, drivers, r.cfg.Cache, version, in.kernel.Kernel.Arch, r.say("source")); err != nil {
+		return nil, "", err
+	}
+	if _, err := in.release.Source(r.req.Flavour); err != nil {
+		return nil, "", err
+	}
+	if in.google, err = r.fetchSignatures(ctx, kernels, in); err != nil {
+		return nil, "", err
+	}
+	if in.prebuilt, err = r.fetchModules(ctx, kernels, in); err != nil {
+		return nil, "", err
+	}
+	return in, fmt.Sprintf("kernel %s, ABI %s", in.kernel.Kernel.Release, in.kernel.Fingerprint.Short()), nil
+}
+
+// key names a cached product of a cell: everything that decides its bytes.
+func (in *inputs) key(parts ...string) string {
+	if in.pahole != "" {
+		parts = append(parts, FactBTF, in.pahole)
+	}
+	h := sha256.New()
+	for _, p := range append(parts, in.host, in.release.SourceDigest, string(in.driver.Flavour)) {
+		fmt.Fprintf(h, "%d:%s\n", len(p), p)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// stampedKey names what is made of the modules as they left the compiler.
+func (in *inputs) stampedKey(more ...string) string {
+	return in.key(append(slices.Clone(more), compile.Recipe, gate.Recipe, string(in.kernel.Fingerprint))...)
+}
+
+// materials are all inputs of modules that carry such signatures, as the provenance
+// names them.
+func (in *inputs) materials(c carries) []sign.Material {
+	var all []sign.Material
+	files := slices.Concat(in.kernel.Materials, in.release.Materials)
+	switch {
+	case c.modules != "":
+		files = append(files, in.prebuilt.Materials...)
+	case c.google != "":
+		files = append(files, in.google.materials...)
+	}
+	for _, m := range files {
+		all = append(all, sign.Material{Name: m.Name, URI: m.URI, Digest: m.Digest})
+	}
+	return all
+}
