@@ -42,6 +42,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 	sibling := modulesWithSymvers(t, driver, shared.kernel(0))
 	mirror := "PREBAKE_MIRROR=file://" + shared.mirror.Dir
 	packages := "PREBAKE_MIRROR_CACHE=" + filepath.Join(shared.State, "packages")
+	references := "PREBAKE_REFERENCES=" + filepath.Join(shared.State, "references")
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
@@ -55,7 +56,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
 		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
-		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells}},
+		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells, references}},
 		{"the gate", "./builder/internal/gate", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
 		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},

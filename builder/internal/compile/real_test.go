@@ -2,6 +2,8 @@ package compile_test
 
 import (
 	"bytes"
+	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -16,6 +18,8 @@ import (
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/hostfile"
+	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -24,7 +28,8 @@ import (
 // leaves, and what a filled one's leaves are the same bytes. PREBAKE_CELLS is a
 // list of BUILD_ID/VERSION; the cells share one cache, in that order, and each
 // is also made by make alone unless a "=" before it says that it has to equal
-// the one before.
+// the one before. PREBAKE_REFERENCES is a cache folder that keeps what make made
+// for the same inputs, tools and code of this package.
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
 	if mirror == "" || cells == "" {
@@ -35,6 +40,17 @@ func TestRealSameBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer cache.Close()
+	references := cache
+	if dir := os.Getenv("PREBAKE_REFERENCES"); dir != "" {
+		if references, err = cas.Open(dir); err != nil {
+			t.Fatal(err)
+		}
+		defer references.Close()
+	}
+	host, err := sandbox.HostTools()
+	if err != nil {
+		t.Fatal(err)
+	}
 	kernels, err := cosbucket.Open(t.Context(), mirror+"/cos")
 	if err != nil {
 		t.Fatal(err)
@@ -64,12 +80,10 @@ func TestRealSameBytes(t *testing.T) {
 		r := compile.Request{
 			Source: source, Headers: k.Headers, Toolchain: k.Toolchain, Env: k.Env, Release: k.Kernel.Release,
 			Driver: target.Driver{Version: version, Flavour: target.Proprietary}, Arch: k.Kernel.Arch,
-			HeaderDigest: k.HeadersDigest, ToolchainDigest: k.ToolchainDigest, SourceDigest: d.SourceDigest, HostDigest: "this machine",
+			HeaderDigest: k.HeadersDigest, ToolchainDigest: k.ToolchainDigest, SourceDigest: d.SourceDigest, HostDigest: host,
 		}
 		if !same {
-			r.Debug = true
-			want, answers = compileReal(t, r, cell+" by make alone")
-			r.Debug = false
+			want, answers = byMakeAlone(t, references, r, cell)
 		}
 		r.Cache = cache
 		for _, what := range []string{" for the first time", " once more"} {
@@ -87,6 +101,54 @@ func TestRealSameBytes(t *testing.T) {
 			}
 		}
 	}
+}
+
+// byMakeAlone returns what compileReal does for make without any cache of ours, and
+// with debug information. It is made once for the same inputs.
+func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules, answers map[string]string) {
+	t.Helper()
+	code, err := cas.DigestTree(t.Context(), ".", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := cas.NewKey("by make alone").Add("code", code).Add("headers", r.HeaderDigest).Add("toolchain", r.ToolchainDigest).Add("source", r.SourceDigest).Add("host tools", r.HostDigest)
+	const answersFile = "answers.json"
+	dir, cached, err := references.Tree(t.Context(), "reference", key.String(), func(_ context.Context, dir string) error {
+		r.Debug = true
+		made, answers := compileReal(t, r, cell+" by make alone")
+		for name, file := range made {
+			if err := hostfile.Copy(filepath.Join(dir, name+".ko"), file); err != nil {
+				return err
+			}
+		}
+		raw, err := json.Marshal(answers)
+		if err != nil {
+			return err
+		}
+		return os.WriteFile(filepath.Join(dir, answersFile), raw, 0o644)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cached {
+		t.Logf("%s by make alone: kept from an earlier run of this test", cell)
+	}
+	raw, err := os.ReadFile(filepath.Join(dir, answersFile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(raw, &answers); err != nil {
+		t.Fatal(err)
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*.ko"))
+	if err != nil || len(files) == 0 {
+		t.Fatalf("modules in %s: %v, %v", dir, files, err)
+	}
+	modules = map[string]string{}
+	for _, file := range files {
+		modules[strings.TrimSuffix(filepath.Base(file), ".ko")] = file
+	}
+	return modules, answers
 }
 
 // compileReal returns the modules and conftest's answers.
