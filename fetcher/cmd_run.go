@@ -35,9 +35,13 @@ stay loaded.`,
 	}
 }
 
+// lookTime is longer than a look takes where the driver answers, or the probe is given
+// up.
+const lookTime = 3 * time.Minute
+
 // hold runs once and, if the driver is ready, watches it until ctx ends.
 func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
-	outside := report.New()
+	outside := report.New(time.Now)
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, gctx := errgroup.WithContext(inner)
@@ -55,7 +59,9 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		if err != nil || cmd.Bool("dry-run") {
 			return err
 		}
-		return a.Hold(gctx, max(cmd.Duration("interval"), time.Second), outside.Tell)
+		every := max(cmd.Duration("interval"), time.Second)
+		outside.Watch(3*every + lookTime)
+		return a.Hold(gctx, every, outside)
 	})
 	return g.Wait()
 }

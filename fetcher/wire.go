@@ -38,10 +38,9 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 	return agent.Parts{
 		Root: root.FS(), Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
 		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
-		Probe: gpucheck.Prober{
+		Probe: &gpucheck.Prober{
 			Program: cmd.String("probe"), HostRoot: cfg.HostRoot,
-			Copy:    filepath.Join(cfg.InstallDir, ".prebake", "probe"),
-			Library: filepath.Join(cfg.InstallDir, "lib64", "libnvidia-ml.so.1"),
+			Copy: filepath.Join(cfg.InstallDir, ".prebake", "probe"), ReadOnly: cmd.Name == "status",
 		},
 	}, root.Close, nil
 }

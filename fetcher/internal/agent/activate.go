@@ -20,7 +20,6 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/target"
 )
 
 // loaded are the modules that the agent loads; the others of a set are for
@@ -67,7 +66,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, facts, set) })
-		if err != nil && !(fault.Is(err, fault.NoDevice) && len(facts.GPUs) == 0) {
+		if err != nil && !(fault.Is(err, fault.NoDevice) && len(facts.OurGPUs()) == 0) {
 			return a.takeBack(ctx, r, store, facts, pointers, changed, before, err)
 		}
 	}
@@ -108,7 +107,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, f
 			r.did("took the install back")
 		}
 	}
-	if before != nil && facts.Driver.Version != "" && before.Driver.Modules() == facts.Driver {
+	if before != nil && facts.Runs(before.Driver) {
 		if _, err := a.loader.Load(ctx, a.images(store, before)); err != nil {
 			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
 		} else {
@@ -148,6 +147,16 @@ func (a *Agent) mayReplace(facts *host.Facts, set *install.Set) error {
 // idle refuses a driver that is in use, before anything of it is unloaded.
 func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
+		if m.Permanent {
+			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: this kernel never unloads module %s", facts.Driver, m.Name),
+				"reboot the node: the driver that is wanted is loaded then; until then the one in use stays as it is")
+		}
+	}
+	if holders := facts.Holders(); len(holders) > 0 {
+		return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
+			"unload that module (rmmod) and run this again; the driver in use stays as it is")
+	}
+	for _, m := range facts.Modules {
 		if m.Refs > len(m.UsedBy) {
 			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, plural(m.Refs-len(m.UsedBy), "open device")),
 				"stop what uses the GPU (nvidia-smi lists it) and run this again; the driver in use stays as it is")
@@ -162,7 +171,7 @@ func (a *Agent) replaces(facts *host.Facts, set *install.Set) bool {
 		return false
 	}
 	if facts.Driver.Version != "" {
-		return facts.Driver != set.Driver.Modules()
+		return !facts.Runs(set.Driver)
 	}
 	for _, m := range facts.Modules {
 		if m.Version != "" && m.Version != set.Driver.Modules().Version {
@@ -308,13 +317,16 @@ func (a *Agent) moduleVersions() (map[string]string, error) {
 	return versions, nil
 }
 
+// nvmlLibrary is where an installed driver has it.
+const nvmlLibrary = "lib64/libnvidia-ml.so.1"
+
 // validate looks at what there is now.
 func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) (gpucheck.Verdict, error) {
 	facts, err := host.Observe(a.parts.Root)
 	if err != nil {
 		return gpucheck.Verdict{}, err
 	}
-	f := gpucheck.Facts{Driver: set.Driver, Digest: set.Digest, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}, Foreign: foreign(facts, set)}
+	f := gpucheck.Facts{Driver: set.Driver, Digest: set.Digest, GPUs: addresses(facts), Modules: map[string]string{}, Foreign: foreign(facts, set)}
 	for _, m := range facts.Modules {
 		f.Modules[m.Name] = m.Version
 	}
@@ -324,12 +336,21 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) 
 		return v, nil
 	}
 	if _, ok := f.Modules["nvidia"]; ok {
-		if f.NVML, err = a.parts.Probe.Probe(ctx); err != nil {
+		if f.NVML, err = a.parts.Probe.Probe(ctx, path.Join(a.cfg.InstallDir, nvmlLibrary)); err != nil {
 			return gpucheck.Verdict{}, err
 		}
 	}
 	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
 	return gpucheck.Judge(f), nil
+}
+
+// addresses are the PCI addresses of the GPUs that the driver is to drive.
+func addresses(facts *host.Facts) []string {
+	var all []string
+	for _, g := range facts.OurGPUs() {
+		all = append(all, g.Address)
+	}
+	return all
 }
 
 // foreign lists the loaded modules whose build id is not the installed file's.
@@ -383,7 +404,7 @@ func (a *Agent) planLoad(r *Report, facts *host.Facts, set *install.Set) error {
 		for _, m := range facts.Modules {
 			r.did("unload %s", m.Name)
 		}
-	} else if facts.Driver == (target.Driver{}) || facts.Driver != set.Driver.Modules() {
+	} else if !facts.Runs(set.Driver) {
 		r.did("load %s", strings.Join(loaded, ", "))
 	}
 	return nil

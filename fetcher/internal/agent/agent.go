@@ -48,7 +48,8 @@ type Verifier interface {
 }
 
 type prober interface {
-	Probe(ctx context.Context) (gpucheck.NVML, error)
+	// Probe asks the NVML library at this path inside the node's root.
+	Probe(ctx context.Context, library string) (gpucheck.NVML, error)
 }
 
 // localBuilder compiles on the node when nothing is published.

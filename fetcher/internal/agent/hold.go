@@ -19,10 +19,17 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
+// Watcher is told what [Agent.Hold] sees.
+type Watcher interface {
+	// Tell is called with each verdict; Alive when a look ended, with or without one.
+	Tell(v gpucheck.Verdict)
+	Alive()
+}
+
 // Hold looks at the driver again every so often until the context ends, and
-// hands each verdict to tell. It changes nothing, and it leaves the modules
+// tells the watcher. A look that fails is no verdict: what was seen last ages. It changes nothing, and it leaves the modules
 // loaded: whoever uses the GPU must not notice that this program ends.
-func (a *Agent) Hold(ctx context.Context, every time.Duration, tell func(gpucheck.Verdict)) error {
+func (a *Agent) Hold(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	last := gpucheck.Ready
@@ -39,14 +46,16 @@ func (a *Agent) Hold(ctx context.Context, every time.Duration, tell func(gpuchec
 		if ctx.Err() != nil {
 			return nil
 		}
+		w.Alive()
 		if err != nil {
-			v.State, v.Reason = gpucheck.Unusable, err.Error()
+			a.parts.Log.WarnContext(ctx, "look failed", "err", err, "verdict", last)
+			continue
 		}
 		if v.State != last {
 			a.parts.Log.WarnContext(ctx, "verdict changed", "verdict", v.State, "was", last, "reason", v.Reason)
 		}
 		last = v.State
-		tell(v)
+		w.Tell(v)
 	}
 }
 
@@ -85,7 +94,7 @@ func (a *Agent) Status() (_ *Status, err error) {
 		return nil, err
 	}
 	s := &Status{Host: facts}
-	s.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.GPUs), Modules: map[string]string{}, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}}}
+	s.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.OurGPUs()), Modules: map[string]string{}, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}}}
 	for _, m := range facts.Modules {
 		s.Verdict.Modules[m.Name] = m.Version
 	}
@@ -106,7 +115,7 @@ func (a *Agent) Status() (_ *Status, err error) {
 	if s.Installed == nil {
 		return s, nil
 	}
-	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, PCIGPUs: len(facts.GPUs), Modules: s.Verdict.Modules, Foreign: foreign(facts, s.Installed)}
+	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, GPUs: addresses(facts), Modules: s.Verdict.Modules, Foreign: foreign(facts, s.Installed)}
 	staged := false
 	if rec := a.recall(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
 		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At
@@ -122,7 +131,7 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 	switch {
 	case set.Kernel.BuildID != facts.Kernel.BuildID || set.Kernel.Board != facts.Kernel.Board:
 		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("installed for COS %s; this node runs %s", set.Kernel, facts.Kernel)
-	case facts.Driver != (target.Driver{}) && facts.Driver != set.Driver.Modules():
+	case facts.Driver != (target.Driver{}) && !facts.Runs(set.Driver):
 		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("loaded is %s; installed is %s", facts.Driver, set.Driver)
 	case staged:
 		v.State, v.Reason = gpucheck.Staged, "installed, and by request not loaded"
@@ -206,7 +215,7 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, f
 		}
 	}
 	r.Changed = true
-	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.GPUs), Modules: map[string]string{}}
+	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.OurGPUs()), Modules: map[string]string{}}
 	return errors.Join(store.Restore(install.Pointers{}), store.Sweep())
 }
 

@@ -5,24 +5,13 @@
 package gpucheck
 
 import (
-	"bytes"
-	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
-	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
-	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/hostfile"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -75,6 +64,8 @@ type Device struct {
 	Name        string `json:"name"`
 	PCIBusID    string `json:"pciBusId"`
 	MemoryBytes uint64 `json:"memoryBytes"`
+	// Error says why NVML cannot use the GPU; "" is a healthy one.
+	Error string `json:"error,omitempty"`
 }
 
 // Facts are what a verdict is made from.
@@ -84,8 +75,9 @@ type Facts struct {
 	Modules map[string]string
 	Foreign []string
 	NVML    NVML
-	PCIGPUs int
-	NVRM    []string
+	// GPUs are the PCI addresses of the GPUs that the driver is to drive.
+	GPUs []string
+	NVRM []string
 }
 
 // required are the modules without which no CUDA program runs.
@@ -95,8 +87,10 @@ var required = []string{"nvidia", "nvidia_uvm"}
 func Judge(f Facts) Verdict {
 	v := Verdict{
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
-		PCIGPUs: f.PCIGPUs, UsableGPUs: len(f.NVML.Devices), NVRM: f.NVRM,
+		PCIGPUs: len(f.GPUs), NVRM: f.NVRM,
 	}
+	missing := f.missing()
+	v.UsableGPUs = v.PCIGPUs - len(missing)
 	if v.NVML.Devices == nil {
 		v.NVML.Devices = []Device{} // an empty list in JSON
 	}
@@ -104,7 +98,7 @@ func Judge(f Facts) Verdict {
 		v.State, v.Reason = s, fmt.Sprintf(format, args...)
 		return v
 	}
-	if f.PCIGPUs == 0 {
+	if v.PCIGPUs == 0 {
 		return is(NoDevice, "no NVIDIA GPU on the PCI bus")
 	}
 	for _, name := range required {
@@ -123,12 +117,54 @@ func Judge(f Facts) Verdict {
 		return is(Unusable, "NVML does not answer: %s", f.NVML.Error)
 	case f.NVML.Version != f.Driver.Modules().Version:
 		return is(Unusable, "NVML answers with version %q; installed is %s", f.NVML.Version, f.Driver.Version)
-	case len(f.NVML.Devices) < f.PCIGPUs:
-		return is(Unusable, "%d of %d GPUs usable", len(f.NVML.Devices), f.PCIGPUs)
+	case len(missing) > 0:
+		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs, strings.Join(missing, ", "))
 	case f.NVML.Error != "":
 		return is(Unusable, "NVML: %s", f.NVML.Error)
 	}
 	return v
+}
+
+// missing names the GPUs that NVML does not list as healthy, and NVML's reasons. What
+// NVML lists without an address counts for a GPU that nothing else counts for.
+func (f Facts) missing() []string {
+	nameless := 0
+	listed := map[string]string{} // address to error
+	var reasons []string
+	for _, d := range f.NVML.Devices {
+		switch {
+		case d.PCIBusID != "":
+			listed[busAddress(d.PCIBusID)] = d.Error
+		case d.Error == "":
+			nameless++
+		default:
+			reasons = append(reasons, d.Error)
+		}
+	}
+	var missing []string
+	for _, gpu := range f.GPUs {
+		said, ok := listed[busAddress(gpu)]
+		switch {
+		case ok && said == "":
+		case ok:
+			missing = append(missing, gpu+": "+said)
+		case nameless > 0:
+			nameless--
+		default:
+			missing = append(missing, gpu+" is not listed")
+		}
+	}
+	if len(missing) > 0 {
+		missing = append(missing, reasons...)
+	}
+	return missing
+}
+
+// busAddress is a PCI address in one form: NVML writes the domain with eight digits
+// and in capitals (nvmlPciInfo_t), sysfs with four and in small letters.
+func busAddress(s string) string {
+	domain, rest, _ := strings.Cut(strings.ToLower(s), ":")
+	return strings.TrimLeft(domain, "0") + ":" + rest
 }
 
 // Err returns the verdict as a fault, or nil for ready, loaded and staged.
@@ -191,101 +227,6 @@ func (v Verdict) Print(w io.Writer) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
-}
-
-// Prober runs the probe program.
-type Prober struct {
-	// Program is the probe on this side of the root.
-	Program string
-	// HostRoot is the folder that is the node's root. When it is not "/", the
-	// program is copied to Copy and run inside, with the node's own libraries.
-	HostRoot string
-	// Copy is a path inside the node's root; used only with HostRoot.
-	Copy string
-	// Library is the path of libnvidia-ml.so.1 inside the node's root.
-	Library string
-}
-
-// probeTime bounds one probe. NVML's first call starts the GPU, which takes
-// some seconds for each on large machines.
-const probeTime = 2 * time.Minute
-
-// maxAnswer bounds what the probe may say; a machine has at most 16 GPUs.
-const maxAnswer = 1 << 20
-
-// Probe asks NVML. That NVML fails is an answer, not an error; an error means
-// that the probe itself could not be run.
-func (p Prober) Probe(ctx context.Context) (NVML, error) {
-	program := p.Program
-	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if p.HostRoot != "/" {
-		if err := replace(filepath.Join(p.HostRoot, p.Copy), p.Program); err != nil {
-			return NVML{}, fmt.Errorf("copy probe: %w", err)
-		}
-		program, attr.Chroot = p.Copy, p.HostRoot
-	}
-	ctx, cancel := context.WithTimeoutCause(ctx, probeTime, fault.New(fault.Unusable, "ask NVML: no answer in "+probeTime.String(), "read the kernel's lines: dmesg | grep NVRM"))
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program, "--lib", p.Library)
-	cmd.Path, cmd.Err = program, nil // it was looked up on this side of the root
-	cmd.Dir, cmd.SysProcAttr = "/", attr
-	cmd.Env = []string{"LD_LIBRARY_PATH=" + filepath.Dir(p.Library)}
-	var stdout, stderr limited
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	cmd.WaitDelay = 5 * time.Second
-	err := cmd.Run()
-	if ctx.Err() != nil {
-		return NVML{}, context.Cause(ctx)
-	}
-	return parseAnswer(stdout.Bytes(), stderr.String(), err)
-}
-
-// parseAnswer reads the probe's JSON. Without JSON the probe did not run.
-func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
-	var a struct {
-		DriverVersion string   `json:"driverVersion"`
-		CUDAVersion   string   `json:"cudaVersion"`
-		Devices       []Device `json:"devices"`
-		Error         string   `json:"error"`
-	}
-	if err := json.Unmarshal(stdout, &a); err != nil {
-		cause := err
-		if runErr != nil {
-			cause = runErr
-		}
-		return NVML{}, fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w: %s", cause, clip(strings.TrimSpace(stderr), 200)),
-			"check that --probe names the nvmlprobe program and that the node has a C library")
-	}
-	switch {
-	case a.Error == "" && runErr != nil:
-		a.Error = runErr.Error()
-	case a.Error == "" && a.DriverVersion == "":
-		a.Error = "the probe named no version"
-	}
-	return NVML{Version: a.DriverVersion, CUDA: a.CUDAVersion, Devices: a.Devices, Error: a.Error}, nil
-}
-
-// limited is a buffer that stops taking bytes at a bound.
-type limited struct{ bytes.Buffer }
-
-func (l *limited) Write(p []byte) (int, error) {
-	if room := maxAnswer - l.Len(); room < len(p) {
-		l.Buffer.Write(p[:max(0, room)]) // a Buffer's Write never fails
-		return len(p), nil
-	}
-	return l.Buffer.Write(p)
-}
-
-// replace copies a program over another, which may be running.
-func replace(dst, src string) error {
-	tmp := dst + ".new"
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	if err := hostfile.Copy(tmp, src); err != nil {
-		return err
-	}
-	return errors.Join(os.Chmod(tmp, 0o755), os.Rename(tmp, dst))
 }
 
 // clip cuts a text to n bytes and marks the cut.

@@ -2,11 +2,16 @@ package gpucheck_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
+	"time"
+
+	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/pkg/fault"
@@ -26,7 +31,7 @@ const version = "535.261.03"
 
 func good() gpucheck.Facts {
 	return gpucheck.Facts{
-		Driver: target.Driver{Version: version, Flavour: target.Open}, PCIGPUs: 1,
+		Driver: target.Driver{Version: version, Flavour: target.Open}, GPUs: []string{"0000:00:04.0"},
 		Modules: map[string]string{"nvidia": version, "nvidia_uvm": version},
 		NVML:    gpucheck.NVML{Version: version, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)},
 	}
@@ -41,7 +46,7 @@ func TestJudge(t *testing.T) {
 		kind fault.Kind // Internal: no error
 	}{
 		{"good", func(*gpucheck.Facts) {}, gpucheck.Ready, fault.Internal},
-		{"no GPU", func(f *gpucheck.Facts) { f.PCIGPUs = 0 }, gpucheck.NoDevice, fault.NoDevice},
+		{"no GPU", func(f *gpucheck.Facts) { f.GPUs = nil }, gpucheck.NoDevice, fault.NoDevice},
 		{"an edition of a release", func(f *gpucheck.Facts) { f.Driver.Version = version + "-grid" }, gpucheck.Ready, fault.Internal},
 		{"not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia") }, gpucheck.Unusable, fault.Unusable},
 		{"uvm not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia_uvm") }, gpucheck.Unusable, fault.Unusable},
@@ -49,7 +54,17 @@ func TestJudge(t *testing.T) {
 		{"NVML fails", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{Error: "no library"} }, gpucheck.Unusable, fault.Unusable},
 		{"NVML not asked", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{} }, gpucheck.Loaded, fault.Internal},
 		{"NVML of another version", func(f *gpucheck.Facts) { f.NVML.Version = "470.1" }, gpucheck.Unusable, fault.Unusable},
-		{"GPU missing", func(f *gpucheck.Facts) { f.PCIGPUs = 2 }, gpucheck.Unusable, fault.Unusable},
+		{"GPU missing", func(f *gpucheck.Facts) { f.GPUs = append(f.GPUs, "0000:00:05.0") }, gpucheck.Unusable, fault.Unusable},
+		{"GPUs by their addresses", func(f *gpucheck.Facts) {
+			f.GPUs = append(f.GPUs, "10000:3b:00.0")
+			f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00010000:3B:00.0"}, {PCIBusID: "00000000:00:04.0"}}
+		}, gpucheck.Ready, fault.Internal},
+		{"another GPU in its place", func(f *gpucheck.Facts) { f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:05.0"}} }, gpucheck.Unusable, fault.Unusable},
+		// As nvmlprobe writes down what DeviceGetHandleByIndex and the getters refuse.
+		{"a GPU that is lost", func(f *gpucheck.Facts) { f.NVML.Devices[0].Error = "open GPU 0: GPU is lost" }, gpucheck.Unusable, fault.Unusable},
+		{"a GPU that tells its address, and no more", func(f *gpucheck.Facts) {
+			f.NVML.Devices[0] = gpucheck.Device{PCIBusID: "00000000:00:04.0", Error: "read memory size: Insufficient Permissions"}
+		}, gpucheck.Unusable, fault.Unusable},
 		{"no GPU answers", func(f *gpucheck.Facts) { f.NVML.Devices = nil }, gpucheck.Unusable, fault.Unusable},
 		{"device error", func(f *gpucheck.Facts) { f.NVML.Error = "device 0 is lost" }, gpucheck.Unusable, fault.Unusable},
 	}
@@ -114,8 +129,8 @@ func TestProbe(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			p := gpucheck.Prober{Program: self, HostRoot: "/", Library: "/" + row.answer + "/" + row.lib}
-			got, err := p.Probe(t.Context())
+			p := gpucheck.Prober{Program: self, HostRoot: "/"}
+			got, err := p.Probe(t.Context(), "/"+row.answer+"/"+row.lib)
 			if (err == nil) != row.ok || got.Version != row.want.Version || got.Error != row.want.Error {
 				t.Errorf("Probe = %+v, %v; want %+v", got, err, row.want)
 			}
@@ -124,7 +139,86 @@ func TestProbe(t *testing.T) {
 			}
 		})
 	}
-	if _, err := (gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), HostRoot: "/", Library: "/x/y"}).Probe(t.Context()); !fault.Is(err, fault.Unusable) {
+	none := gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), HostRoot: "/"}
+	if _, err := none.Probe(t.Context(), "/x/y"); !fault.Is(err, fault.Unusable) {
 		t.Errorf("Probe without a program = %v; want unusable", err)
+	}
+}
+
+// A probe that the driver holds does not hold the agent: the look ends, and so does
+// every one after it, until the probe has ended.
+func TestProbeHangs(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	program, pipe := filepath.Join(dir, "probe"), filepath.Join(dir, "pipe")
+	if err := errors.Join(syscall.Mkfifo(pipe, 0o600), os.WriteFile(program, []byte("#!/bin/sh\n: >"+pipe+".runs\nread line <"+pipe+"\n"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	p := gpucheck.Prober{Program: program, HostRoot: "/"}
+	first := make(chan error, 1)
+	go func() {
+		_, err := p.Probe(t.Context(), "x")
+		first <- err
+	}()
+	for { // until it runs
+		if _, err := os.Stat(pipe + ".runs"); err == nil {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if _, err := p.Probe(t.Context(), "x"); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "no answer in") {
+		t.Errorf("a look while the probe hangs: %v; want unusable", err)
+	}
+	out, err := os.OpenFile(pipe, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := out.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-first; !fault.Is(err, fault.Unusable) || strings.Contains(err.Error(), "no answer in") {
+		t.Errorf("the first look ends with %v; want that the probe said nothing", err)
+	}
+}
+
+// Two programs put the probe into the node's root at the same time, many times over;
+// a disk without room does not matter where it is there already.
+func TestProbeCopies(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Log("not root: the probe cannot be run inside another root, only copied")
+	}
+	root, program := t.TempDir(), filepath.Join(t.TempDir(), "probe")
+	if err := errors.Join(os.MkdirAll(filepath.Join(root, "nv"), 0o755), os.WriteFile(program, bytes.Repeat([]byte("#!/bin/false\n"), 1<<16), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	readOnly := gpucheck.Prober{Program: program, HostRoot: root, Copy: "/nv/probe", ReadOnly: true}
+	if _, err := readOnly.Probe(t.Context(), "x"); !errors.Is(err, gpucheck.ErrNotAsked) {
+		t.Errorf("read-only, with nothing there: %v; want that NVML was not asked", err)
+	}
+	var g errgroup.Group
+	for range 2 {
+		g.Go(func() error {
+			for range 50 {
+				p := gpucheck.Prober{Program: program, HostRoot: root, Copy: "/nv/probe"}
+				if _, err := p.Probe(t.Context(), "x"); err == nil || strings.Contains(err.Error(), "copy probe") {
+					return fmt.Errorf("Probe = %v; want what a program that is none leads to", err)
+				}
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		t.Error(err)
+	}
+	left, err := filepath.Glob(filepath.Join(root, "nv", "*"))
+	if err != nil || len(left) != 1 {
+		t.Errorf("left in the folder: %v, %v; want the probe alone", left, err)
+	}
+	if err := os.Chmod(filepath.Join(root, "nv"), 0o555); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readOnly.Probe(t.Context(), "x"); errors.Is(err, gpucheck.ErrNotAsked) {
+		t.Errorf("read-only, with the probe there: %v; want it run", err)
 	}
 }

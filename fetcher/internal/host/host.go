@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -37,7 +38,42 @@ type Facts struct {
 	Driver target.Driver `json:"loadedDriver"`
 	// FirmwarePath is the extra folder in which the kernel looks for firmware.
 	FirmwarePath string `json:"firmwarePath,omitempty"`
+	// Unread says what of the node could not be read or understood; the facts hold
+	// without it.
+	Unread []string `json:"unread,omitempty"`
 }
+
+// Runs reports whether a driver is the one that is loaded. A loaded driver does not
+// know its runfile's suffix, and one of an unknown form tells no flavour.
+func (f *Facts) Runs(d target.Driver) bool {
+	d = d.Modules()
+	return f.Driver.Version != "" && f.Driver.Version == d.Version && (f.Driver.Flavour == "" || f.Driver.Flavour == d.Flavour)
+}
+
+// OurGPUs are the GPUs that the NVIDIA driver is to drive.
+func (f *Facts) OurGPUs() []GPU {
+	return slices.DeleteFunc(slices.Clone(f.GPUs), func(g GPU) bool { return !g.Ours() })
+}
+
+// Holders are the loaded modules that use the driver and are no part of it, such as
+// gdrdrv or nvidia_fs. The driver cannot be unloaded before them.
+func (f *Facts) Holders() []string {
+	var all []string
+	for _, m := range f.Modules {
+		for _, user := range m.UsedBy {
+			if !driverModule(user) && !slices.Contains(all, user) {
+				all = append(all, user)
+			}
+		}
+	}
+	return all
+}
+
+// driverModules are the modules of NVIDIA's driver, in the kernel's spelling. Others
+// have names that begin likewise: nvidia_cspmu of the kernel, nvidia_fs, nvidiafb.
+var driverModules = []string{"nvidia", "nvidia_uvm", "nvidia_modeset", "nvidia_drm", "nvidia_peermem"}
+
+func driverModule(name string) bool { return slices.Contains(driverModules, name) }
 
 // GPU is one NVIDIA display device.
 type GPU struct {
@@ -48,13 +84,26 @@ type GPU struct {
 	// SubVendor and SubDevice are the board's ids; "" is unknown.
 	SubVendor string `json:"subVendor,omitempty"`
 	SubDevice string `json:"subDevice,omitempty"`
+	// Driver is the kernel's driver that the device is bound to, such as nvidia or
+	// vfio-pci; "" is none.
+	Driver string `json:"driver,omitempty"`
+	// VirtualFunction says that this is a part of another device of the node, which a
+	// virtual machine is to get.
+	VirtualFunction bool `json:"virtualFunction,omitempty"`
+}
+
+// Ours reports whether the NVIDIA driver of this node is to drive the GPU: it is no
+// virtual function, and not set aside for a virtual machine.
+func (g GPU) Ours() bool {
+	return !g.VirtualFunction && !strings.Contains(g.Driver, "vfio") && g.Driver != "pci-stub"
 }
 
 // Listed returns the GPUs as lists of supported ones name them.
 func (f *Facts) Listed() []gpulist.GPU {
-	all := make([]gpulist.GPU, len(f.GPUs))
-	for i, g := range f.GPUs {
-		all[i] = gpulist.GPU(g)
+	own := f.OurGPUs()
+	all := make([]gpulist.GPU, len(own))
+	for i, g := range own {
+		all[i] = gpulist.GPU{Address: g.Address, Device: g.Device, SubVendor: g.SubVendor, SubDevice: g.SubDevice}
 	}
 	return all
 }
@@ -69,6 +118,9 @@ type Module struct {
 	BuildID string   `json:"buildId,omitempty"`
 	Refs    int      `json:"refs"`
 	UsedBy  []string `json:"usedBy,omitempty"`
+	// Permanent says that the kernel never unloads it: it has no way out, or the kernel
+	// was built without CONFIG_MODULE_UNLOAD. Such a kernel counts no references.
+	Permanent bool `json:"permanent,omitempty"`
 }
 
 // Observe reads the facts from the folder that is the node's root. An error
@@ -107,18 +159,30 @@ func Observe(root fs.FS) (*Facts, error) {
 	if f.Policy, err = readPolicy(root); err != nil {
 		return nil, err
 	}
-	if f.GPUs, err = readGPUs(root); err != nil {
+	if f.GPUs, err = f.readGPUs(root); err != nil {
 		return nil, err
 	}
 	if f.Modules, err = LoadedModules(root); err != nil {
 		return nil, err
 	}
-	if f.Driver, err = LoadedDriver(root); err != nil {
-		return nil, err
+	f.Driver, err = LoadedDriver(root)
+	if err != nil {
+		// A form that is newer than this program must not end it: the module itself tells
+		// its version, and only the flavour stays unknown.
+		f.unread(err)
+		for _, m := range f.Modules {
+			if m.Name == "nvidia" {
+				f.Driver = target.Driver{Version: m.Version}
+			}
+		}
 	}
-	f.FirmwarePath, err = readOptional(root, "sys/module/firmware_class/parameters/path")
-	return f, err
+	if f.FirmwarePath, err = readOptional(root, "sys/module/firmware_class/parameters/path"); err != nil {
+		f.unread(err)
+	}
+	return f, nil
 }
+
+func (f *Facts) unread(err error) { f.Unread = append(f.Unread, err.Error()) }
 
 // LoadedModules returns the NVIDIA modules in /proc/modules, in its order
 // (youngest first).
@@ -132,7 +196,7 @@ func LoadedModules(root fs.FS) ([]Module, error) {
 	}
 	mods := []Module{}
 	for _, m := range ParseModules(text) {
-		if m.Name != "nvidia" && !strings.HasPrefix(m.Name, "nvidia_") {
+		if !driverModule(m.Name) {
 			continue
 		}
 		if m.Version, err = readOptional(root, "sys/module/"+m.Name+"/version"); err != nil {
@@ -157,13 +221,22 @@ func ParseModules(text string) []Module {
 		if len(field) < 4 {
 			continue
 		}
-		refs, err := strconv.Atoi(field[2])
-		if err != nil {
-			continue
+		m := Module{Name: field[0]}
+		// Without CONFIG_MODULE_UNLOAD the kernel writes "- -" for count and users
+		// (print_unload_info in kernel/module/procfs.c).
+		if m.Permanent = field[2] == "-"; !m.Permanent {
+			refs, err := strconv.Atoi(field[2])
+			if err != nil {
+				continue
+			}
+			m.Refs = refs
 		}
-		m := Module{Name: field[0], Refs: refs}
 		for user := range strings.SplitSeq(field[3], ",") {
-			if user != "" && user != "-" && user != "[permanent]" {
+			switch user {
+			case "", "-":
+			case "[permanent]":
+				m.Permanent = true
+			default:
 				m.UsedBy = append(m.UsedBy, user)
 			}
 		}
@@ -210,7 +283,7 @@ func ParseDriverVersion(text string) (target.Driver, error) {
 
 // readGPUs lists PCI devices of vendor 10de whose class is a display one: VGA
 // (0300) or 3D controller (0302).
-func readGPUs(root fs.FS) ([]GPU, error) {
+func (f *Facts) readGPUs(root fs.FS) ([]GPU, error) {
 	const dir = "sys/bus/pci/devices"
 	entries, err := fs.ReadDir(root, dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -221,15 +294,20 @@ func readGPUs(root fs.FS) ([]GPU, error) {
 	}
 	gpus := []GPU{}
 	for _, e := range entries {
-		var id [5]string
-		for i, name := range []string{"vendor", "class", "device", "subsystem_vendor", "subsystem_device"} {
+		var id [6]string
+		for i, name := range []string{"vendor", "class", "device", "subsystem_vendor", "subsystem_device", "uevent"} {
 			if id[i], err = readOptional(root, dir+"/"+e.Name()+"/"+name); err != nil {
-				return nil, err
+				f.unread(err)
 			}
 		}
-		if id[0] == "0x10de" && (strings.HasPrefix(id[1], "0x0300") || strings.HasPrefix(id[1], "0x0302")) {
-			gpus = append(gpus, GPU{Address: e.Name(), Device: id[2], SubVendor: id[3], SubDevice: id[4]})
+		if id[0] != "0x10de" || !strings.HasPrefix(id[1], "0x0300") && !strings.HasPrefix(id[1], "0x0302") {
+			continue
 		}
+		_, err := fs.Stat(root, dir+"/"+e.Name()+"/physfn") // Documentation/ABI/testing/sysfs-bus-pci
+		gpus = append(gpus, GPU{
+			Address: e.Name(), Device: id[2], SubVendor: id[3], SubDevice: id[4],
+			Driver: ParseKeyValues(id[5])["DRIVER"], VirtualFunction: err == nil,
+		})
 	}
 	return gpus, nil
 }

@@ -1,11 +1,13 @@
 package host_test
 
 import (
+	"io/fs"
 	"maps"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/fstest"
 
@@ -49,7 +51,7 @@ func TestObserve(t *testing.T) {
 		},
 		OS:     "cos",
 		Policy: host.Policy{SignaturesEnforced: true, LoadPin: true, LoadPinExcludes: []string{"kernel-module", "firmware"}},
-		GPUs:   []host.GPU{{Address: "0000:00:04.0", Device: "0x2330", SubVendor: "0x10de", SubDevice: "0x16c1"}, {Address: "0000:00:05.0", Device: "0x27b8"}},
+		GPUs:   []host.GPU{{Address: "0000:00:04.0", Device: "0x2330", SubVendor: "0x10de", SubDevice: "0x16c1", Driver: "nvidia"}, {Address: "0000:00:05.0", Device: "0x27b8"}},
 		Modules: []host.Module{
 			{Name: "nvidia_drm"},
 			{Name: "nvidia_modeset", Refs: 1, UsedBy: []string{"nvidia_drm"}},
@@ -82,6 +84,29 @@ func TestObserveOddNodes(t *testing.T) {
 		{"nothing loaded", map[string]string{"proc/driver/nvidia/version": ""}, fault.Internal, func(f *host.Facts) bool { return f.Driver == target.Driver{} }},
 		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"}, fault.Internal,
 			func(f *host.Facts) bool { return !f.Policy.SignaturesEnforced }},
+		// The words are those of print_unload_info in kernel/module/procfs.c, of a kernel
+		// without CONFIG_MODULE_UNLOAD, as on a machine with an H200.
+		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live 0x0 (OE)\n"}, fault.Internal,
+			func(f *host.Facts) bool {
+				return len(f.Modules) == 2 && f.Modules[0].Permanent && f.Modules[1].Permanent
+			}},
+		{"modules of others", map[string]string{"proc/modules": "gdrdrv 36864 0 - Live 0x0\nnvidia_fs 331776 0 - Live 0x0\nnvidia_cspmu 16384 0 - Live 0x0\nnvidia 62631936 2 gdrdrv,nvidia_fs, Live 0x0\n"}, fault.Internal,
+			func(f *host.Facts) bool {
+				return len(f.Modules) == 1 && slices.Equal(f.Holders(), []string{"gdrdrv", "nvidia_fs"})
+			}},
+		{"a driver that says it otherwise", map[string]string{"proc/driver/nvidia/version": "NVRM release 580.126.09 (open)\n"}, fault.Internal,
+			func(f *host.Facts) bool {
+				return len(f.Unread) == 1 && f.Runs(target.Driver{Version: "580.126.09", Flavour: target.Open}) && f.Runs(target.Driver{Version: "580.126.09", Flavour: target.Proprietary}) && !f.Runs(target.Driver{Version: "580.126.20"})
+			}},
+		{"GPUs for virtual machines", map[string]string{
+			"sys/bus/pci/devices/0000:00:05.0/uevent":        "DRIVER=vfio-pci\nPCI_CLASS=30000\n",
+			"sys/bus/pci/devices/0000:00:04.4/vendor":        "0x10de\n",
+			"sys/bus/pci/devices/0000:00:04.4/class":         "0x030200\n",
+			"sys/bus/pci/devices/0000:00:04.4/physfn/vendor": "0x10de\n",
+		}, fault.Internal, func(f *host.Facts) bool {
+			own := f.OurGPUs()
+			return len(f.GPUs) == 3 && len(own) == 1 && own[0].Address == "0000:00:04.0" && len(f.Listed()) == 1
+		}},
 		{"no LoadPin", map[string]string{"proc/sys/kernel/loadpin/enforce": ""}, fault.Internal, func(f *host.Facts) bool { return !f.Policy.LoadPin }},
 	}
 	for _, row := range rows {
@@ -95,6 +120,37 @@ func TestObserveOddNodes(t *testing.T) {
 				t.Errorf("Observe = %+v, %v", f, err)
 			}
 		})
+	}
+}
+
+// failing is a file system in which one file cannot be read.
+type failing struct {
+	fs.FS
+	name string
+}
+
+func (f failing) Open(name string) (fs.File, error) {
+	if name == f.name {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: syscall.EIO}
+	}
+	return f.FS.Open(name)
+}
+
+// A device or a driver that does not tell all of itself does not hide the rest.
+func TestObserveWithoutSome(t *testing.T) {
+	t.Parallel()
+	whole, err := host.Observe(recorded(t, nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{
+		"sys/bus/pci/devices/0000:00:03.0/class", "sys/bus/pci/devices/0000:00:04.0/subsystem_device", "sys/bus/pci/devices/0000:00:05.0/uevent",
+		"proc/driver/nvidia/version", "sys/module/firmware_class/parameters/path",
+	} {
+		f, err := host.Observe(failing{recorded(t, nil), name})
+		if err != nil || len(f.Unread) != 1 || !strings.Contains(f.Unread[0], name) || len(f.GPUs) != len(whole.GPUs) || !f.Runs(whole.Driver) {
+			t.Errorf("without %s: %+v, %v; want everything else, and a word about it", name, f, err)
+		}
 	}
 }
 

@@ -4,6 +4,7 @@
 package report
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -25,21 +26,28 @@ import (
 type Server struct {
 	mux *http.ServeMux
 
+	// now is the clock.
+	now func() time.Time
+
 	mu      sync.Mutex
 	verdict gpucheck.Verdict
+	told    time.Time // when the verdict came
+	alive   time.Time // when the last look ended, whatever it came to
+	age     time.Duration
 
 	ready, pci, usable prometheus.Gauge
 	info               *prometheus.GaugeVec
 	phases             *prometheus.GaugeVec
 }
 
-// New returns a server that is not ready.
-func New() *Server {
+// New returns a server that is not ready. now is the clock.
+func New(now func() time.Time) *Server {
 	gauge := func(name, help string) prometheus.Gauge {
 		return prometheus.NewGauge(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: name, Help: help})
 	}
 	s := &Server{
 		mux:    http.NewServeMux(),
+		now:    now,
 		ready:  gauge("ready", "1 when every GPU of the node answers NVML with the installed driver."),
 		pci:    gauge("gpus_present", "NVIDIA GPUs on the PCI bus."),
 		usable: gauge("gpus_usable", "GPUs that answer NVML."),
@@ -51,7 +59,7 @@ func New() *Server {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(s.ready, s.pci, s.usable, s.info, s.phases)
 	s.mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	s.mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { answer(w, http.StatusOK, []byte("{}\n")) })
+	s.mux.HandleFunc("GET /healthz", s.healthz)
 	s.mux.HandleFunc("GET /readyz", s.readyz)
 	return s
 }
@@ -59,11 +67,27 @@ func New() *Server {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
+// Watch says that looks follow each other from now on, and that what is told is worth
+// something for so long only: readiness is gone after it, and so is liveness where no
+// look ended at all.
+func (s *Server) Watch(age time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.age, s.alive = age, s.now()
+}
+
+// Alive says that a look ended, whatever it came to.
+func (s *Server) Alive() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.alive = s.now()
+}
+
 // Tell replaces the verdict.
 func (s *Server) Tell(v gpucheck.Verdict) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.verdict = v
+	s.verdict, s.told = v, s.now()
 	s.ready.Set(0)
 	if v.State == gpucheck.Ready {
 		s.ready.Set(1)
@@ -89,9 +113,13 @@ func (s *Server) TellPhases(phases []timeline.Phase) {
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	v := s.verdict
+	old := s.age > 0 && s.now().Sub(s.told) > s.age
+	if old {
+		v.Reason = fmt.Sprintf("last seen at %s: %s", s.told.UTC().Format(time.RFC3339), cmp.Or(v.Reason, string(v.State)))
+	}
 	s.mu.Unlock()
 	status := http.StatusServiceUnavailable
-	if v.State == gpucheck.Ready {
+	if v.State == gpucheck.Ready && !old {
 		status = http.StatusOK
 	}
 	body, err := json.Marshal(v)
@@ -100,6 +128,18 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 		return
 	}
 	answer(w, status, append(body, '\n'))
+}
+
+// healthz says whether the program still looks at the driver.
+func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
+	s.mu.Lock()
+	dead := s.age > 0 && s.now().Sub(s.alive) > s.age
+	s.mu.Unlock()
+	if dead {
+		answer(w, http.StatusServiceUnavailable, []byte("{\"error\":\"no look at the driver has ended for too long\"}\n"))
+		return
+	}
+	answer(w, http.StatusOK, []byte("{}\n"))
 }
 
 func answer(w http.ResponseWriter, status int, body []byte) {

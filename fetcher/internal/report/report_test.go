@@ -6,6 +6,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/report"
@@ -22,7 +23,8 @@ func get(t *testing.T, s *report.Server, path string) (int, string) {
 
 func TestServer(t *testing.T) {
 	t.Parallel()
-	s := report.New()
+	now := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	s := report.New(func() time.Time { return now })
 	if code, _ := get(t, s, "/healthz"); code != http.StatusOK {
 		t.Errorf("healthz = %d; want 200", code)
 	}
@@ -44,6 +46,29 @@ func TestServer(t *testing.T) {
 			t.Errorf("metrics lack %s:\n%s", want, metrics)
 		}
 	}
+	// What was seen is worth something for a time only.
+	s.Watch(time.Minute)
+	for _, row := range []struct {
+		after          time.Duration
+		looked, told   bool
+		ready, healthy int
+	}{
+		{50 * time.Second, false, false, 200, 200}, {11 * time.Second, true, false, 503, 200}, {59 * time.Second, false, false, 503, 200},
+		{2 * time.Second, false, false, 503, 503}, {0, true, true, 200, 200},
+	} {
+		now = now.Add(row.after)
+		if row.looked {
+			s.Alive()
+		}
+		if row.told {
+			s.Tell(v)
+		}
+		ready, body := get(t, s, "/readyz")
+		healthy, _ := get(t, s, "/healthz")
+		if ready != row.ready || healthy != row.healthy || ready == 503 && !strings.Contains(body, "last seen at 2026-01-02T03:04:05Z") {
+			t.Errorf("%+v: readyz %d %s, healthz %d", row, ready, body, healthy)
+		}
+	}
 	v.State = gpucheck.Unusable
 	s.Tell(v)
 	if code, _ := get(t, s, "/readyz"); code != http.StatusServiceUnavailable {
@@ -56,10 +81,10 @@ func TestRunStops(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	// Cancelled before or after it listens: either way it returns.
-	if err := report.New().Run(ctx, "127.0.0.1:0"); err != nil {
+	if err := report.New(time.Now).Run(ctx, "127.0.0.1:0"); err != nil {
 		t.Errorf("Run = %v", err)
 	}
-	if err := report.New().Run(t.Context(), "nowhere:port"); err == nil {
+	if err := report.New(time.Now).Run(t.Context(), "nowhere:port"); err == nil {
 		t.Error("Run on a bad address succeeded")
 	}
 }

@@ -1,0 +1,189 @@
+package gpucheck
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/hostfile"
+)
+
+// Prober runs the probe program, one at a time.
+type Prober struct {
+	// Program is the probe on this side of the root.
+	Program string
+	// HostRoot is the folder that is the node's root. When it is not "/", the
+	// program is copied to Copy and run inside, with the node's own libraries.
+	HostRoot string
+	// Copy is a path inside the node's root; used only with HostRoot.
+	Copy string
+	// ReadOnly makes no copy: where there is none yet, NVML is not asked.
+	ReadOnly bool
+
+	mu    sync.Mutex
+	since time.Time // of the probe that runs; zero where none does
+}
+
+// ErrNotAsked says that a read-only probe has no program inside the node's root.
+var ErrNotAsked = errors.New("NVML was not asked: the probe was not copied to this node yet")
+
+// probeTime bounds one probe. NVML's first call starts the GPU, which takes
+// some seconds for each on large machines.
+const probeTime = 2 * time.Minute
+
+// killTime is how long a probe that was killed may take to end. One that sleeps in
+// the driver, in state D of ps, never does.
+const killTime = 10 * time.Second
+
+// maxAnswer bounds what the probe may say; a machine has at most 16 GPUs.
+const maxAnswer = 1 << 20
+
+// Probe asks the NVML library at a path inside the node's root, or of a name that the
+// loader finds. That NVML fails is an answer, not an error; an error means that the
+// probe itself could not be run or does not end. It returns in any case: a probe that
+// the driver holds is left behind, and nobody is asked before that one ends.
+func (p *Prober) Probe(ctx context.Context, library string) (NVML, error) {
+	p.mu.Lock()
+	if !p.since.IsZero() {
+		since := p.since
+		p.mu.Unlock()
+		return NVML{}, hung(time.Since(since))
+	}
+	p.since = time.Now()
+	p.mu.Unlock()
+	type outcome struct {
+		nvml NVML
+		err  error
+	}
+	answered := make(chan outcome, 1)
+	ctx, cancel := context.WithTimeoutCause(ctx, probeTime, hung(probeTime))
+	go func() {
+		defer cancel()
+		n, err := p.ask(ctx, library)
+		p.mu.Lock()
+		p.since = time.Time{}
+		p.mu.Unlock()
+		answered <- outcome{n, err}
+	}()
+	select {
+	case o := <-answered:
+		return o.nvml, o.err
+	case <-ctx.Done():
+	}
+	select {
+	case o := <-answered:
+		return o.nvml, o.err
+	case <-time.After(killTime):
+		return NVML{}, context.Cause(ctx)
+	}
+}
+
+func hung(d time.Duration) error {
+	return fault.New(fault.Unusable, "ask NVML: no answer in "+d.Round(time.Second).String(), "read the kernel's lines: dmesg | grep NVRM")
+}
+
+func (p *Prober) ask(ctx context.Context, library string) (NVML, error) {
+	program := p.Program
+	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if p.HostRoot != "/" {
+		if err := p.place(); err != nil {
+			return NVML{}, err
+		}
+		program, attr.Chroot = p.Copy, p.HostRoot
+	}
+	cmd := exec.CommandContext(ctx, program, "--lib", library)
+	cmd.Path, cmd.Err = program, nil // it was looked up on this side of the root
+	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
+	if filepath.IsAbs(library) {
+		cmd.Env = []string{"LD_LIBRARY_PATH=" + filepath.Dir(library)}
+	}
+	var stdout, stderr limited
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	cmd.WaitDelay = 5 * time.Second
+	err := cmd.Run()
+	if ctx.Err() != nil {
+		return NVML{}, context.Cause(ctx)
+	}
+	return parseAnswer(stdout.Bytes(), stderr.String(), err)
+}
+
+// place puts the probe into the node's root, unless this very program is there.
+func (p *Prober) place() error {
+	to := filepath.Join(p.HostRoot, p.Copy)
+	have, err := hostfile.Sum(to)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("copy probe: %w", err)
+	}
+	want, err := hostfile.Sum(p.Program)
+	if err != nil {
+		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err), "check that --probe names the nvmlprobe program")
+	}
+	switch {
+	case have == want:
+		return nil
+	case p.ReadOnly:
+		return ErrNotAsked
+	}
+	dir, err := os.MkdirTemp(filepath.Dir(to), "tmp-probe-") // others may do the same now
+	if err == nil {
+		tmp := filepath.Join(dir, filepath.Base(to))
+		if err = hostfile.Copy(tmp, p.Program); err == nil {
+			err = os.Chmod(tmp, 0o755)
+		}
+		if err == nil {
+			err = os.Rename(tmp, to)
+		}
+		err = errors.Join(err, os.RemoveAll(dir))
+	}
+	if err != nil {
+		return fault.Disk(fmt.Errorf("copy probe: %w", err), "free space below the install folder")
+	}
+	return nil
+}
+
+// parseAnswer reads the probe's JSON. Without JSON the probe did not run.
+func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
+	var a struct {
+		DriverVersion string   `json:"driverVersion"`
+		CUDAVersion   string   `json:"cudaVersion"`
+		Devices       []Device `json:"devices"`
+		Error         string   `json:"error"`
+	}
+	if err := json.Unmarshal(stdout, &a); err != nil {
+		cause := err
+		if runErr != nil {
+			cause = runErr
+		}
+		return NVML{}, fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w: %s", cause, clip(strings.TrimSpace(stderr), 200)),
+			"check that --probe names the nvmlprobe program and that the node has a C library")
+	}
+	switch {
+	case a.Error == "" && runErr != nil:
+		a.Error = runErr.Error()
+	case a.Error == "" && a.DriverVersion == "":
+		a.Error = "the probe named no version"
+	}
+	return NVML{Version: a.DriverVersion, CUDA: a.CUDAVersion, Devices: a.Devices, Error: a.Error}, nil
+}
+
+// limited is a buffer that stops taking bytes at a bound.
+type limited struct{ bytes.Buffer }
+
+func (l *limited) Write(p []byte) (int, error) {
+	if room := maxAnswer - l.Len(); room < len(p) {
+		l.Buffer.Write(p[:max(0, room)]) // a Buffer's Write never fails
+		return len(p), nil
+	}
+	return l.Buffer.Write(p)
+}
