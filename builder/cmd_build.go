@@ -46,24 +46,24 @@ const (
 func mirrorFlags() []ucli.Flag {
 	return cli.Group(groupFrom,
 		cli.String("kernel-mirror", kernelBucket,
-			"`URL` of the COS release bucket: gs://, https:// or file://; commas part mirrors"),
-		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; commas part mirrors"),
+			"`URL` of COS's release bucket: gs://, https:// or file://; more with commas"),
+		cli.String("driver-mirror", driverBucket, "`URL` of the bucket with NVIDIA's runfiles; more with commas"),
 	)
 }
 
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
 	googleSignatures := cli.String("google-signatures", string(pipeline.GoogleAuto),
-		"attach Google's module signatures that hold: `MODE` is auto, require or off")
+		"attach Google's module signatures: `MODE` is auto (where all hold), require or off")
 	googleSignatures.Validator = mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
 	loadTest := cli.String("load-test", string(pipeline.LoadTestAuto),
-		"load the modules in a virtual machine: `MODE` is auto, require or off")
+		"load the modules in a virtual machine: `MODE` is auto (where it can), require or off")
 	loadTest.Validator = mode("load-test", pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)
 	return slices.Concat(
 		cli.Group(groupWhat,
-			cli.Bool("google-modules", "publish Google's own open modules, untouched"),
+			cli.Bool("google-modules", "publish Google's own open modules, and compile none"),
 			cli.Bool("debug-symbols", "publish the modules' debug information, too"),
-			cli.Bool("btf", "add types for tracers; needs the bucket's vmlinux, pahole"),
+			cli.Bool("btf", "add types for tracers; needs vmlinux in the bucket and pahole"),
 		),
 		mirrorFlags(),
 		cli.Group(groupTo,
@@ -88,7 +88,7 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupResources,
 			cacheFlag(),
 			cacheSizeFlag(),
-			cli.Int("jobs", 0, "`COUNT` of compilers for a cell; 0 divides processors"),
+			cli.Int("jobs", 0, "`COUNT` of compilers for a cell; 0 shares the processors"),
 			cli.Duration("compile-timeout", 45*time.Minute, "longest `TIME` for one compile"),
 		),
 	)
@@ -116,7 +116,7 @@ func defaultCache() string {
 // programFlags name the programs of the load test, by default those beside this
 // program.
 func programFlags() []ucli.Flag {
-	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` of the machine")
+	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the virtual machine")
 	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
 	return cli.Group(groupLoadTest, guestinit, probe)
@@ -206,7 +206,10 @@ func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "build",
 		Usage: "make one cell (a kernel and a driver), or those of a wish list",
-		Description: `Examples:
+		Description: `Give --build-id for one cell, or --wish for many, and always --to and --key.
+With --wish, that file says what --board, --driver, --flavour and --label say
+for one cell.
+
   builder build --build-id 17800.66.78 --driver R535 \
     --to registry.example/drivers --key prebake.key
   builder build --wish wish.yaml --to gs://my-bucket/cos --key prebake.key`,
@@ -221,7 +224,7 @@ func buildCommand() *ucli.Command {
 			),
 			pipelineFlags(),
 			wishFlags(),
-			cli.Group(groupTo, cli.Strings("label", "call the driver `LABEL` in buckets: DEFAULT, LATEST or its branch")),
+			cli.Group(groupTo, cli.Strings("label", "call the open driver `LABEL` in buckets: DEFAULT, LATEST or its branch")),
 			cli.Group(groupOutput,
 				cli.String("log", "", "`FILE` for the full log (default: in the cache folder)"),
 				cli.Bool("dry-run", "with --wish: print what would be made, make nothing"),
@@ -238,7 +241,7 @@ func buildCommand() *ucli.Command {
 				}
 				return runBuildWish(ctx, cmd)
 			}
-			if err := alien(cmd, "--build-id", "dry-run", "parallel", "retry-failed"); err != nil {
+			if err := alien(cmd, "--build-id", "attempts", "dry-run", "parallel", "retry-failed"); err != nil {
 				return err
 			}
 			return runBuild(ctx, cmd)

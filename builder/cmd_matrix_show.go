@@ -51,7 +51,7 @@ func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
 		kernel, driver, flavour := names(j)
 		rows = append(rows, [4]string{kernel, driver, flavour, string(j.State)})
 	}
-	limits := [4]int{28, 14, 11, 11}
+	limits := [4]int{24, 18, 11, 11}
 	var widths [4]int
 	for _, row := range rows {
 		for i, s := range row {

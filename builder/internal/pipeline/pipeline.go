@@ -1,11 +1,13 @@
 // Package pipeline makes one cell of the matrix: it takes a COS build and a
-// driver wish through source, look up, compile, check, load test, package, sign
-// and publish, and reports every phase. `builder build`, `builder work` and a
-// node's local compile all run this one path. A cell that every destination
-// has already, signed with our key, is attested and not compiled again.
+// driver wish through source, look up, compile (or take modules), sign modules,
+// check, load test, package, sign and publish, and reports every phase. `builder
+// build`, `builder work` and a node's local compile all run this one path. A cell that
+// every destination has already, signed with our key, is attested and not compiled
+// again.
 //
-// run.go has the phases in their order, and a file for each its name: what a phase
-// makes is a value that the next ones take.
+// run.go has the phases in their order, each with a file of its name; modules that
+// Google signed are in google.go. What a phase makes is a value that the next ones
+// take.
 //
 // It refuses to publish anything that failed a phase, and to know how a phase
 // does its work; each has a package of its own.
