@@ -55,22 +55,25 @@ func (k *Key) Differs(other *Key) string {
 	return ""
 }
 
-// Missed says why an entry has to be made: the name of the first part in which its
-// key differs from the one that was asked for about the same thing the last time.
-// It is "" the first time, and where an entry was there and is gone. The key is
-// remembered for the next time; that a full disk does not let it costs a reason
-// only, and what asks for room says so by itself.
-func (c *Cache) Missed(about string, key *Key) string {
-	const kind = "keys"
-	differs := ""
-	if raw, ok := c.Recall(kind, about); ok {
-		var last Key
-		if err := json.Unmarshal(raw, &last.parts); err == nil {
-			differs = key.Differs(&last)
-		}
+// keyKind is the kind of the facts that [Cache.Used] remembers.
+const keyKind = "keys"
+
+// MissReason says why an entry has to be made: the name of the first part in which
+// its key differs from the one that was used about the same thing the last time. It
+// is "" the first time, and where the entry was there and is gone.
+func (c *Cache) MissReason(about string, key *Key) string {
+	raw, ok := c.Recall(keyKind, about)
+	var last Key
+	if !ok || json.Unmarshal(raw, &last.parts) != nil {
+		return ""
 	}
+	return key.Differs(&last)
+}
+
+// Used remembers the key of an entry that was made or found. That a full disk does
+// not let it costs a reason only, and what asks for room says so by itself.
+func (c *Cache) Used(about string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
-		_ = c.Remember(kind, about, raw)
+		_ = c.Remember(keyKind, about, raw)
 	}
-	return differs
 }

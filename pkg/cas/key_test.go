@@ -41,9 +41,10 @@ func TestKey(t *testing.T) {
 		{"x", base(), ""}, {"x", base(), ""}, {"x", cas.NewKey("k").Add("a", "1").Add("b", "3"), "b"}, {"y", base(), ""},
 		{"x", base().With("c", "1"), "b"}, {"x", base(), "c"},
 	} {
-		if got := cache.Missed(row.about, row.key); got != row.want {
-			t.Errorf("%d: Missed(%s) = %q; want %q", i, row.about, got, row.want)
+		if got := cache.MissReason(row.about, row.key); got != row.want {
+			t.Errorf("%d: MissReason(%s) = %q; want %q", i, row.about, got, row.want)
 		}
+		cache.Used(row.about, row.key)
 	}
 	b := base()
 	if b.With("c", "1"); b.String() != base().String() {

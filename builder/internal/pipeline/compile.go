@@ -67,8 +67,9 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	var phases []timeline.Phase
 	var madeOf []string
 	key, why := r.modulesKey(in), ""
+	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols, in.pahole != "")
 	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
-		if why = r.products.Missed(fmt.Sprintf("modules of %s, %s", in.kernel.Kernel, in.driver), key); why != "" {
+		if why = r.products.MissReason(about, key); why != "" {
 			fmt.Fprintf(r.log, "made anew: not the %s of the last build of this cell\n", why)
 		}
 		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
@@ -137,6 +138,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	if err != nil {
 		return nil, "", err
 	}
+	r.products.Used(about, key)
 	for _, p := range phases {
 		p.Of = "compile"
 		r.line.Add(p)
