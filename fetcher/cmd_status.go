@@ -17,13 +17,13 @@ func statusCommand() *ucli.Command {
 		Name:  "status",
 		Usage: "say what is installed and loaded, from disk and /proc",
 		Flags: append(hostFlags(), cli.Group(groupOutput, cli.OutputFlag())...),
-		Action: func(_ context.Context, cmd *ucli.Command) (err error) {
+		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			s, err := a.Status()
+			s, err := a.Status(ctx)
 			if err != nil {
 				return err
 			}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"path/filepath"
 	"time"
 
@@ -87,20 +88,52 @@ type Status struct {
 	CheckedAt *time.Time `json:"checkedAt"`
 }
 
-// Status reads the disk and /proc. It changes nothing and uses no network.
-func (a *Agent) Status() (_ *Status, err error) {
+// nvmlPlaces are where installers on COS nodes put NVML's library, besides our own:
+// Google's, and NVIDIA's container toolkit. Elsewhere the loader finds it.
+var nvmlPlaces = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
+
+// judgeForeign judges a node on which nothing of ours is in force.
+func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string) (gpucheck.Verdict, error) {
+	if _, ok := modules["nvidia"]; !ok {
+		return gpucheck.Verdict{
+			State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.OurGPUs()),
+			Modules: modules, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}},
+		}, nil
+	}
+	library := path.Base(nvmlLibrary)
+	for _, dir := range append([]string{a.cfg.InstallDir}, nvmlPlaces...) {
+		if _, err := fs.Stat(a.parts.Root, path.Join(dir, nvmlLibrary)[1:]); err == nil {
+			library = path.Join(dir, nvmlLibrary)
+			break
+		}
+	}
+	f := gpucheck.Facts{Driver: facts.Driver, GPUs: addresses(facts), Modules: modules}
+	nvml, err := a.parts.Probe.Probe(ctx, library)
+	switch {
+	case err == nil:
+		f.NVML = nvml
+	case !errors.Is(err, gpucheck.ErrNotAsked):
+		return gpucheck.Verdict{}, err
+	}
+	return gpucheck.JudgeForeign(f), nil
+}
+
+// Status reads the disk and /proc, and asks NVML about a driver that is not ours. It
+// changes nothing and uses no network.
+func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 	facts, err := host.Observe(a.parts.Root)
 	if err != nil {
 		return nil, err
 	}
 	s := &Status{Host: facts}
-	s.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.OurGPUs()), Modules: map[string]string{}, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}}}
+	modules := map[string]string{}
 	for _, m := range facts.Modules {
-		s.Verdict.Modules[m.Name] = m.Version
+		modules[m.Name] = m.Version
 	}
 	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
 	if errors.Is(err, fs.ErrNotExist) {
-		return s, nil
+		s.Verdict, err = a.judgeForeign(ctx, facts, modules)
+		return s, err
 	}
 	if err != nil {
 		return nil, err
@@ -113,9 +146,10 @@ func (a *Agent) Status() (_ *Status, err error) {
 		return nil, err
 	}
 	if s.Installed == nil {
-		return s, nil
+		s.Verdict, err = a.judgeForeign(ctx, facts, modules)
+		return s, err
 	}
-	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, GPUs: addresses(facts), Modules: s.Verdict.Modules, Foreign: foreign(facts, s.Installed)}
+	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, GPUs: addresses(facts), Modules: modules, Foreign: foreign(facts, s.Installed)}
 	staged := false
 	if rec := a.recall(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
 		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At
@@ -196,7 +230,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		return r, err
 	}
 	if a.cfg.DryRun {
-		return r, a.planLoad(r, facts, previous)
+		return r, a.planLoad(r, facts, previous, current)
 	}
 	err = a.activate(ctx, r, store, facts, previous)
 	r.Phases = a.parts.Line.Phases()
@@ -206,7 +240,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 // withdraw takes the only set out of force and unloads it; a driver that
 // somebody else loaded stays.
 func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, current *install.Set) error {
-	if !a.replaces(facts, current) {
+	if !replaces(facts, current, nil) {
 		if err := idle(facts); err != nil {
 			return err
 		}

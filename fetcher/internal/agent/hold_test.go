@@ -54,6 +54,69 @@ func TestHeldInKernel(t *testing.T) {
 	}
 }
 
+// answering is NVML as it answers on a node.
+type answering struct {
+	nvml  gpucheck.NVML
+	err   error
+	asked *string
+}
+
+func (a answering) Probe(_ context.Context, library string) (gpucheck.NVML, error) {
+	*a.asked = library
+	return a.nvml, a.err
+}
+
+// Somebody else's driver is a state of its own: with its version and flavour, and what
+// NVML says of it. A kernel that unloads nothing tells no reference counts, as on a
+// machine with an H200 and the open 580.159.04.
+func TestForeignStatus(t *testing.T) {
+	t.Parallel()
+	const theirs = "580.159.04"
+	healthy := gpucheck.NVML{Version: theirs, CUDA: "13.0", Devices: []gpucheck.Device{{UUID: "GPU-1", Name: "NVIDIA H200", PCIBusID: "00000000:00:04.0"}}}
+	lost := healthy
+	lost.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:04.0", Error: "read name: GPU is lost"}}
+	for name, row := range map[string]struct {
+		probe   answering
+		library string // where the driver has it
+		state   gpucheck.State
+		reason  string
+		kind    fault.Kind // Internal: no error
+		usable  int
+	}{
+		"healthy, known to the loader":       {answering{nvml: healthy}, "libnvidia-ml.so.1", gpucheck.Foreign, "every GPU answers", fault.Internal, 1},
+		"healthy, as Google's installer has": {answering{nvml: healthy}, "/var/lib/nvidia/lib64/libnvidia-ml.so.1", gpucheck.Foreign, "every GPU answers", fault.Internal, 1},
+		"lost":                               {answering{nvml: lost}, "libnvidia-ml.so.1", gpucheck.Unusable, "GPU is lost", fault.Unusable, 0},
+		"nobody may ask":                     {answering{err: gpucheck.ErrNotAsked}, "libnvidia-ml.so.1", gpucheck.Foreign, "NVML was not asked", fault.Internal, 0},
+	} {
+		n := newNode(t, sample.NewCell(t, buildA, newVersion), 1, testkit.NewKey(t))
+		sample.Write(t, n.root, "proc/modules", "nvidia_uvm 4096 - - Live 0x0 (OE)\nnvidia 4096 - - Live 0x0 (OE)\n")
+		sample.Write(t, n.root, "proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "+theirs+"  Release Build  (dvs-builder@x)\n")
+		for _, m := range []string{"nvidia", "nvidia_uvm"} {
+			sample.Write(t, n.root, "sys/module/"+m+"/version", theirs+"\n")
+		}
+		if strings.HasPrefix(row.library, "/") {
+			sample.Write(t, n.root, row.library[1:], "ELF")
+		}
+		asked := ""
+		row.probe.asked = &asked
+		n.parts.Probe = row.probe
+		s, err := agent.New(n.cfg, n.parts).Status(t.Context())
+		if err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+		v := s.Verdict
+		if v.State != row.state || !strings.Contains(v.Reason, row.reason) || v.Driver.String() != theirs+"-open" || v.PCIGPUs != 1 || v.UsableGPUs != row.usable || len(v.Modules) != 2 {
+			t.Errorf("%s: %+v; want %s, %q", name, v, row.state, row.reason)
+		}
+		if err := v.Err(); (err == nil) != (row.kind == fault.Internal) || err != nil && !fault.Is(err, row.kind) {
+			t.Errorf("%s: Err = %v; want %v", name, err, row.kind)
+		}
+		if asked != row.library {
+			t.Errorf("%s: NVML was asked in %s; want %s", name, asked, row.library)
+		}
+	}
+}
+
 func TestHold(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

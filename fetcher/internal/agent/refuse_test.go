@@ -415,7 +415,7 @@ func TestPolicyAndStatus(t *testing.T) {
 	n := newNode(t, c, 1, key)
 	status := func(want fault.Kind, words string) {
 		t.Helper()
-		s, err := agent.New(n.cfg, n.parts).Status()
+		s, err := agent.New(n.cfg, n.parts).Status(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -443,7 +443,7 @@ func TestPolicyAndStatus(t *testing.T) {
 	status(fault.Internal, "")
 	for text, want := range map[string][]string{"nvidia" + newVersion: nil, "another compiler's": {"nvidia"}} {
 		sample.Write(t, n.root, "sys/module/nvidia/notes/.note.gnu.build-id", sample.BuildNote(text))
-		s, err := agent.New(n.cfg, n.parts).Status()
+		s, err := agent.New(n.cfg, n.parts).Status(t.Context())
 		if err != nil || !cmp.Equal(s.Verdict.Foreign, want) || s.Verdict.Err() != nil {
 			t.Errorf("Status with a module of build %q = %+v, %v; want %v named as foreign", text, s.Verdict, err, want)
 		}

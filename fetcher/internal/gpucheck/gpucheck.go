@@ -27,6 +27,7 @@ const (
 	Loaded   State = "loaded"    // modules are right; NVML was not asked since boot
 	Staged   State = "staged"    // installed, and by request not loaded
 	Absent   State = "absent"    // nothing is installed
+	Foreign  State = "foreign"   // nothing is installed; somebody else's driver is loaded, and nothing is wrong with it
 )
 
 // Verdict is what is known of the driver on this node.
@@ -82,6 +83,20 @@ type Facts struct {
 
 // required are the modules without which no CUDA program runs.
 var required = []string{"nvidia", "nvidia_uvm"}
+
+// JudgeForeign makes a verdict about a driver that somebody else loaded.
+func JudgeForeign(f Facts) Verdict {
+	v := Judge(f)
+	switch v.State {
+	case Ready:
+		v.State, v.Reason = Foreign, "not installed by this program; every GPU answers"
+	case Loaded:
+		v.State, v.Reason = Foreign, "not installed by this program; NVML was not asked"
+	default:
+		v.Reason = "a driver that this program did not install: " + v.Reason
+	}
+	return v
+}
 
 // Judge makes a verdict from facts. The first thing that is wrong decides.
 func Judge(f Facts) Verdict {
