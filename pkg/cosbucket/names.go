@@ -2,6 +2,8 @@ package cosbucket
 
 import (
 	"path"
+	"regexp"
+	"slices"
 	"strings"
 
 	"github.com/prebake/prebake/pkg/target"
@@ -121,13 +123,34 @@ type RunfilePlace struct{ Runfile, Sum string }
 
 // RunfilePlaces returns where buckets have a driver version: COS's own first,
 // then a plain folder, and then NVIDIA's download server and Google's former
-// buckets, which have a folder for each version and the sum beside the file.
+// buckets, which have a folder for each version and the sum beside the file. An
+// edition with a suffix may lie in the folder of its release.
 func RunfilePlaces(version string, arch target.Arch) []RunfilePlace {
 	name := RunfileName(version, arch)
 	all := []RunfilePlace{{name, RunfileSumName(version, arch)}}
-	for _, dir := range []string{"", version, path.Join("tesla", version)} {
+	dirs := []string{"", version, path.Join("tesla", version)}
+	if release := target.ModuleVersion(version); release != version {
+		dirs = append(dirs, release, path.Join("tesla", release))
+	}
+	for _, dir := range dirs {
 		at := path.Join(dir, name)
 		all = append(all, RunfilePlace{at, SHA256Name(at)}, RunfilePlace{at, at + ".sha256sum"})
 	}
 	return all
+}
+
+var runfileName = regexp.MustCompile(`(?:^|/)NVIDIA-Linux-(x86_64|aarch64)-([0-9][0-9a-z.-]*)\.run$`)
+
+// ParseRunfile reads the name of an object of a driver bucket. ok says that it is a
+// runfile in one of its [RunfilePlaces].
+func ParseRunfile(object string) (version string, arch target.Arch, ok bool) {
+	m := runfileName.FindStringSubmatch(object)
+	if m == nil || !target.ValidVersion(m[2]) {
+		return "", "", false
+	}
+	version, arch = m[2], target.AMD64
+	if m[1] == "aarch64" {
+		arch = target.ARM64
+	}
+	return version, arch, slices.ContainsFunc(RunfilePlaces(version, arch), func(p RunfilePlace) bool { return p.Runfile == object })
 }

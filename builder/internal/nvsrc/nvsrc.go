@@ -15,7 +15,6 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -155,14 +154,14 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 	name := cosbucket.RunfileName(f.version, f.arch)
 	hint := "check the version, or copy the runfile and its sha256 to " + f.Source.URL(name) + " and " + f.Source.URL(cosbucket.RunfileSumName(f.version, f.arch))
 	if l, ok := f.Source.(lister); ok {
-		prefix, suffix, _ := strings.Cut(name, f.version)
+		prefix, _, _ := strings.Cut(name, f.version)
 		var names []string
 		for _, at := range []string{prefix, "tesla/"} {
 			if found, lerr := l.List(ctx, at); lerr == nil {
 				names = append(names, found...)
 			}
 		}
-		if near := nearest(f.version, names, prefix, suffix); len(near) > 0 {
+		if near := f.nearest(names); len(near) > 0 {
 			hint = "choose a version that the bucket has, such as " + strings.Join(near, ", ")
 		}
 	}
@@ -170,13 +169,13 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 }
 
 // nearest returns up to six versions of a listing, those of the same branch first.
-func nearest(version string, names []string, prefix, suffix string) []string {
+func (f *fetcher) nearest(names []string) []string {
 	var same, other []string
 	for _, n := range names {
-		v := strings.TrimSuffix(strings.TrimPrefix(path.Base(n), prefix), suffix)
+		v, arch, ok := cosbucket.ParseRunfile(n)
 		switch {
-		case !target.ValidVersion(v) || v == version:
-		case target.Branch(v) == target.Branch(version):
+		case !ok || arch != f.arch || v == f.version:
+		case target.Branch(v) == target.Branch(f.version):
 			same = append(same, v)
 		default:
 			other = append(other, v)
@@ -233,7 +232,7 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 		f.Sayf("%v: libraries are told by their SONAME", err)
 		return nil, nil
 	}
-	if m.Version != target.ModuleVersion(f.version) {
+	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
 		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version), "put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {

@@ -7,6 +7,8 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -16,6 +18,20 @@ import (
 )
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
+
+// versionPattern is the form of a driver version that [target.ValidVersion] wants,
+// which refuses a flavour's name for a suffix as well.
+const versionPattern = `[0-9]{1,5}(\.[0-9]{1,5}){1,3}(-[a-z][a-z0-9]{0,15}){0,2}`
+
+func TestVersionPattern(t *testing.T) {
+	t.Parallel()
+	pattern := regexp.MustCompile("^" + versionPattern + "$")
+	for _, v := range []string{"535.261.03", "535.54", "535.129.03-grid", "550.54.15-grid-gcp", "535", "535.261.03-", "535.261.03-Grid", "535.1-a-b-c", "535.1-" + strings.Repeat("a", 17), "1.2.3.4.5", ""} {
+		if got, want := pattern.MatchString(v), target.ValidVersion(v); got != want {
+			t.Errorf("the schema takes %q: %t; the parser: %t", v, got, want)
+		}
+	}
+}
 
 // generate makes the schema out of the types, their tags and their comments.
 func generate(t *testing.T) []byte {
@@ -37,13 +53,13 @@ func generate(t *testing.T) []byte {
 			// 535.54 is a number to YAML, and a version to us.
 			version, _ := form.Properties.Get("version")
 			*version = jsonschema.Schema{Description: version.Description, OneOf: []*jsonschema.Schema{
-				{Type: "string", Pattern: `^[0-9]{1,5}(\.[0-9]{1,5}){1,3}$`}, {Type: "number"},
+				{Type: "string", Pattern: `^` + versionPattern + `$`}, {Type: "number"},
 			}}
 			labels, _ := form.Properties.Get("labels")
 			labels.Items.Pattern = `^(DEFAULT|LATEST|R[0-9]{3,4})$`
 			form.OneOf = []*jsonschema.Schema{{Required: []string{"version"}}, {Required: []string{"branch"}}}
 			return &jsonschema.Schema{OneOf: []*jsonschema.Schema{
-				{Type: "string", Pattern: `^((default|latest|R[0-9]{3,4})(@[A-Z0-9][A-Z0-9_]{0,63})?|[0-9]{1,5}(\.[0-9]{1,5}){1,3})$`}, {Type: "number"}, form,
+				{Type: "string", Pattern: `^((default|latest|R[0-9]{3,4})(@[A-Z0-9][A-Z0-9_]{0,63})?|` + versionPattern + `)$`}, {Type: "number"}, form,
 			}}
 		}
 		return nil

@@ -40,7 +40,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 	if err != nil {
 		return err
 	}
-	if err := a.mayReplace(facts, set); err != nil {
+	if err := a.mayReplace(facts, set, before); err != nil {
 		return err
 	}
 	changed := before == nil || before.Digest != set.Digest
@@ -65,7 +65,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 	}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad {
-		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, facts, set) })
+		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, facts, set, before) })
 		if err != nil && !(fault.Is(err, fault.NoDevice) && len(facts.OurGPUs()) == 0) {
 			return a.takeBack(ctx, r, store, facts, pointers, changed, before, err)
 		}
@@ -127,7 +127,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, f
 }
 
 // mayReplace says early whether the kernel and the driver in it let the set in.
-func (a *Agent) mayReplace(facts *host.Facts, set *install.Set) error {
+func (a *Agent) mayReplace(facts *host.Facts, set, before *install.Set) error {
 	if a.cfg.NoLoad {
 		return nil
 	}
@@ -138,7 +138,7 @@ func (a *Agent) mayReplace(facts *host.Facts, set *install.Set) error {
 			}
 		}
 	}
-	if !a.replaces(facts, set) {
+	if !replaces(facts, set, before) {
 		return nil
 	}
 	return idle(facts)
@@ -165,10 +165,15 @@ func idle(facts *host.Facts) error {
 	return nil
 }
 
-// replaces reports whether another driver is loaded than the set's.
-func (a *Agent) replaces(facts *host.Facts, set *install.Set) bool {
+// replaces reports whether another driver is loaded than the set's. Two editions of
+// a release say the same of themselves once they are loaded: there the set counts that
+// was in force before.
+func replaces(facts *host.Facts, set, before *install.Set) bool {
 	if len(facts.Modules) == 0 {
 		return false
+	}
+	if before != nil && before.Driver != set.Driver && before.Driver.Modules() == set.Driver.Modules() {
+		return true
 	}
 	if facts.Driver.Version != "" {
 		return !facts.Runs(set.Driver)
@@ -181,11 +186,11 @@ func (a *Agent) replaces(facts *host.Facts, set *install.Set) bool {
 	return false
 }
 
-func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, set *install.Set) (string, error) {
+func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, set, before *install.Set) (string, error) {
 	if err := a.setFirmwarePath(r, facts, set); err != nil {
 		return "", err
 	}
-	if a.replaces(facts, set) {
+	if replaces(facts, set, before) {
 		if err := a.unload(ctx, r, facts); err != nil {
 			return "", err
 		}
@@ -393,14 +398,14 @@ func (a *Agent) bootID() string {
 }
 
 // planLoad reports what activate would do.
-func (a *Agent) planLoad(r *Report, facts *host.Facts, set *install.Set) error {
+func (a *Agent) planLoad(r *Report, facts *host.Facts, set, before *install.Set) error {
 	if a.cfg.NoLoad || set == nil {
 		return nil
 	}
-	if err := a.mayReplace(facts, set); err != nil {
+	if err := a.mayReplace(facts, set, before); err != nil {
 		return err
 	}
-	if a.replaces(facts, set) {
+	if replaces(facts, set, before) {
 		for _, m := range facts.Modules {
 			r.did("unload %s", m.Name)
 		}

@@ -177,7 +177,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		}
 	}
 	if a.cfg.DryRun {
-		return a.planLoad(r, facts, set)
+		return a.planLoad(r, facts, set, current)
 	}
 	return a.activate(ctx, r, store, facts, set)
 }
@@ -269,7 +269,8 @@ func serves(s *install.Set, q resolve.Question) bool {
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false
 	}
-	if b, named := q.Wish.BranchName(); named && b != s.Driver.Branch() {
+	// A branch means no edition of a release: these are asked for by their names.
+	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
 		return false
 	}
 	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)

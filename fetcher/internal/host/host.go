@@ -274,7 +274,7 @@ func ParseDriverVersion(text string) (target.Driver, error) {
 	}
 	for word := range strings.FieldsSeq(rest) {
 		if strings.Contains(word, ".") && target.ValidVersion(word) {
-			d.Version = word
+			d.Version = target.ModuleVersion(word)
 			return d, nil
 		}
 	}

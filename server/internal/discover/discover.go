@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"regexp"
 	"slices"
 	"time"
 
@@ -167,9 +166,6 @@ func newest(all []target.Kernel, n int) []target.Kernel {
 	})
 }
 
-// runfile is the name of an NVIDIA release in a driver bucket.
-var runfile = regexp.MustCompile(`^(?:tesla/)?(?:[^/]+/)?NVIDIA-Linux-(?:x86_64|aarch64)-([0-9][0-9a-z.-]*)\.run$`)
-
 func (c Config) drivers(ctx context.Context) (n int, err error) {
 	b, err := cosbucket.Open(ctx, c.DriverMirror)
 	if err != nil {
@@ -182,12 +178,12 @@ func (c Config) drivers(ctx context.Context) (n int, err error) {
 	}
 	seen := map[string]bool{}
 	for _, name := range names {
-		m := runfile.FindStringSubmatch(name)
-		if m == nil || !target.ValidVersion(m[1]) || seen[m[1]] {
+		version, _, ok := cosbucket.ParseRunfile(name)
+		if !ok || seen[version] {
 			continue
 		}
-		seen[m[1]] = true
-		if err := c.Catalogue.SawDriver(ctx, api.DriverRelease{Version: m[1], Branch: target.Branch(m[1])}); err != nil {
+		seen[version] = true
+		if err := c.Catalogue.SawDriver(ctx, api.DriverRelease{Version: version, Branch: target.Branch(version)}); err != nil {
 			return len(seen), fmt.Errorf("discover drivers: %w", err)
 		}
 	}

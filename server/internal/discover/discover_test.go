@@ -71,10 +71,11 @@ func TestLook(t *testing.T) {
 		"sha256/NVIDIA-Linux-x86_64-535.261.03.run.sha256": "x",
 		"NVIDIA-Linux-aarch64-535.261.03.run":              "x",
 		// As Google's former buckets have it.
-		"tesla/535.309.01/NVIDIA-Linux-x86_64-535.309.01.run": "x",
-		"NVIDIA-Linux-x86_64-.run":                            "x",
-		"NVIDIA-Linux-x86_64-535.261.03-grid.run":             "x",
-		"NVIDIA-Linux-x86_64-535.261.03-open.run":             "x", // what would its open flavour be called?
+		"tesla/535.309.01/NVIDIA-Linux-x86_64-535.309.01.run":      "x",
+		"NVIDIA-Linux-x86_64-.run":                                 "x",
+		"tesla/535.261.03/NVIDIA-Linux-x86_64-535.261.03-grid.run": "x",
+		"GRID/NVIDIA-Linux-x86_64-535.54.03-grid.run":              "x", // where no build would look
+		"NVIDIA-Linux-x86_64-535.261.03-open.run":                  "x", // what would its open flavour be called?
 		"README": "x",
 	})
 	n := &notes{}
