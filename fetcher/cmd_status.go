@@ -16,7 +16,7 @@ func statusCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "status",
 		Usage: "say what is installed and loaded, from disk and /proc",
-		Flags: append(hostFlags(), cli.Group(groupOutput, cli.OutputFlag())...),
+		Flags: append(hostFlags(), cli.Group(groupOutput, probeFlag(), cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {
@@ -78,5 +78,11 @@ func printStatus(w io.Writer, s *agent.Status) error {
 	if s.Previous != nil {
 		fmt.Fprintf(w, "%-8s %s\n", "previous", s.Previous.Driver)
 	}
-	return s.Verdict.Print(w)
+	if err := s.Verdict.Print(w); err != nil {
+		return err
+	}
+	for _, what := range s.Host.Unread {
+		fmt.Fprintf(w, "%-8s %s\n", "unread", what)
+	}
+	return nil
 }

@@ -54,17 +54,21 @@ func wishFlags() []ucli.Flag {
 	)
 }
 
-// changeFlags are those of commands that change the node.
-func changeFlags() []ucli.Flag {
+func probeFlag() ucli.Flag {
 	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
 	probe.DefaultText = "nvmlprobe beside fetcher"
+	return probe
+}
+
+// changeFlags are those of commands that change the node.
+func changeFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupTo,
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
 		cli.Group(groupOutput,
-			probe,
+			probeFlag(),
 			cli.Bool("dry-run", "resolve and verify, print what would be done, change nothing"),
 			cli.OutputFlag(),
 		),

@@ -93,12 +93,12 @@ type Status struct {
 var nvmlPlaces = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
 // judgeForeign judges a node on which nothing of ours is in force.
-func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string) (gpucheck.Verdict, error) {
+func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
 		return gpucheck.Verdict{
 			State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.OurGPUs()),
 			Modules: modules, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}},
-		}, nil
+		}
 	}
 	library := path.Base(nvmlLibrary)
 	for _, dir := range append([]string{a.cfg.InstallDir}, nvmlPlaces...) {
@@ -109,13 +109,12 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	}
 	f := gpucheck.Facts{Driver: facts.Driver, GPUs: addresses(facts), Modules: modules}
 	nvml, err := a.parts.Probe.Probe(ctx, library)
-	switch {
-	case err == nil:
+	if err == nil {
 		f.NVML = nvml
-	case !errors.Is(err, gpucheck.ErrNotAsked):
-		return gpucheck.Verdict{}, err
+	} else { // a driver that cannot be asked is not a broken one
+		facts.Unread = append(facts.Unread, err.Error())
 	}
-	return gpucheck.JudgeForeign(f), nil
+	return gpucheck.JudgeForeign(f)
 }
 
 // Status reads the disk and /proc, and asks NVML about a driver that is not ours. It
@@ -132,8 +131,8 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 	}
 	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
 	if errors.Is(err, fs.ErrNotExist) {
-		s.Verdict, err = a.judgeForeign(ctx, facts, modules)
-		return s, err
+		s.Verdict = a.judgeForeign(ctx, facts, modules)
+		return s, nil
 	}
 	if err != nil {
 		return nil, err
@@ -146,8 +145,8 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 		return nil, err
 	}
 	if s.Installed == nil {
-		s.Verdict, err = a.judgeForeign(ctx, facts, modules)
-		return s, err
+		s.Verdict = a.judgeForeign(ctx, facts, modules)
+		return s, nil
 	}
 	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, GPUs: addresses(facts), Modules: modules, Foreign: foreign(facts, s.Installed)}
 	staged := false

@@ -2,6 +2,7 @@ package agent_test
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -86,7 +87,7 @@ func TestForeignStatus(t *testing.T) {
 		"healthy, known to the loader":       {answering{nvml: healthy}, "libnvidia-ml.so.1", gpucheck.Foreign, "every GPU answers", fault.Internal, 1},
 		"healthy, as Google's installer has": {answering{nvml: healthy}, "/var/lib/nvidia/lib64/libnvidia-ml.so.1", gpucheck.Foreign, "every GPU answers", fault.Internal, 1},
 		"lost":                               {answering{nvml: lost}, "libnvidia-ml.so.1", gpucheck.Unusable, "GPU is lost", fault.Unusable, 0},
-		"nobody may ask":                     {answering{err: gpucheck.ErrNotAsked}, "libnvidia-ml.so.1", gpucheck.Foreign, "NVML was not asked", fault.Internal, 0},
+		"nobody may ask":                     {answering{err: errors.New("no probe")}, "libnvidia-ml.so.1", gpucheck.Foreign, "NVML was not asked", fault.Internal, 0},
 	} {
 		n := newNode(t, sample.NewCell(t, buildA, newVersion), 1, testkit.NewKey(t))
 		sample.Write(t, n.root, "proc/modules", "nvidia_uvm 4096 - - Live 0x0 (OE)\nnvidia 4096 - - Live 0x0 (OE)\n")

@@ -233,7 +233,11 @@ func (v Verdict) Print(w io.Writer) error {
 	case v.NVML.Error != "":
 		line("nvml", "no answer: %s", v.NVML.Error)
 	}
-	line("gpus", "%d on the PCI bus, %d usable", v.PCIGPUs, v.UsableGPUs)
+	if v.PCIGPUs > 0 && v.NVML.Version == "" && v.NVML.Error == "" {
+		line("gpus", "%d on the PCI bus, NVML was not asked about them", v.PCIGPUs)
+	} else {
+		line("gpus", "%d on the PCI bus, %d usable", v.PCIGPUs, v.UsableGPUs)
+	}
 	for _, d := range v.NVML.Devices {
 		line("gpu", "%s %s %s, %d MiB", d.PCIBusID, d.Name, d.UUID, d.MemoryBytes>>20)
 	}

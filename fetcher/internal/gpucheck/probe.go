@@ -35,8 +35,7 @@ type Prober struct {
 	since time.Time // of the probe that runs; zero where none does
 }
 
-// ErrNotAsked says that a read-only probe has no program inside the node's root.
-var ErrNotAsked = errors.New("NVML was not asked: the probe was not copied to this node yet")
+var errNotThere = errors.New("ask NVML: the probe was not copied to this node yet")
 
 // probeTime bounds one probe. NVML's first call starts the GPU, which takes
 // some seconds for each on large machines.
@@ -133,7 +132,7 @@ func (p *Prober) place() error {
 	case have == want:
 		return nil
 	case p.ReadOnly:
-		return ErrNotAsked
+		return fault.Wrap(fault.Unusable, errNotThere, "run fetcher install, or run this on the node itself with --host-root /")
 	}
 	dir, err := os.MkdirTemp(filepath.Dir(to), "tmp-probe-") // others may do the same now
 	if err == nil {

@@ -22,7 +22,12 @@ import (
 // recorded reads a node's files; edits replace some, and "" removes.
 func recorded(t *testing.T, edits map[string]string) fstest.MapFS {
 	t.Helper()
-	a, err := txtar.ParseFile(filepath.Join("testdata", "cos.txtar"))
+	return recordedIn(t, "cos.txtar", edits)
+}
+
+func recordedIn(t *testing.T, file string, edits map[string]string) fstest.MapFS {
+	t.Helper()
+	a, err := txtar.ParseFile(filepath.Join("testdata", file))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -120,6 +125,28 @@ func TestObserveOddNodes(t *testing.T) {
 				t.Errorf("Observe = %+v, %v", f, err)
 			}
 		})
+	}
+}
+
+// A kernel that counts no references, with a driver of somebody else's.
+func TestObserveH200(t *testing.T) {
+	t.Parallel()
+	f, err := host.Observe(recordedIn(t, "h200.txtar", nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := f.OurGPUs()
+	if !f.Runs(target.Driver{Version: "580.159.04", Flavour: target.Open}) || len(own) != 1 || own[0].Address != "0000:00:06.0" || len(f.Unread) > 0 {
+		t.Errorf("Observe = %+v; want the open 580.159.04 and one GPU", f)
+	}
+	var names []string
+	for _, m := range f.Modules {
+		if names = append(names, m.Name); !m.Permanent || m.Refs != 0 || len(m.UsedBy) > 0 {
+			t.Errorf("module %+v; want one that is never unloaded", m)
+		}
+	}
+	if !slices.Equal(names, []string{"nvidia_uvm", "nvidia"}) {
+		t.Errorf("modules %v", names)
 	}
 }
 
