@@ -41,11 +41,12 @@ func main() {
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "runs of each measurement; the median counts"},
 			&ucli.StringFlag{Name: "only", Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
+			&ucli.BoolFlag{Name: "plain-once", Usage: "compare all of a run with plain make of its first cell: one compile by make for each run"},
 			&ucli.BoolFlag{Name: "clang", Usage: "measure cold, neighbour and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
 			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), clang: cmd.Bool("clang"), only: map[string]bool{}}
+			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), clang: cmd.Bool("clang"), plainOnce: cmd.Bool("plain-once"), only: map[string]bool{}}
 			list := measurements()
 			if o.clang {
 				list = clangMeasurements()
@@ -72,6 +73,8 @@ type options struct {
 	runs  int
 	abis  []int
 	clang bool
+	// plainOnce compares all cells of a run with make of the first one.
+	plainOnce bool
 	only  map[string]bool
 }
 
