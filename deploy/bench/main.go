@@ -75,7 +75,7 @@ type options struct {
 	clang bool
 	// plainOnce compares all cells of a run with make of the first one.
 	plainOnce bool
-	only  map[string]bool
+	only      map[string]bool
 }
 
 // ratio is one line of the result.
