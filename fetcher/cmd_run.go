@@ -3,12 +3,14 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/report"
 	"github.com/prebake/prebake/pkg/cli"
 )
@@ -17,9 +19,9 @@ func runCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "run",
 		Usage: "bring the node to its driver, then watch it",
-		Description: `Ends at once, with the verdict's exit status, when the driver is not ready;
-whoever started it (kubelet, systemd) then tries again. On SIGTERM the modules
-stay loaded.`,
+		Description: `Ends with the verdict's exit status when no driver is ready; whoever started
+it (kubelet, systemd) then tries again. While one serves the node and another
+is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.`,
 		Flags: append(installFlags(), cli.Group(groupOutput,
 			cli.String("listen", "", "serve /healthz, /readyz and /metrics on `ADDRESS`, as in 127.0.0.1:8441"),
 			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
@@ -39,7 +41,11 @@ stay loaded.`,
 // up.
 const lookTime = 3 * time.Minute
 
-// hold runs once and, if the driver is ready, watches it until ctx ends.
+// retryLooks is after how many looks a run is tried again that left the node with
+// another driver than the one that it wants.
+const retryLooks = 10
+
+// hold brings the node to its driver and, while one is ready, watches it until ctx ends.
 func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	outside := report.New(time.Now)
 	inner, cancel := context.WithCancel(ctx)
@@ -50,18 +56,33 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	}
 	g.Go(func() error {
 		defer cancel() // the server has nothing to tell after this
-		err := runOnce(gctx, cmd, func(ctx context.Context) (*agent.Report, error) {
-			r, err := a.Run(ctx)
-			outside.Tell(r.Verdict)
-			outside.TellPhases(r.Phases)
-			return r, err
-		})
-		if err != nil || cmd.Bool("dry-run") {
-			return err
-		}
 		every := max(cmd.Duration("interval"), time.Second)
-		outside.Watch(3*every + lookTime)
-		return a.Hold(gctx, every, outside)
+		for {
+			ready := false
+			err := runOnce(gctx, cmd, func(ctx context.Context) (*agent.Report, error) {
+				r, err := a.Run(ctx)
+				outside.Tell(r.Verdict)
+				outside.TellPhases(r.Phases)
+				ready = r.Verdict.State == gpucheck.Ready
+				return r, err
+			})
+			if gctx.Err() != nil || cmd.Bool("dry-run") || err != nil && !ready {
+				return err
+			}
+			watch, stop := gctx, context.CancelFunc(func() {})
+			if err != nil {
+				// Another driver is wanted than the one that serves this node: that is no reason
+				// to end, and to be started again, and again.
+				fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err)
+				watch, stop = context.WithTimeout(gctx, retryLooks*every)
+			}
+			outside.Watch(3*every + lookTime)
+			held := a.Hold(watch, every, outside)
+			stop()
+			if held != nil || gctx.Err() != nil || err == nil {
+				return held
+			}
+		}
 	})
 	return g.Wait()
 }

@@ -49,6 +49,7 @@ func wishFlags() []ucli.Flag {
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
 			cli.String("registry", "", "without a server: `REF` of a repository, host/name or oci:FOLDER"),
+			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
 			cli.Duration("wait", 0, "longest `TIME` to wait for a build in progress or a service that fails; 0 asks once"),
 		),
 	)
@@ -62,8 +63,17 @@ func probeFlag() ucli.Flag {
 
 // changeFlags are those of commands that change the node.
 func changeFlags() []ucli.Flag {
+	foreign := cli.String("foreign", "keep", "`MODE` for a driver that somebody else loaded: keep or replace")
+	foreign.Validator = func(s string) error {
+		if s != "keep" && s != "replace" {
+			return fmt.Errorf("foreign %q: want keep or replace", s)
+		}
+		return nil
+	}
 	return slices.Concat(
 		cli.Group(groupTo,
+			foreign,
+			cli.Bool("retry", "try again what failed twice, took the node down, or was rolled back"),
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
@@ -130,6 +140,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		HostRoot: filepath.Clean(cmd.String("host-root")), InstallDir: filepath.Clean(cmd.String("install-dir")),
 		NoLoad: cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
+		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"),
 	}
 	var errs []error
 	var err error

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -29,22 +30,24 @@ var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 // optional are those of them without which CUDA programs run all the same.
 var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
-// activate puts a staged set in force, loads it and looks at the result. When
-// loading fails, files and modules are again what they were before.
-func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
-	before, err := store.Current()
-	if err != nil {
-		return err
-	}
+func isLoaded(module string) bool { return slices.Contains(loaded, module) }
+
+// activate does what was decided: it puts a staged set in force, loads it and looks at
+// the result. When it cannot be loaded, or no GPU works with it and one may have before,
+// files and modules are again what they were.
+func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s situation, d decision) error {
+	before, set := s.current, d.set
 	pointers, err := store.Pointers()
 	if err != nil {
 		return err
 	}
-	if err := a.mayReplace(facts, set, before); err != nil {
-		return err
-	}
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed = changed
+	if changed || d.do != keep {
+		if err := a.begin(store, set.Digest, pointers); err != nil {
+			return err
+		}
+	}
 	err = a.parts.Line.Do("install", func() (string, error) {
 		// Libraries on a filesystem without exec are of no use to anybody, so
 		// that is mended before any device file says that the driver is ready.
@@ -61,28 +64,44 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, f
 		return short(set.Digest) + " in force", nil
 	})
 	if err != nil {
-		return err
+		r.Changed = false
+		return errors.Join(err, a.end(store, set.Digest, err))
 	}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad {
-		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, facts, set, before) })
-		if err != nil && !(fault.Is(err, fault.NoDevice) && len(facts.OurGPUs()) == 0) {
-			return a.takeBack(ctx, r, store, facts, pointers, changed, before, err)
+		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
+		if err != nil && !(fault.Is(err, fault.NoDevice) && len(s.facts.OurGPUs()) == 0) {
+			return a.takeBack(ctx, r, store, s, set, pointers, err)
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
 		if r.Verdict, err = a.validate(ctx, set, mark); err != nil {
 			return "", err
 		}
-		if err := a.remember(store, r.Verdict); err != nil {
-			return "", err
-		}
 		return string(r.Verdict.State), nil
 	})
-	if err != nil {
-		return err
+	if err == nil && r.Verdict.State == gpucheck.Unusable && changed && s.returnTo(before) && a.served(before) {
+		err = r.Verdict.Err()
 	}
-	return errors.Join(r.Verdict.Err(), store.Sweep())
+	if err != nil && changed {
+		return a.takeBack(ctx, r, store, s, set, pointers, err)
+	}
+	if err != nil {
+		return errors.Join(err, a.end(store, set.Digest, err))
+	}
+	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(store, r.Verdict))
+}
+
+// served reports whether the last look at a set found every GPU well with it. Where no
+// GPU worked with the former driver either, going back to it helps nobody.
+func (a *Agent) served(set *install.Set) bool {
+	rec := a.lastRecord()
+	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.State == gpucheck.Ready
+}
+
+// returnTo reports whether there is a set to go back to.
+func (s situation) returnTo(before *install.Set) bool {
+	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
 
 // restore puts back the files that were in force before.
@@ -94,11 +113,18 @@ func restore(store *install.Store, to install.Pointers, before *install.Set) err
 	return err
 }
 
-// takeBack restores files and modules after a failed load. cause stays the
-// error; what cannot be restored is added to it.
-func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, to install.Pointers, changed bool, before *install.Set, cause error) error {
+// takeBack restores files and modules after a set that could not be loaded or used.
+// cause stays the error; what cannot be restored is added to it.
+func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s situation, set *install.Set, to install.Pointers, cause error) error {
 	ctx = context.WithoutCancel(ctx)
+	before := s.current
+	if fault.Is(cause, fault.NoDevice) {
+		// The driver found no device although the bus has one.
+		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
+			"check that this driver version and flavour support the GPU: --flavour, --driver")
+	}
 	var errs []error
+	changed := r.Changed
 	if changed {
 		if err := restore(store, to, before); err != nil {
 			errs = append(errs, fmt.Errorf("take install back: %w", err))
@@ -107,90 +133,75 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, f
 			r.did("took the install back")
 		}
 	}
-	if before != nil && facts.Runs(before.Driver) {
+	reload := s.returnTo(before) && (s.facts.Runs(before.Driver) || len(s.facts.Modules) == 0 && changed)
+	if err := a.unloadOf(ctx, r, set, before, reload); err != nil {
+		errs = append(errs, err)
+		reload = false
+	}
+	errs = append(errs, a.restoreFirmwarePath(s.facts))
+	if reload {
+		mark := a.loader.Mark()
 		if _, err := a.loader.Load(ctx, a.images(store, before)); err != nil {
 			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
+			if v, err := a.validate(ctx, before, mark); err != nil {
+				errs = append(errs, err)
+			} else {
+				r.Verdict = v
+			}
 		}
 	}
-	if fault.Is(cause, fault.NoDevice) {
-		// The driver found no device although the bus has one.
-		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
-			"check that this driver version and flavour support the GPU: --flavour, --driver")
-	}
+	errs = append(errs, a.end(store, set.Digest, cause))
 	if lost := errors.Join(errs...); lost != nil {
 		return fmt.Errorf("%w; and then: %w", cause, lost)
 	}
 	return cause
 }
 
-// mayReplace says early whether the kernel and the driver in it let the set in.
-func (a *Agent) mayReplace(facts *host.Facts, set, before *install.Set) error {
-	if a.cfg.NoLoad {
+// unloadOf unloads a set that did not do, as far as it is loaded still, where another
+// one is to be loaded in its place.
+func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set, reload bool) error {
+	if !reload {
 		return nil
 	}
-	for _, m := range set.Modules {
-		if slices.Contains(loaded, m.Name) {
-			if err := facts.Policy.Allows(m.Name, m.Signed); err != nil {
-				return err
-			}
-		}
+	facts, err := host.Observe(a.parts.Root)
+	if err != nil || len(facts.Modules) == 0 || !facts.Runs(set.Driver) || before.Digest == set.Digest {
+		return err
 	}
-	if !replaces(facts, set, before) {
-		return nil
+	if err := idle(facts); err != nil {
+		return fmt.Errorf("unload %s: %w", set.Driver, err)
 	}
-	return idle(facts)
+	return a.unload(ctx, r, facts)
 }
 
-// idle refuses a driver that is in use, before anything of it is unloaded.
-func idle(facts *host.Facts) error {
-	for _, m := range facts.Modules {
-		if m.Permanent {
-			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: this kernel never unloads module %s", facts.Driver, m.Name),
-				"reboot the node: the driver that is wanted is loaded then; until then the one in use stays as it is")
-		}
+// restoreFirmwarePath tells the kernel to look for firmware where it did before.
+func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
+	now, err := host.Observe(a.parts.Root)
+	if err != nil || now.FirmwarePath == before.FirmwarePath {
+		return err
 	}
-	if holders := facts.Holders(); len(holders) > 0 {
-		return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
-			"unload that module (rmmod) and run this again; the driver in use stays as it is")
-	}
-	for _, m := range facts.Modules {
-		if m.Refs > len(m.UsedBy) {
-			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, plural(m.Refs-len(m.UsedBy), "open device")),
-				"stop what uses the GPU (nvidia-smi lists it) and run this again; the driver in use stays as it is")
-		}
+	return a.writeFirmwarePath(before.FirmwarePath)
+}
+
+// writeFirmwarePath sets a parameter of the kernel, which takes it as it is, a newline
+// with it (Documentation/driver-api/firmware/fw_search_path.rst). Nothing is a zero.
+func (a *Agent) writeFirmwarePath(path string) error {
+	if err := os.WriteFile(filepath.Join(a.cfg.HostRoot, firmwareParameter), []byte(cmp.Or(path, "\x00")), 0o644); err != nil {
+		return fmt.Errorf("set firmware path: %w", err)
 	}
 	return nil
 }
 
-// replaces reports whether another driver is loaded than the set's. Two editions of
-// a release say the same of themselves once they are loaded: there the set counts that
-// was in force before.
-func replaces(facts *host.Facts, set, before *install.Set) bool {
-	if len(facts.Modules) == 0 {
-		return false
-	}
-	if before != nil && before.Driver != set.Driver && before.Driver.Modules() == set.Driver.Modules() {
-		return true
-	}
-	if facts.Driver.Version != "" {
-		return !facts.Runs(set.Driver)
-	}
-	for _, m := range facts.Modules {
-		if m.Version != "" && m.Version != set.Driver.Modules().Version {
-			return true
-		}
-	}
-	return false
-}
+const firmwareParameter = "sys/module/firmware_class/parameters/path"
 
-func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, set, before *install.Set) (string, error) {
+func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, d decision) (string, error) {
+	set := d.set
 	if err := a.setFirmwarePath(r, facts, set); err != nil {
 		return "", err
 	}
-	if replaces(facts, set, before) {
+	if d.do == replace {
 		if err := a.unload(ctx, r, facts); err != nil {
 			return "", err
 		}
@@ -226,7 +237,10 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	for _, name := range done {
 		r.did("unload %s", name)
 	}
-	return err
+	if err != nil {
+		return err
+	}
+	return a.parts.Nodes.Clear(filepath.Join(a.cfg.HostRoot, "dev"))
 }
 
 // images are the modules of a set that are loaded, in load order. The bytes are
@@ -234,7 +248,7 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 func (a *Agent) images(store *install.Store, set *install.Set) []kmod.Image {
 	var images []kmod.Image
 	for _, m := range set.Modules {
-		if !slices.Contains(loaded, m.Name) {
+		if !isLoaded(m.Name) {
 			continue
 		}
 		images = append(images, kmod.Image{
@@ -277,13 +291,12 @@ func (a *Agent) setFirmwarePath(r *Report, facts *host.Facts, set *install.Set) 
 			return nil
 		}
 	}
-	param := filepath.Join(a.cfg.HostRoot, "sys/module/firmware_class/parameters/path")
-	if _, err := os.Stat(param); err != nil {
+	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, firmwareParameter)); err != nil {
 		return nil // a kernel without loadable firmware
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
-	if err := os.WriteFile(param, []byte(want), 0o644); err != nil {
-		return fmt.Errorf("set firmware path: %w", err)
+	if err := a.writeFirmwarePath(want); err != nil {
+		return err
 	}
 	r.did("set firmware path to %s", want)
 	return nil
@@ -395,22 +408,4 @@ func (a *Agent) bootID() string {
 		return ""
 	}
 	return strings.TrimSpace(string(raw))
-}
-
-// planLoad reports what activate would do.
-func (a *Agent) planLoad(r *Report, facts *host.Facts, set, before *install.Set) error {
-	if a.cfg.NoLoad || set == nil {
-		return nil
-	}
-	if err := a.mayReplace(facts, set, before); err != nil {
-		return err
-	}
-	if replaces(facts, set, before) {
-		for _, m := range facts.Modules {
-			r.did("unload %s", m.Name)
-		}
-	} else if !facts.Runs(set.Driver) {
-		r.did("load %s", strings.Join(loaded, ", "))
-	}
-	return nil
 }

@@ -73,6 +73,11 @@ type Config struct {
 	ModuleParams map[string]string
 	// NoLoad stages and switches, and loads nothing.
 	NoLoad bool
+	// ReplaceForeign lets a driver go that somebody else loaded; without it that one
+	// stays. AllowDowngrade takes an older driver than the installed one for a wish that
+	// names no version. Retry tries again what failed too often, took the node down, or
+	// was rolled back by hand.
+	ReplaceForeign, AllowDowngrade, Retry bool
 	// DryRun changes nothing and reports what would be done.
 	DryRun bool
 }
@@ -147,6 +152,12 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	if err != nil {
 		return err
 	}
+	// What the kernel is bound to refuse is said before anything is downloaded.
+	if !a.cfg.NoLoad && len(facts.Modules) == 0 {
+		if err := facts.Policy.Allows("nvidia", true); err != nil {
+			return err
+		}
+	}
 	store, err := a.openStore()
 	if err != nil {
 		return err
@@ -154,32 +165,163 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	if store != nil {
 		defer func() { err = errors.Join(err, store.Close()) }()
 	}
-	if !a.cfg.DryRun {
-		unlock, lockErr := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
-		if lockErr != nil {
-			return lockErr
-		}
-		defer func() { err = errors.Join(err, unlock()) }()
-	}
-	current, err := currentSet(store)
-	if err != nil {
-		return err
-	}
-	answer, err := a.resolve(ctx, facts, current)
-	r.Answer = answer
-	if err != nil {
-		return err
-	}
-	set := current
-	if answer.Source != keptInstalled {
-		if set, err = a.bring(ctx, r, store, facts, current); err != nil {
-			return err
-		}
-	}
 	if a.cfg.DryRun {
-		return a.planLoad(r, facts, set, current)
+		return a.dryRun(ctx, r, facts, store)
 	}
-	return a.activate(ctx, r, store, facts, set)
+	var current *install.Set
+	if err := a.locked(store, func() (err error) {
+		current, err = a.start(ctx, r, store)
+		return err
+	}); err != nil {
+		return err
+	}
+	// Nobody is kept waiting while this program waits for the farm.
+	answer, none := a.resolve(ctx, facts, current)
+	r.Answer = answer
+	return a.locked(store, func() error { return a.settle(ctx, r, store, none) })
+}
+
+// locked runs do while no other installer works on this node.
+func (a *Agent) locked(store *install.Store, do func() error) (err error) {
+	unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, unlock()) }()
+	return do()
+}
+
+// start ends what an earlier run left half done, and loads what is installed for this
+// build into a kernel without a driver: a node comes up without asking anybody.
+func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
+	if err := errors.Join(store.Heal(), a.recover(ctx, r, store)); err != nil {
+		return nil, err
+	}
+	s, err := a.situation(store)
+	if err != nil || a.cfg.NoLoad || len(s.facts.Modules) > 0 {
+		return s.current, err
+	}
+	for _, set := range []*install.Set{s.current, s.previous} {
+		if set == nil || fitsNode(set, s.facts) != nil || s.refused(set) != nil {
+			continue
+		}
+		if set != s.current && (s.current == nil || s.refused(s.current) == nil) {
+			break // the former driver is there for one that must not be tried again
+		}
+		d := s.put(set)
+		if d.set == nil {
+			break
+		}
+		if err := a.activate(ctx, r, store, s, d); err != nil {
+			// What the farm has may do better; if not, settle meets this error again.
+			a.parts.Log.WarnContext(ctx, "load installed driver", "driver", set.Driver, "digest", set.Digest, "err", err)
+		}
+		break
+	}
+	return store.Current()
+}
+
+// settle puts in force what is to be, now that the farm has answered or has not.
+func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, none error) error {
+	s, err := a.situation(store) // again: the wait for an answer may have been long
+	if err != nil {
+		return err
+	}
+	if s.none = none; none == nil {
+		s.wanted, s.none = a.bring(ctx, r, store, s.facts, s.current)
+	}
+	excused := a.excuses(r.Answer, s, none != nil)
+	d := decide(s)
+	if d.set == nil {
+		return d.err
+	}
+	if s.wanted == nil || d.set.Digest != s.wanted.Digest {
+		reason := d.err
+		if excused {
+			d.err = nil
+		}
+		r.Answer = keptAnswer(d.set)
+		r.Answer.Reason = reason.Error()
+		a.parts.Log.WarnContext(ctx, "kept installed driver", "driver", d.set.Driver, "digest", d.set.Digest, "err", reason)
+	}
+	if err := a.activate(ctx, r, store, s, d); err != nil {
+		return errors.Join(err, d.err)
+	}
+	if fault.Is(d.err, fault.Transient) {
+		return d.err // what was fetched so far is of use to the next run
+	}
+	return errors.Join(d.err, store.Sweep())
+}
+
+// excuses reports whether a node that has what it wishes for, as far as it can tell, is
+// as it should be although the farm names nothing (silent), or cannot be reached. That
+// an answer is hostile, or that the driver was yanked, is nothing to pass over.
+func (a *Agent) excuses(answer resolve.Answer, s situation, silent bool) bool {
+	switch {
+	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
+		return false
+	case fault.Is(s.none, fault.Transient):
+		return true
+	}
+	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) && !fault.Is(s.none, fault.Unsupported)
+}
+
+// situation reads what a decision goes by.
+func (a *Agent) situation(store *install.Store) (s situation, err error) {
+	s = situation{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry, noLoad: a.cfg.NoLoad}
+	if s.facts, err = host.Observe(a.parts.Root); err != nil {
+		return s, err
+	}
+	s.question = a.question(s.facts)
+	if s.current, err = currentSet(store); err != nil {
+		return s, err
+	}
+	if store != nil {
+		if s.previous, err = store.Previous(); err != nil {
+			return s, err
+		}
+	}
+	s.attempts, err = readAttempts(store)
+	return s, err
+}
+
+func (a *Agent) question(facts *host.Facts) resolve.Question {
+	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Flavour: a.cfg.Flavour, GPUs: facts.Listed()}
+}
+
+// dryRun reports what a run would do.
+func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store *install.Store) error {
+	s, err := a.situation(store)
+	if err != nil {
+		return err
+	}
+	r.Answer, s.none = a.resolve(ctx, facts, s.current)
+	silent := s.none != nil
+	if !silent {
+		s.wanted, s.none = a.bring(ctx, r, store, facts, s.current)
+	}
+	d := decide(s)
+	a.plan(r, s, d)
+	if d.set != nil && a.excuses(r.Answer, s, silent) {
+		return nil
+	}
+	return d.err
+}
+
+// plan says what would become of the modules.
+func (a *Agent) plan(r *Report, s situation, d decision) {
+	if a.cfg.NoLoad || d.set == nil {
+		return
+	}
+	switch d.do {
+	case replace:
+		for _, m := range s.facts.Modules {
+			r.did("unload %s", m.Name)
+		}
+		fallthrough
+	case load:
+		r.did("load %s", strings.Join(loaded, ", "))
+	}
 }
 
 // googleLock is the lock file of Google's installer, inside the node's root.
@@ -217,27 +359,20 @@ func currentSet(store *install.Store) (*install.Set, error) {
 	return store.Current()
 }
 
-// resolve finds the artifact. When the service cannot be reached and what is
-// installed already answers the wish, that stays: a node must come up without
-// the farm.
+// resolve finds the artifact.
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install.Set) (resolve.Answer, error) {
-	q := resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Flavour: a.cfg.Flavour, GPUs: facts.Listed()}
+	q := a.question(facts)
 	var answer resolve.Answer
 	err := a.parts.Line.Do("resolve", func() (string, error) {
 		say := func(text string) { a.parts.Line.Say("resolve", "%s", text) }
 		var err error
 		answer, err = resolve.Patience{Wait: a.cfg.Wait, Say: say}.Find(ctx, a.parts.Finder, q)
 		switch {
-		case fault.Is(err, fault.Transient) && serves(current, q):
-			answer = keptAnswer(current)
-			answer.Reason = err.Error()
-			a.parts.Log.WarnContext(ctx, "kept installed driver", "driver", current.Driver, "digest", current.Digest, "err", err)
-			return fmt.Sprintf("%s kept: service not reachable", current.Driver), nil
 		case err != nil:
 			return "", err
 		case answer.Err() == nil:
 			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
-		case a.parts.Local == nil || answer.State == api.Yanked:
+		case a.parts.Local == nil || answer.State == api.Yanked || serves(current, q):
 			return string(answer.State), answer.Err()
 		case a.cfg.DryRun:
 			return string(answer.State) + "; would compile on this node", answer.Err()
@@ -259,21 +394,6 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install
 		return fmt.Sprintf("%s compiled on this node", built.Driver), nil
 	})
 	return answer, err
-}
-
-// serves reports whether the installed set answers the question.
-func serves(s *install.Set, q resolve.Question) bool {
-	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board || s.Kernel.Release != q.Kernel.Release {
-		return false
-	}
-	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
-		return false
-	}
-	// A branch means no edition of a release: these are asked for by their names.
-	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
-		return false
-	}
-	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)
 }
 
 func plural(n int, thing string) string {

@@ -47,6 +47,8 @@ type kernel struct {
 	root string
 	// refuse maps a module's name to the errno of its next insertions.
 	refuse map[string]syscall.Errno
+	// die names a module and a version at which the program is killed.
+	die string
 
 	mu    sync.Mutex
 	calls []string
@@ -61,6 +63,9 @@ func (k *kernel) InitModule(image []byte, params string) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.calls = append(k.calls, strings.TrimSpace("load "+m.Name+" "+m.Version+" "+params))
+	if k.die == m.Name+" "+m.Version {
+		panic("killed")
+	}
 	if errno, ok := k.refuse[m.Name+" "+m.Version]; ok {
 		k.log = append(k.log, "<4>[    9.000001] NVRM: "+m.Name+" says "+errno.Error())
 		return errno
@@ -124,6 +129,11 @@ func (n *nodes) Make(_ string, d devnode.Node) error {
 	return nil
 }
 
+func (n *nodes) Clear(string) error {
+	n.made = nil
+	return nil
+}
+
 // probe answers as NVML does with this many GPUs, in the installed version.
 type probe struct {
 	root    string
@@ -150,6 +160,8 @@ func (f finder) Find(context.Context, resolve.Question) (resolve.Answer, error) 
 
 // node is everything that one test runs on.
 type node struct {
+	t      testing.TB
+	boots  int
 	root   string
 	kernel *kernel
 	nodes  *nodes
@@ -160,7 +172,7 @@ type node struct {
 func newNode(t testing.TB, c sample.Cell, gpus int, key *testkit.Key) *node {
 	t.Helper()
 	root := sample.Root(t, c, gpus)
-	n := &node{root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
+	n := &node{t: t, root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
 	n.cfg = agent.Config{HostRoot: root, InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
 	n.parts = agent.Parts{
 		Verifier: key.Verifier(t), Root: os.DirFS(root), Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus},

@@ -174,12 +174,21 @@ func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged b
 
 // recall reads what the last run of this boot saw; nil when there was none.
 func (a *Agent) recall() *record {
+	rec := a.lastRecord()
+	if rec == nil || rec.BootID != a.bootID() {
+		return nil
+	}
+	return rec
+}
+
+// lastRecord reads what the last run saw, in whatever boot; nil when there was none.
+func (a *Agent) lastRecord() *record {
 	raw, err := fs.ReadFile(a.parts.Root, filepath.Join(a.cfg.InstallDir, recordFile)[1:])
 	if err != nil {
 		return nil
 	}
 	var rec record
-	if json.Unmarshal(raw, &rec) != nil || rec.BootID != a.bootID() {
+	if json.Unmarshal(raw, &rec) != nil {
 		return nil
 	}
 	return &rec
@@ -205,41 +214,48 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		}
 		defer func() { err = errors.Join(err, unlock()) }()
 	}
-	current, err := store.Current()
-	if err == nil && current == nil {
+	s, err := a.situation(store)
+	if err == nil && s.current == nil {
 		err = nothingInstalled(fs.ErrNotExist)
 	}
 	if err != nil {
 		return r, err
 	}
-	previous, err := store.Previous()
-	if err != nil {
-		return r, err
-	}
+	current, previous := s.current, s.previous
 	if previous == nil {
 		r.did("remove %s from %s", current.Driver, a.cfg.InstallDir)
 		if a.cfg.DryRun {
 			return r, nil
 		}
-		return r, a.withdraw(ctx, r, store, facts, current)
+		return r, a.withdraw(ctx, r, store, s)
 	}
 	r.did("switch %s back to %s", a.cfg.InstallDir, short(previous.Digest))
 	r.Answer = keptAnswer(previous)
-	if err := fitsNode(previous, facts); err != nil {
+	if err := firstOf(fitsNode(previous, facts), s.refused(previous)); err != nil {
+		return r, fmt.Errorf("roll back: %w", err)
+	}
+	d := s.put(previous)
+	switch {
+	case d.set == nil:
+		return r, d.err
+	case a.cfg.DryRun:
+		a.plan(r, s, d)
+		return r, nil
+	}
+	// It lasts: the driver that is left is not put in force again until somebody asks.
+	if err := a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }); err != nil {
 		return r, err
 	}
-	if a.cfg.DryRun {
-		return r, a.planLoad(r, facts, previous, current)
-	}
-	err = a.activate(ctx, r, store, facts, previous)
+	err = a.activate(ctx, r, store, s, d)
 	r.Phases = a.parts.Line.Phases()
 	return r, err
 }
 
 // withdraw takes the only set out of force and unloads it; a driver that
 // somebody else loaded stays.
-func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, current *install.Set) error {
-	if !replaces(facts, current, nil) {
+func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s situation) error {
+	facts := s.facts
+	if !a.cfg.NoLoad && len(facts.Modules) > 0 && s.ours() {
 		if err := idle(facts); err != nil {
 			return err
 		}
@@ -261,13 +277,4 @@ func nothingInstalled(err error) error {
 
 func keptAnswer(s *install.Set) resolve.Answer {
 	return resolve.Answer{State: api.Published, Driver: s.Driver, Digest: s.Digest, Repository: s.Repository, Source: keptInstalled}
-}
-
-// fitsNode refuses a set that was installed for another COS build.
-func fitsNode(s *install.Set, facts *host.Facts) error {
-	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board && s.Kernel.Release == facts.Kernel.Release {
-		return nil
-	}
-	return fault.New(fault.Mismatch, fmt.Sprintf("roll back: the previous driver was installed for COS %s; this node runs %s", s.Kernel, facts.Kernel),
-		"install a driver for this build: fetcher install --driver VERSION")
 }

@@ -28,9 +28,9 @@ func (w watcher) Alive()                  {}
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{
-		"gdrdrv":          "gdrdrv 36864 0 - Live 0x0 (OE)\nnvidia_uvm 4096 0 - Live 0x0 (OE)\nnvidia 4096 2 gdrdrv,nvidia_uvm, Live 0x0 (OE)\n",
-		"never unloads":   "nvidia_uvm 4096 - - Live 0x0 (OE)\nnvidia 4096 - - Live 0x0 (OE)\n",
-		"never unloads m": "nvidia_uvm 4096 0 - Live 0x0 (OE)\nnvidia 4096 1 nvidia_uvm,[permanent], Live 0x0 (OE)\n",
+		"gdrdrv":          "gdrdrv 36864 0 - Live 0x0 (OE)\nnvidia_modeset 4096 0 - Live 0x0 (OE)\nnvidia_uvm 4096 0 - Live 0x0 (OE)\nnvidia 4096 3 gdrdrv,nvidia_uvm,nvidia_modeset, Live 0x0 (OE)\n",
+		"never unloads":   "nvidia_modeset 4096 - - Live 0x0 (OE)\nnvidia_uvm 4096 - - Live 0x0 (OE)\nnvidia 4096 - - Live 0x0 (OE)\n",
+		"never unloads m": "nvidia_modeset 4096 0 - Live 0x0 (OE)\nnvidia_uvm 4096 0 - Live 0x0 (OE)\nnvidia 4096 1 nvidia_uvm,[permanent], Live 0x0 (OE)\n",
 	} {
 		key := testkit.NewKey(t)
 		ref := layout(t)

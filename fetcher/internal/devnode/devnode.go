@@ -8,7 +8,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 
@@ -141,7 +143,31 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 type System interface {
 	// Make makes n in the folder dev, or corrects what is there.
 	Make(dev string, n Node) error
+	// Clear removes the driver's device files from the folder dev: GKE's device plugin
+	// takes them for a driver.
+	Clear(dev string) error
 }
+
+// Clear implements [System]. It removes no name that a driver does not have, and
+// nothing but character devices.
+func (Linux) Clear(dev string) error {
+	entries, err := os.ReadDir(dev)
+	if err != nil {
+		return fmt.Errorf("list device files: %w", err)
+	}
+	for _, e := range entries {
+		if !nodeName.MatchString(e.Name()) || e.Type()&fs.ModeCharDevice == 0 {
+			continue
+		}
+		if err := unix.Unlink(filepath.Join(dev, e.Name())); err != nil && !errors.Is(err, unix.ENOENT) {
+			return fmt.Errorf("remove device file: %w", err)
+		}
+	}
+	return nil
+}
+
+// nodeName are the names that Plan gives.
+var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools)$`)
 
 // Linux makes real device files.
 type Linux struct{}

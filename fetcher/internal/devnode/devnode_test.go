@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"testing/fstest"
 
@@ -85,6 +86,36 @@ func TestMake(t *testing.T) {
 	n.Name = "file"
 	if err := (devnode.Linux{}).Make(dir, n); !fault.Is(err, fault.Busy) {
 		t.Errorf("Make over a file = %v; want busy", err)
+	}
+}
+
+// Clear takes the driver's device files, and nothing that only has such a name.
+func TestClear(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, name := range []string{"nvidia0", "nvidia15", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
+		if err := (devnode.Linux{}).Make(dir, devnode.Node{Name: name, Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
+			t.Skip("making device files needs root with CAP_MKNOD")
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "nvidia1"), nil, 0o644), os.Mkdir(filepath.Join(dir, "nvidia-caps"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if err := (devnode.Linux{}).Clear(dir); err != nil {
+		t.Fatal(err)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	for _, e := range entries {
+		left = append(left, e.Name())
+	}
+	if want := "null nvidia-caps nvidia-fs0 nvidia1"; strings.Join(left, " ") != want {
+		t.Errorf("left are %v; want %s", left, want)
 	}
 }
 

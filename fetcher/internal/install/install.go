@@ -179,6 +179,9 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 	return nil
 }
 
+// Sync flushes the filesystem, so that what was written outlives a crash.
+func (s *Store) Sync() error { return s.sync() }
+
 // sync flushes the filesystem, so that no name outlives its bytes in a crash.
 func (s *Store) sync() error {
 	d, err := s.root.Open(home)
@@ -246,9 +249,28 @@ func (s *Store) Current() (*Set, error) { return s.readSet("current") }
 // Previous returns the set that was in force before, or nil.
 func (s *Store) Previous() (*Set, error) { return s.readSet("previous") }
 
+// Set returns a set by its artifact's digest, or nil where it is not staged.
+func (s *Store) Set(digest string) (*Set, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	return s.readSet(path.Join("sets", name))
+}
+
+// SetAt returns the set that one of [Pointers] names, or nil where it is gone.
+func (s *Store) SetAt(pointer string) (*Set, error) {
+	digest, ok := strings.CutPrefix(pointer, "sets/")
+	if !ok {
+		return nil, fault.New(fault.Unverified, fmt.Sprintf("%.200q is no set of this folder", pointer), "remove "+home+" in the install folder and install again")
+	}
+	return s.Set("sha256:" + digest)
+}
+
 // maxSet bounds set.json; a real one has a few kilobytes.
 const maxSet = 1 << 20
 
+// readSet reads a set below our folder.
 func (s *Store) readSet(link string) (_ *Set, err error) {
 	f, err := s.root.Open(path.Join(home, link, "set.json"))
 	if errors.Is(err, fs.ErrNotExist) {

@@ -2,6 +2,7 @@ package install_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -225,5 +226,90 @@ func TestCorruptSet(t *testing.T) {
 	}
 	if _, err := s.Current(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
 		t.Errorf("Current with a broken set.json = %v; want unverified with a hint", err)
+	}
+}
+
+// A layer that is there under its name is whole at every moment of a sweep, and so
+// whenever the program that sweeps is killed.
+func TestSweepTakesNamesFirst(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	const files = 2000
+	old := install.Layer{Kind: bundle.LayerUserspace, Digest: digest("a")}
+	err := s.AddLayer(old.Digest, func(dst *os.Root) error {
+		if err := dst.Mkdir("lib64", 0o755); err != nil {
+			return err
+		}
+		for i := range files {
+			if err := dst.WriteFile(fmt.Sprintf("lib64/%04d", i), nil, 0o644); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept := add(t, s, "1", "lib64")
+	if err := s.Switch(kept.Digest); err != nil {
+		t.Fatal(err)
+	}
+	swept, looked := make(chan error, 1), 0
+	go func() { swept <- s.Sweep() }()
+	dir := filepath.Join(s.Dir(), ".prebake/layers", strings.Repeat("a", 64), "lib64")
+	for done := false; !done; looked++ {
+		select {
+		case err := <-swept:
+			if done = true; err != nil {
+				t.Fatal(err)
+			}
+		default:
+		}
+		entries, err := os.ReadDir(dir)
+		if err == nil && len(entries) != files {
+			// The listing is not of one moment: what counts is whether it still has its name.
+			if s.HasLayer(old.Digest) {
+				t.Fatalf("look %d: %d of %d files under the layer's name", looked, len(entries), files)
+			}
+		}
+	}
+	if s.HasLayer(old.Digest) || !s.HasLayer(digest("1")) {
+		t.Errorf("after the sweep: old layer %t, the one in force %t", s.HasLayer(old.Digest), s.HasLayer(digest("1")))
+	}
+	if left, err := filepath.Glob(filepath.Join(s.Dir(), ".prebake/tmp-*")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
+// However far a killed program came with taking a set out of force, the next one
+// finishes it, and what another installer had is there again.
+func TestHeal(t *testing.T) {
+	t.Parallel()
+	for name, kill := range map[string]func(s *install.Store) error{
+		"the pointer is gone, as former versions did it first": func(s *install.Store) error { return os.Remove(filepath.Join(s.Dir(), ".prebake/current")) },
+		"the set is gone": func(s *install.Store) error { return os.RemoveAll(filepath.Join(s.Dir(), ".prebake/sets")) },
+		"some names are gone": func(s *install.Store) error {
+			return errors.Join(os.Remove(filepath.Join(s.Dir(), "bin")), os.Remove(filepath.Join(s.Dir(), ".prebake/current")))
+		},
+		"nothing is left to do": func(s *install.Store) error { return s.Restore(install.Pointers{}) },
+	} {
+		s := open(t)
+		if err := errors.Join(os.MkdirAll(filepath.Join(s.Dir(), "lib64"), 0o755), os.WriteFile(filepath.Join(s.Dir(), "lib64/who"), []byte("google"), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Switch(add(t, s, "1", "bin", "lib64").Digest); err != nil {
+			t.Fatal(err)
+		}
+		if err := kill(s); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			if err := s.Heal(); err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			if diff := cmp.Diff(map[string]string{"lib64": "google"}, who(t, s)); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", name, diff)
+			}
+		}
 	}
 }

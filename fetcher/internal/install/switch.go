@@ -3,6 +3,7 @@ package install
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -40,32 +41,53 @@ func (s *Store) Switch(digest string) error {
 	return s.expose()
 }
 
-// Restore puts back exactly what was in force when before was taken.
+// Restore puts back exactly what was in force when before was taken. Where nothing
+// was, the links at the top go before the set that they lead into: a run that is
+// killed in between can be done again, and leaves no link that leads nowhere.
 func (s *Store) Restore(before Pointers) error {
-	for name, to := range map[string]string{"previous": before.previous, "current": before.current} {
-		if to == "" {
-			if err := s.root.Remove(path.Join(home, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return fmt.Errorf("restore %s: %w", name, err)
-			}
-		} else if err := s.point(path.Join(home, name), to); err != nil {
+	if before.Current == "" {
+		if err := s.withdraw(); err != nil {
 			return err
 		}
 	}
-	if before.current == "" {
-		return s.withdraw()
+	for _, p := range []struct{ name, to string }{{"previous", before.Previous}, {"current", before.Current}} {
+		if p.to == "" {
+			if err := s.root.Remove(path.Join(home, p.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("restore %s: %w", p.name, err)
+			}
+		} else if err := s.point(path.Join(home, p.name), p.to); err != nil {
+			return err
+		}
+	}
+	if before.Current == "" {
+		return s.sync()
 	}
 	return s.expose()
 }
 
-// Pointers remembers which sets are current and previous.
-type Pointers struct{ current, previous string }
+// Heal finishes taking out of force what a killed run began: links at the top that
+// lead into no set are removed, and what another installer had there comes back.
+func (s *Store) Heal() error {
+	set, err := s.Current()
+	if err != nil || set != nil {
+		return err
+	}
+	return s.withdraw()
+}
+
+// Pointers remembers which sets are current and previous: paths below our folder, ""
+// for none.
+type Pointers struct {
+	Current  string `json:"current,omitempty"`
+	Previous string `json:"previous,omitempty"`
+}
 
 // Pointers returns which sets are current and previous, for [Store.Restore].
 func (s *Store) Pointers() (p Pointers, err error) {
-	if p.current, err = s.link("current"); err != nil {
+	if p.Current, err = s.link("current"); err != nil {
 		return p, err
 	}
-	p.previous, err = s.link("previous")
+	p.Previous, err = s.link("previous")
 	return p, err
 }
 
@@ -191,16 +213,21 @@ func (s *Store) withdraw() error {
 			return err
 		}
 	}
-	for _, name := range []string{path.Join(home, "current"), ".cache"} {
-		if err := s.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("remove %s: %w", name, err)
+	to, err := s.link("current")
+	if err != nil {
+		return err
+	}
+	if to != "" { // else .cache is somebody else's
+		if err := s.root.Remove(".cache"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove .cache: %w", err)
 		}
 	}
 	return s.sync()
 }
 
 // Sweep removes sets and layers that neither the current nor the previous set
-// needs, and what an interrupted run left.
+// needs, and what an interrupted run left. What goes loses its name first: a set or a
+// layer that is there under its name is whole, whenever this program dies.
 func (s *Store) Sweep() error {
 	keep := map[string]bool{}
 	for _, pointer := range []string{"current", "previous"} {
@@ -236,7 +263,14 @@ func (s *Store) Sweep() error {
 			if keep[name] || (dir == "." && !strings.HasPrefix(e.Name(), "tmp-")) {
 				continue
 			}
-			if err := s.root.RemoveAll(path.Join(home, name)); err != nil {
+			gone := path.Join(home, name)
+			if dir != "." {
+				gone = path.Join(home, "tmp-sweep-"+e.Name())
+				if err := errors.Join(s.root.RemoveAll(gone), s.root.Rename(path.Join(home, name), gone)); err != nil {
+					return fmt.Errorf("sweep: %w", err)
+				}
+			}
+			if err := s.root.RemoveAll(gone); err != nil {
 				return fmt.Errorf("sweep: %w", err)
 			}
 		}
@@ -252,6 +286,23 @@ func (s *Store) WriteCacheFile(set Set) error {
 		values["KERNEL_OPEN"] = "Y"
 	}
 	return s.WriteFile(".cache", []byte(host.FormatKeyValues(values, "BUILD_ID", "DRIVER_VERSION", "KERNEL_OPEN")))
+}
+
+// ReadFile reads a small file of the install folder; nil where there is none.
+func (s *Store) ReadFile(name string) (_ []byte, err error) {
+	f, err := s.root.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", name, err)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	data, err := io.ReadAll(io.LimitReader(f, maxSet))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", name, err)
+	}
+	return data, nil
 }
 
 // WriteFile replaces a small file of the install folder atomically.

@@ -1,0 +1,199 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// attemptsFile tells of sets whose loading did not end well, or has not ended.
+const attemptsFile = ".prebake/attempts.json"
+
+// maxTries is how often a set may fail, or take the node down, before it is refused.
+const maxTries = 2
+
+// maxAttempts bounds the file; the oldest are forgotten.
+const maxAttempts = 32
+
+// attempt is what became of putting a set in force. It is written and flushed before
+// anything is switched, unloaded or loaded, so that whoever comes next, after a kill or
+// a panic, knows what was there before.
+type attempt struct {
+	// Open says that it began and has not ended; Before is what was in force then, and
+	// BootID the boot of the node in which it began.
+	Open   bool             `json:"open,omitempty"`
+	Before install.Pointers `json:"before"`
+	BootID string           `json:"bootId,omitempty"`
+	At     time.Time        `json:"at"`
+	// Crashes counts the boots that ended while it was open, Failures the times that it
+	// ended with an error, of which Why is the last.
+	Crashes  int    `json:"crashes,omitempty"`
+	Failures int    `json:"failures,omitempty"`
+	Why      string `json:"why,omitempty"`
+	// ByHand says that somebody rolled it back.
+	ByHand bool `json:"byHand,omitempty"`
+}
+
+// attempts are by the digest of the set.
+type attempts map[string]*attempt
+
+// refused says why a set is not tried again until somebody says so. Failures count only
+// where something else is in force: a node without a driver has nothing to lose.
+func (a *attempt) refused(d target.Driver, other bool) error {
+	why := ""
+	switch {
+	case a.ByHand:
+		why = "was rolled back by hand on " + a.At.UTC().Format(time.DateTime)
+	case a.Crashes >= maxTries:
+		why = fmt.Sprintf("took the node down %d times while it was loaded, the last time after %s", a.Crashes, a.At.UTC().Format(time.DateTime))
+	case a.Failures >= maxTries && other:
+		why = fmt.Sprintf("failed %d times, the last time with: %s", a.Failures, a.Why)
+	default:
+		return nil
+	}
+	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), "try it again with --retry, or ask for another version with --driver")
+}
+
+// readAttempts reads what is on disk. A file that is damaged tells nothing.
+func readAttempts(store *install.Store) (attempts, error) {
+	all := attempts{}
+	if store == nil {
+		return all, nil
+	}
+	raw, err := store.ReadFile(attemptsFile)
+	if err != nil || raw == nil {
+		return all, err
+	}
+	if json.Unmarshal(raw, &all) != nil {
+		return attempts{}, nil
+	}
+	for digest, a := range all {
+		if _, err := target.ParseFingerprint(digest); err != nil || a == nil { // digests have the same form
+			delete(all, digest)
+		}
+	}
+	return all, nil
+}
+
+func (all attempts) write(store *install.Store) error {
+	digests := make([]string, 0, len(all))
+	for digest := range all {
+		digests = append(digests, digest)
+	}
+	slices.SortFunc(digests, func(x, y string) int { return all[y].At.Compare(all[x].At) })
+	for _, digest := range digests[min(len(digests), maxAttempts):] {
+		delete(all, digest)
+	}
+	raw, err := json.MarshalIndent(all, "", "  ")
+	if err != nil {
+		return err
+	}
+	return store.WriteFile(attemptsFile, append(raw, '\n'))
+}
+
+// begin notes that a set is about to be put in force.
+func (a *Agent) begin(store *install.Store, digest string, before install.Pointers) error {
+	err := a.note(store, digest, func(at *attempt) {
+		at.Open, at.Before, at.BootID = true, before, a.bootID()
+	})
+	if err != nil {
+		return err
+	}
+	return store.Sync()
+}
+
+// end notes what became of it; nil forgets all that was held against the set.
+func (a *Agent) end(store *install.Store, digest string, failed error) error {
+	if failed == nil {
+		all, err := readAttempts(store)
+		if err != nil || all[digest] == nil {
+			return err
+		}
+		delete(all, digest)
+		return all.write(store)
+	}
+	return a.note(store, digest, func(at *attempt) {
+		at.Open = false
+		at.Failures++
+		at.Why = strings.ToValidUTF8(failed.Error(), "?")
+		at.Why = at.Why[:min(len(at.Why), 2000)]
+	})
+}
+
+func (a *Agent) note(store *install.Store, digest string, change func(*attempt)) error {
+	all, err := readAttempts(store)
+	if err != nil {
+		return err
+	}
+	at := all[digest]
+	if at == nil {
+		at = &attempt{}
+		all[digest] = at
+	}
+	change(at)
+	at.At = a.parts.Now().UTC()
+	return all.write(store)
+}
+
+// recover ends what an earlier run left open: what was loaded whole stays in force,
+// and everything else is again as it was before.
+func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
+	all, err := readAttempts(store)
+	if err != nil {
+		return err
+	}
+	for digest, at := range all {
+		if !at.Open {
+			continue
+		}
+		facts, err := host.Observe(a.parts.Root)
+		if err != nil {
+			return err
+		}
+		set, err := store.Set(digest)
+		if err != nil {
+			return err
+		}
+		crashed := at.BootID != a.bootID()
+		if crashed {
+			at.Crashes++
+		}
+		if set != nil && !crashed && (situation{facts: facts}).runs(set) {
+			err = store.Switch(digest)
+		} else {
+			err = putBack(store, at.Before)
+			r.did("took back %s, which an earlier run left half done", short(digest))
+		}
+		if err != nil {
+			return err
+		}
+		at.Open = false
+		a.parts.Log.WarnContext(ctx, "an earlier run did not end", "digest", digest, "began", at.At, "crashes", at.Crashes)
+		if err := all.write(store); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// putBack puts what was in force before an attempt in force again. A set that is gone,
+// or that the file on disk does not name as this program does, is nothing.
+func putBack(store *install.Store, to install.Pointers) error {
+	var before *install.Set
+	for _, p := range []*string{&to.Previous, &to.Current} {
+		set, err := store.SetAt(*p)
+		if err != nil || set == nil {
+			*p = ""
+		}
+		before = set // the current one in the end
+	}
+	return restore(store, to, before)
+}

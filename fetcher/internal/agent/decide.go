@@ -1,0 +1,214 @@
+package agent
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// situation is all that a decision goes by. Nothing of it is asked for again.
+type situation struct {
+	facts *host.Facts
+	// current and previous are the sets in force now and before; nil is none.
+	current, previous *install.Set
+	// wanted is the verified set that the farm names; nil where there is none, and none
+	// says why.
+	wanted *install.Set
+	none   error
+	// question is what the node asked the farm.
+	question resolve.Question
+	attempts attempts
+	// replaceForeign, allowDowngrade, retry and noLoad are what the node's owner decides.
+	replaceForeign, allowDowngrade, retry, noLoad bool
+}
+
+// verb is what is to be done with the kernel.
+type verb string
+
+const (
+	// keep leaves the modules that are loaded, and adds those of the set that are not.
+	keep verb = "keep"
+	// load loads the set into a kernel without a driver.
+	load verb = "load"
+	// replace unloads the driver that is loaded, and loads the set.
+	replace verb = "replace"
+	// refuse changes nothing at all.
+	refuse verb = "refuse"
+)
+
+// decision is what to do. With a set, that set is put in force as the verb says; err
+// then says why it is not the one that the node is meant to have.
+type decision struct {
+	do  verb
+	set *install.Set
+	err error
+}
+
+// decide says what to do about the node's driver. A driver that fits this build stays
+// in force, or comes back into force, whatever the farm says, until another one can
+// take its place.
+func decide(s situation) decision {
+	good := s.current
+	if good != nil && (fitsNode(good, s.facts) != nil || s.refused(good) != nil) {
+		good = nil
+	}
+	stay := func(why error) decision {
+		if good == nil {
+			return decision{do: refuse, err: why}
+		}
+		d := s.put(good)
+		if d.set == nil {
+			return decision{do: refuse, err: firstOf(why, d.err)}
+		}
+		d.err = why
+		return d
+	}
+	if s.wanted == nil {
+		return stay(s.none)
+	}
+	if why := s.refused(s.wanted); why != nil {
+		return stay(why)
+	}
+	if good != nil && s.isDowngrade(good) {
+		return stay(fault.New(fault.Mismatch, fmt.Sprintf("%s is installed, and %s is answered for the wish %s: an older driver", good.Driver, s.wanted.Driver, s.question.Wish),
+			"name the version with --driver, or allow it: --allow-downgrade"))
+	}
+	d := s.put(s.wanted)
+	if d.set == nil && good != nil && good.Digest != s.wanted.Digest {
+		return stay(d.err)
+	}
+	return d
+}
+
+// put says how a set gets into force, or why it cannot.
+func (s situation) put(set *install.Set) decision {
+	switch {
+	case s.noLoad:
+		return decision{do: keep, set: set}
+	case len(s.facts.Modules) == 0:
+		return s.allowed(set, load)
+	case s.runs(set):
+		return decision{do: keep, set: set}
+	case !s.ours() && s.facts.Runs(set.Driver):
+		// Somebody else loaded the same driver: it is adopted as it is.
+		return decision{do: keep, set: set}
+	case !s.ours() && !s.replaceForeign:
+		return decision{do: refuse, err: fault.New(fault.Busy, fmt.Sprintf("another driver is loaded that this program did not install: %s", s.facts.Driver),
+			"it stays as it is; --foreign replace unloads it, or reboot the node without what loads it")}
+	}
+	if err := idle(s.facts); err != nil {
+		return decision{do: refuse, err: err}
+	}
+	return s.allowed(set, replace)
+}
+
+// allowed asks the kernel's policy before anything is unloaded or switched.
+func (s situation) allowed(set *install.Set, do verb) decision {
+	for _, m := range set.Modules {
+		if !isLoaded(m.Name) {
+			continue
+		}
+		if err := s.facts.Policy.Allows(m.Name, m.Signed); err != nil {
+			return decision{do: refuse, err: err}
+		}
+	}
+	return decision{do: do, set: set}
+}
+
+// runs reports whether the loaded modules are those of a set. The kernel tells them
+// by their build ids, or else by version and flavour; two editions of a release are
+// told by what was in force.
+func (s situation) runs(set *install.Set) bool {
+	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
+		return false
+	}
+	return s.current == nil || s.current.Driver == set.Driver || s.current.Driver.Modules() != set.Driver.Modules()
+}
+
+// ours reports whether the loaded driver is one that this program installed.
+func (s situation) ours() bool {
+	for _, set := range []*install.Set{s.current, s.previous} {
+		if set != nil && s.facts.Runs(set.Driver) && len(foreign(s.facts, set)) == 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// refused says why a set is not to be tried again.
+func (s situation) refused(set *install.Set) error {
+	a := s.attempts[set.Digest]
+	if a == nil || s.retry {
+		return nil
+	}
+	return a.refused(set.Driver, s.current != nil && s.current.Digest != set.Digest)
+}
+
+// isDowngrade reports whether the farm's answer to a wish without an exact version is
+// older than what is installed for it.
+func (s situation) isDowngrade(good *install.Set) bool {
+	if _, exact := s.question.Wish.Exact(); exact || s.allowDowngrade || !serves(good, s.question) {
+		return false
+	}
+	return target.CompareVersions(s.wanted.Driver.Modules().Version, good.Driver.Modules().Version) < 0
+}
+
+// serves reports whether an installed set answers the question, as far as the node can
+// tell by itself.
+func serves(s *install.Set, q resolve.Question) bool {
+	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board || s.Kernel.Release != q.Kernel.Release {
+		return false
+	}
+	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
+		return false
+	}
+	// A branch means no edition of a release: these are asked for by their names.
+	if b, named := q.Wish.BranchName(); named && (b != s.Driver.Branch() || s.Driver != s.Driver.Modules()) {
+		return false
+	}
+	return q.Flavour == resolve.Auto || q.Flavour == string(s.Driver.Flavour)
+}
+
+// fitsNode refuses a set that was installed for another COS build.
+func fitsNode(s *install.Set, facts *host.Facts) error {
+	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board && s.Kernel.Release == facts.Kernel.Release {
+		return nil
+	}
+	return fault.New(fault.Mismatch, fmt.Sprintf("driver %s was installed for COS %s; this node runs %s", s.Driver, s.Kernel, facts.Kernel),
+		"install a driver for this build: fetcher install --driver VERSION")
+}
+
+// idle refuses a driver that is in use, before anything of it is unloaded.
+func idle(facts *host.Facts) error {
+	for _, m := range facts.Modules {
+		if m.Permanent {
+			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: this kernel never unloads module %s", facts.Driver, m.Name),
+				"reboot the node: the driver that is wanted is loaded then; until then the one in use stays as it is")
+		}
+	}
+	if holders := facts.Holders(); len(holders) > 0 {
+		return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
+			"unload that module (rmmod) and run this again; the driver in use stays as it is")
+	}
+	for _, m := range facts.Modules {
+		if m.Refs > len(m.UsedBy) {
+			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, plural(m.Refs-len(m.UsedBy), "open device")),
+				"stop what uses the GPU (nvidia-smi lists it) and run this again; the driver in use stays as it is")
+		}
+	}
+	return nil
+}
+
+func firstOf(errs ...error) error {
+	for _, err := range errs {
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,340 @@
+package agent_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// reboot leaves nothing in the kernel.
+func (n *node) reboot(t *testing.T) {
+	t.Helper()
+	n.boots++
+	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", n.boots))
+	sample.Write(t, n.root, "proc/modules", "")
+	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm", "sys/module/nvidia_modeset"} {
+		if err := os.RemoveAll(filepath.Join(n.root, dir)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// rollback goes back by hand.
+func (n *node) rollback() (*agent.Report, error) {
+	n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
+	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
+}
+
+// killed runs one pass that dies when a module is loaded: at once, with nothing undone.
+func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module string) {
+	t.Helper()
+	n.kernel.die = module + " " + c.Driver.Version
+	defer func() {
+		n.kernel.die = ""
+		if recover() == nil {
+			t.Fatalf("the run did not get as far as %s", module)
+		}
+	}()
+	_, _ = n.run(t, ref, digest, c.Driver)
+}
+
+func loads(version string) []string {
+	return []string{"load nvidia " + version, "load nvidia_uvm " + version, "load nvidia_modeset " + version}
+}
+
+// two publishes two drivers for one node, which has the older one in force.
+func two(t *testing.T, usable int) (n *node, ref string, older, newer sample.Cell, po, pn sample.Published) {
+	t.Helper()
+	key := testkit.NewKey(t)
+	ref = layout(t)
+	older, newer = sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	po, pn = sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	n = newNode(t, older, 1, key)
+	n.reboot(t)
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.parts.Probe = probe{n.root, usable}
+	return n, ref, older, newer, po, pn
+}
+
+// After a reboot the node has its driver whatever the farm says, or does not say.
+func TestBootWithoutFarm(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct {
+		answer resolve.Answer
+		err    error
+		kind   fault.Kind // Internal: no error
+	}{
+		"nobody answers":       {err: fault.New(fault.Transient, "connection refused", "")},
+		"a proxy wants a name": {err: fault.New(fault.Usage, "407 Proxy Authentication Required", "x")},
+		"no certificate holds": {err: fault.New(fault.Usage, "x509: certificate is not yet valid", "x")},
+		"unknown":              {answer: resolve.Answer{State: api.Unknown, Source: "server"}},
+		"building":             {answer: resolve.Answer{State: api.Building, Source: "server"}},
+		"failed":               {answer: resolve.Answer{State: api.Failed, Source: "server"}},
+		"yanked":               {answer: resolve.Answer{State: api.Yanked, Source: "server"}, kind: fault.NoArtifact},
+		"altered":              {err: fault.New(fault.Unverified, "bytes that are not signed", "x"), kind: fault.Unverified},
+	} {
+		n, _, _, _, po, _ := two(t, 1)
+		n.reboot(t)
+		n.parts.Finder = finder{answer: row.answer, err: row.err}
+		r, err := n.runAs(t)
+		if row.kind == fault.Internal && err != nil || row.kind != fault.Internal && !fault.Is(err, row.kind) {
+			t.Errorf("%s: Run = %v; want kind %v", name, err, row.kind)
+		}
+		if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" || r.Verdict.State != gpucheck.Ready || r.Answer.Digest != po.Digest {
+			t.Errorf("%s: %s, %+v; system calls (-want +got):\n%s", name, r.Verdict.State, r.Answer, diff)
+		}
+	}
+}
+
+// What LoadPin is bound to refuse is said before anybody is asked for anything.
+func TestLoadPinFirst(t *testing.T) {
+	t.Parallel()
+	c := sample.NewCell(t, buildA, newVersion)
+	for _, dry := range []bool{false, true} {
+		n := newNode(t, c, 1, testkit.NewKey(t))
+		n.cfg.DryRun = dry
+		sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", "1\n")
+		sample.Write(t, n.root, "proc/cmdline", "ro\n")
+		n.parts.Finder = finder{err: errors.New("somebody was asked")}
+		if r, err := n.runAs(t); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "LoadPin") || len(r.Phases) != 1 {
+			t.Errorf("dry run %t: Run = %v, phases %+v; want LoadPin's refusal and nothing else", dry, err, r.Phases)
+		}
+	}
+}
+
+// A driver that loads and drives no GPU gives way to the one before. The second time is
+// the last, until somebody asks for it.
+func TestUnusableGivesWay(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := two(t, 1)
+	n.parts.Probe = byVersion{n.root, newVersion}
+	good := n.tree(t)
+	for i := range 3 {
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		want, kind := append(append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}, loads(newVersion)...),
+			append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}, loads(oldVersion)...)...), fault.Unusable
+		if i == 2 {
+			want, kind = nil, fault.Rejected
+		}
+		if !fault.Is(err, kind) || fault.Hint(err) == "" || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest || r.Changed {
+			t.Errorf("%d: Run = %s %s, %v; want %v, and the former driver ready", i, r.Verdict.State, r.Verdict.Digest, err, kind)
+		}
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+			t.Errorf("%d: system calls (-want +got):\n%s", i, diff)
+		}
+		if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+			t.Errorf("%d: tree (-want +got):\n%s", i, diff)
+		}
+	}
+	// A GPU that no driver can use is no reason to go back.
+	n.parts.Probe, n.cfg.Retry = probe{n.root, 0}, true
+	if _, err := n.run(t, ref, po.Digest, older.Driver); !fault.Is(err, fault.Unusable) {
+		t.Errorf("the former driver on a broken GPU: %v; want unusable", err)
+	}
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || r.Verdict.Digest != pn.Digest || !r.Changed {
+		t.Errorf("the new driver on a broken GPU: %+v, %v; want it in force, and unusable", r.Verdict, err)
+	}
+	n.parts.Probe = probe{n.root, 1}
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
+		t.Errorf("with --retry: %+v, %v; want the new driver", r, err)
+	}
+}
+
+// byVersion is NVML on a node whose GPU one driver version cannot use.
+type byVersion struct{ root, unfit string }
+
+func (p byVersion) Probe(ctx context.Context, library string) (gpucheck.NVML, error) {
+	n, err := probe{p.root, 1}.Probe(ctx, library)
+	if n.Version == p.unfit {
+		n.Devices = nil
+	}
+	return n, err
+}
+
+// A run that is killed while it loads leaves the node to the next one, which finishes
+// or undoes it without asking anybody.
+func TestKilledWhileLoading(t *testing.T) {
+	t.Parallel()
+	away := finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	for module, begun := range map[string]bool{"nvidia": false, "nvidia_uvm": true} {
+		n, ref, _, newer, po, pn := two(t, 1)
+		good := n.tree(t)
+		n.killed(t, ref, pn.Digest, newer, module)
+		n.parts.Finder = away
+		r, err := n.runAs(t)
+		if begun { // one of its modules is in the kernel: the rest goes there, too
+			if v := r.Verdict; err != nil || v.State != gpucheck.Ready || v.Digest != pn.Digest {
+				t.Errorf("killed at %s: %+v, %v; want the new driver", module, v, err)
+			}
+			continue
+		}
+		if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); err != nil || diff != "" || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+			t.Errorf("killed at %s: %+v, %v; system calls (-want +got):\n%s", module, r.Verdict, err, diff)
+		}
+		if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+			t.Errorf("killed at %s: tree (-want +got):\n%s", module, diff)
+		}
+	}
+}
+
+// A driver that takes the node down is tried twice, and then never again: COS reboots
+// at once after an oops.
+func TestPanicWhileLoading(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	for range 2 { // each time the program starts, it loads the former driver first
+		n.killed(t, ref, pn.Digest, newer, "nvidia")
+		n.reboot(t)
+	}
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "took the node down 2 times") || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest {
+		t.Errorf("after two panics: %s %s, %v; want the former driver, and a refusal", r.Verdict.State, r.Verdict.Digest, err)
+	}
+	if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+}
+
+// The driver that is in force can take the node down, too, when it is loaded after a
+// reboot. Then the one before is there.
+func TestPanicOfTheInstalled(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		n.reboot(t)
+		n.killed(t, ref, pn.Digest, newer, "nvidia_uvm")
+	}
+	n.reboot(t)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	r, err := n.runAs(t)
+	if r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest {
+		t.Errorf("after two panics: %+v, %v; want the driver before", r.Verdict, err)
+	}
+}
+
+// A rollback by hand lasts, and does not go forward again.
+func TestRollbackLasts(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	if r, err := n.rollback(); err != nil || r.Verdict.Digest != po.Digest {
+		t.Fatalf("Rollback = %+v, %v; want the old driver", r, err)
+	}
+	for range 2 {
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "rolled back by hand") || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || len(n.kernel.calls) > 0 {
+			t.Errorf("Run after a rollback = %s %s, %v, calls %v; want the old driver left alone", r.Verdict.State, r.Verdict.Digest, err, n.kernel.calls)
+		}
+	}
+	if _, err := n.rollback(); !fault.Is(err, fault.Rejected) || len(n.kernel.calls) > 0 {
+		t.Errorf("a second Rollback = %v, calls %v; want it refused", err, n.kernel.calls)
+	}
+	n.cfg.Retry = true
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
+		t.Errorf("with --retry: %+v, %v; want the new driver", r, err)
+	}
+}
+
+// Somebody else's driver stays, unless the node's owner lets it go.
+func TestForeignStays(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	if err := n.kernel.InitModule(sample.Module("nvidia", oldVersion, c.Kernel.Release+" "), ""); err != nil {
+		t.Fatal(err)
+	}
+	sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
+	before := n.tree(t)
+	r, err := n.run(t, ref, p.Digest, c.Driver)
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "did not install") || r.Changed || len(n.kernel.calls) > 0 {
+		t.Errorf("Run = %v, calls %v; want somebody else's driver left alone", err, n.kernel.calls)
+	}
+	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
+		t.Errorf("tree (-want +got):\n%s", diff)
+	}
+	n.cfg.ReplaceForeign = true
+	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("with --foreign replace: %+v, %v; want ours", r.Verdict, err)
+	}
+	if diff := cmp.Diff(append([]string{"unload nvidia"}, loads(newVersion)...), n.kernel.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+}
+
+// A refused driver leaves the firmware path and the device files as they were.
+func TestRefusedLeavesNothing(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := two(t, 1)
+	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/somebody/elses")
+	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+	_, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Unusable) {
+		t.Fatalf("Run = %v; want unusable", err)
+	}
+	raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path"))
+	if err != nil || string(raw) != "/somebody/elses" {
+		t.Errorf("firmware path = %q, %v; want what it was", raw, err)
+	}
+	if len(n.nodes.made) == 0 {
+		t.Error("the device files of the former driver were not made again")
+	}
+	if _, err := n.rollback(); err != nil {
+		t.Fatal(err)
+	}
+	if len(n.nodes.made) > 0 {
+		t.Errorf("device files %v without a driver", n.nodes.made)
+	}
+}
+
+// What a killed program had begun to take out of force is finished by the next one.
+func TestUninstallKilled(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
+	before := n.tree(t)
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	// As former versions left it: the pointer went first.
+	if err := os.Remove(filepath.Join(n.root, installDir, ".prebake/current")); err != nil {
+		t.Fatal(err)
+	}
+	n.reboot(t)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	if _, err := n.runAs(t); !fault.Is(err, fault.Transient) {
+		t.Errorf("Run = %v; want transient", err)
+	}
+	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
+		t.Errorf("tree (-want +got):\n%s", diff)
+	}
+}
