@@ -7,10 +7,8 @@ import (
 	"io"
 	"io/fs"
 	"log/slog"
-	"maps"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -311,38 +309,6 @@ func TestInstall(t *testing.T) {
 	r, err = n.run(t, ref, p.Digest, c.Driver)
 	if err != nil || r.Changed || r.FetchedBytes != 0 || r.CachedBytes == 0 || len(n.kernel.calls) != 0 {
 		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
-	}
-}
-
-// An edition of a release has a suffix, of which its modules, NVML and the kernel
-// know nothing. It is installed, and then seen to be what is loaded.
-func TestEdition(t *testing.T) {
-	t.Parallel()
-	key := testkit.NewKey(t)
-	c := sample.NewCell(t, buildA, newVersion+"-grid")
-	ref := testkit.Registry(t, true) + "/prebake/driver"
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	r, err := n.run(t, ref, p.Digest, c.Driver)
-	if err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Driver != c.Driver {
-		t.Fatalf("Run = %+v, %v; want %s ready", r, err, c.Driver)
-	}
-	if tree := n.tree(t); tree["firmware/nvidia/"+newVersion+"/gsp_tu10x.bin"] == "" {
-		t.Errorf("installed %v; want the firmware where the driver looks for it", slices.Sorted(maps.Keys(tree)))
-	}
-	if raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path")); err != nil || string(raw) != "/"+installDir+"/firmware" {
-		t.Errorf("firmware path = %q, %v", raw, err)
-	}
-	if r, err = n.run(t, ref, p.Digest, c.Driver); err != nil || r.Changed || len(n.kernel.calls) != 0 {
-		t.Errorf("second Run = %+v, %v, calls %v; want nothing changed", r, err, n.kernel.calls)
-	}
-	// The release itself has other modules behind the same version.
-	plain := sample.NewCell(t, buildA, newVersion)
-	q := sample.Publish(t, ref, key, plain)
-	r, err = n.run(t, ref, q.Digest, plain.Driver)
-	want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "load nvidia_modeset " + newVersion}
-	if diff := cmp.Diff(want, n.kernel.calls); err != nil || diff != "" {
-		t.Errorf("from an edition to the release: %v, system calls (-want +got):\n%s", err, diff)
 	}
 }
 
