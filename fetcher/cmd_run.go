@@ -56,33 +56,56 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	}
 	g.Go(func() error {
 		defer cancel() // the server has nothing to tell after this
-		every := max(cmd.Duration("interval"), time.Second)
-		for {
-			ready := false
-			err := runOnce(gctx, cmd, func(ctx context.Context) (*agent.Report, error) {
-				r, err := a.Run(ctx)
-				outside.Tell(r.Verdict)
-				outside.TellPhases(r.Phases)
-				ready = r.Verdict.State == gpucheck.Ready
-				return r, err
-			})
-			if gctx.Err() != nil || cmd.Bool("dry-run") || err != nil && !ready {
-				return err
-			}
-			watch, stop := gctx, context.CancelFunc(func() {})
-			if err != nil {
-				// Another driver is wanted than the one that serves this node: that is no reason
-				// to end, and to be started again, and again.
-				fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err)
-				watch, stop = context.WithTimeout(gctx, retryLooks*every)
-			}
-			outside.Watch(3*every + lookTime)
-			held := a.Hold(watch, every, outside)
-			stop()
-			if held != nil || gctx.Err() != nil || err == nil {
-				return held
-			}
+		k := keeper{
+			node: a, every: max(cmd.Duration("interval"), time.Second), once: cmd.Bool("dry-run"), outside: outside,
+			run:     func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, run) },
+			pending: func(err error) { fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err) },
 		}
+		return k.keep(gctx)
 	})
 	return g.Wait()
+}
+
+// keeper brings a node to its driver, and stays.
+type keeper struct {
+	node interface {
+		Run(ctx context.Context) (*agent.Report, error)
+		Hold(ctx context.Context, every time.Duration, w agent.Watcher) error
+	}
+	every   time.Duration
+	once    bool
+	outside *report.Server
+	// run does one run and prints its report.
+	run func(func(context.Context) (*agent.Report, error)) error
+	// pending is told why the node serves with another driver than the one it wants.
+	pending func(error)
+}
+
+func (k keeper) keep(ctx context.Context) error {
+	for {
+		ready := false
+		err := k.run(func(ctx context.Context) (*agent.Report, error) {
+			r, err := k.node.Run(ctx)
+			k.outside.Tell(r.Verdict)
+			k.outside.TellPhases(r.Phases)
+			ready = r.Verdict.State == gpucheck.Ready
+			return r, err
+		})
+		if ctx.Err() != nil || k.once || err != nil && !ready {
+			return err
+		}
+		watch, stop := context.WithCancel(ctx)
+		if err != nil {
+			// Another driver is wanted than the one that serves this node: that is no reason
+			// to end, and to be started again, and again.
+			k.pending(err)
+			watch, stop = context.WithTimeout(ctx, retryLooks*k.every)
+		}
+		k.outside.Watch(3*k.every + lookTime)
+		held := k.node.Hold(watch, k.every, k.outside)
+		stop()
+		if held != nil || ctx.Err() != nil || err == nil {
+			return held
+		}
+	}
 }

@@ -8,11 +8,18 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/report"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
@@ -84,6 +91,60 @@ func TestRunEnds(t *testing.T) {
 				"--no-load", "--builder", "never", "--listen", row.listen}, stdout, stderr)
 			if status != row.status || !strings.Contains(stderr.String(), row.stderr) {
 				t.Errorf("fetcher run = %d, stderr:\n%s\nwant %d and %q", status, stderr, row.status, row.stderr)
+			}
+		})
+	}
+}
+
+// busy is a node whose driver is in use for some runs while another one is wanted.
+type busy struct {
+	runs, inUse int
+	state       gpucheck.State
+	held        []time.Duration
+}
+
+func (b *busy) Run(context.Context) (*agent.Report, error) {
+	r := &agent.Report{Verdict: gpucheck.Verdict{State: b.state}}
+	if b.runs++; b.runs <= b.inUse {
+		return r, fault.New(fault.Busy, "a program uses the GPU", "stop it")
+	}
+	return r, nil
+}
+
+func (b *busy) Hold(ctx context.Context, _ time.Duration, _ agent.Watcher) error {
+	start := time.Now()
+	if b.runs > b.inUse {
+		b.held = append(b.held, 0)
+		return nil
+	}
+	<-ctx.Done()
+	b.held = append(b.held, time.Since(start))
+	return nil
+}
+
+// A node that serves stays up while the driver that is wanted cannot take its place,
+// and gets it as soon as it can. One that does not serve ends.
+func TestPending(t *testing.T) {
+	t.Parallel()
+	for state, want := range map[gpucheck.State]struct {
+		runs, pending int
+		err           fault.Kind // Internal: none
+	}{gpucheck.Ready: {3, 2, fault.Internal}, gpucheck.Unusable: {1, 0, fault.Busy}} {
+		synctest.Test(t, func(t *testing.T) {
+			b, pending := &busy{inUse: 2, state: state}, 0
+			k := keeper{
+				node: b, every: time.Minute, outside: report.New(time.Now), pending: func(error) { pending++ },
+				run: func(run func(context.Context) (*agent.Report, error)) error {
+					_, err := run(t.Context())
+					return err
+				},
+			}
+			err := k.keep(t.Context())
+			if (err == nil) != (want.err == fault.Internal) || err != nil && !fault.Is(err, want.err) || b.runs != want.runs || pending != want.pending {
+				t.Errorf("%s: keep = %v after %d runs, %d times pending; want %+v", state, err, b.runs, pending, want)
+			}
+			if state == gpucheck.Ready && !slices.Equal(b.held, []time.Duration{retryLooks * time.Minute, retryLooks * time.Minute, 0}) {
+				t.Errorf("held for %v; want ten looks each time", b.held)
 			}
 		})
 	}
