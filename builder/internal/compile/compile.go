@@ -277,6 +277,9 @@ func (b *build) make(ctx context.Context) error {
 	if b.r.Cache != nil {
 		v, err := newView(ctx, b.r.Cache, b.r.Headers, b.r.HeaderDigest)
 		if err == nil {
+			err = b.flagTests(ctx, v)
+		}
+		if err == nil {
 			a, err = b.answers(ctx, v)
 		}
 		if errors.Is(err, errLeft) {

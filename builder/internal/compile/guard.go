@@ -27,7 +27,8 @@ var guardScript string
 
 // newGuard puts the script in front of the compiler, in all sandboxes.
 func (b *build) newGuard() error {
-	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@TROUBLE@", insideTrouble+"/"+troubleFile).Replace(guardScript)
+	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@TROUBLE@", insideTrouble+"/"+troubleFile,
+		"@FLAGTESTS@", insideFlagTests, "@NEWFLAGTESTS@", insideNewFlagTests, "@SEPARATOR@", "\x1f").Replace(guardScript)
 	dir := filepath.Join(b.r.WorkDir, "guard")
 	b.box.Binds = append(b.box.Binds, sandbox.Bind{Host: dir, Inside: insideGuard})
 	b.box.Env["PATH"] = insideGuard + ":" + b.box.Env["PATH"]
