@@ -57,6 +57,9 @@ func printReport(w io.Writer, r *agent.Report) error {
 	if r.DryRun && len(r.Plan) == 0 {
 		fmt.Fprintf(w, "%-8s nothing\n", step)
 	}
+	for _, what := range r.Waiting {
+		fmt.Fprintf(w, "%-8s %s\n", "waiting", what)
+	}
 	for _, m := range r.Modules {
 		if m.Reason != "" {
 			fmt.Fprintf(w, "%-8s %s: %s\n", m.Was, m.Name, m.Reason)

@@ -77,7 +77,7 @@ func TestIdentities(t *testing.T) {
 		{"expired, but stamped in time", trust.Policy{Root: ofFarm, Identities: []trust.Identity{someone()}}, both, someone().String()},
 		{"one of several", trust.Policy{Root: ofFarm, Identities: []trust.Identity{{Subject: "x", Issuer: "y"}, someone()}}, both, someone().String()},
 		{"pattern", trust.Policy{Root: ofFarm, Identities: []trust.Identity{whole}}, both, someone().String()},
-		{"mixed", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm, Identities: []trust.Identity{someone()}}, mixed, someone().String()},
+		{"mixed", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm, Identities: []trust.Identity{someone()}}, mixed, someone().String() + ", the kernel match by " + key.Public(t).ID()},
 		{"a key among them", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm, Identities: []trust.Identity{{Subject: "x", Issuer: "y"}}}, s.Bundles, key.Public(t).ID()},
 	}
 	for _, row := range rows {

@@ -91,8 +91,10 @@ type Verdict struct {
 	InvocationID string `json:"invocationId,omitempty"`
 	// Built is what was built, and for which build's kernel it was compiled.
 	Built Parameters `json:"built"`
-	// Match is the statement for this node's build.
-	Match KernelMatch `json:"match"`
+	// Match is the statement for this node's build, and MatchedBy the key or the identity
+	// that signed that: it may be another than signed the provenance.
+	Match     KernelMatch `json:"match"`
+	MatchedBy string      `json:"matchedBy"`
 	// Materials are the inputs.
 	Materials []Material `json:"materials"`
 	// LoadTest is the load test's verdict; empty where nothing says any.
@@ -101,8 +103,15 @@ type Verdict struct {
 	Ignored []string `json:"ignored,omitempty"`
 }
 
-// SignedBy names the key or the identity that signed the provenance.
-func (v *Verdict) SignedBy() string { return v.KeyID + v.Identity }
+// SignedBy names the key or the identity that signed the provenance, and who signed
+// the kernel match where that is somebody else.
+func (v *Verdict) SignedBy() string {
+	by := v.KeyID + v.Identity
+	if v.MatchedBy != "" && v.MatchedBy != by {
+		by += ", the kernel match by " + v.MatchedBy
+	}
+	return by
+}
 
 // String sums the verdict up in one line.
 func (v *Verdict) String() string {
@@ -280,7 +289,9 @@ func kernelMatch(st *Statement, e Expect, verdict *Verdict) error {
 	case differs(said.Commit, node.Commit):
 		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel commit %s, this node has %s", ErrOtherKernel, said, said.Commit, node.Commit)
 	}
-	verdict.Match = m
+	if verdict.MatchedBy == "" {
+		verdict.Match, verdict.MatchedBy = m, st.KeyID+st.Identity
+	}
 	return nil
 }
 

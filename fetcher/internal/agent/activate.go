@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -89,7 +90,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
-	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(store, r.Verdict))
+	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
 }
 
 // served reports whether the last look at a set found every GPU well with it. Where no
@@ -389,12 +390,22 @@ type record struct {
 	Verdict gpucheck.Verdict `json:"verdict"`
 	At      time.Time        `json:"at"`
 	BootID  string           `json:"bootId"`
+	// Params are the module parameters with which the driver was loaded.
+	Params map[string]string `json:"moduleParams,omitempty"`
 }
 
 const recordFile = ".prebake/verdict.json"
 
-func (a *Agent) remember(store *install.Store, v gpucheck.Verdict) error {
-	raw, err := json.MarshalIndent(record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID()}, "", "  ")
+func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
+	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams}
+	// Parameters count when a module is loaded. Those of one that was loaded before stay.
+	fresh := slices.ContainsFunc(r.Modules, func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
+	if last := a.recall(); last != nil && !fresh && len(r.Modules) > 0 {
+		if rec.Params = last.Params; !maps.Equal(rec.Params, a.cfg.ModuleParams) {
+			r.Waiting = append(r.Waiting, "other module parameters than those with which the driver was loaded: they count when it is loaded again, after a reboot")
+		}
+	}
+	raw, err := json.MarshalIndent(rec, "", "  ")
 	if err != nil {
 		return err
 	}

@@ -126,6 +126,8 @@ type Report struct {
 	DryRun  bool `json:"dryRun,omitempty"`
 	// Plan lists what was done, or with DryRun what would be done.
 	Plan []string `json:"plan"`
+	// Waiting lists what the owner asked for and only counts later.
+	Waiting []string `json:"waiting,omitempty"`
 	// FetchedBytes came over the network as layers; CachedBytes were there.
 	FetchedBytes int64            `json:"fetchedBytes"`
 	CachedBytes  int64            `json:"cachedBytes"`

@@ -287,6 +287,27 @@ func TestForeignStays(t *testing.T) {
 	}
 }
 
+// A changed parameter is not passed over without a word, and counts from the next load.
+func TestChangedParameters(t *testing.T) {
+	t.Parallel()
+	n, ref, older, _, po, _ := two(t, 1)
+	n.cfg.ModuleParams = map[string]string{"nvidia": "NVreg_Foo=1"}
+	for range 2 {
+		r, err := n.run(t, ref, po.Digest, older.Driver)
+		if err != nil || len(r.Waiting) != 1 || !strings.Contains(r.Waiting[0], "module parameters") || len(n.kernel.calls) > 0 {
+			t.Errorf("Run = %+v, %v; want a word about the parameters, and nothing loaded", r.Waiting, err)
+		}
+	}
+	n.reboot(t)
+	r, err := n.run(t, ref, po.Digest, older.Driver)
+	if err != nil || len(r.Waiting) > 0 || len(n.kernel.calls) == 0 || n.kernel.calls[0] != "load nvidia "+oldVersion+" NVreg_Foo=1" {
+		t.Errorf("after a reboot: %+v, %v, calls %v; want it loaded with them", r.Waiting, err, n.kernel.calls)
+	}
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || len(r.Waiting) > 0 {
+		t.Errorf("and then: %+v, %v; want no word", r.Waiting, err)
+	}
+}
+
 // A refused driver leaves the firmware path and the device files as they were.
 func TestRefusedLeavesNothing(t *testing.T) {
 	t.Parallel()
