@@ -39,7 +39,7 @@ func TestEdition(t *testing.T) {
 	// The release itself has other modules behind the same version.
 	plain := sample.NewCell(t, buildA, newVersion)
 	q := sample.Publish(t, ref, key, plain)
-	r, err = n.run(t, ref, q.Digest, plain.Driver)
+	_, err = n.run(t, ref, q.Digest, plain.Driver)
 	want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "load nvidia_modeset " + newVersion}
 	if diff := cmp.Diff(want, n.kernel.calls); err != nil || diff != "" {
 		t.Errorf("from an edition to the release: %v, system calls (-want +got):\n%s", err, diff)

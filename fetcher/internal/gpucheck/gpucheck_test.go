@@ -201,8 +201,11 @@ func TestProbeCopies(t *testing.T) {
 		g.Go(func() error {
 			for range 50 {
 				p := gpucheck.Prober{Program: program, HostRoot: root, Copy: "/nv/probe"}
-				if _, err := p.Probe(t.Context(), "x"); err == nil || strings.Contains(err.Error(), "copy probe") {
-					return fmt.Errorf("Probe = %v; want what a program that is none leads to", err)
+				switch _, err := p.Probe(t.Context(), "x"); {
+				case err == nil:
+					return errors.New("a program that is none ran")
+				case strings.Contains(err.Error(), "copy probe"):
+					return err
 				}
 			}
 			return nil
