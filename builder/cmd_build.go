@@ -54,7 +54,7 @@ func mirrorFlags() []ucli.Flag {
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
 	googleSignatures := cli.String("google-signatures", string(pipeline.GoogleAuto),
-		"attach Google's module signatures: `MODE` is auto (where all hold), require or off")
+		"attach Google's module signatures: `MODE` is auto (if they hold), require or off")
 	googleSignatures.Validator = mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
 	loadTest := cli.String("load-test", string(pipeline.LoadTestAuto),
 		"load the modules in a virtual machine: `MODE` is auto (where it can), require or off")
@@ -63,7 +63,7 @@ func pipelineFlags() []ucli.Flag {
 		cli.Group(groupWhat,
 			cli.Bool("google-modules", "publish Google's own open modules, and compile none"),
 			cli.Bool("debug-symbols", "publish the modules' debug information, too"),
-			cli.Bool("btf", "add types for tracers; needs vmlinux in the bucket and pahole"),
+			cli.Bool("btf", "add types for tracers; needs pahole, and a vmlinux"),
 		),
 		mirrorFlags(),
 		cli.Group(groupTo,

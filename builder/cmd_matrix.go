@@ -37,8 +37,8 @@ func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: try again what failed from the same inputs")),
 		cli.Group(groupResources,
-			cli.Int("parallel", 0, "with --wish: `COUNT` of cells side by side; 0 goes by memory"),
-			cli.Int("attempts", 3, "with --wish: `COUNT` of tries where a failure may pass"),
+			cli.Int("parallel", 0, "with --wish: `COUNT` of cells side by side; 0: by memory"),
+			cli.Int("attempts", 3, "with --wish: `COUNT` of tries if a failure may pass"),
 		),
 	)
 }

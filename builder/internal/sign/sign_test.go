@@ -105,7 +105,7 @@ func TestSignedWithFileVerifies(t *testing.T) {
 	want := &trust.Verdict{
 		KeyID: signer.PublicKey().ID(), BuilderID: "https://example.com/builder", InvocationID: "42",
 		Built: trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver},
-		Match: trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint},
+		Match: trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}, MatchedBy: signer.PublicKey().ID(),
 		Materials: []trust.Material{
 			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz", Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "toolchain.tar.xz", URI: "gs://cos-tools/17800.0.47/lakitu/toolchain.tar.xz", Digest: "sha256:" + strings.Repeat("2", 64)},
