@@ -19,7 +19,8 @@ func installCommand() *ucli.Command {
 		Usage: "bring the node to its driver once, and say how that went",
 		Description: `Example:
   fetcher install --server https://prebake.example --driver R535`,
-		Flags: installFlags(),
+		Flags: append(installFlags(), cli.Group(groupTo,
+			cli.Bool("retry", "try again what failed twice, took the node down, or was rolled back"))...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, false)
 			if err != nil {

@@ -82,13 +82,16 @@ type keeper struct {
 }
 
 func (k keeper) keep(ctx context.Context) error {
+	ready := false
 	for {
-		ready := false
+		k.outside.Watch(0) // nobody looks while a run is under way
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
-			k.outside.Tell(r.Verdict)
+			if r.Verdict.State != "" { // else it came to no look, and what was seen before holds
+				k.outside.Tell(r.Verdict)
+				ready = r.Verdict.State == gpucheck.Ready
+			}
 			k.outside.TellPhases(r.Phases)
-			ready = r.Verdict.State == gpucheck.Ready
 			return r, err
 		})
 		if ctx.Err() != nil || k.once || err != nil && !ready {

@@ -73,7 +73,6 @@ func changeFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupTo,
 			foreign,
-			cli.Bool("retry", "try again what failed twice, took the node down, or was rolled back"),
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),

@@ -37,16 +37,26 @@ func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 // the result. When it cannot be loaded, or no GPU works with it and one may have before,
 // files and modules are again what they were.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s situation, d decision) error {
+	// Once it has begun it ends by itself, in a time that the kernel and the probe bound.
+	ctx = context.WithoutCancel(ctx)
 	before, set := s.current, d.set
 	pointers, err := store.Pointers()
 	if err != nil {
 		return err
 	}
+	begun := false
+	if at := s.attempts[set.Digest]; at != nil && at.Open { // by a run that was killed
+		if was, err := store.SetAt(at.Before.Current); err == nil && was != nil {
+			before, pointers, begun = was, at.Before, true
+		}
+	}
 	changed := before == nil || before.Digest != set.Digest
-	r.Changed = changed
-	if changed || d.do != keep {
-		if err := a.begin(store, set.Digest, pointers); err != nil {
+	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
+	if (changed || d.do != keep) && !begun {
+		if err := a.begin(store, set.Digest, pointers); err != nil && changed {
 			return err
+		} else if err != nil { // a full disk is no reason to stay without a driver
+			a.parts.Log.WarnContext(ctx, "note attempt", "err", err)
 		}
 	}
 	err = a.parts.Line.Do("install", func() (string, error) {
@@ -55,8 +65,10 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if _, err := store.EnsureExec(); err != nil {
 			return "", err
 		}
-		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil {
+		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil && changed {
 			return "", errors.Join(err, restore(store, pointers, before))
+		} else if err != nil {
+			a.parts.Log.WarnContext(ctx, "put links in order", "err", err)
 		}
 		if !changed {
 			return "already in force", nil
@@ -68,11 +80,12 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		r.Changed = false
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
+	undo := takingBack{set: set, before: before, to: pointers, changed: changed}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
 		if err != nil && !(fault.Is(err, fault.NoDevice) && len(s.facts.OurGPUs()) == 0) {
-			return a.takeBack(ctx, r, store, s, set, pointers, err)
+			return a.takeBack(ctx, r, store, s, undo, err)
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
@@ -81,11 +94,11 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 		return string(r.Verdict.State), nil
 	})
-	if err == nil && r.Verdict.State == gpucheck.Unusable && changed && s.returnTo(before) && a.served(before) {
+	if err == nil && r.Verdict.State == gpucheck.Unusable && changed && s.returnTo(before) && a.served(before, r.Verdict) {
 		err = r.Verdict.Err()
 	}
 	if err != nil && changed {
-		return a.takeBack(ctx, r, store, s, set, pointers, err)
+		return a.takeBack(ctx, r, store, s, undo, err)
 	}
 	if err != nil {
 		return errors.Join(err, a.end(store, set.Digest, err))
@@ -93,11 +106,11 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
 }
 
-// served reports whether the last look at a set found every GPU well with it. Where no
-// GPU worked with the former driver either, going back to it helps nobody.
-func (a *Agent) served(set *install.Set) bool {
+// served reports whether more GPUs worked with a set at the last look than do now. Where
+// no more did, going back to it helps nobody.
+func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
-	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.State == gpucheck.Ready
+	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
 // returnTo reports whether there is a set to go back to.
@@ -114,32 +127,42 @@ func restore(store *install.Store, to install.Pointers, before *install.Set) err
 	return err
 }
 
+// takingBack is what is to be undone, and what is to be again.
+type takingBack struct {
+	set, before *install.Set
+	to          install.Pointers
+	changed     bool
+}
+
 // takeBack restores files and modules after a set that could not be loaded or used.
-// cause stays the error; what cannot be restored is added to it.
-func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s situation, set *install.Set, to install.Pointers, cause error) error {
-	ctx = context.WithoutCancel(ctx)
-	before := s.current
+// Modules that do not leave the kernel keep their files. cause stays the error; what
+// cannot be restored is added to it.
+func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s situation, t takingBack, cause error) error {
+	before := t.before
 	if fault.Is(cause, fault.NoDevice) {
 		// The driver found no device although the bus has one.
 		cause = fault.Wrap(fault.Unusable, fmt.Errorf("GPU present but not usable: %w", cause),
 			"check that this driver version and flavour support the GPU: --flavour, --driver")
 	}
+	// Modules of somebody else's that were adopted are not ours to unload.
+	may := len(s.facts.Modules) == 0 || s.ours() || s.replaceForeign
+	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
 	var errs []error
-	changed := r.Changed
-	if changed {
-		if err := restore(store, to, before); err != nil {
+	if reload {
+		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
+			return fmt.Errorf("%w; and then: %w", cause, errors.Join(fmt.Errorf("it stays in force: %w", err), a.end(store, t.set.Digest, cause)))
+		}
+	}
+	if t.changed {
+		if err := restore(store, t.to, before); err != nil {
 			errs = append(errs, fmt.Errorf("take install back: %w", err))
 		} else {
 			r.Changed = false
 			r.did("took the install back")
 		}
 	}
-	reload := s.returnTo(before) && (s.facts.Runs(before.Driver) || len(s.facts.Modules) == 0 && changed)
-	if err := a.unloadOf(ctx, r, set, before, reload); err != nil {
-		errs = append(errs, err)
-		reload = false
-	}
 	errs = append(errs, a.restoreFirmwarePath(s.facts))
+	r.Verdict = gpucheck.Verdict{}
 	if reload {
 		mark := a.loader.Mark()
 		if _, err := a.loader.Load(ctx, a.images(store, before)); err != nil {
@@ -151,28 +174,25 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 				errs = append(errs, err)
 			} else {
 				r.Verdict = v
+				errs = append(errs, a.remember(r, store, v))
 			}
 		}
 	}
-	errs = append(errs, a.end(store, set.Digest, cause))
+	errs = append(errs, a.end(store, t.set.Digest, cause))
 	if lost := errors.Join(errs...); lost != nil {
 		return fmt.Errorf("%w; and then: %w", cause, lost)
 	}
 	return cause
 }
 
-// unloadOf unloads a set that did not do, as far as it is loaded still, where another
-// one is to be loaded in its place.
-func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set, reload bool) error {
-	if !reload {
-		return nil
-	}
+// unloadOf unloads what is loaded of a set that did not do.
+func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.parts.Root)
-	if err != nil || len(facts.Modules) == 0 || !facts.Runs(set.Driver) || before.Digest == set.Digest {
+	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(situation{facts: facts}).runs(set) {
 		return err
 	}
 	if err := idle(facts); err != nil {
-		return fmt.Errorf("unload %s: %w", set.Driver, err)
+		return err
 	}
 	return a.unload(ctx, r, facts)
 }

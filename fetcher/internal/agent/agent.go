@@ -13,6 +13,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -143,6 +144,7 @@ func (r *Report) did(format string, args ...any) {
 // Run does all steps once. The report is never nil; it tells how far the run
 // came. A verdict other than ready is an error of its kind.
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
+	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // of this run alone
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
@@ -194,51 +196,86 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 }
 
 // start ends what an earlier run left half done, and loads what is installed for this
-// build into a kernel without a driver: a node comes up without asking anybody.
+// build into a kernel without a driver: a node comes up without asking anybody. A set
+// that waits for such a kernel comes first, and the one before comes last.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Heal(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
 	}
-	s, err := a.situation(store)
-	if err != nil || a.cfg.NoLoad || len(s.facts.Modules) > 0 {
+	s, err := a.situation(ctx, store)
+	if err != nil || a.cfg.NoLoad {
 		return s.current, err
 	}
-	for _, set := range []*install.Set{s.current, s.previous} {
+	if len(s.facts.Modules) > 0 {
+		if s.current != nil && s.runs(s.current) && fitsNode(s.current, s.facts) == nil && s.incomplete() {
+			a.try(ctx, r, store, s, s.current)
+		}
+		return store.Current()
+	}
+	for _, set := range []*install.Set{s.waiting(), s.current, s.previous} {
 		if set == nil || fitsNode(set, s.facts) != nil || s.refused(set) != nil {
 			continue
 		}
-		if set != s.current && (s.current == nil || s.refused(s.current) == nil) {
-			break // the former driver is there for one that must not be tried again
-		}
-		d := s.put(set)
-		if d.set == nil {
+		if a.try(ctx, r, store, s, set) {
 			break
 		}
-		if err := a.activate(ctx, r, store, s, d); err != nil {
-			// What the farm has may do better; if not, settle meets this error again.
-			a.parts.Log.WarnContext(ctx, "load installed driver", "driver", set.Driver, "digest", set.Digest, "err", err)
+		if s, err = a.situation(ctx, store); err != nil || len(s.facts.Modules) > 0 {
+			break
 		}
-		break
 	}
 	return store.Current()
 }
 
+// try puts a set in force and reports whether it is loaded. What the farm has may do
+// better where it is not; if not, settle meets the error again.
+func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s situation, set *install.Set) bool {
+	d := s.put(set)
+	if d.set == nil {
+		return false
+	}
+	err := a.activate(ctx, r, store, s, d)
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "load installed driver", "driver", set.Driver, "digest", set.Digest, "err", err)
+	}
+	return err == nil || r.Verdict.Digest == set.Digest
+}
+
 // settle puts in force what is to be, now that the farm has answered or has not.
 func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, none error) error {
-	s, err := a.situation(store) // again: the wait for an answer may have been long
+	s, err := a.situation(ctx, store) // again: the wait for an answer may have been long
 	if err != nil {
 		return err
 	}
+	silent := none != nil
+	if none == nil && !a.cfg.Retry {
+		if at := s.attempts[r.Answer.Digest]; at != nil { // nobody fetches what is refused
+			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest))
+		}
+	}
 	if s.none = none; none == nil {
 		s.wanted, s.none = a.bring(ctx, r, store, s.facts, s.current)
+		wanted, none := s.wanted, s.none
+		if s, err = a.situation(ctx, store); err != nil { // and so may the download
+			return err
+		}
+		s.wanted, s.none = wanted, none
 	}
-	excused := a.excuses(r.Answer, s, none != nil)
+	excused := a.excuses(r.Answer, s, silent)
 	d := decide(s)
 	if d.set == nil {
 		return d.err
 	}
+	var waiting []string
 	if s.wanted == nil || d.set.Digest != s.wanted.Digest {
 		reason := d.err
+		if s.wanted != nil {
+			waiting = []string{s.wanted.Digest}
+			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
+				if err := a.note(store, s.wanted.Digest, func(at *attempt) { at.Next = true }); err != nil {
+					a.parts.Log.WarnContext(ctx, "note what waits", "err", err)
+				}
+			}
+		}
 		if excused {
 			d.err = nil
 		}
@@ -252,7 +289,7 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 	if fault.Is(d.err, fault.Transient) {
 		return d.err // what was fetched so far is of use to the next run
 	}
-	return errors.Join(d.err, store.Sweep())
+	return errors.Join(d.err, store.Sweep(waiting...))
 }
 
 // excuses reports whether a node that has what it wishes for, as far as it can tell, is
@@ -269,22 +306,48 @@ func (a *Agent) excuses(answer resolve.Answer, s situation, silent bool) bool {
 }
 
 // situation reads what a decision goes by.
-func (a *Agent) situation(store *install.Store) (s situation, err error) {
+func (a *Agent) situation(ctx context.Context, store *install.Store) (s situation, err error) {
 	s = situation{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry, noLoad: a.cfg.NoLoad}
 	if s.facts, err = host.Observe(a.parts.Root); err != nil {
 		return s, err
 	}
 	s.question = a.question(s.facts)
-	if s.current, err = currentSet(store); err != nil {
+	if s.current, err = currentSet(store); err != nil || store == nil {
+		s.attempts = attempts{}
 		return s, err
 	}
-	if store != nil {
-		if s.previous, err = store.Previous(); err != nil {
-			return s, err
+	// Nothing of the rest is worth more than the driver that is in force.
+	if s.previous, err = store.Previous(); err != nil {
+		a.parts.Log.WarnContext(ctx, "read former driver", "err", err)
+	}
+	if s.staged, err = store.Sets(); err != nil {
+		a.parts.Log.WarnContext(ctx, "read staged drivers", "err", err)
+	}
+	if s.attempts, err = readAttempts(store); err != nil {
+		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
+		s.attempts = attempts{}
+	}
+	return s, nil
+}
+
+// waiting is the set that waits for a kernel without a driver; nil is none.
+func (s situation) waiting() *install.Set {
+	for _, set := range s.staged {
+		if at := s.attempts[set.Digest]; at != nil && at.Next {
+			return set
 		}
 	}
-	s.attempts, err = readAttempts(store)
-	return s, err
+	return nil
+}
+
+// incomplete reports whether a driver is loaded without all that CUDA programs need.
+func (s situation) incomplete() bool {
+	for _, name := range []string{"nvidia", "nvidia_uvm"} {
+		if !slices.ContainsFunc(s.facts.Modules, func(m host.Module) bool { return m.Name == name }) {
+			return true
+		}
+	}
+	return false
 }
 
 func (a *Agent) question(facts *host.Facts) resolve.Question {
@@ -293,7 +356,7 @@ func (a *Agent) question(facts *host.Facts) resolve.Question {
 
 // dryRun reports what a run would do.
 func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store *install.Store) error {
-	s, err := a.situation(store)
+	s, err := a.situation(ctx, store)
 	if err != nil {
 		return err
 	}

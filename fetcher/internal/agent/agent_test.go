@@ -45,8 +45,9 @@ type kernel struct {
 	root string
 	// refuse maps a module's name to the errno of its next insertions.
 	refuse map[string]syscall.Errno
-	// die names a module and a version at which the program is killed.
-	die string
+	// die names a module and a version at which the program is killed, and open one that
+	// somebody opens as soon as it is loaded.
+	die, open string
 
 	mu    sync.Mutex
 	calls []string
@@ -76,7 +77,11 @@ func (k *kernel) InitModule(image []byte, params string) error {
 	k.must(os.MkdirAll(filepath.Join(k.root, "sys/module", m.Name), 0o755))
 	k.must(os.WriteFile(filepath.Join(k.root, "sys/module", m.Name, "version"), []byte(m.Version+"\n"), 0o644))
 	return k.modules(func(lines []string) []string {
-		return append([]string{m.Name + " 4096 0 - Live 0x0000000000000000 (O)"}, lines...)
+		refs := "0"
+		if k.open == m.Name+" "+m.Version {
+			refs = "1"
+		}
+		return append([]string{m.Name + " 4096 " + refs + " - Live 0x0000000000000000 (O)"}, lines...)
 	})
 }
 

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -40,17 +41,21 @@ type attempt struct {
 	Why      string `json:"why,omitempty"`
 	// ByHand says that somebody rolled it back.
 	ByHand bool `json:"byHand,omitempty"`
+	// Next says that it waits for a kernel without a driver: the one that was loaded could
+	// not be unloaded.
+	Next bool `json:"next,omitempty"`
 }
 
 // attempts are by the digest of the set.
 type attempts map[string]*attempt
 
-// refused says why a set is not tried again until somebody says so. Failures count only
-// where something else is in force: a node without a driver has nothing to lose.
+// refused says why a set is not tried again until somebody says so. Failures, and a
+// rollback, count only where another set is good: a node without a driver has nothing
+// to lose.
 func (a *attempt) refused(d target.Driver, other bool) error {
 	why := ""
 	switch {
-	case a.ByHand:
+	case a.ByHand && other:
 		why = "was rolled back by hand on " + a.At.UTC().Format(time.DateTime)
 	case a.Crashes >= maxTries:
 		why = fmt.Sprintf("took the node down %d times while it was loaded, the last time after %s", a.Crashes, a.At.UTC().Format(time.DateTime))
@@ -110,7 +115,8 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end notes what became of it; nil forgets all that was held against the set.
+// end notes what became of it; nil forgets all that was held against the set. That
+// the disk is full must not leave it open.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
 		all, err := readAttempts(store)
@@ -118,10 +124,25 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 			return err
 		}
 		delete(all, digest)
-		return all.write(store)
+		for _, at := range all { // another one that was open is over with this
+			at.Open = false
+		}
+		if err := all.write(store); err != nil {
+			return store.RemoveFile(attemptsFile)
+		}
+		return nil
 	}
 	return a.note(store, digest, func(at *attempt) {
-		at.Open = false
+		at.Open, at.Next = false, false
+		// What says nothing about the driver does not count against it.
+		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
+			if fault.Is(failed, kind) {
+				return
+			}
+		}
+		if errors.Is(failed, context.Canceled) {
+			return
+		}
 		at.Failures++
 		at.Why = strings.ToValidUTF8(failed.Error(), "?")
 		at.Why = at.Why[:min(len(at.Why), 2000)]
@@ -143,17 +164,23 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 	return all.write(store)
 }
 
-// recover ends what an earlier run left open: what was loaded whole stays in force,
-// and everything else is again as it was before.
+// recover ends what earlier runs left open, the newest first: a driver that is loaded in
+// this very boot stays for the next step to judge, and everything else is again as it
+// was before.
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
 	if err != nil {
 		return err
 	}
+	var open []string
 	for digest, at := range all {
-		if !at.Open {
-			continue
+		if at.Open {
+			open = append(open, digest)
 		}
+	}
+	slices.SortFunc(open, func(x, y string) int { return all[y].At.Compare(all[x].At) })
+	for _, digest := range open {
+		at := all[digest]
 		facts, err := host.Observe(a.parts.Root)
 		if err != nil {
 			return err
@@ -162,38 +189,47 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		if err != nil {
 			return err
 		}
-		crashed := at.BootID != a.bootID()
-		if crashed {
+		a.parts.Log.WarnContext(ctx, "an earlier run did not end", "digest", digest, "began", at.At)
+		switch crashed := at.BootID != a.bootID(); {
+		case set != nil && !crashed && (situation{facts: facts}).runs(set):
+			if err := store.Switch(digest); err != nil {
+				return err
+			}
+			continue // open still: whether a GPU works with it is not known
+		case crashed:
 			at.Crashes++
-		}
-		if set != nil && !crashed && (situation{facts: facts}).runs(set) {
-			err = store.Switch(digest)
-		} else {
-			err = putBack(store, at.Before)
-			r.did("took back %s, which an earlier run left half done", short(digest))
-		}
-		if err != nil {
-			return err
+		default:
+			at.Failures++
+			at.Why = "the program ended while the driver was loaded"
 		}
 		at.Open = false
-		a.parts.Log.WarnContext(ctx, "an earlier run did not end", "digest", digest, "began", at.At, "crashes", at.Crashes)
-		if err := all.write(store); err != nil {
-			return err
+		if at.Before.Current != "" || set == nil || at.Crashes >= maxTries {
+			if err := putBack(store, at.Before); err != nil {
+				return err
+			}
+			r.did("took back %s, which an earlier run left half done", short(digest))
+		}
+	}
+	if len(open) > 0 {
+		if err := all.write(store); err != nil { // a full disk is no reason to stay without a driver
+			a.parts.Log.WarnContext(ctx, "note attempts", "err", err)
 		}
 	}
 	return nil
 }
 
-// putBack puts what was in force before an attempt in force again. A set that is gone,
-// or that the file on disk does not name as this program does, is nothing.
+// putBack puts what was in force before an attempt in force again. Where that is gone,
+// what is in force stays.
 func putBack(store *install.Store, to install.Pointers) error {
-	var before *install.Set
-	for _, p := range []*string{&to.Previous, &to.Current} {
-		set, err := store.SetAt(*p)
-		if err != nil || set == nil {
-			*p = ""
-		}
-		before = set // the current one in the end
+	if to.Current == "" {
+		return restore(store, install.Pointers{}, nil)
+	}
+	before, err := store.SetAt(to.Current)
+	if err != nil || before == nil {
+		return nil
+	}
+	if previous, err := store.SetAt(to.Previous); err != nil || previous == nil {
+		to.Previous = ""
 	}
 	return restore(store, to, before)
 }

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
@@ -14,8 +15,10 @@ import (
 // situation is all that a decision goes by. Nothing of it is asked for again.
 type situation struct {
 	facts *host.Facts
-	// current and previous are the sets in force now and before; nil is none.
+	// current and previous are the sets in force now and before; nil is none. staged are
+	// all sets on the disk, these among them.
 	current, previous *install.Set
+	staged            []*install.Set
 	// wanted is the verified set that the farm names; nil where there is none, and none
 	// says why.
 	wanted *install.Set
@@ -53,10 +56,7 @@ type decision struct {
 // in force, or comes back into force, whatever the farm says, until another one can
 // take its place.
 func decide(s situation) decision {
-	good := s.current
-	if good != nil && (fitsNode(good, s.facts) != nil || s.refused(good) != nil) {
-		good = nil
-	}
+	good := s.good()
 	stay := func(why error) decision {
 		if good == nil {
 			return decision{do: refuse, err: why}
@@ -83,6 +83,16 @@ func decide(s situation) decision {
 		return stay(d.err)
 	}
 	return d
+}
+
+// good is the set that may be in force: the current one, or else the one before.
+func (s situation) good() *install.Set {
+	for _, set := range []*install.Set{s.current, s.previous} {
+		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil {
+			return set
+		}
+	}
+	return nil
 }
 
 // put says how a set gets into force, or why it cannot.
@@ -132,12 +142,9 @@ func (s situation) runs(set *install.Set) bool {
 
 // ours reports whether the loaded driver is one that this program installed.
 func (s situation) ours() bool {
-	for _, set := range []*install.Set{s.current, s.previous} {
-		if set != nil && s.facts.Runs(set.Driver) && len(foreign(s.facts, set)) == 0 {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(append([]*install.Set{s.current, s.previous}, s.staged...), func(set *install.Set) bool {
+		return set != nil && s.facts.Runs(set.Driver) && len(foreign(s.facts, set)) == 0
+	})
 }
 
 // refused says why a set is not to be tried again.
@@ -146,7 +153,18 @@ func (s situation) refused(set *install.Set) error {
 	if a == nil || s.retry {
 		return nil
 	}
-	return a.refused(set.Driver, s.current != nil && s.current.Digest != set.Digest)
+	return a.refused(set.Driver, s.another(set.Digest))
+}
+
+// another reports whether there is another set that this node may run.
+func (s situation) another(digest string) bool {
+	return slices.ContainsFunc([]*install.Set{s.current, s.previous}, func(set *install.Set) bool {
+		if set == nil || set.Digest == digest || fitsNode(set, s.facts) != nil {
+			return false
+		}
+		a := s.attempts[set.Digest]
+		return a == nil || a.refused(set.Driver, true) == nil
+	})
 }
 
 // isDowngrade reports whether the farm's answer to a wish without an exact version is

@@ -214,7 +214,12 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		}
 		defer func() { err = errors.Join(err, unlock()) }()
 	}
-	s, err := a.situation(store)
+	if !a.cfg.DryRun {
+		if err := a.recover(ctx, r, store); err != nil {
+			return r, err
+		}
+	}
+	s, err := a.situation(ctx, store)
 	if err == nil && s.current == nil {
 		err = nothingInstalled(fs.ErrNotExist)
 	}
@@ -242,11 +247,11 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		a.plan(r, s, d)
 		return r, nil
 	}
-	// It lasts: the driver that is left is not put in force again until somebody asks.
-	if err := a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }); err != nil {
-		return r, err
-	}
 	err = a.activate(ctx, r, store, s, d)
+	// It lasts: the driver that was left is not put in force again until somebody asks.
+	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
+		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
+	}
 	r.Phases = a.parts.Line.Phases()
 	return r, err
 }

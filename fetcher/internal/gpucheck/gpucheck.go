@@ -104,7 +104,7 @@ func Judge(f Facts) Verdict {
 		State: Ready, Driver: f.Driver, Digest: f.Digest, Modules: f.Modules, Foreign: f.Foreign, NVML: f.NVML,
 		PCIGPUs: len(f.GPUs), NVRM: f.NVRM,
 	}
-	missing := f.missing()
+	missing, reasons := f.missing()
 	v.UsableGPUs = v.PCIGPUs - len(missing)
 	if v.NVML.Devices == nil {
 		v.NVML.Devices = []Device{} // an empty list in JSON
@@ -133,19 +133,19 @@ func Judge(f Facts) Verdict {
 	case f.NVML.Version != f.Driver.Modules().Version:
 		return is(Unusable, "NVML answers with version %q; installed is %s", f.NVML.Version, f.Driver.Version)
 	case len(missing) > 0:
-		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs, strings.Join(missing, ", "))
+		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs, strings.Join(append(missing, reasons...), ", "))
 	case f.NVML.Error != "":
 		return is(Unusable, "NVML: %s", f.NVML.Error)
 	}
 	return v
 }
 
-// missing names the GPUs that NVML does not list as healthy, and NVML's reasons. What
-// NVML lists without an address counts for a GPU that nothing else counts for.
-func (f Facts) missing() []string {
+// missing names the GPUs that NVML does not list as healthy, and the reasons of those
+// that NVML lists without an address. One of these that is healthy counts for a GPU that
+// nothing else counts for.
+func (f Facts) missing() (missing, reasons []string) {
 	nameless := 0
 	listed := map[string]string{} // address to error
-	var reasons []string
 	for _, d := range f.NVML.Devices {
 		switch {
 		case d.PCIBusID != "":
@@ -156,7 +156,6 @@ func (f Facts) missing() []string {
 			reasons = append(reasons, d.Error)
 		}
 	}
-	var missing []string
 	for _, gpu := range f.GPUs {
 		said, ok := listed[busAddress(gpu)]
 		switch {
@@ -169,10 +168,7 @@ func (f Facts) missing() []string {
 			missing = append(missing, gpu+" is not listed")
 		}
 	}
-	if len(missing) > 0 {
-		missing = append(missing, reasons...)
-	}
-	return missing
+	return missing, reasons
 }
 
 // busAddress is a PCI address in one form: NVML writes the domain with eight digits

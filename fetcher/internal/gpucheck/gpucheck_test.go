@@ -73,6 +73,9 @@ func TestJudge(t *testing.T) {
 		f.NVRM = []string{"NVRM: quoted"}
 		row.edit(&f)
 		v := gpucheck.Judge(f)
+		if v.UsableGPUs < 0 || v.UsableGPUs > v.PCIGPUs {
+			t.Errorf("%s: %d of %d GPUs usable", row.name, v.UsableGPUs, v.PCIGPUs)
+		}
 		err := v.Err()
 		if v.State != row.want || (row.kind == fault.Internal) != (err == nil) || err != nil && (!fault.Is(err, row.kind) || fault.Hint(err) == "") {
 			t.Errorf("%s: Judge = %q, Err = %v; want %q and %v with a hint", row.name, v.State, err, row.want, row.kind)

@@ -258,6 +258,24 @@ func (s *Store) Set(digest string) (*Set, error) {
 	return s.readSet(path.Join("sets", name))
 }
 
+// Sets returns all sets that are staged. One that cannot be read is left out.
+func (s *Store) Sets() ([]*Set, error) {
+	entries, err := fs.ReadDir(s.root.FS(), path.Join(home, "sets"))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("list sets: %w", err)
+	}
+	var all []*Set
+	for _, e := range entries {
+		if set, err := s.Set("sha256:" + e.Name()); err == nil && set != nil {
+			all = append(all, set)
+		}
+	}
+	return all, nil
+}
+
 // SetAt returns the set that one of [Pointers] names, or nil where it is gone.
 func (s *Store) SetAt(pointer string) (*Set, error) {
 	digest, ok := strings.CutPrefix(pointer, "sets/")

@@ -1,6 +1,7 @@
 package install
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -227,9 +228,22 @@ func (s *Store) withdraw() error {
 
 // Sweep removes sets and layers that neither the current nor the previous set
 // needs, and what an interrupted run left. What goes loses its name first: a set or a
-// layer that is there under its name is whole, whenever this program dies.
-func (s *Store) Sweep() error {
+// layer that is there under its name is whole, whenever this program dies. also names
+// another set that stays.
+func (s *Store) Sweep(also ...string) error {
 	keep := map[string]bool{}
+	for _, digest := range also {
+		set, err := s.Set(digest)
+		if err != nil || set == nil {
+			continue
+		}
+		keep[path.Join("sets", strings.TrimPrefix(digest, "sha256:"))] = true
+		for _, l := range set.Layers {
+			if name, err := hexOf(l.Digest); err == nil {
+				keep[path.Join("layers", name)] = true
+			}
+		}
+	}
 	for _, pointer := range []string{"current", "previous"} {
 		to, err := s.link(pointer)
 		if err != nil {
@@ -285,7 +299,19 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if set.Driver.Flavour == "open" {
 		values["KERNEL_OPEN"] = "Y"
 	}
-	return s.WriteFile(".cache", []byte(host.FormatKeyValues(values, "BUILD_ID", "DRIVER_VERSION", "KERNEL_OPEN")))
+	text := []byte(host.FormatKeyValues(values, "BUILD_ID", "DRIVER_VERSION", "KERNEL_OPEN"))
+	if have, err := s.ReadFile(".cache"); err == nil && bytes.Equal(have, text) {
+		return nil // a full disk is no reason to fail over a file that is right
+	}
+	return s.WriteFile(".cache", text)
+}
+
+// RemoveFile removes a small file of the install folder, if it is there.
+func (s *Store) RemoveFile(name string) error {
+	if err := s.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	return nil
 }
 
 // ReadFile reads a small file of the install folder; nil where there is none.

@@ -1,0 +1,119 @@
+package agent_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// A new driver that does not do, and that somebody opened at once, keeps its files:
+// libraries and modules have to be of one driver. It is known to be ours, and leaves when
+// it can.
+func TestUnusableAndOpen(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := two(t, 1)
+	n.parts.Probe, n.kernel.open = byVersion{n.root, newVersion}, "nvidia_uvm "+newVersion
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "it stays in force") || r.Verdict.State == gpucheck.Ready {
+		t.Errorf("Run = %+v, %v; want unusable, and the reason why it stays", r.Verdict, err)
+	}
+	if _, ok := n.tree(t)["lib64/libnvidia-ml.so."+newVersion]; !ok {
+		t.Errorf("the libraries are not those of the modules that are loaded: %v", n.tree(t))
+	}
+	n.kernel.open = ""
+	n.inUse(t, "0")
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err == nil && r.Verdict.Digest != po.Digest {
+		t.Errorf("then: %+v, %v", r.Verdict, err)
+	}
+	n.cfg.AllowDowngrade = true
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("the former driver, once nobody uses the GPU: %+v, %v; want it ready", r.Verdict, err)
+	}
+}
+
+// A run that is killed while it looks at the GPUs is judged by the next one.
+func TestKilledWhileLooking(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	n.parts.Probe = dying{}
+	func() {
+		defer func() {
+			if recover() == nil {
+				t.Fatal("nobody was asked")
+			}
+		}()
+		_, _ = n.run(t, ref, pn.Digest, newer.Driver)
+	}()
+	n.parts.Probe = byVersion{n.root, newVersion}
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Unusable) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run = %+v, %v; want the former driver back", r.Verdict, err)
+	}
+}
+
+type dying struct{}
+
+func (dying) Probe(context.Context, string) (gpucheck.NVML, error) { panic("killed") }
+
+// What could not take its place because the GPU was in use does so after a reboot, with
+// nobody to ask. Until then it is neither fetched again nor held against it.
+func TestNextAfterReboot(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	n.inUse(t, "1")
+	for i := range 3 {
+		r, err := n.run(t, ref, pn.Digest, newer.Driver)
+		if !fault.Is(err, fault.Busy) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || (r.FetchedBytes > 0) != (i == 0) {
+			t.Errorf("%d: Run = %+v, %v, %d bytes; want busy beside the former driver, and one download", i, r.Verdict, err, r.FetchedBytes)
+		}
+	}
+	n.reboot(t)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	r, err := n.runAs(t)
+	if diff := cmp.Diff(loads(newVersion), n.kernel.calls); err != nil || diff != "" || r.Verdict.Digest != pn.Digest {
+		t.Errorf("after a reboot: %+v, %v; system calls (-want +got):\n%s", r.Verdict, err, diff)
+	}
+}
+
+// A disk that takes no byte does not keep an installed driver from being loaded.
+func TestFullDiskAtBoot(t *testing.T) {
+	t.Parallel()
+	n, ref, older, _, po, _ := two(t, 1)
+	n.reboot(t)
+	// Every small file goes through this name.
+	if err := os.Mkdir(filepath.Join(n.root, installDir, ".prebake/tmp-file"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r, err := n.run(t, ref, po.Digest, older.Driver)
+	if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run = %+v, %v; system calls (-want +got):\n%s", r.Verdict, err, diff)
+	}
+}
+
+// Notes that are damaged, or say what is not so, take no driver away.
+func TestHostileAttempts(t *testing.T) {
+	t.Parallel()
+	n, _, _, _, po, _ := two(t, 1)
+	file := filepath.Join(installDir, ".prebake/attempts.json")
+	for name, text := range map[string]string{
+		"no JSON": "{", "a list": "[]", "nothing": "", "null": `{"x":null}`,
+		"no set":             `{"` + po.Digest + `":{"open":true,"bootId":"another","before":{"current":"../../etc"}}}`,
+		"a set that is gone": `{"` + po.Digest + `":{"open":true,"bootId":"another","before":{"current":"sets/` + strings.Repeat("ab", 32) + `","previous":"/"}}}`,
+		"many crashes":       `{"sha256:` + strings.Repeat("ab", 32) + `":{"crashes":9,"open":true,"before":{"current":"sets/` + strings.TrimPrefix(po.Digest, "sha256:") + `"}}}`,
+	} {
+		n.reboot(t)
+		sample.Write(t, n.root, file, text)
+		n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+		if r, err := n.runAs(t); err != nil || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest {
+			t.Errorf("%s: Run = %+v, %v; want the driver in force", name, r.Verdict, err)
+		}
+	}
+}
