@@ -64,7 +64,7 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 	default:
 		return nil
 	}
-	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), "try it again with --retry, or ask for another version with --driver")
+	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), "try it again with fetcher install --retry, or ask for another version with --driver")
 }
 
 // readAttempts reads what is on disk. A file that is damaged tells nothing.
