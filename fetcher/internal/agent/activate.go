@@ -34,8 +34,8 @@ var optional = []string{"nvidia-modeset", "nvidia-drm"}
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 
 // activate does what was decided: it puts a staged set in force, loads it and looks at
-// the result. When it cannot be loaded, or no GPU works with it and one may have before,
-// files and modules are again what they were.
+// the result. When it cannot be loaded, or fewer GPUs work with it than with the one
+// before, files and modules are again what they were.
 func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s situation, d decision) error {
 	// Once it has begun it ends by itself, in a time that the kernel and the probe bound.
 	ctx = context.WithoutCancel(ctx)

@@ -265,11 +265,14 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 	if d.set == nil {
 		return d.err
 	}
-	var waiting []string
+	var waiting []string // what stays on the disk though it is not in force
+	if set := s.waiting(); set != nil {
+		waiting = append(waiting, set.Digest)
+	}
 	if s.wanted == nil || d.set.Digest != s.wanted.Digest {
 		reason := d.err
 		if s.wanted != nil {
-			waiting = []string{s.wanted.Digest}
+			waiting = append(waiting, s.wanted.Digest)
 			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
 				if err := a.note(store, s.wanted.Digest, func(at *attempt) { at.Next = true }); err != nil {
 					a.parts.Log.WarnContext(ctx, "note what waits", "err", err)

@@ -169,8 +169,9 @@ func (a *Agent) note(store *install.Store, digest string, change func(*attempt))
 // was before.
 func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) error {
 	all, err := readAttempts(store)
-	if err != nil {
-		return err
+	if err != nil { // no note is worth more than the driver that is in force
+		a.parts.Log.WarnContext(ctx, "read attempts", "err", err)
+		return nil
 	}
 	var open []string
 	for digest, at := range all {

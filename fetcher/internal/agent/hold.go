@@ -27,9 +27,10 @@ type Watcher interface {
 	Alive()
 }
 
-// Hold looks at the driver again every so often until the context ends, and
-// tells the watcher. A look that fails is no verdict: what was seen last ages. It changes nothing, and it leaves the modules
-// loaded: whoever uses the GPU must not notice that this program ends.
+// Hold looks at the driver again every so often until the context ends, and tells the
+// watcher. A look that fails is no verdict: what was seen last ages. It changes nothing,
+// and it leaves the modules loaded: whoever uses the GPU must not notice that this
+// program ends.
 func (a *Agent) Hold(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
 	defer tick.Stop()

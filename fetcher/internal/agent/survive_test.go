@@ -10,7 +10,9 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -74,6 +76,11 @@ func TestNextAfterReboot(t *testing.T) {
 		if !fault.Is(err, fault.Busy) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || (r.FetchedBytes > 0) != (i == 0) {
 			t.Errorf("%d: Run = %+v, %v, %d bytes; want busy beside the former driver, and one download", i, r.Verdict, err, r.FetchedBytes)
 		}
+	}
+	// A farm that has forgotten all does not take it off the disk.
+	n.parts.Finder = finder{answer: resolve.Answer{State: api.Unknown, Source: "server"}}
+	if _, err := n.runAs(t); err != nil {
+		t.Errorf("with a farm that knows nothing: %v", err)
 	}
 	n.reboot(t)
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}

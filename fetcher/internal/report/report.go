@@ -69,7 +69,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.Serve
 
 // Watch says that looks follow each other from now on, and that what is told is worth
 // something for so long only: readiness is gone after it, and so is liveness where no
-// look ended at all.
+// look ended at all. 0 is no bound: nobody looks.
 func (s *Server) Watch(age time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
