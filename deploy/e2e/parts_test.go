@@ -22,6 +22,13 @@ const cosign = "github.com/sigstore/cosign/v3/cmd/cosign@v3.0.6"
 // fulcio certifies identities.
 const fulcio = "github.com/sigstore/fulcio@v1.8.8"
 
+// oneProcessor names the parts that leave other processors idle: emulated machines,
+// and programs that unpack and compress. They run beside each other.
+var oneProcessor = map[string]bool{
+	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
+	"virtual machine": true, "load test": true, "faults while a machine runs": true,
+}
+
 // Some packages have tests that want a real kernel, a real driver or a stock
 // tool, and are skipped where there is none. Here they have all of it, and none
 // may be skipped.
@@ -46,8 +53,11 @@ func TestPartsOnRealInputs(t *testing.T) {
 	tools := "PATH=" + stockTools(t) + ":" + os.Getenv("PATH")
 	emulator := gcs.Env + "=" + tool(t, gcs.Tool)
 	twin, of := shared.twin(t)
-	// Made by make alone and with empty caches, and then out of full ones.
+	// Made by make alone and out of the farm's own cache.
+	published(t, shared.srv, twin, shared.driver(), target.Proprietary)
 	cells := fmt.Sprintf("PREBAKE_CELLS=%s/%s =%s/%s", of.BuildID, shared.driver(), twin.BuildID, shared.driver())
+
+	filled := "PREBAKE_FILLED=" + shared.BuildCache()
 
 	rows := []struct {
 		name, pkg, run string
@@ -56,7 +66,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
 		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
-		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells, references}},
+		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells, references, filled}},
 		{"the gate", "./builder/internal/gate", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
 		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
@@ -72,6 +82,9 @@ func TestPartsOnRealInputs(t *testing.T) {
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
+			if oneProcessor[row.name] {
+				t.Parallel()
+			}
 			cmd := exec.CommandContext(t.Context(), "go", append([]string{"test", "-v", "-count=1", "-timeout=30m", "-run", row.run}, strings.Fields(row.pkg)...)...)
 			cmd.Dir = "../.."
 			cmd.Env = append(os.Environ(), row.env...)

@@ -23,19 +23,28 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
+// onceMore marks a build that finds everything remembered.
+const onceMore = " once more"
+
 // A cache never makes a different module, with a real kernel and a real driver:
 // what make alone compiles with debug information, what an empty cache's build
 // leaves, and what a filled one's leaves are the same bytes. PREBAKE_CELLS is a
 // list of BUILD_ID/VERSION; the cells share one cache, in that order, and each
 // is also made by make alone unless a "=" before it says that it has to equal
 // the one before. PREBAKE_REFERENCES is a cache folder that keeps what make made
-// for the same inputs, tools and code of this package.
+// for the same inputs, tools and code of this package. PREBAKE_FILLED is a cache
+// that has these cells already, in place of an empty one: whoever names it shows
+// elsewhere that empty caches leave the same (TestReproduce of deploy/e2e does).
 func TestRealSameBytes(t *testing.T) {
 	mirror, cells := os.Getenv("PREBAKE_MIRROR"), os.Getenv("PREBAKE_CELLS")
 	if mirror == "" || cells == "" {
 		t.Skip("PREBAKE_MIRROR and PREBAKE_CELLS name no mirror and no cells to compile")
 	}
-	cache, err := cas.Open(filepath.Join(t.TempDir(), "cache"))
+	folder, times := os.Getenv("PREBAKE_FILLED"), []string{onceMore}
+	if folder == "" {
+		folder, times = filepath.Join(t.TempDir(), "cache"), []string{" for the first time", onceMore}
+	}
+	cache, err := cas.Open(folder)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +95,7 @@ func TestRealSameBytes(t *testing.T) {
 			want, answers = byMakeAlone(t, references, r, cell)
 		}
 		r.Cache = cache
-		for _, what := range []string{" for the first time", " once more"} {
+		for _, what := range times {
 			got, found := compileReal(t, r, cell+what)
 			if diff := cmp.Diff(answers, found); diff != "" {
 				t.Errorf("%s%s: conftest's answers differ from make's (-make +builder):\n%s", cell, what, diff)
@@ -172,7 +181,7 @@ func compileReal(t *testing.T, r compile.Request, what string) (modules, answers
 	if r.Cache != nil && strings.Contains(log.String(), "left to make") {
 		t.Errorf("%s: conftest is left to make", what)
 	}
-	if strings.HasSuffix(what, " once more") {
+	if strings.HasSuffix(what, onceMore) {
 		checkReuse(t, what, result)
 	}
 	checkPreambles(t, r.WorkDir)
