@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 func statusCommand() *ucli.Command {
@@ -36,7 +38,7 @@ func rollbackCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "rollback",
 		Usage: "put the driver back in force that was there before",
-		Flags: append(hostFlags(), changeFlags()...),
+		Flags: slices.Concat(hostFlags(), trustFlags(), cli.Group(groupCompile, stateFlag()), changeFlags()),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {
@@ -67,8 +69,20 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 	if err != nil {
 		return nil, nil, err
 	}
+	if cmd.Name == "rollback" {
+		if v, err := newVerifier(cmd); err == nil {
+			parts.Verifier = v
+		} else {
+			parts.Verifier = nobody{err} // it matters where something is to be loaded
+		}
+	}
 	return agent.New(cfg, parts), done, nil
 }
+
+// nobody is believed, for a reason.
+type nobody struct{ why error }
+
+func (n nobody) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.why }
 
 func printStatus(w io.Writer, s *agent.Status) error {
 	fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", s.Host.Kernel, s.Host.Kernel.Release)

@@ -88,14 +88,27 @@ func changeFlags() []ucli.Flag {
 func installFlags() []ucli.Flag {
 	builder := cli.String("builder", "", "`PROGRAM` that compiles when nothing is published; never turns that off")
 	builder.DefaultText = "builder beside fetcher, if it is there"
-	state := cli.String("state-dir", "/var/lib/prebake",
-		"`FOLDER`, seen from the node's root, for what is compiled here and its key")
-	state.Validator = absolute
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
 	cache.DefaultText = "cache in the state folder"
 	return slices.Concat(
 		wishFlags(),
 		hostFlags(),
+		trustFlags(),
+		cli.Group(groupCompile,
+			builder,
+			cli.String("kernel-mirror", "", "`URL` of the COS release bucket"),
+			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles"),
+			stateFlag(),
+			cache,
+		),
+		changeFlags(),
+		cli.Group(groupOutput, cli.LogFlags()...),
+	)
+}
+
+// trustFlags say whom to trust: nothing is loaded that they do not sign.
+func trustFlags() []ucli.Flag {
+	return slices.Concat(
 		cli.Group(groupTrust,
 			cli.String("key", defaultKeys,
 				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"),
@@ -103,16 +116,14 @@ func installFlags() []ucli.Flag {
 				"take artifacts with static checks only (any), or those that a kernel has loaded (tested): `MODE`"),
 		),
 		cli.Group(groupTrust, cli.TrustFlags()...),
-		cli.Group(groupCompile,
-			builder,
-			cli.String("kernel-mirror", "", "`URL` of the COS release bucket"),
-			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles"),
-			state,
-			cache,
-		),
-		changeFlags(),
-		cli.Group(groupOutput, cli.LogFlags()...),
 	)
+}
+
+func stateFlag() ucli.Flag {
+	state := cli.String("state-dir", "/var/lib/prebake",
+		"`FOLDER`, seen from the node's root, for what is compiled here and its key")
+	state.Validator = absolute
+	return state
 }
 
 // defaultKeys is where an image or a node keeps the trusted keys.

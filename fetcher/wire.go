@@ -36,6 +36,9 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 		return agent.Parts{}, nil, fault.Wrap(fault.Usage, fmt.Errorf("open host root: %w", err), "name the folder where the node's root is mounted with --host-root")
 	}
 	return agent.Parts{
+		NodeVerifier: func() (agent.Verifier, error) {
+			return nodeVerifier(filepath.Join(cfg.HostRoot, cmd.String("state-dir")))
+		},
 		Root: root.FS(), Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
 		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
 		Probe: &gpucheck.Prober{
@@ -74,7 +77,7 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 	if err != nil {
 		return nil, nil, err
 	}
-	parts.Finder, parts.Verifier, parts.LocalVerifier = finder, verifier, localVerifier
+	parts.Finder, parts.Verifier = finder, verifier
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
 	if builder != nil {
 		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
@@ -124,9 +127,13 @@ func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	return trust.NewVerifier(policy)
 }
 
-// localVerifier trusts the node's own key. What a node compiled for itself is
-// tested by being loaded.
-func localVerifier(pem []byte) (agent.Verifier, error) {
+// nodeVerifier trusts the key of this node, which is in the state folder. What a node
+// compiled for itself is tested by being loaded.
+func nodeVerifier(stateDir string) (agent.Verifier, error) {
+	pem, err := local.PublicKey(stateDir)
+	if err != nil {
+		return nil, err
+	}
 	keys, err := trust.ParsePublicKeys(pem)
 	if err != nil {
 		return nil, err

@@ -95,7 +95,7 @@ func PackLayer(ctx context.Context, srcDir string, kind LayerKind, dstFile strin
 		return Layer{}, err
 	}
 	diff := &countHash{w: zw, h: sha256.New()}
-	if err := writeTar(ctx, diff, src, entries); err != nil {
+	if err := writeTar(ctx, diff, entries, func(e entry) (io.ReadCloser, error) { return src.Open(e.name) }); err != nil {
 		return Layer{}, err
 	}
 	if err := zw.Close(); err != nil {
@@ -174,7 +174,8 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 	return nil
 }
 
-func writeTar(ctx context.Context, w io.Writer, src *os.Root, entries []entry) error {
+// writeTar writes entries as an archive; open returns what a regular file holds.
+func writeTar(ctx context.Context, w io.Writer, entries []entry, open func(entry) (io.ReadCloser, error)) error {
 	tw := tar.NewWriter(w)
 	for _, e := range entries {
 		if err := ctx.Err(); err != nil {
@@ -197,15 +198,15 @@ func writeTar(ctx context.Context, w io.Writer, src *os.Root, entries []entry) e
 		if hdr.Typeflag != tar.TypeReg {
 			continue
 		}
-		if err := copyIn(ctx, tw, src, e); err != nil {
+		if err := copyIn(ctx, tw, e, open); err != nil {
 			return fmt.Errorf("%s: %w", e.name, err)
 		}
 	}
 	return tw.Close()
 }
 
-func copyIn(ctx context.Context, tw *tar.Writer, src *os.Root, e entry) error {
-	f, err := src.Open(e.name)
+func copyIn(ctx context.Context, tw *tar.Writer, e entry, open func(entry) (io.ReadCloser, error)) error {
+	f, err := open(e)
 	if err != nil {
 		return err
 	}

@@ -52,6 +52,13 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
+	if changed || d.do != keep { // what runs already is not asked for its papers again
+		if set, err = a.prove(ctx, store, set, s.facts); err != nil {
+			r.Changed = false
+			return err
+		}
+		d.set = set
+	}
 	if (changed || d.do != keep) && !begun {
 		if err := a.begin(store, set.Digest, pointers); err != nil && changed {
 			return err
@@ -164,6 +171,14 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	errs = append(errs, a.restoreFirmwarePath(s.facts))
 	r.Verdict = gpucheck.Verdict{}
 	if reload {
+		proved, err := a.prove(ctx, store, before, s.facts)
+		if reload = err == nil; reload {
+			before = proved
+		} else {
+			errs = append(errs, err)
+		}
+	}
+	if reload {
 		mark := a.loader.Mark()
 		if _, err := a.loader.Load(ctx, a.images(store, before)); err != nil {
 			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
@@ -264,8 +279,8 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.parts.Nodes.Clear(filepath.Join(a.cfg.HostRoot, "dev"))
 }
 
-// images are the modules of a set that are loaded, in load order. The bytes are
-// compared with the digests that were noted when the set was verified.
+// images are the modules of a set that are loaded, in load order. The set was proved:
+// the bytes are compared with the digests that its signed content gave.
 func (a *Agent) images(store *install.Store, set *install.Set) []kmod.Image {
 	var images []kmod.Image
 	for _, m := range set.Modules {
@@ -283,19 +298,18 @@ func (a *Agent) images(store *install.Store, set *install.Set) []kmod.Image {
 func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]byte, error) {
 	i := slices.IndexFunc(set.Layers, func(l install.Layer) bool { return l.Kind == bundle.LayerModules })
 	if i < 0 {
-		return nil, fault.New(fault.Unverified, "read module: the installed set has no modules layer", "remove the install folder's .prebake and install again")
+		return nil, fault.New(fault.Unverified, "read module: the set has no modules layer", hintAgain)
 	}
 	layer, err := store.LayerFS(set.Layers[i].Digest)
 	if err != nil {
 		return nil, err
 	}
-	raw, err := fs.ReadFile(layer, m.File)
+	raw, err := readModule(layer, m.File)
 	if err != nil {
 		return nil, fmt.Errorf("read module %s: %w", m.Name, err)
 	}
 	if got := digestOf(raw); got != m.SHA256 {
-		return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256),
-			"somebody changed the file on this node: remove the install folder's .prebake and install again")
+		return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256), hintAgain)
 	}
 	return raw, nil
 }

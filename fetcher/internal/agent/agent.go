@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -56,7 +57,6 @@ type prober interface {
 // localBuilder compiles on the node when nothing is published.
 type localBuilder interface {
 	Build(ctx context.Context, q resolve.Question) (resolve.Answer, error)
-	PublicKey() ([]byte, error)
 }
 
 // Config is what the node's owner decides.
@@ -85,13 +85,14 @@ type Config struct {
 
 // Parts are what the agent works with. All are required but Local.
 type Parts struct {
-	Finder   resolve.Finder
-	Open     func(ref string) (Repository, error)
-	Verifier Verifier
+	Finder resolve.Finder
+	Open   func(ref string) (Repository, error)
+	// Verifier judges what is published, and NodeVerifier what this node compiled for
+	// itself.
+	Verifier     Verifier
+	NodeVerifier func() (Verifier, error)
 	// Local is nil when the node must not compile.
 	Local localBuilder
-	// LocalVerifier trusts only the given public keys.
-	LocalVerifier func(pem []byte) (Verifier, error)
 	// Root is the file system below HostRoot.
 	Root   fs.FS
 	Kernel kmod.System
@@ -108,6 +109,9 @@ type Agent struct {
 	cfg    Config
 	parts  Parts
 	loader *kmod.Loader
+	// checked has the layers that were compared with signed content in this run, by their
+	// digests, and the digests of their files: map[string]string.
+	checked sync.Map
 }
 
 // New returns an agent.
@@ -145,6 +149,7 @@ func (r *Report) did(format string, args ...any) {
 // came. A verdict other than ready is an error of its kind.
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // of this run alone
+	a.checked.Clear()
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
@@ -263,7 +268,10 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 	excused := a.excuses(r.Answer, s, silent)
 	d := decide(s)
 	if d.set == nil {
-		return d.err
+		if fault.Is(d.err, fault.Transient) {
+			return d.err // what was fetched so far is of use to the next run
+		}
+		return errors.Join(d.err, store.Sweep())
 	}
 	var waiting []string // what stays on the disk though it is not in force
 	if set := s.waiting(); set != nil {
@@ -394,9 +402,6 @@ func (a *Agent) plan(r *Report, s situation, d decision) {
 
 // googleLock is the lock file of Google's installer, inside the node's root.
 const googleLock = "tmp/cos_gpu_installer_lock"
-
-// keptInstalled is the source of an answer that nobody was asked for.
-const keptInstalled = "installed"
 
 func (a *Agent) observe(r *Report) (*host.Facts, error) {
 	var facts *host.Facts

@@ -29,7 +29,6 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/timeline"
-	"github.com/prebake/prebake/pkg/trust"
 )
 
 const (
@@ -181,13 +180,6 @@ func newNode(t testing.TB, c sample.Cell, gpus int, key *testkit.Key) *node {
 		Verifier: key.Verifier(t), Root: os.DirFS(root), Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus},
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now,
 		Open: func(ref string) (agent.Repository, error) { return registry.Open(ref, registry.Options{Plain: true}) },
-		LocalVerifier: func(pem []byte) (agent.Verifier, error) {
-			keys, err := trust.ParsePublicKeys(pem)
-			if err != nil {
-				return nil, err
-			}
-			return trust.NewVerifier(trust.Policy{Keys: keys})
-		},
 	}
 	return n
 }

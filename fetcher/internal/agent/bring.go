@@ -5,11 +5,13 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path"
+	"reflect"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -35,13 +37,14 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 		return nil, err
 	}
 	var content bundle.Content
+	var p proof
+	origin := originOf(r.Answer)
 	err = a.parts.Line.Do("verify", func() (string, error) {
-		v, err := a.verifierFor(r.Answer.Source)
-		if err != nil {
+		if p, err = readProof(ctx, repo, r.Answer.Digest, facts); err != nil {
 			return "", err
 		}
 		var verdict *trust.Verdict
-		if content, verdict, err = verify(ctx, repo, v, r, facts); err != nil {
+		if content, verdict, err = a.verify(p, origin, r.Answer.Digest, r.Answer.Driver, facts); err != nil {
 			return "", err
 		}
 		r.SignedBy = verdict.SignedBy()
@@ -50,14 +53,9 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 	if err != nil {
 		return nil, err
 	}
-	set := &install.Set{
-		Digest: r.Answer.Digest, Repository: repo.Name(), Kernel: facts.Kernel, Driver: content.Identity.Driver, InstalledAt: a.parts.Now().UTC(),
-	}
-	for _, l := range content.Layers {
-		set.Layers = append(set.Layers, install.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
-	}
+	set := a.setOf(origin, r.Answer.Digest, repo.Name(), content, facts)
 	if a.cfg.DryRun {
-		a.planBring(r, store, set, current)
+		a.planBring(ctx, r, store, set, current)
 		return set, nil
 	}
 	err = a.parts.Line.Do("fetch", func() (string, error) {
@@ -70,20 +68,20 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 		return nil, err
 	}
 	err = a.parts.Line.Do("stage", func() (string, error) {
+		if set.Modules, err = a.modules(store, content, facts); err != nil {
+			return "", err
+		}
 		if current != nil && current.Digest == set.Digest && current.Kernel == set.Kernel {
-			*set = *current
+			set.InstalledAt = current.InstalledAt
+		}
+		raw, err := json.Marshal(p)
+		if err != nil {
+			return "", err
+		}
+		if have, err := store.Proof(set.Digest); err == nil && bytes.Equal(have, raw) && reflect.DeepEqual(set, current) && store.LinksHold(*set) == nil {
 			return "already staged", nil
 		}
-		if set.Modules == nil { // the modules layer was there already
-			layer, err := store.LayerFS(content.Layer(bundle.LayerModules).Digest)
-			if err != nil {
-				return "", err
-			}
-			if set.Modules, err = inspect(layer, content.Identity, facts); err != nil {
-				return "", err
-			}
-		}
-		if err := store.AddSet(*set); err != nil {
+		if err := store.AddSet(*set, raw); err != nil {
 			return "", err
 		}
 		return plural(len(set.Modules), "module") + " checked", nil
@@ -91,55 +89,23 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 	return set, err
 }
 
-// verifierFor returns who judges an artifact: the node's own key counts for
-// what the node itself compiled, and for nothing else.
-func (a *Agent) verifierFor(source string) (Verifier, error) {
-	if source != "local" {
-		return a.parts.Verifier, nil
+// readProof reads the manifest, the config and the signed statements, and no layer.
+func readProof(ctx context.Context, repo Repository, digest string, facts *host.Facts) (p proof, err error) {
+	if p.Manifest, err = repo.Manifest(ctx, digest); err != nil {
+		return p, err
 	}
-	pem, err := a.parts.Local.PublicKey()
+	if got := digestOf(p.Manifest); got != digest { // before anything that it names is asked for
+		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got), "fetch from another registry")
+	}
+	d, err := bundle.ConfigDescriptor(p.Manifest)
 	if err != nil {
-		return nil, err
+		return p, err
 	}
-	return a.parts.LocalVerifier(pem)
-}
-
-// verify reads the manifest, the config and the signed statements, and no
-// layer. The statements are compared with the node as the node sees itself.
-func verify(ctx context.Context, repo Repository, v Verifier, r *Report, facts *host.Facts) (bundle.Content, *trust.Verdict, error) {
-	none := bundle.Content{}
-	manifest, err := repo.Manifest(ctx, r.Answer.Digest)
-	if err != nil {
-		return none, nil, err
+	if p.Config, err = repo.Small(ctx, d); err != nil {
+		return p, err
 	}
-	if got := digestOf(manifest); got != r.Answer.Digest {
-		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", r.Answer.Digest, got), "fetch from another registry")
-	}
-	d, err := bundle.ConfigDescriptor(manifest)
-	if err != nil {
-		return none, nil, err
-	}
-	config, err := repo.Small(ctx, d)
-	if err != nil {
-		return none, nil, err
-	}
-	content, err := bundle.ParseManifest(manifest, config) // compares the config's digest
-	if err != nil {
-		return none, nil, err
-	}
-	bundles, err := repo.Attached(ctx, r.Answer.Digest, trust.ArtifactTypeBundle, trust.Wanted(facts.Kernel)...)
-	if err != nil {
-		return none, nil, err
-	}
-	verdict, err := v.Verify(bundles, trust.Expect{Digest: r.Answer.Digest, Kernel: facts.Kernel, Driver: r.Answer.Driver, Identity: content.Identity})
-	switch {
-	case fault.Hint(err) != "":
-	case fault.Is(err, fault.Mismatch):
-		err = fault.Wrap(fault.Mismatch, err, "have the driver built for COS "+facts.Kernel.String()+", and check that --server or --registry is the right one")
-	case fault.Is(err, fault.Unverified):
-		err = fault.Wrap(fault.Unverified, err, "use nothing of this artifact; publish it again, or fetch from another registry")
-	}
-	return content, verdict, err
+	p.Bundles, err = repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(facts.Kernel)...)
+	return p, err
 }
 
 func digestOf(data []byte) string {
@@ -147,18 +113,17 @@ func digestOf(data []byte) string {
 	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
-// fetch brings the layers that are not there, side by side.
+// fetch brings the layers that are not there, or not what they were, side by side.
 func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *install.Store, set *install.Set, id bundle.Identity, facts *host.Facts) error {
+	missing, err := a.missing(ctx, r, store, set)
+	if err != nil {
+		return err
+	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
-	for _, l := range set.Layers {
-		if store.HasLayer(l.Digest) {
-			r.CachedBytes += l.Size
-			continue
-		}
-		r.FetchedBytes += l.Size
-		r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
+	for _, l := range missing {
 		g.Go(func() error {
+			files := map[string]string{}
 			err := store.AddLayer(l.Digest, func(dst *os.Root) error {
 				if err := unpack(gctx, repo, l, dst); err != nil {
 					return err
@@ -168,20 +133,59 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 					return nil
 				}
 				mods, err := inspect(dst.FS(), id, facts)
-				set.Modules = mods
+				for _, m := range mods {
+					files[m.File] = m.SHA256
+				}
 				return err
 			})
 			if err != nil {
 				return fmt.Errorf("fetch %s layer %s: %w", l.Kind, l.Digest, err)
 			}
+			a.checked.Store(l.Digest, files)
 			return nil
 		})
 	}
-	err := g.Wait()
+	err = g.Wait()
 	if ctx.Err() != nil {
 		return context.Cause(ctx) // not what it did to the streams
 	}
 	return err
+}
+
+// missing returns the layers that have to be fetched, and counts. One that is damaged
+// counts as missing.
+func (a *Agent) missing(ctx context.Context, r *Report, store *install.Store, set *install.Set) ([]install.Layer, error) {
+	damaged := make([]error, len(set.Layers))
+	g, gctx := errgroup.WithContext(ctx)
+	for i, l := range set.Layers {
+		if store == nil || !store.HasLayer(l.Digest) {
+			damaged[i] = fs.ErrNotExist
+			continue
+		}
+		g.Go(func() error {
+			damaged[i] = a.checkLayer(gctx, store, l)
+			return nil
+		})
+	}
+	_ = g.Wait() // each error is looked at below
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	var missing []install.Layer
+	for i, l := range set.Layers {
+		if damaged[i] == nil {
+			r.CachedBytes += l.Size
+			continue
+		}
+		if !errors.Is(damaged[i], fs.ErrNotExist) {
+			a.parts.Log.WarnContext(ctx, "a layer on this node is damaged", "err", damaged[i])
+			r.did("found the %s layer %s damaged", l.Kind, short(l.Digest))
+		}
+		r.FetchedBytes += l.Size
+		r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
+		missing = append(missing, l)
+	}
+	return missing, nil
 }
 
 func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root) (err error) {
@@ -238,17 +242,22 @@ func rank(module string) int {
 	return len(loadOrder)
 }
 
-func inspectOne(layer fs.FS, file string) (install.Module, error) {
+// readModule reads one module, and not more than a module has.
+func readModule(layer fs.FS, file string) ([]byte, error) {
 	info, err := fs.Stat(layer, file)
 	if err != nil {
-		return install.Module{}, fmt.Errorf("check module: %w", err)
+		return nil, err
 	}
-	if info.Size() > maxModule {
-		return install.Module{}, fault.New(fault.Unverified, fmt.Sprintf("check module %s: %d bytes; at most %d are read", file, info.Size(), maxModule), "")
+	if !info.Mode().IsRegular() || info.Size() > maxModule {
+		return nil, fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file of at most %d bytes", file, maxModule), "")
 	}
-	raw, err := fs.ReadFile(layer, file)
+	return fs.ReadFile(layer, file)
+}
+
+func inspectOne(layer fs.FS, file string) (install.Module, error) {
+	raw, err := readModule(layer, file)
 	if err != nil {
-		return install.Module{}, fmt.Errorf("check module: %w", err)
+		return install.Module{}, fmt.Errorf("check module %s: %w", file, err)
 	}
 	m, err := modinfo.Read(bytes.NewReader(raw), int64(len(raw)))
 	if err != nil {
@@ -261,14 +270,9 @@ func inspectOne(layer fs.FS, file string) (install.Module, error) {
 }
 
 // planBring reports what bring would do.
-func (a *Agent) planBring(r *Report, store *install.Store, set, current *install.Set) {
-	for _, l := range set.Layers {
-		if store != nil && store.HasLayer(l.Digest) {
-			r.CachedBytes += l.Size
-			continue
-		}
-		r.FetchedBytes += l.Size
-		r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
+func (a *Agent) planBring(ctx context.Context, r *Report, store *install.Store, set, current *install.Set) {
+	if _, err := a.missing(ctx, r, store, set); err != nil {
+		return // the run is over
 	}
 	if current == nil || current.Digest != set.Digest {
 		r.Changed = true

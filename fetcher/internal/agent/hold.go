@@ -199,6 +199,7 @@ func (a *Agent) lastRecord() *record {
 // folder before us, and loads what it can.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
+	a.checked.Clear()
 	facts, err := a.observe(r)
 	if err != nil {
 		return r, err
@@ -282,5 +283,5 @@ func nothingInstalled(err error) error {
 }
 
 func keptAnswer(s *install.Set) resolve.Answer {
-	return resolve.Answer{State: api.Published, Driver: s.Driver, Digest: s.Digest, Repository: s.Repository, Source: keptInstalled}
+	return resolve.Answer{State: api.Published, Driver: s.Driver, Digest: s.Digest, Repository: s.Repository, Source: resolve.SourceInstalled}
 }

@@ -330,7 +330,6 @@ func TestOffline(t *testing.T) {
 // builder compiles nothing: it answers with what was published beforehand.
 type builder struct {
 	answer resolve.Answer
-	pem    []byte
 	asked  *resolve.Question
 }
 
@@ -338,7 +337,6 @@ func (b builder) Build(_ context.Context, q resolve.Question) (resolve.Answer, e
 	*b.asked = q
 	return b.answer, nil
 }
-func (b builder) PublicKey() ([]byte, error) { return b.pem, nil }
 
 func TestMiss(t *testing.T) {
 	t.Parallel()
@@ -368,7 +366,8 @@ func TestMiss(t *testing.T) {
 			n.parts.Finder = finder{answer: resolve.Answer{State: row.state, Source: "server"}}
 			var asked resolve.Question
 			if row.build {
-				n.parts.Local = builder{answer: local, pem: own.PEM(t), asked: &asked}
+				n.parts.Local = builder{answer: local, asked: &asked}
+				n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
 			}
 			r, err := n.runAs(t)
 			if row.kind != fault.Internal {

@@ -65,10 +65,24 @@ type Module struct {
 	Signed   bool   `json:"signed,omitempty"`
 }
 
-// Set is one installed artifact.
+// Origin says who made an artifact, and with that whose signature counts for it.
+type Origin string
+
+const (
+	// Published is what a farm made, and the owner's keys and identities sign.
+	Published Origin = "published"
+	// MadeHere is what this node compiled for itself, and its own key signs. That key
+	// counts for nothing else.
+	MadeHere Origin = "node"
+)
+
+// Set is one installed artifact. What set.json says of it is no more than a note: whoever
+// loads a set compares it with what was signed (see [Store.Proof]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
-	Digest     string        `json:"digest"`
+	Digest string `json:"digest"`
+	// Origin is empty in sets of older releases: published.
+	Origin     Origin        `json:"origin,omitempty"`
 	Repository string        `json:"repository"`
 	Kernel     target.Kernel `json:"kernel"`
 	Driver     target.Driver `json:"driver"`
@@ -136,13 +150,27 @@ func (s *Store) HasLayer(digest string) bool {
 
 // AddLayer lets fill write a layer into a fresh folder and gives that folder
 // its final name when fill and every check in it succeeded. On an error
-// nothing remains.
+// nothing remains. A layer that is there under that name, and is damaged or the
+// caller would not ask, is replaced in one step.
 func (s *Store) AddLayer(digest string, fill func(dst *os.Root) error) error {
 	name, err := hexOf(digest)
 	if err != nil {
 		return err
 	}
 	return s.add(path.Join("layers", name), fill)
+}
+
+// LayerRoot opens an unpacked layer.
+func (s *Store) LayerRoot(digest string) (*os.Root, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	root, err := s.root.OpenRoot(path.Join(home, "layers", name))
+	if err != nil {
+		return nil, fmt.Errorf("open layer: %w", err)
+	}
+	return root, nil
 }
 
 // add fills a temporary folder, flushes it to disk and renames it to its final
@@ -171,10 +199,14 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 	if err := s.sync(); err != nil {
 		return err
 	}
-	if err := s.root.Rename(tmp, final); err != nil && !errors.Is(err, fs.ErrExist) {
+	err = s.root.Rename(tmp, final)
+	if errors.Is(err, fs.ErrExist) { // the one of that name goes: this one is verified
+		if err = s.exchange(tmp, final); err == nil {
+			return s.root.RemoveAll(tmp)
+		}
+	}
+	if err != nil {
 		return fmt.Errorf("name staged folder: %w", err)
-	} else if err != nil {
-		return s.root.RemoveAll(tmp) // the same digest is there already
 	}
 	return nil
 }
@@ -204,9 +236,25 @@ func (s *Store) LayerFS(digest string) (fs.FS, error) {
 	return fs.Sub(s.root.FS(), path.Join(home, "layers", name))
 }
 
-// AddSet writes a set whose layers are all there. It is not in force before
-// [Store.Switch].
-func (s *Store) AddSet(set Set) error {
+// proofFile holds what a set was verified by, beside its links.
+const proofFile = "proof.json"
+
+// maxProof bounds it: a manifest, a config, and as many statements as are looked at.
+const maxProof = 64 << 20
+
+// Proof returns what a set was verified by, as it was given to [Store.AddSet]; nil where
+// there is none, as in sets of older releases.
+func (s *Store) Proof(digest string) ([]byte, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	return s.readFile(path.Join(home, "sets", name, proofFile), maxProof)
+}
+
+// AddSet writes a set whose layers are all there, and what it was verified by. It is
+// not in force before [Store.Switch].
+func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
 	if err != nil {
 		return err
@@ -216,31 +264,88 @@ func (s *Store) AddSet(set Set) error {
 		return fmt.Errorf("encode set: %w", err)
 	}
 	raw = append(raw, '\n')
+	links, err := s.links(set)
+	if err != nil {
+		return err
+	}
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(home, final)); err == nil && info.IsDir() {
-		// The same artifact again, perhaps for another COS build of its
-		// fingerprint: its links are right, and it may be the one in force.
-		return s.WriteFile(path.Join(home, final, "set.json"), raw)
-	}
-	return s.add(final, func(dst *os.Root) error {
-		for _, l := range set.Layers {
-			layer, err := hexOf(l.Digest)
-			if err != nil {
-				return err
+		// The same artifact again, perhaps for another COS build of its fingerprint, or
+		// fetched anew: it may be the one in force, so it changes name by name.
+		for _, name := range names {
+			if at := path.Join(home, final, name); links[name] == "" {
+				err = s.root.RemoveAll(at)
+			} else if to, lerr := s.root.Readlink(at); lerr != nil || to != links[name] {
+				err = s.replaceByLink(at, links[name])
 			}
-			for _, name := range roots[l.Kind] {
-				if _, err := s.root.Stat(path.Join(home, "layers", layer, name)); errors.Is(err, fs.ErrNotExist) {
-					continue
-				} else if err != nil {
-					return fmt.Errorf("look into layer: %w", err)
-				}
-				if err := dst.Symlink(path.Join("..", "..", "layers", layer, name), name); err != nil {
-					return fmt.Errorf("link layer: %w", err)
-				}
+			if err != nil {
+				return fmt.Errorf("link layer: %w", err)
 			}
 		}
-		return dst.WriteFile("set.json", raw, 0o644)
+		return errors.Join(s.WriteFile(path.Join(home, final, proofFile), proof), s.WriteFile(path.Join(home, final, "set.json"), raw))
+	}
+	return s.add(final, func(dst *os.Root) error {
+		for name, to := range links {
+			if err := dst.Symlink(to, name); err != nil {
+				return fmt.Errorf("link layer: %w", err)
+			}
+		}
+		return errors.Join(dst.WriteFile(proofFile, proof, 0o644), dst.WriteFile("set.json", raw, 0o644))
 	})
+}
+
+// replaceByLink puts a link where something else is.
+func (s *Store) replaceByLink(name, to string) error {
+	if info, err := s.root.Lstat(name); err == nil && info.Mode().Type() != fs.ModeSymlink {
+		if err := s.root.RemoveAll(name); err != nil {
+			return err
+		}
+	}
+	return s.point(name, to)
+}
+
+// links are the links of a set into its layers, by their names.
+func (s *Store) links(set Set) (map[string]string, error) {
+	links := map[string]string{}
+	for _, l := range set.Layers {
+		layer, err := hexOf(l.Digest)
+		if err != nil {
+			return nil, err
+		}
+		for _, name := range roots[l.Kind] {
+			_, err := s.root.Stat(path.Join(home, "layers", layer, name))
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("look into layer: %w", err)
+			}
+			links[name] = path.Join("..", "..", "layers", layer, name)
+		}
+	}
+	return links, nil
+}
+
+// LinksHold reports whether a set's names lead into its layers, and nowhere else.
+func (s *Store) LinksHold(set Set) error {
+	hex, err := hexOf(set.Digest)
+	if err != nil {
+		return err
+	}
+	links, err := s.links(set)
+	if err != nil {
+		return err
+	}
+	for _, name := range names {
+		to, err := s.root.Readlink(path.Join(home, "sets", hex, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			to, err = "", nil
+		}
+		if err != nil || to != links[name] {
+			return fault.New(fault.Unverified, fmt.Sprintf("the set's %s is %q; want a link to %q", name, to, links[name]), "run fetcher install again")
+		}
+	}
+	return nil
 }
 
 // Current returns the set in force, or nil when there is none.

@@ -51,7 +51,7 @@ func add(t *testing.T, s *install.Store, c string, dirs ...string) install.Set {
 		t.Fatal(err)
 	}
 	set := install.Set{Digest: digest(c), Driver: target.Driver{Version: "535.1." + c, Flavour: target.Open}, Layers: []install.Layer{l}}
-	if err := s.AddSet(set); err != nil {
+	if err := s.AddSet(set, []byte("proof")); err != nil {
 		t.Fatal(err)
 	}
 	return set

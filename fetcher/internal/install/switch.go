@@ -315,7 +315,9 @@ func (s *Store) RemoveFile(name string) error {
 }
 
 // ReadFile reads a small file of the install folder; nil where there is none.
-func (s *Store) ReadFile(name string) (_ []byte, err error) {
+func (s *Store) ReadFile(name string) ([]byte, error) { return s.readFile(name, maxSet) }
+
+func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 	f, err := s.root.Open(name)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
@@ -324,7 +326,7 @@ func (s *Store) ReadFile(name string) (_ []byte, err error) {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	data, err := io.ReadAll(io.LimitReader(f, maxSet))
+	data, err := io.ReadAll(io.LimitReader(f, limit))
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}

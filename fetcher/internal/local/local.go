@@ -46,13 +46,44 @@ const grace = 30 * time.Second
 // Layout returns the reference of the node's own artifacts.
 func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "local") }
 
-// PublicKey returns the public half of the node's key.
-func (b Builder) PublicKey() ([]byte, error) {
-	pem, err := os.ReadFile(filepath.Join(b.StateDir, "local.key.pub"))
+// PublicKey returns the public half of the key of the node with this state folder.
+func PublicKey(stateDir string) ([]byte, error) {
+	pem, err := os.ReadFile(filepath.Join(stateDir, keyFile+".pub"))
 	if err != nil {
-		return nil, fmt.Errorf("read node key: %w", err)
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err), "what this node compiled for itself cannot be verified: have it compiled again, or publish the driver")
 	}
 	return pem, nil
+}
+
+// keyFile is the node's own key in the state folder.
+const keyFile = "local.key"
+
+// key returns the node's key, and makes it where there is none that is whole. It is
+// named last: a run that is killed leaves no half key under that name.
+func (b Builder) key(ctx context.Context) (string, error) {
+	key := filepath.Join(b.StateDir, keyFile)
+	if whole(key) && whole(key+".pub") {
+		return key, nil
+	}
+	fresh := filepath.Join(b.StateDir, "tmp-key")
+	for _, name := range []string{fresh, fresh + ".pub"} {
+		if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return "", fmt.Errorf("make node key: %w", err)
+		}
+	}
+	if _, err := b.run(ctx, "keygen", fresh); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	if err := errors.Join(os.Rename(fresh+".pub", key+".pub"), os.Rename(fresh, key)); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	return key, nil
+}
+
+// whole reports whether a file is there and ends as a PEM file does.
+func whole(name string) bool {
+	text, err := os.ReadFile(name)
+	return err == nil && bytes.HasPrefix(text, []byte("-----BEGIN ")) && bytes.HasSuffix(bytes.TrimSpace(text), []byte("-----"))
 }
 
 // Build compiles and returns the artifact in the node's own layout. An error
@@ -61,11 +92,13 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (resolve.Answer,
 	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
 		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
 	}
-	key := filepath.Join(b.StateDir, "local.key")
-	if _, err := os.Stat(key); errors.Is(err, os.ErrNotExist) {
-		if _, err := b.run(ctx, "keygen", key); err != nil {
-			return resolve.Answer{}, fmt.Errorf("make node key: %w", err)
-		}
+	key, err := b.key(ctx)
+	if err != nil {
+		return resolve.Answer{}, err
+	}
+	// What an earlier run published here lies in the install folder, or is of no use.
+	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
+		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
 	}
 	flavour := q.Flavour
 	if flavour == resolve.Auto {
@@ -92,7 +125,7 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (resolve.Answer,
 	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
 		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer names no digest", "use the builder of the same release as this program")
 	}
-	return resolve.Answer{State: api.Published, Source: "local", Driver: res.Driver, Repository: b.Layout(), Digest: res.Digest}, nil
+	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(), Digest: res.Digest}, nil
 }
 
 // maxOutput bounds what is kept of the builder's result.

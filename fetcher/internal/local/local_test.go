@@ -21,7 +21,7 @@ func script(t *testing.T, body string) local.Builder {
 	t.Helper()
 	dir := t.TempDir()
 	builder := filepath.Join(dir, "builder")
-	text := "#!/bin/sh\nset -e\necho \"$@\" >>\"${0%/*}\"/calls\nif [ \"$1\" = keygen ]; then : >\"$2\"; echo public >\"$2.pub\"; exit 0; fi\n" + body + "\n"
+	text := "#!/bin/sh\nset -e\necho \"$@\" >>\"${0%/*}\"/calls\nif [ \"$1\" = keygen ]; then for f in \"$2\" \"$2.pub\"; do printf -- '-----BEGIN X-----\\n-----END X-----\\n' >\"$f\"; done; exit 0; fi\n" + body + "\n"
 	program.Write(t, builder, []byte(text))
 	return local.Builder{Program: builder, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
 }
@@ -42,7 +42,7 @@ func TestBuild(t *testing.T) {
 			t.Errorf("Build = %+v", a)
 		}
 	}
-	if pem, err := b.PublicKey(); err != nil || string(pem) != "public\n" {
+	if pem, err := local.PublicKey(b.StateDir); err != nil || !strings.HasPrefix(string(pem), "-----BEGIN X") {
 		t.Errorf("PublicKey = %q, %v", pem, err)
 	}
 	raw, err := os.ReadFile(filepath.Join(filepath.Dir(b.Program), "calls"))
@@ -51,7 +51,7 @@ func TestBuild(t *testing.T) {
 	}
 	build := "build --build-id 1.2.3 --board lakitu --driver R535 --flavour open --to oci:STATE/local --key STATE/local.key --cache " + b.CacheDir +
 		" --load-test off --output json --kernel-mirror file:///k --driver-mirror file:///d"
-	want := []string{"keygen STATE/local.key", build, build}
+	want := []string{"keygen STATE/tmp-key", build, build}
 	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(raw), b.StateDir, "STATE")), "\n")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)
@@ -95,5 +95,44 @@ func TestBuildStops(t *testing.T) {
 	b.Say = func(string) { cancel() }
 	if _, err := b.Build(ctx, question); !fault.Is(err, fault.Cancelled) {
 		t.Errorf("Build = %v; want cancelled", err)
+	}
+}
+
+// N20 of the second look: a key of which a killed run wrote one half, or nothing, is
+// made again, and what an earlier run published does not pile up.
+func TestHalfAKey(t *testing.T) {
+	t.Parallel()
+	const pem = "-----BEGIN X-----\n-----END X-----\n"
+	for name, files := range map[string]map[string]string{
+		"no public half": {"local.key": pem},
+		"empty":          {"local.key": "", "local.key.pub": pem},
+		"cut short":      {"local.key": pem[:20], "local.key.pub": pem},
+		"empty public":   {"local.key": pem, "local.key.pub": ""},
+		"left over":      {"tmp-key": pem[:20], "tmp-key.pub": pem},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := script(t, `echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
+			old := filepath.Join(b.StateDir, "local", "blobs")
+			if err := os.MkdirAll(old, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for name, text := range files {
+				if err := os.WriteFile(filepath.Join(b.StateDir, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := b.Build(t.Context(), question); err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range []string{"local.key", "local.key.pub"} {
+				if got, err := os.ReadFile(filepath.Join(b.StateDir, name)); err != nil || string(got) != pem {
+					t.Errorf("%s = %q, %v; want a whole one", name, got, err)
+				}
+			}
+			if _, err := os.Stat(old); !os.IsNotExist(err) {
+				t.Errorf("what an earlier run published is still there: %v", err)
+			}
+		})
 	}
 }

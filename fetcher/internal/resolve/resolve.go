@@ -32,6 +32,21 @@ type Question struct {
 	GPUs []gpulist.GPU
 }
 
+// Source is where an answer is from.
+type Source string
+
+// Where answers are from.
+const (
+	SourceServer   Source = "server"
+	SourceRegistry Source = "registry"
+	// SourceNode is this node, which compiled the driver for itself.
+	SourceNode Source = "local"
+	// SourceInstalled is the install folder: nobody was asked.
+	SourceInstalled Source = "installed"
+	// SourceNobody says that there is nobody to ask.
+	SourceNobody Source = "nobody"
+)
+
 // Answer names an artifact, or says why there is none.
 type Answer struct {
 	State api.State `json:"state"`
@@ -40,10 +55,9 @@ type Answer struct {
 	// Repository is a reference that the registry client opens.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
-	// Source is server, registry, local or installed.
-	Source string `json:"source"`
-	Reason string `json:"reason,omitempty"`
-	Hint   string `json:"hint,omitempty"`
+	Source     Source `json:"source"`
+	Reason     string `json:"reason,omitempty"`
+	Hint       string `json:"hint,omitempty"`
 	// Build is the newest build of the cell; 0 is none.
 	Build int64 `json:"build,omitempty"`
 }
@@ -136,7 +150,7 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	if err != nil {
 		return Answer{}, fmt.Errorf("ask server: %w", err)
 	}
-	a := Answer{State: r.State, Driver: r.Driver, Digest: r.Digest, Source: "server", Reason: r.Reason, Hint: r.Hint}
+	a := Answer{State: r.State, Driver: r.Driver, Digest: r.Digest, Source: SourceServer, Reason: r.Reason, Hint: r.Hint}
 	if r.Build != nil {
 		a.Build = r.Build.ID
 		if a.Reason == "" && r.State == api.Failed {
@@ -217,7 +231,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 	} else {
 		gpus = nil // whoever names a flavour gets it
 	}
-	unknown := Answer{State: api.Unknown, Source: "registry", Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]}}
+	unknown := Answer{State: api.Unknown, Source: SourceRegistry, Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]}}
 	var answers []Answer
 	var offers []gpulist.Offer
 	var unfit error
@@ -232,7 +246,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 		if err != nil {
 			return Answer{}, fmt.Errorf("ask registry: %w", err)
 		}
-		a := Answer{State: api.Published, Source: "registry", Driver: d, Repository: r.Ref, Digest: digest}
+		a := Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}
 		o := gpulist.Offer{Flavour: f}
 		if len(gpus) > 0 {
 			if o.List, err = r.GPUs.list(ctx, a); err != nil {
@@ -257,7 +271,7 @@ type Nobody struct{}
 
 // Find answers unknown.
 func (Nobody) Find(context.Context, Question) (Answer, error) {
-	return Answer{State: api.Unknown, Source: "nobody", Reason: "neither a server nor a registry is configured"}, nil
+	return Answer{State: api.Unknown, Source: SourceNobody, Reason: "neither a server nor a registry is configured"}, nil
 }
 
 // Finder is one way to find an artifact.

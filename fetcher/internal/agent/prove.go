@@ -1,0 +1,165 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// proof is all that an artifact is verified by: what a registry was asked for, and what
+// lies beside a set on the disk. Nothing of it is believed before [Agent.verify].
+type proof struct {
+	Manifest []byte   `json:"manifest"`
+	Config   []byte   `json:"config"`
+	Bundles  [][]byte `json:"bundles"`
+}
+
+// verify judges a proof for this node. What is wrong has a hint of what to do next.
+func (a *Agent) verify(p proof, origin install.Origin, digest string, d target.Driver, facts *host.Facts) (bundle.Content, *trust.Verdict, error) {
+	none := bundle.Content{}
+	v, err := a.verifierFor(origin)
+	if err != nil {
+		return none, nil, err
+	}
+	if got := digestOf(p.Manifest); got != digest {
+		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got), "fetch from another registry")
+	}
+	content, err := bundle.ParseManifest(p.Manifest, p.Config) // compares the config's digest
+	if err != nil {
+		return none, nil, err
+	}
+	verdict, err := v.Verify(p.Bundles, trust.Expect{Digest: digest, Kernel: facts.Kernel, Driver: d, Identity: content.Identity})
+	switch {
+	case fault.Hint(err) != "":
+	case fault.Is(err, fault.Mismatch):
+		err = fault.Wrap(fault.Mismatch, err, "have the driver built for COS "+facts.Kernel.String()+", and check that --server or --registry is the right one")
+	case fault.Is(err, fault.Unverified):
+		err = fault.Wrap(fault.Unverified, err, "use nothing of this artifact; publish it again, or fetch from another registry")
+	}
+	return content, verdict, err
+}
+
+// verifierFor returns who judges an artifact: the node's own key counts for what the
+// node itself compiled, and for nothing else.
+func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
+	if origin == install.MadeHere && a.parts.NodeVerifier != nil {
+		return a.parts.NodeVerifier()
+	}
+	if a.parts.Verifier == nil {
+		return nil, fault.New(fault.Usage, "nobody is trusted", "name the publisher's public key: --key FILE; nothing is loaded unverified")
+	}
+	return a.parts.Verifier, nil
+}
+
+// setOf is what signed content says of a set. The digests of its modules are not in it.
+func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content, facts *host.Facts) *install.Set {
+	set := &install.Set{
+		Digest: digest, Origin: origin, Repository: repository, Kernel: facts.Kernel, Driver: content.Identity.Driver, InstalledAt: a.parts.Now().UTC(),
+	}
+	for _, l := range content.Layers {
+		set.Layers = append(set.Layers, install.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
+	}
+	return set
+}
+
+// prove verifies a set that lies on the disk, now and for this kernel: the statements
+// beside it, and by them every byte of its layers. It returns the set as signed content
+// has it. What set.json says decides nothing but where to look.
+func (a *Agent) prove(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts) (*install.Set, error) {
+	fail := func(err error) (*install.Set, error) {
+		return nil, fmt.Errorf("verify installed driver %s: %w", set.Driver, err)
+	}
+	raw, err := store.Proof(set.Digest)
+	if err != nil {
+		return fail(err)
+	}
+	var p proof
+	if raw == nil {
+		return fail(fault.New(fault.Unverified, "no signed statements lie beside it", "run fetcher install once while the registry answers: it writes them"))
+	}
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return fail(fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain))
+	}
+	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts)
+	if err != nil {
+		return fail(err)
+	}
+	proved := a.setOf(set.Origin, set.Digest, set.Repository, content, facts)
+	proved.InstalledAt = set.InstalledAt
+	g, gctx := errgroup.WithContext(ctx)
+	for _, l := range proved.Layers {
+		g.Go(func() error { return a.checkLayer(gctx, store, l) })
+	}
+	if err := g.Wait(); err != nil {
+		return fail(err)
+	}
+	if err := store.LinksHold(*proved); err != nil {
+		return fail(err)
+	}
+	if proved.Modules, err = a.modules(store, content, facts); err != nil {
+		return fail(err)
+	}
+	return proved, nil
+}
+
+const hintAgain = "run fetcher install again: what is damaged on this node is fetched anew"
+
+// checkLayer compares an unpacked layer with its signed diff id, once in each run.
+func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
+	if _, ok := a.checked.Load(l.Digest); ok {
+		return nil
+	}
+	root, err := store.LayerRoot(l.Digest)
+	if err != nil {
+		return fault.Wrap(fault.Unverified, err, hintAgain)
+	}
+	files, err := bundle.CheckTree(ctx, root, l.Kind, l.DiffID)
+	if err := errors.Join(err, root.Close()); err != nil {
+		if fault.Is(err, fault.Unverified) {
+			err = fault.Wrap(fault.Unverified, err, hintAgain)
+		}
+		return err
+	}
+	a.checked.Store(l.Digest, files)
+	return nil
+}
+
+// modules reads the modules of a layer that was checked. Each is what it was then.
+func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
+	l := content.Layer(bundle.LayerModules)
+	layer, err := store.LayerFS(l.Digest)
+	if err != nil {
+		return nil, err
+	}
+	mods, err := inspect(layer, content.Identity, facts)
+	if err != nil {
+		return nil, err
+	}
+	files, _ := a.checked.Load(l.Digest)
+	known, _ := files.(map[string]string)
+	for _, m := range mods {
+		if known[m.File] != m.SHA256 {
+			return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: it changed after it was checked", m.Name), hintAgain)
+		}
+	}
+	return mods, nil
+}
+
+// originOf tells whose signature has to be on an answer.
+func originOf(answer resolve.Answer) install.Origin {
+	if answer.Source == resolve.SourceNode {
+		return install.MadeHere
+	}
+	return install.Published
+}

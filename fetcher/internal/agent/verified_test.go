@@ -1,0 +1,264 @@
+package agent_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// edit changes the one file of the install folder that a pattern names.
+func (n *node) edit(t *testing.T, pattern string, change func([]byte) []byte) {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", pattern))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("%s: %v, %v; want one file", pattern, found, err)
+	}
+	raw, err := os.ReadFile(found[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if raw = change(raw); raw == nil {
+		err = os.Remove(found[0])
+	} else {
+		err = os.WriteFile(found[0], raw, 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func flipped(raw []byte) []byte { return flip(raw, 0.5) }
+func gone([]byte) []byte        { return nil }
+
+// damages are what may become of an install folder between two runs.
+var damages = map[string]func(t *testing.T, n *node){
+	"a byte of a module": func(t *testing.T, n *node) { n.edit(t, "layers/*/drivers/nvidia.ko", flipped) },
+	"a module that is never loaded": func(t *testing.T, n *node) {
+		n.edit(t, "layers/*/drivers/nvidia-peermem.ko", flipped)
+	},
+	"a module, and set.json says so too": func(t *testing.T, n *node) {
+		evil := sample.Module("nvidia", oldVersion, "6.1.77+ SMP preempt mod_unload ")
+		evil = append(evil, "more"...)
+		var was string
+		n.edit(t, "layers/*/drivers/nvidia.ko", func(raw []byte) []byte { was = digestOf(raw); return evil })
+		n.edit(t, "sets/*/set.json", func(raw []byte) []byte {
+			if !bytes.Contains(raw, []byte(was)) {
+				t.Fatal("set.json notes no digest of the module")
+			}
+			return bytes.ReplaceAll(raw, []byte(was), []byte(digestOf(evil)))
+		})
+	},
+	"a byte of a library":  func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped) },
+	"a library gone":       func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, gone) },
+	"a link of a library":  func(t *testing.T, n *node) { n.relink(t, "layers/*/lib64/libnvidia-ml.so.1", "../bin/nvidia-smi") },
+	"a byte of a firmware": func(t *testing.T, n *node) { n.edit(t, "layers/*/firmware/nvidia/*/gsp_tu10x.bin", flipped) },
+	"a library more":       func(t *testing.T, n *node) { n.add(t, "layers/*/lib64", "libevil.so.1") },
+	"a program more":       func(t *testing.T, n *node) { n.add(t, "layers/*/bin", "evil") },
+	"half a layer":         func(t *testing.T, n *node) { n.removeAll(t, "layers/*/lib64") },
+	"a layer gone":         func(t *testing.T, n *node) { n.removeAll(t, "layers/*/drivers/nvidia.ko/../..") },
+	"a set's link":         func(t *testing.T, n *node) { n.relink(t, "sets/*/lib64", "/tmp") },
+	"the statements gone":  func(t *testing.T, n *node) { n.edit(t, "sets/*/proof.json", gone) },
+	"the statements broken": func(t *testing.T, n *node) {
+		n.edit(t, "sets/*/proof.json", func([]byte) []byte { return []byte("{") })
+	},
+	"no statements": func(t *testing.T, n *node) {
+		n.edit(t, "sets/*/proof.json", func(raw []byte) []byte {
+			var all map[string]any
+			if json.Unmarshal(raw, &all) != nil {
+				t.Fatal("no JSON")
+			}
+			all["bundles"] = []string{}
+			raw, err := json.Marshal(all)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return raw
+		})
+	},
+}
+
+func (n *node) one(t *testing.T, pattern string) string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake", pattern))
+	if err != nil || len(found) != 1 {
+		t.Fatalf("%s: %v, %v; want one", pattern, found, err)
+	}
+	return found[0]
+}
+
+func (n *node) relink(t *testing.T, pattern, to string) {
+	t.Helper()
+	name := n.one(t, pattern)
+	if err := os.Remove(name); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink(to, name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (n *node) add(t *testing.T, pattern, name string) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(n.one(t, pattern), name), []byte("evil"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (n *node) removeAll(t *testing.T, pattern string) {
+	t.Helper()
+	up := strings.Count(pattern, "/..")
+	name := n.one(t, strings.TrimSuffix(pattern, strings.Repeat("/..", up)))
+	for range up {
+		name = filepath.Dir(name)
+	}
+	if err := os.RemoveAll(name); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// N5 of the second look: what lies on the disk is compared with what was signed before
+// it reaches the kernel. With a farm it is fetched anew; without one nothing of it is
+// loaded, and the error says what is wrong.
+func TestVerifiedNow(t *testing.T) {
+	t.Parallel()
+	for name, damage := range damages {
+		for _, farm := range []bool{true, false} {
+			t.Run(name+map[bool]string{true: ", farm answers", false: ", farm is away"}[farm], func(t *testing.T) {
+				t.Parallel()
+				n, ref, older, _, po, _ := two(t, 1)
+				good := n.tree(t)
+				n.reboot(t)
+				damage(t, n)
+				var r *agent.Report
+				var err error
+				if farm {
+					r, err = n.run(t, ref, po.Digest, older.Driver)
+					if err != nil || r.Verdict.State != gpucheck.Ready {
+						t.Fatalf("Run = %+v, %v; want what is damaged mended", r.Verdict, err)
+					}
+					if diff := cmp.Diff(good, n.tree(t)); diff != "" {
+						t.Errorf("installed (-want +got):\n%s", diff)
+					}
+				} else {
+					n.parts.Finder = finder{err: fault.New(fault.Transient, "connection refused", "")}
+					if r, err = n.runAs(t); err == nil || r.Verdict.State == gpucheck.Ready {
+						t.Errorf("Run = %+v, %v; want an error", r.Verdict, err)
+					}
+					if !strings.Contains(errText(err), "verify installed driver") && !strings.Contains(errText(err), "connection refused") {
+						t.Errorf("Run = %v; want what is wrong", err)
+					}
+					if len(n.kernel.calls) != 0 {
+						t.Errorf("system calls %v; want nothing loaded", n.kernel.calls)
+					}
+					// It mends itself as soon as somebody answers.
+					if r, err = n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
+						t.Errorf("then: %+v, %v; want ready", r.Verdict, err)
+					}
+				}
+				if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" {
+					t.Errorf("system calls (-want +got):\n%s", diff)
+				}
+				if left := n.leftovers(t); len(left) != 0 {
+					t.Errorf("left over: %v", left)
+				}
+				// And is then whole: nothing is fetched again.
+				if r, err = n.run(t, ref, po.Digest, older.Driver); err != nil || r.FetchedBytes != 0 {
+					t.Errorf("then: %d bytes, %v; want none", r.FetchedBytes, err)
+				}
+			})
+		}
+	}
+}
+
+func digestOf(raw []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256(raw)) }
+
+func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolve.Answer {
+	return resolve.Answer{State: api.Published, Source: source, Driver: d, Repository: ref, Digest: digest}
+}
+
+func errText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+// A key that is trusted no more takes what it signed out of the next boot, also without
+// a network: whom to trust is the owner's word, and not the farm's.
+func TestKeyNoLongerTrusted(t *testing.T) {
+	t.Parallel()
+	n, _, _, _, _, _ := two(t, 1)
+	n.reboot(t)
+	n.parts.Verifier = testkit.NewKey(t).Verifier(t)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "connection refused", "")}
+	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) != 0 {
+		t.Errorf("Run = %v, calls %v; want nothing loaded", err, n.kernel.calls)
+	}
+}
+
+// What a node compiled for itself comes up by the node's own key, and by no other.
+func TestNodesOwnAfterReboot(t *testing.T) {
+	t.Parallel()
+	farm, own := testkit.NewKey(t), testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, oldVersion)
+	p := sample.Publish(t, ref, own, c)
+	n := newNode(t, c, 1, farm)
+	n.reboot(t)
+	n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
+	n.parts.Finder = finder{answer: answerOf("local", ref, p.Digest, c.Driver)}
+	if r, err := n.runAs(t); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Fatalf("Run = %+v, %v", r.Verdict, err)
+	}
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "connection refused", "")}
+	n.reboot(t)
+	if r, err := n.runAs(t); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("after a reboot: %+v, %v; want ready", r.Verdict, err)
+	}
+	n.reboot(t)
+	n.edit(t, "sets/*/set.json", func(raw []byte) []byte { return bytes.Replace(raw, []byte(`"node"`), []byte(`"published"`), 1) })
+	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) != 0 {
+		t.Errorf("called published: %v, calls %v; want it refused", err, n.kernel.calls)
+	}
+}
+
+// A driver that comes back into force is verified before the one that runs is unloaded.
+func TestRollbackVerifies(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := two(t, 1)
+	n.cfg.Wish = "535.261.03"
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+		t.Fatal(err)
+	}
+	all, err := filepath.Glob(filepath.Join(n.root, installDir, ".prebake/previous/drivers/nvidia.ko"))
+	if err != nil || len(all) != 1 {
+		t.Fatalf("%v, %v", all, err)
+	}
+	if err := os.WriteFile(all[0], []byte("evil"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.inUse(t, "0")
+	r, err := n.rollback()
+	if !fault.Is(err, fault.Unverified) || len(n.kernel.calls) != 0 || r.Changed {
+		t.Errorf("Rollback = %v, calls %v; want it refused before anything is unloaded", err, n.kernel.calls)
+	}
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
+		t.Errorf("then: %+v, %v; want the driver that runs", r.Verdict, err)
+	}
+}
