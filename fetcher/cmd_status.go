@@ -83,6 +83,7 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 type nobody struct{ why error }
 
 func (n nobody) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.why }
+func (n nobody) Statement([]byte) (*trust.Statement, error)            { return nil, n.why }
 
 func printStatus(w io.Writer, s *agent.Status) error {
 	fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", s.Host.Kernel, s.Host.Kernel.Release)

@@ -3,8 +3,11 @@ package registry
 import (
 	"context"
 	"encoding/json"
+	"slices"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // Bounds of [Repository.Attached].
@@ -16,6 +19,8 @@ const (
 	MaxAttachment = 1 << 20
 	// maxLooks bounds the manifests that are read in search of either.
 	maxLooks = 1024
+	// maxOthers bounds the payloads that are returned although they are of no use.
+	maxOthers = 8
 )
 
 // Attached returns payloads of this type that are attached to a manifest,
@@ -29,17 +34,33 @@ const (
 // read. Longer ones, and manifests of another shape, are left out: anybody who
 // may push can attach them.
 func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte, error) {
+	return r.attached(ctx, digest, artifactType, nil, wanted)
+}
+
+// AttachedIf is [Repository.Attached] for callers who can tell a payload that is of use
+// from what anybody may attach: many of the others, whatever their annotations, hide
+// none that is, and nor does one whose bytes are not what its name says. A few of the
+// others come last, so that the caller can say what was wrong.
+func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string, useful func(payload []byte) bool, wanted ...map[string]string) ([][]byte, error) {
+	return r.attached(ctx, digest, artifactType, useful, wanted)
+}
+
+func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted []map[string]string) ([][]byte, error) {
 	list, err := r.list(ctx, digest)
 	if err != nil {
 		return nil, err
 	}
 	asked, perhaps := sortOut(list, wanted)
-	all, err := r.payloads(ctx, digest, artifactType, asked, wanted)
+	all, others, err := r.payloads(ctx, digest, artifactType, asked, useful, wanted)
 	if err != nil {
 		return nil, err
 	}
-	more, err := r.payloads(ctx, digest, artifactType, perhaps, wanted)
-	return append(all, more...), err
+	more, moreOthers, err := r.payloads(ctx, digest, artifactType, perhaps, useful, wanted)
+	if err != nil {
+		return nil, err
+	}
+	others = append(others, moreOthers...)
+	return slices.Concat(all, more, others[:min(len(others), maxOthers)]), nil
 }
 
 // sortOut returns those that have all annotations of a set, in turns, and those
@@ -87,10 +108,13 @@ func fit(annotations map[string]string, wanted []map[string]string) (first int, 
 	return -1, may
 }
 
-// payloads reads what is attached by these manifests.
-func (r *Repository) payloads(ctx context.Context, digest, artifactType string, list []v1.Descriptor, wanted []map[string]string) ([][]byte, error) {
-	var all [][]byte
+// payloads reads what is attached by these manifests. One that is listed and is not
+// there is left out as one of another shape is. Without useful, all are.
+func (r *Repository) payloads(ctx context.Context, digest, artifactType string, list []v1.Descriptor, useful func([]byte) bool, wanted []map[string]string) (all, others [][]byte, err error) {
 	looks := 0
+	leftOut := func(err error) bool {
+		return fault.Is(err, fault.NoArtifact) || useful != nil && fault.Is(err, fault.Unverified)
+	}
 	for _, d := range list {
 		if !mayBe(d, artifactType) {
 			continue
@@ -99,8 +123,11 @@ func (r *Repository) payloads(ctx context.Context, digest, artifactType string, 
 			break
 		}
 		raw, err := r.Manifest(ctx, d.Digest.String())
+		if leftOut(err) {
+			continue
+		}
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		var m v1.Manifest
 		if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != artifactType || len(m.Layers) != 1 ||
@@ -113,12 +140,17 @@ func (r *Repository) payloads(ctx context.Context, digest, artifactType string, 
 			continue
 		}
 		payload, err := r.Small(ctx, m.Layers[0])
-		if err != nil {
-			return nil, err
+		switch {
+		case leftOut(err):
+		case err != nil:
+			return nil, nil, err
+		case useful == nil || useful(payload):
+			all = append(all, payload)
+		case len(others) < maxOthers:
+			others = append(others, payload)
 		}
-		all = append(all, payload)
 	}
-	return all, nil
+	return all, others, nil
 }
 
 // mayBe tells whether a descriptor may be of an artifact type: a registry from

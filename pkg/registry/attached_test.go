@@ -7,6 +7,7 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -196,5 +197,46 @@ func TestHostilePages(t *testing.T) {
 				t.Errorf("%d requests went to another host", n)
 			}
 		})
+	}
+}
+
+// N19 of the second look: what anybody may attach, whatever it is called, hides nothing
+// that is of use, and one that dangles or is broken takes no other with it.
+func TestAttachedIf(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	repo := open(t, "oci:"+dir)
+	img, err := random.Image(64, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	subject, err := repo.Push(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	label := map[string]string{"kind": "plan"}
+	attach := func(text string) v1.Descriptor {
+		d, err := repo.Attach(t.Context(), subject, labelledType, []byte(text), label)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	for i := range registry.MaxAttachments + 16 {
+		attach(fmt.Sprintf("junk %d", i))
+	}
+	attach("good")
+	dangling, broken := attach("good, and then gone"), attach("good, and then broken")
+	blob := func(d v1.Descriptor) string { return filepath.Join(dir, "blobs/sha256", d.Digest.Hex) }
+	if err := os.Remove(blob(dangling)); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(blob(broken), []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	good := func(b []byte) bool { return strings.HasPrefix(string(b), "good") }
+	all, err := repo.AttachedIf(t.Context(), subject.Digest.String(), labelledType, good, label)
+	if err != nil || len(all) < 2 || len(all) > registry.MaxAttachments || string(all[0]) != "good" {
+		t.Errorf("AttachedIf = %d payloads, the first %.20q, %v; want the good one and a few others", len(all), append(all, nil)[0], err)
 	}
 }

@@ -166,13 +166,13 @@ func (s *layoutStore) referrers(_ context.Context, digest string) ([]v1.Descript
 		candidates = append(candidates, named.Manifests...)
 	}
 	var list []v1.Descriptor
-	for i, d := range candidates {
+	for _, d := range candidates {
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
 		raw, err := readFile(s.blobPath(d.Digest.String()), MaxManifest)
-		if errors.Is(err, fs.ErrNotExist) && i >= len(idx.Manifests) {
-			continue // a list may name what was not copied
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // what was not copied
 		}
 		if err != nil {
 			return nil, err

@@ -41,12 +41,15 @@ type Repository interface {
 	// Small reads a whole blob and Attached whole signatures, those that have one
 	// of the wanted sets of annotations first, both compared with their digests.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
-	Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte, error)
+	// AttachedIf also has what is useful first.
+	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted ...map[string]string) ([][]byte, error)
 }
 
 // Verifier judges signed statements; package trust has the one implementation.
 type Verifier interface {
 	Verify(bundles [][]byte, e trust.Expect) (*trust.Verdict, error)
+	// Statement checks the signature of one.
+	Statement(bundle []byte) (*trust.Statement, error)
 }
 
 type prober interface {

@@ -40,7 +40,11 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 	var p proof
 	origin := originOf(r.Answer)
 	err = a.parts.Line.Do("verify", func() (string, error) {
-		if p, err = readProof(ctx, repo, r.Answer.Digest, facts); err != nil {
+		v, err := a.verifierFor(origin)
+		if err != nil {
+			return "", err
+		}
+		if p, err = readProof(ctx, repo, v, r.Answer.Digest, facts); err != nil {
 			return "", err
 		}
 		var verdict *trust.Verdict
@@ -90,7 +94,7 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 }
 
 // readProof reads the manifest, the config and the signed statements, and no layer.
-func readProof(ctx context.Context, repo Repository, digest string, facts *host.Facts) (p proof, err error) {
+func readProof(ctx context.Context, repo Repository, v Verifier, digest string, facts *host.Facts) (p proof, err error) {
 	if p.Manifest, err = repo.Manifest(ctx, digest); err != nil {
 		return p, err
 	}
@@ -104,7 +108,11 @@ func readProof(ctx context.Context, repo Repository, digest string, facts *host.
 	if p.Config, err = repo.Small(ctx, d); err != nil {
 		return p, err
 	}
-	p.Bundles, err = repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(facts.Kernel)...)
+	believed := func(bundle []byte) bool {
+		st, err := v.Statement(bundle)
+		return err == nil && st.About(digest)
+	}
+	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, believed, trust.Wanted(facts.Kernel)...)
 	return p, err
 }
 
