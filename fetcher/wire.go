@@ -146,7 +146,7 @@ func nodeVerifier(stateDir string) (agent.Verifier, error) {
 }
 
 func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error) {
-	o := registry.Options{UserAgent: "prebake-fetcher/" + version}
+	o := registry.Options{UserAgent: "prebake-fetcher/" + version, Patience: cmd.Duration("wait")}
 	// A server that is asked over plain HTTP serves its own registry likewise.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true

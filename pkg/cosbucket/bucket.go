@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/stall"
 )
 
 // Attrs is what a bucket says about an object.
@@ -208,8 +209,11 @@ func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, er
 		return nil, Attrs{}, err
 	}
 	s.check = newCheck(s.attrs)
-	return watch(s, s.attrs.URL, cancel), s.attrs, nil
+	return stall.Watch(s, s.attrs.URL, stallLimit, cancel), s.attrs, nil
 }
+
+// stallLimit is how long one read of a download may take, resumptions included.
+const stallLimit = 5 * time.Minute
 
 // ReadSmall returns the content of an object of at most limit bytes.
 func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error) {

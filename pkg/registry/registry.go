@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -38,6 +39,9 @@ type Options struct {
 	// Plain speaks HTTP. Loopback and private addresses are tried both ways
 	// without it.
 	Plain bool
+	// Patience is how long a download that broke is tried again before something of it
+	// comes; less than half a minute is half a minute.
+	Patience time.Duration
 	// UserAgent names the program.
 	UserAgent string
 	// Transport replaces the usual one; nil is the usual one.

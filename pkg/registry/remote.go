@@ -33,6 +33,7 @@ type remoteStore struct {
 
 	keys      authn.Keychain
 	transport http.RoundTripper // the network's
+	patience  time.Duration
 }
 
 func openRemote(ref string, o Options) (*remoteStore, error) {
@@ -59,8 +60,8 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	case keys == nil:
 		keys = authn.DefaultKeychain
 	}
-	s := &remoteStore{repo: repo, keys: keys, transport: tr, options: []remote.Option{
-		remote.WithTransport(patient{bounded{pages{lenient{tr}}}}), remote.WithAuthFromKeychain(keys),
+	s := &remoteStore{repo: repo, keys: keys, transport: tr, patience: max(o.Patience, minPatience), options: []remote.Option{
+		remote.WithTransport(patient{bounded{ranged{pages{lenient{steady{tr}}}}}}), remote.WithAuthFromKeychain(keys),
 	}}
 	if o.UserAgent != "" {
 		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
@@ -103,18 +104,11 @@ func (s *remoteStore) manifest(ctx context.Context, digest string) ([]byte, erro
 }
 
 func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
-	var body io.ReadCloser
-	layer, err := s.puller.Layer(context.WithValue(ctx, bodyKey{}, &body), s.repo.Digest(digest))
-	if err != nil {
-		return nil, s.reading(ctx, err)
+	b := &stream{ctx: ctx, s: s, digest: digest, size: size}
+	if err := b.open(); err != nil {
+		return nil, err
 	}
-	rc, err := layer.Compressed()
-	if err != nil {
-		return nil, s.reading(ctx, err)
-	}
-	// The library hashes what passes through rc, and whoever reads a blob from
-	// here hashes it again: once is enough, so rc is for closing only.
-	return &stream{ctx: ctx, body: body, rc: rc, s: s, left: size}, nil
+	return b, nil
 }
 
 // bodyKey is under which a request's context may hold an *io.ReadCloser: there
@@ -340,28 +334,6 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 	}
 	return err
 }
-
-// stream is a blob on its way; it lives for one call.
-type stream struct {
-	ctx  context.Context
-	body io.Reader
-	rc   io.Closer
-	s    *remoteStore
-	left int64
-}
-
-func (b *stream) Read(p []byte) (int, error) {
-	n, err := b.body.Read(p)
-	if b.left -= int64(n); b.left < 0 {
-		return 0, damaged(errTooLong)
-	}
-	if err != nil && !errors.Is(err, io.EOF) {
-		err = b.s.reading(b.ctx, err)
-	}
-	return n, err
-}
-
-func (b *stream) Close() error { return b.rc.Close() }
 
 var errTooLong = errors.New("answer is longer than it may be")
 

@@ -1,0 +1,189 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/stall"
+)
+
+const (
+	// silence is how long nothing may come of an answer before its connection is given up.
+	silence = 45 * time.Second
+	// minPatience is how long a blob that broke is tried again at least.
+	minPatience = 30 * time.Second
+)
+
+// stream is a blob on its way; it lives for one call. A connection that breaks, or goes
+// silent, is made again, and the blob goes on where it was.
+type stream struct {
+	ctx    context.Context
+	s      *remoteStore
+	digest string
+	size   int64
+
+	done   int64     // bytes that were delivered
+	body   io.Reader // of the connection that there is
+	rc     io.Closer
+	broken time.Time     // since when nothing came; zero is not
+	pause  time.Duration // before the next try
+}
+
+// open asks for what is missing of the blob.
+func (b *stream) open() error {
+	var body io.ReadCloser
+	ctx := context.WithValue(context.WithValue(b.ctx, bodyKey{}, &body), offsetKey{}, b.done)
+	layer, err := b.s.puller.Layer(ctx, b.s.repo.Digest(b.digest))
+	var rc io.ReadCloser
+	if err == nil {
+		rc, err = layer.Compressed()
+	}
+	if err != nil {
+		return b.s.reading(b.ctx, err)
+	}
+	// The library hashes what passes through rc, and whoever reads a blob from
+	// here hashes it again: once is enough, so rc is for closing only.
+	b.body, b.rc = body, rc
+	return nil
+}
+
+func (b *stream) Read(p []byte) (int, error) {
+	for {
+		n, err := b.body.Read(p)
+		if b.done += int64(n); b.done > b.size {
+			return 0, damaged(errTooLong)
+		}
+		if n > 0 {
+			b.broken, b.pause = time.Time{}, 0
+		}
+		if err == nil && n == 0 {
+			continue
+		}
+		if err == nil || errors.Is(err, io.EOF) && b.done == b.size {
+			return n, err
+		}
+		// What ends too soon, and says so or does not, is one kind of broken.
+		if errors.Is(err, io.EOF) {
+			err = io.ErrUnexpectedEOF
+		}
+		if err = b.s.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
+			return n, err
+		}
+		if n > 0 {
+			return n, nil // the next call meets the error again, or what follows
+		}
+		if err := b.again(err); err != nil {
+			return 0, err
+		}
+	}
+}
+
+// again makes a new connection, or returns why it is given up.
+func (b *stream) again(cause error) error {
+	if b.broken.IsZero() {
+		b.broken = time.Now()
+	}
+	for {
+		b.pause = min(max(2*b.pause, 500*time.Millisecond), 15*time.Second)
+		if time.Since(b.broken)+b.pause > b.s.patience {
+			return fmt.Errorf("after %d of %d bytes: %w", b.done, b.size, cause)
+		}
+		if err := sleep(b.ctx, b.pause); err != nil {
+			return err
+		}
+		_ = b.rc.Close() // it broke
+		err := b.open()
+		if err == nil {
+			return nil
+		}
+		if cause = err; !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
+			return err
+		}
+	}
+}
+
+func (b *stream) Close() error { return b.rc.Close() }
+
+// offsetKey is under which a request's context may hold an int64: where a blob goes on.
+type offsetKey struct{}
+
+// ranged asks for the rest of a blob (RFC 9110, 14). A registry that sends the whole of
+// it all the same has its beginning thrown away.
+type ranged struct{ next http.RoundTripper }
+
+func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
+	from, _ := req.Context().Value(offsetKey{}).(int64)
+	// A token is asked for with the same context; what a blob's address leads to is not
+	// below that address.
+	if from <= 0 || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/blobs/") && req.Response == nil {
+		return r.next.RoundTrip(req)
+	}
+	req = req.Clone(req.Context())
+	req.Header.Set("Range", fmt.Sprintf("bytes=%d-", from))
+	resp, err := r.next.RoundTrip(req)
+	if err != nil {
+		return resp, err
+	}
+	switch resp.StatusCode {
+	case http.StatusPartialContent:
+		m := contentRange.FindStringSubmatch(resp.Header.Get("Content-Range"))
+		if m == nil || m[1] != strconv.FormatInt(from, 10) {
+			return nil, errors.Join(fault.Errorf(fault.Transient, "asked for a blob from byte %d on, got %.80q", from, resp.Header.Get("Content-Range")), resp.Body.Close())
+		}
+		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library knows no other
+	case http.StatusOK:
+		resp.Body = &skipping{resp.Body, from}
+		if resp.ContentLength >= 0 {
+			resp.ContentLength -= from
+		}
+	}
+	return resp, nil
+}
+
+var contentRange = regexp.MustCompile(`^bytes ([0-9]+)-[0-9]+/([0-9]+|\*)$`)
+
+// skipping throws away what comes first. Each read of it reads once, and may return
+// nothing.
+type skipping struct {
+	io.ReadCloser
+	left int64
+}
+
+func (s *skipping) Read(p []byte) (int, error) {
+	if s.left == 0 {
+		return s.ReadCloser.Read(p)
+	}
+	n, err := s.ReadCloser.Read(p[:min(int64(len(p)), s.left)])
+	s.left -= int64(n)
+	return 0, err
+}
+
+// steady gives up on answers that do not come, or end in silence: nothing of a registry
+// may hold a node for ever. What is sent may take its time.
+type steady struct{ next http.RoundTripper }
+
+func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
+	if req.Method != http.MethodGet && req.Method != http.MethodHead {
+		return s.next.RoundTrip(req)
+	}
+	ctx, cancel := context.WithCancel(req.Context())
+	waiting := time.AfterFunc(silence, cancel)
+	resp, err := s.next.RoundTrip(req.WithContext(ctx))
+	if !waiting.Stop() && req.Context().Err() == nil {
+		err = errors.Join(fault.New(fault.Transient, fmt.Sprintf("%s %s: no answer for %v", req.Method, req.URL.Redacted(), silence), "try again; check the network on the way there"), err)
+	}
+	if err != nil || resp.Body == nil {
+		cancel()
+		return nil, err
+	}
+	resp.Body = stall.Watch(resp.Body, req.URL.Redacted(), silence, cancel)
+	return resp, nil
+}

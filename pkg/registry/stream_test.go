@@ -1,0 +1,272 @@
+package registry_test
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"log"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/google/go-containerregistry/pkg/v1/static"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/distribution"
+)
+
+// quiet is for servers of which nobody reads the log.
+func quiet() *log.Logger { return log.New(io.Discard, "", 0) }
+
+// noise is a blob of some megabytes, in the registry's repository "x".
+func noise(t *testing.T, host string) (data []byte, digest string) {
+	t.Helper()
+	data = make([]byte, 4<<20)
+	rng := rand.NewChaCha8([32]byte{1})
+	if _, err := rng.Read(data); err != nil {
+		t.Fatal(err)
+	}
+	img, err := mutate.AppendLayers(empty.Image, static.NewLayer(data, "application/octet-stream"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := name.ParseReference(host + "/x:noise")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, img); err != nil {
+		t.Fatal(err)
+	}
+	return data, fmt.Sprintf("sha256:%x", sha256.Sum256(data))
+}
+
+// cut is a proxy that breaks each answer with a blob after so many bytes, on the
+// connection itself.
+func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.Int64, ranges *atomic.Int64) {
+	t.Helper()
+	asked, ranges = new(atomic.Int64), new(atomic.Int64)
+	to, err := url.Parse("http://" + host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := httputil.NewSingleHostReverseProxy(to)
+	p.ErrorLog = quiet()
+	p.ModifyResponse = func(r *http.Response) error {
+		if strings.Contains(r.Request.URL.Path, "/blobs/") && r.Request.Method == http.MethodGet {
+			asked.Add(1)
+			if r.StatusCode == http.StatusPartialContent {
+				ranges.Add(1)
+			}
+			r.Body = struct {
+				io.Reader
+				io.Closer
+			}{io.MultiReader(io.LimitReader(r.Body, after), failing{}), r.Body}
+		}
+		return nil
+	}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.ServeHTTP(w, r)
+	}))
+	srv.Config.ErrorLog = quiet()
+	t.Cleanup(srv.Close)
+	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
+}
+
+type failing struct{}
+
+func (failing) Read([]byte) (int, error) { return 0, net.ErrClosed }
+
+// N15 of the second look: a download that breaks goes on where it broke. The registry is
+// that of the distribution project, which nobody here wrote.
+func TestResume(t *testing.T) {
+	t.Parallel()
+	host := distribution.Start(t)
+	data, digest := noise(t, host)
+	proxy, asked, ranges := cut(t, host, 1<<20+1)
+	rc, err := open(t, proxy+"/x").Blob(t.Context(), digest, int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(rc)
+	if err != nil || !bytes.Equal(got, data) {
+		t.Errorf("read %d bytes, %v; want the %d that were pushed", len(got), err, len(data))
+	}
+	if asked.Load() != 4 || ranges.Load() != 3 {
+		t.Errorf("%d requests, %d of them for a rest; want 4 and 3", asked.Load(), ranges.Load())
+	}
+	if err := rc.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// A registry that knows no ranges sends the beginning again: what comes twice is thrown
+// away. One that always breaks at the same byte is given up, and says how far it came.
+func TestResumeWithoutRanges(t *testing.T) {
+	t.Parallel()
+	host := testkit.Registry(t, true)
+	data, digest := noise(t, host)
+	var first atomic.Bool
+	first.Store(true)
+	to, err := url.Parse("http://" + host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := httputil.NewSingleHostReverseProxy(to)
+	p.ErrorLog = quiet()
+	p.ModifyResponse = func(r *http.Response) error {
+		if strings.Contains(r.Request.URL.Path, "/blobs/") && first.Swap(false) {
+			r.Body = struct {
+				io.Reader
+				io.Closer
+			}{io.MultiReader(io.LimitReader(r.Body, 1<<20), failing{}), r.Body}
+		}
+		return nil
+	}
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		r.Header.Del("Range")
+		p.ServeHTTP(w, r)
+	}))
+	srv.Config.ErrorLog = quiet()
+	t.Cleanup(srv.Close)
+	rc, err := open(t, strings.TrimPrefix(srv.URL, "http://")+"/x").Blob(t.Context(), digest, int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rc.Close()
+	got, err := io.ReadAll(rc)
+	if err != nil || !bytes.Equal(got, data) || first.Load() {
+		t.Errorf("read %d bytes, %v; want the %d that were pushed", len(got), err, len(data))
+	}
+}
+
+// silent is a network on which a blob stops in the middle, once or for good.
+type silent struct {
+	data  []byte
+	times int
+	asked int
+}
+
+func (s *silent) RoundTrip(r *http.Request) (*http.Response, error) {
+	if !strings.Contains(r.URL.Path, "/blobs/") {
+		return reply(r, http.StatusOK, strings.NewReader(""), "text/plain"), nil
+	}
+	from := 0
+	if text := r.Header.Get("Range"); text != "" {
+		if _, err := fmt.Sscanf(text, "bytes=%d-", &from); err != nil {
+			return nil, err
+		}
+	}
+	s.asked++
+	var body io.Reader = bytes.NewReader(s.data[from:])
+	if s.asked <= s.times {
+		body = io.MultiReader(bytes.NewReader(s.data[from:from+2]), hanging{r.Context().Done()})
+	}
+	resp := reply(r, http.StatusOK, body, "application/octet-stream")
+	if from > 0 {
+		resp.StatusCode = http.StatusPartialContent
+		resp.Header.Set("Content-Range", fmt.Sprintf("bytes %d-%d/%d", from, len(s.data)-1, len(s.data)))
+	}
+	return resp, nil
+}
+
+type hanging struct{ until <-chan struct{} }
+
+func (h hanging) Read([]byte) (int, error) {
+	<-h.until
+	return 0, net.ErrClosed
+}
+
+func TestSilentRegistry(t *testing.T) {
+	t.Parallel()
+	data := []byte("abcdefghijklmnopqrstuvwxyz")
+	digest := fmt.Sprintf("sha256:%x", sha256.Sum256(data))
+	for _, times := range []int{0, 2} {
+		synctest.Test(t, func(t *testing.T) {
+			began := time.Now()
+			repo, err := registry.Open("registry.example/x", registry.Options{Transport: &silent{data: data, times: times}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			rc, err := repo.Blob(t.Context(), digest, int64(len(data)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := io.ReadAll(rc)
+			if err != nil || !bytes.Equal(got, data) {
+				t.Errorf("%d times: read %q, %v; want %q", times, got, err, data)
+			}
+			if err := rc.Close(); err != nil {
+				t.Error(err)
+			}
+			if spent := time.Since(began); spent > 3*time.Minute || times > 0 && spent < time.Minute {
+				t.Errorf("%d times: it took %v", times, spent)
+			}
+		})
+	}
+	// For good: an end, and a word about how far it came.
+	synctest.Test(t, func(t *testing.T) {
+		dead := &dead{}
+		repo, err := registry.Open("registry.example/x", registry.Options{Transport: dead})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = repo.Manifest(t.Context(), digest)
+		if !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "no answer for") {
+			t.Errorf("Manifest of a registry that never answers = %v; want transient", err)
+		}
+	})
+}
+
+// dead never answers.
+type dead struct{}
+
+func (*dead) RoundTrip(r *http.Request) (*http.Response, error) {
+	<-r.Context().Done()
+	return nil, r.Context().Err()
+}
+
+// Large registries send the reader of a blob on to a bucket. That is asked for the rest,
+// too, and sees no credentials of the registry's.
+func TestResumeBehindRedirect(t *testing.T) {
+	t.Parallel()
+	host := distribution.Start(t)
+	data, digest := noise(t, host)
+	bucket, asked, ranges := cut(t, host, 1<<20+1)
+	to, err := url.Parse("http://" + host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := httputil.NewSingleHostReverseProxy(to)
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.Path, "/blobs/") {
+			http.Redirect(w, r, "http://"+bucket+r.URL.Path, http.StatusTemporaryRedirect)
+			return
+		}
+		p.ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	rc, err := open(t, strings.TrimPrefix(srv.URL, "http://")+"/x").Blob(t.Context(), digest, int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer rc.Close()
+	got, err := io.ReadAll(rc)
+	if err != nil || !bytes.Equal(got, data) || asked.Load() != 4 || ranges.Load() != 3 {
+		t.Errorf("read %d bytes in %d requests, %d of them for a rest, %v; want %d in 4 and 3", len(got), asked.Load(), ranges.Load(), err, len(data))
+	}
+}
