@@ -72,10 +72,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 			if r.StatusCode == http.StatusPartialContent {
 				ranges.Add(1)
 			}
-			r.Body = struct {
-				io.Reader
-				io.Closer
-			}{io.MultiReader(io.LimitReader(r.Body, after), failing{}), r.Body}
+			r.Body = &breaking{r.Body, after}
 		}
 		return nil
 	}
@@ -85,6 +82,21 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	srv.Config.ErrorLog = quiet()
 	t.Cleanup(srv.Close)
 	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
+}
+
+// breaking is an answer whose connection breaks after so many bytes.
+type breaking struct {
+	io.ReadCloser
+	left int64
+}
+
+func (b *breaking) Read(p []byte) (int, error) {
+	if b.left == 0 {
+		return 0, net.ErrClosed
+	}
+	n, err := b.ReadCloser.Read(p[:min(int64(len(p)), b.left)])
+	b.left -= int64(n)
+	return n, err
 }
 
 type failing struct{}
