@@ -44,10 +44,12 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return err
 	}
+	was := a.findForeign(s, d.do)
+	defer was.close()
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // by a run that was killed
-		if was, err := store.SetAt(at.Before.Current); err == nil && was != nil {
-			before, pointers, begun = was, at.Before, true
+		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
+			before, pointers, begun = set, at.Before, true
 		}
 	}
 	changed := before == nil || before.Digest != set.Digest
@@ -87,7 +89,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		r.Changed = false
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
-	undo := takingBack{set: set, before: before, to: pointers, changed: changed}
+	undo := takingBack{set: set, before: before, to: pointers, changed: changed, foreign: was}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
@@ -139,6 +141,7 @@ type takingBack struct {
 	set, before *install.Set
 	to          install.Pointers
 	changed     bool
+	foreign     *foreignFiles // what was unloaded
 }
 
 // takeBack restores files and modules after a set that could not be loaded or used.
@@ -170,6 +173,13 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	}
 	errs = append(errs, a.restoreFirmwarePath(s.facts))
 	r.Verdict = gpucheck.Verdict{}
+	if now, err := host.LoadedModules(a.parts.Root); err == nil && len(now) == 0 && t.foreign.replaced {
+		if err := t.foreign.putBack(ctx, a, r); err != nil {
+			errs = append(errs, err)
+		} else {
+			reload = false
+		}
+	}
 	if reload {
 		proved, err := a.prove(ctx, store, before, s.facts)
 		if reload = err == nil; reload {
@@ -180,7 +190,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	}
 	if reload {
 		mark := a.loader.Mark()
-		if _, err := a.loader.Load(ctx, a.images(store, before)); err != nil {
+		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts)); err != nil {
 			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
 		} else {
 			r.did("loaded %s again", before.Driver)
@@ -242,7 +252,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 			return "", err
 		}
 	}
-	outcomes, err := a.loader.Load(ctx, a.images(store, set))
+	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts))
 	if err != nil {
 		return fault.Of(err).String(), err
 	}
@@ -279,16 +289,18 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.parts.Nodes.Clear(filepath.Join(a.cfg.HostRoot, "dev"))
 }
 
-// images are the modules of a set that are loaded, in load order. The set was proved:
-// the bytes are compared with the digests that its signed content gave.
-func (a *Agent) images(store *install.Store, set *install.Set) []kmod.Image {
+// images are the modules of a set that are loaded, in load order: those that every node
+// has, and those that this one had before, as nvidia-peermem. The set was proved: the
+// bytes are compared with the digests that its signed content gave.
+func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts) []kmod.Image {
 	var images []kmod.Image
 	for _, m := range set.Modules {
-		if !isLoaded(m.Name) {
+		had := slices.ContainsFunc(before.Modules, func(old host.Module) bool { return old.Name == kernelName(m.Name) })
+		if !isLoaded(m.Name) && !had {
 			continue
 		}
 		images = append(images, kmod.Image{
-			Name: m.Name, Version: m.Version, Optional: slices.Contains(optional, m.Name), Params: a.cfg.ModuleParams[kernelName(m.Name)],
+			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name), Params: a.cfg.ModuleParams[kernelName(m.Name)],
 			Bytes: func() ([]byte, error) { return moduleBytes(store, set, m) },
 		})
 	}

@@ -47,6 +47,8 @@ type kernel struct {
 	// die names a module and a version at which the program is killed, and open one that
 	// somebody opens as soon as it is loaded.
 	die, open string
+	// ids lets the kernel tell the modules' build ids.
+	ids bool
 
 	mu    sync.Mutex
 	calls []string
@@ -75,6 +77,11 @@ func (k *kernel) InitModule(image []byte, params string) error {
 	}
 	k.must(os.MkdirAll(filepath.Join(k.root, "sys/module", m.Name), 0o755))
 	k.must(os.WriteFile(filepath.Join(k.root, "sys/module", m.Name, "version"), []byte(m.Version+"\n"), 0o644))
+	if k.ids {
+		notes := filepath.Join(k.root, "sys/module", m.Name, "notes")
+		k.must(os.MkdirAll(notes, 0o755))
+		k.must(os.WriteFile(filepath.Join(notes, modinfo.BuildIDNote), []byte(sample.BuildNote(strings.ReplaceAll(m.Name, "_", "-")+m.Version)), 0o644))
+	}
 	return k.modules(func(lines []string) []string {
 		refs := "0"
 		if k.open == m.Name+" "+m.Version {

@@ -1,0 +1,126 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/pkg/modinfo"
+)
+
+// foreignFiles are the files of a driver that somebody else loaded, open, so that they
+// outlive what becomes of their names. A file belongs to a module that is loaded when
+// both have one build id, which the linker makes of all that goes into the module.
+type foreignFiles struct {
+	driver string
+	// replaced says that it was to be unloaded.
+	replaced bool
+	images []kmod.Image
+	files  []fs.File
+	// unknown names the modules whose files were not found.
+	unknown []string
+}
+
+func (f *foreignFiles) close() {
+	for _, file := range f.files {
+		_ = file.Close() // it was only read
+	}
+}
+
+// findForeign looks for the files of what is loaded, in load order. Of a driver of ours
+// it finds nothing: that has sets.
+func (a *Agent) findForeign(s situation, do verb) *foreignFiles {
+	f := &foreignFiles{driver: s.facts.Driver.String()}
+	if do != replace || s.ours() {
+		return f
+	}
+	f.replaced = true
+	byID := map[string]string{}
+	for _, name := range a.moduleFiles(s.facts) {
+		if m, err := readInfo(a.parts.Root, name); err == nil && m.BuildID != "" {
+			byID[m.BuildID] = name
+		}
+	}
+	for _, m := range slices.Backward(s.facts.Modules) { // /proc/modules has the youngest first
+		name, ok := byID[m.BuildID]
+		file, err := a.parts.Root.Open(name)
+		if m.BuildID == "" || !ok || err != nil {
+			f.unknown = append(f.unknown, m.Name)
+			continue
+		}
+		f.files = append(f.files, file)
+		f.images = append(f.images, kmod.Image{
+			Name: m.Name, Version: m.Version, Optional: slices.Contains(optional, strings.ReplaceAll(m.Name, "_", "-")),
+			Bytes: func() ([]byte, error) { return whole(file) },
+		})
+	}
+	return f
+}
+
+// moduleFiles lists the files in which a driver's modules may be: where installers on COS
+// nodes put them, what this program put aside, and the kernel's own folder.
+func (a *Agent) moduleFiles(facts *host.Facts) []string {
+	var all []string
+	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}
+	for _, dir := range nvmlPlaces {
+		dirs = append(dirs, path.Join(dir, "drivers"))
+	}
+	kernel := path.Join("/lib/modules", facts.Kernel.Release)
+	for _, sub := range []string{"updates/dkms", "updates", "extra", "kernel/drivers/video", "nvidia", "video"} {
+		dirs = append(dirs, path.Join(kernel, sub))
+	}
+	for _, dir := range dirs {
+		found, err := fs.Glob(a.parts.Root, path.Join(strings.TrimPrefix(dir, "/"), "nvidia*.ko"))
+		if err == nil {
+			all = append(all, found...)
+		}
+	}
+	return all
+}
+
+func readInfo(root fs.FS, name string) (*modinfo.Module, error) {
+	file, err := root.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil || !info.Mode().IsRegular() || info.Size() > maxModule {
+		return nil, errors.Join(err, fs.ErrInvalid)
+	}
+	at, ok := file.(io.ReaderAt)
+	if !ok {
+		return nil, fs.ErrInvalid
+	}
+	return modinfo.Read(at, info.Size())
+}
+
+// whole reads an open file from its beginning.
+func whole(file fs.File) ([]byte, error) {
+	at, ok := file.(io.ReaderAt)
+	if !ok {
+		return nil, fs.ErrInvalid
+	}
+	return io.ReadAll(io.NewSectionReader(at, 0, maxModule))
+}
+
+// putBack loads what somebody else had loaded, after ours was refused.
+func (f *foreignFiles) putBack(ctx context.Context, a *Agent, r *Report) error {
+	if len(f.images) == 0 || len(f.unknown) > 0 {
+		return fmt.Errorf("driver %s, which was loaded before, is not loaded again: no file on this node is its %s; reboot the node, or start what loads it",
+			f.driver, strings.Join(f.unknown, ", "))
+	}
+	if _, err := a.loader.Load(ctx, f.images); err != nil {
+		return fmt.Errorf("load %s again: %w", f.driver, err)
+	}
+	r.did("loaded %s again, which was there before", f.driver)
+	return a.makeNodes()
+}
+

@@ -1,0 +1,88 @@
+package agent_test
+
+import (
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// foreignNode is a node on which Google's installer put a driver and loaded it. Its
+// modules lie where that one puts them; in are those that do.
+func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *node {
+	t.Helper()
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	n.kernel.ids = true
+	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-peermem"} {
+		m := sample.Module(name, oldVersion, c.Kernel.Release+" ")
+		if err := n.kernel.InitModule(m, ""); err != nil {
+			t.Fatal(err)
+		}
+		for _, have := range in {
+			if have == name {
+				sample.Write(t, filepath.Join(n.root, installDir), "drivers/"+name+".ko", string(m))
+			}
+		}
+	}
+	sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
+	n.cfg.ReplaceForeign = true
+	return n
+}
+
+// N7 of the second look: somebody else's driver that had to go is put back when ours does
+// not do, from the very files that it was loaded from.
+func TestForeignPutBack(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := foreignNode(t, c, key, "nvidia", "nvidia-uvm", "nvidia-peermem")
+	before := n.tree(t)
+	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENODEV
+	n.kernel.calls = nil
+	_, err := n.run(t, ref, p.Digest, c.Driver)
+	if !fault.Is(err, fault.Unusable) || strings.Contains(err.Error(), "and then") {
+		t.Errorf("Run = %v; want unusable, and nothing else", err)
+	}
+	want := []string{
+		"unload nvidia_peermem", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "unload nvidia",
+		"load nvidia " + oldVersion, "load nvidia_uvm " + oldVersion, "load nvidia_peermem " + oldVersion,
+	}
+	if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
+		t.Errorf("tree (-want +got):\n%s", diff)
+	}
+	// Where ours does, what the node had beside the usual is loaded with it.
+	delete(n.kernel.refuse, "nvidia_uvm "+newVersion)
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	if last := n.kernel.calls[len(n.kernel.calls)-1]; last != "load nvidia_peermem "+newVersion {
+		t.Errorf("the last system call is %q; want peermem loaded again", last)
+	}
+}
+
+// What cannot be put back is said, with what is missing.
+func TestForeignNotPutBack(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := foreignNode(t, c, key, "nvidia")
+	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+	_, err := n.run(t, ref, p.Digest, c.Driver)
+	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "no file on this node is its nvidia_uvm, nvidia_peermem") {
+		t.Errorf("Run = %v; want a word about what is not loaded again", err)
+	}
+}
