@@ -11,6 +11,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -69,9 +70,11 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 	if err != nil {
 		return nil, nil, err
 	}
-	if cmd.Name == "rollback" {
+	if cmd.Name != "status" {
 		if v, err := newVerifier(cmd); err == nil {
 			parts.Verifier = v
+		} else if cmd.Name == "verify" {
+			return nil, nil, errors.Join(err, done())
 		} else {
 			parts.Verifier = nobody{err} // it matters where something is to be loaded
 		}
@@ -84,6 +87,7 @@ type nobody struct{ why error }
 
 func (n nobody) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.why }
 func (n nobody) Statement([]byte) (*trust.Statement, error)            { return nil, n.why }
+func (n nobody) Wanted(target.Kernel) []map[string]string              { return nil }
 
 func printStatus(w io.Writer, s *agent.Status) error {
 	fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", s.Host.Kernel, s.Host.Kernel.Release)

@@ -110,6 +110,8 @@ func installFlags() []ucli.Flag {
 func trustFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupTrust,
+			cli.String("policy", "",
+				"`FILE` with a policy, in place of the other settings of trust: see fetcher policy"),
 			cli.String("key", defaultKeys,
 				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"),
 			cli.String("load-test", "any",

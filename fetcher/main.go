@@ -31,6 +31,8 @@ func root() *ucli.Command {
 			resolveCommand(),
 			statusCommand(),
 			rollbackCommand(),
+			verifyCommand(),
+			policyCommand(),
 			{
 				Name: "version", Usage: "print the version",
 				Action: func(_ context.Context, cmd *ucli.Command) error {

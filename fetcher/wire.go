@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/local"
+	"github.com/prebake/prebake/fetcher/internal/policy"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
@@ -99,19 +100,38 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 // newVerifier trusts the keys and the identity that the flags name. The keys
 // may be missing where an identity is trusted, unless a file of them was named.
 func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
-	var policy trust.Policy
-	var err error
+	p, err := trustPolicy(cmd)
+	if err != nil {
+		return nil, err
+	}
+	return trust.NewVerifier(p)
+}
+
+func trustPolicy(cmd *ucli.Command) (trust.Policy, error) {
+	if file := cmd.String("policy"); file != "" {
+		for _, name := range []string{"key", "load-test", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
+			if cmd.IsSet(name) {
+				return trust.Policy{}, fault.New(fault.Usage, "--policy and --"+name+" do not go together", "say it in the policy: fetcher policy schema tells how")
+			}
+		}
+		return policy.Read(file)
+	}
+	return flagPolicy(cmd)
+}
+
+// flagPolicy is the policy that the settings of trust make.
+func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test")); err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "see --help")
+		return policy, fault.Wrap(fault.Usage, err, "see --help")
 	}
 	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"), Issuer: cmd.String("certificate-oidc-issuer")}
 	file := cmd.String("trusted-root")
 	if (file == "") != (who == trust.Identity{}) {
-		return nil, fault.New(fault.Usage, "a trusted root and whom its certificates have to name go together", "give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
+		return policy, fault.New(fault.Usage, "a trusted root and whom its certificates have to name go together", "give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
 	}
 	if file != "" {
 		if policy.Root, err = trust.ReadRoot(file); err != nil {
-			return nil, err
+			return policy, err
 		}
 		policy.Identities = []trust.Identity{who}
 	}
@@ -119,12 +139,12 @@ func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
 	switch {
 	case err == nil:
 		if policy.Keys, err = trust.ParsePublicKeys(pem); err != nil {
-			return nil, err
+			return policy, err
 		}
 	case file == "" || cmd.IsSet("key") || !errors.Is(err, fs.ErrNotExist):
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified")
+		return policy, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified")
 	}
-	return trust.NewVerifier(policy)
+	return policy, nil
 }
 
 // nodeVerifier trusts the key of this node, which is in the state folder. What a node

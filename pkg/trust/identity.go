@@ -159,7 +159,7 @@ func (c *certificates) statement(b *bundle.Bundle, leaf *x509.Certificate) (*Sta
 	if err != nil {
 		return nil, c.explain(b, leaf, err)
 	}
-	return readStatement(Statement{Identity: nameOf(*result.Signature.Certificate).String()}, result)
+	return readStatement(Statement{Identity: nameOf(*result.Signature.Certificate).String(), who: nameOf(*result.Signature.Certificate)}, result)
 }
 
 func nameOf(s certificate.Summary) Identity {

@@ -117,8 +117,9 @@ type loadTests struct {
 	static bool
 }
 
-// add judges one statement. An error means that it says nothing.
-func (l *loadTests) add(st *Statement, e Expect) error {
+// add judges one statement. An error means that it says nothing. Where it does not
+// count, it says no more than that modules failed.
+func (l *loadTests) add(st *Statement, e Expect, counts bool) error {
 	r, err := ParseTestResult(st)
 	if err != nil {
 		return err
@@ -132,14 +133,14 @@ func (l *loadTests) add(st *Statement, e Expect) error {
 		to = &l.own
 	}
 	switch t.Verdict {
+	default:
+		if counts && to.passed != VerdictLoaded {
+			to.passed = t.Verdict
+		}
 	case VerdictRejected:
 		to.rejected = fault.Errorf(fault.Mismatch, "%w, on %s: %.200q", ErrRejected, t.Kernel, t.Reason)
 	case VerdictStatic:
-		l.static = true
-	default:
-		if to.passed != VerdictLoaded {
-			to.passed = t.Verdict
-		}
+		l.static = l.static || counts
 	}
 	return nil
 }

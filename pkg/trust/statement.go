@@ -53,19 +53,34 @@ type Policy struct {
 	// may name. The two go together.
 	Root       *Root
 	Identities []Identity
-	// Builders are the builder ids that provenance may name; none is any.
-	Builders []string
+	// Roles and Rules replace Keys and Identities where more than one party has a say:
+	// rules for provenance and kernel match are needed, others may demand more.
+	Roles []Role
+	Rules []Rule
+	// Builders are the builder ids that provenance may name; none is any. Sources are the
+	// beginnings of the URIs that its inputs may have; none is any.
+	Builders, Sources []string
+	// MaxAge is how long ago something new may have been built; zero is any.
+	MaxAge time.Duration
+	// MinVersions are the oldest driver versions that are taken, one for each branch.
+	MinVersions []string
+	// Revoked are digests of artifacts that are refused whoever signed them.
+	Revoked []string
 	// LoadTest says whether artifacts need one; the zero value takes any.
 	LoadTest LoadTestPolicy
 }
 
 // NewVerifier returns a verifier for this policy.
 func NewVerifier(p Policy) (*Verifier, error) {
+	unsettled := p.settle()
 	if len(p.Keys)+len(p.Identities) == 0 {
 		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured", "configure the publisher's public key, or a trusted root and the identity that certificates of it have to name")
 	}
 	if (p.Root == nil) != (len(p.Identities) == 0) {
 		return nil, fault.New(fault.Usage, "verify artifacts: a trusted root and the identities that certificates of it have to name go together", "configure both, or neither")
+	}
+	if unsettled != nil {
+		return nil, unsettled
 	}
 	v := &Verifier{policy: p, keys: map[string]PublicKey{}}
 	byHint := map[string]*root.ExpiringKey{}
@@ -103,6 +118,8 @@ type Statement struct {
 	PredicateType string
 	// Predicate is JSON.
 	Predicate []byte
+
+	who Identity // the same as Identity
 }
 
 // About reports whether the statement is about this digest.

@@ -5,11 +5,13 @@
 package trust
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -58,6 +60,9 @@ type Expect struct {
 	Driver target.Driver
 	// Identity is what the manifest's annotations say.
 	Identity bundle.Identity
+	// Now is when something new is taken, for the policy's periods and ages. Zero leaves
+	// these out: for what was taken before, which no clock makes worse.
+	Now time.Time
 }
 
 // KernelMatch is the predicate of that name.
@@ -99,6 +104,10 @@ type Verdict struct {
 	Materials []Material `json:"materials"`
 	// LoadTest is the load test's verdict; empty where nothing says any.
 	LoadTest string `json:"loadTest,omitempty"`
+	// BuiltOn is when the build ended, as its provenance has it; zero is not known.
+	BuiltOn time.Time `json:"builtOn,omitzero"`
+	// Signatures are all that counted.
+	Signatures []Signature `json:"signatures,omitempty"`
 	// Ignored says why bundles that are attached too were not used.
 	Ignored []string `json:"ignored,omitempty"`
 }
@@ -133,54 +142,140 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 }
 
 func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
-	if err := e.check(); err != nil {
-		return nil, err
+	x, checks := v.examine(bundles, e)
+	for _, c := range checks {
+		if _, err := c.do(); err != nil {
+			return nil, err
+		}
 	}
-	var verdict Verdict
-	var provenance, match, useless tally
-	var tests loadTests
+	return x.done(), nil
+}
+
+// Explain is [Verifier.Verify] for people: it returns what each rule says, also where
+// another one refuses the artifact. The verdict is nil where the error is not.
+func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, error) {
+	x, checks := v.examine(bundles, e)
+	var findings []Finding
+	var first error
+	for _, c := range checks {
+		detail, err := c.do()
+		if err != nil {
+			detail = err.Error()
+			if first == nil {
+				first = fmt.Errorf("verify artifact %s: %w", e.Digest, err)
+			}
+		}
+		findings = append(findings, Finding{Rule: c.name, OK: err == nil, Detail: detail})
+	}
+	if first != nil {
+		return nil, findings, first
+	}
+	return x.done(), findings, nil
+}
+
+// examination is what the statements about one artifact come to.
+type examination struct {
+	verdict                    Verdict
+	provenance, match, useless tally
+	tests                      loadTests
+}
+
+// check is one rule, which says why it holds or why not.
+type check struct {
+	name string
+	do   func() (string, error)
+}
+
+func (x *examination) done() *Verdict {
+	for _, err := range slices.Concat(x.provenance.errs, x.match.errs, x.useless.errs) {
+		x.verdict.Ignored = append(x.verdict.Ignored, err.Error())
+	}
+	return &x.verdict
+}
+
+// examine reads all statements, and returns the rules in the order in which they decide.
+func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
+	x := &examination{}
 	for i, data := range bundles {
 		if i == MaxBundles {
-			useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
+			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
 			break
 		}
 		st, err := v.Statement(data)
 		if err != nil {
-			useless.add(err)
+			x.useless.add(err)
 			continue
 		}
 		if !st.About(e.Digest) {
-			useless.add(fault.Errorf(fault.Unverified, "%w: %s", ErrOtherDigest, strings.Join(st.Subjects[:min(3, len(st.Subjects))], ", ")))
+			x.useless.add(fault.Errorf(fault.Unverified, "%w: %s", ErrOtherDigest, strings.Join(st.Subjects[:min(3, len(st.Subjects))], ", ")))
 			continue
 		}
-		switch st.PredicateType {
-		case PredicateProvenance:
-			provenance.judge(v.provenance(st, e, &verdict))
-		case PredicateKernelMatch:
-			match.judge(kernelMatch(st, e, &verdict))
-		case PredicateTestResult:
-			if err := tests.add(st, e); err != nil {
-				useless.add(err)
-			}
-		case PredicateSBOM, gpulist.PredicateType: // for others to read
-		default:
-			useless.add(fault.Errorf(fault.Unverified, "statement of type %.80q", st.PredicateType))
-		}
+		x.read(v, st, e)
 	}
-	if err := provenance.explain(ErrNoProvenance, useless); err != nil {
-		return nil, err
+	p := v.policy
+	checks := []check{
+		{"artifact", func() (string, error) { return e.Identity.Driver.String() + " for " + e.Identity.Release, e.check() }},
+		{"revoked digests", func() (string, error) { return p.revoked(e.Digest) }},
+		{"minimum version", func() (string, error) { return p.minimum(e.Identity.Driver) }},
+		{"provenance", func() (string, error) {
+			return fmt.Sprintf("built by %s from %d inputs", x.verdict.BuilderID, len(x.verdict.Materials)), x.provenance.explain(ErrNoProvenance, x.useless)
+		}},
+		{"kernel match", func() (string, error) {
+			return "fits " + x.verdict.Match.Kernel.String(), x.match.explain(ErrNoKernelMatch, x.useless)
+		}},
+		{"load test", func() (detail string, err error) {
+			x.verdict.LoadTest, err = x.tests.decide(p.LoadTest)
+			return cmp.Or(x.verdict.LoadTest, "nothing says any"), err
+		}},
 	}
-	if err := match.explain(ErrNoKernelMatch, useless); err != nil {
-		return nil, err
+	for _, rule := range p.Rules {
+		checks = append(checks, check{"signatures under the " + short(rule.Statement), func() (string, error) { return x.met(rule) }})
 	}
+	return x, append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
+}
+
+// read takes in one statement whose signature holds.
+func (x *examination) read(v *Verifier, st *Statement, e Expect) {
+	// What it says comes first: a wrong statement counts for no rule.
 	var err error
-	if verdict.LoadTest, err = tests.decide(v.policy.LoadTest); err != nil {
-		return nil, err
+	switch st.PredicateType {
+	case PredicateProvenance:
+		if err = v.provenance(st, e); err == nil {
+			err = x.counts(st, v.policy, e.Now)
+		}
+		if err == nil && x.verdict.BuilderID == "" {
+			fillProvenance(st, &x.verdict)
+		}
+		x.provenance.judge(err)
+		return
+	case PredicateKernelMatch:
+		var m KernelMatch
+		if m, err = kernelMatch(st, e); err == nil {
+			err = x.counts(st, v.policy, e.Now)
+		}
+		if err == nil && x.verdict.MatchedBy == "" {
+			x.verdict.Match, x.verdict.MatchedBy = m, st.signer()
+		}
+		x.match.judge(err)
+		return
+	case PredicateTestResult:
+		// Whoever is trusted at all may say that modules failed.
+		counts := x.counts(st, v.policy, e.Now)
+		if err = x.tests.add(st, e, counts == nil); err == nil {
+			err = counts
+		}
+	case PredicateReproduced:
+		if err = reproduced(st, e); err == nil {
+			err = x.counts(st, v.policy, e.Now)
+		}
+	case PredicateSBOM, gpulist.PredicateType: // for others to read
+		err = x.counts(st, v.policy, e.Now)
+	default:
+		err = fault.Errorf(fault.Unverified, "statement of type %.80q", st.PredicateType)
 	}
-	for _, err := range slices.Concat(provenance.errs, match.errs, useless.errs) {
-		verdict.Ignored = append(verdict.Ignored, err.Error())
+	if err != nil {
+		x.useless.add(err)
 	}
-	return &verdict, nil
 }
 
 // check compares what was asked for with what the manifest says, before any
@@ -201,27 +296,31 @@ func (e Expect) check() error {
 	return nil
 }
 
-// provenance fills the verdict from the first statement that fits.
-func (v *Verifier) provenance(st *Statement, e Expect, verdict *Verdict) error {
-	var p struct {
-		BuildDefinition struct {
-			BuildType            string     `json:"buildType"`
-			ExternalParameters   Parameters `json:"externalParameters"`
-			ResolvedDependencies []struct {
-				Name   string            `json:"name"`
-				URI    string            `json:"uri"`
-				Digest map[string]string `json:"digest"`
-			} `json:"resolvedDependencies"`
-		} `json:"buildDefinition"`
-		RunDetails struct {
-			Builder struct {
-				ID string `json:"id"`
-			} `json:"builder"`
-			Metadata struct {
-				InvocationID string `json:"invocationId"`
-			} `json:"metadata"`
-		} `json:"runDetails"`
-	}
+// provenance is the part of SLSA's predicate that decides.
+type provenance struct {
+	BuildDefinition struct {
+		BuildType            string     `json:"buildType"`
+		ExternalParameters   Parameters `json:"externalParameters"`
+		ResolvedDependencies []struct {
+			Name   string            `json:"name"`
+			URI    string            `json:"uri"`
+			Digest map[string]string `json:"digest"`
+		} `json:"resolvedDependencies"`
+	} `json:"buildDefinition"`
+	RunDetails struct {
+		Builder struct {
+			ID string `json:"id"`
+		} `json:"builder"`
+		Metadata struct {
+			InvocationID string `json:"invocationId"`
+			FinishedOn   string `json:"finishedOn"`
+		} `json:"metadata"`
+	} `json:"runDetails"`
+}
+
+// provenance judges one statement.
+func (v *Verifier) provenance(st *Statement, e Expect) error {
+	var p provenance
 	if err := json.Unmarshal(st.Predicate, &p); err != nil {
 		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, cut{err})
 	}
@@ -245,15 +344,39 @@ func (v *Verifier) provenance(st *Statement, e Expect, verdict *Verdict) error {
 	case built.Kernel.Release != id.Release:
 		return disagree("release", built.Kernel.Release, id.Release)
 	}
-	if verdict.BuilderID != "" {
+	if len(v.policy.Sources) == 0 {
 		return nil
 	}
-	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, built
-	verdict.BuilderID, verdict.InvocationID = p.RunDetails.Builder.ID, p.RunDetails.Metadata.InvocationID
+	placed := 0
+	for _, d := range p.BuildDefinition.ResolvedDependencies {
+		if d.URI == "" { // what has no place is named by its digest alone
+			continue
+		}
+		if placed++; !slices.ContainsFunc(v.policy.Sources, func(prefix string) bool { return strings.HasPrefix(d.URI, prefix) }) {
+			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted are %s", ErrOtherInput, d.Name, d.URI, strings.Join(v.policy.Sources, ", "))
+		}
+	}
+	if placed == 0 {
+		return fault.Errorf(fault.Unverified, "%w: its provenance names no place of any input", ErrOtherInput)
+	}
+	return nil
+}
+
+// fillProvenance notes what a statement says that was judged.
+func fillProvenance(st *Statement, verdict *Verdict) {
+	var p provenance
+	if json.Unmarshal(st.Predicate, &p) != nil {
+		return // it was read before
+	}
+	run := p.RunDetails
+	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, p.BuildDefinition.ExternalParameters
+	verdict.BuilderID, verdict.InvocationID = run.Builder.ID, run.Metadata.InvocationID
+	if at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn); err == nil {
+		verdict.BuiltOn = at
+	}
 	for _, d := range p.BuildDefinition.ResolvedDependencies {
 		verdict.Materials = append(verdict.Materials, Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})
 	}
-	return nil
 }
 
 // ParseKernelMatch reads a kernel match out of a statement.
@@ -271,11 +394,15 @@ func ParseKernelMatch(st *Statement) (KernelMatch, error) {
 	return m, nil
 }
 
-func kernelMatch(st *Statement, e Expect, verdict *Verdict) error {
+func kernelMatch(st *Statement, e Expect) (KernelMatch, error) {
 	m, err := ParseKernelMatch(st)
-	if err != nil {
-		return err
+	if err == nil {
+		err = m.fits(e)
 	}
+	return m, err
+}
+
+func (m KernelMatch) fits(e Expect) error {
 	differs := func(said, is string) bool { return said != "" && is != "" && said != is }
 	switch said, node := m.Kernel, e.Kernel; {
 	case m.Fingerprint != e.Identity.Fingerprint:
@@ -288,9 +415,6 @@ func kernelMatch(st *Statement, e Expect, verdict *Verdict) error {
 		return fault.Errorf(fault.Mismatch, "%w: %s is attested for %s, this node is %s", ErrOtherKernel, said, said.Arch, node.Arch)
 	case differs(said.Commit, node.Commit):
 		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel commit %s, this node has %s", ErrOtherKernel, said, said.Commit, node.Commit)
-	}
-	if verdict.MatchedBy == "" {
-		verdict.Match, verdict.MatchedBy = m, st.KeyID+st.Identity
 	}
 	return nil
 }

@@ -134,7 +134,7 @@ func TestIdentical(t *testing.T) {
 	}
 	said := 0
 	for _, raw := range attached {
-		if st, err := verifier.Statement(raw); err == nil && st.PredicateType == sign.PredicateReproduced && st.About(s.Digest) && strings.Contains(string(st.Predicate), `"identical"`) {
+		if st, err := verifier.Statement(raw); err == nil && st.PredicateType == trust.PredicateReproduced && st.About(s.Digest) && strings.Contains(string(st.Predicate), `"identical"`) {
 			said++
 		}
 	}

@@ -6,10 +6,6 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// PredicateReproduced says that somebody made the artifact again from the
-// inputs that its provenance names, and got the same digest.
-const PredicateReproduced = "https://prebake.dev/reproduced/v1"
-
 // ReproducedFacts is what such a statement says beside the cell.
 type ReproducedFacts struct {
 	// By names who made it again, a URI; Builder is who built it first.
@@ -28,7 +24,7 @@ func Reproduced(digest string, built trust.Parameters, f ReproducedFacts) (State
 	if err != nil {
 		return Statement{}, fmt.Errorf("state reproduction: %w", err)
 	}
-	s, err := newStatement(digest, built.Driver, PredicateReproduced, predicate)
+	s, err := newStatement(digest, built.Driver, trust.PredicateReproduced, predicate)
 	if err != nil {
 		return Statement{}, fmt.Errorf("state reproduction: %w", err)
 	}

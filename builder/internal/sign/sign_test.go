@@ -111,6 +111,10 @@ func TestSignedWithFileVerifies(t *testing.T) {
 			{Name: "toolchain.tar.xz", URI: "gs://cos-tools/17800.0.47/lakitu/toolchain.tar.xz", Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
 	}
+	want.BuiltOn = time.Date(2026, 1, 2, 3, 8, 0, 0, time.UTC)
+	for _, kind := range []string{trust.PredicateProvenance, trust.PredicateKernelMatch} {
+		want.Signatures = append(want.Signatures, trust.Signature{Statement: kind, Signer: signer.PublicKey().ID(), Role: "publisher"})
+	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("Verify(Bundle) (-want +got):\n%s", diff)
 	}

@@ -48,10 +48,10 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 			return "", err
 		}
 		var verdict *trust.Verdict
-		if content, verdict, err = a.verify(p, origin, r.Answer.Digest, r.Answer.Driver, facts); err != nil {
+		if content, verdict, err = a.verify(p, origin, r.Answer.Digest, r.Answer.Driver, facts, a.parts.Now()); err != nil {
 			return "", err
 		}
-		r.SignedBy = verdict.SignedBy()
+		r.SignedBy, r.Signatures = verdict.SignedBy(), verdict.Signatures
 		return fmt.Sprintf("%s signed by %s", short(r.Answer.Digest), r.SignedBy), nil
 	})
 	if err != nil {
@@ -112,7 +112,7 @@ func readProof(ctx context.Context, repo Repository, v Verifier, digest string, 
 		st, err := v.Statement(bundle)
 		return err == nil && st.About(digest)
 	}
-	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, believed, trust.Wanted(facts.Kernel)...)
+	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, believed, v.Wanted(facts.Kernel)...)
 	return p, err
 }
 

@@ -22,8 +22,8 @@ type foreignFiles struct {
 	driver string
 	// replaced says that it was to be unloaded.
 	replaced bool
-	images []kmod.Image
-	files  []fs.File
+	images   []kmod.Image
+	files    []fs.File
 	// unknown names the modules whose files were not found.
 	unknown []string
 }
@@ -123,4 +123,3 @@ func (f *foreignFiles) putBack(ctx context.Context, a *Agent, r *Report) error {
 	r.did("loaded %s again, which was there before", f.driver)
 	return a.makeNodes()
 }
-

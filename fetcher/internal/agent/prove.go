@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -25,8 +26,9 @@ type proof struct {
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify judges a proof for this node. What is wrong has a hint of what to do next.
-func (a *Agent) verify(p proof, origin install.Origin, digest string, d target.Driver, facts *host.Facts) (bundle.Content, *trust.Verdict, error) {
+// verify judges a proof for this node. What is wrong has a hint of what to do next. now is
+// zero for what is on the node already: no clock makes that worse.
+func (a *Agent) verify(p proof, origin install.Origin, digest string, d target.Driver, facts *host.Facts, now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}
 	v, err := a.verifierFor(origin)
 	if err != nil {
@@ -39,7 +41,7 @@ func (a *Agent) verify(p proof, origin install.Origin, digest string, d target.D
 	if err != nil {
 		return none, nil, err
 	}
-	verdict, err := v.Verify(p.Bundles, trust.Expect{Digest: digest, Kernel: facts.Kernel, Driver: d, Identity: content.Identity})
+	verdict, err := v.Verify(p.Bundles, trust.Expect{Digest: digest, Kernel: facts.Kernel, Driver: d, Identity: content.Identity, Now: now})
 	switch {
 	case fault.Hint(err) != "":
 	case fault.Is(err, fault.Mismatch):
@@ -91,7 +93,7 @@ func (a *Agent) prove(ctx context.Context, store *install.Store, set *install.Se
 	if err := json.Unmarshal(raw, &p); err != nil {
 		return fail(fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain))
 	}
-	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts)
+	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts, time.Time{})
 	if err != nil {
 		return fail(err)
 	}

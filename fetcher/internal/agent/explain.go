@@ -1,0 +1,101 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Explanation is what each rule says of an artifact for one COS build.
+type Explanation struct {
+	Digest   string          `json:"digest"`
+	Driver   target.Driver   `json:"driver"`
+	Kernel   target.Kernel   `json:"kernel"`
+	Findings []trust.Finding `json:"findings"`
+	// Verdict is null where a rule refuses the artifact.
+	Verdict *trust.Verdict `json:"verdict"`
+}
+
+// explainer is a verifier that tells of every rule; package trust has the one.
+type explainer interface {
+	Explain(bundles [][]byte, e trust.Expect) (*trust.Verdict, []trust.Finding, error)
+}
+
+// Observe reads the node's facts.
+func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.parts.Root) }
+
+// Explain says what each rule says of an artifact in a repository, for a kernel of which
+// the COS build is known at least. It reads no layer. The error is why the artifact would
+// not be taken; the explanation is nil where there is nothing to explain.
+func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel, now time.Time) (*Explanation, error) {
+	p, err := readProof(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})
+	if err != nil {
+		return nil, err
+	}
+	return a.explain(p, a.parts.Verifier, digest, kernel, now)
+}
+
+func (a *Agent) explain(p proof, v Verifier, digest string, kernel target.Kernel, now time.Time) (*Explanation, error) {
+	content, err := bundle.ParseManifest(p.Manifest, p.Config)
+	if err != nil {
+		return nil, err
+	}
+	by, ok := v.(explainer)
+	if !ok {
+		return nil, fault.New(fault.Internal, "this verifier explains nothing", "")
+	}
+	e := &Explanation{Digest: digest, Driver: content.Identity.Driver, Kernel: kernel}
+	e.Verdict, e.Findings, err = by.Explain(p.Bundles, trust.Expect{Digest: digest, Kernel: kernel, Driver: content.Identity.Driver, Identity: content.Identity, Now: now})
+	return e, err
+}
+
+// ExplainInstalled says what each rule says of the driver in force, and whether its files
+// are what was signed.
+func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error) {
+	facts, err := a.Observe()
+	if err != nil {
+		return nil, err
+	}
+	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	if err != nil {
+		return nil, nothingInstalled(err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	set, err := store.Current()
+	if err != nil || set == nil {
+		return nil, errors.Join(err, nothingInstalled(errNone))
+	}
+	raw, err := store.Proof(set.Digest)
+	if err != nil {
+		return nil, err
+	}
+	var p proof
+	if raw == nil || json.Unmarshal(raw, &p) != nil || digestOf(p.Manifest) != set.Digest {
+		return nil, fault.New(fault.Unverified, "no signed statements lie beside the installed driver, or not its own", hintAgain)
+	}
+	v, err := a.verifierFor(set.Origin)
+	if err != nil {
+		return nil, err
+	}
+	e, err := a.explain(p, v, set.Digest, facts.Kernel, time.Time{})
+	if e == nil {
+		return nil, err
+	}
+	a.checked.Clear()
+	_, damaged := a.prove(ctx, store, set, facts)
+	f := trust.Finding{Rule: "files", OK: damaged == nil, Detail: "all layers are what was signed"}
+	if damaged != nil {
+		f.Detail = damaged.Error()
+	}
+	e.Findings = append(e.Findings, f)
+	return e, firstOf(err, damaged)
+}

@@ -1,0 +1,333 @@
+// Package policy reads the file in which a node's owner says what may be loaded: whose
+// signatures count for what, and which artifacts are refused all the same. It refuses to
+// judge any artifact: package trust does.
+package policy
+
+import (
+	"bytes"
+	_ "embed"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// File is a policy file.
+type File struct {
+	// Version of the format: 1.
+	Version int `json:"version" yaml:"version" jsonschema:"enum=1"`
+	// Roles are groups of signers, by their names. One of two may be a farm, and the other
+	// somebody who builds everything again.
+	Roles map[string]Role `json:"roles" yaml:"roles" jsonschema:"minProperties=1"`
+	// TrustedRoot is a file with a Sigstore trusted root (trusted_root.json), for roles
+	// with identities. A relative path begins at the policy's folder.
+	TrustedRoot string `json:"trustedRoot,omitempty" yaml:"trustedRoot"`
+	// Signatures are the statements that have to be there, and how many of a role have to
+	// sign each. Provenance and kernel match are needed; others may be demanded.
+	Signatures []Signatures `json:"signatures" yaml:"signatures" jsonschema:"minItems=2"`
+	// Builders are the builder ids that provenance may name. Default: any.
+	Builders []string `json:"builders,omitempty" yaml:"builders" jsonschema:"minItems=1,uniqueItems=true"`
+	// Sources are the beginnings of the URIs from which the build's inputs may come, such as
+	// gs://cos-tools/. Default: any.
+	Sources []string `json:"sources,omitempty" yaml:"sources" jsonschema:"minItems=1,uniqueItems=true"`
+	// LoadTest is any, or tested: a kernel of the same build has loaded the modules.
+	// Default: any. Modules that failed their load test are refused in any case.
+	LoadTest string `json:"loadTest,omitempty" yaml:"loadTest" jsonschema:"enum=any,enum=tested"`
+	// MaxAgeDays is how long ago a driver may have been built when a node first takes it.
+	// Default: any time.
+	MaxAgeDays int `json:"maxAgeDays,omitempty" yaml:"maxAgeDays" jsonschema:"minimum=1,maximum=36500"`
+	// MinimumVersions are the oldest driver versions that are taken, one for each branch. A
+	// branch that is not among them has to be newer than all of them. Default: any version.
+	MinimumVersions []string `json:"minimumVersions,omitempty" yaml:"minimumVersions" jsonschema:"minItems=1,uniqueItems=true"`
+	// Revoked are digests of artifacts that are never loaded, whoever signed them.
+	Revoked []string `json:"revoked,omitempty" yaml:"revoked" jsonschema:"uniqueItems=true"`
+}
+
+// Role is a group of signers.
+type Role struct {
+	Keys       []Key      `json:"keys,omitempty" yaml:"keys"`
+	Identities []Identity `json:"identities,omitempty" yaml:"identities"`
+}
+
+// Key is a public key, or several of one file.
+type Key struct {
+	// File has public keys in PEM. A relative path begins at the policy's folder.
+	File string `json:"file,omitempty" yaml:"file"`
+	// PEM is the key itself.
+	PEM string `json:"pem,omitempty" yaml:"pem"`
+	// NotBefore and NotAfter are days (2026-12-31) or times (RFC 3339) between which a node
+	// takes something new that this key signed. What it has taken stays good.
+	NotBefore string `json:"notBefore,omitempty" yaml:"notBefore"`
+	NotAfter  string `json:"notAfter,omitempty" yaml:"notAfter"`
+}
+
+// Identity is whom a certificate names.
+type Identity struct {
+	// Subject is the whole name, Pattern a regular expression for it: one of the two.
+	Subject string `json:"subject,omitempty" yaml:"subject"`
+	Pattern string `json:"pattern,omitempty" yaml:"pattern"`
+	// Issuer is the URL of the OpenID Connect issuer.
+	Issuer string `json:"issuer" yaml:"issuer"`
+}
+
+// Signatures demands signers of one role.
+type Signatures struct {
+	// Statement is provenance, kernelMatch, testResult, reproduction or sbom.
+	Statement string `json:"statement" yaml:"statement" jsonschema:"enum=provenance,enum=kernelMatch,enum=testResult,enum=reproduction,enum=sbom"`
+	Role      string `json:"role" yaml:"role"`
+	// Count is how many different keys or identities. Default: 1.
+	Count int `json:"count,omitempty" yaml:"count" jsonschema:"minimum=1"`
+}
+
+var statements = map[string]string{
+	"provenance": trust.PredicateProvenance, "kernelMatch": trust.PredicateKernelMatch, "testResult": trust.PredicateTestResult,
+	"reproduction": trust.PredicateReproduced, "sbom": trust.PredicateSBOM,
+}
+
+//go:embed policy.schema.json
+var schema []byte
+
+// Schema returns the JSON schema of a policy file.
+func Schema() []byte { return bytes.Clone(schema) }
+
+const (
+	hint    = "see docs/examples/policy.yaml; fetcher policy schema prints what an editor needs to check the file"
+	maxFile = 1 << 20
+)
+
+// Read reads a policy file, and the files that it names.
+func Read(name string) (trust.Policy, error) {
+	p, err := read(name)
+	if err != nil {
+		if fault.Hint(err) != "" {
+			return trust.Policy{}, fmt.Errorf("read policy %s: %w", name, err)
+		}
+		return trust.Policy{}, fault.Wrap(fault.Usage, fmt.Errorf("read policy %s: %w", name, err), hint)
+	}
+	return p, nil
+}
+
+func read(name string) (trust.Policy, error) {
+	data, err := bounded(name)
+	if err != nil {
+		return trust.Policy{}, err
+	}
+	f, err := Parse(data)
+	if err != nil {
+		return trust.Policy{}, err
+	}
+	return f.policy(filepath.Dir(name))
+}
+
+func bounded(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(data) > maxFile {
+		err = fmt.Errorf("%s has more than %d bytes", name, maxFile)
+	}
+	return data, err
+}
+
+// Parse reads the text of a policy file. A field that is not known is an error, since it
+// may be a rule that somebody relies on.
+func Parse(data []byte) (*File, error) {
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	dec.KnownFields(true)
+	var f File
+	if err := dec.Decode(&f); err != nil {
+		return nil, err
+	}
+	if err := dec.Decode(new(any)); !errors.Is(err, io.EOF) {
+		return nil, errors.New("more than one document")
+	}
+	if f.Version != 1 {
+		return nil, fmt.Errorf("version %d; want 1", f.Version)
+	}
+	return &f, nil
+}
+
+// policy turns the file into what package trust goes by.
+func (f *File) policy(dir string) (p trust.Policy, err error) {
+	p = trust.Policy{Builders: f.Builders, Sources: f.Sources, MinVersions: f.MinimumVersions, Revoked: f.Revoked, MaxAge: time.Duration(f.MaxAgeDays) * 24 * time.Hour}
+	if f.MaxAgeDays < 0 || f.MaxAgeDays > 36500 {
+		return p, fmt.Errorf("maxAgeDays %d: want 1 to 36500", f.MaxAgeDays)
+	}
+	if f.LoadTest != "" {
+		if p.LoadTest, err = trust.ParseLoadTestPolicy(f.LoadTest); err != nil {
+			return p, err
+		}
+	}
+	names := make([]string, 0, len(f.Roles))
+	for name := range f.Roles {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	identities := false
+	for _, name := range names {
+		role, err := f.Roles[name].role(name, dir)
+		if err != nil {
+			return p, fmt.Errorf("role %s: %w", name, err)
+		}
+		identities = identities || len(role.Identities) > 0
+		p.Roles = append(p.Roles, role)
+	}
+	if f.TrustedRoot != "" {
+		if p.Root, err = trust.ReadRoot(within(dir, f.TrustedRoot)); err != nil {
+			return p, err
+		}
+	}
+	if identities != (p.Root != nil) {
+		return p, errors.New("trustedRoot and roles with identities go together")
+	}
+	for i, s := range f.Signatures {
+		predicate, ok := statements[s.Statement]
+		if !ok {
+			return p, fmt.Errorf("signatures, number %d: statement %.60q is not known", i+1, s.Statement)
+		}
+		count := s.Count
+		if count == 0 {
+			count = 1
+		}
+		p.Rules = append(p.Rules, trust.Rule{Statement: predicate, Role: s.Role, Count: count})
+	}
+	if len(p.Roles) == 0 {
+		return p, errors.New("no role: nobody could sign anything")
+	}
+	_, err = trust.NewVerifier(p) // says what cannot be met
+	return p, err
+}
+
+func (r Role) role(name, dir string) (trust.Role, error) {
+	role := trust.Role{Name: name}
+	for i, k := range r.Keys {
+		keys, err := k.keys(dir)
+		if err != nil {
+			return role, fmt.Errorf("key %d: %w", i+1, err)
+		}
+		role.Keys = append(role.Keys, keys...)
+	}
+	for i, id := range r.Identities {
+		if (id.Subject == "") == (id.Pattern == "") || id.Issuer == "" {
+			return role, fmt.Errorf("identity %d: want subject or pattern, and issuer", i+1)
+		}
+		role.Identities = append(role.Identities, trust.Identity{Subject: id.Subject, Pattern: id.Pattern, Issuer: id.Issuer})
+	}
+	if len(role.Keys)+len(role.Identities) == 0 {
+		return role, errors.New("neither keys nor identities")
+	}
+	return role, nil
+}
+
+func (k Key) keys(dir string) ([]trust.RoleKey, error) {
+	if (k.File == "") == (k.PEM == "") {
+		return nil, errors.New("want file or pem")
+	}
+	text := []byte(k.PEM)
+	if k.File != "" {
+		var err error
+		if text, err = bounded(within(dir, k.File)); err != nil {
+			return nil, err
+		}
+	}
+	parsed, err := trust.ParsePublicKeys(text)
+	if err != nil {
+		return nil, err
+	}
+	from, err := moment(k.NotBefore, 0)
+	if err != nil {
+		return nil, fmt.Errorf("notBefore: %w", err)
+	}
+	until, err := moment(k.NotAfter, 24*time.Hour) // the day that is named is the last
+	if err != nil {
+		return nil, fmt.Errorf("notAfter: %w", err)
+	}
+	if !from.IsZero() && !until.IsZero() && !from.Before(until) {
+		return nil, fmt.Errorf("notBefore %s is not before notAfter %s", k.NotBefore, k.NotAfter)
+	}
+	var keys []trust.RoleKey
+	for _, key := range parsed {
+		keys = append(keys, trust.RoleKey{Key: key, NotBefore: from, NotAfter: until})
+	}
+	return keys, nil
+}
+
+// moment reads a day, to whose beginning it adds, or a time.
+func moment(text string, add time.Duration) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	if day, err := time.Parse(time.DateOnly, text); err == nil {
+		return day.Add(add), nil
+	}
+	at, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return at, fmt.Errorf("%.40q: want a day such as 2026-12-31, or a time such as 2026-12-31T12:00:00Z", text)
+	}
+	return at, nil
+}
+
+func within(dir, name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(dir, name)
+}
+
+// Summary says in lines what a policy demands, for people.
+func Summary(p trust.Policy) []string {
+	var lines []string
+	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
+	day := func(t time.Time, open string) string {
+		if t.IsZero() {
+			return open
+		}
+		return t.UTC().Format(time.DateTime)
+	}
+	for _, r := range p.Roles {
+		for _, k := range r.Keys {
+			period := ""
+			if !k.NotBefore.IsZero() || !k.NotAfter.IsZero() {
+				period = fmt.Sprintf(", from %s to %s", day(k.NotBefore, "ever"), day(k.NotAfter, "ever"))
+			}
+			add("role %s: key %s%s", r.Name, k.Key.ID(), period)
+		}
+		for _, i := range r.Identities {
+			add("role %s: %s", r.Name, i)
+		}
+	}
+	for _, rule := range p.Rules {
+		for name, predicate := range statements {
+			if predicate == rule.Statement {
+				add("needs %s by %d of role %s", name, rule.Count, rule.Role)
+			}
+		}
+	}
+	if p.LoadTest == trust.LoadTestTested {
+		add("needs a passed load test")
+	}
+	for what, list := range map[string][]string{"builders": p.Builders, "sources": p.Sources, "minimum versions": p.MinVersions} {
+		if len(list) > 0 {
+			add("%s: %s", what, strings.Join(list, ", "))
+		}
+	}
+	if p.MaxAge > 0 {
+		add("at most %d days old when first taken", int(p.MaxAge.Hours()/24))
+	}
+	if len(p.Revoked) > 0 {
+		add("%d digests revoked", len(p.Revoked))
+	}
+	return lines
+}

@@ -1,0 +1,109 @@
+package policy_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/policy"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// folder has the example's keys and a policy file with this text.
+func folder(t *testing.T, text string) string {
+	t.Helper()
+	dir := t.TempDir()
+	for name, content := range map[string][]byte{
+		"policy.yaml": []byte(text), "farm.pub": testkit.NewKey(t).PEM(t), "rebuilder.pub": testkit.NewKey(t).PEM(t),
+		"root.json": testkit.NewAuthority(t).Root(t, nil, nil),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return filepath.Join(dir, "policy.yaml")
+}
+
+// The example of docs is read, and can be met.
+func TestExample(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../../docs/examples/policy.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p, err := policy.Read(folder(t, string(text)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(p.Roles) != 2 || len(p.Rules) != 3 || p.LoadTest != trust.LoadTestTested || p.MaxAge != 400*24*time.Hour {
+		t.Errorf("Read = %+v", p)
+	}
+	// The day that is named is the last one.
+	if until := p.Roles[0].Keys[0].NotAfter; until != time.Date(2028, 1, 1, 0, 0, 0, 0, time.UTC) {
+		t.Errorf("notAfter = %v", until)
+	}
+	said := strings.Join(policy.Summary(p), "\n")
+	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "needs reproduction by 1 of role rebuilder", "needs a passed load test", "535.261.03, 550.163.01"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("Summary lacks %q:\n%s", want, said)
+		}
+	}
+}
+
+const (
+	head = "version: 1\nroles:\n  farm:\n    keys: [{file: farm.pub}]\n"
+	tail = "signatures:\n  - {statement: provenance, role: farm}\n  - {statement: kernelMatch, role: farm}\n"
+)
+
+func TestRefuses(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct{ text, words string }{
+		"nothing":               {"", "EOF"},
+		"another version":       {"version: 2\n", "version 2"},
+		"a field nobody knows":  {head + tail + "revoke: [x]\n", "revoke"},
+		"a typing error inside": {strings.Replace(head, "keys", "key", 1) + tail, "key"},
+		"two documents":         {head + tail + "---\n" + head, "more than one document"},
+		"no roles":              {"version: 1\n" + tail, "no role"},
+		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: neither keys nor identities"},
+		"a file that is away":   {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
+		"file and pem":          {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail, "want file or pem"},
+		"no key":                {strings.Replace(head, "{file: farm.pub}", "{pem: hello}", 1) + tail, "key 1"},
+		"a day that is none":    {strings.Replace(head, "farm.pub", "farm.pub, notAfter: 2026-13-01", 1) + tail, "notAfter"},
+		"a period of nothing":   {strings.Replace(head, "farm.pub", "farm.pub, notBefore: 2026-02-02, notAfter: 2026-02-01", 1) + tail, "is not before"},
+		"unknown statement":     {head + tail + "  - {statement: oath, role: farm}\n", "oath"},
+		"unknown role":          {head + tail + "  - {statement: reproduction, role: x}\n", `role "x"`},
+		"too many":              {head + strings.Replace(tail, "role: farm", "role: farm, count: 2", 1), "which has 1 keys"},
+		"no kernel match":       {head + tail[:strings.Index(tail, "  - {statement: kernelMatch")], "kernel match"},
+		"identities alone":      {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{subject: a@example.com, issuer: https://x}]", 1) + tail, "trustedRoot"},
+		"a root alone":          {head + "trustedRoot: root.json\n" + tail, "trustedRoot"},
+		"an identity of nobody": {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{issuer: https://x}]", 1) + "trustedRoot: root.json\n" + tail, "identity 1"},
+		"a broken pattern":      {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{pattern: '(', issuer: https://x}]", 1) + "trustedRoot: root.json\n" + tail, "missing closing"},
+		"a load test of sorts":  {head + tail + "loadTest: maybe\n", "maybe"},
+		"an age below nothing":  {head + tail + "maxAgeDays: -1\n", "maxAgeDays"},
+		"no digest":             {head + tail + "revoked: [abc]\n", "abc"},
+		"no version":            {head + tail + "minimumVersions: [new]\n", "new"},
+		"an alias that grows":   {"a: &a [1,1]\nb: &b [*a,*a]\n" + head, "field"},
+	} {
+		_, err := policy.Read(folder(t, row.text))
+		if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), row.words) || fault.Hint(err) == "" {
+			t.Errorf("%s: Read = %v (%v), hint %q; want kind usage and %q", name, err, fault.Of(err), fault.Hint(err), row.words)
+		}
+	}
+	if _, err := policy.Read(filepath.Join(t.TempDir(), "away")); !fault.Is(err, fault.Usage) {
+		t.Errorf("Read of no file = %v", err)
+	}
+}
+
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(head + tail))
+	f.Add([]byte("a: &a [*a]"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if p, err := policy.Parse(data); err == nil && p.Version != 1 {
+			t.Errorf("Parse took version %d", p.Version)
+		}
+	})
+}

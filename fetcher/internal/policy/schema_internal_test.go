@@ -1,0 +1,74 @@
+package policy
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/invopop/jsonschema"
+)
+
+var update = flag.Bool("update", false, "rewrite the generated schema")
+
+// generate makes the schema out of the types, their tags and their comments.
+func generate(t *testing.T) []byte {
+	t.Helper()
+	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
+	if err := r.AddGoComments("github.com/prebake/prebake/fetcher/internal/policy", ".", jsonschema.WithFullComment()); err != nil {
+		t.Fatal(err)
+	}
+	s := r.Reflect(&File{})
+	revoked, _ := s.Properties.Get("revoked")
+	revoked.Items.Pattern = "^sha256:[0-9a-f]{64}$"
+	s.ID = "https://prebake.dev/schema/policy.json"
+	s.Title = "Prebake policy"
+	out, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return append(out, '\n')
+}
+
+// The schema that is built in and the one in docs are those of the types.
+func TestSchema(t *testing.T) {
+	t.Parallel()
+	want := generate(t)
+	for _, file := range []string{"policy.schema.json", filepath.Join("..", "..", "..", "docs", "policy.schema.json")} {
+		if *update {
+			if err := os.WriteFile(file, want, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		got, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Errorf("%s is out of step with the types; run go test ./fetcher/internal/policy -run TestSchema -update\n%s", file, cmp.Diff(string(got), string(want)))
+		}
+	}
+	if !*update && !bytes.Equal(Schema(), want) {
+		t.Error("Schema() is not the generated one")
+	}
+}
+
+// What the schema offers is what the parser takes, and nothing else.
+func TestSchemaFields(t *testing.T) {
+	t.Parallel()
+	typ := reflect.TypeFor[File]()
+	for i := range typ.NumField() {
+		name, _, _ := bytes.Cut([]byte(typ.Field(i).Tag.Get("json")), []byte(","))
+		if yaml := typ.Field(i).Tag.Get("yaml"); yaml != string(name) {
+			t.Errorf("%s is %q in the schema and %q to the parser", typ.Field(i).Name, name, yaml)
+		}
+	}
+	if _, err := Parse([]byte("version: 1\nrevoke: [x]\n")); err == nil {
+		t.Error("a field that nobody knows is passed over")
+	}
+}
