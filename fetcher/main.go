@@ -31,6 +31,8 @@ func root() *ucli.Command {
 			resolveCommand(),
 			statusCommand(),
 			rollbackCommand(),
+			historyCommand(),
+			uninstallCommand(),
 			verifyCommand(),
 			policyCommand(),
 			{

@@ -112,6 +112,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
+	if changed || d.do != keep {
+		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
+	}
 	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
 }
 
@@ -204,6 +207,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	errs = append(errs, a.end(store, t.set.Digest, cause))
+	a.tell(ctx, store, eventTakenBack, t.set, string(r.Verdict.State), cause)
 	if lost := errors.Join(errs...); lost != nil {
 		return fmt.Errorf("%w; and then: %w", cause, lost)
 	}
@@ -244,7 +248,7 @@ const firmwareParameter = "sys/module/firmware_class/parameters/path"
 
 func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, d decision) (string, error) {
 	set := d.set
-	if err := a.setFirmwarePath(r, facts, set); err != nil {
+	if err := a.setFirmwarePath(r, store, facts, set); err != nil {
 		return "", err
 	}
 	if d.do == replace {
@@ -328,7 +332,7 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 
 // setFirmwarePath tells the kernel where the driver's firmware is, unless it
 // finds it already.
-func (a *Agent) setFirmwarePath(r *Report, facts *host.Facts, set *install.Set) error {
+func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
 	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
 	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir, inside)); err != nil {
 		return nil // this release has no firmware
@@ -342,6 +346,11 @@ func (a *Agent) setFirmwarePath(r *Report, facts *host.Facts, set *install.Set) 
 		return nil // a kernel without loadable firmware
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
+	if facts.FirmwarePath != want { // for the day on which this program goes
+		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
+			return err
+		}
+	}
 	if err := a.writeFirmwarePath(want); err != nil {
 		return err
 	}

@@ -15,7 +15,6 @@ import (
 	"strings"
 	"sync"
 
-
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"

@@ -191,6 +191,9 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			return err
 		}
 		a.parts.Log.WarnContext(ctx, "an earlier run did not end", "digest", digest, "began", at.At)
+		if set != nil {
+			a.tell(ctx, store, eventUnfinished, set, "", nil)
+		}
 		switch crashed := at.BootID != a.bootID(); {
 		case set != nil && !crashed && (situation{facts: facts}).runs(set):
 			if err := store.Switch(digest); err != nil {

@@ -253,6 +253,7 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	// It lasts: the driver that was left is not put in force again until somebody asks.
 	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
 		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
+		a.tell(ctx, store, eventRolledBack, current, "", nil)
 	}
 	r.Phases = a.parts.Line.Phases()
 	return r, err

@@ -2,12 +2,14 @@ package install
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -69,6 +71,9 @@ func (s *Store) Restore(before Pointers) error {
 // Heal finishes taking out of force what a killed run began: links at the top that
 // lead into no set are removed, and what another installer had there comes back.
 func (s *Store) Heal() error {
+	if err := s.root.RemoveAll(removed); err != nil {
+		return fmt.Errorf("remove: %w", err)
+	}
 	set, err := s.Current()
 	if err != nil || set != nil {
 		return err
@@ -214,16 +219,81 @@ func (s *Store) withdraw() error {
 			return err
 		}
 	}
-	to, err := s.link("current")
+	if err := s.concealCache(); err != nil {
+		return err
+	}
+	return s.sync()
+}
+
+// Google's note of what it installed, and ours. While ours is there, theirs is kept aside.
+const (
+	cacheFile = ".cache"
+	cacheOurs = home + "/cache"
+)
+
+// concealCache removes the note, if it is ours, and brings the other installer's back.
+func (s *Store) concealCache() error {
+	ours, err := s.caches()
 	if err != nil {
 		return err
 	}
-	if to != "" { // else .cache is somebody else's
-		if err := s.root.Remove(".cache"); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("remove .cache: %w", err)
+	have, err := s.ReadFile(cacheFile)
+	if err != nil {
+		return err
+	}
+	if have != nil && slices.Contains(ours, string(have)) {
+		if err := s.root.Remove(cacheFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove %s: %w", cacheFile, err)
+		}
+		have = nil
+	}
+	if have == nil {
+		if err := s.root.Rename(path.Join(home, "adopted", cacheFile), cacheFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("restore %s: %w", cacheFile, err)
 		}
 	}
-	return s.sync()
+	return s.RemoveFile(cacheOurs)
+}
+
+// caches are the notes that this program wrote, the newest last.
+func (s *Store) caches() (ours []string, err error) {
+	raw, err := s.ReadFile(cacheOurs)
+	if err != nil || raw == nil {
+		return nil, err
+	}
+	if json.Unmarshal(raw, &ours) != nil {
+		return nil, nil // damaged: then each is somebody else's
+	}
+	return ours, nil
+}
+
+// removed is the name of our folder while it is being removed.
+const removed = ".prebake-removed"
+
+// Exists reports whether our folder is in the install folder.
+func (s *Store) Exists() bool {
+	_, err := s.root.Lstat(home)
+	return err == nil
+}
+
+// Remove takes everything of ours out of the install folder, and brings back what another
+// installer had there. It may be called again after it was killed at any moment.
+func (s *Store) Remove() error {
+	if _, err := s.root.Lstat(home); err == nil {
+		if err := s.Restore(Pointers{}); err != nil {
+			return err
+		}
+		if err := s.root.RemoveAll(removed); err != nil { // of a run that was killed
+			return fmt.Errorf("remove: %w", err)
+		}
+		if err := s.root.Rename(home, removed); err != nil {
+			return fmt.Errorf("remove: %w", err)
+		}
+	}
+	if err := s.root.RemoveAll(removed); err != nil {
+		return fmt.Errorf("remove: %w", err)
+	}
+	return nil
 }
 
 // Sweep removes sets and layers that neither the current nor the previous set
@@ -300,11 +370,38 @@ func (s *Store) WriteCacheFile(set Set) error {
 		values["KERNEL_OPEN"] = "Y"
 	}
 	text := []byte(host.FormatKeyValues(values, "BUILD_ID", "DRIVER_VERSION", "KERNEL_OPEN"))
-	if have, err := s.ReadFile(".cache"); err == nil && bytes.Equal(have, text) {
+	have, err := s.ReadFile(cacheFile)
+	if err != nil {
+		return err
+	}
+	ours, err := s.caches()
+	if err != nil {
+		return err
+	}
+	if have != nil && !slices.Contains(ours, string(have)) && !bytes.Equal(have, text) {
+		if err := s.root.Rename(cacheFile, path.Join(home, "adopted", cacheFile)); err != nil {
+			return fmt.Errorf("keep %s: %w", cacheFile, err)
+		}
+		have = nil
+	}
+	if !slices.Contains(ours, string(text)) { // before it is written: then it is known to be ours
+		ours = append(ours, string(text))
+		raw, err := json.Marshal(ours[max(0, len(ours)-maxCaches):])
+		if err != nil {
+			return err
+		}
+		if err := s.WriteFile(cacheOurs, raw); err != nil {
+			return err
+		}
+	}
+	if bytes.Equal(have, text) {
 		return nil // a full disk is no reason to fail over a file that is right
 	}
-	return s.WriteFile(".cache", text)
+	return s.WriteFile(cacheFile, text)
 }
+
+// maxCaches bounds the notes that are remembered.
+const maxCaches = 64
 
 // RemoveFile removes a small file of the install folder, if it is there.
 func (s *Store) RemoveFile(name string) error {

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+func uninstallCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "uninstall",
+		Usage: "leave the node as it was before this program",
+		Description: `The driver is unloaded, if it is ours and nobody uses it, what another
+installer had comes back, and nothing of ours stays in the install folder. A
+run that was killed is finished by the next. Stop fetcher run first.`,
+		Flags: slices.Concat(hostFlags(), changeFlags()),
+		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
+			a, done, err := localAgent(cmd)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, done()) }()
+			return runOnce(ctx, cmd, a.Uninstall)
+		},
+	}
+}
+
+func historyCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "history",
+		Usage: "list what happened to drivers on this node",
+		Flags: append(hostFlags(), cli.Group(groupOutput, cli.OutputFlag())...),
+		Action: func(_ context.Context, cmd *ucli.Command) (err error) {
+			a, done, err := localAgent(cmd)
+			if err != nil {
+				return err
+			}
+			defer func() { err = errors.Join(err, done()) }()
+			events, err := a.History()
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, events, func(w io.Writer) error {
+				for _, e := range events {
+					fmt.Fprintf(w, "%s  %-19s %s\n", e.At.UTC().Format(time.DateTime), e.What, e.Driver)
+					if e.Why != "" {
+						fmt.Fprintf(w, "%21s%s\n", "", clip(e.Why, 59))
+					}
+				}
+				return nil
+			})
+		},
+	}
+}
+
+// clip cuts a text to n bytes and marks the cut.
+func clip(s string, n int) string {
+	if len(s) <= n {
+		return s
+	}
+	return s[:n-3] + "..."
+}

@@ -1,0 +1,162 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"io/fs"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+const historyFile = ".prebake/history.json"
+
+// maxHistory bounds the file; the oldest events go.
+const maxHistory = 200
+
+// What happened to a driver on this node.
+const (
+	eventInForce    = "in force"
+	eventTakenBack  = "taken back"
+	eventUnfinished = "unfinished"
+	eventRolledBack = "rolled back by hand"
+)
+
+// Event is one thing that happened to a driver on this node.
+type Event struct {
+	At     time.Time     `json:"at"`
+	BootID string        `json:"bootId,omitempty"`
+	What   string        `json:"what"`
+	Driver target.Driver `json:"driver"`
+	Digest string        `json:"digest"`
+	// Verdict is what was seen then, and Why what was wrong.
+	Verdict string `json:"verdict,omitempty"`
+	Why     string `json:"why,omitempty"`
+}
+
+// tell adds to the history. It is for people: that it cannot be written stops nothing.
+func (a *Agent) tell(ctx context.Context, store *install.Store, what string, set *install.Set, verdict string, why error) {
+	e := Event{At: a.parts.Now().UTC(), BootID: a.bootID(), What: what, Digest: set.Digest, Driver: set.Driver, Verdict: verdict}
+	if why != nil {
+		e.Why = strings.ToValidUTF8(why.Error(), "?")
+		e.Why = e.Why[:min(len(e.Why), 2000)]
+	}
+	all, err := readHistory(store)
+	if err == nil {
+		all = append(all, e)
+		var raw []byte
+		if raw, err = json.MarshalIndent(all[max(0, len(all)-maxHistory):], "", "  "); err == nil {
+			err = store.WriteFile(historyFile, append(raw, '\n'))
+		}
+	}
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "write history", "err", err)
+	}
+}
+
+func readHistory(store *install.Store) ([]Event, error) {
+	raw, err := store.ReadFile(historyFile)
+	if err != nil || raw == nil {
+		return nil, err
+	}
+	var all []Event
+	if json.Unmarshal(raw, &all) != nil {
+		return nil, nil // damaged: it begins anew
+	}
+	return all, nil
+}
+
+// History returns what happened to drivers on this node, the oldest first.
+func (a *Agent) History() (all []Event, err error) {
+	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return []Event{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	if all, err = readHistory(store); all == nil {
+		all = []Event{}
+	}
+	return all, err
+}
+
+// Uninstall leaves the node as it was before this program: the driver is unloaded, where
+// it is ours and nobody uses it, what another installer had is back, and nothing of ours
+// is left. A run that was killed in the middle of it is finished by the next.
+func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
+	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: nil}
+	a.checked.Clear()
+	if _, err = a.observe(r); err != nil {
+		return r, err
+	}
+	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return r, nil
+	}
+	if err != nil {
+		return r, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	if !store.Exists() { // never there, or nearly gone
+		if !a.cfg.DryRun {
+			err = store.Remove()
+		}
+		return r, err
+	}
+	if !a.cfg.DryRun {
+		unlock, lockErr := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+		if lockErr != nil {
+			return r, lockErr
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
+	}
+	s, err := a.situation(ctx, store)
+	if err != nil {
+		return r, err
+	}
+	unload := !a.cfg.NoLoad && len(s.facts.Modules) > 0 && s.ours()
+	if unload {
+		if err := idle(s.facts); err != nil {
+			return r, err
+		}
+	}
+	r.did("take %s out of %s", describe(s.current), a.cfg.InstallDir)
+	if a.cfg.DryRun {
+		if unload {
+			r.did("unload %s", s.facts.Driver)
+		}
+		return r, nil
+	}
+	if unload {
+		if err := a.unload(ctx, r, s.facts); err != nil {
+			return r, err
+		}
+	}
+	if s.facts.FirmwarePath == filepath.Join(a.cfg.InstallDir, "firmware") {
+		was, err := store.ReadFile(firmwareBefore)
+		if err != nil {
+			return r, err
+		}
+		if err := a.writeFirmwarePath(string(was)); err != nil {
+			return r, err
+		}
+	}
+	r.Changed = true
+	return r, store.Remove()
+}
+
+// firmwareBefore notes where the kernel looked for firmware before this program told it.
+const firmwareBefore = ".prebake/firmware-path"
+
+func describe(set *install.Set) string {
+	if set == nil {
+		return "what is left"
+	}
+	return set.Driver.String()
+}

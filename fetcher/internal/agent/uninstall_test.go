@@ -1,0 +1,134 @@
+package agent_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+func (n *node) uninstall() (*agent.Report, error) {
+	n.parts.Line, n.kernel.calls = &timeline.Run{}, nil
+	return agent.New(n.cfg, n.parts).Uninstall(n.t.Context())
+}
+
+// everything lists all files and links of the install folder, and the firmware path.
+func (n *node) everything(t *testing.T) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := filepath.WalkDir(filepath.Join(n.root, installDir), func(path string, d os.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		if d.Type()&os.ModeSymlink != 0 {
+			all[path], err = os.Readlink(path)
+			return err
+		}
+		raw, err := os.ReadFile(path)
+		all[path] = string(raw)
+		return err
+	})
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	all["firmware path"] = strings.Trim(string(raw), "\x00\n")
+	return all
+}
+
+// An uninstalled node is what it was, byte for byte: Google's folders, its note, and the
+// firmware path.
+func TestUninstall(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+	n := newNode(t, older, 1, key)
+	n.reboot(t)
+	sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
+	sample.Write(t, filepath.Join(n.root, installDir), ".cache", "BUILD_ID=1\nDRIVER_VERSION=2\n")
+	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/somebody/elses")
+	before := n.everything(t)
+	for range 2 { // two drivers, so that there is a former one
+		if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil {
+			t.Fatal(err)
+		}
+		// A driver in use stays, and everything with it.
+		with := n.everything(t)
+		n.inUse(t, "1")
+		if _, err := n.uninstall(); !fault.Is(err, fault.Busy) {
+			t.Errorf("Uninstall of a driver in use = %v; want busy", err)
+		}
+		if diff := cmp.Diff(with, n.everything(t)); diff != "" {
+			t.Errorf("a driver in use was touched (-want +got):\n%s", diff)
+		}
+		n.inUse(t, "0")
+		r, err := n.uninstall()
+		if err != nil || !r.Changed {
+			t.Fatalf("Uninstall = %+v, %v", r, err)
+		}
+		if diff := cmp.Diff(before, n.everything(t)); diff != "" {
+			t.Errorf("after Uninstall (-want +got):\n%s", diff)
+		}
+		if diff := cmp.Diff([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}, n.kernel.calls); diff != "" {
+			t.Errorf("system calls (-want +got):\n%s", diff)
+		}
+		if len(n.nodes.made) != 0 {
+			t.Errorf("device files %v without a driver", n.nodes.made)
+		}
+		if r, err := n.uninstall(); err != nil || r.Changed {
+			t.Errorf("a second Uninstall = %+v, %v; want nothing done", r, err)
+		}
+	}
+}
+
+// History tells what happened, in the order in which it did.
+func TestHistory(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := two(t, 1)
+	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil {
+		t.Fatal("no error")
+	}
+	delete(n.kernel.refuse, "nvidia "+newVersion)
+	n.killed(t, ref, pn.Digest, newer, "nvidia_uvm")
+	n.reboot(t)
+	n.cfg.AllowDowngrade = true
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	events, err := agent.New(n.cfg, n.parts).History()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, e := range events {
+		if e.At.IsZero() || e.BootID == "" || e.Digest == "" {
+			t.Errorf("event %+v lacks something", e)
+		}
+		got = append(got, e.What+" "+e.Driver.Version)
+	}
+	want := []string{"in force " + oldVersion, "taken back " + newVersion, "unfinished " + newVersion, "in force " + oldVersion}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("history (-want +got):\n%s", diff)
+	}
+	if !strings.Contains(events[1].Why, "ENODEV") {
+		t.Errorf("event %+v does not say why", events[1])
+	}
+}
