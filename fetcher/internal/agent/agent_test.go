@@ -180,11 +180,18 @@ type node struct {
 
 func newNode(t testing.TB, c sample.Cell, gpus int, key *testkit.Key) *node {
 	t.Helper()
-	root := sample.Root(t, c, gpus)
+	n := nodeAt(t, sample.Root(t, c, gpus), gpus)
+	n.parts.Verifier = key.Verifier(t)
+	return n
+}
+
+// nodeAt is a node of which everything is below root, and that trusts nobody.
+func nodeAt(t testing.TB, root string, gpus int) *node {
+	t.Helper()
 	n := &node{t: t, root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
 	n.cfg = agent.Config{HostRoot: root, InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
 	n.parts = agent.Parts{
-		Verifier: key.Verifier(t), Root: os.DirFS(root), Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus},
+		Root: os.DirFS(root), Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus}, Line: &timeline.Run{},
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now,
 		Open: func(ref string) (agent.Repository, error) { return registry.Open(ref, registry.Options{Plain: true}) },
 	}

@@ -23,7 +23,7 @@ import (
 )
 
 // reboot leaves nothing in the kernel.
-func (n *node) reboot(t *testing.T) {
+func (n *node) reboot(t testing.TB) {
 	t.Helper()
 	n.boots++
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", n.boots))

@@ -228,6 +228,13 @@ func BuildNote(text string) string {
 func Root(t testing.TB, c Cell, gpus int) string {
 	t.Helper()
 	root := t.TempDir()
+	RootAt(t, root, c, gpus)
+	return root
+}
+
+// RootAt is [Root] in a folder that is there.
+func RootAt(t testing.TB, root string, c Cell, gpus int) {
+	t.Helper()
 	files := map[string]string{
 		"etc/os-release": fmt.Sprintf("BUILD_ID=%s\nNAME=\"Container-Optimized OS\"\nKERNEL_COMMIT_ID=%s\nVERSION_ID=109\nVERSION=109\nID=cos\n",
 			c.Kernel.BuildID, strings.Repeat("c", 40)),
@@ -252,7 +259,6 @@ func Root(t testing.TB, c Cell, gpus int) string {
 	for name, content := range files {
 		Write(t, root, name, content)
 	}
-	return root
 }
 
 // Write writes a file below a folder and makes the folders on the way.

@@ -1,0 +1,485 @@
+package agent_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+var update = flag.Bool("update", false, "write docs/node-faults.md anew")
+
+// The faults that strike a run, each when a phase begins.
+const (
+	faultKill    = "killed"
+	faultDisk    = "disk full"
+	faultNetwork = "network gone"
+	faultRead    = "unreadable"
+	faultDamage  = "files damaged"
+	faultClock   = "clock in 1970"
+	faultTwo     = "two at once"
+)
+
+var faults = []string{faultKill, faultDisk, faultNetwork, faultRead, faultDamage, faultClock, faultTwo}
+
+// order is what a run in a process of its own is told, in the environment.
+type order struct {
+	Root, Layout, Keys string
+	Older, Newer       string // digests
+	// SetUp makes the node first, with the older driver in force.
+	SetUp bool
+	// Boot says that the node was rebooted, so that nothing is loaded.
+	Boot bool
+	// Fault strikes when Phase begins; "" is none.
+	Fault, Phase string
+}
+
+// outcome is what it prints.
+type outcome struct {
+	Class   string // "" is success
+	Error   string
+	Digest  string // of what the verdict is about
+	State   gpucheck.State
+	Struck  bool
+	Problem string // what of the node does not hold
+	// Again is the outcome of the next run, where that has to be in the same process.
+	Again *outcome
+}
+
+const orderVariable = "PREBAKE_TEST_ORDER"
+
+// TestFaultProcess is no test of its own: it is the process that a fault strikes, and does
+// nothing unless it is told what to do.
+func TestFaultProcess(t *testing.T) {
+	raw := os.Getenv(orderVariable)
+	if raw == "" {
+		return
+	}
+	var o order
+	if err := json.Unmarshal([]byte(raw), &o); err != nil {
+		t.Fatal(err)
+	}
+	if o.SetUp {
+		o.setUp(t)
+	}
+	got := o.run(t)
+	if o.SetUp {
+		if err := os.RemoveAll(filepath.Join(o.Root, "home", "filler")); err != nil {
+			t.Fatal(err)
+		}
+		o.Fault = ""
+		again := o.run(t)
+		got.Again = &again
+	}
+	text, err := json.Marshal(got)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("OUTCOME %s\n", text)
+}
+
+// cells are the two drivers.
+func cells(t testing.TB) (older, newer sample.Cell) {
+	older, newer = sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+	older.Bulk, newer.Bulk = 64<<10, 64<<10
+	return older, newer
+}
+
+// setUp makes a node that has the older driver in force.
+func (o order) setUp(t testing.TB) {
+	older, _ := cells(t)
+	sample.RootAt(t, o.Root, older, 1)
+	n := o.node(t)
+	n.reboot(t)
+	before := o
+	before.Fault, before.Boot = "", false
+	if r, err := n.runOf(t, before, before.Older, older); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Fatalf("the run before: %+v, %v", r.Verdict, err)
+	}
+	if o.Boot {
+		n.reboot(t)
+	}
+}
+
+// node is a node whose state is all on the disk.
+func (o order) node(t testing.TB) *node {
+	t.Helper()
+	pem, err := os.ReadFile(o.Keys)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, err := trust.ParsePublicKeys(pem)
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := nodeAt(t, o.Root, 1)
+	n.parts.Verifier = v
+	return n
+}
+
+// runOf runs once, for one of the two drivers.
+func (n *node) runOf(t testing.TB, o order, digest string, c sample.Cell) (*agent.Report, error) {
+	n.parts.Finder = finder{answer: answerOf("server", "oci:"+o.Layout, digest, c.Driver)}
+	return agent.New(n.cfg, n.parts).Run(t.Context())
+}
+
+func (o order) run(t testing.TB) (got outcome) {
+	n := o.node(t)
+	_, newer := cells(t)
+	var gone atomic.Bool
+	n.parts.Open = func(ref string) (agent.Repository, error) {
+		repo, err := registry.Open(ref, registry.Options{})
+		return cuttable{repo, &gone}, err
+	}
+	if o.Fault == faultClock {
+		n.parts.Now = func() time.Time { return time.Unix(0, 0) }
+	}
+	var once sync.Once
+	var struck error
+	n.parts.Line = &timeline.Run{Watch: func(e timeline.Event) {
+		if o.Fault == "" || e.Phase != o.Phase || e.Done != nil || e.Text != "" {
+			return
+		}
+		once.Do(func() {
+			got.Struck = true
+			struck = o.strike(t, &gone)
+		})
+	}}
+	r, err := n.runOf(t, o, o.Newer, newer)
+	got.Digest, got.State = r.Verdict.Digest, r.Verdict.State
+	if err = errors.Join(err, struck); err != nil {
+		got.Class, got.Error = fault.Of(err).String(), err.Error()
+	}
+	got.Problem = n.problem()
+	return got
+}
+
+func (o order) strike(t testing.TB, gone *atomic.Bool) error {
+	ours := filepath.Join(o.Root, installDir, ".prebake")
+	switch o.Fault {
+	case faultKill:
+		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	case faultDisk:
+		return fill(filepath.Join(o.Root, "home", "filler"))
+	case faultNetwork:
+		gone.Store(true)
+	case faultRead:
+		// As a failing disk: what is there cannot be read. A link that leads to itself does
+		// that to root as well.
+		return each(ours, func(path string) error {
+			if err := os.Remove(path); err != nil {
+				return err
+			}
+			return os.Symlink(filepath.Base(path), path)
+		})
+	case faultDamage:
+		return each(ours, func(path string) error {
+			raw, err := os.ReadFile(path)
+			if err != nil || len(raw) == 0 {
+				return err
+			}
+			raw[len(raw)/2] ^= 1
+			return os.WriteFile(path, raw, 0o644)
+		})
+	case faultTwo:
+		second := o
+		second.Fault = ""
+		if got := second.run(t); got.Class != "" && got.Class != fault.Busy.String() {
+			return fmt.Errorf("the second run: %+v", got)
+		}
+	}
+	return nil
+}
+
+// each calls do for all files below layers, of the modules and of the user space.
+func each(dir string, do func(string) error) error {
+	return filepath.WalkDir(filepath.Join(dir, "layers"), func(path string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil || !d.Type().IsRegular() {
+			return err
+		}
+		return do(path)
+	})
+}
+
+// fill writes files until not one byte more goes onto the disk.
+func fill(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	chunk := make([]byte, 1<<20)
+	for i := 0; ; i++ {
+		err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), chunk, 0o644)
+		if errors.Is(err, syscall.ENOSPC) {
+			if len(chunk) == 1 {
+				return nil
+			}
+			chunk = chunk[:len(chunk)/16+1]
+			continue
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// cuttable is a registry on a network that may be gone.
+type cuttable struct {
+	agent.Repository
+	gone *atomic.Bool
+}
+
+func (c cuttable) err() error {
+	if c.gone.Load() {
+		return fault.New(fault.Transient, "network is unreachable", "try again")
+	}
+	return nil
+}
+
+func (c cuttable) Manifest(ctx context.Context, digest string) ([]byte, error) {
+	if err := c.err(); err != nil {
+		return nil, err
+	}
+	return c.Repository.Manifest(ctx, digest)
+}
+
+func (c cuttable) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted ...map[string]string) ([][]byte, error) {
+	if err := c.err(); err != nil {
+		return nil, err
+	}
+	return c.Repository.AttachedIf(ctx, digest, artifactType, useful, wanted...)
+}
+
+func (c cuttable) Blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
+	rc, err := c.Repository.Blob(ctx, digest, size)
+	if err := errors.Join(c.err(), err); err != nil {
+		return nil, err
+	}
+	return rc, nil
+}
+
+// problem says what of a node does not hold: a library behind its name, modules and
+// libraries of one driver.
+func (n *node) problem() string {
+	lib, err := os.ReadFile(filepath.Join(n.root, installDir, "lib64/libnvidia-ml.so.1"))
+	if err != nil {
+		return err.Error()
+	}
+	version := strings.TrimPrefix(string(lib), "library ")
+	if version != oldVersion && version != newVersion {
+		return fmt.Sprintf("libnvidia-ml.so.1 is %.40q", lib)
+	}
+	loaded, err := os.ReadFile(filepath.Join(n.root, "sys/module/nvidia/version"))
+	if err == nil && strings.TrimSpace(string(loaded)) != version {
+		return fmt.Sprintf("libraries are of %s, and loaded is %s", version, loaded)
+	}
+	return ""
+}
+
+// rows are the phases of a run that changes the driver, and those of a run that brings a
+// node up after a reboot.
+var rows = []struct {
+	phase string
+	boot  bool
+}{
+	{"observe", false}, {"resolve", false}, {"verify", false}, {"fetch", false}, {"stage", false}, {"install", false}, {"load", false}, {"validate", false},
+	{"install", true}, {"load", true}, {"validate", true},
+}
+
+// TestFaults strikes each phase with each fault. Whatever becomes of that run, the next one
+// ends with a verified driver in force, loaded, and its library behind its name.
+func TestFaults(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("bwrap"); err != nil {
+		t.Skip("bwrap is missing: apt-get install bubblewrap")
+	}
+	dir, key := t.TempDir(), testkit.NewKey(t)
+	older, newer := cells(t)
+	lay := filepath.Join(dir, "layout")
+	common := order{
+		Layout: lay, Keys: filepath.Join(dir, "keys.pem"),
+		Older: sample.Publish(t, "oci:"+lay, key, older).Digest, Newer: sample.Publish(t, "oci:"+lay, key, newer).Digest,
+	}
+	if err := os.WriteFile(common.Keys, key.PEM(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var mu sync.Mutex
+	seen := map[string]string{}
+	t.Run("strike", func(t *testing.T) {
+		for _, row := range rows {
+			for _, kind := range faults {
+				o := common
+				o.Phase, o.Boot, o.Fault = row.phase, row.boot, kind
+				t.Run(o.name()+" "+kind, func(t *testing.T) {
+					t.Parallel()
+					cell := o.struck(t)
+					mu.Lock()
+					defer mu.Unlock()
+					seen[o.name()+" "+kind] = cell
+				})
+			}
+		}
+	})
+	if !t.Failed() {
+		checkTable(t, seen)
+	}
+}
+
+func (o order) name() string {
+	if o.Boot {
+		return o.Phase + ", after a reboot"
+	}
+	return o.Phase
+}
+
+// struck has the fault strike, and returns how the run ended.
+func (o order) struck(t *testing.T) string {
+	o.Root = filepath.Join(t.TempDir(), "root")
+	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
+	if o.Fault == faultDisk {
+		o.SetUp = true
+		disk := filepath.Join(o.Root, "home") // the fake kernel's files are elsewhere
+		if err := os.MkdirAll(disk, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(32 << 20), "--tmpfs", disk, "--die-with-parent", "--"}, argv...)
+	} else {
+		o.setUp(t)
+	}
+	got := o.process(t, argv)
+	if got == nil && o.Fault != faultKill || got != nil && !got.Struck {
+		t.Fatalf("the run ended with %+v", got)
+	}
+	cell := "killed"
+	if got != nil {
+		cell = o.word(got)
+		t.Logf("%s: %s", cell, got.Error)
+	}
+	if o.Fault != faultDamage && o.Fault != faultRead && o.Fault != faultDisk {
+		// A run that is killed between the switch and the load leaves libraries of one
+		// driver with modules of another, for the next run to mend.
+		if what := o.node(t).problem(); what != "" && (o.Fault != faultKill || !strings.HasPrefix(what, "libraries are of")) {
+			t.Errorf("behind the fault: %s", what)
+		}
+	}
+	again := &outcome{}
+	if got != nil && got.Again != nil {
+		again = got.Again
+		if got.Problem != "" {
+			t.Errorf("behind the fault: %s", got.Problem)
+		}
+	} else {
+		next := o
+		next.Fault = ""
+		*again = next.run(t)
+	}
+	if again.State != gpucheck.Ready || again.Problem != "" || again.Digest != o.Older && again.Digest != o.Newer {
+		t.Errorf("the next run: %+v; want a driver ready", again)
+	}
+	if again.Class != "" && again.Digest == o.Newer {
+		t.Errorf("the next run: %+v; want no error with the wanted driver", again)
+	}
+	return cell
+}
+
+func (o order) word(got *outcome) string {
+	driver := map[string]string{o.Older: "old", o.Newer: "new", "": "none"}[got.Digest]
+	if got.Class == "" {
+		return driver
+	}
+	return got.Class + ", " + driver
+}
+
+// process runs an order in a process of its own; nil is that it was killed.
+func (o order) process(t *testing.T, argv []string) *outcome {
+	t.Helper()
+	text, err := json.Marshal(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
+	cmd.Env = append(os.Environ(), orderVariable+"="+string(text))
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Sys().(syscall.WaitStatus).Signaled() {
+		return nil
+	}
+	if err != nil {
+		t.Fatalf("%v\n%s%s", err, out, stderr.Bytes())
+	}
+	_, line, ok := bytes.Cut(out, []byte("OUTCOME "))
+	line, _, _ = bytes.Cut(line, []byte("\n"))
+	got := &outcome{}
+	if !ok || json.Unmarshal(line, got) != nil {
+		t.Fatalf("no outcome in %q", out)
+	}
+	return got
+}
+
+const tableFile = "../../../docs/node-faults.md"
+
+// checkTable compares what was seen with the table in the documentation.
+func checkTable(t *testing.T, seen map[string]string) {
+	t.Helper()
+	const start, end = "<!-- table: begin -->\n", "<!-- table: end -->\n"
+	var table strings.Builder
+	fmt.Fprintf(&table, "| phase | %s |\n|---|%s\n", strings.Join(faults, " | "), strings.Repeat("---|", len(faults)))
+	for _, row := range rows {
+		o := order{Phase: row.phase, Boot: row.boot}
+		line := []string{o.name()}
+		for _, kind := range faults {
+			line = append(line, seen[o.name()+" "+kind])
+		}
+		fmt.Fprintf(&table, "| %s |\n", strings.Join(line, " | "))
+	}
+	text, err := os.ReadFile(tableFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	before, rest, ok := strings.Cut(string(text), start)
+	old, after, ok2 := strings.Cut(rest, end)
+	if !ok || !ok2 {
+		t.Fatalf("%s has no place for the table", tableFile)
+	}
+	switch {
+	case old == table.String():
+	case *update:
+		if err := os.WriteFile(tableFile, slices.Concat([]byte(before), []byte(start), []byte(table.String()), []byte(end), []byte(after)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	default:
+		t.Errorf("%s says\n%s\nand this run saw\n%s\nrun: go test ./fetcher/internal/agent -run TestFaults -update", tableFile, old, table.String())
+	}
+}
