@@ -59,6 +59,10 @@ unit: ## run the tests of single packages only, without the end-to-end ones
 race: ## run the tests of single packages with the race detector
 	CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $(UNITS) $(CGO)
 
+.PHONY: soak
+soak: ## kill the fetcher at random moments, SOAK (1000) times, and look at what it leaves
+	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher
+
 .PHONY: fuzz
 fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | while read -r file; do \
