@@ -34,7 +34,7 @@ const (
 func hostFlags() []ucli.Flag {
 	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a GKE DaemonSet")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
-		"install `FOLDER`, seen from the node's root; /var/lib/nvidia on plain COS")
+		"install `FOLDER`, seen from the node's root")
 	root.Validator, install.Validator = absolute, absolute
 	return cli.Group(groupTo, root, install)
 }
@@ -48,7 +48,7 @@ func wishFlags() []ucli.Flag {
 		),
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
-			cli.String("registry", "", "without a server: `REF` of a repository, host/name or oci:FOLDER"),
+			cli.String("registry", "", "without a server: repository `REF`, host/name or oci:FOLDER"),
 			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
 			cli.Duration("wait", 0, "longest `TIME` to wait for a build in progress or a service that fails; 0 asks once"),
 		),
@@ -70,9 +70,16 @@ func changeFlags() []ucli.Flag {
 		}
 		return nil
 	}
+	maintenance := cli.String("maintenance", "any", "`HOURS` (UTC) for replacing a loaded driver, as in 02:00-05:00; any or never")
+	maintenance.Validator = func(s string) error {
+		_, err := agent.ParseWindow(s)
+		return err
+	}
 	return slices.Concat(
 		cli.Group(groupTo,
 			foreign,
+			maintenance,
+			cli.Duration("wait-idle", 0, "longest `TIME` to wait for an idle GPU before that"),
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
@@ -111,11 +118,11 @@ func trustFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupTrust,
 			cli.String("policy", "",
-				"`FILE` with a policy, in place of the other settings of trust: see fetcher policy"),
+				"`FILE` with a policy, in place of all below"),
 			cli.String("key", defaultKeys,
 				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"),
 			cli.String("load-test", "any",
-				"take artifacts with static checks only (any), or those that a kernel has loaded (tested): `MODE`"),
+				"`MODE`: any, or tested for artifacts that a kernel has loaded"),
 		),
 		cli.Group(groupTrust, cli.TrustFlags()...),
 	)
@@ -156,6 +163,12 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	}
 	var errs []error
 	var err error
+	if text := cmd.String("maintenance"); text != "" {
+		if cfg.Maintenance, err = agent.ParseWindow(text); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	cfg.WaitIdle = cmd.Duration("wait-idle")
 	if cfg.ModuleParams, err = readParams(cmd.StringSlice("module-param")); err != nil {
 		errs = append(errs, err)
 	}

@@ -41,6 +41,9 @@ type Device struct {
 	Name        string `json:"name,omitempty"`
 	PCIBusID    string `json:"pciBusId,omitempty"`
 	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
+	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
+	// progress or completed; "" is a GPU without one, or a library that does not tell.
+	Fabric string `json:"fabric,omitempty"`
 	// Error says why NVML cannot use or describe this GPU.
 	Error string `json:"error,omitempty"`
 }
@@ -60,7 +63,11 @@ func run(args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "nvmlprobe: argument %q: want none; name the library with --lib\n", flags.Arg(0))
 		return exitUsage
 	}
-	a := ask(nvml.New(nvml.WithLibraryPath(*lib)), func() error { return openable(*lib) })
+	library := nvml.New(nvml.WithLibraryPath(*lib))
+	a := ask(struct {
+		nvml.Interface
+		nvml.ExtendedInterface
+	}{library, library.Extensions()}, func() error { return openable(*lib) })
 	if err := json.NewEncoder(stdout).Encode(a); err != nil {
 		fmt.Fprintf(stderr, "nvmlprobe: print answer: %v\n", err)
 		return exitSilent
@@ -89,6 +96,7 @@ type asked interface {
 	SystemGetCudaDriverVersion_v2() (int, nvml.Return)
 	DeviceGetCount() (int, nvml.Return)
 	DeviceGetHandleByIndex(int) (nvml.Device, nvml.Return)
+	LookupSymbol(string) error
 }
 
 // ask fills an answer as far as NVML gives one.
@@ -124,7 +132,13 @@ func ask(lib asked, why func() error) (a Answer) {
 			a.Devices = append(a.Devices, Device{Error: fmt.Sprintf("open GPU %d: %s", i, words(ret))})
 			continue
 		}
-		a.Devices = append(a.Devices, describe(d))
+		device := describe(d)
+		// A driver from before R525 lacks the call, and a program that makes it all the same
+		// is ended by the loader.
+		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
+			device.Fabric = fabric(d)
+		}
+		a.Devices = append(a.Devices, device)
 	}
 	return a
 }
@@ -157,6 +171,25 @@ func describe(d facts) (out Device) {
 		out.MemoryBytes = mem.Total
 	}
 	return out
+}
+
+// fabric reads how far a GPU has come in joining its fabric.
+func fabric(d interface {
+	GetGpuFabricInfo() (nvml.GpuFabricInfo, nvml.Return)
+}) string {
+	info, ret := d.GetGpuFabricInfo()
+	if ret != nvml.SUCCESS {
+		return "" // most GPUs have none
+	}
+	switch info.State {
+	case nvml.GPU_FABRIC_STATE_NOT_STARTED:
+		return "not started"
+	case nvml.GPU_FABRIC_STATE_IN_PROGRESS:
+		return "in progress"
+	case nvml.GPU_FABRIC_STATE_COMPLETED:
+		return "completed"
+	}
+	return ""
 }
 
 func words(ret nvml.Return) string { return nvml.ErrorString(ret) }

@@ -15,9 +15,16 @@ import (
 // library answers like NVML would; methods that a row leaves out succeed.
 type library struct {
 	init, version, count nvml.Return
+	old                  bool // lacks newer calls
 	devices              []nvml.Return
 }
 
+func (l library) LookupSymbol(string) error {
+	if l.old {
+		return errors.New("undefined symbol")
+	}
+	return nil
+}
 func (l library) Init() nvml.Return     { return l.init }
 func (l library) Shutdown() nvml.Return { return nvml.SUCCESS }
 func (l library) SystemGetDriverVersion() (string, nvml.Return) {
@@ -43,6 +50,9 @@ func (gpu) GetPciInfo() (nvml.PciInfo, nvml.Return) {
 	}
 	return p, nvml.SUCCESS
 }
+func (g gpu) GetGpuFabricInfo() (nvml.GpuFabricInfo, nvml.Return) {
+	return nvml.GpuFabricInfo{State: nvml.GPU_FABRIC_STATE_NOT_STARTED}, nvml.SUCCESS
+}
 func (g gpu) GetMemoryInfo() (nvml.Memory, nvml.Return) {
 	return nvml.Memory{Total: 16 << 30}, g.memory
 }
@@ -52,7 +62,9 @@ func convert[T int8 | uint8](_ T, b byte) T { return T(b) }
 
 func TestAsk(t *testing.T) {
 	t.Parallel()
-	good := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0", MemoryBytes: 16 << 30}
+	good := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0", MemoryBytes: 16 << 30, Fabric: "not started"}
+	silent := good
+	silent.Fabric = ""
 	for _, row := range []struct {
 		name string
 		lib  library
@@ -63,6 +75,8 @@ func TestAsk(t *testing.T) {
 		{"one good GPU, one lost", library{devices: []nvml.Return{nvml.SUCCESS, nvml.ERROR_GPU_IS_LOST}}, nil,
 			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{good,
 				{Error: "open GPU 1: " + words(nvml.ERROR_GPU_IS_LOST)}}}},
+		{"a library that knows no fabric", library{old: true, devices: []nvml.Return{nvml.SUCCESS}}, nil,
+			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{silent}}},
 		{"library missing", library{init: nvml.ERROR_LIBRARY_NOT_FOUND}, errors.New("no such file"),
 			Answer{Devices: []Device{}, Error: "open NVML: no such file", Code: int(nvml.ERROR_LIBRARY_NOT_FOUND)}},
 		{"driver not loaded", library{init: nvml.ERROR_DRIVER_NOT_LOADED}, nil,

@@ -414,7 +414,11 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) 
 			return gpucheck.Verdict{}, err
 		}
 	}
-	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
+	lines := a.loader.Since(mark)
+	f.NVRM = kmod.NVRM(lines, 8)
+	if mark != (kmod.Mark{}) {
+		f.Since = lines
+	}
 	return gpucheck.Judge(f), nil
 }
 

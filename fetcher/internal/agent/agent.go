@@ -112,6 +112,9 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	// Nobody is kept waiting while this program waits for the farm.
 	answer, none := a.resolve(ctx, facts, current)
 	r.Answer = answer
+	if err := a.waitIdle(ctx, store, answer, none); err != nil {
+		return err
+	}
 	return a.locked(store, func() error { return a.settle(ctx, r, store, none) })
 }
 
@@ -247,6 +250,12 @@ func (a *Agent) situation(ctx context.Context, store *install.Store) (s situatio
 	if s.facts, err = host.Observe(a.parts.Root); err != nil {
 		return s, err
 	}
+	if s.facts.Open() {
+		if s.facts.Users, err = host.DeviceUsers(a.parts.Root); err != nil {
+			a.parts.Log.WarnContext(ctx, "find who uses the GPU", "err", err)
+		}
+	}
+	s.closed = a.cfg.Maintenance.Closed(a.parts.Now())
 	s.question = a.question(s.facts)
 	if s.current, err = currentSet(store); err != nil || store == nil {
 		s.attempts = attempts{}

@@ -26,6 +26,8 @@ type situation struct {
 	// question is what the node asked the farm.
 	question resolve.Question
 	attempts attempts
+	// closed says why a driver that is loaded may not be replaced now; "" is that it may.
+	closed string
 	// replaceForeign, allowDowngrade, retry and noLoad are what the node's owner decides.
 	replaceForeign, allowDowngrade, retry, noLoad bool
 }
@@ -110,6 +112,9 @@ func (s situation) put(set *install.Set) decision {
 	case !s.ours() && !s.replaceForeign:
 		return decision{do: refuse, err: fault.New(fault.Busy, fmt.Sprintf("another driver is loaded that this program did not install: %s", s.facts.Driver),
 			"it stays as it is; --foreign replace unloads it, or reboot the node without what loads it")}
+	}
+	if s.closed != "" {
+		return decision{do: refuse, err: fault.New(fault.Busy, fmt.Sprintf("replace driver %s: %s", s.facts.Driver, s.closed), "the driver that is loaded stays until then, or until the node is rebooted")}
 	}
 	if err := idle(s.facts); err != nil {
 		return decision{do: refuse, err: err}
@@ -215,8 +220,19 @@ func idle(facts *host.Facts) error {
 	}
 	for _, m := range facts.Modules {
 		if m.Refs > len(m.UsedBy) {
-			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, plural(m.Refs-len(m.UsedBy), "open device")),
-				"stop what uses the GPU (nvidia-smi lists it) and run this again; the driver in use stays as it is")
+			by := plural(m.Refs-len(m.UsedBy), "open device")
+			if len(facts.Users) > 0 {
+				var names []string
+				for _, u := range facts.Users {
+					names = append(names, u.String())
+				}
+				by = strings.Join(names[:min(len(names), 4)], ", ")
+				if more := len(names) - 4; more > 0 {
+					by += fmt.Sprintf(" and %d more", more)
+				}
+			}
+			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: module %s is in use by %s", facts.Driver, m.Name, by),
+				"stop what uses the GPU and run this again; the driver in use stays as it is")
 		}
 	}
 	return nil

@@ -69,6 +69,10 @@ type Config struct {
 	// names no version. Retry tries again what failed too often, took the node down, or
 	// was rolled back by hand.
 	ReplaceForeign, AllowDowngrade, Retry bool
+	// Maintenance says when a driver that is loaded may be replaced, and WaitIdle how long
+	// to wait for those who use it to end.
+	Maintenance Window
+	WaitIdle    time.Duration
 	// DryRun changes nothing and reports what would be done.
 	DryRun bool
 }

@@ -65,6 +65,9 @@ type Device struct {
 	Name        string `json:"name"`
 	PCIBusID    string `json:"pciBusId"`
 	MemoryBytes uint64 `json:"memoryBytes"`
+	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
+	// progress or completed; "" is a GPU without one.
+	Fabric string `json:"fabric,omitempty"`
 	// Error says why NVML cannot use the GPU; "" is a healthy one.
 	Error string `json:"error,omitempty"`
 }
@@ -79,6 +82,8 @@ type Facts struct {
 	// GPUs are the PCI addresses of the GPUs that the driver is to drive.
 	GPUs []string
 	NVRM []string
+	// Since are the kernel's lines since the driver was loaded, where that is known.
+	Since []string
 }
 
 // required are the modules without which no CUDA program runs.
@@ -137,6 +142,14 @@ func Judge(f Facts) Verdict {
 	case f.NVML.Error != "":
 		return is(Unusable, "NVML: %s", f.NVML.Error)
 	}
+	if fatal := FatalXids(f.Since); len(fatal) > 0 {
+		v.UsableGPUs = max(0, v.PCIGPUs-len(fatal))
+		return is(Unusable, "the driver reports %s", strings.Join(fatal, "; "))
+	}
+	if waiting := f.fabricless(); len(waiting) > 0 {
+		v.UsableGPUs = v.PCIGPUs - len(waiting)
+		return is(Unusable, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before nvidia-fabricmanager has", len(waiting), waiting[0])
+	}
 	return v
 }
 
@@ -169,6 +182,17 @@ func (f Facts) missing() (missing, reasons []string) {
 		}
 	}
 	return missing, reasons
+}
+
+// fabricless names the GPUs that wait for the fabric manager, as those of machines with
+// NVSwitches do (CUDA error 802, system not yet initialized).
+func (f Facts) fabricless() (waiting []string) {
+	for _, d := range f.NVML.Devices {
+		if d.Fabric == "not started" || d.Fabric == "in progress" {
+			waiting = append(waiting, d.PCIBusID+" "+d.Fabric)
+		}
+	}
+	return waiting
 }
 
 // busAddress is a PCI address in one form: NVML writes the domain with eight digits
@@ -236,6 +260,9 @@ func (v Verdict) Print(w io.Writer) error {
 	}
 	for _, d := range v.NVML.Devices {
 		line("gpu", "%s %s %s, %d MiB", d.PCIBusID, d.Name, d.UUID, d.MemoryBytes>>20)
+		if d.Fabric != "" {
+			line("fabric", "%s %s", d.PCIBusID, d.Fabric)
+		}
 	}
 	for _, text := range v.NVRM {
 		line("kernel", "%s", text)

@@ -36,6 +36,8 @@ type Facts struct {
 	Modules []Module `json:"modules"`
 	// Driver is the driver that is loaded now; its Version is empty when none is.
 	Driver target.Driver `json:"loadedDriver"`
+	// Users are the processes that have the driver open, where somebody asked for them.
+	Users []User `json:"users,omitempty"`
 	// FirmwarePath is the extra folder in which the kernel looks for firmware.
 	FirmwarePath string `json:"firmwarePath,omitempty"`
 	// Unread says what of the node could not be read or understood; the facts hold
@@ -67,6 +69,11 @@ func (f *Facts) Holders() []string {
 		}
 	}
 	return all
+}
+
+// Open reports whether somebody has a device of the driver open.
+func (f *Facts) Open() bool {
+	return slices.ContainsFunc(f.Modules, func(m Module) bool { return m.Refs > len(m.UsedBy) })
 }
 
 // driverModules are the modules of NVIDIA's driver, in the kernel's spelling. Others

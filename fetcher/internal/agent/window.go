@@ -1,0 +1,92 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Window says when a driver that is loaded may be replaced by another. The zero value is
+// at any time.
+type Window struct {
+	// Never leaves that to a reboot.
+	Never bool
+	// From and Until are times of the day, UTC, from midnight on; equal is the whole day. A
+	// window may go over midnight.
+	From, Until time.Duration
+}
+
+// ParseWindow reads any, never or HH:MM-HH:MM.
+func ParseWindow(text string) (Window, error) {
+	switch text {
+	case "any":
+		return Window{}, nil
+	case "never":
+		return Window{Never: true}, nil
+	}
+	from, until, ok := strings.Cut(text, "-")
+	var w Window
+	var errs [2]error
+	w.From, errs[0] = clock(from)
+	w.Until, errs[1] = clock(until)
+	if !ok || errors.Join(errs[:]...) != nil || w.From == w.Until {
+		return Window{}, fmt.Errorf("maintenance %q: want any, never, or times of the day in UTC such as 02:00-05:00", text)
+	}
+	return w, nil
+}
+
+func clock(text string) (time.Duration, error) {
+	at, err := time.Parse("15:04", text)
+	return time.Duration(at.Hour())*time.Hour + time.Duration(at.Minute())*time.Minute, err
+}
+
+// Closed says why nothing is replaced now; "" is that it may be.
+func (w Window) Closed(now time.Time) string {
+	if w.Never {
+		return "its owner leaves that to a reboot (--maintenance never)"
+	}
+	now = now.UTC()
+	at := time.Duration(now.Hour())*time.Hour + time.Duration(now.Minute())*time.Minute
+	open := w.From <= at && at < w.Until
+	if w.From >= w.Until {
+		open = at >= w.From || at < w.Until
+	}
+	if open {
+		return ""
+	}
+	day := func(d time.Duration) string { return time.Time{}.Add(d).Format("15:04") }
+	return fmt.Sprintf("it is outside of the hours for that, %s to %s UTC", day(w.From), day(w.Until))
+}
+
+// idlePause is the time between two looks at who uses the driver.
+const idlePause = 2 * time.Second
+
+// waitIdle waits, for as long as the owner says, until nobody uses a driver that is to be
+// replaced. It holds no lock, and changes nothing.
+func (a *Agent) waitIdle(ctx context.Context, store *install.Store, answer resolve.Answer, none error) error {
+	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || none != nil {
+		return nil
+	}
+	end := time.Now().Add(a.cfg.WaitIdle)
+	for {
+		s, err := a.situation(ctx, store)
+		if err != nil {
+			return err
+		}
+		if len(s.facts.Modules) == 0 || s.facts.Runs(answer.Driver) || s.closed != "" || idle(s.facts) == nil || time.Now().After(end) {
+			return nil // the decision says what else there is to say
+		}
+		a.parts.Line.Say("resolve", "waiting for the GPU: %s", strings.TrimPrefix(idle(s.facts).Error(), "unload "))
+		select {
+		case <-ctx.Done():
+			return fault.Wrap(fault.Cancelled, context.Cause(ctx), "")
+		case <-time.After(idlePause):
+		}
+	}
+}

@@ -1,0 +1,92 @@
+package agent_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func TestWindow(t *testing.T) {
+	t.Parallel()
+	for text, open := range map[string]map[string]bool{
+		"any":         {"00:00": true, "12:00": true},
+		"never":       {"00:00": false, "12:00": false},
+		"02:00-05:00": {"01:59": false, "02:00": true, "04:59": true, "05:00": false},
+		"22:00-04:00": {"21:59": false, "22:00": true, "23:59": true, "00:00": true, "03:59": true, "04:00": false},
+	} {
+		w, err := agent.ParseWindow(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for at, want := range open {
+			now, err := time.Parse("15:04", at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			// Another zone is another hour there, and the same here.
+			if got := w.Closed(now.In(time.FixedZone("x", 3600))) == ""; got != want {
+				t.Errorf("%s at %s: open %t; want %t", text, at, got, want)
+			}
+		}
+	}
+	for _, text := range []string{"", "2-5", "02:00", "02:00-02:00", "25:00-26:00", "02:00-05:00-06:00", "always"} {
+		if w, err := agent.ParseWindow(text); err == nil {
+			t.Errorf("ParseWindow(%q) = %+v; want an error", text, w)
+		}
+	}
+}
+
+// A driver that works is replaced within the owner's hours, and stays until then. A node
+// without one is no matter of hours.
+func TestMaintenance(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	n.cfg.Maintenance = agent.Window{From: 2 * time.Hour, Until: 5 * time.Hour}
+	n.parts.Now = func() time.Time { return time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC) }
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "02:00 to 05:00 UTC") || r.Verdict.Digest != po.Digest || len(n.kernel.calls) > 0 {
+		t.Errorf("at noon: %+v, %v, calls %v; want the old driver left alone", r.Verdict, err, n.kernel.calls)
+	}
+	n.parts.Now = func() time.Time { return time.Date(2026, 6, 2, 3, 0, 0, 0, time.UTC) }
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
+		t.Errorf("at night: %+v, %v; want the new driver", r.Verdict, err)
+	}
+	n.cfg.Maintenance = agent.Window{Never: true}
+	n.reboot(t)
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("after a reboot: %+v, %v; want it loaded", r.Verdict, err)
+	}
+}
+
+// Who stands in the way is named, waited for, and when it ends the driver is replaced.
+func TestWaitIdle(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	n.inUse(t, "1")
+	sample.Write(t, n.root, "proc/812/comm", "python3\n")
+	sample.Write(t, n.root, "proc/812/cgroup", "0::/kubepods/podaaaaaaaa-7d1c-4b0e-9a53-0d7f6b1c2e3f/0b\n")
+	sample.Write(t, n.root, "var/log/pods/ml_train-0_aaaaaaaa-7d1c-4b0e-9a53-0d7f6b1c2e3f/0.log", "")
+	if err := os.MkdirAll(filepath.Join(n.root, "proc/812/fd"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("/dev/nvidia0", filepath.Join(n.root, "proc/812/fd/3")); err != nil {
+		t.Fatal(err)
+	}
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pid 812, pod ml/train-0)") || r.Verdict.Digest != po.Digest {
+		t.Errorf("Run = %v; want busy, and by whom", err)
+	}
+	n.cfg.WaitIdle = time.Minute
+	timer := time.AfterFunc(300*time.Millisecond, func() { n.inUse(t, "0") })
+	defer timer.Stop()
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run = %+v, %v; want the new driver once the GPU is idle", r.Verdict, err)
+	}
+}

@@ -1,0 +1,105 @@
+package host
+
+import (
+	"fmt"
+	"io/fs"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+)
+
+// User is a process that has a device of the driver open.
+type User struct {
+	PID     int    `json:"pid"`
+	Command string `json:"command"`
+	// Pod is NAMESPACE/NAME where the process is of a pod that is known here, the pod's
+	// uid where it is not, and "" outside of pods.
+	Pod     string   `json:"pod,omitempty"`
+	Devices []string `json:"devices"`
+}
+
+func (u User) String() string {
+	text := fmt.Sprintf("%s (pid %d", u.Command, u.PID)
+	if u.Pod != "" {
+		text += ", pod " + u.Pod
+	}
+	return text + ")"
+}
+
+// maxUsers bounds the processes that are told of.
+const maxUsers = 256
+
+// podUID is a pod's uid in the path of a control group: with dashes by the cgroupfs
+// driver of kubelet, with underscores by that of systemd.
+var podUID = regexp.MustCompile(`pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})`)
+
+// DeviceUsers finds the processes that have a device of the driver open, by the links in
+// /proc/PID/fd (proc(5)). They are those that this program may see: all of the node where
+// it runs as root with the node's /proc. A process that ends meanwhile is left out.
+func DeviceUsers(root fs.FS) ([]User, error) {
+	entries, err := fs.ReadDir(root, "proc")
+	if err != nil {
+		return nil, fmt.Errorf("list processes: %w", err)
+	}
+	var users []User
+	var pods map[string]string
+	for _, e := range entries {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil || !e.IsDir() {
+			continue
+		}
+		dir := "proc/" + e.Name()
+		fds, err := fs.ReadDir(root, dir+"/fd")
+		if err != nil {
+			continue // it ended, or is not ours to look into
+		}
+		var devices []string
+		for _, fd := range fds {
+			to, err := fs.ReadLink(root, dir+"/fd/"+fd.Name())
+			if err == nil && strings.HasPrefix(to, "/dev/nvidia") && !slices.Contains(devices, to) {
+				devices = append(devices, to)
+			}
+		}
+		if len(devices) == 0 {
+			continue
+		}
+		slices.Sort(devices)
+		u := User{PID: pid, Devices: devices}
+		if name, err := readOptional(root, dir+"/comm"); err == nil {
+			u.Command = name
+		}
+		if group, err := readBounded(root, dir+"/cgroup"); err == nil {
+			if m := podUID.FindStringSubmatch(group); m != nil {
+				if pods == nil {
+					pods = podNames(root)
+				}
+				uid := strings.ReplaceAll(m[1], "_", "-")
+				if u.Pod = pods[uid]; u.Pod == "" {
+					u.Pod = uid
+				}
+			}
+		}
+		if users = append(users, u); len(users) == maxUsers {
+			break
+		}
+	}
+	slices.SortFunc(users, func(a, b User) int { return a.PID - b.PID })
+	return users, nil
+}
+
+// podNames reads the names of this node's pods off the folders of their logs, which kubelet
+// calls NAMESPACE_NAME_UID (BuildPodLogsDirectory in pkg/kubelet/kuberuntime/helpers.go).
+func podNames(root fs.FS) map[string]string {
+	names := map[string]string{}
+	entries, err := fs.ReadDir(root, "var/log/pods")
+	if err != nil {
+		return names // no pods here
+	}
+	for _, e := range entries {
+		if part := strings.Split(e.Name(), "_"); len(part) == 3 {
+			names[part[2]] = part[0] + "/" + part[1]
+		}
+	}
+	return names
+}
