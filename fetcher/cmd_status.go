@@ -100,6 +100,9 @@ func printStatus(w io.Writer, s *agent.Status) error {
 	if err := s.Verdict.Print(w); err != nil {
 		return err
 	}
+	for _, u := range s.Host.Users {
+		fmt.Fprintf(w, "%-8s %s\n", "used by", u)
+	}
 	for _, what := range s.Host.Unread {
 		fmt.Fprintf(w, "%-8s %s\n", "unread", what)
 	}

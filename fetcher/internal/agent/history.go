@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -90,8 +91,9 @@ func (a *Agent) History() (all []Event, err error) {
 // it is ours and nobody uses it, what another installer had is back, and nothing of ours
 // is left. A run that was killed in the middle of it is finished by the next.
 func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
-	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: nil}
+	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.checked.Clear()
+	defer func() { r.Phases = a.parts.Line.Phases() }()
 	if _, err = a.observe(r); err != nil {
 		return r, err
 	}

@@ -125,6 +125,11 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(facts.Modules) > 0 {
+		if facts.Users, err = host.DeviceUsers(a.parts.Root); err != nil {
+			facts.Unread = append(facts.Unread, err.Error())
+		}
+	}
 	s := &Status{Host: facts}
 	modules := map[string]string{}
 	for _, m := range facts.Modules {
