@@ -43,7 +43,7 @@ func hostFlags() []ucli.Flag {
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat,
-			cli.String("driver", string(target.Default), "`VERSION`, default, latest or a branch such as R535"),
+			cli.String("driver", string(target.Default), "`VERSION`, default, latest, a branch such as R535, or a digest"),
 			cli.String("flavour", resolve.Auto, "`FLAVOUR`: proprietary, open, or auto (open where it drives this node's GPUs)"),
 		),
 		cli.Group(groupFrom,
@@ -182,7 +182,12 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg, err := readHostConfig(cmd)
 	errs := []error{err}
-	if cfg.Wish, err = target.ParseWish(cmd.String("driver")); err != nil {
+	if pin := cmd.String("driver"); strings.HasPrefix(pin, digestPrefix) {
+		cfg.Wish, cfg.Pin = target.Default, pin
+		if _, err := target.ParseFingerprint(pin); err != nil { // digests have the same form
+			errs = append(errs, fmt.Errorf("driver %q: want sha256: and 64 lower-case hex digits", pin))
+		}
+	} else if cfg.Wish, err = target.ParseWish(pin); err != nil {
 		errs = append(errs, err)
 	}
 	cfg.Flavour = cmd.String("flavour")
@@ -191,6 +196,9 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	}
 	return cfg, fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
+
+// digestPrefix begins the digest of one artifact, in place of a wish.
+const digestPrefix = "sha256:"
 
 // paramPattern keeps a parameter one word: the kernel splits at white space.
 var paramPattern = regexp.MustCompile(`^([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,128}=[!-~]*)$`)

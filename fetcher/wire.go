@@ -23,9 +23,11 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/policy"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -208,7 +210,11 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	if v != nil {
 		gpus = resolve.Signed(v, func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) })
 	}
-	if server := cmd.String("server"); server != "" {
+	pinned := strings.HasPrefix(cmd.String("driver"), digestPrefix)
+	if pinned && cmd.String("registry") == "" {
+		return nil, fault.New(fault.Usage, "a digest says what artifact, and not where it is", "name the repository with --registry HOST/NAME")
+	}
+	if server := cmd.String("server"); server != "" && !pinned {
 		u, err := url.Parse(server)
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
@@ -220,16 +226,31 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		if err != nil {
 			return nil, err
 		}
-		return resolve.Registry{Ref: ref, GPUs: gpus, Resolve: func(ctx context.Context, tag string) (string, error) {
-			d, err := repo.Resolve(ctx, tag)
-			if err != nil {
-				return "", err
-			}
-			return d.Digest.String(), nil
-		}}, nil
+		return registryFinder(ref, repo, gpus), nil
 	}
 	if compiles {
 		return resolve.Nobody{}, nil
 	}
 	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")
+}
+
+// registryFinder asks one repository.
+func registryFinder(ref string, repo *registry.Repository, gpus resolve.Lister) resolve.Registry {
+	return resolve.Registry{
+		Ref: ref, GPUs: gpus, Tags: repo.Tags,
+		Resolve: func(ctx context.Context, tag string) (string, error) {
+			d, err := repo.Resolve(ctx, tag)
+			if err != nil {
+				return "", err
+			}
+			return d.Digest.String(), nil
+		},
+		Driver: func(ctx context.Context, digest string) (target.Driver, error) {
+			raw, err := repo.Manifest(ctx, digest)
+			if err != nil {
+				return target.Driver{}, err
+			}
+			return bundle.DriverOf(raw)
+		},
+	}
 }

@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // MaxManifest bounds a manifest and a config: ours have some 2 KB.
@@ -51,6 +52,19 @@ func ConfigDescriptor(manifest []byte) (v1.Descriptor, error) {
 		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
 	}
 	return m.Config, nil
+}
+
+// DriverOf reads which driver an artifact says that it has, without its config.
+func DriverOf(manifest []byte) (target.Driver, error) {
+	m, err := decodeManifest(manifest)
+	if err != nil {
+		return target.Driver{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
+	}
+	id, err := ParseIdentity(m.Annotations)
+	if err != nil {
+		return target.Driver{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
+	}
+	return id.Driver, nil
 }
 
 // ParseManifest reads an artifact out of its manifest and config, and refuses

@@ -58,6 +58,7 @@ type store interface {
 	tag(ctx context.Context, d v1.Descriptor, tag string) error
 	attach(ctx context.Context, a *attachment) error
 	checkPush(ctx context.Context) error
+	tags(ctx context.Context) ([]string, error)
 }
 
 // Repository is one repository. Its methods may be called concurrently.

@@ -296,7 +296,7 @@ func (s situation) incomplete() bool {
 }
 
 func (a *Agent) question(facts *host.Facts) resolve.Question {
-	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Flavour: a.cfg.Flavour, GPUs: facts.Listed()}
+	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Pin: a.cfg.Pin, Flavour: a.cfg.Flavour, GPUs: facts.Listed()}
 }
 
 // dryRun reports what a run would do.
@@ -379,7 +379,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install
 			return "", err
 		case answer.Err() == nil:
 			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
-		case a.parts.Local == nil || answer.State == api.Yanked || serves(current, q):
+		case a.parts.Local == nil || q.Pin != "" || answer.State == api.Yanked || serves(current, q):
 			return string(answer.State), answer.Err()
 		case a.cfg.DryRun:
 			return string(answer.State) + "; would compile on this node", answer.Err()

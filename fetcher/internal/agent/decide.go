@@ -175,7 +175,7 @@ func (s situation) another(digest string) bool {
 // isDowngrade reports whether the farm's answer to a wish without an exact version is
 // older than what is installed for it.
 func (s situation) isDowngrade(good *install.Set) bool {
-	if _, exact := s.question.Wish.Exact(); exact || s.allowDowngrade || !serves(good, s.question) {
+	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade || !serves(good, s.question) {
 		return false
 	}
 	return target.CompareVersions(s.wanted.Driver.Modules().Version, good.Driver.Modules().Version) < 0
@@ -186,6 +186,9 @@ func (s situation) isDowngrade(good *install.Set) bool {
 func serves(s *install.Set, q resolve.Question) bool {
 	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board || s.Kernel.Release != q.Kernel.Release {
 		return false
+	}
+	if q.Pin != "" {
+		return q.Pin == s.Digest
 	}
 	if v, exact := q.Wish.Exact(); exact && v != s.Driver.Version {
 		return false

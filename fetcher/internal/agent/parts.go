@@ -56,6 +56,8 @@ type Config struct {
 	// InstallDir is the install folder's path inside the node's root.
 	InstallDir string
 	Wish       target.Wish
+	// Pin is the digest of the one artifact that is wanted; "" is any that answers the wish.
+	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
 	// Wait is the longest time to wait for a build or a failing service.

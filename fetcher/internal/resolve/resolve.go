@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -26,6 +27,8 @@ const Auto = "auto"
 type Question struct {
 	Kernel target.Kernel
 	Wish   target.Wish
+	// Pin is the digest of the one artifact that is wanted; "" is any that answers the wish.
+	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
 	// GPUs are the node's; flavour auto goes by them.
@@ -212,19 +215,73 @@ type Registry struct {
 	Ref string
 	// Resolve turns a tag into a digest; kind NoArtifact when there is none.
 	Resolve func(ctx context.Context, tag string) (digest string, err error)
+	// Tags lists all tags; nil where that cannot be asked for.
+	Tags func(ctx context.Context) ([]string, error)
+	// Driver tells what driver an artifact says that it has; kind NoArtifact when there is
+	// no such artifact.
+	Driver func(ctx context.Context, digest string) (target.Driver, error)
 	// GPUs may be nil.
 	GPUs Lister
 }
 
-// Find looks the tag up. Only exact versions have tags. With flavour auto the
-// open one is preferred, as COS itself does where both exist and the open one
-// drives the GPUs.
+// Find looks the tags of this COS build up. What is the default of a build is not among
+// what they tell.
 func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
-	version, exact := q.Wish.Exact()
-	if !exact {
-		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone knows exact versions only", q.Wish),
-			"name the version, as in --driver 535.261.03, or a server with --server URL")
+	if q.Pin != "" {
+		return r.pinned(ctx, q.Pin)
 	}
+	if version, exact := q.Wish.Exact(); exact {
+		return r.exact(ctx, q, version)
+	}
+	branch, named := q.Wish.BranchName()
+	if (!named && q.Wish != target.Latest) || r.Tags == nil {
+		return Answer{}, fault.New(fault.Usage, fmt.Sprintf("driver %q: a registry alone does not know what that is", q.Wish),
+			"name a version, a branch or latest, as in --driver 535.261.03, or a server with --server URL")
+	}
+	tags, err := r.Tags(ctx)
+	if err != nil {
+		return Answer{}, fmt.Errorf("ask registry: %w", err)
+	}
+	var versions []string
+	prefix := strings.TrimSuffix(bundle.KernelTag(q.Kernel, target.Driver{}), target.Driver{}.String())
+	for _, tag := range tags {
+		name, ok := strings.CutPrefix(tag, prefix)
+		i := strings.LastIndex(name, "-")
+		if !ok || i < 0 {
+			continue
+		}
+		d, err := target.ParseDriver(name[:i], name[i+1:])
+		// Editions of a release are asked for by their names.
+		if err == nil && d == d.Modules() && (!named || d.Branch() == branch) && !slices.Contains(versions, d.Version) {
+			versions = append(versions, d.Version)
+		}
+	}
+	slices.SortFunc(versions, func(x, y string) int { return target.CompareVersions(y, x) })
+	answer := Answer{State: api.Unknown, Source: SourceRegistry, Reason: fmt.Sprintf("%s has no tag %s* for %s", r.Ref, prefix, q.Wish)}
+	for _, version := range versions {
+		if answer, err = r.exact(ctx, q, version); err != nil || answer.State == api.Published {
+			return answer, err
+		}
+	}
+	return answer, nil
+}
+
+// pinned answers with the artifact of a digest. What is in it is what it says of itself,
+// for whoever verifies it.
+func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
+	d, err := r.Driver(ctx, digest)
+	if fault.Is(err, fault.NoArtifact) {
+		return Answer{State: api.Unknown, Source: SourceRegistry, Reason: fmt.Sprintf("%s does not have %s", r.Ref, digest)}, nil
+	}
+	if err != nil {
+		return Answer{}, fmt.Errorf("ask registry: %w", err)
+	}
+	return Answer{State: api.Published, Source: SourceRegistry, Driver: d, Repository: r.Ref, Digest: digest}, nil
+}
+
+// exact looks the tag of a version up. With flavour auto the open one is preferred, as COS
+// itself does where both exist and the open one drives the GPUs.
+func (r Registry) exact(ctx context.Context, q Question, version string) (Answer, error) {
 	flavours, gpus := []target.Flavour{target.Flavour(q.Flavour)}, q.GPUs
 	if q.Flavour == Auto {
 		flavours = []target.Flavour{target.Open, target.Proprietary}
