@@ -89,7 +89,8 @@ func (k keeper) keep(ctx context.Context) error {
 			r, err := k.node.Run(ctx)
 			if r.Verdict.State != "" { // else it came to no look, and what was seen before holds
 				k.outside.Tell(r.Verdict)
-				ready = r.Verdict.State == gpucheck.Ready
+				// A fabric starts after the driver, with programs that wait for this one.
+				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			}
 			k.outside.TellPhases(r.Phases)
 			return r, err

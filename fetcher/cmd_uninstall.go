@@ -19,8 +19,10 @@ func uninstallCommand() *ucli.Command {
 		Usage: "leave the node as it was before this program",
 		Description: `The driver is unloaded, if it is ours and nobody uses it, what another
 installer had comes back, and nothing of ours stays in the install folder. A
-run that was killed is finished by the next. Stop fetcher run first.`,
-		Flags: slices.Concat(hostFlags(), changeFlags()),
+run that was killed is finished by the next. Stop fetcher run first. The state
+folder (--state-dir) of a node that compiled for itself is left to you.`,
+		Flags: slices.Concat(hostFlags(), cli.Group(groupTo, cli.Bool("no-load", "leave the modules that are loaded")),
+			cli.Group(groupOutput, cli.Bool("dry-run", "print what would be done, change nothing"), cli.OutputFlag())),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {

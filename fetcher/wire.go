@@ -40,7 +40,7 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 	}
 	return agent.Parts{
 		NodeVerifier: func() (agent.Verifier, error) {
-			return nodeVerifier(filepath.Join(cfg.HostRoot, cmd.String("state-dir")))
+			return nodeVerifier(cmd, filepath.Join(cfg.HostRoot, cmd.String("state-dir")))
 		},
 		Root: root.FS(), Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
 		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
@@ -116,9 +116,27 @@ func trustPolicy(cmd *ucli.Command) (trust.Policy, error) {
 				return trust.Policy{}, fault.New(fault.Usage, "--policy and --"+name+" do not go together", "say it in the policy: fetcher policy schema tells how")
 			}
 		}
-		return policy.Read(file)
+		p, err := policy.Read(file)
+		return p.Policy, err
 	}
 	return flagPolicy(cmd)
+}
+
+// nodeBuilds reports whether what this node compiles counts, and what of the owner's policy
+// counts for it. Without a policy the node's owner allows it by having a builder there.
+func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
+	file := cmd.String("policy")
+	if file == "" {
+		if cmd.String("builder") == "never" {
+			return trust.Policy{}, fault.New(fault.Unverified, "this node does not compile for itself (--builder never), and what it once compiled does not count", "publish the driver, or allow it: --builder")
+		}
+		return trust.Policy{}, nil
+	}
+	p, err := policy.Read(file)
+	if err == nil && !p.NodeBuilds {
+		err = fault.New(fault.Unverified, "the policy takes nothing that a node compiled for itself", "publish the driver, or allow it in the policy: nodeBuilds: true")
+	}
+	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
 // flagPolicy is the policy that the settings of trust make.
@@ -151,16 +169,19 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 
 // nodeVerifier trusts the key of this node, which is in the state folder. What a node
 // compiled for itself is tested by being loaded.
-func nodeVerifier(stateDir string) (agent.Verifier, error) {
+func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
+	p, err := nodeBuilds(cmd)
+	if err != nil {
+		return nil, err
+	}
 	pem, err := local.PublicKey(stateDir)
 	if err != nil {
 		return nil, err
 	}
-	keys, err := trust.ParsePublicKeys(pem)
-	if err != nil {
+	if p.Keys, err = trust.ParsePublicKeys(pem); err != nil {
 		return nil, err
 	}
-	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
+	v, err := trust.NewVerifier(p)
 	if err != nil {
 		return nil, err // not a nil pointer in an interface
 	}
@@ -181,6 +202,12 @@ func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
 		return nil, nil
+	}
+	if _, err := nodeBuilds(cmd); err != nil {
+		if program == "" && fault.Is(err, fault.Unverified) {
+			return nil, nil
+		}
+		return nil, err
 	}
 	if program == "" {
 		program = sibling("builder")

@@ -8,23 +8,42 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"io/fs"
 	"os"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// CheckTree reports whether what [Unpack] once wrote below root is still what the
-// signed config says: packed again it has this diff id, for equal trees have equal
-// archives. It returns the SHA-256 digest of each regular file, by its name, as it was
-// when it was read. Whatever is changed, missing or added is a fault of kind Unverified.
-func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string) (map[string]string, error) {
-	files, got, err := digestTree(ctx, root, kind)
-	if ctx.Err() != nil {
-		return nil, fmt.Errorf("check unpacked %s layer: %w", kind, context.Cause(ctx))
+// Names lists what [Unpack] wrote below root, for [CheckTree].
+func Names(root *os.Root, kind LayerKind) ([]string, error) {
+	entries, err := listTree(root, kind)
+	if err != nil {
+		return nil, fmt.Errorf("list %s layer: %w", kind, err)
 	}
-	if err == nil && got != wantDiffID {
+	names := make([]string, len(entries))
+	for i, e := range entries {
+		names[i] = e.name
+	}
+	return names, nil
+}
+
+// CheckTree reports whether what [Unpack] once wrote below root is still what the signed
+// config says: packed again it has this diff id, for equal trees have equal archives. Only
+// these names are looked at; nil is all that there is. Whoever keeps them need not be
+// trusted: with other names it is another archive. It returns the SHA-256 digest of each
+// regular file, by its name, as it was when it was read. What is changed or missing is a
+// fault of kind Unverified; a disk or a machine that is in trouble is [fault.Transient].
+func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string, names []string) (map[string]string, error) {
+	files, got, err := digestTree(ctx, root, kind, names)
+	switch {
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("check unpacked %s layer: %w", kind, context.Cause(ctx))
+	case errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.ENOMEM):
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("check unpacked %s layer: %w", kind, err), "try again")
+	case err == nil && got != wantDiffID:
 		err = fmt.Errorf("packed again it has digest %s; the config says %s", got, wantDiffID)
 	}
 	if err != nil {
@@ -33,8 +52,14 @@ func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID st
 	return files, nil
 }
 
-func digestTree(ctx context.Context, root *os.Root, kind LayerKind) (map[string]string, string, error) {
-	entries, err := listTree(root, kind)
+func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []string) (map[string]string, string, error) {
+	var entries []entry
+	var err error
+	if names == nil {
+		entries, err = listTree(root, kind)
+	} else {
+		entries, err = named(root, names)
+	}
 	if err != nil {
 		return nil, "", err
 	}
@@ -46,12 +71,69 @@ func digestTree(ctx context.Context, root *os.Root, kind LayerKind) (map[string]
 		if err != nil {
 			return nil, err
 		}
-		if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-			return nil, errors.Join(err, f.Close(), fmt.Errorf("%s is no regular file any more", e.name))
+		info, err := f.Stat()
+		if err == nil && !info.Mode().IsRegular() {
+			err = fmt.Errorf("%s is no regular file any more", e.name)
+		}
+		if err == nil {
+			err = plain(e.name, info)
+		}
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
 		}
 		return &hashedFile{ReadCloser: f, h: sha256.New(), done: func(digest string) { files[e.name] = digest }}, nil
 	})
 	return files, diff.digest(), err
+}
+
+// named looks at these names, which are in the order of the archive.
+func named(root *os.Root, names []string) ([]entry, error) {
+	if len(names) > maxEntries {
+		return nil, fmt.Errorf("more than %d names", maxEntries)
+	}
+	var entries []entry
+	var total int64
+	for _, name := range names {
+		if err := checkName(name); err != nil {
+			return nil, err
+		}
+		info, err := root.Lstat(name)
+		if err != nil {
+			return nil, err
+		}
+		e := entry{name: name, mode: info.Mode()}
+		switch info.Mode().Type() {
+		case 0:
+			if e.size = info.Size(); total+e.size > maxBytes/2 {
+				return nil, fmt.Errorf("more than %d bytes", int64(maxBytes/2))
+			}
+			total += e.size
+		case fs.ModeDir:
+			if err := plain(name, info); err != nil {
+				return nil, err
+			}
+		case fs.ModeSymlink:
+			if e.link, err = root.Readlink(name); err != nil {
+				return nil, err
+			}
+		default:
+			return nil, fmt.Errorf("%s is a %s", name, info.Mode().Type())
+		}
+		entries = append(entries, e)
+	}
+	return entries, nil
+}
+
+// plain refuses what an archive does not tell, and [Unpack] never makes: files that others
+// own or may write, and those that give rights.
+func plain(name string, info fs.FileInfo) error {
+	if info.Mode()&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky) != 0 || info.Mode().Perm()&0o022 != 0 {
+		return fmt.Errorf("%s has mode %s", name, info.Mode())
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("%s is owned by user %d", name, st.Uid)
+	}
+	return nil
 }
 
 // hashedFile tells the digest of what was read of it when it is closed.

@@ -38,29 +38,31 @@ func (r *Repository) Attached(ctx context.Context, digest, artifactType string, 
 }
 
 // AttachedIf is [Repository.Attached] for callers who can tell a payload that is of use
-// from what anybody may attach: many of the others, whatever their annotations, hide
-// none that is, and nor does one whose bytes are not what its name says. A few of the
-// others come last, so that the caller can say what was wrong.
-func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string, useful func(payload []byte) bool, wanted ...map[string]string) ([][]byte, error) {
+// from what anybody may attach. useful names what a payload says, "" is nothing of use: of
+// several that say the same one counts. So neither many of the others, nor copies of a good
+// one, hide any that is, whatever their annotations; and one that cannot be read as it is
+// listed stands in the way of none. A few of the others come last, so that the caller can
+// say what was wrong.
+func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string, useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
 }
 
-func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted []map[string]string) ([][]byte, error) {
+func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted []map[string]string) ([][]byte, error) {
 	list, err := r.list(ctx, digest)
 	if err != nil {
 		return nil, err
 	}
+	s := search{r: r, digest: digest, artifactType: artifactType, useful: useful, wanted: wanted, known: map[string]bool{}}
 	asked, perhaps := sortOut(list, wanted)
-	all, others, err := r.payloads(ctx, digest, artifactType, asked, useful, wanted)
+	all, err := s.payloads(ctx, asked)
 	if err != nil {
 		return nil, err
 	}
-	more, moreOthers, err := r.payloads(ctx, digest, artifactType, perhaps, useful, wanted)
+	more, err := s.payloads(ctx, perhaps)
 	if err != nil {
 		return nil, err
 	}
-	others = append(others, moreOthers...)
-	return slices.Concat(all, more, others[:min(len(others), maxOthers)]), nil
+	return slices.Concat(all, more, s.others), nil
 }
 
 // sortOut returns those that have all annotations of a set, in turns, and those
@@ -108,49 +110,79 @@ func fit(annotations map[string]string, wanted []map[string]string) (first int, 
 	return -1, may
 }
 
-// payloads reads what is attached by these manifests. One that is listed and is not
-// there is left out as one of another shape is. Without useful, all are.
-func (r *Repository) payloads(ctx context.Context, digest, artifactType string, list []v1.Descriptor, useful func([]byte) bool, wanted []map[string]string) (all, others [][]byte, err error) {
-	looks := 0
-	leftOut := func(err error) bool {
-		return fault.Is(err, fault.NoArtifact) || useful != nil && fault.Is(err, fault.Unverified)
+// search is one look for payloads.
+type search struct {
+	r                    *Repository
+	digest, artifactType string
+	useful               func([]byte) string
+	wanted               []map[string]string
+
+	known  map[string]bool // what useful ones said
+	others [][]byte        // of no use
+	looks  int
+}
+
+// leftOut reports whether an attachment is passed over: one that is listed and is not
+// there always, and where others are of use also one that is not what it should be. A
+// network that fails is no property of an attachment.
+func (s *search) leftOut(ctx context.Context, err error) bool {
+	if err == nil || ctx.Err() != nil {
+		return false
 	}
+	return fault.Is(err, fault.NoArtifact) || s.useful != nil && !fault.Is(err, fault.Transient)
+}
+
+// payloads reads what is attached by these manifests.
+func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]byte, err error) {
 	for _, d := range list {
-		if !mayBe(d, artifactType) {
+		if !mayBe(d, s.artifactType) {
 			continue
 		}
-		if looks++; looks > maxLooks || len(all) == MaxAttachments {
+		if s.looks++; s.looks > maxLooks || len(all) == MaxAttachments {
 			break
 		}
-		raw, err := r.Manifest(ctx, d.Digest.String())
-		if leftOut(err) {
-			continue
-		}
-		if err != nil {
-			return nil, nil, err
-		}
-		var m v1.Manifest
-		if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != artifactType || len(m.Layers) != 1 ||
-			m.Subject == nil || m.Subject.Digest.String() != digest ||
-			m.Layers[0].Size < 0 || m.Layers[0].Size > MaxAttachment || checkDigest(m.Layers[0].Digest.String()) != nil {
-			continue
-		}
-		// A list need not repeat the annotations.
-		if _, may := fit(m.Annotations, wanted); !may && len(wanted) > 0 {
-			continue
-		}
-		payload, err := r.Small(ctx, m.Layers[0])
+		payload, err := s.payload(ctx, d)
 		switch {
-		case leftOut(err):
+		case s.leftOut(ctx, err), err == nil && payload == nil:
+			continue
 		case err != nil:
-			return nil, nil, err
-		case useful == nil || useful(payload):
+			return nil, err
+		case s.useful == nil:
 			all = append(all, payload)
-		case len(others) < maxOthers:
-			others = append(others, payload)
+			continue
+		}
+		switch what := s.useful(payload); {
+		case what == "" && len(s.others) < maxOthers:
+			s.others = append(s.others, payload)
+		case what != "" && !s.known[what]:
+			s.known[what] = true
+			all = append(all, payload)
 		}
 	}
-	return all, others, nil
+	return all, nil
+}
+
+// payload reads one; nil is a manifest of another shape.
+func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+	raw, err := s.r.Manifest(ctx, d.Digest.String())
+	if err != nil {
+		return nil, err
+	}
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != s.artifactType || len(m.Layers) != 1 ||
+		m.Subject == nil || m.Subject.Digest.String() != s.digest ||
+		m.Layers[0].Size < 0 || m.Layers[0].Size > MaxAttachment || checkDigest(m.Layers[0].Digest.String()) != nil {
+		return nil, nil
+	}
+	// A list need not repeat the annotations.
+	if _, may := fit(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
+		return nil, nil
+	}
+	payload, err := s.r.Small(ctx, m.Layers[0])
+	if err == nil && payload == nil {
+		payload = []byte{}
+	}
+	return payload, err
 }
 
 // mayBe tells whether a descriptor may be of an artifact type: a registry from

@@ -14,6 +14,14 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
+const (
+	// maxList bounds a list of referrers, all its pages together: it repeats the annotations
+	// of each, and anybody who may push can attach one with some megabytes of them.
+	maxList = 32 << 20
+	// maxAnnotation bounds one of these, key and value.
+	maxAnnotation = 1 << 10
+)
+
 // maxPages bounds the pages of one list of referrers.
 const maxPages = 256
 
@@ -25,11 +33,11 @@ type pages struct{ next http.RoundTripper }
 func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := p.next.RoundTrip(req)
 	if err != nil || req.Method != http.MethodGet || !strings.Contains(req.URL.Path, "/referrers/") ||
-		resp.StatusCode != http.StatusOK || len(resp.Header.Values("Link")) == 0 {
+		resp.StatusCode != http.StatusOK {
 		return resp, err
 	}
 	var whole v1.IndexManifest
-	left := int64(MaxManifest)
+	left := int64(maxList)
 	for page := 1; ; page++ {
 		part, n, err := readPage(resp.Body, left)
 		if err != nil {
@@ -56,6 +64,15 @@ func (p pages) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		resp = more
 	}
+	// A list repeats what everybody may write at their attachments.
+	for i, d := range whole.Manifests {
+		for key, value := range d.Annotations {
+			if len(key)+len(value) > maxAnnotation {
+				delete(d.Annotations, key)
+			}
+		}
+		whole.Manifests[i] = d
+	}
 	raw, err := json.Marshal(whole)
 	if err != nil {
 		return nil, err
@@ -72,7 +89,7 @@ func readPage(body io.ReadCloser, left int64) (part v1.IndexManifest, n int64, e
 		return part, 0, err
 	}
 	if n = int64(len(raw)); n > left {
-		return part, n, fmt.Errorf("%w: more than %d bytes", errTooLong, MaxManifest)
+		return part, n, fmt.Errorf("%w: more than %d bytes", errTooLong, maxList)
 	}
 	if err := json.Unmarshal(raw, &part); err != nil {
 		return part, n, damaged(err)

@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -62,6 +61,8 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	}
 	s := &remoteStore{repo: repo, keys: keys, transport: tr, patience: max(o.Patience, minPatience), options: []remote.Option{
 		remote.WithTransport(patient{bounded{ranged{pages{lenient{steady{tr}}}}}}), remote.WithAuthFromKeychain(keys),
+		// 429 and 503 are [patient]'s, which waits as long as it is told to.
+		remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusGatewayTimeout),
 	}}
 	if o.UserAgent != "" {
 		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
@@ -346,7 +347,10 @@ func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 	if err != nil || resp.Body == nil {
 		return resp, err
 	}
-	if strings.Contains(req.URL.Path, "/manifests/") || strings.Contains(req.URL.Path, "/referrers/") {
+	switch {
+	case strings.Contains(req.URL.Path, "/referrers/"):
+		resp.Body = &boundedBody{resp.Body, maxList}
+	case strings.Contains(req.URL.Path, "/manifests/"), strings.HasSuffix(req.URL.Path, "/tags/list"):
 		resp.Body = &boundedBody{resp.Body, MaxManifest}
 	}
 	if body, ok := req.Context().Value(bodyKey{}).(*io.ReadCloser); ok {
@@ -363,7 +367,7 @@ type boundedBody struct {
 func (b *boundedBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if b.left -= int64(n); b.left < 0 {
-		return 0, fmt.Errorf("%w: more than %d bytes", errTooLong, MaxManifest)
+		return 0, errTooLong
 	}
 	return n, err
 }

@@ -16,10 +16,15 @@ import (
 )
 
 const (
-	// silence is how long nothing may come of an answer before its connection is given up.
-	silence = 45 * time.Second
+	// silence is how long nothing more may come of an answer that began before its
+	// connection is given up, and beginning how long an answer may take to begin: a registry
+	// that is a mirror fetches a manifest first.
+	silence   = 45 * time.Second
+	beginning = 4 * time.Minute
 	// minPatience is how long a blob that broke is tried again at least.
-	minPatience = 30 * time.Second
+	minPatience = 2 * time.Minute
+	// progress is what a connection has to bring to count as one that works.
+	progress = 64 << 10
 )
 
 // stream is a blob on its way; it lives for one call. A connection that breaks, or goes
@@ -33,6 +38,7 @@ type stream struct {
 	done   int64     // bytes that were delivered
 	body   io.Reader // of the connection that there is
 	rc     io.Closer
+	since  int64         // bytes of this connection
 	broken time.Time     // since when nothing came; zero is not
 	pause  time.Duration // before the next try
 }
@@ -51,7 +57,7 @@ func (b *stream) open() error {
 	}
 	// The library hashes what passes through rc, and whoever reads a blob from
 	// here hashes it again: once is enough, so rc is for closing only.
-	b.body, b.rc = body, rc
+	b.body, b.rc, b.since = body, rc, 0
 	return nil
 }
 
@@ -61,18 +67,19 @@ func (b *stream) Read(p []byte) (int, error) {
 		if b.done += int64(n); b.done > b.size {
 			return 0, damaged(errTooLong)
 		}
-		if n > 0 {
+		if b.since += int64(n); b.since >= progress {
 			b.broken, b.pause = time.Time{}, 0
 		}
-		if err == nil && n == 0 {
+		switch {
+		case err == nil && n == 0:
 			continue
-		}
-		if err == nil || errors.Is(err, io.EOF) && b.done == b.size {
-			return n, err
-		}
-		// What ends too soon, and says so or does not, is one kind of broken.
-		if errors.Is(err, io.EOF) {
-			err = io.ErrUnexpectedEOF
+		case err == nil:
+			return n, nil
+		case b.done == b.size: // however the connection ended
+			return n, io.EOF
+		case errors.Is(err, io.EOF):
+			// A connection that breaks says so (io.ErrUnexpectedEOF): this is all there is.
+			return n, damaged(fmt.Errorf("blob has %d bytes; it is said to have %d", b.done, b.size))
 		}
 		if err = b.s.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
 			return n, err
@@ -171,16 +178,20 @@ func (s *skipping) Read(p []byte) (int, error) {
 type steady struct{ next http.RoundTripper }
 
 func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
-	if req.Method != http.MethodGet && req.Method != http.MethodHead {
+	// Tokens are asked for by POST, too.
+	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut || req.Method == http.MethodPatch {
 		return s.next.RoundTrip(req)
 	}
 	ctx, cancel := context.WithCancel(req.Context())
-	waiting := time.AfterFunc(silence, cancel)
+	waiting := time.AfterFunc(beginning, cancel)
 	resp, err := s.next.RoundTrip(req.WithContext(ctx))
 	if !waiting.Stop() && req.Context().Err() == nil {
-		err = errors.Join(fault.New(fault.Transient, fmt.Sprintf("%s %s: no answer for %v", req.Method, req.URL.Redacted(), silence), "try again; check the network on the way there"), err)
+		err = errors.Join(fault.New(fault.Transient, fmt.Sprintf("%s %s: no answer for %v", req.Method, req.URL.Redacted(), beginning), "try again; check the network on the way there"), err)
 	}
 	if err != nil || resp.Body == nil {
+		if resp != nil && resp.Body != nil {
+			err = errors.Join(err, resp.Body.Close())
+		}
 		cancel()
 		return nil, err
 	}

@@ -6,7 +6,10 @@ import (
 )
 
 // maxTags bounds a list of tags: a farm has two for each artifact.
-const maxTags = 1 << 20
+const (
+	maxTags     = 1 << 20
+	maxTagPages = 1 << 12
+)
 
 // Tags lists all tags of the repository, in no particular order.
 func (r *Repository) Tags(ctx context.Context) ([]string, error) {
@@ -23,7 +26,10 @@ func (s *remoteStore) tags(ctx context.Context) ([]string, error) {
 		return nil, s.reading(ctx, err)
 	}
 	var all []string
-	for pages.HasNext() {
+	for n := 0; pages.HasNext(); n++ {
+		if n == maxTagPages {
+			return nil, damaged(fmt.Errorf("more than %d pages of tags", maxTagPages))
+		}
 		page, err := pages.Next(ctx)
 		if err != nil {
 			return nil, s.reading(ctx, err)

@@ -40,6 +40,9 @@ func (w *Reader) Read(p []byte) (int, error) {
 	w.timer.Reset(w.limit)
 	n, err := w.ReadCloser.Read(p)
 	w.timer.Stop()
+	if err != nil {
+		w.cancel() // nothing more comes; not everybody closes
+	}
 	if err != nil && w.silent.Load() {
 		// The context's own error would say that somebody cancelled.
 		err = fault.New(fault.Transient, fmt.Sprintf("fetch %s: nothing came for %v", w.what, w.limit), "try again; check the network on the way there")

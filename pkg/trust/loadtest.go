@@ -110,52 +110,73 @@ func ParseTestResult(st *Statement) (TestResult, error) {
 // loadTests collects what statements say about the load test. Those of the
 // node's own COS build outweigh those of others with the same fingerprint.
 type loadTests struct {
-	own, other struct {
-		passed   string
-		rejected error
-	}
-	static bool
+	own, other tested
+	static     bool
 }
 
-// add judges one statement. An error means that it says nothing. Where it does not
-// count, it says no more than that modules failed.
-func (l *loadTests) add(st *Statement, e Expect, counts bool) error {
+// tested is what is said of one build, or of others: the best pass of each signer, and
+// the rejections. A pass takes back the rejection of the same signer, and of nobody else.
+type tested struct {
+	passed   map[string]string
+	rejected map[string]error
+}
+
+// add judges one statement. An error means that it says nothing; counts is asked whether
+// its signer may say that modules were loaded. That they were rejected, anybody who is
+// trusted may say. passed reports that a kernel loaded them, by somebody who counts.
+func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bool, err error) {
 	r, err := ParseTestResult(st)
 	if err != nil {
-		return err
+		return false, err
 	}
 	t := r.LoadTest
 	if t.Fingerprint != e.Identity.Fingerprint {
-		return fault.Errorf(fault.Mismatch, "%w: load test is of fingerprint %s, the artifact says %s", ErrOtherIdentity, t.Fingerprint, e.Identity.Fingerprint)
+		return false, fault.Errorf(fault.Mismatch, "%w: load test is of fingerprint %s, the artifact says %s", ErrOtherIdentity, t.Fingerprint, e.Identity.Fingerprint)
 	}
 	to := &l.other
 	if t.Kernel.BuildID == e.Kernel.BuildID && t.Kernel.Board == e.Kernel.Board {
 		to = &l.own
 	}
-	switch t.Verdict {
-	default:
-		if counts && to.passed != VerdictLoaded {
-			to.passed = t.Verdict
-		}
-	case VerdictRejected:
-		to.rejected = fault.Errorf(fault.Mismatch, "%w, on %s: %.200q", ErrRejected, t.Kernel, t.Reason)
-	case VerdictStatic:
-		l.static = l.static || counts
+	if to.passed == nil {
+		to.passed, to.rejected = map[string]string{}, map[string]error{}
 	}
-	return nil
+	switch t.Verdict {
+	case VerdictRejected:
+		to.rejected[st.Signer()] = fault.Errorf(fault.Mismatch, "%w, on %s: %.200q", ErrRejected, t.Kernel, t.Reason)
+		return false, nil
+	case VerdictStatic:
+		l.static = true
+		return false, nil
+	}
+	if err := counts(); err != nil {
+		return false, err
+	}
+	if to.passed[st.Signer()] != VerdictLoaded {
+		to.passed[st.Signer()] = t.Verdict
+	}
+	return true, nil
+}
+
+// verdict returns the best pass, or a rejection that its signer did not take back.
+func (t tested) verdict() (passed string, rejected error) {
+	for signer, err := range t.rejected {
+		if t.passed[signer] == "" {
+			return "", err
+		}
+	}
+	for _, words := range t.passed {
+		if passed != VerdictLoaded {
+			passed = words
+		}
+	}
+	return passed, nil
 }
 
 // decide returns the verdict's words, "" where there is none.
 func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
-	for _, of := range []struct {
-		passed   string
-		rejected error
-	}{l.own, l.other} {
-		if of.passed != "" {
-			return of.passed, nil
-		}
-		if of.rejected != nil {
-			return "", of.rejected
+	for _, of := range []tested{l.own, l.other} {
+		if passed, rejected := of.verdict(); passed != "" || rejected != nil {
+			return passed, rejected
 		}
 	}
 	verdict := ""

@@ -59,6 +59,8 @@ type Signature struct {
 	Statement string `json:"statement"`
 	Signer    string `json:"signer"`
 	Role      string `json:"role"`
+	// Entry is which of the role's keys and identities it is by: several subjects may be of one.
+	Entry int `json:"entry"`
 }
 
 // Finding is what one rule of a policy says about an artifact.
@@ -88,11 +90,17 @@ func (p *Policy) settle() error {
 		}
 		for _, r := range p.Roles {
 			for _, k := range r.Keys {
-				if !slices.ContainsFunc(p.Keys, func(have PublicKey) bool { return have.ID() == k.Key.ID() }) {
-					p.Keys = append(p.Keys, k.Key)
+				if slices.ContainsFunc(p.Keys, func(have PublicKey) bool { return have.Hint() == k.Key.Hint() }) {
+					return bad("key %s is there twice, the second time in role %s: whoever counts once counts in one role", k.Key.ID(), r.Name)
 				}
+				p.Keys = append(p.Keys, k.Key)
 			}
-			p.Identities = append(p.Identities, r.Identities...)
+			for _, i := range r.Identities {
+				if slices.Contains(p.Identities, i) {
+					return bad("identity %s is there twice, the second time in role %s", i, r.Name)
+				}
+				p.Identities = append(p.Identities, i)
+			}
 		}
 	}
 	for _, rule := range p.Rules {
@@ -102,8 +110,8 @@ func (p *Policy) settle() error {
 			return bad("a rule names role %.60q, which is not defined", rule.Role)
 		case rule.Count < 1:
 			return bad("a rule about %s wants %d signatures; want 1 or more", short(rule.Statement), rule.Count)
-		case len(p.Roles[i].Identities) == 0 && rule.Count > len(p.Roles[i].Keys):
-			return bad("a rule about %s wants %d signatures of role %s, which has %d keys", short(rule.Statement), rule.Count, rule.Role, len(p.Roles[i].Keys))
+		case rule.Count > len(p.Roles[i].Keys)+len(p.Roles[i].Identities):
+			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities", short(rule.Statement), rule.Count, rule.Role, len(p.Roles[i].Keys)+len(p.Roles[i].Identities))
 		}
 	}
 	for _, needed := range []string{PredicateProvenance, PredicateKernelMatch} {
@@ -117,8 +125,12 @@ func (p *Policy) settle() error {
 		}
 	}
 	for _, version := range p.MinVersions {
-		if _, err := target.ParseDriver(version, string(target.Open)); err != nil {
+		d, err := target.ParseDriver(version, string(target.Open))
+		if err != nil {
 			return bad("minimum version: %w", err)
+		}
+		if d != d.Modules() {
+			return bad("minimum version %s: want a release without a suffix; it counts for its editions, too", version)
 		}
 	}
 	return nil
@@ -141,30 +153,31 @@ func short(predicate string) string {
 	return predicate
 }
 
-// signer names who signed.
-func (s *Statement) signer() string { return s.KeyID + s.Identity }
+// Signer names the key or the identity that signed.
+func (s *Statement) Signer() string { return s.KeyID + s.Identity }
 
-// has reports why a signature does not count for a role; now is zero where periods do not.
-func (r Role) has(st *Statement, now time.Time) error {
-	for _, k := range r.Keys {
-		if st.KeyID == "" || k.Key.ID() != st.KeyID {
+// has returns the entry of a role by which a signature counts, or why it does not; now is
+// zero where periods do not.
+func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
+	for i, k := range r.Keys {
+		if st.KeyID == "" || k.Key.Hint() != st.hint {
 			continue
 		}
 		switch {
 		case now.IsZero():
 		case !k.NotBefore.IsZero() && now.Before(k.NotBefore):
-			return fault.Errorf(fault.Unverified, "%w: key %s of role %s counts from %s on, and this machine has %s", ErrKeyPeriod, st.KeyID, r.Name, k.NotBefore.UTC().Format(time.DateOnly), now.UTC().Format(time.DateOnly))
+			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counts from %s on, and this machine has %s", ErrKeyPeriod, st.KeyID, r.Name, k.NotBefore.UTC().Format(time.DateOnly), now.UTC().Format(time.DateOnly))
 		case !k.NotAfter.IsZero() && !now.Before(k.NotAfter):
-			return fault.Errorf(fault.Unverified, "%w: key %s of role %s counted until %s", ErrKeyPeriod, st.KeyID, r.Name, k.NotAfter.UTC().Format(time.DateOnly))
+			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counted until %s", ErrKeyPeriod, st.KeyID, r.Name, k.NotAfter.UTC().Format(time.DateTime))
 		}
-		return nil
+		return i, nil
 	}
-	for _, i := range r.Identities {
-		if st.Identity != "" && i.names(st.who) {
-			return nil
+	for i, id := range r.Identities {
+		if st.Identity != "" && id.names(st.who) {
+			return len(r.Keys) + i, nil
 		}
 	}
-	return fault.Errorf(fault.Unverified, "%w: %s is not of role %s", ErrOtherRole, st.signer(), r.Name)
+	return 0, fault.Errorf(fault.Unverified, "%w: %s is not of role %s", ErrOtherRole, st.Signer(), r.Name)
 }
 
 // names reports whether a certificate that names who is of this identity.
@@ -180,27 +193,29 @@ func (i Identity) names(who Identity) bool {
 }
 
 // counts reports why no rule counts a statement; nil is that one does, and that the
-// signatures are noted. Where no rule is about its type, everybody's word is taken.
+// signatures are noted. Where no rule is about its type, whoever may sign the provenance
+// may say it.
 func (x *examination) counts(st *Statement, p Policy, now time.Time) error {
+	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
-	about, counted := false, false
+	counted := false
 	for _, rule := range p.Rules {
-		if rule.Statement != st.PredicateType {
+		if rule.Statement != st.PredicateType && (about || rule.Statement != PredicateProvenance) {
 			continue
 		}
-		about = true
 		role := p.Roles[slices.IndexFunc(p.Roles, func(r Role) bool { return r.Name == rule.Role })]
-		if err := role.has(st, now); err != nil {
+		entry, err := role.has(st, now)
+		if err != nil {
 			why = err
 			continue
 		}
 		counted = true
-		s := Signature{Statement: st.PredicateType, Signer: st.signer(), Role: role.Name}
-		if !slices.Contains(x.verdict.Signatures, s) {
+		s := Signature{Statement: st.PredicateType, Signer: st.Signer(), Role: role.Name, Entry: entry}
+		if about && !slices.Contains(x.verdict.Signatures, s) {
 			x.verdict.Signatures = append(x.verdict.Signatures, s)
 		}
 	}
-	if !about || counted {
+	if counted {
 		return nil
 	}
 	return why
@@ -209,32 +224,24 @@ func (x *examination) counts(st *Statement, p Policy, now time.Time) error {
 // met reports whether a rule's number of signers is reached.
 func (x *examination) met(rule Rule) (string, error) {
 	var signers []string
+	entries := map[int]bool{}
 	for _, s := range x.verdict.Signatures {
 		if s.Statement == rule.Statement && s.Role == rule.Role {
-			signers = append(signers, s.Signer)
+			signers, entries[s.Entry] = append(signers, s.Signer), true
 		}
 	}
-	detail := fmt.Sprintf("%d of %d by role %s: %s", len(signers), rule.Count, rule.Role, strings.Join(signers, ", "))
-	if len(signers) < rule.Count {
-		detail = strings.TrimSuffix(strings.TrimSpace(detail), ":")
+	detail := fmt.Sprintf("%d of %d by role %s", len(entries), rule.Count, rule.Role)
+	if len(signers) > 0 {
+		detail += ": " + strings.Join(signers, ", ")
+	}
+	if len(entries) < rule.Count {
 		err := fmt.Errorf("%w under its %s: %s", ErrThreshold, short(rule.Statement), detail)
-		for _, other := range x.reasons(rule.Statement) {
+		for _, other := range x.reasons[rule.Statement][:min(2, len(x.reasons[rule.Statement]))] {
 			err = fmt.Errorf("%w; %w", err, other)
 		}
 		return "", fault.Wrap(fault.Unverified, err, "have it signed by more of that role, or change the policy")
 	}
 	return detail, nil
-}
-
-// reasons are why statements of a type did not count.
-func (x *examination) reasons(predicate string) []error {
-	switch predicate {
-	case PredicateProvenance:
-		return x.provenance.errs[:min(2, len(x.provenance.errs))]
-	case PredicateKernelMatch:
-		return x.match.errs[:min(2, len(x.match.errs))]
-	}
-	return nil
 }
 
 // reproduced checks what a rebuilder says.
@@ -292,8 +299,15 @@ func (p Policy) tooOld(have, least string) error {
 
 // age wants what was built not too long ago, by the provenance's own word.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
-	if p.MaxAge == 0 || now.IsZero() {
+	switch {
+	case p.MaxAge == 0:
 		return "any age will do", nil
+	case now.IsZero():
+		return "not asked: it was taken before", nil
+	case v.BuilderID == "":
+		return "", fault.New(fault.Unverified, "no provenance counts that could tell it", "")
+	case v.BuiltOn.After(now.Add(24 * time.Hour)):
+		return "", fault.New(fault.Unverified, "its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is still to come", "check the clock of this machine, and of the builder")
 	}
 	if v.BuiltOn.IsZero() {
 		return "", fault.New(fault.Unverified, "its provenance does not say when it was built, and the policy has a maximum age", "have it built again")

@@ -33,6 +33,18 @@ func TestRules(t *testing.T) {
 			"result": result, "fingerprint": s.Identity.Fingerprint, "driver": driver,
 		})
 	}
+	loaded := func(k *testkit.Key, verdict string) []byte {
+		result := map[string]string{trust.VerdictLoaded: "PASSED", trust.VerdictStatic: "WARNED"}[verdict]
+		return k.Statement(t, s.Digest, trust.PredicateTestResult, trust.TestResult{
+			Result: result, LoadTest: trust.LoadTest{Verdict: verdict, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint},
+		})
+	}
+	tests := func(count int) func(p *trust.Policy) {
+		return func(p *trust.Policy) {
+			p.Rules = append(p.Rules, trust.Rule{Statement: trust.PredicateTestResult, Role: "farm", Count: count})
+		}
+	}
+	tested := func(p *trust.Policy) { p.LoadTest = trust.LoadTestTested }
 	rejected := func(k *testkit.Key) []byte {
 		return k.Statement(t, s.Digest, trust.PredicateTestResult, trust.TestResult{
 			Result: "FAILED", LoadTest: trust.LoadTest{Verdict: trust.VerdictRejected, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint},
@@ -77,6 +89,15 @@ func TestRules(t *testing.T) {
 		{name: "made again, and different", change: again, bundles: [][]byte{prov, fits, reproduction(rebuilder, "different")}, is: trust.ErrThreshold},
 		{name: "anybody trusted may say that it failed", bundles: [][]byte{prov, fits, rejected(rebuilder)}, is: trust.ErrRejected},
 		{name: "a stranger may not", bundles: [][]byte{prov, fits, rejected(stranger)}},
+		{name: "a pass of another takes no rejection back", bundles: [][]byte{prov, fits, rejected(farm), loaded(farm2, trust.VerdictLoaded)}, is: trust.ErrRejected},
+		{name: "a pass of the same does", bundles: [][]byte{prov, fits, rejected(farm), loaded(farm, trust.VerdictLoaded)}},
+		{name: "tested by who may say so", change: tested, bundles: [][]byte{prov, fits, loaded(farm2, trust.VerdictLoaded)}},
+		{name: "tested by a rebuilder", change: tested, bundles: [][]byte{prov, fits, loaded(rebuilder, trust.VerdictLoaded)}, is: trust.ErrNotTested},
+		{name: "tested by two", change: tests(2), bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), loaded(farm2, trust.VerdictLoaded)}},
+		{name: "a look from outside is no test", change: tests(2), bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), loaded(farm2, trust.VerdictStatic)}, is: trust.ErrThreshold},
+		{name: "a rejection is no test passed", change: tests(2), bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), rejected(farm2)}, is: trust.ErrRejected},
+		{name: "built tomorrow", change: age(30), bundles: [][]byte{finished("2099-05-20T00:00:00Z", ""), fits}, now: now, text: "still to come"},
+		{name: "the oldest of two decides", change: age(30), bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finished("2026-01-20T00:00:00Z", ""), fits}, now: now, is: trust.ErrTooOld},
 		{name: "revoked", change: func(p *trust.Policy) { p.Revoked = []string{s.Digest} }, bundles: [][]byte{prov, fits}, is: trust.ErrRevoked},
 		{name: "within its period", change: period(farm.Public(t), "2026-01-01", "2026-12-31"), bundles: [][]byte{prov, fits}, now: now},
 		{name: "expired", change: period(farm.Public(t), "", "2026-05-31"), bundles: [][]byte{prov, fits}, now: now, is: trust.ErrKeyPeriod, text: "counted until 2026-05-31"},
@@ -176,6 +197,9 @@ func TestPolicyThatCannotBe(t *testing.T) {
 		"keys beside roles":            {Roles: farm, Rules: []trust.Rule{prov, fits}, Keys: []trust.PublicKey{k}},
 		"a digest that is none":        {Roles: farm, Rules: []trust.Rule{prov, fits}, Revoked: []string{"sha256:1"}},
 		"a version that is none":       {Roles: farm, Rules: []trust.Rule{prov, fits}, MinVersions: []string{"new"}},
+		"a key in two roles":           {Roles: []trust.Role{farm[0], {Name: "other", Keys: farm[0].Keys}}, Rules: []trust.Rule{prov, fits}},
+		"a key twice in one":           {Roles: []trust.Role{{Name: "farm", Keys: []trust.RoleKey{{Key: k}, {Key: k}}}}, Rules: []trust.Rule{prov, fits}},
+		"an edition for a minimum":     {Roles: farm, Rules: []trust.Rule{prov, fits}, MinVersions: []string{"535.1.1-grid"}},
 		"roles without keys":           {Roles: []trust.Role{{Name: "farm"}}, Rules: []trust.Rule{prov, fits}},
 	} {
 		if _, err := trust.NewVerifier(p); !fault.Is(err, fault.Usage) {

@@ -119,7 +119,8 @@ type Statement struct {
 	// Predicate is JSON.
 	Predicate []byte
 
-	who Identity // the same as Identity
+	who  Identity // the same as Identity
+	hint string   // the whole digest of the key
 }
 
 // About reports whether the statement is about this digest.
@@ -204,7 +205,7 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w (key %s)", ErrChanged, key.ID())
 	}
-	return readStatement(Statement{KeyID: key.ID()}, result)
+	return readStatement(Statement{KeyID: key.ID(), hint: key.Hint()}, result)
 }
 
 // trusted names everybody, for people.

@@ -178,6 +178,8 @@ type examination struct {
 	verdict                    Verdict
 	provenance, match, useless tally
 	tests                      loadTests
+	// reasons are why statements did not count, by their types.
+	reasons map[string][]error
 }
 
 // check is one rule, which says why it holds or why not.
@@ -195,7 +197,7 @@ func (x *examination) done() *Verdict {
 
 // examine reads all statements, and returns the rules in the order in which they decide.
 func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
-	x := &examination{}
+	x := &examination{reasons: map[string][]error{}}
 	for i, data := range bundles {
 		if i == MaxBundles {
 			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
@@ -238,12 +240,17 @@ func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
 func (x *examination) read(v *Verifier, st *Statement, e Expect) {
 	// What it says comes first: a wrong statement counts for no rule.
 	var err error
+	defer func() {
+		if err != nil {
+			x.reasons[st.PredicateType] = append(x.reasons[st.PredicateType], err)
+		}
+	}()
 	switch st.PredicateType {
 	case PredicateProvenance:
 		if err = v.provenance(st, e); err == nil {
 			err = x.counts(st, v.policy, e.Now)
 		}
-		if err == nil && x.verdict.BuilderID == "" {
+		if err == nil {
 			fillProvenance(st, &x.verdict)
 		}
 		x.provenance.judge(err)
@@ -254,15 +261,15 @@ func (x *examination) read(v *Verifier, st *Statement, e Expect) {
 			err = x.counts(st, v.policy, e.Now)
 		}
 		if err == nil && x.verdict.MatchedBy == "" {
-			x.verdict.Match, x.verdict.MatchedBy = m, st.signer()
+			x.verdict.Match, x.verdict.MatchedBy = m, st.Signer()
 		}
 		x.match.judge(err)
 		return
 	case PredicateTestResult:
 		// Whoever is trusted at all may say that modules failed.
-		counts := x.counts(st, v.policy, e.Now)
-		if err = x.tests.add(st, e, counts == nil); err == nil {
-			err = counts
+		var passed bool
+		if passed, err = x.tests.add(st, e, func() error { return x.counts(st, v.policy, e.Now) }); err == nil && !passed {
+			return
 		}
 	case PredicateReproduced:
 		if err = reproduced(st, e); err == nil {
@@ -369,9 +376,17 @@ func fillProvenance(st *Statement, verdict *Verdict) {
 		return // it was read before
 	}
 	run := p.RunDetails
+	// The oldest of several decides over the age; one that tells none, that nobody knows.
+	at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn)
+	if verdict.BuilderID != "" {
+		if err != nil || at.Before(verdict.BuiltOn) {
+			verdict.BuiltOn = at
+		}
+		return
+	}
 	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, p.BuildDefinition.ExternalParameters
 	verdict.BuilderID, verdict.InvocationID = run.Builder.ID, run.Metadata.InvocationID
-	if at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn); err == nil {
+	if err == nil {
 		verdict.BuiltOn = at
 	}
 	for _, d := range p.BuildDefinition.ResolvedDependencies {

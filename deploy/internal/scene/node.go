@@ -25,6 +25,8 @@ type Node struct {
 	// Key is the public key that the node trusts.
 	Key     string
 	Console io.Writer
+	// Files are in the node besides.
+	Files []vm.File
 }
 
 // InstallDir is where the node's driver goes: GKE's folder.
@@ -52,7 +54,7 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	return append(files, libs...), nil
+	return append(append(files, libs...), n.Files...), nil
 }
 
 // Boot unpacks what the mirror has for booting a build's kernel.

@@ -1,21 +1,17 @@
 package agent
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
-	"os"
 	"path"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
@@ -44,8 +40,6 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return err
 	}
-	was := a.findForeign(s, d.do)
-	defer was.close()
 	begun := false
 	if at := s.attempts[set.Digest]; at != nil && at.Open { // by a run that was killed
 		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
@@ -54,13 +48,14 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
-	if changed || d.do != keep { // what runs already is not asked for its papers again
-		if set, err = a.prove(ctx, store, set, s.facts); err != nil {
-			r.Changed = false
-			return err
-		}
-		d.set = set
+	set, missing, err := a.proveFor(ctx, store, s, d, changed)
+	if err != nil {
+		r.Changed = false
+		return err
 	}
+	d.set = set
+	was := a.findBefore(ctx, store, s, d, before)
+	defer was.close()
 	if (changed || d.do != keep) && !begun {
 		if err := a.begin(store, set.Digest, pointers); err != nil && changed {
 			return err
@@ -91,7 +86,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	undo := takingBack{set: set, before: before, to: pointers, changed: changed, foreign: was}
 	mark := a.loader.Mark()
-	if !a.cfg.NoLoad {
+	if !a.cfg.NoLoad && !missing {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
 		if err != nil && !(fault.Is(err, fault.NoDevice) && len(s.facts.OurGPUs()) == 0) {
 			return a.takeBack(ctx, r, store, s, undo, err)
@@ -116,6 +111,39 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
 	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
+}
+
+// proveFor verifies what is going to be switched to or loaded. missing says that modules
+// which could be loaded, too, do not hold: the driver serves without them.
+func (a *Agent) proveFor(ctx context.Context, store *install.Store, s situation, d decision, changed bool) (set *install.Set, missing bool, err error) {
+	if changed || d.do != keep {
+		set, err = a.prove(ctx, store, d.set, s.facts)
+		return set, false, err
+	}
+	if a.cfg.NoLoad || !s.lacks(d.set) { // what is loaded is not asked for its papers again
+		return d.set, false, nil
+	}
+	if set, err = a.prove(ctx, store, d.set, s.facts, bundle.LayerModules); err == nil || s.incomplete() {
+		return set, false, err
+	}
+	a.parts.Log.WarnContext(ctx, "modules that could be loaded, too, do not hold", "err", err)
+	return d.set, true, nil
+}
+
+// findBefore makes sure that what is to be unloaded can be loaded again: a set of ours that
+// holds needs nothing, and of any other driver the files are found and kept open.
+func (a *Agent) findBefore(ctx context.Context, store *install.Store, s situation, d decision, before *install.Set) *foreignFiles {
+	if d.do != replace {
+		return &foreignFiles{}
+	}
+	if before != nil && s.runs(before) {
+		_, err := a.prove(ctx, store, before, s.facts)
+		if err == nil {
+			return &foreignFiles{}
+		}
+		a.parts.Log.WarnContext(ctx, "the driver in force does not hold; its files are found by their build ids", "err", err)
+	}
+	return a.findForeign(s)
 }
 
 // served reports whether more GPUs worked with a set at the last look than do now. Where
@@ -176,7 +204,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	}
 	errs = append(errs, a.restoreFirmwarePath(s.facts))
 	r.Verdict = gpucheck.Verdict{}
-	if now, err := host.LoadedModules(a.parts.Root); err == nil && len(now) == 0 && t.foreign.replaced {
+	if t.foreign.replaced && !(situation{facts: s.facts}).stillRuns(a) {
 		if err := t.foreign.putBack(ctx, a, r); err != nil {
 			errs = append(errs, err)
 		} else {
@@ -193,7 +221,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	}
 	if reload {
 		mark := a.loader.Mark()
-		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts)); err != nil {
+		if _, err := a.loader.Load(ctx, a.images(store, before, s.facts, a.paramsBefore())); err != nil {
 			errs = append(errs, fmt.Errorf("load %s again: %w", before.Driver, err))
 		} else {
 			r.did("loaded %s again", before.Driver)
@@ -214,6 +242,35 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	return cause
 }
 
+// paramsBefore are the parameters with which the driver before was loaded.
+func (a *Agent) paramsBefore() map[string]string {
+	if rec := a.recall(); rec != nil {
+		return rec.Params
+	}
+	return a.cfg.ModuleParams
+}
+
+// stillRuns reports whether all is loaded that was when a situation was read.
+func (s situation) stillRuns(a *Agent) bool {
+	now, err := host.LoadedModules(a.parts.Root)
+	if err != nil {
+		return true // nothing is known to be missing
+	}
+	for _, m := range s.facts.Modules {
+		if !slices.ContainsFunc(now, func(have host.Module) bool { return have.Name == m.Name && have.BuildID == m.BuildID }) {
+			return false
+		}
+	}
+	return true
+}
+
+// lacks reports whether a module of a set that nodes load is not in the kernel.
+func (s situation) lacks(set *install.Set) bool {
+	return slices.ContainsFunc(set.Modules, func(m install.Module) bool {
+		return isLoaded(m.Name) && !slices.ContainsFunc(s.facts.Modules, func(have host.Module) bool { return have.Name == kernelName(m.Name) })
+	})
+}
+
 // unloadOf unloads what is loaded of a set that did not do.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.parts.Root)
@@ -224,171 +281,6 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 		return err
 	}
 	return a.unload(ctx, r, facts)
-}
-
-// restoreFirmwarePath tells the kernel to look for firmware where it did before.
-func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
-	now, err := host.Observe(a.parts.Root)
-	if err != nil || now.FirmwarePath == before.FirmwarePath {
-		return err
-	}
-	return a.writeFirmwarePath(before.FirmwarePath)
-}
-
-// writeFirmwarePath sets a parameter of the kernel, which takes it as it is, a newline
-// with it (Documentation/driver-api/firmware/fw_search_path.rst). Nothing is a zero.
-func (a *Agent) writeFirmwarePath(path string) error {
-	if err := os.WriteFile(filepath.Join(a.cfg.HostRoot, firmwareParameter), []byte(cmp.Or(path, "\x00")), 0o644); err != nil {
-		return fmt.Errorf("set firmware path: %w", err)
-	}
-	return nil
-}
-
-const firmwareParameter = "sys/module/firmware_class/parameters/path"
-
-func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, d decision) (string, error) {
-	set := d.set
-	if err := a.setFirmwarePath(r, store, facts, set); err != nil {
-		return "", err
-	}
-	if d.do == replace {
-		if err := a.unload(ctx, r, facts); err != nil {
-			return "", err
-		}
-	}
-	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts))
-	if err != nil {
-		return fault.Of(err).String(), err
-	}
-	r.Modules = outcomes
-	fresh := 0
-	for _, o := range outcomes {
-		if o.Was == kmod.Loaded {
-			fresh++
-			r.did("load %s", o.Name)
-		}
-	}
-	if err := a.makeNodes(); err != nil {
-		return "", err
-	}
-	if fresh == 0 {
-		return "already loaded", nil
-	}
-	return plural(fresh, "module"), nil
-}
-
-// unload unloads the driver that is loaded.
-func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
-	var names []string
-	for _, m := range facts.Modules { // youngest first, so users come before what they use
-		names = append(names, m.Name)
-	}
-	done, err := a.loader.Unload(ctx, names)
-	for _, name := range done {
-		r.did("unload %s", name)
-	}
-	if err != nil {
-		return err
-	}
-	return a.parts.Nodes.Clear(filepath.Join(a.cfg.HostRoot, "dev"))
-}
-
-// images are the modules of a set that are loaded, in load order: those that every node
-// has, and those that this one had before, as nvidia-peermem. The set was proved: the
-// bytes are compared with the digests that its signed content gave.
-func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts) []kmod.Image {
-	var images []kmod.Image
-	for _, m := range set.Modules {
-		had := slices.ContainsFunc(before.Modules, func(old host.Module) bool { return old.Name == kernelName(m.Name) })
-		if !isLoaded(m.Name) && !had {
-			continue
-		}
-		images = append(images, kmod.Image{
-			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name), Params: a.cfg.ModuleParams[kernelName(m.Name)],
-			Bytes: func() ([]byte, error) { return moduleBytes(store, set, m) },
-		})
-	}
-	return images
-}
-
-func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]byte, error) {
-	i := slices.IndexFunc(set.Layers, func(l install.Layer) bool { return l.Kind == bundle.LayerModules })
-	if i < 0 {
-		return nil, fault.New(fault.Unverified, "read module: the set has no modules layer", hintAgain)
-	}
-	layer, err := store.LayerFS(set.Layers[i].Digest)
-	if err != nil {
-		return nil, err
-	}
-	raw, err := readModule(layer, m.File)
-	if err != nil {
-		return nil, fmt.Errorf("read module %s: %w", m.Name, err)
-	}
-	if got := digestOf(raw); got != m.SHA256 {
-		return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256), hintAgain)
-	}
-	return raw, nil
-}
-
-// setFirmwarePath tells the kernel where the driver's firmware is, unless it
-// finds it already.
-func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
-	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
-	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir, inside)); err != nil {
-		return nil // this release has no firmware
-	}
-	if facts.FirmwarePath != "" {
-		if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)); err == nil {
-			return nil
-		}
-	}
-	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, firmwareParameter)); err != nil {
-		return nil // a kernel without loadable firmware
-	}
-	want := path.Join(a.cfg.InstallDir, "firmware")
-	if facts.FirmwarePath != want { // for the day on which this program goes
-		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
-			return err
-		}
-	}
-	if err := a.writeFirmwarePath(want); err != nil {
-		return err
-	}
-	r.did("set firmware path to %s", want)
-	return nil
-}
-
-func (a *Agent) makeNodes() error {
-	mods, err := a.moduleVersions()
-	if err != nil {
-		return err
-	}
-	present := map[string]bool{}
-	for name := range mods {
-		present[name] = true
-	}
-	nodes, err := devnode.Plan(a.parts.Root, present)
-	if err != nil {
-		return err
-	}
-	for _, n := range nodes {
-		if err := a.parts.Nodes.Make(filepath.Join(a.cfg.HostRoot, "dev"), n); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-func (a *Agent) moduleVersions() (map[string]string, error) {
-	mods, err := host.LoadedModules(a.parts.Root)
-	if err != nil {
-		return nil, err
-	}
-	versions := map[string]string{}
-	for _, m := range mods {
-		versions[m.Name] = m.Version
-	}
-	return versions, nil
 }
 
 // nvmlLibrary is where an installed driver has it.
@@ -414,11 +306,8 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) 
 			return gpucheck.Verdict{}, err
 		}
 	}
-	lines := a.loader.Since(mark)
-	f.NVRM = kmod.NVRM(lines, 8)
-	if mark != (kmod.Mark{}) {
-		f.Since = lines
-	}
+	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
+	f.Since = a.loader.After(mark)
 	return gpucheck.Judge(f), nil
 }
 

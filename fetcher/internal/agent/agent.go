@@ -6,6 +6,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,6 +36,8 @@ type Agent struct {
 	// checked has the layers that were compared with signed content in this run, by their
 	// digests, and the digests of their files: map[string]string.
 	checked sync.Map
+	// unproved has the sets that could not be verified in this run, by their digests.
+	unproved sync.Map
 }
 
 // New returns an agent.
@@ -74,11 +77,17 @@ func (r *Report) did(format string, args ...any) {
 // came. A verdict other than ready is an error of its kind.
 func (a *Agent) Run(ctx context.Context) (*Report, error) {
 	a.parts.Line = &timeline.Run{Watch: a.parts.Line.Watch, Now: a.parts.Line.Now} // of this run alone
-	a.checked.Clear()
+	a.forget()
 	r := &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	err := a.run(ctx, r)
 	r.Phases = a.parts.Line.Phases()
 	return r, err
+}
+
+// forget drops what a run knows of the disk.
+func (a *Agent) forget() {
+	a.checked.Clear()
+	a.unproved.Clear()
 }
 
 func (a *Agent) run(ctx context.Context, r *Report) (err error) {
@@ -110,12 +119,35 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 		return err
 	}
 	// Nobody is kept waiting while this program waits for the farm.
-	answer, none := a.resolve(ctx, facts, current)
+	mayBuild := a.mayBuild(ctx, store, facts, current)
+	answer, none := a.resolve(ctx, facts, current, mayBuild)
 	r.Answer = answer
-	if err := a.waitIdle(ctx, store, answer, none); err != nil {
-		return err
+	end := a.parts.Now().Add(a.cfg.WaitIdle)
+	for {
+		plan := len(r.Plan)
+		err := a.locked(store, func() error { return a.settle(ctx, r, store, none) })
+		if !a.waitIdle(ctx, err, end) {
+			return err
+		}
+		r.Plan, r.Answer, r.FetchedBytes, r.CachedBytes = r.Plan[:plan], answer, 0, 0
 	}
-	return a.locked(store, func() error { return a.settle(ctx, r, store, none) })
+}
+
+// mayBuild reports whether this node should compile for itself where nothing is published:
+// not for a kernel in which somebody else's driver stays, and not where what it wants is
+// here and holds.
+func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
+	if a.parts.Local == nil || a.cfg.Pin != "" {
+		return false
+	}
+	s, err := a.situation(ctx, store)
+	if err != nil {
+		return false
+	}
+	if s.foreignStays() {
+		return false
+	}
+	return !serves(current, a.question(facts)) || !a.provable(store, current, facts) && !s.runs(current)
 }
 
 // locked runs do while no other installer works on this node.
@@ -145,7 +177,11 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		}
 		return store.Current()
 	}
-	for _, set := range []*install.Set{s.waiting(), s.current, s.previous} {
+	waiting := s.waiting()
+	if waiting != nil && !serves(waiting, s.question) { // it was another wish
+		waiting = nil
+	}
+	for _, set := range []*install.Set{waiting, s.current, s.previous} {
 		if set == nil || fitsNode(set, s.facts) != nil || s.refused(set) != nil {
 			continue
 		}
@@ -185,6 +221,9 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest))
 		}
 	}
+	if none == nil && s.foreignStays() && !s.facts.Runs(r.Answer.Driver) { // nobody fetches what has to wait
+		none = s.put(&install.Set{Driver: r.Answer.Driver}).err
+	}
 	if s.none = none; none == nil {
 		s.wanted, s.none = a.bring(ctx, r, store, s.facts, s.current)
 		wanted, none := s.wanted, s.none
@@ -195,22 +234,26 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 	}
 	excused := a.excuses(r.Answer, s, silent)
 	d := decide(s)
-	if d.set == nil {
-		if fault.Is(d.err, fault.Transient) {
-			return d.err // what was fetched so far is of use to the next run
-		}
-		return errors.Join(d.err, store.Sweep())
-	}
 	var waiting []string // what stays on the disk though it is not in force
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
+	}
+	if d.set == nil {
+		if fault.Is(d.err, fault.Transient) {
+			return a.andUnproved(s, d.err) // what was fetched so far is of use to the next run
+		}
+		d.err = a.andUnproved(s, d.err)
+		if s.wanted != nil { // so is this, however often it is refused
+			waiting = append(waiting, s.wanted.Digest)
+		}
+		return errors.Join(d.err, store.Sweep(waiting...))
 	}
 	if s.wanted == nil || d.set.Digest != s.wanted.Digest {
 		reason := d.err
 		if s.wanted != nil {
 			waiting = append(waiting, s.wanted.Digest)
 			if fault.Is(reason, fault.Busy) && len(s.facts.Modules) > 0 {
-				if err := a.note(store, s.wanted.Digest, func(at *attempt) { at.Next = true }); err != nil {
+				if err := a.noteNext(store, s.wanted.Digest); err != nil {
 					a.parts.Log.WarnContext(ctx, "note what waits", "err", err)
 				}
 			}
@@ -229,6 +272,20 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 		return d.err // what was fetched so far is of use to the next run
 	}
 	return errors.Join(d.err, store.Sweep(waiting...))
+}
+
+// andUnproved adds why the installed driver was not loaded, where it does not hold: that is
+// what has to be mended.
+func (a *Agent) andUnproved(s situation, err error) error {
+	if s.current == nil {
+		return err
+	}
+	why, ok := a.unproved.Load(s.current.Digest)
+	bad, _ := why.(error)
+	if !ok || bad == nil || errors.Is(err, bad) {
+		return err
+	}
+	return fault.Wrap(fault.Of(bad), fmt.Errorf("verify installed driver %s: %w; and then: %w", s.current.Driver, bad, err), cmp.Or(fault.Hint(bad), hintAgain))
 }
 
 // excuses reports whether a node that has what it wishes for, as far as it can tell, is
@@ -255,8 +312,12 @@ func (a *Agent) situation(ctx context.Context, store *install.Store) (s situatio
 			a.parts.Log.WarnContext(ctx, "find who uses the GPU", "err", err)
 		}
 	}
+	s.provable = func(set *install.Set) bool { return a.provable(store, set, s.facts) }
 	s.closed = a.cfg.Maintenance.Closed(a.parts.Now())
 	s.question = a.question(s.facts)
+	if store == nil {
+		s.provable = nil
+	}
 	if s.current, err = currentSet(store); err != nil || store == nil {
 		s.attempts = attempts{}
 		return s, err
@@ -305,7 +366,7 @@ func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store 
 	if err != nil {
 		return err
 	}
-	r.Answer, s.none = a.resolve(ctx, facts, s.current)
+	r.Answer, s.none = a.resolve(ctx, facts, s.current, !serves(s.current, s.question))
 	silent := s.none != nil
 	if !silent {
 		s.wanted, s.none = a.bring(ctx, r, store, facts, s.current)
@@ -367,7 +428,7 @@ func currentSet(store *install.Store) (*install.Set, error) {
 }
 
 // resolve finds the artifact.
-func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install.Set) (resolve.Answer, error) {
+func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install.Set, mayBuild bool) (resolve.Answer, error) {
 	q := a.question(facts)
 	var answer resolve.Answer
 	err := a.parts.Line.Do("resolve", func() (string, error) {
@@ -379,7 +440,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install
 			return "", err
 		case answer.Err() == nil:
 			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
-		case a.parts.Local == nil || q.Pin != "" || answer.State == api.Yanked || serves(current, q):
+		case a.parts.Local == nil || q.Pin != "" || answer.State == api.Yanked || !mayBuild:
 			return string(answer.State), answer.Err()
 		case a.cfg.DryRun:
 			return string(answer.State) + "; would compile on this node", answer.Err()

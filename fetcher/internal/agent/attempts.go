@@ -124,8 +124,8 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 			return err
 		}
 		delete(all, digest)
-		for _, at := range all { // another one that was open is over with this
-			at.Open = false
+		for _, at := range all { // another one that was open, or waited, is over with this
+			at.Open, at.Next = false, false
 		}
 		if err := all.write(store); err != nil {
 			return store.RemoveFile(attemptsFile)
@@ -147,6 +147,22 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 		at.Why = strings.ToValidUTF8(failed.Error(), "?")
 		at.Why = at.Why[:min(len(at.Why), 2000)]
 	})
+}
+
+// noteNext has one set wait for a kernel without a driver, and no other.
+func (a *Agent) noteNext(store *install.Store, digest string) error {
+	all, err := readAttempts(store)
+	if err != nil {
+		return err
+	}
+	if all[digest] == nil {
+		all[digest] = &attempt{}
+	}
+	for other, at := range all {
+		at.Next = other == digest
+	}
+	all[digest].At = a.parts.Now().UTC()
+	return all.write(store)
 }
 
 func (a *Agent) note(store *install.Store, digest string, change func(*attempt)) error {

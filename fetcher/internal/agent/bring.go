@@ -15,11 +15,13 @@ import (
 	"slices"
 	"strings"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/modinfo"
@@ -48,7 +50,7 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 			return "", err
 		}
 		var verdict *trust.Verdict
-		if content, verdict, err = a.verify(p, origin, r.Answer.Digest, r.Answer.Driver, facts, a.parts.Now()); err != nil {
+		if content, verdict, err = a.verify(p, origin, r.Answer.Digest, r.Answer.Driver, facts, a.since(store, origin, r.Answer, facts)); err != nil {
 			return "", err
 		}
 		r.SignedBy, r.Signatures = verdict.SignedBy(), verdict.Signatures
@@ -90,7 +92,47 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 		}
 		return plural(len(set.Modules), "module") + " checked", nil
 	})
-	return set, err
+	if err != nil {
+		return nil, err
+	}
+	return set, nil
+}
+
+// since is the time at which an artifact is taken: now, or zero where it was taken before,
+// as what is kept beside its set shows. Damage is mended then, whatever the clock says.
+func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
+	if store != nil {
+		if raw, err := store.Proof(answer.Digest); err == nil && raw != nil {
+			var p proof
+			if json.Unmarshal(raw, &p) == nil {
+				if _, _, err := a.verify(p, origin, answer.Digest, answer.Driver, facts, time.Time{}); err == nil {
+					return time.Time{}
+				}
+			}
+		}
+	}
+	return a.parts.Now()
+}
+
+// maxBundles bounds the statements of one artifact together; real ones have some hundred
+// kilobytes.
+const maxBundles = 16 << 20
+
+// useful tells what a bundle says, for [registry.Repository.AttachedIf]: nothing where its
+// signature does not hold, or it is about something else. The same statement by the same
+// signer is the same, however its JSON is written.
+func useful(v statements, digest string) func([]byte) string {
+	return func(bundle []byte) string {
+		st, err := v.Statement(bundle)
+		if err != nil || !st.About(digest) {
+			return ""
+		}
+		return st.Signer() + " " + st.PredicateType + " " + digestOf(st.Predicate)
+	}
+}
+
+type statements interface {
+	Statement(bundle []byte) (*trust.Statement, error)
 }
 
 // readProof reads the manifest, the config and the signed statements, and no layer.
@@ -108,11 +150,12 @@ func readProof(ctx context.Context, repo Repository, v Verifier, digest string, 
 	if p.Config, err = repo.Small(ctx, d); err != nil {
 		return p, err
 	}
-	believed := func(bundle []byte) bool {
-		st, err := v.Statement(bundle)
-		return err == nil && st.About(digest)
+	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
+	for i, size := 0, 0; i < len(p.Bundles); i++ { // what is kept beside the set has to be read again
+		if size += len(p.Bundles[i]); size > maxBundles {
+			p.Bundles = p.Bundles[:i]
+		}
 	}
-	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, believed, v.Wanted(facts.Kernel)...)
 	return p, err
 }
 
@@ -132,7 +175,7 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 	for _, l := range missing {
 		g.Go(func() error {
 			files := map[string]string{}
-			err := store.AddLayer(l.Digest, func(dst *os.Root) error {
+			err := store.AddLayer(l, func(dst *os.Root) error {
 				if err := unpack(gctx, repo, l, dst); err != nil {
 					return err
 				}
@@ -140,7 +183,7 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 				if l.Kind != bundle.LayerModules {
 					return nil
 				}
-				mods, err := inspect(dst.FS(), id, facts)
+				mods, err := inspect(dst.FS(), id, facts, nil)
 				for _, m := range mods {
 					files[m.File] = m.SHA256
 				}
@@ -210,13 +253,17 @@ var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm",
 
 // inspect reads every module of a layer, checks that it is for this kernel and
 // this driver, and notes its digest for the moment when it is loaded.
-func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts) ([]install.Module, error) {
+// Of a layer that was checked, only is what belongs to it; nil is everything.
+func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, only map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {
 		return nil, err
 	}
 	var mods []install.Module
 	for _, file := range files {
+		if _, ok := only[file]; !ok && only != nil {
+			continue // somebody added it
+		}
 		m, err := inspectOne(layer, file)
 		if err != nil {
 			return nil, err
@@ -265,7 +312,7 @@ func readModule(layer fs.FS, file string) ([]byte, error) {
 func inspectOne(layer fs.FS, file string) (install.Module, error) {
 	raw, err := readModule(layer, file)
 	if err != nil {
-		return install.Module{}, fmt.Errorf("check module %s: %w", file, err)
+		return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: %w", file, err), hintAgain)
 	}
 	m, err := modinfo.Read(bytes.NewReader(raw), int64(len(raw)))
 	if err != nil {

@@ -26,6 +26,8 @@ type situation struct {
 	// question is what the node asked the farm.
 	question resolve.Question
 	attempts attempts
+	// provable tells whether the statements beside a set hold; nil is that all do.
+	provable func(*install.Set) bool
 	// closed says why a driver that is loaded may not be replaced now; "" is that it may.
 	closed string
 	// replaceForeign, allowDowngrade, retry and noLoad are what the node's owner decides.
@@ -90,11 +92,22 @@ func decide(s situation) decision {
 // good is the set that may be in force: the current one, or else the one before.
 func (s situation) good() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
-		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil {
+		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.holds(set) {
 			return set
 		}
 	}
 	return nil
+}
+
+// holds reports whether a set may be in force as far as its papers go: those of one that
+// runs are not asked for.
+func (s situation) holds(set *install.Set) bool {
+	return s.provable == nil || s.noLoad || s.provable(set) || s.runs(set)
+}
+
+// foreignStays reports whether somebody else's driver is loaded that is not to go.
+func (s situation) foreignStays() bool {
+	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ours()
 }
 
 // put says how a set gets into force, or why it cannot.
@@ -161,10 +174,14 @@ func (s situation) refused(set *install.Set) error {
 	return a.refused(set.Driver, s.another(set.Digest))
 }
 
-// another reports whether there is another set that this node may run.
+// another reports whether there is another driver that this node may run: a set, or one
+// that somebody else loaded.
 func (s situation) another(digest string) bool {
+	if len(s.facts.Modules) > 0 && !s.ours() {
+		return true
+	}
 	return slices.ContainsFunc([]*install.Set{s.current, s.previous}, func(set *install.Set) bool {
-		if set == nil || set.Digest == digest || fitsNode(set, s.facts) != nil {
+		if set == nil || set.Digest == digest || fitsNode(set, s.facts) != nil || !s.holds(set) {
 			return false
 		}
 		a := s.attempts[set.Digest]

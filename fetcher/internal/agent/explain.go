@@ -90,7 +90,7 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 	if e == nil {
 		return nil, err
 	}
-	a.checked.Clear()
+	a.forget()
 	_, damaged := a.prove(ctx, store, set, facts)
 	f := trust.Finding{Rule: "files", OK: damaged == nil, Detail: "all layers are what was signed"}
 	if damaged != nil {

@@ -273,7 +273,7 @@ func (c cuttable) Manifest(ctx context.Context, digest string) ([]byte, error) {
 	return c.Repository.Manifest(ctx, digest)
 }
 
-func (c cuttable) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted ...map[string]string) ([][]byte, error) {
+func (c cuttable) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error) {
 	if err := c.err(); err != nil {
 		return nil, err
 	}

@@ -34,13 +34,9 @@ func (f *foreignFiles) close() {
 	}
 }
 
-// findForeign looks for the files of what is loaded, in load order. Of a driver of ours
-// it finds nothing: that has sets.
-func (a *Agent) findForeign(s situation, do verb) *foreignFiles {
+// findForeign looks for the files of what is loaded, in load order.
+func (a *Agent) findForeign(s situation) *foreignFiles {
 	f := &foreignFiles{driver: s.facts.Driver.String()}
-	if do != replace || s.ours() {
-		return f
-	}
 	f.replaced = true
 	byID := map[string]string{}
 	for _, name := range a.moduleFiles(s.facts) {
@@ -113,13 +109,18 @@ func whole(file fs.File) ([]byte, error) {
 
 // putBack loads what somebody else had loaded, after ours was refused.
 func (f *foreignFiles) putBack(ctx context.Context, a *Agent, r *Report) error {
-	if len(f.images) == 0 || len(f.unknown) > 0 {
-		return fmt.Errorf("driver %s, which was loaded before, is not loaded again: no file on this node is its %s; reboot the node, or start what loads it",
-			f.driver, strings.Join(f.unknown, ", "))
+	for _, name := range []string{"nvidia", "nvidia_uvm"} {
+		if slices.Contains(f.unknown, name) {
+			return fmt.Errorf("driver %s, which was loaded before, is not loaded again: no file on this node is its %s; reboot the node, or start what loads it",
+				f.driver, strings.Join(f.unknown, ", "))
+		}
 	}
 	if _, err := a.loader.Load(ctx, f.images); err != nil {
 		return fmt.Errorf("load %s again: %w", f.driver, err)
 	}
 	r.did("loaded %s again, which was there before", f.driver)
+	if len(f.unknown) > 0 {
+		r.did("did not find a file of %s, which was loaded before", strings.Join(f.unknown, ", "))
+	}
 	return a.makeNodes()
 }

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/pkg/target"
@@ -92,7 +93,7 @@ func (a *Agent) History() (all []Event, err error) {
 // is left. A run that was killed in the middle of it is finished by the next.
 func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
-	a.checked.Clear()
+	a.forget()
 	defer func() { r.Phases = a.parts.Line.Phases() }()
 	if _, err = a.observe(r); err != nil {
 		return r, err
@@ -144,6 +145,9 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		was, err := store.ReadFile(firmwareBefore)
 		if err != nil {
 			return r, err
+		}
+		if was == nil { // of an older release: what COS was booted with
+			was = []byte(host.BootedFirmwarePath(a.parts.Root))
 		}
 		if err := a.writeFirmwarePath(string(was)); err != nil {
 			return r, err

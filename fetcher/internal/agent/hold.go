@@ -204,7 +204,7 @@ func (a *Agent) lastRecord() *record {
 // folder before us, and loads what it can.
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
-	a.checked.Clear()
+	a.forget()
 	facts, err := a.observe(r)
 	if err != nil {
 		return r, err

@@ -27,7 +27,7 @@ type Repository interface {
 	// of the wanted sets of annotations first, both compared with their digests.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	// AttachedIf also has what is useful first.
-	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted ...map[string]string) ([][]byte, error)
+	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error)
 }
 
 // Verifier judges signed statements; package trust has the one implementation.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -78,22 +79,14 @@ func (a *Agent) setOf(origin install.Origin, digest, repository string, content 
 // prove verifies a set that lies on the disk, now and for this kernel: the statements
 // beside it, and by them every byte of its layers. It returns the set as signed content
 // has it. What set.json says decides nothing but where to look.
-func (a *Agent) prove(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts) (*install.Set, error) {
+func (a *Agent) prove(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts, kinds ...bundle.LayerKind) (*install.Set, error) {
 	fail := func(err error) (*install.Set, error) {
+		if ctx.Err() == nil && !fault.Is(err, fault.Transient) {
+			a.unproved.Store(set.Digest, err)
+		}
 		return nil, fmt.Errorf("verify installed driver %s: %w", set.Driver, err)
 	}
-	raw, err := store.Proof(set.Digest)
-	if err != nil {
-		return fail(err)
-	}
-	var p proof
-	if raw == nil {
-		return fail(fault.New(fault.Unverified, "no signed statements lie beside it", "run fetcher install once while the registry answers: it writes them"))
-	}
-	if err := json.Unmarshal(raw, &p); err != nil {
-		return fail(fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain))
-	}
-	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts, time.Time{})
+	content, err := a.papers(store, set, facts)
 	if err != nil {
 		return fail(err)
 	}
@@ -101,7 +94,9 @@ func (a *Agent) prove(ctx context.Context, store *install.Store, set *install.Se
 	proved.InstalledAt = set.InstalledAt
 	g, gctx := errgroup.WithContext(ctx)
 	for _, l := range proved.Layers {
-		g.Go(func() error { return a.checkLayer(gctx, store, l) })
+		if len(kinds) == 0 || slices.Contains(kinds, l.Kind) {
+			g.Go(func() error { return a.checkLayer(gctx, store, l) })
+		}
 	}
 	if err := g.Wait(); err != nil {
 		return fail(err)
@@ -115,6 +110,36 @@ func (a *Agent) prove(ctx context.Context, store *install.Store, set *install.Se
 	return proved, nil
 }
 
+// papers verifies the statements beside a set, and none of its files.
+func (a *Agent) papers(store *install.Store, set *install.Set, facts *host.Facts) (bundle.Content, error) {
+	raw, err := store.Proof(set.Digest)
+	if err != nil {
+		return bundle.Content{}, err
+	}
+	var p proof
+	if raw == nil {
+		return bundle.Content{}, fault.New(fault.Unverified, "no signed statements lie beside it", "run fetcher install once while the registry answers: it writes them")
+	}
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return bundle.Content{}, fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain)
+	}
+	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts, time.Time{})
+	return content, err
+}
+
+// provable reports whether nothing speaks against a set being proved: its statements hold,
+// and no attempt of this run has failed.
+func (a *Agent) provable(store *install.Store, set *install.Set, facts *host.Facts) bool {
+	if set == nil || set.Damaged {
+		return false
+	}
+	if _, bad := a.unproved.Load(set.Digest); bad {
+		return false
+	}
+	_, err := a.papers(store, set, facts)
+	return err == nil
+}
+
 const hintAgain = "run fetcher install again: what is damaged on this node is fetched anew"
 
 // checkLayer compares an unpacked layer with its signed diff id, once in each run.
@@ -126,7 +151,11 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, hintAgain)
 	}
-	files, err := bundle.CheckTree(ctx, root, l.Kind, l.DiffID)
+	names, err := store.LayerNames(l.Digest)
+	if err != nil {
+		return errors.Join(err, root.Close())
+	}
+	files, err := bundle.CheckTree(ctx, root, l.Kind, l.DiffID, names)
 	if err := errors.Join(err, root.Close()); err != nil {
 		if fault.Is(err, fault.Unverified) {
 			err = fault.Wrap(fault.Unverified, err, hintAgain)
@@ -144,12 +173,15 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	if err != nil {
 		return nil, err
 	}
-	mods, err := inspect(layer, content.Identity, facts)
+	files, _ := a.checked.Load(l.Digest)
+	known, _ := files.(map[string]string)
+	if known == nil {
+		known = map[string]string{}
+	}
+	mods, err := inspect(layer, content.Identity, facts, known)
 	if err != nil {
 		return nil, err
 	}
-	files, _ := a.checked.Load(l.Digest)
-	known, _ := files.(map[string]string)
 	for _, m := range mods {
 		if known[m.File] != m.SHA256 {
 			return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: it changed after it was checked", m.Name), hintAgain)

@@ -53,7 +53,7 @@ func (l liar) Blob(ctx context.Context, digest string, size int64) (io.ReadClose
 	return io.NopCloser(bytes.NewReader(l.blob(digest, raw))), nil
 }
 
-func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) bool, wanted ...map[string]string) ([][]byte, error) {
+func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error) {
 	all, err := l.Repository.AttachedIf(ctx, digest, artifactType, useful, wanted...)
 	if l.attached != nil && err == nil {
 		all = l.attached(all)

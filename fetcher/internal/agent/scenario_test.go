@@ -28,6 +28,7 @@ func (n *node) reboot(t testing.TB) {
 	n.boots++
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", n.boots))
 	sample.Write(t, n.root, "proc/modules", "")
+	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/var/lib/nvidia/firmware\n") // as COS's command line has it
 	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm", "sys/module/nvidia_modeset"} {
 		if err := os.RemoveAll(filepath.Join(n.root, dir)); err != nil {
 			t.Fatal(err)

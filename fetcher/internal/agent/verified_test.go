@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -64,16 +65,30 @@ var damages = map[string]func(t *testing.T, n *node){
 			return bytes.ReplaceAll(raw, []byte(was), []byte(digestOf(evil)))
 		})
 	},
-	"a byte of a library":  func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped) },
-	"a library gone":       func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, gone) },
-	"a link of a library":  func(t *testing.T, n *node) { n.relink(t, "layers/*/lib64/libnvidia-ml.so.1", "../bin/nvidia-smi") },
-	"a byte of a firmware": func(t *testing.T, n *node) { n.edit(t, "layers/*/firmware/nvidia/*/gsp_tu10x.bin", flipped) },
-	"a library more":       func(t *testing.T, n *node) { n.add(t, "layers/*/lib64", "libevil.so.1") },
-	"a program more":       func(t *testing.T, n *node) { n.add(t, "layers/*/bin", "evil") },
-	"half a layer":         func(t *testing.T, n *node) { n.removeAll(t, "layers/*/lib64") },
-	"a layer gone":         func(t *testing.T, n *node) { n.removeAll(t, "layers/*/drivers/nvidia.ko/../..") },
-	"a set's link":         func(t *testing.T, n *node) { n.relink(t, "sets/*/lib64", "/tmp") },
-	"the statements gone":  func(t *testing.T, n *node) { n.edit(t, "sets/*/proof.json", gone) },
+	"a byte of a library":    func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped) },
+	"a library gone":         func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, gone) },
+	"a link of a library":    func(t *testing.T, n *node) { n.relink(t, "layers/*/lib64/libnvidia-ml.so.1", "../bin/nvidia-smi") },
+	"a byte of a firmware":   func(t *testing.T, n *node) { n.edit(t, "layers/*/firmware/nvidia/*/gsp_tu10x.bin", flipped) },
+	"a note that is no JSON": func(t *testing.T, n *node) { n.edit(t, "sets/*/set.json", func([]byte) []byte { return []byte("{") }) },
+	"a note that is a folder": func(t *testing.T, n *node) {
+		n.edit(t, "sets/*/set.json", gone)
+		sample.Write(t, n.root, installDir+"/.prebake/current/set.json/x", "")
+	},
+	"a layer that is a file": func(t *testing.T, n *node) {
+		name := filepath.Dir(n.one(t, "layers/*/lib64"))
+		if err := errors.Join(os.RemoveAll(name), os.WriteFile(name, nil, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	},
+	"a library that anybody may write": func(t *testing.T, n *node) {
+		if err := os.Chmod(n.one(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion), 0o666); err != nil {
+			t.Fatal(err)
+		}
+	},
+	"half a layer":        func(t *testing.T, n *node) { n.removeAll(t, "layers/*/lib64") },
+	"a layer gone":        func(t *testing.T, n *node) { n.removeAll(t, "layers/*/drivers/nvidia.ko/../..") },
+	"a set's link":        func(t *testing.T, n *node) { n.relink(t, "sets/*/lib64", "/tmp") },
+	"the statements gone": func(t *testing.T, n *node) { n.edit(t, "sets/*/proof.json", gone) },
 	"the statements broken": func(t *testing.T, n *node) {
 		n.edit(t, "sets/*/proof.json", func([]byte) []byte { return []byte("{") })
 	},
@@ -190,6 +205,38 @@ func digestOf(raw []byte) string { return fmt.Sprintf("sha256:%x", sha256.Sum256
 
 func answerOf(source resolve.Source, ref, digest string, d target.Driver) resolve.Answer {
 	return resolve.Answer{State: api.Published, Source: source, Driver: d, Repository: ref, Digest: digest}
+}
+
+// What installers of NCCL's plugins put into lib64, as Google's own do on GKE's H100 and
+// H200 nodes, is no damage: it stays where the driver is loaded without a network, where a
+// layer is fetched anew, and where another driver takes its place.
+func TestAddedStays(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := two(t, 1)
+	n.add(t, "layers/*/lib64", "libnccl-net.so")
+	n.add(t, "layers/*/bin", "nccl-test")
+	there := func() {
+		t.Helper()
+		for _, name := range []string{"lib64/libnccl-net.so", "bin/nccl-test"} {
+			if raw, err := os.ReadFile(filepath.Join(n.root, installDir, name)); err != nil || string(raw) != "evil" {
+				t.Errorf("%s is %q, %v; want what was put there", name, raw, err)
+			}
+		}
+	}
+	n.reboot(t)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "connection refused", "")}
+	if r, err := n.runAs(t); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("after a reboot: %+v, %v; want ready", r.Verdict, err)
+	}
+	n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped)
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.FetchedBytes == 0 {
+		t.Errorf("with a damaged library: %d bytes, %v; want it fetched", r.FetchedBytes, err)
+	}
+	there()
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
+		t.Errorf("another driver: %+v, %v", r.Verdict, err)
+	}
+	there()
 }
 
 func errText(err error) string {

@@ -7,8 +7,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prebake/prebake/fetcher/internal/install"
-	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -67,26 +66,29 @@ func (w Window) Closed(now time.Time) string {
 // idlePause is the time between two looks at who uses the driver.
 const idlePause = 2 * time.Second
 
-// waitIdle waits, for as long as the owner says, until nobody uses a driver that is to be
-// replaced. It holds no lock, and changes nothing.
-func (a *Agent) waitIdle(ctx context.Context, store *install.Store, answer resolve.Answer, none error) error {
-	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || none != nil {
-		return nil
+// waitIdle waits, until end, for those to end who use a driver that is to be replaced, and
+// reports whether it is worth another try. It holds no lock, and changes nothing.
+func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
+	if a.cfg.WaitIdle <= 0 || a.cfg.NoLoad || !fault.Is(why, fault.Busy) || a.cfg.Maintenance.Closed(a.parts.Now()) != "" {
+		return false
 	}
-	end := time.Now().Add(a.cfg.WaitIdle)
-	for {
-		s, err := a.situation(ctx, store)
-		if err != nil {
-			return err
-		}
-		if len(s.facts.Modules) == 0 || s.facts.Runs(answer.Driver) || s.closed != "" || idle(s.facts) == nil || time.Now().After(end) {
-			return nil // the decision says what else there is to say
-		}
-		a.parts.Line.Say("resolve", "waiting for the GPU: %s", strings.TrimPrefix(idle(s.facts).Error(), "unload "))
+	open := func() bool {
+		mods, err := host.LoadedModules(a.parts.Root)
+		return err == nil && (&host.Facts{Modules: mods}).Open()
+	}
+	if !open() {
+		return false
+	}
+	a.parts.Log.InfoContext(ctx, "waiting until nobody uses the GPU", "until", end.UTC(), "err", why)
+	for a.parts.Now().Before(end) {
 		select {
 		case <-ctx.Done():
-			return fault.Wrap(fault.Cancelled, context.Cause(ctx), "")
+			return false
 		case <-time.After(idlePause):
 		}
+		if !open() {
+			return true
+		}
 	}
+	return false
 }

@@ -27,6 +27,7 @@ const (
 	Loaded   State = "loaded"    // modules are right; NVML was not asked since boot
 	Staged   State = "staged"    // installed, and by request not loaded
 	Absent   State = "absent"    // nothing is installed
+	Starting State = "starting"  // every GPU answers, and waits for the fabric manager
 	Foreign  State = "foreign"   // nothing is installed; somebody else's driver is loaded, and nothing is wrong with it
 )
 
@@ -147,8 +148,7 @@ func Judge(f Facts) Verdict {
 		return is(Unusable, "the driver reports %s", strings.Join(fatal, "; "))
 	}
 	if waiting := f.fabricless(); len(waiting) > 0 {
-		v.UsableGPUs = v.PCIGPUs - len(waiting)
-		return is(Unusable, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before nvidia-fabricmanager has", len(waiting), waiting[0])
+		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before nvidia-fabricmanager has", len(waiting), waiting[0])
 	}
 	return v
 }
@@ -213,6 +213,8 @@ func (v Verdict) Err() error {
 		return fault.New(fault.NoDevice, "no GPU present: "+text, "attach a GPU to this machine, or keep this program off nodes without one")
 	case Unusable:
 		return fault.New(fault.Unusable, "GPU present but not usable: "+text, "read the kernel's lines: dmesg | grep -e NVRM -e Xid")
+	case Starting:
+		return fault.New(fault.Unusable, text, "start nvidia-fabricmanager of this driver's version, and look again")
 	case Drifted:
 		return fault.New(fault.Mismatch, text, "run fetcher install when the GPUs are idle")
 	case Absent:

@@ -59,8 +59,8 @@ func TestJudgeXidAndFabric(t *testing.T) {
 	for _, state := range []string{"not started", "in progress"} {
 		f := good()
 		f.NVML.Devices[0].Fabric = state
-		if v := gpucheck.Judge(f); v.State != gpucheck.Unusable || !strings.Contains(v.Reason, "fabricmanager") || v.UsableGPUs != 0 {
-			t.Errorf("Judge with a fabric %s = %+v; want unusable", state, v)
+		if v := gpucheck.Judge(f); v.State != gpucheck.Starting || !strings.Contains(v.Reason, "fabricmanager") || v.UsableGPUs != 1 || v.Err() == nil {
+			t.Errorf("Judge with a fabric %s = %+v; want starting", state, v)
 		}
 	}
 }

@@ -189,6 +189,21 @@ func Observe(root fs.FS) (*Facts, error) {
 	return f, nil
 }
 
+// BootedFirmwarePath is where the kernel was told on its command line to look for firmware;
+// "" is nowhere else than usual.
+func BootedFirmwarePath(root fs.FS) string {
+	line, err := readFirst(root, "proc/cmdline")
+	if err != nil {
+		return ""
+	}
+	for word := range strings.FieldsSeq(line) {
+		if path, ok := strings.CutPrefix(word, "firmware_class.path="); ok {
+			return path
+		}
+	}
+	return ""
+}
+
 func (f *Facts) unread(err error) { f.Unread = append(f.Unread, err.Error()) }
 
 // LoadedModules returns the NVIDIA modules in /proc/modules, in its order

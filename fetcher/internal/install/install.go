@@ -16,7 +16,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -90,6 +89,8 @@ type Set struct {
 	// Modules are in load order.
 	Modules     []Module  `json:"modules"`
 	InstalledAt time.Time `json:"installedAt"`
+	// Damaged says that nothing but the digest is known.
+	Damaged bool `json:"damaged,omitempty"`
 }
 
 // Store is the install folder of one node.
@@ -138,41 +139,6 @@ func hexOf(digest string) (string, error) {
 	return strings.TrimPrefix(string(f), "sha256:"), nil
 }
 
-// HasLayer reports whether a layer is unpacked already.
-func (s *Store) HasLayer(digest string) bool {
-	name, err := hexOf(digest)
-	if err != nil {
-		return false
-	}
-	info, err := s.root.Lstat(path.Join(home, "layers", name))
-	return err == nil && info.IsDir()
-}
-
-// AddLayer lets fill write a layer into a fresh folder and gives that folder
-// its final name when fill and every check in it succeeded. On an error
-// nothing remains. A layer that is there under that name, and is damaged or the
-// caller would not ask, is replaced in one step.
-func (s *Store) AddLayer(digest string, fill func(dst *os.Root) error) error {
-	name, err := hexOf(digest)
-	if err != nil {
-		return err
-	}
-	return s.add(path.Join("layers", name), fill)
-}
-
-// LayerRoot opens an unpacked layer.
-func (s *Store) LayerRoot(digest string) (*os.Root, error) {
-	name, err := hexOf(digest)
-	if err != nil {
-		return nil, err
-	}
-	root, err := s.root.OpenRoot(path.Join(home, "layers", name))
-	if err != nil {
-		return nil, fmt.Errorf("open layer: %w", err)
-	}
-	return root, nil
-}
-
 // add fills a temporary folder, flushes it to disk and renames it to its final
 // name below our own folder.
 func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
@@ -200,12 +166,18 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 		return err
 	}
 	err = s.root.Rename(tmp, final)
-	if errors.Is(err, fs.ErrExist) { // the one of that name goes: this one is verified
-		if err = s.exchange(tmp, final); err == nil {
-			return s.root.RemoveAll(tmp)
+	if err != nil { // what has that name goes, whatever it is: this one is verified
+		if _, there := s.root.Lstat(final); there == nil {
+			err = s.exchange(tmp, final)
+			if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
+				if err = s.root.RemoveAll(final); err == nil {
+					return s.root.Rename(tmp, final)
+				}
+			}
+			if err == nil {
+				return s.root.RemoveAll(tmp)
+			}
 		}
-	}
-	if err != nil {
 		return fmt.Errorf("name staged folder: %w", err)
 	}
 	return nil
@@ -225,15 +197,6 @@ func (s *Store) sync() error {
 		err = fmt.Errorf("flush install folder: %w", err)
 	}
 	return errors.Join(err, d.Close())
-}
-
-// LayerFS returns the files of an unpacked layer.
-func (s *Store) LayerFS(digest string) (fs.FS, error) {
-	name, err := hexOf(digest)
-	if err != nil {
-		return nil, err
-	}
-	return fs.Sub(s.root.FS(), path.Join(home, "layers", name))
 }
 
 // proofFile holds what a set was verified by, beside its links.
@@ -393,21 +356,24 @@ func (s *Store) SetAt(pointer string) (*Set, error) {
 // maxSet bounds set.json; a real one has a few kilobytes.
 const maxSet = 1 << 20
 
-// readSet reads a set below our folder.
-func (s *Store) readSet(link string) (_ *Set, err error) {
-	f, err := s.root.Open(path.Join(home, link, "set.json"))
-	if errors.Is(err, fs.ErrNotExist) {
+// readSet reads a set below our folder. Of one whose note cannot be read the digest alone
+// is known: nothing fits it, and the next run that is answered writes it again.
+func (s *Store) readSet(link string) (*Set, error) {
+	raw, err := s.readFile(path.Join(home, link, "set.json"), maxSet)
+	if err == nil && raw == nil {
 		return nil, nil
 	}
-	if err != nil {
-		return nil, fmt.Errorf("read %s set: %w", link, err)
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
 	var set Set
-	if err := json.NewDecoder(io.LimitReader(f, maxSet)).Decode(&set); err != nil {
-		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read %s set: %w", link, err), "remove the link .prebake/current in the install folder and run fetcher install again")
+	if err == nil && json.Unmarshal(raw, &set) == nil && set.Digest != "" {
+		return &set, nil
 	}
-	return &set, nil
+	to := link
+	if !strings.HasPrefix(link, "sets/") {
+		if to, err = s.link(link); err != nil {
+			return nil, err
+		}
+	}
+	return &Set{Digest: "sha256:" + path.Base(to), Damaged: true}, nil
 }
 
 // diskFault marks an error that says that the disk is full.

@@ -36,7 +36,7 @@ func open(t *testing.T) *install.Store {
 func add(t *testing.T, s *install.Store, c string, dirs ...string) install.Set {
 	t.Helper()
 	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
-	err := s.AddLayer(l.Digest, func(dst *os.Root) error {
+	err := s.AddLayer(l, func(dst *os.Root) error {
 		for _, dir := range dirs {
 			if err := dst.Mkdir(dir, 0o755); err != nil {
 				return err
@@ -141,7 +141,7 @@ func TestAddLayerFails(t *testing.T) {
 	t.Parallel()
 	s := open(t)
 	want := errors.New("digest differs")
-	err := s.AddLayer(digest("1"), func(dst *os.Root) error {
+	err := s.AddLayer(install.Layer{Kind: bundle.LayerUserspace, Digest: digest("1")}, func(dst *os.Root) error {
 		return errors.Join(dst.WriteFile("half", []byte("x"), 0o644), want)
 	})
 	if !errors.Is(err, want) || s.HasLayer(digest("1")) {
@@ -152,7 +152,7 @@ func TestAddLayerFails(t *testing.T) {
 		t.Errorf("left behind %v, %v", left, err)
 	}
 	for _, bad := range []string{"", "sha256:../x", "md5:" + strings.Repeat("1", 64), digest("A")} {
-		if err := s.AddLayer(bad, func(*os.Root) error { return nil }); !fault.Is(err, fault.Unverified) {
+		if err := s.AddLayer(install.Layer{Kind: bundle.LayerUserspace, Digest: bad}, func(*os.Root) error { return nil }); !fault.Is(err, fault.Unverified) {
 			t.Errorf("AddLayer(%q) = %v; want unverified", bad, err)
 		}
 	}
@@ -224,8 +224,37 @@ func TestCorruptSet(t *testing.T) {
 	if err := os.WriteFile(s.Path("current/set.json"), []byte("{"), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := s.Current(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
-		t.Errorf("Current with a broken set.json = %v; want unverified with a hint", err)
+	// It is known that there is one, and not more; what it needs stays.
+	if got, err := s.Current(); err != nil || got == nil || !got.Damaged || got.Digest != set.Digest {
+		t.Errorf("Current with a broken set.json = %+v, %v; want a damaged one", got, err)
+	}
+	if err := errors.Join(s.Heal(), s.Sweep()); err != nil {
+		t.Fatal(err)
+	}
+	if got := who(t, s); got["bin"] != "1" {
+		t.Errorf("after a sweep names lead to %v", got)
+	}
+}
+
+// What is no folder, and stands where a layer or a set is to be, goes.
+func TestOddThings(t *testing.T) {
+	t.Parallel()
+	s := open(t)
+	if err := os.WriteFile(s.Path("layers/"+strings.Repeat("1", 64)), []byte("a file"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	set := add(t, s, "1", "bin")
+	for _, name := range []string{"set.json", "proof.json"} {
+		at := filepath.Join(s.Path("sets/"+strings.Repeat("1", 64)), name)
+		if err := errors.Join(os.Remove(at), os.MkdirAll(filepath.Join(at, "x"), 0o755)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.AddSet(set, []byte("proof")); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.Set(set.Digest); err != nil || got == nil || got.Damaged {
+		t.Errorf("Set = %+v, %v", got, err)
 	}
 }
 
@@ -236,7 +265,7 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 	s := open(t)
 	const files = 2000
 	old := install.Layer{Kind: bundle.LayerUserspace, Digest: digest("a")}
-	err := s.AddLayer(old.Digest, func(dst *os.Root) error {
+	err := s.AddLayer(install.Layer{Kind: bundle.LayerUserspace, Digest: old.Digest}, func(dst *os.Root) error {
 		if err := dst.Mkdir("lib64", 0o755); err != nil {
 			return err
 		}

@@ -302,6 +302,7 @@ func (s *Store) Remove() error {
 // another set that stays.
 func (s *Store) Sweep(also ...string) error {
 	keep := map[string]bool{}
+	layersKnown := true
 	for _, digest := range also {
 		set, err := s.Set(digest)
 		if err != nil || set == nil {
@@ -327,6 +328,7 @@ func (s *Store) Sweep(also ...string) error {
 			continue
 		}
 		keep[to] = true
+		layersKnown = layersKnown && !set.Damaged
 		for _, l := range set.Layers {
 			if name, err := hexOf(l.Digest); err == nil {
 				keep[path.Join("layers", name)] = true
@@ -334,6 +336,9 @@ func (s *Store) Sweep(also ...string) error {
 		}
 	}
 	for _, dir := range []string{"layers", "sets", "."} {
+		if dir == "layers" && !layersKnown {
+			continue // what a damaged set needs is not known
+		}
 		d, err := s.root.Open(path.Join(home, dir))
 		if err != nil {
 			return fmt.Errorf("sweep: %w", err)
@@ -378,7 +383,9 @@ func (s *Store) WriteCacheFile(set Set) error {
 	if err != nil {
 		return err
 	}
-	if have != nil && !slices.Contains(ours, string(have)) && !bytes.Equal(have, text) {
+	// One that says the same may still be another installer's, whose folders are aside.
+	_, theirs := s.root.Lstat(path.Join(home, "adopted", "lib64"))
+	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
 		if err := s.root.Rename(cacheFile, path.Join(home, "adopted", cacheFile)); err != nil {
 			return fmt.Errorf("keep %s: %w", cacheFile, err)
 		}
@@ -423,7 +430,10 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	data, err := io.ReadAll(io.LimitReader(f, limit))
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err == nil && int64(len(data)) > limit {
+		err = fault.New(fault.Unverified, fmt.Sprintf("more than %d bytes", limit), "remove it: this program never writes that much")
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)
 	}
@@ -441,7 +451,11 @@ func (s *Store) WriteFile(name string, data []byte) error {
 	if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return diskFault(fmt.Errorf("write %s: %w", name, err))
 	}
-	if err := s.root.Rename(tmp, name); err != nil {
+	err = s.root.Rename(tmp, name)
+	if info, lerr := s.root.Lstat(name); err != nil && lerr == nil && info.IsDir() { // no folder of that name is ours
+		err = errors.Join(s.root.RemoveAll(name), s.root.Rename(tmp, name))
+	}
+	if err != nil {
 		return fmt.Errorf("write %s: %w", name, err)
 	}
 	return nil

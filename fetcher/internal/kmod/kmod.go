@@ -291,6 +291,16 @@ func (l *Loader) Since(m Mark) []string {
 	return plain
 }
 
+// After returns the kernel's lines after the mark, and none where it is not known which
+// these are: there was no mark, or it has been overwritten.
+func (l *Loader) After(m Mark) []string {
+	lines, err := l.System.Log()
+	if err != nil || m.last == "" || !slices.Contains(lines, m.last) {
+		return nil
+	}
+	return l.Since(m)
+}
+
 // NVRM returns the driver's own lines among these, at most the last n.
 func NVRM(lines []string, n int) []string {
 	var found []string

@@ -48,36 +48,49 @@ func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "lo
 
 // PublicKey returns the public half of the key of the node with this state folder.
 func PublicKey(stateDir string) ([]byte, error) {
-	pem, err := os.ReadFile(filepath.Join(stateDir, keyFile+".pub"))
+	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
 	if err != nil {
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err), "what this node compiled for itself cannot be verified: have it compiled again, or publish the driver")
 	}
 	return pem, nil
 }
 
-// keyFile is the node's own key in the state folder.
-const keyFile = "local.key"
+// Both halves of the node's key are in one folder, which gets its name when they are there:
+// a run that is killed leaves no half of a pair, nor halves of two.
+const (
+	keyFolder = "node-key"
+	keyFile   = "local.key"
+)
 
-// key returns the node's key, and makes it where there is none that is whole. It is
-// named last: a run that is killed leaves no half key under that name.
+// keyIn returns the key's file; older releases had it in the state folder itself.
+func keyIn(stateDir string) string {
+	key := filepath.Join(stateDir, keyFolder, keyFile)
+	old := filepath.Join(stateDir, keyFile)
+	if _, err := os.Stat(filepath.Dir(key)); errors.Is(err, os.ErrNotExist) && whole(old) && whole(old+".pub") {
+		return old
+	}
+	return key
+}
+
+// key returns the node's key, and makes it where there is none that is whole.
 func (b Builder) key(ctx context.Context) (string, error) {
-	key := filepath.Join(b.StateDir, keyFile)
-	if whole(key) && whole(key+".pub") {
+	if key := keyIn(b.StateDir); whole(key) && whole(key+".pub") {
 		return key, nil
 	}
-	fresh := filepath.Join(b.StateDir, "tmp-key")
-	for _, name := range []string{fresh, fresh + ".pub"} {
-		if err := os.Remove(name); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return "", fmt.Errorf("make node key: %w", err)
-		}
-	}
-	if _, err := b.run(ctx, "keygen", fresh); err != nil {
+	fresh, folder := filepath.Join(b.StateDir, "tmp-key"), filepath.Join(b.StateDir, keyFolder)
+	if err := errors.Join(os.RemoveAll(fresh), os.RemoveAll(folder)); err != nil {
 		return "", fmt.Errorf("make node key: %w", err)
 	}
-	if err := errors.Join(os.Rename(fresh+".pub", key+".pub"), os.Rename(fresh, key)); err != nil {
+	if err := os.Mkdir(fresh, 0o700); err != nil {
 		return "", fmt.Errorf("make node key: %w", err)
 	}
-	return key, nil
+	if _, err := b.run(ctx, "keygen", filepath.Join(fresh, keyFile)); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	if err := os.Rename(fresh, folder); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	return filepath.Join(folder, keyFile), nil
 }
 
 // whole reports whether a file is there and ends as a PEM file does.

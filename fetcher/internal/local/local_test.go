@@ -49,9 +49,9 @@ func TestBuild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	build := "build --build-id 1.2.3 --board lakitu --driver R535 --flavour open --to oci:STATE/local --key STATE/local.key --cache " + b.CacheDir +
+	build := "build --build-id 1.2.3 --board lakitu --driver R535 --flavour open --to oci:STATE/local --key STATE/node-key/local.key --cache " + b.CacheDir +
 		" --load-test off --output json --kernel-mirror file:///k --driver-mirror file:///d"
-	want := []string{"keygen STATE/tmp-key", build, build}
+	want := []string{"keygen STATE/tmp-key/local.key", build, build}
 	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(raw), b.StateDir, "STATE")), "\n")
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("calls (-want +got):\n%s", diff)
@@ -104,6 +104,8 @@ func TestHalfAKey(t *testing.T) {
 	t.Parallel()
 	const pem = "-----BEGIN X-----\n-----END X-----\n"
 	for name, files := range map[string]map[string]string{
+		"half a folder":  {"node-key/local.key": pem},
+		"an older one":   {"local.key": pem, "local.key.pub": ""},
 		"no public half": {"local.key": pem},
 		"empty":          {"local.key": "", "local.key.pub": pem},
 		"cut short":      {"local.key": pem[:20], "local.key.pub": pem},
@@ -118,6 +120,9 @@ func TestHalfAKey(t *testing.T) {
 				t.Fatal(err)
 			}
 			for name, text := range files {
+				if err := os.MkdirAll(filepath.Dir(filepath.Join(b.StateDir, name)), 0o755); err != nil {
+					t.Fatal(err)
+				}
 				if err := os.WriteFile(filepath.Join(b.StateDir, name), []byte(text), 0o600); err != nil {
 					t.Fatal(err)
 				}
@@ -125,7 +130,7 @@ func TestHalfAKey(t *testing.T) {
 			if _, err := b.Build(t.Context(), question); err != nil {
 				t.Fatal(err)
 			}
-			for _, name := range []string{"local.key", "local.key.pub"} {
+			for _, name := range []string{"node-key/local.key", "node-key/local.key.pub"} {
 				if got, err := os.ReadFile(filepath.Join(b.StateDir, name)); err != nil || string(got) != pem {
 					t.Errorf("%s = %q, %v; want a whole one", name, got, err)
 				}

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -36,8 +37,8 @@ type File struct {
 	Signatures []Signatures `json:"signatures" yaml:"signatures" jsonschema:"minItems=2"`
 	// Builders are the builder ids that provenance may name. Default: any.
 	Builders []string `json:"builders,omitempty" yaml:"builders" jsonschema:"minItems=1,uniqueItems=true"`
-	// Sources are the beginnings of the URIs from which the build's inputs may come, such as
-	// gs://cos-tools/. Default: any.
+	// Sources are the places from which the build's inputs may come: URIs that end with a
+	// slash, such as gs://cos-tools/. Default: any.
 	Sources []string `json:"sources,omitempty" yaml:"sources" jsonschema:"minItems=1,uniqueItems=true"`
 	// LoadTest is any, or tested: a kernel of the same build has loaded the modules.
 	// Default: any. Modules that failed their load test are refused in any case.
@@ -48,6 +49,10 @@ type File struct {
 	// MinimumVersions are the oldest driver versions that are taken, one for each branch. A
 	// branch that is not among them has to be newer than all of them. Default: any version.
 	MinimumVersions []string `json:"minimumVersions,omitempty" yaml:"minimumVersions" jsonschema:"minItems=1,uniqueItems=true"`
+	// NodeBuilds lets nodes compile for themselves what nobody published, and load it. Of the
+	// rules above minimumVersions counts for that, and no signature but the node's own.
+	// Default: false.
+	NodeBuilds bool `json:"nodeBuilds,omitempty" yaml:"nodeBuilds"`
 	// Revoked are digests of artifacts that are never loaded, whoever signed them.
 	Revoked []string `json:"revoked,omitempty" yaml:"revoked" jsonschema:"uniqueItems=true"`
 }
@@ -104,28 +109,36 @@ const (
 	maxFile = 1 << 20
 )
 
+// Policy is what a file says.
+type Policy struct {
+	trust.Policy
+	// NodeBuilds lets the node compile for itself.
+	NodeBuilds bool
+}
+
 // Read reads a policy file, and the files that it names.
-func Read(name string) (trust.Policy, error) {
+func Read(name string) (Policy, error) {
 	p, err := read(name)
 	if err != nil {
 		if fault.Hint(err) != "" {
-			return trust.Policy{}, fmt.Errorf("read policy %s: %w", name, err)
+			return Policy{}, fmt.Errorf("read policy %s: %w", name, err)
 		}
-		return trust.Policy{}, fault.Wrap(fault.Usage, fmt.Errorf("read policy %s: %w", name, err), hint)
+		return Policy{}, fault.Wrap(fault.Usage, fmt.Errorf("read policy %s: %w", name, err), hint)
 	}
 	return p, nil
 }
 
-func read(name string) (trust.Policy, error) {
+func read(name string) (Policy, error) {
 	data, err := bounded(name)
 	if err != nil {
-		return trust.Policy{}, err
+		return Policy{}, err
 	}
 	f, err := Parse(data)
 	if err != nil {
-		return trust.Policy{}, err
+		return Policy{}, err
 	}
-	return f.policy(filepath.Dir(name))
+	p, err := f.policy(filepath.Dir(name))
+	return Policy{p, f.NodeBuilds}, err
 }
 
 func bounded(name string) ([]byte, error) {
@@ -144,6 +157,9 @@ func bounded(name string) ([]byte, error) {
 // Parse reads the text of a policy file. A field that is not known is an error, since it
 // may be a rule that somebody relies on.
 func Parse(data []byte) (*File, error) {
+	if err := empties(data); err != nil {
+		return nil, err
+	}
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	dec.KnownFields(true)
 	var f File
@@ -159,6 +175,24 @@ func Parse(data []byte) (*File, error) {
 	return &f, nil
 }
 
+// empties refuses what is there and says nothing: a list whose entries were all commented
+// out would mean anything will do.
+func empties(data []byte) error {
+	var fields map[string]yaml.Node
+	if err := yaml.Unmarshal(data, &fields); err != nil {
+		return nil // the parser says what is wrong
+	}
+	for name, n := range fields {
+		if name == "revoked" && n.Kind == yaml.SequenceNode {
+			continue // nothing is revoked
+		}
+		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode && (n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
+			return fmt.Errorf("line %d: %s is empty: name something, or leave the field out", n.Line, name)
+		}
+	}
+	return nil
+}
+
 // policy turns the file into what package trust goes by.
 func (f *File) policy(dir string) (p trust.Policy, err error) {
 	p = trust.Policy{Builders: f.Builders, Sources: f.Sources, MinVersions: f.MinimumVersions, Revoked: f.Revoked, MaxAge: time.Duration(f.MaxAgeDays) * 24 * time.Hour}
@@ -168,6 +202,16 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 	if f.LoadTest != "" {
 		if p.LoadTest, err = trust.ParseLoadTestPolicy(f.LoadTest); err != nil {
 			return p, err
+		}
+	}
+	for _, source := range f.Sources {
+		if u, err := url.Parse(source); err != nil || u.Scheme == "" || u.Host == "" && u.Path == "" || !strings.HasSuffix(source, "/") || strings.Contains(source, "..") {
+			return p, fmt.Errorf("source %.80q: want a URI that ends with a slash, such as gs://cos-tools/", source)
+		}
+	}
+	for _, builder := range f.Builders {
+		if builder == "" {
+			return p, errors.New("builders: one of them is empty")
 		}
 	}
 	names := make([]string, 0, len(f.Roles))
@@ -287,7 +331,7 @@ func within(dir, name string) string {
 }
 
 // Summary says in lines what a policy demands, for people.
-func Summary(p trust.Policy) []string {
+func Summary(p Policy) []string {
 	var lines []string
 	add := func(format string, args ...any) { lines = append(lines, fmt.Sprintf(format, args...)) }
 	day := func(t time.Time, open string) string {
@@ -325,6 +369,9 @@ func Summary(p trust.Policy) []string {
 	}
 	if p.MaxAge > 0 {
 		add("at most %d days old when first taken", int(p.MaxAge.Hours()/24))
+	}
+	if p.NodeBuilds {
+		add("nodes may compile for themselves")
 	}
 	if len(p.Revoked) > 0 {
 		add("%d digests revoked", len(p.Revoked))

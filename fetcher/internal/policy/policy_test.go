@@ -76,7 +76,7 @@ func TestRefuses(t *testing.T) {
 		"a period of nothing":   {strings.Replace(head, "farm.pub", "farm.pub, notBefore: 2026-02-02, notAfter: 2026-02-01", 1) + tail, "is not before"},
 		"unknown statement":     {head + tail + "  - {statement: oath, role: farm}\n", "oath"},
 		"unknown role":          {head + tail + "  - {statement: reproduction, role: x}\n", `role "x"`},
-		"too many":              {head + strings.Replace(tail, "role: farm", "role: farm, count: 2", 1), "which has 1 keys"},
+		"too many":              {head + strings.Replace(tail, "role: farm", "role: farm, count: 2", 1), "which has 1 keys and identities"},
 		"no kernel match":       {head + tail[:strings.Index(tail, "  - {statement: kernelMatch")], "kernel match"},
 		"identities alone":      {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{subject: a@example.com, issuer: https://x}]", 1) + tail, "trustedRoot"},
 		"a root alone":          {head + "trustedRoot: root.json\n" + tail, "trustedRoot"},
@@ -86,6 +86,12 @@ func TestRefuses(t *testing.T) {
 		"an age below nothing":  {head + tail + "maxAgeDays: -1\n", "maxAgeDays"},
 		"no digest":             {head + tail + "revoked: [abc]\n", "abc"},
 		"no version":            {head + tail + "minimumVersions: [new]\n", "new"},
+		"builders of nobody":    {head + tail + "builders: []\n", "builders is empty"},
+		"sources left out":      {head + tail + "sources:\n# - gs://cos-tools/\n", "sources is empty"},
+		"no age":                {head + tail + "maxAgeDays: 0\n", "maxAgeDays is empty"},
+		"a source like others":  {head + tail + "sources: [gs://cos-tools]\n", "ends with a slash"},
+		"a source of all":       {head + tail + "sources: ['']\n", "ends with a slash"},
+		"a key in two roles":    {strings.Replace(head, "  farm:", "  other:\n    keys: [{file: farm.pub}]\n  farm:", 1) + tail, "there twice"},
 		"an alias that grows":   {"a: &a [1,1]\nb: &b [*a,*a]\n" + head, "field"},
 	} {
 		_, err := policy.Read(folder(t, row.text))

@@ -21,7 +21,7 @@ type statements interface {
 
 // Attachments is what is asked of a repository.
 type Attachments interface {
-	Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte, error)
+	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error)
 }
 
 // Signed reads lists out of the statements that are attached to artifacts. What
@@ -32,18 +32,24 @@ func Signed(v statements, open func(repository string) (Attachments, error)) Lis
 		if err != nil {
 			return nil, err
 		}
-		bundles, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(gpulist.PredicateType))
-		if err != nil {
-			return nil, fmt.Errorf("read supported GPUs: %w", err)
-		}
-		for _, raw := range bundles[:min(len(bundles), trust.MaxBundles)] {
+		var lists []*gpulist.List
+		useful := func(raw []byte) string {
 			st, err := v.Statement(raw)
 			if err != nil || st.PredicateType != gpulist.PredicateType || !st.About(digest) {
-				continue
+				return ""
 			}
-			if l, err := gpulist.ParsePredicate(st.Predicate); err == nil && l.Version == d.Version {
-				return l, nil
+			l, err := gpulist.ParsePredicate(st.Predicate)
+			if err != nil || l.Version != d.Version {
+				return ""
 			}
+			lists = append(lists, l)
+			return st.Signer() + string(st.Predicate)
+		}
+		if _, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType)); err != nil {
+			return nil, fmt.Errorf("read supported GPUs: %w", err)
+		}
+		if len(lists) > 0 {
+			return lists[0], nil
 		}
 		return nil, nil
 	}

@@ -147,7 +147,10 @@ func TestAutoByServer(t *testing.T) {
 
 type attached [][]byte
 
-func (a attached) Attached(context.Context, string, string, ...map[string]string) ([][]byte, error) {
+func (a attached) AttachedIf(_ context.Context, _, _ string, useful func([]byte) string, _ ...map[string]string) ([][]byte, error) {
+	for _, b := range a {
+		useful(b)
+	}
 	return a, nil
 }
 

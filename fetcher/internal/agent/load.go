@@ -1,0 +1,184 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+
+	"github.com/prebake/prebake/fetcher/internal/devnode"
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// restoreFirmwarePath tells the kernel to look for firmware where it did before.
+func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
+	now, err := host.Observe(a.parts.Root)
+	if err != nil || now.FirmwarePath == before.FirmwarePath {
+		return err
+	}
+	return a.writeFirmwarePath(before.FirmwarePath)
+}
+
+// writeFirmwarePath sets a parameter of the kernel, which takes it as it is, a newline
+// with it (Documentation/driver-api/firmware/fw_search_path.rst). Nothing is a zero.
+func (a *Agent) writeFirmwarePath(path string) error {
+	if err := os.WriteFile(filepath.Join(a.cfg.HostRoot, firmwareParameter), []byte(cmp.Or(path, "\x00")), 0o644); err != nil {
+		return fmt.Errorf("set firmware path: %w", err)
+	}
+	return nil
+}
+
+const firmwareParameter = "sys/module/firmware_class/parameters/path"
+
+func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, d decision) (string, error) {
+	set := d.set
+	if err := a.setFirmwarePath(r, store, facts, set); err != nil {
+		return "", err
+	}
+	if d.do == replace {
+		if err := a.unload(ctx, r, facts); err != nil {
+			return "", err
+		}
+	}
+	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts, a.cfg.ModuleParams))
+	if err != nil {
+		return fault.Of(err).String(), err
+	}
+	r.Modules = outcomes
+	fresh := 0
+	for _, o := range outcomes {
+		if o.Was == kmod.Loaded {
+			fresh++
+			r.did("load %s", o.Name)
+		}
+	}
+	if err := a.makeNodes(); err != nil {
+		return "", err
+	}
+	if fresh == 0 {
+		return "already loaded", nil
+	}
+	return plural(fresh, "module"), nil
+}
+
+// unload unloads the driver that is loaded.
+func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
+	var names []string
+	for _, m := range facts.Modules { // youngest first, so users come before what they use
+		names = append(names, m.Name)
+	}
+	done, err := a.loader.Unload(ctx, names)
+	for _, name := range done {
+		r.did("unload %s", name)
+	}
+	if err != nil {
+		return err
+	}
+	return a.parts.Nodes.Clear(filepath.Join(a.cfg.HostRoot, "dev"))
+}
+
+// images are the modules of a set that are loaded, in load order: those that every node
+// has, and those that this one had before, as nvidia-peermem. The set was proved: the
+// bytes are compared with the digests that its signed content gave.
+func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts, params map[string]string) []kmod.Image {
+	var images []kmod.Image
+	for _, m := range set.Modules {
+		had := slices.ContainsFunc(before.Modules, func(old host.Module) bool { return old.Name == kernelName(m.Name) })
+		if !isLoaded(m.Name) && !had {
+			continue
+		}
+		images = append(images, kmod.Image{
+			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name), Params: params[kernelName(m.Name)],
+			Bytes: func() ([]byte, error) { return moduleBytes(store, set, m) },
+		})
+	}
+	return images
+}
+
+func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]byte, error) {
+	i := slices.IndexFunc(set.Layers, func(l install.Layer) bool { return l.Kind == bundle.LayerModules })
+	if i < 0 {
+		return nil, fault.New(fault.Unverified, "read module: the set has no modules layer", hintAgain)
+	}
+	layer, err := store.LayerFS(set.Layers[i].Digest)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readModule(layer, m.File)
+	if err != nil {
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read module %s: %w", m.Name, err), hintAgain)
+	}
+	if got := digestOf(raw); got != m.SHA256 {
+		return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256), hintAgain)
+	}
+	return raw, nil
+}
+
+// setFirmwarePath tells the kernel where the driver's firmware is, unless it
+// finds it already.
+func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
+	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
+	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir, inside)); err != nil {
+		return nil // this release has no firmware
+	}
+	if facts.FirmwarePath != "" {
+		if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)); err == nil {
+			return nil
+		}
+	}
+	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, firmwareParameter)); err != nil {
+		return nil // a kernel without loadable firmware
+	}
+	want := path.Join(a.cfg.InstallDir, "firmware")
+	// For the day on which this program goes. A full disk is no reason to stay without a driver.
+	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want && (err != nil || string(have) != facts.FirmwarePath) {
+		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
+			a.parts.Log.Warn("note where firmware was before", "err", err)
+		}
+	}
+	if err := a.writeFirmwarePath(want); err != nil {
+		return err
+	}
+	r.did("set firmware path to %s", want)
+	return nil
+}
+
+func (a *Agent) makeNodes() error {
+	mods, err := a.moduleVersions()
+	if err != nil {
+		return err
+	}
+	present := map[string]bool{}
+	for name := range mods {
+		present[name] = true
+	}
+	nodes, err := devnode.Plan(a.parts.Root, present)
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes {
+		if err := a.parts.Nodes.Make(filepath.Join(a.cfg.HostRoot, "dev"), n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (a *Agent) moduleVersions() (map[string]string, error) {
+	mods, err := host.LoadedModules(a.parts.Root)
+	if err != nil {
+		return nil, err
+	}
+	versions := map[string]string{}
+	for _, m := range mods {
+		versions[m.Name] = m.Version
+	}
+	return versions, nil
+}

@@ -1,0 +1,138 @@
+package agent_test
+
+import (
+	"bytes"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// A driver that an older release installed, which lies there without statements, or one
+// whose files changed, is what ran: it comes back from its own files when the next one does
+// not do, and the next one is not tried for ever.
+func TestUnprovedComesBack(t *testing.T) {
+	t.Parallel()
+	for name, damage := range map[string]func(t *testing.T, n *node){
+		"without statements": damages["the statements gone"],
+		"a changed library":  func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped) },
+	} {
+		key := testkit.NewKey(t)
+		ref := layout(t)
+		older, newer := sample.NewCell(t, buildA, oldVersion), sample.NewCell(t, buildA, newVersion)
+		po, pn := sample.Publish(t, ref, key, older), sample.Publish(t, ref, key, newer)
+		n := newNode(t, older, 1, key)
+		n.reboot(t)
+		n.kernel.ids = true
+		if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+			t.Fatal(err)
+		}
+		damage(t, n)
+		n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENODEV
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || strings.Contains(err.Error(), "and then") {
+			t.Errorf("%s: Run = %v; want unusable, and the former driver back", name, err)
+		}
+		want := append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "unload nvidia"}, loads(oldVersion)...)
+		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+			t.Errorf("%s: system calls (-want +got):\n%s", name, diff)
+		}
+		for range 3 {
+			_, _ = n.run(t, ref, pn.Digest, newer.Driver) // what it says is looked at below
+		}
+		if len(n.kernel.calls) != 0 {
+			t.Errorf("%s: it is still tried: %v", name, n.kernel.calls)
+		}
+	}
+}
+
+// A driver for which the node has to wait is fetched once: a program that is started again
+// and again finds it. Where somebody else's driver stays, nothing is fetched at all.
+func TestRefusedIsKept(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := foreignNode(t, c, key, "nvidia", "nvidia-uvm", "nvidia-peermem")
+	n.cfg.ReplaceForeign = false
+	for range 2 {
+		if r, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Busy) || r.FetchedBytes != 0 {
+			t.Errorf("Run = %v, %d bytes; want it refused before anything is fetched", err, r.FetchedBytes)
+		}
+	}
+	n.cfg.ReplaceForeign = true
+	n.inUse(t, "1")
+	for i := range 3 {
+		r, err := n.run(t, ref, p.Digest, c.Driver)
+		if !fault.Is(err, fault.Busy) || (r.FetchedBytes > 0) != (i == 0) {
+			t.Errorf("%d: Run = %v, %d bytes; want one download", i, err, r.FetchedBytes)
+		}
+	}
+}
+
+// Somebody else's driver that works is not taken down again and again for one that does not.
+func TestForeignIsLeftAlone(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := foreignNode(t, c, key, "nvidia", "nvidia-uvm", "nvidia-peermem")
+	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
+	tries := 0
+	for range 5 {
+		_, err := n.run(t, ref, p.Digest, c.Driver)
+		if err == nil {
+			t.Error("Run = nil; want an error")
+		}
+		if len(n.kernel.calls) > 0 {
+			tries++
+		}
+	}
+	if tries != 2 {
+		t.Errorf("it was taken down %d times; want 2", tries)
+	}
+}
+
+// What nobody signed is not loaded beside what is.
+func TestMissingModuleIsProved(t *testing.T) {
+	t.Parallel()
+	n, _, _, _, _, _ := two(t, 1)
+	if err := n.kernel.DeleteModule("nvidia_uvm"); err != nil {
+		t.Fatal(err)
+	}
+	evil := append(sample.Module("nvidia-uvm", oldVersion, "6.1.77+ SMP preempt mod_unload "), "evil"...)
+	var was string
+	n.edit(t, "layers/*/drivers/nvidia-uvm.ko", func(raw []byte) []byte { was = digestOf(raw); return evil })
+	n.edit(t, "sets/*/set.json", func(raw []byte) []byte { return bytes.ReplaceAll(raw, []byte(was), []byte(digestOf(evil))) })
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) > 0 {
+		t.Errorf("Run = %v, calls %v; want nothing loaded", err, n.kernel.calls)
+	}
+}
+
+// A set that waited for another wish does not come back at a later boot.
+func TestNextIsOfTheWish(t *testing.T) {
+	t.Parallel()
+	n, ref, older, newer, po, pn := two(t, 1)
+	n.inUse(t, "1")
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Busy) {
+		t.Fatal(err)
+	}
+	n.inUse(t, "0")
+	n.cfg.Wish = oldVersion
+	if _, err := n.run(t, ref, po.Digest, older.Driver); err != nil {
+		t.Fatal(err)
+	}
+	n.reboot(t)
+	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
+	if r, err := n.runAs(t); err != nil || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+		t.Errorf("Run = %+v, %v; want what is wished for", r.Verdict, err)
+	}
+}

@@ -1,0 +1,184 @@
+package install
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/bundle"
+)
+
+// HasLayer reports whether a layer is unpacked already.
+func (s *Store) HasLayer(digest string) bool {
+	name, err := hexOf(digest)
+	if err != nil {
+		return false
+	}
+	info, err := s.root.Lstat(path.Join(home, "layers", name))
+	return err == nil && info.IsDir()
+}
+
+// AddLayer lets fill write a layer into a fresh folder and gives that folder its final
+// name when fill and every check in it succeeded. On an error nothing remains. What is
+// there under that name is replaced in one step; what others added to it stays: installers
+// of NCCL plugins write into lib64.
+func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
+	name, err := hexOf(l.Digest)
+	if err != nil {
+		return err
+	}
+	return s.add(path.Join("layers", name), func(dst *os.Root) error {
+		if err := fill(dst); err != nil {
+			return err
+		}
+		names, err := bundle.Names(dst, l.Kind)
+		if err != nil {
+			return err
+		}
+		raw, err := json.Marshal(names)
+		if err != nil {
+			return err
+		}
+		if err := dst.WriteFile(namesFile, raw, 0o644); err != nil {
+			return err
+		}
+		return s.carryOver(l, dst, names)
+	})
+}
+
+// namesFile lists what was unpacked into a layer, in the layer's folder, which leads
+// nowhere else. It is a help, and believed in nothing.
+const namesFile = ".prebake-names"
+
+// maxNames bounds it.
+const maxNames = 16 << 20
+
+// LayerNames returns what was unpacked into a layer; nil is not known, as in layers of
+// older releases.
+func (s *Store) LayerNames(digest string) ([]string, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := s.readFile(path.Join(home, "layers", name, namesFile), maxNames)
+	var names []string
+	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
+		return nil, nil // then all that is there has to be the layer
+	}
+	return names, nil
+}
+
+// added lists the files of an unpacked layer that are none of these names.
+func (s *Store) added(digest string, names []string) []string {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil
+	}
+	known := map[string]bool{namesFile: true}
+	for _, n := range names {
+		known[n] = true
+	}
+	var added []string
+	at := path.Join(home, "layers", name)
+	_ = fs.WalkDir(s.root.FS(), at, func(p string, d fs.DirEntry, err error) error { // what cannot be read is nothing to keep
+		if rel := strings.TrimPrefix(p, at+"/"); err == nil && p != at && !d.IsDir() && !known[rel] {
+			added = append(added, rel)
+		}
+		return nil
+	})
+	return added
+}
+
+// carryOver gives what others added to user space a second name in a layer that takes its
+// place: in a layer of the same digest, and in that of the driver in force.
+func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
+	if l.Kind != bundle.LayerUserspace {
+		return nil
+	}
+	from := map[string][]string{l.Digest: names}
+	if set, err := s.Current(); err == nil && set != nil {
+		for _, old := range set.Layers {
+			if ours, err := s.LayerNames(old.Digest); old.Kind == l.Kind && old.Digest != l.Digest && err == nil && ours != nil {
+				from[old.Digest] = ours
+			}
+		}
+	}
+	for digest, ours := range from {
+		for _, file := range s.added(digest, ours) {
+			if err := s.keep(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("keep %s: %w", file, err)
+			}
+		}
+	}
+	return nil
+}
+
+// keep gives one file of a layer, or a copy of a link, the same name in another.
+func (s *Store) keep(digest, file string, dst *os.Root) error {
+	name, err := hexOf(digest)
+	if err != nil {
+		return err
+	}
+	from := path.Join(home, "layers", name, file)
+	info, err := s.root.Lstat(from)
+	if err != nil {
+		return err
+	}
+	if err := dst.MkdirAll(path.Dir(file), 0o755); err != nil {
+		return err
+	}
+	switch info.Mode().Type() {
+	case fs.ModeSymlink:
+		to, err := s.root.Readlink(from)
+		if err != nil {
+			return err
+		}
+		return dst.Symlink(to, file)
+	case 0:
+		return s.hardLink(from, dst, file)
+	}
+	return nil // a pipe or a device is nothing of an installer's
+}
+
+// hardLink gives a file a second name below another folder of the same filesystem.
+func (s *Store) hardLink(from string, dst *os.Root, to string) error {
+	a, err := s.root.Open(path.Dir(from))
+	if err != nil {
+		return err
+	}
+	defer a.Close()
+	b, err := dst.Open(path.Dir(to))
+	if err != nil {
+		return err
+	}
+	defer b.Close()
+	return unix.Linkat(int(a.Fd()), path.Base(from), int(b.Fd()), path.Base(to), 0)
+}
+
+// LayerRoot opens an unpacked layer.
+func (s *Store) LayerRoot(digest string) (*os.Root, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	root, err := s.root.OpenRoot(path.Join(home, "layers", name))
+	if err != nil {
+		return nil, fmt.Errorf("open layer: %w", err)
+	}
+	return root, nil
+}
+
+// LayerFS returns the files of an unpacked layer.
+func (s *Store) LayerFS(digest string) (fs.FS, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return nil, err
+	}
+	return fs.Sub(s.root.FS(), path.Join(home, "layers", name))
+}
