@@ -59,6 +59,10 @@ unit: ## run the tests of single packages only, without the end-to-end ones
 race: ## run the tests of single packages with the race detector
 	CGO_ENABLED=1 $(GO) test -race -short -timeout 30m $(UNITS) $(CGO)
 
+.PHONY: scenarios
+scenarios: setup build ## play the scenarios of a node on a virtual one, with a real driver
+	PREBAKE_SCENARIOS=1 $(GO) test -v -count=1 -timeout 80m -run '^TestNodeScenarios$$' ./deploy/e2e
+
 .PHONY: soak
 soak: ## kill the fetcher at random moments, SOAK (1000) times, and look at what it leaves
 	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher

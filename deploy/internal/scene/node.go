@@ -1,6 +1,7 @@
 package scene
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -25,8 +26,11 @@ type Node struct {
 	// Key is the public key that the node trusts.
 	Key     string
 	Console io.Writer
-	// Files are in the node besides.
+	// Files are in the node besides, and Tools are programs of this machine, at their paths.
 	Files []vm.File
+	Tools []string
+	// Timeout ends the machine; 0 is 10 minutes.
+	Timeout time.Duration
 }
 
 // InstallDir is where the node's driver goes: GKE's folder.
@@ -50,7 +54,10 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 		{Name: "/usr/bin/fetcher", Mode: 0o755, Path: s.Program("fetcher")},
 		{Name: "/usr/bin/nvmlprobe", Mode: 0o755, Path: s.Program("nvmlprobe")},
 	}
-	libs, err := vm.GlibcFiles(s.Program("nvmlprobe"))
+	for _, tool := range n.Tools {
+		files = append(files, vm.File{Name: tool, Path: tool, Mode: 0o755})
+	}
+	libs, err := vm.GlibcFiles(append([]string{s.Program("nvmlprobe")}, n.Tools...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -81,7 +88,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	}
 	return vm.Run(ctx, vm.Config{
 		Boot: n.Boot, GPU: n.GPU, Init: s.Program("guestinit"), Files: files, Steps: steps,
-		Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: 10 * time.Minute,
+		Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
 	})
 }
 
