@@ -130,8 +130,11 @@ func kill(t *testing.T, program string, args []string, after time.Duration) bool
 // checkUp looks at an installed driver as a program that uses it would.
 func checkUp(folder, version string) error {
 	lib, err := os.ReadFile(filepath.Join(folder, "lib64/libnvidia-ml.so.1"))
-	if err != nil || string(lib) != "library "+version {
-		return fmt.Errorf("libnvidia-ml.so.1 is %.40q, %v; want that of %s", lib, err, version)
+	if err != nil {
+		return err
+	}
+	if string(lib) != "library "+version {
+		return fmt.Errorf("libnvidia-ml.so.1 is %.40q; want that of %s", lib, version)
 	}
 	for _, name := range []string{"drivers/nvidia.ko", "firmware/nvidia/" + version + "/gsp_tu10x.bin", "bin/nvidia-smi"} {
 		if _, err := os.Stat(filepath.Join(folder, name)); err != nil {
@@ -139,8 +142,8 @@ func checkUp(folder, version string) error {
 		}
 	}
 	note, err := os.ReadFile(filepath.Join(folder, ".cache"))
-	if err != nil || !strings.Contains(string(note), version) {
-		return fmt.Errorf(".cache is %q, %v; want %s in it", note, err, version)
+	if err == nil && !strings.Contains(string(note), version) {
+		err = fmt.Errorf(".cache is %q; want %s in it", note, version)
 	}
-	return nil
+	return err
 }

@@ -5,7 +5,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"io"
-	"log"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -29,9 +29,6 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 	"github.com/prebake/prebake/pkg/testkit/distribution"
 )
-
-// quiet is for servers of which nobody reads the log.
-func quiet() *log.Logger { return log.New(io.Discard, "", 0) }
 
 // noise is a blob of some megabytes, in the registry's repository "x".
 func noise(t *testing.T, host string) (data []byte, digest string) {
@@ -65,7 +62,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 		t.Fatal(err)
 	}
 	p := httputil.NewSingleHostReverseProxy(to)
-	p.ErrorLog = quiet()
+	p.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	p.ModifyResponse = func(r *http.Response) error {
 		if strings.Contains(r.Request.URL.Path, "/blobs/") && r.Request.Method == http.MethodGet {
 			asked.Add(1)
@@ -79,7 +76,7 @@ func cut(t *testing.T, host string, after int64) (proxy string, asked *atomic.In
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		p.ServeHTTP(w, r)
 	}))
-	srv.Config.ErrorLog = quiet()
+	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	t.Cleanup(srv.Close)
 	return strings.TrimPrefix(srv.URL, "http://"), asked, ranges
 }
@@ -139,7 +136,7 @@ func TestResumeWithoutRanges(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := httputil.NewSingleHostReverseProxy(to)
-	p.ErrorLog = quiet()
+	p.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	p.ModifyResponse = func(r *http.Response) error {
 		if strings.Contains(r.Request.URL.Path, "/blobs/") && first.Swap(false) {
 			r.Body = struct {
@@ -153,7 +150,7 @@ func TestResumeWithoutRanges(t *testing.T) {
 		r.Header.Del("Range")
 		p.ServeHTTP(w, r)
 	}))
-	srv.Config.ErrorLog = quiet()
+	srv.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	t.Cleanup(srv.Close)
 	rc, err := open(t, strings.TrimPrefix(srv.URL, "http://")+"/x").Blob(t.Context(), digest, int64(len(data)))
 	if err != nil {
