@@ -29,6 +29,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/faulttable"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -158,7 +159,7 @@ func (o order) strike() error {
 		}
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultDisk:
-		return fill(filepath.Join(o.Cache, "filler"))
+		return faulttable.Fill(filepath.Join(o.Cache, "filler"))
 	case faultNetwork:
 		resp, err := http.Get(o.Control)
 		if err != nil {
@@ -169,27 +170,6 @@ func (o order) strike() error {
 		return damage(o.Cache, o.Parts)
 	}
 	return nil
-}
-
-// fill writes files until not one byte more goes onto the disk.
-func fill(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	chunk := make([]byte, 1<<20)
-	for i := 0; ; i++ {
-		err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), chunk, 0o644)
-		if errors.Is(err, syscall.ENOSPC) {
-			if len(chunk) == 1 {
-				return nil
-			}
-			chunk = chunk[:len(chunk)/16+1]
-			continue
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // damage flips a bit in every file that the cache holds for later use, or in

@@ -12,7 +12,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -27,6 +26,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/faulttable"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -188,7 +188,7 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	case faultKill:
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultDisk:
-		return fill(filepath.Join(o.Root, "home", "filler"))
+		return faulttable.Fill(filepath.Join(o.Root, "home", "filler"))
 	case faultNetwork:
 		gone.Store(true)
 	case faultRead:
@@ -230,27 +230,6 @@ func each(dir string, do func(string) error) error {
 		}
 		return do(path)
 	})
-}
-
-// fill writes files until not one byte more goes onto the disk.
-func fill(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	chunk := make([]byte, 1<<20)
-	for i := 0; ; i++ {
-		err := os.WriteFile(filepath.Join(dir, strconv.Itoa(i)), chunk, 0o644)
-		if errors.Is(err, syscall.ENOSPC) {
-			if len(chunk) == 1 {
-				return nil
-			}
-			chunk = chunk[:len(chunk)/16+1]
-			continue
-		}
-		if err != nil {
-			return err
-		}
-	}
 }
 
 // cuttable is a registry on a network that may be gone.
@@ -448,38 +427,15 @@ func (o order) process(t *testing.T, argv []string) *outcome {
 	return got
 }
 
-const tableFile = "../../../docs/node-faults.md"
-
 // checkTable compares what was seen with the table in the documentation.
 func checkTable(t *testing.T, seen map[string]string) {
 	t.Helper()
-	const start, end = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-	var table strings.Builder
-	fmt.Fprintf(&table, "| phase | %s |\n|---|%s\n", strings.Join(faults, " | "), strings.Repeat("---|", len(faults)))
+	var names []string
 	for _, row := range rows {
-		o := order{Phase: row.phase, Boot: row.boot}
-		line := []string{o.name()}
-		for _, kind := range faults {
-			line = append(line, seen[o.name()+" "+kind])
-		}
-		fmt.Fprintf(&table, "| %s |\n", strings.Join(line, " | "))
+		names = append(names, order{Phase: row.phase, Boot: row.boot}.name())
 	}
-	text, err := os.ReadFile(tableFile)
-	if err != nil {
-		t.Fatal(err)
-	}
-	before, rest, ok := strings.Cut(string(text), start)
-	old, after, ok2 := strings.Cut(rest, end)
-	if !ok || !ok2 {
-		t.Fatalf("%s has no place for the table", tableFile)
-	}
-	switch {
-	case old == table.String():
-	case *update:
-		if err := os.WriteFile(tableFile, slices.Concat([]byte(before), []byte(start), []byte(table.String()), []byte(end), []byte(after)), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	default:
-		t.Errorf("%s says\n%s\nand this run saw\n%s\nrun: go test ./fetcher/internal/agent -run TestFaults -update", tableFile, old, table.String())
-	}
+	faulttable.Table{
+		File: "../../../docs/node-faults.md", Head: "phase", Columns: faults, Rows: names, Seen: seen,
+		Hint: "go test ./fetcher/internal/agent -run TestFaults -update", Update: *update,
+	}.Check(t)
 }
