@@ -104,7 +104,7 @@ type want struct {
 
 func (p *play) scenario(name, text string) {
 	last := ""
-	add := func(where string, step vm.Step) {
+	add := func(step vm.Step) {
 		step.Name, step.KeepGoing, step.Timeout = fmt.Sprintf("%d %s", len(p.steps), name), true, 4*time.Minute
 		p.steps, last = append(p.steps, step), step.Name
 	}
@@ -131,7 +131,7 @@ func (p *play) scenario(name, text string) {
 			if word == "fetcher" {
 				argv = append([]string{"/usr/bin/fetcher"}, strings.Fields(command)...)
 			}
-			add(where, vm.Step{Argv: argv})
+			add(vm.Step{Argv: argv})
 			expect(func(r vm.StepResult) string {
 				if r.ExitCode != code {
 					return fmt.Sprintf("ended with status %d %s; want %d", r.ExitCode, r.Error, code)
@@ -140,16 +140,16 @@ func (p *play) scenario(name, text string) {
 			})
 		case "background":
 			as, command, _ := strings.Cut(rest, " ")
-			add(where, vm.Step{Argv: []string{"/bin/sh", "-c", command}, Background: true})
+			add(vm.Step{Argv: []string{"/bin/sh", "-c", command}, Background: true})
 			p.steps[len(p.steps)-1].Name = as
-			add(where, vm.Step{Argv: []string{"/usr/bin/sleep", "1"}}) // until it has begun
+			add(vm.Step{Argv: []string{"/usr/bin/sleep", "1"}}) // until it has begun
 		case "insmod":
-			add(where, vm.Step{Argv: append([]string{"@insmod"}, strings.Fields(rest)...)})
+			add(vm.Step{Argv: append([]string{"@insmod"}, strings.Fields(rest)...)})
 			expect(func(r vm.StepResult) string { return r.Error })
 		case "stop":
-			add(where, vm.Step{Argv: []string{"@stop", rest}})
+			add(vm.Step{Argv: []string{"@stop", rest}})
 		case "loaded":
-			add(where, vm.Step{Argv: []string{"@cat", "/proc/modules"}})
+			add(vm.Step{Argv: []string{"@cat", "/proc/modules"}})
 			expect(func(r vm.StepResult) string {
 				live, modules := scene.Live(r.Stdout), strings.Fields(rest)
 				slices.Sort(live)

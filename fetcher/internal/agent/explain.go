@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"io/fs"
 	"path/filepath"
 	"time"
 
@@ -71,8 +72,11 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
 	set, err := store.Current()
-	if err != nil || set == nil {
-		return nil, errors.Join(err, nothingInstalled(errNone))
+	if err != nil {
+		return nil, err
+	}
+	if set == nil {
+		return nil, nothingInstalled(fs.ErrNotExist)
 	}
 	raw, err := store.Proof(set.Digest)
 	if err != nil {

@@ -281,9 +281,6 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s
 	return errors.Join(store.Restore(install.Pointers{}), store.Sweep())
 }
 
-// errNone says that no driver of ours is in force.
-var errNone = fs.ErrNotExist
-
 func nothingInstalled(err error) error {
 	if !errors.Is(err, fs.ErrNotExist) {
 		return err

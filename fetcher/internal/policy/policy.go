@@ -362,9 +362,12 @@ func Summary(p Policy) []string {
 	if p.LoadTest == trust.LoadTestTested {
 		add("needs a passed load test")
 	}
-	for what, list := range map[string][]string{"builders": p.Builders, "sources": p.Sources, "minimum versions": p.MinVersions} {
-		if len(list) > 0 {
-			add("%s: %s", what, strings.Join(list, ", "))
+	for _, l := range []struct {
+		what string
+		list []string
+	}{{"builders", p.Builders}, {"sources", p.Sources}, {"minimum versions", p.MinVersions}} {
+		if len(l.list) > 0 {
+			add("%s: %s", l.what, strings.Join(l.list, ", "))
 		}
 	}
 	if p.MaxAge > 0 {
