@@ -58,6 +58,8 @@ require (
 	modernc.org/sqlite v1.61.1
 )
 
+require github.com/cyphar/filepath-securejoin v0.6.1
+
 require (
 	cloud.google.com/go/kms v1.32.0 // indirect
 	cloud.google.com/go/longrunning v1.2.0 // indirect
