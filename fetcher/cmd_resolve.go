@@ -37,7 +37,7 @@ func resolveOnce(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, done()) }()
-	facts, err := host.Observe(parts.Root)
+	facts, err := host.Observe(parts.Node.FS())
 	if err != nil {
 		return err
 	}

@@ -48,6 +48,7 @@ const retryLooks = 10
 // hold brings the node to its driver and, while one is ready, watches it until ctx ends.
 func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	outside := report.New(time.Now)
+	a.Watch(outside)
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, gctx := errgroup.WithContext(inner)

@@ -157,8 +157,8 @@ func sibling(name string) string {
 // readHostConfig reads what every command has.
 func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
-		HostRoot: filepath.Clean(cmd.String("host-root")), InstallDir: filepath.Clean(cmd.String("install-dir")),
-		NoLoad: cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
+		InstallDir: filepath.Clean(cmd.String("install-dir")),
+		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
 		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"),
 	}
 	var errs []error

@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/local"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/policy"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
@@ -34,25 +35,37 @@ import (
 
 // hostParts are the parts that every command needs.
 func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Parts, func() error, error) {
-	root, err := os.OpenRoot(cfg.HostRoot)
+	node, err := openNode(cmd)
 	if err != nil {
-		return agent.Parts{}, nil, fault.Wrap(fault.Usage, fmt.Errorf("open host root: %w", err), "name the folder where the node's root is mounted with --host-root")
+		return agent.Parts{}, nil, err
 	}
 	return agent.Parts{
 		NodeVerifier: func() (agent.Verifier, error) {
-			return nodeVerifier(cmd, filepath.Join(cfg.HostRoot, cmd.String("state-dir")))
+			state, err := node.Path(cmd.String("state-dir"))
+			if err != nil {
+				return nil, err
+			}
+			return nodeVerifier(cmd, state)
 		},
-		Root: root.FS(), Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
+		Node: node, Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
 		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
 		Probe: &gpucheck.Prober{
-			Program: cmd.String("probe"), HostRoot: cfg.HostRoot,
+			Program: cmd.String("probe"), Node: node,
 			Copy: filepath.Join(cfg.InstallDir, ".prebake", "probe"), ReadOnly: cmd.Name == "status",
 		},
-	}, root.Close, nil
+	}, node.Close, nil
+}
+
+func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
+	node, err := noderoot.Open(cmd.String("host-root"))
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open host root: %w", err), "name the folder where the node's root is mounted with --host-root")
+	}
+	return node, nil
 }
 
 // newAgent wires an agent that installs.
-func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) {
+func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
 	if err != nil {
 		return nil, nil, err
@@ -68,15 +81,20 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 	if err := needProbe(cmd, cfg); err != nil {
 		return nil, nil, err
 	}
-	builder, err := newBuilder(cmd, cfg)
+	parts, closeNode, err := hostParts(cmd, cfg, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, closeNode())
+		}
+	}()
+	builder, err := newBuilder(cmd, parts.Node)
 	if err != nil {
 		return nil, nil, err
 	}
 	finder, err := newFinder(cmd, verifier, builder != nil)
-	if err != nil {
-		return nil, nil, err
-	}
-	parts, closeRoot, err := hostParts(cmd, cfg, log)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -86,7 +104,7 @@ func newAgent(cmd *ucli.Command, long bool) (*agent.Agent, func() error, error) 
 		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
 		parts.Local = builder
 	}
-	return agent.New(cfg, parts), closeRoot, nil
+	return agent.New(cfg, parts), closeNode, nil
 }
 
 func needProbe(cmd *ucli.Command, cfg agent.Config) error {
@@ -198,7 +216,7 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 }
 
 // newBuilder returns nil when this node must not or cannot compile.
-func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
+func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
 		return nil, nil
@@ -219,7 +237,10 @@ func newBuilder(cmd *ucli.Command, cfg agent.Config) (*local.Builder, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err), "name the builder program with --builder PATH, or turn it off: --builder never")
 	}
-	state := filepath.Join(cfg.HostRoot, cmd.String("state-dir"))
+	state, err := node.Path(cmd.String("state-dir"))
+	if err != nil {
+		return nil, fmt.Errorf("find state folder: %w", err)
+	}
 	cache := cmd.String("cache")
 	if cache == "" {
 		cache = filepath.Join(state, "cache")

@@ -45,6 +45,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		if set, err := store.SetAt(at.Before.Current); err == nil && set != nil {
 			before, pointers, begun = set, at.Before, true
 		}
+	} else if at != nil && at.lacksForeign(s, a.bootID()) {
+		before, pointers = nil, at.Before
 	}
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
@@ -57,7 +59,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	was := a.findBefore(ctx, store, s, d, before)
 	defer was.close()
 	if (changed || d.do != keep) && !begun {
-		if err := a.begin(store, set.Digest, pointers); err != nil && changed {
+		if err := a.begin(store, set.Digest, pointers, was); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk is no reason to stay without a driver
 			a.parts.Log.WarnContext(ctx, "note attempt", "err", err)
@@ -134,6 +136,10 @@ func (a *Agent) proveFor(ctx context.Context, store *install.Store, s situation,
 // holds needs nothing, and of any other driver the files are found and kept open.
 func (a *Agent) findBefore(ctx context.Context, store *install.Store, s situation, d decision, before *install.Set) *foreignFiles {
 	if d.do != replace {
+		// A run that was killed may have unloaded one, and loaded nothing.
+		if at := s.attempts[d.set.Digest]; at != nil && at.lacksForeign(s, a.bootID()) {
+			return a.findForeign(s.facts, at.ForeignDriver, at.Foreign)
+		}
 		return &foreignFiles{}
 	}
 	if before != nil && s.runs(before) {
@@ -143,7 +149,7 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s situatio
 		}
 		a.parts.Log.WarnContext(ctx, "the driver in force does not hold; its files are found by their build ids", "err", err)
 	}
-	return a.findForeign(s)
+	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
 // served reports whether more GPUs worked with a set at the last look than do now. Where
@@ -204,7 +210,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	}
 	errs = append(errs, a.restoreFirmwarePath(s.facts))
 	r.Verdict = gpucheck.Verdict{}
-	if t.foreign.replaced && !(situation{facts: s.facts}).stillRuns(a) {
+	if !t.foreign.stillRuns(a) {
 		if err := t.foreign.putBack(ctx, a, r); err != nil {
 			errs = append(errs, err)
 		} else {
@@ -250,13 +256,13 @@ func (a *Agent) paramsBefore() map[string]string {
 	return a.cfg.ModuleParams
 }
 
-// stillRuns reports whether all is loaded that was when a situation was read.
-func (s situation) stillRuns(a *Agent) bool {
-	now, err := host.LoadedModules(a.parts.Root)
+// stillRuns reports whether all of them are loaded.
+func (f *foreignFiles) stillRuns(a *Agent) bool {
+	now, err := host.LoadedModules(a.node)
 	if err != nil {
 		return true // nothing is known to be missing
 	}
-	for _, m := range s.facts.Modules {
+	for _, m := range f.modules {
 		if !slices.ContainsFunc(now, func(have host.Module) bool { return have.Name == m.Name && have.BuildID == m.BuildID }) {
 			return false
 		}
@@ -273,7 +279,7 @@ func (s situation) lacks(set *install.Set) bool {
 
 // unloadOf unloads what is loaded of a set that did not do.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
-	facts, err := host.Observe(a.parts.Root)
+	facts, err := host.Observe(a.node)
 	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(situation{facts: facts}).runs(set) {
 		return err
 	}
@@ -288,7 +294,7 @@ const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
 // validate looks at what there is now.
 func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) (gpucheck.Verdict, error) {
-	facts, err := host.Observe(a.parts.Root)
+	facts, err := host.Observe(a.node)
 	if err != nil {
 		return gpucheck.Verdict{}, err
 	}
@@ -362,7 +368,7 @@ func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) er
 
 // bootID tells one boot of the node from another; "" where the kernel does not.
 func (a *Agent) bootID() string {
-	raw, err := fs.ReadFile(a.parts.Root, "proc/sys/kernel/random/boot_id")
+	raw, err := fs.ReadFile(a.node, "proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return ""
 	}

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -32,17 +31,21 @@ import (
 type Agent struct {
 	cfg    Config
 	parts  Parts
+	node   fs.FS // the files of parts.Node
 	loader *kmod.Loader
-	// checked has the layers that were compared with signed content in this run, by their
-	// digests, and the digests of their files: map[string]string.
-	checked sync.Map
+	// watcher is told what there is while a run waits; nil is nobody.
+	watcher Watcher
+	// checked has the layers that were compared with signed content in this run, and seen
+	// those of earlier runs: a checkedLayer by its digest.
+	checked, seen sync.Map
 	// unproved has the sets that could not be verified in this run, by their digests.
 	unproved sync.Map
 }
 
 // New returns an agent.
 func New(cfg Config, parts Parts) *Agent {
-	return &Agent{cfg: cfg, parts: parts, loader: &kmod.Loader{System: parts.Kernel, Root: parts.Root}}
+	node := parts.Node.FS()
+	return &Agent{cfg: cfg, parts: parts, node: node, loader: &kmod.Loader{System: parts.Kernel, Root: node}}
 }
 
 // Report is the result of one run.
@@ -86,6 +89,10 @@ func (a *Agent) Run(ctx context.Context) (*Report, error) {
 
 // forget drops what a run knows of the disk.
 func (a *Agent) forget() {
+	a.checked.Range(func(digest, layer any) bool {
+		a.seen.Store(digest, layer)
+		return true
+	})
 	a.checked.Clear()
 	a.unproved.Clear()
 }
@@ -152,7 +159,7 @@ func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.
 
 // locked runs do while no other installer works on this node.
 func (a *Agent) locked(store *install.Store, do func() error) (err error) {
-	unlock, err := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+	unlock, err := store.Lock(googleLock)
 	if err != nil {
 		return err
 	}
@@ -304,11 +311,11 @@ func (a *Agent) excuses(answer resolve.Answer, s situation, silent bool) bool {
 // situation reads what a decision goes by.
 func (a *Agent) situation(ctx context.Context, store *install.Store) (s situation, err error) {
 	s = situation{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry, noLoad: a.cfg.NoLoad}
-	if s.facts, err = host.Observe(a.parts.Root); err != nil {
+	if s.facts, err = host.Observe(a.node); err != nil {
 		return s, err
 	}
 	if s.facts.Open() {
-		if s.facts.Users, err = host.DeviceUsers(a.parts.Root); err != nil {
+		if s.facts.Users, err = host.DeviceUsers(a.node); err != nil {
 			a.parts.Log.WarnContext(ctx, "find who uses the GPU", "err", err)
 		}
 	}
@@ -401,7 +408,7 @@ const googleLock = "tmp/cos_gpu_installer_lock"
 func (a *Agent) observe(r *Report) (*host.Facts, error) {
 	var facts *host.Facts
 	err := a.parts.Line.Do("observe", func() (note string, err error) {
-		if facts, err = host.Observe(a.parts.Root); err != nil {
+		if facts, err = host.Observe(a.node); err != nil {
 			return "", err
 		}
 		r.Kernel = facts.Kernel
@@ -412,12 +419,16 @@ func (a *Agent) observe(r *Report) (*host.Facts, error) {
 
 // openStore opens the install folder; with DryRun it may be missing (nil).
 func (a *Agent) openStore() (*install.Store, error) {
-	dir := filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir)
-	store, err := install.Open(dir, !a.cfg.DryRun)
+	store, err := install.Open(a.parts.Node, a.cfg.InstallDir, !a.cfg.DryRun)
 	if a.cfg.DryRun && errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	return store, err
+}
+
+// openInstalled opens the install folder where it is.
+func (a *Agent) openInstalled() (*install.Store, error) {
+	return install.Open(a.parts.Node, a.cfg.InstallDir, false)
 }
 
 func currentSet(store *install.Store) (*install.Set, error) {

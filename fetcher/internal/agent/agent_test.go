@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/fetcher/internal/sample"
 	"github.com/prebake/prebake/pkg/api"
@@ -133,12 +134,12 @@ func (k *kernel) must(err error) {
 // nodes records the device files that were asked for.
 type nodes struct{ made []string }
 
-func (n *nodes) Make(_ string, d devnode.Node) error {
+func (n *nodes) Make(_ *os.Root, d devnode.Node) error {
 	n.made = append(n.made, d.Name)
 	return nil
 }
 
-func (n *nodes) Clear(string) error {
+func (n *nodes) Clear(*os.Root) error {
 	n.made = nil
 	return nil
 }
@@ -188,10 +189,15 @@ func newNode(t testing.TB, c sample.Cell, gpus int, key *testkit.Key) *node {
 // nodeAt is a node of which everything is below root, and that trusts nobody.
 func nodeAt(t testing.TB, root string, gpus int) *node {
 	t.Helper()
+	handle, err := noderoot.Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = handle.Close() }) // it was only read
 	n := &node{t: t, root: root, kernel: &kernel{root: root, refuse: map[string]syscall.Errno{}}, nodes: &nodes{}}
-	n.cfg = agent.Config{HostRoot: root, InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
+	n.cfg = agent.Config{InstallDir: "/" + installDir, Wish: target.Default, Flavour: resolve.Auto}
 	n.parts = agent.Parts{
-		Root: os.DirFS(root), Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus}, Line: &timeline.Run{},
+		Node: handle, Kernel: n.kernel, Nodes: n.nodes, Probe: probe{root, gpus}, Line: &timeline.Run{},
 		Log: slog.New(slog.NewTextHandler(io.Discard, nil)), Now: time.Now,
 		Open: func(ref string) (agent.Repository, error) { return registry.Open(ref, registry.Options{Plain: true}) },
 	}
@@ -201,8 +207,13 @@ func nodeAt(t testing.TB, root string, gpus int) *node {
 // run runs one pass; ref and digest are what the finder names.
 func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Report, error) {
 	t.Helper()
-	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref, Digest: digest}}
+	n.answer(ref, digest, d)
 	return n.runAs(t)
+}
+
+// answer has the finder name an artifact.
+func (n *node) answer(ref, digest string, d target.Driver) {
+	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref, Digest: digest}}
 }
 
 func (n *node) runAs(t testing.TB) (*agent.Report, error) {

@@ -41,6 +41,10 @@ type attempt struct {
 	Why      string `json:"why,omitempty"`
 	// ByHand says that somebody rolled it back.
 	ByHand bool `json:"byHand,omitempty"`
+	// Foreign are the modules of the driver that somebody else had loaded in that boot, and
+	// that was to be unloaded: what is loaded again if this set does not do.
+	Foreign       []host.Module `json:"foreign,omitempty"`
+	ForeignDriver string        `json:"foreignDriver,omitempty"`
 	// Next says that it waits for a kernel without a driver: the one that was loaded could
 	// not be unloaded.
 	Next bool `json:"next,omitempty"`
@@ -104,10 +108,17 @@ func (all attempts) write(store *install.Store) error {
 	return store.WriteFile(attemptsFile, append(raw, '\n'))
 }
 
-// begin notes that a set is about to be put in force.
-func (a *Agent) begin(store *install.Store, digest string, before install.Pointers) error {
+// lacksForeign reports whether a run that was killed in this boot left a kernel without the
+// driver that somebody else had loaded, where nothing of ours was in force.
+func (a *attempt) lacksForeign(s situation, boot string) bool {
+	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
+}
+
+// begin notes that a set is about to be put in force, and what is unloaded for it.
+func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles) error {
 	err := a.note(store, digest, func(at *attempt) {
 		at.Open, at.Before, at.BootID = true, before, a.bootID()
+		at.Foreign, at.ForeignDriver = was.modules, was.driver
 	})
 	if err != nil {
 		return err
@@ -133,7 +144,7 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 		return nil
 	}
 	return a.note(store, digest, func(at *attempt) {
-		at.Open, at.Next = false, false
+		at.Open, at.Next, at.Foreign, at.ForeignDriver = false, false, nil, ""
 		// What says nothing about the driver does not count against it.
 		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
 			if fault.Is(failed, kind) {
@@ -198,7 +209,7 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	slices.SortFunc(open, func(x, y string) int { return all[y].At.Compare(all[x].At) })
 	for _, digest := range open {
 		at := all[digest]
-		facts, err := host.Observe(a.parts.Root)
+		facts, err := host.Observe(a.node)
 		if err != nil {
 			return err
 		}

@@ -192,8 +192,9 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 			if err != nil {
 				return fmt.Errorf("fetch %s layer %s: %w", l.Kind, l.Digest, err)
 			}
-			a.checked.Store(l.Digest, files)
-			return nil
+			print, err := store.LayerPrint(l.Digest)
+			a.checked.Store(l.Digest, checkedLayer{files, print})
+			return err
 		})
 	}
 	err = g.Wait()
@@ -214,7 +215,9 @@ func (a *Agent) missing(ctx context.Context, r *Report, store *install.Store, se
 			continue
 		}
 		g.Go(func() error {
-			damaged[i] = a.checkLayer(gctx, store, l)
+			if !a.unchanged(store, l) {
+				damaged[i] = a.checkLayer(gctx, store, l)
+			}
 			return nil
 		})
 	}

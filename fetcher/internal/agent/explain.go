@@ -5,11 +5,9 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"path/filepath"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
-	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -32,7 +30,7 @@ type explainer interface {
 }
 
 // Observe reads the node's facts.
-func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.parts.Root) }
+func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.node) }
 
 // Explain says what each rule says of an artifact in a repository, for a kernel of which
 // the COS build is known at least. It reads no layer. The error is why the artifact would
@@ -66,7 +64,7 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 	if err != nil {
 		return nil, err
 	}
-	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	store, err := a.openInstalled()
 	if err != nil {
 		return nil, nothingInstalled(err)
 	}

@@ -20,10 +20,10 @@ import (
 // both have one build id, which the linker makes of all that goes into the module.
 type foreignFiles struct {
 	driver string
-	// replaced says that it was to be unloaded.
-	replaced bool
-	images   []kmod.Image
-	files    []fs.File
+	// modules are what is to be unloaded, or was; none is that nothing is.
+	modules []host.Module
+	images  []kmod.Image
+	files   []fs.File
 	// unknown names the modules whose files were not found.
 	unknown []string
 }
@@ -34,19 +34,19 @@ func (f *foreignFiles) close() {
 	}
 }
 
-// findForeign looks for the files of what is loaded, in load order.
-func (a *Agent) findForeign(s situation) *foreignFiles {
-	f := &foreignFiles{driver: s.facts.Driver.String()}
-	f.replaced = true
+// findForeign looks for the files of modules that are loaded, or were in this boot, in load
+// order.
+func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Module) *foreignFiles {
+	f := &foreignFiles{driver: driver, modules: modules}
 	byID := map[string]string{}
-	for _, name := range a.moduleFiles(s.facts) {
-		if m, err := readInfo(a.parts.Root, name); err == nil && m.BuildID != "" {
+	for _, name := range a.moduleFiles(facts) {
+		if m, err := readInfo(a.node, name); err == nil && m.BuildID != "" {
 			byID[m.BuildID] = name
 		}
 	}
-	for _, m := range slices.Backward(s.facts.Modules) { // /proc/modules has the youngest first
+	for _, m := range slices.Backward(modules) { // /proc/modules has the youngest first
 		name, ok := byID[m.BuildID]
-		file, err := a.parts.Root.Open(name)
+		file, err := a.node.Open(name)
 		if m.BuildID == "" || !ok || err != nil {
 			f.unknown = append(f.unknown, m.Name)
 			continue
@@ -73,7 +73,7 @@ func (a *Agent) moduleFiles(facts *host.Facts) []string {
 		dirs = append(dirs, path.Join(kernel, sub))
 	}
 	for _, dir := range dirs {
-		found, err := fs.Glob(a.parts.Root, path.Join(strings.TrimPrefix(dir, "/"), "nvidia*.ko"))
+		found, err := fs.Glob(a.node, path.Join(strings.TrimPrefix(dir, "/"), "nvidia*.ko"))
 		if err == nil {
 			all = append(all, found...)
 		}

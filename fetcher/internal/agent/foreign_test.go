@@ -72,6 +72,46 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
+// A run that is killed after it unloaded somebody else's driver, and before it loaded ours,
+// has left a note of what was there: the next one puts that back where ours does not do.
+func TestForeignKilled(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := foreignNode(t, c, key, "nvidia", "nvidia-uvm", "nvidia-peermem")
+	before := n.tree(t)
+	n.killed(t, ref, p.Digest, c, "nvidia")
+	n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENODEV
+	_, err := n.run(t, ref, p.Digest, c.Driver)
+	if err == nil || !strings.Contains(err.Error(), "failed 2 times") { // the kill, and this
+		t.Errorf("Run = %v; want the driver refused", err)
+	}
+	want := []string{
+		"load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "unload nvidia",
+		"load nvidia " + oldVersion, "load nvidia_uvm " + oldVersion, "load nvidia_peermem " + oldVersion,
+	}
+	if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
+		t.Errorf("system calls (-want +got):\n%s", diff)
+	}
+	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
+		t.Errorf("tree (-want +got):\n%s", diff)
+	}
+	// After a reboot nobody puts back what that boot had.
+	n.cfg.Retry = true
+	n.killed(t, ref, p.Digest, c, "nvidia")
+	n.reboot(t)
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Unusable) {
+		t.Errorf("Run after a reboot = %v; want unusable", err)
+	}
+	for _, call := range n.kernel.calls {
+		if strings.HasSuffix(call, " "+oldVersion) {
+			t.Errorf("after a reboot: %s", call)
+		}
+	}
+}
+
 // What cannot be put back is said, with what is missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()

@@ -5,7 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"io/fs"
-	"path/filepath"
+	"path"
 	"strings"
 	"time"
 
@@ -74,7 +74,7 @@ func readHistory(store *install.Store) ([]Event, error) {
 
 // History returns what happened to drivers on this node, the oldest first.
 func (a *Agent) History() (all []Event, err error) {
-	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	store, err := a.openInstalled()
 	if errors.Is(err, fs.ErrNotExist) {
 		return []Event{}, nil
 	}
@@ -98,7 +98,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if _, err = a.observe(r); err != nil {
 		return r, err
 	}
-	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	store, err := a.openInstalled()
 	if errors.Is(err, fs.ErrNotExist) {
 		return r, nil
 	}
@@ -113,7 +113,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		return r, err
 	}
 	if !a.cfg.DryRun {
-		unlock, lockErr := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+		unlock, lockErr := store.Lock(googleLock)
 		if lockErr != nil {
 			return r, lockErr
 		}
@@ -141,13 +141,13 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 			return r, err
 		}
 	}
-	if s.facts.FirmwarePath == filepath.Join(a.cfg.InstallDir, "firmware") {
+	if s.facts.FirmwarePath == path.Join(a.cfg.InstallDir, "firmware") {
 		was, err := store.ReadFile(firmwareBefore)
 		if err != nil {
 			return r, err
 		}
 		if was == nil { // of an older release: what COS was booted with
-			was = []byte(host.BootedFirmwarePath(a.parts.Root))
+			was = []byte(host.BootedFirmwarePath(a.node))
 		}
 		if err := a.writeFirmwarePath(string(was)); err != nil {
 			return r, err

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io/fs"
 	"path"
-	"path/filepath"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
@@ -26,6 +25,9 @@ type Watcher interface {
 	Tell(v gpucheck.Verdict)
 	Alive()
 }
+
+// Watch has a run tell w of the driver in force while it waits for the GPU to be idle.
+func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
 // Hold looks at the driver again every so often until the context ends, and tells the
 // watcher. A look that fails is no verdict: what was seen last ages. It changes nothing,
@@ -63,7 +65,7 @@ func (a *Agent) Hold(ctx context.Context, every time.Duration, w Watcher) error 
 
 // look judges what is in force now.
 func (a *Agent) look(ctx context.Context) (v gpucheck.Verdict, err error) {
-	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	store, err := a.openInstalled()
 	if err != nil {
 		return v, err
 	}
@@ -103,7 +105,7 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	}
 	library := path.Base(nvmlLibrary)
 	for _, dir := range append([]string{a.cfg.InstallDir}, nvmlPlaces...) {
-		if _, err := fs.Stat(a.parts.Root, path.Join(dir, nvmlLibrary)[1:]); err == nil {
+		if _, err := fs.Stat(a.node, path.Join(dir, nvmlLibrary)[1:]); err == nil {
 			library = path.Join(dir, nvmlLibrary)
 			break
 		}
@@ -121,12 +123,12 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 // Status reads the disk and /proc, and asks NVML about a driver that is not ours. It
 // changes nothing and uses no network.
 func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
-	facts, err := host.Observe(a.parts.Root)
+	facts, err := host.Observe(a.node)
 	if err != nil {
 		return nil, err
 	}
 	if len(facts.Modules) > 0 {
-		if facts.Users, err = host.DeviceUsers(a.parts.Root); err != nil {
+		if facts.Users, err = host.DeviceUsers(a.node); err != nil {
 			facts.Unread = append(facts.Unread, err.Error())
 		}
 	}
@@ -135,7 +137,7 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 	for _, m := range facts.Modules {
 		modules[m.Name] = m.Version
 	}
-	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	store, err := a.openInstalled()
 	if errors.Is(err, fs.ErrNotExist) {
 		s.Verdict = a.judgeForeign(ctx, facts, modules)
 		return s, nil
@@ -189,7 +191,7 @@ func (a *Agent) recall() *record {
 
 // lastRecord reads what the last run saw, in whatever boot; nil when there was none.
 func (a *Agent) lastRecord() *record {
-	raw, err := fs.ReadFile(a.parts.Root, filepath.Join(a.cfg.InstallDir, recordFile)[1:])
+	raw, err := fs.ReadFile(a.node, path.Join(a.cfg.InstallDir, recordFile)[1:])
 	if err != nil {
 		return nil
 	}
@@ -209,13 +211,13 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	if err != nil {
 		return r, err
 	}
-	store, err := install.Open(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir), false)
+	store, err := a.openInstalled()
 	if err != nil {
 		return r, nothingInstalled(err)
 	}
 	defer func() { err = errors.Join(err, store.Close()) }()
 	if !a.cfg.DryRun {
-		unlock, lockErr := store.Lock(filepath.Join(a.cfg.HostRoot, googleLock))
+		unlock, lockErr := store.Lock(googleLock)
 		if lockErr != nil {
 			return r, nothingInstalled(lockErr)
 		}

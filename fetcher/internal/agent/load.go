@@ -3,10 +3,10 @@ package agent
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path"
-	"path/filepath"
 	"slices"
 
 	"github.com/prebake/prebake/fetcher/internal/devnode"
@@ -19,7 +19,7 @@ import (
 
 // restoreFirmwarePath tells the kernel to look for firmware where it did before.
 func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
-	now, err := host.Observe(a.parts.Root)
+	now, err := host.Observe(a.node)
 	if err != nil || now.FirmwarePath == before.FirmwarePath {
 		return err
 	}
@@ -29,7 +29,7 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 // writeFirmwarePath sets a parameter of the kernel, which takes it as it is, a newline
 // with it (Documentation/driver-api/firmware/fw_search_path.rst). Nothing is a zero.
 func (a *Agent) writeFirmwarePath(path string) error {
-	if err := os.WriteFile(filepath.Join(a.cfg.HostRoot, firmwareParameter), []byte(cmp.Or(path, "\x00")), 0o644); err != nil {
+	if err := a.parts.Node.Set(firmwareParameter, []byte(cmp.Or(path, "\x00"))); err != nil {
 		return fmt.Errorf("set firmware path: %w", err)
 	}
 	return nil
@@ -81,7 +81,7 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	if err != nil {
 		return err
 	}
-	return a.parts.Nodes.Clear(filepath.Join(a.cfg.HostRoot, "dev"))
+	return a.inDev(a.parts.Nodes.Clear)
 }
 
 // images are the modules of a set that are loaded, in load order: those that every node
@@ -125,15 +125,13 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 // finds it already.
 func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Facts, set *install.Set) error {
 	inside := path.Join("firmware", "nvidia", set.Driver.Modules().Version)
-	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, a.cfg.InstallDir, inside)); err != nil {
+	if !a.parts.Node.Exists(path.Join(a.cfg.InstallDir, inside)) {
 		return nil // this release has no firmware
 	}
-	if facts.FirmwarePath != "" {
-		if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)); err == nil {
-			return nil
-		}
+	if facts.FirmwarePath != "" && a.parts.Node.Exists(path.Join(facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)) {
+		return nil
 	}
-	if _, err := os.Stat(filepath.Join(a.cfg.HostRoot, firmwareParameter)); err != nil {
+	if !a.parts.Node.Exists(firmwareParameter) {
 		return nil // a kernel without loadable firmware
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
@@ -159,20 +157,31 @@ func (a *Agent) makeNodes() error {
 	for name := range mods {
 		present[name] = true
 	}
-	nodes, err := devnode.Plan(a.parts.Root, present)
+	nodes, err := devnode.Plan(a.node, present)
 	if err != nil {
 		return err
 	}
-	for _, n := range nodes {
-		if err := a.parts.Nodes.Make(filepath.Join(a.cfg.HostRoot, "dev"), n); err != nil {
-			return err
+	return a.inDev(func(dev *os.Root) error {
+		for _, n := range nodes {
+			if err := a.parts.Nodes.Make(dev, n); err != nil {
+				return err
+			}
 		}
+		return nil
+	})
+}
+
+// inDev does something in the node's folder of device files.
+func (a *Agent) inDev(do func(dev *os.Root) error) error {
+	dev, err := a.parts.Node.Folder("dev")
+	if err != nil {
+		return fmt.Errorf("open device files: %w", err)
 	}
-	return nil
+	return errors.Join(do(dev), dev.Close())
 }
 
 func (a *Agent) moduleVersions() (map[string]string, error) {
-	mods, err := host.LoadedModules(a.parts.Root)
+	mods, err := host.LoadedModules(a.node)
 	if err != nil {
 		return nil, err
 	}

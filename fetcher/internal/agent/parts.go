@@ -3,7 +3,6 @@ package agent
 import (
 	"context"
 	"io"
-	"io/fs"
 	"log/slog"
 	"time"
 
@@ -12,6 +11,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -51,8 +51,6 @@ type localBuilder interface {
 
 // Config is what the node's owner decides.
 type Config struct {
-	// HostRoot is the folder that is the node's root.
-	HostRoot string
 	// InstallDir is the install folder's path inside the node's root.
 	InstallDir string
 	Wish       target.Wish
@@ -89,8 +87,8 @@ type Parts struct {
 	NodeVerifier func() (Verifier, error)
 	// Local is nil when the node must not compile.
 	Local localBuilder
-	// Root is the file system below HostRoot.
-	Root   fs.FS
+	// Node is the node's root.
+	Node   *noderoot.Root
 	Kernel kmod.System
 	Nodes  devnode.System
 	Probe  prober

@@ -142,10 +142,44 @@ func (a *Agent) provable(store *install.Store, set *install.Set, facts *host.Fac
 
 const hintAgain = "run fetcher install again: what is damaged on this node is fetched anew"
 
+// checkedLayer is a layer that was compared with its signed diff id.
+type checkedLayer struct {
+	// files are the digests of its files.
+	files map[string]string
+	// print is what [install.Store.LayerPrint] said before.
+	print string
+}
+
+// unchanged reports whether nobody has written to a layer since it was checked in this or
+// an earlier run, as its inodes tell. What waits on the disk is not read again and again;
+// what is switched to or loaded is ([Agent.prove]).
+func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
+	known, ok := a.layer(l.Digest)
+	if !ok || known.print == "" {
+		return false
+	}
+	print, err := store.LayerPrint(l.Digest)
+	return err == nil && print == known.print
+}
+
+// layer is what is known of a layer, from this run or else from an earlier one.
+func (a *Agent) layer(digest string) (checkedLayer, bool) {
+	found, ok := a.checked.Load(digest)
+	if !ok {
+		found, ok = a.seen.Load(digest)
+	}
+	known, _ := found.(checkedLayer)
+	return known, ok
+}
+
 // checkLayer compares an unpacked layer with its signed diff id, once in each run.
 func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
 	if _, ok := a.checked.Load(l.Digest); ok {
 		return nil
+	}
+	print, err := store.LayerPrint(l.Digest) // before: what is written meanwhile is noticed
+	if err != nil {
+		return fault.Wrap(fault.Unverified, err, hintAgain)
 	}
 	root, err := store.LayerRoot(l.Digest)
 	if err != nil {
@@ -162,7 +196,7 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 		}
 		return err
 	}
-	a.checked.Store(l.Digest, files)
+	a.checked.Store(l.Digest, checkedLayer{files, print})
 	return nil
 }
 
@@ -173,8 +207,8 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 	if err != nil {
 		return nil, err
 	}
-	files, _ := a.checked.Load(l.Digest)
-	known, _ := files.(map[string]string)
+	checked, _ := a.layer(l.Digest)
+	known := checked.files
 	if known == nil {
 		known = map[string]string{}
 	}

@@ -42,6 +42,38 @@ func (n *node) rollback() (*agent.Report, error) {
 	return agent.New(n.cfg, n.parts).Rollback(n.t.Context())
 }
 
+// A node's own links are followed inside the node: its install folder and its os-release
+// may be absolute ones, as on images that keep both on another partition.
+func TestAbsoluteLinks(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	at := func(name string) string { return filepath.Join(n.root, name) }
+	if err := errors.Join(os.MkdirAll(at("usr/lib"), 0o755), os.Rename(at("etc/os-release"), at("usr/lib/os-release")), os.Symlink("/usr/lib/os-release", at("etc/os-release")),
+		os.MkdirAll(at("mnt/stateful/nvidia"), 0o755), os.MkdirAll(filepath.Dir(at(installDir)), 0o755), os.Symlink("/mnt/stateful/nvidia", at(installDir))); err != nil {
+		t.Fatal(err)
+	}
+	n.parts.Probe = linked{}
+	r, err := n.run(t, ref, p.Digest, c.Driver)
+	if err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Fatalf("Run = %+v, %v; want ready", r.Verdict, err)
+	}
+	if _, err := os.Stat(at("mnt/stateful/nvidia/lib64/libnvidia-ml.so." + newVersion)); err != nil {
+		t.Errorf("the install is not where the node's link leads: %v", err)
+	}
+}
+
+// linked answers as NVML does with one GPU.
+type linked struct{}
+
+func (linked) Probe(context.Context, string) (gpucheck.NVML, error) {
+	return gpucheck.NVML{Version: newVersion, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)}, nil
+}
+
 // killed runs one pass that dies when a module is loaded: at once, with nothing undone.
 func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module string) {
 	t.Helper()

@@ -12,6 +12,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
@@ -307,5 +308,58 @@ func TestRollbackVerifies(t *testing.T) {
 	}
 	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest {
 		t.Errorf("then: %+v, %v; want the driver that runs", r.Verdict, err)
+	}
+}
+
+// A driver that waits on the disk is not read again at each try, unless somebody wrote to
+// it; and what is loaded is read whatever its inodes say. The kernel tells who reads what.
+func TestPendingIsNotReadAgain(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, _, pn := two(t, 1)
+	n.inUse(t, "1")
+	n.answer(ref, pn.Digest, newer.Driver)
+	a := agent.New(n.cfg, n.parts)
+	run := func() {
+		t.Helper()
+		if _, err := a.Run(t.Context()); !fault.Is(err, fault.Busy) {
+			t.Fatalf("Run = %v; want busy", err)
+		}
+	}
+	run()
+	name := n.one(t, "layers/*/lib64/libnvidia-ml.so."+newVersion)
+	opened := watchOpens(t, name)
+	run()
+	if opened() {
+		t.Error("the library of a driver that waits was read again")
+	}
+	if raw, err := os.ReadFile(name); err != nil || os.WriteFile(name, flipped(raw), 0o644) != nil || !opened() {
+		t.Fatalf("change a byte: %v", err)
+	}
+	run()
+	name = n.one(t, "layers/*/lib64/libnvidia-ml.so."+newVersion)
+	opened = watchOpens(t, name)
+	n.inUse(t, "0")
+	if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest {
+		t.Errorf("Run = %+v, %v; want the driver that waited, as it was signed", r.Verdict, err)
+	}
+	if !opened() {
+		t.Error("the library was not read before its driver was loaded")
+	}
+}
+
+// watchOpens reports whether a file was opened since the last call, as inotify tells.
+func watchOpens(t *testing.T, name string) func() bool {
+	t.Helper()
+	fd, err := unix.InotifyInit1(unix.IN_NONBLOCK | unix.IN_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	if _, err := unix.InotifyAddWatch(fd, name, unix.IN_OPEN); err != nil {
+		t.Fatal(err)
+	}
+	return func() bool {
+		n, err := unix.Read(fd, make([]byte, 1<<16))
+		return err == nil && n > 0
 	}
 }

@@ -66,6 +66,22 @@ func (w Window) Closed(now time.Time) string {
 // idlePause is the time between two looks at who uses the driver.
 const idlePause = 2 * time.Second
 
+// idleLook is the time between two looks at the driver meanwhile.
+const idleLook = time.Minute
+
+// tellWatcher tells of the driver that is in force while another one waits.
+func (a *Agent) tellWatcher(ctx context.Context) {
+	if a.watcher == nil {
+		return
+	}
+	v, err := a.look(ctx)
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "look failed", "err", err)
+		return
+	}
+	a.watcher.Tell(v)
+}
+
 // waitIdle waits, until end, for those to end who use a driver that is to be replaced, and
 // reports whether it is worth another try. It holds no lock, and changes nothing.
 func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
@@ -73,14 +89,18 @@ func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 		return false
 	}
 	open := func() bool {
-		mods, err := host.LoadedModules(a.parts.Root)
+		mods, err := host.LoadedModules(a.node)
 		return err == nil && (&host.Facts{Modules: mods}).Open()
 	}
 	if !open() {
 		return false
 	}
 	a.parts.Log.InfoContext(ctx, "waiting until nobody uses the GPU", "until", end.UTC(), "err", why)
-	for a.parts.Now().Before(end) {
+	for looked := (time.Time{}); a.parts.Now().Before(end); {
+		if now := a.parts.Now(); now.Sub(looked) >= idleLook {
+			looked = now
+			a.tellWatcher(ctx)
+		}
 		select {
 		case <-ctx.Done():
 			return false

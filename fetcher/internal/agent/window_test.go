@@ -86,7 +86,19 @@ func TestWaitIdle(t *testing.T) {
 	n.cfg.WaitIdle = time.Minute
 	timer := time.AfterFunc(300*time.Millisecond, func() { n.inUse(t, "0") })
 	defer timer.Stop()
-	if r, err := n.run(t, ref, pn.Digest, newer.Driver); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready {
+	n.answer(ref, pn.Digest, newer.Driver)
+	a, told := agent.New(n.cfg, n.parts), told{}
+	a.Watch(&told)
+	if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready {
 		t.Errorf("Run = %+v, %v; want the new driver once the GPU is idle", r.Verdict, err)
 	}
+	if len(told) == 0 || told[0].State != gpucheck.Ready || told[0].Digest != po.Digest {
+		t.Errorf("while it waits it tells %+v; want the driver that is in force", told)
+	}
 }
+
+// told are the verdicts that a watcher was told.
+type told []gpucheck.Verdict
+
+func (l *told) Tell(v gpucheck.Verdict) { *l = append(*l, v) }
+func (l *told) Alive()                  {}

@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"regexp"
 	"strconv"
 	"strings"
@@ -142,16 +141,16 @@ func gpuMinors(root fs.FS) ([]uint32, error) {
 // System is what makes device files. The one real implementation is [Linux].
 type System interface {
 	// Make makes n in the folder dev, or corrects what is there.
-	Make(dev string, n Node) error
+	Make(dev *os.Root, n Node) error
 	// Clear removes the driver's device files from the folder dev: GKE's device plugin
 	// takes them for a driver.
-	Clear(dev string) error
+	Clear(dev *os.Root) error
 }
 
 // Clear implements [System]. It removes no name that a driver does not have, and
 // nothing but character devices.
-func (Linux) Clear(dev string) error {
-	entries, err := os.ReadDir(dev)
+func (Linux) Clear(dev *os.Root) error {
+	entries, err := fs.ReadDir(dev.FS(), ".")
 	if err != nil {
 		return fmt.Errorf("list device files: %w", err)
 	}
@@ -159,7 +158,7 @@ func (Linux) Clear(dev string) error {
 		if !nodeName.MatchString(e.Name()) || e.Type()&fs.ModeCharDevice == 0 {
 			continue
 		}
-		if err := unix.Unlink(filepath.Join(dev, e.Name())); err != nil && !errors.Is(err, unix.ENOENT) {
+		if err := dev.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove device file: %w", err)
 		}
 	}
@@ -173,27 +172,32 @@ var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-too
 type Linux struct{}
 
 // Make implements [System].
-func (Linux) Make(dev string, n Node) error {
-	path := filepath.Join(dev, n.Name)
+func (Linux) Make(dev *os.Root, n Node) error {
+	dir, err := dev.Open(".")
+	if err != nil {
+		return fmt.Errorf("open device files: %w", err)
+	}
+	defer dir.Close()
+	at, path := int(dir.Fd()), "/dev/"+n.Name
 	want := unix.Mkdev(n.Major, n.Minor)
 	var st unix.Stat_t
-	err := unix.Lstat(path, &st)
+	err = unix.Fstatat(at, n.Name, &st, unix.AT_SYMLINK_NOFOLLOW)
 	switch {
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFCHR:
 		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: something else is there", path), "remove "+path)
 	case err == nil && st.Rdev != want:
 		// A module that was loaded again may have got another major number.
-		if err := unix.Unlink(path); err != nil {
+		if err := unix.Unlinkat(at, n.Name, 0); err != nil {
 			return fmt.Errorf("replace device file %s: %w", path, err)
 		}
 	case err != nil && !errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("look at device file %s: %w", path, err)
 	}
-	if err := unix.Mknod(path, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := unix.Mknodat(at, n.Name, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", path, err), "run as root with CAP_MKNOD (privileged: true)")
 	}
 	// The process's umask has no say in this.
-	if err := errors.Join(unix.Chmod(path, uint32(n.Mode)), unix.Chown(path, n.UID, n.GID)); err != nil {
+	if err := errors.Join(unix.Fchmodat(at, n.Name, uint32(n.Mode), 0), unix.Fchownat(at, n.Name, n.UID, n.GID, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
 		return fmt.Errorf("set owner and mode of %s: %w", path, err)
 	}
 	return nil

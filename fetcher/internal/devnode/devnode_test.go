@@ -64,15 +64,20 @@ func TestPlan(t *testing.T) {
 func TestMake(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
+	dev, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
 	n := devnode.Node{Name: "twin", Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}
-	if err := (devnode.Linux{}).Make(dir, n); errors.Is(err, unix.EPERM) {
+	if err := (devnode.Linux{}).Make(dev, n); errors.Is(err, unix.EPERM) {
 		t.Skip("making device files needs root with CAP_MKNOD")
 	} else if err != nil {
 		t.Fatal(err)
 	}
 	for _, minor := range []uint32{3, 3, 5} { // again, and then with another number
 		n.Minor = minor
-		if err := (devnode.Linux{}).Make(dir, n); err != nil {
+		if err := (devnode.Linux{}).Make(dev, n); err != nil {
 			t.Fatal(err)
 		}
 		var st unix.Stat_t
@@ -84,7 +89,7 @@ func TestMake(t *testing.T) {
 		t.Fatal(err)
 	}
 	n.Name = "file"
-	if err := (devnode.Linux{}).Make(dir, n); !fault.Is(err, fault.Busy) {
+	if err := (devnode.Linux{}).Make(dev, n); !fault.Is(err, fault.Busy) {
 		t.Errorf("Make over a file = %v; want busy", err)
 	}
 }
@@ -93,8 +98,13 @@ func TestMake(t *testing.T) {
 func TestClear(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
+	dev, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
 	for _, name := range []string{"nvidia0", "nvidia15", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
-		if err := (devnode.Linux{}).Make(dir, devnode.Node{Name: name, Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
+		if err := (devnode.Linux{}).Make(dev, devnode.Node{Name: name, Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
 			t.Skip("making device files needs root with CAP_MKNOD")
 		} else if err != nil {
 			t.Fatal(err)
@@ -103,7 +113,7 @@ func TestClear(t *testing.T) {
 	if err := errors.Join(os.WriteFile(filepath.Join(dir, "nvidia1"), nil, 0o644), os.Mkdir(filepath.Join(dir, "nvidia-caps"), 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	if err := (devnode.Linux{}).Clear(dir); err != nil {
+	if err := (devnode.Linux{}).Clear(dev); err != nil {
 		t.Fatal(err)
 	}
 	entries, err := os.ReadDir(dir)

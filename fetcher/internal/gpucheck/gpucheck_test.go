@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -132,7 +133,7 @@ func TestProbe(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			p := gpucheck.Prober{Program: self, HostRoot: "/"}
+			p := gpucheck.Prober{Program: self, Node: node(t, "/")}
 			got, err := p.Probe(t.Context(), "/"+row.answer+"/"+row.lib)
 			if (err == nil) != row.ok || got.Version != row.want.Version || got.Error != row.want.Error {
 				t.Errorf("Probe = %+v, %v; want %+v", got, err, row.want)
@@ -142,10 +143,20 @@ func TestProbe(t *testing.T) {
 			}
 		})
 	}
-	none := gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), HostRoot: "/"}
+	none := gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), Node: node(t, "/")}
 	if _, err := none.Probe(t.Context(), "/x/y"); !fault.Is(err, fault.Unusable) {
 		t.Errorf("Probe without a program = %v; want unusable", err)
 	}
+}
+
+func node(t *testing.T, dir string) *noderoot.Root {
+	t.Helper()
+	r, err := noderoot.Open(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = r.Close() }) // it was only read
+	return r
 }
 
 // A probe that the driver holds does not hold the agent: the look ends, and so does
@@ -157,7 +168,7 @@ func TestProbeHangs(t *testing.T) {
 	if err := errors.Join(syscall.Mkfifo(pipe, 0o600), os.WriteFile(program, []byte("#!/bin/sh\n: >"+pipe+".runs\nread line <"+pipe+"\n"), 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	p := gpucheck.Prober{Program: program, HostRoot: "/"}
+	p := gpucheck.Prober{Program: program, Node: node(t, "/")}
 	first := make(chan error, 1)
 	go func() {
 		_, err := p.Probe(t.Context(), "x")
@@ -195,7 +206,7 @@ func TestProbeCopies(t *testing.T) {
 	if err := errors.Join(os.MkdirAll(filepath.Join(root, "nv"), 0o755), os.WriteFile(program, bytes.Repeat([]byte("#!/bin/false\n"), 1<<16), 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	readOnly := gpucheck.Prober{Program: program, HostRoot: root, Copy: "/nv/probe", ReadOnly: true}
+	readOnly := gpucheck.Prober{Program: program, Node: node(t, root), Copy: "/nv/probe", ReadOnly: true}
 	if _, err := readOnly.Probe(t.Context(), "x"); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "not copied") {
 		t.Errorf("read-only, with nothing there: %v; want that NVML was not asked", err)
 	}
@@ -203,7 +214,7 @@ func TestProbeCopies(t *testing.T) {
 	for range 2 {
 		g.Go(func() error {
 			for range 50 {
-				p := gpucheck.Prober{Program: program, HostRoot: root, Copy: "/nv/probe"}
+				p := gpucheck.Prober{Program: program, Node: node(t, root), Copy: "/nv/probe"}
 				switch _, err := p.Probe(t.Context(), "x"); {
 				case err == nil:
 					return errors.New("a program that is none ran")

@@ -3,18 +3,24 @@ package gpucheck
 import (
 	"bytes"
 	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
+	"path"
 	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/hostfile"
 )
@@ -23,10 +29,10 @@ import (
 type Prober struct {
 	// Program is the probe on this side of the root.
 	Program string
-	// HostRoot is the folder that is the node's root. When it is not "/", the
-	// program is copied to Copy and run inside, with the node's own libraries.
-	HostRoot string
-	// Copy is a path inside the node's root; used only with HostRoot.
+	// Node is the node's root. When that is not "/", the program is copied to Copy
+	// and run inside, with the node's own libraries.
+	Node *noderoot.Root
+	// Copy is a path inside the node's root.
 	Copy string
 	// ReadOnly makes no copy: where there is none yet, NVML is not asked.
 	ReadOnly bool
@@ -95,11 +101,11 @@ func hung(d time.Duration) error {
 func (p *Prober) ask(ctx context.Context, library string) (NVML, error) {
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if p.HostRoot != "/" {
+	if p.Node.Dir() != "/" {
 		if err := p.place(); err != nil {
 			return NVML{}, err
 		}
-		program, attr.Chroot = p.Copy, p.HostRoot
+		program, attr.Chroot = p.Copy, p.Node.Dir()
 	}
 	cmd := exec.CommandContext(ctx, program, "--lib", library)
 	cmd.Path, cmd.Err = program, nil // it was looked up on this side of the root
@@ -118,37 +124,61 @@ func (p *Prober) ask(ctx context.Context, library string) (NVML, error) {
 }
 
 // place puts the probe into the node's root, unless this very program is there.
-func (p *Prober) place() error {
-	to := filepath.Join(p.HostRoot, p.Copy)
-	have, err := hostfile.Sum(to)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("copy probe: %w", err)
-	}
+func (p *Prober) place() (err error) {
 	want, err := hostfile.Sum(p.Program)
 	if err != nil {
 		return fault.Wrap(fault.Unusable, fmt.Errorf("read probe: %w", err), "check that --probe names the nvmlprobe program")
 	}
+	folder, err := p.Node.Folder(path.Dir(p.Copy))
+	if err == nil {
+		defer func() { err = errors.Join(err, folder.Close()) }()
+		var have string
+		if have, err = sum(folder, path.Base(p.Copy)); err == nil && have == want {
+			return nil
+		}
+	}
 	switch {
-	case have == want:
-		return nil
+	case err != nil && !errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("copy probe: %w", err)
 	case p.ReadOnly:
 		return fault.Wrap(fault.Unusable, errNotThere, "run fetcher install, or run this on the node itself with --host-root /")
+	case folder == nil:
+		return fmt.Errorf("copy probe: %w", err)
 	}
-	dir, err := os.MkdirTemp(filepath.Dir(to), "tmp-probe-") // others may do the same now
-	if err == nil {
-		tmp := filepath.Join(dir, filepath.Base(to))
-		if err = hostfile.Copy(tmp, p.Program); err == nil {
-			err = os.Chmod(tmp, 0o755)
-		}
-		if err == nil {
-			err = os.Rename(tmp, to)
-		}
-		err = errors.Join(err, os.RemoveAll(dir))
-	}
-	if err != nil {
+	tmp := "tmp-probe-" + rand.Text() // others may do the same now
+	if err := errors.Join(p.copy(folder, tmp), folder.RemoveAll(tmp)); err != nil {
 		return fault.Disk(fmt.Errorf("copy probe: %w", err), "free space below the install folder")
 	}
 	return nil
+}
+
+// copy writes the probe under another name and gives it its own.
+func (p *Prober) copy(folder *os.Root, tmp string) error {
+	in, err := os.Open(p.Program)
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := folder.OpenFile(tmp, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o755)
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(hostfile.Fill(out, in), folder.Chmod(tmp, 0o755)); err != nil { // whatever the umask says
+		return err
+	}
+	return folder.Rename(tmp, path.Base(p.Copy))
+}
+
+// sum returns a file's SHA-256, in hex.
+func sum(folder *os.Root, name string) (string, error) {
+	f, err := folder.Open(name)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	h := sha256.New()
+	_, err = io.Copy(h, f)
+	return hex.EncodeToString(h.Sum(nil)), err
 }
 
 // parseAnswer reads the probe's JSON. Without JSON the probe did not run.

@@ -19,12 +19,12 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
 	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -95,22 +95,23 @@ type Set struct {
 
 // Store is the install folder of one node.
 type Store struct {
+	node *noderoot.Root
 	dir  string
 	root *os.Root
 }
 
-// Open opens the install folder; with create it is made first.
-func Open(dir string, create bool) (*Store, error) {
+// Open opens the install folder of a node; with create it is made first.
+func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	if create {
-		if err := os.MkdirAll(filepath.Join(dir, home), 0o755); err != nil {
+		if err := node.MakeFolder(path.Join(dir, home), 0o755); err != nil {
 			return nil, diskFault(fmt.Errorf("make install folder: %w", err))
 		}
 	}
-	root, err := os.OpenRoot(dir)
+	root, err := node.Folder(dir)
 	if err != nil {
 		return nil, fmt.Errorf("open install folder: %w", err)
 	}
-	s := &Store{dir: dir, root: root}
+	s := &Store{node: node, dir: dir, root: root}
 	if create {
 		for _, sub := range []string{"layers", "sets", "adopted"} {
 			if err := root.MkdirAll(path.Join(home, sub), 0o755); err != nil {
@@ -123,12 +124,6 @@ func Open(dir string, create bool) (*Store, error) {
 
 // Close releases the folder.
 func (s *Store) Close() error { return s.root.Close() }
-
-// Dir returns the install folder's path.
-func (s *Store) Dir() string { return s.dir }
-
-// Path returns the path of something below our own folder.
-func (s *Store) Path(name string) string { return filepath.Join(s.dir, home, name) }
 
 // hexOf returns the folder name of a digest, which came over the network.
 func hexOf(digest string) (string, error) {

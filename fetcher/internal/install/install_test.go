@@ -11,6 +11,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -18,14 +19,28 @@ import (
 
 func digest(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 
-func open(t *testing.T) *install.Store {
+// folder is an install folder, and where it is.
+type folder struct {
+	*install.Store
+	node *noderoot.Root
+}
+
+func (f *folder) Dir() string             { return filepath.Join(f.node.Dir(), "nvidia") }
+func (f *folder) Path(name string) string { return filepath.Join(f.Dir(), ".prebake", name) }
+
+func open(t *testing.T) *folder {
 	t.Helper()
-	s, err := install.Open(filepath.Join(t.TempDir(), "nvidia"), true)
+	node, err := noderoot.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
+	opened, err := install.Open(node, "/nvidia", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &folder{opened, node}
 	t.Cleanup(func() {
-		if err := s.Close(); err != nil {
+		if err := errors.Join(s.Close(), node.Close()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -33,7 +48,7 @@ func open(t *testing.T) *install.Store {
 }
 
 // add stages a set whose user space layer is named by c.
-func add(t *testing.T, s *install.Store, c string, dirs ...string) install.Set {
+func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	t.Helper()
 	l := install.Layer{Kind: bundle.LayerUserspace, Digest: digest(c)}
 	err := s.AddLayer(l, func(dst *os.Root) error {
@@ -58,7 +73,7 @@ func add(t *testing.T, s *install.Store, c string, dirs ...string) install.Set {
 }
 
 // who says what each top-level name leads to.
-func who(t *testing.T, s *install.Store) map[string]string {
+func who(t *testing.T, s *folder) map[string]string {
 	t.Helper()
 	seen := map[string]string{}
 	for _, name := range []string{"bin", "lib64", "share", "vulkan", "drivers", "firmware"} {
@@ -190,12 +205,15 @@ func TestSweep(t *testing.T) {
 func TestLock(t *testing.T) {
 	t.Parallel()
 	s := open(t)
-	google := filepath.Join(t.TempDir(), "lock")
+	const google = "tmp/lock"
+	if err := os.Mkdir(filepath.Join(s.node.Dir(), "tmp"), 0o777); err != nil {
+		t.Fatal(err)
+	}
 	unlock, err := s.Lock(google)
 	if err != nil {
 		t.Fatal(err)
 	}
-	again, err := install.Open(s.Dir(), false)
+	again, err := install.Open(s.node, "/nvidia", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -211,6 +229,41 @@ func TestLock(t *testing.T) {
 	}
 	if err := errors.Join(unlock(), again.Close()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// Everybody may write into the folder of the other installer's lock: what is planted there
+// is neither followed nor made.
+func TestLockPlanted(t *testing.T) {
+	t.Parallel()
+	for name, plant := range map[string]func(at string) error{
+		"a link to nothing":       func(at string) error { return os.Symlink("../etc/made", at) },
+		"an absolute one":         func(at string) error { return os.Symlink("/etc/made", at) },
+		"a link to a file":        func(at string) error { return os.Symlink("../etc/passwd", at) },
+		"an absolute one to such": func(at string) error { return os.Symlink("/etc/passwd", at) },
+		"a folder":                func(at string) error { return os.Mkdir(at, 0o777) },
+	} {
+		s := open(t)
+		root := s.node.Dir()
+		if err := errors.Join(os.Mkdir(filepath.Join(root, "tmp"), 0o777), os.Mkdir(filepath.Join(root, "etc"), 0o755),
+			os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("x"), 0o644), plant(filepath.Join(root, "tmp/lock"))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock /tmp/lock") {
+			t.Errorf("%s: Lock = %v; want it refused", name, err)
+		}
+		if _, err := os.Lstat(filepath.Join(root, "etc/made")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s: a file was made where the link leads", name)
+		}
+		if err := os.RemoveAll(filepath.Join(root, "tmp/lock")); err != nil {
+			t.Fatal(err)
+		}
+		unlock, err := s.Lock("tmp/lock") // our own was let go
+		if err != nil {
+			t.Errorf("%s: Lock afterwards = %v", name, err)
+		} else if err := unlock(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 
@@ -314,13 +367,13 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 // finishes it, and what another installer had is there again.
 func TestHeal(t *testing.T) {
 	t.Parallel()
-	for name, kill := range map[string]func(s *install.Store) error{
-		"the pointer is gone, as former versions did it first": func(s *install.Store) error { return os.Remove(filepath.Join(s.Dir(), ".prebake/current")) },
-		"the set is gone": func(s *install.Store) error { return os.RemoveAll(filepath.Join(s.Dir(), ".prebake/sets")) },
-		"some names are gone": func(s *install.Store) error {
+	for name, kill := range map[string]func(s *folder) error{
+		"the pointer is gone, as former versions did it first": func(s *folder) error { return os.Remove(filepath.Join(s.Dir(), ".prebake/current")) },
+		"the set is gone": func(s *folder) error { return os.RemoveAll(filepath.Join(s.Dir(), ".prebake/sets")) },
+		"some names are gone": func(s *folder) error {
 			return errors.Join(os.Remove(filepath.Join(s.Dir(), "bin")), os.Remove(filepath.Join(s.Dir(), ".prebake/current")))
 		},
-		"nothing is left to do": func(s *install.Store) error { return s.Restore(install.Pointers{}) },
+		"nothing is left to do": func(s *folder) error { return s.Restore(install.Pointers{}) },
 	} {
 		s := open(t)
 		if err := errors.Join(os.MkdirAll(filepath.Join(s.Dir(), "lib64"), 0o755), os.WriteFile(filepath.Join(s.Dir(), "lib64/who"), []byte("google"), 0o644)); err != nil {

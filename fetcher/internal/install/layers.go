@@ -1,6 +1,8 @@
 package install
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +10,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -58,6 +61,35 @@ const namesFile = ".prebake-names"
 
 // maxNames bounds it.
 const maxNames = 16 << 20
+
+// LayerPrint is a digest of all inodes of an unpacked layer: their names, numbers, sizes,
+// modes and times of change. It is another one after any write to a file or a folder.
+func (s *Store) LayerPrint(digest string) (string, error) {
+	name, err := hexOf(digest)
+	if err != nil {
+		return "", err
+	}
+	h := sha256.New()
+	err = fs.WalkDir(s.root.FS(), path.Join(home, "layers", name), func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		st, ok := info.Sys().(*syscall.Stat_t)
+		if !ok {
+			return errors.New("this system tells no inodes")
+		}
+		fmt.Fprintf(h, "%q %d %d %d %o %d.%d\n", p, st.Dev, st.Ino, st.Size, st.Mode, st.Ctim.Sec, st.Ctim.Nsec)
+		return nil
+	})
+	if err != nil {
+		return "", fmt.Errorf("look at layer: %w", err)
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
 
 // LayerNames returns what was unpacked into a layer; nil is not known, as in layers of
 // older releases.

@@ -3,67 +3,131 @@ package install
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
-	"path/filepath"
+	"path"
+	"strconv"
 
-	"github.com/gofrs/flock"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Lock takes our lock and, where its folder exists, the lock file that
+// Lock takes our lock and, where its folder exists on the node, the lock file that
 // Google's installer takes, so that the two never work at the same time. It
 // does not wait: a lock that is held is a fault of kind Busy.
 func (s *Store) Lock(google string) (unlock func() error, err error) {
-	var held []*flock.Flock
+	var held []*os.File
 	unlock = func() error {
 		var errs []error
-		for _, l := range held {
-			errs = append(errs, l.Close())
+		for _, f := range held {
+			errs = append(errs, f.Close())
 		}
 		return errors.Join(errs...)
 	}
-	paths := []string{s.Path("lock")}
-	if _, err := os.Stat(filepath.Dir(google)); err == nil {
-		paths = append(paths, google)
+	ours, err := s.root.OpenFile(path.Join(home, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, diskFault(fmt.Errorf("open lock: %w", err))
 	}
-	for _, path := range paths {
-		l := flock.New(path, flock.SetPermissions(0o600))
-		ok, err := l.TryLock()
+	held = append(held, ours)
+	if s.node.Exists(path.Dir(google)) {
+		theirs, err := s.openLock(google)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("lock %s: %w", path, err), unlock())
+			return nil, errors.Join(err, unlock())
 		}
-		if !ok {
-			return nil, errors.Join(fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", path),
-				"wait until it has finished and run this again"), unlock())
+		held = append(held, theirs)
+	}
+	for _, f := range held {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", f.Name()), "wait until it has finished and run this again")
 		}
-		held = append(held, l)
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("take lock: %w", err), unlock())
+		}
 	}
 	return unlock, nil
+}
+
+// openLock opens the other installer's lock file. Everybody on the node may write into its
+// folder: a link there would have us make or open another file than the two agree on.
+func (s *Store) openLock(name string) (*os.File, error) {
+	planted := func(what string) error {
+		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: it is %s", name, what), "remove it: Google's installer makes an empty file there")
+	}
+	f, err := s.node.OpenFile(name, os.O_RDWR, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		if info, lerr := s.node.Lstat(name); lerr == nil && info.Mode().Type() == fs.ModeSymlink {
+			return nil, planted("a link")
+		}
+		f, err = s.node.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	}
+	if errors.Is(err, fs.ErrExist) { // made just now, by that installer
+		f, err = s.node.OpenFile(name, os.O_RDWR, 0)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open lock /%s: %w", name, err)
+	}
+	info, err := f.Stat()
+	if err == nil {
+		var named fs.FileInfo
+		named, err = s.node.Lstat(name)
+		if err == nil && (!info.Mode().IsRegular() || !os.SameFile(info, named)) {
+			err = planted("no file of its own")
+		}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
 }
 
 // EnsureExec mounts the install folder over itself with exec allowed, when its
 // filesystem forbids it as COS's stateful partition does. Without it neither
 // the tools nor the libraries can be used. It reports whether it did anything.
-func (s *Store) EnsureExec() (bool, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(s.dir, &st); err != nil {
-		return false, fmt.Errorf("look at install folder's filesystem: %w", err)
+func (s *Store) EnsureExec() (did bool, err error) {
+	flags, err := s.mount(func(string) error { return nil })
+	if err != nil || flags&unix.ST_NOEXEC == 0 {
+		return false, err
 	}
-	if st.Flags&unix.ST_NOEXEC == 0 {
-		return false, nil
-	}
-	if err := unix.Mount(s.dir, s.dir, "", unix.MS_BIND, ""); err != nil {
+	if _, err := s.mount(func(dir string) error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") }); err != nil {
 		return false, s.execFault(err)
 	}
 	// The low four bits of statfs's flags and of mount's are the same:
 	// read-only, nosuid, nodev, noexec. A remount keeps the access time mode.
-	keep := uintptr(st.Flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
-	if err := unix.Mount("none", s.dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
-		return false, s.execFault(errors.Join(err, unix.Unmount(s.dir, unix.MNT_DETACH)))
+	keep := uintptr(flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
+	_, err = s.mount(func(dir string) error {
+		err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, "")
+		if err != nil {
+			err = errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
+		}
+		return err
+	})
+	if err != nil {
+		return false, s.execFault(err)
 	}
 	return true, nil
+}
+
+// mount does something with the install folder's mount, and returns the flags that this
+// one has. The folder is opened anew: what was mounted over it since counts.
+func (s *Store) mount(do func(dir string) error) (flags int64, err error) {
+	root, err := s.node.Folder(s.dir)
+	if err != nil {
+		return 0, fmt.Errorf("open install folder: %w", err)
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	dir, err := root.Open(".")
+	if err != nil {
+		return 0, fmt.Errorf("open install folder: %w", err)
+	}
+	defer func() { err = errors.Join(err, dir.Close()) }()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {
+		return 0, fmt.Errorf("look at install folder's filesystem: %w", err)
+	}
+	// The file behind an open one is meant, and no name that leads elsewhere by now.
+	return st.Flags, do("/proc/self/fd/" + strconv.Itoa(int(dir.Fd())))
 }
 
 func (s *Store) execFault(err error) error {
