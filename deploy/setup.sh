@@ -14,8 +14,8 @@ declare -A groups=(
   # mirror wraps as the toolchain of Debian's kernels. mirror: makeself packs the driver, zstd
   # and xz read packages, patchelf makes the wrapped compiler find its own
   # libraries. Load test and demo node: qemu, and its network card's boot ROM,
-  # without which qemu refuses to make the card.
-  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu"
+  # without which qemu refuses to make the card; mke2fs makes its disk.
+  [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # The other database of the server and its queue; see deploy/postgres.sh. A
   # registry that nobody here wrote.
   [test]="postgresql docker-registry"

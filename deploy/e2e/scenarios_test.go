@@ -1,8 +1,10 @@
 package e2e
 
 import (
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -17,8 +19,9 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// TestNodeScenarios plays testdata/node.txtar on one virtual node with the emulated GPU and
-// NVIDIA's real driver: each section is a scenario, and the node goes from one to the next.
+// TestNodeScenarios plays testdata/*.txtar, each on one virtual node with the emulated GPU
+// and NVIDIA's real driver: each section is a scenario, and the node goes from one to the
+// next. Where the install folder is on a disk, the node may die and boot again.
 //
 //	fetcher ARGUMENT... => STATUS   runs the agent, and wants this exit status
 //	sh COMMAND => STATUS            runs a shell command
@@ -26,12 +29,14 @@ import (
 //	background NAME COMMAND         starts one that goes on; stop NAME ends it
 //	stdout TEXT, stderr TEXT        the last one printed this; with ! it did not
 //	loaded MODULE...                these NVIDIA modules are in the kernel, and no others
+//	boot                            the power is cut, if the node has not died yet, and it boots again
+//	=> dies                         instead of a status: the node dies meanwhile
 //
-// $SERVER, $REPO, $OLD, $PROPRIETARY, $OPEN (digests), $OTHER (of another kernel) and $DIR
+// $SERVER, $AWAY (where nobody answers), $REPO, $OLD, $PROPRIETARY, $OPEN (digests), $OTHER (of another kernel) and $DIR
 // (the install folder) stand for what they are called.
 //
-// The machine is emulated, and reads the whole driver for each load: it takes a quarter of an
-// hour, and runs with PREBAKE_SCENARIOS alone (make scenarios).
+// The machine is emulated, and reads the whole driver for each load: each takes some ten
+// minutes, and they run with PREBAKE_SCENARIOS alone (make scenarios).
 func TestNodeScenarios(t *testing.T) {
 	if os.Getenv("PREBAKE_SCENARIOS") == "" {
 		t.Skip("PREBAKE_SCENARIOS is not set; run make scenarios")
@@ -42,36 +47,43 @@ func TestNodeScenarios(t *testing.T) {
 	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	open := published(t, shared.srv, k, shared.driver(), target.Open)
 	words := strings.NewReplacer(
-		"$SERVER", "http://"+vm.HostAddress+":"+port, "$REPO", repo, "$OLD", shared.driver(), "$PROPRIETARY", proprietary.Digest, "$OPEN", open.Digest,
+		"$SERVER", "http://"+vm.HostAddress+":"+port, "$AWAY", "http://"+vm.HostAddress+":9", "$REPO", repo, "$OLD", shared.driver(),
+		"$PROPRIETARY", proprietary.Digest, "$OPEN", open.Digest,
 		"$OTHER", published(t, shared.srv, shared.kernel(0), shared.driver(), target.Proprietary).Digest, "$DIR", scene.InstallDir,
 	)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
 	}
-	raw, err := os.ReadFile("testdata/node.txtar")
-	if err != nil {
-		t.Fatal(err)
+	node := scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Tools: []string{"/bin/sh"}, Timeout: 40 * time.Minute}
+	for _, name := range []string{"cat", "cp", "dd", "grep", "ls", "mkdir", "printf", "rm", "sleep", "sync"} {
+		node.Tools = append(node.Tools, "/usr/bin/"+name)
 	}
-	script := txtar.Parse(raw)
-	play := &play{t: t, words: words}
-	files := []vm.File{{Name: "/etc/prebake/stranger.pem", Data: strangerKey(t), Mode: 0o644}}
-	for _, f := range script.Files {
-		if path, ok := strings.CutPrefix(f.Name, "file "); ok {
-			files = append(files, vm.File{Name: path, Data: []byte(words.Replace(string(f.Data))), Mode: 0o644})
-			continue
-		}
-		play.scenario(f.Name, string(f.Data))
+	scripts, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(scripts) == 0 {
+		t.Fatalf("no scenarios: %v", err)
 	}
-	tools := []string{"/bin/sh"}
-	for _, name := range []string{"cat", "cp", "dd", "ls", "mkdir", "printf", "rm", "sleep"} {
-		tools = append(tools, "/usr/bin/"+name)
+	for _, script := range scripts {
+		t.Run(strings.TrimSuffix(filepath.Base(script), ".txtar"), func(t *testing.T) {
+			raw, err := os.ReadFile(script)
+			if err != nil {
+				t.Fatal(err)
+			}
+			play, node := &play{t: t, words: words, boots: [][]vm.Step{nil}, dies: map[string]bool{}}, node
+			node.Files = []vm.File{{Name: "/etc/prebake/stranger.pem", Data: strangerKey(t), Mode: 0o644}}
+			for _, f := range txtar.Parse(raw).Files {
+				if path, ok := strings.CutPrefix(f.Name, "file "); ok {
+					node.Files = append(node.Files, vm.File{Name: path, Data: []byte(words.Replace(string(f.Data))), Mode: 0o644})
+					continue
+				}
+				play.scenario(f.Name, string(f.Data))
+			}
+			if len(play.boots) > 1 {
+				node.Disk = play.disk()
+			}
+			play.run(node)
+		})
 	}
-	res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Files: files, Tools: tools, Timeout: 40 * time.Minute}, play.steps)
-	if err != nil {
-		t.Fatal(err)
-	}
-	play.judge(res)
 }
 
 // strangerKey is a public key that nobody here trusts.
@@ -92,7 +104,10 @@ func strangerKey(t *testing.T) []byte {
 type play struct {
 	t     *testing.T
 	words *strings.Replacer
-	steps []vm.Step
+	// boots are the steps of each boot of the node, and dies those that it does not outlive.
+	boots [][]vm.Step
+	dies  map[string]bool
+	count int
 	wants []want
 }
 
@@ -104,9 +119,12 @@ type want struct {
 
 func (p *play) scenario(name, text string) {
 	last := ""
-	add := func(step vm.Step) {
-		step.Name, step.KeepGoing, step.Timeout = fmt.Sprintf("%d %s", len(p.steps), name), true, 4*time.Minute
-		p.steps, last = append(p.steps, step), step.Name
+	add := func(step vm.Step) *vm.Step {
+		step.Name, step.KeepGoing, step.Timeout = fmt.Sprintf("%d %s", p.count, name), true, 4*time.Minute
+		p.count++
+		steps := &p.boots[len(p.boots)-1]
+		*steps, last = append(*steps, step), step.Name
+		return &(*steps)[len(*steps)-1]
 	}
 	number := 0
 	for line := range strings.Lines(text) {
@@ -122,26 +140,35 @@ func (p *play) scenario(name, text string) {
 		switch word {
 		case "", "#":
 		case "fetcher", "sh":
-			command, status, ok := strings.Cut(rest, " => ")
-			code, err := strconv.Atoi(status)
-			if !ok || err != nil {
-				p.t.Fatalf("%s: want => STATUS", where)
-			}
+			command, status, _ := strings.Cut(rest, " => ")
 			argv := []string{"/bin/sh", "-c", command}
 			if word == "fetcher" {
 				argv = append([]string{"/usr/bin/fetcher"}, strings.Fields(command)...)
 			}
 			add(vm.Step{Argv: argv})
-			expect(func(r vm.StepResult) string {
-				if r.ExitCode != code {
-					return fmt.Sprintf("ended with status %d %s; want %d", r.ExitCode, r.Error, code)
-				}
-				return ""
-			})
+			code, err := strconv.Atoi(status)
+			switch {
+			case status == "dies":
+				p.dies[last] = true
+			case err != nil:
+				p.t.Fatalf("%s: want => STATUS", where)
+			default:
+				expect(func(r vm.StepResult) string {
+					if r.ExitCode != code {
+						return fmt.Sprintf("ended with status %d %s; want %d", r.ExitCode, r.Error, code)
+					}
+					return ""
+				})
+			}
+		case "boot":
+			if steps := p.boots[len(p.boots)-1]; len(steps) > 0 && !p.dies[steps[len(steps)-1].Name] {
+				add(vm.Step{Argv: []string{"/bin/sh", "-c", "echo b > /proc/sysrq-trigger; sleep 60"}}) // flushes nothing
+				p.dies[last] = true
+			}
+			p.boots = append(p.boots, nil)
 		case "background":
 			as, command, _ := strings.Cut(rest, " ")
-			add(vm.Step{Argv: []string{"/bin/sh", "-c", command}, Background: true})
-			p.steps[len(p.steps)-1].Name = as
+			add(vm.Step{Argv: []string{"/bin/sh", "-c", command}, Background: true}).Name = as
 			add(vm.Step{Argv: []string{"/usr/bin/sleep", "1"}}) // until it has begun
 		case "insmod":
 			add(vm.Step{Argv: append([]string{"@insmod"}, strings.Fields(rest)...)})
@@ -176,14 +203,49 @@ func (p *play) scenario(name, text string) {
 	}
 }
 
-func (p *play) judge(res *vm.Result) {
-	for _, step := range res.Steps {
-		p.t.Logf("%s: %.1f s", step.Name, step.Seconds)
+// disk makes an empty filesystem for the install folder, and mounts it in each boot.
+func (p *play) disk() string {
+	image := filepath.Join(p.t.TempDir(), "disk.img")
+	f, err := os.Create(image)
+	if err == nil {
+		err = errors.Join(f.Truncate(3<<30), f.Close())
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(p.t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", image).CombinedOutput(); err != nil {
+		p.t.Fatalf("make filesystem: %v: %s", err, out)
+	}
+	for i, steps := range p.boots {
+		mount := vm.Step{Name: fmt.Sprintf("mount %d", i), Argv: []string{"@mount", "/dev/vda", scene.InstallDir}}
+		p.boots[i] = append([]vm.Step{mount}, steps...)
+	}
+	return image
+}
+
+// run boots the node as often as the script wants, and judges what it did.
+func (p *play) run(node scene.Node) {
+	seen := map[string]vm.StepResult{}
+	for _, steps := range p.boots {
+		res, err := shared.RunNode(p.t.Context(), node, steps)
+		if res == nil {
+			p.t.Fatal(err)
+		}
+		for _, step := range res.Steps {
+			seen[step.Name] = step
+			p.t.Logf("%s: %.1f s", step.Name, step.Seconds)
+		}
+		last := steps[len(steps)-1].Name
+		switch got, ran := seen[last]; {
+		case p.dies[last] && ran && !got.Ended:
+		case err != nil || p.dies[last]:
+			p.t.Errorf("%s: the node went on, or died too early: %v", last, err)
+		}
 	}
 	for _, w := range p.wants {
-		r, err := scene.StepNamed(res, w.step)
-		if err != nil {
-			p.t.Errorf("%s: %v", w.where, err)
+		r, ok := seen[w.step]
+		if !ok {
+			p.t.Errorf("%s: the node did not come to it", w.where)
 			continue
 		}
 		if what := w.check(r); what != "" {

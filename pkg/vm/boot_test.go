@@ -130,6 +130,45 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	}
 }
 
+// A disk outlives its machine: what was flushed is there at the next boot, and what was
+// not is gone when the power is cut.
+func TestBootWithDisk(t *testing.T) {
+	t.Parallel()
+	boot := bootFolder(t)
+	if bootArch(t, boot) != target.AMD64 {
+		t.Skip("the shell in this test is this machine's")
+	}
+	image := filepath.Join(t.TempDir(), "a,disk.img") // qemu has its own way with commas
+	if err := errors.Join(os.WriteFile(image, nil, 0o644), os.Truncate(image, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", image).CombinedOutput(); err != nil {
+		t.Fatalf("mke2fs: %v: %s", err, out)
+	}
+	tools := []string{"/bin/sh", "/usr/bin/sync"}
+	files, err := vm.GlibcFiles(tools...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tool := range tools {
+		files = append(files, vm.File{Name: tool, Path: tool, Mode: 0o755})
+	}
+	c := vm.Config{Boot: boot, Init: build(t, target.AMD64, "pkg/vm/guestinit"), Disk: image, Files: files, Timeout: 2 * time.Minute}
+	mount := vm.Step{Argv: []string{"@mount", "/dev/vda", "/data"}}
+	c.Steps = []vm.Step{mount, {Argv: []string{"/bin/sh", "-c", "echo kept > /data/kept; sync; echo lost > /data/lost; echo b > /proc/sysrq-trigger; read wait"}}}
+	if _, err := vm.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "power went off too early") {
+		t.Fatalf("first boot: %v; want the power cut", err)
+	}
+	c.Steps = []vm.Step{mount, {Name: "kept", Argv: []string{"@cat", "/data/kept"}}, {Name: "lost", Argv: []string{"@cat", "/data/lost"}, KeepGoing: true}}
+	res, err := vm.Run(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if kept, lost := mustStep(t, res, "kept").Stdout, mustStep(t, res, "lost").Stdout; string(kept) != "kept\n" || len(lost) > 0 {
+		t.Errorf("after the power cut the disk has %q and %q; want what was flushed alone", kept, lost)
+	}
+}
+
 // COS's kernels for Arm have no driver for the port that carries the events. Here
 // the driver is there and is kept off, and a machine for amd64 gets the port that
 // one for arm64 has.

@@ -70,7 +70,12 @@ func (c Config) args() []string {
 	if c.Network {
 		nic = []string{"-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile="}
 	}
-	return slices.Concat(nic, []string{
+	var disk []string
+	if c.Disk != "" {
+		file := strings.ReplaceAll(c.Disk, ",", ",,") // qemu's own way to quote one
+		disk = []string{"-drive", "if=none,id=disk,format=raw,file=" + file, "-device", "virtio-blk-pci,drive=disk"}
+	}
+	return slices.Concat(nic, disk, []string{
 		"-nodefaults", "-no-user-config", "-machine", p.machine, "-accel", "tcg", "-cpu", p.cpu,
 		"-smp", strconv.Itoa(c.CPUs), "-m", strconv.Itoa(c.MemoryMiB),
 		"-display", "none", "-vga", "none", "-no-reboot",

@@ -1,7 +1,7 @@
 // Package vm boots a kernel in a qemu machine without hardware
 // virtualisation, runs a list of steps in it, and returns what they and the
-// kernel said. The machine has no disk: everything it may see is in an
-// initramfs that is written for the run and gone afterwards. Its init is the
+// kernel said. Everything it may see is in an initramfs that is written for the
+// run and gone afterwards, and perhaps on one disk that stays. Its init is the
 // program in guestinit; with an emulated GPU (package emugpu) NVIDIA's driver
 // loads in it for real.
 //
@@ -58,6 +58,7 @@ type File struct {
 //	@mknod PATH MAJOR MINOR       @nvidia-nodes
 //	@open FILE...                 @wait PATH...
 //	@dial HOST:PORT...            @stop NAME (end a background step)
+//	@mount DEVICE FOLDER (ext4; the folder is made)
 type Step struct {
 	// Name identifies the step in the result; "" is Argv joined.
 	Name string
@@ -93,6 +94,10 @@ type Config struct {
 	// MemoryMiB is the guest's memory; 0 is 3072. With the GPU at
 	// least emugpu.Memory.
 	MemoryMiB int
+	// Disk is a raw image on the host that the guest has as /dev/vda; "" is none. It
+	// outlives the machine, as a disk does a power cut: what the guest did not flush
+	// is not on it.
+	Disk string
 	// CPUs is the number of virtual processors; 0 is 1.
 	CPUs int
 	// KernelArgs are added to the kernel's command line, after those of the boot
@@ -251,6 +256,9 @@ func (c Config) Validate() error {
 		if _, err := os.Stat(filepath.Join(c.Boot, filepath.FromSlash(name))); err != nil {
 			say("boot folder %s: %w", c.Boot, err)
 		}
+	}
+	if _, err := os.Stat(c.Disk); c.Disk != "" && err != nil {
+		say("disk: %w", err)
 	}
 	if _, err := os.Stat(c.Init); err != nil {
 		say("guest's init: %w", err)

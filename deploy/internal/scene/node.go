@@ -29,6 +29,8 @@ type Node struct {
 	// Files are in the node besides, and Tools are programs of this machine, at their paths.
 	Files []vm.File
 	Tools []string
+	// Disk is an image that the node has as /dev/vda; "" is none.
+	Disk string
 	// Timeout ends the machine; 0 is 10 minutes.
 	Timeout time.Duration
 }
@@ -88,7 +90,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	}
 	return vm.Run(ctx, vm.Config{
 		Boot: n.Boot, GPU: n.GPU, Init: s.Program("guestinit"), Files: files, Steps: steps,
-		Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
+		Disk: n.Disk, Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
 	})
 }
 

@@ -42,6 +42,7 @@ func builtins() map[string]builtin {
 		"@dial":         dial,        // HOST:PORT...: open and close a TCP connection
 		"@open":         open,        // FILE...: open for reading and writing, then close
 		"@wait":         wait,        // PATH...: until every one exists
+		"@mount":        mount,       // DEVICE FOLDER: a filesystem of kind ext4
 	}
 }
 
@@ -65,6 +66,19 @@ func rmmod(name string) error {
 	name = strings.ReplaceAll(strings.TrimSuffix(name, ".ko"), "-", "_")
 	if err := unix.DeleteModule(name, unix.O_NONBLOCK); err != nil {
 		return fmt.Errorf("rmmod %s: %w", name, err)
+	}
+	return nil
+}
+
+func mount(_ context.Context, args []string, _ io.Writer) error {
+	if len(args) != 2 {
+		return usage("mount", "DEVICE FOLDER")
+	}
+	if err := os.MkdirAll(args[1], 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(args[0], args[1], "ext4", 0, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", args[0], err)
 	}
 	return nil
 }
