@@ -27,6 +27,7 @@ const fulcio = "github.com/sigstore/fulcio@v1.8.8"
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
+	"power cuts": true,
 }
 
 // Some packages have tests that want a real kernel, a real driver or a stock
@@ -76,6 +77,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"modules against their kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + own, "PREBAKE_MODULES_RELEASE=" + k.Release}},
 		{"modules against a sibling kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + sibling, "PREBAKE_MODULES_WANT=checksum"}},
 		{"virtual machine", "./pkg/vm", "Boot", []string{"PREBAKE_BOOT=" + boot}},
+		{"power cuts", "./fetcher/internal/agent", "TestPowerCut", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},

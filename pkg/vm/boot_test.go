@@ -47,18 +47,6 @@ func bootArch(t *testing.T, boot string) target.Arch {
 	return target.AMD64
 }
 
-// build compiles a static program of this module.
-func build(t *testing.T, arch target.Arch, pkg string) string {
-	t.Helper()
-	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
-	cmd := exec.Command("go", "build", "-o", out, "github.com/prebake/prebake/"+pkg)
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOARCH="+string(arch))
-	if text, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("go build %s: %v\n%s", pkg, err, text)
-	}
-	return out
-}
-
 func mustStep(t *testing.T, res *vm.Result, name string) vm.StepResult {
 	t.Helper()
 	s, ok := res.Step(name)
@@ -72,7 +60,7 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	arch := bootArch(t, boot)
-	init := build(t, arch, "pkg/vm/guestinit")
+	init := program.Build(t, "pkg/vm/guestinit", string(arch))
 	l, err := net.Listen("tcp4", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -153,7 +141,7 @@ func TestBootWithDisk(t *testing.T) {
 	for _, tool := range tools {
 		files = append(files, vm.File{Name: tool, Path: tool, Mode: 0o755})
 	}
-	c := vm.Config{Boot: boot, Init: build(t, target.AMD64, "pkg/vm/guestinit"), Disk: image, Files: files, Timeout: 2 * time.Minute}
+	c := vm.Config{Boot: boot, Init: program.Build(t, "pkg/vm/guestinit", string(target.AMD64)), Disk: image, Files: files, Timeout: 2 * time.Minute}
 	mount := vm.Step{Argv: []string{"@mount", "/dev/vda", "/data"}}
 	c.Steps = []vm.Step{mount, {Argv: []string{"/bin/sh", "-c", "echo kept > /data/kept; sync; echo lost > /data/lost; echo b > /proc/sysrq-trigger; read wait"}}}
 	if _, err := vm.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "power went off too early") {
@@ -188,7 +176,7 @@ exec qemu-system-x86_64 "${@/#chardev:events/none}" -device pci-serial,chardev=e
 		all[i] = byte(i)
 	}
 	res, err := vm.Run(t.Context(), vm.Config{
-		Boot: boot, Arch: arch, Init: build(t, arch, "pkg/vm/guestinit"), QEMU: qemu, Timeout: 3 * time.Minute,
+		Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/guestinit", string(arch)), QEMU: qemu, Timeout: 3 * time.Minute,
 		KernelArgs: []string{"initcall_blacklist=serial_pci_driver_init"},
 		Files:      []vm.File{{Name: "/etc/all", Data: all}},
 		Steps: []vm.Step{
@@ -213,7 +201,7 @@ func TestBootCrashIsReported(t *testing.T) {
 	boot := bootFolder(t)
 	arch := bootArch(t, boot)
 	// Any static program that ends is a panic when it is process 1.
-	res, err := vm.Run(t.Context(), vm.Config{Boot: boot, Arch: arch, Init: build(t, arch, "pkg/vm/testdata/quitter"), Timeout: 2 * time.Minute})
+	res, err := vm.Run(t.Context(), vm.Config{Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/testdata/quitter", string(arch)), Timeout: 2 * time.Minute})
 	var crash *vm.CrashError
 	if !errors.As(err, &crash) {
 		t.Fatalf("Run() = %v; want a CrashError", err)
@@ -227,7 +215,7 @@ func TestBootEndsWithItsContext(t *testing.T) {
 	t.Parallel()
 	boot := bootFolder(t)
 	arch := bootArch(t, boot)
-	init := build(t, arch, "pkg/vm/guestinit")
+	init := program.Build(t, "pkg/vm/guestinit", string(arch))
 	ctx, cancel := context.WithCancel(t.Context())
 	_, err := vm.Run(ctx, vm.Config{
 		Boot: boot, Arch: arch, Init: init, Timeout: 2 * time.Minute,

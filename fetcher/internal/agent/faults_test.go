@@ -20,6 +20,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/sample"
@@ -54,6 +56,8 @@ type order struct {
 	SetUp bool
 	// Boot says that the node was rebooted, so that nothing is loaded.
 	Boot bool
+	// Rebooted says that the node was rebooted since the last order for it.
+	Rebooted bool
 	// Fault strikes when Phase begins; "" is none.
 	Fault, Phase string
 }
@@ -65,6 +69,7 @@ type outcome struct {
 	Digest  string // of what the verdict is about
 	State   gpucheck.State
 	Struck  bool
+	Fetched int64
 	Problem string // what of the node does not hold
 	// Again is the outcome of the next run, where that has to be in the same process.
 	Again *outcome
@@ -85,6 +90,12 @@ func TestFaultProcess(t *testing.T) {
 	}
 	if o.SetUp {
 		o.setUp(t)
+		unix.Sync() // long ago, as it were
+	}
+	if o.Rebooted {
+		n := o.node(t)
+		n.boots = 100
+		n.reboot(t)
 	}
 	got := o.run(t)
 	if o.SetUp {
@@ -174,7 +185,7 @@ func (o order) run(t testing.TB) (got outcome) {
 		})
 	}}
 	r, err := n.runOf(t, o, o.Newer, newer)
-	got.Digest, got.State = r.Verdict.Digest, r.Verdict.State
+	got.Digest, got.State, got.Fetched = r.Verdict.Digest, r.Verdict.State, r.FetchedBytes
 	if err = errors.Join(err, struck); err != nil {
 		got.Class, got.Error = fault.Of(err).String(), err.Error()
 	}
@@ -187,6 +198,13 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 	switch o.Fault {
 	case faultKill:
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	case faultPower:
+		// The machine that runs the tests must outlive them: package vm boots its own so.
+		if line, err := os.ReadFile("/proc/cmdline"); err != nil || !bytes.Contains(line, []byte(" rdinit=/init")) || os.Args[0] != "/test" {
+			t.Fatal("this is no virtual machine of ours")
+		}
+		err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0) // resets it at once, and flushes nothing
+		t.Fatalf("the machine goes on: %v", err)
 	case faultDisk:
 		return faulttable.Fill(filepath.Join(o.Root, "home", "filler"))
 	case faultNetwork:

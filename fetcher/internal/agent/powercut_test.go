@@ -1,0 +1,130 @@
+package agent_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/faulttable"
+	"github.com/prebake/prebake/pkg/testkit/program"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// faultPower cuts the power of the machine that the run is in.
+const faultPower = "power cut"
+
+// TestPowerCut cuts the power of a virtual machine at the start of each phase. Its disk is
+// a real ext4, which loses what nobody flushed. After the next boot the next run has to end
+// with a verified driver in force.
+func TestPowerCut(t *testing.T) {
+	t.Parallel()
+	boot := os.Getenv("PREBAKE_BOOT")
+	if boot == "" {
+		t.Skip("PREBAKE_BOOT names no folder with vmlinuz and modules/")
+	}
+	dir, key := t.TempDir(), testkit.NewKey(t)
+	older, newer := cells(t)
+	lay := filepath.Join(dir, "layout")
+	common := order{
+		Layout: "/layout", Keys: "/keys.pem", Fault: faultPower,
+		Older: sample.Publish(t, "oci:"+lay, key, older).Digest, Newer: sample.Publish(t, "oci:"+lay, key, newer).Digest,
+	}
+	c := vm.Config{Boot: boot, Init: program.Build(t, "pkg/vm/guestinit", ""), Disk: filepath.Join(dir, "disk"), MemoryMiB: 1024, Timeout: 2 * time.Minute}
+	if err := errors.Join(os.WriteFile(c.Disk, nil, 0o644), os.Truncate(c.Disk, 256<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", c.Disk).CombinedOutput(); err != nil {
+		t.Fatalf("mke2fs: %v: %s", err, out)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.Files, err = vm.GlibcFiles(self); err != nil {
+		t.Fatal(err)
+	}
+	c.Files = append(c.Files, vm.File{Name: "/test", Path: self, Mode: 0o755}, vm.File{Name: "/keys.pem", Data: key.PEM(t)}, vm.File{Name: "/tmp"})
+	err = filepath.WalkDir(lay, func(name string, d fs.DirEntry, err error) error {
+		if err == nil && d.Type().IsRegular() {
+			c.Files = append(c.Files, vm.File{Name: path.Join("/layout", strings.TrimPrefix(name, lay)), Path: name})
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	seen := map[string]string{}
+	var names []string
+	of := func(i int) order {
+		o := common
+		o.Phase, o.Boot, o.Root = rows[i].phase, rows[i].boot, fmt.Sprintf("/data/%d", i)
+		return o
+	}
+	for i := 0; i <= len(rows); i++ {
+		c.Steps = []vm.Step{{Argv: []string{"@mount", "/dev/vda", "/data"}}}
+		if i > 0 {
+			next := of(i - 1)
+			next.Fault, next.Rebooted = "", true
+			c.Steps = append(c.Steps, next.step(t, "next run"))
+		}
+		if i < len(rows) {
+			o := of(i)
+			o.SetUp = true
+			c.Steps = append(c.Steps, o.step(t, "cut"))
+			names = append(names, o.name())
+		}
+		res, err := vm.Run(t.Context(), c)
+		if res == nil || err == nil && i < len(rows) || err != nil && !strings.Contains(err.Error(), "power went off too early") {
+			t.Fatalf("boot %d: %v", i, err)
+		}
+		if i > 0 {
+			seen[names[i-1]+" "+faultPower] = of(i-1).judge(t, res)
+		}
+		if cut, ok := res.Step("cut"); i < len(rows) && (!ok || cut.Ended) {
+			t.Fatalf("boot %d: the run was not cut: %s%s", i, cut.Stdout, cut.Stderr)
+		}
+	}
+	faulttable.Table{
+		File: "../../../docs/node-faults.md", Name: "power ", Head: "phase", Columns: []string{faultPower}, Rows: names, Seen: seen,
+		Hint: "go test ./fetcher/internal/agent -run TestPowerCut -update, with PREBAKE_BOOT", Update: *update,
+	}.Check(t)
+}
+
+// step runs an order in the machine.
+func (o order) step(t *testing.T, name string) vm.Step {
+	t.Helper()
+	text, err := json.Marshal(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return vm.Step{Name: name, Argv: []string{"/test", "-test.run=^TestFaultProcess$"}, Env: []string{orderVariable + "=" + string(text)}, KeepGoing: true}
+}
+
+// judge says which driver the next run found good, or ended with.
+func (o order) judge(t *testing.T, res *vm.Result) string {
+	t.Helper()
+	step, ok := res.Step("next run")
+	_, line, there := bytes.Cut(step.Stdout, []byte("OUTCOME "))
+	line, _, _ = bytes.Cut(line, []byte("\n"))
+	got := &outcome{}
+	if !ok || !there || json.Unmarshal(line, got) != nil {
+		t.Errorf("%s: the next run: no outcome in %s%s", o.name(), step.Stdout, step.Stderr)
+		return "none"
+	}
+	if got.State != gpucheck.Ready || got.Problem != "" || got.Digest != o.Newer || got.Class != "" {
+		t.Errorf("%s: the next run: %+v; want the wanted driver ready", o.name(), got)
+	}
+	return o.word(got) + ", " + map[bool]string{true: "from the disk", false: "fetched"}[got.Fetched == 0]
+}
