@@ -43,6 +43,7 @@ type pod struct {
 	HostUsers       *bool  `yaml:"hostUsers"`
 	PriorityClass   string `yaml:"priorityClassName"`
 	AutomountToken  *bool  `yaml:"automountServiceAccountToken"`
+	ServiceAccount  string `yaml:"serviceAccountName"`
 	SecurityContext struct {
 		RunAsNonRoot   bool                  `yaml:"runAsNonRoot"`
 		RunAsUser      int                   `yaml:"runAsUser"`
@@ -89,15 +90,18 @@ type container struct {
 	} `yaml:"volumeMounts"`
 }
 
-// manifests reads every object below deploy/kubernetes.
+// manifests reads every object of deploy/kubernetes/base.
 func manifests(t *testing.T) map[string]manifest {
 	t.Helper()
 	all := map[string]manifest{}
-	paths, err := filepath.Glob("kubernetes/*.yaml")
+	paths, err := filepath.Glob("kubernetes/base/*.yaml")
 	if err != nil || len(paths) == 0 {
 		t.Fatalf("find manifests: %v, %d files", err, len(paths))
 	}
 	for _, path := range paths {
+		if filepath.Base(path) == "kustomization.yaml" {
+			continue
+		}
 		dec := yaml.NewDecoder(bytes.NewBufferString(read(t, "deploy/"+path)))
 		for {
 			var m manifest
@@ -122,7 +126,7 @@ func object(t *testing.T, name string) (manifest, container) {
 	t.Helper()
 	m, ok := manifests(t)[name]
 	if !ok {
-		t.Fatalf("no object %s below deploy/kubernetes", name)
+		t.Fatalf("no object %s in deploy/kubernetes/base", name)
 	}
 	if n := len(m.Spec.Template.Spec.Containers); n != 1 {
 		t.Fatalf("%s has %d containers; want 1", name, n)
@@ -140,6 +144,9 @@ func TestServerManifest(t *testing.T) {
 	if !p.SecurityContext.RunAsNonRoot || p.SecurityContext.SeccompProfile.Type != "RuntimeDefault" {
 		t.Errorf("server pod's security context = %+v; want non-root, seccomp RuntimeDefault", p.SecurityContext)
 	}
+	if p.AutomountToken == nil || *p.AutomountToken {
+		t.Error("server gets a service account token; want none: it never asks the cluster")
+	}
 	if p.HostPID || p.HostNetwork || len(hostPaths(p)) > 0 {
 		t.Errorf("server shares the host: pid %v, network %v, paths %v; want none", p.HostPID, p.HostNetwork, hostPaths(p))
 	}
@@ -153,6 +160,9 @@ func TestBuilderManifest(t *testing.T) {
 	if !p.SecurityContext.RunAsNonRoot || p.HostPID || p.HostNetwork || len(hostPaths(p)) > 0 {
 		t.Errorf("builder: non-root %v, host pid %v, host network %v, host paths %v; want true and none",
 			p.SecurityContext.RunAsNonRoot, p.HostPID, p.HostNetwork, hostPaths(p))
+	}
+	if p.AutomountToken == nil || *p.AutomountToken {
+		t.Error("builder gets a service account token; want none: it never asks the cluster")
 	}
 	// Kubernetes refuses an unmasked /proc outside a user namespace.
 	if p.HostUsers == nil || *p.HostUsers || c.SecurityContext.ProcMount != "Unmasked" {
@@ -203,8 +213,9 @@ func TestFetcherManifest(t *testing.T) {
 	if !c.SecurityContext.Privileged || !c.SecurityContext.ReadOnlyRoot {
 		t.Errorf("fetcher's security context = %+v; want privileged with a read-only root", c.SecurityContext)
 	}
-	if p.AutomountToken == nil || *p.AutomountToken {
-		t.Error("fetcher gets a service account token; want none: it never asks the cluster")
+	// What that account may do is tried on a real API server: TestCluster of fetcher/internal/kube.
+	if p.ServiceAccount != "prebake-fetcher" || !slices.ContainsFunc(c.Env, func(e struct{ Name string }) bool { return e.Name == "PREBAKE_NODE_NAME" }) {
+		t.Errorf("fetcher runs as %q with %v; want its own account, and the name of its node", p.ServiceAccount, c.Env)
 	}
 	if diff := cmp.Diff([]string{"/"}, hostPaths(p)); diff != "" {
 		t.Errorf("fetcher's host paths (-want +got):\n%s", diff)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -11,8 +12,10 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/kube"
 	"github.com/prebake/prebake/fetcher/internal/report"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 func runCommand() *ucli.Command {
@@ -22,10 +25,12 @@ func runCommand() *ucli.Command {
 		Description: `Ends with the verdict's exit status when no driver is ready; whoever started
 it (kubelet, systemd) then tries again. While one serves the node and another
 is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.`,
-		Flags: append(installFlags(), cli.Group(groupOutput,
+		Flags: slices.Concat(installFlags(), cli.Group(groupTell,
 			cli.String("listen", "", "serve /healthz, /readyz and /metrics on `ADDRESS`, as in 127.0.0.1:8441"),
 			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
-		)...),
+			cli.String("node-name", "", "tell Kubernetes of the driver, on the node of this `NAME`"),
+			cli.String("startup-taint", "", "`KEY` of a taint to take away once the driver is ready"),
+		)),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, true)
 			if err != nil {
@@ -47,25 +52,63 @@ const retryLooks = 10
 
 // hold brings the node to its driver and, while one is ready, watches it until ctx ends.
 func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
-	outside := report.New(time.Now)
+	outside := &listeners{server: report.New(time.Now)}
 	a.Watch(outside)
+	if name := cmd.String("node-name"); name != "" {
+		log, err := logger(cmd, true)
+		if err != nil {
+			return err
+		}
+		if outside.cluster, err = kube.New(name, cmd.String("startup-taint"), kube.AccountDir, log); err != nil {
+			return err
+		}
+	} else if cmd.String("startup-taint") != "" {
+		return fault.New(fault.Usage, "a startup taint was named, and no node", "name the node: --node-name NAME")
+	}
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()
 	g, gctx := errgroup.WithContext(inner)
 	if listen := cmd.String("listen"); listen != "" {
-		g.Go(func() error { return outside.Run(gctx, listen) })
+		g.Go(func() error { return outside.server.Run(gctx, listen) })
+	}
+	if outside.cluster != nil {
+		g.Go(func() error { return outside.cluster.Run(gctx) })
 	}
 	g.Go(func() error {
 		defer cancel() // the server has nothing to tell after this
 		k := keeper{
 			node: a, every: max(cmd.Duration("interval"), time.Second), once: cmd.Bool("dry-run"), outside: outside,
-			run:     func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, run) },
-			pending: func(err error) { fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err) },
+			run: func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, run) },
+			pending: func(err error) {
+				if outside.cluster != nil {
+					outside.cluster.Pending(err)
+				}
+				if err != nil {
+					fmt.Fprintf(cmd.Root().ErrWriter, "pending: %v\n", err)
+				}
+			},
 		}
 		return k.keep(gctx)
 	})
 	return g.Wait()
 }
+
+// listeners are told how the driver is: the node's own server, and perhaps a cluster.
+type listeners struct {
+	server  *report.Server
+	cluster *kube.Node
+}
+
+// Tell implements [agent.Watcher].
+func (l *listeners) Tell(v gpucheck.Verdict) {
+	l.server.Tell(v)
+	if l.cluster != nil {
+		l.cluster.Tell(v)
+	}
+}
+
+// Alive implements [agent.Watcher].
+func (l *listeners) Alive() { l.server.Alive() }
 
 // keeper brings a node to its driver, and stays.
 type keeper struct {
@@ -75,17 +118,18 @@ type keeper struct {
 	}
 	every   time.Duration
 	once    bool
-	outside *report.Server
+	outside *listeners
 	// run does one run and prints its report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// pending is told why the node serves with another driver than the one it wants.
+	// pending is told why the node serves with another driver than the one it wants; nil is
+	// that it does not.
 	pending func(error)
 }
 
 func (k keeper) keep(ctx context.Context) error {
 	ready := false
 	for {
-		k.outside.Watch(0) // nobody looks while a run is under way
+		k.outside.server.Watch(0) // nobody looks while a run is under way
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
 			if r.Verdict.State != "" { // else it came to no look, and what was seen before holds
@@ -93,20 +137,20 @@ func (k keeper) keep(ctx context.Context) error {
 				// A fabric starts after the driver, with programs that wait for this one.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			}
-			k.outside.TellPhases(r.Phases)
+			k.outside.server.TellPhases(r.Phases)
 			return r, err
 		})
 		if ctx.Err() != nil || k.once || err != nil && !ready {
 			return err
 		}
 		watch, stop := context.WithCancel(ctx)
+		k.pending(err)
 		if err != nil {
 			// Another driver is wanted than the one that serves this node: that is no reason
 			// to end, and to be started again, and again.
-			k.pending(err)
 			watch, stop = context.WithTimeout(ctx, retryLooks*k.every)
 		}
-		k.outside.Watch(3*k.every + lookTime)
+		k.outside.server.Watch(3*k.every + lookTime)
 		held := k.node.Hold(watch, k.every, k.outside)
 		stop()
 		if held != nil || ctx.Err() != nil || err == nil {

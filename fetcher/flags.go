@@ -27,6 +27,7 @@ const (
 	groupTo      = "Where to"
 	groupTrust   = "Trust"
 	groupCompile = "Compile on this node"
+	groupTell    = "Tell"
 	groupOutput  = "Output and advanced"
 )
 
@@ -57,7 +58,7 @@ func wishFlags() []ucli.Flag {
 
 func probeFlag() ucli.Flag {
 	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
-	probe.DefaultText = "nvmlprobe beside fetcher"
+	probe.DefaultText = "nvmlprobe beside this"
 	return probe
 }
 
@@ -85,7 +86,7 @@ func changeFlags() []ucli.Flag {
 		),
 		cli.Group(groupOutput,
 			probeFlag(),
-			cli.Bool("dry-run", "resolve and verify, print what would be done, change nothing"),
+			cli.Bool("dry-run", "say what would be done, and change nothing"),
 			cli.OutputFlag(),
 		),
 	)

@@ -133,7 +133,11 @@ func TestPending(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			b, pending := &busy{inUse: 2, state: state}, 0
 			k := keeper{
-				node: b, every: time.Minute, outside: report.New(time.Now), pending: func(error) { pending++ },
+				node: b, every: time.Minute, outside: &listeners{server: report.New(time.Now)}, pending: func(err error) {
+					if err != nil {
+						pending++
+					}
+				},
 				run: func(run func(context.Context) (*agent.Report, error)) error {
 					_, err := run(t.Context())
 					return err

@@ -67,14 +67,14 @@ func TrustFlags() []ucli.Flag {
 		TrustedRootFlag(),
 		String("certificate-identity", "", "trust what `NAME` signed: the URL or mail address in a certificate"),
 		String("certificate-identity-regexp", "", "in place of the name, a `PATTERN` for the whole of it"),
-		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer that vouches for the name"),
+		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer that vouches for it"),
 	}
 }
 
 // LogFlags are --log-level and --log-format, for programs that run long.
 func LogFlags() []ucli.Flag {
 	return []ucli.Flag{
-		String("log-level", "info", "least `LEVEL` to log: debug, info, warn or error"),
+		String("log-level", "info", "least `LEVEL`: debug, info, warn or error"),
 		String("log-format", "text", "`FORMAT` of log lines: text or json"),
 	}
 }

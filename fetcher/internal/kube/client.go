@@ -1,0 +1,155 @@
+// Package kube tells a cluster how the driver of one node is: by labels, annotations, a
+// condition and Events, and by taking away the taint with which a node starts. It refuses
+// to touch another node, or anything of its own that it did not write, and nothing waits
+// for it: a node without a cluster, or with one that does not answer, gets its driver all
+// the same.
+package kube
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// AccountDir is where a pod finds the token and the certificate authority of its service
+// account (Kubernetes documentation, "Accessing the Kubernetes API from a Pod").
+const AccountDir = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+// callTime bounds one call to the API server.
+const callTime = 20 * time.Second
+
+// maxAnswer bounds its answer; a node with all its images has some hundred kilobytes.
+const maxAnswer = 8 << 20
+
+// client speaks with an API server as the service account of a pod.
+type client struct {
+	base  string
+	http  *http.Client
+	token string // its file, which is read for each call: kubelet renews it
+}
+
+// inCluster returns the client of the pod that this program runs in.
+func inCluster(dir string) (*client, error) {
+	host, port := os.Getenv("KUBERNETES_SERVICE_HOST"), os.Getenv("KUBERNETES_SERVICE_PORT")
+	token := filepath.Join(dir, "token")
+	if _, err := os.Stat(token); host == "" || port == "" || err != nil {
+		return nil, fault.New(fault.Usage, "a node's name was given, and this is no pod with a service account",
+			"in the pod's spec: automountServiceAccountToken: true; elsewhere leave --node-name out")
+	}
+	pem, err := os.ReadFile(filepath.Join(dir, "ca.crt"))
+	if err != nil {
+		return nil, fmt.Errorf("read the cluster's certificate authority: %w", err)
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(pem) {
+		return nil, fault.New(fault.Usage, "read the cluster's certificate authority: no certificate in ca.crt", "")
+	}
+	transport := &http.Transport{ // no proxy: the API server is inside
+		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true,
+		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 10 * time.Second,
+	}
+	return &client{base: "https://" + net.JoinHostPort(host, port), http: &http.Client{Transport: transport, Timeout: callTime}, token: token}, nil
+}
+
+// statusError is an answer of the API server that is none of 2xx.
+type statusError struct {
+	what, message string
+	code          int
+}
+
+func (e *statusError) Error() string {
+	return fmt.Sprintf("%s: HTTP %d: %s", e.what, e.code, e.message)
+}
+
+// denied reports whether the service account may not do what it was about to do.
+func denied(err error) bool {
+	var s *statusError
+	return errors.As(err, &s) && (s.code == http.StatusForbidden || s.code == http.StatusUnauthorized)
+}
+
+// conflict reports whether an object is not what it was when it was read.
+func conflict(err error) bool {
+	var s *statusError
+	return errors.As(err, &s) && (s.code == http.StatusConflict || s.code == http.StatusUnprocessableEntity)
+}
+
+// Kinds of patches (Kubernetes documentation, "API Concepts").
+const (
+	mergePatch     = "application/merge-patch+json"
+	strategicPatch = "application/strategic-merge-patch+json"
+	jsonPatch      = "application/json-patch+json"
+	plain          = "application/json"
+)
+
+// fieldManager is the name under which the API server keeps what this program writes.
+const fieldManager = "prebake-fetcher"
+
+// call sends in, if not nil, and reads the answer into out, if not nil.
+func (c *client) call(ctx context.Context, method, path, kind string, in, out any) error {
+	what := strings.ToLower(method) + " " + path
+	token, err := os.ReadFile(c.token)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	var body io.Reader
+	target := c.base + path
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return fmt.Errorf("%s: %w", what, err)
+		}
+		body = bytes.NewReader(raw)
+		target += "?" + url.Values{"fieldManager": {fieldManager}}.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, target, body)
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	req.Header.Set("Authorization", "Bearer "+strings.TrimSpace(string(token)))
+	req.Header.Set("Accept", plain)
+	req.Header.Set("User-Agent", fieldManager)
+	if in != nil {
+		req.Header.Set("Content-Type", kind)
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", what, err)
+	case len(raw) > maxAnswer:
+		return fmt.Errorf("%s: the answer has more than %d bytes", what, maxAnswer)
+	case resp.StatusCode/100 != 2:
+		var status struct {
+			Message string `json:"message"`
+		}
+		if json.Unmarshal(raw, &status) != nil || status.Message == "" {
+			status.Message = string(raw[:min(len(raw), 200)])
+		}
+		return &statusError{what, status.Message, resp.StatusCode}
+	case out == nil:
+		return nil
+	}
+	if err := json.Unmarshal(raw, out); err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}

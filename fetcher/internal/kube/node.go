@@ -1,0 +1,301 @@
+package kube
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+)
+
+// What is written on a node. Labels are for selectors, so that they have few values;
+// annotations have the rest.
+const (
+	labelVersion = "prebake.dev/driver-version"
+	labelFlavour = "prebake.dev/driver-flavour"
+	labelState   = "prebake.dev/driver-state"
+
+	annotationDigest  = "prebake.dev/driver-digest"
+	annotationReason  = "prebake.dev/driver-reason"
+	annotationPending = "prebake.dev/driver-pending"
+
+	// annotationGoogle has the parts of the version as GKE's device plugin writes them
+	// with -publish-driver-version (container-engine-accelerators, cmd/nvidia_gpu).
+	annotationGoogle = "cloud.google.com/cuda.driver-version."
+
+	// Condition is the type of the node's condition.
+	Condition = "GPUDriverReady"
+)
+
+// heartbeat is the longest time between two writes of the condition: at 15,000 nodes some
+// 25 writes each second.
+const heartbeat = 10 * time.Minute
+
+// eventNamespace is where Events about nodes belong: those about objects without a
+// namespace of their own.
+const eventNamespace = "default"
+
+// Node tells a cluster about the node that this program runs on.
+type Node struct {
+	name, taint string
+	api         *client
+	log         *slog.Logger
+	now         func() time.Time
+
+	mu      sync.Mutex
+	verdict gpucheck.Verdict
+	pending string
+	changed chan struct{}
+
+	written  state
+	at       time.Time
+	complain string
+}
+
+// state is what the cluster is to know.
+type state struct {
+	verdict gpucheck.Verdict
+	pending string
+}
+
+// same reports whether the cluster would see no difference.
+func (s state) same(o state) bool {
+	return s.pending == o.pending && s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
+}
+
+// New returns what tells of the node with this name, with the service account that is in
+// a folder ([AccountDir]). taint is the key of the taint that a node has until its driver
+// is ready; "" is none.
+func New(name, taint, account string, log *slog.Logger) (*Node, error) {
+	api, err := inCluster(account)
+	if err != nil {
+		return nil, err
+	}
+	return &Node{name: name, taint: taint, api: api, log: log, now: time.Now, changed: make(chan struct{}, 1)}, nil
+}
+
+// Tell says what was seen of the driver. It does not wait for the cluster.
+func (n *Node) Tell(v gpucheck.Verdict) {
+	n.mu.Lock()
+	n.verdict = v
+	n.mu.Unlock()
+	n.wake()
+}
+
+// Alive says that a look ended. The condition's heartbeat is of looks with a verdict alone.
+func (n *Node) Alive() {}
+
+// Pending says why another driver is wanted than the one that serves the node; nil is that
+// none is.
+func (n *Node) Pending(why error) {
+	n.mu.Lock()
+	n.pending = ""
+	if why != nil {
+		n.pending = why.Error()
+	}
+	n.mu.Unlock()
+	n.wake()
+}
+
+func (n *Node) wake() {
+	select {
+	case n.changed <- struct{}{}:
+	default: // it is awake
+	}
+}
+
+// Run writes what it is told until the context ends. A cluster that does not answer is
+// asked again, in longer and longer pauses.
+func (n *Node) Run(ctx context.Context) error {
+	pause := backoff.NewExponentialBackOff()
+	pause.InitialInterval, pause.MaxInterval = 2*time.Second, 2*time.Minute
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-n.changed:
+		}
+		for n.write(ctx) != nil {
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(pause.NextBackOff()):
+			}
+		}
+		pause.Reset()
+	}
+}
+
+// write brings the node in the cluster to what was told last.
+func (n *Node) write(ctx context.Context) error {
+	n.mu.Lock()
+	s := state{n.verdict, n.pending}
+	n.mu.Unlock()
+	if s.verdict.State == "" || s.same(n.written) && n.now().Sub(n.at) < heartbeat {
+		return nil
+	}
+	err := n.tell(ctx, s)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if err != nil {
+		if text := err.Error(); text != n.complain {
+			n.complain = text
+			n.log.WarnContext(ctx, "tell the cluster", "node", n.name, "err", err)
+		}
+		return err
+	}
+	n.complain, n.written, n.at = "", s, n.now()
+	return nil
+}
+
+// node is what is read of a node.
+type node struct {
+	Metadata struct {
+		UID string `json:"uid"`
+	} `json:"metadata"`
+	Spec struct {
+		Taints []map[string]any `json:"taints"`
+	} `json:"spec"`
+	Status struct {
+		Conditions []condition `json:"conditions"`
+	} `json:"status"`
+}
+
+type condition struct {
+	Type               string    `json:"type"`
+	Status             string    `json:"status"`
+	Reason             string    `json:"reason"`
+	Message            string    `json:"message"`
+	LastHeartbeatTime  time.Time `json:"lastHeartbeatTime"`
+	LastTransitionTime time.Time `json:"lastTransitionTime"`
+}
+
+func (n *Node) tell(ctx context.Context, s state) error {
+	path := "/api/v1/nodes/" + url.PathEscape(n.name)
+	var have node
+	if err := n.api.call(ctx, http.MethodGet, path, "", nil, &have); err != nil {
+		return err
+	}
+	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()}, nil); err != nil {
+		return err
+	}
+	now := n.condition(s, have.Status.Conditions)
+	status := map[string]any{"status": map[string]any{"conditions": []condition{now}}}
+	if err := n.api.call(ctx, http.MethodPatch, path+"/status", strategicPatch, status, nil); err != nil {
+		return err
+	}
+	if s.verdict.State == gpucheck.Ready {
+		if err := n.removeTaint(ctx, path, have); err != nil {
+			return err
+		}
+	}
+	if s.same(n.written) {
+		return nil
+	}
+	err := n.event(ctx, have.Metadata.UID, now, s)
+	if denied(err) { // the least that an owner may want to forbid
+		n.log.InfoContext(ctx, "the service account may write no Events", "err", err)
+		return nil
+	}
+	return err
+}
+
+// metadata are the labels and annotations; null takes one away.
+func (s state) metadata() map[string]any {
+	v := s.verdict
+	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}
+	annotations := map[string]any{annotationDigest: orNull(v.Digest), annotationReason: orNull(v.Reason), annotationPending: orNull(s.pending)}
+	parts := []any{nil, nil, nil, nil}
+	if v.Driver.Version != "" && v.State != gpucheck.Absent {
+		labels[labelVersion], labels[labelFlavour] = v.Driver.Version, orNull(string(v.Driver.Flavour))
+	}
+	if v.State == gpucheck.Ready {
+		version := v.Driver.Modules().Version
+		number := append(strings.Split(version, "."), "", "")
+		parts = []any{number[0], orNull(number[1]), orNull(number[2]), version}
+	}
+	for i, part := range []string{"major", "minor", "revision", "full"} {
+		annotations[annotationGoogle+part] = parts[i]
+	}
+	return map[string]any{"labels": labels, "annotations": annotations}
+}
+
+func orNull(s string) any {
+	if s == "" {
+		return nil
+	}
+	return s
+}
+
+// reasons are the words of the condition for each state.
+var reasons = map[gpucheck.State]string{
+	gpucheck.Ready: "DriverReady", gpucheck.NoDevice: "NoGPU", gpucheck.Unusable: "GPUUnusable", gpucheck.Drifted: "DriverDrifted", gpucheck.Loaded: "DriverNotChecked",
+	gpucheck.Staged: "DriverNotLoaded", gpucheck.Absent: "NoDriver", gpucheck.Starting: "FabricStarting", gpucheck.Foreign: "ForeignDriver",
+}
+
+func (n *Node) condition(s state, have []condition) condition {
+	v := s.verdict
+	c := condition{Type: Condition, Status: "False", Reason: reasons[v.State], Message: v.Reason, LastHeartbeatTime: n.now().UTC()}
+	if v.State == gpucheck.Ready {
+		c.Status, c.Message = "True", fmt.Sprintf("driver %s, %d of %d GPUs usable", v.Driver, v.UsableGPUs, v.PCIGPUs)
+	}
+	if s.pending != "" {
+		c.Message = strings.TrimPrefix(c.Message+"; pending: "+s.pending, "; ")
+	}
+	c.Message = strings.ToValidUTF8(c.Message[:min(len(c.Message), maxMessage)], "")
+	c.LastTransitionTime = c.LastHeartbeatTime
+	if i := slices.IndexFunc(have, func(o condition) bool { return o.Type == c.Type }); i >= 0 && have[i].Status == c.Status {
+		c.LastTransitionTime = have[i].LastTransitionTime
+	}
+	return c
+}
+
+// maxMessage is the most that an Event's message may have (validation of core/v1 Events).
+const maxMessage = 1000
+
+// removeTaint takes the startup taint away. The API server compares the taints with those
+// that were read, so that nobody else's is lost.
+func (n *Node) removeTaint(ctx context.Context, path string, have node) error {
+	if n.taint == "" {
+		return nil
+	}
+	rest := slices.DeleteFunc(slices.Clone(have.Spec.Taints), func(t map[string]any) bool { return t["key"] == n.taint })
+	if len(rest) == len(have.Spec.Taints) {
+		return nil
+	}
+	patch := []map[string]any{
+		{"op": "test", "path": "/spec/taints", "value": have.Spec.Taints},
+		{"op": "replace", "path": "/spec/taints", "value": rest},
+	}
+	err := n.api.call(ctx, http.MethodPatch, path, jsonPatch, patch, nil)
+	if conflict(err) {
+		return fmt.Errorf("take taint %s away: the node changed meanwhile: %w", n.taint, err) // the next try reads it anew
+	}
+	return err
+}
+
+// event tells what changed, as kubectl describe node shows it.
+func (n *Node) event(ctx context.Context, uid string, c condition, s state) error {
+	kind := "Warning"
+	if c.Status == "True" || s.verdict.State == gpucheck.Starting {
+		kind = "Normal"
+	}
+	now := n.now().UTC().Format(time.RFC3339)
+	return n.api.call(ctx, http.MethodPost, "/api/v1/namespaces/"+eventNamespace+"/events", plain, map[string]any{
+		"metadata":       map[string]any{"name": n.name + "." + strings.ToLower(rand.Text()), "namespace": eventNamespace},
+		"involvedObject": map[string]any{"apiVersion": "v1", "kind": "Node", "name": n.name, "uid": uid},
+		"reason":         c.Reason, "message": c.Message, "type": kind, "count": 1,
+		"firstTimestamp": now, "lastTimestamp": now, "source": map[string]any{"component": fieldManager, "host": n.name},
+		"reportingComponent": fieldManager, "reportingInstance": n.name,
+	}, nil)
+}

@@ -1,0 +1,234 @@
+// Package cluster runs a real kube-apiserver with etcd for one test: what it admits,
+// forbids and keeps is what a cluster does. Only test files import it. It refuses to run
+// pods: there is no kubelet, no scheduler and no controller.
+package cluster
+
+import (
+	"bytes"
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// Env names the variable with the folder of kube-apiserver and kubectl, as
+// deploy/kubernetes.sh prints it. Tests that need them are skipped where it is not set.
+const Env = "PREBAKE_KUBERNETES"
+
+// Cluster is a running API server.
+type Cluster struct {
+	t testing.TB
+	// Host and Port are where it listens.
+	Host, Port string
+	// CA is its certificate authority, PEM.
+	CA []byte
+
+	dir, bin, admin string
+	http            *http.Client
+}
+
+// Start runs a cluster without anything in it, that ends with the test.
+func Start(t testing.TB) *Cluster {
+	t.Helper()
+	bin := os.Getenv(Env)
+	if bin == "" {
+		t.Skipf("%s is not set: want the folder that deploy/kubernetes.sh prints", Env)
+	}
+	c := &Cluster{t: t, Host: "127.0.0.1", dir: t.TempDir(), bin: bin, admin: rand.Text()}
+	ports := freePorts(t, 3)
+	c.Port = ports[2]
+	c.write("tokens.csv", c.admin+",admin,admin,system:masters\n")
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.write("accounts.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
+	etcd := "http://127.0.0.1:" + ports[0]
+	c.run("etcd", "etcd", "--data-dir", filepath.Join(c.dir, "etcd"), "--listen-client-urls", etcd, "--advertise-client-urls", etcd,
+		"--listen-peer-urls", "http://127.0.0.1:"+ports[1], "--unsafe-no-fsync", "--log-level", "error")
+	c.run("kube-apiserver", filepath.Join(bin, "kube-apiserver"), "--etcd-servers", etcd, "--secure-port", c.Port, "--bind-address", c.Host,
+		"--cert-dir", filepath.Join(c.dir, "certs"), "--token-auth-file", filepath.Join(c.dir, "tokens.csv"), "--authorization-mode", "Node,RBAC",
+		"--service-account-issuer", "https://cluster.test", "--service-account-key-file", filepath.Join(c.dir, "accounts.key"),
+		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range", "10.0.0.0/24")
+	c.ready()
+	return c
+}
+
+func (c *Cluster) write(name, text string) {
+	c.t.Helper()
+	if err := os.WriteFile(filepath.Join(c.dir, name), []byte(text), 0o600); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// freePorts are ports that nobody listens on, a moment ago.
+func freePorts(t testing.TB, n int) (ports []string) {
+	t.Helper()
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		ports = append(ports, port)
+	}
+	return ports
+}
+
+// run starts a program that ends with the test. What it said is shown where that failed.
+func (c *Cluster) run(name string, argv ...string) {
+	c.t.Helper()
+	var said bytes.Buffer
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Env = append(os.Environ(), "ETCD_UNSUPPORTED_ARCH=arm64")
+	cmd.Stdout, cmd.Stderr = &said, &said
+	if err := cmd.Start(); err != nil {
+		cancel()
+		c.t.Fatalf("start %s: %v", name, err)
+	}
+	c.t.Cleanup(func() {
+		cancel()
+		_ = cmd.Wait() // killed
+		if c.t.Failed() {
+			text := said.Bytes()
+			c.t.Logf("%s said: %s", name, text[max(0, len(text)-4000):])
+		}
+	})
+}
+
+// ready waits until the API server says that it is.
+func (c *Cluster) ready() {
+	c.t.Helper()
+	end := time.Now().Add(3 * time.Minute)
+	for {
+		ca, err := os.ReadFile(filepath.Join(c.dir, "certs", "apiserver.crt")) // signed by itself
+		if err == nil {
+			roots := x509.NewCertPool()
+			roots.AppendCertsFromPEM(ca)
+			c.CA, c.http = ca, &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}}
+			if _, err = c.Do(http.MethodGet, "/readyz", nil); err == nil {
+				if _, err = c.Do(http.MethodGet, "/api/v1/namespaces/default", nil); err == nil {
+					return
+				}
+			}
+		}
+		if time.Now().After(end) {
+			c.t.Fatalf("the API server is not ready: %v", err)
+		}
+		time.Sleep(200 * time.Millisecond)
+	}
+}
+
+// Do calls the API as its administrator.
+func (c *Cluster) Do(method, path string, in any) ([]byte, error) {
+	return c.as(c.admin, method, path, in)
+}
+
+func (c *Cluster) as(token, method, path string, in any) ([]byte, error) {
+	var body io.Reader
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return nil, err
+		}
+		body = bytes.NewReader(raw)
+	}
+	req, err := http.NewRequestWithContext(c.t.Context(), method, "https://"+net.JoinHostPort(c.Host, c.Port)+path, body)
+	if err != nil {
+		return nil, err
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	req.Header.Set("Content-Type", "application/json")
+	if method == http.MethodPatch {
+		req.Header.Set("Content-Type", "application/merge-patch+json")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode/100 != 2 {
+		err = fmt.Errorf("%s %s: HTTP %d: %s", method, path, resp.StatusCode, raw)
+	}
+	return raw, err
+}
+
+// Must is Do, and reads the answer into out.
+func (c *Cluster) Must(method, path string, in, out any) {
+	c.t.Helper()
+	raw, err := c.Do(method, path, in)
+	if err == nil && out != nil {
+		err = json.Unmarshal(raw, out)
+	}
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// As returns a way to call the API with a token, and tells what became of it.
+func (c *Cluster) As(token string) func(method, path string, in any) error {
+	return func(method, path string, in any) error {
+		_, err := c.as(token, method, path, in)
+		return err
+	}
+}
+
+// Kubectl runs kubectl as the administrator.
+func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
+	ca := filepath.Join(c.dir, "ca.crt")
+	if err := os.WriteFile(ca, c.CA, 0o600); err != nil {
+		return "", err
+	}
+	cmd := exec.CommandContext(c.t.Context(), filepath.Join(c.bin, "kubectl"), append([]string{
+		"--server", "https://" + net.JoinHostPort(c.Host, c.Port), "--certificate-authority", ca, "--token", c.admin}, args...)...)
+	cmd.Env = []string{"HOME=" + c.dir, "PATH=" + os.Getenv("PATH"), "KUBECONFIG=/dev/null"}
+	cmd.Stdin = strings.NewReader(stdin)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return stdout.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, stderr.String())
+	}
+	return stdout.String() + stderr.String(), nil
+}
+
+// Account returns a token as kubelet gives it to a pod of a service account on a node,
+// and makes that pod. The node has to exist.
+func (c *Cluster) Account(namespace, account, node string) string {
+	c.t.Helper()
+	pod := "pod-" + strings.ToLower(rand.Text())
+	var made struct{ Metadata struct{ UID string } }
+	c.Must(http.MethodPost, "/api/v1/namespaces/"+namespace+"/pods", map[string]any{
+		"metadata": map[string]any{"name": pod},
+		"spec":     map[string]any{"serviceAccountName": account, "nodeName": node, "containers": []any{map[string]any{"name": "c", "image": "none"}}},
+	}, &made)
+	var token struct{ Status struct{ Token string } }
+	c.Must(http.MethodPost, "/api/v1/namespaces/"+namespace+"/serviceaccounts/"+account+"/token", map[string]any{
+		"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+		"spec": map[string]any{"boundObjectRef": map[string]any{"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": made.Metadata.UID}},
+	}, &token)
+	if token.Status.Token == "" {
+		c.t.Fatal(errors.New("the API server gave no token"))
+	}
+	return token.Status.Token
+}
