@@ -68,8 +68,15 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	err = a.parts.Line.Do("install", func() (string, error) {
 		// Libraries on a filesystem without exec are of no use to anybody, so
 		// that is mended before any device file says that the driver is ready.
-		if _, err := store.EnsureExec(); err != nil {
+		did, err := store.EnsureExec()
+		if err != nil {
 			return "", err
+		}
+		if did {
+			r.did("mount %s with exec", a.cfg.InstallDir)
+			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
+				a.parts.Log.WarnContext(ctx, "note mount", "err", err)
+			}
 		}
 		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil && changed {
 			return "", errors.Join(err, restore(store, pointers, before))
@@ -347,6 +354,9 @@ type record struct {
 	// Params are the module parameters with which the driver was loaded.
 	Params map[string]string `json:"moduleParams,omitempty"`
 }
+
+// execFile notes the boot in which the install folder was mounted with exec.
+const execFile = ".prebake/exec-mount"
 
 const recordFile = ".prebake/verdict.json"
 

@@ -154,7 +154,14 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		}
 	}
 	r.Changed = true
-	return r, store.Remove()
+	mounted, err := store.ReadFile(execFile)
+	if err != nil {
+		return r, err
+	}
+	if err := store.Remove(); err != nil || mounted == nil || string(mounted) != a.bootID() {
+		return r, err
+	}
+	return r, store.RevokeExec()
 }
 
 // firmwareBefore notes where the kernel looked for firmware before this program told it.

@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -80,57 +79,4 @@ func (s *Store) openLock(name string) (*os.File, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	return f, nil
-}
-
-// EnsureExec mounts the install folder over itself with exec allowed, when its
-// filesystem forbids it as COS's stateful partition does. Without it neither
-// the tools nor the libraries can be used. It reports whether it did anything.
-func (s *Store) EnsureExec() (did bool, err error) {
-	flags, err := s.mount(func(string) error { return nil })
-	if err != nil || flags&unix.ST_NOEXEC == 0 {
-		return false, err
-	}
-	if _, err := s.mount(func(dir string) error { return unix.Mount(dir, dir, "", unix.MS_BIND, "") }); err != nil {
-		return false, s.execFault(err)
-	}
-	// The low four bits of statfs's flags and of mount's are the same:
-	// read-only, nosuid, nodev, noexec. A remount keeps the access time mode.
-	keep := uintptr(flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
-	_, err = s.mount(func(dir string) error {
-		err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, "")
-		if err != nil {
-			err = errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
-		}
-		return err
-	})
-	if err != nil {
-		return false, s.execFault(err)
-	}
-	return true, nil
-}
-
-// mount does something with the install folder's mount, and returns the flags that this
-// one has. The folder is opened anew: what was mounted over it since counts.
-func (s *Store) mount(do func(dir string) error) (flags int64, err error) {
-	root, err := s.node.Folder(s.dir)
-	if err != nil {
-		return 0, fmt.Errorf("open install folder: %w", err)
-	}
-	defer func() { err = errors.Join(err, root.Close()) }()
-	dir, err := root.Open(".")
-	if err != nil {
-		return 0, fmt.Errorf("open install folder: %w", err)
-	}
-	defer func() { err = errors.Join(err, dir.Close()) }()
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {
-		return 0, fmt.Errorf("look at install folder's filesystem: %w", err)
-	}
-	// The file behind an open one is meant, and no name that leads elsewhere by now.
-	return st.Flags, do("/proc/self/fd/" + strconv.Itoa(int(dir.Fd())))
-}
-
-func (s *Store) execFault(err error) error {
-	return fault.Wrap(fault.Unusable, fmt.Errorf("remount %s with exec: %w", s.dir, err),
-		"run as root with CAP_SYS_ADMIN (privileged: true), or mount the install folder without noexec")
 }

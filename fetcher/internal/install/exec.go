@@ -1,0 +1,125 @@
+package install
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// EnsureExec mounts the install folder over itself with exec allowed, when its
+// filesystem forbids it as COS's stateful partition does. Without it neither
+// the tools nor the libraries can be used. The mount is the node's, for every program and
+// pod on it; where this container does not see what is mounted there, it gets one of its
+// own, too. It reports whether the node got one.
+func (s *Store) EnsureExec() (did bool, err error) {
+	here, err := s.node.Path(s.dir)
+	if err != nil {
+		return false, fmt.Errorf("find install folder: %w", err)
+	}
+	inside, err := s.inNode(here, func() (err error) {
+		did, err = allowExec(s.dir)
+		return err
+	})
+	switch {
+	case errors.Is(err, noderoot.ErrNamespace) && (s.node.Dir() == "/" || mayExec(here)):
+		did, err = allowExec(here)
+	case err == nil && inside:
+		_, err = allowExec(here)
+	}
+	if err != nil {
+		return did, s.execFault(err)
+	}
+	return did, nil
+}
+
+// RevokeExec takes such a mount away again.
+func (s *Store) RevokeExec() error {
+	here, err := s.node.Path(s.dir)
+	if err != nil {
+		return fmt.Errorf("find install folder: %w", err)
+	}
+	unmount := func(dir string) error {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) { // nothing is mounted there
+			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+		return nil
+	}
+	inside, err := s.inNode(here, func() error { return unmount(s.dir) })
+	if errors.Is(err, noderoot.ErrNamespace) || err == nil && inside {
+		return unmount(here)
+	}
+	return err
+}
+
+// inNode does something among the node's own mounts, where the install folder is there what
+// it is here.
+func (s *Store) inNode(here string, do func() error) (inside bool, err error) {
+	ours, err := os.Stat(here)
+	if err != nil {
+		return false, fmt.Errorf("look at install folder: %w", err)
+	}
+	return s.node.Mounts(func() error {
+		if theirs, err := os.Stat(s.dir); err != nil || !os.SameFile(ours, theirs) {
+			return fmt.Errorf("%w: %s is another folder there", noderoot.ErrNamespace, s.dir)
+		}
+		return do()
+	})
+}
+
+func mayExec(dir string) bool {
+	var st unix.Statfs_t
+	return unix.Statfs(dir, &st) == nil && st.Flags&unix.ST_NOEXEC == 0
+}
+
+// allowExec reports whether it had to do anything.
+func allowExec(dir string) (bool, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil {
+		return false, fmt.Errorf("look at install folder's filesystem: %w", err)
+	}
+	if st.Flags&unix.ST_NOEXEC == 0 {
+		return false, nil
+	}
+	// A mount that has its flags before it has its place: other namespaces get a copy of it
+	// at that moment, and of no later change of flags (mount_namespaces(7)).
+	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)
+	if errors.Is(err, unix.ENOSYS) {
+		return true, allowExecOld(dir, st.Flags)
+	}
+	if err != nil {
+		return false, fmt.Errorf("copy mount: %w", err)
+	}
+	err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC})
+	if err == nil {
+		err = unix.MoveMount(tree, "", unix.AT_FDCWD, dir, unix.MOVE_MOUNT_F_EMPTY_PATH)
+	}
+	closed := unix.Close(tree)
+	if errors.Is(err, unix.ENOSYS) { // mount_setattr is younger, Linux 5.12
+		return true, allowExecOld(dir, st.Flags)
+	}
+	return true, errors.Join(err, closed)
+}
+
+// allowExecOld does the same in two steps.
+func allowExecOld(dir string, flags int64) error {
+	if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+		return err
+	}
+	// The low four bits of statfs's flags and of mount's are the same:
+	// read-only, nosuid, nodev, noexec. A remount keeps the access time mode.
+	keep := uintptr(flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
+	if err := unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
+		return errors.Join(err, unix.Unmount(dir, unix.MNT_DETACH))
+	}
+	return nil
+}
+
+func (s *Store) execFault(err error) error {
+	return fault.Wrap(fault.Unusable, fmt.Errorf("remount %s with exec: %w", s.dir, err),
+		"run as root with CAP_SYS_ADMIN and the node's processes in sight (privileged: true, hostPID: true), or mount that folder without noexec on the node")
+}
