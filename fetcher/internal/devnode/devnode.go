@@ -1,7 +1,8 @@
-// Package devnode makes the device files of a loaded NVIDIA driver. It makes
-// nvidia-uvm last: GKE's device plugin takes nvidiactl and nvidia-uvm together
-// as the sign that a driver is ready. It refuses to replace a file that is not
-// a device.
+// Package devnode makes the device files of a loaded NVIDIA driver, those of its
+// capabilities for MIG and IMEX among them, and the links in /dev/char by which runc finds
+// them after systemd was reloaded. It makes nvidia-uvm last: GKE's device plugin takes
+// nvidiactl and nvidia-uvm together as the sign that a driver is ready. It refuses to
+// replace a file that is not a device.
 package devnode
 
 import (
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path"
 	"regexp"
 	"strconv"
 	"strings"
@@ -20,6 +22,7 @@ import (
 
 // Node is one character device file.
 type Node struct {
+	// Name is below /dev; it may have a folder before it.
 	Name         string
 	Major, Minor uint32
 	Mode         fs.FileMode
@@ -66,6 +69,13 @@ func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
 	if modules["nvidia_modeset"] {
 		nodes = append(nodes, node("nvidia-modeset", major, minorModeset))
 	}
+	if caps, ok := majors["nvidia-caps"]; ok && modules["nvidia"] {
+		found, err := capabilities(root, caps)
+		if err != nil {
+			return nil, err
+		}
+		nodes = append(nodes, found...)
+	}
 	if uvm, ok := majors["nvidia-uvm"]; ok && modules["nvidia_uvm"] {
 		nodes = append(nodes, node("nvidia-uvm-tools", uvm, 1), node("nvidia-uvm", uvm, 0))
 	}
@@ -109,6 +119,55 @@ func ParseParams(text string) Node {
 	return n
 }
 
+// capsFolder is where the files of capabilities are, in /dev.
+const capsFolder = "nvidia-caps"
+
+// capabilities lists the files by which the driver gives away what not everybody may do:
+// to configure MIG, to use one MIG instance, to manage IMEX. Each file below
+// /proc/driver/nvidia/capabilities has a minor and a mode (NVIDIA's MIG user guide,
+// "/dev based nvidia-capabilities").
+func capabilities(root fs.FS, major uint32) (nodes []Node, err error) {
+	err = fs.WalkDir(root, "proc/driver/nvidia/capabilities", func(name string, d fs.DirEntry, err error) error {
+		if errors.Is(err, fs.ErrNotExist) { // an instance of MIG may go at any time
+			return nil
+		}
+		if err != nil || d.IsDir() {
+			return err
+		}
+		raw, err := fs.ReadFile(root, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if minor, mode, ok := ParseCapability(string(raw)); ok {
+			nodes = append(nodes, Node{Name: fmt.Sprintf("%s/nvidia-cap%d", capsFolder, minor), Major: major, Minor: minor, Mode: mode})
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read the driver's capabilities: %w", err)
+	}
+	return nodes, nil
+}
+
+// ParseCapability reads a file of a capability.
+func ParseCapability(text string) (minor uint32, mode fs.FileMode, ok bool) {
+	for line := range strings.Lines(text) {
+		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		v, err := strconv.ParseUint(value, 10, 20) // the kernel's minors have 20 bits
+		switch {
+		case err != nil:
+		case key == "DeviceFileMinor":
+			minor, ok = uint32(v), true
+		case key == "DeviceFileMode":
+			mode = fs.FileMode(v) & fs.ModePerm
+		}
+	}
+	return minor, mode, ok
+}
+
 // gpuMinors reads the minor number of each GPU that the driver knows.
 func gpuMinors(root fs.FS) ([]uint32, error) {
 	const dir = "proc/driver/nvidia/gpus"
@@ -147,58 +206,115 @@ type System interface {
 	Clear(dev *os.Root) error
 }
 
-// Clear implements [System]. It removes no name that a driver does not have, and
-// nothing but character devices.
+// Clear implements [System]. It removes no name that a driver does not have, nothing but
+// character devices, and links to these alone.
 func (Linux) Clear(dev *os.Root) error {
-	entries, err := fs.ReadDir(dev.FS(), ".")
-	if err != nil {
-		return fmt.Errorf("list device files: %w", err)
-	}
-	for _, e := range entries {
-		if !nodeName.MatchString(e.Name()) || e.Type()&fs.ModeCharDevice == 0 {
+	for _, folder := range []string{".", capsFolder} {
+		entries, err := fs.ReadDir(dev.FS(), folder)
+		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}
-		if err := dev.Remove(e.Name()); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("remove device file: %w", err)
+		if err != nil {
+			return fmt.Errorf("list device files: %w", err)
+		}
+		for _, e := range entries {
+			name := path.Join(folder, e.Name())
+			if !nodeName.MatchString(name) || e.Type()&fs.ModeCharDevice == 0 {
+				continue
+			}
+			if err := dev.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("remove device file: %w", err)
+			}
+		}
+	}
+	_ = dev.Remove(capsFolder) // it stays where somebody else has something in it
+	links, err := fs.ReadDir(dev.FS(), charFolder)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("list links to device files: %w", err)
+	}
+	for _, l := range links {
+		name := path.Join(charFolder, l.Name())
+		to, err := dev.Readlink(name)
+		if err != nil || !nodeName.MatchString(strings.TrimPrefix(to, "../")) {
+			continue
+		}
+		if err := dev.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("remove link to device file: %w", err)
 		}
 	}
 	return nil
 }
 
 // nodeName are the names that Plan gives.
-var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools)$`)
+var nodeName = regexp.MustCompile(`^nvidia([0-9]{1,3}|ctl|-modeset|-uvm|-uvm-tools|-caps/nvidia-cap[0-9]{1,7})$`)
+
+// charFolder has a link MAJOR:MINOR to each device file, in /dev. runc tells systemd of a
+// container's devices by these names, and takes them away from it where one is missing
+// (NVIDIA's container toolkit, "nvidia-ctk system create-dev-char-symlinks").
+const charFolder = "char"
 
 // Linux makes real device files.
 type Linux struct{}
 
 // Make implements [System].
 func (Linux) Make(dev *os.Root, n Node) error {
-	dir, err := dev.Open(".")
+	if err := dev.MkdirAll(path.Dir(n.Name), 0o755); err != nil {
+		return fmt.Errorf("make folder of device files: %w", err)
+	}
+	dir, err := dev.Open(path.Dir(n.Name))
 	if err != nil {
 		return fmt.Errorf("open device files: %w", err)
 	}
 	defer dir.Close()
-	at, path := int(dir.Fd()), "/dev/"+n.Name
+	at, base, full := int(dir.Fd()), path.Base(n.Name), "/dev/"+n.Name
 	want := unix.Mkdev(n.Major, n.Minor)
 	var st unix.Stat_t
-	err = unix.Fstatat(at, n.Name, &st, unix.AT_SYMLINK_NOFOLLOW)
+	err = unix.Fstatat(at, base, &st, unix.AT_SYMLINK_NOFOLLOW)
 	switch {
 	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFCHR:
-		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: something else is there", path), "remove "+path)
+		return fault.New(fault.Busy, fmt.Sprintf("make device file %s: something else is there", full), "remove "+full)
 	case err == nil && st.Rdev != want:
 		// A module that was loaded again may have got another major number.
-		if err := unix.Unlinkat(at, n.Name, 0); err != nil {
-			return fmt.Errorf("replace device file %s: %w", path, err)
+		if err := unix.Unlinkat(at, base, 0); err != nil {
+			return fmt.Errorf("replace device file %s: %w", full, err)
 		}
 	case err != nil && !errors.Is(err, unix.ENOENT):
-		return fmt.Errorf("look at device file %s: %w", path, err)
+		return fmt.Errorf("look at device file %s: %w", full, err)
 	}
-	if err := unix.Mknodat(at, n.Name, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", path, err), "run as root with CAP_MKNOD (privileged: true)")
+	// The link first: what waits for the file has it then.
+	if err := link(dev, n); err != nil {
+		return err
+	}
+	if err := unix.Mknodat(at, base, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", full, err), "run as root with CAP_MKNOD (privileged: true)")
 	}
 	// The process's umask has no say in this.
-	if err := errors.Join(unix.Fchmodat(at, n.Name, uint32(n.Mode), 0), unix.Fchownat(at, n.Name, n.UID, n.GID, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
-		return fmt.Errorf("set owner and mode of %s: %w", path, err)
+	if err := errors.Join(unix.Fchmodat(at, base, uint32(n.Mode), 0), unix.Fchownat(at, base, n.UID, n.GID, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
+		return fmt.Errorf("set owner and mode of %s: %w", full, err)
+	}
+	return nil
+}
+
+// link makes the device's link in /dev/char. What is no link there is left alone.
+func link(dev *os.Root, n Node) error {
+	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
+	have, err := dev.Readlink(name)
+	if err == nil && have == to {
+		return nil
+	}
+	if err == nil { // of a driver that was loaded under other numbers
+		err = dev.Remove(name)
+	}
+	if err == nil || errors.Is(err, fs.ErrNotExist) {
+		if err = dev.MkdirAll(charFolder, 0o755); err == nil {
+			err = dev.Symlink(to, name)
+		}
+	}
+	if errors.Is(err, unix.EINVAL) || errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("make link /dev/%s: %w", name, err)
 	}
 	return nil
 }

@@ -2,6 +2,7 @@ package devnode_test
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -25,6 +26,9 @@ func TestPlan(t *testing.T) {
 	node := func(name string, major, minor uint32) devnode.Node {
 		return devnode.Node{Name: name, Major: major, Minor: minor, Mode: 0o666}
 	}
+	capability := func(minor uint32, mode fs.FileMode) devnode.Node {
+		return devnode.Node{Name: fmt.Sprintf("nvidia-caps/nvidia-cap%d", minor), Major: 241, Minor: minor, Mode: mode}
+	}
 	owned := node("nvidiactl", 195, 255)
 	owned.Mode, owned.UID, owned.GID = 0o660, 7, 8
 	rows := []struct {
@@ -40,6 +44,21 @@ func TestPlan(t *testing.T) {
 		}, all, []devnode.Node{
 			node("nvidia0", 195, 0), node("nvidia3", 195, 3), node("nvidiactl", 195, 255), node("nvidia-modeset", 195, 254),
 			node("nvidia-uvm-tools", 236, 1), node("nvidia-uvm", 236, 0),
+		}},
+		// As read on a machine with an H200 and 580.159.04, on 2026-11-28, with one MIG
+		// instance added as NVIDIA's MIG user guide shows it.
+		{"capabilities of MIG and IMEX", fstest.MapFS{
+			"proc/devices": file("Character devices:\n195 nvidia\n195 nvidiactl\n238 nvidia-uvm\n239 nvidia-nvswitch\n240 nvidia-nvlink\n241 nvidia-caps\n242 nvidia-caps-imex-channels\n"),
+			"proc/driver/nvidia/gpus/0000:00:06.0/information":            file("Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nDevice Minor: \t 0\nGPU Firmware: \t 580.159.04\n"),
+			"proc/driver/nvidia/capabilities/mig/config":                  file("DeviceFileMinor: 1\nDeviceFileMode: 256\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/mig/monitor":                 file("DeviceFileMinor: 2\nDeviceFileMode: 292\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/fabric-imex-mgmt":            file("DeviceFileMinor: 4323\nDeviceFileMode: 256\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/gpu0/mig/gi1/access":         file("DeviceFileMinor: 12\nDeviceFileMode: 292\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access":     file("DeviceFileMinor: 13\nDeviceFileMode: 292\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/gpu0/mig/gi2/of-another-day": file("nothing known\n"),
+		}, map[string]bool{"nvidia": true, "nvidia_uvm": true}, []devnode.Node{
+			node("nvidia0", 195, 0), node("nvidiactl", 195, 255), capability(4323, 0o400), capability(12, 0o444), capability(13, 0o444), capability(1, 0o400), capability(2, 0o444),
+			node("nvidia-uvm-tools", 238, 1), node("nvidia-uvm", 238, 0),
 		}},
 		{"nothing loaded", fstest.MapFS{"proc/devices": file(devices)}, nil, nil},
 		{"uvm without a number", fstest.MapFS{"proc/devices": file("Character devices:\n195 nvidia\n")}, all,
@@ -84,6 +103,9 @@ func TestMake(t *testing.T) {
 		if err := unix.Stat(filepath.Join(dir, "twin"), &st); err != nil || st.Rdev != unix.Mkdev(1, minor) || fs.FileMode(st.Mode).Perm() != 0o666 {
 			t.Errorf("Make(minor %d): device %x mode %o, %v", minor, st.Rdev, st.Mode, err)
 		}
+		if to, err := os.Readlink(filepath.Join(dir, fmt.Sprintf("char/1:%d", minor))); err != nil || to != "../twin" {
+			t.Errorf("Make(minor %d): /dev/char leads to %q, %v", minor, to, err)
+		}
 	}
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o644); err != nil {
 		t.Fatal(err)
@@ -103,14 +125,14 @@ func TestClear(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	for _, name := range []string{"nvidia0", "nvidia15", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
-		if err := (devnode.Linux{}).Make(dev, devnode.Node{Name: name, Major: 1, Minor: 3, Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
+	for i, name := range []string{"nvidia-caps/nvidia-cap2", "nvidia0", "nvidia15", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
+		if err := (devnode.Linux{}).Make(dev, devnode.Node{Name: name, Major: 1, Minor: uint32(i), Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
 			t.Skip("making device files needs root with CAP_MKNOD")
 		} else if err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, "nvidia1"), nil, 0o644), os.Mkdir(filepath.Join(dir, "nvidia-caps"), 0o755)); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "nvidia1"), nil, 0o644), os.Symlink("../sda", filepath.Join(dir, "char/8:0"))); err != nil {
 		t.Fatal(err)
 	}
 	if err := (devnode.Linux{}).Clear(dev); err != nil {
@@ -124,8 +146,12 @@ func TestClear(t *testing.T) {
 	for _, e := range entries {
 		left = append(left, e.Name())
 	}
-	if want := "null nvidia-caps nvidia-fs0 nvidia1"; strings.Join(left, " ") != want {
+	if want := "char null nvidia-fs0 nvidia1"; strings.Join(left, " ") != want {
 		t.Errorf("left are %v; want %s", left, want)
+	}
+	links, err := filepath.Glob(filepath.Join(dir, "char/*"))
+	if err != nil || len(links) != 3 { // of the disk, nvidia-fs0 and null
+		t.Errorf("links left are %v, %v; want those of others", links, err)
 	}
 }
 
@@ -137,6 +163,9 @@ func FuzzParse(f *testing.F) {
 			if major >= 1<<12 {
 				t.Errorf("ParseMajors(%q)[%q] = %d; want 12 bits", text, name, major)
 			}
+		}
+		if minor, mode, ok := devnode.ParseCapability(text); ok && (minor >= 1<<20 || mode&^fs.ModePerm != 0) {
+			t.Errorf("ParseCapability(%q) = %d, %o", text, minor, mode)
 		}
 		if n := devnode.ParseParams(text); n.Mode&^fs.ModePerm != 0 || n.UID < 0 || n.GID < 0 {
 			t.Errorf("ParseParams(%q) = %+v", text, n)
