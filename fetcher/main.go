@@ -6,10 +6,12 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/fetcher/internal/cosinstaller"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -17,7 +19,20 @@ import (
 // version is set at link time.
 var version = "devel"
 
-func main() { cli.Main(root()) }
+func main() {
+	if cosinstaller.Spoken(os.Args) {
+		args, notes, err := cosinstaller.Translate(os.Args[1:], os.Getenv)
+		if err != nil {
+			cli.PrintError(os.Stderr, err)
+			os.Exit(fault.Of(err).ExitCode())
+		}
+		for _, note := range notes {
+			fmt.Fprintln(os.Stderr, cosinstaller.Name+": "+note)
+		}
+		os.Args = append([]string{"fetcher"}, args...)
+	}
+	cli.Main(root())
+}
 
 func root() *ucli.Command {
 	return &ucli.Command{

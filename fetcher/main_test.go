@@ -24,7 +24,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"fetcher": main, "fake-builder": fakeBuilder, "fake-probe": fakeProbe})
+	testscript.Main(m, map[string]func(){"fetcher": main, "cos-gpu-installer": main, "fake-builder": fakeBuilder, "fake-probe": fakeProbe})
 }
 
 // TestScript drives the program as an operator does. In each script:

@@ -1,0 +1,163 @@
+// Package cosinstaller understands the command line of Google's cos-gpu-installer, so that
+// a manifest that starts that one needs another image and nothing else. It turns words
+// into the fetcher's own. It refuses to pass over one that asks for something that the
+// fetcher does not do.
+//
+// The flags are those of cos/tools, src/cmd/cos_gpu_installer, v2.1.9, and those that
+// release notes and callers show of later ones up to v2.5.10.
+package cosinstaller
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"path"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Name is what that program is called.
+const Name = "cos-gpu-installer"
+
+// own are flags that the fetcher has not, by which a command line for the other is known.
+var own = []string{"version", "host-dir", "no-verify", "module-arg"}
+
+// Spoken reports whether a command line is one for that program: by its name, or by flags
+// that the fetcher has not.
+func Spoken(args []string) bool {
+	if len(args) == 0 {
+		return false
+	}
+	if path.Base(args[0]) == Name {
+		return true
+	}
+	if len(args) < 2 || args[1] != "install" {
+		return false
+	}
+	for _, arg := range args[2:] {
+		if arg == "--" {
+			return false
+		}
+		name, _, _ := strings.Cut(strings.TrimLeft(arg, "-"), "=")
+		_, passed := ignored[name]
+		_, no := refused[name]
+		if strings.HasPrefix(arg, "-") && (passed || no || slices.Contains(own, name)) {
+			return true
+		}
+	}
+	return false
+}
+
+// many is a flag that may be repeated.
+type many []string
+
+func (m *many) String() string { return strings.Join(*m, ",") }
+func (m *many) Set(s string) error {
+	*m = append(*m, s)
+	return nil
+}
+
+// ignored are flags that say nothing to the fetcher, with the reason that it tells.
+var ignored = map[string]string{
+	"allow-unsigned-driver":      "nothing unsigned is loaded; the fetcher's own keys decide",
+	"test":                       "the fetcher's own keys decide",
+	"skip-nvidia-smi":            "NVML is asked instead of nvidia-smi",
+	"force-fallback":             "--driver names a branch where the newest driver does not do",
+	"target-gpu":                 "the GPUs of this node are read from the PCI bus",
+	"gcs-download-prefix":        "builds are found below BUILD_ID/BOARD",
+	"gcs-download-bucket-nvidia": "--driver-mirror names the bucket with runfiles",
+	"gcs-download-prefix-nvidia": "--driver-mirror names the bucket with runfiles",
+}
+
+// refused are flags that ask for something else, with what to do.
+var refused = map[string]string{
+	"nvidia-installer-url":      "name the version with -version, and publish it once: builder build --driver",
+	"nvidia-installer-url-open": "name the version with -version, and publish it once: builder build --driver",
+	"signature-url":             "name the publisher's key: PREBAKE_KEY",
+	"local-artifacts-dir":       "name a folder with artifacts: PREBAKE_REGISTRY=oci:FOLDER",
+	"prepare-build-tools":       "nothing has to be prepared: the driver comes compiled",
+}
+
+// Translate returns the fetcher's arguments for that program's, without the program's name,
+// and notes about what is passed over.
+func Translate(args []string, getenv func(string) string) (ours, notes []string, err error) {
+	usage := func(what, hint string) ([]string, []string, error) {
+		return nil, nil, fault.New(fault.Usage, "as "+Name+": "+what, hint)
+	}
+	for len(args) > 0 && strings.HasPrefix(args[0], "-") { // of its logging, before the command
+		args = args[1:]
+	}
+	if len(args) == 0 || args[0] != "install" {
+		return usage(fmt.Sprintf("%q is no command of it that this program has", strings.Join(args[:min(len(args), 1)], "")), "it has install; fetcher --help tells of all others")
+	}
+	f := flag.NewFlagSet("install", flag.ContinueOnError)
+	f.SetOutput(io.Discard)
+	version, dir := f.String("version", getenv("NVIDIA_DRIVER_VERSION"), ""), f.String("host-dir", getenv("NVIDIA_INSTALL_DIR_HOST"), "")
+	bucket := f.String("gcs-download-bucket", "", "")
+	noVerify, debug := f.Bool("no-verify", false, ""), f.Bool("debug", false, "")
+	var module many
+	f.Var(&module, "module-arg", "")
+	for _, name := range []string{"allow-unsigned-driver", "test", "skip-nvidia-smi", "force-fallback", "prepare-build-tools"} {
+		f.Bool(name, false, "")
+	}
+	for _, name := range []string{
+		"target-gpu", "gcs-download-prefix", "gcs-download-bucket-nvidia", "gcs-download-prefix-nvidia",
+		"nvidia-installer-url", "nvidia-installer-url-open", "signature-url", "local-artifacts-dir",
+	} {
+		f.String(name, "", "")
+	}
+	if err := f.Parse(args[1:]); err != nil {
+		return usage(err.Error(), "fetcher install --help tells what there is")
+	}
+	if f.NArg() > 0 {
+		return usage(fmt.Sprintf("install takes no argument such as %q", f.Arg(0)), "fetcher install --help tells what there is")
+	}
+	ours = []string{"install", "--host-root=" + first(getenv("PREBAKE_HOST_ROOT"), getenv("ROOT_MOUNT_DIR"), "/root")}
+	var wrong []error
+	f.Visit(func(given *flag.Flag) {
+		if given.Value.String() == "false" {
+			return
+		}
+		if hint, ok := refused[given.Name]; ok {
+			wrong = append(wrong, fault.New(fault.Usage, fmt.Sprintf("as %s: -%s is nothing that this program does", Name, given.Name), hint))
+		}
+		if why, ok := ignored[given.Name]; ok {
+			notes = append(notes, fmt.Sprintf("-%s is passed over: %s", given.Name, why))
+		}
+	})
+	if len(wrong) > 0 {
+		return nil, nil, errors.Join(wrong...)
+	}
+	add := func(name, value string) {
+		if value != "" {
+			ours = append(ours, "--"+name+"="+value)
+		}
+	}
+	add("install-dir", *dir)
+	add("driver", *version)
+	if *bucket != "" {
+		add("kernel-mirror", "gs://"+strings.TrimPrefix(*bucket, "gs://"))
+	}
+	for _, m := range module {
+		add("module-param", m)
+	}
+	if *noVerify {
+		ours = append(ours, "--no-load")
+	}
+	if *debug {
+		add("log-level", "debug")
+	}
+	return ours, notes, nil
+}
+
+func first(all ...string) string {
+	for _, s := range all {
+		if s != "" {
+			return s
+		}
+	}
+	return ""
+}

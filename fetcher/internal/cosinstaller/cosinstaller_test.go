@@ -1,0 +1,78 @@
+package cosinstaller_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/cosinstaller"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func TestTranslate(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct {
+		line string
+		env  map[string]string
+		want string
+		note string
+	}{
+		// GoogleCloudPlatform/container-engine-accelerators, nvidia-driver-installer/cos.
+		"daemonset-preloaded.yaml": {
+			"install", map[string]string{"NVIDIA_INSTALL_DIR_HOST": "/home/kubernetes/bin/nvidia", "ROOT_MOUNT_DIR": "/root"},
+			"install --host-root=/root --install-dir=/home/kubernetes/bin/nvidia", "",
+		},
+		"daemonset-preloaded-latest.yaml": {
+			"install --version=latest", map[string]string{"NVIDIA_INSTALL_DIR_HOST": "/home/kubernetes/bin/nvidia"},
+			"install --host-root=/root --install-dir=/home/kubernetes/bin/nvidia --driver=latest", "",
+		},
+		// google/go-tpm-tools, launcher/internal/gpu/driverinstaller.go.
+		"Confidential Space": {
+			"install -version=595.58.03 -host-dir=/var/lib/nvidia --no-verify", nil,
+			"install --host-root=/root --install-dir=/var/lib/nvidia --driver=595.58.03 --no-load", "",
+		},
+		// cos.googlesource.com/cos/tools, README of the installer.
+		"README": {"install -host-dir=/var/lib/nvidia", nil, "install --host-root=/root --install-dir=/var/lib/nvidia", ""},
+		"a branch, parameters, a bucket": {
+			"--v=2 install --version R535 -module-arg nvidia.NVreg_EnableGpuFirmware=0 -module-arg nvidia_uvm.uvm_debug_prints=1 -gcs-download-bucket=cos-tools-eu -debug", nil,
+			"install --host-root=/root --driver=R535 --kernel-mirror=gs://cos-tools-eu --module-param=nvidia.NVreg_EnableGpuFirmware=0 --module-param=nvidia_uvm.uvm_debug_prints=1 --log-level=debug", "",
+		},
+		"unsigned": {"install -allow-unsigned-driver -skip-nvidia-smi=false", nil, "install --host-root=/root", "-allow-unsigned-driver is passed over"},
+		"the environment of older ones": {
+			"install", map[string]string{"NVIDIA_DRIVER_VERSION": "535.261.03", "NVIDIA_INSTALL_DIR_CONTAINER": "/usr/local/nvidia"},
+			"install --host-root=/root --driver=535.261.03", "",
+		},
+	} {
+		ours, notes, err := cosinstaller.Translate(strings.Fields(row.line), func(name string) string { return row.env[name] })
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if diff := cmp.Diff(strings.Fields(row.want), ours); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", name, diff)
+		}
+		if !strings.Contains(strings.Join(notes, "\n"), row.note) || (row.note == "") != (len(notes) == 0) {
+			t.Errorf("%s: notes %q; want %q", name, notes, row.note)
+		}
+	}
+	for line, want := range map[string]bool{
+		"fetcher install -host-dir=/var/lib/nvidia": true, "fetcher install --no-verify": true, "cos-gpu-installer list": true, "/cos-gpu-installer install": true,
+		"fetcher install --driver latest --no-load": false, "fetcher run -host-dir=/x": false, "fetcher": false, "": false, "fetcher install -- -version=1": false,
+	} {
+		if got := cosinstaller.Spoken(strings.Fields(line)); got != want {
+			t.Errorf("Spoken(%q) = %t; want %t", line, got, want)
+		}
+	}
+	for line, want := range map[string]string{
+		"":     "no command",
+		"list": "no command",
+		"install -nvidia-installer-url=https://example.com/x.run": "-nvidia-installer-url is nothing",
+		"install -local-artifacts-dir=/x -prepare-build-tools":    "-prepare-build-tools is nothing",
+		"install -nonsense": "-nonsense",
+		"install 535":       "no argument",
+	} {
+		if _, _, err := cosinstaller.Translate(strings.Fields(line), func(string) string { return "" }); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), want) || fault.Hint(err) == "" {
+			t.Errorf("%q: %v (%s); want a usage error about %q", line, err, fault.Hint(err), want)
+		}
+	}
+}
