@@ -116,6 +116,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
+	if changed {
+		a.exposeLibraries(ctx, store)
+	}
 	if changed || d.do != keep {
 		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}

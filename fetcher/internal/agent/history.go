@@ -158,7 +158,14 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if err != nil {
 		return r, err
 	}
-	if err := store.Remove(); err != nil || mounted == nil || string(mounted) != a.bootID() {
+	added := addedLibraries(store)
+	if added { // while the note of it is there, for the next run if this one is killed
+		a.concealLibraries(ctx, added)
+	}
+	if err = store.Remove(); !added {
+		a.concealLibraries(ctx, added)
+	}
+	if err != nil || mounted == nil || string(mounted) != a.bootID() {
 		return r, err
 	}
 	return r, store.RevokeExec()

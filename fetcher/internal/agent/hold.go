@@ -280,7 +280,9 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s
 	}
 	r.Changed = true
 	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.OurGPUs()), Modules: map[string]string{}}
-	return errors.Join(store.Restore(install.Pointers{}), store.Sweep())
+	err := errors.Join(store.Restore(install.Pointers{}), store.Sweep())
+	a.concealLibraries(ctx, addedLibraries(store))
+	return errors.Join(err, store.RemoveFile(ldFile))
 }
 
 func nothingInstalled(err error) error {

@@ -132,3 +132,50 @@ func TestHistory(t *testing.T) {
 		t.Errorf("event %+v does not say why", events[1])
 	}
 }
+
+// The node's own programs find the libraries while the driver is in force. The ldconfig is
+// this machine's.
+func TestLibraryCache(t *testing.T) {
+	t.Parallel()
+	program, err := os.ReadFile("/sbin/ldconfig")
+	if err != nil || os.Getuid() != 0 {
+		t.Skip("needs root and an ldconfig without libraries")
+	}
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	sample.Write(t, n.root, "sbin/ldconfig", string(program))
+	if err := os.Chmod(filepath.Join(n.root, "sbin/ldconfig"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	config := func() string {
+		raw, err := os.ReadFile(filepath.Join(n.root, "etc/ld.so.conf"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(raw)
+	}
+	for _, theirs := range []string{"", "/" + installDir + "/lib64\n"} { // as Google's installer leaves it
+		sample.Write(t, n.root, "etc/ld.so.conf", theirs)
+		for range 2 {
+			if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+				t.Fatal(err)
+			}
+			if config() != "/"+installDir+"/lib64\n" {
+				t.Errorf("ld.so.conf is %q; want the folder once", config())
+			}
+		}
+		if _, err := os.Stat(filepath.Join(n.root, "etc/ld.so.cache")); err != nil {
+			t.Error(err)
+		}
+		if _, err := n.uninstall(); err != nil {
+			t.Fatal(err)
+		}
+		if config() != theirs {
+			t.Errorf("after the uninstall ld.so.conf is %q; want %q", config(), theirs)
+		}
+	}
+}

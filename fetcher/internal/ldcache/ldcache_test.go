@@ -1,0 +1,131 @@
+package ldcache_test
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/fetcher/internal/ldcache"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
+)
+
+// library is one of this machine's, for ldconfig to find.
+func library(t *testing.T) string {
+	t.Helper()
+	found, err := filepath.Glob("/lib/*-linux-gnu/libm.so.6")
+	if err != nil || len(found) == 0 {
+		t.Skip("no libm.so.6 here")
+	}
+	return found[0]
+}
+
+func write(t *testing.T, name string, data []byte, mode os.FileMode) {
+	t.Helper()
+	if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, data, mode)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// This machine's own ldconfig writes a node's cache, and reads it back.
+func TestCache(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: ldconfig runs in the node's root")
+	}
+	ldconfig, err := os.ReadFile("/sbin/ldconfig") // Debian's is linked statically
+	if err != nil {
+		t.Skip("no ldconfig here")
+	}
+	lib, err := os.ReadFile(library(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := t.TempDir()
+	write(t, filepath.Join(root, "usr/sbin/ldconfig"), ldconfig, 0o755)
+	write(t, filepath.Join(root, "etc/ld.so.conf"), []byte("include /etc/ld.so.conf.d/*.conf\n# theirs\n"), 0o644)
+	write(t, filepath.Join(root, "nv/lib64/libm.so.6"), lib, 0o755)
+	if err := os.Symlink("usr/sbin", filepath.Join(root, "sbin")); err != nil {
+		t.Fatal(err)
+	}
+	node, err := noderoot.Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
+	listed := func() string {
+		out, err := exec.CommandContext(t.Context(), "/sbin/ldconfig", "-p", "-C", filepath.Join(root, "etc/ld.so.cache")).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(out)
+	}
+	config := func() string {
+		raw, err := os.ReadFile(filepath.Join(root, "etc/ld.so.conf"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(raw)
+	}
+	for i := range 3 {
+		if added, err := ldcache.Add(t.Context(), node, "/nv/lib64"); err != nil || added != (i == 0) {
+			t.Fatalf("Add = %t, %v", added, err)
+		}
+	}
+	if !strings.Contains(listed(), "/nv/lib64/libm.so.6") {
+		t.Errorf("the cache has not the library:\n%s", listed())
+	}
+	if want := "include /etc/ld.so.conf.d/*.conf\n# theirs\n/nv/lib64\n"; config() != want {
+		t.Errorf("ld.so.conf is %q; want %q", config(), want)
+	}
+	// What Google's installer writes at each run goes with ours.
+	write(t, filepath.Join(root, "etc/ld.so.conf"), []byte(config()+"/nv/lib64\n"), 0o644)
+	if err := ldcache.Remove(t.Context(), node, "/nv/lib64"); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(listed(), "/nv/lib64") || config() != "include /etc/ld.so.conf.d/*.conf\n# theirs\n" {
+		t.Errorf("afterwards ld.so.conf is %q and the cache\n%s", config(), listed())
+	}
+	left, err := filepath.Glob(filepath.Join(root, "etc/.*"))
+	if err != nil || len(left) > 0 {
+		t.Errorf("left in etc: %v, %v", left, err)
+	}
+}
+
+func TestNoLdconfig(t *testing.T) {
+	t.Parallel()
+	node, err := noderoot.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
+	if _, err := ldcache.Add(t.Context(), node, "/x"); !errors.Is(err, ldcache.ErrNone) {
+		t.Errorf("Add without an ldconfig = %v; want that there is none", err)
+	}
+}
+
+// An ldconfig that fails is said, with its own words.
+func TestFails(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: ldconfig runs in the node's root")
+	}
+	root := t.TempDir()
+	write(t, filepath.Join(root, "sbin/ldconfig"), []byte("no program"), 0o755)
+	if err := os.Mkdir(filepath.Join(root, "etc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	node, err := noderoot.Open(root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer node.Close()
+	if _, err := ldcache.Add(t.Context(), node, "/x"); err == nil || !strings.Contains(err.Error(), "run the node's ldconfig") {
+		t.Errorf("Add with a broken ldconfig = %v; want an error", err)
+	}
+	if raw, err := os.ReadFile(filepath.Join(root, "etc/ld.so.conf")); err != nil || string(raw) != "/x\n" {
+		t.Errorf("ld.so.conf is %q, %v", raw, err)
+	}
+}
