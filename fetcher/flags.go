@@ -81,6 +81,7 @@ func changeFlags() []ucli.Flag {
 			foreign,
 			maintenance,
 			cli.Duration("wait-idle", 0, "longest `TIME` to wait for an idle GPU before that"),
+			cli.Bool("edit-boot", "change a kernel command line that forbids it; reboot"),
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
@@ -160,7 +161,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		InstallDir: filepath.Clean(cmd.String("install-dir")),
 		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
-		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"),
+		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), EditBoot: cmd.Bool("edit-boot"),
 	}
 	var errs []error
 	var err error

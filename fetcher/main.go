@@ -48,6 +48,7 @@ func root() *ucli.Command {
 			rollbackCommand(),
 			historyCommand(),
 			uninstallCommand(),
+			bootCommand(),
 			verifyCommand(),
 			policyCommand(),
 			{

@@ -16,6 +16,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/bootcfg"
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
@@ -48,6 +49,7 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 			return nodeVerifier(cmd, state)
 		},
 		Node: node, Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Log: log, Now: time.Now,
+		Boot: bootcfg.Node{Root: node},
 		Line: &timeline.Run{Watch: cli.Progress(cmd.Root().ErrWriter)},
 		Probe: &gpucheck.Prober{
 			Program: cmd.String("probe"), Node: node,

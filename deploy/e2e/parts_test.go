@@ -13,6 +13,7 @@ import (
 	"github.com/prebake/prebake/deploy/internal/scene"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/cluster"
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
@@ -27,7 +28,7 @@ const fulcio = "github.com/sigstore/fulcio@v1.8.8"
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
-	"power cuts": true,
+	"power cuts": true, "a cluster's API server": true,
 }
 
 // Some packages have tests that want a real kernel, a real driver or a stock
@@ -80,6 +81,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"power cuts", "./fetcher/internal/agent", "TestPowerCut", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
+		{"a cluster's API server", "./fetcher/internal/kube", "Test", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},
 	}
 	for _, row := range rows {
@@ -137,11 +139,17 @@ func copyTo(t *testing.T, dst, src string) {
 // tool builds a pinned program, or finds it built.
 func tool(t *testing.T, name string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "deploy/tool.sh", name)
+	return script(t, "deploy/tool.sh", name)
+}
+
+// script runs a script of the repository, and returns what it prints.
+func script(t *testing.T, name string, args ...string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), name, args...)
 	cmd.Dir, cmd.Stderr = "../..", os.Stderr
 	path, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("build %s: %v", name, err)
+		t.Fatalf("%s %s: %v", name, strings.Join(args, " "), err)
 	}
 	return strings.TrimSpace(string(path))
 }

@@ -102,6 +102,9 @@ type Verdict struct {
 	MatchedBy string      `json:"matchedBy"`
 	// Materials are the inputs.
 	Materials []Material `json:"materials"`
+	// ModulesSigned says that the kernel modules carry signatures for the kernel, as the
+	// provenance has it: the farm's own, or Google's.
+	ModulesSigned bool `json:"modulesSigned,omitempty"`
 	// LoadTest is the load test's verdict; empty where nothing says any.
 	LoadTest string `json:"loadTest,omitempty"`
 	// BuiltOn is when the build ended, as its provenance has it; zero is not known.
@@ -304,10 +307,21 @@ func (e Expect) check() error {
 }
 
 // provenance is the part of SLSA's predicate that decides.
+// The words under which the provenance names whose signatures the modules carry: the
+// certificate of the farm's own key, the archive with Google's signatures, or that with
+// Google's own modules. Without any of them they carry none.
+const (
+	FactModuleKey        = "moduleKey"
+	FactGoogleSignatures = "googleSignatures"
+	FactGoogleModules    = "googleModules"
+)
+
 type provenance struct {
 	BuildDefinition struct {
-		BuildType            string     `json:"buildType"`
-		ExternalParameters   Parameters `json:"externalParameters"`
+		BuildType          string     `json:"buildType"`
+		ExternalParameters Parameters `json:"externalParameters"`
+		// InternalParameters are of any form; only whether ours are there is looked at.
+		InternalParameters   map[string]json.RawMessage `json:"internalParameters"`
 		ResolvedDependencies []struct {
 			Name   string            `json:"name"`
 			URI    string            `json:"uri"`
@@ -386,6 +400,10 @@ func fillProvenance(st *Statement, verdict *Verdict) {
 	}
 	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, p.BuildDefinition.ExternalParameters
 	verdict.BuilderID, verdict.InvocationID = run.Builder.ID, run.Metadata.InvocationID
+	for _, fact := range []string{FactModuleKey, FactGoogleSignatures, FactGoogleModules} {
+		_, signed := p.BuildDefinition.InternalParameters[fact]
+		verdict.ModulesSigned = verdict.ModulesSigned || signed
+	}
 	if err == nil {
 		verdict.BuiltOn = at
 	}

@@ -35,14 +35,6 @@ const (
 	GoogleOff GoogleSignatures = "off"
 )
 
-// FactGoogleSignatures is the word under which the provenance names the archive
-// whose signatures the modules carry, by digest.
-const FactGoogleSignatures = "googleSignatures"
-
-// FactGoogleModules is the word under which the provenance names the archive
-// that Google's own modules come from, by digest.
-const FactGoogleModules = "googleModules"
-
 // googleSignatures are those of this run's COS build and driver.
 type googleSignatures struct {
 	*modsign.Detached
@@ -233,11 +225,11 @@ func (c carries) byGoogle() bool { return c.google != "" || c.modules != "" }
 func (c carries) fact() (name, value string, ok bool) {
 	switch {
 	case c.key != "":
-		return FactModuleKey, c.key, true
+		return trust.FactModuleKey, c.key, true
 	case c.google != "":
-		return FactGoogleSignatures, c.google, true
+		return trust.FactGoogleSignatures, c.google, true
 	case c.modules != "":
-		return FactGoogleModules, c.modules, true
+		return trust.FactGoogleModules, c.modules, true
 	}
 	return "", "", false
 }

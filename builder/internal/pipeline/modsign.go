@@ -15,10 +15,6 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// FactModuleKey is the word under which the provenance names the certificate
-// whose key signed the modules; there is none for unsigned ones.
-const FactModuleKey = "moduleKey"
-
 // hintSigned is what to do for a kernel that takes signed modules only.
 const hintSigned = "sign them with a key that this kernel trusts: --module-key FILE --module-cert FILE; or publish those that Google signed: --google-modules"
 
@@ -124,5 +120,5 @@ func carriesOf(st *trust.Statement) (carries, error) {
 		return carries{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
 	}
 	facts := p.BuildDefinition.InternalParameters
-	return carries{key: facts[FactModuleKey], google: facts[FactGoogleSignatures], modules: facts[FactGoogleModules]}, nil
+	return carries{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures], modules: facts[trust.FactGoogleModules]}, nil
 }

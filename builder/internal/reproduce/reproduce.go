@@ -108,11 +108,11 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		return path, os.Mkdir(path, 0o755)
 	}
 	google := pipeline.GoogleOff
-	if p.recipes[pipeline.FactGoogleSignatures] != "" {
+	if p.recipes[trust.FactGoogleSignatures] != "" {
 		google = pipeline.GoogleRequire
 	}
 	made, err := c.Make(ctx, pipeline.Request{
-		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google, GoogleModules: p.recipes[pipeline.FactGoogleModules] != "", BTF: p.recipes[pipeline.FactBTF],
+		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google, GoogleModules: p.recipes[trust.FactGoogleModules] != "", BTF: p.recipes[pipeline.FactBTF],
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {
@@ -130,7 +130,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		Kernel: p.Built.Kernel, Driver: p.Built.Driver, Fingerprint: p.Built.Fingerprint, BuilderID: p.BuilderID,
 	}
 	if !report.Identical {
-		report.ModuleKey = p.recipes[pipeline.FactModuleKey]
+		report.ModuleKey = p.recipes[trust.FactModuleKey]
 		if err := c.compare(ctx, content, made, folder, report); err != nil {
 			return nil, err
 		}

@@ -152,8 +152,8 @@ func TestIdentical(t *testing.T) {
 func TestGoogle(t *testing.T) {
 	t.Parallel()
 	for fact, want := range map[string]pipeline.Request{
-		pipeline.FactGoogleSignatures: {GoogleSignatures: pipeline.GoogleRequire},
-		pipeline.FactGoogleModules:    {GoogleSignatures: pipeline.GoogleOff, GoogleModules: true},
+		trust.FactGoogleSignatures: {GoogleSignatures: pipeline.GoogleRequire},
+		trust.FactGoogleModules:    {GoogleSignatures: pipeline.GoogleOff, GoogleModules: true},
 	} {
 		s, with := sample(t, ""), facts()
 		with[fact] = materials[0].Digest

@@ -102,18 +102,24 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	if err != nil {
 		return err
 	}
-	// What the kernel is bound to refuse is said before anything is downloaded.
-	if !a.cfg.NoLoad && len(facts.Modules) == 0 {
-		if err := facts.Policy.Allows("nvidia", true); err != nil {
-			return err
-		}
-	}
 	store, err := a.openStore()
 	if err != nil {
 		return err
 	}
 	if store != nil {
 		defer func() { err = errors.Join(err, store.Close()) }()
+	}
+	a.bootAllows(ctx, store, facts)
+	defer func() {
+		if err != nil {
+			err = a.editBoot(ctx, r, store, facts, err)
+		}
+	}()
+	// What the kernel is bound to refuse is said before anything is downloaded.
+	if !a.cfg.NoLoad && len(facts.Modules) == 0 {
+		if err := facts.Policy.Allows("nvidia", true); err != nil {
+			return err
+		}
 	}
 	if a.cfg.DryRun {
 		return a.dryRun(ctx, r, facts, store)

@@ -54,6 +54,11 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 			return "", err
 		}
 		r.SignedBy, r.Signatures = verdict.SignedBy(), verdict.Signatures
+		if !a.cfg.NoLoad { // what the kernel is bound to refuse is not fetched
+			if err := facts.Policy.Allows("nvidia", verdict.ModulesSigned); err != nil {
+				return "", err
+			}
+		}
 		return fmt.Sprintf("%s signed by %s", short(r.Answer.Digest), r.SignedBy), nil
 	})
 	if err != nil {

@@ -73,6 +73,8 @@ type Config struct {
 	// to wait for those who use it to end.
 	Maintenance Window
 	WaitIdle    time.Duration
+	// EditBoot changes a kernel command line that keeps modules out, and reboots the node.
+	EditBoot bool
 	// DryRun changes nothing and reports what would be done.
 	DryRun bool
 }
@@ -92,8 +94,10 @@ type Parts struct {
 	Kernel kmod.System
 	Nodes  devnode.System
 	Probe  prober
-	Log    *slog.Logger
-	Line   *timeline.Run
+	// Boot changes the boot configuration; nil where nothing may.
+	Boot bootMaker
+	Log  *slog.Logger
+	Line *timeline.Run
 	// Now is the clock.
 	Now func() time.Time
 }

@@ -17,6 +17,9 @@ type Policy struct {
 	SignaturesEnforced bool `json:"signaturesEnforced"`
 	// LoadPin says that the LoadPin security module is active and enforcing.
 	LoadPin bool `json:"loadPin"`
+	// Lockdown is how far the kernel is locked down, integrity or confidentiality: it loads no
+	// module without a signature then. "" is not at all, or not told.
+	Lockdown string `json:"lockdown,omitempty"`
 	// LoadPinExcludes are the kinds of file that LoadPin leaves alone.
 	LoadPinExcludes []string `json:"loadPinExcludes,omitempty"`
 }
@@ -35,6 +38,14 @@ func readPolicy(root fs.FS) (Policy, error) {
 	}
 	if enforced != "" {
 		p.SignaturesEnforced = enforced == "Y"
+	}
+	// As in "none [integrity] confidentiality" (security/lockdown/lockdown.c). The file is
+	// there where securityfs is mounted, which it need not be.
+	if text, err := readOptional(root, "sys/kernel/security/lockdown"); err == nil {
+		_, now, _ := strings.Cut(text, "[")
+		if now, _, ok := strings.Cut(now, "]"); ok && now != "none" {
+			p.Lockdown = now
+		}
 	}
 	// The sysctl exists only where LoadPin is built in and chosen at boot; its
 	// name changed from "enabled" to "enforce" in Linux 5.8.
@@ -67,6 +78,11 @@ func ParseCmdline(text string) Policy {
 	return p
 }
 
+// Restricts reports whether the kernel holds back modules for what its command line says.
+func (p Policy) Restricts() (signatures, place bool) {
+	return p.SignaturesEnforced, p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module")
+}
+
 // Allows returns why the kernel is bound to refuse a module of ours, or nil.
 // signed says whether the module carries a signature at all; whose it is, only
 // the kernel can tell.
@@ -74,12 +90,17 @@ func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return fault.New(fault.Rejected,
 			fmt.Sprintf("load %s: the kernel enforces module signatures (module.sig_enforce=1) and this module has none", module),
-			"boot the node with module.sig_enforce=0 on the kernel command line, or use a GKE GPU node pool, whose nodes load any module")
+			"boot the node with module.sig_enforce=0 on the kernel command line (--edit-boot does that), or use a GKE GPU node pool, whose nodes load any module")
+	}
+	if p.Lockdown != "" && !signed {
+		return fault.New(fault.Rejected,
+			fmt.Sprintf("load %s: the kernel is locked down (%s) and this module has no signature", module, p.Lockdown),
+			"boot the node without Secure Boot and without lockdown= on the kernel command line, or have the modules signed")
 	}
 	if p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module") {
 		return fault.New(fault.Rejected,
 			fmt.Sprintf("load %s: LoadPin lets only modules of the root filesystem load", module),
-			"boot the node with loadpin.exclude=kernel-module on the kernel command line")
+			"boot the node with loadpin.exclude=kernel-module,firmware on the kernel command line (--edit-boot does that)")
 	}
 	return nil
 }

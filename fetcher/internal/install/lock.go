@@ -20,7 +20,9 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	unlock = func() error {
 		var errs []error
 		for _, f := range held {
-			errs = append(errs, f.Close())
+			// A child that was forked and has not begun yet holds a copy of the file: closing
+			// it would not let go of the lock.
+			errs = append(errs, unix.Flock(int(f.Fd()), unix.LOCK_UN), f.Close())
 		}
 		return errors.Join(errs...)
 	}

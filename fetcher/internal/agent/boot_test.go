@@ -1,0 +1,133 @@
+package agent_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/bootcfg"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// bootMaker notes what is asked of a boot configuration with five entries.
+type bootMaker struct {
+	wants   []bootcfg.Want
+	reboots int
+	entries int
+	undone  bool
+}
+
+func (b *bootMaker) Apply(want bootcfg.Want) (int, error) {
+	b.wants = append(b.wants, want)
+	return b.entries, nil
+}
+
+func (b *bootMaker) Reboot() error {
+	b.reboots++
+	return nil
+}
+
+func (b *bootMaker) Undo() error {
+	b.undone = true
+	return nil
+}
+
+// A kernel that takes no module of ours is said so. Its command line is changed only where
+// its owner said so, never without a count, and not where that is of no use.
+func TestEditBoot(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	maker := &bootMaker{entries: 5}
+	n.parts.Boot = maker
+	enforce := func(on string) { sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", on+"\n") }
+	run := func(what, text string, edits, reboots int) {
+		t.Helper()
+		_, err := n.run(t, ref, p.Digest, c.Driver)
+		if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), text) || fault.Hint(err) == "" {
+			t.Errorf("%s: %v (%s); want it rejected, with %q", what, err, fault.Hint(err), text)
+		}
+		if len(maker.wants) != edits || maker.reboots != reboots || len(n.kernel.calls) > 0 {
+			t.Errorf("%s: %d edits, %d reboots, calls %v; want %d and %d", what, len(maker.wants), maker.reboots, n.kernel.calls, edits, reboots)
+		}
+	}
+	enforce("Y")
+	run("by default", "module.sig_enforce=1", 0, 0)
+	n.cfg.EditBoot, n.cfg.DryRun = true, true
+	run("in a dry run", "module.sig_enforce=1", 0, 0)
+	n.cfg.DryRun = false
+	sample.Write(t, n.root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c", "\x06\x00\x00\x00\x01")
+	run("with Secure Boot", "Secure Boot is on", 0, 0)
+	sample.Write(t, n.root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c", "\x06\x00\x00\x00\x00")
+	run("the first time", "and the node reboots", 1, 1)
+	if maker.wants[0] != (bootcfg.Want{Unsigned: true}) {
+		t.Errorf("wanted was %+v; want unsigned modules, and nothing else", maker.wants[0])
+	}
+	run("again, in the same boot", "has not rebooted yet", 1, 1)
+	n.reboot(t)
+	run("after a reboot that was of no use", "and the node reboots", 2, 2)
+	n.reboot(t)
+	run("after the second", "that was done 2 times", 2, 2)
+	n.reboot(t)
+	run("and ever after", "that was done 2 times", 2, 2)
+	// Once the kernel takes them, all is forgotten.
+	enforce("N")
+	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
+		t.Fatalf("Run = %+v, %v; want ready", r.Verdict, err)
+	}
+	if r, err := agent.New(n.cfg, n.parts).Boot(false); err != nil || r.Edits != 0 || r.Policy.SignaturesEnforced {
+		t.Errorf("Boot = %+v, %v; want nothing remembered", r, err)
+	}
+	// A configuration that allows it already is no reason to reboot.
+	n.reboot(t)
+	enforce("Y")
+	maker.entries = 0
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "allows it already") || maker.reboots != 2 {
+		t.Errorf("Run = %v, %d reboots; want none more", err, maker.reboots)
+	}
+	r, err := agent.New(n.cfg, n.parts).Boot(true)
+	if err != nil || !r.Undone || !maker.undone {
+		t.Errorf("Boot, undone = %+v, %v", r, err)
+	}
+	if r, err := agent.New(n.cfg, n.parts).Boot(false); err != nil || r.Edits != 0 {
+		t.Errorf("Boot afterwards = %+v, %v; want it forgotten", r, err)
+	}
+}
+
+// LoadPin and lockdown are told apart, each with a way out.
+func TestLockdown(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	for file, row := range map[string]struct {
+		text, cmdline, says string
+		want                bootcfg.Want
+	}{
+		"sys/kernel/security/lockdown":     {"none [integrity] confidentiality\n", "ro\n", "locked down (integrity)", bootcfg.Want{}},
+		"proc/sys/kernel/loadpin/enforce":  {"1\n", "ro\n", "LoadPin", bootcfg.Want{Elsewhere: true}},
+		"sys/kernel/security/lockdown.off": {"", "ro\n", "", bootcfg.Want{}},
+	} {
+		n := newNode(t, c, 1, key)
+		n.reboot(t)
+		maker := &bootMaker{entries: 5}
+		n.parts.Boot, n.cfg.EditBoot = maker, true
+		sample.Write(t, n.root, file, row.text)
+		sample.Write(t, n.root, "proc/cmdline", row.cmdline)
+		_, err := n.run(t, ref, p.Digest, c.Driver)
+		if (row.says == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), row.says) {
+			t.Errorf("%s: %v; want %q", file, err, row.says)
+		}
+		if row.want == (bootcfg.Want{}) && len(maker.wants) > 0 || row.want != (bootcfg.Want{}) && (len(maker.wants) != 1 || maker.wants[0] != row.want) {
+			t.Errorf("%s: wanted was %+v; want %+v", file, maker.wants, row.want)
+		}
+	}
+}

@@ -1,0 +1,155 @@
+package bootcfg
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// The names on the EFI partition, which is a FAT: their case does not matter.
+const (
+	file   = "efi/boot/grub.cfg"
+	backup = file + ".prebake"
+	fresh  = file + ".new"
+)
+
+// maxConfig bounds the file; a real one has some three kilobytes.
+const maxConfig = 1 << 20
+
+// Apply changes the configuration on an EFI partition, and keeps a copy of what was there.
+// It reports how many entries there are; 0 is that all of it was so already.
+func Apply(esp *os.Root, want Want) (entries int, err error) {
+	have, err := read(esp, file)
+	if err != nil {
+		return 0, err
+	}
+	edited, entries, err := Edit(have, want)
+	if err != nil {
+		return 0, err
+	}
+	if bytes.Equal(edited, have) {
+		return 0, nil
+	}
+	// An operating system that was updated wrote a new one: that is what undo means then. One
+	// that this program edited before is not.
+	kept, err := read(esp, backup)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return 0, err
+	}
+	if err != nil || !ours(kept, have) {
+		if err := write(esp, backup, have); err != nil {
+			return 0, err
+		}
+	}
+	return entries, write(esp, file, edited)
+}
+
+// Undo puts back what was there before [Apply]. A configuration that somebody else changed
+// since stays as it is.
+func Undo(esp *os.Root) error {
+	kept, err := read(esp, backup)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fault.New(fault.NoArtifact, "undo: this program did not change the boot configuration", "")
+	}
+	if err != nil {
+		return err
+	}
+	have, err := read(esp, file)
+	if err != nil {
+		return err
+	}
+	if !bytes.Equal(have, kept) {
+		if !ours(kept, have) {
+			return fault.New(fault.Mismatch, "undo: the boot configuration is not what this program wrote; somebody changed it since",
+				"change it by hand; what it was before is in "+backup+" on the EFI partition")
+		}
+		if err := write(esp, file, kept); err != nil {
+			return err
+		}
+	}
+	if err := esp.Remove(backup); err != nil {
+		return fmt.Errorf("remove %s: %w", backup, err)
+	}
+	return flush(esp)
+}
+
+// ours reports whether edited is what this program made of a configuration.
+func ours(before, edited []byte) bool {
+	for _, want := range []Want{{Unsigned: true}, {Elsewhere: true}, {Unsigned: true, Elsewhere: true}} {
+		if out, _, err := Edit(before, want); err == nil && bytes.Equal(out, edited) {
+			return true
+		}
+	}
+	return false
+}
+
+func read(esp *os.Root, name string) ([]byte, error) {
+	f, err := esp.Open(name)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w", name, err)
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
+	if err == nil && len(raw) > maxConfig {
+		err = fault.New(fault.Unsupported, fmt.Sprintf("more than %d bytes", maxConfig), "this is no configuration of COS's boot loader")
+	}
+	if err := errors.Join(err, f.Close()); err != nil {
+		return nil, fmt.Errorf("read %s: %w", name, err)
+	}
+	return raw, nil
+}
+
+// write gives a file its name once its bytes are on the disk, and reads them back.
+func write(esp *os.Root, name string, data []byte) error {
+	f, err := esp.OpenFile(fresh, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o755)
+	if err != nil {
+		return fault.Disk(fmt.Errorf("write %s: %w", name, err), "free space on the EFI partition")
+	}
+	_, err = f.Write(data)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = esp.Rename(fresh, name)
+	}
+	if err == nil {
+		err = flush(esp)
+	}
+	if err != nil {
+		return fault.Disk(errors.Join(fmt.Errorf("write %s: %w", name, err), esp.RemoveAll(fresh)), "free space on the EFI partition")
+	}
+	if got, err := read(esp, name); err != nil || !bytes.Equal(got, data) {
+		return fault.New(fault.Internal, fmt.Sprintf("write %s: it reads back as something else (%v)", name, err), "do not reboot this node; restore it from "+backup)
+	}
+	return nil
+}
+
+func flush(esp *os.Root) error {
+	d, err := esp.Open(path.Dir(file))
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
+}
+
+// SecureBoot reports whether the firmware checks what it boots. A changed command line
+// would be of no use then, or keep the node from booting.
+func SecureBoot(root fs.FS, kernelLog []string) bool {
+	// Four bytes of attributes, then the value (UEFI specification, "Globally Defined Variables").
+	raw, err := fs.ReadFile(root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
+	if err == nil && len(raw) == 5 {
+		return raw[4] == 1
+	}
+	for _, line := range kernelLog { // where the variables are not mounted: arch/x86/kernel/setup.c
+		if strings.Contains(line, "Secure boot enabled") {
+			return true
+		}
+	}
+	return false
+}
