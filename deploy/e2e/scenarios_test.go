@@ -63,7 +63,7 @@ func TestNodeScenarios(t *testing.T) {
 	if err != nil || len(scripts) == 0 {
 		t.Fatalf("no scenarios: %v", err)
 	}
-	for _, script := range scripts {
+	for _, script := range scripts { // each in a machine of its own
 		t.Run(strings.TrimSuffix(filepath.Base(script), ".txtar"), func(t *testing.T) {
 			raw, err := os.ReadFile(script)
 			if err != nil {
