@@ -17,6 +17,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/fetcher/internal/bootcfg"
+	"github.com/prebake/prebake/fetcher/internal/credentials"
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
@@ -209,7 +210,7 @@ func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 }
 
 func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error) {
-	o := registry.Options{UserAgent: "prebake-fetcher/" + version, Patience: cmd.Duration("wait")}
+	o := registry.Options{UserAgent: "prebake-fetcher/" + version, Patience: cmd.Duration("wait"), Keychain: credentials.Keychain()}
 	// A server that is asked over plain HTTP serves its own registry likewise.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true

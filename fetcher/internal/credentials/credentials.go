@@ -1,0 +1,128 @@
+// Package credentials finds how a node logs in to a registry: by Docker's configuration,
+// which pull secrets have the form of, and at Google's registries as the machine's service
+// account. It refuses to guess: where neither has anything, nothing is sent.
+package credentials
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Keychain returns where credentials come from. An error of it is of kind Usage.
+func Keychain() authn.Keychain {
+	return authn.NewMultiKeychain(docker{authn.DefaultKeychain}, &Google{})
+}
+
+// docker says what is wrong with Docker's configuration in words that help.
+type docker struct{ authn.Keychain }
+
+func (d docker) Resolve(r authn.Resource) (authn.Authenticator, error) {
+	return d.ResolveContext(context.Background(), r)
+}
+
+// ResolveContext implements [authn.ContextKeychain].
+func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Authenticator, error) {
+	a, err := authn.Resolve(ctx, d.Keychain, r)
+	if err == nil {
+		return a, nil
+	}
+	hint := "mend Docker's configuration, or name the folder of another one: DOCKER_CONFIG"
+	if text := err.Error(); strings.Contains(text, "docker-credential-") && strings.Contains(text, "not found") {
+		hint = "install that program beside the fetcher, or have Docker's configuration name none for this registry; at Google's registries the machine's service account needs none"
+	}
+	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)
+}
+
+// metadataHost is Google's metadata server, by its address: no resolver is needed.
+const metadataHost = "169.254.169.254"
+
+// tokenPath is where it has the token of the machine's service account (Compute Engine
+// documentation, "Access scopes and tokens"). GKE's own server for workloads answers it, too.
+const tokenPath = "/computeMetadata/v1/instance/service-accounts/default/token"
+
+// Google logs in at Google's registries with the token of the machine's service account. A
+// machine without one reads what is public.
+type Google struct {
+	mu    sync.Mutex
+	token string
+	until time.Time
+}
+
+// Resolve implements [authn.Keychain].
+func (g *Google) Resolve(r authn.Resource) (authn.Authenticator, error) {
+	return g.ResolveContext(context.Background(), r)
+}
+
+// ResolveContext implements [authn.ContextKeychain].
+func (g *Google) ResolveContext(ctx context.Context, r authn.Resource) (authn.Authenticator, error) {
+	host := r.RegistryStr()
+	if host != "gcr.io" && !strings.HasSuffix(host, ".gcr.io") && !strings.HasSuffix(host, ".pkg.dev") {
+		return authn.Anonymous, nil
+	}
+	token, err := g.get(ctx)
+	if err != nil || token == "" {
+		return authn.Anonymous, err
+	}
+	return authn.FromConfig(authn.AuthConfig{Username: "oauth2accesstoken", Password: token}), nil
+}
+
+// spare is how long a token has to last still.
+const spare = time.Minute
+
+func (g *Google) get(ctx context.Context) (string, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if time.Until(g.until) > spare {
+		return g.token, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	host := metadataHost
+	if other := os.Getenv("GCE_METADATA_HOST"); other != "" { // as Google's own clients have it
+		host = other
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+host+tokenPath, nil)
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Metadata-Flavor", "Google")
+	resp, err := (&http.Client{Transport: &http.Transport{}}).Do(req) // no proxy: it is this machine's own
+	if err != nil {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			return "", context.Cause(ctx)
+		}
+		return "", nil // no machine of Google's
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode == http.StatusNotFound {
+		return "", nil // a machine without a service account
+	}
+	var answer struct {
+		Token   string `json:"access_token"`
+		Seconds int    `json:"expires_in"`
+	}
+	raw, err := io.ReadAll(io.LimitReader(resp.Body, 64<<10))
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("HTTP %d", resp.StatusCode)
+	}
+	if err == nil {
+		err = json.Unmarshal(raw, &answer)
+	}
+	if err != nil {
+		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err), "check that the machine has a service account with the scope devstorage.read_only, or none at all")
+	}
+	g.token, g.until = answer.Token, time.Now().Add(time.Duration(answer.Seconds)*time.Second)
+	return g.token, nil
+}
