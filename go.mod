@@ -58,7 +58,14 @@ require (
 	modernc.org/sqlite v1.61.1
 )
 
-require github.com/cyphar/filepath-securejoin v0.6.1
+require (
+	github.com/cyphar/filepath-securejoin v0.6.1
+	github.com/opencontainers/runtime-spec v1.3.0
+	tags.cncf.io/container-device-interface v1.1.1
+	tags.cncf.io/container-device-interface/specs-go v1.1.1
+)
+
+require github.com/fsnotify/fsnotify v1.9.0 // indirect
 
 require (
 	cloud.google.com/go/kms v1.32.0 // indirect

@@ -119,6 +119,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if changed {
 		a.exposeLibraries(ctx, store)
 	}
+	a.describeGPUs(ctx, r.Verdict)
 	if changed || d.do != keep {
 		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
@@ -250,6 +251,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 			}
 		}
 	}
+	a.describeGPUs(ctx, r.Verdict)
 	errs = append(errs, a.end(store, t.set.Digest, cause))
 	a.tell(ctx, store, eventTakenBack, t.set, string(r.Verdict.State), cause)
 	if lost := errors.Join(errs...); lost != nil {

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
@@ -162,6 +163,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if added { // while the note of it is there, for the next run if this one is killed
 		a.concealLibraries(ctx, added)
 	}
+	a.describeGPUs(ctx, gpucheck.Verdict{})
 	if err = store.Remove(); !added {
 		a.concealLibraries(ctx, added)
 	}

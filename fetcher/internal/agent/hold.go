@@ -30,8 +30,8 @@ type Watcher interface {
 func (a *Agent) Watch(w Watcher) { a.watcher = w }
 
 // Hold looks at the driver again every so often until the context ends, and tells the
-// watcher. A look that fails is no verdict: what was seen last ages. It changes nothing,
-// and it leaves the modules loaded: whoever uses the GPU must not notice that this
+// watcher. A look that fails is no verdict: what was seen last ages. It changes nothing but
+// the description of GPUs for container runtimes, and it leaves the modules loaded: whoever uses the GPU must not notice that this
 // program ends.
 func (a *Agent) Hold(ctx context.Context, every time.Duration, w Watcher) error {
 	tick := time.NewTicker(every)
@@ -59,6 +59,7 @@ func (a *Agent) Hold(ctx context.Context, every time.Duration, w Watcher) error 
 			a.parts.Log.WarnContext(ctx, "verdict changed", "verdict", v.State, "was", last, "reason", v.Reason)
 		}
 		last = v.State
+		a.describeGPUs(ctx, v)
 		w.Tell(v)
 	}
 }
@@ -282,6 +283,7 @@ func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s
 	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.OurGPUs()), Modules: map[string]string{}}
 	err := errors.Join(store.Restore(install.Pointers{}), store.Sweep())
 	a.concealLibraries(ctx, addedLibraries(store))
+	a.describeGPUs(ctx, r.Verdict)
 	return errors.Join(err, store.RemoveFile(ldFile))
 }
 

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"path"
 
+	"github.com/prebake/prebake/fetcher/internal/cdi"
+	"github.com/prebake/prebake/fetcher/internal/devnode"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/ldcache"
 )
@@ -39,4 +42,35 @@ func (a *Agent) concealLibraries(ctx context.Context, added bool) {
 func addedLibraries(store *install.Store) bool {
 	raw, err := store.ReadFile(ldFile)
 	return err == nil && raw != nil
+}
+
+// describeGPUs tells container runtimes of the GPUs of the driver that is loaded, and of
+// none where none is.
+func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
+	err := func() error {
+		if _, loaded := v.Modules["nvidia"]; !loaded {
+			return cdi.Remove(a.parts.Node)
+		}
+		gpus, err := cdi.GPUs(a.node)
+		if err != nil || len(gpus) == 0 {
+			return err
+		}
+		present := map[string]bool{}
+		for name := range v.Modules {
+			present[name] = true
+		}
+		nodes, err := devnode.Plan(a.node, present)
+		if err != nil {
+			return err
+		}
+		var names []string
+		for _, n := range nodes {
+			names = append(names, n.Name)
+		}
+		_, err = cdi.Write(a.parts.Node, cdi.Spec(gpus, a.cfg.InstallDir, names))
+		return err
+	}()
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "describe GPUs to container runtimes", "err", err)
+	}
 }

@@ -179,3 +179,34 @@ func TestLibraryCache(t *testing.T) {
 		}
 	}
 }
+
+// Container runtimes have a description of the GPUs while the driver is loaded.
+func TestGPUsDescribed(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	sample.Write(t, n.root, "proc/driver/nvidia/gpus/0000:00:04.0/information", "GPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nDevice Minor: \t 0\n")
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(n.root, "var/run/cdi/prebake-nvidia.json")
+	raw, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{`"GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a"`, `"/dev/nvidia-uvm"`, `"hostPath": "/` + installDir + `"`} {
+		if !strings.Contains(string(raw), want) {
+			t.Errorf("the description has no %s:\n%s", want, raw)
+		}
+	}
+	if _, err := n.uninstall(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(name); !os.IsNotExist(err) {
+		t.Errorf("after the uninstall the description is there: %v", err)
+	}
+}
