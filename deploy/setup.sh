@@ -17,8 +17,9 @@ declare -A groups=(
   # without which qemu refuses to make the card; mke2fs makes its disk.
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # The other database of the server and its queue; see deploy/postgres.sh. A
-  # registry that nobody here wrote, and what a real kube-apiserver keeps its objects in.
-  [test]="postgresql docker-registry etcd-server"
+  # registry that nobody here wrote, what a real kube-apiserver keeps its objects in, and
+  # what makes an EFI partition.
+  [test]="postgresql docker-registry etcd-server fdisk dosfstools mtools"
   # A Dockerfile builder that needs no daemon, a base image made on the spot, and
   # what enters an image to try its sandbox.
   [images]="buildah debootstrap bubblewrap"

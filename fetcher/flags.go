@@ -49,9 +49,9 @@ func wishFlags() []ucli.Flag {
 		),
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
-			cli.String("registry", "", "without a server: repository `REF`, host/name or oci:FOLDER"),
+			cli.Strings("registry", "repository `REF`, after the server, as host/name or oci:FOLDER"),
 			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
-			cli.Duration("wait", 0, "longest `TIME` to wait for a build in progress or a service that fails; 0 asks once"),
+			cli.Duration("wait", 0, "longest `TIME` to wait for a build or a service; 0 asks once"),
 		),
 	)
 }

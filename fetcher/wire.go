@@ -254,7 +254,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 	}, nil
 }
 
-// newFinder asks a server, else a registry, else nobody: then the node compiles.
+// newFinder asks a server, then registries, or nobody: then the node compiles.
 // v is who believes lists of supported GPUs; nil believes none.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister
@@ -262,24 +262,29 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		gpus = resolve.Signed(v, func(ref string) (resolve.Attachments, error) { return openRepository(cmd, ref) })
 	}
 	pinned := strings.HasPrefix(cmd.String("driver"), digestPrefix)
-	if pinned && cmd.String("registry") == "" {
+	registries := cmd.StringSlice("registry")
+	if pinned && len(registries) == 0 {
 		return nil, fault.New(fault.Usage, "a digest says what artifact, and not where it is", "name the repository with --registry HOST/NAME")
 	}
+	var chain resolve.Chain
 	if server := cmd.String("server"); server != "" && !pinned {
 		u, err := url.Parse(server)
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
 		}
-		return resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus}, nil
+		chain = append(chain, resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus})
 	}
-	if ref := cmd.String("registry"); ref != "" {
+	for _, ref := range registries {
 		repo, err := openRepository(cmd, ref)
 		if err != nil {
 			return nil, err
 		}
-		return registryFinder(ref, repo, gpus), nil
+		chain = append(chain, registryFinder(ref, repo, gpus))
 	}
-	if compiles {
+	switch {
+	case len(chain) > 0:
+		return chain, nil
+	case compiles:
 		return resolve.Nobody{}, nil
 	}
 	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")

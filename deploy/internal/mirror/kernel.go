@@ -246,9 +246,11 @@ func rebuilt(t tree, k kernel, when time.Time) {
 }
 
 // bootModules are what a test machine loads at boot, with all that they depend
-// on, where the kernel does not have them built in: its network card, its disk with what
-// ext4 asks for by name, and what nvidia-modeset and nvidia-drm need of the kernel.
-var bootModules = []string{"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "drm_kms_helper", "video"}
+// on, where the kernel does not have them built in: its network card, its disk with two
+// filesystems and what these ask for by name, and what nvidia-modeset and nvidia-drm need.
+var bootModules = []string{
+	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper", "video",
+}
 
 // kernelImage returns the file that boots, and adds what is wanted beside it
 // from the kernel's package to in.

@@ -31,6 +31,8 @@ type Node struct {
 	Tools []string
 	// Disk is an image that the node has as /dev/vda; "" is none.
 	Disk string
+	// KernelArgs are added to the kernel's command line.
+	KernelArgs []string
 	// Timeout ends the machine; 0 is 10 minutes.
 	Timeout time.Duration
 }
@@ -90,7 +92,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	}
 	return vm.Run(ctx, vm.Config{
 		Boot: n.Boot, GPU: n.GPU, Init: s.Program("guestinit"), Files: files, Steps: steps,
-		Disk: n.Disk, Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
+		Disk: n.Disk, KernelArgs: n.KernelArgs, Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
 	})
 }
 

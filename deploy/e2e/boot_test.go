@@ -1,0 +1,122 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// grubConfig is a boot configuration in the shape of COS's: entries A and B, local and
+// verified, the latter with a quoted word (cos/tools, cos_image_analyzer's test data; the
+// words are those that hosts of Cloud Shell show in /proc/cmdline).
+func grubConfig() string {
+	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 loadpin.exclude=kernel-module,firmware " +
+		"modules-load=loadpin_trigger firmware_class.path=/var/lib/nvidia/firmware module.sig_enforce=1 i915.modeset=1 cros_efi"
+	var b strings.Builder
+	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\nset timeout=0\n")
+	for _, root := range []string{"      root=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E", ` root=/dev/dm-0 "dm-mod.create=vroot,,,ro,0 4077568 verity 0 PARTUUID=33380AF5 sha256 salt"`} {
+		for _, side := range []string{"A", "B"} {
+			fmt.Fprintf(&b, "\nmenuentry \"image %s\" {\n  linux /syslinux/vmlinuz.%s %s%s\n}\n", side, side, words, root)
+		}
+	}
+	return b.String()
+}
+
+// A node whose kernel takes signed modules only has its boot configuration changed on a real
+// EFI partition, boots with what was written there, and then takes others. It is put back
+// by one command.
+func TestNodeBootConfiguration(t *testing.T) {
+	t.Parallel()
+	k := shared.kernel(1)
+	boot, err := shared.Boot(t.Context(), shared.mirror, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	disk := filepath.Join(t.TempDir(), "disk")
+	before := grubConfig()
+	tool := func(stdin string, argv ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
+		cmd.Stdin = strings.NewReader(stdin)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			t.Fatalf("%s: %v: %s", strings.Join(argv, " "), err, out)
+		}
+		return string(out)
+	}
+	if err := os.WriteFile(disk, nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(disk, 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	// One partition from the first MiB on, by the name that COS gives it.
+	tool("label: gpt\nstart=2048, size=126976, type=U, name=EFI-SYSTEM\n", "sfdisk", "--quiet", disk)
+	tool("", "mkfs.vfat", "--offset=2048", "-F", "32", disk, "63488")
+	at := disk + "@@1M"
+	tool("", "mmd", "-i", at, "::efi", "::efi/boot")
+	tool(before, "mcopy", "-i", at, "-", "::efi/boot/grub.cfg")
+	config := func() string { return tool("", "mtype", "-i", at, "::efi/boot/grub.cfg") }
+	// words are what the boot loader gives the kernel of the third entry, the verified image A.
+	words := func() []string {
+		line := strings.Split(strings.Split(config(), "menuentry")[3], "\n")[1]
+		return []string{strings.TrimPrefix(strings.TrimSpace(line), "linux /syslinux/vmlinuz.A ")}
+	}
+	run := func(steps ...vm.Step) *vm.Result {
+		t.Helper()
+		res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, Key: shared.key + ".pub", Disk: disk, KernelArgs: words()}, steps)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return res
+	}
+	step := func(res *vm.Result, name string, exit int, says string) {
+		t.Helper()
+		s, err := scene.StepNamed(res, name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if s.ExitCode != exit || !bytes.Contains(append(s.Stdout, s.Stderr...), []byte(says)) {
+			t.Errorf("%s ended with %d; want %d and %q:\n%s%s", name, s.ExitCode, exit, says, s.Stdout, s.Stderr)
+		}
+	}
+	fetcher := func(name string, args ...string) vm.Step {
+		return vm.Step{Name: name, Argv: append([]string{"/usr/bin/fetcher"}, args...), KeepGoing: true}
+	}
+	install := func(name string, more ...string) vm.Step {
+		s := scene.InstallStep(shared.srv, append([]string{"--driver", shared.driver(), "--flavour", "proprietary", "--output", "text"}, more...)...)
+		s.Name = name
+		return s
+	}
+	rejected := fault.Rejected.ExitCode()
+
+	res := run(install("by default"), install("dry run", "--edit-boot", "--dry-run"), fetcher("status", "boot", "status"))
+	step(res, "by default", rejected, "module.sig_enforce=1")
+	step(res, "dry run", rejected, "module.sig_enforce=1")
+	step(res, "status", 0, "module signatures enforced   yes")
+	if config() != before {
+		t.Fatal("the boot configuration was changed without --edit-boot")
+	}
+	// The virtual node has no systemd that reboots it.
+	res = run(install("edit", "--edit-boot"), install("again", "--edit-boot"))
+	step(res, "edit", rejected, "the kernel command line is changed")
+	step(res, "again", rejected, "has not rebooted yet")
+	if want := strings.ReplaceAll(before, "module.sig_enforce=1", "module.sig_enforce=0"); config() != want {
+		t.Errorf("the boot configuration is\n%s\nwant\n%s", config(), want)
+	}
+	res = run(install("after the reboot", "--no-load"), fetcher("status", "boot", "status"), fetcher("undo", "boot", "undo"))
+	step(res, "after the reboot", 0, "installed")
+	step(res, "status", 0, "module signatures enforced   no")
+	step(res, "undo", 0, "is what it was")
+	if config() != before {
+		t.Errorf("undone, the boot configuration is\n%s", config())
+	}
+}

@@ -1,0 +1,61 @@
+package resolve_test
+
+import (
+	"context"
+	"testing"
+
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// says answers always the same, and counts who asks.
+type says struct {
+	state api.State
+	err   error
+	asked *int
+}
+
+func (s says) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	*s.asked++
+	return resolve.Answer{State: s.state, Reason: string(s.state)}, s.err
+}
+
+func TestChain(t *testing.T) {
+	t.Parallel()
+	away, wrong, usage := fault.New(fault.Transient, "refused", ""), fault.New(fault.Mismatch, "another driver", ""), fault.New(fault.Usage, "no default", "")
+	type link struct {
+		state api.State
+		err   error
+	}
+	for name, row := range map[string]struct {
+		links []link
+		want  api.State
+		kind  fault.Kind // Internal: no error
+		asked int
+	}{
+		"the server has it":                    {[]link{{api.Published, nil}, {api.Published, nil}}, api.Published, fault.Internal, 1},
+		"the server is away":                   {[]link{{"", away}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"the server's database is fresh":       {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"it is being built, and is there":      {[]link{{api.Building, nil}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"it is being built, and nowhere else":  {[]link{{api.Building, nil}, {api.Unknown, nil}}, api.Building, fault.Internal, 2},
+		"yanked is yanked":                     {[]link{{api.Yanked, nil}, {api.Published, nil}}, api.Yanked, fault.Internal, 1},
+		"unsupported is nowhere":               {[]link{{api.Unsupported, nil}, {api.Published, nil}}, api.Unsupported, fault.Internal, 1},
+		"away, and not in the registry":        {[]link{{"", away}, {api.Unknown, nil}}, "", fault.Transient, 2},
+		"away, and a registry has no default":  {[]link{{"", away}, {"", usage}}, "", fault.Transient, 2},
+		"failed, and a registry has no answer": {[]link{{api.Failed, nil}, {"", usage}}, api.Failed, fault.Internal, 2},
+		"a wrong answer is not passed over":    {[]link{{"", wrong}, {api.Published, nil}}, "", fault.Mismatch, 1},
+		"registries alone, asked for default":  {[]link{{"", usage}, {"", usage}}, "", fault.Usage, 2},
+		"a folder, then a registry":            {[]link{{api.Unknown, nil}, {"", away}, {api.Published, nil}}, api.Published, fault.Internal, 3},
+	} {
+		var chain resolve.Chain
+		asked := 0
+		for _, l := range row.links {
+			chain = append(chain, says{l.state, l.err, &asked})
+		}
+		a, err := chain.Find(t.Context(), resolve.Question{})
+		if (row.kind == fault.Internal) != (err == nil) || err != nil && !fault.Is(err, row.kind) || err == nil && a.State != row.want || asked != row.asked {
+			t.Errorf("%s: %q, %v after %d questions; want %q after %d", name, a.State, err, asked, row.want, row.asked)
+		}
+	}
+}
