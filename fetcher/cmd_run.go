@@ -137,7 +137,7 @@ func (k keeper) keep(ctx context.Context) error {
 				// A fabric starts after the driver, with programs that wait for this one.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			}
-			k.outside.server.TellPhases(r.Phases)
+			k.outside.server.TellRun(r.Phases, err)
 			return r, err
 		})
 		if ctx.Err() != nil || k.once || err != nil && !ready {

@@ -37,7 +37,8 @@ type Server struct {
 
 	ready, pci, usable prometheus.Gauge
 	info               *prometheus.GaugeVec
-	phases             *prometheus.GaugeVec
+	phases             *prometheus.HistogramVec
+	runs               *prometheus.CounterVec
 }
 
 // New returns a server that is not ready. now is the clock.
@@ -53,11 +54,15 @@ func New(now func() time.Time) *Server {
 		usable: gauge("gpus_usable", "GPUs that answer NVML."),
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "driver_info",
 			Help: "1, labelled with the installed driver and the verdict on it."}, []string{"version", "flavour", "digest", "verdict"}),
-		phases: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "phase_seconds",
-			Help: "How long each step of the last installation took."}, []string{"phase", "outcome"}),
+		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: "prebake_fetcher", Name: "phase_seconds",
+			Help:    "How long each step of an installation took.",
+			Buckets: []float64{.01, .05, .1, .5, 1, 2, 5, 10, 30, 60, 300, 900}, // up to a wait for a build
+		}, []string{"phase", "outcome"}),
+		runs: prometheus.NewCounterVec(prometheus.CounterOpts{Namespace: "prebake_fetcher", Name: "runs_total",
+			Help: "Installations that ended, by the class of their error; none is success."}, []string{"class"}),
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(s.ready, s.pci, s.usable, s.info, s.phases)
+	registry.MustRegister(s.ready, s.pci, s.usable, s.info, s.phases, s.runs)
 	s.mux.Handle("GET /metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	s.mux.HandleFunc("GET /healthz", s.healthz)
 	s.mux.HandleFunc("GET /readyz", s.readyz)
@@ -98,15 +103,19 @@ func (s *Server) Tell(v gpucheck.Verdict) {
 	s.info.WithLabelValues(v.Driver.Version, string(v.Driver.Flavour), v.Digest, string(v.State)).Set(1)
 }
 
-// TellPhases replaces the durations of the last installation.
-func (s *Server) TellPhases(phases []timeline.Phase) {
-	s.phases.Reset()
+// TellRun says that an installation ended, with an error or none, and what its steps took.
+func (s *Server) TellRun(phases []timeline.Phase, err error) {
+	class := "none"
+	if err != nil {
+		class = fault.Of(err).String()
+	}
+	s.runs.WithLabelValues(class).Inc()
 	for _, p := range phases {
 		outcome := "ok"
 		if p.Failed {
 			outcome = "failed"
 		}
-		s.phases.WithLabelValues(p.Name, outcome).Add(p.Seconds)
+		s.phases.WithLabelValues(p.Name, outcome).Observe(p.Seconds)
 	}
 }
 

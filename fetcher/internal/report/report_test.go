@@ -10,6 +10,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/report"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )
@@ -33,13 +34,16 @@ func TestServer(t *testing.T) {
 	}
 	v := gpucheck.Verdict{State: gpucheck.Ready, Driver: target.Driver{Version: "535.1.1", Flavour: target.Open}, PCIGPUs: 2, UsableGPUs: 2}
 	s.Tell(v)
-	s.TellPhases([]timeline.Phase{{Name: "fetch", Seconds: 1.5}, {Name: "load", Failed: true}})
+	s.TellRun([]timeline.Phase{{Name: "fetch", Seconds: 1.5}, {Name: "load", Failed: true}}, fault.New(fault.Busy, "in use", ""))
+	s.TellRun(nil, nil)
 	if code, body := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(body, `"verdict":"ready"`) {
 		t.Errorf("readyz = %d %s; want 200 with the verdict", code, body)
 	}
 	_, metrics := get(t, s, "/metrics")
 	for _, want := range []string{
-		"prebake_fetcher_ready 1", "prebake_fetcher_gpus_usable 2", `prebake_fetcher_phase_seconds{outcome="ok",phase="fetch"} 1.5`,
+		"prebake_fetcher_ready 1", "prebake_fetcher_gpus_usable 2", `prebake_fetcher_phase_seconds_sum{outcome="ok",phase="fetch"} 1.5`,
+		`prebake_fetcher_phase_seconds_bucket{outcome="ok",phase="fetch",le="1"} 0`, `prebake_fetcher_phase_seconds_bucket{outcome="ok",phase="fetch",le="2"} 1`,
+		`prebake_fetcher_runs_total{class="busy"} 1`, `prebake_fetcher_runs_total{class="none"} 1`,
 		`prebake_fetcher_driver_info{digest="",flavour="open",verdict="ready",version="535.1.1"} 1`,
 	} {
 		if !strings.Contains(metrics, want+"\n") {
