@@ -8,6 +8,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path"
@@ -305,31 +306,63 @@ func rank(module string) int {
 	return len(loadOrder)
 }
 
-// readModule reads one module, and not more than a module has.
-func readModule(layer fs.FS, file string) ([]byte, error) {
-	info, err := fs.Stat(layer, file)
+// readModule reads one module whole, as the kernel wants it.
+func readModule(layer fs.FS, file string) (_ []byte, err error) {
+	f, size, err := openModule(layer, file)
 	if err != nil {
 		return nil, err
 	}
-	if !info.Mode().IsRegular() || info.Size() > maxModule {
-		return nil, fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file of at most %d bytes", file, maxModule), "")
-	}
-	return fs.ReadFile(layer, file)
+	defer func() { err = errors.Join(err, f.Close()) }()
+	raw := make([]byte, size)
+	_, err = io.ReadFull(f, raw)
+	return raw, err
 }
 
-func inspectOne(layer fs.FS, file string) (install.Module, error) {
-	raw, err := readModule(layer, file)
+// inspectOne reads one module piece by piece: a large one has 65 MB.
+func inspectOne(layer fs.FS, file string) (_ install.Module, err error) {
+	f, size, err := openModule(layer, file)
 	if err != nil {
 		return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: %w", file, err), hintAgain)
 	}
-	m, err := modinfo.Read(bytes.NewReader(raw), int64(len(raw)))
+	defer func() { err = errors.Join(err, f.Close()) }()
+	h := sha256.New()
+	if n, err := io.Copy(h, f); err != nil || n != size {
+		return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
+	}
+	at, ok := f.(io.ReaderAt)
+	if !ok {
+		return install.Module{}, fmt.Errorf("check module %s: %w", file, fs.ErrInvalid)
+	}
+	m, err := modinfo.Read(at, size)
 	if err != nil {
 		return install.Module{}, fmt.Errorf("check module %s: %w", file, err)
 	}
 	return install.Module{
-		Name: strings.TrimSuffix(path.Base(file), ".ko"), File: file, SHA256: digestOf(raw), Size: int64(len(raw)),
+		Name: strings.TrimSuffix(path.Base(file), ".ko"), File: file, SHA256: "sha256:" + hex.EncodeToString(h.Sum(nil)), Size: size,
 		Version: m.Version, Vermagic: strings.TrimSpace(m.Vermagic), BuildID: m.BuildID, Signed: m.Signed,
 	}, nil
+}
+
+// openModule opens one module, and none that has more than a module has.
+func openModule(layer fs.FS, file string) (fs.File, int64, error) {
+	check := func(info fs.FileInfo, err error) error {
+		if err == nil && (!info.Mode().IsRegular() || info.Size() > maxModule) {
+			err = fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file of at most %d bytes", file, maxModule), "")
+		}
+		return err
+	}
+	if err := check(fs.Stat(layer, file)); err != nil { // first: opening a pipe waits for its other end
+		return nil, 0, err
+	}
+	f, err := layer.Open(file)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := f.Stat()
+	if err := check(info, err); err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, info.Size(), nil
 }
 
 // planBring reports what bring would do.
