@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"slices"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/host"
@@ -47,6 +48,7 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 			return "", err
 		}
 	}
+	a.loadHelper(ctx)
 	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts, a.cfg.ModuleParams))
 	if err != nil {
 		return fault.Of(err).String(), err
@@ -66,6 +68,21 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 		return "already loaded", nil
 	}
 	return plural(fresh, "module"), nil
+}
+
+// drmHelper is a module of the kernel's own whose symbols nvidia-drm wants. Where it is not
+// built in, the node's modprobe knows where it is, and what it needs.
+const drmHelper = "drm_kms_helper"
+
+// loadHelper loads it. CUDA programs run without nvidia-drm, and so does a node.
+func (a *Agent) loadHelper(ctx context.Context) {
+	program := a.parts.Node.Program("/sbin/modprobe", "/usr/sbin/modprobe")
+	if program == "" || a.parts.Node.Exists("sys/module/"+drmHelper) {
+		return
+	}
+	if err := a.parts.Node.Run(ctx, time.Minute, program, "-q", drmHelper); err != nil {
+		a.parts.Log.InfoContext(ctx, "load what nvidia-drm needs", "err", err)
+	}
 }
 
 // unload unloads the driver that is loaded.

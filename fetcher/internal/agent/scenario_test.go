@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -390,5 +391,40 @@ func TestUninstallKilled(t *testing.T) {
 	}
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
 		t.Errorf("tree (-want +got):\n%s", diff)
+	}
+}
+
+// What nvidia-drm needs of the kernel is loaded by the node's own modprobe, before it, and
+// not where it is there.
+func TestHelperModule(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("needs root: modprobe runs in the node's root")
+	}
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	out := filepath.Join(n.root, "asked")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(n.root, "sbin/modprobe"), "testdata/modprobe.go")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if text, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, text)
+	}
+	for _, want := range []string{"-q drm_kms_helper\n", ""} {
+		if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+			t.Fatal(err)
+		}
+		raw, err := os.ReadFile(out)
+		if string(raw) != want || err != nil && want != "" {
+			t.Errorf("modprobe was asked for %q, %v; want %q", raw, err, want)
+		}
+		n.reboot(t)
+		sample.Write(t, n.root, "sys/module/drm_kms_helper/refcnt", "0\n")
+		if err := os.RemoveAll(out); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

@@ -4,26 +4,20 @@
 package ldcache
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 )
 
 const config = "etc/ld.so.conf"
-
-// programs are where a node has ldconfig.
-var programs = []string{"/sbin/ldconfig", "/usr/sbin/ldconfig"}
 
 // patience bounds ldconfig, which has been seen to hang on some filesystems
 // (container-engine-accelerators, issues 57, 71 and 80).
@@ -70,12 +64,7 @@ func Remove(ctx context.Context, node *noderoot.Root, folder string) error {
 }
 
 func change(ctx context.Context, node *noderoot.Root, edit func([]string) []string) error {
-	program := ""
-	for _, p := range programs {
-		if program == "" && node.Exists(p) {
-			program = p
-		}
-	}
+	program := node.Program("/sbin/ldconfig", "/usr/sbin/ldconfig")
 	if program == "" {
 		return ErrNone
 	}
@@ -96,7 +85,7 @@ func change(ctx context.Context, node *noderoot.Root, edit func([]string) []stri
 			return fmt.Errorf("write %s: %w", config, err)
 		}
 	}
-	return refresh(ctx, node, program)
+	return node.Run(ctx, patience, program) // it replaces the cache in one step
 }
 
 func read(node *noderoot.Root) ([]byte, error) {
@@ -129,26 +118,6 @@ func write(node *noderoot.Root, text []byte) error {
 	}
 	if err != nil {
 		return errors.Join(err, etc.RemoveAll(tmp))
-	}
-	return nil
-}
-
-// refresh runs the node's ldconfig on the node's root. It replaces the cache in one step.
-func refresh(ctx context.Context, node *noderoot.Root, program string) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, program)
-	cmd.Path, cmd.Err = program, nil // it was looked for on the node
-	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if node.Dir() != "/" {
-		attr.Chroot = node.Dir()
-	}
-	var said bytes.Buffer
-	cmd.Dir, cmd.SysProcAttr, cmd.Env, cmd.Stderr = "/", attr, []string{}, &said
-	cmd.WaitDelay = 5 * time.Second
-	if err := cmd.Run(); err != nil {
-		text := said.String()
-		return fmt.Errorf("run the node's ldconfig: %w: %s", err, strings.TrimSpace(text[:min(len(text), 500)]))
 	}
 	return nil
 }

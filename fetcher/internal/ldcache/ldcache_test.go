@@ -122,7 +122,7 @@ func TestFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer node.Close()
-	if _, err := ldcache.Add(t.Context(), node, "/x"); err == nil || !strings.Contains(err.Error(), "run the node's ldconfig") {
+	if _, err := ldcache.Add(t.Context(), node, "/x"); err == nil || !strings.Contains(err.Error(), "run the node's /sbin/ldconfig") {
 		t.Errorf("Add with a broken ldconfig = %v; want an error", err)
 	}
 	if raw, err := os.ReadFile(filepath.Join(root, "etc/ld.so.conf")); err != nil || string(raw) != "/x\n" {

@@ -1,0 +1,59 @@
+package noderoot
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"os/exec"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// Program returns the first of these names that the node has; "" is none.
+func (r *Root) Program(names ...string) string {
+	for _, name := range names {
+		if r.Exists(name) {
+			return name
+		}
+	}
+	return ""
+}
+
+// maxSaid bounds what is kept of a program's words.
+const maxSaid = 500
+
+// Run runs a program of the node with the node's root as its own, and without environment.
+// The error has what it wrote to stderr.
+func (r *Root) Run(ctx context.Context, limit time.Duration, program string, args ...string) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, args...)
+	cmd.Path, cmd.Err = program, nil // it was looked for on the node
+	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	if r.dir != "/" {
+		attr.Chroot = r.dir
+	}
+	var said bytes.Buffer
+	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
+	cmd.Stderr = &first{&said, maxSaid}
+	cmd.WaitDelay = 5 * time.Second
+	if err := cmd.Run(); err != nil {
+		return fmt.Errorf("run the node's %s: %w: %s", program, err, strings.TrimSpace(said.String()))
+	}
+	return nil
+}
+
+// first keeps the beginning of what is written.
+type first struct {
+	w    io.Writer
+	left int
+}
+
+func (f *first) Write(p []byte) (int, error) {
+	n := min(len(p), f.left)
+	f.left -= n
+	_, err := f.w.Write(p[:n])
+	return len(p), err
+}
