@@ -102,7 +102,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
-		if r.Verdict, err = a.validate(ctx, set, mark); err != nil {
+		a.xids = xidWatch{mark: mark}
+		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
 		}
 		return string(r.Verdict.State), nil
@@ -243,7 +244,8 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 		} else {
 			r.did("loaded %s again", before.Driver)
 			errs = append(errs, a.makeNodes())
-			if v, err := a.validate(ctx, before, mark); err != nil {
+			a.xids = xidWatch{mark: mark}
+			if v, err := a.validate(ctx, before, mark, a.newXids()); err != nil {
 				errs = append(errs, err)
 			} else {
 				r.Verdict = v
@@ -304,8 +306,30 @@ func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Se
 // nvmlLibrary is where an installed driver has it.
 const nvmlLibrary = "lib64/libnvidia-ml.so.1"
 
-// validate looks at what there is now.
-func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) (gpucheck.Verdict, error) {
+// xidWatch are the errors of GPUs that the kernel told of since this program loaded the
+// driver, or first looked at it, and how far its log was read.
+type xidWatch struct {
+	mark  kmod.Mark
+	lines []string
+}
+
+// maxXids bounds them. A GPU that fails writes many, of which the first counts.
+const maxXids = 512
+
+// newXids reads on, and returns all.
+func (a *Agent) newXids() []string {
+	lines, end := a.loader.Follow(a.xids.mark)
+	a.xids.mark = end
+	for _, line := range lines {
+		if gpucheck.Weighs(line) && len(a.xids.lines) < maxXids {
+			a.xids.lines = append(a.xids.lines, line)
+		}
+	}
+	return a.xids.lines
+}
+
+// validate looks at what there is now. xids are the errors of GPUs that count.
+func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, xids []string) (gpucheck.Verdict, error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
 		return gpucheck.Verdict{}, err
@@ -325,7 +349,7 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark) 
 		}
 	}
 	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
-	f.Since = a.loader.After(mark)
+	f.Since = xids
 	return gpucheck.Judge(f), nil
 }
 

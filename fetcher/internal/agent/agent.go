@@ -33,6 +33,7 @@ type Agent struct {
 	parts  Parts
 	node   fs.FS // the files of parts.Node
 	loader *kmod.Loader
+	xids   xidWatch
 	// watcher is told what there is while a run waits; nil is nobody.
 	watcher Watcher
 	// checked has the layers that were compared with signed content in this run, and seen

@@ -78,7 +78,7 @@ func (a *Agent) look(ctx context.Context) (v gpucheck.Verdict, err error) {
 	if set == nil {
 		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
 	}
-	return a.validate(ctx, set, kmod.Mark{})
+	return a.validate(ctx, set, kmod.Mark{}, a.newXids())
 }
 
 // Status is what a node says of itself without asking anybody.

@@ -157,3 +157,51 @@ func TestHold(t *testing.T) {
 		t.Errorf("Hold made system calls: %v", n.kernel.calls)
 	}
 }
+
+// Fatal errors that the kernel tells of while the driver is watched make the node unready,
+// for as long as the driver wants something done about them.
+func TestXidWhileWatched(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	n.answer(ref, p.Digest, c.Driver)
+	a := agent.New(n.cfg, n.parts)
+	if _, err := a.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	says := func(line string) {
+		n.kernel.mu.Lock()
+		defer n.kernel.mu.Unlock()
+		n.kernel.log = append(n.kernel.log, line)
+	}
+	var seen []string
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	looks := 0
+	err := a.Hold(ctx, time.Millisecond, watcher(func(v gpucheck.Verdict) {
+		if word := string(v.State) + " " + v.Reason; len(seen) == 0 || seen[len(seen)-1] != word {
+			seen = append(seen, word)
+		}
+		switch looks++; looks {
+		case 2:
+			says("<6>[   20.000000] NVRM: Xid (PCI:0000:00:04): 31, pid=1, MMU Fault")
+		case 4:
+			says("<3>[   21.000000] NVRM: Xid (PCI:0000:00:04): 48, pid=1, An uncorrectable double bit error (DBE) has been detected")
+		case 8:
+			says("<3>[   22.000000] NVRM: Xid (PCI:0000:00:04): 154, GPU recovery action changed from 0x1 (GPU Reset Required) to 0x0 (None)")
+		case 12:
+			cancel()
+		}
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"ready ", "unusable the driver reports Xid 48 of GPU 0000:00:04: pid=1, An uncorrectable double bit error (DBE) has been detected", "ready "}
+	if diff := cmp.Diff(want, seen); diff != "" {
+		t.Errorf("verdicts (-want +got):\n%s", diff)
+	}
+}

@@ -23,23 +23,49 @@ var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9
 // recovery is what it wants: nvmlDeviceGpuRecoveryAction_t, 0 nothing, 3 no more peers.
 var recovery = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
-// FatalXids returns what is fatal among the kernel's lines, one for each GPU, in the
-// driver's own words.
+// FatalXids returns what is fatal among the kernel's lines, the first for each GPU, in the
+// driver's own words. That the driver wants nothing done to a GPU any more ends it.
 func FatalXids(lines []string) (fatal []string) {
-	var seen []string
+	var order []string
+	found := map[string]string{}
 	for _, line := range lines {
 		m := xidLine.FindStringSubmatch(line)
-		if m == nil || slices.Contains(seen, m[1]) {
+		if m == nil {
 			continue
 		}
+		gpu := m[1]
 		id, err := strconv.Atoi(m[2])
-		if err != nil || !slices.Contains(fatalXids, id) && (id != recoveryXid || !wantsReset(m[3])) {
+		if err == nil && id == recoveryXid && wantsNothing(m[3]) {
+			delete(found, gpu)
+			order = slices.DeleteFunc(order, func(g string) bool { return g == gpu })
 			continue
 		}
-		seen = append(seen, m[1])
-		fatal = append(fatal, fmt.Sprintf("Xid %d of GPU %s: %s", id, strings.ToLower(m[1]), clip(strings.TrimSpace(m[3]), 80)))
+		if _, ok := found[gpu]; ok || err != nil || !slices.Contains(fatalXids, id) && (id != recoveryXid || !wantsReset(m[3])) {
+			continue
+		}
+		order = append(order, gpu)
+		found[gpu] = fmt.Sprintf("Xid %d of GPU %s: %s", id, strings.ToLower(gpu), clip(strings.TrimSpace(m[3]), 80))
+	}
+	for _, gpu := range order {
+		fatal = append(fatal, found[gpu])
 	}
 	return fatal
+}
+
+// Weighs reports whether a line of the kernel's says something to [FatalXids]. Programs
+// cause other errors as often as they like.
+func Weighs(line string) bool {
+	m := xidLine.FindStringSubmatch(line)
+	if m == nil {
+		return false
+	}
+	id, err := strconv.Atoi(m[2])
+	return err == nil && (id == recoveryXid || slices.Contains(fatalXids, id))
+}
+
+func wantsNothing(text string) bool {
+	m := recovery.FindStringSubmatch(text)
+	return m != nil && m[1] == "0"
 }
 
 func wantsReset(text string) bool {

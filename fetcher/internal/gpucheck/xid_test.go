@@ -26,6 +26,8 @@ func TestFatalXids(t *testing.T) {
 		"NVRM: Xid (PCI:0000:05:00): 154, GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)",
 		"NVRM: Xid (PCI:0000:06:00): 154, GPU recovery action changed from 0x1 (GPU Reset Required) to 0x0 (None)",
 		"NVRM: Xid (PCI:0000:04:00): 7900",
+		"NVRM: Xid (PCI:0000:07:00): 48, pid=1, DBE",
+		"NVRM: Xid (PCI:0000:07:00): 154, GPU recovery action changed from 0x1 (GPU Reset Required) to 0x0 (None)",
 		"somebody writes NVRM: Xid 79",
 	})
 	want := []string{

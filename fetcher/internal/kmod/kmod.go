@@ -291,14 +291,36 @@ func (l *Loader) Since(m Mark) []string {
 	return plain
 }
 
-// After returns the kernel's lines after the mark, and none where it is not known which
-// these are: there was no mark, or it has been overwritten.
-func (l *Loader) After(m Mark) []string {
-	lines, err := l.System.Log()
-	if err != nil || m.last == "" || !slices.Contains(lines, m.last) {
-		return nil
+// Follow returns the kernel's lines after the mark, and where the log ends now. It returns
+// none where it is not known which these are: there was no mark, or it has been overwritten.
+func (l *Loader) Follow(m Mark) (lines []string, end Mark) {
+	all, err := l.System.Log()
+	if err != nil || len(all) == 0 {
+		return nil, m
 	}
-	return l.Since(m)
+	end = Mark{last: all[len(all)-1]}
+	i := -1
+	if m.last != "" {
+		i = lastIndex(all, m.last)
+	}
+	if i < 0 {
+		return nil, end
+	}
+	for _, line := range all[i+1:] {
+		if line = stripPrefix(line); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	return lines, end
+}
+
+func lastIndex(all []string, s string) int {
+	for i, line := range slices.Backward(all) {
+		if line == s {
+			return i
+		}
+	}
+	return -1
 }
 
 // NVRM returns the driver's own lines among these, at most the last n.
