@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the three images with buildah, starts what is in them, and prints
-# their sizes. Needs neither a registry nor a daemon: without BASE_IMAGE the
+# their sizes and digests. Needs neither a registry nor a daemon: without BASE_IMAGE the
 # base is a Debian root that debootstrap makes from this machine's own apt
 # sources, kept under the user's cache folder.
 #
@@ -89,7 +89,7 @@ build() {
     --build-arg BASE="$base" -f "$file" "$@" -t "localhost/prebake/$name" . >"$work/$name.log" 2>&1 ||
     { tail -n 40 "$work/$name.log" >&2; say "building $name failed"; exit 1; }
   rm -f "$out/$name.tar"
-  buildah_ push -q "localhost/prebake/$name" "oci-archive:$out/$name.tar:prebake/$name:latest"
+  buildah_ push -q --digestfile "$work/$name.digest" "localhost/prebake/$name" "oci-archive:$out/$name.tar:prebake/$name:latest"
   say "built $name in $((SECONDS - start)) s"
 }
 sizes() {
@@ -97,6 +97,10 @@ sizes() {
   for name in "${images[@]}"; do
     printf '%-13s %10s %10s\n' "$name" \
       "$(buildah_ images --format '{{.Size}}' "localhost/prebake/$name" | tr -d ' ')" "$(du -h "$out/$name.tar" | cut -f1)"
+  done
+  printf '\nFor the overlay, once these are in a registry of yours:\nimages:\n'
+  for name in "${images[@]}"; do
+    printf '  - {name: ghcr.io/prebake/%s, newName: REGISTRY/%s, digest: "%s"}\n' "$name" "$name" "$(cat "$work/$name.digest")"
   done
 }
 

@@ -71,10 +71,12 @@ type expression struct {
 	Values        []string
 }
 
+type variable struct{ Name, Value string }
+
 type container struct {
 	Name, Image     string
 	Args            []string
-	Env             []struct{ Name string }
+	Env             []variable
 	SecurityContext struct {
 		Privileged   bool
 		Escalation   *bool  `yaml:"allowPrivilegeEscalation"`
@@ -214,7 +216,7 @@ func TestFetcherManifest(t *testing.T) {
 		t.Errorf("fetcher's security context = %+v; want privileged with a read-only root", c.SecurityContext)
 	}
 	// What that account may do is tried on a real API server: TestCluster of fetcher/internal/kube.
-	if p.ServiceAccount != "prebake-fetcher" || !slices.ContainsFunc(c.Env, func(e struct{ Name string }) bool { return e.Name == "PREBAKE_NODE_NAME" }) {
+	if p.ServiceAccount != "prebake-fetcher" || !slices.ContainsFunc(c.Env, func(e variable) bool { return e.Name == "PREBAKE_NODE_NAME" }) {
 		t.Errorf("fetcher runs as %q with %v; want its own account, and the name of its node", p.ServiceAccount, c.Env)
 	}
 	if diff := cmp.Diff([]string{"/"}, hostPaths(p)); diff != "" {
@@ -228,13 +230,13 @@ func TestFetcherManifest(t *testing.T) {
 			}
 			continue
 		}
-		mounted = v.MountPropagation == "HostToContainer" && slices.Contains(c.Args, "--host-root="+v.MountPath)
+		mounted = v.MountPropagation == "HostToContainer" && slices.Contains(c.Env, variable{"PREBAKE_HOST_ROOT", v.MountPath})
 	}
 	if !mounted {
 		t.Error("the node's root is not mounted with HostToContainer at --host-root")
 	}
-	if !slices.Contains(c.Args, "--install-dir=/home/kubernetes/bin/nvidia") {
-		t.Errorf("fetcher's args = %v; want GKE's install folder", c.Args)
+	if !slices.Contains(c.Env, variable{"PREBAKE_INSTALL_DIR", "/home/kubernetes/bin/nvidia"}) {
+		t.Errorf("fetcher's environment = %v; want GKE's install folder", c.Env)
 	}
 	if len(p.Tolerations) != 1 || p.Tolerations[0].Operator != "Exists" || p.Tolerations[0].Key != "" {
 		t.Errorf("fetcher tolerates %v; want every taint", p.Tolerations)

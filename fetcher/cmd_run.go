@@ -88,10 +88,26 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 				}
 			},
 		}
-		return k.keep(gctx)
+		if outside.cluster != nil { // what it was told in an earlier boot may not be so
+			if v, ok := a.Glance(gctx); ok {
+				outside.cluster.Tell(v)
+			}
+			k.glance = a.Glance
+		}
+		err := k.keep(gctx)
+		if outside.cluster != nil && ctx.Err() == nil {
+			// It ends because no driver is ready: that is what people look for.
+			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
+			defer done()
+			outside.cluster.Flush(last)
+		}
+		return err
 	})
 	return g.Wait()
 }
+
+// flushTime is how long a run that failed waits for the cluster to know it.
+const flushTime = 10 * time.Second
 
 // listeners are told how the driver is: the node's own server, and perhaps a cluster.
 type listeners struct {
@@ -121,9 +137,24 @@ type keeper struct {
 	outside *listeners
 	// run does one run and prints its report.
 	run func(func(context.Context) (*agent.Report, error)) error
+	// glance says what is to be told where a run came to no verdict; nil is nobody asks.
+	glance func(context.Context) (gpucheck.Verdict, bool)
 	// pending is told why the node serves with another driver than the one it wants; nil is
 	// that it does not.
 	pending func(error)
+}
+
+// tellFailure tells the cluster why no driver is ready, although no look was had.
+func (k keeper) tellFailure(ctx context.Context, why error) {
+	if k.glance == nil {
+		return
+	}
+	v, ok := k.glance(ctx)
+	if !ok {
+		return
+	}
+	v.Reason = fault.Of(why).String() + ": " + why.Error()
+	k.outside.cluster.Tell(v)
 }
 
 func (k keeper) keep(ctx context.Context) error {
@@ -136,6 +167,8 @@ func (k keeper) keep(ctx context.Context) error {
 				k.outside.Tell(r.Verdict)
 				// A fabric starts after the driver, with programs that wait for this one.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
+			} else if err != nil && !ready {
+				k.tellFailure(ctx, err)
 			}
 			k.outside.server.TellRun(r.Phases, err)
 			return r, err

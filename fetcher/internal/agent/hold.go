@@ -167,6 +167,18 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 	return s, nil
 }
 
+// Glance says what is to be told of a node before a run, or after one that came to no
+// verdict: what the disk and the kernel show. A ready driver is not among it, since nobody
+// has asked NVML.
+func (a *Agent) Glance(ctx context.Context) (v gpucheck.Verdict, ok bool) {
+	s, err := a.Status(ctx)
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "look at the node", "err", err)
+		return v, false
+	}
+	return s.Verdict, s.Verdict.State != gpucheck.Ready
+}
+
 // judgeStatus adds to the usual judgement what only a look at the disk shows.
 func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
 	v := gpucheck.Judge(f)

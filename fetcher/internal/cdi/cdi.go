@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 
+	"go.yaml.in/yaml/v3"
 	specs "tags.cncf.io/container-device-interface/specs-go"
 
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
@@ -180,8 +181,7 @@ func remove(node *noderoot.Root) (bool, error) {
 	return err == nil, errors.Join(err, dir.Close())
 }
 
-// others returns the file in which somebody else describes GPUs; "" is nobody does. Its
-// kind is looked for as text: the file may be YAML.
+// others returns the file in which somebody else describes GPUs; "" is nobody does.
 func others(node *noderoot.Root) (string, error) {
 	for _, dir := range []string{static, folder} {
 		entries, err := fs.ReadDir(node.FS(), dir[1:])
@@ -197,7 +197,12 @@ func others(node *noderoot.Root) (string, error) {
 				continue
 			}
 			raw, err := read(node, path.Join(dir, e.Name()))
-			if err == nil && bytes.Contains(raw, []byte(Kind)) {
+			var spec struct {
+				Kind string `yaml:"kind"`
+			}
+			// NVIDIA's device plugin has descriptions of kinds of its own there, too. What cannot
+			// be read here cannot be read by runtimes.
+			if err == nil && yaml.Unmarshal(raw, &spec) == nil && spec.Kind == Kind {
 				return path.Join(dir, e.Name()), nil
 			}
 		}

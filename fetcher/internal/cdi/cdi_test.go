@@ -126,6 +126,19 @@ func TestThisMachine(t *testing.T) {
 	}
 }
 
+// NVIDIA's device plugin writes descriptions of its own kind, which ours is beside.
+func TestBesideDevicePlugin(t *testing.T) {
+	t.Parallel()
+	n, dir := node(t)
+	name := filepath.Join(dir, "run/cdi/k8s.device-plugin.nvidia.com-gpu.json")
+	if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(`{"cdiVersion":"0.5.0","kind":"k8s.device-plugin.nvidia.com/gpu","devices":[]}`), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if changed, err := cdi.Write(n, cdi.Spec([]cdi.GPU{{}}, "/nv", nil)); err != nil || !changed {
+		t.Errorf("Write = %t, %v; want ours written", changed, err)
+	}
+}
+
 // Somebody else's description stays the only one, whoever came first.
 func TestOthers(t *testing.T) {
 	t.Parallel()

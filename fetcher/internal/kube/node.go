@@ -56,6 +56,7 @@ type Node struct {
 	pending string
 	changed chan struct{}
 
+	writing  sync.Mutex // held while the cluster is written to; guards what is below
 	written  state
 	at       time.Time
 	complain string
@@ -135,8 +136,21 @@ func (n *Node) Run(ctx context.Context) error {
 	}
 }
 
+// Flush writes what was told last, and returns when that is done or the context ends.
+func (n *Node) Flush(ctx context.Context) {
+	for n.write(ctx) != nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(time.Second):
+		}
+	}
+}
+
 // write brings the node in the cluster to what was told last.
 func (n *Node) write(ctx context.Context) error {
+	n.writing.Lock()
+	defer n.writing.Unlock()
 	n.mu.Lock()
 	s := state{n.verdict, n.pending}
 	n.mu.Unlock()

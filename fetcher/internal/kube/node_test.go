@@ -73,7 +73,7 @@ func farm(t *testing.T) *cluster.Cluster {
 		c.Must(http.MethodPost, "/api/v1/nodes", map[string]any{
 			"metadata": map[string]any{"name": name, "labels": map[string]any{"zone": "a"}},
 			"spec": map[string]any{"taints": []any{
-				map[string]any{"key": "prebake.dev/driver", "effect": "NoSchedule"}, map[string]any{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
+				map[string]any{"key": "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", "effect": "NoSchedule"}, map[string]any{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
 			}},
 		}, nil)
 	}
@@ -96,7 +96,7 @@ func TestCluster(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
 	t.Setenv("KUBERNETES_SERVICE_PORT", c.Port)
 	dir, token := account(t, c, "gpu-1")
-	n, err := kube.New("gpu-1", "prebake.dev/driver", dir, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir, slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -185,6 +185,33 @@ func TestCluster(t *testing.T) {
 	notMore(t, c, token)
 }
 
+// What is told last is written even where the program ends at once.
+func TestFlush(t *testing.T) {
+	c := farm(t)
+	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
+	t.Setenv("KUBERNETES_SERVICE_PORT", c.Port)
+	dir, _ := account(t, c, "gpu-1")
+	n, err := kube.New("gpu-1", "", dir, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Tell(gpucheck.Verdict{State: gpucheck.Absent, Reason: "no-artifact: nobody asked for this build yet"})
+	n.Flush(t.Context())
+	var got object
+	c.Must(http.MethodGet, "/api/v1/nodes/gpu-1", nil, &got)
+	if got.Metadata.Labels["prebake.dev/driver-state"] != "absent" || !strings.Contains(got.Metadata.Annotations["prebake.dev/driver-reason"], "nobody asked") {
+		t.Errorf("the node is %+v; want what was told", got)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	t.Setenv("KUBERNETES_SERVICE_PORT", "1")
+	if n, err = kube.New("gpu-1", "", dir, slog.New(slog.NewTextHandler(io.Discard, nil))); err != nil {
+		t.Fatal(err)
+	}
+	n.Tell(gpucheck.Verdict{State: gpucheck.Absent})
+	n.Flush(ctx) // ends, whatever becomes of the cluster
+}
+
 // notMore tries what a stolen token is not to be good for.
 func notMore(t *testing.T, c *cluster.Cluster, token string) {
 	t.Helper()
@@ -205,6 +232,8 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 		"no taint":                    {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"taints": nil}}},
 		"cordon":                      {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"unschedulable": true}}},
 		"a provider":                  {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"providerID": "x"}}},
+		"an owner":                    {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"metadata": m{"ownerReferences": []m{{"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "y"}}}}},
+		"a finalizer":                 {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"metadata": m{"finalizers": []string{"example.com/x"}}}},
 		"another condition":           {http.MethodPatch, "/api/v1/nodes/gpu-1/status", m{"status": m{"conditions": []m{{"type": "Ready", "status": "True"}}}}},
 		"capacity":                    {http.MethodPatch, "/api/v1/nodes/gpu-1/status", m{"status": m{"capacity": m{"nvidia.com/gpu": "64"}}}},
 		"delete":                      {http.MethodDelete, "/api/v1/nodes/gpu-1", nil},
@@ -243,7 +272,7 @@ func TestRightsAreNeeded(t *testing.T) {
 			}
 			c.Must(http.MethodPatch, path, map[string]any{"rules": less}, nil)
 			var log strings.Builder
-			n, err := kube.New("gpu-1", "prebake.dev/driver", dir, slog.New(slog.NewTextHandler(&log, nil)))
+			n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir, slog.New(slog.NewTextHandler(&log, nil)))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -268,18 +297,44 @@ func TestNoPod(t *testing.T) {
 	}
 }
 
+// overlay is one with a component.
+func overlay(t *testing.T, component string) string {
+	t.Helper()
+	base, err := filepath.Abs(manifests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	to := func(name string) string {
+		rel, err := filepath.Rel(dir, filepath.Join(base, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return rel
+	}
+	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to("base") + "]\ncomponents: [" + to("components/"+component) + "]\n"
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
 // Each overlay renders, and all of it is as the API server has it in its own types.
 func TestOverlays(t *testing.T) {
 	c := cluster.Start(t)
-	for _, overlay := range []string{"gke", "plain"} {
-		rendered, err := c.Kubectl("", "kustomize", manifests+"overlays/"+overlay)
+	without := overlay(t, "without-cluster")
+	for _, overlay := range []string{manifests + "overlays/gke", manifests + "overlays/plain", without} {
+		rendered, err := c.Kubectl("", "kustomize", overlay)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if _, err := c.Kubectl(rendered, "apply", "--validate=strict", "-f", "-"); err != nil {
 			t.Errorf("%s: %v", overlay, err)
 		}
-		if overlay == "plain" && !strings.Contains(rendered, "--install-dir=/var/lib/nvidia") {
+		if overlay == without && (strings.Contains(rendered, "ClusterRole") || strings.Contains(rendered, "NODE_NAME")) {
+			t.Errorf("without a cluster there is still:\n%s", rendered)
+		}
+		if strings.HasSuffix(overlay, "plain") && !strings.Contains(rendered, "value: /var/lib/nvidia") {
 			t.Errorf("plain: the driver is not in /var/lib/nvidia:\n%s", rendered)
 		}
 	}
@@ -298,7 +353,7 @@ func TestOverlays(t *testing.T) {
 			}
 		}
 	}
-	if err != nil || json.Unmarshal([]byte(raw), &set) != nil || set.Spec.Template.Spec.ServiceAccountName != "prebake-fetcher" {
+	if err != nil || json.Unmarshal([]byte(raw), &set) != nil || set.Spec.Template.Spec.ServiceAccountName != "default" {
 		t.Errorf("the DaemonSet's account is %q, %v", set.Spec.Template.Spec.ServiceAccountName, err)
 	}
 }

@@ -1,0 +1,44 @@
+package agent
+
+import (
+	"context"
+	"strings"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+)
+
+// dryRun reports what a run would do.
+func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store *install.Store) error {
+	s, err := a.situation(ctx, store)
+	if err != nil {
+		return err
+	}
+	r.Answer, s.none = a.resolve(ctx, facts, s.current, !serves(s.current, s.question))
+	silent := s.none != nil
+	if !silent {
+		s.wanted, s.none = a.bring(ctx, r, store, facts, s.current)
+	}
+	d := decide(s)
+	a.plan(r, s, d)
+	if d.set != nil && a.excuses(r.Answer, s, silent) {
+		return nil
+	}
+	return d.err
+}
+
+// plan says what would become of the modules.
+func (a *Agent) plan(r *Report, s situation, d decision) {
+	if a.cfg.NoLoad || d.set == nil {
+		return
+	}
+	switch d.do {
+	case replace:
+		for _, m := range s.facts.Modules {
+			r.did("unload %s", m.Name)
+		}
+		fallthrough
+	case load:
+		r.did("load %s", strings.Join(loaded, ", "))
+	}
+}

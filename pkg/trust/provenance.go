@@ -1,0 +1,115 @@
+package trust
+
+import (
+	"encoding/json"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// The words under which the provenance names whose signatures the modules carry: the
+// certificate of the farm's own key, the archive with Google's signatures, or that with
+// Google's own modules. Without any of them they carry none.
+const (
+	FactModuleKey        = "moduleKey"
+	FactGoogleSignatures = "googleSignatures"
+	FactGoogleModules    = "googleModules"
+)
+
+type provenance struct {
+	BuildDefinition struct {
+		BuildType          string     `json:"buildType"`
+		ExternalParameters Parameters `json:"externalParameters"`
+		// InternalParameters are of any form; only whether ours are there is looked at.
+		InternalParameters   map[string]json.RawMessage `json:"internalParameters"`
+		ResolvedDependencies []struct {
+			Name   string            `json:"name"`
+			URI    string            `json:"uri"`
+			Digest map[string]string `json:"digest"`
+		} `json:"resolvedDependencies"`
+	} `json:"buildDefinition"`
+	RunDetails struct {
+		Builder struct {
+			ID string `json:"id"`
+		} `json:"builder"`
+		Metadata struct {
+			InvocationID string `json:"invocationId"`
+			FinishedOn   string `json:"finishedOn"`
+		} `json:"metadata"`
+	} `json:"runDetails"`
+}
+
+// provenance judges one statement.
+func (v *Verifier) provenance(st *Statement, e Expect) error {
+	var p provenance
+	if err := json.Unmarshal(st.Predicate, &p); err != nil {
+		return fault.Errorf(fault.Unverified, "%w: provenance: %w", ErrMalformed, cut{err})
+	}
+	built, id := p.BuildDefinition.ExternalParameters, e.Identity
+	disagree := func(what, said, is any) error {
+		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, the artifact says %v", ErrOtherIdentity, what, said, is)
+	}
+	switch {
+	case p.BuildDefinition.BuildType != BuildType:
+		return fault.Errorf(fault.Unverified, "provenance has build type %.80q; want %s", p.BuildDefinition.BuildType, BuildType)
+	case p.RunDetails.Builder.ID == "":
+		return fault.New(fault.Unverified, "provenance names no builder", "")
+	case len(v.policy.Builders) > 0 && !slices.Contains(v.policy.Builders, p.RunDetails.Builder.ID):
+		return fault.Errorf(fault.Unverified, "built by %.120q; trusted are %s", p.RunDetails.Builder.ID, strings.Join(v.policy.Builders, ", "))
+	case built.Driver != id.Driver:
+		return disagree("driver", built.Driver, id.Driver)
+	case built.Fingerprint != id.Fingerprint:
+		return disagree("fingerprint", built.Fingerprint, id.Fingerprint)
+	case built.Kernel.Arch != id.Arch:
+		return disagree("architecture", built.Kernel.Arch, id.Arch)
+	case built.Kernel.Release != id.Release:
+		return disagree("release", built.Kernel.Release, id.Release)
+	}
+	if len(v.policy.Sources) == 0 {
+		return nil
+	}
+	placed := 0
+	for _, d := range p.BuildDefinition.ResolvedDependencies {
+		if d.URI == "" { // what has no place is named by its digest alone
+			continue
+		}
+		if placed++; !slices.ContainsFunc(v.policy.Sources, func(prefix string) bool { return strings.HasPrefix(d.URI, prefix) }) {
+			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted are %s", ErrOtherInput, d.Name, d.URI, strings.Join(v.policy.Sources, ", "))
+		}
+	}
+	if placed == 0 {
+		return fault.Errorf(fault.Unverified, "%w: its provenance names no place of any input", ErrOtherInput)
+	}
+	return nil
+}
+
+// fillProvenance notes what a statement says that was judged.
+func fillProvenance(st *Statement, verdict *Verdict) {
+	var p provenance
+	if json.Unmarshal(st.Predicate, &p) != nil {
+		return // it was read before
+	}
+	run := p.RunDetails
+	// The oldest of several decides over the age; one that tells none, that nobody knows.
+	at, err := time.Parse(time.RFC3339, run.Metadata.FinishedOn)
+	if verdict.BuilderID != "" {
+		if err != nil || at.Before(verdict.BuiltOn) {
+			verdict.BuiltOn = at
+		}
+		return
+	}
+	verdict.KeyID, verdict.Identity, verdict.Built = st.KeyID, st.Identity, p.BuildDefinition.ExternalParameters
+	verdict.BuilderID, verdict.InvocationID = run.Builder.ID, run.Metadata.InvocationID
+	for _, fact := range []string{FactModuleKey, FactGoogleSignatures, FactGoogleModules} {
+		_, signed := p.BuildDefinition.InternalParameters[fact]
+		verdict.ModulesSigned = verdict.ModulesSigned || signed
+	}
+	if err == nil {
+		verdict.BuiltOn = at
+	}
+	for _, d := range p.BuildDefinition.ResolvedDependencies {
+		verdict.Materials = append(verdict.Materials, Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})
+	}
+}
