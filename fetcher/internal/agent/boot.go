@@ -23,10 +23,13 @@ const maxEdits = 2
 
 // bootEdits is what is known of earlier changes.
 type bootEdits struct {
+	// Edits counts those since the kernel last took modules.
 	Edits int       `json:"edits"`
 	At    time.Time `json:"at"`
-	// BootID is the boot in which the last one was made.
+	// BootID is the boot in which the last one was made or begun.
 	BootID string `json:"bootId"`
+	// Applied says that it was made, and not undone since.
+	Applied bool `json:"applied,omitempty"`
 }
 
 // BootReport is what the node's boot configuration is about.
@@ -52,48 +55,76 @@ type bootMaker interface {
 func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, why error) error {
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
-	if !a.cfg.EditBoot || a.cfg.DryRun || store == nil || a.parts.Boot == nil || !fault.Is(why, fault.Rejected) || want == (bootcfg.Want{}) || len(facts.Modules) > 0 {
+	var policy *host.PolicyError
+	if !a.cfg.EditBoot || a.cfg.DryRun || store == nil || a.parts.Boot == nil || want == (bootcfg.Want{}) || !errors.As(why, &policy) {
 		return why
+	}
+	// The run was long. A node that has a driver by now, whoever loaded it, is not rebooted.
+	if mods, err := host.LoadedModules(a.node); err != nil || len(mods) > 0 {
+		return errors.Join(why, err)
 	}
 	not := func(reason, hint string) error {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w; the kernel command line is not changed: %s", why, reason), hint)
 	}
-	if a.secureBoot() {
+	switch on, known := a.secureBoot(); {
+	case !known:
+		return not("whether Secure Boot is on cannot be told", "show this container the firmware's variables (/sys/firmware/efi/efivars), or change the boot configuration by hand")
+	case on:
 		return not("Secure Boot is on", "turn Secure Boot off for this node pool, or use nodes that load any module")
 	}
 	edits, err := readEdits(store)
 	if err != nil {
 		return errors.Join(why, err)
 	}
+	here := edits.BootID == a.bootID()
+	if edits.Edits > 0 && !edits.Applied { // it was begun and not made
+		edits.Edits--
+	} else if edits.Edits > 0 && here {
+		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed in this boot", why))
+	}
 	if edits.Edits >= maxEdits {
 		return not(fmt.Sprintf("that was done %d times, the last time on %s, and the kernel does what it did", edits.Edits, edits.At.UTC().Format(time.DateTime)),
 			"see what the node boots with: cat /proc/cmdline; fetcher boot undo puts the configuration back and forgets this")
 	}
-	if edits.Edits > 0 && edits.BootID == a.bootID() {
-		return not("it was changed in this boot, and the node has not rebooted yet", "reboot the node")
-	}
-	edits.Edits, edits.At, edits.BootID = edits.Edits+1, a.parts.Now().UTC(), a.bootID()
-	raw, err := json.Marshal(edits)
-	if err == nil { // before anything is changed: whatever comes of it counts
-		err = errors.Join(store.WriteFile(bootFile, raw), store.Sync())
-	}
-	if err != nil {
+	before := edits
+	edits = bootEdits{Edits: edits.Edits + 1, At: a.parts.Now().UTC(), BootID: a.bootID()}
+	if err := writeEdits(store, edits); err != nil { // before anything is changed
 		return errors.Join(why, err)
 	}
 	entries, err := a.parts.Boot.Apply(want)
 	if err != nil {
-		return errors.Join(why, fmt.Errorf("change kernel command line: %w", err))
+		return errors.Join(why, fmt.Errorf("change kernel command line: %w", err), writeEdits(store, before))
+	}
+	edits.Applied = entries > 0 || before.Applied
+	if entries == 0 {
+		edits = before
+	}
+	if err := writeEdits(store, edits); err != nil {
+		return errors.Join(why, err)
 	}
 	if entries == 0 {
 		return not("the boot configuration allows it already, and this kernel was booted without it", "reboot the node, or see what boots it")
 	}
 	r.did("changed the kernel command line of %s", plural(entries, "boot entry"))
 	a.parts.Log.WarnContext(ctx, "changed the kernel command line", "entries", entries, "want", want)
+	return a.reboot(r, fmt.Errorf("%w; the kernel command line is changed", why))
+}
+
+// reboot asks for a reboot, for a reason that stays the error.
+func (a *Agent) reboot(r *Report, why error) error {
 	if err := a.parts.Boot.Reboot(); err != nil {
-		return fault.Wrap(fault.Rejected, fmt.Errorf("%w; the kernel command line is changed: %w", why, err), "reboot the node")
+		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
 	}
 	r.did("asked for a reboot")
-	return fault.Wrap(fault.Rejected, fmt.Errorf("%w; the kernel command line is changed, and the node reboots", why), "fetcher boot undo takes it back")
+	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "fetcher boot undo takes it back")
+}
+
+func writeEdits(store *install.Store, e bootEdits) error {
+	raw, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	return errors.Join(store.WriteFile(bootFile, raw), store.Sync())
 }
 
 // bootAllows forgets earlier changes once the kernel does not hold modules back.
@@ -102,11 +133,25 @@ func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *hos
 	if store == nil || a.cfg.DryRun || signatures || place {
 		return
 	}
-	if raw, err := store.ReadFile(bootFile); err == nil && raw != nil {
-		if err := store.RemoveFile(bootFile); err != nil {
+	if e, err := readEdits(store); err == nil && e.Edits > 0 {
+		e.Edits = 0 // that it was changed is remembered, for the uninstall
+		if err := writeEdits(store, e); err != nil {
 			a.parts.Log.WarnContext(ctx, "forget changes of the kernel command line", "err", err)
 		}
 	}
+}
+
+// undoBoot takes back what this program changed of the boot configuration, when it goes.
+func (a *Agent) undoBoot(r *Report, store *install.Store) error {
+	e, err := readEdits(store)
+	if err != nil || !e.Applied || a.parts.Boot == nil {
+		return err
+	}
+	if err := a.parts.Boot.Undo(); err != nil && !fault.Is(err, fault.NoArtifact) {
+		return fmt.Errorf("put the boot configuration back: %w", err)
+	}
+	r.did("put the boot configuration back; it counts from the next boot on")
+	return store.RemoveFile(bootFile)
 }
 
 func readEdits(store *install.Store) (e bootEdits, err error) {
@@ -120,7 +165,7 @@ func readEdits(store *install.Store) (e bootEdits, err error) {
 	return e, nil
 }
 
-func (a *Agent) secureBoot() bool {
+func (a *Agent) secureBoot() (on, known bool) {
 	lines, err := a.parts.Kernel.Log()
 	if err != nil {
 		lines = nil
@@ -135,7 +180,8 @@ func (a *Agent) Boot(undo bool) (r *BootReport, err error) {
 	if err != nil {
 		return nil, err
 	}
-	r = &BootReport{Policy: facts.Policy, SecureBoot: a.secureBoot()}
+	r = &BootReport{Policy: facts.Policy}
+	r.SecureBoot, _ = a.secureBoot()
 	store, err := a.openInstalled()
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return r, err

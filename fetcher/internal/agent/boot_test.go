@@ -1,7 +1,9 @@
 package agent_test
 
 import (
+	"errors"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
@@ -18,11 +20,12 @@ type bootMaker struct {
 	reboots int
 	entries int
 	undone  bool
+	err     error
 }
 
 func (b *bootMaker) Apply(want bootcfg.Want) (int, error) {
 	b.wants = append(b.wants, want)
-	return b.entries, nil
+	return b.entries, b.err
 }
 
 func (b *bootMaker) Reboot() error {
@@ -70,13 +73,13 @@ func TestEditBoot(t *testing.T) {
 	if maker.wants[0] != (bootcfg.Want{Unsigned: true}) {
 		t.Errorf("wanted was %+v; want unsigned modules, and nothing else", maker.wants[0])
 	}
-	run("again, in the same boot", "has not rebooted yet", 1, 1)
+	run("again, in the same boot: it is asked for again", "was changed in this boot", 1, 2)
 	n.reboot(t)
-	run("after a reboot that was of no use", "and the node reboots", 2, 2)
+	run("after a reboot that was of no use", "and the node reboots", 2, 3)
 	n.reboot(t)
-	run("after the second", "that was done 2 times", 2, 2)
+	run("after the second", "that was done 2 times", 2, 3)
 	n.reboot(t)
-	run("and ever after", "that was done 2 times", 2, 2)
+	run("and ever after", "that was done 2 times", 2, 3)
 	// Once the kernel takes them, all is forgotten.
 	enforce("N")
 	if r, err := n.run(t, ref, p.Digest, c.Driver); err != nil || r.Verdict.State != gpucheck.Ready {
@@ -89,7 +92,7 @@ func TestEditBoot(t *testing.T) {
 	n.reboot(t)
 	enforce("Y")
 	maker.entries = 0
-	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "allows it already") || maker.reboots != 2 {
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "allows it already") || maker.reboots != 3 {
 		t.Errorf("Run = %v, %d reboots; want none more", err, maker.reboots)
 	}
 	r, err := agent.New(n.cfg, n.parts).Boot(true)
@@ -129,5 +132,56 @@ func TestLockdown(t *testing.T) {
 		if row.want == (bootcfg.Want{}) && len(maker.wants) > 0 || row.want != (bootcfg.Want{}) && (len(maker.wants) != 1 || maker.wants[0] != row.want) {
 			t.Errorf("%s: wanted was %+v; want %+v", file, maker.wants, row.want)
 		}
+	}
+}
+
+// What is refused for another reason, or on a node that has a driver, is none of the boot
+// configuration's business.
+func TestEditBootSpares(t *testing.T) {
+	t.Parallel()
+	n, ref, _, newer, po, pn := two(t, 1)
+	maker := &bootMaker{entries: 5}
+	n.parts.Boot, n.cfg.EditBoot = maker, true
+	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
+	// The driver that is loaded serves, and the newer one is not signed for the kernel.
+	r, err := n.run(t, ref, pn.Digest, newer.Driver)
+	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
+		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want the driver left alone", r.Verdict, err, len(maker.wants), maker.reboots)
+	}
+	// A parameter that the driver does not have.
+	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "N\n")
+	n.reboot(t)
+	sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", "1\n") // and excluded, as COS has it
+	n.kernel.refuse["nvidia "+oldVersion], n.kernel.refuse["nvidia "+newVersion] = syscall.EINVAL, syscall.EINVAL
+	if _, err := n.run(t, ref, pn.Digest, newer.Driver); err == nil || len(maker.wants)+maker.reboots > 0 {
+		t.Errorf("Run = %v; %d edits; want none", err, len(maker.wants))
+	}
+}
+
+// An edit that was begun and not made counts for nothing; the uninstall takes one that was
+// made back.
+func TestEditBootFails(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	ref := layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p := sample.Publish(t, ref, key, c)
+	n := newNode(t, c, 1, key)
+	n.reboot(t)
+	maker := &bootMaker{entries: 5, err: errors.New("no such partition")}
+	n.parts.Boot, n.cfg.EditBoot = maker, true
+	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")
+	for range 4 {
+		if _, err := n.run(t, ref, p.Digest, c.Driver); err == nil || !strings.Contains(err.Error(), "no such partition") {
+			t.Errorf("Run = %v; want what keeps it from being done", err)
+		}
+		n.reboot(t)
+	}
+	maker.err = nil
+	if _, err := n.run(t, ref, p.Digest, c.Driver); err == nil || !strings.Contains(err.Error(), "and the node reboots") {
+		t.Errorf("Run = %v; want it done", err)
+	}
+	if _, err := n.uninstall(); err != nil || !maker.undone {
+		t.Errorf("Uninstall = %v, undone %t; want the boot configuration put back", err, maker.undone)
 	}
 }

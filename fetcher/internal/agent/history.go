@@ -159,6 +159,9 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if err != nil {
 		return r, err
 	}
+	if err := a.undoBoot(r, store); err != nil {
+		return r, err
+	}
 	added := addedLibraries(store)
 	if added { // while the note of it is there, for the next run if this one is killed
 		a.concealLibraries(ctx, added)

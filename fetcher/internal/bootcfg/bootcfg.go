@@ -138,18 +138,26 @@ func flush(esp *os.Root) error {
 	return errors.Join(unix.Syncfs(int(d.Fd())), d.Close())
 }
 
-// SecureBoot reports whether the firmware checks what it boots. A changed command line
-// would be of no use then, or keep the node from booting.
-func SecureBoot(root fs.FS, kernelLog []string) bool {
+// SecureBoot reports whether the firmware checks what it boots, and whether that is known.
+// A changed command line would be of no use then, or keep the node from booting.
+func SecureBoot(root fs.FS, kernelLog []string) (on, known bool) {
+	if _, err := fs.Stat(root, "sys/firmware/efi"); errors.Is(err, fs.ErrNotExist) {
+		return false, true // no EFI
+	}
 	// Four bytes of attributes, then the value (UEFI specification, "Globally Defined Variables").
 	raw, err := fs.ReadFile(root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c")
 	if err == nil && len(raw) == 5 {
-		return raw[4] == 1
+		return raw[4] == 1, true
 	}
-	for _, line := range kernelLog { // where the variables are not mounted: arch/x86/kernel/setup.c
-		if strings.Contains(line, "Secure boot enabled") {
-			return true
+	// Where the variables are not mounted the kernel's own line tells (efi_set_secure_boot of
+	// drivers/firmware/efi).
+	for _, line := range kernelLog {
+		switch {
+		case strings.Contains(line, "Secure boot enabled"):
+			return true, true
+		case strings.Contains(line, "Secure boot disabled"):
+			return false, true
 		}
 	}
-	return false
+	return false, false
 }

@@ -172,20 +172,23 @@ func TestApplyAndUndo(t *testing.T) {
 func TestSecureBoot(t *testing.T) {
 	t.Parallel()
 	const name = "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c"
+	efi := fstest.MapFS{"sys/firmware/efi/systab": {Data: []byte("x")}}
 	value := func(v byte) fstest.MapFS { return fstest.MapFS{name: {Data: []byte{6, 0, 0, 0, v}}} }
 	for what, row := range map[string]struct {
-		root fstest.MapFS
-		log  []string
-		want bool
+		root      fstest.MapFS
+		log       []string
+		on, known bool
 	}{
-		"on":                {value(1), nil, true},
-		"off":               {value(0), []string{"<6>[    0.000000] secureboot: Secure boot enabled"}, false},
-		"no variables":      {fstest.MapFS{}, []string{"<6>[    0.000000] secureboot: Secure boot enabled"}, true},
-		"nothing at all":    {fstest.MapFS{}, []string{"<6>[    0.000000] secureboot: Secure boot disabled"}, false},
-		"of another length": {fstest.MapFS{name: {Data: []byte{1}}}, nil, false},
+		"on":                {value(1), nil, true, true},
+		"off":               {value(0), []string{"<6>[    0.000000] secureboot: Secure boot enabled"}, false, true},
+		"no variables, on":  {efi, []string{"<6>[    0.000000] secureboot: Secure boot enabled"}, true, true},
+		"no variables, off": {efi, []string{"<6>[    0.000000] secureboot: Secure boot disabled"}, false, true},
+		"nothing at all":    {efi, []string{"<6>[    9.000000] the log was wrapped"}, false, false},
+		"no EFI":            {fstest.MapFS{}, nil, false, true},
+		"of another length": {fstest.MapFS{name: {Data: []byte{1}}}, nil, false, false},
 	} {
-		if got := bootcfg.SecureBoot(row.root, row.log); got != row.want {
-			t.Errorf("%s: %t; want %t", what, got, row.want)
+		if on, known := bootcfg.SecureBoot(row.root, row.log); on != row.on || known != row.known {
+			t.Errorf("%s: %t, known %t; want %t, %t", what, on, known, row.on, row.known)
 		}
 	}
 }

@@ -83,22 +83,31 @@ func (p Policy) Restricts() (signatures, place bool) {
 	return p.SignaturesEnforced, p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module")
 }
 
+// PolicyError is that the kernel is bound to refuse modules for what it was told at boot.
+type PolicyError struct{ text string }
+
+func (e *PolicyError) Error() string { return e.text }
+
+func refused(text, hint string) error {
+	return fault.Wrap(fault.Rejected, &PolicyError{text}, hint)
+}
+
 // Allows returns why the kernel is bound to refuse a module of ours, or nil.
 // signed says whether the module carries a signature at all; whose it is, only
 // the kernel can tell.
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
-		return fault.New(fault.Rejected,
+		return refused(
 			fmt.Sprintf("load %s: the kernel enforces module signatures (module.sig_enforce=1) and this module has none", module),
 			"boot the node with module.sig_enforce=0 on the kernel command line (--edit-boot does that), or use a GKE GPU node pool, whose nodes load any module")
 	}
 	if p.Lockdown != "" && !signed {
-		return fault.New(fault.Rejected,
+		return refused(
 			fmt.Sprintf("load %s: the kernel is locked down (%s) and this module has no signature", module, p.Lockdown),
 			"boot the node without Secure Boot and without lockdown= on the kernel command line, or have the modules signed")
 	}
 	if p.LoadPin && !slices.Contains(p.LoadPinExcludes, "kernel-module") {
-		return fault.New(fault.Rejected,
+		return refused(
 			fmt.Sprintf("load %s: LoadPin lets only modules of the root filesystem load", module),
 			"boot the node with loadpin.exclude=kernel-module,firmware on the kernel command line (--edit-boot does that)")
 	}
