@@ -124,7 +124,12 @@ func (l *listeners) Tell(v gpucheck.Verdict) {
 }
 
 // Alive implements [agent.Watcher].
-func (l *listeners) Alive() { l.server.Alive() }
+func (l *listeners) Alive() {
+	l.server.Alive()
+	if l.cluster != nil {
+		l.cluster.Alive()
+	}
+}
 
 // keeper brings a node to its driver, and stays.
 type keeper struct {
@@ -161,8 +166,12 @@ func (k keeper) keep(ctx context.Context) error {
 	ready := false
 	for {
 		k.outside.server.Watch(0) // nobody looks while a run is under way
+		var pending error
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
+			if err == nil && r.Pending != "" {
+				pending = errors.New(r.Pending) // nobody said so just now, and it is so still
+			}
 			if r.Verdict.State != "" { // else it came to no look, and what was seen before holds
 				k.outside.Tell(r.Verdict)
 				// A fabric starts after the driver, with programs that wait for this one.
@@ -177,8 +186,11 @@ func (k keeper) keep(ctx context.Context) error {
 			return err
 		}
 		watch, stop := context.WithCancel(ctx)
-		k.pending(err)
 		if err != nil {
+			pending = err
+		}
+		k.pending(pending)
+		if pending != nil {
 			// Another driver is wanted than the one that serves this node: that is no reason
 			// to end, and to be started again, and again.
 			watch, stop = context.WithTimeout(ctx, retryLooks*k.every)
@@ -186,7 +198,7 @@ func (k keeper) keep(ctx context.Context) error {
 		k.outside.server.Watch(3*k.every + lookTime)
 		held := k.node.Hold(watch, k.every, k.outside)
 		stop()
-		if held != nil || ctx.Err() != nil || err == nil {
+		if held != nil || ctx.Err() != nil || pending == nil {
 			return held
 		}
 	}

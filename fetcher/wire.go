@@ -275,11 +275,10 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		chain = append(chain, resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus})
 	}
 	for _, ref := range registries {
-		repo, err := openRepository(cmd, ref)
-		if err != nil {
+		if _, err := openRepository(cmd, ref); err != nil {
 			return nil, err
 		}
-		chain = append(chain, registryFinder(ref, repo, gpus))
+		chain = append(chain, registryFinder(ref, func() (*registry.Repository, error) { return openRepository(cmd, ref) }, gpus))
 	}
 	switch {
 	case len(chain) > 0:
@@ -290,11 +289,23 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")
 }
 
-// registryFinder asks one repository.
-func registryFinder(ref string, repo *registry.Repository, gpus resolve.Lister) resolve.Registry {
+// registryFinder asks one repository. It is opened for each question: what it was logged in
+// with does not last as long as this program.
+func registryFinder(ref string, open func() (*registry.Repository, error), gpus resolve.Lister) resolve.Registry {
 	return resolve.Registry{
-		Ref: ref, GPUs: gpus, Tags: repo.Tags,
+		Ref: ref, GPUs: gpus,
+		Tags: func(ctx context.Context) ([]string, error) {
+			repo, err := open()
+			if err != nil {
+				return nil, err
+			}
+			return repo.Tags(ctx)
+		},
 		Resolve: func(ctx context.Context, tag string) (string, error) {
+			repo, err := open()
+			if err != nil {
+				return "", err
+			}
 			d, err := repo.Resolve(ctx, tag)
 			if err != nil {
 				return "", err
@@ -302,6 +313,10 @@ func registryFinder(ref string, repo *registry.Repository, gpus resolve.Lister) 
 			return d.Digest.String(), nil
 		},
 		Driver: func(ctx context.Context, digest string) (target.Driver, error) {
+			repo, err := open()
+			if err != nil {
+				return target.Driver{}, err
+			}
 			raw, err := repo.Manifest(ctx, digest)
 			if err != nil {
 				return target.Driver{}, err

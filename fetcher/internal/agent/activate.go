@@ -47,6 +47,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 	} else if at != nil && at.lacksForeign(s, a.bootID()) {
 		before, pointers = nil, at.Before
+		facts := *s.facts // where firmware was before the run that was killed
+		facts.FirmwarePath = at.Firmware
+		s.facts = &facts
 	}
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
@@ -59,7 +62,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	was := a.findBefore(ctx, store, s, d, before)
 	defer was.close()
 	if (changed || d.do != keep) && !begun {
-		if err := a.begin(store, set.Digest, pointers, was); err != nil && changed {
+		if err := a.begin(store, set.Digest, pointers, was, s.facts.FirmwarePath); err != nil && changed {
 			return err
 		} else if err != nil { // a full disk is no reason to stay without a driver
 			a.parts.Log.WarnContext(ctx, "note attempt", "err", err)
@@ -68,15 +71,16 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	err = a.parts.Line.Do("install", func() (string, error) {
 		// Libraries on a filesystem without exec are of no use to anybody, so
 		// that is mended before any device file says that the driver is ready.
-		did, err := store.EnsureExec()
+		did, err := store.EnsureExec(func() {
+			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
+				a.parts.Log.WarnContext(ctx, "note mount", "err", err)
+			}
+		})
 		if err != nil {
 			return "", err
 		}
 		if did {
 			r.did("mount %s with exec", a.cfg.InstallDir)
-			if err := store.WriteFile(execFile, []byte(a.bootID())); err != nil {
-				a.parts.Log.WarnContext(ctx, "note mount", "err", err)
-			}
 		}
 		if err := errors.Join(store.Switch(set.Digest), store.WriteCacheFile(*set)); err != nil && changed {
 			return "", errors.Join(err, restore(store, pointers, before))
@@ -117,14 +121,15 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	if err != nil {
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
-	if changed {
-		a.exposeLibraries(ctx, store)
-	}
 	a.describeGPUs(ctx, r.Verdict)
 	if changed || d.do != keep {
 		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
-	return errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
+	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
+	if changed || d.do != keep { // the node's own programs come last, and nothing waits for them
+		a.exposeLibraries(ctx, store)
+	}
+	return err
 }
 
 // proveFor verifies what is going to be switched to or loaded. missing says that modules

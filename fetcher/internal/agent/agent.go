@@ -63,6 +63,8 @@ type Report struct {
 	DryRun  bool `json:"dryRun,omitempty"`
 	// Plan lists what was done, or with DryRun what would be done.
 	Plan []string `json:"plan"`
+	// Pending says that another driver is on the disk and still wanted; "" is that none is.
+	Pending string `json:"pending,omitempty"`
 	// Waiting lists what the owner asked for and only counts later.
 	Waiting []string `json:"waiting,omitempty"`
 	// FetchedBytes came over the network as layers; CachedBytes were there.
@@ -206,6 +208,11 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 			break
 		}
 	}
+	if s, err := a.situation(ctx, store); err == nil && len(s.facts.Modules) == 0 {
+		if err := a.putBackForeign(ctx, r, store, s); err != nil {
+			a.parts.Log.WarnContext(ctx, "put back the driver that was there before", "err", err)
+		}
+	}
 	return store.Current()
 }
 
@@ -251,6 +258,9 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 	var waiting []string // what stays on the disk though it is not in force
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
+		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
+			r.Pending = fmt.Sprintf("driver %s (%s) waits for a kernel without a driver, or for an idle GPU", set.Driver, short(set.Digest))
+		}
 	}
 	if d.set == nil {
 		if fault.Is(d.err, fault.Transient) {

@@ -45,6 +45,8 @@ type attempt struct {
 	// that was to be unloaded: what is loaded again if this set does not do.
 	Foreign       []host.Module `json:"foreign,omitempty"`
 	ForeignDriver string        `json:"foreignDriver,omitempty"`
+	// Firmware is where the kernel looked for its firmware.
+	Firmware string `json:"firmware,omitempty"`
 	// Next says that it waits for a kernel without a driver: the one that was loaded could
 	// not be unloaded.
 	Next bool `json:"next,omitempty"`
@@ -114,11 +116,34 @@ func (a *attempt) lacksForeign(s situation, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
+// putBackForeign loads what somebody else had loaded in this boot, where a run that was
+// killed had unloaded it, and nothing of ours took its place.
+func (a *Agent) putBackForeign(ctx context.Context, r *Report, store *install.Store, s situation) error {
+	for digest, at := range s.attempts {
+		if !at.lacksForeign(s, a.bootID()) {
+			continue
+		}
+		files := a.findForeign(s.facts, at.ForeignDriver, at.Foreign)
+		defer files.close()
+		if err := restore(store, at.Before, nil); err != nil {
+			return err
+		}
+		if err := a.writeFirmware(at.Firmware, s.facts); err != nil {
+			return err
+		}
+		if err := files.putBack(ctx, a, r); err != nil {
+			return err
+		}
+		return a.note(store, digest, func(at *attempt) { at.Foreign, at.ForeignDriver, at.Firmware = nil, "", "" })
+	}
+	return nil
+}
+
 // begin notes that a set is about to be put in force, and what is unloaded for it.
-func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles) error {
+func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles, firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {
 		at.Open, at.Before, at.BootID = true, before, a.bootID()
-		at.Foreign, at.ForeignDriver = was.modules, was.driver
+		at.Foreign, at.ForeignDriver, at.Firmware = was.modules, was.driver, firmware
 	})
 	if err != nil {
 		return err
@@ -143,8 +168,12 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 		}
 		return nil
 	}
+	mods, err := host.LoadedModules(a.node)
+	empty := err != nil || len(mods) == 0
 	return a.note(store, digest, func(at *attempt) {
-		at.Open, at.Next, at.Foreign, at.ForeignDriver = false, false, nil, ""
+		if at.Open, at.Next = false, false; !empty { // else what was there is still to be put back
+			at.Foreign, at.ForeignDriver, at.Firmware = nil, "", ""
+		}
 		// What says nothing about the driver does not count against it.
 		for _, kind := range []fault.Kind{fault.Busy, fault.Transient, fault.DiskFull} {
 			if fault.Is(failed, kind) {

@@ -162,6 +162,11 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if err := a.undoBoot(r, store); err != nil {
 		return r, err
 	}
+	if mounted != nil && string(mounted) == a.bootID() { // while the note of it is there
+		if err := store.RevokeExec(); err != nil {
+			return r, err
+		}
+	}
 	added := addedLibraries(store)
 	if added { // while the note of it is there, for the next run if this one is killed
 		a.concealLibraries(ctx, added)
@@ -170,10 +175,7 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	if err = store.Remove(); !added {
 		a.concealLibraries(ctx, added)
 	}
-	if err != nil || mounted == nil || string(mounted) != a.bootID() {
-		return r, err
-	}
-	return r, store.RevokeExec()
+	return r, err
 }
 
 // firmwareBefore notes where the kernel looked for firmware before this program told it.

@@ -97,7 +97,7 @@ type Status struct {
 var nvmlPlaces = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
 
 // judgeForeign judges a node on which nothing of ours is in force.
-func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string) gpucheck.Verdict {
+func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string, ask bool) gpucheck.Verdict {
 	if _, ok := modules["nvidia"]; !ok {
 		return gpucheck.Verdict{
 			State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir, PCIGPUs: len(facts.OurGPUs()),
@@ -112,6 +112,9 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 		}
 	}
 	f := gpucheck.Facts{Driver: facts.Driver, GPUs: addresses(facts), Modules: modules}
+	if !ask {
+		return gpucheck.JudgeForeign(f)
+	}
 	nvml, err := a.parts.Probe.Probe(ctx, library)
 	if err == nil {
 		f.NVML = nvml
@@ -123,7 +126,10 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 
 // Status reads the disk and /proc, and asks NVML about a driver that is not ours. It
 // changes nothing and uses no network.
-func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
+func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
+
+// status asks NVML about somebody else's driver if ask says so.
+func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
 		return nil, err
@@ -140,7 +146,7 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 	}
 	store, err := a.openInstalled()
 	if errors.Is(err, fs.ErrNotExist) {
-		s.Verdict = a.judgeForeign(ctx, facts, modules)
+		s.Verdict = a.judgeForeign(ctx, facts, modules, ask)
 		return s, nil
 	}
 	if err != nil {
@@ -154,7 +160,7 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 		return nil, err
 	}
 	if s.Installed == nil {
-		s.Verdict = a.judgeForeign(ctx, facts, modules)
+		s.Verdict = a.judgeForeign(ctx, facts, modules, ask)
 		return s, nil
 	}
 	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, GPUs: addresses(facts), Modules: modules, Foreign: foreign(facts, s.Installed)}
@@ -171,7 +177,7 @@ func (a *Agent) Status(ctx context.Context) (_ *Status, err error) {
 // verdict: what the disk and the kernel show. A ready driver is not among it, since nobody
 // has asked NVML.
 func (a *Agent) Glance(ctx context.Context) (v gpucheck.Verdict, ok bool) {
-	s, err := a.Status(ctx)
+	s, err := a.status(ctx, false)
 	if err != nil {
 		a.parts.Log.WarnContext(ctx, "look at the node", "err", err)
 		return v, false

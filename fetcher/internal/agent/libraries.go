@@ -17,10 +17,8 @@ const ldFile = ".prebake/ld-so-conf"
 
 // exposeLibraries lets the node's own programs find the libraries. Pods do without.
 func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
-	added, err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"))
-	if added {
-		err = errors.Join(err, store.WriteFile(ldFile, nil))
-	}
+	note := func() error { return store.WriteFile(ldFile, nil) }
+	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
 		a.parts.Log.WarnContext(ctx, "tell the node's programs of the libraries", "err", err)
 	}
@@ -48,7 +46,7 @@ func addedLibraries(store *install.Store) bool {
 // none where none is.
 func (a *Agent) describeGPUs(ctx context.Context, v gpucheck.Verdict) {
 	err := func() error {
-		if _, loaded := v.Modules["nvidia"]; !loaded {
+		if _, loaded := v.Modules["nvidia"]; !loaded || v.State == gpucheck.Drifted { // the libraries are of another one
 			return cdi.Remove(a.parts.Node)
 		}
 		gpus, err := cdi.GPUs(a.node)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/devnode"
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
@@ -25,6 +26,14 @@ func (a *Agent) restoreFirmwarePath(before *host.Facts) error {
 		return err
 	}
 	return a.writeFirmwarePath(before.FirmwarePath)
+}
+
+// writeFirmware tells it to look there, unless it does.
+func (a *Agent) writeFirmware(path string, now *host.Facts) error {
+	if path == now.FirmwarePath {
+		return nil
+	}
+	return a.writeFirmwarePath(path)
 }
 
 // writeFirmwarePath sets a parameter of the kernel, which takes it as it is, a newline
@@ -43,12 +52,12 @@ func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts
 	if err := a.setFirmwarePath(r, store, facts, set); err != nil {
 		return "", err
 	}
+	a.loadHelper(ctx) // before: whatever becomes of it, the old driver is loaded
 	if d.do == replace {
 		if err := a.unload(ctx, r, facts); err != nil {
 			return "", err
 		}
 	}
-	a.loadHelper(ctx)
 	outcomes, err := a.loader.Load(ctx, a.images(store, set, facts, a.cfg.ModuleParams))
 	if err != nil {
 		return fault.Of(err).String(), err
@@ -87,6 +96,7 @@ func (a *Agent) loadHelper(ctx context.Context) {
 
 // unload unloads the driver that is loaded.
 func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error {
+	a.describeGPUs(ctx, gpucheck.Verdict{}) // nobody is to be given what goes
 	var names []string
 	for _, m := range facts.Modules { // youngest first, so users come before what they use
 		names = append(names, m.Name)

@@ -172,14 +172,16 @@ func (a *Agent) layer(digest string) (checkedLayer, bool) {
 	return known, ok
 }
 
-// checkLayer compares an unpacked layer with its signed diff id, once in each run.
+// checkLayer compares an unpacked layer with its signed diff id, once in each run and after
+// each change.
 func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
-	if _, ok := a.checked.Load(l.Digest); ok {
-		return nil
-	}
 	print, err := store.LayerPrint(l.Digest) // before: what is written meanwhile is noticed
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, hintAgain)
+	}
+	// A run may last for hours. What was written since is read again.
+	if known, ok := a.checked.Load(l.Digest); ok && known.(checkedLayer).print == print {
+		return nil
 	}
 	root, err := store.LayerRoot(l.Digest)
 	if err != nil {

@@ -79,8 +79,8 @@ func TestNextAfterReboot(t *testing.T) {
 	}
 	// A farm that has forgotten all does not take it off the disk.
 	n.parts.Finder = finder{answer: resolve.Answer{State: api.Unknown, Source: "server"}}
-	if _, err := n.runAs(t); err != nil {
-		t.Errorf("with a farm that knows nothing: %v", err)
+	if r, err := n.runAs(t); err != nil || !strings.Contains(r.Pending, newVersion) {
+		t.Errorf("with a farm that knows nothing: %v, pending %q; want it pending still", err, r.Pending)
 	}
 	n.reboot(t)
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}

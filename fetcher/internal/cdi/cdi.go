@@ -196,13 +196,17 @@ func others(node *noderoot.Root) (string, error) {
 			if dir == folder && e.Name() == file || ext != ".json" && ext != ".yaml" {
 				continue
 			}
+			info, err := fs.Stat(node.FS(), path.Join(dir, e.Name())[1:])
+			if err != nil || !info.Mode().IsRegular() { // a pipe would be waited for
+				continue
+			}
 			raw, err := read(node, path.Join(dir, e.Name()))
 			var spec struct {
 				Kind string `yaml:"kind"`
 			}
 			// NVIDIA's device plugin has descriptions of kinds of its own there, too. What cannot
-			// be read here cannot be read by runtimes.
-			if err == nil && yaml.Unmarshal(raw, &spec) == nil && spec.Kind == Kind {
+			// be read here cannot be read by runtimes, unless it is too long.
+			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil && spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil
 			}
 		}

@@ -70,11 +70,7 @@ func Plan(root fs.FS, modules map[string]bool) ([]Node, error) {
 		nodes = append(nodes, node("nvidia-modeset", major, minorModeset))
 	}
 	if caps, ok := majors["nvidia-caps"]; ok && modules["nvidia"] {
-		found, err := capabilities(root, caps)
-		if err != nil {
-			return nil, err
-		}
-		nodes = append(nodes, found...)
+		nodes = append(nodes, capabilities(root, caps)...)
 	}
 	if uvm, ok := majors["nvidia-uvm"]; ok && modules["nvidia_uvm"] {
 		nodes = append(nodes, node("nvidia-uvm-tools", uvm, 1), node("nvidia-uvm", uvm, 0))
@@ -126,30 +122,19 @@ const capsFolder = "nvidia-caps"
 // to configure MIG, to use one MIG instance, to manage IMEX. Each file below
 // /proc/driver/nvidia/capabilities has a minor and a mode (NVIDIA's MIG user guide,
 // "/dev based nvidia-capabilities").
-func capabilities(root fs.FS, major uint32) (nodes []Node, err error) {
-	err = fs.WalkDir(root, "proc/driver/nvidia/capabilities", func(name string, d fs.DirEntry, err error) error {
-		if errors.Is(err, fs.ErrNotExist) { // an instance of MIG may go at any time
-			return nil
-		}
+func capabilities(root fs.FS, major uint32) (nodes []Node) {
+	_ = fs.WalkDir(root, "proc/driver/nvidia/capabilities", func(name string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
-			return err
+			return nil // an instance of MIG may go at any time: the driver works without its file
 		}
-		raw, err := fs.ReadFile(root, name)
-		if errors.Is(err, fs.ErrNotExist) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if minor, mode, ok := ParseCapability(string(raw)); ok {
-			nodes = append(nodes, Node{Name: fmt.Sprintf("%s/nvidia-cap%d", capsFolder, minor), Major: major, Minor: minor, Mode: mode})
+		if raw, err := fs.ReadFile(root, name); err == nil {
+			if minor, mode, ok := ParseCapability(string(raw)); ok {
+				nodes = append(nodes, Node{Name: fmt.Sprintf("%s/nvidia-cap%d", capsFolder, minor), Major: major, Minor: minor, Mode: mode})
+			}
 		}
 		return nil
 	})
-	if err != nil {
-		return nil, fmt.Errorf("read the driver's capabilities: %w", err)
-	}
-	return nodes, nil
+	return nodes
 }
 
 // ParseCapability reads a file of a capability.
@@ -281,10 +266,7 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	case err != nil && !errors.Is(err, unix.ENOENT):
 		return fmt.Errorf("look at device file %s: %w", full, err)
 	}
-	// The link first: what waits for the file has it then.
-	if err := link(dev, n); err != nil {
-		return err
-	}
+	link(dev, n) // first: what waits for the file has it then
 	if err := unix.Mknodat(at, base, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", full, err), "run as root with CAP_MKNOD (privileged: true)")
 	}
@@ -295,26 +277,18 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	return nil
 }
 
-// link makes the device's link in /dev/char. What is no link there is left alone.
-func link(dev *os.Root, n Node) error {
+// link makes the device's link in /dev/char, where it can: a driver works without. What is
+// no link there is left alone.
+func link(dev *os.Root, n Node) {
 	name, to := fmt.Sprintf("%s/%d:%d", charFolder, n.Major, n.Minor), "../"+n.Name
 	have, err := dev.Readlink(name)
 	if err == nil && have == to {
-		return nil
+		return
 	}
 	if err == nil { // of a driver that was loaded under other numbers
 		err = dev.Remove(name)
 	}
-	if err == nil || errors.Is(err, fs.ErrNotExist) {
-		if err = dev.MkdirAll(charFolder, 0o755); err == nil {
-			err = dev.Symlink(to, name)
-		}
+	if (err == nil || errors.Is(err, fs.ErrNotExist)) && dev.MkdirAll(charFolder, 0o755) == nil {
+		_ = dev.Symlink(to, name)
 	}
-	if errors.Is(err, unix.EINVAL) || errors.Is(err, fs.ErrExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("make link /dev/%s: %w", name, err)
-	}
-	return nil
 }

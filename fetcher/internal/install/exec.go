@@ -15,21 +15,21 @@ import (
 // filesystem forbids it as COS's stateful partition does. Without it neither
 // the tools nor the libraries can be used. The mount is the node's, for every program and
 // pod on it; where this container does not see what is mounted there, it gets one of its
-// own, too. It reports whether the node got one.
-func (s *Store) EnsureExec() (did bool, err error) {
+// own, too. note is called before the node gets one. It reports whether the node did.
+func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {
 		return false, fmt.Errorf("find install folder: %w", err)
 	}
 	inside, err := s.inNode(here, func() (err error) {
-		did, err = allowExec(s.dir)
+		did, err = allowExec(s.dir, note)
 		return err
 	})
 	switch {
 	case errors.Is(err, noderoot.ErrNamespace) && (s.node.Dir() == "/" || mayExec(here)):
-		did, err = allowExec(here)
+		did, err = allowExec(here, note)
 	case err == nil && inside:
-		_, err = allowExec(here)
+		_, err = allowExec(here, func() {})
 	}
 	if err != nil {
 		return did, s.execFault(err)
@@ -77,7 +77,7 @@ func mayExec(dir string) bool {
 }
 
 // allowExec reports whether it had to do anything.
-func allowExec(dir string) (bool, error) {
+func allowExec(dir string, note func()) (bool, error) {
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		return false, fmt.Errorf("look at install folder's filesystem: %w", err)
@@ -85,6 +85,7 @@ func allowExec(dir string) (bool, error) {
 	if st.Flags&unix.ST_NOEXEC == 0 {
 		return false, nil
 	}
+	note()
 	// A mount that has its flags before it has its place: other namespaces get a copy of it
 	// at that moment, and of no later change of flags (mount_namespaces(7)).
 	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC)

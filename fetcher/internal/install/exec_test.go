@@ -29,12 +29,12 @@ func TestExecProcess(t *testing.T) {
 	switch os.Getenv("PREBAKE_TEST_EXEC_DO") {
 	case "allow":
 		for _, want := range []bool{true, false} { // once is enough
-			if did, err := s.EnsureExec(); err != nil || did != want {
+			if did, err := s.EnsureExec(func() {}); err != nil || did != want {
 				t.Errorf("EnsureExec = %t, %v; want %t", did, err, want)
 			}
 		}
 	case "refuse":
-		if did, err := s.EnsureExec(); did || !fault.Is(err, fault.Unusable) || !strings.Contains(fault.Hint(err), "hostPID") {
+		if did, err := s.EnsureExec(func() {}); did || !fault.Is(err, fault.Unusable) || !strings.Contains(fault.Hint(err), "hostPID") {
 			t.Errorf("EnsureExec = %t, %v (%s); want it refused, and how to do it", did, err, fault.Hint(err))
 		}
 	case "revoke":

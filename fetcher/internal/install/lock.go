@@ -56,15 +56,37 @@ func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
 		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: it is %s", name, what), "remove it: Google's installer makes an empty file there")
 	}
-	f, err := s.node.OpenFile(name, os.O_RDWR, 0)
-	if errors.Is(err, fs.ErrNotExist) {
-		if info, lerr := s.node.Lstat(name); lerr == nil && info.Mode().Type() == fs.ModeSymlink {
-			return nil, planted("a link")
-		}
-		f, err = s.node.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	folder, err := s.node.Folder(path.Dir(name))
+	if err != nil {
+		return nil, fmt.Errorf("open lock /%s: %w", name, err)
 	}
-	if errors.Is(err, fs.ErrExist) { // made just now, by that installer
-		f, err = s.node.OpenFile(name, os.O_RDWR, 0)
+	dir, err := folder.Open(".")
+	if err := errors.Join(err, folder.Close()); err != nil {
+		return nil, fmt.Errorf("open lock /%s: %w", name, err)
+	}
+	defer dir.Close()
+	// Opening a device has effects of its own, and a pipe waits: neither is a lock.
+	open := func(flags int) (*os.File, error) {
+		fd, err := unix.Openat(int(dir.Fd()), path.Base(name), flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		return os.NewFile(uintptr(fd), "/"+name), nil
+	}
+	var st unix.Stat_t
+	err = unix.Fstatat(int(dir.Fd()), path.Base(name), &st, unix.AT_SYMLINK_NOFOLLOW)
+	var f *os.File
+	switch {
+	case err == nil && st.Mode&unix.S_IFMT == unix.S_IFLNK:
+		return nil, planted("a link")
+	case err == nil && st.Mode&unix.S_IFMT != unix.S_IFREG:
+		return nil, planted("no file of its own")
+	case errors.Is(err, unix.ENOENT):
+		if f, err = open(unix.O_CREAT | unix.O_EXCL); errors.Is(err, unix.EEXIST) { // made just now, by that installer
+			f, err = open(0)
+		}
+	case err == nil:
+		f, err = open(0)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("open lock /%s: %w", name, err)

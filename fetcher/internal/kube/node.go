@@ -53,6 +53,7 @@ type Node struct {
 
 	mu      sync.Mutex
 	verdict gpucheck.Verdict
+	told    time.Time // when the verdict came
 	pending string
 	changed chan struct{}
 
@@ -66,11 +67,17 @@ type Node struct {
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
+	// since is the time of the verdict, where looks have come to none for too long.
+	since time.Time
 }
+
+// stale is how long a verdict is worth something while looks end without one: three looks,
+// and the time that one takes whose probe is given up.
+const stale = 6 * time.Minute
 
 // same reports whether the cluster would see no difference.
 func (s state) same(o state) bool {
-	return s.pending == o.pending && s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
+	return s.pending == o.pending && s.since.Equal(o.since) && s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
 // New returns what tells of the node with this name, with the service account that is in
@@ -87,13 +94,21 @@ func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 // Tell says what was seen of the driver. It does not wait for the cluster.
 func (n *Node) Tell(v gpucheck.Verdict) {
 	n.mu.Lock()
-	n.verdict = v
+	n.verdict, n.told = v, n.now()
 	n.mu.Unlock()
 	n.wake()
 }
 
-// Alive says that a look ended. The condition's heartbeat is of looks with a verdict alone.
-func (n *Node) Alive() {}
+// Alive says that a look ended, whatever it came to. Where none comes to a verdict for long,
+// the cluster is to know that nothing is known.
+func (n *Node) Alive() {
+	n.mu.Lock()
+	old := !n.told.IsZero() && n.now().Sub(n.told) > stale
+	n.mu.Unlock()
+	if old {
+		n.wake()
+	}
+}
 
 // Pending says why another driver is wanted than the one that serves the node; nil is that
 // none is.
@@ -149,10 +164,19 @@ func (n *Node) Flush(ctx context.Context) {
 
 // write brings the node in the cluster to what was told last.
 func (n *Node) write(ctx context.Context) error {
-	n.writing.Lock()
+	for !n.writing.TryLock() { // somebody else writes, in a time that its own context bounds
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
 	defer n.writing.Unlock()
 	n.mu.Lock()
-	s := state{n.verdict, n.pending}
+	s := state{verdict: n.verdict, pending: n.pending}
+	if n.now().Sub(n.told) > stale {
+		s.since = n.told
+	}
 	n.mu.Unlock()
 	if s.verdict.State == "" || s.same(n.written) && n.now().Sub(n.at) < heartbeat {
 		return nil
@@ -208,7 +232,7 @@ func (n *Node) tell(ctx context.Context, s state) error {
 	if err := n.api.call(ctx, http.MethodPatch, path+"/status", strategicPatch, status, nil); err != nil {
 		return err
 	}
-	if s.verdict.State == gpucheck.Ready {
+	if s.verdict.State == gpucheck.Ready && s.since.IsZero() {
 		if err := n.removeTaint(ctx, path, have); err != nil {
 			return err
 		}
@@ -228,7 +252,10 @@ func (n *Node) tell(ctx context.Context, s state) error {
 func (s state) metadata() map[string]any {
 	v := s.verdict
 	labels := map[string]any{labelState: string(v.State), labelVersion: nil, labelFlavour: nil}
-	annotations := map[string]any{annotationDigest: orNull(v.Digest), annotationReason: orNull(v.Reason), annotationPending: orNull(s.pending)}
+	if !s.since.IsZero() {
+		labels[labelState] = "unknown"
+	}
+	annotations := map[string]any{annotationDigest: orNull(v.Digest), annotationReason: orNull(cut(v.Reason)), annotationPending: orNull(cut(s.pending))}
 	parts := []any{nil, nil, nil, nil}
 	if v.Driver.Version != "" && v.State != gpucheck.Absent {
 		labels[labelVersion], labels[labelFlavour] = v.Driver.Version, orNull(string(v.Driver.Flavour))
@@ -263,10 +290,13 @@ func (n *Node) condition(s state, have []condition) condition {
 	if v.State == gpucheck.Ready {
 		c.Status, c.Message = "True", fmt.Sprintf("driver %s, %d of %d GPUs usable", v.Driver, v.UsableGPUs, v.PCIGPUs)
 	}
+	if !s.since.IsZero() {
+		c.Status, c.Reason, c.Message = "Unknown", "LookFailed", "no look at the driver has come to an end since "+s.since.UTC().Format(time.RFC3339)+"; before: "+c.Message
+	}
 	if s.pending != "" {
 		c.Message = strings.TrimPrefix(c.Message+"; pending: "+s.pending, "; ")
 	}
-	c.Message = strings.ToValidUTF8(c.Message[:min(len(c.Message), maxMessage)], "")
+	c.Message = cut(c.Message)
 	c.LastTransitionTime = c.LastHeartbeatTime
 	if i := slices.IndexFunc(have, func(o condition) bool { return o.Type == c.Type }); i >= 0 && have[i].Status == c.Status {
 		c.LastTransitionTime = have[i].LastTransitionTime
@@ -276,6 +306,10 @@ func (n *Node) condition(s state, have []condition) condition {
 
 // maxMessage is the most that an Event's message may have (validation of core/v1 Events).
 const maxMessage = 1000
+
+// cut bounds a text that came from elsewhere: all annotations of a node together may have
+// 256 KiB.
+func cut(s string) string { return strings.ToValidUTF8(s[:min(len(s), maxMessage)], "") }
 
 // removeTaint takes the startup taint away. The API server compares the taints with those
 // that were read, so that nobody else's is lost.

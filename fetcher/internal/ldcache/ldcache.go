@@ -29,19 +29,22 @@ const maxConfig = 1 << 20
 // ErrNone is that a node has no ldconfig: then no program of it uses such a cache.
 var ErrNone = errors.New("the node has no ldconfig")
 
-// Add names a folder, and has the cache written anew. It reports whether the folder was
-// not named before.
-func Add(ctx context.Context, node *noderoot.Root, folder string) (added bool, err error) {
-	err = change(ctx, node, func(lines []string) []string {
+// Add names a folder, and has the cache written anew. note is called before the folder is
+// named, where it was not.
+func Add(ctx context.Context, node *noderoot.Root, folder string, note func() error) error {
+	var failed error
+	err := change(ctx, node, func(lines []string) []string {
 		for _, line := range lines {
 			if strings.TrimSpace(line) == folder {
 				return lines
 			}
 		}
-		added = true
+		if failed = note(); failed != nil {
+			return lines
+		}
 		return append(lines, folder)
 	})
-	return added, err
+	return errors.Join(failed, err)
 }
 
 // Refresh has the cache written anew.
@@ -85,7 +88,8 @@ func change(ctx context.Context, node *noderoot.Root, edit func([]string) []stri
 			return fmt.Errorf("write %s: %w", config, err)
 		}
 	}
-	return node.Run(ctx, patience, program) // it replaces the cache in one step
+	// It replaces the cache in one step, and with -X makes no links in the folders.
+	return node.Run(ctx, patience, program, "-X")
 }
 
 func read(node *noderoot.Root) ([]byte, error) {

@@ -70,8 +70,10 @@ func TestCache(t *testing.T) {
 		return string(raw)
 	}
 	for i := range 3 {
-		if added, err := ldcache.Add(t.Context(), node, "/nv/lib64"); err != nil || added != (i == 0) {
-			t.Fatalf("Add = %t, %v", added, err)
+		added := false
+		note := func() error { added = true; return nil }
+		if err := ldcache.Add(t.Context(), node, "/nv/lib64", note); err != nil || added != (i == 0) {
+			t.Fatalf("Add = %v, noted %t", err, added)
 		}
 	}
 	if !strings.Contains(listed(), "/nv/lib64/libm.so.6") {
@@ -101,7 +103,7 @@ func TestNoLdconfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer node.Close()
-	if _, err := ldcache.Add(t.Context(), node, "/x"); !errors.Is(err, ldcache.ErrNone) {
+	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); !errors.Is(err, ldcache.ErrNone) {
 		t.Errorf("Add without an ldconfig = %v; want that there is none", err)
 	}
 }
@@ -122,7 +124,7 @@ func TestFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer node.Close()
-	if _, err := ldcache.Add(t.Context(), node, "/x"); err == nil || !strings.Contains(err.Error(), "run the node's /sbin/ldconfig") {
+	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil || !strings.Contains(err.Error(), "run the node's /sbin/ldconfig") {
 		t.Errorf("Add with a broken ldconfig = %v; want an error", err)
 	}
 	if raw, err := os.ReadFile(filepath.Join(root, "etc/ld.so.conf")); err != nil || string(raw) != "/x\n" {

@@ -61,10 +61,10 @@ func (r *Root) namespace() (*os.File, error) {
 // within does something in another mount namespace, on this thread.
 func within(namespace *os.File, do func() error) error {
 	if err := unix.Unshare(unix.CLONE_FS); err != nil { // the root and folder of this thread alone
-		return fmt.Errorf("enter the node's mount namespace: %w", err)
+		return fmt.Errorf("%w: unshare: %w", ErrNamespace, err)
 	}
 	if err := unix.Setns(int(namespace.Fd()), unix.CLONE_NEWNS); err != nil {
-		return fmt.Errorf("enter the node's mount namespace: %w", err)
+		return fmt.Errorf("%w: setns: %w", ErrNamespace, err)
 	}
 	return do()
 }

@@ -24,8 +24,12 @@ func (r *Root) Program(names ...string) string {
 // maxSaid bounds what is kept of a program's words.
 const maxSaid = 500
 
+// killTime is how long a program that was killed may take to end. One that sleeps in the
+// kernel, in state D of ps, never does, and is left behind.
+const killTime = 10 * time.Second
+
 // Run runs a program of the node with the node's root as its own, and without environment.
-// The error has what it wrote to stderr.
+// The error has what it wrote to stderr. It returns in any case, soon after the limit.
 func (r *Root) Run(ctx context.Context, limit time.Duration, program string, args ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
@@ -39,10 +43,20 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
 	cmd.Stderr = &first{&said, maxSaid}
 	cmd.WaitDelay = 5 * time.Second
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("run the node's %s: %w: %s", program, err, strings.TrimSpace(said.String()))
+	if err := cmd.Start(); err != nil {
+		return fmt.Errorf("run the node's %s: %w", program, err)
 	}
-	return nil
+	done := make(chan error, 1)
+	go func() { done <- cmd.Wait() }()
+	select {
+	case err := <-done:
+		if err != nil {
+			return fmt.Errorf("run the node's %s: %w: %s", program, err, strings.TrimSpace(said.String()))
+		}
+		return nil
+	case <-time.After(limit + killTime):
+		return fmt.Errorf("run the node's %s: it does not end, although it was killed after %v", program, limit)
+	}
 }
 
 // first keeps the beginning of what is written.

@@ -6,6 +6,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // Chain asks one after the other until one has the artifact: a server first, which knows
@@ -18,6 +19,8 @@ type Chain []Finder
 // source that may be back, then the first answer.
 func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	var pending, first *Answer
+	// Once a server has said which driver it is, the others are asked for that one: a registry's
+	// newest may be one that was yanked, or that nobody chose.
 	var away, other error
 	for _, f := range c {
 		a, err := f.Find(ctx, q)
@@ -36,6 +39,12 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			pending = &a
 		case first == nil:
 			first = &a
+		}
+		if err == nil && a.Source == SourceServer && a.Driver.Version != "" {
+			q.Wish = target.Wish(a.Driver.Version)
+			if a.Driver.Flavour != "" {
+				q.Flavour = string(a.Driver.Flavour)
+			}
 		}
 	}
 	switch {

@@ -7,6 +7,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // says answers always the same, and counts who asks.
@@ -57,5 +58,33 @@ func TestChain(t *testing.T) {
 		if (row.kind == fault.Internal) != (err == nil) || err != nil && !fault.Is(err, row.kind) || err == nil && a.State != row.want || asked != row.asked {
 			t.Errorf("%s: %q, %v after %d questions; want %q after %d", name, a.State, err, asked, row.want, row.asked)
 		}
+	}
+}
+
+// asks answers with what it was asked for.
+type asks struct{ got *resolve.Question }
+
+func (a asks) Find(_ context.Context, q resolve.Question) (resolve.Answer, error) {
+	*a.got = q
+	return resolve.Answer{State: api.Published}, nil
+}
+
+// named is a server that says which driver a wish means, and builds it.
+type named struct{ d target.Driver }
+
+func (n named) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	return resolve.Answer{State: api.Building, Driver: n.d, Source: resolve.SourceServer}, nil
+}
+
+// A registry does not choose another driver than the server that was asked before it.
+func TestChainKeepsToTheServersChoice(t *testing.T) {
+	t.Parallel()
+	var got resolve.Question
+	chain := resolve.Chain{named{target.Driver{Version: "535.261.03", Flavour: target.Proprietary}}, asks{&got}}
+	if _, err := chain.Find(t.Context(), resolve.Question{Wish: "R535", Flavour: resolve.Auto}); err != nil {
+		t.Fatal(err)
+	}
+	if got.Wish != "535.261.03" || got.Flavour != "proprietary" {
+		t.Errorf("the registry is asked for %s, %s; want what the server named", got.Wish, got.Flavour)
 	}
 }
