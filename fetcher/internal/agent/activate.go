@@ -106,7 +106,9 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
-		a.xids = xidWatch{mark: mark}
+		if d.do != keep { // what befell the driver before is over
+			a.xids = xidWatch{mark: mark}
+		}
 		if r.Verdict, err = a.validate(ctx, set, mark, a.newXids()); err != nil {
 			return "", err
 		}
