@@ -42,12 +42,7 @@ func (b *bootMaker) Undo() error {
 // its owner said so, never without a count, and not where that is of no use.
 func TestEditBoot(t *testing.T) {
 	t.Parallel()
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	maker := &bootMaker{entries: 5}
 	n.parts.Boot = maker
 	enforce := func(on string) { sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", on+"\n") }
@@ -162,12 +157,7 @@ func TestEditBootSpares(t *testing.T) {
 // made back.
 func TestEditBootFails(t *testing.T) {
 	t.Parallel()
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	maker := &bootMaker{entries: 5, err: errors.New("no such partition")}
 	n.parts.Boot, n.cfg.EditBoot = maker, true
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "Y\n")

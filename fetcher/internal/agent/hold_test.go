@@ -162,12 +162,7 @@ func TestHold(t *testing.T) {
 // for as long as the driver wants something done about them.
 func TestXidWhileWatched(t *testing.T) {
 	t.Parallel()
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	n.answer(ref, p.Digest, c.Driver)
 	a := agent.New(n.cfg, n.parts)
 	if _, err := a.Run(t.Context()); err != nil {

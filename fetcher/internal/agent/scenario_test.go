@@ -47,12 +47,7 @@ func (n *node) rollback() (*agent.Report, error) {
 // may be absolute ones, as on images that keep both on another partition.
 func TestAbsoluteLinks(t *testing.T) {
 	t.Parallel()
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	at := func(name string) string { return filepath.Join(n.root, name) }
 	if err := errors.Join(os.MkdirAll(at("usr/lib"), 0o755), os.Rename(at("etc/os-release"), at("usr/lib/os-release")), os.Symlink("/usr/lib/os-release", at("etc/os-release")),
 		os.MkdirAll(at("mnt/stateful/nvidia"), 0o755), os.MkdirAll(filepath.Dir(at(installDir)), 0o755), os.Symlink("/mnt/stateful/nvidia", at(installDir))); err != nil {
@@ -90,6 +85,18 @@ func (n *node) killed(t *testing.T, ref, digest string, c sample.Cell, module st
 
 func loads(version string) []string {
 	return []string{"load nvidia " + version, "load nvidia_uvm " + version, "load nvidia_modeset " + version}
+}
+
+// bare publishes a driver for a node that has none, and has just booted.
+func bare(t *testing.T) (n *node, ref string, c sample.Cell, p sample.Published) {
+	t.Helper()
+	key := testkit.NewKey(t)
+	ref = layout(t)
+	c = sample.NewCell(t, buildA, newVersion)
+	p = sample.Publish(t, ref, key, c)
+	n = newNode(t, c, 1, key)
+	n.reboot(t)
+	return n, ref, c, p
 }
 
 // two publishes two drivers for one node, which has the older one in force.
@@ -401,12 +408,7 @@ func TestHelperModule(t *testing.T) {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: modprobe runs in the node's root")
 	}
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	out := filepath.Join(n.root, "asked")
 	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(n.root, "sbin/modprobe"), "testdata/modprobe.go")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")

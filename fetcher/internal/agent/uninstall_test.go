@@ -141,12 +141,7 @@ func TestLibraryCache(t *testing.T) {
 	if err != nil || os.Getuid() != 0 {
 		t.Skip("needs root and an ldconfig without libraries")
 	}
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	sample.Write(t, n.root, "sbin/ldconfig", string(program))
 	if err := os.Chmod(filepath.Join(n.root, "sbin/ldconfig"), 0o755); err != nil {
 		t.Fatal(err)
@@ -183,12 +178,7 @@ func TestLibraryCache(t *testing.T) {
 // Container runtimes have a description of the GPUs while the driver is loaded.
 func TestGPUsDescribed(t *testing.T) {
 	t.Parallel()
-	key := testkit.NewKey(t)
-	ref := layout(t)
-	c := sample.NewCell(t, buildA, newVersion)
-	p := sample.Publish(t, ref, key, c)
-	n := newNode(t, c, 1, key)
-	n.reboot(t)
+	n, ref, c, p := bare(t)
 	sample.Write(t, n.root, "proc/driver/nvidia/gpus/0000:00:04.0/information", "GPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nDevice Minor: \t 0\n")
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
