@@ -72,6 +72,7 @@ func pipelineFlags() []ucli.Flag {
 			cli.String("username", "", "user `NAME` for the first --to, in place of Docker's"),
 			cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			cli.Bool("with-runfile", "copy NVIDIA's runfile into buckets among --to"),
+			cli.Int("deltas", 3, "attach `COUNT` deltas of the modules, from builds before this one"),
 		),
 		cli.Group(groupTrust,
 			cli.String("key", "",
@@ -195,7 +196,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	}
 	return pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: pipeline.GoogleSignatures(cmd.String("google-signatures")), GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), BuilderID: cmd.String("builder-id"), Version: version,
+		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: pipeline.GoogleSignatures(cmd.String("google-signatures")), GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), Deltas: cmd.Int("deltas"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials, KeyOptions: keys,
 		Jobs: cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),

@@ -53,6 +53,13 @@ func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID st
 }
 
 func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []string) (map[string]string, string, error) {
+	diff := &countHash{w: io.Discard, h: sha256.New()}
+	files, err := packTree(ctx, root, kind, names, diff)
+	return files, diff.digest(), err
+}
+
+// packTree writes the archive of an unpacked layer.
+func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string, w io.Writer) (map[string]string, error) {
 	var entries []entry
 	var err error
 	if names == nil {
@@ -61,11 +68,10 @@ func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []stri
 		entries, err = named(root, names)
 	}
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
 	files := map[string]string{}
-	diff := &countHash{w: io.Discard, h: sha256.New()}
-	err = writeTar(ctx, diff, entries, func(e entry) (io.ReadCloser, error) {
+	return files, writeTar(ctx, w, entries, func(e entry) (io.ReadCloser, error) {
 		// Whoever changes the tree meanwhile may put a pipe there.
 		f, err := root.OpenFile(e.name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 		if err != nil {
@@ -86,7 +92,6 @@ func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []stri
 		}
 		return &hashedFile{ReadCloser: f, h: sha256.New(), done: func(digest string) { files[e.name] = digest }}, nil
 	})
-	return files, diff.digest(), err
 }
 
 // named looks at these names, which are in the order of the archive.

@@ -38,22 +38,8 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack layer: %w", context.Cause(ctx))
 	}
-	if packed.err != nil {
-		// The source failed, so what the parsers said is only a consequence.
-		return fmt.Errorf("unpack layer: read: %w", packed.err)
-	}
-	// Bytes that changed on the way show first as a broken frame or header:
-	// say the cause, not the symptom.
-	if _, derr := io.Copy(io.Discard, packed); derr != nil && !packed.over {
-		return fmt.Errorf("unpack layer: read: %w", derr)
-	}
-	switch got := packed.digest(); {
-	case packed.over:
-		return unverified("layer is longer than the %d bytes that the manifest says", size)
-	case packed.n != size:
-		return unverified("layer has %d bytes; the manifest says %d", packed.n, size)
-	case got != wantDigest:
-		return unverified("layer has digest %s; the manifest says %s", got, wantDigest)
+	if err := packed.check(wantDigest, size); err != nil {
+		return fmt.Errorf("unpack layer: %w", err)
 	}
 	if err != nil {
 		return fmt.Errorf("unpack layer %s: %w", wantDigest, diskFull(err))
@@ -61,22 +47,49 @@ func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	return nil
 }
 
-func unverified(format string, args ...any) error {
-	return fault.Errorf(fault.Unverified, "unpack layer: "+format, args...)
+// check reads to the end, and compares what was read with what a manifest says.
+func (m *meter) check(wantDigest string, size int64) error {
+	if m.err != nil {
+		// The source failed, so what the parsers said is only a consequence.
+		return fmt.Errorf("read: %w", m.err)
+	}
+	// Bytes that changed on the way show first as a broken frame or header:
+	// say the cause, not the symptom.
+	if _, err := io.Copy(io.Discard, m); err != nil && !m.over {
+		return fmt.Errorf("read: %w", err)
+	}
+	switch got := m.digest(); {
+	case m.over:
+		return fault.Errorf(fault.Unverified, "it is longer than the %d bytes that the manifest says", size)
+	case m.n != size:
+		return fault.Errorf(fault.Unverified, "it has %d bytes; the manifest says %d", m.n, size)
+	case got != wantDigest:
+		return fault.Errorf(fault.Unverified, "it has digest %s; the manifest says %s", got, wantDigest)
+	}
+	return nil
 }
 
 func unpackStream(packed *meter, wantDiffID string, dst *os.Root, limit int64) error {
-	// One thread and a bounded window: this runs on nodes with work to do. The
-	// frame's own checksum says less than the diff id does.
-	zr, err := zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
-		zstd.WithDecoderMaxWindow(windowSize), zstd.WithDecoderMaxMemory(64<<20))
+	zr, err := newDecoder(packed)
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, "")
 	}
 	defer zr.Close()
-	plain := &meter{r: zr, h: sha256.New(), limit: limit}
+	return unpackPlain(zr, wantDiffID, dst, limit)
+}
+
+// newDecoder reads a packed layer. One thread and a bounded window: this runs on nodes with
+// work to do. The frame's own checksum says less than the diff id does.
+func newDecoder(packed io.Reader) (*zstd.Decoder, error) {
+	return zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
+		zstd.WithDecoderMaxWindow(windowSize), zstd.WithDecoderMaxMemory(64<<20))
+}
+
+// unpackPlain writes what an archive holds.
+func unpackPlain(archive io.Reader, wantDiffID string, dst *os.Root, limit int64) error {
+	plain := &meter{r: archive, h: sha256.New(), limit: limit}
 	x := &extractor{dst: dst, seen: map[string]byte{}}
-	err = x.run(tar.NewReader(plain))
+	err := x.run(tar.NewReader(plain))
 	if err == nil {
 		err = onlyZeros(plain)
 	}

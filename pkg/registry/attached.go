@@ -1,6 +1,7 @@
 package registry
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"slices"
@@ -164,6 +165,19 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 
 // payload reads one; nil is a manifest of another shape.
 func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
+	layer, err := s.layer(ctx, d, MaxAttachment)
+	if err != nil || layer == nil {
+		return nil, err
+	}
+	payload, err := s.r.Small(ctx, *layer)
+	if err == nil && payload == nil {
+		payload = []byte{}
+	}
+	return payload, err
+}
+
+// layer tells what the payload of one is; nil is a manifest of another shape.
+func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.Descriptor, error) {
 	raw, err := s.r.Manifest(ctx, d.Digest.String())
 	if err != nil {
 		return nil, err
@@ -171,18 +185,51 @@ func (s *search) payload(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != s.artifactType || len(m.Layers) != 1 ||
 		m.Subject == nil || m.Subject.Digest.String() != s.digest ||
-		m.Layers[0].Size < 0 || m.Layers[0].Size > MaxAttachment || checkDigest(m.Layers[0].Digest.String()) != nil {
+		m.Layers[0].Size < 0 || m.Layers[0].Size > most || checkDigest(m.Layers[0].Digest.String()) != nil {
 		return nil, nil
 	}
 	// A list need not repeat the annotations.
 	if _, may := fit(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
 		return nil, nil
 	}
-	payload, err := s.r.Small(ctx, m.Layers[0])
-	if err == nil && payload == nil {
-		payload = []byte{}
+	layer := m.Layers[0]
+	layer.Annotations = m.Annotations
+	return &layer, nil
+}
+
+// maxPayloads bounds what [Repository.Payloads] looks at.
+const maxPayloads = 32
+
+// Payloads is [Repository.Attached] for payloads that are too large to be read whole: it
+// returns the descriptor of each that has no more than so many bytes, with the annotations
+// of its attachment, the smallest first. Those that cannot be read are left out.
+func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, most int64, wanted ...map[string]string) ([]v1.Descriptor, error) {
+	list, err := r.list(ctx, digest)
+	if err != nil {
+		return nil, err
 	}
-	return payload, err
+	s := search{r: r, digest: digest, artifactType: artifactType, useful: func([]byte) string { return "" }, wanted: wanted}
+	asked, perhaps := sortOut(list, wanted)
+	var payloads []v1.Descriptor
+	for _, d := range append(asked, perhaps...) {
+		if !mayBe(d, artifactType) {
+			continue
+		}
+		if s.looks++; s.looks > maxPayloads {
+			break
+		}
+		layer, err := s.layer(ctx, d, most)
+		switch {
+		case err != nil && !s.leftOut(ctx, err):
+			return nil, err
+		case err == nil && layer != nil:
+			if i, _ := fit(layer.Annotations, wanted); i >= 0 || len(wanted) == 0 {
+				payloads = append(payloads, *layer)
+			}
+		}
+	}
+	slices.SortStableFunc(payloads, func(a, b v1.Descriptor) int { return cmp.Compare(a.Size, b.Size) })
+	return payloads, nil
 }
 
 // mayBe tells whether a descriptor may be of an artifact type: a registry from

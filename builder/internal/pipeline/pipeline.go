@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/prebake/prebake/builder/internal/loadtest"
+	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -89,6 +90,8 @@ type Config struct {
 	// more than one cell.
 	Labels      []string
 	LabelsLater bool
+	// Deltas is how many deltas an artifact gets: see [publish.Deltas].
+	Deltas int
 	// BuilderID goes into the provenance as builder.id, a URI, and is who gives
 	// labels; Version is this program's.
 	BuilderID, Version string
@@ -142,6 +145,8 @@ type Result struct {
 	Layers   []bundle.Layer    `json:"layers,omitempty"`
 	// Symbols is the digest of the debug symbols, where they were wanted.
 	Symbols string `json:"symbols,omitempty"`
+	// Deltas make the module layer out of those of earlier builds.
+	Deltas []publish.Delta `json:"deltas,omitempty"`
 	// Twins are the tarballs in buckets.
 	Twins []twin.Report `json:"twins,omitempty"`
 	// Labels are those of this COS build in each bucket.

@@ -38,7 +38,13 @@ func (r *run) publish(ctx context.Context, in *inputs, to *outlet, m *modules, a
 	if err := r.giveLabels(ctx, in, to); err != nil {
 		return "", err
 	}
+	if err := r.publishDeltas(ctx, in, to, a); err != nil {
+		return "", err
+	}
 	note := fmt.Sprintf("%s to %d place(s)", a.digest[:19], len(to.places)+len(to.buckets))
+	if n := len(r.res.Deltas); n > 0 {
+		note += fmt.Sprintf(", %d delta(s)", n)
+	}
 	if r.res.Existed {
 		note += ", was there already"
 	}
@@ -54,6 +60,25 @@ func (r *run) layersIntact(ctx context.Context, a *artifact) error {
 		if err := r.products.Recheck(ctx, l.Path); err != nil {
 			return fmt.Errorf("%s layer: %w", l.Kind, err)
 		}
+	}
+	return nil
+}
+
+// publishDeltas attaches deltas for nodes that have an earlier build's modules. They are a
+// help: without them nodes fetch the whole layer, so nothing that goes wrong is an error.
+func (r *run) publishDeltas(ctx context.Context, in *inputs, to *outlet, a *artifact) error {
+	for _, p := range to.places {
+		made, err := publish.Deltas(ctx, p.repo, a.digest, in.kernel.Kernel, in.driver, r.cfg.Deltas)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			r.say("publish")(fmt.Sprintf("no delta in %s: %v", p.name, err))
+		}
+		for _, d := range made {
+			fmt.Fprintf(r.log, "delta of the modules for %s: %d bytes\n", d.From, d.Size)
+		}
+		r.res.Deltas = append(r.res.Deltas, made...)
 	}
 	return nil
 }

@@ -10,15 +10,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"os"
 	"path"
 	"reflect"
 	"slices"
 	"strings"
-	"sync/atomic"
 	"time"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
@@ -67,7 +63,7 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 	}
 	set := a.setOf(origin, r.Answer.Digest, repo.Name(), content, facts)
 	if a.cfg.DryRun {
-		a.planBring(ctx, r, store, set, current)
+		a.planBring(ctx, r, repo, store, set, current)
 		return set, nil
 	}
 	err = a.parts.Line.Do("fetch", func() (string, error) {
@@ -168,93 +164,6 @@ func readProof(ctx context.Context, repo Repository, v Verifier, digest string, 
 func digestOf(data []byte) string {
 	sum := sha256.Sum256(data)
 	return "sha256:" + hex.EncodeToString(sum[:])
-}
-
-// fetch brings the layers that are not there, or not what they were, side by side.
-func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *install.Store, set *install.Set, id bundle.Identity, facts *host.Facts) error {
-	missing, err := a.missing(ctx, r, store, set)
-	if err != nil {
-		return err
-	}
-	var done atomic.Int64
-	g, gctx := errgroup.WithContext(ctx)
-	for _, l := range missing {
-		g.Go(func() error {
-			files := map[string]string{}
-			err := store.AddLayer(l, func(dst *os.Root) error {
-				if err := unpack(gctx, repo, l, dst); err != nil {
-					return err
-				}
-				a.parts.Line.Say("fetch", "%s", size(done.Add(l.Size)))
-				if l.Kind != bundle.LayerModules {
-					return nil
-				}
-				mods, err := inspect(dst.FS(), id, facts, nil)
-				for _, m := range mods {
-					files[m.File] = m.SHA256
-				}
-				return err
-			})
-			if err != nil {
-				return fmt.Errorf("fetch %s layer %s: %w", l.Kind, l.Digest, err)
-			}
-			print, err := store.LayerPrint(l.Digest)
-			a.checked.Store(l.Digest, checkedLayer{files, print})
-			return err
-		})
-	}
-	err = g.Wait()
-	if ctx.Err() != nil {
-		return context.Cause(ctx) // not what it did to the streams
-	}
-	return err
-}
-
-// missing returns the layers that have to be fetched, and counts. One that is damaged
-// counts as missing.
-func (a *Agent) missing(ctx context.Context, r *Report, store *install.Store, set *install.Set) ([]install.Layer, error) {
-	damaged := make([]error, len(set.Layers))
-	g, gctx := errgroup.WithContext(ctx)
-	for i, l := range set.Layers {
-		if store == nil || !store.HasLayer(l.Digest) {
-			damaged[i] = fs.ErrNotExist
-			continue
-		}
-		g.Go(func() error {
-			if !a.unchanged(store, l) {
-				damaged[i] = a.checkLayer(gctx, store, l)
-			}
-			return nil
-		})
-	}
-	_ = g.Wait() // each error is looked at below
-	if ctx.Err() != nil {
-		return nil, context.Cause(ctx)
-	}
-	var missing []install.Layer
-	for i, l := range set.Layers {
-		if damaged[i] == nil {
-			r.CachedBytes += l.Size
-			continue
-		}
-		if !errors.Is(damaged[i], fs.ErrNotExist) {
-			a.parts.Log.WarnContext(ctx, "a layer on this node is damaged", "err", damaged[i])
-			r.did("found the %s layer %s damaged", l.Kind, short(l.Digest))
-		}
-		r.FetchedBytes += l.Size
-		r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
-		missing = append(missing, l)
-	}
-	return missing, nil
-}
-
-func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root) (err error) {
-	rc, err := repo.Blob(ctx, l.Digest, l.Size)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, rc.Close()) }()
-	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, dst)
 }
 
 // loadOrder is the order in which modules are loaded, and their order in a set.
@@ -366,8 +275,8 @@ func openModule(layer fs.FS, file string) (fs.File, int64, error) {
 }
 
 // planBring reports what bring would do.
-func (a *Agent) planBring(ctx context.Context, r *Report, store *install.Store, set, current *install.Set) {
-	if _, err := a.missing(ctx, r, store, set); err != nil {
+func (a *Agent) planBring(ctx context.Context, r *Report, repo Repository, store *install.Store, set, current *install.Set) {
+	if _, err := a.missing(ctx, r, repo, store, set); err != nil {
 		return // the run is over
 	}
 	if current == nil || current.Digest != set.Digest {

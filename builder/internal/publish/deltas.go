@@ -1,0 +1,227 @@
+package publish
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"hash"
+	"io"
+	"slices"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// maxDelta bounds a delta, which is kept in memory while it is made: one that is larger
+// saves a node too little to be worth it.
+const maxDelta = 16 << 20
+
+// maxBefore bounds how many builds are looked at for each delta.
+const maxBefore = 4
+
+// Delta is one that [Deltas] attached.
+type Delta struct {
+	// From is the COS build whose module layer is needed for it.
+	From target.Kernel `json:"from"`
+	Size int64         `json:"size"`
+}
+
+// Deltas attaches to a published artifact what makes its module layer out of as many other
+// ones: those of the COS builds before its own, of the same board, milestone and driver. A node whose OS
+// was updated has one of those. It returns what it attached; what is there already, or
+// would save little, is left out.
+func Deltas(ctx context.Context, repo *registry.Repository, digest string, k target.Kernel, d target.Driver, count int) (made []Delta, err error) {
+	made, err = deltas(ctx, repo, digest, k, d, count)
+	if err != nil {
+		err = fmt.Errorf("make deltas for %s: %w", digest, err)
+	}
+	return made, err
+}
+
+func deltas(ctx context.Context, repo *registry.Repository, digest string, k target.Kernel, d target.Driver, count int) (made []Delta, err error) {
+	if count <= 0 {
+		return nil, nil
+	}
+	tags, err := repo.Tags(ctx)
+	if err != nil {
+		return nil, err
+	}
+	before := buildsBefore(tags, k, d)
+	if len(before) == 0 {
+		return nil, nil
+	}
+	content, err := Content(ctx, repo, digest)
+	if err != nil {
+		return nil, err
+	}
+	to := content.Layer(bundle.LayerModules)
+	there, err := repo.Payloads(ctx, digest, bundle.ArtifactTypeDelta, maxDelta)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]bool{} // diff ids that have a delta
+	for _, p := range there {
+		seen[p.Annotations[bundle.AnnotationDeltaFrom]] = true
+	}
+	subject, err := repo.Resolve(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	formers := map[string]bool{}
+	for _, from := range before[:min(maxBefore*count, len(before))] {
+		former, err := layerOf(ctx, repo, from, d)
+		if err != nil {
+			return made, err
+		}
+		if former.Digest == "" || former.DiffID == to.DiffID || formers[former.DiffID] {
+			continue // several builds may have one kernel
+		}
+		if formers[former.DiffID] = true; len(formers) > count {
+			break
+		}
+		if seen[former.DiffID] {
+			continue
+		}
+		delta, err := makeDelta(ctx, repo, former, to)
+		if errors.Is(err, errLarge) {
+			continue
+		}
+		if err != nil {
+			return made, err
+		}
+		if err := attachDelta(ctx, repo, subject, former.DiffID, delta); err != nil {
+			return made, err
+		}
+		made = append(made, Delta{From: from, Size: int64(len(delta))})
+	}
+	return made, nil
+}
+
+// buildsBefore returns the COS builds before k that tags name for this driver, the newest first.
+func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kernel {
+	suffix, milestone := strings.TrimPrefix(bundle.KernelTag(k, d), "cos-"+k.BuildID), firstNumber(k.BuildID)
+	var before []target.Kernel
+	for _, tag := range tags {
+		id, ok := strings.CutSuffix(tag, suffix)
+		if !ok || !strings.HasPrefix(id, "cos-") {
+			continue
+		}
+		other, err := target.ParseKernel(strings.TrimPrefix(id, "cos-"), k.Board)
+		if err == nil && firstNumber(other.BuildID) == milestone && target.CompareVersions(other.BuildID, k.BuildID) < 0 {
+			before = append(before, other)
+		}
+	}
+	slices.SortFunc(before, func(x, y target.Kernel) int { return target.CompareVersions(y.BuildID, x.BuildID) })
+	return before
+}
+
+// firstNumber is that of the branch of COS from which all builds of a milestone are made.
+func firstNumber(buildID string) string {
+	first, _, _ := strings.Cut(buildID, ".")
+	return first
+}
+
+// layerOf returns the module layer of a build's artifact; one without a digest is that
+// there is none that this program reads.
+func layerOf(ctx context.Context, repo *registry.Repository, k target.Kernel, d target.Driver) (bundle.ContentLayer, error) {
+	digest, ok, err := Existing(ctx, repo, bundle.KernelTag(k, d))
+	if err != nil || !ok {
+		return bundle.ContentLayer{}, err
+	}
+	content, err := Content(ctx, repo, digest)
+	if fault.Is(err, fault.Unverified) || fault.Is(err, fault.NoArtifact) {
+		return bundle.ContentLayer{}, nil
+	}
+	if err != nil || content.Identity.Driver != d {
+		return bundle.ContentLayer{}, err
+	}
+	return content.Layer(bundle.LayerModules), nil
+}
+
+// makeDelta makes one in memory, out of what the repository has.
+func makeDelta(ctx context.Context, repo *registry.Repository, from, to bundle.ContentLayer) ([]byte, error) {
+	a, err := openLayer(ctx, repo, from)
+	if err != nil {
+		return nil, err
+	}
+	defer a.Close()
+	b, err := openLayer(ctx, repo, to)
+	if err != nil {
+		return nil, err
+	}
+	defer b.Close()
+	w := &limited{most: int(min(maxDelta, to.Size/2))}
+	if err := bundle.WriteDelta(ctx, a, b, w); err != nil {
+		return nil, err
+	}
+	return w.buf.Bytes(), errors.Join(a.check(), b.check())
+}
+
+// layerReader reads the archive in a published layer.
+type layerReader struct {
+	io.Reader
+	h           hash.Hash
+	want        string
+	plain, blob io.Closer
+}
+
+func openLayer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) (*layerReader, error) {
+	blob, err := repo.Blob(ctx, l.Digest, l.Size)
+	if err != nil {
+		return nil, err
+	}
+	plain, err := bundle.OpenArchive(blob)
+	if err != nil {
+		return nil, errors.Join(err, blob.Close())
+	}
+	h := sha256.New()
+	return &layerReader{io.TeeReader(plain, h), h, l.DiffID, plain, blob}, nil
+}
+
+// check reads what is left, and compares all of it with the config.
+func (l *layerReader) check() error {
+	if _, err := io.Copy(io.Discard, l); err != nil {
+		return fmt.Errorf("read layer: %w", err)
+	}
+	if got := "sha256:" + hex.EncodeToString(l.h.Sum(nil)); got != l.want {
+		return fault.New(fault.Unverified, fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want), "")
+	}
+	return nil
+}
+
+func (l *layerReader) Close() error { return errors.Join(l.plain.Close(), l.blob.Close()) }
+
+// limited keeps what is written to it, and takes no more than so much.
+type limited struct {
+	buf  bytes.Buffer
+	most int
+}
+
+var errLarge = errors.New("a delta of this size saves too little")
+
+func (l *limited) Write(p []byte) (int, error) {
+	if l.buf.Len()+len(p) > l.most {
+		return 0, errLarge
+	}
+	return l.buf.Write(p)
+}
+
+func attachDelta(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, from string, delta []byte) error {
+	digest, size, err := v1.SHA256(bytes.NewReader(delta))
+	if err != nil {
+		return err
+	}
+	layer := v1.Descriptor{MediaType: types.MediaType(bundle.ArtifactTypeDelta), Digest: digest, Size: size}
+	open := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(delta)), nil }
+	_, err = repo.AttachLayer(ctx, subject, bundle.ArtifactTypeDelta, layer, open, map[string]string{bundle.AnnotationDeltaFrom: from})
+	return err
+}

@@ -1,0 +1,209 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"sync/atomic"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/pkg/bundle"
+)
+
+// lack is a layer that this node lacks.
+type lack struct {
+	install.Layer
+	// delta makes it out of another layer that is here; nil where none does.
+	delta *delta
+}
+
+// bytes is how much has to be fetched for it.
+func (l lack) bytes() int64 {
+	if l.delta != nil {
+		return l.delta.Size
+	}
+	return l.Size
+}
+
+// delta is one that fits what lies on the disk.
+type delta struct {
+	v1.Descriptor
+	from install.Layer
+}
+
+// fetch brings the layers that are not there, or not what they were, side by side.
+func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *install.Store, set *install.Set, id bundle.Identity, facts *host.Facts) error {
+	missing, err := a.missing(ctx, r, repo, store, set)
+	if err != nil {
+		return err
+	}
+	var done, more atomic.Int64
+	g, gctx := errgroup.WithContext(ctx)
+	for _, l := range missing {
+		g.Go(func() error {
+			if l.delta != nil {
+				err := a.addLayer(gctx, store, l, id, facts, func(dst *os.Root) error { return unpackDelta(gctx, repo, store, l, dst) })
+				if err == nil || gctx.Err() != nil {
+					a.parts.Line.Say("fetch", "%s", size(done.Add(l.bytes())))
+					return err
+				}
+				a.parts.Log.WarnContext(ctx, "a delta did not do; fetching the whole layer", "err", err)
+				more.Add(l.Size)
+			}
+			err := a.addLayer(gctx, store, l, id, facts, func(dst *os.Root) error {
+				defer func() { a.parts.Line.Say("fetch", "%s", size(done.Add(l.Size))) }()
+				return unpack(gctx, repo, l.Layer, dst)
+			})
+			if err != nil {
+				return fmt.Errorf("fetch %s layer %s: %w", l.Kind, l.Digest, err)
+			}
+			return nil
+		})
+	}
+	err = g.Wait()
+	if n := more.Load(); n > 0 {
+		r.FetchedBytes += n
+		r.did("fetch the whole of it, %s, for the delta did not do", size(n))
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx) // not what it did to the streams
+	}
+	return err
+}
+
+// addLayer keeps a layer, checks its modules, and remembers what it looked like.
+func (a *Agent) addLayer(ctx context.Context, store *install.Store, l lack, id bundle.Identity, facts *host.Facts, unpack func(*os.Root) error) error {
+	files := map[string]string{}
+	err := store.AddLayer(l.Layer, func(dst *os.Root) error {
+		if err := unpack(dst); err != nil || l.Kind != bundle.LayerModules {
+			return err
+		}
+		mods, err := inspect(dst.FS(), id, facts, nil)
+		for _, m := range mods {
+			files[m.File] = m.SHA256
+		}
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	print, err := store.LayerPrint(l.Digest)
+	a.checked.Store(l.Digest, checkedLayer{files, print})
+	return err
+}
+
+// missing returns the layers that have to be fetched, and counts. One that is damaged
+// counts as missing.
+func (a *Agent) missing(ctx context.Context, r *Report, repo Repository, store *install.Store, set *install.Set) ([]lack, error) {
+	damaged := make([]error, len(set.Layers))
+	g, gctx := errgroup.WithContext(ctx)
+	for i, l := range set.Layers {
+		if store == nil || !store.HasLayer(l.Digest) {
+			damaged[i] = fs.ErrNotExist
+			continue
+		}
+		g.Go(func() error {
+			if !a.unchanged(store, l) {
+				damaged[i] = a.checkLayer(gctx, store, l)
+			}
+			return nil
+		})
+	}
+	_ = g.Wait() // each error is looked at below
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	var missing []lack
+	for i, l := range set.Layers {
+		if damaged[i] == nil {
+			r.CachedBytes += l.Size
+			continue
+		}
+		if !errors.Is(damaged[i], fs.ErrNotExist) {
+			a.parts.Log.WarnContext(ctx, "a layer on this node is damaged", "err", damaged[i])
+			r.did("found the %s layer %s damaged", l.Kind, short(l.Digest))
+		}
+		m := lack{l, a.deltaFor(ctx, repo, store, set, l)}
+		r.FetchedBytes += m.bytes()
+		if m.delta != nil {
+			r.did("fetch %s layer %s, %s as a delta of %s", l.Kind, short(l.Digest), size(m.bytes()), short(m.delta.from.Digest))
+		} else {
+			r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
+		}
+		missing = append(missing, m)
+	}
+	return missing, nil
+}
+
+// deltaFor finds a delta for a layer of modules; nil is none. It is a help only: whoever
+// attached it, what comes of it has to be what was signed.
+func (a *Agent) deltaFor(ctx context.Context, repo Repository, store *install.Store, set *install.Set, l install.Layer) *delta {
+	if store == nil || l.Kind != bundle.LayerModules {
+		return nil
+	}
+	sets, err := store.Sets()
+	if err != nil {
+		return nil
+	}
+	var wanted []map[string]string
+	here := map[string]install.Layer{}
+	for _, s := range sets {
+		for _, have := range s.Layers {
+			_, known := here[have.DiffID]
+			if !known && have.Kind == l.Kind && have.Digest != l.Digest && s.Driver == set.Driver && store.HasLayer(have.Digest) {
+				here[have.DiffID] = have
+				wanted = append(wanted, map[string]string{bundle.AnnotationDeltaFrom: have.DiffID})
+			}
+		}
+	}
+	if len(wanted) == 0 {
+		return nil
+	}
+	found, err := repo.Payloads(ctx, set.Digest, bundle.ArtifactTypeDelta, l.Size/2, wanted...)
+	if err != nil {
+		a.parts.Log.DebugContext(ctx, "did not find deltas", "err", err)
+		return nil
+	}
+	for _, d := range found {
+		if from, ok := here[d.Annotations[bundle.AnnotationDeltaFrom]]; ok {
+			return &delta{d, from}
+		}
+	}
+	return nil
+}
+
+func unpackDelta(ctx context.Context, repo Repository, store *install.Store, l lack, dst *os.Root) (err error) {
+	names, err := store.LayerNames(l.delta.from.Digest)
+	if err != nil {
+		return err
+	}
+	former, err := store.LayerRoot(l.delta.from.Digest)
+	if err != nil {
+		return err
+	}
+	defer former.Close()
+	from := bundle.TreeArchive(ctx, former, l.Kind, names)
+	defer from.Close()
+	digest := l.delta.Digest.String()
+	rc, err := repo.Blob(ctx, digest, l.delta.Size)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rc.Close()) }()
+	return bundle.UnpackDelta(ctx, rc, digest, l.delta.Size, from, l.DiffID, dst)
+}
+
+func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root) (err error) {
+	rc, err := repo.Blob(ctx, l.Digest, l.Size)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rc.Close()) }()
+	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, dst)
+}
