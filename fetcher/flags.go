@@ -50,6 +50,7 @@ func wishFlags() []ucli.Flag {
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
 			cli.Strings("registry", "repository `REF`, after the server, as host/name or oci:FOLDER"),
+			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
 			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
 			cli.Duration("wait", 0, "longest `TIME` to wait for a build or a service; 0 asks once"),
 		),
@@ -95,8 +96,8 @@ func changeFlags() []ucli.Flag {
 
 // installFlags are what install and run share.
 func installFlags() []ucli.Flag {
-	builder := cli.String("builder", "", "`PROGRAM` that compiles when nothing is published; never turns that off")
-	builder.DefaultText = "builder beside fetcher, if it is there"
+	builder := cli.String("builder", "", "`PROGRAM` that compiles when nothing is published, or an image of it, as HOST/NAME@DIGEST; or never")
+	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
 	cache.DefaultText = "cache in the state folder"
 	return slices.Concat(
@@ -124,7 +125,7 @@ func trustFlags() []ucli.Flag {
 			cli.String("key", defaultKeys,
 				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"),
 			cli.String("load-test", "any",
-				"`MODE`: any, or tested for artifacts that a kernel has loaded"),
+				"`MODE`: any, or tested by a kernel"),
 		),
 		cli.Group(groupTrust, cli.TrustFlags()...),
 	)

@@ -12,6 +12,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/cosinstaller"
+	"github.com/prebake/prebake/fetcher/internal/local"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -20,6 +21,11 @@ import (
 var version = "devel"
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == local.EnterCommand { // this program, started by itself
+		err := local.Enter(os.Args[2:])
+		cli.PrintError(os.Stderr, err)
+		os.Exit(fault.Of(err).ExitCode())
+	}
 	if cosinstaller.Spoken(os.Args) {
 		args, notes, err := cosinstaller.Translate(os.Args[1:], os.Getenv)
 		if err != nil {

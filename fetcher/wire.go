@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/url"
@@ -236,9 +237,19 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 			return nil, nil
 		}
 	}
-	program, err := exec.LookPath(program)
-	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err), "name the builder program with --builder PATH, or turn it off: --builder never")
+	var image *local.Image
+	if ref, digest, ok := strings.Cut(program, "@"); ok && strings.HasPrefix(digest, digestPrefix) {
+		repo, err := openRepository(cmd, ref)
+		if err != nil {
+			return nil, err
+		}
+		image, program = &local.Image{Repository: repo, Digest: digest}, ""
+	} else {
+		var err error
+		if program, err = exec.LookPath(program); err != nil {
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err),
+				"name the builder program, --builder PATH, or its image, --builder HOST/NAME@sha256:DIGEST; or turn it off: --builder never")
+		}
 	}
 	state, err := node.Path(cmd.String("state-dir"))
 	if err != nil {
@@ -249,7 +260,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 		cache = filepath.Join(state, "cache")
 	}
 	return &local.Builder{
-		Program: program, StateDir: state, CacheDir: cache,
+		Program: program, Image: image, StateDir: state, CacheDir: cache,
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 	}, nil
 }
@@ -272,7 +283,11 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
 		}
-		chain = append(chain, resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus})
+		s := resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus}
+		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {
+			s.Request = func(ctx context.Context, r api.BuildRequest) (api.Build, error) { return requestBuild(ctx, server, file, r) }
+		}
+		chain = append(chain, s)
 	}
 	for _, ref := range registries {
 		if _, err := openRepository(cmd, ref); err != nil {
@@ -287,6 +302,23 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		return resolve.Nobody{}, nil
 	}
 	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")
+}
+
+// maxToken bounds a token: those of Kubernetes have some 1,500 bytes.
+const maxToken = 64 << 10
+
+// requestBuild asks a server for a build. The token is read each time: kubelet replaces it.
+func requestBuild(ctx context.Context, server, tokenFile string, r api.BuildRequest) (api.Build, error) {
+	f, err := os.Open(tokenFile)
+	if err != nil {
+		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "name the file with the server's token: --token-file FILE")
+	}
+	defer f.Close()
+	token, err := io.ReadAll(io.LimitReader(f, maxToken))
+	if err != nil {
+		return api.Build{}, fmt.Errorf("read token: %w", err)
+	}
+	return api.NewClient(server, strings.TrimSpace(string(token)), nil).RequestBuild(ctx, r)
 }
 
 // registryFinder asks one repository. It is opened for each question: what it was logged in

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"os"
@@ -29,11 +30,12 @@ import (
 //	background NAME COMMAND         starts one that goes on; stop NAME ends it
 //	stdout TEXT, stderr TEXT        the last one printed this; with ! it did not
 //	loaded MODULE...                these NVIDIA modules are in the kernel, and no others
-//	boot                            the power is cut, if the node has not died yet, and it boots again
+//	boot [BUILD_ID]                 the power is cut, if the node has not died yet, and it boots again, with
+//	                                another build of COS where one is named
 //	=> dies                         instead of a status: the node dies meanwhile
 //
-// $SERVER, $AWAY (where nobody answers), $REPO, $OLD, $PROPRIETARY, $OPEN (digests), $OTHER (of another kernel) and $DIR
-// (the install folder) stand for what they are called.
+// $SERVER, $AWAY (where nobody answers), $REPO, $OLD, $NEWER, $PROPRIETARY, $OPEN (digests), $OTHER (of another kernel),
+// $BUILD, $BEFORE (an earlier build of COS), $TOKEN (the server's) and $DIR (the install folder) stand for what they are called.
 //
 // The machine is emulated, and reads the whole driver for each load: each takes some ten
 // minutes, and they run with PREBAKE_SCENARIOS alone (make scenarios).
@@ -44,19 +46,22 @@ func TestNodeScenarios(t *testing.T) {
 	k := shared.kernel(1)
 	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
 	repo := strings.Replace(shared.srv.Repository(), shared.srv.Addr, vm.HostAddress+":"+port, 1)
+	before := shared.kernel(0) // first: a build gets deltas from those before it
+	other := published(t, shared.srv, before, shared.driver(), target.Proprietary)
 	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	open := published(t, shared.srv, k, shared.driver(), target.Open)
 	words := strings.NewReplacer(
 		"$SERVER", "http://"+vm.HostAddress+":"+port, "$AWAY", "http://"+vm.HostAddress+":9", "$REPO", repo, "$OLD", shared.driver(),
 		"$PROPRIETARY", proprietary.Digest, "$OPEN", open.Digest,
-		"$OTHER", published(t, shared.srv, shared.kernel(0), shared.driver(), target.Proprietary).Digest, "$DIR", scene.InstallDir,
+		"$OTHER", other.Digest, "$DIR", scene.InstallDir,
+		"$NEWER", shared.mirror.Drivers[1].Version, "$BUILD", k.BuildID, "$BEFORE", before.BuildID, "$TOKEN", shared.srv.Token,
 	)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
 	}
 	node := scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Tools: []string{"/bin/sh"}, Timeout: 40 * time.Minute}
-	for _, name := range []string{"cat", "cp", "dd", "grep", "ls", "mkdir", "printf", "rm", "sleep", "sync"} {
+	for _, name := range []string{"cat", "cp", "dd", "grep", "ln", "ls", "mkdir", "mount", "printf", "rm", "sleep", "sync"} {
 		node.Tools = append(node.Tools, "/usr/bin/"+name)
 	}
 	scripts, err := filepath.Glob("testdata/*.txtar")
@@ -69,7 +74,7 @@ func TestNodeScenarios(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			play, node := &play{t: t, words: words, boots: [][]vm.Step{nil}, dies: map[string]bool{}}, node
+			play, node := &play{t: t, words: words, boots: [][]vm.Step{nil}, builds: []string{k.BuildID}, dies: map[string]bool{}}, node
 			node.Files = []vm.File{{Name: "/etc/prebake/stranger.pem", Data: strangerKey(t), Mode: 0o644}}
 			for _, f := range txtar.Parse(raw).Files {
 				if path, ok := strings.CutPrefix(f.Name, "file "); ok {
@@ -105,10 +110,11 @@ type play struct {
 	t     *testing.T
 	words *strings.Replacer
 	// boots are the steps of each boot of the node, and dies those that it does not outlive.
-	boots [][]vm.Step
-	dies  map[string]bool
-	count int
-	wants []want
+	boots  [][]vm.Step
+	builds []string // of COS, one for each boot
+	dies   map[string]bool
+	count  int
+	wants  []want
 }
 
 // want is one expectation of a step.
@@ -166,6 +172,7 @@ func (p *play) scenario(name, text string) {
 				p.dies[last] = true
 			}
 			p.boots = append(p.boots, nil)
+			p.builds = append(p.builds, cmp.Or(rest, p.builds[len(p.builds)-1]))
 		case "background":
 			as, command, _ := strings.Cut(rest, " ")
 			add(vm.Step{Argv: []string{"/bin/sh", "-c", command}, Background: true}).Name = as
@@ -226,7 +233,16 @@ func (p *play) disk() string {
 // run boots the node as often as the script wants, and judges what it did.
 func (p *play) run(node scene.Node) {
 	seen := map[string]vm.StepResult{}
-	for _, steps := range p.boots {
+	for i, steps := range p.boots {
+		for _, b := range shared.mirror.Builds {
+			if b.BuildID == p.builds[i] && b.BuildID != node.Kernel.BuildID {
+				boot, err := shared.Boot(p.t.Context(), shared.mirror, b.Kernel)
+				if err != nil {
+					p.t.Fatal(err)
+				}
+				node.Kernel, node.Boot = b.Kernel, boot
+			}
+		}
 		res, err := shared.RunNode(p.t.Context(), node, steps)
 		if res == nil {
 			p.t.Fatal(err)

@@ -3,9 +3,9 @@
 //
 // Every byte is taken for hostile. It refuses names that are absolute, hold
 // ".." or pass through a link, links that could lead out of the folder, hard
-// links to anything but an earlier file of the same archive, devices, sockets
-// and pipes, a second entry under one name, and more entries, bytes or name
-// length than its bounds. It restores the executable bit and nothing else of
+// links to anything but an earlier file of the same archive, devices and pipes,
+// a second entry under one name, and more entries, bytes or name length than
+// its bounds. It restores the executable bit and nothing else of
 // the mode: folders become 0755, files 0644 or 0755. Owners, times and
 // extended attributes are ignored. What an error leaves behind is for the
 // caller to remove.
@@ -13,6 +13,7 @@ package archive
 
 import (
 	"archive/tar"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -36,6 +37,9 @@ type Options struct {
 	// Outside is called for a symbolic link that could lead out of the folder;
 	// the link is then left out. With nil such a link refuses the archive.
 	Outside func(name, target string)
+	// Root takes the archive for a root folder: absolute links are made relative to it, and
+	// devices, pipes and sockets are left out.
+	Root bool
 	// XZTool is the path of an xz program for xz archives; "" decodes in Go.
 	XZTool string
 }
@@ -156,6 +160,10 @@ func (u *unpacker) entry(ctx context.Context, h *tar.Header, body io.Reader) err
 		return u.symlink(name, h.Linkname)
 	case tar.TypeLink:
 		return u.hardlink(name, h.Linkname)
+	case tar.TypeChar, tar.TypeBlock, tar.TypeFifo:
+		if u.o.Root {
+			return nil
+		}
 	}
 	return refuse("unpack %q: entry type %q is neither folder, file nor link", name, h.Typeflag)
 }
@@ -272,6 +280,10 @@ func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64,
 }
 
 func (u *unpacker) symlink(name, target string) error {
+	if u.o.Root && strings.HasPrefix(target, "/") {
+		target = strings.Repeat("../", strings.Count(name, "/")) + strings.TrimLeft(path.Clean(target), "/")
+		target = cmp.Or(target, ".")
+	}
 	if !linkStays(name, target, u.o.Name) {
 		if u.o.Outside == nil {
 			return refuse("unpack %q: link to %.200q leads out of the folder", name, target)

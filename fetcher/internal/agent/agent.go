@@ -136,7 +136,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	}
 	// Nobody is kept waiting while this program waits for the farm.
 	mayBuild := a.mayBuild(ctx, store, facts, current)
-	answer, none := a.resolve(ctx, facts, current, mayBuild)
+	answer, none := a.resolve(ctx, facts, mayBuild)
 	r.Answer = answer
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
@@ -418,43 +418,6 @@ func currentSet(store *install.Store) (*install.Set, error) {
 		return nil, nil
 	}
 	return store.Current()
-}
-
-// resolve finds the artifact.
-func (a *Agent) resolve(ctx context.Context, facts *host.Facts, current *install.Set, mayBuild bool) (resolve.Answer, error) {
-	q := a.question(facts)
-	var answer resolve.Answer
-	err := a.parts.Line.Do("resolve", func() (string, error) {
-		say := func(text string) { a.parts.Line.Say("resolve", "%s", text) }
-		var err error
-		answer, err = resolve.Patience{Wait: a.cfg.Wait, Say: say}.Find(ctx, a.parts.Finder, q)
-		switch {
-		case err != nil:
-			return "", err
-		case answer.Err() == nil:
-			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
-		case a.parts.Local == nil || q.Pin != "" || answer.State == api.Yanked || !mayBuild:
-			return string(answer.State), answer.Err()
-		case a.cfg.DryRun:
-			return string(answer.State) + "; would compile on this node", answer.Err()
-		}
-		return string(answer.State) + "; compiling on this node", nil
-	})
-	if err != nil || answer.Err() == nil {
-		return answer, err
-	}
-	err = a.parts.Line.Do("build", func() (string, error) {
-		if answer.Driver.Flavour != "" && q.Flavour == resolve.Auto {
-			q.Flavour = string(answer.Driver.Flavour)
-		}
-		built, err := a.parts.Local.Build(ctx, q)
-		if err != nil {
-			return "", err
-		}
-		answer = built
-		return fmt.Sprintf("%s compiled on this node", built.Driver), nil
-	})
-	return answer, err
 }
 
 func plural(n int, thing string) string {

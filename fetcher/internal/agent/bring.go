@@ -31,23 +31,13 @@ const maxModule = 512 << 20
 // bring verifies the artifact that was resolved, fetches the layers that the
 // node lacks and stages them as a set. Nothing is in force after it.
 func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, current *install.Set) (*install.Set, error) {
-	repo, err := a.parts.Open(r.Answer.Repository)
-	if err != nil {
-		return nil, err
-	}
+	var repo Repository
 	var content bundle.Content
 	var p proof
 	origin := originOf(r.Answer)
-	err = a.parts.Line.Do("verify", func() (string, error) {
-		v, err := a.verifierFor(origin)
-		if err != nil {
-			return "", err
-		}
-		if p, err = readProof(ctx, repo, v, r.Answer.Digest, facts); err != nil {
-			return "", err
-		}
+	err := a.parts.Line.Do("verify", func() (_ string, err error) {
 		var verdict *trust.Verdict
-		if content, verdict, err = a.verify(p, origin, r.Answer.Digest, r.Answer.Driver, facts, a.since(store, origin, r.Answer, facts)); err != nil {
+		if repo, p, content, verdict, err = a.judge(ctx, store, r.Answer, facts); err != nil {
 			return "", err
 		}
 		r.SignedBy, r.Signatures = verdict.SignedBy(), verdict.Signatures
@@ -98,6 +88,23 @@ func (a *Agent) bring(ctx context.Context, r *Report, store *install.Store, fact
 		return nil, err
 	}
 	return set, nil
+}
+
+// judge reads what was signed of an artifact, and judges it.
+func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer, facts *host.Facts) (repo Repository, p proof, content bundle.Content, verdict *trust.Verdict, err error) {
+	origin := originOf(answer)
+	v, err := a.verifierFor(origin)
+	if err != nil {
+		return nil, p, content, nil, err
+	}
+	if repo, err = a.parts.Open(answer.Repository); err != nil {
+		return nil, p, content, nil, err
+	}
+	if p, err = readProof(ctx, repo, v, answer.Digest, facts); err != nil {
+		return nil, p, content, nil, err
+	}
+	content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, a.since(store, origin, answer, facts))
+	return repo, p, content, verdict, err
 }
 
 // since is the time at which an artifact is taken: now, or zero where it was taken before,

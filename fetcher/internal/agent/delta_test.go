@@ -45,10 +45,10 @@ func TestDelta(t *testing.T) {
 		// whole says that the whole layer is fetched, and tried that a delta was.
 		tried, whole bool
 	}{
-		"a delta is there":                 {attach: func(d []byte) []byte { return d }, tried: true},
-		"none is":                          {whole: true},
-		"it is not what it says":           {attach: func(d []byte) []byte { d[len(d)/2] ^= 1; return d }, tried: true, whole: true},
-		"it is for somebody else's layer":  {attach: func([]byte) []byte { return []byte("\x09\x00\x00\x00something") }, tried: true, whole: true},
+		"a delta is there":                {attach: func(d []byte) []byte { return d }, tried: true},
+		"none is":                         {whole: true},
+		"it is not what it says":          {attach: func(d []byte) []byte { d[len(d)/2] ^= 1; return d }, tried: true, whole: true},
+		"it is for somebody else's layer": {attach: func([]byte) []byte { return []byte("\x09\x00\x00\x00something") }, tried: true, whole: true},
 		"the former layer is not the same": {attach: func(d []byte) []byte { return d }, tried: true, whole: true, spoil: func(t *testing.T, n *node) {
 			sample.Write(t, n.root, installDir+"/drivers/nvidia-uvm.ko", "changed")
 		}},

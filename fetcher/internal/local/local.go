@@ -29,6 +29,8 @@ import (
 type Builder struct {
 	// Program is the builder.
 	Program string
+	// Image has the builder in place of Program; nil is that there is one.
+	Image *Image
 	// StateDir is a folder for the node's key and its artifacts.
 	StateDir string
 	// CacheDir is the builder's cache.
@@ -38,6 +40,8 @@ type Builder struct {
 	KernelMirror, DriverMirror string
 	// Say gets the builder's progress lines; may be nil.
 	Say func(line string)
+
+	root string // of the unpacked image
 }
 
 // grace is how long a builder may tidy up after it was told to stop.
@@ -101,9 +105,20 @@ func whole(name string) bool {
 
 // Build compiles and returns the artifact in the node's own layout. An error
 // has the kind that the builder's exit code stands for.
-func (b Builder) Build(ctx context.Context, q resolve.Question) (resolve.Answer, error) {
+func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answer, err error) {
 	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
 		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
+	}
+	if b.Image != nil {
+		if b.Say != nil {
+			b.Say("fetching the builder's image")
+		}
+		root, program, remove, err := b.Image.unpack(ctx, b.StateDir)
+		if err != nil {
+			return resolve.Answer{}, err
+		}
+		defer func() { err = errors.Join(err, remove()) }()
+		b.root, b.Program = root, program
 	}
 	key, err := b.key(ctx)
 	if err != nil {
@@ -146,10 +161,12 @@ const maxOutput = 4 << 20
 
 // run runs the builder and returns its stdout.
 func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
-	cmd := exec.CommandContext(ctx, b.Program, args...)
+	cmd, err := b.command(ctx, args)
+	if err != nil {
+		return nil, err
+	}
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	cmd.WaitDelay = grace
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	var stdout bytes.Buffer
 	cmd.Stdout = &stdout
 	stderr, err := cmd.StderrPipe()
@@ -175,6 +192,30 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 		return nil, fault.New(fault.Internal, "run builder: its answer is too large", "")
 	}
 	return stdout.Bytes(), nil
+}
+
+// command runs the builder, or this program, which starts it in its image.
+func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) {
+	if b.root == "" {
+		cmd := exec.CommandContext(ctx, b.Program, args...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+		return cmd, nil
+	}
+	if err := os.MkdirAll(b.CacheDir, 0o755); err != nil {
+		return nil, fmt.Errorf("make cache folder: %w", err)
+	}
+	enter := []string{EnterCommand, b.root, b.StateDir, b.CacheDir}
+	for _, list := range []string{b.KernelMirror, b.DriverMirror} {
+		for mirror := range strings.SplitSeq(list, ",") {
+			if folder, ok := strings.CutPrefix(mirror, "file://"); ok {
+				enter = append(enter, folder)
+			}
+		}
+	}
+	enter = append(append(enter, "--", b.Program), args...)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", enter...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Cloneflags: syscall.CLONE_NEWNS}
+	return cmd, nil
 }
 
 // words are the builder's own error and hint lines.

@@ -104,6 +104,8 @@ type asker interface {
 // Server asks a Prebake server.
 type Server struct {
 	Client asker
+	// Request asks for a build of what nobody asked for yet; nil asks for none.
+	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
 	// GPUs may be nil.
 	GPUs Lister
 }
@@ -160,6 +162,9 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 			a.Reason = fmt.Sprintf("build %d: %s: %s", r.Build.ID, r.Build.Class, r.Build.Error)
 		}
 	}
+	if a.State == api.Unknown && s.Request != nil {
+		s.request(ctx, q, &a)
+	}
 	if a.State != api.Published {
 		return a, nil
 	}
@@ -167,6 +172,21 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 		return Answer{}, err
 	}
 	return a, check(a, q)
+}
+
+// request has the farm make what it does not have, and notes in the answer what came of it.
+func (s Server) request(ctx context.Context, q Question, a *Answer) {
+	b, err := s.Request(ctx, api.BuildRequest{BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour})
+	switch {
+	case err != nil:
+		a.Reason = strings.TrimPrefix(a.Reason+"; asked for a build: "+err.Error(), "; ")
+		if a.Hint == "" {
+			a.Hint = fault.Hint(err)
+		}
+	case b.State == api.Queued || b.State == api.Building:
+		a.State, a.Build, a.Driver = b.State, b.ID, b.Driver
+		a.Reason = "this node asked for it"
+	}
 }
 
 // absolute completes a repository that is on the server itself.

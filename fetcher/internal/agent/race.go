@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// resolve finds the artifact. Where nobody has it, this node compiles it if it may, while
+// it waits for the farm; the first that has one that verifies wins.
+func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (resolve.Answer, error) {
+	q := a.question(facts)
+	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
+	patience := resolve.Patience{Wait: a.cfg.Wait, Say: func(text string) { a.parts.Line.Say("resolve", "%s", text) }}
+	if compiles {
+		patience.Wait = 0
+	}
+	var answer resolve.Answer
+	err := a.parts.Line.Do("resolve", func() (string, error) {
+		var err error
+		answer, err = patience.Find(ctx, a.parts.Finder, q)
+		switch {
+		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && fault.Is(err, fault.Transient):
+			return fmt.Sprintf("%v; compiling on this node", err), nil
+		case err != nil:
+			return "", err
+		case answer.Err() == nil:
+			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
+		case !compiles || answer.State == api.Yanked:
+			return string(answer.State), answer.Err()
+		case a.cfg.DryRun:
+			return string(answer.State) + "; would compile on this node", answer.Err()
+		}
+		return string(answer.State) + "; compiling on this node", nil
+	})
+	if err != nil || answer.Digest != "" && answer.Err() == nil {
+		return answer, err
+	}
+	err = a.parts.Line.Do("build", func() (string, error) {
+		won, err := a.race(ctx, q, answer, facts)
+		if err != nil {
+			return "", err
+		}
+		if answer = won; won.Source == resolve.SourceNode {
+			return fmt.Sprintf("%s compiled on this node", won.Driver), nil
+		}
+		return fmt.Sprintf("%s from %s, which was first", won.Driver, won.Source), nil
+	})
+	return answer, err
+}
+
+// outcome is what one side of the race came to.
+type outcome struct {
+	answer resolve.Answer
+	err    error
+	local  bool
+}
+
+// race compiles on this node, and asks the farm again and again meanwhile. When one has an
+// artifact the other is stopped. Neither is left behind.
+func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Answer, facts *host.Facts) (resolve.Answer, error) {
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
+	runners, ended := 1, make(chan outcome, 2)
+	go func() {
+		local := q
+		if answer.Driver.Flavour != "" && q.Flavour == resolve.Auto {
+			local.Flavour = string(answer.Driver.Flavour)
+		}
+		built, err := a.parts.Local.Build(ctx, local)
+		ended <- outcome{built, err, true}
+	}()
+	if a.cfg.Wait > 0 {
+		runners++
+		go func() {
+			won, err := a.farm(ctx, q, facts)
+			ended <- outcome{won, err, false}
+		}()
+	}
+	var won *resolve.Answer
+	yanked := false
+	var errs [2]error // of this node, which is what its owner can mend here, and of the farm
+	for range runners {
+		switch o := <-ended; {
+		case won != nil:
+		case o.err == nil:
+			won = &o.answer
+			stop()
+		case o.local:
+			errs[0] = o.err
+		default:
+			errs[1] = o.err
+			if yanked = o.answer.State == api.Yanked; yanked { // nobody should have it, compiled here or there
+				stop()
+			}
+		}
+	}
+	switch {
+	case won != nil:
+		return *won, nil
+	case yanked:
+		return answer, errs[1]
+	case errs[1] == nil:
+		return answer, errs[0]
+	}
+	return answer, fault.Wrap(fault.Of(errs[0]), fmt.Errorf("%w; and the farm: %w", errs[0], errs[1]), fault.Hint(errs[0]))
+}
+
+// farm asks until there is an artifact that verifies, or none will be.
+func (a *Agent) farm(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
+	say := func(text string) { a.parts.Line.Say("build", "the farm: %s", text) }
+	answer, err := resolve.Patience{Wait: a.cfg.Wait, Say: say}.Find(ctx, a.parts.Finder, q)
+	if err == nil {
+		err = answer.Err()
+	}
+	if err != nil {
+		return answer, err
+	}
+	if _, _, _, _, err := a.judge(ctx, nil, answer, facts); err != nil {
+		a.parts.Log.WarnContext(ctx, "what the farm has does not verify", "digest", answer.Digest, "err", err)
+		return answer, err
+	}
+	return answer, nil
+}

@@ -1,0 +1,123 @@
+package agent_test
+
+import (
+	"context"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/fetcher/internal/sample"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// farm answers with each of these in turn, and with the last one from then on.
+type farm struct {
+	answers []func() (resolve.Answer, error)
+	asked   atomic.Int64
+}
+
+func (f *farm) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	i := int(f.asked.Add(1)) - 1
+	return f.answers[min(i, len(f.answers)-1)]()
+}
+
+// compiler takes some time for what was published beforehand, or fails.
+type compiler struct {
+	takes   time.Duration
+	answer  resolve.Answer
+	err     error
+	stopped atomic.Bool
+	ended   atomic.Bool
+}
+
+func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answer, error) {
+	defer c.ended.Store(true)
+	select {
+	case <-ctx.Done():
+		c.stopped.Store(true)
+		return resolve.Answer{}, context.Cause(ctx)
+	case <-time.After(c.takes):
+		return c.answer, c.err
+	}
+}
+
+// TestRace has a node compile while it waits for the farm. The clock is a bubble's.
+func TestRace(t *testing.T) {
+	t.Parallel()
+	theirs, own := testkit.NewKey(t), testkit.NewKey(t)
+	published, here := layout(t), layout(t)
+	c := sample.NewCell(t, buildA, newVersion)
+	p, l := sample.Publish(t, published, theirs, c), sample.Publish(t, here, own, c)
+	is := func(state api.State) func() (resolve.Answer, error) {
+		return func() (resolve.Answer, error) {
+			return resolve.Answer{State: state, Source: resolve.SourceServer, Build: 7}, nil
+		}
+	}
+	has := func(repository, digest string) func() (resolve.Answer, error) {
+		return func() (resolve.Answer, error) {
+			return resolve.Answer{State: api.Published, Source: resolve.SourceServer, Driver: c.Driver, Repository: repository, Digest: digest}, nil
+		}
+	}
+	away := func() (resolve.Answer, error) {
+		return resolve.Answer{}, fault.New(fault.Transient, "nobody answers", "")
+	}
+	local := resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: c.Driver, Repository: here, Digest: l.Digest}
+	fails := fault.New(fault.APIBreak, "it does not compile", "take another")
+	type answers = []func() (resolve.Answer, error)
+	rows := []struct {
+		name    string
+		farm    answers
+		compile compiler
+		wait    time.Duration
+		from    resolve.Source // of what is installed; "" is nothing
+		kind    fault.Kind
+		words   string
+		stopped bool
+	}{
+		{"the farm is first", answers{is(api.Queued), is(api.Building), has(published, p.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceServer, 0, "", true},
+		{"this node is first", answers{is(api.Building)}, compiler{takes: time.Minute, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
+		{"nobody will make it", answers{is(api.Unknown)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
+		{"the farm gives up", answers{is(api.Building), is(api.Failed)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
+		{"it does not compile here", answers{is(api.Queued), is(api.Building), is(api.Building), has(published, p.Digest)}, compiler{err: fails}, 10 * time.Minute, resolve.SourceServer, 0, "", false},
+		{"the farm is away", answers{away}, compiler{takes: time.Minute, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
+		{"it comes back", answers{away, away, has(published, p.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceServer, 0, "", true},
+		{"away, and no time to wait", answers{away}, compiler{answer: local}, 0, "", fault.Transient, "nobody answers", false},
+		{"building, and no time to wait", answers{is(api.Building)}, compiler{takes: time.Minute, answer: local}, 0, resolve.SourceNode, 0, "", false},
+		{"what the farm has does not verify", answers{is(api.Building), has(here, l.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
+		{"yanked meanwhile", answers{is(api.Building), is(api.Yanked)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, "", fault.NoArtifact, "yanked", true},
+		{"neither", answers{is(api.Building), is(api.Failed)}, compiler{takes: time.Minute, err: fails}, 10 * time.Minute, "", fault.APIBreak, "and the farm: resolve driver: failed", false},
+		{"the time is over", answers{is(api.Building)}, compiler{takes: time.Hour, err: fails}, time.Minute, "", fault.APIBreak, "and the farm: resolve driver: building", false},
+	}
+	for i := range rows {
+		row := &rows[i]
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				n := newNode(t, c, 1, theirs)
+				n.cfg.Wait = row.wait
+				n.parts.Finder, n.parts.Local = &farm{answers: row.farm}, &row.compile
+				n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
+				r, err := n.runAs(t)
+				if row.from == "" {
+					if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.words) {
+						t.Errorf("Run = %v; want %v with %q", err, row.kind, row.words)
+					}
+				} else if err != nil || r.Answer.Source != row.from {
+					t.Errorf("Run = %+v, %v; want it from %s", r.Answer, err, row.from)
+				}
+				if got := row.compile.stopped.Load(); got != row.stopped {
+					t.Errorf("the compile was stopped: %v; want %v", got, row.stopped)
+				}
+				if row.wait > 0 && !row.compile.ended.Load() {
+					t.Error("the compile goes on behind the run")
+				}
+			})
+		})
+	}
+}

@@ -1,0 +1,134 @@
+package registry
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// maxImage bounds the layers of an image that is pulled, all together.
+const maxImage = 4 << 30
+
+// PullImage fetches an image, or of an index the one for this architecture, into a folder
+// that is empty. Every byte is compared with its digest before the image is returned; it
+// reads its layers from the folder.
+func (r *Repository) PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
+	img, err := r.pullImage(ctx, digest, arch, dir)
+	if err != nil {
+		return nil, fmt.Errorf("pull image %s from %s: %w", digest, r.name, err)
+	}
+	return img, nil
+}
+
+func (r *Repository) pullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error) {
+	raw, err := r.Manifest(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	if raw, err = r.ofArch(ctx, raw, arch); err != nil {
+		return nil, err
+	}
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil || !m.MediaType.IsImage() || len(m.Layers) == 0 {
+		return nil, fault.Errorf(fault.Unverified, "it is no image, but of type %.100q", m.MediaType)
+	}
+	p := pulled{manifest: raw, mediaType: m.MediaType, dir: dir, layers: m.Layers}
+	if p.config, err = r.Small(ctx, m.Config); err != nil {
+		return nil, err
+	}
+	var total int64
+	for _, l := range m.Layers {
+		if total += l.Size; l.Size < 0 || total > maxImage {
+			return nil, fault.Errorf(fault.Unverified, "it has more than %d bytes", int64(maxImage))
+		}
+		if err := r.saveBlob(ctx, l, p.path(l.Digest)); err != nil {
+			return nil, err
+		}
+	}
+	return partial.CompressedToImage(p)
+}
+
+// ofArch returns the manifest of an architecture out of an index, or what is no index.
+func (r *Repository) ofArch(ctx context.Context, raw []byte, arch string) ([]byte, error) {
+	var idx v1.IndexManifest
+	if err := json.Unmarshal(raw, &idx); err != nil || !idx.MediaType.IsIndex() {
+		return raw, nil
+	}
+	for _, d := range idx.Manifests {
+		if d.MediaType.IsImage() && d.Platform != nil && d.Platform.OS == "linux" && d.Platform.Architecture == arch {
+			return r.Manifest(ctx, d.Digest.String())
+		}
+	}
+	return nil, fault.New(fault.Mismatch, "it has no image for linux/"+arch, "name an image for this architecture")
+}
+
+// saveBlob writes a blob to a file.
+func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string) (err error) {
+	if _, err := os.Stat(file); err == nil {
+		return nil // a layer that is there twice
+	}
+	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rc.Close()) }()
+	f, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	_, err = io.Copy(io.MultiWriter(f, h), rc)
+	if cerr := f.Close(); err == nil {
+		err = cerr
+	}
+	if err != nil {
+		return fault.Disk(fmt.Errorf("read blob %s: %w", d.Digest, err), "free some space on the disk of this folder")
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex {
+		return fmt.Errorf("read blob %s: %w", d.Digest, damaged(fmt.Errorf("digest is sha256:%s", got)))
+	}
+	return nil
+}
+
+// pulled is the minimum from which partial makes a v1.Image.
+type pulled struct {
+	manifest, config []byte
+	mediaType        types.MediaType
+	dir              string
+	layers           []v1.Descriptor
+}
+
+func (p pulled) path(h v1.Hash) string               { return filepath.Join(p.dir, h.Hex) }
+func (p pulled) RawConfigFile() ([]byte, error)      { return p.config, nil }
+func (p pulled) RawManifest() ([]byte, error)        { return p.manifest, nil }
+func (p pulled) MediaType() (types.MediaType, error) { return p.mediaType, nil }
+func (p pulled) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
+	for _, l := range p.layers {
+		if l.Digest == h {
+			return pulledLayer{l, p.path(h)}, nil
+		}
+	}
+	return nil, fmt.Errorf("no layer %s in this image", h)
+}
+
+type pulledLayer struct {
+	d    v1.Descriptor
+	file string
+}
+
+func (l pulledLayer) Digest() (v1.Hash, error)            { return l.d.Digest, nil }
+func (l pulledLayer) Size() (int64, error)                { return l.d.Size, nil }
+func (l pulledLayer) MediaType() (types.MediaType, error) { return l.d.MediaType, nil }
+func (l pulledLayer) Compressed() (io.ReadCloser, error)  { return os.Open(l.file) }
