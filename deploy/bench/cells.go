@@ -74,6 +74,7 @@ type bench struct {
 	matrix       ratio
 	compile      ratio
 	warm, node   ratio
+	fetching     fetching
 }
 
 // once makes the whole matrix from an empty cache, in order, and what it is
@@ -351,4 +352,5 @@ func (b *bench) print(out io.Writer) {
 	for _, r := range rows {
 		r.print(out)
 	}
+	b.printFetch(out)
 }

@@ -27,7 +27,7 @@ import (
 
 // measurements are what --only chooses from.
 func measurements() []string {
-	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node"}
+	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node", "fetch"}
 }
 
 // clangMeasurements are those that one kernel is enough for.
@@ -117,6 +117,11 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	}
 	if _, err := s.Must(ctx, "builder", "keygen", b.key); err != nil {
 		return err
+	}
+	if o.only["fetch"] {
+		if err := b.fetch(ctx); err != nil {
+			return err
+		}
 	}
 	for i := range o.runs {
 		if err := b.once(ctx, i); err != nil {

@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// fetching measures what a node does with a published driver: fetch, verify and stage it
+// from a registry on loopback, and the update of its OS.
+type fetching struct {
+	curl, crane ratio
+	delta       ratio     // bytes, in kB
+	peak        []float64 // resident memory of the first install, in MiB
+}
+
+// fetch publishes a driver for two kernels in a registry, and installs it on folders that
+// look like nodes.
+func (b *bench) fetch(ctx context.Context) (err error) {
+	m := &scene.Mirror{Dir: b.mirror.Dir}
+	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "server"), m)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, srv.Kill()) }()
+	cells := []cell{{kernel: b.mirror.Builds[0], driver: b.mirror.Drivers[0].Version}, {kernel: b.mirror.Builds[1], driver: b.mirror.Drivers[0].Version}}
+	var layers []bundle.Layer
+	for _, c := range cells { // what other builds of this machine left is of use here: nothing of it is measured
+		if layers, err = b.publish(ctx, srv, c); err != nil {
+			return err
+		}
+	}
+	for range b.runs {
+		if err := b.fetchOnce(ctx, srv, cells, layers); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (b *bench) publish(ctx context.Context, srv *scene.Server, c cell) ([]bundle.Layer, error) {
+	out, err := b.Must(ctx, "builder", "build", "--build-id", c.kernel.BuildID, "--board", c.kernel.Board, "--driver", c.driver,
+		"--kernel-mirror", "file://"+filepath.Join(b.mirror.Dir, "cos"), "--driver-mirror", "file://"+filepath.Join(b.mirror.Dir, "drivers"),
+		"--cache", filepath.Join(b.State, "build"), "--key", b.key, "--to", srv.Repository(), "--password", srv.Token, "--load-test", "off", "--output", "json")
+	if err != nil {
+		return nil, err
+	}
+	var r result
+	return r.Layers, json.Unmarshal(out, &r)
+}
+
+// fetchOnce installs one kernel's driver on a fresh node, updates the node's OS, and does
+// by hand what the second install would do without a delta.
+func (b *bench) fetchOnce(ctx context.Context, srv *scene.Server, cells []cell, layers []bundle.Layer) error {
+	root := filepath.Join(b.Dir, "fetch-node")
+	defer os.RemoveAll(root)
+	var r struct {
+		FetchedBytes int64 `json:"fetchedBytes"`
+	}
+	for i, c := range []cell{cells[1], cells[0], cells[1]} {
+		if i == 1 { // a fresh node has the older kernel, so that there is something to update
+			if err := os.RemoveAll(root); err != nil {
+				return err
+			}
+		}
+		if err := scene.NodeRoot(root, c.kernel.Kernel); err != nil {
+			return err
+		}
+		cmd := exec.CommandContext(ctx, b.Program("fetcher"), "install", "--registry", srv.Repository(), "--host-root", root, "--key", b.key+".pub",
+			"--driver", c.driver, "--flavour", string(target.Proprietary), "--no-load", "--builder", "never", "--output", "json")
+		cmd.Stderr, cmd.SysProcAttr = b.Out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+		start := time.Now()
+		out, err := cmd.Output()
+		if err != nil {
+			return fmt.Errorf("install: %w", err)
+		}
+		seconds := time.Since(start).Seconds()
+		if err := json.Unmarshal(out, &r); err != nil {
+			return fmt.Errorf("install: %w", err)
+		}
+		switch i {
+		case 0:
+			b.fetching.curl.ours, b.fetching.crane.ours = append(b.fetching.curl.ours, seconds), append(b.fetching.crane.ours, seconds)
+			if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
+				b.fetching.peak = append(b.fetching.peak, float64(usage.Maxrss)/1024) // KiB: getrusage(2)
+			}
+			if err := b.byHand(ctx, srv, cells[1], layers); err != nil {
+				return err
+			}
+		case 2:
+			b.fetching.delta.ours = append(b.fetching.delta.ours, float64(r.FetchedBytes)/1e3)
+			b.fetching.delta.theirs = append(b.fetching.delta.theirs, float64(layers[0].Size)/1e3)
+		}
+	}
+	return nil
+}
+
+// byHand fetches, digests and unpacks the three layers with the usual programs, side by
+// side, and the same with crane where it is there.
+func (b *bench) byHand(ctx context.Context, srv *scene.Server, c cell, layers []bundle.Layer) error {
+	dir := filepath.Join(b.Dir, "by-hand")
+	var script strings.Builder
+	script.WriteString("set -e -o pipefail\n")
+	for i, l := range layers {
+		fmt.Fprintf(&script, "(mkdir -p %[1]s/%[2]d && curl -sf http://%[3]s/v2/prebake/driver/blobs/%[4]s | tee >(sha256sum > %[1]s/%[2]d.sum) | zstd -dc | tar -x -C %[1]s/%[2]d) & p%[2]d=$!\n",
+			dir, i, srv.Addr, l.Digest)
+	}
+	script.WriteString("for p in $p0 $p1 $p2; do wait $p; done\n")
+	seconds, err := b.timed(ctx, dir, "bash", "-c", script.String())
+	if err != nil {
+		return err
+	}
+	b.fetching.curl.theirs = append(b.fetching.curl.theirs, seconds)
+	crane, err := exec.LookPath("crane")
+	if err != nil {
+		fmt.Fprintln(b.Out, "there is no crane: fetching is not compared with it")
+		return nil
+	}
+	tag := bundle.KernelTag(c.kernel.Kernel, target.Driver{Version: c.driver, Flavour: target.Proprietary})
+	seconds, err = b.timed(ctx, dir, "bash", "-c", fmt.Sprintf("set -e -o pipefail; mkdir -p %[1]s; %[2]s export %[3]s:%[4]s - | tar -x -C %[1]s", dir, crane, srv.Repository(), tag))
+	if err != nil {
+		return err
+	}
+	b.fetching.crane.theirs = append(b.fetching.crane.theirs, seconds)
+	return nil
+}
+
+// timed runs a command that fills a folder, which goes again.
+func (b *bench) timed(ctx context.Context, dir, name string, args ...string) (float64, error) {
+	start := time.Now()
+	err := b.command(ctx, name, args...)
+	return time.Since(start).Seconds(), errors.Join(err, os.RemoveAll(dir))
+}
+
+func (b *bench) printFetch(out io.Writer) {
+	f := &b.fetching
+	for _, r := range []*ratio{&f.curl, &f.crane} {
+		r.what, r.unit = "node: fetch, verify and stage from a registry on loopback", "s"
+	}
+	f.curl.alternative = "curl | tee >(sha256sum) | zstd -d | tar -x of the same three layers, side by side"
+	f.crane.alternative = "crane export | tar -x"
+	f.delta.what, f.delta.unit, f.delta.alternative = "bytes of an update to a sibling kernel, by delta", "kB", "the layer of modules"
+	f.curl.print(out)
+	f.crane.print(out)
+	f.delta.print(out)
+	if len(f.peak) > 0 {
+		fmt.Fprintf(out, "        %.1f MiB peak memory of that install, the program's own pages included\n", median(f.peak))
+	}
+}
