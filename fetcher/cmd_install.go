@@ -11,6 +11,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/traces"
 )
 
 func installCommand() *ucli.Command {
@@ -27,14 +28,36 @@ func installCommand() *ucli.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return runOnce(ctx, cmd, a.Run)
+			return traced(ctx, cmd, a.Run)
 		},
 	}
 }
 
-// runOnce prints the report whatever came out, and returns the error.
-func runOnce(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
+// traced is runOnce of a command that runs once.
+func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*agent.Report, error)) error {
+	log, err := logger(cmd, false)
+	if err != nil {
+		return err
+	}
+	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
+	if err != nil {
+		return err
+	}
+	defer tracer.Close()
+	return runOnce(ctx, cmd, tracer, run)
+}
+
+// runOnce prints the report whatever came out, traces it, and returns the error.
+func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer, run func(context.Context) (*agent.Report, error)) error {
+	ctx, span := tracer.Begin(ctx, cmd.Name, nil)
 	r, err := run(ctx)
+	for _, p := range r.Phases {
+		span.Phase(p)
+	}
+	span.End(err, map[string]any{
+		"prebake.kernel": r.Kernel.String(), "prebake.driver": r.Answer.Driver.String(), "prebake.digest": r.Answer.Digest,
+		"prebake.source": string(r.Answer.Source), "prebake.verdict": string(r.Verdict.State), "prebake.fetched_bytes": r.FetchedBytes,
+	})
 	return errors.Join(err, cli.Print(cmd, r, func(w io.Writer) error { return printReport(w, r) }))
 }
 

@@ -16,6 +16,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/report"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/traces"
 )
 
 func runCommand() *ucli.Command {
@@ -54,11 +55,16 @@ const retryLooks = 10
 func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	outside := &listeners{server: report.New(time.Now)}
 	a.Watch(outside)
+	log, err := logger(cmd, true)
+	if err != nil {
+		return err
+	}
+	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
+	if err != nil {
+		return err
+	}
+	defer tracer.Close()
 	if name := cmd.String("node-name"); name != "" {
-		log, err := logger(cmd, true)
-		if err != nil {
-			return err
-		}
 		if outside.cluster, err = kube.New(name, cmd.String("startup-taint"), kube.AccountDir, log); err != nil {
 			return err
 		}
@@ -78,7 +84,7 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		defer cancel() // the server has nothing to tell after this
 		k := keeper{
 			node: a, every: max(cmd.Duration("interval"), time.Second), once: cmd.Bool("dry-run"), outside: outside,
-			run: func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, run) },
+			run: func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, tracer, run) },
 			pending: func(err error) {
 				if outside.cluster != nil {
 					outside.cluster.Pending(err)

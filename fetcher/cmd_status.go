@@ -46,7 +46,7 @@ func rollbackCommand() *ucli.Command {
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return runOnce(ctx, cmd, a.Rollback)
+			return traced(ctx, cmd, a.Rollback)
 		},
 	}
 }

@@ -29,7 +29,7 @@ folder (--state-dir) of a node that compiled for itself is left to you.`,
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return runOnce(ctx, cmd, a.Uninstall)
+			return traced(ctx, cmd, a.Uninstall)
 		},
 	}
 }

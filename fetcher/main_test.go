@@ -39,6 +39,7 @@ func TestMain(m *testing.M) {
 //	$SERVER    a server that names the artifact; other drivers have other states
 //	$CERTIFIED  a repository with the same artifact, signed by an identity that
 //	           $TRUSTED certifies and $UNTRUSTED does not
+//	$COLLECTOR  takes traces; collected NAME... wants spans of these names below the first
 //	$KEY, $OTHERKEY  the publisher's public key, and somebody else's
 //	$DIGEST    the artifact's digest
 func TestScript(t *testing.T) {
@@ -48,7 +49,8 @@ func TestScript(t *testing.T) {
 		RequireExplicitExec: true,
 		Setup:               func(env *testscript.Env) error { return setup(t, env) },
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"exits": exits,
+			"exits":     exits,
+			"collected": collected,
 		},
 	})
 }
@@ -113,6 +115,11 @@ func setup(t *testing.T, env *testscript.Env) error {
 			return err
 		}
 	}
+	spans := &collector{}
+	receiver := httptest.NewServer(spans)
+	t.Cleanup(receiver.Close)
+	env.Values[collectorKey{}] = spans
+	env.Setenv("COLLECTOR", receiver.URL)
 	env.Setenv("ROOT", sample.Root(t, c, 1))
 	env.Setenv("ROOT0", sample.Root(t, c, 0))
 	env.Setenv("REGISTRY", published)

@@ -14,23 +14,13 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"strings"
 	"sync"
 	"time"
-
-	"go.opentelemetry.io/otel"
-	"go.opentelemetry.io/otel/attribute"
-	"go.opentelemetry.io/otel/codes"
-	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
-	"go.opentelemetry.io/otel/sdk/resource"
-	"go.opentelemetry.io/otel/sdk/trace"
-	api "go.opentelemetry.io/otel/trace"
-	"go.opentelemetry.io/otel/trace/noop"
 
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/traces"
 )
 
 // Config says where to tell what.
@@ -46,12 +36,11 @@ type Config struct {
 
 // Telemetry is running. A nil one takes every call and does nothing.
 type Telemetry struct {
-	tracer   api.Tracer
-	provider *trace.TracerProvider // nil without traces
-	metrics  *metrics
-	server   *http.Server // nil without an address
-	address  string
-	served   chan error
+	tracer  *traces.Tracer
+	metrics *metrics
+	server  *http.Server // nil without an address
+	address string
+	served  chan error
 }
 
 // Cell is what one build makes.
@@ -70,16 +59,11 @@ const farewell = 5 * time.Second
 
 // Start begins telling. Close it. With a Cache, its Count is taken over.
 func Start(ctx context.Context, c Config) (*Telemetry, error) {
-	t := &Telemetry{tracer: noop.NewTracerProvider().Tracer("")}
-	wanted, err := tracesWanted(os.Getenv)
+	tracer, err := traces.Start(ctx, "prebake-builder", c.Version, c.Log)
 	if err != nil {
 		return nil, err
 	}
-	if wanted {
-		if err := t.startTraces(ctx, c); err != nil {
-			return nil, err
-		}
-	}
+	t := &Telemetry{tracer: tracer}
 	t.metrics = newMetrics(c)
 	if c.Cache != nil {
 		c.Cache.Count = t.metrics.lookup
@@ -108,51 +92,6 @@ func (t *Telemetry) Address() string {
 	return t.address
 }
 
-// tracesWanted reads the switches that the SDK's parts leave to the program.
-func tracesWanted(env func(string) string) (bool, error) {
-	if strings.EqualFold(env("OTEL_SDK_DISABLED"), "true") {
-		return false, nil
-	}
-	switch exporter := env("OTEL_TRACES_EXPORTER"); exporter {
-	case "none":
-		return false, nil
-	case "otlp":
-	case "":
-		if env("OTEL_EXPORTER_OTLP_ENDPOINT") == "" && env("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") == "" {
-			return false, nil
-		}
-	default:
-		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_TRACES_EXPORTER is %q", exporter), "set OTEL_TRACES_EXPORTER to otlp or none")
-	}
-	protocol := env("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
-	if protocol == "" {
-		protocol = env("OTEL_EXPORTER_OTLP_PROTOCOL")
-	}
-	if protocol != "" && protocol != "http/protobuf" {
-		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_EXPORTER_OTLP_PROTOCOL is %q", protocol), "set it to http/protobuf, and the endpoint to the collector's HTTP port (4318 by custom)")
-	}
-	return true, nil
-}
-
-func (t *Telemetry) startTraces(ctx context.Context, c Config) error {
-	exporter, err := otlptracehttp.New(ctx) // endpoint, headers, certificates and timeout by environment
-	if err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("send traces: %w", err), "check the OTEL_EXPORTER_OTLP_* variables")
-	}
-	about, err := resource.New(ctx,
-		resource.WithAttributes(attribute.String("service.name", "prebake-builder"), attribute.String("service.version", c.Version)),
-		resource.WithTelemetrySDK(),
-		resource.WithFromEnv()) // last, so that it wins
-	if err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("send traces: %w", err), "check OTEL_RESOURCE_ATTRIBUTES: name=value,name=value")
-	}
-	// The library has one place for the troubles of all exporters.
-	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { c.Log.Warn("traces not sent", "err", err) }))
-	t.provider = trace.NewTracerProvider(trace.WithBatcher(exporter), trace.WithResource(about))
-	t.tracer = t.provider.Tracer("github.com/prebake/prebake/builder")
-	return nil
-}
-
 // Close sends what is left and stops serving.
 func (t *Telemetry) Close() error {
 	if t == nil {
@@ -167,11 +106,7 @@ func (t *Telemetry) Close() error {
 			errs = append(errs, err)
 		}
 	}
-	if t.provider != nil {
-		if err := t.provider.Shutdown(ctx); err != nil {
-			otel.Handle(err) // no build fails for it
-		}
-	}
+	t.tracer.Close()
 	return errors.Join(errs...)
 }
 
@@ -181,66 +116,27 @@ func (t *Telemetry) Cell(ctx context.Context, c Cell, line *timeline.Run) (_ con
 	if t == nil {
 		return ctx, func(error) {}
 	}
-	ctx, span := t.tracer.Start(ctx, "build", api.WithAttributes(
-		attribute.String("prebake.kernel", c.Kernel), attribute.String("prebake.driver", c.Driver), attribute.String("prebake.flavour", c.Flavour),
-		attribute.Bool("prebake.early_warning", c.EarlyWarning), attribute.Int64("prebake.build", c.Build), attribute.Int("prebake.attempt", c.Attempt)))
+	ctx, span := t.tracer.Begin(ctx, "build", map[string]any{
+		"prebake.kernel": c.Kernel, "prebake.driver": c.Driver, "prebake.flavour": c.Flavour,
+		"prebake.early_warning": c.EarlyWarning, "prebake.build": c.Build, "prebake.attempt": c.Attempt,
+	})
 	t.metrics.running.Inc()
-	w := &watch{t: t, ctx: ctx, next: line.Watch, open: map[string]api.Span{}}
-	line.Watch = w.event
+	next := line.Watch
+	line.Watch = func(e timeline.Event) {
+		if next != nil {
+			next(e)
+		}
+		span.Event(e)
+		if e.Done != nil {
+			t.metrics.phase(*e.Done)
+		}
+	}
 	var once sync.Once
 	return ctx, func(err error) {
 		once.Do(func() {
 			t.metrics.running.Dec()
 			t.metrics.result(c, err)
-			if err != nil {
-				span.SetAttributes(attribute.String("prebake.class", fault.Of(err).String()))
-				span.SetStatus(codes.Error, err.Error())
-			}
-			span.End()
+			span.End(err, nil)
 		})
 	}
-}
-
-// watch turns a timeline's events into spans and durations. A timeline never
-// calls it concurrently.
-type watch struct {
-	t    *Telemetry
-	ctx  context.Context // carries the build's span to callbacks that have no context
-	next func(timeline.Event)
-	open map[string]api.Span
-}
-
-func (w *watch) event(e timeline.Event) {
-	if w.next != nil {
-		w.next(e)
-	}
-	switch {
-	case e.Done != nil:
-		w.done(*e.Done)
-	case e.Text == "":
-		_, w.open[e.Phase] = w.t.tracer.Start(w.ctx, e.Phase)
-	}
-}
-
-func (w *watch) done(p timeline.Phase) {
-	w.t.metrics.phase(p)
-	end := p.Start.Add(time.Duration(p.Seconds * float64(time.Second)))
-	span := w.open[p.Name]
-	if p.Of != "" || span == nil {
-		// Measured elsewhere: a part of a running phase.
-		ctx := w.ctx
-		if whole := w.open[p.Of]; whole != nil {
-			ctx = api.ContextWithSpan(ctx, whole)
-		}
-		_, span = w.t.tracer.Start(ctx, p.Name, api.WithTimestamp(p.Start))
-	} else {
-		delete(w.open, p.Name)
-	}
-	if p.Note != "" {
-		span.SetAttributes(attribute.String("prebake.note", p.Note))
-	}
-	if p.Failed {
-		span.SetStatus(codes.Error, "failed")
-	}
-	span.End(api.WithTimestamp(end))
 }
