@@ -285,7 +285,9 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		}
 		s := resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus}
 		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {
-			s.Request = func(ctx context.Context, r api.BuildRequest) (api.Build, error) { return requestBuild(ctx, server, file, r) }
+			s.Request = func(ctx context.Context, r api.BuildRequest) (api.Build, error) {
+				return requestBuild(ctx, server, file, r)
+			}
 		}
 		chain = append(chain, s)
 	}

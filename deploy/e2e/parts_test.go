@@ -72,7 +72,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"the gate", "./builder/internal/gate", "TestReal", []string{mirror}},
 		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
 		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
-		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket", "GCS|Emulator|Start", []string{emulator}},
+		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket ./pkg/registry", "GCS|Emulator|Start", []string{emulator}},
 		{"inputs out of an emulated bucket", "./builder/internal/cossrc", "Emulator|Layout", []string{emulator, mirror}},
 		{"tarballs in an emulated bucket, another registry", "./builder/internal/twin ./builder/internal/symbols", "Test[^X]", []string{emulator, tools}}, // TestXattr needs root
 		{"modules against their kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + own, "PREBAKE_MODULES_RELEASE=" + k.Release}},

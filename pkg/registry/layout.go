@@ -27,7 +27,23 @@ import (
 // entry without a tag, and their manifest's subject says what they belong to.
 // Every file appears whole, under its final name, or not at all; writers of
 // all processes take turns.
-type layoutStore struct{ dir string }
+type layoutStore struct {
+	dir   string
+	files layoutFiles
+}
+
+// layoutFiles is where the files of a layout are.
+type layoutFiles interface {
+	// read reads a small file and open opens a blob of this size, which has to have as many
+	// bytes; what is not there is [fs.ErrNotExist].
+	read(ctx context.Context, name string, limit int64) ([]byte, error)
+	open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
+	// cheap says that reading many small files is.
+	cheap() bool
+}
+
+// folder has them in a folder.
+type folder string
 
 const (
 	refName   = "org.opencontainers.image.ref.name"
@@ -45,17 +61,20 @@ func openLayout(dir string) (*layoutStore, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &layoutStore{dir: abs}, nil
+	return &layoutStore{dir: abs, files: folder(abs)}, nil
 }
 
 func (s *layoutStore) blobPath(digest string) string {
 	return filepath.Join(s.dir, "blobs", "sha256", strings.TrimPrefix(digest, "sha256:"))
 }
 
+// blobName is a blob's file below the layout.
+func blobName(digest string) string { return "blobs/sha256/" + strings.TrimPrefix(digest, "sha256:") }
+
 // index reads index.json; a folder that does not exist is empty.
-func (s *layoutStore) index() (*v1.IndexManifest, error) {
+func (s *layoutStore) index(ctx context.Context) (*v1.IndexManifest, error) {
 	idx := &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
-	raw, err := readFile(filepath.Join(s.dir, indexFile), maxIndex)
+	raw, err := s.files.read(ctx, indexFile, maxIndex)
 	if errors.Is(err, fs.ErrNotExist) {
 		return idx, nil
 	}
@@ -68,21 +87,42 @@ func (s *layoutStore) index() (*v1.IndexManifest, error) {
 	return idx, nil
 }
 
-func readFile(path string, limit int64) (_ []byte, err error) {
-	f, err := os.Open(path)
+func (folder) cheap() bool { return true }
+
+func (f folder) read(_ context.Context, name string, limit int64) ([]byte, error) {
+	file, err := os.Open(filepath.Join(string(f), name))
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
-	raw, err := io.ReadAll(io.LimitReader(f, limit+1))
+	defer file.Close()
+	return readAll(file, name, limit)
+}
+
+func readAll(r io.Reader, name string, limit int64) ([]byte, error) {
+	raw, err := io.ReadAll(io.LimitReader(r, limit+1))
 	if err == nil && int64(len(raw)) > limit {
-		err = fault.Errorf(fault.Unverified, "%s is longer than %d bytes", path, limit)
+		err = fault.Errorf(fault.Unverified, "%s is longer than %d bytes", name, limit)
 	}
 	return raw, err
 }
 
-func (s *layoutStore) resolve(_ context.Context, ref string) (v1.Descriptor, error) {
-	idx, err := s.index()
+func (f folder) open(_ context.Context, name string, size int64) (io.ReadCloser, error) {
+	file, err := os.Open(filepath.Join(string(f), name))
+	if err != nil {
+		return nil, err
+	}
+	info, err := file.Stat()
+	if err == nil && info.Size() > size {
+		err = damaged(fmt.Errorf("%d bytes; want %d", info.Size(), size))
+	}
+	if err != nil {
+		return nil, errors.Join(err, file.Close())
+	}
+	return file, nil
+}
+
+func (s *layoutStore) resolve(ctx context.Context, ref string) (v1.Descriptor, error) {
+	idx, err := s.index(ctx)
 	if err != nil {
 		return v1.Descriptor{}, err
 	}
@@ -94,8 +134,8 @@ func (s *layoutStore) resolve(_ context.Context, ref string) (v1.Descriptor, err
 	return v1.Descriptor{}, fault.New(fault.NoArtifact, "not in this folder", "")
 }
 
-func (s *layoutStore) manifest(_ context.Context, digest string) ([]byte, error) {
-	raw, err := readFile(s.blobPath(digest), MaxManifest) // Repository compares it with its digest
+func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, error) {
+	raw, err := s.files.read(ctx, blobName(digest), MaxManifest) // Repository compares it with its digest
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.New(fault.NoArtifact, "not in this folder", "")
 	}
@@ -111,7 +151,7 @@ func listTag(subject string) string { return strings.Replace(subject, ":", "-", 
 
 // listed returns the list under that tag, and its place in the index; nil and -1
 // where there is none. What is no list of referrers says nothing.
-func (s *layoutStore) listed(idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int, error) {
+func (s *layoutStore) listed(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int, error) {
 	i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == listTag(subject) })
 	if i < 0 {
 		return nil, -1, nil
@@ -120,7 +160,7 @@ func (s *layoutStore) listed(idx *v1.IndexManifest, subject string) (*v1.IndexMa
 	if !d.MediaType.IsIndex() || checkDigest(d.Digest.String()) != nil {
 		return nil, i, nil
 	}
-	raw, err := readFile(s.blobPath(d.Digest.String()), MaxManifest)
+	raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)
 	if err != nil {
 		return nil, i, err
 	}
@@ -134,43 +174,36 @@ func (s *layoutStore) listed(idx *v1.IndexManifest, subject string) (*v1.IndexMa
 	return list, i, nil
 }
 
-func (s *layoutStore) blob(_ context.Context, digest string, size int64) (io.ReadCloser, error) {
-	f, err := os.Open(s.blobPath(digest))
+func (s *layoutStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
+	rc, err := s.files.open(ctx, blobName(digest), size)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fault.Wrap(fault.NoArtifact, err, "")
 	}
-	if err != nil {
-		return nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && info.Size() > size {
-		err = damaged(fmt.Errorf("%d bytes; want %d", info.Size(), size))
-	}
-	if err != nil {
-		return nil, errors.Join(err, f.Close())
-	}
-	return f, nil
+	return rc, err
 }
 
-func (s *layoutStore) referrers(_ context.Context, digest string) ([]v1.Descriptor, error) {
-	idx, err := s.index()
+func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
+	idx, err := s.index(ctx)
 	if err != nil {
 		return nil, err
 	}
-	candidates := slices.Clone(idx.Manifests)
-	named, _, err := s.listed(idx, digest)
+	var candidates []v1.Descriptor
+	named, _, err := s.listed(ctx, idx, digest)
 	if err != nil {
 		return nil, err
 	}
 	if named != nil {
 		candidates = append(candidates, named.Manifests...)
 	}
+	if named == nil || s.files.cheap() { // every one of them has to be read
+		candidates = append(candidates, idx.Manifests...)
+	}
 	var list []v1.Descriptor
 	for _, d := range candidates {
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
-		raw, err := readFile(s.blobPath(d.Digest.String()), MaxManifest)
+		raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // what was not copied
 		}
@@ -214,11 +247,11 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 // list adds a referrer to its subject's list; the caller holds the lock. The blob
 // of the list before stays: readers take no lock.
 func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor) error {
-	idx, err := s.index()
+	idx, err := s.index(ctx)
 	if err != nil {
 		return err
 	}
-	list, i, err := s.listed(idx, subject)
+	list, i, err := s.listed(ctx, idx, subject)
 	switch {
 	case err != nil:
 		return err
@@ -246,7 +279,7 @@ func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor)
 	if err := s.putBlob(ctx, entry.Digest, entry.Size, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil }); err != nil {
 		return err
 	}
-	return s.edit(func(idx *v1.IndexManifest) bool {
+	return s.edit(ctx, func(idx *v1.IndexManifest) bool {
 		if i < 0 {
 			idx.Manifests = append(idx.Manifests, entry)
 		} else {
@@ -292,7 +325,7 @@ func (s *layoutStore) put(ctx context.Context, img v1.Image, desc v1.Descriptor)
 			return err
 		}
 	}
-	return s.edit(func(idx *v1.IndexManifest) bool {
+	return s.edit(ctx, func(idx *v1.IndexManifest) bool {
 		for _, d := range idx.Manifests {
 			if d.Digest == desc.Digest {
 				return false
@@ -348,7 +381,7 @@ func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 		if _, err := s.resolve(ctx, d.Digest.String()); err != nil {
 			return err
 		}
-		return s.edit(func(idx *v1.IndexManifest) bool {
+		return s.edit(ctx, func(idx *v1.IndexManifest) bool {
 			entry := v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size, Annotations: map[string]string{refName: tag}}
 			for i, old := range idx.Manifests {
 				if old.Digest == d.Digest && old.Annotations[refName] == "" {
@@ -363,8 +396,8 @@ func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 }
 
 // edit changes index.json; the caller holds the lock.
-func (s *layoutStore) edit(change func(*v1.IndexManifest) bool) error {
-	idx, err := s.index()
+func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) bool) error {
+	idx, err := s.index(ctx)
 	if err != nil {
 		return err
 	}
@@ -384,6 +417,9 @@ func (s *layoutStore) edit(change func(*v1.IndexManifest) bool) error {
 // locked runs f while no other writer of any process works on the folder. It
 // makes the folder, and removes what writers that died left behind.
 func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
+	if s.dir == "" {
+		return readOnly()
+	}
 	if err := os.MkdirAll(filepath.Join(s.dir, "blobs", "sha256"), 0o755); err != nil {
 		return denied(err)
 	}

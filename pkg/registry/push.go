@@ -27,7 +27,12 @@ func (s *remoteStore) checkPush(ctx context.Context) error {
 	return s.writing(ctx, remote.CheckPushPermission(s.repo.Tag("prebake-doctor"), s.keys, within{ctx, s.transport}))
 }
 
-func (s *layoutStore) checkPush(context.Context) error { return checkFolder(s.dir) }
+func (s *layoutStore) checkPush(context.Context) error {
+	if s.dir == "" {
+		return readOnly()
+	}
+	return checkFolder(s.dir)
+}
 
 func checkFolder(dir string) error {
 	for {

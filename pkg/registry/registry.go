@@ -67,19 +67,22 @@ type Repository struct {
 	s    store
 }
 
-// Open names a repository: host[:port]/name on a registry, or oci:PATH for a
-// layout in a folder. A registry is not contacted; a folder is made when
+// Open names a repository: host[:port]/name on a registry, oci:PATH for a
+// layout in a folder, or oci:URL (https://, http:// or gs://) for one on a web
+// server, which is only read. Nobody is contacted; a folder is made when
 // something is first written to it.
 func Open(ref string, o Options) (*Repository, error) {
 	var s store
 	var err error
-	if dir, ok := strings.CutPrefix(ref, "oci:"); ok {
+	if dir, ok := strings.CutPrefix(ref, "oci:"); ok && isSite(dir) {
+		s, err = openSite(dir, o)
+	} else if ok {
 		s, err = openLayout(dir)
 	} else {
 		s, err = openRemote(ref, o)
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open repository %q: %w", ref, err), "name it HOST[:PORT]/NAME, or oci:PATH for a folder")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open repository %q: %w", ref, err), "name it HOST[:PORT]/NAME, oci:PATH for a folder, or oci:https://HOST/PATH or oci:gs://BUCKET/PATH")
 	}
 	return &Repository{name: ref, s: s}, nil
 }

@@ -105,7 +105,18 @@ func (s *remoteStore) manifest(ctx context.Context, digest string) ([]byte, erro
 }
 
 func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
-	b := &stream{ctx: ctx, s: s, digest: digest, size: size}
+	b := &stream{ctx: ctx, size: size, reading: s.reading, patience: s.patience}
+	b.fetch = func(ctx context.Context) (io.Reader, io.Closer, error) {
+		var body io.ReadCloser
+		layer, err := s.puller.Layer(context.WithValue(ctx, bodyKey{}, &body), s.repo.Digest(digest))
+		if err != nil {
+			return nil, nil, err
+		}
+		rc, err := layer.Compressed()
+		// The library hashes what passes through rc, and whoever reads a blob from
+		// here hashes it again: once is enough, so rc is for closing only.
+		return body, rc, err
+	}
 	if err := b.open(); err != nil {
 		return nil, err
 	}
@@ -258,18 +269,8 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if errors.As(err, &api) {
 		return answered(s.repo, api, err, write)
 	}
-	var known *fault.Error
-	if errors.As(err, &known) { // said by what is between the library and the network
+	if err, ok := onTheWay(err, host); ok {
 		return err
-	}
-	if errors.Is(err, errTooLong) {
-		return fault.Wrap(fault.Unverified, err, "")
-	}
-	var authority x509.UnknownAuthorityError
-	var hostname x509.HostnameError
-	var verification *tls.CertificateVerificationError
-	if errors.As(err, &authority) || errors.As(err, &hostname) || errors.As(err, &verification) {
-		return fault.Wrap(fault.Usage, err, "install the certificate authority of "+host+" on this machine")
 	}
 	// net/http has no type for it. On loopback the client tries plain HTTP next,
 	// and then what came of that is what counts.
@@ -289,6 +290,24 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	}
 	// What is left are answers that the client library would not believe.
 	return damaged(err)
+}
+
+// onTheWay gives an error its kind that is not the other side's answer.
+func onTheWay(err error, host string) (error, bool) {
+	var known *fault.Error
+	if errors.As(err, &known) { // said by what is between the library and the network
+		return err, true
+	}
+	if errors.Is(err, errTooLong) {
+		return fault.Wrap(fault.Unverified, err, ""), true
+	}
+	var authority x509.UnknownAuthorityError
+	var hostname x509.HostnameError
+	var verification *tls.CertificateVerificationError
+	if errors.As(err, &authority) || errors.As(err, &hostname) || errors.As(err, &verification) {
+		return fault.Wrap(fault.Usage, err, "install the certificate authority of "+host+" on this machine"), true
+	}
+	return err, false
 }
 
 func onNetwork(err error) bool {

@@ -30,10 +30,13 @@ const (
 // stream is a blob on its way; it lives for one call. A connection that breaks, or goes
 // silent, is made again, and the blob goes on where it was.
 type stream struct {
-	ctx    context.Context
-	s      *remoteStore
-	digest string
-	size   int64
+	ctx  context.Context
+	size int64
+	// fetch makes a connection on which the blob goes on as the context's [offsetKey] says,
+	// reading gives an error of one its kind, and patience is how long it is tried again.
+	fetch    func(context.Context) (body io.Reader, rc io.Closer, err error)
+	reading  func(context.Context, error) error
+	patience time.Duration
 
 	done   int64     // bytes that were delivered
 	body   io.Reader // of the connection that there is
@@ -45,18 +48,10 @@ type stream struct {
 
 // open asks for what is missing of the blob.
 func (b *stream) open() error {
-	var body io.ReadCloser
-	ctx := context.WithValue(context.WithValue(b.ctx, bodyKey{}, &body), offsetKey{}, b.done)
-	layer, err := b.s.puller.Layer(ctx, b.s.repo.Digest(b.digest))
-	var rc io.ReadCloser
-	if err == nil {
-		rc, err = layer.Compressed()
-	}
+	body, rc, err := b.fetch(context.WithValue(b.ctx, offsetKey{}, b.done))
 	if err != nil {
-		return b.s.reading(b.ctx, err)
+		return b.reading(b.ctx, err)
 	}
-	// The library hashes what passes through rc, and whoever reads a blob from
-	// here hashes it again: once is enough, so rc is for closing only.
 	b.body, b.rc, b.since = body, rc, 0
 	return nil
 }
@@ -81,7 +76,7 @@ func (b *stream) Read(p []byte) (int, error) {
 			// A connection that breaks says so (io.ErrUnexpectedEOF): this is all there is.
 			return n, damaged(fmt.Errorf("blob has %d bytes; it is said to have %d", b.done, b.size))
 		}
-		if err = b.s.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
+		if err = b.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
 			return n, err
 		}
 		if n > 0 {
@@ -100,7 +95,7 @@ func (b *stream) again(cause error) error {
 	}
 	for {
 		b.pause = min(max(2*b.pause, 500*time.Millisecond), 15*time.Second)
-		if time.Since(b.broken)+b.pause > b.s.patience {
+		if time.Since(b.broken)+b.pause > b.patience {
 			return fmt.Errorf("after %d of %d bytes: %w", b.done, b.size, cause)
 		}
 		if err := sleep(b.ctx, b.pause); err != nil {

@@ -115,7 +115,7 @@ func TestResume(t *testing.T) {
 	if err != nil || !bytes.Equal(got, data) {
 		t.Errorf("read %d bytes, %v; want the %d that were pushed", len(got), err, len(data))
 	}
-	if asked.Load() != 4 || ranges.Load() != 3 {
+	if asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
 		t.Errorf("%d requests, %d of them for a rest; want 4 and 3", asked.Load(), ranges.Load())
 	}
 	if err := rc.Close(); err != nil {
@@ -275,7 +275,7 @@ func TestResumeBehindRedirect(t *testing.T) {
 	}
 	defer rc.Close()
 	got, err := io.ReadAll(rc)
-	if err != nil || !bytes.Equal(got, data) || asked.Load() != 4 || ranges.Load() != 3 {
-		t.Errorf("read %d bytes in %d requests, %d of them for a rest, %v; want %d in 4 and 3", len(got), asked.Load(), ranges.Load(), err, len(data))
+	if err != nil || !bytes.Equal(got, data) || asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
+		t.Errorf("read %d bytes in %d requests, %d of them for a rest, %v; want %d in 4, or more where what was sent was lost, and all but one for a rest", len(got), asked.Load(), ranges.Load(), err, len(data))
 	}
 }

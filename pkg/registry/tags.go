@@ -41,8 +41,8 @@ func (s *remoteStore) tags(ctx context.Context) ([]string, error) {
 	return all, nil
 }
 
-func (s *layoutStore) tags(context.Context) ([]string, error) {
-	idx, err := s.index()
+func (s *layoutStore) tags(ctx context.Context) ([]string, error) {
+	idx, err := s.index(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -52,7 +52,7 @@ const metadataHost = "169.254.169.254"
 // documentation, "Access scopes and tokens"). GKE's own server for workloads answers it, too.
 const tokenPath = "/computeMetadata/v1/instance/service-accounts/default/token"
 
-// Google logs in at Google's registries with the token of the machine's service account. A
+// Google logs in at Google's registries, and its storage, with the token of the machine's service account. A
 // machine without one reads what is public.
 type Google struct {
 	mu    sync.Mutex
@@ -68,7 +68,7 @@ func (g *Google) Resolve(r authn.Resource) (authn.Authenticator, error) {
 // ResolveContext implements [authn.ContextKeychain].
 func (g *Google) ResolveContext(ctx context.Context, r authn.Resource) (authn.Authenticator, error) {
 	host := r.RegistryStr()
-	if host != "gcr.io" && !strings.HasSuffix(host, ".gcr.io") && !strings.HasSuffix(host, ".pkg.dev") {
+	if host != "gcr.io" && host != "storage.googleapis.com" && !strings.HasSuffix(host, ".gcr.io") && !strings.HasSuffix(host, ".pkg.dev") {
 		return authn.Anonymous, nil
 	}
 	token, err := g.get(ctx)

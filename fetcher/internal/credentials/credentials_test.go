@@ -68,7 +68,7 @@ func TestGoogle(t *testing.T) {
 	asked := metadata(t, http.StatusOK, token)
 	k := credentials.Keychain()
 	for repo, want := range map[string]string{
-		"europe-docker.pkg.dev/p/r/driver": "oauth2accesstoken:ya29.token", "gcr.io/p/driver": "oauth2accesstoken:ya29.token", "eu.gcr.io/p/driver": "oauth2accesstoken:ya29.token",
+		"europe-docker.pkg.dev/p/r/driver": "oauth2accesstoken:ya29.token", "gcr.io/p/driver": "oauth2accesstoken:ya29.token", "storage.googleapis.com/bucket": "oauth2accesstoken:ya29.token", "eu.gcr.io/p/driver": "oauth2accesstoken:ya29.token",
 		"registry.example.com/driver": ":", "evil-pkg.dev/driver": ":", "pkg.dev.example.com/driver": ":", "notgcr.io/driver": ":",
 	} {
 		if got, err := resolve(t, k, repo); err != nil || got != want {

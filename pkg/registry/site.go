@@ -1,0 +1,224 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// site reads an OCI image layout from a web server, or from a bucket of Google's as one: a
+// folder that builders wrote as oci:FOLDER and somebody copied there. Nothing but GET is
+// asked of it.
+type site struct {
+	base     *url.URL
+	keys     authn.Keychain
+	client   *http.Client
+	agent    string
+	patience time.Duration
+
+	mu    sync.Mutex
+	index []byte
+	at    time.Time // of index; zero is none
+}
+
+// indexAge is how long the index of a site is believed: one question asks for it again and
+// again.
+const indexAge = 30 * time.Second
+
+// storageHost is Google's storage, which has a bucket's objects at /BUCKET/OBJECT (Cloud
+// Storage documentation, "XML API request endpoints").
+const storageHost = "storage.googleapis.com"
+
+// openSite names a site by its URL: https://, http:// or gs://BUCKET/PREFIX.
+func openSite(ref string, o Options) (store, error) {
+	u, err := url.Parse(ref)
+	if err == nil && (u.Host == "" || u.RawQuery != "" || u.Fragment != "" || u.User != nil) {
+		err = errors.New("want https://HOST/FOLDER or gs://BUCKET/FOLDER")
+	}
+	if err != nil {
+		return nil, err
+	}
+	if u.Scheme == "gs" {
+		endpoint := "https://" + storageHost
+		if emulator := os.Getenv("STORAGE_EMULATOR_HOST"); emulator != "" { // as Google's own clients have it
+			endpoint = emulator
+			if !strings.Contains(endpoint, "://") {
+				endpoint = "http://" + endpoint
+			}
+		}
+		at, err := url.Parse(endpoint)
+		if err != nil {
+			return nil, fmt.Errorf("STORAGE_EMULATOR_HOST: %w", err)
+		}
+		u = at.JoinPath(u.Host, u.Path)
+	}
+	tr := o.Transport
+	if tr == nil {
+		tr = http.DefaultTransport
+	}
+	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, patience: max(o.Patience, minPatience), client: &http.Client{Transport: patient{ranged{steady{tr}}}}}
+	if s.keys == nil {
+		s.keys = authn.DefaultKeychain
+	}
+	return &layoutStore{files: s}, nil
+}
+
+func (*site) cheap() bool { return false }
+
+// resource is what credentials are asked for.
+type resource string
+
+func (r resource) String() string      { return string(r) }
+func (r resource) RegistryStr() string { return string(r) }
+
+// get asks for a file, first as nobody: a bucket that is public answers everybody, and
+// nobody's token goes to a server that did not ask for one.
+func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
+	at := s.base.JoinPath(name)
+	for _, known := range []bool{false, true} {
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, at.String(), nil)
+		if err != nil {
+			return nil, err
+		}
+		if s.agent != "" {
+			req.Header.Set("User-Agent", s.agent)
+		}
+		if known {
+			sent, err := s.login(ctx, req)
+			if err != nil {
+				return nil, err
+			}
+			if !sent {
+				break
+			}
+		}
+		resp, err := s.client.Do(req)
+		if err != nil {
+			return nil, err
+		}
+		switch status := resp.StatusCode; {
+		case status == http.StatusOK:
+			return resp, nil
+		case status == http.StatusNotFound:
+			return nil, errors.Join(&fs.PathError{Op: "get", Path: at.String(), Err: fs.ErrNotExist}, resp.Body.Close())
+		case status == http.StatusUnauthorized || status == http.StatusForbidden:
+			if err := resp.Body.Close(); err != nil {
+				return nil, err
+			}
+		case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
+			return nil, errors.Join(fault.New(fault.Transient, "get "+at.String()+": HTTP "+resp.Status, "try again later"), resp.Body.Close())
+		default:
+			return nil, errors.Join(fault.New(fault.Usage, "get "+at.String()+": HTTP "+resp.Status, "check the address"), resp.Body.Close())
+		}
+	}
+	return nil, fault.New(fault.Usage, "get "+at.String()+": access denied",
+		"let everybody, or this machine's service account, read it (roles/storage.objectViewer); or name a user in Docker's configuration for "+at.Host)
+}
+
+// login gives a request the credentials for its host, and reports whether there are any.
+func (s *site) login(ctx context.Context, req *http.Request) (bool, error) {
+	a, err := authn.Resolve(ctx, s.keys, resource(req.URL.Host))
+	if err != nil {
+		return false, err
+	}
+	c, err := authn.Authorization(ctx, a)
+	if err != nil || c == nil {
+		return false, err
+	}
+	switch {
+	case c.Username == "oauth2accesstoken": // an access token of Google's
+		req.Header.Set("Authorization", "Bearer "+c.Password)
+	case c.RegistryToken != "":
+		req.Header.Set("Authorization", "Bearer "+c.RegistryToken)
+	case c.Username != "":
+		req.SetBasicAuth(c.Username, c.Password)
+	default:
+		return false, nil
+	}
+	return true, nil
+}
+
+func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, error) {
+	if name == indexFile {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if time.Since(s.at) < indexAge {
+			return s.index, nil
+		}
+	}
+	raw, err := s.readOnce(ctx, name, limit)
+	if name == indexFile && errors.Is(err, fs.ErrNotExist) {
+		return nil, fault.New(fault.NoArtifact, "there is no OCI image layout at "+s.base.String(), "copy what builders wrote as oci:FOLDER there, index.json last")
+	}
+	if name == indexFile && err == nil {
+		s.index, s.at = raw, time.Now()
+	}
+	return raw, err
+}
+
+func (s *site) readOnce(ctx context.Context, name string, limit int64) ([]byte, error) {
+	resp, err := s.get(ctx, name)
+	if err != nil {
+		return nil, s.reading(ctx, err)
+	}
+	defer resp.Body.Close()
+	raw, err := readAll(resp.Body, name, limit)
+	return raw, s.reading(ctx, err)
+}
+
+func (s *site) open(ctx context.Context, name string, size int64) (io.ReadCloser, error) {
+	b := &stream{ctx: ctx, size: size, reading: s.reading, patience: s.patience}
+	b.fetch = func(ctx context.Context) (io.Reader, io.Closer, error) {
+		resp, err := s.get(ctx, name)
+		if err != nil {
+			return nil, nil, err
+		}
+		return resp.Body, resp.Body, nil
+	}
+	if err := b.open(); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// reading gives an error its kind.
+func (s *site) reading(ctx context.Context, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case errors.Is(err, fs.ErrNotExist):
+		return err
+	}
+	if err, ok := onTheWay(err, s.base.Host); ok {
+		return err
+	}
+	if onNetwork(err) {
+		return fault.Wrap(fault.Transient, err, "check that "+s.base.Host+" can be reached from here")
+	}
+	return damaged(err)
+}
+
+// readOnly is the refusal to write to a site.
+func readOnly() error {
+	return fault.New(fault.Usage, "a web server is only read", "publish to oci:FOLDER and copy that folder there")
+}
+
+// isSite reports whether a layout is on a web server.
+func isSite(name string) bool {
+	scheme, _, ok := strings.Cut(name, "://")
+	return ok && (scheme == "https" || scheme == "http" || scheme == "gs")
+}

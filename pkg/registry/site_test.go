@@ -1,0 +1,233 @@
+package registry_test
+
+import (
+	"io/fs"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/layout"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/testkit/gcs"
+)
+
+// published makes a layout with an image under the tag v1 and two attachments, and returns
+// its folder and the image's digest.
+func published(t *testing.T) (dir, digest string) {
+	t.Helper()
+	dir = t.TempDir()
+	repo := openRef(t, "oci:"+dir, registry.Options{})
+	img, err := random.Image(300_000, 2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := repo.Push(t.Context(), img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"one", "two"} {
+		if _, err := repo.Attach(t.Context(), d, labelledType, []byte(text), map[string]string{"kind": text}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := repo.Tag(t.Context(), d, "v1"); err != nil {
+		t.Fatal(err)
+	}
+	return dir, d.Digest.String()
+}
+
+func openRef(t *testing.T, ref string, o registry.Options) *registry.Repository {
+	t.Helper()
+	repo, err := registry.Open(ref, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return repo
+}
+
+// reads checks that a repository has what [published] put there.
+func reads(t *testing.T, repo *registry.Repository, digest string) {
+	t.Helper()
+	if d, err := repo.Resolve(t.Context(), "v1"); err != nil || d.Digest.String() != digest {
+		t.Errorf("Resolve = %v, %v; want %s", d.Digest, err, digest)
+	}
+	if tags, err := repo.Tags(t.Context()); err != nil || !strings.Contains(strings.Join(tags, " "), "v1") {
+		t.Errorf("Tags = %q, %v", tags, err)
+	}
+	img, err := repo.PullImage(t.Context(), digest, "amd64", t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	layers, err := img.Layers()
+	if err != nil || len(layers) != 2 {
+		t.Errorf("%d layers, %v; want 2", len(layers), err)
+	}
+	if got := attached(t, repo, digest, map[string]string{"kind": "two"}); len(got) == 0 || got[0] != "two" {
+		t.Errorf("attached is %q", got)
+	}
+	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
+		t.Errorf("Resolve of what is not there = %v", err)
+	}
+}
+
+func TestSite(t *testing.T) {
+	t.Parallel()
+	dir, digest := published(t)
+	var asked, cut atomic.Int64
+	files := http.StripPrefix("/drivers", http.FileServer(http.Dir(dir)))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		if r.Method != http.MethodGet || r.Header.Get("Authorization") != "" {
+			t.Errorf("%s %s with %q", r.Method, r.URL, r.Header.Get("Authorization"))
+		}
+		if strings.Contains(r.URL.Path, "/blobs/") && r.Header.Get("Range") == "" && cut.Add(1)%5 == 4 {
+			w = &half{ResponseWriter: w} // each fifth blob breaks off
+		}
+		files.ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	repo := openRef(t, "oci:"+srv.URL+"/drivers/", registry.Options{})
+	reads(t, repo, digest)
+	if n := asked.Load(); n > 25 {
+		t.Errorf("the server was asked %d times", n)
+	}
+	for name, err := range map[string]error{
+		"CheckPush": repo.CheckPush(t.Context()), "Push": func() error { img, _ := random.Image(10, 1); _, err := repo.Push(t.Context(), img); return err }(),
+	} {
+		if !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
+			t.Errorf("%s = %v; want usage with a hint", name, err)
+		}
+	}
+	if _, err := openRef(t, "oci:"+srv.URL+"/elsewhere", registry.Options{}).Resolve(t.Context(), "v1"); !fault.Is(err, fault.NoArtifact) || fault.Hint(err) == "" {
+		t.Errorf("Resolve where there is no layout = %v", err)
+	}
+}
+
+// half sends the first half of an answer, and breaks the connection.
+type half struct {
+	http.ResponseWriter
+	sent bool
+}
+
+func (h *half) Write(p []byte) (int, error) {
+	if h.sent {
+		panic(http.ErrAbortHandler)
+	}
+	h.sent = true
+	_, _ = h.ResponseWriter.Write(p[:len(p)/2]) // the connection is broken next
+	if f, ok := h.ResponseWriter.(http.Flusher); ok {
+		f.Flush()
+	}
+	panic(http.ErrAbortHandler)
+}
+
+// A layout that go-containerregistry wrote, whose tags are annotations as ours are.
+func TestSiteByOthers(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	img, err := random.Image(1000, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := layout.Write(dir, empty.Index)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := l.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "theirs"})); err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(http.FileServer(http.Dir(dir)))
+	t.Cleanup(srv.Close)
+	repo := openRef(t, "oci:"+srv.URL, registry.Options{})
+	want, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d, err := repo.Resolve(t.Context(), "theirs"); err != nil || d.Digest != want {
+		t.Errorf("Resolve = %v, %v; want %s", d, err, want)
+	}
+	if _, err := repo.PullImage(t.Context(), want.String(), "amd64", t.TempDir()); err != nil {
+		t.Error(err)
+	}
+}
+
+type token struct{ user, password string }
+
+func (k token) Resolve(authn.Resource) (authn.Authenticator, error) {
+	return authn.FromConfig(authn.AuthConfig{Username: k.user, Password: k.password}), nil
+}
+
+// Credentials are sent to who asks for them, in the form that it takes.
+func TestSiteCredentials(t *testing.T) {
+	t.Parallel()
+	dir, digest := published(t)
+	for name, tc := range map[string]struct {
+		keys   token
+		header string
+		ok     bool
+	}{
+		"Google's token": {token{"oauth2accesstoken", "ya29"}, "Bearer ya29", true},
+		"a user":         {token{"me", "secret"}, "Basic bWU6c2VjcmV0", true},
+		"nobody":         {token{}, "Bearer x", false},
+		"somebody else":  {token{"you", "x"}, "Basic bWU6c2VjcmV0", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				if r.Header.Get("Authorization") != tc.header {
+					w.WriteHeader(http.StatusUnauthorized)
+					return
+				}
+				http.FileServer(http.Dir(dir)).ServeHTTP(w, r)
+			}))
+			t.Cleanup(srv.Close)
+			repo := openRef(t, "oci:"+srv.URL, registry.Options{Keychain: tc.keys})
+			if tc.ok {
+				reads(t, repo, digest)
+			} else if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "service account") {
+				t.Errorf("Resolve = %v (hint %q)", err, fault.Hint(err))
+			}
+		})
+	}
+}
+
+// TestSiteGCS reads a layout out of an emulated bucket.
+func TestSiteGCS(t *testing.T) {
+	srv := gcs.Start(t)
+	srv.Use(t)
+	srv.Bucket(t, "drivers")
+	dir, digest := published(t)
+	err := filepath.WalkDir(dir, func(file string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		raw, err := os.ReadFile(file)
+		srv.Put(t, "drivers", "farm/"+strings.TrimPrefix(file, dir+"/"), raw)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reads(t, openRef(t, "oci:gs://drivers/farm", registry.Options{}), digest)
+	if _, err := openRef(t, "oci:gs://drivers/other", registry.Options{}).Tags(t.Context()); !fault.Is(err, fault.NoArtifact) {
+		t.Errorf("Tags of an empty folder = %v", err)
+	}
+}
+
+func TestSiteNames(t *testing.T) {
+	t.Parallel()
+	for _, ref := range []string{"oci:https://", "oci:https://u:p@host/x", "oci:https://host/x?y", "https://host/x"} {
+		if _, err := registry.Open(ref, registry.Options{}); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
+			t.Errorf("Open(%q) = %v; want usage with a hint", ref, err)
+		}
+	}
+}
