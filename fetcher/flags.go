@@ -44,7 +44,7 @@ func hostFlags() []ucli.Flag {
 func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat,
-			cli.String("driver", string(target.Default), "`VERSION`, default, latest, a branch such as R535, or a digest"),
+			cli.String("driver", string(target.Default), "`VERSION`, branch, digest, latest, default"),
 			cli.String("flavour", resolve.Auto, "`FLAVOUR`: proprietary, open, or auto (open where it drives this node's GPUs)"),
 		),
 		cli.Group(groupFrom,
@@ -82,6 +82,7 @@ func changeFlags() []ucli.Flag {
 			foreign,
 			maintenance,
 			cli.Duration("wait-idle", 0, "longest `TIME` to wait for an idle GPU before that"),
+			cli.Bool("persistence", "keep GPUs initialised while nobody uses them"),
 			cli.Bool("edit-boot", "change a kernel command line that forbids it; reboot"),
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
@@ -162,7 +163,7 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		InstallDir: filepath.Clean(cmd.String("install-dir")),
 		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
-		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), EditBoot: cmd.Bool("edit-boot"),
+		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), Persistence: cmd.Bool("persistence"), EditBoot: cmd.Bool("edit-boot"),
 	}
 	var errs []error
 	var err error

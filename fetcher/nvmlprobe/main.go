@@ -1,8 +1,8 @@
 // Command nvmlprobe opens NVIDIA's management library, asks it for the
 // driver's version and the GPUs, prints the answer as one JSON object and
 // ends. It is a program of its own because NVML needs cgo and dlopen, which
-// the static fetcher must not have. It refuses to change anything on the GPU,
-// and to judge the answer.
+// the static fetcher must not have. It refuses to judge the answer, and to change
+// anything on the GPU but, where it is told to, persistence mode.
 package main
 
 import (
@@ -44,6 +44,9 @@ type Device struct {
 	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
 	// progress or completed; "" is a GPU without one, or a library that does not tell.
 	Fabric string `json:"fabric,omitempty"`
+	// Persistence is on or off, or why it could not be turned on; "" is a GPU that does not
+	// tell. With it the driver keeps the GPU initialised while nobody uses it.
+	Persistence string `json:"persistence,omitempty"`
 	// Error says why NVML cannot use or describe this GPU.
 	Error string `json:"error,omitempty"`
 }
@@ -54,6 +57,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	flags := flag.NewFlagSet("nvmlprobe", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	lib := flags.String("lib", "libnvidia-ml.so.1", "NVML library: a path, or a name for the loader to find")
+	persist := flags.Bool("persist", false, "turn persistence mode on, on every GPU")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return exitAnswered
 	} else if err != nil {
@@ -67,7 +71,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	a := ask(struct {
 		nvml.Interface
 		nvml.ExtendedInterface
-	}{library, library.Extensions()}, func() error { return openable(*lib) })
+	}{library, library.Extensions()}, *persist, func() error { return openable(*lib) })
 	if err := json.NewEncoder(stdout).Encode(a); err != nil {
 		fmt.Fprintf(stderr, "nvmlprobe: print answer: %v\n", err)
 		return exitSilent
@@ -100,7 +104,7 @@ type asked interface {
 }
 
 // ask fills an answer as far as NVML gives one.
-func ask(lib asked, why func() error) (a Answer) {
+func ask(lib asked, persist bool, why func() error) (a Answer) {
 	a.Devices = []Device{}
 	if ret := lib.Init(); ret != nvml.SUCCESS {
 		a.Error, a.Code = "open NVML: "+words(ret), int(ret)
@@ -133,6 +137,7 @@ func ask(lib asked, why func() error) (a Answer) {
 			continue
 		}
 		device := describe(d)
+		device.Persistence = persistence(d, persist)
 		// A driver from before R525 lacks the call, and a program that makes it all the same
 		// is ended by the loader.
 		if lib.LookupSymbol("nvmlDeviceGetGpuFabricInfo") == nil {
@@ -171,6 +176,27 @@ func describe(d facts) (out Device) {
 		out.MemoryBytes = mem.Total
 	}
 	return out
+}
+
+// persistence turns persistence mode on, where it is told to, and reads it.
+func persistence(d interface {
+	SetPersistenceMode(nvml.EnableState) nvml.Return
+	GetPersistenceMode() (nvml.EnableState, nvml.Return)
+}, on bool) string {
+	mode, ret := d.GetPersistenceMode()
+	if on && (ret != nvml.SUCCESS || mode != nvml.FEATURE_ENABLED) {
+		if ret := d.SetPersistenceMode(nvml.FEATURE_ENABLED); ret != nvml.SUCCESS {
+			return words(ret)
+		}
+		mode, ret = d.GetPersistenceMode()
+	}
+	switch {
+	case ret != nvml.SUCCESS:
+		return ""
+	case mode == nvml.FEATURE_ENABLED:
+		return "on"
+	}
+	return "off"
 }
 
 // fabric reads how far a GPU has come in joining its fabric.

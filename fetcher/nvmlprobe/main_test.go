@@ -39,6 +39,47 @@ func (l library) DeviceGetHandleByIndex(i int) (nvml.Device, nvml.Return) {
 type gpu struct {
 	nvml.Device
 	memory nvml.Return
+	mode   *nvml.EnableState
+	refuse nvml.Return
+}
+
+func (g gpu) GetPersistenceMode() (nvml.EnableState, nvml.Return) {
+	if g.mode == nil {
+		return 0, nvml.ERROR_NOT_SUPPORTED
+	}
+	return *g.mode, nvml.SUCCESS
+}
+
+func (g gpu) SetPersistenceMode(to nvml.EnableState) nvml.Return {
+	if g.refuse == nvml.SUCCESS && g.mode != nil {
+		*g.mode = to
+	}
+	return g.refuse
+}
+
+func TestPersistence(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		name   string
+		mode   *nvml.EnableState
+		refuse nvml.Return
+		on     bool
+		want   string
+		set    bool
+	}{
+		{"off, and stays so", new(nvml.EnableState), nvml.SUCCESS, false, "off", false},
+		{"turned on", new(nvml.EnableState), nvml.SUCCESS, true, "on", true},
+		{"refused", new(nvml.EnableState), nvml.ERROR_NO_PERMISSION, true, words(nvml.ERROR_NO_PERMISSION), false},
+		{"a GPU that does not tell", nil, nvml.SUCCESS, false, "", false},
+		{"nor lets itself be told", nil, nvml.ERROR_NOT_SUPPORTED, true, words(nvml.ERROR_NOT_SUPPORTED), false},
+	} {
+		if got := persistence(gpu{mode: row.mode, refuse: row.refuse}, row.on); got != row.want {
+			t.Errorf("%s: %q; want %q", row.name, got, row.want)
+		}
+		if row.mode != nil && (*row.mode == nvml.FEATURE_ENABLED) != row.set {
+			t.Errorf("%s: the mode is %v", row.name, *row.mode)
+		}
+	}
 }
 
 func (gpu) GetUUID() (string, nvml.Return) { return "GPU-1", nvml.SUCCESS }
@@ -88,7 +129,7 @@ func TestAsk(t *testing.T) {
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			got := ask(row.lib, func() error { return row.why })
+			got := ask(row.lib, false, func() error { return row.why })
 			if diff := cmp.Diff(row.want, got); diff != "" {
 				t.Errorf("ask() (-want +got):\n%s", diff)
 			}

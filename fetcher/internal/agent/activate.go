@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -124,6 +125,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
 	a.describeGPUs(ctx, r.Verdict)
+	a.notePersistence(r)
 	if changed || d.do != keep {
 		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
@@ -351,13 +353,22 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 		return v, nil
 	}
 	if _, ok := f.Modules["nvidia"]; ok {
-		if f.NVML, err = a.parts.Probe.Probe(ctx, path.Join(a.cfg.InstallDir, nvmlLibrary)); err != nil {
+		if f.NVML, err = a.parts.Probe.Probe(ctx, path.Join(a.cfg.InstallDir, nvmlLibrary), a.cfg.Persistence); err != nil {
 			return gpucheck.Verdict{}, err
 		}
 	}
 	f.NVRM = kmod.NVRM(a.loader.Since(mark), 8)
 	f.Since = xids
 	return gpucheck.Judge(f), nil
+}
+
+// notePersistence tells of GPUs that do not stay initialised although they should.
+func (a *Agent) notePersistence(r *Report) {
+	for _, d := range r.Verdict.NVML.Devices {
+		if a.cfg.Persistence && d.Error == "" && d.Persistence != "on" {
+			r.Waiting = append(r.Waiting, fmt.Sprintf("persistence mode of GPU %s: %s", d.PCIBusID, cmp.Or(d.Persistence, "it does not tell")))
+		}
+	}
 }
 
 // addresses are the PCI addresses of the GPUs that the driver is to drive.

@@ -55,7 +55,7 @@ type probe struct {
 	devices int
 }
 
-func (p probe) Probe(context.Context, string) (gpucheck.NVML, error) {
+func (p probe) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	to, err := os.Readlink(filepath.Join(p.root, installDir, "lib64/libnvidia-ml.so.1"))
 	if err != nil {
 		return gpucheck.NVML{}, err

@@ -115,7 +115,7 @@ func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map
 	if !ask {
 		return gpucheck.JudgeForeign(f)
 	}
-	nvml, err := a.parts.Probe.Probe(ctx, library)
+	nvml, err := a.parts.Probe.Probe(ctx, library, false)
 	if err == nil {
 		f.NVML = nvml
 	} else { // a driver that cannot be asked is not a broken one

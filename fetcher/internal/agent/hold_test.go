@@ -62,7 +62,7 @@ type answering struct {
 	asked *string
 }
 
-func (a answering) Probe(_ context.Context, library string) (gpucheck.NVML, error) {
+func (a answering) Probe(_ context.Context, library string, _ bool) (gpucheck.NVML, error) {
 	*a.asked = library
 	return a.nvml, a.err
 }

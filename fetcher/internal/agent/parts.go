@@ -42,8 +42,9 @@ type Verifier interface {
 }
 
 type prober interface {
-	// Probe asks the NVML library at this path inside the node's root.
-	Probe(ctx context.Context, library string) (gpucheck.NVML, error)
+	// Probe asks the NVML library at this path inside the node's root, and with persist
+	// turns persistence mode on.
+	Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error)
 }
 
 // localBuilder compiles on the node when nothing is published.
@@ -75,6 +76,8 @@ type Config struct {
 	// to wait for those who use it to end.
 	Maintenance Window
 	WaitIdle    time.Duration
+	// Persistence keeps GPUs initialised while nobody uses them.
+	Persistence bool
 	// EditBoot changes a kernel command line that keeps modules out, and reboots the node.
 	EditBoot bool
 	// DryRun changes nothing and reports what would be done.

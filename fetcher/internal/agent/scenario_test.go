@@ -66,7 +66,7 @@ func TestAbsoluteLinks(t *testing.T) {
 // linked answers as NVML does with one GPU.
 type linked struct{}
 
-func (linked) Probe(context.Context, string) (gpucheck.NVML, error) {
+func (linked) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	return gpucheck.NVML{Version: newVersion, CUDA: "12.2", Devices: make([]gpucheck.Device, 1)}, nil
 }
 
@@ -202,8 +202,8 @@ func TestUnusableGivesWay(t *testing.T) {
 // byVersion is NVML on a node whose GPU one driver version cannot use.
 type byVersion struct{ root, unfit string }
 
-func (p byVersion) Probe(ctx context.Context, library string) (gpucheck.NVML, error) {
-	n, err := probe{p.root, 1}.Probe(ctx, library)
+func (p byVersion) Probe(ctx context.Context, library string, persist bool) (gpucheck.NVML, error) {
+	n, err := probe{p.root, 1}.Probe(ctx, library, persist)
 	if n.Version == p.unfit {
 		n.Devices = nil
 	}

@@ -63,7 +63,7 @@ func TestKilledWhileLooking(t *testing.T) {
 
 type dying struct{}
 
-func (dying) Probe(context.Context, string) (gpucheck.NVML, error) { panic("killed") }
+func (dying) Probe(context.Context, string, bool) (gpucheck.NVML, error) { panic("killed") }
 
 // What could not take its place because the GPU was in use does so after a reboot, with
 // nobody to ask. Until then it is neither fetched again nor held against it.

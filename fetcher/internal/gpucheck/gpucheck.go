@@ -69,6 +69,9 @@ type Device struct {
 	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
 	// progress or completed; "" is a GPU without one.
 	Fabric string `json:"fabric,omitempty"`
+	// Persistence is on or off, or why it could not be turned on; "" is a GPU that does not
+	// tell.
+	Persistence string `json:"persistence,omitempty"`
 	// Error says why NVML cannot use the GPU; "" is a healthy one.
 	Error string `json:"error,omitempty"`
 }

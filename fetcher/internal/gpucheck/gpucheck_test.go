@@ -134,7 +134,7 @@ func TestProbe(t *testing.T) {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			p := gpucheck.Prober{Program: self, Node: node(t, "/")}
-			got, err := p.Probe(t.Context(), "/"+row.answer+"/"+row.lib)
+			got, err := p.Probe(t.Context(), "/"+row.answer+"/"+row.lib, false)
 			if (err == nil) != row.ok || got.Version != row.want.Version || got.Error != row.want.Error {
 				t.Errorf("Probe = %+v, %v; want %+v", got, err, row.want)
 			}
@@ -144,7 +144,7 @@ func TestProbe(t *testing.T) {
 		})
 	}
 	none := gpucheck.Prober{Program: filepath.Join(t.TempDir(), "none"), Node: node(t, "/")}
-	if _, err := none.Probe(t.Context(), "/x/y"); !fault.Is(err, fault.Unusable) {
+	if _, err := none.Probe(t.Context(), "/x/y", false); !fault.Is(err, fault.Unusable) {
 		t.Errorf("Probe without a program = %v; want unusable", err)
 	}
 }
@@ -171,7 +171,7 @@ func TestProbeHangs(t *testing.T) {
 	p := gpucheck.Prober{Program: program, Node: node(t, "/")}
 	first := make(chan error, 1)
 	go func() {
-		_, err := p.Probe(t.Context(), "x")
+		_, err := p.Probe(t.Context(), "x", false)
 		first <- err
 	}()
 	for { // until it runs
@@ -180,7 +180,7 @@ func TestProbeHangs(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	if _, err := p.Probe(t.Context(), "x"); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "no answer in") {
+	if _, err := p.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "no answer in") {
 		t.Errorf("a look while the probe hangs: %v; want unusable", err)
 	}
 	out, err := os.OpenFile(pipe, os.O_WRONLY, 0)
@@ -207,7 +207,7 @@ func TestProbeCopies(t *testing.T) {
 		t.Fatal(err)
 	}
 	readOnly := gpucheck.Prober{Program: program, Node: node(t, root), Copy: "/nv/probe", ReadOnly: true}
-	if _, err := readOnly.Probe(t.Context(), "x"); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "not copied") {
+	if _, err := readOnly.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "not copied") {
 		t.Errorf("read-only, with nothing there: %v; want that NVML was not asked", err)
 	}
 	var g errgroup.Group
@@ -215,7 +215,7 @@ func TestProbeCopies(t *testing.T) {
 		g.Go(func() error {
 			for range 50 {
 				p := gpucheck.Prober{Program: program, Node: node(t, root), Copy: "/nv/probe"}
-				switch _, err := p.Probe(t.Context(), "x"); {
+				switch _, err := p.Probe(t.Context(), "x", false); {
 				case err == nil:
 					return errors.New("a program that is none ran")
 				case strings.Contains(err.Error(), "copy probe"):
@@ -235,7 +235,7 @@ func TestProbeCopies(t *testing.T) {
 	if err := os.Chmod(filepath.Join(root, "nv"), 0o555); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := readOnly.Probe(t.Context(), "x"); strings.Contains(err.Error(), "not copied") {
+	if _, err := readOnly.Probe(t.Context(), "x", false); strings.Contains(err.Error(), "not copied") {
 		t.Errorf("read-only, with the probe there: %v; want it run", err)
 	}
 }

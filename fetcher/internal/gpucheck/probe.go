@@ -57,8 +57,9 @@ const maxAnswer = 1 << 20
 // Probe asks the NVML library at a path inside the node's root, or of a name that the
 // loader finds. That NVML fails is an answer, not an error; an error means that the
 // probe itself could not be run or does not end. It returns in any case: a probe that
-// the driver holds is left behind, and nobody is asked before that one ends.
-func (p *Prober) Probe(ctx context.Context, library string) (NVML, error) {
+// the driver holds is left behind, and nobody is asked before that one ends. persist turns
+// persistence mode on.
+func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML, error) {
 	p.mu.Lock()
 	if !p.since.IsZero() {
 		since := p.since
@@ -75,7 +76,7 @@ func (p *Prober) Probe(ctx context.Context, library string) (NVML, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, probeTime, hung(probeTime))
 	go func() {
 		defer cancel()
-		n, err := p.ask(ctx, library)
+		n, err := p.ask(ctx, library, persist)
 		p.mu.Lock()
 		p.since = time.Time{}
 		p.mu.Unlock()
@@ -98,7 +99,7 @@ func hung(d time.Duration) error {
 	return fault.New(fault.Unusable, "ask NVML: no answer in "+d.Round(time.Second).String(), "read the kernel's lines: dmesg | grep NVRM")
 }
 
-func (p *Prober) ask(ctx context.Context, library string) (NVML, error) {
+func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, error) {
 	program := p.Program
 	attr := &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if p.Node.Dir() != "/" {
@@ -107,7 +108,11 @@ func (p *Prober) ask(ctx context.Context, library string) (NVML, error) {
 		}
 		program, attr.Chroot = p.Copy, p.Node.Dir()
 	}
-	cmd := exec.CommandContext(ctx, program, "--lib", library)
+	args := []string{"--lib", library}
+	if persist {
+		args = append(args, "--persist")
+	}
+	cmd := exec.CommandContext(ctx, program, args...)
 	cmd.Path, cmd.Err = program, nil // it was looked up on this side of the root
 	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
 	if filepath.IsAbs(library) {
