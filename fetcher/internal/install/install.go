@@ -182,8 +182,10 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 func (s *Store) Sync() error { return s.sync() }
 
 // sync flushes the filesystem, so that no name outlives its bytes in a crash.
-func (s *Store) sync() error {
-	d, err := s.root.Open(home)
+func (s *Store) sync() error { return s.flush(home) }
+
+func (s *Store) flush(name string) error {
+	d, err := s.root.Open(name)
 	if err != nil {
 		return fmt.Errorf("open install folder: %w", err)
 	}

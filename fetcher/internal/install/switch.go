@@ -290,10 +290,13 @@ func (s *Store) Remove() error {
 			return fmt.Errorf("remove: %w", err)
 		}
 	}
+	if err := s.flush("."); err != nil { // or a power cut brings back what is gone, or half of it
+		return err
+	}
 	if err := s.root.RemoveAll(removed); err != nil {
 		return fmt.Errorf("remove: %w", err)
 	}
-	return nil
+	return s.flush(".")
 }
 
 // Sweep removes sets and layers that neither the current nor the previous set
