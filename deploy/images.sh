@@ -188,7 +188,33 @@ same_digest() {
     exit 1
   fi
   say "$image: ${cell[1]} ${cell[3]} from empty caches as uid 65532 is $there, as it is here; $((SECONDS - start)) s"
+  node_compiles "$mirror" "$here"
   rm -rf "$work/here" "$work/there"
+}
+# A node for which nothing is published pulls this image and compiles with it. What it
+# makes is the same artifact; the sources and objects may be those of this machine's cache.
+node_compiles() {
+  local mirror=$1 want=$2 node=$work/node start=$SECONDS made kernel
+  kernel=$(sed -n 's/.*"release": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)
+  mkdir -p "$node"/{etc,proc/sys/kernel} "$work/layout"
+  printf 'ID=cos\nBUILD_ID=%s\nVERSION=109\nKERNEL_COMMIT_ID=%040d\n' "${cell[1]}" 0 >"$node/etc/os-release"
+  printf 'CHROMEOS_RELEASE_BOARD=lakitu\n' >"$node/etc/lsb-release"
+  printf '%s\n' "$kernel" >"$node/proc/sys/kernel/osrelease"
+  printf 'root=/dev/dm-0 cros_efi\n' >"$node/proc/cmdline"
+  touch "$node/proc/modules" "$node/proc/devices"
+  tar -xf "$out/builder.tar" -C "$work/layout"
+  made=$(bin/fetcher install --host-root "$node" --builder "oci:$work/layout@$(cat "$work/builder.digest")" \
+    --driver "${cell[3]}" --flavour proprietary --kernel-mirror "file://$mirror/cos" --driver-mirror "file://$mirror/drivers" \
+    --cache "$cache/build" --key "$work/key.pub" --no-load --output json 2>"$work/made.log" |
+    sed -n 's/^ *"digest": "\(sha256:[0-9a-f]*\)".*/\1/p' | head -n 1) || true
+  if [[ $made != "$want" || ! -f $node/home/kubernetes/bin/nvidia/drivers/nvidia.ko ]]; then
+    tail -n 20 "$work/made.log" >&2
+    say "a node that compiles with this image has ${made:-nothing}; want $want"
+    exit 1
+  fi
+  [[ -z $(ls -A "$node/var/lib/prebake" | grep image) ]] || { say "the node keeps the image"; exit 1; }
+  say "$image: a node compiled ${cell[3]} with it, and has $made; $((SECONDS - start)) s"
+  rm -rf "$node" "$work/layout"
 }
 same_digest
 buildah_ rm "$container" >/dev/null
