@@ -103,9 +103,10 @@ next: setup build ## make a wish list of two driver branches over two kernel ser
 
 # What the load test of drivers for arm64 needs beside the builder.
 .PHONY: arm64-programs
-arm64-programs: ## build the load test's programs for arm64 into bin/
+arm64-programs: ## build for arm64 what runs there, into bin/
 	@deploy/setup.sh build arm64
 	GOARCH=arm64 $(GOBUILD)guestinit-arm64 ./pkg/vm/guestinit
+	GOARCH=arm64 $(GOBUILD)fetcher-arm64 ./fetcher
 	CGO_ENABLED=1 GOARCH=arm64 CC=aarch64-linux-gnu-gcc-12 $(GOBUILD)nvmlprobe-arm64 $(CGO)
 
 .PHONY: bench
@@ -127,7 +128,7 @@ images: build ## build and start the container images with buildah, no registry 
 	@deploy/images.sh
 
 .PHONY: images-arm64
-images-arm64: build arm64-programs ## build the container image that load-tests drivers for arm64 too
+images-arm64: build arm64-programs ## build the image that load-tests drivers for arm64 too, and the fetcher's for both
 	@deploy/setup.sh run images
 	@deploy/images.sh --arm64
 

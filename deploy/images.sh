@@ -5,7 +5,7 @@
 # sources, kept under the user's cache folder.
 #
 # usage: deploy/images.sh [--arm64] [FOLDER]   images as OCI archives into FOLDER (bin/images)
-#   --arm64        the image builder-arm64 in place of the three
+#   --arm64        builder-arm64, and the fetcher for both architectures, in place of the three
 #   BASE_IMAGE=…   use this image as base instead
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,8 +24,8 @@ fi
 say() { echo "images: $*" >&2; }
 if [[ ${1:-} == --arm64 ]]; then
   shift
-  images=(builder-arm64)
-  programs+=(guestinit-arm64 nvmlprobe-arm64)
+  images=(builder-arm64 fetcher)
+  programs+=(guestinit-arm64 nvmlprobe-arm64 fetcher-arm64)
 fi
 out=${1:-bin/images}
 for program in "${programs[@]}"; do
@@ -124,6 +124,25 @@ doctor_finds() {
   grep -q "^ok    $1 " <<<"$report" || { echo "$report" >&2; say "$image: doctor does not find $1"; exit 1; }
   say "$image: doctor finds $1"
 }
+# An index with the node image of each architecture, under the name of the one.
+both_fetchers() {
+  local arch platforms
+  build fetcher Dockerfile.fetcher
+  # The base is of this machine's architecture and only lends its certificates.
+  build fetcher-arm64 Dockerfile.fetcher --build-arg SUFFIX=-arm64
+  container=$(buildah_ from --pull=false localhost/prebake/fetcher-arm64)
+  buildah_ config --arch arm64 "$container"
+  buildah_ commit -q --rm --timestamp 0 "$container" localhost/prebake/fetcher-arm64 >/dev/null
+  buildah_ manifest create fetchers >/dev/null
+  for arch in fetcher fetcher-arm64; do
+    buildah_ manifest add fetchers "containers-storage:localhost/prebake/$arch" >/dev/null
+  done
+  rm -f "$out/fetcher.tar" "$out/fetcher-arm64.tar"
+  buildah_ manifest push -q --all --digestfile "$work/fetcher.digest" fetchers "oci-archive:$out/fetcher.tar:prebake/fetcher:latest"
+  platforms=$(buildah_ manifest inspect fetchers | sed -n 's/.*"architecture": "\(.*\)".*/\1/p' | sort | tr '\n' ' ')
+  [[ $platforms == "amd64 arm64 " ]] || { say "fetcher: the index is for ${platforms:-nothing}"; exit 1; }
+  say "fetcher: one index for $platforms"
+}
 if [[ ${images[0]} == builder-arm64 ]]; then
   build builder-arm64 Dockerfile.builder --target builder-arm64
   enter builder-arm64
@@ -131,6 +150,7 @@ if [[ ${images[0]} == builder-arm64 ]]; then
   doctor_finds "qemu amd64"
   doctor_finds "qemu arm64"
   buildah_ rm "$container" >/dev/null
+  both_fetchers
   sizes
   exit
 fi

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
 	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/traces"
 )
@@ -39,12 +41,19 @@ func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*
 	if err != nil {
 		return err
 	}
-	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
-	if err != nil {
-		return err
-	}
+	tracer := startTraces(ctx, cmd, log)
 	defer tracer.Close()
 	return runOnce(ctx, cmd, tracer, run)
+}
+
+// startTraces reads the OTEL_* environment. A node gets its driver whatever stands there.
+func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
+	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
+	if err != nil {
+		fmt.Fprintf(cmd.Root().ErrWriter, "no traces: %v (%s)\n", err, fault.Hint(err))
+		return nil
+	}
+	return tracer
 }
 
 // runOnce prints the report whatever came out, traces it, and returns the error.

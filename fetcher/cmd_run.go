@@ -16,7 +16,6 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/report"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/traces"
 )
 
 func runCommand() *ucli.Command {
@@ -59,10 +58,7 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	if err != nil {
 		return err
 	}
-	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
-	if err != nil {
-		return err
-	}
+	tracer := startTraces(ctx, cmd, log)
 	defer tracer.Close()
 	if name := cmd.String("node-name"); name != "" {
 		if outside.cluster, err = kube.New(name, cmd.String("startup-taint"), kube.AccountDir, log); err != nil {

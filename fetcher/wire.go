@@ -94,6 +94,11 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 			err = errors.Join(err, closeNode())
 		}
 	}()
+	if state, err := parts.Node.Path(cmd.String("state-dir")); err == nil && !cfg.DryRun {
+		if err := local.Sweep(state); err != nil {
+			log.Warn("remove the builder's image of a run that was killed", "err", err)
+		}
+	}
 	builder, err := newBuilder(cmd, parts.Node)
 	if err != nil {
 		return nil, nil, err
@@ -260,7 +265,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 		cache = filepath.Join(state, "cache")
 	}
 	return &local.Builder{
-		Program: program, Image: image, StateDir: state, CacheDir: cache,
+		Program: program, Image: image, Retry: cmd.Bool("retry"), StateDir: state, CacheDir: cache,
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 	}, nil
 }

@@ -31,6 +31,9 @@ const (
 	deltaMargin = 1 << 20
 	// maxFrame bounds a frame: what zstd makes of bytes that cannot be compressed.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
+	// deltaSlack is how much more a delta may make than twice of what there was. Anybody may
+	// attach one, and what comes of it is compared at its end.
+	deltaSlack = 16 << 20
 )
 
 // WriteDelta writes a delta that makes one archive out of another. Equal input gives equal
@@ -96,6 +99,7 @@ type deltaReader struct {
 	buf  []byte // one frame
 	out  []byte // one chunk
 	left []byte // of out
+	made int64  // chunks
 	last bool
 }
 
@@ -130,6 +134,9 @@ func (d *deltaReader) chunk() error {
 	dict, err := d.win.next()
 	if err != nil {
 		return fmt.Errorf("read former layer: %w", err)
+	}
+	if d.made++; d.win.ended && d.made*deltaChunk > 2*d.win.size()+deltaSlack {
+		return fault.Errorf(fault.Unverified, "delta makes more than twice as much as the former layer has, %d bytes", d.win.size())
 	}
 	options := []zstd.DOption{
 		zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
@@ -184,6 +191,9 @@ func (w *window) next() ([]byte, error) {
 	}
 	return w.buf, nil
 }
+
+// size is that of the archive, once it has ended.
+func (w *window) size() int64 { return w.start + int64(len(w.buf)) }
 
 // push appends bytes and drops as many of the oldest as are too many.
 func (w *window) push(p []byte) {

@@ -265,6 +265,9 @@ func FuzzDelta(f *testing.F) {
 		if most := (len(delta)/5 + 1) * deltaChunk; len(got) > most {
 			t.Errorf("%d bytes of a delta make %d", len(delta), len(got))
 		}
+		if len(got) > 2*len(from)+deltaSlack {
+			t.Errorf("a delta makes %d bytes of %d", len(got), len(from))
+		}
 		if err == nil && len(delta) > 0 && len(got) == 0 {
 			t.Error("a delta that makes nothing has bytes")
 		}

@@ -198,7 +198,7 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 }
 
 // maxPayloads bounds what [Repository.Payloads] looks at.
-const maxPayloads = 32
+const maxPayloads = 256
 
 // Payloads is [Repository.Attached] for payloads that are too large to be read whole: it
 // returns the descriptor of each that has no more than so many bytes, with the annotations

@@ -195,17 +195,21 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 	if named != nil {
 		candidates = append(candidates, named.Manifests...)
 	}
-	if named == nil || s.files.cheap() { // every one of them has to be read
+	if named == nil || s.files.cheap() {
 		candidates = append(candidates, idx.Manifests...)
 	}
+	looks := 0
 	var list []v1.Descriptor
 	for _, d := range candidates {
 		if !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil {
 			continue
 		}
+		if looks++; looks > maxLooks && !s.files.cheap() { // every one of them has to be read
+			break
+		}
 		raw, err := s.files.read(ctx, blobName(d.Digest.String()), MaxManifest)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue // what was not copied
+		if errors.Is(err, fs.ErrNotExist) || fault.Is(err, fault.Unverified) {
+			continue // what was not copied, or is no manifest
 		}
 		if err != nil {
 			return nil, err

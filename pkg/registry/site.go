@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"net/http"
 	"net/url"
 	"os"
@@ -32,6 +33,9 @@ type site struct {
 	index []byte
 	at    time.Time // of index; zero is none
 }
+
+// maxSiteIndex bounds the index of a site, which stands for some 30,000 entries.
+const maxSiteIndex = 16 << 20
 
 // indexAge is how long the index of a site is believed: one question asks for it again and
 // again.
@@ -68,7 +72,16 @@ func openSite(ref string, o Options) (store, error) {
 	if tr == nil {
 		tr = http.DefaultTransport
 	}
-	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, patience: max(o.Patience, minPatience), client: &http.Client{Transport: patient{ranged{steady{tr}}}}}
+	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, patience: max(o.Patience, minPatience)}
+	s.client = &http.Client{Transport: patient{ranged{steady{tr}}}, CheckRedirect: func(req *http.Request, via []*http.Request) error {
+		if len(via) >= 10 {
+			return errors.New("stopped after 10 redirects")
+		}
+		if from := via[len(via)-1].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host { // net/http lets more through
+			req.Header.Del("Authorization")
+		}
+		return nil
+	}}
 	if s.keys == nil {
 		s.keys = authn.DefaultKeychain
 	}
@@ -129,6 +142,9 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 
 // login gives a request the credentials for its host, and reports whether there are any.
 func (s *site) login(ctx context.Context, req *http.Request) (bool, error) {
+	if ip := net.ParseIP(req.URL.Hostname()); req.URL.Scheme != "https" && (ip == nil || !ip.IsLoopback()) {
+		return false, nil // whoever is on the way would have them
+	}
 	a, err := authn.Resolve(ctx, s.keys, resource(req.URL.Host))
 	if err != nil {
 		return false, err
@@ -157,6 +173,9 @@ func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, erro
 		if time.Since(s.at) < indexAge {
 			return s.index, nil
 		}
+	}
+	if name == indexFile {
+		limit = maxSiteIndex
 	}
 	raw, err := s.readOnce(ctx, name, limit)
 	if name == indexFile && errors.Is(err, fs.ErrNotExist) {

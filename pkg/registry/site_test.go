@@ -1,6 +1,7 @@
 package registry_test
 
 import (
+	"fmt"
 	"io/fs"
 	"net/http"
 	"net/http/httptest"
@@ -229,5 +230,75 @@ func TestSiteNames(t *testing.T) {
 		if _, err := registry.Open(ref, registry.Options{}); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
 			t.Errorf("Open(%q) = %v; want usage with a hint", ref, err)
 		}
+	}
+}
+
+// Nobody's credentials go over plain HTTP, nor after a redirect to another server or scheme.
+func TestSiteKeepsCredentials(t *testing.T) {
+	t.Parallel()
+	dir, _ := published(t)
+	seen := make(chan string, 10)
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		seen <- r.Header.Get("Authorization")
+		http.FileServer(http.Dir(dir)).ServeHTTP(w, r)
+	}))
+	t.Cleanup(other.Close)
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") == "" {
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		http.Redirect(w, r, other.URL+r.URL.Path, http.StatusFound) // the same host name, another port
+	}))
+	t.Cleanup(srv.Close)
+	keys := token{"oauth2accesstoken", "ya29"}
+	if _, err := openRef(t, "oci:"+srv.URL, registry.Options{Keychain: keys}).Resolve(t.Context(), "v1"); err != nil {
+		t.Fatal(err)
+	}
+	if got := <-seen; got != "" {
+		t.Errorf("the other server saw %q", got)
+	}
+	// By a name that is not loopback, in the clear.
+	asked := 0
+	repo := openRef(t, "oci:http://storage.googleapis.com/drivers", registry.Options{Keychain: keys, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+		if asked++; r.Header.Get("Authorization") != "" {
+			t.Errorf("%s with %q", r.URL, r.Header.Get("Authorization"))
+		}
+		return &http.Response{StatusCode: http.StatusUnauthorized, Body: http.NoBody, Request: r, Header: http.Header{}}, nil
+	})})
+	if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) || asked != 1 {
+		t.Errorf("Resolve = %v after %d requests", err, asked)
+	}
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// A layout of a great many manifests, and no list of what is attached, is not read whole.
+func TestSiteOfMany(t *testing.T) {
+	t.Parallel()
+	var index strings.Builder
+	index.WriteString(`{"schemaVersion":2,"manifests":[`)
+	for i := range 3000 {
+		if i > 0 {
+			index.WriteString(",")
+		}
+		fmt.Fprintf(&index, `{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":7,"digest":"sha256:%064x"}`, i)
+	}
+	index.WriteString("]}")
+	var asked atomic.Int64
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		text := `{"x":1}`
+		if strings.HasSuffix(r.URL.Path, "index.json") {
+			text = index.String()
+		}
+		_, _ = w.Write([]byte(text)) // the client is gone, or reads it
+	}))
+	t.Cleanup(srv.Close)
+	list, err := openRef(t, "oci:"+srv.URL, registry.Options{}).Referrers(t.Context(), "sha256:"+strings.Repeat("ab", 32), "")
+	if err != nil || len(list) > 0 || asked.Load() > 1100 {
+		t.Errorf("Referrers = %d, %v after %d requests", len(list), err, asked.Load())
 	}
 }

@@ -68,9 +68,9 @@ func deltas(ctx context.Context, repo *registry.Repository, digest string, k tar
 	if err != nil {
 		return nil, err
 	}
-	seen := map[string]bool{} // diff ids that have a delta
+	have := map[string]bool{} // by digest: anybody may attach something for the same layer
 	for _, p := range there {
-		seen[p.Annotations[bundle.AnnotationDeltaFrom]] = true
+		have[p.Digest.String()] = true
 	}
 	subject, err := repo.Resolve(ctx, digest)
 	if err != nil {
@@ -88,15 +88,15 @@ func deltas(ctx context.Context, repo *registry.Repository, digest string, k tar
 		if formers[former.DiffID] = true; len(formers) > count {
 			break
 		}
-		if seen[former.DiffID] {
-			continue
-		}
 		delta, err := makeDelta(ctx, repo, former, to)
 		if errors.Is(err, errLarge) {
 			continue
 		}
 		if err != nil {
 			return made, err
+		}
+		if have[digestOf(delta)] {
+			continue
 		}
 		if err := attachDelta(ctx, repo, subject, former.DiffID, delta); err != nil {
 			return made, err
@@ -213,6 +213,11 @@ func (l *limited) Write(p []byte) (int, error) {
 		return 0, errLarge
 	}
 	return l.buf.Write(p)
+}
+
+func digestOf(b []byte) string {
+	sum := sha256.Sum256(b)
+	return "sha256:" + hex.EncodeToString(sum[:])
 }
 
 func attachDelta(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, from string, delta []byte) error {

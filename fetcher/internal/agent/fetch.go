@@ -19,14 +19,14 @@ import (
 // lack is a layer that this node lacks.
 type lack struct {
 	install.Layer
-	// delta makes it out of another layer that is here; nil where none does.
-	delta *delta
+	// deltas make it out of other layers that are here, the smallest first.
+	deltas []delta
 }
 
 // bytes is how much has to be fetched for it.
 func (l lack) bytes() int64 {
-	if l.delta != nil {
-		return l.delta.Size
+	if len(l.deltas) > 0 {
+		return l.deltas[0].Size
 	}
 	return l.Size
 }
@@ -43,33 +43,19 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 	if err != nil {
 		return err
 	}
-	var done, more atomic.Int64
+	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
 	for _, l := range missing {
-		g.Go(func() error {
-			if l.delta != nil {
-				err := a.addLayer(gctx, store, l, id, facts, func(dst *os.Root) error { return unpackDelta(gctx, repo, store, l, dst) })
-				if err == nil || gctx.Err() != nil {
-					a.parts.Line.Say("fetch", "%s", size(done.Add(l.bytes())))
-					return err
-				}
-				a.parts.Log.WarnContext(ctx, "a delta did not do; fetching the whole layer", "err", err)
-				more.Add(l.Size)
-			}
-			err := a.addLayer(gctx, store, l, id, facts, func(dst *os.Root) error {
-				defer func() { a.parts.Line.Say("fetch", "%s", size(done.Add(l.Size))) }()
-				return unpack(gctx, repo, l.Layer, dst)
-			})
-			if err != nil {
-				return fmt.Errorf("fetch %s layer %s: %w", l.Kind, l.Digest, err)
-			}
-			return nil
-		})
+		if len(l.deltas) == 0 {
+			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
+		}
 	}
+	// Deltas come after what is certain, so that one which fills the disk takes nothing from it.
 	err = g.Wait()
-	if n := more.Load(); n > 0 {
-		r.FetchedBytes += n
-		r.did("fetch the whole of it, %s, for the delta did not do", size(n))
+	for _, l := range missing {
+		if err == nil && len(l.deltas) > 0 {
+			err = a.fetchDelta(ctx, r, repo, store, l, id, facts, &done)
+		}
 	}
 	if ctx.Err() != nil {
 		return context.Cause(ctx) // not what it did to the streams
@@ -77,8 +63,38 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 	return err
 }
 
+// fetchWhole fetches a layer as it was published.
+func (a *Agent) fetchWhole(ctx context.Context, repo Repository, store *install.Store, l lack, id bundle.Identity, facts *host.Facts, done *atomic.Int64) error {
+	err := a.addLayer(store, l, id, facts, func(dst *os.Root) error {
+		defer func() { a.parts.Line.Say("fetch", "%s", size(done.Add(l.Size))) }()
+		return unpack(ctx, repo, l.Layer, dst)
+	})
+	if err != nil {
+		return fmt.Errorf("fetch %s layer %s: %w", l.Kind, l.Digest, err)
+	}
+	return nil
+}
+
+// fetchDelta makes a layer by one of its deltas, or fetches the whole of it.
+func (a *Agent) fetchDelta(ctx context.Context, r *Report, repo Repository, store *install.Store, l lack, id bundle.Identity, facts *host.Facts, done *atomic.Int64) error {
+	for i, d := range l.deltas {
+		if i > 0 {
+			r.FetchedBytes += d.Size // the first is counted
+		}
+		err := a.addLayer(store, l, id, facts, func(dst *os.Root) error { return unpackDelta(ctx, repo, store, l, d, dst) })
+		if err == nil || ctx.Err() != nil {
+			a.parts.Line.Say("fetch", "%s", size(done.Add(d.Size)))
+			return err
+		}
+		a.parts.Log.WarnContext(ctx, "a delta did not do", "digest", d.Digest.String(), "err", err)
+	}
+	r.FetchedBytes += l.Size
+	r.did("fetch the whole of it, %s, for the delta did not do", size(l.Size))
+	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
+}
+
 // addLayer keeps a layer, checks its modules, and remembers what it looked like.
-func (a *Agent) addLayer(ctx context.Context, store *install.Store, l lack, id bundle.Identity, facts *host.Facts, unpack func(*os.Root) error) error {
+func (a *Agent) addLayer(store *install.Store, l lack, id bundle.Identity, facts *host.Facts, unpack func(*os.Root) error) error {
 	files := map[string]string{}
 	err := store.AddLayer(l.Layer, func(dst *os.Root) error {
 		if err := unpack(dst); err != nil || l.Kind != bundle.LayerModules {
@@ -129,10 +145,10 @@ func (a *Agent) missing(ctx context.Context, r *Report, repo Repository, store *
 			a.parts.Log.WarnContext(ctx, "a layer on this node is damaged", "err", damaged[i])
 			r.did("found the %s layer %s damaged", l.Kind, short(l.Digest))
 		}
-		m := lack{l, a.deltaFor(ctx, repo, store, set, l)}
+		m := lack{l, a.deltasFor(ctx, repo, store, set, l)}
 		r.FetchedBytes += m.bytes()
-		if m.delta != nil {
-			r.did("fetch %s layer %s, %s as a delta of %s", l.Kind, short(l.Digest), size(m.bytes()), short(m.delta.from.Digest))
+		if len(m.deltas) > 0 {
+			r.did("fetch %s layer %s, %s as a delta of %s", l.Kind, short(l.Digest), size(m.bytes()), short(m.deltas[0].from.Digest))
 		} else {
 			r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
 		}
@@ -141,9 +157,12 @@ func (a *Agent) missing(ctx context.Context, r *Report, repo Repository, store *
 	return missing, nil
 }
 
-// deltaFor finds a delta for a layer of modules; nil is none. It is a help only: whoever
-// attached it, what comes of it has to be what was signed.
-func (a *Agent) deltaFor(ctx context.Context, repo Repository, store *install.Store, set *install.Set, l install.Layer) *delta {
+// maxDeltas is how many deltas are tried for a layer: anybody may attach some that do not do.
+const maxDeltas = 3
+
+// deltasFor finds deltas for a layer of modules, the smallest first. They are a help only:
+// whoever attached one, what comes of it has to be what was signed.
+func (a *Agent) deltasFor(ctx context.Context, repo Repository, store *install.Store, set *install.Set, l install.Layer) (all []delta) {
 	if store == nil || l.Kind != bundle.LayerModules {
 		return nil
 	}
@@ -171,32 +190,32 @@ func (a *Agent) deltaFor(ctx context.Context, repo Repository, store *install.St
 		return nil
 	}
 	for _, d := range found {
-		if from, ok := here[d.Annotations[bundle.AnnotationDeltaFrom]]; ok {
-			return &delta{d, from}
+		if from, ok := here[d.Annotations[bundle.AnnotationDeltaFrom]]; ok && len(all) < maxDeltas {
+			all = append(all, delta{d, from})
 		}
 	}
-	return nil
+	return all
 }
 
-func unpackDelta(ctx context.Context, repo Repository, store *install.Store, l lack, dst *os.Root) (err error) {
-	names, err := store.LayerNames(l.delta.from.Digest)
+func unpackDelta(ctx context.Context, repo Repository, store *install.Store, l lack, d delta, dst *os.Root) (err error) {
+	names, err := store.LayerNames(d.from.Digest)
 	if err != nil {
 		return err
 	}
-	former, err := store.LayerRoot(l.delta.from.Digest)
+	former, err := store.LayerRoot(d.from.Digest)
 	if err != nil {
 		return err
 	}
 	defer former.Close()
 	from := bundle.TreeArchive(ctx, former, l.Kind, names)
 	defer from.Close()
-	digest := l.delta.Digest.String()
-	rc, err := repo.Blob(ctx, digest, l.delta.Size)
+	digest := d.Digest.String()
+	rc, err := repo.Blob(ctx, digest, d.Size)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, rc.Close()) }()
-	return bundle.UnpackDelta(ctx, rc, digest, l.delta.Size, from, l.DiffID, dst)
+	return bundle.UnpackDelta(ctx, rc, digest, d.Size, from, l.DiffID, dst)
 }
 
 func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root) (err error) {

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
@@ -16,16 +17,18 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
 	patience := resolve.Patience{Wait: a.cfg.Wait, Say: func(text string) { a.parts.Line.Say("resolve", "%s", text) }}
-	if compiles {
+	if compiles && !a.cfg.DryRun {
 		patience.Wait = 0
 	}
 	var answer resolve.Answer
+	var grace time.Duration
 	err := a.parts.Line.Do("resolve", func() (string, error) {
 		var err error
 		answer, err = patience.Find(ctx, a.parts.Finder, q)
 		switch {
 		case err != nil && compiles && a.cfg.Wait > 0 && !a.cfg.DryRun && fault.Is(err, fault.Transient):
-			return fmt.Sprintf("%v; compiling on this node", err), nil
+			grace = min(a.cfg.Wait/2, maxGrace)
+			return fmt.Sprintf("%v; compiling on this node if that lasts for %v", err, grace), nil
 		case err != nil:
 			return "", err
 		case answer.Err() == nil:
@@ -41,17 +44,21 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 		return answer, err
 	}
 	err = a.parts.Line.Do("build", func() (string, error) {
-		won, err := a.race(ctx, q, answer, facts)
-		if err != nil {
+		won, err := a.race(ctx, q, answer, facts, grace)
+		if answer = won; err != nil {
 			return "", err
 		}
-		if answer = won; won.Source == resolve.SourceNode {
+		if won.Source == resolve.SourceNode {
 			return fmt.Sprintf("%s compiled on this node", won.Driver), nil
 		}
 		return fmt.Sprintf("%s from %s, which was first", won.Driver, won.Source), nil
 	})
 	return answer, err
 }
+
+// maxGrace is how long a farm that does not answer may take to come back before a node
+// compiles: a server that is restarted shall not have all its nodes compile.
+const maxGrace = 2 * time.Minute
 
 // outcome is what one side of the race came to.
 type outcome struct {
@@ -62,7 +69,7 @@ type outcome struct {
 
 // race compiles on this node, and asks the farm again and again meanwhile. When one has an
 // artifact the other is stopped. Neither is left behind.
-func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Answer, facts *host.Facts) (resolve.Answer, error) {
+func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Answer, facts *host.Facts, grace time.Duration) (resolve.Answer, error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	runners, ended := 1, make(chan outcome, 2)
@@ -70,6 +77,12 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 		local := q
 		if answer.Driver.Flavour != "" && q.Flavour == resolve.Auto {
 			local.Flavour = string(answer.Driver.Flavour)
+		}
+		select {
+		case <-ctx.Done():
+			ended <- outcome{resolve.Answer{}, context.Cause(ctx), true}
+			return
+		case <-time.After(grace):
 		}
 		built, err := a.parts.Local.Build(ctx, local)
 		ended <- outcome{built, err, true}
@@ -82,7 +95,7 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 		}()
 	}
 	var won *resolve.Answer
-	yanked := false
+	var yanked *resolve.Answer
 	var errs [2]error // of this node, which is what its owner can mend here, and of the farm
 	for range runners {
 		switch o := <-ended; {
@@ -94,16 +107,17 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 			errs[0] = o.err
 		default:
 			errs[1] = o.err
-			if yanked = o.answer.State == api.Yanked; yanked { // nobody should have it, compiled here or there
+			if o.answer.State == api.Yanked { // nobody should have it, compiled here or there
+				yanked = &o.answer
 				stop()
 			}
 		}
 	}
 	switch {
+	case yanked != nil:
+		return *yanked, errs[1]
 	case won != nil:
 		return *won, nil
-	case yanked:
-		return answer, errs[1]
 	case errs[1] == nil:
 		return answer, errs[0]
 	}
@@ -113,16 +127,27 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 // farm asks until there is an artifact that verifies, or none will be.
 func (a *Agent) farm(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
 	say := func(text string) { a.parts.Line.Say("build", "the farm: %s", text) }
-	answer, err := resolve.Patience{Wait: a.cfg.Wait, Say: say}.Find(ctx, a.parts.Finder, q)
-	if err == nil {
-		err = answer.Err()
+	until := time.Now().Add(a.cfg.Wait)
+	for {
+		answer, err := resolve.Patience{Wait: time.Until(until), Say: say}.Find(ctx, a.parts.Finder, q)
+		if err == nil {
+			err = answer.Err()
+		}
+		if err != nil {
+			return answer, err
+		}
+		if _, _, _, _, err = a.judge(ctx, nil, answer, facts); err == nil {
+			return answer, nil
+		}
+		if !fault.Is(err, fault.Transient) || time.Now().After(until) {
+			a.parts.Log.WarnContext(ctx, "what the farm has does not verify", "digest", answer.Digest, "err", err)
+			return answer, err
+		}
+		say(err.Error())
+		select {
+		case <-ctx.Done():
+			return answer, context.Cause(ctx)
+		case <-time.After(3 * time.Second):
+		}
 	}
-	if err != nil {
-		return answer, err
-	}
-	if _, _, _, _, err := a.judge(ctx, nil, answer, facts); err != nil {
-		a.parts.Log.WarnContext(ctx, "what the farm has does not verify", "digest", answer.Digest, "err", err)
-		return answer, err
-	}
-	return answer, nil
 }

@@ -29,18 +29,25 @@ func (f *farm) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 
 // compiler takes some time for what was published beforehand, or fails.
 type compiler struct {
-	takes   time.Duration
-	answer  resolve.Answer
-	err     error
+	takes  time.Duration
+	answer resolve.Answer
+	err    error
+	// late ends with what it made although it was told to stop.
+	late    bool
+	started atomic.Bool
 	stopped atomic.Bool
 	ended   atomic.Bool
 }
 
 func (c *compiler) Build(ctx context.Context, _ resolve.Question) (resolve.Answer, error) {
+	c.started.Store(true)
 	defer c.ended.Store(true)
 	select {
 	case <-ctx.Done():
 		c.stopped.Store(true)
+		if c.late {
+			return c.answer, nil
+		}
 		return resolve.Answer{}, context.Cause(ctx)
 	case <-time.After(c.takes):
 		return c.answer, c.err
@@ -86,11 +93,13 @@ func TestRace(t *testing.T) {
 		{"the farm gives up", answers{is(api.Building), is(api.Failed)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
 		{"it does not compile here", answers{is(api.Queued), is(api.Building), is(api.Building), has(published, p.Digest)}, compiler{err: fails}, 10 * time.Minute, resolve.SourceServer, 0, "", false},
 		{"the farm is away", answers{away}, compiler{takes: time.Minute, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
-		{"it comes back", answers{away, away, has(published, p.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceServer, 0, "", true},
+		{"it comes back", answers{away, away, has(published, p.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceServer, 0, "", false},
 		{"away, and no time to wait", answers{away}, compiler{answer: local}, 0, "", fault.Transient, "nobody answers", false},
 		{"building, and no time to wait", answers{is(api.Building)}, compiler{takes: time.Minute, answer: local}, 0, resolve.SourceNode, 0, "", false},
 		{"what the farm has does not verify", answers{is(api.Building), has(here, l.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
-		{"yanked meanwhile", answers{is(api.Building), is(api.Yanked)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, "", fault.NoArtifact, "yanked", true},
+		{"yanked meanwhile", answers{is(api.Building), is(api.Building), is(api.Yanked)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, "", fault.NoArtifact, "yanked", true},
+		{"yanked while the compile ends", answers{is(api.Building), is(api.Building), is(api.Yanked)}, compiler{takes: time.Hour, answer: local, late: true}, 10 * time.Minute, "", fault.NoArtifact, "yanked", true},
+		{"a registry that breaks while it is verified", answers{is(api.Building), has("127.0.0.1:1/x", p.Digest), has(published, p.Digest)}, compiler{err: fails}, 10 * time.Minute, resolve.SourceServer, 0, "", false},
 		{"neither", answers{is(api.Building), is(api.Failed)}, compiler{takes: time.Minute, err: fails}, 10 * time.Minute, "", fault.APIBreak, "and the farm: resolve driver: failed", false},
 		{"the time is over", answers{is(api.Building)}, compiler{takes: time.Hour, err: fails}, time.Minute, "", fault.APIBreak, "and the farm: resolve driver: building", false},
 	}
@@ -104,6 +113,9 @@ func TestRace(t *testing.T) {
 				n.parts.Finder, n.parts.Local = &farm{answers: row.farm}, &row.compile
 				n.parts.NodeVerifier = func() (agent.Verifier, error) { return own.Verifier(t), nil }
 				r, err := n.runAs(t)
+				if row.words == "yanked" && r.Answer.State != api.Yanked {
+					t.Errorf("Run says %s; want yanked", r.Answer.State)
+				}
 				if row.from == "" {
 					if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.words) {
 						t.Errorf("Run = %v; want %v with %q", err, row.kind, row.words)
@@ -114,7 +126,7 @@ func TestRace(t *testing.T) {
 				if got := row.compile.stopped.Load(); got != row.stopped {
 					t.Errorf("the compile was stopped: %v; want %v", got, row.stopped)
 				}
-				if row.wait > 0 && !row.compile.ended.Load() {
+				if row.compile.started.Load() != row.compile.ended.Load() {
 					t.Error("the compile goes on behind the run")
 				}
 			})

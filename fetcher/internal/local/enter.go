@@ -26,7 +26,8 @@ var kept = []string{"HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "http
 var hostFiles = []string{"/etc/resolv.conf", "/etc/hosts", "/etc/ssl/certs/ca-certificates.crt"}
 
 // Enter makes an image the root of this process, and becomes the program. It only returns
-// an error. It has to be called in a mount namespace of its own: what is mounted goes with it.
+// an error. It has to be called in a mount namespace of its own: what is mounted goes with
+// it. ROOT and the folders are real paths, without links.
 //
 // A chroot would be less work, but the kernel gives a process in a chroot no user
 // namespaces (user_namespaces(7)), and the builder's sandbox needs one.
@@ -56,72 +57,107 @@ func Enter(args []string) error {
 
 // mounts puts into an image what its programs need of this machine.
 func mounts(root string, folders []string) error {
+	folders = outermost(append([]string{"/proc", "/dev"}, folders...))
+	files := slices.DeleteFunc(slices.Clone(hostFiles), func(file string) bool {
+		_, err := os.Stat(file)
+		return errors.Is(err, fs.ErrNotExist)
+	})
+	// All places are made before anything is mounted on one: from then on a path may lead
+	// into a folder of this machine, where nothing is to be changed.
+	for _, dir := range append(folders, "/tmp") {
+		if err := place(root, dir, true); err != nil {
+			return err
+		}
+	}
+	for _, file := range files {
+		if err := place(root, file, false); err != nil {
+			return err
+		}
+	}
 	// Nothing of this is to be seen outside.
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("keep mounts private: %w", err)
 	}
-	if err := unix.Mount(root, root, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", root, err)
-	}
-	tmp := filepath.Join(root, "tmp")
-	if err := os.MkdirAll(tmp, 0o755); err != nil {
+	if err := bind(root, root); err != nil {
 		return err
 	}
-	if err := unix.Mount("tmpfs", tmp, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=1777"); err != nil {
+	if err := unix.Mount("tmpfs", filepath.Join(root, "tmp"), "tmpfs", unix.MS_NOSUID|unix.MS_NODEV, "mode=1777"); err != nil {
 		return fmt.Errorf("mount /tmp: %w", err)
 	}
-	for _, dir := range slices.Concat([]string{"/proc", "/dev"}, folders) {
-		if err := bind(root, dir, true); err != nil {
+	for _, dir := range folders {
+		at := filepath.Join(root, dir)
+		if err := os.MkdirAll(at, 0o755); err != nil { // below /tmp, which is empty now
+			return err
+		}
+		if err := bind(dir, at); err != nil {
 			return err
 		}
 	}
-	for _, file := range hostFiles {
-		if err := bind(root, file, false); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
+	for _, file := range files {
+		if err := unix.Mount(file, filepath.Join(root, file), "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("mount %s: %w", file, err)
 		}
 	}
 	return nil
 }
 
-// bind shows a folder or file of this machine at the same path in the image. The image's
-// links are not followed: what it has there goes.
-func bind(root, path string, dir bool) error {
-	if _, err := os.Stat(path); err != nil {
-		return err
+// outermost leaves out folders that are below others.
+func outermost(folders []string) []string {
+	var all []string
+	for _, f := range folders {
+		f = filepath.Clean(f)
+		if !slices.ContainsFunc(folders, func(other string) bool {
+			return f != filepath.Clean(other) && strings.HasPrefix(f, filepath.Clean(other)+"/")
+		}) && !slices.Contains(all, f) {
+			all = append(all, f)
+		}
 	}
-	at := filepath.Join(root, path)
-	for up := root; ; {
-		info, err := os.Lstat(up)
-		if err == nil && info.Mode()&fs.ModeSymlink != 0 {
-			if err := os.Remove(up); err != nil {
+	return all
+}
+
+// place makes a folder or a file in an image, as a place for a mount. Links of the image on
+// the way there go: what is mounted is to be where it is outside.
+func place(root, path string, dir bool) error {
+	at := root
+	for part := range strings.SplitSeq(strings.Trim(path, "/"), "/") {
+		at = filepath.Join(at, part)
+		if info, err := os.Lstat(at); err == nil && info.Mode()&fs.ModeSymlink != 0 {
+			if err := os.Remove(at); err != nil {
 				return err
 			}
 		}
-		rest := strings.TrimPrefix(strings.TrimPrefix(at, up), "/")
-		if rest == "" {
-			break
-		}
-		next, _, _ := strings.Cut(rest, "/")
-		up = filepath.Join(up, next)
 	}
 	if dir {
-		if err := os.MkdirAll(at, 0o755); err != nil {
-			return err
-		}
-	} else {
-		if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
-			return err
-		}
-		f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644)
-		if err != nil {
-			return err
-		}
-		if err := f.Close(); err != nil {
-			return err
-		}
+		return os.MkdirAll(at, 0o755)
 	}
-	if err := unix.Mount(path, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
-		return fmt.Errorf("mount %s: %w", path, err)
+	if err := os.MkdirAll(filepath.Dir(at), 0o755); err != nil {
+		return err
+	}
+	f, err := os.OpenFile(at, os.O_CREATE|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// bind mounts a folder at another place, and has programs run from there: COS mounts its
+// stateful partition noexec.
+func bind(dir, at string) error {
+	if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+		return fmt.Errorf("mount %s: %w", dir, err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(at, &st); err != nil {
+		return fmt.Errorf("mount %s: %w", dir, err)
+	}
+	if st.Flags&unix.ST_NOEXEC == 0 || dir == "/proc" {
+		return nil
+	}
+	// The low four bits of statfs's flags and of mount's are the same: read-only, nosuid,
+	// nodev, noexec.
+	keep := uintptr(st.Flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
+	if err := unix.Mount("none", at, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
+		return fmt.Errorf("mount %s with exec: %w", dir, err)
 	}
 	return nil
 }

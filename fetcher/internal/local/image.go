@@ -8,8 +8,10 @@ import (
 	"path/filepath"
 	"runtime"
 
+	"github.com/gofrs/flock"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/fault"
@@ -25,19 +27,54 @@ type Image struct {
 	Digest string
 }
 
-// imageFolder is where an image lies below the state folder while it is used.
-const imageFolder = "builder-image"
+// imageFolder is where an image lies below the state folder while it is used, and imageLock
+// is held as long.
+const (
+	imageFolder = "builder-image"
+	imageLock   = "builder-image.lock"
+)
+
+// Sweep removes an image that a run left in the state folder which was killed.
+func Sweep(stateDir string) error {
+	if _, err := os.Stat(filepath.Join(stateDir, imageFolder)); err != nil {
+		return nil //nolint:nilerr // there is none
+	}
+	lock := flock.New(filepath.Join(stateDir, imageLock))
+	if held, err := lock.TryLock(); err != nil || !held {
+		return err // somebody compiles
+	}
+	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), lock.Unlock())
+}
+
+// mayEnter says early why an image could not be started.
+func mayEnter() error {
+	var caps [2]unix.CapUserData
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capget(&header, &caps[0]); err == nil && caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
+		return fault.New(fault.Usage, "start the builder's image: this process may mount nothing", "run as root with CAP_SYS_ADMIN (privileged: true), or turn compiling off: --builder never")
+	}
+	return nil
+}
 
 // unpack pulls the image, and returns the folder of its root and the program that it starts.
 func (i Image) unpack(ctx context.Context, stateDir string) (root, program string, remove func() error, err error) {
+	if err := mayEnter(); err != nil {
+		return "", "", nil, err
+	}
+	lock := flock.New(filepath.Join(stateDir, imageLock))
+	if held, err := lock.TryLock(); err != nil {
+		return "", "", nil, fmt.Errorf("lock %s: %w", stateDir, err)
+	} else if !held {
+		return "", "", nil, fault.New(fault.Busy, "another fetcher compiles on this node", "wait until it is done")
+	}
 	dir := filepath.Join(stateDir, imageFolder)
-	remove = func() error { return os.RemoveAll(dir) }
+	remove = func() error { return errors.Join(os.RemoveAll(dir), lock.Unlock()) }
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("unpack the builder's image: %w", errors.Join(err, remove()))
 		}
 	}()
-	if err := remove(); err != nil { // a run that was killed left it
+	if err := os.RemoveAll(dir); err != nil { // a run that was killed left it
 		return "", "", remove, err
 	}
 	blobs, root := filepath.Join(dir, "blobs"), filepath.Join(dir, "root")
@@ -56,7 +93,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	}
 	if len(config.Config.Entrypoint) != 1 || !filepath.IsAbs(config.Config.Entrypoint[0]) {
 		return "", "", remove, fault.New(fault.Usage, fmt.Sprintf("its entry point is %q; want one program", config.Config.Entrypoint),
-			"name the image of Dockerfile.builder with --builder-image")
+			"name the image of Dockerfile.builder: --builder HOST/NAME@sha256:DIGEST")
 	}
 	handle, err := os.OpenRoot(root)
 	if err != nil {
@@ -65,7 +102,9 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	defer handle.Close()
 	flat := mutate.Extract(img)
 	defer flat.Close()
-	if _, err := archive.Unpack(ctx, flat, handle, archive.Options{Root: true}); err != nil {
+	if _, err := archive.Unpack(ctx, flat, handle, archive.Options{Root: true}); fault.NoSpace(err) {
+		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "free some space on the disk of "+stateDir)
+	} else if err != nil {
 		return "", "", remove, err
 	}
 	// Programs in it run as other users, too.

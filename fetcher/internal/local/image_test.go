@@ -13,10 +13,12 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/gofrs/flock"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/empty"
 	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/fetcher/internal/local"
 	"github.com/prebake/prebake/pkg/fault"
@@ -135,7 +137,29 @@ func TestBuildInImage(t *testing.T) {
 		t.Skip("mounts need root")
 	}
 	repo, digest := image(t, []string{"/usr/local/bin/image-builder"})
-	dir := t.TempDir()
+	t.Run("plain", func(t *testing.T) { buildInImage(t, repo, digest, t.TempDir()) })
+	// COS mounts the partition with the state folder so.
+	t.Run("noexec", func(t *testing.T) {
+		dir := t.TempDir()
+		if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOEXEC|unix.MS_NOSUID|unix.MS_NODEV, ""); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := unix.Unmount(dir, 0); err != nil {
+				t.Error(err)
+			}
+		})
+		sub := filepath.Join(dir, "node")
+		if err := os.Mkdir(sub, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		buildInImage(t, repo, digest, sub)
+	})
+}
+
+// buildInImage compiles below a folder, whose cache is a link to another place, as where
+// somebody gave it a disk of its own.
+func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	mirror := filepath.Join(dir, "mirror")
 	if err := os.Mkdir(mirror, 0o755); err != nil {
 		t.Fatal(err)
@@ -145,12 +169,16 @@ func TestBuildInImage(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	if err := errors.Join(os.Mkdir(filepath.Join(dir, "state"), 0o700), os.Mkdir(filepath.Join(dir, "disk"), 0o700),
+		os.Symlink(filepath.Join(dir, "disk"), filepath.Join(dir, "state", "cache"))); err != nil {
+		t.Fatal(err)
+	}
 	t.Setenv("HOME", dir)
 	t.Setenv("HTTPS_PROXY", "http://127.0.0.1:1")
 	t.Setenv("SECRET", "token")
 	var said []string
 	b := local.Builder{
-		Image: &local.Image{Repository: repo, Digest: digest}, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "cache"),
+		Image: &local.Image{Repository: repo, Digest: digest}, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "state", "cache"),
 		KernelMirror: "file://" + mirror, Say: func(line string) { said = append(said, line) },
 	}
 	a, err := b.Build(t.Context(), question)
@@ -182,11 +210,14 @@ func TestBuildInImage(t *testing.T) {
 	if text := strings.Join(seen.Environment, " "); strings.Contains(text, "token") || !strings.Contains(text, "HTTPS_PROXY=") {
 		t.Errorf("its environment is %q", text)
 	}
-	if left, err := filepath.Glob(b.StateDir + "/*image*"); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(b.StateDir + "/builder-image"); err != nil || len(left) > 0 {
 		t.Errorf("left %q, %v", left, err)
 	}
+	if to, err := os.Readlink(filepath.Join(dir, "state", "cache")); err != nil || to != filepath.Join(dir, "disk") {
+		t.Errorf("the link to the cache leads to %q, %v", to, err)
+	}
 	raw, err := os.ReadFile("/proc/self/mounts")
-	if err != nil || bytes.Contains(raw, []byte(dir)) {
+	if err != nil || bytes.Contains(raw, []byte(dir+"/")) {
 		t.Errorf("mounts of it are left: %v", err)
 	}
 }
@@ -195,12 +226,46 @@ func TestImageRefused(t *testing.T) {
 	t.Parallel()
 	repo, none := image(t, nil)
 	for name, digest := range map[string]string{"no entry point": none, "no such image": "sha256:" + strings.Repeat("0", 64)} {
-		b := local.Builder{Image: &local.Image{Repository: repo, Digest: digest}, StateDir: t.TempDir()}
+		b := local.Builder{Image: &local.Image{Repository: repo, Digest: digest}, StateDir: t.TempDir(), CacheDir: t.TempDir()}
 		if _, err := b.Build(t.Context(), question); err == nil || fault.Hint(err) == "" && !fault.Is(err, fault.NoArtifact) {
 			t.Errorf("Build with %s = %v (hint %q)", name, err, fault.Hint(err))
 		}
-		if left, err := filepath.Glob(b.StateDir + "/*"); err != nil || len(left) > 0 {
+		if left, err := filepath.Glob(b.StateDir + "/builder-image"); err != nil || len(left) > 0 {
 			t.Errorf("%s left %q, %v", name, left, err)
 		}
+	}
+}
+
+// What a killed run left goes at the next start, and not under one that compiles.
+func TestSweep(t *testing.T) {
+	t.Parallel()
+	state := t.TempDir()
+	if err := local.Sweep(state); err != nil {
+		t.Fatal(err)
+	}
+	left := filepath.Join(state, "builder-image", "root")
+	if err := os.MkdirAll(left, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	lock := flock.New(filepath.Join(state, "builder-image.lock"))
+	if held, err := lock.TryLock(); err != nil || !held {
+		t.Fatal(held, err)
+	}
+	if err := local.Sweep(state); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(left); err != nil {
+		t.Errorf("the image of a compile that runs: %v", err)
+	}
+	repo, digest := image(t, nil)
+	b := local.Builder{Image: &local.Image{Repository: repo, Digest: digest}, StateDir: state, CacheDir: t.TempDir()}
+	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Busy) {
+		t.Errorf("a second compile = %v; want busy", err)
+	}
+	if err := errors.Join(lock.Unlock(), local.Sweep(state)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("what a killed run left: %v", err)
 	}
 }

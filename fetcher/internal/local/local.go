@@ -38,6 +38,8 @@ type Builder struct {
 	// KernelMirror and DriverMirror are where the inputs are; "" leaves them to
 	// the builder's own defaults.
 	KernelMirror, DriverMirror string
+	// Retry compiles what lately did not compile.
+	Retry bool
 	// Say gets the builder's progress lines; may be nil.
 	Say func(line string)
 
@@ -109,6 +111,14 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
 		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
 	}
+	if err := b.real(); err != nil {
+		return resolve.Answer{}, err
+	}
+	failed := b.failures()
+	if err := failed.known(q); err != nil && !b.Retry {
+		return resolve.Answer{}, err
+	}
+	defer func() { err = errors.Join(err, failed.remember(q, err)) }()
 	if b.Image != nil {
 		if b.Say != nil {
 			b.Say("fetching the builder's image")
@@ -194,15 +204,46 @@ func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
 	return stdout.Bytes(), nil
 }
 
+// real replaces paths by those that have no links on the way: a program in an image sees
+// these folders at the same paths, and not the links that lead there.
+func (b *Builder) real() error {
+	if b.Image == nil {
+		return nil
+	}
+	if err := os.MkdirAll(b.CacheDir, 0o755); err != nil {
+		return fmt.Errorf("make cache folder: %w", err)
+	}
+	for _, dir := range []*string{&b.StateDir, &b.CacheDir} {
+		path, err := filepath.EvalSymlinks(*dir)
+		if err != nil {
+			return fmt.Errorf("find folder: %w", err)
+		}
+		*dir = path
+	}
+	for _, list := range []*string{&b.KernelMirror, &b.DriverMirror} {
+		mirrors := strings.Split(*list, ",")
+		for i, mirror := range mirrors {
+			folder, ok := strings.CutPrefix(mirror, "file://")
+			if !ok {
+				continue
+			}
+			path, err := filepath.EvalSymlinks(folder)
+			if err != nil {
+				return fault.Wrap(fault.Usage, fmt.Errorf("find mirror: %w", err), "name a folder that is there with --kernel-mirror and --driver-mirror")
+			}
+			mirrors[i] = "file://" + path
+		}
+		*list = strings.Join(mirrors, ",")
+	}
+	return nil
+}
+
 // command runs the builder, or this program, which starts it in its image.
 func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) {
 	if b.root == "" {
 		cmd := exec.CommandContext(ctx, b.Program, args...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 		return cmd, nil
-	}
-	if err := os.MkdirAll(b.CacheDir, 0o755); err != nil {
-		return nil, fmt.Errorf("make cache folder: %w", err)
 	}
 	enter := []string{EnterCommand, b.root, b.StateDir, b.CacheDir}
 	for _, list := range []string{b.KernelMirror, b.DriverMirror} {

@@ -22,6 +22,8 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	// Once a server has said which driver it is, the others are asked for that one: a registry's
 	// newest may be one that was yanked, or that nobody chose.
 	var away, other error
+	var farm Server // the one that answered
+	asked := q
 	for _, f := range c {
 		a, err := f.Find(ctx, q)
 		switch {
@@ -39,12 +41,20 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			pending = &a
 		case first == nil:
 			first = &a
+			if s, ok := f.(Server); ok {
+				farm = s
+			}
 		}
 		if err == nil && a.Source == SourceServer && a.Driver.Version != "" {
 			q.Wish = target.Wish(a.Driver.Version)
 			if a.Driver.Flavour != "" {
 				q.Flavour = string(a.Driver.Flavour)
 			}
+		}
+	}
+	if first != nil && pending == nil && away == nil {
+		if err := farm.request(ctx, asked, first); err != nil {
+			return *first, err
 		}
 	}
 	switch {

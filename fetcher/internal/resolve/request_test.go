@@ -39,7 +39,7 @@ func TestServerRequest(t *testing.T) {
 			asked = append(asked, r)
 			return row.build, row.err
 		}}
-		a, err := s.Find(t.Context(), question)
+		a, err := resolve.Chain{s, resolve.Nobody{}}.Find(t.Context(), question)
 		if err != nil || a.State != row.state || !strings.Contains(a.Reason, row.reason) {
 			t.Errorf("%s: Find = %+v, %v; want %s with %q", row.name, a, err, row.state, row.reason)
 		}

@@ -104,7 +104,8 @@ type asker interface {
 // Server asks a Prebake server.
 type Server struct {
 	Client asker
-	// Request asks for a build of what nobody asked for yet; nil asks for none.
+	// Request asks for a build of what nobody asked for yet, where no other source of a
+	// [Chain] has it; nil asks for none.
 	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
 	// GPUs may be nil.
 	GPUs Lister
@@ -162,9 +163,6 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 			a.Reason = fmt.Sprintf("build %d: %s: %s", r.Build.ID, r.Build.Class, r.Build.Error)
 		}
 	}
-	if a.State == api.Unknown && s.Request != nil {
-		s.request(ctx, q, &a)
-	}
 	if a.State != api.Published {
 		return a, nil
 	}
@@ -174,10 +172,16 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	return a, check(a, q)
 }
 
-// request has the farm make what it does not have, and notes in the answer what came of it.
-func (s Server) request(ctx context.Context, q Question, a *Answer) {
+// request has the farm make what nobody has, and notes in the server's answer what came of
+// it. An error is [fault.Transient].
+func (s Server) request(ctx context.Context, q Question, a *Answer) error {
+	if s.Request == nil || a.State != api.Unknown {
+		return nil
+	}
 	b, err := s.Request(ctx, api.BuildRequest{BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour})
 	switch {
+	case ctx.Err() != nil || fault.Is(err, fault.Transient):
+		return fmt.Errorf("ask for a build: %w", err)
 	case err != nil:
 		a.Reason = strings.TrimPrefix(a.Reason+"; asked for a build: "+err.Error(), "; ")
 		if a.Hint == "" {
@@ -187,6 +191,7 @@ func (s Server) request(ctx context.Context, q Question, a *Answer) {
 		a.State, a.Build, a.Driver = b.State, b.ID, b.Driver
 		a.Reason = "this node asked for it"
 	}
+	return nil
 }
 
 // absolute completes a repository that is on the server itself.
