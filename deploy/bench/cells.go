@@ -80,9 +80,6 @@ type bench struct {
 // once makes the whole matrix from an empty cache, in order, and what it is
 // compared with beside it.
 func (b *bench) once(ctx context.Context, n int) error {
-	if b.roles == nil {
-		b.roles = map[string]*ratio{"cold": {}, "neighbour": {}, "next": {}, "sibling": {}}
-	}
 	cache := filepath.Join(b.Dir, fmt.Sprintf("cache-%d", n))
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
 	var ours, theirs, plain float64

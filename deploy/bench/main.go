@@ -111,7 +111,8 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
-	b := &bench{Scene: s, options: o, key: filepath.Join(dir, "key"), headers: map[string]string{}, sources: map[string]string{}}
+	b := &bench{Scene: s, options: o, key: filepath.Join(dir, "key"), headers: map[string]string{}, sources: map[string]string{},
+		roles: map[string]*ratio{"cold": {}, "neighbour": {}, "next": {}, "sibling": {}}}
 	if b.mirror, err = b.makeMirror(ctx); err != nil {
 		return err
 	}
@@ -124,6 +125,9 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		}
 	}
 	for i := range o.runs {
+		if o.only["fetch"] && len(o.only) == 1 {
+			break // that compiles nothing
+		}
 		if err := b.once(ctx, i); err != nil {
 			return err
 		}

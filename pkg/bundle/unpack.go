@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -128,6 +129,7 @@ func onlyZeros(r io.Reader) error {
 type extractor struct {
 	dst  *os.Root
 	seen map[string]byte // name -> tar type
+	buf  []byte
 }
 
 func (x *extractor) run(tr *tar.Reader) error {
@@ -207,8 +209,31 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(f, &blame{r: r})
+	if x.buf == nil {
+		x.buf = make([]byte, 256<<10)
+	}
+	_, err = io.CopyBuffer(&early{f: f}, &blame{r: r}, x.buf)
 	return errors.Join(err, f.Chmod(mode), f.Close())
+}
+
+// early has the kernel begin to write a large file to the disk while more of it is being
+// unpacked, so that whoever flushes the disk at the end waits for less.
+type early struct {
+	f     *os.File
+	n, at int64 // written, and begun
+}
+
+// earlyPiece is how much is begun at a time.
+const earlyPiece = 4 << 20
+
+func (e *early) Write(p []byte) (int, error) {
+	n, err := e.f.Write(p)
+	if e.n += int64(n); e.n-e.at >= earlyPiece {
+		// A filesystem that cannot do it does it later.
+		_ = unix.SyncFileRange(int(e.f.Fd()), e.at, e.n-e.at, unix.SYNC_FILE_RANGE_WRITE)
+		e.at = e.n
+	}
+	return n, err
 }
 
 // blame marks errors of the archive as such, so that they can be told from
