@@ -90,7 +90,11 @@ func (r ratio) print(w io.Writer) {
 		return
 	}
 	ours, theirs := median(r.ours), median(r.theirs)
-	fmt.Fprintf(w, "%6.3f  %s\n        %.1f %s; against %.1f %s: %s\n", ours/theirs, r.what, ours, r.unit, theirs, r.unit, r.alternative)
+	precision := 3
+	if ours < 0.01*theirs {
+		precision = 5
+	}
+	fmt.Fprintf(w, "%6.*f  %s\n        %.1f %s; against %.1f %s: %s\n", precision, ours/theirs, r.what, ours, r.unit, theirs, r.unit, r.alternative)
 }
 
 func median(v []float64) float64 {
