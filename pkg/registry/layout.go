@@ -196,7 +196,9 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		candidates = append(candidates, named.Manifests...)
 	}
 	if named == nil || s.files.cheap() {
-		candidates = append(candidates, idx.Manifests...)
+		for _, d := range slices.Backward(idx.Manifests) { // the newest first
+			candidates = append(candidates, d)
+		}
 	}
 	looks := 0
 	var list []v1.Descriptor

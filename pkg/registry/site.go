@@ -77,7 +77,8 @@ func openSite(ref string, o Options) (store, error) {
 		if len(via) >= 10 {
 			return errors.New("stopped after 10 redirects")
 		}
-		if from := via[len(via)-1].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host { // net/http lets more through
+		if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
+			// net/http copies the first request's headers to each, and lets more through.
 			req.Header.Del("Authorization")
 		}
 		return nil

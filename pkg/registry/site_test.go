@@ -240,6 +240,10 @@ func TestSiteKeepsCredentials(t *testing.T) {
 	seen := make(chan string, 10)
 	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		seen <- r.Header.Get("Authorization")
+		if r.URL.Query().Get("hop") == "" {
+			http.Redirect(w, r, r.URL.Path+"?hop=2", http.StatusFound)
+			return
+		}
 		http.FileServer(http.Dir(dir)).ServeHTTP(w, r)
 	}))
 	t.Cleanup(other.Close)
@@ -255,8 +259,10 @@ func TestSiteKeepsCredentials(t *testing.T) {
 	if _, err := openRef(t, "oci:"+srv.URL, registry.Options{Keychain: keys}).Resolve(t.Context(), "v1"); err != nil {
 		t.Fatal(err)
 	}
-	if got := <-seen; got != "" {
-		t.Errorf("the other server saw %q", got)
+	for hop := range 2 {
+		if got := <-seen; got != "" {
+			t.Errorf("the other server saw %q at hop %d", got, hop)
+		}
 	}
 	// By a name that is not loopback, in the clear.
 	asked := 0

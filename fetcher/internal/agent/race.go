@@ -72,7 +72,7 @@ type outcome struct {
 func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Answer, facts *host.Facts, grace time.Duration) (resolve.Answer, error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	runners, ended := 1, make(chan outcome, 2)
+	runners, ended, farmOver := 1, make(chan outcome, 2), make(chan struct{})
 	go func() {
 		local := q
 		if answer.Driver.Flavour != "" && q.Flavour == resolve.Auto {
@@ -80,9 +80,12 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 		}
 		select {
 		case <-ctx.Done():
+		case <-farmOver: // it answered, and has none
+		case <-time.After(grace):
+		}
+		if ctx.Err() != nil {
 			ended <- outcome{resolve.Answer{}, context.Cause(ctx), true}
 			return
-		case <-time.After(grace):
 		}
 		built, err := a.parts.Local.Build(ctx, local)
 		ended <- outcome{built, err, true}
@@ -91,6 +94,10 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 		runners++
 		go func() {
 			won, err := a.farm(ctx, q, facts)
+			if err == nil || won.State == api.Yanked {
+				stop()
+			}
+			close(farmOver)
 			ended <- outcome{won, err, false}
 		}()
 	}

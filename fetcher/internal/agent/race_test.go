@@ -94,6 +94,7 @@ func TestRace(t *testing.T) {
 		{"it does not compile here", answers{is(api.Queued), is(api.Building), is(api.Building), has(published, p.Digest)}, compiler{err: fails}, 10 * time.Minute, resolve.SourceServer, 0, "", false},
 		{"the farm is away", answers{away}, compiler{takes: time.Minute, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},
 		{"it comes back", answers{away, away, has(published, p.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceServer, 0, "", false},
+		{"it comes back, and has none", answers{away, away, is(api.Failed)}, compiler{takes: time.Minute, answer: local}, 20 * time.Minute, resolve.SourceNode, 0, "", false},
 		{"away, and no time to wait", answers{away}, compiler{answer: local}, 0, "", fault.Transient, "nobody answers", false},
 		{"building, and no time to wait", answers{is(api.Building)}, compiler{takes: time.Minute, answer: local}, 0, resolve.SourceNode, 0, "", false},
 		{"what the farm has does not verify", answers{is(api.Building), has(here, l.Digest)}, compiler{takes: time.Hour, answer: local}, 10 * time.Minute, resolve.SourceNode, 0, "", false},

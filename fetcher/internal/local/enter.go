@@ -146,16 +146,23 @@ func bind(dir, at string) error {
 	if err := unix.Mount(dir, at, "", unix.MS_BIND|unix.MS_REC, ""); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}
+	if dir == "/proc" || dir == "/dev" {
+		return nil
+	}
 	var st unix.Statfs_t
 	if err := unix.Statfs(at, &st); err != nil {
 		return fmt.Errorf("mount %s: %w", dir, err)
 	}
-	if st.Flags&unix.ST_NOEXEC == 0 || dir == "/proc" {
+	// Also of what is mounted below it; Linux 5.12 and later.
+	if err := unix.MountSetattr(unix.AT_FDCWD, at, unix.AT_RECURSIVE, &unix.MountAttr{Attr_clr: unix.MOUNT_ATTR_NOEXEC}); err == nil {
 		return nil
 	}
 	// The low four bits of statfs's flags and of mount's are the same: read-only, nosuid,
 	// nodev, noexec.
 	keep := uintptr(st.Flags) & (unix.MS_RDONLY | unix.MS_NOSUID | unix.MS_NODEV)
+	if st.Flags&unix.ST_NOEXEC == 0 {
+		return nil
+	}
 	if err := unix.Mount("none", at, "", unix.MS_REMOUNT|unix.MS_BIND|keep, ""); err != nil {
 		return fmt.Errorf("mount %s with exec: %w", dir, err)
 	}

@@ -17,7 +17,7 @@ import (
 // what cannot be read is none.
 type failures struct {
 	file    string
-	builder string // which one failed
+	builder string // which one failed, out of which mirrors
 }
 
 // failure is one of them.
@@ -34,9 +34,11 @@ type failure struct {
 const failureAge = 24 * time.Hour
 
 func (b Builder) failures() failures {
-	f := failures{file: filepath.Join(b.StateDir, "failed.json"), builder: b.Program}
+	f := failures{file: filepath.Join(b.StateDir, "failed.json"), builder: b.KernelMirror + " " + b.DriverMirror + " "}
 	if b.Image != nil {
-		f.builder = b.Image.Digest
+		f.builder += b.Image.Digest
+	} else if info, err := os.Stat(b.Program); err == nil { // another release has the same name
+		f.builder += fmt.Sprintf("%s %d %d", b.Program, info.Size(), info.ModTime().UnixNano())
 	}
 	return f
 }
@@ -60,7 +62,7 @@ func (f failures) known(q resolve.Question) error {
 	if last == nil || last.Cell != cell(q) || last.Builder != f.builder || time.Since(last.At) > failureAge || time.Since(last.At) < 0 {
 		return nil
 	}
-	return fault.New(last.Kind, fmt.Sprintf("%s (at %s; it is tried again after a day, or with --retry)", last.Text, last.At.Format(time.RFC3339)), last.Hint)
+	return fault.New(last.Kind, fmt.Sprintf("%s (at %s; it is tried again after a day, or by fetcher install --retry)", last.Text, last.At.Format(time.RFC3339)), last.Hint)
 }
 
 // remember keeps an error that will be the same the next time.

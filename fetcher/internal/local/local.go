@@ -123,9 +123,9 @@ func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answe
 		if b.Say != nil {
 			b.Say("fetching the builder's image")
 		}
-		root, program, remove, err := b.Image.unpack(ctx, b.StateDir)
-		if err != nil {
-			return resolve.Answer{}, err
+		root, program, remove, uerr := b.Image.unpack(ctx, b.StateDir)
+		if uerr != nil {
+			return resolve.Answer{}, uerr
 		}
 		defer func() { err = errors.Join(err, remove()) }()
 		b.root, b.Program = root, program

@@ -23,7 +23,6 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 	// newest may be one that was yanked, or that nobody chose.
 	var away, other error
 	var farm Server // the one that answered
-	asked := q
 	for _, f := range c {
 		a, err := f.Find(ctx, q)
 		switch {
@@ -52,14 +51,17 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 			}
 		}
 	}
-	if first != nil && pending == nil && away == nil {
-		if err := farm.request(ctx, asked, first); err != nil {
+	// Also where another source is away, which may have it: the farm makes one build of it.
+	if first != nil && first.Missing != nil && pending == nil {
+		if err := farm.request(ctx, first); err != nil {
 			return *first, err
 		}
 	}
 	switch {
 	case pending != nil:
 		return *pending, nil
+	case first != nil && first.Pending():
+		return *first, nil
 	case away != nil:
 		return Answer{}, away
 	case first != nil:

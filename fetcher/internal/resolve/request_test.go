@@ -2,6 +2,7 @@ package resolve_test
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 
@@ -10,6 +11,8 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gpulist"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // TestServerRequest has a node ask for what nobody asked for yet, and for nothing else.
@@ -53,5 +56,59 @@ func TestServerRequest(t *testing.T) {
 		if diff := cmp.Diff(want, asked); diff != "" {
 			t.Errorf("%s: asked for (-want +got):\n%s", row.name, diff)
 		}
+	}
+}
+
+// An old GPU cannot use open modules: what is asked for is what drives it, also where open
+// ones are published.
+func TestServerRequestFlavour(t *testing.T) {
+	t.Parallel()
+	volta, turing := gpulist.GPU{Device: "0x1db1"}, gpulist.GPU{Device: "0x1eb8"}
+	l := gpulist.List{Version: driver.Version, Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x27b8", Features: []string{"kernelopen"}}}}
+	lists := func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return &l, nil }
+	unknown := api.Resolution{State: api.Unknown}
+	for name, tc := range map[string]struct {
+		gpu     gpulist.GPU
+		answers []any
+	}{
+		"nothing is published":             {volta, []any{unknown}},
+		"the open modules do not drive it": {turing, []any{published(func(*api.Resolution) {}), unknown}},
+	} {
+		var asked []string
+		s := resolve.Server{Client: &server{answers: tc.answers}, GPUs: lists, Request: func(_ context.Context, r api.BuildRequest) (api.Build, error) {
+			asked = append(asked, r.Flavour)
+			return api.Build{ID: 3, State: api.Queued, Driver: target.Driver{Version: driver.Version, Flavour: target.Flavour(r.Flavour)}}, nil
+		}}
+		q := question
+		q.GPUs = []gpulist.GPU{tc.gpu}
+		a, err := resolve.Chain{s}.Find(t.Context(), q)
+		if err != nil || a.State != api.Queued || !slices.Equal(asked, []string{"proprietary"}) {
+			t.Errorf("%s: Find = %+v, %v; asked for %q; want proprietary", name, a, err, asked)
+		}
+	}
+}
+
+// away is a registry that does not answer.
+type away struct{}
+
+func (away) Find(context.Context, resolve.Question) (resolve.Answer, error) {
+	return resolve.Answer{}, fault.New(fault.Transient, "nobody answers", "")
+}
+
+func TestServerRequestBesideOthers(t *testing.T) {
+	t.Parallel()
+	asked := 0
+	s := resolve.Server{Client: &server{answers: []any{api.Resolution{State: api.Unknown}}}, Request: func(context.Context, api.BuildRequest) (api.Build, error) {
+		asked++
+		return api.Build{ID: 3, State: api.Queued}, nil
+	}}
+	if a, err := (resolve.Chain{s, away{}}).Find(t.Context(), question); err != nil || a.State != api.Queued || asked != 1 {
+		t.Errorf("with a registry that is away: %+v, %v, asked %d times; want queued", a, err, asked)
+	}
+	has := &resolve.Registry{Ref: "r.example/x", Resolve: func(context.Context, string) (string, error) { return digest, nil }}
+	q := question
+	q.Wish, q.Flavour = "535.261.03", "open"
+	if a, err := (resolve.Chain{s, *has}).Find(t.Context(), q); err != nil || a.State != api.Published || asked != 1 {
+		t.Errorf("with a registry that has it: %+v, %v, asked %d times; want published and no request", a, err, asked)
 	}
 }

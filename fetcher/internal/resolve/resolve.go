@@ -63,6 +63,8 @@ type Answer struct {
 	Hint       string `json:"hint,omitempty"`
 	// Build is the newest build of the cell; 0 is none.
 	Build int64 `json:"build,omitempty"`
+	// Missing is what the farm may be asked to build; nil is nothing.
+	Missing *api.BuildRequest `json:"-"`
 }
 
 // Pending reports whether a build is on its way.
@@ -130,6 +132,10 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 		if err != nil || other.Pending() {
 			return other, err
 		}
+		if other.Missing != nil {
+			other.Reason = unfit.Error()
+			return other, nil
+		}
 		if other.State == api.Published {
 			if unfit, err = s.unfit(ctx, q, other); err != nil || unfit == nil {
 				return other, err
@@ -163,6 +169,9 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 			a.Reason = fmt.Sprintf("build %d: %s: %s", r.Build.ID, r.Build.Class, r.Build.Error)
 		}
 	}
+	if a.State == api.Unknown && s.Request != nil {
+		a.Missing = &api.BuildRequest{BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour}
+	}
 	if a.State != api.Published {
 		return a, nil
 	}
@@ -174,11 +183,8 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 
 // request has the farm make what nobody has, and notes in the server's answer what came of
 // it. An error is [fault.Transient].
-func (s Server) request(ctx context.Context, q Question, a *Answer) error {
-	if s.Request == nil || a.State != api.Unknown {
-		return nil
-	}
-	b, err := s.Request(ctx, api.BuildRequest{BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour})
+func (s Server) request(ctx context.Context, a *Answer) error {
+	b, err := s.Request(ctx, *a.Missing)
 	switch {
 	case ctx.Err() != nil || fault.Is(err, fault.Transient):
 		return fmt.Errorf("ask for a build: %w", err)
