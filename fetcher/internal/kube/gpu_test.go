@@ -19,11 +19,11 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// TestRealGPU holds what a cluster and a scraper are told against the driver that is loaded
+// TestGPUOfThisMachine holds what a cluster and a scraper are told against the driver that is loaded
 // on this machine. It only reads. PREBAKE_PROBE is the nvmlprobe program; the test runs
 // where somebody has a machine with a GPU that looks like a COS node (a bind mount over
 // os-release will do), and not in CI.
-func TestRealGPU(t *testing.T) {
+func TestGPUOfThisMachine(t *testing.T) {
 	program := os.Getenv("PREBAKE_PROBE")
 	if program == "" {
 		t.Skip("PREBAKE_PROBE is not set: want nvmlprobe, on a machine with a GPU")
