@@ -217,7 +217,7 @@ node_compiles() {
   local mirror=$1 want=$2 node=$work/node start=$SECONDS made kernel
   kernel=$(sed -n 's/.*"release": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)
   mkdir -p "$node"/{etc,proc/sys/kernel} "$work/layout"
-  printf 'ID=cos\nBUILD_ID=%s\nVERSION=109\nKERNEL_COMMIT_ID=%040d\n' "${cell[1]}" 0 >"$node/etc/os-release"
+  printf 'ID=cos\nBUILD_ID=%s\nVERSION=109\nKERNEL_COMMIT_ID=%s\n' "${cell[1]}" "$(cat "$mirror/cos/${cell[1]}/lakitu/kernel_commit")" >"$node/etc/os-release"
   printf 'CHROMEOS_RELEASE_BOARD=lakitu\n' >"$node/etc/lsb-release"
   printf '%s\n' "$kernel" >"$node/proc/sys/kernel/osrelease"
   printf 'root=/dev/dm-0 cros_efi\n' >"$node/proc/cmdline"
@@ -232,7 +232,7 @@ node_compiles() {
     say "a node that compiles with this image has ${made:-nothing}; want $want"
     exit 1
   fi
-  [[ -z $(ls -A "$node/var/lib/prebake" | grep image) ]] || { say "the node keeps the image"; exit 1; }
+  [[ ! -e $node/var/lib/prebake/builder-image ]] || { say "the node keeps the image"; exit 1; }
   say "$image: a node compiled ${cell[3]} with it, and has $made; $((SECONDS - start)) s"
   rm -rf "$node" "$work/layout"
 }
