@@ -16,6 +16,7 @@ import (
 	"golang.org/x/tools/txtar"
 
 	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
 )
@@ -50,6 +51,9 @@ func TestNodeScenarios(t *testing.T) {
 	other := published(t, shared.srv, before, shared.driver(), target.Proprietary)
 	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	open := published(t, shared.srv, k, shared.driver(), target.Open)
+	if b := build(t, shared.srv, k, "535.999.99", target.Proprietary); b.State != api.Failed { // no bucket has it
+		t.Fatalf("build %d is %s", b.ID, b.State)
+	}
 	words := strings.NewReplacer(
 		"$SERVER", "http://"+vm.HostAddress+":"+port, "$AWAY", "http://"+vm.HostAddress+":9", "$REPO", repo, "$OLD", shared.driver(),
 		"$PROPRIETARY", proprietary.Digest, "$OPEN", open.Digest,
