@@ -35,7 +35,10 @@ func (b *bench) fetch(ctx context.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, srv.Kill()) }()
-	cells := []cell{{kernel: b.mirror.Builds[0], driver: b.mirror.Drivers[0].Version}, {kernel: b.mirror.Builds[1], driver: b.mirror.Drivers[0].Version}}
+	cells := []cell{
+		{kernel: b.mirror.Builds[0], driver: b.mirror.Drivers[0].Version},
+		{kernel: b.mirror.Builds[1], driver: b.mirror.Drivers[0].Version},
+	}
 	var layers []bundle.Layer
 	for _, c := range cells { // what other builds of this machine left is of use here: nothing of it is measured
 		if layers, err = b.publish(ctx, srv, c); err != nil {
@@ -51,9 +54,33 @@ func (b *bench) fetch(ctx context.Context) (err error) {
 }
 
 func (b *bench) publish(ctx context.Context, srv *scene.Server, c cell) ([]bundle.Layer, error) {
-	out, err := b.Must(ctx, "builder", "build", "--build-id", c.kernel.BuildID, "--board", c.kernel.Board, "--driver", c.driver,
-		"--kernel-mirror", "file://"+filepath.Join(b.mirror.Dir, "cos"), "--driver-mirror", "file://"+filepath.Join(b.mirror.Dir, "drivers"),
-		"--cache", filepath.Join(b.State, "build"), "--key", b.key, "--to", srv.Repository(), "--password", srv.Token, "--load-test", "off", "--output", "json")
+	out, err := b.Must(
+		ctx,
+		"builder",
+		"build",
+		"--build-id",
+		c.kernel.BuildID,
+		"--board",
+		c.kernel.Board,
+		"--driver",
+		c.driver,
+		"--kernel-mirror",
+		"file://"+filepath.Join(b.mirror.Dir, "cos"),
+		"--driver-mirror",
+		"file://"+filepath.Join(b.mirror.Dir, "drivers"),
+		"--cache",
+		filepath.Join(b.State, "build"),
+		"--key",
+		b.key,
+		"--to",
+		srv.Repository(),
+		"--password",
+		srv.Token,
+		"--load-test",
+		"off",
+		"--output",
+		"json",
+	)
 	if err != nil {
 		return nil, err
 	}
@@ -78,8 +105,26 @@ func (b *bench) fetchOnce(ctx context.Context, srv *scene.Server, cells []cell, 
 		if err := scene.NodeRoot(root, c.kernel.Kernel); err != nil {
 			return err
 		}
-		cmd := exec.CommandContext(ctx, b.Program("fetcher"), "install", "--registry", srv.Repository(), "--host-root", root, "--key", b.key+".pub",
-			"--driver", c.driver, "--flavour", string(target.Proprietary), "--no-load", "--builder", "never", "--output", "json")
+		cmd := exec.CommandContext(
+			ctx,
+			b.Program("fetcher"),
+			"install",
+			"--registry",
+			srv.Repository(),
+			"--host-root",
+			root,
+			"--key",
+			b.key+".pub",
+			"--driver",
+			c.driver,
+			"--flavour",
+			string(target.Proprietary),
+			"--no-load",
+			"--builder",
+			"never",
+			"--output",
+			"json",
+		)
 		cmd.Stderr, cmd.SysProcAttr = b.Out, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		start := time.Now()
 		out, err := cmd.Output()
@@ -92,7 +137,13 @@ func (b *bench) fetchOnce(ctx context.Context, srv *scene.Server, cells []cell, 
 		}
 		switch i {
 		case 0:
-			b.fetching.curl.ours, b.fetching.crane.ours = append(b.fetching.curl.ours, seconds), append(b.fetching.crane.ours, seconds)
+			b.fetching.curl.ours, b.fetching.crane.ours = append(
+				b.fetching.curl.ours,
+				seconds,
+			), append(
+				b.fetching.crane.ours,
+				seconds,
+			)
 			if usage, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
 				b.fetching.peak = append(b.fetching.peak, float64(usage.Maxrss)/1024) // KiB: getrusage(2)
 			}
@@ -114,8 +165,14 @@ func (b *bench) byHand(ctx context.Context, srv *scene.Server, c cell, layers []
 	var script strings.Builder
 	script.WriteString("set -e -o pipefail\n")
 	for i, l := range layers {
-		fmt.Fprintf(&script, "(mkdir -p %[1]s/%[2]d && curl -sf http://%[3]s/v2/prebake/driver/blobs/%[4]s | tee >(sha256sum > %[1]s/%[2]d.sum) | zstd -dc | tar -x -C %[1]s/%[2]d) & p%[2]d=$!\n",
-			dir, i, srv.Addr, l.Digest)
+		fmt.Fprintf(
+			&script,
+			"(mkdir -p %[1]s/%[2]d && curl -sf http://%[3]s/v2/prebake/driver/blobs/%[4]s | tee >(sha256sum > %[1]s/%[2]d.sum) | zstd -dc | tar -x -C %[1]s/%[2]d) & p%[2]d=$!\n",
+			dir,
+			i,
+			srv.Addr,
+			l.Digest,
+		)
 	}
 	script.WriteString("for p in $p0 $p1 $p2; do wait $p; done\n")
 	seconds, err := b.timed(ctx, dir, "bash", "-c", script.String())
@@ -129,7 +186,19 @@ func (b *bench) byHand(ctx context.Context, srv *scene.Server, c cell, layers []
 		return nil
 	}
 	tag := bundle.KernelTag(c.kernel.Kernel, target.Driver{Version: c.driver, Flavour: target.Proprietary})
-	seconds, err = b.timed(ctx, dir, "bash", "-c", fmt.Sprintf("set -e -o pipefail; mkdir -p %[1]s; %[2]s export %[3]s:%[4]s - | tar -x -C %[1]s", dir, crane, srv.Repository(), tag))
+	seconds, err = b.timed(
+		ctx,
+		dir,
+		"bash",
+		"-c",
+		fmt.Sprintf(
+			"set -e -o pipefail; mkdir -p %[1]s; %[2]s export %[3]s:%[4]s - | tar -x -C %[1]s",
+			dir,
+			crane,
+			srv.Repository(),
+			tag,
+		),
+	)
 	if err != nil {
 		return err
 	}
@@ -156,6 +225,10 @@ func (b *bench) printFetch(out io.Writer) {
 	f.crane.print(out)
 	f.delta.print(out)
 	if len(f.peak) > 0 {
-		fmt.Fprintf(out, "        %.1f MiB peak memory of that install, the program's own pages included\n", median(f.peak))
+		fmt.Fprintf(
+			out,
+			"        %.1f MiB peak memory of that install, the program's own pages included\n",
+			median(f.peak),
+		)
 	}
 }

@@ -56,7 +56,9 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 		}
 		// The diff id says more than a checksum. One thread: equal bytes on any machine.
 		options := []zstd.EOption{
-			zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false),
+			zstd.WithEncoderLevel(
+				zstd.SpeedBetterCompression,
+			), zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false),
 			zstd.WithWindowSize(windowSize), zstd.WithSingleSegment(true),
 		}
 		if len(dict) > 0 {
@@ -77,7 +79,15 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 // UnpackDelta is [Unpack] for a delta: it makes the layer out of the archive of another
 // one, which need not be verified. It succeeds only when the delta has this size and
 // digest, and what comes of it has the diff id.
-func UnpackDelta(ctx context.Context, delta io.Reader, wantDigest string, size int64, from io.Reader, wantDiffID string, dst *os.Root) error {
+func UnpackDelta(
+	ctx context.Context,
+	delta io.Reader,
+	wantDigest string,
+	size int64,
+	from io.Reader,
+	wantDiffID string,
+	dst *os.Root,
+) error {
 	packed := &meter{r: &ctxReader{ctx: ctx, r: delta}, h: sha256.New(), limit: size}
 	err := unpackPlain(&deltaReader{r: packed, win: &window{r: from}}, wantDiffID, dst, maxBytes)
 	if ctx.Err() != nil {
@@ -136,7 +146,11 @@ func (d *deltaReader) chunk() error {
 		return fmt.Errorf("read former layer: %w", err)
 	}
 	if d.made++; d.win.ended && d.made*deltaChunk > 2*d.win.size()+deltaSlack {
-		return fault.Errorf(fault.Unverified, "delta makes more than twice as much as the former layer has, %d bytes", d.win.size())
+		return fault.Errorf(
+			fault.Unverified,
+			"delta makes more than twice as much as the former layer has, %d bytes",
+			d.win.size(),
+		)
 	}
 	options := []zstd.DOption{
 		zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),

@@ -148,7 +148,15 @@ func layerPair(t *testing.T) (former *os.Root, from, to Layer) {
 	t.Helper()
 	module := string(noise(6, 3<<20))
 	from = pack(t, LayerModules, map[string]string{"drivers/nvidia.ko": module, "drivers/nvidia-uvm.ko": "uvm"})
-	to = pack(t, LayerModules, map[string]string{"drivers/nvidia.ko": module[:1<<20] + "new" + module[1<<20:], "drivers/nvidia-drm.ko": "drm", "drivers/nvidia-uvm.ko": "uvm 2"})
+	to = pack(
+		t,
+		LayerModules,
+		map[string]string{
+			"drivers/nvidia.ko":     module[:1<<20] + "new" + module[1<<20:],
+			"drivers/nvidia-drm.ko": "drm",
+			"drivers/nvidia-uvm.ko": "uvm 2",
+		},
+	)
 	dir, err := unpackFile(t, from)
 	if err != nil {
 		t.Fatal(err)

@@ -73,16 +73,19 @@ func openSite(ref string, o Options) (store, error) {
 		tr = http.DefaultTransport
 	}
 	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, patience: max(o.Patience, minPatience)}
-	s.client = &http.Client{Transport: patient{ranged{steady{tr}}}, CheckRedirect: func(req *http.Request, via []*http.Request) error {
-		if len(via) >= 10 {
-			return errors.New("stopped after 10 redirects")
-		}
-		if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
-			// net/http copies the first request's headers to each, and lets more through.
-			req.Header.Del("Authorization")
-		}
-		return nil
-	}}
+	s.client = &http.Client{
+		Transport: patient{ranged{steady{tr}}},
+		CheckRedirect: func(req *http.Request, via []*http.Request) error {
+			if len(via) >= 10 {
+				return errors.New("stopped after 10 redirects")
+			}
+			if from := via[0].URL; req.URL.Scheme != from.Scheme || req.URL.Host != from.Host {
+				// net/http copies the first request's headers to each, and lets more through.
+				req.Header.Del("Authorization")
+			}
+			return nil
+		},
+	}
 	if s.keys == nil {
 		s.keys = authn.DefaultKeychain
 	}
@@ -132,13 +135,22 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 				return nil, err
 			}
 		case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
-			return nil, errors.Join(fault.New(fault.Transient, "get "+at.String()+": HTTP "+resp.Status, "try again later"), resp.Body.Close())
+			return nil, errors.Join(
+				fault.New(fault.Transient, "get "+at.String()+": HTTP "+resp.Status, "try again later"),
+				resp.Body.Close(),
+			)
 		default:
-			return nil, errors.Join(fault.New(fault.Usage, "get "+at.String()+": HTTP "+resp.Status, "check the address"), resp.Body.Close())
+			return nil, errors.Join(
+				fault.New(fault.Usage, "get "+at.String()+": HTTP "+resp.Status, "check the address"),
+				resp.Body.Close(),
+			)
 		}
 	}
-	return nil, fault.New(fault.Usage, "get "+at.String()+": access denied",
-		"let everybody, or this machine's service account, read it (roles/storage.objectViewer); or name a user in Docker's configuration for "+at.Host)
+	return nil, fault.New(
+		fault.Usage,
+		"get "+at.String()+": access denied",
+		"let everybody, or this machine's service account, read it (roles/storage.objectViewer); or name a user in Docker's configuration for "+at.Host,
+	)
 }
 
 // login gives a request the credentials for its host, and reports whether there are any.
@@ -180,7 +192,11 @@ func (s *site) read(ctx context.Context, name string, limit int64) ([]byte, erro
 	}
 	raw, err := s.readOnce(ctx, name, limit)
 	if name == indexFile && errors.Is(err, fs.ErrNotExist) {
-		return nil, fault.New(fault.NoArtifact, "there is no OCI image layout at "+s.base.String(), "copy what builders wrote as oci:FOLDER there, index.json last")
+		return nil, fault.New(
+			fault.NoArtifact,
+			"there is no OCI image layout at "+s.base.String(),
+			"copy what builders wrote as oci:FOLDER there, index.json last",
+		)
 	}
 	if name == indexFile && err == nil {
 		s.index, s.at = raw, time.Now()

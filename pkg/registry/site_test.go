@@ -108,7 +108,11 @@ func TestSite(t *testing.T) {
 			t.Errorf("%s = %v; want usage with a hint", name, err)
 		}
 	}
-	if _, err := openRef(t, "oci:"+srv.URL+"/elsewhere", registry.Options{}).Resolve(t.Context(), "v1"); !fault.Is(err, fault.NoArtifact) || fault.Hint(err) == "" {
+	if _, err := openRef(t, "oci:"+srv.URL+"/elsewhere", registry.Options{}).Resolve(t.Context(), "v1"); !fault.Is(
+		err,
+		fault.NoArtifact,
+	) ||
+		fault.Hint(err) == "" {
 		t.Errorf("Resolve where there is no layout = %v", err)
 	}
 }
@@ -219,7 +223,10 @@ func TestSiteGCS(t *testing.T) {
 		t.Fatal(err)
 	}
 	reads(t, openRef(t, "oci:gs://drivers/farm", registry.Options{}), digest)
-	if _, err := openRef(t, "oci:gs://drivers/other", registry.Options{}).Tags(t.Context()); !fault.Is(err, fault.NoArtifact) {
+	if _, err := openRef(t, "oci:gs://drivers/other", registry.Options{}).Tags(t.Context()); !fault.Is(
+		err,
+		fault.NoArtifact,
+	) {
 		t.Errorf("Tags of an empty folder = %v", err)
 	}
 }
@@ -266,12 +273,21 @@ func TestSiteKeepsCredentials(t *testing.T) {
 	}
 	// By a name that is not loopback, in the clear.
 	asked := 0
-	repo := openRef(t, "oci:http://storage.googleapis.com/drivers", registry.Options{Keychain: keys, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
-		if asked++; r.Header.Get("Authorization") != "" {
-			t.Errorf("%s with %q", r.URL, r.Header.Get("Authorization"))
-		}
-		return &http.Response{StatusCode: http.StatusUnauthorized, Body: http.NoBody, Request: r, Header: http.Header{}}, nil
-	})})
+	repo := openRef(
+		t,
+		"oci:http://storage.googleapis.com/drivers",
+		registry.Options{Keychain: keys, Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+			if asked++; r.Header.Get("Authorization") != "" {
+				t.Errorf("%s with %q", r.URL, r.Header.Get("Authorization"))
+			}
+			return &http.Response{
+				StatusCode: http.StatusUnauthorized,
+				Body:       http.NoBody,
+				Request:    r,
+				Header:     http.Header{},
+			}, nil
+		})},
+	)
 	if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) || asked != 1 {
 		t.Errorf("Resolve = %v after %d requests", err, asked)
 	}
@@ -290,7 +306,11 @@ func TestSiteOfMany(t *testing.T) {
 		if i > 0 {
 			index.WriteString(",")
 		}
-		fmt.Fprintf(&index, `{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":7,"digest":"sha256:%064x"}`, i)
+		fmt.Fprintf(
+			&index,
+			`{"mediaType":"application/vnd.oci.image.manifest.v1+json","size":7,"digest":"sha256:%064x"}`,
+			i,
+		)
 	}
 	index.WriteString("]}")
 	var asked atomic.Int64
@@ -303,7 +323,11 @@ func TestSiteOfMany(t *testing.T) {
 		_, _ = w.Write([]byte(text)) // the client is gone, or reads it
 	}))
 	t.Cleanup(srv.Close)
-	list, err := openRef(t, "oci:"+srv.URL, registry.Options{}).Referrers(t.Context(), "sha256:"+strings.Repeat("ab", 32), "")
+	list, err := openRef(
+		t,
+		"oci:"+srv.URL,
+		registry.Options{},
+	).Referrers(t.Context(), "sha256:"+strings.Repeat("ab", 32), "")
 	if err != nil || len(list) > 0 || asked.Load() > 1100 {
 		t.Errorf("Referrers = %d, %v after %d requests", len(list), err, asked.Load())
 	}

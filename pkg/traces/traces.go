@@ -45,14 +45,27 @@ func Start(ctx context.Context, service, version string, log *slog.Logger) (*Tra
 	}
 	exporter, err := otlptracehttp.New(ctx) // endpoint, headers, certificates and timeout by environment
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("send traces: %w", err), "check the OTEL_EXPORTER_OTLP_* variables")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("send traces: %w", err),
+			"check the OTEL_EXPORTER_OTLP_* variables",
+		)
 	}
-	about, err := resource.New(ctx,
-		resource.WithAttributes(attribute.String("service.name", service), attribute.String("service.version", version)),
+	about, err := resource.New(
+		ctx,
+		resource.WithAttributes(
+			attribute.String("service.name", service),
+			attribute.String("service.version", version),
+		),
 		resource.WithTelemetrySDK(),
-		resource.WithFromEnv()) // last, so that it wins
+		resource.WithFromEnv(),
+	) // last, so that it wins
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("send traces: %w", err), "check OTEL_RESOURCE_ATTRIBUTES: name=value,name=value")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("send traces: %w", err),
+			"check OTEL_RESOURCE_ATTRIBUTES: name=value,name=value",
+		)
 	}
 	// The library has one place for the troubles of all exporters.
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(err error) { log.Warn("traces not sent", "err", err) }))
@@ -75,7 +88,11 @@ func wanted(env func(string) string) (bool, error) {
 			return false, nil
 		}
 	default:
-		return false, fault.New(fault.Usage, fmt.Sprintf("OTEL_TRACES_EXPORTER is %q", exporter), "set OTEL_TRACES_EXPORTER to otlp or none")
+		return false, fault.New(
+			fault.Usage,
+			fmt.Sprintf("OTEL_TRACES_EXPORTER is %q", exporter),
+			"set OTEL_TRACES_EXPORTER to otlp or none",
+		)
 	}
 	protocol := cmp.Or(env("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), env("OTEL_EXPORTER_OTLP_PROTOCOL"))
 	if protocol != "" && protocol != "http/protobuf" {

@@ -12,9 +12,6 @@ import (
 	"slices"
 	"strings"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
-
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -35,11 +32,18 @@ type Delta struct {
 	Size int64         `json:"size"`
 }
 
-// Deltas attaches to a published artifact what makes its module layer out of as many other
-// ones: those of the COS builds before its own, of the same board, milestone and driver. A node whose OS
-// was updated has one of those. It returns what it attached; what is there already, or
-// would save little, is left out.
-func Deltas(ctx context.Context, repo *registry.Repository, digest string, k target.Kernel, d target.Driver, count int) (made []Delta, err error) {
+// Deltas attaches up to count deltas to a published artifact. Each makes the artifact's
+// module layer out of that of an earlier COS build of the same board, milestone and driver;
+// the newest builds come first. A node whose OS was updated has the layer of one of them.
+// Deltas returns what it attached. It leaves out what is there already or saves little.
+func Deltas(
+	ctx context.Context,
+	repo *registry.Repository,
+	digest string,
+	k target.Kernel,
+	d target.Driver,
+	count int,
+) (made []Delta, err error) {
 	made, err = deltas(ctx, repo, digest, k, d, count)
 	if err != nil {
 		err = fmt.Errorf("make deltas for %s: %w", digest, err)
@@ -47,7 +51,14 @@ func Deltas(ctx context.Context, repo *registry.Repository, digest string, k tar
 	return made, err
 }
 
-func deltas(ctx context.Context, repo *registry.Repository, digest string, k target.Kernel, d target.Driver, count int) (made []Delta, err error) {
+func deltas(
+	ctx context.Context,
+	repo *registry.Repository,
+	digest string,
+	k target.Kernel,
+	d target.Driver,
+	count int,
+) (made []Delta, err error) {
 	if count <= 0 {
 		return nil, nil
 	}
@@ -77,8 +88,8 @@ func deltas(ctx context.Context, repo *registry.Repository, digest string, k tar
 		return nil, err
 	}
 	formers := map[string]bool{}
-	for _, from := range before[:min(maxBefore*count, len(before))] {
-		former, err := layerOf(ctx, repo, from, d)
+	for _, build := range before[:min(maxBefore*count, len(before))] {
+		former, err := layerOf(ctx, repo, build, d)
 		if err != nil {
 			return made, err
 		}
@@ -98,10 +109,11 @@ func deltas(ctx context.Context, repo *registry.Repository, digest string, k tar
 		if have[digestOf(delta)] {
 			continue
 		}
-		if err := attachDelta(ctx, repo, subject, former.DiffID, delta); err != nil {
+		from := map[string]string{bundle.AnnotationDeltaFrom: former.DiffID}
+		if _, err := repo.Attach(ctx, subject, bundle.ArtifactTypeDelta, delta, from); err != nil {
 			return made, err
 		}
-		made = append(made, Delta{From: from, Size: int64(len(delta))})
+		made = append(made, Delta{From: build, Size: int64(len(delta))})
 	}
 	return made, nil
 }
@@ -116,7 +128,8 @@ func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kern
 			continue
 		}
 		other, err := target.ParseKernel(strings.TrimPrefix(id, "cos-"), k.Board)
-		if err == nil && firstNumber(other.BuildID) == milestone && target.CompareVersions(other.BuildID, k.BuildID) < 0 {
+		if err == nil && firstNumber(other.BuildID) == milestone &&
+			target.CompareVersions(other.BuildID, k.BuildID) < 0 {
 			before = append(before, other)
 		}
 	}
@@ -132,7 +145,12 @@ func firstNumber(buildID string) string {
 
 // layerOf returns the module layer of a build's artifact; one without a digest is that
 // there is none that this program reads.
-func layerOf(ctx context.Context, repo *registry.Repository, k target.Kernel, d target.Driver) (bundle.ContentLayer, error) {
+func layerOf(
+	ctx context.Context,
+	repo *registry.Repository,
+	k target.Kernel,
+	d target.Driver,
+) (bundle.ContentLayer, error) {
 	digest, ok, err := Existing(ctx, repo, bundle.KernelTag(k, d))
 	if err != nil || !ok {
 		return bundle.ContentLayer{}, err
@@ -193,7 +211,11 @@ func (l *layerReader) check() error {
 		return fmt.Errorf("read layer: %w", err)
 	}
 	if got := "sha256:" + hex.EncodeToString(l.h.Sum(nil)); got != l.want {
-		return fault.New(fault.Unverified, fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want), "")
+		return fault.New(
+			fault.Unverified,
+			fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want),
+			"",
+		)
 	}
 	return nil
 }
@@ -218,15 +240,4 @@ func (l *limited) Write(p []byte) (int, error) {
 func digestOf(b []byte) string {
 	sum := sha256.Sum256(b)
 	return "sha256:" + hex.EncodeToString(sum[:])
-}
-
-func attachDelta(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, from string, delta []byte) error {
-	digest, size, err := v1.SHA256(bytes.NewReader(delta))
-	if err != nil {
-		return err
-	}
-	layer := v1.Descriptor{MediaType: types.MediaType(bundle.ArtifactTypeDelta), Digest: digest, Size: size}
-	open := func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(delta)), nil }
-	_, err = repo.AttachLayer(ctx, subject, bundle.ArtifactTypeDelta, layer, open, map[string]string{bundle.AnnotationDeltaFrom: from})
-	return err
 }

@@ -80,7 +80,13 @@ func TestDeltas(t *testing.T) {
 			// A node with the layer of build 47 makes that of build 50 out of it.
 			former := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, code()+"47").Layers[0]
 			layer := s.Layers[0]
-			found, err := repo.Payloads(t.Context(), s.Digest, bundle.ArtifactTypeDelta, layer.Size, map[string]string{bundle.AnnotationDeltaFrom: former.DiffID})
+			found, err := repo.Payloads(
+				t.Context(),
+				s.Digest,
+				bundle.ArtifactTypeDelta,
+				layer.Size,
+				map[string]string{bundle.AnnotationDeltaFrom: former.DiffID},
+			)
 			if err != nil || len(found) != 1 {
 				t.Fatalf("Payloads = %v, %v; want one", found, err)
 			}

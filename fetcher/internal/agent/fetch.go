@@ -16,15 +16,15 @@ import (
 	"github.com/prebake/prebake/pkg/bundle"
 )
 
-// lack is a layer that this node lacks.
-type lack struct {
+// missingLayer is a layer that this node has to fetch.
+type missingLayer struct {
 	install.Layer
 	// deltas make it out of other layers that are here, the smallest first.
 	deltas []delta
 }
 
 // bytes is how much has to be fetched for it.
-func (l lack) bytes() int64 {
+func (l missingLayer) bytes() int64 {
 	if len(l.deltas) > 0 {
 		return l.deltas[0].Size
 	}
@@ -38,7 +38,15 @@ type delta struct {
 }
 
 // fetch brings the layers that are not there, or not what they were, side by side.
-func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *install.Store, set *install.Set, id bundle.Identity, facts *host.Facts) error {
+func (a *Agent) fetch(
+	ctx context.Context,
+	r *Report,
+	repo Repository,
+	store *install.Store,
+	set *install.Set,
+	id bundle.Identity,
+	facts *host.Facts,
+) error {
 	missing, err := a.missing(ctx, r, repo, store, set)
 	if err != nil {
 		return err
@@ -64,7 +72,15 @@ func (a *Agent) fetch(ctx context.Context, r *Report, repo Repository, store *in
 }
 
 // fetchWhole fetches a layer as it was published.
-func (a *Agent) fetchWhole(ctx context.Context, repo Repository, store *install.Store, l lack, id bundle.Identity, facts *host.Facts, done *atomic.Int64) error {
+func (a *Agent) fetchWhole(
+	ctx context.Context,
+	repo Repository,
+	store *install.Store,
+	l missingLayer,
+	id bundle.Identity,
+	facts *host.Facts,
+	done *atomic.Int64,
+) error {
 	err := a.addLayer(store, l, id, facts, func(dst *os.Root) error {
 		defer func() { a.parts.Line.Say("fetch", "%s", size(done.Add(l.Size))) }()
 		return unpack(ctx, repo, l.Layer, dst)
@@ -76,25 +92,46 @@ func (a *Agent) fetchWhole(ctx context.Context, repo Repository, store *install.
 }
 
 // fetchDelta makes a layer by one of its deltas, or fetches the whole of it.
-func (a *Agent) fetchDelta(ctx context.Context, r *Report, repo Repository, store *install.Store, l lack, id bundle.Identity, facts *host.Facts, done *atomic.Int64) error {
+func (a *Agent) fetchDelta(
+	ctx context.Context,
+	r *Report,
+	repo Repository,
+	store *install.Store,
+	l missingLayer,
+	id bundle.Identity,
+	facts *host.Facts,
+	done *atomic.Int64,
+) error {
 	for i, d := range l.deltas {
 		if i > 0 {
 			r.FetchedBytes += d.Size // the first is counted
 		}
-		err := a.addLayer(store, l, id, facts, func(dst *os.Root) error { return unpackDelta(ctx, repo, store, l, d, dst) })
+		err := a.addLayer(
+			store,
+			l,
+			id,
+			facts,
+			func(dst *os.Root) error { return unpackDelta(ctx, repo, store, l, d, dst) },
+		)
 		if err == nil || ctx.Err() != nil {
 			a.parts.Line.Say("fetch", "%s", size(done.Add(d.Size)))
 			return err
 		}
-		a.parts.Log.WarnContext(ctx, "a delta did not do", "digest", d.Digest.String(), "err", err)
+		a.parts.Log.WarnContext(ctx, "delta not usable", "digest", d.Digest.String(), "err", err)
 	}
 	r.FetchedBytes += l.Size
-	r.did("fetch the whole of it, %s, for the delta did not do", size(l.Size))
+	r.did("fetch the whole layer, %s: no delta could be used", size(l.Size))
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
 // addLayer keeps a layer, checks its modules, and remembers what it looked like.
-func (a *Agent) addLayer(store *install.Store, l lack, id bundle.Identity, facts *host.Facts, unpack func(*os.Root) error) error {
+func (a *Agent) addLayer(
+	store *install.Store,
+	l missingLayer,
+	id bundle.Identity,
+	facts *host.Facts,
+	unpack func(*os.Root) error,
+) error {
 	files := map[string]string{}
 	err := store.AddLayer(l.Layer, func(dst *os.Root) error {
 		if err := unpack(dst); err != nil || l.Kind != bundle.LayerModules {
@@ -116,7 +153,13 @@ func (a *Agent) addLayer(store *install.Store, l lack, id bundle.Identity, facts
 
 // missing returns the layers that have to be fetched, and counts. One that is damaged
 // counts as missing.
-func (a *Agent) missing(ctx context.Context, r *Report, repo Repository, store *install.Store, set *install.Set) ([]lack, error) {
+func (a *Agent) missing(
+	ctx context.Context,
+	r *Report,
+	repo Repository,
+	store *install.Store,
+	set *install.Set,
+) ([]missingLayer, error) {
 	damaged := make([]error, len(set.Layers))
 	g, gctx := errgroup.WithContext(ctx)
 	for i, l := range set.Layers {
@@ -135,7 +178,7 @@ func (a *Agent) missing(ctx context.Context, r *Report, repo Repository, store *
 	if ctx.Err() != nil {
 		return nil, context.Cause(ctx)
 	}
-	var missing []lack
+	var missing []missingLayer
 	for i, l := range set.Layers {
 		if damaged[i] == nil {
 			r.CachedBytes += l.Size
@@ -145,10 +188,16 @@ func (a *Agent) missing(ctx context.Context, r *Report, repo Repository, store *
 			a.parts.Log.WarnContext(ctx, "a layer on this node is damaged", "err", damaged[i])
 			r.did("found the %s layer %s damaged", l.Kind, short(l.Digest))
 		}
-		m := lack{l, a.deltasFor(ctx, repo, store, set, l)}
+		m := missingLayer{l, a.deltasFor(ctx, repo, store, set, l)}
 		r.FetchedBytes += m.bytes()
 		if len(m.deltas) > 0 {
-			r.did("fetch %s layer %s, %s as a delta of %s", l.Kind, short(l.Digest), size(m.bytes()), short(m.deltas[0].from.Digest))
+			r.did(
+				"fetch %s layer %s, %s as a delta of %s",
+				l.Kind,
+				short(l.Digest),
+				size(m.bytes()),
+				short(m.deltas[0].from.Digest),
+			)
 		} else {
 			r.did("fetch %s layer %s, %s", l.Kind, short(l.Digest), size(l.Size))
 		}
@@ -162,7 +211,13 @@ const maxDeltas = 3
 
 // deltasFor finds deltas for a layer of modules, the smallest first. They are a help only:
 // whoever attached one, what comes of it has to be what was signed.
-func (a *Agent) deltasFor(ctx context.Context, repo Repository, store *install.Store, set *install.Set, l install.Layer) (all []delta) {
+func (a *Agent) deltasFor(
+	ctx context.Context,
+	repo Repository,
+	store *install.Store,
+	set *install.Set,
+	l install.Layer,
+) (all []delta) {
 	if store == nil || l.Kind != bundle.LayerModules {
 		return nil
 	}
@@ -175,7 +230,8 @@ func (a *Agent) deltasFor(ctx context.Context, repo Repository, store *install.S
 	for _, s := range sets {
 		for _, have := range s.Layers {
 			_, known := here[have.DiffID]
-			if !known && have.Kind == l.Kind && have.Digest != l.Digest && s.Driver == set.Driver && store.HasLayer(have.Digest) {
+			if !known && have.Kind == l.Kind && have.Digest != l.Digest && s.Driver == set.Driver &&
+				store.HasLayer(have.Digest) {
 				here[have.DiffID] = have
 				wanted = append(wanted, map[string]string{bundle.AnnotationDeltaFrom: have.DiffID})
 			}
@@ -197,7 +253,14 @@ func (a *Agent) deltasFor(ctx context.Context, repo Repository, store *install.S
 	return all
 }
 
-func unpackDelta(ctx context.Context, repo Repository, store *install.Store, l lack, d delta, dst *os.Root) (err error) {
+func unpackDelta(
+	ctx context.Context,
+	repo Repository,
+	store *install.Store,
+	l missingLayer,
+	d delta,
+	dst *os.Root,
+) (err error) {
 	names, err := store.LayerNames(d.from.Digest)
 	if err != nil {
 		return err

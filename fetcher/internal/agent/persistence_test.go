@@ -44,7 +44,8 @@ func TestPersistence(t *testing.T) {
 			t.Fatalf("Run = %v, asked %v; want once, and to turn it on: %v", err, asked, on)
 		}
 		got := strings.Join(r.Waiting, "\n")
-		if on != strings.Contains(got, "GPU 0000:00:05.0: Insufficient Permissions") || strings.Contains(got, "00:04.0") {
+		if on != strings.Contains(got, "GPU 0000:00:05.0: Insufficient Permissions") ||
+			strings.Contains(got, "00:04.0") {
 			t.Errorf("with persistence %v: waiting %q", on, got)
 		}
 	}

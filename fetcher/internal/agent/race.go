@@ -40,7 +40,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 		}
 		return string(answer.State) + "; compiling on this node", nil
 	})
-	if err != nil || answer.Digest != "" && answer.Err() == nil {
+	if err != nil || answer.Err() == nil {
 		return answer, err
 	}
 	err = a.parts.Line.Do("build", func() (string, error) {
@@ -69,7 +69,13 @@ type outcome struct {
 
 // race compiles on this node, and asks the farm again and again meanwhile. When one has an
 // artifact the other is stopped. Neither is left behind.
-func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Answer, facts *host.Facts, grace time.Duration) (resolve.Answer, error) {
+func (a *Agent) race(
+	ctx context.Context,
+	q resolve.Question,
+	answer resolve.Answer,
+	facts *host.Facts,
+	grace time.Duration,
+) (resolve.Answer, error) {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	runners, ended, farmOver := 1, make(chan outcome, 2), make(chan struct{})
@@ -101,8 +107,7 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 			ended <- outcome{won, err, false}
 		}()
 	}
-	var won *resolve.Answer
-	var yanked *resolve.Answer
+	var won, yanked *resolve.Answer
 	var errs [2]error // of this node, which is what its owner can mend here, and of the farm
 	for range runners {
 		switch o := <-ended; {
@@ -116,7 +121,6 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 			errs[1] = o.err
 			if o.answer.State == api.Yanked { // nobody should have it, compiled here or there
 				yanked = &o.answer
-				stop()
 			}
 		}
 	}
@@ -128,7 +132,11 @@ func (a *Agent) race(ctx context.Context, q resolve.Question, answer resolve.Ans
 	case errs[1] == nil:
 		return answer, errs[0]
 	}
-	return answer, fault.Wrap(fault.Of(errs[0]), fmt.Errorf("%w; and the farm: %w", errs[0], errs[1]), fault.Hint(errs[0]))
+	return answer, fault.Wrap(
+		fault.Of(errs[0]),
+		fmt.Errorf("%w; and the farm: %w", errs[0], errs[1]),
+		fault.Hint(errs[0]),
+	)
 }
 
 // farm asks until there is an artifact that verifies, or none will be.

@@ -2,7 +2,6 @@ package local
 
 import (
 	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -47,34 +46,40 @@ func cell(q resolve.Question) string {
 	return fmt.Sprintf("%s/%s %s %s", q.Kernel.BuildID, q.Kernel.Board, q.Wish, q.Flavour)
 }
 
-func (f failures) read() *failure {
+// known returns why this was not to be compiled a while ago.
+func (f failures) known(q resolve.Question) error {
 	raw, err := os.ReadFile(f.file)
 	var last failure
 	if err != nil || json.Unmarshal(raw, &last) != nil {
 		return nil
 	}
-	return &last
-}
-
-// known returns why this was not to be compiled a while ago.
-func (f failures) known(q resolve.Question) error {
-	last := f.read()
-	if last == nil || last.Cell != cell(q) || last.Builder != f.builder || time.Since(last.At) > failureAge || time.Since(last.At) < 0 {
+	if last.Cell != cell(q) || last.Builder != f.builder || time.Since(last.At) > failureAge ||
+		time.Since(last.At) < 0 {
 		return nil
 	}
-	return fault.New(last.Kind, fmt.Sprintf("%s (at %s; it is tried again after a day, or by fetcher install --retry)", last.Text, last.At.Format(time.RFC3339)), last.Hint)
+	return fault.New(
+		last.Kind,
+		fmt.Sprintf(
+			"%s (at %s; it is tried again after a day, or by fetcher install --retry)",
+			last.Text,
+			last.At.Format(time.RFC3339),
+		),
+		last.Hint,
+	)
 }
 
 // remember keeps an error that will be the same the next time.
 func (f failures) remember(q resolve.Question, err error) error {
-	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) || f.known(q) != nil && err.Error() == f.known(q).Error() {
+	if !fault.Is(err, fault.APIBreak) && !fault.Is(err, fault.Unsupported) {
 		return nil
 	}
-	raw, merr := json.Marshal(failure{cell(q), f.builder, fault.Of(err), err.Error(), fault.Hint(err), time.Now().UTC()})
+	raw, merr := json.Marshal(
+		failure{cell(q), f.builder, fault.Of(err), err.Error(), fault.Hint(err), time.Now().UTC()},
+	)
 	if merr != nil {
 		return merr
 	}
-	if werr := os.WriteFile(f.file, raw, 0o600); werr != nil && !errors.Is(werr, os.ErrNotExist) {
+	if werr := os.WriteFile(f.file, raw, 0o600); werr != nil {
 		return fmt.Errorf("remember what does not compile: %w", werr)
 	}
 	return nil

@@ -38,7 +38,8 @@ func TestFailuresAreRemembered(t *testing.T) {
 		q.Wish = target.Wish(row.wish)
 		b.Retry = row.retry
 		_, err := b.Build(t.Context(), q)
-		if !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "too few arguments") || fault.Hint(err) != "take another" {
+		if !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "too few arguments") ||
+			fault.Hint(err) != "take another" {
 			t.Errorf("%s: Build = %v (hint %q)", row.name, err, fault.Hint(err))
 		}
 		if got := calls(); got != row.calls {
@@ -47,7 +48,8 @@ func TestFailuresAreRemembered(t *testing.T) {
 	}
 	transient := script(t, "exit 5")
 	for range 2 {
-		if _, err := transient.Build(t.Context(), question); err == nil || strings.Contains(err.Error(), "tried again after") {
+		if _, err := transient.Build(t.Context(), question); err == nil ||
+			strings.Contains(err.Error(), "tried again after") {
 			t.Errorf("Build = %v", err)
 		}
 	}

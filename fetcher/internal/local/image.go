@@ -51,7 +51,11 @@ func mayEnter() error {
 	var caps [2]unix.CapUserData
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	if err := unix.Capget(&header, &caps[0]); err == nil && caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
-		return fault.New(fault.Usage, "start the builder's image: this process may mount nothing", "run as root with CAP_SYS_ADMIN (privileged: true), or turn compiling off: --builder never")
+		return fault.New(
+			fault.Usage,
+			"start the builder's image: this process may mount nothing",
+			"run as root with CAP_SYS_ADMIN (privileged: true), or turn compiling off: --builder never",
+		)
 	}
 	return nil
 }
@@ -92,8 +96,11 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 		return "", "", remove, fault.Wrap(fault.Unverified, err, "")
 	}
 	if len(config.Config.Entrypoint) != 1 || !filepath.IsAbs(config.Config.Entrypoint[0]) {
-		return "", "", remove, fault.New(fault.Usage, fmt.Sprintf("its entry point is %q; want one program", config.Config.Entrypoint),
-			"name the image of Dockerfile.builder: --builder HOST/NAME@sha256:DIGEST")
+		return "", "", remove, fault.New(
+			fault.Usage,
+			fmt.Sprintf("its entry point is %q; want one program", config.Config.Entrypoint),
+			"name the image of Dockerfile.builder: --builder HOST/NAME@sha256:DIGEST",
+		)
 	}
 	handle, err := os.OpenRoot(root)
 	if err != nil {

@@ -66,7 +66,9 @@ func imageBuilder() {
 	}
 	mirror := os.Args[slices.Index(os.Args, "--kernel-mirror")+1]
 	raw, err := json.Marshal(map[string]any{
-		"root": names("/"), "etc": names("/etc"), "tmp": names("/tmp"), "link": seen("/opt/link"), "mirror": seen(strings.TrimPrefix(mirror, "file://") + "/there"),
+		"root": names(
+			"/",
+		), "etc": names("/etc"), "tmp": names("/tmp"), "link": seen("/opt/link"), "mirror": seen(strings.TrimPrefix(mirror, "file://") + "/there"),
 		"outside": seen(os.Getenv("HOME") + "/outside"), "environment": os.Environ(),
 	})
 	if err != nil {
@@ -86,7 +88,14 @@ func layer(t *testing.T, entries ...any) v1.Layer {
 		h, ok := e.(*tar.Header)
 		if !ok {
 			pair := e.([2]string)
-			content, h = []byte(pair[1]), &tar.Header{Name: pair[0], Typeflag: tar.TypeReg, Mode: 0o755, Size: int64(len(pair[1]))}
+			content, h = []byte(
+				pair[1],
+			), &tar.Header{
+				Name:     pair[0],
+				Typeflag: tar.TypeReg,
+				Mode:     0o755,
+				Size:     int64(len(pair[1])),
+			}
 		}
 		if err := errors.Join(w.WriteHeader(h), second(w.Write(content))); err != nil {
 			t.Fatal(err)
@@ -95,7 +104,9 @@ func layer(t *testing.T, entries ...any) v1.Layer {
 	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	l, err := tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil })
+	l, err := tarball.LayerFromOpener(
+		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(b.Bytes())), nil },
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,10 +122,22 @@ func image(t *testing.T, entrypoint []string, more ...v1.Layer) (*registry.Repos
 	if err != nil {
 		t.Fatal(err)
 	}
-	base := layer(t, [2]string{"usr/local/bin/image-builder", string(self)}, [2]string{"etc/gone", "old"}, [2]string{"etc/kept", "kept"},
-		&tar.Header{Name: "opt/link", Typeflag: tar.TypeSymlink, Linkname: "/etc/kept"}, &tar.Header{Name: "dev/null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3},
-		&tar.Header{Name: "etc/resolv.conf", Typeflag: tar.TypeSymlink, Linkname: "/etc/gone"})
-	img, err := mutate.AppendLayers(empty.Image, append([]v1.Layer{base, layer(t, [2]string{"etc/.wh.gone", ""})}, more...)...)
+	base := layer(
+		t,
+		[2]string{"usr/local/bin/image-builder", string(self)},
+		[2]string{"etc/gone", "old"},
+		[2]string{"etc/kept", "kept"},
+		&tar.Header{
+			Name:     "opt/link",
+			Typeflag: tar.TypeSymlink,
+			Linkname: "/etc/kept",
+		},
+		&tar.Header{Name: "dev/null", Typeflag: tar.TypeChar, Devmajor: 1, Devminor: 3},
+		&tar.Header{Name: "etc/resolv.conf", Typeflag: tar.TypeSymlink, Linkname: "/etc/gone"},
+	)
+	img, err := mutate.AppendLayers(
+		empty.Image,
+		append([]v1.Layer{base, layer(t, [2]string{"etc/.wh.gone", ""})}, more...)...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,7 +201,10 @@ func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	t.Setenv("SECRET", "token")
 	var said []string
 	b := local.Builder{
-		Image: &local.Image{Repository: repo, Digest: digest}, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "state", "cache"),
+		Image: &local.Image{
+			Repository: repo,
+			Digest:     digest,
+		}, StateDir: filepath.Join(dir, "state"), CacheDir: filepath.Join(dir, "state", "cache"),
 		KernelMirror: "file://" + mirror, Say: func(line string) { said = append(said, line) },
 	}
 	a, err := b.Build(t.Context(), question)
@@ -204,10 +230,12 @@ func buildInImage(t *testing.T, repo *registry.Repository, digest, dir string) {
 	if slices.Contains(seen.Etc, "gone") || !slices.Contains(seen.Etc, "kept") {
 		t.Errorf("/etc has %q; want kept, and not what a later layer took away", seen.Etc)
 	}
-	if seen.Link != "kept" || seen.Mirror != "a kernel" || seen.Outside != "no such file or directory" || top != "tmp" && len(seen.TMP) > 0 {
+	if seen.Link != "kept" || seen.Mirror != "a kernel" || seen.Outside != "no such file or directory" ||
+		top != "tmp" && len(seen.TMP) > 0 {
 		t.Errorf("the builder sees %+v", seen)
 	}
-	if text := strings.Join(seen.Environment, " "); strings.Contains(text, "token") || !strings.Contains(text, "HTTPS_PROXY=") {
+	if text := strings.Join(seen.Environment, " "); strings.Contains(text, "token") ||
+		!strings.Contains(text, "HTTPS_PROXY=") {
 		t.Errorf("its environment is %q", text)
 	}
 	if left, err := filepath.Glob(b.StateDir + "/builder-image"); err != nil || len(left) > 0 {
@@ -226,8 +254,13 @@ func TestImageRefused(t *testing.T) {
 	t.Parallel()
 	repo, none := image(t, nil)
 	for name, digest := range map[string]string{"no entry point": none, "no such image": "sha256:" + strings.Repeat("0", 64)} {
-		b := local.Builder{Image: &local.Image{Repository: repo, Digest: digest}, StateDir: t.TempDir(), CacheDir: t.TempDir()}
-		if _, err := b.Build(t.Context(), question); err == nil || fault.Hint(err) == "" && !fault.Is(err, fault.NoArtifact) {
+		b := local.Builder{
+			Image:    &local.Image{Repository: repo, Digest: digest},
+			StateDir: t.TempDir(),
+			CacheDir: t.TempDir(),
+		}
+		if _, err := b.Build(t.Context(), question); err == nil ||
+			fault.Hint(err) == "" && !fault.Is(err, fault.NoArtifact) {
 			t.Errorf("Build with %s = %v (hint %q)", name, err, fault.Hint(err))
 		}
 		if left, err := filepath.Glob(b.StateDir + "/builder-image"); err != nil || len(left) > 0 {

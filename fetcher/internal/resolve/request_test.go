@@ -30,18 +30,37 @@ func TestServerRequest(t *testing.T) {
 		reason string
 	}{
 		{"unknown", unknown, queued, nil, 1, api.Queued, "this node asked for it"},
-		{"the farm refuses", unknown, api.Build{}, fault.New(fault.Usage, "no such token", "give the server's token"), 1, api.Unknown, "no such token"},
-		{"it failed before", api.Resolution{State: api.Failed, Reason: "does not compile"}, queued, nil, 0, api.Failed, "does not compile"},
+		{
+			"the farm refuses",
+			unknown,
+			api.Build{},
+			fault.New(fault.Usage, "no such token", "give the server's token"),
+			1,
+			api.Unknown,
+			"no such token",
+		},
+		{
+			"it failed before",
+			api.Resolution{State: api.Failed, Reason: "does not compile"},
+			queued,
+			nil,
+			0,
+			api.Failed,
+			"does not compile",
+		},
 		{"it was yanked", api.Resolution{State: api.Yanked}, queued, nil, 0, api.Yanked, ""},
 		{"it is on its way", api.Resolution{State: api.Building}, queued, nil, 0, api.Building, ""},
 		{"it will never be", api.Resolution{State: api.Unsupported}, queued, nil, 0, api.Unsupported, ""},
 	}
 	for _, row := range rows {
 		var asked []api.BuildRequest
-		s := resolve.Server{Client: &server{answers: []any{row.answer}}, Request: func(_ context.Context, r api.BuildRequest) (api.Build, error) {
-			asked = append(asked, r)
-			return row.build, row.err
-		}}
+		s := resolve.Server{
+			Client: &server{answers: []any{row.answer}},
+			Request: func(_ context.Context, r api.BuildRequest) (api.Build, error) {
+				asked = append(asked, r)
+				return row.build, row.err
+			},
+		}
 		a, err := resolve.Chain{s, resolve.Nobody{}}.Find(t.Context(), question)
 		if err != nil || a.State != row.state || !strings.Contains(a.Reason, row.reason) {
 			t.Errorf("%s: Find = %+v, %v; want %s with %q", row.name, a, err, row.state, row.reason)
@@ -64,7 +83,10 @@ func TestServerRequest(t *testing.T) {
 func TestServerRequestFlavour(t *testing.T) {
 	t.Parallel()
 	volta, turing := gpulist.GPU{Device: "0x1db1"}, gpulist.GPU{Device: "0x1eb8"}
-	l := gpulist.List{Version: driver.Version, Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x27b8", Features: []string{"kernelopen"}}}}
+	l := gpulist.List{
+		Version: driver.Version,
+		Chips:   []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x27b8", Features: []string{"kernelopen"}}},
+	}
 	lists := func(context.Context, string, string, target.Driver) (*gpulist.List, error) { return &l, nil }
 	unknown := api.Resolution{State: api.Unknown}
 	for name, tc := range map[string]struct {
@@ -75,10 +97,18 @@ func TestServerRequestFlavour(t *testing.T) {
 		"the open modules do not drive it": {turing, []any{published(func(*api.Resolution) {}), unknown}},
 	} {
 		var asked []string
-		s := resolve.Server{Client: &server{answers: tc.answers}, GPUs: lists, Request: func(_ context.Context, r api.BuildRequest) (api.Build, error) {
-			asked = append(asked, r.Flavour)
-			return api.Build{ID: 3, State: api.Queued, Driver: target.Driver{Version: driver.Version, Flavour: target.Flavour(r.Flavour)}}, nil
-		}}
+		s := resolve.Server{
+			Client: &server{answers: tc.answers},
+			GPUs:   lists,
+			Request: func(_ context.Context, r api.BuildRequest) (api.Build, error) {
+				asked = append(asked, r.Flavour)
+				return api.Build{
+					ID:     3,
+					State:  api.Queued,
+					Driver: target.Driver{Version: driver.Version, Flavour: target.Flavour(r.Flavour)},
+				}, nil
+			},
+		}
 		q := question
 		q.GPUs = []gpulist.GPU{tc.gpu}
 		a, err := resolve.Chain{s}.Find(t.Context(), q)
@@ -98,14 +128,21 @@ func (away) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 func TestServerRequestBesideOthers(t *testing.T) {
 	t.Parallel()
 	asked := 0
-	s := resolve.Server{Client: &server{answers: []any{api.Resolution{State: api.Unknown}}}, Request: func(context.Context, api.BuildRequest) (api.Build, error) {
-		asked++
-		return api.Build{ID: 3, State: api.Queued}, nil
-	}}
-	if a, err := (resolve.Chain{s, away{}}).Find(t.Context(), question); err != nil || a.State != api.Queued || asked != 1 {
+	s := resolve.Server{
+		Client: &server{answers: []any{api.Resolution{State: api.Unknown}}},
+		Request: func(context.Context, api.BuildRequest) (api.Build, error) {
+			asked++
+			return api.Build{ID: 3, State: api.Queued}, nil
+		},
+	}
+	if a, err := (resolve.Chain{s, away{}}).Find(t.Context(), question); err != nil || a.State != api.Queued ||
+		asked != 1 {
 		t.Errorf("with a registry that is away: %+v, %v, asked %d times; want queued", a, err, asked)
 	}
-	has := &resolve.Registry{Ref: "r.example/x", Resolve: func(context.Context, string) (string, error) { return digest, nil }}
+	has := &resolve.Registry{
+		Ref:     "r.example/x",
+		Resolve: func(context.Context, string) (string, error) { return digest, nil },
+	}
 	q := question
 	q.Wish, q.Flavour = "535.261.03", "open"
 	if a, err := (resolve.Chain{s, *has}).Find(t.Context(), q); err != nil || a.State != api.Published || asked != 1 {
