@@ -252,6 +252,27 @@ func ended(waited bool, b api.Build) error {
 	return fault.New(kind, fmt.Sprintf("build %d %s: %s", b.ID, b.State, b.Error), b.Hint)
 }
 
+func cancelCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "cancel", Usage: "call a build off, waiting or under way", ArgsUsage: "ID", Flags: writeFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
+			if err != nil || cmd.Args().Len() != 1 {
+				return fault.New(fault.Usage, "cancel needs one number", "list builds: server builds")
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			b, err := c.Cancel(ctx, id)
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, b, func(w io.Writer) error { return printBuild(w, b) })
+		},
+	}
+}
+
 func yankCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "yank", Usage: "mark an artifact as not to be used", ArgsUsage: "DIGEST",

@@ -26,7 +26,7 @@ and print tables, or JSON with --output json.`,
 		Commands: []*ucli.Command{
 			serveCommand(),
 			kernelsCommand(), driversCommand(), artifactsCommand(), buildsCommand(), buildCommand(), resolveCommand(),
-			requestCommand(), yankCommand(), unyankCommand(),
+			requestCommand(), cancelCommand(), yankCommand(), unyankCommand(),
 			versionCommand(),
 		},
 	}

@@ -179,6 +179,9 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Log: log,
 	})
+	if s.KernelMirror != "" {
+		cat.Mirror = discover.Mirror{URL: s.KernelMirror}
+	}
 	pages, err := web.New(cat, log)
 	if err != nil {
 		return err
@@ -225,6 +228,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return discover.Run(running, discover.Config{KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror,
 			Every: s.DiscoverEvery, Catalogue: cat, Log: log})
 	})
+	group.Go(func() error { return cat.Wonder(running) })
 	group.Go(func() error {
 		<-running.Done()
 		// Two steps: no new requests, then, after the grace, no old ones.

@@ -38,6 +38,8 @@ type Kernel struct {
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
 	SeenAt   time.Time         `json:"seenAt"`
+	// FirstSeenAt is when the catalogue heard of the kernel.
+	FirstSeenAt time.Time `json:"firstSeenAt"`
 }
 
 // DriverRelease is a driver version of the catalogue.
@@ -65,9 +67,27 @@ type Artifact struct {
 	PublishedAt time.Time       `json:"publishedAt"`
 }
 
+// NewArtifact tells the catalogue of an artifact that was published.
+type NewArtifact struct {
+	Digest string `json:"digest"`
+	// Repository is HOST/NAME, or /NAME on the server itself; empty is where the
+	// server's builders publish.
+	Repository  string             `json:"repository,omitempty"`
+	Fingerprint target.Fingerprint `json:"fingerprint"`
+	Driver      target.Driver      `json:"driver"`
+	Release     string             `json:"release,omitempty"`
+	// Kernels are the COS builds that the artifact is attested for, all of one
+	// architecture.
+	Kernels []target.Kernel `json:"kernels"`
+}
+
 // MaxBuildLog bounds the log of one build: the server takes no more, and
 // builders send the end of a longer one.
 const MaxBuildLog = 64 << 20
+
+// BeatEvery is how often a builder tells the server that it works on a build. The
+// server gives the build to another one when it hears nothing for some of these.
+const BeatEvery = 10 * time.Second
 
 // BuildRequest asks for a cell to be built.
 type BuildRequest struct {
@@ -98,6 +118,8 @@ type Build struct {
 	CreatedAt  time.Time        `json:"createdAt"`
 	StartedAt  *time.Time       `json:"startedAt,omitempty"`
 	FinishedAt *time.Time       `json:"finishedAt,omitempty"`
+	// BeatAt is when the builder last said that it works on the build.
+	BeatAt *time.Time `json:"beatAt,omitempty"`
 }
 
 // BuildUpdate is what a builder reports of a build; zero fields leave the

@@ -9,11 +9,15 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/hashicorp/go-cleanhttp"
+
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/stall"
 )
 
 // Bounds of what the client reads. A list of every build of a large farm is a
@@ -30,12 +34,21 @@ type Client struct {
 	http  *http.Client
 }
 
+// Time bounds. A log may take as long as it moves: it is bounded by silence.
+const (
+	callTime   = time.Minute
+	silentTime = time.Minute
+)
+
 // NewClient returns a client of the server at base, such as
 // http://127.0.0.1:8440. The token may be empty for reading. A nil hc means a
-// client with a timeout of one minute for a whole call.
+// client of its own, which bounds each call to a minute and a log's transfer to a
+// minute of silence.
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
-		hc = &http.Client{Timeout: time.Minute}
+		transport := cleanhttp.DefaultPooledTransport()
+		transport.ResponseHeaderTimeout = silentTime // counts from the end of the body that is sent
+		hc = &http.Client{Transport: transport}
 	}
 	return &Client{base: strings.TrimRight(base, "/"), token: token, http: hc}
 }
@@ -43,22 +56,51 @@ func NewClient(base, token string, hc *http.Client) *Client {
 // Base returns the server's address without a slash at the end.
 func (c *Client) Base() string { return c.base }
 
-// Kernels lists the kernels of the catalogue.
+// Kernels lists all kernels of the catalogue, newest first.
 func (c *Client) Kernels(ctx context.Context) ([]Kernel, error) {
-	var out []Kernel
-	return out, c.call(ctx, http.MethodGet, "/v1/kernels", nil, &out)
+	return pages[Kernel](ctx, c, "/v1/kernels", nil)
 }
 
-// Drivers lists the driver versions of the catalogue.
+// Drivers lists all driver versions of the catalogue, newest first.
 func (c *Client) Drivers(ctx context.Context) ([]DriverRelease, error) {
-	var out []DriverRelease
-	return out, c.call(ctx, http.MethodGet, "/v1/drivers", nil, &out)
+	return pages[DriverRelease](ctx, c, "/v1/drivers", nil)
 }
 
-// Artifacts lists the artifacts, yanked ones included.
+// Artifacts lists all artifacts, yanked ones included, newest first.
 func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
-	var out []Artifact
-	return out, c.call(ctx, http.MethodGet, "/v1/artifacts", nil, &out)
+	return pages[Artifact](ctx, c, "/v1/artifacts", nil)
+}
+
+// Bounds of a list that comes in pages: entries of one, and pages.
+const (
+	pageLimit = 1000
+	maxPages  = 10000
+)
+
+// nextLink is the one form in which servers name the next page.
+var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
+
+// pages reads a list to its end.
+func pages[T any](ctx context.Context, c *Client, path string, query url.Values) ([]T, error) {
+	if query == nil {
+		query = url.Values{}
+	}
+	query.Set("limit", strconv.Itoa(pageLimit))
+	all, at := []T{}, path+"?"+query.Encode()
+	for range maxPages {
+		var page []T
+		header, err := c.answer(ctx, http.MethodGet, at, nil, &page)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, page...)
+		next := nextLink.FindStringSubmatch(header.Get("Link"))
+		if next == nil {
+			return all, nil
+		}
+		at = next[1]
+	}
+	return nil, fault.Errorf(fault.TooLarge, "GET %s%s: the list has more than %d pages", c.base, path, maxPages)
 }
 
 // Question is what Resolve asks. Flavour is auto, proprietary or open; an
@@ -88,14 +130,19 @@ func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error
 	return out, c.call(ctx, http.MethodPost, "/v1/builds", r, &out)
 }
 
-// Builds lists builds, newest first; state "" is all.
+// Builds lists all builds, newest first; state "" is any.
 func (c *Client) Builds(ctx context.Context, state State) ([]Build, error) {
-	path := "/v1/builds"
+	query := url.Values{}
 	if state != "" {
-		path += "?" + url.Values{"state": {string(state)}}.Encode()
+		query.Set("state", string(state))
 	}
-	var out []Build
-	return out, c.call(ctx, http.MethodGet, path, nil, &out)
+	return pages[Build](ctx, c, "/v1/builds", query)
+}
+
+// Cancel calls a build off.
+func (c *Client) Cancel(ctx context.Context, id int64) (Build, error) {
+	var out Build
+	return out, c.call(ctx, http.MethodPost, buildPath(id)+"/cancel", nil, &out)
 }
 
 // Build reads one build.
@@ -112,24 +159,49 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 
 // BuildLog opens a build's log. The caller closes it.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
+	ctx, cancel := context.WithCancel(ctx)
 	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil)
 	if err != nil {
+		cancel()
 		return nil, err
 	}
-	return resp.Body, nil
+	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel), nil
 }
 
 // PutBuildLog stores a build's log in place of the one that is there.
 func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error {
-	resp, err := c.do(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", log)
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	sent := &silence{r: log, timer: time.AfterFunc(silentTime, func() {
+		cancel(fault.New(fault.Transient, "the server takes no more of the log", ""))
+	})}
+	defer sent.timer.Stop()
+	resp, err := c.do(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", sent)
 	if err != nil {
 		return err
 	}
 	return drain(resp)
 }
 
+// silence puts off a timer with each read: a transfer asks for more as long as it
+// gets rid of what it has.
+type silence struct {
+	r     io.Reader
+	timer *time.Timer
+}
+
+func (s *silence) Read(p []byte) (int, error) {
+	n, err := s.r.Read(p)
+	if err == nil {
+		s.timer.Reset(silentTime)
+	} else {
+		s.timer.Stop() // the answer has a bound of its own
+	}
+	return n, err
+}
+
 // AddArtifact tells the catalogue of an artifact that was published.
-func (c *Client) AddArtifact(ctx context.Context, a Artifact) (Artifact, error) {
+func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, error) {
 	var out Artifact
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts", a, &out)
 }
@@ -155,23 +227,32 @@ func buildPath(id int64) string { return "/v1/builds/" + strconv.FormatInt(id, 1
 
 // call sends in as JSON, if any, and decodes the answer into out.
 func (c *Client) call(ctx context.Context, method, path string, in, out any) error {
+	_, err := c.answer(ctx, method, path, in, out)
+	return err
+}
+
+// answer is call with the answer's header.
+func (c *Client) answer(ctx context.Context, method, path string, in, out any) (http.Header, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, callTime,
+		fault.New(fault.Transient, "the server did not answer within "+callTime.String(), "check that the server runs at "+c.base))
+	defer cancel()
 	var body io.Reader
 	var contentType string
 	if in != nil {
 		raw, err := json.Marshal(in)
 		if err != nil {
-			return fmt.Errorf("encode request: %w", err)
+			return nil, fmt.Errorf("encode request: %w", err)
 		}
 		body, contentType = bytes.NewReader(raw), "application/json"
 	}
 	resp, err := c.do(ctx, method, path, contentType, body)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(out); err != nil {
-		return errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), ""), resp.Body.Close())
+		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), ""), resp.Body.Close())
 	}
-	return drain(resp)
+	return resp.Header, drain(resp)
 }
 
 // drain reads what is left so that the connection can be used again.
@@ -224,8 +305,10 @@ func problem(resp *http.Response, fail func(error) error) error {
 	}
 	kind, hint := fault.Internal, ""
 	switch {
-	case resp.StatusCode == http.StatusUnauthorized || resp.StatusCode == http.StatusForbidden:
-		kind, hint = fault.Usage, "give the server's token"
+	case resp.StatusCode == http.StatusUnauthorized:
+		kind, hint = fault.Unauthorized, "give the server's token"
+	case resp.StatusCode == http.StatusForbidden:
+		kind, hint = fault.Forbidden, "give a token that allows this"
 	case resp.StatusCode == http.StatusTooManyRequests || resp.StatusCode >= 500:
 		kind = fault.Transient
 	case resp.StatusCode >= 400:

@@ -259,7 +259,7 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 	case w == target.Latest:
 		version = l.Latest
 	case isBranch:
-		version = l.newest()[branch]
+		version = l.Newest()[branch]
 	default:
 		_, err := target.ParseWish(string(w))
 		return "", fault.Wrap(fault.Usage, err, "")
@@ -278,9 +278,9 @@ func (l DriverList) offerGPUs() string {
 	return "ask for one of " + strings.Join(slices.Sorted(maps.Keys(l.GPUs)), ", ") + "; or without a GPU type"
 }
 
-// newest returns the version that COS names for each branch, or else the highest
+// Newest returns the version that COS names for each branch, or else the highest
 // that it lists. An edition with a suffix is asked for by its name only.
-func (l DriverList) newest() map[string]string {
+func (l DriverList) Newest() map[string]string {
 	newest := map[string]string{}
 	for _, v := range l.Versions {
 		b := target.Branch(v)
@@ -294,7 +294,7 @@ func (l DriverList) newest() map[string]string {
 
 // offer says what may be asked for in the place of what COS does not name.
 func (l DriverList) offer() string {
-	newest := l.newest()
+	newest := l.Newest()
 	var words []string
 	for _, row := range []struct{ name, version string }{{string(target.Default), l.Default}, {string(target.Latest), l.Latest}} {
 		if row.version != "" {

@@ -29,6 +29,11 @@ const (
 	NoDevice                   // no NVIDIA GPU on this machine
 	Unusable                   // a GPU is present, but the driver cannot use it
 	Transient                  // the world may answer better the next time
+	NotFound                   // what was asked for by name does not exist
+	Unauthorized               // nobody knows who asks
+	Forbidden                  // who asks may not
+	TooLarge                   // what was sent, or asked for, is larger than is taken
+	TooMany                    // asked too often
 	InputMissing               // a source that the build needs does not exist
 	Checksum                   // a fetched input is not what its checksum says
 	Unsupported                // this driver is not made for this kernel or flavour
@@ -65,6 +70,11 @@ var table = [kinds]row{
 	NoDevice:       {"no-device", 8, 404, false, "no GPU present"},
 	Unusable:       {"unusable", 9, 422, false, "GPU present but not usable"},
 	Transient:      {"transient", 10, 503, true, "network or service trouble that may pass"},
+	NotFound:       {"not-found", 11, 404, false, "what was asked for by name does not exist"},
+	Unauthorized:   {"unauthorized", 12, 401, false, "no token, or one that is not known any more"},
+	Forbidden:      {"forbidden", 13, 403, false, "the token does not allow this"},
+	TooLarge:       {"too-large", 14, 413, false, "more was sent or asked for than is taken"},
+	TooMany:        {"too-many", 15, 429, true, "asked too often"},
 	InputMissing:   {"input-missing", 20, 404, false, "a build input does not exist"},
 	Checksum:       {"checksum-mismatch", 21, 422, false, "a build input is not what its checksum says"},
 	Unsupported:    {"unsupported", 22, 422, false, "this driver is not made for this kernel or flavour"},

@@ -63,6 +63,7 @@ type Queue struct {
 // client is what both instances of River's generic client have in common.
 type client interface {
 	Insert(ctx context.Context, args river.JobArgs, opts *river.InsertOpts) (*rivertype.JobInsertResult, error)
+	JobCancel(ctx context.Context, id int64) (*rivertype.JobRow, error)
 	Start(ctx context.Context) error
 	Stopped() <-chan struct{}
 }
@@ -244,6 +245,23 @@ type Standing struct {
 
 // Lookup tells where a build's job is.
 func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
+	row, err := q.find(ctx, build)
+	if err != nil || row == nil {
+		return Standing{}, err
+	}
+	return standing(row), nil
+}
+
+func standing(row *rivertype.JobRow) Standing {
+	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt}
+	if n := len(row.Errors); n > 0 {
+		s.Error = row.Errors[n-1].Error
+	}
+	return s
+}
+
+// find reads the newest job of a build; nil when there is none.
+func (q *Queue) find(ctx context.Context, build int64) (*rivertype.JobRow, error) {
 	where := `kind = @kind AND json_extract(args, '$.build') = @build`
 	if q.pg != nil {
 		where = `kind = @kind AND (args->>'build')::bigint = @build`
@@ -253,17 +271,71 @@ func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
 		NamedArgs: map[string]any{"kind": api.BuildJob{}.Kind(), "build": build},
 	})
 	if err != nil {
-		return Standing{}, fault.Wrap(fault.Transient, fmt.Errorf("look up job of build %d: %w", build, err), "")
+		return nil, fault.Wrap(fault.Transient, fmt.Errorf("look up job of build %d: %w", build, err), "")
 	}
 	if len(rows) == 0 {
-		return Standing{}, nil
+		return nil, nil
 	}
-	row := rows[0]
-	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt}
-	if n := len(row.Errors); n > 0 {
-		s.Error = row.Errors[n-1].Error
+	return rows[0], nil
+}
+
+// listed is how many jobs one query returns.
+const listed = 5000
+
+// Open returns where the jobs of all builds are that some worker will touch, by
+// build. It costs one query for some thousand jobs.
+func (q *Queue) Open(ctx context.Context) (map[int64]Standing, error) {
+	all := map[int64]Standing{}
+	for last := int64(0); ; {
+		rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
+			Max: listed, OrderByClause: "id ASC",
+			WhereClause: "kind = @kind AND state NOT IN ('completed', 'cancelled', 'discarded') AND id > @last",
+			NamedArgs:   map[string]any{"kind": api.BuildJob{}.Kind(), "last": last},
+		})
+		if err != nil {
+			return nil, fault.Wrap(fault.Transient, fmt.Errorf("list open jobs: %w", err), "")
+		}
+		for _, row := range rows {
+			var job api.BuildJob
+			if err := json.Unmarshal(row.EncodedArgs, &job); err != nil {
+				return nil, fmt.Errorf("read job %d: %w", row.ID, err)
+			}
+			all[job.Build], last = standing(row), row.ID
+		}
+		if len(rows) < listed {
+			return all, nil
+		}
 	}
-	return s, nil
+}
+
+// Cancel takes a build's job out of the queue. The worker of one that runs is not
+// interrupted: it hears of it by other means, and the job is then over whatever it
+// reports. A build without a job, or with one that is over, is fine.
+func (q *Queue) Cancel(ctx context.Context, build int64) error {
+	row, err := q.find(ctx, build)
+	if err != nil || row == nil || row.FinalizedAt != nil {
+		return err
+	}
+	if _, err := q.insert.JobCancel(ctx, row.ID); err != nil && !errors.Is(err, rivertype.ErrNotFound) {
+		return fault.Wrap(fault.Transient, fmt.Errorf("cancel job of build %d: %w", build, err), "")
+	}
+	return nil
+}
+
+// Release makes the running jobs of these builds available again, since the
+// workers that had them are gone. Jobs that do not run stay as they are.
+func (q *Queue) Release(ctx context.Context, builds ...int64) error {
+	var rows []*rivertype.JobRow
+	for _, build := range builds {
+		row, err := q.find(ctx, build)
+		if err != nil {
+			return err
+		}
+		if row != nil && row.State == rivertype.JobStateRunning {
+			rows = append(rows, row)
+		}
+	}
+	return q.release(ctx, rows)
 }
 
 // orphanError is what a rescued job remembers of the attempt that was lost.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/riverqueue/river"
@@ -105,12 +106,24 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 	if err != nil {
 		return fault.Wrap(fault.Transient, fmt.Errorf("find jobs that worker %s left behind: %w", id, err), "")
 	}
+	rows = slices.DeleteFunc(rows, func(row *rivertype.JobRow) bool {
+		n := len(row.AttemptedBy)
+		return n == 0 || row.AttemptedBy[n-1] != id
+	})
+	if err := q.release(ctx, rows); err != nil {
+		return fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err)
+	}
+	return nil
+}
+
+// release ends the attempts of running jobs whose workers are gone.
+func (q *Queue) release(ctx context.Context, rows []*rivertype.JobRow) error {
+	if len(rows) == 0 {
+		return nil
+	}
 	now := time.Now().UTC()
 	params := &riverdriver.JobRescueManyParams{StuckHorizon: now.Add(time.Minute)}
 	for _, row := range rows {
-		if n := len(row.AttemptedBy); n == 0 || row.AttemptedBy[n-1] != id {
-			continue
-		}
 		text, err := orphanError(row, now)
 		if err != nil {
 			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
@@ -125,11 +138,8 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 		params.ScheduledAt = append(params.ScheduledAt, now)
 		params.State = append(params.State, string(state))
 	}
-	if len(params.ID) == 0 {
-		return nil
-	}
 	if _, err := q.exec.JobRescueMany(ctx, params); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err), "")
+		return fault.Wrap(fault.Transient, fmt.Errorf("release jobs of workers that are gone: %w", err), "")
 	}
 	return nil
 }

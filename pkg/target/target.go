@@ -69,6 +69,32 @@ func ParseKernel(buildID, board string) (Kernel, error) {
 	return Kernel{BuildID: buildID, Board: board, Arch: BoardArch(board)}, nil
 }
 
+var (
+	releasePattern = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9.+~_-]{0,127}$`)
+	unamePattern   = regexp.MustCompile(`^[ -~]{1,200}$`) // of `uname -v`: printable ASCII
+)
+
+// Check reports the first field that is not of its form. Fields other than BUILD_ID
+// and board may be empty.
+func (k Kernel) Check() error {
+	if _, err := ParseKernel(k.BuildID, k.Board); err != nil {
+		return err
+	}
+	switch {
+	case k.Milestone < 0 || k.Milestone > 9999:
+		return fmt.Errorf("milestone %d of kernel %s: want a number such as 109", k.Milestone, k)
+	case k.Commit != "" && !ValidCommit(k.Commit):
+		return fmt.Errorf("commit %.50q of kernel %s: want 40 hex digits", k.Commit, k)
+	case k.Release != "" && !releasePattern.MatchString(k.Release):
+		return fmt.Errorf("release %.50q of kernel %s: want what uname -r prints", k.Release, k)
+	case k.Version != "" && !unamePattern.MatchString(k.Version):
+		return fmt.Errorf("version %.50q of kernel %s: want what uname -v prints", k.Version, k)
+	case k.Arch != "" && k.Arch != BoardArch(k.Board):
+		return fmt.Errorf("architecture %.20q of kernel %s: its board is of %s", k.Arch, k, BoardArch(k.Board))
+	}
+	return nil
+}
+
 // BoardArch returns the architecture of a COS board: those for Arm carry it in
 // their name (lakitu-arm64), all others are x86.
 func BoardArch(board string) Arch {
@@ -251,4 +277,24 @@ func ParseFingerprint(s string) (Fingerprint, error) {
 func (f Fingerprint) Short() string {
 	sum := strings.TrimPrefix(string(f), "sha256:")
 	return sum[:min(16, len(sum))]
+}
+
+// sortFields is how many numbers a version has at most: four, for drivers.
+const sortFields = 4
+
+// SortKey returns a text whose byte order is the order of [CompareVersions]: for
+// databases, which cannot call that. It takes BUILD_IDs and driver versions.
+func SortKey(version string) string {
+	numbers, suffix, _ := strings.Cut(version, "-")
+	fields := strings.Split(numbers, ".")
+	var key strings.Builder
+	for i := range sortFields {
+		n := 0 // a missing field comes before 0
+		if i < len(fields) {
+			n, _ = strconv.Atoi(fields[i])
+			n++
+		}
+		fmt.Fprintf(&key, "%010d", n)
+	}
+	return key.String() + suffix
 }

@@ -116,25 +116,59 @@ func (w *worker) sendLeftovers(ctx context.Context) {
 	}
 }
 
-// reporter sends phase changes without holding up the build: only the newest
-// one matters, and a lost one harms nobody.
+// reporter tells the server of phases, and every [api.BeatEvery] that the build is
+// under way, without holding up the build: only the newest phase matters, and a lost
+// report harms nobody. What the server answers may end the build.
 type reporter struct {
+	server *api.Client
+	build  int64
+	// beat is what each report says.
+	beat api.BuildUpdate
+	// end cancels the build; it may be called several times.
+	end  context.CancelCauseFunc
+	log  *slog.Logger
 	next chan string
 	done sync.WaitGroup
 }
 
-func newReporter(server *api.Client, build int64, log *slog.Logger) *reporter {
-	r := &reporter{next: make(chan string, 1)}
+func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFunc, log *slog.Logger) *reporter {
+	r := &reporter{server: w.Server, build: build, end: end, log: log, next: make(chan string, 1),
+		beat: api.BuildUpdate{Worker: w.ID, Attempt: attempt}}
+	every := w.Beat
+	if every <= 0 {
+		every = api.BeatEvery
+	}
 	r.done.Go(func() {
-		for phase := range r.next {
-			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-			if _, err := server.UpdateBuild(ctx, build, api.BuildUpdate{Phase: phase}); err != nil {
-				log.DebugContext(ctx, "phase not reported", "err", err)
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case phase, more := <-r.next:
+				if !more {
+					return
+				}
+				r.beat.Phase = phase
+			case <-tick.C:
 			}
-			cancel()
+			r.report()
 		}
 	})
 	return r
+}
+
+// report tells the server once, and hears whether the build is still wanted.
+func (r *reporter) report() {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	b, err := r.server.UpdateBuild(ctx, r.build, r.beat)
+	switch {
+	case fault.Is(err, fault.Mismatch):
+		r.end(fault.Wrap(fault.Cancelled, fmt.Errorf("the build is not this builder's any more: %w", err), ""))
+	case err != nil:
+		r.log.DebugContext(ctx, "phase not reported", "err", err)
+	case b.State == api.Cancelled:
+		r.end(fault.New(fault.Cancelled, "the build was called off", ""))
+	}
 }
 
 // phase is called by one timeline, which never calls concurrently.

@@ -55,6 +55,8 @@ type Config struct {
 	Grace time.Duration
 	// Cancel cuts the grace short when it is closed; nil never does.
 	Cancel <-chan struct{}
+	// Beat is the pause between reports of a build under way; 0 is [api.BeatEvery].
+	Beat time.Duration
 	// Telemetry hears of builds and of the queue's depth; nil does not.
 	Telemetry *telemetry.Telemetry
 }
@@ -202,8 +204,8 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	}
 	err = fmt.Errorf("report start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
-	case kind == fault.Usage: // every other build would fare the same
-		err = fault.Wrap(fault.Usage, err, "check --server and --token")
+	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden: // every other build would fare the same
+		err = fault.Wrap(kind, err, "check --server and --token")
 		w.stop(err)
 		return queue.HandBack(err)
 	case kind != fault.Busy && mayPass(err):
@@ -226,11 +228,15 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 			log.InfoContext(ctx, "build goes on for a while", "grace", w.Grace)
 		}
 	})()
-	return w.make(ctx, job, attempt, log)
+	res, err := w.make(ctx, job, attempt, cancel, log)
+	if cause := context.Cause(ctx); err != nil && fault.Is(cause, fault.Cancelled) && w.hard.Err() == nil {
+		err = fault.Wrap(fault.Cancelled, cause, "") // whatever it is, it came of that
+	}
+	return res, err
 }
 
 // make has the build made, with its log in a file and its phases told.
-func (w *worker) make(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (res *pipeline.Result, err error) {
+func (w *worker) make(ctx context.Context, job api.BuildJob, attempt int, end context.CancelCauseFunc, log *slog.Logger) (res *pipeline.Result, err error) {
 	out, err := os.Create(w.logPath(job.Build))
 	if err != nil {
 		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")
@@ -240,7 +246,7 @@ func (w *worker) make(ctx context.Context, job api.BuildJob, attempt int, log *s
 			log.WarnContext(ctx, "log incomplete", "err", cerr)
 		}
 	}()
-	reports := newReporter(w.Server, job.Build, log)
+	reports := w.newReporter(job.Build, attempt, end, log)
 	defer reports.close()
 	line := &timeline.Run{Watch: func(e timeline.Event) {
 		if e.Done == nil && e.Text == "" {

@@ -3,14 +3,13 @@ package catalogue
 import (
 	"context"
 	"fmt"
-	"slices"
 	"strings"
-	"time"
 	"unicode/utf8"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
 )
 
 // Request asks for a cell to be built. A published cell returns its finished
@@ -20,18 +19,19 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request build: %w", err)
 	}
-	k, known, err := c.Store.Kernel(ctx, r.BuildID, r.Board)
+	k, known, err := c.find(ctx, w.kernel)
 	if err != nil {
-		return api.Build{}, err
-	}
-	if !known {
-		k.Kernel = w.kernel
+		return api.Build{}, fmt.Errorf("request build: %w", err)
 	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {
 		return api.Build{}, fault.New(fault.InputMissing, "request build: "+reason, hint)
 	}
-	rel, err := c.release(ctx, version)
+	rel, err := c.Store.Driver(ctx, version)
+	if err != nil {
+		return api.Build{}, err
+	}
+	facts, err := c.Store.Facts(ctx, k, version)
 	if err != nil {
 		return api.Build{}, err
 	}
@@ -45,10 +45,7 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 			refusal = orText(refusal, why)
 			continue
 		}
-		cell, err := c.cell(ctx, k, rel, d)
-		if err != nil {
-			return api.Build{}, err
-		}
+		cell := judge(k, rel, d, facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 		live := cell.State == api.Published || cell.State == api.Building || cell.State == api.Queued
 		if chosen == nil || (live && rank(cell.State) < rank(chosen.State)) {
 			chosen = &cell
@@ -57,10 +54,10 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 	if chosen == nil {
 		return api.Build{}, fault.New(fault.Unsupported, "request build: "+refusal, "choose the other flavour, or another version")
 	}
-	return c.open(ctx, k, *chosen)
+	return c.openCell(ctx, k, *chosen)
 }
 
-func (c *Catalogue) open(ctx context.Context, k api.Kernel, cell api.Resolution) (api.Build, error) {
+func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution) (api.Build, error) {
 	now := c.Now()
 	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, CreatedAt: now}
 	switch cell.State {
@@ -73,10 +70,15 @@ func (c *Catalogue) open(ctx context.Context, k api.Kernel, cell api.Resolution)
 		}
 		// Published by other means than a build of this server: say so with one.
 		b.State, b.Digest, b.FinishedAt = api.Published, cell.Digest, &now
-		b, _, err := c.Store.AddBuild(ctx, b)
+		b, _, err := c.add(ctx, b)
 		return b, err
 	}
-	b, added, err := c.Store.AddBuild(ctx, b)
+	if k.SeenAt.IsZero() { // what is built is in the catalogue, mirror or not
+		if err := c.SawKernel(ctx, k); err != nil {
+			return b, err
+		}
+	}
+	b, added, err := c.add(ctx, b)
 	if err != nil || !added {
 		return b, err
 	}
@@ -84,6 +86,63 @@ func (c *Catalogue) open(ctx context.Context, k api.Kernel, cell api.Resolution)
 	if err := c.Enqueue(ctx, b); err != nil {
 		// The build is stored; the sweep of package jobs queues it later.
 		c.Log.WarnContext(ctx, "build not queued yet", "build", b.ID, "err", err)
+	}
+	return b, nil
+}
+
+// find reads a kernel. One that the catalogue lacks is looked up in the mirror at
+// once, if there is one; without a mirror, nobody can say that it does not exist.
+func (c *Catalogue) find(ctx context.Context, k target.Kernel) (api.Kernel, bool, error) {
+	stored, known, err := c.Store.Kernel(ctx, k.BuildID, k.Board)
+	if known || err != nil || c.Mirror == nil {
+		if !known {
+			stored.Kernel = k
+		}
+		return stored, known, err
+	}
+	if _, err := c.lookUp(ctx, k.BuildID); err != nil {
+		return api.Kernel{Kernel: k}, false, err
+	}
+	stored, known, err = c.Store.Kernel(ctx, k.BuildID, k.Board)
+	if err == nil && !known {
+		err = fault.New(fault.InputMissing, fmt.Sprintf("COS build %s is not for board %s", k.BuildID, k.Board), "check the board: it is in /etc/lsb-release")
+	}
+	return stored, known, err
+}
+
+// lookUp reads a COS build from the mirror and records it with all of its boards.
+func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, error) {
+	all, err := c.Mirror.Build(ctx, buildID)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range all {
+		if err := c.SawKernel(ctx, k); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// add stores a new build, or returns the one of its cell that is open.
+func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
+	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
+		stored, added, err = tx.AddBuild(ctx, b)
+		return err
+	})
+	return stored, added, err
+}
+
+// Cancel calls a build off. One that waits leaves the queue; the builder of one
+// under way hears of it with its next report and ends it.
+func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
+	b, err := c.Update(ctx, id, api.BuildUpdate{State: api.Cancelled})
+	if err != nil {
+		return b, err
+	}
+	if err := c.Queue.Cancel(ctx, id); err != nil {
+		// The sweep of package jobs does it later.
+		c.Log.WarnContext(ctx, "job not cancelled yet", "build", id, "err", err)
 	}
 	return b, nil
 }
@@ -109,7 +168,7 @@ func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	if err != nil {
 		return err
 	}
-	if b.State != api.Queued && b.State != api.Building {
+	if !open(&b) {
 		return nil // its end was reported meanwhile
 	}
 	u := api.BuildUpdate{State: api.Failed, Class: fault.Internal.String(), Error: why, Hint: "ask for the build again"}
@@ -120,22 +179,6 @@ func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 	return err
 }
 
-// next holds the allowed transitions. A state may always follow itself. A
-// failed build may come back, since the queue retries what may pass; a
-// published one is final.
-var next = map[api.State][]api.State{
-	api.Queued:    {api.Building, api.Published, api.Failed, api.Cancelled},
-	api.Building:  {api.Queued, api.Published, api.Failed, api.Cancelled},
-	api.Failed:    {api.Queued, api.Building},
-	api.Cancelled: {api.Queued, api.Building},
-}
-
-// bounds of what a builder may say in one field.
-const (
-	maxLine   = 4 << 10
-	maxPhases = 200
-)
-
 // Update applies what a builder reports of a build.
 func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (api.Build, error) {
 	// The builder's log has the whole text; the catalogue keeps what fits a table.
@@ -143,29 +186,27 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 	if err := checkUpdate(u); err != nil {
 		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
 	}
-	before, err := c.Store.Build(ctx, id)
+	e, err := eventOf(u)
 	if err != nil {
-		return before, err
+		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("update build %d: %w", id, err), "")
 	}
-	if _, err := changed(before, u, c.Now); err != nil {
-		return before, fmt.Errorf("update build %d: %w", id, err)
-	}
-	// The kernel and the artifact come first: whoever reads a published build
-	// must find its artifact.
-	if err := c.learnKernel(ctx, before, u); err != nil {
-		return before, err
-	}
-	if u.State == api.Published {
-		if err := c.learnArtifact(ctx, before, u); err != nil {
-			return before, err
+	var before, after api.Build
+	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
+		if before, err = tx.Build(ctx, id); err != nil {
+			return err
 		}
-	}
-	after, err := c.Store.ChangeBuild(ctx, id, func(b *api.Build) error {
-		merged, err := changed(*b, u, c.Now)
-		if err == nil {
-			*b = merged
+		if after, err = apply(before, e, u, c.Now()); err != nil {
+			return err
 		}
-		return err
+		if err := c.learnKernel(ctx, tx, before, u); err != nil {
+			return err
+		}
+		if e == publish {
+			if err := c.learnArtifact(ctx, tx, before, u); err != nil {
+				return err
+			}
+		}
+		return tx.SetBuild(ctx, after)
 	})
 	if err != nil {
 		return after, fmt.Errorf("update build %d: %w", id, err)
@@ -187,9 +228,19 @@ func firstLine(text string) string {
 }
 
 func checkUpdate(u api.BuildUpdate) error {
-	for name, text := range map[string]string{"phase": u.Phase, "worker": u.Worker, "repository": u.Repository} {
-		if len(text) > maxLine {
-			return fmt.Errorf("%s is longer than %d bytes", name, maxLine)
+	for name, text := range map[string]string{"phase": u.Phase, "worker": u.Worker} {
+		if err := checkLine(name, text); err != nil {
+			return err
+		}
+	}
+	if u.Repository != "" {
+		if err := checkRepository(u.Repository); err != nil {
+			return err
+		}
+	}
+	if u.Kernel != nil {
+		if err := u.Kernel.Check(); err != nil {
+			return err
 		}
 	}
 	if len(u.Phases) > maxPhases {
@@ -204,7 +255,6 @@ func checkUpdate(u api.BuildUpdate) error {
 		return fmt.Errorf("digest %q: want sha256: and 64 lower-case hex digits", u.Digest)
 	}
 	switch u.State {
-	case "", api.Queued, api.Building, api.Cancelled:
 	case api.Published:
 		if u.Digest == "" {
 			return fmt.Errorf("a published build needs a digest")
@@ -213,67 +263,12 @@ func checkUpdate(u api.BuildUpdate) error {
 		if _, err := fault.Parse(u.Class); err != nil || u.Class == "" {
 			return fmt.Errorf("a failed build needs a class: %q is not one", u.Class)
 		}
-	default:
-		return fmt.Errorf("state %q is not one of a build", u.State)
 	}
 	return nil
 }
 
-// changed merges an update into a build, or says why that may not be.
-func changed(b api.Build, u api.BuildUpdate, now func() time.Time) (api.Build, error) {
-	if u.Kernel != nil {
-		if u.Kernel.BuildID != b.Kernel.BuildID || u.Kernel.Board != b.Kernel.Board {
-			return b, fault.New(fault.Mismatch, fmt.Sprintf("it is of kernel %s, not %s", b.Kernel, *u.Kernel), "")
-		}
-		b.Kernel = *u.Kernel
-	}
-	// After a worker was killed, the next attempt finds the build building.
-	again := u.State == api.Building && b.State == api.Building && u.Attempt > b.Attempt
-	if u.State != "" && (u.State != b.State || again) {
-		if !again && !slices.Contains(next[b.State], u.State) {
-			return b, fault.New(fault.Mismatch, fmt.Sprintf("it is %s and cannot become %s", b.State, u.State), "")
-		}
-		at := now()
-		switch u.State {
-		case api.Queued:
-			b.Phase, b.Worker, b.StartedAt, b.FinishedAt = "", "", nil, nil
-		case api.Building:
-			b.StartedAt, b.FinishedAt, b.Phase = &at, nil, ""
-			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
-		case api.Failed, api.Cancelled:
-			b.FinishedAt = &at
-		case api.Published:
-			b.FinishedAt = &at
-			b.Class, b.Error, b.Hint = "", "", ""
-		}
-		b.State = u.State
-	} else if b.State == api.Published && u.Digest != "" && u.Digest != b.Digest {
-		return b, fault.New(fault.Mismatch, "it is published as "+b.Digest, "")
-	}
-	set := func(field *string, value string) {
-		if value != "" {
-			*field = value
-		}
-	}
-	set(&b.Phase, u.Phase)
-	set(&b.Worker, u.Worker)
-	set(&b.Digest, u.Digest)
-	if b.State == api.Failed || b.State == api.Queued { // queued: of the try before
-		set(&b.Class, u.Class)
-		set(&b.Error, u.Error)
-		set(&b.Hint, u.Hint)
-	}
-	if u.Attempt > 0 {
-		b.Attempt = u.Attempt
-	}
-	if u.Phases != nil {
-		b.Phases = u.Phases
-	}
-	return b, nil
-}
-
 // learnKernel stores what a builder found out about the kernel.
-func (c *Catalogue) learnKernel(ctx context.Context, b api.Build, u api.BuildUpdate) error {
+func (c *Catalogue) learnKernel(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
 	if u.Kernel == nil && u.Fingerprint == "" {
 		return nil
 	}
@@ -281,7 +276,7 @@ func (c *Catalogue) learnKernel(ctx context.Context, b api.Build, u api.BuildUpd
 	if u.Kernel != nil {
 		k.Kernel = *u.Kernel
 	}
-	old, known, err := c.Store.Kernel(ctx, k.BuildID, k.Board)
+	old, known, err := tx.Kernel(ctx, k.BuildID, k.Board)
 	if err != nil {
 		return err
 	}
@@ -290,12 +285,13 @@ func (c *Catalogue) learnKernel(ctx context.Context, b api.Build, u api.BuildUpd
 		// counts, and artifacts of the old fingerprint stop matching.
 		c.Log.WarnContext(ctx, "kernel fingerprint changed", "kernel", k.String(), "old", old.Fingerprint.Short(), "new", k.Fingerprint.Short())
 	}
-	return c.SawKernel(ctx, k)
+	k.SeenAt = c.Now()
+	return tx.PutKernel(ctx, k)
 }
 
 // learnArtifact stores the artifact of a build that is about to be published.
-func (c *Catalogue) learnArtifact(ctx context.Context, b api.Build, u api.BuildUpdate) error {
-	k, _, err := c.Store.Kernel(ctx, b.Kernel.BuildID, b.Kernel.Board)
+func (c *Catalogue) learnArtifact(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
+	k, _, err := tx.Kernel(ctx, b.Kernel.BuildID, b.Kernel.Board)
 	if err != nil {
 		return err
 	}
@@ -306,9 +302,8 @@ func (c *Catalogue) learnArtifact(ctx context.Context, b api.Build, u api.BuildU
 	if fingerprint == "" {
 		return fault.New(fault.Usage, fmt.Sprintf("publish build %d: nobody reported the kernel's fingerprint", b.ID), "send it in the update")
 	}
-	_, err = c.AddArtifact(ctx, api.Artifact{
+	return c.addArtifact(ctx, tx, api.Artifact{
 		Digest: u.Digest, Repository: u.Repository, Fingerprint: fingerprint, Driver: b.Driver,
 		Arch: k.Arch, Release: k.Release, Kernels: []target.Kernel{k.Kernel},
 	})
-	return err
 }

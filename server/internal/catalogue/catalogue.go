@@ -5,13 +5,10 @@
 package catalogue
 
 import (
-	"cmp"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
-	"regexp"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -19,27 +16,38 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Store is the database that the catalogue needs; package store has it over
-// SQLite and over PostgreSQL.
-type Store interface {
-	Kernels(ctx context.Context) ([]api.Kernel, error)
-	Kernel(ctx context.Context, buildID, board string) (api.Kernel, bool, error)
-	PutKernel(ctx context.Context, k api.Kernel) error
-	Drivers(ctx context.Context) ([]api.DriverRelease, error)
-	PutDriver(ctx context.Context, d api.DriverRelease) error
-	Artifacts(ctx context.Context, d target.Driver) ([]api.Artifact, error)
-	Artifact(ctx context.Context, digest string) (api.Artifact, error)
-	PutArtifact(ctx context.Context, a api.Artifact) error
-	SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error
-	Builds(ctx context.Context, state api.State, limit int) ([]api.Build, error)
+// lister lists what the catalogue knows, page by page.
+type lister interface {
+	Kernels(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, string, error)
+	Drivers(ctx context.Context, p store.Page) ([]api.DriverRelease, string, error)
+	Artifacts(ctx context.Context, f store.ArtifactFilter, p store.Page) ([]api.Artifact, string, error)
+	Builds(ctx context.Context, f store.BuildFilter, p store.Page) ([]api.Build, string, error)
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
-	NewestBuilds(ctx context.Context) ([]api.Build, error)
-	NewestBuild(ctx context.Context, buildID, board string, d target.Driver) (*api.Build, error)
+}
+
+// resolver reads what decides about cells.
+type resolver interface {
+	Kernel(ctx context.Context, buildID, board string) (api.Kernel, bool, error)
+	Driver(ctx context.Context, version string) (api.DriverRelease, error)
+	Facts(ctx context.Context, k api.Kernel, version string) (map[store.CellKey]store.Facts, error)
+	Cells(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, map[store.CellKey]store.Facts, string, error)
+}
+
+// writer reads single things and changes them, each use-case in one transaction.
+type writer interface {
+	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
-	AddBuild(ctx context.Context, b api.Build) (api.Build, bool, error)
-	ChangeBuild(ctx context.Context, id int64, change func(*api.Build) error) (api.Build, error)
+	Write(ctx context.Context, f func(*store.Tx) error) error
+}
+
+// mirror looks up what the catalogue does not know yet.
+type mirror interface {
+	// Build reads a COS build with all of its boards; kind InputMissing when there
+	// is none.
+	Build(ctx context.Context, buildID string) ([]api.Kernel, error)
 }
 
 // Logs is where build logs are kept.
@@ -48,16 +56,24 @@ type Logs interface {
 	Get(build int64) (log io.ReadSeekCloser, size int64, err error)
 }
 
-// enqueuer puts a build into the queue; putting one in twice must be harmless.
+// enqueuer puts a build into the queue, and takes it out; doing that twice must be
+// harmless.
 type enqueuer interface {
 	Insert(ctx context.Context, job api.BuildJob) error
+	Cancel(ctx context.Context, build int64) error
 }
 
 // Config is what the catalogue is made of.
 type Config struct {
-	Store Store
+	Store interface {
+		lister
+		resolver
+		writer
+	}
 	Logs  Logs
 	Queue enqueuer
+	// Mirror is asked for kernels that nobody has seen yet; nil is not.
+	Mirror mirror
 	// Repository is where builders publish when they do not say where: a path on
 	// this server ("/prebake/driver"), or a repository of another registry.
 	Repository string
@@ -69,7 +85,10 @@ type Config struct {
 }
 
 // Catalogue is the set of use-cases.
-type Catalogue struct{ Config }
+type Catalogue struct {
+	Config
+	wondered chan target.Kernel
+}
 
 // New returns the use-cases over a store and a queue.
 func New(c Config) *Catalogue {
@@ -83,40 +102,73 @@ func New(c Config) *Catalogue {
 	// What is answered at once must equal what is read later: databases keep
 	// microseconds.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
-	return &Catalogue{c}
+	return &Catalogue{c, make(chan target.Kernel, maxWondered)}
 }
 
-// MaxBuilds bounds one list of builds.
-const MaxBuilds = 1000
+// Bounds of a page, in entries.
+const (
+	DefaultLimit = 100
+	MaxLimit     = 1000
+)
 
-// Kernels lists the known kernels, newest first.
-func (c *Catalogue) Kernels(ctx context.Context) ([]api.Kernel, error) {
-	all, err := c.Store.Kernels(ctx)
-	slices.SortFunc(all, func(a, b api.Kernel) int {
-		return cmp.Or(target.CompareVersions(b.BuildID, a.BuildID), cmp.Compare(a.Board, b.Board))
-	})
-	return all, err
-}
-
-// Drivers lists the known driver versions, newest first.
-func (c *Catalogue) Drivers(ctx context.Context) ([]api.DriverRelease, error) {
-	all, err := c.Store.Drivers(ctx)
-	slices.SortFunc(all, func(a, b api.DriverRelease) int { return target.CompareVersions(b.Version, a.Version) })
-	return all, err
-}
-
-// Artifacts lists all artifacts, yanked ones included, newest first.
-func (c *Catalogue) Artifacts(ctx context.Context) ([]api.Artifact, error) {
-	return c.Store.Artifacts(ctx, target.Driver{})
-}
-
-// Builds lists the newest builds, in this state or (for "") in any.
-func (c *Catalogue) Builds(ctx context.Context, state api.State) ([]api.Build, error) {
-	switch state {
-	case "", api.Queued, api.Building, api.Published, api.Failed, api.Cancelled:
-		return c.Store.Builds(ctx, state, MaxBuilds)
+// page checks what a client asks for: 0 is the default limit.
+func page(p store.Page) (store.Page, error) {
+	if p.Limit == 0 {
+		p.Limit = DefaultLimit
 	}
-	return nil, fault.New(fault.Usage, fmt.Sprintf("state %q is not one of a build", state), "use queued, building, published, failed or cancelled")
+	if p.Limit < 1 || p.Limit > MaxLimit {
+		return p, fault.New(fault.Usage, fmt.Sprintf("limit %d: want 1 to %d", p.Limit, MaxLimit), "follow the Link header for more")
+	}
+	return p, nil
+}
+
+// listed runs a list with the page checked.
+func listed[F, T any](ctx context.Context, list func(context.Context, F, store.Page) ([]T, string, error), f F, p store.Page) ([]T, string, error) {
+	p, err := page(p)
+	if err != nil {
+		return nil, "", err
+	}
+	return list(ctx, f, p)
+}
+
+// Kernels lists a page of the known kernels, newest first; next is where the next
+// page begins, or "".
+func (c *Catalogue) Kernels(ctx context.Context, f store.KernelFilter, p store.Page) (all []api.Kernel, next string, err error) {
+	return listed(ctx, c.Store.Kernels, f, p)
+}
+
+// Drivers lists a page of the known driver versions, newest first.
+func (c *Catalogue) Drivers(ctx context.Context, p store.Page) (all []api.DriverRelease, next string, err error) {
+	p, err = page(p)
+	if err != nil {
+		return nil, "", err
+	}
+	return c.Store.Drivers(ctx, p)
+}
+
+// Artifacts lists a page of artifacts, yanked ones included, newest first.
+func (c *Catalogue) Artifacts(ctx context.Context, f store.ArtifactFilter, p store.Page) (all []api.Artifact, next string, err error) {
+	if f.State != "" && f.State != api.Published && f.State != api.Yanked {
+		return nil, "", fault.New(fault.Usage, fmt.Sprintf("state %q is not one of an artifact", f.State), "use published or yanked")
+	}
+	return listed(ctx, c.Store.Artifacts, f, p)
+}
+
+// Artifact reads one artifact.
+func (c *Catalogue) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
+	if !digestPattern.MatchString(digest) {
+		return api.Artifact{}, badDigest(digest)
+	}
+	return c.Store.Artifact(ctx, digest)
+}
+
+// Builds lists a page of builds, newest first.
+func (c *Catalogue) Builds(ctx context.Context, f store.BuildFilter, p store.Page) (all []api.Build, next string, err error) {
+	switch f.State {
+	case "", api.Queued, api.Building, api.Published, api.Failed, api.Cancelled:
+		return listed(ctx, c.Store.Builds, f, p)
+	}
+	return nil, "", fault.New(fault.Usage, fmt.Sprintf("state %q is not one of a build", f.State), "use queued, building, published, failed or cancelled")
 }
 
 // Build reads one build.
@@ -142,73 +194,72 @@ func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 
 // SawKernel records a kernel that was discovered.
 func (c *Catalogue) SawKernel(ctx context.Context, k api.Kernel) error {
+	if err := k.Check(); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("record kernel: %w", err), "")
+	}
 	k.SeenAt = c.Now()
-	return c.Store.PutKernel(ctx, k)
+	return c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutKernel(ctx, k) })
 }
 
-// SawDriver records a driver version that was discovered.
-func (c *Catalogue) SawDriver(ctx context.Context, d api.DriverRelease) error {
-	d.SeenAt = c.Now()
-	return c.Store.PutDriver(ctx, d)
+// SawDrivers records driver versions that were discovered.
+func (c *Catalogue) SawDrivers(ctx context.Context, all []api.DriverRelease) error {
+	return c.Store.Write(ctx, func(tx *store.Tx) error {
+		for _, d := range all {
+			d.SeenAt = c.Now()
+			if err := tx.PutDriver(ctx, d); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
-
-var digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
 // AddArtifact records an artifact that somebody published, or more kernels
 // that a known one is attested for.
-func (c *Catalogue) AddArtifact(ctx context.Context, a api.Artifact) (api.Artifact, error) {
-	if err := c.checkArtifact(ctx, &a); err != nil {
-		return a, fmt.Errorf("add artifact: %w", err)
-	}
-	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now()
-	if err := c.Store.PutArtifact(ctx, a); err != nil {
-		return a, err
-	}
-	return c.Store.Artifact(ctx, a.Digest)
+func (c *Catalogue) AddArtifact(ctx context.Context, n api.NewArtifact) (stored api.Artifact, err error) {
+	a := api.Artifact{Digest: n.Digest, Repository: n.Repository, Fingerprint: n.Fingerprint, Driver: n.Driver,
+		Release: n.Release, Kernels: n.Kernels}
+	err = c.Store.Write(ctx, func(tx *store.Tx) error {
+		if err := c.addArtifact(ctx, tx, a); err != nil {
+			return fmt.Errorf("add artifact: %w", err)
+		}
+		stored, err = tx.Artifact(ctx, a.Digest)
+		return err
+	})
+	return stored, err
 }
 
-func (c *Catalogue) checkArtifact(ctx context.Context, a *api.Artifact) error {
-	usage := func(err error) error { return fault.Wrap(fault.Usage, err, "") }
-	if !digestPattern.MatchString(a.Digest) {
-		return usage(fmt.Errorf("digest %q: want sha256: and 64 lower-case hex digits", a.Digest))
+func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifact) error {
+	if a.Repository == "" {
+		a.Repository = c.Repository
 	}
-	if _, err := target.ParseFingerprint(string(a.Fingerprint)); err != nil {
-		return usage(err)
+	if err := checkArtifact(&a); err != nil {
+		return fault.Wrap(fault.Usage, err, "")
 	}
-	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
-		return usage(err)
-	}
-	if len(a.Kernels) == 0 {
-		return usage(fmt.Errorf("no kernel that the artifact is attested for"))
-	}
-	for i, k := range a.Kernels {
-		parsed, err := target.ParseKernel(k.BuildID, k.Board)
-		if err != nil {
-			return usage(err)
-		}
-		a.Kernels[i].Arch = parsed.Arch
-		known, ok, err := c.Store.Kernel(ctx, k.BuildID, k.Board)
+	for _, k := range a.Kernels {
+		known, ok, err := tx.Kernel(ctx, k.BuildID, k.Board)
 		if err != nil {
 			return err
+		}
+		if !ok {
+			if err := tx.PutKernel(ctx, api.Kernel{Kernel: k, Fingerprint: a.Fingerprint, SeenAt: c.Now()}); err != nil {
+				return err
+			}
 		}
 		if ok && known.Fingerprint != "" && known.Fingerprint != a.Fingerprint {
 			return fault.New(fault.Mismatch, fmt.Sprintf("kernel %s has fingerprint %s, the artifact %s", k, known.Fingerprint.Short(), a.Fingerprint.Short()), "")
 		}
 	}
-	if a.Arch == "" {
-		a.Arch = a.Kernels[0].Arch
-	}
-	if a.Repository == "" {
-		a.Repository = c.Repository
-	}
-	old, err := c.Store.Artifact(ctx, a.Digest)
-	if fault.Is(err, fault.NoArtifact) {
-		return nil
-	}
-	if err == nil && (old.Driver != a.Driver || old.Fingerprint != a.Fingerprint) {
+	old, err := tx.Artifact(ctx, a.Digest)
+	switch {
+	case fault.Is(err, fault.NotFound):
+	case err != nil:
+		return err
+	case old.Driver != a.Driver || old.Fingerprint != a.Fingerprint:
 		return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is known as driver %s for fingerprint %s", a.Digest, old.Driver, old.Fingerprint.Short()), "")
 	}
-	return err
+	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now()
+	return tx.PutArtifact(ctx, a)
 }
 
 // Yank marks an artifact as one that must not be used any more; Unyank takes
@@ -225,15 +276,24 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 	return c.mark(ctx, digest, api.Published, "")
 }
 
-func (c *Catalogue) mark(ctx context.Context, digest string, state api.State, reason string) (api.Artifact, error) {
-	if _, err := c.Store.Artifact(ctx, digest); err != nil {
-		return api.Artifact{}, err
+func (c *Catalogue) mark(ctx context.Context, digest string, state api.State, reason string) (a api.Artifact, err error) {
+	if !digestPattern.MatchString(digest) {
+		return a, badDigest(digest)
 	}
-	if err := c.Store.SetArtifactState(ctx, digest, state, reason); err != nil {
-		return api.Artifact{}, err
+	err = c.Store.Write(ctx, func(tx *store.Tx) error {
+		if _, err := tx.Artifact(ctx, digest); err != nil {
+			return err
+		}
+		if err := tx.SetArtifactState(ctx, digest, state, reason); err != nil {
+			return err
+		}
+		a, err = tx.Artifact(ctx, digest)
+		return err
+	})
+	if err == nil {
+		c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", state, "reason", reason)
 	}
-	c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", state, "reason", reason)
-	return c.Store.Artifact(ctx, digest)
+	return a, err
 }
 
 // major returns the number of a driver's branch; 0 for none.

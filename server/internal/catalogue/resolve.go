@@ -1,13 +1,18 @@
 package catalogue
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"slices"
+	"time"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
 )
 
 // Auto is the flavour wish that leaves the choice to the server: a published
@@ -71,19 +76,13 @@ func (w wish) version(k api.Kernel, known bool) (version, reason, hint string) {
 		return v, "", ""
 	}
 	if !known {
-		return "", "this server does not know COS build " + w.kernel.String(),
-			"ask for an exact driver version, or start the server with a --kernel-mirror that has this build"
+		return "", "this server does not know COS build " + w.kernel.String() + " yet",
+			"ask again in a minute: it is looked up now, if the server has a --kernel-mirror; or ask for an exact driver version"
 	}
-	switch w.driver {
-	case target.Default:
-		version = k.Default
-	case target.Latest:
-		version = k.Latest
-	default:
-		version = k.Branches[string(w.driver)]
-	}
-	if version == "" {
-		return "", fmt.Sprintf("COS build %s names no driver for %q", w.kernel, w.driver), "ask for an exact driver version"
+	version, err := cosbucket.DriverList{Default: k.Default, Latest: k.Latest, Branches: k.Branches,
+		Versions: slices.DeleteFunc([]string{k.Default, k.Latest}, func(v string) bool { return v == "" })}.Choose(w.driver)
+	if err != nil {
+		return "", fmt.Sprintf("COS build %s names no driver for %q", w.kernel, w.driver), fault.Hint(err)
 	}
 	return version, "", ""
 }
@@ -101,6 +100,7 @@ func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour
 	}
 	if !known {
 		k.Kernel = w.kernel
+		c.wonder(w.kernel)
 	}
 	if release != "" && k.Release != "" && release != k.Release {
 		return api.Resolution{Kernel: k.Kernel, State: api.Unsupported,
@@ -111,16 +111,18 @@ func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour
 	if version == "" {
 		return api.Resolution{Kernel: k.Kernel, State: api.Unknown, Reason: reason, Hint: hint}, nil
 	}
-	rel, err := c.release(ctx, version)
+	rel, err := c.Store.Driver(ctx, version)
+	if err != nil {
+		return api.Resolution{}, err
+	}
+	facts, err := c.Store.Facts(ctx, k, version)
 	if err != nil {
 		return api.Resolution{}, err
 	}
 	var best api.Resolution
 	for _, f := range w.candidates(version) {
-		r, err := c.cell(ctx, k, rel, target.Driver{Version: version, Flavour: f})
-		if err != nil {
-			return api.Resolution{}, err
-		}
+		d := target.Driver{Version: version, Flavour: f}
+		r := judge(k, rel, d, facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 		if best.State == "" || rank(r.State) < rank(best.State) {
 			best = r
 		}
@@ -134,32 +136,6 @@ func rank(s api.State) int {
 	return slices.Index([]api.State{api.Published, api.Building, api.Queued, api.Yanked, api.Failed, api.Cancelled, api.Unknown, api.Unsupported}, s)
 }
 
-// release finds what is known of a driver version.
-func (c *Catalogue) release(ctx context.Context, version string) (api.DriverRelease, error) {
-	all, err := c.Store.Drivers(ctx)
-	if err != nil {
-		return api.DriverRelease{}, err
-	}
-	for _, d := range all {
-		if d.Version == version {
-			return d, nil
-		}
-	}
-	return api.DriverRelease{Version: version, Branch: target.Branch(version)}, nil
-}
-
-func (c *Catalogue) cell(ctx context.Context, k api.Kernel, rel api.DriverRelease, d target.Driver) (api.Resolution, error) {
-	artifacts, err := c.Store.Artifacts(ctx, d)
-	if err != nil {
-		return api.Resolution{}, err
-	}
-	newest, err := c.Store.NewestBuild(ctx, k.BuildID, k.Board, d)
-	if err != nil {
-		return api.Resolution{}, err
-	}
-	return judge(k, rel, d, artifacts, newest), nil
-}
-
 // never says why a cell can never be built; "" when nothing speaks against it.
 func never(rel api.DriverRelease, d target.Driver) string {
 	switch {
@@ -171,35 +147,31 @@ func never(rel api.DriverRelease, d target.Driver) string {
 	return ""
 }
 
-// judge says where a cell stands, given every artifact of the driver and the
-// newest build of the cell. An artifact counts for a kernel only when it is
-// attested for that very COS build, and, where the kernel's fingerprint is
-// known, made for that fingerprint.
-func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, artifacts []api.Artifact, newest *api.Build) api.Resolution {
+// judge says where a cell stands, given all facts about it. An artifact counts for
+// a kernel only when it is attested for that very COS build, and, where the kernel's
+// fingerprint is known, made for that fingerprint.
+func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
+	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}
-	var yanked, sibling *api.Artifact
-	for i := range artifacts {
-		a := &artifacts[i]
-		if a.Driver != d || (k.Fingerprint != "" && a.Fingerprint != k.Fingerprint) {
-			continue
-		}
-		attested := slices.ContainsFunc(a.Kernels, func(x target.Kernel) bool { return x.BuildID == k.BuildID && x.Board == k.Board })
+	var yanked, sibling *store.Candidate
+	for i := range facts.Artifacts {
+		a := &facts.Artifacts[i]
 		switch {
-		case attested && a.State == api.Published:
+		case a.Driver != d || k.Fingerprint != "" && a.Fingerprint != k.Fingerprint:
+		case a.Attested && a.State == api.Published:
 			r.State, r.Repository, r.Digest = api.Published, a.Repository, a.Digest
 			return r
-		case attested && yanked == nil:
+		case a.Attested && yanked == nil:
 			yanked = a
-		case !attested && a.State == api.Published && k.Fingerprint != "" && sibling == nil:
+		case !a.Attested && a.State == api.Published && k.Fingerprint != "" && sibling == nil:
 			sibling = a
 		}
 	}
 	request := fmt.Sprintf("ask for it: server request --build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
-	open := newest != nil && (newest.State == api.Queued || newest.State == api.Building)
 	switch {
-	case open && newest.State == api.Building:
+	case open(newest) && newest.State == api.Building:
 		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf("build %d is in phase %s", newest.ID, orText(newest.Phase, "start")), "ask again in a minute"
-	case open:
+	case open(newest):
 		r.State, r.Reason, r.Hint = api.Queued, fmt.Sprintf("build %d waits for a builder", newest.ID), "start one: builder work"
 		if newest.Class != "" {
 			r.Reason = fmt.Sprintf("build %d waits for its next try after %s: %s", newest.ID, newest.Class, newest.Error)
@@ -216,12 +188,192 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, artifacts []api
 	case newest != nil && newest.State == api.Cancelled:
 		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was called off", newest.ID), request
 	case sibling != nil:
-		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf("%s has the same fingerprint and was made for %s, but nobody attested it for this build; a builder does that without compiling",
-			sibling.Digest, sibling.Kernels[0]), request
+		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf("%s has the same fingerprint, but nobody attested it for this build; a builder does that without compiling",
+			sibling.Digest), request
 	default:
 		r.State, r.Reason, r.Hint = api.Unknown, "nobody asked for this build yet", request
 	}
 	return r
+}
+
+// wonder has an unknown kernel looked up soon, without anybody waiting for it:
+// nodes ask again. Questions come from anywhere, so only so many are remembered.
+func (c *Catalogue) wonder(k target.Kernel) {
+	if c.Mirror == nil {
+		return
+	}
+	select {
+	case c.wondered <- k:
+	default: // others come first
+	}
+}
+
+// Wonder looks up the kernels that nodes asked for and that nobody had seen, one
+// at a time, until ctx is done. A kernel that the mirror lacks is not looked up again for a while.
+func (c *Catalogue) Wonder(ctx context.Context) error {
+	missed := map[string]time.Time{}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case k := <-c.wondered:
+			if c.Now().Sub(missed[k.String()]) < missedFor {
+				continue
+			}
+			if len(missed) >= maxMissed { // an attacker asks for many
+				clear(missed)
+			}
+			missed[k.String()] = c.Now()
+			if _, _, err := c.find(ctx, k); err != nil && ctx.Err() == nil {
+				c.Log.InfoContext(ctx, "kernel not found", "kernel", k.String(), "err", err)
+			}
+		}
+	}
+}
+
+// What is remembered of kernels that a mirror lacks.
+const (
+	maxWondered = 64
+	maxMissed   = 10000
+	missedFor   = 2 * time.Minute
+)
+
+// Matrix is a page of kernels by driver versions; Cells[i][j] has both flavours.
+type Matrix struct {
+	Kernels []api.Kernel
+	Drivers []api.DriverRelease
+	Cells   [][][]api.Resolution
+	// Artifacts are those that are attested for the kernels of this page, newest
+	// first; of their kernels, those of this page.
+	Artifacts []api.Artifact
+	// Next is where the next page of kernels begins; "" is nowhere.
+	Next string
+}
+
+// maxColumns bounds the driver versions of a matrix.
+const maxColumns = 40
+
+// Matrix computes where every cell of a page of kernels stands. Its drivers are
+// those that these kernels have builds or artifacts of or name in their lists, and
+// then the newest others.
+func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Page) (*Matrix, error) {
+	p, err := page(p)
+	if err != nil {
+		return nil, err
+	}
+	kernels, facts, next, err := c.Store.Cells(ctx, f, p)
+	if err != nil {
+		return nil, err
+	}
+	drivers, err := c.columns(ctx, kernels, facts)
+	if err != nil {
+		return nil, err
+	}
+	m := &Matrix{Kernels: kernels, Drivers: drivers, Cells: make([][][]api.Resolution, len(kernels)), Next: next,
+		Artifacts: attested(kernels, facts)}
+	for i, k := range kernels {
+		m.Cells[i] = make([][]api.Resolution, len(drivers))
+		for j, rel := range drivers {
+			for _, f := range []target.Flavour{target.Proprietary, target.Open} {
+				d := target.Driver{Version: rel.Version, Flavour: f}
+				r := judge(k, rel, d, facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+				m.Cells[i][j] = append(m.Cells[i][j], r)
+			}
+		}
+	}
+	return m, nil
+}
+
+// attested returns the artifacts of a page.
+func attested(kernels []api.Kernel, facts map[store.CellKey]store.Facts) []api.Artifact {
+	at, all := map[string]int{}, []api.Artifact{}
+	of := map[string][]store.Candidate{}
+	for key, f := range facts {
+		name := key.BuildID + "/" + key.Board
+		of[name] = append(of[name], f.Artifacts...)
+	}
+	for _, k := range kernels {
+		for _, a := range of[k.String()] {
+			if !a.Attested {
+				continue
+			}
+			i, ok := at[a.Digest]
+			if !ok {
+				i = len(all)
+				at[a.Digest] = i
+				all = append(all, a.Artifact)
+			}
+			all[i].Kernels = append(all[i].Kernels, k.Kernel)
+		}
+	}
+	slices.SortFunc(all, func(a, b api.Artifact) int {
+		return cmp.Or(b.PublishedAt.Compare(a.PublishedAt), cmp.Compare(a.Digest, b.Digest))
+	})
+	return all
+}
+
+// columns chooses the drivers of a matrix, newest first.
+func (c *Catalogue) columns(ctx context.Context, kernels []api.Kernel, facts map[store.CellKey]store.Facts) ([]api.DriverRelease, error) {
+	wanted := map[string]bool{}
+	for key := range facts {
+		wanted[key.Driver.Version] = true
+	}
+	for _, k := range kernels {
+		for _, v := range append(slices.Collect(maps.Values(k.Branches)), k.Default, k.Latest) {
+			wanted[v] = v != ""
+		}
+	}
+	newest, _, err := c.Store.Drivers(ctx, store.Page{Limit: MaxLimit})
+	if err != nil {
+		return nil, err
+	}
+	all := []api.DriverRelease{}
+	for v, want := range wanted {
+		if !want {
+			continue
+		}
+		rel := api.DriverRelease{Version: v, Branch: target.Branch(v)}
+		if i := slices.IndexFunc(newest, func(d api.DriverRelease) bool { return d.Version == v }); i >= 0 {
+			rel = newest[i]
+		}
+		all = append(all, rel)
+	}
+	for _, d := range newest {
+		if !wanted[d.Version] && len(all) < maxColumns {
+			all = append(all, d)
+		}
+	}
+	slices.SortFunc(all, func(a, b api.DriverRelease) int { return target.CompareVersions(b.Version, a.Version) })
+	return all[:min(len(all), maxColumns)], nil
+}
+
+// Cells lists where the cells of a page of kernels stand, of one driver version or
+// of all that somebody built or published for them.
+func (c *Catalogue) Cells(ctx context.Context, f store.KernelFilter, version string, p store.Page) ([]api.Resolution, string, error) {
+	p, err := page(p)
+	if err != nil {
+		return nil, "", err
+	}
+	kernels, facts, next, err := c.Store.Cells(ctx, f, p)
+	if err != nil {
+		return nil, "", err
+	}
+	of := map[string]api.Kernel{}
+	for _, k := range kernels {
+		of[k.String()] = k
+	}
+	all := []api.Resolution{}
+	for key, fact := range facts {
+		k, ok := of[key.BuildID+"/"+key.Board]
+		if ok && (version == "" || version == key.Driver.Version) {
+			all = append(all, judge(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, fact))
+		}
+	}
+	slices.SortFunc(all, func(a, b api.Resolution) int {
+		return cmp.Or(target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID), cmp.Compare(a.Kernel.Board, b.Kernel.Board),
+			target.CompareVersions(b.Driver.Version, a.Driver.Version), cmp.Compare(a.Driver.Flavour, b.Driver.Flavour))
+	})
+	return all, next, nil
 }
 
 func orText(s, otherwise string) string {
@@ -229,69 +381,4 @@ func orText(s, otherwise string) string {
 		return otherwise
 	}
 	return s
-}
-
-// Cell is one field of the matrix.
-type Cell struct {
-	api.Resolution
-	// Label is the flavour's name.
-	Flavour target.Flavour
-}
-
-// Matrix is kernels by driver versions; Cells[i][j] has both flavours.
-type Matrix struct {
-	Kernels []api.Kernel
-	Drivers []api.DriverRelease
-	Cells   [][][]Cell
-}
-
-// Matrix computes where every cell stands, over a bounded number of reads.
-func (c *Catalogue) Matrix(ctx context.Context) (*Matrix, error) {
-	kernels, err := c.Kernels(ctx)
-	if err != nil {
-		return nil, err
-	}
-	drivers, err := c.Drivers(ctx)
-	if err != nil {
-		return nil, err
-	}
-	artifacts, err := c.Artifacts(ctx)
-	if err != nil {
-		return nil, err
-	}
-	builds, err := c.Store.NewestBuilds(ctx)
-	if err != nil {
-		return nil, err
-	}
-	type cellKey struct {
-		buildID, board string
-		driver         target.Driver
-	}
-	newest := map[cellKey]*api.Build{}
-	for i, b := range builds {
-		newest[cellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}] = &builds[i]
-		if !slices.ContainsFunc(drivers, func(d api.DriverRelease) bool { return d.Version == b.Driver.Version }) {
-			drivers = append(drivers, api.DriverRelease{Version: b.Driver.Version, Branch: b.Driver.Branch()})
-		}
-		if !slices.ContainsFunc(kernels, func(k api.Kernel) bool { return k.String() == b.Kernel.String() }) {
-			kernels = append(kernels, api.Kernel{Kernel: b.Kernel})
-		}
-	}
-	byDriver := map[target.Driver][]api.Artifact{}
-	for _, a := range artifacts {
-		byDriver[a.Driver] = append(byDriver[a.Driver], a)
-	}
-	slices.SortFunc(drivers, func(a, b api.DriverRelease) int { return target.CompareVersions(b.Version, a.Version) })
-	m := &Matrix{Kernels: kernels, Drivers: drivers, Cells: make([][][]Cell, len(kernels))}
-	for i, k := range kernels {
-		m.Cells[i] = make([][]Cell, len(drivers))
-		for j, rel := range drivers {
-			for _, f := range []target.Flavour{target.Proprietary, target.Open} {
-				d := target.Driver{Version: rel.Version, Flavour: f}
-				r := judge(k, rel, d, byDriver[d], newest[cellKey{k.BuildID, k.Board, d}])
-				m.Cells[i][j] = append(m.Cells[i][j], Cell{r, f})
-			}
-		}
-	}
-	return m, nil
 }

@@ -2,6 +2,7 @@ package discover_test
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -16,16 +18,20 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/discover"
+	"github.com/prebake/prebake/server/internal/store"
 )
 
 // notes is the smallest catalogue.
 type notes struct {
+	known   []api.Kernel
 	mu      sync.Mutex
 	kernels []api.Kernel
 	drivers []string
 }
 
-func (n *notes) Kernels(context.Context) ([]api.Kernel, error) { return nil, nil }
+func (n *notes) Kernels(context.Context, store.KernelFilter, store.Page) ([]api.Kernel, string, error) {
+	return n.known, "", nil
+}
 
 func (n *notes) SawKernel(_ context.Context, k api.Kernel) error {
 	n.mu.Lock()
@@ -34,8 +40,10 @@ func (n *notes) SawKernel(_ context.Context, k api.Kernel) error {
 	return nil
 }
 
-func (n *notes) SawDriver(_ context.Context, d api.DriverRelease) error {
-	n.drivers = append(n.drivers, d.Version)
+func (n *notes) SawDrivers(_ context.Context, all []api.DriverRelease) error {
+	for _, d := range all {
+		n.drivers = append(n.drivers, d.Version)
+	}
 	return nil
 }
 
@@ -79,7 +87,7 @@ func TestLook(t *testing.T) {
 		"README": "x",
 	})
 	n := &notes{}
-	k, d, err := discover.Look(t.Context(), discover.Config{KernelMirror: kernels, DriverMirror: drivers, Catalogue: n, Newest: 3})
+	k, d, err := discover.Look(t.Context(), discover.Config{KernelMirror: kernels, DriverMirror: drivers, Catalogue: n, PerMilestone: 3})
 	if k != 2 || d != 3 || !fault.Is(err, fault.Unsupported) {
 		t.Errorf("Look() = %d kernels, %d drivers, %v; want 2, 3 and trouble with one commit", k, d, err)
 	}
@@ -88,11 +96,8 @@ func TestLook(t *testing.T) {
 		return target.Kernel{BuildID: id, Board: "lakitu", Milestone: 109, Commit: commit, Arch: target.AMD64}
 	}
 	want := []api.Kernel{
-		{Kernel: kernel("17800.0.47"), Default: "535.261.03", Latest: "535.309.01"},
+		{Kernel: kernel("17800.0.47"), Default: "535.261.03", Latest: "535.309.01", Branches: map[string]string{"R535": "535.309.01"}},
 		{Kernel: kernel("17800.0.50")},
-	}
-	for i := range n.kernels {
-		n.kernels[i].Branches = nil
 	}
 	if diff := cmp.Diff(want, n.kernels); diff != "" {
 		t.Errorf("kernels (-want +got):\n%s", diff)
@@ -115,5 +120,48 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	stop()
 	if err := discover.Run(ctx, c); err != nil {
 		t.Errorf("Run() = %v; want nil", err)
+	}
+}
+
+// An LTS milestone stays visible however many builds of newer ones there are, and
+// what is known is not read again each time.
+func TestEachMilestoneIsFollowed(t *testing.T) {
+	t.Parallel()
+	commit := strings.Repeat("a", 40) + "\n"
+	files := map[string]string{"17800.66.78/lakitu/kernel_commit": commit}
+	for n := range 420 {
+		files[fmt.Sprintf("19999.0.%d/lakitu/kernel_commit", n)] = commit
+	}
+	mirror := lay(t, files)
+	n := &notes{}
+	c := discover.Config{KernelMirror: mirror, Catalogue: n, PerMilestone: 10}
+	if k, _, err := discover.Look(t.Context(), c); k != 11 || err != nil {
+		t.Fatalf("Look() = %d kernels, %v; want 10 of the newest milestone and one of the LTS", k, err)
+	}
+	if !slices.ContainsFunc(n.kernels, func(k api.Kernel) bool { return k.BuildID == "17800.66.78" }) {
+		t.Error("the LTS build is not known")
+	}
+	for _, k := range n.kernels {
+		k.SeenAt = time.Now()
+		n.known = append(n.known, k)
+	}
+	n.kernels = nil
+	if k, _, err := discover.Look(t.Context(), c); k != 4 || err != nil {
+		t.Errorf("the second Look() read %d kernels, %v; want the three newest of a milestone and the one of the other", k, err)
+	}
+}
+
+func TestMirrorLooksUpOneBuild(t *testing.T) {
+	t.Parallel()
+	m := discover.Mirror{URL: lay(t, map[string]string{
+		"17800.0.47/lakitu/kernel_commit":       strings.Repeat("a", 40) + "\n",
+		"17800.0.47/lakitu-arm64/kernel_commit": strings.Repeat("b", 40) + "\n",
+	})}
+	all, err := m.Build(t.Context(), "17800.0.47")
+	if err != nil || len(all) != 2 || all[1].Commit != strings.Repeat("b", 40) {
+		t.Errorf("Build() = %+v, %v; want both boards", all, err)
+	}
+	if _, err := m.Build(t.Context(), "17800.0.48"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Build(absent) = %v; want input-missing", err)
 	}
 }

@@ -2,12 +2,15 @@ package httpapi_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -80,8 +83,8 @@ func TestClient(t *testing.T) {
 	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Kernel: &kernel, Fingerprint: finger})
 	check(t, err)
-	if _, err := c.BuildLog(ctx, b.ID); !fault.Is(err, fault.InputMissing) || fault.Hint(err) == "" {
-		t.Errorf("BuildLog(none yet) = %v; want input-missing with a hint", err)
+	if _, err := c.BuildLog(ctx, b.ID); !fault.Is(err, fault.NotFound) || fault.Hint(err) == "" {
+		t.Errorf("BuildLog(none yet) = %v; want not-found with a hint", err)
 	}
 	check(t, c.PutBuildLog(ctx, b.ID, strings.NewReader("line 1\nline 2\n")))
 	log, err := c.BuildLog(ctx, b.ID)
@@ -105,7 +108,7 @@ func TestClient(t *testing.T) {
 	if r.State != api.Published || r.Digest != digest || r.Repository != "/prebake/driver" || r.Driver.Flavour != target.Open {
 		t.Errorf("Resolve() = %+v; want the published artifact", r)
 	}
-	_, err = c.AddArtifact(ctx, api.Artifact{Digest: digest, Fingerprint: finger, Driver: done.Driver,
+	_, err = c.AddArtifact(ctx, api.NewArtifact{Digest: digest, Fingerprint: finger, Driver: done.Driver,
 		Kernels: []target.Kernel{{BuildID: "17800.1.47", Board: "lakitu"}}})
 	check(t, err)
 	a, err := c.Yank(ctx, digest, "panics")
@@ -120,8 +123,10 @@ func TestClient(t *testing.T) {
 	if err != nil || a.State != api.Published {
 		t.Errorf("Unyank() = %s, %v", a.State, err)
 	}
+	if all, err := c.Kernels(ctx); err != nil || len(all) != 2 {
+		t.Errorf("Kernels() = %d, %v; want the build's and the one that an artifact was attested for", len(all), err)
+	}
 	for what, n := range map[string]func() (int, error){
-		"kernels":   func() (int, error) { all, err := c.Kernels(ctx); return len(all), err },
 		"artifacts": func() (int, error) { all, err := c.Artifacts(ctx); return len(all), err },
 		"builds":    func() (int, error) { all, err := c.Builds(ctx, ""); return len(all), err },
 		"published": func() (int, error) { all, err := c.Builds(ctx, api.Published); return len(all), err },
@@ -137,14 +142,14 @@ func TestClient(t *testing.T) {
 		err  error
 		want fault.Kind
 	}{
-		"no such build":   {second(c.Build(ctx, 999)), fault.InputMissing},
+		"no such build":   {second(c.Build(ctx, 999)), fault.NotFound},
 		"bad state":       {second(c.Builds(ctx, "odd")), fault.Usage},
 		"bad kernel":      {second(c.Resolve(ctx, api.Question{BuildID: "x", Board: "y"})), fault.Usage},
-		"yank of nothing": {second(c.Yank(ctx, "sha256:0", "x")), fault.NoArtifact},
+		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), "x")), fault.NotFound},
 		"final state":     {second(c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued})), fault.Mismatch},
-		"log of nothing":  {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.InputMissing},
-		"no token":        {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Usage},
-		"wrong token":     {api.NewClient(url, "wrong", nil).PutBuildLog(ctx, b.ID, strings.NewReader("x")), fault.Usage},
+		"log of nothing":  {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.NotFound},
+		"no token":        {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Unauthorized},
+		"wrong token":     {api.NewClient(url, "wrong", nil).PutBuildLog(ctx, b.ID, strings.NewReader("x")), fault.Unauthorized},
 		"nobody there":    {second(api.NewClient("http://127.0.0.1:1", "", nil).Kernels(ctx)), fault.Transient},
 		"no URL":          {second(api.NewClient("::", "", nil).Kernels(ctx)), fault.Usage},
 	}
@@ -194,10 +199,10 @@ func TestRoutes(t *testing.T) {
 		{"style", "GET", "/assets/style.css", "", "", 200, "text/css; charset=utf-8", "prefers-color-scheme"},
 		{"build page of nothing", "GET", "/builds/9", "", "", 404, html, "build 9 does not exist"},
 		{"empty list", "GET", "/v1/kernels", "", "", 200, "application/json", "[]"},
-		{"no such route", "GET", "/v1/nothing", "", "", 404, problem, `"kind":"usage"`},
+		{"no such route", "GET", "/v1/nothing", "", "", 404, problem, `"kind":"not-found"`},
 		{"wrong method", "DELETE", "/v1/kernels", "", "", 405, problem, `"hint"`},
 		{"question without kernel", "GET", "/v1/resolve", "", "", 400, problem, "BUILD_ID"},
-		{"build without number", "GET", "/v1/builds/x", "", "", 422, problem, "path.id"},
+		{"build without number", "GET", "/v1/builds/x", "", "", 400, problem, "path.id"},
 		{"log without number", "GET", "/v1/builds/x/log", "", "", 400, problem, "not a number"},
 		{"write without token", "POST", "/v1/builds", "", `{}`, 401, problem, "token"},
 		{"write with a wrong token", "POST", "/v1/builds", "Bearer x", `{}`, 401, problem, "token"},
@@ -207,8 +212,20 @@ func TestRoutes(t *testing.T) {
 		{"yank without token", "POST", "/v1/artifacts/sha256:0/yank", "", "{}", 401, problem, "token"},
 		{"unyank without token", "POST", "/v1/artifacts/sha256:0/unyank", "", "", 401, problem, "token"},
 		{"body that is no JSON", "POST", "/v1/builds", "Bearer " + token, `{`, 400, problem, `"kind":"usage"`},
-		{"body without a member", "POST", "/v1/builds", "Bearer " + token, `{}`, 422, problem, "required property"},
-		{"body too large", "POST", "/v1/builds", "Bearer " + token, strings.Repeat(" ", 2<<20), 413, problem, `"kind":"usage"`},
+		{"body without a member", "POST", "/v1/builds", "Bearer " + token, `{}`, 400, problem, "required property"},
+		{"body too large", "POST", "/v1/builds", "Bearer " + token, strings.Repeat(" ", 2<<20), 413, problem, `"kind":"too-large"`},
+		{"no such artifact", "GET", "/v1/artifacts/" + digest, "", "", 404, problem, `"kind":"not-found"`},
+		{"artifact by no digest", "GET", "/v1/artifacts/latest", "", "", 400, problem, "64 lower-case hex digits"},
+		{"cancel without token", "POST", "/v1/builds/1/cancel", "", "", 401, problem, `"kind":"unauthorized"`},
+		{"cancel of nothing", "POST", "/v1/builds/1/cancel", "Bearer " + token, "", 404, problem, `"kind":"not-found"`},
+		{"scheme in lower case", "POST", "/v1/builds/1/cancel", "bearer " + token, "", 404, problem, `"kind":"not-found"`},
+		{"parameter that is spelled wrong", "GET", "/v1/builds?stat=failed", "", "", 400, problem, "stat"},
+		{"limit too large", "GET", "/v1/builds?limit=100000", "", "", 400, problem, "limit"},
+		{"cursor that is none", "GET", "/v1/kernels?after=x", "", "", 400, problem, "cursor"},
+		{"cells", "GET", "/v1/cells", "", "", 200, "application/json", "[]"},
+		{"head of a list", "HEAD", "/v1/kernels", "", "", 200, "application/json", ""},
+		{"head of a page", "HEAD", "/", "", "", 200, html, ""},
+		{"list of assets", "GET", "/assets/", "", "", 404, html, "no such page"},
 		{"registry ping wants credentials", "GET", "/v2/", "", "", 401, "application/json", "UNAUTHORIZED"},
 		{"registry takes the token", "GET", "/v2/", "Bearer " + token, "", 200, "", ""},
 		{"registry tells of nothing", "GET", "/v2/x/tags/list", "", "", 404, "application/json", "NAME_UNKNOWN"},
@@ -234,5 +251,90 @@ func TestRoutes(t *testing.T) {
 				t.Error("401 without a challenge")
 			}
 		})
+	}
+}
+
+// A browser that strays gets a page; a method that a path lacks is answered with
+// those that it has; an answer that a client has is not sent again; who is asked too
+// much of says so.
+func TestManners(t *testing.T) {
+	t.Parallel()
+	url := serve(t)
+	ask := func(method, path string, header ...string) *http.Response {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), method, url+path, nil)
+		check(t, err)
+		for i := 0; i < len(header); i += 2 {
+			req.Header.Set(header[i], header[i+1])
+		}
+		resp, err := http.DefaultTransport.RoundTrip(req) // no decompression on the way
+		check(t, err)
+		_, err = io.Copy(io.Discard, resp.Body)
+		check(t, errors.Join(err, resp.Body.Close()))
+		return resp
+	}
+	if r := ask("GET", "/nowhere", "Accept", "text/html,*/*"); r.StatusCode != 404 || !strings.HasPrefix(r.Header.Get("Content-Type"), "text/html") {
+		t.Errorf("a browser at an unknown page got %s %s; want a page with 404", r.Status, r.Header.Get("Content-Type"))
+	}
+	if r := ask("DELETE", "/v1/builds"); r.StatusCode != 405 || r.Header.Get("Allow") != "GET, HEAD, POST" {
+		t.Errorf("DELETE /v1/builds = %s, Allow %q", r.Status, r.Header.Get("Allow"))
+	}
+	first := ask("GET", "/v1/kernels")
+	tag := first.Header.Get("Etag")
+	if r := ask("GET", "/v1/kernels", "If-None-Match", tag); tag == "" || r.StatusCode != http.StatusNotModified {
+		t.Errorf("GET with the ETag %q = %s; want 304", tag, r.Status)
+	}
+	if r := ask("GET", "/", "Accept-Encoding", "gzip"); r.Header.Get("Content-Encoding") != "gzip" {
+		t.Errorf("GET / for who takes gzip = %q", r.Header.Get("Content-Encoding"))
+	}
+	if r := ask("GET", "/v1/kernels", "X-Request-Id", "abc-1"); r.Header.Get("X-Request-Id") != "abc-1" {
+		t.Errorf("request id = %q; want the client's", r.Header.Get("X-Request-Id"))
+	}
+	if r := ask("GET", "/v1/kernels", "X-Request-Id", strings.Repeat("x", 1000)); len(r.Header.Get("X-Request-Id")) > 100 {
+		t.Error("a request id of 1000 letters came back")
+	}
+}
+
+// A list comes in pages, and the client follows them to the end.
+func TestPages(t *testing.T) {
+	t.Parallel()
+	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
+	const n = 2345
+	check(t, db.Write(t.Context(), func(tx *store.Tx) error {
+		for i := range n {
+			k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("17800.%d.%d", i/10, i%10), Board: "lakitu", Milestone: 109}}
+			if err := tx.PutKernel(t.Context(), k); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+	all, err := api.NewClient(url, "", nil).Kernels(t.Context())
+	check(t, err)
+	if len(all) != n || !slices.IsSortedFunc(all, func(a, b api.Kernel) int { return target.CompareVersions(b.BuildID, a.BuildID) }) {
+		t.Errorf("the client got %d kernels, in order or not; want %d, newest first", len(all), n)
+	}
+	resp, err := http.Get(url + "/v1/kernels?milestone=109")
+	check(t, err)
+	var page []api.Kernel
+	check(t, errors.Join(json.NewDecoder(resp.Body).Decode(&page), resp.Body.Close()))
+	if link := resp.Header.Get("Link"); len(page) != 100 || !strings.Contains(link, "milestone=109") || !strings.Contains(link, `rel="next"`) {
+		t.Errorf("a page has %d kernels and the link %q; want 100 and the next page with the same filter", len(page), link)
+	}
+}
+
+// With the database away, nobody hears of its user and host.
+func TestTroubleTellsNoSecrets(t *testing.T) {
+	t.Parallel()
+	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
+	check(t, db.Close())
+	for _, path := range []string{"/v1/kernels", "/readyz", "/"} {
+		resp, err := http.Get(url + path)
+		check(t, err)
+		text, err := io.ReadAll(resp.Body)
+		check(t, errors.Join(err, resp.Body.Close()))
+		if resp.StatusCode != http.StatusServiceUnavailable || strings.Contains(string(text), "database") {
+			t.Errorf("GET %s = %s %.200s; want 503 without the database's own words", path, resp.Status, text)
+		}
 	}
 }

@@ -1,12 +1,14 @@
 package httpapi
 
 import (
+	"cmp"
 	"context"
 	"net/http"
 	"strconv"
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -44,7 +46,7 @@ func (m *metrics) handler() http.Handler {
 // the number of series whatever clients ask for.
 func (m *metrics) measure(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		begin, seen := time.Now(), &statusWriter{ResponseWriter: w, status: http.StatusOK}
+		begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
 		next.ServeHTTP(seen, r)
 		route := "none"
 		if rc := chi.RouteContext(r.Context()); rc != nil && rc.RoutePattern() != "" {
@@ -56,29 +58,8 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 		default:
 			method = "other"
 		}
-		m.took.WithLabelValues(route, method, strconv.Itoa(seen.status)).Observe(time.Since(begin).Seconds())
+		m.took.WithLabelValues(route, method, strconv.Itoa(cmp.Or(seen.Status(), http.StatusOK))).Observe(time.Since(begin).Seconds())
 	})
-}
-
-// statusWriter remembers the status; Unwrap keeps deadlines and flushing.
-type statusWriter struct {
-	http.ResponseWriter
-	status int
-	wrote  bool
-}
-
-func (s *statusWriter) Unwrap() http.ResponseWriter { return s.ResponseWriter }
-
-func (s *statusWriter) WriteHeader(status int) {
-	if !s.wrote {
-		s.status, s.wrote = status, true
-	}
-	s.ResponseWriter.WriteHeader(status)
-}
-
-func (s *statusWriter) Write(p []byte) (int, error) {
-	s.wrote = true
-	return s.ResponseWriter.Write(p)
 }
 
 // inventory counts builds, artifacts and jobs when it is asked.

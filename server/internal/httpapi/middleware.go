@@ -1,16 +1,22 @@
 package httpapi
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
+	"regexp"
 	"runtime/debug"
+	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -57,6 +63,158 @@ func secureHeaders(next http.Handler) http.Handler {
 		h.Set("Referrer-Policy", "no-referrer")
 		next.ServeHTTP(w, r)
 	})
+}
+
+// boundRequestID drops a client's request id that is no word of a moderate length;
+// chi then makes one.
+func boundRequestID(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !requestIDPattern.MatchString(r.Header.Get(middleware.RequestIDHeader)) {
+			r.Header.Del(middleware.RequestIDHeader)
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+var requestIDPattern = regexp.MustCompile(`^[A-Za-z0-9_./-]{1,64}$`)
+
+// logRequests tells of each request once it is answered: of those that change
+// something as information, of others for debugging. The answer has the id, too.
+func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			id := middleware.GetReqID(r.Context())
+			w.Header().Set(middleware.RequestIDHeader, id)
+			level := slog.LevelInfo
+			if r.Method == http.MethodGet || r.Method == http.MethodHead {
+				level = slog.LevelDebug
+			}
+			if !log.Enabled(r.Context(), level) {
+				next.ServeHTTP(w, r)
+				return
+			}
+			begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
+			next.ServeHTTP(seen, r)
+			log.Log(r.Context(), level, "request answered", "request", id, "method", r.Method, "path", r.URL.Path,
+				"status", seen.Status(), "bytes", seen.BytesWritten(), "took", time.Since(begin), "from", r.RemoteAddr)
+		})
+	}
+}
+
+// compression is gzip's level: most of the gain for little time.
+const compression = 4
+
+// Bounds of what is answered at one time. A page of a list costs some
+// milliseconds of a core, a question of a node a fraction of one; who asks for the
+// largest pages must not hold up the nodes.
+const (
+	listsAtOnce, listsWaiting = 2, 256
+	callsAtOnce, callsWaiting = 64, 8192
+	longestWait               = 10 * time.Second
+)
+
+// throttle answers 503 and Retry-After to what comes beyond the server's capacity.
+func throttle() func(http.Handler) http.Handler {
+	of := func(limit, backlog int) func(http.Handler) http.Handler {
+		return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
+			Limit: limit, BacklogLimit: backlog, BacklogTimeout: longestWait, StatusCode: http.StatusServiceUnavailable,
+			RetryAfterFn: func(bool) time.Duration { return 5 * time.Second },
+		})
+	}
+	lists, calls := of(listsAtOnce, listsWaiting), of(callsAtOnce, callsWaiting)
+	return func(next http.Handler) http.Handler {
+		large, small := lists(next), calls(next)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if isList(r) {
+				large.ServeHTTP(w, r)
+			} else {
+				small.ServeHTTP(w, r)
+			}
+		})
+	}
+}
+
+// isList reports whether a request is for a page of a list, or of the matrix.
+func isList(r *http.Request) bool {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return false
+	}
+	switch r.URL.Path {
+	case "/", "/v1/kernels", "/v1/drivers", "/v1/artifacts", "/v1/builds", "/v1/cells":
+		return true
+	}
+	return false
+}
+
+// etags gives answers to reads an ETag, and answers 304 to who has them. The body
+// is made either way: what is saved is the way to the client.
+func etags(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			next.ServeHTTP(w, r)
+			return
+		}
+		held := &heldAnswer{ResponseWriter: w, status: http.StatusOK}
+		next.ServeHTTP(held, r)
+		if held.status == http.StatusOK {
+			tag := fmt.Sprintf(`W/"%x"`, sha256.Sum256(held.body.Bytes())) // weak: it may be compressed or not
+			w.Header().Set("Etag", tag)
+			if matches(r.Header.Get("If-None-Match"), tag) {
+				w.Header().Del("Content-Type")
+				w.WriteHeader(http.StatusNotModified)
+				return
+			}
+		}
+		w.WriteHeader(held.status)
+		_, _ = held.body.WriteTo(w) // the client is gone; there is nobody to tell
+	})
+}
+
+func matches(header, tag string) bool {
+	for part := range strings.SplitSeq(header, ",") {
+		if part = strings.TrimSpace(part); part == "*" || part == tag {
+			return true
+		}
+	}
+	return false
+}
+
+// heldAnswer keeps an answer until it is whole.
+type heldAnswer struct {
+	http.ResponseWriter
+	status int
+	body   bytes.Buffer
+}
+
+func (h *heldAnswer) WriteHeader(status int)      { h.status = status }
+func (h *heldAnswer) Write(p []byte) (int, error) { return h.body.Write(p) }
+func (h *heldAnswer) Unwrap() http.ResponseWriter { return h.ResponseWriter }
+
+// notFound answers a browser with a page and all others with a problem.
+func notFound(pages http.Handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if pages != nil && strings.Contains(r.Header.Get("Accept"), "text/html") {
+			pages.ServeHTTP(w, r)
+			return
+		}
+		writeProblem(w, problemOf(fault.New(fault.NotFound, "there is no "+r.URL.Path, "the routes are listed in /openapi.json")))
+	}
+}
+
+// methodNotAllowed answers with the methods that the path has (RFC 9110, 15.5.6).
+func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var has []string
+		for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
+			if routes.Match(chi.NewRouteContext(), m, r.URL.Path) || m == http.MethodHead && slices.Contains(has, http.MethodGet) {
+				has = append(has, m)
+			}
+		}
+		w.Header().Set("Allow", strings.Join(has, ", "))
+		p := problemOf(fault.New(fault.Usage, r.Method+" is no method of this path", "use "+strings.Join(has, " or ")))
+		p.Status = http.StatusMethodNotAllowed
+		writeProblem(w, p)
+	}
 }
 
 func pathID(r *http.Request) (int64, error) {

@@ -2,11 +2,14 @@ package httpapi
 
 import (
 	"encoding/json"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"path"
 	"reflect"
+	"slices"
 	"strings"
+	"sync"
 
 	"github.com/danielgtaylor/huma/v2"
 
@@ -26,15 +29,26 @@ func (p *problem) Error() string             { return p.Detail }
 func (p *problem) GetStatus() int            { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
-// problemOf maps a fault by its kind. What is wrong inside the server is not
-// told to the outside.
+// problemOf maps a fault by its kind. What is wrong inside the server, such as a
+// database that is away with its host and user, is not told to the outside.
 func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
-	if kind == fault.Internal {
-		p.Detail = "internal error; the server's log has the cause"
+	if p.Status >= http.StatusInternalServerError {
+		p.Detail, p.Hint = Excuse(kind), ""
 	}
 	return p
+}
+
+// Excuse is what the outside is told of a trouble of the server's own.
+func Excuse(kind fault.Kind) string {
+	switch kind {
+	case fault.DiskFull:
+		return "the server's disk is full; its log has the cause"
+	case fault.Internal:
+		return "internal error; the server's log has the cause"
+	}
+	return "the server cannot answer right now, ask again; its log has the cause"
 }
 
 func asProblem(err error) huma.StatusError { return &problem{problemOf(err), err} }
@@ -59,30 +73,57 @@ func logFailures(log *slog.Logger) huma.Transformer {
 	}
 }
 
-// reshape turns the router's own refusals (a body that is no JSON, a missing
-// member) into our shape, so that clients see one kind of error.
-func reshape(_ huma.Context, _ string, v any) (any, error) {
-	m, ok := v.(*huma.ErrorModel)
-	if !ok {
-		return v, nil
-	}
-	var detail []string
-	for _, e := range m.Errors {
-		text := e.Message
-		if e.Location != "" {
-			text = e.Location + ": " + text
+// ownErrors makes the router's own refusals (a body that is no JSON, a missing
+// member) ours: clients see one kind of error, and one mistake has one status. The
+// library has a package variable for it and nothing else.
+var ownErrors = sync.OnceFunc(func() {
+	huma.NewError = func(status int, text string, errs ...error) huma.StatusError {
+		var detail []string
+		for _, err := range errs {
+			if err != nil {
+				detail = append(detail, err.Error())
+			}
 		}
-		detail = append(detail, text)
+		if len(detail) == 0 {
+			detail = []string{text}
+		}
+		kind := fault.Usage
+		switch {
+		case status == http.StatusRequestEntityTooLarge:
+			kind = fault.TooLarge
+		case status == http.StatusRequestTimeout:
+			kind = fault.TimedOut
+		case status >= http.StatusInternalServerError:
+			kind = fault.Internal
+		}
+		p := problemOf(fault.New(kind, strings.Join(detail, "; "), "the members are described in /openapi.json"))
+		if kind == fault.TimedOut {
+			p.Status = status // 504 would say that it is the server's fault
+		}
+		return &problem{Problem: p}
 	}
-	if len(detail) == 0 {
-		detail = []string{m.Detail}
+})
+
+// refuseUnknown refuses query parameters that a route does not have: a filter that
+// is spelled wrong would otherwise list everything.
+func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
+	return func(ctx huma.Context, next func(huma.Context)) {
+		u := ctx.URL()
+		for name := range u.Query() {
+			known := slices.ContainsFunc(ctx.Operation().Parameters, func(p *huma.Param) bool { return p.In == "query" && p.Name == name })
+			if !known {
+				writeHuma(a, ctx, problemOf(fault.New(fault.Usage, fmt.Sprintf("there is no query parameter %.80q here", name), "the parameters are described in /openapi.json")))
+				return
+			}
+		}
+		next(ctx)
 	}
-	kind := fault.Usage
-	if m.Status >= http.StatusInternalServerError {
-		kind = fault.Internal
-	}
-	return &problem{Problem: api.Problem{Title: m.Title, Status: m.Status, Kind: kind, Detail: strings.Join(detail, "; "),
-		Hint: "the members are described in /openapi.json"}}, nil
+}
+
+func writeHuma(a huma.API, ctx huma.Context, p api.Problem) {
+	ctx.SetHeader("Content-Type", "application/problem+json")
+	ctx.SetStatus(p.Status)
+	_ = a.Marshal(ctx.BodyWriter(), "application/json", p) // the client is gone
 }
 
 func writeProblem(w http.ResponseWriter, p api.Problem) {
@@ -99,13 +140,13 @@ func writeText(w http.ResponseWriter, status int, text string) {
 
 // unauthorized is the answer to a write without the token.
 func unauthorized() api.Problem {
-	return api.Problem{Title: "Unauthorized", Status: http.StatusUnauthorized, Kind: fault.Usage,
-		Detail: "this call needs the server's token", Hint: "send it as Authorization: Bearer TOKEN; the server logs where it keeps it"}
+	return problemOf(fault.New(fault.Unauthorized, "this call needs the server's token",
+		"send it as Authorization: Bearer TOKEN; the server logs where it keeps it"))
 }
 
 func allowed(authorization, token string) bool {
-	given, ok := strings.CutPrefix(authorization, "Bearer ")
-	return ok && ocistore.Same(given, token)
+	scheme, given, _ := strings.Cut(authorization, " ")
+	return strings.EqualFold(scheme, "Bearer") && ocistore.Same(given, token)
 }
 
 // checkSecurity guards the routes of the table that have Security.
@@ -117,9 +158,7 @@ func checkSecurity(a huma.API, token string) func(huma.Context, func(huma.Contex
 		}
 		p := unauthorized()
 		ctx.SetHeader("Www-Authenticate", `Bearer realm="prebake"`)
-		ctx.SetHeader("Content-Type", "application/problem+json")
-		ctx.SetStatus(p.Status)
-		_ = a.Marshal(ctx.BodyWriter(), "application/json", p) // the client is gone
+		writeHuma(a, ctx, p)
 	}
 }
 
@@ -163,6 +202,6 @@ func apiConfig(version string, log *slog.Logger) huma.Config {
 		Formats:          map[string]huma.Format{"application/json": huma.DefaultJSONFormat, "json": huma.DefaultJSONFormat},
 		DefaultFormat:    "application/json",
 		NoFormatFallback: false,
-		Transformers:     []huma.Transformer{logFailures(log), reshape},
+		Transformers:     []huma.Transformer{logFailures(log)},
 	}
 }

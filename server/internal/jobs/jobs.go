@@ -1,7 +1,8 @@
 // Package jobs keeps the catalogue and the queue of one mind. The two are
 // separate databases (a file each, with SQLite), so a crash between a write to
-// the one and to the other must heal by itself: the sweep queues stored builds
-// that the queue lacks, and fails builds whose job is over.
+// the one and to the other must heal by itself. The sweep queues stored builds
+// that the queue lacks, fails builds whose job is over, takes jobs of cancelled
+// builds out of the queue, and gives what a dead builder left to the others.
 //
 // It refuses to work builds: builders do that, through package queue.
 package jobs
@@ -14,67 +15,140 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 )
 
 // catalogue is what the sweep asks of the use-cases.
 type catalogue interface {
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
+	Build(ctx context.Context, id int64) (api.Build, error)
 	Enqueue(ctx context.Context, b api.Build) error
 	Abandon(ctx context.Context, id int64, why string) error
+	Update(ctx context.Context, id int64, u api.BuildUpdate) (api.Build, error)
 }
 
-// looker tells where a build's job is.
-type looker interface {
+// jobQueue is what the sweep asks of the queue.
+type jobQueue interface {
+	Open(ctx context.Context) (map[int64]queue.Standing, error)
 	Lookup(ctx context.Context, build int64) (queue.Standing, error)
+	Cancel(ctx context.Context, build int64) error
+	Release(ctx context.Context, builds ...int64) error
 }
+
+// A builder reports every [api.BeatEvery]. One that has not for deadAfter is gone,
+// and with sweepEvery its builds go on elsewhere within a minute.
+const (
+	deadAfter  = 45 * time.Second
+	sweepEvery = 10 * time.Second
+	// idle is how many times longer than a sweep the pause after it is at least, so
+	// that a queue of any length costs some hundredths of a core.
+	idle = 25
+)
 
 // Sweeper compares open builds with the queue.
 type Sweeper struct {
 	Catalogue catalogue
-	Queue     looker
-	// Every is the pause between sweeps; 0 is 15 seconds.
+	Queue     jobQueue
+	// Every is the pause between sweeps; 0 is 10 seconds.
 	Every time.Duration
 	Log   *slog.Logger
+	// Now is the clock; nil is time.Now.
+	Now func() time.Time
+
+	// listening is since when builders' reports have been heard without a break: a
+	// builder is not dead because the server was away.
+	listening time.Time
 }
 
 // Run sweeps until ctx is done. Trouble is logged and tried again.
 func (s *Sweeper) Run(ctx context.Context) error {
 	every := s.Every
 	if every <= 0 {
-		every = 15 * time.Second
+		every = sweepEvery
 	}
-	tick := time.NewTicker(every)
-	defer tick.Stop()
 	for {
+		begin := time.Now()
 		if err := s.Sweep(ctx); err != nil && ctx.Err() == nil {
 			s.Log.WarnContext(ctx, "sweep failed", "err", err)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-tick.C:
+		case <-time.After(max(every, idle*time.Since(begin))):
 		}
 	}
 }
 
 // Sweep looks at every open build once. Trouble with one does not keep it from
 // the others.
-func (s *Sweeper) Sweep(ctx context.Context) error {
+func (s *Sweeper) Sweep(ctx context.Context) (err error) {
+	now := time.Now
+	if s.Now != nil {
+		now = s.Now
+	}
+	if s.listening.IsZero() {
+		s.listening = now()
+	}
+	defer func() {
+		if err != nil {
+			s.listening = time.Time{} // reports may have been lost as well
+		}
+	}()
+	jobs, err := s.Queue.Open(ctx)
+	if err != nil {
+		return err
+	}
 	open, err := s.Catalogue.OpenBuilds(ctx)
 	if err != nil {
 		return err
 	}
 	var errs []error
 	for _, b := range open {
-		if err := s.sweep(ctx, b); err != nil {
+		at, found := jobs[b.ID]
+		delete(jobs, b.ID)
+		switch {
+		case !found:
+			err = s.lost(ctx, b)
+		case b.State == api.Building && s.dead(b, now()):
+			err = s.release(ctx, b, at)
+		default:
+			continue
+		}
+		if err != nil {
 			errs = append(errs, fmt.Errorf("build %d: %w", b.ID, err))
+		}
+	}
+	for id := range jobs { // jobs without an open build
+		if err := s.leftOver(ctx, id); err != nil {
+			errs = append(errs, fmt.Errorf("build %d: %w", id, err))
 		}
 	}
 	return errors.Join(errs...)
 }
 
-func (s *Sweeper) sweep(ctx context.Context, b api.Build) error {
+// dead reports whether the builder of a build under way is gone.
+func (s *Sweeper) dead(b api.Build, now time.Time) bool {
+	heard := s.listening
+	if b.BeatAt != nil && b.BeatAt.After(heard) {
+		heard = *b.BeatAt
+	}
+	return now.Sub(heard) > deadAfter
+}
+
+// release gives a dead builder's work to the others.
+func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.Standing) error {
+	s.Log.WarnContext(ctx, "builder gone", "build", b.ID, "worker", b.Worker, "state", at.State)
+	_, err := s.Catalogue.Update(ctx, b.ID, api.BuildUpdate{State: api.Queued, Class: fault.Transient.String(),
+		Error: fmt.Sprintf("builder %s stopped reporting in phase %s", b.Worker, b.Phase)})
+	if err != nil {
+		return err
+	}
+	return s.Queue.Release(ctx, b.ID)
+}
+
+// lost ends or queues a build that has no job which a worker will touch.
+func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 	at, err := s.Queue.Lookup(ctx, b.ID)
 	switch {
 	case err != nil:
@@ -93,4 +167,14 @@ func (s *Sweeper) sweep(ctx context.Context, b api.Build) error {
 		return s.Catalogue.Abandon(ctx, b.ID, fmt.Sprintf("the job ended as %s after %d attempts: %s", at.State, at.Attempt, why))
 	}
 	return nil
+}
+
+// leftOver cancels the job of a build that was called off. Jobs of builds that have
+// ended otherwise are about to end, too.
+func (s *Sweeper) leftOver(ctx context.Context, id int64) error {
+	b, err := s.Catalogue.Build(ctx, id)
+	if err != nil || b.State != api.Cancelled {
+		return err
+	}
+	return s.Queue.Cancel(ctx, id)
 }

@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -18,6 +19,8 @@ import (
 type world struct {
 	open     []api.Build
 	standing map[int64]queue.Standing
+	ended    map[int64]api.State // of builds that are not open
+	away     bool
 	did      []string
 }
 
@@ -32,6 +35,30 @@ func (w *world) Abandon(_ context.Context, id int64, why string) error {
 	}
 	w.did = append(w.did, "abandon: "+why)
 	return nil
+}
+func (w *world) Build(_ context.Context, id int64) (api.Build, error) {
+	return api.Build{ID: id, State: w.ended[id]}, nil
+}
+func (w *world) Update(_ context.Context, _ int64, u api.BuildUpdate) (api.Build, error) {
+	w.did = append(w.did, "put back: "+u.Class)
+	return api.Build{}, nil
+}
+func (w *world) Cancel(context.Context, int64) error { w.did = append(w.did, "cancel"); return nil }
+func (w *world) Release(context.Context, ...int64) error {
+	w.did = append(w.did, "release")
+	return nil
+}
+func (w *world) Open(context.Context) (map[int64]queue.Standing, error) {
+	if w.away {
+		return nil, errors.New("no database")
+	}
+	all := map[int64]queue.Standing{}
+	for id, at := range w.standing {
+		if at.Found && !at.Over {
+			all[id] = at
+		}
+	}
+	return all, nil
 }
 func (w *world) Lookup(_ context.Context, id int64) (queue.Standing, error) {
 	return w.standing[id], nil
@@ -88,5 +115,46 @@ func TestRunEndsWithContext(t *testing.T) {
 	s := jobs.Sweeper{Catalogue: &world{}, Queue: &world{}, Log: slog.New(slog.DiscardHandler)}
 	if err := s.Run(ctx); err != nil {
 		t.Errorf("Run() = %v; want nil", err)
+	}
+}
+
+// A builder that does not report is gone after some reports were due, and its build
+// goes on elsewhere within a minute; that the server was away is not its fault.
+func TestSweepNoticesDeadBuilders(t *testing.T) {
+	t.Parallel()
+	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	now, beat := noon, noon
+	w := &world{open: []api.Build{{ID: 1, State: api.Building, BeatAt: &beat}}, standing: map[int64]queue.Standing{1: {Found: true, State: "running"}}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	sweep := func(at time.Duration, want ...string) {
+		t.Helper()
+		now, w.did = noon.Add(at), nil
+		_ = s.Sweep(t.Context()) // away is the point of one step
+		if d := cmp.Diff(want, w.did); d != "" {
+			t.Errorf("after %v, Sweep() did (-want +got):\n%s", at, d)
+		}
+	}
+	sweep(0)
+	sweep(40 * time.Second)
+	sweep(46*time.Second, "put back: transient", "release")
+	w.away = true
+	sweep(50 * time.Second)
+	w.away = false
+	sweep(10 * time.Minute) // nothing could be heard for ten minutes
+	sweep(10*time.Minute + 40*time.Second)
+	beat = noon.Add(10*time.Minute + 41*time.Second)
+	sweep(11 * time.Minute)
+	sweep(12*time.Minute, "put back: transient", "release")
+}
+
+// A job whose build was called off is taken out of the queue; others that have no
+// open build are about to end by themselves.
+func TestSweepTakesOutCancelled(t *testing.T) {
+	t.Parallel()
+	w := &world{ended: map[int64]api.State{1: api.Cancelled, 2: api.Published},
+		standing: map[int64]queue.Standing{1: {Found: true, State: "available"}, 2: {Found: true, State: "running"}}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
+	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"cancel"}) {
+		t.Errorf("Sweep() = %v and did %v; want one cancel", err, w.did)
 	}
 }

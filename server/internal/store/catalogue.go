@@ -12,39 +12,82 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-const kernelColumns = `build_id, board, milestone, commit_id, release, version, arch, fingerprint, default_driver, latest_driver, branches, seen_at`
+const kernelColumns = `build_id, board, milestone, commit_id, release, version, arch, fingerprint, default_driver, latest_driver, branches, seen_at, first_seen_at`
 
-func scanKernel(row func(...any) error) (api.Kernel, error) {
+func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 	var k api.Kernel
 	var branches string
-	var seen int64
-	err := row(&k.BuildID, &k.Board, &k.Milestone, &k.Commit, &k.Release, &k.Version, &k.Arch,
-		&k.Fingerprint, &k.Default, &k.Latest, &branches, &seen)
+	var seen, first int64
+	err := row(append([]any{&k.BuildID, &k.Board, &k.Milestone, &k.Commit, &k.Release, &k.Version, &k.Arch,
+		&k.Fingerprint, &k.Default, &k.Latest, &branches, &seen, &first}, more...)...)
 	if err != nil {
 		return k, err
 	}
-	k.SeenAt = timeOf(seen)
+	k.SeenAt, k.FirstSeenAt = timeOf(seen), timeOf(first)
 	if branches != "{}" {
 		err = json.Unmarshal([]byte(branches), &k.Branches)
 	}
 	return k, err
 }
 
-// Kernels lists all kernels, newest milestone and BUILD_ID text first; callers
-// that show them sort by number.
-func (s *Store) Kernels(ctx context.Context) ([]api.Kernel, error) {
-	all := []api.Kernel{}
-	err := s.query(ctx, func(row func(...any) error) error {
+// KernelFilter says which kernels to list; zero fields mean any.
+type KernelFilter struct {
+	BuildID, Board string
+	Milestone      int
+}
+
+// page makes the query of a page of kernels, newest BUILD_ID first.
+func (f KernelFilter) page(columns string, p Page) (text string, args []any, err error) {
+	after, err := p.parse(2)
+	if err != nil {
+		return "", nil, err
+	}
+	w := &where{}
+	equal(w, "build_id", f.BuildID)
+	equal(w, "board", f.Board)
+	equal(w, "milestone", f.Milestone)
+	if after != nil {
+		w.and("sort_key <= ? AND (sort_key < ? OR board > ?)", after[0], after[0], after[1])
+	}
+	text = `SELECT ` + columns + ` FROM kernels` + w.String() + ` ORDER BY sort_key DESC, board` + w.limit(p.Limit)
+	return text, w.args, nil
+}
+
+func kernelKey(k api.Kernel) []string { return []string{target.SortKey(k.BuildID), k.Board} }
+
+func kernels(ctx context.Context, q querier, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
+	text, args, err := f.page(kernelColumns, p)
+	if err != nil {
+		return nil, "", err
+	}
+	all = []api.Kernel{}
+	err = query(ctx, q, func(row func(...any) error) error {
 		k, err := scanKernel(row)
 		all = append(all, k)
 		return err
-	}, `SELECT `+kernelColumns+` FROM kernels ORDER BY milestone DESC, build_id DESC, board`)
-	return all, trouble("list kernels", err)
+	}, text, args...)
+	all, next = cut(all, p.Limit, kernelKey)
+	return all, next, err
+}
+
+// Kernels lists a page of kernels, newest BUILD_ID first.
+func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
+	all, next, err = kernels(ctx, s.readers, f, p)
+	return all, next, trouble("list kernels", err)
 }
 
 // Kernel reads one kernel; known is false when the catalogue lacks it.
 func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
-	k, err = scanKernel(s.db.QueryRowContext(ctx,
+	return kernel(ctx, s.readers, buildID, board)
+}
+
+// Kernel reads one kernel; known is false when the catalogue lacks it.
+func (tx *Tx) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
+	return kernel(ctx, tx, buildID, board)
+}
+
+func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel, known bool, err error) {
+	k, err = scanKernel(q.QueryRowContext(ctx,
 		`SELECT `+kernelColumns+` FROM kernels WHERE build_id = $1 AND board = $2`, buildID, board).Scan)
 	if errors.Is(err, sql.ErrNoRows) {
 		return api.Kernel{}, false, nil
@@ -54,7 +97,7 @@ func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel
 
 // PutKernel adds a kernel or what is new about it: empty fields leave what is
 // stored as it is.
-func (s *Store) PutKernel(ctx context.Context, k api.Kernel) error {
+func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
 	branches, err := json.Marshal(k.Branches)
 	if err != nil {
 		return fmt.Errorf("encode branches of %s: %w", k, err)
@@ -62,8 +105,8 @@ func (s *Store) PutKernel(ctx context.Context, k api.Kernel) error {
 	if len(k.Branches) == 0 {
 		branches = []byte("{}")
 	}
-	_, err = s.db.ExecContext(ctx, `
-INSERT INTO kernels (`+kernelColumns+`) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+	_, err = tx.ExecContext(ctx, `
+INSERT INTO kernels (`+kernelColumns+`, sort_key) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13)
 ON CONFLICT (build_id, board) DO UPDATE SET
     milestone      = CASE WHEN excluded.milestone = 0       THEN kernels.milestone      ELSE excluded.milestone END,
     commit_id      = CASE WHEN excluded.commit_id = ''      THEN kernels.commit_id      ELSE excluded.commit_id END,
@@ -76,77 +119,127 @@ ON CONFLICT (build_id, board) DO UPDATE SET
     branches       = CASE WHEN excluded.branches = '{}'     THEN kernels.branches       ELSE excluded.branches END,
     seen_at        = excluded.seen_at`,
 		k.BuildID, k.Board, k.Milestone, k.Commit, k.Release, k.Version, string(k.Arch), string(k.Fingerprint),
-		k.Default, k.Latest, string(branches), micros(k.SeenAt))
+		k.Default, k.Latest, string(branches), micros(k.SeenAt), target.SortKey(k.BuildID))
 	return trouble("store kernel "+k.String(), err)
 }
 
-// Drivers lists all driver versions in no order that people would like.
-func (s *Store) Drivers(ctx context.Context) ([]api.DriverRelease, error) {
-	all := []api.DriverRelease{}
-	err := s.query(ctx, func(row func(...any) error) error {
-		var d api.DriverRelease
-		var flavours string
-		var seen int64
-		if err := row(&d.Version, &flavours, &seen); err != nil {
-			return err
-		}
-		d.Branch, d.SeenAt = target.Branch(d.Version), timeOf(seen)
+func scanDriver(row func(...any) error) (api.DriverRelease, error) {
+	var d api.DriverRelease
+	var flavours string
+	var seen int64
+	if err := row(&d.Version, &flavours, &seen); err != nil {
+		return d, err
+	}
+	d.Branch, d.SeenAt = target.Branch(d.Version), timeOf(seen)
+	return d, json.Unmarshal([]byte(flavours), &d.Flavours)
+}
+
+// Drivers lists a page of driver versions, newest first.
+func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, next string, err error) {
+	after, err := p.parse(1)
+	if err != nil {
+		return nil, "", err
+	}
+	w := &where{}
+	if after != nil {
+		w.and("sort_key < ?", after[0])
+	}
+	all = []api.DriverRelease{}
+	err = query(ctx, s.readers, func(row func(...any) error) error {
+		d, err := scanDriver(row)
 		all = append(all, d)
-		return json.Unmarshal([]byte(flavours), &all[len(all)-1].Flavours)
-	}, `SELECT version, flavours, seen_at FROM drivers ORDER BY version`)
-	return all, trouble("list drivers", err)
+		return err
+	}, `SELECT version, flavours, seen_at FROM drivers`+w.String()+` ORDER BY sort_key DESC`+w.limit(p.Limit), w.args...)
+	all, next = cut(all, p.Limit, func(d api.DriverRelease) []string { return []string{target.SortKey(d.Version)} })
+	return all, next, trouble("list drivers", err)
+}
+
+// Driver reads one driver version; one that nobody has seen comes without
+// flavours and without an error.
+func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
+	d, err := scanDriver(s.readers.QueryRowContext(ctx, `SELECT version, flavours, seen_at FROM drivers WHERE version = $1`, version).Scan)
+	if errors.Is(err, sql.ErrNoRows) {
+		return api.DriverRelease{Version: version, Branch: target.Branch(version)}, nil
+	}
+	return d, trouble("read driver "+version, err)
 }
 
 // PutDriver adds a driver version, or what is new about it.
-func (s *Store) PutDriver(ctx context.Context, d api.DriverRelease) error {
+func (tx *Tx) PutDriver(ctx context.Context, d api.DriverRelease) error {
 	flavours, err := json.Marshal(append([]target.Flavour{}, d.Flavours...))
 	if err != nil {
 		return fmt.Errorf("encode flavours of %s: %w", d.Version, err)
 	}
-	_, err = s.db.ExecContext(ctx, `
-INSERT INTO drivers (version, flavours, seen_at) VALUES ($1, $2, $3)
+	_, err = tx.ExecContext(ctx, `
+INSERT INTO drivers (version, flavours, seen_at, sort_key) VALUES ($1, $2, $3, $4)
 ON CONFLICT (version) DO UPDATE SET
     flavours = CASE WHEN excluded.flavours = '[]' THEN drivers.flavours ELSE excluded.flavours END,
     seen_at  = excluded.seen_at`,
-		d.Version, string(flavours), micros(d.SeenAt))
+		d.Version, string(flavours), micros(d.SeenAt), target.SortKey(d.Version))
 	return trouble("store driver "+d.Version, err)
 }
 
-// Artifacts lists artifacts of a driver, or all for the zero driver, newest
-// first, with the kernels that each is attested for.
-func (s *Store) Artifacts(ctx context.Context, d target.Driver) ([]api.Artifact, error) {
-	return s.artifacts(ctx, `$1 = '' OR (driver = $1 AND flavour = $2)`, d.Version, string(d.Flavour))
+const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at`
+
+func scanArtifact(row func(...any) error, more ...any) (api.Artifact, error) {
+	var a api.Artifact
+	var published int64
+	err := row(append([]any{&a.Digest, &a.Repository, &a.Fingerprint, &a.Driver.Version, &a.Driver.Flavour, &a.Arch,
+		&a.Release, &a.State, &a.Reason, &published}, more...)...)
+	a.PublishedAt = timeOf(published)
+	return a, err
 }
 
-// Artifact reads one artifact.
-func (s *Store) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
-	all, err := s.artifacts(ctx, `digest = $1`, digest)
+// ArtifactFilter says which artifacts to list; zero fields mean any.
+type ArtifactFilter struct {
+	Digest, Driver string
+	Flavour        target.Flavour
+	State          api.State
+	// BuildID and Board are of a kernel that the artifact is attested for.
+	BuildID, Board string
+}
+
+// Artifacts lists a page of artifacts, newest first, with the kernels that each
+// is attested for.
+func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
+	all, next, err = artifacts(ctx, s.readers, f, p)
+	return all, next, trouble("list artifacts", err)
+}
+
+func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
+	after, err := p.parse(2)
 	if err != nil {
-		return api.Artifact{}, err
+		return nil, "", err
 	}
-	if len(all) == 0 {
-		return api.Artifact{}, fault.New(fault.NoArtifact, "artifact "+digest+" is not in the catalogue", "list what is there: server artifacts")
+	w := &where{}
+	equal(w, "a.digest", f.Digest)
+	equal(w, "a.driver", f.Driver)
+	equal(w, "a.flavour", string(f.Flavour))
+	equal(w, "a.state", string(f.State))
+	if f.BuildID != "" || f.Board != "" {
+		k := &where{args: w.args}
+		equal(k, "build_id", f.BuildID)
+		equal(k, "board", f.Board)
+		w.args = k.args
+		w.and("a.digest IN (SELECT digest FROM artifact_kernels" + k.String() + ")")
 	}
-	return all[0], nil
-}
-
-func (s *Store) artifacts(ctx context.Context, where string, args ...any) ([]api.Artifact, error) {
+	if after != nil {
+		// The time is text in the cursor and a number in the table.
+		w.and("a.published_at <= CAST(? AS BIGINT) AND (a.published_at < CAST(? AS BIGINT) OR a.digest > ?)", after[0], after[0], after[1])
+	}
+	chosen := `SELECT ` + artifactColumns + ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(p.Limit)
 	all, at := []api.Artifact{}, map[string]int{}
-	err := s.query(ctx, func(row func(...any) error) error {
-		var a api.Artifact
-		var published int64
-		err := row(&a.Digest, &a.Repository, &a.Fingerprint, &a.Driver.Version, &a.Driver.Flavour, &a.Arch,
-			&a.Release, &a.State, &a.Reason, &published)
-		a.PublishedAt, a.Kernels = timeOf(published), []target.Kernel{}
+	err = query(ctx, q, func(row func(...any) error) error {
+		a, err := scanArtifact(row)
+		a.Kernels = []target.Kernel{}
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
-	}, `SELECT digest, repository, fingerprint, driver, flavour, arch, release, state, reason, published_at
-        FROM artifacts WHERE `+where+` ORDER BY published_at DESC, digest`, args...)
+	}, chosen, w.args...)
 	if err != nil {
-		return nil, trouble("list artifacts", err)
+		return nil, "", err
 	}
-	err = s.query(ctx, func(row func(...any) error) error {
+	err = query(ctx, q, func(row func(...any) error) error {
 		var digest, raw string
 		var k target.Kernel
 		if err := row(&digest, &raw); err != nil {
@@ -159,16 +252,38 @@ func (s *Store) artifacts(ctx context.Context, where string, args ...any) ([]api
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
-	}, `SELECT digest, kernel FROM artifact_kernels WHERE digest IN (SELECT digest FROM artifacts WHERE `+where+`)
-        ORDER BY digest, build_id, board`, args...)
-	return all, trouble("list artifacts", err)
+	}, `SELECT k.digest, k.kernel FROM (`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest
+        ORDER BY k.digest, k.build_id, k.board`, w.args...)
+	all, next = cut(all, p.Limit, func(a api.Artifact) []string { return []string{fmt.Sprint(micros(a.PublishedAt)), a.Digest} })
+	return all, next, err
+}
+
+// Artifact reads one artifact.
+func (s *Store) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
+	return artifact(ctx, s.readers, digest)
+}
+
+// Artifact reads one artifact.
+func (tx *Tx) Artifact(ctx context.Context, digest string) (api.Artifact, error) {
+	return artifact(ctx, tx, digest)
+}
+
+func artifact(ctx context.Context, q querier, digest string) (api.Artifact, error) {
+	all, _, err := artifacts(ctx, q, ArtifactFilter{Digest: digest}, Page{Limit: 1})
+	if err != nil {
+		return api.Artifact{}, trouble("read artifact "+digest, err)
+	}
+	if len(all) == 0 || digest == "" {
+		return api.Artifact{}, fault.New(fault.NotFound, "artifact "+digest+" is not in the catalogue", "list what is there: server artifacts")
+	}
+	return all[0], nil
 }
 
 // PutArtifact adds an artifact, or adds kernels to one that is there. Digest,
 // driver and fingerprint of a stored artifact never change, nor does its
 // yanked state: that is SetArtifactState's.
-func (s *Store) PutArtifact(ctx context.Context, a api.Artifact) error {
-	err := s.inTx(ctx, func(tx *sql.Tx) error {
+func (tx *Tx) PutArtifact(ctx context.Context, a api.Artifact) error {
+	err := func() error {
 		_, err := tx.ExecContext(ctx, `
 INSERT INTO artifacts (digest, repository, fingerprint, driver, flavour, arch, release, state, reason, published_at)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING`,
@@ -183,19 +298,38 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 				return err
 			}
 			_, err = tx.ExecContext(ctx, `
-INSERT INTO artifact_kernels (digest, build_id, board, kernel) VALUES ($1, $2, $3, $4)
-ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`, a.Digest, k.BuildID, k.Board, string(raw))
+INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
+				a.Digest, k.BuildID, k.Board, string(raw), micros(a.PublishedAt))
 			if err != nil {
 				return err
 			}
 		}
 		return nil
-	})
+	}()
 	return trouble("store artifact "+a.Digest, err)
 }
 
 // SetArtifactState yanks or unyanks.
-func (s *Store) SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error {
-	_, err := s.db.ExecContext(ctx, `UPDATE artifacts SET state = $2, reason = $3 WHERE digest = $1`, digest, string(state), reason)
+func (tx *Tx) SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error {
+	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET state = $2, reason = $3 WHERE digest = $1`, digest, string(state), reason)
 	return trouble("mark artifact "+digest, err)
+}
+
+// CountArtifacts counts artifacts by state.
+func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
+	counts, err := s.count(ctx, "artifacts")
+	return counts, trouble("count artifacts", err)
+}
+
+func (s *Store) count(ctx context.Context, table string) (map[api.State]int, error) {
+	counts := map[api.State]int{}
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var state api.State
+		var n int
+		err := row(&state, &n)
+		counts[state] = n
+		return err
+	}, `SELECT state, COUNT(*) FROM `+table+` GROUP BY state`)
+	return counts, err
 }

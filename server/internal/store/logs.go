@@ -58,12 +58,13 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	}()
 	n, err := io.Copy(part, io.LimitReader(r, api.MaxBuildLog+1))
 	if err == nil && n > api.MaxBuildLog {
-		err = fault.New(fault.Usage, fmt.Sprintf("the log is larger than %d MiB", api.MaxBuildLog>>20), "send its end only")
+		err = fault.New(fault.TooLarge, fmt.Sprintf("the log is larger than %d MiB", api.MaxBuildLog>>20), "send its end only")
 	}
 	if err == nil {
 		err = part.Sync()
 	}
 	if err = errors.Join(err, part.Close()); err != nil {
+		err = fault.Disk(err, "free space for the server's data folder")
 		return fmt.Errorf("store log of build %d: %w", build, err)
 	}
 	if err = l.root.Rename(filepath.Base(part.Name()), name); err != nil {
@@ -83,7 +84,7 @@ func ignoreGone(err error) error {
 func (l *Logs) Get(build int64) (log io.ReadSeekCloser, size int64, err error) {
 	f, err := l.root.Open(logName(build))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, fault.New(fault.InputMissing, fmt.Sprintf("build %d has no log yet", build), "ask again when the build has ended")
+		return nil, 0, fault.New(fault.NotFound, fmt.Sprintf("build %d has no log yet", build), "ask again when the build has ended")
 	}
 	if err != nil {
 		return nil, 0, fmt.Errorf("read log of build %d: %w", build, err)

@@ -1,6 +1,8 @@
 // Package store keeps the catalogue in a database: SQLite in one file, or
-// PostgreSQL. It is the only package with SQL. It refuses to decide anything:
-// which transitions are allowed, what matches what, is package catalogue's.
+// PostgreSQL. It is the only package with SQL. Reading is a method of [Store],
+// writing one of [Tx], so that a use-case writes all it has to in one
+// transaction. It refuses to decide anything: which transitions are allowed, what
+// matches what, is package catalogue's.
 package store
 
 import (
@@ -20,9 +22,11 @@ import (
 	_ "github.com/jackc/pgx/v5/stdlib" // registers the database/sql driver "pgx"
 	"github.com/pressly/goose/v3"
 	"github.com/pressly/goose/v3/lock"
-	_ "modernc.org/sqlite" // registers the database/sql driver "sqlite"
+	sqlitedriver "modernc.org/sqlite" // registers the database/sql driver "sqlite"
+	sqlitelib "modernc.org/sqlite/lib"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 //go:embed migrations/*.sql
@@ -30,9 +34,14 @@ var migrations embed.FS
 
 // Store is an open catalogue. Close it.
 type Store struct {
-	db       *sql.DB
+	db       *sql.DB // writes
+	readers  *sql.DB // the same with PostgreSQL
 	postgres bool
 }
+
+// readers is how many SQLite connections read side by side. A write holds up
+// none of them, which is what SQLite's write-ahead log is for.
+const readers = 8
 
 // Open opens sqlite:///abs/path or postgres://… and brings its tables up to date.
 func Open(ctx context.Context, rawURL string) (*Store, error) {
@@ -42,7 +51,7 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 	}
 	if err := s.migrate(ctx); err != nil {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
-			"check that the database is reachable and writable, and not of a newer server"), s.db.Close())
+			"check that the database is reachable and writable, and not of a newer server"), s.Close())
 	}
 	return s, nil
 }
@@ -52,18 +61,18 @@ func open(rawURL string) (*Store, error) {
 		if !filepath.IsAbs(file) {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", file), "write sqlite:///abs/path/catalogue.db")
 		}
-		dsn := url.URL{Scheme: "file", Path: file, RawQuery: url.Values{
+		db, err := sqlite(file, url.Values{
 			"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)"},
 			"_txlock": {"immediate"},
-		}.Encode()}
-		db, err := sql.Open("sqlite", dsn.String())
+		}, 1) // SQLite has one writer: one connection makes waiting for it fair
 		if err != nil {
 			return nil, err
 		}
-		// SQLite has one writer; one connection makes waiting for it fair and
-		// keeps "database is locked" out of the answers.
-		db.SetMaxOpenConns(1)
-		return &Store{db: db}, nil
+		reading, err := sqlite(file, url.Values{"_pragma": {"busy_timeout(10000)", "query_only(1)", "mmap_size(268435456)"}}, readers)
+		if err != nil {
+			return nil, errors.Join(err, db.Close())
+		}
+		return &Store{db: db, readers: reading}, nil
 	}
 	if strings.HasPrefix(rawURL, "postgres://") || strings.HasPrefix(rawURL, "postgresql://") {
 		db, err := sql.Open("pgx", rawURL)
@@ -71,11 +80,50 @@ func open(rawURL string) (*Store, error) {
 			return nil, err
 		}
 		db.SetMaxOpenConns(16)
+		db.SetMaxIdleConns(16)
 		db.SetConnMaxIdleTime(5 * time.Minute)
-		return &Store{db: db, postgres: true}, nil
+		return &Store{db: db, readers: db, postgres: true}, nil
 	}
 	return nil, fault.New(fault.Usage, "the URL is neither sqlite:///PATH nor postgres://…",
 		"use --database sqlite:///abs/path/catalogue.db or --database postgres://user@host/name")
+}
+
+// sqlite opens a pool of at most n connections to a file.
+func sqlite(file string, query url.Values, n int) (*sql.DB, error) {
+	dsn := url.URL{Scheme: "file", Path: file, RawQuery: query.Encode()}
+	db, err := sql.Open("sqlite", dsn.String())
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(n)
+	db.SetMaxIdleConns(n)
+	return db, nil
+}
+
+// after are the parts of migrations that SQL cannot say, by number.
+var after = map[int64]func(context.Context, *sql.Tx) error{2: fillSortKeys}
+
+// fillSortKeys writes the sort keys of rows that are older than the column.
+func fillSortKeys(ctx context.Context, tx *sql.Tx) error {
+	for _, column := range []struct{ table, version string }{{"kernels", "build_id"}, {"drivers", "version"}} {
+		var versions []string
+		err := query(ctx, tx, func(row func(...any) error) error {
+			var v string
+			err := row(&v)
+			versions = append(versions, v)
+			return err
+		}, `SELECT DISTINCT `+column.version+` FROM `+column.table)
+		if err != nil {
+			return err
+		}
+		for _, v := range versions {
+			_, err := tx.ExecContext(ctx, `UPDATE `+column.table+` SET sort_key = $2 WHERE `+column.version+` = $1`, v, target.SortKey(v))
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // migrate runs the embedded migrations that the database lacks.
@@ -84,11 +132,11 @@ func (s *Store) migrate(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	id := "INTEGER PRIMARY KEY AUTOINCREMENT"
+	id, sorted := "INTEGER PRIMARY KEY AUTOINCREMENT", "TEXT" // SQLite compares bytes of itself
 	dialect := goose.DialectSQLite3
 	options := []goose.ProviderOption{goose.WithDisableGlobalRegistry(true)}
 	if s.postgres {
-		id, dialect = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", goose.DialectPostgres
+		id, sorted, dialect = "BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", `TEXT COLLATE "C"`, goose.DialectPostgres
 		locker, err := lock.NewPostgresSessionLocker()
 		if err != nil {
 			return err
@@ -106,11 +154,13 @@ func (s *Store) migrate(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		statements := strings.ReplaceAll(string(text), "{{id}}", id)
+		statements := strings.NewReplacer("{{id}}", id, "{{sorted}}", sorted).Replace(string(text))
 		steps = append(steps, goose.NewGoMigration(version, &goose.GoFunc{
 			RunTx: func(ctx context.Context, tx *sql.Tx) error {
-				_, err := tx.ExecContext(ctx, statements)
-				return err
+				if _, err := tx.ExecContext(ctx, statements); err != nil || after[version] == nil {
+					return err
+				}
+				return after[version](ctx, tx)
 			},
 		}, nil))
 	}
@@ -123,27 +173,43 @@ func (s *Store) migrate(ctx context.Context) error {
 }
 
 // Close closes the database.
-func (s *Store) Close() error { return s.db.Close() }
-
-// Ping reports whether the database answers.
-func (s *Store) Ping(ctx context.Context) error {
-	if err := s.db.PingContext(ctx); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("reach catalogue: %w", err), "")
+func (s *Store) Close() error {
+	if s.readers == s.db {
+		return s.db.Close()
 	}
-	return nil
+	return errors.Join(s.readers.Close(), s.db.Close())
 }
 
-// trouble classifies a database error: the database may answer better later.
+// Ping reports whether the database answers. It asks the readers: a server that
+// writes a lot is ready all the same.
+func (s *Store) Ping(ctx context.Context) error {
+	var one int
+	err := s.readers.QueryRowContext(ctx, `SELECT 1`).Scan(&one)
+	return trouble("reach catalogue", err)
+}
+
+// trouble classifies a database error: the database may answer better later. One
+// that has its class already, such as a refusal, keeps it.
 func trouble(what string, err error) error {
-	if err == nil {
-		return nil
+	var classified *fault.Error
+	if err == nil || errors.As(err, &classified) {
+		return err
+	}
+	if code := (*sqlitedriver.Error)(nil); errors.As(err, &code) && code.Code()&0xff == sqlitelib.SQLITE_FULL {
+		return fault.Wrap(fault.DiskFull, fmt.Errorf("%s: %w", what, err), "free space for the server's data folder")
 	}
 	return fault.Wrap(fault.Transient, fmt.Errorf("%s: %w", what, err), "")
 }
 
+// querier is a database or a transaction.
+type querier interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
 // query runs a SELECT and hands each row to scan.
-func (s *Store) query(ctx context.Context, scan func(row func(...any) error) error, text string, args ...any) (err error) {
-	rows, err := s.db.QueryContext(ctx, text, args...)
+func query(ctx context.Context, q querier, scan func(row func(...any) error) error, text string, args ...any) (err error) {
+	rows, err := q.QueryContext(ctx, text, args...)
 	if err != nil {
 		return err
 	}
@@ -156,16 +222,37 @@ func (s *Store) query(ctx context.Context, scan func(row func(...any) error) err
 	return rows.Err()
 }
 
-// inTx runs f in a transaction.
-func (s *Store) inTx(ctx context.Context, f func(*sql.Tx) error) error {
+// Tx is a transaction that writes. What it reads, no other write changes before
+// it is over.
+type Tx struct {
+	*sql.Tx
+	postgres bool
+}
+
+// Write runs f in one transaction and keeps what it did unless it returns an
+// error, which Write then returns.
+func (s *Store) Write(ctx context.Context, f func(*Tx) error) error {
 	tx, err := s.db.BeginTx(ctx, nil)
+	if err != nil {
+		return trouble("write to catalogue", err)
+	}
+	if err := f(&Tx{tx, s.postgres}); err != nil {
+		return trouble("write to catalogue", errors.Join(err, tx.Rollback()))
+	}
+	return trouble("write to catalogue", tx.Commit())
+}
+
+// snapshot runs f over one state of the database, whatever is written meanwhile.
+func (s *Store) snapshot(ctx context.Context, f func(querier) error) error {
+	options := &sql.TxOptions{ReadOnly: true}
+	if s.postgres {
+		options.Isolation = sql.LevelRepeatableRead // SQLite's is always one
+	}
+	tx, err := s.readers.BeginTx(ctx, options)
 	if err != nil {
 		return err
 	}
-	if err := f(tx); err != nil {
-		return errors.Join(err, tx.Rollback())
-	}
-	return tx.Commit()
+	return errors.Join(f(tx), tx.Rollback())
 }
 
 func micros(t time.Time) int64 {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,7 +26,7 @@ func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
-		"one open build": oneOpen, "change": change,
+		"one open build": oneOpen, "change": change, "pages": pages, "cells": cells,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.
@@ -72,6 +73,9 @@ func open(t *testing.T, url string) *store.Store {
 	return s
 }
 
+// page is long enough for all that the suite stores.
+var page = store.Page{Limit: 1000}
+
 var (
 	noon   = time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	driver = target.Driver{Version: "535.261.03", Flavour: target.Open}
@@ -91,12 +95,12 @@ func kernels(t *testing.T, s *store.Store, id string) {
 	full.Release, full.Version, full.Commit = "6.1.0-47", "#1 SMP", strings.Repeat("c", 40)
 	bare := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu"}, SeenAt: noon.Add(time.Hour)}
 	for _, k := range []api.Kernel{full, bare} {
-		if err := s.PutKernel(ctx, k); err != nil {
+		if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutKernel(ctx, k) }); err != nil {
 			t.Fatal(err)
 		}
 	}
 	want := full
-	want.SeenAt = bare.SeenAt
+	want.SeenAt, want.FirstSeenAt = bare.SeenAt, full.SeenAt
 	got, known, err := s.Kernel(ctx, id, "lakitu")
 	if err != nil || !known {
 		t.Fatalf("Kernel() = %v, %v", known, err)
@@ -104,7 +108,7 @@ func kernels(t *testing.T, s *store.Store, id string) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("empty fields must leave what is stored (-want +got):\n%s", d)
 	}
-	all, err := s.Kernels(ctx)
+	all, _, err := s.Kernels(ctx, store.KernelFilter{}, page)
 	if err != nil || len(all) == 0 {
 		t.Errorf("Kernels() = %d, %v; want some", len(all), err)
 	}
@@ -114,11 +118,11 @@ func drivers(t *testing.T, s *store.Store, _ string) {
 	ctx := t.Context()
 	want := api.DriverRelease{Version: "535.261.03", Branch: "R535", Flavours: []target.Flavour{target.Open}, SeenAt: noon}
 	for _, d := range []api.DriverRelease{want, {Version: want.Version, SeenAt: noon}} {
-		if err := s.PutDriver(ctx, d); err != nil {
+		if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutDriver(ctx, d) }); err != nil {
 			t.Fatal(err)
 		}
 	}
-	got, err := s.Drivers(ctx)
+	got, _, err := s.Drivers(ctx, page)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -134,20 +138,20 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	first, second := kernelOf(id), kernelOf(id+"1")
 	a := api.Artifact{Digest: digest, Repository: "/prebake/driver", Fingerprint: "sha256:f", Driver: d, Arch: target.AMD64,
 		Release: "6.1.0", Kernels: []target.Kernel{first}, State: api.Published, PublishedAt: noon}
-	if err := s.PutArtifact(ctx, a); err != nil {
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutArtifact(ctx, a) }); err != nil {
 		t.Fatal(err)
 	}
 	again := a
 	again.Kernels, again.PublishedAt = []target.Kernel{second}, noon.Add(time.Hour)
-	if err := s.PutArtifact(ctx, again); err != nil {
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutArtifact(ctx, again) }); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.SetArtifactState(ctx, digest, api.Yanked, "broken"); err != nil {
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetArtifactState(ctx, digest, api.Yanked, "broken") }); err != nil {
 		t.Fatal(err)
 	}
 	want := a
 	want.Kernels, want.State, want.Reason = []target.Kernel{first, second}, api.Yanked, "broken"
-	got, err := s.Artifacts(ctx, d)
+	got, _, err := s.Artifacts(ctx, store.ArtifactFilter{Driver: d.Version, Flavour: d.Flavour}, page)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -157,10 +161,10 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	if one, err := s.Artifact(ctx, digest); err != nil || one.Digest != digest {
 		t.Errorf("Artifact() = %v, %v", one, err)
 	}
-	if _, err := s.Artifact(ctx, "sha256:absent"); !fault.Is(err, fault.NoArtifact) {
-		t.Errorf("Artifact(absent) = %v; want no-artifact", err)
+	if _, err := s.Artifact(ctx, "sha256:absent"); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Artifact(absent) = %v; want not-found", err)
 	}
-	if all, err := s.Artifacts(ctx, target.Driver{}); err != nil || len(all) == 0 {
+	if all, _, err := s.Artifacts(ctx, store.ArtifactFilter{}, page); err != nil || len(all) == 0 {
 		t.Errorf("Artifacts(all) = %d, %v; want some", len(all), err)
 	}
 	if n, err := s.CountArtifacts(ctx); err != nil || n[api.Yanked] == 0 {
@@ -168,9 +172,31 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	}
 }
 
+func addBuild(ctx context.Context, s *store.Store, b api.Build) (stored api.Build, added bool, err error) {
+	err = s.Write(ctx, func(tx *store.Tx) error {
+		stored, added, err = tx.AddBuild(ctx, b)
+		return err
+	})
+	return stored, added, err
+}
+
+// changeBuild does what a use-case does: read, decide, store.
+func changeBuild(ctx context.Context, s *store.Store, id int64, decide func(*api.Build) error) (b api.Build, err error) {
+	err = s.Write(ctx, func(tx *store.Tx) error {
+		if b, err = tx.Build(ctx, id); err != nil {
+			return err
+		}
+		if err := decide(&b); err != nil {
+			return err
+		}
+		return tx.SetBuild(ctx, b)
+	})
+	return b, err
+}
+
 func add(t *testing.T, s *store.Store, id string) api.Build {
 	t.Helper()
-	b, added, err := s.AddBuild(t.Context(), api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+	b, added, err := addBuild(t.Context(), s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
 	if err != nil || !added {
 		t.Fatalf("AddBuild() = %v, %v", added, err)
 	}
@@ -187,21 +213,16 @@ func builds(t *testing.T, s *store.Store, id string) {
 	if d := cmp.Diff(b, got); d != "" {
 		t.Errorf("Build() (-stored +read):\n%s", d)
 	}
-	if _, err := s.Build(ctx, 1<<40); !fault.Is(err, fault.InputMissing) {
-		t.Errorf("Build(absent) = %v; want input-missing", err)
-	}
-	newest, err := s.NewestBuild(ctx, id, "lakitu", driver)
-	if err != nil || newest == nil || newest.ID != b.ID {
-		t.Errorf("NewestBuild() = %v, %v; want build %d", newest, err, b.ID)
-	}
-	if none, err := s.NewestBuild(ctx, id, "lakitu", target.Driver{Version: "1.2"}); none != nil || err != nil {
-		t.Errorf("NewestBuild(absent) = %v, %v; want nothing", none, err)
+	if _, err := s.Build(ctx, 1<<40); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Build(absent) = %v; want not-found", err)
 	}
 	for _, list := range []func() ([]api.Build, error){
-		func() ([]api.Build, error) { return s.Builds(ctx, "", 1000) },
-		func() ([]api.Build, error) { return s.Builds(ctx, api.Queued, 1000) },
+		func() ([]api.Build, error) { all, _, err := s.Builds(ctx, store.BuildFilter{}, page); return all, err },
+		func() ([]api.Build, error) {
+			all, _, err := s.Builds(ctx, store.BuildFilter{State: api.Queued, BuildID: id, Board: "lakitu", Driver: driver.Version, Flavour: driver.Flavour}, page)
+			return all, err
+		},
 		func() ([]api.Build, error) { return s.OpenBuilds(ctx) },
-		func() ([]api.Build, error) { return s.NewestBuilds(ctx) },
 	} {
 		all, err := list()
 		found := false
@@ -211,6 +232,9 @@ func builds(t *testing.T, s *store.Store, id string) {
 		if err != nil || !found {
 			t.Errorf("a list of %d builds lacks build %d: %v", len(all), b.ID, err)
 		}
+	}
+	if none, _, err := s.Builds(ctx, store.BuildFilter{BuildID: id, State: api.Failed}, page); len(none) != 0 || err != nil {
+		t.Errorf("Builds(failed) = %v, %v; want none", none, err)
 	}
 	if n, err := s.CountBuilds(ctx); err != nil || n[api.Queued] == 0 {
 		t.Errorf("CountBuilds() = %v, %v", n, err)
@@ -223,7 +247,7 @@ func oneOpen(t *testing.T, s *store.Store, id string) {
 	var wait sync.WaitGroup
 	for i := range askers {
 		wait.Go(func() {
-			b, isNew, err := s.AddBuild(context.WithoutCancel(t.Context()), api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+			b, isNew, err := addBuild(context.WithoutCancel(t.Context()), s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
 			if err != nil {
 				t.Error(err)
 			}
@@ -243,15 +267,15 @@ func oneOpen(t *testing.T, s *store.Store, id string) {
 	if n != 1 {
 		t.Errorf("%d builds were added; want 1", n)
 	}
-	done, err := s.ChangeBuild(t.Context(), ids[0], func(b *api.Build) error { b.State = api.Failed; return nil })
+	done, err := changeBuild(t.Context(), s, ids[0], func(b *api.Build) error { b.State = api.Failed; return nil })
 	if err != nil || done.State != api.Failed {
-		t.Fatalf("ChangeBuild() = %v, %v", done.State, err)
+		t.Fatalf("changeBuild() = %v, %v", done.State, err)
 	}
 	next := add(t, s, id)
 	if next.ID == ids[0] {
 		t.Error("a closed build was opened again")
 	}
-	_, err = s.ChangeBuild(t.Context(), ids[0], func(b *api.Build) error { b.State = api.Queued; return nil })
+	_, err = changeBuild(t.Context(), s, ids[0], func(b *api.Build) error { b.State = api.Queued; return nil })
 	if !fault.Is(err, fault.Busy) {
 		t.Errorf("opening a second build of a cell = %v; want busy", err)
 	}
@@ -264,13 +288,13 @@ func change(t *testing.T, s *store.Store, id string) {
 	want := b
 	want.State, want.Phase, want.Worker, want.Attempt = api.Building, "compile", "w1", 2
 	want.Class, want.Error, want.Hint, want.Digest = "api-break", "x.c:1: error", "none", "sha256:1"
-	want.Kernel.Release, want.StartedAt, want.FinishedAt = "6.1.0-47", &started, &started
+	want.Kernel.Release, want.StartedAt, want.FinishedAt, want.BeatAt = "6.1.0-47", &started, &started, &started
 	want.Phases = []timeline.Phase{{Name: "source", Start: noon, Seconds: 1.5, Note: "cached"}}
-	if _, err := s.ChangeBuild(ctx, b.ID, func(b *api.Build) error { *b = want; return nil }); err != nil {
+	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { *b = want; return nil }); err != nil {
 		t.Fatal(err)
 	}
 	refusal := fault.New(fault.Mismatch, "no", "")
-	if _, err := s.ChangeBuild(ctx, b.ID, func(b *api.Build) error { b.Phase = "never"; return refusal }); !fault.Is(err, fault.Mismatch) {
+	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { b.Phase = "never"; return refusal }); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("a refused change = %v; want the refusal", err)
 	}
 	got, err := s.Build(ctx, b.ID)
@@ -280,8 +304,8 @@ func change(t *testing.T, s *store.Store, id string) {
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("ChangeBuild (-want +got):\n%s", d)
 	}
-	if _, err := s.ChangeBuild(ctx, 1<<40, func(*api.Build) error { return nil }); !fault.Is(err, fault.InputMissing) {
-		t.Errorf("ChangeBuild(absent) = %v; want input-missing", err)
+	if _, err := changeBuild(ctx, s, 1<<40, func(*api.Build) error { return nil }); !fault.Is(err, fault.NotFound) {
+		t.Errorf("changeBuild(absent) = %v; want not-found", err)
 	}
 }
 
@@ -305,8 +329,8 @@ func TestLogs(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer logs.Close()
-	if _, _, err := logs.Get(7); !fault.Is(err, fault.InputMissing) {
-		t.Errorf("Get(absent) = %v; want input-missing", err)
+	if _, _, err := logs.Get(7); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Get(absent) = %v; want not-found", err)
 	}
 	for _, text := range []string{"first", "second\n"} {
 		if err := logs.Put(7, strings.NewReader(text)); err != nil {
@@ -320,8 +344,8 @@ func TestLogs(t *testing.T) {
 	if err := f.Close(); err != nil {
 		t.Error(err)
 	}
-	if err := logs.Put(7, endless{}); !fault.Is(err, fault.Usage) {
-		t.Errorf("Put(endless) = %v; want usage", err)
+	if err := logs.Put(7, endless{}); !fault.Is(err, fault.TooLarge) {
+		t.Errorf("Put(endless) = %v; want too-large", err)
 	}
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 1 {
@@ -332,3 +356,150 @@ func TestLogs(t *testing.T) {
 type endless struct{}
 
 func (endless) Read(p []byte) (int, error) { return len(p), nil }
+
+// pages follows each list page by page, and wants each entry once.
+func pages(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	major, _, _ := strings.Cut(id, ".")
+	board := "pages" + major
+	err := s.Write(ctx, func(tx *store.Tx) error {
+		for _, n := range []int{2, 10, 1, 9, 100} { // not in the order of text
+			k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("%s.%d.0", major, n), Board: board}, SeenAt: noon}
+			if err := tx.PutKernel(ctx, k); err != nil {
+				return err
+			}
+			a := api.Artifact{Digest: fmt.Sprintf("sha256:page%s.%d", major, n), Driver: driver, State: api.Published, PublishedAt: noon,
+				Kernels: []target.Kernel{k.Kernel}}
+			if err := tx.PutArtifact(ctx, a); err != nil {
+				return err
+			}
+			if _, _, err := tx.AddBuild(ctx, api.Build{Kernel: k.Kernel, Driver: driver, State: api.Queued, CreatedAt: noon}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	lists := map[string]func(p store.Page) (names []string, next string, err error){
+		"kernels": func(p store.Page) (names []string, next string, err error) {
+			all, next, err := s.Kernels(ctx, store.KernelFilter{Board: board}, p)
+			for _, k := range all {
+				names = append(names, k.BuildID)
+			}
+			return names, next, err
+		},
+		"cells": func(p store.Page) (names []string, next string, err error) {
+			all, facts, next, err := s.Cells(ctx, store.KernelFilter{Board: board}, p)
+			for _, k := range all {
+				if f := facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil && len(f.Artifacts) == 1 {
+					names = append(names, k.BuildID)
+				}
+			}
+			return names, next, err
+		},
+		"artifacts": func(p store.Page) (names []string, next string, err error) {
+			all, next, err := s.Artifacts(ctx, store.ArtifactFilter{Board: board}, p)
+			for _, a := range all {
+				names = append(names, a.Kernels[0].BuildID)
+			}
+			return names, next, err
+		},
+		"builds": func(p store.Page) (names []string, next string, err error) {
+			all, next, err := s.Builds(ctx, store.BuildFilter{Board: board}, p)
+			for _, b := range all {
+				names = append(names, b.Kernel.BuildID)
+			}
+			return names, next, err
+		},
+	}
+	newest := []string{major + ".100.0", major + ".10.0", major + ".9.0", major + ".2.0", major + ".1.0"}
+	for name, list := range lists {
+		for limit := 1; limit <= 6; limit++ {
+			var got []string
+			steps := 0
+			for after := ""; ; steps++ {
+				some, next, err := list(store.Page{After: after, Limit: limit})
+				if err != nil || steps > 6 {
+					t.Fatalf("%s by %d: %v after %d pages", name, limit, err, steps)
+				}
+				got = append(got, some...)
+				if after = next; after == "" {
+					break
+				}
+			}
+			want := newest
+			if name == "builds" || name == "artifacts" { // by number of the build, by digest
+				want = slices.Sorted(slices.Values(newest))
+				slices.Sort(got)
+			}
+			if d := cmp.Diff(want, got); d != "" {
+				t.Errorf("%s in pages of %d (-want +got):\n%s", name, limit, d)
+			}
+		}
+		if _, _, err := list(store.Page{After: "bm90IG91cnM", Limit: 1}); !fault.Is(err, fault.Usage) {
+			t.Errorf("%s after a cursor that is none = %v; want usage", name, err)
+		}
+	}
+}
+
+// cells looks at what decides about one cell.
+func cells(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	known, sibling := kernelOf(id), kernelOf(id+"1")
+	finger := target.Fingerprint("sha256:" + strings.Repeat("c", 64-len(id)) + strings.ReplaceAll(id, ".", "0"))
+	d := target.Driver{Version: "998." + strings.ReplaceAll(id, ".", ""), Flavour: target.Open}
+	artifact := func(n string, k target.Kernel, at time.Time) api.Artifact {
+		return api.Artifact{Digest: "sha256:" + n + id, Fingerprint: finger, Driver: d, State: api.Published, PublishedAt: at, Kernels: []target.Kernel{k}}
+	}
+	var newest api.Build
+	err := s.Write(ctx, func(tx *store.Tx) error {
+		old, _, err := tx.AddBuild(ctx, api.Build{Kernel: known, Driver: d, State: api.Published, CreatedAt: noon})
+		if err != nil {
+			return err
+		}
+		if newest, _, err = tx.AddBuild(ctx, api.Build{Kernel: known, Driver: d, State: api.Queued, CreatedAt: noon}); err != nil || newest.ID == old.ID {
+			return fmt.Errorf("second build: %d, %w", newest.ID, err)
+		}
+		for _, a := range []api.Artifact{artifact("a", known, noon), artifact("b", sibling, noon.Add(time.Hour))} {
+			if err := tx.PutArtifact(ctx, a); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := []struct {
+		name        string
+		fingerprint target.Fingerprint
+		want        []string // digests' first letter, with ! where attested
+	}{
+		{"fingerprint unknown: what is attested", "", []string{"a!"}},
+		{"fingerprint known: all of it, newest first", finger, []string{"b", "a!"}},
+		{"another fingerprint: nothing", "sha256:other", nil},
+	}
+	for _, row := range rows {
+		facts, err := s.Facts(ctx, api.Kernel{Kernel: known, Fingerprint: row.fingerprint}, d.Version)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f := facts[store.CellKey{BuildID: id, Board: "lakitu", Driver: d}]
+		var got []string
+		for _, a := range f.Artifacts {
+			name := a.Digest[7:8]
+			if a.Attested {
+				name += "!"
+			}
+			got = append(got, name)
+		}
+		if diff := cmp.Diff(row.want, got); diff != "" || f.Newest == nil || f.Newest.ID != newest.ID {
+			t.Errorf("%s: Facts() has build %v, artifacts (-want +got):\n%s", row.name, f.Newest, diff)
+		}
+	}
+	if facts, err := s.Facts(ctx, api.Kernel{Kernel: known}, "1.2.3"); err != nil || len(facts) != 0 {
+		t.Errorf("Facts(another driver) = %v, %v; want none", facts, err)
+	}
+}

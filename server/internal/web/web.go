@@ -21,6 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/store"
 )
 
 //go:embed pages/*.html assets/*
@@ -28,9 +29,9 @@ var files embed.FS
 
 // reader is what the pages read; package catalogue has it.
 type reader interface {
-	Matrix(ctx context.Context) (*catalogue.Matrix, error)
-	Artifacts(ctx context.Context) ([]api.Artifact, error)
-	Builds(ctx context.Context, state api.State) ([]api.Build, error)
+	Matrix(ctx context.Context, f store.KernelFilter, p store.Page) (*catalogue.Matrix, error)
+	Artifact(ctx context.Context, digest string) (api.Artifact, error)
+	Builds(ctx context.Context, f store.BuildFilter, p store.Page) ([]api.Build, string, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
 }
 
@@ -57,7 +58,10 @@ func New(r reader, log *slog.Logger) (http.Handler, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /{$}", p.matrix)
 	mux.HandleFunc("GET /builds/{id}", p.build)
-	mux.Handle("GET /assets/", cached(http.FileServerFS(files)))
+	mux.Handle("GET /assets/{name}", cached(http.FileServerFS(files))) // files only: no list of the folder
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		p.fail(w, r, fault.New(fault.NotFound, "there is no such page", "begin at the matrix"))
+	})
 	return mux, nil
 }
 
@@ -113,6 +117,8 @@ type matrixPage struct {
 	Legend    []legend
 	Artifacts []artifact
 	Recent    []api.Build
+	// Older leads to the next page, Newest to the first; "" when this is it.
+	Older, Newest string
 }
 
 type row struct {
@@ -121,7 +127,8 @@ type row struct {
 }
 
 type cell struct {
-	catalogue.Cell
+	api.Resolution
+	Flavour target.Flavour
 	// Link leads to the build or the artifact; Why is the tooltip.
 	Link, Why string
 }
@@ -131,26 +138,34 @@ type artifact struct {
 	Ref string
 }
 
-// maxRecent bounds the list of builds on the first page.
-const maxRecent = 12
+// Bounds of the first page.
+const (
+	maxRecent = 12 // builds
+	maxRows   = 50 // kernels
+)
 
 func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
-	m, err := p.reader.Matrix(r.Context())
+	query := r.URL.Query()
+	filter := store.KernelFilter{Board: query.Get("board")}
+	if m := query.Get("milestone"); m != "" {
+		n, err := strconv.Atoi(m)
+		if err != nil {
+			p.fail(w, r, fault.New(fault.Usage, fmt.Sprintf("milestone %.20q is not a number", m), "write one such as 109"))
+			return
+		}
+		filter.Milestone = n
+	}
+	m, err := p.reader.Matrix(r.Context(), filter, store.Page{After: query.Get("after"), Limit: maxRows})
 	if err != nil {
 		p.fail(w, r, err)
 		return
 	}
-	artifacts, err := p.reader.Artifacts(r.Context())
+	recent, _, err := p.reader.Builds(r.Context(), store.BuildFilter{}, store.Page{Limit: maxRecent})
 	if err != nil {
 		p.fail(w, r, err)
 		return
 	}
-	recent, err := p.reader.Builds(r.Context(), "")
-	if err != nil {
-		p.fail(w, r, err)
-		return
-	}
-	page := matrixPage{Matrix: m, Recent: recent[:min(maxRecent, len(recent))], Legend: []legend{
+	page := matrixPage{Matrix: m, Recent: recent, Legend: []legend{
 		{api.Published, "signed and ready to install"},
 		{api.Building, "a builder works on it"},
 		{api.Queued, "waits for a builder"},
@@ -160,24 +175,32 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 		{api.Unsupported, "cannot be built"},
 		{api.Unknown, "nobody asked for it yet"},
 	}}
+	if query.Has("after") {
+		query.Del("after")
+		page.Newest = "/?" + query.Encode()
+	}
+	if m.Next != "" {
+		query.Set("after", m.Next)
+		page.Older = "/?" + query.Encode()
+	}
 	for i, k := range m.Kernels {
 		line := row{Kernel: k}
 		for j := range m.Drivers {
 			var both []cell
 			for _, c := range m.Cells[i][j] {
-				both = append(both, cell{c, link(c), why(k, c)})
+				both = append(both, cell{c, c.Driver.Flavour, link(c), why(k, c)})
 			}
 			line.Cells = append(line.Cells, both)
 		}
 		page.Rows = append(page.Rows, line)
 	}
-	for _, a := range artifacts {
+	for _, a := range m.Artifacts {
 		page.Artifacts = append(page.Artifacts, artifact{a, reference(r.Host, a)})
 	}
 	p.render(w, r, http.StatusOK, "matrix.html", page)
 }
 
-func link(c catalogue.Cell) string {
+func link(c api.Resolution) string {
 	switch {
 	case c.State == api.Published || c.State == api.Yanked && c.Digest != "":
 		return "#" + anchor(c.Digest)
@@ -189,8 +212,8 @@ func link(c catalogue.Cell) string {
 
 func anchor(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
 
-func why(k api.Kernel, c catalogue.Cell) string {
-	text := fmt.Sprintf("%s, driver %s: %s", k, target.Driver{Version: c.Driver.Version, Flavour: c.Flavour}, label(c.State))
+func why(k api.Kernel, c api.Resolution) string {
+	text := fmt.Sprintf("%s, driver %s: %s", k, c.Driver, label(c.State))
 	if c.Reason != "" {
 		text += ". " + c.Reason
 	}
@@ -219,7 +242,7 @@ type buildPage struct {
 func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
 	if err != nil {
-		p.fail(w, r, fault.New(fault.InputMissing, "there is no such build", ""))
+		p.fail(w, r, fault.New(fault.NotFound, "there is no such build", ""))
 		return
 	}
 	b, err := p.reader.Build(r.Context(), id)
@@ -230,15 +253,13 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published}
 	page.Total = strconv.FormatFloat(timeline.Total(b.Phases), 'f', 2, 64)
 	if b.Digest != "" {
-		artifacts, err := p.reader.Artifacts(r.Context())
-		if err != nil {
+		a, err := p.reader.Artifact(r.Context(), b.Digest)
+		if err != nil && !fault.Is(err, fault.NotFound) {
 			p.fail(w, r, err)
 			return
 		}
-		for _, a := range artifacts {
-			if a.Digest == b.Digest {
-				page.Ref = reference(r.Host, a)
-			}
+		if err == nil {
+			page.Ref = reference(r.Host, a)
 		}
 	}
 	p.render(w, r, http.StatusOK, "build.html", page)
@@ -249,10 +270,8 @@ type failPage struct{ Title, Text, Hint string }
 func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
 	kind := fault.Of(err)
 	page := failPage{Title: kind.What(), Text: err.Error(), Hint: fault.Hint(err)}
-	if kind == fault.Internal {
-		page.Text = "The server's log has the cause."
-	}
 	if kind.HTTPStatus() >= http.StatusInternalServerError {
+		page.Text, page.Hint = "The server cannot answer right now; its log has the cause.", ""
 		p.log.ErrorContext(r.Context(), "page failed", "path", r.URL.Path, "err", err)
 	}
 	p.render(w, r, kind.HTTPStatus(), "fail.html", page)

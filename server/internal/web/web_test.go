@@ -14,27 +14,43 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/store"
 	"github.com/prebake/prebake/server/internal/web"
 )
 
 // shelf answers from what it holds.
 type shelf struct {
-	matrix    catalogue.Matrix
-	artifacts []api.Artifact
-	builds    []api.Build
-	err       error
+	matrix catalogue.Matrix
+	next   string
+	builds []api.Build
+	err    error
 }
 
-func (s *shelf) Matrix(context.Context) (*catalogue.Matrix, error)      { return &s.matrix, s.err }
-func (s *shelf) Artifacts(context.Context) ([]api.Artifact, error)      { return s.artifacts, s.err }
-func (s *shelf) Builds(context.Context, api.State) ([]api.Build, error) { return s.builds, s.err }
+func (s *shelf) Matrix(_ context.Context, _ store.KernelFilter, p store.Page) (*catalogue.Matrix, error) {
+	m := s.matrix
+	if p.After == "" {
+		m.Next = s.next
+	}
+	return &m, s.err
+}
+func (s *shelf) Artifact(_ context.Context, digest string) (api.Artifact, error) {
+	for _, a := range s.matrix.Artifacts {
+		if a.Digest == digest {
+			return a, s.err
+		}
+	}
+	return api.Artifact{}, fault.New(fault.NotFound, "artifact is not there", "")
+}
+func (s *shelf) Builds(context.Context, store.BuildFilter, store.Page) ([]api.Build, string, error) {
+	return s.builds, "", s.err
+}
 func (s *shelf) Build(_ context.Context, id int64) (api.Build, error) {
 	for _, b := range s.builds {
 		if b.ID == id {
 			return b, s.err
 		}
 	}
-	return api.Build{}, fault.New(fault.InputMissing, "build is not there", "list builds")
+	return api.Build{}, fault.New(fault.NotFound, "build is not there", "list builds")
 }
 
 func get(t *testing.T, s *shelf, path string) (int, string) {
@@ -64,15 +80,16 @@ func TestPages(t *testing.T) {
 		matrix: catalogue.Matrix{
 			Kernels: []api.Kernel{{Kernel: k, Fingerprint: "sha256:0123456789abcdef"}},
 			Drivers: []api.DriverRelease{{Version: d.Version, Branch: "R535"}},
-			Cells: [][][]catalogue.Cell{{{
-				{Resolution: api.Resolution{Kernel: k, Driver: d, State: api.Published, Digest: "sha256:ab"}, Flavour: target.Proprietary},
-				{Resolution: api.Resolution{Kernel: k, Driver: d, State: api.Failed, Build: &failed}, Flavour: target.Open},
+			Cells: [][][]api.Resolution{{{
+				{Kernel: k, Driver: target.Driver{Version: d.Version, Flavour: target.Proprietary}, State: api.Published, Digest: "sha256:ab"},
+				{Kernel: k, Driver: d, State: api.Failed, Build: &failed},
 			}}},
+			Artifacts: []api.Artifact{
+				{Digest: "sha256:ab", Repository: "/prebake/driver", State: api.Published, Driver: d, Kernels: []target.Kernel{k}, PublishedAt: noon},
+				{Digest: "sha256:cd", Repository: "ghcr.io/x/y", State: api.Yanked, Reason: "panics", Driver: d, Kernels: []target.Kernel{k}, PublishedAt: noon},
+			},
 		},
-		artifacts: []api.Artifact{
-			{Digest: "sha256:ab", Repository: "/prebake/driver", State: api.Published, Driver: d, Kernels: []target.Kernel{k}, PublishedAt: noon},
-			{Digest: "sha256:cd", Repository: "ghcr.io/x/y", State: api.Yanked, Reason: "panics", Driver: d, Kernels: []target.Kernel{k}, PublishedAt: noon},
-		},
+		next:   "cursor",
 		builds: []api.Build{published, failed},
 	}
 	rows := []struct {
@@ -85,14 +102,17 @@ func TestPages(t *testing.T) {
 	}{
 		{"empty matrix says the next move", &shelf{}, "/", 200, []string{"No kernel is known yet", "Nothing is published", "No build was asked for"}, nil},
 		{"matrix", full, "/", 200, []string{`<th scope="row">17800.0.47`, `<th scope="col">535.261.03`, `href="#sha256-ab"`, `href="/builds/7"`, "✓", "✗",
-			"crane pull prebake.example/prebake/driver@sha256:ab driver.tar", "panics", "abi <code>0123456789ab</code>"},
+			"crane pull prebake.example/prebake/driver@sha256:ab driver.tar", "panics", "abi <code>0123456789ab</code>", `<a href="/?after=cursor" rel="next">Older kernels`},
 			[]string{"<b>too few", "crane pull ghcr.io", "<script"}},
+		{"next page", full, "/?after=cursor&board=lakitu", 200, []string{`<a href="/?board=lakitu">← Newest kernels`}, []string{"Older kernels"}},
+		{"filter that is none", full, "/?milestone=x", 400, []string{"is not a number"}, nil},
+		{"the folder of assets is not listed", full, "/assets/", 404, []string{"no such page"}, []string{"style.css<"}},
 		{"failed build", full, "/builds/7", 200, []string{"api-break", "&lt;b&gt;too few", "newer driver", "1.50", "(failed)", "/v1/builds/7/log"}, []string{"<b>too few"}},
 		{"published build", full, "/builds/8", 200, []string{"prebake.example/prebake/driver@sha256:ab"}, []string{"Why it failed"}},
 		{"no such build", full, "/builds/9", 404, []string{"build is not there", "list builds"}, nil},
 		{"not a number", full, "/builds/x", 404, []string{"no such build"}, nil},
-		{"trouble", &shelf{err: fault.New(fault.Transient, "catalogue is away", "")}, "/", 503, []string{"catalogue is away"}, nil},
-		{"trouble of ours is not shown", &shelf{err: io.ErrUnexpectedEOF}, "/", 500, []string{"server&#39;s log"}, []string{"unexpected EOF"}},
+		{"trouble", &shelf{err: fault.New(fault.Transient, "catalogue is away", "")}, "/", 503, []string{"cannot answer right now"}, []string{"catalogue is away"}},
+		{"trouble of ours is not shown", &shelf{err: io.ErrUnexpectedEOF}, "/", 500, []string{"its log has the cause"}, []string{"unexpected EOF"}},
 		{"no other page", full, "/other", 404, nil, nil},
 	}
 	for _, row := range rows {

@@ -1,0 +1,96 @@
+package catalogue
+
+import (
+	"fmt"
+	"regexp"
+	"strings"
+	"unicode"
+
+	"github.com/google/go-containerregistry/pkg/name"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// What holders of a token send comes back in answers, pages and commands to copy:
+// it is checked like anybody's.
+
+// Bounds of one artifact and one update.
+const (
+	maxLine    = 4 << 10 // bytes of one field
+	maxPhases  = 200
+	maxKernels = 1000 // that one artifact is attested for in one call
+)
+
+var digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+
+func badDigest(digest string) error {
+	return fault.New(fault.Usage, fmt.Sprintf("digest %.80q: want sha256: and 64 lower-case hex digits", digest), "")
+}
+
+// checkLine refuses what does not fit one line of a table.
+func checkLine(what, text string) error {
+	if len(text) > maxLine {
+		return fmt.Errorf("%s is longer than %d bytes", what, maxLine)
+	}
+	if strings.ContainsFunc(text, unicode.IsControl) {
+		return fmt.Errorf("%s %.80q: want one line without control characters", what, text)
+	}
+	return nil
+}
+
+// pathPattern is the form of a repository's name, from the OCI distribution
+// specification, "Pulling manifests".
+var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
+
+// checkRepository takes a path on this server (/prebake/driver) and a repository of
+// another registry (registry.example.com/prebake/driver).
+func checkRepository(repository string) error {
+	host, path, _ := strings.Cut(repository, "/")
+	if host == "" {
+		host = "localhost"
+	}
+	_, err := name.NewRegistry(host)
+	if len(repository) > 255 || err != nil || !pathPattern.MatchString(path) {
+		return fmt.Errorf("repository %.80q: want /NAME on this server, or HOST/NAME", repository)
+	}
+	return nil
+}
+
+// checkArtifact checks everything that an artifact says of itself, and fills in its
+// architecture and that of its kernels, which their boards tell.
+func checkArtifact(a *api.Artifact) error {
+	if !digestPattern.MatchString(a.Digest) {
+		return badDigest(a.Digest)
+	}
+	if _, err := target.ParseFingerprint(string(a.Fingerprint)); err != nil {
+		return err
+	}
+	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
+		return err
+	}
+	if err := checkRepository(a.Repository); err != nil {
+		return err
+	}
+	if n := len(a.Kernels); n == 0 || n > maxKernels {
+		return fmt.Errorf("the artifact is attested for %d kernels; want 1 to %d", n, maxKernels)
+	}
+	if err := (target.Kernel{BuildID: a.Kernels[0].BuildID, Board: a.Kernels[0].Board, Release: a.Release}).Check(); err != nil {
+		return err
+	}
+	for i, k := range a.Kernels {
+		if err := k.Check(); err != nil {
+			return err
+		}
+		arch := target.BoardArch(k.Board)
+		if a.Arch == "" {
+			a.Arch = arch
+		}
+		if a.Arch != arch {
+			return fmt.Errorf("the artifact is for %s, kernel %s is of %s", a.Arch, k, arch)
+		}
+		a.Kernels[i].Arch = arch
+	}
+	return nil
+}

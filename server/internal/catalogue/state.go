@@ -1,0 +1,130 @@
+package catalogue
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// event is one thing that happens to a build. The tables below are the whole
+// life of a build: nothing else knows which state may follow which.
+type event string
+
+const (
+	start    event = "start"    // a builder begins an attempt
+	progress event = "progress" // a builder is at work, or has learned something
+	publish  event = "publish"  // the artifact is in the registry
+	fail     event = "fail"     // no builder will try again by itself
+	putBack  event = "put back" // the build waits for its next attempt
+	cancel   event = "cancel"   // somebody called it off
+)
+
+// leads says where each event leads.
+var leads = map[event]api.State{
+	start: api.Building, publish: api.Published, fail: api.Failed, putBack: api.Queued, cancel: api.Cancelled,
+}
+
+// allowed says in which states an event happens. A failed build may start again,
+// since the queue may offer what the server gave up. An artifact that exists is
+// published, called off or not. Published is final.
+var allowed = map[event][]api.State{
+	start:   {api.Queued, api.Building, api.Failed},
+	publish: {api.Queued, api.Building, api.Failed, api.Cancelled, api.Published},
+	fail:    {api.Queued, api.Building, api.Failed},
+	putBack: {api.Queued, api.Building, api.Failed},
+	cancel:  {api.Queued, api.Building, api.Cancelled},
+}
+
+// tooLate says in which states an event comes too late to mean anything, and is
+// no mistake of who reports it: the answer tells the state, and a builder ends.
+var tooLate = map[event][]api.State{
+	progress: {api.Queued, api.Published, api.Failed, api.Cancelled},
+	fail:     {api.Cancelled},
+	putBack:  {api.Cancelled},
+}
+
+// eventOf returns what an update reports.
+func eventOf(u api.BuildUpdate) (event, error) {
+	if u.State == "" {
+		return progress, nil
+	}
+	for e, s := range leads {
+		if s == u.State {
+			return e, nil
+		}
+	}
+	return "", fmt.Errorf("state %q is not one of a build", u.State)
+}
+
+// apply changes a build by an event that u describes, or says why that may not be.
+func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, error) {
+	if u.Kernel != nil && (u.Kernel.BuildID != b.Kernel.BuildID || u.Kernel.Board != b.Kernel.Board) {
+		return b, fault.New(fault.Mismatch, fmt.Sprintf("it is of kernel %s, not %s", b.Kernel, *u.Kernel), "")
+	}
+	// Another builder has it by now: this one was taken for dead.
+	superseded := e != publish && u.Attempt > 0 && u.Attempt < b.Attempt
+	switch {
+	case slices.Contains(tooLate[e], b.State), superseded && (e == fail || e == putBack):
+		return b, nil
+	case e != progress && !slices.Contains(allowed[e], b.State):
+		return b, fault.New(fault.Mismatch, fmt.Sprintf("it is %s and cannot become %s", b.State, leads[e]), "")
+	case superseded:
+		return b, fault.New(fault.Mismatch, fmt.Sprintf("attempt %d of it is under way, not %d", b.Attempt, u.Attempt), "")
+	case b.State == api.Published && u.Digest != b.Digest: // what is published again is the same
+		return b, fault.New(fault.Mismatch, "it is published as "+b.Digest, "")
+	}
+	if u.Kernel != nil {
+		b.Kernel = *u.Kernel
+	}
+	moved := b.State != leads[e]
+	switch e {
+	case start:
+		// After a worker was killed, the next attempt finds the build building.
+		if moved || u.Attempt > b.Attempt {
+			b.StartedAt, b.FinishedAt, b.Phase = &at, nil, ""
+			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
+		}
+		b.BeatAt = &at
+	case progress:
+		b.BeatAt = &at
+	case publish:
+		b.Class, b.Error, b.Hint, b.Digest = "", "", "", u.Digest
+	case fail, putBack: // with queued, it is of the attempt before
+		set(&b.Class, u.Class)
+		set(&b.Error, u.Error)
+		set(&b.Hint, u.Hint)
+	}
+	if e == putBack && moved {
+		b.Phase, b.Worker, b.StartedAt, b.FinishedAt, b.BeatAt = "", "", nil, nil, nil
+	}
+	if moved && (e == publish || e == fail || e == cancel) {
+		b.FinishedAt, b.BeatAt = &at, nil
+	}
+	if e != progress {
+		b.State = leads[e]
+	}
+	set(&b.Phase, u.Phase)
+	set(&b.Worker, u.Worker)
+	if u.Attempt > 0 {
+		b.Attempt = u.Attempt
+	}
+	if u.Phases != nil {
+		b.Phases = u.Phases
+	}
+	return b, nil
+}
+
+// set stores a value that was told.
+func set(field *string, value string) {
+	if value != "" {
+		*field = value
+	}
+}
+
+// open reports whether a build is queued or building.
+func open(b *api.Build) bool {
+	return b != nil && (b.State == api.Queued || b.State == api.Building)
+}

@@ -1,0 +1,264 @@
+package httpapi
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/danielgtaylor/huma/v2/adapters/humachi"
+	"github.com/go-chi/chi/v5"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// The types of this file that routes embed are exported because the router fills
+// embedded structs by reflection and passes over others in silence.
+
+// body wraps what a route answers, as the router's generics want it.
+type body[T any] struct{ Body T }
+
+func answer[T any](v T, err error) (*body[T], error) {
+	if err != nil {
+		return nil, asProblem(err)
+	}
+	return &body[T]{v}, nil
+}
+
+// list is a page of a list.
+type list[T any] struct {
+	Link string `header:"Link" doc:"with rel=next the next page, where there is one (RFC 8288)"`
+	Body []T
+}
+
+// PageQuery says which page of a list is wanted.
+type PageQuery struct {
+	Limit int    `query:"limit" minimum:"0" maximum:"1000" doc:"most entries of the page; 0 is 100, of cells and matrices kernels are counted"`
+	After string `query:"after" maxLength:"1024" doc:"cursor of the page before, from its Link header"`
+
+	at url.URL
+}
+
+// Resolve is the router's hook for what is not a parameter.
+func (p *PageQuery) Resolve(ctx huma.Context) []error {
+	p.at = ctx.URL()
+	return nil
+}
+
+func (p *PageQuery) page() store.Page { return store.Page{After: p.After, Limit: p.Limit} }
+
+// listed answers with a page and a link to the one that begins at next.
+func listed[T any](p *PageQuery, all []T, next string, err error) (*list[T], error) {
+	if err != nil {
+		return nil, asProblem(err)
+	}
+	out := &list[T]{Body: all}
+	if next != "" {
+		query := p.at.Query()
+		query.Set("after", next)
+		out.Link = fmt.Sprintf("<%s?%s>; rel=\"next\"", p.at.EscapedPath(), query.Encode())
+	}
+	return out, nil
+}
+
+// KernelQuery says which kernels are wanted.
+type KernelQuery struct {
+	BuildID   string `query:"buildId" doc:"BUILD_ID of /etc/os-release"`
+	Board     string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
+	Milestone int    `query:"milestone" minimum:"0" doc:"COS milestone, such as 109"`
+}
+
+func (k *KernelQuery) filter() store.KernelFilter {
+	return store.KernelFilter{BuildID: k.BuildID, Board: k.Board, Milestone: k.Milestone}
+}
+
+// BuildPath names a build.
+type BuildPath struct {
+	ID int64 `path:"id" minimum:"1" doc:"number of the build"`
+}
+
+// DigestPath names an artifact.
+type DigestPath struct {
+	Digest string `path:"digest" doc:"digest of the artifact, sha256:…"`
+}
+
+// Asked learns the name by which a client reached the server.
+type Asked struct{ host string }
+
+// Resolve is the router's hook for what is not a parameter.
+func (a *Asked) Resolve(ctx huma.Context) []error {
+	a.host = ctx.Host()
+	return nil
+}
+
+// relative takes the host from a repository that is on this server, since
+// others reach the server by other names: a builder beside it says 127.0.0.1,
+// which means something else on a node.
+func relative(repository, asked, port string) string {
+	host, rest, ok := strings.Cut(repository, "/")
+	if !ok || host == "" {
+		return repository
+	}
+	name, at, err := net.SplitHostPort(host)
+	loopback := err == nil && at == port && (name == "localhost" || net.ParseIP(name).IsLoopback())
+	if host == asked || loopback {
+		return "/" + rest
+	}
+	return repository
+}
+
+// table registers routes.
+type table struct {
+	huma.API
+	Config
+}
+
+func (table) read(id, path, what string) huma.Operation {
+	return huma.Operation{OperationID: id, Method: http.MethodGet, Path: path, Summary: what, Errors: []int{http.StatusBadRequest}}
+}
+
+// write describes a route that needs the token.
+func (table) write(id, method, path, what string, status int) huma.Operation {
+	return huma.Operation{OperationID: id, Method: method, Path: path, Summary: what, DefaultStatus: status,
+		MaxBodyBytes: 1 << 20, Security: []map[string][]string{{"token": {}}},
+		Errors: []int{http.StatusBadRequest, http.StatusUnauthorized, http.StatusNotFound, http.StatusConflict, http.StatusRequestEntityTooLarge}}
+}
+
+// mountAPI registers the whole API.
+func mountAPI(r chi.Router, c Config) {
+	t := table{humachi.New(r, apiConfig(c.Version, c.Log)), c}
+	t.UseMiddleware(checkSecurity(t, c.Token), refuseUnknown(t))
+	t.lists()
+	t.cells()
+	t.builds()
+	t.artifacts()
+}
+
+func (t table) lists() {
+	cat := t.Catalogue
+	huma.Register(t, t.read("list-kernels", "/v1/kernels", "List kernels, newest first"), func(ctx context.Context, in *struct {
+		PageQuery
+		KernelQuery
+	}) (*list[api.Kernel], error) {
+		all, next, err := cat.Kernels(ctx, in.filter(), in.page())
+		return listed(&in.PageQuery, all, next, err)
+	})
+	huma.Register(t, t.read("list-drivers", "/v1/drivers", "List driver versions, newest first"), func(ctx context.Context, in *struct {
+		PageQuery
+	}) (*list[api.DriverRelease], error) {
+		all, next, err := cat.Drivers(ctx, in.page())
+		return listed(&in.PageQuery, all, next, err)
+	})
+	huma.Register(t, t.read("list-builds", "/v1/builds", "List builds, newest first"), func(ctx context.Context, in *struct {
+		PageQuery
+		KernelQuery
+		State   string `query:"state" doc:"only builds in this state: queued, building, published, failed or cancelled"`
+		Driver  string `query:"driver" doc:"only of this driver version"`
+		Flavour string `query:"flavour" enum:"proprietary,open" doc:"only of this flavour"`
+	}) (*list[api.Build], error) {
+		all, next, err := cat.Builds(ctx, store.BuildFilter{State: api.State(in.State), BuildID: in.BuildID, Board: in.Board,
+			Milestone: in.Milestone, Driver: in.Driver, Flavour: target.Flavour(in.Flavour)}, in.page())
+		return listed(&in.PageQuery, all, next, err)
+	})
+	huma.Register(t, t.read("list-artifacts", "/v1/artifacts", "List artifacts, newest first"), func(ctx context.Context, in *struct {
+		PageQuery
+		BuildID string `query:"buildId" doc:"only those attested for this BUILD_ID"`
+		Board   string `query:"board" doc:"only those attested for this board"`
+		State   string `query:"state" doc:"only those in this state: published or yanked"`
+		Driver  string `query:"driver" doc:"only of this driver version"`
+		Flavour string `query:"flavour" enum:"proprietary,open" doc:"only of this flavour"`
+	}) (*list[api.Artifact], error) {
+		all, next, err := cat.Artifacts(ctx, store.ArtifactFilter{State: api.State(in.State), BuildID: in.BuildID, Board: in.Board,
+			Driver: in.Driver, Flavour: target.Flavour(in.Flavour)}, in.page())
+		return listed(&in.PageQuery, all, next, err)
+	})
+}
+
+func (t table) cells() {
+	cat := t.Catalogue
+	huma.Register(t, t.read("resolve", "/v1/resolve", "Ask what a node should run"), func(ctx context.Context, in *struct {
+		BuildID string `query:"buildId" doc:"BUILD_ID of /etc/os-release"`
+		Board   string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
+		Driver  string `query:"driver" doc:"default (the default), latest, a branch or a version"`
+		Flavour string `query:"flavour" doc:"auto (the default), proprietary or open"`
+		Release string `query:"release" doc:"uname -r of the node; used only to refuse"`
+	}) (*body[api.Resolution], error) {
+		return answer(cat.Resolve(ctx, in.BuildID, in.Board, in.Driver, in.Flavour, in.Release))
+	})
+	huma.Register(t, t.read("list-cells", "/v1/cells", "List where the cells of a page of kernels stand"), func(ctx context.Context, in *struct {
+		PageQuery
+		KernelQuery
+		Driver string `query:"driver" doc:"only of this driver version"`
+	}) (*list[api.Resolution], error) {
+		all, next, err := cat.Cells(ctx, in.filter(), in.Driver, in.page())
+		return listed(&in.PageQuery, all, next, err)
+	})
+}
+
+func (t table) builds() {
+	cat := t.Catalogue
+	huma.Register(t, t.read("read-build", "/v1/builds/{id}", "Read a build"), func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
+		return answer(cat.Build(ctx, in.ID))
+	})
+	huma.Register(t, t.write("request-build", http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
+		func(ctx context.Context, in *body[api.BuildRequest]) (*body[api.Build], error) {
+			return answer(cat.Request(ctx, in.Body))
+		})
+	huma.Register(t, t.write("update-build", http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
+		func(ctx context.Context, in *struct {
+			BuildPath
+			Asked
+			Body api.BuildUpdate
+		}) (*body[api.Build], error) {
+			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
+			return answer(cat.Update(ctx, in.ID, in.Body))
+		})
+	huma.Register(t, t.write("cancel-build", http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
+		func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
+			return answer(cat.Cancel(ctx, in.ID))
+		})
+	// The log's own handlers stream: see New.
+	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
+	id := &huma.Param{Name: "id", In: "path", Required: true, Description: "number of the build", Schema: &huma.Schema{Type: huma.TypeInteger, Format: "int64"}}
+	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log; ranges are answered")
+	read.Parameters = []*huma.Param{id}
+	read.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusOK): {Description: "the log", Content: text}}
+	t.OpenAPI().AddOperation(&read)
+	write := t.write("put-log", http.MethodPut, "/v1/builds/{id}/log", "Store a build's log in place of the one before", http.StatusNoContent)
+	write.Parameters = read.Parameters
+	write.RequestBody = &huma.RequestBody{Required: true, Content: text}
+	write.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusNoContent): {Description: "stored"}}
+	t.OpenAPI().AddOperation(&write)
+}
+
+func (t table) artifacts() {
+	cat := t.Catalogue
+	huma.Register(t, t.read("read-artifact", "/v1/artifacts/{digest}", "Read an artifact"), func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
+		return answer(cat.Artifact(ctx, in.Digest))
+	})
+	huma.Register(t, t.write("add-artifact", http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
+		func(ctx context.Context, in *struct {
+			Asked
+			Body api.NewArtifact
+		}) (*body[api.Artifact], error) {
+			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
+			return answer(cat.AddArtifact(ctx, in.Body))
+		})
+	huma.Register(t, t.write("yank", http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
+		func(ctx context.Context, in *struct {
+			DigestPath
+			Body api.YankRequest
+		}) (*body[api.Artifact], error) {
+			return answer(cat.Yank(ctx, in.Digest, in.Body.Reason))
+		})
+	huma.Register(t, t.write("unyank", http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
+		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
+			return answer(cat.Unyank(ctx, in.Digest))
+		})
+}

@@ -1,0 +1,109 @@
+package store
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// CellKey names a cell.
+type CellKey struct {
+	BuildID, Board string
+	Driver         target.Driver
+}
+
+// Facts are all that decides where a cell stands.
+type Facts struct {
+	// Artifacts of the driver that may be this kernel's: those of its fingerprint
+	// or, while that is not known, those that are attested for it.
+	Artifacts []Candidate
+	// Newest is the newest build of the cell; nil when there is none.
+	Newest *api.Build
+}
+
+// Candidate is an artifact, without the list of its kernels.
+type Candidate struct {
+	api.Artifact
+	// Attested says that the artifact is attested for the kernel in question.
+	Attested bool
+}
+
+// Facts reads what decides about the cells of one kernel and one driver version,
+// by flavour. The kernel need not be in the catalogue.
+func (s *Store) Facts(ctx context.Context, k api.Kernel, version string) (map[CellKey]Facts, error) {
+	from := `SELECT CAST($1 AS TEXT) AS build_id, CAST($2 AS TEXT) AS board, CAST($3 AS TEXT) AS fingerprint`
+	found, err := s.facts(ctx, s.readers, from, []any{k.BuildID, k.Board, string(k.Fingerprint)}, version)
+	return found, trouble(fmt.Sprintf("read cells of %s with driver %s", k, version), err)
+}
+
+// Cells reads a page of kernels and what decides about all of their cells, in one
+// state of the database.
+func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, found map[CellKey]Facts, next string, err error) {
+	text, args, err := f.page("build_id, board, fingerprint", p)
+	if err != nil {
+		return nil, nil, "", err
+	}
+	err = s.snapshot(ctx, func(q querier) error {
+		if all, next, err = kernels(ctx, q, f, p); err != nil {
+			return err
+		}
+		found, err = s.facts(ctx, q, text, args, "")
+		return err
+	})
+	return all, found, next, trouble("read cells", err)
+}
+
+// facts reads what decides about the cells of the kernels that the query from
+// names by build_id, board and fingerprint; version "" is of all drivers. The order of the CROSS JOINs
+// is the one to look things up in, which SQLite keeps and PostgreSQL may change:
+// without statistics, SQLite would begin at the wrong end.
+func (s *Store) facts(ctx context.Context, q querier, from string, args []any, version string) (map[CellKey]Facts, error) {
+	all := map[CellKey]Facts{}
+	driver := ""
+	if version != "" {
+		args = append(args[:len(args):len(args)], version)
+		driver = fmt.Sprintf(" AND %%s.driver = $%d", len(args))
+	}
+	only := func(table string) string {
+		if driver == "" {
+			return ""
+		}
+		return fmt.Sprintf(driver, table)
+	}
+	err := query(ctx, q, func(row func(...any) error) error {
+		var key CellKey
+		var attested bool
+		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested)
+		key.Driver = a.Driver
+		f := all[key]
+		f.Artifacts = append(f.Artifacts, Candidate{a, attested})
+		all[key] = f
+		return err
+	}, `
+SELECT `+artifactColumns+`, k.build_id, k.board, t.digest IS NOT NULL
+FROM (`+from+`) k CROSS JOIN artifacts a
+LEFT JOIN artifact_kernels t ON t.digest = a.digest AND t.build_id = k.build_id AND t.board = k.board
+WHERE k.fingerprint <> '' AND a.fingerprint = k.fingerprint`+only("a")+`
+UNION ALL
+SELECT `+artifactColumns+`, k.build_id, k.board, TRUE
+FROM (`+from+`) k CROSS JOIN artifact_kernels t CROSS JOIN artifacts a
+WHERE k.fingerprint = '' AND t.build_id = k.build_id AND t.board = k.board AND a.digest = t.digest`+only("a")+`
+ORDER BY 10 DESC, 1`, args...)
+	if err != nil {
+		return nil, err
+	}
+	err = query(ctx, q, func(row func(...any) error) error {
+		b, err := scanBuild(row)
+		key := CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}
+		f := all[key]
+		f.Newest = &b
+		all[key] = f
+		return err
+	}, `
+SELECT `+prefixed("b", buildColumns)+` FROM (`+from+`) k CROSS JOIN builds b
+WHERE b.build_id = k.build_id AND b.board = k.board`+only("b")+` AND b.id = (SELECT MAX(n.id) FROM builds n
+    WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver AND n.flavour = b.flavour)`, args...)
+	return all, err
+}

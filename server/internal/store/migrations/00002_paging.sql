@@ -1,0 +1,22 @@
+-- What lists in pages and answers about one cell need. sort_key orders versions
+-- by number, as package target's SortKey writes them; the step after this file
+-- fills it for rows that are there. {{sorted}} is text that compares byte by byte.
+
+ALTER TABLE kernels ADD COLUMN sort_key {{sorted}} NOT NULL DEFAULT '';
+ALTER TABLE kernels ADD COLUMN first_seen_at BIGINT NOT NULL DEFAULT 0;
+UPDATE kernels SET first_seen_at = seen_at;
+CREATE INDEX kernels_by_age ON kernels (sort_key DESC, board);
+
+ALTER TABLE drivers ADD COLUMN sort_key {{sorted}} NOT NULL DEFAULT '';
+CREATE INDEX drivers_by_age ON drivers (sort_key DESC);
+
+CREATE INDEX artifacts_by_fingerprint ON artifacts (fingerprint, driver, flavour);
+CREATE INDEX artifacts_by_time ON artifacts (published_at DESC, digest);
+
+-- When the artifact became usable for this kernel.
+ALTER TABLE artifact_kernels ADD COLUMN attested_at BIGINT NOT NULL DEFAULT 0;
+CREATE INDEX artifact_kernels_by_kernel ON artifact_kernels (build_id, board);
+
+-- When a builder last said that it works on the build.
+ALTER TABLE builds ADD COLUMN beat_at BIGINT NOT NULL DEFAULT 0;
+CREATE INDEX builds_by_state ON builds (state, id);

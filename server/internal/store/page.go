@@ -1,0 +1,89 @@
+package store
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Page bounds a list and says where it goes on.
+type Page struct {
+	// After is the Next of the page before; "" begins.
+	After string
+	// Limit is the most entries; the caller makes sure that it is at least 1.
+	Limit int
+}
+
+// maxCursor bounds a cursor in bytes; ours have some hundred.
+const maxCursor = 1 << 10
+
+// cursor is the sort key of an entry in a form that clients hand back unread.
+func cursor(key ...string) string {
+	raw, _ := json.Marshal(key) // strings always encode
+	return base64.RawURLEncoding.EncodeToString(raw)
+}
+
+// parse returns the n fields of the cursor; none when the list begins.
+func (p Page) parse(n int) ([]string, error) {
+	if p.After == "" {
+		return nil, nil
+	}
+	var key []string
+	raw, err := base64.RawURLEncoding.DecodeString(p.After[:min(len(p.After), maxCursor)])
+	if err == nil {
+		err = json.Unmarshal(raw, &key)
+	}
+	if err != nil || len(key) != n || len(p.After) > maxCursor {
+		return nil, fault.New(fault.Usage, "the cursor is none that this list gave out", "take it from the Link header of the page before")
+	}
+	return key, nil
+}
+
+// cut returns the first limit of limit+1 entries, and the cursor of the next
+// page, if there is one.
+func cut[T any](all []T, limit int, key func(T) []string) ([]T, string) {
+	if len(all) <= limit {
+		return all, ""
+	}
+	all = all[:limit]
+	return all, cursor(key(all[limit-1])...)
+}
+
+// where collects the conditions of a query. Each ? of a condition becomes the
+// next numbered parameter: the same text for both databases.
+type where struct {
+	conditions []string
+	args       []any
+}
+
+func (w *where) and(condition string, args ...any) {
+	for _, a := range args {
+		w.args = append(w.args, a)
+		condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(w.args)), 1)
+	}
+	w.conditions = append(w.conditions, condition)
+}
+
+// equal adds a condition unless the value is the zero one, which means any.
+func equal[T comparable](w *where, column string, value T) {
+	var zero T
+	if value != zero {
+		w.and(column+" = ?", value)
+	}
+}
+
+func (w *where) String() string {
+	if len(w.conditions) == 0 {
+		return ""
+	}
+	return " WHERE " + strings.Join(w.conditions, " AND ")
+}
+
+// limit adds a LIMIT with room for the entry that shows that there are more.
+func (w *where) limit(n int) string {
+	w.args = append(w.args, n+1)
+	return fmt.Sprintf(" LIMIT $%d", len(w.args))
+}
