@@ -19,13 +19,13 @@ import (
 	"github.com/prebake/prebake/builder/internal/farm"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/pipeline"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/builder/internal/telemetry"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -246,7 +246,7 @@ func (m *matrix) close() error {
 
 // plan asks the bucket what a wish list comes to at this moment.
 func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
-	images, err := farm.LoadImageMap(ctx, w.ImageMap)
+	images, err := plan.LoadImageMap(ctx, w.ImageMap)
 	if err != nil {
 		return nil, err
 	}

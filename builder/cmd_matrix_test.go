@@ -16,8 +16,8 @@ import (
 	"github.com/vbauerster/mpb/v8"
 
 	"github.com/prebake/prebake/builder/internal/farm"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )

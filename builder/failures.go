@@ -7,9 +7,9 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/farm"
 	"github.com/prebake/prebake/builder/internal/pipeline"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 

@@ -7,10 +7,10 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/pipeline"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )

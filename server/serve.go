@@ -179,6 +179,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Log: log,
 	})
+	cat.PlanSoon() // what was wanted when the last server stopped
 	if s.KernelMirror != "" {
 		cat.Mirror = discover.Mirror{URL: s.KernelMirror}
 	}
@@ -226,8 +227,9 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	})
 	group.Go(func() error {
 		return discover.Run(running, discover.Config{KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror,
-			Every: s.DiscoverEvery, Catalogue: cat, Log: log})
+			Every: s.DiscoverEvery, Catalogue: cat, Found: func(context.Context) { cat.PlanSoon() }, Log: log})
 	})
+	group.Go(func() error { return cat.Planner(running) })
 	group.Go(func() error { return cat.Wonder(running) })
 	group.Go(func() error {
 		<-running.Done()

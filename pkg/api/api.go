@@ -115,6 +115,8 @@ type Build struct {
 	Hint       string           `json:"hint,omitempty"`
 	Digest     string           `json:"digest,omitempty"`
 	Phases     []timeline.Phase `json:"phases,omitempty"`
+	// Priority is 1 for what somebody waits for, and higher for what can wait.
+	Priority   int              `json:"priority"`
 	CreatedAt  time.Time        `json:"createdAt"`
 	StartedAt  *time.Time       `json:"startedAt,omitempty"`
 	FinishedAt *time.Time       `json:"finishedAt,omitempty"`
@@ -149,11 +151,93 @@ type Resolution struct {
 	// Repository without a host (it starts with "/") is on the server itself.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
+	// ReadyAt is when the artifact became usable for this kernel.
+	ReadyAt *time.Time `json:"readyAt,omitempty"`
 	// Build is the newest build of the cell, where there is one.
 	Build *Build `json:"build,omitempty"`
 	// Reason and Hint are for people: why there is no artifact, and the next move.
 	Reason string `json:"reason,omitempty"`
 	Hint   string `json:"hint,omitempty"`
+}
+
+// WishList is what has to be built without anybody asking: the text is in the
+// builder's own format, see builder wish schema.
+type WishList struct {
+	Name string `json:"name"`
+	Text string `json:"text"`
+	// Version counts the changes of the text, from 1.
+	Version   int64     `json:"version"`
+	ChangedAt time.Time `json:"changedAt"`
+	// PlannedAt is when it was last compared with the catalogue, Cells how many
+	// cells it came to, and Problems why some wishes came to none.
+	PlannedAt *time.Time `json:"plannedAt,omitempty"`
+	Cells     int        `json:"cells"`
+	Problems  []string   `json:"problems,omitempty"`
+}
+
+// NewWishList is the body that stores a wish list.
+type NewWishList struct {
+	Text string `json:"text"`
+	// Version is that of the text that this one takes the place of: when it is
+	// another by now, nothing is stored. 0 takes the place of any.
+	Version int64 `json:"version,omitempty"`
+}
+
+// ReleaseNote announces a COS build.
+type ReleaseNote struct {
+	BuildID string `json:"buildId"`
+}
+
+// Release is a COS build and what has become of its cells.
+type Release struct {
+	BuildID string    `json:"buildId"`
+	SeenAt  time.Time `json:"seenAt"`
+	Kernels []Kernel  `json:"kernels"`
+	// Cells that somebody asked for, wish lists among them; with each that is
+	// published, when it became so.
+	Cells []Resolution  `json:"cells"`
+	Ready int           `json:"ready"`
+	Open  int           `json:"open"`
+	Times ReadyDuration `json:"times"`
+}
+
+// ReadyDuration tells how long it took from a kernel's being seen until its cells
+// were ready, in seconds.
+type ReadyDuration struct {
+	Count int     `json:"count"`
+	P50   float64 `json:"p50"`
+	P90   float64 `json:"p90"`
+	P99   float64 `json:"p99"`
+	Max   float64 `json:"max"`
+}
+
+// Pool is a node pool that may move to a COS build, see [Client.Preflight].
+type Pool struct {
+	Name    string `json:"name,omitempty"`
+	BuildID string `json:"buildId"`
+	Board   string `json:"board"`
+	// Driver and Flavour as in a BuildRequest; empty is default and auto.
+	Driver  string `json:"driver,omitempty"`
+	Flavour string `json:"flavour,omitempty"`
+}
+
+// PreflightRequest asks whether node pools may move.
+type PreflightRequest struct {
+	Pools []Pool `json:"pools"`
+}
+
+// Preflight is the answer: all pools may move, or some may not yet.
+type Preflight struct {
+	May   bool          `json:"may"`
+	Pools []PoolVerdict `json:"pools"`
+}
+
+// PoolVerdict is the answer for one pool, in the order of the question.
+type PoolVerdict struct {
+	Pool Pool `json:"pool"`
+	May  bool `json:"may"`
+	// Resolution is what a node of the pool would be told.
+	Resolution Resolution `json:"resolution"`
 }
 
 // Problem is the body of every answer that is an error (RFC 9457, media type

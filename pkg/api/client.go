@@ -218,6 +218,53 @@ func (c *Client) Unyank(ctx context.Context, digest string) (Artifact, error) {
 	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/unyank", nil, &out)
 }
 
+// WishLists lists all wish lists.
+func (c *Client) WishLists(ctx context.Context) ([]WishList, error) {
+	var out []WishList
+	return out, c.call(ctx, http.MethodGet, "/v1/wish-lists", nil, &out)
+}
+
+func wishListPath(name string) string { return "/v1/wish-lists/" + url.PathEscape(name) }
+
+// WishList reads one wish list.
+func (c *Client) WishList(ctx context.Context, name string) (WishList, error) {
+	var out WishList
+	return out, c.call(ctx, http.MethodGet, wishListPath(name), nil, &out)
+}
+
+// PutWishList stores a wish list.
+func (c *Client) PutWishList(ctx context.Context, name string, l NewWishList) (WishList, error) {
+	var out WishList
+	return out, c.call(ctx, http.MethodPut, wishListPath(name), l, &out)
+}
+
+// DropWishList removes a wish list.
+func (c *Client) DropWishList(ctx context.Context, name string) error {
+	resp, err := c.do(ctx, http.MethodDelete, wishListPath(name), "", nil)
+	if err != nil {
+		return err
+	}
+	return drain(resp)
+}
+
+// Announce tells of a COS build.
+func (c *Client) Announce(ctx context.Context, buildID string) (Release, error) {
+	var out Release
+	return out, c.call(ctx, http.MethodPost, "/v1/releases", ReleaseNote{BuildID: buildID}, &out)
+}
+
+// Release reads what became of a COS build's cells.
+func (c *Client) Release(ctx context.Context, buildID string) (Release, error) {
+	var out Release
+	return out, c.call(ctx, http.MethodGet, "/v1/releases/"+url.PathEscape(buildID), nil, &out)
+}
+
+// Preflight asks whether node pools may move to COS builds.
+func (c *Client) Preflight(ctx context.Context, q PreflightRequest) (Preflight, error) {
+	var out Preflight
+	return out, c.call(ctx, http.MethodPost, "/v1/preflight", q, &out)
+}
+
 // YankRequest is the body of a yank.
 type YankRequest struct {
 	Reason string `json:"reason"`

@@ -203,10 +203,19 @@ func (q *Queue) Ping(ctx context.Context) error {
 	return nil
 }
 
-// Insert puts a build in. Inserting one build twice keeps one job.
-func (q *Queue) Insert(ctx context.Context, job api.BuildJob) error {
+// Priorities of builds; River works lower numbers first, and has 1 to 4.
+const (
+	PriorityAsked   = 1 // a node or a person waits for it
+	PriorityWanted  = 2 // a wish list wants it, and COS's newest builds come first
+	PriorityWarning = 4 // of a milestone that is not released yet
+)
+
+// Insert puts a build in. Inserting one build twice keeps one job, with the priority
+// that it had. Priority 0 is PriorityAsked.
+func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
 	_, err := q.insert.Insert(ctx, job, &river.InsertOpts{
 		MaxAttempts: MaxAttempts,
+		Priority:    priority,
 		Queue:       api.BuildQueue,
 		UniqueOpts:  river.UniqueOpts{ByArgs: true},
 	})
@@ -318,6 +327,20 @@ func (q *Queue) Cancel(ctx context.Context, build int64) error {
 	}
 	if _, err := q.insert.JobCancel(ctx, row.ID); err != nil && !errors.Is(err, rivertype.ErrNotFound) {
 		return fault.Wrap(fault.Transient, fmt.Errorf("cancel job of build %d: %w", build, err), "")
+	}
+	return nil
+}
+
+// Raise gives a build's job that waits another priority. River has no call for it;
+// its table has the column.
+func (q *Queue) Raise(ctx context.Context, build int64, priority int) error {
+	row, err := q.find(ctx, build)
+	if err != nil || row == nil {
+		return err
+	}
+	text := `UPDATE river_job SET priority = $2 WHERE id = $1 AND state IN ('available', 'scheduled', 'retryable') AND priority > $2`
+	if err := q.exec.Exec(ctx, text, row.ID, priority); err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("raise build %d: %w", build, err), "")
 	}
 	return nil
 }

@@ -96,7 +96,7 @@ func TestWorkVerdicts(t *testing.T) {
 		q := open(t)
 		for n := range int64(6) {
 			for range 2 { // the second insert of one build must not make a second job
-				if err := q.Insert(t.Context(), job(n)); err != nil {
+				if err := q.Insert(t.Context(), job(n), 0); err != nil {
 					t.Fatal(err)
 				}
 			}
@@ -162,7 +162,7 @@ func TestStopHandsBack(t *testing.T) {
 	t.Parallel()
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
-		if err := q.Insert(t.Context(), job(1)); err != nil {
+		if err := q.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
 		}
 		ctx, stop := context.WithCancel(t.Context())
@@ -186,7 +186,7 @@ func TestKilledWorker(t *testing.T) {
 		// The first process: it hangs in the build and its database is taken
 		// away, which is all that a kill leaves behind.
 		dead := open(t)
-		if err := dead.Insert(t.Context(), job(1)); err != nil {
+		if err := dead.Insert(t.Context(), job(1), 0); err != nil {
 			t.Fatal(err)
 		}
 		started, gone := make(chan struct{}), make(chan struct{})
@@ -244,7 +244,7 @@ func TestOpenTogether(t *testing.T) {
 		var wait sync.WaitGroup
 		for n := range int64(4) {
 			wait.Go(func() {
-				if err := open(t).Insert(t.Context(), job(n)); err != nil {
+				if err := open(t).Insert(t.Context(), job(n), 0); err != nil {
 					t.Error(err)
 				}
 			})
@@ -265,7 +265,7 @@ func TestOpenRefuses(t *testing.T) {
 func TestDepth(t *testing.T) {
 	t.Parallel()
 	q := opener("sqlite://" + filepath.Join(t.TempDir(), "queue.db"))(t)
-	if err := q.Insert(t.Context(), job(1)); err != nil {
+	if err := q.Insert(t.Context(), job(1), 0); err != nil {
 		t.Fatal(err)
 	}
 	depth, err := q.Depth(t.Context())

@@ -11,9 +11,9 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
 )
 

@@ -8,8 +8,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/pipeline"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
 )
 

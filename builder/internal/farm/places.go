@@ -5,12 +5,12 @@ import (
 	"errors"
 	"sync"
 
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/trust"

@@ -8,10 +8,10 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/farm"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"

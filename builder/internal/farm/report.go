@@ -4,8 +4,8 @@ import (
 	"fmt"
 	"slices"
 
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 

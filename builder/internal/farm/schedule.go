@@ -11,8 +11,8 @@ import (
 	"github.com/cenkalti/backoff/v5"
 
 	"github.com/prebake/prebake/builder/internal/pipeline"
-	"github.com/prebake/prebake/builder/internal/plan"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
 )
 

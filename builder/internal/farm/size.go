@@ -1,20 +1,13 @@
 package farm
 
 import (
-	"context"
-	"fmt"
-	"net/url"
 	"os"
-	"path"
 	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
 
 	"github.com/prometheus/procfs"
-
-	"github.com/prebake/prebake/builder/internal/plan"
-	"github.com/prebake/prebake/pkg/cosbucket"
 )
 
 // CellMemory is the memory that one cell may need, in bytes: the test machine
@@ -82,27 +75,4 @@ func number(file string) (uint64, bool) {
 	}
 	n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
 	return n, err == nil
-}
-
-// LoadImageMap reads the image map at a URL; "" is none.
-func LoadImageMap(ctx context.Context, rawURL string) (*plan.ImageMap, error) {
-	if rawURL == "" {
-		return nil, nil
-	}
-	u, err := url.Parse(rawURL)
-	if err != nil {
-		return nil, err
-	}
-	name := path.Base(u.Path)
-	u.Path = path.Dir(u.Path)
-	bucket, err := cosbucket.Open(ctx, u.String())
-	if err != nil {
-		return nil, fmt.Errorf("read image map: %w", err)
-	}
-	defer bucket.Close()
-	text, err := bucket.ReadSmall(ctx, name, plan.MaxImageMap)
-	if err != nil {
-		return nil, fmt.Errorf("read image map: %w", err)
-	}
-	return plan.ParseImageMap(text)
 }

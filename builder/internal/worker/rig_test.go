@@ -113,7 +113,7 @@ func newRig(t *testing.T, tries ...try) *rig {
 		}
 	})
 	job := api.BuildJob{Build: 7, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open", KernelMirror: "file:///k"}
-	if err := q.Insert(t.Context(), job); err != nil {
+	if err := q.Insert(t.Context(), job, 0); err != nil {
 		t.Fatal(err)
 	}
 	r := &rig{queue: q, server: newServer(t)}

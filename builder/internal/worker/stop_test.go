@@ -87,7 +87,7 @@ func TestStopInMidBuild(t *testing.T) {
 				return nil
 			}
 			// A second build waits: nobody may begin it.
-			if err := r.queue.Insert(t.Context(), api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"}); err != nil {
+			if err := r.queue.Insert(t.Context(), api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"}, 0); err != nil {
 				t.Fatal(err)
 			}
 			if err := worker.Run(ctx, r.cfg); err != nil {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/store"
 )
@@ -54,12 +55,14 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 	if chosen == nil {
 		return api.Build{}, fault.New(fault.Unsupported, "request build: "+refusal, "choose the other flavour, or another version")
 	}
-	return c.openCell(ctx, k, *chosen)
+	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }
 
-func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution) (api.Build, error) {
+// openCell adds the build of a cell that lacks one, and queues it. An open build of
+// lower priority is raised.
+func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolution, priority int) (api.Build, error) {
 	now := c.Now()
-	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, CreatedAt: now}
+	b := api.Build{Kernel: k.Kernel, Driver: cell.Driver, State: api.Queued, Priority: priority, CreatedAt: now}
 	switch cell.State {
 	case api.Yanked:
 		return b, fault.New(fault.Unsupported, "request build: the artifact was yanked: "+cell.Reason,
@@ -79,8 +82,13 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		}
 	}
 	b, added, err := c.add(ctx, b)
-	if err != nil || !added {
+	switch {
+	case err != nil:
 		return b, err
+	case !added && b.State == api.Queued && b.Priority > priority:
+		return c.raise(ctx, b, priority)
+	case !added:
+		return b, nil
 	}
 	c.Log.InfoContext(ctx, "build requested", "build", b.ID, "kernel", b.Kernel.String(), "driver", b.Driver.String())
 	if err := c.Enqueue(ctx, b); err != nil {
@@ -133,6 +141,24 @@ func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, add
 	return stored, added, err
 }
 
+// raise moves a build that waits further to the front.
+func (c *Catalogue) raise(ctx context.Context, b api.Build, priority int) (api.Build, error) {
+	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
+		if b, err = tx.Build(ctx, b.ID); err != nil || b.State != api.Queued || b.Priority <= priority {
+			return err
+		}
+		b.Priority = priority
+		return tx.SetBuild(ctx, b)
+	})
+	if err != nil {
+		return b, err
+	}
+	if err := c.Queue.Raise(ctx, b.ID, priority); err != nil {
+		c.Log.WarnContext(ctx, "build not raised", "build", b.ID, "err", err) // it is built all the same
+	}
+	return b, nil
+}
+
 // Cancel calls a build off. One that waits leaves the queue; the builder of one
 // under way hears of it with its next report and ends it.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
@@ -153,7 +179,7 @@ func (c *Catalogue) Enqueue(ctx context.Context, b api.Build) error {
 		Build: b.ID, BuildID: b.Kernel.BuildID, Board: b.Kernel.Board,
 		Driver: b.Driver.Version, Flavour: string(b.Driver.Flavour),
 		KernelMirror: c.KernelMirror, DriverMirror: c.DriverMirror,
-	})
+	}, b.Priority)
 }
 
 // OpenBuilds lists the builds that are queued or building.

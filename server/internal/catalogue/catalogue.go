@@ -43,6 +43,13 @@ type writer interface {
 	Write(ctx context.Context, f func(*store.Tx) error) error
 }
 
+// wisher reads wish lists and what came of them.
+type wisher interface {
+	WishLists(ctx context.Context) ([]api.WishList, error)
+	WishList(ctx context.Context, name string) (api.WishList, error)
+	ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error)
+}
+
 // mirror looks up what the catalogue does not know yet.
 type mirror interface {
 	// Build reads a COS build with all of its boards; kind InputMissing when there
@@ -59,7 +66,8 @@ type Logs interface {
 // enqueuer puts a build into the queue, and takes it out; doing that twice must be
 // harmless.
 type enqueuer interface {
-	Insert(ctx context.Context, job api.BuildJob) error
+	Insert(ctx context.Context, job api.BuildJob, priority int) error
+	Raise(ctx context.Context, build int64, priority int) error
 	Cancel(ctx context.Context, build int64) error
 }
 
@@ -69,6 +77,7 @@ type Config struct {
 		lister
 		resolver
 		writer
+		wisher
 	}
 	Logs  Logs
 	Queue enqueuer
@@ -88,6 +97,7 @@ type Config struct {
 type Catalogue struct {
 	Config
 	wondered chan target.Kernel
+	planning chan struct{} // has room for one; see Planner
 }
 
 // New returns the use-cases over a store and a queue.
@@ -102,7 +112,7 @@ func New(c Config) *Catalogue {
 	// What is answered at once must equal what is read later: databases keep
 	// microseconds.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
-	return &Catalogue{c, make(chan target.Kernel, maxWondered)}
+	return &Catalogue{c, make(chan target.Kernel, maxWondered), make(chan struct{}, 1)}
 }
 
 // Bounds of a page, in entries.

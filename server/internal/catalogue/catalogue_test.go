@@ -3,6 +3,7 @@ package catalogue_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -21,7 +22,10 @@ import (
 type tray struct {
 	jobs      []api.BuildJob
 	cancelled []int64
-	broken    bool
+	// priorities are those of jobs, in their order.
+	priorities []int
+	raised     []string
+	broken     bool
 }
 
 func (t *tray) Cancel(_ context.Context, build int64) error {
@@ -29,7 +33,13 @@ func (t *tray) Cancel(_ context.Context, build int64) error {
 	return nil
 }
 
-func (t *tray) Insert(_ context.Context, job api.BuildJob) error {
+func (t *tray) Raise(_ context.Context, build int64, priority int) error {
+	t.raised = append(t.raised, fmt.Sprintf("%d to %d", build, priority))
+	return nil
+}
+
+func (t *tray) Insert(_ context.Context, job api.BuildJob, priority int) error {
+	t.priorities = append(t.priorities, priority)
 	if t.broken {
 		return errors.New("no queue")
 	}

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
-	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/store"
@@ -79,8 +78,7 @@ func (w wish) version(k api.Kernel, known bool) (version, reason, hint string) {
 		return "", "this server does not know COS build " + w.kernel.String() + " yet",
 			"ask again in a minute: it is looked up now, if the server has a --kernel-mirror; or ask for an exact driver version"
 	}
-	version, err := cosbucket.DriverList{Default: k.Default, Latest: k.Latest, Branches: k.Branches,
-		Versions: slices.DeleteFunc([]string{k.Default, k.Latest}, func(v string) bool { return v == "" })}.Choose(w.driver)
+	version, err := lists(k).Choose(w.driver)
 	if err != nil {
 		return "", fmt.Sprintf("COS build %s names no driver for %q", w.kernel, w.driver), fault.Hint(err)
 	}
@@ -160,6 +158,9 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 		case a.Driver != d || k.Fingerprint != "" && a.Fingerprint != k.Fingerprint:
 		case a.Attested && a.State == api.Published:
 			r.State, r.Repository, r.Digest = api.Published, a.Repository, a.Digest
+			if !a.AttestedAt.IsZero() {
+				r.ReadyAt = &a.AttestedAt
+			}
 			return r
 		case a.Attested && yanked == nil:
 			yanked = a
@@ -257,7 +258,7 @@ const maxColumns = 40
 // those that these kernels have builds or artifacts of or name in their lists, and
 // then the newest others.
 func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Page) (*Matrix, error) {
-	p, err := page(p)
+	p, err := pageOfCells(p)
 	if err != nil {
 		return nil, err
 	}
@@ -347,10 +348,24 @@ func (c *Catalogue) columns(ctx context.Context, kernels []api.Kernel, facts map
 	return all[:min(len(all), maxColumns)], nil
 }
 
+// MaxLimitCells bounds a page of cells, in kernels: each has some dozen cells.
+const MaxLimitCells = 100
+
+// pageOfCells checks what a client asks for; 0 kernels are a fifth of the most.
+func pageOfCells(p store.Page) (store.Page, error) {
+	if p.Limit == 0 {
+		p.Limit = MaxLimitCells / 5
+	}
+	if p.Limit < 1 || p.Limit > MaxLimitCells {
+		return p, fault.New(fault.Usage, fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells), "follow the Link header for more")
+	}
+	return p, nil
+}
+
 // Cells lists where the cells of a page of kernels stand, of one driver version or
 // of all that somebody built or published for them.
 func (c *Catalogue) Cells(ctx context.Context, f store.KernelFilter, version string, p store.Page) ([]api.Resolution, string, error) {
-	p, err := page(p)
+	p, err := pageOfCells(p)
 	if err != nil {
 		return nil, "", err
 	}

@@ -138,6 +138,8 @@ func mountAPI(r chi.Router, c Config) {
 	t.cells()
 	t.builds()
 	t.artifacts()
+	t.releases()
+	t.wishLists()
 }
 
 func (t table) lists() {
@@ -260,5 +262,58 @@ func (t table) artifacts() {
 	huma.Register(t, t.write("unyank", http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
 		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Unyank(ctx, in.Digest))
+		})
+}
+
+func (t table) releases() {
+	cat := t.Catalogue
+	huma.Register(t, t.write("announce-release", http.MethodPost, "/v1/releases", "Tell of a COS build: it is looked up and planned at once", http.StatusOK),
+		func(ctx context.Context, in *body[api.ReleaseNote]) (*body[api.Release], error) {
+			return answer(cat.Announce(ctx, in.Body.BuildID))
+		})
+	huma.Register(t, t.read("read-release", "/v1/releases/{buildId}", "Read what became of a COS build's cells"), func(ctx context.Context, in *struct {
+		BuildID string `path:"buildId" doc:"BUILD_ID of /etc/os-release"`
+	}) (*body[api.Release], error) {
+		return answer(cat.Release(ctx, in.BuildID))
+	})
+	huma.Register(t, t.read("read-ready-times", "/v1/ready-times", "Read how long cells took from a release's being seen until they were ready"), func(ctx context.Context, in *struct {
+		Days int `query:"days" minimum:"1" maximum:"3660" default:"30" doc:"cells that became ready within so many days"`
+	}) (*body[api.ReadyDuration], error) {
+		return answer(cat.ReadyTimes(ctx, in.Days))
+	})
+	// A question, although it has a body: it needs no token.
+	ask := t.read("preflight", "/v1/preflight", "Ask whether node pools may move to COS builds")
+	ask.Method, ask.MaxBodyBytes = http.MethodPost, 1<<20
+	huma.Register(t, ask, func(ctx context.Context, in *body[api.PreflightRequest]) (*body[api.Preflight], error) {
+		return answer(cat.Preflight(ctx, in.Body))
+	})
+}
+
+// WishListPath names a wish list.
+type WishListPath struct {
+	Name string `path:"name" doc:"name of the wish list"`
+}
+
+func (t table) wishLists() {
+	cat := t.Catalogue
+	huma.Register(t, t.read("list-wish-lists", "/v1/wish-lists", "List wish lists"), func(ctx context.Context, _ *struct{}) (*body[[]api.WishList], error) {
+		return answer(cat.WishLists(ctx))
+	})
+	huma.Register(t, t.read("read-wish-list", "/v1/wish-lists/{name}", "Read a wish list"), func(ctx context.Context, in *WishListPath) (*body[api.WishList], error) {
+		return answer(cat.WishList(ctx, in.Name))
+	})
+	huma.Register(t, t.write("put-wish-list", http.MethodPut, "/v1/wish-lists/{name}", "Store a wish list", http.StatusOK),
+		func(ctx context.Context, in *struct {
+			WishListPath
+			Body api.NewWishList
+		}) (*body[api.WishList], error) {
+			return answer(cat.PutWishList(ctx, in.Name, in.Body.Text, in.Body.Version))
+		})
+	huma.Register(t, t.write("drop-wish-list", http.MethodDelete, "/v1/wish-lists/{name}", "Remove a wish list; what was built for it stays", http.StatusNoContent),
+		func(ctx context.Context, in *WishListPath) (*struct{}, error) {
+			if err := cat.DropWishList(ctx, in.Name); err != nil {
+				return nil, asProblem(err)
+			}
+			return nil, nil
 		})
 }

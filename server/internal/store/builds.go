@@ -15,14 +15,14 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-const buildColumns = `id, kernel, driver, flavour, state, phase, worker, attempt, class, error, hint, digest, phases, created_at, started_at, finished_at, beat_at`
+const buildColumns = `id, kernel, driver, flavour, state, phase, worker, attempt, class, error, hint, digest, phases, created_at, started_at, finished_at, beat_at, priority`
 
 func scanBuild(row func(...any) error) (api.Build, error) {
 	var b api.Build
 	var kernel, phases string
 	var created, started, finished, beat int64
 	err := row(&b.ID, &kernel, &b.Driver.Version, &b.Driver.Flavour, &b.State, &b.Phase, &b.Worker, &b.Attempt,
-		&b.Class, &b.Error, &b.Hint, &b.Digest, &phases, &created, &started, &finished, &beat)
+		&b.Class, &b.Error, &b.Hint, &b.Digest, &phases, &created, &started, &finished, &beat, &b.Priority)
 	if err != nil {
 		return b, err
 	}
@@ -117,10 +117,10 @@ func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, adde
 	// The unique index over open builds decides; a lost race shows as no row.
 	for range 3 {
 		err = tx.QueryRowContext(ctx, `
-INSERT INTO builds (build_id, board, kernel, driver, flavour, state, digest, created_at, finished_at)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT DO NOTHING RETURNING id`,
+INSERT INTO builds (build_id, board, kernel, driver, flavour, state, digest, created_at, finished_at, priority)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNING id`,
 			b.Kernel.BuildID, b.Kernel.Board, string(kernel), b.Driver.Version, string(b.Driver.Flavour), string(b.State), b.Digest,
-			micros(b.CreatedAt), ptrMicros(b.FinishedAt)).Scan(&b.ID)
+			micros(b.CreatedAt), ptrMicros(b.FinishedAt), b.Priority).Scan(&b.ID)
 		if err == nil {
 			return b, true, nil
 		}
@@ -169,9 +169,9 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 	}
 	_, err = tx.ExecContext(ctx, `
 UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6, class = $7, error = $8, hint = $9,
-    digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14 WHERE id = $1`,
+    digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15 WHERE id = $1`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
-		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.BeatAt))
+		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.BeatAt), b.Priority)
 	return trouble(fmt.Sprintf("store build %d", b.ID), err)
 }
 

@@ -3,6 +3,7 @@ package store
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
@@ -28,6 +29,8 @@ type Candidate struct {
 	api.Artifact
 	// Attested says that the artifact is attested for the kernel in question.
 	Attested bool
+	// AttestedAt is since when; zero when it is not, or nobody knows.
+	AttestedAt time.Time
 }
 
 // Facts reads what decides about the cells of one kernel and one driver version,
@@ -75,19 +78,20 @@ func (s *Store) facts(ctx context.Context, q querier, from string, args []any, v
 	err := query(ctx, q, func(row func(...any) error) error {
 		var key CellKey
 		var attested bool
-		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested)
+		var at int64
+		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested, &at)
 		key.Driver = a.Driver
 		f := all[key]
-		f.Artifacts = append(f.Artifacts, Candidate{a, attested})
+		f.Artifacts = append(f.Artifacts, Candidate{a, attested, timeOf(at)})
 		all[key] = f
 		return err
 	}, `
-SELECT `+artifactColumns+`, k.build_id, k.board, t.digest IS NOT NULL
+SELECT `+artifactColumns+`, k.build_id, k.board, t.digest IS NOT NULL, COALESCE(t.attested_at, 0)
 FROM (`+from+`) k CROSS JOIN artifacts a
 LEFT JOIN artifact_kernels t ON t.digest = a.digest AND t.build_id = k.build_id AND t.board = k.board
 WHERE k.fingerprint <> '' AND a.fingerprint = k.fingerprint`+only("a")+`
 UNION ALL
-SELECT `+artifactColumns+`, k.build_id, k.board, TRUE
+SELECT `+artifactColumns+`, k.build_id, k.board, TRUE, t.attested_at
 FROM (`+from+`) k CROSS JOIN artifact_kernels t CROSS JOIN artifacts a
 WHERE k.fingerprint = '' AND t.build_id = k.build_id AND t.board = k.board AND a.digest = t.digest`+only("a")+`
 ORDER BY 10 DESC, 1`, args...)

@@ -35,8 +35,15 @@ var migrations embed.FS
 // Store is an open catalogue. Close it.
 type Store struct {
 	db       *sql.DB // writes
-	readers  *sql.DB // the same with PostgreSQL
+	readers  reader  // the same with PostgreSQL
 	postgres bool
+}
+
+// reader is a database that is only read.
+type reader interface {
+	querier
+	BeginTx(ctx context.Context, opts *sql.TxOptions) (*sql.Tx, error)
+	Close() error
 }
 
 // readers is how many SQLite connections read side by side. A write holds up
@@ -72,7 +79,7 @@ func open(rawURL string) (*Store, error) {
 		if err != nil {
 			return nil, errors.Join(err, db.Close())
 		}
-		return &Store{db: db, readers: reading}, nil
+		return &Store{db: db, readers: &prepared{DB: reading, stmts: map[string]*sql.Stmt{}}}, nil
 	}
 	if strings.HasPrefix(rawURL, "postgres://") || strings.HasPrefix(rawURL, "postgresql://") {
 		db, err := sql.Open("pgx", rawURL)
@@ -174,7 +181,7 @@ func (s *Store) migrate(ctx context.Context) error {
 
 // Close closes the database.
 func (s *Store) Close() error {
-	if s.readers == s.db {
+	if s.postgres {
 		return s.db.Close()
 	}
 	return errors.Join(s.readers.Close(), s.db.Close())

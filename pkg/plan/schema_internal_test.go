@@ -37,7 +37,7 @@ func TestVersionPattern(t *testing.T) {
 func generate(t *testing.T) []byte {
 	t.Helper()
 	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
-	if err := r.AddGoComments("github.com/prebake/prebake/builder/internal/plan", ".", jsonschema.WithFullComment()); err != nil {
+	if err := r.AddGoComments("github.com/prebake/prebake/pkg/plan", ".", jsonschema.WithFullComment()); err != nil {
 		t.Fatal(err)
 	}
 	words := func(values ...any) *jsonschema.Schema { return &jsonschema.Schema{Type: "string", Enum: values} }
@@ -92,7 +92,7 @@ func TestSchema(t *testing.T) {
 			t.Fatal(err)
 		}
 		if !bytes.Equal(got, want) {
-			t.Errorf("%s is out of step with the types; run go test ./builder/internal/plan -run TestSchema -update\n%s", file, cmp.Diff(string(got), string(want)))
+			t.Errorf("%s is out of step with the types; run go test ./pkg/plan -run TestSchema -update\n%s", file, cmp.Diff(string(got), string(want)))
 		}
 	}
 	if !*update && !bytes.Equal(Schema(), want) {

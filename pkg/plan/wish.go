@@ -3,8 +3,8 @@
 // and names every mistake at once, with its line; Expand asks a bucket what
 // there is and returns one cell for each build, driver version and flavour.
 //
-// It is pure over what the bucket says: it opens no file, no connection and no
-// cache. It refuses to guess: a field that it does not know, a milestone that
+// Both are pure over what the bucket says; only LoadImageMap opens a connection. The
+// package refuses to guess: a field that it does not know, a milestone that
 // nobody named, a driver that COS does not offer are all said, and never
 // passed over.
 package plan

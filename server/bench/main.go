@@ -1,0 +1,145 @@
+// Command bench measures the server with the catalogue of a large farm: 5,000
+// kernels, 60,000 cells, a year of builds. It fills a database, runs the server's
+// own program over it, loads it from the same machine, and prints a table. Each row
+// says what was measured and what it is compared to; it asserts nothing, since
+// machines differ.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"text/tabwriter"
+	"time"
+)
+
+type settings struct {
+	server, database                string
+	kernels, drivers, builds, queue int
+	rate                            int
+	storm                           int
+	length, stormLength             time.Duration
+}
+
+func main() {
+	var s settings
+	flag.StringVar(&s.server, "server", "bin/server", "program to measure")
+	flag.StringVar(&s.database, "database", "", "postgres://… to fill (its schema must be empty); empty is SQLite in a temporary folder")
+	flag.IntVar(&s.kernels, "kernels", 5000, "COS builds")
+	flag.IntVar(&s.drivers, "drivers", 6, "driver versions; each has two flavours")
+	flag.IntVar(&s.builds, "builds", 100_000, "builds of the year, most of cells that are published since")
+	flag.IntVar(&s.queue, "queue", 2000, "builds that wait for a builder")
+	flag.IntVar(&s.rate, "rate", 3000, "questions a second")
+	flag.IntVar(&s.storm, "storm", 15_000, "nodes of the boot storm")
+	flag.DurationVar(&s.length, "length", 15*time.Second, "time of each measurement")
+	flag.DurationVar(&s.stormLength, "storm-length", time.Minute, "time in which the nodes of the boot storm come up")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, s, os.Stdout); err != nil {
+		fmt.Fprintln(os.Stderr, "error:", err)
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, s settings, out io.Writer) (err error) {
+	dir, err := os.MkdirTemp("", "prebake-bench-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	url, name := s.database, "PostgreSQL"
+	if url == "" {
+		url, name = "sqlite://"+filepath.Join(dir, "catalogue.db"), "SQLite"
+	}
+	begin := time.Now()
+	world, err := fill(ctx, url, s)
+	if err != nil {
+		return fmt.Errorf("fill: %w", err)
+	}
+	fmt.Fprintf(out, "%s: %d kernels, %d cells, %d builds of which %d wait; filled in %v\n", name, s.kernels,
+		s.kernels*s.drivers*2, s.builds, s.queue, time.Since(begin).Round(time.Second))
+	p, err := start(ctx, s.server, dir, url)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.stop()) }()
+	rows, err := measure(ctx, p.url, world, s)
+	if err != nil {
+		return err
+	}
+	peak, err := p.peak()
+	if err != nil {
+		return err
+	}
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ")
+	floor := rows[0].at(50)
+	for _, r := range rows {
+		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%.1f\n", r.name, len(r.took), r.failed, short(r.at(50)), short(r.at(99)), short(r.at(100)),
+			float64(r.at(50))/float64(max(floor, 1)))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(out, "server's memory at its peak: %d MiB\n", peak>>20)
+	return err
+}
+
+func short(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) }
+
+// process is a running server.
+type process struct {
+	cmd *exec.Cmd
+	url string
+}
+
+func start(ctx context.Context, program, dir, database string) (*process, error) {
+	data := filepath.Join(dir, "data")
+	cmd := exec.CommandContext(ctx, program, "serve", "--data", data, "--listen", "127.0.0.1:0", "--database", database,
+		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"))
+	cmd.Stderr = os.Stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	for range 600 {
+		raw, err := os.ReadFile(filepath.Join(data, "address"))
+		if err == nil {
+			return &process{cmd, strings.TrimSpace(string(raw))}, nil
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return nil, errors.Join(errors.New("the server did not start within 30 s"), cmd.Process.Kill(), cmd.Wait())
+}
+
+func (p *process) stop() error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	return p.cmd.Wait()
+}
+
+// peak reads the most memory that the process has had, in bytes (proc(5), VmHWM).
+func (p *process) peak() (int64, error) {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(raw)) {
+		if rest, ok := strings.CutPrefix(line, "VmHWM:"); ok {
+			kb, err := strconv.ParseInt(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")), 10, 64)
+			return kb << 10, err
+		}
+	}
+	return 0, errors.New("the kernel tells no VmHWM")
+}

@@ -1,0 +1,48 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/httpapi"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// BenchmarkResolve asks what a node should run, without the network.
+func BenchmarkResolve(b *testing.B) {
+	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
+	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 5000, queue: 100})
+	if err != nil {
+		b.Fatal(err)
+	}
+	db, err := store.Open(b.Context(), url)
+	if err != nil {
+		b.Fatal(err)
+	}
+	q, err := queue.Open(b.Context(), "sqlite://"+filepath.Join(b.TempDir(), "queue.db"))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		if err := errors.Join(db.Close(), q.Close()); err != nil {
+			b.Error(err)
+		}
+	}()
+	h := httpapi.New(httpapi.Config{Catalogue: catalogue.New(catalogue.Config{Store: db, Queue: q}), Store: db, Queue: q,
+		Token: "0123456789abcdef", Log: slog.New(slog.DiscardHandler)})
+	for i := 0; b.Loop(); i++ {
+		k := w.kernels[i%len(w.kernels)]
+		r := httptest.NewRequest(http.MethodGet, fmt.Sprintf("/v1/resolve?buildId=%s&board=%s&driver=default&flavour=open", k.BuildID, k.Board), nil)
+		out := httptest.NewRecorder()
+		if h.ServeHTTP(out, r); out.Code != http.StatusOK {
+			b.Fatalf("%d %s", out.Code, out.Body)
+		}
+	}
+}

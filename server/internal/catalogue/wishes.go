@@ -1,0 +1,368 @@
+package catalogue
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+var namePattern = regexp.MustCompile(`^[a-z0-9][a-z0-9_-]{0,62}$`)
+
+// maxProblems bounds what is kept of a wish list's problems.
+const maxProblems = 50
+
+// WishLists lists all wish lists.
+func (c *Catalogue) WishLists(ctx context.Context) ([]api.WishList, error) {
+	return c.Store.WishLists(ctx)
+}
+
+// WishList reads one wish list.
+func (c *Catalogue) WishList(ctx context.Context, name string) (api.WishList, error) {
+	return c.Store.WishList(ctx, name)
+}
+
+// PutWishList stores a wish list once its text is right, and plans soon. Version is
+// that of the text that this one takes the place of; 0 takes any.
+func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version int64) (api.WishList, error) {
+	if !namePattern.MatchString(name) {
+		return api.WishList{}, fault.New(fault.Usage, fmt.Sprintf("wish list name %.80q: want small letters, digits, - and _", name), "choose a name such as production")
+	}
+	w, err := plan.Parse(name, []byte(text))
+	if err != nil {
+		return api.WishList{}, err
+	}
+	if strings.HasPrefix(w.ImageMap, "file:") && !strings.HasPrefix(c.KernelMirror, "file:") {
+		return api.WishList{}, fault.New(fault.Usage, "the image map is a file of the server's machine", "put it on a web server or into a bucket")
+	}
+	err = c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutWishList(ctx, name, text, version, c.Now()) })
+	if err != nil {
+		return api.WishList{}, err
+	}
+	c.Log.InfoContext(ctx, "wish list stored", "name", name)
+	c.PlanSoon()
+	return c.Store.WishList(ctx, name)
+}
+
+// DropWishList removes a wish list. What was built for it stays.
+func (c *Catalogue) DropWishList(ctx context.Context, name string) error {
+	err := c.Store.Write(ctx, func(tx *store.Tx) error { return tx.DropWishList(ctx, name) })
+	if err == nil {
+		c.Log.InfoContext(ctx, "wish list removed", "name", name)
+	}
+	return err
+}
+
+// PlanSoon has the wish lists compared with the catalogue by Planner.
+func (c *Catalogue) PlanSoon() {
+	select {
+	case c.planning <- struct{}{}:
+	default: // somebody said so already
+	}
+}
+
+// Planner plans when it is told to, until ctx is done.
+func (c *Catalogue) Planner(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-c.planning:
+			if n, err := c.Plan(ctx); err != nil && ctx.Err() == nil {
+				c.Log.WarnContext(ctx, "plan incomplete", "builds", n, "err", err)
+			} else if n > 0 {
+				c.Log.InfoContext(ctx, "builds planned", "builds", n)
+			}
+		}
+	}
+}
+
+// Plan queues what the wish lists want and nobody has asked for yet, newest kernels
+// first, and returns how many builds that was. Cells that failed or were called off
+// stay so until somebody asks for them.
+func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
+	lists, err := c.Store.WishLists(ctx)
+	if err != nil || len(lists) == 0 {
+		return 0, err
+	}
+	known, err := c.shelf(ctx)
+	if err != nil {
+		return 0, err
+	}
+	var errs []error
+	for _, l := range lists {
+		if ctx.Err() != nil {
+			return n, context.Cause(ctx)
+		}
+		added, err := c.planList(ctx, &l, known)
+		n += added
+		if err != nil {
+			errs = append(errs, fmt.Errorf("plan wish list %s: %w", l.Name, err))
+			l.Problems = append(l.Problems, firstLine(err.Error()))
+		}
+		now := c.Now()
+		l.PlannedAt = &now
+		err = c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PlannedWishList(ctx, l) })
+		errs = append(errs, err)
+	}
+	return n, errors.Join(errs...)
+}
+
+// planList plans one wish list and notes in it what it came to.
+func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *shelf) (n int, err error) {
+	l.Cells, l.Problems = 0, nil
+	w, err := plan.Parse(l.Name, []byte(l.Text))
+	if err != nil {
+		return 0, err
+	}
+	images, err := plan.LoadImageMap(ctx, w.ImageMap)
+	if err != nil {
+		return 0, err
+	}
+	p, err := plan.Expand(ctx, w, known, images)
+	if err != nil {
+		return 0, err
+	}
+	l.Problems = p.Notes
+	slices.SortStableFunc(p.Cells, func(a, b plan.Cell) int { return target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID) })
+	for _, cell := range p.Cells {
+		if cell.Problem != nil {
+			if !cell.Problem.Unavailable && len(l.Problems) < maxProblems {
+				l.Problems = append(l.Problems, firstLine(cell.Problem.Err.Error()))
+			}
+			continue
+		}
+		l.Cells++
+		added, err := c.wanted(ctx, cell, known)
+		if err != nil && len(l.Problems) < maxProblems {
+			l.Problems = append(l.Problems, firstLine(fmt.Sprintf("%s: %v", cell, err)))
+		}
+		if fault.Is(err, fault.Transient) { // the rest would fare the same
+			return n, err
+		}
+		if added {
+			n++
+		}
+	}
+	return n, nil
+}
+
+// wanted queues one cell, unless it stands somewhere already.
+func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *shelf) (bool, error) {
+	k, ok := known.kernels[cell.Kernel.String()]
+	if !ok { // an exact build that nobody has seen yet
+		var err error
+		if k, ok, err = c.find(ctx, cell.Kernel); err != nil {
+			return false, err
+		}
+		if ok {
+			known.add(k)
+		}
+	}
+	key := store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: cell.Driver}
+	if state, ok := known.states[key]; ok && state != api.Unknown {
+		return false, nil
+	}
+	now := judge(k, known.drivers[cell.Driver.Version], cell.Driver, store.Facts{})
+	if now.State != api.Unknown { // it can never be built
+		return false, nil
+	}
+	priority := queue.PriorityWanted
+	if cell.EarlyWarning {
+		priority = queue.PriorityWarning
+	}
+	b, err := c.openCell(ctx, k, now, priority)
+	if err != nil {
+		return false, err
+	}
+	known.states[key] = b.State
+	return true, nil
+}
+
+// shelf is the catalogue as a wish list sees it: what a bucket would answer.
+type shelf struct {
+	ids     []string // newest first
+	kernels map[string]api.Kernel
+	boards  map[string][]target.Kernel
+	drivers map[string]api.DriverRelease
+	states  map[store.CellKey]api.State // of cells that have a build or an artifact
+}
+
+func (s *shelf) add(k api.Kernel) {
+	if len(s.boards[k.BuildID]) == 0 {
+		s.ids = append(s.ids, k.BuildID)
+	}
+	s.kernels[k.String()] = k
+	s.boards[k.BuildID] = append(s.boards[k.BuildID], k.Kernel)
+}
+
+// shelf reads the whole catalogue, page by page.
+func (c *Catalogue) shelf(ctx context.Context) (*shelf, error) {
+	s := &shelf{kernels: map[string]api.Kernel{}, boards: map[string][]target.Kernel{}, drivers: map[string]api.DriverRelease{},
+		states: map[store.CellKey]api.State{}}
+	for after := ""; ; {
+		all, facts, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
+		if err != nil {
+			return nil, err
+		}
+		for _, k := range all {
+			s.add(k)
+		}
+		for key, f := range facts {
+			s.states[key] = judge(s.kernels[key.BuildID+"/"+key.Board], api.DriverRelease{}, key.Driver, f).State
+		}
+		if after = next; after == "" {
+			break
+		}
+	}
+	for after := ""; ; {
+		all, next, err := c.Store.Drivers(ctx, store.Page{After: after, Limit: MaxLimit})
+		if err != nil {
+			return nil, err
+		}
+		for _, d := range all {
+			s.drivers[d.Version] = d
+		}
+		if after = next; after == "" {
+			return s, nil
+		}
+	}
+}
+
+// BuildIDs returns the known builds, newest first.
+func (s *shelf) BuildIDs(context.Context) ([]string, error) { return s.ids, nil }
+
+// BuildsOf returns the kernels of these builds.
+func (s *shelf) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, error) {
+	var all []target.Kernel
+	for _, id := range ids {
+		all = append(all, s.boards[id]...)
+	}
+	return all, nil
+}
+
+// Drivers returns what a kernel's own lists name.
+func (s *shelf) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
+	entry := s.kernels[k.String()]
+	list := lists(entry)
+	if list.Default == "" && list.Latest == "" && len(list.Branches) == 0 {
+		return list, fault.New(fault.InputMissing, fmt.Sprintf("COS build %s has no driver list", k), "ask for exact driver versions")
+	}
+	return list, nil
+}
+
+// lists returns a kernel's driver lists in the form that knows what wishes mean:
+// builder and server choose by the same rule.
+func lists(k api.Kernel) cosbucket.DriverList {
+	return cosbucket.DriverList{Default: k.Default, Latest: k.Latest, Branches: k.Branches,
+		Versions: slices.DeleteFunc([]string{k.Default, k.Latest}, func(v string) bool { return v == "" })}
+}
+
+// Announce is told of a COS build: it is looked up, recorded and planned at once.
+// Telling it twice is harmless.
+func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, error) {
+	if _, err := target.ParseKernel(buildID, "lakitu"); err != nil {
+		return api.Release{}, fault.Wrap(fault.Usage, err, "")
+	}
+	if c.Mirror == nil {
+		return api.Release{}, fault.New(fault.Unsupported, "this server has no mirror of COS releases to look build "+buildID+" up in", "start it with --kernel-mirror")
+	}
+	if _, err := c.lookUp(ctx, buildID); err != nil {
+		return api.Release{}, err
+	}
+	if _, err := c.Plan(ctx); err != nil {
+		// What could be planned is; the rest is tried again with the next look.
+		c.Log.WarnContext(ctx, "plan incomplete", "err", err)
+		c.PlanSoon()
+	}
+	return c.Release(ctx, buildID)
+}
+
+// Release tells what became of a COS build's cells.
+func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, error) {
+	kernels, _, err := c.Store.Kernels(ctx, store.KernelFilter{BuildID: buildID}, store.Page{Limit: MaxLimit})
+	if err != nil {
+		return api.Release{}, err
+	}
+	if len(kernels) == 0 || buildID == "" {
+		return api.Release{}, fault.New(fault.NotFound, fmt.Sprintf("COS build %.80q is not in the catalogue", buildID), "announce it: POST /v1/releases")
+	}
+	r := api.Release{BuildID: buildID, Kernels: kernels, SeenAt: kernels[0].FirstSeenAt}
+	if r.Cells, _, err = c.Cells(ctx, store.KernelFilter{BuildID: buildID}, "", store.Page{Limit: MaxLimitCells}); err != nil {
+		return r, err
+	}
+	seen := map[string]time.Time{}
+	for _, k := range kernels {
+		seen[k.String()] = k.FirstSeenAt
+		if k.FirstSeenAt.Before(r.SeenAt) {
+			r.SeenAt = k.FirstSeenAt
+		}
+	}
+	var took []time.Duration
+	for _, cell := range r.Cells {
+		switch {
+		case cell.State == api.Queued || cell.State == api.Building:
+			r.Open++
+		case cell.State == api.Published:
+			r.Ready++
+		}
+		if at := seen[cell.Kernel.String()]; cell.ReadyAt != nil && !cell.ReadyAt.Before(at) {
+			took = append(took, cell.ReadyAt.Sub(at))
+		}
+	}
+	slices.Sort(took)
+	r.Times = durations(took)
+	return r, nil
+}
+
+// ReadyTimes tells how long cells took that became ready within the last days.
+func (c *Catalogue) ReadyTimes(ctx context.Context, days int) (api.ReadyDuration, error) {
+	took, err := c.Store.ReadyTimes(ctx, c.Now().AddDate(0, 0, -days))
+	return durations(took), err
+}
+
+// durations takes percentiles of times that are sorted.
+func durations(took []time.Duration) api.ReadyDuration {
+	n := len(took)
+	if n == 0 {
+		return api.ReadyDuration{}
+	}
+	at := func(percent int) float64 { return took[min(n-1, n*percent/100)].Seconds() }
+	return api.ReadyDuration{Count: n, P50: at(50), P90: at(90), P99: at(99), Max: took[n-1].Seconds()}
+}
+
+// maxPools bounds one preflight.
+const maxPools = 100
+
+// Preflight says whether node pools may move to COS builds: whether each of their
+// nodes would find its driver.
+func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error) {
+	if n := len(q.Pools); n == 0 || n > maxPools {
+		return api.Preflight{}, fault.New(fault.Usage, fmt.Sprintf("preflight of %d pools; want 1 to %d", n, maxPools), "")
+	}
+	out := api.Preflight{May: true}
+	for _, pool := range q.Pools {
+		if err := checkLine("name of a pool", pool.Name); err != nil {
+			return out, fault.Wrap(fault.Usage, err, "")
+		}
+		r, err := c.Resolve(ctx, pool.BuildID, pool.Board, pool.Driver, pool.Flavour, "")
+		if err != nil {
+			return out, err
+		}
+		v := api.PoolVerdict{Pool: pool, May: r.State == api.Published, Resolution: r}
+		out.May = out.May && v.May
+		out.Pools = append(out.Pools, v)
+	}
+	return out, nil
+}

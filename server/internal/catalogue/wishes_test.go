@@ -1,0 +1,150 @@
+package catalogue_test
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+const wishes = `version: 1
+kernels:
+  - {milestone: 109, latest: 2}
+drivers: [default]
+flavours: [open]
+`
+
+// jobs names what was queued, in its order.
+func jobs(q *tray) []string {
+	var all []string
+	for i, j := range q.jobs {
+		all = append(all, j.BuildID+" "+j.Driver+" "+j.Flavour+" "+strings.Repeat("!", q.priorities[i]))
+	}
+	return all
+}
+
+// A wish list is all that somebody writes: from then on each new COS build is
+// queued without a hand, once, newest first.
+func TestPlan(t *testing.T) {
+	t.Parallel()
+	c, q := open(t)
+	ctx := t.Context()
+	see := func(id string) {
+		t.Helper()
+		k := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu", Milestone: 109}, Default: v261}
+		if err := c.SawKernel(ctx, k); err != nil {
+			t.Fatal(err)
+		}
+	}
+	plan := func(want ...string) {
+		t.Helper()
+		q.jobs, q.priorities = nil, nil
+		if n, err := c.Plan(ctx); err != nil || n != len(want) {
+			t.Fatalf("Plan() = %d, %v; want %d", n, err, len(want))
+		}
+		if d := cmp.Diff(want, jobs(q)); d != "" {
+			t.Errorf("queued (-want +got):\n%s", d)
+		}
+	}
+	see("17800.0.1")
+	see("17800.0.2")
+	see("17800.0.10")
+	plan() // no list, no wish
+	if _, err := c.PutWishList(ctx, "production", wishes, 0); err != nil {
+		t.Fatal(err)
+	}
+	plan("17800.0.10 "+v261+" open !!", "17800.0.2 "+v261+" open !!")
+	plan()
+	see("17800.0.11")
+	plan("17800.0.11 " + v261 + " open !!")
+
+	// Who waits for a cell that is only wanted gets it sooner.
+	b := request(t, c, "17800.0.2", v261, "open")
+	if b.Priority != 1 || !cmp.Equal(q.raised, []string{"2 to 1"}) {
+		t.Errorf("Request(planned cell) = priority %d, raised %v; want 1, and build 2 raised", b.Priority, q.raised)
+	}
+
+	l, err := c.WishList(ctx, "production")
+	if err != nil || l.Version != 1 || l.Cells != 2 || l.PlannedAt == nil || len(l.Problems) != 0 {
+		t.Errorf("WishList() = %+v, %v; want version 1 with 2 cells, planned", l, err)
+	}
+	// A wish that cannot be met is told, and holds up no other.
+	text := strings.Replace(wishes, "[default]", "[default, R999]", 1)
+	if l, err = c.PutWishList(ctx, "production", text, 1); err != nil || l.Version != 2 {
+		t.Fatalf("PutWishList() = %+v, %v; want version 2", l, err)
+	}
+	plan()
+	if l, err = c.WishList(ctx, "production"); err != nil || len(l.Problems) == 0 || !strings.Contains(l.Problems[0], "R999") {
+		t.Errorf("WishList().Problems = %q, %v; want R999", l.Problems, err)
+	}
+	for name, err := range map[string]error{
+		"usage of a text that is wrong":  errOf(c.PutWishList(ctx, "production", "kernels: 7", 0)),
+		"usage of a name that is a path": errOf(c.PutWishList(ctx, "../x", wishes, 0)),
+		"usage of a file on the server":  errOf(c.PutWishList(ctx, "local", "imageMap: ftp://x/map.json\n"+wishes, 0)),
+		"busy for an older version":      errOf(c.PutWishList(ctx, "production", wishes, 1)),
+		"not-found for an absent list":   errOf(c.WishList(ctx, "absent")),
+	} {
+		if want, _, _ := strings.Cut(name, " "); fault.Of(err).String() != want || err == nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if err := c.DropWishList(ctx, "production"); err != nil {
+		t.Error(err)
+	}
+	if err := c.DropWishList(ctx, "production"); !fault.Is(err, fault.NotFound) {
+		t.Errorf("DropWishList(absent) = %v; want not-found", err)
+	}
+}
+
+func errOf[T any](_ T, err error) error { return err }
+
+// A build that is announced is looked up, planned and, once built, timed.
+func TestAnnounce(t *testing.T) {
+	t.Parallel()
+	c, q := open(t)
+	ctx := t.Context()
+	noon := c.Now()
+	at := noon
+	c.Now = func() time.Time { return at }
+	if _, err := c.Announce(ctx, "19216.104.25"); !fault.Is(err, fault.Unsupported) {
+		t.Errorf("Announce() without a mirror = %v; want unsupported", err)
+	}
+	c.Mirror = &upstream{}
+	if _, err := c.PutWishList(ctx, "all", strings.Replace(wishes, "milestone: 109, ", "", 1), 0); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // twice is once
+		r, err := c.Announce(ctx, "19216.104.25")
+		if err != nil || r.Open != 1 || r.Ready != 0 || len(q.jobs) != 1 {
+			t.Fatalf("Announce() = %+v, %v with %d jobs; want one open cell", r, err, len(q.jobs))
+		}
+	}
+	if _, err := c.Announce(ctx, "1.2.3"); !fault.Is(err, fault.InputMissing) {
+		t.Errorf("Announce(absent) = %v; want input-missing", err)
+	}
+	at = noon.Add(90 * time.Second)
+	update(t, c, q.jobs[0].Build, api.BuildUpdate{State: api.Published, Digest: digest("1"), Fingerprint: fingerA})
+	r, err := c.Release(ctx, "19216.104.25")
+	if err != nil || r.Ready != 1 || r.Times != (api.ReadyDuration{Count: 1, P50: 90, P90: 90, P99: 90, Max: 90}) {
+		t.Errorf("Release() = %+v, %v; want ready after 90 s", r, err)
+	}
+	if d, err := c.ReadyTimes(ctx, 1); err != nil || d != r.Times {
+		t.Errorf("ReadyTimes() = %+v, %v; want the same", d, err)
+	}
+	if _, err := c.Release(ctx, "9.9.9"); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Release(absent) = %v; want not-found", err)
+	}
+	pools := []api.Pool{{Name: "a", BuildID: "19216.104.25", Board: "lakitu"}, {Name: "b", BuildID: "19216.104.25", Board: "lakitu", Driver: v309}}
+	if p, err := c.Preflight(ctx, api.PreflightRequest{Pools: pools[:1]}); err != nil || !p.May {
+		t.Errorf("Preflight(published) = %+v, %v; want yes", p, err)
+	}
+	p, err := c.Preflight(ctx, api.PreflightRequest{Pools: pools})
+	if err != nil || p.May || !p.Pools[0].May || p.Pools[1].May || p.Pools[1].Resolution.Reason == "" {
+		t.Errorf("Preflight(one missing) = %+v, %v; want no, and why", p, err)
+	}
+}

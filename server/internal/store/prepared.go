@@ -1,0 +1,58 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"sync"
+)
+
+// prepared reads a SQLite database by statements that are prepared once: preparing
+// one costs more than what most of ours do. PostgreSQL's driver does the same of
+// itself. The texts are those of this package, so there is a bounded number of them.
+type prepared struct {
+	*sql.DB
+	mu    sync.Mutex
+	stmts map[string]*sql.Stmt
+}
+
+func (p *prepared) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if s, ok := p.stmts[text]; ok {
+		return s, nil
+	}
+	s, err := p.DB.PrepareContext(ctx, text)
+	if err == nil {
+		p.stmts[text] = s
+	}
+	return s, err
+}
+
+func (p *prepared) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+	s, err := p.stmt(ctx, text)
+	if err != nil {
+		return nil, err
+	}
+	return s.QueryContext(ctx, args...)
+}
+
+func (p *prepared) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
+	s, err := p.stmt(ctx, text)
+	if err != nil {
+		return p.DB.QueryRowContext(ctx, text, args...) // which fails the same way, and says so
+	}
+	return s.QueryRowContext(ctx, args...)
+}
+
+// Close closes the statements and the database.
+func (p *prepared) Close() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, s := range p.stmts {
+		errs = append(errs, s.Close())
+	}
+	clear(p.stmts)
+	return errors.Join(append(errs, p.DB.Close())...)
+}

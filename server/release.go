@@ -1,0 +1,229 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+)
+
+// oneArg returns the only argument of a command.
+func oneArg(cmd *ucli.Command, what, hint string) (string, error) {
+	if cmd.Args().Len() != 1 || cmd.Args().First() == "" {
+		return "", fault.New(fault.Usage, cmd.FullName()+" needs one "+what, hint)
+	}
+	return cmd.Args().First(), nil
+}
+
+// release makes a command that takes a BUILD_ID and prints what became of it.
+func release(name, usage string, flags []ucli.Flag, call func(context.Context, *api.Client, string) (api.Release, error)) *ucli.Command {
+	return &ucli.Command{
+		Name: name, Usage: usage, ArgsUsage: "BUILD_ID", Flags: flags,
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			id, err := oneArg(cmd, "BUILD_ID", "such as 17800.66.78; list them: server kernels")
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			r, err := call(ctx, c, id)
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, r, func(w io.Writer) error { return printRelease(w, r) })
+		},
+	}
+}
+
+func releaseCommand() *ucli.Command {
+	return release("release", "show what became of a COS build's cells", clientFlags(),
+		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Release(ctx, id) })
+}
+
+func announceCommand() *ucli.Command {
+	return release("announce", "tell of a COS build, so that it is looked up and planned at once", writeFlags(),
+		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Announce(ctx, id) })
+}
+
+func printRelease(w io.Writer, r api.Release) error {
+	fields := [][2]string{
+		{"COS build", r.BuildID}, {"seen", r.SeenAt.Format(time.RFC3339)},
+		{"ready", fmt.Sprintf("%d of %d cells, %d open", r.Ready, len(r.Cells), r.Open)},
+	}
+	if r.Times.Count > 0 {
+		fields = append(fields, [2]string{"seen to ready", fmt.Sprintf("half within %s, all within %s", seconds(r.Times.P50), seconds(r.Times.Max))})
+	}
+	if err := printFields(w, fields); err != nil || len(r.Cells) == 0 {
+		return err
+	}
+	if _, err := fmt.Fprintln(w); err != nil {
+		return err
+	}
+	rows := [][]string{}
+	for _, cell := range r.Cells {
+		note := cell.Reason
+		if cell.ReadyAt != nil {
+			note = "ready " + cell.ReadyAt.Format(time.RFC3339)
+		}
+		rows = append(rows, []string{cell.Kernel.Board, cell.Driver.String(), string(cell.State), note})
+	}
+	return printTable(w, []string{"BOARD", "DRIVER", "STATE", "NOTE"}, rows, "nobody asked for a cell of this build yet")
+}
+
+func seconds(s float64) string {
+	return (time.Duration(s * float64(time.Second))).Round(time.Second).String()
+}
+
+func preflightCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether they would find their driver",
+		Description: `The exit status is that of "nothing is published" when they may not.`,
+		Flags:       clientFlags(cellFlags()...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			answer, err := c.Preflight(ctx, api.PreflightRequest{Pools: []api.Pool{{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
+				Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}}})
+			if err != nil {
+				return err
+			}
+			err = cli.Print(cmd, answer, func(w io.Writer) error { return printResolution(w, c.Base(), answer.Pools[0].Resolution) })
+			if err == nil && !answer.May {
+				r := answer.Pools[0].Resolution
+				err = fault.New(fault.NoArtifact, fmt.Sprintf("nodes may not move yet: the cell is %s", r.State), r.Hint)
+			}
+			return err
+		},
+	}
+}
+
+func wishListsCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "wish-lists", Usage: "list what the server builds without being asked, or change it",
+		Flags: clientFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			all, err := c.WishLists(ctx)
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, all, func(w io.Writer) error { return printWishLists(w, all) })
+		},
+		Commands: []*ucli.Command{showWishListCommand(), putWishListCommand(), dropWishListCommand()},
+	}
+}
+
+func printWishLists(w io.Writer, all []api.WishList) error {
+	rows := [][]string{}
+	for _, l := range all {
+		planned, note := "not yet", ""
+		if l.PlannedAt != nil {
+			planned = l.PlannedAt.Format(time.RFC3339)
+		}
+		if n := len(l.Problems); n > 0 {
+			note = fmt.Sprintf("%d problems: server wish-lists show %s", n, l.Name)
+		}
+		rows = append(rows, []string{l.Name, strconv.FormatInt(l.Version, 10), strconv.Itoa(l.Cells), planned, note})
+	}
+	return printTable(w, []string{"NAME", "VERSION", "CELLS", "PLANNED", "NOTE"}, rows, "no wish list is stored yet: server wish-lists put NAME FILE")
+}
+
+func printWishList(w io.Writer, l api.WishList) error {
+	for _, problem := range l.Problems {
+		if _, err := fmt.Fprintln(w, "# problem:", problem); err != nil {
+			return err
+		}
+	}
+	_, err := io.WriteString(w, strings.TrimRight(l.Text, "\n")+"\n")
+	return err
+}
+
+func showWishListCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "show", Usage: "print a wish list, with its problems as comments", ArgsUsage: "NAME", Flags: clientFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			name, err := oneArg(cmd, "NAME", "list them: server wish-lists")
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			l, err := c.WishList(ctx, name)
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, l, func(w io.Writer) error { return printWishList(w, l) })
+		},
+	}
+}
+
+func putWishListCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "put", Usage: "store a wish list: the file that builder matrix takes", ArgsUsage: "NAME FILE",
+		Flags: writeFlags(&ucli.Int64Flag{Name: "version", Usage: "`N` that the stored list must have; 0 takes the place of any"}),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if cmd.Args().Len() != 2 {
+				return fault.New(fault.Usage, cmd.FullName()+" needs a name and a file", "see docs/examples/wish.yaml")
+			}
+			name, file := cmd.Args().Get(0), cmd.Args().Get(1)
+			text, err := os.ReadFile(file)
+			if err != nil {
+				return fault.Wrap(fault.Usage, fmt.Errorf("read wish list: %w", err), "")
+			}
+			if _, err := plan.Parse(file, text); err != nil { // with the name that the reader knows it by
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			l, err := c.PutWishList(ctx, name, api.NewWishList{Text: string(text), Version: cmd.Int64("version")})
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, l, func(w io.Writer) error { return printWishLists(w, []api.WishList{l}) })
+		},
+	}
+}
+
+func dropWishListCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "remove", Usage: "remove a wish list; what was built for it stays", ArgsUsage: "NAME", Flags: writeFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			name, err := oneArg(cmd, "NAME", "list them: server wish-lists")
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			return c.DropWishList(ctx, name)
+		},
+	}
+}
