@@ -17,7 +17,7 @@ import (
 // The documented example is a wish list, and means what its comments say.
 func TestExample(t *testing.T) {
 	t.Parallel()
-	file := filepath.Join("..", "..", "..", "docs", "examples", "wish.yaml")
+	file := filepath.Join("..", "..", "docs", "examples", "wish.yaml")
 	text, err := os.ReadFile(file)
 	if err != nil {
 		t.Fatal(err)
@@ -137,7 +137,7 @@ func TestMistakes(t *testing.T) {
 }
 
 func FuzzParse(f *testing.F) {
-	text, err := os.ReadFile(filepath.Join("..", "..", "..", "docs", "examples", "wish.yaml"))
+	text, err := os.ReadFile(filepath.Join("..", "..", "docs", "examples", "wish.yaml"))
 	if err != nil {
 		f.Fatal(err)
 	}
