@@ -4,12 +4,18 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
@@ -151,17 +157,16 @@ func TestOperator(t *testing.T) {
 	url, _, _ = start(t, dir)
 	c := api.NewClient(url, strings.TrimSpace(string(secret)), nil)
 	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64", Arch: target.AMD64}
-	_, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
-		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))})
-	// The sweep of the new process may have failed the build first: its job
-	// ended without a report. A builder that reports late brings it back.
-	if fault.Is(err, fault.Mismatch) {
-		if _, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Building}); err == nil {
-			_, err = c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
-				Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))})
-		}
+	published := api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel,
+		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))}
+	if _, err := c.UpdateBuild(t.Context(), 1, published); !fault.Is(err, fault.Mismatch) {
+		t.Errorf("publishing what the registry has not = %v; want mismatch", err)
 	}
-	if err != nil {
+	digest = push(t, url, string(secret))
+	published.Digest = digest
+	// The sweep of the new process may have failed the build first: its job ended
+	// without a report. What is published counts all the same.
+	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []struct{ args, want string }{
@@ -177,6 +182,45 @@ func TestOperator(t *testing.T) {
 			t.Errorf("%s = %d\n%s%s\nwant %q", s.args, code, out, errs, s.want)
 		}
 	}
+	// What is deleted from the registry is not promised any more.
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodDelete, url+"/v2/prebake/driver/manifests/"+digest, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.SetBasicAuth("x", strings.TrimSpace(string(secret)))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusAccepted {
+		t.Fatalf("DELETE = %s, %v", resp.Status, err)
+	}
+	r, err := c.Resolve(t.Context(), api.Question{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	if err != nil || r.State == api.Published {
+		t.Errorf("Resolve() after the manifest was deleted = %s, %v", r.State, err)
+	}
+}
+
+// push puts an image into the server's registry, as a stock client does.
+func push(t *testing.T, url, secret string) (digest string) {
+	t.Helper()
+	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:test", name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := random.Image(1024, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = remote.Write(ref, img, remote.WithContext(t.Context()), remote.WithAuth(&authn.Basic{Username: "x", Password: strings.TrimSpace(secret)}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d.String()
 }
 
 // work takes one job from the queue of a stopped server.

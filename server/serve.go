@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	"github.com/opencontainers/go-digest"
 	ucli "github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 
@@ -33,6 +35,8 @@ import (
 // settings are the flags of serve, resolved.
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
+	CreateOnly                                                                                    []string
+	ReserveMB                                                                                     int
 	DiscoverEvery, Grace                                                                          time.Duration
 }
 
@@ -54,6 +58,11 @@ func serveCommand() *ucli.Command {
 				defaultsTo(cli.String("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
 				defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db, or the database when that is postgres"),
 			),
+			cli.Group("Where to",
+				&ucli.IntFlag{Name: "reserve", Value: 1024, Usage: "`MIB` of the data folder's disk to leave free: uploads are refused before"},
+				&ucli.StringSliceFlag{Name: "create-only", Value: []string{"prebake/*", "prebake/*/*"},
+					Usage: "`PATTERN` of registry repositories whose tags never move, repeatable"},
+			),
 			cli.Group("Trust",
 				cli.String("token", "", "`TOKEN` that opens writing; prefer --token-file"),
 				defaultsTo(cli.String("token-file", "", "`FILE` with the token"), "DATA/token, made at the first start"),
@@ -71,6 +80,7 @@ func serveCommand() *ucli.Command {
 				Listen: cmd.String("listen"), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
 				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
+				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
 			}
 			if err := s.complete(); err != nil {
@@ -110,6 +120,14 @@ func (s *settings) complete() error {
 			// catalogue need not wait for them.
 			s.Queue = "sqlite://" + filepath.Join(s.Data, "queue.db")
 		}
+	}
+	for _, pattern := range s.CreateOnly {
+		if _, err := path.Match(pattern, ""); err != nil {
+			return fault.New(fault.Usage, fmt.Sprintf("--create-only %q: %v", pattern, err), "write one such as prebake/*")
+		}
+	}
+	if s.ReserveMB < 0 {
+		return fault.New(fault.Usage, fmt.Sprintf("--reserve %d: want MiB, or 0", s.ReserveMB), "")
 	}
 	if s.PublicRepository == "" {
 		return fault.New(fault.Usage, "public repository is empty", "use --public-repository /prebake/driver, or a repository of your registry")
@@ -170,13 +188,22 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return err
 	}
 	defer closing("logs", logs.Close)
-	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), createOnly)
+	room := &disk{dir: s.Data, reserve: uint64(s.ReserveMB) << 20}
+	var cat *catalogue.Catalogue
+	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
+		CreateOnly: s.createOnly, Room: room.Room,
+		Deleted: func(repo string, d digest.Digest) {
+			if err := cat.Forget(context.WithoutCancel(ctx), repo, string(d)); err != nil {
+				log.Error("artifact not forgotten", "digest", string(d), "err", err)
+			}
+		},
+	})
 	if err != nil {
 		return err
 	}
 	defer closing("registry", registry.Close)
-	cat := catalogue.New(catalogue.Config{
-		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository,
+	cat = catalogue.New(catalogue.Config{
+		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository, Holds: registry.Holds,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Log: log,
 	})
 	cat.PlanSoon() // what was wanted when the last server stopped
@@ -197,7 +224,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
 	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Token: token, Port: port, Version: version, Log: log,
+		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Token: token, Port: port, Version: version, Log: log,
 		Registry: ocistore.Handler(registry, token, log), Pages: pages,
 	})
 	// Whoever waits for the file to appear must not read half of it.
@@ -231,6 +258,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	})
 	group.Go(func() error { return cat.Planner(running) })
 	group.Go(func() error { return cat.Wonder(running) })
+	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()
 		// Two steps: no new requests, then, after the grace, no old ones.
@@ -250,8 +278,37 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 // list of them; it must move.
 var fallbackTag = regexp.MustCompile(`^sha256-[0-9a-f]{64}`)
 
-// createOnly protects the tags of Prebake's own repositories: what a tag named
-// once, it names for ever.
-func createOnly(repo, tag string) bool {
-	return strings.HasPrefix(repo, "prebake/") && !fallbackTag.MatchString(tag)
+// createOnly protects the tags of chosen repositories: what a tag named once, it
+// names for ever.
+func (s settings) createOnly(repo, tag string) bool {
+	chosen := slices.ContainsFunc(s.CreateOnly, func(pattern string) bool {
+		ok, err := path.Match(pattern, repo)
+		return ok && err == nil
+	})
+	return chosen && !fallbackTag.MatchString(tag)
+}
+
+// collectEvery is the pause between two collections of what nobody names.
+const collectEvery = 6 * time.Hour
+
+// collect keeps the registry's disk clean until ctx is done.
+func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
+	tick := time.NewTicker(collectEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		out, err := r.Collect(ctx, time.Now())
+		switch {
+		case ctx.Err() != nil:
+			return nil
+		case err != nil:
+			log.WarnContext(ctx, "collection incomplete", "err", err)
+		case out.Blobs > 0:
+			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
+		}
+	}
 }

@@ -86,6 +86,9 @@ type Config struct {
 	// Repository is where builders publish when they do not say where: a path on
 	// this server ("/prebake/driver"), or a repository of another registry.
 	Repository string
+	// Holds says whether a repository of this server (prebake/driver) has a manifest:
+	// the catalogue names nothing that the registry lacks. nil is not asked.
+	Holds func(ctx context.Context, repository, digest string) (bool, error)
 	// KernelMirror and DriverMirror go into the jobs; "" leaves it to the builder.
 	KernelMirror, DriverMirror string
 	Log                        *slog.Logger
@@ -246,6 +249,14 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	if err := checkArtifact(&a); err != nil {
 		return fault.Wrap(fault.Usage, err, "")
 	}
+	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.Holds != nil {
+		switch held, err := c.Holds(ctx, name, a.Digest); {
+		case err != nil:
+			return err
+		case !held:
+			return fault.New(fault.Mismatch, fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest), "push it first")
+		}
+	}
 	for _, k := range a.Kernels {
 		known, ok, err := tx.Kernel(ctx, k.BuildID, k.Board)
 		if err != nil {
@@ -270,6 +281,20 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	}
 	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now()
 	return tx.PutArtifact(ctx, a)
+}
+
+// Forget drops an artifact whose manifest was deleted from a repository of this
+// server: nodes are not sent to what is not there, and the cell can be built anew.
+func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error {
+	dropped := false
+	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
+		dropped, err = tx.DropArtifact(ctx, "/"+repository, digest)
+		return err
+	})
+	if dropped {
+		c.Log.InfoContext(ctx, "artifact forgotten", "digest", digest, "repository", repository)
+	}
+	return err
 }
 
 // Yank marks an artifact as one that must not be used any more; Unyank takes

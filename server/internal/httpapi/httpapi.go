@@ -47,6 +47,8 @@ type Config struct {
 	}
 	// Disk tells whether there is room to write; nil is not asked.
 	Disk checker
+	// Free tells the bytes that are left on the data folder's disk; nil is not asked.
+	Free func() (uint64, error)
 	// Registry serves /v2/; it has its own access rule.
 	Registry http.Handler
 	// Pages serves /, /builds/{id} and /assets/.

@@ -46,7 +46,7 @@ func serveLogging(t *testing.T, log *slog.Logger) (string, *store.Store) {
 	check(t, err)
 	logs, err := store.OpenLogs(filepath.Join(dir, "logs"))
 	check(t, err)
-	registry, err := ocistore.Open(filepath.Join(dir, "registry"), nil)
+	registry, err := ocistore.Open(filepath.Join(dir, "registry"), ocistore.Options{})
 	check(t, err)
 	cat := catalogue.New(catalogue.Config{Store: db, Logs: logs, Queue: q, Repository: "/prebake/driver", Log: log})
 	pages, err := web.New(cat, log)

@@ -3,6 +3,7 @@ package httpapi
 import (
 	"cmp"
 	"context"
+	"math"
 	"net/http"
 	"strconv"
 	"time"
@@ -34,6 +35,16 @@ func newMetrics(c Config) *metrics {
 	info := prometheus.NewGauge(prometheus.GaugeOpts{Name: "prebake_build_info", Help: "Version of the server.",
 		ConstLabels: prometheus.Labels{"version": c.Version}})
 	info.Set(1)
+	if c.Free != nil {
+		m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "prebake_disk_free_bytes",
+			Help: "Room left on the disk of the data folder."}, func() float64 {
+			free, err := c.Free()
+			if err != nil {
+				return math.NaN()
+			}
+			return float64(free)
+		}))
+	}
 	m.registry.MustRegister(m.took, info, &inventory{c}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -11,6 +11,8 @@ import (
 
 	"cuelabs.dev/go/oci/ociregistry"
 	"cuelabs.dev/go/oci/ociregistry/ociserver"
+
+	"github.com/prebake/prebake/pkg/fault"
 )
 
 // TokenPath is where clients that speak the registry token protocol get one.
@@ -29,7 +31,7 @@ const anonymous = "anonymous"
 // an anonymous token: then docker, containerd, crane and cosign all read
 // without credentials and push with them.
 func Handler(s *Store, token string, log *slog.Logger) http.Handler {
-	h := &handler{token: token, log: log}
+	h := &handler{store: s, token: token, log: log}
 	h.api = ociserver.New(s, &ociserver.Options{
 		MaxListPageSize: 1000,
 		DebugID:         "embedded", // the default is a counter in a package variable
@@ -39,6 +41,7 @@ func Handler(s *Store, token string, log *slog.Logger) http.Handler {
 }
 
 type handler struct {
+	store *Store
 	token string
 	log   *slog.Logger
 	api   http.Handler
@@ -62,14 +65,10 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			return
 		}
 	}
-	if r.Method == http.MethodPut && strings.Contains(r.URL.Path, "/manifests/") {
-		if r.ContentLength > MaxManifest {
-			h.writeError(w, r, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrManifestInvalid, MaxManifest))
-			return
-		}
-		r.Body = http.MaxBytesReader(w, r.Body, MaxManifest)
+	if h.adapt(w, r) {
+		return
 	}
-	h.api.ServeHTTP(w, r)
+	h.api.ServeHTTP(w, r.WithContext(withRange(r)))
 }
 
 // credential returns what the request says to be allowed by.
@@ -77,7 +76,8 @@ func credential(r *http.Request) (secret string, given bool) {
 	if _, password, ok := r.BasicAuth(); ok {
 		return password, true
 	}
-	return strings.CutPrefix(r.Header.Get("Authorization"), "Bearer ")
+	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
+	return token, strings.EqualFold(scheme, "Bearer")
 }
 
 // Same compares secrets in constant time. An empty token lets nobody in.
@@ -120,9 +120,24 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, asked, may 
 	}
 }
 
+// writeError answers with an error. What is wrong inside the server, with its paths,
+// is for the log.
 func (h *handler) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	if _, status := ociregistry.MarshalError(err); status >= http.StatusInternalServerError {
+	for _, name := range []string{"Etag", "Cache-Control"} { // of what was about to be sent
+		w.Header().Del(name)
+	}
+	_, status := ociregistry.MarshalError(err)
+	switch {
+	case r.Context().Err() != nil:
+		h.log.DebugContext(r.Context(), "client gone", "method", r.Method, "path", r.URL.Path, "err", err)
+	case fault.NoSpace(err) || fault.Is(err, fault.DiskFull):
+		h.log.ErrorContext(r.Context(), "registry's disk is full", "method", r.Method, "path", r.URL.Path, "err", err)
+		writeStatus(w, http.StatusInsufficientStorage, "DENIED", "the registry's disk is full")
+		return
+	case status >= http.StatusInternalServerError:
 		h.log.ErrorContext(r.Context(), "registry failed", "method", r.Method, "path", r.URL.Path, "err", err)
+		writeStatus(w, status, "UNKNOWN", "internal error; the server's log has the cause")
+		return
 	}
 	if err := ociregistry.WriteError(w, err); err != nil {
 		h.log.DebugContext(r.Context(), "answer lost", "err", err)

@@ -94,6 +94,16 @@ func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Di
 	return plain(desc), gone(err, ociregistry.ErrManifestUnknown)
 }
 
+// Holds reports whether a repository has a manifest.
+func (s *Store) Holds(ctx context.Context, repo, d string) (bool, error) {
+	_, err := s.ResolveManifest(ctx, repo, ociregistry.Digest(d))
+	switch {
+	case errors.Is(err, ociregistry.ErrManifestUnknown), errors.Is(err, ociregistry.ErrNameInvalid):
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // plain leaves the three members that resolving answers.
 func plain(d ociregistry.Descriptor) ociregistry.Descriptor {
 	return ociregistry.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}

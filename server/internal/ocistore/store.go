@@ -4,15 +4,16 @@
 //
 // Bytes become visible only whole, verified and synced: a kill at any moment
 // leaves the store as it was before or after a push, never between. It refuses
-// digests other than SHA-256, manifests whose blobs are missing, and a second
+// digests other than SHA-256 and SHA-512, manifests whose blobs are missing, and a second
 // meaning for a tag of a create-only repository.
 //
 // Layout of the folder:
 //
-//	blobs/sha256/<aa>/<hex>                    every blob and manifest, once
+//	blobs/<algorithm>/<aa>/<hex>               every blob and manifest, once
 //	repos/<name>/_manifests/<hex>              descriptor: the manifest is in this repository
 //	repos/<name>/_referrers/<subject>/<hex>    descriptor: the manifest has this subject
 //	repos/<name>/_tags/<tag>                   descriptor of the manifest that the tag names
+//	repos/<name>/_retired/<tag>                what a create-only tag named whose manifest was deleted
 //	uploads/<id>                               bytes of an upload under way
 //	tmp/                                       files that get renamed into place
 package ocistore
@@ -28,8 +29,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"regexp"
-	"strings"
 	"sync"
 	"time"
 
@@ -41,11 +40,25 @@ import (
 // Bounds. The largest real layer, firmware and user space of one driver, is
 // some hundred MB.
 const (
-	MaxManifest  = 4 << 20
-	MaxBlob      = 8 << 30
-	uploadMaxAge = 24 * time.Hour
+	MaxManifest = 4 << 20
+	MaxBlob     = 8 << 30
+	// uploadMaxAge is how long an upload rests that nobody goes on with, and
+	// blobMinAge how long a blob stays that no manifest names: clients push blobs
+	// first.
+	uploadMaxAge = 6 * time.Hour
+	blobMinAge   = 24 * time.Hour
 	maxName      = 255
 )
+
+// Options are what differs from registry to registry.
+type Options struct {
+	// CreateOnly says of which tags the first meaning is the last; nil is none.
+	CreateOnly func(repo, tag string) bool
+	// Deleted hears of each manifest that was deleted; nil does not.
+	Deleted func(repo string, d ociregistry.Digest)
+	// Room says whether there is room to write; nil always has.
+	Room func() error
+}
 
 // Store is a registry backend over a folder. One process may use a folder.
 type Store struct {
@@ -53,27 +66,34 @@ type Store struct {
 
 	root       *os.Root
 	createOnly func(repo, tag string) bool
+	deleted    func(repo string, d ociregistry.Digest)
+	room       func() error
 
 	mu   sync.Mutex
 	busy map[string]bool // uploads that a request writes to right now
+
+	// collecting is held to delete a blob, and shared to store a manifest.
+	collecting sync.RWMutex
 }
 
 // Open opens the folder, making it if need be, and clears leftovers of a
-// process that was killed. CreateOnly says of which tags the first meaning is
-// the last; nil is none.
-func Open(dir string, createOnly func(repo, tag string) bool) (*Store, error) {
-	s, err := open(dir, createOnly)
+// process that was killed.
+func Open(dir string, o Options) (*Store, error) {
+	s, err := open(dir, o)
 	if err != nil {
 		return nil, fmt.Errorf("open registry: %w", err)
 	}
 	return s, nil
 }
 
-func open(dir string, createOnly func(repo, tag string) bool) (*Store, error) {
-	if createOnly == nil {
-		createOnly = func(string, string) bool { return false }
+func open(dir string, o Options) (*Store, error) {
+	if o.CreateOnly == nil {
+		o.CreateOnly = func(string, string) bool { return false }
 	}
-	for _, sub := range []string{"blobs/sha256", "repos", "uploads"} {
+	if o.Room == nil {
+		o.Room = func() error { return nil }
+	}
+	for _, sub := range []string{"blobs", "repos", "uploads"} {
 		if err := os.MkdirAll(path.Join(dir, sub), 0o750); err != nil {
 			return nil, err
 		}
@@ -82,7 +102,7 @@ func open(dir string, createOnly func(repo, tag string) bool) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{root: root, createOnly: createOnly, busy: map[string]bool{}}
+	s := &Store{root: root, createOnly: o.CreateOnly, deleted: o.Deleted, room: o.Room, busy: map[string]bool{}}
 	if err := s.clean(); err != nil {
 		return nil, errors.Join(err, root.Close())
 	}
@@ -97,39 +117,58 @@ func (s *Store) clean() error {
 	if err := s.root.Mkdir("tmp", 0o750); err != nil {
 		return err
 	}
+	return s.dropUploads(time.Now())
+}
+
+// dropUploads drops the uploads that nobody will go on with.
+func (s *Store) dropUploads(now time.Time) error {
 	uploads, err := fs.ReadDir(s.root.FS(), "uploads")
 	if err != nil {
 		return err
 	}
+	var errs []error
 	for _, u := range uploads {
 		info, err := u.Info()
-		if err != nil {
-			return err
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // it ended meanwhile
 		}
-		if time.Since(info.ModTime()) > uploadMaxAge {
-			if err := s.root.Remove("uploads/" + u.Name()); err != nil {
-				return err
+		if err == nil && now.Sub(info.ModTime()) > uploadMaxAge {
+			if err = s.CancelUpload(u.Name()); errors.Is(err, ociregistry.ErrBlobUploadInvalid) {
+				err = nil // somebody goes on with it after all
 			}
 		}
+		errs = append(errs, err)
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // Close closes the folder.
 func (s *Store) Close() error { return s.root.Close() }
 
-var hexPattern = regexp.MustCompile(`^[0-9a-f]{64}$`)
-
-// hexOf returns the hex digits of a SHA-256 digest.
+// hexOf returns the hex digits of a digest. Those of the two algorithms differ in
+// length, so that they tell the algorithm.
 func hexOf(d ociregistry.Digest) (string, error) {
-	sum, ok := strings.CutPrefix(string(d), "sha256:")
-	if !ok || !hexPattern.MatchString(sum) {
-		return "", fmt.Errorf("%w: %q is not a sha256 digest", ociregistry.ErrDigestInvalid, d)
+	if err := digest.Digest(d).Validate(); err != nil {
+		return "", fmt.Errorf("%w: %q: %v", ociregistry.ErrDigestInvalid, d, err)
 	}
-	return sum, nil
+	switch a := digest.Digest(d).Algorithm(); a {
+	case digest.SHA256, digest.SHA512:
+		return digest.Digest(d).Encoded(), nil
+	}
+	return "", fmt.Errorf("%w: %q is neither a sha256 nor a sha512 digest", ociregistry.ErrDigestInvalid, d)
 }
 
-func blobPath(sum string) string { return "blobs/sha256/" + sum[:2] + "/" + sum }
+// algorithm is the one that a digest's hex digits are of.
+func algorithm(sum string) digest.Algorithm {
+	if len(sum) == 2*digest.SHA512.Size() {
+		return digest.SHA512
+	}
+	return digest.SHA256
+}
+
+func blobPath(sum string) string {
+	return "blobs/" + string(algorithm(sum)) + "/" + sum[:2] + "/" + sum
+}
 
 // repoPath returns a path inside a repository's folder. Names of the protocol
 // cannot begin with an underscore, so our own folders cannot collide with them.
@@ -165,17 +204,34 @@ func (s *Store) syncDir(dir string) error {
 // adopt moves a finished file into place. It exists with the same content
 // there already when the path is a digest's, so replacing it changes nothing.
 func (s *Store) adopt(from, to string) error {
-	if err := s.root.MkdirAll(path.Dir(to), 0o750); err != nil {
+	if err := s.mkdirs(path.Dir(to)); err != nil {
 		return err
 	}
 	if err := s.root.Rename(from, to); err != nil {
 		return err
 	}
-	return errors.Join(s.syncDir(path.Dir(to)), s.syncDir(path.Dir(path.Dir(to))))
+	return s.syncDir(path.Dir(to))
+}
+
+// mkdirs makes a folder and its parents, each of them durable.
+func (s *Store) mkdirs(dir string) error {
+	if _, err := s.root.Stat(dir); err == nil || dir == "." {
+		return err
+	}
+	if err := s.mkdirs(path.Dir(dir)); err != nil {
+		return err
+	}
+	if err := s.root.Mkdir(dir, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	return s.syncDir(path.Dir(dir))
 }
 
 // temp writes r to a synced file in tmp and returns its name.
 func (s *Store) temp(r io.Reader) (name string, err error) {
+	if err := s.room(); err != nil {
+		return "", err
+	}
 	name = "tmp/" + randomID()
 	f, err := s.root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if err != nil {
@@ -214,7 +270,7 @@ func (s *Store) createJSON(to string, v any) error {
 	if err != nil {
 		return err
 	}
-	if err = s.root.MkdirAll(path.Dir(to), 0o750); err == nil {
+	if err = s.mkdirs(path.Dir(to)); err == nil {
 		err = s.root.Link(name, to)
 	}
 	if err = errors.Join(err, s.root.Remove(name)); err != nil {
@@ -236,7 +292,8 @@ func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	return d, nil
 }
 
-// has returns the size of a stored blob; fs.ErrNotExist when it is absent.
+// has returns the size of a stored blob; fs.ErrNotExist when it is absent. Who asks
+// is about to name it: it is not collected soon.
 func (s *Store) has(d ociregistry.Digest) (int64, error) {
 	sum, err := hexOf(d)
 	if err != nil {
@@ -246,18 +303,17 @@ func (s *Store) has(d ociregistry.Digest) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
-	return info.Size(), nil
+	return info.Size(), s.touch(blobPath(sum), info)
 }
 
-// putBytes stores content that is in memory under its own digest.
-func (s *Store) putBytes(content []byte) (ociregistry.Digest, error) {
-	d := digest.FromBytes(content)
+// putBytes stores content that is in memory under its own digest, d.
+func (s *Store) putBytes(d digest.Digest, content []byte) error {
 	if _, err := s.has(d); err == nil {
-		return d, nil
+		return nil
 	}
 	name, err := s.temp(bytes.NewReader(content))
 	if err != nil {
-		return "", err
+		return err
 	}
-	return d, s.adopt(name, blobPath(d.Encoded()))
+	return s.adopt(name, blobPath(d.Encoded()))
 }

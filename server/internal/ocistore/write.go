@@ -11,6 +11,7 @@ import (
 	"os"
 	"path"
 	"regexp"
+	"strings"
 
 	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/opencontainers/go-digest"
@@ -33,7 +34,7 @@ func (s *Store) PushBlob(_ context.Context, repo string, desc ociregistry.Descri
 	if _, err := repoPath(repo); err != nil {
 		return desc, err
 	}
-	seen := digest.SHA256.Digester()
+	seen := algorithm(sum).Digester()
 	count := &counter{}
 	name, err := s.temp(io.TeeReader(io.LimitReader(r, MaxBlob+1), io.MultiWriter(seen.Hash(), count)))
 	if err != nil {
@@ -69,6 +70,9 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
+	if err := s.room(); err != nil {
+		return nil, err
+	}
 	id := randomID()
 	f, err := s.root.OpenFile("uploads/"+id, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o640)
 	if err != nil {
@@ -81,7 +85,7 @@ var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
 // PushBlobChunkedResume implements [ociregistry.Writer]. The state of an upload
 // is the length of its file, so it survives a restart.
-func (s *Store) PushBlobChunkedResume(_ context.Context, repo, id string, offset int64, _ int) (ociregistry.BlobWriter, error) {
+func (s *Store) PushBlobChunkedResume(ctx context.Context, repo, id string, offset int64, _ int) (ociregistry.BlobWriter, error) {
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
@@ -96,7 +100,30 @@ func (s *Store) PushBlobChunkedResume(_ context.Context, repo, id string, offset
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
+	switch {
+	case !saysWhere(ctx):
+		offset = -1 // what comes is appended
+	case offset > 0 && offset != info.Size():
+		return nil, errors.Join(outOfOrder(offset, info.Size()), f.Close())
+	}
 	return s.upload(id, f, info.Size(), offset)
+}
+
+func outOfOrder(offset, size int64) error {
+	return fmt.Errorf("%w: chunk begins at %d, the upload has %d bytes", ociregistry.ErrRangeInvalid, offset, size)
+}
+
+// CancelUpload drops an upload that nobody writes to.
+func (s *Store) CancelUpload(id string) error {
+	if !idPattern.MatchString(id) {
+		return ociregistry.ErrBlobUploadUnknown
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy[id] {
+		return fmt.Errorf("%w: another request writes to it", ociregistry.ErrBlobUploadInvalid)
+	}
+	return gone(s.root.Remove("uploads/"+id), ociregistry.ErrBlobUploadUnknown)
 }
 
 func (s *Store) upload(id string, f *os.File, size, offset int64) (ociregistry.BlobWriter, error) {
@@ -126,7 +153,7 @@ func (u *upload) ChunkSize() int { return 64 << 10 }
 // closing request says 0 whatever came before.
 func (u *upload) Write(p []byte) (int, error) {
 	if u.offset >= 0 && u.offset != u.size {
-		return 0, fmt.Errorf("%w: chunk begins at %d, the upload has %d bytes", ociregistry.ErrRangeInvalid, u.offset, u.size)
+		return 0, outOfOrder(u.offset, u.size)
 	}
 	u.offset = -1
 	if u.size+int64(len(p)) > MaxBlob {
@@ -174,7 +201,7 @@ func (u *upload) Commit(d ociregistry.Digest) (desc ociregistry.Descriptor, err 
 	if err != nil {
 		return desc, err
 	}
-	seen := digest.SHA256.Digester()
+	seen := algorithm(sum).Digester()
 	n, err := io.Copy(seen.Hash(), f)
 	if err = errors.Join(err, f.Close()); err != nil {
 		return desc, err
@@ -201,7 +228,12 @@ type manifest struct {
 
 // PushManifest implements [ociregistry.Writer]. Order matters: content,
 // referrers entry, manifest, tag. Each is visible only once what it needs is.
-func (s *Store) PushManifest(ctx context.Context, repo, tag string, content []byte, mediaType string) (desc ociregistry.Descriptor, err error) {
+func (s *Store) PushManifest(ctx context.Context, repo, tag string, content []byte, mediaType string) (ociregistry.Descriptor, error) {
+	return s.pushManifest(ctx, repo, tag, digest.FromBytes(content), content, mediaType)
+}
+
+// pushManifest stores a manifest under d, which is its digest by one algorithm.
+func (s *Store) pushManifest(ctx context.Context, repo, tag string, d digest.Digest, content []byte, mediaType string) (desc ociregistry.Descriptor, err error) {
 	if len(content) > MaxManifest {
 		return desc, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrManifestInvalid, MaxManifest)
 	}
@@ -211,11 +243,15 @@ func (s *Store) PushManifest(ctx context.Context, repo, tag string, content []by
 			return desc, err
 		}
 	}
+	// What is checked here has to be there still when the manifest is: no blob is
+	// collected in between.
+	s.collecting.RLock()
+	defer s.collecting.RUnlock()
 	m, err := s.check(ctx, repo, content, mediaType)
 	if err != nil {
 		return desc, err
 	}
-	desc = ociregistry.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(content), Size: int64(len(content))}
+	desc = ociregistry.Descriptor{MediaType: mediaType, Digest: d, Size: int64(len(content))}
 	full := desc
 	full.ArtifactType, full.Annotations = m.ArtifactType, m.Annotations
 	if full.ArtifactType == "" && m.Config != nil {
@@ -226,7 +262,12 @@ func (s *Store) PushManifest(ctx context.Context, repo, tag string, content []by
 			return desc, denied(repo, tag, old.Digest)
 		}
 	}
-	if _, err := s.putBytes(content); err != nil {
+	if tagFile != "" {
+		if old, err := s.retired(repo, tag); err == nil && old.Digest != desc.Digest {
+			return desc, denied(repo, tag, old.Digest)
+		}
+	}
+	if err := s.putBytes(d, content); err != nil {
 		return desc, fmt.Errorf("store manifest: %w", err)
 	}
 	if m.Subject != nil {
@@ -311,6 +352,9 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 	}
 	for _, d := range append([]ociregistry.Descriptor{*m.Config}, m.Layers...) {
 		size, err := s.has(d.Digest)
+		if errors.Is(err, fs.ErrNotExist) && nondistributable(d.MediaType) {
+			continue // image specification, "Non-Distributable Layers": it may never be pushed
+		}
 		if err != nil {
 			return m, missing("blob", d.Digest, err)
 		}
@@ -321,6 +365,11 @@ func (s *Store) check(ctx context.Context, repo string, content []byte, mediaTyp
 	return m, nil
 }
 
+func nondistributable(mediaType string) bool {
+	return strings.HasPrefix(mediaType, "application/vnd.oci.image.layer.nondistributable.") ||
+		strings.HasPrefix(mediaType, "application/vnd.docker.image.rootfs.foreign.")
+}
+
 func missing(what string, d ociregistry.Digest, err error) error {
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, ociregistry.ErrManifestUnknown) {
 		return fmt.Errorf("%w: %s %s", ociregistry.ErrManifestBlobUnknown, what, d)
@@ -328,17 +377,36 @@ func missing(what string, d ociregistry.Digest, err error) error {
 	return err
 }
 
-// DeleteTag implements [ociregistry.Deleter]: the manifest stays.
+// DeleteTag implements [ociregistry.Deleter]: the manifest stays. A create-only tag
+// is not deleted, since it would then name something else one day.
 func (s *Store) DeleteTag(_ context.Context, repo, tag string) error {
 	name, err := tagPath(repo, tag)
 	if err != nil {
 		return err
 	}
-	return gone(s.root.Remove(name), ociregistry.ErrManifestUnknown)
+	old, err := s.readDescriptor(name)
+	if err != nil {
+		return gone(err, ociregistry.ErrManifestUnknown)
+	}
+	if s.createOnly(repo, tag) {
+		return fmt.Errorf("%w; delete the manifest %s instead", denied(repo, tag, old.Digest), old.Digest)
+	}
+	return gone(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
 }
 
-// DeleteManifest implements [ociregistry.Deleter]: tags that name it go first,
-// then the manifest. Its bytes stay, since another repository may have them.
+// retired reads what a create-only tag named whose manifest was deleted.
+func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
+	name, err := repoPath(repo, "_retired", tag)
+	if err != nil {
+		return ociregistry.Descriptor{}, err
+	}
+	return s.readDescriptor(name)
+}
+
+// DeleteManifest implements [ociregistry.Deleter]: tags that name it go first, then
+// the manifest. What create-only tags named is kept, so that they come back with the
+// same content or not at all. The bytes stay until they are collected, since another
+// repository may have them.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {
@@ -352,21 +420,33 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 		if err != nil {
 			return err
 		}
-		if at, err := s.readDescriptor(name); err == nil && at.Digest == d {
-			if err := s.root.Remove(name); err != nil {
+		at, err := s.readDescriptor(name)
+		if err != nil || at.Digest != d {
+			continue
+		}
+		if s.createOnly(repo, tag) {
+			kept, err := repoPath(repo, "_retired", tag)
+			if err == nil {
+				err = s.adopt(name, kept)
+			}
+			if err != nil {
 				return err
 			}
+			continue
+		}
+		if err := s.root.Remove(name); err != nil {
+			return err
 		}
 	}
 	name, err := repoPath(repo, "_manifests", desc.Digest.Encoded())
 	if err != nil {
 		return err
 	}
-	return gone(cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))), ociregistry.ErrManifestUnknown)
-}
-
-// DeleteBlob implements [ociregistry.Deleter]. Blobs are shared, so deleting
-// one by name is refused.
-func (s *Store) DeleteBlob(context.Context, string, ociregistry.Digest) error {
-	return fmt.Errorf("%w: blobs are shared by repositories and cannot be deleted one by one", ociregistry.ErrUnsupported)
+	if err := cmp.Or(s.root.Remove(name), s.syncDir(path.Dir(name))); err != nil {
+		return gone(err, ociregistry.ErrManifestUnknown)
+	}
+	if s.deleted != nil {
+		s.deleted(repo, d)
+	}
+	return nil
 }

@@ -316,6 +316,16 @@ func (tx *Tx) SetArtifactState(ctx context.Context, digest string, state api.Sta
 	return trouble("mark artifact "+digest, err)
 }
 
+// DropArtifact forgets an artifact of this repository whose bytes are gone.
+func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
+	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)
+	if err != nil {
+		return false, trouble("forget artifact "+digest, err)
+	}
+	n, err := done.RowsAffected()
+	return n > 0, trouble("forget artifact "+digest, err)
+}
+
 // CountArtifacts counts artifacts by state.
 func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "artifacts")

@@ -1,0 +1,59 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// disk watches the room in the data folder. Below the reserve, the server takes no
+// more uploads and logs, and says that it is not ready: what is left is for the
+// databases, which must not meet a full disk.
+type disk struct {
+	dir     string
+	reserve uint64 // bytes
+
+	mu   sync.Mutex
+	at   time.Time
+	free uint64
+	err  error
+}
+
+// fresh is for how long one look at the disk counts: uploads ask often.
+const fresh = time.Second
+
+// Free returns how many bytes are left for this program.
+func (d *disk) Free() (uint64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if time.Since(d.at) < fresh {
+		return d.free, d.err
+	}
+	var s unix.Statfs_t
+	if d.err = unix.Statfs(d.dir, &s); d.err == nil {
+		d.free = s.Bavail * uint64(s.Bsize)
+	}
+	d.at = time.Now()
+	return d.free, d.err
+}
+
+// Room is nil, or says that the reserve has begun.
+func (d *disk) Room() error {
+	free, err := d.Free()
+	if err != nil {
+		return fmt.Errorf("look at data folder's disk: %w", err)
+	}
+	if free < d.reserve {
+		return fault.New(fault.DiskFull, fmt.Sprintf("%d MiB are left on the disk of %s, less than the reserve of %d MiB", free>>20, d.dir, d.reserve>>20),
+			"free space, or set --reserve lower")
+	}
+	return nil
+}
+
+// Ping is Room for readiness.
+func (d *disk) Ping(context.Context) error { return d.Room() }

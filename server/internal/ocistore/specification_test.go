@@ -1,0 +1,295 @@
+package ocistore_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"cuelabs.dev/go/oci/ociregistry"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/ocistore"
+)
+
+// TestSpecification runs the conformance program of the distribution specification
+// itself (github.com/opencontainers/distribution-spec/conformance, in go.mod as a
+// tool), with everything that version 1.1 has turned on. Nothing may fail; what it
+// may skip is written here.
+func TestSpecification(t *testing.T) {
+	t.Parallel()
+	host := serve(t, t.TempDir())
+	dir := t.TempDir()
+	program := filepath.Join(dir, "conformance")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "github.com/opencontainers/distribution-spec/conformance")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	run := exec.CommandContext(t.Context(), program)
+	run.Dir = dir
+	run.Env = append(os.Environ(), "OCI_REGISTRY="+host, "OCI_TLS=disabled", "OCI_USERNAME=prebake", "OCI_PASSWORD="+token,
+		"OCI_RESULTS_DIR="+dir, "OCI_API_BLOBS_UPLOAD_CANCEL=true", "OCI_API_BLOBS_DIGEST_HEADER=true", "OCI_API_MANIFESTS_DIGEST_HEADER=true")
+	out, err := run.CombinedOutput()
+	if err != nil {
+		t.Errorf("conformance: %v", err)
+	}
+	passed := 0
+	for line := range strings.Lines(string(out)) {
+		switch {
+		case strings.HasSuffix(strings.TrimSpace(line), ": Pass"):
+			passed++
+		case strings.HasSuffix(strings.TrimSpace(line), ": FAIL"), strings.Contains(line, ": Skip") && !strings.Contains(line, "/blob-delete: Skip"):
+			t.Error(strings.TrimSpace(line)) // deleting single blobs is the one thing that we do not do
+		}
+	}
+	if passed < 500 {
+		t.Errorf("%d tests passed; want the whole suite:\n%.3000s", passed, out)
+	}
+}
+
+// A create-only tag names for ever what it named once: neither deleting the tag nor
+// deleting the manifest makes room for other content.
+func TestCreateOnlyOutlivesDelete(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	var deleted []string
+	s, err := ocistore.Open(dir, ocistore.Options{CreateOnly: createOnly, Deleted: func(repo string, d ociregistry.Digest) {
+		deleted = append(deleted, repo+"@"+string(d))
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		server.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	host := strings.TrimPrefix(server.URL, "http://")
+	ref, first, second := reference(t, host, "prebake/driver:one"), image(t), image(t)
+	if err := remote.Write(ref, first, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	if r := call(t, host, "DELETE", "/v2/prebake/driver/manifests/one", ""); r.StatusCode != http.StatusForbidden {
+		t.Errorf("DELETE of the tag = %s; want 403", r.Status)
+	}
+	d := digestOf(t, first)
+	if r := call(t, host, "DELETE", "/v2/prebake/driver/manifests/"+d.String(), ""); r.StatusCode != http.StatusAccepted {
+		t.Fatalf("DELETE of the manifest = %s; want 202", r.Status)
+	}
+	if want := []string{"prebake/driver@" + d.String()}; !slices.Equal(deleted, want) {
+		t.Errorf("told of %v; want %v", deleted, want)
+	}
+	if r := call(t, host, "GET", "/v2/prebake/driver/manifests/one", ""); r.StatusCode != http.StatusNotFound {
+		t.Errorf("GET of the tag = %s; want 404", r.Status)
+	}
+	if err := remote.Write(ref, second, options(t)...); statusOf(err) != http.StatusForbidden {
+		t.Errorf("other content under the tag = %v; want 403", err)
+	}
+	if err := remote.Write(ref, first, options(t)...); err != nil {
+		t.Errorf("the same content under the tag = %v", err)
+	}
+}
+
+// What nobody names goes after a day, and nothing else: blobs of a push under way,
+// and those that somebody asked for, stay.
+func TestCollect(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	t.Cleanup(server.Close)
+	host := strings.TrimPrefix(server.URL, "http://")
+	kept, gone := image(t), image(t)
+	for name, img := range map[string]string{"a/kept:1": "", "a/gone:1": "x"} {
+		which := kept
+		if img != "" {
+			which = gone
+		}
+		if err := remote.Write(reference(t, host, name), which, options(t)...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r := call(t, host, "DELETE", "/v2/a/gone/manifests/"+digestOf(t, gone).String(), ""); r.StatusCode != http.StatusAccepted {
+		t.Fatal(r.Status)
+	}
+	upload := call(t, host, "POST", "/v2/a/x/blobs/uploads/", "")
+	if upload.StatusCode != http.StatusAccepted {
+		t.Fatal(upload.Status)
+	}
+	now := time.Now()
+	if out, err := s.Collect(t.Context(), now); err != nil || out.Blobs != 0 {
+		t.Errorf("Collect(now) = %+v, %v; want nothing: all of it is new", out, err)
+	}
+	age(t, dir, now.Add(-25*time.Hour))
+	layers, err := gone.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	asked, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r := call(t, host, "HEAD", "/v2/a/gone/blobs/"+asked.String(), ""); r.StatusCode != http.StatusOK {
+		t.Fatal(r.Status)
+	}
+	out, err := s.Collect(t.Context(), now)
+	if err != nil || out.Blobs != 4 || out.Bytes == 0 { // two layers, config and manifest
+		t.Errorf("Collect() = %+v, %v; want 4 blobs", out, err)
+	}
+	if _, err := remote.Get(reference(t, host, "a/kept:1"), options(t)...); err != nil {
+		t.Errorf("what has a manifest: %v", err)
+	}
+	if img, err := remote.Image(reference(t, host, "a/kept:1"), options(t)...); err != nil {
+		t.Error(err)
+	} else if l, err := img.Layers(); err != nil || len(l) != 3 {
+		t.Errorf("%d layers, %v", len(l), err)
+	}
+	if r := call(t, host, "HEAD", "/v2/a/gone/blobs/"+asked.String(), ""); r.StatusCode != http.StatusOK {
+		t.Errorf("a blob that somebody asked for = %s; want it kept", r.Status)
+	}
+	if left, err := os.ReadDir(filepath.Join(dir, "uploads")); err != nil || len(left) != 0 {
+		t.Errorf("%d uploads are left, %v; want none", len(left), err)
+	}
+}
+
+// age makes all files as old as that.
+func age(t *testing.T, dir string, at time.Time) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		return os.Chtimes(p, at, at)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Pushes of the same old blobs and a collection that never stops: no manifest may
+// ever lack a blob.
+func TestCollectBesidePushes(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := open(t, dir)
+	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	t.Cleanup(server.Close)
+	host := strings.TrimPrefix(server.URL, "http://")
+	img := image(t)
+	ctx, stop := context.WithCancel(t.Context())
+	var wait sync.WaitGroup
+	wait.Go(func() {
+		for ctx.Err() == nil {
+			// A clock of tomorrow makes everything old that was not touched since.
+			if _, err := s.Collect(ctx, time.Now().Add(25*time.Hour)); err != nil && ctx.Err() == nil {
+				t.Error(err)
+			}
+			time.Sleep(time.Duration(rand.IntN(50)) * time.Millisecond) // some pushes come through whole
+		}
+	})
+	stored := 0
+	for i := range 30 {
+		ref := reference(t, host, fmt.Sprintf("a/b:%d", i))
+		if err := remote.Write(ref, img, options(t)...); err != nil {
+			continue // a blob went between its push and the manifest's: the client hears of it
+		}
+		stored++
+		got, err := remote.Image(ref, options(t)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		layers, err := got.Layers()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, l := range layers {
+			r, err := l.Compressed()
+			if err != nil {
+				t.Fatalf("push %d: a blob of a stored manifest: %v", i, err)
+			}
+			_, err = io.Copy(io.Discard, r)
+			if err = errors.Join(err, r.Close()); err != nil {
+				t.Fatalf("push %d: a blob of a stored manifest: %v", i, err)
+			}
+		}
+	}
+	stop()
+	wait.Wait()
+	if stored == 0 {
+		t.Error("no push came through")
+	}
+}
+
+// Manners beside the specification's own tests.
+func TestManners(t *testing.T) {
+	t.Parallel()
+	var full error
+	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Room: func() error { return full }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		server.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	host := strings.TrimPrefix(server.URL, "http://")
+	img := image(t)
+	if err := remote.Write(reference(t, host, "a/b:1"), img, options(t)...); err != nil {
+		t.Fatal(err)
+	}
+	d := digestOf(t, img).String()
+	r := call(t, host, "GET", "/v2/a/b/referrers/"+d, "")
+	var index map[string]json.RawMessage
+	if err := json.NewDecoder(r.Body).Decode(&index); err != nil || string(index["manifests"]) != "[]" {
+		t.Errorf("referrers of nothing = %s, %v; want an empty list", index["manifests"], err)
+	}
+	r = call(t, host, "GET", "/v2/a/b/manifests/"+d, "")
+	if tag := r.Header.Get("Etag"); tag != `"`+d+`"` || !strings.Contains(r.Header.Get("Cache-Control"), "immutable") {
+		t.Errorf("by digest: Etag %q, Cache-Control %q; want what lasts for ever", tag, r.Header.Get("Cache-Control"))
+	}
+	if r = call(t, host, "GET", "/v2/a/b/manifests/1", ""); r.Header.Get("Cache-Control") != "no-cache" {
+		t.Errorf("by tag: Cache-Control %q; want no-cache", r.Header.Get("Cache-Control"))
+	}
+	layers, err := img.Layers()
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob, err := layers[0].Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r = call(t, host, "GET", "/v2/a/b/blobs/"+blob.String(), "", "If-None-Match", `"`+blob.String()+`"`); r.StatusCode != http.StatusNotModified {
+		t.Errorf("a blob that the client has = %s; want 304", r.Status)
+	}
+	full = fault.New(fault.DiskFull, "/secret/path: 1 MiB is left", "free space")
+	r = call(t, host, "POST", "/v2/a/b/blobs/uploads/", "")
+	text, err := io.ReadAll(r.Body)
+	if err != nil || r.StatusCode != http.StatusInsufficientStorage || strings.Contains(string(text), "/secret") {
+		t.Errorf("with the disk full = %s %s, %v; want 507 without a path", r.Status, text, err)
+	}
+	full = nil
+	if r = call(t, host, "GET", "/v2/a/b/blobs/sha256:"+strings.Repeat("0", 64), ""); r.StatusCode != http.StatusNotFound || r.Header.Get("Cache-Control") != "" {
+		t.Errorf("an absent blob = %s, Cache-Control %q; want 404 that nobody keeps", r.Status, r.Header.Get("Cache-Control"))
+	}
+}
