@@ -20,19 +20,16 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request build: %w", err)
 	}
-	k, known, err := c.find(ctx, w.kernel)
+	cells, known, err := c.find(ctx, w.kernel)
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request build: %w", err)
 	}
+	k := cells.Kernel
 	version, reason, hint := w.version(k, known)
 	if version == "" {
 		return api.Build{}, fault.New(fault.InputMissing, "request build: "+reason, hint)
 	}
 	rel, err := c.Store.Driver(ctx, version)
-	if err != nil {
-		return api.Build{}, err
-	}
-	facts, err := c.Store.Facts(ctx, k, version)
 	if err != nil {
 		return api.Build{}, err
 	}
@@ -46,7 +43,7 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 			refusal = orText(refusal, why)
 			continue
 		}
-		cell := judge(k, rel, d, facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+		cell := judge(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 		live := cell.State == api.Published || cell.State == api.Building || cell.State == api.Queued
 		if chosen == nil || (live && rank(cell.State) < rank(chosen.State)) {
 			chosen = &cell
@@ -100,22 +97,23 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 
 // find reads a kernel. One that the catalogue lacks is looked up in the mirror at
 // once, if there is one; without a mirror, nobody can say that it does not exist.
-func (c *Catalogue) find(ctx context.Context, k target.Kernel) (api.Kernel, bool, error) {
-	stored, known, err := c.Store.Kernel(ctx, k.BuildID, k.Board)
-	if known || err != nil || c.Mirror == nil {
-		if !known {
-			stored.Kernel = k
-		}
-		return stored, known, err
+func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.KernelCells, known bool, err error) {
+	none := &store.KernelCells{Kernel: api.Kernel{Kernel: k}}
+	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
+	if err != nil || cells != nil {
+		return cells, err == nil, err
+	}
+	if c.Mirror == nil {
+		return none, false, nil
 	}
 	if _, err := c.lookUp(ctx, k.BuildID); err != nil {
-		return api.Kernel{Kernel: k}, false, err
+		return none, false, err
 	}
-	stored, known, err = c.Store.Kernel(ctx, k.BuildID, k.Board)
-	if err == nil && !known {
+	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
+	if err == nil && cells == nil {
 		err = fault.New(fault.InputMissing, fmt.Sprintf("COS build %s is not for board %s", k.BuildID, k.Board), "check the board: it is in /etc/lsb-release")
 	}
-	return stored, known, err
+	return cells, err == nil, err
 }
 
 // lookUp reads a COS build from the mirror and records it with all of its boards.

@@ -30,9 +30,8 @@ type lister interface {
 
 // resolver reads what decides about cells.
 type resolver interface {
-	Kernel(ctx context.Context, buildID, board string) (api.Kernel, bool, error)
+	KernelCells(ctx context.Context, buildID, board string) (*store.KernelCells, error)
 	Driver(ctx context.Context, version string) (api.DriverRelease, error)
-	Facts(ctx context.Context, k api.Kernel, version string) (map[store.CellKey]store.Facts, error)
 	Cells(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, map[store.CellKey]store.Facts, string, error)
 }
 

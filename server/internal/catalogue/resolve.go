@@ -92,14 +92,16 @@ func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour
 	if err != nil {
 		return api.Resolution{}, fmt.Errorf("resolve: %w", err)
 	}
-	k, known, err := c.Store.Kernel(ctx, buildID, board)
+	cells, err := c.Store.KernelCells(ctx, buildID, board)
 	if err != nil {
 		return api.Resolution{}, err
 	}
+	known := cells != nil
 	if !known {
-		k.Kernel = w.kernel
+		cells = &store.KernelCells{Kernel: api.Kernel{Kernel: w.kernel}}
 		c.wonder(w.kernel)
 	}
+	k := cells.Kernel
 	if release != "" && k.Release != "" && release != k.Release {
 		return api.Resolution{Kernel: k.Kernel, State: api.Unsupported,
 			Reason: fmt.Sprintf("the node runs kernel %s, but COS build %s has %s", release, w.kernel, k.Release),
@@ -113,14 +115,10 @@ func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour
 	if err != nil {
 		return api.Resolution{}, err
 	}
-	facts, err := c.Store.Facts(ctx, k, version)
-	if err != nil {
-		return api.Resolution{}, err
-	}
 	var best api.Resolution
 	for _, f := range w.candidates(version) {
 		d := target.Driver{Version: version, Flavour: f}
-		r := judge(k, rel, d, facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+		r := judge(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 		if best.State == "" || rank(r.State) < rank(best.State) {
 			best = r
 		}

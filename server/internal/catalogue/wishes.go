@@ -162,11 +162,11 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *shelf)
 func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *shelf) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
 	if !ok { // an exact build that nobody has seen yet
-		var err error
-		if k, ok, err = c.find(ctx, cell.Kernel); err != nil {
+		cells, exists, err := c.find(ctx, cell.Kernel)
+		if err != nil {
 			return false, err
 		}
-		if ok {
+		if k = cells.Kernel; exists {
 			known.add(k)
 		}
 	}

@@ -114,6 +114,7 @@ func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, adde
 	if err != nil {
 		return b, false, fmt.Errorf("encode kernel %s: %w", b.Kernel, err)
 	}
+	tx.touch(b.Kernel.String())
 	// The unique index over open builds decides; a lost race shows as no row.
 	for range 3 {
 		err = tx.QueryRowContext(ctx, `
@@ -167,6 +168,7 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 			return fault.New(fault.Busy, fmt.Sprintf("build %d cannot be opened: build %d of the same cell is open", b.ID, open.ID), "")
 		}
 	}
+	tx.touch(b.Kernel.String())
 	_, err = tx.ExecContext(ctx, `
 UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6, class = $7, error = $8, hint = $9,
     digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15 WHERE id = $1`,

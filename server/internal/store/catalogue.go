@@ -105,6 +105,7 @@ func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
 	if len(k.Branches) == 0 {
 		branches = []byte("{}")
 	}
+	tx.touch(k.String())
 	_, err = tx.ExecContext(ctx, `
 INSERT INTO kernels (`+kernelColumns+`, sort_key) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13)
 ON CONFLICT (build_id, board) DO UPDATE SET
@@ -157,11 +158,13 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 // Driver reads one driver version; one that nobody has seen comes without
 // flavours and without an error.
 func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
-	d, err := scanDriver(s.readers.QueryRowContext(ctx, `SELECT version, flavours, seen_at FROM drivers WHERE version = $1`, version).Scan)
-	if errors.Is(err, sql.ErrNoRows) {
-		return api.DriverRelease{Version: version, Branch: target.Branch(version)}, nil
-	}
-	return d, trouble("read driver "+version, err)
+	return remember(s.cache, s.cache.drivers, version, func() (api.DriverRelease, bool, error) {
+		d, err := scanDriver(s.readers.QueryRowContext(ctx, `SELECT version, flavours, seen_at FROM drivers WHERE version = $1`, version).Scan)
+		if errors.Is(err, sql.ErrNoRows) {
+			return api.DriverRelease{Version: version, Branch: target.Branch(version)}, false, nil
+		}
+		return d, true, trouble("read driver "+version, err)
+	})
 }
 
 // PutDriver adds a driver version, or what is new about it.
@@ -170,6 +173,7 @@ func (tx *Tx) PutDriver(ctx context.Context, d api.DriverRelease) error {
 	if err != nil {
 		return fmt.Errorf("encode flavours of %s: %w", d.Version, err)
 	}
+	tx.touch(d.Version)
 	_, err = tx.ExecContext(ctx, `
 INSERT INTO drivers (version, flavours, seen_at, sort_key) VALUES ($1, $2, $3, $4)
 ON CONFLICT (version) DO UPDATE SET
@@ -297,6 +301,9 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
+			// Other kernels of this fingerprint keep what is remembered of them: there, the
+			// artifact is no more than a reason to attest it, which a builder finds anyway.
+			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
 INSERT INTO artifact_kernels (digest, build_id, board, kernel, attested_at) VALUES ($1, $2, $3, $4, $5)
 ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
@@ -312,12 +319,14 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 
 // SetArtifactState yanks or unyanks.
 func (tx *Tx) SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error {
+	tx.touch("") // of all kernels that it is attested for
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET state = $2, reason = $3 WHERE digest = $1`, digest, string(state), reason)
 	return trouble("mark artifact "+digest, err)
 }
 
 // DropArtifact forgets an artifact of this repository whose bytes are gone.
 func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (dropped bool, err error) {
+	tx.touch("")
 	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)
 	if err != nil {
 		return false, trouble("forget artifact "+digest, err)

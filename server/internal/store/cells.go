@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -33,14 +32,6 @@ type Candidate struct {
 	AttestedAt time.Time
 }
 
-// Facts reads what decides about the cells of one kernel and one driver version,
-// by flavour. The kernel need not be in the catalogue.
-func (s *Store) Facts(ctx context.Context, k api.Kernel, version string) (map[CellKey]Facts, error) {
-	from := `SELECT CAST($1 AS TEXT) AS build_id, CAST($2 AS TEXT) AS board, CAST($3 AS TEXT) AS fingerprint`
-	found, err := s.facts(ctx, s.readers, from, []any{k.BuildID, k.Board, string(k.Fingerprint)}, version)
-	return found, trouble(fmt.Sprintf("read cells of %s with driver %s", k, version), err)
-}
-
 // Cells reads a page of kernels and what decides about all of their cells, in one
 // state of the database.
 func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, found map[CellKey]Facts, next string, err error) {
@@ -52,29 +43,18 @@ func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []api.Ke
 		if all, next, err = kernels(ctx, q, f, p); err != nil {
 			return err
 		}
-		found, err = s.facts(ctx, q, text, args, "")
+		found, err = facts(ctx, q, text, args)
 		return err
 	})
 	return all, found, next, trouble("read cells", err)
 }
 
-// facts reads what decides about the cells of the kernels that the query from
-// names by build_id, board and fingerprint; version "" is of all drivers. The order of the CROSS JOINs
-// is the one to look things up in, which SQLite keeps and PostgreSQL may change:
-// without statistics, SQLite would begin at the wrong end.
-func (s *Store) facts(ctx context.Context, q querier, from string, args []any, version string) (map[CellKey]Facts, error) {
+// facts reads what decides about the cells of the kernels that the query from names
+// by build_id, board and fingerprint. The order of the CROSS JOINs is the one to look
+// things up in, which SQLite keeps and PostgreSQL may change: without statistics,
+// SQLite would begin at the wrong end.
+func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey]Facts, error) {
 	all := map[CellKey]Facts{}
-	driver := ""
-	if version != "" {
-		args = append(args[:len(args):len(args)], version)
-		driver = fmt.Sprintf(" AND %%s.driver = $%d", len(args))
-	}
-	only := func(table string) string {
-		if driver == "" {
-			return ""
-		}
-		return fmt.Sprintf(driver, table)
-	}
 	err := query(ctx, q, func(row func(...any) error) error {
 		var key CellKey
 		var attested bool
@@ -89,11 +69,11 @@ func (s *Store) facts(ctx context.Context, q querier, from string, args []any, v
 SELECT `+artifactColumns+`, k.build_id, k.board, t.digest IS NOT NULL, COALESCE(t.attested_at, 0)
 FROM (`+from+`) k CROSS JOIN artifacts a
 LEFT JOIN artifact_kernels t ON t.digest = a.digest AND t.build_id = k.build_id AND t.board = k.board
-WHERE k.fingerprint <> '' AND a.fingerprint = k.fingerprint`+only("a")+`
+WHERE k.fingerprint <> '' AND a.fingerprint = k.fingerprint
 UNION ALL
 SELECT `+artifactColumns+`, k.build_id, k.board, TRUE, t.attested_at
 FROM (`+from+`) k CROSS JOIN artifact_kernels t CROSS JOIN artifacts a
-WHERE k.fingerprint = '' AND t.build_id = k.build_id AND t.board = k.board AND a.digest = t.digest`+only("a")+`
+WHERE k.fingerprint = '' AND t.build_id = k.build_id AND t.board = k.board AND a.digest = t.digest
 ORDER BY 10 DESC, 1`, args...)
 	if err != nil {
 		return nil, err
@@ -107,7 +87,7 @@ ORDER BY 10 DESC, 1`, args...)
 		return err
 	}, `
 SELECT `+prefixed("b", buildColumns)+` FROM (`+from+`) k CROSS JOIN builds b
-WHERE b.build_id = k.build_id AND b.board = k.board`+only("b")+` AND b.id = (SELECT MAX(n.id) FROM builds n
+WHERE b.build_id = k.build_id AND b.board = k.board AND b.id = (SELECT MAX(n.id) FROM builds n
     WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver AND n.flavour = b.flavour)`, args...)
 	return all, err
 }

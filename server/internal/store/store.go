@@ -17,6 +17,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	_ "github.com/jackc/pgx/v5/stdlib" // registers the database/sql driver "pgx"
@@ -37,6 +38,8 @@ type Store struct {
 	db       *sql.DB // writes
 	readers  reader  // the same with PostgreSQL
 	postgres bool
+	cache    *cache
+	stop     func() // ends the listener; nil without one
 }
 
 // reader is a database that is only read.
@@ -60,6 +63,14 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("migrate catalogue: %w", err),
 			"check that the database is reachable and writable, and not of a newer server"), s.Close())
 	}
+	if !s.postgres {
+		s.cache.listens(true) // to itself
+		return s, nil
+	}
+	listening, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	var done sync.WaitGroup
+	done.Go(func() { s.listen(listening, rawURL) })
+	s.stop = func() { cancel(); done.Wait() }
 	return s, nil
 }
 
@@ -79,7 +90,7 @@ func open(rawURL string) (*Store, error) {
 		if err != nil {
 			return nil, errors.Join(err, db.Close())
 		}
-		return &Store{db: db, readers: &prepared{DB: reading, stmts: map[string]*sql.Stmt{}}}, nil
+		return &Store{db: db, readers: &prepared{DB: reading, stmts: map[string]*sql.Stmt{}}, cache: newCache()}, nil
 	}
 	if strings.HasPrefix(rawURL, "postgres://") || strings.HasPrefix(rawURL, "postgresql://") {
 		db, err := sql.Open("pgx", rawURL)
@@ -89,7 +100,7 @@ func open(rawURL string) (*Store, error) {
 		db.SetMaxOpenConns(16)
 		db.SetMaxIdleConns(16)
 		db.SetConnMaxIdleTime(5 * time.Minute)
-		return &Store{db: db, readers: db, postgres: true}, nil
+		return &Store{db: db, readers: db, postgres: true, cache: newCache()}, nil
 	}
 	return nil, fault.New(fault.Usage, "the URL is neither sqlite:///PATH nor postgres://…",
 		"use --database sqlite:///abs/path/catalogue.db or --database postgres://user@host/name")
@@ -181,6 +192,9 @@ func (s *Store) migrate(ctx context.Context) error {
 
 // Close closes the database.
 func (s *Store) Close() error {
+	if s.stop != nil {
+		s.stop()
+	}
 	if s.postgres {
 		return s.db.Close()
 	}
@@ -234,6 +248,7 @@ func query(ctx context.Context, q querier, scan func(row func(...any) error) err
 type Tx struct {
 	*sql.Tx
 	postgres bool
+	touched  map[string]bool // see touch
 }
 
 // Write runs f in one transaction and keeps what it did unless it returns an
@@ -243,10 +258,18 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) error {
 	if err != nil {
 		return trouble("write to catalogue", err)
 	}
-	if err := f(&Tx{tx, s.postgres}); err != nil {
+	t := &Tx{Tx: tx, postgres: s.postgres}
+	err = f(t)
+	notes := t.notes()
+	if err == nil {
+		err = t.tell(ctx, notes)
+	}
+	if err != nil {
 		return trouble("write to catalogue", errors.Join(err, tx.Rollback()))
 	}
-	return trouble("write to catalogue", tx.Commit())
+	err = tx.Commit()
+	s.cache.forget(notes...) // whether it is committed or not: it may be
+	return trouble("write to catalogue", err)
 }
 
 // snapshot runs f over one state of the database, whatever is written meanwhile.

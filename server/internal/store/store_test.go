@@ -26,7 +26,7 @@ func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
-		"one open build": oneOpen, "change": change, "pages": pages, "cells": cells,
+		"one open build": oneOpen, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.
@@ -482,10 +482,16 @@ func cells(t *testing.T, s *store.Store, id string) {
 		{"another fingerprint: nothing", "sha256:other", nil},
 	}
 	for _, row := range rows {
-		facts, err := s.Facts(ctx, api.Kernel{Kernel: known, Fingerprint: row.fingerprint}, d.Version)
+		if err := s.Write(ctx, func(tx *store.Tx) error {
+			return tx.PutKernel(ctx, api.Kernel{Kernel: known, Fingerprint: row.fingerprint})
+		}); err != nil {
+			t.Fatal(err)
+		}
+		cells, err := s.KernelCells(ctx, id, "lakitu")
 		if err != nil {
 			t.Fatal(err)
 		}
+		facts := cells.Facts
 		f := facts[store.CellKey{BuildID: id, Board: "lakitu", Driver: d}]
 		var got []string
 		for _, a := range f.Artifacts {
@@ -499,7 +505,67 @@ func cells(t *testing.T, s *store.Store, id string) {
 			t.Errorf("%s: Facts() has build %v, artifacts (-want +got):\n%s", row.name, f.Newest, diff)
 		}
 	}
-	if facts, err := s.Facts(ctx, api.Kernel{Kernel: known}, "1.2.3"); err != nil || len(facts) != 0 {
-		t.Errorf("Facts(another driver) = %v, %v; want none", facts, err)
+	if cells, err := s.KernelCells(ctx, id, "unknown"); err != nil || cells != nil {
+		t.Errorf("KernelCells(unknown) = %v, %v; want none", cells, err)
+	}
+}
+
+// remembered writes in all the ways there are, by another process too where there
+// can be one, and wants each to be seen by who asked before.
+func remembered(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	other := s
+	if second := os.Getenv("PREBAKE_TEST_POSTGRES"); second != "" && strings.HasSuffix(t.Name(), "postgres/remembered") {
+		other = open(t, second)
+	}
+	k := kernelOf(id)
+	d := target.Driver{Version: "997." + strings.ReplaceAll(id, ".", ""), Flavour: target.Open}
+	artifact := api.Artifact{Digest: "sha256:r" + id, Fingerprint: "sha256:r", Driver: d, State: api.Published, Repository: "/r", Kernels: []target.Kernel{k}}
+	var b api.Build
+	state := func() (text string) {
+		cells, err := s.KernelCells(ctx, id, "lakitu")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if cells == nil {
+			return "unknown"
+		}
+		text = cells.Kernel.Default
+		f := cells.Facts[store.CellKey{BuildID: id, Board: "lakitu", Driver: d}]
+		for _, a := range f.Artifacts {
+			text += " " + string(a.State)
+		}
+		if f.Newest != nil {
+			text += " build " + string(f.Newest.State)
+		}
+		return text
+	}
+	for _, step := range []struct {
+		want  string
+		write func(tx *store.Tx) error
+	}{
+		{"unknown", func(*store.Tx) error { return nil }},
+		{"1.2", func(tx *store.Tx) error { return tx.PutKernel(ctx, api.Kernel{Kernel: k, Default: "1.2"}) }},
+		{"1.3", func(tx *store.Tx) error { return tx.PutKernel(ctx, api.Kernel{Kernel: k, Default: "1.3"}) }},
+		{"1.3 build queued", func(tx *store.Tx) (err error) {
+			b, _, err = tx.AddBuild(ctx, api.Build{Kernel: k, Driver: d, State: api.Queued})
+			return err
+		}},
+		{"1.3 build failed", func(tx *store.Tx) error { b.State = api.Failed; return tx.SetBuild(ctx, b) }},
+		{"1.3 published build failed", func(tx *store.Tx) error { return tx.PutArtifact(ctx, artifact) }},
+		{"1.3 yanked build failed", func(tx *store.Tx) error { return tx.SetArtifactState(ctx, artifact.Digest, api.Yanked, "x") }},
+		{"1.3 build failed", func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }},
+	} {
+		state() // and so it is remembered
+		if err := other.Write(ctx, step.write); err != nil {
+			t.Fatal(err)
+		}
+		got := state()
+		for end := time.Now().Add(5 * time.Second); got != step.want && other != s && time.Now().Before(end); got = state() {
+			time.Sleep(time.Millisecond) // the note is on its way
+		}
+		if got != step.want {
+			t.Errorf("after a write, the answer is %q; want %q", got, step.want)
+		}
 	}
 }

@@ -5,6 +5,9 @@
 ALTER TABLE kernels ADD COLUMN sort_key {{sorted}} NOT NULL DEFAULT '';
 ALTER TABLE kernels ADD COLUMN first_seen_at BIGINT NOT NULL DEFAULT 0;
 UPDATE kernels SET first_seen_at = seen_at;
+-- What something was built for or published for is in the catalogue.
+INSERT INTO kernels (build_id, board, seen_at) SELECT DISTINCT build_id, board, 0 FROM builds WHERE TRUE ON CONFLICT DO NOTHING;
+INSERT INTO kernels (build_id, board, seen_at) SELECT DISTINCT build_id, board, 0 FROM artifact_kernels WHERE TRUE ON CONFLICT DO NOTHING;
 CREATE INDEX kernels_by_age ON kernels (sort_key DESC, board);
 
 ALTER TABLE drivers ADD COLUMN sort_key {{sorted}} NOT NULL DEFAULT '';
