@@ -2,12 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 )
@@ -44,25 +46,42 @@ func (m *meter) add(begin time.Time, ok bool) {
 	}
 }
 
+// troubles are the first of each kind of error that calls ended with.
+var troubles sync.Map
+
 // get reads an answer to its end.
 func get(ctx context.Context, c *http.Client, at string) bool {
+	err := try(ctx, c, at)
+	if err != nil && ctx.Err() == nil {
+		text := err.Error()
+		if i := strings.LastIndex(text, ": "); i >= 0 {
+			text = text[i+2:] // without the question
+		}
+		troubles.LoadOrStore(text, at)
+	}
+	return err == nil
+}
+
+func try(ctx context.Context, c *http.Client, at string) error {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at, nil)
 	if err != nil {
-		return false
+		return err
 	}
 	resp, err := c.Do(req)
 	if err != nil {
-		return false
+		return err
 	}
 	_, err = io.Copy(io.Discard, resp.Body)
-	cerr := resp.Body.Close()
-	return err == nil && cerr == nil && resp.StatusCode == http.StatusOK
+	if resp.StatusCode != http.StatusOK {
+		err = errors.Join(err, errors.New(resp.Status))
+	}
+	return errors.Join(err, resp.Body.Close())
 }
 
 // client keeps connections as a fleet behind one proxy would.
 func client() *http.Client {
 	t := http.DefaultTransport.(*http.Transport).Clone()
-	t.MaxIdleConns, t.MaxIdleConnsPerHost = 256, 256
+	t.MaxIdleConns, t.MaxIdleConnsPerHost, t.MaxConnsPerHost = 128, 128, 128
 	return &http.Client{Transport: t, Timeout: 30 * time.Second}
 }
 
@@ -114,6 +133,7 @@ func measure(ctx context.Context, base string, w world, s settings) ([]*row, err
 			time.Sleep(100 * time.Millisecond)
 		}
 	})
+	add(first(ctx, base, c, w))
 	add(paced(ctx, fmt.Sprintf("resolve, %d/s", s.rate), s.rate, s.length, resolve))
 	for _, l := range []struct{ name, path string }{
 		{"kernels", "/v1/kernels"}, {"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
@@ -132,6 +152,28 @@ func measure(ctx context.Context, base string, w world, s settings) ([]*row, err
 	probes.Wait()
 	add(ready)
 	return rows, ctx.Err()
+}
+
+// first asks about each kernel once, two at a time: the server has to read what it
+// remembers from then on.
+func first(ctx context.Context, base string, c *http.Client, w world) *meter {
+	m := &meter{row: row{name: "resolve, the first about each kernel"}}
+	next := make(chan string)
+	var wait sync.WaitGroup
+	for range 2 {
+		wait.Go(func() {
+			for id := range next {
+				begin := time.Now()
+				m.add(begin, get(ctx, c, base+"/v1/resolve?board=lakitu&buildId="+id))
+			}
+		})
+	}
+	for _, k := range w.kernels {
+		next <- k.BuildID
+	}
+	close(next)
+	wait.Wait()
+	return m
 }
 
 // crowd has fifty clients ask for the largest pages, over and over, while nodes ask.

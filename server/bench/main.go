@@ -91,6 +91,10 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	if err := w.Flush(); err != nil {
 		return err
 	}
+	troubles.Range(func(text, at any) bool {
+		fmt.Fprintf(out, "error: %v, such as for %v\n", text, at)
+		return true
+	})
 	_, err = fmt.Fprintf(out, "server's memory at its peak: %d MiB\n", peak>>20)
 	return err
 }

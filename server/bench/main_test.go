@@ -46,3 +46,29 @@ func BenchmarkResolve(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkCells reads what decides about all cells of one kernel, as the first
+// question about it does.
+func BenchmarkCells(b *testing.B) {
+	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
+	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 10000, queue: 100})
+	if err != nil {
+		b.Fatal(err)
+	}
+	db, err := store.Open(b.Context(), url)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		if err := db.Close(); err != nil {
+			b.Error(err)
+		}
+	}()
+	for i := 0; b.Loop(); i++ {
+		k := w.kernels[i%len(w.kernels)]
+		_, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1})
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -22,7 +22,7 @@ func (p *prepared) stmt(ctx context.Context, text string) (*sql.Stmt, error) {
 	if s, ok := p.stmts[text]; ok {
 		return s, nil
 	}
-	s, err := p.DB.PrepareContext(ctx, text)
+	s, err := p.DB.PrepareContext(context.WithoutCancel(ctx), text) // it outlives who asked first
 	if err == nil {
 		p.stmts[text] = s
 	}
@@ -43,6 +43,28 @@ func (p *prepared) QueryRowContext(ctx context.Context, text string, args ...any
 		return p.DB.QueryRowContext(ctx, text, args...) // which fails the same way, and says so
 	}
 	return s.QueryRowContext(ctx, args...)
+}
+
+// preparedTx is a transaction that uses the same statements.
+type preparedTx struct {
+	*sql.Tx
+	p *prepared
+}
+
+func (t preparedTx) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+	s, err := t.p.stmt(ctx, text)
+	if err != nil {
+		return nil, err
+	}
+	return t.Tx.StmtContext(ctx, s).QueryContext(ctx, args...)
+}
+
+func (t preparedTx) QueryRowContext(ctx context.Context, text string, args ...any) *sql.Row {
+	s, err := t.p.stmt(ctx, text)
+	if err != nil {
+		return t.Tx.QueryRowContext(ctx, text, args...) // which fails the same way, and says so
+	}
+	return t.Tx.StmtContext(ctx, s).QueryRowContext(ctx, args...)
 }
 
 // Close closes the statements and the database.

@@ -86,7 +86,7 @@ func open(rawURL string) (*Store, error) {
 		if err != nil {
 			return nil, err
 		}
-		reading, err := sqlite(file, url.Values{"_pragma": {"busy_timeout(10000)", "query_only(1)", "mmap_size(268435456)"}}, readers)
+		reading, err := sqlite(file, url.Values{"_pragma": {"busy_timeout(10000)", "query_only(1)"}}, readers)
 		if err != nil {
 			return nil, errors.Join(err, db.Close())
 		}
@@ -282,7 +282,11 @@ func (s *Store) snapshot(ctx context.Context, f func(querier) error) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(f(tx), tx.Rollback())
+	var q querier = tx
+	if p, ok := s.readers.(*prepared); ok {
+		q = preparedTx{tx, p}
+	}
+	return errors.Join(f(q), tx.Rollback())
 }
 
 func micros(t time.Time) int64 {
