@@ -111,15 +111,15 @@ type Build struct {
 	// that of the try before, if there was one.
 	Class string `json:"class,omitempty"`
 	// Error is the first error line: for an API break the compiler's.
-	Error      string           `json:"error,omitempty"`
-	Hint       string           `json:"hint,omitempty"`
-	Digest     string           `json:"digest,omitempty"`
-	Phases     []timeline.Phase `json:"phases,omitempty"`
+	Error  string           `json:"error,omitempty"`
+	Hint   string           `json:"hint,omitempty"`
+	Digest string           `json:"digest,omitempty"`
+	Phases []timeline.Phase `json:"phases,omitempty"`
 	// Priority is 1 for what somebody waits for, and higher for what can wait.
-	Priority   int              `json:"priority"`
-	CreatedAt  time.Time        `json:"createdAt"`
-	StartedAt  *time.Time       `json:"startedAt,omitempty"`
-	FinishedAt *time.Time       `json:"finishedAt,omitempty"`
+	Priority   int        `json:"priority"`
+	CreatedAt  time.Time  `json:"createdAt"`
+	StartedAt  *time.Time `json:"startedAt,omitempty"`
+	FinishedAt *time.Time `json:"finishedAt,omitempty"`
 	// BeatAt is when the builder last said that it works on the build.
 	BeatAt *time.Time `json:"beatAt,omitempty"`
 }

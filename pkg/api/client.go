@@ -160,7 +160,7 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 // BuildLog opens a build's log. The caller closes it.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil)
+	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil) //nolint:bodyclose // by who reads the log
 	if err != nil {
 		cancel()
 		return nil, err

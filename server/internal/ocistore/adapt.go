@@ -40,7 +40,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	case kind == "manifests" && strings.Contains(ref, ":"):
 		// "Errors": a digest that is none is not a manifest that is unknown.
 		if err := digest.Digest(ref).Validate(); err != nil {
-			return refuse(fmt.Errorf("%w: %v", ociregistry.ErrDigestInvalid, err))
+			return refuse(fmt.Errorf("%w: %w", ociregistry.ErrDigestInvalid, err))
 		}
 	case kind == "blobs" && r.Method == http.MethodDelete:
 		// "Deleting Blobs": a registry that does not do it says 405.
@@ -53,7 +53,7 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 			err = h.store.CancelUpload(string(id))
 		}
 		if err != nil {
-			return refuse(fmt.Errorf("%w: %v", ociregistry.ErrBlobUploadUnknown, err))
+			return refuse(fmt.Errorf("%w: %w", ociregistry.ErrBlobUploadUnknown, err))
 		}
 		w.WriteHeader(http.StatusNoContent)
 		return true
@@ -91,7 +91,7 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 		writeStatus(w, http.StatusRequestEntityTooLarge, "MANIFEST_INVALID", fmt.Sprintf("the manifest has more than %d bytes", MaxManifest))
 		return true
 	case err != nil: // it stopped in the middle
-		err = fmt.Errorf("%w: %v", ociregistry.ErrManifestInvalid, err)
+		err = fmt.Errorf("%w: %w", ociregistry.ErrManifestInvalid, err)
 	case !json.Valid(content):
 		err = fmt.Errorf("%w: it is no JSON", ociregistry.ErrManifestInvalid)
 	}

@@ -149,7 +149,7 @@ func (s *Store) Close() error { return s.root.Close() }
 // length, so that they tell the algorithm.
 func hexOf(d ociregistry.Digest) (string, error) {
 	if err := digest.Digest(d).Validate(); err != nil {
-		return "", fmt.Errorf("%w: %q: %v", ociregistry.ErrDigestInvalid, d, err)
+		return "", fmt.Errorf("%w: %q: %w", ociregistry.ErrDigestInvalid, d, err)
 	}
 	switch a := digest.Digest(d).Algorithm(); a {
 	case digest.SHA256, digest.SHA512:
