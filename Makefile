@@ -113,6 +113,10 @@ arm64-programs: ## build for arm64 what runs there, into bin/
 bench: setup build ## measure the headline ratios and print them
 	$(GO) run ./deploy/bench $(ARGS)
 
+.PHONY: bench-server
+bench-server: build ## measure the server with 60,000 cells and a year of builds
+	$(GO) run ./server/bench $(ARGS)
+
 .PHONY: lint
 lint: ## gofmt, golangci-lint and govulncheck, pinned
 	@deploy/setup.sh build
