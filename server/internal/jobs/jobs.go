@@ -82,7 +82,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 
 // Sweep looks at every open build once. Trouble with one does not keep it from
 // the others.
-func (s *Sweeper) Sweep(ctx context.Context) (err error) {
+func (s *Sweeper) Sweep(ctx context.Context) error {
 	now := time.Now
 	if s.Now != nil {
 		now = s.Now
@@ -90,39 +90,33 @@ func (s *Sweeper) Sweep(ctx context.Context) (err error) {
 	if s.listening.IsZero() {
 		s.listening = now()
 	}
-	defer func() {
-		if err != nil {
-			s.listening = time.Time{} // reports may have been lost as well
-		}
-	}()
 	jobs, err := s.Queue.Open(ctx)
-	if err != nil {
-		return err
+	var open []api.Build
+	if err == nil {
+		open, err = s.Catalogue.OpenBuilds(ctx)
 	}
-	open, err := s.Catalogue.OpenBuilds(ctx)
 	if err != nil {
+		s.listening = time.Time{} // reports may have been lost as well
 		return err
 	}
 	var errs []error
+	note := func(id int64, err error) {
+		if err != nil {
+			errs = append(errs, fmt.Errorf("build %d: %w", id, err))
+		}
+	}
 	for _, b := range open {
 		at, found := jobs[b.ID]
 		delete(jobs, b.ID)
 		switch {
 		case !found:
-			err = s.lost(ctx, b)
+			note(b.ID, s.lost(ctx, b))
 		case b.State == api.Building && s.dead(b, now()):
-			err = s.release(ctx, b, at)
-		default:
-			continue
-		}
-		if err != nil {
-			errs = append(errs, fmt.Errorf("build %d: %w", b.ID, err))
+			note(b.ID, s.release(ctx, b, at))
 		}
 	}
 	for id := range jobs { // jobs without an open build
-		if err := s.leftOver(ctx, id); err != nil {
-			errs = append(errs, fmt.Errorf("build %d: %w", id, err))
-		}
+		note(id, s.leftOver(ctx, id))
 	}
 	return errors.Join(errs...)
 }
@@ -136,15 +130,17 @@ func (s *Sweeper) dead(b api.Build, now time.Time) bool {
 	return now.Sub(heard) > deadAfter
 }
 
-// release gives a dead builder's work to the others.
+// release gives a dead builder's work to the others. The job comes first: when the
+// build is not put back after that, the next sweep does it, or the attempt that has
+// begun by then makes it needless.
 func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.Standing) error {
 	s.Log.WarnContext(ctx, "builder gone", "build", b.ID, "worker", b.Worker, "state", at.State)
-	_, err := s.Catalogue.Update(ctx, b.ID, api.BuildUpdate{State: api.Queued, Class: fault.Transient.String(),
-		Error: fmt.Sprintf("builder %s stopped reporting in phase %s", b.Worker, b.Phase)})
-	if err != nil {
+	if err := s.Queue.Release(ctx, b.ID); err != nil {
 		return err
 	}
-	return s.Queue.Release(ctx, b.ID)
+	_, err := s.Catalogue.Update(ctx, b.ID, api.BuildUpdate{State: api.Queued, Attempt: b.Attempt,
+		Class: fault.Transient.String(), Error: fmt.Sprintf("builder %s stopped reporting in phase %s", b.Worker, b.Phase)})
+	return err
 }
 
 // lost ends or queues a build that has no job which a worker will touch.

@@ -136,7 +136,7 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	}
 	sweep(0)
 	sweep(40 * time.Second)
-	sweep(46*time.Second, "put back: transient", "release")
+	sweep(46*time.Second, "release", "put back: transient")
 	w.away = true
 	sweep(50 * time.Second)
 	w.away = false
@@ -144,7 +144,28 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	sweep(10*time.Minute + 40*time.Second)
 	beat = noon.Add(10*time.Minute + 41*time.Second)
 	sweep(11 * time.Minute)
-	sweep(12*time.Minute, "put back: transient", "release")
+	sweep(12*time.Minute, "release", "put back: transient")
+}
+
+// A build that cannot be swept does not hide that builders are gone.
+func TestSweepNoticesBesideTrouble(t *testing.T) {
+	t.Parallel()
+	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	now := noon
+	w := &world{open: []api.Build{{ID: 13, State: api.Building, BeatAt: &noon}, {ID: 1, State: api.Building, BeatAt: &noon}},
+		standing: map[int64]queue.Standing{
+			13: {Found: true, Over: true, State: "discarded"}, 1: {Found: true, State: "running"},
+		}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	for range 6 {
+		if err := s.Sweep(t.Context()); err == nil {
+			t.Fatal("build 13 was swept; want trouble with it each time")
+		}
+		now = now.Add(10 * time.Second)
+	}
+	if d := cmp.Diff([]string{"release", "put back: transient"}, w.did); d != "" {
+		t.Errorf("six sweeps did (-want +got):\n%s", d)
+	}
 }
 
 // A job whose build was called off is taken out of the queue; others that have no

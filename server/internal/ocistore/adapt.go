@@ -20,15 +20,17 @@ import (
 // What the library's protocol does not do as the distribution specification (v1.1)
 // wants it, or as clients expect, is done here, before it sees the request.
 
-// kind is the part of a path that says what it names, and ref the part behind it.
+// kindOf splits a path of the API: the repository, what of it is named, and which one.
+// A repository may have any of these words in its own name, so the last one counts.
 func kindOf(p string) (repo, kind, ref string) {
 	p = strings.TrimPrefix(p, "/v2/")
+	last := -1
 	for _, k := range []string{"/blobs/uploads/", "/blobs/", "/manifests/", "/referrers/", "/tags/"} {
-		if i := strings.LastIndex(p, k); i >= 0 {
-			return p[:i], strings.Trim(k, "/"), p[i+len(k):]
+		if i := strings.LastIndex(p, k); i > last {
+			last, repo, kind, ref = i, p[:i], strings.Trim(k, "/"), p[i+len(k):]
 		}
 	}
-	return "", "", ""
+	return repo, kind, ref
 }
 
 // adapt answers a request itself, and returns true, or makes it one that the library

@@ -342,6 +342,7 @@ func TestRefusals(t *testing.T) {
 		{"wrong digest in path", "/v2/a/manifests/" + sum("no"), kind, good, 400},
 		{"bad tag", "/v2/a/manifests/..", kind, good, 404},
 		{"bad name", "/v2/A/_x/manifests/t", kind, good, 400},
+		{"too large for a repository with a word of ours", "/v2/x/blobs/y/manifests/u", kind, good + strings.Repeat(" ", ocistore.MaxManifest), 413},
 		{"too large", "/v2/a/manifests/u", kind, good + strings.Repeat(" ", ocistore.MaxManifest), 413},
 	}
 	for _, row := range rows {
