@@ -1,0 +1,131 @@
+package queue_test
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/queue"
+)
+
+// insert puts builds in with a priority each.
+func insert(t *testing.T, q *queue.Queue, priorities map[int64]int) {
+	t.Helper()
+	for _, build := range []int64{1, 2, 3} {
+		if p, ok := priorities[build]; ok {
+			if err := q.Insert(t.Context(), job(build), p); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// worked works the queue with one worker until n builds were seen, and returns them
+// in the order in which they came.
+func worked(t *testing.T, q *queue.Queue, n int) (order []int64) {
+	t.Helper()
+	ctx, stop := context.WithTimeout(t.Context(), 30*time.Second)
+	defer stop()
+	var mu sync.Mutex
+	err := q.Work(ctx, "w1", 1, func(_ context.Context, j api.BuildJob, _ int) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if order = append(order, j.Build); len(order) == n {
+			stop()
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return order
+}
+
+// What somebody waits for comes before what a list wants, also when it was put in
+// later or raised later.
+func TestPriorities(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		q := open(t)
+		insert(t, q, map[int64]int{1: queue.PriorityWarning, 2: queue.PriorityWanted, 3: queue.PriorityWarning})
+		if err := q.Raise(t.Context(), 3, queue.PriorityAsked); err != nil {
+			t.Fatal(err)
+		}
+		if err := q.Raise(t.Context(), 3, queue.PriorityWanted); err != nil { // nobody is put behind
+			t.Fatal(err)
+		}
+		if err := q.Raise(t.Context(), 99, queue.PriorityAsked); err != nil {
+			t.Errorf("Raise(absent) = %v", err)
+		}
+		if got := worked(t, q, 3); !slices.Equal(got, []int64{3, 2, 1}) {
+			t.Errorf("worked in the order %v; want 3, 2, 1", got)
+		}
+	})
+}
+
+// A cancelled build is not worked, and cancelling what is over or absent is fine.
+func TestCancel(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		q := open(t)
+		insert(t, q, map[int64]int{1: 1, 2: 1})
+		for _, build := range []int64{1, 1, 99} {
+			if err := q.Cancel(t.Context(), build); err != nil {
+				t.Errorf("Cancel(%d) = %v", build, err)
+			}
+		}
+		all, err := q.Open(t.Context())
+		if _, open := all[1]; err != nil || len(all) != 1 || open || !all[2].Found {
+			t.Errorf("Open() = %v, %v; want build 2 only", all, err)
+		}
+		if got := worked(t, q, 1); !slices.Equal(got, []int64{2}) {
+			t.Errorf("worked %v; want 2 only", got)
+		}
+		if all, err = q.Open(t.Context()); err != nil || len(all) != 0 {
+			t.Errorf("Open() at the end = %v, %v; want none", all, err)
+		}
+	})
+}
+
+// What a dead worker left running is worked by another one, of any name, once it is
+// released; a job that waits is left alone.
+func TestRelease(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		dead := open(t)
+		insert(t, dead, map[int64]int{1: 1})
+		started, gone := make(chan struct{}), make(chan struct{})
+		ctx, stop := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			done <- dead.Work(ctx, "dead", 1, func(context.Context, api.BuildJob, int) error {
+				close(started)
+				<-gone
+				return nil
+			})
+		}()
+		<-started
+		q := open(t)
+		insert(t, q, map[int64]int{2: 1})
+		if err := q.Release(t.Context(), 1, 2, 99); err != nil {
+			t.Fatal(err)
+		}
+		for build, want := range map[int64]queue.Standing{
+			1: {Found: true, State: "available", Attempt: 1, Error: "the worker ended in mid-build"},
+			2: {Found: true, State: "available"},
+		} {
+			// The worker has one slot, which is taken: it does not take the job again.
+			if got, err := q.Lookup(t.Context(), build); err != nil || got != want {
+				t.Errorf("Lookup(%d) = %+v, %v; want %+v", build, got, err, want)
+			}
+		}
+		stop()
+		close(gone)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
