@@ -54,8 +54,8 @@ func TestCompileHearsOfItsEnd(t *testing.T) {
 			}
 			r.server.mu.Lock()
 			defer r.server.mu.Unlock()
-			if n := len(r.server.states); n != 2 || r.server.states[1].State != api.Cancelled {
-				t.Errorf("reported %+v; want building and cancelled", r.server.states)
+			if n := len(r.server.states); n != 2 || r.server.states[1].State != api.Cancelled || r.server.states[1].Attempt != 1 {
+				t.Errorf("reported %+v; want building and cancelled, of attempt 1", r.server.states)
 			}
 			if at, err := r.queue.Lookup(t.Context(), 7); err != nil || !at.Over {
 				t.Errorf("Lookup() = %+v, %v; want a job that is over", at, err)

@@ -168,6 +168,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		err = queue.HandBack(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was told to stop: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
+	update.Attempt = attempt // another builder may have the build by now: its attempt is not ended by this one
 
 	patience := w.Patience
 	if w.stopping.Err() != nil {

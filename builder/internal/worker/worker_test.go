@@ -53,6 +53,11 @@ func TestOutcomes(t *testing.T) {
 			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
 	}
 	for _, row := range rows {
+		for i := range row.want { // an end says which attempt it is of
+			if i > 0 && row.want[i].State != api.Building {
+				row.want[i].Attempt = row.want[i-1].Attempt
+			}
+		}
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			r := newRig(t, row.tries...)

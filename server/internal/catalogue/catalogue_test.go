@@ -331,6 +331,7 @@ func TestUpdate(t *testing.T) {
 		{"another kernel", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: other, Board: "lakitu"}}}, fault.Mismatch, api.Queued},
 		{"a builder that was taken for dead", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {Phase: "compile", Attempt: 1}}, fault.Mismatch, api.Building},
 		{"its failure comes too late", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Failed, Class: "transient", Attempt: 1}}, 0, api.Building},
+		{"it calls off no attempt of another", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Cancelled, Attempt: 1}}, fault.Mismatch, api.Building},
 		{"its artifact does not", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Published, Digest: digest("1"), Fingerprint: fingerA, Attempt: 1}}, 0, api.Published},
 		{"a cancelled build starts no more", []api.BuildUpdate{state(api.Cancelled), state(api.Building)}, fault.Mismatch, api.Cancelled},
 		{"a report tells that it was called off", []api.BuildUpdate{state(api.Building), state(api.Cancelled), {Phase: "compile"}}, 0, api.Cancelled},
