@@ -25,12 +25,14 @@ func oneArg(cmd *ucli.Command, what, hint string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// release makes a command that takes a BUILD_ID and prints what became of it.
-func release(name, usage string, flags []ucli.Flag, call func(context.Context, *api.Client, string) (api.Release, error)) *ucli.Command {
+// about makes a command about one thing, which its only argument names: it prints
+// what the server answers.
+func about[T any](name, usage, what, hint string, flags []ucli.Flag,
+	call func(context.Context, *api.Client, string) (T, error), show func(io.Writer, T) error) *ucli.Command {
 	return &ucli.Command{
-		Name: name, Usage: usage, ArgsUsage: "BUILD_ID", Flags: flags,
+		Name: name, Usage: usage, ArgsUsage: what, Flags: flags,
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			id, err := oneArg(cmd, "BUILD_ID", "such as 17800.66.78; list them: server kernels")
+			arg, err := oneArg(cmd, what, hint)
 			if err != nil {
 				return err
 			}
@@ -38,23 +40,25 @@ func release(name, usage string, flags []ucli.Flag, call func(context.Context, *
 			if err != nil {
 				return err
 			}
-			r, err := call(ctx, c, id)
+			answer, err := call(ctx, c, arg)
 			if err != nil {
 				return err
 			}
-			return cli.Print(cmd, r, func(w io.Writer) error { return printRelease(w, r) })
+			return cli.Print(cmd, answer, func(w io.Writer) error { return show(w, answer) })
 		},
 	}
 }
 
+const hintBuildID = "such as 17800.66.78; list them: server kernels"
+
 func releaseCommand() *ucli.Command {
-	return release("release", "show what became of a COS build's cells", clientFlags(),
-		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Release(ctx, id) })
+	return about("release", "show what became of a COS build's cells", "BUILD_ID", hintBuildID, clientFlags(),
+		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Release(ctx, id) }, printRelease)
 }
 
 func announceCommand() *ucli.Command {
-	return release("announce", "tell of a COS build, so that it is looked up and planned at once", writeFlags(),
-		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Announce(ctx, id) })
+	return about("announce", "tell of a COS build, so that it is looked up and planned at once", "BUILD_ID", hintBuildID, writeFlags(),
+		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Announce(ctx, id) }, printRelease)
 }
 
 func printRelease(w io.Writer, r api.Release) error {
@@ -115,25 +119,10 @@ func preflightCommand() *ucli.Command {
 }
 
 func wishListsCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "wish-lists", Usage: "list what the server builds without being asked, or change it",
-		Flags: clientFlags(),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := noArgs(cmd); err != nil {
-				return err
-			}
-			c, err := client(cmd)
-			if err != nil {
-				return err
-			}
-			all, err := c.WishLists(ctx)
-			if err != nil {
-				return err
-			}
-			return cli.Print(cmd, all, func(w io.Writer) error { return printWishLists(w, all) })
-		},
-		Commands: []*ucli.Command{showWishListCommand(), putWishListCommand(), dropWishListCommand()},
-	}
+	cmd := list("wish-lists", "list what the server builds without being asked, or change it", clientFlags(),
+		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.WishList, error) { return c.WishLists(ctx) }, printWishLists)
+	cmd.Commands = []*ucli.Command{showWishListCommand(), putWishListCommand(), dropWishListCommand()}
+	return cmd
 }
 
 func printWishLists(w io.Writer, all []api.WishList) error {
@@ -161,25 +150,11 @@ func printWishList(w io.Writer, l api.WishList) error {
 	return err
 }
 
+const hintWishLists = "list them: server wish-lists"
+
 func showWishListCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "show", Usage: "print a wish list, with its problems as comments", ArgsUsage: "NAME", Flags: clientFlags(),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			name, err := oneArg(cmd, "NAME", "list them: server wish-lists")
-			if err != nil {
-				return err
-			}
-			c, err := client(cmd)
-			if err != nil {
-				return err
-			}
-			l, err := c.WishList(ctx, name)
-			if err != nil {
-				return err
-			}
-			return cli.Print(cmd, l, func(w io.Writer) error { return printWishList(w, l) })
-		},
-	}
+	return about("show", "print a wish list, with its problems as comments", "NAME", hintWishLists, clientFlags(),
+		func(ctx context.Context, c *api.Client, name string) (api.WishList, error) { return c.WishList(ctx, name) }, printWishList)
 }
 
 func putWishListCommand() *ucli.Command {
@@ -215,7 +190,7 @@ func dropWishListCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "remove", Usage: "remove a wish list; what was built for it stays", ArgsUsage: "NAME", Flags: writeFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			name, err := oneArg(cmd, "NAME", "list them: server wish-lists")
+			name, err := oneArg(cmd, "NAME", hintWishLists)
 			if err != nil {
 				return err
 			}

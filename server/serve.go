@@ -257,7 +257,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 			Every: s.DiscoverEvery, Catalogue: cat, Found: func(context.Context) { cat.PlanSoon() }, Log: log})
 	})
 	group.Go(func() error { return cat.Planner(running) })
-	group.Go(func() error { return cat.Wonder(running) })
+	group.Go(func() error { return cat.LookUpUnknown(running) })
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()

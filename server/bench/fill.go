@@ -49,11 +49,10 @@ func fill(ctx context.Context, url string, s settings) (w world, err error) {
 		fingers[i] = target.Fingerprint(fmt.Sprintf("sha256:%x", sha256.Sum256(fmt.Appendf(nil, "%d %d", branch, i/len(branches)/perFingerprint))))
 	}
 	err = db.Write(ctx, func(tx *store.Tx) error {
-		for i, v := range w.versions {
+		for _, v := range w.versions {
 			if err := tx.PutDriver(ctx, api.DriverRelease{Version: v, SeenAt: begin}); err != nil {
 				return err
 			}
-			_ = i
 		}
 		for i, k := range w.kernels {
 			entry := api.Kernel{Kernel: k, Fingerprint: fingers[i], Default: w.versions[0], Latest: w.versions[s.drivers-1],
@@ -67,12 +66,12 @@ func fill(ctx context.Context, url string, s settings) (w world, err error) {
 	if err != nil {
 		return w, err
 	}
-	for i, k := range w.kernels {
+	for i := range w.kernels {
 		if i%500 == 0 && ctx.Err() != nil {
 			return w, context.Cause(ctx)
 		}
 		err := db.Write(ctx, func(tx *store.Tx) error {
-			return fillCells(ctx, tx, w, k, fingers[i], begin.Add(year*time.Duration(i)/time.Duration(s.kernels)))
+			return fillCells(ctx, tx, w, i, fingers[i], begin.Add(year*time.Duration(i)/time.Duration(s.kernels)))
 		})
 		if err != nil {
 			return w, err
@@ -82,10 +81,11 @@ func fill(ctx context.Context, url string, s settings) (w world, err error) {
 }
 
 // fillCells publishes most cells of a kernel.
-func fillCells(ctx context.Context, tx *store.Tx, w world, k target.Kernel, f target.Fingerprint, at time.Time) error {
+func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Fingerprint, at time.Time) error {
+	k := w.kernels[i]
 	for n, v := range w.versions {
 		for _, flavour := range []target.Flavour{target.Open, target.Proprietary} {
-			if len(k.Commit)%7 == n && flavour == target.Proprietary {
+			if (i/perFingerprint+n)%7 == 0 && flavour == target.Proprietary {
 				continue // nobody asked for it
 			}
 			d := target.Driver{Version: v, Flavour: flavour}

@@ -69,7 +69,7 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	}
 	ctx, stop := context.WithTimeout(t.Context(), 200*time.Millisecond)
 	defer stop()
-	if err := c.Wonder(ctx); err != nil || up.asked != 1 {
+	if err := c.LookUpUnknown(ctx); err != nil || up.asked != 1 {
 		t.Errorf("a thousand questions asked the mirror %d times, %v; want once", up.asked, err)
 	}
 }

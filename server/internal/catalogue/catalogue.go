@@ -98,7 +98,7 @@ type Config struct {
 // Catalogue is the set of use-cases.
 type Catalogue struct {
 	Config
-	wondered chan target.Kernel
+	unknown chan target.Kernel
 	planning chan struct{} // has room for one; see Planner
 }
 
@@ -114,7 +114,7 @@ func New(c Config) *Catalogue {
 	// What is answered at once must equal what is read later: databases keep
 	// microseconds.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
-	return &Catalogue{c, make(chan target.Kernel, maxWondered), make(chan struct{}, 1)}
+	return &Catalogue{c, make(chan target.Kernel, maxUnknown), make(chan struct{}, 1)}
 }
 
 // Bounds of a page, in entries.

@@ -99,7 +99,7 @@ func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour
 	known := cells != nil
 	if !known {
 		cells = &store.KernelCells{Kernel: api.Kernel{Kernel: w.kernel}}
-		c.wonder(w.kernel)
+		c.lookUpLater(w.kernel)
 	}
 	k := cells.Kernel
 	if release != "" && k.Release != "" && release != k.Release {
@@ -195,27 +195,27 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 	return r
 }
 
-// wonder has an unknown kernel looked up soon, without anybody waiting for it:
+// lookUpLater has an unknown kernel looked up soon, without anybody waiting for it:
 // nodes ask again. Questions come from anywhere, so only so many are remembered.
-func (c *Catalogue) wonder(k target.Kernel) {
+func (c *Catalogue) lookUpLater(k target.Kernel) {
 	if c.Mirror == nil {
 		return
 	}
 	select {
-	case c.wondered <- k:
+	case c.unknown <- k:
 	default: // others come first
 	}
 }
 
-// Wonder looks up the kernels that nodes asked for and that nobody had seen, one
+// LookUpUnknown looks up the kernels that nodes asked for and that nobody had seen, one
 // at a time, until ctx is done. A kernel that the mirror lacks is not looked up again for a while.
-func (c *Catalogue) Wonder(ctx context.Context) error {
+func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	missed := map[string]time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
-		case k := <-c.wondered:
+		case k := <-c.unknown:
 			if c.Now().Sub(missed[k.String()]) < missedFor {
 				continue
 			}
@@ -232,7 +232,7 @@ func (c *Catalogue) Wonder(ctx context.Context) error {
 
 // What is remembered of kernels that a mirror lacks.
 const (
-	maxWondered = 64
+	maxUnknown = 64
 	maxMissed   = 10000
 	missedFor   = 2 * time.Minute
 )

@@ -96,7 +96,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 	if err != nil || len(lists) == 0 {
 		return 0, err
 	}
-	known, err := c.shelf(ctx)
+	known, err := c.planView(ctx)
 	if err != nil {
 		return 0, err
 	}
@@ -120,7 +120,7 @@ func (c *Catalogue) Plan(ctx context.Context) (n int, err error) {
 }
 
 // planList plans one wish list and notes in it what it came to.
-func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *shelf) (n int, err error) {
+func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planView) (n int, err error) {
 	l.Cells, l.Problems = 0, nil
 	w, err := plan.Parse(l.Name, []byte(l.Text))
 	if err != nil {
@@ -159,7 +159,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *shelf)
 }
 
 // wanted queues one cell, unless it stands somewhere already.
-func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *shelf) (bool, error) {
+func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
 	if !ok { // an exact build that nobody has seen yet
 		cells, exists, err := c.find(ctx, cell.Kernel)
@@ -190,8 +190,8 @@ func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *shelf) (b
 	return true, nil
 }
 
-// shelf is the catalogue as a wish list sees it: what a bucket would answer.
-type shelf struct {
+// planView is the catalogue as a wish list sees it: what a bucket would answer.
+type planView struct {
 	ids     []string // newest first
 	kernels map[string]api.Kernel
 	boards  map[string][]target.Kernel
@@ -199,7 +199,7 @@ type shelf struct {
 	states  map[store.CellKey]api.State // of cells that have a build or an artifact
 }
 
-func (s *shelf) add(k api.Kernel) {
+func (s *planView) add(k api.Kernel) {
 	if len(s.boards[k.BuildID]) == 0 {
 		s.ids = append(s.ids, k.BuildID)
 	}
@@ -207,9 +207,9 @@ func (s *shelf) add(k api.Kernel) {
 	s.boards[k.BuildID] = append(s.boards[k.BuildID], k.Kernel)
 }
 
-// shelf reads the whole catalogue, page by page.
-func (c *Catalogue) shelf(ctx context.Context) (*shelf, error) {
-	s := &shelf{kernels: map[string]api.Kernel{}, boards: map[string][]target.Kernel{}, drivers: map[string]api.DriverRelease{},
+// planView reads the whole catalogue, page by page.
+func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
+	s := &planView{kernels: map[string]api.Kernel{}, boards: map[string][]target.Kernel{}, drivers: map[string]api.DriverRelease{},
 		states: map[store.CellKey]api.State{}}
 	for after := ""; ; {
 		all, facts, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
@@ -241,10 +241,10 @@ func (c *Catalogue) shelf(ctx context.Context) (*shelf, error) {
 }
 
 // BuildIDs returns the known builds, newest first.
-func (s *shelf) BuildIDs(context.Context) ([]string, error) { return s.ids, nil }
+func (s *planView) BuildIDs(context.Context) ([]string, error) { return s.ids, nil }
 
 // BuildsOf returns the kernels of these builds.
-func (s *shelf) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, error) {
+func (s *planView) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, error) {
 	var all []target.Kernel
 	for _, id := range ids {
 		all = append(all, s.boards[id]...)
@@ -253,7 +253,7 @@ func (s *shelf) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, erro
 }
 
 // Drivers returns what a kernel's own lists name.
-func (s *shelf) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
+func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
 	entry := s.kernels[k.String()]
 	list := lists(entry)
 	if list.Default == "" && list.Latest == "" && len(list.Branches) == 0 {

@@ -119,7 +119,7 @@ func ready(c Config) http.HandlerFunc {
 			}
 			if err := part.Ping(ctx); err != nil {
 				c.Log.WarnContext(ctx, "not ready", "part", part.name, "err", err)
-				writeText(w, http.StatusServiceUnavailable, part.name+": "+Excuse(fault.Of(err))+"\n")
+				writeText(w, http.StatusServiceUnavailable, part.name+": "+PublicText(fault.Of(err))+"\n")
 				return
 			}
 		}

@@ -35,13 +35,13 @@ func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
 	if p.Status >= http.StatusInternalServerError {
-		p.Detail, p.Hint = Excuse(kind), ""
+		p.Detail, p.Hint = PublicText(kind), ""
 	}
 	return p
 }
 
-// Excuse is what the outside is told of a trouble of the server's own.
-func Excuse(kind fault.Kind) string {
+// PublicText is what the outside is told of a trouble of the server's own.
+func PublicText(kind fault.Kind) string {
 	switch kind {
 	case fault.DiskFull:
 		return "the server's disk is full; its log has the cause"

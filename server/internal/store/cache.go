@@ -20,7 +20,7 @@ import (
 // that writes. With PostgreSQL, writers tell each other by NOTIFY, in the transaction
 // that writes; who does not hear them remembers nothing.
 
-// Bounds of what is remembered: some ten kB for a kernel, less for a driver.
+// Bounds of what is remembered.
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
