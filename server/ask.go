@@ -56,13 +56,22 @@ func client(cmd *ucli.Command) (*api.Client, error) {
 // noArgs refuses arguments that a command would ignore.
 func noArgs(cmd *ucli.Command) error {
 	if first := cmd.Args().First(); first != "" {
-		return fault.New(fault.Usage, fmt.Sprintf("%s takes no argument, got %q", cmd.FullName(), first), "see "+cmd.FullName()+" --help")
+		return fault.New(
+			fault.Usage,
+			fmt.Sprintf("%s takes no argument, got %q", cmd.FullName(), first),
+			"see "+cmd.FullName()+" --help",
+		)
 	}
 	return nil
 }
 
 // list makes a command that prints a list of the API as a table.
-func list[T any](name, usage string, flags []ucli.Flag, get func(context.Context, *api.Client, *ucli.Command) ([]T, error), table func(io.Writer, []T) error) *ucli.Command {
+func list[T any](
+	name, usage string,
+	flags []ucli.Flag,
+	get func(context.Context, *api.Client, *ucli.Command) ([]T, error),
+	table func(io.Writer, []T) error,
+) *ucli.Command {
 	return &ucli.Command{
 		Name: name, Usage: usage, Flags: flags,
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -102,11 +111,20 @@ func artifactsCommand() *ucli.Command {
 }
 
 func buildsCommand() *ucli.Command {
-	return list("builds", "list builds, newest first",
-		clientFlags(&ucli.StringFlag{Name: "state", Usage: "only builds in this `STATE`: queued, building, published, failed or cancelled"}),
+	return list(
+		"builds",
+		"list builds, newest first",
+		clientFlags(
+			&ucli.StringFlag{
+				Name:  "state",
+				Usage: "only builds in this `STATE`: queued, building, published, failed or cancelled",
+			},
+		),
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]api.Build, error) {
 			return c.Builds(ctx, api.State(cmd.String("state")))
-		}, printBuilds)
+		},
+		printBuilds,
+	)
 }
 
 func buildCommand() *ucli.Command {
@@ -145,7 +163,12 @@ func buildCommand() *ucli.Command {
 // cellFlags name a cell.
 func cellFlags() []ucli.Flag {
 	return []ucli.Flag{
-		&ucli.StringFlag{Name: "build-id", Required: true, Usage: "`BUILD_ID` of the COS build, as in /etc/os-release", Sources: cli.Env("build-id")},
+		&ucli.StringFlag{
+			Name:     "build-id",
+			Required: true,
+			Usage:    "`BUILD_ID` of the COS build, as in /etc/os-release",
+			Sources:  cli.Env("build-id"),
+		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
 		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version"),
 		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
@@ -174,7 +197,10 @@ func resolveCommand() *ucli.Command {
 }
 
 func requestCommand() *ucli.Command {
-	flags := append(cellFlags(), &ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended; a failed one sets the exit status"})
+	flags := append(
+		cellFlags(),
+		&ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended; a failed one sets the exit status"},
+	)
 	return &ucli.Command{
 		Name: "request", Usage: "ask for a build",
 		Description: `Example:

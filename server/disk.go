@@ -49,8 +49,11 @@ func (d *disk) Room() error {
 		return fmt.Errorf("look at data folder's disk: %w", err)
 	}
 	if free < d.reserve {
-		return fault.New(fault.DiskFull, fmt.Sprintf("%d MiB are left on the disk of %s, less than the reserve of %d MiB", free>>20, d.dir, d.reserve>>20),
-			"free space, or set --reserve lower")
+		return fault.New(
+			fault.DiskFull,
+			fmt.Sprintf("%d MiB are left on the disk of %s, less than the reserve of %d MiB", free>>20, d.dir, d.reserve>>20),
+			"free space, or set --reserve lower",
+		)
 	}
 	return nil
 }

@@ -57,8 +57,15 @@ func releaseCommand() *ucli.Command {
 }
 
 func announceCommand() *ucli.Command {
-	return about("announce", "tell of a COS build, so that it is looked up and planned at once", "BUILD_ID", hintBuildID, writeFlags(),
-		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Announce(ctx, id) }, printRelease)
+	return about(
+		"announce",
+		"tell of a COS build, so that it is looked up and planned at once",
+		"BUILD_ID",
+		hintBuildID,
+		writeFlags(),
+		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Announce(ctx, id) },
+		printRelease,
+	)
 }
 
 func printRelease(w io.Writer, r api.Release) error {
@@ -67,7 +74,10 @@ func printRelease(w io.Writer, r api.Release) error {
 		{"ready", fmt.Sprintf("%d of %d cells, %d open", r.Ready, len(r.Cells), r.Open)},
 	}
 	if r.Times.Count > 0 {
-		fields = append(fields, [2]string{"seen to ready", fmt.Sprintf("half within %s, all within %s", seconds(r.Times.P50), seconds(r.Times.Max))})
+		fields = append(
+			fields,
+			[2]string{"seen to ready", fmt.Sprintf("half within %s, all within %s", seconds(r.Times.P50), seconds(r.Times.Max))},
+		)
 	}
 	if err := printFields(w, fields); err != nil || len(r.Cells) == 0 {
 		return err
@@ -103,12 +113,19 @@ func preflightCommand() *ucli.Command {
 			if err != nil {
 				return err
 			}
-			answer, err := c.Preflight(ctx, api.PreflightRequest{Pools: []api.Pool{{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
-				Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}}})
+			answer, err := c.Preflight(
+				ctx,
+				api.PreflightRequest{Pools: []api.Pool{{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
+					Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}}},
+			)
 			if err != nil {
 				return err
 			}
-			err = cli.Print(cmd, answer, func(w io.Writer) error { return printResolution(w, c.Base(), answer.Pools[0].Resolution) })
+			err = cli.Print(
+				cmd,
+				answer,
+				func(w io.Writer) error { return printResolution(w, c.Base(), answer.Pools[0].Resolution) },
+			)
 			if err == nil && !answer.May {
 				r := answer.Pools[0].Resolution
 				err = fault.New(fault.NoArtifact, fmt.Sprintf("nodes may not move yet: the cell is %s", r.State), r.Hint)
@@ -120,7 +137,9 @@ func preflightCommand() *ucli.Command {
 
 func wishListsCommand() *ucli.Command {
 	cmd := list("wish-lists", "list what the server builds without being asked, or change it", clientFlags(),
-		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.WishList, error) { return c.WishLists(ctx) }, printWishLists)
+		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.WishList, error) {
+			return c.WishLists(ctx)
+		}, printWishLists)
 	cmd.Commands = []*ucli.Command{showWishListCommand(), putWishListCommand(), dropWishListCommand()}
 	return cmd
 }
@@ -137,7 +156,12 @@ func printWishLists(w io.Writer, all []api.WishList) error {
 		}
 		rows = append(rows, []string{l.Name, strconv.FormatInt(l.Version, 10), strconv.Itoa(l.Cells), planned, note})
 	}
-	return printTable(w, []string{"NAME", "VERSION", "CELLS", "PLANNED", "NOTE"}, rows, "no wish list is stored yet: server wish-lists put NAME FILE")
+	return printTable(
+		w,
+		[]string{"NAME", "VERSION", "CELLS", "PLANNED", "NOTE"},
+		rows,
+		"no wish list is stored yet: server wish-lists put NAME FILE",
+	)
 }
 
 func printWishList(w io.Writer, l api.WishList) error {
@@ -154,13 +178,17 @@ const hintWishLists = "list them: server wish-lists"
 
 func showWishListCommand() *ucli.Command {
 	return about("show", "print a wish list, with its problems as comments", "NAME", hintWishLists, clientFlags(),
-		func(ctx context.Context, c *api.Client, name string) (api.WishList, error) { return c.WishList(ctx, name) }, printWishList)
+		func(ctx context.Context, c *api.Client, name string) (api.WishList, error) {
+			return c.WishList(ctx, name)
+		}, printWishList)
 }
 
 func putWishListCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "put", Usage: "store a wish list: the file that builder matrix takes", ArgsUsage: "NAME FILE",
-		Flags: writeFlags(&ucli.Int64Flag{Name: "version", Usage: "`N` that the stored list must have; 0 takes the place of any"}),
+		Flags: writeFlags(
+			&ucli.Int64Flag{Name: "version", Usage: "`N` that the stored list must have; 0 takes the place of any"},
+		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {
 				return fault.New(fault.Usage, cmd.FullName()+" needs a name and a file", "see docs/examples/wish.yaml")

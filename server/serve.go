@@ -58,8 +58,13 @@ func serveCommand() *ucli.Command {
 				defaultsTo(cli.String("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
 				defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db, or the database when that is postgres"),
 			),
-			cli.Group("Where to",
-				&ucli.IntFlag{Name: "reserve", Value: 1024, Usage: "`MIB` of the data folder's disk to leave free: uploads are refused before"},
+			cli.Group(
+				"Where to",
+				&ucli.IntFlag{
+					Name:  "reserve",
+					Value: 1024,
+					Usage: "`MIB` of the data folder's disk to leave free: uploads are refused before",
+				},
 				&ucli.StringSliceFlag{Name: "create-only", Value: []string{"prebake/*", "prebake/*/*"},
 					Usage: "`PATTERN` of registry repositories whose tags never move, repeatable"},
 			),
@@ -130,7 +135,11 @@ func (s *settings) complete() error {
 		return fault.New(fault.Usage, fmt.Sprintf("--reserve %d: want MiB, or 0", s.ReserveMB), "")
 	}
 	if s.PublicRepository == "" {
-		return fault.New(fault.Usage, "public repository is empty", "use --public-repository /prebake/driver, or a repository of your registry")
+		return fault.New(
+			fault.Usage,
+			"public repository is empty",
+			"use --public-repository /prebake/driver, or a repository of your registry",
+		)
 	}
 	return nil
 }
@@ -166,7 +175,11 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return fmt.Errorf("lock data folder: %w", err)
 	}
 	if !locked {
-		return fault.New(fault.Busy, "data folder "+s.Data+" is in use by another server", "stop that one, or give --data another folder")
+		return fault.New(
+			fault.Busy,
+			"data folder "+s.Data+" is in use by another server",
+			"stop that one, or give --data another folder",
+		)
 	}
 	defer closing("lock", lock.Close)
 	token, err := loadToken(s, log)

@@ -209,7 +209,13 @@ func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, erro
 // Yank marks an artifact as one that must not be used any more.
 func (c *Client) Yank(ctx context.Context, digest, reason string) (Artifact, error) {
 	var out Artifact
-	return out, c.call(ctx, http.MethodPost, "/v1/artifacts/"+url.PathEscape(digest)+"/yank", YankRequest{Reason: reason}, &out)
+	return out, c.call(
+		ctx,
+		http.MethodPost,
+		"/v1/artifacts/"+url.PathEscape(digest)+"/yank",
+		YankRequest{Reason: reason},
+		&out,
+	)
 }
 
 // Unyank takes a yank back.
@@ -280,8 +286,15 @@ func (c *Client) call(ctx context.Context, method, path string, in, out any) err
 
 // answer is call with the answer's header.
 func (c *Client) answer(ctx context.Context, method, path string, in, out any) (http.Header, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, callTime,
-		fault.New(fault.Transient, "the server did not answer within "+callTime.String(), "check that the server runs at "+c.base))
+	ctx, cancel := context.WithTimeoutCause(
+		ctx,
+		callTime,
+		fault.New(
+			fault.Transient,
+			"the server did not answer within "+callTime.String(),
+			"check that the server runs at "+c.base,
+		),
+	)
 	defer cancel()
 	var body io.Reader
 	var contentType string
@@ -297,7 +310,10 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 		return nil, err
 	}
 	if err := json.NewDecoder(io.LimitReader(resp.Body, maxAnswer)).Decode(out); err != nil {
-		return nil, errors.Join(fault.Wrap(fault.Transient, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), ""), resp.Body.Close())
+		return nil, errors.Join(
+			fault.Wrap(fault.Transient, fmt.Errorf("%s %s%s: read answer: %w", method, c.base, path, err), ""),
+			resp.Body.Close(),
+		)
 	}
 	return resp.Header, drain(resp)
 }

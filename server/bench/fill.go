@@ -46,7 +46,9 @@ func fill(ctx context.Context, url string, s settings) (w world, err error) {
 		m, _ := target.Milestone(id)
 		w.kernels = append(w.kernels, target.Kernel{BuildID: id, Board: "lakitu", Milestone: m, Commit: fmt.Sprintf("%040x", i),
 			Release: fmt.Sprintf("6.6.%d+", i/perFingerprint), Arch: target.AMD64})
-		fingers[i] = target.Fingerprint(fmt.Sprintf("sha256:%x", sha256.Sum256(fmt.Appendf(nil, "%d %d", branch, i/len(branches)/perFingerprint))))
+		fingers[i] = target.Fingerprint(
+			fmt.Sprintf("sha256:%x", sha256.Sum256(fmt.Appendf(nil, "%d %d", branch, i/len(branches)/perFingerprint))),
+		)
 	}
 	err = db.Write(ctx, func(tx *store.Tx) error {
 		for _, v := range w.versions {
@@ -56,7 +58,9 @@ func fill(ctx context.Context, url string, s settings) (w world, err error) {
 		}
 		for i, k := range w.kernels {
 			entry := api.Kernel{Kernel: k, Fingerprint: fingers[i], Default: w.versions[0], Latest: w.versions[s.drivers-1],
-				Branches: map[string]string{target.Branch(w.versions[0]): w.versions[0]}, SeenAt: begin.Add(year * time.Duration(i) / time.Duration(s.kernels))}
+				Branches: map[string]string{
+					target.Branch(w.versions[0]): w.versions[0],
+				}, SeenAt: begin.Add(year * time.Duration(i) / time.Duration(s.kernels))}
 			if err := tx.PutKernel(ctx, entry); err != nil {
 				return err
 			}
@@ -89,8 +93,17 @@ func fillCells(ctx context.Context, tx *store.Tx, w world, i int, f target.Finge
 				continue // nobody asked for it
 			}
 			d := target.Driver{Version: v, Flavour: flavour}
-			a := api.Artifact{Digest: fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(string(f)+d.String()))), Repository: "/prebake/driver",
-				Fingerprint: f, Driver: d, Arch: k.Arch, Release: k.Release, Kernels: []target.Kernel{k}, State: api.Published, PublishedAt: at}
+			a := api.Artifact{
+				Digest:      fmt.Sprintf("sha256:%x", sha256.Sum256([]byte(string(f)+d.String()))),
+				Repository:  "/prebake/driver",
+				Fingerprint: f,
+				Driver:      d,
+				Arch:        k.Arch,
+				Release:     k.Release,
+				Kernels:     []target.Kernel{k},
+				State:       api.Published,
+				PublishedAt: at,
+			}
 			if err := tx.PutArtifact(ctx, a); err != nil {
 				return err
 			}
@@ -105,8 +118,12 @@ func fillBuilds(ctx context.Context, db *store.Store, w world, s settings, r *ra
 	for done := 0; done < s.builds; done += at {
 		err := db.Write(ctx, func(tx *store.Tx) error {
 			for i := done; i < min(done+at, s.builds); i++ {
-				b := api.Build{Kernel: w.kernels[r.IntN(len(w.kernels))], State: api.Published, CreatedAt: begin.Add(time.Duration(i) * time.Minute),
-					Driver: target.Driver{Version: w.versions[r.IntN(len(w.versions))], Flavour: target.Open}}
+				b := api.Build{
+					Kernel:    w.kernels[r.IntN(len(w.kernels))],
+					State:     api.Published,
+					CreatedAt: begin.Add(time.Duration(i) * time.Minute),
+					Driver:    target.Driver{Version: w.versions[r.IntN(len(w.versions))], Flavour: target.Open},
+				}
 				if i >= s.builds-s.queue {
 					b.State = api.Queued
 				}
@@ -114,7 +131,11 @@ func fillBuilds(ctx context.Context, db *store.Store, w world, s settings, r *ra
 				if err != nil || !added || b.State == api.Queued {
 					return err
 				}
-				b.Phases = []timeline.Phase{{Name: "source", Seconds: 3}, {Name: "compile", Seconds: 90}, {Name: "publish", Seconds: 4}}
+				b.Phases = []timeline.Phase{
+					{Name: "source", Seconds: 3},
+					{Name: "compile", Seconds: 90},
+					{Name: "publish", Seconds: 4},
+				}
 				if i%10 == 0 {
 					b.State, b.Class, b.Error = api.Failed, "api-break", "nv-pci.c:1: error: too few arguments to function"
 				}

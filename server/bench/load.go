@@ -112,7 +112,12 @@ func measure(ctx context.Context, base string, w world, s settings) ([]*row, err
 		if rand.IntN(4) == 0 {
 			driver = w.versions[rand.IntN(len(w.versions))]
 		}
-		return base + "/v1/resolve?" + url.Values{"buildId": {k.BuildID}, "board": {k.Board}, "driver": {driver}, "flavour": {"open"}}.Encode()
+		return base + "/v1/resolve?" + url.Values{
+			"buildId": {k.BuildID},
+			"board":   {k.Board},
+			"driver":  {driver},
+			"flavour": {"open"},
+		}.Encode()
 	}
 	resolve := func() bool { return get(ctx, c, question()) }
 	if !resolve() {
@@ -143,11 +148,19 @@ func measure(ctx context.Context, base string, w world, s settings) ([]*row, err
 		add(paced(ctx, l.name, 10, s.length/3, func() bool { return get(ctx, c, base+l.path) }))
 	}
 	add(crowd(ctx, base, s, resolve))
-	add(paced(ctx, fmt.Sprintf("boot storm of %d nodes", s.storm), s.storm/max(1, int(s.stormLength.Seconds())), s.stormLength, func() bool {
-		node := client() // each node comes by a connection of its own
-		defer node.CloseIdleConnections()
-		return get(ctx, node, question())
-	}))
+	add(
+		paced(
+			ctx,
+			fmt.Sprintf("boot storm of %d nodes", s.storm),
+			s.storm/max(1, int(s.stormLength.Seconds())),
+			s.stormLength,
+			func() bool {
+				node := client() // each node comes by a connection of its own
+				defer node.CloseIdleConnections()
+				return get(ctx, node, question())
+			},
+		),
+	)
 	stop()
 	probes.Wait()
 	add(ready)

@@ -33,7 +33,12 @@ type settings struct {
 func main() {
 	var s settings
 	flag.StringVar(&s.server, "server", "bin/server", "program to measure")
-	flag.StringVar(&s.database, "database", "", "postgres://… to fill (its schema must be empty); empty is SQLite in a temporary folder")
+	flag.StringVar(
+		&s.database,
+		"database",
+		"",
+		"postgres://… to fill (its schema must be empty); empty is SQLite in a temporary folder",
+	)
 	flag.IntVar(&s.kernels, "kernels", 5000, "COS builds")
 	flag.IntVar(&s.drivers, "drivers", 6, "driver versions; each has two flavours")
 	flag.IntVar(&s.builds, "builds", 100_000, "builds of the year, most of cells that are published since")
@@ -86,8 +91,17 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ")
 	floor := rows[0].at(50)
 	for _, r := range rows {
-		fmt.Fprintf(w, "%s\t%d\t%d\t%s\t%s\t%s\t%.1f\n", r.name, len(r.took), r.failed, short(r.at(50)), short(r.at(99)), short(r.at(100)),
-			float64(r.at(50))/float64(max(floor, 1)))
+		fmt.Fprintf(
+			w,
+			"%s\t%d\t%d\t%s\t%s\t%s\t%.1f\n",
+			r.name,
+			len(r.took),
+			r.failed,
+			short(r.at(50)),
+			short(r.at(99)),
+			short(r.at(100)),
+			float64(r.at(50))/float64(max(floor, 1)),
+		)
 	}
 	if err := w.Flush(); err != nil {
 		return err

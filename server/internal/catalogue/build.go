@@ -50,7 +50,11 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 		}
 	}
 	if chosen == nil {
-		return api.Build{}, fault.New(fault.Unsupported, "request build: "+refusal, "choose the other flavour, or another version")
+		return api.Build{}, fault.New(
+			fault.Unsupported,
+			"request build: "+refusal,
+			"choose the other flavour, or another version",
+		)
 	}
 	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }
@@ -111,7 +115,11 @@ func (c *Catalogue) find(ctx context.Context, k target.Kernel) (cells *store.Ker
 	}
 	cells, err = c.Store.KernelCells(ctx, k.BuildID, k.Board)
 	if err == nil && cells == nil {
-		err = fault.New(fault.InputMissing, fmt.Sprintf("COS build %s is not for board %s", k.BuildID, k.Board), "check the board: it is in /etc/lsb-release")
+		err = fault.New(
+			fault.InputMissing,
+			fmt.Sprintf("COS build %s is not for board %s", k.BuildID, k.Board),
+			"check the board: it is in /etc/lsb-release",
+		)
 	}
 	return cells, err == nil, err
 }
@@ -307,7 +315,16 @@ func (c *Catalogue) learnKernel(ctx context.Context, tx *store.Tx, b api.Build, 
 	if known && old.Fingerprint != "" && k.Fingerprint != "" && old.Fingerprint != k.Fingerprint {
 		// COS builds do not change, so the mirror's did. The newest reading
 		// counts, and artifacts of the old fingerprint stop matching.
-		c.Log.WarnContext(ctx, "kernel fingerprint changed", "kernel", k.String(), "old", old.Fingerprint.Short(), "new", k.Fingerprint.Short())
+		c.Log.WarnContext(
+			ctx,
+			"kernel fingerprint changed",
+			"kernel",
+			k.String(),
+			"old",
+			old.Fingerprint.Short(),
+			"new",
+			k.Fingerprint.Short(),
+		)
 	}
 	k.SeenAt = c.Now()
 	return tx.PutKernel(ctx, k)
@@ -324,7 +341,11 @@ func (c *Catalogue) learnArtifact(ctx context.Context, tx *store.Tx, b api.Build
 		fingerprint = k.Fingerprint
 	}
 	if fingerprint == "" {
-		return fault.New(fault.Usage, fmt.Sprintf("publish build %d: nobody reported the kernel's fingerprint", b.ID), "send it in the update")
+		return fault.New(
+			fault.Usage,
+			fmt.Sprintf("publish build %d: nobody reported the kernel's fingerprint", b.ID),
+			"send it in the update",
+		)
 	}
 	return c.addArtifact(ctx, tx, api.Artifact{
 		Digest: u.Digest, Repository: u.Repository, Fingerprint: fingerprint, Driver: b.Driver,

@@ -32,7 +32,11 @@ type lister interface {
 type resolver interface {
 	KernelCells(ctx context.Context, buildID, board string) (*store.KernelCells, error)
 	Driver(ctx context.Context, version string) (api.DriverRelease, error)
-	Cells(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, map[store.CellKey]store.Facts, string, error)
+	Cells(
+		ctx context.Context,
+		f store.KernelFilter,
+		p store.Page,
+	) ([]api.Kernel, map[store.CellKey]store.Facts, string, error)
 }
 
 // writer reads single things and changes them, each use-case in one transaction.
@@ -98,7 +102,7 @@ type Config struct {
 // Catalogue is the set of use-cases.
 type Catalogue struct {
 	Config
-	unknown chan target.Kernel
+	unknown  chan target.Kernel
 	planning chan struct{} // has room for one; see Planner
 }
 
@@ -129,13 +133,22 @@ func page(p store.Page) (store.Page, error) {
 		p.Limit = DefaultLimit
 	}
 	if p.Limit < 1 || p.Limit > MaxLimit {
-		return p, fault.New(fault.Usage, fmt.Sprintf("limit %d: want 1 to %d", p.Limit, MaxLimit), "follow the Link header for more")
+		return p, fault.New(
+			fault.Usage,
+			fmt.Sprintf("limit %d: want 1 to %d", p.Limit, MaxLimit),
+			"follow the Link header for more",
+		)
 	}
 	return p, nil
 }
 
 // listed runs a list with the page checked.
-func listed[F, T any](ctx context.Context, list func(context.Context, F, store.Page) ([]T, string, error), f F, p store.Page) ([]T, string, error) {
+func listed[F, T any](
+	ctx context.Context,
+	list func(context.Context, F, store.Page) ([]T, string, error),
+	f F,
+	p store.Page,
+) ([]T, string, error) {
 	p, err := page(p)
 	if err != nil {
 		return nil, "", err
@@ -145,7 +158,11 @@ func listed[F, T any](ctx context.Context, list func(context.Context, F, store.P
 
 // Kernels lists a page of the known kernels, newest first; next is where the next
 // page begins, or "".
-func (c *Catalogue) Kernels(ctx context.Context, f store.KernelFilter, p store.Page) (all []api.Kernel, next string, err error) {
+func (c *Catalogue) Kernels(
+	ctx context.Context,
+	f store.KernelFilter,
+	p store.Page,
+) (all []api.Kernel, next string, err error) {
 	return listed(ctx, c.Store.Kernels, f, p)
 }
 
@@ -159,9 +176,17 @@ func (c *Catalogue) Drivers(ctx context.Context, p store.Page) (all []api.Driver
 }
 
 // Artifacts lists a page of artifacts, yanked ones included, newest first.
-func (c *Catalogue) Artifacts(ctx context.Context, f store.ArtifactFilter, p store.Page) (all []api.Artifact, next string, err error) {
+func (c *Catalogue) Artifacts(
+	ctx context.Context,
+	f store.ArtifactFilter,
+	p store.Page,
+) (all []api.Artifact, next string, err error) {
 	if f.State != "" && f.State != api.Published && f.State != api.Yanked {
-		return nil, "", fault.New(fault.Usage, fmt.Sprintf("state %q is not one of an artifact", f.State), "use published or yanked")
+		return nil, "", fault.New(
+			fault.Usage,
+			fmt.Sprintf("state %q is not one of an artifact", f.State),
+			"use published or yanked",
+		)
 	}
 	return listed(ctx, c.Store.Artifacts, f, p)
 }
@@ -175,12 +200,20 @@ func (c *Catalogue) Artifact(ctx context.Context, digest string) (api.Artifact, 
 }
 
 // Builds lists a page of builds, newest first.
-func (c *Catalogue) Builds(ctx context.Context, f store.BuildFilter, p store.Page) (all []api.Build, next string, err error) {
+func (c *Catalogue) Builds(
+	ctx context.Context,
+	f store.BuildFilter,
+	p store.Page,
+) (all []api.Build, next string, err error) {
 	switch f.State {
 	case "", api.Queued, api.Building, api.Published, api.Failed, api.Cancelled:
 		return listed(ctx, c.Store.Builds, f, p)
 	}
-	return nil, "", fault.New(fault.Usage, fmt.Sprintf("state %q is not one of a build", f.State), "use queued, building, published, failed or cancelled")
+	return nil, "", fault.New(
+		fault.Usage,
+		fmt.Sprintf("state %q is not one of a build", f.State),
+		"use queued, building, published, failed or cancelled",
+	)
 }
 
 // Build reads one build.
@@ -253,7 +286,11 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 		case err != nil:
 			return err
 		case !held:
-			return fault.New(fault.Mismatch, fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest), "push it first")
+			return fault.New(
+				fault.Mismatch,
+				fmt.Sprintf("repository %s has no manifest %s", a.Repository, a.Digest),
+				"push it first",
+			)
 		}
 	}
 	for _, k := range a.Kernels {
@@ -267,7 +304,11 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			}
 		}
 		if ok && known.Fingerprint != "" && known.Fingerprint != a.Fingerprint {
-			return fault.New(fault.Mismatch, fmt.Sprintf("kernel %s has fingerprint %s, the artifact %s", k, known.Fingerprint.Short(), a.Fingerprint.Short()), "")
+			return fault.New(
+				fault.Mismatch,
+				fmt.Sprintf("kernel %s has fingerprint %s, the artifact %s", k, known.Fingerprint.Short(), a.Fingerprint.Short()),
+				"",
+			)
 		}
 	}
 	old, err := tx.Artifact(ctx, a.Digest)
@@ -276,7 +317,11 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	case err != nil:
 		return err
 	case old.Driver != a.Driver || old.Fingerprint != a.Fingerprint:
-		return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is known as driver %s for fingerprint %s", a.Digest, old.Driver, old.Fingerprint.Short()), "")
+		return fault.New(
+			fault.Mismatch,
+			fmt.Sprintf("artifact %s is known as driver %s for fingerprint %s", a.Digest, old.Driver, old.Fingerprint.Short()),
+			"",
+		)
 	}
 	a.State, a.Reason, a.PublishedAt = api.Published, "", c.Now()
 	return tx.PutArtifact(ctx, a)
@@ -300,7 +345,11 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 // that back.
 func (c *Catalogue) Yank(ctx context.Context, digest, reason string) (api.Artifact, error) {
 	if reason = strings.TrimSpace(reason); reason == "" || len(reason) > 1000 {
-		return api.Artifact{}, fault.New(fault.Usage, "yank "+digest+": want a reason of 1 to 1000 letters", "say why, nodes show it")
+		return api.Artifact{}, fault.New(
+			fault.Usage,
+			"yank "+digest+": want a reason of 1 to 1000 letters",
+			"say why, nodes show it",
+		)
 	}
 	return c.mark(ctx, digest, api.Yanked, reason)
 }

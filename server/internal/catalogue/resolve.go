@@ -51,7 +51,11 @@ func parseWish(buildID, board, driver, flavour string) (wish, error) {
 	}
 	f, err := target.ParseFlavour(flavour)
 	if err != nil {
-		return wish{}, fault.Wrap(fault.Usage, fmt.Errorf("flavour %q: want auto, proprietary or open", flavour), "auto lets the server choose")
+		return wish{}, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("flavour %q: want auto, proprietary or open", flavour),
+			"auto lets the server choose",
+		)
 	}
 	w.flavours = []target.Flavour{f}
 	return w, nil
@@ -87,7 +91,10 @@ func (w wish) version(k api.Kernel, known bool) (version, reason, hint string) {
 
 // Resolve answers what a node should run. Only a question whose form is wrong
 // is an error; everything else is a state with a reason.
-func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour, release string) (api.Resolution, error) {
+func (c *Catalogue) Resolve(
+	ctx context.Context,
+	buildID, board, driver, flavour, release string,
+) (api.Resolution, error) {
 	w, err := parseWish(buildID, board, driver, flavour)
 	if err != nil {
 		return api.Resolution{}, fmt.Errorf("resolve: %w", err)
@@ -129,7 +136,19 @@ func (c *Catalogue) Resolve(ctx context.Context, buildID, board, driver, flavour
 // rank orders the states of two flavours of one wish: the nearer to a usable
 // artifact, the better.
 func rank(s api.State) int {
-	return slices.Index([]api.State{api.Published, api.Building, api.Queued, api.Yanked, api.Failed, api.Cancelled, api.Unknown, api.Unsupported}, s)
+	return slices.Index(
+		[]api.State{
+			api.Published,
+			api.Building,
+			api.Queued,
+			api.Yanked,
+			api.Failed,
+			api.Cancelled,
+			api.Unknown,
+			api.Unsupported,
+		},
+		s,
+	)
 }
 
 // never says why a cell can never be built; "" when nothing speaks against it.
@@ -166,12 +185,25 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 			sibling = a
 		}
 	}
-	request := fmt.Sprintf("ask for it: server request --build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
+	request := fmt.Sprintf(
+		"ask for it: server request --build-id %s --board %s --driver %s --flavour %s",
+		k.BuildID,
+		k.Board,
+		d.Version,
+		d.Flavour,
+	)
 	switch {
 	case open(newest) && newest.State == api.Building:
-		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf("build %d is in phase %s", newest.ID, orText(newest.Phase, "start")), "ask again in a minute"
+		r.State, r.Reason, r.Hint = api.Building, fmt.Sprintf(
+			"build %d is in phase %s",
+			newest.ID,
+			orText(newest.Phase, "start"),
+		), "ask again in a minute"
 	case open(newest):
-		r.State, r.Reason, r.Hint = api.Queued, fmt.Sprintf("build %d waits for a builder", newest.ID), "start one: builder work"
+		r.State, r.Reason, r.Hint = api.Queued, fmt.Sprintf(
+			"build %d waits for a builder",
+			newest.ID,
+		), "start one: builder work"
 		if newest.Class != "" {
 			r.Reason = fmt.Sprintf("build %d waits for its next try after %s: %s", newest.ID, newest.Class, newest.Error)
 		}
@@ -180,15 +212,20 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 	case never(rel, d) != "":
 		r.State, r.Reason, r.Hint = api.Unsupported, never(rel, d), "choose the other flavour, or another version"
 	case newest != nil && newest.State == api.Failed && newest.Class == fault.Unsupported.String():
-		r.State, r.Reason, r.Hint = api.Unsupported, newest.Error, orText(newest.Hint, "choose the other flavour, or another version")
+		r.State, r.Reason, r.Hint = api.Unsupported, newest.Error, orText(
+			newest.Hint,
+			"choose the other flavour, or another version",
+		)
 	case newest != nil && newest.State == api.Failed:
 		r.State, r.Reason, r.Hint = api.Failed, newest.Class+": "+newest.Error,
 			orText(newest.Hint, fmt.Sprintf("read its log: server build %d --log", newest.ID))
 	case newest != nil && newest.State == api.Cancelled:
 		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was called off", newest.ID), request
 	case sibling != nil:
-		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf("%s has the same fingerprint, but nobody attested it for this build; a builder does that without compiling",
-			sibling.Digest), request
+		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf(
+			"%s has the same fingerprint, but nobody attested it for this build; a builder does that without compiling",
+			sibling.Digest,
+		), request
 	default:
 		r.State, r.Reason, r.Hint = api.Unknown, "nobody asked for this build yet", request
 	}
@@ -233,8 +270,8 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 // What is remembered of kernels that a mirror lacks.
 const (
 	maxUnknown = 64
-	maxMissed   = 10000
-	missedFor   = 2 * time.Minute
+	maxMissed  = 10000
+	missedFor  = 2 * time.Minute
 )
 
 // Matrix is a page of kernels by driver versions; Cells[i][j] has both flavours.
@@ -312,7 +349,11 @@ func attested(kernels []api.Kernel, facts map[store.CellKey]store.Facts) []api.A
 }
 
 // columns chooses the drivers of a matrix, newest first.
-func (c *Catalogue) columns(ctx context.Context, kernels []api.Kernel, facts map[store.CellKey]store.Facts) ([]api.DriverRelease, error) {
+func (c *Catalogue) columns(
+	ctx context.Context,
+	kernels []api.Kernel,
+	facts map[store.CellKey]store.Facts,
+) ([]api.DriverRelease, error) {
 	wanted := map[string]bool{}
 	for key := range facts {
 		wanted[key.Driver.Version] = true
@@ -355,14 +396,23 @@ func pageOfCells(p store.Page) (store.Page, error) {
 		p.Limit = MaxLimitCells / 5
 	}
 	if p.Limit < 1 || p.Limit > MaxLimitCells {
-		return p, fault.New(fault.Usage, fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells), "follow the Link header for more")
+		return p, fault.New(
+			fault.Usage,
+			fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells),
+			"follow the Link header for more",
+		)
 	}
 	return p, nil
 }
 
 // Cells lists where the cells of a page of kernels stand, of one driver version or
 // of all that somebody built or published for them.
-func (c *Catalogue) Cells(ctx context.Context, f store.KernelFilter, version string, p store.Page) ([]api.Resolution, string, error) {
+func (c *Catalogue) Cells(
+	ctx context.Context,
+	f store.KernelFilter,
+	version string,
+	p store.Page,
+) ([]api.Resolution, string, error) {
 	p, err := pageOfCells(p)
 	if err != nil {
 		return nil, "", err

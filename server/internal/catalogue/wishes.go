@@ -37,14 +37,22 @@ func (c *Catalogue) WishList(ctx context.Context, name string) (api.WishList, er
 // that of the text that this one takes the place of; 0 takes any.
 func (c *Catalogue) PutWishList(ctx context.Context, name, text string, version int64) (api.WishList, error) {
 	if !namePattern.MatchString(name) {
-		return api.WishList{}, fault.New(fault.Usage, fmt.Sprintf("wish list name %.80q: want small letters, digits, - and _", name), "choose a name such as production")
+		return api.WishList{}, fault.New(
+			fault.Usage,
+			fmt.Sprintf("wish list name %.80q: want small letters, digits, - and _", name),
+			"choose a name such as production",
+		)
 	}
 	w, err := plan.Parse(name, []byte(text))
 	if err != nil {
 		return api.WishList{}, err
 	}
 	if strings.HasPrefix(w.ImageMap, "file:") && !strings.HasPrefix(c.KernelMirror, "file:") {
-		return api.WishList{}, fault.New(fault.Usage, "the image map is a file of the server's machine", "put it on a web server or into a bucket")
+		return api.WishList{}, fault.New(
+			fault.Usage,
+			"the image map is a file of the server's machine",
+			"put it on a web server or into a bucket",
+		)
 	}
 	err = c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutWishList(ctx, name, text, version, c.Now()) })
 	if err != nil {
@@ -135,7 +143,10 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		return 0, err
 	}
 	l.Problems = p.Notes
-	slices.SortStableFunc(p.Cells, func(a, b plan.Cell) int { return target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID) })
+	slices.SortStableFunc(
+		p.Cells,
+		func(a, b plan.Cell) int { return target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID) },
+	)
 	for _, cell := range p.Cells {
 		if cell.Problem != nil {
 			if !cell.Problem.Unavailable && len(l.Problems) < maxProblems {
@@ -209,8 +220,12 @@ func (s *planView) add(k api.Kernel) {
 
 // planView reads the whole catalogue, page by page.
 func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
-	s := &planView{kernels: map[string]api.Kernel{}, boards: map[string][]target.Kernel{}, drivers: map[string]api.DriverRelease{},
-		states: map[store.CellKey]api.State{}}
+	s := &planView{
+		kernels: map[string]api.Kernel{},
+		boards:  map[string][]target.Kernel{},
+		drivers: map[string]api.DriverRelease{},
+		states:  map[store.CellKey]api.State{},
+	}
 	for after := ""; ; {
 		all, facts, next, err := c.Store.Cells(ctx, store.KernelFilter{}, store.Page{After: after, Limit: MaxLimitCells})
 		if err != nil {
@@ -257,7 +272,11 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 	entry := s.kernels[k.String()]
 	list := lists(entry)
 	if list.Default == "" && list.Latest == "" && len(list.Branches) == 0 {
-		return list, fault.New(fault.InputMissing, fmt.Sprintf("COS build %s has no driver list", k), "ask for exact driver versions")
+		return list, fault.New(
+			fault.InputMissing,
+			fmt.Sprintf("COS build %s has no driver list", k),
+			"ask for exact driver versions",
+		)
 	}
 	return list, nil
 }
@@ -276,7 +295,11 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 		return api.Release{}, fault.Wrap(fault.Usage, err, "")
 	}
 	if c.Mirror == nil {
-		return api.Release{}, fault.New(fault.Unsupported, "this server has no mirror of COS releases to look build "+buildID+" up in", "start it with --kernel-mirror")
+		return api.Release{}, fault.New(
+			fault.Unsupported,
+			"this server has no mirror of COS releases to look build "+buildID+" up in",
+			"start it with --kernel-mirror",
+		)
 	}
 	if _, err := c.lookUp(ctx, buildID); err != nil {
 		return api.Release{}, err
@@ -296,7 +319,11 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 		return api.Release{}, err
 	}
 	if len(kernels) == 0 || buildID == "" {
-		return api.Release{}, fault.New(fault.NotFound, fmt.Sprintf("COS build %.80q is not in the catalogue", buildID), "announce it: POST /v1/releases")
+		return api.Release{}, fault.New(
+			fault.NotFound,
+			fmt.Sprintf("COS build %.80q is not in the catalogue", buildID),
+			"announce it: POST /v1/releases",
+		)
 	}
 	r := api.Release{BuildID: buildID, Kernels: kernels, SeenAt: kernels[0].FirstSeenAt}
 	if r.Cells, _, err = c.Cells(ctx, store.KernelFilter{BuildID: buildID}, "", store.Page{Limit: MaxLimitCells}); err != nil {

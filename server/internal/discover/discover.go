@@ -73,9 +73,29 @@ func Run(ctx context.Context, c Config) error {
 		case ctx.Err() != nil:
 			return nil
 		case err != nil:
-			c.Log.WarnContext(ctx, "discovery incomplete", "kernels", kernels, "drivers", drivers, "err", err, "hint", fault.Hint(err))
+			c.Log.WarnContext(
+				ctx,
+				"discovery incomplete",
+				"kernels",
+				kernels,
+				"drivers",
+				drivers,
+				"err",
+				err,
+				"hint",
+				fault.Hint(err),
+			)
 		default:
-			c.Log.InfoContext(ctx, "discovery done", "kernels", kernels, "drivers", drivers, "took", time.Since(begin).Round(time.Millisecond).String())
+			c.Log.InfoContext(
+				ctx,
+				"discovery done",
+				"kernels",
+				kernels,
+				"drivers",
+				drivers,
+				"took",
+				time.Since(begin).Round(time.Millisecond).String(),
+			)
 		}
 		if c.Found != nil {
 			c.Found(ctx)
@@ -159,7 +179,11 @@ func (c Config) known(ctx context.Context) (map[string][]api.Kernel, error) {
 // choose says which builds to look into that the catalogue lacks, and which known
 // kernels to read again. The ids are newest first. A milestone's builds share the
 // first number of their BUILD_IDs.
-func (c Config) choose(ids []string, old map[string][]api.Kernel, now time.Time) (unseen []string, again []target.Kernel) {
+func (c Config) choose(
+	ids []string,
+	old map[string][]api.Kernel,
+	now time.Time,
+) (unseen []string, again []target.Kernel) {
 	most := c.PerMilestone
 	if most <= 0 {
 		most = 40
@@ -272,7 +296,11 @@ func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, er
 		all = append(all, entry)
 	}
 	if len(all) == 0 {
-		return nil, fault.New(fault.InputMissing, "the mirror has no COS build "+buildID, "check BUILD_ID, and that the server's --kernel-mirror has that build")
+		return nil, fault.New(
+			fault.InputMissing,
+			"the mirror has no COS build "+buildID,
+			"check BUILD_ID, and that the server's --kernel-mirror has that build",
+		)
 	}
 	return all, nil
 }

@@ -45,7 +45,13 @@ func newMetrics(c Config) *metrics {
 			return float64(free)
 		}))
 	}
-	m.registry.MustRegister(m.took, info, &inventory{c}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(
+		m.took,
+		info,
+		&inventory{c},
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
 	return m
 }
 
@@ -69,7 +75,13 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 		default:
 			method = "other"
 		}
-		m.took.WithLabelValues(route, method, strconv.Itoa(cmp.Or(seen.Status(), http.StatusOK))).Observe(time.Since(begin).Seconds())
+		m.took.WithLabelValues(
+			route,
+			method,
+			strconv.Itoa(cmp.Or(seen.Status(), http.StatusOK)),
+		).Observe(
+			time.Since(begin).Seconds(),
+		)
 	})
 }
 

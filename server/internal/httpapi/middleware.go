@@ -46,7 +46,18 @@ func recoverPanics(log *slog.Logger) func(http.Handler) http.Handler {
 				if err, ok := cause.(error); ok && errors.Is(err, http.ErrAbortHandler) {
 					panic(cause)
 				}
-				log.ErrorContext(r.Context(), "request panicked", "method", r.Method, "path", r.URL.Path, "err", fmt.Sprint(cause), "stack", string(debug.Stack()))
+				log.ErrorContext(
+					r.Context(),
+					"request panicked",
+					"method",
+					r.Method,
+					"path",
+					r.URL.Path,
+					"err",
+					fmt.Sprint(cause),
+					"stack",
+					string(debug.Stack()),
+				)
 				writeProblem(w, problemOf(fault.Errorf(fault.Internal, "panic")))
 			}()
 			next.ServeHTTP(w, r)
@@ -58,7 +69,10 @@ func recoverPanics(log *slog.Logger) func(http.Handler) http.Handler {
 func secureHeaders(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		h := w.Header()
-		h.Set("Content-Security-Policy", "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'")
+		h.Set(
+			"Content-Security-Policy",
+			"default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
+		)
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "no-referrer")
 		next.ServeHTTP(w, r)
@@ -197,7 +211,10 @@ func notFound(pages http.Handler) http.HandlerFunc {
 			pages.ServeHTTP(w, r)
 			return
 		}
-		writeProblem(w, problemOf(fault.New(fault.NotFound, "there is no "+r.URL.Path, "the routes are listed in /openapi.json")))
+		writeProblem(
+			w,
+			problemOf(fault.New(fault.NotFound, "there is no "+r.URL.Path, "the routes are listed in /openapi.json")),
+		)
 	}
 }
 
@@ -220,7 +237,11 @@ func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 func pathID(r *http.Request) (int64, error) {
 	id, err := strconv.ParseInt(chi.URLParam(r, "id"), 10, 64)
 	if err != nil || id < 1 {
-		return 0, fault.New(fault.Usage, fmt.Sprintf("build %q is not a number", chi.URLParam(r, "id")), "list builds: server builds")
+		return 0, fault.New(
+			fault.Usage,
+			fmt.Sprintf("build %q is not a number", chi.URLParam(r, "id")),
+			"list builds: server builds",
+		)
 	}
 	return id, nil
 }

@@ -110,9 +110,22 @@ func refuseUnknown(a huma.API) func(huma.Context, func(huma.Context)) {
 	return func(ctx huma.Context, next func(huma.Context)) {
 		u := ctx.URL()
 		for name := range u.Query() {
-			known := slices.ContainsFunc(ctx.Operation().Parameters, func(p *huma.Param) bool { return p.In == "query" && p.Name == name })
+			known := slices.ContainsFunc(
+				ctx.Operation().Parameters,
+				func(p *huma.Param) bool { return p.In == "query" && p.Name == name },
+			)
 			if !known {
-				writeHuma(a, ctx, problemOf(fault.New(fault.Usage, fmt.Sprintf("there is no query parameter %.80q here", name), "the parameters are described in /openapi.json")))
+				writeHuma(
+					a,
+					ctx,
+					problemOf(
+						fault.New(
+							fault.Usage,
+							fmt.Sprintf("there is no query parameter %.80q here", name),
+							"the parameters are described in /openapi.json",
+						),
+					),
+				)
 				return
 			}
 		}

@@ -120,14 +120,26 @@ type table struct {
 }
 
 func (table) read(id, path, what string) huma.Operation {
-	return huma.Operation{OperationID: id, Method: http.MethodGet, Path: path, Summary: what, Errors: []int{http.StatusBadRequest}}
+	return huma.Operation{
+		OperationID: id,
+		Method:      http.MethodGet,
+		Path:        path,
+		Summary:     what,
+		Errors:      []int{http.StatusBadRequest},
+	}
 }
 
 // write describes a route that needs the token.
 func (table) write(id, method, path, what string, status int) huma.Operation {
 	return huma.Operation{OperationID: id, Method: method, Path: path, Summary: what, DefaultStatus: status,
 		MaxBodyBytes: 1 << 20, Security: []map[string][]string{{"token": {}}},
-		Errors: []int{http.StatusBadRequest, http.StatusUnauthorized, http.StatusNotFound, http.StatusConflict, http.StatusRequestEntityTooLarge}}
+		Errors: []int{
+			http.StatusBadRequest,
+			http.StatusUnauthorized,
+			http.StatusNotFound,
+			http.StatusConflict,
+			http.StatusRequestEntityTooLarge,
+		}}
 }
 
 // mountAPI registers the whole API.
@@ -144,19 +156,27 @@ func mountAPI(r chi.Router, c Config) {
 
 func (t table) lists() {
 	cat := t.Catalogue
-	huma.Register(t, t.read("list-kernels", "/v1/kernels", "List kernels, newest first"), func(ctx context.Context, in *struct {
-		PageQuery
-		KernelQuery
-	}) (*list[api.Kernel], error) {
-		all, next, err := cat.Kernels(ctx, in.filter(), in.page())
-		return listed(&in.PageQuery, all, next, err)
-	})
-	huma.Register(t, t.read("list-drivers", "/v1/drivers", "List driver versions, newest first"), func(ctx context.Context, in *struct {
-		PageQuery
-	}) (*list[api.DriverRelease], error) {
-		all, next, err := cat.Drivers(ctx, in.page())
-		return listed(&in.PageQuery, all, next, err)
-	})
+	huma.Register(
+		t,
+		t.read("list-kernels", "/v1/kernels", "List kernels, newest first"),
+		func(ctx context.Context, in *struct {
+			PageQuery
+			KernelQuery
+		}) (*list[api.Kernel], error) {
+			all, next, err := cat.Kernels(ctx, in.filter(), in.page())
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
+	huma.Register(
+		t,
+		t.read("list-drivers", "/v1/drivers", "List driver versions, newest first"),
+		func(ctx context.Context, in *struct {
+			PageQuery
+		}) (*list[api.DriverRelease], error) {
+			all, next, err := cat.Drivers(ctx, in.page())
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
 	huma.Register(t, t.read("list-builds", "/v1/builds", "List builds, newest first"), func(ctx context.Context, in *struct {
 		PageQuery
 		KernelQuery
@@ -168,18 +188,26 @@ func (t table) lists() {
 			Milestone: in.Milestone, Driver: in.Driver, Flavour: target.Flavour(in.Flavour)}, in.page())
 		return listed(&in.PageQuery, all, next, err)
 	})
-	huma.Register(t, t.read("list-artifacts", "/v1/artifacts", "List artifacts, newest first"), func(ctx context.Context, in *struct {
-		PageQuery
-		BuildID string `query:"buildId" doc:"only those attested for this BUILD_ID"`
-		Board   string `query:"board" doc:"only those attested for this board"`
-		State   string `query:"state" doc:"only those in this state: published or yanked"`
-		Driver  string `query:"driver" doc:"only of this driver version"`
-		Flavour string `query:"flavour" enum:"proprietary,open" doc:"only of this flavour"`
-	}) (*list[api.Artifact], error) {
-		all, next, err := cat.Artifacts(ctx, store.ArtifactFilter{State: api.State(in.State), BuildID: in.BuildID, Board: in.Board,
-			Driver: in.Driver, Flavour: target.Flavour(in.Flavour)}, in.page())
-		return listed(&in.PageQuery, all, next, err)
-	})
+	huma.Register(
+		t,
+		t.read("list-artifacts", "/v1/artifacts", "List artifacts, newest first"),
+		func(ctx context.Context, in *struct {
+			PageQuery
+			BuildID string `query:"buildId" doc:"only those attested for this BUILD_ID"`
+			Board   string `query:"board" doc:"only those attested for this board"`
+			State   string `query:"state" doc:"only those in this state: published or yanked"`
+			Driver  string `query:"driver" doc:"only of this driver version"`
+			Flavour string `query:"flavour" enum:"proprietary,open" doc:"only of this flavour"`
+		}) (*list[api.Artifact], error) {
+			all, next, err := cat.Artifacts(
+				ctx,
+				store.ArtifactFilter{State: api.State(in.State), BuildID: in.BuildID, Board: in.Board,
+					Driver: in.Driver, Flavour: target.Flavour(in.Flavour)},
+				in.page(),
+			)
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
 }
 
 func (t table) cells() {
@@ -193,26 +221,36 @@ func (t table) cells() {
 	}) (*body[api.Resolution], error) {
 		return answer(cat.Resolve(ctx, in.BuildID, in.Board, in.Driver, in.Flavour, in.Release))
 	})
-	huma.Register(t, t.read("list-cells", "/v1/cells", "List where the cells of a page of kernels stand"), func(ctx context.Context, in *struct {
-		PageQuery
-		KernelQuery
-		Driver string `query:"driver" doc:"only of this driver version"`
-	}) (*list[api.Resolution], error) {
-		all, next, err := cat.Cells(ctx, in.filter(), in.Driver, in.page())
-		return listed(&in.PageQuery, all, next, err)
-	})
+	huma.Register(
+		t,
+		t.read("list-cells", "/v1/cells", "List where the cells of a page of kernels stand"),
+		func(ctx context.Context, in *struct {
+			PageQuery
+			KernelQuery
+			Driver string `query:"driver" doc:"only of this driver version"`
+		}) (*list[api.Resolution], error) {
+			all, next, err := cat.Cells(ctx, in.filter(), in.Driver, in.page())
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
 }
 
 func (t table) builds() {
 	cat := t.Catalogue
-	huma.Register(t, t.read("read-build", "/v1/builds/{id}", "Read a build"), func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
-		return answer(cat.Build(ctx, in.ID))
-	})
+	huma.Register(
+		t,
+		t.read("read-build", "/v1/builds/{id}", "Read a build"),
+		func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
+			return answer(cat.Build(ctx, in.ID))
+		},
+	)
 	huma.Register(t, t.write("request-build", http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
 		func(ctx context.Context, in *body[api.BuildRequest]) (*body[api.Build], error) {
 			return answer(cat.Request(ctx, in.Body))
 		})
-	huma.Register(t, t.write("update-build", http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
+	huma.Register(
+		t,
+		t.write("update-build", http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			BuildPath
 			Asked
@@ -220,19 +258,32 @@ func (t table) builds() {
 		}) (*body[api.Build], error) {
 			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
 			return answer(cat.Update(ctx, in.ID, in.Body))
-		})
+		},
+	)
 	huma.Register(t, t.write("cancel-build", http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
 		func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
 			return answer(cat.Cancel(ctx, in.ID))
 		})
 	// The log's own handlers stream: see New.
 	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
-	id := &huma.Param{Name: "id", In: "path", Required: true, Description: "number of the build", Schema: &huma.Schema{Type: huma.TypeInteger, Format: "int64"}}
+	id := &huma.Param{
+		Name:        "id",
+		In:          "path",
+		Required:    true,
+		Description: "number of the build",
+		Schema:      &huma.Schema{Type: huma.TypeInteger, Format: "int64"},
+	}
 	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log; ranges are answered")
 	read.Parameters = []*huma.Param{id}
 	read.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusOK): {Description: "the log", Content: text}}
 	t.OpenAPI().AddOperation(&read)
-	write := t.write("put-log", http.MethodPut, "/v1/builds/{id}/log", "Store a build's log in place of the one before", http.StatusNoContent)
+	write := t.write(
+		"put-log",
+		http.MethodPut,
+		"/v1/builds/{id}/log",
+		"Store a build's log in place of the one before",
+		http.StatusNoContent,
+	)
 	write.Parameters = read.Parameters
 	write.RequestBody = &huma.RequestBody{Required: true, Content: text}
 	write.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusNoContent): {Description: "stored"}}
@@ -241,9 +292,13 @@ func (t table) builds() {
 
 func (t table) artifacts() {
 	cat := t.Catalogue
-	huma.Register(t, t.read("read-artifact", "/v1/artifacts/{digest}", "Read an artifact"), func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
-		return answer(cat.Artifact(ctx, in.Digest))
-	})
+	huma.Register(
+		t,
+		t.read("read-artifact", "/v1/artifacts/{digest}", "Read an artifact"),
+		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
+			return answer(cat.Artifact(ctx, in.Digest))
+		},
+	)
 	huma.Register(t, t.write("add-artifact", http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			Asked
@@ -252,13 +307,16 @@ func (t table) artifacts() {
 			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
 			return answer(cat.AddArtifact(ctx, in.Body))
 		})
-	huma.Register(t, t.write("yank", http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
+	huma.Register(
+		t,
+		t.write("yank", http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			DigestPath
 			Body api.YankRequest
 		}) (*body[api.Artifact], error) {
 			return answer(cat.Yank(ctx, in.Digest, in.Body.Reason))
-		})
+		},
+	)
 	huma.Register(t, t.write("unyank", http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
 		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Unyank(ctx, in.Digest))
@@ -267,20 +325,41 @@ func (t table) artifacts() {
 
 func (t table) releases() {
 	cat := t.Catalogue
-	huma.Register(t, t.write("announce-release", http.MethodPost, "/v1/releases", "Tell of a COS build: it is looked up and planned at once", http.StatusOK),
+	huma.Register(
+		t,
+		t.write(
+			"announce-release",
+			http.MethodPost,
+			"/v1/releases",
+			"Tell of a COS build: it is looked up and planned at once",
+			http.StatusOK,
+		),
 		func(ctx context.Context, in *body[api.ReleaseNote]) (*body[api.Release], error) {
 			return answer(cat.Announce(ctx, in.Body.BuildID))
-		})
-	huma.Register(t, t.read("read-release", "/v1/releases/{buildId}", "Read what became of a COS build's cells"), func(ctx context.Context, in *struct {
-		BuildID string `path:"buildId" doc:"BUILD_ID of /etc/os-release"`
-	}) (*body[api.Release], error) {
-		return answer(cat.Release(ctx, in.BuildID))
-	})
-	huma.Register(t, t.read("read-ready-times", "/v1/ready-times", "Read how long cells took from a release's being seen until they were ready"), func(ctx context.Context, in *struct {
-		Days int `query:"days" minimum:"1" maximum:"3660" default:"30" doc:"cells that became ready within so many days"`
-	}) (*body[api.ReadyDuration], error) {
-		return answer(cat.ReadyTimes(ctx, in.Days))
-	})
+		},
+	)
+	huma.Register(
+		t,
+		t.read("read-release", "/v1/releases/{buildId}", "Read what became of a COS build's cells"),
+		func(ctx context.Context, in *struct {
+			BuildID string `path:"buildId" doc:"BUILD_ID of /etc/os-release"`
+		}) (*body[api.Release], error) {
+			return answer(cat.Release(ctx, in.BuildID))
+		},
+	)
+	huma.Register(
+		t,
+		t.read(
+			"read-ready-times",
+			"/v1/ready-times",
+			"Read how long cells took from a release's being seen until they were ready",
+		),
+		func(ctx context.Context, in *struct {
+			Days int `query:"days" minimum:"1" maximum:"3660" default:"30" doc:"cells that became ready within so many days"`
+		}) (*body[api.ReadyDuration], error) {
+			return answer(cat.ReadyTimes(ctx, in.Days))
+		},
+	)
 	// A question, although it has a body: it needs no token.
 	ask := t.read("preflight", "/v1/preflight", "Ask whether node pools may move to COS builds")
 	ask.Method, ask.MaxBodyBytes = http.MethodPost, 1<<20
@@ -296,12 +375,20 @@ type WishListPath struct {
 
 func (t table) wishLists() {
 	cat := t.Catalogue
-	huma.Register(t, t.read("list-wish-lists", "/v1/wish-lists", "List wish lists"), func(ctx context.Context, _ *struct{}) (*body[[]api.WishList], error) {
-		return answer(cat.WishLists(ctx))
-	})
-	huma.Register(t, t.read("read-wish-list", "/v1/wish-lists/{name}", "Read a wish list"), func(ctx context.Context, in *WishListPath) (*body[api.WishList], error) {
-		return answer(cat.WishList(ctx, in.Name))
-	})
+	huma.Register(
+		t,
+		t.read("list-wish-lists", "/v1/wish-lists", "List wish lists"),
+		func(ctx context.Context, _ *struct{}) (*body[[]api.WishList], error) {
+			return answer(cat.WishLists(ctx))
+		},
+	)
+	huma.Register(
+		t,
+		t.read("read-wish-list", "/v1/wish-lists/{name}", "Read a wish list"),
+		func(ctx context.Context, in *WishListPath) (*body[api.WishList], error) {
+			return answer(cat.WishList(ctx, in.Name))
+		},
+	)
 	huma.Register(t, t.write("put-wish-list", http.MethodPut, "/v1/wish-lists/{name}", "Store a wish list", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			WishListPath
@@ -309,11 +396,20 @@ func (t table) wishLists() {
 		}) (*body[api.WishList], error) {
 			return answer(cat.PutWishList(ctx, in.Name, in.Body.Text, in.Body.Version))
 		})
-	huma.Register(t, t.write("drop-wish-list", http.MethodDelete, "/v1/wish-lists/{name}", "Remove a wish list; what was built for it stays", http.StatusNoContent),
+	huma.Register(
+		t,
+		t.write(
+			"drop-wish-list",
+			http.MethodDelete,
+			"/v1/wish-lists/{name}",
+			"Remove a wish list; what was built for it stays",
+			http.StatusNoContent,
+		),
 		func(ctx context.Context, in *WishListPath) (*struct{}, error) {
 			if err := cat.DropWishList(ctx, in.Name); err != nil {
 				return nil, asProblem(err)
 			}
 			return nil, nil
-		})
+		},
+	)
 }

@@ -160,7 +160,11 @@ func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 			why = "the worker reported no outcome"
 		}
 		s.Log.WarnContext(ctx, "build abandoned", "build", b.ID, "err", why)
-		return s.Catalogue.Abandon(ctx, b.ID, fmt.Sprintf("the job ended as %s after %d attempts: %s", at.State, at.Attempt, why))
+		return s.Catalogue.Abandon(
+			ctx,
+			b.ID,
+			fmt.Sprintf("the job ended as %s after %d attempts: %s", at.State, at.Attempt, why),
+		)
 	}
 	return nil
 }

@@ -47,7 +47,12 @@ func (h *handler) adapt(w http.ResponseWriter, r *http.Request) (done bool) {
 	case kind == "blobs" && r.Method == http.MethodDelete:
 		// "Deleting Blobs": a registry that does not do it says 405.
 		w.Header().Set("Allow", "GET, HEAD")
-		writeStatus(w, http.StatusMethodNotAllowed, "UNSUPPORTED", "blobs are shared by repositories, and go by themselves once no manifest names them")
+		writeStatus(
+			w,
+			http.StatusMethodNotAllowed,
+			"UNSUPPORTED",
+			"blobs are shared by repositories, and go by themselves once no manifest names them",
+		)
 		return true
 	case kind == "blobs/uploads" && r.Method == http.MethodDelete:
 		id, err := base64.RawURLEncoding.DecodeString(path.Base(ref)) // the library's form
@@ -90,7 +95,12 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 	var large *http.MaxBytesError
 	switch {
 	case errors.As(err, &large):
-		writeStatus(w, http.StatusRequestEntityTooLarge, "MANIFEST_INVALID", fmt.Sprintf("the manifest has more than %d bytes", MaxManifest))
+		writeStatus(
+			w,
+			http.StatusRequestEntityTooLarge,
+			"MANIFEST_INVALID",
+			fmt.Sprintf("the manifest has more than %d bytes", MaxManifest),
+		)
 		return true
 	case err != nil: // it stopped in the middle
 		err = fmt.Errorf("%w: %w", ociregistry.ErrManifestInvalid, err)

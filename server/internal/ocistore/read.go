@@ -55,7 +55,10 @@ func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknow
 		offset1 = desc.Size
 	}
 	if offset0 < 0 || offset0 > offset1 {
-		return nil, errors.Join(fmt.Errorf("%w: %d to %d of %d bytes", ociregistry.ErrRangeInvalid, offset0, offset1, desc.Size), f.Close())
+		return nil, errors.Join(
+			fmt.Errorf("%w: %d to %d of %d bytes", ociregistry.ErrRangeInvalid, offset0, offset1, desc.Size),
+			f.Close(),
+		)
 	}
 	return &file{io.NewSectionReader(f, offset0, offset1-offset0), f, desc}, nil
 }
@@ -67,7 +70,12 @@ func (s *Store) GetBlob(ctx context.Context, repo string, d ociregistry.Digest) 
 }
 
 // GetBlobRange implements [ociregistry.Reader].
-func (s *Store) GetBlobRange(_ context.Context, _ string, d ociregistry.Digest, offset0, offset1 int64) (ociregistry.BlobReader, error) {
+func (s *Store) GetBlobRange(
+	_ context.Context,
+	_ string,
+	d ociregistry.Digest,
+	offset0, offset1 int64,
+) (ociregistry.BlobReader, error) {
 	return s.open(ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d}, offset0, offset1, ociregistry.ErrBlobUnknown)
 }
 
@@ -186,7 +194,12 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 
 // Referrers implements [ociregistry.Lister]. A subject that does not exist has
 // no referrers; that is not an error in the protocol.
-func (s *Store) Referrers(ctx context.Context, repo string, subject ociregistry.Digest, artifactType string) iter.Seq2[ociregistry.Descriptor, error] {
+func (s *Store) Referrers(
+	ctx context.Context,
+	repo string,
+	subject ociregistry.Digest,
+	artifactType string,
+) iter.Seq2[ociregistry.Descriptor, error] {
 	all, err := s.referrers(ctx, repo, subject, artifactType)
 	if err != nil {
 		return ociregistry.ErrorSeq[ociregistry.Descriptor](err)
@@ -194,7 +207,12 @@ func (s *Store) Referrers(ctx context.Context, repo string, subject ociregistry.
 	return ociregistry.SliceSeq(all)
 }
 
-func (s *Store) referrers(ctx context.Context, repo string, subject ociregistry.Digest, artifactType string) ([]ociregistry.Descriptor, error) {
+func (s *Store) referrers(
+	ctx context.Context,
+	repo string,
+	subject ociregistry.Digest,
+	artifactType string,
+) ([]ociregistry.Descriptor, error) {
 	sum, err := hexOf(subject)
 	if err != nil {
 		return nil, err

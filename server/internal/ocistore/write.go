@@ -26,7 +26,12 @@ const (
 )
 
 // PushBlob implements [ociregistry.Writer].
-func (s *Store) PushBlob(_ context.Context, repo string, desc ociregistry.Descriptor, r io.Reader) (ociregistry.Descriptor, error) {
+func (s *Store) PushBlob(
+	_ context.Context,
+	repo string,
+	desc ociregistry.Descriptor,
+	r io.Reader,
+) (ociregistry.Descriptor, error) {
 	sum, err := hexOf(desc.Digest)
 	if err != nil {
 		return desc, err
@@ -85,7 +90,12 @@ var idPattern = regexp.MustCompile(`^[0-9a-f]{32}$`)
 
 // PushBlobChunkedResume implements [ociregistry.Writer]. The state of an upload
 // is the length of its file, so it survives a restart.
-func (s *Store) PushBlobChunkedResume(ctx context.Context, repo, id string, offset int64, _ int) (ociregistry.BlobWriter, error) {
+func (s *Store) PushBlobChunkedResume(
+	ctx context.Context,
+	repo, id string,
+	offset int64,
+	_ int,
+) (ociregistry.BlobWriter, error) {
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
@@ -228,12 +238,23 @@ type manifest struct {
 
 // PushManifest implements [ociregistry.Writer]. Order matters: content,
 // referrers entry, manifest, tag. Each is visible only once what it needs is.
-func (s *Store) PushManifest(ctx context.Context, repo, tag string, content []byte, mediaType string) (ociregistry.Descriptor, error) {
+func (s *Store) PushManifest(
+	ctx context.Context,
+	repo, tag string,
+	content []byte,
+	mediaType string,
+) (ociregistry.Descriptor, error) {
 	return s.pushManifest(ctx, repo, tag, digest.FromBytes(content), content, mediaType)
 }
 
 // pushManifest stores a manifest under d, which is its digest by one algorithm.
-func (s *Store) pushManifest(ctx context.Context, repo, tag string, d digest.Digest, content []byte, mediaType string) (desc ociregistry.Descriptor, err error) {
+func (s *Store) pushManifest(
+	ctx context.Context,
+	repo, tag string,
+	d digest.Digest,
+	content []byte,
+	mediaType string,
+) (desc ociregistry.Descriptor, err error) {
 	if len(content) > MaxManifest {
 		return desc, fmt.Errorf("%w: more than %d bytes", ociregistry.ErrManifestInvalid, MaxManifest)
 	}

@@ -70,7 +70,10 @@ func (s *Store) Builds(ctx context.Context, f BuildFilter, p Page) (all []api.Bu
 	equal(w, "driver", f.Driver)
 	equal(w, "flavour", string(f.Flavour))
 	if f.Milestone != 0 {
-		w.and("EXISTS (SELECT 1 FROM kernels k WHERE k.build_id = builds.build_id AND k.board = builds.board AND k.milestone = ?)", f.Milestone)
+		w.and(
+			"EXISTS (SELECT 1 FROM kernels k WHERE k.build_id = builds.build_id AND k.board = builds.board AND k.milestone = ?)",
+			f.Milestone,
+		)
 	}
 	if after != nil {
 		w.and("id < CAST(? AS BIGINT)", after[0])
@@ -117,11 +120,22 @@ func (tx *Tx) AddBuild(ctx context.Context, b api.Build) (stored api.Build, adde
 	tx.touch(b.Kernel.String())
 	// The unique index over open builds decides; a lost race shows as no row.
 	for range 3 {
-		err = tx.QueryRowContext(ctx, `
+		err = tx.QueryRowContext(
+			ctx,
+			`
 INSERT INTO builds (build_id, board, kernel, driver, flavour, state, digest, created_at, finished_at, priority)
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNING id`,
-			b.Kernel.BuildID, b.Kernel.Board, string(kernel), b.Driver.Version, string(b.Driver.Flavour), string(b.State), b.Digest,
-			micros(b.CreatedAt), ptrMicros(b.FinishedAt), b.Priority).Scan(&b.ID)
+			b.Kernel.BuildID,
+			b.Kernel.Board,
+			string(kernel),
+			b.Driver.Version,
+			string(b.Driver.Flavour),
+			string(b.State),
+			b.Digest,
+			micros(b.CreatedAt),
+			ptrMicros(b.FinishedAt),
+			b.Priority,
+		).Scan(&b.ID)
 		if err == nil {
 			return b, true, nil
 		}
@@ -165,7 +179,11 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 			return err
 		}
 		if found && open.ID != b.ID {
-			return fault.New(fault.Busy, fmt.Sprintf("build %d cannot be opened: build %d of the same cell is open", b.ID, open.ID), "")
+			return fault.New(
+				fault.Busy,
+				fmt.Sprintf("build %d cannot be opened: build %d of the same cell is open", b.ID, open.ID),
+				"",
+			)
 		}
 	}
 	tx.touch(b.Kernel.String())

@@ -159,7 +159,9 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 // flavours and without an error.
 func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, error) {
 	return remember(s.cache, s.cache.drivers, version, func() (api.DriverRelease, bool, error) {
-		d, err := scanDriver(s.readers.QueryRowContext(ctx, `SELECT version, flavours, seen_at FROM drivers WHERE version = $1`, version).Scan)
+		d, err := scanDriver(
+			s.readers.QueryRowContext(ctx, `SELECT version, flavours, seen_at FROM drivers WHERE version = $1`, version).Scan,
+		)
 		if errors.Is(err, sql.ErrNoRows) {
 			return api.DriverRelease{Version: version, Branch: target.Branch(version)}, false, nil
 		}
@@ -229,9 +231,16 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 	}
 	if after != nil {
 		// The time is text in the cursor and a number in the table.
-		w.and("a.published_at <= CAST(? AS BIGINT) AND (a.published_at < CAST(? AS BIGINT) OR a.digest > ?)", after[0], after[0], after[1])
+		w.and(
+			"a.published_at <= CAST(? AS BIGINT) AND (a.published_at < CAST(? AS BIGINT) OR a.digest > ?)",
+			after[0],
+			after[0],
+			after[1],
+		)
 	}
-	chosen := `SELECT ` + artifactColumns + ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(p.Limit)
+	chosen := `SELECT ` + artifactColumns + ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(
+		p.Limit,
+	)
 	all, at := []api.Artifact{}, map[string]int{}
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
@@ -258,7 +267,11 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 		return nil
 	}, `SELECT k.digest, k.kernel FROM (`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest
         ORDER BY k.digest, k.build_id, k.board`, w.args...)
-	all, next = cut(all, p.Limit, func(a api.Artifact) []string { return []string{fmt.Sprint(micros(a.PublishedAt)), a.Digest} })
+	all, next = cut(
+		all,
+		p.Limit,
+		func(a api.Artifact) []string { return []string{fmt.Sprint(micros(a.PublishedAt)), a.Digest} },
+	)
 	return all, next, err
 }
 
@@ -278,7 +291,11 @@ func artifact(ctx context.Context, q querier, digest string) (api.Artifact, erro
 		return api.Artifact{}, trouble("read artifact "+digest, err)
 	}
 	if len(all) == 0 || digest == "" {
-		return api.Artifact{}, fault.New(fault.NotFound, "artifact "+digest+" is not in the catalogue", "list what is there: server artifacts")
+		return api.Artifact{}, fault.New(
+			fault.NotFound,
+			"artifact "+digest+" is not in the catalogue",
+			"list what is there: server artifacts",
+		)
 	}
 	return all[0], nil
 }
@@ -320,7 +337,13 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 // SetArtifactState yanks or unyanks.
 func (tx *Tx) SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error {
 	tx.touch("") // of all kernels that it is attested for
-	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET state = $2, reason = $3 WHERE digest = $1`, digest, string(state), reason)
+	_, err := tx.ExecContext(
+		ctx,
+		`UPDATE artifacts SET state = $2, reason = $3 WHERE digest = $1`,
+		digest,
+		string(state),
+		reason,
+	)
 	return trouble("mark artifact "+digest, err)
 }
 

@@ -34,7 +34,11 @@ type Candidate struct {
 
 // Cells reads a page of kernels and what decides about all of their cells, in one
 // state of the database.
-func (s *Store) Cells(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, found map[CellKey]Facts, next string, err error) {
+func (s *Store) Cells(
+	ctx context.Context,
+	f KernelFilter,
+	p Page,
+) (all []api.Kernel, found map[CellKey]Facts, next string, err error) {
 	text, args, err := f.page("build_id, board, fingerprint", p)
 	if err != nil {
 		return nil, nil, "", err

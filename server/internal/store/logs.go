@@ -84,7 +84,11 @@ func ignoreGone(err error) error {
 func (l *Logs) Get(build int64) (log io.ReadSeekCloser, size int64, err error) {
 	f, err := l.root.Open(logName(build))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, 0, fault.New(fault.NotFound, fmt.Sprintf("build %d has no log yet", build), "ask again when the build has ended")
+		return nil, 0, fault.New(
+			fault.NotFound,
+			fmt.Sprintf("build %d has no log yet", build),
+			"ask again when the build has ended",
+		)
 	}
 	if err != nil {
 		return nil, 0, fmt.Errorf("read log of build %d: %w", build, err)

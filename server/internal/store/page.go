@@ -37,7 +37,11 @@ func (p Page) parse(n int) ([]string, error) {
 		err = json.Unmarshal(raw, &key)
 	}
 	if err != nil || len(key) != n || len(p.After) > maxCursor {
-		return nil, fault.New(fault.Usage, "the cursor is none that this list gave out", "take it from the Link header of the page before")
+		return nil, fault.New(
+			fault.Usage,
+			"the cursor is none that this list gave out",
+			"take it from the Link header of the page before",
+		)
 	}
 	return key, nil
 }

@@ -77,7 +77,11 @@ func Open(ctx context.Context, rawURL string) (*Store, error) {
 func open(rawURL string) (*Store, error) {
 	if file, ok := strings.CutPrefix(rawURL, "sqlite://"); ok {
 		if !filepath.IsAbs(file) {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", file), "write sqlite:///abs/path/catalogue.db")
+			return nil, fault.New(
+				fault.Usage,
+				fmt.Sprintf("sqlite path %q is not absolute", file),
+				"write sqlite:///abs/path/catalogue.db",
+			)
 		}
 		db, err := sqlite(file, url.Values{
 			"_pragma": {"busy_timeout(10000)", "journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(1)"},
@@ -135,7 +139,12 @@ func fillSortKeys(ctx context.Context, tx *sql.Tx) error {
 			return err
 		}
 		for _, v := range versions {
-			_, err := tx.ExecContext(ctx, `UPDATE `+column.table+` SET sort_key = $2 WHERE `+column.version+` = $1`, v, target.SortKey(v))
+			_, err := tx.ExecContext(
+				ctx,
+				`UPDATE `+column.table+` SET sort_key = $2 WHERE `+column.version+` = $1`,
+				v,
+				target.SortKey(v),
+			)
 			if err != nil {
 				return err
 			}
@@ -229,7 +238,13 @@ type querier interface {
 }
 
 // query runs a SELECT and hands each row to scan.
-func query(ctx context.Context, q querier, scan func(row func(...any) error) error, text string, args ...any) (err error) {
+func query(
+	ctx context.Context,
+	q querier,
+	scan func(row func(...any) error) error,
+	text string,
+	args ...any,
+) (err error) {
 	rows, err := q.QueryContext(ctx, text, args...)
 	if err != nil {
 		return err

@@ -38,7 +38,9 @@ func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 
 // WishList reads one wish list.
 func (s *Store) WishList(ctx context.Context, name string) (api.WishList, error) {
-	l, err := scanWishList(s.readers.QueryRowContext(ctx, `SELECT `+wishColumns+` FROM wish_lists WHERE name = $1`, name).Scan)
+	l, err := scanWishList(
+		s.readers.QueryRowContext(ctx, `SELECT `+wishColumns+` FROM wish_lists WHERE name = $1`, name).Scan,
+	)
 	if errors.Is(err, sql.ErrNoRows) {
 		return l, noWishList(name)
 	}
@@ -59,7 +61,11 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 		return trouble("read wish list "+name, err)
 	}
 	if version != 0 && version != stored {
-		return fault.New(fault.Busy, fmt.Sprintf("wish list %q has version %d by now, not %d", name, stored, version), "read it again, and send the change with that version")
+		return fault.New(
+			fault.Busy,
+			fmt.Sprintf("wish list %q has version %d by now, not %d", name, stored, version),
+			"read it again, and send the change with that version",
+		)
 	}
 	_, err = tx.ExecContext(ctx, `
 INSERT INTO wish_lists (name, text, version, changed_at) VALUES ($1, $2, 1, $3)
@@ -86,8 +92,15 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 	if err != nil {
 		return fmt.Errorf("encode problems of wish list %s: %w", l.Name, err)
 	}
-	_, err = tx.ExecContext(ctx, `UPDATE wish_lists SET planned_at = $3, cells = $4, problems = $5 WHERE name = $1 AND version = $2`,
-		l.Name, l.Version, ptrMicros(l.PlannedAt), l.Cells, string(problems))
+	_, err = tx.ExecContext(
+		ctx,
+		`UPDATE wish_lists SET planned_at = $3, cells = $4, problems = $5 WHERE name = $1 AND version = $2`,
+		l.Name,
+		l.Version,
+		ptrMicros(l.PlannedAt),
+		l.Cells,
+		string(problems),
+	)
 	return trouble("store plan of wish list "+l.Name, err)
 }
 
