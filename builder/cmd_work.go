@@ -33,8 +33,7 @@ func workCommand() *ucli.Command {
 		Name:  "work",
 		Usage: "take builds from the queue, or keep a wish list published",
 		Description: `Examples:
-  builder work --queue sqlite:///var/lib/prebake/queue.db --token TOKEN \
-    --to 127.0.0.1:8440/prebake/driver --key prebake.key
+  builder work --queue URL --token-file FILE --to HOST/NAME --key prebake.key
   builder work --wish wish.yaml --to gs://my-bucket/cos --key prebake.key`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
@@ -42,7 +41,8 @@ func workCommand() *ucli.Command {
 				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two looks at list and buckets"),
 				cli.String("queue", "", "`URL` of the queue: sqlite:///PATH or postgres://…"),
 				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
-				cli.String("token", "", "the server's write `TOKEN`"),
+				cli.String("token", "", "the server's `TOKEN`, with scopes build and push"),
+				cli.String("token-file", "", "`FILE` with it, read at each call"),
 				cli.String("id", host, "`NAME` of this worker, one process each"),
 			),
 			pipelineFlags(),
@@ -83,7 +83,15 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "give --server as in http://127.0.0.1:8440")
 	}
-	cfg.Registry = embedded(server, cmd.String("token"), cfg.Registry)
+	catalogue := api.NewClient(cmd.String("server"), cmd.String("token"), nil)
+	token := func() (string, error) { return cmd.String("token"), nil }
+	if file := cmd.String("token-file"); file != "" && cmd.String("token") == "" {
+		if _, err := api.ReadToken(file); err != nil {
+			return err
+		}
+		catalogue, token = catalogue.WithTokenFile(file), func() (string, error) { return api.ReadToken(file) }
+	}
+	cfg.Registry = embedded(server, token, cfg.Registry)
 	tell, err := startTelemetry(ctx, cmd, cfg.Cache, log)
 	if err != nil {
 		return err
@@ -94,7 +102,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	return worker.Run(ctx, worker.Config{
 		Grace: cmd.Duration("grace"), Cancel: hard.Done(), Telemetry: tell,
 		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
-		Server: api.NewClient(cmd.String("server"), cmd.String("token"), nil), Log: log,
+		Server: catalogue, Log: log,
 		Make: func(ctx context.Context, r pipeline.Request, out io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			res, err := pipeline.Run(ctx, cfg, r, out, line)
 			if _, terr := trimCache(ctx, cmd, cfg.Cache); terr != nil {
@@ -107,15 +115,15 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 
 // embedded adds to a destination on the server itself what --server and --token
 // say already: its registry speaks what the API speaks, and takes its token.
-func embedded(server *url.URL, token string, configured func(string) registry.Options) func(string) registry.Options {
+func embedded(server *url.URL, token func() (string, error), configured func(string) registry.Options) func(string) registry.Options {
 	return func(destination string) registry.Options {
 		o := configured(destination)
 		if host, _, _ := strings.Cut(destination, "/"); host != server.Host {
 			return o
 		}
 		o.Plain = o.Plain || server.Scheme == "http"
-		if o.Password == "" {
-			o.Username, o.Password = "token", token
+		if secret, err := token(); err == nil && o.Password == "" { // without it, the registry says what is missing
+			o.Username, o.Password = "token", secret
 		}
 		return o
 	}

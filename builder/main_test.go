@@ -104,7 +104,7 @@ func TestEmbedded(t *testing.T) {
 		{"oci:/x", registry.Options{}, registry.Options{}},
 	}
 	for _, row := range rows {
-		got := embedded(server, "secret", func(string) registry.Options { return row.configured })(row.destination)
+		got := embedded(server, func() (string, error) { return "secret", nil }, func(string) registry.Options { return row.configured })(row.destination)
 		if diff := cmp.Diff(row.want, got); diff != "" {
 			t.Errorf("options of %s (-want +got):\n%s", row.destination, diff)
 		}

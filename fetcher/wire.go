@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log/slog"
 	"net/url"
@@ -288,11 +287,10 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
 			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
 		}
-		s := resolve.Server{Client: api.NewClient(server, "", nil), GPUs: gpus}
+		client := api.NewClient(server, "", nil)
+		s := resolve.Server{Client: client, GPUs: gpus}
 		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {
-			s.Request = func(ctx context.Context, r api.BuildRequest) (api.Build, error) {
-				return requestBuild(ctx, server, file, r)
-			}
+			s.Request = client.WithTokenFile(file).RequestBuild // read each time: kubelet replaces it
 		}
 		chain = append(chain, s)
 	}
@@ -309,23 +307,6 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		return resolve.Nobody{}, nil
 	}
 	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")
-}
-
-// maxToken bounds a token: those of Kubernetes have some 1,500 bytes.
-const maxToken = 64 << 10
-
-// requestBuild asks a server for a build. The token is read each time: kubelet replaces it.
-func requestBuild(ctx context.Context, server, tokenFile string, r api.BuildRequest) (api.Build, error) {
-	f, err := os.Open(tokenFile)
-	if err != nil {
-		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "name the file with the server's token: --token-file FILE")
-	}
-	defer f.Close()
-	token, err := io.ReadAll(io.LimitReader(f, maxToken))
-	if err != nil {
-		return api.Build{}, fmt.Errorf("read token: %w", err)
-	}
-	return api.NewClient(server, strings.TrimSpace(string(token)), nil).RequestBuild(ctx, r)
 }
 
 // registryFinder asks one repository. It is opened for each question: what it was logged in

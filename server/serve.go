@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -23,6 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/discover"
 	"github.com/prebake/prebake/server/internal/httpapi"
@@ -35,8 +37,9 @@ import (
 // settings are the flags of serve, resolved.
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
+	TLSCert, TLSKey, Issuers                                                                      string
 	CreateOnly                                                                                    []string
-	ReserveMB                                                                                     int
+	ReserveMB, AskPerHour, CallsPerMinute                                                         int
 	DiscoverEvery, Grace                                                                          time.Duration
 }
 
@@ -69,8 +72,13 @@ func serveCommand() *ucli.Command {
 					Usage: "`PATTERN` of registry repositories whose tags never move, repeatable"},
 			),
 			cli.Group("Trust",
-				cli.String("token", "", "`TOKEN` that opens writing; prefer --token-file"),
-				defaultsTo(cli.String("token-file", "", "`FILE` with the token"), "DATA/token, made at the first start"),
+				cli.String("token", "", "the first `TOKEN`, which may do everything; prefer --token-file"),
+				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token, made at the first start"),
+				cli.String("oidc", "", "`FILE` with rules: whose OpenID Connect tokens may do what"),
+				cli.String("tls-cert", "", "`FILE` with a certificate in PEM: listen with TLS; read again when it changes"),
+				cli.String("tls-key", "", "`FILE` with its key"),
+				&ucli.IntFlag{Name: "ask-rate", Value: 120, Usage: "`COUNT` of builds that a token of a node may add within an hour"},
+				&ucli.IntFlag{Name: "client-rate", Value: 30_000, Usage: "`COUNT` of calls a minute that one address may make; 0 is any"},
 			),
 			cli.Group(groupOutput, cli.Duration("grace", 20*time.Second,
 				"`TIME` that running requests get when the server stops")),
@@ -87,6 +95,8 @@ func serveCommand() *ucli.Command {
 				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
 				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
+				Issuers: cmd.String("oidc"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
+				AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
 			}
 			if err := s.complete(); err != nil {
 				return err
@@ -133,6 +143,12 @@ func (s *settings) complete() error {
 	}
 	if s.ReserveMB < 0 {
 		return fault.New(fault.Usage, fmt.Sprintf("--reserve %d: want MiB, or 0", s.ReserveMB), "")
+	}
+	if (s.TLSCert == "") != (s.TLSKey == "") {
+		return fault.New(fault.Usage, "one of --tls-cert and --tls-key is missing", "give both, or none")
+	}
+	if s.AskPerHour < 1 || s.CallsPerMinute < 0 {
+		return fault.New(fault.Usage, fmt.Sprintf("--ask-rate %d, --client-rate %d: want 1 or more, and 0 or more", s.AskPerHour, s.CallsPerMinute), "")
 	}
 	if s.PublicRepository == "" {
 		return fault.New(
@@ -186,6 +202,18 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	if err != nil {
 		return err
 	}
+	var issuers *auth.Issuers
+	if s.Issuers != "" {
+		if issuers, err = auth.ReadIssuers(s.Issuers); err != nil {
+			return err
+		}
+	}
+	var secure *certificate
+	if s.TLSCert != "" {
+		if secure, err = openCertificate(s.TLSCert, s.TLSKey, log); err != nil {
+			return err
+		}
+	}
 	db, err := store.Open(ctx, s.Database)
 	if err != nil {
 		return err
@@ -236,13 +264,19 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	if err != nil {
 		return errors.Join(fmt.Errorf("listen: %w", err), listener.Close())
 	}
+	who := auth.New(auth.Config{First: token, Tokens: db, Issuers: issuers})
 	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Token: token, Port: port, Version: version, Log: log,
-		Registry: ocistore.Handler(registry, token, log), Pages: pages,
+		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log,
+		Auth: who, Access: db, AskPerHour: s.AskPerHour, CallsPerMinute: s.CallsPerMinute,
+		Registry: ocistore.Handler(registry, who, log), Pages: pages,
 	})
 	// Whoever waits for the file to appear must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")
-	if err := os.WriteFile(addressFile+".new", []byte("http://"+address+"\n"), 0o644); err != nil {
+	scheme := "http"
+	if secure != nil {
+		scheme = "https"
+	}
+	if err := os.WriteFile(addressFile+".new", []byte(scheme+"://"+address+"\n"), 0o644); err != nil {
 		return errors.Join(fmt.Errorf("write address: %w", err), listener.Close())
 	}
 	if err := os.Rename(addressFile+".new", addressFile); err != nil {
@@ -255,8 +289,15 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		Handler: handler, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug),
 	}
+	if secure != nil {
+		server.TLSConfig = &tls.Config{GetCertificate: secure.get, MinVersion: tls.VersionTLS12}
+	}
 	group.Go(func() error {
-		if err := server.Serve(listener); !errors.Is(err, http.ErrServerClosed) {
+		run := server.Serve
+		if secure != nil {
+			run = func(l net.Listener) error { return server.ServeTLS(l, "", "") }
+		}
+		if err := run(listener); !errors.Is(err, http.ErrServerClosed) {
 			return fmt.Errorf("serve: %w", err)
 		}
 		return nil
@@ -283,7 +324,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 		return nil
 	})
-	log.Info("server ready", "url", "http://"+address, "data", s.Data, "version", version)
+	group.Go(func() error { return trimAudit(running, db, log) })
+	log.Info("server ready", "url", scheme+"://"+address, "data", s.Data, "version", version)
 	return group.Wait()
 }
 
@@ -322,6 +364,25 @@ func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
 			log.WarnContext(ctx, "collection incomplete", "err", err)
 		case out.Blobs > 0:
 			log.InfoContext(ctx, "blobs collected", "blobs", out.Blobs, "bytes", out.Bytes)
+		}
+	}
+}
+
+// auditLife is how long the audit log is kept.
+const auditLife = 400 * 24 * time.Hour
+
+// trimAudit removes once a day what is too old from the audit log, until ctx is done.
+func trimAudit(ctx context.Context, db *store.Store, log *slog.Logger) error {
+	tick := time.NewTicker(24 * time.Hour)
+	defer tick.Stop()
+	for {
+		if err := db.TrimAudit(ctx, time.Now().Add(-auditLife)); err != nil && ctx.Err() == nil {
+			log.WarnContext(ctx, "audit log not trimmed", "err", err)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
 		}
 	}
 }

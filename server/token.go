@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -44,13 +45,12 @@ func loadToken(s settings, log *slog.Logger) (string, error) {
 	return token, nil
 }
 
-// readToken reads the first line of a file.
+// readToken reads a token and checks it.
 func readToken(name string) (string, error) {
-	raw, err := os.ReadFile(name)
+	token, err := api.ReadToken(name)
 	if err != nil {
-		return "", fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "give --token-file a readable file with the token")
+		return "", err
 	}
-	token := strings.TrimSpace(string(raw))
 	return token, checkToken(token, name)
 }
 

@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -30,7 +31,7 @@ const (
 // Client calls a server. It is safe for concurrent use.
 type Client struct {
 	base  string
-	token string
+	token func() (string, error)
 	http  *http.Client
 }
 
@@ -50,7 +51,33 @@ func NewClient(base, token string, hc *http.Client) *Client {
 		transport.ResponseHeaderTimeout = silentTime // counts from the end of the body that is sent
 		hc = &http.Client{Transport: transport}
 	}
-	return &Client{base: strings.TrimRight(base, "/"), token: token, http: hc}
+	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
+}
+
+// maxToken bounds a token in bytes: those of Kubernetes have some 1,500.
+const maxToken = 64 << 10
+
+// ReadToken reads a token from a file, without the white space around it.
+func ReadToken(file string) (string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "give --token-file a readable file with the token")
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxToken))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return "", fmt.Errorf("read token %s: %w", file, err)
+	}
+	token := strings.TrimSpace(string(raw))
+	if token == "" {
+		return "", fault.New(fault.Usage, "read token: "+file+" is empty", "")
+	}
+	return token, nil
+}
+
+// WithTokenFile returns the client with the token that a file holds at each call:
+// who renews it, as Kubernetes does, need not tell.
+func (c *Client) WithTokenFile(file string) *Client {
+	return &Client{base: c.base, http: c.http, token: func() (string, error) { return ReadToken(file) }}
 }
 
 // Base returns the server's address without a slash at the end.
@@ -335,8 +362,12 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 	if contentType != "" {
 		req.Header.Set("Content-Type", contentType)
 	}
-	if c.token != "" {
-		req.Header.Set("Authorization", "Bearer "+c.token)
+	token, err := c.token()
+	if err != nil {
+		return nil, err
+	}
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
 	}
 	resp, err := c.http.Do(req)
 	if err != nil {

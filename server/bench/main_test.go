@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/httpapi"
 	"github.com/prebake/prebake/server/internal/store"
@@ -36,7 +37,7 @@ func BenchmarkResolve(b *testing.B) {
 		}
 	}()
 	h := httpapi.New(httpapi.Config{Catalogue: catalogue.New(catalogue.Config{Store: db, Queue: q}), Store: db, Queue: q,
-		Token: "0123456789abcdef", Log: slog.New(slog.DiscardHandler)})
+		Auth: auth.New(auth.Config{}), Access: db, Log: slog.New(slog.DiscardHandler)})
 	for i := 0; b.Loop(); i++ {
 		k := w.kernels[i%len(w.kernels)]
 		r := httptest.NewRequest(http.MethodGet, fmt.Sprintf("/v1/resolve?buildId=%s&board=%s&driver=default&flavour=open", k.BuildID, k.Board), nil)

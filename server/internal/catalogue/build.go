@@ -13,9 +13,23 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
+// Asker bounds what a caller may ask for; the zero value may ask for anything.
+type Asker struct {
+	// KnownOnly refuses kernels that the catalogue has not seen yet.
+	KnownOnly bool
+	// Spend is asked before a build is added; what it returns refuses it. Builds that
+	// are there already cost nothing. nil is no bound.
+	Spend func() error
+}
+
 // Request asks for a cell to be built. A published cell returns its finished
 // build, an open one the open build; a failed one is tried anew.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
+	return c.RequestAs(ctx, r, Asker{})
+}
+
+// RequestAs is Request for a caller that may not ask for everything.
+func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Asker) (api.Build, error) {
 	w, err := parseWish(r.BuildID, r.Board, r.Driver, r.Flavour)
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request build: %w", err)
@@ -25,6 +39,10 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 		return api.Build{}, fmt.Errorf("request build: %w", err)
 	}
 	k := cells.Kernel
+	if by.KnownOnly && !known {
+		return api.Build{}, fault.New(fault.Forbidden, "request build: the catalogue does not know kernel "+w.kernel.String()+" yet",
+			"have somebody who may announce it: server announce "+w.kernel.BuildID)
+	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {
 		return api.Build{}, fault.New(fault.InputMissing, "request build: "+reason, hint)
@@ -55,6 +73,12 @@ func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build,
 			"request build: "+refusal,
 			"choose the other flavour, or another version",
 		)
+	}
+	live := chosen.State == api.Published || chosen.State == api.Building || chosen.State == api.Queued
+	if by.Spend != nil && !live {
+		if err := by.Spend(); err != nil {
+			return api.Build{}, fmt.Errorf("request build: %w", err)
+		}
 	}
 	return c.openCell(ctx, k, *chosen, queue.PriorityAsked)
 }

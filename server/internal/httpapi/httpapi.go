@@ -14,6 +14,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/catalogue"
 )
 
@@ -53,8 +54,15 @@ type Config struct {
 	Registry http.Handler
 	// Pages serves /, /builds/{id} and /assets/.
 	Pages http.Handler
-	// Token opens the write routes.
-	Token string
+	// Auth finds out who calls.
+	Auth *auth.Authenticator
+	// Access keeps tokens and the audit log.
+	Access keeper
+	// AskPerHour bounds the builds that a caller may add within an hour if asking is
+	// all that it may do; 0 is 120.
+	AskPerHour int
+	// CallsPerMinute bounds the calls of each address; 0 is no bound.
+	CallsPerMinute int
 	// Port is the one that the server listens on; see relative.
 	Port string
 	// Version is told in the API's description.
@@ -69,6 +77,10 @@ const (
 	longCall  = 30 * time.Minute
 )
 
+// defaultAsk is how many builds a caller that may only ask adds within an hour: the
+// cells of some COS releases, and no whole matrix.
+const defaultAsk = 120
+
 // New returns the whole HTTP face.
 func New(c Config) http.Handler {
 	ownErrors()
@@ -76,10 +88,11 @@ func New(c Config) http.Handler {
 	root := chi.NewRouter()
 	// Every request sets its deadlines, refused ones too: those of the request
 	// before would end the connection.
-	root.Use(boundRequestID, middleware.RequestID, m.measure, logRequests(c.Log), recoverPanics(c.Log), secureHeaders,
+	root.Use(boundRequestID, middleware.RequestID, m.measure, audit(c), logRequests(c.Log), recoverPanics(c.Log), secureHeaders,
 		deadline(shortCall), middleware.GetHead)
 	root.Group(func(r chi.Router) {
 		r.Use(
+			limitClients(c.CallsPerMinute),
 			throttle(),
 			middleware.Compress(compression, "application/json", "application/problem+json", "text/html", "text/css"),
 			etags,
@@ -99,7 +112,7 @@ func New(c Config) http.Handler {
 	root.Group(func(r chi.Router) {
 		r.Use(deadline(longCall))
 		r.Get("/v1/builds/{id}/log", getLog(c))
-		r.With(needToken(c.Token)).Put("/v1/builds/{id}/log", putLog(c))
+		r.With(needScope(c, auth.Build)).Put("/v1/builds/{id}/log", putLog(c))
 		if c.Registry != nil {
 			r.Handle("/v2", c.Registry)
 			r.Handle("/v2/*", c.Registry)

@@ -20,6 +20,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/httpapi"
 	"github.com/prebake/prebake/server/internal/ocistore"
@@ -51,8 +52,9 @@ func serveLogging(t *testing.T, log *slog.Logger) (string, *store.Store) {
 	cat := catalogue.New(catalogue.Config{Store: db, Logs: logs, Queue: q, Repository: "/prebake/driver", Log: log})
 	pages, err := web.New(cat, log)
 	check(t, err)
-	s := httptest.NewServer(httpapi.New(httpapi.Config{Catalogue: cat, Store: db, Queue: q, Token: token, Version: "test", Log: log,
-		Registry: ocistore.Handler(registry, token, log), Pages: pages}))
+	who := auth.New(auth.Config{First: token, Tokens: db})
+	s := httptest.NewServer(httpapi.New(httpapi.Config{Catalogue: cat, Store: db, Queue: q, Auth: who, Access: db, Version: "test",
+		AskPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages}))
 	t.Cleanup(func() {
 		s.Close()
 		check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close()))

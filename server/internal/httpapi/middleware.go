@@ -19,6 +19,7 @@ import (
 	"github.com/go-chi/chi/v5/middleware"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
 )
 
 // deadline bounds a request by the connection's own clocks, so that a client
@@ -110,7 +111,7 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 			begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
 			next.ServeHTTP(seen, r)
 			log.Log(r.Context(), level, "request answered", "request", id, "method", r.Method, "path", r.URL.Path,
-				"status", seen.Status(), "bytes", seen.BytesWritten(), "took", time.Since(begin), "from", r.RemoteAddr)
+				"status", seen.Status(), "bytes", seen.BytesWritten(), "took", time.Since(begin), "from", r.RemoteAddr, "actor", auth.Noted(r.Context()).Name)
 		})
 	}
 }

@@ -15,7 +15,6 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
 // problem is an error answer in the shape that the router wants: a status, a
@@ -151,44 +150,6 @@ func writeText(w http.ResponseWriter, status int, text string) {
 	_, _ = w.Write([]byte(text)) // as above
 }
 
-// unauthorized is the answer to a write without the token.
-func unauthorized() api.Problem {
-	return problemOf(fault.New(fault.Unauthorized, "this call needs the server's token",
-		"send it as Authorization: Bearer TOKEN; the server logs where it keeps it"))
-}
-
-func allowed(authorization, token string) bool {
-	scheme, given, _ := strings.Cut(authorization, " ")
-	return strings.EqualFold(scheme, "Bearer") && ocistore.Same(given, token)
-}
-
-// checkSecurity guards the routes of the table that have Security.
-func checkSecurity(a huma.API, token string) func(huma.Context, func(huma.Context)) {
-	return func(ctx huma.Context, next func(huma.Context)) {
-		if len(ctx.Operation().Security) == 0 || allowed(ctx.Header("Authorization"), token) {
-			next(ctx)
-			return
-		}
-		p := unauthorized()
-		ctx.SetHeader("Www-Authenticate", `Bearer realm="prebake"`)
-		writeHuma(a, ctx, p)
-	}
-}
-
-// needToken guards the routes outside of the table.
-func needToken(token string) func(http.Handler) http.Handler {
-	return func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if !allowed(r.Header.Get("Authorization"), token) {
-				w.Header().Set("Www-Authenticate", `Bearer realm="prebake"`)
-				writeProblem(w, unauthorized())
-				return
-			}
-			next.ServeHTTP(w, r)
-		})
-	}
-}
-
 // apiConfig describes the API. The router's default would add $schema members
 // to answers and a documentation page that loads scripts from elsewhere.
 func apiConfig(version string, log *slog.Logger) huma.Config {
@@ -208,7 +169,8 @@ func apiConfig(version string, log *slog.Logger) huma.Config {
 			Info:    &huma.Info{Title: "Prebake", Version: version, Description: "NVIDIA drivers for COS, built ahead."},
 			Components: &huma.Components{
 				Schemas:         huma.NewMapRegistry("#/components/schemas/", names),
-				SecuritySchemes: map[string]*huma.SecurityScheme{"token": {Type: "http", Scheme: "bearer"}},
+				SecuritySchemes: map[string]*huma.SecurityScheme{schemeName: {Type: "http", Scheme: "bearer",
+					Description: "a token that has the scope; the first token has all of them"}},
 			},
 		},
 		OpenAPIPath:      "/openapi",

@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"net"
@@ -12,9 +13,11 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humachi"
 	"github.com/go-chi/chi/v5"
+	"golang.org/x/time/rate"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/store"
 )
 
@@ -117,6 +120,7 @@ func relative(repository, asked, port string) string {
 type table struct {
 	huma.API
 	Config
+	askers *askers
 }
 
 func (table) read(id, path, what string) huma.Operation {
@@ -129,13 +133,22 @@ func (table) read(id, path, what string) huma.Operation {
 	}
 }
 
-// write describes a route that needs the token.
-func (table) write(id, method, path, what string, status int) huma.Operation {
+// guarded describes a read that is for administrators.
+func (t table) guarded(id, path, what string) huma.Operation {
+	op := t.read(id, path, what)
+	op.Security = []map[string][]string{{schemeName: {string(auth.Admin)}}}
+	op.Errors = append(op.Errors, http.StatusUnauthorized, http.StatusForbidden)
+	return op
+}
+
+// write describes a route that needs a scope.
+func (table) write(id string, scope auth.Scope, method, path, what string, status int) huma.Operation {
 	return huma.Operation{OperationID: id, Method: method, Path: path, Summary: what, DefaultStatus: status,
-		MaxBodyBytes: 1 << 20, Security: []map[string][]string{{"token": {}}},
+		MaxBodyBytes: 1 << 20, Security: []map[string][]string{{schemeName: {string(scope)}}},
 		Errors: []int{
 			http.StatusBadRequest,
 			http.StatusUnauthorized,
+			http.StatusForbidden,
 			http.StatusNotFound,
 			http.StatusConflict,
 			http.StatusRequestEntityTooLarge,
@@ -144,14 +157,15 @@ func (table) write(id, method, path, what string, status int) huma.Operation {
 
 // mountAPI registers the whole API.
 func mountAPI(r chi.Router, c Config) {
-	t := table{humachi.New(r, apiConfig(c.Version, c.Log)), c}
-	t.UseMiddleware(checkSecurity(t, c.Token), refuseUnknown(t))
+	t := table{humachi.New(r, apiConfig(c.Version, c.Log)), c, &askers{perHour: cmp.Or(c.AskPerHour, defaultAsk), of: map[string]*rate.Limiter{}}}
+	t.UseMiddleware(checkSecurity(t, c), refuseUnknown(t))
 	t.lists()
 	t.cells()
 	t.builds()
 	t.artifacts()
 	t.releases()
 	t.wishLists()
+	t.access()
 }
 
 func (t table) lists() {
@@ -244,13 +258,13 @@ func (t table) builds() {
 			return answer(cat.Build(ctx, in.ID))
 		},
 	)
-	huma.Register(t, t.write("request-build", http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
+	huma.Register(t, t.write("request-build", auth.Ask, http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
 		func(ctx context.Context, in *body[api.BuildRequest]) (*body[api.Build], error) {
-			return answer(cat.Request(ctx, in.Body))
+			return answer(cat.RequestAs(ctx, in.Body, t.askers.asker(ctx)))
 		})
 	huma.Register(
 		t,
-		t.write("update-build", http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
+		t.write("update-build", auth.Build, http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			BuildPath
 			Asked
@@ -260,7 +274,7 @@ func (t table) builds() {
 			return answer(cat.Update(ctx, in.ID, in.Body))
 		},
 	)
-	huma.Register(t, t.write("cancel-build", http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
+	huma.Register(t, t.write("cancel-build", auth.Operate, http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
 		func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
 			return answer(cat.Cancel(ctx, in.ID))
 		})
@@ -278,7 +292,7 @@ func (t table) builds() {
 	read.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusOK): {Description: "the log", Content: text}}
 	t.OpenAPI().AddOperation(&read)
 	write := t.write(
-		"put-log",
+		"put-log", auth.Build,
 		http.MethodPut,
 		"/v1/builds/{id}/log",
 		"Store a build's log in place of the one before",
@@ -299,7 +313,7 @@ func (t table) artifacts() {
 			return answer(cat.Artifact(ctx, in.Digest))
 		},
 	)
-	huma.Register(t, t.write("add-artifact", http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
+	huma.Register(t, t.write("add-artifact", auth.Build, http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			Asked
 			Body api.NewArtifact
@@ -309,7 +323,7 @@ func (t table) artifacts() {
 		})
 	huma.Register(
 		t,
-		t.write("yank", http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
+		t.write("yank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			DigestPath
 			Body api.YankRequest
@@ -317,7 +331,7 @@ func (t table) artifacts() {
 			return answer(cat.Yank(ctx, in.Digest, in.Body.Reason))
 		},
 	)
-	huma.Register(t, t.write("unyank", http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
+	huma.Register(t, t.write("unyank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
 		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Unyank(ctx, in.Digest))
 		})
@@ -328,7 +342,7 @@ func (t table) releases() {
 	huma.Register(
 		t,
 		t.write(
-			"announce-release",
+			"announce-release", auth.Announce,
 			http.MethodPost,
 			"/v1/releases",
 			"Tell of a COS build: it is looked up and planned at once",
@@ -389,7 +403,7 @@ func (t table) wishLists() {
 			return answer(cat.WishList(ctx, in.Name))
 		},
 	)
-	huma.Register(t, t.write("put-wish-list", http.MethodPut, "/v1/wish-lists/{name}", "Store a wish list", http.StatusOK),
+	huma.Register(t, t.write("put-wish-list", auth.Operate, http.MethodPut, "/v1/wish-lists/{name}", "Store a wish list", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			WishListPath
 			Body api.NewWishList
@@ -399,7 +413,7 @@ func (t table) wishLists() {
 	huma.Register(
 		t,
 		t.write(
-			"drop-wish-list",
+			"drop-wish-list", auth.Operate,
 			http.MethodDelete,
 			"/v1/wish-lists/{name}",
 			"Remove a wish list; what was built for it stays",

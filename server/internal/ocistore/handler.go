@@ -1,8 +1,7 @@
 package ocistore
 
 import (
-	"crypto/sha256"
-	"crypto/subtle"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log/slog"
@@ -13,6 +12,7 @@ import (
 	"cuelabs.dev/go/oci/ociregistry/ociserver"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
 )
 
 // TokenPath is where clients that speak the registry token protocol get one.
@@ -22,16 +22,22 @@ const TokenPath = "/v2/token"
 // that is not open without it.
 const anonymous = "anonymous"
 
-// Handler serves the distribution API. Everybody may read; a write needs the
-// token, as a Basic password under any user name or as a Bearer token.
+// access finds out who calls.
+type access interface {
+	Who(ctx context.Context, secret string) (auth.Principal, error)
+}
+
+// Handler serves the distribution API. Everybody may read; a write needs a token
+// that may push, and a removal one that may operate, as a Basic password under any
+// user name or as a Bearer token.
 //
 // Stock clients ask GET /v2/ first and send credentials later only if that
 // answers 401, and some refuse to read anonymously from a registry that says
 // Basic. So the challenge is Bearer with a token endpoint that also hands out
 // an anonymous token: then docker, containerd, crane and cosign all read
 // without credentials and push with them.
-func Handler(s *Store, token string, log *slog.Logger) http.Handler {
-	h := &handler{store: s, token: token, log: log}
+func Handler(s *Store, who access, log *slog.Logger) http.Handler {
+	h := &handler{store: s, access: who, log: log}
 	h.api = ociserver.New(s, &ociserver.Options{
 		MaxListPageSize: 1000,
 		DebugID:         "embedded", // the default is a counter in a package variable
@@ -42,25 +48,42 @@ func Handler(s *Store, token string, log *slog.Logger) http.Handler {
 
 type handler struct {
 	store *Store
-	token string
+	access
 	log   *slog.Logger
 	api   http.Handler
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	given, asked := credential(r)
-	may := asked && Same(given, h.token)
+	secret, asked := auth.Secret(r)
+	var who auth.Principal
+	known := false
+	if asked && secret != anonymous {
+		var err error
+		who, err = h.Who(r.Context(), secret)
+		if err != nil && !fault.Is(err, fault.Unauthorized) {
+			h.log.ErrorContext(r.Context(), "caller not found out", "err", err)
+			writeStatus(w, http.StatusServiceUnavailable, "UNAVAILABLE", "ask again; the server's log has the cause")
+			return
+		}
+		if known = err == nil; known {
+			auth.Write(r.Context(), who)
+		}
+	}
 	switch {
 	case r.URL.Path == TokenPath:
-		h.serveToken(w, r, asked, may)
+		h.serveToken(w, r, secret, asked && secret != anonymous, known)
 		return
 	case r.Method != http.MethodGet && r.Method != http.MethodHead:
-		if !may {
+		if !known {
 			h.challenge(w, r)
 			return
 		}
+		if err := auth.Need(who, scopeOf(r)); err != nil {
+			writeStatus(w, http.StatusForbidden, "DENIED", err.Error())
+			return
+		}
 	case r.URL.Path == "/v2/" || r.URL.Path == "/v2":
-		if !may && given != anonymous {
+		if !known && secret != anonymous {
 			h.challenge(w, r)
 			return
 		}
@@ -71,19 +94,12 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	h.api.ServeHTTP(w, r.WithContext(withRange(r)))
 }
 
-// credential returns what the request says to be allowed by.
-func credential(r *http.Request) (secret string, given bool) {
-	if _, password, ok := r.BasicAuth(); ok {
-		return password, true
+// scopeOf returns what a write needs. An upload that is called off is part of a push.
+func scopeOf(r *http.Request) auth.Scope {
+	if r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/") {
+		return auth.Operate
 	}
-	scheme, token, _ := strings.Cut(r.Header.Get("Authorization"), " ")
-	return token, strings.EqualFold(scheme, "Bearer")
-}
-
-// Same compares secrets in constant time. An empty token lets nobody in.
-func Same(given, token string) bool {
-	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(token))
-	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && token != ""
+	return auth.Push
 }
 
 func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
@@ -95,9 +111,9 @@ func (h *handler) challenge(w http.ResponseWriter, r *http.Request) {
 	h.writeError(w, r, ociregistry.ErrUnauthorized)
 }
 
-// serveToken answers with the token to those who know it, and with the
+// serveToken answers with the secret that a known caller showed, and with the
 // anonymous one to those who claim nothing.
-func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, asked, may bool) {
+func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, secret string, asked, known bool) {
 	if r.Method != http.MethodGet {
 		// Clients fall back to GET when the OAuth2 form of the protocol is absent.
 		w.WriteHeader(http.StatusNotFound)
@@ -105,8 +121,8 @@ func (h *handler) serveToken(w http.ResponseWriter, r *http.Request, asked, may 
 	}
 	grant := anonymous
 	switch {
-	case may:
-		grant = h.token
+	case known:
+		grant = secret
 	case asked:
 		w.Header().Set("Www-Authenticate", `Basic realm="prebake"`)
 		h.writeError(w, r, ociregistry.ErrUnauthorized)

@@ -31,6 +31,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/types"
 	"github.com/opencontainers/go-digest"
 
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -56,7 +57,7 @@ func open(t *testing.T, dir string) *ocistore.Store {
 // serve starts a registry over dir and returns its host:port.
 func serve(t *testing.T, dir string) string {
 	t.Helper()
-	s := httptest.NewServer(ocistore.Handler(open(t, dir), token, slog.New(slog.DiscardHandler)))
+	s := httptest.NewServer(ocistore.Handler(open(t, dir), auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
 	t.Cleanup(s.Close)
 	return strings.TrimPrefix(s.URL, "http://")
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
 )
 
@@ -76,7 +77,7 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
 	t.Cleanup(func() {
 		server.Close()
 		if err := s.Close(); err != nil {
@@ -115,7 +116,7 @@ func TestCollect(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, dir)
-	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
 	t.Cleanup(server.Close)
 	host := strings.TrimPrefix(server.URL, "http://")
 	kept, gone := image(t), image(t)
@@ -191,7 +192,7 @@ func TestCollectBesidePushes(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := open(t, dir)
-	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
 	t.Cleanup(server.Close)
 	host := strings.TrimPrefix(server.URL, "http://")
 	ctx, stop := context.WithCancel(t.Context())
@@ -267,7 +268,7 @@ func TestManners(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := httptest.NewServer(ocistore.Handler(s, token, slog.New(slog.DiscardHandler)))
+	server := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
 	t.Cleanup(func() {
 		server.Close()
 		if err := s.Close(); err != nil {

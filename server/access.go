@@ -1,0 +1,113 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+const hintTokens = "list them: server tokens list"
+
+func tokensCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "tokens", Usage: "make, list and revoke tokens",
+		Description: `Each caller gets a token of its own, with the scopes that it needs:
+  ask       nodes: ask for builds of known kernels, report on drivers
+  announce  pipelines: tell of COS builds, ask for any build; includes ask
+  build     builders: report builds, record artifacts
+  push      builders: write to the registry
+  operate   people: wish lists, cancel, yank, remove; includes announce
+  admin     tokens and the audit log; includes all others`,
+		Commands: []*ucli.Command{listTokensCommand(), createTokenCommand(), revokeTokenCommand()},
+	}
+}
+
+func listTokensCommand() *ucli.Command {
+	return list("list", "list tokens, without their secrets", writeFlags(),
+		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.Token, error) { return c.Tokens(ctx) }, printTokens)
+}
+
+func createTokenCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "create", Usage: "make a token and print it, once", ArgsUsage: "NAME",
+		Flags: writeFlags(
+			&ucli.StringSliceFlag{Name: "scope", Usage: "`SCOPE` that it has, repeatable", Required: true},
+			cli.Duration("life", 90*24*time.Hour, "`TIME` that it counts, at most two years"),
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			name, err := oneArg(cmd, "NAME", "name it for who has it, such as node-pool-a")
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			t, err := c.CreateToken(ctx, api.NewToken{Name: name, Scopes: cmd.StringSlice("scope"),
+				LifeSeconds: int64(cmd.Duration("life") / time.Second)})
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, t, func(w io.Writer) error {
+				_, err := fmt.Fprintln(w, t.Secret)
+				return err
+			})
+		},
+	}
+}
+
+func revokeTokenCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "revoke", Usage: "make a token worth nothing, at once", ArgsUsage: "ID", Flags: writeFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			id, err := oneArg(cmd, "ID", hintTokens)
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			return c.RevokeToken(ctx, id)
+		},
+	}
+}
+
+func auditCommand() *ucli.Command {
+	return list("audit", "list who changed what, newest first",
+		writeFlags(&ucli.StringFlag{Name: "actor", Usage: "only of this `CALLER`, such as token:node-pool-a"}),
+		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]api.AuditEntry, error) {
+			return c.Audit(ctx, cmd.String("actor"))
+		}, printAudit)
+}
+
+func printTokens(w io.Writer, all []api.Token) error {
+	rows := [][]string{}
+	for _, t := range all {
+		state := "until " + t.ExpiresAt.Format(time.DateOnly)
+		switch {
+		case t.RevokedAt != nil:
+			state = "revoked"
+		case time.Now().After(t.ExpiresAt):
+			state = "expired"
+		}
+		rows = append(rows, []string{t.ID, cut(t.Name, 16), state, strings.Join(t.Scopes, ",")})
+	}
+	return printTable(w, []string{"ID", "NAME", "STATE", "SCOPES"}, rows, "no token is made yet: server tokens create NAME --scope ask")
+}
+
+func printAudit(w io.Writer, all []api.AuditEntry) error {
+	rows := [][]string{}
+	for _, e := range all {
+		rows = append(rows, []string{e.At.UTC().Format("2006-01-02 15:04"), cut(e.Actor, 20), strconv.Itoa(e.Status), e.Method + " " + e.Path})
+	}
+	return printTable(w, []string{"AT", "ACTOR", "STATUS", "CALL"}, rows, "nobody changed anything yet")
+}

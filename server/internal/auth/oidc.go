@@ -1,0 +1,309 @@
+package auth
+
+import (
+	"bytes"
+	"context"
+	"crypto"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/coreos/go-oidc/v3/oidc"
+	"github.com/go-jose/go-jose/v4"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Bounds of what comes from outside, in bytes, and of one question to an issuer.
+const (
+	maxIssuers  = 1 << 20 // the file
+	maxJWT      = 16 << 10
+	maxKeys     = 1 << 20
+	askIssuer   = 10 * time.Second
+	retryIssuer = 10 * time.Second
+)
+
+// Rule trusts some tokens of an issuer.
+type Rule struct {
+	// Issuer is the claim iss, an https URL.
+	Issuer string `yaml:"issuer"`
+	// Audience is what one of the claim aud must be.
+	Audience string `yaml:"audience"`
+	// Claims are what other claims must be: a text with * for any run of letters but
+	// /. At least one is needed: an issuer such as GitHub's speaks for everybody.
+	Claims map[string]string `yaml:"claims"`
+	// Scopes are what such a caller may do.
+	Scopes []string `yaml:"scopes"`
+	// Name is what the audit log calls the caller; {claim} stands for a claim.
+	// "" is the subject.
+	Name string `yaml:"name"`
+	// Keys is a file with the issuer's keys (a JWK set), beside the rules' file
+	// unless it is absolute. "" asks the issuer, as OpenID Connect Discovery says.
+	Keys string `yaml:"keys"`
+	// CA is a file with certificates in PEM that the issuer's own must chain to;
+	// "" is the system's.
+	CA string `yaml:"ca"`
+
+	scopes   []Scope
+	verifier *lazyVerifier
+}
+
+// Issuers are the rules by which OpenID Connect tokens are believed.
+type Issuers struct{ rules []*Rule }
+
+// ReadIssuers reads rules from a YAML file: a list with a member for each field of
+// [Rule]. Unknown members are refused.
+func ReadIssuers(file string) (*Issuers, error) {
+	fail := func(err error) error {
+		return fault.Wrap(fault.Usage, fmt.Errorf("read issuers from %s: %w", file, err), "see docs/operate.md for an example")
+	}
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, fail(err)
+	}
+	if info.Size() > maxIssuers {
+		return nil, fail(fmt.Errorf("it has %d bytes, more than %d", info.Size(), maxIssuers))
+	}
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fail(err)
+	}
+	all := &Issuers{}
+	decoder := yaml.NewDecoder(bytes.NewReader(raw))
+	decoder.KnownFields(true)
+	if err := decoder.Decode(&all.rules); err != nil {
+		return nil, fail(err)
+	}
+	for i, r := range all.rules {
+		if r == nil {
+			return nil, fail(fmt.Errorf("rule %d is empty", i+1))
+		}
+		if err := r.prepare(filepath.Dir(file)); err != nil {
+			return nil, fail(fmt.Errorf("rule %d: %w", i+1, err))
+		}
+	}
+	return all, nil
+}
+
+// prepare checks a rule and makes its verifier, without asking anybody.
+func (r *Rule) prepare(dir string) error {
+	u, err := url.Parse(r.Issuer)
+	switch {
+	case err != nil || u.Scheme != "https" || u.Host == "":
+		return fmt.Errorf("issuer %q is not an https URL", r.Issuer)
+	case r.Audience == "":
+		return errors.New("audience is missing: without one, a token for any other service would do")
+	case len(r.Claims) == 0:
+		return errors.New("claims are missing: name at least one, such as sub or repository")
+	}
+	for name, want := range r.Claims {
+		if _, err := path.Match(want, ""); err != nil || want == "" {
+			return fmt.Errorf("claim %s: %q is not a text with * for any run of letters", name, want)
+		}
+	}
+	if r.scopes, err = ParseScopes(r.Scopes); err != nil {
+		return err
+	}
+	in := func(name string) string {
+		if filepath.IsAbs(name) {
+			return name
+		}
+		return filepath.Join(dir, name)
+	}
+	r.verifier = &lazyVerifier{issuer: r.Issuer, client: &http.Client{Timeout: askIssuer}}
+	if r.CA != "" {
+		pem, err := os.ReadFile(in(r.CA))
+		if err != nil {
+			return err
+		}
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(pem) {
+			return fmt.Errorf("%s has no certificate in PEM", r.CA)
+		}
+		r.verifier.client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}}
+	}
+	if r.Keys == "" {
+		return nil
+	}
+	keys, err := readKeys(in(r.Keys))
+	if err != nil {
+		return err
+	}
+	r.verifier.verifier = oidc.NewVerifier(r.Issuer, keys, verifierConfig())
+	return nil
+}
+
+func readKeys(file string) (*oidc.StaticKeySet, error) {
+	raw, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	var set jose.JSONWebKeySet
+	if err := json.Unmarshal(raw[:min(len(raw), maxKeys)], &set); err != nil {
+		return nil, fmt.Errorf("%s is no JWK set: %w", file, err)
+	}
+	out := &oidc.StaticKeySet{}
+	for _, k := range set.Keys {
+		if !k.IsPublic() {
+			return nil, fmt.Errorf("%s has a key that is not public", file)
+		}
+		out.PublicKeys = append(out.PublicKeys, crypto.PublicKey(k.Key))
+	}
+	if len(out.PublicKeys) == 0 {
+		return nil, fmt.Errorf("%s has no key", file)
+	}
+	return out, nil
+}
+
+// verifierConfig leaves the audience to the rules: several may share an issuer.
+func verifierConfig() *oidc.Config {
+	return &oidc.Config{SkipClientIDCheck: true, SupportedSigningAlgs: []string{
+		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA,
+	}}
+}
+
+// lazyVerifier asks an issuer for its keys when the first token of it comes: the
+// server starts without it, too.
+type lazyVerifier struct {
+	issuer string
+	client *http.Client
+
+	mu       sync.Mutex
+	verifier *oidc.IDTokenVerifier
+	failed   time.Time
+	err      error
+}
+
+func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.verifier != nil || now.Sub(l.failed) < retryIssuer && l.err != nil {
+		return l.verifier, l.err
+	}
+	// The key set keeps the context and its client for as long as it lives; one
+	// request's end must not end it.
+	provider, err := oidc.NewProvider(oidc.ClientContext(context.Background(), l.client), l.issuer)
+	if err != nil {
+		l.failed, l.err = now, fault.Wrap(fault.Transient, fmt.Errorf("ask issuer %s for its keys: %w", l.issuer, err), "")
+		return nil, l.err
+	}
+	l.verifier, l.err = provider.Verifier(verifierConfig()), nil
+	return l.verifier, nil
+}
+
+// who believes a token that the rules trust.
+func (all *Issuers) who(ctx context.Context, raw string, now time.Time) (Principal, error) {
+	issuer, err := issuerOf(raw)
+	if err != nil {
+		return Principal{}, unknown("the token is no OpenID Connect token: " + err.Error())
+	}
+	var refusal error
+	for _, r := range all.rules {
+		if r.Issuer != issuer {
+			continue
+		}
+		v, err := r.verifier.get(now)
+		if err != nil {
+			return Principal{}, err
+		}
+		token, err := v.Verify(ctx, raw)
+		if err != nil {
+			return Principal{}, unknown("the token does not verify: " + err.Error())
+		}
+		p, err := r.judge(token)
+		if err == nil {
+			return p, nil
+		}
+		refusal = err
+	}
+	if refusal != nil {
+		return Principal{}, unknown("no rule of the server is for this token: " + refusal.Error())
+	}
+	return Principal{}, unknown("no rule of the server is for tokens of this issuer")
+}
+
+// issuerOf reads the issuer of a token that nobody verified yet, to know whose keys
+// to try.
+func issuerOf(raw string) (string, error) {
+	if len(raw) > maxJWT {
+		return "", fmt.Errorf("it has more than %d bytes", maxJWT)
+	}
+	parts := strings.Split(raw, ".")
+	if len(parts) != 3 {
+		return "", errors.New("it has not three parts")
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	if err != nil {
+		return "", errors.New("its payload is not base64")
+	}
+	var claims struct {
+		Issuer string `json:"iss"`
+	}
+	if err := json.Unmarshal(payload, &claims); err != nil {
+		return "", errors.New("its payload is not JSON")
+	}
+	return claims.Issuer, nil
+}
+
+// judge compares a verified token with the rule.
+func (r *Rule) judge(token *oidc.IDToken) (Principal, error) {
+	if !slices.Contains(token.Audience, r.Audience) {
+		return Principal{}, errors.New("its audience is another")
+	}
+	var claims map[string]any
+	if err := token.Claims(&claims); err != nil {
+		return Principal{}, err
+	}
+	for name, want := range r.Claims {
+		has, ok := claimText(claims[name])
+		if fits, err := path.Match(want, has); !ok || err != nil || !fits {
+			return Principal{}, fmt.Errorf("its claim %s is another", name)
+		}
+	}
+	name := token.Subject
+	if r.Name != "" {
+		name = claimInName.ReplaceAllStringFunc(r.Name, func(in string) string {
+			text, _ := claimText(claims[strings.Trim(in, "{}")])
+			return text
+		})
+	}
+	return Principal{Name: "oidc:" + printable(name), Scopes: r.scopes}, nil
+}
+
+var claimInName = regexp.MustCompile(`\{[A-Za-z0-9_.-]+\}`)
+
+func claimText(v any) (string, bool) {
+	switch v := v.(type) {
+	case string:
+		return v, true
+	case bool, float64:
+		return fmt.Sprint(v), true
+	}
+	return "", false
+}
+
+// printable bounds a name from outside for logs and tables.
+func printable(name string) string {
+	const most = 128
+	clean := strings.Map(func(c rune) rune {
+		if c < ' ' || c > '~' {
+			return '?'
+		}
+		return c
+	}, name)
+	return clean[:min(len(clean), most)]
+}

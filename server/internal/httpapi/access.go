@@ -1,0 +1,234 @@
+package httpapi
+
+import (
+	"cmp"
+	"context"
+	"net/http"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
+	"github.com/go-chi/httprate"
+	"golang.org/x/time/rate"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
+	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// schemeName is how the API's description calls the bearer token.
+const schemeName = "token"
+
+// scopeOf returns the scope that an operation needs; "" is none.
+func scopeOf(op *huma.Operation) auth.Scope {
+	for _, s := range op.Security {
+		for _, scope := range s[schemeName] {
+			return auth.Scope(scope)
+		}
+	}
+	return ""
+}
+
+// access returns nil if who sends this header may do what needs the scope. The
+// caller is noted in the context, for the logs.
+func access(ctx context.Context, who *auth.Authenticator, authorization string, s auth.Scope) error {
+	scheme, secret, _ := strings.Cut(authorization, " ")
+	if !strings.EqualFold(scheme, "Bearer") || strings.TrimSpace(secret) == "" {
+		return fault.New(fault.Unauthorized, "this call needs a token",
+			"send it as Authorization: Bearer TOKEN; server tokens create makes one")
+	}
+	p, err := who.Who(ctx, strings.TrimSpace(secret))
+	if err != nil {
+		return err
+	}
+	auth.Write(ctx, p)
+	return auth.Need(p, s)
+}
+
+const challenge = `Bearer realm="prebake"`
+
+// checkSecurity guards the routes of the table that need a scope.
+func checkSecurity(a huma.API, c Config) func(huma.Context, func(huma.Context)) {
+	return func(ctx huma.Context, next func(huma.Context)) {
+		if scope := scopeOf(ctx.Operation()); scope != "" {
+			if err := access(ctx.Context(), c.Auth, ctx.Header("Authorization"), scope); err != nil {
+				if fault.Is(err, fault.Unauthorized) {
+					ctx.SetHeader("Www-Authenticate", challenge)
+				}
+				logOwn(ctx.Context(), c, err)
+				writeHuma(a, ctx, problemOf(err))
+				return
+			}
+		}
+		next(ctx)
+	}
+}
+
+// needScope guards the routes outside of the table.
+func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if err := access(r.Context(), c.Auth, r.Header.Get("Authorization"), s); err != nil {
+				if fault.Is(err, fault.Unauthorized) {
+					w.Header().Set("Www-Authenticate", challenge)
+				}
+				logOwn(r.Context(), c, err)
+				writeProblem(w, problemOf(err))
+				return
+			}
+			next.ServeHTTP(w, r)
+		})
+	}
+}
+
+// logOwn logs what went wrong inside the server, which the answer does not tell.
+func logOwn(ctx context.Context, c Config, err error) {
+	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
+		c.Log.ErrorContext(ctx, "caller not found out", "err", err)
+	}
+}
+
+// keeper keeps the tokens and the audit log.
+type keeper interface {
+	Tokens(ctx context.Context) ([]api.Token, error)
+	CreateToken(ctx context.Context, t api.Token, hash []byte) error
+	RevokeToken(ctx context.Context, id string, at time.Time) error
+	Audit(ctx context.Context, actor string, p store.Page) (all []api.AuditEntry, next string, err error)
+	Audited(ctx context.Context, e api.AuditEntry) error
+}
+
+// maxAuditPath bounds a path in the audit log, in bytes.
+const maxAuditPath = 512
+
+// audit notes who calls, and adds a line for each call with a known caller that
+// changed something, or was refused. What builders and nodes say all the time is
+// left out, as are the pieces of a push: its manifest is in.
+func audit(c Config) func(http.Handler) http.Handler {
+	return func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			ctx := auth.Note(r.Context())
+			if r.Method == http.MethodGet || r.Method == http.MethodHead {
+				next.ServeHTTP(w, r.WithContext(ctx))
+				return
+			}
+			seen := middleware.NewWrapResponseWriter(w, r.ProtoMajor)
+			next.ServeHTTP(seen, r.WithContext(ctx))
+			who := auth.Noted(ctx)
+			if who.Name == "" || !audited(r) {
+				return
+			}
+			e := api.AuditEntry{At: time.Now(), Actor: who.Name, Method: r.Method, Path: r.URL.Path[:min(len(r.URL.Path), maxAuditPath)],
+				Status: seen.Status(), Request: middleware.GetReqID(ctx), Source: r.RemoteAddr}
+			// The client may be gone by now; what it changed stays changed.
+			if err := c.Access.Audited(context.WithoutCancel(ctx), e); err != nil {
+				c.Log.ErrorContext(ctx, "audit log not written", "actor", e.Actor, "method", e.Method, "path", e.Path, "err", err)
+			}
+		})
+	}
+}
+
+func audited(r *http.Request) bool {
+	if strings.HasPrefix(r.URL.Path, "/v2/") {
+		return strings.Contains(r.URL.Path, "/manifests/") || r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/")
+	}
+	pattern := ""
+	if rc := chi.RouteContext(r.Context()); rc != nil {
+		pattern = rc.RoutePattern()
+	}
+	switch r.Method + " " + pattern {
+	case "PATCH /v1/builds/{id}", "PUT /v1/builds/{id}/log", "POST /v1/preflight", "POST /v1/reports":
+		return false
+	}
+	return true
+}
+
+// limitClients answers 429 and Retry-After to an address that asks more often than
+// perMinute; 0 is no bound.
+func limitClients(perMinute int) func(http.Handler) http.Handler {
+	if perMinute == 0 {
+		return func(next http.Handler) http.Handler { return next }
+	}
+	return httprate.Limit(perMinute, time.Minute, httprate.WithKeyByIP(), httprate.WithLimitHandler(
+		func(w http.ResponseWriter, _ *http.Request) {
+			writeProblem(w, problemOf(fault.New(fault.TooMany, "this address asks too often", "wait as long as Retry-After says")))
+		}))
+}
+
+// askers bound how many builds each caller that may only ask adds in an hour.
+type askers struct {
+	perHour int
+
+	mu sync.Mutex
+	of map[string]*rate.Limiter
+}
+
+// maxAskers bounds the callers that are remembered; names of issuers' tokens are
+// endless.
+const maxAskers = 10_000
+
+// asker says what limits hold for who calls.
+func (a *askers) asker(ctx context.Context) catalogue.Asker {
+	who := auth.Noted(ctx)
+	if who.May(auth.Announce) {
+		return catalogue.Asker{}
+	}
+	return catalogue.Asker{KnownOnly: true, Spend: func() error {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		l := a.of[who.Name]
+		if l == nil {
+			if len(a.of) >= maxAskers {
+				clear(a.of)
+			}
+			l = rate.NewLimiter(rate.Every(time.Hour/time.Duration(a.perHour)), a.perHour)
+			a.of[who.Name] = l
+		}
+		if !l.Allow() {
+			return fault.Errorf(fault.TooMany, "%s asked for %d new builds within an hour", who.Name, a.perHour)
+		}
+		return nil
+	}}
+}
+
+// access registers the routes of who may do what.
+func (t table) access() {
+	huma.Register(
+		t,
+		t.guarded("list-tokens", "/v1/tokens", "List tokens, without their secrets"),
+		func(ctx context.Context, _ *struct{}) (*body[[]api.Token], error) {
+			return answer(t.Access.Tokens(ctx))
+		},
+	)
+	huma.Register(t, t.write("create-token", auth.Admin, http.MethodPost, "/v1/tokens", "Make a token; its secret is told once", http.StatusCreated),
+		func(ctx context.Context, in *body[api.NewToken]) (*body[api.Token], error) {
+			made, hash, err := auth.NewToken(in.Body, auth.Noted(ctx).Name, time.Now())
+			if err == nil {
+				err = t.Access.CreateToken(ctx, made, hash)
+			}
+			return answer(made, err)
+		})
+	huma.Register(
+		t,
+		t.write("revoke-token", auth.Admin, http.MethodDelete, "/v1/tokens/{id}", "Make a token worth nothing", http.StatusNoContent),
+		func(ctx context.Context, in *struct {
+			ID string `path:"id" doc:"id of the token"`
+		}) (*struct{}, error) {
+			if err := t.Access.RevokeToken(ctx, in.ID, time.Now()); err != nil {
+				return nil, asProblem(err)
+			}
+			return nil, nil
+		},
+	)
+	huma.Register(t, t.guarded("list-audit", "/v1/audit", "List who changed what, newest first"), func(ctx context.Context, in *struct {
+		PageQuery
+		Actor string `query:"actor" maxLength:"256" doc:"only of this caller"`
+	}) (*list[api.AuditEntry], error) {
+		all, next, err := t.Access.Audit(ctx, in.Actor, store.Page{After: in.After, Limit: cmp.Or(in.Limit, catalogue.DefaultLimit)})
+		return listed(&in.PageQuery, all, next, err)
+	})
+}

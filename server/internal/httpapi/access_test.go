@@ -1,0 +1,243 @@
+package httpapi_test
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/auth"
+	"github.com/prebake/prebake/server/internal/httpapi"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// needed is the authorization table: each route with the scope that it needs. It is
+// written by hand, so that a route that changes its scope, or a new one, fails the
+// test until somebody says here that this is meant.
+var needed = map[string]auth.Scope{
+	"GET /":             "",
+	"GET /assets/*":     "",
+	"GET /builds/{id}":  "",
+	"GET /healthz":      "",
+	"GET /metrics":      "",
+	"GET /openapi.json": "", "GET /openapi.yaml": "", "GET /openapi-3.0.json": "", "GET /openapi-3.0.yaml": "",
+	"GET /readyz":                           "",
+	"GET /v1/artifacts":                     "",
+	"GET /v1/artifacts/{digest}":            "",
+	"GET /v1/audit":                         auth.Admin,
+	"GET /v1/builds":                        "",
+	"GET /v1/builds/{id}":                   "",
+	"GET /v1/builds/{id}/log":               "",
+	"GET /v1/cells":                         "",
+	"GET /v1/drivers":                       "",
+	"GET /v1/kernels":                       "",
+	"GET /v1/ready-times":                   "",
+	"GET /v1/releases/{buildId}":            "",
+	"GET /v1/resolve":                       "",
+	"GET /v1/tokens":                        auth.Admin,
+	"GET /v1/wish-lists":                    "",
+	"GET /v1/wish-lists/{name}":             "",
+	"POST /v1/preflight":                    "",
+	"POST /v1/artifacts":                    auth.Build,
+	"POST /v1/artifacts/{digest}/unyank":    auth.Operate,
+	"POST /v1/artifacts/{digest}/yank":      auth.Operate,
+	"POST /v1/builds":                       auth.Ask,
+	"POST /v1/builds/{id}/cancel":           auth.Operate,
+	"PATCH /v1/builds/{id}":                 auth.Build,
+	"PUT /v1/builds/{id}/log":               auth.Build,
+	"POST /v1/releases":                     auth.Announce,
+	"POST /v1/tokens":                       auth.Admin,
+	"DELETE /v1/tokens/{id}":                auth.Admin,
+	"PUT /v1/wish-lists/{name}":             auth.Operate,
+	"DELETE /v1/wish-lists/{name}":          auth.Operate,
+	"GET /v2/x/tags/list":                   "",
+	"GET /v2/x/manifests/latest":            "",
+	"GET /v2/x/blobs/DIGEST":                "",
+	"GET /v2/x/referrers/DIGEST":            "",
+	"PUT /v2/x/manifests/latest":            auth.Push,
+	"POST /v2/x/blobs/uploads/":             auth.Push,
+	"PATCH /v2/x/blobs/uploads/1":           auth.Push,
+	"PUT /v2/x/blobs/uploads/1":             auth.Push,
+	"DELETE /v2/x/blobs/uploads/1":          auth.Push,
+	"DELETE /v2/x/manifests/latest":         auth.Operate,
+	"DELETE /v2/x/blobs/DIGEST":             auth.Operate,
+	"POST /v2/x/blobs/uploads/?from=y":      auth.Push,
+	"GET /v2/x/blobs/uploads/1":             "",
+	"HEAD /v2/x/manifests/latest":           "",
+	"PUT /v2/x/manifests/sha256-y.referrer": auth.Push,
+}
+
+// opens says which scopes a token may have to do what needs one.
+var opens = map[auth.Scope][]auth.Scope{
+	auth.Ask:      {auth.Ask, auth.Announce, auth.Operate, auth.Admin},
+	auth.Announce: {auth.Announce, auth.Operate, auth.Admin},
+	auth.Build:    {auth.Build, auth.Admin},
+	auth.Push:     {auth.Push, auth.Admin},
+	auth.Operate:  {auth.Operate, auth.Admin},
+	auth.Admin:    {auth.Admin},
+}
+
+// makeToken stores a token with a scope that counts for a while from a time on.
+func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from time.Time) api.Token {
+	t.Helper()
+	made, hash, err := auth.NewToken(api.NewToken{Name: name, Scopes: []string{string(s)}, LifeSeconds: 3600}, "test", from)
+	check(t, err)
+	check(t, db.CreateToken(t.Context(), made, hash))
+	return made
+}
+
+// Every route answers every kind of caller as the table says, and no route is
+// missing from it.
+func TestAuthorization(t *testing.T) {
+	t.Parallel()
+	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
+	secrets := map[string]string{"nobody": "", "stranger": "prebake_x_y", "forger": "a.b.c", "first": token}
+	may := map[string]auth.Scope{"first": auth.Admin}
+	for _, s := range auth.Scopes() {
+		secrets[string(s)], may[string(s)] = makeToken(t, db, string(s), s, time.Now()).Secret, s
+	}
+	secrets["expired"] = makeToken(t, db, "expired", auth.Admin, time.Now().Add(-2*time.Hour)).Secret
+	revoked := makeToken(t, db, "revoked", auth.Admin, time.Now())
+	check(t, db.RevokeToken(t.Context(), revoked.ID, time.Now()))
+	secrets["revoked"] = revoked.Secret
+	secrets["half"] = strings.TrimRight(secrets["admin"], "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567") // its id alone
+
+	for route, scope := range needed {
+		method, pattern, _ := strings.Cut(route, " ")
+		path := strings.NewReplacer("{id}", "1", "{buildId}", "17800.66.78", "{name}", "x", "{digest}", digest, "DIGEST", digest,
+			"/assets/*", "/assets/style.css").Replace(pattern)
+		for caller, secret := range secrets {
+			status := ask(t, method, url+path, secret)
+			refused := status == http.StatusUnauthorized || status == http.StatusForbidden
+			has, known := may[caller]
+			switch {
+			case scope == "" && refused:
+				t.Errorf("%s by %s = %d; it is open", route, caller, status)
+			case scope != "" && !known && status != http.StatusUnauthorized:
+				t.Errorf("%s by %s = %d; want 401", route, caller, status)
+			case scope != "" && known && !slices.Contains(opens[scope], has) && status != http.StatusForbidden:
+				t.Errorf("%s by %s = %d; want 403", route, caller, status)
+			case scope != "" && known && slices.Contains(opens[scope], has) && refused:
+				t.Errorf("%s by %s = %d; it has the scope", route, caller, status)
+			}
+		}
+	}
+
+	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler()}).(chi.Routes)
+	if !ok {
+		t.Fatal("the handler tells no routes")
+	}
+	check(t, chi.Walk(routes, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
+		if _, listed := needed[method+" "+route]; !listed {
+			t.Errorf("route %s %s is not in the authorization table", method, route)
+		}
+		return nil
+	}))
+}
+
+// ask sends a request that is too empty to change anything, and returns the status.
+func ask(t *testing.T, method, url, secret string) int {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader("{"))
+	check(t, err)
+	req.Header.Set("Content-Type", "application/json")
+	if secret != "" {
+		req.Header.Set("Authorization", "Bearer "+secret)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	check(t, err)
+	_, err = io.Copy(io.Discard, resp.Body)
+	check(t, errors.Join(err, resp.Body.Close()))
+	return resp.StatusCode
+}
+
+// A node asks for builds of known kernels, and so many an hour; what is there
+// already costs it nothing.
+func TestNodeAsks(t *testing.T) {
+	t.Parallel()
+	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
+	node := api.NewClient(url, makeToken(t, db, "node", auth.Ask, time.Now()).Secret, nil)
+	pipeline := api.NewClient(url, makeToken(t, db, "pipeline", auth.Announce, time.Now()).Secret, nil)
+	request := func(c *api.Client, build int, driver string) error {
+		_, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: fmt.Sprintf("17800.66.%d", build), Board: "lakitu", Driver: driver, Flavour: "open"})
+		return err
+	}
+	if err := request(node, 78, "550.54.15"); !fault.Is(err, fault.Forbidden) {
+		t.Errorf("RequestBuild(unknown kernel) by a node = %v; want forbidden", err)
+	}
+	check(t, request(pipeline, 78, "550.54.15"))
+	check(t, request(node, 78, "550.54.15"))
+	for i := range 2 { // serveLogging allows two an hour
+		check(t, request(node, 78, fmt.Sprintf("550.54.%d", 20+i)))
+	}
+	if err := request(node, 78, "550.54.30"); !fault.Is(err, fault.TooMany) {
+		t.Errorf("RequestBuild(third new build) by a node = %v; want too-many", err)
+	}
+	check(t, request(node, 78, "550.54.20"))
+	check(t, request(pipeline, 79, "550.54.30"))
+}
+
+// The audit log says who changed what, and who was refused; it is no place for
+// what builders say all the time.
+func TestAudit(t *testing.T) {
+	t.Parallel()
+	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
+	first := api.NewClient(url, token, nil)
+	made, err := first.CreateToken(t.Context(), api.NewToken{Name: "ci", Scopes: []string{"announce"}})
+	check(t, err)
+	if made.Secret == "" || made.CreatedBy != "first" || made.ExpiresAt.Sub(made.CreatedAt) != auth.DefaultLife {
+		t.Errorf("CreateToken() = %+v; want a secret, by first, for %s", made, auth.DefaultLife)
+	}
+	ci := api.NewClient(url, made.Secret, nil)
+	b, err := ci.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
+	check(t, err)
+	if _, err := ci.Cancel(t.Context(), b.ID); !fault.Is(err, fault.Forbidden) {
+		t.Errorf("Cancel() by ci = %v; want forbidden", err)
+	}
+	_, err = first.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
+	check(t, err)
+	check(t, first.RevokeToken(t.Context(), made.ID))
+	if _, err := ci.Announce(t.Context(), "17800.66.78"); !fault.Is(err, fault.Unauthorized) || !strings.Contains(err.Error(), "revoked") {
+		t.Errorf("Announce() with a revoked token = %v; want unauthorized, revoked", err)
+	}
+	all, err := first.Audit(t.Context(), "")
+	check(t, err)
+	var got []string
+	for _, e := range all {
+		if e.Request == "" || e.Source == "" || time.Since(e.At) > time.Hour {
+			t.Errorf("entry %+v lacks its request, source or time", e)
+		}
+		got = append(got, fmt.Sprintf("%s %s %s %d", e.Actor, e.Method, e.Path, e.Status))
+	}
+	want := []string{
+		"first DELETE /v1/tokens/" + made.ID + " 204",
+		fmt.Sprintf("token:ci POST /v1/builds/%d/cancel 403", b.ID),
+		"token:ci POST /v1/builds 202",
+		"first POST /v1/tokens 201",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("audit log (-want +got):\n%s", diff)
+	}
+	if mine, err := first.Audit(t.Context(), "token:ci"); err != nil || len(mine) != 2 {
+		t.Errorf("Audit(token:ci) = %d entries, %v; want 2", len(mine), err)
+	}
+	tokens, err := first.Tokens(t.Context())
+	check(t, err)
+	if len(tokens) != 1 || tokens[0].Secret != "" || tokens[0].UsedAt == nil || tokens[0].RevokedAt == nil {
+		t.Errorf("Tokens() = %+v; want one, used, revoked, without its secret", tokens)
+	}
+	check(t, db.TrimAudit(t.Context(), time.Now()))
+	if all, err := first.Audit(t.Context(), ""); err != nil || len(all) != 0 {
+		t.Errorf("Audit() after a trim = %d entries, %v; want none", len(all), err)
+	}
+}
