@@ -56,6 +56,7 @@ var needed = map[string]auth.Scope{
 	"PATCH /v1/builds/{id}":                 auth.Build,
 	"PUT /v1/builds/{id}/log":               auth.Build,
 	"POST /v1/releases":                     auth.Announce,
+	"POST /v1/releases/push":                auth.Announce,
 	"POST /v1/tokens":                       auth.Admin,
 	"DELETE /v1/tokens/{id}":                auth.Admin,
 	"PUT /v1/wish-lists/{name}":             auth.Operate,
@@ -239,5 +240,30 @@ func TestAudit(t *testing.T) {
 	check(t, db.TrimAudit(t.Context(), time.Now()))
 	if all, err := first.Audit(t.Context(), ""); err != nil || len(all) != 0 {
 		t.Errorf("Audit() after a trim = %d entries, %v; want none", len(all), err)
+	}
+}
+
+// A push of Cloud Pub/Sub gets as far as the mirror; one about anything else is
+// answered with 204, so that it does not come again.
+func TestPush(t *testing.T) {
+	t.Parallel()
+	url := serve(t)
+	push := func(body string) int {
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url+"/v1/releases/push", strings.NewReader(body))
+		check(t, err)
+		req.Header.Set("Content-Type", "application/json")
+		req.Header.Set("Authorization", "Bearer "+token)
+		resp, err := http.DefaultClient.Do(req)
+		check(t, err)
+		check(t, resp.Body.Close())
+		return resp.StatusCode
+	}
+	around := `{"message": {"attributes": {%s}, "messageId": "1", "publishTime": "2026-11-01T00:00:00Z"}, "subscription": "s"}`
+	if got := push(fmt.Sprintf(around, `"eventType": "OBJECT_FINALIZE", "objectId": "readme.txt"`)); got != http.StatusNoContent {
+		t.Errorf("push about no build = %d; want 204", got)
+	}
+	// This server has no mirror to look in.
+	if got := push(fmt.Sprintf(around, `"buildId": "17800.66.78"`)); got != http.StatusUnprocessableEntity {
+		t.Errorf("push about a build = %d; want 422", got)
 	}
 }

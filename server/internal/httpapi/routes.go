@@ -166,6 +166,7 @@ func mountAPI(r chi.Router, c Config) {
 	t.releases()
 	t.wishLists()
 	t.access()
+	t.pushes()
 }
 
 func (t table) lists() {

@@ -1,0 +1,76 @@
+package httpapi
+
+import (
+	"context"
+	"encoding/json"
+	"net/http"
+	"path"
+	"strings"
+
+	"github.com/danielgtaylor/huma/v2"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/auth"
+)
+
+// PushedMessage is what Cloud Pub/Sub sends to a push endpoint
+// (https://cloud.google.com/pubsub/docs/push, "Receive push messages").
+type PushedMessage struct {
+	_       struct{} `json:"-" additionalProperties:"true"`
+	Message struct {
+		_          struct{}          `json:"-" additionalProperties:"true"`
+		Attributes map[string]string `json:"attributes,omitempty" doc:"buildId, or those of a bucket's notification"`
+		Data       []byte            `json:"data,omitempty" maxLength:"65536" doc:"where there are no such attributes: {\"buildId\": …}"`
+	} `json:"message"`
+}
+
+// buildID returns the COS build that a message tells of; "" if of none. A bucket's
+// notification (https://cloud.google.com/storage/docs/pubsub-notifications) tells of
+// one when its kernel's headers were written: each release has that object once per
+// board.
+func (m PushedMessage) buildID() string {
+	at := m.Message.Attributes
+	id := at["buildId"]
+	object := at["objectId"]
+	if board := path.Base(path.Dir(object)); id == "" && at["eventType"] == "OBJECT_FINALIZE" {
+		k, err := target.ParseKernel(path.Base(path.Dir(path.Dir(object))), board)
+		if err == nil && strings.HasSuffix("/"+object, "/"+cosbucket.HeadersName(k)) { // a mirror may have it under a folder
+			id = k.BuildID
+		}
+	}
+	var note api.ReleaseNote
+	if id == "" && object == "" && json.Unmarshal(m.Message.Data, &note) == nil {
+		id = note.BuildID
+	}
+	return id
+}
+
+// pushes registers what other services call when something happened to them.
+func (t table) pushes() {
+	huma.Register(
+		t,
+		t.write(
+			"push-release",
+			auth.Announce,
+			http.MethodPost,
+			"/v1/releases/push",
+			"Hear of a COS build by Cloud Pub/Sub; a message about anything else is dropped",
+			http.StatusNoContent,
+		),
+		func(ctx context.Context, in *body[PushedMessage]) (*struct{}, error) {
+			id := in.Body.buildID()
+			if id == "" {
+				t.Log.DebugContext(ctx, "message dropped: it names no COS build")
+				return nil, nil
+			}
+			// An error has Pub/Sub send the message again, later and later: the release may
+			// be half uploaded.
+			if _, err := t.Catalogue.Announce(ctx, id); err != nil {
+				return nil, asProblem(err)
+			}
+			return nil, nil
+		},
+	)
+}
