@@ -79,11 +79,7 @@ func New(c Config) http.Handler {
 	root.Use(boundRequestID, middleware.RequestID, m.measure, logRequests(c.Log), recoverPanics(c.Log), secureHeaders,
 		deadline(shortCall), middleware.GetHead)
 	root.Group(func(r chi.Router) {
-		r.Use(
-			throttle(),
-			middleware.Compress(compression, "application/json", "application/problem+json", "text/html", "text/css"),
-			etags,
-		)
+		r.Use(throttle(), etags)
 		mountAPI(r, c)
 		if c.Pages != nil {
 			for _, page := range []string{"/", "/builds/{id}", "/assets/*"} {
