@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"time"
@@ -181,6 +182,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		if cerr := f(); cerr != nil {
 			err = errors.Join(err, fmt.Errorf("close %s: %w", what, cerr))
 		}
+	}
+	if os.Getenv("GOGC") == "" {
+		// What is remembered of a large catalogue makes up most of the heap, and lives
+		// long: the usual 100 would let as much garbage gather beside it. Collecting
+		// twice as often costs some hundredths of a core under 3,000 questions a second.
+		debug.SetGCPercent(50)
 	}
 	if err := os.MkdirAll(s.Data, 0o750); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("make data folder: %w", err), "give --data a folder that this user may write")

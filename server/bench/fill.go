@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -18,6 +19,13 @@ import (
 type world struct {
 	kernels  []target.Kernel
 	versions []string
+}
+
+// cursor is where some page of a list of kernels begins, in the form of the store's
+// own cursors.
+func (w world) cursor() string {
+	k := w.kernels[rand.IntN(len(w.kernels))]
+	return base64.RawURLEncoding.EncodeToString(fmt.Appendf(nil, "[%q,%q]", target.SortKey(k.BuildID), k.Board))
 }
 
 // perFingerprint is how many COS builds share a kernel, which is about what COS's

@@ -2,15 +2,13 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -19,6 +17,9 @@ type row struct {
 	name   string
 	took   []time.Duration
 	failed int
+	// server and load are the processor time that the two programs had meanwhile, in
+	// parts of one core; below 0 it was not measured.
+	server, load float64
 }
 
 // at returns a percentile; 100 is the maximum.
@@ -30,19 +31,23 @@ func (r *row) at(percent int) time.Duration {
 	return r.took[min(len(r.took)-1, len(r.took)*percent/100)]
 }
 
-// meter collects a row from many goroutines.
-type meter struct {
-	mu sync.Mutex
-	row
+// tally is what one caller saw.
+type tally struct {
+	took   []time.Duration
+	failed int
 }
 
-func (m *meter) add(begin time.Time, ok bool) {
-	took := time.Since(begin)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.took = append(m.took, took)
+func (t *tally) add(begin time.Time, ok bool) {
+	t.took = append(t.took, time.Since(begin))
 	if !ok {
-		m.failed++
+		t.failed++
+	}
+}
+
+func (r *row) join(all []tally) {
+	for _, t := range all {
+		r.took = append(r.took, t.took...)
+		r.failed += t.failed
 	}
 }
 
@@ -50,134 +55,137 @@ func (m *meter) add(begin time.Time, ok bool) {
 var troubles sync.Map
 
 // get reads an answer to its end.
-func get(ctx context.Context, c *http.Client, at string) bool {
-	err := try(ctx, c, at)
+func get(ctx context.Context, c *connection, path string) bool {
+	err := c.get(path)
 	if err != nil && ctx.Err() == nil {
 		text := err.Error()
 		if i := strings.LastIndex(text, ": "); i >= 0 {
-			text = text[i+2:] // without the question
+			text = text[i+2:] // without the addresses
 		}
-		troubles.LoadOrStore(text, at)
+		troubles.LoadOrStore(text, path)
 	}
 	return err == nil
 }
 
-func try(ctx context.Context, c *http.Client, at string) error {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, at, nil)
-	if err != nil {
-		return err
-	}
-	resp, err := c.Do(req)
-	if err != nil {
-		return err
-	}
-	_, err = io.Copy(io.Discard, resp.Body)
-	if resp.StatusCode != http.StatusOK {
-		err = errors.Join(err, errors.New(resp.Status))
-	}
-	return errors.Join(err, resp.Body.Close())
-}
-
-// client keeps connections as a fleet behind one proxy would.
-func client() *http.Client {
-	t := http.DefaultTransport.(*http.Transport).Clone()
-	t.MaxIdleConns, t.MaxIdleConnsPerHost, t.MaxConnsPerHost = 128, 128, 128
-	return &http.Client{Transport: t, Timeout: 30 * time.Second}
-}
+// callers is how many calls are under way at most: a fleet behind one proxy has
+// about so many connections.
+const callers = 128
 
 // paced calls at a fixed rate, whatever the answers take: time counts from when a
-// call was due, so that a server that falls behind shows it.
-func paced(ctx context.Context, name string, rate int, length time.Duration, call func() bool) *meter {
-	m := &meter{row: row{name: name}}
+// call was due, so that a server that falls behind shows it. With fresh, each call
+// comes by a connection of its own.
+func paced(ctx context.Context, host string, rate int, length time.Duration, fresh bool, path func() string) *row {
 	var wait sync.WaitGroup
-	begin, total := time.Now(), int(length.Seconds()*float64(rate))
-	for sent := 0; sent < total && ctx.Err() == nil; {
-		due := int(time.Since(begin).Seconds() * float64(rate))
-		for ; sent < min(due, total); sent++ {
-			at := begin.Add(time.Duration(sent+1) * time.Second / time.Duration(rate))
-			wait.Go(func() { m.add(at, call()) })
-		}
-		time.Sleep(500 * time.Microsecond)
+	var next atomic.Int64
+	begin, total := time.Now(), int64(length.Seconds()*float64(rate))
+	all := make([]tally, callers)
+	for i := range all {
+		wait.Go(func() {
+			c := &connection{host: host}
+			defer c.close()
+			for ctx.Err() == nil {
+				n := next.Add(1)
+				if n > total {
+					return
+				}
+				due := begin.Add(time.Duration(n) * time.Second / time.Duration(rate))
+				time.Sleep(time.Until(due))
+				all[i].add(due, get(ctx, c, path()))
+				if fresh {
+					c.close()
+				}
+			}
+		})
 	}
 	wait.Wait()
-	return m
+	r := &row{}
+	r.join(all)
+	return r
 }
 
 // measure runs all loads, one after the other. The first row is the floor.
-func measure(ctx context.Context, base string, w world, s settings) ([]*row, error) {
-	c := client()
+func measure(ctx context.Context, p *process, w world, s settings) ([]*row, error) {
+	host := strings.TrimPrefix(p.url, "http://")
 	question := func() string {
 		k := w.kernels[rand.IntN(len(w.kernels))]
 		driver := "default"
 		if rand.IntN(4) == 0 {
 			driver = w.versions[rand.IntN(len(w.versions))]
 		}
-		return base + "/v1/resolve?" + url.Values{
-			"buildId": {k.BuildID},
-			"board":   {k.Board},
-			"driver":  {driver},
-			"flavour": {"open"},
-		}.Encode()
+		return "/v1/resolve?board=" + k.Board + "&buildId=" + k.BuildID + "&driver=" + driver + "&flavour=open"
 	}
-	resolve := func() bool { return get(ctx, c, question()) }
-	if !resolve() {
-		return nil, fmt.Errorf("the server does not answer %s", question())
+	trial := &connection{host: host}
+	defer trial.close()
+	if err := trial.get(question()); err != nil {
+		return nil, fmt.Errorf("ask the server at %s: %w", p.url, err)
 	}
 	var rows []*row
-	add := func(m *meter) { rows = append(rows, &m.row) }
-	add(paced(ctx, "healthz", 200, 5*time.Second, func() bool { return get(ctx, c, base+"/healthz") }))
+	add := func(name string, load func() *row) {
+		before := p.cpu()
+		r := load()
+		r.name, r.server, r.load = name, -1, -1
+		if after := p.cpu(); before.ok && after.ok {
+			took := after.at.Sub(before.at).Seconds()
+			r.server, r.load = (after.server-before.server).Seconds()/took, (after.load-before.load).Seconds()/took
+		}
+		rows = append(rows, r)
+	}
+	fixed := func(path string) func() string { return func() string { return path } }
+	add("healthz", func() *row { return paced(ctx, host, 200, 5*time.Second, false, fixed("/healthz")) })
 
 	// Readiness is asked throughout, as a kubelet does, only oftener.
-	ready := &meter{row: row{name: "readyz, throughout"}}
+	var ready tally
 	probing, stop := context.WithCancel(ctx)
 	var probes sync.WaitGroup
 	probes.Go(func() {
+		c := &connection{host: host}
+		defer c.close()
 		for probing.Err() == nil {
 			begin := time.Now()
-			ready.add(begin, get(ctx, c, base+"/readyz"))
+			ready.add(begin, get(ctx, c, "/readyz"))
 			time.Sleep(100 * time.Millisecond)
 		}
 	})
-	add(first(ctx, base, c, w))
-	add(paced(ctx, fmt.Sprintf("resolve, %d/s", s.rate), s.rate, s.length, resolve))
+	add("resolve, the first about each kernel", func() *row { return first(ctx, host, w) })
+	add(fmt.Sprintf("resolve, %d/s", s.rate), func() *row { return paced(ctx, host, s.rate, s.length, false, question) })
 	for _, l := range []struct{ name, path string }{
 		{"kernels", "/v1/kernels"}, {"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
 		{"builds", "/v1/builds"}, {"failed builds", "/v1/builds?state=failed"}, {"cells of 20 kernels", "/v1/cells?limit=20"},
-		{"matrix page", "/"},
+		{"cells, page by page", ""}, {"matrix page", "/"}, {"matrix page, any", ""},
 	} {
-		add(paced(ctx, l.name, 10, s.length/3, func() bool { return get(ctx, c, base+l.path) }))
+		path := fixed(l.path)
+		switch l.name {
+		case "cells, page by page":
+			path = func() string { return "/v1/cells?limit=20&after=" + url.QueryEscape(w.cursor()) }
+		case "matrix page, any":
+			path = func() string { return "/?after=" + url.QueryEscape(w.cursor()) }
+		}
+		add(l.name, func() *row { return paced(ctx, host, 20, s.length*2/3, false, path) })
 	}
-	add(crowd(ctx, base, s, resolve))
-	add(
-		paced(
-			ctx,
-			fmt.Sprintf("boot storm of %d nodes", s.storm),
-			s.storm/max(1, int(s.stormLength.Seconds())),
-			s.stormLength,
-			func() bool {
-				node := client() // each node comes by a connection of its own
-				defer node.CloseIdleConnections()
-				return get(ctx, node, question())
-			},
-		),
-	)
+	add("resolve, 300/s, beside 50 that ask for the largest pages", func() *row { return crowd(ctx, host, s, question) })
+	add(fmt.Sprintf("boot storm of %d nodes", s.storm), func() *row {
+		return paced(ctx, host, s.storm/max(1, int(s.stormLength.Seconds())), s.stormLength, true, question)
+	})
 	stop()
 	probes.Wait()
-	add(ready)
-	return rows, ctx.Err()
+	all := &row{name: "readyz, throughout", server: -1, load: -1}
+	all.join([]tally{ready})
+	return append(rows, all), ctx.Err()
 }
 
 // first asks about each kernel once, two at a time: the server has to read what it
 // remembers from then on.
-func first(ctx context.Context, base string, c *http.Client, w world) *meter {
-	m := &meter{row: row{name: "resolve, the first about each kernel"}}
+func first(ctx context.Context, host string, w world) *row {
 	next := make(chan string)
+	all := make([]tally, 2)
 	var wait sync.WaitGroup
-	for range 2 {
+	for i := range all {
 		wait.Go(func() {
+			c := &connection{host: host}
+			defer c.close()
 			for id := range next {
 				begin := time.Now()
-				m.add(begin, get(ctx, c, base+"/v1/resolve?board=lakitu&buildId="+id))
+				all[i].add(begin, get(ctx, c, "/v1/resolve?board=lakitu&buildId="+id))
 			}
 		})
 	}
@@ -186,26 +194,28 @@ func first(ctx context.Context, base string, c *http.Client, w world) *meter {
 	}
 	close(next)
 	wait.Wait()
-	return m
+	r := &row{}
+	r.join(all)
+	return r
 }
 
 // crowd has fifty clients ask for the largest pages, over and over, while nodes ask.
-func crowd(ctx context.Context, base string, s settings, resolve func() bool) *meter {
+func crowd(ctx context.Context, host string, s settings, question func() string) *row {
 	const clients = 50
 	asking, stop := context.WithCancel(ctx)
 	var wait sync.WaitGroup
 	for i := range clients {
-		c := client()
 		path := []string{"/v1/kernels?limit=1000", "/v1/artifacts?limit=1000", "/v1/builds?limit=1000", "/v1/cells?limit=100", "/"}[i%5]
 		wait.Go(func() {
+			c := &connection{host: host}
+			defer c.close()
 			for asking.Err() == nil {
-				get(asking, c, base+path)
+				get(asking, c, path)
 			}
-			c.CloseIdleConnections()
 		})
 	}
-	m := paced(ctx, "resolve, 300/s, beside 50 that ask for the largest pages", 300, s.length, resolve)
+	r := paced(ctx, host, 300, s.length, false, question)
 	stop()
 	wait.Wait()
-	return m
+	return r
 }

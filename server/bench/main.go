@@ -79,7 +79,7 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, p.stop()) }()
-	rows, err := measure(ctx, p.url, world, s)
+	rows, err := measure(ctx, p, world, s)
 	if err != nil {
 		return err
 	}
@@ -88,12 +88,12 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ")
+	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ\tSERVER\tLOAD")
 	floor := rows[0].at(50)
 	for _, r := range rows {
 		fmt.Fprintf(
 			w,
-			"%s\t%d\t%d\t%s\t%s\t%s\t%.1f\n",
+			"%s\t%d\t%d\t%s\t%s\t%s\t%.1f\t%s\t%s\n",
 			r.name,
 			len(r.took),
 			r.failed,
@@ -101,6 +101,8 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 			short(r.at(99)),
 			short(r.at(100)),
 			float64(r.at(50))/float64(max(floor, 1)),
+			cores(r.server),
+			cores(r.load),
 		)
 	}
 	if err := w.Flush(); err != nil {
@@ -110,11 +112,19 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 		fmt.Fprintf(out, "error: %v, such as for %v\n", text, at)
 		return true
 	})
+	fmt.Fprintln(out, "SERVER and LOAD: cores that the server and this program kept busy meanwhile")
 	_, err = fmt.Fprintf(out, "server's memory at its peak: %d MiB\n", peak>>20)
 	return err
 }
 
 func short(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) }
+
+func cores(used float64) string {
+	if used < 0 {
+		return ""
+	}
+	return fmt.Sprintf("%.2f", used)
+}
 
 // process is a running server.
 type process struct {
@@ -146,6 +156,36 @@ func (p *process) stop() error {
 		return err
 	}
 	return p.cmd.Wait()
+}
+
+// usage is the processor time that the server and this program have had at a time;
+// it is not ok where the kernel does not tell.
+type usage struct {
+	at           time.Time
+	server, load time.Duration
+	ok           bool
+}
+
+// cpu reads the processor time so far: the server's by proc(5), where fields 14 and
+// 15 of stat are in hundredths of a second.
+func (p *process) cpu() usage {
+	u := usage{at: time.Now()}
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+	if err != nil {
+		return u
+	}
+	_, rest, _ := strings.Cut(string(raw), ") ") // behind the name, field 3 is next
+	fields := strings.Fields(rest)
+	var self syscall.Rusage
+	if len(fields) < 13 || syscall.Getrusage(syscall.RUSAGE_SELF, &self) != nil {
+		return u
+	}
+	user, err := strconv.ParseInt(fields[11], 10, 64)
+	system, serr := strconv.ParseInt(fields[12], 10, 64)
+	u.server = time.Duration(user+system) * 10 * time.Millisecond
+	u.load = time.Duration(self.Utime.Nano() + self.Stime.Nano())
+	u.ok = err == nil && serr == nil
+	return u
 }
 
 // peak reads the most memory that the process has had, in bytes (proc(5), VmHWM).

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/server/internal/auth"
@@ -72,4 +73,42 @@ func BenchmarkCells(b *testing.B) {
 			b.Fatal(err)
 		}
 	}
+}
+
+// BenchmarkRemembered reads what decides about all cells of one kernel out of what is
+// remembered, and reports how many times as long the database takes for the same.
+func BenchmarkRemembered(b *testing.B) {
+	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
+	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 10000, queue: 100})
+	if err != nil {
+		b.Fatal(err)
+	}
+	db, err := store.Open(b.Context(), url)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer func() {
+		if err := db.Close(); err != nil {
+			b.Error(err)
+		}
+	}()
+	begin := time.Now()
+	for _, k := range w.kernels {
+		if _, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1}); err != nil {
+			b.Fatal(err)
+		}
+	}
+	database := time.Since(begin) / time.Duration(len(w.kernels))
+	for _, k := range w.kernels { // from now on it is remembered
+		if _, err := db.KernelCells(b.Context(), k.BuildID, k.Board); err != nil {
+			b.Fatal(err)
+		}
+	}
+	for i := 0; b.Loop(); i++ {
+		k := w.kernels[i%len(w.kernels)]
+		if cells, err := db.KernelCells(b.Context(), k.BuildID, k.Board); err != nil || cells == nil {
+			b.Fatal(cells, err)
+		}
+	}
+	b.ReportMetric(float64(database)/(float64(b.Elapsed())/float64(b.N)), "database/remembered")
 }

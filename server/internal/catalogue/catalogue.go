@@ -37,6 +37,7 @@ type resolver interface {
 		f store.KernelFilter,
 		p store.Page,
 	) ([]api.Kernel, map[store.CellKey]store.Facts, string, error)
+	RememberedCells(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error)
 }
 
 // writer reads single things and changes them, each use-case in one transaction.

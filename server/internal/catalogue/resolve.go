@@ -297,22 +297,24 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Pa
 	if err != nil {
 		return nil, err
 	}
-	kernels, facts, next, err := c.Store.Cells(ctx, f, p)
+	cells, next, err := c.Store.RememberedCells(ctx, f, p)
 	if err != nil {
 		return nil, err
 	}
-	drivers, err := c.columns(ctx, kernels, facts)
+	drivers, err := c.columns(ctx, cells)
 	if err != nil {
 		return nil, err
 	}
-	m := &Matrix{Kernels: kernels, Drivers: drivers, Cells: make([][][]api.Resolution, len(kernels)), Next: next,
-		Artifacts: attested(kernels, facts)}
-	for i, k := range kernels {
+	m := &Matrix{Kernels: make([]api.Kernel, len(cells)), Drivers: drivers, Cells: make([][][]api.Resolution, len(cells)),
+		Next: next, Artifacts: attested(cells)}
+	for i, kc := range cells {
+		k := kc.Kernel
+		m.Kernels[i] = k
 		m.Cells[i] = make([][]api.Resolution, len(drivers))
 		for j, rel := range drivers {
 			for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 				d := target.Driver{Version: rel.Version, Flavour: f}
-				r := judge(k, rel, d, facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+				r := judge(k, rel, d, kc.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 				m.Cells[i][j] = append(m.Cells[i][j], r)
 			}
 		}
@@ -321,25 +323,22 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Pa
 }
 
 // attested returns the artifacts of a page.
-func attested(kernels []api.Kernel, facts map[store.CellKey]store.Facts) []api.Artifact {
+func attested(cells []*store.KernelCells) []api.Artifact {
 	at, all := map[string]int{}, []api.Artifact{}
-	of := map[string][]store.Candidate{}
-	for key, f := range facts {
-		name := key.BuildID + "/" + key.Board
-		of[name] = append(of[name], f.Artifacts...)
-	}
-	for _, k := range kernels {
-		for _, a := range of[k.String()] {
-			if !a.Attested {
-				continue
+	for _, kc := range cells {
+		for _, f := range kc.Facts {
+			for _, a := range f.Artifacts {
+				if !a.Attested {
+					continue
+				}
+				i, ok := at[a.Digest]
+				if !ok {
+					i = len(all)
+					at[a.Digest] = i
+					all = append(all, a.Artifact)
+				}
+				all[i].Kernels = append(all[i].Kernels, kc.Kernel.Kernel)
 			}
-			i, ok := at[a.Digest]
-			if !ok {
-				i = len(all)
-				at[a.Digest] = i
-				all = append(all, a.Artifact)
-			}
-			all[i].Kernels = append(all[i].Kernels, k.Kernel)
 		}
 	}
 	slices.SortFunc(all, func(a, b api.Artifact) int {
@@ -351,14 +350,16 @@ func attested(kernels []api.Kernel, facts map[store.CellKey]store.Facts) []api.A
 // columns chooses the drivers of a matrix, newest first.
 func (c *Catalogue) columns(
 	ctx context.Context,
-	kernels []api.Kernel,
-	facts map[store.CellKey]store.Facts,
+	cells []*store.KernelCells,
 ) ([]api.DriverRelease, error) {
 	wanted := map[string]bool{}
-	for key := range facts {
-		wanted[key.Driver.Version] = true
+	for _, kc := range cells {
+		for key := range kc.Facts {
+			wanted[key.Driver.Version] = true
+		}
 	}
-	for _, k := range kernels {
+	for _, kc := range cells {
+		k := kc.Kernel
 		for _, v := range append(slices.Collect(maps.Values(k.Branches)), k.Default, k.Latest) {
 			wanted[v] = v != ""
 		}
@@ -417,25 +418,24 @@ func (c *Catalogue) Cells(
 	if err != nil {
 		return nil, "", err
 	}
-	kernels, facts, next, err := c.Store.Cells(ctx, f, p)
+	cells, next, err := c.Store.RememberedCells(ctx, f, p)
 	if err != nil {
 		return nil, "", err
 	}
-	of := map[string]api.Kernel{}
-	for _, k := range kernels {
-		of[k.String()] = k
-	}
 	all := []api.Resolution{}
-	for key, fact := range facts {
-		k, ok := of[key.BuildID+"/"+key.Board]
-		if ok && (version == "" || version == key.Driver.Version) {
-			all = append(all, judge(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, fact))
+	for _, kc := range cells { // which are sorted already
+		keys := slices.SortedFunc(maps.Keys(kc.Facts), func(a, b store.CellKey) int {
+			return cmp.Or(
+				target.CompareVersions(b.Driver.Version, a.Driver.Version),
+				cmp.Compare(a.Driver.Flavour, b.Driver.Flavour),
+			)
+		})
+		for _, key := range keys {
+			if version == "" || version == key.Driver.Version {
+				all = append(all, judge(kc.Kernel, api.DriverRelease{Version: key.Driver.Version}, key.Driver, kc.Facts[key]))
+			}
 		}
 	}
-	slices.SortFunc(all, func(a, b api.Resolution) int {
-		return cmp.Or(target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID), cmp.Compare(a.Kernel.Board, b.Kernel.Board),
-			target.CompareVersions(b.Driver.Version, a.Driver.Version), cmp.Compare(a.Driver.Flavour, b.Driver.Flavour))
-	})
 	return all, next, nil
 }
 

@@ -111,8 +111,13 @@ const maxAuditPath = 512
 func audit(c Config) func(http.Handler) http.Handler {
 	return func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+			if reads && r.Header.Get("Authorization") == "" {
+				next.ServeHTTP(w, r)
+				return
+			}
 			ctx := auth.Note(r.Context())
-			if r.Method == http.MethodGet || r.Method == http.MethodHead {
+			if reads {
 				next.ServeHTTP(w, r.WithContext(ctx))
 				return
 			}

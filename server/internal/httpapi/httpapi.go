@@ -91,12 +91,7 @@ func New(c Config) http.Handler {
 	root.Use(boundRequestID, middleware.RequestID, m.measure, audit(c), logRequests(c.Log), recoverPanics(c.Log), secureHeaders,
 		deadline(shortCall), middleware.GetHead)
 	root.Group(func(r chi.Router) {
-		r.Use(
-			limitClients(c.CallsPerMinute),
-			throttle(),
-			middleware.Compress(compression, "application/json", "application/problem+json", "text/html", "text/css"),
-			etags,
-		)
+		r.Use(limitClients(c.CallsPerMinute), throttle(), etags)
 		mountAPI(r, c)
 		if c.Pages != nil {
 			for _, page := range []string{"/", "/builds/{id}", "/assets/*"} {

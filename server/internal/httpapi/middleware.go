@@ -1,14 +1,13 @@
 package httpapi
 
 import (
-	"bytes"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"regexp"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -116,19 +115,22 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 	}
 }
 
-// compression is gzip's level: most of the gain for little time.
-const compression = 4
-
 // Bounds of what is answered at one time. A page of a list costs some
 // milliseconds of a core, a question of a node a fraction of one; who asks for the
 // largest pages must not hold up the nodes.
 const (
-	listsAtOnce, listsWaiting = 2, 256
+	listsAtOnce, listsWaiting = 32, 256 // with those that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
 	longestWait               = 10 * time.Second
 )
 
+// listsMade is how many pages are made at one time: with two cores or more, there
+// is always one for the nodes.
+func listsMade() int { return max(1, runtime.GOMAXPROCS(0)/2) }
+
 // throttle answers 503 and Retry-After to what comes beyond the server's capacity.
+// A page is made as a whole before it is sent, so that a client that reads slowly
+// does not keep others from being made.
 func throttle() func(http.Handler) http.Handler {
 	of := func(limit, backlog int) func(http.Handler) http.Handler {
 		return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
@@ -136,9 +138,9 @@ func throttle() func(http.Handler) http.Handler {
 			RetryAfterFn: func(bool) time.Duration { return 5 * time.Second },
 		})
 	}
-	lists, calls := of(listsAtOnce, listsWaiting), of(callsAtOnce, callsWaiting)
+	lists, calls, making := of(listsAtOnce, listsWaiting), of(callsAtOnce, callsWaiting), of(listsMade(), listsAtOnce)
 	return func(next http.Handler) http.Handler {
-		large, small := lists(next), calls(next)
+		large, small := lists(hold(making(next))), calls(next)
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if isList(r) {
 				large.ServeHTTP(w, r)
@@ -160,50 +162,6 @@ func isList(r *http.Request) bool {
 	}
 	return false
 }
-
-// etags gives answers to reads an ETag, and answers 304 to who has them. The body
-// is made either way: what is saved is the way to the client.
-func etags(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet && r.Method != http.MethodHead {
-			next.ServeHTTP(w, r)
-			return
-		}
-		held := &heldAnswer{ResponseWriter: w, status: http.StatusOK}
-		next.ServeHTTP(held, r)
-		if held.status == http.StatusOK {
-			tag := fmt.Sprintf(`W/"%x"`, sha256.Sum256(held.body.Bytes())) // weak: it may be compressed or not
-			w.Header().Set("Etag", tag)
-			if matches(r.Header.Get("If-None-Match"), tag) {
-				w.Header().Del("Content-Type")
-				w.WriteHeader(http.StatusNotModified)
-				return
-			}
-		}
-		w.WriteHeader(held.status)
-		_, _ = held.body.WriteTo(w) // the client is gone; there is nobody to tell
-	})
-}
-
-func matches(header, tag string) bool {
-	for part := range strings.SplitSeq(header, ",") {
-		if part = strings.TrimSpace(part); part == "*" || part == tag {
-			return true
-		}
-	}
-	return false
-}
-
-// heldAnswer keeps an answer until it is whole.
-type heldAnswer struct {
-	http.ResponseWriter
-	status int
-	body   bytes.Buffer
-}
-
-func (h *heldAnswer) WriteHeader(status int)      { h.status = status }
-func (h *heldAnswer) Write(p []byte) (int, error) { return h.body.Write(p) }
-func (h *heldAnswer) Unwrap() http.ResponseWriter { return h.ResponseWriter }
 
 // notFound answers a browser with a page and all others with a problem.
 func notFound(pages http.Handler) http.HandlerFunc {

@@ -12,6 +12,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // A fleet asks the same few questions over and over, and each costs a database some
@@ -109,6 +110,65 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 		}
 		return &KernelCells{all[0], facts}, true, nil
 	})
+}
+
+// RememberedCells lists a page of kernels with what decides about their cells, newest
+// BUILD_ID first, out of what is remembered where it is. Each kernel is as one state
+// of the database had it, the page as a whole need not be.
+func (s *Store) RememberedCells(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
+	text, args, err := f.page("build_id, board", p)
+	if err != nil {
+		return nil, "", err
+	}
+	var names [][2]string
+	err = query(ctx, s.readers, func(row func(...any) error) error {
+		var name [2]string
+		err := row(&name[0], &name[1])
+		names = append(names, name)
+		return err
+	}, text, args...)
+	if err != nil {
+		return nil, "", trouble("list cells", err)
+	}
+	names, next = cut(names, p.Limit, func(n [2]string) []string { return []string{target.SortKey(n[0]), n[1]} })
+	all = make([]*KernelCells, len(names))
+	for i, n := range names {
+		var ok bool
+		if all[i], ok = s.cache.kernels.Get(n[0] + "/" + n[1]); !ok {
+			return s.rememberPage(ctx, f, p)
+		}
+	}
+	return all, next, nil
+}
+
+// rememberPage reads a page and keeps it, unless something was forgotten meanwhile.
+func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
+	c := s.cache
+	c.mu.Lock()
+	before := c.dropped
+	c.mu.Unlock()
+	kernels, facts, next, err := s.Cells(ctx, f, p)
+	if err != nil {
+		return nil, "", err
+	}
+	of := make(map[string]*KernelCells, len(kernels))
+	for _, k := range kernels {
+		all = append(all, &KernelCells{Kernel: k, Facts: map[CellKey]Facts{}})
+		of[k.String()] = all[len(all)-1]
+	}
+	for key, fact := range facts {
+		if cells := of[key.BuildID+"/"+key.Board]; cells != nil {
+			cells.Facts[key] = fact
+		}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.dropped == before && c.listening {
+		for name, cells := range of {
+			c.kernels.Add(name, cells)
+		}
+	}
+	return all, next, nil
 }
 
 // listen hears what other processes write, until ctx is done.

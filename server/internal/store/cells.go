@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -59,11 +60,14 @@ func (s *Store) Cells(
 // SQLite would begin at the wrong end.
 func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey]Facts, error) {
 	all := map[CellKey]Facts{}
+	same := texts{}
 	err := query(ctx, q, func(row func(...any) error) error {
 		var key CellKey
 		var attested bool
 		var at int64
 		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested, &at)
+		same.share(&a.Repository, &a.Driver.Version, &a.Release, &a.Reason, &key.BuildID, &key.Board,
+			(*string)(&a.Fingerprint), (*string)(&a.Driver.Flavour), (*string)(&a.Arch), (*string)(&a.State))
 		key.Driver = a.Driver
 		f := all[key]
 		f.Artifacts = append(f.Artifacts, Candidate{a, attested, timeOf(at)})
@@ -84,6 +88,12 @@ ORDER BY 10 DESC, 1`, args...)
 	}
 	err = query(ctx, q, func(row func(...any) error) error {
 		b, err := scanBuild(row)
+		same.share(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.BuildID, &b.Kernel.Board,
+			&b.Kernel.Commit, &b.Kernel.Release, &b.Kernel.Version, (*string)(&b.Kernel.Arch), &b.Class, &b.Error, &b.Hint)
+		for i := range b.Phases {
+			same.share(&b.Phases[i].Name)
+		}
+		b.Phases = slices.Clip(slices.Clone(b.Phases)) // the decoder leaves room
 		key := CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}
 		f := all[key]
 		f.Newest = &b
@@ -94,4 +104,18 @@ SELECT `+prefixed("b", buildColumns)+` FROM (`+from+`) k CROSS JOIN builds b
 WHERE b.build_id = k.build_id AND b.board = k.board AND b.id = (SELECT MAX(n.id) FROM builds n
     WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver AND n.flavour = b.flavour)`, args...)
 	return all, err
+}
+
+// texts has each text once: the facts about one kernel repeat the same few, and are
+// remembered for long.
+type texts map[string]string
+
+func (t texts) share(all ...*string) {
+	for _, text := range all {
+		if first, ok := t[*text]; ok {
+			*text = first
+		} else {
+			t[*text] = *text
+		}
+	}
 }

@@ -58,6 +58,16 @@ func pages(t *testing.T, s *store.Store, id string) {
 			}
 			return names, next, err
 		},
+		"remembered cells": func(p store.Page) (names []string, next string, err error) {
+			all, next, err := s.RememberedCells(ctx, store.KernelFilter{Board: board}, p)
+			for _, c := range all {
+				k := c.Kernel
+				if f := c.Facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil && len(f.Artifacts) == 1 {
+					names = append(names, k.BuildID)
+				}
+			}
+			return names, next, err
+		},
 		"artifacts": func(p store.Page) (names []string, next string, err error) {
 			all, next, err := s.Artifacts(ctx, store.ArtifactFilter{Board: board}, p)
 			for _, a := range all {
@@ -181,14 +191,7 @@ func remembered(t *testing.T, s *store.Store, id string) {
 	d := target.Driver{Version: "997." + strings.ReplaceAll(id, ".", ""), Flavour: target.Open}
 	artifact := api.Artifact{Digest: "sha256:r" + id, Fingerprint: "sha256:r", Driver: d, State: api.Published, Repository: "/r", Kernels: []target.Kernel{k}}
 	var b api.Build
-	state := func() (text string) {
-		cells, err := s.KernelCells(ctx, id, "lakitu")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if cells == nil {
-			return "unknown"
-		}
+	describe := func(cells *store.KernelCells) (text string) {
 		text = cells.Kernel.Default
 		f := cells.Facts[store.CellKey{BuildID: id, Board: "lakitu", Driver: d}]
 		for _, a := range f.Artifacts {
@@ -199,7 +202,32 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		}
 		return text
 	}
-	for _, step := range []struct {
+	state := func(listFirst bool) string { // who comes first reads what the other remembers
+		var cells *store.KernelCells
+		var page []*store.KernelCells
+		one := func() (err error) { cells, err = s.KernelCells(ctx, id, "lakitu"); return err }
+		list := func() (err error) {
+			page, _, err = s.RememberedCells(ctx, store.KernelFilter{BuildID: id, Board: "lakitu"}, store.Page{Limit: 1})
+			return err
+		}
+		calls := []func() error{one, list}
+		if listFirst {
+			slices.Reverse(calls)
+		}
+		for _, call := range calls {
+			if err := call(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if cells == nil || len(page) == 0 {
+			return "unknown"
+		}
+		if alone, listed := describe(cells), describe(page[0]); alone != listed {
+			return alone + ", but in a list " + listed
+		}
+		return describe(cells)
+	}
+	for i, step := range []struct {
 		want  string
 		write func(tx *store.Tx) error
 	}{
@@ -215,12 +243,12 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		{"1.3 yanked build failed", func(tx *store.Tx) error { return tx.SetArtifactState(ctx, artifact.Digest, api.Yanked, "x") }},
 		{"1.3 build failed", func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }},
 	} {
-		state() // and so it is remembered
+		state(i%2 == 0) // and so it is remembered
 		if err := other.Write(ctx, step.write); err != nil {
 			t.Fatal(err)
 		}
-		got := state()
-		for end := time.Now().Add(5 * time.Second); got != step.want && other != s && time.Now().Before(end); got = state() {
+		got := state(i%2 == 0)
+		for end := time.Now().Add(5 * time.Second); got != step.want && other != s && time.Now().Before(end); got = state(i%2 == 0) {
 			time.Sleep(time.Millisecond) // the note is on its way
 		}
 		if got != step.want {

@@ -129,8 +129,10 @@ type row struct {
 type cell struct {
 	api.Resolution
 	Flavour target.Flavour
-	// Link leads to the build or the artifact; Why is the tooltip.
-	Link, Why string
+	// Link leads to the build or the artifact; Why is the tooltip. Mark and Label
+	// show the state: there are hundreds of cells, and a template is slow to call
+	// functions.
+	Link, Why, Mark, Label string
 }
 
 type artifact struct {
@@ -141,7 +143,7 @@ type artifact struct {
 // Bounds of the first page.
 const (
 	maxRecent = 12 // builds
-	maxRows   = 50 // kernels
+	maxRows   = 20 // kernels
 )
 
 func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
@@ -188,7 +190,7 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 		for j := range m.Drivers {
 			var both []cell
 			for _, c := range m.Cells[i][j] {
-				both = append(both, cell{c, c.Driver.Flavour, link(c), why(k, c)})
+				both = append(both, cell{c, c.Driver.Flavour, link(c), why(k, c), mark(c.State), label(c.State)})
 			}
 			line.Cells = append(line.Cells, both)
 		}
@@ -213,7 +215,7 @@ func link(c api.Resolution) string {
 func anchor(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
 
 func why(k api.Kernel, c api.Resolution) string {
-	text := fmt.Sprintf("%s, driver %s: %s", k, c.Driver, label(c.State))
+	text := k.String() + ", driver " + c.Driver.String() + ": " + label(c.State)
 	if c.Reason != "" {
 		text += ". " + c.Reason
 	}
