@@ -40,6 +40,7 @@ type Config struct {
 	Store interface {
 		checker
 		counter
+		farmer
 	}
 	Queue interface {
 		checker
