@@ -28,7 +28,7 @@ const fulcio = "github.com/sigstore/fulcio@v1.8.8"
 var oneProcessor = map[string]bool{
 	"mirror twice": true, "module signatures": true, "sandbox under control groups": true,
 	"virtual machine": true, "load test": true, "faults while a machine runs": true,
-	"power cuts": true, "a cluster's API server": true,
+	"power cuts": true, "a cluster's API server": true, "components on a cluster": true,
 }
 
 // Some packages have tests that want a real kernel, a real driver or a stock
@@ -82,6 +82,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
 		{"a cluster's API server", "./fetcher/internal/kube", "Test[^G]", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}}, // TestGPU… wants a GPU
+		{"components on a cluster", "./deploy", "TestCluster", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},
 	}
 	for _, row := range rows {

@@ -135,7 +135,7 @@ type process struct {
 func start(ctx context.Context, program, dir, database string) (*process, error) {
 	data := filepath.Join(dir, "data")
 	cmd := exec.CommandContext(ctx, program, "serve", "--data", data, "--listen", "127.0.0.1:0", "--database", database,
-		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"))
+		"--queue", "sqlite://"+filepath.Join(dir, "queue.db"), "--client-rate", "0") // all of the load is one address
 	cmd.Stderr = os.Stderr
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
 	if err := cmd.Start(); err != nil {

@@ -41,6 +41,7 @@ type Config struct {
 	Store interface {
 		checker
 		counter
+		farmer
 	}
 	Queue interface {
 		checker

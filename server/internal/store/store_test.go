@@ -25,7 +25,7 @@ func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
-		"one open build": oneOpen, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
+		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
 		"tokens": tokens, "audit": audit,
 	}
 	run := func(t *testing.T, url string) {

@@ -1,0 +1,157 @@
+package deploy_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/testkit/cluster"
+)
+
+// foreignKinds are the objects of others that the components make, by the module that
+// publishes their definition and the file in it.
+var foreignKinds = []struct{ module, file string }{
+	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
+	{"github.com/prometheus-operator/prometheus-operator@v0.85.0", "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"},
+	{"github.com/prometheus-operator/prometheus-operator@v0.85.0", "example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml"},
+	{"github.com/prometheus-operator/prometheus-operator@v0.85.0", "example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"},
+}
+
+// moduleFile reads a file of a Go module, which is fetched where it is not in Go's cache.
+func moduleFile(t *testing.T, module, file string) string {
+	t.Helper()
+	cmd := exec.CommandContext(t.Context(), "go", "mod", "download", "-json", module)
+	cmd.Dir = t.TempDir() // no module of ours: it asks for no line of go.mod
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	raw, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("download %s: %v: %s%s", module, err, raw, stderr.Bytes())
+	}
+	var at struct{ Dir string }
+	if err := json.Unmarshal(raw, &at); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(filepath.Join(at.Dir, file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// whole writes an overlay with components, as an operator writes one.
+func whole(t *testing.T, components ...string) string {
+	t.Helper()
+	base, err := filepath.Abs("kubernetes")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	to, err := filepath.Rel(dir, base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to + "/overlays/gke]\ncomponents:\n"
+	for _, c := range components {
+		text += "  - " + to + "/components/" + c + "\n"
+	}
+	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// Everything, with all that wants definitions of others, is what a real API server takes,
+// twice: the second time changes nothing.
+func TestClusterTakesComponents(t *testing.T) {
+	c := cluster.Start(t)
+	for _, kind := range foreignKinds {
+		if _, err := c.Kubectl(moduleFile(t, kind.module, kind.file), "apply", "--server-side", "-f", "-"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.Kubectl("", "wait", "--for=condition=established", "--timeout=60s", "crd", "--all"); err != nil {
+		t.Fatal(err)
+	}
+	rendered, err := c.Kubectl("", "kustomize", whole(t, "podmonitor", "keda", "monitoring"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var first map[string]map[string]any
+	for i := range 2 {
+		// What was established a moment ago is not in the API server's list of kinds at once.
+		for end := time.Now().Add(time.Minute); ; time.Sleep(time.Second) {
+			_, err := c.Kubectl(rendered, "apply", "--server-side", "--validate=strict", "-f", "-")
+			if err == nil {
+				break
+			}
+			if !strings.Contains(err.Error(), "no matches for kind") || time.Now().After(end) {
+				t.Fatal(err)
+			}
+		}
+		if i == 0 {
+			// KEDA's doing: what it set must outlive the next apply.
+			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder", "--replicas=7"); err != nil {
+				t.Fatal(err)
+			}
+			first = applied(t, c, rendered)
+			continue
+		}
+		if diff := cmp.Diff(first, applied(t, c, rendered)); diff != "" {
+			t.Errorf("the second apply changed (-first +second):\n%s", diff)
+		}
+	}
+	if got, err := c.Kubectl("", "-n", "prebake-privileged", "get", "deployment", "prebake-builder", "-o", "jsonpath={.spec.replicas}"); err != nil || got != "7" {
+		t.Errorf("after the second apply there are %q builders, %v; want the 7 that KEDA wanted", got, err)
+	}
+	for _, want := range []string{"ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "PodDisruptionBudget", "NetworkPolicy", "ConfigMap"} {
+		if !strings.Contains(rendered, "\nkind: "+want+"\n") {
+			t.Errorf("there is no %s", want)
+		}
+	}
+	// The definitions have teeth: a member that they lack is refused.
+	for _, row := range []struct{ name, from, to string }{
+		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"}, {"monitor", "scrapeTimeout:", "scrapeTimeOut:"},
+		{"policy", "policyTypes:", "policyKinds:"}, {"budget", "maxUnavailable: 1", "maxUnavailable: []"},
+	} {
+		bad := strings.Replace(rendered, row.from, row.to, 1)
+		if bad == rendered {
+			t.Fatalf("%s: the manifests have no %q", row.name, row.from)
+		}
+		if _, err := c.Kubectl(bad, "apply", "--server-side", "--validate=strict", "--dry-run=server", "-f", "-"); err == nil {
+			t.Errorf("%s: %q was taken", row.name, row.to)
+		}
+	}
+}
+
+// applied asks for each object that was applied, without what the API server notes of it.
+func applied(t *testing.T, c *cluster.Cluster, rendered string) map[string]map[string]any {
+	t.Helper()
+	raw, err := c.Kubectl(rendered, "get", "-o", "json", "-f", "-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list struct{ Items []map[string]any }
+	if err := json.Unmarshal([]byte(raw), &list); err != nil {
+		t.Fatal(err)
+	}
+	all := map[string]map[string]any{}
+	for _, o := range list.Items {
+		meta, _ := o["metadata"].(map[string]any)
+		all[fmt.Sprint(o["kind"], "/", meta["namespace"], "/", meta["name"])] = o
+		delete(o, "status")
+		o["metadata"] = map[string]any{"labels": meta["labels"], "annotations": meta["annotations"], "uid": meta["uid"]}
+	}
+	if len(all) < 20 {
+		t.Fatalf("%d objects were applied; want them all", len(all))
+	}
+	return all
+}

@@ -1,0 +1,177 @@
+package deploy_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-containerregistry/pkg/authn"
+	"github.com/google/go-containerregistry/pkg/name"
+	"github.com/google/go-containerregistry/pkg/v1/random"
+	"github.com/google/go-containerregistry/pkg/v1/remote"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// program builds the server once for all tests of this package.
+var program = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "prebake-deploy-")
+	if err != nil {
+		return "", err
+	}
+	built := filepath.Join(dir, "server")
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", built, root+"/server").CombinedOutput(); err != nil {
+		return dir, fmt.Errorf("build server: %w: %s", err, out)
+	}
+	return built, nil
+})
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if built, _ := program(); built != "" {
+		_ = os.RemoveAll(filepath.Dir(built)) // of the system's temporary folder
+	}
+	os.Exit(code)
+}
+
+const secret = "0123456789abcdef"
+
+// running is a server process with a mirror of two COS builds.
+type running struct {
+	Binary, URL, Host string
+	Client            *api.Client
+}
+
+// startServer runs the real program until the test ends.
+func startServer(t *testing.T) running {
+	t.Helper()
+	built, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	for _, id := range []string{"17800.66.78", "17800.66.90"} {
+		folder := filepath.Join(dir, "mirror", id, "lakitu")
+		if err := os.MkdirAll(folder, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for file, text := range map[string]string{
+			"kernel_commit": strings.Repeat("a", 40) + "\n", "gpu_default_version": "535.261.03\n", "gpu_latest_version": "535.261.03\n",
+		} {
+			if err := os.WriteFile(filepath.Join(folder, file), []byte(text), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var said bytes.Buffer
+	ctx, cancel := context.WithCancel(context.Background())
+	data := filepath.Join(dir, "data")
+	cmd := exec.CommandContext(ctx, built, "serve", "--listen", "127.0.0.1:0", "--data", data, "--grace", "1s", "--discover-interval", "1h",
+		"--kernel-mirror", "file://"+filepath.Join(dir, "mirror"))
+	cmd.Env = []string{"PREBAKE_TOKEN=" + secret, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
+	cmd.Stdout, cmd.Stderr = &said, &said
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = time.Minute
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		_ = cmd.Wait() // it was told to stop
+		if t.Failed() {
+			t.Logf("the server said: %s", said.String())
+		}
+	})
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		if raw, err := os.ReadFile(filepath.Join(data, "address")); err == nil {
+			url := strings.TrimSpace(string(raw))
+			return running{Binary: built, URL: url, Host: strings.TrimPrefix(url, "http://"), Client: api.NewClient(url, secret, nil)}
+		}
+		if time.Now().After(end) {
+			t.Fatal("the server has no address after a minute")
+		}
+	}
+}
+
+// publish does what a builder does at the end of a build of this cell.
+func (r running) publish(t *testing.T, buildID, driver string) {
+	t.Helper()
+	b, err := r.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: buildID, Board: "lakitu", Driver: driver, Flavour: "proprietary"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ref, err := name.ParseReference(r.Host+"/prebake/driver:test-"+buildID, name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	img, err := random.Image(1024, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.Write(ref, img, remote.WithContext(t.Context()), remote.WithAuth(&authn.Basic{Username: "x", Password: secret})); err != nil {
+		t.Fatal(err)
+	}
+	digest, err := img.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel := target.Kernel{BuildID: buildID, Board: "lakitu", Release: "6.1.0-47-cos", Arch: target.AMD64}
+	if _, err := r.Client.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Published, Digest: digest.String(), Kernel: &kernel,
+		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// serverMetrics are the metrics that a server prints, with the labels of each.
+func serverMetrics(t *testing.T) map[string][]string {
+	t.Helper()
+	r := startServer(t)
+	// What has series only once it happened.
+	r.publish(t, "17800.66.78", "535.261.03")
+	if _, err := r.Client.Resolve(t.Context(), api.Question{BuildID: "17800.66.78", Board: "lakitu", Driver: "535.261.03"}); err != nil {
+		t.Fatal(err)
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, r.URL+"/metrics", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	raw, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	families, err := parser.TextToMetricFamilies(bytes.NewReader(raw))
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := map[string][]string{}
+	for name, family := range families {
+		has := []string{"namespace", "job", "instance", "node"} // Prometheus adds them
+		for _, l := range family.GetMetric()[0].GetLabel() {
+			has = append(has, l.GetName())
+		}
+		known[name] = has
+		if family.GetMetric()[0].GetHistogram() != nil {
+			known[name+"_bucket"], known[name+"_sum"], known[name+"_count"] = append(has, "le"), has, has
+		}
+	}
+	return known
+}

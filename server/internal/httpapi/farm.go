@@ -1,0 +1,116 @@
+package httpapi
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// farmer gives the numbers behind alerts and autoscaling.
+type farmer interface {
+	CountFailures(ctx context.Context) (map[string]int, error)
+	OldestQueued(ctx context.Context) (time.Time, error)
+}
+
+// Durations are of cells that became ready within the last readyDays, and read again no
+// oftener than once in readyPause: they cost a row for each cell.
+const (
+	readyDays  = 7
+	readyPause = time.Minute
+)
+
+// openStates are River's states of jobs that a builder has, or will take.
+var openStates = []string{"available", "pending", "retryable", "running", "scheduled"}
+
+var (
+	openDesc = prometheus.NewDesc("prebake_queue_open_jobs",
+		"Jobs that a builder has, or will take: what builders are scaled by.", nil, nil)
+	oldestDesc = prometheus.NewDesc("prebake_queue_oldest_seconds",
+		"Time since the build was asked for that waits longest; 0 when none waits.", nil, nil)
+	failedDesc = prometheus.NewDesc("prebake_builds_failed",
+		"Builds that are failed, by class. Goes down when one is tried again.", []string{"class"}, nil)
+	readyDesc = prometheus.NewDesc("prebake_release_to_ready_seconds",
+		"Time from a kernel's being seen until a cell of it was ready, by percentile, over the last 7 days.", []string{"percentile"}, nil)
+	readyCellsDesc = prometheus.NewDesc("prebake_release_to_ready_cells",
+		"Cells that became ready within the last 7 days.", nil, nil)
+)
+
+// farm tells how the farm keeps up when it is asked.
+type farm struct {
+	c Config
+
+	mu    sync.Mutex
+	at    time.Time // when ready was read
+	ready api.ReadyDuration
+}
+
+func (f *farm) Describe(out chan<- *prometheus.Desc) {
+	for _, d := range []*prometheus.Desc{openDesc, oldestDesc, failedDesc, readyDesc, readyCellsDesc} {
+		out <- d
+	}
+}
+
+func (f *farm) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	gauge := func(desc *prometheus.Desc, v float64, labels ...string) {
+		out <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, v, labels...)
+	}
+	if depth, err := f.c.Queue.Depth(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(openDesc, err)
+	} else {
+		open := 0
+		for _, state := range openStates {
+			open += depth[state]
+		}
+		gauge(openDesc, float64(open))
+	}
+	if oldest, err := f.c.Store.OldestQueued(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(oldestDesc, err)
+	} else if oldest.IsZero() {
+		gauge(oldestDesc, 0)
+	} else {
+		gauge(oldestDesc, time.Since(oldest).Seconds())
+	}
+	if failed, err := f.c.Store.CountFailures(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(failedDesc, err)
+	} else {
+		// Each class from the beginning, so that the first failure is a change.
+		for _, kind := range fault.Kinds() {
+			gauge(failedDesc, float64(failed[kind.String()]), kind.String())
+		}
+	}
+	ready, err := f.times(ctx)
+	if err != nil {
+		out <- prometheus.NewInvalidMetric(readyDesc, err)
+		return
+	}
+	gauge(readyCellsDesc, float64(ready.Count))
+	if ready.Count == 0 {
+		return
+	}
+	gauge(readyDesc, ready.P50, "50")
+	gauge(readyDesc, ready.P90, "90")
+	gauge(readyDesc, ready.P99, "99")
+	gauge(readyDesc, ready.Max, "100")
+}
+
+// times returns what was read within the last minute, or reads it.
+func (f *farm) times(ctx context.Context) (api.ReadyDuration, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.at.IsZero() && time.Since(f.at) < readyPause {
+		return f.ready, nil
+	}
+	ready, err := f.c.Catalogue.ReadyTimes(ctx, readyDays)
+	if err != nil {
+		return ready, err
+	}
+	f.ready, f.at = ready, time.Now()
+	return ready, nil
+}

@@ -1,0 +1,27 @@
+package store
+
+import (
+	"context"
+	"time"
+)
+
+// CountFailures counts the builds that are failed, by their class.
+func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
+	counts := map[string]int{}
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var class string
+		var n int
+		err := row(&class, &n)
+		counts[class] = n
+		return err
+	}, `SELECT class, COUNT(*) FROM builds WHERE state = 'failed' GROUP BY class`)
+	return counts, trouble("count failed builds", err)
+}
+
+// OldestQueued tells when the build was asked for that waits longest; the zero time
+// when none waits.
+func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
+	var oldest int64
+	err := s.readers.QueryRowContext(ctx, `SELECT COALESCE(MIN(created_at), 0) FROM builds WHERE state = 'queued'`).Scan(&oldest)
+	return timeOf(oldest), trouble("read age of the queue", err)
+}

@@ -1,0 +1,37 @@
+package store_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// waiting shares its database with rows that have builds of their own.
+func waiting(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	before, err := s.CountFailures(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	longAgo := time.UnixMicro(1).UTC() // before any other row's
+	old, _, err := addBuild(ctx, s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: longAgo})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.OldestQueued(ctx); err != nil || !got.Equal(longAgo) {
+		t.Errorf("OldestQueued() = %v, %v; want %v", got, err, longAgo)
+	}
+	old.State, old.Class = api.Failed, "api-break"
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetBuild(ctx, old) }); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := s.OldestQueued(ctx); err != nil || got.Equal(longAgo) {
+		t.Errorf("OldestQueued() after the oldest failed = %v, %v", got, err)
+	}
+	after, err := s.CountFailures(ctx)
+	if err != nil || after["api-break"] != before["api-break"]+1 {
+		t.Errorf("CountFailures() = %v, %v; want one more of api-break than %v", after, err, before)
+	}
+}
