@@ -262,3 +262,12 @@ func TestKubernetesToken(t *testing.T) {
 		t.Errorf("Who(token of another account) = %v; want unauthorized", err)
 	}
 }
+
+// The example of the documentation is one that the server takes.
+func TestExample(t *testing.T) {
+	t.Parallel()
+	all, err := ReadIssuers("../../../docs/examples/issuers.yaml")
+	if err != nil || len(all.rules) != 3 {
+		t.Errorf("ReadIssuers(docs/examples/issuers.yaml) = %v; want three rules", err)
+	}
+}
