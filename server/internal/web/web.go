@@ -18,7 +18,6 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/store"
@@ -47,8 +46,8 @@ func New(r reader, log *slog.Logger) (http.Handler, error) {
 		"mark":  mark,
 		"label": label,
 		"short": short,
-		"when":  func(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") },
-		"date":  func(t time.Time) string { return t.UTC().Format(time.RFC3339) },
+		"when":  when,
+		"date":  date,
 		"secs":  func(s float64) string { return strconv.FormatFloat(s, 'f', 2, 64) },
 	}).ParseFS(files, "pages/*.html")
 	if err != nil {
@@ -99,6 +98,9 @@ func label(s api.State) string {
 	return string(s)
 }
 
+func when(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
+func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
+
 // short cuts a digest or fingerprint to what people compare at a glance.
 func short(v any) string {
 	text := strings.TrimPrefix(fmt.Sprint(v), "sha256:")
@@ -115,7 +117,7 @@ type matrixPage struct {
 	*catalogue.Matrix
 	Rows      []row
 	Legend    []legend
-	Artifacts []artifact
+	Artifacts template.HTML // see cards
 	Recent    []api.Build
 	// Older leads to the next page, Newest to the first; "" when this is it.
 	Older, Newest string
@@ -123,21 +125,7 @@ type matrixPage struct {
 
 type row struct {
 	Kernel api.Kernel
-	Cells  [][]cell
-}
-
-type cell struct {
-	api.Resolution
-	Flavour target.Flavour
-	// Link leads to the build or the artifact; Why is the tooltip. Mark and Label
-	// show the state: there are hundreds of cells, and a template is slow to call
-	// functions.
-	Link, Why, Mark, Label string
-}
-
-type artifact struct {
-	api.Artifact
-	Ref string
+	Cells  template.HTML // see cells
 }
 
 // Bounds of the first page.
@@ -186,19 +174,9 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 		page.Older = "/?" + query.Encode()
 	}
 	for i, k := range m.Kernels {
-		line := row{Kernel: k}
-		for j := range m.Drivers {
-			var both []cell
-			for _, c := range m.Cells[i][j] {
-				both = append(both, cell{c, c.Driver.Flavour, link(c), why(k, c), mark(c.State), label(c.State)})
-			}
-			line.Cells = append(line.Cells, both)
-		}
-		page.Rows = append(page.Rows, line)
+		page.Rows = append(page.Rows, row{k, cells(k, m.Cells[i])})
 	}
-	for _, a := range m.Artifacts {
-		page.Artifacts = append(page.Artifacts, artifact{a, reference(r.Host, a)})
-	}
+	page.Artifacts = cards(r.Host, m.Artifacts)
 	p.render(w, r, http.StatusOK, "matrix.html", page)
 }
 
@@ -231,9 +209,6 @@ func reference(host string, a api.Artifact) string {
 	}
 	return repo + "@" + a.Digest
 }
-
-// Anchor is the artifact's place on the page.
-func (a artifact) Anchor() string { return anchor(a.Digest) }
 
 type buildPage struct {
 	api.Build

@@ -92,6 +92,14 @@ func TestPages(t *testing.T) {
 		next:   "cursor",
 		builds: []api.Build{published, failed},
 	}
+	hostile := &shelf{matrix: catalogue.Matrix{
+		Kernels: []api.Kernel{{Kernel: k}},
+		Drivers: []api.DriverRelease{{Version: d.Version}},
+		Cells: [][][]api.Resolution{{{{Kernel: k, State: `<i>"`, Reason: `<i>"`, Build: &failed,
+			Driver: target.Driver{Version: `<i>"`, Flavour: `<i>"`}}}}},
+		Artifacts: []api.Artifact{{Digest: `<i>"`, Repository: `<i>"`, Reason: `<i>"`, State: `<i>"`, Arch: `<i>"`, Fingerprint: `<i>"`,
+			Driver: target.Driver{Version: `<i>"`, Flavour: `<i>"`}, Kernels: []target.Kernel{{BuildID: `<i>"`, Board: `<i>"`}}}},
+	}}
 	rows := []struct {
 		name   string
 		s      *shelf
@@ -104,6 +112,7 @@ func TestPages(t *testing.T) {
 		{"matrix", full, "/", 200, []string{`<th scope="row">17800.0.47`, `<th scope="col">535.261.03`, `href="#sha256-ab"`, `href="/builds/7"`, "✓", "✗",
 			"crane pull prebake.example/prebake/driver@sha256:ab driver.tar", "panics", "abi <code>0123456789ab</code>", `<a href="/?after=cursor" rel="next">Older kernels`},
 			[]string{"<b>too few", "crane pull ghcr.io", "<script"}},
+		{"what cells and artifacts say is text, not HTML", hostile, "/", 200, []string{"&lt;i&gt;&#34;", `href="/builds/7"`}, []string{`<i>`}},
 		{"next page", full, "/?after=cursor&board=lakitu", 200, []string{`<a href="/?board=lakitu">← Newest kernels`}, []string{"Older kernels"}},
 		{"filter that is none", full, "/?milestone=x", 400, []string{"is not a number"}, nil},
 		{"the folder of assets is not listed", full, "/assets/", 404, []string{"no such page"}, []string{"style.css<"}},

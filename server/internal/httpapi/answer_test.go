@@ -1,0 +1,77 @@
+package httpapi
+
+import (
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// stuck is a client that reads nothing until it is let go.
+type stuck struct {
+	http.ResponseWriter
+	writing *sync.WaitGroup
+	let     chan struct{}
+}
+
+func (s *stuck) Write(p []byte) (int, error) {
+	s.writing.Done()
+	<-s.let
+	return s.ResponseWriter.Write(p)
+}
+
+// Clients that do not read their pages keep nobody else's from being made.
+func TestSlowReadersHoldUpNobody(t *testing.T) {
+	t.Parallel()
+	h := throttle()(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.URL.Path) }))
+	ask := func(w http.ResponseWriter) {
+		h.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/v1/kernels", nil))
+	}
+	var writing, done sync.WaitGroup
+	let := make(chan struct{})
+	for range listsMade() {
+		writing.Add(1)
+		done.Go(func() { ask(&stuck{httptest.NewRecorder(), &writing, let}) })
+	}
+	writing.Wait()
+	w := httptest.NewRecorder()
+	ask(w)
+	close(let)
+	done.Wait()
+	if w.Code != http.StatusOK || w.Body.String() != "/v1/kernels" {
+		t.Errorf("a list beside %d clients that do not read theirs = %d %q; want 200", listsMade(), w.Code, w.Body)
+	}
+}
+
+// What is large is compressed for who takes that; what is small never.
+func TestCompression(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct {
+		length int
+		accept string
+		want   string
+	}{
+		{compressFrom - 1, "gzip", ""},
+		{compressFrom, "gzip", "gzip"},
+		{compressFrom, "", ""},
+	} {
+		body := strings.Repeat("x", row.length)
+		h := etags(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Type", "application/json")
+			fmt.Fprint(w, body)
+		}))
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/v1/resolve", nil)
+		r.Header.Set("Accept-Encoding", row.accept)
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, r)
+		if got := w.Header().Get("Content-Encoding"); got != row.want || w.Header().Get("Etag") == "" {
+			t.Errorf("%d bytes for who takes %q: encoding %q, ETag %q; want %q and a tag", row.length, row.accept, got,
+				w.Header().Get("Etag"), row.want)
+		}
+		if row.want == "" && w.Body.String() != body {
+			t.Errorf("%d bytes came as %d", row.length, w.Body.Len())
+		}
+	}
+}
