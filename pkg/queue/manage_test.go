@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 )
 
@@ -128,4 +129,101 @@ func TestRelease(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// A worker that was taken for dead comes back while its successor is at the build:
+// neither its success nor its failure ends the successor's job.
+func TestReleasedWorkerComesBack(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]error{"success": nil, "failure": fault.New(fault.APIBreak, "nv-pci.c:1: error", "")} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+				q, slow := open(t), open(t)
+				insert(t, q, map[int64]int{1: queue.PriorityWarning})
+				ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+				defer stop()
+				started, back, gone := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+				go func() {
+					ctx, stop := context.WithCancel(ctx)
+					defer stop()
+					gone <- slow.Work(ctx, "slow", 1, func(context.Context, api.BuildJob, int) error {
+						close(started)
+						<-back
+						stop() // it takes no more
+						return end
+					})
+				}()
+				<-started
+				if err := q.Release(t.Context(), 1); err != nil {
+					t.Fatal(err)
+				}
+				tries := 0
+				err := q.Work(ctx, "successor", 1, func(_ context.Context, _ api.BuildJob, attempt int) error {
+					if tries++; tries == 2 {
+						stop()
+						return nil
+					}
+					close(back)
+					if err := <-gone; err != nil { // the slow worker's end is in the database by now
+						t.Error(err)
+					}
+					if s, err := q.Lookup(ctx, 1); err != nil || s.State != "running" || attempt != 2 {
+						t.Errorf("attempt %d; Lookup() = %+v, %v; want attempt 2, running", attempt, s, err)
+					}
+					return fault.New(fault.Transient, "mirror is away", "") // is tried again, as it should be
+				})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if s, err := q.Lookup(t.Context(), 1); err != nil || s.State != "completed" || s.Attempt != 3 {
+					t.Errorf("Lookup() = %+v, %v; want completed in attempt 3", s, err)
+				}
+			})
+		})
+	}
+}
+
+// What a dead worker was at is next in line, however many builds wait: by release,
+// and when a process of the same name starts again.
+func TestDeadWorkersBuildIsNext(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"release", "same name"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+				dead := open(t)
+				insert(t, dead, map[int64]int{1: 1, 2: 1, 3: 1})
+				id := "dead"
+				if name == "same name" {
+					id = "w1" // as worked has it
+				}
+				started, gone := make(chan struct{}), make(chan struct{})
+				ctx, stop := context.WithCancel(t.Context())
+				done := make(chan error, 1)
+				go func() {
+					done <- dead.Work(ctx, id, 1, func(context.Context, api.BuildJob, int) error {
+						close(started)
+						<-gone
+						return queue.HandBack(context.Canceled)
+					})
+				}()
+				<-started
+				q := open(t)
+				if name == "release" {
+					if err := q.Release(t.Context(), 1); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if got := worked(t, q, 3); !slices.Equal(got, []int64{1, 2, 3}) {
+					t.Errorf("worked in the order %v; want 1, 2, 3", got)
+				}
+				stop()
+				close(gone)
+				if err := <-done; err != nil {
+					t.Error(err)
+				}
+			})
+		})
+	}
 }

@@ -344,24 +344,3 @@ func (q *Queue) Raise(ctx context.Context, build int64, priority int) error {
 	}
 	return nil
 }
-
-// Release makes the running jobs of these builds available again, since the
-// workers that had them are gone. Jobs that do not run stay as they are.
-func (q *Queue) Release(ctx context.Context, builds ...int64) error {
-	var rows []*rivertype.JobRow
-	for _, build := range builds {
-		row, err := q.find(ctx, build)
-		if err != nil {
-			return err
-		}
-		if row != nil && row.State == rivertype.JobStateRunning {
-			rows = append(rows, row)
-		}
-	}
-	return q.release(ctx, rows)
-}
-
-// orphanError is what a rescued job remembers of the attempt that was lost.
-func orphanError(row *rivertype.JobRow, now time.Time) ([]byte, error) {
-	return json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt, Error: "the worker ended in mid-build"})
-}

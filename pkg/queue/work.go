@@ -4,12 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/riverqueue/river"
-	"github.com/riverqueue/river/riverdriver"
-	"github.com/riverqueue/river/rivertype"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -93,53 +90,4 @@ func verdict(ctx context.Context, err error) error {
 		return river.JobCancel(err)
 	}
 	return err
-}
-
-// adopt makes jobs available that are marked as running under this worker's
-// id. Nobody runs them: the id belongs to this process, which has just begun.
-func (q *Queue) adopt(ctx context.Context, id string) error {
-	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
-		Max: 10000, OrderByClause: "id ASC",
-		WhereClause: "queue = @queue AND state = 'running'",
-		NamedArgs:   map[string]any{"queue": api.BuildQueue},
-	})
-	if err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("find jobs that worker %s left behind: %w", id, err), "")
-	}
-	rows = slices.DeleteFunc(rows, func(row *rivertype.JobRow) bool {
-		n := len(row.AttemptedBy)
-		return n == 0 || row.AttemptedBy[n-1] != id
-	})
-	if err := q.release(ctx, rows); err != nil {
-		return fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err)
-	}
-	return nil
-}
-
-// release ends the attempts of running jobs whose workers are gone.
-func (q *Queue) release(ctx context.Context, rows []*rivertype.JobRow) error {
-	if len(rows) == 0 {
-		return nil
-	}
-	now := time.Now().UTC()
-	params := &riverdriver.JobRescueManyParams{StuckHorizon: now.Add(time.Minute)}
-	for _, row := range rows {
-		text, err := orphanError(row, now)
-		if err != nil {
-			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
-		}
-		state, finalized := rivertype.JobStateAvailable, (*time.Time)(nil)
-		if row.Attempt >= row.MaxAttempts { // a build that kills its worker every time must not go on for ever
-			state, finalized = rivertype.JobStateDiscarded, &now
-		}
-		params.ID = append(params.ID, row.ID)
-		params.Error = append(params.Error, text)
-		params.FinalizedAt = append(params.FinalizedAt, finalized)
-		params.ScheduledAt = append(params.ScheduledAt, now)
-		params.State = append(params.State, string(state))
-	}
-	if _, err := q.exec.JobRescueMany(ctx, params); err != nil {
-		return fault.Wrap(fault.Transient, fmt.Errorf("release jobs of workers that are gone: %w", err), "")
-	}
-	return nil
 }

@@ -61,6 +61,11 @@ type Config struct {
 	Telemetry *telemetry.Telemetry
 }
 
+// startPatience is how long the start of a build waits for a server that does not
+// answer, such as one that starts again. A build that is handed back loses its place
+// in line.
+const startPatience = 20 * time.Second
+
 // farewell is how long reports may take once the worker was told to stop.
 const farewell = 20 * time.Second
 
@@ -199,10 +204,21 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 // reportStart tells the server that the build begins. Without its consent there
 // is no build.
 func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
-	_, err := w.Server.UpdateBuild(ctx, build, api.BuildUpdate{State: api.Building, Worker: w.ID, Attempt: attempt})
-	if err == nil {
+	patience, cancel := context.WithTimeout(ctx, startPatience)
+	defer cancel()
+	defer context.AfterFunc(w.stopping, cancel)()
+	var busy error
+	err := patiently(patience, func() error {
+		_, err := w.Server.UpdateBuild(ctx, build, api.BuildUpdate{State: api.Building, Worker: w.ID, Attempt: attempt})
+		if fault.Is(err, fault.Busy) { // another build of the cell is open, which does not pass soon
+			busy, err = err, nil
+		}
+		return err
+	})
+	if err == nil && busy == nil {
 		return nil
 	}
+	err = errors.Join(err, busy)
 	err = fmt.Errorf("report start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
 	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden: // every other build would fare the same

@@ -355,3 +355,24 @@ func TestLongLog(t *testing.T) {
 		t.Errorf("log of %d bytes; want the last %d", n, api.MaxBuildLog)
 	}
 }
+
+// A server that starts again while a build is about to begin costs the build neither
+// an attempt nor its place in line.
+func TestServerStartsAgain(t *testing.T) {
+	t.Parallel()
+	r := newRig(t, works)
+	asked := 0
+	r.server.refuse = func(u api.BuildUpdate) *api.Problem {
+		if asked++; asked == 1 {
+			return &api.Problem{Kind: fault.Transient, Detail: "starting"}
+		}
+		return nil
+	}
+	if err := r.run(t, 3); err != nil {
+		t.Fatal(err)
+	}
+	if got := r.server.states; len(got) != 2 || got[0].Attempt != 1 || got[1].State != api.Published {
+		t.Errorf("the server heard %+v; want the build begun in attempt 1 and published", got)
+	}
+	r.standing(t, queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1})
+}

@@ -37,10 +37,13 @@ type jobQueue interface {
 }
 
 // A builder reports every [api.BeatEvery]. One that has not for deadAfter is gone,
-// and with sweepEvery its builds go on elsewhere within a minute.
+// and with sweepEvery its builds go on elsewhere within a minute, also when the
+// server or its database was away meanwhile: then builders get settle to be heard
+// again, and not all of deadAfter.
 const (
-	deadAfter  = 45 * time.Second
-	sweepEvery = 10 * time.Second
+	deadAfter  = 30 * time.Second
+	settle     = 15 * time.Second
+	sweepEvery = 5 * time.Second
 	// idle is how many times longer than a sweep the pause after it is at least, so
 	// that a queue of any length costs some hundredths of a core.
 	idle = 25
@@ -50,7 +53,7 @@ const (
 type Sweeper struct {
 	Catalogue catalogue
 	Queue     jobQueue
-	// Every is the pause between sweeps; 0 is 10 seconds.
+	// Every is the pause between sweeps; 0 is 5 seconds.
 	Every time.Duration
 	Log   *slog.Logger
 	// Now is the clock; nil is time.Now.
@@ -123,11 +126,8 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 
 // dead reports whether the builder of a build under way is gone.
 func (s *Sweeper) dead(b api.Build, now time.Time) bool {
-	heard := s.listening
-	if b.BeatAt != nil && b.BeatAt.After(heard) {
-		heard = *b.BeatAt
-	}
-	return now.Sub(heard) > deadAfter
+	silent := b.BeatAt == nil || now.Sub(*b.BeatAt) > deadAfter
+	return silent && now.Sub(s.listening) > settle
 }
 
 // release gives a dead builder's work to the others. The job comes first: when the

@@ -1,0 +1,129 @@
+package queue
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/riverqueue/river/riverdriver"
+	"github.com/riverqueue/river/rivertype"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Release gives the running jobs of these builds to other workers, since those that
+// had them are gone, or seem to be. Each job ends, and a successor of its own takes
+// up where it was: a worker that was taken for dead and comes back then ends its
+// own job only. Jobs that do not run stay as they are.
+func (q *Queue) Release(ctx context.Context, builds ...int64) error {
+	var rows []*rivertype.JobRow
+	for _, build := range builds {
+		row, err := q.find(ctx, build)
+		if err != nil {
+			return err
+		}
+		if row != nil && row.State == rivertype.JobStateRunning {
+			rows = append(rows, row)
+		}
+	}
+	if len(rows) == 0 {
+		return nil
+	}
+	if err := q.succeed(ctx, rows); err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("release jobs of workers that are gone: %w", err), "")
+	}
+	return nil
+}
+
+// succeed ends jobs and puts their successors in, in one transaction.
+func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err error) {
+	tx, err := q.exec.Begin(ctx)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil { // after a failed commit there is nothing left to roll back
+			_ = tx.Rollback(context.WithoutCancel(ctx))
+		}
+	}()
+	if err := rescue(ctx, tx, rows, rivertype.JobStateDiscarded); err != nil {
+		return err
+	}
+	for _, row := range rows {
+		if row.Attempt >= row.MaxAttempts {
+			continue
+		}
+		if err := tx.Exec(ctx, successor, row.ID, row.Attempt); err != nil {
+			return fmt.Errorf("job %d: %w", row.ID, err)
+		}
+	}
+	return tx.Commit(ctx)
+}
+
+// successor copies a job that was ended, as one that waits. River has no call for
+// it: what it inserts has no attempts behind it. A job that ended by itself
+// meanwhile is not copied, nor one that another server has copied.
+const successor = `INSERT INTO river_job (args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
+	priority, queue, scheduled_at, state, tags, unique_key, unique_states)
+SELECT args, attempt, attempted_at, attempted_by, errors, kind, max_attempts, metadata,
+	priority, queue, scheduled_at, 'available', tags, unique_key, unique_states
+FROM river_job WHERE id = $1 AND state = 'discarded' AND attempt = $2 AND attempt < max_attempts
+ON CONFLICT DO NOTHING`
+
+// adopt makes jobs available that are marked as running under this worker's
+// id. Nobody runs them: the id belongs to this process, which has just begun.
+func (q *Queue) adopt(ctx context.Context, id string) error {
+	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
+		Max: 10000, OrderByClause: "id ASC",
+		WhereClause: "queue = @queue AND state = 'running'",
+		NamedArgs:   map[string]any{"queue": api.BuildQueue},
+	})
+	if err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("find jobs that worker %s left behind: %w", id, err), "")
+	}
+	var again, last []*rivertype.JobRow
+	for _, row := range rows {
+		switch n := len(row.AttemptedBy); {
+		case n == 0 || row.AttemptedBy[n-1] != id:
+		case row.Attempt >= row.MaxAttempts: // a build that kills its worker every time must not go on for ever
+			last = append(last, row)
+		default:
+			again = append(again, row)
+		}
+	}
+	err = errors.Join(rescue(ctx, q.exec, again, rivertype.JobStateAvailable), rescue(ctx, q.exec, last, rivertype.JobStateDiscarded))
+	if err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err), "")
+	}
+	return nil
+}
+
+// rescue ends the attempts of running jobs and gives the jobs another state.
+func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.JobRow, state rivertype.JobState) error {
+	if len(rows) == 0 {
+		return nil
+	}
+	now := time.Now().UTC()
+	params := &riverdriver.JobRescueManyParams{StuckHorizon: now.Add(time.Minute)}
+	for _, row := range rows {
+		text, err := json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt, Error: "the worker ended in mid-build"})
+		if err != nil {
+			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
+		}
+		var finalized *time.Time
+		if state == rivertype.JobStateDiscarded {
+			finalized = &now
+		}
+		params.ID = append(params.ID, row.ID)
+		params.Error = append(params.Error, text)
+		params.FinalizedAt = append(params.FinalizedAt, finalized)
+		// It keeps its place in line: with the time of now, it would wait behind all others.
+		params.ScheduledAt = append(params.ScheduledAt, row.ScheduledAt)
+		params.State = append(params.State, string(state))
+	}
+	_, err := exec.JobRescueMany(ctx, params)
+	return err
+}
