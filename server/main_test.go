@@ -162,11 +162,16 @@ func TestOperator(t *testing.T) {
 	if _, err := c.UpdateBuild(t.Context(), 1, published); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("publishing what the registry has not = %v; want mismatch", err)
 	}
-	digest = push(t, url, string(secret))
+	digest = push(t, url, string(secret), "first")
 	published.Digest = digest
 	// The sweep of the new process may have failed the build first: its job ended
 	// without a report. What is published counts all the same.
 	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
+		t.Fatal(err)
+	}
+	other := push(t, url, string(secret), "second")
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: other, Fingerprint: published.Fingerprint,
+		Driver: target.Driver{Version: "535.309.01", Flavour: target.Open}, Kernels: []target.Kernel{kernel}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []struct{ args, want string }{
@@ -174,6 +179,8 @@ func TestOperator(t *testing.T) {
 		{"artifacts", digest}, {"kernels", "6.1.0-47-cloud-amd64"},
 		{"yank --token-file " + token + " --reason panics " + digest, "yanked panics"},
 		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "reason     panics"},
+		{"yank --token-file " + token + " --reason panics --replacement " + other + " " + digest, "instead    " + other},
+		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "instead    " + other},
 		{"unyank --token-file " + token + " " + digest, "published"},
 	} {
 		fields := strings.Fields(s.args)
@@ -202,9 +209,9 @@ func TestOperator(t *testing.T) {
 }
 
 // push puts an image into the server's registry, as a stock client does.
-func push(t *testing.T, url, secret string) (digest string) {
+func push(t *testing.T, url, secret, tag string) (digest string) {
 	t.Helper()
-	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:test", name.Insecure)
+	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:"+tag, name.Insecure)
 	if err != nil {
 		t.Fatal(err)
 	}

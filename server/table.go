@@ -102,7 +102,7 @@ func printArtifacts(w io.Writer, all []api.Artifact) error {
 		}
 		err := printFields(w, [][2]string{
 			{"digest", a.Digest}, {"driver", a.Driver.String()}, {"state", strings.TrimSpace(string(a.State) + " " + a.Reason)},
-			{"in", a.Repository}, {"abi", a.Fingerprint.Short()}, {"for", strings.Join(kernels, "\n           ")},
+			{"instead", a.Replacement}, {"in", a.Repository}, {"abi", a.Fingerprint.Short()}, {"for", strings.Join(kernels, "\n           ")},
 		})
 		if err != nil {
 			return err
@@ -142,7 +142,7 @@ func printResolution(w io.Writer, base string, r api.Resolution) error {
 	}
 	return printFields(w, [][2]string{
 		{"kernel", r.Kernel.String()}, {"driver", driver}, {"state", string(r.State)}, {"repository", repository},
-		{"digest", r.Digest}, {"build", build}, {"reason", r.Reason}, {"hint", r.Hint},
+		{"digest", r.Digest}, {"build", build}, {"reason", r.Reason}, {"instead", r.Replacement}, {"hint", r.Hint},
 	})
 }
 

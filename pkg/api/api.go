@@ -61,10 +61,12 @@ type Artifact struct {
 	Arch        target.Arch        `json:"arch"`
 	Release     string             `json:"release"`
 	// Kernels are the COS builds that the artifact is attested for.
-	Kernels     []target.Kernel `json:"kernels"`
-	State       State           `json:"state"` // Published or Yanked
-	Reason      string          `json:"reason,omitempty"`
-	PublishedAt time.Time       `json:"publishedAt"`
+	Kernels []target.Kernel `json:"kernels"`
+	State   State           `json:"state"` // Published or Yanked
+	Reason  string          `json:"reason,omitempty"`
+	// Replacement is the digest of what to use in place of a yanked artifact.
+	Replacement string    `json:"replacement,omitempty"`
+	PublishedAt time.Time `json:"publishedAt"`
 }
 
 // NewArtifact tells the catalogue of an artifact that was published.
@@ -151,6 +153,8 @@ type Resolution struct {
 	// Repository without a host (it starts with "/") is on the server itself.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
+	// Replacement is the digest of what to use in place of the cell's yanked artifact.
+	Replacement string `json:"replacement,omitempty"`
 	// ReadyAt is when the artifact became usable for this kernel.
 	ReadyAt *time.Time `json:"readyAt,omitempty"`
 	// Build is the newest build of the cell, where there is one.

@@ -341,44 +341,6 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 	return err
 }
 
-// Yank marks an artifact as one that must not be used any more; Unyank takes
-// that back.
-func (c *Catalogue) Yank(ctx context.Context, digest, reason string) (api.Artifact, error) {
-	if reason = strings.TrimSpace(reason); reason == "" || len(reason) > 1000 {
-		return api.Artifact{}, fault.New(
-			fault.Usage,
-			"yank "+digest+": want a reason of 1 to 1000 letters",
-			"say why, nodes show it",
-		)
-	}
-	return c.mark(ctx, digest, api.Yanked, reason)
-}
-
-// Unyank makes a yanked artifact usable again.
-func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, error) {
-	return c.mark(ctx, digest, api.Published, "")
-}
-
-func (c *Catalogue) mark(ctx context.Context, digest string, state api.State, reason string) (a api.Artifact, err error) {
-	if !digestPattern.MatchString(digest) {
-		return a, badDigest(digest)
-	}
-	err = c.Store.Write(ctx, func(tx *store.Tx) error {
-		if _, err := tx.Artifact(ctx, digest); err != nil {
-			return err
-		}
-		if err := tx.SetArtifactState(ctx, digest, state, reason); err != nil {
-			return err
-		}
-		a, err = tx.Artifact(ctx, digest)
-		return err
-	})
-	if err == nil {
-		c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", state, "reason", reason)
-	}
-	return a, err
-}
-
 // major returns the number of a driver's branch; 0 for none.
 func major(version string) int {
 	n, _ := strconv.Atoi(strings.TrimPrefix(target.Branch(version), "R"))

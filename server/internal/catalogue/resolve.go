@@ -208,7 +208,7 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 			r.Reason = fmt.Sprintf("build %d waits for its next try after %s: %s", newest.ID, newest.Class, newest.Error)
 		}
 	case yanked != nil:
-		r.State, r.Reason, r.Hint = api.Yanked, yanked.Reason, "choose another driver version"
+		withdrawn(&r, yanked)
 	case never(rel, d) != "":
 		r.State, r.Reason, r.Hint = api.Unsupported, never(rel, d), "choose the other flavour, or another version"
 	case newest != nil && newest.State == api.Failed && newest.Class == fault.Unsupported.String():

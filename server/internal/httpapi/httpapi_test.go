@@ -111,7 +111,7 @@ func TestClient(t *testing.T) {
 	_, err = c.AddArtifact(ctx, api.NewArtifact{Digest: digest, Fingerprint: finger, Driver: done.Driver,
 		Kernels: []target.Kernel{{BuildID: "17800.1.47", Board: "lakitu"}}})
 	check(t, err)
-	a, err := c.Yank(ctx, digest, "panics")
+	a, err := c.Yank(ctx, digest, api.YankRequest{Reason: "panics"})
 	check(t, err)
 	if a.State != api.Yanked || len(a.Kernels) != 2 {
 		t.Errorf("Yank() = %+v; want yanked, for two kernels", a)
@@ -145,7 +145,7 @@ func TestClient(t *testing.T) {
 		"no such build":   {second(c.Build(ctx, 999)), fault.NotFound},
 		"bad state":       {second(c.Builds(ctx, "odd")), fault.Usage},
 		"bad kernel":      {second(c.Resolve(ctx, api.Question{BuildID: "x", Board: "y"})), fault.Usage},
-		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), "x")), fault.NotFound},
+		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), api.YankRequest{Reason: "x"})), fault.NotFound},
 		"final state":     {second(c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued})), fault.Mismatch},
 		"log of nothing":  {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.NotFound},
 		"no token":        {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Unauthorized},

@@ -314,7 +314,7 @@ func (t table) artifacts() {
 			DigestPath
 			Body api.YankRequest
 		}) (*body[api.Artifact], error) {
-			return answer(cat.Yank(ctx, in.Digest, in.Body.Reason))
+			return answer(cat.Yank(ctx, in.Digest, in.Body))
 		},
 	)
 	huma.Register(t, t.write("unyank", http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),

@@ -148,8 +148,12 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetArtifactState(ctx, digest, api.Yanked, "broken") }); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetReplacement(ctx, digest, "sha256:2") }); err != nil {
+		t.Fatal(err)
+	}
 	want := a
 	want.Kernels, want.State, want.Reason = []target.Kernel{first, second}, api.Yanked, "broken"
+	want.Replacement = "sha256:2"
 	got, _, err := s.Artifacts(ctx, store.ArtifactFilter{Driver: d.Version, Flavour: d.Flavour}, page)
 	if err != nil {
 		t.Fatal(err)
