@@ -271,6 +271,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	})
 	group.Go(func() error { return cat.Planner(running) })
 	group.Go(func() error { return cat.LookUpUnknown(running) })
+	group.Go(func() error { return cat.Measurer(running) })
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()

@@ -24,6 +24,7 @@ const (
 	Cancelled   State = "cancelled"   // the last build was called off
 	Unsupported State = "unsupported" // can never be built; Reason says why
 	Yanked      State = "yanked"      // was published and must not be used any more
+	Quarantined State = "quarantined" // was published and did not load on several nodes
 	Unknown     State = "unknown"     // nobody asked for it yet
 )
 
@@ -157,6 +158,10 @@ type Resolution struct {
 	Replacement string `json:"replacement,omitempty"`
 	// ReadyAt is when the artifact became usable for this kernel.
 	ReadyAt *time.Time `json:"readyAt,omitempty"`
+	// Position of a queued cell is 1 for the one that is built next. ETA is when an
+	// open cell may be ready, by what such builds took lately. Both are about right.
+	Position int        `json:"position,omitempty"`
+	ETA      *time.Time `json:"eta,omitempty"`
 	// Build is the newest build of the cell, where there is one.
 	Build *Build `json:"build,omitempty"`
 	// Reason and Hint are for people: why there is no artifact, and the next move.

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -81,6 +82,7 @@ type Config struct {
 		resolver
 		writer
 		wisher
+		measurer
 	}
 	Logs  Logs
 	Queue enqueuer
@@ -104,6 +106,7 @@ type Catalogue struct {
 	Config
 	unknown  chan target.Kernel
 	planning chan struct{} // has room for one; see Planner
+	figures  atomic.Pointer[figures]
 }
 
 // New returns the use-cases over a store and a queue.
@@ -118,7 +121,7 @@ func New(c Config) *Catalogue {
 	// What is answered at once must equal what is read later: databases keep
 	// microseconds.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
-	return &Catalogue{c, make(chan target.Kernel, maxUnknown), make(chan struct{}, 1)}
+	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
 
 // Bounds of a page, in entries.

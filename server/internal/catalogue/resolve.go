@@ -130,6 +130,7 @@ func (c *Catalogue) Resolve(
 			best = r
 		}
 	}
+	c.expect(&best)
 	return best, nil
 }
 
@@ -429,7 +430,9 @@ func (c *Catalogue) Cells(
 	for key, fact := range facts {
 		k, ok := of[key.BuildID+"/"+key.Board]
 		if ok && (version == "" || version == key.Driver.Version) {
-			all = append(all, judge(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, fact))
+			r := judge(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, fact)
+			c.expect(&r)
+			all = append(all, r)
 		}
 	}
 	slices.SortFunc(all, func(a, b api.Resolution) int {

@@ -223,6 +223,8 @@ func TestRoutes(t *testing.T) {
 		{"limit too large", "GET", "/v1/builds?limit=100000", "", "", 400, problem, "limit"},
 		{"cursor that is none", "GET", "/v1/kernels?after=x", "", "", 400, problem, "cursor"},
 		{"cells", "GET", "/v1/cells", "", "", 200, "application/json", "[]"},
+		{"coverage", "GET", "/v1/coverage", "", "", 200, "application/json", `"milestones":[]`},
+		{"coverage as a metric", "GET", "/metrics", "", "", 200, "", `prebake_coverage_cells{state="missing"} 0`},
 		{"head of a list", "HEAD", "/v1/kernels", "", "", 200, "application/json", ""},
 		{"head of a page", "HEAD", "/", "", "", 200, html, ""},
 		{"list of assets", "GET", "/assets/", "", "", 404, html, "no such page"},

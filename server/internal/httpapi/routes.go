@@ -152,6 +152,7 @@ func mountAPI(r chi.Router, c Config) {
 	t.artifacts()
 	t.releases()
 	t.wishLists()
+	t.coverage()
 }
 
 func (t table) lists() {
