@@ -27,7 +27,7 @@ and print tables, or JSON with --output json.`,
 			serveCommand(),
 			kernelsCommand(), driversCommand(), artifactsCommand(), buildsCommand(), buildCommand(), resolveCommand(),
 			requestCommand(), cancelCommand(), yankCommand(), unyankCommand(),
-			releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(), coverageCommand(),
+			releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(), coverageCommand(), quarantineCommand(), liftCommand(),
 			versionCommand(),
 		},
 	}

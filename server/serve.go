@@ -36,7 +36,7 @@ import (
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
 	CreateOnly                                                                                    []string
-	ReserveMB                                                                                     int
+	ReserveMB, Quarantine                                                                         int
 	DiscoverEvery, Grace                                                                          time.Duration
 }
 
@@ -71,6 +71,8 @@ func serveCommand() *ucli.Command {
 			cli.Group("Trust",
 				cli.String("token", "", "`TOKEN` that opens writing; prefer --token-file"),
 				defaultsTo(cli.String("token-file", "", "`FILE` with the token"), "DATA/token, made at the first start"),
+				&ucli.IntFlag{Name: "quarantine", Value: 3,
+					Usage: "`NODES` on which an artifact fails within a day before none is sent to it; 0 is never"},
 			),
 			cli.Group(groupOutput, cli.Duration("grace", 20*time.Second,
 				"`TIME` that running requests get when the server stops")),
@@ -85,7 +87,7 @@ func serveCommand() *ucli.Command {
 				Listen: cmd.String("listen"), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
 				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
-				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"),
+				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
 			}
 			if err := s.complete(); err != nil {
@@ -133,6 +135,9 @@ func (s *settings) complete() error {
 	}
 	if s.ReserveMB < 0 {
 		return fault.New(fault.Usage, fmt.Sprintf("--reserve %d: want MiB, or 0", s.ReserveMB), "")
+	}
+	if s.Quarantine < 0 {
+		return fault.New(fault.Usage, fmt.Sprintf("--quarantine %d: want a number of nodes, or 0", s.Quarantine), "")
 	}
 	if s.PublicRepository == "" {
 		return fault.New(
@@ -217,7 +222,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	defer closing("registry", registry.Close)
 	cat = catalogue.New(catalogue.Config{
 		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository, Holds: registry.Holds,
-		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Log: log,
+		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 	})
 	cat.PlanSoon() // what was wanted when the last server stopped
 	if s.KernelMirror != "" {

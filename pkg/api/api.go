@@ -63,7 +63,7 @@ type Artifact struct {
 	Release     string             `json:"release"`
 	// Kernels are the COS builds that the artifact is attested for.
 	Kernels []target.Kernel `json:"kernels"`
-	State   State           `json:"state"` // Published or Yanked
+	State   State           `json:"state"` // Published, Yanked or Quarantined
 	Reason  string          `json:"reason,omitempty"`
 	// Replacement is the digest of what to use in place of a yanked artifact.
 	Replacement string    `json:"replacement,omitempty"`

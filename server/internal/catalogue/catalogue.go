@@ -83,6 +83,7 @@ type Config struct {
 		writer
 		wisher
 		measurer
+		reporter
 	}
 	Logs  Logs
 	Queue enqueuer
@@ -96,7 +97,10 @@ type Config struct {
 	Holds func(ctx context.Context, repository, digest string) (bool, error)
 	// KernelMirror and DriverMirror go into the jobs; "" leaves it to the builder.
 	KernelMirror, DriverMirror string
-	Log                        *slog.Logger
+	// Quarantine is how many nodes have to report within a day that an artifact does not
+	// load before it is in quarantine; 0 puts none there.
+	Quarantine int
+	Log        *slog.Logger
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
 }
@@ -184,11 +188,11 @@ func (c *Catalogue) Artifacts(
 	f store.ArtifactFilter,
 	p store.Page,
 ) (all []api.Artifact, next string, err error) {
-	if f.State != "" && f.State != api.Published && f.State != api.Yanked {
+	if f.State != "" && f.State != api.Published && f.State != api.Yanked && f.State != api.Quarantined {
 		return nil, "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("state %q is not one of an artifact", f.State),
-			"use published or yanked",
+			"use published, yanked or quarantined",
 		)
 	}
 	return listed(ctx, c.Store.Artifacts, f, p)

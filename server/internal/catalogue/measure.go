@@ -55,9 +55,15 @@ type figures struct {
 
 // Measurer measures until ctx is done.
 func (c *Catalogue) Measurer(ctx context.Context) error {
-	changes, last := uint64(0), time.Time{}
+	changes, last, forgot := uint64(0), time.Time{}, time.Time{}
 	for {
 		begin := time.Now()
+		if begin.Sub(forgot) >= time.Hour {
+			if err := c.Store.ForgetReports(ctx, c.Now().Add(-keepReports)); err != nil && ctx.Err() == nil {
+				c.Log.WarnContext(ctx, "old reports not forgotten", "err", err)
+			}
+			forgot = begin
+		}
 		if now := c.Store.Changes(); now != changes || begin.Sub(last) >= measureAnyway {
 			if err := c.Measure(ctx); err != nil && ctx.Err() == nil {
 				c.Log.WarnContext(ctx, "measurement incomplete", "err", err)

@@ -143,6 +143,7 @@ func rank(s api.State) int {
 			api.Building,
 			api.Queued,
 			api.Yanked,
+			api.Quarantined,
 			api.Failed,
 			api.Cancelled,
 			api.Unknown,
@@ -180,8 +181,10 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 				r.ReadyAt = &a.AttestedAt
 			}
 			return r
-		case a.Attested && yanked == nil:
-			yanked = a
+		case a.Attested:
+			if yanked == nil || a.State == api.Yanked && yanked.State != api.Yanked {
+				yanked = a
+			}
 		case !a.Attested && a.State == api.Published && k.Fingerprint != "" && sibling == nil:
 			sibling = a
 		}

@@ -70,7 +70,24 @@ func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string
 
 // Unyank makes a yanked artifact usable again.
 func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, error) {
-	return c.mark(ctx, digest, api.Published, "", nil)
+	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
+		if old.State == api.Quarantined {
+			return fault.New(fault.Mismatch, "artifact "+digest+" is not yanked, it is in quarantine", "lift it: server lift "+digest)
+		}
+		return tx.JudgeFrom(ctx, digest, c.Now())
+	})
+}
+
+// Lift makes an artifact in quarantine usable again. What nodes said of it until now
+// does not count any more.
+func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
+	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
+		if old.State != api.Quarantined {
+			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
+				"list what is: server quarantine")
+		}
+		return tx.JudgeFrom(ctx, digest, c.Now())
+	})
 }
 
 // mark gives an artifact another state. With it goes what more does, which gets the
@@ -106,7 +123,10 @@ func (c *Catalogue) mark(
 
 // withdrawn says of a cell that its artifact must not be used.
 func withdrawn(r *api.Resolution, a *store.Candidate) {
-	r.State, r.Reason, r.Hint = api.Yanked, a.Reason, "choose another driver version"
+	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
+	if a.State == api.Quarantined {
+		r.Hint += ", or lift it: server lift " + a.Digest
+	}
 	if r.Replacement = a.Replacement; a.Replacement != "" {
 		r.Reason += "; " + a.Replacement + " replaces it"
 		r.Hint = "use what replaces it: --driver " + a.Replacement

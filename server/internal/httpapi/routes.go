@@ -153,6 +153,7 @@ func mountAPI(r chi.Router, c Config) {
 	t.releases()
 	t.wishLists()
 	t.coverage()
+	t.reports()
 }
 
 func (t table) lists() {
@@ -196,7 +197,7 @@ func (t table) lists() {
 			PageQuery
 			BuildID string `query:"buildId" doc:"only those attested for this BUILD_ID"`
 			Board   string `query:"board" doc:"only those attested for this board"`
-			State   string `query:"state" doc:"only those in this state: published or yanked"`
+			State   string `query:"state" doc:"only those in this state: published, yanked or quarantined"`
 			Driver  string `query:"driver" doc:"only of this driver version"`
 			Flavour string `query:"flavour" enum:"proprietary,open" doc:"only of this flavour"`
 		}) (*list[api.Artifact], error) {

@@ -26,7 +26,7 @@ func TestConformance(t *testing.T) {
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
 		"one open build": oneOpen, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
-		"measured": measured,
+		"measured": measured, "reported": reported,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.

@@ -15,7 +15,7 @@ CREATE TABLE wanted (
     PRIMARY KEY (list, build_id, board, driver, flavour)
 );
 
--- The last that each node said of an artifact on a kernel. source is the prefix of
+-- The last that each node said of an artifact. source is the prefix of
 -- the address that it came from.
 CREATE TABLE reports (
     digest   TEXT   NOT NULL REFERENCES artifacts (digest) ON DELETE CASCADE,
@@ -27,7 +27,7 @@ CREATE TABLE reports (
     class    TEXT   NOT NULL DEFAULT '',
     message  TEXT   NOT NULL DEFAULT '',
     at       BIGINT NOT NULL,
-    PRIMARY KEY (digest, build_id, board, node)
+    PRIMARY KEY (digest, node)
 );
 
 CREATE INDEX reports_by_source ON reports (digest, source);
