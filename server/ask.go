@@ -302,10 +302,13 @@ func cancelCommand() *ucli.Command {
 func yankCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "yank", Usage: "mark an artifact as not to be used", ArgsUsage: "DIGEST",
-		Flags: writeFlags(&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY`; nodes show it"}),
+		Flags: writeFlags(
+			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY`; nodes show it"},
+			&ucli.StringFlag{Name: "replacement", Usage: "`DIGEST` to use in its place: same kernels, same or newer driver"},
+		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) {
-				return c.Yank(ctx, digest, cmd.String("reason"))
+				return c.Yank(ctx, digest, api.YankRequest{Reason: cmd.String("reason"), Replacement: cmd.String("replacement")})
 			})
 		},
 	}

@@ -107,6 +107,9 @@ func TestOperator(t *testing.T) {
 		{"builds", []string{"builds"}, 0, "17800.0.47/lakitu  535.261.03-open", ""},
 		{"builds as JSON", []string{"builds", "--output", "json", "--state", "queued"}, 0, `"buildId": "17800.0.47"`, ""},
 		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, 0, "start one: builder work", ""},
+		{"coverage", []string{"coverage"}, 0, "no wish list wants a cell", ""},
+		{"quarantine", []string{"quarantine"}, 0, "nothing is in quarantine", ""},
+		{"lift of nothing", []string{"lift", "--token-file", token, digest}, fault.NotFound.ExitCode(), "", "is not in the catalogue"},
 		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Unauthorized.ExitCode(), "", "this call needs a token"},
 		{"bad wish", []string{"resolve", "--build-id", "17800.0.47", "--driver", "new"}, 2, "", "hint:"},
 		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "list builds"},
@@ -162,11 +165,16 @@ func TestOperator(t *testing.T) {
 	if _, err := c.UpdateBuild(t.Context(), 1, published); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("publishing what the registry has not = %v; want mismatch", err)
 	}
-	digest = push(t, url, string(secret))
+	digest = push(t, url, string(secret), "first")
 	published.Digest = digest
 	// The sweep of the new process may have failed the build first: its job ended
 	// without a report. What is published counts all the same.
 	if _, err := c.UpdateBuild(t.Context(), 1, published); err != nil {
+		t.Fatal(err)
+	}
+	other := push(t, url, string(secret), "second")
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: other, Fingerprint: published.Fingerprint,
+		Driver: target.Driver{Version: "535.309.01", Flavour: target.Open}, Kernels: []target.Kernel{kernel}}); err != nil {
 		t.Fatal(err)
 	}
 	for _, s := range []struct{ args, want string }{
@@ -174,6 +182,8 @@ func TestOperator(t *testing.T) {
 		{"artifacts", digest}, {"kernels", "6.1.0-47-cloud-amd64"},
 		{"yank --token-file " + token + " --reason panics " + digest, "yanked panics"},
 		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "reason     panics"},
+		{"yank --token-file " + token + " --reason panics --replacement " + other + " " + digest, "instead    " + other},
+		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "instead    " + other},
 		{"unyank --token-file " + token + " " + digest, "published"},
 	} {
 		fields := strings.Fields(s.args)
@@ -202,9 +212,9 @@ func TestOperator(t *testing.T) {
 }
 
 // push puts an image into the server's registry, as a stock client does.
-func push(t *testing.T, url, secret string) (digest string) {
+func push(t *testing.T, url, secret, tag string) (digest string) {
 	t.Helper()
-	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:test", name.Insecure)
+	ref, err := name.ParseReference(strings.TrimPrefix(url, "http://")+"/prebake/driver:"+tag, name.Insecure)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
 	TLSCert, TLSKey, Issuers                                                                      string
 	CreateOnly                                                                                    []string
-	ReserveMB, AskPerHour, CallsPerMinute                                                         int
+	ReserveMB, AskPerHour, CallsPerMinute, Quarantine                                             int
 	DiscoverEvery, Grace                                                                          time.Duration
 }
 
@@ -80,6 +80,8 @@ func serveCommand() *ucli.Command {
 				cli.String("tls-key", "", "`FILE` with its key"),
 				&ucli.IntFlag{Name: "ask-rate", Value: 120, Usage: "`COUNT` of builds that a token of a node may add within an hour"},
 				&ucli.IntFlag{Name: "client-rate", Value: 30_000, Usage: "`COUNT` of calls a minute that one address may make; 0 is any"},
+				&ucli.IntFlag{Name: "quarantine", Value: 3,
+					Usage: "`NODES` on which an artifact fails within a day before none is sent to it; 0 is never"},
 			),
 			cli.Group(groupOutput, cli.Duration("grace", 20*time.Second,
 				"`TIME` that running requests get when the server stops")),
@@ -94,7 +96,7 @@ func serveCommand() *ucli.Command {
 				Listen: cmd.String("listen"), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
 				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
-				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"),
+				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
 				Issuers: cmd.String("oidc"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
 				AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
@@ -150,6 +152,9 @@ func (s *settings) complete() error {
 	}
 	if s.AskPerHour < 1 || s.CallsPerMinute < 0 {
 		return fault.New(fault.Usage, fmt.Sprintf("--ask-rate %d, --client-rate %d: want 1 or more, and 0 or more", s.AskPerHour, s.CallsPerMinute), "")
+	}
+	if s.Quarantine < 0 {
+		return fault.New(fault.Usage, fmt.Sprintf("--quarantine %d: want a number of nodes, or 0", s.Quarantine), "")
 	}
 	if s.PublicRepository == "" {
 		return fault.New(
@@ -252,7 +257,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	defer closing("registry", registry.Close)
 	cat = catalogue.New(catalogue.Config{
 		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository, Holds: registry.Holds,
-		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Log: log,
+		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 	})
 	cat.PlanSoon() // what was wanted when the last server stopped
 	if s.KernelMirror != "" {
@@ -319,6 +324,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	})
 	group.Go(func() error { return cat.Planner(running) })
 	group.Go(func() error { return cat.LookUpUnknown(running) })
+	group.Go(func() error { return cat.Measurer(running) })
 	group.Go(func() error { return collect(running, registry, log) })
 	group.Go(func() error {
 		<-running.Done()

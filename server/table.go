@@ -5,6 +5,7 @@ import (
 	"io"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -102,7 +103,7 @@ func printArtifacts(w io.Writer, all []api.Artifact) error {
 		}
 		err := printFields(w, [][2]string{
 			{"digest", a.Digest}, {"driver", a.Driver.String()}, {"state", strings.TrimSpace(string(a.State) + " " + a.Reason)},
-			{"in", a.Repository}, {"abi", a.Fingerprint.Short()}, {"for", strings.Join(kernels, "\n           ")},
+			{"instead", a.Replacement}, {"in", a.Repository}, {"abi", a.Fingerprint.Short()}, {"for", strings.Join(kernels, "\n           ")},
 		})
 		if err != nil {
 			return err
@@ -140,9 +141,17 @@ func printResolution(w io.Writer, base string, r api.Resolution) error {
 	if r.Build != nil {
 		build = strconv.FormatInt(r.Build.ID, 10)
 	}
+	position, eta := "", ""
+	if r.Position > 0 {
+		position = fmt.Sprintf("%d in the queue", r.Position)
+	}
+	if r.ETA != nil {
+		eta = "about " + r.ETA.Format(time.RFC3339)
+	}
 	return printFields(w, [][2]string{
 		{"kernel", r.Kernel.String()}, {"driver", driver}, {"state", string(r.State)}, {"repository", repository},
-		{"digest", r.Digest}, {"build", build}, {"reason", r.Reason}, {"hint", r.Hint},
+		{"digest", r.Digest}, {"build", build}, {"position", position}, {"ready", eta},
+		{"reason", r.Reason}, {"instead", r.Replacement}, {"hint", r.Hint},
 	})
 }
 

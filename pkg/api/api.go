@@ -24,6 +24,7 @@ const (
 	Cancelled   State = "cancelled"   // the last build was called off
 	Unsupported State = "unsupported" // can never be built; Reason says why
 	Yanked      State = "yanked"      // was published and must not be used any more
+	Quarantined State = "quarantined" // was published and did not load on several nodes
 	Unknown     State = "unknown"     // nobody asked for it yet
 )
 
@@ -61,10 +62,12 @@ type Artifact struct {
 	Arch        target.Arch        `json:"arch"`
 	Release     string             `json:"release"`
 	// Kernels are the COS builds that the artifact is attested for.
-	Kernels     []target.Kernel `json:"kernels"`
-	State       State           `json:"state"` // Published or Yanked
-	Reason      string          `json:"reason,omitempty"`
-	PublishedAt time.Time       `json:"publishedAt"`
+	Kernels []target.Kernel `json:"kernels"`
+	State   State           `json:"state"` // Published, Yanked or Quarantined
+	Reason  string          `json:"reason,omitempty"`
+	// Replacement is the digest of what to use in place of a yanked artifact.
+	Replacement string    `json:"replacement,omitempty"`
+	PublishedAt time.Time `json:"publishedAt"`
 }
 
 // NewArtifact tells the catalogue of an artifact that was published.
@@ -151,8 +154,14 @@ type Resolution struct {
 	// Repository without a host (it starts with "/") is on the server itself.
 	Repository string `json:"repository,omitempty"`
 	Digest     string `json:"digest,omitempty"`
+	// Replacement is the digest of what to use in place of the cell's yanked artifact.
+	Replacement string `json:"replacement,omitempty"`
 	// ReadyAt is when the artifact became usable for this kernel.
 	ReadyAt *time.Time `json:"readyAt,omitempty"`
+	// Position of a queued cell is 1 for the one that is built next. ETA is when an
+	// open cell may be ready, by what such builds took lately. Both are about right.
+	Position int        `json:"position,omitempty"`
+	ETA      *time.Time `json:"eta,omitempty"`
 	// Build is the newest build of the cell, where there is one.
 	Build *Build `json:"build,omitempty"`
 	// Reason and Hint are for people: why there is no artifact, and the next move.

@@ -234,13 +234,13 @@ func (c *Client) AddArtifact(ctx context.Context, a NewArtifact) (Artifact, erro
 }
 
 // Yank marks an artifact as one that must not be used any more.
-func (c *Client) Yank(ctx context.Context, digest, reason string) (Artifact, error) {
+func (c *Client) Yank(ctx context.Context, digest string, r YankRequest) (Artifact, error) {
 	var out Artifact
 	return out, c.call(
 		ctx,
 		http.MethodPost,
 		"/v1/artifacts/"+url.PathEscape(digest)+"/yank",
-		YankRequest{Reason: reason},
+		r,
 		&out,
 	)
 }
@@ -301,6 +301,9 @@ func (c *Client) Preflight(ctx context.Context, q PreflightRequest) (Preflight, 
 // YankRequest is the body of a yank.
 type YankRequest struct {
 	Reason string `json:"reason"`
+	// Replacement is the digest of a published artifact of the same fingerprint, whose
+	// driver is the same or newer; empty names none.
+	Replacement string `json:"replacement,omitempty"`
 }
 
 func buildPath(id int64) string { return "/v1/builds/" + strconv.FormatInt(id, 10) }

@@ -92,6 +92,8 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	case api.Yanked:
 		return b, fault.New(fault.Unsupported, "request build: the artifact was yanked: "+cell.Reason,
 			"choose another driver version, or take the yank back: POST /v1/artifacts/{digest}/unyank")
+	case api.Quarantined:
+		return b, fault.New(fault.Unsupported, "request build: the artifact is in quarantine: "+cell.Reason, cell.Hint)
 	case api.Published:
 		if cell.Build != nil && cell.Build.State == api.Published && cell.Build.Digest == cell.Digest {
 			return *cell.Build, nil

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -82,6 +83,8 @@ type Config struct {
 		resolver
 		writer
 		wisher
+		measurer
+		reporter
 	}
 	Logs  Logs
 	Queue enqueuer
@@ -95,7 +98,10 @@ type Config struct {
 	Holds func(ctx context.Context, repository, digest string) (bool, error)
 	// KernelMirror and DriverMirror go into the jobs; "" leaves it to the builder.
 	KernelMirror, DriverMirror string
-	Log                        *slog.Logger
+	// Quarantine is how many nodes have to report within a day that an artifact does not
+	// load before it is in quarantine; 0 puts none there.
+	Quarantine int
+	Log        *slog.Logger
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time
 }
@@ -105,6 +111,7 @@ type Catalogue struct {
 	Config
 	unknown  chan target.Kernel
 	planning chan struct{} // has room for one; see Planner
+	figures  atomic.Pointer[figures]
 }
 
 // New returns the use-cases over a store and a queue.
@@ -119,7 +126,7 @@ func New(c Config) *Catalogue {
 	// What is answered at once must equal what is read later: databases keep
 	// microseconds.
 	c.Now = func() time.Time { return clock().UTC().Truncate(time.Microsecond) }
-	return &Catalogue{c, make(chan target.Kernel, maxUnknown), make(chan struct{}, 1)}
+	return &Catalogue{Config: c, unknown: make(chan target.Kernel, maxUnknown), planning: make(chan struct{}, 1)}
 }
 
 // Bounds of a page, in entries.
@@ -182,11 +189,11 @@ func (c *Catalogue) Artifacts(
 	f store.ArtifactFilter,
 	p store.Page,
 ) (all []api.Artifact, next string, err error) {
-	if f.State != "" && f.State != api.Published && f.State != api.Yanked {
+	if f.State != "" && f.State != api.Published && f.State != api.Yanked && f.State != api.Quarantined {
 		return nil, "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("state %q is not one of an artifact", f.State),
-			"use published or yanked",
+			"use published, yanked or quarantined",
 		)
 	}
 	return listed(ctx, c.Store.Artifacts, f, p)
@@ -340,44 +347,6 @@ func (c *Catalogue) Forget(ctx context.Context, repository, digest string) error
 		c.Log.InfoContext(ctx, "artifact forgotten", "digest", digest, "repository", repository)
 	}
 	return err
-}
-
-// Yank marks an artifact as one that must not be used any more; Unyank takes
-// that back.
-func (c *Catalogue) Yank(ctx context.Context, digest, reason string) (api.Artifact, error) {
-	if reason = strings.TrimSpace(reason); reason == "" || len(reason) > 1000 {
-		return api.Artifact{}, fault.New(
-			fault.Usage,
-			"yank "+digest+": want a reason of 1 to 1000 letters",
-			"say why, nodes show it",
-		)
-	}
-	return c.mark(ctx, digest, api.Yanked, reason)
-}
-
-// Unyank makes a yanked artifact usable again.
-func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, error) {
-	return c.mark(ctx, digest, api.Published, "")
-}
-
-func (c *Catalogue) mark(ctx context.Context, digest string, state api.State, reason string) (a api.Artifact, err error) {
-	if !digestPattern.MatchString(digest) {
-		return a, badDigest(digest)
-	}
-	err = c.Store.Write(ctx, func(tx *store.Tx) error {
-		if _, err := tx.Artifact(ctx, digest); err != nil {
-			return err
-		}
-		if err := tx.SetArtifactState(ctx, digest, state, reason); err != nil {
-			return err
-		}
-		a, err = tx.Artifact(ctx, digest)
-		return err
-	})
-	if err == nil {
-		c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", state, "reason", reason)
-	}
-	return a, err
 }
 
 // major returns the number of a driver's branch; 0 for none.

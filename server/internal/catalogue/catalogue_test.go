@@ -131,7 +131,7 @@ func TestResolve(t *testing.T) {
 	request(t, c, other, v309, "proprietary")
 	yanked := request(t, c, first, v261, "open")
 	update(t, c, yanked.ID, api.BuildUpdate{State: api.Published, Digest: digest("2")})
-	if _, err := c.Yank(t.Context(), digest("2"), "panics"); err != nil {
+	if _, err := c.Yank(t.Context(), digest("2"), api.YankRequest{Reason: "panics"}); err != nil {
 		t.Fatal(err)
 	}
 	absent := request(t, c, first, "535.1.1", "open")
@@ -262,7 +262,7 @@ func TestRequest(t *testing.T) {
 	if auto := request(t, c, first, v261, "auto"); auto.ID != retry.ID {
 		t.Errorf("auto = build %d; want the published one, %d", auto.ID, retry.ID)
 	}
-	if _, err := c.Yank(t.Context(), digest("1"), "bad"); err != nil {
+	if _, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: "bad"}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -457,10 +457,10 @@ func TestUpdateTeachesKernel(t *testing.T) {
 		Driver: target.Driver{Version: v309, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("AddArtifact(other driver under a known digest) = %v; want mismatch", err)
 	}
-	if _, err := c.Yank(t.Context(), digest("1"), " "); !fault.Is(err, fault.Usage) {
+	if _, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: " "}); !fault.Is(err, fault.Usage) {
 		t.Errorf("Yank(no reason) = %v; want usage", err)
 	}
-	if _, err := c.Yank(t.Context(), digest("7"), "x"); !fault.Is(err, fault.NotFound) {
+	if _, err := c.Yank(t.Context(), digest("7"), api.YankRequest{Reason: "x"}); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Yank(absent) = %v; want not-found", err)
 	}
 }

@@ -130,6 +130,7 @@ func (c *Catalogue) Resolve(
 			best = r
 		}
 	}
+	c.expect(&best)
 	return best, nil
 }
 
@@ -142,6 +143,7 @@ func rank(s api.State) int {
 			api.Building,
 			api.Queued,
 			api.Yanked,
+			api.Quarantined,
 			api.Failed,
 			api.Cancelled,
 			api.Unknown,
@@ -179,8 +181,10 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 				r.ReadyAt = &a.AttestedAt
 			}
 			return r
-		case a.Attested && yanked == nil:
-			yanked = a
+		case a.Attested:
+			if yanked == nil || a.State == api.Yanked && yanked.State != api.Yanked {
+				yanked = a
+			}
 		case !a.Attested && a.State == api.Published && k.Fingerprint != "" && sibling == nil:
 			sibling = a
 		}
@@ -208,7 +212,7 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 			r.Reason = fmt.Sprintf("build %d waits for its next try after %s: %s", newest.ID, newest.Class, newest.Error)
 		}
 	case yanked != nil:
-		r.State, r.Reason, r.Hint = api.Yanked, yanked.Reason, "choose another driver version"
+		withdrawn(&r, yanked)
 	case never(rel, d) != "":
 		r.State, r.Reason, r.Hint = api.Unsupported, never(rel, d), "choose the other flavour, or another version"
 	case newest != nil && newest.State == api.Failed && newest.Class == fault.Unsupported.String():
@@ -432,7 +436,9 @@ func (c *Catalogue) Cells(
 		})
 		for _, key := range keys {
 			if version == "" || version == key.Driver.Version {
-				all = append(all, judge(kc.Kernel, api.DriverRelease{Version: key.Driver.Version}, key.Driver, kc.Facts[key]))
+				r := judge(kc.Kernel, api.DriverRelease{Version: key.Driver.Version}, key.Driver, kc.Facts[key])
+				c.expect(&r)
+				all = append(all, r)
 			}
 		}
 	}

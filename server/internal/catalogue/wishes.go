@@ -147,6 +147,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		p.Cells,
 		func(a, b plan.Cell) int { return target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID) },
 	)
+	var wanted []store.CellKey
 	for _, cell := range p.Cells {
 		if cell.Problem != nil {
 			if !cell.Problem.Unavailable && len(l.Problems) < maxProblems {
@@ -155,6 +156,9 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 			continue
 		}
 		l.Cells++
+		if never(known.drivers[cell.Driver.Version], cell.Driver) == "" {
+			wanted = append(wanted, store.CellKey{BuildID: cell.Kernel.BuildID, Board: cell.Kernel.Board, Driver: cell.Driver})
+		}
 		added, err := c.wanted(ctx, cell, known)
 		if err != nil && len(l.Problems) < maxProblems {
 			l.Problems = append(l.Problems, firstLine(fmt.Sprintf("%s: %v", cell, err)))
@@ -166,7 +170,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 			n++
 		}
 	}
-	return n, nil
+	return n, c.Store.SetWanted(ctx, l.Name, wanted)
 }
 
 // wanted queues one cell, unless it stands somewhere already.

@@ -113,7 +113,7 @@ func TestClient(t *testing.T) {
 	_, err = c.AddArtifact(ctx, api.NewArtifact{Digest: digest, Fingerprint: finger, Driver: done.Driver,
 		Kernels: []target.Kernel{{BuildID: "17800.1.47", Board: "lakitu"}}})
 	check(t, err)
-	a, err := c.Yank(ctx, digest, "panics")
+	a, err := c.Yank(ctx, digest, api.YankRequest{Reason: "panics"})
 	check(t, err)
 	if a.State != api.Yanked || len(a.Kernels) != 2 {
 		t.Errorf("Yank() = %+v; want yanked, for two kernels", a)
@@ -147,7 +147,7 @@ func TestClient(t *testing.T) {
 		"no such build":   {second(c.Build(ctx, 999)), fault.NotFound},
 		"bad state":       {second(c.Builds(ctx, "odd")), fault.Usage},
 		"bad kernel":      {second(c.Resolve(ctx, api.Question{BuildID: "x", Board: "y"})), fault.Usage},
-		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), "x")), fault.NotFound},
+		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), api.YankRequest{Reason: "x"})), fault.NotFound},
 		"final state":     {second(c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued})), fault.Mismatch},
 		"log of nothing":  {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.NotFound},
 		"no token":        {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Unauthorized},
@@ -225,6 +225,12 @@ func TestRoutes(t *testing.T) {
 		{"limit too large", "GET", "/v1/builds?limit=100000", "", "", 400, problem, "limit"},
 		{"cursor that is none", "GET", "/v1/kernels?after=x", "", "", 400, problem, "cursor"},
 		{"cells", "GET", "/v1/cells", "", "", 200, "application/json", "[]"},
+		{"coverage", "GET", "/v1/coverage", "", "", 200, "application/json", `"milestones":[]`},
+		{"coverage as a metric", "GET", "/metrics", "", "", 200, "", `prebake_coverage_cells{state="missing"} 0`},
+		{"lift without token", "POST", "/v1/artifacts/sha256:0/lift", "", "", 401, problem, "token"},
+		{"report without token", "POST", "/v1/reports", "", "{}", 401, problem, "token"},
+		{"reports on nothing", "GET", "/v1/reports", "", "", 400, problem, "name an artifact"},
+		{"quarantine", "GET", "/v1/quarantine", "", "", 200, "application/json", "[]"},
 		{"head of a list", "HEAD", "/v1/kernels", "", "", 200, "application/json", ""},
 		{"head of a page", "HEAD", "/", "", "", 200, html, ""},
 		{"list of assets", "GET", "/assets/", "", "", 404, html, "no such page"},

@@ -89,6 +89,10 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 // inventory counts builds, artifacts and jobs when it is asked.
 type inventory struct{ c Config }
 
+func coverageDesc() *prometheus.Desc {
+	return prometheus.NewDesc("prebake_coverage_cells", "Cells that wish lists want by state.", []string{"state"}, nil)
+}
+
 func inventoryDescs() (builds, artifacts, jobs *prometheus.Desc) {
 	return prometheus.NewDesc("prebake_builds", "Builds by state.", []string{"state"}, nil),
 		prometheus.NewDesc("prebake_artifacts", "Artifacts by state.", []string{"state"}, nil),
@@ -100,6 +104,7 @@ func (i *inventory) Describe(out chan<- *prometheus.Desc) {
 	out <- builds
 	out <- artifacts
 	out <- jobs
+	out <- coverageDesc()
 }
 
 func (i *inventory) Collect(out chan<- prometheus.Metric) {
@@ -119,8 +124,18 @@ func (i *inventory) Collect(out chan<- prometheus.Metric) {
 	if counts, err := i.c.Store.CountArtifacts(ctx); err != nil {
 		out <- prometheus.NewInvalidMetric(artifacts, err)
 	} else {
-		for _, state := range []api.State{api.Published, api.Yanked} {
+		for _, state := range []api.State{api.Published, api.Yanked, api.Quarantined} {
 			count(artifacts, string(state), counts[state])
+		}
+	}
+	if v, err := i.c.Catalogue.Coverage(ctx); err != nil {
+		out <- prometheus.NewInvalidMetric(coverageDesc(), err)
+	} else {
+		for state, n := range map[string]int{
+			"published": v.Total.Published, "building": v.Total.Building, "queued": v.Total.Queued, "failed": v.Total.Failed,
+			"withdrawn": v.Total.Withdrawn, "unsupported": v.Total.Unsupported, "missing": v.Total.Missing,
+		} {
+			count(coverageDesc(), state, n)
 		}
 	}
 	if depth, err := i.c.Queue.Depth(ctx); err != nil {

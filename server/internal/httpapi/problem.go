@@ -168,7 +168,7 @@ func apiConfig(version string, log *slog.Logger) huma.Config {
 			OpenAPI: "3.1.0",
 			Info:    &huma.Info{Title: "Prebake", Version: version, Description: "NVIDIA drivers for COS, built ahead."},
 			Components: &huma.Components{
-				Schemas:         huma.NewMapRegistry("#/components/schemas/", names),
+				Schemas: huma.NewMapRegistry("#/components/schemas/", names),
 				SecuritySchemes: map[string]*huma.SecurityScheme{schemeName: {Type: "http", Scheme: "bearer",
 					Description: "a token that has the scope; the first token has all of them"}},
 			},

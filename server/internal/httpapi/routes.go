@@ -167,6 +167,8 @@ func mountAPI(r chi.Router, c Config) {
 	t.wishLists()
 	t.access()
 	t.pushes()
+	t.coverage()
+	t.reports()
 }
 
 func (t table) lists() {
@@ -210,7 +212,7 @@ func (t table) lists() {
 			PageQuery
 			BuildID string `query:"buildId" doc:"only those attested for this BUILD_ID"`
 			Board   string `query:"board" doc:"only those attested for this board"`
-			State   string `query:"state" doc:"only those in this state: published or yanked"`
+			State   string `query:"state" doc:"only those in this state: published, yanked or quarantined"`
 			Driver  string `query:"driver" doc:"only of this driver version"`
 			Flavour string `query:"flavour" enum:"proprietary,open" doc:"only of this flavour"`
 		}) (*list[api.Artifact], error) {
@@ -329,7 +331,7 @@ func (t table) artifacts() {
 			DigestPath
 			Body api.YankRequest
 		}) (*body[api.Artifact], error) {
-			return answer(cat.Yank(ctx, in.Digest, in.Body.Reason))
+			return answer(cat.Yank(ctx, in.Digest, in.Body))
 		},
 	)
 	huma.Register(t, t.write("unyank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),

@@ -185,13 +185,13 @@ ON CONFLICT (version) DO UPDATE SET
 	return trouble("store driver "+d.Version, err)
 }
 
-const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at`
+const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at, a.replacement`
 
 func scanArtifact(row func(...any) error, more ...any) (api.Artifact, error) {
 	var a api.Artifact
 	var published int64
 	err := row(append([]any{&a.Digest, &a.Repository, &a.Fingerprint, &a.Driver.Version, &a.Driver.Flavour, &a.Arch,
-		&a.Release, &a.State, &a.Reason, &published}, more...)...)
+		&a.Release, &a.State, &a.Reason, &published, &a.Replacement}, more...)...)
 	a.PublishedAt = timeOf(published)
 	return a, err
 }
@@ -334,17 +334,24 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 	return trouble("store artifact "+a.Digest, err)
 }
 
-// SetArtifactState yanks or unyanks.
+// SetArtifactState yanks or unyanks. It has no replacement then.
 func (tx *Tx) SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error {
 	tx.touch("") // of all kernels that it is attested for
 	_, err := tx.ExecContext(
 		ctx,
-		`UPDATE artifacts SET state = $2, reason = $3 WHERE digest = $1`,
+		`UPDATE artifacts SET state = $2, reason = $3, replacement = '' WHERE digest = $1`,
 		digest,
 		string(state),
 		reason,
 	)
 	return trouble("mark artifact "+digest, err)
+}
+
+// SetReplacement names what takes a yanked artifact's place.
+func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) error {
+	tx.touch("")
+	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET replacement = $2 WHERE digest = $1`, digest, replacement)
+	return trouble("store replacement of "+digest, err)
 }
 
 // DropArtifact forgets an artifact of this repository whose bytes are gone.

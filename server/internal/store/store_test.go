@@ -27,6 +27,7 @@ func TestConformance(t *testing.T) {
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
 		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
 		"tokens": tokens, "audit": audit,
+		"measured": measured, "reported": reported,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.
@@ -149,8 +150,12 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetArtifactState(ctx, digest, api.Yanked, "broken") }); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetReplacement(ctx, digest, "sha256:2") }); err != nil {
+		t.Fatal(err)
+	}
 	want := a
 	want.Kernels, want.State, want.Reason = []target.Kernel{first, second}, api.Yanked, "broken"
+	want.Replacement = "sha256:2"
 	got, _, err := s.Artifacts(ctx, store.ArtifactFilter{Driver: d.Version, Flavour: d.Flavour}, page)
 	if err != nil {
 		t.Fatal(err)

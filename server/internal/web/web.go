@@ -82,7 +82,7 @@ func mark(s api.State) string {
 		return "…"
 	case api.Failed:
 		return "✗"
-	case api.Yanked:
+	case api.Yanked, api.Quarantined:
 		return "⊘"
 	case api.Unsupported, api.Cancelled:
 		return "–"
@@ -161,6 +161,7 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 		{api.Queued, "waits for a builder"},
 		{api.Failed, "the last build failed; its page says how"},
 		{api.Yanked, "withdrawn, do not use"},
+		{api.Quarantined, "did not load on several nodes"},
 		{api.Cancelled, "called off"},
 		{api.Unsupported, "cannot be built"},
 		{api.Unknown, "nobody asked for it yet"},

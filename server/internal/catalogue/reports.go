@@ -1,0 +1,190 @@
+package catalogue
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// Nodes may tell what became of an artifact. One that does not load on several of them
+// is in quarantine until somebody has looked: no node is sent to it. Nodes may lie. So
+// failures count by where they come from as well: those of one network (/24, or /64 with
+// IPv6) count as one node less than it takes. Who holds one network takes no artifact
+// away; who holds one may keep a bad one in use, as before there were reports.
+
+// reporter keeps what nodes say.
+type reporter interface {
+	Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error)
+	ForgetReports(ctx context.Context, before time.Time) error
+}
+
+const (
+	keepReports = 30 * 24 * time.Hour
+	// judgedBy is how far back reports count against an artifact.
+	judgedBy = 24 * time.Hour
+	// maxCounts bounds one answer about reports.
+	maxCounts = 1000
+	// maxMessage bounds a node's message, in bytes.
+	maxMessage = 500
+)
+
+var nodePattern = regexp.MustCompile(`^[0-9a-f]{32,64}$`)
+
+// Network is where a node's report comes from: the prefix of its address.
+func Network(a netip.Addr) string {
+	if !a.IsValid() {
+		return "unknown"
+	}
+	a = a.Unmap().WithZone("")
+	bits := 64
+	if a.Is4() {
+		bits = 24
+	}
+	return netip.PrefixFrom(a, bits).Masked().String()
+}
+
+// Report takes what a node says of an artifact that it tried. From is its [Network].
+func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) error {
+	if err := checkReport(&r); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("report: %w", err), "")
+	}
+	a, err := c.Store.Artifact(ctx, r.Digest)
+	if err != nil {
+		return err
+	}
+	isFor := slices.ContainsFunc(a.Kernels, func(k target.Kernel) bool { return k.BuildID == r.BuildID && k.Board == r.Board })
+	if a.Driver != r.Driver || !isFor {
+		return fault.New(fault.Mismatch, fmt.Sprintf("report: artifact %s is not driver %s for COS build %s of board %s",
+			r.Digest, r.Driver, r.BuildID, r.Board), "")
+	}
+	reason, now := "", c.Now()
+	err = c.Store.Write(ctx, func(tx *store.Tx) error {
+		if err := tx.PutReport(ctx, r, from, now); err != nil {
+			return err
+		}
+		if r.Outcome == api.Loaded || c.Quarantine <= 0 {
+			return nil
+		}
+		if a, err = tx.Artifact(ctx, r.Digest); err != nil || a.State != api.Published {
+			return err
+		}
+		said, err := tx.Said(ctx, r.Digest, now.Add(-judgedBy))
+		if err != nil {
+			return err
+		}
+		if reason = convict(said, c.Quarantine); reason == "" {
+			return nil
+		}
+		if r.Message != "" {
+			reason += "; the last says: " + r.Message
+		}
+		return tx.SetArtifactState(ctx, r.Digest, api.Quarantined, reason)
+	})
+	if err == nil && reason != "" {
+		c.Log.WarnContext(ctx, "artifact in quarantine", "digest", r.Digest, "driver", r.Driver.String(), "reason", reason)
+	}
+	return err
+}
+
+func checkReport(r *api.NodeReport) error {
+	if _, err := target.ParseKernel(r.BuildID, r.Board); err != nil {
+		return err
+	}
+	if _, err := target.ParseDriver(r.Driver.Version, string(r.Driver.Flavour)); err != nil {
+		return err
+	}
+	if !digestPattern.MatchString(r.Digest) {
+		return badDigest(r.Digest)
+	}
+	if !nodePattern.MatchString(r.Node) {
+		return fmt.Errorf("node %.80q: want 32 to 64 lower-case hex digits", r.Node)
+	}
+	switch r.Outcome {
+	case api.Loaded:
+		r.Class, r.Message = "", ""
+		return nil
+	case api.NotLoad, api.FellBack:
+	default:
+		return fmt.Errorf("outcome %.80q: want loaded, failed or fell-back", r.Outcome)
+	}
+	if _, err := fault.Parse(r.Class); err != nil {
+		return err
+	}
+	r.Message = firstLine(r.Message)
+	if len(r.Message) > maxMessage {
+		r.Message = firstLine(r.Message[:maxMessage]) + "..."
+	}
+	return checkLine("message", r.Message)
+}
+
+// blamed are the classes of failures that may be the artifact's fault. Others, such as
+// a GPU in use or a full disk, are the node's.
+var blamed = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
+
+// convict says why an artifact is to go into quarantine, by what nodes said within a
+// day: it failed on limit nodes at least, and on more than it loaded on. "" is that it stays.
+func convict(said []store.Said, limit int) string {
+	most := max(1, limit-1) // that count of one network
+	of, loaded, nodes := map[string]int{}, 0, 0
+	for _, s := range said {
+		kind, err := fault.Parse(s.Class)
+		switch {
+		case s.Outcome == api.Loaded:
+			loaded += s.Nodes
+		case err == nil && slices.Contains(blamed, kind):
+			of[s.Source] += s.Nodes
+			nodes += s.Nodes
+		}
+	}
+	failed := 0
+	for _, n := range of {
+		failed += min(n, most)
+	}
+	if failed < limit || failed <= loaded {
+		return ""
+	}
+	return fmt.Sprintf("it did not load on %d of %d nodes within a day", nodes, nodes+loaded)
+}
+
+// Reports counts what nodes said, of one artifact or of the artifacts of one kernel.
+func (c *Catalogue) Reports(ctx context.Context, digest, buildID, board string) ([]api.ReportCounts, error) {
+	switch {
+	case digest == "" && buildID == "":
+		return nil, fault.New(fault.Usage, "reports on what?", "name an artifact, ?digest=, or a COS build, ?buildId=")
+	case digest != "" && !digestPattern.MatchString(digest):
+		return nil, badDigest(digest)
+	}
+	return c.Store.Reports(ctx, digest, buildID, board, maxCounts)
+}
+
+// maxQuarantine bounds a page of artifacts in quarantine: each costs a statement.
+const maxQuarantine = 100
+
+// Quarantined lists a page of the artifacts in quarantine, newest first.
+func (c *Catalogue) Quarantined(ctx context.Context, p store.Page) (all []api.Quarantine, next string, err error) {
+	if p, err = page(p); err != nil {
+		return nil, "", err
+	}
+	p.Limit = min(p.Limit, maxQuarantine)
+	artifacts, next, err := c.Store.Artifacts(ctx, store.ArtifactFilter{State: api.Quarantined}, p)
+	if err != nil {
+		return nil, "", err
+	}
+	all = []api.Quarantine{}
+	for _, a := range artifacts {
+		counts, err := c.Store.Reports(ctx, a.Digest, "", "", maxCounts)
+		if err != nil {
+			return nil, "", err
+		}
+		all = append(all, api.Quarantine{Artifact: a, Reports: counts})
+	}
+	return all, next, nil
+}

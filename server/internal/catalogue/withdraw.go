@@ -1,0 +1,134 @@
+package catalogue
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// Yank marks an artifact as one that must not be used any more, and names what to
+// use in its place, if there is something; Unyank takes that back.
+func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) (api.Artifact, error) {
+	reason := strings.TrimSpace(y.Reason)
+	if reason == "" || len(reason) > 1000 {
+		return api.Artifact{}, fault.New(
+			fault.Usage,
+			"yank "+digest+": want a reason of 1 to 1000 letters",
+			"say why, nodes show it",
+		)
+	}
+	if err := checkLine("reason", reason); err != nil {
+		return api.Artifact{}, fault.Wrap(fault.Usage, fmt.Errorf("yank %s: %w", digest, err), "")
+	}
+	if y.Replacement != "" && !digestPattern.MatchString(y.Replacement) {
+		return api.Artifact{}, badDigest(y.Replacement)
+	}
+	return c.mark(ctx, digest, api.Yanked, reason, func(tx *store.Tx, a api.Artifact) error {
+		if y.Replacement == "" {
+			return nil
+		}
+		if err := replaces(ctx, tx, a, y.Replacement); err != nil {
+			return fmt.Errorf("yank %s: %w", digest, err)
+		}
+		return tx.SetReplacement(ctx, digest, y.Replacement)
+	})
+}
+
+// replaces checks that the artifact of a digest may take the place of another one.
+func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string) error {
+	a, err := tx.Artifact(ctx, digest)
+	if err != nil {
+		return err
+	}
+	newer := target.CompareVersions(a.Driver.Version, old.Driver.Version)
+	var why string
+	switch {
+	case a.Digest == old.Digest:
+		why = "it is the artifact itself"
+	case a.State != api.Published:
+		why = "it is " + string(a.State)
+	case a.Fingerprint != old.Fingerprint:
+		why = "it is for kernels of fingerprint " + a.Fingerprint.Short() + ", not " + old.Fingerprint.Short()
+	case newer < 0:
+		why = fmt.Sprintf("its driver %s is older than %s", a.Driver.Version, old.Driver.Version)
+	case newer == 0 && a.Driver.Flavour != old.Driver.Flavour:
+		why = fmt.Sprintf("its flavour is %s, not %s", a.Driver.Flavour, old.Driver.Flavour)
+	default:
+		return nil
+	}
+	return fault.New(
+		fault.Mismatch,
+		fmt.Sprintf("replacement %s does not fit: %s", digest, why),
+		"name a published artifact for the same kernels, of the same driver or a newer one",
+	)
+}
+
+// Unyank makes a yanked artifact usable again.
+func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, error) {
+	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
+		if old.State == api.Quarantined {
+			return fault.New(fault.Mismatch, "artifact "+digest+" is not yanked, it is in quarantine", "lift it: server lift "+digest)
+		}
+		return tx.JudgeFrom(ctx, digest, c.Now())
+	})
+}
+
+// Lift makes an artifact in quarantine usable again. What nodes said of it until now
+// does not count any more.
+func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
+	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
+		if old.State != api.Quarantined {
+			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
+				"list what is: server quarantine")
+		}
+		return tx.JudgeFrom(ctx, digest, c.Now())
+	})
+}
+
+// mark gives an artifact another state. With it goes what more does, which gets the
+// artifact as it was; nil is nothing.
+func (c *Catalogue) mark(
+	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
+) (a api.Artifact, err error) {
+	if !digestPattern.MatchString(digest) {
+		return a, badDigest(digest)
+	}
+	err = c.Store.Write(ctx, func(tx *store.Tx) error {
+		old, err := tx.Artifact(ctx, digest)
+		if err != nil {
+			return err
+		}
+		if err := tx.SetArtifactState(ctx, digest, state, reason); err != nil {
+			return err
+		}
+		if more != nil {
+			if err := more(tx, old); err != nil {
+				return err
+			}
+		}
+		a, err = tx.Artifact(ctx, digest)
+		return err
+	})
+	if err == nil {
+		c.Log.InfoContext(ctx, "artifact marked", "digest", digest, "state", state, "reason", reason,
+			"replacement", a.Replacement)
+	}
+	return a, err
+}
+
+// withdrawn says of a cell that its artifact must not be used.
+func withdrawn(r *api.Resolution, a *store.Candidate) {
+	r.State, r.Reason, r.Hint = a.State, a.Reason, "choose another driver version"
+	if a.State == api.Quarantined {
+		r.Hint += ", or lift it: server lift " + a.Digest
+	}
+	if r.Replacement = a.Replacement; a.Replacement != "" {
+		r.Reason += "; " + a.Replacement + " replaces it"
+		r.Hint = "use what replaces it: --driver " + a.Replacement
+	}
+}

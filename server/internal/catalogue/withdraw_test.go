@@ -1,0 +1,72 @@
+package catalogue_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
+)
+
+// publish records an artifact of driver for a kernel of the world.
+func publish(t *testing.T, c *catalogue.Catalogue, digest, buildID string, f target.Fingerprint, d target.Driver) {
+	t.Helper()
+	_, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest, Fingerprint: f, Driver: d,
+		Kernels: []target.Kernel{{BuildID: buildID, Board: "lakitu"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestYankWithReplacement(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	open := func(version string) target.Driver { return target.Driver{Version: version, Flavour: target.Open} }
+	publish(t, c, digest("1"), first, fingerA, open(v261))
+	publish(t, c, digest("2"), first, fingerA, open(v309))
+	publish(t, c, digest("3"), other, fingerB, open(v309))
+	publish(t, c, digest("4"), first, fingerA, open("470.1"))
+	publish(t, c, digest("5"), first, fingerA, target.Driver{Version: v261, Flavour: target.Proprietary})
+	publish(t, c, digest("6"), first, fingerA, open("535.400"))
+	publish(t, c, digest("7"), second, fingerA, open(v261))
+	if _, err := c.Yank(t.Context(), digest("6"), api.YankRequest{Reason: "x"}); err != nil {
+		t.Fatal(err)
+	}
+	for name, row := range map[string]struct {
+		replacement string
+		want        fault.Kind
+	}{
+		"itself": {digest("1"), fault.Mismatch}, "another fingerprint": {digest("3"), fault.Mismatch},
+		"an older driver": {digest("4"), fault.Mismatch}, "the other flavour": {digest("5"), fault.Mismatch},
+		"a yanked one": {digest("6"), fault.Mismatch}, "none that is known": {digest("9"), fault.NotFound},
+		"no digest": {"latest", fault.Usage},
+	} {
+		_, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: "panics", Replacement: row.replacement})
+		if !fault.Is(err, row.want) {
+			t.Errorf("Yank(replaced by %s) = %v; want %v", name, err, row.want)
+		}
+	}
+	if a, err := c.Artifact(t.Context(), digest("1")); err != nil || a.State != api.Published {
+		t.Fatalf("after refusals the artifact is %s, %v; want published", a.State, err)
+	}
+	for _, replacement := range []string{digest("2"), digest("7")} { // a newer driver, the same one again
+		a, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: "panics", Replacement: replacement})
+		if err != nil || a.Replacement != replacement || a.State != api.Yanked {
+			t.Errorf("Yank(replaced by %s) = %+v, %v", replacement, a, err)
+		}
+		r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+		if err != nil || r.State != api.Yanked || r.Replacement != replacement ||
+			r.Reason != "panics; "+replacement+" replaces it" || !strings.Contains(r.Hint, replacement) {
+			t.Errorf("Resolve() = %+v, %v; want yanked, and the replacement", r, err)
+		}
+	}
+	if a, err := c.Unyank(t.Context(), digest("1")); err != nil || a.Replacement != "" || a.State != api.Published {
+		t.Errorf("Unyank() = %+v, %v; want published without a replacement", a, err)
+	}
+	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+	if err != nil || r.State != api.Published || r.Replacement != "" {
+		t.Errorf("Resolve() after Unyank = %+v, %v", r, err)
+	}
+}

@@ -1,0 +1,74 @@
+package httpapi
+
+import (
+	"context"
+	"net/http"
+	"net/netip"
+
+	"github.com/danielgtaylor/huma/v2"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/server/internal/auth"
+	"github.com/prebake/prebake/server/internal/catalogue"
+)
+
+func (t table) coverage() {
+	cat := t.Catalogue
+	huma.Register(
+		t,
+		t.read("read-coverage", "/v1/coverage", "Read how much of what wish lists want is there"),
+		func(ctx context.Context, _ *struct{}) (*body[api.Coverage], error) {
+			return answer(cat.Coverage(ctx))
+		},
+	)
+}
+
+// From learns which network a client is of.
+type From struct{ network string }
+
+// Resolve is the router's hook for what is not a parameter.
+func (f *From) Resolve(ctx huma.Context) []error {
+	at, _ := netip.ParseAddrPort(ctx.RemoteAddr()) // else it is of an unknown one
+	f.network = catalogue.Network(at.Addr())
+	return nil
+}
+
+func (t table) reports() {
+	cat := t.Catalogue
+	huma.Register(
+		t,
+		t.write("report", auth.Ask, http.MethodPost, "/v1/reports", "Tell what became of an artifact on a node", http.StatusOK),
+		func(ctx context.Context, in *struct {
+			From
+			Body api.NodeReport
+		}) (*body[struct{}], error) {
+			return answer(struct{}{}, cat.Report(ctx, in.Body, in.network))
+		},
+	)
+	huma.Register(
+		t,
+		t.read("read-reports", "/v1/reports", "Count what nodes said of an artifact, or of those of a COS build"),
+		func(ctx context.Context, in *struct {
+			Digest  string `query:"digest" doc:"only of this artifact, sha256:…"`
+			BuildID string `query:"buildId" doc:"only of nodes of this BUILD_ID"`
+			Board   string `query:"board" doc:"only of nodes of this board"`
+		}) (*body[[]api.ReportCounts], error) {
+			return answer(cat.Reports(ctx, in.Digest, in.BuildID, in.Board))
+		},
+	)
+	huma.Register(
+		t,
+		t.read("list-quarantine", "/v1/quarantine", "List the artifacts that did not load on several nodes, newest first"),
+		func(ctx context.Context, in *struct{ PageQuery }) (*list[api.Quarantine], error) {
+			all, next, err := cat.Quarantined(ctx, in.page())
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
+	huma.Register(
+		t,
+		t.write("lift", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/lift", "Make an artifact in quarantine usable again", http.StatusOK),
+		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
+			return answer(cat.Lift(ctx, in.Digest))
+		},
+	)
+}

@@ -1,0 +1,197 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Changes counts what was written, as far as this process knows: while it stays the
+// same, what was measured holds.
+func (s *Store) Changes() uint64 {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	return s.cache.dropped
+}
+
+// Bounds of one transaction and one statement that store what a wish list wants, in cells.
+const (
+	wantedAtOnce = 1000
+	wantedRows   = 100
+)
+
+// SetWanted stores the cells that a wish list came to in place of those before. It
+// writes only what differs, in several transactions, so that a long list holds up nobody.
+func (s *Store) SetWanted(ctx context.Context, list string, cells []CellKey) error {
+	stored := map[CellKey]bool{}
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var key CellKey
+		err := row(&key.BuildID, &key.Board, &key.Driver.Version, &key.Driver.Flavour)
+		stored[key] = true
+		return err
+	}, `SELECT build_id, board, driver, flavour FROM wanted WHERE list = $1`, list)
+	if err != nil {
+		return trouble("read cells of wish list "+list, err)
+	}
+	var added, gone []CellKey
+	for _, key := range cells {
+		if !stored[key] {
+			added = append(added, key)
+		}
+		delete(stored, key)
+	}
+	for key := range stored {
+		gone = append(gone, key)
+	}
+	for len(added)+len(gone) > 0 {
+		err := s.Write(ctx, func(tx *Tx) error {
+			n := min(len(gone), wantedAtOnce)
+			for _, key := range gone[:n] {
+				_, err := tx.ExecContext(ctx,
+					`DELETE FROM wanted WHERE list = $1 AND build_id = $2 AND board = $3 AND driver = $4 AND flavour = $5`,
+					list, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour))
+				if err != nil {
+					return err
+				}
+			}
+			gone = gone[n:]
+			for range wantedAtOnce / wantedRows {
+				n := min(len(added), wantedRows)
+				if err := tx.addWanted(ctx, list, added[:n]); err != nil {
+					return err
+				}
+				added = added[n:]
+			}
+			return nil
+		})
+		if err != nil {
+			return trouble("store cells of wish list "+list, err)
+		}
+	}
+	return nil
+}
+
+// addWanted stores cells that a wish list wants. A list that was removed meanwhile wants none.
+func (tx *Tx) addWanted(ctx context.Context, list string, cells []CellKey) error {
+	if len(cells) == 0 {
+		return nil
+	}
+	var rows []string
+	args := []any{list}
+	for _, key := range cells {
+		n := len(args)
+		rows = append(rows, fmt.Sprintf("SELECT $1, $%d, $%d, $%d, $%d", n+1, n+2, n+3, n+4))
+		args = append(args, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour))
+	}
+	text := `INSERT INTO wanted (list, build_id, board, driver, flavour) SELECT * FROM (` + strings.Join(rows, " UNION ALL ") +
+		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT DO NOTHING`
+	if tx.postgres { // the types of parameters are not to be seen in a SELECT without a table
+		text = strings.ReplaceAll(text, "SELECT $1,", "SELECT CAST($1 AS TEXT),")
+	}
+	_, err := tx.ExecContext(ctx, text, args...)
+	return err
+}
+
+// Coverage counts the cells that wish lists want by milestone (0 is not known) and
+// by where they stand, in the order in which package catalogue judges. A state of
+// Unknown is one that nobody built and nobody builds. It costs some ten
+// microseconds for each cell.
+func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
+	counts := map[int]map[api.State]int{}
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var milestone, n int
+		var state api.State
+		err := row(&milestone, &state, &n)
+		if counts[milestone] == nil {
+			counts[milestone] = map[api.State]int{}
+		}
+		counts[milestone][state] += n
+		return err
+	}, `
+WITH cells AS (SELECT DISTINCT build_id, board, driver, flavour FROM wanted),
+facts AS (
+    SELECT COALESCE(k.milestone, 0) AS milestone,
+    CASE WHEN k.fingerprint <> '' THEN (
+        SELECT MIN(CASE a.state WHEN 'published' THEN 0 WHEN 'yanked' THEN 1 ELSE 2 END)
+        FROM artifacts a CROSS JOIN artifact_kernels t
+        WHERE a.fingerprint = k.fingerprint AND a.driver = w.driver AND a.flavour = w.flavour
+        AND t.digest = a.digest AND t.build_id = w.build_id AND t.board = w.board
+    ) ELSE (
+        SELECT MIN(CASE a.state WHEN 'published' THEN 0 WHEN 'yanked' THEN 1 ELSE 2 END)
+        FROM artifact_kernels t CROSS JOIN artifacts a
+        WHERE t.build_id = w.build_id AND t.board = w.board AND a.digest = t.digest
+        AND a.driver = w.driver AND a.flavour = w.flavour
+    ) END AS best,
+    (
+        SELECT CASE WHEN b.state = 'failed' AND b.class = 'unsupported' THEN 'unsupported' ELSE b.state END
+        FROM builds b WHERE b.build_id = w.build_id AND b.board = w.board AND b.driver = w.driver AND b.flavour = w.flavour
+        ORDER BY b.id DESC LIMIT 1
+    ) AS build
+    FROM cells w LEFT JOIN kernels k ON k.build_id = w.build_id AND k.board = w.board
+)
+SELECT milestone, CASE
+    WHEN best = 0 THEN 'published'
+    WHEN build IN ('queued', 'building') THEN build
+    WHEN best = 1 THEN 'yanked'
+    WHEN best = 2 THEN 'quarantined'
+    WHEN build IN ('failed', 'unsupported', 'cancelled') THEN build
+    ELSE 'unknown' END AS state, COUNT(*)
+FROM facts GROUP BY 1, 2`)
+	return counts, trouble("count wanted cells", err)
+}
+
+// Waiting is a build in the order of the queue.
+type Waiting struct {
+	ID       int64
+	Priority int
+	Flavour  target.Flavour
+}
+
+// maxWaiting bounds how much of the queue is looked at.
+const maxWaiting = 100_000
+
+// WaitingBuilds lists the builds that are queued in the order in which they are begun.
+func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
+	var all []Waiting
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var w Waiting
+		err := row(&w.ID, &w.Priority, &w.Flavour)
+		all = append(all, w)
+		return err
+	}, `SELECT id, priority, flavour FROM builds WHERE state = 'queued' ORDER BY priority, id LIMIT $1`, maxWaiting)
+	return all, trouble("list waiting builds", err)
+}
+
+// Working is a build that a builder works on, or has ended.
+type Working struct {
+	Worker                        string
+	Flavour                       target.Flavour
+	StartedAt, BeatAt, FinishedAt time.Time
+}
+
+func (s *Store) working(ctx context.Context, tail string, args ...any) ([]Working, error) {
+	var all []Working
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var w Working
+		var started, beat, finished int64
+		err := row(&w.Worker, &w.Flavour, &started, &beat, &finished)
+		w.StartedAt, w.BeatAt, w.FinishedAt = timeOf(started), timeOf(beat), timeOf(finished)
+		all = append(all, w)
+		return err
+	}, `SELECT worker, flavour, started_at, beat_at, finished_at FROM builds WHERE state = `+tail, args...)
+	return all, trouble("list builds under way", err)
+}
+
+// RunningBuilds lists the builds that are under way.
+func (s *Store) RunningBuilds(ctx context.Context) ([]Working, error) {
+	return s.working(ctx, `'building' ORDER BY id LIMIT $1`, maxWaiting)
+}
+
+// PublishedBuilds lists the newest n builds of a flavour that a builder published.
+func (s *Store) PublishedBuilds(ctx context.Context, f target.Flavour, n int) ([]Working, error) {
+	return s.working(ctx, `'published' AND flavour = $1 AND started_at > 0 ORDER BY id DESC LIMIT $2`, string(f), n)
+}

@@ -1,0 +1,98 @@
+package store_test
+
+import (
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// measured counts what wish lists want: what one of them no longer wants, or what a
+// removed one wanted, is not counted, and what two want counts once.
+func measured(t *testing.T, s *store.Store, id string) {
+	ctx := t.Context()
+	const milestone = 4242 // of no other row
+	k := kernelOf(id)
+	k.Milestone = milestone
+	var cells []store.CellKey
+	for i := range 2500 { // more than one transaction
+		d := target.Driver{Version: "996." + time.Duration(i).String(), Flavour: target.Open}
+		cells = append(cells, store.CellKey{BuildID: id, Board: "lakitu", Driver: d})
+	}
+	write := func(f func(tx *store.Tx) error) {
+		t.Helper()
+		if err := s.Write(ctx, f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := func(cells []store.CellKey, list string, counts map[api.State]int) {
+		t.Helper()
+		if err := s.SetWanted(ctx, list, cells); err != nil {
+			t.Fatal(err)
+		}
+		all, err := s.Coverage(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := cmp.Diff(counts, all[milestone]); d != "" {
+			t.Errorf("Coverage() after %d cells of %s (-want +got):\n%s", len(cells), list, d)
+		}
+	}
+	write(func(tx *store.Tx) error {
+		if err := tx.PutWishList(ctx, "a"+id, "x", 0, noon); err != nil {
+			return err
+		}
+		return tx.PutKernel(ctx, api.Kernel{Kernel: k, SeenAt: noon})
+	})
+	want(cells, "a"+id, map[api.State]int{api.Unknown: 2500})
+	want(cells[:10], "a"+id, map[api.State]int{api.Unknown: 10})
+	want(cells[5:12], "removed meanwhile", map[api.State]int{api.Unknown: 10})
+	write(func(tx *store.Tx) error { return tx.PutWishList(ctx, "b"+id, "x", 0, noon) })
+	want(cells[5:12], "b"+id, map[api.State]int{api.Unknown: 12})
+
+	var waits, runs, ends api.Build
+	before := s.Changes()
+	write(func(tx *store.Tx) (err error) {
+		for i, b := range []*api.Build{&waits, &runs, &ends} {
+			*b, _, err = tx.AddBuild(ctx, api.Build{Kernel: k, Driver: cells[i].Driver, State: api.Queued, CreatedAt: noon, Priority: 3})
+			if err != nil {
+				return err
+			}
+		}
+		at := noon.Add(time.Minute)
+		runs.State, runs.Worker, runs.StartedAt, runs.BeatAt = api.Building, "w"+id, &noon, &at
+		ends.State, ends.Worker, ends.StartedAt, ends.FinishedAt = api.Published, "w"+id, &noon, &at
+		if err := tx.SetBuild(ctx, runs); err != nil {
+			return err
+		}
+		if err := tx.SetBuild(ctx, ends); err != nil {
+			return err
+		}
+		return tx.PutArtifact(ctx, api.Artifact{Digest: "sha256:m" + id, Driver: ends.Driver, State: api.Published,
+			Kernels: []target.Kernel{k}})
+	})
+	if s.Changes() == before {
+		t.Error("Changes() is the same after a write")
+	}
+	want(cells[5:12], "b"+id, map[api.State]int{api.Queued: 1, api.Building: 1, api.Published: 1, api.Unknown: 9})
+	waiting, err := s.WaitingBuilds(ctx)
+	if err != nil || len(waiting) == 0 || waiting[len(waiting)-1] != (store.Waiting{ID: waits.ID, Priority: 3, Flavour: target.Open}) {
+		t.Errorf("WaitingBuilds() = %+v, %v; want build %d at the end", waiting, err, waits.ID)
+	}
+	running, err := s.RunningBuilds(ctx)
+	working := store.Working{Worker: "w" + id, Flavour: target.Open, StartedAt: noon, BeatAt: noon.Add(time.Minute)}
+	if err != nil || len(running) == 0 || running[len(running)-1] != working {
+		t.Errorf("RunningBuilds() = %+v, %v; want %+v at the end", running, err, working)
+	}
+	working.BeatAt, working.FinishedAt = time.Time{}, noon.Add(time.Minute)
+	if ended, err := s.PublishedBuilds(ctx, target.Open, 1); err != nil || len(ended) != 1 || ended[0] != working {
+		t.Errorf("PublishedBuilds() = %+v, %v; want %+v", ended, err, working)
+	}
+
+	write(func(tx *store.Tx) error { return tx.DropWishList(ctx, "a"+id) })
+	want(cells[5:12], "b"+id, map[api.State]int{api.Unknown: 7})
+}

@@ -1,0 +1,116 @@
+package store
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// MaxReports bounds on how many nodes of one source an artifact is reported: who makes up
+// nodes fills no disk.
+const MaxReports = 1000
+
+// PutReport stores what a node says in place of what it said before. Source is where the
+// report came from.
+func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at time.Time) error {
+	what := "store report on " + r.Digest
+	var others int
+	err := tx.QueryRowContext(ctx, `SELECT COUNT(*) FROM (
+    SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 LIMIT $4) c`,
+		r.Digest, source, r.Node, MaxReports).Scan(&others)
+	if err != nil {
+		return trouble(what, err)
+	}
+	if others >= MaxReports {
+		return fault.New(fault.TooMany, fmt.Sprintf("%s: %d nodes of %s reported on it already", what, others, source), "")
+	}
+	_, err = tx.ExecContext(ctx, `
+INSERT INTO reports (digest, build_id, board, node, source, outcome, class, message, at)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (digest, node) DO UPDATE SET
+    build_id = excluded.build_id, board = excluded.board, source = excluded.source, outcome = excluded.outcome,
+    class = excluded.class, message = excluded.message, at = excluded.at`,
+		r.Digest, r.BuildID, r.Board, r.Node, source, string(r.Outcome), r.Class, r.Message, micros(at))
+	return trouble(what, err)
+}
+
+// Said counts the nodes of one source that said the same of an artifact.
+type Said struct {
+	Source  string
+	Outcome api.Outcome
+	Class   string
+	Nodes   int
+}
+
+// Said counts what nodes said of an artifact after since, and after JudgeFrom.
+func (tx *Tx) Said(ctx context.Context, digest string, since time.Time) ([]Said, error) {
+	if tx.postgres { // of two that report at once, the second one counts the first, too
+		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
+		if err != nil {
+			return nil, trouble("read reports on "+digest, err)
+		}
+	}
+	var all []Said
+	err := query(ctx, tx, func(row func(...any) error) error {
+		var s Said
+		err := row(&s.Source, &s.Outcome, &s.Class, &s.Nodes)
+		all = append(all, s)
+		return err
+	}, `
+SELECT source, outcome, class, COUNT(*) FROM reports
+WHERE digest = $1 AND at > $2 AND at > (SELECT judged_from FROM artifacts WHERE digest = $1)
+GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros(since))
+	return all, trouble("read reports on "+digest, err)
+}
+
+// JudgeFrom has what nodes said of an artifact until then count no more.
+func (tx *Tx) JudgeFrom(ctx context.Context, digest string, at time.Time) error {
+	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
+	return trouble("mark artifact "+digest, err)
+}
+
+// Reports counts what nodes said by kernel and artifact, of one artifact or of one
+// kernel, the newest first. At most limit are returned.
+func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limit int) ([]api.ReportCounts, error) {
+	w := &where{}
+	equal(w, "digest", digest)
+	equal(w, "build_id", buildID)
+	equal(w, "board", board)
+	all := []api.ReportCounts{}
+	err := query(ctx, s.readers, func(row func(...any) error) error {
+		var c api.ReportCounts
+		var last int64
+		err := row(&c.BuildID, &c.Board, &c.Digest, &c.Loaded, &c.Failed, &c.FellBack, &last)
+		c.LastAt = timeOf(last)
+		all = append(all, c)
+		return err
+	}, `SELECT build_id, board, digest, SUM(CASE outcome WHEN 'loaded' THEN 1 ELSE 0 END),
+    SUM(CASE outcome WHEN 'failed' THEN 1 ELSE 0 END), SUM(CASE outcome WHEN 'fell-back' THEN 1 ELSE 0 END), MAX(at)
+FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY MAX(at) DESC, build_id, board, digest LIMIT %d`, limit),
+		w.args...)
+	return all, trouble("count reports", err)
+}
+
+// forgottenAtOnce bounds one transaction that forgets reports.
+const forgottenAtOnce = 5000
+
+// ForgetReports drops what nodes said before a time.
+func (s *Store) ForgetReports(ctx context.Context, before time.Time) error {
+	for {
+		var n int64
+		err := s.Write(ctx, func(tx *Tx) error {
+			done, err := tx.ExecContext(ctx, `DELETE FROM reports WHERE (digest, node) IN (
+    SELECT digest, node FROM reports WHERE at < $1 LIMIT $2)`, micros(before), forgottenAtOnce)
+			if err != nil {
+				return err
+			}
+			n, err = done.RowsAffected()
+			return err
+		})
+		if err != nil || n < forgottenAtOnce {
+			return err
+		}
+	}
+}

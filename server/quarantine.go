@@ -1,0 +1,48 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+)
+
+func quarantineCommand() *ucli.Command {
+	return list("quarantine", "list artifacts that did not load on several nodes", clientFlags(),
+		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.Quarantine, error) {
+			return c.Quarantine(ctx)
+		}, printQuarantine)
+}
+
+func liftCommand() *ucli.Command {
+	return about("lift", "make an artifact in quarantine usable again", "DIGEST", "list them: server quarantine", writeFlags(),
+		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
+			return c.Lift(ctx, digest)
+		},
+		func(w io.Writer, a api.Artifact) error { return printArtifacts(w, []api.Artifact{a}) })
+}
+
+func printQuarantine(w io.Writer, all []api.Quarantine) error {
+	if len(all) == 0 {
+		_, err := fmt.Fprintln(w, "nothing is in quarantine")
+		return err
+	}
+	for _, q := range all {
+		fields := [][2]string{{"digest", q.Artifact.Digest}, {"driver", q.Artifact.Driver.String()}, {"reason", q.Artifact.Reason}}
+		for _, n := range q.Reports {
+			fields = append(fields, [2]string{n.BuildID, fmt.Sprintf("%s: %d loaded, %d failed, %d fell back",
+				n.Board, n.Loaded, n.Failed, n.FellBack)})
+		}
+		fields = append(fields, [2]string{"hint", "server lift DIGEST, or server yank DIGEST --reason WHY"})
+		if err := printFields(w, fields); err != nil {
+			return err
+		}
+		if _, err := fmt.Fprintln(w); err != nil {
+			return err
+		}
+	}
+	return nil
+}
