@@ -149,7 +149,7 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	add("resolve, the first about each kernel", func() *row { return first(ctx, host, w) })
 	add(fmt.Sprintf("resolve, %d/s", s.rate), func() *row { return paced(ctx, host, s.rate, s.length, false, question) })
 	for _, l := range []struct{ name, path string }{
-		{"kernels", "/v1/kernels"}, {"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
+		{"healthz, 20/s as the lists", "/healthz"}, {"kernels", "/v1/kernels"}, {"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
 		{"builds", "/v1/builds"}, {"failed builds", "/v1/builds?state=failed"}, {"cells of 20 kernels", "/v1/cells?limit=20"},
 		{"cells, page by page", ""}, {"matrix page", "/"}, {"matrix page, any", ""},
 	} {
