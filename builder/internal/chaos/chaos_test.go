@@ -265,13 +265,16 @@ func (s *storm) leftInQueue(t *testing.T) (n int) {
 			t.Error(err)
 		}
 	}()
-	for range 60 {
+	for left := range 60 {
 		open, err := q.Open(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
 		if n = len(open); n == 0 {
 			break
+		}
+		if n > 0 && left == 59 {
+			t.Logf("left in the queue: %+v", open)
 		}
 		time.Sleep(time.Second)
 	}
