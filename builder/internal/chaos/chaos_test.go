@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -208,12 +207,14 @@ func (s *storm) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	if s.postgres != nil {
 		all = append(all, func(*testing.T) { hit(s.postgres, syscall.SIGKILL, "PostgreSQL") })
 	}
-	if len(s.disks) > 0 {
+	for _, part := range []string{"server", "PostgreSQL", "builder"} {
+		if len(s.disksOf(part)) == 0 {
+			continue
+		}
 		all = append(all, func(t *testing.T) {
-			dir := s.disks[rng.IntN(len(s.disks))]
-			part, _, _ := strings.Cut(filepath.Base(dir), "-")
+			disks := s.disksOf(part)
 			count("full disk of " + part)
-			fill(t, dir, s.pause/2)
+			fill(t, disks[rng.IntN(len(disks))], s.pause/2)
 		})
 	}
 	if !s.long {

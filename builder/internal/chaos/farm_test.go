@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -29,7 +30,7 @@ type farm struct {
 	server   *process
 	postgres *process // nil with SQLite
 	builders []*process
-	disks    []string // file systems that can be filled, named by part
+	disks    []string // file systems that can be filled, named by part as in builder-3
 	phase    time.Duration
 	hired    int // builders so far
 }
@@ -181,4 +182,15 @@ func unprivileged(folders ...string) (*syscall.Credential, error) {
 // drop takes a builder off the list, which is not started again.
 func (f *farm) drop(p *process) {
 	f.builders = slices.DeleteFunc(f.builders, func(b *process) bool { return b == p })
+	f.disks = slices.DeleteFunc(f.disks, func(dir string) bool { return filepath.Base(dir) == p.name })
+}
+
+// disksOf returns the disks of a part that can be filled.
+func (f *farm) disksOf(part string) (dirs []string) {
+	for _, dir := range f.disks {
+		if name, _, _ := strings.Cut(filepath.Base(dir), "-"); name == part {
+			dirs = append(dirs, dir)
+		}
+	}
+	return dirs
 }
