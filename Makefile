@@ -67,6 +67,10 @@ scenarios: setup build ## play the scenarios of a node on a virtual one, with a 
 soak: ## kill the fetcher at random moments, SOAK (1000) times, and look at what it leaves
 	PREBAKE_SOAK=$(or $(SOAK),1000) $(GO) test -v -count=1 -timeout 120m -run '^TestSoak$$' ./fetcher
 
+.PHONY: chaos
+chaos: setup ## kill server, builders and PostgreSQL while CHAOS (300) jobs run, and count what became of them
+	PREBAKE_CHAOS=$(or $(CHAOS),300) $(GO) test -v -count=1 -timeout 120m -run '^TestChaos$$' ./builder/internal/chaos
+
 .PHONY: fuzz
 fuzz: ## fuzz every parser of foreign bytes for FUZZTIME (10s) each
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | while read -r file; do \

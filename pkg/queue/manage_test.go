@@ -227,3 +227,36 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 		})
 	}
 }
+
+// End ends a job whether it waits, runs with a worker that is gone, or is over.
+func TestEnd(t *testing.T) {
+	t.Parallel()
+	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
+		dead := open(t)
+		insert(t, dead, map[int64]int{1: 1, 2: 1})
+		started, gone, done := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+		ctx, stop := context.WithCancel(t.Context())
+		go func() {
+			done <- dead.Work(ctx, "dead", 1, func(context.Context, api.BuildJob, int) error {
+				close(started)
+				<-gone
+				return nil
+			})
+		}()
+		<-started
+		q := open(t)
+		for _, build := range []int64{1, 1, 2, 99} {
+			if err := q.End(t.Context(), build); err != nil {
+				t.Errorf("End(%d) = %v", build, err)
+			}
+		}
+		if all, err := q.Open(t.Context()); err != nil || len(all) != 0 {
+			t.Errorf("Open() = %v, %v; want none", all, err)
+		}
+		stop()
+		close(gone)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}

@@ -38,6 +38,22 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	return nil
 }
 
+// End takes the job of a build that is over out of the queue for good, also when a
+// worker died with it. A build without a job, or with one that is over, is fine.
+func (q *Queue) End(ctx context.Context, build int64) error {
+	row, err := q.find(ctx, build)
+	if err != nil {
+		return err
+	}
+	if row == nil || row.State != rivertype.JobStateRunning {
+		return q.Cancel(ctx, build)
+	}
+	if err := rescue(ctx, q.exec, []*rivertype.JobRow{row}, rivertype.JobStateDiscarded); err != nil {
+		return fault.Wrap(fault.Transient, fmt.Errorf("end job of build %d: %w", build, err), "")
+	}
+	return nil
+}
+
 // succeed ends jobs and puts their successors in, in one transaction.
 func (q *Queue) succeed(ctx context.Context, rows []*rivertype.JobRow) (err error) {
 	tx, err := q.exec.Begin(ctx)

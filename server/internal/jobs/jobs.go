@@ -33,6 +33,7 @@ type jobQueue interface {
 	Open(ctx context.Context) (map[int64]queue.Standing, error)
 	Lookup(ctx context.Context, build int64) (queue.Standing, error)
 	Cancel(ctx context.Context, build int64) error
+	End(ctx context.Context, build int64) error
 	Release(ctx context.Context, builds ...int64) error
 }
 
@@ -119,7 +120,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		}
 	}
 	for id := range jobs { // jobs without an open build
-		note(id, s.leftOver(ctx, id))
+		note(id, s.leftOver(ctx, id, now()))
 	}
 	return errors.Join(errs...)
 }
@@ -170,11 +171,18 @@ func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 }
 
 // leftOver cancels the job of a build that was called off. Jobs of builds that have
-// ended otherwise are about to end, too.
-func (s *Sweeper) leftOver(ctx context.Context, id int64) error {
+// ended otherwise are about to end, too, unless a builder died between its report and
+// the end of its job: that one is ended here.
+func (s *Sweeper) leftOver(ctx context.Context, id int64, now time.Time) error {
 	b, err := s.Catalogue.Build(ctx, id)
-	if err != nil || b.State != api.Cancelled {
+	switch {
+	case err != nil:
 		return err
+	case b.FinishedAt != nil && now.Sub(*b.FinishedAt) > deadAfter:
+		s.Log.WarnContext(ctx, "job ended, whose build is over", "build", id, "state", b.State)
+		return s.Queue.End(ctx, id)
+	case b.State == api.Cancelled:
+		return s.Queue.Cancel(ctx, id)
 	}
-	return s.Queue.Cancel(ctx, id)
+	return nil
 }

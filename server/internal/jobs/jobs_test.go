@@ -20,6 +20,7 @@ type world struct {
 	open     []api.Build
 	standing map[int64]queue.Standing
 	ended    map[int64]api.State // of builds that are not open
+	finished time.Time           // when these ended; zero is not known
 	away     bool
 	did      []string
 }
@@ -37,13 +38,18 @@ func (w *world) Abandon(_ context.Context, id int64, why string) error {
 	return nil
 }
 func (w *world) Build(_ context.Context, id int64) (api.Build, error) {
-	return api.Build{ID: id, State: w.ended[id]}, nil
+	b := api.Build{ID: id, State: w.ended[id]}
+	if !w.finished.IsZero() {
+		b.FinishedAt = &w.finished
+	}
+	return b, nil
 }
 func (w *world) Update(_ context.Context, _ int64, u api.BuildUpdate) (api.Build, error) {
 	w.did = append(w.did, "put back: "+u.Class)
 	return api.Build{}, nil
 }
 func (w *world) Cancel(context.Context, int64) error { w.did = append(w.did, "cancel"); return nil }
+func (w *world) End(context.Context, int64) error    { w.did = append(w.did, "end"); return nil }
 func (w *world) Release(context.Context, ...int64) error {
 	w.did = append(w.did, "release")
 	return nil
@@ -196,5 +202,21 @@ func TestSweepTakesOutCancelled(t *testing.T) {
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
 	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"cancel"}) {
 		t.Errorf("Sweep() = %v and did %v; want one cancel", err, w.did)
+	}
+}
+
+// A builder that died between its report and the end of its job leaves a job that runs
+// for ever: it is ended once the build has been over for a while.
+func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
+	t.Parallel()
+	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	now := noon
+	w := &world{finished: noon, ended: map[int64]api.State{1: api.Published}, standing: map[int64]queue.Standing{1: {Found: true, State: "running"}}}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	for after, want := range map[time.Duration][]string{10 * time.Second: nil, 31 * time.Second: {"end"}} {
+		now, w.did = noon.Add(after), nil
+		if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, want) {
+			t.Errorf("%v after its end, Sweep() = %v and did %v; want %v", after, err, w.did, want)
+		}
 	}
 }

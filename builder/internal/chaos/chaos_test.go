@@ -1,0 +1,283 @@
+package chaos_test
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/queue"
+)
+
+// size is how large a run is.
+type size struct {
+	// crew is how many builders there are.
+	jobs, crew int
+	// phase is the longest time of one of a build's three phases, and pause that
+	// between two blows.
+	phase, pause time.Duration
+	// long runs lose machines for good, and freeze builders until they were taken for
+	// dead: that takes a minute each time.
+	long bool
+}
+
+// small runs with the other tests; `make chaos` sets the jobs of a long one.
+var small = size{jobs: 12, crew: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
+
+// TestChaos kills every part of a farm at random while it works, and fills disks.
+// At the end, every cell is published once or failed with a reason.
+func TestChaos(t *testing.T) {
+	t.Parallel()
+	if testing.Short() {
+		t.Skip("it takes up to a minute")
+	}
+	run := small
+	if text := os.Getenv("PREBAKE_CHAOS"); text != "" {
+		jobs, err := strconv.Atoi(text)
+		if err != nil {
+			t.Fatalf("PREBAKE_CHAOS: %v", err)
+		}
+		run = size{jobs: jobs, crew: 3, phase: 2500 * time.Millisecond, pause: 6 * time.Second, long: true}
+	}
+	server := filepath.Join(t.TempDir(), "server")
+	if out, err := exec.Command("go", "build", "-trimpath", "-o", server, "../../../server").CombinedOutput(); err != nil {
+		t.Fatalf("build the server: %v\n%s", err, out)
+	}
+	for _, database := range []string{"sqlite", "postgres"} {
+		t.Run(database, func(t *testing.T) {
+			if !run.long {
+				t.Parallel()
+			}
+			began := time.Now()
+			f := newFarm(t, server, database, run.crew, run.phase)
+			s := &storm{farm: f, size: run, kills: map[string]int{}}
+			s.rage(t)
+			v := s.judge(t)
+			v.took = time.Since(began)
+			t.Logf("%s\n%s", database, v.table(s.kills))
+			v.check(t, run)
+		})
+	}
+}
+
+// strike is a blow to a builder.
+type strike struct {
+	at   time.Time
+	pid  int
+	what string
+}
+
+// storm is what happens to a farm.
+type storm struct {
+	*farm
+	size
+
+	kills   map[string]int
+	strikes []strike
+	frozen  sync.WaitGroup
+	cold    *process // the builder that is frozen; one at a time
+	thawed  atomic.Bool
+}
+
+// cell is the kernel of a job.
+func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
+
+const driver = "535.261.03"
+
+// rage asks for all cells and strikes until nearly all are over, each part once at
+// least; then it waits for the rest.
+func (s *storm) rage(t *testing.T) {
+	t.Helper()
+	seed := uint64(time.Now().UnixNano())
+	if text := os.Getenv("PREBAKE_CHAOS_SEED"); text != "" {
+		var err error
+		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
+			t.Fatalf("PREBAKE_CHAOS_SEED: %v", err)
+		}
+	}
+	t.Logf("seed %d: PREBAKE_CHAOS_SEED makes the same plan, not the same moments", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	ctx, stop := context.WithTimeout(t.Context(), 45*time.Minute)
+	defer stop()
+	var asking sync.WaitGroup
+	asking.Go(func() { s.ask(ctx, t) })
+	blows := s.blows(rng)
+	for first := true; ; first = false {
+		for _, n := range rng.Perm(len(blows)) {
+			time.Sleep(s.pause/2 + time.Duration(rng.Int64N(int64(s.pause))))
+			blows[n](t)
+		}
+		if open, err := s.open(ctx); (err == nil && open <= s.jobs/20) || (!s.long && first) {
+			break
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	asking.Wait()
+	s.frozen.Wait()
+	for ; ; time.Sleep(200 * time.Millisecond) {
+		open, err := s.open(ctx)
+		if err == nil && open == 0 {
+			return
+		}
+		if ctx.Err() != nil {
+			t.Errorf("%d cells are open at the end, %v; want none", open, err)
+			return
+		}
+	}
+}
+
+// ask asks for every cell until the server has taken it, as a planner or a node would.
+func (s *storm) ask(ctx context.Context, t *testing.T) {
+	for n := range s.jobs {
+		for {
+			_, err := s.client.RequestBuild(ctx, api.BuildRequest{BuildID: cell(n), Board: "lakitu", Driver: driver, Flavour: "open"})
+			if err == nil {
+				break
+			}
+			if kind := fault.Of(err); !kind.Retryable() && kind != fault.Internal {
+				t.Errorf("request %s: %v", cell(n), err)
+				break
+			}
+			if ctx.Err() != nil {
+				t.Errorf("request %s: %v", cell(n), err)
+				return
+			}
+			time.Sleep(200 * time.Millisecond)
+		}
+	}
+}
+
+// open counts the cells that are not over.
+func (s *storm) open(ctx context.Context) (int, error) {
+	all, err := s.client.Builds(ctx, "")
+	if err != nil {
+		return 0, err
+	}
+	over := map[string]bool{}
+	for _, b := range all { // newest first
+		if _, known := over[b.Kernel.BuildID]; !known {
+			over[b.Kernel.BuildID] = b.State != api.Queued && b.State != api.Building
+		}
+	}
+	n := s.jobs
+	for _, is := range over {
+		if is {
+			n--
+		}
+	}
+	return n, nil
+}
+
+// blows are the things that go wrong, one of each in a round.
+func (s *storm) blows(rng *rand.Rand) (all []func(*testing.T)) {
+	count := func(what string) { s.kills[what]++ }
+	hit := func(p *process, sig syscall.Signal, what string) bool {
+		at := time.Now()
+		pid := p.signal(sig)
+		if pid != 0 {
+			count(what)
+			s.strikes = append(s.strikes, strike{at, pid, what})
+		}
+		return pid != 0
+	}
+	some := func() *process { // one that is not frozen
+		for {
+			if p := s.builders[rng.IntN(len(s.builders))]; p != s.cold {
+				return p
+			}
+		}
+	}
+	all = append(all,
+		func(*testing.T) { hit(s.server, syscall.SIGKILL, "server") },
+		func(*testing.T) { hit(some(), syscall.SIGKILL, "builder") },
+		func(*testing.T) { hit(some(), syscall.SIGKILL, "builder") },
+	)
+	if s.postgres != nil {
+		all = append(all, func(*testing.T) { hit(s.postgres, syscall.SIGKILL, "PostgreSQL") })
+	}
+	for _, part := range []string{"server", "PostgreSQL", "builder"} {
+		if len(s.disksOf(part)) == 0 {
+			continue
+		}
+		all = append(all, func(t *testing.T) {
+			disks := s.disksOf(part)
+			count("full disk of " + part)
+			fill(t, disks[rng.IntN(len(disks))], s.pause/2)
+		})
+	}
+	if !s.long {
+		return all
+	}
+	lose := func(t *testing.T) { // a machine is gone, and another one comes
+		p := some()
+		at := time.Now()
+		s.drop(p)
+		if pid := p.retire(); pid != 0 {
+			count("builder lost for good")
+			s.strikes = append(s.strikes, strike{at, pid, "builder lost for good"})
+		}
+		s.hire(t)
+	}
+	freeze := func(*testing.T) { // taken for dead, and then back
+		if s.cold != nil && !s.thawed.Load() {
+			return
+		}
+		p := some()
+		if !hit(p, syscall.SIGSTOP, "builder frozen for a minute") {
+			return
+		}
+		s.cold = p
+		s.thawed.Store(false)
+		s.frozen.Go(func() {
+			time.Sleep(time.Minute)
+			p.signal(syscall.SIGCONT)
+			s.thawed.Store(true)
+		})
+	}
+	all = append(all, lose)
+	if s.postgres != nil { // with SQLite, who is frozen in mid-write locks the file for all
+		all = append(all, freeze)
+	}
+	return all
+}
+
+// leftInQueue counts jobs that the queue still offers; it waits for the sweep, which
+// has a minute.
+func (s *storm) leftInQueue(t *testing.T) (n int) {
+	t.Helper()
+	q, err := queue.Open(t.Context(), s.queue)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	}()
+	for left := range 60 {
+		open, err := q.Open(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n = len(open); n == 0 {
+			break
+		}
+		if n > 0 && left == 59 {
+			t.Logf("left in the queue: %+v", open)
+		}
+		time.Sleep(time.Second)
+	}
+	return n
+}

@@ -1,0 +1,217 @@
+package chaos_test
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"text/tabwriter"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// verdict is what became of a run.
+type verdict struct {
+	jobs, published, failed int
+	// doubled are cells that were published more than once, lost those that are
+	// neither published nor failed with a reason, and left are jobs in the queue.
+	doubled, lost []string
+	left          int
+	reasons       map[string]int // of failures, by class
+	// interrupted counts attempts that were under way in a builder when it was struck;
+	// resume tells for the longest how long it took until another attempt began.
+	interrupted int
+	resume      time.Duration
+	slowest     string
+	attempts    int
+	took        time.Duration
+}
+
+// judge looks at the catalogue, the registry, the server's log and the builders'
+// notes.
+func (s *storm) judge(t *testing.T) *verdict {
+	t.Helper()
+	v := &verdict{jobs: s.jobs, reasons: map[string]int{}, left: s.leftInQueue(t)}
+	all, err := s.client.Builds(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cells := map[string][]api.Build{}
+	for _, b := range all {
+		cells[b.Kernel.BuildID] = append(cells[b.Kernel.BuildID], b)
+	}
+	announced := s.announced(t)
+	for n := range s.jobs {
+		name := cell(n)
+		times := 0
+		for _, b := range cells[name] {
+			if b.State == api.Published {
+				times++
+			}
+			if announced[b.ID] > 1 {
+				times += announced[b.ID] - 1
+			}
+		}
+		builds := cells[name]
+		switch {
+		case times > 1:
+			v.doubled = append(v.doubled, name)
+		case len(builds) == 0:
+			v.lost = append(v.lost, name+" has no build")
+		case builds[0].State == api.Published:
+			s.holds(t, builds[0], v)
+		case builds[0].State == api.Failed && builds[0].Class != "" && builds[0].Error != "":
+			v.failed++
+			v.reasons[builds[0].Class]++
+			if !apiBreak(name) {
+				t.Logf("%s failed: %s: %s", name, builds[0].Class, builds[0].Error)
+			}
+		default:
+			v.lost = append(v.lost, fmt.Sprintf("%s is %s without a reason", name, builds[0].State))
+		}
+	}
+	s.resumes(t, v, cells)
+	return v
+}
+
+// holds counts a published cell if the registry has what the catalogue promises.
+func (s *storm) holds(t *testing.T, b api.Build, v *verdict) {
+	t.Helper()
+	ref, err := tagOf(s.url, b.Kernel.BuildID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	digest, err := published(t.Context(), ref)
+	if err != nil || digest != b.Digest {
+		v.lost = append(v.lost, fmt.Sprintf("%s is published as %s, the registry has %s, %v", ref, b.Digest, digest, err))
+		return
+	}
+	v.published++
+}
+
+// announced counts from the server's log how often each build became published.
+func (s *storm) announced(t *testing.T) map[int64]int {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	times := map[int64]int{}
+	for line := range strings.Lines(string(raw)) {
+		_, rest, ok := strings.Cut(line, `"build changed" build=`)
+		var id int64
+		var state string
+		if _, err := fmt.Sscanf(rest, "%d state=%s", &id, &state); ok && err == nil && state == string(api.Published) {
+			times[id]++
+		}
+	}
+	if len(times) == 0 {
+		t.Errorf("the server's log names no published build: its form has changed")
+	}
+	return times
+}
+
+// resumes finds for each strike what was under way, and when it went on.
+func (s *storm) resumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	notes := map[string][]note{}
+	for line := range bytes.Lines(raw) {
+		var n note
+		if err := json.Unmarshal(line, &n); err != nil {
+			t.Fatalf("%v in %s", err, line)
+		}
+		if n.What == begin {
+			v.attempts++
+		}
+		notes[n.Cell] = append(notes[n.Cell], n)
+	}
+	for _, blow := range s.strikes {
+		for name, of := range notes {
+			slices.SortFunc(of, func(a, b note) int { return a.At.Compare(b.At) })
+			at, found := slices.BinarySearchFunc(of, blow.at, func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
+			_ = found // what happens at that very moment is before it
+			if at == 0 || of[at-1].Pid != blow.pid || of[at-1].What == broken {
+				continue // it is another's, or at rest
+			}
+			var on time.Time // when the cell went on, or was over
+			for _, b := range builds[name] {
+				if b.FinishedAt != nil && (on.IsZero() || b.FinishedAt.Before(on)) {
+					on = *b.FinishedAt
+				}
+			}
+			if !on.IsZero() && on.Before(blow.at) {
+				continue
+			}
+			for _, n := range of[at:] {
+				if n.What == begin && n.Pid != blow.pid && (on.IsZero() || n.At.Before(on)) {
+					on = n.At
+				}
+			}
+			v.interrupted++
+			if on.IsZero() {
+				v.lost = append(v.lost, name+" did not go on after its builder was struck")
+				continue
+			}
+			if took := on.Sub(blow.at); took > v.resume {
+				v.resume, v.slowest = took, fmt.Sprintf("%s, %s at %s", name, blow.what, blow.at.Format("15:04:05"))
+			}
+		}
+	}
+}
+
+// table is the verdict for people.
+func (v *verdict) table(kills map[string]int) string {
+	var out bytes.Buffer
+	w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+	for _, what := range slices.Sorted(maps.Keys(kills)) {
+		fmt.Fprintf(w, "%s\t%d\n", what, kills[what])
+	}
+	for _, row := range []struct {
+		name  string
+		value any
+	}{
+		{"jobs", v.jobs}, {"published", v.published}, {"failed with a reason", fmt.Sprint(v.failed, " ", v.reasons)},
+		{"doubled", len(v.doubled)}, {"lost", len(v.lost)}, {"left in the queue", v.left},
+		{"attempts begun", v.attempts}, {"attempts interrupted", v.interrupted},
+		{"longest resume", fmt.Sprintf("%.1f s (%s)", v.resume.Seconds(), v.slowest)},
+		{"took", v.took.Round(time.Second)},
+	} {
+		fmt.Fprintf(w, "%s\t%v\n", row.name, row.value)
+	}
+	_ = w.Flush() // into a buffer
+	return out.String()
+}
+
+// check holds a run against what is promised.
+func (v *verdict) check(t *testing.T, run size) {
+	t.Helper()
+	if len(v.doubled) > 0 || len(v.lost) > 0 || v.left > 0 || v.published+v.failed != v.jobs {
+		t.Errorf("%d published and %d failed of %d; doubled %v, lost %v, %d left in the queue; want every cell once",
+			v.published, v.failed, v.jobs, v.doubled, v.lost, v.left)
+	}
+	breaks := 0
+	for n := range v.jobs {
+		if apiBreak(cell(n)) {
+			breaks++
+		}
+	}
+	if v.reasons[fault.APIBreak.String()] > breaks {
+		t.Errorf("%d cells failed as an API break; want at most %d", v.reasons[fault.APIBreak.String()], breaks)
+	}
+	// The promise of a minute is for a farm that has the machine for itself.
+	if run.long && v.resume > time.Minute {
+		t.Errorf("a build went on after %v (%s); want a minute at most", v.resume, v.slowest)
+	}
+}

@@ -1,0 +1,155 @@
+package chaos_test
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// process is a program that is started again whenever it ends, as systemd or
+// Kubernetes would do it.
+type process struct {
+	name string
+	make func() *exec.Cmd
+	log  *os.File
+
+	mu     sync.Mutex
+	wanted bool
+	pid    int // of what runs; 0 is none
+	ended  chan struct{}
+}
+
+// again is the pause before a program is started again.
+const again = 500 * time.Millisecond
+
+// launch starts a program and keeps it running until retire.
+func launch(t *testing.T, dir, name string, command func() *exec.Cmd) *process {
+	t.Helper()
+	log, err := os.OpenFile(filepath.Join(dir, name+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{name: name, make: command, log: log, wanted: true, ended: make(chan struct{})}
+	go func() {
+		defer close(p.ended)
+		for p.once(t) {
+			time.Sleep(again)
+		}
+	}()
+	t.Cleanup(func() {
+		p.retire()
+		if err := log.Close(); err != nil {
+			t.Error(err)
+		}
+		if t.Failed() {
+			raw, _ := os.ReadFile(log.Name()) // best effort: it is for the reader of a failure
+			lines := strings.Split(string(raw), "\n")
+			t.Logf("---- the end of %s\n%s", log.Name(), strings.Join(lines[max(0, len(lines)-40):], "\n"))
+		}
+	})
+	return p
+}
+
+// once runs the program to its end, and reports whether it is to start again.
+func (p *process) once(t *testing.T) bool {
+	cmd := p.make()
+	cmd.Stdout, cmd.Stderr = p.log, p.log
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = &syscall.SysProcAttr{}
+	}
+	cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	p.mu.Lock()
+	if !p.wanted {
+		p.mu.Unlock()
+		return false
+	}
+	err := cmd.Start()
+	if err == nil {
+		p.pid = cmd.Process.Pid
+	}
+	p.mu.Unlock()
+	if err != nil {
+		t.Errorf("start %s: %v", p.name, err)
+		return false
+	}
+	_ = cmd.Wait() // it is killed: how it ends says nothing
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.pid = 0
+	return p.wanted
+}
+
+// signal sends a signal to what runs, and returns its id; 0 is none.
+func (p *process) signal(s syscall.Signal) int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pid == 0 || syscall.Kill(p.pid, s) != nil {
+		return 0
+	}
+	return p.pid
+}
+
+// retire kills the program for good and waits for its end. It returns its id.
+func (p *process) retire() int {
+	p.mu.Lock()
+	p.wanted = false
+	p.mu.Unlock()
+	pid := p.signal(syscall.SIGKILL)
+	<-p.ended
+	return pid
+}
+
+// smallDisk makes dir a file system of its own, of this size in MiB, that can be
+// filled up. That takes root: without, dir is a folder, and full reports that.
+func smallDisk(t *testing.T, dir, size string) (full bool) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if os.Geteuid() != 0 {
+		return false
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size="+size+"m,mode=755"); err != nil {
+		t.Logf("no small disk can be mounted, and none is filled: %v", err)
+		return false
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	return true
+}
+
+// fill takes the last byte of a small disk for a while.
+func fill(t *testing.T, dir string, d time.Duration) {
+	t.Helper()
+	name := filepath.Join(dir, "ballast")
+	f, err := os.Create(name)
+	if err != nil && !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+	if err == nil {
+		for _, size := range []int{1 << 20, 4 << 10} {
+			for err = error(nil); err == nil; {
+				_, err = f.Write(make([]byte, size))
+			}
+			if !errors.Is(err, syscall.ENOSPC) {
+				t.Errorf("fill %s: %v", dir, err)
+			}
+		}
+		if err := f.Close(); err != nil && !errors.Is(err, syscall.ENOSPC) {
+			t.Error(err)
+		}
+	}
+	time.Sleep(d)
+	if err := os.Remove(name); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,194 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// From a COS release to a node that runs it, without a hand: a build appears in the
+// mirror and is announced, the wish list plans both flavours, two builders make one
+// each, and a node that asked before there was anything gets its driver. Nobody asks
+// for a build.
+func TestReleaseToNode(t *testing.T) {
+	k := shared.kernel(1)
+	dir := t.TempDir()
+	s, err := scene.New(shared.Bin, dir, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mirror := *shared.mirror
+	mirror.Dir = filepath.Join(dir, "mirror")
+	link(t, filepath.Join(shared.mirror.Dir, "drivers"), filepath.Join(mirror.Dir, "drivers"))
+	link(t, filepath.Join(shared.mirror.Dir, "cos", shared.kernel(0).BuildID), filepath.Join(mirror.Dir, "cos", shared.kernel(0).BuildID))
+	srv, err := s.StartServer(t.Context(), filepath.Join(dir, "server"), &mirror)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer srv.Stop()
+
+	// The list names the build before it exists, and what COS says is its default.
+	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, open]\n", k.BuildID, k.Board)
+	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := srv.Client.Builds(t.Context(), ""); err != nil || len(all) != 0 {
+		t.Fatalf("before the release there are %d builds, %v; want none", len(all), err)
+	}
+	link(t, filepath.Join(shared.mirror.Dir, "cos", k.BuildID), filepath.Join(mirror.Dir, "cos", k.BuildID))
+	release, err := srv.Client.Announce(t.Context(), k.BuildID)
+	if err != nil || len(release.Cells) != 2 || release.Open != 2 || release.Ready != 0 {
+		t.Fatalf("Announce() = %+v, %v; want two open cells", release, err)
+	}
+	again, err := srv.Client.Announce(t.Context(), k.BuildID)
+	if err != nil || len(again.Cells) != 2 || !again.SeenAt.Equal(release.SeenAt) {
+		t.Errorf("Announce() again = %+v, %v; want what it was", again, err)
+	}
+
+	// The node asks, and only then are there builders.
+	boot, err := shared.Boot(t.Context(), shared.mirror, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var res *vm.Result
+	done := make(chan error, 1)
+	go func() {
+		var err error
+		res, err = s.RunNode(ctx, scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
+			[]vm.Step{waiting(srv), scene.ModulesStep()})
+		done <- err
+	}()
+	asked(t, srv, done)
+	for _, id := range []string{"first", "second"} {
+		own := *s
+		own.Dir = filepath.Join(dir, id)
+		if err := os.MkdirAll(own.Dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		w, err := own.StartWorker(srv, &mirror, shared.key, s.BuildCache(), "--id", id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Stop()
+	}
+	var builders []string
+	digests := map[string]target.Flavour{}
+	for _, c := range release.Cells {
+		b, err := scene.WaitBuild(t.Context(), srv.Client, c.Build.ID, func(b api.Build) { t.Logf("build %d: %s %s %s", b.ID, b.Worker, b.State, b.Phase) })
+		if err != nil || b.State != api.Published {
+			t.Fatalf("build %d of %s is %s (%s): %s, %v; want published", b.ID, b.Driver, b.State, b.Class, b.Error, err)
+		}
+		builders = append(builders, b.Worker)
+		digests[b.Digest] = b.Driver.Flavour
+	}
+	slices.Sort(builders)
+	if !slices.Equal(builders, []string{"first", "second"}) || len(digests) != 2 {
+		t.Errorf("%v made %v; want one artifact of each builder", builders, digests)
+	}
+
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	node(t, res, digests)
+	release, err = srv.Client.Release(t.Context(), k.BuildID)
+	if err != nil || release.Ready != 2 || release.Open != 0 || release.Times.Count != 2 || release.Times.P50 <= 0 || release.Times.Max < release.Times.P50 {
+		t.Fatalf("Release() = %+v, %v; want two cells that are ready, with times", release, err)
+	}
+	for _, c := range release.Cells {
+		if c.ReadyAt == nil || !c.ReadyAt.After(release.SeenAt) || c.ReadyAt.Sub(release.SeenAt).Seconds() > release.Times.Max+1 {
+			t.Errorf("%s is ready at %v; want a time after %v, %v s at most", c.Driver, c.ReadyAt, release.SeenAt, release.Times.Max)
+		}
+	}
+	t.Logf("from release to ready: %+v", release.Times)
+}
+
+// waiting installs what COS says, and waits for whoever makes it.
+func waiting(srv *scene.Server) vm.Step {
+	step := scene.InstallStep(srv, "--wait", "15m", "--builder", "never")
+	step.Timeout = 16 * time.Minute
+	return step
+}
+
+// answered is the metric of questions that nodes ask.
+var answered = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]*/v1/resolve[^}]*\} [1-9]`)
+
+// asked returns once a node has asked the server, or fails when done says first that
+// the node is over.
+func asked(t *testing.T, srv *scene.Server, done <-chan error) {
+	t.Helper()
+	for {
+		resp, err := http.Get("http://" + srv.Addr + "/metrics")
+		if err != nil {
+			t.Fatal(err)
+		}
+		raw, err := io.ReadAll(resp.Body)
+		if cerr := resp.Body.Close(); err != nil || cerr != nil {
+			t.Fatal(err, cerr)
+		}
+		if answered.Match(raw) {
+			return
+		}
+		select {
+		case err := <-done:
+			t.Fatalf("the node ended before it asked: %v", err)
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
+
+// node looks at what the node came to: one of the artifacts, live in its kernel.
+func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
+	t.Helper()
+	step, err := scene.StepNamed(res, "install")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("the node: exit %d, %.1f s\n%s%s", step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
+	var r scene.Report
+	if err := scene.Decode(step, &r); err != nil {
+		t.Fatal(err)
+	}
+	if want := fault.Unusable.ExitCode(); step.ExitCode != want || digests[r.Verdict.Digest] == "" {
+		t.Errorf("the node ended with %d and has %s; want %d and one of %v", step.ExitCode, r.Verdict.Digest, want, digests)
+	}
+	if step, err = scene.StepNamed(res, scene.ModulesStep().Name); err != nil || !slices.Contains(scene.Live(step.Stdout), "nvidia") {
+		t.Errorf("live in the node: %v, %v; want nvidia among them", scene.Live(step.Stdout), err)
+	}
+}
+
+// link copies a folder by hard links, as a mirror that gets something new.
+func link(t *testing.T, from, to string) {
+	t.Helper()
+	err := filepath.WalkDir(from, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		rel, err := filepath.Rel(from, path)
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			return os.MkdirAll(filepath.Join(to, rel), 0o755)
+		}
+		return os.Link(path, filepath.Join(to, rel))
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
