@@ -26,23 +26,29 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// program builds the server once for all tests of this package.
+// programs is where the server is built for all tests of this package, by whoever wants
+// it first.
+var programs string
+
+// program builds the server once.
 var program = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "prebake-deploy-")
-	if err != nil {
-		return "", err
-	}
-	built := filepath.Join(dir, "server")
+	built := filepath.Join(programs, "server")
 	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", built, root+"/server").CombinedOutput(); err != nil {
-		return dir, fmt.Errorf("build server: %w: %s", err, out)
+		return "", fmt.Errorf("build server: %w: %s", err, out)
 	}
 	return built, nil
 })
 
 func TestMain(m *testing.M) {
+	dir, err := os.MkdirTemp("", "prebake-deploy-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	programs = dir
 	code := m.Run()
-	if built, _ := program(); built != "" {
-		_ = os.RemoveAll(filepath.Dir(built)) // of the system's temporary folder
+	if err := os.RemoveAll(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 	}
 	os.Exit(code)
 }
