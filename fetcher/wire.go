@@ -109,6 +109,16 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	}
 	parts.Finder, parts.Verifier = finder, verifier
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
+	tell, err := newTeller(cmd, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	if tell != nil {
+		parts.Tried = tell.tell
+		closeNode = func(closeNode func() error) func() error {
+			return func() error { tell.close(); return closeNode() }
+		}(closeNode)
+	}
 	if builder != nil {
 		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
 		parts.Local = builder
@@ -314,18 +324,27 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 // maxToken bounds a token: those of Kubernetes have some 1,500 bytes.
 const maxToken = 64 << 10
 
-// requestBuild asks a server for a build. The token is read each time: kubelet replaces it.
+// requestBuild asks a server for a build.
 func requestBuild(ctx context.Context, server, tokenFile string, r api.BuildRequest) (api.Build, error) {
-	f, err := os.Open(tokenFile)
+	token, err := readToken(tokenFile)
 	if err != nil {
-		return api.Build{}, fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "name the file with the server's token: --token-file FILE")
+		return api.Build{}, err
+	}
+	return api.NewClient(server, token, nil).RequestBuild(ctx, r)
+}
+
+// readToken reads the server's token. It is read each time: kubelet replaces it.
+func readToken(file string) (string, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return "", fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "name the file with the server's token: --token-file FILE")
 	}
 	defer f.Close()
 	token, err := io.ReadAll(io.LimitReader(f, maxToken))
 	if err != nil {
-		return api.Build{}, fmt.Errorf("read token: %w", err)
+		return "", fmt.Errorf("read token: %w", err)
 	}
-	return api.NewClient(server, strings.TrimSpace(string(token)), nil).RequestBuild(ctx, r)
+	return strings.TrimSpace(string(token)), nil
 }
 
 // registryFinder asks one repository. It is opened for each question: what it was logged in
