@@ -26,7 +26,7 @@ func runCommand() *ucli.Command {
 it (kubelet, systemd) then tries again. While one serves the node and another
 is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.`,
 		Flags: slices.Concat(installFlags(), cli.Group(groupTell,
-			cli.String("listen", "", "serve /healthz, /readyz and /metrics on `ADDRESS`, as in 127.0.0.1:8441"),
+			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz and /metrics"),
 			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
 			cli.String("node-name", "", "tell Kubernetes of the driver, on the node of this `NAME`"),
 			cli.String("startup-taint", "", "`KEY` of a taint to take away once the driver is ready"),

@@ -113,6 +113,7 @@ func installFlags() []ucli.Flag {
 			cache,
 		),
 		changeFlags(),
+		reportFlag(),
 		cli.Group(groupOutput, cli.LogFlags()...),
 	)
 }

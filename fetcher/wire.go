@@ -108,6 +108,16 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	}
 	parts.Finder, parts.Verifier = finder, verifier
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
+	tell, err := newTeller(cmd, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	if tell != nil {
+		parts.Tried = tell.tell
+		closeNode = func(closeNode func() error) func() error {
+			return func() error { tell.close(); return closeNode() }
+		}(closeNode)
+	}
 	if builder != nil {
 		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
 		parts.Local = builder

@@ -28,6 +28,10 @@ const (
 	Unknown     State = "unknown"     // nobody asked for it yet
 )
 
+// Withdrawn reports whether an artifact of this state exists and nobody should have it:
+// not from elsewhere, and not compiled anew.
+func (s State) Withdrawn() bool { return s == Yanked || s == Quarantined }
+
 // Kernel is a kernel of the catalogue.
 type Kernel struct {
 	target.Kernel

@@ -13,6 +13,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/trust"
@@ -84,7 +85,7 @@ type Config struct {
 	DryRun bool
 }
 
-// Parts are what the agent works with. All are required but Local.
+// Parts are what the agent works with. All are required but Local, Boot and Tried.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
@@ -101,8 +102,11 @@ type Parts struct {
 	Probe  prober
 	// Boot changes the boot configuration; nil where nothing may.
 	Boot bootMaker
-	Log  *slog.Logger
-	Line *timeline.Run
+	// Tried is told what became of each artifact that was loaded. It must not wait; nil is
+	// nobody.
+	Tried func(api.NodeReport)
+	Log   *slog.Logger
+	Line  *timeline.Run
 	// Now is the clock.
 	Now func() time.Time
 }

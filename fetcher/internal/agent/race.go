@@ -7,7 +7,6 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
-	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -33,7 +32,7 @@ func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (
 			return "", err
 		case answer.Err() == nil:
 			return fmt.Sprintf("%s from %s", answer.Driver, answer.Source), nil
-		case !compiles || answer.State == api.Yanked:
+		case !compiles || answer.State.Withdrawn():
 			return string(answer.State), answer.Err()
 		case a.cfg.DryRun:
 			return string(answer.State) + "; would compile on this node", answer.Err()
@@ -100,7 +99,7 @@ func (a *Agent) race(
 		runners++
 		go func() {
 			won, err := a.farm(ctx, q, facts)
-			if err == nil || won.State == api.Yanked {
+			if err == nil || won.State.Withdrawn() {
 				stop()
 			}
 			close(farmOver)
@@ -119,7 +118,7 @@ func (a *Agent) race(
 			errs[0] = o.err
 		default:
 			errs[1] = o.err
-			if o.answer.State == api.Yanked { // nobody should have it, compiled here or there
+			if o.answer.State.Withdrawn() { // nobody should have it, compiled here or there
 				yanked = &o.answer
 			}
 		}

@@ -28,7 +28,7 @@ func (c Chain) Find(ctx context.Context, q Question) (Answer, error) {
 		switch {
 		case ctx.Err() != nil:
 			return a, err
-		case err == nil && (a.State == api.Published || a.State == api.Yanked || a.State == api.Unsupported):
+		case err == nil && (a.State == api.Published || a.State.Withdrawn() || a.State == api.Unsupported):
 			return a, nil
 		case fault.Is(err, fault.Transient):
 			away = errors.Join(away, err)

@@ -40,6 +40,7 @@ func TestChain(t *testing.T) {
 		"the server's database is fresh":       {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published, fault.Internal, 2},
 		"it is being built, and is there":      {[]link{{api.Building, nil}, {api.Published, nil}}, api.Published, fault.Internal, 2},
 		"it is being built, and nowhere else":  {[]link{{api.Building, nil}, {api.Unknown, nil}}, api.Building, fault.Internal, 2},
+		"quarantined is, too":                  {[]link{{api.Quarantined, nil}, {api.Published, nil}}, api.Quarantined, fault.Internal, 1},
 		"yanked is yanked":                     {[]link{{api.Yanked, nil}, {api.Published, nil}}, api.Yanked, fault.Internal, 1},
 		"unsupported is nowhere":               {[]link{{api.Unsupported, nil}, {api.Published, nil}}, api.Unsupported, fault.Internal, 1},
 		"away, and not in the registry":        {[]link{{"", away}, {api.Unknown, nil}}, "", fault.Transient, 2},

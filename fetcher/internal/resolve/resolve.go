@@ -82,7 +82,7 @@ func (a Answer) Err() error {
 		return nil
 	case api.Unsupported:
 		return fault.New(fault.Unsupported, text, hint)
-	case api.Yanked:
+	case api.Yanked, api.Quarantined:
 		if hint == "" {
 			hint = "ask for another version with --driver"
 		}

@@ -84,7 +84,7 @@ func TestAnswerErr(t *testing.T) {
 	t.Parallel()
 	for state, kind := range map[api.State]fault.Kind{
 		api.Building: fault.NoArtifact, api.Queued: fault.NoArtifact, api.Failed: fault.NoArtifact, api.Cancelled: fault.NoArtifact,
-		api.Unsupported: fault.Unsupported, api.Yanked: fault.NoArtifact, api.Unknown: fault.NoArtifact, "": fault.NoArtifact,
+		api.Unsupported: fault.Unsupported, api.Yanked: fault.NoArtifact, api.Quarantined: fault.NoArtifact, api.Unknown: fault.NoArtifact, "": fault.NoArtifact,
 	} {
 		err := resolve.Answer{State: state, Reason: "because"}.Err()
 		if !fault.Is(err, kind) || !strings.Contains(err.Error(), "because") || kind != fault.Unsupported && fault.Hint(err) == "" {
