@@ -28,6 +28,7 @@ and print tables, or JSON with --output json.`,
 			kernelsCommand(), driversCommand(), artifactsCommand(), buildsCommand(), buildCommand(), resolveCommand(),
 			requestCommand(), cancelCommand(), yankCommand(), unyankCommand(),
 			releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(), tokensCommand(), auditCommand(),
+			backupCommand(), reindexCommand(),
 			versionCommand(),
 		},
 	}
