@@ -56,8 +56,9 @@ type comparison struct {
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
-		Description: `Reads each tagged artifact of a repository and its signed statements, and verifies
-them as a node does. It shows what differs; --apply records the first two kinds:
+		Description: `Reads each tagged artifact of a repository and its signed statements, and
+verifies them as a node does. It shows what differs; --apply records the first
+two kinds:
   missing     verified, and not in the catalogue
   attested    verified for more kernels than the catalogue has
   differs     the catalogue says something else of it
