@@ -41,13 +41,7 @@ func newTeller(cmd *ucli.Command, log *slog.Logger) (*teller, error) {
 	if server == "" || file == "" {
 		return nil, fault.New(fault.Usage, "--report needs to know whom to tell, and who tells", "give --server URL and --token-file FILE")
 	}
-	return startTeller(log, func(ctx context.Context, r api.NodeReport) error {
-		token, err := api.ReadToken(file)
-		if err != nil {
-			return err
-		}
-		return api.NewClient(server, token, nil).Report(ctx, r)
-	}), nil
+	return startTeller(log, api.NewClient(server, "", nil).WithTokenFile(file).Report), nil
 }
 
 func startTeller(log *slog.Logger, send func(context.Context, api.NodeReport) error) *teller {

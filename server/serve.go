@@ -115,8 +115,8 @@ func defaultsTo(f *ucli.StringFlag, text string) *ucli.StringFlag {
 	return f
 }
 
-// complete fills in what depends on other settings.
-func (s *settings) complete() error {
+// places fills in where the server keeps what.
+func (s *settings) places() error {
 	if s.Data == "" {
 		dir, err := stateDir()
 		if err != nil {
@@ -138,6 +138,14 @@ func (s *settings) complete() error {
 			// catalogue need not wait for them.
 			s.Queue = "sqlite://" + filepath.Join(s.Data, "queue.db")
 		}
+	}
+	return nil
+}
+
+// complete fills in what depends on other settings, and checks them.
+func (s *settings) complete() error {
+	if err := s.places(); err != nil {
+		return err
 	}
 	for _, pattern := range s.CreateOnly {
 		if _, err := path.Match(pattern, ""); err != nil {

@@ -1,0 +1,230 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// reader reads artifacts of a registry that nobody trusts, and believes what is signed.
+type reader struct {
+	repo     *registry.Repository
+	verifier *trust.Verifier
+	now      time.Time
+}
+
+// artifact is what a registry has under one digest.
+type artifact struct {
+	digest   string
+	identity bundle.Identity
+	// kernels are those that it verifies for; err says why there are none.
+	kernels []target.Kernel
+	err     error
+}
+
+// Bounds of what is asked at once, and of the kernels that are looked at for one artifact.
+const (
+	readAtOnce      = 8
+	maxAttestations = 5000
+)
+
+// listTag is the tag under which clients that know no referrers API keep a list of them.
+var listTag = regexp.MustCompile(`^sha(256|512)-[0-9a-f]{64,}`)
+
+// all reads what has a tag, by digest.
+func (r *reader) all(ctx context.Context) ([]artifact, error) {
+	tags, err := r.repo.Tags(ctx)
+	if fault.Is(err, fault.NoArtifact) {
+		return nil, nil // nothing was ever published
+	}
+	if err != nil {
+		return nil, err
+	}
+	tags = slices.DeleteFunc(tags, listTag.MatchString)
+	digests := make([]string, len(tags))
+	if err := r.each(ctx, len(tags), func(ctx context.Context, i int) error {
+		d, err := r.repo.Resolve(ctx, tags[i])
+		switch {
+		case fault.Is(err, fault.NoArtifact), fault.Is(err, fault.Usage): // removed since, or no tag
+			return nil
+		case err != nil:
+			return err
+		}
+		digests[i] = d.Digest.String()
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	slices.Sort(digests)
+	digests = slices.DeleteFunc(slices.Compact(digests), func(d string) bool { return d == "" })
+	held := make([]artifact, len(digests))
+	err = r.each(ctx, len(digests), func(ctx context.Context, i int) (err error) {
+		held[i], err = r.one(ctx, digests[i])
+		return err
+	})
+	return held, err
+}
+
+func (r *reader) each(ctx context.Context, n int, do func(context.Context, int) error) error {
+	group, running := errgroup.WithContext(ctx)
+	group.SetLimit(readAtOnce)
+	for i := range n {
+		if running.Err() != nil {
+			break
+		}
+		group.Go(func() error { return do(running, i) })
+	}
+	if err := group.Wait(); err != nil {
+		return err
+	}
+	return context.Cause(ctx)
+}
+
+// itsOwn reports whether an error is about the artifact, and not trouble on the way to it.
+func itsOwn(ctx context.Context, err error) bool {
+	if ctx.Err() != nil {
+		return false
+	}
+	switch fault.Of(err) {
+	case fault.Unverified, fault.Mismatch, fault.NoArtifact, fault.LoadTestFailed, fault.Rejected:
+		return true
+	}
+	return false
+}
+
+// one reads an artifact. An error is trouble with the registry; what is wrong with the
+// artifact is in it.
+func (r *reader) one(ctx context.Context, digest string) (artifact, error) {
+	a := artifact{digest: digest}
+	err := r.read(ctx, &a)
+	if err != nil && !itsOwn(ctx, err) {
+		return a, err
+	}
+	a.err = err
+	return a, nil
+}
+
+func (r *reader) read(ctx context.Context, a *artifact) error {
+	manifest, err := r.repo.Manifest(ctx, a.digest)
+	if err != nil {
+		return err
+	}
+	config, err := bundle.ConfigDescriptor(manifest)
+	if err != nil {
+		return err
+	}
+	raw, err := r.repo.Small(ctx, config)
+	if err != nil {
+		return err
+	}
+	content, err := bundle.ParseManifest(manifest, raw)
+	if err != nil {
+		return err
+	}
+	a.identity = content.Identity
+	candidates, err := r.candidates(ctx, a.digest)
+	if err != nil {
+		return err
+	}
+	var refusal error
+	for _, k := range candidates {
+		m, err := r.verify(ctx, a, k)
+		switch {
+		case err == nil:
+			a.kernels = append(a.kernels, m.Kernel)
+		case !itsOwn(ctx, err):
+			return err
+		case refusal == nil:
+			refusal = err
+		}
+	}
+	if len(a.kernels) > 0 {
+		return nil // a label that names one more kernel proves nothing
+	}
+	if refusal == nil {
+		refusal = fault.Wrap(fault.Unverified, trust.ErrNoKernelMatch, "")
+	}
+	return refusal
+}
+
+// candidates are the kernels for which there may be a statement: those that labels name,
+// which prove nothing, and those of statements without a label.
+func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel, error) {
+	attached, err := r.repo.Referrers(ctx, digest, "")
+	if err != nil {
+		return nil, err
+	}
+	found := map[string]target.Kernel{}
+	for _, d := range attached {
+		if d.Annotations[trust.LabelPredicate] != trust.PredicateKernelMatch {
+			continue
+		}
+		buildID, board, _ := strings.Cut(d.Annotations[trust.LabelKernel], "/")
+		if k, err := target.ParseKernel(buildID, board); err == nil {
+			found[k.String()] = k
+		}
+	}
+	bundles, err := r.repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, r.useful(digest), trust.OfType(trust.PredicateKernelMatch))
+	if err != nil {
+		return nil, err
+	}
+	for _, st := range r.verifier.Statements(bundles, digest, trust.PredicateKernelMatch) {
+		if m, err := trust.ParseKernelMatch(st); err == nil {
+			k, err := target.ParseKernel(m.Kernel.BuildID, m.Kernel.Board)
+			if err == nil {
+				found[k.String()] = k
+			}
+		}
+	}
+	if len(found) > maxAttestations {
+		return nil, fault.Errorf(fault.Unverified, "%d kernels are named in what is attached; at most %d are read", len(found), maxAttestations)
+	}
+	all := make([]target.Kernel, 0, len(found))
+	for _, k := range found {
+		all = append(all, k)
+	}
+	slices.SortFunc(all, func(a, b target.Kernel) int { return strings.Compare(a.String(), b.String()) })
+	return all, nil
+}
+
+// verify decides as a node of the kernel does. The kernel's other facts are what was signed.
+func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trust.KernelMatch, error) {
+	bundles, err := r.repo.AttachedIf(ctx, a.digest, trust.ArtifactTypeBundle, r.useful(a.digest), r.verifier.Wanted(k)...)
+	if err != nil {
+		return trust.KernelMatch{}, err
+	}
+	verdict, err := r.verifier.Verify(bundles, trust.Expect{Digest: a.digest, Kernel: k, Driver: a.identity.Driver, Identity: a.identity, Now: r.now})
+	if err != nil {
+		return trust.KernelMatch{}, err
+	}
+	if err := verdict.Match.Kernel.Check(); err != nil {
+		return trust.KernelMatch{}, fault.Wrap(fault.Unverified, fmt.Errorf("kernel match: %w", err), "")
+	}
+	return verdict.Match, nil
+}
+
+// useful tells what a bundle says, for [registry.Repository.AttachedIf]: nothing where its
+// signature does not hold, or it is about something else.
+func (r *reader) useful(digest string) func([]byte) string {
+	return func(raw []byte) string {
+		st, err := r.verifier.Statement(raw)
+		if err != nil || !st.About(digest) {
+			return ""
+		}
+		sum := sha256.Sum256(st.Predicate)
+		return st.Signer() + " " + st.PredicateType + " " + hex.EncodeToString(sum[:])
+	}
+}

@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// copied is what a backup tells of itself.
+type copied struct {
+	Folder string   `json:"folder"`
+	Files  []string `json:"files"`
+	// Left are the files and folders of the data folder that are to be copied by other
+	// means, in this order.
+	Left []string `json:"left"`
+}
+
+func backupCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "backup", Usage: "copy databases and token while the server runs", ArgsUsage: "FOLDER",
+		Description: `FOLDER must not exist. It is made whole or not at all, readable by this user
+only: the catalogue has hashed tokens, and the token file is the first token.
+
+Copy the registry after it: first DATA/registry/repos, then DATA/registry/blobs.
+Build logs are in DATA/logs. To restore, stop the server, put an empty folder in
+place of DATA, copy all of it back, start the server, and run server reindex.
+
+PostgreSQL is copied by its own tools: pg_dump --format=custom, pg_restore.
+
+Example:
+  server backup --data /var/lib/prebake /backup/$(date +%F)`,
+		Flags: append(cli.Group("Where from",
+			defaultsTo(cli.String("data", "", "`FOLDER` of everything the server keeps"), "as of server serve"),
+			defaultsTo(cli.String("database", "", "catalogue's `URL`"), "DATA/catalogue.db"),
+			defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db"),
+			defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token"),
+		), cli.Group(groupOutput, cli.OutputFlag())...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			folder, err := oneArg(cmd, "FOLDER", "name a folder that does not exist yet")
+			if err != nil {
+				return err
+			}
+			s := settings{Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"), TokenFile: cmd.String("token-file")}
+			if err := s.places(); err != nil {
+				return err
+			}
+			done, err := backup(ctx, s, folder)
+			if err != nil {
+				return fmt.Errorf("back up to %s: %w", folder, err)
+			}
+			return cli.Print(cmd, done, func(w io.Writer) error { return printCopied(w, done) })
+		},
+	}
+}
+
+// backup copies in the order in which what is copied later can only know more:
+//
+//   - The queue goes first. A build that the catalogue has and the queue has not is queued
+//     again, and one that both have but that is done is found done. The other way round,
+//     a job that is over would fail a build that the older catalogue takes for running.
+//   - The catalogue goes before the registry, which the operator copies. Builders push an
+//     artifact and then tell the catalogue. So all that this catalogue names was in the
+//     registry before, and is in its later copy; what that has beyond is found by server
+//     reindex. The other way round, the catalogue would name artifacts that the copy of the
+//     registry has not, and nodes would be sent to them.
+//
+// Only what is deleted between the two is named in vain: server reindex lists it.
+func backup(ctx context.Context, s settings, folder string) (done copied, err error) {
+	folder, err = filepath.Abs(folder)
+	if err != nil {
+		return done, err
+	}
+	if _, err := os.Lstat(folder); !errors.Is(err, fs.ErrNotExist) {
+		return done, fault.New(fault.Usage, "it is there already", "name a folder that does not exist yet")
+	}
+	var databases []string
+	for _, d := range []struct{ url, flag string }{{s.Queue, "queue"}, {s.Database, "database"}} {
+		file, ok := strings.CutPrefix(d.url, "sqlite://")
+		if !ok {
+			return done, fault.New(fault.Usage, "--"+d.flag+" is not an SQLite file", "copy PostgreSQL with pg_dump --format=custom")
+		}
+		databases = append(databases, file)
+	}
+	// Half a backup never has the name of a whole one.
+	part, err := os.MkdirTemp(filepath.Dir(folder), "."+filepath.Base(folder)+".part-") // mode 0700
+	if err != nil {
+		return done, fault.Wrap(fault.Usage, err, "name a folder in one that this user may write")
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, os.RemoveAll(part))
+		}
+	}()
+	done = copied{Folder: folder}
+	for i, name := range []string{"queue.db", "catalogue.db"} {
+		if err := store.CopySQLite(ctx, databases[i], filepath.Join(part, name)); err != nil {
+			return done, err
+		}
+		done.Files = append(done.Files, name)
+	}
+	switch copied, err := copyToken(s, filepath.Join(part, "token")); {
+	case err != nil:
+		return done, err
+	case copied:
+		done.Files = append(done.Files, "token")
+	}
+	if err := os.Rename(part, folder); err != nil {
+		return done, err
+	}
+	for _, name := range []string{"registry/repos", "registry/blobs", "logs"} {
+		done.Left = append(done.Left, filepath.Join(s.Data, name))
+	}
+	return done, syncFolder(filepath.Dir(folder))
+}
+
+// copyToken copies the file with the first token. A server that is told its token by
+// --token, or by a file elsewhere that is a secret of the platform, has none in its data
+// folder.
+func copyToken(s settings, to string) (bool, error) {
+	from := s.TokenFile
+	if from == "" {
+		from = filepath.Join(s.Data, "token")
+		if _, err := os.Stat(from); errors.Is(err, fs.ErrNotExist) {
+			return false, nil
+		}
+	}
+	token, err := readToken(from)
+	if err != nil {
+		return false, err
+	}
+	f, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return false, err
+	}
+	_, err = f.WriteString(token + "\n")
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return false, err
+	}
+	return true, syncFolder(filepath.Dir(to))
+}
+
+// syncFolder makes the names in a folder last.
+func syncFolder(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+func printCopied(w io.Writer, c copied) error {
+	_, err := fmt.Fprintf(w, "copied to %s: %s\nnow copy, in this order:\n  %s\n", c.Folder, strings.Join(c.Files, ", "), strings.Join(c.Left, "\n  "))
+	return err
+}

@@ -1,0 +1,228 @@
+package main
+
+import (
+	"context"
+	"database/sql"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+)
+
+// TestBackup loses a server that was backed up at work, and gets it back with what was
+// published after the backup.
+func TestBackup(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, stop, _ := start(t, dir)
+	secret := secretOf(t, dir)
+	c := api.NewClient(url, secret, nil)
+	key := testkit.NewKey(t)
+	driver := target.Driver{Version: "535.261.03", Flavour: target.Open}
+	yanked := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	before := testkit.NewSample(t, key, testkit.SampleKernel("48"), driver, "")
+	after := testkit.NewSample(t, key, testkit.SampleKernel("49"), driver, "")
+	for _, s := range []testkit.Sample{yanked, before} {
+		publish(t, url, secret, s)
+		record(t, c, s)
+	}
+	if _, err := c.Yank(t.Context(), yanked.Digest, "panics"); err != nil {
+		t.Fatal(err)
+	}
+
+	// Builds are asked for without a pause, until the backup is done.
+	var mu sync.Mutex
+	var asked []api.Build
+	writing, enough := context.WithCancel(t.Context())
+	var writer sync.WaitGroup
+	begun := make(chan struct{})
+	writer.Go(func() {
+		for n := 0; writing.Err() == nil; n++ {
+			b, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.1." + strconv.Itoa(n), Board: "lakitu",
+				Driver: driver.Version, Flavour: string(driver.Flavour)})
+			if err != nil {
+				t.Errorf("RequestBuild() beside the backup = %v; want none", err)
+			}
+			mu.Lock()
+			asked = append(asked, b)
+			mu.Unlock()
+			if n == 20 || err != nil && n < 20 {
+				close(begun)
+			}
+			if err != nil {
+				return
+			}
+		}
+	})
+	<-begun
+	mu.Lock()
+	atLeast := len(asked)
+	mu.Unlock()
+	folder := filepath.Join(t.TempDir(), "backup")
+	code, out, errs := run(t, "backup", "--data", dir, folder)
+	enough()
+	writer.Wait()
+	if code != 0 || !strings.Contains(out, "queue.db, catalogue.db, token") {
+		t.Fatalf("backup = %d\n%s%s\nwant 0, and what was copied", code, out, errs)
+	}
+	for _, name := range []string{"queue.db", "catalogue.db", "token"} {
+		if info, err := os.Stat(filepath.Join(folder, name)); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s in the backup: %v, %v; want mode 0600", name, info, err)
+		}
+	}
+	if code, _, errs := run(t, "backup", "--data", dir, folder); code != fault.Usage.ExitCode() || !strings.Contains(errs, "there already") {
+		t.Errorf("backup over a backup = %d %s; want usage", code, errs)
+	}
+	intact(t, filepath.Join(folder, "catalogue.db"))
+	intact(t, filepath.Join(folder, "queue.db"))
+	publish(t, url, secret, after)
+	record(t, c, after)
+	for _, name := range []string{"repos", "blobs"} {
+		copyFolder(t, filepath.Join(dir, "registry", name), filepath.Join(folder, "registry", name))
+	}
+
+	if code := stop(); code != 0 {
+		t.Fatalf("stop = %d; want 0", code)
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		t.Fatal(err)
+	}
+	copyFolder(t, folder, dir)
+	url, _, _ = start(t, dir)
+	if got := secretOf(t, dir); got != secret {
+		t.Error("the token is another one after the restore")
+	}
+	c = api.NewClient(url, secret, nil)
+	for _, b := range asked[:atLeast] {
+		got, err := c.Build(t.Context(), b.ID)
+		if err != nil || got.Kernel.String() != b.Kernel.String() || got.Driver != b.Driver || got.State != api.Queued {
+			t.Errorf("Build(%d) after the restore = %v %v %s, %v; want %v %v queued", b.ID, got.Kernel, got.Driver, got.State, err, b.Kernel, b.Driver)
+		}
+	}
+	for s, want := range map[*testkit.Sample]api.State{&yanked: api.Yanked, &before: api.Published, &after: api.Unknown} {
+		if r := resolved(t, c, *s); r.State != want {
+			t.Errorf("Resolve(%s) after the restore = %s; want %s", s.Kernel, r.State, want)
+		}
+	}
+
+	pem := filepath.Join(t.TempDir(), "farm.pub")
+	if err := os.WriteFile(pem, key.PEM(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token")}
+	if code, out, errs := run(t, args...); code != fault.Mismatch.ExitCode() || !strings.Contains(out, after.Digest[7:19]+"  missing") {
+		t.Errorf("reindex = %d\n%s%s\nwant 5, and what is missing", code, out, errs)
+	}
+	if r := resolved(t, c, after); r.State != api.Unknown {
+		t.Errorf("Resolve() after reindex without --apply = %s; want unknown", r.State)
+	}
+	if code, out, errs := run(t, append(args, "--apply")...); code != 0 || !strings.Contains(out, after.Digest[7:19]+"  recorded") {
+		t.Errorf("reindex --apply = %d\n%s%s\nwant 0, and what was recorded", code, out, errs)
+	}
+	if r := resolved(t, c, after); r.State != api.Published || r.Digest != after.Digest {
+		t.Errorf("Resolve() after reindex --apply = %s %s; want published %s", r.State, r.Digest, after.Digest)
+	}
+	if r := resolved(t, c, yanked); r.State != api.Yanked {
+		t.Errorf("Resolve() of what was yanked after reindex --apply = %s; want yanked", r.State)
+	}
+	if code, out, errs := run(t, args...); code != 0 || !strings.Contains(out, "they agree") {
+		t.Errorf("reindex after --apply = %d\n%s%s\nwant 0, they agree", code, out, errs)
+	}
+}
+
+// TestBackupRefuses shows that half a backup does not stay.
+func TestBackupRefuses(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	for _, row := range []struct {
+		name string
+		args []string
+		code int
+		want string
+	}{
+		{"no folder", []string{"backup"}, fault.Usage.ExitCode(), "needs one FOLDER"},
+		{"no data", []string{"backup", "--data", filepath.Join(dir, "none"), filepath.Join(dir, "out")}, fault.NotFound.ExitCode(), "--data FOLDER"},
+		{"postgres", []string{"backup", "--data", dir, "--database", "postgres://u@localhost/x", filepath.Join(dir, "out")}, fault.Usage.ExitCode(), "pg_dump"},
+		{"no parent", []string{"backup", "--data", dir, filepath.Join(dir, "a/b")}, fault.Usage.ExitCode(), "may write"},
+	} {
+		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {
+			t.Errorf("%s: %v = %d %s; want %d with %q", row.name, row.args, code, errs, row.code, row.want)
+		}
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v; want nothing", left, err)
+	}
+}
+
+func secretOf(t *testing.T, dir string) string {
+	t.Helper()
+	raw, err := os.ReadFile(filepath.Join(dir, "token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.TrimSpace(string(raw))
+}
+
+// publish puts a sample into the server's registry, as builders do.
+func publish(t *testing.T, url, secret string, s testkit.Sample) {
+	t.Helper()
+	repo, err := registry.Open(strings.TrimPrefix(url, "http://")+"/prebake/driver", registry.Options{Username: "x", Password: secret, Plain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Publish(t, repo)
+}
+
+// record tells the catalogue of a sample, as builders do.
+func record(t *testing.T, c *api.Client, s testkit.Sample) {
+	t.Helper()
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: s.Digest, Fingerprint: s.Identity.Fingerprint,
+		Driver: s.Identity.Driver, Release: s.Identity.Release, Kernels: []target.Kernel{s.Kernel}}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func resolved(t *testing.T, c *api.Client, s testkit.Sample) api.Resolution {
+	t.Helper()
+	r, err := c.Resolve(t.Context(), api.Question{BuildID: s.Kernel.BuildID, Board: s.Kernel.Board,
+		Driver: s.Identity.Driver.Version, Flavour: string(s.Identity.Driver.Flavour)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// intact has SQLite itself check a database.
+func intact(t *testing.T, file string) {
+	t.Helper()
+	db, err := sql.Open("sqlite", "file:"+file+"?mode=ro")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var verdict string
+	if err := db.QueryRowContext(t.Context(), `PRAGMA integrity_check`).Scan(&verdict); err != nil || verdict != "ok" {
+		t.Errorf("integrity_check of %s = %q, %v; want ok", file, verdict, err)
+	}
+	if err := db.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// copyFolder copies as cp -r does.
+func copyFolder(t *testing.T, from, to string) {
+	t.Helper()
+	if err := os.MkdirAll(to, 0o750); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(to, os.DirFS(from)); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,347 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// difference is one way in which registry and catalogue differ.
+type difference string
+
+// The differences, and what --apply can do about them.
+const (
+	missing    difference = "missing"    // verified, and not in the catalogue: is recorded
+	attested   difference = "attested"   // for more kernels than the catalogue knows: they are recorded
+	differs    difference = "differs"    // the catalogue says what the registry does not: a person decides
+	absent     difference = "absent"     // the catalogue names it, the registry does not have it
+	unverified difference = "unverified" // nobody who is trusted says what it is: never recorded
+)
+
+// finding is what is to be said about one artifact.
+type finding struct {
+	Digest     string          `json:"digest"`
+	Difference difference      `json:"difference"`
+	Driver     target.Driver   `json:"driver,omitzero"`
+	Kernels    []target.Kernel `json:"kernels,omitempty"` // to be recorded
+	Note       string          `json:"note,omitempty"`
+	Applied    bool            `json:"applied,omitempty"`
+
+	add *api.NewArtifact // what --apply records; nil is nothing
+}
+
+// comparison is what reindex prints.
+type comparison struct {
+	Repository string `json:"repository"`
+	// InRegistry and InCatalogue are how many artifacts of this repository each has.
+	InRegistry  int       `json:"inRegistry"`
+	InCatalogue int       `json:"inCatalogue"`
+	Findings    []finding `json:"findings"`
+}
+
+func reindexCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
+		Description: `Reads each tagged artifact of a repository and its signed statements, and
+verifies them as a node does. It shows what differs; --apply records the first
+two kinds:
+  missing     verified, and not in the catalogue
+  attested    verified for more kernels than the catalogue has
+  differs     the catalogue says something else of it
+  absent      the catalogue names it, and the repository does not have it
+  unverified  nobody who is trusted says what it is; never recorded
+
+Yanks are in the catalogue alone. After a loss without a backup, everything
+comes back as published: yank again what was yanked.
+
+The exit status is 0 when nothing is left to do, 4 when something is unverified,
+and 5 when there are other differences that were not applied.
+
+Example:
+  server reindex --key farm.pub
+  server reindex --key farm.pub --apply --token-file token`,
+		Flags: writeFlags(
+			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
+			cli.Strings("key", "`FILE` with public keys of those who may publish, repeatable"),
+			cli.String("trusted-root", "", "`FILE` with a Sigstore trusted root, for what is signed without keys"),
+			cli.String("certificate-identity", "", "`NAME` that its certificates have to name"),
+			cli.String("certificate-oidc-issuer", "", "`URL` of who vouches for the name"),
+			&ucli.BoolFlag{Name: "apply", Usage: "record what is missing or attested"},
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			verifier, err := publishers(cmd)
+			if err != nil {
+				return err
+			}
+			name := cmd.String("repository")
+			repo, err := openRepository(c.Base(), name)
+			if err != nil {
+				return err
+			}
+			found, err := compare(ctx, c, &reader{repo: repo, verifier: verifier, now: time.Now()}, name)
+			if err != nil {
+				return fmt.Errorf("compare with %s: %w", name, err)
+			}
+			var failed error
+			if cmd.Bool("apply") {
+				failed = found.apply(ctx, c)
+			}
+			if err := cli.Print(cmd, found, func(w io.Writer) error { return printComparison(w, found) }); err != nil {
+				return err
+			}
+			return errors.Join(failed, found.left())
+		},
+	}
+}
+
+// publishers is the verifier that the flags make.
+func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
+	var p trust.Policy
+	for _, file := range cmd.StringSlice("key") {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE")
+		}
+		keys, err := trust.ParsePublicKeys(text)
+		if err != nil {
+			return nil, fmt.Errorf("read trusted keys %s: %w", file, err)
+		}
+		p.Keys = append(p.Keys, keys...)
+	}
+	who := trust.Identity{Subject: cmd.String("certificate-identity"), Issuer: cmd.String("certificate-oidc-issuer")}
+	if file := cmd.String("trusted-root"); file != "" {
+		var err error
+		if p.Root, err = trust.ReadRoot(file); err != nil {
+			return nil, err
+		}
+	}
+	if (who != trust.Identity{}) {
+		p.Identities = []trust.Identity{who}
+	}
+	return trust.NewVerifier(p)
+}
+
+// openRepository opens a repository as the catalogue names it. The server's token is for the
+// server alone: no registry gets it, and reading the server's own needs none.
+func openRepository(base, repository string) (*registry.Repository, error) {
+	if !strings.HasPrefix(repository, "/") {
+		return registry.Open(repository, registry.Options{UserAgent: "prebake-server/" + version})
+	}
+	scheme, host, _ := strings.Cut(base, "://")
+	return registry.Open(host+repository, registry.Options{Plain: scheme == "http", UserAgent: "prebake-server/" + version})
+}
+
+// compare reads the registry first: an artifact that a builder publishes meanwhile is in
+// the registry before it is in the catalogue, and each that the list had not is looked for
+// again before it counts as absent.
+func compare(ctx context.Context, c *api.Client, r *reader, repository string) (*comparison, error) {
+	held, err := r.all(ctx)
+	if err != nil {
+		return nil, err
+	}
+	known, err := c.Artifacts(ctx)
+	if err != nil {
+		return nil, err
+	}
+	found := &comparison{Repository: repository, InRegistry: len(held), Findings: []finding{}}
+	byDigest := map[string]api.Artifact{}
+	have := map[string]bool{}
+	for _, a := range held {
+		have[a.digest] = true
+	}
+	for _, k := range known {
+		byDigest[k.Digest] = k
+		if k.Repository != repository {
+			continue
+		}
+		found.InCatalogue++
+		if have[k.Digest] {
+			continue
+		}
+		switch _, err := r.repo.Resolve(ctx, k.Digest); {
+		case fault.Is(err, fault.NoArtifact) && k.State == api.Yanked: // no node is sent there
+		case fault.Is(err, fault.NoArtifact):
+			found.Findings = append(found.Findings, finding{Digest: k.Digest, Difference: absent, Driver: k.Driver,
+				Note: "publish it again, or yank it"})
+		case err != nil:
+			return nil, err
+		default: // without a tag
+			a, err := r.one(ctx, k.Digest)
+			if err != nil {
+				return nil, err
+			}
+			held = append(held, a)
+			found.InRegistry++
+		}
+	}
+	for _, a := range held {
+		k, ok := byDigest[a.digest]
+		if f, same := judge(a, k, ok, repository); !same {
+			found.Findings = append(found.Findings, f)
+		}
+	}
+	return found, nil
+}
+
+// judge compares what one artifact is with what the catalogue says of it.
+func judge(a artifact, k api.Artifact, known bool, repository string) (f finding, same bool) {
+	f = finding{Digest: a.digest, Driver: a.identity.Driver}
+	if a.err != nil {
+		f.Difference, f.Note = unverified, a.err.Error()
+		if known {
+			f.Note = "the catalogue has it: " + f.Note
+		}
+		return f, false
+	}
+	f.add = &api.NewArtifact{Digest: a.digest, Repository: repository, Fingerprint: a.identity.Fingerprint,
+		Driver: a.identity.Driver, Release: a.identity.Release}
+	if !known {
+		f.Difference, f.Kernels, f.Note = missing, a.kernels, "for "+names(a.kernels)
+		return f, false
+	}
+	if notes := contradictions(a, k, repository); len(notes) > 0 {
+		f.Difference, f.Note, f.add = differs, strings.Join(notes, "; "), nil
+		return f, false
+	}
+	if f.Kernels = without(a.kernels, k.Kernels); len(f.Kernels) > 0 {
+		f.Difference, f.Note = attested, "also for "+names(f.Kernels)
+		return f, false
+	}
+	return f, true
+}
+
+// contradictions are what the catalogue says of an artifact that it is not.
+func contradictions(a artifact, k api.Artifact, repository string) (notes []string) {
+	if id := a.identity; k.Fingerprint != id.Fingerprint {
+		notes = append(notes, fmt.Sprintf("its fingerprint is %s, the catalogue has %s", id.Fingerprint.Short(), k.Fingerprint.Short()))
+	}
+	if k.Driver != a.identity.Driver {
+		notes = append(notes, fmt.Sprintf("its driver is %s, the catalogue has %s", a.identity.Driver, k.Driver))
+	}
+	if k.Arch != a.identity.Arch {
+		notes = append(notes, fmt.Sprintf("it is for %s, the catalogue has %s", a.identity.Arch, k.Arch))
+	}
+	if k.Release != "" && k.Release != a.identity.Release {
+		notes = append(notes, fmt.Sprintf("it is for release %s, the catalogue has %s", a.identity.Release, k.Release))
+	}
+	if k.Repository != repository {
+		notes = append(notes, "the catalogue has it in "+k.Repository)
+	}
+	if more := without(k.Kernels, a.kernels); len(more) > 0 {
+		notes = append(notes, "nothing attests it for "+names(more))
+	}
+	return notes
+}
+
+// without returns the kernels of all that are not among others.
+func without(all, others []target.Kernel) (rest []target.Kernel) {
+	have := map[string]bool{}
+	for _, k := range others {
+		have[k.String()] = true
+	}
+	for _, k := range all {
+		if !have[k.String()] {
+			rest = append(rest, k)
+		}
+	}
+	return rest
+}
+
+func names(kernels []target.Kernel) string {
+	if len(kernels) > 1 {
+		return kernels[0].String() + " and " + strconv.Itoa(len(kernels)-1) + " more"
+	}
+	return kernels[0].String()
+}
+
+// maxCall is how many kernels the server takes for an artifact in one call.
+const maxCall = 1000
+
+// apply records what can be recorded. What the server refuses stays a difference, and the
+// others are recorded all the same, unless it does not answer any more.
+func (c *comparison) apply(ctx context.Context, to *api.Client) error {
+	for i := range c.Findings {
+		f := &c.Findings[i]
+		if f.add == nil {
+			continue
+		}
+		for from := 0; from < len(f.Kernels); from += maxCall {
+			part := *f.add
+			part.Kernels = f.Kernels[from:min(from+maxCall, len(f.Kernels))]
+			_, err := to.AddArtifact(ctx, part)
+			if fault.Is(err, fault.Mismatch) || fault.Is(err, fault.Usage) {
+				f.Note = "the server refuses it: " + err.Error()
+				break
+			}
+			if err != nil {
+				return fmt.Errorf("record %s: %w", f.Digest, err)
+			}
+			f.Applied = from+maxCall >= len(f.Kernels)
+		}
+	}
+	return nil
+}
+
+// left is what remains to be done, as an error.
+func (c *comparison) left() error {
+	count := map[difference]int{}
+	rest := 0
+	for _, f := range c.Findings {
+		if !f.Applied {
+			count[f.Difference]++
+			rest++
+		}
+	}
+	switch {
+	case count[unverified] > 0:
+		return fault.New(fault.Unverified, fmt.Sprintf("%d artifacts in %s are unverified", count[unverified], c.Repository),
+			"name the publisher's key with --key FILE; what nobody you trust published, remove from the registry")
+	case rest > 0:
+		hint := "look at each: what differs, or is absent, is published again, or yanked"
+		if count[missing]+count[attested] > 0 {
+			hint = "record what is missing: --apply"
+		}
+		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
+	}
+	return nil
+}
+
+func printComparison(w io.Writer, c *comparison) error {
+	if _, err := fmt.Fprintf(w, "in the registry %d, in the catalogue %d artifacts\n", c.InRegistry, c.InCatalogue); err != nil {
+		return err
+	}
+	var rows [][]string
+	for _, f := range c.Findings {
+		state := string(f.Difference)
+		if f.Applied {
+			state = "recorded"
+		}
+		driver := "-"
+		if f.Driver.Version != "" {
+			driver = f.Driver.String()
+		}
+		rows = append(rows, []string{strings.TrimPrefix(f.Digest, "sha256:")[:12], state, driver, f.Note})
+	}
+	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "they agree")
+}

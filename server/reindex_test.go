@@ -1,0 +1,218 @@
+package main
+
+import (
+	"encoding/json"
+	"maps"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// TestReindex compares a catalogue with a registry elsewhere that has one artifact of each
+// kind, and some that somebody planted.
+func TestReindex(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, _, _ := start(t, dir)
+	c := api.NewClient(url, secretOf(t, dir), nil)
+	name := testkit.Registry(t, true) + "/prebake/driver"
+	repo, err := registry.Open(name, registry.Options{Plain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	farm, stranger := testkit.NewKey(t), testkit.NewKey(t)
+	driver := target.Driver{Version: "535.261.03", Flavour: target.Open}
+	sample := func(patch string, key *testkit.Key) testkit.Sample {
+		return testkit.NewSample(t, key, testkit.SampleKernel(patch), driver, "")
+	}
+	add := func(s testkit.Sample, d target.Driver, kernels ...target.Kernel) {
+		if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: s.Digest, Repository: name, Fingerprint: s.Identity.Fingerprint,
+			Driver: d, Release: s.Identity.Release, Kernels: kernels}); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	same := sample("1", farm)
+	same.Publish(t, repo)
+	add(same, driver, same.Kernel)
+
+	// Most statements carry labels; there are more than are read in one go.
+	lacking := sample("2", farm)
+	lacking.Publish(t, repo)
+	want := []target.Kernel{lacking.Kernel}
+	for n := range 70 {
+		k := testkit.SampleKernel("2")
+		k.BuildID = "17800.1." + strconv.Itoa(100+n)
+		want = append(want, k)
+		attach(t, repo, lacking, farm, k, nil)
+	}
+	// A stranger attests it for another kernel, and labels farm's own statement as one for a third.
+	attach(t, repo, lacking, stranger, testkit.SampleKernel("90"), nil)
+	attach(t, repo, lacking, farm, lacking.Kernel, map[string]string{trust.LabelKernel: "17800.0.91/lakitu"})
+
+	more := sample("3", farm)
+	more.Publish(t, repo)
+	second := testkit.SampleKernel("3")
+	second.BuildID = "17800.2.3"
+	attach(t, repo, more, farm, second, nil)
+	add(more, driver, more.Kernel)
+
+	wrong := sample("4", farm)
+	wrong.Publish(t, repo)
+	add(wrong, target.Driver{Version: "550.90.07", Flavour: target.Open}, wrong.Kernel)
+
+	unattested := sample("5", farm)
+	unattested.Publish(t, repo)
+	add(unattested, driver, unattested.Kernel, testkit.SampleKernel("95"))
+
+	gone := sample("6", farm)
+	add(gone, driver, gone.Kernel)
+	goneAndYanked := sample("7", farm)
+	add(goneAndYanked, driver, goneAndYanked.Kernel)
+	if _, err := c.Yank(t.Context(), goneAndYanked.Digest, "panics"); err != nil {
+		t.Fatal(err)
+	}
+
+	foreign := sample("8", stranger)
+	foreign.Publish(t, repo)
+	// Statements of another artifact prove nothing.
+	replayed := sample("9", stranger)
+	replayed.Bundles = same.Bundles
+	replayed.Publish(t, repo)
+
+	pem := filepath.Join(t.TempDir(), "farm.pub")
+	if err := os.WriteFile(pem, farm.PEM(t), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	args := []string{"reindex", "--server", url, "--repository", name, "--key", pem, "--token-file", filepath.Join(dir, "token")}
+	read := func(code int, more ...string) map[string]finding {
+		t.Helper()
+		got, out, errs := run(t, append(append(args, "--output", "json"), more...)...)
+		if got != code {
+			t.Fatalf("reindex %v = %d; want %d\n%s", more, got, code, errs)
+		}
+		var c comparison
+		if err := json.Unmarshal([]byte(out), &c); err != nil {
+			t.Fatal(err)
+		}
+		all := map[string]finding{}
+		for _, f := range c.Findings {
+			all[f.Digest] = f
+		}
+		return all
+	}
+	all := read(fault.Unverified.ExitCode())
+	states := map[string]difference{}
+	for digest, f := range all {
+		states[digest] = f.Difference
+	}
+	wantStates := map[string]difference{lacking.Digest: missing, more.Digest: attested, wrong.Digest: differs, unattested.Digest: differs,
+		gone.Digest: absent, foreign.Digest: unverified, replayed.Digest: unverified}
+	if diff := cmp.Diff(wantStates, states); diff != "" {
+		t.Errorf("reindex finds (-want +got):\n%s", diff)
+	}
+	if got, wanted := named(all[lacking.Digest].Kernels), named(want); !maps.Equal(got, wanted) {
+		t.Errorf("reindex finds %d kernels; want %d: those that the farm attests\n%s", len(got), len(wanted), cmp.Diff(wanted, got))
+	}
+	if diff := cmp.Diff([]target.Kernel{second}, all[more.Digest].Kernels); diff != "" {
+		t.Errorf("reindex finds kernels (-want +got):\n%s", diff)
+	}
+	if known, err := c.Artifacts(t.Context()); err != nil || len(known) != 6 {
+		t.Errorf("reindex without --apply left %d artifacts, %v; want 6", len(known), err)
+	}
+
+	code, out, _ := run(t, args...)
+	if code != fault.Unverified.ExitCode() || !strings.Contains(out, "its driver is 535.261.03-open") {
+		t.Errorf("reindex = %d\n%s\nwant 4, and what differs", code, out)
+	}
+	for line := range strings.Lines(out) {
+		if len([]rune(strings.TrimRight(line, "\n"))) > columns {
+			t.Errorf("a line of %d letters: %s", len(line), line)
+		}
+	}
+
+	// What nobody trusted signed is not recorded, whoever asks for it.
+	all = read(fault.Unverified.ExitCode(), "--apply")
+	for digest := range wantStates {
+		if applied := digest == lacking.Digest || digest == more.Digest; all[digest].Applied != applied {
+			t.Errorf("%s (%s) is applied: %v; want %v", digest, wantStates[digest], all[digest].Applied, applied)
+		}
+	}
+	known, err := c.Artifacts(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	stored := map[string]api.Artifact{}
+	for _, a := range known {
+		stored[a.Digest] = a
+	}
+	for _, digest := range []string{foreign.Digest, replayed.Digest} {
+		if _, ok := stored[digest]; ok {
+			t.Errorf("the catalogue has %s, which is unverified", digest)
+		}
+	}
+	got := stored[lacking.Digest]
+	if id := lacking.Identity; got.Repository != name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver || got.Release != id.Release ||
+		!maps.Equal(named(got.Kernels), named(want)) {
+		t.Errorf("reindex --apply recorded %+v; want what is signed", got)
+	}
+	all = read(fault.Unverified.ExitCode())
+	delete(wantStates, lacking.Digest)
+	delete(wantStates, more.Digest)
+	if len(all) != len(wantStates) {
+		t.Errorf("reindex after --apply finds %d; want %d", len(all), len(wantStates))
+	}
+
+	for _, row := range []struct {
+		args []string
+		code int
+		want string
+	}{
+		{[]string{"reindex", "--server", url}, fault.Usage.ExitCode(), "no public key"},
+		{[]string{"reindex", "--server", url, "--key", dir + "/none"}, fault.Usage.ExitCode(), "--key FILE"},
+		{[]string{"reindex", "--server", url, "--key", pem}, 0, ""}, // the server's own registry is empty
+	} {
+		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {
+			t.Errorf("%v = %d %s; want %d with %q", row.args, code, errs, row.code, row.want)
+		}
+	}
+}
+
+// attach has a key say that a sample fits a kernel; labels are added to those that builders write.
+func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel, labels map[string]string) {
+	t.Helper()
+	raw := key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: k, Fingerprint: s.Identity.Fingerprint})
+	st, err := key.Verifier(t).Statement(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	all := trust.Labels(st)
+	maps.Copy(all, labels)
+	subject, err := repo.Resolve(t.Context(), bundle.Tag(s.Identity))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := repo.Attach(t.Context(), subject, trust.ArtifactTypeBundle, raw, all); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func named(kernels []target.Kernel) map[string]bool {
+	all := map[string]bool{}
+	for _, k := range kernels {
+		all[k.String()] = true
+	}
+	return all
+}
