@@ -34,7 +34,7 @@ func TestBackup(t *testing.T) {
 		publish(t, url, secret, s)
 		record(t, c, s)
 	}
-	if _, err := c.Yank(t.Context(), yanked.Digest, "panics"); err != nil {
+	if _, err := c.Yank(t.Context(), yanked.Digest, api.YankRequest{Reason: "panics"}); err != nil {
 		t.Fatal(err)
 	}
 
