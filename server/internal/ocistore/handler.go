@@ -49,8 +49,8 @@ func Handler(s *Store, who access, log *slog.Logger) http.Handler {
 type handler struct {
 	store *Store
 	access
-	log   *slog.Logger
-	api   http.Handler
+	log *slog.Logger
+	api http.Handler
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
