@@ -17,9 +17,9 @@ declare -A groups=(
   # without which qemu refuses to make the card; mke2fs makes its disk.
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # The other database of the server and its queue; see deploy/postgres.sh. A
-  # registry that nobody here wrote, what a real kube-apiserver keeps its objects in, and
-  # what makes an EFI partition.
-  [test]="postgresql docker-registry etcd-server fdisk dosfstools mtools"
+  # registry that nobody here wrote, clients of registries, what a real kube-apiserver
+  # keeps its objects in, and what makes an EFI partition.
+  [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools"
   # A Dockerfile builder that needs no daemon, a base image made on the spot, and
   # what enters an image to try its sandbox.
   [images]="buildah debootstrap bubblewrap"
@@ -49,6 +49,8 @@ fi
 installed=" $(dpkg-query -W -f='${Package}=${db:Status-Status} ' "${wanted[@]}" 2>/dev/null || true)"
 missing=()
 for package in "${wanted[@]}"; do
+  # Docker's own package of containerd is another one, which Debian's would replace.
+  [[ $package == containerd ]] && command -v containerd ctr >/dev/null && continue
   [[ $installed == *" $package=installed "* ]] || missing+=("$package")
 done
 if ((${#missing[@]} == 0)); then
@@ -76,6 +78,11 @@ if [[ " ${missing[*]} " == *" docker-registry "* ]]; then
   # As above: the program, and no service of that name.
   "${sudo[@]}" mkdir -p /etc/systemd/system
   "${sudo[@]}" ln -sfn /dev/null /etc/systemd/system/docker-registry.service
+fi
+if [[ " ${missing[*]} " == *" containerd "* ]]; then
+  "${sudo[@]}" mkdir -p /etc/systemd/system
+  # As above.
+  "${sudo[@]}" ln -sfn /dev/null /etc/systemd/system/containerd.service
 fi
 # Recommended packages stay out: qemu's alone would be a desktop.
 apt install -y --no-install-recommends "${missing[@]}" >&2

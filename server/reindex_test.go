@@ -81,7 +81,7 @@ func TestReindex(t *testing.T) {
 	add(gone, driver, gone.Kernel)
 	goneAndYanked := sample("7", farm)
 	add(goneAndYanked, driver, goneAndYanked.Kernel)
-	if _, err := c.Yank(t.Context(), goneAndYanked.Digest, "panics"); err != nil {
+	if _, err := c.Yank(t.Context(), goneAndYanked.Digest, api.YankRequest{Reason: "panics"}); err != nil {
 		t.Fatal(err)
 	}
 

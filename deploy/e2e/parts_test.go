@@ -23,6 +23,12 @@ const cosign = "github.com/sigstore/cosign/v3/cmd/cosign@v3.0.6"
 // fulcio certifies identities.
 const fulcio = "github.com/sigstore/fulcio@v1.8.8"
 
+// Clients of registries that Debian lacks.
+const (
+	oras   = "oras.land/oras/cmd/oras@v1.3.6"
+	regctl = "github.com/regclient/regclient/cmd/regctl@v0.11.7"
+)
+
 // oneProcessor names the parts that leave other processors idle: emulated machines,
 // and programs that unpack and compress. They run beside each other.
 var oneProcessor = map[string]bool{
@@ -83,6 +89,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
 		{"a cluster's API server", "./fetcher/internal/kube", "Test[^G]", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}}, // TestGPU… wants a GPU
 		{"components on a cluster", "./deploy", "TestCluster", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
+		{"stock registry clients", "./deploy", "TestStockClients", []string{tools}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},
 	}
 	for _, row := range rows {
@@ -155,7 +162,7 @@ func script(t *testing.T, name string, args ...string) string {
 	return strings.TrimSpace(string(path))
 }
 
-// stockTools returns a folder with crane, cosign and fulcio in it.
+// stockTools returns a folder with crane, cosign, fulcio, oras and regctl in it.
 func stockTools(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -166,7 +173,9 @@ func stockTools(t *testing.T) string {
 	copyTo(t, filepath.Join(dir, "crane"), strings.TrimSpace(string(path)))
 	copyTo(t, filepath.Join(dir, "cosign"), tool(t, cosign))
 	copyTo(t, filepath.Join(dir, "fulcio"), tool(t, fulcio))
-	for _, name := range []string{"crane", "cosign", "fulcio"} {
+	copyTo(t, filepath.Join(dir, "oras"), tool(t, oras))
+	copyTo(t, filepath.Join(dir, "regctl"), tool(t, regctl))
+	for _, name := range []string{"crane", "cosign", "fulcio", "oras", "regctl"} {
 		if err := os.Chmod(filepath.Join(dir, name), 0o755); err != nil {
 			t.Fatal(err)
 		}

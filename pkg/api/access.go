@@ -54,11 +54,7 @@ func (c *Client) CreateToken(ctx context.Context, n NewToken) (t Token, err erro
 
 // RevokeToken makes a token worth nothing.
 func (c *Client) RevokeToken(ctx context.Context, id string) error {
-	resp, err := c.do(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), "", nil)
-	if err != nil {
-		return err
-	}
-	return drain(resp)
+	return c.tell(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), nil)
 }
 
 // Audit lists who changed what, newest first; actor "" is anybody.

@@ -273,11 +273,7 @@ func (c *Client) PutWishList(ctx context.Context, name string, l NewWishList) (W
 
 // DropWishList removes a wish list.
 func (c *Client) DropWishList(ctx context.Context, name string) error {
-	resp, err := c.do(ctx, http.MethodDelete, wishListPath(name), "", nil)
-	if err != nil {
-		return err
-	}
-	return drain(resp)
+	return c.tell(ctx, http.MethodDelete, wishListPath(name), nil)
 }
 
 // Announce tells of a COS build.
@@ -346,6 +342,24 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 		)
 	}
 	return resp.Header, drain(resp)
+}
+
+// tell sends what has an answer without a body.
+func (c *Client) tell(ctx context.Context, method, path string, in any) error {
+	var body io.Reader
+	var contentType string
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return fmt.Errorf("encode request: %w", err)
+		}
+		body, contentType = bytes.NewReader(raw), "application/json"
+	}
+	resp, err := c.do(ctx, method, path, contentType, body)
+	if err != nil {
+		return err
+	}
+	return drain(resp)
 }
 
 // drain reads what is left so that the connection can be used again.

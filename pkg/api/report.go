@@ -54,8 +54,7 @@ type Quarantine struct {
 
 // Report tells what became of an artifact on this node.
 func (c *Client) Report(ctx context.Context, r NodeReport) error {
-	var out struct{}
-	return c.call(ctx, http.MethodPost, "/v1/reports", r, &out)
+	return c.tell(ctx, http.MethodPost, "/v1/reports", r)
 }
 
 // Reports counts what nodes said of an artifact.

@@ -38,7 +38,7 @@ func serve(t *testing.T) string {
 	return url
 }
 
-func serveLogging(t *testing.T, log *slog.Logger) (string, *store.Store) {
+func serveLogging(t *testing.T, log *slog.Logger, change ...func(*catalogue.Config)) (string, *store.Store) {
 	t.Helper()
 	dir := t.TempDir()
 	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
@@ -49,7 +49,11 @@ func serveLogging(t *testing.T, log *slog.Logger) (string, *store.Store) {
 	check(t, err)
 	registry, err := ocistore.Open(filepath.Join(dir, "registry"), ocistore.Options{})
 	check(t, err)
-	cat := catalogue.New(catalogue.Config{Store: db, Logs: logs, Queue: q, Repository: "/prebake/driver", Log: log})
+	config := catalogue.Config{Store: db, Logs: logs, Queue: q, Repository: "/prebake/driver", Log: log}
+	for _, f := range change {
+		f(&config)
+	}
+	cat := catalogue.New(config)
 	pages, err := web.New(cat, log)
 	check(t, err)
 	who := auth.New(auth.Config{First: token, Tokens: db})

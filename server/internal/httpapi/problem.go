@@ -165,8 +165,9 @@ func apiConfig(version string, log *slog.Logger) huma.Config {
 	}
 	return huma.Config{
 		OpenAPI: &huma.OpenAPI{
-			OpenAPI: "3.1.0",
-			Info:    &huma.Info{Title: "Prebake", Version: version, Description: "NVIDIA drivers for COS, built ahead."},
+			OpenAPI:        "3.1.0",
+			OnAddOperation: []huma.AddOpFunc{describeRest},
+			Info:           &huma.Info{Title: "Prebake", Version: version, Description: "NVIDIA drivers for COS, built ahead."},
 			Components: &huma.Components{
 				Schemas: huma.NewMapRegistry("#/components/schemas/", names),
 				SecuritySchemes: map[string]*huma.SecurityScheme{schemeName: {Type: "http", Scheme: "bearer",

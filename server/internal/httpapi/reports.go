@@ -37,12 +37,15 @@ func (t table) reports() {
 	cat := t.Catalogue
 	huma.Register(
 		t,
-		t.write("report", auth.Ask, http.MethodPost, "/v1/reports", "Tell what became of an artifact on a node", http.StatusOK),
+		t.write("report", auth.Ask, http.MethodPost, "/v1/reports", "Tell what became of an artifact on a node", http.StatusNoContent),
 		func(ctx context.Context, in *struct {
 			From
 			Body api.NodeReport
-		}) (*body[struct{}], error) {
-			return answer(struct{}{}, cat.Report(ctx, in.Body, in.network))
+		}) (*struct{}, error) {
+			if err := cat.Report(ctx, in.Body, in.network); err != nil {
+				return nil, asProblem(err)
+			}
+			return nil, nil
 		},
 	)
 	huma.Register(

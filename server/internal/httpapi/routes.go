@@ -292,7 +292,11 @@ func (t table) builds() {
 	}
 	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log; ranges are answered")
 	read.Parameters = []*huma.Param{id}
-	read.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusOK): {Description: "the log", Content: text}}
+	read.Responses = map[string]*huma.Response{
+		strconv.Itoa(http.StatusOK):                           {Description: "the log", Content: text},
+		strconv.Itoa(http.StatusPartialContent):               {Description: "the range of the log that was asked for", Content: text},
+		strconv.Itoa(http.StatusRequestedRangeNotSatisfiable): {Description: "the log has no such range", Content: text},
+	}
 	t.OpenAPI().AddOperation(&read)
 	write := t.write(
 		"put-log", auth.Build,

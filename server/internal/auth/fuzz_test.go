@@ -1,0 +1,38 @@
+package auth
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+)
+
+// FuzzWho shows arbitrary secrets to a server that knows a first token, a made token
+// and an issuer: none but the first opens anything.
+func FuzzWho(f *testing.F) {
+	const first = "0123456789abcdef"
+	dir := f.TempDir()
+	keys := `{"keys":[{"kty":"EC","crv":"P-256","kid":"k","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4",` +
+		`"y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"}]}` // RFC 7517, appendix A.1
+	rules := filepath.Join(dir, "rules.yaml")
+	for name, text := range map[string]string{
+		filepath.Join(dir, "keys.json"): keys,
+		rules:                           "- {issuer: " + issuer + ", audience: a, claims: {sub: \"*\"}, scopes: [admin], keys: keys.json}\n",
+	} {
+		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
+			f.Fatal(err)
+		}
+	}
+	all, err := ReadIssuers(rules)
+	if err != nil {
+		f.Fatal(err)
+	}
+	a := New(Config{First: first, Tokens: &memory{}, Issuers: all})
+	for _, seed := range []string{"", first + " ", tokenPrefix, tokenPrefix + "_", "..", "e30.e30.", "eyJhbGciOiJub25lIn0.e30."} {
+		f.Add(seed)
+	}
+	f.Fuzz(func(t *testing.T, secret string) {
+		if p, err := a.Who(t.Context(), secret); err == nil && secret != first {
+			t.Errorf("Who(%q) = %v; want a refusal", secret, p)
+		}
+	})
+}

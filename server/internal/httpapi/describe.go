@@ -1,0 +1,43 @@
+package httpapi
+
+import (
+	"net/http"
+	"reflect"
+	"strconv"
+
+	"github.com/danielgtaylor/huma/v2"
+)
+
+// describeRest adds to an operation's description what every route may answer: an
+// error, one of too many callers, and nothing to who has the answer already.
+func describeRest(o *huma.OpenAPI, op *huma.Operation) {
+	failed := &huma.MediaType{Schema: o.Components.Schemas.Schema(reflect.TypeFor[problem](), true, "Problem")}
+	add := func(status string, r huma.Response) {
+		if op.Responses[status] == nil {
+			op.Responses[status] = &r
+		}
+	}
+	later := map[string]*huma.Param{
+		"Retry-After": {Description: "how long to wait, in seconds", Schema: &huma.Schema{Type: huma.TypeInteger}},
+	}
+	add("default", huma.Response{
+		Description: "an error; kind says which",
+		Content:     map[string]*huma.MediaType{"application/problem+json": failed},
+	})
+	add(strconv.Itoa(http.StatusServiceUnavailable), huma.Response{
+		Description: "the server cannot answer right now; text/plain when it has too much to do",
+		Headers:     later,
+		Content: map[string]*huma.MediaType{
+			"application/problem+json": failed,
+			"text/plain":               {Schema: &huma.Schema{Type: huma.TypeString}},
+		},
+	})
+	add(strconv.Itoa(http.StatusTooManyRequests), huma.Response{
+		Description: "asked too often",
+		Headers:     later,
+		Content:     map[string]*huma.MediaType{"application/problem+json": failed},
+	})
+	if op.Method == http.MethodGet {
+		add(strconv.Itoa(http.StatusNotModified), huma.Response{Description: "the client has it already (If-None-Match)"})
+	}
+}
