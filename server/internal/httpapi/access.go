@@ -3,6 +3,7 @@ package httpapi
 import (
 	"cmp"
 	"context"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -158,10 +159,17 @@ func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }
 	}
-	return httprate.Limit(perMinute, time.Minute, httprate.WithKeyByIP(), httprate.WithLimitHandler(
+	return httprate.LimitBy(perMinute, time.Minute, peer, httprate.WithLimitHandler(
 		func(w http.ResponseWriter, _ *http.Request) {
 			writeProblem(w, problemOf(fault.New(fault.TooMany, "this address asks too often", "wait as long as Retry-After says")))
 		}))
+}
+
+// peer is the address of who opened the connection; of IPv6 its network of 64 bits.
+// Headers that tell another address are anybody's to write.
+func peer(r *http.Request) (string, error) {
+	host, _, err := net.SplitHostPort(r.RemoteAddr)
+	return httprate.CanonicalizeIP(host), err
 }
 
 // askers bound how many builds each caller that may only ask adds in an hour.

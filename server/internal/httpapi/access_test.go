@@ -6,6 +6,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
@@ -270,5 +271,29 @@ func TestPush(t *testing.T) {
 	// This server has no mirror to look in.
 	if got := push(fmt.Sprintf(around, `"buildId": "17800.66.78"`)); got != http.StatusUnprocessableEntity {
 		t.Errorf("push about a build = %d; want 422", got)
+	}
+}
+
+// An address that asks too often hears for how long to wait; another one is served.
+func TestClientRate(t *testing.T) {
+	t.Parallel()
+	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler()})
+	ask := func(from string) (int, string) {
+		r := httptest.NewRequest(http.MethodGet, "/openapi.json", nil)
+		r.RemoteAddr = from
+		out := httptest.NewRecorder()
+		h.ServeHTTP(out, r)
+		return out.Code, out.Header().Get("Retry-After")
+	}
+	for i := range 3 {
+		if code, _ := ask(fmt.Sprintf("192.0.2.1:%d", 1000+i)); code != http.StatusOK {
+			t.Errorf("call %d = %d; want 200", i+1, code)
+		}
+	}
+	if code, wait := ask("192.0.2.1:2000"); code != http.StatusTooManyRequests || wait == "" {
+		t.Errorf("fourth call in a minute = %d, Retry-After %q; want 429 and a time", code, wait)
+	}
+	if code, _ := ask("192.0.2.2:1000"); code != http.StatusOK {
+		t.Errorf("call of another address = %d; want 200", code)
 	}
 }
