@@ -21,7 +21,7 @@ var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true}
 var elsewhere = map[string]bool{"lift": true}
 
 // serveMirrored is serve with a mirror that has two COS builds.
-func serveMirrored(t *testing.T) string {
+func serveMirrored(t testing.TB) string {
 	t.Helper()
 	mirror := t.TempDir()
 	for _, id := range []string{"17800.0.47", "17800.66.78"} {

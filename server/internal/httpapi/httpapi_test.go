@@ -38,7 +38,7 @@ func serve(t *testing.T) string {
 	return url
 }
 
-func serveLogging(t *testing.T, log *slog.Logger, change ...func(*catalogue.Config)) (string, *store.Store) {
+func serveLogging(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (string, *store.Store) {
 	t.Helper()
 	dir := t.TempDir()
 	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
@@ -66,7 +66,7 @@ func serveLogging(t *testing.T, log *slog.Logger, change ...func(*catalogue.Conf
 	return s.URL, db
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
