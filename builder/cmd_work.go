@@ -115,7 +115,11 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 
 // embedded adds to a destination on the server itself what --server and --token
 // say already: its registry speaks what the API speaks, and takes its token.
-func embedded(server *url.URL, token func() (string, error), configured func(string) registry.Options) func(string) registry.Options {
+func embedded(
+	server *url.URL,
+	token func() (string, error),
+	configured func(string) registry.Options,
+) func(string) registry.Options {
 	return func(destination string) registry.Options {
 		o := configured(destination)
 		if host, _, _ := strings.Cut(destination, "/"); host != server.Host {

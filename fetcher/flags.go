@@ -72,7 +72,11 @@ func changeFlags() []ucli.Flag {
 		}
 		return nil
 	}
-	maintenance := cli.String("maintenance", "any", "`HOURS` (UTC) for replacing a loaded driver, as in 02:00-05:00; any or never")
+	maintenance := cli.String(
+		"maintenance",
+		"any",
+		"`HOURS` (UTC) for replacing a loaded driver, as in 02:00-05:00; any or never",
+	)
 	maintenance.Validator = func(s string) error {
 		_, err := agent.ParseWindow(s)
 		return err
@@ -97,7 +101,11 @@ func changeFlags() []ucli.Flag {
 
 // installFlags are what install and run share.
 func installFlags() []ucli.Flag {
-	builder := cli.String("builder", "", "`PROGRAM` that compiles when nothing is published, or an image of it, as HOST/NAME@DIGEST; or never")
+	builder := cli.String(
+		"builder",
+		"",
+		"`PROGRAM` that compiles when nothing is published, or an image of it, as HOST/NAME@DIGEST; or never",
+	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
 	cache.DefaultText = "cache in the state folder"
@@ -164,7 +172,9 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		InstallDir: filepath.Clean(cmd.String("install-dir")),
 		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
-		ReplaceForeign: cmd.String("foreign") == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), Persistence: cmd.Bool("persistence"), EditBoot: cmd.Bool("edit-boot"),
+		ReplaceForeign: cmd.String(
+			"foreign",
+		) == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), Persistence: cmd.Bool("persistence"), EditBoot: cmd.Bool("edit-boot"),
 	}
 	var errs []error
 	var err error

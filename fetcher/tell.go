@@ -39,7 +39,11 @@ func newTeller(cmd *ucli.Command, log *slog.Logger) (*teller, error) {
 	}
 	server, file := cmd.String("server"), cmd.String("token-file")
 	if server == "" || file == "" {
-		return nil, fault.New(fault.Usage, "--report needs to know whom to tell, and who tells", "give --server URL and --token-file FILE")
+		return nil, fault.New(
+			fault.Usage,
+			"--report needs to know whom to tell, and who tells",
+			"give --server URL and --token-file FILE",
+		)
 	}
 	return startTeller(log, api.NewClient(server, "", nil).WithTokenFile(file).Report), nil
 }

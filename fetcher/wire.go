@@ -62,7 +62,11 @@ func hostParts(cmd *ucli.Command, cfg agent.Config, log *slog.Logger) (agent.Par
 func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	node, err := noderoot.Open(cmd.String("host-root"))
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open host root: %w", err), "name the folder where the node's root is mounted with --host-root")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("open host root: %w", err),
+			"name the folder where the node's root is mounted with --host-root",
+		)
 	}
 	return node, nil
 }
@@ -130,7 +134,11 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 		return nil
 	}
 	if _, err := os.Stat(cmd.String("probe")); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("find probe: %w", err), "name the nvmlprobe program with --probe PATH, or load nothing: --no-load")
+		return fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("find probe: %w", err),
+			"name the nvmlprobe program with --probe PATH, or load nothing: --no-load",
+		)
 	}
 	return nil
 }
@@ -149,7 +157,11 @@ func trustPolicy(cmd *ucli.Command) (trust.Policy, error) {
 	if file := cmd.String("policy"); file != "" {
 		for _, name := range []string{"key", "load-test", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
 			if cmd.IsSet(name) {
-				return trust.Policy{}, fault.New(fault.Usage, "--policy and --"+name+" do not go together", "say it in the policy: fetcher policy schema tells how")
+				return trust.Policy{}, fault.New(
+					fault.Usage,
+					"--policy and --"+name+" do not go together",
+					"say it in the policy: fetcher policy schema tells how",
+				)
 			}
 		}
 		p, err := policy.Read(file)
@@ -164,13 +176,21 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	file := cmd.String("policy")
 	if file == "" {
 		if cmd.String("builder") == "never" {
-			return trust.Policy{}, fault.New(fault.Unverified, "this node does not compile for itself (--builder never), and what it once compiled does not count", "publish the driver, or allow it: --builder")
+			return trust.Policy{}, fault.New(
+				fault.Unverified,
+				"this node does not compile for itself (--builder never), and what it once compiled does not count",
+				"publish the driver, or allow it: --builder",
+			)
 		}
 		return trust.Policy{}, nil
 	}
 	p, err := policy.Read(file)
 	if err == nil && !p.NodeBuilds {
-		err = fault.New(fault.Unverified, "the policy takes nothing that a node compiled for itself", "publish the driver, or allow it in the policy: nodeBuilds: true")
+		err = fault.New(
+			fault.Unverified,
+			"the policy takes nothing that a node compiled for itself",
+			"publish the driver, or allow it in the policy: nodeBuilds: true",
+		)
 	}
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
@@ -180,10 +200,18 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test")); err != nil {
 		return policy, fault.Wrap(fault.Usage, err, "see --help")
 	}
-	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"), Issuer: cmd.String("certificate-oidc-issuer")}
+	who := trust.Identity{
+		Subject: cmd.String("certificate-identity"),
+		Pattern: cmd.String("certificate-identity-regexp"),
+		Issuer:  cmd.String("certificate-oidc-issuer"),
+	}
 	file := cmd.String("trusted-root")
 	if (file == "") != (who == trust.Identity{}) {
-		return policy, fault.New(fault.Usage, "a trusted root and whom its certificates have to name go together", "give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
+		return policy, fault.New(
+			fault.Usage,
+			"a trusted root and whom its certificates have to name go together",
+			"give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL",
+		)
 	}
 	if file != "" {
 		if policy.Root, err = trust.ReadRoot(file); err != nil {
@@ -198,7 +226,11 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 			return policy, err
 		}
 	case file == "" || cmd.IsSet("key") || !errors.Is(err, fs.ErrNotExist):
-		return policy, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified")
+		return policy, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("read trusted keys: %w", err),
+			"name the file with the publisher's public key: --key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified",
+		)
 	}
 	return policy, nil
 }
@@ -225,7 +257,11 @@ func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 }
 
 func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error) {
-	o := registry.Options{UserAgent: "prebake-fetcher/" + version, Patience: cmd.Duration("wait"), Keychain: credentials.Keychain()}
+	o := registry.Options{
+		UserAgent: "prebake-fetcher/" + version,
+		Patience:  cmd.Duration("wait"),
+		Keychain:  credentials.Keychain(),
+	}
 	// A server that is asked over plain HTTP serves its own registry likewise.
 	if u, err := url.Parse(cmd.String("server")); err == nil && u.Scheme == "http" && strings.HasPrefix(ref, u.Host+"/") {
 		o.Plain = true
@@ -289,13 +325,21 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	pinned := strings.HasPrefix(cmd.String("driver"), digestPrefix)
 	registries := cmd.StringSlice("registry")
 	if pinned && len(registries) == 0 {
-		return nil, fault.New(fault.Usage, "a digest says what artifact, and not where it is", "name the repository with --registry HOST/NAME")
+		return nil, fault.New(
+			fault.Usage,
+			"a digest says what artifact, and not where it is",
+			"name the repository with --registry HOST/NAME",
+		)
 	}
 	var chain resolve.Chain
 	if server := cmd.String("server"); server != "" && !pinned {
 		u, err := url.Parse(server)
 		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", server), "give it as in --server http://127.0.0.1:8440")
+			return nil, fault.New(
+				fault.Usage,
+				fmt.Sprintf("server %q: want a URL", server),
+				"give it as in --server http://127.0.0.1:8440",
+			)
 		}
 		client := api.NewClient(server, "", nil)
 		s := resolve.Server{Client: client, GPUs: gpus}
@@ -308,7 +352,10 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 		if _, err := openRepository(cmd, ref); err != nil {
 			return nil, err
 		}
-		chain = append(chain, registryFinder(ref, func() (*registry.Repository, error) { return openRepository(cmd, ref) }, gpus))
+		chain = append(
+			chain,
+			registryFinder(ref, func() (*registry.Repository, error) { return openRepository(cmd, ref) }, gpus),
+		)
 	}
 	switch {
 	case len(chain) > 0:
@@ -316,7 +363,11 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	case compiles:
 		return resolve.Nobody{}, nil
 	}
-	return nil, fault.New(fault.Usage, "nobody to ask for a driver", "name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)")
+	return nil, fault.New(
+		fault.Usage,
+		"nobody to ask for a driver",
+		"name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)",
+	)
 }
 
 // registryFinder asks one repository. It is opened for each question: what it was logged in

@@ -14,8 +14,6 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-const hintTokens = "list them: server tokens list"
-
 func tokensCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "tokens", Usage: "make, list and revoke tokens",
@@ -65,20 +63,8 @@ func createTokenCommand() *ucli.Command {
 }
 
 func revokeTokenCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "revoke", Usage: "make a token worth nothing, at once", ArgsUsage: "ID", Flags: writeFlags(),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			id, err := oneArg(cmd, "ID", hintTokens)
-			if err != nil {
-				return err
-			}
-			c, err := client(cmd)
-			if err != nil {
-				return err
-			}
-			return c.RevokeToken(ctx, id)
-		},
-	}
+	return act("revoke", "make a token worth nothing, at once", "ID", "list them: server tokens list",
+		func(ctx context.Context, c *api.Client, id string) error { return c.RevokeToken(ctx, id) })
 }
 
 func auditCommand() *ucli.Command {
@@ -101,13 +87,21 @@ func printTokens(w io.Writer, all []api.Token) error {
 		}
 		rows = append(rows, []string{t.ID, cut(t.Name, 16), state, strings.Join(t.Scopes, ",")})
 	}
-	return printTable(w, []string{"ID", "NAME", "STATE", "SCOPES"}, rows, "no token is made yet: server tokens create NAME --scope ask")
+	return printTable(
+		w,
+		[]string{"ID", "NAME", "STATE", "SCOPES"},
+		rows,
+		"no token is made yet: server tokens create NAME --scope ask",
+	)
 }
 
 func printAudit(w io.Writer, all []api.AuditEntry) error {
 	rows := [][]string{}
 	for _, e := range all {
-		rows = append(rows, []string{e.At.UTC().Format("2006-01-02 15:04"), cut(e.Actor, 20), strconv.Itoa(e.Status), e.Method + " " + e.Path})
+		rows = append(
+			rows,
+			[]string{e.At.UTC().Format("2006-01-02 15:04"), cut(e.Actor, 20), strconv.Itoa(e.Status), e.Method + " " + e.Path},
+		)
 	}
 	return printTable(w, []string{"AT", "ACTOR", "STATUS", "CALL"}, rows, "nobody changed anything yet")
 }

@@ -177,7 +177,13 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 			found[k.String()] = k
 		}
 	}
-	bundles, err := r.repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, r.useful(digest), trust.OfType(trust.PredicateKernelMatch))
+	bundles, err := r.repo.AttachedIf(
+		ctx,
+		digest,
+		trust.ArtifactTypeBundle,
+		r.useful(digest),
+		trust.OfType(trust.PredicateKernelMatch),
+	)
 	if err != nil {
 		return nil, err
 	}
@@ -190,7 +196,12 @@ func (r *reader) candidates(ctx context.Context, digest string) ([]target.Kernel
 		}
 	}
 	if len(found) > maxAttestations {
-		return nil, fault.Errorf(fault.Unverified, "%d kernels are named in what is attached; at most %d are read", len(found), maxAttestations)
+		return nil, fault.Errorf(
+			fault.Unverified,
+			"%d kernels are named in what is attached; at most %d are read",
+			len(found),
+			maxAttestations,
+		)
 	}
 	all := make([]target.Kernel, 0, len(found))
 	for _, k := range found {
@@ -206,7 +217,10 @@ func (r *reader) verify(ctx context.Context, a *artifact, k target.Kernel) (trus
 	if err != nil {
 		return trust.KernelMatch{}, err
 	}
-	verdict, err := r.verifier.Verify(bundles, trust.Expect{Digest: a.digest, Kernel: k, Driver: a.identity.Driver, Identity: a.identity, Now: r.now})
+	verdict, err := r.verifier.Verify(
+		bundles,
+		trust.Expect{Digest: a.digest, Kernel: k, Driver: a.identity.Driver, Identity: a.identity, Now: r.now},
+	)
 	if err != nil {
 		return trust.KernelMatch{}, err
 	}

@@ -51,7 +51,12 @@ Example:
 			if err != nil {
 				return err
 			}
-			s := settings{Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"), TokenFile: cmd.String("token-file")}
+			s := settings{
+				Data:      cmd.String("data"),
+				Database:  cmd.String("database"),
+				Queue:     cmd.String("queue"),
+				TokenFile: cmd.String("token-file"),
+			}
 			if err := s.places(); err != nil {
 				return err
 			}
@@ -88,7 +93,11 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 	for _, d := range []struct{ url, flag string }{{s.Queue, "queue"}, {s.Database, "database"}} {
 		file, ok := strings.CutPrefix(d.url, "sqlite://")
 		if !ok {
-			return done, fault.New(fault.Usage, "--"+d.flag+" is not an SQLite file", "copy PostgreSQL with pg_dump --format=custom")
+			return done, fault.New(
+				fault.Usage,
+				"--"+d.flag+" is not an SQLite file",
+				"copy PostgreSQL with pg_dump --format=custom",
+			)
 		}
 		databases = append(databases, file)
 	}
@@ -160,6 +169,12 @@ func syncFolder(dir string) error {
 }
 
 func printCopied(w io.Writer, c copied) error {
-	_, err := fmt.Fprintf(w, "copied to %s: %s\nnow copy, in this order:\n  %s\n", c.Folder, strings.Join(c.Files, ", "), strings.Join(c.Left, "\n  "))
+	_, err := fmt.Fprintf(
+		w,
+		"copied to %s: %s\nnow copy, in this order:\n  %s\n",
+		c.Folder,
+		strings.Join(c.Files, ", "),
+		strings.Join(c.Left, "\n  "),
+	)
 	return err
 }

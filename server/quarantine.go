@@ -18,11 +18,17 @@ func quarantineCommand() *ucli.Command {
 }
 
 func liftCommand() *ucli.Command {
-	return about("lift", "make an artifact in quarantine usable again", "DIGEST", "list them: server quarantine", writeFlags(),
+	return about(
+		"lift",
+		"make an artifact in quarantine usable again",
+		"DIGEST",
+		"list them: server quarantine",
+		writeFlags(),
 		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
 			return c.Lift(ctx, digest)
 		},
-		func(w io.Writer, a api.Artifact) error { return printArtifacts(w, []api.Artifact{a}) })
+		func(w io.Writer, a api.Artifact) error { return printArtifacts(w, []api.Artifact{a}) },
+	)
 }
 
 func printQuarantine(w io.Writer, all []api.Quarantine) error {
@@ -31,7 +37,11 @@ func printQuarantine(w io.Writer, all []api.Quarantine) error {
 		return err
 	}
 	for _, q := range all {
-		fields := [][2]string{{"digest", q.Artifact.Digest}, {"driver", q.Artifact.Driver.String()}, {"reason", q.Artifact.Reason}}
+		fields := [][2]string{
+			{"digest", q.Artifact.Digest},
+			{"driver", q.Artifact.Driver.String()},
+			{"reason", q.Artifact.Reason},
+		}
 		for _, n := range q.Reports {
 			fields = append(fields, [2]string{n.BuildID, fmt.Sprintf("%s: %d loaded, %d failed, %d fell back",
 				n.Board, n.Loaded, n.Failed, n.FellBack)})

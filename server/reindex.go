@@ -121,7 +121,11 @@ func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 	for _, file := range cmd.StringSlice("key") {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read trusted keys: %w", err), "name the file with the publisher's public key: --key FILE")
+			return nil, fault.Wrap(
+				fault.Usage,
+				fmt.Errorf("read trusted keys: %w", err),
+				"name the file with the publisher's public key: --key FILE",
+			)
 		}
 		keys, err := trust.ParsePublicKeys(text)
 		if err != nil {
@@ -234,7 +238,10 @@ func judge(a artifact, k api.Artifact, known bool, repository string) (f finding
 // contradictions are what the catalogue says of an artifact that it is not.
 func contradictions(a artifact, k api.Artifact, repository string) (notes []string) {
 	if id := a.identity; k.Fingerprint != id.Fingerprint {
-		notes = append(notes, fmt.Sprintf("its fingerprint is %s, the catalogue has %s", id.Fingerprint.Short(), k.Fingerprint.Short()))
+		notes = append(
+			notes,
+			fmt.Sprintf("its fingerprint is %s, the catalogue has %s", id.Fingerprint.Short(), k.Fingerprint.Short()),
+		)
 	}
 	if k.Driver != a.identity.Driver {
 		notes = append(notes, fmt.Sprintf("its driver is %s, the catalogue has %s", a.identity.Driver, k.Driver))

@@ -49,6 +49,25 @@ func about[T any](name, usage, what, hint string, flags []ucli.Flag,
 	}
 }
 
+// act makes a command that does something to one thing, which its only argument
+// names, and prints nothing.
+func act(name, usage, what, hint string, call func(context.Context, *api.Client, string) error) *ucli.Command {
+	return &ucli.Command{
+		Name: name, Usage: usage, ArgsUsage: what, Flags: writeFlags(),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			arg, err := oneArg(cmd, what, hint)
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			return call(ctx, c, arg)
+		},
+	}
+}
+
 const hintBuildID = "such as 17800.66.78; list them: server kernels"
 
 func releaseCommand() *ucli.Command {
@@ -215,18 +234,6 @@ func putWishListCommand() *ucli.Command {
 }
 
 func dropWishListCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "remove", Usage: "remove a wish list; what was built for it stays", ArgsUsage: "NAME", Flags: writeFlags(),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			name, err := oneArg(cmd, "NAME", hintWishLists)
-			if err != nil {
-				return err
-			}
-			c, err := client(cmd)
-			if err != nil {
-				return err
-			}
-			return c.DropWishList(ctx, name)
-		},
-	}
+	return act("remove", "remove a wish list; what was built for it stays", "NAME", hintWishLists,
+		func(ctx context.Context, c *api.Client, name string) error { return c.DropWishList(ctx, name) })
 }

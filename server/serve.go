@@ -72,14 +72,19 @@ func serveCommand() *ucli.Command {
 				&ucli.StringSliceFlag{Name: "create-only", Value: []string{"prebake/*", "prebake/*/*"},
 					Usage: "`PATTERN` of registry repositories whose tags never move, repeatable"},
 			),
-			cli.Group("Trust",
+			cli.Group(
+				"Trust",
 				cli.String("token", "", "the first `TOKEN`, which may do everything; prefer --token-file"),
 				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token, made at the first start"),
 				cli.String("oidc", "", "`FILE` with rules: whose OpenID Connect tokens may do what"),
 				cli.String("tls-cert", "", "`FILE` with a certificate in PEM: listen with TLS; read again when it changes"),
 				cli.String("tls-key", "", "`FILE` with its key"),
 				&ucli.IntFlag{Name: "ask-rate", Value: 120, Usage: "`COUNT` of builds that a token of a node may add within an hour"},
-				&ucli.IntFlag{Name: "client-rate", Value: 30_000, Usage: "`COUNT` of calls a minute that one address may make; 0 is any"},
+				&ucli.IntFlag{
+					Name:  "client-rate",
+					Value: 30_000,
+					Usage: "`COUNT` of calls a minute that one address may make; 0 is any",
+				},
 				&ucli.IntFlag{Name: "quarantine", Value: 3,
 					Usage: "`NODES` on which an artifact fails within a day before none is sent to it; 0 is never"},
 			),
@@ -159,7 +164,11 @@ func (s *settings) complete() error {
 		return fault.New(fault.Usage, "one of --tls-cert and --tls-key is missing", "give both, or none")
 	}
 	if s.AskPerHour < 1 || s.CallsPerMinute < 0 {
-		return fault.New(fault.Usage, fmt.Sprintf("--ask-rate %d, --client-rate %d: want 1 or more, and 0 or more", s.AskPerHour, s.CallsPerMinute), "")
+		return fault.New(
+			fault.Usage,
+			fmt.Sprintf("--ask-rate %d, --client-rate %d: want 1 or more, and 0 or more", s.AskPerHour, s.CallsPerMinute),
+			"",
+		)
 	}
 	if s.Quarantine < 0 {
 		return fault.New(fault.Usage, fmt.Sprintf("--quarantine %d: want a number of nodes, or 0", s.Quarantine), "")

@@ -74,7 +74,10 @@ func printKernels(w io.Writer, all []api.Kernel) error {
 		if k.Milestone > 0 {
 			milestone = strconv.Itoa(k.Milestone)
 		}
-		rows = append(rows, []string{k.BuildID, k.Board, milestone, orDash(k.Fingerprint.Short()), orDash(k.Default), orDash(k.Release)})
+		rows = append(
+			rows,
+			[]string{k.BuildID, k.Board, milestone, orDash(k.Fingerprint.Short()), orDash(k.Default), orDash(k.Release)},
+		)
 	}
 	return printTable(w, []string{"BUILD_ID", "BOARD", "M", "ABI", "DEFAULT", "RELEASE"}, rows, "no kernel is known yet")
 }
@@ -103,7 +106,10 @@ func printArtifacts(w io.Writer, all []api.Artifact) error {
 		}
 		err := printFields(w, [][2]string{
 			{"digest", a.Digest}, {"driver", a.Driver.String()}, {"state", strings.TrimSpace(string(a.State) + " " + a.Reason)},
-			{"instead", a.Replacement}, {"in", a.Repository}, {"abi", a.Fingerprint.Short()}, {"for", strings.Join(kernels, "\n           ")},
+			{
+				"instead",
+				a.Replacement,
+			}, {"in", a.Repository}, {"abi", a.Fingerprint.Short()}, {"for", strings.Join(kernels, "\n           ")},
 		})
 		if err != nil {
 			return err

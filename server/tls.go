@@ -30,7 +30,11 @@ const lookEvery = time.Second
 func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
 	c := &certificate{certFile: certFile, keyFile: keyFile, log: log}
 	if err := c.read(); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read certificate: %w", err), "give --tls-cert and --tls-key files in PEM that belong together")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("read certificate: %w", err),
+			"give --tls-cert and --tls-key files in PEM that belong together",
+		)
 	}
 	return c, nil
 }

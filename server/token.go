@@ -56,7 +56,11 @@ func readToken(name string) (string, error) {
 
 func checkToken(token, where string) error {
 	if len(token) < 16 || strings.ContainsAny(token, " \t\r\n") {
-		return fault.New(fault.Usage, "token in "+where+" is not one word of 16 letters or more", "make one: openssl rand -hex 16")
+		return fault.New(
+			fault.Usage,
+			"token in "+where+" is not one word of 16 letters or more",
+			"make one: openssl rand -hex 16",
+		)
 	}
 	return nil
 }

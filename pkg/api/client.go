@@ -61,7 +61,11 @@ const maxToken = 64 << 10
 func ReadToken(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {
-		return "", fault.Wrap(fault.Usage, fmt.Errorf("read token: %w", err), "give --token-file a readable file with the token")
+		return "", fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("read token: %w", err),
+			"give --token-file a readable file with the token",
+		)
 	}
 	raw, err := io.ReadAll(io.LimitReader(f, maxToken))
 	if err = errors.Join(err, f.Close()); err != nil {

@@ -110,7 +110,10 @@ func (q *Queue) adopt(ctx context.Context, id string) error {
 			again = append(again, row)
 		}
 	}
-	err = errors.Join(rescue(ctx, q.exec, again, rivertype.JobStateAvailable), rescue(ctx, q.exec, last, rivertype.JobStateDiscarded))
+	err = errors.Join(
+		rescue(ctx, q.exec, again, rivertype.JobStateAvailable),
+		rescue(ctx, q.exec, last, rivertype.JobStateDiscarded),
+	)
 	if err != nil {
 		return fault.Wrap(fault.Transient, fmt.Errorf("adopt jobs that worker %s left behind: %w", id, err), "")
 	}

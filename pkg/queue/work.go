@@ -23,7 +23,12 @@ import (
 // do's error decides: [HandBack] hands the job back; one that is not retryable,
 // or Cancelled, ends it; others are tried again with growing pauses, in all
 // MaxAttempts times.
-func (q *Queue) Work(ctx context.Context, id string, concurrency int, do func(ctx context.Context, job api.BuildJob, attempt int) error) error {
+func (q *Queue) Work(
+	ctx context.Context,
+	id string,
+	concurrency int,
+	do func(ctx context.Context, job api.BuildJob, attempt int) error,
+) error {
 	if err := q.adopt(ctx, id); err != nil {
 		return err
 	}

@@ -86,7 +86,11 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		cfg.Patience = time.Minute
 	}
 	if err := os.MkdirAll(cfg.State, 0o755); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("make state folder: %w", err), "give --state a folder that this user may write")
+		return fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("make state folder: %w", err),
+			"give --state a folder that this user may write",
+		)
 	}
 	lock := flock.New(filepath.Join(cfg.State, "worker.lock"))
 	switch locked, err := lock.TryLock(); {
@@ -160,7 +164,16 @@ func (cfg Config) queueName() (string, error) {
 
 // build makes one build and reports it. What it returns decides about a retry.
 func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error {
-	log := w.Log.With("build", job.Build, "kernel", job.BuildID+"/"+job.Board, "driver", job.Driver+"-"+job.Flavour, "attempt", attempt)
+	log := w.Log.With(
+		"build",
+		job.Build,
+		"kernel",
+		job.BuildID+"/"+job.Board,
+		"driver",
+		job.Driver+"-"+job.Flavour,
+		"attempt",
+		attempt,
+	)
 	if err := w.reportStart(ctx, job.Build, attempt); err != nil {
 		log.WarnContext(ctx, "build not begun", "err", err)
 		return err
@@ -253,7 +266,13 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 }
 
 // make has the build made, with its log in a file and its phases told.
-func (w *worker) make(ctx context.Context, job api.BuildJob, attempt int, end context.CancelCauseFunc, log *slog.Logger) (res *pipeline.Result, err error) {
+func (w *worker) make(
+	ctx context.Context,
+	job api.BuildJob,
+	attempt int,
+	end context.CancelCauseFunc,
+	log *slog.Logger,
+) (res *pipeline.Result, err error) {
 	out, err := os.Create(w.logPath(job.Build))
 	if err != nil {
 		return &pipeline.Result{}, fault.Disk(fmt.Errorf("open log: %w", err), "free space for logs")

@@ -42,9 +42,23 @@ type Event struct {
 }
 
 // tell adds to the history. It is for people: that it cannot be written stops nothing.
-func (a *Agent) tell(ctx context.Context, store *install.Store, what string, set *install.Set, verdict string, why error) {
+func (a *Agent) tell(
+	ctx context.Context,
+	store *install.Store,
+	what string,
+	set *install.Set,
+	verdict string,
+	why error,
+) {
 	a.tried(what, set, verdict, why)
-	e := Event{At: a.parts.Now().UTC(), BootID: a.bootID(), What: what, Digest: set.Digest, Driver: set.Driver, Verdict: verdict}
+	e := Event{
+		At:      a.parts.Now().UTC(),
+		BootID:  a.bootID(),
+		What:    what,
+		Digest:  set.Digest,
+		Driver:  set.Driver,
+		Verdict: verdict,
+	}
 	if why != nil {
 		e.Why = strings.ToValidUTF8(why.Error(), "?")
 		e.Why = e.Why[:min(len(e.Why), 2000)]

@@ -28,9 +28,19 @@ type Repository interface {
 	// of the wanted sets of annotations first, both compared with their digests.
 	Small(ctx context.Context, d v1.Descriptor) ([]byte, error)
 	// AttachedIf also has what is useful first.
-	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error)
+	AttachedIf(
+		ctx context.Context,
+		digest, artifactType string,
+		useful func([]byte) string,
+		wanted ...map[string]string,
+	) ([][]byte, error)
 	// Payloads tells what is attached, and reads none of it.
-	Payloads(ctx context.Context, digest, artifactType string, most int64, wanted ...map[string]string) ([]v1.Descriptor, error)
+	Payloads(
+		ctx context.Context,
+		digest, artifactType string,
+		most int64,
+		wanted ...map[string]string,
+	) ([]v1.Descriptor, error)
 }
 
 // Verifier judges signed statements; package trust has the one implementation.

@@ -170,7 +170,12 @@ func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 		}
 	}
 	if a.State == api.Unknown && s.Request != nil {
-		a.Missing = &api.BuildRequest{BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour}
+		a.Missing = &api.BuildRequest{
+			BuildID: q.Kernel.BuildID,
+			Board:   q.Kernel.Board,
+			Driver:  string(q.Wish),
+			Flavour: q.Flavour,
+		}
 	}
 	if a.State != api.Published {
 		return a, nil
@@ -211,7 +216,11 @@ func absolute(base, repository string) (string, error) {
 	}
 	u, err := url.Parse(base)
 	if err != nil || u.Host == "" {
-		return "", fault.New(fault.Usage, fmt.Sprintf("server %q is not a URL with a host", base), "give the server as in --server http://127.0.0.1:8440")
+		return "", fault.New(
+			fault.Usage,
+			fmt.Sprintf("server %q is not a URL with a host", base),
+			"give the server as in --server http://127.0.0.1:8440",
+		)
 	}
 	return u.Host + "/" + path, nil
 }
@@ -220,10 +229,18 @@ func absolute(base, repository string) (string, error) {
 // something else is wrong, and the signed statements would only tell later.
 func check(a Answer, q Question) error {
 	mismatch := func(what, got, want string) error {
-		return fault.New(fault.Mismatch, fmt.Sprintf("ask server: asked for %s %s, got %s", what, want, got), "check that --server names the right server")
+		return fault.New(
+			fault.Mismatch,
+			fmt.Sprintf("ask server: asked for %s %s, got %s", what, want, got),
+			"check that --server names the right server",
+		)
 	}
 	if _, err := target.ParseFingerprint(a.Digest); err != nil { // digests have the same form
-		return fault.New(fault.Unverified, fmt.Sprintf("ask server: digest %.80q: want sha256: and 64 hex digits", a.Digest), "check that --server names the right server")
+		return fault.New(
+			fault.Unverified,
+			fmt.Sprintf("ask server: digest %.80q: want sha256: and 64 hex digits", a.Digest),
+			"check that --server names the right server",
+		)
 	}
 	if _, err := target.ParseDriver(a.Driver.Version, string(a.Driver.Flavour)); err != nil {
 		return fault.Wrap(fault.Mismatch, fmt.Errorf("ask server: %w", err), "update the server")
@@ -288,7 +305,11 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 		}
 	}
 	slices.SortFunc(versions, func(x, y string) int { return target.CompareVersions(y, x) })
-	answer := Answer{State: api.Unknown, Source: SourceRegistry, Reason: fmt.Sprintf("%s has no tag %s* for %s", r.Ref, prefix, q.Wish)}
+	answer := Answer{
+		State:  api.Unknown,
+		Source: SourceRegistry,
+		Reason: fmt.Sprintf("%s has no tag %s* for %s", r.Ref, prefix, q.Wish),
+	}
 	for _, version := range versions {
 		if answer, err = r.exact(ctx, q, version); err != nil || answer.State == api.Published {
 			return answer, err
@@ -302,7 +323,11 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
-		return Answer{State: api.Unknown, Source: SourceRegistry, Reason: fmt.Sprintf("%s does not have %s", r.Ref, digest)}, nil
+		return Answer{
+			State:  api.Unknown,
+			Source: SourceRegistry,
+			Reason: fmt.Sprintf("%s does not have %s", r.Ref, digest),
+		}, nil
 	}
 	if err != nil {
 		return Answer{}, fmt.Errorf("ask registry: %w", err)
@@ -319,7 +344,11 @@ func (r Registry) exact(ctx context.Context, q Question, version string) (Answer
 	} else {
 		gpus = nil // whoever names a flavour gets it
 	}
-	unknown := Answer{State: api.Unknown, Source: SourceRegistry, Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]}}
+	unknown := Answer{
+		State:  api.Unknown,
+		Source: SourceRegistry,
+		Driver: target.Driver{Version: version, Flavour: flavours[len(flavours)-1]},
+	}
 	var answers []Answer
 	var offers []gpulist.Offer
 	var unfit error

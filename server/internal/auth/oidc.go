@@ -69,7 +69,11 @@ type Issuers struct{ rules []*Rule }
 // [Rule]. Unknown members are refused.
 func ReadIssuers(file string) (*Issuers, error) {
 	fail := func(err error) error {
-		return fault.Wrap(fault.Usage, fmt.Errorf("read issuers from %s: %w", file, err), "docs/examples/issuers.yaml explains the file")
+		return fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("read issuers from %s: %w", file, err),
+			"docs/examples/issuers.yaml explains the file",
+		)
 	}
 	info, err := os.Stat(file)
 	if err != nil {

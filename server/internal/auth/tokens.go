@@ -36,7 +36,10 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 		return api.Token{}, nil, fault.New(fault.Usage, "make token: "+text, hint)
 	}
 	if !namePattern.MatchString(n.Name) {
-		return fail(fmt.Sprintf("name %.80q is not of the form a-z, 0-9, . _ -", n.Name), "name it for who has it, such as node-pool-a")
+		return fail(
+			fmt.Sprintf("name %.80q is not of the form a-z, 0-9, . _ -", n.Name),
+			"name it for who has it, such as node-pool-a",
+		)
 	}
 	scopes, err := ParseScopes(n.Scopes)
 	if err != nil {

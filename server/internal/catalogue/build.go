@@ -40,8 +40,11 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Asker)
 	}
 	k := cells.Kernel
 	if by.KnownOnly && !known {
-		return api.Build{}, fault.New(fault.Forbidden, "request build: the catalogue does not know kernel "+w.kernel.String()+" yet",
-			"have somebody who may announce it: server announce "+w.kernel.BuildID)
+		return api.Build{}, fault.New(
+			fault.Forbidden,
+			"request build: the catalogue does not know kernel "+w.kernel.String()+" yet",
+			"have somebody who may announce it: server announce "+w.kernel.BuildID,
+		)
 	}
 	version, reason, hint := w.version(k, known)
 	if version == "" {

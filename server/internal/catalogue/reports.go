@@ -60,7 +60,10 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 	if err != nil {
 		return err
 	}
-	isFor := slices.ContainsFunc(a.Kernels, func(k target.Kernel) bool { return k.BuildID == r.BuildID && k.Board == r.Board })
+	isFor := slices.ContainsFunc(
+		a.Kernels,
+		func(k target.Kernel) bool { return k.BuildID == r.BuildID && k.Board == r.Board },
+	)
 	if a.Driver != r.Driver || !isFor {
 		return fault.New(fault.Mismatch, fmt.Sprintf("report: artifact %s is not driver %s for COS build %s of board %s",
 			r.Digest, r.Driver, r.BuildID, r.Board), "")

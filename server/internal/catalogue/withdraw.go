@@ -72,7 +72,11 @@ func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string
 func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, error) {
 	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State == api.Quarantined {
-			return fault.New(fault.Mismatch, "artifact "+digest+" is not yanked, it is in quarantine", "lift it: server lift "+digest)
+			return fault.New(
+				fault.Mismatch,
+				"artifact "+digest+" is not yanked, it is in quarantine",
+				"lift it: server lift "+digest,
+			)
 		}
 		return tx.JudgeFrom(ctx, digest, c.Now())
 	})

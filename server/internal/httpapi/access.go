@@ -128,8 +128,15 @@ func audit(c Config) func(http.Handler) http.Handler {
 			if who.Name == "" || !audited(r) {
 				return
 			}
-			e := api.AuditEntry{At: time.Now(), Actor: who.Name, Method: r.Method, Path: r.URL.Path[:min(len(r.URL.Path), maxAuditPath)],
-				Status: seen.Status(), Request: middleware.GetReqID(ctx), Source: r.RemoteAddr}
+			e := api.AuditEntry{
+				At:      time.Now(),
+				Actor:   who.Name,
+				Method:  r.Method,
+				Path:    r.URL.Path[:min(len(r.URL.Path), maxAuditPath)],
+				Status:  seen.Status(),
+				Request: middleware.GetReqID(ctx),
+				Source:  r.RemoteAddr,
+			}
 			// The client may be gone by now; what it changed stays changed.
 			if err := c.Access.Audited(context.WithoutCancel(ctx), e); err != nil {
 				c.Log.ErrorContext(ctx, "audit log not written", "actor", e.Actor, "method", e.Method, "path", e.Path, "err", err)
@@ -140,7 +147,8 @@ func audit(c Config) func(http.Handler) http.Handler {
 
 func audited(r *http.Request) bool {
 	if strings.HasPrefix(r.URL.Path, "/v2/") {
-		return strings.Contains(r.URL.Path, "/manifests/") || r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/")
+		return strings.Contains(r.URL.Path, "/manifests/") ||
+			r.Method == http.MethodDelete && !strings.Contains(r.URL.Path, "/blobs/uploads/")
 	}
 	pattern := ""
 	if rc := chi.RouteContext(r.Context()); rc != nil {
@@ -217,17 +225,34 @@ func (t table) access() {
 			return answer(t.Access.Tokens(ctx))
 		},
 	)
-	huma.Register(t, t.write("create-token", auth.Admin, http.MethodPost, "/v1/tokens", "Make a token; its secret is told once", http.StatusCreated),
+	huma.Register(
+		t,
+		t.write(
+			"create-token",
+			auth.Admin,
+			http.MethodPost,
+			"/v1/tokens",
+			"Make a token; its secret is told once",
+			http.StatusCreated,
+		),
 		func(ctx context.Context, in *body[api.NewToken]) (*body[api.Token], error) {
 			made, hash, err := auth.NewToken(in.Body, auth.Noted(ctx).Name, time.Now())
 			if err == nil {
 				err = t.Access.CreateToken(ctx, made, hash)
 			}
 			return answer(made, err)
-		})
+		},
+	)
 	huma.Register(
 		t,
-		t.write("revoke-token", auth.Admin, http.MethodDelete, "/v1/tokens/{id}", "Make a token worth nothing", http.StatusNoContent),
+		t.write(
+			"revoke-token",
+			auth.Admin,
+			http.MethodDelete,
+			"/v1/tokens/{id}",
+			"Make a token worth nothing",
+			http.StatusNoContent,
+		),
 		func(ctx context.Context, in *struct {
 			ID string `path:"id" doc:"id of the token"`
 		}) (*struct{}, error) {
@@ -237,11 +262,19 @@ func (t table) access() {
 			return nil, nil
 		},
 	)
-	huma.Register(t, t.guarded("list-audit", "/v1/audit", "List who changed what, newest first"), func(ctx context.Context, in *struct {
-		PageQuery
-		Actor string `query:"actor" maxLength:"256" doc:"only of this caller"`
-	}) (*list[api.AuditEntry], error) {
-		all, next, err := t.Access.Audit(ctx, in.Actor, store.Page{After: in.After, Limit: cmp.Or(in.Limit, catalogue.DefaultLimit)})
-		return listed(&in.PageQuery, all, next, err)
-	})
+	huma.Register(
+		t,
+		t.guarded("list-audit", "/v1/audit", "List who changed what, newest first"),
+		func(ctx context.Context, in *struct {
+			PageQuery
+			Actor string `query:"actor" maxLength:"256" doc:"only of this caller"`
+		}) (*list[api.AuditEntry], error) {
+			all, next, err := t.Access.Audit(
+				ctx,
+				in.Actor,
+				store.Page{After: in.After, Limit: cmp.Or(in.Limit, catalogue.DefaultLimit)},
+			)
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
 }

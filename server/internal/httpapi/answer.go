@@ -24,7 +24,13 @@ const compressFrom = 1400
 // is made either way: what is saved is the way to the client. Large answers are
 // compressed for who takes that.
 func etags(next http.Handler) http.Handler {
-	compressor := middleware.NewCompressor(compression, "application/json", "application/problem+json", "text/html", "text/css")
+	compressor := middleware.NewCompressor(
+		compression,
+		"application/json",
+		"application/problem+json",
+		"text/html",
+		"text/css",
+	)
 	compressed := compressor.Handler(next)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.Method != http.MethodGet && r.Method != http.MethodHead {

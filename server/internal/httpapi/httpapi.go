@@ -89,8 +89,17 @@ func New(c Config) http.Handler {
 	root := chi.NewRouter()
 	// Every request sets its deadlines, refused ones too: those of the request
 	// before would end the connection.
-	root.Use(boundRequestID, middleware.RequestID, m.measure, audit(c), logRequests(c.Log), recoverPanics(c.Log), secureHeaders,
-		deadline(shortCall), middleware.GetHead)
+	root.Use(
+		boundRequestID,
+		middleware.RequestID,
+		m.measure,
+		audit(c),
+		logRequests(c.Log),
+		recoverPanics(c.Log),
+		secureHeaders,
+		deadline(shortCall),
+		middleware.GetHead,
+	)
 	root.Group(func(r chi.Router) {
 		r.Use(limitClients(c.CallsPerMinute), throttle(), etags)
 		mountAPI(r, c)

@@ -109,8 +109,27 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 			}
 			begin, seen := time.Now(), middleware.NewWrapResponseWriter(w, r.ProtoMajor)
 			next.ServeHTTP(seen, r)
-			log.Log(r.Context(), level, "request answered", "request", id, "method", r.Method, "path", r.URL.Path,
-				"status", seen.Status(), "bytes", seen.BytesWritten(), "took", time.Since(begin), "from", r.RemoteAddr, "actor", auth.Noted(r.Context()).Name)
+			log.Log(
+				r.Context(),
+				level,
+				"request answered",
+				"request",
+				id,
+				"method",
+				r.Method,
+				"path",
+				r.URL.Path,
+				"status",
+				seen.Status(),
+				"bytes",
+				seen.BytesWritten(),
+				"took",
+				time.Since(begin),
+				"from",
+				r.RemoteAddr,
+				"actor",
+				auth.Noted(r.Context()).Name,
+			)
 		})
 	}
 }

@@ -37,7 +37,14 @@ func (t table) reports() {
 	cat := t.Catalogue
 	huma.Register(
 		t,
-		t.write("report", auth.Ask, http.MethodPost, "/v1/reports", "Tell what became of an artifact on a node", http.StatusNoContent),
+		t.write(
+			"report",
+			auth.Ask,
+			http.MethodPost,
+			"/v1/reports",
+			"Tell what became of an artifact on a node",
+			http.StatusNoContent,
+		),
 		func(ctx context.Context, in *struct {
 			From
 			Body api.NodeReport
@@ -69,7 +76,14 @@ func (t table) reports() {
 	)
 	huma.Register(
 		t,
-		t.write("lift", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/lift", "Make an artifact in quarantine usable again", http.StatusOK),
+		t.write(
+			"lift",
+			auth.Operate,
+			http.MethodPost,
+			"/v1/artifacts/{digest}/lift",
+			"Make an artifact in quarantine usable again",
+			http.StatusOK,
+		),
 		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Lift(ctx, in.Digest))
 		},

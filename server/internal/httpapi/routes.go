@@ -157,7 +157,11 @@ func (table) write(id string, scope auth.Scope, method, path, what string, statu
 
 // mountAPI registers the whole API.
 func mountAPI(r chi.Router, c Config) {
-	t := table{humachi.New(r, apiConfig(c.Version, c.Log)), c, &askers{perHour: cmp.Or(c.AskPerHour, defaultAsk), of: map[string]*rate.Limiter{}}}
+	t := table{
+		humachi.New(r, apiConfig(c.Version, c.Log)),
+		c,
+		&askers{perHour: cmp.Or(c.AskPerHour, defaultAsk), of: map[string]*rate.Limiter{}},
+	}
 	t.UseMiddleware(checkSecurity(t, c), refuseUnknown(t))
 	t.lists()
 	t.cells()
@@ -261,10 +265,13 @@ func (t table) builds() {
 			return answer(cat.Build(ctx, in.ID))
 		},
 	)
-	huma.Register(t, t.write("request-build", auth.Ask, http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
+	huma.Register(
+		t,
+		t.write("request-build", auth.Ask, http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
 		func(ctx context.Context, in *body[api.BuildRequest]) (*body[api.Build], error) {
 			return answer(cat.RequestAs(ctx, in.Body, t.askers.asker(ctx)))
-		})
+		},
+	)
 	huma.Register(
 		t,
 		t.write("update-build", auth.Build, http.MethodPatch, "/v1/builds/{id}", "Report a build's progress", http.StatusOK),
@@ -277,10 +284,13 @@ func (t table) builds() {
 			return answer(cat.Update(ctx, in.ID, in.Body))
 		},
 	)
-	huma.Register(t, t.write("cancel-build", auth.Operate, http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
+	huma.Register(
+		t,
+		t.write("cancel-build", auth.Operate, http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
 		func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
 			return answer(cat.Cancel(ctx, in.ID))
-		})
+		},
+	)
 	// The log's own handlers stream: see New.
 	text := map[string]*huma.MediaType{"text/plain": {Schema: &huma.Schema{Type: huma.TypeString}}}
 	id := &huma.Param{
@@ -293,8 +303,11 @@ func (t table) builds() {
 	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log; ranges are answered")
 	read.Parameters = []*huma.Param{id}
 	read.Responses = map[string]*huma.Response{
-		strconv.Itoa(http.StatusOK):                           {Description: "the log", Content: text},
-		strconv.Itoa(http.StatusPartialContent):               {Description: "the range of the log that was asked for", Content: text},
+		strconv.Itoa(http.StatusOK): {Description: "the log", Content: text},
+		strconv.Itoa(http.StatusPartialContent): {
+			Description: "the range of the log that was asked for",
+			Content:     text,
+		},
 		strconv.Itoa(http.StatusRequestedRangeNotSatisfiable): {Description: "the log has no such range", Content: text},
 	}
 	t.OpenAPI().AddOperation(&read)
@@ -320,17 +333,27 @@ func (t table) artifacts() {
 			return answer(cat.Artifact(ctx, in.Digest))
 		},
 	)
-	huma.Register(t, t.write("add-artifact", auth.Build, http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
+	huma.Register(
+		t,
+		t.write("add-artifact", auth.Build, http.MethodPost, "/v1/artifacts", "Record a published artifact", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			Asked
 			Body api.NewArtifact
 		}) (*body[api.Artifact], error) {
 			in.Body.Repository = relative(in.Body.Repository, in.host, t.Port)
 			return answer(cat.AddArtifact(ctx, in.Body))
-		})
+		},
+	)
 	huma.Register(
 		t,
-		t.write("yank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/yank", "Mark an artifact as not to be used", http.StatusOK),
+		t.write(
+			"yank",
+			auth.Operate,
+			http.MethodPost,
+			"/v1/artifacts/{digest}/yank",
+			"Mark an artifact as not to be used",
+			http.StatusOK,
+		),
 		func(ctx context.Context, in *struct {
 			DigestPath
 			Body api.YankRequest
@@ -338,10 +361,13 @@ func (t table) artifacts() {
 			return answer(cat.Yank(ctx, in.Digest, in.Body))
 		},
 	)
-	huma.Register(t, t.write("unyank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
+	huma.Register(
+		t,
+		t.write("unyank", auth.Operate, http.MethodPost, "/v1/artifacts/{digest}/unyank", "Take a yank back", http.StatusOK),
 		func(ctx context.Context, in *DigestPath) (*body[api.Artifact], error) {
 			return answer(cat.Unyank(ctx, in.Digest))
-		})
+		},
+	)
 }
 
 func (t table) releases() {
@@ -410,13 +436,16 @@ func (t table) wishLists() {
 			return answer(cat.WishList(ctx, in.Name))
 		},
 	)
-	huma.Register(t, t.write("put-wish-list", auth.Operate, http.MethodPut, "/v1/wish-lists/{name}", "Store a wish list", http.StatusOK),
+	huma.Register(
+		t,
+		t.write("put-wish-list", auth.Operate, http.MethodPut, "/v1/wish-lists/{name}", "Store a wish list", http.StatusOK),
 		func(ctx context.Context, in *struct {
 			WishListPath
 			Body api.NewWishList
 		}) (*body[api.WishList], error) {
 			return answer(cat.PutWishList(ctx, in.Name, in.Body.Text, in.Body.Version))
-		})
+		},
+	)
 	huma.Register(
 		t,
 		t.write(

@@ -115,7 +115,11 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 // RememberedCells lists a page of kernels with what decides about their cells, newest
 // BUILD_ID first, out of what is remembered where it is. Each kernel is as one state
 // of the database had it, the page as a whole need not be.
-func (s *Store) RememberedCells(ctx context.Context, f KernelFilter, p Page) (all []*KernelCells, next string, err error) {
+func (s *Store) RememberedCells(
+	ctx context.Context,
+	f KernelFilter,
+	p Page,
+) (all []*KernelCells, next string, err error) {
 	text, args, err := f.page("build_id, board", p)
 	if err != nil {
 		return nil, "", err

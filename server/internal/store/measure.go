@@ -87,7 +87,10 @@ func (tx *Tx) addWanted(ctx context.Context, list string, cells []CellKey) error
 		rows = append(rows, fmt.Sprintf("SELECT $1, $%d, $%d, $%d, $%d", n+1, n+2, n+3, n+4))
 		args = append(args, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour))
 	}
-	text := `INSERT INTO wanted (list, build_id, board, driver, flavour) SELECT * FROM (` + strings.Join(rows, " UNION ALL ") +
+	text := `INSERT INTO wanted (list, build_id, board, driver, flavour) SELECT * FROM (` + strings.Join(
+		rows,
+		" UNION ALL ",
+	) +
 		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT DO NOTHING`
 	if tx.postgres { // the types of parameters are not to be seen in a SELECT without a table
 		text = strings.ReplaceAll(text, "SELECT $1,", "SELECT CAST($1 AS TEXT),")

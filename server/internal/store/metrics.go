@@ -22,6 +22,11 @@ func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 // when none waits.
 func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
 	var oldest int64
-	err := s.readers.QueryRowContext(ctx, `SELECT COALESCE(MIN(created_at), 0) FROM builds WHERE state = 'queued'`).Scan(&oldest)
+	err := s.readers.QueryRowContext(
+		ctx,
+		`SELECT COALESCE(MIN(created_at), 0) FROM builds WHERE state = 'queued'`,
+	).Scan(
+		&oldest,
+	)
 	return timeOf(oldest), trouble("read age of the queue", err)
 }

@@ -52,8 +52,21 @@ func cards(host string, all []api.Artifact) template.HTML {
 	var out markup
 	for _, a := range all {
 		state := string(a.State)
-		out.put(`<article id="`, anchor(a.Digest), "\" class=\"card\">\n<h3>", a.Driver.Version, " ", string(a.Driver.Flavour),
-			` <span class="state `, state, `"><span aria-hidden="true">`, mark(a.State), `</span> `, label(a.State), "</span></h3>\n")
+		out.put(
+			`<article id="`,
+			anchor(a.Digest),
+			"\" class=\"card\">\n<h3>",
+			a.Driver.Version,
+			" ",
+			string(a.Driver.Flavour),
+			` <span class="state `,
+			state,
+			`"><span aria-hidden="true">`,
+			mark(a.State),
+			`</span> `,
+			label(a.State),
+			"</span></h3>\n",
+		)
 		if a.Reason != "" {
 			out.put(`<p class="reason">`, a.Reason, "</p>\n")
 		}
