@@ -295,7 +295,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	who := auth.New(auth.Config{First: token, Tokens: db, Issuers: issuers})
 	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log,
+		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log, Stopping: ctx.Done(),
 		Auth: who, Access: db, AskPerHour: s.AskPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages,
 	})

@@ -1,7 +1,9 @@
 package api
 
 import (
+	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -186,6 +188,39 @@ func (c *Client) Build(ctx context.Context, id int64) (Build, error) {
 func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Build, error) {
 	var out Build
 	return out, c.call(ctx, http.MethodPatch, buildPath(id), u, &out)
+}
+
+// Watch calls f with each state of a build until it is over, f fails, or the stream
+// breaks, which is fault.Transient: watch again.
+func (c *Client) Watch(ctx context.Context, id int64, f func(Build) error) error {
+	path := buildPath(id) + "/events"
+	resp, err := c.do(ctx, http.MethodGet, path, "", nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	lines := bufio.NewScanner(resp.Body)
+	lines.Buffer(nil, maxProblem)
+	over := false
+	for !over && lines.Scan() {
+		data, ok := bytes.CutPrefix(lines.Bytes(), []byte("data: "))
+		if !ok {
+			continue // a name, a comment, or an end
+		}
+		var b Build
+		if err := json.Unmarshal(data, &b); err != nil {
+			return fmt.Errorf("GET %s%s: read event: %w", c.base, path, err)
+		}
+		if err := f(b); err != nil {
+			return err
+		}
+		over = b.State != Queued && b.State != Building
+	}
+	if over {
+		return nil
+	}
+	err = cmp.Or(lines.Err(), io.ErrUnexpectedEOF)
+	return fault.Wrap(fault.Transient, fmt.Errorf("GET %s%s: read events: %w", c.base, path, err), "watch again")
 }
 
 // BuildLog opens a build's log. The caller closes it.

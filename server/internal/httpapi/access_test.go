@@ -38,6 +38,7 @@ var needed = map[string]auth.Scope{
 	"GET /v1/audit":                         auth.Admin,
 	"GET /v1/builds":                        "",
 	"GET /v1/builds/{id}":                   "",
+	"GET /v1/builds/{id}/events":            "",
 	"GET /v1/builds/{id}/log":               "",
 	"GET /v1/cells":                         "",
 	"GET /v1/drivers":                       "",

@@ -92,6 +92,8 @@ func exchanges() []exchange {
 		{operation: "update-build", method: "PATCH", path: "/v1/builds/1", body: `{"state": "queued"}`, status: 409},
 		{operation: "read-build", method: "GET", path: "/v1/builds/1", status: 200},
 		{operation: "cancel-build", method: "POST", path: "/v1/builds/2/cancel", status: 200},
+		{operation: "watch-build", method: "GET", path: "/v1/builds/2/events", status: 200}, // it is over
+		{operation: "watch-build", method: "GET", path: "/v1/builds/99/events", status: 404},
 		{operation: "cancel-build", method: "POST", path: "/v1/builds/99/cancel", status: 404},
 		{operation: "resolve", method: "GET", path: "/v1/resolve?buildId=17800.0.47&board=lakitu&driver=535.261.03&flavour=open", status: 200},
 		{operation: "resolve", method: "GET", path: "/v1/resolve?board=lakitu", status: 400},

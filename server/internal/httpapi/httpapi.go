@@ -64,6 +64,8 @@ type Config struct {
 	AskPerHour int
 	// CallsPerMinute bounds the calls of each address; 0 is no bound.
 	CallsPerMinute int
+	// Stopping is closed when the server stops: who watches is let go. nil never is.
+	Stopping <-chan struct{}
 	// Port is the one that the server listens on; see relative.
 	Port string
 	// Version is told in the API's description.
@@ -113,6 +115,9 @@ func New(c Config) http.Handler {
 		r.Get("/healthz", func(w http.ResponseWriter, _ *http.Request) { writeText(w, http.StatusOK, "ok\n") })
 		r.Get("/readyz", ready(c))
 		r.Method(http.MethodGet, "/metrics", m.handler())
+	})
+	root.Group(func(r chi.Router) {
+		r.With(watchers()).Get("/v1/builds/{id}/events", events(c))
 	})
 	root.Group(func(r chi.Router) {
 		r.Use(deadline(longCall))

@@ -40,6 +40,15 @@ func serve(t *testing.T) string {
 
 func serveLogging(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (string, *store.Store) {
 	t.Helper()
+	parts, db := open(t, log, change...)
+	s := httptest.NewServer(httpapi.New(parts))
+	t.Cleanup(s.Close) // before what it is made of
+	return s.URL, db
+}
+
+// open makes what the handler is made of, over a temporary folder.
+func open(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (httpapi.Config, *store.Store) {
+	t.Helper()
 	dir := t.TempDir()
 	db, err := store.Open(t.Context(), "sqlite://"+filepath.Join(dir, "catalogue.db"))
 	check(t, err)
@@ -57,13 +66,9 @@ func serveLogging(t testing.TB, log *slog.Logger, change ...func(*catalogue.Conf
 	pages, err := web.New(cat, log)
 	check(t, err)
 	who := auth.New(auth.Config{First: token, Tokens: db})
-	s := httptest.NewServer(httpapi.New(httpapi.Config{Catalogue: cat, Store: db, Queue: q, Auth: who, Access: db, Version: "test",
-		AskPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages}))
-	t.Cleanup(func() {
-		s.Close()
-		check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close()))
-	})
-	return s.URL, db
+	t.Cleanup(func() { check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close())) })
+	return httpapi.Config{Catalogue: cat, Store: db, Queue: q, Auth: who, Access: db, Version: "test",
+		AskPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages}, db
 }
 
 func check(t testing.TB, err error) {

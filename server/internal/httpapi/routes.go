@@ -300,6 +300,7 @@ func (t table) builds() {
 		Description: "number of the build",
 		Schema:      &huma.Schema{Type: huma.TypeInteger, Format: "int64"},
 	}
+	t.describeEvents(id)
 	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log; ranges are answered")
 	read.Parameters = []*huma.Param{id}
 	read.Responses = map[string]*huma.Response{

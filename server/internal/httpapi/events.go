@@ -1,0 +1,122 @@
+package httpapi
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/danielgtaylor/huma/v2"
+	"github.com/go-chi/chi/v5/middleware"
+
+	"github.com/prebake/prebake/pkg/api"
+)
+
+// Bounds of watching a build. A look is one row of the database; an idle connection
+// gets a comment now and then, so that nobody in between takes it for dead.
+const (
+	lookAtBuild   = time.Second
+	sayAlive      = 15 * time.Second
+	longestWatch  = time.Hour
+	longestWrite  = 30 * time.Second
+	watchersAtAll = 512
+)
+
+// events sends a build's states as server-sent events
+// (https://html.spec.whatwg.org/multipage/server-sent-events.html): each one is the
+// build as the API tells it, named "build". The stream ends after the last state, when
+// the server stops, and after an hour; browsers ask again by themselves.
+func events(c Config) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		ctx := r.Context()
+		id, err := pathID(r)
+		var b api.Build
+		if err == nil {
+			b, err = c.Catalogue.Build(ctx, id)
+		}
+		control := http.NewResponseController(w)
+		if err == nil {
+			// What is read from a client that only listens is its end.
+			err = control.SetReadDeadline(time.Time{})
+			if errors.Is(err, http.ErrNotSupported) {
+				err = nil // a test's recorder
+			}
+		}
+		if err != nil {
+			fail(w, r, c.Log, err)
+			return
+		}
+		w.Header().Set("Content-Type", "text/event-stream")
+		w.Header().Set("Cache-Control", "no-store")
+		look, end := time.NewTicker(lookAtBuild), time.NewTimer(longestWatch)
+		defer look.Stop()
+		defer end.Stop()
+		var sent []byte
+		var at time.Time
+		for {
+			text, err := json.Marshal(b)
+			if err != nil {
+				c.Log.ErrorContext(ctx, "build not encoded", "build", id, "err", err)
+				return
+			}
+			message := ""
+			switch {
+			case !bytes.Equal(text, sent):
+				message = fmt.Sprintf("event: build\ndata: %s\n\n", text) // JSON has no line breaks
+			case time.Since(at) >= sayAlive:
+				message = ":\n\n"
+			}
+			if message != "" {
+				_ = control.SetWriteDeadline(time.Now().Add(longestWrite)) // as above
+				if _, err := w.Write([]byte(message)); err != nil || control.Flush() != nil {
+					return // the client is gone
+				}
+				sent, at = text, time.Now()
+			}
+			if b.State != api.Queued && b.State != api.Building {
+				return
+			}
+			select {
+			case <-ctx.Done():
+				return
+			case <-c.Stopping:
+				return
+			case <-end.C:
+				return
+			case <-look.C:
+			}
+			if b, err = c.Catalogue.Build(ctx, id); err != nil {
+				if ctx.Err() == nil {
+					c.Log.WarnContext(ctx, "build not watched any more", "build", id, "err", err)
+				}
+				return
+			}
+		}
+	}
+}
+
+// watchers bounds how many watch at one time.
+func watchers() func(http.Handler) http.Handler {
+	return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
+		Limit: watchersAtAll, StatusCode: http.StatusServiceUnavailable,
+		RetryAfterFn: func(bool) time.Duration { return sayAlive },
+	})
+}
+
+// describeEvents adds the route, which streams, to the description.
+func (t table) describeEvents(id *huma.Param) {
+	op := t.read(
+		"watch-build",
+		"/v1/builds/{id}/events",
+		"Watch a build: server-sent events named build, each with the build, until it is over",
+	)
+	op.Parameters = []*huma.Param{id}
+	op.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusOK): {
+		Description: "the events",
+		Content:     map[string]*huma.MediaType{"text/event-stream": {Schema: &huma.Schema{Type: huma.TypeString}}},
+	}}
+	t.OpenAPI().AddOperation(&op)
+}
