@@ -60,6 +60,11 @@ type comparison struct {
 	held []artifact
 }
 
+// reindexCommand asks a running server and writes by its API. Who has lost the database starts
+// the server on the data folder that is left, or on a new one: that makes empty tables and
+// keeps nobody waiting, since nodes load what they have installed, and it serves its own
+// registry. So one way does for the server's registry and any other, for SQLite and for
+// PostgreSQL; what is recorded passes the checks of every caller, and the audit names who did it.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
