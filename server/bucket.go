@@ -103,7 +103,7 @@ func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []fin
 		}
 		index, err := b.index(ctx, name, k)
 		if believable := fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch); err != nil && believable {
-			bad = append(bad, finding{Difference: unverified, Note: b.b.URL(name) + ": " + err.Error()})
+			bad = append(bad, finding{Difference: unverified, Note: name + ": " + err.Error()})
 			continue
 		}
 		if err != nil {
