@@ -71,9 +71,10 @@ Example:
 
 // backup copies in the order in which what is copied later can only know more:
 //
-//   - The queue goes first. A build that the catalogue has and the queue has not is queued
-//     again, and one that both have but that is done is found done. The other way round,
-//     a job that is over would fail a build that the older catalogue takes for running.
+//   - The queue goes first. A build that the catalogue has as queued and the queue has not is
+//     queued again by the sweep; one that a builder took in that moment ends as failed, and
+//     is tried again when it is asked for. The other way round, the queue would have jobs of
+//     builds that the older catalogue never had, and gives their numbers to others.
 //   - The catalogue goes before the registry, which the operator copies. Builders push an
 //     artifact and then tell the catalogue. So all that this catalogue names was in the
 //     registry before, and is in its later copy; what that has beyond is found by server

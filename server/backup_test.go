@@ -17,12 +17,43 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestBackup loses a server that was backed up at work, and gets it back with what was
-// published after the backup.
+// copies are how an operator copies a database and the token, and brings them back.
+type copies struct {
+	backup  func(t *testing.T, dir, folder string)
+	restore func(t *testing.T, folder, dir string)
+}
+
+// TestBackup does on SQLite what "server backup --help" says.
 func TestBackup(t *testing.T) {
 	t.Parallel()
+	comesBack(t, nil, copies{
+		backup: func(t *testing.T, dir, folder string) {
+			t.Helper()
+			code, out, errs := run(t, "backup", "--data", dir, folder)
+			if code != 0 || !strings.Contains(out, "queue.db, catalogue.db, token") {
+				t.Fatalf("backup = %d\n%s%s\nwant 0, and what was copied", code, out, errs)
+			}
+			for _, name := range []string{"queue.db", "catalogue.db", "token"} {
+				if info, err := os.Stat(filepath.Join(folder, name)); err != nil || info.Mode().Perm() != 0o600 {
+					t.Errorf("%s in the backup: %v, %v; want mode 0600", name, info, err)
+				}
+			}
+			if code, _, errs := run(t, "backup", "--data", dir, folder); code != fault.Usage.ExitCode() || !strings.Contains(errs, "there already") {
+				t.Errorf("backup over a backup = %d %s; want usage", code, errs)
+			}
+			intact(t, filepath.Join(folder, "catalogue.db"))
+			intact(t, filepath.Join(folder, "queue.db"))
+		},
+		restore: copyFolder,
+	})
+}
+
+// comesBack loses a server that was backed up at work, and gets it back with what was
+// published after the backup.
+func comesBack(t *testing.T, flags []string, copies copies) {
+	t.Helper()
 	dir := filepath.Join(t.TempDir(), "state")
-	url, stop, _ := start(t, dir)
+	url, stop, _ := start(t, dir, flags...)
 	secret := secretOf(t, dir)
 	c := api.NewClient(url, secret, nil)
 	key := testkit.NewKey(t)
@@ -67,22 +98,9 @@ func TestBackup(t *testing.T) {
 	atLeast := len(asked)
 	mu.Unlock()
 	folder := filepath.Join(t.TempDir(), "backup")
-	code, out, errs := run(t, "backup", "--data", dir, folder)
+	copies.backup(t, dir, folder)
 	enough()
 	writer.Wait()
-	if code != 0 || !strings.Contains(out, "queue.db, catalogue.db, token") {
-		t.Fatalf("backup = %d\n%s%s\nwant 0, and what was copied", code, out, errs)
-	}
-	for _, name := range []string{"queue.db", "catalogue.db", "token"} {
-		if info, err := os.Stat(filepath.Join(folder, name)); err != nil || info.Mode().Perm() != 0o600 {
-			t.Errorf("%s in the backup: %v, %v; want mode 0600", name, info, err)
-		}
-	}
-	if code, _, errs := run(t, "backup", "--data", dir, folder); code != fault.Usage.ExitCode() || !strings.Contains(errs, "there already") {
-		t.Errorf("backup over a backup = %d %s; want usage", code, errs)
-	}
-	intact(t, filepath.Join(folder, "catalogue.db"))
-	intact(t, filepath.Join(folder, "queue.db"))
 	publish(t, url, secret, after)
 	record(t, c, after)
 	for _, name := range []string{"repos", "blobs"} {
@@ -95,8 +113,8 @@ func TestBackup(t *testing.T) {
 	if err := os.RemoveAll(dir); err != nil {
 		t.Fatal(err)
 	}
-	copyFolder(t, folder, dir)
-	url, _, _ = start(t, dir)
+	copies.restore(t, folder, dir)
+	url, _, _ = start(t, dir, flags...)
 	if got := secretOf(t, dir); got != secret {
 		t.Error("the token is another one after the restore")
 	}

@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -30,14 +31,15 @@ const (
 	differs    difference = "differs"    // the catalogue says what the registry does not: a person decides
 	absent     difference = "absent"     // the catalogue names it, the registry does not have it
 	unverified difference = "unverified" // nobody who is trusted says what it is: never recorded
+	lost       difference = "lost"       // only the bucket has it, as a tarball: is built again
 )
 
 // finding is what is to be said about one artifact.
 type finding struct {
-	Digest     string          `json:"digest"`
+	Digest     string          `json:"digest,omitempty"` // empty for an index of a bucket
 	Difference difference      `json:"difference"`
 	Driver     target.Driver   `json:"driver,omitzero"`
-	Kernels    []target.Kernel `json:"kernels,omitempty"` // to be recorded
+	Kernels    []target.Kernel `json:"kernels,omitempty"` // to be recorded, or built
 	Note       string          `json:"note,omitempty"`
 	Applied    bool            `json:"applied,omitempty"`
 
@@ -48,11 +50,21 @@ type finding struct {
 type comparison struct {
 	Repository string `json:"repository"`
 	// InRegistry and InCatalogue are how many artifacts of this repository each has.
-	InRegistry  int       `json:"inRegistry"`
-	InCatalogue int       `json:"inCatalogue"`
-	Findings    []finding `json:"findings"`
+	InRegistry  int `json:"inRegistry"`
+	InCatalogue int `json:"inCatalogue"`
+	// Bucket is the bucket that was read too, and InBucket how many tarballs it has.
+	Bucket   string    `json:"bucket,omitempty"`
+	InBucket int       `json:"inBucket,omitempty"`
+	Findings []finding `json:"findings"`
+
+	held []artifact
 }
 
+// reindexCommand asks a running server and writes by its API. Who has lost the database starts
+// the server on the data folder that is left, or on a new one: that makes empty tables and
+// keeps nobody waiting, since nodes load what they have installed, and it serves its own
+// registry. So one way does for the server's registry and any other, for SQLite and for
+// PostgreSQL; what is recorded passes the checks of every caller, and the audit names who did it.
 func reindexCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "reindex", Usage: "compare the catalogue with a registry, and record what it lacks",
@@ -64,6 +76,10 @@ two kinds:
   differs     the catalogue says something else of it
   absent      the catalogue names it, and the repository does not have it
   unverified  nobody who is trusted says what it is; never recorded
+  lost        only the --bucket has it, as a tarball: build it again
+
+A bucket of tarballs tells what a registry lost. Nothing is recorded of it:
+nodes take artifacts of a registry.
 
 Yanks are in the catalogue alone. After a loss without a backup, everything
 comes back as published: yank again what was yanked.
@@ -80,6 +96,7 @@ Example:
 			cli.String("trusted-root", "", "`FILE` with a Sigstore trusted root, for what is signed without keys"),
 			cli.String("certificate-identity", "", "`NAME` that its certificates have to name"),
 			cli.String("certificate-oidc-issuer", "", "`URL` of who vouches for the name"),
+			cli.String("bucket", "", "`URL` of a bucket with signed tarballs to look at, too: gs://, https:// or file://"),
 			&ucli.BoolFlag{Name: "apply", Usage: "record what is missing or attested"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -102,6 +119,11 @@ Example:
 			found, err := compare(ctx, c, &reader{repo: repo, verifier: verifier, now: time.Now()}, name)
 			if err != nil {
 				return fmt.Errorf("compare with %s: %w", name, err)
+			}
+			if url := cmd.String("bucket"); url != "" {
+				if err := found.addBucket(ctx, url, verifier); err != nil {
+					return err
+				}
 			}
 			var failed error
 			if cmd.Bool("apply") {
@@ -199,6 +221,7 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 			found.InRegistry++
 		}
 	}
+	found.held = held
 	for _, a := range held {
 		k, ok := byDigest[a.digest]
 		if f, same := judge(a, k, ok, repository); !same {
@@ -322,21 +345,39 @@ func (c *comparison) left() error {
 	}
 	switch {
 	case count[unverified] > 0:
-		return fault.New(fault.Unverified, fmt.Sprintf("%d artifacts in %s are unverified", count[unverified], c.Repository),
-			"name the publisher's key with --key FILE; what nobody you trust published, remove from the registry")
+		return fault.New(fault.Unverified, fmt.Sprintf("%d of what is published are unverified", count[unverified]),
+			"name the publisher's key with --key FILE; what nobody you trust published, remove")
 	case rest > 0:
 		hint := "look at each: what differs, or is absent, is published again, or yanked"
 		if count[missing]+count[attested] > 0 {
 			hint = "record what is missing: --apply"
+		}
+		if count[lost] == rest {
+			hint = "build again what only the bucket has: server request"
 		}
 		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
 	}
 	return nil
 }
 
+// printable keeps a registry from writing to a terminal what is no text: errors may quote it.
+func printable(text string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsGraphic(r) {
+			return r
+		}
+		return '?'
+	}, text)
+}
+
 func printComparison(w io.Writer, c *comparison) error {
 	if _, err := fmt.Fprintf(w, "in the registry %d, in the catalogue %d artifacts\n", c.InRegistry, c.InCatalogue); err != nil {
 		return err
+	}
+	if c.Bucket != "" {
+		if _, err := fmt.Fprintf(w, "in the bucket %d tarballs\n", c.InBucket); err != nil {
+			return err
+		}
 	}
 	var rows [][]string
 	for _, f := range c.Findings {
@@ -348,7 +389,11 @@ func printComparison(w io.Writer, c *comparison) error {
 		if f.Driver.Version != "" {
 			driver = f.Driver.String()
 		}
-		rows = append(rows, []string{strings.TrimPrefix(f.Digest, "sha256:")[:12], state, driver, f.Note})
+		digest := "-"
+		if f.Digest != "" {
+			digest = strings.TrimPrefix(f.Digest, "sha256:")[:12]
+		}
+		rows = append(rows, []string{digest, state, driver, printable(f.Note)})
 	}
 	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "they agree")
 }

@@ -5,11 +5,13 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -187,6 +189,71 @@ func TestReindex(t *testing.T) {
 		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {
 			t.Errorf("%v = %d %s; want %d with %q", row.args, code, errs, row.code, row.want)
 		}
+	}
+}
+
+// TestReindexEmptyDatabase loses the databases and has no backup: the registry is all that is left.
+func TestReindexEmptyDatabase(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	url, stop, _ := start(t, dir)
+	secret := secretOf(t, dir)
+	c := api.NewClient(url, secret, nil)
+	farm := testkit.NewKey(t)
+	var all []testkit.Sample
+	for _, patch := range []string{"47", "48"} {
+		s := testkit.NewSample(t, farm, testkit.SampleKernel(patch), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+		publish(t, url, secret, s)
+		record(t, c, s)
+		all = append(all, s)
+	}
+	want, err := c.Artifacts(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if code := stop(); code != 0 {
+		t.Fatalf("stop = %d; want 0", code)
+	}
+	for _, name := range []string{"catalogue.db", "queue.db"} {
+		lost, err := filepath.Glob(filepath.Join(dir, name+"*"))
+		if err != nil || len(lost) == 0 {
+			t.Fatalf("files of %s: %v, %v; want some to lose", name, lost, err)
+		}
+		for _, file := range lost {
+			if err := os.Remove(file); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+
+	url, _, _ = start(t, dir)
+	c = api.NewClient(url, secret, nil)
+	for _, s := range all {
+		if r := resolved(t, c, s); r.State != api.Unknown {
+			t.Fatalf("Resolve(%s) of an empty database = %s; want unknown", s.Kernel, r.State)
+		}
+	}
+	pem := filepath.Join(t.TempDir(), "farm.pub")
+	put(t, pem, farm.PEM(t))
+	code, out, errs := run(t, "reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token"), "--apply")
+	if code != 0 || strings.Count(out, "  recorded  ") != len(all) {
+		t.Errorf("reindex --apply = %d\n%s%s\nwant 0, and %d recorded", code, out, errs, len(all))
+	}
+	for _, s := range all {
+		if r := resolved(t, c, s); r.State != api.Published || r.Digest != s.Digest {
+			t.Errorf("Resolve(%s) after reindex --apply = %s %s; want published %s", s.Kernel, r.State, r.Digest, s.Digest)
+		}
+	}
+	got, err := c.Artifacts(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	order := func(all []api.Artifact) []api.Artifact {
+		slices.SortFunc(all, func(x, y api.Artifact) int { return strings.Compare(x.Digest, y.Digest) })
+		return all
+	}
+	if diff := cmp.Diff(order(want), order(got), cmpopts.IgnoreFields(api.Artifact{}, "PublishedAt")); diff != "" {
+		t.Errorf("the catalogue after reindex --apply (-before +after):\n%s", diff)
 	}
 }
 

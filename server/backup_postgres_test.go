@@ -1,0 +1,78 @@
+package main
+
+import (
+	"database/sql"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"testing"
+)
+
+// TestBackupPostgres does with PostgreSQL's own programs what docs/operate.md says.
+func TestBackupPostgres(t *testing.T) {
+	t.Parallel()
+	raw := os.Getenv("PREBAKE_TEST_POSTGRES")
+	if raw == "" {
+		t.Skip("PREBAKE_TEST_POSTGRES names no database")
+	}
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A database of its own, since it is lost.
+	name := "prebake_lost_" + strconv.Itoa(os.Getpid())
+	admin, err := sql.Open("pgx", raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	do := func(statement string) {
+		t.Helper()
+		if _, err := admin.Exec(statement); err != nil {
+			t.Fatalf("%s: %v", statement, err)
+		}
+	}
+	do("CREATE DATABASE " + name)
+	t.Cleanup(func() {
+		if _, err := admin.Exec("DROP DATABASE " + name + " WITH (FORCE)"); err != nil {
+			t.Error(err)
+		}
+		if err := admin.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	u.Path = "/" + name
+	comesBack(t, []string{"--database", u.String()}, copies{
+		backup: func(t *testing.T, dir, folder string) {
+			t.Helper()
+			token, err := os.ReadFile(filepath.Join(dir, "token"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			put(t, filepath.Join(folder, "token"), token)
+			postgres(t, "pg_dump", "--format=custom", "--file="+filepath.Join(folder, "prebake.dump"), "--dbname="+u.String())
+		},
+		restore: func(t *testing.T, folder, dir string) {
+			t.Helper()
+			do("DROP DATABASE " + name) // as lost as the data folder
+			do("CREATE DATABASE " + name)
+			postgres(t, "pg_restore", "--exit-on-error", "--dbname="+u.String(), filepath.Join(folder, "prebake.dump"))
+			copyFolder(t, folder, dir)
+		},
+	})
+}
+
+// postgres runs a program of the newest PostgreSQL here, as deploy/postgres.sh does.
+func postgres(t *testing.T, program string, args ...string) {
+	t.Helper()
+	all, err := filepath.Glob("/usr/lib/postgresql/*/bin/" + program)
+	if err != nil || len(all) == 0 {
+		t.Fatalf("no %s in /usr/lib/postgresql, %v; want what make setup installs", program, err)
+	}
+	slices.Sort(all)
+	if out, err := exec.CommandContext(t.Context(), all[len(all)-1], args...).CombinedOutput(); err != nil {
+		t.Fatalf("%s: %v\n%s", program, err, out)
+	}
+}

@@ -1,0 +1,264 @@
+package main
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// A bucket of tarballs, as builders publish them beside the registry, has a signed index
+// for each COS build: docs/decisions/0014-tarball-twins.md. The index names the artifact
+// that each tarball was made of, and that is what is compared: nodes are never sent to a
+// bucket, so nothing is recorded of it. It tells what a registry has lost.
+
+// bucketObject is the type of the statement about an object of a bucket.
+const bucketObject = "https://prebake.dev/bucket-object/v1"
+
+// Bounds of an index, as builders have them.
+const (
+	indexFile  = "index.json"
+	maxIndex   = 4 << 20
+	maxEntries = 2000
+)
+
+// tarballIndex is what is read of an index.
+type tarballIndex struct {
+	Format  int       `json:"format"`
+	BuildID string    `json:"buildId"`
+	Board   string    `json:"board"`
+	Drivers []tarball `json:"drivers"`
+}
+
+// tarball is one driver for one COS build.
+type tarball struct {
+	target.Driver
+	Object string `json:"object"`
+	// Artifact is the digest of the artifact with the same modules; builders may leave it out.
+	Artifact string `json:"artifact"`
+
+	kernel target.Kernel
+}
+
+// bucket is a bucket of tarballs that nobody trusts. What is signed in it is believed.
+type bucket struct {
+	b        *cosbucket.Bucket
+	verifier *trust.Verifier
+}
+
+// tarballs reads all indexes. The findings are those that cannot be believed, and tarballs
+// that are named and not there. An error is trouble with the bucket.
+func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, err error) {
+	ids, err := b.b.BuildIDs(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	var mu sync.Mutex
+	group, running := errgroup.WithContext(ctx)
+	group.SetLimit(readAtOnce)
+	for _, id := range ids {
+		group.Go(func() error {
+			some, wrong, err := b.build(running, id)
+			mu.Lock()
+			defer mu.Unlock()
+			all, bad = append(all, some...), append(bad, wrong...)
+			return err
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, nil, err
+	}
+	slices.SortFunc(all, func(x, y tarball) int { return strings.Compare(x.Object, y.Object) })
+	slices.SortFunc(bad, func(x, y finding) int { return strings.Compare(x.Note, y.Note) })
+	return all, bad, nil
+}
+
+// build reads the indexes of one COS build, one for each board.
+func (b *bucket) build(ctx context.Context, id string) (all []tarball, bad []finding, err error) {
+	names, err := b.b.List(ctx, id+"/")
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, name := range names {
+		parts := strings.Split(name, "/")
+		if len(parts) != 3 || parts[2] != indexFile {
+			continue
+		}
+		k, err := target.ParseKernel(id, parts[1])
+		if err != nil {
+			continue
+		}
+		index, err := b.index(ctx, name, k)
+		if believable := fault.Is(err, fault.Unverified) || fault.Is(err, fault.Mismatch); err != nil && believable {
+			bad = append(bad, finding{Difference: unverified, Note: name + ": " + err.Error()})
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		for _, t := range index.Drivers {
+			t.kernel = k
+			there, err := b.has(ctx, names, t.Object)
+			switch {
+			case err != nil:
+				return nil, nil, err
+			case there:
+				all = append(all, t)
+			default:
+				bad = append(bad, finding{Digest: t.Artifact, Difference: absent, Driver: t.Driver,
+					Note: "the bucket's index names " + t.Object + ", which is not there"})
+			}
+		}
+	}
+	return all, bad, nil
+}
+
+// has reports whether an object is there: among those that were listed before the index
+// was read, or since.
+func (b *bucket) has(ctx context.Context, listed []string, name string) (bool, error) {
+	if _, ok := slices.BinarySearch(listed, name); ok {
+		return true, nil
+	}
+	body, _, err := b.b.Get(ctx, name)
+	if fault.Is(err, fault.InputMissing) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	return true, body.Close()
+}
+
+// index reads an index and believes it after its signature. Each state of an index has a
+// signature of its own, which is there before that state is, so the two always fit.
+func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tarballIndex, err error) {
+	text, err := b.b.ReadSmall(ctx, name, maxIndex)
+	if err != nil {
+		return x, foreign(err)
+	}
+	sum := sha256.Sum256(text)
+	digest := hex.EncodeToString(sum[:])
+	signature, err := b.b.ReadSmall(ctx, name+".sha256-"+digest+".sigstore.json", trust.MaxBundleSize)
+	if fault.Is(err, fault.InputMissing) {
+		return x, fault.New(fault.Unverified, "it has no signature", "")
+	}
+	if err != nil {
+		return x, foreign(err)
+	}
+	st, err := b.verifier.Statement(signature)
+	if err != nil {
+		return x, err
+	}
+	var facts struct {
+		Object  string `json:"object"`
+		BuildID string `json:"buildId"`
+		Board   string `json:"board"`
+	}
+	if err := json.Unmarshal(st.Predicate, &facts); err != nil {
+		return x, fault.Wrap(fault.Unverified, fmt.Errorf("read its statement: %w", err), "")
+	}
+	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
+		return x, fault.New(fault.Unverified, "its signature is about something else", "")
+	}
+	// A signed index of one build, put in the place of another's, is not believed.
+	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
+		return x, fault.New(fault.Mismatch, fmt.Sprintf("it is signed as %.200q of %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
+	}
+	if err := json.Unmarshal(text, &x); err != nil {
+		return x, fault.Wrap(fault.Unverified, err, "")
+	}
+	if err := x.check(k); err != nil {
+		return x, fault.Wrap(fault.Unverified, err, "")
+	}
+	return x, nil
+}
+
+// foreign makes what is too long to be an index one that is not believed.
+func foreign(err error) error {
+	if fault.Is(err, fault.Unsupported) || fault.Is(err, fault.Checksum) {
+		return fault.Wrap(fault.Unverified, err, "")
+	}
+	return err
+}
+
+func (x tarballIndex) check(k target.Kernel) error {
+	if x.Format != 1 {
+		return fmt.Errorf("format %d: this program reads format 1 only", x.Format)
+	}
+	if x.BuildID != k.BuildID || x.Board != k.Board {
+		return fmt.Errorf("it is of %.40q/%.40q", x.BuildID, x.Board)
+	}
+	if len(x.Drivers) > maxEntries {
+		return fmt.Errorf("%d drivers; at most %d are read", len(x.Drivers), maxEntries)
+	}
+	for _, t := range x.Drivers {
+		if _, err := target.ParseDriver(t.Version, string(t.Flavour)); err != nil {
+			return err
+		}
+		// A digest has the form of a fingerprint.
+		if _, err := target.ParseFingerprint(t.Artifact); t.Artifact != "" && err != nil {
+			return fmt.Errorf("artifact %.80q: want sha256: and 64 hex digits", t.Artifact)
+		}
+		if !strings.HasPrefix(t.Object, k.BuildID+"/"+k.Board+"/") || !fs.ValidPath(t.Object) {
+			return fmt.Errorf("object %.200q is not below %s/%s", t.Object, k.BuildID, k.Board)
+		}
+	}
+	return nil
+}
+
+// addBucket adds what a bucket holds and the registry does not. What is in both needs no
+// word: it is compared with the catalogue as an artifact of the registry.
+func (c *comparison) addBucket(ctx context.Context, url string, verifier *trust.Verifier) (err error) {
+	opened, err := cosbucket.Open(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, opened.Close()) }()
+	all, bad, err := (&bucket{opened, verifier}).tarballs(ctx)
+	if err != nil {
+		return fmt.Errorf("read bucket %s: %w", url, err)
+	}
+	c.Bucket, c.InBucket = url, len(all)
+	c.Findings = append(c.Findings, bad...)
+	// One finding for each artifact, with the kernels for which a tarball of it is there.
+	at := map[string]int{}
+	for _, t := range all {
+		if c.serves(t) {
+			continue
+		}
+		key := t.Artifact + " " + t.Driver.String()
+		i, ok := at[key]
+		if !ok {
+			i = len(c.Findings)
+			at[key] = i
+			c.Findings = append(c.Findings, finding{Digest: t.Artifact, Difference: lost, Driver: t.Driver})
+		}
+		f := &c.Findings[i]
+		f.Kernels = append(f.Kernels, t.kernel)
+		f.Note = "for " + names(f.Kernels)
+	}
+	return nil
+}
+
+// serves reports whether the registry has, verified, what a tarball was made of.
+func (c *comparison) serves(t tarball) bool {
+	return slices.ContainsFunc(c.held, func(a artifact) bool {
+		if a.err != nil || a.identity.Driver != t.Driver || t.Artifact != "" && a.digest != t.Artifact {
+			return false
+		}
+		return len(without([]target.Kernel{t.kernel}, a.kernels)) == 0
+	})
+}
