@@ -84,17 +84,26 @@ func TestWaitIdle(t *testing.T) {
 		t.Errorf("Run = %v; want busy, and by whom", err)
 	}
 	n.cfg.WaitIdle = time.Minute
-	timer := time.AfterFunc(300*time.Millisecond, func() { n.inUse(t, "0") })
-	defer timer.Stop()
 	n.answer(ref, pn.Digest, newer.Driver)
 	a, told := agent.New(n.cfg, n.parts), told{}
-	a.Watch(&told)
+	a.Watch(&ending{&told, func() { n.inUse(t, "0") }}) // the program ends when the agent has begun to wait
 	if r, err := a.Run(t.Context()); err != nil || r.Verdict.Digest != pn.Digest || r.Verdict.State != gpucheck.Ready {
 		t.Errorf("Run = %+v, %v; want the new driver once the GPU is idle", r.Verdict, err)
 	}
 	if len(told) == 0 || told[0].State != gpucheck.Ready || told[0].Digest != po.Digest {
 		t.Errorf("while it waits it tells %+v; want the driver that is in force", told)
 	}
+}
+
+// ending is a watcher that does something once it was told.
+type ending struct {
+	*told
+	then func()
+}
+
+func (e *ending) Tell(v gpucheck.Verdict) {
+	e.told.Tell(v)
+	e.then()
 }
 
 // told are the verdicts that a watcher was told.
