@@ -207,8 +207,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	if os.Getenv("GOGC") == "" {
 		// What is remembered of a large catalogue makes up most of the heap, and lives
-		// long: the usual 100 would let as much garbage gather beside it. Collecting
-		// twice as often costs some hundredths of a core under 3,000 questions a second.
+		// long: the usual 100 would let as much garbage gather beside it.
 		debug.SetGCPercent(50)
 	}
 	if err := os.MkdirAll(s.Data, 0o750); err != nil {

@@ -52,20 +52,7 @@ func BenchmarkResolve(b *testing.B) {
 // BenchmarkCells reads what decides about all cells of one kernel, as the first
 // question about it does.
 func BenchmarkCells(b *testing.B) {
-	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
-	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 10000, queue: 100})
-	if err != nil {
-		b.Fatal(err)
-	}
-	db, err := store.Open(b.Context(), url)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() {
-		if err := db.Close(); err != nil {
-			b.Error(err)
-		}
-	}()
+	w, db := filled(b)
 	for i := 0; b.Loop(); i++ {
 		k := w.kernels[i%len(w.kernels)]
 		_, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1})
@@ -78,20 +65,7 @@ func BenchmarkCells(b *testing.B) {
 // BenchmarkRemembered reads what decides about all cells of one kernel out of what is
 // remembered, and reports how many times as long the database takes for the same.
 func BenchmarkRemembered(b *testing.B) {
-	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
-	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 10000, queue: 100})
-	if err != nil {
-		b.Fatal(err)
-	}
-	db, err := store.Open(b.Context(), url)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer func() {
-		if err := db.Close(); err != nil {
-			b.Error(err)
-		}
-	}()
+	w, db := filled(b)
 	begin := time.Now()
 	for _, k := range w.kernels {
 		if _, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1}); err != nil {
@@ -111,4 +85,24 @@ func BenchmarkRemembered(b *testing.B) {
 		}
 	}
 	b.ReportMetric(float64(database)/(float64(b.Elapsed())/float64(b.N)), "database/remembered")
+}
+
+// filled opens a catalogue of 500 kernels, 6 drivers and 10,000 builds.
+func filled(b *testing.B) (world, *store.Store) {
+	b.Helper()
+	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
+	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 10000, queue: 100})
+	if err != nil {
+		b.Fatal(err)
+	}
+	db, err := store.Open(b.Context(), url)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() {
+		if err := db.Close(); err != nil {
+			b.Error(err)
+		}
+	})
+	return w, db
 }

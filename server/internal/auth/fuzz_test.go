@@ -1,13 +1,17 @@
 package auth
 
 import (
+	"encoding/base64"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
 )
 
 // FuzzWho shows arbitrary secrets to a server that knows a first token, a made token
-// and an issuer: none but the first opens anything.
+// and an issuer: nothing but those two secrets opens anything.
 func FuzzWho(f *testing.F) {
 	const first = "0123456789abcdef"
 	dir := f.TempDir()
@@ -26,12 +30,18 @@ func FuzzWho(f *testing.F) {
 	if err != nil {
 		f.Fatal(err)
 	}
-	a := New(Config{First: first, Tokens: &memory{}, Issuers: all})
-	for _, seed := range []string{"", first + " ", tokenPrefix, tokenPrefix + "_", "..", "e30.e30.", "eyJhbGciOiJub25lIn0.e30."} {
+	made, hash, err := NewToken(api.NewToken{Name: "x", Scopes: []string{"admin"}}, "first", time.Now())
+	if err != nil {
+		f.Fatal(err)
+	}
+	claims := base64.RawURLEncoding.EncodeToString([]byte(`{"iss":"` + issuer + `","aud":"a","sub":"x","exp":4102444800}`))
+	a := New(Config{First: first, Tokens: &memory{token: made, hash: hash}, Issuers: all})
+	for _, seed := range []string{"", first + " ", tokenPrefix, tokenPrefix + "_", "..", "e30.e30.", "eyJhbGciOiJub25lIn0.e30.",
+		made.Secret[:len(made.Secret)-1], made.Secret + "A", "eyJhbGciOiJFUzI1NiJ9." + claims + ".AAAA"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, secret string) {
-		if p, err := a.Who(t.Context(), secret); err == nil && secret != first {
+		if p, err := a.Who(t.Context(), secret); err == nil && secret != first && secret != made.Secret {
 			t.Errorf("Who(%q) = %v; want a refusal", secret, p)
 		}
 	})
