@@ -279,7 +279,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	if s.KernelMirror != "" {
 		cat.Mirror = discover.Mirror{URL: s.KernelMirror}
 	}
-	pages, err := web.New(cat, log)
+	pages, err := web.New(web.Config{Catalogue: cat, Registry: registry, Log: log})
 	if err != nil {
 		return err
 	}
@@ -296,7 +296,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	handler := httpapi.New(httpapi.Config{
 		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log, Stopping: ctx.Done(),
 		Auth: who, Access: db, AskPerHour: s.AskPerHour, CallsPerMinute: s.CallsPerMinute,
-		Registry: ocistore.Handler(registry, who, log), Pages: pages,
+		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes,
 	})
 	// Whoever waits for the file to appear must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")

@@ -72,6 +72,8 @@ type Artifact struct {
 	// Replacement is the digest of what to use in place of a yanked artifact.
 	Replacement string    `json:"replacement,omitempty"`
 	PublishedAt time.Time `json:"publishedAt"`
+	// WithdrawnAt is since when the artifact is yanked or in quarantine.
+	WithdrawnAt *time.Time `json:"withdrawnAt,omitempty"`
 }
 
 // NewArtifact tells the catalogue of an artifact that was published.

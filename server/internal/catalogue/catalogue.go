@@ -27,6 +27,9 @@ type lister interface {
 	Artifacts(ctx context.Context, f store.ArtifactFilter, p store.Page) ([]api.Artifact, string, error)
 	Builds(ctx context.Context, f store.BuildFilter, p store.Page) ([]api.Build, string, error)
 	OpenBuilds(ctx context.Context) ([]api.Build, error)
+	NextBuilds(ctx context.Context, n int) ([]api.Build, error)
+	Withdrawn(ctx context.Context, n int) ([]api.Artifact, error)
+	KernelGroups(ctx context.Context) ([]store.KernelGroup, error)
 }
 
 // resolver reads what decides about cells.

@@ -214,7 +214,7 @@ func TestResolve(t *testing.T) {
 		t.Errorf("Resolve(other fingerprint) = %s, %v; want anything but published", got.State, err)
 	}
 
-	m, err := c.Matrix(t.Context(), store.KernelFilter{}, store.Page{})
+	m, err := c.Matrix(t.Context(), store.KernelFilter{}, catalogue.DriverFilter{All: true}, store.Page{})
 	if err != nil {
 		t.Fatal(err)
 	}

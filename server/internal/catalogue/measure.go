@@ -49,8 +49,12 @@ type figures struct {
 	running time.Duration
 	// takes is how long a build takes; a flavour that was never built is not in it.
 	takes map[target.Flavour]time.Duration
-	// builders is how many builds go on side by side.
+	// builders is how many builds go on side by side; heard are the builders by name.
 	builders int
+	heard    []Builder
+	groups   []store.KernelGroup
+	// ready tells how long cells took that became ready lately.
+	ready api.ReadyDuration
 }
 
 // Measurer measures until ctx is done.
@@ -94,7 +98,20 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	workers := map[string]bool{}
+	if f.groups, err = c.Store.KernelGroups(ctx); err != nil {
+		return err
+	}
+	if f.ready, err = c.ReadyTimes(ctx, readyDays); err != nil {
+		return err
+	}
+	workers := map[string]*Builder{}
+	heard := func(b store.Working, at time.Time) *Builder {
+		if workers[b.Worker] == nil {
+			workers[b.Worker] = &Builder{Name: b.Worker}
+		}
+		workers[b.Worker].HeardAt = later(workers[b.Worker].HeardAt, at)
+		return workers[b.Worker]
+	}
 	for _, flavour := range []target.Flavour{target.Proprietary, target.Open} {
 		ended, err := c.Store.PublishedBuilds(ctx, flavour, recentBuilds)
 		if err != nil {
@@ -104,7 +121,7 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 		for _, b := range ended {
 			took = append(took, b.FinishedAt.Sub(b.StartedAt))
 			if b.Worker != "" && now.Sub(b.FinishedAt) < idleFor {
-				workers[b.Worker] = true
+				heard(b, b.FinishedAt).Published++
 			}
 		}
 		if n := len(took); n > 0 {
@@ -113,13 +130,13 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 		}
 	}
 	for _, b := range running {
-		if heard := later(b.BeatAt, b.StartedAt); now.Sub(heard) < aliveFor {
+		if at := later(b.BeatAt, b.StartedAt); now.Sub(at) < aliveFor {
 			f.builders++
-			workers[b.Worker] = true
+			heard(b, at).Running++
 		}
 		f.running += max(0, f.take(b.Flavour)-now.Sub(b.StartedAt))
 	}
-	f.builders = max(f.builders, len(workers))
+	f.builders, f.heard = max(f.builders, len(workers)), listBuilders(workers)
 	f.before = make([]time.Duration, len(f.waiting)+1)
 	for i, w := range f.waiting {
 		f.before[i+1] = f.before[i] + f.take(w.Flavour)
@@ -178,12 +195,11 @@ func (c *Catalogue) expect(r *api.Resolution) {
 
 // Coverage tells how much of what wish lists want is there, as of some seconds ago.
 func (c *Catalogue) Coverage(ctx context.Context) (api.Coverage, error) {
-	if c.figures.Load() == nil { // nobody measures, or not yet
-		if err := c.Measure(ctx); err != nil {
-			return api.Coverage{}, err
-		}
+	f, err := c.measured(ctx)
+	if err != nil {
+		return api.Coverage{}, err
 	}
-	return c.figures.Load().coverage, nil
+	return f.coverage, nil
 }
 
 func coverage(counts map[int]map[api.State]int, at time.Time) api.Coverage {

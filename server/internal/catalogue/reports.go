@@ -89,7 +89,7 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 		if r.Message != "" {
 			reason += "; the last says: " + r.Message
 		}
-		return tx.SetArtifactState(ctx, r.Digest, api.Quarantined, reason)
+		return tx.SetArtifactState(ctx, r.Digest, api.Quarantined, reason, c.Now())
 	})
 	if err == nil && reason != "" {
 		c.Log.WarnContext(ctx, "artifact in quarantine", "digest", r.Digest, "driver", r.Driver.String(), "reason", reason)

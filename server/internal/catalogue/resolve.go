@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -283,21 +284,36 @@ type Matrix struct {
 	Kernels []api.Kernel
 	Drivers []api.DriverRelease
 	Cells   [][][]api.Resolution
-	// Artifacts are those that are attested for the kernels of this page, newest
-	// first; of their kernels, those of this page.
-	Artifacts []api.Artifact
+	// Folded are the drivers that have no column: nobody asked for them on these kernels,
+	// or there are too many.
+	Folded []api.DriverRelease
 	// Next is where the next page of kernels begins; "" is nowhere.
 	Next string
 }
 
-// maxColumns bounds the driver versions of a matrix.
-const maxColumns = 40
+// maxColumns bounds the driver versions of a matrix: more than that nobody takes in.
+const maxColumns = 16
 
-// Matrix computes where every cell of a page of kernels stands. Its drivers are
-// those that these kernels have builds or artifacts of or name in their lists, and
-// then the newest others.
-func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Page) (*Matrix, error) {
+// DriverFilter says which drivers a matrix has; its zero value means those that somebody
+// asked for on the kernels of the page.
+type DriverFilter struct {
+	// Text is a branch (R535, 535), or how a version begins; "" is any.
+	Text string
+	// All takes drivers that nobody asked for, too.
+	All bool
+}
+
+func (f DriverFilter) matches(d api.DriverRelease) bool {
+	text := strings.TrimPrefix(f.Text, "R")
+	return strings.HasPrefix(d.Version, text)
+}
+
+// Matrix computes where every cell of a page of kernels stands.
+func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFilter, p store.Page) (*Matrix, error) {
 	p, err := pageOfCells(p)
+	if err == nil {
+		err = checkFilter(f)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -305,12 +321,12 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Pa
 	if err != nil {
 		return nil, err
 	}
-	drivers, err := c.columns(ctx, cells)
+	drivers, folded, err := c.columns(ctx, cells, d)
 	if err != nil {
 		return nil, err
 	}
-	m := &Matrix{Kernels: make([]api.Kernel, len(cells)), Drivers: drivers, Cells: make([][][]api.Resolution, len(cells)),
-		Next: next, Artifacts: attested(cells)}
+	m := &Matrix{Kernels: make([]api.Kernel, len(cells)), Drivers: drivers, Folded: folded,
+		Cells: make([][][]api.Resolution, len(cells)), Next: next}
 	for i, kc := range cells {
 		k := kc.Kernel
 		m.Kernels[i] = k
@@ -326,70 +342,57 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, p store.Pa
 	return m, nil
 }
 
-// attested returns the artifacts of a page.
-func attested(cells []*store.KernelCells) []api.Artifact {
-	at, all := map[string]int{}, []api.Artifact{}
-	for _, kc := range cells {
-		for _, f := range kc.Facts {
-			for _, a := range f.Artifacts {
-				if !a.Attested {
-					continue
-				}
-				i, ok := at[a.Digest]
-				if !ok {
-					i = len(all)
-					at[a.Digest] = i
-					all = append(all, a.Artifact)
-				}
-				all[i].Kernels = append(all[i].Kernels, kc.Kernel.Kernel)
-			}
-		}
-	}
-	slices.SortFunc(all, func(a, b api.Artifact) int {
-		return cmp.Or(b.PublishedAt.Compare(a.PublishedAt), cmp.Compare(a.Digest, b.Digest))
-	})
-	return all
-}
-
-// columns chooses the drivers of a matrix, newest first.
+// columns chooses the drivers of a matrix, newest first, and says which others are known.
 func (c *Catalogue) columns(
 	ctx context.Context,
 	cells []*store.KernelCells,
-) ([]api.DriverRelease, error) {
-	wanted := map[string]bool{}
+	f DriverFilter,
+) (shown, folded []api.DriverRelease, err error) {
+	asked := map[string]bool{} // somebody asked for it on one of these kernels
 	for _, kc := range cells {
 		for key := range kc.Facts {
-			wanted[key.Driver.Version] = true
+			asked[key.Driver.Version] = true
 		}
 	}
-	for _, kc := range cells {
-		k := kc.Kernel
-		for _, v := range append(slices.Collect(maps.Values(k.Branches)), k.Default, k.Latest) {
-			wanted[v] = v != ""
+	all := map[string]api.DriverRelease{}
+	add := func(v string) {
+		if v != "" {
+			all[v] = api.DriverRelease{Version: v, Branch: target.Branch(v)}
 		}
+	}
+	for v := range asked {
+		add(v)
+	}
+	for _, kc := range cells {
+		for _, v := range kc.Kernel.Branches {
+			add(v)
+		}
+		add(kc.Kernel.Default)
+		add(kc.Kernel.Latest)
 	}
 	newest, _, err := c.Store.Drivers(ctx, store.Page{Limit: MaxLimit})
 	if err != nil {
-		return nil, err
-	}
-	all := []api.DriverRelease{}
-	for v, want := range wanted {
-		if !want {
-			continue
-		}
-		rel := api.DriverRelease{Version: v, Branch: target.Branch(v)}
-		if i := slices.IndexFunc(newest, func(d api.DriverRelease) bool { return d.Version == v }); i >= 0 {
-			rel = newest[i]
-		}
-		all = append(all, rel)
+		return nil, nil, err
 	}
 	for _, d := range newest {
-		if !wanted[d.Version] && len(all) < maxColumns {
-			all = append(all, d)
+		all[d.Version] = d
+	}
+	for _, d := range all {
+		switch {
+		case !f.matches(d):
+		case asked[d.Version] || f.All || f.Text != "":
+			shown = append(shown, d)
+		default:
+			folded = append(folded, d)
 		}
 	}
-	slices.SortFunc(all, func(a, b api.DriverRelease) int { return target.CompareVersions(b.Version, a.Version) })
-	return all[:min(len(all), maxColumns)], nil
+	byAge := func(a, b api.DriverRelease) int { return target.CompareVersions(b.Version, a.Version) }
+	slices.SortFunc(shown, byAge)
+	slices.SortFunc(folded, byAge)
+	if n := len(shown); n > maxColumns {
+		folded, shown = append(shown[maxColumns:n:n], folded...), shown[:maxColumns]
+	}
+	return shown, folded, nil
 }
 
 // MaxLimitCells bounds a page of cells, in kernels: each has some dozen cells.
@@ -419,6 +422,9 @@ func (c *Catalogue) Cells(
 	p store.Page,
 ) ([]api.Resolution, string, error) {
 	p, err := pageOfCells(p)
+	if err == nil {
+		err = checkFilter(f)
+	}
 	if err != nil {
 		return nil, "", err
 	}

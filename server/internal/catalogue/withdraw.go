@@ -107,7 +107,7 @@ func (c *Catalogue) mark(
 		if err != nil {
 			return err
 		}
-		if err := tx.SetArtifactState(ctx, digest, state, reason); err != nil {
+		if err := tx.SetArtifactState(ctx, digest, state, reason, c.Now()); err != nil {
 			return err
 		}
 		if more != nil {

@@ -20,15 +20,23 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/httpapi"
 	"github.com/prebake/prebake/server/internal/store"
+	"github.com/prebake/prebake/server/internal/web"
 )
 
 // needed is the authorization table: each route with the scope that it needs. It is
 // written by hand, so that a route that changes its scope, or a new one, fails the
 // test until somebody says here that this is meant.
 var needed = map[string]auth.Scope{
-	"GET /":             "",
-	"GET /assets/*":     "",
-	"GET /builds/{id}":  "",
+	"GET /":                               "",
+	"GET /assets/{name}":                  "",
+	"GET /badge.svg":                      "",
+	"GET /builds/{id}":                    "",
+	"GET /cells/{board}/{build}/{driver}": "",
+	"GET /cells/{board}/{build}/{driver}/{flavour}": "",
+	"GET /feed.atom":    "",
+	"GET /preflight":    "",
+	"GET /queue":        "",
+	"GET /releases":     "",
 	"GET /healthz":      "",
 	"GET /metrics":      "",
 	"GET /openapi.json": "", "GET /openapi.yaml": "", "GET /openapi-3.0.json": "", "GET /openapi-3.0.yaml": "",
@@ -123,7 +131,7 @@ func TestAuthorization(t *testing.T) {
 	for route, scope := range needed {
 		method, pattern, _ := strings.Cut(route, " ")
 		path := strings.NewReplacer("{id}", "1", "{buildId}", "17800.66.78", "{name}", "x", "{digest}", digest, "DIGEST", digest,
-			"/assets/*", "/assets/style.css").Replace(pattern)
+			"/assets/{name}", "/assets/style.css", "{board}", "lakitu", "{build}", "17800.66.78", "{driver}", "535.261.03", "{flavour}", "open").Replace(pattern)
 		for caller, secret := range secrets {
 			status := ask(t, method, url+path, secret)
 			refused := status == http.StatusUnauthorized || status == http.StatusForbidden
@@ -141,7 +149,7 @@ func TestAuthorization(t *testing.T) {
 		}
 	}
 
-	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler()}).(chi.Routes)
+	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes}).(chi.Routes)
 	if !ok {
 		t.Fatal("the handler tells no routes")
 	}
@@ -278,7 +286,7 @@ func TestPush(t *testing.T) {
 // An address that asks too often hears for how long to wait; another one is served.
 func TestClientRate(t *testing.T) {
 	t.Parallel()
-	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler()})
+	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes})
 	ask := func(from string) (int, string) {
 		r := httptest.NewRequest(http.MethodGet, "/openapi.json", nil)
 		r.RemoteAddr = from

@@ -53,8 +53,9 @@ type Config struct {
 	Free func() (uint64, error)
 	// Registry serves /v2/; it has its own access rule.
 	Registry http.Handler
-	// Pages serves /, /builds/{id} and /assets/.
-	Pages http.Handler
+	// Pages serves PageRoutes, and tells of pages that do not exist.
+	Pages      http.Handler
+	PageRoutes []string
 	// Auth finds out who calls.
 	Auth *auth.Authenticator
 	// Access keeps tokens and the audit log.
@@ -106,7 +107,7 @@ func New(c Config) http.Handler {
 		r.Use(limitClients(c.CallsPerMinute), throttle(), etags)
 		mountAPI(r, c)
 		if c.Pages != nil {
-			for _, page := range []string{"/", "/builds/{id}", "/assets/*"} {
+			for _, page := range c.PageRoutes {
 				r.Method(http.MethodGet, page, c.Pages)
 			}
 		}

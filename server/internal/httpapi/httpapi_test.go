@@ -63,12 +63,12 @@ func open(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (ht
 		f(&config)
 	}
 	cat := catalogue.New(config)
-	pages, err := web.New(cat, log)
+	pages, err := web.New(web.Config{Catalogue: cat, Log: log})
 	check(t, err)
 	who := auth.New(auth.Config{First: token, Tokens: db})
 	t.Cleanup(func() { check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close())) })
 	return httpapi.Config{Catalogue: cat, Store: db, Queue: q, Auth: who, Access: db, Version: "test",
-		AskPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages}, db
+		AskPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes}, db
 }
 
 func check(t testing.TB, err error) {
@@ -206,7 +206,7 @@ func TestRoutes(t *testing.T) {
 		{"metrics", "GET", "/metrics", "", "", 200, "", `prebake_queue_jobs{state="running"} 0`},
 		{"API description", "GET", "/openapi.json", "", "", 200, "application/openapi+json", `"request-build"`},
 		{"no documentation page from elsewhere", "GET", "/docs", "", "", 404, problem, `"hint"`},
-		{"page", "GET", "/", "", "", 200, html, "Kernels and drivers"},
+		{"page", "GET", "/", "", "", 200, html, "Which driver is ready"},
 		{"style", "GET", "/assets/style.css", "", "", 200, "text/css; charset=utf-8", "prefers-color-scheme"},
 		{"build page of nothing", "GET", "/builds/9", "", "", 404, html, "build 9 does not exist"},
 		{"empty list", "GET", "/v1/kernels", "", "", 200, "application/json", "[]"},
@@ -242,7 +242,7 @@ func TestRoutes(t *testing.T) {
 		{"quarantine", "GET", "/v1/quarantine", "", "", 200, "application/json", "[]"},
 		{"head of a list", "HEAD", "/v1/kernels", "", "", 200, "application/json", ""},
 		{"head of a page", "HEAD", "/", "", "", 200, html, ""},
-		{"list of assets", "GET", "/assets/", "", "", 404, html, "no such page"},
+		{"list of assets", "GET", "/assets/", "", "", 404, problem, "there is no /assets/"},
 		{"registry ping wants credentials", "GET", "/v2/", "", "", 401, "application/json", "UNAUTHORIZED"},
 		{"registry takes the token", "GET", "/v2/", "Bearer " + token, "", 200, "", ""},
 		{"registry tells of nothing", "GET", "/v2/x/tags/list", "", "", 404, "application/json", "NAME_UNKNOWN"},

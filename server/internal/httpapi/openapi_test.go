@@ -23,15 +23,23 @@ import (
 
 	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/httpapi"
+	"github.com/prebake/prebake/server/internal/web"
 )
 
 var update = flag.Bool("update", false, "write docs/openapi.yaml anew")
 
 // undescribed are the routes that the API's description leaves out, and why.
 var undescribed = map[string]string{
-	"GET /":                 "a page for people",
-	"GET /builds/{id}":      "a page for people",
-	"GET /assets/*":         "what pages are made of",
+	"GET /":                               "a page for people",
+	"GET /builds/{id}":                    "a page for people",
+	"GET /cells/{board}/{build}/{driver}": "a page for people",
+	"GET /cells/{board}/{build}/{driver}/{flavour}": "a page for people",
+	"GET /queue":            "a page for people",
+	"GET /releases":         "a page for people",
+	"GET /preflight":        "a page for people",
+	"GET /feed.atom":        "a feed (RFC 4287)",
+	"GET /badge.svg":        "a picture",
+	"GET /assets/{name}":    "what pages are made of",
 	"GET /healthz":          "for whoever restarts the server, one word of text",
 	"GET /readyz":           "for whoever restarts the server, one line of text",
 	"GET /metrics":          "Prometheus's own format",
@@ -43,7 +51,7 @@ var undescribed = map[string]string{
 
 // bare is the handler with everything that does not depend on a store.
 func bare() http.Handler {
-	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), Version: "devel"})
+	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Version: "devel"})
 }
 
 // description reads the API's description as clients do.

@@ -57,6 +57,11 @@ type BuildFilter struct {
 	Flavour        target.Flavour
 }
 
+// NextBuilds lists the first n builds that wait, in the order in which they are begun.
+func (s *Store) NextBuilds(ctx context.Context, n int) ([]api.Build, error) {
+	return builds(ctx, s.readers, ` WHERE state = 'queued' ORDER BY priority, id LIMIT $1`, n)
+}
+
 // Builds lists a page of builds, newest first.
 func (s *Store) Builds(ctx context.Context, f BuildFilter, p Page) (all []api.Build, next string, err error) {
 	after, err := p.parse(1)

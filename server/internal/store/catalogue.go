@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -34,6 +35,27 @@ func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 type KernelFilter struct {
 	BuildID, Board string
 	Milestone      int
+	// State is one that at least one cell of the kernel is in, other than published:
+	// that of the cell's newest build, or yanked or quarantined of an artifact that is
+	// attested for the kernel.
+	State api.State
+	// Text is how BUILD_ID or kernel release begin: letters, digits and ".+~-" only, since
+	// it becomes part of a pattern.
+	Text string
+}
+
+// state adds the condition that a kernel has a cell in a state.
+func (f KernelFilter) state(w *where) {
+	switch f.State {
+	case "":
+	case api.Yanked, api.Quarantined:
+		w.and(`(build_id, board) IN (SELECT t.build_id, t.board FROM artifacts a CROSS JOIN artifact_kernels t
+WHERE a.state = ? AND t.digest = a.digest)`, string(f.State))
+	default:
+		w.and(`(build_id, board) IN (SELECT b.build_id, b.board FROM builds b WHERE b.state = ? AND NOT EXISTS (
+SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
+AND n.flavour = b.flavour AND n.id > b.id))`, string(f.State))
+	}
 }
 
 // page makes the query of a page of kernels, newest BUILD_ID first.
@@ -46,6 +68,10 @@ func (f KernelFilter) page(columns string, p Page) (text string, args []any, err
 	equal(w, "build_id", f.BuildID)
 	equal(w, "board", f.Board)
 	equal(w, "milestone", f.Milestone)
+	if f.Text != "" {
+		w.and("(build_id LIKE ? OR release LIKE ?)", f.Text+"%", f.Text+"%")
+	}
+	f.state(w)
 	if after != nil {
 		w.and("sort_key <= ? AND (sort_key < ? OR board > ?)", after[0], after[0], after[1])
 	}
@@ -185,14 +211,14 @@ ON CONFLICT (version) DO UPDATE SET
 	return trouble("store driver "+d.Version, err)
 }
 
-const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at, a.replacement`
+const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at, a.replacement, a.withdrawn_at`
 
 func scanArtifact(row func(...any) error, more ...any) (api.Artifact, error) {
 	var a api.Artifact
-	var published int64
+	var published, withdrawn int64
 	err := row(append([]any{&a.Digest, &a.Repository, &a.Fingerprint, &a.Driver.Version, &a.Driver.Flavour, &a.Arch,
-		&a.Release, &a.State, &a.Reason, &published, &a.Replacement}, more...)...)
-	a.PublishedAt = timeOf(published)
+		&a.Release, &a.State, &a.Reason, &published, &a.Replacement, &withdrawn}, more...)...)
+	a.PublishedAt, a.WithdrawnAt = timeOf(published), timePtr(withdrawn)
 	return a, err
 }
 
@@ -334,15 +360,55 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 	return trouble("store artifact "+a.Digest, err)
 }
 
-// SetArtifactState yanks or unyanks. It has no replacement then.
-func (tx *Tx) SetArtifactState(ctx context.Context, digest string, state api.State, reason string) error {
+// Withdrawn lists the n artifacts that were yanked or put in quarantine last, without
+// their kernels.
+func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err error) {
+	err = query(ctx, s.readers, func(row func(...any) error) error {
+		a, err := scanArtifact(row)
+		all = append(all, a)
+		return err
+	}, `SELECT `+artifactColumns+` FROM artifacts a WHERE a.state IN ('yanked', 'quarantined')
+ORDER BY a.withdrawn_at DESC, a.digest LIMIT $1`, n)
+	return all, trouble("list withdrawn artifacts", err)
+}
+
+// KernelGroup counts the kernels of a board and a milestone.
+type KernelGroup struct {
+	Board     string
+	Milestone int // 0 is not known yet
+	Kernels   int
+}
+
+// KernelGroups counts kernels by milestone and board, newest milestone first.
+func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error) {
+	err = query(ctx, s.readers, func(row func(...any) error) error {
+		var g KernelGroup
+		err := row(&g.Board, &g.Milestone, &g.Kernels)
+		all = append(all, g)
+		return err
+	}, `SELECT board, milestone, COUNT(*) FROM kernels GROUP BY board, milestone ORDER BY milestone DESC, board`)
+	return all, trouble("count kernels", err)
+}
+
+// SetArtifactState yanks or unyanks, as of a time. It has no replacement then.
+func (tx *Tx) SetArtifactState(
+	ctx context.Context,
+	digest string,
+	state api.State,
+	reason string,
+	at time.Time,
+) error {
+	if !state.Withdrawn() {
+		at = time.Time{}
+	}
 	tx.touch("") // of all kernels that it is attested for
 	_, err := tx.ExecContext(
 		ctx,
-		`UPDATE artifacts SET state = $2, reason = $3, replacement = '' WHERE digest = $1`,
+		`UPDATE artifacts SET state = $2, reason = $3, replacement = '', withdrawn_at = $4 WHERE digest = $1`,
 		digest,
 		string(state),
 		reason,
+		micros(at),
 	)
 	return trouble("mark artifact "+digest, err)
 }

@@ -147,7 +147,7 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutArtifact(ctx, again) }); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetArtifactState(ctx, digest, api.Yanked, "broken") }); err != nil {
+	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetArtifactState(ctx, digest, api.Yanked, "broken", again.PublishedAt) }); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetReplacement(ctx, digest, "sha256:2") }); err != nil {
@@ -155,13 +155,17 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	}
 	want := a
 	want.Kernels, want.State, want.Reason = []target.Kernel{first, second}, api.Yanked, "broken"
-	want.Replacement = "sha256:2"
+	want.Replacement, want.WithdrawnAt = "sha256:2", &again.PublishedAt
 	got, _, err := s.Artifacts(ctx, store.ArtifactFilter{Driver: d.Version, Flavour: d.Flavour}, page)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]api.Artifact{want}, got); diff != "" {
 		t.Errorf("Artifacts() (-want +got):\n%s", diff)
+	}
+	want.Kernels = nil
+	if withdrawn, err := s.Withdrawn(ctx, 5); err != nil || cmp.Diff([]api.Artifact{want}, withdrawn) != "" {
+		t.Errorf("Withdrawn() = %+v, %v; want %+v", withdrawn, err, want)
 	}
 	if one, err := s.Artifact(ctx, digest); err != nil || one.Digest != digest {
 		t.Errorf("Artifact() = %v, %v", one, err)

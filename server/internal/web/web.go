@@ -1,7 +1,8 @@
-// Package web is the server's pages for people: the matrix of kernels and
-// drivers, and one page for each build. They are made of templates and one
-// style sheet, all embedded. It refuses scripts, anything from other hosts, and
-// to change anything.
+// Package web is the server's pages for people: the matrix of kernels and drivers, a
+// page for each cell and build, the queue, the releases, preflight, a feed and a badge.
+// They are made of templates, one style sheet and one script, all embedded; every page
+// can be read without the script. It refuses anything from other hosts, and to change
+// anything.
 package web
 
 import (
@@ -10,15 +11,18 @@ import (
 	"embed"
 	"fmt"
 	"html/template"
+	"iter"
 	"log/slog"
+	"net"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
 
+	"cuelabs.dev/go/oci/ociregistry"
+
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/server/internal/catalogue"
 	"github.com/prebake/prebake/server/internal/store"
 )
@@ -28,47 +32,102 @@ var files embed.FS
 
 // reader is what the pages read; package catalogue has it.
 type reader interface {
-	Matrix(ctx context.Context, f store.KernelFilter, p store.Page) (*catalogue.Matrix, error)
-	Artifact(ctx context.Context, digest string) (api.Artifact, error)
-	Builds(ctx context.Context, f store.BuildFilter, p store.Page) ([]api.Build, string, error)
+	Matrix(ctx context.Context, f store.KernelFilter, d catalogue.DriverFilter, p store.Page) (*catalogue.Matrix, error)
+	View(ctx context.Context, buildID, board, version string) (*catalogue.CellView, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
+	Artifact(ctx context.Context, digest string) (api.Artifact, error)
+	Workload(ctx context.Context) (*catalogue.Workload, error)
+	Releases(ctx context.Context, f store.KernelFilter, after string) ([]catalogue.ReleaseView, string, error)
+	ReadyLately(ctx context.Context) (api.ReadyDuration, error)
+	Groups(ctx context.Context) ([]store.KernelGroup, error)
+	Coverage(ctx context.Context) (api.Coverage, error)
+	Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error)
+	Resolve(ctx context.Context, buildID, board, driver, flavour, release string) (api.Resolution, error)
+	Newest(ctx context.Context, n int) ([]catalogue.News, error)
+}
+
+// referrers lists what is attached to an artifact of this server's registry.
+type referrers interface {
+	Referrers(ctx context.Context, repo string, d ociregistry.Digest, artifactType string) iter.Seq2[ociregistry.Descriptor, error]
+}
+
+// Config is what the pages are made of.
+type Config struct {
+	Catalogue reader
+	// Registry tells what is signed of an artifact; nil is not asked.
+	Registry referrers
+	Log      *slog.Logger
+	// Now is the clock; nil is time.Now.
+	Now func() time.Time
 }
 
 type pages struct {
-	reader reader
-	log    *slog.Logger
-	tmpl   *template.Template
+	Config
+	tmpl *template.Template
 }
 
-// New returns the pages /, /builds/{id} and /assets/.
-func New(r reader, log *slog.Logger) (http.Handler, error) {
-	tmpl, err := template.New("").Funcs(template.FuncMap{
-		"mark":  mark,
-		"label": label,
-		"short": short,
-		"when":  when,
-		"date":  date,
-		"secs":  func(s float64) string { return strconv.FormatFloat(s, 'f', 2, 64) },
+// Routes are the paths of the pages, as chi and [http.ServeMux] write them.
+var Routes = []string{
+	"/", "/cells/{board}/{build}/{driver}", "/cells/{board}/{build}/{driver}/{flavour}", "/builds/{id}", "/queue",
+	"/releases", "/preflight", "/feed.atom", "/badge.svg", "/assets/{name}",
+}
+
+// New returns a handler of the pages.
+func New(c Config) (http.Handler, error) {
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	p := &pages{Config: c}
+	var err error
+	p.tmpl, err = template.New("").Funcs(template.FuncMap{
+		"mark": mark, "label": label, "short": short, "when": when, "date": date, "took": took, "ago": p.ago, "dict": dict,
+		"inc": func(n int) int { return n + 1 }, "add": func(a, b int) int { return a + b },
 	}).ParseFS(files, "pages/*.html")
 	if err != nil {
 		return nil, fmt.Errorf("parse pages: %w", err)
 	}
-	p := &pages{reader: r, log: log, tmpl: tmpl}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", p.matrix)
-	mux.HandleFunc("GET /builds/{id}", p.build)
-	mux.Handle("GET /assets/{name}", cached(http.FileServerFS(files))) // files only: no list of the folder
+	handlers := []http.HandlerFunc{
+		p.matrix, p.cell, p.cell, p.build, p.queue, p.releases, p.preflight, p.feed, p.badge,
+		cached(http.FileServerFS(files)), // files only: no list of the folder
+	}
+	for i, h := range handlers {
+		path := Routes[i]
+		if path == "/" {
+			path = "/{$}"
+		}
+		mux.Handle("GET "+path, h)
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		p.fail(w, r, fault.New(fault.NotFound, "there is no such page", "begin at the matrix"))
+		p.fail(w, r, fault.New(fault.NotFound, "there is no such page", "begin at the matrix, or look at what is linked above"))
 	})
 	return mux, nil
 }
 
-func cached(next http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+func cached(next http.Handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Cache-Control", "public, max-age=300")
 		next.ServeHTTP(w, r)
-	})
+	}
+}
+
+// head is what every page has.
+type head struct {
+	// Title is that of the window, Here the path of the page that is marked in the menu.
+	Title, Here string
+	// Live is where changes of the page are told as server-sent events; without a script,
+	// a page with Live or Refresh is read again now and then.
+	Live    string
+	Refresh bool
+}
+
+// dict makes what a template hands to another: names and values in turn.
+func dict(pairs ...any) map[any]any {
+	out := map[any]any{}
+	for i := 0; i+1 < len(pairs); i += 2 {
+		out[pairs[i]] = pairs[i+1]
+	}
+	return out
 }
 
 // mark is a sign for a state, for readers who do not see the colours.
@@ -101,165 +160,93 @@ func label(s api.State) string {
 func when(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 UTC") }
 func date(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
+// took writes a duration in seconds the way people say it.
+func took(s float64) string {
+	d := time.Duration(s * float64(time.Second))
+	switch {
+	case d < 10*time.Second:
+		return strconv.FormatFloat(s, 'f', 1, 64) + " s"
+	case d < 2*time.Minute:
+		return strconv.Itoa(int(s+.5)) + " s"
+	case d < 2*time.Hour:
+		return strconv.Itoa(int(d.Minutes()+.5)) + " min"
+	case d < 48*time.Hour:
+		return strconv.Itoa(int(d.Hours()+.5)) + " h"
+	}
+	return strconv.Itoa(int(d.Hours()/24+.5)) + " days"
+}
+
+// ago says how far a time lies from now.
+func (p *pages) ago(t time.Time) string {
+	d := p.Now().Sub(t)
+	switch {
+	case d < 0:
+		return "in " + took((-d).Seconds())
+	case d < time.Second:
+		return "now"
+	}
+	return took(d.Seconds()) + " ago"
+}
+
 // short cuts a digest or fingerprint to what people compare at a glance.
 func short(v any) string {
 	text := strings.TrimPrefix(fmt.Sprint(v), "sha256:")
 	return text[:min(12, len(text))]
 }
 
-// legend explains the states in the order of a build's life.
-type legend struct {
-	State api.State
-	Text  string
-}
-
-type matrixPage struct {
-	*catalogue.Matrix
-	Rows      []row
-	Legend    []legend
-	Artifacts template.HTML // see cards
-	Recent    []api.Build
-	// Older leads to the next page, Newest to the first; "" when this is it.
-	Older, Newest string
-}
-
-type row struct {
-	Kernel api.Kernel
-	Cells  template.HTML // see cells
-}
-
-// Bounds of the first page.
-const (
-	maxRecent = 12 // builds
-	maxRows   = 20 // kernels
-)
-
-func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
-	query := r.URL.Query()
-	filter := store.KernelFilter{Board: query.Get("board")}
-	if m := query.Get("milestone"); m != "" {
-		n, err := strconv.Atoi(m)
-		if err != nil {
-			p.fail(w, r, fault.New(fault.Usage, fmt.Sprintf("milestone %.20q is not a number", m), "write one such as 109"))
-			return
-		}
-		filter.Milestone = n
+// base is the address that the reader reached the server by.
+func base(r *http.Request) string {
+	scheme := "http"
+	if r.TLS != nil || r.Header.Get("X-Forwarded-Proto") == "https" {
+		scheme = "https"
 	}
-	m, err := p.reader.Matrix(r.Context(), filter, store.Page{After: query.Get("after"), Limit: maxRows})
+	return scheme + "://" + r.Host
+}
+
+// plain reports whether stock clients have to be told that an address has no TLS. They
+// know by themselves that a loopback address has none.
+func plain(r *http.Request) bool {
+	if strings.HasPrefix(base(r), "https:") {
+		return false
+	}
+	host, _, err := net.SplitHostPort(r.Host)
 	if err != nil {
-		p.fail(w, r, err)
-		return
+		host = r.Host
 	}
-	recent, _, err := p.reader.Builds(r.Context(), store.BuildFilter{}, store.Page{Limit: maxRecent})
-	if err != nil {
-		p.fail(w, r, err)
-		return
-	}
-	page := matrixPage{Matrix: m, Recent: recent, Legend: []legend{
-		{api.Published, "signed and ready to install"},
-		{api.Building, "a builder works on it"},
-		{api.Queued, "waits for a builder"},
-		{api.Failed, "the last build failed; its page says how"},
-		{api.Yanked, "withdrawn, do not use"},
-		{api.Quarantined, "did not load on several nodes"},
-		{api.Cancelled, "called off"},
-		{api.Unsupported, "cannot be built"},
-		{api.Unknown, "nobody asked for it yet"},
-	}}
-	if query.Has("after") {
-		query.Del("after")
-		page.Newest = "/?" + query.Encode()
-	}
-	if m.Next != "" {
-		query.Set("after", m.Next)
-		page.Older = "/?" + query.Encode()
-	}
-	for i, k := range m.Kernels {
-		page.Rows = append(page.Rows, row{k, cells(k, m.Cells[i])})
-	}
-	page.Artifacts = cards(r.Host, m.Artifacts)
-	p.render(w, r, http.StatusOK, "matrix.html", page)
-}
-
-func link(c api.Resolution) string {
-	switch {
-	case c.State == api.Published || c.State == api.Yanked && c.Digest != "":
-		return "#" + anchor(c.Digest)
-	case c.Build != nil:
-		return "/builds/" + strconv.FormatInt(c.Build.ID, 10)
-	}
-	return ""
-}
-
-func anchor(digest string) string { return strings.ReplaceAll(digest, ":", "-") }
-
-func why(k api.Kernel, c api.Resolution) string {
-	text := k.String() + ", driver " + c.Driver.String() + ": " + label(c.State)
-	if c.Reason != "" {
-		text += ". " + c.Reason
-	}
-	return text
+	return host != "localhost" && !net.ParseIP(strings.Trim(host, "[]")).IsLoopback()
 }
 
 // reference is what a stock client pulls. A repository without a host is on
 // this server, under the name that the reader reached it by.
-func reference(host string, a api.Artifact) string {
-	repo := a.Repository
-	if strings.HasPrefix(repo, "/") {
-		repo = host + repo
+func reference(host, repository, digest string) string {
+	if strings.HasPrefix(repository, "/") {
+		repository = host + repository
 	}
-	return repo + "@" + a.Digest
+	return repository + "@" + digest
 }
 
-type buildPage struct {
-	api.Build
-	Ref, Total string
-	HasLog     bool
+type failPage struct {
+	head
+	Status           int
+	Kind, Text, Hint string
 }
-
-func (p *pages) build(w http.ResponseWriter, r *http.Request) {
-	id, err := strconv.ParseInt(r.PathValue("id"), 10, 64)
-	if err != nil {
-		p.fail(w, r, fault.New(fault.NotFound, "there is no such build", ""))
-		return
-	}
-	b, err := p.reader.Build(r.Context(), id)
-	if err != nil {
-		p.fail(w, r, err)
-		return
-	}
-	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published}
-	page.Total = strconv.FormatFloat(timeline.Total(b.Phases), 'f', 2, 64)
-	if b.Digest != "" {
-		a, err := p.reader.Artifact(r.Context(), b.Digest)
-		if err != nil && !fault.Is(err, fault.NotFound) {
-			p.fail(w, r, err)
-			return
-		}
-		if err == nil {
-			page.Ref = reference(r.Host, a)
-		}
-	}
-	p.render(w, r, http.StatusOK, "build.html", page)
-}
-
-type failPage struct{ Title, Text, Hint string }
 
 func (p *pages) fail(w http.ResponseWriter, r *http.Request, err error) {
 	kind := fault.Of(err)
-	page := failPage{Title: kind.What(), Text: err.Error(), Hint: fault.Hint(err)}
-	if kind.HTTPStatus() >= http.StatusInternalServerError {
+	page := failPage{Status: kind.HTTPStatus(), Kind: kind.What(), Text: err.Error(), Hint: fault.Hint(err)}
+	page.Title = page.Kind
+	if page.Status >= http.StatusInternalServerError {
 		page.Text, page.Hint = "The server cannot answer right now; its log has the cause.", ""
-		p.log.ErrorContext(r.Context(), "page failed", "path", r.URL.Path, "err", err)
+		p.Log.ErrorContext(r.Context(), "page failed", "path", r.URL.Path, "err", err)
 	}
-	p.render(w, r, kind.HTTPStatus(), "fail.html", page)
+	p.render(w, r, page.Status, "fail.html", page)
 }
 
 // render makes the whole page first: half a page would look like an answer.
 func (p *pages) render(w http.ResponseWriter, r *http.Request, status int, name string, data any) {
 	var out bytes.Buffer
 	if err := p.tmpl.ExecuteTemplate(&out, name, data); err != nil {
-		p.log.ErrorContext(r.Context(), "page not rendered", "path", r.URL.Path, "err", err)
+		p.Log.ErrorContext(r.Context(), "page not rendered", "path", r.URL.Path, "err", err)
 		http.Error(w, "internal error; the server's log has the cause", http.StatusInternalServerError)
 		return
 	}

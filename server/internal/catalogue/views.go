@@ -1,0 +1,286 @@
+package catalogue
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"regexp"
+	"slices"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// This file has what pages for people show beyond what the API answers.
+
+// CellView is all that is known of a kernel and a driver version.
+type CellView struct {
+	Kernel  api.Kernel
+	Release api.DriverRelease
+	// Flavours are where both cells stand: proprietary, open.
+	Flavours []FlavourView
+}
+
+// FlavourView is one cell with its artifact and its builds.
+type FlavourView struct {
+	api.Resolution
+	// Artifact is the published one, or the one that was withdrawn; nil when there is none.
+	Artifact *api.Artifact
+	// Builds are the newest builds of the cell, newest first.
+	Builds []api.Build
+}
+
+// maxHistory bounds the builds of one cell that are shown.
+const maxHistory = 20
+
+// View reads all that is known of a kernel and a driver version; kind NotFound when
+// the catalogue lacks the kernel.
+func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*CellView, error) {
+	k, err := target.ParseKernel(buildID, board)
+	if err == nil {
+		_, err = target.ParseDriver(version, string(target.Open))
+	}
+	if err != nil {
+		return nil, fault.Wrap(fault.NotFound, err, "choose a cell of the matrix")
+	}
+	cells, err := c.Store.KernelCells(ctx, buildID, board)
+	if err != nil {
+		return nil, err
+	}
+	if cells == nil {
+		return nil, fault.New(fault.NotFound, fmt.Sprintf("COS build %s is not in the catalogue", k),
+			"announce it: server announce "+buildID)
+	}
+	rel, err := c.Store.Driver(ctx, version)
+	if err != nil {
+		return nil, err
+	}
+	v := &CellView{Kernel: cells.Kernel, Release: rel}
+	for _, f := range []target.Flavour{target.Proprietary, target.Open} {
+		d := target.Driver{Version: version, Flavour: f}
+		facts := cells.Facts[store.CellKey{BuildID: buildID, Board: board, Driver: d}]
+		one := FlavourView{Resolution: judge(cells.Kernel, rel, d, facts)}
+		c.expect(&one.Resolution)
+		for _, a := range facts.Artifacts {
+			named := a.Digest == one.Digest || one.Digest == "" && a.Attested && a.State == one.State
+			if named && one.Artifact == nil {
+				whole, err := c.Store.Artifact(ctx, a.Digest)
+				if err != nil && !fault.Is(err, fault.NotFound) {
+					return nil, err
+				}
+				if err == nil {
+					one.Artifact = &whole
+				}
+			}
+		}
+		if facts.Newest != nil {
+			if one.Builds, _, err = c.Store.Builds(ctx, store.BuildFilter{BuildID: buildID, Board: board,
+				Driver: version, Flavour: f}, store.Page{Limit: maxHistory}); err != nil {
+				return nil, err
+			}
+		}
+		v.Flavours = append(v.Flavours, one)
+	}
+	return v, nil
+}
+
+// Workload is what builders do and what waits for them.
+type Workload struct {
+	// Waiting is how many builds wait; Next are the first of them, in the order in which
+	// they are begun.
+	Waiting int
+	Next    []api.Resolution
+	Running []api.Build
+	// Builders are those that were heard of lately, by name.
+	Builders []Builder
+	// Takes is how long a build takes, by flavour: a median of the newest.
+	Takes map[target.Flavour]time.Duration
+}
+
+// Builder is a builder that was heard of lately.
+type Builder struct {
+	Name    string
+	HeardAt time.Time
+	// Running is how many builds it works on, Published how many of the newest builds it
+	// published.
+	Running, Published int
+}
+
+// maxShown bounds lists of the queue that are shown, in builds.
+const maxShown = 50
+
+// Workload reads what builders do and what waits for them.
+func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
+	f, err := c.measured(ctx)
+	if err != nil {
+		return nil, err
+	}
+	next, err := c.Store.NextBuilds(ctx, maxShown)
+	if err != nil {
+		return nil, err
+	}
+	v := &Workload{Waiting: max(len(f.waiting), len(next)), Builders: f.heard, Takes: f.takes}
+	if v.Running, _, err = c.Store.Builds(ctx, store.BuildFilter{State: api.Building}, store.Page{Limit: maxShown}); err != nil {
+		return nil, err
+	}
+	for _, b := range next {
+		r := api.Resolution{Kernel: b.Kernel, Driver: b.Driver, State: b.State, Build: &b}
+		c.expect(&r)
+		v.Next = append(v.Next, r)
+	}
+	return v, nil
+}
+
+// ReleaseView is a COS build with how far its cells are.
+type ReleaseView struct {
+	BuildID   string
+	Milestone int
+	Boards    []string
+	SeenAt    time.Time
+	// Cells counts the cells that somebody asked for by where they stand.
+	Cells map[api.State]int
+	// Times tells how long the cells took that are ready.
+	Times api.ReadyDuration
+}
+
+// kernelsOfReleases bounds how many kernels a page of releases looks at: a COS build has
+// one for each board.
+const kernelsOfReleases = 60
+
+// Releases lists a page of COS builds, newest first. after is the next of the page before.
+func (c *Catalogue) Releases(ctx context.Context, f store.KernelFilter, after string) ([]ReleaseView, string, error) {
+	cells, next, err := c.Store.RememberedCells(ctx, f, store.Page{After: after, Limit: kernelsOfReleases})
+	if err != nil {
+		return nil, "", err
+	}
+	all, took := []ReleaseView{}, []time.Duration(nil)
+	for i, kc := range cells {
+		k := kc.Kernel
+		if i == 0 || all[len(all)-1].BuildID != k.BuildID {
+			all = append(all, ReleaseView{BuildID: k.BuildID, SeenAt: k.FirstSeenAt, Cells: map[api.State]int{}})
+			took = nil
+		}
+		r := &all[len(all)-1]
+		r.Milestone, r.Boards = max(r.Milestone, k.Milestone), append(r.Boards, k.Board)
+		if k.FirstSeenAt.Before(r.SeenAt) {
+			r.SeenAt = k.FirstSeenAt
+		}
+		for key, facts := range kc.Facts {
+			cell := judge(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, facts)
+			r.Cells[cell.State]++
+			if cell.ReadyAt != nil && !cell.ReadyAt.Before(k.FirstSeenAt) {
+				took = append(took, cell.ReadyAt.Sub(k.FirstSeenAt))
+			}
+		}
+		slices.Sort(took)
+		r.Times = durations(took)
+	}
+	return all, next, nil
+}
+
+// readyDays is over how many days the page of releases takes its percentiles.
+const readyDays = 30
+
+// ReadyLately tells how long cells took that became ready within the last 30 days, as of
+// the last measurement.
+func (c *Catalogue) ReadyLately(ctx context.Context) (api.ReadyDuration, error) {
+	f, err := c.measured(ctx)
+	if err != nil {
+		return api.ReadyDuration{}, err
+	}
+	return f.ready, nil
+}
+
+// Groups counts kernels by milestone and board, as of the last measurement.
+func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
+	f, err := c.measured(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return f.groups, nil
+}
+
+// News are what became of cells, newest first: builds that were published or failed, and
+// artifacts that were withdrawn.
+type News struct {
+	At time.Time
+	// Build ended, or Artifact was withdrawn; the other is nil.
+	Build    *api.Build
+	Artifact *api.Artifact
+}
+
+// Newest lists the newest n news.
+func (c *Catalogue) Newest(ctx context.Context, n int) ([]News, error) {
+	all := []News{}
+	for _, state := range []api.State{api.Published, api.Failed} {
+		builds, _, err := c.Store.Builds(ctx, store.BuildFilter{State: state}, store.Page{Limit: n})
+		if err != nil {
+			return nil, err
+		}
+		for _, b := range builds {
+			at := b.CreatedAt
+			if b.FinishedAt != nil {
+				at = *b.FinishedAt
+			}
+			all = append(all, News{At: at, Build: &b})
+		}
+	}
+	artifacts, err := c.Store.Withdrawn(ctx, n)
+	if err != nil {
+		return nil, err
+	}
+	for _, a := range artifacts {
+		at := a.PublishedAt
+		if a.WithdrawnAt != nil {
+			at = *a.WithdrawnAt
+		}
+		all = append(all, News{At: at, Artifact: &a})
+	}
+	slices.SortStableFunc(all, func(a, b News) int { return b.At.Compare(a.At) })
+	return all[:min(n, len(all))], nil
+}
+
+// measured returns the last measurement, and measures when there is none.
+func (c *Catalogue) measured(ctx context.Context) (*figures, error) {
+	if f := c.figures.Load(); f != nil {
+		return f, nil
+	}
+	if err := c.Measure(ctx); err != nil {
+		return nil, err
+	}
+	return c.figures.Load(), nil
+}
+
+// textPattern is what a search for kernels may have: what BUILD_IDs and kernel releases are
+// made of, and nothing that means something in a pattern of SQL.
+var textPattern = regexp.MustCompile(`^[A-Za-z0-9.+~-]{0,64}$`)
+
+// filterStates are the states that kernels can be filtered by. Nearly all cells are published,
+// and nothing is written of those that nobody asked for.
+var filterStates = []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}
+
+// checkFilter refuses what no kernel can be.
+func checkFilter(f store.KernelFilter) error {
+	switch {
+	case !textPattern.MatchString(f.Text):
+		return fault.New(fault.Usage, fmt.Sprintf("search text %.70q: want letters, digits and .+~- only", f.Text),
+			"search for the beginning of a BUILD_ID, a kernel release or a driver version")
+	case f.State != "" && !slices.Contains(filterStates, f.State):
+		return fault.New(fault.Usage, fmt.Sprintf("state %.20q is not one to filter by", string(f.State)),
+			"use building, queued, failed, yanked, quarantined or cancelled")
+	}
+	return nil
+}
+
+// listBuilders lists builders by name.
+func listBuilders(all map[string]*Builder) []Builder {
+	out := make([]Builder, 0, len(all))
+	for _, b := range all {
+		out = append(out, *b)
+	}
+	slices.SortFunc(out, func(a, b Builder) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}

@@ -1,0 +1,68 @@
+// Pages are whole without this script. It adds buttons that copy, and keeps a page that
+// changes up to date.
+"use strict";
+
+for (const text of document.querySelectorAll(".copy")) {
+  if (!navigator.clipboard) break; // without TLS, browsers keep it to themselves
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "copier";
+  button.textContent = "Copy";
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(text.textContent);
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
+  text.after(button);
+}
+
+const main = document.getElementById("main");
+
+// renew takes the page's content anew, and leaves the log and what has the focus alone.
+// It tells whether the page may still change.
+async function renew() {
+  const answer = await fetch(location.href, {headers: {Accept: "text/html"}});
+  if (!answer.ok) return true;
+  const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+  const fresh = page.getElementById("main");
+  if (!fresh || main.contains(document.activeElement) && document.activeElement !== main) return true;
+  const log = document.getElementById("log");
+  const place = fresh.querySelector("#log");
+  if (log && place) place.replaceWith(log);
+  main.replaceChildren(...fresh.childNodes);
+  document.title = page.title;
+  return Boolean(fresh.dataset.live || fresh.dataset.refresh);
+}
+
+if (main.dataset.live) {
+  const events = new EventSource(main.dataset.live);
+  let first = true;
+  events.addEventListener("build", async () => {
+    if (first) { first = false; return; } // what the page shows already
+    if (!await renew()) events.close();
+  });
+} else if (main.dataset.refresh) {
+  setInterval(renew, 1000 * main.dataset.refresh);
+}
+
+// follow shows a log as it grows.
+async function follow(log) {
+  let at = 0;
+  const text = new TextDecoder();
+  while (log.isConnected) {
+    const answer = await fetch(log.dataset.log, {headers: {Range: `bytes=${at}-`}}).catch(() => null);
+    if (answer && (answer.status === 206 || answer.status === 200 && at === 0)) {
+      const bytes = new Uint8Array(await answer.arrayBuffer());
+      const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+      if (bytes.length > 0) {
+        if (at === 0) log.textContent = "";
+        log.append(text.decode(bytes, {stream: true}));
+        at += bytes.length;
+      }
+      if (atEnd) log.scrollTop = log.scrollHeight;
+    }
+    await new Promise(resolve => setTimeout(resolve, 3000));
+  }
+}
+const log = document.getElementById("log");
+if (log) follow(log);

@@ -1,0 +1,249 @@
+package web
+
+import (
+	"context"
+	"fmt"
+	"html/template"
+	"net/http"
+	"strings"
+
+	"cuelabs.dev/go/oci/ociregistry"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/trust"
+	"github.com/prebake/prebake/server/internal/catalogue"
+)
+
+type cellPage struct {
+	head
+	Kernel  api.Kernel
+	Release api.DriverRelease
+	// Both leads to the page of both flavours; "" when this is it.
+	Both     string
+	Flavours []flavourCell
+}
+
+// flavourCell is a cell as its page shows it.
+type flavourCell struct {
+	catalogue.FlavourView
+	// Path is the cell's own page, Ref what stock clients pull, Others how many other
+	// kernels the artifact is attested for.
+	Path, Ref string
+	Others    int
+	Commands  []command
+	// Signed says in plain words what is signed of the artifact.
+	Signed  []string
+	History []try
+}
+
+// command is one that the reader may paste.
+type command struct{ What, Text string }
+
+// try is a build in the history of a cell.
+type try struct {
+	api.Build
+	Took string // "" when it has not ended
+	Bar  template.HTML
+}
+
+func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
+	version, flavour := r.PathValue("driver"), target.Flavour(r.PathValue("flavour"))
+	v, err := p.Catalogue.View(r.Context(), r.PathValue("build"), r.PathValue("board"), version)
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	page := cellPage{Kernel: v.Kernel, Release: v.Release}
+	page.Title = v.Kernel.BuildID + " with driver " + version
+	if flavour != "" {
+		page.Title += " " + string(flavour)
+		page.Both = cellPath(v.Kernel.Kernel, version, "")
+	}
+	for _, f := range v.Flavours {
+		if flavour != "" && f.Driver.Flavour != flavour {
+			continue
+		}
+		if f.State == api.Building || f.State == api.Queued {
+			page.Refresh = true
+			page.Live = fmt.Sprintf("/v1/builds/%d/events", f.Build.ID)
+		}
+		c := flavourCell{FlavourView: f, Path: cellPath(v.Kernel.Kernel, version, f.Driver.Flavour), History: tries(f.Builds)}
+		c.Commands = p.ask(r, f)
+		if a := f.Artifact; a != nil && a.State == api.Published {
+			c.Ref = reference(r.Host, a.Repository, a.Digest)
+			c.Others = max(0, len(a.Kernels)-1)
+			if c.Signed, err = p.signed(r.Context(), a, v.Kernel.Kernel); err != nil {
+				p.fail(w, r, err)
+				return
+			}
+		}
+		page.Flavours = append(page.Flavours, c)
+	}
+	if len(page.Flavours) == 0 {
+		p.fail(w, r, fault.New(fault.NotFound, fmt.Sprintf("flavour %.20q is none", string(flavour)), "use proprietary or open"))
+		return
+	}
+	p.render(w, r, http.StatusOK, "cell.html", page)
+}
+
+// ask returns the commands of a cell: how to use what is there, or how to ask for what is not.
+func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
+	server, k, d := base(r), f.Kernel, f.Driver
+	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
+	if a := f.Artifact; a != nil && a.State == api.Published {
+		ref, crane, cosign := reference(r.Host, a.Repository, a.Digest), "", ""
+		if strings.HasPrefix(a.Repository, "/") && plain(r) {
+			crane, cosign = " --insecure", " --allow-http-registry"
+		}
+		return []command{
+			{"Install it on a node of this COS build", fmt.Sprintf("fetcher install --server %s --driver %s --flavour %s", server, d.Version, d.Flavour)},
+			{"Look at what each rule says of it, with the public key in prebake.key.pub",
+				"fetcher verify --key prebake.key.pub --build-id " + k.BuildID + " --board " + k.Board + " " + ref},
+			{"Download it", "crane pull" + crane + " " + ref + " driver.tar"},
+			{"Verify who built it, and from what", "cosign verify-attestation" + cosign +
+				" --key prebake.key.pub --insecure-ignore-tlog --type slsaprovenance1 " + ref},
+		}
+	}
+	switch f.State {
+	case api.Building, api.Queued:
+		return []command{{"Ask where it stands", "server resolve --server " + server + " " + cell}}
+	case api.Unsupported, api.Yanked, api.Quarantined:
+		return nil
+	}
+	return []command{{"Ask for it, with a token that may ask", "server request --server " + server + " --token-file prebake.token " + cell}}
+}
+
+// maxReferrers bounds how many statements of an artifact are looked at: it may have some
+// for each of hundreds of kernels.
+const maxReferrers = 200
+
+// signed says what is signed of an artifact on this server. It is what the statements are
+// labelled with; a node verifies the statements themselves.
+func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
+	repository, local := strings.CutPrefix(a.Repository, "/")
+	if !local || p.Registry == nil {
+		return nil, nil
+	}
+	var out []string
+	say := func(text string) { out = append(out, text) }
+	others, n := 0, 0
+	for desc, err := range p.Registry.Referrers(ctx, repository, ociregistry.Digest(a.Digest), "") {
+		if err != nil {
+			return nil, err
+		}
+		if n++; n > maxReferrers {
+			break
+		}
+		of, verdict := desc.Annotations[trust.LabelKernel], desc.Annotations[trust.LabelVerdict]
+		switch desc.Annotations[trust.LabelPredicate] {
+		case trust.PredicateProvenance:
+			say("Who built it, from which sources and with which options (SLSA provenance).")
+		case trust.PredicateSBOM:
+			say("What is in it (SPDX).")
+		case trust.PredicateReproduced:
+			say("A second builder made the same bytes from the same sources.")
+		case trust.PredicateKernelMatch:
+			if of == k.String() {
+				say("It fits the kernel of this COS build: same fingerprint.")
+			} else {
+				others++
+			}
+		case trust.PredicateTestResult:
+			if verdict == "" {
+				verdict = "tried"
+			}
+			if of == k.String() {
+				say("Its modules were " + verdict + " in a virtual machine that ran this kernel.")
+			} else {
+				say("Its modules were " + verdict + " in a virtual machine that ran the kernel of " + of + ".")
+			}
+		}
+	}
+	if others > 0 {
+		say(fmt.Sprintf("It fits the kernels of %d other COS builds.", others))
+	}
+	return out, nil
+}
+
+// tries makes the history of a cell.
+func tries(builds []api.Build) []try {
+	var all []try
+	seconds := make([]float64, len(builds))
+	greatest := 0.0
+	for i, b := range builds {
+		if b.StartedAt != nil && b.FinishedAt != nil {
+			seconds[i] = b.FinishedAt.Sub(*b.StartedAt).Seconds()
+		}
+		greatest = max(greatest, seconds[i])
+	}
+	for i, b := range builds {
+		t := try{Build: b}
+		if seconds[i] > 0 {
+			t.Took, t.Bar = took(seconds[i]), bar(seconds[i], greatest, b.State)
+		}
+		all = append(all, t)
+	}
+	return all
+}
+
+type buildPage struct {
+	head
+	api.Build
+	// Cell is the page of the build's cell, Ref what stock clients pull.
+	Cell, Ref, Total string
+	Phases           []phase
+	HasLog, Open     bool
+}
+
+// phase is a part of a build's time.
+type phase struct {
+	timeline.Phase
+	Took string
+	Bar  template.HTML
+}
+
+func (p *pages) build(w http.ResponseWriter, r *http.Request) {
+	id, err := parseID(r.PathValue("id"))
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	b, err := p.Catalogue.Build(r.Context(), id)
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published || b.State == api.Building,
+		Open: b.State == api.Queued || b.State == api.Building, Cell: cellPath(b.Kernel, b.Driver.Version, b.Driver.Flavour)}
+	page.Title = fmt.Sprintf("Build %d", id)
+	if page.Open {
+		page.Refresh = true
+		page.Live = fmt.Sprintf("/v1/builds/%d/events", id)
+	}
+	page.Total = took(timeline.Total(b.Phases))
+	greatest := 0.0
+	for _, one := range b.Phases {
+		greatest = max(greatest, one.Seconds)
+	}
+	for _, one := range b.Phases {
+		state := api.Published
+		if one.Failed {
+			state = api.Failed
+		}
+		page.Phases = append(page.Phases, phase{one, took(one.Seconds), bar(one.Seconds, greatest, state)})
+	}
+	if b.Digest != "" {
+		a, err := p.Catalogue.Artifact(r.Context(), b.Digest)
+		if err != nil && !fault.Is(err, fault.NotFound) {
+			p.fail(w, r, err)
+			return
+		}
+		if err == nil {
+			page.Ref = reference(r.Host, a.Repository, a.Digest)
+		}
+	}
+	p.render(w, r, http.StatusOK, "build.html", page)
+}

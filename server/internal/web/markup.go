@@ -1,0 +1,112 @@
+package web
+
+import (
+	"html"
+	"html/template"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// This file makes what a page of the matrix has hundreds of: a template takes ten
+// times as long for each.
+
+// markup collects HTML.
+type markup struct{ strings.Builder }
+
+// put adds pieces of HTML and, in turn, texts, which are escaped: the first piece is
+// HTML, the second a text, and so on.
+func (m *markup) put(pieces ...string) {
+	for i, p := range pieces {
+		if i%2 == 1 {
+			p = html.EscapeString(p)
+		}
+		m.WriteString(p)
+	}
+}
+
+// safe is what was collected, which has every text escaped.
+func (m *markup) safe() template.HTML { return template.HTML(m.String()) }
+
+// cellPath is the page of a cell, or of both cells of a driver version.
+func cellPath(k target.Kernel, version string, flavour target.Flavour) string {
+	path := "/cells/" + url.PathEscape(k.Board) + "/" + url.PathEscape(k.BuildID) + "/" + url.PathEscape(version)
+	if flavour != "" {
+		path += "/" + url.PathEscape(string(flavour))
+	}
+	return path
+}
+
+// cells makes the cells of a kernel's row, one for each driver with both flavours.
+func cells(k api.Kernel, drivers []api.DriverRelease, all [][]api.Resolution) template.HTML {
+	var out markup
+	for i, both := range all {
+		pill(&out, k.Kernel, drivers[i].Version, both)
+	}
+	return out.safe()
+}
+
+// pill makes the cell of both flavours. A flavour that can never be built, and one that
+// nobody asked for beside one that somebody did, is left out.
+func pill(out *markup, k target.Kernel, version string, both []api.Resolution) {
+	shown := both[:0:0]
+	for _, least := range []func(api.State) bool{
+		func(s api.State) bool { return s != api.Unknown && s != api.Unsupported },
+		func(s api.State) bool { return s == api.Unknown },
+		func(api.State) bool { return true },
+	} {
+		for _, c := range both {
+			if least(c.State) {
+				shown = append(shown, c)
+			}
+		}
+		if len(shown) > 0 {
+			break
+		}
+	}
+	idle := shown[0].State == api.Unknown || shown[0].State == api.Unsupported
+	out.put(`<td data-driver="`, version, `"`)
+	if idle {
+		out.put(` class="idle"`)
+	}
+	out.put(`><a href="`, cellPath(k, version, ""), `" class="pill">`)
+	if same := len(shown) == 2 && shown[0].State == shown[1].State; same || idle {
+		half(out, shown[0].State, "")
+	} else {
+		for _, c := range shown {
+			half(out, c.State, string(c.Driver.Flavour))
+		}
+	}
+	out.put("</a></td>\n")
+}
+
+// half makes one flavour's part of a pill. The style sheet puts the state's sign before it.
+func half(out *markup, s api.State, flavour string) {
+	out.put(`<span class="`, string(s), `">`)
+	if flavour != "" {
+		out.put(`<b>`, flavour, `</b> `)
+	}
+	out.put(`<em>`, label(s), `</em></span>`)
+}
+
+// kernelHead makes the head of a kernel's row.
+func kernelHead(k api.Kernel) template.HTML {
+	var out markup
+	out.put(`<th scope="row">`, k.BuildID, `<small>`, k.Board)
+	if k.Release != "" {
+		out.put(` · `, k.Release)
+	}
+	out.put(`</small></th>`)
+	return out.safe()
+}
+
+// share is a part of a whole, in percent. What is not complete is not called so.
+func share(part, whole int) string {
+	if part == whole {
+		return "100 %"
+	}
+	return strconv.FormatFloat(min(99.9, float64(part)*100/float64(whole)), 'f', 1, 64) + " %"
+}

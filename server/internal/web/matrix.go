@@ -1,0 +1,191 @@
+package web
+
+import (
+	"fmt"
+	"html/template"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// legend explains the states in the order of a build's life.
+type legend struct {
+	State api.State
+	Text  string
+}
+
+var legends = []legend{
+	{api.Published, "signed and ready to install"},
+	{api.Building, "a builder works on it"},
+	{api.Queued, "waits for a builder"},
+	{api.Failed, "the last build failed; its page says why"},
+	{api.Yanked, "withdrawn: do not use it"},
+	{api.Quarantined, "did not load on several nodes"},
+	{api.Cancelled, "called off"},
+	{api.Unsupported, "cannot be built"},
+	{api.Unknown, "nobody asked for it yet"},
+}
+
+type matrixPage struct {
+	head
+	Query
+	Boards     []string
+	Milestones []int
+	States     []api.State
+	Drivers    []api.DriverRelease
+	Folded     int
+	Groups     []group
+	Coverage   []covered
+	Legend     []legend
+	// Unfolded is this page with a column for each driver; Older leads to the next page,
+	// Newest to the first; "" when this is it.
+	Unfolded, Older, Newest string
+}
+
+// Query is what the reader looks for, as the page's form has it.
+type Query struct {
+	Text, Board, Driver string
+	State               api.State
+	Milestone           int
+	All                 bool
+}
+
+// group is the kernels of a milestone.
+type group struct {
+	Milestone int
+	Covered   string // share of what is wanted; "" when nothing is
+	Rows      []row
+}
+
+type row struct{ Head, Cells template.HTML }
+
+// covered is how much of what wish lists want of a milestone is there.
+type covered struct {
+	Milestone int
+	Share     string
+	Bar       template.HTML
+	api.CoverageCounts
+}
+
+// maxRows bounds the kernels of a page.
+const maxRows = 20
+
+// parse reads what the reader looks for.
+func parse(query url.Values) (Query, error) {
+	q := Query{Text: strings.TrimSpace(query.Get("q")), Board: query.Get("board"), Driver: strings.TrimSpace(query.Get("driver")),
+		State: api.State(query.Get("state")), All: query.Get("all") != ""}
+	if m := query.Get("milestone"); m != "" {
+		n, err := strconv.Atoi(m)
+		if err != nil || n < 0 {
+			return q, fault.New(fault.Usage, fmt.Sprintf("milestone %.20q is not a number", m), "write one such as 109")
+		}
+		q.Milestone = n
+	}
+	return q, nil
+}
+
+// filters turns it into filters. A text such as 535 or R535.104 is a driver; BUILD_IDs have
+// five digits and kernel releases one (COS 113 is 18244.x, Linux is 6.x).
+func (q Query) filters() (store.KernelFilter, catalogue.DriverFilter) {
+	k := store.KernelFilter{Board: q.Board, Milestone: q.Milestone, State: q.State, Text: q.Text}
+	d := catalogue.DriverFilter{Text: q.Driver, All: q.All}
+	first, _, _ := strings.Cut(strings.TrimPrefix(q.Text, "R"), ".")
+	if n, err := strconv.Atoi(first); err == nil && len(first) == 3 && n > 300 && d.Text == "" {
+		k.Text, d.Text = "", q.Text
+	}
+	return k, d
+}
+
+func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	asked, err := parse(query)
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	kernels, drivers := asked.filters()
+	m, err := p.Catalogue.Matrix(r.Context(), kernels, drivers, store.Page{After: query.Get("after"), Limit: maxRows})
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	coverage, err := p.Catalogue.Coverage(r.Context())
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	groups, err := p.Catalogue.Groups(r.Context())
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	page := matrixPage{head: head{Title: "Matrix", Here: "/"}, Query: asked, Drivers: m.Drivers, Folded: len(m.Folded), Legend: legends,
+		States: []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}}
+	for _, g := range groups {
+		if !slices.Contains(page.Boards, g.Board) {
+			page.Boards = append(page.Boards, g.Board)
+		}
+		if g.Milestone != 0 && !slices.Contains(page.Milestones, g.Milestone) {
+			page.Milestones = append(page.Milestones, g.Milestone)
+		}
+	}
+	slices.Sort(page.Boards)
+	page.Coverage = coverages(coverage)
+	with := func(key, value string) string {
+		changed := url.Values{}
+		for k, v := range query {
+			if v[0] != "" {
+				changed[k] = v
+			}
+		}
+		if changed.Set(key, value); value == "" {
+			changed.Del(key)
+		}
+		return strings.TrimSuffix("/?"+changed.Encode(), "?")
+	}
+	if query.Get("after") != "" {
+		page.Newest = with("after", "")
+	}
+	if m.Next != "" {
+		page.Older = with("after", m.Next)
+	}
+	if len(m.Folded) > 0 && !asked.All {
+		page.Unfolded = with("all", "1")
+	}
+	for i, k := range m.Kernels {
+		if n := len(page.Groups); n == 0 || page.Groups[n-1].Milestone != k.Milestone {
+			g := group{Milestone: k.Milestone}
+			for _, c := range page.Coverage {
+				if c.Milestone == k.Milestone {
+					g.Covered = c.Share
+				}
+			}
+			page.Groups = append(page.Groups, g)
+		}
+		g := &page.Groups[len(page.Groups)-1]
+		g.Rows = append(g.Rows, row{kernelHead(k), cells(k, m.Drivers, m.Cells[i])})
+	}
+	p.render(w, r, http.StatusOK, "matrix.html", page)
+}
+
+// coverages tells how much of what is wanted is there, by milestone; without what nobody
+// wants.
+func coverages(c api.Coverage) []covered {
+	var all []covered
+	for _, m := range c.Milestones {
+		if m.Wanted > 0 {
+			all = append(all, covered{m.Milestone, share(m.Published, m.Wanted), stacked([]part{
+				{api.Published, m.Published}, {api.Building, m.Building}, {api.Queued, m.Queued}, {api.Failed, m.Failed},
+				{api.Yanked, m.Withdrawn}, {api.Unsupported, m.Unsupported}, {api.Unknown, m.Missing},
+			}), m.CoverageCounts})
+		}
+	}
+	return all
+}
