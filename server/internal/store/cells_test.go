@@ -240,7 +240,9 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		}},
 		{"1.3 build failed", func(tx *store.Tx) error { b.State = api.Failed; return tx.SetBuild(ctx, b) }},
 		{"1.3 published build failed", func(tx *store.Tx) error { return tx.PutArtifact(ctx, artifact) }},
-		{"1.3 yanked build failed", func(tx *store.Tx) error { return tx.SetArtifactState(ctx, artifact.Digest, api.Yanked, "x", time.Now()) }},
+		{"1.3 yanked build failed", func(tx *store.Tx) error {
+			return tx.SetArtifactState(ctx, artifact.Digest, api.Yanked, "x", time.Now())
+		}},
 		{"1.3 build failed", func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }},
 	} {
 		state(i%2 == 0) // and so it is remembered

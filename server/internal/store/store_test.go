@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -27,7 +28,7 @@ func TestConformance(t *testing.T) {
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
 		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
 		"tokens": tokens, "audit": audit,
-		"measured": measured, "reported": reported,
+		"measured": measured, "reported": reported, "filtered": filtered,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.
@@ -147,7 +148,9 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutArtifact(ctx, again) }); err != nil {
 		t.Fatal(err)
 	}
-	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetArtifactState(ctx, digest, api.Yanked, "broken", again.PublishedAt) }); err != nil {
+	if err := s.Write(ctx, func(tx *store.Tx) error {
+		return tx.SetArtifactState(ctx, digest, api.Yanked, "broken", again.PublishedAt)
+	}); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.SetReplacement(ctx, digest, "sha256:2") }); err != nil {
@@ -164,8 +167,8 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 		t.Errorf("Artifacts() (-want +got):\n%s", diff)
 	}
 	want.Kernels = nil
-	if withdrawn, err := s.Withdrawn(ctx, 5); err != nil || cmp.Diff([]api.Artifact{want}, withdrawn) != "" {
-		t.Errorf("Withdrawn() = %+v, %v; want %+v", withdrawn, err, want)
+	if withdrawn, err := s.Withdrawn(ctx, 5); err != nil || !slices.ContainsFunc(withdrawn, func(a api.Artifact) bool { return cmp.Equal(a, want) }) {
+		t.Errorf("Withdrawn() = %+v, %v; want %+v among them", withdrawn, err, want)
 	}
 	if one, err := s.Artifact(ctx, digest); err != nil || one.Digest != digest {
 		t.Errorf("Artifact() = %v, %v", one, err)
