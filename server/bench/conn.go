@@ -21,6 +21,8 @@ type connection struct {
 	read *bufio.Reader
 	ask  []byte
 	used time.Time
+	// largest is the size of the largest answer so far, in bytes as they came.
+	largest int64
 }
 
 // get asks for a path and reads the answer to its end. A connection that failed is
@@ -64,7 +66,8 @@ func (c *connection) exchange(path string, now time.Time) error {
 	if err != nil {
 		return err
 	}
-	_, err = io.Copy(io.Discard, resp.Body)
+	n, err := io.Copy(io.Discard, resp.Body)
+	c.largest = max(c.largest, n)
 	if err := errors.Join(err, resp.Body.Close()); err != nil {
 		return err
 	}

@@ -17,6 +17,8 @@ type row struct {
 	name   string
 	took   []time.Duration
 	failed int
+	// largest is the size of the largest answer, in bytes as they came; 0 was not measured.
+	largest int64
 	// server and load are the processor time that the two programs had meanwhile, in
 	// parts of one core; below 0 it was not measured.
 	server, load float64
@@ -33,8 +35,9 @@ func (r *row) at(percent int) time.Duration {
 
 // tally is what one caller saw.
 type tally struct {
-	took   []time.Duration
-	failed int
+	took    []time.Duration
+	failed  int
+	largest int64
 }
 
 func (t *tally) add(begin time.Time, ok bool) {
@@ -48,6 +51,7 @@ func (r *row) join(all []tally) {
 	for _, t := range all {
 		r.took = append(r.took, t.took...)
 		r.failed += t.failed
+		r.largest = max(r.largest, t.largest)
 	}
 }
 
@@ -91,6 +95,7 @@ func paced(ctx context.Context, host string, rate int, length time.Duration, fre
 				due := begin.Add(time.Duration(n) * time.Second / time.Duration(rate))
 				time.Sleep(time.Until(due))
 				all[i].add(due, get(ctx, c, path()))
+				all[i].largest = c.largest
 				if fresh {
 					c.close()
 				}
@@ -121,6 +126,9 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	}
 	var rows []*row
 	add := func(name string, load func() *row) {
+		if len(rows) > 0 && s.only != nil && !s.only.MatchString(name) {
+			return
+		}
 		before := p.cpu()
 		r := load()
 		r.name, r.server, r.load = name, -1, -1
@@ -152,6 +160,8 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 		{"healthz, 20/s as the lists", "/healthz"}, {"kernels", "/v1/kernels"}, {"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
 		{"builds", "/v1/builds"}, {"failed builds", "/v1/builds?state=failed"}, {"cells of 20 kernels", "/v1/cells?limit=20"},
 		{"cells, page by page", ""}, {"matrix page", "/"}, {"matrix page, any", ""},
+		{"matrix page, failed", "/?state=failed"}, {"matrix page, searched", ""}, {"cell page", ""}, {"queue page", "/queue"},
+		{"releases page", "/releases"}, {"preflight page", ""}, {"feed", "/feed.atom"}, {"badge", "/badge.svg"},
 	} {
 		path := fixed(l.path)
 		switch l.name {
@@ -159,6 +169,18 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 			path = func() string { return "/v1/cells?limit=20&after=" + url.QueryEscape(w.cursor()) }
 		case "matrix page, any":
 			path = func() string { return "/?after=" + url.QueryEscape(w.cursor()) }
+		case "matrix page, searched":
+			path = func() string { return "/?q=" + w.kernels[rand.IntN(len(w.kernels))].BuildID[:7] }
+		case "cell page":
+			path = func() string {
+				k := w.kernels[rand.IntN(len(w.kernels))]
+				return "/cells/" + k.Board + "/" + k.BuildID + "/" + w.versions[rand.IntN(len(w.versions))]
+			}
+		case "preflight page":
+			path = func() string {
+				k := w.kernels[rand.IntN(len(w.kernels))]
+				return "/preflight?board=" + k.Board + "&build=" + k.BuildID
+			}
 		}
 		add(l.name, func() *row { return paced(ctx, host, 20, s.length*2/3, false, path) })
 	}

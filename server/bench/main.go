@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -28,6 +29,7 @@ type settings struct {
 	rate                            int
 	storm                           int
 	length, stormLength             time.Duration
+	only                            *regexp.Regexp // loads to measure; nil is all
 }
 
 func main() {
@@ -47,6 +49,10 @@ func main() {
 	flag.IntVar(&s.storm, "storm", 15_000, "nodes of the boot storm")
 	flag.DurationVar(&s.length, "length", 15*time.Second, "time of each measurement")
 	flag.DurationVar(&s.stormLength, "storm-length", time.Minute, "time in which the nodes of the boot storm come up")
+	flag.Func("only", "measure only the loads whose name matches this `pattern`", func(text string) (err error) {
+		s.only, err = regexp.Compile(text)
+		return err
+	})
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, s, os.Stdout)
@@ -88,12 +94,12 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 		return err
 	}
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ\tSERVER\tLOAD")
+	fmt.Fprintln(w, "WHAT\tCALLS\tERRORS\tP50\tP99\tMAX\tP50 / HEALTHZ\tSERVER\tLOAD\tLARGEST")
 	floor := rows[0].at(50)
 	for _, r := range rows {
 		fmt.Fprintf(
 			w,
-			"%s\t%d\t%d\t%s\t%s\t%s\t%.1f\t%s\t%s\n",
+			"%s\t%d\t%d\t%s\t%s\t%s\t%.1f\t%s\t%s\t%s\n",
 			r.name,
 			len(r.took),
 			r.failed,
@@ -103,6 +109,7 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 			float64(r.at(50))/float64(max(floor, 1)),
 			cores(r.server),
 			cores(r.load),
+			size(r.largest),
 		)
 	}
 	if err := w.Flush(); err != nil {
@@ -113,11 +120,19 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 		return true
 	})
 	fmt.Fprintln(out, "SERVER and LOAD: cores that the server and this program kept busy meanwhile")
+	fmt.Fprintln(out, "LARGEST: the largest answer as it came over the connection, compressed where that pays")
 	_, err = fmt.Fprintf(out, "server's memory at its peak: %d MiB\n", peak>>20)
 	return err
 }
 
 func short(d time.Duration) string { return fmt.Sprintf("%.1f ms", float64(d)/1e6) }
+
+func size(n int64) string {
+	if n == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%.1f kB", float64(n)/1000)
+}
 
 func cores(used float64) string {
 	if used < 0 {

@@ -52,8 +52,8 @@ func (f KernelFilter) state(w *where) {
 		w.and(`(build_id, board) IN (SELECT t.build_id, t.board FROM artifacts a CROSS JOIN artifact_kernels t
 WHERE a.state = ? AND t.digest = a.digest)`, string(f.State))
 	default:
-		w.and(`(build_id, board) IN (SELECT b.build_id, b.board FROM builds b WHERE b.state = ? AND NOT EXISTS (
-SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
+		w.and(`EXISTS (SELECT 1 FROM builds b WHERE b.build_id = kernels.build_id AND b.board = kernels.board AND b.state = ?
+AND NOT EXISTS (SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
 AND n.flavour = b.flavour AND n.id > b.id))`, string(f.State))
 	}
 }
