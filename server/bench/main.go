@@ -28,6 +28,7 @@ type settings struct {
 	rate                            int
 	storm                           int
 	length, stormLength             time.Duration
+	fillOnly                        bool
 }
 
 func main() {
@@ -37,7 +38,7 @@ func main() {
 		&s.database,
 		"database",
 		"",
-		"postgres://… to fill (its schema must be empty); empty is SQLite in a temporary folder",
+		"postgres://… or sqlite://… to fill (it must be empty); empty is SQLite in a temporary folder",
 	)
 	flag.IntVar(&s.kernels, "kernels", 5000, "COS builds")
 	flag.IntVar(&s.drivers, "drivers", 6, "driver versions; each has two flavours")
@@ -47,6 +48,7 @@ func main() {
 	flag.IntVar(&s.storm, "storm", 15_000, "nodes of the boot storm")
 	flag.DurationVar(&s.length, "length", 15*time.Second, "time of each measurement")
 	flag.DurationVar(&s.stormLength, "storm-length", time.Minute, "time in which the nodes of the boot storm come up")
+	flag.BoolVar(&s.fillOnly, "fill-only", false, "only fill the database, and measure nothing")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, s, os.Stdout)
@@ -65,7 +67,10 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	url, name := s.database, "PostgreSQL"
 	if url == "" {
-		url, name = "sqlite://"+filepath.Join(dir, "catalogue.db"), "SQLite"
+		url = "sqlite://" + filepath.Join(dir, "catalogue.db")
+	}
+	if strings.HasPrefix(url, "sqlite:") {
+		name = "SQLite"
 	}
 	begin := time.Now()
 	world, err := fill(ctx, url, s)
@@ -74,6 +79,9 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	}
 	fmt.Fprintf(out, "%s: %d kernels, %d cells, %d builds of which %d wait; filled in %v\n", name, s.kernels,
 		s.kernels*s.drivers*2, s.builds, s.queue, time.Since(begin).Round(time.Second))
+	if s.fillOnly {
+		return nil
+	}
 	p, err := start(ctx, s.server, dir, url)
 	if err != nil {
 		return err
