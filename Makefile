@@ -24,9 +24,9 @@ GOBUILD := $(GO) build -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION
 CGO := ./fetcher/nvmlprobe
 
 # All but the cgo package, and of these all but the end-to-end tests, which
-# need a mirror and virtual machines.
+# need a mirror and virtual machines, or a browser.
 PACKAGES = $$($(GO) list ./... | grep -v '/fetcher/nvmlprobe$$')
-UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$$')
+UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$$' -e '/deploy/browser$$')
 
 .PHONY: help
 help: ## show this list
@@ -35,6 +35,7 @@ help: ## show this list
 .PHONY: setup
 setup: ## install the Debian packages that are missing (with sudo where needed)
 	@deploy/setup.sh
+	@! command -v npm >/dev/null || deploy/browser/modules.sh >/dev/null
 
 .PHONY: build
 build: ## build all programs into bin/
@@ -115,6 +116,12 @@ arm64-programs: ## build for arm64 what runs there, into bin/
 	GOARCH=arm64 $(GOBUILD)fetcher-arm64 ./fetcher
 	CGO_ENABLED=1 GOARCH=arm64 CC=aarch64-linux-gnu-gcc-12 $(GOBUILD)nvmlprobe-arm64 $(CGO)
 
+# Looked at by people; the tests of the pages are part of make test.
+.PHONY: screenshots
+screenshots: ## draw the server's pages into screenshots/: every state, desktop, phone and dark
+	@deploy/setup.sh build browser
+	PREBAKE_SCREENSHOTS="$(CURDIR)/screenshots" $(GO) test -count=1 -run '^TestDraw$$' ./deploy/browser
+
 .PHONY: bench
 bench: setup build ## measure the headline ratios and print them
 	$(GO) run ./deploy/bench $(ARGS)
@@ -150,4 +157,4 @@ generate: ## write the generated parts of the documentation again
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays
-	rm -rf bin
+	rm -rf bin screenshots

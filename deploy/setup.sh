@@ -2,8 +2,8 @@
 # Installs the Debian packages that building, testing and the demo need, and
 # only those that are missing. Quick when nothing is.
 #
-# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, images, clang, arm64;
-# default: all but the last two
+# usage: deploy/setup.sh [GROUP…]   groups: build, run, test, browser, images,
+# clang, arm64; default: all but the last two
 set -euo pipefail
 
 declare -A groups=(
@@ -20,6 +20,9 @@ declare -A groups=(
   # registry that nobody here wrote, clients of registries, what a real kube-apiserver
   # keeps its objects in, and what makes an EFI partition.
   [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools"
+  # A browser that opens the server's pages, what it draws text and signs with, and
+  # what drives it (deploy/browser).
+  [browser]="chromium fonts-dejavu-core nodejs npm"
   # A Dockerfile builder that needs no daemon, a base image made on the spot, and
   # what enters an image to try its sandbox.
   [images]="buildah debootstrap bubblewrap"
@@ -33,9 +36,9 @@ declare -A groups=(
 )
 
 wanted=()
-for group in "${@:-build run test images}"; do
+for group in "${@:-build run test browser images}"; do
   for name in $group; do
-    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, images, clang or arm64" >&2; exit 2; }
+    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, browser, images, clang or arm64" >&2; exit 2; }
     read -ra packages <<<"${groups[$name]}"
     wanted+=("${packages[@]}")
   done
@@ -51,6 +54,8 @@ missing=()
 for package in "${wanted[@]}"; do
   # Docker's own package of containerd is another one, which Debian's would replace.
   [[ $package == containerd ]] && command -v containerd ctr >/dev/null && continue
+  # A newer Node.js than Debian's brings its own npm, with which Debian's conflicts.
+  [[ $package == nodejs || $package == npm ]] && command -v node >/dev/null && command -v npm >/dev/null && continue
   [[ $installed == *" $package=installed "* ]] || missing+=("$package")
 done
 if ((${#missing[@]} == 0)); then

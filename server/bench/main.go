@@ -30,6 +30,7 @@ type settings struct {
 	storm                           int
 	length, stormLength             time.Duration
 	only                            *regexp.Regexp // loads to measure; nil is all
+	fillOnly                        bool
 }
 
 func main() {
@@ -39,7 +40,7 @@ func main() {
 		&s.database,
 		"database",
 		"",
-		"postgres://… to fill (its schema must be empty); empty is SQLite in a temporary folder",
+		"postgres://… or sqlite://… to fill (it must be empty); empty is SQLite in a temporary folder",
 	)
 	flag.IntVar(&s.kernels, "kernels", 5000, "COS builds")
 	flag.IntVar(&s.drivers, "drivers", 6, "driver versions; each has two flavours")
@@ -53,6 +54,7 @@ func main() {
 		s.only, err = regexp.Compile(text)
 		return err
 	})
+	flag.BoolVar(&s.fillOnly, "fill-only", false, "only fill the database, and measure nothing")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx, s, os.Stdout)
@@ -71,7 +73,10 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	url, name := s.database, "PostgreSQL"
 	if url == "" {
-		url, name = "sqlite://"+filepath.Join(dir, "catalogue.db"), "SQLite"
+		url = "sqlite://" + filepath.Join(dir, "catalogue.db")
+	}
+	if strings.HasPrefix(url, "sqlite:") {
+		name = "SQLite"
 	}
 	begin := time.Now()
 	world, err := fill(ctx, url, s)
@@ -80,6 +85,9 @@ func run(ctx context.Context, s settings, out io.Writer) (err error) {
 	}
 	fmt.Fprintf(out, "%s: %d kernels, %d cells, %d builds of which %d wait; filled in %v\n", name, s.kernels,
 		s.kernels*s.drivers*2, s.builds, s.queue, time.Since(begin).Round(time.Second))
+	if s.fillOnly {
+		return nil
+	}
 	p, err := start(ctx, s.server, dir, url)
 	if err != nil {
 		return err

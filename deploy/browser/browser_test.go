@@ -1,0 +1,149 @@
+// Package browser looks at the server's pages as a reader does: in Chromium, which
+// playwright-core drives, on a desktop, on a phone, in the dark and without
+// JavaScript, over a farm that is empty, small or has 60,000 cells. It refuses to
+// know how the pages are made.
+package browser
+
+import (
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// root is the repository's top folder as seen from this package.
+const root = "../.."
+
+// heaviest is how many bytes a page may have, with all that it needs and unpacked.
+const heaviest = 100_000
+
+// seen makes Go's cache of test results depend on files and folders.
+func seen(t *testing.T, names ...string) {
+	t.Helper()
+	for _, name := range names {
+		err := filepath.WalkDir(name, func(name string, d fs.DirEntry, err error) error {
+			if err == nil && !d.IsDir() {
+				_, err = os.Stat(name)
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+var variable = regexp.MustCompile(`\{([a-z]+)\}`)
+
+// at returns a page's address in a data set; ok is false when the set has no such page.
+func (r row) at(s *set) (url string, ok bool) {
+	ok = len(r.Sets) == 0 || slices.Contains(r.Sets, s.Name)
+	return s.URL + variable.ReplaceAllStringFunc(r.Path, func(v string) string {
+		value := s.Vars[strings.Trim(v, "{}")]
+		ok = ok && value != ""
+		return value
+	}), ok
+}
+
+func TestPages(t *testing.T) {
+	d, sets := startDriver(t), startSets(t)
+	titles := map[string]string{}
+	for _, r := range pages {
+		t.Run(r.Name, func(t *testing.T) {
+			waiting, ran, all := map[string]bool{}, 0, 0
+			for _, s := range sets {
+				url, ok := r.at(s)
+				if !ok {
+					continue
+				}
+				all++
+				t.Run(s.Name, func(t *testing.T) {
+					ran++
+					for _, f := range look(t, d, r, s, url, titles) {
+						if _, waits := r.Waits[f.Check]; waits {
+							waiting[f.Check] = true
+							continue
+						}
+						t.Errorf("GET %s, %s, %s: %s", strings.TrimPrefix(url, s.URL), f.View, f.Check, f.Text)
+					}
+				})
+			}
+			if all == 0 {
+				t.Errorf("page %s is in no data set; want one at least", r.Name)
+			}
+			for _, check := range slices.Sorted(maps.Keys(r.Waits)) {
+				if !waiting[check] && ran == all {
+					t.Errorf("page %s passes %s, which waits: take it out of Waits", r.Name, check)
+				}
+			}
+		})
+	}
+}
+
+// look returns what is wrong with a page. titles has the page of each title, by set.
+func look(t *testing.T, d *driver, r row, s *set, url string, titles map[string]string) []finding {
+	t.Helper()
+	if r.Missing {
+		if a := d.ask(t, question{Do: "status", URL: url}); a.Status != 404 {
+			text := fmt.Sprintf("%d; want 404 of a page that is missing: take Missing out of its row", a.Status)
+			return []finding{{"", "status", text}}
+		}
+		return nil
+	}
+	q := question{Do: "page", URL: url, Status: 200, Sticky: r.Sticky, Large: s.Name == "large"}
+	if r.Kind == "feed" || r.Kind == "badge" {
+		q.Do = r.Kind
+	}
+	if r.Status != 0 {
+		q.Status = r.Status
+	}
+	a := d.ask(t, q)
+	t.Logf("%d bytes; title %q", a.Weight, a.Title)
+	if a.Weight > heaviest {
+		text := fmt.Sprintf("%d bytes; want %d at most", a.Weight, heaviest)
+		a.Findings = append(a.Findings, finding{"desktop", "weight", text})
+	}
+	if q.Do == "page" && !r.SharesTitle {
+		key := s.Name + ": " + a.Title
+		if other := titles[key]; other != "" || a.Title == "" {
+			text := fmt.Sprintf("%q, as on page %q; want one of its own", a.Title, other)
+			a.Findings = append(a.Findings, finding{"desktop", "title", text})
+		}
+		titles[key] = r.Name
+	}
+	return a.Findings
+}
+
+// TestDraw draws pages, in all sets and for desktop, phone and dark, into the folder
+// that PREBAKE_SCREENSHOTS names (make screenshots), or else one page to see that it can.
+func TestDraw(t *testing.T) {
+	dir := os.Getenv("PREBAKE_SCREENSHOTS")
+	draw, names := pages, []string{"empty", "small", "large"}
+	if dir == "" {
+		dir, draw, names = t.TempDir(), draw[:1], names[:1]
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d := startDriver(t)
+	for _, s := range startSets(t, names...) {
+		for _, r := range draw {
+			url, ok := r.at(s)
+			if !ok || !r.Draw || r.Missing {
+				continue
+			}
+			file := filepath.Join(dir, s.Name+"-"+r.Name)
+			d.ask(t, question{Do: "draw", URL: url, File: file})
+			for _, view := range []string{"desktop", "phone", "dark"} {
+				if info, err := os.Stat(file + "-" + view + ".png"); err != nil || info.Size() == 0 {
+					t.Errorf("draw %s: %v, %v; want an image", file, info, err)
+				}
+			}
+		}
+	}
+}

@@ -1,0 +1,157 @@
+// Drives Chromium for the test in Go: reads a line of JSON for each page from stdin,
+// and answers with one on stdout. It decides nothing: it says what it found.
+//
+// usage: node drive.mjs NODE_MODULES CHROMIUM
+import { createRequire } from 'node:module';
+import { createInterface } from 'node:readline';
+import { readFileSync } from 'node:fs';
+import { join } from 'node:path';
+import * as checks from './checks.mjs';
+import { badge, feed } from './feed.mjs';
+
+const [modules, executablePath] = process.argv.slice(2);
+const require = createRequire(join(modules, 'drive.js'));
+const { chromium } = require('playwright-core');
+const axeSource = readFileSync(require.resolve('axe-core/axe.min.js'), 'utf8');
+
+// Chromium's sandbox does not start for root.
+const args = process.getuid() === 0 ? ['--no-sandbox'] : [];
+const browser = await chromium.launch({ executablePath, args });
+
+const large = { viewport: { width: 1280, height: 800 } };
+const views = {
+  desktop: large,
+  phone: { viewport: { width: 360, height: 740 }, deviceScaleFactor: 2, isMobile: true, hasTouch: true },
+  dark: { ...large, colorScheme: 'dark' },
+  noscript: { ...large, javaScriptEnabled: false },
+};
+
+// tabs are the pages of the browser by what they are like: to make one takes longer than
+// to check it.
+const tabs = new Map();
+
+async function tab(view, options) {
+  const key = view + JSON.stringify(options);
+  if (tabs.has(key)) return tabs.get(key);
+  const context = await browser.newContext({ ...views[view], ...options, reducedMotion: 'reduce' });
+  const page = await context.newPage();
+  // Each page is weighed, and so fetches all that it needs.
+  await (await context.newCDPSession(page)).send('Network.setCacheDisabled', { cacheDisabled: true });
+  const now = { page };
+  page.on('console', (m) => {
+    if (m.type() !== 'error') return;
+    // Chromium says of every answer that is an error that it is one.
+    if (m.location().url === now.url && /status of \d+/.test(m.text())) return;
+    (/content security policy/i.test(m.text()) ? now.csp : now.console).push(m.text());
+  });
+  page.on('pageerror', (e) => now.console.push(String(e)));
+  page.on('request', (r) => {
+    const { protocol, origin } = new URL(r.url());
+    if (protocol.startsWith('http') && origin !== new URL(now.url).origin) now.hosts.push(r.url());
+  });
+  page.on('response', (r) => now.responses.push(r));
+  tabs.set(key, now);
+  return now;
+}
+
+// open goes to a page and calls f with it. What the page says to the console, and whom
+// it asks, is in the second argument.
+async function open(view, url, options, f) {
+  const now = await tab(view, options);
+  await now.page.goto('about:blank');
+  Object.assign(now, { url, console: [], csp: [], hosts: [], responses: [] });
+  const response = await now.page.goto(url, { waitUntil: 'load' });
+  return f(now.page, now, response);
+}
+
+// weigh adds up what a page and all it needs have, in bytes, unpacked.
+async function weigh(responses) {
+  let bytes = 0;
+  for (const r of responses) bytes += (await r.body()).length;
+  return bytes;
+}
+
+async function check({ url, status, sticky, large }) {
+  const findings = [];
+  const add = (view, check, texts) => texts.forEach((text) => findings.push({ view, check, text }));
+  const expect = (view, response) => {
+    if (response.status() !== status) add(view, 'status', [`${response.status()}; want ${status}`]);
+  };
+  const quiet = (view, said) => ['console', 'csp', 'hosts'].forEach((check) => add(view, check, said[check]));
+  let title, weight, withScript;
+  await open('desktop', url, {}, async (page, said, response) => {
+    expect('desktop', response);
+    title = await page.title();
+    weight = await weigh(said.responses);
+    withScript = await checks.readable(page);
+    add('desktop', 'width', await checks.width(page));
+    add('desktop', 'keyboard', await checks.keyboard(page));
+    if (sticky) add('desktop', 'sticky', await checks.sticky(page, sticky, large));
+    quiet('desktop', said);
+  });
+  await open('phone', url, {}, async (page, said, response) => {
+    expect('phone', response);
+    add('phone', 'width', await checks.width(page));
+    add('phone', 'targets', await checks.sizes(page));
+    quiet('phone', said);
+  });
+  await open('noscript', url, {}, async (page, said, response) => {
+    expect('noscript', response);
+    add('noscript', 'width', await checks.width(page));
+    add('noscript', 'noscript', checks.withoutScript(withScript, await checks.readable(page)));
+    quiet('noscript', said);
+  });
+  // The page's policy does not let axe-core in: it is set aside for this alone.
+  for (const view of ['desktop', 'phone', 'dark']) {
+    await open(view, url, { bypassCSP: true }, async (page, said, response) => {
+      expect(view, response);
+      add(view, 'axe', await checks.axe(page, axeSource));
+    });
+  }
+  await open('dark', url, {}, async (page, said) => quiet('dark', said));
+  return { findings, title, weight };
+}
+
+// other checks what is no page, with a blank one to parse it in.
+async function other({ do: kind, url, status }) {
+  const response = await fetch(url);
+  const findings = [];
+  if (response.status !== status) findings.push({ check: 'status', text: `${response.status}; want ${status}` });
+  const text = await response.text();
+  const { page } = await tab('desktop', {});
+  await page.goto('about:blank');
+  const texts = await { feed, badge }[kind](page, response.headers.get('content-type'), text);
+  for (const text of texts) findings.push({ check: kind, text });
+  return { findings, weight: Buffer.byteLength(text) };
+}
+
+async function status({ url }) {
+  return { status: (await fetch(url)).status };
+}
+
+// draw draws the whole page as three readers see it. A page that is longer than some
+// screens is cut: nobody looks at more.
+async function draw({ url, file }) {
+  for (const view of ['desktop', 'phone', 'dark']) {
+    await open(view, url, {}, async (page) => {
+      const height = await page.evaluate('document.documentElement.scrollHeight');
+      const { width, height: screen } = page.viewportSize();
+      const clip = { x: 0, y: 0, width, height: Math.min(height, 5 * screen) };
+      await page.screenshot({ path: `${file}-${view}.png`, fullPage: true, clip });
+    });
+  }
+  return {};
+}
+
+const actions = { page: check, feed: other, badge: other, status, draw };
+for await (const line of createInterface({ input: process.stdin })) {
+  const ask = JSON.parse(line);
+  let answer;
+  try {
+    answer = await actions[ask.do](ask);
+  } catch (e) {
+    answer = { error: e.stack };
+  }
+  process.stdout.write(JSON.stringify(answer) + '\n');
+}
+await browser.close();

@@ -1,0 +1,132 @@
+package browser
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// question is one line to drive.mjs.
+type question struct {
+	// Do is page, feed, badge, status or draw.
+	Do     string `json:"do"`
+	URL    string `json:"url"`
+	Status int    `json:"status,omitempty"`
+	Sticky string `json:"sticky,omitempty"`
+	// Large says that a table has to be long enough to scroll.
+	Large bool `json:"large"`
+	// File is where a drawing goes, without its ending.
+	File string `json:"file,omitempty"`
+}
+
+// answer is what drive.mjs found.
+type answer struct {
+	Error    string    `json:"error"`
+	Findings []finding `json:"findings"`
+	Title    string    `json:"title"`
+	Status   int       `json:"status"`
+	// Weight counts bytes, of the page and all that it needs, unpacked.
+	Weight int `json:"weight"`
+}
+
+type finding struct {
+	View, Check, Text string
+}
+
+// driver is a browser under the command of drive.mjs.
+type driver struct {
+	in  io.Writer
+	out *bufio.Reader
+	// said is what the program printed beside its answers.
+	said *bytes.Buffer
+}
+
+// startDriver starts Chromium until the test ends.
+func startDriver(t *testing.T) *driver {
+	t.Helper()
+	chromium, err := exec.LookPath("chromium")
+	if err != nil {
+		t.Fatalf("find Chromium: %v; run: make setup", err)
+	}
+	// What a node program reads is not seen by Go's cache of test results.
+	for _, name := range []string{"drive.mjs", "checks.mjs", "feed.mjs", "package-lock.json"} {
+		seen(t, name)
+	}
+	modules, err := exec.Command("./modules.sh").Output()
+	if err != nil {
+		t.Fatalf("install node modules: %v: %s", err, stderr(err))
+	}
+	d := &driver{said: &bytes.Buffer{}}
+	cmd := exec.Command("node", "drive.mjs", strings.TrimSpace(string(modules)), chromium)
+	cmd.Stderr = d.said
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.in, d.out = in, bufio.NewReaderSize(out, 1<<20)
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("start node: %v; run: make setup", err)
+	}
+	t.Cleanup(func() {
+		_ = in.Close() // it ends, and Chromium with it, when there is nothing more to read
+		if err := cmd.Wait(); err != nil && !t.Failed() {
+			t.Errorf("node drive.mjs: %v: %s", err, d.said)
+		}
+	})
+	return d
+}
+
+// ask has one thing done.
+func (d *driver) ask(t *testing.T, q question) answer {
+	t.Helper()
+	var a answer
+	line, err := json.Marshal(q)
+	if err == nil {
+		_, err = d.in.Write(append(line, '\n'))
+	}
+	if err == nil {
+		line, err = d.out.ReadBytes('\n')
+	}
+	if err == nil {
+		err = json.Unmarshal(line, &a)
+	}
+	if err == nil && a.Error != "" {
+		err = errors.New(a.Error)
+	}
+	if err != nil {
+		t.Fatalf("%s %s: %v: %s", q.Do, q.URL, err, d.said)
+	}
+	return a
+}
+
+// stderr is what a command said that ended with err.
+func stderr(err error) string {
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return string(exit.Stderr)
+	}
+	return fmt.Sprint(err)
+}
+
+// build builds one of the repository's programs.
+func build(t *testing.T, dir, pkg string) string {
+	t.Helper()
+	seen(t, filepath.Join(root, "server"), filepath.Join(root, "pkg"))
+	built := filepath.Join(dir, strings.ReplaceAll(pkg, "/", "-"))
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", built, "./"+filepath.Join(root, pkg))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build %s: %v: %s", pkg, err, out)
+	}
+	return built
+}

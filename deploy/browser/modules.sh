@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Prints the folder of the packages that package-lock.json names, and installs them
+# the first time: playwright-core drives Chromium, axe-core judges accessibility.
+# They are kept under the user's cache folder, by the lock's hash, and come from
+# the registry that npm is configured with.
+#
+# usage: deploy/browser/modules.sh
+set -euo pipefail
+cd "$(dirname "$0")"
+
+root=${PREBAKE_STATE:-${XDG_CACHE_HOME:-$HOME/.cache}/prebake}/browser
+hash=$(sha256sum package-lock.json)
+dir=$root/${hash:0:16}
+
+if [[ ! -d $dir/node_modules ]]; then
+  for program in node npm; do
+    command -v "$program" >/dev/null ||
+      { echo "modules: there is no $program; run: deploy/setup.sh browser" >&2; exit 1; }
+  done
+  echo "modules: installing what package-lock.json names (once; kept in $dir)" >&2
+  mkdir -p "$root"
+  tmp=$(mktemp -d "$root/.new-XXXXXX")
+  trap 'rm -rf "$tmp"' EXIT
+  cp package.json package-lock.json .npmrc "$tmp"
+  # Neither package needs a script: the browser is Debian's.
+  (cd "$tmp" && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error >&2)
+  # Two at once: the first one to arrive stays.
+  mv -T "$tmp" "$dir" 2>/dev/null || [[ -d $dir/node_modules ]]
+fi
+echo "$dir/node_modules"
