@@ -33,32 +33,22 @@ type row struct {
 // does not scroll sideways), targets (44 × 44 px on a phone), keyboard, sticky, noscript,
 // axe, weight, title.
 var pages = []row{
-	{Name: "matrix", Path: "/", Sticky: "table.matrix thead th", Draw: true, Waits: map[string]string{
-		"targets": later, "sticky": later, "weight": later, "keyboard": later,
-	}},
-	{Name: "filtered", Path: "/?board={board}&milestone={milestone}", SharesTitle: true, Waits: map[string]string{
-		"targets": later, "weight": later, "keyboard": later,
-	}},
-	{Name: "searched", Path: "/?driver={version}&state=failed&q={branch}", SharesTitle: true, Waits: map[string]string{
-		"targets": later, "weight": later, "keyboard": later,
-	}},
-	{Name: "cell", Path: "/cells/{board}/{build}/{version}/{flavour}", Draw: true, Missing: true},
-	{Name: "cell-unknown", Path: "/cells/{unknown}", Draw: true, Missing: true},
-	{Name: "cell-yanked", Path: "/cells/{yanked}", Draw: true, Missing: true},
-	{Name: "cell-quarantined", Path: "/cells/{quarantined}", Draw: true, Missing: true},
-	{Name: "building", Path: "/builds/{building}", Draw: true, Waits: map[string]string{"targets": later}},
-	{Name: "failed", Path: "/builds/{failed}", Draw: true, Waits: map[string]string{"targets": later}},
-	{Name: "published", Path: "/builds/{published}", Draw: true, Waits: map[string]string{"targets": later}},
-	{Name: "queued", Path: "/builds/{queued}", Waits: map[string]string{"targets": later}},
-	{Name: "queue", Path: "/queue", Draw: true, Missing: true},
-	{Name: "releases", Path: "/releases", Draw: true, Missing: true},
-	{Name: "preflight", Path: "/preflight", Draw: true, Missing: true},
-	{Name: "preflight-answer", Path: "/preflight?board={board}&build={build}&driver={version}", Draw: true,
-		SharesTitle: true, Missing: true},
-	{Name: "404", Path: "/nowhere", Status: 404, Draw: true, Waits: map[string]string{"targets": later}},
-	{Name: "feed", Path: "/feed.atom", Kind: "feed", Missing: true},
-	{Name: "badge", Path: "/badge.svg", Kind: "badge", Missing: true},
+	{Name: "matrix", Path: "/", Sticky: "table.matrix thead th", Draw: true},
+	{Name: "filtered", Path: "/?board={board}&milestone={milestone}", SharesTitle: true},
+	{Name: "searched", Path: "/?driver={version}&state=failed&q={branch}", SharesTitle: true},
+	{Name: "cell", Path: "/cells/{board}/{build}/{version}/{flavour}", Draw: true},
+	{Name: "cell-unknown", Path: "/cells/{unknown}", Draw: true},
+	{Name: "cell-yanked", Path: "/cells/{yanked}", Draw: true},
+	{Name: "cell-quarantined", Path: "/cells/{quarantined}", Draw: true},
+	{Name: "building", Path: "/builds/{building}", Draw: true},
+	{Name: "failed", Path: "/builds/{failed}", Draw: true},
+	{Name: "published", Path: "/builds/{published}", Draw: true},
+	{Name: "queued", Path: "/builds/{queued}"},
+	{Name: "queue", Path: "/queue", Draw: true},
+	{Name: "releases", Path: "/releases", Draw: true},
+	{Name: "preflight", Path: "/preflight", Draw: true},
+	{Name: "preflight-answer", Path: "/preflight?board={board}&build={build}&driver={version}", Draw: true, SharesTitle: true},
+	{Name: "404", Path: "/nowhere", Status: 404, Draw: true},
+	{Name: "feed", Path: "/feed.atom", Kind: "feed"},
+	{Name: "badge", Path: "/badge.svg", Kind: "badge"},
 }
-
-// later is why checks wait today.
-const later = "the pages are being made anew"
