@@ -11,7 +11,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// TestChecksFindFaults shows pages to the checks that have what they look for.
+// TestChecksFindFaults shows answers to the checks that have what they look for, and some
+// that have not.
 func TestChecksFindFaults(t *testing.T) {
 	seen(t, "testdata")
 	served := http.FileServer(http.Dir("testdata"))
@@ -23,6 +24,8 @@ func TestChecksFindFaults(t *testing.T) {
 			w.Header().Set("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'")
 		case "/faulty.atom":
 			w.Header().Set("Content-Type", "text/xml")
+		case "/sound.atom":
+			w.Header().Set("Content-Type", "application/atom+xml; charset=utf-8")
 		}
 		served.ServeHTTP(w, r)
 	}))
@@ -64,6 +67,8 @@ func TestChecksFindFaults(t *testing.T) {
 		{"no SVG", question{Do: "badge", URL: "/faulty.atom", Status: 200}, texts{
 			"badge": {"text/xml", "its root is feed"},
 		}},
+		{"sound feed", question{Do: "feed", URL: "/sound.atom", Status: 200}, nil},
+		{"sound badge", question{Do: "badge", URL: "/sound.svg", Status: 200}, nil},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
