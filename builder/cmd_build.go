@@ -118,8 +118,8 @@ func defaultCache() string {
 // programFlags name the programs of the load test, by default those beside this
 // program.
 func programFlags() []ucli.Flag {
-	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the virtual machine")
-	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
+	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the machine")
+	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` asking NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
 	return cli.Group(groupLoadTest, guestinit, probe)
 }

@@ -16,7 +16,7 @@ import (
 )
 
 func privateFlag() ucli.Flag {
-	return cli.Strings("private", "only you can read what is at `REF`, or below it: NVIDIA's licence covers what is built")
+	return cli.Strings("private", "only you can read `REF`, or below it")
 }
 
 func redistributeFlag() ucli.Flag {
