@@ -1,8 +1,7 @@
 package main
 
 import (
-	"io"
-	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -36,7 +35,7 @@ func TestMain(m *testing.M) {
 // server of ours says.
 func publicRegistry(t *testing.T) string {
 	t.Helper()
-	inner := stock.New(stock.Logger(log.New(io.Discard, "", 0)))
+	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set(registry.AudienceHeader, registry.AudiencePublic)
 		inner.ServeHTTP(w, r)

@@ -3,8 +3,7 @@ package licence_test
 import (
 	"context"
 	"errors"
-	"io"
-	"log"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -66,7 +65,7 @@ func push(t *testing.T, repo *registry.Repository) string {
 // through or answers with its own status.
 func inProcess(t *testing.T, gate func(*http.Request) int) string {
 	t.Helper()
-	inner := stock.New(stock.Logger(log.New(io.Discard, "", 0)))
+	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if status := gate(r); status != 0 {
 			w.Header().Set("Www-Authenticate", `Basic realm="test"`)
@@ -161,7 +160,7 @@ func TestWhatTheOperatorSays(t *testing.T) {
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
 	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true, "secret": true} {
-		inner := stock.New(stock.Logger(log.New(io.Discard, "", 0)))
+		inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set(registry.AudienceHeader, word)
 			inner.ServeHTTP(w, r)
