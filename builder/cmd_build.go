@@ -71,6 +71,7 @@ func pipelineFlags() []ucli.Flag {
 				"publish to `REF`: host/repository, oci:FOLDER, or tarballs to gs://BUCKET/PREFIX or file://FOLDER"),
 			cli.String("username", "", "user `NAME` for the first --to, in place of Docker's"),
 			cli.String("password", "", "`PASSWORD` or token for the first --to"),
+			privateFlag(), redistributeFlag(),
 			cli.Bool("with-runfile", "copy NVIDIA's runfile into buckets among --to"),
 			cli.Int("deltas", 3, "attach `COUNT` deltas from earlier builds"),
 		),
@@ -117,8 +118,8 @@ func defaultCache() string {
 // programFlags name the programs of the load test, by default those beside this
 // program.
 func programFlags() []ucli.Flag {
-	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the virtual machine")
-	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
+	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the machine")
+	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` asking NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
 	return cli.Group(groupLoadTest, guestinit, probe)
 }
@@ -195,6 +196,7 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 		return o
 	}
 	return pipeline.Config{
+		Licence:      licenceRule(cmd),
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: pipeline.GoogleSignatures(cmd.String("google-signatures")), GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), Deltas: cmd.Int("deltas"), BuilderID: cmd.String("builder-id"), Version: version,
 		Registry: credentials, KeyOptions: keys,

@@ -30,6 +30,7 @@ worst finding.`,
 			),
 			cli.Group(groupTo,
 				cli.Strings("to", "try whether `REF` may be written"),
+				privateFlag(), redistributeFlag(),
 				cli.String("username", "", "user `NAME` for the first --to"),
 				cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			),
@@ -64,7 +65,7 @@ func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
-	report := doctor.Examine(ctx, c, doctor.Real(func(destination string) registry.Options {
+	report := doctor.Examine(ctx, c, doctor.Real(licenceRule(cmd), func(destination string) registry.Options {
 		o := registry.Options{UserAgent: "prebake-builder/" + version}
 		if destination == to[0] {
 			o.Username, o.Password = cmd.String("username"), cmd.String("password")

@@ -93,7 +93,7 @@ func wishCommand() *ucli.Command {
 func planCommand() *ucli.Command {
 	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {
-		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "username", "password", "key", "identity-token", "trusted-root", "cache", "load-test"}, f.Names()[0]) {
+		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "private", "redistribute", "username", "password", "key", "identity-token", "trusted-root", "cache", "load-test"}, f.Names()[0]) {
 			flags = append(flags, f)
 		}
 	}
@@ -272,6 +272,11 @@ func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 	if err != nil {
 		return err
 	}
+	notes, err := m.refused(ctx, p)
+	if err != nil {
+		return err
+	}
+	report.Notes = append(report.Notes, notes...)
 	return show(cmd, report, 0)
 }
 

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -12,12 +15,14 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	stock "github.com/google/go-containerregistry/pkg/registry"
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/vbauerster/mpb/v8"
 
 	"github.com/prebake/prebake/builder/internal/farm"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )
@@ -26,9 +31,24 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"builder": main})
 }
 
-// TestScript drives the program as an operator does. $KEY is a signing key.
+// publicRegistry is a registry of the client library that says of itself what a public
+// server of ours says.
+func publicRegistry(t *testing.T) string {
+	t.Helper()
+	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
+	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set(registry.AudienceHeader, registry.AudiencePublic)
+		inner.ServeHTTP(w, r)
+	}))
+	t.Cleanup(srv.Close)
+	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
+}
+
+// TestScript drives the program as an operator does. $KEY is a signing key, and $PUBLIC
+// a repository that is public.
 func TestScript(t *testing.T) {
 	t.Parallel()
+	public := publicRegistry(t)
 	testscript.Run(t, testscript.Params{
 		Dir:                 filepath.Join("testdata", "script"),
 		RequireExplicitExec: true,
@@ -38,6 +58,7 @@ func TestScript(t *testing.T) {
 				t.Errorf("keygen = %d %s%s", code, out, errs)
 			}
 			env.Setenv("KEY", key)
+			env.Setenv("PUBLIC", public)
 			env.Setenv("XDG_CACHE_HOME", filepath.Join(env.WorkDir, "home-cache"))
 			return nil
 		},

@@ -38,7 +38,7 @@ func workCommand() *ucli.Command {
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),
-				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two looks at list and buckets"),
+				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two looks"),
 				cli.String("queue", "", "`URL` of the queue: sqlite:///PATH or postgres://…"),
 				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
 				cli.String("token", "", "the server's `TOKEN`, with scopes build and push"),

@@ -108,6 +108,7 @@ func TestOperator(t *testing.T) {
 		{"builds as JSON", []string{"builds", "--output", "json", "--state", "queued"}, 0, `"buildId": "17800.0.47"`, ""},
 		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, 0, "start one: builder work", ""},
 		{"coverage", []string{"coverage"}, 0, "no wish list wants a cell", ""},
+		{"warnings", []string{"warnings"}, 0, "no early warning", ""},
 		{"quarantine", []string{"quarantine"}, 0, "nothing is in quarantine", ""},
 		{"lift of nothing", []string{"lift", "--token-file", token, digest}, fault.NotFound.ExitCode(), "", "is not in the catalogue"},
 		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Unauthorized.ExitCode(), "", "this call needs a token"},

@@ -22,6 +22,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
@@ -39,6 +40,8 @@ import (
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
 	TLSCert, TLSKey, Issuers                                                                      string
+	Public                                                                                        bool
+	Redistribute                                                                                  bundle.Redistribution
 	CreateOnly                                                                                    []string
 	ReserveMB, AskPerHour, CallsPerMinute, Quarantine                                             int
 	DiscoverEvery, Grace                                                                          time.Duration
@@ -69,6 +72,7 @@ func serveCommand() *ucli.Command {
 					Value: 1024,
 					Usage: "`MIB` of the data folder's disk to leave free: uploads are refused before",
 				},
+				publicFlag(), redistributeFlag(),
 				&ucli.StringSliceFlag{Name: "create-only", Value: []string{"prebake/*", "prebake/*/*"},
 					Usage: "`PATTERN` of registry repositories whose tags never move, repeatable"},
 			),
@@ -101,6 +105,7 @@ func serveCommand() *ucli.Command {
 				Listen: cmd.String("listen"), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
 				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
+				Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
 				Issuers: cmd.String("oidc"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
@@ -260,7 +265,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	room := &disk{dir: s.Data, reserve: uint64(s.ReserveMB) << 20}
 	var cat *catalogue.Catalogue
 	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
-		CreateOnly: s.createOnly, Room: room.Room,
+		CreateOnly: s.createOnly, Room: room.Room, Public: s.Public, Redistribute: s.Redistribute,
 		Deleted: func(repo string, d digest.Digest) {
 			if err := cat.Forget(context.WithoutCancel(ctx), repo, string(d)); err != nil {
 				log.Error("artifact not forgotten", "digest", string(d), "err", err)
@@ -274,6 +279,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	cat = catalogue.New(catalogue.Config{
 		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository, Holds: registry.Holds,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
+		Public: s.Public, Redistribute: s.Redistribute,
 	})
 	cat.PlanSoon() // what was wanted when the last server stopped
 	if s.KernelMirror != "" {

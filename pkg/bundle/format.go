@@ -53,4 +53,4 @@ func (k LayerKind) title() string { return string(k) + ".tar.zst" }
 
 // ImageRecipe names the way a manifest and a config are made of layers. It changes
 // whenever equal layers would give another manifest.
-const ImageRecipe = "image-2"
+const ImageRecipe = "image-3"

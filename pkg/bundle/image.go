@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"slices"
 	"time"
@@ -36,6 +37,7 @@ func Image(id Identity, layers []Layer) (v1.Image, error) {
 		MediaType:     types.OCIManifestSchema1,
 		Annotations:   id.Annotations(),
 	}
+	maps.Copy(manifest.Annotations, LicenceOf(id.Driver.Flavour).annotations())
 	for i, l := range layers {
 		if l.Kind != LayerKinds()[i] {
 			return nil, fmt.Errorf("make image: layer %d is of kind %q; want %q", i, l.Kind, LayerKinds()[i])

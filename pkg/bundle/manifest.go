@@ -88,6 +88,9 @@ func parseManifest(manifest, config []byte) (Content, error) {
 	if err != nil {
 		return Content{}, err
 	}
+	if err := checkLicence(m, id.Driver.Flavour); err != nil {
+		return Content{}, err
+	}
 	digest, size, err := v1.SHA256(bytes.NewReader(config))
 	if err != nil {
 		return Content{}, err

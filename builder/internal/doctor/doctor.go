@@ -93,6 +93,8 @@ type Machine struct {
 	Synchronised bool
 	// Mirror, Destination and Key try one of Config's.
 	Mirror, Destination, Key func(ctx context.Context, name string) error
+	// MayGo asks the licence rule whether a destination may have a flavour.
+	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
 // patience bounds one check that goes over a network.
@@ -338,6 +340,7 @@ func (e *examination) outside(ctx context.Context) {
 	}
 	for _, name := range e.Destinations {
 		try("destination", name, "may be written", "check the name, --username and --password, or docker login", e.m.Destination)
+		e.licence(ctx, name)
 	}
 	if e.Key != "" {
 		try("key", e.Key, "is loadable", "make one: builder keygen", e.m.Key)

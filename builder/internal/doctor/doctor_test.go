@@ -15,9 +15,11 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/prebake/prebake/builder/internal/doctor"
+	"github.com/prebake/prebake/builder/internal/licence"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/sandbox"
+	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
 )
 
@@ -28,7 +30,7 @@ func TestMain(m *testing.M) {
 	if os.Getenv(bare) != "" {
 		r := doctor.Examine(context.Background(), doctor.Config{Cache: "/tmp/cache", Need: 1 << 60, GuestInit: "/guestinit", NVMLProbe: "/nvmlprobe",
 			Destinations: []string{"oci:/usr/x"}, Key: "/key", Mirrors: []string{"file:///nowhere"}},
-			doctor.Real(func(string) registry.Options { return registry.Options{} }))
+			doctor.Real(licence.Rule{}, func(string) registry.Options { return registry.Options{} }))
 		if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
 			panic(err)
 		}
@@ -50,6 +52,7 @@ func healthy() doctor.Machine {
 		Cache: func(string) (int64, error) { return 100 << 30, nil },
 		Now:   func() time.Time { return time.Date(2026, 12, 1, 0, 0, 0, 0, time.UTC) }, Synchronised: true,
 		Mirror: fine, Destination: fine, Key: fine,
+		MayGo: func(context.Context, string, target.Flavour) error { return nil },
 	}
 }
 
@@ -66,8 +69,8 @@ func TestHealthy(t *testing.T) {
 			t.Errorf("on a healthy machine: %+v", f)
 		}
 	}
-	if len(r.Findings) != 15 || r.Install != "" || r.Err() != nil {
-		t.Errorf("%d findings, install %q, %v; want 15, nothing to install, no error", len(r.Findings), r.Install, r.Err())
+	if len(r.Findings) != 16 || r.Install != "" || r.Err() != nil {
+		t.Errorf("%d findings, install %q, %v; want 16, nothing to install, no error", len(r.Findings), r.Install, r.Err())
 	}
 }
 
@@ -143,6 +146,22 @@ func TestFindings(t *testing.T) {
 		{"may not push", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Destination = func(context.Context, string) error { return fault.New(fault.PublishRefused, "403", "docker login") }
 		}, "destination", doctor.Fail, "403", "docker login", "", fault.PublishRefused},
+		{"neither flavour may go", func(m *doctor.Machine, _ *doctor.Config) {
+			m.MayGo = func(context.Context, string, target.Flavour) error {
+				return fault.New(fault.PublishRefused, "public", "say --private")
+			}
+		}, "licence", doctor.Fail, "public", "say --private", "", fault.PublishRefused},
+		{"proprietary modules may not go", func(m *doctor.Machine, _ *doctor.Config) {
+			m.MayGo = func(_ context.Context, _ string, f target.Flavour) error {
+				if f == target.Open {
+					return nil
+				}
+				return fault.New(fault.PublishRefused, "proprietary", "say --private")
+			}
+		}, "licence", doctor.Warn, "proprietary", "say --private", "", 0},
+		{"nobody knows whether they may go", func(m *doctor.Machine, _ *doctor.Config) {
+			m.MayGo = func(context.Context, string, target.Flavour) error { return fault.New(fault.Transient, "no route", "") }
+		}, "licence", doctor.Fail, "no route", "check the name", "", fault.Transient},
 		{"no key", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Key = func(context.Context, string) error { return errors.New("no such file") }
 		}, "key", doctor.Fail, "no such file", "builder keygen", "", fault.Internal},
@@ -233,7 +252,7 @@ func TestBareMachine(t *testing.T) {
 // The real look at this machine agrees with what its file system holds.
 func TestRealPrograms(t *testing.T) {
 	t.Parallel()
-	m := doctor.Real(nil)
+	m := doctor.Real(licence.Rule{}, nil)
 	if !m.Program("sh") || m.Program("no-such-program") || m.Library("libno-such.so.1") || !m.Library("libc.so.6") {
 		t.Error("sh and libc are there, the others are not")
 	}

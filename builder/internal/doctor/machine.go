@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/prebake/prebake/builder/internal/licence"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/cosbucket"
@@ -20,8 +21,8 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// Real is this machine. options gives the settings for one destination.
-func Real(options func(destination string) registry.Options, keys ...sign.Option) Machine {
+// Real is this machine. rule says where artifacts may go; options gives the settings for one destination.
+func Real(rule licence.Rule, options func(destination string) registry.Options, keys ...sign.Option) Machine {
 	return Machine{
 		Program: func(name string) bool {
 			for _, dir := range []string{"/usr/bin", "/bin", "/usr/sbin", "/sbin"} {
@@ -47,7 +48,7 @@ func Real(options func(destination string) registry.Options, keys ...sign.Option
 		Cache:      openCache,
 		KVM:        unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil,
 		Now:        time.Now, Synchronised: synchronised(),
-		Mirror: reach,
+		Mirror: reach, MayGo: mayGo(rule, options),
 		Destination: func(ctx context.Context, name string) error {
 			return registry.CheckPush(ctx, name, options(name))
 		},

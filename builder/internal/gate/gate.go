@@ -44,6 +44,8 @@ type Kernel struct {
 	Fingerprint target.Fingerprint
 	// Version is the driver's; "" leaves it out.
 	Version string
+	// Open demands modules under a licence that Linux takes as compatible with its own.
+	Open bool
 	// BTF is a file with the description of the kernel's types that the modules'
 	// were made against; "" is none, and then modules of ours may have none.
 	BTF string
@@ -72,6 +74,9 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 		if k.Version != "" && m.Version != "" && m.Version != k.Version {
 			errs = append(errs, &modinfo.Problem{Module: name, Text: fmt.Sprintf("is of driver %s; want %s", m.Version, k.Version)})
 		}
+		if k.Open && !slices.Contains(openLicences(), m.License) {
+			errs = append(errs, &modinfo.Problem{Module: name, Text: fmt.Sprintf("is under the licence %.40q, which is none of an open module", m.License)})
+		}
 		mods = append(mods, m)
 	}
 	if len(errs) > 0 {
@@ -84,6 +89,11 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 		return "", err
 	}
 	return mods[0].Vermagic, nil // Check refuses an empty set
+}
+
+// openLicences are those that do not taint a kernel (Linux, include/linux/license.h).
+func openLicences() []string {
+	return []string{"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
 }
 
 // Read reads the facts of a module file.

@@ -5,6 +5,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/gate"
 	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/target"
 )
 
 // check holds every module against the kernel that it was made for.
@@ -15,6 +16,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	kernel := gate.Kernel{
 		Headers: in.kernel.Headers, Boot: in.kernel.Boot, Release: in.kernel.Kernel.Release, Arch: in.kernel.Kernel.Arch,
 		Fingerprint: in.kernel.Fingerprint, Version: in.driver.Modules().Version, BTF: in.kernel.BTF,
+		Open: in.driver.Flavour == target.Open,
 	}
 	if m.carries.byGoogle() {
 		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
@@ -40,6 +42,9 @@ func staticChecks(in *inputs, m *modules) []string {
 	all := []string{
 		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", origin, "build salt",
 		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
+	}
+	if in.driver.Flavour == target.Open {
+		all = append(all, "every module is under a licence that the kernel takes as compatible with its own")
 	}
 	if in.kernel.BTF != "" {
 		all = append(all, "BTF of every module goes on where the kernel's ends")

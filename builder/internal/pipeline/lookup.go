@@ -58,6 +58,9 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *outlet, note string, 
 	if err := r.open(ctx, in, to); err != nil {
 		return to, "", err
 	}
+	if err := r.mayGo(ctx, to); err != nil {
+		return to, "", err
+	}
 	if note, err = r.look(ctx, in, to); err != nil || to.found != nil {
 		return to, note, err
 	}

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sync/semaphore"
 
+	"github.com/prebake/prebake/builder/internal/licence"
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -62,6 +63,8 @@ type Config struct {
 	// belong to one registry and are never shown to another. Nil is the Docker
 	// configuration for all.
 	Registry func(destination string) registry.Options
+	// Licence says which destinations may have what.
+	Licence licence.Rule
 	// Key is a private key file, a KMS URI, or none, as [sign.LoadSigner] takes it
 	// with KeyOptions.
 	Key        string

@@ -38,6 +38,9 @@ func (r *run) publish(ctx context.Context, in *inputs, to *outlet, m *modules, a
 	if err := r.giveLabels(ctx, in, to); err != nil {
 		return "", err
 	}
+	if err := r.stayed(ctx, in, to, a); err != nil {
+		return "", err
+	}
 	if err := r.publishDeltas(ctx, in, to, a); err != nil {
 		return "", err
 	}

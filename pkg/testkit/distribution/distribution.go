@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"testing"
+
+	"golang.org/x/crypto/bcrypt"
 )
 
 // Program is the registry's name on PATH; Debian's package has the same.
@@ -26,11 +28,42 @@ storage:
 http: {addr: "127.0.0.1:0"}
 `
 
+// protection is added to config for a registry that wants a password.
+const protection = `auth: {htpasswd: {realm: test, path: %q}}
+`
+
 var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+)`)
+
+// User and Password are what [StartProtected] asks for.
+const (
+	User     = "somebody"
+	Password = "a password of this test"
+)
+
+// StartProtected is [Start] for a registry that answers nobody who lacks User and
+// Password.
+func StartProtected(t testing.TB) string {
+	t.Helper()
+	hash, err := bcrypt.GenerateFromPassword([]byte(Password), bcrypt.MinCost)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "htpasswd")
+	if err := os.WriteFile(file, fmt.Appendf(nil, "%s:%s\n", User, hash), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return start(t, fmt.Sprintf(protection, file))
+}
 
 // Start runs an empty registry that ends with the test and returns its
 // host:port.
 func Start(t testing.TB) string {
+	t.Helper()
+	return start(t, "")
+}
+
+// start runs a registry with more settings.
+func start(t testing.TB, more string) string {
 	t.Helper()
 	program, err := exec.LookPath(Program)
 	if err != nil {
@@ -38,7 +71,7 @@ func Start(t testing.TB) string {
 	}
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(file, fmt.Appendf(nil, config, filepath.Join(dir, "data")), 0o600); err != nil {
+	if err := os.WriteFile(file, fmt.Appendf(nil, config+more, filepath.Join(dir, "data")), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program, "serve", file)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/server/internal/store"
@@ -87,6 +88,7 @@ type Config struct {
 		writer
 		wisher
 		measurer
+		warner
 		reporter
 	}
 	Logs  Logs
@@ -99,6 +101,10 @@ type Config struct {
 	// Holds says whether a repository of this server (prebake/driver) has a manifest:
 	// the catalogue names nothing that the registry lacks. nil is not asked.
 	Holds func(ctx context.Context, repository, digest string) (bool, error)
+	// Public says that everybody may read what is in this server's registry: artifacts in it
+	// have to be among what Redistribute lets go.
+	Public       bool
+	Redistribute bundle.Redistribution
 	// KernelMirror and DriverMirror go into the jobs; "" leaves it to the builder.
 	KernelMirror, DriverMirror string
 	// Quarantine is how many nodes have to report within a day that an artifact does not
@@ -291,6 +297,14 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 	}
 	if err := checkArtifact(&a); err != nil {
 		return fault.Wrap(fault.Usage, err, "")
+	}
+	need := bundle.LicenceOf(a.Driver.Flavour).Redistribution
+	if c.Public && strings.HasPrefix(a.Repository, "/") && !c.Redistribute.Covers(need) {
+		return fault.New(
+			fault.PublishRefused,
+			fmt.Sprintf("artifact %s holds what is under NVIDIA's licence, and this server's registry is public", a.Digest),
+			fmt.Sprintf("keep it in a private repository; or, if you may pass that on, start the server with --redistribute %s", need),
+		)
 	}
 	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.Holds != nil {
 		switch held, err := c.Holds(ctx, name, a.Digest); {

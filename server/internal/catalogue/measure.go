@@ -19,7 +19,7 @@ import (
 // measurer reads what is measured.
 type measurer interface {
 	Changes() uint64
-	SetWanted(ctx context.Context, list string, cells []store.CellKey) error
+	SetWanted(ctx context.Context, list string, cells []store.Wanted) error
 	Coverage(ctx context.Context) (map[int]map[api.State]int, error)
 	WaitingBuilds(ctx context.Context) ([]store.Waiting, error)
 	RunningBuilds(ctx context.Context) ([]store.Working, error)

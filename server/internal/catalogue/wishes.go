@@ -147,7 +147,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		p.Cells,
 		func(a, b plan.Cell) int { return target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID) },
 	)
-	var wanted []store.CellKey
+	var wanted []store.Wanted
 	for _, cell := range p.Cells {
 		if cell.Problem != nil {
 			if !cell.Problem.Unavailable && len(l.Problems) < maxProblems {
@@ -157,7 +157,8 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		}
 		l.Cells++
 		if never(known.drivers[cell.Driver.Version], cell.Driver) == "" {
-			wanted = append(wanted, store.CellKey{BuildID: cell.Kernel.BuildID, Board: cell.Kernel.Board, Driver: cell.Driver})
+			key := store.CellKey{BuildID: cell.Kernel.BuildID, Board: cell.Kernel.Board, Driver: cell.Driver}
+			wanted = append(wanted, store.Wanted{CellKey: key, Early: cell.EarlyWarning})
 		}
 		added, err := c.wanted(ctx, cell, known)
 		if err != nil && len(l.Problems) < maxProblems {

@@ -59,6 +59,7 @@ var needed = map[string]auth.Scope{
 	"GET /v1/wish-lists/{name}":             "",
 	"POST /v1/preflight":                    "",
 	"GET /v1/coverage":                      "",
+	"GET /v1/warnings":                      "",
 	"GET /v1/reports":                       "",
 	"GET /v1/quarantine":                    "",
 	"POST /v1/reports":                      auth.Ask,

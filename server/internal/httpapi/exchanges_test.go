@@ -14,7 +14,7 @@ import (
 )
 
 // cannotFail are the operations that take nothing that could be wrong.
-var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true}
+var cannotFail = map[string]bool{"list-wish-lists": true, "read-coverage": true, "list-warnings": true}
 
 // elsewhere are the operations whose good call needs clients of several networks: a
 // test of the catalogue has it.
@@ -146,6 +146,7 @@ func exchanges() []exchange {
 		{operation: "lift", method: "POST", path: "/v1/artifacts/" + digest + "/lift", status: 409},
 		{operation: "lift", method: "POST", path: "/v1/artifacts/sha256:" + strings.Repeat("0", 64) + "/lift", status: 404},
 		{operation: "read-coverage", method: "GET", path: "/v1/coverage", status: 200},
+		{operation: "list-warnings", method: "GET", path: "/v1/warnings", status: 200},
 
 		{operation: "create-token", method: "POST", path: "/v1/tokens", body: `{"name": "ci", "scopes": ["announce"]}`, status: 201},
 		{operation: "create-token", method: "POST", path: "/v1/tokens", body: `{"name": "ci", "scopes": ["odd"]}`, status: 400},

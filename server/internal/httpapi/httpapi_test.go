@@ -235,6 +235,7 @@ func TestRoutes(t *testing.T) {
 		{"cursor that is none", "GET", "/v1/kernels?after=x", "", "", 400, problem, "cursor"},
 		{"cells", "GET", "/v1/cells", "", "", 200, "application/json", "[]"},
 		{"coverage", "GET", "/v1/coverage", "", "", 200, "application/json", `"milestones":[]`},
+		{"warnings", "GET", "/v1/warnings", "", "", 200, "application/json", "[]"},
 		{"coverage as a metric", "GET", "/metrics", "", "", 200, "", `prebake_coverage_cells{state="missing"} 0`},
 		{"lift without token", "POST", "/v1/artifacts/sha256:0/lift", "", "", 401, problem, "token"},
 		{"report without token", "POST", "/v1/reports", "", "{}", 401, problem, "token"},

@@ -172,6 +172,7 @@ func mountAPI(r chi.Router, c Config) {
 	t.access()
 	t.pushes()
 	t.coverage()
+	t.warnings()
 	t.reports()
 }
 

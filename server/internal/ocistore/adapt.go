@@ -111,6 +111,10 @@ func (h *handler) readManifest(w http.ResponseWriter, r *http.Request, repo, ref
 		h.writeError(w, r, err)
 		return true
 	}
+	if why := h.store.restricted(content); why != "" {
+		writeStatus(w, http.StatusForbidden, "DENIED", why)
+		return true
+	}
 	if digest.Digest(ref).Validate() == nil && digest.Digest(ref).Algorithm() == digest.SHA512 {
 		h.putSHA512(w, r, repo, digest.Digest(ref), content)
 		return true

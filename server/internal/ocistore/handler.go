@@ -12,6 +12,7 @@ import (
 	"cuelabs.dev/go/oci/ociregistry/ociserver"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
@@ -54,6 +55,7 @@ type handler struct {
 }
 
 func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set(registry.AudienceHeader, h.store.audience())
 	secret, asked := auth.Secret(r)
 	var who auth.Principal
 	known := false

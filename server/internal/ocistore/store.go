@@ -35,6 +35,8 @@ import (
 	"cuelabs.dev/go/oci/ociregistry"
 	"cuelabs.dev/go/oci/ociregistry/ociref"
 	"github.com/opencontainers/go-digest"
+
+	"github.com/prebake/prebake/pkg/bundle"
 )
 
 // Bounds. The largest real layer, firmware and user space of one driver, is
@@ -56,6 +58,10 @@ type Options struct {
 	CreateOnly func(repo, tag string) bool
 	// Deleted hears of each manifest that was deleted; nil does not.
 	Deleted func(repo string, d ociregistry.Digest)
+	// Public says that everybody may read what is here: then what is under NVIDIA's licence
+	// is refused, but for what Redistribute lets go; "" lets nothing go.
+	Public       bool
+	Redistribute bundle.Redistribution
 	// Room says whether there is room to write; nil always has.
 	Room func() error
 }
@@ -68,6 +74,9 @@ type Store struct {
 	createOnly func(repo, tag string) bool
 	deleted    func(repo string, d ociregistry.Digest)
 	room       func() error
+
+	public       bool
+	redistribute bundle.Redistribution
 
 	mu   sync.Mutex
 	busy map[string]bool // uploads that a request writes to right now
@@ -102,7 +111,7 @@ func open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{root: root, createOnly: o.CreateOnly, deleted: o.Deleted, room: o.Room, busy: map[string]bool{}}
+	s := &Store{root: root, createOnly: o.CreateOnly, deleted: o.Deleted, room: o.Room, busy: map[string]bool{}, public: o.Public, redistribute: o.Redistribute}
 	if err := s.clean(); err != nil {
 		return nil, errors.Join(err, root.Close())
 	}

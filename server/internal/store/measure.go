@@ -24,20 +24,37 @@ const (
 	wantedRows   = 100
 )
 
+// Wanted is a cell that a wish list wants.
+type Wanted struct {
+	CellKey
+	// Early says that an early-warning entry wants it.
+	Early bool
+}
+
+// early is the column of that name.
+func (w Wanted) early() int {
+	if w.Early {
+		return 1
+	}
+	return 0
+}
+
 // SetWanted stores the cells that a wish list came to in place of those before. It
 // writes only what differs, in several transactions, so that a long list holds up nobody.
-func (s *Store) SetWanted(ctx context.Context, list string, cells []CellKey) error {
-	stored := map[CellKey]bool{}
+func (s *Store) SetWanted(ctx context.Context, list string, cells []Wanted) error {
+	stored := map[Wanted]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
-		var key CellKey
-		err := row(&key.BuildID, &key.Board, &key.Driver.Version, &key.Driver.Flavour)
+		var key Wanted
+		var early int
+		err := row(&key.BuildID, &key.Board, &key.Driver.Version, &key.Driver.Flavour, &early)
+		key.Early = early != 0
 		stored[key] = true
 		return err
-	}, `SELECT build_id, board, driver, flavour FROM wanted WHERE list = $1`, list)
+	}, `SELECT build_id, board, driver, flavour, early FROM wanted WHERE list = $1`, list)
 	if err != nil {
 		return trouble("read cells of wish list "+list, err)
 	}
-	var added, gone []CellKey
+	var added, gone []Wanted
 	for _, key := range cells {
 		if !stored[key] {
 			added = append(added, key)
@@ -52,8 +69,8 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []CellKey) err
 			n := min(len(gone), wantedAtOnce)
 			for _, key := range gone[:n] {
 				_, err := tx.ExecContext(ctx,
-					`DELETE FROM wanted WHERE list = $1 AND build_id = $2 AND board = $3 AND driver = $4 AND flavour = $5`,
-					list, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour))
+					`DELETE FROM wanted WHERE list = $1 AND build_id = $2 AND board = $3 AND driver = $4 AND flavour = $5 AND early = $6`,
+					list, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour), key.early())
 				if err != nil {
 					return err
 				}
@@ -76,7 +93,7 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []CellKey) err
 }
 
 // addWanted stores cells that a wish list wants. A list that was removed meanwhile wants none.
-func (tx *Tx) addWanted(ctx context.Context, list string, cells []CellKey) error {
+func (tx *Tx) addWanted(ctx context.Context, list string, cells []Wanted) error {
 	if len(cells) == 0 {
 		return nil
 	}
@@ -84,14 +101,15 @@ func (tx *Tx) addWanted(ctx context.Context, list string, cells []CellKey) error
 	args := []any{list}
 	for _, key := range cells {
 		n := len(args)
-		rows = append(rows, fmt.Sprintf("SELECT $1, $%d, $%d, $%d, $%d", n+1, n+2, n+3, n+4))
+		rows = append(rows, fmt.Sprintf("SELECT $1, $%d, $%d, $%d, $%d, %d", n+1, n+2, n+3, n+4, key.early()))
 		args = append(args, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour))
 	}
-	text := `INSERT INTO wanted (list, build_id, board, driver, flavour) SELECT * FROM (` + strings.Join(
+	text := `INSERT INTO wanted (list, build_id, board, driver, flavour, early) SELECT * FROM (` + strings.Join(
 		rows,
 		" UNION ALL ",
 	) +
-		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT DO NOTHING`
+		`) c WHERE EXISTS (SELECT 1 FROM wish_lists WHERE name = $1) ON CONFLICT (list, build_id, board, driver, flavour)
+DO UPDATE SET early = excluded.early`
 	if tx.postgres { // the types of parameters are not to be seen in a SELECT without a table
 		text = strings.ReplaceAll(text, "SELECT $1,", "SELECT CAST($1 AS TEXT),")
 	}
@@ -99,7 +117,7 @@ func (tx *Tx) addWanted(ctx context.Context, list string, cells []CellKey) error
 	return err
 }
 
-// Coverage counts the cells that wish lists want by milestone (0 is not known) and
+// Coverage counts the cells that wish lists want, but for early warnings, by milestone (0 is not known) and
 // by where they stand, in the order in which package catalogue judges. A state of
 // Unknown is one that nobody built and nobody builds. It costs some ten
 // microseconds for each cell.
@@ -115,7 +133,7 @@ func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error)
 		counts[milestone][state] += n
 		return err
 	}, `
-WITH cells AS (SELECT DISTINCT build_id, board, driver, flavour FROM wanted),
+WITH cells AS (SELECT DISTINCT build_id, board, driver, flavour FROM wanted WHERE early = 0),
 facts AS (
     SELECT COALESCE(k.milestone, 0) AS milestone,
     CASE WHEN k.fingerprint <> '' THEN (

@@ -18,10 +18,10 @@ func measured(t *testing.T, s *store.Store, id string) {
 	const milestone = 4242 // of no other row
 	k := kernelOf(id)
 	k.Milestone = milestone
-	var cells []store.CellKey
+	var cells []store.Wanted
 	for i := range 2500 { // more than one transaction
 		d := target.Driver{Version: "996." + time.Duration(i).String(), Flavour: target.Open}
-		cells = append(cells, store.CellKey{BuildID: id, Board: "lakitu", Driver: d})
+		cells = append(cells, store.Wanted{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}})
 	}
 	write := func(f func(tx *store.Tx) error) {
 		t.Helper()
@@ -29,7 +29,7 @@ func measured(t *testing.T, s *store.Store, id string) {
 			t.Fatal(err)
 		}
 	}
-	want := func(cells []store.CellKey, list string, counts map[api.State]int) {
+	want := func(cells []store.Wanted, list string, counts map[api.State]int) {
 		t.Helper()
 		if err := s.SetWanted(ctx, list, cells); err != nil {
 			t.Fatal(err)

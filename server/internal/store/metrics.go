@@ -3,9 +3,12 @@ package store
 import (
 	"context"
 	"time"
+
+	"github.com/prebake/prebake/pkg/queue"
 )
 
-// CountFailures counts the builds that are failed, by their class.
+// CountFailures counts the builds that are failed, by their class. Early warnings do not
+// count: builds that only an early-warning entry of a wish list asked for.
 func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 	counts := map[string]int{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
@@ -14,7 +17,11 @@ func (s *Store) CountFailures(ctx context.Context) (map[string]int, error) {
 		err := row(&class, &n)
 		counts[class] = n
 		return err
-	}, `SELECT class, COUNT(*) FROM builds WHERE state = 'failed' GROUP BY class`)
+	}, `
+SELECT class, COUNT(*) FROM builds b WHERE state = 'failed' AND (priority <> $1 OR EXISTS (
+    SELECT 1 FROM wanted w WHERE w.build_id = b.build_id AND w.board = b.board
+    AND w.driver = b.driver AND w.flavour = b.flavour AND w.early = 0
+)) GROUP BY class`, queue.PriorityWarning)
 	return counts, trouble("count failed builds", err)
 }
 

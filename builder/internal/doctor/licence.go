@@ -1,0 +1,56 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/prebake/prebake/builder/internal/licence"
+	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// mayGo returns how to ask the licence rule about a destination.
+func mayGo(rule licence.Rule, options func(destination string) registry.Options) func(context.Context, string, target.Flavour) error {
+	return func(ctx context.Context, name string, f target.Flavour) (err error) {
+		if twin.Is(name) {
+			b, err := twin.Open(ctx, name)
+			if err != nil {
+				return err
+			}
+			return errors.Join(rule.Check(ctx, b.URL(""), b, f), b.Close())
+		}
+		repo, err := registry.Open(name, options(name))
+		if err != nil {
+			return err
+		}
+		return rule.Check(ctx, name, repo, f)
+	}
+}
+
+// licence says which flavours may go to a destination. Where none may, nothing can be
+// published; where one may not, its builds fail.
+func (e *examination) licence(ctx context.Context, name string) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	var refused []error
+	for _, f := range []target.Flavour{target.Open, target.Proprietary} {
+		switch err := e.m.MayGo(ctx, name, f); {
+		case fault.Is(err, fault.PublishRefused):
+			refused = append(refused, err)
+		case err != nil:
+			e.fail("licence", err, "check the name and the network")
+			return
+		}
+	}
+	switch len(refused) {
+	case 0:
+		e.ok("licence", "%s may have both flavours", name)
+	case 1:
+		e.add(Finding{Check: "licence", Level: Warn, Text: refused[0].Error(), Next: fault.Hint(refused[0])})
+	default:
+		e.fail("licence", refused[0], fmt.Sprintf("--private %s", name))
+	}
+}

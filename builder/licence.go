@@ -1,0 +1,67 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/licence"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+func privateFlag() ucli.Flag {
+	return cli.Strings("private", "only you can read `REF`, or below it")
+}
+
+func redistributeFlag() ucli.Flag {
+	f := cli.String("redistribute", string(bundle.RedistributeNone),
+		"what of NVIDIA's may go to destinations that are not private: `PART` is none, userspace or all")
+	f.Validator = func(s string) error {
+		_, err := bundle.ParseRedistribution(s)
+		return err
+	}
+	return f
+}
+
+func licenceRule(cmd *ucli.Command) licence.Rule {
+	return licence.Rule{Redistribute: bundle.Redistribution(cmd.String("redistribute")), Private: cmd.StringSlice("private")}
+}
+
+// refused tells which flavours of a plan may not go to which destination.
+func (m *matrix) refused(ctx context.Context, p *plan.Plan) (notes []string, err error) {
+	var flavours []target.Flavour
+	for _, c := range p.Cells {
+		if c.Problem == nil && !slices.Contains(flavours, c.Driver.Flavour) {
+			flavours = append(flavours, c.Driver.Flavour)
+		}
+	}
+	slices.Sort(flavours)
+	check := func(name string, place licence.Place) error {
+		for _, f := range flavours {
+			switch err := m.cfg.Licence.Check(ctx, name, place, f); {
+			case fault.Is(err, fault.PublishRefused):
+				notes = append(notes, fmt.Sprintf("%v; hint: %s", err, fault.Hint(err)))
+			case err != nil:
+				return err
+			}
+		}
+		return nil
+	}
+	for _, repo := range m.places.Repositories {
+		if err := check(repo.Name(), repo); err != nil {
+			return nil, err
+		}
+	}
+	for _, b := range m.places.Buckets {
+		if err := check(b.URL(""), b); err != nil {
+			return nil, err
+		}
+	}
+	return notes, nil
+}

@@ -1,0 +1,22 @@
+package main
+
+import (
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+func publicFlag() ucli.Flag {
+	return cli.Bool("public", "everybody may read the registry: take nothing that is under NVIDIA's licence")
+}
+
+func redistributeFlag() ucli.Flag {
+	f := cli.String("redistribute", string(bundle.RedistributeNone),
+		"what of NVIDIA's a public registry takes: `PART` is none, userspace or all")
+	f.Validator = func(s string) error {
+		_, err := bundle.ParseRedistribution(s)
+		return err
+	}
+	return f
+}
