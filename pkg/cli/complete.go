@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	ucli "github.com/urfave/cli/v3"
 )
@@ -85,8 +86,7 @@ func completionCommands(root *ucli.Command) []*ucli.Command {
 				words = words[1:]
 			}
 			for _, c := range candidates(ctx, cmd.Root(), words) {
-				about, _, _ := strings.Cut(c.About, "\n")
-				if _, err := fmt.Fprintf(cmd.Root().Writer, "%s\t%s\n", c.Value, about); err != nil {
+				if _, err := fmt.Fprintf(cmd.Root().Writer, "%s\t%s\n", c.Value, c.About); err != nil {
 					return err
 				}
 			}
@@ -144,8 +144,8 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 func starting(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {
-		// A line is an answer, and a tabulator ends its value.
-		if strings.HasPrefix(c.Value, typed) && !strings.ContainsAny(c.Value, "\t\n") {
+		// A line is an answer, a tabulator ends its value, and a terminal gets it all.
+		if strings.HasPrefix(c.Value, typed) && !strings.ContainsFunc(c.Value+c.About, unicode.IsControl) {
 			out = append(out, Candidate{prefix + c.Value, c.About})
 		}
 	}
