@@ -117,12 +117,14 @@ func follow(
 	}
 }
 
-// place adds where an open build stands. It is nice to know, and no more: what goes wrong
-// here, watching will tell of.
+// place adds where an open build stands. It is nice to know, and no more: where it cannot be
+// told, what was known stays, and watching tells of the trouble.
 func place(ctx context.Context, c *api.Client, now progress) progress {
-	was := now.ETA
-	now.Position, now.ETA = 0, nil
+	if now.State != api.Queued {
+		now.Position = 0
+	}
 	if now.over() {
+		now.ETA = nil
 		return now
 	}
 	r, err := c.Resolve(ctx, api.Question{BuildID: now.Kernel.BuildID, Board: now.Kernel.Board,
@@ -130,6 +132,7 @@ func place(ctx context.Context, c *api.Client, now progress) progress {
 	if err != nil || r.Build == nil || r.Build.ID != now.ID || r.State != now.State {
 		return now
 	}
+	was := now.ETA
 	now.Position, now.ETA = r.Position, r.ETA
 	// An estimate that hardly moves is the same.
 	if was != nil && now.ETA != nil && now.ETA.Sub(*was).Abs() < time.Minute {
@@ -205,8 +208,9 @@ func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, 
 	if err != nil {
 		return api.Build{}, err
 	}
-	if r.Build == nil {
-		// What was published elsewhere has no build here.
+	if r.Build == nil || r.State.Withdrawn() {
+		// What was published elsewhere has no build here, and what was withdrawn since a good
+		// one.
 		if err := standing(asked, r); err != nil {
 			return api.Build{}, err
 		}
