@@ -17,6 +17,7 @@ import (
 	"go.yaml.in/yaml/v3"
 	"google.golang.org/api/cloudbuild/v1"
 
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -40,6 +41,10 @@ func TestCIScripts(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
 	r.publish(t, "17800.66.90", "535.261.03")
+	if _, err := r.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"}); err != nil {
+		t.Fatal(err)
+	}
+	summary := filepath.Join(t.TempDir(), "summary.md")
 	to := []string{"PREBAKE_SERVER=" + r.URL, "PREBAKE_PROGRAM=" + r.Binary}
 	withToken := append(slices.Clone(to), "PREBAKE_TOKEN="+secret)
 	away := []string{"PREBAKE_SERVER=http://127.0.0.1:1", "PREBAKE_PROGRAM=" + r.Binary, "PREBAKE_TOKEN=" + secret}
@@ -64,12 +69,19 @@ func TestCIScripts(t *testing.T) {
 		{"server away", "announce.sh", away, []string{"17800.66.78"}, fault.Transient.ExitCode(), "", "hint:"},
 
 		{"may move", "preflight.sh", to, []string{"17800.66.90:lakitu:535.261.03"}, 0, "== 17800.66.90", ""},
-		{"may not yet", "preflight.sh", to, []string{"17800.66.78:lakitu:535.261.03"}, fault.NoArtifact.ExitCode(), "", "may not move yet"},
+		{"may not yet", "preflight.sh", to, []string{"17800.66.78:lakitu:535.261.03"}, fault.NoArtifact.ExitCode(), "state      unknown", "hint:"},
+		{"is being built", "preflight.sh", to, []string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(), "state      queued", "server watch"},
+		{
+			"one is being built, one is not covered", "preflight.sh", append(slices.Clone(to), "GITHUB_STEP_SUMMARY="+summary),
+			[]string{"17800.66.78:lakitu:535.261.03", "17800.66.78:lakitu:550.54.15", "17800.66.90:lakitu:535.261.03"},
+			fault.NoArtifact.ExitCode(), "== 17800.66.90", "is queued",
+		},
 		{
 			"one of two may not", "preflight.sh", append(slices.Clone(to), "PREBAKE_POOLS=17800.66.78 17800.66.90:lakitu:R535:proprietary"), nil,
-			fault.NoArtifact.ExitCode(), "== 17800.66.90", "may not move yet",
+			fault.NoArtifact.ExitCode(), "== 17800.66.90", "hint:",
 		},
-		{"waits, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"), []string{"17800.66.78"}, fault.NoArtifact.ExitCode(), "", "may not move yet"},
+		{"waits, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"), []string{"17800.66.78"}, fault.NoArtifact.ExitCode(), "", "is unknown"},
+		{"waits for what is built, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"), []string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(), "", "is queued"},
 		{"no such driver", "preflight.sh", to, []string{"17800.66.90:lakitu:new"}, 2, "", "hint:"},
 		{"no pool", "preflight.sh", to, nil, 2, "", "no node pool is named"},
 		{"a flag for a pool", "preflight.sh", to, []string{"--help"}, 2, "", "begins with no COS build"},
@@ -85,6 +97,14 @@ func TestCIScripts(t *testing.T) {
 		if strings.Contains(out+errs, secret) {
 			t.Errorf("%s: the token is in what was printed", row.name)
 		}
+	}
+
+	noted, err := os.ReadFile(summary)
+	want := "- 17800.66.90:lakitu:535.261.03: may move\n" +
+		"- 17800.66.78:lakitu:535.261.03: may **not** move, nobody builds it\n" +
+		"- 17800.66.78:lakitu:550.54.15: may **not** move yet, it is being built\n"
+	if err != nil || string(noted) != want {
+		t.Errorf("the summary is %q, %v; want %q", noted, err, want)
 	}
 
 	// What was announced is in the catalogue.

@@ -67,14 +67,6 @@ func revokeTokenCommand() *ucli.Command {
 		func(ctx context.Context, c *api.Client, id string) error { return c.RevokeToken(ctx, id) })
 }
 
-func auditCommand() *ucli.Command {
-	return list("audit", "list who changed what, newest first",
-		writeFlags(&ucli.StringFlag{Name: "actor", Usage: "only of this `CALLER`, such as token:node-pool-a"}),
-		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]api.AuditEntry, error) {
-			return c.Audit(ctx, cmd.String("actor"))
-		}, printAudit)
-}
-
 func printTokens(w io.Writer, all []api.Token) error {
 	rows := [][]string{}
 	for _, t := range all {

@@ -6,15 +6,12 @@ import (
 	"io"
 	"slices"
 	"strconv"
-	"strings"
-	"time"
 
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -91,42 +88,6 @@ func list[T any](
 	}
 }
 
-func kernelsCommand() *ucli.Command {
-	return list("kernels", "list the known COS kernels", clientFlags(),
-		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.Kernel, error) { return c.Kernels(ctx) }, printKernels)
-}
-
-func driversCommand() *ucli.Command {
-	return list("drivers", "list the known driver versions", clientFlags(),
-		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.DriverRelease, error) {
-			return c.Drivers(ctx)
-		}, printDrivers)
-}
-
-func artifactsCommand() *ucli.Command {
-	return list("artifacts", "list published and yanked artifacts", clientFlags(),
-		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.Artifact, error) {
-			return c.Artifacts(ctx)
-		}, printArtifacts)
-}
-
-func buildsCommand() *ucli.Command {
-	return list(
-		"builds",
-		"list builds, newest first",
-		clientFlags(
-			&ucli.StringFlag{
-				Name:  "state",
-				Usage: "only builds in this `STATE`: queued, building, published, failed or cancelled",
-			},
-		),
-		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]api.Build, error) {
-			return c.Builds(ctx, api.State(cmd.String("state")))
-		},
-		printBuilds,
-	)
-}
-
 func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "build", Usage: "show one build, or its log", ArgsUsage: "ID",
@@ -160,50 +121,19 @@ func buildCommand() *ucli.Command {
 	}
 }
 
-// cellFlags name a cell.
-func cellFlags() []ucli.Flag {
-	return []ucli.Flag{
-		&ucli.StringFlag{
-			Name:     "build-id",
-			Required: true,
-			Usage:    "`BUILD_ID` of the COS build, as in /etc/os-release",
-			Sources:  cli.Env("build-id"),
-		},
-		cli.String("board", "lakitu", "`BOARD` of the COS build"),
-		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version"),
-		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
-	}
-}
-
-func resolveCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "resolve", Usage: "ask what a node of a kernel should run", Flags: clientFlags(cellFlags()...),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := noArgs(cmd); err != nil {
-				return err
-			}
-			c, err := client(cmd)
-			if err != nil {
-				return err
-			}
-			r, err := c.Resolve(ctx, api.Question{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
-				Driver: cmd.String("driver"), Flavour: cmd.String("flavour")})
-			if err != nil {
-				return err
-			}
-			return cli.Print(cmd, r, func(w io.Writer) error { return printResolution(w, c.Base(), r) })
-		},
-	}
-}
-
 func requestCommand() *ucli.Command {
 	flags := append(
-		cellFlags(),
-		&ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended; a failed one sets the exit status"},
+		cellFlags(true),
+		&ucli.BoolFlag{Name: "wait", Usage: "wait until the build has ended"},
 	)
 	return &ucli.Command{
 		Name: "request", Usage: "ask for a build",
-		Description: `Example:
+		Description: `A cell that is queued or being built already is not asked for again: the
+answer is its build. With --wait, stderr tells of its place in the queue, of
+when it may be ready, and of each phase, and the exit status is that of the
+failure's class (the README has the list).
+
+Example:
   server request --build-id 17800.66.78 --driver R535 --wait --token-file token`,
 		Flags: writeFlags(flags...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -214,8 +144,7 @@ func requestCommand() *ucli.Command {
 			if err != nil {
 				return err
 			}
-			b, err := c.RequestBuild(ctx, api.BuildRequest{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
-				Driver: cmd.String("driver"), Flavour: cmd.String("flavour")})
+			b, err := c.RequestBuild(ctx, api.BuildRequest(cellOf(cmd)))
 			if err != nil {
 				return err
 			}
@@ -229,39 +158,6 @@ func requestCommand() *ucli.Command {
 			}
 			return ended(cmd.Bool("wait"), b)
 		},
-	}
-}
-
-// wait follows a build, with a line for each change. A server that is away for
-// a while is waited for as well.
-func wait(ctx context.Context, c *api.Client, b api.Build, say io.Writer) (api.Build, error) {
-	tick := time.NewTicker(time.Second)
-	defer tick.Stop()
-	last, away := "", false
-	for {
-		if line := strings.TrimSpace(fmt.Sprintf("build %d: %s %s", b.ID, b.State, b.Phase)); line != last {
-			last = line
-			fmt.Fprintln(say, line)
-		}
-		switch b.State {
-		case api.Published, api.Failed, api.Cancelled:
-			return b, nil
-		}
-		select {
-		case <-ctx.Done():
-			return b, fault.Wrap(fault.Cancelled, context.Cause(ctx), "")
-		case <-tick.C:
-		}
-		next, err := c.Build(ctx, b.ID)
-		switch {
-		case err == nil:
-			b = next
-		case !fault.Of(err).Retryable():
-			return b, err
-		case !away && ctx.Err() == nil:
-			fmt.Fprintf(say, "waiting for the server: %v\n", err)
-		}
-		away = err != nil
 	}
 }
 

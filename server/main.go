@@ -18,21 +18,23 @@ func main() { cli.Main(program()) }
 
 // program is the whole command tree.
 func program() *ucli.Command {
-	return &ucli.Command{
+	return cli.Complete(&ucli.Command{
 		Name:  "server",
 		Usage: "keep the catalogue of kernels and drivers, queue builds, serve artifacts",
 		Description: `Start it with "server serve". The other commands ask a running server (--server)
-and print tables, or JSON with --output json.`,
+and print tables, or JSON or YAML with --output.`,
 		Commands: []*ucli.Command{
 			serveCommand(),
-			kernelsCommand(), driversCommand(), artifactsCommand(), buildsCommand(), buildCommand(), resolveCommand(),
-			requestCommand(), cancelCommand(), yankCommand(), unyankCommand(),
-			releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(), tokensCommand(), auditCommand(),
-			coverageCommand(), warningsCommand(), quarantineCommand(), liftCommand(),
+			kernelsCommand(), driversCommand(), cellsCommand(), artifactsCommand(), artifactCommand(),
+			buildsCommand(), buildCommand(), resolveCommand(),
+			requestCommand(), watchCommand(), cancelCommand(), yankCommand(), unyankCommand(),
+			releasesCommand(), releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(),
+			tokensCommand(), auditCommand(),
+			coverageCommand(), warningsCommand(), reportsCommand(), quarantineCommand(), liftCommand(),
 			backupCommand(), reindexCommand(),
 			versionCommand(),
 		},
-	}
+	}, complete)
 }
 
 // version is set at link time.

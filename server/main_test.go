@@ -106,7 +106,7 @@ func TestOperator(t *testing.T) {
 		{"request again", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03", "--flavour", "open"}, 0, "build      1", ""},
 		{"builds", []string{"builds"}, 0, "17800.0.47/lakitu  535.261.03-open", ""},
 		{"builds as JSON", []string{"builds", "--output", "json", "--state", "queued"}, 0, `"buildId": "17800.0.47"`, ""},
-		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, 0, "start one: builder work", ""},
+		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Pending.ExitCode(), "start one: builder work", "is queued"},
 		{"coverage", []string{"coverage"}, 0, "no wish list wants a cell", ""},
 		{"warnings", []string{"warnings"}, 0, "no early warning", ""},
 		{"quarantine", []string{"quarantine"}, 0, "nothing is in quarantine", ""},
@@ -178,19 +178,23 @@ func TestOperator(t *testing.T) {
 		Driver: target.Driver{Version: "535.309.01", Flavour: target.Open}, Kernels: []target.Kernel{kernel}}); err != nil {
 		t.Fatal(err)
 	}
-	for _, s := range []struct{ args, want string }{
-		{"resolve --build-id 17800.0.47 --driver 535.261.03", "digest     " + digest},
-		{"artifacts", digest}, {"kernels", "6.1.0-47-cloud-amd64"},
-		{"yank --token-file " + token + " --reason panics " + digest, "yanked panics"},
-		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "reason     panics"},
-		{"yank --token-file " + token + " --reason panics --replacement " + other + " " + digest, "instead    " + other},
-		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "instead    " + other},
-		{"unyank --token-file " + token + " " + digest, "published"},
+	none := fault.NoArtifact.ExitCode()
+	for _, s := range []struct {
+		args, want string
+		code       int
+	}{
+		{"resolve --build-id 17800.0.47 --driver 535.261.03", "digest     " + digest, 0},
+		{"artifacts", digest, 0}, {"kernels", "6.1.0-47-cloud-amd64", 0},
+		{"yank --token-file " + token + " --reason panics " + digest, "yanked panics", 0},
+		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "reason     panics", none},
+		{"yank --token-file " + token + " --reason panics --replacement " + other + " " + digest, "instead    " + other, 0},
+		{"resolve --build-id 17800.0.47 --driver 535.261.03 --flavour open", "instead    " + other, none},
+		{"unyank --token-file " + token + " " + digest, "published", 0},
 	} {
 		fields := strings.Fields(s.args)
 		code, out, errs := run(t, append([]string{fields[0], "--server", url}, fields[1:]...)...)
-		if code != 0 || !strings.Contains(out, s.want) {
-			t.Errorf("%s = %d\n%s%s\nwant %q", s.args, code, out, errs, s.want)
+		if code != s.code || !strings.Contains(out, s.want) {
+			t.Errorf("%s = %d\n%s%s\nwant %d and %q", s.args, code, out, errs, s.code, s.want)
 		}
 	}
 	// What is deleted from the registry is not promised any more.

@@ -4,18 +4,12 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"strconv"
 
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/pkg/api"
 )
-
-func quarantineCommand() *ucli.Command {
-	return list("quarantine", "list artifacts that did not load on several nodes", clientFlags(),
-		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.Quarantine, error) {
-			return c.Quarantine(ctx)
-		}, printQuarantine)
-}
 
 func liftCommand() *ucli.Command {
 	return about(
@@ -55,4 +49,13 @@ func printQuarantine(w io.Writer, all []api.Quarantine) error {
 		}
 	}
 	return nil
+}
+
+func printReports(w io.Writer, all []api.ReportCounts) error {
+	rows := [][]string{}
+	for _, n := range all {
+		rows = append(rows, []string{n.BuildID, n.Board, strconv.Itoa(n.Loaded), strconv.Itoa(n.Failed), strconv.Itoa(n.FellBack), n.Digest})
+	}
+	return printTable(w, []string{"BUILD_ID", "BOARD", "LOADED", "FAILED", "FELL BACK", "DIGEST"}, rows,
+		"no node said anything within thirty days: fetcher run --report")
 }

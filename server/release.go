@@ -119,41 +119,6 @@ func seconds(s float64) string {
 	return (time.Duration(s * float64(time.Second))).Round(time.Second).String()
 }
 
-func preflightCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether they would find their driver",
-		Description: `The exit status is that of "nothing is published" when they may not.`,
-		Flags:       clientFlags(cellFlags()...),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := noArgs(cmd); err != nil {
-				return err
-			}
-			c, err := client(cmd)
-			if err != nil {
-				return err
-			}
-			answer, err := c.Preflight(
-				ctx,
-				api.PreflightRequest{Pools: []api.Pool{{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
-					Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}}},
-			)
-			if err != nil {
-				return err
-			}
-			err = cli.Print(
-				cmd,
-				answer,
-				func(w io.Writer) error { return printResolution(w, c.Base(), answer.Pools[0].Resolution) },
-			)
-			if err == nil && !answer.May {
-				r := answer.Pools[0].Resolution
-				err = fault.New(fault.NoArtifact, fmt.Sprintf("nodes may not move yet: the cell is %s", r.State), r.Hint)
-			}
-			return err
-		},
-	}
-}
-
 func wishListsCommand() *ucli.Command {
 	cmd := list("wish-lists", "list what the server builds without being asked, or change it", clientFlags(),
 		func(ctx context.Context, c *api.Client, _ *ucli.Command) ([]api.WishList, error) {

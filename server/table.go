@@ -14,8 +14,11 @@ import (
 // columns is how wide a table may be: a terminal of old.
 const columns = 80
 
-// printTable aligns rows under a head. The last column takes what is left and
-// is cut to fit; all before it are short by nature.
+// narrow is how many columns the last one of a table has at least, where it needs them.
+const narrow = 12
+
+// printTable aligns rows under a head. The last column takes what is left and is cut to
+// fit. All before it are short by nature; where they are not, the widest gives way.
 func printTable(w io.Writer, head []string, rows [][]string, none string) error {
 	if len(rows) == 0 {
 		_, err := fmt.Fprintln(w, none)
@@ -27,6 +30,20 @@ func printTable(w io.Writer, head []string, rows [][]string, none string) error 
 			width[i] = max(width[i], utf8.RuneCountInString(text))
 		}
 	}
+	last := len(width) - 1
+	for over := 2*last + min(width[last], narrow) - columns; ; {
+		sum, widest := 0, 0
+		for i, n := range width[:last] {
+			sum += n
+			if n > width[widest] {
+				widest = i
+			}
+		}
+		if sum+over <= 0 {
+			break
+		}
+		width[widest]--
+	}
 	for _, row := range append([][]string{head}, rows...) {
 		var line strings.Builder
 		left := columns
@@ -35,6 +52,7 @@ func printTable(w io.Writer, head []string, rows [][]string, none string) error 
 				line.WriteString(cut(text, left))
 				break
 			}
+			text = cut(text, width[i])
 			line.WriteString(text + strings.Repeat(" ", width[i]-utf8.RuneCountInString(text)+2))
 			left -= width[i] + 2
 		}

@@ -64,10 +64,13 @@ async function open(view, url, options, f) {
   return f(now.page, now, response);
 }
 
-// weigh adds up what a page and all it needs have, in bytes, unpacked.
+// weigh adds up what a page and all it needs have, in bytes, unpacked. A stream of events
+// has no end, and comes after the page.
 async function weigh(responses) {
   let bytes = 0;
-  for (const r of responses) bytes += (await r.body()).length;
+  for (const r of responses) {
+    if (!r.headers()['content-type']?.startsWith('text/event-stream')) bytes += (await r.body()).length;
+  }
   return bytes;
 }
 

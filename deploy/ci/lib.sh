@@ -8,7 +8,7 @@
 # Exit statuses are those of the command line; the table is in the README of the repository.
 
 # The statuses that the scripts act upon.
-usage=2 no_artifact=3 transient=10
+usage=2 no_artifact=3 transient=10 pending=16
 
 # refuse TEXT HINT ends the script.
 refuse() {

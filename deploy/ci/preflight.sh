@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Asks a Prebake server whether node pools may move to COS builds: whether each of their
-# nodes would find its driver. Ends with 0 when all of them may, with 3 when one may not
-# yet, and with another status when the answer is not known.
+# nodes would find its driver. Ends with 0 when all of them may, with 16 when what one lacks
+# is queued or being built, with 3 when one is not covered and nobody builds what it lacks,
+# and with another status when the answer is not known.
 #
 # With PREBAKE_WAIT, in seconds, it asks again and again for so long.
 #
@@ -29,14 +30,22 @@ ask() {
 }
 
 while true; do
-  waiting=()
+  waiting=() notes=() worst=$pending
   for pool in "${pools[@]}"; do
     printf '== %s\n' "$pool"
     status=0
     ask "$pool" || status=$?
     case $status in
       0) note "- $pool: may move" ;;
-      "$no_artifact") waiting+=("$pool") ;;
+      "$pending")
+        waiting+=("$pool")
+        notes+=("- $pool: may **not** move yet, it is being built")
+        ;;
+      "$no_artifact") # yet: what was announced is planned a little later
+        waiting+=("$pool")
+        notes+=("- $pool: may **not** move, nobody builds it")
+        worst=$no_artifact
+        ;;
       *)
         note "- $pool: not known, status $status"
         exit "$status"
@@ -48,5 +57,5 @@ while true; do
   pools=("${waiting[@]}") # what may move once, may
   sleep "${PREBAKE_PAUSE:-15}"
 done
-for pool in "${waiting[@]}"; do note "- $pool: may **not** move yet"; done
-exit "$no_artifact"
+for line in "${notes[@]}"; do note "$line"; done
+exit "$worst"

@@ -59,9 +59,5 @@ func (c *Client) RevokeToken(ctx context.Context, id string) error {
 
 // Audit lists who changed what, newest first; actor "" is anybody.
 func (c *Client) Audit(ctx context.Context, actor string) ([]AuditEntry, error) {
-	query := url.Values{}
-	if actor != "" {
-		query.Set("actor", actor)
-	}
-	return pages[AuditEntry](ctx, c, "/v1/audit", query)
+	return collect(c.EachAudit(ctx, Filter{Actor: actor}))
 }

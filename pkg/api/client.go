@@ -12,7 +12,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"regexp"
 	"strconv"
 	"strings"
 	"time"
@@ -91,49 +90,17 @@ func (c *Client) Base() string { return c.base }
 
 // Kernels lists all kernels of the catalogue, newest first.
 func (c *Client) Kernels(ctx context.Context) ([]Kernel, error) {
-	return pages[Kernel](ctx, c, "/v1/kernels", nil)
+	return collect(c.EachKernel(ctx, Filter{}))
 }
 
 // Drivers lists all driver versions of the catalogue, newest first.
 func (c *Client) Drivers(ctx context.Context) ([]DriverRelease, error) {
-	return pages[DriverRelease](ctx, c, "/v1/drivers", nil)
+	return collect(c.EachDriver(ctx, Filter{}))
 }
 
 // Artifacts lists all artifacts, yanked ones included, newest first.
 func (c *Client) Artifacts(ctx context.Context) ([]Artifact, error) {
-	return pages[Artifact](ctx, c, "/v1/artifacts", nil)
-}
-
-// Bounds of a list that comes in pages: entries of one, and pages.
-const (
-	pageLimit = 1000
-	maxPages  = 10000
-)
-
-// nextLink is the one form in which servers name the next page.
-var nextLink = regexp.MustCompile(`^<(/v1/[^>]*)>; rel="next"$`)
-
-// pages reads a list to its end.
-func pages[T any](ctx context.Context, c *Client, path string, query url.Values) ([]T, error) {
-	if query == nil {
-		query = url.Values{}
-	}
-	query.Set("limit", strconv.Itoa(pageLimit))
-	all, at := []T{}, path+"?"+query.Encode()
-	for range maxPages {
-		var page []T
-		header, err := c.answer(ctx, http.MethodGet, at, nil, &page)
-		if err != nil {
-			return nil, err
-		}
-		all = append(all, page...)
-		next := nextLink.FindStringSubmatch(header.Get("Link"))
-		if next == nil {
-			return all, nil
-		}
-		at = next[1]
-	}
-	return nil, fault.Errorf(fault.TooLarge, "GET %s%s: the list has more than %d pages", c.base, path, maxPages)
+	return collect(c.EachArtifact(ctx, Filter{}))
 }
 
 // Question is what Resolve asks. Flavour is auto, proprietary or open; an
@@ -165,11 +132,7 @@ func (c *Client) RequestBuild(ctx context.Context, r BuildRequest) (Build, error
 
 // Builds lists all builds, newest first; state "" is any.
 func (c *Client) Builds(ctx context.Context, state State) ([]Build, error) {
-	query := url.Values{}
-	if state != "" {
-		query.Set("state", string(state))
-	}
-	return pages[Build](ctx, c, "/v1/builds", query)
+	return collect(c.EachBuild(ctx, Filter{State: state}))
 }
 
 // Cancel calls a build off.

@@ -59,13 +59,12 @@ func (c *Client) Report(ctx context.Context, r NodeReport) error {
 
 // Reports counts what nodes said of an artifact.
 func (c *Client) Reports(ctx context.Context, digest string) ([]ReportCounts, error) {
-	var out []ReportCounts
-	return out, c.call(ctx, http.MethodGet, "/v1/reports?digest="+url.QueryEscape(digest), nil, &out)
+	return c.ReportsOf(ctx, digest, "", "")
 }
 
 // Quarantine lists the artifacts in quarantine, newest first.
 func (c *Client) Quarantine(ctx context.Context) ([]Quarantine, error) {
-	return pages[Quarantine](ctx, c, "/v1/quarantine", nil)
+	return collect(c.EachQuarantine(ctx, Filter{}))
 }
 
 // Lift makes an artifact in quarantine usable again.

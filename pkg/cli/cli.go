@@ -11,13 +11,13 @@
 //   - Flag beats environment beats default; environment names are PREBAKE_ and
 //     the flag's name.
 //   - Progress and colour appear on a terminal only; elsewhere plain lines.
-//   - Every read command has --output text|json.
+//   - Every read command has --output text|json|yaml, with the same keys in both.
+//   - "completion SHELL" prints a script that completes commands, flags and values.
 //   - Help has a command's flags in groups, in 80 columns.
 package cli
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -45,7 +45,7 @@ func Main(root *ucli.Command) {
 func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr io.Writer) int {
 	useHelp()
 	root.Writer, root.ErrWriter = stdout, stderr
-	root.EnableShellCompletion = true
+	root.Commands = append(root.Commands, completionCommands(root)...)
 	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
 	// The library prints the whole help behind a usage error; ours is one line
 	// and a hint, like every other error.
@@ -86,16 +86,6 @@ func PrintError(w io.Writer, err error) {
 	if hint := fault.Hint(err); hint != "" {
 		fmt.Fprintf(w, "hint:  %s\n", hint)
 	}
-}
-
-// Print writes a result to stdout: v as indented JSON, or what text writes.
-func Print(cmd *ucli.Command, v any, text func(io.Writer) error) error {
-	if cmd.String("output") != "json" {
-		return text(cmd.Root().Writer)
-	}
-	enc := json.NewEncoder(cmd.Root().Writer)
-	enc.SetIndent("", "  ")
-	return enc.Encode(v)
 }
 
 // Logger returns the logger that LogFlags ask for; it writes to stderr.

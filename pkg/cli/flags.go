@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"fmt"
 	"strings"
 	"time"
 
@@ -40,19 +39,6 @@ func Int(name string, value int, usage string) *ucli.IntFlag {
 // Duration is a flag with a time, as in 10m.
 func Duration(name string, value time.Duration, usage string) *ucli.DurationFlag {
 	return &ucli.DurationFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
-}
-
-// OutputFlag is --output text|json, for read commands.
-func OutputFlag() ucli.Flag {
-	return &ucli.StringFlag{
-		Name: "output", Aliases: []string{"o"}, Value: "text", Usage: "`FORMAT` of the result: text or json",
-		Validator: func(s string) error {
-			if s != "text" && s != "json" {
-				return fmt.Errorf("output %q: want text or json", s)
-			}
-			return nil
-		},
-	}
 }
 
 // TrustedRootFlag is --trusted-root, for whoever deals with certificates.

@@ -61,7 +61,7 @@ What:
 Where to:
   --to FOLDER          FOLDER for things; may be repeated
   --url URL            URL (required)
-  --output, -o FORMAT  FORMAT of the result: text or json (default: text)
+  --output, -o FORMAT  FORMAT of the result: text, json or yaml (default: text)
   --help, -h           show help
 
 All flags but --url and --output are environment variables, too: PREBAKE_ and
@@ -72,7 +72,8 @@ the flag's name, as in PREBAKE_SIZE. A flag beats its variable.
 			t.Errorf("tool %v (-want +got):\n%s", args, diff)
 		}
 	}
-	want = "tool - do things\n\nUsage: tool COMMAND [flags]\n\nCommands:\n  show  show it\n\nFlags:\n  --help, -h  show help\n\ntool COMMAND --help says more about one command.\n"
+	want = "tool - do things\n\nUsage: tool COMMAND [flags]\n\nCommands:\n  show        show it\n" +
+		"  completion  print a script for bash, zsh or fish that completes what is typed\n\nFlags:\n  --help, -h  show help\n\ntool COMMAND --help says more about one command.\n"
 	if diff := cmp.Diff(want, helpOf(t, &ucli.Command{Name: "show", Usage: "show it"}, "--help")); diff != "" {
 		t.Errorf("tool --help (-want +got):\n%s", diff)
 	}

@@ -34,6 +34,7 @@ const (
 	Forbidden                  // who asks may not
 	TooLarge                   // what was sent, or asked for, is larger than is taken
 	TooMany                    // asked too often
+	Pending                    // not published yet, and on its way
 	InputMissing               // a source that the build needs does not exist
 	Checksum                   // a fetched input is not what its checksum says
 	Unsupported                // this driver is not made for this kernel or flavour
@@ -75,6 +76,7 @@ var table = [kinds]row{
 	Forbidden:      {"forbidden", 13, 403, false, "the token does not allow this"},
 	TooLarge:       {"too-large", 14, 413, false, "more was sent or asked for than is taken"},
 	TooMany:        {"too-many", 15, 429, true, "asked too often"},
+	Pending:        {"pending", 16, 404, true, "not published yet: it is queued, or being built"},
 	InputMissing:   {"input-missing", 20, 404, false, "a build input does not exist"},
 	Checksum:       {"checksum-mismatch", 21, 422, false, "a build input is not what its checksum says"},
 	Unsupported:    {"unsupported", 22, 422, false, "this driver is not made for this kernel or flavour"},

@@ -26,7 +26,8 @@ const (
 var digestPattern = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 
 func badDigest(digest string) error {
-	return fault.New(fault.Usage, fmt.Sprintf("digest %.80q: want sha256: and 64 lower-case hex digits", digest), "")
+	return fault.New(fault.Usage, fmt.Sprintf("digest %.80q: want sha256: and 64 lower-case hex digits", digest),
+		"list them: server artifacts")
 }
 
 // checkLine refuses what does not fit one line of a table.

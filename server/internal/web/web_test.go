@@ -179,7 +179,7 @@ func TestPages(t *testing.T) {
 		{"cell of no kernel", full, "/cells/lakitu/1.2.3/535.261.03", 404, []string{"is not in the catalogue", "server announce 1.2.3"}, nil},
 		{"failed build", full, "/builds/2", 200, []string{"api-break", "&lt;b&gt;too few", "newer driver", "1.5 s", "(failed)", "/v1/builds/2/log"}, []string{"<b>too few", "data-live"}},
 		{"published build", full, "/builds/1", 200, []string{"prebake.example/prebake/driver@" + digest, "42 s"}, []string{"Next step"}},
-		{"build under way", full, "/builds/3", 200, []string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1", `data-log="/v1/builds/3/log"`}, nil},
+		{"build under way", full, "/builds/3", 200, []string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1"}, nil},
 		{"no such build", full, "/builds/9", 404, []string{"Status 404"}, nil},
 		{"not a number", full, "/builds/x", 404, []string{"no such build"}, nil},
 		{"queue", full, "/queue", 200, []string{`href="/builds/3"`, `href="/builds/4"`, `<th scope="row">builder-1`, `<th scope="row">builder-2`}, nil},

@@ -18,7 +18,7 @@ for (const text of document.querySelectorAll(".copy")) {
 
 const main = document.getElementById("main");
 
-// renew takes the page's content anew, and leaves the log and what has the focus alone.
+// renew takes the page's content anew, unless something in it has the focus.
 // It tells whether the page may still change.
 async function renew() {
   const answer = await fetch(location.href, {headers: {Accept: "text/html"}});
@@ -26,9 +26,6 @@ async function renew() {
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const fresh = page.getElementById("main");
   if (!fresh || main.contains(document.activeElement) && document.activeElement !== main) return true;
-  const log = document.getElementById("log");
-  const place = fresh.querySelector("#log");
-  if (log && place) place.replaceWith(log);
   main.replaceChildren(...fresh.childNodes);
   document.title = page.title;
   return Boolean(fresh.dataset.live || fresh.dataset.refresh);
@@ -44,25 +41,3 @@ if (main.dataset.live) {
 } else if (main.dataset.refresh) {
   setInterval(renew, 1000 * main.dataset.refresh);
 }
-
-// follow shows a log as it grows.
-async function follow(log) {
-  let at = 0;
-  const text = new TextDecoder();
-  while (log.isConnected) {
-    const answer = await fetch(log.dataset.log, {headers: {Range: `bytes=${at}-`}}).catch(() => null);
-    if (answer && (answer.status === 206 || answer.status === 200 && at === 0)) {
-      const bytes = new Uint8Array(await answer.arrayBuffer());
-      const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
-      if (bytes.length > 0) {
-        if (at === 0) log.textContent = "";
-        log.append(text.decode(bytes, {stream: true}));
-        at += bytes.length;
-      }
-      if (atEnd) log.scrollTop = log.scrollHeight;
-    }
-    await new Promise(resolve => setTimeout(resolve, 3000));
-  }
-}
-const log = document.getElementById("log");
-if (log) follow(log);

@@ -1,0 +1,266 @@
+package cli
+
+import (
+	"context"
+	"embed"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+	"unicode"
+
+	ucli "github.com/urfave/cli/v3"
+)
+
+// Candidate is what may stand where somebody asks for a completion.
+type Candidate struct {
+	Value string
+	About string // in a few words; may be empty
+}
+
+// Place is where a value is wanted.
+type Place struct {
+	// Command is the command without the program, such as "wish-lists show".
+	Command string
+	// Flag is whose value is wanted; "" is the command's next argument.
+	Flag string
+	// Args are the arguments before it.
+	Args []string
+	// Value tells what a flag of the command has: what is given already, or its
+	// environment variable's, or its default.
+	Value func(flag string) string
+}
+
+// Completer finds the values that may stand at a place, those that somebody wants first.
+// It is asked while somebody waits at a prompt: ctx ends within completeTime.
+type Completer func(ctx context.Context, at Place) []Candidate
+
+const (
+	completerKey = "completer"
+	completeTime = 2 * time.Second
+)
+
+// Complete has values of a program's flags and arguments completed by f.
+func Complete(root *ucli.Command, f Completer) *ucli.Command {
+	root.Metadata = map[string]any{completerKey: f}
+	return root
+}
+
+// scripts teach shells to ask the program. The library's own run through eval what
+// somebody has typed, and complete no values.
+//
+//go:embed completion
+var scripts embed.FS
+
+// completionCommands are "completion", and the hidden command that its scripts call.
+func completionCommands(root *ucli.Command) []*ucli.Command {
+	show := &ucli.Command{
+		Name: "completion", Usage: "print a script for bash, zsh or fish that completes what is typed",
+		Description: fmt.Sprintf(`It completes commands, flags, and values where they are known. Load it with
+  bash   source <(%[1]s completion bash)     in ~/.bashrc
+  zsh    source <(%[1]s completion zsh)      in ~/.zshrc, after compinit
+  fish   %[1]s completion fish >~/.config/fish/completions/%[1]s.fish`, root.Name),
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		show.Commands = append(show.Commands, &ucli.Command{
+			Name: shell, Usage: "print the script for " + shell,
+			Action: func(_ context.Context, cmd *ucli.Command) error {
+				script, err := scripts.ReadFile("completion/" + shell)
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprint(cmd.Root().Writer, strings.ReplaceAll(string(script), "PROGRAM", root.Name))
+				return err
+			},
+		})
+	}
+	ask := &ucli.Command{
+		Name: "__complete", Hidden: true, SkipFlagParsing: true,
+		Usage: "print what may stand in place of the last word",
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			ctx, cancel := context.WithTimeout(ctx, completeTime)
+			defer cancel()
+			words := cmd.Args().Slice()
+			if len(words) > 0 && words[0] == "--" {
+				words = words[1:]
+			}
+			for _, c := range candidates(ctx, cmd.Root(), words) {
+				if _, err := fmt.Fprintf(cmd.Root().Writer, "%s\t%s\n", c.Value, c.About); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+	return []*ucli.Command{show, ask}
+}
+
+// typed is what is on a command line before the word that is completed.
+type typed struct {
+	cmd     *ucli.Command
+	path    []string
+	flags   []ucli.Flag
+	given   map[string]string // by the flag's first name
+	pending ucli.Flag         // has no value yet
+	args    []string
+	ended   bool // by --
+}
+
+// candidates returns what may stand in place of the last word.
+func candidates(ctx context.Context, root *ucli.Command, words []string) []Candidate {
+	current := ""
+	if n := len(words); n > 0 {
+		current, words = words[n-1], words[:n-1]
+	}
+	t := &typed{cmd: root, flags: root.VisibleFlags(), given: map[string]string{}}
+	for _, word := range words {
+		t.read(word)
+	}
+	name, value, assigned := strings.Cut(current, "=")
+	switch {
+	case t.pending != nil:
+		return starting(current, "", t.values(ctx, t.pending.Names()[0]))
+	case !t.ended && assigned && strings.HasPrefix(name, "-"):
+		if f := t.flag(name); f != nil {
+			return starting(value, name+"=", t.values(ctx, f.Names()[0]))
+		}
+		return nil
+	case !t.ended && strings.HasPrefix(current, "-"):
+		return starting(current, "", t.names())
+	}
+	var all []Candidate
+	if len(t.args) == 0 {
+		for _, c := range t.cmd.Commands {
+			if !c.Hidden && c.Name != "help" {
+				all = append(all, Candidate{c.Name, c.Usage})
+			}
+		}
+	}
+	return starting(current, "", append(all, t.values(ctx, "")...))
+}
+
+// starting keeps what begins as it is typed, and puts a prefix before it.
+func starting(typed, prefix string, all []Candidate) []Candidate {
+	var out []Candidate
+	for _, c := range all {
+		// A line is an answer, a tabulator ends its value, and a terminal gets it all.
+		if strings.HasPrefix(c.Value, typed) && !strings.ContainsFunc(c.Value+c.About, unicode.IsControl) {
+			out = append(out, Candidate{prefix + c.Value, c.About})
+		}
+	}
+	return out
+}
+
+// read takes one word of the command line.
+func (t *typed) read(word string) {
+	switch {
+	case t.pending != nil:
+		t.given[t.pending.Names()[0]], t.pending = word, nil
+	case t.ended:
+		t.args = append(t.args, word)
+	case word == "--":
+		t.ended = true
+	case strings.HasPrefix(word, "-") && word != "-":
+		name, value, assigned := strings.Cut(word, "=")
+		f := t.flag(name)
+		switch {
+		case f == nil:
+		case takesValue(f) && !assigned:
+			t.pending = f
+		default:
+			t.given[f.Names()[0]] = value
+		}
+	default:
+		at := slices.IndexFunc(t.cmd.Commands, func(c *ucli.Command) bool { return c.HasName(word) })
+		if at < 0 || len(t.args) > 0 {
+			t.args = append(t.args, word)
+			return
+		}
+		t.cmd = t.cmd.Commands[at]
+		t.path = append(t.path, t.cmd.Name)
+		t.flags = append(t.flags, t.cmd.VisibleFlags()...)
+	}
+}
+
+func takesValue(f ucli.Flag) bool {
+	doc, ok := f.(ucli.DocGenerationFlag)
+	return ok && doc.TakesValue()
+}
+
+// flag finds the flag of a name that has its dashes; that of the innermost command.
+func (t *typed) flag(name string) ucli.Flag {
+	name = strings.TrimLeft(name, "-")
+	for _, f := range slices.Backward(t.flags) {
+		if slices.Contains(f.Names(), name) {
+			return f
+		}
+	}
+	return nil
+}
+
+// names lists flags that are not given yet, or may be repeated.
+func (t *typed) names() []Candidate {
+	all, seen := []Candidate{}, map[string]bool{"help": true} // each command has it: last
+	for _, f := range t.flags {
+		name := f.Names()[0]
+		_, given := t.given[name]
+		multi, ok := f.(ucli.DocGenerationMultiValueFlag)
+		if seen[name] || given && !(ok && multi.IsMultiValueFlag()) {
+			continue
+		}
+		seen[name] = true
+		about := ""
+		if doc, ok := f.(ucli.DocGenerationFlag); ok {
+			about = strings.ReplaceAll(doc.GetUsage(), "`", "")
+		}
+		all = append(all, Candidate{"--" + name, about})
+	}
+	return append(all, Candidate{"--help", "show help"})
+}
+
+// values finds those of a flag, or of the next argument. The shell offers files where
+// there are none.
+func (t *typed) values(ctx context.Context, flag string) []Candidate {
+	switch flag {
+	case "output":
+		return words(formats[:]...)
+	case "log-format":
+		return words("text", "json")
+	case "log-level":
+		return words("debug", "info", "warn", "error")
+	}
+	f, ok := t.cmd.Root().Metadata[completerKey].(Completer)
+	if !ok {
+		return nil
+	}
+	return f(ctx, Place{Command: strings.Join(t.path, " "), Flag: flag, Args: t.args, Value: t.value})
+}
+
+func words(all ...string) []Candidate {
+	var out []Candidate
+	for _, w := range all {
+		out = append(out, Candidate{Value: w})
+	}
+	return out
+}
+
+func (t *typed) value(flag string) string {
+	f := t.flag(flag)
+	if f == nil {
+		return ""
+	}
+	if v, ok := t.given[f.Names()[0]]; ok {
+		return v
+	}
+	doc, ok := f.(ucli.DocGenerationFlag)
+	if !ok {
+		return ""
+	}
+	for _, env := range doc.GetEnvVars() {
+		if v := os.Getenv(env); v != "" {
+			return v
+		}
+	}
+	return strings.Trim(doc.GetValue(), `"`)
+}

@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// cell is what names a cell on a command line.
+type cell struct {
+	BuildID, Board, Driver, Flavour string
+}
+
+// cellFlags name a cell; a command that has another way to name it checks for itself.
+func cellFlags(required bool) []ucli.Flag {
+	return []ucli.Flag{
+		&ucli.StringFlag{
+			Name:     "build-id",
+			Required: required,
+			Usage:    "`BUILD_ID` of the COS build, as in /etc/os-release",
+			Sources:  cli.Env("build-id"),
+		},
+		cli.String("board", "lakitu", "`BOARD` of the COS build"),
+		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version"),
+		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
+	}
+}
+
+func cellOf(cmd *ucli.Command) cell {
+	return cell{BuildID: cmd.String("build-id"), Board: cmd.String("board"),
+		Driver: cmd.String("driver"), Flavour: cmd.String("flavour")}
+}
+
+// request is the command that asks for a cell.
+func (c cell) request() string {
+	return fmt.Sprintf("server request --build-id %s --board %s --driver %s --flavour %s", c.BuildID, c.Board, c.Driver, c.Flavour)
+}
+
+// standing is the error of a cell that has no artifact to use: pending, which a pipeline
+// may wait for, or none at all.
+func standing(asked cell, r api.Resolution) error {
+	what := fmt.Sprintf("driver %s for COS build %s/%s is %s", asked.Driver, asked.BuildID, asked.Board, r.State)
+	switch r.State {
+	case api.Published:
+		return nil
+	case api.Queued, api.Building:
+		hint := "wait for it: server watch --build-id " + asked.BuildID
+		if r.Build != nil {
+			hint = fmt.Sprintf("wait for it: server watch %d", r.Build.ID)
+		}
+		return fault.New(fault.Pending, what, hint)
+	}
+	if r.Reason != "" {
+		what += ": " + r.Reason
+	}
+	hint := r.Hint
+	if hint == "" && (r.State == api.Unknown || r.State == api.Cancelled || r.State == api.Failed) {
+		hint = "ask for it: " + asked.request()
+	}
+	return fault.New(fault.NoArtifact, what, hint)
+}
+
+// exitsOfCells tell pipelines what to do.
+const exitsOfCells = `The exit status is
+  0   published: nodes find their driver
+  16  pending: it is queued, or being built
+  3   not covered: there is none, and nobody builds it`
+
+func resolveCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "resolve", Usage: "ask what a node of a kernel should run", Flags: clientFlags(cellFlags(true)...),
+		Description: exitsOfCells + `
+
+Example:
+  server resolve --build-id 17800.66.78 --driver R535 --output json`,
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			asked := cellOf(cmd)
+			r, err := c.Resolve(ctx, asked.question())
+			if err != nil {
+				return err
+			}
+			if err := cli.Print(cmd, r, func(w io.Writer) error { return printResolution(w, c.Base(), r) }); err != nil {
+				return err
+			}
+			return standing(asked, r)
+		},
+	}
+}
+
+func (c cell) question() api.Question {
+	return api.Question{BuildID: c.BuildID, Board: c.Board, Driver: c.Driver, Flavour: c.Flavour}
+}
+
+func preflightCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether they would find their driver",
+		ArgsUsage: "[POOL...]",
+		Description: `A POOL of nodes is BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]; without one, the flags
+name it. What a POOL leaves out is as the flags say.
+
+` + exitsOfCells + `
+and of several pools that of the worst: 3 if one of them is not covered.
+
+Example:
+  server preflight 17800.66.78:lakitu:R535 17800.66.78:lakitu-arm64:R570:open`,
+		Flags: clientFlags(cellFlags(false)...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			asked, err := pools(cellOf(cmd), cmd.Args().Slice())
+			if err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			var q api.PreflightRequest
+			for _, a := range asked {
+				q.Pools = append(q.Pools, api.Pool{BuildID: a.BuildID, Board: a.Board, Driver: a.Driver, Flavour: a.Flavour})
+			}
+			answer, err := c.Preflight(ctx, q)
+			if err != nil {
+				return err
+			}
+			if n := len(answer.Pools); n != len(asked) {
+				return fault.Errorf(fault.Internal, "%s: the server answers for %d pools; want %d", cmd.FullName(), n, len(asked))
+			}
+			if err := cli.Print(cmd, answer, func(w io.Writer) error { return printPreflight(w, c.Base(), answer) }); err != nil {
+				return err
+			}
+			return verdict(asked, answer)
+		},
+	}
+}
+
+// pools reads what nodes are asked for; what an argument leaves out is as base says.
+func pools(base cell, args []string) ([]cell, error) {
+	if len(args) == 0 {
+		if base.BuildID == "" {
+			return nil, fault.New(fault.Usage, "preflight needs a COS build", "name it: --build-id 17800.66.78, or list pools")
+		}
+		return []cell{base}, nil
+	}
+	var all []cell
+	for _, arg := range args {
+		parts := strings.Split(arg, ":")
+		if len(parts) > 4 || parts[0] == "" {
+			return nil, fault.New(fault.Usage, fmt.Sprintf("pool %q: want BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]", arg),
+				"write one such as 17800.66.78:lakitu:R535")
+		}
+		c := base
+		for i, to := range []*string{&c.BuildID, &c.Board, &c.Driver, &c.Flavour} {
+			if i < len(parts) && parts[i] != "" {
+				*to = parts[i]
+			}
+		}
+		all = append(all, c)
+	}
+	return all, nil
+}
+
+// verdict is the error of the worst pool; nil where all may move.
+func verdict(asked []cell, answer api.Preflight) error {
+	var worst error
+	waiting, missing := 0, 0
+	for i, v := range answer.Pools {
+		err := standing(asked[i], v.Resolution)
+		switch {
+		case err == nil:
+			continue
+		case fault.Is(err, fault.Pending):
+			waiting++
+		default:
+			missing++
+		}
+		if worst == nil || fault.Is(worst, fault.Pending) && !fault.Is(err, fault.Pending) {
+			worst = err
+		}
+	}
+	if worst == nil || len(asked) == 1 {
+		return worst
+	}
+	return fault.Wrap(fault.Of(worst), fmt.Errorf("of %d pools %d may not move yet (%d pending, %d not covered): %w",
+		len(asked), waiting+missing, waiting, missing, worst), "")
+}
+
+func printPreflight(w io.Writer, base string, answer api.Preflight) error {
+	if len(answer.Pools) == 1 {
+		return printResolution(w, base, answer.Pools[0].Resolution)
+	}
+	rows := [][]string{}
+	for _, v := range answer.Pools {
+		may := "no"
+		if v.May {
+			may = "yes"
+		}
+		driver := v.Resolution.Driver.String()
+		if v.Resolution.Driver.Version == "" {
+			driver = v.Pool.Driver
+		}
+		rows = append(rows, []string{may, v.Resolution.Kernel.String(), driver, string(v.Resolution.State), note(v.Resolution)})
+	}
+	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
+}
+
+// note says in a few words what is to be known of a cell beside its state.
+func note(r api.Resolution) string {
+	var parts []string
+	if r.Position > 0 {
+		parts = append(parts, "number "+strconv.Itoa(r.Position))
+	}
+	if r.ETA != nil {
+		parts = append(parts, "ready about "+clock(*r.ETA))
+	}
+	if r.State == api.Published {
+		parts = append(parts, r.Digest)
+	}
+	return strings.Join(slices.DeleteFunc(append(parts, r.Reason), func(s string) bool { return s == "" }), ", ")
+}
+
+func printCells(w io.Writer, all []api.Resolution) error {
+	rows := [][]string{}
+	for _, r := range all {
+		rows = append(rows, []string{r.Kernel.String(), r.Driver.String(), string(r.State), note(r)})
+	}
+	return printTable(w, []string{"KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "nobody asked for a cell yet: server request")
+}

@@ -1,0 +1,218 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"iter"
+	"slices"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// largestPage is how many entries the server gives at a time, and more than that of kernels.
+const largestPage = 1000
+
+// paged is a command that prints as much of a list as is wanted.
+type paged[T any] struct {
+	name, usage, description string
+	flags                    []ucli.Flag
+	// token is set where the list is for administrators.
+	token bool
+	// what is counted by --limit, and most how many there are unless told otherwise.
+	what string
+	most int
+	// key tells what an entry belongs to where not entries but such things are counted.
+	key func(T) string
+	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
+	// table writes what was read.
+	table func(io.Writer, []T) error
+}
+
+func (p paged[T]) command() *ucli.Command {
+	own := append(slices.Clone(p.flags),
+		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "most `COUNT` of " + p.what,
+			Validator: func(n int) error {
+				if n < 1 {
+					return fmt.Errorf("limit %d: want 1 or more, or --all", n)
+				}
+				return nil
+			}},
+		&ucli.BoolFlag{Name: "all", Usage: "all of them, in place of --limit"},
+	)
+	flags := clientFlags(own...)
+	if p.token {
+		flags = writeFlags(own...)
+	}
+	return &ucli.Command{
+		Name: p.name, Usage: p.usage, Description: p.description, Flags: flags,
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			most := cmd.Int("limit")
+			f := filter(cmd)
+			f.Page = min(most, largestPage-1) + 1 // so that it is known whether there is more
+			if cmd.Bool("all") {
+				most, f.Page = 0, 0
+			}
+			all, more, err := first(p.get(c, ctx, f), most, p.key)
+			if err != nil {
+				return err
+			}
+			if err := cli.Print(cmd, all, func(w io.Writer) error { return p.table(w, all) }); err != nil || !more {
+				return err
+			}
+			_, err = fmt.Fprintf(cmd.Root().ErrWriter, "there are more than these %d %s: --limit COUNT, or --all\n", most, p.what)
+			return err
+		},
+	}
+}
+
+// first reads entries until there are so many, or such things that they belong to; 0 is
+// all of them. It tells whether there are more.
+func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
+	all = []T{}
+	count, last := 0, ""
+	for entry, err := range entries {
+		if err != nil {
+			return nil, false, err
+		}
+		if key == nil || count == 0 || key(entry) != last {
+			if count++; most > 0 && count > most {
+				return all, true, nil
+			}
+		}
+		if key != nil {
+			last = key(entry)
+		}
+		all = append(all, entry)
+	}
+	return all, false, nil
+}
+
+// filter reads the flags that narrow a list; those that a command does not have are empty.
+func filter(cmd *ucli.Command) api.Filter {
+	return api.Filter{
+		BuildID: cmd.String("build-id"), Board: cmd.String("board"), Milestone: cmd.Int("milestone"), Driver: cmd.String("driver"),
+		Flavour: cmd.String("flavour"), State: api.State(cmd.String("state")), Actor: cmd.String("actor"),
+	}
+}
+
+// The flags of lists read no environment: what names a node's kernel does not narrow lists.
+
+func kernelFilters() []ucli.Flag {
+	return []ucli.Flag{
+		&ucli.StringFlag{Name: "build-id", Usage: "only of this COS build, `BUILD_ID`"},
+		&ucli.StringFlag{Name: "board", Usage: "only of this `BOARD`"},
+	}
+}
+
+func milestoneFilter() ucli.Flag {
+	return &ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"}
+}
+
+func driverFilter() ucli.Flag {
+	return &ucli.StringFlag{Name: "driver", Usage: "only of this driver `VERSION`"}
+}
+
+func flavourFilter() ucli.Flag {
+	return &ucli.StringFlag{Name: "flavour", Usage: "only of this `FLAVOUR`: proprietary or open"}
+}
+
+func kernelsCommand() *ucli.Command {
+	return paged[api.Kernel]{
+		name: "kernels", usage: "list the known COS kernels, newest first", what: "kernels", most: 100,
+		flags: append(kernelFilters(), milestoneFilter()), get: (*api.Client).EachKernel, table: printKernels,
+	}.command()
+}
+
+func driversCommand() *ucli.Command {
+	return paged[api.DriverRelease]{
+		name: "drivers", usage: "list the known driver versions, newest first", what: "drivers", most: 100,
+		get: (*api.Client).EachDriver, table: printDrivers,
+	}.command()
+}
+
+func artifactsCommand() *ucli.Command {
+	return paged[api.Artifact]{
+		name: "artifacts", usage: "list published and yanked artifacts, newest first", what: "artifacts", most: 100,
+		flags: append(kernelFilters(), driverFilter(), flavourFilter(),
+			&ucli.StringFlag{Name: "state", Usage: "only in this `STATE`: published, yanked or quarantined"}),
+		get: (*api.Client).EachArtifact, table: printArtifacts,
+	}.command()
+}
+
+func buildsCommand() *ucli.Command {
+	return paged[api.Build]{
+		name: "builds", usage: "list builds, newest first", what: "builds", most: 100,
+		flags: append(kernelFilters(), milestoneFilter(), driverFilter(), flavourFilter(),
+			&ucli.StringFlag{Name: "state", Usage: "only in this `STATE`: queued, building, published, failed or cancelled"}),
+		get: (*api.Client).EachBuild, table: printBuilds,
+	}.command()
+}
+
+func cellsCommand() *ucli.Command {
+	return paged[api.Resolution]{
+		name: "cells", usage: "list where kernels' drivers stand, those of the newest kernel first",
+		description: `A cell is a kernel with a driver. Listed are those that somebody built, or asked
+for.`,
+		what: "kernels", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
+		flags: append(kernelFilters(), milestoneFilter(), driverFilter()), get: (*api.Client).EachCell, table: printCells,
+	}.command()
+}
+
+func quarantineCommand() *ucli.Command {
+	return paged[api.Quarantine]{
+		name: "quarantine", usage: "list artifacts that did not load on several nodes", what: "artifacts", most: 100,
+		get: (*api.Client).EachQuarantine, table: printQuarantine,
+	}.command()
+}
+
+func auditCommand() *ucli.Command {
+	return paged[api.AuditEntry]{
+		name: "audit", usage: "list who changed what, newest first", what: "calls", most: 100, token: true,
+		flags: []ucli.Flag{&ucli.StringFlag{Name: "actor", Usage: "only of this `CALLER`, such as token:node-pool-a"}},
+		get:   (*api.Client).EachAudit, table: printAudit,
+	}.command()
+}
+
+func artifactCommand() *ucli.Command {
+	return about("artifact", "show one artifact", "DIGEST", "list them: server artifacts", clientFlags(),
+		func(ctx context.Context, c *api.Client, digest string) (api.Artifact, error) {
+			return c.Artifact(ctx, digest)
+		},
+		func(w io.Writer, a api.Artifact) error { return printArtifacts(w, []api.Artifact{a}) })
+}
+
+func reportsCommand() *ucli.Command {
+	flags := append(kernelFilters(), &ucli.StringFlag{Name: "digest", Usage: "only of this artifact, `DIGEST`"})
+	return &ucli.Command{
+		Name: "reports", Usage: "count what nodes said of an artifact, or of those of a COS build", Flags: clientFlags(flags...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			if cmd.String("digest") == "" && cmd.String("build-id") == "" {
+				return fault.New(fault.Usage, "reports of what?", "name an artifact with --digest, or a COS build with --build-id")
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			all, err := c.ReportsOf(ctx, cmd.String("digest"), cmd.String("build-id"), cmd.String("board"))
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, all, func(w io.Writer) error { return printReports(w, all) })
+		},
+	}
+}

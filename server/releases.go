@@ -1,0 +1,134 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strconv"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+// releases is what became of the newest COS builds.
+type releases struct {
+	// Times are of the cells that became ready within so many days.
+	Days     int               `json:"days"`
+	Times    api.ReadyDuration `json:"times"`
+	Releases []release         `json:"releases"`
+}
+
+// release is a COS build with its cells counted.
+type release struct {
+	BuildID   string            `json:"buildId"`
+	Milestone int               `json:"milestone,omitempty"`
+	SeenAt    time.Time         `json:"seenAt"`
+	Cells     int               `json:"cells"`
+	Ready     int               `json:"ready"`
+	Open      int               `json:"open"`
+	Times     api.ReadyDuration `json:"times"`
+}
+
+// readsAtOnce bounds how many releases are asked for at a time: each costs the server a
+// page of cells.
+const readsAtOnce = 4
+
+func releasesCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "releases", Usage: "list COS builds, newest first, and how long their cells took to be ready",
+		Description: `The time counts from a COS build's being seen until a cell of it was ready. P50
+is the time within which half of the cells were.`,
+		Flags: clientFlags(
+			&ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"},
+			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "most `COUNT` of releases", Validator: between(1, 1000)},
+			&ucli.IntFlag{Name: "days", Value: 30, Usage: "percentiles are of cells ready within so many `DAYS`", Validator: between(1, 3660)},
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := noArgs(cmd); err != nil {
+				return err
+			}
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			all, err := readReleases(ctx, c, cmd.Int("milestone"), cmd.Int("limit"), cmd.Int("days"))
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, all, func(w io.Writer) error { return printReleases(w, all) })
+		},
+	}
+}
+
+func between(least, most int) func(int) error {
+	return func(n int) error {
+		if n < least || n > most {
+			return fmt.Errorf("%d: want %d to %d", n, least, most)
+		}
+		return nil
+	}
+}
+
+func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (releases, error) {
+	out := releases{Days: days, Releases: []release{}}
+	// A COS build has a kernel for each board.
+	kernels, _, err := first(c.EachKernel(ctx, api.Filter{Milestone: milestone, Page: min(2*limit, largestPage)}), limit,
+		func(k api.Kernel) string { return k.BuildID })
+	if err != nil {
+		return out, err
+	}
+	for _, k := range kernels {
+		if n := len(out.Releases); n == 0 || out.Releases[n-1].BuildID != k.BuildID {
+			out.Releases = append(out.Releases, release{BuildID: k.BuildID, Milestone: k.Milestone})
+		}
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	group.SetLimit(readsAtOnce)
+	group.Go(func() (err error) {
+		out.Times, err = c.ReadyTimes(ctx, days)
+		return err
+	})
+	for i := range out.Releases {
+		group.Go(func() error {
+			r, err := c.Release(ctx, out.Releases[i].BuildID)
+			if err != nil {
+				return err
+			}
+			to := &out.Releases[i]
+			to.SeenAt, to.Cells, to.Ready, to.Open, to.Times = r.SeenAt, len(r.Cells), r.Ready, r.Open, r.Times
+			return nil
+		})
+	}
+	return out, group.Wait()
+}
+
+func printReleases(w io.Writer, all releases) error {
+	rows := [][]string{}
+	for _, r := range all.Releases {
+		milestone := "-"
+		if r.Milestone > 0 {
+			milestone = strconv.Itoa(r.Milestone)
+		}
+		rows = append(rows, append([]string{r.BuildID, milestone, r.SeenAt.UTC().Format("2006-01-02 15:04"), strconv.Itoa(r.Cells),
+			strconv.Itoa(r.Ready), strconv.Itoa(r.Open)}, percentiles(r.Times)...))
+	}
+	head := []string{"BUILD_ID", "M", "SEEN", "CELLS", "READY", "OPEN", "P50", "P90", "MAX"}
+	if err := printTable(w, head, rows, "no release is known yet: server announce BUILD_ID"); err != nil || all.Times.Count == 0 {
+		return err
+	}
+	p := percentiles(all.Times)
+	_, err := fmt.Fprintf(w, "\nOf %d cells that became ready within %d days, half took %s at most, 90%% %s,\n99%% %s, and all %s.\n",
+		all.Times.Count, all.Days, p[0], p[1], seconds(all.Times.P99), p[2])
+	return err
+}
+
+func percentiles(t api.ReadyDuration) []string {
+	if t.Count == 0 {
+		return []string{"-", "-", "-"}
+	}
+	return []string{seconds(t.P50), seconds(t.P90), seconds(t.Max)}
+}

@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// clock writes a time in the reader's own zone, with its day unless that is near.
+func clock(t time.Time) string {
+	if time.Until(t) > 12*time.Hour {
+		return t.Local().Format("2006-01-02 15:04")
+	}
+	return t.Local().Format("15:04")
+}
+
+// How often a waiting cell's place is asked for, and a server that is away again.
+const (
+	placeEvery = 10 * time.Second
+	againAfter = time.Second
+)
+
+// progress is a build, with where it stands while it is open.
+type progress struct {
+	api.Build
+	// Position and ETA are as in a resolution.
+	Position int        `json:"position,omitempty"`
+	ETA      *time.Time `json:"eta,omitempty"`
+}
+
+func (p progress) over() bool { return p.State != api.Queued && p.State != api.Building }
+
+// text is what is told to people; two progresses with the same one are the same to them.
+func (p progress) text() string {
+	parts := []string{strings.TrimSpace(string(p.State) + " " + p.Phase)}
+	if p.over() {
+		parts[0] = string(p.State)
+	}
+	if p.Position > 0 {
+		parts = append(parts, fmt.Sprintf("number %d in the queue", p.Position))
+	}
+	if p.State == api.Building && p.Attempt > 1 {
+		parts = append(parts, fmt.Sprintf("attempt %d", p.Attempt))
+	}
+	if p.ETA != nil {
+		parts = append(parts, "ready about "+clock(*p.ETA))
+	}
+	return strings.Join(parts, ", ")
+}
+
+// follow calls say with each change of a build that people would notice, until it is over.
+// A server that is away for a while is waited for as well; away hears of that once.
+func follow(
+	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
+) (api.Build, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	var watching sync.WaitGroup
+	defer watching.Wait()
+	defer cancel()
+	events, broke := make(chan api.Build), make(chan error, 1)
+	watch := func() {
+		broke <- c.Watch(ctx, b.ID, func(b api.Build) error {
+			select {
+			case events <- b:
+				return nil
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		})
+	}
+	watching.Go(watch)
+	tick := time.NewTicker(placeEvery)
+	defer tick.Stop()
+	again := time.NewTimer(0)
+	again.Stop()
+	defer again.Stop()
+	now, last, gone := progress{Build: b}, "", false
+	for {
+		now = place(ctx, c, now)
+		if text := now.text(); text != last {
+			last = text
+			if err := say(now); err != nil {
+				return now.Build, err
+			}
+		}
+		if now.over() {
+			return now.Build, nil
+		}
+		select {
+		case <-ctx.Done():
+			return now.Build, fault.Wrap(fault.Cancelled, context.Cause(ctx), "")
+		case next := <-events:
+			now.Build, gone = next, false
+		case <-tick.C:
+		case err := <-broke:
+			if err != nil && !fault.Of(err).Retryable() {
+				return now.Build, err
+			}
+			if err != nil && !gone {
+				away(err)
+			}
+			gone = true
+			again.Reset(againAfter)
+		case <-again.C:
+			watching.Go(watch)
+		}
+	}
+}
+
+// place adds where an open build stands. It is nice to know, and no more: where it cannot be
+// told, what was known stays, and watching tells of the trouble.
+func place(ctx context.Context, c *api.Client, now progress) progress {
+	if now.State != api.Queued {
+		now.Position = 0
+	}
+	if now.over() {
+		now.ETA = nil
+		return now
+	}
+	r, err := c.Resolve(ctx, api.Question{BuildID: now.Kernel.BuildID, Board: now.Kernel.Board,
+		Driver: now.Driver.Version, Flavour: string(now.Driver.Flavour)})
+	if err != nil || r.Build == nil || r.Build.ID != now.ID || r.State != now.State {
+		return now
+	}
+	was := now.ETA
+	now.Position, now.ETA = r.Position, r.ETA
+	// An estimate that hardly moves is the same.
+	if was != nil && now.ETA != nil && now.ETA.Sub(*was).Abs() < time.Minute {
+		now.ETA = was
+	}
+	return now
+}
+
+// wait follows a build with a line for each change.
+func wait(ctx context.Context, c *api.Client, b api.Build, w io.Writer) (api.Build, error) {
+	return follow(ctx, c, b, tellAway(w), func(p progress) error {
+		fmt.Fprintf(w, "build %d: %s\n", p.ID, p.text())
+		return nil
+	})
+}
+
+func tellAway(w io.Writer) func(error) {
+	return func(err error) { fmt.Fprintf(w, "waiting for the server: %v\n", err) }
+}
+
+func watchCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "watch", Usage: "follow a build, or the build of a cell, until it is over", ArgsUsage: "[ID]",
+		Description: `ID is a build's number; without it, the flags name the cell. A line is printed
+for each change; --output json prints an object on each line.
+
+The exit status is 0 when the build is published, and that of its class when it
+has failed (the README has the list). A cell that nobody builds ends with 3.
+
+Example:
+  server watch 12
+  server watch --build-id 17800.66.78 --driver R535`,
+		Flags: clientFlags(cellFlags(false)...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			c, err := client(cmd)
+			if err != nil {
+				return err
+			}
+			b, err := watched(ctx, c, cmd)
+			if err != nil {
+				return err
+			}
+			b, err = follow(ctx, c, b, tellAway(cmd.Root().ErrWriter), func(p progress) error {
+				return cli.PrintOne(cmd, p, func(w io.Writer) error {
+					_, err := fmt.Fprintf(w, "%s  %s\n", time.Now().Format(time.TimeOnly), p.text())
+					return err
+				})
+			})
+			if err != nil {
+				return err
+			}
+			return ended(true, b)
+		},
+	}
+}
+
+// watched finds the build that a command is to watch.
+func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, error) {
+	asked := cellOf(cmd)
+	switch {
+	case cmd.Args().Len() == 1:
+		id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
+		if err != nil {
+			return api.Build{}, fault.New(fault.Usage, fmt.Sprintf("watch needs a number, got %q", cmd.Args().First()),
+				"list builds: server builds")
+		}
+		return c.Build(ctx, id)
+	case cmd.Args().Len() > 1 || asked.BuildID == "":
+		return api.Build{}, fault.New(fault.Usage, "watch needs one build, or a cell",
+			"server watch ID, or server watch --build-id 17800.66.78; list builds: server builds")
+	}
+	r, err := c.Resolve(ctx, asked.question())
+	if err != nil {
+		return api.Build{}, err
+	}
+	if r.Build == nil || r.State.Withdrawn() {
+		// What was published elsewhere has no build here, and what was withdrawn since a good
+		// one.
+		if err := standing(asked, r); err != nil {
+			return api.Build{}, err
+		}
+		return api.Build{State: api.Published, Kernel: r.Kernel, Driver: r.Driver, Digest: r.Digest}, nil
+	}
+	return *r.Build, nil
+}
