@@ -48,6 +48,7 @@ var pages = []row{
 	{Name: "releases", Path: "/releases", Draw: true},
 	{Name: "preflight", Path: "/preflight", Draw: true},
 	{Name: "preflight-answer", Path: "/preflight?board={board}&build={build}&driver={version}", Draw: true, SharesTitle: true},
+	{Name: "warnings", Path: "/warnings", Draw: true},
 	{Name: "404", Path: "/nowhere", Status: 404, Draw: true},
 	{Name: "feed", Path: "/feed.atom", Kind: "feed"},
 	{Name: "badge", Path: "/badge.svg", Kind: "badge"},

@@ -36,6 +36,7 @@ var needed = map[string]auth.Scope{
 	"GET /feed.atom":    "",
 	"GET /preflight":    "",
 	"GET /queue":        "",
+	"GET /warnings":     "",
 	"GET /releases":     "",
 	"GET /healthz":      "",
 	"GET /metrics":      "",

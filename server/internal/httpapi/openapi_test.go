@@ -35,6 +35,7 @@ var undescribed = map[string]string{
 	"GET /cells/{board}/{build}/{driver}": "a page for people",
 	"GET /cells/{board}/{build}/{driver}/{flavour}": "a page for people",
 	"GET /queue":            "a page for people",
+	"GET /warnings":         "a page for people",
 	"GET /releases":         "a page for people",
 	"GET /preflight":        "a page for people",
 	"GET /feed.atom":        "a feed (RFC 4287)",

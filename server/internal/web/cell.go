@@ -217,7 +217,7 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published,
-		Open: b.State == api.Queued, Cell: cellPath(b.Kernel, b.Driver.Version, b.Driver.Flavour)}
+		Open: b.State == api.Queued || b.State == api.Building, Cell: cellPath(b.Kernel, b.Driver.Version, b.Driver.Flavour)}
 	page.Title = fmt.Sprintf("Build %d", id)
 	if page.Open {
 		page.Refresh = true

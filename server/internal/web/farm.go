@@ -114,6 +114,27 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "releases.html", page)
 }
 
+type warningsPage struct {
+	head
+	Warnings []api.Warning
+	// More is how many there are beyond those that are shown.
+	More int
+}
+
+// maxWarnings bounds the page of early warnings.
+const maxWarnings = 100
+
+func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
+	all, err := p.Catalogue.Warnings(r.Context())
+	if err != nil {
+		p.fail(w, r, err)
+		return
+	}
+	page := warningsPage{head: head{Title: "Early warnings", Here: "/warnings"}, Warnings: all[:min(maxWarnings, len(all))]}
+	page.More = len(all) - len(page.Warnings)
+	p.render(w, r, http.StatusOK, "warnings.html", page)
+}
+
 type preflightPage struct {
 	head
 	api.Pool

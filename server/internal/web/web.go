@@ -44,6 +44,7 @@ type reader interface {
 	Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error)
 	Resolve(ctx context.Context, buildID, board, driver, flavour, release string) (api.Resolution, error)
 	Newest(ctx context.Context, n int) ([]catalogue.News, error)
+	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
 // referrers lists what is attached to an artifact of this server's registry.
@@ -69,7 +70,7 @@ type pages struct {
 // Routes are the paths of the pages, as chi and [http.ServeMux] write them.
 var Routes = []string{
 	"/", "/cells/{board}/{build}/{driver}", "/cells/{board}/{build}/{driver}/{flavour}", "/builds/{id}", "/queue",
-	"/releases", "/preflight", "/feed.atom", "/badge.svg", "/assets/{name}",
+	"/releases", "/preflight", "/warnings", "/feed.atom", "/badge.svg", "/assets/{name}",
 }
 
 // New returns a handler of the pages.
@@ -88,7 +89,7 @@ func New(c Config) (http.Handler, error) {
 	}
 	mux := http.NewServeMux()
 	handlers := []http.HandlerFunc{
-		p.matrix, p.cell, p.cell, p.build, p.queue, p.releases, p.preflight, p.feed, p.badge,
+		p.matrix, p.cell, p.cell, p.build, p.queue, p.releases, p.preflight, p.warnings, p.feed, p.badge,
 		cached(http.FileServerFS(files)), // files only: no list of the folder
 	}
 	for i, h := range handlers {

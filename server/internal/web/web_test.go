@@ -112,7 +112,15 @@ func fill(t *testing.T, cat *catalogue.Catalogue) {
 	running := request("550.90.07", "open") // 3
 	update(running, api.BuildUpdate{State: api.Building, Worker: "builder-2", Attempt: 1, Phase: "compile"})
 	request("550.90.07", "proprietary") // 4
-	_, err := cat.AddArtifact(ctx, api.NewArtifact{Digest: yanked, Fingerprint: finger, Kernels: []target.Kernel{kernel},
+	early := target.Kernel{BuildID: "19999.0.0", Board: "lakitu", Milestone: 133, Arch: target.AMD64}
+	check(t, cat.SawKernel(ctx, api.Kernel{Kernel: early, Default: "570.86.10"}))
+	_, err := cat.PutWishList(ctx, "early", "version: 1\nkernels:\n  - {milestone: 133, latest: 1, earlyWarning: true}\nflavours: [open]\ndrivers: [default]\n", 0)
+	check(t, err)
+	_, err = cat.Plan(ctx)
+	check(t, err)
+	update(5, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
+	update(5, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "<u> earlier than out"})
+	_, err = cat.AddArtifact(ctx, api.NewArtifact{Digest: yanked, Fingerprint: finger, Kernels: []target.Kernel{kernel},
 		Driver: target.Driver{Version: "525.60.13", Flavour: target.Open}})
 	check(t, err)
 	_, err = cat.Yank(ctx, yanked, api.YankRequest{Reason: "panics <i>"})
@@ -189,6 +197,8 @@ func TestPages(t *testing.T) {
 		{"preflight: yes", full, "/preflight?build=17800.66.78&board=lakitu&driver=default", 200, []string{"Yes, it may move", cell + "535.261.03/open"}, nil},
 		{"preflight: no", full, "/preflight?build=17800.66.78&board=lakitu&driver=470.256.02", 200, []string{"No, not yet", "server request"}, nil},
 		{"preflight of nonsense", full, "/preflight?build=<x>&board=lakitu", 400, []string{"cannot be asked", "&lt;x&gt;"}, []string{"<x>"}},
+		{"no early warning", empty, "/warnings", 200, []string{"Nothing is known to break"}, nil},
+		{"early warning", full, "/warnings", 200, []string{"earlier than out", `href="/builds/5"`, "milestone 133"}, []string{"<u>"}},
 		{"the folder of assets is not listed", full, "/assets/", 404, []string{"no such page"}, []string{"style.css<"}},
 		{"no other page", full, "/other", 404, []string{"there is no such page", "To the matrix"}, nil},
 		{"badge", full, "/badge.svg", 200, []string{"prebake: nothing wanted"}, nil},
@@ -279,7 +289,7 @@ func TestFeed(t *testing.T) {
 		ids[e.ID] = true
 		got = append(got, e.Category.Term)
 	}
-	if want := "yanked failed published "; strings.Join(got, " ") != want || feed.Author.Name == "" {
+	if want := "yanked failed failed published "; strings.Join(got, " ") != want || feed.Author.Name == "" {
 		t.Errorf("the feed has %q by %q; want %q", strings.Join(got, " "), feed.Author.Name, want)
 	}
 }

@@ -2,19 +2,23 @@
 // changes up to date.
 "use strict";
 
-for (const text of document.querySelectorAll(".copy")) {
-  if (!navigator.clipboard) break; // without TLS, browsers keep it to themselves
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "copier";
-  button.textContent = "Copy";
-  button.addEventListener("click", async () => {
-    await navigator.clipboard.writeText(text.textContent);
-    button.textContent = "Copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 2000);
-  });
-  text.after(button);
+// addCopiers adds a button to each text that people copy.
+function addCopiers(texts) {
+  if (!navigator.clipboard) return; // without TLS, browsers keep it to themselves
+  for (const text of texts) {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.className = "copier";
+    button.textContent = "Copy";
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(text.textContent);
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = "Copy"; }, 2000);
+    });
+    text.after(button);
+  }
 }
+addCopiers(document.querySelectorAll(".copy"));
 
 const main = document.getElementById("main");
 
@@ -27,6 +31,7 @@ async function renew() {
   const fresh = page.getElementById("main");
   if (!fresh || main.contains(document.activeElement) && document.activeElement !== main) return true;
   main.replaceChildren(...fresh.childNodes);
+  addCopiers(main.querySelectorAll(".copy"));
   document.title = page.title;
   return Boolean(fresh.dataset.live || fresh.dataset.refresh);
 }
