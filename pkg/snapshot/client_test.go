@@ -1,0 +1,607 @@
+package snapshot_test
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/sigstore/sigstore/pkg/signature"
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/snapshot/maker"
+)
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func newSigner(t testing.TB) *signature.ECDSASigner {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(t, err)
+	s, err := signature.LoadECDSASigner(key, crypto.SHA256)
+	check(t, err)
+	return s
+}
+
+func public(t testing.TB, s signature.Signer) crypto.PublicKey {
+	t.Helper()
+	pub, err := s.PublicKey()
+	check(t, err)
+	return pub
+}
+
+var (
+	start  = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
+	digest = func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
+)
+
+// farm makes snapshots. Its root wants two of three keys.
+type farm struct {
+	dir                       string
+	root                      [3]signature.Signer
+	targets, snapshot, stamps signature.Signer
+}
+
+func newFarm(t testing.TB) *farm {
+	t.Helper()
+	f := &farm{dir: filepath.Join(t.TempDir(), "snapshot"), targets: newSigner(t), snapshot: newSigner(t), stamps: newSigner(t)}
+	for i := range f.root {
+		f.root[i] = newSigner(t)
+	}
+	f.writeRoot(t, f.root[0], f.root[2])
+	return f
+}
+
+// publishUntil publishes a list, under a new root, for a client whose clock is the machine's.
+func (f *farm) publishUntil(t testing.TB, now time.Time) {
+	t.Helper()
+	check(t, os.Remove(filepath.Join(f.dir, "1.root.json")))
+	f.rootUntil(t, now.AddDate(1, 0, 0), f.root[0], f.root[1])
+	f.publish(t, now, snapshot.Yanked)
+}
+
+func (f *farm) open(t testing.TB) *maker.Repository {
+	t.Helper()
+	r, err := maker.Open(f.dir)
+	check(t, err)
+	t.Cleanup(func() { check(t, r.Close()) })
+	return r
+}
+
+func (f *farm) writeRoot(t testing.TB, by ...signature.Signer) {
+	t.Helper()
+	f.rootUntil(t, start.AddDate(1, 0, 0), by...)
+}
+
+func (f *farm) rootUntil(t testing.TB, expires time.Time, by ...signature.Signer) {
+	t.Helper()
+	next := maker.Root{Threshold: 2, Signers: by, Expires: expires,
+		Targets: public(t, f.targets), Snapshot: public(t, f.snapshot), Timestamp: public(t, f.stamps)}
+	for _, s := range f.root {
+		next.Keys = append(next.Keys, public(t, s))
+	}
+	r := f.open(t)
+	_, err := r.WriteRoot(next)
+	check(t, errors.Join(err, r.Close()))
+}
+
+// publish makes a list in which artifact 1 is published, and 2 in another state.
+func (f *farm) publish(t testing.TB, at time.Time, second snapshot.State) {
+	t.Helper()
+	list := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: at, Artifacts: []snapshot.Artifact{
+		{Digest: digest("2"), State: second, Reason: "panics on unload"}, {Digest: digest("1"), State: snapshot.Published},
+	}}
+	r := f.open(t)
+	_, err := r.Publish(list, maker.Signers{Targets: f.targets, Snapshot: f.snapshot, Timestamp: f.stamps},
+		maker.Until{Targets: at.AddDate(0, 3, 0), Snapshot: at.AddDate(0, 1, 0), Timestamp: at.AddDate(0, 0, 7)}, 0)
+	check(t, errors.Join(err, r.Close()))
+}
+
+// copied is a copy of the folder as it is now, as somebody keeps it who means to serve it
+// again later.
+func (f *farm) copied(t testing.TB) string {
+	t.Helper()
+	dir := filepath.Join(t.TempDir(), "copy")
+	check(t, os.CopyFS(dir, os.DirFS(f.dir)))
+	return dir
+}
+
+func read(t testing.TB, parts ...string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join(parts...))
+	check(t, err)
+	return data
+}
+
+func write(t testing.TB, data []byte, parts ...string) {
+	t.Helper()
+	check(t, os.WriteFile(filepath.Join(parts...), data, 0o644))
+}
+
+// node is a client with a memory and a clock.
+type node struct {
+	state, root string
+	now         time.Time
+}
+
+func newNode(t testing.TB, f *farm) *node {
+	t.Helper()
+	return &node{state: filepath.Join(t.TempDir(), "state", "snapshot.json"), root: string(read(t, f.dir, "1.root.json")), now: start.Add(time.Hour)}
+}
+
+func (n *node) client(t testing.TB, from string) *snapshot.Client {
+	t.Helper()
+	c, err := snapshot.New(snapshot.Config{From: from, Root: []byte(n.root), State: n.state, Now: func() time.Time { return n.now }})
+	check(t, err)
+	return c
+}
+
+// served serves a folder over HTTP.
+func served(t testing.TB, dir string) string {
+	t.Helper()
+	server := httptest.NewServer(http.FileServer(http.Dir(dir)))
+	t.Cleanup(server.Close)
+	return server.URL
+}
+
+// A list is taken from a folder and from a web server, remembered, and known again without
+// either.
+func TestRefresh(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.publish(t, start, snapshot.Yanked)
+	for name, from := range map[string]string{"folder": f.dir, "web server": served(t, f.dir)} {
+		n := newNode(t, f)
+		s, err := n.client(t, from).Refresh(t.Context())
+		if err != nil {
+			t.Errorf("Refresh from a %s = %v", name, err)
+			continue
+		}
+		if a, ok := s.Find(digest("2")); !ok || a.State != snapshot.Yanked || a.Reason != "panics on unload" {
+			t.Errorf("Find(2) = %+v, %v; want yanked", a, ok)
+		}
+		if _, ok := s.Find(digest("3")); ok {
+			t.Error("Find(3) = true; it is not in the list")
+		}
+		if want := start.AddDate(0, 0, 7); !s.Expires.Equal(want) || s.Version != 1 {
+			t.Errorf("version %d expires %v; want 1, %v", s.Version, s.Expires, want)
+		}
+		last, err := n.client(t, "/nowhere").Last()
+		if err != nil || last == nil || last.Version != 1 {
+			t.Errorf("Last = %+v, %v; want version 1", last, err)
+		}
+		if left, err := filepath.Glob(n.state + ".*"); err != nil || len(left) > 0 {
+			t.Errorf("left behind: %v, %v", left, err)
+		}
+	}
+}
+
+// Newer lists and roots are taken, one after the other, and the refreshed timestamp of a list.
+func TestGoesOn(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.publish(t, start, snapshot.Published)
+	n := newNode(t, f)
+	refresh := func(want snapshot.State, version, refreshed int64) {
+		t.Helper()
+		s, err := n.client(t, f.dir).Refresh(t.Context())
+		if err != nil {
+			t.Errorf("Refresh = %v", err)
+			return
+		}
+		if a, _ := s.Find(digest("2")); a.State != want || s.Version != version || s.Refreshed != refreshed {
+			t.Errorf("state %s, version %d, refreshed %d; want %s, %d, %d", a.State, s.Version, s.Refreshed, want, version, refreshed)
+		}
+	}
+	refresh(snapshot.Published, 1, 1)
+	refresh(snapshot.Published, 1, 1)
+	f.publish(t, start.AddDate(0, 0, 1), snapshot.Quarantined)
+	refresh(snapshot.Quarantined, 2, 2)
+
+	n.now = start.AddDate(0, 0, 20)
+	if _, err := n.client(t, f.dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrExpired) {
+		t.Errorf("Refresh after three weeks = %v; want expired", err)
+	}
+	r := f.open(t)
+	_, err := r.Refresh(f.stamps, n.now.AddDate(0, 0, 7))
+	check(t, errors.Join(err, r.Close()))
+	refresh(snapshot.Quarantined, 2, 3)
+
+	f.stamps = newSigner(t) // the old key leaked
+	f.writeRoot(t, f.root[0], f.root[1])
+	f.publish(t, n.now, snapshot.Yanked)
+	refresh(snapshot.Yanked, 3, 4)
+	if n.root != string(read(t, f.dir, "1.root.json")) {
+		t.Error("the node's own root changed")
+	}
+	for range 6 {
+		f.publish(t, n.now, snapshot.Yanked)
+	}
+	if lists, err := filepath.Glob(filepath.Join(f.dir, "*.targets.json")); err != nil || len(lists) != 4 {
+		t.Errorf("kept lists: %v, %v; want the newest and three before", lists, err)
+	}
+	refresh(snapshot.Yanked, 9, 10)
+}
+
+// edited changes the signed part of a file of JSON, and leaves its signatures.
+func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byte {
+	t.Helper()
+	var m map[string]any
+	check(t, json.Unmarshal(data, &m))
+	change(m["signed"].(map[string]any))
+	out, err := json.Marshal(m)
+	check(t, err)
+	return out
+}
+
+// Each attack on a node that has seen list 2 is refused, by a name of its own, and what the
+// node knows stays as it is. The attacker has all that was ever published, and in some rows
+// keys.
+func TestAttacks(t *testing.T) {
+	t.Parallel()
+	first := newFarm(t)
+	first.publish(t, start, snapshot.Published)
+	old := first.copied(t)
+	first.publish(t, start.Add(30*time.Minute), snapshot.Yanked)
+	stranger := newFarm(t)
+	stranger.publish(t, start, snapshot.Published)
+	stranger.publish(t, start, snapshot.Published)
+	stranger.publish(t, start, snapshot.Published)
+
+	for name, row := range map[string]struct {
+		// attack changes a copy of the newest folder, or names another.
+		attack func(t *testing.T, f *farm, dir string) string
+		later  time.Duration
+		want   error
+	}{
+		"rollback: all of an older list": {func(*testing.T, *farm, string) string { return old }, 0, snapshot.ErrRollback},
+		"rollback: the snapshot, by who has the timestamp's key": {func(t *testing.T, f *farm, dir string) string {
+			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 1}
+			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			write(t, read(t, old, "1.snapshot.json"), dir, "1.snapshot.json")
+			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
+			return dir
+		}, 0, snapshot.ErrRollback},
+		"rollback: the list, by who has the keys of timestamp and snapshot": {func(t *testing.T, f *farm, dir string) string {
+			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
+			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
+			sign(t, snap, f.snapshot, dir, "9.snapshot.json")
+			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
+			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
+			return dir
+		}, 0, snapshot.ErrRollback},
+		"freeze: the newest list for ever": {func(_ *testing.T, _ *farm, dir string) string { return dir }, 8 * 24 * time.Hour, snapshot.ErrExpired},
+		"freeze: the root has expired": {func(t *testing.T, f *farm, dir string) string {
+			return dir
+		}, 366 * 24 * time.Hour, snapshot.ErrExpired},
+		"mix and match: the snapshot of another list": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, read(t, old, "1.snapshot.json"), dir, "3.snapshot.json")
+			return dir
+		}, 0, snapshot.ErrAltered},
+		"mix and match: the targets of another list": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, read(t, old, "1.targets.json"), dir, "3.targets.json")
+			return dir
+		}, 0, snapshot.ErrAltered},
+		"mix and match: the list of another": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, read(t, list(t, old, 1)), list(t, dir, 3))
+			return dir
+		}, 0, snapshot.ErrAltered},
+		"a byte of the list": {func(t *testing.T, _ *farm, dir string) string {
+			data := read(t, list(t, dir, 3))
+			data[len(data)/2] ^= 1
+			write(t, data, list(t, dir, 3))
+			return dir
+		}, 0, snapshot.ErrAltered},
+		"a list that is too short": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, read(t, list(t, dir, 3))[:20], list(t, dir, 3))
+			return dir
+		}, 0, snapshot.ErrAltered},
+		"a list that is too long": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, append(read(t, list(t, dir, 3)), 0), list(t, dir, 3))
+			return dir
+		}, 0, snapshot.ErrEndless},
+		"another length in the targets": {func(t *testing.T, f *farm, dir string) string {
+			write(t, edited(t, read(t, dir, "3.targets.json"), func(s map[string]any) {
+				s["targets"].(map[string]any)[snapshot.Name].(map[string]any)["length"] = 1
+			}), dir, "3.targets.json")
+			return dir
+		}, 0, snapshot.ErrAltered},
+		"a timestamp that lives longer": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, edited(t, read(t, dir, "timestamp.json"), func(s map[string]any) { s["expires"] = "2036-01-01T00:00:00Z" }), dir, "timestamp.json")
+			return dir
+		}, 0, snapshot.ErrSignature},
+		"wrong key: the timestamp": {func(t *testing.T, _ *farm, dir string) string {
+			sign(t, metadata.Timestamp(start.AddDate(0, 1, 0)), newSigner(t), dir, "timestamp.json")
+			return dir
+		}, 0, snapshot.ErrSignature},
+		"wrong key: the snapshot, signed by who may sign the list": {func(t *testing.T, f *farm, dir string) string {
+			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
+			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}
+			sign(t, snap, f.targets, dir, "9.snapshot.json")
+			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
+			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			return dir
+		}, 0, snapshot.ErrSignature},
+		"wrong key: somebody else's snapshot": {func(*testing.T, *farm, string) string { return stranger.dir }, 0, snapshot.ErrSignature},
+		"threshold: a root that one of two signed": {func(t *testing.T, f *farm, dir string) string {
+			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
+			check(t, err)
+			root.Signed.Version, root.Signatures = 2, nil
+			sign(t, root, f.root[0], dir, "2.root.json")
+			return dir
+		}, 0, snapshot.ErrSignature},
+		"threshold: one key signs twice": {func(t *testing.T, f *farm, dir string) string {
+			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
+			check(t, err)
+			root.Signed.Version, root.Signatures = 2, nil
+			_, err = root.Sign(f.root[0])
+			check(t, err)
+			again := root.Signatures[0]
+			again.KeyID = root.Signed.Roles["root"].KeyIDs[1]
+			root.Signatures = append(root.Signatures, again)
+			text, err := root.ToBytes(true)
+			check(t, err)
+			write(t, text, dir, "2.root.json")
+			return dir
+		}, 0, snapshot.ErrSignature},
+		"a root that skips one": {func(t *testing.T, f *farm, dir string) string {
+			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
+			check(t, err)
+			root.Signed.Version, root.Signatures = 3, nil
+			_, err = root.Sign(f.root[0])
+			check(t, err)
+			sign(t, root, f.root[1], dir, "2.root.json")
+			return dir
+		}, 0, snapshot.ErrRollback},
+		"a root for a timestamp": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, read(t, dir, "1.root.json"), dir, "timestamp.json")
+			return dir
+		}, 0, snapshot.ErrMalformed},
+		"targets that are null": {func(t *testing.T, f *farm, dir string) string {
+			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // without hashes, so that anybody can make up the rest
+			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 9}
+			sign(t, snap, f.snapshot, dir, "9.snapshot.json")
+			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
+			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir, "9.targets.json")
+			return dir
+		}, 0, snapshot.ErrMalformed},
+		"no JSON": {func(t *testing.T, _ *farm, dir string) string {
+			write(t, []byte("<html>log in first</html>"), dir, "timestamp.json")
+			return dir
+		}, 0, snapshot.ErrMalformed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newNode(t, first)
+			if _, err := n.client(t, first.dir).Refresh(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			before := read(t, n.state)
+			newest := first.copied(t)
+			ahead := &farm{dir: newest, root: first.root, targets: first.targets, snapshot: first.snapshot, stamps: first.stamps}
+			if row.later == 0 { // there is a third list, which the node has not seen
+				ahead.publish(t, start.Add(40*time.Minute), snapshot.Yanked)
+			}
+			n.now = n.now.Add(row.later)
+			dir := row.attack(t, ahead, newest)
+			for kind, from := range map[string]string{"folder": dir, "web server": served(t, dir)} {
+				s, err := n.client(t, from).Refresh(t.Context())
+				if !errors.Is(err, row.want) || !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
+					t.Errorf("Refresh from a %s = %v, %v (%v, hint %q); want %v", kind, s, err, fault.Of(err), fault.Hint(err), row.want)
+				}
+				if got := read(t, n.state); string(got) != string(before) {
+					t.Errorf("the state of the node changed")
+				}
+				if last, err := n.client(t, from).Last(); err != nil || last.Version != 2 {
+					t.Errorf("Last = %+v, %v; want list 2", last, err)
+				}
+			}
+		})
+	}
+}
+
+// list is the path of a list's own file.
+func list(t testing.TB, dir string, version int) string {
+	t.Helper()
+	targets, err := metadata.Targets().FromBytes(read(t, dir, string(rune('0'+version))+".targets.json"))
+	check(t, err)
+	return filepath.Join(dir, "targets", targets.Signed.Targets[snapshot.Name].Hashes["sha256"].String()+"."+snapshot.Name)
+}
+
+func sign[T metadata.Roles](t testing.TB, m *metadata.Metadata[T], by signature.Signer, parts ...string) {
+	t.Helper()
+	_, err := m.Sign(by)
+	check(t, err)
+	text, err := m.ToBytes(true)
+	check(t, err)
+	write(t, text, parts...)
+}
+
+// A server that sends without an end is left after as many bytes as a file may have.
+func TestEndlessData(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.publish(t, start, snapshot.Yanked)
+	file := http.FileServer(http.Dir(f.dir))
+	for _, name := range []string{"/2.root.json", "/timestamp.json", "/1.snapshot.json", "/1.targets.json", strings.TrimPrefix(list(t, f.dir, 1), f.dir)} {
+		var sent int
+		done := make(chan struct{})
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != name {
+				file.ServeHTTP(w, r)
+				return
+			}
+			defer close(done)
+			piece := []byte(strings.Repeat(" ", 1<<16))
+			for {
+				n, err := w.Write(piece)
+				if sent += n; err != nil {
+					return
+				}
+			}
+		}))
+		n := newNode(t, f)
+		if _, err := n.client(t, server.URL).Refresh(t.Context()); !errors.Is(err, snapshot.ErrEndless) || !fault.Is(err, fault.Unverified) {
+			t.Errorf("Refresh with an endless %s = %v; want endless data", name, err)
+		}
+		<-done
+		server.Close()
+		if most := 64 << 20; sent > most { // what the kernel's buffers took is among it
+			t.Errorf("the server sent %d bytes of %s; want at most %d", sent, name, most)
+		}
+	}
+}
+
+// A source that is away is no attack: it may be there again.
+func TestAway(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.publish(t, start, snapshot.Yanked)
+	busy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
+	t.Cleanup(busy.Close)
+	closed := httptest.NewServer(nil)
+	closed.Close()
+	broken := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", "1000")
+		_, _ = io.WriteString(w, "{")
+	}))
+	t.Cleanup(broken.Close)
+	half := f.copied(t)
+	check(t, os.Remove(list(t, half, 1)))
+	for name, from := range map[string]string{"no folder": "/nowhere", "an empty folder": t.TempDir(), "a server that is busy": busy.URL, "no server": closed.URL,
+		"half an answer": broken.URL, "a list that is not there yet": half} {
+		n := newNode(t, f)
+		if _, err := n.client(t, from).Refresh(t.Context()); !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
+			t.Errorf("Refresh from %s = %v (%v, hint %q); want transient", name, err, fault.Of(err), fault.Hint(err))
+		}
+	}
+}
+
+// A root that took the place of another stays, whatever comes after it: its keys were
+// replaced for a reason.
+func TestRootStays(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.publish(t, start, snapshot.Published)
+	n := newNode(t, f)
+	_, err := n.client(t, f.dir).Refresh(t.Context())
+	check(t, err)
+	old := f.copied(t)
+	leaked := f.stamps
+	f.stamps = newSigner(t)
+	f.writeRoot(t, f.root[1], f.root[2])
+	// The new root is there, and the timestamp is still by the old key.
+	if _, err := n.client(t, f.dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
+		t.Errorf("Refresh = %v; want the signature refused", err)
+	}
+	// Who has the old key hides the new root.
+	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
+	former, err := metadata.Timestamp().FromBytes(read(t, old, "timestamp.json"))
+	check(t, err)
+	stamp.Signed.Version, stamp.Signed.Meta = 7, former.Signed.Meta
+	sign(t, stamp, leaked, old, "timestamp.json")
+	if _, err := n.client(t, old).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
+		t.Errorf("Refresh by the leaked key = %v; want the signature refused", err)
+	}
+}
+
+// What lies on the node's disk is not believed either.
+func TestState(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.publish(t, start, snapshot.Yanked)
+	n := newNode(t, f)
+	if last, err := n.client(t, f.dir).Last(); last != nil || err != nil {
+		t.Errorf("Last of a new node = %v, %v; want nothing", last, err)
+	}
+	_, err := n.client(t, f.dir).Refresh(t.Context())
+	check(t, err)
+	whole := read(t, n.state)
+	for name, data := range map[string][]byte{"half": whole[:len(whole)/2], "no JSON": []byte("x"), "a part of somebody else": swapped(t, whole)} {
+		write(t, data, n.state)
+		if _, err := n.client(t, f.dir).Last(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
+			t.Errorf("Last of a state that is %s = %v; want unverified", name, err)
+		}
+	}
+	// Another root of trust is another start.
+	write(t, whole, n.state)
+	other := newFarm(t)
+	other.publish(t, start, snapshot.Published)
+	n.root = string(read(t, other.dir, "1.root.json"))
+	if last, err := n.client(t, other.dir).Last(); last != nil || err != nil {
+		t.Errorf("Last under another root = %v, %v; want nothing", last, err)
+	}
+	if s, err := n.client(t, other.dir).Refresh(t.Context()); err != nil || s.Version != 1 {
+		t.Errorf("Refresh under another root = %v, %v", s, err)
+	}
+}
+
+func swapped(t testing.TB, state []byte) []byte {
+	t.Helper()
+	var m map[string]any
+	check(t, json.Unmarshal(state, &m))
+	m["targets"] = m["snapshot"]
+	out, err := json.Marshal(m)
+	check(t, err)
+	return out
+}
+
+func TestUsage(t *testing.T) {
+	t.Parallel()
+	root := read(t, newFarm(t).dir, "1.root.json")
+	for name, cfg := range map[string]snapshot.Config{
+		"no root": {From: "/x"}, "a root of nobody": {From: "/x", Root: []byte("{}")}, "no source": {Root: root}, "a relative path": {From: "x", Root: root},
+		"another protocol": {From: "ftp://x/y", Root: root}, "a query": {From: "https://x/?a=b", Root: root},
+		"a root that somebody changed": {From: "/x", Root: edited(t, root, func(s map[string]any) { s["version"] = 2 })},
+	} {
+		if _, err := snapshot.New(cfg); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
+			t.Errorf("New with %s = %v; want usage and a hint", name, err)
+		}
+	}
+}
+
+// A list of a mebibyte of zeros a thousand times over, or of another schema, is no list.
+func TestDecode(t *testing.T) {
+	t.Parallel()
+	good, err := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start, Artifacts: []snapshot.Artifact{{Digest: digest("1"), State: snapshot.Published}}}.Encode()
+	check(t, err)
+	if c, err := snapshot.Decode(good); err != nil || len(c.Artifacts) != 1 || !c.MadeAt.Equal(start) {
+		t.Errorf("Decode = %+v, %v", c, err)
+	}
+	for name, text := range map[string]string{
+		"another schema": `{"schema":2,"madeAt":"2026-01-01T00:00:00Z"}`, "no time": `{"schema":1}`, "an unknown state": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"` + digest("1") + `","state":"odd"}]}`,
+		"no digest": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"latest","state":"published"}]}`, "two": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z"} {}`,
+		"twice": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"` + digest("1") + `","state":"yanked"},{"digest":"` + digest("1") + `","state":"published"}]}`,
+		"much":  strings.Repeat("\x00", 257<<20),
+	} {
+		if c, err := snapshot.Decode(packed(t, text)); !errors.Is(err, snapshot.ErrMalformed) {
+			t.Errorf("Decode(%s) = %v, %v; want malformed", name, c, err)
+		}
+	}
+	if _, err := snapshot.Decode([]byte("plain")); !errors.Is(err, snapshot.ErrMalformed) {
+		t.Errorf("Decode of what is not packed = %v; want malformed", err)
+	}
+}

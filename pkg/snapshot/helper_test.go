@@ -1,0 +1,34 @@
+package snapshot_test
+
+import (
+	"testing"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/prebake/prebake/pkg/snapshot"
+)
+
+func packed(t testing.TB, text string) []byte {
+	t.Helper()
+	enc, err := zstd.NewWriter(nil)
+	check(t, err)
+	return enc.EncodeAll([]byte(text), nil)
+}
+
+// FuzzVerify: whatever is served, nothing that nobody signed is taken, and nothing ends the
+// program.
+func FuzzVerify(f *testing.F) {
+	farm := newFarm(f)
+	farm.publish(f, start, snapshot.Yanked)
+	root := read(f, farm.dir, "1.root.json")
+	stamp, snap := read(f, farm.dir, "timestamp.json"), read(f, farm.dir, "1.snapshot.json")
+	targets, file := read(f, farm.dir, "1.targets.json"), read(f, list(f, farm.dir, 1))
+	f.Add(stamp, snap, targets, file)
+	f.Add([]byte(`{"signed":{"_type":"timestamp","meta":{}},"signatures":[]}`), snap, []byte(`{"signed":{"_type":"targets","targets":{"x":null}}}`), file)
+	f.Fuzz(func(t *testing.T, stamp, snap, targets, file []byte) {
+		s, err := snapshot.Verify(snapshot.Files{Root: root, Timestamp: stamp, Snapshot: snap, Targets: targets, Catalogue: file})
+		if err == nil && (s.Version != 1 || len(s.Artifacts) != 2) {
+			t.Errorf("Verify took %+v", s)
+		}
+	})
+}
