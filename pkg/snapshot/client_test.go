@@ -1,10 +1,6 @@
 package snapshot_test
 
 import (
-	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"io"
@@ -21,7 +17,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/snapshot"
-	"github.com/prebake/prebake/pkg/snapshot/maker"
+	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
 func check(t testing.TB, err error) {
@@ -31,96 +27,15 @@ func check(t testing.TB, err error) {
 	}
 }
 
-func newSigner(t testing.TB) *signature.ECDSASigner {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	check(t, err)
-	s, err := signature.LoadECDSASigner(key, crypto.SHA256)
-	check(t, err)
-	return s
-}
-
-func public(t testing.TB, s signature.Signer) crypto.PublicKey {
-	t.Helper()
-	pub, err := s.PublicKey()
-	check(t, err)
-	return pub
-}
-
 var (
 	start  = time.Date(2026, 3, 1, 12, 0, 0, 0, time.UTC)
 	digest = func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
 )
 
-// farm makes snapshots. Its root wants two of three keys.
-type farm struct {
-	dir                       string
-	root                      [3]signature.Signer
-	targets, snapshot, stamps signature.Signer
-}
-
-func newFarm(t testing.TB) *farm {
-	t.Helper()
-	f := &farm{dir: filepath.Join(t.TempDir(), "snapshot"), targets: newSigner(t), snapshot: newSigner(t), stamps: newSigner(t)}
-	for i := range f.root {
-		f.root[i] = newSigner(t)
-	}
-	f.writeRoot(t, f.root[0], f.root[2])
-	return f
-}
-
-// publishUntil publishes a list, under a new root, for a client whose clock is the machine's.
-func (f *farm) publishUntil(t testing.TB, now time.Time) {
-	t.Helper()
-	check(t, os.Remove(filepath.Join(f.dir, "1.root.json")))
-	f.rootUntil(t, now.AddDate(1, 0, 0), f.root[0], f.root[1])
-	f.publish(t, now, snapshot.Yanked)
-}
-
-func (f *farm) open(t testing.TB) *maker.Repository {
-	t.Helper()
-	r, err := maker.Open(f.dir)
-	check(t, err)
-	t.Cleanup(func() { check(t, r.Close()) })
-	return r
-}
-
-func (f *farm) writeRoot(t testing.TB, by ...signature.Signer) {
-	t.Helper()
-	f.rootUntil(t, start.AddDate(1, 0, 0), by...)
-}
-
-func (f *farm) rootUntil(t testing.TB, expires time.Time, by ...signature.Signer) {
-	t.Helper()
-	next := maker.Root{Threshold: 2, Signers: by, Expires: expires,
-		Targets: public(t, f.targets), Snapshot: public(t, f.snapshot), Timestamp: public(t, f.stamps)}
-	for _, s := range f.root {
-		next.Keys = append(next.Keys, public(t, s))
-	}
-	r := f.open(t)
-	_, err := r.WriteRoot(next)
-	check(t, errors.Join(err, r.Close()))
-}
-
 // publish makes a list in which artifact 1 is published, and 2 in another state.
-func (f *farm) publish(t testing.TB, at time.Time, second snapshot.State) {
+func publish(t testing.TB, f *snapshots.Farm, at time.Time, second snapshot.State) {
 	t.Helper()
-	list := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: at, Artifacts: []snapshot.Artifact{
-		{Digest: digest("2"), State: second, Reason: "panics on unload"}, {Digest: digest("1"), State: snapshot.Published},
-	}}
-	r := f.open(t)
-	_, err := r.Publish(list, maker.Signers{Targets: f.targets, Snapshot: f.snapshot, Timestamp: f.stamps},
-		maker.Until{Targets: at.AddDate(0, 3, 0), Snapshot: at.AddDate(0, 1, 0), Timestamp: at.AddDate(0, 0, 7)}, 0)
-	check(t, errors.Join(err, r.Close()))
-}
-
-// copied is a copy of the folder as it is now, as somebody keeps it who means to serve it
-// again later.
-func (f *farm) copied(t testing.TB) string {
-	t.Helper()
-	dir := filepath.Join(t.TempDir(), "copy")
-	check(t, os.CopyFS(dir, os.DirFS(f.dir)))
-	return dir
+	f.Publish(t, at, snapshot.Artifact{Digest: digest("2"), State: second, Reason: "panics on unload"}, snapshot.Artifact{Digest: digest("1"), State: snapshot.Published})
 }
 
 func read(t testing.TB, parts ...string) []byte {
@@ -141,9 +56,9 @@ type node struct {
 	now         time.Time
 }
 
-func newNode(t testing.TB, f *farm) *node {
+func newNode(t testing.TB, f *snapshots.Farm) *node {
 	t.Helper()
-	return &node{state: filepath.Join(t.TempDir(), "state", "snapshot.json"), root: string(read(t, f.dir, "1.root.json")), now: start.Add(time.Hour)}
+	return &node{state: filepath.Join(t.TempDir(), "state", "snapshot.json"), root: string(read(t, f.Dir, "1.root.json")), now: start.Add(time.Hour)}
 }
 
 func (n *node) client(t testing.TB, from string) *snapshot.Client {
@@ -165,9 +80,9 @@ func served(t testing.TB, dir string) string {
 // either.
 func TestRefresh(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.publish(t, start, snapshot.Yanked)
-	for name, from := range map[string]string{"folder": f.dir, "web server": served(t, f.dir)} {
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Yanked)
+	for name, from := range map[string]string{"folder": f.Dir, "web server": served(t, f.Dir)} {
 		n := newNode(t, f)
 		s, err := n.client(t, from).Refresh(t.Context())
 		if err != nil {
@@ -196,12 +111,12 @@ func TestRefresh(t *testing.T) {
 // Newer lists and roots are taken, one after the other, and the refreshed timestamp of a list.
 func TestGoesOn(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.publish(t, start, snapshot.Published)
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Published)
 	n := newNode(t, f)
 	refresh := func(want snapshot.State, version, refreshed int64) {
 		t.Helper()
-		s, err := n.client(t, f.dir).Refresh(t.Context())
+		s, err := n.client(t, f.Dir).Refresh(t.Context())
 		if err != nil {
 			t.Errorf("Refresh = %v", err)
 			return
@@ -212,29 +127,27 @@ func TestGoesOn(t *testing.T) {
 	}
 	refresh(snapshot.Published, 1, 1)
 	refresh(snapshot.Published, 1, 1)
-	f.publish(t, start.AddDate(0, 0, 1), snapshot.Quarantined)
+	publish(t, f, start.AddDate(0, 0, 1), snapshot.Quarantined)
 	refresh(snapshot.Quarantined, 2, 2)
 
 	n.now = start.AddDate(0, 0, 20)
-	if _, err := n.client(t, f.dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrExpired) {
+	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrExpired) {
 		t.Errorf("Refresh after three weeks = %v; want expired", err)
 	}
-	r := f.open(t)
-	_, err := r.Refresh(f.stamps, n.now.AddDate(0, 0, 7))
-	check(t, errors.Join(err, r.Close()))
+	f.Refresh(t, n.now)
 	refresh(snapshot.Quarantined, 2, 3)
 
-	f.stamps = newSigner(t) // the old key leaked
-	f.writeRoot(t, f.root[0], f.root[1])
-	f.publish(t, n.now, snapshot.Yanked)
+	f.Stamps = snapshots.NewSigner(t) // the old key leaked
+	f.WriteRoot(t, start, f.Root[0], f.Root[1])
+	publish(t, f, n.now, snapshot.Yanked)
 	refresh(snapshot.Yanked, 3, 4)
-	if n.root != string(read(t, f.dir, "1.root.json")) {
+	if n.root != string(read(t, f.Dir, "1.root.json")) {
 		t.Error("the node's own root changed")
 	}
 	for range 6 {
-		f.publish(t, n.now, snapshot.Yanked)
+		publish(t, f, n.now, snapshot.Yanked)
 	}
-	if lists, err := filepath.Glob(filepath.Join(f.dir, "*.targets.json")); err != nil || len(lists) != 4 {
+	if lists, err := filepath.Glob(filepath.Join(f.Dir, "*.targets.json")); err != nil || len(lists) != 4 {
 		t.Errorf("kept lists: %v, %v; want the newest and three before", lists, err)
 	}
 	refresh(snapshot.Yanked, 9, 10)
@@ -256,106 +169,106 @@ func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byt
 // keys.
 func TestAttacks(t *testing.T) {
 	t.Parallel()
-	first := newFarm(t)
-	first.publish(t, start, snapshot.Published)
-	old := first.copied(t)
-	first.publish(t, start.Add(30*time.Minute), snapshot.Yanked)
-	stranger := newFarm(t)
-	stranger.publish(t, start, snapshot.Published)
-	stranger.publish(t, start, snapshot.Published)
-	stranger.publish(t, start, snapshot.Published)
+	first := snapshots.New(t, start)
+	publish(t, first, start, snapshot.Published)
+	old := first.Copy(t)
+	publish(t, first, start.Add(30*time.Minute), snapshot.Yanked)
+	stranger := snapshots.New(t, start)
+	publish(t, stranger, start, snapshot.Published)
+	publish(t, stranger, start, snapshot.Published)
+	publish(t, stranger, start, snapshot.Published)
 
 	for name, row := range map[string]struct {
 		// attack changes a copy of the newest folder, or names another.
-		attack func(t *testing.T, f *farm, dir string) string
+		attack func(t *testing.T, f *snapshots.Farm, dir string) string
 		later  time.Duration
 		want   error
 	}{
-		"rollback: all of an older list": {func(*testing.T, *farm, string) string { return old }, 0, snapshot.ErrRollback},
-		"rollback: the snapshot, by who has the timestamp's key": {func(t *testing.T, f *farm, dir string) string {
+		"rollback: all of an older list": {func(*testing.T, *snapshots.Farm, string) string { return old }, 0, snapshot.ErrRollback},
+		"rollback: the snapshot, by who has the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 1}
-			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, read(t, old, "1.snapshot.json"), dir, "1.snapshot.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
-		"rollback: the list, by who has the keys of timestamp and snapshot": {func(t *testing.T, f *farm, dir string) string {
+		"rollback: the list, by who has the keys of timestamp and snapshot": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
-			sign(t, snap, f.snapshot, dir, "9.snapshot.json")
+			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
-			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
-		"freeze: the newest list for ever": {func(_ *testing.T, _ *farm, dir string) string { return dir }, 8 * 24 * time.Hour, snapshot.ErrExpired},
-		"freeze: the root has expired": {func(t *testing.T, f *farm, dir string) string {
+		"freeze: the newest list for ever": {func(_ *testing.T, _ *snapshots.Farm, dir string) string { return dir }, 8 * 24 * time.Hour, snapshot.ErrExpired},
+		"freeze: the root has expired": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			return dir
 		}, 366 * 24 * time.Hour, snapshot.ErrExpired},
-		"mix and match: the snapshot of another list": {func(t *testing.T, _ *farm, dir string) string {
+		"mix and match: the snapshot of another list": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, read(t, old, "1.snapshot.json"), dir, "3.snapshot.json")
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"mix and match: the targets of another list": {func(t *testing.T, _ *farm, dir string) string {
+		"mix and match: the targets of another list": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, read(t, old, "1.targets.json"), dir, "3.targets.json")
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"mix and match: the list of another": {func(t *testing.T, _ *farm, dir string) string {
+		"mix and match: the list of another": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, read(t, list(t, old, 1)), list(t, dir, 3))
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"a byte of the list": {func(t *testing.T, _ *farm, dir string) string {
+		"a byte of the list": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			data := read(t, list(t, dir, 3))
 			data[len(data)/2] ^= 1
 			write(t, data, list(t, dir, 3))
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"a list that is too short": {func(t *testing.T, _ *farm, dir string) string {
+		"a list that is too short": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, read(t, list(t, dir, 3))[:20], list(t, dir, 3))
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"a list that is too long": {func(t *testing.T, _ *farm, dir string) string {
+		"a list that is too long": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, append(read(t, list(t, dir, 3)), 0), list(t, dir, 3))
 			return dir
 		}, 0, snapshot.ErrEndless},
-		"another length in the targets": {func(t *testing.T, f *farm, dir string) string {
+		"another length in the targets": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			write(t, edited(t, read(t, dir, "3.targets.json"), func(s map[string]any) {
 				s["targets"].(map[string]any)[snapshot.Name].(map[string]any)["length"] = 1
 			}), dir, "3.targets.json")
 			return dir
 		}, 0, snapshot.ErrAltered},
-		"a timestamp that lives longer": {func(t *testing.T, _ *farm, dir string) string {
+		"a timestamp that lives longer": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, edited(t, read(t, dir, "timestamp.json"), func(s map[string]any) { s["expires"] = "2036-01-01T00:00:00Z" }), dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"wrong key: the timestamp": {func(t *testing.T, _ *farm, dir string) string {
-			sign(t, metadata.Timestamp(start.AddDate(0, 1, 0)), newSigner(t), dir, "timestamp.json")
+		"wrong key: the timestamp": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
+			sign(t, metadata.Timestamp(start.AddDate(0, 1, 0)), snapshots.NewSigner(t), dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"wrong key: the snapshot, signed by who may sign the list": {func(t *testing.T, f *farm, dir string) string {
+		"wrong key: the snapshot, signed by who may sign the list": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}
-			sign(t, snap, f.targets, dir, "9.snapshot.json")
+			sign(t, snap, f.Targets, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
-			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"wrong key: somebody else's snapshot": {func(*testing.T, *farm, string) string { return stranger.dir }, 0, snapshot.ErrSignature},
-		"threshold: a root that one of two signed": {func(t *testing.T, f *farm, dir string) string {
+		"wrong key: somebody else's snapshot": {func(*testing.T, *snapshots.Farm, string) string { return stranger.Dir }, 0, snapshot.ErrSignature},
+		"threshold: a root that one of two signed": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
 			check(t, err)
 			root.Signed.Version, root.Signatures = 2, nil
-			sign(t, root, f.root[0], dir, "2.root.json")
+			sign(t, root, f.Root[0], dir, "2.root.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"threshold: one key signs twice": {func(t *testing.T, f *farm, dir string) string {
+		"threshold: one key signs twice": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
 			check(t, err)
 			root.Signed.Version, root.Signatures = 2, nil
-			_, err = root.Sign(f.root[0])
+			_, err = root.Sign(f.Root[0])
 			check(t, err)
 			again := root.Signatures[0]
 			again.KeyID = root.Signed.Roles["root"].KeyIDs[1]
@@ -365,30 +278,30 @@ func TestAttacks(t *testing.T) {
 			write(t, text, dir, "2.root.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"a root that skips one": {func(t *testing.T, f *farm, dir string) string {
+		"a root that skips one": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
 			check(t, err)
 			root.Signed.Version, root.Signatures = 3, nil
-			_, err = root.Sign(f.root[0])
+			_, err = root.Sign(f.Root[0])
 			check(t, err)
-			sign(t, root, f.root[1], dir, "2.root.json")
+			sign(t, root, f.Root[1], dir, "2.root.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
-		"a root for a timestamp": {func(t *testing.T, _ *farm, dir string) string {
+		"a root for a timestamp": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, read(t, dir, "1.root.json"), dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrMalformed},
-		"targets that are null": {func(t *testing.T, f *farm, dir string) string {
+		"targets that are null": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0)) // without hashes, so that anybody can make up the rest
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 9}
-			sign(t, snap, f.snapshot, dir, "9.snapshot.json")
+			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
-			sign(t, stamp, f.stamps, dir, "timestamp.json")
+			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir, "9.targets.json")
 			return dir
 		}, 0, snapshot.ErrMalformed},
-		"no JSON": {func(t *testing.T, _ *farm, dir string) string {
+		"no JSON": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			write(t, []byte("<html>log in first</html>"), dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrMalformed},
@@ -396,14 +309,14 @@ func TestAttacks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			n := newNode(t, first)
-			if _, err := n.client(t, first.dir).Refresh(t.Context()); err != nil {
+			if _, err := n.client(t, first.Dir).Refresh(t.Context()); err != nil {
 				t.Fatal(err)
 			}
 			before := read(t, n.state)
-			newest := first.copied(t)
-			ahead := &farm{dir: newest, root: first.root, targets: first.targets, snapshot: first.snapshot, stamps: first.stamps}
+			newest := first.Copy(t)
+			ahead := &snapshots.Farm{Dir: newest, Root: first.Root, Targets: first.Targets, Snapshot: first.Snapshot, Stamps: first.Stamps}
 			if row.later == 0 { // there is a third list, which the node has not seen
-				ahead.publish(t, start.Add(40*time.Minute), snapshot.Yanked)
+				publish(t, ahead, start.Add(40*time.Minute), snapshot.Yanked)
 			}
 			n.now = n.now.Add(row.later)
 			dir := row.attack(t, ahead, newest)
@@ -443,10 +356,10 @@ func sign[T metadata.Roles](t testing.TB, m *metadata.Metadata[T], by signature.
 // A server that sends without an end is left after as many bytes as a file may have.
 func TestEndlessData(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.publish(t, start, snapshot.Yanked)
-	file := http.FileServer(http.Dir(f.dir))
-	for _, name := range []string{"/2.root.json", "/timestamp.json", "/1.snapshot.json", "/1.targets.json", strings.TrimPrefix(list(t, f.dir, 1), f.dir)} {
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Yanked)
+	file := http.FileServer(http.Dir(f.Dir))
+	for _, name := range []string{"/2.root.json", "/timestamp.json", "/1.snapshot.json", "/1.targets.json", strings.TrimPrefix(list(t, f.Dir, 1), f.Dir)} {
 		var sent int
 		done := make(chan struct{})
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -478,8 +391,8 @@ func TestEndlessData(t *testing.T) {
 // A source that is away is no attack: it may be there again.
 func TestAway(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.publish(t, start, snapshot.Yanked)
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Yanked)
 	busy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
 	t.Cleanup(busy.Close)
 	closed := httptest.NewServer(nil)
@@ -489,7 +402,7 @@ func TestAway(t *testing.T) {
 		_, _ = io.WriteString(w, "{")
 	}))
 	t.Cleanup(broken.Close)
-	half := f.copied(t)
+	half := f.Copy(t)
 	check(t, os.Remove(list(t, half, 1)))
 	for name, from := range map[string]string{"no folder": "/nowhere", "an empty folder": t.TempDir(), "a server that is busy": busy.URL, "no server": closed.URL,
 		"half an answer": broken.URL, "a list that is not there yet": half} {
@@ -504,17 +417,17 @@ func TestAway(t *testing.T) {
 // replaced for a reason.
 func TestRootStays(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.publish(t, start, snapshot.Published)
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Published)
 	n := newNode(t, f)
-	_, err := n.client(t, f.dir).Refresh(t.Context())
+	_, err := n.client(t, f.Dir).Refresh(t.Context())
 	check(t, err)
-	old := f.copied(t)
-	leaked := f.stamps
-	f.stamps = newSigner(t)
-	f.writeRoot(t, f.root[1], f.root[2])
+	old := f.Copy(t)
+	leaked := f.Stamps
+	f.Stamps = snapshots.NewSigner(t)
+	f.WriteRoot(t, start, f.Root[1], f.Root[2])
 	// The new root is there, and the timestamp is still by the old key.
-	if _, err := n.client(t, f.dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
+	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh = %v; want the signature refused", err)
 	}
 	// Who has the old key hides the new root.
@@ -531,30 +444,30 @@ func TestRootStays(t *testing.T) {
 // What lies on the node's disk is not believed either.
 func TestState(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
-	f.publish(t, start, snapshot.Yanked)
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Yanked)
 	n := newNode(t, f)
-	if last, err := n.client(t, f.dir).Last(); last != nil || err != nil {
+	if last, err := n.client(t, f.Dir).Last(); last != nil || err != nil {
 		t.Errorf("Last of a new node = %v, %v; want nothing", last, err)
 	}
-	_, err := n.client(t, f.dir).Refresh(t.Context())
+	_, err := n.client(t, f.Dir).Refresh(t.Context())
 	check(t, err)
 	whole := read(t, n.state)
 	for name, data := range map[string][]byte{"half": whole[:len(whole)/2], "no JSON": []byte("x"), "a part of somebody else": swapped(t, whole)} {
 		write(t, data, n.state)
-		if _, err := n.client(t, f.dir).Last(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
+		if _, err := n.client(t, f.Dir).Last(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
 			t.Errorf("Last of a state that is %s = %v; want unverified", name, err)
 		}
 	}
 	// Another root of trust is another start.
 	write(t, whole, n.state)
-	other := newFarm(t)
-	other.publish(t, start, snapshot.Published)
-	n.root = string(read(t, other.dir, "1.root.json"))
-	if last, err := n.client(t, other.dir).Last(); last != nil || err != nil {
+	other := snapshots.New(t, start)
+	publish(t, other, start, snapshot.Published)
+	n.root = string(read(t, other.Dir, "1.root.json"))
+	if last, err := n.client(t, other.Dir).Last(); last != nil || err != nil {
 		t.Errorf("Last under another root = %v, %v; want nothing", last, err)
 	}
-	if s, err := n.client(t, other.dir).Refresh(t.Context()); err != nil || s.Version != 1 {
+	if s, err := n.client(t, other.Dir).Refresh(t.Context()); err != nil || s.Version != 1 {
 		t.Errorf("Refresh under another root = %v, %v", s, err)
 	}
 }
@@ -571,7 +484,7 @@ func swapped(t testing.TB, state []byte) []byte {
 
 func TestUsage(t *testing.T) {
 	t.Parallel()
-	root := read(t, newFarm(t).dir, "1.root.json")
+	root := read(t, snapshots.New(t, start).Dir, "1.root.json")
 	for name, cfg := range map[string]snapshot.Config{
 		"no root": {From: "/x"}, "a root of nobody": {From: "/x", Root: []byte("{}")}, "no source": {Root: root}, "a relative path": {From: "x", Root: root},
 		"another protocol": {From: "ftp://x/y", Root: root}, "a query": {From: "https://x/?a=b", Root: root},

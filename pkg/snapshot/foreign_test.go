@@ -10,6 +10,7 @@ import (
 	foreign "github.com/theupdateframework/go-tuf/client"
 
 	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
 // bytesOf takes a target as the foreign client hands it over.
@@ -22,13 +23,13 @@ func (b *bytesOf) Delete() error { b.Reset(); return nil }
 // reading of the specification for keys, canonical JSON and consistent snapshots.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
-	f := newFarm(t)
 	now := time.Now().UTC() // that client has no clock to set
-	f.publishUntil(t, now)
-	store, err := foreign.HTTPRemoteStore(served(t, f.dir), nil, nil)
+	f := snapshots.New(t, now)
+	publish(t, f, now, snapshot.Yanked)
+	store, err := foreign.HTTPRemoteStore(served(t, f.Dir), nil, nil)
 	check(t, err)
 	c := foreign.NewClient(foreign.MemoryLocalStore(), store)
-	check(t, c.Init(read(t, f.dir, "1.root.json")))
+	check(t, c.Init(read(t, f.Dir, "1.root.json")))
 	files, err := c.Update()
 	if err != nil {
 		t.Fatalf("Update = %v", err)
@@ -38,11 +39,11 @@ func TestForeignClient(t *testing.T) {
 	}
 	var got bytesOf
 	check(t, c.Download(snapshot.Name, &got))
-	if want := read(t, list(t, f.dir, 1)); !bytes.Equal(got.Bytes(), want) {
+	if want := read(t, list(t, f.Dir, 1)); !bytes.Equal(got.Bytes(), want) {
 		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
 	}
 	// What it refuses is refused for what is in it, and not for its shape.
-	check(t, os.WriteFile(filepath.Join(f.dir, "timestamp.json"), edited(t, read(t, f.dir, "timestamp.json"), func(s map[string]any) { s["version"] = 8 }), 0o644))
+	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"), edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = 8 }), 0o644))
 	if _, err := c.Update(); err == nil {
 		t.Error("Update of a changed timestamp = nil; want an error")
 	}

@@ -6,6 +6,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
 func packed(t testing.TB, text string) []byte {
@@ -18,11 +19,11 @@ func packed(t testing.TB, text string) []byte {
 // FuzzVerify: whatever is served, nothing that nobody signed is taken, and nothing ends the
 // program.
 func FuzzVerify(f *testing.F) {
-	farm := newFarm(f)
-	farm.publish(f, start, snapshot.Yanked)
-	root := read(f, farm.dir, "1.root.json")
-	stamp, snap := read(f, farm.dir, "timestamp.json"), read(f, farm.dir, "1.snapshot.json")
-	targets, file := read(f, farm.dir, "1.targets.json"), read(f, list(f, farm.dir, 1))
+	farm := snapshots.New(f, start)
+	publish(f, farm, start, snapshot.Yanked)
+	root := read(f, farm.Dir, "1.root.json")
+	stamp, snap := read(f, farm.Dir, "timestamp.json"), read(f, farm.Dir, "1.snapshot.json")
+	targets, file := read(f, farm.Dir, "1.targets.json"), read(f, list(f, farm.Dir, 1))
 	f.Add(stamp, snap, targets, file)
 	f.Add([]byte(`{"signed":{"_type":"timestamp","meta":{}},"signatures":[]}`), snap, []byte(`{"signed":{"_type":"targets","targets":{"x":null}}}`), file)
 	f.Fuzz(func(t *testing.T, stamp, snap, targets, file []byte) {
