@@ -21,7 +21,7 @@ var banned = map[string]string{
 	"github.com/NVIDIA/":                                 "NVML needs cgo; nvmlprobe has it",
 	"github.com/sigstore/sigstore-go/pkg/sign":           "a node verifies and never signs",
 	"github.com/sigstore/sigstore/pkg/signature/kms":     "a node verifies and never signs",
-	"github.com/prebake/prebake/pkg/snapshot/maker":     "a node verifies and never signs",
+	"github.com/prebake/prebake/pkg/snapshot/maker":      "a node verifies and never signs",
 	"cloud.google.com/":                                  "build inputs are the builder's",
 	"github.com/prebake/prebake/builder/":                "components share pkg only",
 	"github.com/prebake/prebake/server/":                 "components share pkg only",

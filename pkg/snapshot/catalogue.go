@@ -17,7 +17,6 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 
-	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -28,10 +27,11 @@ const Schema = 1
 // Name is the list's name as a TUF target.
 const Name = "catalogue.json.zst"
 
-// Bounds of a list: as a file, and unpacked. One of 60,000 artifacts has about a tenth.
+// Bounds of a list, in bytes: as a file, and unpacked. They allow for several times the
+// artifacts of a large farm.
 const (
-	maxFile = 64 << 20
-	maxText = 256 << 20
+	MaxFile = 64 << 20
+	MaxText = 256 << 20
 )
 
 // State is what a list says of an artifact.
@@ -73,31 +73,6 @@ type Kernel struct {
 	Board   string `json:"board"`
 }
 
-// Encode checks a list, sorts it, and returns it as the file that is published.
-func (c Catalogue) Encode() ([]byte, error) {
-	c.Artifacts = slices.Clone(c.Artifacts)
-	slices.SortFunc(c.Artifacts, func(a, b Artifact) int { return strings.Compare(a.Digest, b.Digest) })
-	if err := c.check(); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("write catalogue: %w", err), "")
-	}
-	text, err := json.Marshal(c)
-	if err != nil {
-		return nil, fmt.Errorf("write catalogue: %w", err)
-	}
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedBetterCompression))
-	if err != nil {
-		return nil, fmt.Errorf("write catalogue: %w", err)
-	}
-	file := enc.EncodeAll(text, nil)
-	if err := enc.Close(); err != nil {
-		return nil, fmt.Errorf("write catalogue: %w", err)
-	}
-	if len(text) > maxText || len(file) > maxFile {
-		return nil, fault.Errorf(fault.TooLarge, "write catalogue: %d bytes, %d packed; clients take %d and %d", len(text), len(file), maxText, maxFile)
-	}
-	return file, nil
-}
-
 // Decode reads the file. Its bytes are those that somebody signed: [Verify] compares them.
 func Decode(file []byte) (*Catalogue, error) {
 	c, err := decode(file)
@@ -108,7 +83,7 @@ func Decode(file []byte) (*Catalogue, error) {
 }
 
 func decode(file []byte) (*Catalogue, error) {
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(maxText), zstd.WithDecoderConcurrency(1))
+	dec, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(MaxText), zstd.WithDecoderConcurrency(1))
 	if err != nil {
 		return nil, err
 	}
@@ -125,10 +100,11 @@ func decode(file []byte) (*Catalogue, error) {
 	if d.More() {
 		return nil, errors.New("more than one document")
 	}
-	return &c, c.check()
+	return &c, c.Check()
 }
 
-func (c Catalogue) check() error {
+// Check says why no client takes a list.
+func (c Catalogue) Check() error {
 	if c.Schema != Schema {
 		return fmt.Errorf("schema %d; this program knows %d", c.Schema, Schema)
 	}

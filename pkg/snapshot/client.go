@@ -107,7 +107,7 @@ func (c *Client) remembered() (st state, err error) {
 		return fail(err)
 	}
 	defer f.Close()
-	const most = 2 * maxFile // in base 64
+	const most = 2 * MaxFile // in base 64
 	raw, err := io.ReadAll(io.LimitReader(f, most+1))
 	if err == nil && len(raw) > most {
 		err = fmt.Errorf("more than %d bytes", most)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/snapshot/maker"
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 )
 
@@ -499,7 +500,7 @@ func TestUsage(t *testing.T) {
 // A list of a mebibyte of zeros a thousand times over, or of another schema, is no list.
 func TestDecode(t *testing.T) {
 	t.Parallel()
-	good, err := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start, Artifacts: []snapshot.Artifact{{Digest: digest("1"), State: snapshot.Published}}}.Encode()
+	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start, Artifacts: []snapshot.Artifact{{Digest: digest("1"), State: snapshot.Published}}})
 	check(t, err)
 	if c, err := snapshot.Decode(good); err != nil || len(c.Artifacts) != 1 || !c.MadeAt.Equal(start) {
 		t.Errorf("Decode = %+v, %v", c, err)

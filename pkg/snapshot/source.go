@@ -130,8 +130,8 @@ const place = "snapshot:/"
 // DownloadFile implements the TUF library's Fetcher.
 func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]byte, error) {
 	name := strings.TrimPrefix(address, place)
-	if most <= 0 || most > maxFile {
-		return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, maxFile)}
+	if most <= 0 || most > MaxFile {
+		return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile)}
 	}
 	rc, err := d.from.open(d.ctx, name)
 	if errors.Is(err, fs.ErrNotExist) {

@@ -164,8 +164,11 @@ func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 // moment is a time as TUF writes it.
 func moment(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
 
-// Signers sign a list; Until says when each signature expires, in the same order.
-type Signers struct{ Targets, Snapshot, Timestamp signature.Signer }
+// Signer signs with one key, wherever that is kept.
+type Signer = signature.Signer
+
+// Signers sign a list, each its part.
+type Signers struct{ Targets, Snapshot, Timestamp Signer }
 
 // Until are the times at which the parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
@@ -196,7 +199,7 @@ func (r *Repository) publish(list snapshot.Catalogue, by Signers, until Until, l
 	for r.has(version) { // of a run that was ended before it replaced timestamp.json
 		version++
 	}
-	file, err := list.Encode()
+	file, err := Encode(list)
 	if err != nil {
 		return nil, err
 	}
