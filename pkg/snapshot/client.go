@@ -198,7 +198,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 		}
 	}
 	up, err := updater.New(&config.UpdaterConfig{
-		Fetcher: download{ctx, c.from}, LocalTrustedRoot: root, LocalMetadataDir: work, LocalTargetsDir: work,
+		Fetcher: fetch(ctx, c.from), LocalTrustedRoot: root, LocalMetadataDir: work, LocalTargetsDir: work,
 		RemoteMetadataURL: place, RemoteTargetsURL: place + "targets/", PrefixTargetsWithHash: true,
 		MaxRootRotations: maxRoots, RootMaxLength: maxRoot, TimestampMaxLength: maxTimestamp, SnapshotMaxLength: maxMetadata, TargetsMaxLength: maxMetadata,
 	})

@@ -18,9 +18,9 @@ type bytesOf struct{ bytes.Buffer }
 
 func (b *bytesOf) Delete() error { b.Reset(); return nil }
 
-// The folder is read by a TUF client that shares no code with the library that writes it:
-// the first generation of the Update Framework's own Go client (go-tuf 0.7), with its own
-// reading of the specification for keys, canonical JSON and consistent snapshots.
+// The folder is read by a TUF client that somebody else wrote by the specification: the first
+// generation of the Update Framework's own Go client (go-tuf 0.7), which shares nothing with
+// the library that writes it but the encoder of canonical JSON.
 func TestForeignClient(t *testing.T) {
 	t.Parallel()
 	now := time.Now().UTC() // that client has no clock to set

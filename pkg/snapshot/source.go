@@ -42,7 +42,7 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 		return nil, bad("want http://HOST/FOLDER or https://HOST/FOLDER")
 	}
 	if client == nil {
-		t := http.DefaultTransport.(*http.Transport).Clone() //nolint:errcheck,forcetypeassert // so says its package
+		t := http.DefaultTransport.(*http.Transport).Clone() // so says its package
 		t.DisableCompression = true                          // the bytes that were signed
 		t.ResponseHeaderTimeout = silence
 		client = &http.Client{Transport: t}
@@ -105,7 +105,8 @@ func (f folder) String() string { return string(f) }
 func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	root, err := os.OpenRoot(string(f))
 	if err != nil {
-		return nil, fault.Wrap(fault.Transient, err, "check that the folder of the snapshot is there")
+		// Not wrapped: that there is no folder is not that it lacks a file.
+		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot is there")
 	}
 	defer root.Close()
 	info, err := root.Stat(name) // first: opening a pipe waits for its other end
@@ -118,40 +119,43 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	return root.Open(name)
 }
 
-// download is what the TUF library fetches by, in one refresh. Its interface has no context.
-type download struct {
-	ctx  context.Context //nolint:containedctx // of one call: see above
-	from source
-}
-
 // place begins the addresses that the library makes.
 const place = "snapshot:/"
 
+// download reads a file of the source, of which it has at most so many bytes.
+type download func(name string, most int64) ([]byte, error)
+
 // DownloadFile implements the TUF library's Fetcher.
 func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]byte, error) {
-	name := strings.TrimPrefix(address, place)
-	if most <= 0 || most > MaxFile {
-		return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile)}
-	}
-	rc, err := d.from.open(d.ctx, name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, &metadata.ErrDownloadHTTP{StatusCode: http.StatusNotFound, URL: strings.TrimSuffix(d.from.String(), "/") + "/" + name}
-	}
-	if err != nil {
-		return nil, err
-	}
-	data, err := io.ReadAll(io.LimitReader(rc, most+1))
-	if err := errors.Join(err, rc.Close()); err != nil {
-		if d.ctx.Err() != nil {
-			return nil, context.Cause(d.ctx)
+	return d(strings.TrimPrefix(address, place), most)
+}
+
+// fetch is the download of one refresh: the library hands no context on.
+func fetch(ctx context.Context, from source) download {
+	return func(name string, most int64) ([]byte, error) {
+		if most <= 0 || most > MaxFile {
+			return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile)}
 		}
-		if fault.Of(err) == fault.Internal {
-			err = fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err), "try again")
+		rc, err := from.open(ctx, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, &metadata.ErrDownloadHTTP{StatusCode: http.StatusNotFound, URL: strings.TrimSuffix(from.String(), "/") + "/" + name}
 		}
-		return nil, err
+		if err != nil {
+			return nil, err
+		}
+		data, err := io.ReadAll(io.LimitReader(rc, most+1))
+		if err := errors.Join(err, rc.Close()); err != nil {
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			if fault.Of(err) == fault.Internal {
+				err = fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err), "try again")
+			}
+			return nil, err
+		}
+		if int64(len(data)) > most {
+			return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s has more than %d bytes", name, most)}
+		}
+		return data, nil
 	}
-	if int64(len(data)) > most {
-		return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s has more than %d bytes", name, most)}
-	}
-	return data, nil
 }

@@ -17,9 +17,11 @@ var (
 	ErrExpired   = errors.New("it has expired")
 	ErrRollback  = errors.New("it is older than one that was seen before")
 	ErrAltered   = errors.New("a file is not the one that was signed, or belongs to another list")
-	ErrEndless   = errors.New("a file has more bytes than it may have")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
 	ErrMalformed = errors.New("it has not the form that it should have")
+	// ErrEndless is one way of being altered: what is longer than what was signed is not read
+	// to its end.
+	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
 )
 
 const hintSource = "check that the source serves the folder that builder snapshot wrote, all files of one moment; if it does, somebody changes it on its way"
@@ -39,7 +41,7 @@ func explain(err error) error {
 		if !errors.Is(err, known.is) {
 			continue
 		}
-		if known.reason == ErrExpired { //nolint:errorlint // one of the list above, and wrapped in nothing
+		if errors.Is(known.reason, ErrExpired) {
 			return fault.Wrap(fault.Unverified, fmt.Errorf("%w: %w", ErrExpired, err), "have it made or refreshed: builder snapshot; if that was done, its source does not serve the newest")
 		}
 		return refused(fmt.Errorf("%w: %w", known.reason, err))
