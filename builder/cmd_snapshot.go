@@ -102,7 +102,7 @@ do. Another root than the first is signed by as many keys of the one before.`,
 			cli.Strings("root-key", "`KEY` of the root: a file, a KMS URI, or a public key that signs nothing now"),
 			cli.Strings("former-key", "`KEY` of the root before, which may not sign from now on"),
 			cli.Int("threshold", 2, "`COUNT` of root keys that have to sign a root"),
-			cli.Duration("life", 365*24*time.Hour, "`TIME` until the root expires"),
+			life("life", 365*24*time.Hour, "`TIME` until the root expires"),
 		)...), cli.Group(groupTo, toFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := missing(cmd, "to"); err != nil {
@@ -197,7 +197,19 @@ func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 // timestampLife is the flag of how long a list counts without anybody saying that it still
 // does: so long can somebody hide a newer one from a node.
 func timestampLife() ucli.Flag {
-	return cli.Duration("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
+	return life("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
+}
+
+// life is a flag of how long something counts.
+func life(name string, value time.Duration, usage string) ucli.Flag {
+	f := cli.Duration(name, value, usage)
+	f.Validator = func(d time.Duration) error {
+		if d < time.Minute {
+			return fmt.Errorf("%s %v: want a minute or more", name, d)
+		}
+		return nil
+	}
+	return f
 }
 
 func snapshotMakeCommand() *ucli.Command {
@@ -207,7 +219,7 @@ func snapshotMakeCommand() *ucli.Command {
 			cli.Group(groupFrom, cli.String("server", "", "`URL` of the server"),
 				cli.Bool("allow-empty", "publish a list in which nothing may be used")),
 			cli.Group(groupTrust, append(keyFlags(snapshotRoles...), timestampLife(),
-				cli.Duration("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
+				life("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
 				cli.Int("least-version", 0, "lowest `VERSION` of the list, where the folder was lost"))...),
 			cli.Group(groupTo, toFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),

@@ -96,6 +96,7 @@ func TestSnapshot(t *testing.T) {
 		{"no list yet", []string{"refresh", "--to", filepath.Join(dir, "new"), "--keys", keys}, fault.Usage, "builder snapshot make"},
 		{"no root yet", []string{"make", "--to", filepath.Join(dir, "new"), "--keys", keys, "--server", server.URL}, fault.Usage, "builder snapshot root"},
 		{"keys that are there", []string{"keys", keys}, fault.Usage, "use another name"},
+		{"no life", []string{"refresh", "--to", list, "--keys", keys, "--life", "-1h"}, fault.Usage, "want a minute or more"},
 		{"an identity", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage, "signs no snapshot"},
 	} {
 		code, _, errs := run(t, append([]string{"snapshot"}, row.args...)...)
