@@ -15,8 +15,9 @@ FUZZTIME ?= 10s
 ARGS ?=
 
 # One set of flags for build, test and lint, so that each package is compiled
-# once: no path of this checkout, no C. Only nvmlprobe is cgo.
-export GOFLAGS := -trimpath $(GOFLAGS)
+# once: no path of this checkout, no C, none of gRPC's own pages about its calls,
+# which would bring HTML templates to each node. Only nvmlprobe is cgo.
+export GOFLAGS := -trimpath -tags=grpcnotrace $(GOFLAGS)
 export CGO_ENABLED := 0
 # The C side of go-nvml is deprecated by its own header; the rest is Go's default.
 export CGO_CFLAGS := -O2 -g -Wno-deprecated-declarations

@@ -34,6 +34,7 @@ func root() *ucli.Command {
 			doctorCommand(),
 			inspectCommand(),
 			reproduceCommand(),
+			snapshotCommand(),
 			emugpuCommand(),
 			{
 				Name: "version", Usage: "print the version",

@@ -10,6 +10,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/trust"
@@ -71,8 +72,8 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 		return nil, nil, err
 	}
 	if cmd.Name != "status" {
-		if v, err := newVerifier(cmd); err == nil {
-			parts.Verifier = v
+		if v, refresh, err := localVerifier(cmd, parts.Node); err == nil {
+			parts.Verifier, parts.Refresh = v, refresh
 		} else if cmd.Name == "verify" {
 			return nil, nil, errors.Join(err, done())
 		} else {
@@ -80,6 +81,14 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 		}
 	}
 	return agent.New(cfg, parts), done, nil
+}
+
+func localVerifier(cmd *ucli.Command, node *noderoot.Root) (*trust.Verifier, func(context.Context) error, error) {
+	p, err := trustPolicy(cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	return newVerifier(cmd, p, node)
 }
 
 // nobody is believed, for a reason.

@@ -18,8 +18,10 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/gpulist"
 	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/snapshot"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/snapshots"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -40,6 +42,8 @@ func TestMain(m *testing.M) {
 //	$CERTIFIED  a repository with the same artifact, signed by an identity that
 //	           $TRUSTED certifies and $UNTRUSTED does not
 //	$COLLECTOR  takes traces; collected NAME... wants spans of these names below the first
+//	$LIST, $YANKED  signed lists in which the artifact is published, and yanked; root.json
+//	           is the first root of both
 //	$KEY, $OTHERKEY  the publisher's public key, and somebody else's
 //	$DIGEST    the artifact's digest
 func TestScript(t *testing.T) {
@@ -114,6 +118,18 @@ func setup(t *testing.T, env *testscript.Env) error {
 		if err := os.WriteFile(filepath.Join(env.WorkDir, name), pem, 0o644); err != nil {
 			return err
 		}
+	}
+	lists, now := snapshots.New(t, time.Now()), time.Now()
+	lists.Publish(t, now, snapshot.Artifact{Digest: p.Digest, State: snapshot.Published})
+	env.Setenv("LIST", lists.Copy(t))
+	lists.Publish(t, now, snapshot.Artifact{Digest: p.Digest, State: snapshot.Yanked, Reason: "panics on unload"})
+	env.Setenv("YANKED", lists.Dir)
+	root, err := os.ReadFile(filepath.Join(lists.Dir, "1.root.json"))
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(env.WorkDir, "root.json"), root, 0o644); err != nil {
+		return err
 	}
 	spans := &collector{}
 	receiver := httptest.NewServer(spans)

@@ -81,7 +81,7 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	if err != nil {
 		return nil, nil, err
 	}
-	verifier, err := newVerifier(cmd)
+	trusted, err := trustPolicy(cmd)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -97,6 +97,11 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 			err = errors.Join(err, closeNode())
 		}
 	}()
+	verifier, refresh, err := newVerifier(cmd, trusted, parts.Node)
+	if err != nil {
+		return nil, nil, err
+	}
+	parts.Refresh = refresh
 	if state, err := parts.Node.Path(cmd.String("state-dir")); err == nil && !cfg.DryRun {
 		if err := local.Sweep(state); err != nil {
 			log.Warn("remove the builder's image of a run that was killed", "err", err)
@@ -141,33 +146,6 @@ func needProbe(cmd *ucli.Command, cfg agent.Config) error {
 		)
 	}
 	return nil
-}
-
-// newVerifier trusts the keys and the identity that the flags name. The keys
-// may be missing where an identity is trusted, unless a file of them was named.
-func newVerifier(cmd *ucli.Command) (*trust.Verifier, error) {
-	p, err := trustPolicy(cmd)
-	if err != nil {
-		return nil, err
-	}
-	return trust.NewVerifier(p)
-}
-
-func trustPolicy(cmd *ucli.Command) (trust.Policy, error) {
-	if file := cmd.String("policy"); file != "" {
-		for _, name := range []string{"key", "load-test", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
-			if cmd.IsSet(name) {
-				return trust.Policy{}, fault.New(
-					fault.Usage,
-					"--policy and --"+name+" do not go together",
-					"say it in the policy: fetcher policy schema tells how",
-				)
-			}
-		}
-		p, err := policy.Read(file)
-		return p.Policy, err
-	}
-	return flagPolicy(cmd)
 }
 
 // nodeBuilds reports whether what this node compiles counts, and what of the owner's policy

@@ -39,7 +39,7 @@ import (
 // settings are the flags of serve, resolved.
 type settings struct {
 	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
-	TLSCert, TLSKey, Issuers                                                                      string
+	TLSCert, TLSKey, Issuers, Snapshot                                                            string
 	Public                                                                                        bool
 	Redistribute                                                                                  bundle.Redistribution
 	CreateOnly                                                                                    []string
@@ -63,6 +63,7 @@ func serveCommand() *ucli.Command {
 				defaultsTo(cli.String("data", "",
 					"`FOLDER` of everything the server keeps"), "$XDG_STATE_HOME/prebake, or /var/lib/prebake for root"),
 				defaultsTo(cli.String("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
+				cli.String("snapshot", "", "`FOLDER` of a signed list (builder snapshot) to serve under /snapshot/"),
 				defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db, or the database when that is postgres"),
 			),
 			cli.Group(
@@ -108,7 +109,7 @@ func serveCommand() *ucli.Command {
 				Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
-				Issuers: cmd.String("oidc"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
+				Issuers: cmd.String("oidc"), Snapshot: cmd.String("snapshot"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
 				AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
 			}
 			if err := s.complete(); err != nil {
@@ -247,6 +248,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 			return err
 		}
 	}
+	var list http.Handler
+	if s.Snapshot != "" {
+		if list, err = snapshotFiles(s.Snapshot); err != nil {
+			return err
+		}
+	}
 	db, err := store.Open(ctx, s.Database)
 	if err != nil {
 		return err
@@ -302,7 +309,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	handler := httpapi.New(httpapi.Config{
 		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log, Stopping: ctx.Done(),
 		Auth: who, Access: db, AskPerHour: s.AskPerHour, CallsPerMinute: s.CallsPerMinute,
-		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes,
+		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
 	})
 	// Whoever waits for the file to appear must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")

@@ -68,6 +68,15 @@ type Policy struct {
 	Revoked []string
 	// LoadTest says whether artifacts need one; the zero value takes any.
 	LoadTest LoadTestPolicy
+	// Listing is asked about each artifact, too; nil is not.
+	Listing Listing
+}
+
+// Listing says what a list from elsewhere makes of an artifact.
+type Listing interface {
+	// Check returns why the artifact of this digest must not be used; nil is that it may. now
+	// is when something new is taken, and zero for what was taken before.
+	Check(digest string, now time.Time) (detail string, err error)
 }
 
 // NewVerifier returns a verifier for this policy.

@@ -236,7 +236,11 @@ func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
 	for _, rule := range p.Rules {
 		checks = append(checks, check{"signatures under the " + short(rule.Statement), func() (string, error) { return x.met(rule) }})
 	}
-	return x, append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
+	checks = append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
+	if p.Listing != nil {
+		checks = append(checks, check{"snapshot", func() (string, error) { return p.Listing.Check(e.Digest, e.Now) }})
+	}
+	return x, checks
 }
 
 // read takes in one statement whose signature holds.

@@ -103,8 +103,22 @@ func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.
 	if p, err = readProof(ctx, repo, v, answer.Digest, facts); err != nil {
 		return nil, p, content, nil, err
 	}
+	if origin != install.MadeHere {
+		a.refresh(ctx)
+	}
 	content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, a.since(store, origin, answer, facts))
 	return repo, p, content, verdict, err
+}
+
+// refresh brings what is gone by up to date. Whether it can be done without is the
+// verifier's to say.
+func (a *Agent) refresh(ctx context.Context) {
+	if a.parts.Refresh == nil {
+		return
+	}
+	if err := a.parts.Refresh(ctx); err != nil {
+		a.parts.Log.WarnContext(ctx, "refresh snapshot", "err", err)
+	}
 }
 
 // since is the time at which an artifact is taken: now, or zero where it was taken before,

@@ -40,6 +40,7 @@ func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, ker
 	if err != nil {
 		return nil, err
 	}
+	a.refresh(ctx)
 	return a.explain(p, a.parts.Verifier, digest, kernel, now)
 }
 

@@ -95,7 +95,7 @@ type Config struct {
 	DryRun bool
 }
 
-// Parts are what the agent works with. All are required but Local, Boot and Tried.
+// Parts are what the agent works with. All are required but Refresh, Local, Boot and Tried.
 type Parts struct {
 	Finder resolve.Finder
 	Open   func(ref string) (Repository, error)
@@ -103,6 +103,9 @@ type Parts struct {
 	// itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
+	// Refresh brings what Verifier goes by up to date, before something published is judged.
+	// What it could not do Verifier knows; nil is nothing to do.
+	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder
 	// Node is the node's root.

@@ -19,6 +19,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/snapshot"
 	"github.com/prebake/prebake/pkg/trust"
 )
 
@@ -55,6 +56,28 @@ type File struct {
 	NodeBuilds bool `json:"nodeBuilds,omitempty" yaml:"nodeBuilds"`
 	// Revoked are digests of artifacts that are never loaded, whoever signed them.
 	Revoked []string `json:"revoked,omitempty" yaml:"revoked" jsonschema:"uniqueItems=true"`
+	// Snapshot demands that a signed list of the farm (builder snapshot) has what is
+	// installed. Default: no list is asked.
+	Snapshot *Snapshot `json:"snapshot,omitempty" yaml:"snapshot"`
+}
+
+// Snapshot says where the list comes from, and what it is needed for.
+type Snapshot struct {
+	// From is the list's folder: its http or https URL, or a path. A relative path begins at
+	// the policy's folder.
+	From string `json:"from" yaml:"from" jsonschema:"minLength=1"`
+	// Root is a file with the root metadata that is trusted, such as 1.root.json; newer ones
+	// come from the list's folder. A relative path begins at the policy's folder.
+	Root string `json:"root" yaml:"root" jsonschema:"minLength=1"`
+	// MaxAgeHours is how long ago the list may have been made when something new is taken.
+	// Default: until it expires.
+	MaxAgeHours int `json:"maxAgeHours,omitempty" yaml:"maxAgeHours" jsonschema:"minimum=1,maximum=876000"`
+	// AllowUnlisted takes what the list does not have; what it has withdrawn is refused.
+	// Default: false.
+	AllowUnlisted bool `json:"allowUnlisted,omitempty" yaml:"allowUnlisted"`
+	// Optional takes something new although no list holds, or only one that has expired. The
+	// last one that held counts for what it has withdrawn. Default: false.
+	Optional bool `json:"optional,omitempty" yaml:"optional"`
 }
 
 // Role is a group of signers.
@@ -114,6 +137,10 @@ type Policy struct {
 	trust.Policy
 	// NodeBuilds lets the node compile for itself.
 	NodeBuilds bool
+	// Snapshot is what the file says of a list, with absolute paths; nil is nothing. Root is
+	// its root.
+	Snapshot *Snapshot
+	Root     []byte
 }
 
 // Read reads a policy file, and the files that it names.
@@ -137,8 +164,38 @@ func read(name string) (Policy, error) {
 	if err != nil {
 		return Policy{}, err
 	}
-	p, err := f.policy(filepath.Dir(name))
-	return Policy{p, f.NodeBuilds}, err
+	p := Policy{NodeBuilds: f.NodeBuilds}
+	if p.Policy, err = f.policy(filepath.Dir(name)); err != nil || f.Snapshot == nil {
+		return p, err
+	}
+	p.Snapshot = new(*f.Snapshot)
+	p.Root, err = p.Snapshot.read(filepath.Dir(name))
+	return p, err
+}
+
+// read completes what a policy says of a list, and reads its root.
+func (s *Snapshot) read(dir string) ([]byte, error) {
+	switch {
+	case s.From == "" || s.Root == "":
+		return nil, errors.New("snapshot: want from and root")
+	case s.MaxAgeHours < 0 || s.MaxAgeHours > 876000:
+		return nil, fmt.Errorf("snapshot: maxAgeHours %d: want 1 to 876000", s.MaxAgeHours)
+	}
+	if !strings.Contains(s.From, "://") {
+		abs, err := filepath.Abs(within(dir, s.From))
+		if err != nil {
+			return nil, fmt.Errorf("snapshot: %w", err)
+		}
+		s.From = abs
+	}
+	root, err := bounded(within(dir, s.Root))
+	if err == nil {
+		_, err = snapshot.New(snapshot.Config{From: s.From, Root: root})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("snapshot: %w", err)
+	}
+	return root, nil
 }
 
 func bounded(name string) ([]byte, error) {
@@ -379,5 +436,23 @@ func Summary(p Policy) []string {
 	if len(p.Revoked) > 0 {
 		add("%d digests revoked", len(p.Revoked))
 	}
+	if s := p.Snapshot; s != nil {
+		add("%s", s)
+	}
 	return lines
+}
+
+// String says in a line what a list is needed for.
+func (s *Snapshot) String() string {
+	text := "needs to be in the snapshot from " + s.From
+	if s.AllowUnlisted {
+		text = "must not be withdrawn in the snapshot from " + s.From
+	}
+	if s.MaxAgeHours > 0 {
+		text += fmt.Sprintf(", at most %d hours old", s.MaxAgeHours)
+	}
+	if s.Optional {
+		text += ", where there is one that holds"
+	}
+	return text
 }

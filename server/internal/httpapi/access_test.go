@@ -42,6 +42,7 @@ var needed = map[string]auth.Scope{
 	"GET /metrics":      "",
 	"GET /openapi.json": "", "GET /openapi.yaml": "", "GET /openapi-3.0.json": "", "GET /openapi-3.0.yaml": "",
 	"GET /readyz":                           "",
+	"GET /snapshot/*":                       "",
 	"GET /v1/artifacts":                     "",
 	"GET /v1/artifacts/{digest}":            "",
 	"GET /v1/audit":                         auth.Admin,
@@ -151,7 +152,7 @@ func TestAuthorization(t *testing.T) {
 		}
 	}
 
-	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes}).(chi.Routes)
+	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Snapshot: http.NotFoundHandler()}).(chi.Routes)
 	if !ok {
 		t.Fatal("the handler tells no routes")
 	}

@@ -56,6 +56,8 @@ type Config struct {
 	// Pages serves PageRoutes, and tells of pages that do not exist.
 	Pages      http.Handler
 	PageRoutes []string
+	// Snapshot serves the files of a signed list below /snapshot/; nil is none.
+	Snapshot http.Handler
 	// Auth finds out who calls.
 	Auth *auth.Authenticator
 	// Access keeps tokens and the audit log.
@@ -124,6 +126,9 @@ func New(c Config) http.Handler {
 		r.Use(deadline(longCall))
 		r.Get("/v1/builds/{id}/log", getLog(c))
 		r.With(needScope(c, auth.Build)).Put("/v1/builds/{id}/log", putLog(c))
+		if c.Snapshot != nil {
+			r.With(limitClients(c.CallsPerMinute)).Method(http.MethodGet, "/snapshot/*", c.Snapshot)
+		}
 		if c.Registry != nil {
 			r.Handle("/v2", c.Registry)
 			r.Handle("/v2/*", c.Registry)

@@ -1,0 +1,344 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/snapshot/maker"
+)
+
+func snapshotCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "snapshot",
+		Usage: "sign a list of what a server has published and withdrawn, for nodes that ask nobody",
+		Description: `The list is a folder of files for any web server, by the rules of TUF. Example:
+  builder snapshot keys keys
+  builder snapshot root --to list --keys keys --threshold 2
+  builder snapshot make --to list --keys keys --server https://prebake.example
+  builder snapshot refresh --to list --keys keys`,
+		Commands: []*ucli.Command{snapshotKeysCommand(), snapshotRootCommand(), snapshotMakeCommand(), snapshotRefreshCommand()},
+	}
+}
+
+// The parts of a snapshot that have a key of their own, beside the root.
+var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
+
+// toFlag names the folder, and keyFlags its keys.
+func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
+
+func keyFlags(roles ...string) []ucli.Flag {
+	flags := []ucli.Flag{cli.String("keys", "", "`FOLDER` that builder snapshot keys made, for keys that are not named")}
+	for _, role := range roles {
+		flags = append(flags, cli.String(role+"-key", "", "`KEY` of the "+role+": a file or a KMS URI"))
+	}
+	return flags
+}
+
+// keyRef names a key: the one that a flag has, or its file in the folder of keys.
+func keyRef(cmd *ucli.Command, role string) (string, error) {
+	if ref := cmd.String(role + "-key"); ref != "" {
+		return ref, nil
+	}
+	if dir := cmd.String("keys"); dir != "" {
+		path := filepath.Join(dir, role+".key")
+		if _, err := os.Stat(path); errors.Is(err, os.ErrNotExist) && cmd.Name == "root" {
+			return path + ".pub", nil // a root needs no more
+		}
+		return path, nil
+	}
+	return "", fault.New(fault.Usage, "no key of the "+role, "add --keys FOLDER, or --"+role+"-key KEY")
+}
+
+func snapshotKeysCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "keys", Usage: "make the keys of a snapshot in a folder", ArgsUsage: "FOLDER",
+		Flags: []ucli.Flag{cli.Int("root-keys", 3, "`COUNT` of keys for the root")},
+		Action: func(_ context.Context, cmd *ucli.Command) error {
+			dir, count := cmd.Args().First(), cmd.Int("root-keys")
+			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
+				return fault.New(fault.Usage, "want one folder, and 1 to 9 root keys", "builder snapshot keys FOLDER")
+			}
+			if err := os.MkdirAll(dir, 0o700); err != nil {
+				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")
+			}
+			names := slices.Clone(snapshotRoles)
+			for i := range count {
+				names = append(names, fmt.Sprintf("root-%d", i+1))
+			}
+			for _, name := range names {
+				path := filepath.Join(dir, name+".key")
+				if err := sign.GenerateKey(path); err != nil {
+					return err
+				}
+				if _, err := fmt.Fprintln(cmd.Root().Writer, path); err != nil {
+					return err
+				}
+			}
+			return nil
+		},
+	}
+}
+
+func snapshotRootCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "root", Usage: "write the next root: who may sign from now on",
+		Description: `Nodes are configured with the first root, or with any later one. As many root
+keys as the threshold wants have to be at hand; of the others the public halves
+do. Another root than the first is signed by as many keys of the one before.`,
+		Flags: append(cli.Group(groupTrust, append(keyFlags(snapshotRoles...),
+			cli.Strings("root-key", "`KEY` of the root: a file, a KMS URI, or a public key that signs nothing now"),
+			cli.Strings("former-key", "`KEY` of the root before, which may not sign from now on"),
+			cli.Int("threshold", 2, "`COUNT` of root keys that have to sign a root"),
+			life("life", 365*24*time.Hour, "`TIME` until the root expires"),
+		)...), cli.Group(groupTo, toFlag())...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := missing(cmd, "to"); err != nil {
+				return err
+			}
+			next := maker.Root{Threshold: cmd.Int("threshold"), Expires: time.Now().Add(cmd.Duration("life"))}
+			refs := cmd.StringSlice("root-key")
+			if len(refs) == 0 && cmd.String("keys") != "" {
+				var err error
+				if refs, err = rootKeys(cmd.String("keys")); err != nil {
+					return err
+				}
+			}
+			for _, ref := range refs {
+				pub, by, err := sign.Metadata(ctx, ref)
+				if err != nil {
+					return err
+				}
+				if next.Keys = append(next.Keys, pub); by != nil {
+					next.Signers = append(next.Signers, by)
+				}
+			}
+			for _, ref := range cmd.StringSlice("former-key") {
+				_, by, err := sign.Metadata(ctx, ref)
+				if err != nil {
+					return err
+				}
+				if by != nil {
+					next.Signers = append(next.Signers, by)
+				}
+			}
+			for i, role := range snapshotRoles {
+				ref, err := keyRef(cmd, role)
+				if err != nil {
+					return err
+				}
+				pub, _, err := sign.Metadata(ctx, ref)
+				if err != nil {
+					return err
+				}
+				switch i {
+				case 0:
+					next.Targets = pub
+				case 1:
+					next.Snapshot = pub
+				case 2:
+					next.Timestamp = pub
+				}
+			}
+			return within(cmd, func(r *maker.Repository) error {
+				name, err := r.WriteRoot(next)
+				if err != nil {
+					return err
+				}
+				_, err = fmt.Fprintln(cmd.Root().Writer, name)
+				return err
+			})
+		},
+	}
+}
+
+// rootKeys finds the root keys of a folder: private ones, or else their public halves.
+func rootKeys(dir string) ([]string, error) {
+	var refs []string
+	for i := 1; ; i++ {
+		path := filepath.Join(dir, fmt.Sprintf("root-%d.key", i))
+		for _, path := range []string{path, path + ".pub"} {
+			if _, err := os.Stat(path); err == nil {
+				refs = append(refs, path)
+				break
+			}
+		}
+		if len(refs) < i {
+			break
+		}
+	}
+	if len(refs) == 0 {
+		return nil, fault.New(fault.Usage, "no root-1.key in "+dir, "make keys with: builder snapshot keys "+dir)
+	}
+	return refs, nil
+}
+
+// within works on the snapshot's folder.
+func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
+	r, err := maker.Open(cmd.String("to"))
+	if err != nil {
+		return err
+	}
+	return errors.Join(do(r), r.Close())
+}
+
+// timestampLife is the flag of how long a list counts without anybody saying that it still
+// does: so long can somebody hide a newer one from a node.
+func timestampLife() ucli.Flag {
+	return life("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
+}
+
+// life is a flag of how long something counts.
+func life(name string, value time.Duration, usage string) ucli.Flag {
+	f := cli.Duration(name, value, usage)
+	f.Validator = func(d time.Duration) error {
+		if d < time.Minute {
+			return fmt.Errorf("%s %v: want a minute or more", name, d)
+		}
+		return nil
+	}
+	return f
+}
+
+func snapshotMakeCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "make", Usage: "ask a server for its artifacts, and publish the list",
+		Flags: slices.Concat(
+			cli.Group(groupFrom, cli.String("server", "", "`URL` of the server"),
+				cli.Bool("allow-empty", "publish a list in which nothing may be used")),
+			cli.Group(groupTrust, append(keyFlags(snapshotRoles...), timestampLife(),
+				life("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
+				cli.Int("least-version", 0, "lowest `VERSION` of the list, where the folder was lost"))...),
+			cli.Group(groupTo, toFlag()),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := errors.Join(missing(cmd, "to"), missing(cmd, "server")); err != nil {
+				return err
+			}
+			var by maker.Signers
+			for role, to := range map[string]*maker.Signer{"targets": &by.Targets, "snapshot": &by.Snapshot, "timestamp": &by.Timestamp} {
+				var err error
+				if *to, err = snapshotSigner(ctx, cmd, role); err != nil {
+					return err
+				}
+			}
+			now := time.Now()
+			list, err := listOf(ctx, api.NewClient(cmd.String("server"), "", nil), now)
+			if err != nil {
+				return err
+			}
+			usable := func(a snapshot.Artifact) bool { return a.State == snapshot.Published }
+			if !cmd.Bool("allow-empty") && !slices.ContainsFunc(list.Artifacts, usable) {
+				return fault.New(fault.NoArtifact, "the server has published nothing: nodes would install nothing", "check --server, or mean it: --allow-empty")
+			}
+			until := maker.Until{Targets: now.Add(cmd.Duration("list-life")), Snapshot: now.Add(cmd.Duration("list-life")), Timestamp: now.Add(cmd.Duration("life"))}
+			return within(cmd, func(r *maker.Repository) error {
+				s, err := r.Publish(list, by, until, int64(cmd.Int("least-version")))
+				if err != nil {
+					return err
+				}
+				return printSnapshot(cmd, s)
+			})
+		},
+	}
+}
+
+func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.Signer, error) {
+	ref, err := keyRef(cmd, role)
+	if err != nil {
+		return nil, err
+	}
+	_, by, err := sign.Metadata(ctx, ref)
+	if err == nil && by == nil {
+		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "name the private half: --"+role+"-key KEY")
+	}
+	return by, err
+}
+
+// listOf asks a server for all that it has published. What is seen twice, because it changed
+// while the pages were read, counts as withdrawn if it was so once.
+func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
+	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
+	all, err := server.Artifacts(ctx)
+	if err != nil {
+		return c, err
+	}
+	at := map[string]int{}
+	for _, a := range all {
+		entry := snapshot.Artifact{Digest: a.Digest, State: snapshot.State(a.State), Reason: a.Reason, Replacement: a.Replacement, Driver: a.Driver, Fingerprint: a.Fingerprint}
+		for _, k := range a.Kernels {
+			entry.Kernels = append(entry.Kernels, snapshot.Kernel{BuildID: k.BuildID, Board: k.Board})
+		}
+		i, twice := at[a.Digest]
+		switch {
+		case !twice:
+			at[a.Digest] = len(c.Artifacts)
+			c.Artifacts = append(c.Artifacts, entry)
+		case entry.State != snapshot.Published:
+			c.Artifacts[i] = entry
+		}
+	}
+	return c, nil
+}
+
+func snapshotRefreshCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "refresh", Usage: "say that the newest list still is the newest",
+		Flags: slices.Concat(
+			cli.Group(groupTrust, append(keyFlags("timestamp"), timestampLife())...),
+			cli.Group(groupTo, toFlag()),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			if err := missing(cmd, "to"); err != nil {
+				return err
+			}
+			by, err := snapshotSigner(ctx, cmd, "timestamp")
+			if err != nil {
+				return err
+			}
+			return within(cmd, func(r *maker.Repository) error {
+				s, err := r.Refresh(by, time.Now().Add(cmd.Duration("life")))
+				if err != nil {
+					return err
+				}
+				return printSnapshot(cmd, s)
+			})
+		},
+	}
+}
+
+// printSnapshot prints what was published.
+func printSnapshot(cmd *ucli.Command, s *snapshot.Snapshot) error {
+	count := map[snapshot.State]int{}
+	for _, a := range s.Artifacts {
+		count[a.State]++
+	}
+	said := struct {
+		Version     int64     `json:"version"`
+		Refreshed   int64     `json:"refreshed"`
+		MadeAt      time.Time `json:"madeAt"`
+		Expires     time.Time `json:"expires"`
+		Published   int       `json:"published"`
+		Yanked      int       `json:"yanked"`
+		Quarantined int       `json:"quarantined"`
+	}{s.Version, s.Refreshed, s.MadeAt, s.Expires, count[snapshot.Published], count[snapshot.Yanked], count[snapshot.Quarantined]}
+	return cli.Print(cmd, said, func(w io.Writer) error {
+		_, err := fmt.Fprintf(w, "list      %d, made on %s\nexpires   %s\npublished %d\nyanked    %d\nin quarantine %d\n",
+			said.Version, said.MadeAt.Format(time.RFC3339), said.Expires.Format(time.RFC3339), said.Published, said.Yanked, said.Quarantined)
+		return err
+	})
+}

@@ -1,0 +1,158 @@
+// Package listed asks a signed list what it says of an artifact, by the rules of a node's
+// owner. It refuses to take anything away for its own trouble: a list that is away, or has
+// expired, keeps out what is new, and nothing that the node has.
+package listed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/snapshot"
+)
+
+// Why an artifact is refused; for errors.Is.
+var (
+	ErrYanked      = errors.New("it was yanked")
+	ErrQuarantined = errors.New("it is in quarantine")
+	ErrUnlisted    = errors.New("it is not in the snapshot")
+	ErrStale       = errors.New("the snapshot is too old")
+	ErrNone        = errors.New("there is no snapshot")
+)
+
+// Rule says what a list is needed for; see policy.Snapshot.
+type Rule struct {
+	MaxAge                  time.Duration
+	AllowUnlisted, Optional bool
+	// Client has the list.
+	Client *snapshot.Client
+
+	mu sync.Mutex
+	// last is what is known, and trouble why it could not be read or refreshed.
+	last    *list
+	read    bool
+	trouble error
+}
+
+// list is what decides of a snapshot.
+type list struct {
+	version         int64
+	madeAt, expires time.Time
+	published       map[string]struct{}
+	withdrawn       map[string]snapshot.Artifact
+}
+
+func listOf(s *snapshot.Snapshot) *list {
+	if s == nil {
+		return nil
+	}
+	l := &list{s.Version, s.MadeAt, s.Expires, make(map[string]struct{}, len(s.Artifacts)), map[string]snapshot.Artifact{}}
+	for _, a := range s.Artifacts {
+		if a.State == snapshot.Published {
+			l.published[a.Digest] = struct{}{}
+		} else {
+			l.withdrawn[a.Digest] = a
+		}
+	}
+	return l
+}
+
+// Refresh takes the newest list. Where that fails, the one before goes on to count.
+func (r *Rule) Refresh(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s, err := r.Client.Refresh(ctx)
+	if r.trouble = err; err == nil {
+		r.last, r.read = listOf(s), true
+	}
+	return err
+}
+
+// Check implements [trust.Listing]. now is zero for what the node has already: then nothing
+// counts but that somebody withdrew it for good.
+func (r *Rule) Check(digest string, now time.Time) (string, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.read {
+		s, err := r.Client.Last()
+		r.last, r.read = listOf(s), true
+		if r.trouble == nil {
+			r.trouble = err
+		}
+	}
+	if r.last != nil {
+		if a, ok := r.last.withdrawn[digest]; ok && (a.State == snapshot.Yanked || !now.IsZero()) {
+			return "", r.withdrawn(a)
+		}
+	}
+	if now.IsZero() {
+		return "not withdrawn, as far as this node knows", nil
+	}
+	if err := r.holds(now); err != nil {
+		if r.Optional {
+			return "not withdrawn, as far as this node knows: " + err.Error(), nil
+		}
+		return "", err
+	}
+	name := fmt.Sprintf("snapshot %d of %s", r.last.version, r.last.madeAt.UTC().Format(time.RFC3339))
+	if _, ok := r.last.published[digest]; ok {
+		return "published in " + name, nil
+	}
+	if r.AllowUnlisted {
+		return "not withdrawn in " + name, nil
+	}
+	return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
+		"have a new list made, if it was published since: builder snapshot make; or install what is in it")
+}
+
+func (r *Rule) withdrawn(a snapshot.Artifact) error {
+	err := ErrYanked
+	if a.State == snapshot.Quarantined {
+		err = ErrQuarantined
+	}
+	if a.Reason != "" {
+		err = fmt.Errorf("%w: %.200s", err, a.Reason)
+	}
+	hint := "install another driver"
+	if a.Replacement != "" {
+		hint = "install in place of it: --driver " + a.Replacement
+	}
+	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
+}
+
+// skew is how far a list may be ahead of this machine's clock.
+const skew = 24 * time.Hour
+
+// holds says why the list that is known does not do for something new.
+func (r *Rule) holds(now time.Time) error {
+	kind, hint := fault.Unverified, ""
+	if r.trouble != nil {
+		// Whoever answers with something else than was signed is not passed over.
+		if kind = fault.Of(r.trouble); kind != fault.Transient {
+			return r.trouble
+		}
+		hint = fault.Hint(r.trouble)
+	}
+	fail := func(why error, next string) error {
+		if r.trouble != nil {
+			why, next = fmt.Errorf("%w, and no newer one could be had: %w", why, r.trouble), hint
+		}
+		return fault.Wrap(kind, why, next)
+	}
+	const again = "have it made or refreshed: builder snapshot; then run this again"
+	switch l := r.last; {
+	case l == nil:
+		return fail(ErrNone, again)
+	case now.After(l.expires):
+		return fail(fmt.Errorf("%w: it expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
+	case l.madeAt.After(now.Add(skew)):
+		return fault.Wrap(fault.Unverified, fmt.Errorf("%w, or the clock of this machine is wrong: the list is of %s, and this machine has %s", ErrStale, l.madeAt.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)),
+			"set the clock of this machine")
+	case r.MaxAge > 0 && now.Sub(l.madeAt) > r.MaxAge:
+		return fail(fmt.Errorf("%w: it was made on %s, and the policy takes %v", ErrStale, l.madeAt.UTC().Format(time.RFC3339), r.MaxAge), again)
+	}
+	return nil
+}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"context"
+	"path/filepath"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/fetcher/internal/listed"
+	"github.com/prebake/prebake/fetcher/internal/noderoot"
+	"github.com/prebake/prebake/fetcher/internal/policy"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// newVerifier trusts the keys and the identity that the flags or the policy name, and
+// returns how to bring the list up to date that the policy wants to be asked; nil is none.
+func newVerifier(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*trust.Verifier, func(context.Context) error, error) {
+	rule, err := newListing(cmd, p, node)
+	if err != nil {
+		return nil, nil, err
+	}
+	if rule == nil {
+		v, err := trust.NewVerifier(p.Policy)
+		return v, nil, err
+	}
+	p.Listing = rule
+	v, err := trust.NewVerifier(p.Policy)
+	return v, rule.Refresh, err
+}
+
+// newListing returns the list that a policy wants to be asked; nil is none.
+func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*listed.Rule, error) {
+	if p.Snapshot == nil {
+		return nil, nil
+	}
+	state, err := node.Path(cmd.String("state-dir"))
+	if err != nil {
+		return nil, err
+	}
+	client, err := snapshot.New(snapshot.Config{
+		From: p.Snapshot.From, Root: p.Root, State: filepath.Join(state, "snapshot.json"),
+		ReadOnly: cmd.Bool("dry-run") || cmd.Name == "verify", UserAgent: "prebake-fetcher/" + version,
+	})
+	return &listed.Rule{
+		Client: client, MaxAge: time.Duration(p.Snapshot.MaxAgeHours) * time.Hour,
+		AllowUnlisted: p.Snapshot.AllowUnlisted, Optional: p.Snapshot.Optional,
+	}, err
+}
+
+// trustPolicy reads the policy, or the settings that stand for one. The keys may be missing
+// where an identity is trusted, unless a file of them was named.
+func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
+	file := cmd.String("policy")
+	if file == "" {
+		p, err := flagPolicy(cmd)
+		return policy.Policy{Policy: p}, err
+	}
+	for _, name := range []string{"key", "load-test", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
+		if cmd.IsSet(name) {
+			return policy.Policy{}, fault.New(
+				fault.Usage,
+				"--policy and --"+name+" do not go together",
+				"say it in the policy: fetcher policy schema tells how",
+			)
+		}
+	}
+	return policy.Read(file)
+}

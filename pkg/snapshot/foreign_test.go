@@ -1,0 +1,50 @@
+package snapshot_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	foreign "github.com/theupdateframework/go-tuf/client"
+
+	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/testkit/snapshots"
+)
+
+// bytesOf takes a target as the foreign client hands it over.
+type bytesOf struct{ bytes.Buffer }
+
+func (b *bytesOf) Delete() error { b.Reset(); return nil }
+
+// The folder is read by a TUF client that somebody else wrote by the specification: the first
+// generation of the Update Framework's own Go client (go-tuf 0.7), which shares nothing with
+// the library that writes it but the encoder of canonical JSON.
+func TestForeignClient(t *testing.T) {
+	t.Parallel()
+	now := time.Now().UTC() // that client has no clock to set
+	f := snapshots.New(t, now)
+	publish(t, f, now, snapshot.Yanked)
+	store, err := foreign.HTTPRemoteStore(served(t, f.Dir), nil, nil)
+	check(t, err)
+	c := foreign.NewClient(foreign.MemoryLocalStore(), store)
+	check(t, c.Init(read(t, f.Dir, "1.root.json")))
+	files, err := c.Update()
+	if err != nil {
+		t.Fatalf("Update = %v", err)
+	}
+	if len(files) != 1 || files[snapshot.Name].Length == 0 {
+		t.Errorf("Update = %+v; want %s", files, snapshot.Name)
+	}
+	var got bytesOf
+	check(t, c.Download(snapshot.Name, &got))
+	if want := read(t, list(t, f.Dir, 1)); !bytes.Equal(got.Bytes(), want) {
+		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
+	}
+	// What it refuses is refused for what is in it, and not for its shape.
+	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"), edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = 8 }), 0o644))
+	if _, err := c.Update(); err == nil {
+		t.Error("Update of a changed timestamp = nil; want an error")
+	}
+}

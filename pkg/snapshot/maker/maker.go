@@ -1,0 +1,453 @@
+// Package maker writes snapshots: the folder that any web server serves, in the layout of TUF
+// with consistent snapshots. It signs with what it is handed, and holds no key. It refuses to
+// publish what a client would refuse, and to write over a file but the newest timestamp.
+package maker
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/gofrs/flock"
+	"github.com/sigstore/sigstore/pkg/signature"
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/snapshot"
+)
+
+// Repository is the folder of a snapshot. One at a time writes to it.
+type Repository struct {
+	dir  string
+	lock *flock.Flock
+}
+
+// Open opens a folder, and makes it where it is missing. The caller closes it.
+func Open(dir string) (*Repository, error) {
+	fail := func(err error) (*Repository, error) {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open snapshot %s: %w", dir, err), "name a folder that this user may write")
+	}
+	if err := os.MkdirAll(filepath.Join(dir, "targets"), 0o755); err != nil {
+		return fail(err)
+	}
+	lock := flock.New(filepath.Join(dir, ".lock"))
+	locked, err := lock.TryLock()
+	if err != nil {
+		return fail(err)
+	}
+	if !locked {
+		return nil, fault.New(fault.Busy, "open snapshot "+dir+": somebody else writes to it", "wait until that is done")
+	}
+	return &Repository{dir, lock}, nil
+}
+
+// Close lets others write.
+func (r *Repository) Close() error { return r.lock.Close() }
+
+// Root says who signs a snapshot from now on.
+type Root struct {
+	// Keys are those that may sign the next root, and Threshold how many of them have to.
+	Keys      []crypto.PublicKey
+	Threshold int
+	// Targets signs what is in a list, Snapshot which list is the newest, and Timestamp that it
+	// still is.
+	Targets, Snapshot, Timestamp crypto.PublicKey
+	// Signers are the keys at hand, as many as Threshold wants of Keys, and as many as the
+	// former root wants of its own.
+	Signers []signature.Signer
+	Expires time.Time
+}
+
+// WriteRoot writes the first root, or the one after the newest, and returns its name.
+func (r *Repository) WriteRoot(next Root) (string, error) {
+	name, err := r.writeRoot(next)
+	if err != nil {
+		return "", fmt.Errorf("write root of snapshot: %w", err)
+	}
+	return name, nil
+}
+
+func (r *Repository) writeRoot(next Root) (string, error) {
+	if next.Threshold < 1 || next.Threshold > len(next.Keys) {
+		return "", fault.New(fault.Usage, fmt.Sprintf("threshold %d of %d root keys", next.Threshold, len(next.Keys)), "want 1 or more, and no more than there are keys")
+	}
+	root := metadata.Root(moment(next.Expires))
+	root.Signed.Roles[metadata.ROOT].Threshold = next.Threshold
+	for role, keys := range map[string][]crypto.PublicKey{
+		metadata.ROOT: next.Keys, metadata.TARGETS: {next.Targets}, metadata.SNAPSHOT: {next.Snapshot}, metadata.TIMESTAMP: {next.Timestamp},
+	} {
+		for _, pub := range keys {
+			key, err := keyOf(pub)
+			if err != nil {
+				return "", err
+			}
+			if err := root.Signed.AddKey(key, role); err != nil {
+				return "", err
+			}
+		}
+	}
+	if len(root.Signed.Roles[metadata.ROOT].KeyIDs) != len(next.Keys) {
+		return "", fault.New(fault.Usage, "one of the root keys is there twice", "name each once")
+	}
+	former, err := r.newestRoot()
+	if err != nil {
+		return "", err
+	}
+	if former != nil {
+		root.Signed.Version = former.Signed.Version + 1
+	}
+	for _, s := range next.Signers {
+		sig, err := root.Sign(s)
+		if err != nil {
+			return "", err
+		}
+		if slices.ContainsFunc(root.Signatures[:len(root.Signatures)-1], func(other metadata.Signature) bool { return other.KeyID == sig.KeyID }) {
+			root.Signatures = root.Signatures[:len(root.Signatures)-1] // one key signs once
+		}
+	}
+	few := func(whose string, err error) error {
+		return fault.Wrap(fault.Usage, fmt.Errorf("signed by too few keys of the %s root: %w", whose, err), "name as many files or URIs of private root keys as the threshold wants")
+	}
+	if former != nil {
+		if err := former.VerifyDelegate(metadata.ROOT, root); err != nil {
+			return "", few("former", err)
+		}
+	}
+	if err := root.VerifyDelegate(metadata.ROOT, root); err != nil {
+		return "", few("new", err)
+	}
+	text, err := root.ToBytes(true)
+	if err != nil {
+		return "", err
+	}
+	name := rootName(root.Signed.Version)
+	return filepath.Join(r.dir, name), r.write(name, text)
+}
+
+func rootName(version int64) string { return strconv.FormatInt(version, 10) + ".root.json" }
+
+// newestRoot reads the newest root; nil is that there is none.
+func (r *Repository) newestRoot() (*metadata.Metadata[metadata.RootType], error) {
+	var newest *metadata.Metadata[metadata.RootType]
+	for version := int64(1); ; version++ {
+		text, err := r.read(rootName(version))
+		if errors.Is(err, fs.ErrNotExist) {
+			return newest, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		if newest, err = metadata.Root().FromBytes(text); err != nil {
+			return nil, fmt.Errorf("read %s: %w", rootName(version), err)
+		}
+	}
+}
+
+// keyOf takes keys that every TUF client and every KMS knows.
+func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
+	key, ok := pub.(*ecdsa.PublicKey)
+	if !ok || key.Curve != elliptic.P256() {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("a key of type %T, or on another curve, cannot sign a snapshot", pub), "use ECDSA P-256: builder keygen FILE")
+	}
+	return metadata.KeyFromPublicKey(key)
+}
+
+// moment is a time as TUF writes it.
+func moment(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
+
+// Signer signs with one key, wherever that is kept.
+type Signer = signature.Signer
+
+// Signers sign a list, each its part.
+type Signers struct{ Targets, Snapshot, Timestamp Signer }
+
+// Until are the times at which the parts of a snapshot expire.
+type Until struct{ Targets, Snapshot, Timestamp time.Time }
+
+// Publish writes a list as the newest. least is the lowest version that it may have; 0 is the
+// one after the newest that is here.
+func (r *Repository) Publish(list snapshot.Catalogue, by Signers, until Until, least int64) (*snapshot.Snapshot, error) {
+	s, err := r.publish(list, by, until, least)
+	if err != nil {
+		return nil, fmt.Errorf("publish snapshot: %w", err)
+	}
+	return s, nil
+}
+
+func (r *Repository) publish(list snapshot.Catalogue, by Signers, until Until, least int64) (*snapshot.Snapshot, error) {
+	root, err := r.newestRoot()
+	if err != nil {
+		return nil, err
+	}
+	if root == nil {
+		return nil, fault.New(fault.Usage, "there is no root yet", "make one: builder snapshot root")
+	}
+	former, err := r.newest()
+	if err != nil {
+		return nil, err
+	}
+	version := max(former.version+1, least)
+	for r.has(version) { // of a run that was ended before it replaced timestamp.json
+		version++
+	}
+	file, err := Encode(list)
+	if err != nil {
+		return nil, err
+	}
+	info, err := metadata.TargetFile().FromBytes(snapshot.Name, file, "sha256")
+	if err != nil {
+		return nil, err
+	}
+	targets := metadata.Targets(moment(until.Targets))
+	targets.Signed.Version, targets.Signed.Targets[snapshot.Name] = version, info
+	files := snapshot.Files{Catalogue: file}
+	if files.Targets, err = signed(targets, by.Targets); err != nil {
+		return nil, err
+	}
+	snap := metadata.Snapshot(moment(until.Snapshot))
+	snap.Signed.Version = version
+	if snap.Signed.Meta["targets.json"], err = metaOf(files.Targets, version); err != nil {
+		return nil, err
+	}
+	if files.Snapshot, err = signed(snap, by.Snapshot); err != nil {
+		return nil, err
+	}
+	stamp := metadata.Timestamp(moment(until.Timestamp))
+	stamp.Signed.Version = max(former.stamp+1, least)
+	if stamp.Signed.Meta["snapshot.json"], err = metaOf(files.Snapshot, version); err != nil {
+		return nil, err
+	}
+	if files.Timestamp, err = signed(stamp, by.Timestamp); err != nil {
+		return nil, err
+	}
+	s, err := r.verified(files, root.Signed.Version)
+	if err != nil {
+		return nil, err
+	}
+	// The timestamp comes last: whoever reads meanwhile has the list before, or this one.
+	v := strconv.FormatInt(version, 10)
+	for _, f := range []struct {
+		name string
+		data []byte
+	}{{filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name), file}, {v + ".targets.json", files.Targets}, {v + ".snapshot.json", files.Snapshot}} {
+		if err := r.write(f.name, f.data); err != nil {
+			return nil, err
+		}
+	}
+	if err := r.replace("timestamp.json", files.Timestamp); err != nil {
+		return nil, err
+	}
+	return s, r.trim(version)
+}
+
+// Refresh says again that the newest list is the newest, until then.
+func (r *Repository) Refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
+	s, err := r.refresh(by, until)
+	if err != nil {
+		return nil, fmt.Errorf("refresh snapshot: %w", err)
+	}
+	return s, nil
+}
+
+func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Snapshot, error) {
+	root, err := r.newestRoot()
+	if err != nil {
+		return nil, err
+	}
+	at, err := r.newest()
+	if err != nil {
+		return nil, err
+	}
+	if root == nil || at.version == 0 {
+		return nil, fault.New(fault.Usage, "there is no list yet", "make one: builder snapshot make")
+	}
+	stamp := metadata.Timestamp(moment(until))
+	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = at.stamp+1, at.meta
+	files := at.files
+	if files.Timestamp, err = signed(stamp, by); err != nil {
+		return nil, err
+	}
+	s, err := r.verified(files, root.Signed.Version)
+	if err != nil {
+		return nil, err
+	}
+	return s, r.replace("timestamp.json", files.Timestamp)
+}
+
+// verified makes sure that clients take what is going to be served.
+func (r *Repository) verified(files snapshot.Files, root int64) (_ *snapshot.Snapshot, err error) {
+	if files.Root, err = r.read(rootName(root)); err != nil {
+		return nil, err
+	}
+	s, err := snapshot.Verify(files)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "sign with the keys that the newest root names, or make a root that names these: builder snapshot root")
+	}
+	return s, nil
+}
+
+func metaOf(data []byte, version int64) (*metadata.MetaFiles, error) {
+	f, err := metadata.TargetFile().FromBytes("", data, "sha256")
+	if err != nil {
+		return nil, err
+	}
+	return &metadata.MetaFiles{Version: version, Length: f.Length, Hashes: f.Hashes}, nil
+}
+
+func signed[T metadata.Roles](m *metadata.Metadata[T], by signature.Signer) ([]byte, error) {
+	if _, err := m.Sign(by); err != nil {
+		return nil, err
+	}
+	return m.ToBytes(true)
+}
+
+// newest is what is published.
+type newest struct {
+	version, stamp int64
+	meta           *metadata.MetaFiles // of the snapshot
+	files          snapshot.Files      // without a root
+}
+
+// newest reads the list that is published; zero is none.
+func (r *Repository) newest() (at newest, err error) {
+	if at.files.Timestamp, err = r.read("timestamp.json"); errors.Is(err, fs.ErrNotExist) {
+		return newest{}, nil
+	} else if err != nil {
+		return at, err
+	}
+	stamp, err := metadata.Timestamp().FromBytes(at.files.Timestamp)
+	if err != nil {
+		return at, fmt.Errorf("read timestamp.json: %w", err)
+	}
+	if at.stamp, at.meta = stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"]; at.meta == nil {
+		return at, errors.New("read timestamp.json: it names no snapshot")
+	}
+	at.version = at.meta.Version
+	v := strconv.FormatInt(at.version, 10)
+	if at.files.Snapshot, err = r.read(v + ".snapshot.json"); err != nil {
+		return at, err
+	}
+	if at.files.Targets, err = r.read(v + ".targets.json"); err != nil {
+		return at, err
+	}
+	targets, err := metadata.Targets().FromBytes(at.files.Targets)
+	if err != nil {
+		return at, fmt.Errorf("read targets: %w", err)
+	}
+	info := targets.Signed.Targets[snapshot.Name]
+	if info == nil {
+		return at, errors.New("read targets: they name no " + snapshot.Name)
+	}
+	at.files.Catalogue, err = r.read(filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name))
+	return at, err
+}
+
+// has reports whether there are files of a version.
+func (r *Repository) has(version int64) bool {
+	v := strconv.FormatInt(version, 10)
+	for _, role := range []string{"targets", "snapshot"} {
+		if _, err := os.Lstat(filepath.Join(r.dir, v+"."+role+".json")); err == nil {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *Repository) read(name string) ([]byte, error) {
+	return os.ReadFile(filepath.Join(r.dir, name))
+}
+
+// write writes a file that does not change any more. The same bytes may be there.
+func (r *Repository) write(name string, data []byte) error {
+	if have, err := r.read(name); err == nil {
+		if string(have) == string(data) {
+			return nil
+		}
+		return fault.New(fault.PublishRefused, fmt.Sprintf("write %s: it is there already, with other bytes", name), "")
+	}
+	return r.replace(name, data)
+}
+
+// replace writes a file whole or not at all.
+func (r *Repository) replace(name string, data []byte) (err error) {
+	path := filepath.Join(r.dir, name)
+	defer func() {
+		err = fault.Disk(err, "free space on the disk of the snapshot's folder")
+	}()
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(path+".new"))
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// keptVersions is how many lists stay beside the newest, for whoever is reading one.
+const keptVersions = 3
+
+// trim removes what nobody reads any more.
+func (r *Repository) trim(version int64) error {
+	used := map[string]bool{}
+	names, err := filepath.Glob(filepath.Join(r.dir, "*.targets.json"))
+	if err != nil {
+		return err
+	}
+	var old []string
+	for _, path := range names {
+		var v int64
+		if _, err := fmt.Sscanf(filepath.Base(path), "%d.targets.json", &v); err != nil {
+			continue
+		}
+		if v < version-keptVersions {
+			old = append(old, path, filepath.Join(r.dir, strconv.FormatInt(v, 10)+".snapshot.json"))
+			continue
+		}
+		var m struct {
+			Signed struct {
+				Targets map[string]struct{ Hashes map[string]string } `json:"targets"`
+			} `json:"signed"`
+		}
+		text, err := os.ReadFile(path)
+		if err == nil {
+			err = json.Unmarshal(text, &m)
+		}
+		if err != nil {
+			return fmt.Errorf("read %s: %w", path, err)
+		}
+		used[m.Signed.Targets[snapshot.Name].Hashes["sha256"]+"."+snapshot.Name] = true
+	}
+	lists, err := filepath.Glob(filepath.Join(r.dir, "targets", "*."+snapshot.Name))
+	if err != nil {
+		return err
+	}
+	for _, path := range lists {
+		if !used[filepath.Base(path)] {
+			old = append(old, path)
+		}
+	}
+	for _, path := range old {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}

@@ -1,0 +1,161 @@
+package snapshot
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/stall"
+)
+
+// source serves the files of a snapshot, by their names in its folder.
+type source interface {
+	// open returns a stream, or [fs.ErrNotExist].
+	open(ctx context.Context, name string) (io.ReadCloser, error)
+	String() string
+}
+
+// openSource tells a URL from a folder.
+func openSource(from string, client *http.Client, agent string) (source, error) {
+	bad := func(why string) error {
+		return fault.New(fault.Usage, fmt.Sprintf("snapshot from %.200q: %s", from, why), "give the URL of the folder that builder snapshot wrote, http:// or https://, or its absolute path")
+	}
+	if !strings.Contains(from, "://") {
+		if !filepath.IsAbs(from) {
+			return nil, bad("want a URL, or an absolute path")
+		}
+		return folder(from), nil
+	}
+	u, err := url.Parse(from)
+	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, bad("want http://HOST/FOLDER or https://HOST/FOLDER")
+	}
+	if client == nil {
+		t := http.DefaultTransport.(*http.Transport).Clone() // so says its package
+		t.DisableCompression = true                          // the bytes that were signed
+		t.ResponseHeaderTimeout = silence
+		client = &http.Client{Transport: t}
+	}
+	return &web{base: strings.TrimSuffix(u.String(), "/") + "/", client: client, agent: agent}, nil
+}
+
+// silence is how long a server may send nothing.
+const silence = 30 * time.Second
+
+type web struct {
+	base, agent string
+	client      *http.Client
+}
+
+func (w *web) String() string { return w.base }
+
+func (w *web) open(ctx context.Context, name string) (io.ReadCloser, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	rc, err := w.get(ctx, name)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	return stall.Watch(rc, w.base+name, silence, cancel), nil
+}
+
+func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, w.base+name, nil)
+	if err != nil {
+		return nil, err
+	}
+	if w.agent != "" {
+		req.Header.Set("User-Agent", w.agent)
+	}
+	req.Header.Set("Cache-Control", "no-cache") // timestamp.json has one name for ever
+	resp, err := w.client.Do(req)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, fault.Wrap(fault.Transient, err, "check the network, and that the source of the snapshot answers")
+	}
+	switch resp.StatusCode {
+	case http.StatusOK:
+		return resp.Body, nil
+	case http.StatusNotFound, http.StatusGone, http.StatusForbidden: // buckets that list nothing answer 403
+		err = fs.ErrNotExist
+	default:
+		err = fault.New(fault.Transient, fmt.Sprintf("GET %s%s: the server answered %s", w.base, name, resp.Status), "check that the source of the snapshot answers")
+	}
+	return nil, errors.Join(err, resp.Body.Close())
+}
+
+// folder is a snapshot on a disk.
+type folder string
+
+func (f folder) String() string { return string(f) }
+
+func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
+	root, err := os.OpenRoot(string(f))
+	if err != nil {
+		// Not wrapped: that there is no folder is not that it lacks a file.
+		return nil, fault.New(fault.Transient, "open folder: "+err.Error(), "check that the folder of the snapshot is there")
+	}
+	defer root.Close()
+	info, err := root.Stat(name) // first: opening a pipe waits for its other end
+	if err == nil && !info.Mode().IsRegular() {
+		err = refused(fmt.Errorf("%w: %s is no regular file", ErrMalformed, filepath.Join(string(f), name)))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return root.Open(name)
+}
+
+// place begins the addresses that the library makes.
+const place = "snapshot:/"
+
+// download reads a file of the source, of which it has at most so many bytes.
+type download func(name string, most int64) ([]byte, error)
+
+// DownloadFile implements the TUF library's Fetcher.
+func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]byte, error) {
+	return d(strings.TrimPrefix(address, place), most)
+}
+
+// fetch is the download of one refresh: the library hands no context on.
+func fetch(ctx context.Context, from source) download {
+	return func(name string, most int64) ([]byte, error) {
+		if most <= 0 || most > MaxFile {
+			return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile)}
+		}
+		rc, err := from.open(ctx, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, &metadata.ErrDownloadHTTP{StatusCode: http.StatusNotFound, URL: strings.TrimSuffix(from.String(), "/") + "/" + name}
+		}
+		if err != nil {
+			return nil, err
+		}
+		data, err := io.ReadAll(io.LimitReader(rc, most+1))
+		if err := errors.Join(err, rc.Close()); err != nil {
+			if ctx.Err() != nil {
+				return nil, context.Cause(ctx)
+			}
+			if fault.Of(err) == fault.Internal {
+				err = fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err), "try again")
+			}
+			return nil, err
+		}
+		if int64(len(data)) > most {
+			return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s has more than %d bytes", name, most)}
+		}
+		return data, nil
+	}
+}

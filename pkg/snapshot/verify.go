@@ -1,0 +1,145 @@
+package snapshot
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/theupdateframework/go-tuf/v2/metadata"
+	"github.com/theupdateframework/go-tuf/v2/metadata/trustedmetadata"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Why a list is refused; for errors.Is.
+var (
+	ErrExpired   = errors.New("it has expired")
+	ErrRollback  = errors.New("it is older than one that was seen before")
+	ErrAltered   = errors.New("a file is not the one that was signed, or belongs to another list")
+	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
+	ErrMalformed = errors.New("it has not the form that it should have")
+	// ErrEndless is one way of being altered: what is longer than what was signed is not read
+	// to its end.
+	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
+)
+
+const hintSource = "check that the source serves the folder that builder snapshot wrote, all files of one moment; if it does, somebody changes it on its way"
+
+// refused gives a reason its kind.
+func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
+
+// explain names what the TUF library found. Its own words stay in the text.
+func explain(err error) error {
+	for _, known := range []struct{ is, reason error }{
+		{&metadata.ErrExpiredMetadata{}, ErrExpired},
+		{&metadata.ErrBadVersionNumber{}, ErrRollback},
+		{&metadata.ErrUnsignedMetadata{}, ErrSignature},
+		{&metadata.ErrLengthOrHashMismatch{}, ErrAltered},
+		{&metadata.ErrDownloadLengthMismatch{}, ErrEndless},
+	} {
+		if !errors.Is(err, known.is) {
+			continue
+		}
+		if errors.Is(known.reason, ErrExpired) {
+			return fault.Wrap(fault.Unverified, fmt.Errorf("%w: %w", ErrExpired, err), "have it made or refreshed: builder snapshot; if that was done, its source does not serve the newest")
+		}
+		return refused(fmt.Errorf("%w: %w", known.reason, err))
+	}
+	var missing *metadata.ErrDownloadHTTP
+	switch {
+	case errors.As(err, &missing):
+		return fault.Wrap(fault.Transient, fmt.Errorf("%s is not there (status %d)", missing.URL, missing.StatusCode), "check the address of the snapshot, and that all its files were copied")
+	case fault.Of(err) != fault.Internal:
+		return err // of the way there
+	}
+	return refused(fmt.Errorf("%w: %w", ErrMalformed, err))
+}
+
+// Files are the parts of a snapshot, as they are served.
+type Files struct {
+	Root      []byte `json:"root"`
+	Timestamp []byte `json:"timestamp"`
+	Snapshot  []byte `json:"snapshot"`
+	Targets   []byte `json:"targets"`
+	Catalogue []byte `json:"catalogue"`
+}
+
+// Snapshot is a list whose signatures hold.
+type Snapshot struct {
+	Catalogue
+	// Version counts the lists, and Refreshed how often somebody said that the newest is
+	// still the newest.
+	Version, Refreshed int64
+	// Expires is when the first of its parts does.
+	Expires time.Time
+}
+
+// Verify checks that a snapshot's parts are signed by whom its root names and belong
+// together. It asks no clock: Expires says until when the answer counts. That the root
+// itself is to be trusted, and that no newer list was seen, is for [Client].
+func Verify(f Files) (*Snapshot, error) {
+	s, err := guarded(func() (*Snapshot, error) { return verify(f) })
+	if err != nil {
+		return nil, fmt.Errorf("verify snapshot: %w", err)
+	}
+	return s, nil
+}
+
+func verify(f Files) (*Snapshot, error) {
+	trusted, err := trustedmetadata.New(f.Root)
+	if err != nil {
+		return nil, explain(err)
+	}
+	trusted.RefTime = time.Time{} // nothing has expired by then
+	if _, err := trusted.UpdateTimestamp(f.Timestamp); err != nil {
+		return nil, explain(err)
+	}
+	if trusted.Timestamp.Signed.Meta[metadata.SNAPSHOT+".json"] == nil { // the library would look into it
+		return nil, refused(fmt.Errorf("%w: the timestamp names no snapshot", ErrMalformed))
+	}
+	if _, err := trusted.UpdateSnapshot(f.Snapshot, false); err != nil {
+		return nil, explain(err)
+	}
+	targets, err := trusted.UpdateTargets(f.Targets)
+	if err != nil {
+		return nil, explain(err)
+	}
+	info := targets.Signed.Targets[Name]
+	if info == nil {
+		return nil, refused(fmt.Errorf("%w: it has no %s", ErrMalformed, Name))
+	}
+	if err := info.VerifyLengthHashes(f.Catalogue); err != nil {
+		return nil, explain(err)
+	}
+	list, err := Decode(f.Catalogue)
+	if err != nil {
+		return nil, err
+	}
+	s := &Snapshot{Catalogue: *list, Version: targets.Signed.Version, Refreshed: trusted.Timestamp.Signed.Version, Expires: trusted.Root.Signed.Expires}
+	for _, at := range []time.Time{trusted.Timestamp.Signed.Expires, trusted.Snapshot.Signed.Expires, targets.Signed.Expires} {
+		if at.Before(s.Expires) {
+			s.Expires = at
+		}
+	}
+	return s, nil
+}
+
+// CheckRoot checks that a text is root metadata that its own keys signed.
+func CheckRoot(text []byte) error {
+	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
+		return fmt.Errorf("read root of snapshot: %w", fault.Wrap(fault.Usage, err, "give an N.root.json that builder snapshot root wrote"))
+	}
+	return nil
+}
+
+// guarded turns a panic into a refusal: the library looks into parts that are null in bytes
+// of which nobody has checked the signature.
+func guarded[T any](do func() (T, error)) (_ T, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = refused(fmt.Errorf("%w: %v", ErrMalformed, p))
+		}
+	}()
+	return do()
+}

@@ -1,0 +1,50 @@
+package main
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"regexp"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// snapshotFile matches the files that builder snapshot writes, and none beside them.
+var snapshotFile = regexp.MustCompile(`^(timestamp\.json|[1-9][0-9]*\.(root|targets|snapshot)\.json|targets/[0-9a-f]{64}\.catalogue\.json\.zst)$`)
+
+// snapshotFiles serves the folder of a snapshot, which may be written while it is served. It
+// verifies nothing: nodes do.
+func snapshotFiles(dir string) (http.Handler, error) {
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open snapshot: %w", err), "give --snapshot the folder that builder snapshot wrote")
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		name := strings.TrimPrefix(r.URL.Path, "/snapshot/")
+		if !snapshotFile.MatchString(name) {
+			http.NotFound(w, r)
+			return
+		}
+		info, err := root.Stat(name) // first: opening a pipe waits for its other end
+		if err != nil || !info.Mode().IsRegular() {
+			http.NotFound(w, r)
+			return
+		}
+		f, err := root.Open(name)
+		if err != nil {
+			http.NotFound(w, r)
+			return
+		}
+		defer f.Close()
+		w.Header().Set("Cache-Control", "public, max-age=31536000, immutable")
+		if name == "timestamp.json" {
+			w.Header().Set("Cache-Control", "no-cache")
+		}
+		w.Header().Set("Content-Type", "application/json")
+		if strings.HasSuffix(name, ".zst") {
+			w.Header().Set("Content-Type", "application/zstd")
+		}
+		http.ServeContent(w, r, "", info.ModTime(), f)
+	}), nil
+}
