@@ -273,8 +273,7 @@ func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor)
 	default:
 		list.Manifests = append(list.Manifests, d)
 	}
-	slices.SortFunc(list.Manifests, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
-	raw, err := json.Marshal(list)
+	raw, err := ReferrersList(list.Manifests)
 	if err != nil {
 		return err
 	}
