@@ -34,6 +34,7 @@ func root() *ucli.Command {
 			doctorCommand(),
 			inspectCommand(),
 			reproduceCommand(),
+			bundleCommand(),
 			emugpuCommand(),
 			{
 				Name: "version", Usage: "print the version",
