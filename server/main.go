@@ -29,7 +29,7 @@ and print tables, or JSON with --output json.`,
 			requestCommand(), cancelCommand(), yankCommand(), unyankCommand(),
 			releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(), tokensCommand(), auditCommand(),
 			coverageCommand(), quarantineCommand(), liftCommand(),
-			backupCommand(), reindexCommand(),
+			backupCommand(), reindexCommand(), importCommand(),
 			versionCommand(),
 		},
 	}
