@@ -32,13 +32,26 @@ var listening = regexp.MustCompile(`listening on (127\.0\.0\.1:[0-9]+)`)
 // host:port.
 func Start(t testing.TB) string {
 	t.Helper()
+	return start(t, "")
+}
+
+// StartMirror is Start for a registry that fetches what it is asked for from another one,
+// at this URL, and keeps it ("pull through cache" in the distribution project's
+// documentation).
+func StartMirror(t testing.TB, of string) string {
+	t.Helper()
+	return start(t, fmt.Sprintf("proxy: {remoteurl: %q}\n", of))
+}
+
+func start(t testing.TB, more string) string {
+	t.Helper()
 	program, err := exec.LookPath(Program)
 	if err != nil {
 		t.Skipf("%s is not on PATH: install Debian's package of that name (deploy/setup.sh test)", Program)
 	}
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(file, fmt.Appendf(nil, config, filepath.Join(dir, "data")), 0o600); err != nil {
+	if err := os.WriteFile(file, fmt.Appendf(nil, config+"%s", filepath.Join(dir, "data"), more), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program, "serve", file)
