@@ -63,7 +63,8 @@ func openArchives(ref string) (*layoutStore, error) {
 	return &layoutStore{files: &archives{paths: paths}}, nil
 }
 
-func (*archives) cheap() bool { return true }
+func (*archives) cheap() bool   { return true }
+func (*archives) settled() bool { return true }
 
 func (a *archives) read(ctx context.Context, name string, limit int64) ([]byte, error) {
 	parts, err := a.load(ctx)

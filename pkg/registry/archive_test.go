@@ -111,6 +111,37 @@ func TestArchive(t *testing.T) {
 	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
 		t.Errorf("Resolve of what is not there = %v; want kind no-artifact", err)
 	}
+	// Each of the two lists of what is attached does without the other.
+	for name, keep := range map[string]func(d v1.Descriptor) bool{
+		"entries alone": func(d v1.Descriptor) bool {
+			return !strings.HasPrefix(d.Annotations[registry.AnnotationRefName], "sha256-")
+		},
+		"the list alone": func(d v1.Descriptor) bool { return d.Annotations[registry.AnnotationRefName] != "" },
+	} {
+		some := folderEntries(t, dir)
+		for i := range some {
+			if !strings.HasSuffix(some[i].Name, "index.json") {
+				continue
+			}
+			var idx v1.IndexManifest
+			if err := json.Unmarshal([]byte(some[i].body), &idx); err != nil {
+				t.Fatal(err)
+			}
+			had := len(idx.Manifests)
+			if idx.Manifests = slices.DeleteFunc(idx.Manifests, func(d v1.Descriptor) bool { return !keep(d) }); len(idx.Manifests) == had {
+				t.Fatalf("%s: nothing was taken out of %d entries", name, had)
+			}
+			raw, err := json.Marshal(idx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			some[i] = file("index.json", string(raw))
+		}
+		got, err := open(t, "oci-archive:"+pack(t, some...)).Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
+		if err != nil || len(got) != len(s.Bundles) {
+			t.Errorf("%s: Attached = %d bundles, %v; want %d", name, len(got), err, len(s.Bundles))
+		}
+	}
 	d, err := repo.Resolve(t.Context(), s.Digest)
 	if err != nil {
 		t.Fatal(err)

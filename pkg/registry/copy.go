@@ -154,6 +154,9 @@ const AnnotationRefName = refName
 // ReferrersListType is the media type of what [ReferrersList] returns.
 const ReferrersListType = types.OCIImageIndex
 
+// listTag is the tag under which a subject's referrers are listed.
+func listTag(subject string) string { return strings.Replace(subject, ":", "-", 1) }
+
 // ReferrersTag is the tag under which a manifest's referrers are listed where nobody
 // answers for them (distribution-spec 1.1, "Referrers Tag Schema").
 func ReferrersTag(digest string) string { return listTag(digest) }

@@ -92,7 +92,8 @@ func openSite(ref string, o Options) (store, error) {
 	return &layoutStore{files: s}, nil
 }
 
-func (*site) cheap() bool { return false }
+func (*site) cheap() bool   { return false }
+func (*site) settled() bool { return true }
 
 // resource is what credentials are asked for.
 type resource string
