@@ -37,12 +37,18 @@ func bundleCommand() *ucli.Command {
 // registryFlags are those of commands that go to registries.
 func registryFlags() []ucli.Flag {
 	return []ucli.Flag{
-		cli.String("username", "", "user `NAME` for the registry, in place of the Docker configuration's"),
-		cli.String("password", "", "`PASSWORD` or token for the registry"),
+		cli.String("username", "", "user `NAME` for that registry, in place of the Docker configuration's"),
+		cli.String("password", "", "`PASSWORD` or token for that registry"),
 	}
 }
 
-func openBundle(cmd *ucli.Command, ref string) (*registry.Repository, error) {
+// openBundle opens a bundle, or a registry with the credentials that are configured for it.
+func openBundle(ref string) (*registry.Repository, error) {
+	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
+}
+
+// openNamed opens the one registry that --username and --password are for.
+func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	return registry.Open(ref, registry.Options{
 		UserAgent: "prebake-builder/" + version, Keychain: login.Keychain(),
 		Username: cmd.String("username"), Password: cmd.String("password"),
@@ -150,7 +156,7 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 	if err := missing(cmd, "from"); err != nil {
 		return c, err
 	}
-	if c.From, err = openBundle(cmd, cmd.String("from")); err != nil {
+	if c.From, err = openNamed(cmd, cmd.String("from")); err != nil {
 		return c, err
 	}
 	var errs []error
@@ -176,14 +182,14 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 		if err != nil {
 			return c, err
 		}
-		repo, err := openBundle(cmd, where)
+		repo, err := openBundle(where)
 		if err != nil {
 			return c, err
 		}
 		c.Images = append(c.Images, offline.Image{Name: ref, Ref: name, Repo: repo})
 	}
 	if since := cmd.String("since"); since != "" {
-		if c.Since, err = openBundle(cmd, fileRef(since)); err != nil {
+		if c.Since, err = openBundle(fileRef(since)); err != nil {
 			return c, err
 		}
 	}
@@ -200,23 +206,23 @@ func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
 }
 
 func printBundle(w io.Writer, file string, r *offline.Report) error {
-	fmt.Fprintf(w, "wrote     %s, %s\nindex     %s\n", file, megabytes(r.Size), r.Index)
+	fmt.Fprintf(w, "wrote    %s, %s\nindex    %s\n", file, megabytes(r.Size), r.Index)
 	for _, a := range r.Artifacts {
-		fmt.Fprintf(w, "driver    %s for %s\n          %s, %s, with %d statements and the like\n",
+		fmt.Fprintf(w, "driver   %s for %s\n         %s, %s, with %d statements and the like\n",
 			a.Driver, kernelNames(a.Kernels), a.Digest[:len("sha256:")+12], megabytes(a.Size), a.Attached)
 	}
 	for _, name := range r.Images {
-		fmt.Fprintf(w, "image     %s\n", name)
+		fmt.Fprintf(w, "image    %s\n", name)
 	}
 	if r.Snapshot > 0 {
-		fmt.Fprintf(w, "snapshot  %d files\n", r.Snapshot)
+		fmt.Fprintf(w, "snapshot %d files\n", r.Snapshot)
 	}
 	if r.Keys > 0 {
-		fmt.Fprintf(w, "keys      %d; who reads the file compares them with what it knows\n", r.Keys)
+		fmt.Fprintf(w, "keys     %d; who reads the file compares them with what it knows\n", r.Keys)
 	}
-	_, err := fmt.Fprintf(w, "holds     %d blobs, %s\n", r.Blobs, megabytes(r.Bytes))
+	_, err := fmt.Fprintf(w, "holds    %d blobs, %s\n", r.Blobs, megabytes(r.Bytes))
 	if err == nil && r.Base != "" {
-		_, err = fmt.Fprintf(w, "delta of  %s\nleft out  %d blobs, %s: %.1f %% of all\n",
+		_, err = fmt.Fprintf(w, "delta of %s\nleft out %d blobs, %s: %.1f %% of all\n",
 			r.Base, r.LeftOut, megabytes(r.LeftOutBytes), 100*float64(r.LeftOutBytes)/float64(max(1, r.Bytes+r.LeftOutBytes)))
 	}
 	return err
@@ -227,7 +233,7 @@ func kernelNames(kernels []target.Kernel) string {
 	for _, k := range kernels {
 		all = append(all, k.String())
 	}
-	return strings.Join(all, ", ")
+	return strings.Join(all, "\n         ")
 }
 
 func megabytes(n int64) string {
@@ -249,7 +255,7 @@ func bundleShowCommand() *ucli.Command {
 			if err != nil {
 				return err
 			}
-			repo, err := openBundle(cmd, fileRef(file))
+			repo, err := openBundle(fileRef(file))
 			if err != nil {
 				return err
 			}
@@ -263,14 +269,14 @@ func bundleShowCommand() *ucli.Command {
 }
 
 func printListing(w io.Writer, l *offline.Listing) error {
-	fmt.Fprintf(w, "index     %s\n", l.Index)
+	fmt.Fprintf(w, "index    %s\n", l.Index)
 	if l.Base != "" {
-		fmt.Fprintf(w, "delta of  %s\n", l.Base)
+		fmt.Fprintf(w, "delta of %s\n", l.Base)
 	}
 	for _, e := range l.Entries {
-		fmt.Fprintf(w, "%-9s %s\n          %s, %s\n", e.Kind, strings.Join(e.Names, ", "), e.Digest[:len("sha256:")+12], megabytes(e.Size))
+		fmt.Fprintf(w, "%-9s%s\n         %s, %s\n", e.Kind, strings.Join(e.Names, "\n         "), e.Digest[:len("sha256:")+12], megabytes(e.Size))
 	}
-	_, err := fmt.Fprintf(w, "attached  %d\nverified  %d blobs, %s\n", l.Attached, l.Blobs, megabytes(l.Bytes))
+	_, err := fmt.Fprintf(w, "attached %d\nverified %d blobs, %s\n", l.Attached, l.Blobs, megabytes(l.Bytes))
 	return err
 }
 
@@ -297,11 +303,11 @@ Example:
 			if err := missing(cmd, "to"); err != nil {
 				return err
 			}
-			from, err := openBundle(cmd, fileRef(file))
+			from, err := openBundle(fileRef(file))
 			if err != nil {
 				return err
 			}
-			to, err := openBundle(cmd, cmd.String("to"))
+			to, err := openNamed(cmd, cmd.String("to"))
 			if err != nil {
 				return err
 			}
@@ -314,7 +320,7 @@ Example:
 			}
 			return cli.Print(cmd, all, func(w io.Writer) error {
 				for _, t := range all {
-					fmt.Fprintf(w, "%s  %s, with %d statements and the like\n", t.Digest[:len("sha256:")+12], t.Tag, t.Attached)
+					fmt.Fprintf(w, "pushed   %s\n         %s, with %d statements and the like\n", t.Tag, t.Digest[:len("sha256:")+12], t.Attached)
 				}
 				return nil
 			})
@@ -340,7 +346,7 @@ Example:
 			if err != nil {
 				return err
 			}
-			repo, err := openBundle(cmd, fileRef(file))
+			repo, err := openBundle(fileRef(file))
 			if err != nil {
 				return err
 			}
