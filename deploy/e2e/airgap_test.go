@@ -30,7 +30,9 @@ type offlineBundle struct {
 
 // A bundle that was made beside the farm installs a driver on a node that has no network,
 // and never had one. Then the node's OS is updated, and a second bundle, a delta, brings it
-// to the driver for that. Both are on the node's disk, as somebody carried them there.
+// to the driver for that: what the delta leaves out is what the node has. One that has
+// nothing is told which bundle it needs. Both are on the node's disk, as somebody carried
+// them there.
 func TestAirGap(t *testing.T) {
 	before, k := shared.kernel(0), shared.kernel(1)
 	first := published(t, shared.srv, before, shared.driver(), target.Proprietary)
@@ -62,11 +64,11 @@ func TestAirGap(t *testing.T) {
 	// The disk is mounted where the install folder lies.
 	mount := filepath.Dir(scene.InstallDir)
 	disk := diskWith(t, dir)
-	install := func(name, ref string) vm.Step {
-		return vm.Step{Name: name, KeepGoing: true, Timeout: 8 * time.Minute, Argv: []string{
+	install := func(name, ref, folder string, more ...string) vm.Step {
+		return vm.Step{Name: name, KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
 			"/usr/bin/fetcher", "install", "--registry", ref, "--driver", shared.driver(), "--flavour", "proprietary",
-			"--install-dir", scene.InstallDir, "--builder", "never", "--output", "json",
-		}}
+			"--install-dir", folder, "--builder", "never", "--output", "json",
+		}, more...)}
 	}
 	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
 	boot := func(k target.Kernel, steps ...vm.Step) *vm.Result {
@@ -88,21 +90,27 @@ func TestAirGap(t *testing.T) {
 		}
 		return res
 	}
-	baseRef := "oci-archive:" + mount + "/base.tar"
-	res := boot(before, install("install", baseRef), scene.ModulesStep())
+	baseRef, deltaRef := "oci-archive:"+mount+"/base.tar", "oci-archive:"+mount+"/delta.tar"
+	res := boot(before, install("install", baseRef, scene.InstallDir), scene.ModulesStep())
 	installed(t, res, "install", first.Digest)
 	if live := scene.Live(named(t, res, scene.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
 		t.Errorf("live in the node: %v; want nvidia among them", live)
 	}
 
-	res = boot(k, install("delta alone", "oci-archive:"+mount+"/delta.tar"), install("upgrade", baseRef+"+"+mount+"/delta.tar"), scene.ModulesStep())
-	alone := named(t, res, "delta alone")
+	res = boot(k,
+		install("nothing there", deltaRef, mount+"/new", "--no-load"),
+		install("both", baseRef+"+"+mount+"/delta.tar", mount+"/new", "--no-load"),
+		install("upgrade", deltaRef, scene.InstallDir), scene.ModulesStep())
+	alone := named(t, res, "nothing there")
 	if alone.ExitCode != fault.Usage.ExitCode() || !strings.Contains(string(alone.Stderr), base.Index) {
-		t.Errorf("with the delta alone the node ended with %d: %s\nwant %d, and the bundle that it needs named: %s", alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
+		t.Errorf("with the delta alone a new folder ended with %d: %s\nwant %d, and the bundle that it needs named: %s", alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
+	}
+	if both := named(t, res, "both"); both.ExitCode != 0 {
+		t.Errorf("with both bundles a new folder ended with %d: %s; want 0", both.ExitCode, both.Stderr)
 	}
 	r := installed(t, res, "upgrade", second.Digest)
 	if most := layer(t, m, bundle.LayerModules).Size; r.FetchedBytes > most {
-		t.Errorf("the upgrade read %d bytes of the bundles; want the modules at most, %d", r.FetchedBytes, most)
+		t.Errorf("the upgrade read %d bytes of the delta; want the modules at most, %d", r.FetchedBytes, most)
 	}
 	if live := scene.Live(named(t, res, scene.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
 		t.Errorf("live after the upgrade: %v; want nvidia among them", live)
