@@ -35,6 +35,7 @@ func root() *ucli.Command {
 			inspectCommand(),
 			reproduceCommand(),
 			snapshotCommand(),
+			bundleCommand(),
 			emugpuCommand(),
 			{
 				Name: "version", Usage: "print the version",

@@ -49,7 +49,7 @@ func wishFlags() []ucli.Flag {
 		),
 		cli.Group(groupFrom,
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
-			cli.Strings("registry", "repository `REF`, after the server, as host/name or oci:FOLDER"),
+			cli.Strings("registry", "repository `REF`, after the server, as host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
 			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
 			cli.Duration("wait", 0, "longest `TIME` to wait for a build or a service; 0 asks once"),

@@ -31,7 +31,7 @@ and print tables, or JSON or YAML with --output.`,
 			releasesCommand(), releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(),
 			tokensCommand(), auditCommand(),
 			coverageCommand(), warningsCommand(), reportsCommand(), quarantineCommand(), liftCommand(),
-			backupCommand(), reindexCommand(),
+			backupCommand(), reindexCommand(), importCommand(),
 			versionCommand(),
 		},
 	}, complete)

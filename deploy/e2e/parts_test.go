@@ -89,7 +89,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
 		{"a cluster's API server", "./fetcher/internal/kube", "Test[^G]", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}}, // TestGPU… wants a GPU
 		{"components on a cluster", "./deploy", "TestCluster", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
-		{"stock registry clients", "./deploy", "TestStockClients", []string{tools}},
+		{"stock registry clients", "./deploy", "TestStockClients|TestCarriers", []string{tools}},
+		{"offline bundles in stock programs", "./builder/internal/offline", "TestStockTools", []string{tools}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},
 	}
 	for _, row := range rows {

@@ -25,6 +25,7 @@ type attachment struct {
 	manifest []byte
 	desc     v1.Descriptor
 	subject  v1.Hash
+	whole    v1.Image // one that was made elsewhere, as it is; nil is none
 }
 
 // inMemory describes a payload that is at hand.
@@ -63,7 +64,12 @@ func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descript
 }
 
 // image shows the attachment as an image, which is what the library pushes.
-func (a *attachment) image() (v1.Image, error) { return partial.CompressedToImage(attachmentImage{a}) }
+func (a *attachment) image() (v1.Image, error) {
+	if a.whole != nil {
+		return a.whole, nil
+	}
+	return partial.CompressedToImage(attachmentImage{a})
+}
 
 type attachmentImage struct{ a *attachment }
 

@@ -38,8 +38,10 @@ type layoutFiles interface {
 	// bytes; what is not there is [fs.ErrNotExist].
 	read(ctx context.Context, name string, limit int64) ([]byte, error)
 	open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
-	// cheap says that reading many small files is.
+	// cheap says that reading many small files is, and settled that nobody adds to a list of
+	// referrers: then it has all.
 	cheap() bool
+	settled() bool
 }
 
 // folder has them in a folder.
@@ -87,7 +89,8 @@ func (s *layoutStore) index(ctx context.Context) (*v1.IndexManifest, error) {
 	return idx, nil
 }
 
-func (folder) cheap() bool { return true }
+func (folder) cheap() bool   { return true }
+func (folder) settled() bool { return false }
 
 func (f folder) read(_ context.Context, name string, limit int64) ([]byte, error) {
 	file, err := os.Open(filepath.Join(string(f), name))
@@ -146,9 +149,6 @@ func (s *layoutStore) manifest(ctx context.Context, digest string) ([]byte, erro
 // of them each: oras takes entries of index.json whose manifest has a subject,
 // regclient the list that stands under the tag of the referrers tag schema.
 
-// listTag is the tag under which a subject's referrers are listed.
-func listTag(subject string) string { return strings.Replace(subject, ":", "-", 1) }
-
 // listed returns the list under that tag, and its place in the index; nil and -1
 // where there is none. What is no list of referrers says nothing.
 func (s *layoutStore) listed(ctx context.Context, idx *v1.IndexManifest, subject string) (*v1.IndexManifest, int, error) {
@@ -195,7 +195,7 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 	if named != nil {
 		candidates = append(candidates, named.Manifests...)
 	}
-	if named == nil || s.files.cheap() {
+	if named == nil || !s.files.settled() {
 		for _, d := range slices.Backward(idx.Manifests) { // the newest first
 			candidates = append(candidates, d)
 		}
@@ -273,8 +273,7 @@ func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor)
 	default:
 		list.Manifests = append(list.Manifests, d)
 	}
-	slices.SortFunc(list.Manifests, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
-	raw, err := json.Marshal(list)
+	raw, err := ReferrersList(list.Manifests)
 	if err != nil {
 		return err
 	}

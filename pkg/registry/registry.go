@@ -68,9 +68,11 @@ type Repository struct {
 }
 
 // Open names a repository: host[:port]/name on a registry, oci:PATH for a
-// layout in a folder, or oci:URL (https://, http:// or gs://) for one on a web
-// server, which is only read. Nobody is contacted; a folder is made when
-// something is first written to it.
+// layout in a folder, oci-archive:FILE for one in a tar, oci-archive:FILE+FILE
+// for one in several of which each but the first is a delta, or oci:URL
+// (https://, http:// or gs://) for one on a web server; the last three are only
+// read. Nobody is contacted and no file opened; a folder is made when something
+// is first written to it.
 func Open(ref string, o Options) (*Repository, error) {
 	var s store
 	var err error
@@ -78,11 +80,13 @@ func Open(ref string, o Options) (*Repository, error) {
 		s, err = openSite(dir, o)
 	} else if ok {
 		s, err = openLayout(dir)
+	} else if files, ok := strings.CutPrefix(ref, archivePrefix); ok {
+		s, err = openArchives(files)
 	} else {
 		s, err = openRemote(ref, o)
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open repository %q: %w", ref, err), "name it HOST[:PORT]/NAME, oci:PATH for a folder, or oci:https://HOST/PATH or oci:gs://BUCKET/PATH")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open repository %q: %w", ref, err), "name it HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or oci:https://HOST/PATH or oci:gs://BUCKET/PATH")
 	}
 	return &Repository{name: ref, s: s}, nil
 }

@@ -92,7 +92,8 @@ func openSite(ref string, o Options) (store, error) {
 	return &layoutStore{files: s}, nil
 }
 
-func (*site) cheap() bool { return false }
+func (*site) cheap() bool   { return false }
+func (*site) settled() bool { return true }
 
 // resource is what credentials are asked for.
 type resource string
@@ -248,9 +249,9 @@ func (s *site) reading(ctx context.Context, err error) error {
 	return damaged(err)
 }
 
-// readOnly is the refusal to write to a site.
+// readOnly is the refusal to write to a site or a tar.
 func readOnly() error {
-	return fault.New(fault.Usage, "a web server is only read", "publish to oci:FOLDER and copy that folder there")
+	return fault.New(fault.Usage, "a web server, or a tar, is only read", "publish to oci:FOLDER, and copy that folder there or pack it: builder bundle create")
 }
 
 // isSite reports whether a layout is on a web server.

@@ -23,6 +23,8 @@ type Node struct {
 	Boot string
 	// GPU puts the emulated GPU into the machine.
 	GPU bool
+	// Offline gives the machine no network.
+	Offline bool
 	// Key is the public key that the node trusts.
 	Key     string
 	Console io.Writer
@@ -92,7 +94,7 @@ func (s *Scene) RunNode(ctx context.Context, n Node, steps []vm.Step) (*vm.Resul
 	}
 	return vm.Run(ctx, vm.Config{
 		Boot: n.Boot, GPU: n.GPU, Init: s.Program("guestinit"), Files: files, Steps: steps,
-		Disk: n.Disk, KernelArgs: n.KernelArgs, Network: true, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
+		Disk: n.Disk, KernelArgs: n.KernelArgs, Network: !n.Offline, MemoryMiB: 4096, Console: n.Console, Timeout: cmp.Or(n.Timeout, 10*time.Minute),
 	})
 }
 

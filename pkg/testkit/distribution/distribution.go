@@ -62,6 +62,14 @@ func Start(t testing.TB) string {
 	return start(t, "")
 }
 
+// StartMirror is Start for a registry that fetches what it is asked for from another one,
+// at this URL, and keeps it ("pull through cache" in the distribution project's
+// documentation).
+func StartMirror(t testing.TB, of string) string {
+	t.Helper()
+	return start(t, fmt.Sprintf("proxy: {remoteurl: %q}\n", of))
+}
+
 // start runs a registry with more settings.
 func start(t testing.TB, more string) string {
 	t.Helper()
@@ -71,7 +79,7 @@ func start(t testing.TB, more string) string {
 	}
 	dir := t.TempDir()
 	file := filepath.Join(dir, "config.yml")
-	if err := os.WriteFile(file, fmt.Appendf(nil, config+more, filepath.Join(dir, "data")), 0o600); err != nil {
+	if err := os.WriteFile(file, fmt.Appendf(nil, config+"%s", filepath.Join(dir, "data"), more), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	cmd := exec.Command(program, "serve", file)

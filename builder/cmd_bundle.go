@@ -1,0 +1,375 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/login"
+	"github.com/prebake/prebake/builder/internal/offline"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+func bundleCommand() *ucli.Command {
+	return &ucli.Command{
+		Name:  "bundle",
+		Usage: "carry drivers to places without a network: one file with all that belongs to them",
+		Commands: []*ucli.Command{
+			bundleCreateCommand(), bundleShowCommand(), bundlePushCommand(), bundleExtractCommand(),
+		},
+	}
+}
+
+// registryFlags are those of commands that go to registries.
+func registryFlags() []ucli.Flag {
+	return []ucli.Flag{
+		cli.String("username", "", "user `NAME` for that registry, in place of the Docker configuration's"),
+		cli.String("password", "", "`PASSWORD` or token for that registry"),
+	}
+}
+
+// openBundle opens a bundle, or a registry with the credentials that are configured for it.
+func openBundle(ref string) (*registry.Repository, error) {
+	return registry.Open(ref, registry.Options{UserAgent: "prebake-builder/" + version, Keychain: login.Keychain()})
+}
+
+// openNamed opens the one registry that --username and --password are for.
+func openNamed(cmd *ucli.Command, ref string) (*registry.Repository, error) {
+	return registry.Open(ref, registry.Options{
+		UserAgent: "prebake-builder/" + version, Keychain: login.Keychain(),
+		Username: cmd.String("username"), Password: cmd.String("password"),
+	})
+}
+
+// fileRef makes a reference of a file's name, or of several with + between; what is a
+// reference already stays.
+func fileRef(name string) string {
+	if strings.HasPrefix(name, "oci:") || strings.HasPrefix(name, "oci-archive:") {
+		return name
+	}
+	return "oci-archive:" + name
+}
+
+func bundleCreateCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "create", Usage: "pack drivers and their statements into an OCI image layout in a tar",
+		ArgsUsage: "FILE",
+		Description: `Packs each driver that --from has for the kernels and versions that are named,
+or for all, with everything that is attached to it but debug symbols. The same
+input gives the same bytes. With --since the file is a delta: what an earlier
+one has is left out, and its readers need both.
+
+Example:
+  builder bundle create drivers.tar --from registry.example/prebake/driver \
+    --kernel 17800.66.78/lakitu --driver 535.261.03 --public-key prebake.key.pub`,
+		Flags: slices.Concat(
+			cli.Group(groupFrom, cli.String("from", "", "repository `REF` with the drivers, as host/name or oci:FOLDER")),
+			cli.Group(groupFrom, registryFlags()...),
+			cli.Group("What to pack",
+				cli.Strings("kernel", "COS build and board, as `BUILD_ID/BOARD`; repeat it for several, none is all"),
+				cli.Strings("driver", "`VERSION` of the driver; repeat it for several, none is all"),
+				cli.Strings("flavour", "`FLAVOUR`, open or proprietary; none is both"),
+				cli.String("snapshot", "", "`FOLDER` with a signed snapshot of the catalogue, packed as it is"),
+				cli.Strings("image", "image `REF` of a program, as HOST/NAME:TAG or HOST/NAME@DIGEST, for all its platforms"),
+				cli.String("since", "", "earlier `FILE`, or several with + between, whose contents are left out"),
+			),
+			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key: it is packed, and has to have signed each driver")),
+			cli.Group(groupTrust, cli.TrustFlags()...),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
+		Action: runBundleCreate,
+	}
+}
+
+func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
+	file, err := oneArg(cmd, "the file to make")
+	if err != nil {
+		return err
+	}
+	c, err := bundleConfig(cmd)
+	if err != nil {
+		return err
+	}
+	if _, err := os.Lstat(file); err == nil {
+		return fault.New(fault.Usage, file+" is there already", "name a file that is not")
+	}
+	var report *offline.Report
+	err = writeWhole(file, func(w io.Writer) (err error) {
+		report, err = offline.Write(ctx, w, c)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return cli.Print(cmd, report, func(w io.Writer) error { return printBundle(w, file, report) })
+}
+
+// oneArg returns the one argument of a command.
+func oneArg(cmd *ucli.Command, what string) (string, error) {
+	if cmd.Args().Len() != 1 {
+		return "", fault.New(fault.Usage, fmt.Sprintf("%s takes one argument, %s; got %d", cmd.FullName(), what, cmd.Args().Len()),
+			"see "+cmd.FullName()+" --help")
+	}
+	return cmd.Args().First(), nil
+}
+
+// writeWhole makes a file appear whole or not at all.
+func writeWhole(file string, fill func(io.Writer) error) (err error) {
+	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
+	if err != nil {
+		return fault.Wrap(fault.Usage, err, "name a file in a folder that this user may write")
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(fault.Disk(err, "free space on the disk of "+file), os.Remove(f.Name()))
+		}
+	}()
+	err = fill(f)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), file)
+}
+
+func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
+	c = offline.Config{Drivers: cmd.StringSlice("driver"), Keys: cmd.StringSlice("public-key"), Snapshot: cmd.String("snapshot"), Now: time.Now()}
+	if err := missing(cmd, "from"); err != nil {
+		return c, err
+	}
+	if c.From, err = openNamed(cmd, cmd.String("from")); err != nil {
+		return c, err
+	}
+	var errs []error
+	for _, text := range cmd.StringSlice("kernel") {
+		build, board, _ := strings.Cut(text, "/")
+		k, err := target.ParseKernel(build, board)
+		c.Kernels, errs = append(c.Kernels, k), append(errs, err)
+	}
+	for _, text := range c.Drivers {
+		if !target.ValidVersion(text) {
+			errs = append(errs, fmt.Errorf("driver %q: want a version, as in 535.261.03", text))
+		}
+	}
+	for _, text := range cmd.StringSlice("flavour") {
+		f, err := target.ParseFlavour(text)
+		c.Flavours, errs = append(c.Flavours, f), append(errs, err)
+	}
+	if err := fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help"); err != nil {
+		return c, err
+	}
+	for _, ref := range cmd.StringSlice("image") {
+		where, name, err := splitReference(ref)
+		if err != nil {
+			return c, err
+		}
+		repo, err := openBundle(where)
+		if err != nil {
+			return c, err
+		}
+		c.Images = append(c.Images, offline.Image{Name: ref, Ref: name, Repo: repo})
+	}
+	if since := cmd.String("since"); since != "" {
+		if c.Since, err = openBundle(fileRef(since)); err != nil {
+			return c, err
+		}
+	}
+	c.Verifier, err = mayTrust(cmd)
+	return c, err
+}
+
+// mayTrust is trusted where somebody is named, and nil else.
+func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
+	if len(cmd.StringSlice("public-key")) == 0 && cmd.String("trusted-root") == "" {
+		return nil, nil
+	}
+	return trusted(cmd)
+}
+
+func printBundle(w io.Writer, file string, r *offline.Report) error {
+	fmt.Fprintf(w, "wrote    %s, %s\nindex    %s\n", file, megabytes(r.Size), r.Index)
+	for _, a := range r.Artifacts {
+		fmt.Fprintf(w, "driver   %s for %s\n         %s, %s, with %d statements and the like\n",
+			a.Driver, kernelNames(a.Kernels), a.Digest[:len("sha256:")+12], megabytes(a.Size), a.Attached)
+	}
+	for _, name := range r.Images {
+		fmt.Fprintf(w, "image    %s\n", name)
+	}
+	if r.Snapshot > 0 {
+		fmt.Fprintf(w, "snapshot %d files\n", r.Snapshot)
+	}
+	if r.Keys > 0 {
+		fmt.Fprintf(w, "keys     %d; who reads the file compares them with what it knows\n", r.Keys)
+	}
+	_, err := fmt.Fprintf(w, "holds    %d blobs, %s\n", r.Blobs, megabytes(r.Bytes))
+	if err == nil && r.Base != "" {
+		_, err = fmt.Fprintf(w, "delta of %s\nleft out %d blobs, %s: %.1f %% of all\n",
+			r.Base, r.LeftOut, megabytes(r.LeftOutBytes), 100*float64(r.LeftOutBytes)/float64(max(1, r.Bytes+r.LeftOutBytes)))
+	}
+	return err
+}
+
+func kernelNames(kernels []target.Kernel) string {
+	var all []string
+	for _, k := range kernels {
+		all = append(all, k.String())
+	}
+	return strings.Join(all, "\n         ")
+}
+
+func megabytes(n int64) string {
+	if n < 100_000 {
+		return fmt.Sprintf("%d bytes", n)
+	}
+	return fmt.Sprintf("%.1f MB", float64(n)/1e6)
+}
+
+func bundleShowCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "show", Usage: "list what a bundle holds, and compare every byte with its digest",
+		ArgsUsage: "FILE[+DELTA…]",
+		Description: `Example:
+  builder bundle show drivers.tar+drivers-2.tar`,
+		Flags: cli.Group(groupOutput, cli.OutputFlag()),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			file, err := oneArg(cmd, "the bundle")
+			if err != nil {
+				return err
+			}
+			repo, err := openBundle(fileRef(file))
+			if err != nil {
+				return err
+			}
+			listing, err := offline.Show(ctx, repo)
+			if err != nil {
+				return err
+			}
+			return cli.Print(cmd, listing, func(w io.Writer) error { return printListing(w, listing) })
+		},
+	}
+}
+
+func printListing(w io.Writer, l *offline.Listing) error {
+	fmt.Fprintf(w, "index    %s\n", l.Index)
+	if l.Base != "" {
+		fmt.Fprintf(w, "delta of %s\n", l.Base)
+	}
+	for _, e := range l.Entries {
+		fmt.Fprintf(w, "%-9s%s\n         %s, %s\n", e.Kind, strings.Join(e.Names, "\n         "), e.Digest[:len("sha256:")+12], megabytes(e.Size))
+	}
+	_, err := fmt.Fprintf(w, "attached %d\nverified %d blobs, %s\n", l.Attached, l.Blobs, megabytes(l.Bytes))
+	return err
+}
+
+func bundlePushCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "push", Usage: "bring a bundle's drivers into a registry, digests and statements as they are",
+		ArgsUsage: "FILE[+DELTA…]",
+		Description: `Images of programs, keys and snapshot stay in the file: skopeo copies the
+images, builder bundle extract writes the files. A Prebake server takes a
+bundle by "server import", which also records it.
+
+Example:
+  builder bundle push drivers.tar --to registry.example/prebake/driver`,
+		Flags: slices.Concat(
+			cli.Group("Where to", cli.String("to", "", "repository `REF` to bring them to, as host/name or oci:FOLDER")),
+			cli.Group("Where to", registryFlags()...),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			file, err := oneArg(cmd, "the bundle")
+			if err != nil {
+				return err
+			}
+			if err := missing(cmd, "to"); err != nil {
+				return err
+			}
+			from, err := openBundle(fileRef(file))
+			if err != nil {
+				return err
+			}
+			to, err := openNamed(cmd, cmd.String("to"))
+			if err != nil {
+				return err
+			}
+			all, err := from.CopyTagged(ctx, to, func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" })
+			if err != nil {
+				return err
+			}
+			if all == nil {
+				return fault.New(fault.NoArtifact, file+" has no drivers", "builder bundle show "+file+" tells what it has")
+			}
+			return cli.Print(cmd, all, func(w io.Writer) error {
+				for _, t := range all {
+					fmt.Fprintf(w, "pushed   %s\n         %s, with %d statements and the like\n", t.Tag, t.Digest[:len("sha256:")+12], t.Attached)
+				}
+				return nil
+			})
+		},
+	}
+}
+
+func bundleExtractCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "extract", Usage: "write a bundle's snapshot or keys to a folder",
+		ArgsUsage: "FILE[+DELTA…]",
+		Description: `What a bundle says of itself proves nothing: trust its keys once you have
+compared them with what you know of the publisher.
+
+Example:
+  builder bundle extract drivers.tar --snapshot /srv/snapshot`,
+		Flags: cli.Group("Where to",
+			cli.String("snapshot", "", "new `FOLDER` for the snapshot"),
+			cli.String("keys", "", "new `FOLDER` for keys.pem"),
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			file, err := oneArg(cmd, "the bundle")
+			if err != nil {
+				return err
+			}
+			repo, err := openBundle(fileRef(file))
+			if err != nil {
+				return err
+			}
+			if cmd.String("snapshot")+cmd.String("keys") == "" {
+				return fault.New(fault.Usage, "nothing to extract", "say what, and where to: --snapshot FOLDER, --keys FOLDER")
+			}
+			for _, what := range []struct{ tag, kind, dir string }{
+				{offline.TagSnapshot, offline.TypeSnapshot, cmd.String("snapshot")}, {offline.TagKeys, offline.TypeKeys, cmd.String("keys")},
+			} {
+				if what.dir == "" {
+					continue
+				}
+				d, err := repo.Resolve(ctx, what.tag)
+				if err != nil {
+					return err
+				}
+				names, err := repo.SaveFiles(ctx, d.Digest.String(), what.kind, what.dir)
+				if err != nil {
+					return err
+				}
+				fmt.Fprintf(cmd.Root().Writer, "wrote %d files of the %s to %s\n", len(names), what.tag, what.dir)
+			}
+			return nil
+		},
+	}
+}

@@ -1,0 +1,384 @@
+// Package offline packs artifacts with all that belongs to them into one file
+// for places without a network: an OCI image layout in a tar, whole or what an
+// earlier one lacks. It refuses to pack bytes that are not what their digest
+// says, and to judge a place by what it asks for: who reads the file verifies.
+package offline
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/symbols"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Types and tags of what is packed beside artifacts.
+const (
+	TypeSnapshot = "application/vnd.prebake.snapshot.v1"
+	TypeKeys     = "application/vnd.prebake.keys.v1"
+	TagSnapshot  = "snapshot"
+	TagKeys      = "keys"
+)
+
+// Config says what is packed.
+type Config struct {
+	// From has the artifacts.
+	From *registry.Repository
+	// Kernels, Drivers (versions) and Flavours choose cells; none of a kind is all there
+	// are. Each kernel has to have each driver, in one of the flavours at least.
+	Kernels  []target.Kernel
+	Drivers  []string
+	Flavours []target.Flavour
+	// Verifier has to believe each artifact for each of its kernels; nil packs what is there.
+	Verifier *trust.Verifier
+	// Keys are files with public keys, and Snapshot a folder of signed files; "" is none.
+	Keys     []string
+	Snapshot string
+	// Images are programs' images, packed for all their platforms.
+	Images []Image
+	// Since is an earlier one, whose blobs are left out; nil leaves out none.
+	Since *registry.Repository
+	// Now is the time at which the verifier judges.
+	Now time.Time
+}
+
+// Image is an image of a program in its repository.
+type Image struct {
+	// Name is what it is called in the file, and Ref its tag or digest in Repo.
+	Name, Ref string
+	Repo      *registry.Repository
+}
+
+// Report is what was packed.
+type Report struct {
+	// Index is the digest of index.json, by which a delta names what it is based on; Base
+	// is that of Since.
+	Index string `json:"index"`
+	Base  string `json:"base,omitempty"`
+	// Artifacts are the drivers.
+	Artifacts []Artifact `json:"artifacts"`
+	Images    []string   `json:"images,omitempty"`
+	// Snapshot and Keys are how many files there are of each.
+	Snapshot int `json:"snapshot,omitempty"`
+	Keys     int `json:"keys,omitempty"`
+	// Size is that of the file. Blobs and Bytes are what it holds, LeftOut and LeftOutBytes
+	// what the earlier one has.
+	Size         int64 `json:"size"`
+	Blobs        int   `json:"blobs"`
+	Bytes        int64 `json:"bytes"`
+	LeftOut      int   `json:"leftOut,omitempty"`
+	LeftOutBytes int64 `json:"leftOutBytes,omitempty"`
+}
+
+// Artifact is one driver that was packed.
+type Artifact struct {
+	Digest  string          `json:"digest"`
+	Driver  target.Driver   `json:"driver"`
+	Kernels []target.Kernel `json:"kernels"`
+	// Size is that of its layers, and Attached how many manifests belong to it.
+	Size     int64 `json:"size"`
+	Attached int   `json:"attached"`
+}
+
+// Write packs the file. The same input gives the same bytes.
+func Write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
+	r, err := write(ctx, w, c)
+	if err != nil {
+		return nil, fmt.Errorf("pack offline bundle: %w", err)
+	}
+	return r, nil
+}
+
+func write(ctx context.Context, w io.Writer, c Config) (*Report, error) {
+	p := &packer{blobs: map[string]blob{}, report: Report{Artifacts: []Artifact{}}}
+	if c.Since != nil {
+		l, ok := c.Since.AsLayout()
+		if !ok {
+			return nil, fault.New(fault.Usage, c.Since.Name()+" is no bundle", "name the earlier file: --since FILE.tar")
+		}
+		_, index, err := l.Index(ctx)
+		if err != nil {
+			return nil, err
+		}
+		p.since, p.report.Base = &l, index
+	}
+	cells, err := choose(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	for _, cell := range cells {
+		if err := p.driver(ctx, c, cell); err != nil {
+			return nil, err
+		}
+	}
+	for _, img := range c.Images {
+		if err := p.program(ctx, img); err != nil {
+			return nil, err
+		}
+	}
+	if c.Snapshot != "" {
+		if p.report.Snapshot, err = p.folder(c.Snapshot); err != nil {
+			return nil, err
+		}
+	}
+	if len(c.Keys) > 0 {
+		if p.report.Keys, err = p.keys(c.Keys); err != nil {
+			return nil, err
+		}
+	}
+	return &p.report, p.write(ctx, w)
+}
+
+// cell is one artifact, and the kernels and tags for which it is packed.
+type cell struct {
+	digest  string
+	kernels []target.Kernel
+	tags    []string
+}
+
+// choose finds the artifacts by the tags that name kernel and driver.
+func choose(ctx context.Context, c Config) ([]cell, error) {
+	tags, err := c.From.Tags(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(tags)
+	found := map[string]*cell{}
+	covered := map[string]bool{}
+	for _, tag := range slices.Compact(tags) {
+		k, d, ok := parseTag(tag)
+		if !ok || !wanted(c.Kernels, k, target.Kernel.String) || !wanted(c.Drivers, d.Version, strings.Clone) ||
+			!wanted(c.Flavours, d.Flavour, func(f target.Flavour) string { return string(f) }) {
+			continue
+		}
+		desc, err := c.From.Resolve(ctx, tag)
+		if err != nil {
+			return nil, err
+		}
+		digest := desc.Digest.String()
+		if found[digest] == nil {
+			found[digest] = &cell{digest: digest}
+		}
+		found[digest].kernels = append(found[digest].kernels, k)
+		found[digest].tags = append(found[digest].tags, tag)
+		covered[k.String()+" "+d.Version] = true
+		covered[k.String()] = true
+		covered[d.Version] = true
+	}
+	if lacks := lacking(c, covered); len(lacks) > 0 || len(found) == 0 {
+		return nil, fault.New(fault.NoArtifact, c.From.Name()+" has no driver for "+strings.Join(append(lacks, "what was asked for")[:max(1, len(lacks))], ", "),
+			"build what is missing, or ask for less: --kernel, --driver, --flavour")
+	}
+	cells := make([]cell, 0, len(found))
+	for _, one := range found {
+		cells = append(cells, *one)
+	}
+	slices.SortFunc(cells, func(a, b cell) int { return strings.Compare(a.digest, b.digest) })
+	return cells, nil
+}
+
+// lacking names what was asked for and is not there.
+func lacking(c Config, covered map[string]bool) (lacks []string) {
+	for _, k := range c.Kernels {
+		for _, version := range c.Drivers {
+			if !covered[k.String()+" "+version] {
+				lacks = append(lacks, version+" on "+k.String())
+			}
+		}
+		if len(c.Drivers) == 0 && !covered[k.String()] {
+			lacks = append(lacks, k.String())
+		}
+	}
+	for _, version := range c.Drivers {
+		if len(c.Kernels) == 0 && !covered[version] {
+			lacks = append(lacks, "any kernel of version "+version)
+		}
+	}
+	return lacks
+}
+
+// wanted reports whether one is in a list, or the list is empty.
+func wanted[T any](list []T, one T, name func(T) string) bool {
+	return len(list) == 0 || slices.ContainsFunc(list, func(x T) bool { return name(x) == name(one) })
+}
+
+// kernelTag is the form of [bundle.KernelTag].
+var kernelTag = regexp.MustCompile(`^cos-([0-9.]+)-([a-z0-9-]+?)-([0-9]+\..+)-(open|proprietary)$`)
+
+func parseTag(tag string) (target.Kernel, target.Driver, bool) {
+	m := kernelTag.FindStringSubmatch(tag)
+	if m == nil {
+		return target.Kernel{}, target.Driver{}, false
+	}
+	k, err := target.ParseKernel(m[1], m[2])
+	if err != nil {
+		return k, target.Driver{}, false
+	}
+	d, err := target.ParseDriver(m[3], m[4])
+	return k, d, err == nil && bundle.KernelTag(k, d) == tag
+}
+
+// driver packs an artifact, and what is attached to it but debug symbols.
+func (p *packer) driver(ctx context.Context, c Config, one cell) error {
+	content, err := publish.Content(ctx, c.From, one.digest)
+	if err != nil {
+		return err
+	}
+	if c.Verifier != nil {
+		for _, k := range one.kernels {
+			if err := verify(ctx, c, one.digest, content.Identity, k); err != nil {
+				return err
+			}
+		}
+	}
+	desc, m, err := p.manifest(ctx, c.From, one.digest)
+	if err != nil {
+		return err
+	}
+	a := Artifact{Digest: one.digest, Driver: content.Identity.Driver, Kernels: one.kernels}
+	for _, l := range m.Layers {
+		a.Size += l.Size
+	}
+	tags := one.tags
+	own := bundle.Tag(content.Identity)
+	if d, ok, err := publish.Existing(ctx, c.From, own); err != nil {
+		return err
+	} else if ok && d == one.digest {
+		tags = append(tags, own)
+	}
+	for _, tag := range tags {
+		p.entry(desc, tag)
+	}
+	attached, err := c.From.Referrers(ctx, one.digest, "")
+	if err != nil {
+		return err
+	}
+	var list []v1.Descriptor
+	for _, d := range attached {
+		ref, m, err := p.manifestIf(ctx, c.From, d.Digest.String(), func(m *v1.Manifest) bool {
+			return m.Subject != nil && m.Subject.Digest == desc.Digest && registry.ArtifactType(m) != symbols.ArtifactType
+		})
+		if err != nil {
+			return err
+		}
+		if m == nil {
+			continue
+		}
+		ref.ArtifactType, ref.Annotations = registry.ArtifactType(m), registry.EntryAnnotations(m.Annotations)
+		list = append(list, ref)
+		p.index = append(p.index, ref)
+	}
+	a.Attached = len(list)
+	p.report.Artifacts = append(p.report.Artifacts, a)
+	return p.referrers(desc, list)
+}
+
+// verify decides as a node of this kernel does.
+func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k target.Kernel) error {
+	statements, err := c.From.Attached(ctx, digest, trust.ArtifactTypeBundle, c.Verifier.Wanted(k)...)
+	if err != nil {
+		return err
+	}
+	_, err = c.Verifier.Verify(statements, trust.Expect{Digest: digest, Kernel: k, Driver: id.Driver, Identity: id, Now: c.Now})
+	return err
+}
+
+// referrers lists what is attached to a manifest under the tag of the referrers tag schema,
+// which some programs read in a layout; others go by the entries of the index.
+func (p *packer) referrers(subject v1.Descriptor, list []v1.Descriptor) error {
+	if len(list) == 0 {
+		return nil
+	}
+	raw, err := registry.ReferrersList(list)
+	if err != nil {
+		return err
+	}
+	d, err := p.bytes(raw)
+	if err != nil {
+		return err
+	}
+	d.MediaType = registry.ReferrersListType
+	p.entry(d, registry.ReferrersTag(subject.Digest.String()))
+	return nil
+}
+
+// program packs an image, or an index with all its images.
+func (p *packer) program(ctx context.Context, img Image) error {
+	d, err := img.Repo.Resolve(ctx, img.Ref)
+	if err != nil {
+		return err
+	}
+	if d, err = p.tree(ctx, img.Repo, d.Digest.String(), 2); err != nil {
+		return err
+	}
+	p.entry(d, img.Name)
+	p.report.Images = append(p.report.Images, img.Name)
+	return nil
+}
+
+func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest string, depth int) (v1.Descriptor, error) {
+	raw, err := repo.Manifest(ctx, digest)
+	if err != nil {
+		return v1.Descriptor{}, err
+	}
+	var idx v1.IndexManifest
+	if err := json.Unmarshal(raw, &idx); err != nil {
+		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "read manifest %s: %w", digest, err)
+	}
+	if !idx.MediaType.IsIndex() {
+		d, _, err := p.manifest(ctx, repo, digest)
+		return d, err
+	}
+	if depth == 0 {
+		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "index %s is too deep in others", digest)
+	}
+	for _, d := range idx.Manifests {
+		if _, ok := p.blobs[d.Digest.Hex]; ok {
+			continue
+		}
+		if _, err := p.tree(ctx, repo, d.Digest.String(), depth-1); err != nil {
+			return v1.Descriptor{}, err
+		}
+	}
+	d, err := p.bytes(raw)
+	d.MediaType = idx.MediaType
+	return d, err
+}
+
+// keys packs files with public keys, as one.
+func (p *packer) keys(files []string) (int, error) {
+	var all bytes.Buffer
+	n := 0
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			return 0, fault.Wrap(fault.Usage, err, "give the FILE.pub that builder keygen wrote")
+		}
+		keys, err := trust.ParsePublicKeys(text)
+		if err != nil {
+			return 0, fmt.Errorf("read %s: %w", file, err)
+		}
+		n += len(keys)
+		all.Write(append(bytes.TrimSpace(text), '\n'))
+	}
+	d, err := p.bytes(all.Bytes())
+	if err != nil {
+		return 0, err
+	}
+	return n, p.files(TypeKeys, TagKeys, []v1.Descriptor{registry.FileDescriptor("keys.pem", "application/x-pem-file", d.Digest, d.Size)})
+}

@@ -1,0 +1,174 @@
+package offline
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+)
+
+// Listing is what a bundle holds.
+type Listing struct {
+	Index   string  `json:"index"`
+	Base    string  `json:"base,omitempty"`
+	Entries []Entry `json:"entries"`
+	// Attached is how many manifests are attached to drivers. Blobs and Bytes are what was
+	// compared with its digest, with what is before a delta.
+	Attached int   `json:"attached"`
+	Blobs    int   `json:"blobs"`
+	Bytes    int64 `json:"bytes"`
+}
+
+// Entry is something with a name.
+type Entry struct {
+	Names  []string `json:"names"`
+	Kind   string   `json:"kind"` // driver, image, snapshot or keys
+	Digest string   `json:"digest"`
+	Size   int64    `json:"size"` // of its layers, for all platforms
+}
+
+// maxDepth bounds indexes within indexes.
+const maxDepth = 3
+
+// Show lists a bundle, and compares each blob that its index leads to with its digest.
+func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
+	l, err := show(ctx, repo)
+	if err != nil {
+		return nil, fmt.Errorf("look through %s: %w", repo.Name(), err)
+	}
+	return l, nil
+}
+
+func show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
+	layout, ok := repo.AsLayout()
+	if !ok {
+		return nil, fault.New(fault.Usage, "it is no bundle", "name a file, or a folder with an image layout as oci:FOLDER")
+	}
+	idx, digest, err := layout.Index(ctx)
+	if err != nil {
+		return nil, err
+	}
+	w := walker{repo: repo, seen: map[string]int64{}, known: map[string]Entry{}}
+	l := &Listing{Index: digest, Base: idx.Annotations[registry.AnnotationBase], Entries: []Entry{}}
+	places := map[string]int{}
+	for _, d := range idx.Manifests {
+		size, kind, err := w.manifest(ctx, d, maxDepth)
+		if err != nil {
+			return nil, err
+		}
+		name := d.Annotations[registry.AnnotationRefName]
+		switch i, ok := places[d.Digest.Hex]; {
+		case name == "":
+			l.Attached++
+		case strings.HasPrefix(name, "sha256-"):
+		case ok:
+			l.Entries[i].Names = append(l.Entries[i].Names, name)
+		default:
+			places[d.Digest.Hex] = len(l.Entries)
+			l.Entries = append(l.Entries, Entry{Names: []string{name}, Kind: kind, Digest: d.Digest.String(), Size: size})
+		}
+	}
+	slices.SortFunc(l.Entries, func(a, b Entry) int { return strings.Compare(a.Kind+a.Names[0], b.Kind+b.Names[0]) })
+	l.Blobs = len(w.seen)
+	for _, n := range w.seen {
+		l.Bytes += n
+	}
+	return l, nil
+}
+
+// walker reads each blob once.
+type walker struct {
+	repo  *registry.Repository
+	seen  map[string]int64
+	known map[string]Entry // of manifests
+}
+
+// manifest reads a manifest or an index, and all that it leads to. It returns the size of
+// the layers, and what it is.
+func (w *walker) manifest(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
+	if e, ok := w.known[d.Digest.String()]; ok {
+		return e.Size, e.Kind, nil
+	}
+	if size, kind, err = w.read(ctx, d, depth); err == nil {
+		w.known[d.Digest.String()] = Entry{Size: size, Kind: kind}
+	}
+	return size, kind, err
+}
+
+func (w *walker) read(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
+	raw, err := w.repo.Manifest(ctx, d.Digest.String())
+	if err != nil {
+		return 0, "", err
+	}
+	if int64(len(raw)) != d.Size {
+		return 0, "", fault.Errorf(fault.Unverified, "manifest %s has %d bytes; its entry says %d", d.Digest, len(raw), d.Size)
+	}
+	w.seen[d.Digest.Hex] = d.Size
+	if d.MediaType.IsIndex() {
+		var idx v1.IndexManifest
+		if err := json.Unmarshal(raw, &idx); err != nil || depth == 0 {
+			return 0, "", fault.Errorf(fault.Unverified, "index %s cannot be read, or is too deep in others", d.Digest)
+		}
+		for _, child := range idx.Manifests {
+			n, _, err := w.manifest(ctx, child, depth-1)
+			if err != nil {
+				return 0, "", err
+			}
+			size += n
+		}
+		return size, "image", nil
+	}
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil {
+		return 0, "", fault.Errorf(fault.Unverified, "read manifest %s: %w", d.Digest, err)
+	}
+	for _, l := range append([]v1.Descriptor{m.Config}, m.Layers...) {
+		if err := w.blob(ctx, l); err != nil {
+			return 0, "", err
+		}
+	}
+	for _, l := range m.Layers {
+		size += l.Size
+	}
+	switch {
+	case m.ArtifactType == TypeSnapshot:
+		return size, TagSnapshot, nil
+	case m.ArtifactType == TypeKeys:
+		return size, TagKeys, nil
+	case m.Annotations[bundle.AnnotationFormat] != "":
+		return size, "driver", nil
+	}
+	return size, "image", nil
+}
+
+func (w *walker) blob(ctx context.Context, d v1.Descriptor) error {
+	if _, ok := w.seen[d.Digest.Hex]; ok {
+		return nil
+	}
+	rc, err := w.repo.Blob(ctx, d.Digest.String(), d.Size)
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	n, err := io.Copy(h, rc)
+	if err = errors.Join(err, rc.Close()); err != nil {
+		return err
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex || n != d.Size {
+		return fault.New(fault.Unverified, fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
+			"get the file again from who made it")
+	}
+	w.seen[d.Digest.Hex] = n
+	return nil
+}

@@ -1,0 +1,138 @@
+package deploy_test
+
+import (
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/distribution"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// An artifact is an image like any other to containerd: it mounts it, as kubelet has it do
+// for an image volume, and pulls it through a mirror that hosts.toml names, which is what
+// peers such as Spegel are to it. No name here leads anywhere but to the mirrors.
+func TestCarriers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("containerd wants to be root")
+	}
+	r := startServer(t)
+	c := newClient(t, r)
+	repo, err := registry.Open(r.Host+"/prebake/driver", registry.Options{Plain: true, Password: secret})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+	s.Publish(t, repo)
+	want := tree(t, unpacked(t, repo, s))
+	passing := distribution.StartMirror(t, r.URL)
+	for name, mirror := range map[string]string{"the server": r.Host, "a pull-through mirror": passing} {
+		t.Run(name, func(t *testing.T) {
+			c := c
+			c.t = t
+			socket := startContainerd(c)
+			ctr := func(args ...string) []string { return append([]string{"--address", socket, "images"}, args...) }
+			hosts := hostsDir(t, "farm.example", mirror)
+			ref := "farm.example/prebake/driver@" + s.Digest
+			c.must("ctr", ctr("pull", "--hosts-dir", hosts, "--snapshotter", "native", ref)...)
+			at := t.TempDir()
+			c.must("ctr", ctr("mount", "--snapshotter", "native", ref, at)...)
+			defer c.must("ctr", ctr("unmount", at)...)
+			if diff := cmp.Diff(want, tree(t, at)); diff != "" {
+				t.Errorf("what containerd mounts (-artifact +mounted):\n%s", diff)
+			}
+		})
+	}
+	// What the mirror hands on are manifests and layers; it has no list of statements, so a
+	// node takes nothing from it (docs/carriers.md).
+	through, err := registry.Open(passing+"/prebake/driver", registry.Options{Plain: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := through.Manifest(t.Context(), s.Digest); err != nil {
+		t.Errorf("Manifest through the mirror = %v; want nil", err)
+	}
+	if got, err := through.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle); err != nil || len(got) != 0 {
+		t.Errorf("Attached through the mirror = %d, %v; want none: then docs/carriers.md is out of date", len(got), err)
+	}
+}
+
+// hostsDir tells containerd where a registry's images are (containerd, docs/hosts.md).
+func hostsDir(t *testing.T, registry, mirror string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, registry), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	text := fmt.Sprintf("server = \"https://%s\"\n\n[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", registry, mirror)
+	if err := os.WriteFile(filepath.Join(dir, registry, "hosts.toml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// unpacked has the artifact's files as a node installs them.
+func unpacked(t *testing.T, repo *registry.Repository, s testkit.Sample) string {
+	t.Helper()
+	dir := t.TempDir()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	for _, l := range s.Layers {
+		rc, err := repo.Blob(t.Context(), l.Digest, l.Size)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := bundle.Unpack(t.Context(), rc, l.Digest, l.DiffID, l.Size, root); err != nil {
+			t.Fatal(err)
+		}
+		if err := rc.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// tree maps the files of a folder to what they are.
+func tree(t *testing.T, dir string) map[string]string {
+	t.Helper()
+	all := map[string]string{}
+	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		info, err := d.Info()
+		if err != nil {
+			return err
+		}
+		what := ""
+		switch {
+		case d.Type()&fs.ModeSymlink != 0:
+			what, err = os.Readlink(path)
+		case d.Type().IsRegular():
+			var raw []byte
+			raw, err = os.ReadFile(path)
+			what = string(raw)
+		}
+		all[name] = info.Mode().String() + " " + what
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return all
+}

@@ -1,0 +1,158 @@
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// offlineBundle is what builder bundle create prints.
+type offlineBundle struct {
+	Index        string `json:"index"`
+	Base         string `json:"base"`
+	Size         int64  `json:"size"`
+	Bytes        int64  `json:"bytes"`
+	LeftOutBytes int64  `json:"leftOutBytes"`
+}
+
+// A bundle that was made beside the farm installs a driver on a node that has no network,
+// and never had one. Then the node's OS is updated, and a second bundle, a delta, brings it
+// to the driver for that: what the delta leaves out is what the node has. One that has
+// nothing is told which bundle it needs. Both are on the node's disk, as somebody carried
+// them there.
+func TestAirGap(t *testing.T) {
+	before, k := shared.kernel(0), shared.kernel(1)
+	first := published(t, shared.srv, before, shared.driver(), target.Proprietary)
+	second := published(t, shared.srv, k, shared.driver(), target.Proprietary)
+	dir := t.TempDir()
+	create := func(name string, k target.Kernel, more ...string) (made offlineBundle) {
+		t.Helper()
+		out, err := shared.Must(t.Context(), "builder", append([]string{
+			"bundle", "create", filepath.Join(dir, name), "--from", shared.srv.Repository(), "--kernel", k.String(), "--driver", shared.driver(),
+			"--flavour", string(target.Proprietary), "--public-key", shared.key + ".pub", "--output", "json",
+		}, more...)...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := json.Unmarshal(out, &made); err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: %d bytes, holds %d, leaves out %d", name, made.Size, made.Bytes, made.LeftOutBytes)
+		return made
+	}
+	base := create("base.tar", before)
+	delta := create("delta.tar", k, "--since", filepath.Join(dir, "base.tar"))
+	m := manifest(t, shared.srv, second.Digest)
+	rest := layer(t, m, bundle.LayerUserspace).Size + layer(t, m, bundle.LayerFirmware).Size
+	if delta.Base != base.Index || delta.LeftOutBytes < rest || base.Size-delta.Size < rest/2 {
+		t.Errorf("the bundles are %+v and %+v; want a delta of the first, without the %d bytes that both kernels share", base, delta, rest)
+	}
+
+	// The disk is mounted where the install folder lies.
+	mount := filepath.Dir(scene.InstallDir)
+	disk := diskWith(t, dir)
+	install := func(name, ref, folder string, more ...string) vm.Step {
+		return vm.Step{Name: name, KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
+			"/usr/bin/fetcher", "install", "--registry", ref, "--driver", shared.driver(), "--flavour", "proprietary",
+			"--install-dir", folder, "--builder", "never", "--output", "json",
+		}, more...)}
+	}
+	port := shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
+	boot := func(k target.Kernel, steps ...vm.Step) *vm.Result {
+		t.Helper()
+		folder, err := shared.Boot(t.Context(), shared.mirror, k)
+		if err != nil {
+			t.Fatal(err)
+		}
+		res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: folder, GPU: true, Offline: true, Key: shared.key + ".pub", Disk: disk, Timeout: 20 * time.Minute},
+			append([]vm.Step{
+				{Name: "mount", Argv: []string{"@mount", "/dev/vda", mount}},
+				{Name: "dial", Argv: []string{"@dial", vm.HostAddress + ":" + port}, KeepGoing: true},
+			}, steps...))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if step := named(t, res, "dial"); step.ExitCode == 0 {
+			t.Fatal("the node reaches the farm; want it to have no network")
+		}
+		return res
+	}
+	baseRef, deltaRef := "oci-archive:"+mount+"/base.tar", "oci-archive:"+mount+"/delta.tar"
+	res := boot(before, install("install", baseRef, scene.InstallDir), scene.ModulesStep())
+	installed(t, res, "install", first.Digest)
+	if live := scene.Live(named(t, res, scene.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
+		t.Errorf("live in the node: %v; want nvidia among them", live)
+	}
+
+	res = boot(k,
+		install("nothing there", deltaRef, mount+"/new", "--no-load"),
+		install("both", baseRef+"+"+mount+"/delta.tar", mount+"/new", "--no-load"),
+		install("upgrade", deltaRef, scene.InstallDir), scene.ModulesStep())
+	alone := named(t, res, "nothing there")
+	if alone.ExitCode != fault.Usage.ExitCode() || !strings.Contains(string(alone.Stderr), base.Index) {
+		t.Errorf("with the delta alone a new folder ended with %d: %s\nwant %d, and the bundle that it needs named: %s", alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
+	}
+	if both := named(t, res, "both"); both.ExitCode != 0 {
+		t.Errorf("with both bundles a new folder ended with %d: %s; want 0", both.ExitCode, both.Stderr)
+	}
+	r := installed(t, res, "upgrade", second.Digest)
+	if most := layer(t, m, bundle.LayerModules).Size; r.FetchedBytes > most {
+		t.Errorf("the upgrade read %d bytes of the delta; want the modules at most, %d", r.FetchedBytes, most)
+	}
+	if live := scene.Live(named(t, res, scene.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
+		t.Errorf("live after the upgrade: %v; want nvidia among them", live)
+	}
+}
+
+// installed looks at what an install came to: this artifact, live, and the emulated GPU unusable.
+func installed(t *testing.T, res *vm.Result, name, digest string) (r scene.Report) {
+	t.Helper()
+	step := named(t, res, name)
+	t.Logf("%s: exit %d, %.1f s\n%s%s", name, step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
+	if err := scene.Decode(step, &r); err != nil {
+		t.Fatal(err)
+	}
+	if want := fault.Unusable.ExitCode(); step.ExitCode != want || r.Verdict.Digest != digest || r.Verdict.NVML.Version != shared.driver() || !r.Changed {
+		t.Errorf("%s: exit code %d, %+v; want %d, and %s with NVML %s", name, step.ExitCode, r.Verdict, want, digest, shared.driver())
+	}
+	return r
+}
+
+func named(t *testing.T, res *vm.Result, name string) vm.StepResult {
+	t.Helper()
+	step, err := scene.StepNamed(res, name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return step
+}
+
+// diskWith makes a filesystem that holds a folder's files.
+func diskWith(t *testing.T, dir string) string {
+	t.Helper()
+	image := filepath.Join(t.TempDir(), "disk.img")
+	f, err := os.Create(image)
+	if err == nil {
+		err = errors.Join(f.Truncate(3<<30), f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", "-d", dir, image).CombinedOutput(); err != nil {
+		t.Fatal(fmt.Errorf("make filesystem: %w: %s", err, out))
+	}
+	return image
+}

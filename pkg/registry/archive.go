@@ -1,0 +1,370 @@
+package registry
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// AnnotationBase is on the index of a layout that leaves out what an earlier one has, and
+// holds the digest of the earlier one's index.json.
+const AnnotationBase = "dev.prebake.bundle.base"
+
+const (
+	archivePrefix = "oci-archive:" // as skopeo and podman call such a file
+	partsBetween  = "+"
+	// maxEntries bounds the entries of an archive: some 5,000 artifacts with their statements.
+	maxEntries = 1 << 18
+	maxMarker  = 4 << 10
+	markerFile = "oci-layout"
+)
+
+// archives reads an image layout out of tar files, or folders, one after the other: the last
+// has the index, and what it leaves out is in those before it.
+type archives struct {
+	paths []string
+
+	mu    sync.Mutex
+	parts []part // once they were looked through
+}
+
+// part is one of them.
+type part struct {
+	path  string
+	files map[string]extent // of a tar; nil is a folder
+	index string            // digest of index.json
+	base  string            // the digest of the index that it needs; "" is none
+}
+
+// extent is where a file's bytes are in a tar.
+type extent struct{ at, size int64 }
+
+// openArchives names them by oci-archive:FILE[+FILE…]. They are read when somebody asks.
+func openArchives(ref string) (*layoutStore, error) {
+	paths := strings.Split(ref, partsBetween)
+	if slices.Contains(paths, "") {
+		return nil, errors.New("no file")
+	}
+	return &layoutStore{files: &archives{paths: paths}}, nil
+}
+
+func (*archives) cheap() bool   { return true }
+func (*archives) settled() bool { return true }
+
+func (a *archives) read(ctx context.Context, name string, limit int64) ([]byte, error) {
+	parts, err := a.load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if name == indexFile {
+		return parts[len(parts)-1].read(ctx, name, limit)
+	}
+	for _, p := range slices.Backward(parts) {
+		raw, err := p.read(ctx, name, limit)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return raw, err
+		}
+	}
+	return nil, missing(parts, name)
+}
+
+func (a *archives) open(ctx context.Context, name string, size int64) (io.ReadCloser, error) {
+	parts, err := a.load(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, p := range slices.Backward(parts) {
+		rc, err := p.open(ctx, name, size)
+		if !errors.Is(err, fs.ErrNotExist) {
+			return rc, err
+		}
+	}
+	return nil, missing(parts, name)
+}
+
+// missing tells what a file that is in no part means: of a delta it is the part before it
+// that lacks.
+func missing(parts []part, name string) error {
+	first := parts[0]
+	if first.base == "" {
+		return &fs.PathError{Op: "open", Path: first.path + ":" + name, Err: fs.ErrNotExist}
+	}
+	return fault.New(
+		fault.Usage,
+		fmt.Sprintf("%s is a delta, and leaves out %s, which the bundle with index %s has", first.path, path.Base(name), first.base),
+		"name that bundle before it: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
+	)
+}
+
+// load looks the parts through, once, and compares what each needs with what is before it.
+func (a *archives) load(ctx context.Context) ([]part, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.parts != nil {
+		return a.parts, nil
+	}
+	var parts []part
+	for i, file := range a.paths {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		p, err := readPart(ctx, file)
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w", file, err)
+		}
+		if i > 0 && p.base != parts[i-1].index {
+			return nil, notBasedOn(p, parts[i-1])
+		}
+		parts = append(parts, p)
+	}
+	a.parts = parts
+	return parts, nil
+}
+
+func notBasedOn(p, before part) error {
+	if p.base == "" {
+		return fault.New(fault.Usage, p.path+" is whole, and needs no other bundle before it", "name it alone: "+archivePrefix+p.path)
+	}
+	return fault.New(
+		fault.Usage,
+		fmt.Sprintf("%s is a delta of the bundle with index %s, and %s has index %s", p.path, p.base, before.path, before.index),
+		"name the bundle that it was made for; builder bundle show FILE prints the index of each",
+	)
+}
+
+func readPart(ctx context.Context, file string) (part, error) {
+	p := part{path: file}
+	info, err := os.Stat(file)
+	if err == nil && !info.IsDir() {
+		p.files, err = scanFile(file)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		// Not wrapped: a layout's folder that does not exist is empty, and this is no folder.
+		return p, fault.New(fault.NotFound, "there is no such file", "name a file that builder bundle create made, or any tar of an OCI image layout")
+	case err != nil:
+		return p, err
+	}
+	marker, err := p.read(ctx, markerFile, maxMarker)
+	if err == nil {
+		err = checkMarker(marker)
+	}
+	var index []byte
+	if err == nil {
+		index, err = p.read(ctx, indexFile, maxIndex)
+	}
+	if errors.Is(err, fs.ErrNotExist) {
+		return p, fault.New(fault.Unverified, "it has no "+markerFile+" with "+indexFile, "name the tar of an OCI image layout, not compressed")
+	}
+	if err != nil {
+		return p, err
+	}
+	hash, _, err := v1.SHA256(bytes.NewReader(index))
+	if err != nil {
+		return p, err
+	}
+	p.index = hash.String()
+	var idx v1.IndexManifest
+	if err := json.Unmarshal(index, &idx); err != nil {
+		return p, damaged(fmt.Errorf("read %s: %w", indexFile, err))
+	}
+	if p.base = idx.Annotations[AnnotationBase]; p.base != "" && checkDigest(p.base) != nil {
+		return p, damaged(fmt.Errorf("annotation %s %.100q is no digest", AnnotationBase, p.base))
+	}
+	return p, nil
+}
+
+// checkMarker reads the file that says what a layout is (image-spec 1.1, image-layout.md).
+func checkMarker(raw []byte) error {
+	var marker struct {
+		Version string `json:"imageLayoutVersion"`
+	}
+	if err := json.Unmarshal(raw, &marker); err != nil {
+		return damaged(fmt.Errorf("read %s: %w", markerFile, err))
+	}
+	if marker.Version != "1.0.0" {
+		return fault.New(fault.Unverified, fmt.Sprintf("image layout version %.20q; want 1.0.0", marker.Version), "update this program")
+	}
+	return nil
+}
+
+func scanFile(file string) (map[string]extent, error) {
+	f, err := os.Open(file)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return scan(f)
+}
+
+// layoutFile is the name of a file that is read: others are in archives, too.
+var layoutFile = regexp.MustCompile(`^(oci-layout|index\.json|blobs/sha256/[0-9a-f]{64})$`)
+
+// scan finds the files of a layout in a tar. It takes folders and regular files only, each
+// once, and reads no file's bytes.
+func scan(r io.ReadSeeker) (map[string]extent, error) {
+	size, err := r.Seek(0, io.SeekEnd)
+	if err == nil {
+		_, err = r.Seek(0, io.SeekStart)
+	}
+	if err != nil {
+		return nil, err
+	}
+	files := map[string]extent{}
+	t := tar.NewReader(r)
+	for n := 0; ; n++ {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			return files, nil
+		}
+		if err != nil {
+			return nil, refused(fmt.Sprintf("no tar: %v", err))
+		}
+		name, err := entryName(h)
+		if err != nil {
+			return nil, err
+		}
+		if n == maxEntries {
+			return nil, refused(fmt.Sprintf("more than %d entries", maxEntries))
+		}
+		if h.Typeflag == tar.TypeDir || !layoutFile.MatchString(name) {
+			continue
+		}
+		// The tar reader has read the header and nothing behind it.
+		at, err := r.Seek(0, io.SeekCurrent)
+		if err != nil {
+			return nil, err
+		}
+		if h.Size < 0 || h.Size > size-at {
+			return nil, refused(fmt.Sprintf("%s has %d bytes, and the archive ends before", name, h.Size))
+		}
+		if _, ok := files[name]; ok {
+			return nil, refused(name + " is in it twice")
+		}
+		files[name] = extent{at, h.Size}
+	}
+}
+
+// entryName returns the clean name of an entry that is a folder or a plain file within.
+func entryName(h *tar.Header) (string, error) {
+	if h.Typeflag != tar.TypeDir && h.Typeflag != tar.TypeReg {
+		return "", refused(fmt.Sprintf("entry %.200q is neither file nor folder", h.Name))
+	}
+	for key := range h.PAXRecords {
+		if strings.HasPrefix(key, "GNU.sparse.") {
+			return "", refused(fmt.Sprintf("entry %.200q has holes", h.Name))
+		}
+	}
+	if path.IsAbs(h.Name) || strings.ContainsAny(h.Name, "\\\x00") || slices.Contains(strings.Split(h.Name, "/"), "..") {
+		return "", refused(fmt.Sprintf("entry %.200q is outside", h.Name))
+	}
+	return path.Clean(h.Name), nil
+}
+
+func refused(what string) error {
+	return fault.New(fault.Unverified, what, "get the file again from who made it, and compare its SHA-256; it has to be a tar, not compressed")
+}
+
+func (p part) read(ctx context.Context, name string, limit int64) ([]byte, error) {
+	if p.files == nil {
+		return folder(p.path).read(ctx, name, limit)
+	}
+	rc, err := p.open(ctx, name, limit)
+	if err != nil {
+		return nil, err
+	}
+	raw, err := readAll(rc, name, limit)
+	return raw, errors.Join(err, rc.Close())
+}
+
+func (p part) open(ctx context.Context, name string, size int64) (io.ReadCloser, error) {
+	if p.files == nil {
+		return folder(p.path).open(ctx, name, size)
+	}
+	e, ok := p.files[name]
+	if !ok {
+		return nil, &fs.PathError{Op: "open", Path: p.path + ":" + name, Err: fs.ErrNotExist}
+	}
+	if e.size > size {
+		return nil, damaged(fmt.Errorf("%s has %d bytes; want at most %d", name, e.size, size))
+	}
+	f, err := os.Open(p.path)
+	if err != nil {
+		return nil, err
+	}
+	return section{io.NewSectionReader(f, e.at, e.size), f}, nil
+}
+
+type section struct {
+	io.Reader
+	io.Closer
+}
+
+// Layout is what an image layout holds, for who carries it on.
+type Layout struct {
+	r *Repository
+	s *layoutStore
+}
+
+// AsLayout returns the layout that a repository is; ok is false for one on a registry.
+func (r *Repository) AsLayout() (l Layout, ok bool) {
+	s, ok := r.s.(*layoutStore)
+	return Layout{r, s}, ok
+}
+
+// Index returns index.json, and the digest of its bytes. What does not exist has an empty one.
+func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string, err error) {
+	raw, err := l.s.files.read(ctx, indexFile, maxIndex)
+	idx = &v1.IndexManifest{}
+	if err == nil {
+		err = json.Unmarshal(raw, idx)
+	}
+	if err != nil {
+		return nil, "", fmt.Errorf("read index of %s: %w", l.r.name, err)
+	}
+	hash, _, err := v1.SHA256(bytes.NewReader(raw))
+	return idx, hash.String(), err
+}
+
+// Has reports whether a blob of this size is there. Its bytes are not read. A delta that
+// was named without what is before it has what is in it.
+func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
+	places := []interface {
+		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
+	}{l.s.files}
+	if a, ok := l.s.files.(*archives); ok {
+		parts, err := a.load(ctx)
+		if err != nil {
+			return false, err
+		}
+		places = places[:0]
+		for _, p := range parts {
+			places = append(places, p)
+		}
+	}
+	for _, p := range places {
+		rc, err := p.open(ctx, blobName(d.Digest.String()), d.Size)
+		switch {
+		case err == nil:
+			return true, rc.Close()
+		case !errors.Is(err, fs.ErrNotExist) && !fault.Is(err, fault.Unverified):
+			return false, err
+		}
+	}
+	return false, nil
+}

@@ -1,0 +1,229 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/partial"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Copied is what [Repository.Copy] brought along.
+type Copied struct {
+	// Referrers are how many manifests were attached.
+	Referrers int
+}
+
+// Copy brings the image with this digest to another repository, byte for byte, and what is
+// attached to it: the digests stay. What is there already is not sent again. Tags are the
+// caller's. Which of the attachments go with it want says; nil takes all.
+func (r *Repository) Copy(ctx context.Context, to *Repository, digest string, want func(v1.Descriptor) bool) (Copied, error) {
+	var c Copied
+	err := func() error {
+		img, err := r.Image(ctx, digest)
+		if err != nil {
+			return err
+		}
+		if _, err := to.Push(ctx, img); err != nil {
+			return err
+		}
+		attached, err := r.Referrers(ctx, digest, "")
+		if err != nil {
+			return err
+		}
+		for _, d := range attached {
+			if want != nil && !want(d) {
+				continue
+			}
+			if err := r.copyAttached(ctx, to, digest, d.Digest.String()); err != nil {
+				return err
+			}
+			c.Referrers++
+		}
+		return nil
+	}()
+	if err != nil {
+		return c, fmt.Errorf("copy %s from %s to %s: %w", digest, r.name, to.name, err)
+	}
+	return c, nil
+}
+
+func (r *Repository) copyAttached(ctx context.Context, to *Repository, subject, digest string) error {
+	img, err := r.Image(ctx, digest)
+	if err != nil {
+		return err
+	}
+	m, err := img.Manifest()
+	if err != nil {
+		return err
+	}
+	if m.Subject == nil || m.Subject.Digest.String() != subject {
+		return fault.Errorf(fault.Unverified, "%s is listed as attached to %s, and is not", digest, subject)
+	}
+	a := &attachment{whole: img, subject: m.Subject.Digest}
+	if a.desc, err = describe(img); err != nil {
+		return err
+	}
+	a.desc.ArtifactType, a.desc.Annotations = ArtifactType(m), EntryAnnotations(m.Annotations)
+	return to.s.attach(ctx, a)
+}
+
+// ArtifactType is the type of an artifact as lists of referrers have it (image-spec 1.1,
+// "guidelines for artifact usage").
+func ArtifactType(m *v1.Manifest) string {
+	if m.ArtifactType != "" {
+		return m.ArtifactType
+	}
+	return string(m.Config.MediaType)
+}
+
+// Image returns the image with this digest. Manifest and config were compared with their
+// digests; its layers are read from the repository when somebody asks, and are not.
+func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error) {
+	raw, err := r.Manifest(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil || m.MediaType != "" && !m.MediaType.IsImage() {
+		return nil, fault.Errorf(fault.Unverified, "read manifest %s from %s: it is no image, but of type %.100q", digest, r.name, m.MediaType)
+	}
+	for _, d := range append([]v1.Descriptor{m.Config}, m.Layers...) {
+		if err := checkDigest(d.Digest.String()); err != nil || d.Size < 0 {
+			return nil, fault.Errorf(fault.Unverified, "read manifest %s from %s: it names a blob %.100q of %d bytes", digest, r.name, d.Digest, d.Size)
+		}
+	}
+	config, err := r.Small(ctx, m.Config)
+	if err != nil {
+		return nil, err
+	}
+	return partial.CompressedToImage(remoteImage{ctx, r, raw, config, m})
+}
+
+// remoteImage is the minimum from which partial makes a v1.Image. It lives for one call.
+type remoteImage struct {
+	ctx         context.Context
+	r           *Repository
+	raw, config []byte
+	manifest    v1.Manifest
+}
+
+func (i remoteImage) RawConfigFile() ([]byte, error) { return i.config, nil }
+func (i remoteImage) RawManifest() ([]byte, error)   { return i.raw, nil }
+
+func (i remoteImage) MediaType() (types.MediaType, error) {
+	if i.manifest.MediaType == "" { // it is optional
+		return types.OCIManifestSchema1, nil
+	}
+	return i.manifest.MediaType, nil
+}
+
+func (i remoteImage) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
+	for _, d := range append([]v1.Descriptor{i.manifest.Config}, i.manifest.Layers...) {
+		if d.Digest == h {
+			return remoteLayer{i, d}, nil
+		}
+	}
+	return nil, fmt.Errorf("no layer %s in this image", h)
+}
+
+type remoteLayer struct {
+	i remoteImage
+	d v1.Descriptor
+}
+
+func (l remoteLayer) Digest() (v1.Hash, error)            { return l.d.Digest, nil }
+func (l remoteLayer) Size() (int64, error)                { return l.d.Size, nil }
+func (l remoteLayer) MediaType() (types.MediaType, error) { return l.d.MediaType, nil }
+func (l remoteLayer) DiffID() (v1.Hash, error)            { return l.d.Digest, nil } // asked of no image that is stored
+func (l remoteLayer) Compressed() (io.ReadCloser, error) {
+	return l.i.r.Blob(l.i.ctx, l.d.Digest.String(), l.d.Size)
+}
+
+// AnnotationRefName is on an entry of a layout's index, and is its tag.
+const AnnotationRefName = refName
+
+// ReferrersListType is the media type of what [ReferrersList] returns.
+const ReferrersListType = types.OCIImageIndex
+
+// listTag is the tag under which a subject's referrers are listed.
+func listTag(subject string) string { return strings.Replace(subject, ":", "-", 1) }
+
+// ReferrersTag is the tag under which a manifest's referrers are listed where nobody
+// answers for them (distribution-spec 1.1, "Referrers Tag Schema").
+func ReferrersTag(digest string) string { return listTag(digest) }
+
+// ReferrersList returns what stands under that tag: these manifests, by digest.
+func ReferrersList(referrers []v1.Descriptor) ([]byte, error) {
+	list := slices.Clone(referrers)
+	slices.SortFunc(list, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
+	return json.Marshal(v1.IndexManifest{SchemaVersion: 2, MediaType: ReferrersListType, Manifests: list})
+}
+
+// EntryAnnotations are the annotations of an attached manifest as its entry in an index
+// may have them: anybody attaches manifests, and may not name tags with them.
+func EntryAnnotations(of map[string]string) map[string]string {
+	kept := maps.Clone(of)
+	delete(kept, refName)
+	return kept
+}
+
+// Tagged is what [Repository.CopyTagged] copied under one tag.
+type Tagged struct {
+	Tag    string `json:"tag"`
+	Digest string `json:"digest"`
+	// Attached is how many manifests were attached to it.
+	Attached int `json:"attached"`
+}
+
+// CopyTagged copies each tagged image that is wanted, with what is attached to it and all
+// its tags. It returns what it copied, by tag; an image that is copied under several tags is
+// sent once. A tag that names something else there already is [fault.PublishRefused].
+func (r *Repository) CopyTagged(ctx context.Context, to *Repository, want func(m *v1.Manifest) bool) ([]Tagged, error) {
+	tags, err := r.Tags(ctx)
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(tags)
+	var all []Tagged
+	copied := map[string]Copied{}
+	for _, tag := range tags {
+		if !tagPattern.MatchString(tag) {
+			continue // the name of an image in a layout, which need not be a tag
+		}
+		d, err := r.Resolve(ctx, tag)
+		if err != nil {
+			return all, err
+		}
+		digest := d.Digest.String()
+		if !d.MediaType.IsImage() {
+			continue
+		}
+		if _, ok := copied[digest]; !ok {
+			raw, err := r.Manifest(ctx, digest)
+			if err != nil {
+				return all, err
+			}
+			var m v1.Manifest
+			if json.Unmarshal(raw, &m) != nil || !want(&m) {
+				continue
+			}
+			if copied[digest], err = r.Copy(ctx, to, digest, nil); err != nil {
+				return all, err
+			}
+		}
+		if err := to.Tag(ctx, d, tag); err != nil {
+			return all, err
+		}
+		all = append(all, Tagged{tag, digest, copied[digest].Referrers})
+	}
+	return all, nil
+}

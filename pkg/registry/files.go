@@ -1,0 +1,125 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// annotationTitle is the name of a layer as a file (image-spec 1.1, annotations.md): oras
+// pull makes files of such layers.
+const annotationTitle = "org.opencontainers.image.title"
+
+// Bounds of the files of one artifact.
+const (
+	MaxFiles = 4096
+	MaxFile  = 256 << 20
+)
+
+// FilesManifest returns the manifest of an artifact whose layers are files, and its config.
+// Each file is described with its name as [FileDescriptor] has it.
+func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
+	m := v1.Manifest{
+		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,
+		Config: v1.Descriptor{MediaType: emptyType},
+	}
+	if m.Config.Digest, m.Config.Size, err = v1.SHA256(bytes.NewReader(emptyConfig)); err != nil {
+		return nil, nil, err
+	}
+	manifest, err = json.Marshal(m)
+	return manifest, emptyConfig, err
+}
+
+// FileDescriptor describes a file under its name, a path with slashes.
+func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descriptor {
+	return v1.Descriptor{
+		MediaType: types.MediaType(mediaType), Digest: digest, Size: size,
+		Annotations: map[string]string{annotationTitle: name},
+	}
+}
+
+// SaveFiles writes the files of an artifact of this type to a folder, each compared with
+// its digest, and returns their names. A file that is there already is an error, and so is a
+// name that leads out of the folder: nothing is written then.
+func (r *Repository) SaveFiles(ctx context.Context, digest, artifactType, dir string) (names []string, err error) {
+	names, err = r.saveFiles(ctx, digest, artifactType, dir)
+	if err != nil {
+		err = fmt.Errorf("save the files of %s in %s: %w", digest, r.name, err)
+	}
+	return names, err
+}
+
+func (r *Repository) saveFiles(ctx context.Context, digest, artifactType, dir string) (names []string, err error) {
+	raw, err := r.Manifest(ctx, digest)
+	if err != nil {
+		return nil, err
+	}
+	var m v1.Manifest
+	if err := json.Unmarshal(raw, &m); err != nil || m.ArtifactType != artifactType {
+		return nil, fault.Errorf(fault.Unverified, "it is of type %.100q; want %s", m.ArtifactType, artifactType)
+	}
+	if len(m.Layers) > MaxFiles {
+		return nil, fault.Errorf(fault.Unverified, "%d files; at most %d are read", len(m.Layers), MaxFiles)
+	}
+	for _, l := range m.Layers {
+		name := l.Annotations[annotationTitle]
+		if !filepath.IsLocal(name) || path.Clean(name) != name || name == "." || l.Size < 0 || l.Size > MaxFile {
+			return nil, fault.Errorf(fault.Unverified, "a file has the name %.200q and %d bytes", name, l.Size)
+		}
+		names = append(names, name)
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fault.Disk(err, "free space on the disk of "+dir)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	for i, l := range m.Layers {
+		if err := r.saveFile(ctx, root, names[i], l); err != nil {
+			return nil, fmt.Errorf("file %q: %w", names[i], err)
+		}
+	}
+	return names, nil
+}
+
+func (r *Repository) saveFile(ctx context.Context, root *os.Root, name string, l v1.Descriptor) (err error) {
+	rc, err := r.Blob(ctx, l.Digest.String(), l.Size)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, rc.Close()) }()
+	if err := root.MkdirAll(path.Dir(name), 0o755); err != nil {
+		return fault.Disk(err, "free space for it")
+	}
+	f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if errors.Is(err, os.ErrExist) {
+		return fault.Wrap(fault.Usage, err, "name a folder that is new or empty")
+	}
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	_, err = io.Copy(io.MultiWriter(f, h), rc)
+	if err = errors.Join(err, f.Close()); err == nil && hex.EncodeToString(h.Sum(nil)) != l.Digest.Hex {
+		err = damaged(fmt.Errorf("digest is sha256:%x", h.Sum(nil)))
+	}
+	if err != nil {
+		return errors.Join(fault.Disk(err, "free space for it"), root.Remove(name))
+	}
+	return nil
+}

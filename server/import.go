@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"strings"
+	"time"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+)
+
+// importCommand is a push and a reindex of what was pushed. All of a bundle is verified
+// before the first byte of it is sent: what nobody vouches for never gets into the registry.
+func importCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "import", Usage: "bring the drivers of an offline bundle into registry and catalogue",
+		ArgsUsage: "FILE[+DELTA…]",
+		Description: `Reads what "builder bundle create" packed, or any OCI image layout in a tar
+(oci:FOLDER for one in a folder), verifies each driver as a node does, and
+brings them to the server: artifacts and statements into its registry, byte for
+byte, and what they say into its catalogue. One that is not verified stops all.
+
+Example:
+  server import drivers.tar --key farm.pub --token-file token
+  server import drivers.tar+drivers-2.tar --key farm.pub --token-file token`,
+		Flags: writeFlags(
+			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to bring them to"),
+			cli.Strings("key", "`FILE` with public keys of those who may publish, repeatable"),
+			cli.String("trusted-root", "", "`FILE` with a Sigstore trusted root, for what is signed without keys"),
+			cli.String("certificate-identity", "", "`NAME` that its certificates have to name"),
+			cli.String("certificate-oidc-issuer", "", "`URL` of who vouches for the name"),
+		),
+		Action: runImport,
+	}
+}
+
+func runImport(ctx context.Context, cmd *ucli.Command) error {
+	if cmd.Args().Len() != 1 {
+		return fault.New(fault.Usage, cmd.FullName()+" takes one argument, the bundle", "see "+cmd.FullName()+" --help")
+	}
+	ref := cmd.Args().First()
+	if !strings.HasPrefix(ref, "oci:") {
+		ref = "oci-archive:" + ref
+	}
+	from, err := registry.Open(ref, registry.Options{})
+	if err != nil {
+		return err
+	}
+	c, err := client(cmd)
+	if err != nil {
+		return err
+	}
+	verifier, err := publishers(cmd)
+	if err != nil {
+		return err
+	}
+	name := cmd.String("repository")
+	found := &comparison{Repository: name, Findings: []finding{}}
+	if found.held, err = drivers(ctx, &reader{repo: from, verifier: verifier, now: time.Now()}); err != nil {
+		return fmt.Errorf("read %s: %w", ref, err)
+	}
+	for _, a := range found.held {
+		f, _ := judge(a, api.Artifact{}, false, name)
+		found.Findings = append(found.Findings, f)
+		if a.err != nil {
+			return fmt.Errorf("import %s: nothing was brought to the server: %w", a.digest, a.err)
+		}
+	}
+	to, err := pushTo(cmd, c.Base(), name)
+	if err != nil {
+		return err
+	}
+	if _, err := from.CopyTagged(ctx, to, isDriver); err != nil {
+		return err
+	}
+	if err := found.apply(ctx, c); err != nil {
+		return err
+	}
+	if err := cli.Print(cmd, found, func(w io.Writer) error { return printImport(w, found) }); err != nil {
+		return err
+	}
+	return found.left()
+}
+
+func isDriver(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" }
+
+// drivers reads the drivers among what has a tag; none is an error.
+func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
+	tags, err := r.repo.Tags(ctx)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]bool{}
+	for _, tag := range tags {
+		if strings.ContainsAny(tag, "/:@") {
+			continue // the name of a program's image
+		}
+		d, err := r.repo.Resolve(ctx, tag)
+		if err != nil {
+			return nil, err
+		}
+		digest := d.Digest.String()
+		if seen[digest] || !d.MediaType.IsImage() {
+			continue
+		}
+		seen[digest] = true
+		raw, err := r.repo.Manifest(ctx, digest)
+		if err != nil {
+			return nil, err
+		}
+		var m v1.Manifest
+		if json.Unmarshal(raw, &m) != nil || !isDriver(&m) {
+			continue
+		}
+		a, err := r.one(ctx, digest)
+		if err != nil {
+			return nil, err
+		}
+		held = append(held, a)
+	}
+	if len(held) == 0 {
+		return nil, fault.New(fault.NoArtifact, "it has no drivers", "builder bundle show FILE tells what a bundle has")
+	}
+	return held, nil
+}
+
+// pushTo opens a repository on the server for the caller's token.
+func pushTo(cmd *ucli.Command, base, name string) (*registry.Repository, error) {
+	if !strings.HasPrefix(name, "/") {
+		return nil, fault.New(fault.Usage, fmt.Sprintf("repository %q: want one on the server, as in /prebake/driver", name),
+			"for another registry: builder bundle push, and then server reindex --apply")
+	}
+	token := cmd.String("token")
+	if file := cmd.String("token-file"); token == "" && file != "" {
+		var err error
+		if token, err = readToken(file); err != nil {
+			return nil, err
+		}
+	}
+	scheme, host, _ := strings.Cut(base, "://")
+	return registry.Open(host+name, registry.Options{Plain: scheme == "http", Password: token, UserAgent: "prebake-server/" + version})
+}
+
+func printImport(w io.Writer, c *comparison) error {
+	var rows [][]string
+	for _, f := range c.Findings {
+		state := "refused"
+		if f.Applied {
+			state = "imported"
+		}
+		rows = append(rows, []string{strings.TrimPrefix(f.Digest, "sha256:")[:12], state, f.Driver.String(), printable(f.Note)})
+	}
+	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "nothing")
+}
