@@ -1,0 +1,139 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"html"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// shown is a command on a page.
+var shown = regexp.MustCompile(`(?s)aria-label="Command: [^"]*">(.*?)</pre>`)
+
+// commandsOf returns the commands that a cell's page shows to who reaches the server by a name.
+func commandsOf(t *testing.T, srv *scene.Server, host string, k target.Kernel, version string, f target.Flavour) []string {
+	t.Helper()
+	url := fmt.Sprintf("http://%s/cells/%s/%s/%s/%s", srv.Addr, k.Board, k.BuildID, version, f)
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Host = host
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page, err := io.ReadAll(resp.Body)
+	if err := errors.Join(err, resp.Body.Close()); err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("GET %s = %s, %v", url, resp.Status, err)
+	}
+	var all []string
+	for _, m := range shown.FindAllSubmatch(page, -1) {
+		all = append(all, html.UnescapeString(string(m[1])))
+	}
+	return all
+}
+
+// What a cell's page shows is pasted into a shell as it stands: the commands on a machine
+// with the public key and a token in the current folder, and the one for nodes on a node.
+func TestCommandsOfPages(t *testing.T) {
+	k, driver := shared.kernel(0), shared.driver()
+	published(t, shared.srv, k, driver, target.Open)
+	dir := t.TempDir()
+	copyTo(t, filepath.Join(dir, "prebake.key.pub"), shared.key+".pub")
+	if err := os.WriteFile(filepath.Join(dir, "prebake.token"), []byte(shared.srv.Token), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	bin, err := filepath.Abs(shared.Bin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := append(os.Environ(), "PATH="+bin+":"+stockTools(t)+":"+os.Getenv("PATH"), "HOME="+dir)
+	var programs []string
+	run := func(command string, status int) {
+		t.Helper()
+		name, _, _ := strings.Cut(command, " ")
+		programs = append(programs, name)
+		cmd := exec.CommandContext(t.Context(), "bash", "-c", command)
+		cmd.Dir, cmd.Env = dir, env
+		out, err := cmd.CombinedOutput()
+		if err != nil && cmd.ProcessState == nil || cmd.ProcessState.ExitCode() != status {
+			t.Errorf("%s: %v; want exit status %d\n%s", command, err, status, out)
+		}
+	}
+	node := ""
+	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, driver, target.Open) {
+		if !strings.HasPrefix(command, "fetcher install") {
+			run(command, 0)
+		}
+	}
+	if info, err := os.Stat(filepath.Join(dir, "driver.tar")); err != nil || info.Size() < 1<<20 {
+		t.Errorf("the download is %v, %v; want a driver", info, err)
+	}
+
+	// Nobody asked for this one; then it waits, or a builder has found out that it does not exist.
+	for _, command := range commandsOf(t, shared.srv, shared.srv.Addr, k, "999.99.99", target.Open) {
+		run(command, 0)
+	}
+	all, err := shared.srv.Client.Builds(t.Context(), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, b := range all {
+		if b.Driver.Version == "999.99.99" {
+			if _, err := shared.srv.Client.Cancel(t.Context(), b.ID); err != nil && !fault.Is(err, fault.Mismatch) {
+				t.Errorf("cancel build %d: %v", b.ID, err)
+			}
+		}
+	}
+	slices.Sort(programs)
+	if got := strings.Join(slices.Compact(programs), " "); got != "cosign crane fetcher server" {
+		t.Errorf("the pages show commands of %s; want cosign, crane, fetcher and server", got)
+	}
+
+	host := "10.0.2.2:" + shared.srv.Addr[strings.LastIndex(shared.srv.Addr, ":")+1:]
+	for _, command := range commandsOf(t, shared.srv, host, k, driver, target.Open) {
+		if strings.HasPrefix(command, "fetcher install") {
+			node = command
+		}
+	}
+	boot, err := shared.Boot(t.Context(), shared.mirror, k)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := scene.New(shared.Bin, t.TempDir(), os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	argv := strings.Fields(node)
+	if len(argv) == 0 {
+		t.Fatal("the page shows no command for nodes")
+	}
+	argv[0] = "/usr/bin/fetcher" // there is no shell on the node
+	res, err := s.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 10 * time.Minute},
+		[]vm.Step{{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: argv}, scene.ModulesStep()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	step, err := scene.StepNamed(res, "install")
+	if want := fault.Unusable.ExitCode(); err != nil || step.ExitCode != want {
+		t.Errorf("%s on a node: exit status %d, %v; want %d, since its GPU is emulated\n%s%s", node, step.ExitCode, err, want, step.Stdout, step.Stderr)
+	}
+	if step, err = scene.StepNamed(res, scene.ModulesStep().Name); err != nil || !slices.Contains(scene.Live(step.Stdout), "nvidia") {
+		t.Errorf("live in the node: %v, %v; want nvidia among them", scene.Live(step.Stdout), err)
+	}
+}
