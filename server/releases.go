@@ -5,10 +5,8 @@ import (
 	"fmt"
 	"io"
 	"strconv"
-	"time"
 
 	ucli "github.com/urfave/cli/v3"
-	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
@@ -17,25 +15,10 @@ import (
 // releases is what became of the newest COS builds.
 type releases struct {
 	// Times are of the cells that became ready within so many days.
-	Days     int               `json:"days"`
-	Times    api.ReadyDuration `json:"times"`
-	Releases []release         `json:"releases"`
+	Days     int                  `json:"days"`
+	Times    api.ReadyDuration    `json:"times"`
+	Releases []api.ReleaseSummary `json:"releases"`
 }
-
-// release is a COS build with its cells counted.
-type release struct {
-	BuildID   string            `json:"buildId"`
-	Milestone int               `json:"milestone,omitempty"`
-	SeenAt    time.Time         `json:"seenAt"`
-	Cells     int               `json:"cells"`
-	Ready     int               `json:"ready"`
-	Open      int               `json:"open"`
-	Times     api.ReadyDuration `json:"times"`
-}
-
-// readsAtOnce bounds how many releases are asked for at a time: each costs the server a
-// page of cells.
-const readsAtOnce = 4
 
 func releasesCommand() *ucli.Command {
 	return &ucli.Command{
@@ -73,37 +56,15 @@ func between(least, most int) func(int) error {
 	}
 }
 
-func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (releases, error) {
-	out := releases{Days: days, Releases: []release{}}
+func readReleases(ctx context.Context, c *api.Client, milestone, limit, days int) (out releases, err error) {
+	out.Days = days
 	// A COS build has a kernel for each board.
-	kernels, _, err := first(c.EachKernel(ctx, api.Filter{Milestone: milestone, Page: min(2*limit, largestPage)}), limit,
-		func(k api.Kernel) string { return k.BuildID })
-	if err != nil {
-		return out, err
-	}
-	for _, k := range kernels {
-		if n := len(out.Releases); n == 0 || out.Releases[n-1].BuildID != k.BuildID {
-			out.Releases = append(out.Releases, release{BuildID: k.BuildID, Milestone: k.Milestone})
-		}
-	}
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(readsAtOnce)
-	group.Go(func() (err error) {
+	out.Releases, _, err = first(c.EachRelease(ctx, api.Filter{Milestone: milestone, Page: 2 * limit}), limit,
+		func(r api.ReleaseSummary) string { return r.BuildID })
+	if err == nil {
 		out.Times, err = c.ReadyTimes(ctx, days)
-		return err
-	})
-	for i := range out.Releases {
-		group.Go(func() error {
-			r, err := c.Release(ctx, out.Releases[i].BuildID)
-			if err != nil {
-				return err
-			}
-			to := &out.Releases[i]
-			to.SeenAt, to.Cells, to.Ready, to.Open, to.Times = r.SeenAt, len(r.Cells), r.Ready, r.Open, r.Times
-			return nil
-		})
 	}
-	return out, group.Wait()
+	return out, err
 }
 
 func printReleases(w io.Writer, all releases) error {
@@ -113,8 +74,12 @@ func printReleases(w io.Writer, all releases) error {
 		if r.Milestone > 0 {
 			milestone = strconv.Itoa(r.Milestone)
 		}
-		rows = append(rows, append([]string{r.BuildID, milestone, r.SeenAt.UTC().Format("2006-01-02 15:04"), strconv.Itoa(r.Cells),
-			strconv.Itoa(r.Ready), strconv.Itoa(r.Open)}, percentiles(r.Times)...))
+		cells := 0
+		for _, n := range r.Cells {
+			cells += n
+		}
+		rows = append(rows, append([]string{r.BuildID, milestone, r.SeenAt.UTC().Format("2006-01-02 15:04"), strconv.Itoa(cells),
+			strconv.Itoa(r.Cells[api.Published]), strconv.Itoa(r.Cells[api.Queued] + r.Cells[api.Building])}, percentiles(r.Times)...))
 	}
 	head := []string{"BUILD_ID", "M", "SEEN", "CELLS", "READY", "OPEN", "P50", "P90", "MAX"}
 	if err := printTable(w, head, rows, "no release is known yet: server announce BUILD_ID"); err != nil || all.Times.Count == 0 {

@@ -134,33 +134,35 @@ func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 	return v, nil
 }
 
-// ReleaseView is a COS build with how far its cells are.
-type ReleaseView struct {
-	BuildID   string
-	Milestone int
-	Boards    []string
-	SeenAt    time.Time
-	// Cells counts the cells that somebody asked for by where they stand.
-	Cells map[api.State]int
-	// Times tells how long the cells took that are ready.
-	Times api.ReadyDuration
-}
-
-// kernelsOfReleases bounds how many kernels a page of releases looks at: a COS build has
-// one for each board.
-const kernelsOfReleases = 60
-
-// Releases lists a page of COS builds, newest first. after is the next of the page before.
-func (c *Catalogue) Releases(ctx context.Context, f store.KernelFilter, after string) ([]ReleaseView, string, error) {
-	cells, next, err := c.Store.RememberedCells(ctx, f, store.Page{After: after, Limit: kernelsOfReleases})
+// Releases lists a page of COS builds, newest first. Of a page, kernels are counted: a COS
+// build has one for each board. It is on one page with all of them, unless it has more than
+// a page holds.
+func (c *Catalogue) Releases(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.ReleaseSummary, string, error) {
+	p, err := pageOfCells(p)
+	if err == nil {
+		err = checkFilter(f)
+	}
 	if err != nil {
 		return nil, "", err
 	}
-	all, took := []ReleaseView{}, []time.Duration(nil)
+	cells, next, err := c.Store.RememberedCells(ctx, f, p)
+	if err != nil {
+		return nil, "", err
+	}
+	if next != "" { // the last one may go on
+		last := cells[len(cells)-1].Kernel.BuildID
+		for i := len(cells) - 2; i >= 0; i-- {
+			if k := cells[i].Kernel; k.BuildID != last {
+				cells, next = cells[:i+1], store.AfterKernel(k)
+				break
+			}
+		}
+	}
+	all, took := []api.ReleaseSummary{}, []time.Duration(nil)
 	for i, kc := range cells {
 		k := kc.Kernel
 		if i == 0 || all[len(all)-1].BuildID != k.BuildID {
-			all = append(all, ReleaseView{BuildID: k.BuildID, SeenAt: k.FirstSeenAt, Cells: map[api.State]int{}})
+			all = append(all, api.ReleaseSummary{BuildID: k.BuildID, SeenAt: k.FirstSeenAt, Cells: map[api.State]int{}})
 			took = nil
 		}
 		r := &all[len(all)-1]

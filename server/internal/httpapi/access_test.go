@@ -54,6 +54,7 @@ var needed = map[string]auth.Scope{
 	"GET /v1/drivers":                       "",
 	"GET /v1/kernels":                       "",
 	"GET /v1/ready-times":                   "",
+	"GET /v1/releases":                      "",
 	"GET /v1/releases/{buildId}":            "",
 	"GET /v1/resolve":                       "",
 	"GET /v1/tokens":                        auth.Admin,

@@ -122,6 +122,8 @@ func exchanges() []exchange {
 		{operation: "push-release", method: "POST", path: "/v1/releases/push", body: fmt.Sprintf(pushed, `"buildId": "17800.66.78"`), status: 204},
 		{operation: "push-release", method: "POST", path: "/v1/releases/push", body: fmt.Sprintf(pushed, `"buildId": "newest"`), status: 400},
 		{operation: "push-release", method: "POST", path: "/v1/releases/push", body: fmt.Sprintf(pushed, `"buildId": 1`), status: 400, foreign: true},
+		{operation: "list-releases", method: "GET", path: "/v1/releases?board=lakitu&limit=10", status: 200},
+		{operation: "list-releases", method: "GET", path: "/v1/releases?after=x", status: 400},
 		{operation: "read-release", method: "GET", path: "/v1/releases/17800.66.78", status: 200},
 		{operation: "read-release", method: "GET", path: "/v1/releases/17800.66.79", status: 404},
 		{operation: "read-ready-times", method: "GET", path: "/v1/ready-times?days=7", status: 200},

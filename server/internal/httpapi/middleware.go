@@ -176,7 +176,7 @@ func isList(r *http.Request) bool {
 		return false
 	}
 	switch r.URL.Path {
-	case "/", "/v1/kernels", "/v1/drivers", "/v1/artifacts", "/v1/builds", "/v1/cells", "/v1/reports", "/v1/quarantine":
+	case "/", "/v1/kernels", "/v1/drivers", "/v1/artifacts", "/v1/builds", "/v1/cells", "/v1/releases", "/releases", "/v1/reports", "/v1/quarantine":
 		return true
 	}
 	return false

@@ -389,6 +389,18 @@ func (t table) releases() {
 	)
 	huma.Register(
 		t,
+		t.read("list-releases", "/v1/releases", "List COS builds with how far their cells are, newest first"),
+		func(ctx context.Context, in *struct {
+			PageQuery
+			Board     string `query:"board" doc:"only kernels of this board"`
+			Milestone int    `query:"milestone" minimum:"0" doc:"COS milestone, such as 109"`
+		}) (*list[api.ReleaseSummary], error) {
+			all, next, err := cat.Releases(ctx, store.KernelFilter{Board: in.Board, Milestone: in.Milestone}, in.page())
+			return listed(&in.PageQuery, all, next, err)
+		},
+	)
+	huma.Register(
+		t,
 		t.read("read-release", "/v1/releases/{buildId}", "Read what became of a COS build's cells"),
 		func(ctx context.Context, in *struct {
 			BuildID string `path:"buildId" doc:"BUILD_ID of /etc/os-release"`

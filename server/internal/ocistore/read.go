@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"math"
 	"iter"
 	"os"
 	"path"
@@ -192,6 +193,16 @@ func (s *Store) Tags(_ context.Context, repo, startAfter string) iter.Seq2[strin
 	return ociregistry.SliceSeq(names)
 }
 
+// Labels returns the annotations of manifests that are attached to one, of n at most.
+func (s *Store) Labels(ctx context.Context, repo, d string, n int) ([]map[string]string, error) {
+	all, err := s.referrers(ctx, repo, ociregistry.Digest(d), "", n)
+	labels := make([]map[string]string, len(all))
+	for i, desc := range all {
+		labels[i] = desc.Annotations
+	}
+	return labels, err
+}
+
 // Referrers implements [ociregistry.Lister]. A subject that does not exist has
 // no referrers; that is not an error in the protocol.
 func (s *Store) Referrers(
@@ -200,7 +211,7 @@ func (s *Store) Referrers(
 	subject ociregistry.Digest,
 	artifactType string,
 ) iter.Seq2[ociregistry.Descriptor, error] {
-	all, err := s.referrers(ctx, repo, subject, artifactType)
+	all, err := s.referrers(ctx, repo, subject, artifactType, math.MaxInt)
 	if err != nil {
 		return ociregistry.ErrorSeq[ociregistry.Descriptor](err)
 	}
@@ -212,6 +223,7 @@ func (s *Store) referrers(
 	repo string,
 	subject ociregistry.Digest,
 	artifactType string,
+	n int,
 ) ([]ociregistry.Descriptor, error) {
 	sum, err := hexOf(subject)
 	if err != nil {
@@ -227,6 +239,9 @@ func (s *Store) referrers(
 	}
 	all := []ociregistry.Descriptor{}
 	for _, e := range entries {
+		if len(all) == n {
+			break
+		}
 		desc, err := s.readDescriptor(path.Join(dir, e.Name()))
 		if errors.Is(err, fs.ErrNotExist) {
 			continue // deleted since

@@ -79,6 +79,9 @@ func (f KernelFilter) page(columns string, p Page) (text string, args []any, err
 	return text, w.args, nil
 }
 
+// AfterKernel is the cursor of the page that begins after a kernel, newest first.
+func AfterKernel(k api.Kernel) string { return cursor(kernelKey(k)...) }
+
 func kernelKey(k api.Kernel) []string { return []string{target.SortKey(k.BuildID), k.Board} }
 
 func kernels(ctx context.Context, q querier, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {

@@ -7,8 +7,6 @@ import (
 	"net/http"
 	"strings"
 
-	"cuelabs.dev/go/oci/ociregistry"
-
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -129,16 +127,14 @@ func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([
 	}
 	var out []string
 	say := func(text string) { out = append(out, text) }
-	others, n := 0, 0
-	for desc, err := range p.Registry.Referrers(ctx, repository, ociregistry.Digest(a.Digest), "") {
-		if err != nil {
-			return nil, err
-		}
-		if n++; n > maxReferrers {
-			break
-		}
-		of, verdict := desc.Annotations[trust.LabelKernel], desc.Annotations[trust.LabelVerdict]
-		switch desc.Annotations[trust.LabelPredicate] {
+	attached, err := p.Registry.Labels(ctx, repository, a.Digest, maxReferrers)
+	if err != nil {
+		return nil, err
+	}
+	others := 0
+	for _, labels := range attached {
+		of, verdict := labels[trust.LabelKernel], labels[trust.LabelVerdict]
+		switch labels[trust.LabelPredicate] {
 		case trust.PredicateProvenance:
 			say("Who built it, from which sources and with which options (SLSA provenance).")
 		case trust.PredicateSBOM:

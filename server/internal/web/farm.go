@@ -65,15 +65,18 @@ type releasesPage struct {
 
 // release is a COS build as the list has it.
 type release struct {
-	catalogue.ReleaseView
+	api.ReleaseSummary
 	Asked int
 	Share string
 	Bar   template.HTML
 }
 
+// maxReleases bounds the page of releases, in kernels.
+const maxReleases = 60
+
 func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 	after := r.URL.Query().Get("after")
-	all, next, err := p.Catalogue.Releases(r.Context(), store.KernelFilter{}, after)
+	all, next, err := p.Catalogue.Releases(r.Context(), store.KernelFilter{}, store.Page{After: after, Limit: maxReleases})
 	if err != nil {
 		p.fail(w, r, err)
 		return
@@ -92,7 +95,7 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 	}
 	var columns []column
 	for _, v := range all {
-		one := release{ReleaseView: v}
+		one := release{ReleaseSummary: v}
 		for _, n := range v.Cells {
 			one.Asked += n
 		}

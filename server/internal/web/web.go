@@ -11,15 +11,12 @@ import (
 	"embed"
 	"fmt"
 	"html/template"
-	"iter"
 	"log/slog"
 	"net"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
-
-	"cuelabs.dev/go/oci/ociregistry"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -37,7 +34,7 @@ type reader interface {
 	Build(ctx context.Context, id int64) (api.Build, error)
 	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Workload(ctx context.Context) (*catalogue.Workload, error)
-	Releases(ctx context.Context, f store.KernelFilter, after string) ([]catalogue.ReleaseView, string, error)
+	Releases(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.ReleaseSummary, string, error)
 	ReadyLately(ctx context.Context) (api.ReadyDuration, error)
 	Groups(ctx context.Context) ([]store.KernelGroup, error)
 	Coverage(ctx context.Context) (api.Coverage, error)
@@ -47,16 +44,17 @@ type reader interface {
 	Warnings(ctx context.Context) ([]api.Warning, error)
 }
 
-// referrers lists what is attached to an artifact of this server's registry.
-type referrers interface {
-	Referrers(ctx context.Context, repo string, d ociregistry.Digest, artifactType string) iter.Seq2[ociregistry.Descriptor, error]
+// labeller returns the labels of what is attached to an artifact of this server's registry,
+// of n things at most.
+type labeller interface {
+	Labels(ctx context.Context, repo, digest string, n int) ([]map[string]string, error)
 }
 
 // Config is what the pages are made of.
 type Config struct {
 	Catalogue reader
 	// Registry tells what is signed of an artifact; nil is not asked.
-	Registry referrers
+	Registry labeller
 	Log      *slog.Logger
 	// Now is the clock; nil is time.Now.
 	Now func() time.Time

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"iter"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -15,8 +14,6 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	"cuelabs.dev/go/oci/ociregistry"
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
@@ -32,15 +29,7 @@ import (
 // labels are what is attached to every artifact.
 type labels []map[string]string
 
-func (l labels) Referrers(context.Context, string, ociregistry.Digest, string) iter.Seq2[ociregistry.Descriptor, error] {
-	return func(yield func(ociregistry.Descriptor, error) bool) {
-		for _, a := range l {
-			if !yield(ociregistry.Descriptor{Annotations: a}, nil) {
-				return
-			}
-		}
-	}
-}
+func (l labels) Labels(context.Context, string, string, int) ([]map[string]string, error) { return l, nil }
 
 var (
 	kernel = target.Kernel{BuildID: "17800.66.78", Board: "lakitu", Milestone: 109, Release: "6.1.58+", Arch: target.AMD64,
