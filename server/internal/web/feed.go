@@ -46,7 +46,7 @@ type atomCategory struct {
 }
 
 // maxEntries bounds the feed.
-const maxEntries = 50
+const maxEntries = 30
 
 func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
 	news, err := p.Catalogue.Newest(r.Context(), maxEntries)

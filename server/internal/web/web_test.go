@@ -29,7 +29,9 @@ import (
 // labels are what is attached to every artifact.
 type labels []map[string]string
 
-func (l labels) Labels(context.Context, string, string, int) ([]map[string]string, error) { return l, nil }
+func (l labels) Labels(context.Context, string, string, int) ([]map[string]string, error) {
+	return l, nil
+}
 
 var (
 	kernel = target.Kernel{BuildID: "17800.66.78", Board: "lakitu", Milestone: 109, Release: "6.1.58+", Arch: target.AMD64,
