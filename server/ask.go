@@ -6,6 +6,7 @@ import (
 	"io"
 	"slices"
 	"strconv"
+	"time"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -91,7 +92,10 @@ func list[T any](
 func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "build", Usage: "show one build, or its log", ArgsUsage: "ID",
-		Flags: clientFlags(&ucli.BoolFlag{Name: "log", Usage: "print the full log instead"}),
+		Flags: clientFlags(
+			&ucli.BoolFlag{Name: "log", Usage: "print the log instead, as far as it is there"},
+			&ucli.BoolFlag{Name: "follow", Usage: "print the log as it grows, until the build has ended"},
+		),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
@@ -100,6 +104,9 @@ func buildCommand() *ucli.Command {
 			c, err := client(cmd)
 			if err != nil {
 				return err
+			}
+			if cmd.Bool("follow") {
+				return c.FollowLog(ctx, id, followEvery, cmd.Root().Writer)
 			}
 			if cmd.Bool("log") {
 				log, err := c.BuildLog(ctx, id)
@@ -120,6 +127,9 @@ func buildCommand() *ucli.Command {
 		},
 	}
 }
+
+// followEvery is the pause between looks at a log that grows: builders send it as often.
+const followEvery = 2 * time.Second
 
 func requestCommand() *ucli.Command {
 	flags := append(

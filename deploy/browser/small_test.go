@@ -176,6 +176,9 @@ func play(t *testing.T, s *set, c story) {
 	switch c.state {
 	case api.Building:
 		update(api.BuildUpdate{Phase: "compile", Phases: phases(begin, 2)})
+		if err := s.client.AppendBuildLog(t.Context(), b.ID, 0, []byte(log)); err != nil {
+			t.Fatal(err)
+		}
 		beat(t, s, b.ID)
 	case api.Failed:
 		failed := phases(begin, 3)

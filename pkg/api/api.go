@@ -94,6 +94,12 @@ type NewArtifact struct {
 // builders send the end of a longer one.
 const MaxBuildLog = 64 << 20
 
+// Bounds of the log of a build under way: bytes that are kept, and bytes of one part.
+const (
+	MaxLiveLog     = 8 << 20
+	MaxLiveLogPart = 256 << 10
+)
+
 // BeatEvery is how often a builder tells the server that it works on a build. The
 // server gives the build to another one when it hears nothing for some of these.
 const BeatEvery = 10 * time.Second

@@ -186,7 +186,8 @@ func (c *Client) Watch(ctx context.Context, id int64, f func(Build) error) error
 	return fault.Wrap(fault.Transient, fmt.Errorf("GET %s%s: read events: %w", c.base, path, err), "watch again")
 }
 
-// BuildLog opens a build's log. The caller closes it.
+// BuildLog opens a build's log, of a build under way as far as it is there. The caller
+// closes it.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	resp, err := c.do(ctx, http.MethodGet, buildPath(id)+"/log", "", nil) //nolint:bodyclose // by who reads the log
@@ -195,6 +196,40 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 		return nil, err
 	}
 	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel), nil
+}
+
+// FollowLog writes a build's log as it grows, until the build has ended. It looks at the
+// build once every pause.
+func (c *Client) FollowLog(ctx context.Context, id int64, pause time.Duration, out io.Writer) error {
+	written := int64(0)
+	for {
+		b, err := c.Build(ctx, id)
+		if err != nil {
+			return err
+		}
+		// The state is read first: what the log has then is all of it.
+		log, err := c.BuildLog(ctx, id)
+		if err == nil {
+			// What was written already goes nowhere.
+			if _, err = io.CopyN(io.Discard, log, written); err == nil {
+				var n int64
+				n, err = io.Copy(out, log)
+				written += n
+			} else if errors.Is(err, io.EOF) {
+				written, err = 0, nil // another try began, with a log of its own
+			}
+			err = errors.Join(err, log.Close())
+		}
+		over := b.State != Queued && b.State != Building
+		if err != nil && (over || !fault.Is(err, fault.NotFound)) || over {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(pause):
+		}
+	}
 }
 
 // PutBuildLog stores a build's log in place of the one that is there.
@@ -206,6 +241,17 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	})}
 	defer sent.timer.Stop()
 	resp, err := c.do(ctx, http.MethodPut, buildPath(id)+"/log", "text/plain; charset=utf-8", sent)
+	if err != nil {
+		return err
+	}
+	return drain(resp)
+}
+
+// AppendBuildLog adds to the log of a build under way, at an offset in bytes: kind Mismatch
+// when the log does not end there, or the build has ended.
+func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []byte) error {
+	at := buildPath(id) + "/log?offset=" + strconv.FormatInt(offset, 10)
+	resp, err := c.do(ctx, http.MethodPatch, at, "text/plain; charset=utf-8", bytes.NewReader(part))
 	if err != nil {
 		return err
 	}

@@ -171,6 +171,62 @@ func (r *reporter) report() {
 	}
 }
 
+// follow sends a log as it grows, until stop is closed. What cannot be sent now is sent
+// with the next part, or with the whole log at the end.
+func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, log *slog.Logger) {
+	every := w.LogEvery
+	if every <= 0 {
+		every = logEvery
+	}
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	offset, part := int64(0), make([]byte, api.MaxLiveLogPart)
+	for {
+		select {
+		case <-stop:
+			return
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		n, err := w.readLog(build, offset, part)
+		if err == nil && n > 0 {
+			err = w.sendPart(ctx, build, offset, part[:n])
+		}
+		switch {
+		case fault.Is(err, fault.TooLarge):
+			return // the rest comes at the end
+		case fault.Is(err, fault.Mismatch):
+			offset = 0 // another server, or another builder's log
+		case err != nil:
+			log.DebugContext(ctx, "log not sent yet", "err", err)
+		default:
+			offset += int64(n)
+		}
+	}
+}
+
+// logEvery is how often the new part of a log is sent.
+const logEvery = 2 * time.Second
+
+func (w *worker) readLog(build, offset int64, part []byte) (int, error) {
+	f, err := os.Open(w.logPath(build))
+	if err != nil {
+		return 0, err
+	}
+	n, err := f.ReadAt(part, offset)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return n, errors.Join(err, f.Close())
+}
+
+func (w *worker) sendPart(ctx context.Context, build, offset int64, part []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	return w.Server.AppendBuildLog(ctx, build, offset, part)
+}
+
 // phase is called by one timeline, which never calls concurrently.
 func (r *reporter) phase(name string) {
 	select {

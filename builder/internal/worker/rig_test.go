@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"path/filepath"
+	"strconv"
 	"sync"
 	"testing"
 	"time"
@@ -18,6 +19,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/worker"
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -33,6 +35,7 @@ type server struct {
 	states []api.BuildUpdate // updates with a state, without times
 	phases []string
 	log    string
+	live   []byte    // the log as it came while the build was under way
 	build  api.Build // what GET answers
 }
 
@@ -75,6 +78,23 @@ func newServer(t *testing.T) *server {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		s.log = string(raw)
+		w.WriteHeader(http.StatusNoContent)
+	})
+	mux.HandleFunc("PATCH /v1/builds/7/log", func(w http.ResponseWriter, r *http.Request) {
+		raw, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if at := r.URL.Query().Get("offset"); at == "0" {
+			s.live = nil
+		} else if at != strconv.Itoa(len(s.live)) {
+			w.Header().Set("Content-Type", "application/problem+json")
+			answer(w, http.StatusConflict, api.Problem{Kind: fault.Mismatch, Status: http.StatusConflict})
+			return
+		}
+		s.live = append(s.live, raw...)
 		w.WriteHeader(http.StatusNoContent)
 	})
 	s.Server = httptest.NewServer(mux)

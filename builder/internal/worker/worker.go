@@ -57,6 +57,8 @@ type Config struct {
 	Cancel <-chan struct{}
 	// Beat is the pause between reports of a build under way; 0 is [api.BeatEvery].
 	Beat time.Duration
+	// LogEvery is the pause between parts of a growing log; 0 is two seconds.
+	LogEvery time.Duration
 	// Telemetry hears of builds and of the queue's depth; nil does not.
 	Telemetry *telemetry.Telemetry
 }
@@ -284,6 +286,11 @@ func (w *worker) make(
 	}()
 	reports := w.newReporter(job.Build, attempt, end, log)
 	defer reports.close()
+	stop := make(chan struct{})
+	var follower sync.WaitGroup
+	follower.Go(func() { w.follow(ctx, job.Build, stop, log) })
+	defer follower.Wait()
+	defer close(stop)
 	line := &timeline.Run{Watch: func(e timeline.Event) {
 		if e.Done == nil && e.Text == "" {
 			reports.phase(e.Phase)

@@ -356,6 +356,45 @@ func TestLongLog(t *testing.T) {
 	}
 }
 
+// The log comes while the build is under way. A server that lost what it had gets all of
+// it once more.
+func TestLogWhileUnderWay(t *testing.T) {
+	t.Parallel()
+	var r *rig
+	r = newRig(t, func(ctx context.Context, log io.Writer, _ *timeline.Run) (*pipeline.Result, error) {
+		text := ""
+		for _, line := range []string{"first\n", "second\n", "third\n"} {
+			text += line
+			if _, err := io.WriteString(log, line); err != nil {
+				t.Error(err)
+			}
+			for r.live() != text && ctx.Err() == nil {
+				time.Sleep(time.Millisecond)
+			}
+			if line == "second\n" {
+				r.server.mu.Lock()
+				r.server.live = nil
+				r.server.mu.Unlock()
+			}
+		}
+		res := result
+		return &res, ctx.Err()
+	})
+	r.cfg.LogEvery = time.Millisecond
+	if err := r.run(t, 2); err != nil {
+		t.Fatal(err)
+	}
+	if want := "first\nsecond\nthird\n"; r.server.log != want || r.live() != want {
+		t.Errorf("the log is %q, and was %q at the end; want %q", r.server.log, r.live(), want)
+	}
+}
+
+func (r *rig) live() string {
+	r.server.mu.Lock()
+	defer r.server.mu.Unlock()
+	return string(r.server.live)
+}
+
 // A server that starts again while a build is about to begin costs the build neither
 // an attempt nor its place in line.
 func TestServerStartsAgain(t *testing.T) {

@@ -69,6 +69,7 @@ type mirror interface {
 // Logs is where build logs are kept.
 type Logs interface {
 	Put(build int64, r io.Reader) error
+	Append(build, offset int64, r io.Reader) error
 	Get(build int64) (log io.ReadSeekCloser, size int64, err error)
 }
 
@@ -252,6 +253,18 @@ func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 		return err
 	}
 	return c.Logs.Put(id, r)
+}
+
+// AppendLog adds to the log of a build under way, see [store.Logs.Append].
+func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader) error {
+	b, err := c.Store.Build(ctx, id)
+	if err != nil {
+		return err
+	}
+	if b.State != api.Building {
+		return fault.New(fault.Mismatch, fmt.Sprintf("build %d is %s, and no builder is at it", id, b.State), "")
+	}
+	return c.Logs.Append(id, offset, r)
 }
 
 // SawKernel records a kernel that was discovered.

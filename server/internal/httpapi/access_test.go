@@ -72,6 +72,7 @@ var needed = map[string]auth.Scope{
 	"POST /v1/artifacts/{digest}/yank":      auth.Operate,
 	"POST /v1/builds":                       auth.Ask,
 	"POST /v1/builds/{id}/cancel":           auth.Operate,
+	"PATCH /v1/builds/{id}/log":             auth.Build,
 	"PATCH /v1/builds/{id}":                 auth.Build,
 	"PUT /v1/builds/{id}/log":               auth.Build,
 	"POST /v1/releases":                     auth.Announce,

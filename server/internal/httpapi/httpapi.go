@@ -126,6 +126,7 @@ func New(c Config) http.Handler {
 		r.Use(deadline(longCall))
 		r.Get("/v1/builds/{id}/log", getLog(c))
 		r.With(needScope(c, auth.Build)).Put("/v1/builds/{id}/log", putLog(c))
+		r.With(needScope(c, auth.Build)).Patch("/v1/builds/{id}/log", appendLog(c))
 		if c.Snapshot != nil {
 			r.With(limitClients(c.CallsPerMinute)).Method(http.MethodGet, "/snapshot/*", c.Snapshot)
 		}

@@ -12,7 +12,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -75,6 +77,74 @@ func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestFollowLog reads a log while a builder writes it.
+func TestFollowLog(t *testing.T) {
+	t.Parallel()
+	ctx := t.Context()
+	c := api.NewClient(serve(t), token, nil)
+	b, err := c.RequestBuild(ctx, api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	check(t, err)
+	if err := c.AppendBuildLog(ctx, b.ID, 0, []byte("x")); !fault.Is(err, fault.Mismatch) {
+		t.Errorf("AppendBuildLog() to a build that waits = %v; want mismatch", err)
+	}
+	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1})
+	check(t, err)
+	out, done := newLines(), make(chan error, 1)
+	go func() { done <- c.FollowLog(ctx, b.ID, time.Millisecond, out) }()
+	check(t, c.AppendBuildLog(ctx, b.ID, 0, []byte("one\n")))
+	out.wait(t, "one\n")
+	check(t, c.AppendBuildLog(ctx, b.ID, 4, []byte("two\n")))
+	out.wait(t, "one\ntwo\n")
+	if err := c.AppendBuildLog(ctx, b.ID, 8, make([]byte, api.MaxLiveLogPart+1)); !fault.Is(err, fault.TooLarge) {
+		t.Errorf("AppendBuildLog() of too much = %v; want too-large", err)
+	}
+	check(t, c.PutBuildLog(ctx, b.ID, strings.NewReader("one\ntwo\nthree\n")))
+	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "x"})
+	check(t, err)
+	check(t, <-done)
+	out.wait(t, "one\ntwo\nthree\n")
+}
+
+// lines is what was written, for somebody who waits for it.
+type lines struct {
+	mu   sync.Mutex
+	text string
+	more chan struct{}
+}
+
+func newLines() *lines { return &lines{more: make(chan struct{}, 1)} }
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.text += string(p)
+	select {
+	case l.more <- struct{}{}:
+	default:
+	}
+	return len(p), nil
+}
+
+func (l *lines) wait(t *testing.T, want string) {
+	t.Helper()
+	for {
+		l.mu.Lock()
+		text := l.text
+		l.mu.Unlock()
+		if text == want {
+			return
+		}
+		if !strings.HasPrefix(want, text) {
+			t.Fatalf("what was written is %q; want %q", text, want)
+		}
+		select {
+		case <-l.more:
+		case <-t.Context().Done():
+			t.Fatalf("what was written is %q; want %q", text, want)
+		}
 	}
 }
 

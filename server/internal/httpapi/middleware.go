@@ -17,6 +17,7 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/go-chi/chi/v5/middleware"
 
+	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/server/internal/auth"
 )
@@ -248,6 +249,28 @@ func putLog(c Config) http.HandlerFunc {
 		id, err := pathID(r)
 		if err == nil {
 			err = c.Catalogue.PutLog(r.Context(), id, r.Body)
+		}
+		if err != nil {
+			fail(w, r, c.Log, err)
+			return
+		}
+		w.WriteHeader(http.StatusNoContent)
+	}
+}
+
+// appendLog takes a part of the log of a build under way.
+func appendLog(c Config) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		id, err := pathID(r)
+		offset, perr := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
+		if err == nil && (perr != nil || offset < 0) {
+			err = fault.New(fault.Usage, "offset is not a number of bytes", "say where the part belongs: ?offset=0")
+		}
+		if err == nil {
+			err = c.Catalogue.AppendLog(r.Context(), id, offset, http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
+		}
+		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+			err = fault.New(fault.TooLarge, fmt.Sprintf("a part of a log has %d kB at most", api.MaxLiveLogPart>>10), "send it in several parts")
 		}
 		if err != nil {
 			fail(w, r, c.Log, err)

@@ -302,7 +302,7 @@ func (t table) builds() {
 		Schema:      &huma.Schema{Type: huma.TypeInteger, Format: "int64"},
 	}
 	t.describeEvents(id)
-	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log; ranges are answered")
+	read := t.read("read-log", "/v1/builds/{id}/log", "Read a build's log, of a build under way as far as it is there; ranges are answered")
 	read.Parameters = []*huma.Param{id}
 	read.Responses = map[string]*huma.Response{
 		strconv.Itoa(http.StatusOK): {Description: "the log", Content: text},
@@ -324,6 +324,24 @@ func (t table) builds() {
 	write.RequestBody = &huma.RequestBody{Required: true, Content: text}
 	write.Responses = map[string]*huma.Response{strconv.Itoa(http.StatusNoContent): {Description: "stored"}}
 	t.OpenAPI().AddOperation(&write)
+	more := t.write(
+		"append-log", auth.Build,
+		http.MethodPatch,
+		"/v1/builds/{id}/log",
+		"Add to the log of a build under way",
+		http.StatusNoContent,
+	)
+	more.Parameters = []*huma.Param{id, {
+		Name:        "offset",
+		In:          "query",
+		Required:    true,
+		Description: "where the text belongs, in bytes; 0 begins anew",
+		Schema:      &huma.Schema{Type: huma.TypeInteger, Format: "int64"},
+	}}
+	more.RequestBody, more.Responses = write.RequestBody, map[string]*huma.Response{
+		strconv.Itoa(http.StatusNoContent): {Description: "stored"},
+	}
+	t.OpenAPI().AddOperation(&more)
 }
 
 func (t table) artifacts() {

@@ -13,7 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Logs keeps build logs as files, <dir>/<build>.log.
+// Logs keeps build logs as files: <dir>/<build>.log is what a builder sent at the end, and
+// <dir>/<build>.live what it has sent of a build under way.
 type Logs struct{ root *os.Root }
 
 // OpenLogs opens the folder, making it if need be, and clears what an
@@ -41,7 +42,47 @@ func OpenLogs(dir string) (*Logs, error) {
 // Close closes the folder.
 func (l *Logs) Close() error { return l.root.Close() }
 
-func logName(build int64) string { return strconv.FormatInt(build, 10) + ".log" }
+func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
+func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
+
+// Append adds to the log of a build under way. offset is where the text belongs, in bytes:
+// 0 begins anew, and where the log does not end is kind Mismatch. At most api.MaxLiveLog
+// bytes are kept.
+func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
+	flags := os.O_CREATE | os.O_WRONLY
+	if offset == 0 {
+		flags |= os.O_TRUNC
+	}
+	f, err := l.root.OpenFile(liveName(build), flags, 0o600)
+	if err != nil {
+		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space for the server's data folder"))
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	info, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("store log of build %d: %w", build, err)
+	}
+	if size := info.Size(); size != offset {
+		return fault.New(
+			fault.Mismatch,
+			fmt.Sprintf("the log of build %d has %d bytes, and does not go on at %d", build, size, offset),
+			"begin anew at 0",
+		)
+	}
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		return fmt.Errorf("store log of build %d: %w", build, err)
+	}
+	n, err := io.Copy(f, io.LimitReader(r, api.MaxLiveLog-offset+1))
+	if err == nil && offset+n > api.MaxLiveLog {
+		err = fault.New(fault.TooLarge, fmt.Sprintf("the log of a build under way has %d MiB at most", api.MaxLiveLog>>20),
+			"send all of it when the build has ended")
+	}
+	if err != nil { // a part is there whole, or not at all
+		err = errors.Join(fault.Disk(err, "free space for the server's data folder"), f.Truncate(offset))
+		return fmt.Errorf("store log of build %d: %w", build, err)
+	}
+	return nil
+}
 
 // Put stores a build's log in place of the one before; readers see the one or
 // the other whole.
@@ -67,7 +108,8 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 		err = fault.Disk(err, "free space for the server's data folder")
 		return fmt.Errorf("store log of build %d: %w", build, err)
 	}
-	if err = l.root.Rename(filepath.Base(part.Name()), name); err != nil {
+	err = l.root.Rename(filepath.Base(part.Name()), name)
+	if err = errors.Join(err, ignoreGone(l.root.Remove(liveName(build)))); err != nil {
 		return fmt.Errorf("store log of build %d: %w", build, err)
 	}
 	return nil
@@ -80,14 +122,18 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Get opens a build's log; size is its length.
+// Get opens a build's log, as far as it is there; size is its length. What a build under
+// way has sent goes before the log of an earlier try.
 func (l *Logs) Get(build int64) (log io.ReadSeekCloser, size int64, err error) {
-	f, err := l.root.Open(logName(build))
+	f, err := l.root.Open(liveName(build))
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err = l.root.Open(logName(build))
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, fault.New(
 			fault.NotFound,
 			fmt.Sprintf("build %d has no log yet", build),
-			"ask again when the build has ended",
+			"ask again in a moment",
 		)
 	}
 	if err != nil {

@@ -2,13 +2,16 @@ package store_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"testing/iotest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -362,6 +365,51 @@ func TestLogs(t *testing.T) {
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 1 {
 		t.Errorf("the folder holds %v, %v; want one log and no leftovers", entries, err)
+	}
+}
+
+// A log grows part by part, is begun anew by the next try, and ends as what was sent whole.
+func TestLogsGrow(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	logs, err := store.OpenLogs(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer logs.Close()
+	part := func(offset int64, r io.Reader) func() error { return func() error { return logs.Append(7, offset, r) } }
+	for _, row := range []struct {
+		name string
+		do   func() error
+		kind fault.Kind // 0 is no error
+		want string
+	}{
+		{"first part", part(0, strings.NewReader("one\n")), 0, "one\n"},
+		{"next part", part(4, strings.NewReader("two\n")), 0, "one\ntwo\n"},
+		{"the same part again", part(4, strings.NewReader("two\n")), fault.Mismatch, "one\ntwo\n"},
+		{"a part beyond the end", part(9, strings.NewReader("x")), fault.Mismatch, "one\ntwo\n"},
+		{"a part that breaks off", part(8, io.MultiReader(strings.NewReader("half"), iotest.ErrReader(io.ErrUnexpectedEOF))), fault.Internal, "one\ntwo\n"},
+		{"a part without an end", part(8, endless{}), fault.TooLarge, "one\ntwo\n"},
+		{"whole", func() error { return logs.Put(7, strings.NewReader("all")) }, 0, "all"},
+		{"another try", part(0, strings.NewReader("again")), 0, "again"},
+		{"that begins anew", part(0, strings.NewReader("anew")), 0, "anew"},
+		{"whole at last", func() error { return logs.Put(7, strings.NewReader("end")) }, 0, "end"},
+	} {
+		err := row.do()
+		if (err != nil || row.kind != 0) && fault.Of(err) != row.kind {
+			t.Errorf("%s: %v; want kind %v", row.name, err, row.kind)
+		}
+		f, size, err := logs.Get(7)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(f)
+		if err := errors.Join(err, f.Close()); err != nil || string(got) != row.want || size != int64(len(row.want)) {
+			t.Errorf("after %s: Get() = %q (%d bytes), %v; want %q", row.name, got, size, err, row.want)
+		}
+	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("the folder holds %v, %v; want one log", entries, err)
 	}
 }
 

@@ -1,9 +1,12 @@
 package web
 
 import (
+	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"html/template"
+	"io"
 	"net/http"
 	"strings"
 
@@ -192,6 +195,8 @@ type buildPage struct {
 	Cell, Ref, Total string
 	Phases           []phase
 	HasLog, Open     bool
+	// LogEnd is the end of the log of a build under way.
+	LogEnd string
 }
 
 // phase is a part of a build's time.
@@ -212,12 +217,16 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	page := buildPage{Build: b, HasLog: b.State == api.Failed || b.State == api.Published,
+	page := buildPage{Build: b,
 		Open: b.State == api.Queued || b.State == api.Building, Cell: cellPath(b.Kernel, b.Driver.Version, b.Driver.Flavour)}
 	page.Title = fmt.Sprintf("Build %d", id)
 	if page.Open {
 		page.Refresh = true
 		page.Live = fmt.Sprintf("/v1/builds/%d/events", id)
+	}
+	if page.LogEnd, page.HasLog, err = p.logEnd(r.Context(), id); err != nil {
+		p.fail(w, r, err)
+		return
 	}
 	page.Total = took(timeline.Total(b.Phases))
 	greatest := 0.0
@@ -242,4 +251,27 @@ func (p *pages) build(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	p.render(w, r, http.StatusOK, "build.html", page)
+}
+
+// maxLogEnd bounds the end of a log that a page has, in bytes.
+const maxLogEnd = 8 << 10
+
+// logEnd reads the last whole lines of a build's log; there is false when it has none.
+func (p *pages) logEnd(ctx context.Context, id int64) (text string, there bool, err error) {
+	log, size, err := p.Catalogue.OpenLog(ctx, id)
+	if fault.Is(err, fault.NotFound) {
+		return "", false, nil
+	}
+	if err != nil {
+		return "", false, err
+	}
+	defer func() { err = errors.Join(err, log.Close()) }()
+	if _, err := log.Seek(max(0, size-maxLogEnd), io.SeekStart); err != nil {
+		return "", false, err
+	}
+	raw, err := io.ReadAll(io.LimitReader(log, maxLogEnd))
+	if size > maxLogEnd {
+		_, raw, _ = bytes.Cut(raw, []byte("\n"))
+	}
+	return strings.ToValidUTF8(string(raw), "?"), true, err
 }

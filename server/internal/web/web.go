@@ -11,6 +11,7 @@ import (
 	"embed"
 	"fmt"
 	"html/template"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -32,6 +33,7 @@ type reader interface {
 	Matrix(ctx context.Context, f store.KernelFilter, d catalogue.DriverFilter, p store.Page) (*catalogue.Matrix, error)
 	View(ctx context.Context, buildID, board, version string) (*catalogue.CellView, error)
 	Build(ctx context.Context, id int64) (api.Build, error)
+	OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, int64, error)
 	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Workload(ctx context.Context) (*catalogue.Workload, error)
 	Releases(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.ReleaseSummary, string, error)

@@ -100,8 +100,10 @@ func fill(t *testing.T, cat *catalogue.Catalogue) {
 	update(failed, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
 	update(failed, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "a.c:1: error: <b>too few</b>", Hint: "take a newer driver",
 		Phases: []timeline.Phase{{Name: "compile", Seconds: 1.5, Failed: true}}})
+	check(t, cat.PutLog(ctx, failed, strings.NewReader("what went wrong\n")))
 	running := request("550.90.07", "open") // 3
 	update(running, api.BuildUpdate{State: api.Building, Worker: "builder-2", Attempt: 1, Phase: "compile"})
+	check(t, cat.AppendLog(ctx, running, 0, strings.NewReader(strings.Repeat("a line\n", 2000)+"cc <nv.c>\n")))
 	request("550.90.07", "proprietary") // 4
 	early := target.Kernel{BuildID: "19999.0.0", Board: "lakitu", Milestone: 133, Arch: target.AMD64}
 	check(t, cat.SawKernel(ctx, api.Kernel{Kernel: early, Default: "570.86.10"}))
@@ -178,7 +180,7 @@ func TestPages(t *testing.T) {
 		{"cell of no kernel", full, "/cells/lakitu/1.2.3/535.261.03", 404, []string{"is not in the catalogue", "server announce 1.2.3"}, nil},
 		{"failed build", full, "/builds/2", 200, []string{"api-break", "&lt;b&gt;too few", "newer driver", "1.5 s", "(failed)", "/v1/builds/2/log"}, []string{"<b>too few", "data-live"}},
 		{"published build", full, "/builds/1", 200, []string{"prebake.example/prebake/driver@" + digest, "42 s"}, []string{"Next step"}},
-		{"build under way", full, "/builds/3", 200, []string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1"}, nil},
+		{"build under way", full, "/builds/3", 200, []string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1", `data-log="/v1/builds/3/log">a line`, "cc &lt;nv.c&gt;"}, nil},
 		{"no such build", full, "/builds/9", 404, []string{"Status 404"}, nil},
 		{"not a number", full, "/builds/x", 404, []string{"no such build"}, nil},
 		{"queue", full, "/queue", 200, []string{`href="/builds/3"`, `href="/builds/4"`, `<th scope="row">builder-1`, `<th scope="row">builder-2`}, nil},

@@ -30,11 +30,37 @@ async function renew() {
   const page = new DOMParser().parseFromString(await answer.text(), "text/html");
   const fresh = page.getElementById("main");
   if (!fresh || main.contains(document.activeElement) && document.activeElement !== main) return true;
+  const log = document.getElementById("log");
+  const place = fresh.querySelector("#log");
+  if (log && place) place.replaceWith(log); // it goes on by itself
   main.replaceChildren(...fresh.childNodes);
+  if (!log && place) follow(place);
   addCopiers(main.querySelectorAll(".copy"));
   document.title = page.title;
   return Boolean(fresh.dataset.live || fresh.dataset.refresh);
 }
+
+// follow shows a log as it grows, for as long as the page has it.
+async function follow(log) {
+  let at = 0;
+  const text = new TextDecoder();
+  while (log.isConnected) {
+    // A range that begins with what is there already is never empty.
+    const range = `bytes=${Math.max(0, at - 1)}-`;
+    const answer = await fetch(log.dataset.log, {headers: {Range: range}}).catch(() => null);
+    if (answer && answer.status === 206) {
+      const bytes = new Uint8Array(await answer.arrayBuffer()).subarray(at > 0 ? 1 : 0);
+      const atEnd = log.scrollTop + log.clientHeight >= log.scrollHeight - 8;
+      if (at === 0) log.textContent = "";
+      log.append(text.decode(bytes, {stream: true}));
+      at += bytes.length;
+      if (atEnd) log.scrollTop = log.scrollHeight;
+    }
+    await new Promise(resolve => setTimeout(resolve, 3000));
+  }
+}
+const log = document.getElementById("log");
+if (log) follow(log);
 
 if (main.dataset.live) {
   const events = new EventSource(main.dataset.live);
