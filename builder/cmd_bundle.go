@@ -87,7 +87,10 @@ Example:
 				cli.Strings("image", "image `REF` of a program, as HOST/NAME:TAG or HOST/NAME@DIGEST, for all its platforms"),
 				cli.String("since", "", "earlier `FILE`, or several with + between, whose contents are left out"),
 			),
-			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key: it is packed, and has to have signed each driver")),
+			cli.Group(
+				groupTrust,
+				cli.Strings("public-key", "`FILE` with a public key: it is packed, and has to have signed each driver"),
+			),
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
@@ -121,8 +124,11 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 // oneArg returns the one argument of a command.
 func oneArg(cmd *ucli.Command, what string) (string, error) {
 	if cmd.Args().Len() != 1 {
-		return "", fault.New(fault.Usage, fmt.Sprintf("%s takes one argument, %s; got %d", cmd.FullName(), what, cmd.Args().Len()),
-			"see "+cmd.FullName()+" --help")
+		return "", fault.New(
+			fault.Usage,
+			fmt.Sprintf("%s takes one argument, %s; got %d", cmd.FullName(), what, cmd.Args().Len()),
+			"see "+cmd.FullName()+" --help",
+		)
 	}
 	return cmd.Args().First(), nil
 }
@@ -152,7 +158,12 @@ func writeWhole(file string, fill func(io.Writer) error) (err error) {
 }
 
 func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
-	c = offline.Config{Drivers: cmd.StringSlice("driver"), Keys: cmd.StringSlice("public-key"), Snapshot: cmd.String("snapshot"), Now: time.Now()}
+	c = offline.Config{
+		Drivers:  cmd.StringSlice("driver"),
+		Keys:     cmd.StringSlice("public-key"),
+		Snapshot: cmd.String("snapshot"),
+		Now:      time.Now(),
+	}
 	if err := missing(cmd, "from"); err != nil {
 		return c, err
 	}
@@ -274,7 +285,14 @@ func printListing(w io.Writer, l *offline.Listing) error {
 		fmt.Fprintf(w, "delta of %s\n", l.Base)
 	}
 	for _, e := range l.Entries {
-		fmt.Fprintf(w, "%-9s%s\n         %s, %s\n", e.Kind, strings.Join(e.Names, "\n         "), e.Digest[:len("sha256:")+12], megabytes(e.Size))
+		fmt.Fprintf(
+			w,
+			"%-9s%s\n         %s, %s\n",
+			e.Kind,
+			strings.Join(e.Names, "\n         "),
+			e.Digest[:len("sha256:")+12],
+			megabytes(e.Size),
+		)
 	}
 	_, err := fmt.Fprintf(w, "attached %d\nverified %d blobs, %s\n", l.Attached, l.Blobs, megabytes(l.Bytes))
 	return err
@@ -311,7 +329,11 @@ Example:
 			if err != nil {
 				return err
 			}
-			all, err := from.CopyTagged(ctx, to, func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" })
+			all, err := from.CopyTagged(
+				ctx,
+				to,
+				func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" },
+			)
 			if err != nil {
 				return err
 			}
@@ -320,7 +342,13 @@ Example:
 			}
 			return cli.Print(cmd, all, func(w io.Writer) error {
 				for _, t := range all {
-					fmt.Fprintf(w, "pushed   %s\n         %s, with %d statements and the like\n", t.Tag, t.Digest[:len("sha256:")+12], t.Attached)
+					fmt.Fprintf(
+						w,
+						"pushed   %s\n         %s, with %d statements and the like\n",
+						t.Tag,
+						t.Digest[:len("sha256:")+12],
+						t.Attached,
+					)
 				}
 				return nil
 			})

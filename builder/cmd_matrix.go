@@ -74,7 +74,13 @@ func wishCommand() *ucli.Command {
 					if err != nil {
 						return err
 					}
-					_, err = fmt.Fprintf(cmd.Root().Writer, "%s: %d kernel wishes × %d driver wishes\n", cmd.Args().First(), len(w.Kernels), len(w.Drivers))
+					_, err = fmt.Fprintf(
+						cmd.Root().Writer,
+						"%s: %d kernel wishes × %d driver wishes\n",
+						cmd.Args().First(),
+						len(w.Kernels),
+						len(w.Drivers),
+					)
 					return err
 				},
 			},
@@ -93,7 +99,23 @@ func wishCommand() *ucli.Command {
 func planCommand() *ucli.Command {
 	flags := cli.Group(groupWhat, wishFlag())
 	for _, f := range pipelineFlags() {
-		if slices.Contains([]string{"kernel-mirror", "driver-mirror", "to", "private", "redistribute", "username", "password", "key", "identity-token", "trusted-root", "cache", "load-test"}, f.Names()[0]) {
+		if slices.Contains(
+			[]string{
+				"kernel-mirror",
+				"driver-mirror",
+				"to",
+				"private",
+				"redistribute",
+				"username",
+				"password",
+				"key",
+				"identity-token",
+				"trusted-root",
+				"cache",
+				"load-test",
+			},
+			f.Names()[0],
+		) {
 			flags = append(flags, f)
 		}
 	}
@@ -160,7 +182,10 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Whose signature modules carry, and whether symbols and BTF are there, only
 	// the pipeline compares.
-	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules && cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto && !m.cfg.DebugSymbols && !m.cfg.BTF {
+	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
+		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
+		!m.cfg.DebugSymbols &&
+		!m.cfg.BTF {
 		m.farm.Published = m.places.Published
 	}
 	if m.farm.Memory, err = failureMemory(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
@@ -304,7 +329,15 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if m.cfg.Compiling != nil {
 		beside = ", one of which does not compile"
 	}
-	fmt.Fprintf(stderr, "%s, %d side by side%s, with %d compilers each; logs in %s\n", cellsOf(len(p.Cells)), m.farm.Parallel, beside, m.cfg.Jobs, m.farm.Logs)
+	fmt.Fprintf(
+		stderr,
+		"%s, %d side by side%s, with %d compilers each; logs in %s\n",
+		cellsOf(len(p.Cells)),
+		m.farm.Parallel,
+		beside,
+		m.cfg.Jobs,
+		m.farm.Logs,
+	)
 	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
 		return err
 	}

@@ -29,7 +29,12 @@ func snapshotCommand() *ucli.Command {
   builder snapshot root --to list --keys keys --threshold 2
   builder snapshot make --to list --keys keys --server https://prebake.example
   builder snapshot refresh --to list --keys keys`,
-		Commands: []*ucli.Command{snapshotKeysCommand(), snapshotRootCommand(), snapshotMakeCommand(), snapshotRefreshCommand()},
+		Commands: []*ucli.Command{
+			snapshotKeysCommand(),
+			snapshotRootCommand(),
+			snapshotMakeCommand(),
+			snapshotRefreshCommand(),
+		},
 	}
 }
 
@@ -242,9 +247,17 @@ func snapshotMakeCommand() *ucli.Command {
 			}
 			usable := func(a snapshot.Artifact) bool { return a.State == snapshot.Published }
 			if !cmd.Bool("allow-empty") && !slices.ContainsFunc(list.Artifacts, usable) {
-				return fault.New(fault.NoArtifact, "the server has published nothing: nodes would install nothing", "check --server, or mean it: --allow-empty")
+				return fault.New(
+					fault.NoArtifact,
+					"the server has published nothing: nodes would install nothing",
+					"check --server, or mean it: --allow-empty",
+				)
 			}
-			until := maker.Until{Targets: now.Add(cmd.Duration("list-life")), Snapshot: now.Add(cmd.Duration("list-life")), Timestamp: now.Add(cmd.Duration("life"))}
+			until := maker.Until{
+				Targets:   now.Add(cmd.Duration("list-life")),
+				Snapshot:  now.Add(cmd.Duration("list-life")),
+				Timestamp: now.Add(cmd.Duration("life")),
+			}
 			return within(cmd, func(r *maker.Repository) error {
 				s, err := r.Publish(list, by, until, int64(cmd.Int("least-version")))
 				if err != nil {
@@ -278,7 +291,14 @@ func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Ca
 	}
 	at := map[string]int{}
 	for _, a := range all {
-		entry := snapshot.Artifact{Digest: a.Digest, State: snapshot.State(a.State), Reason: a.Reason, Replacement: a.Replacement, Driver: a.Driver, Fingerprint: a.Fingerprint}
+		entry := snapshot.Artifact{
+			Digest:      a.Digest,
+			State:       snapshot.State(a.State),
+			Reason:      a.Reason,
+			Replacement: a.Replacement,
+			Driver:      a.Driver,
+			Fingerprint: a.Fingerprint,
+		}
 		for _, k := range a.Kernels {
 			entry.Kernels = append(entry.Kernels, snapshot.Kernel{BuildID: k.BuildID, Board: k.Board})
 		}
@@ -337,8 +357,16 @@ func printSnapshot(cmd *ucli.Command, s *snapshot.Snapshot) error {
 		Quarantined int       `json:"quarantined"`
 	}{s.Version, s.Refreshed, s.MadeAt, s.Expires, count[snapshot.Published], count[snapshot.Yanked], count[snapshot.Quarantined]}
 	return cli.Print(cmd, said, func(w io.Writer) error {
-		_, err := fmt.Fprintf(w, "list      %d, made on %s\nexpires   %s\npublished %d\nyanked    %d\nin quarantine %d\n",
-			said.Version, said.MadeAt.Format(time.RFC3339), said.Expires.Format(time.RFC3339), said.Published, said.Yanked, said.Quarantined)
+		_, err := fmt.Fprintf(
+			w,
+			"list      %d, made on %s\nexpires   %s\npublished %d\nyanked    %d\nin quarantine %d\n",
+			said.Version,
+			said.MadeAt.Format(time.RFC3339),
+			said.Expires.Format(time.RFC3339),
+			said.Published,
+			said.Yanked,
+			said.Quarantined,
+		)
 		return err
 	})
 }

@@ -30,7 +30,10 @@ func redistributeFlag() ucli.Flag {
 }
 
 func licenceRule(cmd *ucli.Command) licence.Rule {
-	return licence.Rule{Redistribute: bundle.Redistribution(cmd.String("redistribute")), Private: cmd.StringSlice("private")}
+	return licence.Rule{
+		Redistribute: bundle.Redistribution(cmd.String("redistribute")),
+		Private:      cmd.StringSlice("private"),
+	}
 }
 
 // refused tells which flavours of a plan may not go to which destination.

@@ -17,7 +17,11 @@ import (
 
 // newVerifier trusts the keys and the identity that the flags or the policy name, and
 // returns how to bring the list up to date that the policy wants to be asked; nil is none.
-func newVerifier(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*trust.Verifier, func(context.Context) error, error) {
+func newVerifier(
+	cmd *ucli.Command,
+	p policy.Policy,
+	node *noderoot.Root,
+) (*trust.Verifier, func(context.Context) error, error) {
 	rule, err := newListing(cmd, p, node)
 	if err != nil {
 		return nil, nil, err

@@ -43,7 +43,13 @@ func cellOf(cmd *ucli.Command) cell {
 
 // request is the command that asks for a cell.
 func (c cell) request() string {
-	return fmt.Sprintf("server request --build-id %s --board %s --driver %s --flavour %s", c.BuildID, c.Board, c.Driver, c.Flavour)
+	return fmt.Sprintf(
+		"server request --build-id %s --board %s --driver %s --flavour %s",
+		c.BuildID,
+		c.Board,
+		c.Driver,
+		c.Flavour,
+	)
 }
 
 // standing is the error of a cell that has no artifact to use: pending, which a pipeline
@@ -214,7 +220,10 @@ func printPreflight(w io.Writer, base string, answer api.Preflight) error {
 		if v.Resolution.Driver.Version == "" {
 			driver = v.Pool.Driver
 		}
-		rows = append(rows, []string{may, v.Resolution.Kernel.String(), driver, string(v.Resolution.State), note(v.Resolution)})
+		rows = append(
+			rows,
+			[]string{may, v.Resolution.Kernel.String(), driver, string(v.Resolution.State), note(v.Resolution)},
+		)
 	}
 	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
 }
@@ -239,5 +248,10 @@ func printCells(w io.Writer, all []api.Resolution) error {
 	for _, r := range all {
 		rows = append(rows, []string{r.Kernel.String(), r.Driver.String(), string(r.State), note(r)})
 	}
-	return printTable(w, []string{"KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "nobody asked for a cell yet: server request")
+	return printTable(
+		w,
+		[]string{"KERNEL", "DRIVER", "STATE", "NOTE"},
+		rows,
+		"nobody asked for a cell yet: server request",
+	)
 }

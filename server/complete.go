@@ -29,7 +29,13 @@ func complete(ctx context.Context, at cli.Place) []cli.Candidate {
 		if at.Command == "artifacts" {
 			return fixed(string(api.Published), string(api.Yanked), string(api.Quarantined))
 		}
-		return fixed(string(api.Queued), string(api.Building), string(api.Published), string(api.Failed), string(api.Cancelled))
+		return fixed(
+			string(api.Queued),
+			string(api.Building),
+			string(api.Published),
+			string(api.Failed),
+			string(api.Cancelled),
+		)
 	case "scope":
 		var all []string
 		for _, s := range auth.Scopes() {
@@ -150,7 +156,10 @@ func buildsOf(ctx context.Context, at cli.Place, state api.State) []cli.Candidat
 }
 
 func digests(ctx context.Context, at cli.Place, state api.State) []cli.Candidate {
-	return offer(server(at).EachArtifact(ctx, api.Filter{State: state, Page: offered}), func(a api.Artifact) cli.Candidate {
-		return cli.Candidate{Value: a.Digest, About: strings.TrimSpace(a.Driver.String() + " " + string(a.State))}
-	})
+	return offer(
+		server(at).EachArtifact(ctx, api.Filter{State: state, Page: offered}),
+		func(a api.Artifact) cli.Candidate {
+			return cli.Candidate{Value: a.Digest, About: strings.TrimSpace(a.Driver.String() + " " + string(a.State))}
+		},
+	)
 }

@@ -147,7 +147,10 @@ func pushTo(cmd *ucli.Command, base, name string) (*registry.Repository, error) 
 		}
 	}
 	scheme, host, _ := strings.Cut(base, "://")
-	return registry.Open(host+name, registry.Options{Plain: scheme == "http", Password: token, UserAgent: "prebake-server/" + version})
+	return registry.Open(
+		host+name,
+		registry.Options{Plain: scheme == "http", Password: token, UserAgent: "prebake-server/" + version},
+	)
 }
 
 func printImport(w io.Writer, c *comparison) error {
@@ -157,7 +160,10 @@ func printImport(w io.Writer, c *comparison) error {
 		if f.Applied {
 			state = "imported"
 		}
-		rows = append(rows, []string{strings.TrimPrefix(f.Digest, "sha256:")[:12], state, f.Driver.String(), printable(f.Note)})
+		rows = append(
+			rows,
+			[]string{strings.TrimPrefix(f.Digest, "sha256:")[:12], state, f.Driver.String(), printable(f.Note)},
+		)
 	}
 	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "nothing")
 }

@@ -71,7 +71,12 @@ func (p paged[T]) command() *ucli.Command {
 			if err := cli.Print(cmd, all, func(w io.Writer) error { return p.table(w, all) }); err != nil || !more {
 				return err
 			}
-			_, err = fmt.Fprintf(cmd.Root().ErrWriter, "there are more than these %d %s: --limit COUNT, or --all\n", most, p.what)
+			_, err = fmt.Fprintf(
+				cmd.Root().ErrWriter,
+				"there are more than these %d %s: --limit COUNT, or --all\n",
+				most,
+				p.what,
+			)
 			return err
 		},
 	}
@@ -102,7 +107,9 @@ func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (al
 // filter reads the flags that narrow a list; those that a command does not have are empty.
 func filter(cmd *ucli.Command) api.Filter {
 	return api.Filter{
-		BuildID: cmd.String("build-id"), Board: cmd.String("board"), Milestone: cmd.Int("milestone"), Driver: cmd.String("driver"),
+		BuildID: cmd.String(
+			"build-id",
+		), Board: cmd.String("board"), Milestone: cmd.Int("milestone"), Driver: cmd.String("driver"),
 		Flavour: cmd.String("flavour"), State: api.State(cmd.String("state")), Actor: cmd.String("actor"),
 	}
 }

@@ -54,7 +54,10 @@ func printQuarantine(w io.Writer, all []api.Quarantine) error {
 func printReports(w io.Writer, all []api.ReportCounts) error {
 	rows := [][]string{}
 	for _, n := range all {
-		rows = append(rows, []string{n.BuildID, n.Board, strconv.Itoa(n.Loaded), strconv.Itoa(n.Failed), strconv.Itoa(n.FellBack), n.Digest})
+		rows = append(
+			rows,
+			[]string{n.BuildID, n.Board, strconv.Itoa(n.Loaded), strconv.Itoa(n.Failed), strconv.Itoa(n.FellBack), n.Digest},
+		)
 	}
 	return printTable(w, []string{"BUILD_ID", "BOARD", "LOADED", "FAILED", "FELL BACK", "DIGEST"}, rows,
 		"no node said anything within thirty days: fetcher run --report")

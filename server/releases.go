@@ -28,7 +28,12 @@ is the time within which half of the cells were.`,
 		Flags: clientFlags(
 			&ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"},
 			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "most `COUNT` of releases", Validator: between(1, 1000)},
-			&ucli.IntFlag{Name: "days", Value: 30, Usage: "percentiles are of cells ready within so many `DAYS`", Validator: between(1, 3660)},
+			&ucli.IntFlag{
+				Name:      "days",
+				Value:     30,
+				Usage:     "percentiles are of cells ready within so many `DAYS`",
+				Validator: between(1, 3660),
+			},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
@@ -78,16 +83,30 @@ func printReleases(w io.Writer, all releases) error {
 		for _, n := range r.Cells {
 			cells += n
 		}
-		rows = append(rows, append([]string{r.BuildID, milestone, r.SeenAt.UTC().Format("2006-01-02 15:04"), strconv.Itoa(cells),
-			strconv.Itoa(r.Cells[api.Published]), strconv.Itoa(r.Cells[api.Queued] + r.Cells[api.Building])}, percentiles(r.Times)...))
+		rows = append(
+			rows,
+			append([]string{r.BuildID, milestone, r.SeenAt.UTC().Format("2006-01-02 15:04"), strconv.Itoa(cells),
+				strconv.Itoa(
+					r.Cells[api.Published],
+				), strconv.Itoa(r.Cells[api.Queued] + r.Cells[api.Building])}, percentiles(r.Times)...),
+		)
 	}
 	head := []string{"BUILD_ID", "M", "SEEN", "CELLS", "READY", "OPEN", "P50", "P90", "MAX"}
-	if err := printTable(w, head, rows, "no release is known yet: server announce BUILD_ID"); err != nil || all.Times.Count == 0 {
+	if err := printTable(w, head, rows, "no release is known yet: server announce BUILD_ID"); err != nil ||
+		all.Times.Count == 0 {
 		return err
 	}
 	p := percentiles(all.Times)
-	_, err := fmt.Fprintf(w, "\nOf %d cells that became ready within %d days, half took %s at most, 90%% %s,\n99%% %s, and all %s.\n",
-		all.Times.Count, all.Days, p[0], p[1], seconds(all.Times.P99), p[2])
+	_, err := fmt.Fprintf(
+		w,
+		"\nOf %d cells that became ready within %d days, half took %s at most, 90%% %s,\n99%% %s, and all %s.\n",
+		all.Times.Count,
+		all.Days,
+		p[0],
+		p[1],
+		seconds(all.Times.P99),
+		p[2],
+	)
 	return err
 }
 

@@ -84,7 +84,11 @@ func serveCommand() *ucli.Command {
 				cli.String("oidc", "", "`FILE` with rules: whose OpenID Connect tokens may do what"),
 				cli.String("tls-cert", "", "`FILE` with a certificate in PEM: listen with TLS; read again when it changes"),
 				cli.String("tls-key", "", "`FILE` with its key"),
-				&ucli.IntFlag{Name: "ask-rate", Value: 120, Usage: "`COUNT` of builds that a token of a node may add within an hour"},
+				&ucli.IntFlag{
+					Name:  "ask-rate",
+					Value: 120,
+					Usage: "`COUNT` of builds that a token of a node may add within an hour",
+				},
 				&ucli.IntFlag{
 					Name:  "client-rate",
 					Value: 30_000,
@@ -103,13 +107,17 @@ func serveCommand() *ucli.Command {
 				return err
 			}
 			s := settings{
-				Listen: cmd.String("listen"), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
+				Listen: cmd.String(
+					"listen",
+				), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
 				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
 				Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
-				Issuers: cmd.String("oidc"), Snapshot: cmd.String("snapshot"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
+				Issuers: cmd.String(
+					"oidc",
+				), Snapshot: cmd.String("snapshot"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
 				AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
 			}
 			if err := s.complete(); err != nil {
@@ -217,7 +225,11 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		debug.SetGCPercent(50)
 	}
 	if err := os.MkdirAll(s.Data, 0o750); err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("make data folder: %w", err), "give --data a folder that this user may write")
+		return fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("make data folder: %w", err),
+			"give --data a folder that this user may write",
+		)
 	}
 	lock := flock.New(filepath.Join(s.Data, "lock"))
 	locked, err := lock.TryLock()

@@ -11,14 +11,20 @@ import (
 )
 
 // snapshotFile matches the files that builder snapshot writes, and none beside them.
-var snapshotFile = regexp.MustCompile(`^(timestamp\.json|[1-9][0-9]*\.(root|targets|snapshot)\.json|targets/[0-9a-f]{64}\.catalogue\.json\.zst)$`)
+var snapshotFile = regexp.MustCompile(
+	`^(timestamp\.json|[1-9][0-9]*\.(root|targets|snapshot)\.json|targets/[0-9a-f]{64}\.catalogue\.json\.zst)$`,
+)
 
 // snapshotFiles serves the folder of a snapshot, which may be written while it is served. It
 // verifies nothing: nodes do.
 func snapshotFiles(dir string) (http.Handler, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open snapshot: %w", err), "give --snapshot the folder that builder snapshot wrote")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("open snapshot: %w", err),
+			"give --snapshot the folder that builder snapshot wrote",
+		)
 	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		name := strings.TrimPrefix(r.URL.Path, "/snapshot/")

@@ -106,7 +106,12 @@ func missing(parts []part, name string) error {
 	}
 	return fault.New(
 		fault.Usage,
-		fmt.Sprintf("%s is a delta, and leaves out %s, which the bundle with index %s has", first.path, path.Base(name), first.base),
+		fmt.Sprintf(
+			"%s is a delta, and leaves out %s, which the bundle with index %s has",
+			first.path,
+			path.Base(name),
+			first.base,
+		),
 		"name that bundle before it: "+archivePrefix+"EARLIER.tar"+partsBetween+first.path,
 	)
 }
@@ -138,11 +143,21 @@ func (a *archives) load(ctx context.Context) ([]part, error) {
 
 func notBasedOn(p, before part) error {
 	if p.base == "" {
-		return fault.New(fault.Usage, p.path+" is whole, and needs no other bundle before it", "name it alone: "+archivePrefix+p.path)
+		return fault.New(
+			fault.Usage,
+			p.path+" is whole, and needs no other bundle before it",
+			"name it alone: "+archivePrefix+p.path,
+		)
 	}
 	return fault.New(
 		fault.Usage,
-		fmt.Sprintf("%s is a delta of the bundle with index %s, and %s has index %s", p.path, p.base, before.path, before.index),
+		fmt.Sprintf(
+			"%s is a delta of the bundle with index %s, and %s has index %s",
+			p.path,
+			p.base,
+			before.path,
+			before.index,
+		),
 		"name the bundle that it was made for; builder bundle show FILE prints the index of each",
 	)
 }
@@ -156,7 +171,11 @@ func readPart(ctx context.Context, file string) (part, error) {
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		// Not wrapped: a layout's folder that does not exist is empty, and this is no folder.
-		return p, fault.New(fault.NotFound, "there is no such file", "name a file that builder bundle create made, or any tar of an OCI image layout")
+		return p, fault.New(
+			fault.NotFound,
+			"there is no such file",
+			"name a file that builder bundle create made, or any tar of an OCI image layout",
+		)
 	case err != nil:
 		return p, err
 	}
@@ -169,7 +188,11 @@ func readPart(ctx context.Context, file string) (part, error) {
 		index, err = p.read(ctx, indexFile, maxIndex)
 	}
 	if errors.Is(err, fs.ErrNotExist) {
-		return p, fault.New(fault.Unverified, "it has no "+markerFile+" with "+indexFile, "name the tar of an OCI image layout, not compressed")
+		return p, fault.New(
+			fault.Unverified,
+			"it has no "+markerFile+" with "+indexFile,
+			"name the tar of an OCI image layout, not compressed",
+		)
 	}
 	if err != nil {
 		return p, err
@@ -198,7 +221,11 @@ func checkMarker(raw []byte) error {
 		return damaged(fmt.Errorf("read %s: %w", markerFile, err))
 	}
 	if marker.Version != "1.0.0" {
-		return fault.New(fault.Unverified, fmt.Sprintf("image layout version %.20q; want 1.0.0", marker.Version), "update this program")
+		return fault.New(
+			fault.Unverified,
+			fmt.Sprintf("image layout version %.20q; want 1.0.0", marker.Version),
+			"update this program",
+		)
 	}
 	return nil
 }
@@ -277,7 +304,11 @@ func entryName(h *tar.Header) (string, error) {
 }
 
 func refused(what string) error {
-	return fault.New(fault.Unverified, what, "get the file again from who made it, and compare its SHA-256; it has to be a tar, not compressed")
+	return fault.New(
+		fault.Unverified,
+		what,
+		"get the file again from who made it, and compare its SHA-256; it has to be a tar, not compressed",
+	)
 }
 
 func (p part) read(ctx context.Context, name string, limit int64) ([]byte, error) {

@@ -25,7 +25,12 @@ type Copied struct {
 // Copy brings the image with this digest to another repository, byte for byte, and what is
 // attached to it: the digests stay. What is there already is not sent again. Tags are the
 // caller's. Which of the attachments go with it want says; nil takes all.
-func (r *Repository) Copy(ctx context.Context, to *Repository, digest string, want func(v1.Descriptor) bool) (Copied, error) {
+func (r *Repository) Copy(
+	ctx context.Context,
+	to *Repository,
+	digest string,
+	want func(v1.Descriptor) bool,
+) (Copied, error) {
 	var c Copied
 	err := func() error {
 		img, err := r.Image(ctx, digest)
@@ -94,11 +99,24 @@ func (r *Repository) Image(ctx context.Context, digest string) (v1.Image, error)
 	}
 	var m v1.Manifest
 	if err := json.Unmarshal(raw, &m); err != nil || m.MediaType != "" && !m.MediaType.IsImage() {
-		return nil, fault.Errorf(fault.Unverified, "read manifest %s from %s: it is no image, but of type %.100q", digest, r.name, m.MediaType)
+		return nil, fault.Errorf(
+			fault.Unverified,
+			"read manifest %s from %s: it is no image, but of type %.100q",
+			digest,
+			r.name,
+			m.MediaType,
+		)
 	}
 	for _, d := range append([]v1.Descriptor{m.Config}, m.Layers...) {
 		if err := checkDigest(d.Digest.String()); err != nil || d.Size < 0 {
-			return nil, fault.Errorf(fault.Unverified, "read manifest %s from %s: it names a blob %.100q of %d bytes", digest, r.name, d.Digest, d.Size)
+			return nil, fault.Errorf(
+				fault.Unverified,
+				"read manifest %s from %s: it names a blob %.100q of %d bytes",
+				digest,
+				r.name,
+				d.Digest,
+				d.Size,
+			)
 		}
 	}
 	config, err := r.Small(ctx, m.Config)

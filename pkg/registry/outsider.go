@@ -44,7 +44,12 @@ func (r *Repository) Outsider(ctx context.Context, digest string) (Outsider, err
 	said := &hearing{next: steady{s.transport}}
 	options := []remote.Option{
 		remote.WithTransport(patient{bounded{said}}), remote.WithAuth(authn.Anonymous), remote.WithPageSize(1),
-		remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusGatewayTimeout),
+		remote.WithRetryStatusCodes(
+			http.StatusRequestTimeout,
+			http.StatusInternalServerError,
+			http.StatusBadGateway,
+			http.StatusGatewayTimeout,
+		),
 	}
 	puller, err := remote.NewPuller(options...)
 	if err != nil {

@@ -86,7 +86,11 @@ func Open(ref string, o Options) (*Repository, error) {
 		s, err = openRemote(ref, o)
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open repository %q: %w", ref, err), "name it HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or oci:https://HOST/PATH or oci:gs://BUCKET/PATH")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("open repository %q: %w", ref, err),
+			"name it HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or oci:https://HOST/PATH or oci:gs://BUCKET/PATH",
+		)
 	}
 	return &Repository{name: ref, s: s}, nil
 }
@@ -110,7 +114,12 @@ func checkDigest(digest string) error {
 // [fault.NoArtifact].
 func (r *Repository) Resolve(ctx context.Context, tagOrDigest string) (v1.Descriptor, error) {
 	if !tagPattern.MatchString(tagOrDigest) && !digestPattern.MatchString(tagOrDigest) {
-		return v1.Descriptor{}, fault.Errorf(fault.Usage, "resolve %.100q in %s: neither a tag nor a digest", tagOrDigest, r.name)
+		return v1.Descriptor{}, fault.Errorf(
+			fault.Usage,
+			"resolve %.100q in %s: neither a tag nor a digest",
+			tagOrDigest,
+			r.name,
+		)
 	}
 	d, err := r.s.resolve(ctx, tagOrDigest)
 	if err != nil {
@@ -176,7 +185,10 @@ func (r *Repository) list(ctx context.Context, digest string) ([]v1.Descriptor, 
 	if err != nil {
 		return nil, fmt.Errorf("list referrers of %s in %s: %w", digest, r.name, err)
 	}
-	all = slices.DeleteFunc(all, func(d v1.Descriptor) bool { return !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil })
+	all = slices.DeleteFunc(
+		all,
+		func(d v1.Descriptor) bool { return !d.MediaType.IsImage() || checkDigest(d.Digest.String()) != nil },
+	)
 	slices.SortFunc(all, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })
 	return slices.CompactFunc(all, func(a, b v1.Descriptor) bool { return a.Digest == b.Digest }), nil
 }
@@ -194,7 +206,14 @@ func (r *Repository) attachedAs(ctx context.Context, d v1.Descriptor, artifactTy
 // its descriptor.
 func (r *Repository) Small(ctx context.Context, d v1.Descriptor) ([]byte, error) {
 	if d.Size < 0 || d.Size > MaxManifest {
-		return nil, fault.Errorf(fault.Unverified, "read blob %s from %s: %d bytes; at most %d are read", d.Digest, r.name, d.Size, MaxManifest)
+		return nil, fault.Errorf(
+			fault.Unverified,
+			"read blob %s from %s: %d bytes; at most %d are read",
+			d.Digest,
+			r.name,
+			d.Size,
+			MaxManifest,
+		)
 	}
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
@@ -246,7 +265,13 @@ func taken(have v1.Hash, want v1.Hash) error {
 
 // Attach stores payload as a referrer of subject. The same payload attached
 // again is the same referrer.
-func (r *Repository) Attach(ctx context.Context, subject v1.Descriptor, artifactType string, payload []byte, annotations map[string]string) (v1.Descriptor, error) {
+func (r *Repository) Attach(
+	ctx context.Context,
+	subject v1.Descriptor,
+	artifactType string,
+	payload []byte,
+	annotations map[string]string,
+) (v1.Descriptor, error) {
 	layer, open, err := inMemory(artifactType, payload)
 	if err != nil {
 		return v1.Descriptor{}, fmt.Errorf("attach to %s in %s: %w", subject.Digest, r.name, err)
@@ -256,7 +281,14 @@ func (r *Repository) Attach(ctx context.Context, subject v1.Descriptor, artifact
 
 // AttachLayer is [Repository.Attach] for a payload of any size, which open
 // reads: layer says what it is.
-func (r *Repository) AttachLayer(ctx context.Context, subject v1.Descriptor, artifactType string, layer v1.Descriptor, open func() (io.ReadCloser, error), annotations map[string]string) (v1.Descriptor, error) {
+func (r *Repository) AttachLayer(
+	ctx context.Context,
+	subject v1.Descriptor,
+	artifactType string,
+	layer v1.Descriptor,
+	open func() (io.ReadCloser, error),
+	annotations map[string]string,
+) (v1.Descriptor, error) {
 	a, err := newAttachment(subject, artifactType, layer, open, annotations)
 	if err == nil {
 		err = r.s.attach(ctx, a)
@@ -293,7 +325,11 @@ func sameDigest(raw []byte, digest string) error {
 
 // damaged is the error for bytes that are not what their name says.
 func damaged(err error) error {
-	return fault.Wrap(fault.Unverified, err, "the repository serves altered bytes: publish the artifact again, or use another repository")
+	return fault.Wrap(
+		fault.Unverified,
+		err,
+		"the repository serves altered bytes: publish the artifact again, or use another repository",
+	)
 }
 
 // CheckPush reports whether the repository may be written. A registry is asked

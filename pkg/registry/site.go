@@ -251,7 +251,11 @@ func (s *site) reading(ctx context.Context, err error) error {
 
 // readOnly is the refusal to write to a site or a tar.
 func readOnly() error {
-	return fault.New(fault.Usage, "a web server, or a tar, is only read", "publish to oci:FOLDER, and copy that folder there or pack it: builder bundle create")
+	return fault.New(
+		fault.Usage,
+		"a web server, or a tar, is only read",
+		"publish to oci:FOLDER, and copy that folder there or pack it: builder bundle create",
+	)
 }
 
 // isSite reports whether a layout is on a web server.

@@ -129,7 +129,11 @@ func (c Catalogue) Check() error {
 
 // Find returns what a list says of a digest; false is nothing.
 func (c Catalogue) Find(digest string) (Artifact, bool) {
-	i, ok := slices.BinarySearchFunc(c.Artifacts, digest, func(a Artifact, d string) int { return strings.Compare(a.Digest, d) })
+	i, ok := slices.BinarySearchFunc(
+		c.Artifacts,
+		digest,
+		func(a Artifact, d string) int { return strings.Compare(a.Digest, d) },
+	)
 	if !ok {
 		return Artifact{}, false
 	}

@@ -85,7 +85,11 @@ func (c *Client) Last() (*Snapshot, error) {
 	}
 	s, err := Verify(st.Files)
 	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", c.cfg.State, fault.Wrap(fault.Unverified, err, "remove the file: the next run asks the source anew"))
+		return nil, fmt.Errorf(
+			"read %s: %w",
+			c.cfg.State,
+			fault.Wrap(fault.Unverified, err, "remove the file: the next run asks the source anew"),
+		)
 	}
 	return s, nil
 }
@@ -97,7 +101,11 @@ func (c *Client) remembered() (st state, err error) {
 		return st, nil
 	}
 	fail := func(err error) (state, error) {
-		return state{}, fault.Wrap(fault.Unverified, fmt.Errorf("read state of snapshot %s: %w", c.cfg.State, err), "remove the file: the next run asks the source anew")
+		return state{}, fault.Wrap(
+			fault.Unverified,
+			fmt.Errorf("read state of snapshot %s: %w", c.cfg.State, err),
+			"remove the file: the next run asks the source anew",
+		)
 	}
 	f, err := os.Open(c.cfg.State)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -131,8 +139,15 @@ func (c *Client) remembered() (st state, err error) {
 // stays where the source is away (fault.Transient), and where its answer is refused
 // (fault.Unverified).
 func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, refreshTime,
-		fault.New(fault.Transient, fmt.Sprintf("the source took longer than %v", refreshTime), "check the network on the way there"))
+	ctx, cancel := context.WithTimeoutCause(
+		ctx,
+		refreshTime,
+		fault.New(
+			fault.Transient,
+			fmt.Sprintf("the source took longer than %v", refreshTime),
+			"check the network on the way there",
+		),
+	)
 	defer cancel()
 	s, err := c.refresh(ctx)
 	if err != nil {

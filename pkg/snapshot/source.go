@@ -29,7 +29,11 @@ type source interface {
 // openSource tells a URL from a folder.
 func openSource(from string, client *http.Client, agent string) (source, error) {
 	bad := func(why string) error {
-		return fault.New(fault.Usage, fmt.Sprintf("snapshot from %.200q: %s", from, why), "give the URL of the folder that builder snapshot wrote, http:// or https://, or its absolute path")
+		return fault.New(
+			fault.Usage,
+			fmt.Sprintf("snapshot from %.200q: %s", from, why),
+			"give the URL of the folder that builder snapshot wrote, http:// or https://, or its absolute path",
+		)
 	}
 	if !strings.Contains(from, "://") {
 		if !filepath.IsAbs(from) {
@@ -92,7 +96,11 @@ func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
 	case http.StatusNotFound, http.StatusGone, http.StatusForbidden: // buckets that list nothing answer 403
 		err = fs.ErrNotExist
 	default:
-		err = fault.New(fault.Transient, fmt.Sprintf("GET %s%s: the server answered %s", w.base, name, resp.Status), "check that the source of the snapshot answers")
+		err = fault.New(
+			fault.Transient,
+			fmt.Sprintf("GET %s%s: the server answered %s", w.base, name, resp.Status),
+			"check that the source of the snapshot answers",
+		)
 	}
 	return nil, errors.Join(err, resp.Body.Close())
 }
@@ -134,11 +142,16 @@ func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]b
 func fetch(ctx context.Context, from source) download {
 	return func(name string, most int64) ([]byte, error) {
 		if most <= 0 || most > MaxFile {
-			return nil, &metadata.ErrDownloadLengthMismatch{Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile)}
+			return nil, &metadata.ErrDownloadLengthMismatch{
+				Msg: fmt.Sprintf("%s would have %d bytes; at most %d are read", name, most, MaxFile),
+			}
 		}
 		rc, err := from.open(ctx, name)
 		if errors.Is(err, fs.ErrNotExist) {
-			return nil, &metadata.ErrDownloadHTTP{StatusCode: http.StatusNotFound, URL: strings.TrimSuffix(from.String(), "/") + "/" + name}
+			return nil, &metadata.ErrDownloadHTTP{
+				StatusCode: http.StatusNotFound,
+				URL:        strings.TrimSuffix(from.String(), "/") + "/" + name,
+			}
 		}
 		if err != nil {
 			return nil, err

@@ -42,14 +42,22 @@ func explain(err error) error {
 			continue
 		}
 		if errors.Is(known.reason, ErrExpired) {
-			return fault.Wrap(fault.Unverified, fmt.Errorf("%w: %w", ErrExpired, err), "have it made or refreshed: builder snapshot; if that was done, its source does not serve the newest")
+			return fault.Wrap(
+				fault.Unverified,
+				fmt.Errorf("%w: %w", ErrExpired, err),
+				"have it made or refreshed: builder snapshot; if that was done, its source does not serve the newest",
+			)
 		}
 		return refused(fmt.Errorf("%w: %w", known.reason, err))
 	}
 	var missing *metadata.ErrDownloadHTTP
 	switch {
 	case errors.As(err, &missing):
-		return fault.Wrap(fault.Transient, fmt.Errorf("%s is not there (status %d)", missing.URL, missing.StatusCode), "check the address of the snapshot, and that all its files were copied")
+		return fault.Wrap(
+			fault.Transient,
+			fmt.Errorf("%s is not there (status %d)", missing.URL, missing.StatusCode),
+			"check the address of the snapshot, and that all its files were copied",
+		)
 	case fault.Of(err) != fault.Internal:
 		return err // of the way there
 	}
@@ -116,7 +124,12 @@ func verify(f Files) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Snapshot{Catalogue: *list, Version: targets.Signed.Version, Refreshed: trusted.Timestamp.Signed.Version, Expires: trusted.Root.Signed.Expires}
+	s := &Snapshot{
+		Catalogue: *list,
+		Version:   targets.Signed.Version,
+		Refreshed: trusted.Timestamp.Signed.Version,
+		Expires:   trusted.Root.Signed.Expires,
+	}
 	for _, at := range []time.Time{trusted.Timestamp.Signed.Expires, trusted.Snapshot.Signed.Expires, targets.Signed.Expires} {
 		if at.Before(s.Expires) {
 			s.Expires = at
@@ -128,7 +141,10 @@ func verify(f Files) (*Snapshot, error) {
 // CheckRoot checks that a text is root metadata that its own keys signed.
 func CheckRoot(text []byte) error {
 	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
-		return fmt.Errorf("read root of snapshot: %w", fault.Wrap(fault.Usage, err, "give an N.root.json that builder snapshot root wrote"))
+		return fmt.Errorf(
+			"read root of snapshot: %w",
+			fault.Wrap(fault.Usage, err, "give an N.root.json that builder snapshot root wrote"),
+		)
 	}
 	return nil
 }

@@ -13,7 +13,10 @@ import (
 )
 
 // mayGo returns how to ask the licence rule about a destination.
-func mayGo(rule licence.Rule, options func(destination string) registry.Options) func(context.Context, string, target.Flavour) error {
+func mayGo(
+	rule licence.Rule,
+	options func(destination string) registry.Options,
+) func(context.Context, string, target.Flavour) error {
 	return func(ctx context.Context, name string, f target.Flavour) (err error) {
 		if twin.Is(name) {
 			b, err := twin.Open(ctx, name)

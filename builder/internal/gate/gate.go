@@ -72,10 +72,19 @@ func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
 			errs = append(errs, &modinfo.Problem{Module: name, Text: "the file holds a module " + m.Name})
 		}
 		if k.Version != "" && m.Version != "" && m.Version != k.Version {
-			errs = append(errs, &modinfo.Problem{Module: name, Text: fmt.Sprintf("is of driver %s; want %s", m.Version, k.Version)})
+			errs = append(
+				errs,
+				&modinfo.Problem{Module: name, Text: fmt.Sprintf("is of driver %s; want %s", m.Version, k.Version)},
+			)
 		}
 		if k.Open && !slices.Contains(openLicences(), m.License) {
-			errs = append(errs, &modinfo.Problem{Module: name, Text: fmt.Sprintf("is under the licence %.40q, which is none of an open module", m.License)})
+			errs = append(
+				errs,
+				&modinfo.Problem{
+					Module: name,
+					Text:   fmt.Sprintf("is under the licence %.40q, which is none of an open module", m.License),
+				},
+			)
 		}
 		mods = append(mods, m)
 	}

@@ -169,11 +169,20 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 	hint := fmt.Sprintf("if only you can read it, say --private %s", name)
 	if who.Why != "nobody marked it private" {
 		hint = "publish to a private destination"
-		if strings.HasSuffix(who.Why, "credentials, so --private does not hold") || strings.HasSuffix(who.Why, "without credentials") {
+		if strings.HasSuffix(who.Why, "credentials, so --private does not hold") ||
+			strings.HasSuffix(who.Why, "without credentials") {
 			hint = "take from everybody the right to read it, and say --private " + name
 		}
 	}
-	return fault.New(fault.PublishRefused,
-		fmt.Sprintf("%s artifacts may not go to %s: %s under NVIDIA's licence, and the destination is %s", f, name, what, who),
-		hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, say --redistribute %s", need))
+	return fault.New(
+		fault.PublishRefused,
+		fmt.Sprintf(
+			"%s artifacts may not go to %s: %s under NVIDIA's licence, and the destination is %s",
+			f,
+			name,
+			what,
+			who,
+		),
+		hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, say --redistribute %s", need),
+	)
 }

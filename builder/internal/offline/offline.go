@@ -181,8 +181,11 @@ func choose(ctx context.Context, c Config) ([]cell, error) {
 		covered[d.Version] = true
 	}
 	if lacks := lacking(c, covered); len(lacks) > 0 || len(found) == 0 {
-		return nil, fault.New(fault.NoArtifact, c.From.Name()+" has no driver for "+strings.Join(append(lacks, "what was asked for")[:max(1, len(lacks))], ", "),
-			"build what is missing, or ask for less: --kernel, --driver, --flavour")
+		return nil, fault.New(
+			fault.NoArtifact,
+			c.From.Name()+" has no driver for "+strings.Join(append(lacks, "what was asked for")[:max(1, len(lacks))], ", "),
+			"build what is missing, or ask for less: --kernel, --driver, --flavour",
+		)
 	}
 	cells := make([]cell, 0, len(found))
 	for _, one := range found {
@@ -294,7 +297,10 @@ func verify(ctx context.Context, c Config, digest string, id bundle.Identity, k 
 	if err != nil {
 		return err
 	}
-	_, err = c.Verifier.Verify(statements, trust.Expect{Digest: digest, Kernel: k, Driver: id.Driver, Identity: id, Now: c.Now})
+	_, err = c.Verifier.Verify(
+		statements,
+		trust.Expect{Digest: digest, Kernel: k, Driver: id.Driver, Identity: id, Now: c.Now},
+	)
 	return err
 }
 
@@ -380,5 +386,9 @@ func (p *packer) keys(files []string) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	return n, p.files(TypeKeys, TagKeys, []v1.Descriptor{registry.FileDescriptor("keys.pem", "application/x-pem-file", d.Digest, d.Size)})
+	return n, p.files(
+		TypeKeys,
+		TagKeys,
+		[]v1.Descriptor{registry.FileDescriptor("keys.pem", "application/x-pem-file", d.Digest, d.Size)},
+	)
 }

@@ -61,12 +61,21 @@ func (p *packer) bytes(raw []byte) (v1.Descriptor, error) {
 	return d, p.add(d, func(context.Context) (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil })
 }
 
-func (p *packer) manifest(ctx context.Context, repo *registry.Repository, digest string) (v1.Descriptor, *v1.Manifest, error) {
+func (p *packer) manifest(
+	ctx context.Context,
+	repo *registry.Repository,
+	digest string,
+) (v1.Descriptor, *v1.Manifest, error) {
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
 // manifestIf packs an image's manifest, config and layers; nil is one that is not wanted.
-func (p *packer) manifestIf(ctx context.Context, repo *registry.Repository, digest string, want func(*v1.Manifest) bool) (v1.Descriptor, *v1.Manifest, error) {
+func (p *packer) manifestIf(
+	ctx context.Context,
+	repo *registry.Repository,
+	digest string,
+	want func(*v1.Manifest) bool,
+) (v1.Descriptor, *v1.Manifest, error) {
 	raw, err := repo.Manifest(ctx, digest)
 	if err != nil {
 		return v1.Descriptor{}, nil, err
@@ -143,7 +152,11 @@ func (p *packer) folder(dir string) (int, error) {
 		err = fault.New(fault.Usage, "it is empty", "name the folder with the signed files")
 	}
 	if err != nil {
-		return 0, fault.Wrap(fault.Usage, fmt.Errorf("read snapshot %s: %w", dir, err), "name the folder with the signed files: --snapshot FOLDER")
+		return 0, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("read snapshot %s: %w", dir, err),
+			"name the folder with the signed files: --snapshot FOLDER",
+		)
 	}
 	return len(files), p.files(TypeSnapshot, TagSnapshot, files)
 }
@@ -219,7 +232,9 @@ func (p *packer) write(ctx context.Context, w io.Writer) error {
 }
 
 func header(t *tar.Writer, name string, size int64) error {
-	return t.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: epoch, Format: tar.FormatUSTAR})
+	return t.WriteHeader(
+		&tar.Header{Typeflag: tar.TypeReg, Name: name, Size: size, Mode: 0o644, ModTime: epoch, Format: tar.FormatUSTAR},
+	)
 }
 
 // copy writes a blob, and compares it with its digest.

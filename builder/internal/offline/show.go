@@ -112,7 +112,13 @@ func (w *walker) read(ctx context.Context, d v1.Descriptor, depth int) (size int
 		return 0, "", err
 	}
 	if int64(len(raw)) != d.Size {
-		return 0, "", fault.Errorf(fault.Unverified, "manifest %s has %d bytes; its entry says %d", d.Digest, len(raw), d.Size)
+		return 0, "", fault.Errorf(
+			fault.Unverified,
+			"manifest %s has %d bytes; its entry says %d",
+			d.Digest,
+			len(raw),
+			d.Size,
+		)
 	}
 	w.seen[d.Digest.Hex] = d.Size
 	if d.MediaType.IsIndex() {
@@ -166,8 +172,11 @@ func (w *walker) blob(ctx context.Context, d v1.Descriptor) error {
 		return err
 	}
 	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex || n != d.Size {
-		return fault.New(fault.Unverified, fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
-			"get the file again from who made it")
+		return fault.New(
+			fault.Unverified,
+			fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
+			"get the file again from who made it",
+		)
 	}
 	w.seen[d.Digest.Hex] = n
 	return nil

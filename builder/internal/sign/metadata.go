@@ -33,7 +33,11 @@ func Metadata(ctx context.Context, ref string, opts ...Option) (crypto.PublicKey
 
 func metadata(ctx context.Context, ref string, opts []Option) (crypto.PublicKey, signature.Signer, error) {
 	if strings.HasPrefix(ref, PrefixKeyless) {
-		return nil, nil, fault.New(fault.Usage, "an identity signs no snapshot: its keys are gone after some minutes", "give a key file or a KMS URI")
+		return nil, nil, fault.New(
+			fault.Usage,
+			"an identity signs no snapshot: its keys are gone after some minutes",
+			"give a key file or a KMS URI",
+		)
 	}
 	if !strings.Contains(ref, "://") {
 		text, err := readFile(ref, maxKeyFile, "make keys with: builder snapshot keys FOLDER")

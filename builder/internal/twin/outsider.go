@@ -50,7 +50,9 @@ func (b *Bucket) Outsider(ctx context.Context, object string) (registry.Outsider
 			_, err := bucket.Objects(ctx, nil).Next()
 			out.Reads = err == nil || errors.Is(err, iterator.Done)
 		}
-	case errors.Is(err, storage.ErrBucketNotExist), gcs.Status(err) == http.StatusUnauthorized, gcs.Status(err) == http.StatusForbidden:
+	case errors.Is(err, storage.ErrBucketNotExist),
+		gcs.Status(err) == http.StatusUnauthorized,
+		gcs.Status(err) == http.StatusForbidden:
 	case ctx.Err() != nil:
 		return out, context.Cause(ctx)
 	default:

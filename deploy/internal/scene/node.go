@@ -52,10 +52,18 @@ func (s *Scene) nodeFiles(n Node) ([]vm.File, error) {
 	files := []vm.File{
 		{Name: "/etc/os-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
 			"BUILD_ID=%s\nNAME=\"Container-Optimized OS\"\nKERNEL_COMMIT_ID=%s\nGOOGLE_CRASH_ID=Lakitu\nVERSION_ID=%d\nVERSION=%d\nPRETTY_NAME=\"Container-Optimized OS from Google\"\nID=cos\n",
-			n.Kernel.BuildID, n.Kernel.Commit, n.Kernel.Milestone, n.Kernel.Milestone))},
+			n.Kernel.BuildID,
+			n.Kernel.Commit,
+			n.Kernel.Milestone,
+			n.Kernel.Milestone,
+		))},
 		{Name: "/etc/lsb-release", Mode: 0o644, Data: []byte(fmt.Sprintf(
 			"CHROMEOS_RELEASE_BOARD=%s\nCHROMEOS_RELEASE_TRACK=stable-channel\nCHROMEOS_RELEASE_VERSION=%s\nCHROMEOS_RELEASE_BUILD_NUMBER=%s\nCHROMEOS_RELEASE_CHROME_MILESTONE=%d\nDEVICETYPE=OTHER\n",
-			n.Kernel.Board, n.Kernel.BuildID, number[0], n.Kernel.Milestone))},
+			n.Kernel.Board,
+			n.Kernel.BuildID,
+			number[0],
+			n.Kernel.Milestone,
+		))},
 		{Name: "/etc/prebake/keys.pem", Mode: 0o644, Data: key},
 		{Name: "/usr/bin/fetcher", Mode: 0o755, Path: s.Program("fetcher")},
 		{Name: "/usr/bin/nvmlprobe", Mode: 0o755, Path: s.Program("nvmlprobe")},

@@ -104,8 +104,11 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	if r.AllowUnlisted {
 		return "not withdrawn in " + name, nil
 	}
-	return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
-		"have a new list made, if it was published since: builder snapshot make; or install what is in it")
+	return "", fault.Wrap(
+		fault.Unverified,
+		fmt.Errorf("%w %d of %s", ErrUnlisted, r.last.version, r.last.madeAt.UTC().Format(time.RFC3339)),
+		"have a new list made, if it was published since: builder snapshot make; or install what is in it",
+	)
 }
 
 func (r *Rule) withdrawn(a snapshot.Artifact) error {
@@ -149,10 +152,26 @@ func (r *Rule) holds(now time.Time) error {
 	case now.After(l.expires):
 		return fail(fmt.Errorf("%w: it expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
 	case l.madeAt.After(now.Add(skew)):
-		return fault.Wrap(fault.Unverified, fmt.Errorf("%w, or the clock of this machine is wrong: the list is of %s, and this machine has %s", ErrStale, l.madeAt.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339)),
-			"set the clock of this machine")
+		return fault.Wrap(
+			fault.Unverified,
+			fmt.Errorf(
+				"%w, or the clock of this machine is wrong: the list is of %s, and this machine has %s",
+				ErrStale,
+				l.madeAt.UTC().Format(time.RFC3339),
+				now.UTC().Format(time.RFC3339),
+			),
+			"set the clock of this machine",
+		)
 	case r.MaxAge > 0 && now.Sub(l.madeAt) > r.MaxAge:
-		return fail(fmt.Errorf("%w: it was made on %s, and the policy takes %v", ErrStale, l.madeAt.UTC().Format(time.RFC3339), r.MaxAge), again)
+		return fail(
+			fmt.Errorf(
+				"%w: it was made on %s, and the policy takes %v",
+				ErrStale,
+				l.madeAt.UTC().Format(time.RFC3339),
+				r.MaxAge,
+			),
+			again,
+		)
 	}
 	return nil
 }

@@ -32,7 +32,14 @@ func Encode(c snapshot.Catalogue) ([]byte, error) {
 		return nil, fmt.Errorf("write catalogue: %w", err)
 	}
 	if len(text) > snapshot.MaxText || len(file) > snapshot.MaxFile {
-		return nil, fault.Errorf(fault.TooLarge, "write catalogue: %d bytes, %d packed; clients take %d and %d", len(text), len(file), snapshot.MaxText, snapshot.MaxFile)
+		return nil, fault.Errorf(
+			fault.TooLarge,
+			"write catalogue: %d bytes, %d packed; clients take %d and %d",
+			len(text),
+			len(file),
+			snapshot.MaxText,
+			snapshot.MaxFile,
+		)
 	}
 	return file, nil
 }

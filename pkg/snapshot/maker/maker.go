@@ -34,7 +34,11 @@ type Repository struct {
 // Open opens a folder, and makes it where it is missing. The caller closes it.
 func Open(dir string) (*Repository, error) {
 	fail := func(err error) (*Repository, error) {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("open snapshot %s: %w", dir, err), "name a folder that this user may write")
+		return nil, fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("open snapshot %s: %w", dir, err),
+			"name a folder that this user may write",
+		)
 	}
 	if err := os.MkdirAll(filepath.Join(dir, "targets"), 0o755); err != nil {
 		return fail(err)
@@ -78,7 +82,11 @@ func (r *Repository) WriteRoot(next Root) (string, error) {
 
 func (r *Repository) writeRoot(next Root) (string, error) {
 	if next.Threshold < 1 || next.Threshold > len(next.Keys) {
-		return "", fault.New(fault.Usage, fmt.Sprintf("threshold %d of %d root keys", next.Threshold, len(next.Keys)), "want 1 or more, and no more than there are keys")
+		return "", fault.New(
+			fault.Usage,
+			fmt.Sprintf("threshold %d of %d root keys", next.Threshold, len(next.Keys)),
+			"want 1 or more, and no more than there are keys",
+		)
 	}
 	root := metadata.Root(moment(next.Expires))
 	root.Signed.Roles[metadata.ROOT].Threshold = next.Threshold
@@ -110,12 +118,19 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 		if err != nil {
 			return "", err
 		}
-		if slices.ContainsFunc(root.Signatures[:len(root.Signatures)-1], func(other metadata.Signature) bool { return other.KeyID == sig.KeyID }) {
+		if slices.ContainsFunc(
+			root.Signatures[:len(root.Signatures)-1],
+			func(other metadata.Signature) bool { return other.KeyID == sig.KeyID },
+		) {
 			root.Signatures = root.Signatures[:len(root.Signatures)-1] // one key signs once
 		}
 	}
 	few := func(whose string, err error) error {
-		return fault.Wrap(fault.Usage, fmt.Errorf("signed by too few keys of the %s root: %w", whose, err), "name as many files or URIs of private root keys as the threshold wants")
+		return fault.Wrap(
+			fault.Usage,
+			fmt.Errorf("signed by too few keys of the %s root: %w", whose, err),
+			"name as many files or URIs of private root keys as the threshold wants",
+		)
 	}
 	if former != nil {
 		if err := former.VerifyDelegate(metadata.ROOT, root); err != nil {
@@ -156,7 +171,11 @@ func (r *Repository) newestRoot() (*metadata.Metadata[metadata.RootType], error)
 func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	key, ok := pub.(*ecdsa.PublicKey)
 	if !ok || key.Curve != elliptic.P256() {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("a key of type %T, or on another curve, cannot sign a snapshot", pub), "use ECDSA P-256: builder keygen FILE")
+		return nil, fault.New(
+			fault.Usage,
+			fmt.Sprintf("a key of type %T, or on another curve, cannot sign a snapshot", pub),
+			"use ECDSA P-256: builder keygen FILE",
+		)
 	}
 	return metadata.KeyFromPublicKey(key)
 }
@@ -175,7 +194,12 @@ type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
 // Publish writes a list as the newest. least is the lowest version that it may have; 0 is the
 // one after the newest that is here.
-func (r *Repository) Publish(list snapshot.Catalogue, by Signers, until Until, least int64) (*snapshot.Snapshot, error) {
+func (r *Repository) Publish(
+	list snapshot.Catalogue,
+	by Signers,
+	until Until,
+	least int64,
+) (*snapshot.Snapshot, error) {
 	s, err := r.publish(list, by, until, least)
 	if err != nil {
 		return nil, fmt.Errorf("publish snapshot: %w", err)
@@ -183,7 +207,12 @@ func (r *Repository) Publish(list snapshot.Catalogue, by Signers, until Until, l
 	return s, nil
 }
 
-func (r *Repository) publish(list snapshot.Catalogue, by Signers, until Until, least int64) (*snapshot.Snapshot, error) {
+func (r *Repository) publish(
+	list snapshot.Catalogue,
+	by Signers,
+	until Until,
+	least int64,
+) (*snapshot.Snapshot, error) {
 	root, err := r.newestRoot()
 	if err != nil {
 		return nil, err
@@ -290,7 +319,11 @@ func (r *Repository) verified(files snapshot.Files, root int64) (_ *snapshot.Sna
 	}
 	s, err := snapshot.Verify(files)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "sign with the keys that the newest root names, or make a root that names these: builder snapshot root")
+		return nil, fault.Wrap(
+			fault.Usage,
+			err,
+			"sign with the keys that the newest root names, or make a root that names these: builder snapshot root",
+		)
 	}
 	return s, nil
 }

@@ -29,7 +29,12 @@ type Farm struct {
 // New makes a farm whose first root expires a year after a time.
 func New(t testing.TB, at time.Time) *Farm {
 	t.Helper()
-	f := &Farm{Dir: filepath.Join(t.TempDir(), "snapshot"), Targets: NewSigner(t), Snapshot: NewSigner(t), Stamps: NewSigner(t)}
+	f := &Farm{
+		Dir:      filepath.Join(t.TempDir(), "snapshot"),
+		Targets:  NewSigner(t),
+		Snapshot: NewSigner(t),
+		Stamps:   NewSigner(t),
+	}
 	for i := range f.Root {
 		f.Root[i] = NewSigner(t)
 	}

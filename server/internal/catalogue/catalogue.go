@@ -316,7 +316,10 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 		return fault.New(
 			fault.PublishRefused,
 			fmt.Sprintf("artifact %s holds what is under NVIDIA's licence, and this server's registry is public", a.Digest),
-			fmt.Sprintf("keep it in a private repository; or, if you may pass that on, start the server with --redistribute %s", need),
+			fmt.Sprintf(
+				"keep it in a private repository; or, if you may pass that on, start the server with --redistribute %s",
+				need,
+			),
 		)
 	}
 	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.Holds != nil {

@@ -137,7 +137,11 @@ func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 // Releases lists a page of COS builds, newest first. Of a page, kernels are counted: a COS
 // build has one for each board. It is on one page with all of them, unless it has more than
 // a page holds.
-func (c *Catalogue) Releases(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.ReleaseSummary, string, error) {
+func (c *Catalogue) Releases(
+	ctx context.Context,
+	f store.KernelFilter,
+	p store.Page,
+) ([]api.ReleaseSummary, string, error) {
 	p, err := pageOfCells(p)
 	if err == nil {
 		err = checkFilter(f)

@@ -32,8 +32,12 @@ var (
 		"Jobs that a builder has, or will take: what builders are scaled by.", nil, nil)
 	oldestDesc = prometheus.NewDesc("prebake_queue_oldest_seconds",
 		"Time since the build was asked for that waits longest; 0 when none waits.", nil, nil)
-	failedDesc = prometheus.NewDesc("prebake_builds_failed",
-		"Builds that are failed, by class, but for early warnings. Goes down when one is tried again.", []string{"class"}, nil)
+	failedDesc = prometheus.NewDesc(
+		"prebake_builds_failed",
+		"Builds that are failed, by class, but for early warnings. Goes down when one is tried again.",
+		[]string{"class"},
+		nil,
+	)
 	readyDesc = prometheus.NewDesc(
 		"prebake_release_to_ready_seconds",
 		"Time from a kernel's being seen until a cell of it was ready, by percentile, over the last 7 days.",

@@ -90,7 +90,12 @@ func (m *metrics) measure(next http.Handler) http.Handler {
 type inventory struct{ c Config }
 
 func coverageDesc() *prometheus.Desc {
-	return prometheus.NewDesc("prebake_coverage_cells", "Cells that wish lists want by state, but for early warnings.", []string{"state"}, nil)
+	return prometheus.NewDesc(
+		"prebake_coverage_cells",
+		"Cells that wish lists want by state, but for early warnings.",
+		[]string{"state"},
+		nil,
+	)
 }
 
 func inventoryDescs() (builds, artifacts, jobs *prometheus.Desc) {

@@ -177,7 +177,16 @@ func isList(r *http.Request) bool {
 		return false
 	}
 	switch r.URL.Path {
-	case "/", "/v1/kernels", "/v1/drivers", "/v1/artifacts", "/v1/builds", "/v1/cells", "/v1/releases", "/releases", "/v1/reports", "/v1/quarantine":
+	case "/",
+		"/v1/kernels",
+		"/v1/drivers",
+		"/v1/artifacts",
+		"/v1/builds",
+		"/v1/cells",
+		"/v1/releases",
+		"/releases",
+		"/v1/reports",
+		"/v1/quarantine":
 		return true
 	}
 	return false
@@ -202,7 +211,8 @@ func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var has []string
 		for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
-			if routes.Match(chi.NewRouteContext(), m, r.URL.Path) || m == http.MethodHead && slices.Contains(has, http.MethodGet) {
+			if routes.Match(chi.NewRouteContext(), m, r.URL.Path) ||
+				m == http.MethodHead && slices.Contains(has, http.MethodGet) {
 				has = append(has, m)
 			}
 		}
@@ -270,7 +280,11 @@ func appendLog(c Config) http.HandlerFunc {
 			err = c.Catalogue.AppendLog(r.Context(), id, offset, http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))
 		}
 		if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
-			err = fault.New(fault.TooLarge, fmt.Sprintf("a part of a log has %d kB at most", api.MaxLiveLogPart>>10), "send it in several parts")
+			err = fault.New(
+				fault.TooLarge,
+				fmt.Sprintf("a part of a log has %d kB at most", api.MaxLiveLogPart>>10),
+				"send it in several parts",
+			)
 		}
 		if err != nil {
 			fail(w, r, c.Log, err)

@@ -21,6 +21,9 @@ func (s *Store) restricted(manifest []byte) string {
 	if !s.public || s.redistribute.Covers(need) || need == bundle.RedistributeNone {
 		return ""
 	}
-	return fmt.Sprintf("this registry is public, and the artifact holds what is under NVIDIA's licence: publish it to a private one, or, "+
-		"if you may pass that on, start the server with --redistribute %s", need)
+	return fmt.Sprintf(
+		"this registry is public, and the artifact holds what is under NVIDIA's licence: publish it to a private one, or, "+
+			"if you may pass that on, start the server with --redistribute %s",
+		need,
+	)
 }

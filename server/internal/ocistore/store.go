@@ -111,7 +111,15 @@ func open(dir string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{root: root, createOnly: o.CreateOnly, deleted: o.Deleted, room: o.Room, busy: map[string]bool{}, public: o.Public, redistribute: o.Redistribute}
+	s := &Store{
+		root:         root,
+		createOnly:   o.CreateOnly,
+		deleted:      o.Deleted,
+		room:         o.Room,
+		busy:         map[string]bool{},
+		public:       o.Public,
+		redistribute: o.Redistribute,
+	}
 	if err := s.clean(); err != nil {
 		return nil, errors.Join(err, root.Close())
 	}

@@ -68,9 +68,16 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []Wanted) erro
 		err := s.Write(ctx, func(tx *Tx) error {
 			n := min(len(gone), wantedAtOnce)
 			for _, key := range gone[:n] {
-				_, err := tx.ExecContext(ctx,
+				_, err := tx.ExecContext(
+					ctx,
 					`DELETE FROM wanted WHERE list = $1 AND build_id = $2 AND board = $3 AND driver = $4 AND flavour = $5 AND early = $6`,
-					list, key.BuildID, key.Board, key.Driver.Version, string(key.Driver.Flavour), key.early())
+					list,
+					key.BuildID,
+					key.Board,
+					key.Driver.Version,
+					string(key.Driver.Flavour),
+					key.early(),
+				)
 				if err != nil {
 					return err
 				}

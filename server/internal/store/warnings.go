@@ -22,7 +22,15 @@ func (s *Store) Warnings(ctx context.Context) ([]api.Warning, error) {
 		if err != nil {
 			return err
 		}
-		w := api.Warning{Kernel: b.Kernel, Driver: b.Driver, Class: b.Class, Error: firstLineOf(b.Error), Hint: b.Hint, Build: b.ID, Since: timeOf(since)}
+		w := api.Warning{
+			Kernel: b.Kernel,
+			Driver: b.Driver,
+			Class:  b.Class,
+			Error:  firstLineOf(b.Error),
+			Hint:   b.Hint,
+			Build:  b.ID,
+			Since:  timeOf(since),
+		}
 		if b.FinishedAt != nil {
 			w.LastSeenAt = *b.FinishedAt
 		}

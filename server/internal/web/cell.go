@@ -84,7 +84,11 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 		page.Flavours = append(page.Flavours, c)
 	}
 	if len(page.Flavours) == 0 {
-		p.fail(w, r, fault.New(fault.NotFound, fmt.Sprintf("flavour %.20q is none", string(flavour)), "use proprietary or open"))
+		p.fail(
+			w,
+			r,
+			fault.New(fault.NotFound, fmt.Sprintf("flavour %.20q is none", string(flavour)), "use proprietary or open"),
+		)
 		return
 	}
 	p.render(w, r, http.StatusOK, "cell.html", page)
@@ -100,7 +104,10 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 			crane, cosign = " --insecure", " --allow-http-registry"
 		}
 		return []command{
-			{"Install it on a node of this COS build", fmt.Sprintf("fetcher install --server %s --driver %s --flavour %s", server, d.Version, d.Flavour)},
+			{
+				"Install it on a node of this COS build",
+				fmt.Sprintf("fetcher install --server %s --driver %s --flavour %s", server, d.Version, d.Flavour),
+			},
 			{"Look at what each rule says of it, with the public key in prebake.key.pub",
 				"fetcher verify --key prebake.key.pub --build-id " + k.BuildID + " --board " + k.Board + " " + ref},
 			{"Download it", "crane pull" + crane + " " + ref + " driver.tar"},
@@ -114,7 +121,12 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	case api.Unsupported, api.Yanked, api.Quarantined:
 		return nil
 	}
-	return []command{{"Ask for it, with a token that may ask", "server request --server " + server + " --token-file prebake.token " + cell}}
+	return []command{
+		{
+			"Ask for it, with a token that may ask",
+			"server request --server " + server + " --token-file prebake.token " + cell,
+		},
+	}
 }
 
 // maxReferrers bounds how many statements of an artifact are looked at: it may have some

@@ -47,7 +47,13 @@ func bar(value, greatest float64, state api.State) template.HTML {
 	}
 	var out markup
 	out.put(`<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-hidden="true" focusable="false">`)
-	out.put(`<rect height="10" x="0" class="`, string(state), `" width="`, number(max(4, value*1000/greatest)), `"/></svg>`)
+	out.put(
+		`<rect height="10" x="0" class="`,
+		string(state),
+		`" width="`,
+		number(max(4, value*1000/greatest)),
+		`"/></svg>`,
+	)
 	return out.safe()
 }
 
@@ -75,8 +81,16 @@ func freshness(all []column) template.HTML {
 		return ""
 	}
 	var out markup
-	out.put(fmt.Sprintf(`<svg class="chart" viewBox="0 0 %d %d" role="img" aria-labelledby="freshness">`, chartWidth, chartHeight))
-	out.put(`<title id="freshness">Time until the cells of each release were ready; the list below has the figures</title>`)
+	out.put(
+		fmt.Sprintf(
+			`<svg class="chart" viewBox="0 0 %d %d" role="img" aria-labelledby="freshness">`,
+			chartWidth,
+			chartHeight,
+		),
+	)
+	out.put(
+		`<title id="freshness">Time until the cells of each release were ready; the list below has the figures</title>`,
+	)
 	step := float64(chartWidth-2*chartLeft) / float64(len(all))
 	room := float64(chartHeight - chartBottom - 16)
 	for i, c := range all {
@@ -92,8 +106,20 @@ func freshness(all []column) template.HTML {
 	}
 	y := strconv.Itoa(chartHeight - chartBottom)
 	out.put(`<line x1="8" x2="`, strconv.Itoa(chartWidth-chartLeft), `" y1="`, y, `" y2="`, y, `"/>`)
-	out.put(`<text x="8" y="12">`, took(greatest), `</text><text x="8" y="`, strconv.Itoa(chartHeight-6), `">`, all[0].Name,
-		`</text><text x="`, strconv.Itoa(chartWidth-chartLeft), `" y="`, strconv.Itoa(chartHeight-6),
-		`" text-anchor="end">`, all[len(all)-1].Name, `</text></svg>`)
+	out.put(
+		`<text x="8" y="12">`,
+		took(greatest),
+		`</text><text x="8" y="`,
+		strconv.Itoa(chartHeight-6),
+		`">`,
+		all[0].Name,
+		`</text><text x="`,
+		strconv.Itoa(chartWidth-chartLeft),
+		`" y="`,
+		strconv.Itoa(chartHeight-6),
+		`" text-anchor="end">`,
+		all[len(all)-1].Name,
+		`</text></svg>`,
+	)
 	return out.safe()
 }

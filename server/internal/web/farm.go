@@ -133,7 +133,10 @@ func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	page := warningsPage{head: head{Title: "Early warnings", Here: "/warnings"}, Warnings: all[:min(maxWarnings, len(all))]}
+	page := warningsPage{
+		head:     head{Title: "Early warnings", Here: "/warnings"},
+		Warnings: all[:min(maxWarnings, len(all))],
+	}
 	page.More = len(all) - len(page.Warnings)
 	p.render(w, r, http.StatusOK, "warnings.html", page)
 }
@@ -227,8 +230,14 @@ const badgeLife = time.Minute
 
 // drawBadge draws a label and a value. A letter is about seven units wide.
 func drawBadge(name, value string, s api.State) string {
-	colours := map[api.State]string{api.Published: "#14602c", api.Building: "#6b4900", api.Queued: "#6b4900", api.Failed: "#9b1c1c",
-		api.Yanked: "#9b1c1c", api.Quarantined: "#9b1c1c"}
+	colours := map[api.State]string{
+		api.Published:   "#14602c",
+		api.Building:    "#6b4900",
+		api.Queued:      "#6b4900",
+		api.Failed:      "#9b1c1c",
+		api.Yanked:      "#9b1c1c",
+		api.Quarantined: "#9b1c1c",
+	}
 	colour := colours[s]
 	if colour == "" {
 		colour = "#5b636d"
@@ -237,8 +246,24 @@ func drawBadge(name, value string, s api.State) string {
 	var out markup
 	out.put(fmt.Sprintf(`<svg xmlns="http://www.w3.org/2000/svg" width="%d" height="20" role="img">`, left+right))
 	out.put(`<title>`, name+": "+value, `</title>`)
-	out.put(fmt.Sprintf(`<rect width="%d" height="20" fill="#1f2328"/><rect x="%d" width="%d" height="20" fill="%s"/>`, left, left, right, colour))
-	out.put(fmt.Sprintf(`<g fill="#fff" font-family="DejaVu Sans,Verdana,sans-serif" font-size="11" text-anchor="middle"><text x="%d" y="14">`, left/2),
-		name, fmt.Sprintf(`</text><text x="%d" y="14">`, left+right/2), value, `</text></g></svg>`)
+	out.put(
+		fmt.Sprintf(
+			`<rect width="%d" height="20" fill="#1f2328"/><rect x="%d" width="%d" height="20" fill="%s"/>`,
+			left,
+			left,
+			right,
+			colour,
+		),
+	)
+	out.put(
+		fmt.Sprintf(
+			`<g fill="#fff" font-family="DejaVu Sans,Verdana,sans-serif" font-size="11" text-anchor="middle"><text x="%d" y="14">`,
+			left/2,
+		),
+		name,
+		fmt.Sprintf(`</text><text x="%d" y="14">`, left+right/2),
+		value,
+		`</text></g></svg>`,
+	)
 	return out.String()
 }

@@ -55,8 +55,15 @@ func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	at := base(r)
-	feed := atomFeed{ID: at + "/feed.atom", Title: "Prebake: drivers published, failed and withdrawn", Author: atomAuthor{"Prebake"},
-		Updated: date(time.Unix(0, 0)), Links: []atomLink{{"self", "application/atom+xml", at + "/feed.atom"}, {"alternate", "text/html", at + "/"}}}
+	feed := atomFeed{
+		ID:     at + "/feed.atom",
+		Title:  "Prebake: drivers published, failed and withdrawn",
+		Author: atomAuthor{"Prebake"},
+		Updated: date(
+			time.Unix(0, 0),
+		),
+		Links: []atomLink{{"self", "application/atom+xml", at + "/feed.atom"}, {"alternate", "text/html", at + "/"}},
+	}
 	for i, n := range news {
 		if i == 0 {
 			feed.Updated = date(n.At)

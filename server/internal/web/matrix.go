@@ -79,8 +79,13 @@ const maxRows = 20
 
 // parse reads what the reader looks for.
 func parse(query url.Values) (Query, error) {
-	q := Query{Text: strings.TrimSpace(query.Get("q")), Board: query.Get("board"), Driver: strings.TrimSpace(query.Get("driver")),
-		State: api.State(query.Get("state")), All: query.Get("all") != ""}
+	q := Query{
+		Text:   strings.TrimSpace(query.Get("q")),
+		Board:  query.Get("board"),
+		Driver: strings.TrimSpace(query.Get("driver")),
+		State:  api.State(query.Get("state")),
+		All:    query.Get("all") != "",
+	}
 	if m := query.Get("milestone"); m != "" {
 		n, err := strconv.Atoi(m)
 		if err != nil || n < 0 {
@@ -126,8 +131,14 @@ func (p *pages) matrix(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	page := matrixPage{head: head{Title: "Matrix", Here: "/"}, Query: asked, Drivers: m.Drivers, Folded: len(m.Folded), Legend: legends,
-		States: []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled}}
+	page := matrixPage{
+		head:    head{Title: "Matrix", Here: "/"},
+		Query:   asked,
+		Drivers: m.Drivers,
+		Folded:  len(m.Folded),
+		Legend:  legends,
+		States:  []api.State{api.Building, api.Queued, api.Failed, api.Yanked, api.Quarantined, api.Cancelled},
+	}
 	for _, g := range groups {
 		if !slices.Contains(page.Boards, g.Board) {
 			page.Boards = append(page.Boards, g.Board)

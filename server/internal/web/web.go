@@ -100,7 +100,11 @@ func New(c Config) (http.Handler, error) {
 		mux.Handle("GET "+path, h)
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		p.fail(w, r, fault.New(fault.NotFound, "there is no such page", "begin at the matrix, or look at what is linked above"))
+		p.fail(
+			w,
+			r,
+			fault.New(fault.NotFound, "there is no such page", "begin at the matrix, or look at what is linked above"),
+		)
 	})
 	return mux, nil
 }
