@@ -198,30 +198,26 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel), nil
 }
 
-// FollowLog writes a build's log as it grows, until the build has ended. It looks at the
-// build once every pause.
+// FollowLog writes a build's log as it grows, until the build has ended; the log of each new
+// try is written from its beginning. It looks once every pause, and waits for a server that
+// is away.
 func (c *Client) FollowLog(ctx context.Context, id int64, pause time.Duration, out io.Writer) error {
-	written := int64(0)
+	written, attempt := int64(0), 0
 	for {
+		over := false
 		b, err := c.Build(ctx, id)
-		if err != nil {
-			return err
-		}
-		// The state is read first: what the log has then is all of it.
-		log, err := c.BuildLog(ctx, id)
 		if err == nil {
-			// What was written already goes nowhere.
-			if _, err = io.CopyN(io.Discard, log, written); err == nil {
-				var n int64
-				n, err = io.Copy(out, log)
-				written += n
-			} else if errors.Is(err, io.EOF) {
-				written, err = 0, nil // another try began, with a log of its own
+			if b.Attempt != attempt {
+				written, attempt = 0, b.Attempt
 			}
-			err = errors.Join(err, log.Close())
+			// The state is read first: what the log has then is all of it.
+			over = b.State != Queued && b.State != Building
+			written, err = c.copyLog(ctx, id, written, out)
 		}
-		over := b.State != Queued && b.State != Building
-		if err != nil && (over || !fault.Is(err, fault.NotFound)) || over {
+		switch {
+		case err == nil && over:
+			return nil
+		case err != nil && !fault.Of(err).Retryable() && (over || !fault.Is(err, fault.NotFound) || b.ID == 0):
 			return err
 		}
 		select {
@@ -230,6 +226,36 @@ func (c *Client) FollowLog(ctx context.Context, id int64, pause time.Duration, o
 		case <-time.After(pause):
 		}
 	}
+}
+
+// copyLog writes what a log has beyond what was written already, and returns how much that
+// is now.
+func (c *Client) copyLog(ctx context.Context, id, written int64, out io.Writer) (int64, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	header := http.Header{}
+	if written > 0 { // the last byte once more: there is no range without a byte
+		header.Set("Range", fmt.Sprintf("bytes=%d-", written-1))
+	}
+	resp, err := c.send(ctx, http.MethodGet, buildPath(id)+"/log", header, nil)
+	if err != nil {
+		return written, err
+	}
+	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // another try began
+		return 0, drain(resp)
+	}
+	body := stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel)
+	if resp.StatusCode == http.StatusPartialContent && written > 0 {
+		_, err = io.CopyN(io.Discard, body, 1)
+	} else {
+		written = 0
+	}
+	if err == nil {
+		var n int64
+		n, err = io.Copy(out, body)
+		written += n
+	}
+	return written, errors.Join(err, body.Close())
 }
 
 // PutBuildLog stores a build's log in place of the one that is there.
@@ -418,15 +444,28 @@ func drain(resp *http.Response) error {
 
 // do sends a request and returns the answer if it is a success.
 func (c *Client) do(ctx context.Context, method, path, contentType string, body io.Reader) (*http.Response, error) {
+	header := http.Header{}
+	if contentType != "" {
+		header.Set("Content-Type", contentType)
+	}
+	return c.send(ctx, method, path, header, body)
+}
+
+// send is do with more headers. To a range that is asked for, the answer may be that there
+// is none (416).
+func (c *Client) send(
+	ctx context.Context,
+	method, path string,
+	header http.Header,
+	body io.Reader,
+) (*http.Response, error) {
 	fail := func(err error) error { return fmt.Errorf("%s %s%s: %w", method, c.base, path, err) }
 	req, err := http.NewRequestWithContext(ctx, method, c.base+path, body)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, fail(err), "give the server as a URL such as http://127.0.0.1:8440")
 	}
+	req.Header = header
 	req.Header.Set("Accept", "application/json, text/plain;q=0.9, application/problem+json")
-	if contentType != "" {
-		req.Header.Set("Content-Type", contentType)
-	}
 	token, err := c.token()
 	if err != nil {
 		return nil, err
@@ -441,7 +480,7 @@ func (c *Client) do(ctx context.Context, method, path, contentType string, body 
 		}
 		return nil, fault.Wrap(fault.Transient, fail(err), "check that the server runs at "+c.base)
 	}
-	if resp.StatusCode/100 == 2 {
+	if resp.StatusCode/100 == 2 || resp.StatusCode == http.StatusRequestedRangeNotSatisfiable {
 		return resp, nil
 	}
 	return nil, errors.Join(problem(resp, fail), resp.Body.Close())

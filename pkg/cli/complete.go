@@ -5,6 +5,7 @@ import (
 	"embed"
 	"fmt"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -140,12 +141,16 @@ func candidates(ctx context.Context, root *ucli.Command, words []string) []Candi
 	return starting(current, "", append(all, t.values(ctx, "")...))
 }
 
+// plain is what a shell takes as it stands: bash puts a value on the line without quotes.
+var plain = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,~-]*$`)
+
 // starting keeps what begins as it is typed, and puts a prefix before it.
 func starting(typed, prefix string, all []Candidate) []Candidate {
 	var out []Candidate
 	for _, c := range all {
 		// A line is an answer, a tabulator ends its value, and a terminal gets it all.
-		if strings.HasPrefix(c.Value, typed) && !strings.ContainsFunc(c.Value+c.About, unicode.IsControl) {
+		if strings.HasPrefix(c.Value, typed) && plain.MatchString(c.Value) &&
+			!strings.ContainsFunc(c.About, unicode.IsControl) {
 			out = append(out, Candidate{prefix + c.Value, c.About})
 		}
 	}

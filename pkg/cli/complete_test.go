@@ -28,7 +28,7 @@ func completed(t *testing.T, words ...string) []string {
 		{Name: "secret", Hidden: true, Action: nothing},
 	}}, func(_ context.Context, at cli.Place) []cli.Candidate {
 		if at.Flag == "part" {
-			return []cli.Candidate{{Value: "wheel"}, {Value: "window", About: "of " + at.Value("colour")}, {Value: "bad\nvalue"}}
+			return []cli.Candidate{{Value: "wheel"}, {Value: "window", About: "of " + at.Value("colour")}, {Value: "bad\nvalue"}, {Value: "w$(id)"}, {Value: "w`id`"}}
 		}
 		return []cli.Candidate{{Value: fmt.Sprintf("value-%s-%s-%d", at.Command, at.Flag, len(at.Args))}}
 	})

@@ -194,12 +194,13 @@ func (w *worker) follow(ctx context.Context, build int64, stop <-chan struct{}, 
 			err = w.sendPart(ctx, build, offset, part[:n])
 		}
 		switch {
-		case fault.Is(err, fault.TooLarge):
-			return // the rest comes at the end
 		case fault.Is(err, fault.Mismatch):
 			offset = 0 // another server, or another builder's log
-		case err != nil:
+		case fault.Of(err).Retryable():
 			log.DebugContext(ctx, "log not sent yet", "err", err)
+		case err != nil: // there is too much of it, or the server is an older one
+			log.DebugContext(ctx, "log is sent at the end only", "err", err)
+			return
 		default:
 			offset += int64(n)
 		}

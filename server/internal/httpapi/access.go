@@ -155,7 +155,7 @@ func audited(r *http.Request) bool {
 		pattern = rc.RoutePattern()
 	}
 	switch r.Method + " " + pattern {
-	case "PATCH /v1/builds/{id}", "PUT /v1/builds/{id}/log", "POST /v1/preflight", "POST /v1/reports":
+	case "PATCH /v1/builds/{id}", "PUT /v1/builds/{id}/log", "PATCH /v1/builds/{id}/log", "POST /v1/preflight", "POST /v1/reports":
 		return false
 	}
 	return true

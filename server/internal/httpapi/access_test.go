@@ -227,6 +227,8 @@ func TestAudit(t *testing.T) {
 	}
 	_, err = first.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
 	check(t, err)
+	check(t, first.AppendBuildLog(t.Context(), b.ID, 0, []byte("x")))
+	check(t, first.PutBuildLog(t.Context(), b.ID, strings.NewReader("x")))
 	check(t, first.RevokeToken(t.Context(), made.ID))
 	if _, err := ci.Announce(t.Context(), "17800.66.78"); !fault.Is(err, fault.Unauthorized) || !strings.Contains(err.Error(), "revoked") {
 		t.Errorf("Announce() with a revoked token = %v; want unauthorized, revoked", err)

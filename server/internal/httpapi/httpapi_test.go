@@ -101,11 +101,18 @@ func TestFollowLog(t *testing.T) {
 	if err := c.AppendBuildLog(ctx, b.ID, 8, make([]byte, api.MaxLiveLogPart+1)); !fault.Is(err, fault.TooLarge) {
 		t.Errorf("AppendBuildLog() of too much = %v; want too-large", err)
 	}
-	check(t, c.PutBuildLog(ctx, b.ID, strings.NewReader("one\ntwo\nthree\n")))
+	// The next try has a log of its own.
+	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "x"})
+	check(t, err)
+	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 2})
+	check(t, err)
+	check(t, c.AppendBuildLog(ctx, b.ID, 0, []byte("a\n")))
+	out.wait(t, "one\ntwo\na\n")
+	check(t, c.PutBuildLog(ctx, b.ID, strings.NewReader("a\nb\n")))
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "x"})
 	check(t, err)
 	check(t, <-done)
-	out.wait(t, "one\ntwo\nthree\n")
+	out.wait(t, "one\ntwo\na\nb\n")
 }
 
 // lines is what was written, for somebody who waits for it.

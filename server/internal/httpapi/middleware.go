@@ -171,7 +171,8 @@ func throttle() func(http.Handler) http.Handler {
 	}
 }
 
-// isList reports whether a request is for a page of a list, or of the matrix.
+// isList reports whether a request is for a page of a list, or for a page for people that
+// reads as much.
 func isList(r *http.Request) bool {
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return false
@@ -184,12 +185,16 @@ func isList(r *http.Request) bool {
 		"/v1/builds",
 		"/v1/cells",
 		"/v1/releases",
+		"/v1/warnings",
 		"/releases",
+		"/queue",
+		"/warnings",
+		"/feed.atom",
 		"/v1/reports",
 		"/v1/quarantine":
 		return true
 	}
-	return false
+	return strings.HasPrefix(r.URL.Path, "/cells/")
 }
 
 // notFound answers a browser with a page and all others with a problem.

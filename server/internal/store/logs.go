@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -49,11 +50,14 @@ func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live
 // 0 begins anew, and where the log does not end is kind Mismatch. At most api.MaxLiveLog
 // bytes are kept.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
-	flags := os.O_CREATE | os.O_WRONLY
+	flags := os.O_WRONLY
 	if offset == 0 {
-		flags |= os.O_TRUNC
+		flags |= os.O_CREATE | os.O_TRUNC
 	}
 	f, err := l.root.OpenFile(liveName(build), flags, 0o600)
+	if errors.Is(err, fs.ErrNotExist) {
+		return fault.New(fault.Mismatch, fmt.Sprintf("the log of build %d has not begun", build), "begin anew at 0")
+	}
 	if err != nil {
 		return fmt.Errorf("store log of build %d: %w", build, fault.Disk(err, "free space for the server's data folder"))
 	}
@@ -122,12 +126,17 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Get opens a build's log, as far as it is there; size is its length. What a build under
-// way has sent goes before the log of an earlier try.
-func (l *Logs) Get(build int64) (log io.ReadSeekCloser, size int64, err error) {
-	f, err := l.root.Open(liveName(build))
+// Get opens a build's log, as far as it is there; size is its length. Of a build under way,
+// live is set: what it has sent goes before the log of an earlier try. When it has ended, what
+// it sent as a whole goes before parts, of which one may come late.
+func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {
+	names := []string{logName(build), liveName(build)}
+	if live {
+		slices.Reverse(names)
+	}
+	f, err := l.root.Open(names[0])
 	if errors.Is(err, fs.ErrNotExist) {
-		f, err = l.root.Open(logName(build))
+		f, err = l.root.Open(names[1])
 	}
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, 0, fault.New(

@@ -344,7 +344,7 @@ func TestLogs(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer logs.Close()
-	if _, _, err := logs.Get(7); !fault.Is(err, fault.NotFound) {
+	if _, _, err := logs.Get(7, false); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Get(absent) = %v; want not-found", err)
 	}
 	for _, text := range []string{"first", "second\n"} {
@@ -352,7 +352,7 @@ func TestLogs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	f, size, err := logs.Get(7)
+	f, size, err := logs.Get(7, false)
 	if err != nil || size != 7 {
 		t.Fatalf("Get() = %d bytes, %v; want the second log", size, err)
 	}
@@ -383,23 +383,26 @@ func TestLogsGrow(t *testing.T) {
 		do   func() error
 		kind fault.Kind // 0 is no error
 		want string
+		live bool
 	}{
-		{"first part", part(0, strings.NewReader("one\n")), 0, "one\n"},
-		{"next part", part(4, strings.NewReader("two\n")), 0, "one\ntwo\n"},
-		{"the same part again", part(4, strings.NewReader("two\n")), fault.Mismatch, "one\ntwo\n"},
-		{"a part beyond the end", part(9, strings.NewReader("x")), fault.Mismatch, "one\ntwo\n"},
-		{"a part that breaks off", part(8, io.MultiReader(strings.NewReader("half"), iotest.ErrReader(io.ErrUnexpectedEOF))), fault.Internal, "one\ntwo\n"},
-		{"a part without an end", part(8, endless{}), fault.TooLarge, "one\ntwo\n"},
-		{"whole", func() error { return logs.Put(7, strings.NewReader("all")) }, 0, "all"},
-		{"another try", part(0, strings.NewReader("again")), 0, "again"},
-		{"that begins anew", part(0, strings.NewReader("anew")), 0, "anew"},
-		{"whole at last", func() error { return logs.Put(7, strings.NewReader("end")) }, 0, "end"},
+		{"first part", part(0, strings.NewReader("one\n")), 0, "one\n", true},
+		{"next part", part(4, strings.NewReader("two\n")), 0, "one\ntwo\n", true},
+		{"the same part again", part(4, strings.NewReader("two\n")), fault.Mismatch, "one\ntwo\n", true},
+		{"a part beyond the end", part(9, strings.NewReader("x")), fault.Mismatch, "one\ntwo\n", true},
+		{"a part that breaks off", part(8, io.MultiReader(strings.NewReader("half"), iotest.ErrReader(io.ErrUnexpectedEOF))), fault.Internal, "one\ntwo\n", true},
+		{"a part without an end", part(8, endless{}), fault.TooLarge, "one\ntwo\n", true},
+		{"whole", func() error { return logs.Put(7, strings.NewReader("all")) }, 0, "all", false},
+		{"a part that comes late", part(3, strings.NewReader("x")), fault.Mismatch, "all", true},
+		{"a beginning that comes late", part(0, strings.NewReader("x")), 0, "all", false},
+		{"another try", part(0, strings.NewReader("again")), 0, "again", true},
+		{"that begins anew", part(0, strings.NewReader("anew")), 0, "anew", true},
+		{"whole at last", func() error { return logs.Put(7, strings.NewReader("end")) }, 0, "end", false},
 	} {
 		err := row.do()
 		if (err != nil || row.kind != 0) && fault.Of(err) != row.kind {
 			t.Errorf("%s: %v; want kind %v", row.name, err, row.kind)
 		}
-		f, size, err := logs.Get(7)
+		f, size, err := logs.Get(7, row.live)
 		if err != nil {
 			t.Fatal(err)
 		}

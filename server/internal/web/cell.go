@@ -8,6 +8,7 @@ import (
 	"html/template"
 	"io"
 	"net/http"
+	"regexp"
 	"strings"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -94,12 +95,24 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 	p.render(w, r, http.StatusOK, "cell.html", page)
 }
 
+// bare is a word that a shell takes as it stands.
+var bare = regexp.MustCompile(`^[A-Za-z0-9._:/@=+,-]+$`)
+
+// quoted writes a word for a shell: the name by which the reader reached the server is the
+// reader's, or who gave out the link.
+func quoted(word string) string {
+	if bare.MatchString(word) {
+		return word
+	}
+	return "'" + strings.ReplaceAll(word, "'", `'\''`) + "'"
+}
+
 // ask returns the commands of a cell: how to use what is there, or how to ask for what is not.
 func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
-	server, k, d := base(r), f.Kernel, f.Driver
+	server, k, d := quoted(base(r)), f.Kernel, f.Driver
 	cell := fmt.Sprintf("--build-id %s --board %s --driver %s --flavour %s", k.BuildID, k.Board, d.Version, d.Flavour)
 	if a := f.Artifact; a != nil && a.State == api.Published {
-		ref, crane, cosign := reference(r.Host, a.Repository, a.Digest), "", ""
+		ref, crane, cosign := quoted(reference(r.Host, a.Repository, a.Digest)), "", ""
 		if strings.HasPrefix(a.Repository, "/") && plain(r) {
 			crane, cosign = " --insecure", " --allow-http-registry"
 		}

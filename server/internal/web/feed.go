@@ -79,8 +79,8 @@ func (p *pages) feed(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/atom+xml; charset=utf-8")
-	w.Header().Set("Cache-Control", "public, max-age=60")
-	_, _ = out.WriteTo(w) // the client is gone; there is nobody to tell
+	w.Header().Set("Cache-Control", "private, max-age=60") // it has the name that the reader used
+	_, _ = out.WriteTo(w)                                  // the client is gone; there is nobody to tell
 }
 
 // entry tells of a build that ended, or of an artifact that was withdrawn.

@@ -5,6 +5,7 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
+	"html"
 	"io"
 	"log/slog"
 	"net/http"
@@ -241,6 +242,21 @@ func TestLinks(t *testing.T) {
 	}
 	if len(seen) < 20 {
 		t.Errorf("the pages link to %d pages; want at least 20", len(seen))
+	}
+}
+
+// TestCommandsAreQuoted has a name for the server that means something to a shell.
+func TestCommandsAreQuoted(t *testing.T) {
+	t.Parallel()
+	cat, pages := farm(t)
+	fill(t, cat)
+	w := httptest.NewRecorder()
+	r := httptest.NewRequestWithContext(t.Context(), "GET", "http://x/cells/lakitu/17800.66.78/535.261.03/open", nil)
+	r.Host = "a$(id)'b.example"
+	pages.ServeHTTP(w, r)
+	body := html.UnescapeString(w.Body.String())
+	if want := `--server 'http://a$(id)'\''b.example' --driver`; !strings.Contains(body, want) || strings.Contains(body, " a$(id)") {
+		t.Errorf("the page lacks %q, or has the name without quotes:\n%s", want, body)
 	}
 }
 

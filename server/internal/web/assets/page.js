@@ -56,6 +56,7 @@ async function follow(log) {
       at += bytes.length;
       if (atEnd) log.scrollTop = log.scrollHeight;
     }
+    if (answer && answer.status === 416) at = 0; // another try began, with a log of its own
     await new Promise(resolve => setTimeout(resolve, 3000));
   }
 }
