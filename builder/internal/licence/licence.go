@@ -3,7 +3,9 @@
 // otherwise. docs/decisions/0031 tells what that licence says.
 //
 // It refuses to interpret the licence, and to take a mark for true that an outsider's
-// request proves wrong.
+// request proves wrong. The word of a server of ours it takes as it is: one that says
+// private counts as private although everybody who reaches it can read there, also over
+// the internet. To keep outsiders away from it is its operator's task.
 package licence
 
 import (
