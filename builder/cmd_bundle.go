@@ -332,7 +332,8 @@ Example:
 			all, err := from.CopyTagged(
 				ctx,
 				to,
-				func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" },
+				func(_ v1.Descriptor, m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" },
+				nil,
 			)
 			if err != nil {
 				return err
