@@ -158,7 +158,7 @@ func (r Rule) Published(ctx context.Context, name string, p Place, f target.Flav
 	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
 		return fault.New(fault.PublishRefused,
 			fmt.Sprintf("%s is in %s by now, and can be read without credentials", what, name),
-			"remove it, or take from everybody the right to read there; then build again")
+			"remove it, or take from everybody the right to read there; then publish again")
 	}
 	return nil
 }
