@@ -135,7 +135,8 @@ func (v *vouched) attachment(ctx context.Context, subject string, d v1.Descripto
 		return nil, err
 	}
 	var m v1.Manifest
-	if json.Unmarshal(raw, &m) != nil || m.Subject == nil || m.Subject.Digest.String() != subject || len(m.Layers) != 1 {
+	if json.Unmarshal(raw, &m) != nil || len(m.Layers) != 1 ||
+		m.Subject == nil || m.Subject.Digest.String() != subject {
 		return nil, nil
 	}
 	return &m, nil
@@ -143,7 +144,12 @@ func (v *vouched) attachment(ctx context.Context, subject string, d v1.Descripto
 
 // statement reports whether a payload is a statement about this driver that somebody who
 // is trusted signed, and adds to named the SHA-256 of what it says the build made besides.
-func (v *vouched) statement(ctx context.Context, subject string, payload v1.Descriptor, named map[string]bool) (bool, error) {
+func (v *vouched) statement(
+	ctx context.Context,
+	subject string,
+	payload v1.Descriptor,
+	named map[string]bool,
+) (bool, error) {
 	if payload.Size > registry.MaxAttachment {
 		return false, nil
 	}

@@ -204,7 +204,10 @@ type Tagged struct {
 
 // EachTagged visits the images that have tags, by tag; in a layout the names that are no
 // tags are passed over. It ends with the first error.
-func (r *Repository) EachTagged(ctx context.Context, visit func(tag string, d v1.Descriptor, m *v1.Manifest) error) error {
+func (r *Repository) EachTagged(
+	ctx context.Context,
+	visit func(tag string, d v1.Descriptor, m *v1.Manifest) error,
+) error {
 	tags, err := r.Tags(ctx)
 	if err != nil {
 		return err
