@@ -11,12 +11,10 @@ import (
 	"strings"
 	"time"
 
-	v1 "github.com/google/go-containerregistry/pkg/v1"
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/builder/internal/login"
 	"github.com/prebake/prebake/builder/internal/offline"
-	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -296,64 +294,6 @@ func printListing(w io.Writer, l *offline.Listing) error {
 	}
 	_, err := fmt.Fprintf(w, "attached %d\nverified %d blobs, %s\n", l.Attached, l.Blobs, megabytes(l.Bytes))
 	return err
-}
-
-func bundlePushCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "push", Usage: "bring a bundle's drivers into a registry, digests and statements as they are",
-		ArgsUsage: "FILE[+DELTA…]",
-		Description: `Images of programs, keys and snapshot stay in the file: skopeo copies the
-images, builder bundle extract writes the files. A Prebake server takes a
-bundle by "server import", which also records it.
-
-Example:
-  builder bundle push drivers.tar --to registry.example/prebake/driver`,
-		Flags: slices.Concat(
-			cli.Group("Where to", cli.String("to", "", "repository `REF` to bring them to, as host/name or oci:FOLDER")),
-			cli.Group("Where to", registryFlags()...),
-			cli.Group(groupOutput, cli.OutputFlag()),
-		),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			file, err := oneArg(cmd, "the bundle")
-			if err != nil {
-				return err
-			}
-			if err := missing(cmd, "to"); err != nil {
-				return err
-			}
-			from, err := openBundle(fileRef(file))
-			if err != nil {
-				return err
-			}
-			to, err := openNamed(cmd, cmd.String("to"))
-			if err != nil {
-				return err
-			}
-			all, err := from.CopyTagged(
-				ctx,
-				to,
-				func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" },
-			)
-			if err != nil {
-				return err
-			}
-			if all == nil {
-				return fault.New(fault.NoArtifact, file+" has no drivers", "builder bundle show "+file+" tells what it has")
-			}
-			return cli.Print(cmd, all, func(w io.Writer) error {
-				for _, t := range all {
-					fmt.Fprintf(
-						w,
-						"pushed   %s\n         %s, with %d statements and the like\n",
-						t.Tag,
-						t.Digest[:len("sha256:")+12],
-						t.Attached,
-					)
-				}
-				return nil
-			})
-		},
-	}
 }
 
 func bundleExtractCommand() *ucli.Command {

@@ -18,8 +18,9 @@ import (
 	"github.com/prebake/prebake/pkg/registry"
 )
 
-// importCommand is a push and a reindex of what was pushed. All of a bundle is verified
-// before the first byte of it is sent: what nobody vouches for never gets into the registry.
+// importCommand is a push and a reindex of what was pushed. All that is sent of a bundle is
+// verified before the first byte of it is sent, down to the layers; what is attached and
+// nobody vouches for stays behind, as [vouched] says.
 func importCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "import", Usage: "bring the drivers of an offline bundle into registry and catalogue",
@@ -27,7 +28,9 @@ func importCommand() *ucli.Command {
 		Description: `Reads what "builder bundle create" packed, or any OCI image layout in a tar
 (oci:FOLDER for one in a folder), verifies each driver as a node does, and
 brings them to the server: artifacts and statements into its registry, byte for
-byte, and what they say into its catalogue. One that is not verified stops all.
+byte, and what they say into its catalogue. One that is not verified, or has a
+damaged layer, stops all. Of what is attached to them only what those keys
+vouch for goes along, and deltas.
 
 Example:
   server import drivers.tar --key farm.pub --token-file token
@@ -65,21 +68,28 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	}
 	name := cmd.String("repository")
 	found := &comparison{Repository: name, Findings: []finding{}}
-	if found.held, err = drivers(ctx, &reader{repo: from, verifier: verifier, now: time.Now()}); err != nil {
+	r := &reader{repo: from, verifier: verifier, now: time.Now()}
+	if found.held, err = drivers(ctx, r); err != nil {
 		return fmt.Errorf("read %s: %w", ref, err)
 	}
+	goes := newVouched(r)
 	for _, a := range found.held {
+		err := a.err
+		if err == nil {
+			err = goes.add(ctx, a.digest)
+		}
+		if err != nil {
+			return fmt.Errorf("import %s: nothing was brought to the server: %w", a.digest, err)
+		}
 		f, _ := judge(a, api.Artifact{}, false, name)
 		found.Findings = append(found.Findings, f)
-		if a.err != nil {
-			return fmt.Errorf("import %s: nothing was brought to the server: %w", a.digest, a.err)
-		}
 	}
+	found.LeftOut = goes.leftOut
 	to, err := pushTo(cmd, c.Base(), name)
 	if err != nil {
 		return err
 	}
-	if _, err := from.CopyTagged(ctx, to, isDriver); err != nil {
+	if _, err := from.CopyTagged(ctx, to, goes.isDriver, goes.isAttached); err != nil {
 		return err
 	}
 	if err := found.apply(ctx, c); err != nil {
@@ -165,5 +175,9 @@ func printImport(w io.Writer, c *comparison) error {
 			[]string{strings.TrimPrefix(f.Digest, "sha256:")[:12], state, f.Driver.String(), printable(f.Note)},
 		)
 	}
-	return printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "nothing")
+	if err := printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "nothing"); err != nil || c.LeftOut == 0 {
+		return err
+	}
+	_, err := fmt.Fprintf(w, "left out %d of what is attached: nobody who is trusted vouches for it\n", c.LeftOut)
+	return err
 }

@@ -56,6 +56,8 @@ type comparison struct {
 	Bucket   string    `json:"bucket,omitempty"`
 	InBucket int       `json:"inBucket,omitempty"`
 	Findings []finding `json:"findings"`
+	// LeftOut is how many attached manifests an import did not bring along.
+	LeftOut int `json:"leftOut,omitempty"`
 
 	held []artifact
 }

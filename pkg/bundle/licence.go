@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"encoding/json"
 	"fmt"
 	"slices"
 
@@ -107,13 +108,21 @@ func checkLicence(m *v1.Manifest, f target.Flavour) error {
 
 // RestrictionOf returns what an operator has to allow before everybody gets what this
 // manifest names: an artifact of ours, or what is attached to one with its annotations,
-// such as debug symbols. Other manifests need nothing.
+// such as debug symbols. Other manifests need nothing. Nothing but the annotations counts:
+// what else is in it, or how long it is, makes no artifact free. Of one whose annotations
+// cannot be read nobody knows what it is, and it needs the most.
 func RestrictionOf(manifest []byte) Redistribution {
-	var m v1.Manifest
-	if decode(manifest, &m) != nil || m.Annotations[AnnotationFormat] == "" {
+	var m struct {
+		Annotations map[string]any `json:"annotations"`
+	}
+	if json.Unmarshal(manifest, &m) != nil {
+		return RedistributeAll
+	}
+	if format, ok := m.Annotations[AnnotationFormat]; !ok || format == "" {
 		return RedistributeNone
 	}
-	if f, err := target.ParseFlavour(m.Annotations[AnnotationDriverFlavour]); err == nil {
+	flavour, _ := m.Annotations[AnnotationDriverFlavour].(string)
+	if f, err := target.ParseFlavour(flavour); err == nil {
 		return LicenceOf(f).Redistribution
 	}
 	return RedistributeAll

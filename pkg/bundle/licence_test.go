@@ -2,6 +2,7 @@ package bundle
 
 import (
 	"bytes"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -65,6 +66,14 @@ func TestOtherTermsThanTheFlavourHas(t *testing.T) {
 		{"free for all", `"dev.prebake.redistribution":"userspace"`, `"dev.prebake.redistribution":"none"`, fault.Unverified, RedistributeUserspace},
 		{"other modules", `"dev.prebake.licence.modules":"GPL-2.0-only OR MIT"`, `"dev.prebake.licence.modules":"MIT"`, fault.Unverified, RedistributeUserspace},
 		{"unknown flavour", `"dev.prebake.driver.flavour":"open"`, `"dev.prebake.driver.flavour":"free"`, fault.Unverified, RedistributeAll},
+		{"a field that nobody knows", `{"schemaVersion":2`, `{"newField":{},"schemaVersion":2`, fault.Unverified, RedistributeUserspace},
+		{"longer than a reader takes", `{"schemaVersion":2`, strings.Repeat(" ", MaxManifest) + `{"schemaVersion":2`, fault.Unverified, RedistributeUserspace},
+		{"layers that are none", `"layers":[`, `"layers":[7,`, fault.Unverified, RedistributeUserspace},
+		{"an annotation that is no text", `"annotations":{"dev`, `"annotations":{"x":7,"dev`, fault.Unverified, RedistributeUserspace},
+		{"a flavour that is no text", `"dev.prebake.driver.flavour":"open"`, `"dev.prebake.driver.flavour":7`, fault.Unverified, RedistributeAll},
+		{"a format that is no text", `"dev.prebake.format":"1"`, `"dev.prebake.format":1`, fault.Unverified, RedistributeUserspace},
+		{"no JSON", `{"schemaVersion":2`, `{"schemaVersion":2 2`, fault.Unverified, RedistributeAll},
+		{"not ours, with a field that nobody knows", `"dev.prebake.format":"1",`, `"org.test":"1",`, fault.Unverified, RedistributeNone},
 		{"not ours", `"dev.prebake.format":"1",`, "", fault.Unverified, RedistributeNone},
 	} {
 		t.Run(row.name, func(t *testing.T) {

@@ -338,12 +338,14 @@ func (p part) open(ctx context.Context, name string, size int64) (io.ReadCloser,
 	if err != nil {
 		return nil, err
 	}
-	return section{io.NewSectionReader(f, e.at, e.size), f}, nil
+	return section{io.NewSectionReader(f, e.at, e.size), f, e.size}, nil
 }
 
+// section is a part of a file with n bytes.
 type section struct {
 	io.Reader
 	io.Closer
+	n int64
 }
 
 // Layout is what an image layout holds, for who carries it on.
@@ -372,8 +374,9 @@ func (l Layout) Index(ctx context.Context) (idx *v1.IndexManifest, digest string
 	return idx, hash.String(), err
 }
 
-// Has reports whether a blob of this size is there. Its bytes are not read. A delta that
-// was named without what is before it has what is in it.
+// Has reports whether a blob with exactly as many bytes as described is there: one that was
+// cut off is not. Its digest is not compared. A delta that was named without what is before
+// it has what is in it.
 func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 	places := []interface {
 		open(ctx context.Context, name string, size int64) (io.ReadCloser, error)
@@ -392,10 +395,28 @@ func (l Layout) Has(ctx context.Context, d v1.Descriptor) (bool, error) {
 		rc, err := p.open(ctx, blobName(d.Digest.String()), d.Size)
 		switch {
 		case err == nil:
-			return true, rc.Close()
+			n, err := length(rc)
+			if err = errors.Join(err, rc.Close()); err != nil || n == d.Size {
+				return err == nil, err
+			}
 		case !errors.Is(err, fs.ErrNotExist) && !fault.Is(err, fault.Unverified):
 			return false, err
 		}
 	}
 	return false, nil
+}
+
+// length is how many bytes a blob has. Only one on a web server is read to its end for that.
+func length(rc io.Reader) (int64, error) {
+	switch r := rc.(type) {
+	case *os.File:
+		info, err := r.Stat()
+		if err != nil {
+			return 0, err
+		}
+		return info.Size(), nil
+	case section:
+		return r.n, nil
+	}
+	return io.Copy(io.Discard, rc)
 }

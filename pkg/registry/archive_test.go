@@ -356,6 +356,10 @@ func TestArchiveAlteredBlob(t *testing.T) {
 	}
 }
 
+func isDriver(_ v1.Descriptor, m *v1.Manifest) bool {
+	return m.Annotations[bundle.AnnotationFormat] != ""
+}
+
 // A copy is the same to whoever asks: digests, tags, and what is attached, everywhere.
 func TestCopyTagged(t *testing.T) {
 	t.Parallel()
@@ -365,7 +369,7 @@ func TestCopyTagged(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for range 2 { // the second time all is there
-				got, err := from.CopyTagged(t.Context(), to, func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" })
+				got, err := from.CopyTagged(t.Context(), to, isDriver, nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -394,7 +398,7 @@ func TestCopyTagged(t *testing.T) {
 			}
 		})
 	}
-	if got, err := from.CopyTagged(t.Context(), open(t, "oci:"+t.TempDir()), func(*v1.Manifest) bool { return false }); err != nil || got != nil {
+	if got, err := from.CopyTagged(t.Context(), open(t, "oci:"+t.TempDir()), func(v1.Descriptor, *v1.Manifest) bool { return false }, nil); err != nil || got != nil {
 		t.Errorf("CopyTagged of nothing = %v, %v; want nothing", got, err)
 	}
 }

@@ -202,46 +202,77 @@ type Tagged struct {
 	Attached int `json:"attached"`
 }
 
-// CopyTagged copies each tagged image that is wanted, with what is attached to it and all
-// its tags. It returns what it copied, by tag; an image that is copied under several tags is
-// sent once. A tag that names something else there already is [fault.PublishRefused].
-func (r *Repository) CopyTagged(ctx context.Context, to *Repository, want func(m *v1.Manifest) bool) ([]Tagged, error) {
+// EachTagged visits the images that have tags, by tag; in a layout the names that are no
+// tags are passed over. It ends with the first error.
+func (r *Repository) EachTagged(
+	ctx context.Context,
+	visit func(tag string, d v1.Descriptor, m *v1.Manifest) error,
+) error {
 	tags, err := r.Tags(ctx)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	slices.Sort(tags)
-	var all []Tagged
-	copied := map[string]Copied{}
+	read := map[v1.Hash]*v1.Manifest{}
 	for _, tag := range tags {
 		if !tagPattern.MatchString(tag) {
 			continue // the name of an image in a layout, which need not be a tag
 		}
 		d, err := r.Resolve(ctx, tag)
 		if err != nil {
-			return all, err
+			return err
 		}
-		digest := d.Digest.String()
 		if !d.MediaType.IsImage() {
 			continue
 		}
-		if _, ok := copied[digest]; !ok {
-			raw, err := r.Manifest(ctx, digest)
+		m, ok := read[d.Digest]
+		if !ok {
+			raw, err := r.Manifest(ctx, d.Digest.String())
 			if err != nil {
-				return all, err
+				return err
 			}
-			var m v1.Manifest
-			if json.Unmarshal(raw, &m) != nil || !want(&m) {
-				continue
+			m = &v1.Manifest{}
+			if json.Unmarshal(raw, m) != nil {
+				m = nil
 			}
-			if copied[digest], err = r.Copy(ctx, to, digest, nil); err != nil {
-				return all, err
+			read[d.Digest] = m
+		}
+		if m == nil {
+			continue
+		}
+		if err := visit(tag, d, m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// CopyTagged copies each tagged image that is wanted, with what is attached to it and all
+// its tags. Which of the attachments go with it attached says; nil takes all. It returns
+// what it copied, by tag; an image that is copied under several tags is sent once. A tag
+// that names something else there already is [fault.PublishRefused].
+func (r *Repository) CopyTagged(
+	ctx context.Context,
+	to *Repository,
+	want func(d v1.Descriptor, m *v1.Manifest) bool,
+	attached func(v1.Descriptor) bool,
+) (all []Tagged, err error) {
+	copied := map[v1.Hash]Copied{}
+	err = r.EachTagged(ctx, func(tag string, d v1.Descriptor, m *v1.Manifest) (err error) {
+		if !want(d, m) {
+			return nil
+		}
+		digest := d.Digest.String()
+		if _, ok := copied[d.Digest]; !ok {
+			if copied[d.Digest], err = r.Copy(ctx, to, digest, attached); err != nil {
+				return err
 			}
 		}
 		if err := to.Tag(ctx, d, tag); err != nil {
-			return all, err
+			return err
 		}
-		all = append(all, Tagged{tag, digest, copied[digest].Referrers})
-	}
-	return all, nil
+		all = append(all, Tagged{tag, digest, copied[d.Digest].Referrers})
+		return nil
+	})
+	return all, err
 }

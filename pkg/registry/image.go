@@ -102,6 +102,28 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 	return nil
 }
 
+// Compare reads a blob to its end, and compares it with its digest and size: what differs
+// is [fault.Unverified].
+func (r *Repository) Compare(ctx context.Context, d v1.Descriptor) error {
+	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
+	if err != nil {
+		return err
+	}
+	h := sha256.New()
+	n, err := io.Copy(h, rc)
+	if err = errors.Join(err, rc.Close()); err != nil {
+		return fmt.Errorf("read blob %s: %w", d.Digest, err)
+	}
+	if got := hex.EncodeToString(h.Sum(nil)); got != d.Digest.Hex || n != d.Size {
+		return fault.New(
+			fault.Unverified,
+			fmt.Sprintf("blob %s has %d bytes with digest sha256:%s; want %d", d.Digest, n, got, d.Size),
+			"get the file again from who made it",
+		)
+	}
+	return nil
+}
+
 // pulled is the minimum from which partial makes a v1.Image.
 type pulled struct {
 	manifest, config []byte

@@ -3,7 +3,9 @@
 // otherwise. docs/decisions/0031 tells what that licence says.
 //
 // It refuses to interpret the licence, and to take a mark for true that an outsider's
-// request proves wrong.
+// request proves wrong. The word of a server of ours it takes as it is: one that says
+// private counts as private although everybody who reaches it can read there, also over
+// the internet. To keep outsiders away from it is its operator's task.
 package licence
 
 import (
@@ -156,7 +158,7 @@ func (r Rule) Published(ctx context.Context, name string, p Place, f target.Flav
 	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
 		return fault.New(fault.PublishRefused,
 			fmt.Sprintf("%s is in %s by now, and can be read without credentials", what, name),
-			"remove it, or take from everybody the right to read there; then build again")
+			"remove it, or take from everybody the right to read there; then publish again")
 	}
 	return nil
 }

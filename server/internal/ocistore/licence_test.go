@@ -79,3 +79,65 @@ func TestPublicRegistry(t *testing.T) {
 		})
 	}
 }
+
+// A public registry refuses what is restricted whatever else its manifest says, and however
+// long it is: other readers take fields that ours do not know.
+func TestPublicRegistryReadsAllManifests(t *testing.T) {
+	t.Parallel()
+	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Public: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := httptest.NewServer(ocistore.Handler(s, auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	t.Cleanup(func() {
+		srv.Close()
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	repo, err := registry.Open(strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver", registry.Options{Username: "any", Password: token})
+	if err != nil {
+		t.Fatal(err)
+	}
+	foreign := image(t)
+	if _, err := repo.Push(t.Context(), foreign); err != nil { // the blobs that its manifest names
+		t.Fatal(err)
+	}
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: target.Proprietary}, "")
+	unknown := func(raw string) string { return strings.Replace(raw, "{", `{"newField":{},`, 1) }
+	padded := func(raw string) string { return strings.Repeat(" ", 3<<19) + raw }
+	for _, row := range []struct {
+		name   string
+		img    interface{ RawManifest() ([]byte, error) }
+		change func(string) string
+		want   int
+	}{
+		{"ours, with a field that nobody knows", sample.Image, unknown, http.StatusForbidden},
+		{"ours, over 1 MiB long", sample.Image, padded, http.StatusForbidden},
+		{"somebody's, with a field that nobody knows", foreign, unknown, http.StatusCreated},
+		{"somebody's, over 1 MiB long", foreign, padded, http.StatusCreated},
+	} {
+		t.Run(row.name, func(t *testing.T) {
+			t.Parallel()
+			raw, err := row.img.RawManifest()
+			if err != nil {
+				t.Fatal(err)
+			}
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, srv.URL+"/v2/prebake/driver/manifests/changed",
+				strings.NewReader(row.change(string(raw))))
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.SetBasicAuth("any", token)
+			req.Header.Set("Content-Type", "application/vnd.oci.image.manifest.v1+json")
+			resp, err := http.DefaultClient.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			body, err := io.ReadAll(resp.Body)
+			if err = errors.Join(err, resp.Body.Close()); err != nil || resp.StatusCode != row.want {
+				t.Errorf("PUT = %d %.300s, %v; want %d", resp.StatusCode, body, err, row.want)
+			}
+		})
+	}
+}

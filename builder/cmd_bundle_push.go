@@ -1,0 +1,115 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"slices"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/builder/internal/licence"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+func bundlePushCommand() *ucli.Command {
+	return &ucli.Command{
+		Name: "push", Usage: "bring a bundle's drivers into a registry, digests and statements as they are",
+		ArgsUsage: "FILE[+DELTA…]",
+		Description: `Images of programs, keys and snapshot stay in the file: skopeo copies the
+images, builder bundle extract writes the files. A Prebake server takes a
+bundle by "server import", which also records it.
+
+Example:
+  builder bundle push drivers.tar --to registry.example/prebake/driver \
+    --private registry.example/prebake`,
+		Flags: slices.Concat(
+			cli.Group("Where to", cli.String("to", "", "repository `REF` to bring them to, as host/name or oci:FOLDER")),
+			cli.Group("Where to", registryFlags()...),
+			cli.Group("Where to", privateFlag(), redistributeFlag()),
+			cli.Group(groupOutput, cli.OutputFlag()),
+		),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			file, err := oneArg(cmd, "the bundle")
+			if err != nil {
+				return err
+			}
+			if err := missing(cmd, "to"); err != nil {
+				return err
+			}
+			from, err := openBundle(fileRef(file))
+			if err != nil {
+				return err
+			}
+			to, err := openNamed(cmd, cmd.String("to"))
+			if err != nil {
+				return err
+			}
+			all, err := pushDrivers(ctx, from, to, licenceRule(cmd))
+			if err != nil {
+				return err
+			}
+			if all == nil {
+				return fault.New(fault.NoArtifact, file+" has no drivers", "builder bundle show "+file+" tells what it has")
+			}
+			return cli.Print(cmd, all, func(w io.Writer) error {
+				for _, t := range all {
+					fmt.Fprintf(
+						w,
+						"pushed   %s\n         %s, with %d statements and the like\n",
+						t.Tag,
+						t.Digest[:len("sha256:")+12],
+						t.Attached,
+					)
+				}
+				return nil
+			})
+		},
+	}
+}
+
+// pushDrivers copies the drivers of a bundle, if each flavour among them may go there. It asks
+// before anything is sent, and looks again when it is there (docs/decisions/0031).
+func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
+	flavours := map[string]target.Flavour{} // by digest
+	err := from.EachTagged(ctx, func(_ string, d v1.Descriptor, m *v1.Manifest) error {
+		if m.Annotations[bundle.AnnotationFormat] == "" {
+			return nil
+		}
+		f, err := target.ParseFlavour(m.Annotations[bundle.AnnotationDriverFlavour])
+		if err != nil {
+			return fault.Wrap(fault.Unverified, fmt.Errorf("read driver %s: %w", d.Digest, err),
+				"get the file again from who made it")
+		}
+		flavours[d.Digest.String()] = f
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, f := range slices.Compact(slices.Sorted(maps.Values(flavours))) {
+		if err := rule.Check(ctx, to.Name(), to, f); err != nil {
+			return nil, err
+		}
+	}
+	isDriver := func(d v1.Descriptor, _ *v1.Manifest) bool { return flavours[d.Digest.String()] != "" }
+	all, err := from.CopyTagged(ctx, to, isDriver, nil)
+	seen := map[string]bool{}
+	for _, t := range all { // also where the copy ended early: what was sent is there
+		if !seen[t.Digest] {
+			seen[t.Digest] = true
+			err = errors.Join(err, rule.Published(ctx, to.Name(), to, flavours[t.Digest], t.Digest))
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	return all, nil
+}
