@@ -81,6 +81,9 @@ type Snapshot struct {
 	Version, Refreshed int64
 	// Expires is when the first of its parts does.
 	Expires time.Time
+	// Former is that it was taken under a root which the owner trusts no more. It says what
+	// was withdrawn, and nothing of what may be used.
+	Former bool
 }
 
 // Verify checks that a snapshot's parts are signed by whom its root names and belong

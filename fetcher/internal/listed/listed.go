@@ -43,13 +43,17 @@ type list struct {
 	madeAt, expires time.Time
 	published       map[string]struct{}
 	withdrawn       map[string]snapshot.Artifact
+	former          bool // of another root: only what it withdrew counts
 }
 
 func listOf(s *snapshot.Snapshot) *list {
 	if s == nil {
 		return nil
 	}
-	l := &list{s.Version, s.MadeAt, s.Expires, make(map[string]struct{}, len(s.Artifacts)), map[string]snapshot.Artifact{}}
+	l := &list{
+		s.Version, s.MadeAt, s.Expires,
+		make(map[string]struct{}, len(s.Artifacts)), map[string]snapshot.Artifact{}, s.Former,
+	}
 	for _, a := range s.Artifacts {
 		if a.State == snapshot.Published {
 			l.published[a.Digest] = struct{}{}
@@ -149,6 +153,8 @@ func (r *Rule) holds(now time.Time) error {
 	switch l := r.last; {
 	case l == nil:
 		return fail(ErrNone, again)
+	case l.former:
+		return fail(fmt.Errorf("%w under the root that is trusted now", ErrNone), again)
 	case now.After(l.expires):
 		return fail(fmt.Errorf("%w: it expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
 	case l.madeAt.After(now.Add(skew)):

@@ -105,6 +105,49 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// A node that starts anew under another root goes on to refuse what was yanked under the former
+// one, and takes nothing for published in that list.
+func TestAnotherRoot(t *testing.T) {
+	t.Parallel()
+	farm, next := snapshots.New(t, start), snapshots.New(t, start)
+	farm.Publish(t, start,
+		snapshot.Artifact{Digest: digest("1"), State: snapshot.Published},
+		snapshot.Artifact{Digest: digest("2"), State: snapshot.Yanked})
+	state := filepath.Join(t.TempDir(), "snapshot.json")
+	client := func(rootOf, from string) *snapshot.Client {
+		root, err := os.ReadFile(filepath.Join(rootOf, "1.root.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := snapshot.New(snapshot.Config{From: from, Root: root, State: state, Now: func() time.Time { return start }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	if _, err := client(farm.Dir, farm.Dir).Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, optional := range []bool{false, true} {
+		rule := &listed.Rule{Client: client(next.Dir, "/nowhere"), AllowUnlisted: true, Optional: optional}
+		if err := rule.Refresh(t.Context()); !fault.Is(err, fault.Transient) {
+			t.Errorf("Refresh from nowhere = %v; want transient", err)
+		}
+		for _, now := range []time.Time{{}, start} {
+			if _, err := rule.Check(digest("2"), now); !errors.Is(err, listed.ErrYanked) {
+				t.Errorf("Check(2, %v) = %v; want yanked, optional: %v", now, err, optional)
+			}
+		}
+		want := listed.ErrNone
+		if optional {
+			want = nil
+		}
+		if _, err := rule.Check(digest("1"), start); !errors.Is(err, want) {
+			t.Errorf("Check(1) of something new = %v; want %v, optional: %v", err, want, optional)
+		}
+	}
+}
+
 // The reason and the way out are told.
 func TestWords(t *testing.T) {
 	t.Parallel()
