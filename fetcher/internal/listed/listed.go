@@ -96,7 +96,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 		return "not withdrawn, as far as this node knows", nil
 	}
 	if err := r.holds(now); err != nil {
-		if r.Optional {
+		if r.Optional && absent(err) {
 			return "not withdrawn, as far as this node knows: " + err.Error(), nil
 		}
 		return "", err
@@ -128,6 +128,13 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 		hint = "install in place of it: --driver " + a.Replacement
 	}
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
+}
+
+// absent reports whether an error says that no list holds, or that none could be had: that is
+// what an optional list may be. An answer that was refused is something else.
+func absent(err error) bool {
+	return fault.Is(err, fault.Transient) || errors.Is(err, ErrNone) || errors.Is(err, ErrStale) ||
+		errors.Is(err, snapshot.ErrExpired)
 }
 
 // skew is how far a list may be ahead of this machine's clock.
