@@ -130,8 +130,9 @@ func TestGoesOn(t *testing.T) {
 	f := snapshots.New(t, start)
 	publish(t, f, start, snapshot.Published)
 	n := newNode(t, f)
-	refresh := func(want snapshot.State, version, refreshed int64) {
+	refresh := func(want snapshot.State, version int64, at time.Time, more int64) {
 		t.Helper()
+		refreshed := at.Unix() + more
 		s, err := n.client(t, f.Dir).Refresh(t.Context())
 		if err != nil {
 			t.Errorf("Refresh = %v", err)
@@ -141,22 +142,22 @@ func TestGoesOn(t *testing.T) {
 			t.Errorf("state %s, version %d, refreshed %d; want %s, %d, %d", a.State, s.Version, s.Refreshed, want, version, refreshed)
 		}
 	}
-	refresh(snapshot.Published, 1, 1)
-	refresh(snapshot.Published, 1, 1)
+	refresh(snapshot.Published, 1, start, 0)
+	refresh(snapshot.Published, 1, start, 0)
 	publish(t, f, start.AddDate(0, 0, 1), snapshot.Quarantined)
-	refresh(snapshot.Quarantined, 2, 2)
+	refresh(snapshot.Quarantined, 2, start.AddDate(0, 0, 1), 0)
 
 	n.now = start.AddDate(0, 0, 20)
 	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrExpired) {
 		t.Errorf("Refresh after three weeks = %v; want expired", err)
 	}
 	f.Refresh(t, n.now)
-	refresh(snapshot.Quarantined, 2, 3)
+	refresh(snapshot.Quarantined, 2, n.now, 0)
 
 	f.Stamps = snapshots.NewSigner(t) // the old key leaked
 	f.WriteRoot(t, start, f.Root[0], f.Root[1])
 	publish(t, f, n.now, snapshot.Yanked)
-	refresh(snapshot.Yanked, 3, 4)
+	refresh(snapshot.Yanked, 3, n.now, 1)
 	if n.root != string(read(t, f.Dir, "1.root.json")) {
 		t.Error("the node's own root changed")
 	}
@@ -166,7 +167,7 @@ func TestGoesOn(t *testing.T) {
 	if lists, err := filepath.Glob(filepath.Join(f.Dir, "*.targets.json")); err != nil || len(lists) != 4 {
 		t.Errorf("kept lists: %v, %v; want the newest and three before", lists, err)
 	}
-	refresh(snapshot.Yanked, 9, 10)
+	refresh(snapshot.Yanked, 9, n.now, 7)
 }
 
 // A server that sends without an end is left after as many bytes as a file may have.
@@ -251,7 +252,7 @@ func TestRootStays(t *testing.T) {
 	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 	former, err := metadata.Timestamp().FromBytes(read(t, old, "timestamp.json"))
 	check(t, err)
-	stamp.Signed.Version, stamp.Signed.Meta = 7, former.Signed.Meta
+	stamp.Signed.Version, stamp.Signed.Meta = above, former.Signed.Meta
 	sign(t, stamp, leaked, old, "timestamp.json")
 	if _, err := n.client(t, old).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh by the leaked key = %v; want the signature refused", err)
