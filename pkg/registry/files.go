@@ -55,15 +55,17 @@ func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descr
 // its digest, and returns their names. A file that is there already is an error, and so is a
 // name that leads out of the folder, or that another file has or lies under: nothing is written
 // then. Where a file cannot be had, or is damaged, those before it are removed.
-func (r *Repository) SaveFiles(ctx context.Context, digest, artifactType, dir string) (names []string, err error) {
-	names, err = r.saveFiles(ctx, digest, artifactType, dir)
+//
+// It is no method, so that programs which do not call it do not link it.
+func SaveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {
+	names, err = saveFiles(ctx, r, digest, artifactType, dir)
 	if err != nil {
 		err = fmt.Errorf("save the files of %s in %s: %w", digest, r.name, err)
 	}
 	return names, err
 }
 
-func (r *Repository) saveFiles(ctx context.Context, digest, artifactType, dir string) (names []string, err error) {
+func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {
 	raw, err := r.Manifest(ctx, digest)
 	if err != nil {
 		return nil, err
@@ -108,7 +110,7 @@ func (r *Repository) saveFiles(ctx context.Context, digest, artifactType, dir st
 		}
 	}
 	for i, l := range m.Layers {
-		if err := r.saveFile(ctx, root, names[i], l); err != nil {
+		if err := saveFile(ctx, r, root, names[i], l); err != nil {
 			err = fmt.Errorf("file %q: %w", names[i], err)
 			for _, written := range names[:i] {
 				err = errors.Join(err, root.Remove(written))
@@ -133,7 +135,7 @@ func vacant(root *os.Root, name string) error {
 	return fault.Wrap(fault.Usage, err, hintVacant)
 }
 
-func (r *Repository) saveFile(ctx context.Context, root *os.Root, name string, l v1.Descriptor) (err error) {
+func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l v1.Descriptor) (err error) {
 	rc, err := r.Blob(ctx, l.Digest.String(), l.Size)
 	if err != nil {
 		return err

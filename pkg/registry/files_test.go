@@ -49,22 +49,22 @@ func TestSaveFiles(t *testing.T) {
 	t.Parallel()
 	repo, digest := filesLayout(t, "a.json", "targets/b.json")
 	dir := filepath.Join(t.TempDir(), "new")
-	if names, err := repo.SaveFiles(t.Context(), digest, kindFiles, dir); err != nil || !slices.Equal(names, []string{"a.json", "targets/b.json"}) {
+	if names, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); err != nil || !slices.Equal(names, []string{"a.json", "targets/b.json"}) {
 		t.Fatalf("SaveFiles = %q, %v; want both", names, err)
 	}
 	if raw, err := os.ReadFile(filepath.Join(dir, "targets/b.json")); err != nil || string(raw) != "text" {
 		t.Errorf("it wrote %q, %v; want the text", raw, err)
 	}
-	if _, err := repo.SaveFiles(t.Context(), digest, kindFiles, dir); !fault.Is(err, fault.Usage) {
+	if _, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); !fault.Is(err, fault.Usage) {
 		t.Errorf("SaveFiles again = %v; want kind usage", err)
 	}
-	if _, err := repo.SaveFiles(t.Context(), digest, "application/vnd.test.other", t.TempDir()); !fault.Is(err, fault.Unverified) {
+	if _, err := registry.SaveFiles(t.Context(), repo, digest, "application/vnd.test.other", t.TempDir()); !fault.Is(err, fault.Unverified) {
 		t.Errorf("SaveFiles of another type = %v; want kind unverified", err)
 	}
 	for _, name := range []string{"../x", "/etc/x", "a/../../x", ".", "", "a//b", "fine", "fine/x"} {
 		repo, digest := filesLayout(t, "fine", name)
 		dir := t.TempDir()
-		if _, err := repo.SaveFiles(t.Context(), digest, kindFiles, dir); !fault.Is(err, fault.Unverified) {
+		if _, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); !fault.Is(err, fault.Unverified) {
 			t.Errorf("SaveFiles with %q = %v; want kind unverified", name, err)
 		}
 		if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
@@ -96,7 +96,7 @@ func TestSaveFilesInTheWay(t *testing.T) {
 			t.Fatal(err)
 		}
 		before := filesIn(t, dir)
-		if names, err := repo.SaveFiles(t.Context(), digest, kindFiles, dir); !fault.Is(err, row.kind) || names != nil {
+		if names, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); !fault.Is(err, row.kind) || names != nil {
 			t.Errorf("SaveFiles with %s in the way = %q, %v (%v); want kind %v", name, names, err, fault.Of(err), row.kind)
 		}
 		if got := filesIn(t, dir); !slices.Equal(got, before) {
