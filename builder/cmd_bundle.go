@@ -329,8 +329,9 @@ Example:
 			if err != nil {
 				return err
 			}
-			all, err := from.CopyTagged(
+			all, err := registry.CopyTagged(
 				ctx,
+				from,
 				to,
 				func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" },
 			)

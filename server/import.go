@@ -79,7 +79,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
-	if _, err := from.CopyTagged(ctx, to, isDriver); err != nil {
+	if _, err := registry.CopyTagged(ctx, from, to, isDriver); err != nil {
 		return err
 	}
 	if err := found.apply(ctx, c); err != nil {

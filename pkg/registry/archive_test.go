@@ -347,7 +347,7 @@ func TestArchiveAlteredBlob(t *testing.T) {
 	}
 	from := open(t, "oci-archive:"+pack(t, all...))
 	for name, to := range places(t) {
-		if _, err := from.Copy(t.Context(), to, s.Digest, nil); err == nil {
+		if _, err := registry.Copy(t.Context(), from, to, s.Digest, nil); err == nil {
 			t.Errorf("Copy of an altered blob to %s = nil; want an error", name)
 		}
 		if _, err := to.Resolve(t.Context(), s.Digest); !fault.Is(err, fault.NoArtifact) {
@@ -365,7 +365,7 @@ func TestCopyTagged(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for range 2 { // the second time all is there
-				got, err := from.CopyTagged(t.Context(), to, func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" })
+				got, err := registry.CopyTagged(t.Context(), from, to, func(m *v1.Manifest) bool { return m.Annotations[bundle.AnnotationFormat] != "" })
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -394,7 +394,7 @@ func TestCopyTagged(t *testing.T) {
 			}
 		})
 	}
-	if got, err := from.CopyTagged(t.Context(), open(t, "oci:"+t.TempDir()), func(*v1.Manifest) bool { return false }); err != nil || got != nil {
+	if got, err := registry.CopyTagged(t.Context(), from, open(t, "oci:"+t.TempDir()), func(*v1.Manifest) bool { return false }); err != nil || got != nil {
 		t.Errorf("CopyTagged of nothing = %v, %v; want nothing", got, err)
 	}
 }
@@ -421,7 +421,7 @@ func TestCopyLetsNoReferrerNameTags(t *testing.T) {
 		t.Fatal(err)
 	}
 	to := open(t, "oci:"+t.TempDir())
-	if c, err := from.Copy(t.Context(), to, s.Digest, nil); err != nil || c.Referrers != 3 {
+	if c, err := registry.Copy(t.Context(), from, to, s.Digest, nil); err != nil || c.Referrers != 3 {
 		t.Fatalf("Copy = %+v, %v; want 3 referrers", c, err)
 	}
 	if d, err := to.Resolve(t.Context(), tag); !fault.Is(err, fault.NoArtifact) {

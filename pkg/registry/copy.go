@@ -16,31 +16,33 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Copied is what [Repository.Copy] brought along.
+// Copied is what [Copy] brought along.
 type Copied struct {
 	// Referrers are how many manifests were attached.
 	Referrers int
 }
 
-// Copy brings the image with this digest to another repository, byte for byte, and what is
+// Copy brings the image with this digest from a repository to another, byte for byte, and what is
 // attached to it: the digests stay. What is there already is not sent again. Tags are the
 // caller's. Which of the attachments go with it want says; nil takes all.
-func (r *Repository) Copy(
+//
+// It and [CopyTagged] are no methods, so that programs which do not call them do not link them.
+func Copy(
 	ctx context.Context,
-	to *Repository,
+	from, to *Repository,
 	digest string,
 	want func(v1.Descriptor) bool,
 ) (Copied, error) {
 	var c Copied
 	err := func() error {
-		img, err := r.Image(ctx, digest)
+		img, err := from.Image(ctx, digest)
 		if err != nil {
 			return err
 		}
 		if _, err := to.Push(ctx, img); err != nil {
 			return err
 		}
-		attached, err := r.Referrers(ctx, digest, "")
+		attached, err := from.Referrers(ctx, digest, "")
 		if err != nil {
 			return err
 		}
@@ -48,7 +50,7 @@ func (r *Repository) Copy(
 			if want != nil && !want(d) {
 				continue
 			}
-			if err := r.copyAttached(ctx, to, digest, d.Digest.String()); err != nil {
+			if err := copyAttached(ctx, from, to, digest, d.Digest.String()); err != nil {
 				return err
 			}
 			c.Referrers++
@@ -56,13 +58,13 @@ func (r *Repository) Copy(
 		return nil
 	}()
 	if err != nil {
-		return c, fmt.Errorf("copy %s from %s to %s: %w", digest, r.name, to.name, err)
+		return c, fmt.Errorf("copy %s from %s to %s: %w", digest, from.name, to.name, err)
 	}
 	return c, nil
 }
 
-func (r *Repository) copyAttached(ctx context.Context, to *Repository, subject, digest string) error {
-	img, err := r.Image(ctx, digest)
+func copyAttached(ctx context.Context, from, to *Repository, subject, digest string) error {
+	img, err := from.Image(ctx, digest)
 	if err != nil {
 		return err
 	}
@@ -194,7 +196,7 @@ func EntryAnnotations(of map[string]string) map[string]string {
 	return kept
 }
 
-// Tagged is what [Repository.CopyTagged] copied under one tag.
+// Tagged is what [CopyTagged] copied under one tag.
 type Tagged struct {
 	Tag    string `json:"tag"`
 	Digest string `json:"digest"`
@@ -202,11 +204,11 @@ type Tagged struct {
 	Attached int `json:"attached"`
 }
 
-// CopyTagged copies each tagged image that is wanted, with what is attached to it and all
-// its tags. It returns what it copied, by tag; an image that is copied under several tags is
+// CopyTagged copies each tagged image that is wanted, with what is attached to it and all its
+// tags. It returns what it copied, by tag; an image that is copied under several tags is
 // sent once. A tag that names something else there already is [fault.PublishRefused].
-func (r *Repository) CopyTagged(ctx context.Context, to *Repository, want func(m *v1.Manifest) bool) ([]Tagged, error) {
-	tags, err := r.Tags(ctx)
+func CopyTagged(ctx context.Context, from, to *Repository, want func(m *v1.Manifest) bool) ([]Tagged, error) {
+	tags, err := from.Tags(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -217,7 +219,7 @@ func (r *Repository) CopyTagged(ctx context.Context, to *Repository, want func(m
 		if !tagPattern.MatchString(tag) {
 			continue // the name of an image in a layout, which need not be a tag
 		}
-		d, err := r.Resolve(ctx, tag)
+		d, err := from.Resolve(ctx, tag)
 		if err != nil {
 			return all, err
 		}
@@ -226,7 +228,7 @@ func (r *Repository) CopyTagged(ctx context.Context, to *Repository, want func(m
 			continue
 		}
 		if _, ok := copied[digest]; !ok {
-			raw, err := r.Manifest(ctx, digest)
+			raw, err := from.Manifest(ctx, digest)
 			if err != nil {
 				return all, err
 			}
@@ -234,7 +236,7 @@ func (r *Repository) CopyTagged(ctx context.Context, to *Repository, want func(m
 			if json.Unmarshal(raw, &m) != nil || !want(&m) {
 				continue
 			}
-			if copied[digest], err = r.Copy(ctx, to, digest, nil); err != nil {
+			if copied[digest], err = Copy(ctx, from, to, digest, nil); err != nil {
 				return all, err
 			}
 		}
