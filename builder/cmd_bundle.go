@@ -331,7 +331,7 @@ Example:
 				if err != nil {
 					return err
 				}
-				names, err := repo.SaveFiles(ctx, d.Digest.String(), what.kind, what.dir)
+				names, err := registry.SaveFiles(ctx, repo, d.Digest.String(), what.kind, what.dir)
 				if err != nil {
 					return err
 				}

@@ -79,7 +79,7 @@ Example:
 // before anything is sent, and looks again when it is there (docs/decisions/0031).
 func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
 	flavours := map[string]target.Flavour{} // by digest
-	err := from.EachTagged(ctx, func(_ string, d v1.Descriptor, m *v1.Manifest) error {
+	err := registry.EachTagged(ctx, from, func(_ string, d v1.Descriptor, m *v1.Manifest) error {
 		if m.Annotations[bundle.AnnotationFormat] == "" {
 			return nil
 		}
@@ -100,7 +100,7 @@ func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licenc
 		}
 	}
 	isDriver := func(d v1.Descriptor, _ *v1.Manifest) bool { return flavours[d.Digest.String()] != "" }
-	all, err := from.CopyTagged(ctx, to, isDriver, nil)
+	all, err := registry.CopyTagged(ctx, from, to, isDriver, nil)
 	seen := map[string]bool{}
 	for _, t := range all { // also where the copy ended early: what was sent is there
 		if !seen[t.Digest] {

@@ -192,7 +192,7 @@ func rootKeys(dir string) ([]string, error) {
 
 // within works on the snapshot's folder.
 func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
-	r, err := maker.Open(cmd.String("to"))
+	r, err := maker.Open(cmd.String("to"), time.Now)
 	if err != nil {
 		return err
 	}

@@ -89,7 +89,7 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
-	if _, err := from.CopyTagged(ctx, to, goes.isDriver, goes.isAttached); err != nil {
+	if _, err := registry.CopyTagged(ctx, from, to, goes.isDriver, goes.isAttached); err != nil {
 		return err
 	}
 	if err := found.apply(ctx, c); err != nil {

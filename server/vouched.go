@@ -117,7 +117,7 @@ func (v *vouched) compare(ctx context.Context, d v1.Descriptor) error {
 	if v.compared[blob] {
 		return nil
 	}
-	if err := v.r.repo.Compare(ctx, d); err != nil {
+	if err := registry.Compare(ctx, v.r.repo, d); err != nil {
 		return err
 	}
 	v.compared[blob] = true

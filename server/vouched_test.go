@@ -92,7 +92,7 @@ func TestImportOfADamagedLayer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.served.Compare(t.Context(), v1.Descriptor{Digest: hash, Size: first.Layers[0].Size}); err == nil {
+	if err := registry.Compare(t.Context(), s.served, v1.Descriptor{Digest: hash, Size: first.Layers[0].Size}); err == nil {
 		t.Error("the server has a layer of the driver that is whole; want that nothing was sent")
 	}
 	if known, err := s.client.Artifacts(t.Context()); err != nil || len(known) != 0 {

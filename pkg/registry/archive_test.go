@@ -347,7 +347,7 @@ func TestArchiveAlteredBlob(t *testing.T) {
 	}
 	from := open(t, "oci-archive:"+pack(t, all...))
 	for name, to := range places(t) {
-		if _, err := from.Copy(t.Context(), to, s.Digest, nil); err == nil {
+		if _, err := registry.Copy(t.Context(), from, to, s.Digest, nil); err == nil {
 			t.Errorf("Copy of an altered blob to %s = nil; want an error", name)
 		}
 		if _, err := to.Resolve(t.Context(), s.Digest); !fault.Is(err, fault.NoArtifact) {
@@ -369,7 +369,7 @@ func TestCopyTagged(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			for range 2 { // the second time all is there
-				got, err := from.CopyTagged(t.Context(), to, isDriver, nil)
+				got, err := registry.CopyTagged(t.Context(), from, to, isDriver, nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -398,7 +398,7 @@ func TestCopyTagged(t *testing.T) {
 			}
 		})
 	}
-	if got, err := from.CopyTagged(t.Context(), open(t, "oci:"+t.TempDir()), func(v1.Descriptor, *v1.Manifest) bool { return false }, nil); err != nil || got != nil {
+	if got, err := registry.CopyTagged(t.Context(), from, open(t, "oci:"+t.TempDir()), func(v1.Descriptor, *v1.Manifest) bool { return false }, nil); err != nil || got != nil {
 		t.Errorf("CopyTagged of nothing = %v, %v; want nothing", got, err)
 	}
 }
@@ -425,60 +425,10 @@ func TestCopyLetsNoReferrerNameTags(t *testing.T) {
 		t.Fatal(err)
 	}
 	to := open(t, "oci:"+t.TempDir())
-	if c, err := from.Copy(t.Context(), to, s.Digest, nil); err != nil || c.Referrers != 3 {
+	if c, err := registry.Copy(t.Context(), from, to, s.Digest, nil); err != nil || c.Referrers != 3 {
 		t.Fatalf("Copy = %+v, %v; want 3 referrers", c, err)
 	}
 	if d, err := to.Resolve(t.Context(), tag); !fault.Is(err, fault.NoArtifact) {
 		t.Errorf("Resolve(%s) = %v, %v; want nothing", tag, d.Digest, err)
-	}
-}
-
-// Files of an artifact stay in the folder that they are written to.
-func TestSaveFiles(t *testing.T) {
-	t.Parallel()
-	const kind = "application/vnd.test.files"
-	body := []byte("text")
-	hash, err := v1.NewHash(digestOf(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	layout := func(names ...string) (*registry.Repository, string) {
-		var layers []v1.Descriptor
-		for _, name := range names {
-			layers = append(layers, registry.FileDescriptor(name, "text/plain", hash, int64(len(body))))
-		}
-		manifest, config, err := registry.FilesManifest(kind, layers)
-		if err != nil {
-			t.Fatal(err)
-		}
-		at := func(raw []byte) entry {
-			return file("blobs/sha256/"+strings.TrimPrefix(digestOf(raw), "sha256:"), string(raw))
-		}
-		return open(t, "oci-archive:"+pack(t, file("oci-layout", `{"imageLayoutVersion":"1.0.0"}`), file("index.json", `{"schemaVersion":2,"manifests":[]}`),
-			at(manifest), at(config), at(body))), digestOf(manifest)
-	}
-	repo, digest := layout("a.json", "targets/b.json")
-	dir := filepath.Join(t.TempDir(), "new")
-	if names, err := repo.SaveFiles(t.Context(), digest, kind, dir); err != nil || !slices.Equal(names, []string{"a.json", "targets/b.json"}) {
-		t.Fatalf("SaveFiles = %q, %v; want both", names, err)
-	}
-	if raw, err := os.ReadFile(filepath.Join(dir, "targets/b.json")); err != nil || string(raw) != "text" {
-		t.Errorf("it wrote %q, %v; want the text", raw, err)
-	}
-	if _, err := repo.SaveFiles(t.Context(), digest, kind, dir); !fault.Is(err, fault.Usage) {
-		t.Errorf("SaveFiles again = %v; want kind usage", err)
-	}
-	if _, err := repo.SaveFiles(t.Context(), digest, "application/vnd.test.other", t.TempDir()); !fault.Is(err, fault.Unverified) {
-		t.Errorf("SaveFiles of another type = %v; want kind unverified", err)
-	}
-	for _, name := range []string{"../x", "/etc/x", "a/../../x", ".", "", "a//b"} {
-		repo, digest := layout("fine", name)
-		dir := t.TempDir()
-		if _, err := repo.SaveFiles(t.Context(), digest, kind, dir); !fault.Is(err, fault.Unverified) {
-			t.Errorf("SaveFiles with %q = %v; want kind unverified", name, err)
-		}
-		if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
-			t.Errorf("SaveFiles with %q left %v, %v; want nothing", name, left, err)
-		}
 	}
 }

@@ -16,31 +16,34 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Copied is what [Repository.Copy] brought along.
+// Copied is what [Copy] brought along.
 type Copied struct {
 	// Referrers are how many manifests were attached.
 	Referrers int
 }
 
-// Copy brings the image with this digest to another repository, byte for byte, and what is
+// Copy brings the image with this digest from a repository to another, byte for byte, and what is
 // attached to it: the digests stay. What is there already is not sent again. Tags are the
 // caller's. Which of the attachments go with it want says; nil takes all.
-func (r *Repository) Copy(
+//
+// It, [CopyTagged] and [Compare] are no methods, so that programs which do not call them do not
+// link them.
+func Copy(
 	ctx context.Context,
-	to *Repository,
+	from, to *Repository,
 	digest string,
 	want func(v1.Descriptor) bool,
 ) (Copied, error) {
 	var c Copied
 	err := func() error {
-		img, err := r.Image(ctx, digest)
+		img, err := from.Image(ctx, digest)
 		if err != nil {
 			return err
 		}
 		if _, err := to.Push(ctx, img); err != nil {
 			return err
 		}
-		attached, err := r.Referrers(ctx, digest, "")
+		attached, err := from.Referrers(ctx, digest, "")
 		if err != nil {
 			return err
 		}
@@ -48,7 +51,7 @@ func (r *Repository) Copy(
 			if want != nil && !want(d) {
 				continue
 			}
-			if err := r.copyAttached(ctx, to, digest, d.Digest.String()); err != nil {
+			if err := copyAttached(ctx, from, to, digest, d.Digest.String()); err != nil {
 				return err
 			}
 			c.Referrers++
@@ -56,13 +59,13 @@ func (r *Repository) Copy(
 		return nil
 	}()
 	if err != nil {
-		return c, fmt.Errorf("copy %s from %s to %s: %w", digest, r.name, to.name, err)
+		return c, fmt.Errorf("copy %s from %s to %s: %w", digest, from.name, to.name, err)
 	}
 	return c, nil
 }
 
-func (r *Repository) copyAttached(ctx context.Context, to *Repository, subject, digest string) error {
-	img, err := r.Image(ctx, digest)
+func copyAttached(ctx context.Context, from, to *Repository, subject, digest string) error {
+	img, err := from.Image(ctx, digest)
 	if err != nil {
 		return err
 	}
@@ -194,7 +197,7 @@ func EntryAnnotations(of map[string]string) map[string]string {
 	return kept
 }
 
-// Tagged is what [Repository.CopyTagged] copied under one tag.
+// Tagged is what [CopyTagged] copied under one tag.
 type Tagged struct {
 	Tag    string `json:"tag"`
 	Digest string `json:"digest"`
@@ -204,8 +207,9 @@ type Tagged struct {
 
 // EachTagged visits the images that have tags, by tag; in a layout the names that are no
 // tags are passed over. It ends with the first error.
-func (r *Repository) EachTagged(
+func EachTagged(
 	ctx context.Context,
+	r *Repository,
 	visit func(tag string, d v1.Descriptor, m *v1.Manifest) error,
 ) error {
 	tags, err := r.Tags(ctx)
@@ -251,20 +255,20 @@ func (r *Repository) EachTagged(
 // its tags. Which of the attachments go with it attached says; nil takes all. It returns
 // what it copied, by tag; an image that is copied under several tags is sent once. A tag
 // that names something else there already is [fault.PublishRefused].
-func (r *Repository) CopyTagged(
+func CopyTagged(
 	ctx context.Context,
-	to *Repository,
+	from, to *Repository,
 	want func(d v1.Descriptor, m *v1.Manifest) bool,
 	attached func(v1.Descriptor) bool,
 ) (all []Tagged, err error) {
 	copied := map[v1.Hash]Copied{}
-	err = r.EachTagged(ctx, func(tag string, d v1.Descriptor, m *v1.Manifest) (err error) {
+	err = EachTagged(ctx, from, func(tag string, d v1.Descriptor, m *v1.Manifest) (err error) {
 		if !want(d, m) {
 			return nil
 		}
 		digest := d.Digest.String()
 		if _, ok := copied[d.Digest]; !ok {
-			if copied[d.Digest], err = r.Copy(ctx, to, digest, attached); err != nil {
+			if copied[d.Digest], err = Copy(ctx, from, to, digest, attached); err != nil {
 				return err
 			}
 		}

@@ -53,16 +53,19 @@ func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descr
 
 // SaveFiles writes the files of an artifact of this type to a folder, each compared with
 // its digest, and returns their names. A file that is there already is an error, and so is a
-// name that leads out of the folder: nothing is written then.
-func (r *Repository) SaveFiles(ctx context.Context, digest, artifactType, dir string) (names []string, err error) {
-	names, err = r.saveFiles(ctx, digest, artifactType, dir)
+// name that leads out of the folder, or that another file has or lies under: nothing is written
+// then. Where a file cannot be had, or is damaged, those before it are removed.
+//
+// It is no method, so that programs which do not call it do not link it.
+func SaveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {
+	names, err = saveFiles(ctx, r, digest, artifactType, dir)
 	if err != nil {
 		err = fmt.Errorf("save the files of %s in %s: %w", digest, r.name, err)
 	}
 	return names, err
 }
 
-func (r *Repository) saveFiles(ctx context.Context, digest, artifactType, dir string) (names []string, err error) {
+func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir string) (names []string, err error) {
 	raw, err := r.Manifest(ctx, digest)
 	if err != nil {
 		return nil, err
@@ -74,12 +77,24 @@ func (r *Repository) saveFiles(ctx context.Context, digest, artifactType, dir st
 	if len(m.Layers) > MaxFiles {
 		return nil, fault.Errorf(fault.Unverified, "%d files; at most %d are read", len(m.Layers), MaxFiles)
 	}
+	taken := make(map[string]bool, len(m.Layers))
 	for _, l := range m.Layers {
 		name := l.Annotations[annotationTitle]
 		if !filepath.IsLocal(name) || path.Clean(name) != name || name == "." || l.Size < 0 || l.Size > MaxFile {
 			return nil, fault.Errorf(fault.Unverified, "a file has the name %.200q and %d bytes", name, l.Size)
 		}
+		if taken[name] {
+			return nil, fault.Errorf(fault.Unverified, "two files have the name %.200q", name)
+		}
+		taken[name] = true
 		names = append(names, name)
+	}
+	for _, name := range names {
+		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
+			if taken[dir] {
+				return nil, fault.Errorf(fault.Unverified, "the file %.200q lies under the file %.200q", name, dir)
+			}
+		}
 	}
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fault.Disk(err, "free space on the disk of "+dir)
@@ -89,15 +104,38 @@ func (r *Repository) saveFiles(ctx context.Context, digest, artifactType, dir st
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
+	for _, name := range names {
+		if err := vacant(root, name); err != nil {
+			return nil, fmt.Errorf("file %q: %w", name, err)
+		}
+	}
 	for i, l := range m.Layers {
-		if err := r.saveFile(ctx, root, names[i], l); err != nil {
-			return nil, fmt.Errorf("file %q: %w", names[i], err)
+		if err := saveFile(ctx, r, root, names[i], l); err != nil {
+			err = fmt.Errorf("file %q: %w", names[i], err)
+			for _, written := range names[:i] {
+				err = errors.Join(err, root.Remove(written))
+			}
+			return nil, err
 		}
 	}
 	return names, nil
 }
 
-func (r *Repository) saveFile(ctx context.Context, root *os.Root, name string, l v1.Descriptor) (err error) {
+const hintVacant = "name a folder that is new or empty"
+
+// vacant reports an error where there is a file of a name, or one in the way of it.
+func vacant(root *os.Root, name string) error {
+	_, err := root.Lstat(name)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err == nil:
+		err = os.ErrExist
+	}
+	return fault.Wrap(fault.Usage, err, hintVacant)
+}
+
+func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l v1.Descriptor) (err error) {
 	rc, err := r.Blob(ctx, l.Digest.String(), l.Size)
 	if err != nil {
 		return err
@@ -108,7 +146,7 @@ func (r *Repository) saveFile(ctx context.Context, root *os.Root, name string, l
 	}
 	f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if errors.Is(err, os.ErrExist) {
-		return fault.Wrap(fault.Usage, err, "name a folder that is new or empty")
+		return fault.Wrap(fault.Usage, err, hintVacant)
 	}
 	if err != nil {
 		return err

@@ -104,7 +104,7 @@ func (r *Repository) saveBlob(ctx context.Context, d v1.Descriptor, file string)
 
 // Compare reads a blob to its end, and compares it with its digest and size: what differs
 // is [fault.Unverified].
-func (r *Repository) Compare(ctx context.Context, d v1.Descriptor) error {
+func Compare(ctx context.Context, r *Repository, d v1.Descriptor) error {
 	rc, err := r.Blob(ctx, d.Digest.String(), d.Size)
 	if err != nil {
 		return err

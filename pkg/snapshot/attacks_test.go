@@ -26,6 +26,9 @@ func edited(t testing.TB, data []byte, change func(signed map[string]any)) []byt
 	return out
 }
 
+// above is a version of a timestamp that no node has seen.
+var above = start.AddDate(0, 0, 1).Unix()
+
 // Each attack on a node that has seen list 2 is refused, by a name of its own, and what the
 // node knows stays as it is. The attacker has all that was ever published, and in some rows
 // keys.
@@ -49,7 +52,7 @@ func TestAttacks(t *testing.T) {
 		"rollback: all of an older list": {func(*testing.T, *snapshots.Farm, string) string { return old }, 0, snapshot.ErrRollback},
 		"rollback: the snapshot, by who has the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 1}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 1}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, read(t, old, "1.snapshot.json"), dir, "1.snapshot.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
@@ -60,7 +63,7 @@ func TestAttacks(t *testing.T) {
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
 			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
@@ -114,7 +117,7 @@ func TestAttacks(t *testing.T) {
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}
 			sign(t, snap, f.Targets, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
@@ -158,7 +161,7 @@ func TestAttacks(t *testing.T) {
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 9}
 			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
-			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = 9, &metadata.MetaFiles{Version: 9}
+			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir, "9.targets.json")
 			return dir

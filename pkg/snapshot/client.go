@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/theupdateframework/go-tuf/v2/metadata/config"
@@ -71,19 +72,27 @@ const (
 
 // state is what a node remembers.
 type state struct {
-	// Pinned is the root that the owner trusted when the rest was taken.
+	// Pinned is the root that the owner trusted when Root was taken, which is the newest.
 	Pinned []byte `json:"pinned"`
 	Files
+	// ListPinned and ListRoot are those under which the list was taken, where they are others:
+	// a newer root may name keys by which no list is signed yet.
+	ListPinned []byte `json:"listPinned,omitempty"`
+	ListRoot   []byte `json:"listRoot,omitempty"`
 }
 
 // Last returns the last list that this node took, and nil where there is none. It asks
-// nobody, and its signatures are checked again. Whether it has expired is for the caller.
+// nobody, and its signatures are checked again, under the root of its time. Whether it has
+// expired is for the caller. Of a list whose root the owner trusts no more, it returns only
+// what was withdrawn, as [Snapshot.Former].
 func (c *Client) Last() (*Snapshot, error) {
 	st, err := c.remembered()
 	if err != nil || st.Catalogue == nil {
 		return nil, err
 	}
-	s, err := Verify(st.Files)
+	files := st.Files
+	files.Root = st.ListRoot
+	s, err := Verify(files)
 	if err != nil {
 		return nil, fmt.Errorf(
 			"read %s: %w",
@@ -91,11 +100,15 @@ func (c *Client) Last() (*Snapshot, error) {
 			fault.Wrap(fault.Unverified, err, "remove the file: the next run asks the source anew"),
 		)
 	}
+	if !bytes.Equal(st.ListPinned, c.cfg.Root) {
+		s.Former = true
+		s.Artifacts = slices.DeleteFunc(s.Artifacts, func(a Artifact) bool { return a.State == Published })
+	}
 	return s, nil
 }
 
-// remembered reads the state; what was taken under a root that is trusted no more is of use
-// only to tell what is older.
+// remembered reads the state. A root that came after one which is trusted no more is left out;
+// a list of that time tells what is older, and what was withdrawn.
 func (c *Client) remembered() (st state, err error) {
 	if c.cfg.State == "" {
 		return st, nil
@@ -126,11 +139,11 @@ func (c *Client) remembered() (st state, err error) {
 	if err != nil {
 		return fail(err)
 	}
+	if st.ListRoot == nil {
+		st.ListPinned, st.ListRoot = st.Pinned, st.Root
+	}
 	if !bytes.Equal(st.Pinned, c.cfg.Root) {
 		st.Pinned, st.Root = nil, nil
-	}
-	if st.Root == nil {
-		st.Catalogue = nil
 	}
 	return st, nil
 }
@@ -180,7 +193,7 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	return s, c.keep(state{c.cfg.Root, next})
+	return s, c.keep(state{Pinned: c.cfg.Root, Files: next})
 }
 
 // workFolder makes an empty folder: beside the state, which is on a disk that may be written,

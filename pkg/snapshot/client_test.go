@@ -68,6 +68,22 @@ func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	return c
 }
 
+// has checks that a node that has just started knows list 1, in which artifact 2 is yanked:
+// all of it, or where it is of a former root what was withdrawn.
+func (n *node) has(t testing.TB, from string, former bool) {
+	t.Helper()
+	last, err := n.client(t, from).Last()
+	if err != nil || last == nil {
+		t.Errorf("Last = %v, %v; want list 1", last, err)
+		return
+	}
+	yanked, _ := last.Find(digest("2"))
+	_, all := last.Find(digest("1"))
+	if last.Version != 1 || last.Former != former || yanked.State != snapshot.Yanked || all == former {
+		t.Errorf("Last = %+v; want list 1 with artifact 2 yanked, former: %v", last, former)
+	}
+}
+
 // served serves a folder over HTTP.
 func served(t testing.TB, dir string) string {
 	t.Helper()
@@ -114,8 +130,9 @@ func TestGoesOn(t *testing.T) {
 	f := snapshots.New(t, start)
 	publish(t, f, start, snapshot.Published)
 	n := newNode(t, f)
-	refresh := func(want snapshot.State, version, refreshed int64) {
+	refresh := func(want snapshot.State, version int64, at time.Time, more int64) {
 		t.Helper()
+		refreshed := at.Unix() + more
 		s, err := n.client(t, f.Dir).Refresh(t.Context())
 		if err != nil {
 			t.Errorf("Refresh = %v", err)
@@ -125,22 +142,22 @@ func TestGoesOn(t *testing.T) {
 			t.Errorf("state %s, version %d, refreshed %d; want %s, %d, %d", a.State, s.Version, s.Refreshed, want, version, refreshed)
 		}
 	}
-	refresh(snapshot.Published, 1, 1)
-	refresh(snapshot.Published, 1, 1)
+	refresh(snapshot.Published, 1, start, 0)
+	refresh(snapshot.Published, 1, start, 0)
 	publish(t, f, start.AddDate(0, 0, 1), snapshot.Quarantined)
-	refresh(snapshot.Quarantined, 2, 2)
+	refresh(snapshot.Quarantined, 2, start.AddDate(0, 0, 1), 0)
 
 	n.now = start.AddDate(0, 0, 20)
 	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrExpired) {
 		t.Errorf("Refresh after three weeks = %v; want expired", err)
 	}
 	f.Refresh(t, n.now)
-	refresh(snapshot.Quarantined, 2, 3)
+	refresh(snapshot.Quarantined, 2, n.now, 0)
 
 	f.Stamps = snapshots.NewSigner(t) // the old key leaked
 	f.WriteRoot(t, start, f.Root[0], f.Root[1])
 	publish(t, f, n.now, snapshot.Yanked)
-	refresh(snapshot.Yanked, 3, 4)
+	refresh(snapshot.Yanked, 3, n.now, 1)
 	if n.root != string(read(t, f.Dir, "1.root.json")) {
 		t.Error("the node's own root changed")
 	}
@@ -150,7 +167,7 @@ func TestGoesOn(t *testing.T) {
 	if lists, err := filepath.Glob(filepath.Join(f.Dir, "*.targets.json")); err != nil || len(lists) != 4 {
 		t.Errorf("kept lists: %v, %v; want the newest and three before", lists, err)
 	}
-	refresh(snapshot.Yanked, 9, 10)
+	refresh(snapshot.Yanked, 9, n.now, 7)
 }
 
 // A server that sends without an end is left after as many bytes as a file may have.
@@ -218,7 +235,7 @@ func TestAway(t *testing.T) {
 func TestRootStays(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
-	publish(t, f, start, snapshot.Published)
+	publish(t, f, start, snapshot.Yanked)
 	n := newNode(t, f)
 	_, err := n.client(t, f.Dir).Refresh(t.Context())
 	check(t, err)
@@ -230,15 +247,17 @@ func TestRootStays(t *testing.T) {
 	if _, err := n.client(t, f.Dir).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh = %v; want the signature refused", err)
 	}
+	n.has(t, f.Dir, false)
 	// Who has the old key hides the new root.
 	stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 	former, err := metadata.Timestamp().FromBytes(read(t, old, "timestamp.json"))
 	check(t, err)
-	stamp.Signed.Version, stamp.Signed.Meta = 7, former.Signed.Meta
+	stamp.Signed.Version, stamp.Signed.Meta = above, former.Signed.Meta
 	sign(t, stamp, leaked, old, "timestamp.json")
 	if _, err := n.client(t, old).Refresh(t.Context()); !errors.Is(err, snapshot.ErrSignature) {
 		t.Errorf("Refresh by the leaked key = %v; want the signature refused", err)
 	}
+	n.has(t, old, false)
 }
 
 // What lies on the node's disk is not believed either.
@@ -259,16 +278,29 @@ func TestState(t *testing.T) {
 			t.Errorf("Last of a state that is %s = %v; want unverified", name, err)
 		}
 	}
-	// Another root of trust is another start.
+	// Another root of trust is another start, but for what was withdrawn.
 	write(t, whole, n.state)
 	other := snapshots.New(t, start)
 	publish(t, other, start, snapshot.Published)
+	first := n.root
 	n.root = string(read(t, other.Dir, "1.root.json"))
-	if last, err := n.client(t, other.Dir).Last(); last != nil || err != nil {
-		t.Errorf("Last under another root = %v, %v; want nothing", last, err)
+	n.has(t, other.Dir, true)
+	for _, from := range []string{"/nowhere", f.Dir} {
+		if _, err := n.client(t, from).Refresh(t.Context()); err == nil {
+			t.Errorf("Refresh from %s under another root = nil; want an error", from)
+		}
+		n.has(t, from, true)
 	}
+	// The owner goes back: it is the list of his own root.
+	second := n.root
+	n.root = first
+	n.has(t, "/nowhere", false)
+	n.root = second
 	if s, err := n.client(t, other.Dir).Refresh(t.Context()); err != nil || s.Version != 1 {
 		t.Errorf("Refresh under another root = %v, %v", s, err)
+	}
+	if last, err := n.client(t, other.Dir).Last(); err != nil || last.Former || len(last.Artifacts) != 2 {
+		t.Errorf("Last after that = %+v, %v; want the whole list", last, err)
 	}
 }
 

@@ -76,11 +76,14 @@ type Files struct {
 // Snapshot is a list whose signatures hold.
 type Snapshot struct {
 	Catalogue
-	// Version counts the lists, and Refreshed how often somebody said that the newest is
-	// still the newest.
+	// Version counts the lists. Refreshed is the version of the timestamp, which goes up each
+	// time that somebody says which list is the newest.
 	Version, Refreshed int64
 	// Expires is when the first of its parts does.
 	Expires time.Time
+	// Former is that it was taken under a root which the owner trusts no more. It says what
+	// was withdrawn, and nothing of what may be used.
+	Former bool
 }
 
 // Verify checks that a snapshot's parts are signed by whom its root names and belong

@@ -193,7 +193,7 @@ func TestBundleHoldsAll(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := repo.SaveFiles(t.Context(), d.Digest.String(), kind, filepath.Join(dir, tag)); err != nil {
+		if _, err := registry.SaveFiles(t.Context(), repo, d.Digest.String(), kind, filepath.Join(dir, tag)); err != nil {
 			t.Fatal(err)
 		}
 	}

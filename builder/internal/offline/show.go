@@ -158,7 +158,7 @@ func (w *walker) blob(ctx context.Context, d v1.Descriptor) error {
 	if _, ok := w.seen[d.Digest.Hex]; ok {
 		return nil
 	}
-	if err := w.repo.Compare(ctx, d); err != nil {
+	if err := registry.Compare(ctx, w.repo, d); err != nil {
 		return err
 	}
 	w.seen[d.Digest.Hex] = d.Size

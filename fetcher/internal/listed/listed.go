@@ -43,13 +43,17 @@ type list struct {
 	madeAt, expires time.Time
 	published       map[string]struct{}
 	withdrawn       map[string]snapshot.Artifact
+	former          bool // of another root: only what it withdrew counts
 }
 
 func listOf(s *snapshot.Snapshot) *list {
 	if s == nil {
 		return nil
 	}
-	l := &list{s.Version, s.MadeAt, s.Expires, make(map[string]struct{}, len(s.Artifacts)), map[string]snapshot.Artifact{}}
+	l := &list{
+		s.Version, s.MadeAt, s.Expires,
+		make(map[string]struct{}, len(s.Artifacts)), map[string]snapshot.Artifact{}, s.Former,
+	}
 	for _, a := range s.Artifacts {
 		if a.State == snapshot.Published {
 			l.published[a.Digest] = struct{}{}
@@ -92,7 +96,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 		return "not withdrawn, as far as this node knows", nil
 	}
 	if err := r.holds(now); err != nil {
-		if r.Optional {
+		if r.Optional && absent(err) {
 			return "not withdrawn, as far as this node knows: " + err.Error(), nil
 		}
 		return "", err
@@ -126,6 +130,13 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
 
+// absent reports whether an error says that no list holds, or that none could be had: that is
+// what an optional list may be. An answer that was refused is something else.
+func absent(err error) bool {
+	return fault.Is(err, fault.Transient) || errors.Is(err, ErrNone) || errors.Is(err, ErrStale) ||
+		errors.Is(err, snapshot.ErrExpired)
+}
+
 // skew is how far a list may be ahead of this machine's clock.
 const skew = 24 * time.Hour
 
@@ -149,6 +160,8 @@ func (r *Rule) holds(now time.Time) error {
 	switch l := r.last; {
 	case l == nil:
 		return fail(ErrNone, again)
+	case l.former:
+		return fail(fmt.Errorf("%w under the root that is trusted now", ErrNone), again)
 	case now.After(l.expires):
 		return fail(fmt.Errorf("%w: it expired on %s", ErrStale, l.expires.UTC().Format(time.RFC3339)), again)
 	case l.madeAt.After(now.Add(skew)):

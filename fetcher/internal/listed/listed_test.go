@@ -46,17 +46,18 @@ func TestCheck(t *testing.T) {
 		fresh [4]error // what is said of something new
 		kind  fault.Kind
 	}{
-		"the newest list":                   {from: farm.Dir, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
-		"an unlisted one may be taken":      {rule: &listed.Rule{AllowUnlisted: true}, from: farm.Dir, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, nil}},
-		"no network, and the list holds":    {seen: true, from: "/nowhere", after: 6 * day, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
-		"no network, and it has expired":    {seen: true, from: "/nowhere", after: 8 * day, fresh: all(listed.ErrStale), kind: fault.Transient},
-		"the source shows it for ever":      {seen: true, from: farm.Dir, after: 8 * day, fresh: all(snapshot.ErrExpired)},
-		"it is older than the policy wants": {rule: &listed.Rule{MaxAge: day}, from: farm.Dir, after: 2 * day, fresh: all(listed.ErrStale)},
-		"the clock is wrong":                {from: farm.Dir, after: -400 * day, fresh: all(listed.ErrStale)},
-		"the source is not what it was":     {seen: true, from: tampered, fresh: all(snapshot.ErrMalformed)},
-		"no list at all":                    {from: "/nowhere", fresh: [4]error{listed.ErrNone, listed.ErrNone, listed.ErrNone, listed.ErrNone}, kind: fault.Transient},
-		"no list, which is optional":        {rule: &listed.Rule{Optional: true}, from: "/nowhere"},
-		"an expired one, which is optional": {rule: &listed.Rule{Optional: true}, seen: true, from: farm.Dir, after: 8 * day, fresh: all(nil)},
+		"the newest list":                                      {from: farm.Dir, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
+		"an unlisted one may be taken":                         {rule: &listed.Rule{AllowUnlisted: true}, from: farm.Dir, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, nil}},
+		"no network, and the list holds":                       {seen: true, from: "/nowhere", after: 6 * day, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
+		"no network, and it has expired":                       {seen: true, from: "/nowhere", after: 8 * day, fresh: all(listed.ErrStale), kind: fault.Transient},
+		"the source shows it for ever":                         {seen: true, from: farm.Dir, after: 8 * day, fresh: all(snapshot.ErrExpired)},
+		"it is older than the policy wants":                    {rule: &listed.Rule{MaxAge: day}, from: farm.Dir, after: 2 * day, fresh: all(listed.ErrStale)},
+		"the clock is wrong":                                   {from: farm.Dir, after: -400 * day, fresh: all(listed.ErrStale)},
+		"the source is not what it was":                        {seen: true, from: tampered, fresh: all(snapshot.ErrMalformed)},
+		"no list at all":                                       {from: "/nowhere", fresh: [4]error{listed.ErrNone, listed.ErrNone, listed.ErrNone, listed.ErrNone}, kind: fault.Transient},
+		"no list, which is optional":                           {rule: &listed.Rule{Optional: true}, from: "/nowhere"},
+		"an expired one, which is optional":                    {rule: &listed.Rule{Optional: true}, seen: true, from: farm.Dir, after: 8 * day, fresh: all(nil)},
+		"an optional one, of a source that is not what it was": {rule: &listed.Rule{Optional: true}, seen: true, from: tampered, fresh: all(snapshot.ErrMalformed)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -102,6 +103,49 @@ func TestCheck(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A node that starts anew under another root goes on to refuse what was yanked under the former
+// one, and takes nothing for published in that list.
+func TestAnotherRoot(t *testing.T) {
+	t.Parallel()
+	farm, next := snapshots.New(t, start), snapshots.New(t, start)
+	farm.Publish(t, start,
+		snapshot.Artifact{Digest: digest("1"), State: snapshot.Published},
+		snapshot.Artifact{Digest: digest("2"), State: snapshot.Yanked})
+	state := filepath.Join(t.TempDir(), "snapshot.json")
+	client := func(rootOf, from string) *snapshot.Client {
+		root, err := os.ReadFile(filepath.Join(rootOf, "1.root.json"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c, err := snapshot.New(snapshot.Config{From: from, Root: root, State: state, Now: func() time.Time { return start }})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	if _, err := client(farm.Dir, farm.Dir).Refresh(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, optional := range []bool{false, true} {
+		rule := &listed.Rule{Client: client(next.Dir, "/nowhere"), AllowUnlisted: true, Optional: optional}
+		if err := rule.Refresh(t.Context()); !fault.Is(err, fault.Transient) {
+			t.Errorf("Refresh from nowhere = %v; want transient", err)
+		}
+		for _, now := range []time.Time{{}, start} {
+			if _, err := rule.Check(digest("2"), now); !errors.Is(err, listed.ErrYanked) {
+				t.Errorf("Check(2, %v) = %v; want yanked, optional: %v", now, err, optional)
+			}
+		}
+		want := listed.ErrNone
+		if optional {
+			want = nil
+		}
+		if _, err := rule.Check(digest("1"), start); !errors.Is(err, want) {
+			t.Errorf("Check(1) of something new = %v; want %v, optional: %v", err, want, optional)
+		}
 	}
 }
 

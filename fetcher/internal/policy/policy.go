@@ -75,8 +75,9 @@ type Snapshot struct {
 	// AllowUnlisted takes what the list does not have; what it has withdrawn is refused.
 	// Default: false.
 	AllowUnlisted bool `json:"allowUnlisted,omitempty" yaml:"allowUnlisted"`
-	// Optional takes something new although no list holds, or only one that has expired. The
-	// last one that held counts for what it has withdrawn. Default: false.
+	// Optional takes something new although no list can be had, or only one that has expired,
+	// but not when what the source answers is refused. The last one that held counts for what
+	// it has withdrawn. Default: false.
 	Optional bool `json:"optional,omitempty" yaml:"optional"`
 }
 

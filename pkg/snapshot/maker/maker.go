@@ -28,11 +28,13 @@ import (
 // Repository is the folder of a snapshot. One at a time writes to it.
 type Repository struct {
 	dir  string
+	now  func() time.Time
 	lock *flock.Flock
 }
 
-// Open opens a folder, and makes it where it is missing. The caller closes it.
-func Open(dir string) (*Repository, error) {
+// Open opens a folder, and makes it where it is missing. now is the clock by which timestamps
+// are counted. The caller closes it.
+func Open(dir string, now func() time.Time) (*Repository, error) {
 	fail := func(err error) (*Repository, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
@@ -51,7 +53,7 @@ func Open(dir string) (*Repository, error) {
 	if !locked {
 		return nil, fault.New(fault.Busy, "open snapshot "+dir+": somebody else writes to it", "wait until that is done")
 	}
-	return &Repository{dir, lock}, nil
+	return &Repository{dir, now, lock}, nil
 }
 
 // Close lets others write.
@@ -192,8 +194,8 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 // Until are the times at which the parts of a snapshot expire.
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
-// Publish writes a list as the newest. least is the lowest version that it may have; 0 is the
-// one after the newest that is here.
+// Publish writes a list as the newest. least is the lowest version that it and its timestamp
+// may have; 0 is the one after the newest that is here.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -251,7 +253,7 @@ func (r *Repository) publish(
 		return nil, err
 	}
 	stamp := metadata.Timestamp(moment(until.Timestamp))
-	stamp.Signed.Version = max(former.stamp+1, least)
+	stamp.Signed.Version = max(r.nextStamp(former), least)
 	if stamp.Signed.Meta["snapshot.json"], err = metaOf(files.Snapshot, version); err != nil {
 		return nil, err
 	}
@@ -300,7 +302,7 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 		return nil, fault.New(fault.Usage, "there is no list yet", "make one: builder snapshot make")
 	}
 	stamp := metadata.Timestamp(moment(until))
-	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = at.stamp+1, at.meta
+	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = r.nextStamp(at), at.meta
 	files := at.files
 	if files.Timestamp, err = signed(stamp, by); err != nil {
 		return nil, err
@@ -349,6 +351,10 @@ type newest struct {
 	meta           *metadata.MetaFiles // of the snapshot
 	files          snapshot.Files      // without a root
 }
+
+// nextStamp is the version of the next timestamp: the seconds of the clock, so that a folder
+// which was lost goes on above what nodes have seen, though nobody counted the refreshes.
+func (r *Repository) nextStamp(former newest) int64 { return max(former.stamp+1, r.now().Unix()) }
 
 // newest reads the list that is published; zero is none.
 func (r *Repository) newest() (at newest, err error) {

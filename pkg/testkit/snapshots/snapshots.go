@@ -24,6 +24,8 @@ type Farm struct {
 	Dir                       string
 	Root                      [3]signature.Signer
 	Targets, Snapshot, Stamps signature.Signer
+	// Least is the lowest version of the next list, as where the folder was lost.
+	Least int64
 }
 
 // New makes a farm whose first root expires a year after a time.
@@ -60,7 +62,7 @@ func (f *Farm) WriteRoot(t testing.TB, at time.Time, by ...signature.Signer) {
 	for _, s := range f.Root {
 		next.Keys = append(next.Keys, public(t, s))
 	}
-	r := f.Open(t)
+	r := f.Open(t, at)
 	_, err := r.WriteRoot(next)
 	check(t, errors.Join(err, r.Close()))
 }
@@ -68,25 +70,25 @@ func (f *Farm) WriteRoot(t testing.TB, at time.Time, by ...signature.Signer) {
 // Publish makes a list. Its timestamp expires after a week.
 func (f *Farm) Publish(t testing.TB, at time.Time, artifacts ...snapshot.Artifact) {
 	t.Helper()
-	r := f.Open(t)
+	r := f.Open(t, at)
 	_, err := r.Publish(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: at, Artifacts: artifacts},
 		maker.Signers{Targets: f.Targets, Snapshot: f.Snapshot, Timestamp: f.Stamps},
-		maker.Until{Targets: at.AddDate(0, 3, 0), Snapshot: at.AddDate(0, 1, 0), Timestamp: at.AddDate(0, 0, 7)}, 0)
+		maker.Until{Targets: at.AddDate(0, 3, 0), Snapshot: at.AddDate(0, 1, 0), Timestamp: at.AddDate(0, 0, 7)}, f.Least)
 	check(t, errors.Join(err, r.Close()))
 }
 
 // Refresh says that the newest list is the newest for another week.
 func (f *Farm) Refresh(t testing.TB, at time.Time) {
 	t.Helper()
-	r := f.Open(t)
+	r := f.Open(t, at)
 	_, err := r.Refresh(f.Stamps, at.AddDate(0, 0, 7))
 	check(t, errors.Join(err, r.Close()))
 }
 
-// Open opens the folder. The caller closes it.
-func (f *Farm) Open(t testing.TB) *maker.Repository {
+// Open opens the folder, as if it were this time. The caller closes it.
+func (f *Farm) Open(t testing.TB, at time.Time) *maker.Repository {
 	t.Helper()
-	r, err := maker.Open(f.Dir)
+	r, err := maker.Open(f.Dir, func() time.Time { return at })
 	check(t, err)
 	return r
 }

@@ -1,0 +1,52 @@
+package snapshot_test
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/snapshot"
+	"github.com/prebake/prebake/pkg/testkit/snapshots"
+)
+
+// A folder that was lost goes on for nodes with the roots and a list version above the last,
+// as docs/operate.md says: nobody has to know how often the timestamp was refreshed.
+func TestLostFolder(t *testing.T) {
+	t.Parallel()
+	f := snapshots.New(t, start)
+	publish(t, f, start, snapshot.Published)
+	n := newNode(t, f)
+	for i := range 9 {
+		f.Refresh(t, start.Add(time.Duration(i)*time.Hour))
+	}
+	n.now = start.AddDate(0, 0, 1)
+	before, err := n.client(t, f.Dir).Refresh(t.Context())
+	check(t, err)
+
+	check(t, os.RemoveAll(f.Dir))
+	check(t, os.Mkdir(f.Dir, 0o755))
+	write(t, []byte(n.root), f.Dir, "1.root.json")
+	f.Least = before.Version + 1
+	publish(t, f, n.now, snapshot.Yanked)
+	s, err := n.client(t, f.Dir).Refresh(t.Context())
+	if err != nil {
+		t.Fatalf("Refresh from the new folder = %v", err)
+	}
+	if a, _ := s.Find(digest("2")); s.Version != 2 || s.Refreshed != n.now.Unix() || a.State != snapshot.Yanked {
+		t.Errorf("Refresh = version %d, timestamp %d, %+v; want 2, %d, yanked", s.Version, s.Refreshed, a, n.now.Unix())
+	}
+
+	// Versions go up though the clock of who signs goes back, or stands.
+	f.Refresh(t, start)
+	s, err = n.client(t, f.Dir).Refresh(t.Context())
+	if err != nil || s.Refreshed != n.now.Unix()+1 {
+		t.Errorf("Refresh after the clock went back = %+v, %v; want timestamp %d", s, err, n.now.Unix()+1)
+	}
+	// A version that is wanted counts for the timestamp as well: that clock may be ahead.
+	f.Least = n.now.Unix() + 100
+	publish(t, f, n.now, snapshot.Yanked)
+	s, err = n.client(t, f.Dir).Refresh(t.Context())
+	if err != nil || s.Version != f.Least || s.Refreshed != f.Least {
+		t.Errorf("Refresh = %+v, %v; want list and timestamp %d", s, err, f.Least)
+	}
+}
