@@ -106,7 +106,7 @@ func buildCommand() *ucli.Command {
 				return err
 			}
 			if cmd.Bool("follow") {
-				return c.FollowLog(ctx, id, followEvery, cmd.Root().Writer)
+				return api.FollowLog(ctx, c, id, followEvery, cmd.Root().Writer)
 			}
 			if cmd.Bool("log") {
 				log, err := c.BuildLog(ctx, id)

@@ -28,8 +28,8 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 
 // FollowLog writes a build's log as it grows, until the build has ended; the log of each new
 // try is written from its beginning. It looks once every pause, and waits for a server that
-// is away.
-func (c *Client) FollowLog(ctx context.Context, id int64, pause time.Duration, out io.Writer) error {
+// is away. It is no method, so that programs which do not call it do not link it.
+func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
 	written, attempt := int64(0), 0
 	for {
 		over := false
@@ -40,7 +40,7 @@ func (c *Client) FollowLog(ctx context.Context, id int64, pause time.Duration, o
 			}
 			// The state is read first: what the log has then is all of it.
 			over = b.State != Queued && b.State != Building
-			written, err = c.copyLog(ctx, id, written, out)
+			written, err = copyLog(ctx, c, id, written, out)
 		}
 		switch {
 		case err == nil && over:
@@ -58,7 +58,7 @@ func (c *Client) FollowLog(ctx context.Context, id int64, pause time.Duration, o
 
 // copyLog writes what a log has beyond what was written already, and returns how much that
 // is now.
-func (c *Client) copyLog(ctx context.Context, id, written int64, out io.Writer) (int64, error) {
+func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (int64, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	header := http.Header{}

@@ -93,7 +93,7 @@ func TestFollowLog(t *testing.T) {
 	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1})
 	check(t, err)
 	out, done := newLines(), make(chan error, 1)
-	go func() { done <- c.FollowLog(ctx, b.ID, time.Millisecond, out) }()
+	go func() { done <- api.FollowLog(ctx, c, b.ID, time.Millisecond, out) }()
 	check(t, c.AppendBuildLog(ctx, b.ID, 0, []byte("one\n")))
 	out.wait(t, "one\n")
 	check(t, c.AppendBuildLog(ctx, b.ID, 4, []byte("two\n")))
