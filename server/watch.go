@@ -69,7 +69,7 @@ func follow(
 	defer cancel()
 	events, broke := make(chan api.Build), make(chan error, 1)
 	watch := func() {
-		broke <- c.Watch(ctx, b.ID, func(b api.Build) error {
+		broke <- api.Watch(ctx, c, b.ID, func(b api.Build) error {
 			select {
 			case events <- b:
 				return nil

@@ -153,8 +153,8 @@ func (c *Client) UpdateBuild(ctx context.Context, id int64, u BuildUpdate) (Buil
 }
 
 // Watch calls f with each state of a build until it is over, f fails, or the stream
-// breaks, which is fault.Transient: watch again.
-func (c *Client) Watch(ctx context.Context, id int64, f func(Build) error) error {
+// breaks, which is fault.Transient: watch again. It is no method, see [FollowLog].
+func Watch(ctx context.Context, c *Client, id int64, f func(Build) error) error {
 	path := buildPath(id) + "/events"
 	resp, err := c.do(ctx, http.MethodGet, path, "", nil)
 	if err != nil {

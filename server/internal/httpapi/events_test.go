@@ -25,7 +25,7 @@ func TestWatch(t *testing.T) {
 	b, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
 	check(t, err)
 	var got []string
-	err = c.Watch(t.Context(), b.ID, func(b api.Build) error {
+	err = api.Watch(t.Context(), c, b.ID, func(b api.Build) error {
 		got = append(got, fmt.Sprint(b.State, " ", b.Phase))
 		switch len(got) { // each event causes the next
 		case 1:
@@ -45,7 +45,7 @@ func TestWatch(t *testing.T) {
 	if diff := cmp.Diff(want, got); diff != "" || err != nil {
 		t.Errorf("Watch() = %v (-want +got):\n%s", err, diff)
 	}
-	if err := c.Watch(t.Context(), 99, func(api.Build) error { return nil }); !fault.Is(err, fault.NotFound) {
+	if err := api.Watch(t.Context(), c, 99, func(api.Build) error { return nil }); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Watch(no build) = %v; want not-found", err)
 	}
 }
@@ -59,7 +59,7 @@ func TestWatchEnds(t *testing.T) {
 	}))
 	defer short.Close()
 	n := 0
-	err := api.NewClient(short.URL, "", nil).Watch(t.Context(), 1, func(api.Build) error { n++; return nil })
+	err := api.Watch(t.Context(), api.NewClient(short.URL, "", nil), 1, func(api.Build) error { n++; return nil })
 	if !fault.Is(err, fault.Transient) || n != 1 {
 		t.Errorf("Watch(short stream) = %v after %d events; want transient after 1", err, n)
 	}
