@@ -92,7 +92,7 @@ clang: setup build ## compile a kernel with clang in COS's manner, a driver for 
 # With PREBAKE_CLANG_COMPILE=1 a kernel that no earlier run compiled is compiled.
 .PHONY: clang-cell
 clang-cell: setup build ## load-test a driver for the kernel that make clang compiled, if it did
-	@[[ -z "$$PREBAKE_CLANG_COMPILE" ]] || deploy/setup.sh clang
+	@[[ -z "$${PREBAKE_CLANG_COMPILE:-}" ]] || deploy/setup.sh clang
 	@PREBAKE_CLANG_CACHE="$${PREBAKE_CLANG_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake/packages}" \
 	  $(GO) test -v -count=1 -timeout 45m -run '^TestClangCell$$' ./deploy/internal/mirror
 
