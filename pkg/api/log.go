@@ -26,18 +26,16 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel), nil
 }
 
-// FollowLog writes a build's log as it grows, until the build has ended; the log of each new
-// try is written from its beginning. It looks once every pause, and waits for a server that
-// is away. It is no method, so that programs which do not call it do not link it.
+// FollowLog writes a build's log as it grows, until the build has ended. A log that has become
+// shorter is that of a new try, and is written from its beginning; a new try that writes more
+// than the last one within a pause goes on where that was. It looks once every pause, and
+// waits for a server that is away. It is no method, so that programs which do not call it do not link it.
 func FollowLog(ctx context.Context, c *Client, id int64, pause time.Duration, out io.Writer) error {
-	written, attempt := int64(0), 0
+	written := int64(0)
 	for {
 		over := false
 		b, err := c.Build(ctx, id)
 		if err == nil {
-			if b.Attempt != attempt {
-				written, attempt = 0, b.Attempt
-			}
 			// The state is read first: what the log has then is all of it.
 			over = b.State != Queued && b.State != Building
 			written, err = copyLog(ctx, c, id, written, out)

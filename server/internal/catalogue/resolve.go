@@ -310,14 +310,7 @@ func (f DriverFilter) matches(d api.DriverRelease) bool {
 
 // Matrix computes where every cell of a page of kernels stands.
 func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFilter, p store.Page) (*Matrix, error) {
-	p, err := pageOfCells(p)
-	if err == nil {
-		err = checkFilter(f)
-	}
-	if err != nil {
-		return nil, err
-	}
-	cells, next, err := c.Store.RememberedCells(ctx, f, p)
+	cells, next, err := c.page(ctx, f, p)
 	if err != nil {
 		return nil, err
 	}
@@ -398,19 +391,23 @@ func (c *Catalogue) columns(
 // MaxLimitCells bounds a page of cells, in kernels: each has some dozen cells.
 const MaxLimitCells = 100
 
-// pageOfCells checks what a client asks for; 0 kernels are a fifth of the most.
-func pageOfCells(p store.Page) (store.Page, error) {
+// page reads a page of kernels with what decides about their cells, once it has checked what
+// a client asks for; 0 kernels are a fifth of the most.
+func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error) {
 	if p.Limit == 0 {
 		p.Limit = MaxLimitCells / 5
 	}
 	if p.Limit < 1 || p.Limit > MaxLimitCells {
-		return p, fault.New(
+		return nil, "", fault.New(
 			fault.Usage,
 			fmt.Sprintf("limit %d: want 1 to %d kernels", p.Limit, MaxLimitCells),
 			"follow the Link header for more",
 		)
 	}
-	return p, nil
+	if err := checkFilter(f); err != nil {
+		return nil, "", err
+	}
+	return c.Store.RememberedCells(ctx, f, p)
 }
 
 // Cells lists where the cells of a page of kernels stand, of one driver version or
@@ -421,14 +418,7 @@ func (c *Catalogue) Cells(
 	version string,
 	p store.Page,
 ) ([]api.Resolution, string, error) {
-	p, err := pageOfCells(p)
-	if err == nil {
-		err = checkFilter(f)
-	}
-	if err != nil {
-		return nil, "", err
-	}
-	cells, next, err := c.Store.RememberedCells(ctx, f, p)
+	cells, next, err := c.page(ctx, f, p)
 	if err != nil {
 		return nil, "", err
 	}

@@ -142,14 +142,7 @@ func (c *Catalogue) Releases(
 	f store.KernelFilter,
 	p store.Page,
 ) ([]api.ReleaseSummary, string, error) {
-	p, err := pageOfCells(p)
-	if err == nil {
-		err = checkFilter(f)
-	}
-	if err != nil {
-		return nil, "", err
-	}
-	cells, next, err := c.Store.RememberedCells(ctx, f, p)
+	cells, next, err := c.page(ctx, f, p)
 	if err != nil {
 		return nil, "", err
 	}

@@ -31,12 +31,10 @@ type cellPage struct {
 // flavourCell is a cell as its page shows it.
 type flavourCell struct {
 	catalogue.FlavourView
-	// Path is the cell's own page, Ref what stock clients pull, Others how many other
-	// kernels the artifact is attested for.
-	Path, Ref string
-	Others    int
-	Commands  []command
-	// Signed says in plain words what is signed of the artifact.
+	// Path is the cell's own page.
+	Path     string
+	Commands []command
+	// Signed says in plain words what is attached to the artifact.
 	Signed  []string
 	History []try
 }
@@ -75,8 +73,6 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 		c := flavourCell{FlavourView: f, Path: cellPath(v.Kernel.Kernel, version, f.Driver.Flavour), History: tries(f.Builds)}
 		c.Commands = p.ask(r, f)
 		if a := f.Artifact; a != nil && a.State == api.Published {
-			c.Ref = reference(r.Host, a.Repository, a.Digest)
-			c.Others = max(0, len(a.Kernels)-1)
 			if c.Signed, err = p.signed(r.Context(), a, v.Kernel.Kernel); err != nil {
 				p.fail(w, r, err)
 				return
@@ -146,8 +142,8 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 // for each of hundreds of kernels.
 const maxReferrers = 200
 
-// signed says what is signed of an artifact on this server. It is what the statements are
-// labelled with; a node verifies the statements themselves.
+// signed says what is attached to an artifact on this server, by its labels, which anybody who
+// may push can write. A node verifies the statements themselves.
 func (p *pages) signed(ctx context.Context, a *api.Artifact, k target.Kernel) ([]string, error) {
 	repository, local := strings.CutPrefix(a.Repository, "/")
 	if !local || p.Registry == nil {

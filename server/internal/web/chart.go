@@ -67,7 +67,6 @@ const (
 type column struct {
 	Name     string
 	P50, Max float64
-	Open     bool
 }
 
 // freshness draws how long each release took until its cells were ready, the oldest at the
