@@ -27,6 +27,8 @@ CGO := ./fetcher/nvmlprobe
 # All but the cgo package, and of these all but the end-to-end tests, which
 # need a mirror and virtual machines, or a browser.
 PACKAGES = $$($(GO) list ./... | grep -v '/fetcher/nvmlprobe$$')
+# The longest go first: what waits in them for an emulated processor leaves time to others.
+SUITE = ./deploy/e2e ./deploy/browser $(UNITS)
 UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$$' -e '/deploy/browser$$')
 
 .PHONY: help
@@ -51,7 +53,7 @@ demo: setup build ## run the main job end to end: real kernel, real driver, virt
 .PHONY: test
 test: setup build ## run all tests, the real compile and the virtual node among them
 	CGO_ENABLED=1 $(GO) test $(CGO)
-	deploy/postgres.sh $(GO) test -timeout 80m $(PACKAGES)
+	deploy/postgres.sh $(GO) test -timeout 80m $(SUITE)
 
 .PHONY: unit
 unit: ## run the tests of single packages only, without the end-to-end ones
