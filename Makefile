@@ -156,6 +156,7 @@ images-arm64: build arm64-programs ## build the image that load-tests drivers fo
 generate: ## write the generated parts of the documentation again
 	$(GO) generate ./...
 	$(GO) test ./deploy -run '^TestGenerated' -update
+	$(GO) test ./builder ./server ./fetcher ./deploy/mirror -run '^TestReference$$' -write-page
 	$(GO) test ./server/internal/httpapi -run '^TestDescription' -update
 
 .PHONY: clean

@@ -52,7 +52,7 @@ func TestCarriers(t *testing.T) {
 		})
 	}
 	// What the mirror hands on are manifests and layers; it has no list of statements, so a
-	// node takes nothing from it (docs/carriers.md).
+	// node takes nothing from it (docs/how-to/carriers.md).
 	through, err := registry.Open(passing+"/prebake/driver", registry.Options{Plain: true})
 	if err != nil {
 		t.Fatal(err)
@@ -61,7 +61,7 @@ func TestCarriers(t *testing.T) {
 		t.Errorf("Manifest through the mirror = %v; want nil", err)
 	}
 	if got, err := through.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle); err != nil || len(got) != 0 {
-		t.Errorf("Attached through the mirror = %d, %v; want none: then docs/carriers.md is out of date", len(got), err)
+		t.Errorf("Attached through the mirror = %d, %v; want none: then docs/how-to/carriers.md is out of date", len(got), err)
 	}
 }
 

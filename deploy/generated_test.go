@@ -15,7 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "write the generated parts of documents again")
 
-// TestGeneratedExitCodes keeps the README's table equal to package fault's.
+// TestGeneratedExitCodes keeps the page's table equal to package fault's.
 func TestGeneratedExitCodes(t *testing.T) {
 	t.Parallel()
 	var table strings.Builder
@@ -27,7 +27,7 @@ func TestGeneratedExitCodes(t *testing.T) {
 		}
 		fmt.Fprintf(&table, "| %d | %s | %s | %s |\n", k.ExitCode(), k, k.What(), retry)
 	}
-	between(t, "README.md", "exit codes", table.String())
+	between(t, "docs/reference/exit-codes.md", "exit codes", table.String())
 }
 
 // between compares the text between the two marker comments of a part with

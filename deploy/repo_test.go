@@ -188,50 +188,6 @@ func TestNoForeignHosts(t *testing.T) {
 	}
 }
 
-// A link in a document: [text](target).
-var link = regexp.MustCompile(`\]\(([^)\s]+)\)`)
-
-func TestDocumentLinks(t *testing.T) {
-	t.Parallel()
-	for _, name := range files(t, ".md") {
-		for _, match := range link.FindAllStringSubmatch(read(t, name), -1) {
-			target, fragment, _ := strings.Cut(match[1], "#")
-			if strings.Contains(target, "://") || strings.HasPrefix(target, "mailto:") {
-				continue
-			}
-			file := name
-			if target != "" {
-				file = path.Join(path.Dir(name), target)
-			}
-			if _, err := os.Stat(filepath.Join(root, file)); err != nil {
-				t.Errorf("%s links to %s: no such file", name, match[1])
-				continue
-			}
-			if fragment != "" && !hasHeading(read(t, file), fragment) {
-				t.Errorf("%s links to %s: no such heading", name, match[1])
-			}
-		}
-	}
-}
-
-var notInAnchor = regexp.MustCompile(`[^a-z0-9 _-]`)
-
-// hasHeading looks for a heading whose anchor, in the spelling that forges use,
-// is fragment.
-func hasHeading(text, fragment string) bool {
-	for line := range strings.Lines(text) {
-		heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " ")
-		if !ok || !strings.HasPrefix(line, "#") {
-			continue
-		}
-		anchor := notInAnchor.ReplaceAllString(strings.ToLower(strings.TrimSpace(heading)), "")
-		if strings.ReplaceAll(anchor, " ", "-") == fragment {
-			return true
-		}
-	}
-	return false
-}
-
 var (
 	makeTarget  = regexp.MustCompile(`(?m)^([a-z0-9-]+):.*## `)
 	makeMention = regexp.MustCompile("`make ([a-z0-9-]+)")

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// TestBackupPostgres does with PostgreSQL's own programs what docs/operate.md says.
+// TestBackupPostgres does with PostgreSQL's own programs what docs/how-to/back-up.md says.
 func TestBackupPostgres(t *testing.T) {
 	t.Parallel()
 	raw := os.Getenv("PREBAKE_TEST_POSTGRES")

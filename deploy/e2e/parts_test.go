@@ -91,7 +91,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"components on a cluster", "./deploy", "TestCluster", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		{"stock registry clients", "./deploy", "TestStockClients|TestCarriers", []string{tools}},
 		{"offline bundles in stock programs", "./builder/internal/offline", "TestStockTools", []string{tools}},
-		{"stock tools", "./builder/internal/publish", "Cosign|Crane|README", []string{tools}},
+		{"stock tools", "./builder/internal/publish", "Cosign|Crane|VerifyPage", []string{tools}},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {

@@ -10,7 +10,7 @@ import (
 )
 
 // A folder that was lost goes on for nodes with the roots and a list version above the last,
-// as docs/operate.md says: nobody has to know how often the timestamp was refreshed.
+// as docs/how-to/snapshot.md says: nobody has to know how often the timestamp was refreshed.
 func TestLostFolder(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)

@@ -5,7 +5,7 @@
 // half.
 //
 // It refuses to compile, to load and to guess: what the header tree does not
-// say is an error or left out by name, never assumed. docs/gate.md says what
+// say is an error or left out by name, never assumed. docs/background/checks.md says what
 // it can and cannot prove.
 package gate
 

@@ -33,7 +33,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-var update = flag.Bool("update", false, "write docs/faults.md anew")
+var update = flag.Bool("update", false, "write docs/reference/faults.md anew")
 
 // The faults that are put into a build, each at the start of every phase.
 const (
@@ -412,7 +412,7 @@ func reference(t *testing.T) string {
 
 // Every fault strikes at the start of every phase. Nothing wrong is published,
 // the class is the right one, and the next build ends well. The table in
-// docs/faults.md is what was seen here.
+// docs/reference/faults.md is what was seen here.
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	want := reference(t)

@@ -10,7 +10,7 @@ import (
 func checkTable(t *testing.T, name, head string, rows []string, seen map[string]string) {
 	t.Helper()
 	faulttable.Table{
-		File: "../../../docs/faults.md", Name: name, Head: head, Columns: faults, Rows: rows, Seen: seen,
+		File: "../../../docs/reference/faults.md", Name: name, Head: head, Columns: faults, Rows: rows, Seen: seen,
 		Hint: "go test ./builder/internal/pipeline -run " + t.Name() + " -update", Update: *update,
 	}.Check(t)
 }

@@ -212,11 +212,11 @@ func TestCranePulls(t *testing.T) {
 	}
 }
 
-// What the README tells a reader to run, run as it stands there.
-func TestREADME(t *testing.T) {
+// What the page tells a reader to run, run as it stands there.
+func TestVerifyPage(t *testing.T) {
 	t.Parallel()
 	const begin = "$ cosign verify-attestation --key "
-	text, err := os.ReadFile(filepath.FromSlash("../../../README.md"))
+	text, err := os.ReadFile(filepath.FromSlash("../../../docs/how-to/verify.md"))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,7 +227,7 @@ func TestREADME(t *testing.T) {
 		}
 	}
 	if len(lines) == 0 {
-		t.Fatalf("no line of the README begins with %q", begin)
+		t.Fatalf("no line of the page begins with %q", begin)
 	}
 	cosign := tool(t, "cosign")
 	ref, digest, pub, _ := published(t, false, keyFile(t, testkit.NewKey(t).Private()))

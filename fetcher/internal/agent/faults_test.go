@@ -33,7 +33,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-var update = flag.Bool("update", false, "write docs/node-faults.md anew")
+var update = flag.Bool("update", false, "write docs/reference/node-faults.md anew")
 
 // The faults that strike a run, each when a phase begins.
 const (
@@ -453,7 +453,7 @@ func checkTable(t *testing.T, seen map[string]string) {
 		names = append(names, order{Phase: row.phase, Boot: row.boot}.name())
 	}
 	faulttable.Table{
-		File: "../../../docs/node-faults.md", Head: "phase", Columns: faults, Rows: names, Seen: seen,
+		File: "../../../docs/reference/node-faults.md", Head: "phase", Columns: faults, Rows: names, Seen: seen,
 		Hint: "go test ./fetcher/internal/agent -run TestFaults -update", Update: *update,
 	}.Check(t)
 }

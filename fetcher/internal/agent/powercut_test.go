@@ -97,7 +97,7 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 	faulttable.Table{
-		File: "../../../docs/node-faults.md", Name: "power ", Head: "phase", Columns: []string{faultPower}, Rows: names, Seen: seen,
+		File: "../../../docs/reference/node-faults.md", Name: "power ", Head: "phase", Columns: []string{faultPower}, Rows: names, Seen: seen,
 		Hint: "go test ./fetcher/internal/agent -run TestPowerCut -update, with PREBAKE_BOOT", Update: *update,
 	}.Check(t)
 }

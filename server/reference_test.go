@@ -1,0 +1,16 @@
+package main
+
+import (
+	"flag"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/testkit/clidoc"
+)
+
+var writePage = flag.Bool("write-page", false, "write docs/reference/server.md anew")
+
+// The page in docs is what --help says.
+func TestReference(t *testing.T) {
+	t.Parallel()
+	clidoc.Check(t, "../docs/reference/server.md", *writePage, program)
+}
