@@ -252,6 +252,8 @@ type Standing struct {
 	State string
 	// Attempt counts tries so far.
 	Attempt int
+	// Priority is what it was put in with, or raised to.
+	Priority int
 	// Error is the newest error, if any.
 	Error string
 }
@@ -266,7 +268,8 @@ func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
 }
 
 func standing(row *rivertype.JobRow) Standing {
-	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt}
+	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt,
+		Priority: row.Priority}
 	if n := len(row.Errors); n > 0 {
 		s.Error = row.Errors[n-1].Error
 	}
