@@ -271,10 +271,10 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 		)
 	}
 	chosen := ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(p.Limit)
-	all, at := []api.Artifact{}, map[string]int{}
+	all, at := make([]api.Artifact, 0, p.Limit+1), make(map[string]int, p.Limit+1)
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
-		a.Kernels = []target.Kernel{}
+		a.Kernels = make([]target.Kernel, 0, 4) // some COS builds in a row share a kernel
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
