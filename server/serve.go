@@ -295,8 +295,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return err
 	}
 	defer closing("registry", registry.Close)
+	var within func(*store.Tx) catalogue.Enqueuer
+	if s.Queue == s.Database {
+		within = func(tx *store.Tx) catalogue.Enqueuer { return q.Within(tx.Conn, tx.Tx) }
+	}
 	cat = catalogue.New(catalogue.Config{
-		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository, Holds: registry.Holds,
+		Store: db, Logs: logs, Queue: q, Within: within, Repository: s.PublicRepository, Holds: registry.Holds,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 		Public: s.Public, Redistribute: s.Redistribute,
 	})

@@ -1,11 +1,14 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -267,40 +270,45 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			after[1],
 		)
 	}
-	chosen := `SELECT ` + artifactColumns + ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(
-		p.Limit,
-	)
-	all, at := []api.Artifact{}, map[string]int{}
+	chosen := ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(p.Limit)
+	all, at := make([]api.Artifact, 0, p.Limit+1), make(map[string]int, p.Limit+1)
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
-		a.Kernels = []target.Kernel{}
+		a.Kernels = make([]target.Kernel, 0, 4) // some COS builds in a row share a kernel
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
-	}, chosen, w.args...)
+	}, `SELECT `+artifactColumns+chosen, w.args...)
 	if err != nil {
 		return nil, "", err
 	}
+	known := map[string]target.Kernel{} // artifacts of one kernel share its text, which is read once
 	err = query(ctx, q, func(row func(...any) error) error {
 		var digest, raw string
-		var k target.Kernel
 		if err := row(&digest, &raw); err != nil {
 			return err
 		}
-		if err := json.Unmarshal([]byte(raw), &k); err != nil {
-			return err
+		k, ok := known[raw]
+		if !ok {
+			if err := json.Unmarshal([]byte(raw), &k); err != nil {
+				return err
+			}
+			known[raw] = k
 		}
 		if i, ok := at[digest]; ok { // absent: stored between the two reads
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
-	}, `SELECT k.digest, k.kernel FROM (`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest
-        ORDER BY k.digest, k.build_id, k.board`, w.args...)
-	all, next = cut(
-		all,
-		p.Limit,
-		func(a api.Artifact) []string { return []string{fmt.Sprint(micros(a.PublishedAt)), a.Digest} },
-	)
+	}, `SELECT k.digest, k.kernel FROM (SELECT a.digest`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest`,
+		w.args...)
+	for _, a := range all {
+		slices.SortFunc(a.Kernels, func(a, b target.Kernel) int {
+			return cmp.Or(cmp.Compare(a.BuildID, b.BuildID), cmp.Compare(a.Board, b.Board))
+		})
+	}
+	all, next = cut(all, p.Limit, func(a api.Artifact) []string {
+		return []string{strconv.FormatInt(micros(a.PublishedAt), 10), a.Digest}
+	})
 	return all, next, err
 }
 
