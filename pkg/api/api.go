@@ -42,9 +42,24 @@ type Kernel struct {
 	Default  string            `json:"default,omitempty"`
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
-	SeenAt   time.Time         `json:"seenAt"`
+	// GPUs are what gpu_driver_versions says of the types of GPU that it has a list for, by
+	// COS's name for the type, such as NVIDIA_L4.
+	GPUs map[string]GPUDrivers `json:"gpus,omitempty"`
+	// GKE are the versions of GKE whose nodes boot this kernel, newest first, by the list
+	// of images that the server follows.
+	GKE    []string  `json:"gke,omitempty"`
+	SeenAt time.Time `json:"seenAt"`
 	// FirstSeenAt is when the catalogue heard of the kernel.
 	FirstSeenAt time.Time `json:"firstSeenAt"`
+}
+
+// GPUDrivers are the driver versions that a COS build names for a type of GPU.
+type GPUDrivers struct {
+	// Default and Latest are "" where COS names none.
+	Default string `json:"default,omitempty"`
+	Latest  string `json:"latest,omitempty"`
+	// Branches maps a branch, such as R535, to its version.
+	Branches map[string]string `json:"branches,omitempty"`
 }
 
 // DriverRelease is a driver version of the catalogue.
