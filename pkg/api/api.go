@@ -249,8 +249,11 @@ type ReadyDuration struct {
 
 // Pool is a node pool that may move to a COS build, see [Client.Preflight].
 type Pool struct {
-	Name    string `json:"name,omitempty"`
-	BuildID string `json:"buildId"`
+	Name string `json:"name,omitempty"`
+	// BuildID or GKE names the COS build; the other is empty. GKE is a version of GKE, such
+	// as 1.33.5-gke.1080000: the build that its nodes boot.
+	BuildID string `json:"buildId,omitempty"`
+	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`
 	// Driver and Flavour as in a BuildRequest; empty is default and auto.
 	Driver  string `json:"driver,omitempty"`

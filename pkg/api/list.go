@@ -24,7 +24,7 @@ const (
 type Filter struct {
 	BuildID, Board string
 	Milestone      int
-	// GKE is a version of GKE, or how one begins, such as 1.33; of kernels only.
+	// GKE is a version of GKE, or how one begins, such as 1.33; of kernels and cells only.
 	GKE string
 	// Driver is an exact version.
 	Driver  string
