@@ -4,6 +4,7 @@
 package api
 
 import (
+	"strings"
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -258,6 +259,15 @@ type Pool struct {
 	// Driver and Flavour as in a BuildRequest; empty is default and auto.
 	Driver  string `json:"driver,omitempty"`
 	Flavour string `json:"flavour,omitempty"`
+}
+
+// BuildOrGKE tells what names the build of a pool: a BUILD_ID, or a version of GKE, which
+// has "-gke." in it.
+func BuildOrGKE(name string) (buildID, gke string) {
+	if strings.Contains(name, "-gke.") {
+		return "", name
+	}
+	return name, ""
 }
 
 // PreflightRequest asks whether node pools may move.
