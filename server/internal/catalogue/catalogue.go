@@ -185,6 +185,9 @@ func (c *Catalogue) Kernels(
 	f store.KernelFilter,
 	p store.Page,
 ) (all []api.Kernel, next string, err error) {
+	if err := checkFilter(f); err != nil {
+		return nil, "", err
+	}
 	return listed(ctx, c.Store.Kernels, f, p)
 }
 
