@@ -132,22 +132,22 @@ func (a *Agent) addLayer(
 	facts *host.Facts,
 	unpack func(*os.Root) error,
 ) error {
-	files := map[string]string{}
-	err := store.AddLayer(l.Layer, func(dst *os.Root) error {
+	layer := checkedLayer{files: map[string]string{}}
+	err := store.AddLayer(l.Layer, func(dst *os.Root) (err error) {
 		if err := unpack(dst); err != nil || l.Kind != bundle.LayerModules {
 			return err
 		}
-		mods, err := inspect(dst.FS(), id, facts, nil)
-		for _, m := range mods {
-			files[m.File] = m.SHA256
+		layer.modules, err = inspect(dst.FS(), id, facts, nil)
+		for _, m := range layer.modules {
+			layer.files[m.File] = m.SHA256
 		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	print, err := store.LayerPrint(l.Digest)
-	a.checked.Store(l.Digest, checkedLayer{files, print})
+	layer.print, err = store.LayerPrint(l.Digest)
+	a.checked.Store(l.Digest, layer)
 	return err
 }
 
