@@ -1,11 +1,13 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
@@ -15,6 +17,10 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/pkg/bundle"
 )
+
+// atOnce is how many layers are fetched side by side. Each holds a window of 8 MiB and is fetched,
+// unpacked and written in goroutines of its own, so that two keep a small node busy.
+const atOnce = 2
 
 // missingLayer is a layer that this node has to fetch.
 type missingLayer struct {
@@ -53,6 +59,9 @@ func (a *Agent) fetch(
 	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(atOnce)
+	// The largest first: nobody waits for one that began last.
+	slices.SortStableFunc(missing, func(x, y missingLayer) int { return cmp.Compare(y.Size, x.Size) })
 	for _, l := range missing {
 		if len(l.deltas) == 0 {
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
