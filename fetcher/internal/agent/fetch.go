@@ -13,6 +13,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/prebake/prebake/fetcher/internal/footprint"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -56,6 +57,9 @@ func (a *Agent) fetch(
 	missing, err := a.missing(ctx, r, repo, store, set)
 	if err != nil {
 		return err
+	}
+	if len(missing) > 0 {
+		footprint.Trim() // what starting and verifying took is free for windows
 	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
@@ -295,6 +299,7 @@ func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root)
 	if err != nil {
 		return err
 	}
+	defer footprint.Trim() // the window is free for the next layer
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, dst)
 }
