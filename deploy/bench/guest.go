@@ -64,9 +64,9 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		var steps []vm.Step
 		// /proc/modules has the newest first, and so the one that the others need last.
 		for _, name := range scene.Live(live.Stdout) {
-			file := "/modules/" + name + ".ko"
-			byHand.Files = append(byHand.Files, vm.File{Name: file, Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644})
-			steps = append([]vm.Step{{Argv: []string{"@insmod", file}}}, steps...)
+			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
+			byHand.Files = append(byHand.Files, f)
+			steps = append([]vm.Step{{Argv: []string{"@insmod", f.Name}}}, steps...)
 		}
 		if res, err = b.RunNode(ctx, byHand, steps); err != nil {
 			return err
