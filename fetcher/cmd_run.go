@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/fetcher/internal/agent"
+	"github.com/prebake/prebake/fetcher/internal/footprint"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kube"
 	"github.com/prebake/prebake/fetcher/internal/report"
@@ -220,6 +221,7 @@ func (k keeper) keep(ctx context.Context) error {
 			// to end, and to be started again, and again.
 			watch, stop = context.WithTimeout(ctx, retryLooks*k.every)
 		}
+		footprint.Trim() // a node's memory is not for what is over
 		k.outside.server.Watch(3*k.every + lookTime)
 		held := k.node.Hold(watch, k.every, k.outside)
 		stop()

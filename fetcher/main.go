@@ -28,9 +28,9 @@ func main() {
 		os.Exit(fault.Of(err).ExitCode())
 	}
 	if os.Getenv("GOGC") == "" {
-		// What lives is the windows of three layers, some 25 MB, and little is made besides: a
+		// What lives is the windows of two layers, some 17 MB, and little is made besides: a
 		// node's memory is worth more than the time that this costs.
-		debug.SetGCPercent(25)
+		debug.SetGCPercent(10)
 	}
 	if cosinstaller.Spoken(os.Args) {
 		args, notes, err := cosinstaller.Translate(os.Args[1:], os.Getenv)

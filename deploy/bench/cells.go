@@ -75,6 +75,8 @@ type bench struct {
 	compile      ratio
 	warm, node   ratio
 	fetching     fetching
+	loaded       ratio
+	loadedPhases []timeline.Phase // of the last one
 }
 
 // once makes the whole matrix from an empty cache, in order, and what it is
@@ -350,4 +352,5 @@ func (b *bench) print(out io.Writer) {
 		r.print(out)
 	}
 	b.printFetch(out)
+	b.printGuest(out)
 }

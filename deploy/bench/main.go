@@ -27,7 +27,7 @@ import (
 
 // measurements are what --only chooses from.
 func measurements() []string {
-	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node", "fetch"}
+	return []string{"cold", "sibling", "neighbour", "next", "matrix", "node", "fetch", "guest"}
 }
 
 // clangMeasurements are those that one kernel is enough for.
@@ -128,9 +128,16 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 			return err
 		}
 	}
+	if o.only["guest"] {
+		if err := b.guest(ctx); err != nil {
+			return err
+		}
+	}
+	delete(o.only, "fetch")
+	delete(o.only, "guest")
 	for i := range o.runs {
-		if o.only["fetch"] && len(o.only) == 1 {
-			break // that compiles nothing
+		if len(o.only) == 0 {
+			break // those compile nothing
 		}
 		if err := b.once(ctx, i); err != nil {
 			return err

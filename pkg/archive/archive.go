@@ -71,12 +71,23 @@ func Unpack(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, 
 	if err != nil {
 		return Stats{}, err
 	}
-	u := &unpacker{root: root, o: o, dirs: map[string]bool{".": true}, files: map[string]bool{}, buf: make([]byte, 256<<10)}
-	u.stats.Format = format
-	err = u.run(ctx, tar.NewReader(src))
+	stats, err := unpack(ctx, src, root, o, format)
 	if cerr := src.Close(); err == nil && cerr != nil {
 		err = fmt.Errorf("close %s stream: %w", format, cerr)
 	}
+	return stats, err
+}
+
+// UnpackTar is Unpack of a tar that is not compressed. A program that calls nothing else of this
+// package does not contain the decoders.
+func UnpackTar(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stats, error) {
+	return unpack(ctx, r, root, o.withDefaults(), Plain)
+}
+
+func unpack(ctx context.Context, r io.Reader, root *os.Root, o Options, format Format) (Stats, error) {
+	u := &unpacker{root: root, o: o, dirs: map[string]bool{".": true}, files: map[string]bool{}, buf: make([]byte, 256<<10)}
+	u.stats.Format = format
+	err := u.run(ctx, tar.NewReader(r))
 	return u.stats, err
 }
 

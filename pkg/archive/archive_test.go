@@ -174,6 +174,25 @@ func TestUnpack(t *testing.T) {
 	}
 }
 
+func TestUnpackTar(t *testing.T) {
+	t.Parallel()
+	data := makeTar(t, entry{"d/", tar.TypeDir, 0o755, ""}, entry{"d/a", tar.TypeReg, 0o755, "x"})
+	dir := t.TempDir()
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	want := archive.Stats{Format: archive.Plain, Files: 1, Folder: 1, Bytes: 1}
+	if got, err := archive.UnpackTar(t.Context(), bytes.NewReader(data), root, archive.Options{}); err != nil || got != want {
+		t.Errorf("UnpackTar(tar) = %+v, %v; want %+v", got, err, want)
+	}
+	packed := bytes.NewReader(compress(t, archive.Gzip, data))
+	if _, err := archive.UnpackTar(t.Context(), packed, root, archive.Options{}); !fault.Is(err, fault.Unverified) {
+		t.Errorf("UnpackTar(tar.gz) = %v; want %v", err, fault.Unverified)
+	}
+}
+
 func TestUnpackRefuses(t *testing.T) {
 	t.Parallel()
 	file := func(name string) entry { return entry{name, tar.TypeReg, 0o644, "x"} }

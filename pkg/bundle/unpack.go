@@ -35,10 +35,14 @@ func Unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 
 func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, size int64, dst *os.Root, limit int64) error {
 	packed := &meter{r: &ctxReader{ctx: ctx, r: r}, h: sha256.New(), limit: size}
-	err := unpackStream(packed, wantDiffID, dst, limit)
+	coming := readAhead(packed)
+	defer coming.Close()
+	err := unpackStream(coming, wantDiffID, dst, limit)
 	if ctx.Err() != nil {
 		return fmt.Errorf("unpack layer: %w", context.Cause(ctx))
 	}
+	_, _ = io.Copy(io.Discard, coming) // the rest; the meter keeps what went wrong
+	coming.Close()
 	if err := packed.check(wantDigest, size); err != nil {
 		return fmt.Errorf("unpack layer: %w", err)
 	}
@@ -70,17 +74,19 @@ func (m *meter) check(wantDigest string, size int64) error {
 	return nil
 }
 
-func unpackStream(packed *meter, wantDiffID string, dst *os.Root, limit int64) error {
+func unpackStream(packed io.Reader, wantDiffID string, dst *os.Root, limit int64) error {
 	zr, err := newDecoder(packed)
 	if err != nil {
 		return fault.Wrap(fault.Unverified, err, "")
 	}
 	defer zr.Close()
-	return unpackPlain(zr, wantDiffID, dst, limit)
+	plain := readAhead(zr)
+	defer plain.Close() // before the decoder's
+	return unpackPlain(plain, wantDiffID, dst, limit)
 }
 
-// newDecoder reads a packed layer. One thread and a bounded window: this runs on nodes with
-// work to do. The frame's own checksum says less than the diff id does.
+// newDecoder reads a packed layer. It starts no thread of its own, and its window is bounded: this
+// runs on nodes with work to do. The frame's own checksum says less than the diff id does.
 func newDecoder(packed io.Reader) (*zstd.Decoder, error) {
 	return zstd.NewReader(packed, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.IgnoreChecksum(true),
 		zstd.WithDecoderMaxWindow(windowSize), zstd.WithDecoderMaxMemory(64<<20))

@@ -190,23 +190,33 @@ func digestOf(data []byte) string {
 // loadOrder is the order in which modules are loaded, and their order in a set.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads every module of a layer, checks that it is for this kernel and
-// this driver, and notes its digest for the moment when it is loaded.
-// Of a layer that was checked, only is what belongs to it; nil is everything.
-func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, only map[string]string) ([]install.Module, error) {
+// inspect reads every module of a layer, and checks that it is for this kernel and this driver.
+// known has the digests of what belongs to a layer that was checked, and is believed; nil is a
+// layer that was not, of which everything is read and digested for the moment when it is loaded.
+func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {
 		return nil, err
 	}
 	var mods []install.Module
 	for _, file := range files {
-		if _, ok := only[file]; !ok && only != nil {
+		digest, ok := known[file]
+		if !ok && known != nil {
 			continue // somebody added it
 		}
-		m, err := inspectOne(layer, file)
+		m, err := inspectOne(layer, file, digest)
 		if err != nil {
 			return nil, err
 		}
+		mods = append(mods, m)
+	}
+	slices.SortStableFunc(mods, func(a, b install.Module) int { return rank(a.Name) - rank(b.Name) })
+	return mods, fit(mods, id, facts)
+}
+
+// fit checks that modules are for this kernel and this driver.
+func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
+	for _, m := range mods {
 		mismatch := func(what, got, want string) error {
 			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: %s %q; want %q", m.Name, what, got, want),
 				"have the driver built for this very COS build")
@@ -214,19 +224,17 @@ func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, only map[string
 		release, _, _ := strings.Cut(m.Vermagic, " ")
 		switch {
 		case release != facts.Kernel.Release:
-			return nil, mismatch("made for kernel", release, facts.Kernel.Release)
+			return mismatch("made for kernel", release, facts.Kernel.Release)
 		case m.Vermagic != id.Vermagic:
-			return nil, mismatch("vermagic", m.Vermagic, id.Vermagic)
+			return mismatch("vermagic", m.Vermagic, id.Vermagic)
 		case m.Version != "" && m.Version != id.Driver.Modules().Version:
-			return nil, mismatch("version", m.Version, id.Driver.Modules().Version)
+			return mismatch("version", m.Version, id.Driver.Modules().Version)
 		}
-		mods = append(mods, m)
 	}
 	if !slices.ContainsFunc(mods, func(m install.Module) bool { return m.Name == "nvidia" }) {
-		return nil, fault.New(fault.Mismatch, "check modules: the modules layer holds no drivers/nvidia.ko", "have the driver built again")
+		return fault.New(fault.Mismatch, "check modules: the modules layer holds no drivers/nvidia.ko", "have the driver built again")
 	}
-	slices.SortStableFunc(mods, func(a, b install.Module) int { return rank(a.Name) - rank(b.Name) })
-	return mods, nil
+	return nil
 }
 
 func rank(module string) int {
@@ -248,16 +256,20 @@ func readModule(layer fs.FS, file string) (_ []byte, err error) {
 	return raw, err
 }
 
-// inspectOne reads one module piece by piece: a large one has 65 MB.
-func inspectOne(layer fs.FS, file string) (_ install.Module, err error) {
+// inspectOne reads one module piece by piece: a large one has 65 MB. Of one whose digest is
+// known, it reads what the module says of itself.
+func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) {
 	f, size, err := openModule(layer, file)
 	if err != nil {
 		return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: %w", file, err), hintAgain)
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	h := sha256.New()
-	if n, err := io.Copy(h, f); err != nil || n != size {
-		return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
+	if digest == "" {
+		h := sha256.New()
+		if n, err := io.Copy(h, f); err != nil || n != size {
+			return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
+		}
+		digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
 	}
 	at, ok := f.(io.ReaderAt)
 	if !ok {
@@ -268,7 +280,7 @@ func inspectOne(layer fs.FS, file string) (_ install.Module, err error) {
 		return install.Module{}, fmt.Errorf("check module %s: %w", file, err)
 	}
 	return install.Module{
-		Name: strings.TrimSuffix(path.Base(file), ".ko"), File: file, SHA256: "sha256:" + hex.EncodeToString(h.Sum(nil)), Size: size,
+		Name: strings.TrimSuffix(path.Base(file), ".ko"), File: file, SHA256: digest, Size: size,
 		Version: m.Version, Vermagic: strings.TrimSpace(m.Vermagic), BuildID: m.BuildID, Signed: m.Signed,
 	}, nil
 }

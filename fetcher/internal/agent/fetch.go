@@ -1,20 +1,27 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"sync/atomic"
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/prebake/prebake/fetcher/internal/footprint"
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/pkg/bundle"
 )
+
+// atOnce is how many layers are fetched side by side. Each holds a window of 8 MiB and is fetched,
+// unpacked and written in goroutines of its own, so that two keep a small node busy.
+const atOnce = 2
 
 // missingLayer is a layer that this node has to fetch.
 type missingLayer struct {
@@ -51,8 +58,14 @@ func (a *Agent) fetch(
 	if err != nil {
 		return err
 	}
+	if len(missing) > 0 {
+		footprint.Trim() // what starting and verifying took is free for windows
+	}
 	var done atomic.Int64
 	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(atOnce)
+	// The largest first: nobody waits for one that began last.
+	slices.SortStableFunc(missing, func(x, y missingLayer) int { return cmp.Compare(y.Size, x.Size) })
 	for _, l := range missing {
 		if len(l.deltas) == 0 {
 			g.Go(func() error { return a.fetchWhole(gctx, repo, store, l, id, facts, &done) })
@@ -132,22 +145,22 @@ func (a *Agent) addLayer(
 	facts *host.Facts,
 	unpack func(*os.Root) error,
 ) error {
-	files := map[string]string{}
-	err := store.AddLayer(l.Layer, func(dst *os.Root) error {
+	layer := checkedLayer{files: map[string]string{}}
+	err := store.AddLayer(l.Layer, func(dst *os.Root) (err error) {
 		if err := unpack(dst); err != nil || l.Kind != bundle.LayerModules {
 			return err
 		}
-		mods, err := inspect(dst.FS(), id, facts, nil)
-		for _, m := range mods {
-			files[m.File] = m.SHA256
+		layer.modules, err = inspect(dst.FS(), id, facts, nil)
+		for _, m := range layer.modules {
+			layer.files[m.File] = m.SHA256
 		}
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	print, err := store.LayerPrint(l.Digest)
-	a.checked.Store(l.Digest, checkedLayer{files, print})
+	layer.print, err = store.LayerPrint(l.Digest)
+	a.checked.Store(l.Digest, layer)
 	return err
 }
 
@@ -286,6 +299,7 @@ func unpack(ctx context.Context, repo Repository, l install.Layer, dst *os.Root)
 	if err != nil {
 		return err
 	}
+	defer footprint.Trim() // the window is free for the next layer
 	defer func() { err = errors.Join(err, rc.Close()) }()
 	return bundle.Unpack(ctx, rc, l.Digest, l.DiffID, l.Size, dst)
 }

@@ -148,6 +148,8 @@ type checkedLayer struct {
 	files map[string]string
 	// print is what [install.Store.LayerPrint] said before.
 	print string
+	// modules are what its modules say of themselves; nil is that nobody looked.
+	modules []install.Module
 }
 
 // unchanged reports whether nobody has written to a layer since it was checked in this or
@@ -198,11 +200,13 @@ func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.
 		}
 		return err
 	}
-	a.checked.Store(l.Digest, checkedLayer{files, print})
+	a.checked.Store(l.Digest, checkedLayer{files: files, print: print})
 	return nil
 }
 
-// modules reads the modules of a layer that was checked. Each is what it was then.
+// modules says what the modules of a layer are that was checked. Where nobody has written to it
+// since, as its inodes tell, nothing is digested again: what is loaded is compared in memory
+// with the digests of then.
 func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
 	l := content.Layer(bundle.LayerModules)
 	layer, err := store.LayerFS(l.Digest)
@@ -210,16 +214,23 @@ func (a *Agent) modules(store *install.Store, content bundle.Content, facts *hos
 		return nil, err
 	}
 	checked, _ := a.layer(l.Digest)
-	known := checked.files
-	if known == nil {
-		known = map[string]string{}
+	print, err := store.LayerPrint(l.Digest)
+	same := err == nil && checked.print == print && checked.files != nil
+	if same && checked.modules != nil {
+		return slices.Clone(checked.modules), fit(checked.modules, content.Identity, facts)
+	}
+	known := map[string]string{}
+	for file, digest := range checked.files {
+		if known[file] = ""; same { // else it is digested again
+			known[file] = digest
+		}
 	}
 	mods, err := inspect(layer, content.Identity, facts, known)
 	if err != nil {
 		return nil, err
 	}
 	for _, m := range mods {
-		if known[m.File] != m.SHA256 {
+		if checked.files[m.File] != m.SHA256 {
 			return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: it changed after it was checked", m.Name), hintAgain)
 		}
 	}

@@ -109,7 +109,7 @@ func (i Image) unpack(ctx context.Context, stateDir string) (root, program strin
 	defer handle.Close()
 	flat := mutate.Extract(img)
 	defer flat.Close()
-	if _, err := archive.Unpack(ctx, flat, handle, archive.Options{Root: true}); fault.NoSpace(err) {
+	if _, err := archive.UnpackTar(ctx, flat, handle, archive.Options{Root: true}); fault.NoSpace(err) {
 		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "free some space on the disk of "+stateDir)
 	} else if err != nil {
 		return "", "", remove, err

@@ -1,0 +1,127 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// guest measures, in the virtual node, how long the program takes until the modules are loaded,
+// and how long loading the same files takes that lie there already. Both are seconds of a
+// guest that is emulated: a real node is many times as fast at everything but waiting.
+func (b *bench) guest(ctx context.Context) (err error) {
+	m := &scene.Mirror{Dir: b.mirror.Dir}
+	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "guest-server"), m)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, srv.Kill()) }()
+	c := cell{kernel: b.mirror.Builds[1], driver: b.mirror.Drivers[0].Version}
+	layers, err := b.publish(ctx, srv, c)
+	if err != nil {
+		return err
+	}
+	boot, err := b.Boot(ctx, m, c.kernel.Kernel)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(b.Dir, "guest-modules")
+	if err := unpackLayer(ctx, layers[0], dir); err != nil {
+		return err
+	}
+	node := scene.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out}
+	for range b.runs {
+		install := scene.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary")
+		res, err := b.RunNode(ctx, node, []vm.Step{install, scene.ModulesStep()})
+		if err != nil {
+			return err
+		}
+		step, err := scene.StepNamed(res, "install")
+		if err != nil {
+			return err
+		}
+		var r scene.Report
+		if err := scene.Decode(step, &r); err != nil {
+			return err
+		}
+		loaded, err := untilLoaded(r.Phases)
+		if err != nil {
+			return err
+		}
+		live, err := scene.StepNamed(res, "modules")
+		if err != nil {
+			return err
+		}
+		byHand := node
+		var steps []vm.Step
+		// /proc/modules has the newest first, and so the one that the others need last.
+		for _, name := range scene.Live(live.Stdout) {
+			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
+			byHand.Files = append(byHand.Files, f)
+			steps = append([]vm.Step{{Argv: []string{"@insmod", f.Name}}}, steps...)
+		}
+		if res, err = b.RunNode(ctx, byHand, steps); err != nil {
+			return err
+		}
+		alone := 0.0
+		for _, s := range res.Steps {
+			if s.ExitCode != 0 {
+				return fmt.Errorf("%s in the guest: %s", s.Name, s.Error)
+			}
+			alone += s.Seconds
+		}
+		b.loaded.ours, b.loaded.theirs = append(b.loaded.ours, loaded), append(b.loaded.theirs, alone)
+		b.loadedPhases = r.Phases
+	}
+	return nil
+}
+
+// untilLoaded is from the begin of a run to the end of its phase "load".
+func untilLoaded(phases []timeline.Phase) (float64, error) {
+	for _, p := range phases {
+		if p.Name == "load" && p.Of == "" {
+			return p.Start.Sub(phases[0].Start).Seconds() + p.Seconds, nil
+		}
+	}
+	return 0, errors.New("the node loaded nothing")
+}
+
+// unpackLayer unpacks a layer that the builder left in its cache.
+func unpackLayer(ctx context.Context, l bundle.Layer, dir string) (err error) {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, root.Close()) }()
+	f, err := os.Open(l.Path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return bundle.Unpack(ctx, f, l.Digest, l.DiffID, l.Size, root)
+}
+
+func (b *bench) printGuest(out io.Writer) {
+	if len(b.loaded.ours) == 0 {
+		return
+	}
+	b.loaded.what, b.loaded.unit = "virtual node: start to modules loaded", "s of the guest"
+	b.loaded.alternative = "insmod of the same modules, which lie there"
+	b.loaded.print(out)
+	for _, p := range b.loadedPhases {
+		if p.Of == "" {
+			fmt.Fprintf(out, "        %-10s %5.1f s  %s\n", p.Name, p.Seconds, p.Note)
+		}
+	}
+}
