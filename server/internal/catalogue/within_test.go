@@ -2,8 +2,13 @@ package catalogue_test
 
 import (
 	"context"
+	"crypto/rand"
+	"database/sql"
 	"errors"
+	"net/url"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -38,7 +43,49 @@ func (b breaking) Cancel(ctx context.Context, build int64) error {
 // In one database, a build and its job are written together or not at all.
 func TestBuildAndJobAreOne(t *testing.T) {
 	t.Parallel()
-	url := "sqlite://" + filepath.Join(t.TempDir(), "both.db")
+	t.Run("sqlite", func(t *testing.T) {
+		t.Parallel()
+		areOne(t, "sqlite://"+filepath.Join(t.TempDir(), "both.db"))
+	})
+	t.Run("postgres", func(t *testing.T) {
+		t.Parallel()
+		raw := os.Getenv("PREBAKE_TEST_POSTGRES")
+		if raw == "" {
+			t.Skip("PREBAKE_TEST_POSTGRES names no database")
+		}
+		areOne(t, emptySchema(t, raw))
+	})
+}
+
+// emptySchema makes a schema in a database and returns a URL that uses it.
+func emptySchema(t *testing.T, raw string) string {
+	t.Helper()
+	db, err := sql.Open("pgx", raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := "one_" + strings.ToLower(rand.Text())
+	if _, err := db.ExecContext(t.Context(), "CREATE SCHEMA "+schema); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_, err := db.ExecContext(context.WithoutCancel(t.Context()), "DROP SCHEMA "+schema+" CASCADE")
+		if err := errors.Join(err, db.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	u, err := url.Parse(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	query := u.Query()
+	query.Set("search_path", schema)
+	u.RawQuery = query.Encode()
+	return u.String()
+}
+
+func areOne(t *testing.T, url string) {
+	t.Helper()
 	s, err := store.Open(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
@@ -60,10 +107,11 @@ func TestBuildAndJobAreOne(t *testing.T) {
 		t.Fatal(err)
 	}
 	ask := api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "open"}
+	id := int64(1)
 	agree := func(after string, state api.State, job string) {
 		t.Helper()
 		all, _, err := c.Builds(t.Context(), store.BuildFilter{}, store.Page{})
-		at, qerr := q.Lookup(t.Context(), 1)
+		at, qerr := q.Lookup(t.Context(), id)
 		if err := errors.Join(err, qerr); err != nil {
 			t.Fatal(err)
 		}
@@ -80,17 +128,19 @@ func TestBuildAndJobAreOne(t *testing.T) {
 	}
 	agree("a request that failed", "", "")
 	broken = false
-	if _, err := c.Request(t.Context(), ask); err != nil {
+	b, err := c.Request(t.Context(), ask)
+	if err != nil {
 		t.Fatal(err)
 	}
+	id = b.ID // PostgreSQL gives no number twice, not even one that was rolled back
 	agree("a request", api.Queued, "available")
 	broken = true
-	if _, err := c.Cancel(t.Context(), 1); err == nil {
-		t.Error("Cancel(1) with a broken queue = nil; want an error")
+	if _, err := c.Cancel(t.Context(), id); err == nil {
+		t.Error("Cancel() with a broken queue = nil; want an error")
 	}
 	agree("a cancel that failed", api.Queued, "available")
 	broken = false
-	if _, err := c.Cancel(t.Context(), 1); err != nil {
+	if _, err := c.Cancel(t.Context(), id); err != nil {
 		t.Fatal(err)
 	}
 	agree("a cancel", api.Cancelled, "cancelled")
