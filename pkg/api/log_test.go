@@ -1,6 +1,7 @@
 package api_test
 
 import (
+	"context"
 	"io"
 	"net/http"
 	"strings"
@@ -38,6 +39,9 @@ func (r reader) RoundTrip(req *http.Request) (*http.Response, error) {
 			return nil, req.Context().Err()
 		}
 		n, err := req.Body.Read(buf)
+		if cause := context.Cause(req.Context()); cause != nil {
+			return nil, cause
+		}
 		if got += n; err == io.EOF {
 			return &http.Response{StatusCode: http.StatusNoContent, Body: http.NoBody, Request: req}, nil
 		} else if err != nil {
