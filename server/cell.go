@@ -124,8 +124,8 @@ func preflightCommand() *ucli.Command {
 		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether they would find their driver",
 		ArgsUsage: "[POOL...]",
 		Description: `A POOL of nodes is BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]; without one, the flags
-name it. What a POOL leaves out is as the flags say. A version of GKE in place of
-BUILD_ID is the build that its nodes boot; the server needs a --gke-map for that.
+name it. What a POOL leaves out is as the flags say. A version of GKE in place
+of BUILD_ID is the build that its nodes boot, if the server has a --gke-map.
 
 ` + exitsOfCells + `
 and of several pools that of the worst: 3 if one of them is not covered.

@@ -99,7 +99,7 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	if err := level.UnmarshalText([]byte(cmd.String("log-level"))); err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "use --log-level debug, info, warn or error")
 	}
-	opts := &slog.HandlerOptions{Level: level}
+	opts := &slog.HandlerOptions{Level: level, ReplaceAttr: readable}
 	switch cmd.String("log-format") {
 	case "json":
 		return slog.New(slog.NewJSONHandler(cmd.Root().ErrWriter, opts)), nil
@@ -107,4 +107,12 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 		return slog.New(slog.NewTextHandler(cmd.Root().ErrWriter, opts)), nil
 	}
 	return nil, fault.New(fault.Usage, fmt.Sprintf("log format %q", cmd.String("log-format")), "use --log-format text or json")
+}
+
+// readable writes durations as text: in JSON they are bare nanoseconds otherwise.
+func readable(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		a.Value = slog.StringValue(a.Value.Duration().String())
+	}
+	return a
 }

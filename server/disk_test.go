@@ -1,0 +1,63 @@
+package main
+
+import (
+	"io"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// A disk that has no more room than the reserve is known to whoever asks: the server is
+// not ready, takes no upload and no log, and tells no path of its machine.
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "state")
+	const token = "0123456789abcdef"
+	url, _, _ := start(t, dir, "--token", token, "--reserve", "1000000000") // a petabyte
+	for _, row := range []struct {
+		method, path string
+		status       int
+	}{
+		{"GET", "/readyz", http.StatusServiceUnavailable},
+		{"POST", "/v2/prebake/driver/blobs/uploads/", http.StatusInsufficientStorage},
+		{"GET", "/v1/kernels", http.StatusOK},
+		{"GET", "/healthz", http.StatusOK},
+	} {
+		req, err := http.NewRequestWithContext(t.Context(), row.method, url+row.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, err := io.ReadAll(resp.Body)
+		if cerr := resp.Body.Close(); err != nil || cerr != nil {
+			t.Fatal(err, cerr)
+		}
+		if resp.StatusCode != row.status || strings.Contains(string(text), dir) {
+			t.Errorf("%s %s = %s %s; want %d without a path", row.method, row.path, resp.Status, text, row.status)
+		}
+	}
+}
+
+// Which repositories keep their tags is the operator's to say; the lists of referrers that
+// older clients keep under a tag always move.
+func TestCreateOnlyPatterns(t *testing.T) {
+	t.Parallel()
+	s := settings{CreateOnly: []string{"prebake/*", "mine/a"}}
+	fallback := "sha256-" + strings.Repeat("0", 64)
+	for _, row := range []struct {
+		repo, tag string
+		want      bool
+	}{
+		{"prebake/driver", "v1", true}, {"mine/a", "v1", true}, {"mine/b", "v1", false}, {"prebake/a/b", "v1", false},
+		{"prebake/driver", fallback, false},
+	} {
+		if got := s.createOnly(row.repo, row.tag); got != row.want {
+			t.Errorf("createOnly(%s, %.12s) = %t; want %t", row.repo, row.tag, got, row.want)
+		}
+	}
+}

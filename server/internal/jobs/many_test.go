@@ -1,0 +1,49 @@
+package jobs_test
+
+import (
+	"context"
+	"log/slog"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/server/internal/jobs"
+)
+
+// counted is a world that counts questions about single builds.
+type counted struct {
+	*world
+	asked int
+}
+
+func (c *counted) Lookup(ctx context.Context, id int64) (queue.Standing, error) {
+	c.asked++
+	return c.world.Lookup(ctx, id)
+}
+
+func (c *counted) Build(ctx context.Context, id int64) (api.Build, error) {
+	c.asked++
+	return c.world.Build(ctx, id)
+}
+
+// A sweep asks for all open builds at once, however many wait: one question for each of
+// 2,000 cost a good part of a core without any traffic.
+func TestSweepAsksOnce(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
+	w := &counted{world: &world{standing: map[int64]queue.Standing{}}}
+	for id := range int64(2000) {
+		b := api.Build{ID: id, State: api.Queued}
+		w.standing[id] = queue.Standing{Found: true, State: "available"}
+		if id%10 == 0 {
+			b.State, b.BeatAt = api.Building, &now
+			w.standing[id] = queue.Standing{Found: true, State: "running"}
+		}
+		w.open = append(w.open, b)
+	}
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
+	if err := s.Sweep(t.Context()); err != nil || w.asked != 0 || len(w.did) != 0 {
+		t.Errorf("Sweep() of 2000 open builds = %v, asked for %d of them, did %v; want none and nothing", err, w.asked, w.did)
+	}
+}

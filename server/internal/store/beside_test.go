@@ -1,0 +1,35 @@
+package store_test
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// Who reads does not wait for who writes: with one connection for both, a builder's
+// report, or a list without an end, held up every probe and every node.
+func beside(t *testing.T, s *store.Store, id string) {
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	err := s.Write(ctx, func(tx *store.Tx) error {
+		if err := tx.PutKernel(ctx, api.Kernel{Kernel: kernelOf(id), SeenAt: noon}); err != nil {
+			return err
+		}
+		if err := s.Ping(ctx); err != nil {
+			t.Errorf("Ping() beside a write = %v", err)
+		}
+		if _, err := s.KernelCells(ctx, id, "lakitu"); err != nil {
+			t.Errorf("KernelCells() beside a write = %v", err)
+		}
+		if all, _, err := s.Kernels(ctx, store.KernelFilter{BuildID: id}, page); err != nil || len(all) != 0 {
+			t.Errorf("Kernels() beside a write = %d, %v; want what was there before", len(all), err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

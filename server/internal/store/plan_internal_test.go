@@ -1,0 +1,83 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// recorder keeps the queries that go through it.
+type recorder struct {
+	reader
+	texts []string
+	args  [][]any
+}
+
+func (r *recorder) QueryContext(ctx context.Context, text string, args ...any) (*sql.Rows, error) {
+	r.texts, r.args = append(r.texts, text), append(r.args, args)
+	return r.reader.QueryContext(ctx, text, args...)
+}
+
+// The questions that every node and every page asks look things up by an index and never
+// walk a whole table, in a database that has no statistics as in any other: SQLite says how
+// it is going to do it. A walk over all artifacts made one answer cost the whole catalogue.
+func TestCellsAreLookedUp(t *testing.T) {
+	t.Parallel()
+	s, err := Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	r := &recorder{reader: s.readers}
+	s.readers = r
+	one := KernelFilter{BuildID: "17800.66.78", Board: "lakitu"}
+	if _, _, err := s.Kernels(t.Context(), one, Page{Limit: 1}); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range []KernelFilter{one, {}, {Milestone: 109}} {
+		from, args, err := f.page("build_id, board, fingerprint", Page{Limit: 20})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := facts(t.Context(), r, from, args); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := BuildFilter{BuildID: one.BuildID, Board: one.Board}
+	if _, _, err := s.Builds(t.Context(), f, Page{Limit: 20}); err != nil {
+		t.Fatal(err)
+	}
+	if len(r.texts) < 8 {
+		t.Fatalf("%d queries were seen; want those of kernels, cells and builds", len(r.texts))
+	}
+	for i, text := range r.texts {
+		rows, err := s.db.QueryContext(t.Context(), "EXPLAIN QUERY PLAN "+text, r.args[i]...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for rows.Next() {
+			var id, parent, unused int
+			var step string
+			if err := rows.Scan(&id, &parent, &unused, &step); err != nil {
+				t.Fatal(err)
+			}
+			// k is the page that was made before. A list in the order of an index is read as
+			// far as the page goes.
+			if strings.HasPrefix(step, "SCAN") && !strings.HasPrefix(step, "SCAN k") && !strings.Contains(step, "USING") {
+				t.Errorf("%q of\n%s\nwant a look-up by an index", step, text)
+			}
+		}
+		if err := rows.Err(); err != nil {
+			t.Fatal(err)
+		}
+		if err := rows.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
