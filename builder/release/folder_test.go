@@ -239,7 +239,12 @@ func TestInstalls(t *testing.T) {
 	if text, err := os.ReadFile(installed); err != nil || !bytes.Contains(text, []byte(k.Release)) {
 		t.Errorf("the node has %q, %v; want the module of %s", text, err, k.Release)
 	}
-	version := string(bytes.TrimSpace(program(t, dir, "server", "version")))
+	// Such as "server v1.2.3 (go1.26)".
+	said := strings.Fields(string(program(t, dir, "server", "version")))
+	if len(said) < 2 {
+		t.Fatalf("server version = %q; want its name and version", said)
+	}
+	version := said[1]
 	notes, err := os.ReadFile(filepath.Join(dir, "NOTES.md"))
 	if err != nil || !strings.HasPrefix(string(notes), "# Prebake "+version+"\n") {
 		t.Errorf("server version = %s; the notes begin %.60q, %v", version, notes, err)

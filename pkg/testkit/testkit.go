@@ -206,8 +206,8 @@ func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt st
 	})
 }
 
-// Vermagic is what a sample's modules have to say that they were compiled for.
-func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions " }
+// Vermagic is what a sample's modules have to say that they were compiled for, as package modinfo reads it.
+func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions" }
 
 // NewSampleOf is [NewSample] with the content of these modules, by their paths.
 func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modules map[string]string) Sample {
