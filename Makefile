@@ -27,11 +27,13 @@ CGO := ./fetcher/nvmlprobe
 # All but the cgo package, and of these all but the end-to-end tests, which
 # need a mirror and virtual machines, or a browser.
 PACKAGES = $$($(GO) list ./... | grep -v '/fetcher/nvmlprobe$$')
+# The longest go first: what waits in them for an emulated processor leaves time to others.
+SUITE = ./deploy/e2e ./deploy/browser $(UNITS)
 UNITS = $$($(GO) list ./... | grep -v -e '/fetcher/nvmlprobe$$' -e '/deploy/e2e$$' -e '/deploy/browser$$')
 
 .PHONY: help
 help: ## show this list
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: ## install the Debian packages that are missing (with sudo where needed)
@@ -51,7 +53,7 @@ demo: setup build ## run the main job end to end: real kernel, real driver, virt
 .PHONY: test
 test: setup build ## run all tests, the real compile and the virtual node among them
 	CGO_ENABLED=1 $(GO) test $(CGO)
-	deploy/postgres.sh $(GO) test -timeout 80m $(PACKAGES)
+	deploy/postgres.sh $(GO) test -timeout 80m $(SUITE)
 
 .PHONY: unit
 unit: ## run the tests of single packages only, without the end-to-end ones
@@ -150,6 +152,28 @@ images-arm64: build arm64-programs ## build the image that load-tests drivers fo
 	@deploy/setup.sh run images
 	@deploy/images.sh --arm64
 
+# ARGS='-version v1.2.3' names another version than git describe, -key FILE signs with a key
+# that is kept, and -archive URL has Debian packages that this machine's archive dropped.
+.PHONY: release
+release: ## make a release of this commit in release/: the same bytes wherever it is made
+	@deploy/setup.sh build run arm64
+	$(GO) run ./builder/release $(ARGS)
+
+.PHONY: release-test
+release-test: ## check release/, start its builder image and install a driver from it
+	@deploy/setup.sh run release
+	PREBAKE_RELEASE="$(CURDIR)/release" $(GO) test -v -count=1 ./builder/release
+
+.PHONY: release-twice
+release-twice: ## make the release in two clones at two paths and dates, and compare every byte
+	@deploy/setup.sh build run arm64 release
+	@builder/release/twice.sh
+
+.PHONY: release-packages
+release-packages: ## list the newest Debian packages for the builder image of releases
+	builder/release/packages.sh >builder/release/packages.lock.new
+	mv builder/release/packages.lock.new builder/release/packages.lock
+
 .PHONY: generate
 generate: ## write the generated parts of the documentation again
 	$(GO) generate ./...
@@ -159,4 +183,4 @@ generate: ## write the generated parts of the documentation again
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays
-	rm -rf bin screenshots
+	rm -rf bin release screenshots

@@ -212,11 +212,13 @@ same_digest() {
   rm -rf "$work/here" "$work/there"
 }
 # A node for which nothing is published pulls this image and compiles with it. What it
-# makes is the same artifact; the sources and objects may be those of this machine's cache.
+# makes is the same artifact; sources and objects are those of the build before, in the same
+# image, since the keys of objects name the programs of the image.
 node_compiles() {
   local mirror=$1 want=$2 node=$work/node start=$SECONDS made kernel
   kernel=$(sed -n 's/.*"release": "\(.*\)".*/\1/p' "$mirror/mirror.json" | sed -n 2p)
   mkdir -p "$node"/{etc,proc/sys/kernel} "$work/layout"
+  chown -R 0:0 "$work/there/cache"
   printf 'ID=cos\nBUILD_ID=%s\nVERSION=109\nKERNEL_COMMIT_ID=%s\n' "${cell[1]}" "$(cat "$mirror/cos/${cell[1]}/lakitu/kernel_commit")" >"$node/etc/os-release"
   printf 'CHROMEOS_RELEASE_BOARD=lakitu\n' >"$node/etc/lsb-release"
   printf '%s\n' "$kernel" >"$node/proc/sys/kernel/osrelease"
@@ -225,7 +227,7 @@ node_compiles() {
   tar -xf "$out/builder.tar" -C "$work/layout"
   made=$(bin/fetcher install --host-root "$node" --builder "oci:$work/layout@$(cat "$work/builder.digest")" \
     --driver "${cell[3]}" --flavour proprietary --kernel-mirror "file://$mirror/cos" --driver-mirror "file://$mirror/drivers" \
-    --cache "$cache/build" --key "$work/key.pub" --no-load --output json 2>"$work/made.log" |
+    --cache "$work/there/cache" --key "$work/key.pub" --no-load --output json 2>"$work/made.log" |
     sed -n 's/^ *"digest": "\(sha256:[0-9a-f]*\)".*/\1/p' | head -n 1) || true
   if [[ $made != "$want" || ! -f $node/home/kubernetes/bin/nvidia/drivers/nvidia.ko ]]; then
     tail -n 20 "$work/made.log" >&2

@@ -3,7 +3,7 @@
 # only those that are missing. Quick when nothing is.
 #
 # usage: deploy/setup.sh [GROUP…]   groups: build, run, test, browser, images,
-# clang, arm64; default: all but the last two
+# clang, arm64, release; default: all but the last three
 set -euo pipefail
 
 declare -A groups=(
@@ -33,12 +33,14 @@ declare -A groups=(
   # program that asks NVML in it. The driver's own cross compiler comes out of
   # the mirror's packages.
   [arm64]="qemu-system-arm gcc-12-aarch64-linux-gnu libc6-dev-arm64-cross"
+  # Another day for the second of two releases, and what reads images that others wrote.
+  [release]="faketime skopeo"
 )
 
 wanted=()
 for group in "${@:-build run test browser images}"; do
   for name in $group; do
-    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, browser, images, clang or arm64" >&2; exit 2; }
+    [[ -n ${groups[$name]:-} ]] || { echo "setup: no group $name; want build, run, test, browser, images, clang, arm64 or release" >&2; exit 2; }
     read -ra packages <<<"${groups[$name]}"
     wanted+=("${packages[@]}")
   done

@@ -90,17 +90,19 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 	if _, err := os.Lstat(folder); !errors.Is(err, fs.ErrNotExist) {
 		return done, fault.New(fault.Usage, "it is there already", "name a folder that does not exist yet")
 	}
-	var databases []string
-	for _, d := range []struct{ url, flag string }{{s.Queue, "queue"}, {s.Database, "database"}} {
-		file, ok := strings.CutPrefix(d.url, "sqlite://")
-		if !ok {
+	type database struct{ url, flag, name string }
+	databases := []database{{s.Queue, "queue", "queue.db"}, {s.Database, "database", "catalogue.db"}}
+	if s.Queue == s.Database {
+		databases = databases[1:]
+	}
+	for _, d := range databases {
+		if !strings.HasPrefix(d.url, "sqlite://") {
 			return done, fault.New(
 				fault.Usage,
 				"--"+d.flag+" is not an SQLite file",
 				"copy PostgreSQL with pg_dump --format=custom",
 			)
 		}
-		databases = append(databases, file)
 	}
 	// Half a backup never has the name of a whole one.
 	part, err := os.MkdirTemp(filepath.Dir(folder), "."+filepath.Base(folder)+".part-") // mode 0700
@@ -113,11 +115,11 @@ func backup(ctx context.Context, s settings, folder string) (done copied, err er
 		}
 	}()
 	done = copied{Folder: folder}
-	for i, name := range []string{"queue.db", "catalogue.db"} {
-		if err := store.CopySQLite(ctx, databases[i], filepath.Join(part, name)); err != nil {
+	for _, d := range databases {
+		if err := store.CopySQLite(ctx, strings.TrimPrefix(d.url, "sqlite://"), filepath.Join(part, d.name)); err != nil {
 			return done, err
 		}
-		done.Files = append(done.Files, name)
+		done.Files = append(done.Files, d.name)
 	}
 	switch copied, err := copyToken(s, filepath.Join(part, "token")); {
 	case err != nil:

@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"database/sql"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -45,6 +47,34 @@ func TestBackup(t *testing.T) {
 			intact(t, filepath.Join(folder, "queue.db"))
 		},
 		restore: copyFolder,
+	})
+}
+
+// TestBackupOfOneFile does it where catalogue and queue are one file, which is copied once.
+func TestBackupOfOneFile(t *testing.T) {
+	t.Parallel()
+	file := filepath.Join(t.TempDir(), "both.db")
+	flags := []string{"--database", "sqlite://" + file, "--queue", "sqlite://" + file}
+	comesBack(t, flags, copies{
+		backup: func(t *testing.T, dir, folder string) {
+			t.Helper()
+			code, out, errs := run(t, append([]string{"backup", "--data", dir, folder}, flags...)...)
+			if code != 0 || !strings.Contains(out, ": catalogue.db, token") {
+				t.Fatalf("backup = %d\n%s%s\nwant 0, and one database", code, out, errs)
+			}
+		},
+		restore: func(t *testing.T, folder, dir string) {
+			t.Helper()
+			copyFolder(t, folder, dir)
+			for _, left := range []string{file + "-wal", file + "-shm"} {
+				if err := os.Remove(left); err != nil && !errors.Is(err, fs.ErrNotExist) {
+					t.Fatal(err)
+				}
+			}
+			if err := os.Rename(filepath.Join(dir, "catalogue.db"), file); err != nil {
+				t.Fatal(err)
+			}
+		},
 	})
 }
 

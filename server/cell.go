@@ -31,7 +31,7 @@ func cellFlags(required bool) []ucli.Flag {
 			Sources:  cli.Env("build-id"),
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
-		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version"),
+		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version; also default@NVIDIA_L4"),
 		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
 	}
 }
@@ -55,7 +55,11 @@ func (c cell) request() string {
 // standing is the error of a cell that has no artifact to use: pending, which a pipeline
 // may wait for, or none at all.
 func standing(asked cell, r api.Resolution) error {
-	what := fmt.Sprintf("driver %s for COS build %s/%s is %s", asked.Driver, asked.BuildID, asked.Board, r.State)
+	of := "COS build"
+	if _, gke := api.BuildOrGKE(asked.BuildID); gke != "" {
+		of = "GKE"
+	}
+	what := fmt.Sprintf("driver %s for %s %s/%s is %s", asked.Driver, of, asked.BuildID, asked.Board, r.State)
 	switch r.State {
 	case api.Published:
 		return nil
@@ -119,13 +123,15 @@ func preflightCommand() *ucli.Command {
 		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether they would find their driver",
 		ArgsUsage: "[POOL...]",
 		Description: `A POOL of nodes is BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]; without one, the flags
-name it. What a POOL leaves out is as the flags say.
+name it. What a POOL leaves out is as the flags say. A version of GKE in place of
+BUILD_ID is the build that its nodes boot; the server needs a --gke-map for that.
 
 ` + exitsOfCells + `
 and of several pools that of the worst: 3 if one of them is not covered.
 
 Example:
-  server preflight 17800.66.78:lakitu:R535 17800.66.78:lakitu-arm64:R570:open`,
+  server preflight 17800.66.78:lakitu:R535 17800.66.78:lakitu-arm64:R570:open
+  server preflight 1.33.5-gke.1080000:lakitu:default@NVIDIA_L4`,
 		Flags: clientFlags(cellFlags(false)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			asked, err := pools(cellOf(cmd), cmd.Args().Slice())
@@ -138,7 +144,9 @@ Example:
 			}
 			var q api.PreflightRequest
 			for _, a := range asked {
-				q.Pools = append(q.Pools, api.Pool{BuildID: a.BuildID, Board: a.Board, Driver: a.Driver, Flavour: a.Flavour})
+				pool := api.Pool{Board: a.Board, Driver: a.Driver, Flavour: a.Flavour}
+				pool.BuildID, pool.GKE = api.BuildOrGKE(a.BuildID)
+				q.Pools = append(q.Pools, pool)
 			}
 			answer, err := c.Preflight(ctx, q)
 			if err != nil {
@@ -186,7 +194,11 @@ func verdict(asked []cell, answer api.Preflight) error {
 	var worst error
 	waiting, missing := 0, 0
 	for i, v := range answer.Pools {
-		err := standing(asked[i], v.Resolution)
+		cell := asked[i]
+		if v.Resolution.Kernel.BuildID != "" { // that of a version of GKE
+			cell.BuildID = v.Resolution.Kernel.BuildID
+		}
+		err := standing(cell, v.Resolution)
 		switch {
 		case err == nil:
 			continue
@@ -222,10 +234,18 @@ func printPreflight(w io.Writer, base string, answer api.Preflight) error {
 		}
 		rows = append(
 			rows,
-			[]string{may, v.Resolution.Kernel.String(), driver, string(v.Resolution.State), note(v.Resolution)},
+			[]string{may, kernelOf(v), driver, string(v.Resolution.State), note(v.Resolution)},
 		)
 	}
 	return printTable(w, []string{"MAY", "KERNEL", "DRIVER", "STATE", "NOTE"}, rows, "no pool was asked for")
+}
+
+// kernelOf names the kernel of an answer, or what it was asked for by.
+func kernelOf(v api.PoolVerdict) string {
+	if v.Resolution.Kernel.BuildID == "" {
+		return v.Pool.GKE + "/" + v.Pool.Board
+	}
+	return v.Resolution.Kernel.String()
 }
 
 // note says in a few words what is to be known of a cell beside its state.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"iter"
 	"slices"
+	"strings"
 
 	ucli "github.com/urfave/cli/v3"
 
@@ -111,6 +112,7 @@ func filter(cmd *ucli.Command) api.Filter {
 			"build-id",
 		), Board: cmd.String("board"), Milestone: cmd.Int("milestone"), Driver: cmd.String("driver"),
 		Flavour: cmd.String("flavour"), State: api.State(cmd.String("state")), Actor: cmd.String("actor"),
+		GKE: strings.TrimPrefix(cmd.String("gke"), "v"),
 	}
 }
 
@@ -127,6 +129,10 @@ func milestoneFilter() ucli.Flag {
 	return &ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"}
 }
 
+func gkeFilter() ucli.Flag {
+	return &ucli.StringFlag{Name: "gke", Usage: "only what nodes of this GKE `VERSION` boot, such as 1.33"}
+}
+
 func driverFilter() ucli.Flag {
 	return &ucli.StringFlag{Name: "driver", Usage: "only of this driver `VERSION`"}
 }
@@ -138,7 +144,7 @@ func flavourFilter() ucli.Flag {
 func kernelsCommand() *ucli.Command {
 	return paged[api.Kernel]{
 		name: "kernels", usage: "list the known COS kernels, newest first", what: "kernels", most: 100,
-		flags: append(kernelFilters(), milestoneFilter()), get: (*api.Client).EachKernel, table: printKernels,
+		flags: append(kernelFilters(), milestoneFilter(), gkeFilter()), get: (*api.Client).EachKernel, table: printKernels,
 	}.command()
 }
 
@@ -173,7 +179,7 @@ func cellsCommand() *ucli.Command {
 		description: `A cell is a kernel with a driver. Listed are those that somebody built, or asked
 for.`,
 		what: "kernels", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
-		flags: append(kernelFilters(), milestoneFilter(), driverFilter()), get: (*api.Client).EachCell, table: printCells,
+		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter()), get: (*api.Client).EachCell, table: printCells,
 	}.command()
 }
 

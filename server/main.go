@@ -25,7 +25,7 @@ func program() *ucli.Command {
 and print tables, or JSON or YAML with --output.`,
 		Commands: []*ucli.Command{
 			serveCommand(),
-			kernelsCommand(), driversCommand(), cellsCommand(), artifactsCommand(), artifactCommand(),
+			kernelsCommand(), gpusCommand(), driversCommand(), cellsCommand(), artifactsCommand(), artifactCommand(),
 			buildsCommand(), buildCommand(), resolveCommand(),
 			requestCommand(), watchCommand(), cancelCommand(), yankCommand(), unyankCommand(),
 			releasesCommand(), releaseCommand(), announceCommand(), preflightCommand(), wishListsCommand(),

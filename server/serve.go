@@ -38,13 +38,13 @@ import (
 
 // settings are the flags of serve, resolved.
 type settings struct {
-	Listen, Data, Database, Queue, KernelMirror, DriverMirror, PublicRepository, Token, TokenFile string
-	TLSCert, TLSKey, Issuers, Snapshot                                                            string
-	Public                                                                                        bool
-	Redistribute                                                                                  bundle.Redistribution
-	CreateOnly                                                                                    []string
-	ReserveMB, AskPerHour, CallsPerMinute, Quarantine                                             int
-	DiscoverEvery, Grace                                                                          time.Duration
+	Listen, Data, Database, Queue, KernelMirror, DriverMirror, GKEMap, PublicRepository, Token, TokenFile string
+	TLSCert, TLSKey, Issuers, Snapshot                                                                    string
+	Public                                                                                                bool
+	Redistribute                                                                                          bundle.Redistribution
+	CreateOnly                                                                                            []string
+	ReserveMB, AskPerHour, CallsPerMinute, Quarantine                                                     int
+	DiscoverEvery, Grace                                                                                  time.Duration
 }
 
 func serveCommand() *ucli.Command {
@@ -54,6 +54,7 @@ func serveCommand() *ucli.Command {
 			cli.Group("Where from",
 				cli.String("kernel-mirror", "", "bucket `URL` of COS releases to discover kernels in: gs://, https:// or file://"),
 				cli.String("driver-mirror", "", "bucket `URL` of NVIDIA's runfiles to discover drivers in"),
+				cli.String("gke-map", "", "`URL` of Google's gke-to-cos.json: follow the kernels that nodes of GKE boot"),
 				cli.Duration("discover-interval", 15*time.Minute, "`PAUSE` between looks at the mirrors"),
 			),
 			cli.Group("Where to",
@@ -111,7 +112,7 @@ func serveCommand() *ucli.Command {
 					"listen",
 				), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
 				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
+				GKEMap: cmd.String("gke-map"), PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
 				Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
@@ -170,6 +171,10 @@ func (s *settings) complete() error {
 		if _, err := path.Match(pattern, ""); err != nil {
 			return fault.New(fault.Usage, fmt.Sprintf("--create-only %q: %v", pattern, err), "write one such as prebake/*")
 		}
+	}
+	if s.GKEMap != "" && s.KernelMirror == "" {
+		return fault.New(fault.Usage, "--gke-map names kernels, and there is no --kernel-mirror to read them in",
+			"give --kernel-mirror too")
 	}
 	if s.ReserveMB < 0 {
 		return fault.New(fault.Usage, fmt.Sprintf("--reserve %d: want MiB, or 0", s.ReserveMB), "")
@@ -295,8 +300,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return err
 	}
 	defer closing("registry", registry.Close)
+	var within func(*store.Tx) catalogue.Enqueuer
+	if s.Queue == s.Database {
+		within = func(tx *store.Tx) catalogue.Enqueuer { return q.Within(tx.Conn, tx.Tx) }
+	}
 	cat = catalogue.New(catalogue.Config{
-		Store: db, Logs: logs, Queue: q, Repository: s.PublicRepository, Holds: registry.Holds,
+		Store: db, Logs: logs, Queue: q, Within: within, Repository: s.PublicRepository, Holds: registry.Holds,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 		Public: s.Public, Redistribute: s.Redistribute,
 	})
@@ -360,8 +369,8 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		return sweeper.Run(running)
 	})
 	group.Go(func() error {
-		return discover.Run(running, discover.Config{KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror,
-			Every: s.DiscoverEvery, Catalogue: cat, Found: func(context.Context) { cat.PlanSoon() }, Log: log})
+		return discover.Run(running, discover.Config{Sources: s.sources(), Every: s.DiscoverEvery, Catalogue: cat,
+			Found: func(context.Context) { cat.PlanSoon() }, Log: log})
 	})
 	group.Go(func() error { return cat.Planner(running) })
 	group.Go(func() error { return cat.LookUpUnknown(running) })
@@ -381,6 +390,20 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	group.Go(func() error { return trimAudit(running, db, log) })
 	log.Info("server ready", "url", scheme+"://"+address, "data", s.Data, "version", version)
 	return group.Wait()
+}
+
+// sources are where discovery looks.
+func (s settings) sources() (all []discover.Source) {
+	if s.KernelMirror != "" {
+		all = append(all, discover.Kernels{URL: s.KernelMirror})
+	}
+	if s.GKEMap != "" {
+		all = append(all, discover.GKE{Map: s.GKEMap, URL: s.KernelMirror})
+	}
+	if s.DriverMirror != "" {
+		all = append(all, discover.Drivers{URL: s.DriverMirror})
+	}
+	return all
 }
 
 // fallbackTag is the tag under which clients that know no referrers API keep a

@@ -34,6 +34,7 @@ type offlineBundle struct {
 // nothing is told which bundle it needs. Both are on the node's disk, as somebody carried
 // them there.
 func TestAirGap(t *testing.T) {
+	t.Parallel()
 	before, k := shared.kernel(0), shared.kernel(1)
 	first := published(t, shared.srv, before, shared.driver(), target.Proprietary)
 	second := published(t, shared.srv, k, shared.driver(), target.Proprietary)

@@ -51,6 +51,7 @@ func commandsOf(t *testing.T, srv *scene.Server, host string, k target.Kernel, v
 // What a cell's page shows is pasted into a shell as it stands: the commands on a machine
 // with the public key and a token in the current folder, and the one for nodes on a node.
 func TestCommandsOfPages(t *testing.T) {
+	t.Parallel()
 	k, driver := shared.kernel(0), shared.driver()
 	published(t, shared.srv, k, driver, target.Open)
 	dir := t.TempDir()

@@ -88,8 +88,18 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if st.srv, err = s.StartServer(ctx, filepath.Join(dir, "server"), st.mirror); err != nil {
 		return nil, err
 	}
-	if st.worker, err = s.StartWorker(st.srv, st.mirror, st.key, s.BuildCache()); err != nil {
+	if st.worker, err = s.StartWorker(st.srv, st.mirror, st.key, s.BuildCache(), "--concurrency", "2"); err != nil {
 		return nil, errors.Join(err, st.srv.Stop())
+	}
+	// What most tests use is asked for at once: a load test leaves one processor to the
+	// build beside it.
+	for _, k := range []target.Kernel{st.kernel(0), st.kernel(1)} {
+		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
+			_, err := st.srv.Client.RequestBuild(ctx, api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: st.driver(), Flavour: string(f)})
+			if err != nil {
+				return nil, errors.Join(err, st.worker.Stop(), st.srv.Stop())
+			}
+		}
 	}
 	return st, nil
 }

@@ -20,6 +20,7 @@ func itoa(n int64) string { return strconv.FormatInt(n, 10) }
 // A node with the emulated GPU installs the driver, changes its flavour, and
 // has it live in its kernel each time.
 func TestNodeWithGPU(t *testing.T) {
+	t.Parallel()
 	k := shared.kernel(1)
 	proprietary := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	open := published(t, shared.srv, k, shared.driver(), target.Open)

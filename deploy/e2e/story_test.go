@@ -25,6 +25,7 @@ import (
 // each, and a node that asked before there was anything gets its driver. Nobody asks
 // for a build.
 func TestReleaseToNode(t *testing.T) {
+	t.Parallel()
 	k := shared.kernel(1)
 	dir := t.TempDir()
 	s, err := scene.New(shared.Bin, dir, os.Stderr)

@@ -18,6 +18,7 @@ import (
 // test boots that very kernel, and the signed result names it. Debian's kernels
 // have an entry for PVH; the image that is made uses one of ours all the same.
 func TestLoadTestOnVMLinux(t *testing.T) {
+	t.Parallel()
 	k, other := shared.kernel(1), shared.kernel(0)
 	abi := func(id string) string {
 		_, after, _ := strings.Cut(id, ".")

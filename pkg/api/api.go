@@ -4,6 +4,7 @@
 package api
 
 import (
+	"strings"
 	"time"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -42,9 +43,24 @@ type Kernel struct {
 	Default  string            `json:"default,omitempty"`
 	Latest   string            `json:"latest,omitempty"`
 	Branches map[string]string `json:"branches,omitempty"`
-	SeenAt   time.Time         `json:"seenAt"`
+	// GPUs are what gpu_driver_versions says of the types of GPU that it has a list for, by
+	// COS's name for the type, such as NVIDIA_L4.
+	GPUs map[string]GPUDrivers `json:"gpus,omitempty"`
+	// GKE are the versions of GKE whose nodes boot this kernel, newest first, by the list
+	// of images that the server follows.
+	GKE    []string  `json:"gke,omitempty"`
+	SeenAt time.Time `json:"seenAt"`
 	// FirstSeenAt is when the catalogue heard of the kernel.
 	FirstSeenAt time.Time `json:"firstSeenAt"`
+}
+
+// GPUDrivers are the driver versions that a COS build names for a type of GPU.
+type GPUDrivers struct {
+	// Default and Latest are "" where COS names none.
+	Default string `json:"default,omitempty"`
+	Latest  string `json:"latest,omitempty"`
+	// Branches maps a branch, such as R535, to its version.
+	Branches map[string]string `json:"branches,omitempty"`
 }
 
 // DriverRelease is a driver version of the catalogue.
@@ -234,12 +250,24 @@ type ReadyDuration struct {
 
 // Pool is a node pool that may move to a COS build, see [Client.Preflight].
 type Pool struct {
-	Name    string `json:"name,omitempty"`
-	BuildID string `json:"buildId"`
+	Name string `json:"name,omitempty"`
+	// BuildID or GKE names the COS build; the other is empty. GKE is a version of GKE, such
+	// as 1.33.5-gke.1080000: the build that its nodes boot.
+	BuildID string `json:"buildId,omitempty"`
+	GKE     string `json:"gke,omitempty"`
 	Board   string `json:"board"`
 	// Driver and Flavour as in a BuildRequest; empty is default and auto.
 	Driver  string `json:"driver,omitempty"`
 	Flavour string `json:"flavour,omitempty"`
+}
+
+// BuildOrGKE tells what names the build of a pool: a BUILD_ID, or a version of GKE, which
+// has "-gke." in it.
+func BuildOrGKE(name string) (buildID, gke string) {
+	if strings.Contains(name, "-gke.") {
+		return "", name
+	}
+	return name, ""
 }
 
 // PreflightRequest asks whether node pools may move.

@@ -24,6 +24,8 @@ const (
 type Filter struct {
 	BuildID, Board string
 	Milestone      int
+	// GKE is a version of GKE, or how one begins, such as 1.33; of kernels and cells only.
+	GKE string
 	// Driver is an exact version.
 	Driver  string
 	Flavour string
@@ -38,7 +40,7 @@ type Filter struct {
 func (f Filter) query(largest int) url.Values {
 	query := url.Values{}
 	for name, value := range map[string]string{"buildId": f.BuildID, "board": f.Board, "driver": f.Driver,
-		"flavour": f.Flavour, "state": string(f.State), "actor": f.Actor} {
+		"flavour": f.Flavour, "state": string(f.State), "actor": f.Actor, "gke": f.GKE} {
 		if value != "" {
 			query.Set(name, value)
 		}

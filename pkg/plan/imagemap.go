@@ -23,6 +23,7 @@ type ImageMap struct {
 	milestones map[string]int
 	released   map[string]bool // BUILD_ID/board
 	kernels    []target.Kernel
+	gke        map[string][]string // GKE versions by BUILD_ID/board
 }
 
 // ParseImageMap reads a list of images in the form of gke-to-cos.json. Names
@@ -34,6 +35,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	}
 	var list struct {
 		Entries []struct {
+			GKE   string `json:"gke_version"`
 			Image string `json:"image"`
 		} `json:"entries"`
 	}
@@ -43,7 +45,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 	if len(list.Entries) > maxImages {
 		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: %d entries, more than %d", len(list.Entries), maxImages), hint)
 	}
-	m := &ImageMap{milestones: map[string]int{}, released: map[string]bool{}}
+	m := &ImageMap{milestones: map[string]int{}, released: map[string]bool{}, gke: map[string][]string{}}
 	for _, e := range list.Entries {
 		parts := imageName.FindStringSubmatch(e.Image)
 		if parts == nil {
@@ -64,6 +66,9 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 		if !m.released[k.String()] {
 			m.released[k.String()] = true
 			m.kernels = append(m.kernels, k)
+		}
+		if version, err := ParseGKE(e.GKE); err == nil {
+			m.gke[k.String()] = append(m.gke[k.String()], version)
 		}
 	}
 	if len(m.kernels) == 0 {

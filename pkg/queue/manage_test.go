@@ -115,8 +115,8 @@ func TestRelease(t *testing.T) {
 			t.Fatal(err)
 		}
 		for build, want := range map[int64]queue.Standing{
-			1: {Found: true, State: "available", Attempt: 1, Error: "the worker ended in mid-build"},
-			2: {Found: true, State: "available"},
+			1: {Found: true, State: "available", Attempt: 1, Priority: 1, Error: "the worker ended in mid-build"},
+			2: {Found: true, State: "available", Priority: 1},
 		} {
 			// The worker has one slot, which is taken: it does not take the job again.
 			if got, err := q.Lookup(t.Context(), build); err != nil || got != want {

@@ -213,7 +213,11 @@ const (
 // Insert puts a build in. Inserting one build twice keeps one job, with the priority
 // that it had. Priority 0 is PriorityAsked.
 func (q *Queue) Insert(ctx context.Context, job api.BuildJob, priority int) error {
-	_, err := q.insert.Insert(ctx, job, &river.InsertOpts{
+	return q.own().insertBuild(ctx, job, priority)
+}
+
+func (db database) insertBuild(ctx context.Context, job api.BuildJob, priority int) error {
+	_, err := db.insert(ctx, job, &river.InsertOpts{
 		MaxAttempts: MaxAttempts,
 		Priority:    priority,
 		Queue:       api.BuildQueue,
@@ -248,13 +252,15 @@ type Standing struct {
 	State string
 	// Attempt counts tries so far.
 	Attempt int
+	// Priority is what it was put in with, or raised to.
+	Priority int
 	// Error is the newest error, if any.
 	Error string
 }
 
 // Lookup tells where a build's job is.
 func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
-	row, err := q.find(ctx, build)
+	row, err := q.own().find(ctx, build)
 	if err != nil || row == nil {
 		return Standing{}, err
 	}
@@ -262,7 +268,8 @@ func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
 }
 
 func standing(row *rivertype.JobRow) Standing {
-	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt}
+	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt,
+		Priority: row.Priority}
 	if n := len(row.Errors); n > 0 {
 		s.Error = row.Errors[n-1].Error
 	}
@@ -270,12 +277,12 @@ func standing(row *rivertype.JobRow) Standing {
 }
 
 // find reads the newest job of a build; nil when there is none.
-func (q *Queue) find(ctx context.Context, build int64) (*rivertype.JobRow, error) {
+func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, error) {
 	where := `kind = @kind AND json_extract(args, '$.build') = @build`
-	if q.pg != nil {
+	if db.pg {
 		where = `kind = @kind AND (args->>'build')::bigint = @build`
 	}
-	rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
+	rows, err := db.exec.JobList(ctx, &riverdriver.JobListParams{
 		Max: 1, WhereClause: where, OrderByClause: "id DESC",
 		NamedArgs: map[string]any{"kind": api.BuildJob{}.Kind(), "build": build},
 	})
@@ -320,12 +327,14 @@ func (q *Queue) Open(ctx context.Context) (map[int64]Standing, error) {
 // Cancel takes a build's job out of the queue. The worker of one that runs is not
 // interrupted: it hears of it by other means, and the job is then over whatever it
 // reports. A build without a job, or with one that is over, is fine.
-func (q *Queue) Cancel(ctx context.Context, build int64) error {
-	row, err := q.find(ctx, build)
+func (q *Queue) Cancel(ctx context.Context, build int64) error { return q.own().cancel(ctx, build) }
+
+func (db database) cancel(ctx context.Context, build int64) error {
+	row, err := db.find(ctx, build)
 	if err != nil || row == nil || row.FinalizedAt != nil {
 		return err
 	}
-	if _, err := q.insert.JobCancel(ctx, row.ID); err != nil && !errors.Is(err, rivertype.ErrNotFound) {
+	if _, err := db.remove(ctx, row.ID); err != nil && !errors.Is(err, rivertype.ErrNotFound) {
 		return fault.Wrap(fault.Transient, fmt.Errorf("cancel job of build %d: %w", build, err), "")
 	}
 	return nil
@@ -334,12 +343,16 @@ func (q *Queue) Cancel(ctx context.Context, build int64) error {
 // Raise gives a build's job that waits another priority. River has no call for it;
 // its table has the column.
 func (q *Queue) Raise(ctx context.Context, build int64, priority int) error {
-	row, err := q.find(ctx, build)
+	return q.own().raise(ctx, build, priority)
+}
+
+func (db database) raise(ctx context.Context, build int64, priority int) error {
+	row, err := db.find(ctx, build)
 	if err != nil || row == nil {
 		return err
 	}
 	text := `UPDATE river_job SET priority = $2 WHERE id = $1 AND state IN ('available', 'scheduled', 'retryable') AND priority > $2`
-	if err := q.exec.Exec(ctx, text, row.ID, priority); err != nil {
+	if err := db.exec.Exec(ctx, text, row.ID, priority); err != nil {
 		return fault.Wrap(fault.Transient, fmt.Errorf("raise build %d: %w", build, err), "")
 	}
 	return nil

@@ -21,7 +21,7 @@ import (
 func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 	var rows []*rivertype.JobRow
 	for _, build := range builds {
-		row, err := q.find(ctx, build)
+		row, err := q.own().find(ctx, build)
 		if err != nil {
 			return err
 		}
@@ -41,7 +41,7 @@ func (q *Queue) Release(ctx context.Context, builds ...int64) error {
 // End takes the job of a build that is over out of the queue for good, also when a
 // worker died with it. A build without a job, or with one that is over, is fine.
 func (q *Queue) End(ctx context.Context, build int64) error {
-	row, err := q.find(ctx, build)
+	row, err := q.own().find(ctx, build)
 	if err != nil {
 		return err
 	}

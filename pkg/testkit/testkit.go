@@ -201,13 +201,24 @@ func SampleKernel(patch string) target.Kernel {
 // modules are no real ones; salt makes another artifact of the same identity.
 func NewSample(t testing.TB, key *Key, k target.Kernel, d target.Driver, salt string) Sample {
 	t.Helper()
+	return NewSampleOf(t, key, k, d, map[string]string{
+		"drivers/nvidia.ko": "\x7fELF nvidia " + k.Release + salt, "drivers/nvidia-uvm.ko": "\x7fELF uvm " + k.Release,
+	})
+}
+
+// Vermagic is what a sample's modules have to say that they were compiled for.
+func Vermagic(k target.Kernel) string { return k.Release + " SMP preempt mod_unload modversions " }
+
+// NewSampleOf is [NewSample] with the content of these modules, by their paths.
+func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modules map[string]string) Sample {
+	t.Helper()
 	fp := sha256.Sum256([]byte("fingerprint of " + k.Release))
 	s := Sample{Kernel: k, Identity: bundle.Identity{
 		Fingerprint: target.Fingerprint("sha256:" + hex.EncodeToString(fp[:])),
-		Arch:        k.Arch, Release: k.Release, Vermagic: k.Release + " SMP preempt mod_unload modversions ", Driver: d,
+		Arch:        k.Arch, Release: k.Release, Vermagic: Vermagic(k), Driver: d,
 	}}
 	files := map[bundle.LayerKind]map[string]string{
-		bundle.LayerModules:   {"drivers/nvidia.ko": "\x7fELF nvidia " + k.Release + salt, "drivers/nvidia-uvm.ko": "\x7fELF uvm " + k.Release},
+		bundle.LayerModules:   modules,
 		bundle.LayerUserspace: {"bin/nvidia-smi": "#! smi " + d.Version, "lib64/libnvidia-ml.so." + d.Version: "\x7fELF nvml " + d.Version, "share/LICENSE": "text"},
 		bundle.LayerFirmware:  {"firmware/nvidia/" + d.Version + "/gsp_tu10x.bin": "gsp " + d.Version},
 	}

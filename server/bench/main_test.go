@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -19,33 +18,46 @@ import (
 
 // BenchmarkResolve asks what a node should run, without the network.
 func BenchmarkResolve(b *testing.B) {
-	url := "sqlite://" + filepath.Join(b.TempDir(), "catalogue.db")
-	w, err := fill(b.Context(), url, settings{kernels: 500, drivers: 6, builds: 5000, queue: 100})
-	if err != nil {
-		b.Fatal(err)
+	w, h := handler(b)
+	for i := 0; b.Loop(); i++ {
+		k := w.kernels[i%len(w.kernels)]
+		ask(b, h, fmt.Sprintf("/v1/resolve?buildId=%s&board=%s&driver=default&flavour=open", k.BuildID, k.Board))
 	}
-	db, err := store.Open(b.Context(), url)
-	if err != nil {
-		b.Fatal(err)
+}
+
+// BenchmarkArtifacts makes the first page of the list of artifacts, compressed, as
+// clients take it.
+func BenchmarkArtifacts(b *testing.B) {
+	_, h := handler(b)
+	for b.Loop() {
+		ask(b, h, "/v1/artifacts")
 	}
+}
+
+// handler serves a catalogue of 500 kernels, 6 drivers and 10,000 builds.
+func handler(b *testing.B) (world, http.Handler) {
+	b.Helper()
+	w, db := filled(b)
 	q, err := queue.Open(b.Context(), "sqlite://"+filepath.Join(b.TempDir(), "queue.db"))
 	if err != nil {
 		b.Fatal(err)
 	}
-	defer func() {
-		if err := errors.Join(db.Close(), q.Close()); err != nil {
+	b.Cleanup(func() {
+		if err := q.Close(); err != nil {
 			b.Error(err)
 		}
-	}()
-	h := httpapi.New(httpapi.Config{Catalogue: catalogue.New(catalogue.Config{Store: db, Queue: q}), Store: db, Queue: q,
+	})
+	return w, httpapi.New(httpapi.Config{Catalogue: catalogue.New(catalogue.Config{Store: db, Queue: q}), Store: db, Queue: q,
 		Auth: auth.New(auth.Config{}), Access: db, Log: slog.New(slog.DiscardHandler)})
-	for i := 0; b.Loop(); i++ {
-		k := w.kernels[i%len(w.kernels)]
-		r := httptest.NewRequest(http.MethodGet, fmt.Sprintf("/v1/resolve?buildId=%s&board=%s&driver=default&flavour=open", k.BuildID, k.Board), nil)
-		out := httptest.NewRecorder()
-		if h.ServeHTTP(out, r); out.Code != http.StatusOK {
-			b.Fatalf("%d %s", out.Code, out.Body)
-		}
+}
+
+func ask(b *testing.B, h http.Handler, path string) {
+	b.Helper()
+	r := httptest.NewRequest(http.MethodGet, path, nil)
+	r.Header.Set("Accept-Encoding", "gzip")
+	out := httptest.NewRecorder()
+	if h.ServeHTTP(out, r); out.Code != http.StatusOK {
+		b.Fatalf("GET %s: %d %s", path, out.Code, out.Body)
 	}
 }
 

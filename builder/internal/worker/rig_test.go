@@ -205,7 +205,7 @@ func (r *rig) standing(t *testing.T, want queue.Standing) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got.Error = ""
+	got.Error, want.Priority = "", queue.PriorityAsked
 	if got != want {
 		t.Errorf("the queue has %+v; want %+v", got, want)
 	}

@@ -121,11 +121,28 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		return b, nil
 	}
 	c.Log.InfoContext(ctx, "build requested", "build", b.ID, "kernel", b.Kernel.String(), "driver", b.Driver.String())
-	if err := c.Enqueue(ctx, b); err != nil {
-		// The build is stored; the sweep of package jobs queues it later.
-		c.Log.WarnContext(ctx, "build not queued yet", "build", b.ID, "err", err)
-	}
+	c.after(ctx, "build not queued yet", b.ID, func(q Enqueuer) error { return c.enqueue(ctx, q, b) })
 	return b, nil
+}
+
+// within has the queue changed in the transaction that changes a build, where both are
+// in one database.
+func (c *Catalogue) within(tx *store.Tx, change func(Enqueuer) error) error {
+	if c.Within == nil {
+		return nil
+	}
+	return change(c.Within(tx))
+}
+
+// after has the queue changed after that transaction, where it has a database of its
+// own. The build is stored: the sweep of package jobs does later what fails now.
+func (c *Catalogue) after(ctx context.Context, trouble string, id int64, change func(Enqueuer) error) {
+	if c.Within != nil {
+		return
+	}
+	if err := change(c.Queue); err != nil {
+		c.Log.WarnContext(ctx, trouble, "build", id, "err", err)
+	}
 }
 
 // find reads a kernel. One that the catalogue lacks is looked up in the mirror at
@@ -170,47 +187,51 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 // add stores a new build, or returns the one of its cell that is open.
 func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, added bool, err error) {
 	err = c.Store.Write(ctx, func(tx *store.Tx) (err error) {
-		stored, added, err = tx.AddBuild(ctx, b)
-		return err
+		if stored, added, err = tx.AddBuild(ctx, b); err != nil || !added || stored.State != api.Queued {
+			return err
+		}
+		return c.within(tx, func(q Enqueuer) error { return c.enqueue(ctx, q, stored) })
 	})
 	return stored, added, err
 }
 
 // raise moves a build that waits further to the front.
 func (c *Catalogue) raise(ctx context.Context, b api.Build, priority int) (api.Build, error) {
+	up := func(q Enqueuer) error { return q.Raise(ctx, b.ID, priority) }
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if b, err = tx.Build(ctx, b.ID); err != nil || b.State != api.Queued || b.Priority <= priority {
 			return err
 		}
 		b.Priority = priority
-		return tx.SetBuild(ctx, b)
+		if err := tx.SetBuild(ctx, b); err != nil {
+			return err
+		}
+		return c.within(tx, up)
 	})
-	if err != nil {
-		return b, err
+	if err == nil {
+		c.after(ctx, "build not raised", b.ID, up) // it is built all the same
 	}
-	if err := c.Queue.Raise(ctx, b.ID, priority); err != nil {
-		c.Log.WarnContext(ctx, "build not raised", "build", b.ID, "err", err) // it is built all the same
-	}
-	return b, nil
+	return b, err
 }
 
 // Cancel calls a build off. One that waits leaves the queue; the builder of one
 // under way hears of it with its next report and ends it.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
-	b, err := c.Update(ctx, id, api.BuildUpdate{State: api.Cancelled})
-	if err != nil {
-		return b, err
+	out := func(q Enqueuer) error { return q.Cancel(ctx, id) }
+	b, err := c.update(ctx, id, api.BuildUpdate{State: api.Cancelled}, func(tx *store.Tx) error { return c.within(tx, out) })
+	if err == nil {
+		c.after(ctx, "job not cancelled yet", id, out)
 	}
-	if err := c.Queue.Cancel(ctx, id); err != nil {
-		// The sweep of package jobs does it later.
-		c.Log.WarnContext(ctx, "job not cancelled yet", "build", id, "err", err)
-	}
-	return b, nil
+	return b, err
 }
 
 // Enqueue puts a stored build into the queue.
 func (c *Catalogue) Enqueue(ctx context.Context, b api.Build) error {
-	return c.Queue.Insert(ctx, api.BuildJob{
+	return c.enqueue(ctx, c.Queue, b)
+}
+
+func (c *Catalogue) enqueue(ctx context.Context, q Enqueuer, b api.Build) error {
+	return q.Insert(ctx, api.BuildJob{
 		Build: b.ID, BuildID: b.Kernel.BuildID, Board: b.Kernel.Board,
 		Driver: b.Driver.Version, Flavour: string(b.Driver.Flavour),
 		KernelMirror: c.KernelMirror, DriverMirror: c.DriverMirror,
@@ -242,6 +263,13 @@ func (c *Catalogue) Abandon(ctx context.Context, id int64, why string) error {
 
 // Update applies what a builder reports of a build.
 func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (api.Build, error) {
+	return c.update(ctx, id, u, func(*store.Tx) error { return nil })
+}
+
+// update is Update with more that belongs into its transaction.
+func (c *Catalogue) update(
+	ctx context.Context, id int64, u api.BuildUpdate, more func(*store.Tx) error,
+) (api.Build, error) {
 	// The builder's log has the whole text; the catalogue keeps what fits a table.
 	u.Error, u.Hint = firstLine(u.Error), firstLine(u.Hint)
 	if err := checkUpdate(u); err != nil {
@@ -267,7 +295,10 @@ func (c *Catalogue) Update(ctx context.Context, id int64, u api.BuildUpdate) (ap
 				return err
 			}
 		}
-		return tx.SetBuild(ctx, after)
+		if err := tx.SetBuild(ctx, after); err != nil {
+			return err
+		}
+		return more(tx)
 	})
 	if err != nil {
 		return after, fmt.Errorf("update build %d: %w", id, err)

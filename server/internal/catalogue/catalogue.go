@@ -73,9 +73,9 @@ type Logs interface {
 	Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error)
 }
 
-// enqueuer puts a build into the queue, and takes it out; doing that twice must be
+// Enqueuer puts a build into the queue, and takes it out; doing that twice must be
 // harmless.
-type enqueuer interface {
+type Enqueuer interface {
 	Insert(ctx context.Context, job api.BuildJob, priority int) error
 	Raise(ctx context.Context, build int64, priority int) error
 	Cancel(ctx context.Context, build int64) error
@@ -93,7 +93,11 @@ type Config struct {
 		reporter
 	}
 	Logs  Logs
-	Queue enqueuer
+	Queue Enqueuer
+	// Within is the queue within a transaction of the store, where both are in one
+	// database: a build and its job are written together then. nil is two databases,
+	// which the sweep of package jobs keeps in agreement.
+	Within func(*store.Tx) Enqueuer
 	// Mirror is asked for kernels that nobody has seen yet; nil is not.
 	Mirror mirror
 	// Repository is where builders publish when they do not say where: a path on
@@ -181,6 +185,9 @@ func (c *Catalogue) Kernels(
 	f store.KernelFilter,
 	p store.Page,
 ) (all []api.Kernel, next string, err error) {
+	if err := checkFilter(f); err != nil {
+		return nil, "", err
+	}
 	return listed(ctx, c.Store.Kernels, f, p)
 }
 

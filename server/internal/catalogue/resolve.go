@@ -42,7 +42,7 @@ func parseWish(buildID, board, driver, flavour string) (wish, error) {
 	if driver == "" {
 		driver = string(target.Default)
 	}
-	d, err := target.ParseWish(driver)
+	d, err := target.ParseGPUWish(driver)
 	if err != nil {
 		return wish{}, fault.Wrap(fault.Usage, err, "list what is known: server drivers")
 	}

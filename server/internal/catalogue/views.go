@@ -271,7 +271,7 @@ func checkFilter(f store.KernelFilter) error {
 		return fault.New(fault.Usage, fmt.Sprintf("state %.20q is not one to filter by", string(f.State)),
 			"use building, queued, failed, yanked, quarantined or cancelled")
 	}
-	return nil
+	return checkGKE(f.GKE)
 }
 
 // listBuilders lists builders by name.

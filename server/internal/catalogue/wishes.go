@@ -276,7 +276,7 @@ func (s *planView) BuildsOf(_ context.Context, ids []string) ([]target.Kernel, e
 func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.DriverList, error) {
 	entry := s.kernels[k.String()]
 	list := lists(entry)
-	if list.Default == "" && list.Latest == "" && len(list.Branches) == 0 {
+	if list.Default == "" && list.Latest == "" && len(list.Branches) == 0 && len(list.GPUs) == 0 {
 		return list, fault.New(
 			fault.InputMissing,
 			fmt.Sprintf("COS build %s has no driver list", k),
@@ -284,13 +284,6 @@ func (s *planView) Drivers(_ context.Context, k target.Kernel) (cosbucket.Driver
 		)
 	}
 	return list, nil
-}
-
-// lists returns a kernel's driver lists in the form that knows what wishes mean:
-// builder and server choose by the same rule.
-func lists(k api.Kernel) cosbucket.DriverList {
-	return cosbucket.DriverList{Default: k.Default, Latest: k.Latest, Branches: k.Branches,
-		Versions: slices.DeleteFunc([]string{k.Default, k.Latest}, func(v string) bool { return v == "" })}
 }
 
 // Announce is told of a COS build: it is looked up, recorded and planned at once.
@@ -388,11 +381,18 @@ func (c *Catalogue) Preflight(ctx context.Context, q api.PreflightRequest) (api.
 		if err := checkLine("name of a pool", pool.Name); err != nil {
 			return out, fault.Wrap(fault.Usage, err, "")
 		}
-		r, err := c.Resolve(ctx, pool.BuildID, pool.Board, pool.Driver, pool.Flavour, "")
+		asked := pool
+		none, err := c.named(ctx, &pool)
 		if err != nil {
 			return out, err
 		}
-		v := api.PoolVerdict{Pool: pool, May: r.State == api.Published, Resolution: r}
+		var r api.Resolution
+		if none != nil {
+			r = *none
+		} else if r, err = c.Resolve(ctx, pool.BuildID, pool.Board, pool.Driver, pool.Flavour, ""); err != nil {
+			return out, err
+		}
+		v := api.PoolVerdict{Pool: asked, May: r.State == api.Published, Resolution: r}
 		out.May = out.May && v.May
 		out.Pools = append(out.Pools, v)
 	}

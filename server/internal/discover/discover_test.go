@@ -27,6 +27,7 @@ type notes struct {
 	mu      sync.Mutex
 	kernels []api.Kernel
 	drivers []string
+	gke     map[string][]string
 }
 
 func (n *notes) Kernels(context.Context, store.KernelFilter, store.Page) ([]api.Kernel, string, error) {
@@ -44,6 +45,11 @@ func (n *notes) SawDrivers(_ context.Context, all []api.DriverRelease) error {
 	for _, d := range all {
 		n.drivers = append(n.drivers, d.Version)
 	}
+	return nil
+}
+
+func (n *notes) SawGKE(_ context.Context, versions map[string][]string) error {
+	n.gke = versions
 	return nil
 }
 
@@ -69,10 +75,18 @@ func TestLook(t *testing.T) {
 		"17800.0.47/lakitu/kernel_commit":       commit + "\n",
 		"17800.0.47/lakitu/gpu_default_version": "535.261.03\n",
 		"17800.0.47/lakitu/gpu_latest_version":  "535.309.01\n",
-		"17800.0.50/lakitu/kernel_commit":       commit + "\n",
-		"17800.0.9/lakitu/kernel_commit":        commit + "\n",
-		"17800.0.51/lakitu/kernel_commit":       "no commit\n",
-		"latest/lakitu/kernel_commit":           commit + "\n",
+		// The form of the list is gpu_driver_versions.proto of cos/tools. 580.95.05 is listed for
+		// one type of GPU only.
+		"17800.0.47/lakitu/gpu_driver_versions.textproto": `
+gpu_driver_version_info { gpu_device { gpu_type: "OTHERS" } supported_driver_versions { label: "DEFAULT" version: "535.104.05" } }
+gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
+  supported_driver_versions { label: "DEFAULT" version: "535.309.01" }
+  supported_driver_versions { label: "R580" version: "580.95.05" } }
+`,
+		"17800.0.50/lakitu/kernel_commit": commit + "\n",
+		"17800.0.9/lakitu/kernel_commit":  commit + "\n",
+		"17800.0.51/lakitu/kernel_commit": "no commit\n",
+		"latest/lakitu/kernel_commit":     commit + "\n",
 	})
 	drivers := lay(t, map[string]string{
 		"NVIDIA-Linux-x86_64-535.261.03.run":               "x",
@@ -87,16 +101,20 @@ func TestLook(t *testing.T) {
 		"README": "x",
 	})
 	n := &notes{}
-	k, d, err := discover.Look(t.Context(), discover.Config{KernelMirror: kernels, DriverMirror: drivers, Catalogue: n, PerMilestone: 3})
-	if k != 2 || d != 3 || !fault.Is(err, fault.Unsupported) {
-		t.Errorf("Look() = %d kernels, %d drivers, %v; want 2, 3 and trouble with one commit", k, d, err)
+	counts, err := discover.Look(t.Context(), discover.Config{Catalogue: n, Sources: []discover.Source{
+		discover.Kernels{URL: kernels, PerMilestone: 3}, discover.Drivers{URL: drivers}}})
+	if counts["kernels"] != 2 || counts["drivers"] != 3 || !fault.Is(err, fault.Unsupported) {
+		t.Errorf("Look() = %v, %v; want 2 kernels, 3 drivers and trouble with one commit", counts, err)
 	}
 	slices.SortFunc(n.kernels, func(a, b api.Kernel) int { return strings.Compare(a.BuildID, b.BuildID) })
 	kernel := func(id string) target.Kernel {
 		return target.Kernel{BuildID: id, Board: "lakitu", Milestone: 109, Commit: commit, Arch: target.AMD64}
 	}
 	want := []api.Kernel{
-		{Kernel: kernel("17800.0.47"), Default: "535.261.03", Latest: "535.309.01", Branches: map[string]string{"R535": "535.309.01"}},
+		{Kernel: kernel("17800.0.47"), Default: "535.261.03", Latest: "535.309.01",
+			Branches: map[string]string{"R535": "535.309.01", "R580": "580.95.05"},
+			GPUs: map[string]api.GPUDrivers{"NVIDIA_H100_80GB": {Default: "535.309.01",
+				Branches: map[string]string{"R535": "535.309.01", "R580": "580.95.05"}}}},
 		{Kernel: kernel("17800.0.50")},
 	}
 	if diff := cmp.Diff(want, n.kernels); diff != "" {
@@ -112,9 +130,11 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	t.Parallel()
 	n := &notes{}
 	drivers := lay(t, map[string]string{"NVIDIA-Linux-x86_64-535.261.03.run": "x"})
-	c := discover.Config{KernelMirror: "file:///does/not/exist", DriverMirror: drivers, Catalogue: n, Log: slog.New(slog.DiscardHandler)}
-	if k, d, err := discover.Look(t.Context(), c); k != 0 || d != 1 || err == nil {
-		t.Errorf("Look() = %d, %d, %v; want the driver and the trouble", k, d, err)
+	c := discover.Config{Catalogue: n, Log: slog.New(slog.DiscardHandler), Sources: []discover.Source{
+		discover.Kernels{URL: "file:///does/not/exist"}, discover.GKE{Map: "file:///does/not/exist"}, discover.Drivers{URL: drivers}}}
+	counts, err := discover.Look(t.Context(), c)
+	if diff := cmp.Diff(map[string]int{"kernels": 0, "gke": 0, "drivers": 1}, counts); diff != "" || err == nil {
+		t.Errorf("Look() = %v, %v; want the driver and the trouble", counts, err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	stop()
@@ -134,8 +154,8 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	}
 	mirror := lay(t, files)
 	n := &notes{}
-	c := discover.Config{KernelMirror: mirror, Catalogue: n, PerMilestone: 10}
-	if k, _, err := discover.Look(t.Context(), c); k != 11 || err != nil {
+	c := discover.Kernels{URL: mirror, PerMilestone: 10}
+	if k, err := c.Look(t.Context(), n); k != 11 || err != nil {
 		t.Fatalf("Look() = %d kernels, %v; want 10 of the newest milestone and one of the LTS", k, err)
 	}
 	if !slices.ContainsFunc(n.kernels, func(k api.Kernel) bool { return k.BuildID == "17800.66.78" }) {
@@ -146,7 +166,7 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 		n.known = append(n.known, k)
 	}
 	n.kernels = nil
-	if k, _, err := discover.Look(t.Context(), c); k != 4 || err != nil {
+	if k, err := c.Look(t.Context(), n); k != 4 || err != nil {
 		t.Errorf("the second Look() read %d kernels, %v; want the three newest of a milestone and the one of the other", k, err)
 	}
 }

@@ -58,9 +58,12 @@ func exchanges() []exchange {
 		{operation: "list-kernels", method: "GET", path: "/v1/kernels?limit=0&milestone=109", status: 200},
 		{operation: "list-kernels", method: "GET", path: "/v1/kernels?limit=1001", status: 400, foreign: true},
 		{operation: "list-kernels", method: "GET", path: "/v1/kernels?after=x", status: 400},
+		{operation: "list-kernels", method: "GET", path: "/v1/kernels?gke=1.33.5-gke.1080000", status: 200},
+		{operation: "list-kernels", method: "GET", path: "/v1/kernels?gke=x", status: 400},
 		{operation: "list-drivers", method: "GET", path: "/v1/drivers", status: 200},
 		{operation: "list-drivers", method: "GET", path: "/v1/drivers?limit=-1", status: 400, foreign: true},
 		{operation: "list-cells", method: "GET", path: "/v1/cells", status: 200},
+		{operation: "list-cells", method: "GET", path: "/v1/cells?gke=1.33", status: 200},
 		{operation: "list-cells", method: "GET", path: "/v1/cells?milestone=-1", status: 400, foreign: true},
 
 		{operation: "request-build", method: "POST", path: "/v1/builds", body: fmt.Sprintf(ask, "535.261.03"), status: 202},

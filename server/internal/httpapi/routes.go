@@ -81,6 +81,18 @@ func (k *KernelQuery) filter() store.KernelFilter {
 	return store.KernelFilter{BuildID: k.BuildID, Board: k.Board, Milestone: k.Milestone}
 }
 
+// GKEQuery is a KernelQuery that also knows kernels by the nodes that boot them.
+type GKEQuery struct {
+	KernelQuery
+	GKE string `query:"gke" doc:"version of GKE whose nodes boot the kernel, or how one begins: 1.33"`
+}
+
+func (k *GKEQuery) filter() store.KernelFilter {
+	f := k.KernelQuery.filter()
+	f.GKE = k.GKE
+	return f
+}
+
 // BuildPath names a build.
 type BuildPath struct {
 	ID int64 `path:"id" minimum:"1" doc:"number of the build"`
@@ -183,7 +195,7 @@ func (t table) lists() {
 		t.read("list-kernels", "/v1/kernels", "List kernels, newest first"),
 		func(ctx context.Context, in *struct {
 			PageQuery
-			KernelQuery
+			GKEQuery
 		}) (*list[api.Kernel], error) {
 			all, next, err := cat.Kernels(ctx, in.filter(), in.page())
 			return listed(&in.PageQuery, all, next, err)
@@ -241,7 +253,7 @@ func (t table) cells() {
 	huma.Register(t, t.read("resolve", "/v1/resolve", "Ask what a node should run"), func(ctx context.Context, in *struct {
 		BuildID string `query:"buildId" doc:"BUILD_ID of /etc/os-release"`
 		Board   string `query:"board" doc:"CHROMEOS_RELEASE_BOARD of /etc/lsb-release"`
-		Driver  string `query:"driver" doc:"default (the default), latest, a branch or a version"`
+		Driver  string `query:"driver" doc:"default (the default), latest, a branch, each also for a type of GPU as in default@NVIDIA_L4, or a version"`
 		Flavour string `query:"flavour" doc:"auto (the default), proprietary or open"`
 		Release string `query:"release" doc:"uname -r of the node; used only to refuse"`
 	}) (*body[api.Resolution], error) {
@@ -252,7 +264,7 @@ func (t table) cells() {
 		t.read("list-cells", "/v1/cells", "List where the cells of a page of kernels stand"),
 		func(ctx context.Context, in *struct {
 			PageQuery
-			KernelQuery
+			GKEQuery
 			Driver string `query:"driver" doc:"only of this driver version"`
 		}) (*list[api.Resolution], error) {
 			all, next, err := cat.Cells(ctx, in.filter(), in.Driver, in.page())

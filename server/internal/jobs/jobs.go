@@ -1,8 +1,9 @@
-// Package jobs keeps the catalogue and the queue of one mind. The two are
+// Package jobs keeps the catalogue and the queue of one mind. The two may be
 // separate databases (a file each, with SQLite), so a crash between a write to
 // the one and to the other must heal by itself. The sweep queues stored builds
 // that the queue lacks, fails builds whose job is over, takes jobs of cancelled
-// builds out of the queue, and gives what a dead builder left to the others.
+// builds out of the queue, raises what was asked for, and gives what a dead
+// builder left to the others.
 //
 // It refuses to work builds: builders do that, through package queue.
 package jobs
@@ -33,6 +34,7 @@ type jobQueue interface {
 	Open(ctx context.Context) (map[int64]queue.Standing, error)
 	Lookup(ctx context.Context, build int64) (queue.Standing, error)
 	Cancel(ctx context.Context, build int64) error
+	Raise(ctx context.Context, build int64, priority int) error
 	End(ctx context.Context, build int64) error
 	Release(ctx context.Context, builds ...int64) error
 }
@@ -117,6 +119,8 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 			note(b.ID, s.lost(ctx, b))
 		case b.State == api.Building && s.dead(b, now()):
 			note(b.ID, s.release(ctx, b, at))
+		case b.State == api.Queued && b.Priority > 0 && at.Priority > b.Priority:
+			note(b.ID, s.Queue.Raise(ctx, b.ID, b.Priority))
 		}
 	}
 	for id := range jobs { // jobs without an open build

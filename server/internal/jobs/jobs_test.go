@@ -3,6 +3,7 @@ package jobs_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"testing"
@@ -49,7 +50,11 @@ func (w *world) Update(_ context.Context, _ int64, u api.BuildUpdate) (api.Build
 	return api.Build{}, nil
 }
 func (w *world) Cancel(context.Context, int64) error { w.did = append(w.did, "cancel"); return nil }
-func (w *world) End(context.Context, int64) error    { w.did = append(w.did, "end"); return nil }
+func (w *world) Raise(_ context.Context, id int64, priority int) error {
+	w.did = append(w.did, fmt.Sprintf("raise %d to %d", id, priority))
+	return nil
+}
+func (w *world) End(context.Context, int64) error { w.did = append(w.did, "end"); return nil }
 func (w *world) Release(context.Context, ...int64) error {
 	w.did = append(w.did, "release")
 	return nil
@@ -190,6 +195,24 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 	}
 	if d := cmp.Diff([]string{"release", "put back: transient"}, w.did); d != "" {
 		t.Errorf("five sweeps did (-want +got):\n%s", d)
+	}
+}
+
+// A build that waits is begun in the order that the catalogue has, also when the server
+// died between its writes to the two databases.
+func TestSweepRaises(t *testing.T) {
+	t.Parallel()
+	waits := func(priority int) queue.Standing {
+		return queue.Standing{Found: true, State: "available", Priority: priority}
+	}
+	w := &world{open: []api.Build{{ID: 1, State: api.Queued, Priority: 1}, {ID: 2, State: api.Queued, Priority: 2},
+		{ID: 3, State: api.Queued}, {ID: 4, State: api.Building, Priority: 1}},
+		standing: map[int64]queue.Standing{1: waits(2), 2: waits(2), 3: waits(1), 4: waits(4)}}
+	now := time.Now()
+	w.open[3].BeatAt = &now
+	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
+	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"raise 1 to 1"}) {
+		t.Errorf("Sweep() = %v and did %v; want build 1 raised", err, w.did)
 	}
 }
 

@@ -1,11 +1,15 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
@@ -13,23 +17,35 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-const kernelColumns = `build_id, board, milestone, commit_id, release, version, arch, fingerprint, default_driver, latest_driver, branches, seen_at, first_seen_at`
+const kernelColumns = `build_id, board, milestone, commit_id, release, version, arch, fingerprint, default_driver,
+latest_driver, branches, gpus, gke, seen_at, first_seen_at`
 
 func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
 	var k api.Kernel
-	var branches string
+	var branches, gpus, gke string
 	var seen, first int64
 	err := row(append([]any{&k.BuildID, &k.Board, &k.Milestone, &k.Commit, &k.Release, &k.Version, &k.Arch,
-		&k.Fingerprint, &k.Default, &k.Latest, &branches, &seen, &first}, more...)...)
+		&k.Fingerprint, &k.Default, &k.Latest, &branches, &gpus, &gke, &seen, &first}, more...)...)
 	if err != nil {
 		return k, err
 	}
 	k.SeenAt, k.FirstSeenAt = timeOf(seen), timeOf(first)
-	if branches != "{}" {
-		err = json.Unmarshal([]byte(branches), &k.Branches)
+	for _, field := range []struct {
+		text, empty string
+		to          any
+	}{{branches, noMap, &k.Branches}, {gpus, noMap, &k.GPUs}, {gke, noList, &k.GKE}} {
+		if field.text != field.empty {
+			err = errors.Join(err, json.Unmarshal([]byte(field.text), field.to))
+		}
 	}
 	return k, err
 }
+
+// What is stored of a map and of a list without entries.
+const (
+	noMap  = "{}"
+	noList = "[]"
+)
 
 // KernelFilter says which kernels to list; zero fields mean any.
 type KernelFilter struct {
@@ -42,6 +58,22 @@ type KernelFilter struct {
 	// Text is how BUILD_ID or kernel release begin: letters, digits and ".+~-" only, since
 	// it becomes part of a pattern.
 	Text string
+	// GKE is a version of GKE whose nodes boot the kernel, or how one begins: 1.33 or
+	// 1.33.5. It becomes part of a pattern: digits, dots and "-gke." only.
+	GKE string
+}
+
+// gke adds the condition that nodes of a GKE version boot a kernel.
+func (f KernelFilter) gke(w *where) {
+	switch dots := strings.Count(f.GKE, "."); {
+	case f.GKE == "":
+	case strings.Contains(f.GKE, "-gke."):
+		w.and("gke LIKE ?", `%"`+f.GKE+`"%`)
+	case dots == 1:
+		w.and("gke LIKE ?", `%"`+f.GKE+`.%`)
+	default:
+		w.and("gke LIKE ?", `%"`+f.GKE+`-gke.%`)
+	}
 }
 
 // state adds the condition that a kernel has a cell in a state.
@@ -71,6 +103,7 @@ func (f KernelFilter) page(columns string, p Page) (text string, args []any, err
 	if f.Text != "" {
 		w.and("(build_id LIKE ? OR release LIKE ?)", f.Text+"%", f.Text+"%")
 	}
+	f.gke(w)
 	f.state(w)
 	if after != nil {
 		w.and("sort_key <= ? AND (sort_key < ? OR board > ?)", after[0], after[0], after[1])
@@ -127,16 +160,18 @@ func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel
 // PutKernel adds a kernel or what is new about it: empty fields leave what is
 // stored as it is.
 func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
-	branches, err := json.Marshal(k.Branches)
+	branches, err := encoded(k.Branches)
 	if err != nil {
 		return fmt.Errorf("encode branches of %s: %w", k, err)
 	}
-	if len(k.Branches) == 0 {
-		branches = []byte("{}")
+	gpus, err := encoded(k.GPUs)
+	if err != nil {
+		return fmt.Errorf("encode GPUs of %s: %w", k, err)
 	}
 	tx.touch(k.String())
 	_, err = tx.ExecContext(ctx, `
-INSERT INTO kernels (`+kernelColumns+`, sort_key) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $12, $13)
+INSERT INTO kernels (`+kernelColumns+`, sort_key)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $14, '[]', $12, $12, $13)
 ON CONFLICT (build_id, board) DO UPDATE SET
     milestone      = CASE WHEN excluded.milestone = 0       THEN kernels.milestone      ELSE excluded.milestone END,
     commit_id      = CASE WHEN excluded.commit_id = ''      THEN kernels.commit_id      ELSE excluded.commit_id END,
@@ -147,10 +182,31 @@ ON CONFLICT (build_id, board) DO UPDATE SET
     default_driver = CASE WHEN excluded.default_driver = '' THEN kernels.default_driver ELSE excluded.default_driver END,
     latest_driver  = CASE WHEN excluded.latest_driver = ''  THEN kernels.latest_driver  ELSE excluded.latest_driver END,
     branches       = CASE WHEN excluded.branches = '{}'     THEN kernels.branches       ELSE excluded.branches END,
+    gpus           = CASE WHEN excluded.gpus = '{}'         THEN kernels.gpus           ELSE excluded.gpus END,
     seen_at        = excluded.seen_at`,
 		k.BuildID, k.Board, k.Milestone, k.Commit, k.Release, k.Version, string(k.Arch), string(k.Fingerprint),
-		k.Default, k.Latest, string(branches), micros(k.SeenAt), target.SortKey(k.BuildID))
+		k.Default, k.Latest, branches, micros(k.SeenAt), target.SortKey(k.BuildID), gpus)
 	return trouble("store kernel "+k.String(), err)
+}
+
+func encoded[T any](m map[string]T) (string, error) {
+	if len(m) == 0 {
+		return noMap, nil
+	}
+	text, err := json.Marshal(m)
+	return string(text), err
+}
+
+// PutGKE stores which versions of GKE boot a kernel; none are none any more. A kernel
+// that the catalogue lacks stays out of it.
+func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []string) error {
+	text, err := json.Marshal(append([]string{}, versions...))
+	if err != nil {
+		return fmt.Errorf("encode GKE versions of %s/%s: %w", buildID, board, err)
+	}
+	tx.touch(buildID + "/" + board)
+	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID, board)
+	return trouble("store GKE versions of "+buildID+"/"+board, err)
 }
 
 func scanDriver(row func(...any) error) (api.DriverRelease, error) {
@@ -267,40 +323,45 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			after[1],
 		)
 	}
-	chosen := `SELECT ` + artifactColumns + ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(
-		p.Limit,
-	)
-	all, at := []api.Artifact{}, map[string]int{}
+	chosen := ` FROM artifacts a` + w.String() + ` ORDER BY a.published_at DESC, a.digest` + w.limit(p.Limit)
+	all, at := make([]api.Artifact, 0, p.Limit+1), make(map[string]int, p.Limit+1)
 	err = query(ctx, q, func(row func(...any) error) error {
 		a, err := scanArtifact(row)
-		a.Kernels = []target.Kernel{}
+		a.Kernels = make([]target.Kernel, 0, 4) // some COS builds in a row share a kernel
 		at[a.Digest] = len(all)
 		all = append(all, a)
 		return err
-	}, chosen, w.args...)
+	}, `SELECT `+artifactColumns+chosen, w.args...)
 	if err != nil {
 		return nil, "", err
 	}
+	known := map[string]target.Kernel{} // artifacts of one kernel share its text, which is read once
 	err = query(ctx, q, func(row func(...any) error) error {
 		var digest, raw string
-		var k target.Kernel
 		if err := row(&digest, &raw); err != nil {
 			return err
 		}
-		if err := json.Unmarshal([]byte(raw), &k); err != nil {
-			return err
+		k, ok := known[raw]
+		if !ok {
+			if err := json.Unmarshal([]byte(raw), &k); err != nil {
+				return err
+			}
+			known[raw] = k
 		}
 		if i, ok := at[digest]; ok { // absent: stored between the two reads
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
-	}, `SELECT k.digest, k.kernel FROM (`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest
-        ORDER BY k.digest, k.build_id, k.board`, w.args...)
-	all, next = cut(
-		all,
-		p.Limit,
-		func(a api.Artifact) []string { return []string{fmt.Sprint(micros(a.PublishedAt)), a.Digest} },
-	)
+	}, `SELECT k.digest, k.kernel FROM (SELECT a.digest`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest`,
+		w.args...)
+	for _, a := range all {
+		slices.SortFunc(a.Kernels, func(a, b target.Kernel) int {
+			return cmp.Or(cmp.Compare(a.BuildID, b.BuildID), cmp.Compare(a.Board, b.Board))
+		})
+	}
+	all, next = cut(all, p.Limit, func(a api.Artifact) []string {
+		return []string{strconv.FormatInt(micros(a.PublishedAt), 10), a.Digest}
+	})
 	return all, next, err
 }
 

@@ -262,18 +262,25 @@ func query(
 // it is over.
 type Tx struct {
 	*sql.Tx
+	// Conn is the connection that the transaction is on.
+	Conn     *sql.Conn
 	postgres bool
 	touched  map[string]bool // see touch
 }
 
 // Write runs f in one transaction and keeps what it did unless it returns an
 // error, which Write then returns.
-func (s *Store) Write(ctx context.Context, f func(*Tx) error) error {
-	tx, err := s.db.BeginTx(ctx, nil)
+func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
+	conn, err := s.db.Conn(ctx)
 	if err != nil {
 		return trouble("write to catalogue", err)
 	}
-	t := &Tx{Tx: tx, postgres: s.postgres}
+	defer func() { err = errors.Join(err, conn.Close()) }() // which hands it back
+	tx, err := conn.BeginTx(ctx, nil)
+	if err != nil {
+		return trouble("write to catalogue", err)
+	}
+	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)
 	notes := t.notes()
 	if err == nil {

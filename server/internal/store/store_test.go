@@ -31,7 +31,7 @@ func TestConformance(t *testing.T) {
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
 		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
 		"tokens": tokens, "audit": audit,
-		"measured": measured, "reported": reported, "filtered": filtered, "warned": warned,
+		"measured": measured, "reported": reported, "filtered": filtered, "warned": warned, "sources": sources,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.

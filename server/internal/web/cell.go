@@ -23,6 +23,8 @@ type cellPage struct {
 	head
 	Kernel  api.Kernel
 	Release api.DriverRelease
+	// GPUs are the types of GPU for which the COS build names this driver.
+	GPUs []catalogue.GPULabel
 	// Both leads to the page of both flavours; "" when this is it.
 	Both     string
 	Flavours []flavourCell
@@ -56,7 +58,7 @@ func (p *pages) cell(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	page := cellPage{Kernel: v.Kernel, Release: v.Release}
+	page := cellPage{Kernel: v.Kernel, Release: v.Release, GPUs: catalogue.GPULabels(v.Kernel, version)}
 	page.Title = v.Kernel.BuildID + " with driver " + version
 	if flavour != "" {
 		page.Title += " " + string(flavour)

@@ -144,6 +144,8 @@ func (p *pages) warnings(w http.ResponseWriter, r *http.Request) {
 type preflightPage struct {
 	head
 	api.Pool
+	// Build is what the reader wrote: a BUILD_ID, or a version of GKE.
+	Build   string
 	Boards  []string
 	Verdict *api.PoolVerdict
 	// Cell is the page of the cell that the answer is about; "" when there is none.
@@ -155,8 +157,10 @@ type preflightPage struct {
 func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	page := preflightPage{head: head{Title: "Preflight", Here: "/preflight"}}
-	page.Pool = api.Pool{BuildID: strings.TrimSpace(query.Get("build")), Board: strings.TrimSpace(query.Get("board")),
-		Driver: strings.TrimSpace(query.Get("driver")), Flavour: query.Get("flavour")}
+	page.Build = strings.TrimSpace(query.Get("build"))
+	page.Pool = api.Pool{Board: strings.TrimSpace(query.Get("board")), Driver: strings.TrimSpace(query.Get("driver")),
+		Flavour: query.Get("flavour")}
+	page.Pool.BuildID, page.Pool.GKE = api.BuildOrGKE(page.Build)
 	groups, err := p.Catalogue.Groups(r.Context())
 	if err != nil {
 		p.fail(w, r, err)
@@ -169,7 +173,7 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 	}
 	slices.Sort(page.Boards)
 	status := http.StatusOK
-	if page.BuildID != "" {
+	if page.Build != "" {
 		answer, err := p.Catalogue.Preflight(r.Context(), api.PreflightRequest{Pools: []api.Pool{page.Pool}})
 		switch {
 		case fault.Is(err, fault.Usage):

@@ -99,6 +99,12 @@ func kernelHead(k api.Kernel) template.HTML {
 	if k.Release != "" {
 		out.put(` · `, k.Release)
 	}
+	if n := len(k.GKE); n > 0 {
+		out.put(` · GKE `, k.GKE[0])
+		if n > 1 {
+			out.put(` and `, strconv.Itoa(n-1), ` more`)
+		}
+	}
 	out.put(`</small></th>`)
 	return out.safe()
 }

@@ -1,0 +1,362 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"debug/buildinfo"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/sbom"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// The files of a release that have a meaning of their own.
+const (
+	sumsFile       = "SHA256SUMS"
+	provenanceFile = "provenance.json"
+	// signatureDir is what differs between two releases of the same commit.
+	signatureDir  = "signatures"
+	signatureFile = signatureDir + "/provenance.sigstore.json"
+)
+
+// imageHost is where the manifests have the images from, before an overlay names another place.
+const imageHost = "ghcr.io/prebake/"
+
+// assemble makes the release in a folder beside out, and puts it there when it is whole.
+func assemble(ctx context.Context, c config, out string) (err error) {
+	if out, err = filepath.Abs(out); err != nil {
+		return err
+	}
+	if err := removable(out); err != nil {
+		return err
+	}
+	work, err := os.MkdirTemp(filepath.Dir(out), ".release-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
+	dir := filepath.Join(work, "release")
+	// Others read what is released; MkdirTemp's folder is for its owner only.
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return err
+	}
+	packages, err := readLock(c.lock)
+	if err != nil {
+		return err
+	}
+	if err := c.fetch(ctx, packages); err != nil {
+		return err
+	}
+	if err := c.buildPrograms(ctx, dir); err != nil {
+		return err
+	}
+	made, err := c.buildImages(ctx, dir, work, packages)
+	if err != nil {
+		return err
+	}
+	for _, step := range []func() error{
+		func() error { return c.writeTexts(dir) },
+		func() error { return c.writeManifests(dir, made) },
+		func() error { return c.writeContents(dir, made, packages) },
+		func() error { return c.signAll(ctx, dir, work, made, packages) },
+		func() error { return os.RemoveAll(out) },
+		func() error { return os.Rename(dir, out) },
+	} {
+		if err := step(); err != nil {
+			return err
+		}
+	}
+	c.say("%s is %s of commit %s", out, c.version, c.commit)
+	return nil
+}
+
+// removable refuses to replace a folder that is no release.
+func removable(out string) error {
+	entries, err := os.ReadDir(out)
+	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
+		return nil
+	}
+	if err == nil {
+		_, err = os.Stat(filepath.Join(out, sumsFile))
+	}
+	if err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("replace %s: no release is there: %w", out, err),
+			"name another folder with -out")
+	}
+	return nil
+}
+
+func (c *config) writeTexts(dir string) error {
+	changes, err := os.ReadFile(filepath.Join(c.source, "CHANGELOG.md"))
+	if err != nil {
+		return err
+	}
+	text, err := notes(changes, c.version)
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.WriteFile(filepath.Join(dir, "NOTES.md"), text, 0o644),
+		copyFile(filepath.Join(c.source, "LICENSE"), filepath.Join(dir, "LICENSE")),
+	)
+}
+
+var imageName = regexp.MustCompile(regexp.QuoteMeta(imageHost) + `([a-z0-9-]+):latest`)
+
+// writeManifests copies the manifests, and has each image in them by its digest.
+func (c *config) writeManifests(dir string, made []madeImage) error {
+	digests, used := map[string]string{}, map[string]bool{}
+	for _, m := range made {
+		digests[m.name] = m.digest
+	}
+	for _, folder := range []string{"kubernetes", "gce"} {
+		root := filepath.Join(c.source, "deploy", folder)
+		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+			if err != nil {
+				return err
+			}
+			name, err := filepath.Rel(root, path)
+			if err != nil {
+				return err
+			}
+			to := filepath.Join(dir, "manifests", folder, name)
+			if d.IsDir() {
+				return os.MkdirAll(to, 0o755)
+			}
+			text, err := os.ReadFile(path)
+			if err != nil {
+				return err
+			}
+			var unknown error
+			text = imageName.ReplaceAllFunc(text, func(match []byte) []byte {
+				image := string(imageName.FindSubmatch(match)[1])
+				if digests[image] == "" {
+					unknown = fault.New(fault.Usage, fmt.Sprintf("%s has image %s, which is not in the release", path, image),
+						"list the image in builder/release/image.go")
+				}
+				used[image] = true
+				return []byte(imageHost + image + "@" + digests[image])
+			})
+			return errors.Join(unknown, os.WriteFile(to, text, 0o644))
+		})
+		if err != nil {
+			return fmt.Errorf("write manifests: %w", err)
+		}
+	}
+	for _, m := range made {
+		if !used[m.name] {
+			return fault.New(fault.Internal, "write manifests: none has "+imageHost+m.name+":latest", "")
+		}
+	}
+	var text bytes.Buffer
+	for _, m := range made {
+		fmt.Fprintf(&text, "%s%s@%s\n", imageHost, m.name, m.digest)
+	}
+	return os.WriteFile(filepath.Join(dir, "images", "digests.txt"), text.Bytes(), 0o644)
+}
+
+// writeContents writes an SPDX document for each program and each architecture's image.
+func (c *config) writeContents(dir string, made []madeImage, packages []debPackage) error {
+	to := filepath.Join(dir, "contents")
+	if err := os.Mkdir(to, 0o755); err != nil {
+		return err
+	}
+	for _, arch := range c.arches {
+		parts := map[string][]sbom.Part{}
+		for _, p := range programs {
+			file := filepath.Join(dir, platform(arch), p.name)
+			modules, err := goModules(file)
+			if err != nil {
+				return fmt.Errorf("list contents of %s: %w", file, err)
+			}
+			sum, _, err := fileSum(file)
+			if err != nil {
+				return err
+			}
+			whole := sbom.Whole{
+				Name: p.name + "-" + platform(arch), Version: c.version, Digest: "sha256:" + sum,
+				Purpose: "APPLICATION", Created: c.date, Parts: modules,
+			}
+			if err := writeDocument(to, whole); err != nil {
+				return err
+			}
+			own := sbom.Part{Name: p.name, Version: c.version, Digest: "sha256:" + sum, Licence: "Apache-2.0"}
+			parts[p.name] = append([]sbom.Part{own}, modules...)
+		}
+		for i, im := range images {
+			whole := sbom.Whole{
+				Name: "image-" + im.name + "-" + platform(arch), Version: c.version, Digest: made[i].arches[arch],
+				Purpose: "CONTAINER", Created: c.date,
+			}
+			for _, p := range ofArch(packages, arch) {
+				if im.debian || p.name == "ca-certificates" {
+					whole.Parts = append(whole.Parts, p.part(arch))
+				}
+			}
+			for _, name := range im.programs {
+				whole.Parts = append(whole.Parts, parts[name]...)
+			}
+			if err := writeDocument(to, whole); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func writeDocument(dir string, whole sbom.Whole) error {
+	text, err := sbom.Release(whole)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, whole.Name+".spdx.json"), text, 0o644)
+}
+
+// goModules lists the modules that are linked into a program, and the standard library.
+func goModules(file string) ([]sbom.Part, error) {
+	info, err := buildinfo.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	version := strings.TrimPrefix(info.GoVersion, "go")
+	all := []sbom.Part{{Name: "stdlib", Version: version, PURL: "pkg:golang/stdlib@" + version}}
+	for _, m := range info.Deps {
+		if m.Replace != nil {
+			m = m.Replace
+		}
+		// Purl's specification has "+" of a version as %2B.
+		purl := "pkg:golang/" + m.Path + "@" + strings.ReplaceAll(m.Version, "+", "%2B")
+		all = append(all, sbom.Part{Name: m.Path, Version: m.Version, PURL: purl})
+	}
+	return all, nil
+}
+
+func (p debPackage) part(arch string) sbom.Part {
+	return sbom.Part{Name: p.name, Version: p.version, Digest: "sha256:" + p.sum, PURL: p.purl(arch)}
+}
+
+// purl is the package's name as https://github.com/package-url/purl-spec has it for Debian.
+func (p debPackage) purl(arch string) string {
+	if p.arch == "all" {
+		arch = "all"
+	}
+	escape := strings.NewReplacer("+", "%2B", ":", "%3A")
+	name := escape.Replace(p.name) + "@" + escape.Replace(p.version)
+	return "pkg:deb/debian/" + name + "?arch=" + arch + "&distro=debian-12"
+}
+
+// signAll writes checksums, provenance and its signature.
+func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage, packages []debPackage) error {
+	names, err := regularFiles(dir)
+	if err != nil {
+		return err
+	}
+	facts := sign.ReleaseFacts{Version: c.version, Commit: c.commit, BuilderID: c.builderID}
+	var text bytes.Buffer
+	for _, name := range names {
+		sum, _, err := fileSum(filepath.Join(dir, name))
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(&text, "%s  %s\n", sum, name)
+		// What is run is named by itself; the checksums stand for everything else.
+		if strings.HasPrefix(name, "linux-") || strings.HasPrefix(name, "images/") {
+			facts.Files = append(facts.Files, sign.Material{Name: name, Digest: "sha256:" + sum})
+		}
+	}
+	if err := os.WriteFile(filepath.Join(dir, sumsFile), text.Bytes(), 0o644); err != nil {
+		return err
+	}
+	facts.Files = append(facts.Files, sign.Material{Name: sumsFile, Digest: digestOf(text.Bytes())})
+	for _, m := range made {
+		facts.Files = append(facts.Files, sign.Material{Name: imageHost + m.name, Digest: m.digest})
+	}
+	for _, p := range packages {
+		facts.Inputs = append(facts.Inputs, sign.Material{
+			Name: filepath.Base(p.path), URI: p.purl(p.arch), Digest: "sha256:" + p.sum,
+		})
+	}
+	info, err := buildinfo.ReadFile(filepath.Join(dir, platform(c.arches[0]), "builder"))
+	if err != nil {
+		return err
+	}
+	facts.Toolchain = info.GoVersion
+	statement, err := sign.Release(facts)
+	if err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(dir, provenanceFile), statement.JSON(), 0o644); err != nil {
+		return err
+	}
+	return c.sign(ctx, dir, work, statement)
+}
+
+func digestOf(text []byte) string {
+	sum := sha256.Sum256(text)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// sign writes the signature and the public half of the key. Without a key it makes one that
+// nobody keeps, and that whoever has the folder from elsewhere must not trust.
+func (c *config) sign(ctx context.Context, dir, work string, statement sign.Statement) error {
+	key, name := c.key, "release.pub"
+	if key == "" {
+		key, name = filepath.Join(work, "key"), "throw-away.pub"
+		if err := sign.GenerateKey(key); err != nil {
+			return err
+		}
+		c.say("no -key: signing with a key that is thrown away, which proves nothing to others")
+	}
+	signer, err := sign.LoadSigner(ctx, key)
+	if err != nil {
+		return err
+	}
+	signature, err := sign.Bundle(ctx, signer, statement)
+	if err != nil {
+		return err
+	}
+	public, err := signer.PublicPEM()
+	if err != nil {
+		return err
+	}
+	return errors.Join(
+		os.Mkdir(filepath.Join(dir, signatureDir), 0o755),
+		os.WriteFile(filepath.Join(dir, signatureFile), signature, 0o644),
+		os.WriteFile(filepath.Join(dir, signatureDir, name), public, 0o644),
+	)
+}
+
+// regularFiles returns the files below a folder by name, without those of signatures.
+func regularFiles(dir string) (names []string, err error) {
+	err = filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name, err := filepath.Rel(dir, path)
+		if err != nil {
+			return err
+		}
+		switch {
+		case d.IsDir() && name == signatureDir:
+			return fs.SkipDir
+		case d.IsDir():
+			return nil
+		case !d.Type().IsRegular():
+			return fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file", path), "")
+		}
+		names = append(names, filepath.ToSlash(name))
+		return nil
+	})
+	slices.Sort(names)
+	return names, err
+}

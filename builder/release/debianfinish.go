@@ -1,0 +1,83 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+)
+
+const (
+	certificateDir  = "usr/share/ca-certificates/mozilla"
+	certificateFile = "etc/ssl/certs/ca-certificates.crt"
+	masterDir       = "usr/share/base-passwd"
+)
+
+// keeper returns where a file's content is kept for [rootFS.finish], nil for nowhere.
+func (r *rootFS) keeper(name string) map[string][]byte {
+	switch path.Dir(name) {
+	case certificateDir:
+		return r.certificates
+	case masterDir:
+		return r.masters
+	}
+	return nil
+}
+
+// alternatives are the names that update-alternatives gives to programs of Debian's essential
+// packages.
+var alternatives = []struct{ name, program string }{
+	{"awk", "usr/bin/mawk"},
+	{"nawk", "usr/bin/mawk"},
+	{"pager", "usr/bin/more"},
+	{"which", "usr/bin/which.debianutils"},
+}
+
+// finish writes what maintainer scripts make: users and groups, alternatives, the bundle of
+// certificates, and dpkg's list of what is installed, which scanners of images read.
+func (r *rootFS) finish() (err error) {
+	for _, dir := range []string{
+		"etc", "etc/alternatives", "etc/ssl", "etc/ssl/certs", "usr/bin",
+		"var", "var/lib", "var/lib/dpkg", "var/lib/dpkg/info",
+	} {
+		err = errors.Join(err, r.folder(dir))
+	}
+	for _, name := range []string{"passwd", "group"} {
+		if text, ok := r.masters[masterDir+"/"+name+".master"]; ok {
+			err = errors.Join(err, r.file("etc/"+name, text, 0o644))
+		}
+	}
+	for _, a := range alternatives {
+		if _, ok := r.seen[a.program]; ok {
+			err = errors.Join(
+				err,
+				r.link("etc/alternatives/"+a.name, "/"+a.program),
+				r.link("usr/bin/"+a.name, "/etc/alternatives/"+a.name),
+			)
+		}
+	}
+	if len(r.certificates) > 0 {
+		err = errors.Join(err, r.file(certificateFile, certificateBundle(r.certificates), 0o644))
+	}
+	return errors.Join(err, r.file("var/lib/dpkg/status", r.status.Bytes(), 0o644))
+}
+
+// certificateBundle is what update-ca-certificates writes: every certificate, by name.
+func certificateBundle(all map[string][]byte) []byte {
+	var out bytes.Buffer
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		if strings.HasSuffix(name, ".crt") {
+			out.Write(withNewline(all[name]))
+		}
+	}
+	return out.Bytes()
+}
+
+func withNewline(text []byte) []byte {
+	if !bytes.HasSuffix(text, []byte("\n")) {
+		text = append(slices.Clone(text), '\n')
+	}
+	return text
+}

@@ -1,0 +1,101 @@
+// Command release makes a release of Prebake in one folder: programs, container images, manifests
+// with the digests of these, contents, checksums, and a signed statement of all that. The same
+// commit gives the same bytes, but for the folder with the signatures. It refuses a tree with
+// changes that are not committed, and a Debian package that is not the one of its list.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// config is what a release is made of.
+type config struct {
+	// source is the repository's folder.
+	source string
+	// version names the release and is what the programs print; commit is the source's.
+	version, commit string
+	// date is the time of everything that has one: that of the commit.
+	date time.Time
+	// arches are the architectures, in Go's words.
+	arches []string
+	// lock lists the Debian packages of the builder's image.
+	lock string
+	// archives are where these packages are: base URLs, or folders. None are those of apt.
+	archives []string
+	// cache keeps downloaded packages.
+	cache string
+	// key signs: a file or a KMS URI. Empty is a key that nobody keeps.
+	key string
+	// builderID names in the provenance who made the release.
+	builderID string
+	// say tells a person what is going on.
+	say func(format string, args ...any)
+}
+
+func main() {
+	c := config{say: func(format string, args ...any) { fmt.Fprintf(os.Stderr, "release: "+format+"\n", args...) }}
+	var out, archives, verify string
+	flag.StringVar(&out, "out", "release", "`FOLDER` of the release; an earlier release in it is replaced")
+	flag.StringVar(&c.source, "source", ".", "`FOLDER` of the repository")
+	flag.StringVar(&c.version, "version", "", "version of the release; empty is what git describe says")
+	flag.StringVar(&c.lock, "packages", "builder/release/packages.lock",
+		"`FILE` that lists the builder image's Debian packages")
+	flag.StringVar(&archives, "archive", "",
+		"`URLS` of Debian archives that have these packages, separated by commas; empty is those of this machine's apt")
+	flag.StringVar(&c.cache, "cache", "",
+		"`FOLDER` that keeps downloaded packages; empty is below the user's cache folder")
+	flag.StringVar(&c.key, "key", "", "`KEY` that signs: file or KMS URI; empty is one that is thrown away")
+	flag.StringVar(&c.builderID, "builder-id", "https://prebake.dev/release",
+		"`URI` that names in the provenance who made the release")
+	flag.StringVar(&verify, "verify", "", "make nothing: check the release in -out with the public keys of this `FILE`")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := run(ctx, c, out, archives, verify)
+	stop()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "error:", err)
+		if hint := fault.Hint(err); hint != "" {
+			fmt.Fprintln(os.Stderr, "hint:", hint)
+		}
+		os.Exit(1)
+	}
+}
+
+func run(ctx context.Context, c config, out, archives, verify string) error {
+	if verify != "" {
+		keys, err := os.ReadFile(verify)
+		if err != nil {
+			return err
+		}
+		signer, err := check(out, keys)
+		if err != nil {
+			return err
+		}
+		c.say("%s is whole, and signed by key %s", out, signer)
+		return nil
+	}
+	if archives != "" {
+		c.archives = strings.Split(archives, ",")
+	}
+	if c.cache == "" {
+		dir, err := os.UserCacheDir()
+		if err != nil {
+			return err
+		}
+		c.cache = dir + "/prebake/release"
+	}
+	c.arches = []string{"amd64", "arm64"}
+	if err := c.ofCommit(ctx); err != nil {
+		return err
+	}
+	return assemble(ctx, c, out)
+}

@@ -1,0 +1,150 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// output runs a program in a folder with more environment, and returns what it prints.
+func output(ctx context.Context, dir string, env []string, name string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), env...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	err := cmd.Run()
+	switch {
+	case err == nil:
+		return stdout.Bytes(), nil
+	case ctx.Err() != nil:
+		return nil, context.Cause(ctx)
+	}
+	text := stderr.Bytes()
+	text = bytes.TrimSpace(text[max(0, len(text)-2000):])
+	return nil, fmt.Errorf("run %s %s: %w: %s", name, strings.Join(args, " "), err, text)
+}
+
+// ofCommit fills in version, commit and date from git, where they are not given.
+func (c *config) ofCommit(ctx context.Context) error {
+	git := func(args ...string) (string, error) {
+		out, err := output(ctx, c.source, nil, "git", args...)
+		return strings.TrimSpace(string(out)), err
+	}
+	changes, err := git("status", "--porcelain")
+	if err != nil {
+		return err
+	}
+	if changes != "" {
+		return fault.New(fault.Usage, "release: changes are not committed: "+changes[:min(len(changes), 200)],
+			"commit them or take them away")
+	}
+	if c.commit, err = git("rev-parse", "HEAD"); err != nil {
+		return err
+	}
+	if c.version == "" {
+		// A fixed length, since git's own depends on how many objects a clone has.
+		if c.version, err = git("describe", "--tags", "--always", "--abbrev=12"); err != nil {
+			return err
+		}
+	}
+	// The convention of https://reproducible-builds.org/specs/source-date-epoch/.
+	seconds := os.Getenv("SOURCE_DATE_EPOCH")
+	if seconds == "" {
+		if seconds, err = git("log", "-1", "--format=%ct"); err != nil {
+			return err
+		}
+	}
+	n, err := strconv.ParseInt(seconds, 10, 64)
+	if err != nil {
+		return fault.New(fault.Usage, fmt.Sprintf("SOURCE_DATE_EPOCH is %.40q", seconds),
+			"give seconds since 1970, or unset it")
+	}
+	c.date = time.Unix(n, 0).UTC()
+	return nil
+}
+
+// triples are the GNU names of the architectures: of Debian's compilers.
+var triples = map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
+
+// programs are what is built for each architecture. All are static but nvmlprobe, which opens
+// NVIDIA's libraries and so takes the C library of the node that it runs on.
+var programs = []struct {
+	name, pkg string
+	cgo       bool
+}{
+	{"builder", "./builder", false},
+	{"server", "./server", false},
+	{"fetcher", "./fetcher", false},
+	{"guestinit", "./pkg/vm/guestinit", false},
+	{"nvmlprobe", "./fetcher/nvmlprobe", true},
+}
+
+// platform is the folder of an architecture's programs. They lie there under their own names,
+// since builder looks for guestinit and nvmlprobe beside itself.
+func platform(arch string) string { return "linux-" + arch }
+
+// buildPrograms compiles the programs into the platforms' folders below dir.
+func (c *config) buildPrograms(ctx context.Context, dir string) error {
+	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
+	if err != nil {
+		return err
+	}
+	toolchain := "go" + strings.TrimSpace(string(out))
+	for _, arch := range c.arches {
+		to := filepath.Join(dir, platform(arch))
+		if err := os.MkdirAll(to, 0o755); err != nil {
+			return err
+		}
+		for _, p := range programs {
+			c.say("building %s for %s", p.name, arch)
+			// Whatever changes the bytes is set here, and not taken from the environment.
+			env := []string{
+				"GOOS=linux", "GOARCH=" + arch, "GOAMD64=v1", "GOARM64=v8.0",
+				"GOEXPERIMENT=", "GOFIPS140=off", "GOWORK=off",
+				"GOTOOLCHAIN=" + toolchain, "GOFLAGS=-trimpath -tags=grpcnotrace", "CGO_ENABLED=0",
+			}
+			if p.cgo {
+				env = append(env, "CGO_ENABLED=1", "CC="+triples[arch]+"-gcc-12",
+					"CGO_CFLAGS=-O2 -g -Wno-deprecated-declarations", "CGO_CPPFLAGS=", "CGO_LDFLAGS=-O2 -g")
+			}
+			_, err := output(ctx, c.source, env, "go", "build", "-buildvcs=false",
+				"-ldflags", "-s -w -X main.version="+c.version, "-o", filepath.Join(to, p.name), p.pkg)
+			if err != nil {
+				return fault.Wrap(fault.Internal, err, "install what is missing: deploy/setup.sh build run arm64")
+			}
+			if err := os.Chmod(filepath.Join(to, p.name), 0o755); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// notes returns the part of CHANGELOG.md about a version: under its own heading, else what is
+// not released yet.
+func notes(changelog []byte, version string) ([]byte, error) {
+	sections := map[string]string{}
+	heading := ""
+	for line := range strings.Lines(string(changelog)) {
+		if text, ok := strings.CutPrefix(line, "## "); ok {
+			// A date may follow the version.
+			heading, _, _ = strings.Cut(strings.TrimSpace(text), " ")
+		} else if heading != "" {
+			sections[heading] += line
+		}
+	}
+	for _, name := range []string{version, strings.TrimPrefix(version, "v"), "Unreleased"} {
+		if text := strings.TrimSpace(sections[name]); text != "" {
+			return []byte("# Prebake " + version + "\n\n" + text + "\n"), nil
+		}
+	}
+	return nil, fault.New(fault.Usage, "release: CHANGELOG.md says nothing of "+version, "add a section ## "+version)
+}

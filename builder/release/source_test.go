@@ -1,0 +1,86 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func TestNotes(t *testing.T) {
+	t.Parallel()
+	changelog := "# Changes\n\n## Unreleased\n\n- next\n\n## v1.2.0 (2026-01-02)\n\n- a\n- b\n\n## 1.1.0\n\n- old\n"
+	for version, want := range map[string]string{
+		"v1.2.0": "# Prebake v1.2.0\n\n- a\n- b\n",
+		"v1.1.0": "# Prebake v1.1.0\n\n- old\n",
+		"abc":    "# Prebake abc\n\n- next\n",
+	} {
+		if got, err := notes([]byte(changelog), version); err != nil || string(got) != want {
+			t.Errorf("notes(%s) = %q, %v; want %q", version, got, err, want)
+		}
+	}
+	if got, err := notes([]byte("# Changes\n"), "v1"); !fault.Is(err, fault.Usage) {
+		t.Errorf("notes of nothing = %q, %v; want %v", got, err, fault.Usage)
+	}
+}
+
+// What is in the folder is not replaced, unless it is a release.
+func TestRemovable(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := removable(dir); err != nil {
+		t.Errorf("removable(empty) = %v; want nil", err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "thesis.tex"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := removable(dir); !fault.Is(err, fault.Usage) {
+		t.Errorf("removable(something) = %v; want %v", err, fault.Usage)
+	}
+	if err := os.WriteFile(filepath.Join(dir, sumsFile), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := removable(dir); err != nil {
+		t.Errorf("removable(release) = %v; want nil", err)
+	}
+}
+
+// ofCommit takes time and commit from git and not from a clock, and refuses changes.
+func TestOfCommit(t *testing.T) {
+	dir := t.TempDir()
+	git := func(args ...string) {
+		t.Helper()
+		env := []string{
+			"GIT_AUTHOR_NAME=a", "GIT_AUTHOR_EMAIL=a@example.com", "GIT_COMMITTER_NAME=a", "GIT_COMMITTER_EMAIL=a@example.com",
+			"GIT_COMMITTER_DATE=1700000000 +0100", "GIT_CONFIG_GLOBAL=/dev/null",
+		}
+		if _, err := output(t.Context(), dir, env, "git", args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	git("init", "-q")
+	git("commit", "-q", "--allow-empty", "-m", "first")
+	git("tag", "v9.9.9")
+	t.Setenv("SOURCE_DATE_EPOCH", "")
+	c := config{source: dir}
+	err := c.ofCommit(t.Context())
+	if err != nil || c.version != "v9.9.9" || len(c.commit) != 40 || c.date.Unix() != 1_700_000_000 {
+		t.Errorf("ofCommit = %v, %+v; want v9.9.9 of 1700000000", err, c)
+	}
+	t.Setenv("SOURCE_DATE_EPOCH", "1600000000")
+	if err := c.ofCommit(t.Context()); err != nil || c.date.Unix() != 1_600_000_000 {
+		t.Errorf("ofCommit with SOURCE_DATE_EPOCH = %v, %v; want 1600000000", err, c.date)
+	}
+	t.Setenv("SOURCE_DATE_EPOCH", "soon")
+	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
+		t.Errorf("ofCommit with SOURCE_DATE_EPOCH=soon = %v; want %v", err, fault.Usage)
+	}
+	t.Setenv("SOURCE_DATE_EPOCH", "")
+	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
+		t.Errorf("ofCommit with a change = %v; want %v", err, fault.Usage)
+	}
+}

@@ -1,0 +1,66 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+)
+
+// sandboxed is what a builder runs kbuild in, and answers 42 where shell, make, bc and awk do.
+const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
+	`--new-session --die-with-parent --ro-bind /usr /usr --symlink usr/bin /bin ` +
+	`--symlink usr/lib /lib --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives ` +
+	`--proc /proc --dev /dev --tmpfs /tmp --remount-ro / make -s -f - <<'END'
+all:; @echo 6*7 | bc | awk "{ print \$$1 }"
+END`
+
+// starts runs in the builder's image, of this machine's architecture, what only runs if nothing
+// of Debian's is missing. A folder has skopeo's copy of the image.
+func starts(t *testing.T, copied string, layers []v1.Descriptor) {
+	t.Helper()
+	root := filepath.Join(t.TempDir(), "root")
+	if err := os.Mkdir(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range layers {
+		file := filepath.Join(copied, l.Digest.Hex)
+		_, err := output(t.Context(), "", nil, "tar", "--gzip", "--extract", "--directory", root, "--file", file)
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	inside := []string{
+		"--bind", root, "/", "--dev-bind", "/proc", "/proc", "--dev-bind", "/dev", "/dev", "--tmpfs", "/tmp", "--clearenv",
+		"--setenv", "PATH", "/usr/local/bin:/usr/bin:/bin", "--setenv", "HOME", "/nonexistent",
+	}
+	if os.Geteuid() == 0 { // as the image's user
+		inside = append(inside, "setpriv", "--reuid", "65532", "--regid", "65532", "--clear-groups")
+	}
+	for name, row := range map[string]struct {
+		script string
+		want   []string
+	}{
+		"sandbox": {sandboxed, []string{"42\n"}},
+		"doctor":  {"builder doctor --cache /tmp/cache 2>&1 || true", []string{"ok    qemu amd64 "}},
+		// A machine with its network card, which needs a boot ROM that is easily forgotten.
+		"qemu": {
+			"echo quit | qemu-system-x86_64 -accel tcg -machine q35 -display none -S -netdev user,id=n " +
+				"-device virtio-net-pci,netdev=n -monitor stdio",
+			[]string{"QEMU 7"},
+		},
+		"tools": {
+			"pahole --version; xz --version; zstd --version; dpkg --status bubblewrap; id -un root; which awk",
+			[]string{"liblzma 5", "Status: install ok installed", "\nroot\n", "/usr/bin/awk\n"},
+		},
+	} {
+		out, err := output(t.Context(), "", nil, "bwrap", append(inside, "sh", "-ec", row.script)...)
+		for _, want := range row.want {
+			if err != nil || !strings.Contains(string(out), want) {
+				t.Errorf("%s in the builder's image = %q, %v; want %q", name, out, err, want)
+			}
+		}
+	}
+}

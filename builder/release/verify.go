@@ -1,0 +1,103 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// check compares every file of a release with its checksum, and demands that one of these keys
+// signed the checksums. It returns the id of the key that did.
+func check(dir string, keys []byte) (signer string, err error) {
+	if signer, err = checkAll(dir, keys); err != nil {
+		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),
+			"get the release again, and the key from whoever made it")
+	}
+	return signer, err
+}
+
+func checkAll(dir string, keys []byte) (string, error) {
+	public, err := trust.ParsePublicKeys(keys)
+	if err != nil {
+		return "", err
+	}
+	verifier, err := trust.NewVerifier(trust.Policy{Keys: public})
+	if err != nil {
+		return "", err
+	}
+	raw, err := os.ReadFile(filepath.Join(dir, signatureFile))
+	if err != nil {
+		return "", err
+	}
+	statement, err := verifier.Statement(raw)
+	if err != nil {
+		return "", err
+	}
+	if statement.PredicateType != trust.PredicateProvenance {
+		return "", fmt.Errorf("signed is a %s; want a %s", statement.PredicateType, trust.PredicateProvenance)
+	}
+	text, err := os.ReadFile(filepath.Join(dir, sumsFile))
+	if err != nil {
+		return "", err
+	}
+	if !statement.About(digestOf(text)) {
+		return "", fmt.Errorf("%s is not what was signed", sumsFile)
+	}
+	if err := samePayload(raw, filepath.Join(dir, provenanceFile)); err != nil {
+		return "", err
+	}
+	listed := map[string]string{}
+	for line := range strings.Lines(string(text)) {
+		sum, name, ok := strings.Cut(strings.TrimSuffix(line, "\n"), "  ")
+		if !ok || !sumPattern.MatchString(sum) || !filepath.IsLocal(name) {
+			return "", fmt.Errorf("%s has the line %.200q", sumsFile, line)
+		}
+		listed[name] = sum
+	}
+	names, err := regularFiles(dir)
+	if err != nil {
+		return "", err
+	}
+	for _, name := range names {
+		if name == sumsFile || name == provenanceFile {
+			continue
+		}
+		sum, ok := listed[name]
+		if !ok {
+			return "", fmt.Errorf("%s is not in %s", name, sumsFile)
+		}
+		if err := holds(filepath.Join(dir, name), sum); err != nil {
+			return "", err
+		}
+	}
+	for name := range listed {
+		if !slices.Contains(names, name) {
+			return "", fmt.Errorf("%s is missing", name)
+		}
+	}
+	return statement.KeyID, nil
+}
+
+// samePayload compares a file with what a signature is about.
+func samePayload(signature []byte, file string) error {
+	var bundle struct {
+		Envelope struct {
+			Payload []byte `json:"payload"`
+		} `json:"dsseEnvelope"`
+	}
+	if err := json.Unmarshal(signature, &bundle); err != nil {
+		return err
+	}
+	text, err := os.ReadFile(file)
+	if err == nil && !bytes.Equal(text, bundle.Envelope.Payload) {
+		err = fmt.Errorf("%s is not what was signed", filepath.Base(file))
+	}
+	return err
+}

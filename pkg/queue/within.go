@@ -1,0 +1,104 @@
+package queue
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/riverqueue/river"
+	"github.com/riverqueue/river/riverdriver"
+	"github.com/riverqueue/river/rivertype"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Within is the queue as a transaction of somebody else's writes to it: what it does
+// is done when that transaction is committed, and never without the rest of it.
+type Within struct {
+	q    *Queue
+	conn *sql.Conn
+	tx   *sql.Tx
+}
+
+// Within returns the queue within tx, a transaction on conn. They must be of the
+// queue's own database; for PostgreSQL by the database/sql driver "pgx".
+func (q *Queue) Within(conn *sql.Conn, tx *sql.Tx) Within { return Within{q, conn, tx} }
+
+// Insert is [Queue.Insert].
+func (w Within) Insert(ctx context.Context, job api.BuildJob, priority int) error {
+	return w.do(func(db database) error { return db.insertBuild(ctx, job, priority) })
+}
+
+// Raise is [Queue.Raise].
+func (w Within) Raise(ctx context.Context, build int64, priority int) error {
+	return w.do(func(db database) error { return db.raise(ctx, build, priority) })
+}
+
+// Cancel is [Queue.Cancel].
+func (w Within) Cancel(ctx context.Context, build int64) error {
+	return w.do(func(db database) error { return db.cancel(ctx, build) })
+}
+
+// do runs f with River on the transaction.
+func (w Within) do(f func(database) error) error {
+	if c, ok := w.q.insert.(*river.Client[*sql.Tx]); ok {
+		return f(inTx(c, w.tx))
+	}
+	c, ok := w.q.insert.(*river.Client[pgx.Tx])
+	if !ok {
+		return fault.New(fault.Internal, "write to queue: its client is of no known database", "")
+	}
+	return w.conn.Raw(func(driver any) error {
+		under, ok := driver.(*stdlib.Conn)
+		if !ok {
+			return fault.New(fault.Internal, fmt.Sprintf("write to queue: the connection is a %T, not one of pgx", driver), "")
+		}
+		return f(inTx[pgx.Tx](c, joined{under.Conn()}))
+	})
+}
+
+// database is River's calls on a database or in a transaction.
+type database struct {
+	exec   riverdriver.Executor
+	insert func(context.Context, river.JobArgs, *river.InsertOpts) (*rivertype.JobInsertResult, error)
+	remove func(ctx context.Context, job int64) (*rivertype.JobRow, error)
+	pg     bool
+}
+
+// own is River's calls outside of any transaction.
+func (q *Queue) own() database {
+	return database{q.exec, q.insert.Insert, q.insert.JobCancel, q.pg != nil}
+}
+
+func inTx[T any](c *river.Client[T], tx T) database {
+	_, pg := any(tx).(pgx.Tx)
+	return database{
+		exec: c.Driver().UnwrapExecutor(tx),
+		insert: func(ctx context.Context, args river.JobArgs, opts *river.InsertOpts) (*rivertype.JobInsertResult, error) {
+			return c.InsertTx(ctx, tx, args, opts)
+		},
+		remove: func(ctx context.Context, job int64) (*rivertype.JobRow, error) { return c.JobCancelTx(ctx, tx, job) },
+		pg:     pg,
+	}
+}
+
+// joined is a connection on which database/sql has begun a transaction, and which
+// stays the one to end it.
+type joined struct{ *connection }
+
+// connection gives pgx's a name that does not hide the method Conn.
+type connection = pgx.Conn
+
+var errJoined = errors.New("the transaction is somebody else's")
+
+func (j joined) Begin(context.Context) (pgx.Tx, error) { return nil, errJoined }
+func (j joined) Commit(context.Context) error          { return errJoined }
+func (j joined) Rollback(context.Context) error        { return errJoined }
+func (j joined) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
+
+// Conn is the connection, which River asks how it sends its parameters.
+func (j joined) Conn() *pgx.Conn { return j.connection }

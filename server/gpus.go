@@ -1,0 +1,60 @@
+package main
+
+import (
+	"context"
+	"io"
+	"maps"
+	"slices"
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// gpu is what a COS build names for a type of GPU.
+type gpu struct {
+	// Kernel is BUILD_ID/board.
+	Kernel string `json:"kernel"`
+	GPU    string `json:"gpu"`
+	api.GPUDrivers
+}
+
+func gpusCommand() *ucli.Command {
+	own := &ucli.StringFlag{Name: "gpu", Usage: "only of this `TYPE` of GPU, as COS calls it: NVIDIA_L4"}
+	return list("gpus", "list which drivers COS builds name for types of GPU, newest build first",
+		clientFlags(append(kernelFilters(), milestoneFilter(), gkeFilter(), own)...),
+		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {
+			f := filter(cmd)
+			if f.BuildID == "" && f.Milestone == 0 && f.GKE == "" && cmd.String("gpu") == "" {
+				return nil, fault.New(fault.Usage, "types of GPU of which COS builds?",
+					"narrow it with --build-id, --milestone, --gke or --gpu")
+			}
+			all := []gpu{}
+			for k, err := range c.EachKernel(ctx, f) {
+				if err != nil {
+					return nil, err
+				}
+				for _, name := range slices.Sorted(maps.Keys(k.GPUs)) {
+					if want := cmd.String("gpu"); want == "" || want == name {
+						all = append(all, gpu{k.String(), name, k.GPUs[name]})
+					}
+				}
+			}
+			return all, nil
+		}, printGPUs)
+}
+
+func printGPUs(w io.Writer, all []gpu) error {
+	var rows [][]string
+	for _, g := range all {
+		var branches []string
+		for _, b := range slices.Sorted(maps.Keys(g.Branches)) {
+			branches = append(branches, b+" "+g.Branches[b])
+		}
+		rows = append(rows, []string{g.Kernel, g.GPU, orDash(g.Default), orDash(g.Latest), strings.Join(branches, ", ")})
+	}
+	return printTable(w, []string{"KERNEL", "GPU", "DEFAULT", "LATEST", "BRANCHES"}, rows,
+		"no such build has a list of its own for a type of GPU: server kernels")
+}

@@ -1,0 +1,141 @@
+package catalogue
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"regexp"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// labelsAtOnce bounds the kernels of one transaction: others wait to write meanwhile.
+const labelsAtOnce = 200
+
+// SawGKE records which versions of GKE boot kernels, by BUILD_ID/board; none are none
+// any more. Kernels that the catalogue lacks stay out of it.
+func (c *Catalogue) SawGKE(ctx context.Context, versions map[string][]string) error {
+	for _, all := range versions {
+		for _, v := range all {
+			if parsed, err := plan.ParseGKE(v); err != nil || parsed != v {
+				return fault.New(fault.Usage, fmt.Sprintf("record GKE versions: %.40q is none", v), "")
+			}
+		}
+	}
+	for some := range slices.Chunk(slices.Sorted(maps.Keys(versions)), labelsAtOnce) {
+		err := c.Store.Write(ctx, func(tx *store.Tx) error {
+			for _, kernel := range some {
+				buildID, board, _ := strings.Cut(kernel, "/")
+				if err := tx.PutGKE(ctx, buildID, board, versions[kernel]); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// gkePattern is a version of GKE, or how one begins.
+var gkePattern = regexp.MustCompile(`^[0-9]{1,3}\.[0-9]{1,4}(\.[0-9]{1,4}(-gke\.[0-9]{1,9})?)?$`)
+
+func checkGKE(version string) error {
+	if version != "" && !gkePattern.MatchString(version) {
+		return fault.New(fault.Usage, fmt.Sprintf("GKE version %.40q: want 1.33.5-gke.1080000, or how one begins", version),
+			"write one such as 1.33")
+	}
+	return nil
+}
+
+// named fills in the COS build of a pool that is named by its version of GKE. Where no
+// kernel is known for that, the answer says so.
+func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
+	if pool.GKE == "" {
+		return nil, nil
+	}
+	if pool.BuildID != "" {
+		return nil, fault.New(fault.Usage, "pool names both a COS build and a version of GKE", "name one of them")
+	}
+	version, err := plan.ParseGKE(pool.GKE)
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "list what is known: server kernels --gke 1.33")
+	}
+	if _, err := target.ParseKernel("1.0.0", pool.Board); err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "write one such as lakitu")
+	}
+	f := store.KernelFilter{GKE: version, Board: pool.Board}
+	found, _, err := c.Store.Kernels(ctx, f, store.Page{Limit: 1})
+	if err != nil {
+		return nil, err
+	}
+	if len(found) == 0 {
+		return &api.Resolution{
+			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
+			Reason: fmt.Sprintf("this server knows no kernel of board %s that nodes of GKE %s boot", pool.Board, version),
+			Hint:   "check the version, and that the server has a --gke-map and the build in its --kernel-mirror; or name BUILD_ID",
+		}, nil
+	}
+	pool.BuildID = found[0].BuildID
+	return nil, nil
+}
+
+// lists returns a kernel's driver lists in the form that knows what wishes mean:
+// builder and server choose by the same rule.
+func lists(k api.Kernel) cosbucket.DriverList {
+	l := driverList(k.Default, k.Latest, k.Branches)
+	for gpu, own := range k.GPUs {
+		if l.GPUs == nil {
+			l.GPUs = map[string]cosbucket.DriverList{}
+		}
+		l.GPUs[gpu] = driverList(own.Default, own.Latest, own.Branches)
+	}
+	return l
+}
+
+func driverList(first, latest string, branches map[string]string) cosbucket.DriverList {
+	return cosbucket.DriverList{Default: first, Latest: latest, Branches: branches,
+		Versions: slices.DeleteFunc([]string{first, latest}, func(v string) bool { return v == "" })}
+}
+
+// GPULabel is what a COS build calls a driver version for a type of GPU.
+type GPULabel struct {
+	// GPU is COS's name for the type, such as NVIDIA_L4.
+	GPU string
+	// Labels are default, latest and the branch, those of them that name the version.
+	Labels []string
+}
+
+// GPULabels returns the types of GPU for which a COS build names a driver version, by name.
+func GPULabels(k api.Kernel, version string) []GPULabel {
+	var all []GPULabel
+	for gpu, own := range k.GPUs {
+		var labels []string
+		if own.Default == version {
+			labels = append(labels, "default")
+		}
+		if own.Latest == version {
+			labels = append(labels, "latest")
+		}
+		for branch, v := range own.Branches {
+			if v == version {
+				labels = append(labels, branch)
+			}
+		}
+		if len(labels) > 0 {
+			all = append(all, GPULabel{gpu, labels})
+		}
+	}
+	slices.SortFunc(all, func(a, b GPULabel) int { return cmp.Compare(a.GPU, b.GPU) })
+	return all
+}

@@ -1,0 +1,97 @@
+package catalogue_test
+
+import (
+	"context"
+	"errors"
+	"path/filepath"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/queue"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/catalogue"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// breaking is a queue that fails after it has done what it was asked for, as one does
+// whose database goes away in mid-transaction.
+type breaking struct {
+	queue.Within
+	broken *bool
+}
+
+func (b breaking) err(err error) error {
+	if err == nil && *b.broken {
+		err = errors.New("the database went away")
+	}
+	return err
+}
+
+func (b breaking) Insert(ctx context.Context, job api.BuildJob, priority int) error {
+	return b.err(b.Within.Insert(ctx, job, priority))
+}
+
+func (b breaking) Cancel(ctx context.Context, build int64) error {
+	return b.err(b.Within.Cancel(ctx, build))
+}
+
+// In one database, a build and its job are written together or not at all.
+func TestBuildAndJobAreOne(t *testing.T) {
+	t.Parallel()
+	url := "sqlite://" + filepath.Join(t.TempDir(), "both.db")
+	s, err := store.Open(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q, err := queue.Open(t.Context(), url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := errors.Join(q.Close(), s.Close()); err != nil {
+			t.Error(err)
+		}
+	})
+	broken := true
+	c := catalogue.New(catalogue.Config{Store: s, Queue: q, Repository: "/prebake/driver",
+		Within: func(tx *store.Tx) catalogue.Enqueuer { return breaking{q.Within(tx.Conn, tx.Tx), &broken} }})
+	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0", Arch: target.AMD64}
+	if err := c.SawKernel(t.Context(), api.Kernel{Kernel: k}); err != nil {
+		t.Fatal(err)
+	}
+	ask := api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "open"}
+	agree := func(after string, state api.State, job string) {
+		t.Helper()
+		all, _, err := c.Builds(t.Context(), store.BuildFilter{}, store.Page{})
+		at, qerr := q.Lookup(t.Context(), 1)
+		if err := errors.Join(err, qerr); err != nil {
+			t.Fatal(err)
+		}
+		var got api.State
+		if len(all) > 0 {
+			got = all[0].State
+		}
+		if got != state || at.State != job {
+			t.Errorf("after %s, the build is %q and its job %q; want %q and %q", after, got, at.State, state, job)
+		}
+	}
+	if b, err := c.Request(t.Context(), ask); err == nil {
+		t.Errorf("Request(%v) with a broken queue = build %d; want an error", ask, b.ID)
+	}
+	agree("a request that failed", "", "")
+	broken = false
+	if _, err := c.Request(t.Context(), ask); err != nil {
+		t.Fatal(err)
+	}
+	agree("a request", api.Queued, "available")
+	broken = true
+	if _, err := c.Cancel(t.Context(), 1); err == nil {
+		t.Error("Cancel(1) with a broken queue = nil; want an error")
+	}
+	agree("a cancel that failed", api.Queued, "available")
+	broken = false
+	if _, err := c.Cancel(t.Context(), 1); err != nil {
+		t.Fatal(err)
+	}
+	agree("a cancel", api.Cancelled, "cancelled")
+}

@@ -1,0 +1,46 @@
+package discover
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Mirror looks single builds up, for who cannot wait for the next look.
+type Mirror struct {
+	// URL is the bucket of COS releases.
+	URL string
+}
+
+// Build reads one COS build with all of its boards; kind InputMissing when the
+// mirror has none of that BUILD_ID.
+func (m Mirror) Build(ctx context.Context, buildID string) (all []api.Kernel, err error) {
+	b, err := cosbucket.Open(ctx, m.URL)
+	if err != nil {
+		return nil, fmt.Errorf("look up COS build %s: %w", buildID, err)
+	}
+	defer func() { err = errors.Join(err, b.Close()) }()
+	kernels, err := b.BuildsOf(ctx, []string{buildID})
+	if err != nil {
+		return nil, fmt.Errorf("look up COS build %s: %w", buildID, err)
+	}
+	for _, k := range kernels {
+		entry, err := read(ctx, b, k)
+		if err != nil {
+			return nil, err
+		}
+		all = append(all, entry)
+	}
+	if len(all) == 0 {
+		return nil, fault.New(
+			fault.InputMissing,
+			"the mirror has no COS build "+buildID,
+			"check BUILD_ID, and that the server's --kernel-mirror has that build",
+		)
+	}
+	return all, nil
+}
