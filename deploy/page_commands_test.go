@@ -149,6 +149,25 @@ func TestPageCommands(t *testing.T) {
 	}
 }
 
+// What the README tells a newcomer to run is what CI runs.
+func TestReadmeCommandsAreRun(t *testing.T) {
+	t.Parallel()
+	ci, commands := read(t, ".ci/run"), 0
+	for _, b := range page.Parse([]byte(read(t, "README.md"))).Blocks {
+		for line := range strings.Lines(b.Text) {
+			if command, _, _ := strings.Cut(line, " #"); b.Language == "sh" && strings.TrimSpace(command) != "" {
+				commands++
+				if step := "\nstep " + strings.TrimSpace(command) + "\n"; !strings.Contains(ci, step) {
+					t.Errorf("README.md:%d: .ci/run has no step %q", b.Line, strings.TrimSpace(command))
+				}
+			}
+		}
+	}
+	if commands != 2 {
+		t.Errorf("README.md has %d commands to run; want 2", commands)
+	}
+}
+
 func TestCheckShell(t *testing.T) {
 	t.Parallel()
 	flags := map[string]map[string]bool{
