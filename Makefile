@@ -184,3 +184,13 @@ generate: ## write the generated parts of the documentation again
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays
 	rm -rf bin release screenshots
+
+# Folders by their names, and no others: some may have put more beside them. A tree of the
+# builder's cache has folders that nobody may write.
+.PHONY: clean-cache
+clean-cache: ## remove downloads and caches of demo and tests, some GB, which the next run makes again
+	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
+	  for name in mirror packages build demo browser images references release tools; do \
+	    [[ -d "$$state/$$name" ]] || continue; \
+	    du -sh "$$state/$$name"; chmod -R u+rwX "$$state/$$name"; rm -rf "$${state:?}/$$name"; \
+	  done

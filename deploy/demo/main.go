@@ -1,7 +1,8 @@
-// Command demo runs Prebake's main job on one machine: it lays a COS-shaped
+// Command demo runs Prebake's main job on one machine: it makes a COS-shaped
 // mirror out of Debian's packages, starts a server and a builder, has a real
 // NVIDIA driver built for a real kernel, and boots a virtual COS node that
-// finds, verifies, installs and loads it. It refuses to fake any step.
+// finds, verifies, installs and loads it. It ends with PASS or FAIL, and says
+// what that proves. It refuses to fake any step.
 package main
 
 import (
@@ -11,9 +12,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
-	"strconv"
 	"strings"
 	"time"
 
@@ -24,151 +23,178 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
-	"github.com/prebake/prebake/pkg/timeline"
-	"github.com/prebake/prebake/pkg/vm"
 )
 
 func main() {
 	cli.Main(&ucli.Command{
 		Name:  "demo",
 		Usage: "build, publish, fetch and load a real driver on one machine",
+		Description: `Ends with PASS and exit status 0, or with FAIL, the reason and another status.
+Downloads and caches are kept, and make a second run quick; make clean-cache
+removes them.`,
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
-			&ucli.StringFlag{Name: "flavour", Value: string(target.Proprietary), Usage: "proprietary or open"},
+			&ucli.StringFlag{
+				Name: "flavour", Value: string(target.Proprietary), Usage: "`FLAVOUR` of the driver: proprietary or open",
+			},
+			&ucli.BoolFlag{
+				Name: "stay", Usage: "leave server and builder running after PASS, until Ctrl-C, and say what to try",
+			},
 			&ucli.BoolFlag{Name: "console", Usage: "show the virtual node's console"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			d := &demo{out: cmd.Root().Writer, flavour: target.Flavour(cmd.String("flavour"))}
+			d := &demo{
+				out: cmd.Root().Writer, start: time.Now(),
+				flavour: target.Flavour(cmd.String("flavour")), stay: cmd.Bool("stay"),
+			}
+			if d.flavour != target.Proprietary && d.flavour != target.Open {
+				return fault.New(fault.Usage, fmt.Sprintf("flavour %q: want proprietary or open", d.flavour), "see demo --help")
+			}
 			if cmd.Bool("console") {
 				d.console = cmd.Root().ErrWriter
 			}
-			return d.run(ctx, cmd.String("bin"))
+			return d.play(ctx, cmd.String("bin"))
 		},
 	})
 }
 
+// demo is one run of the demo, and what it has seen so far.
 type demo struct {
 	out     io.Writer
 	console io.Writer
 	flavour target.Flavour
-	scene   *scene.Scene
-	key     string
+	stay    bool
+	start   time.Time
+	step    string // what is being done, for a person
+
+	scene  *scene.Scene
+	mirror *scene.Mirror
+	srv    *scene.Server
+	key    string // file with the builder's private key; the public one is beside it
+
+	version string        // of the driver
+	kernel  target.Kernel // that the node runs
+	build   api.Build     // of the driver for kernel
+	// second is the build of the same driver for sibling, a kernel of the same upstream version. Debian's
+	// archive may have none at times: then both are zero.
+	sibling target.Kernel
+	second  api.Build
+	bare    *nodeRun // the node before it had a GPU
+	gpu     *nodeRun // the node with the emulated GPU
 }
 
-func (d *demo) title(format string, args ...any) {
-	fmt.Fprintf(d.out, "\n== %s\n", fmt.Sprintf(format, args...))
+// begin tells that a step begins.
+func (d *demo) begin(format string, args ...any) {
+	d.step = fmt.Sprintf(format, args...)
+	fmt.Fprintf(d.out, "\n== %.0f s: %s\n", time.Since(d.start).Seconds(), d.step)
 }
 
-func (d *demo) run(ctx context.Context, bin string) (err error) {
-	start := time.Now()
-	bin, err = filepath.Abs(bin)
-	if err != nil {
-		return err
-	}
+// play runs the demo in a folder that is gone afterwards, and prints PASS or FAIL.
+func (d *demo) play(ctx context.Context, bin string) (err error) {
 	dir, err := os.MkdirTemp("", "prebake-demo-")
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+	d.step = "set-up"
+	err = d.run(ctx, bin, dir)
+	if err != nil {
+		err = d.fail(ctx, err, dir)
+	}
+	return errors.Join(err, os.RemoveAll(dir))
+}
+
+func (d *demo) run(ctx context.Context, bin, dir string) (err error) {
+	if bin, err = filepath.Abs(bin); err != nil {
+		return err
+	}
 	if d.scene, err = scene.New(bin, dir, os.Stderr); err != nil {
 		return err
 	}
-
-	d.title("mirror: COS-shaped buckets out of Debian's packages")
-	m, err := d.scene.Mirror(ctx)
-	if err != nil {
+	d.begin("make a mirror that looks like COS's buckets, out of Debian's packages")
+	if err := d.makeMirror(ctx); err != nil {
 		return err
 	}
-	version := m.Drivers[0].Version
-	// The open flavour of this driver does not know the newest kernels.
-	kernel, sibling, hasSibling := m.Siblings()
-	if !hasSibling || d.flavour == target.Open {
-		kernel, hasSibling = m.Builds[1].Kernel, false
-	}
-	fmt.Fprintf(d.out, "%d COS builds, %d drivers in %s\n", len(m.Builds), len(m.Drivers), m.Dir)
 
-	d.title("server and builder")
+	d.begin("start the server and one builder")
 	d.key = filepath.Join(dir, "prebake.key")
 	if _, err := d.scene.Must(ctx, "builder", "keygen", d.key); err != nil {
 		return err
 	}
-	srv, err := d.scene.StartServer(ctx, filepath.Join(dir, "server"), m)
-	if err != nil {
+	if d.srv, err = d.scene.StartServer(ctx, filepath.Join(dir, "server"), d.mirror); err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, srv.Stop()) }()
-	worker, err := d.scene.StartWorker(srv, m, d.key, d.scene.BuildCache())
+	defer func() { err = errors.Join(err, d.srv.Stop()) }()
+	worker, err := d.scene.StartWorker(d.srv, d.mirror, d.key, d.scene.BuildCache())
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, worker.Stop()) }()
-	fmt.Fprintf(d.out, "matrix, API and registry on http://%s\n", srv.Addr)
+	fmt.Fprintf(d.out, "the server's page: %s\n", d.page())
 
-	d.title("build: driver %s (%s) for COS build %s", version, d.flavour, kernel)
-	build, err := d.build(ctx, srv, kernel, version)
-	if err != nil {
+	d.begin("build driver %s (%s) for COS build %s", d.version, d.flavour, d.kernel)
+	if d.build, err = d.request(ctx, d.kernel); err != nil {
 		return err
 	}
-
-	var second api.Build
-	if hasSibling {
-		d.title("the same driver for COS build %s, a sibling of that kernel", sibling)
-		if second, err = d.build(ctx, srv, sibling, version); err != nil {
+	if d.hasSibling() {
+		d.begin("build the same driver for COS build %s, whose kernel is nearly the same", d.sibling)
+		if d.second, err = d.request(ctx, d.sibling); err != nil {
 			return err
 		}
-		if err := wantRemembered(second.Phases); err != nil {
+		if err := wantRemembered(d.second.Phases); err != nil {
 			return err
 		}
 	}
-
-	d.title("node with a GPU (emulated): boot, find, verify, install, load")
-	boot, err := d.scene.Boot(ctx, m, kernel)
-	if err != nil {
+	if err := d.node(ctx); err != nil {
 		return err
-	}
-	ref := srv.Repository() + "@" + build.Digest
-	withGPU, err := d.node(ctx, srv, scene.Node{Kernel: kernel, Boot: boot, GPU: true, Key: d.key + ".pub", Console: d.console}, "boot with GPU")
-	if err != nil {
-		return err
-	}
-	if err := withGPU.wantGPU(version, build.Digest); err != nil {
-		return err
-	}
-	d.title("the same node without a GPU")
-	without, err := d.node(ctx, srv, scene.Node{Kernel: kernel, Boot: boot, Key: d.key + ".pub", Console: d.console}, "boot without GPU")
-	if err != nil {
-		return err
-	}
-	if want := fault.NoDevice.ExitCode(); without.code != want {
-		return fmt.Errorf("node without a GPU: exit code %d; want %d", without.code, want)
 	}
 
-	d.title("result")
-	if err := timeline.Print(d.out, "builder", build.Phases); err != nil {
+	d.step = "print the result"
+	if err := d.pass(); err != nil {
 		return err
 	}
-	if hasSibling {
-		if err := timeline.Print(d.out, "builder, the sibling", second.Phases); err != nil {
+	if d.stay {
+		d.step = "stay"
+		if err := d.suggest(); err != nil {
 			return err
 		}
+		<-ctx.Done()
+		fmt.Fprintln(d.out, "stopping the builder and the server")
 	}
-	if err := timeline.Print(d.out, "node", withGPU.phases()); err != nil {
-		return err
-	}
-	fmt.Fprintf(d.out, "artifact  %s\n          @%s\nnode      %s; without a GPU: %s\ndone in   %.0f s\n",
-		strings.TrimSuffix(ref, "@"+build.Digest), build.Digest, withGPU.report.Verdict.State, without.report.Verdict.State, time.Since(start).Seconds())
 	return nil
 }
 
-// build asks the server for the cell and follows it to its end.
-func (d *demo) build(ctx context.Context, srv *scene.Server, k target.Kernel, version string) (api.Build, error) {
-	b, err := srv.Client.RequestBuild(ctx, api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: version, Flavour: string(d.flavour)})
+// makeMirror makes the mirror, and chooses driver and kernels among what it has.
+func (d *demo) makeMirror(ctx context.Context) (err error) {
+	if d.mirror, err = d.scene.Mirror(ctx); err != nil {
+		return err
+	}
+	d.version = d.mirror.Drivers[0].Version
+	older, newer, ok := d.mirror.Siblings()
+	if ok && d.flavour != target.Open {
+		d.kernel, d.sibling = older, newer
+	} else { // the open flavour of this driver does not know the newest kernels
+		d.kernel = d.mirror.Builds[1].Kernel
+	}
+	fmt.Fprintf(d.out, "%d COS builds, %d drivers in %s\n", len(d.mirror.Builds), len(d.mirror.Drivers), d.mirror.Dir)
+	return nil
+}
+
+func (d *demo) hasSibling() bool { return d.sibling != target.Kernel{} }
+
+// page is the address of the server's page.
+func (d *demo) page() string { return "http://" + d.srv.Addr + "/" }
+
+// request asks the server for the driver of one kernel, and follows the build to its end.
+func (d *demo) request(ctx context.Context, k target.Kernel) (api.Build, error) {
+	b, err := d.srv.Client.RequestBuild(ctx, api.BuildRequest{
+		BuildID: k.BuildID, Board: k.Board, Driver: d.version, Flavour: string(d.flavour),
+	})
 	if err != nil {
 		return b, err
 	}
 	began := time.Now()
-	b, err = scene.WaitBuild(ctx, srv.Client, b.ID, func(b api.Build) {
-		fmt.Fprintf(d.out, "%7.1f s  %s %s\n", time.Since(began).Seconds(), b.State, b.Phase)
+	b, err = scene.WaitBuild(ctx, d.srv.Client, b.ID, func(b api.Build) {
+		fmt.Fprintf(d.out, "%7.1f s  %s\n", time.Since(began).Seconds(), strings.TrimSpace(string(b.State)+" "+b.Phase))
 	})
 	if err != nil {
 		return b, err
@@ -176,97 +202,33 @@ func (d *demo) build(ctx context.Context, srv *scene.Server, k target.Kernel, ve
 	if b.State != api.Published {
 		return b, fmt.Errorf("build %d is %s (%s): %s", b.ID, b.State, b.Class, b.Error)
 	}
-	for _, p := range b.Phases {
-		if strings.Contains(p.Note, "cached") {
-			fmt.Fprintf(d.out, "reused from an earlier run: %s (%s)\n", strings.TrimSpace(p.Name), p.Note)
-		}
-	}
 	return b, nil
 }
 
-// remembered is how the builder says in a phase's note that it used what it kept.
-var remembered = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
-
-// wantRemembered holds the phases of a sibling's build against what a farm is for:
-// most answers of conftest and most objects are those of the kernel before. A demo
-// that ran before with these caches left even the modules themselves.
-func wantRemembered(phases []timeline.Phase) error {
-	if slices.ContainsFunc(phases, func(p timeline.Phase) bool { return p.Name == "compile" && strings.HasSuffix(p.Note, "cached") }) {
-		return nil
-	}
-	var problems []error
-	for _, name := range []string{"conftest", "compile"} {
-		// Both are parts of a phase, and that one is called compile too.
-		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
-		if i < 0 {
-			problems = append(problems, fmt.Errorf("the sibling's build has no phase %s", name))
-			continue
-		}
-		var kept, all int
-		if m := remembered.FindStringSubmatch(phases[i].Note); m != nil {
-			all, _ = strconv.Atoi(m[1]) // digits, by the pattern
-			kept, _ = strconv.Atoi(m[2])
-		}
-		if kept*10 < all*9 || kept == 0 {
-			problems = append(problems, fmt.Errorf("the sibling's %s: %q; want nine tenths remembered or reused", name, phases[i].Note))
-		}
-	}
-	return errors.Join(problems...)
-}
-
-type nodeRun struct {
-	report scene.Report
-	code   int
-	live   []string
-	boot   float64
-}
-
-func (d *demo) node(ctx context.Context, srv *scene.Server, n scene.Node, name string) (*nodeRun, error) {
-	fmt.Fprintf(d.out, "booting %s in qemu (plain emulation, no KVM)...\n", n.Kernel.Release)
-	res, err := d.scene.RunNode(ctx, n, []vm.Step{scene.InstallStep(srv), scene.ModulesStep()})
+// node boots the node, and judges what it did without a GPU and with the emulated one.
+func (d *demo) node(ctx context.Context) (err error) {
+	d.begin("boot a virtual COS node: find, verify, install and load the driver")
+	boot, err := d.scene.Boot(ctx, d.mirror, d.kernel)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", name, err)
+		return err
 	}
-	install, err := scene.StepNamed(res, "install")
+	disk, err := openDisk(ctx, filepath.Join(d.scene.State, "demo"), d.scene.Dir)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	run := &nodeRun{code: install.ExitCode, boot: res.BootSeconds}
-	if err := scene.Decode(install, &run.report); err != nil {
-		return nil, err
+	defer func() { err = errors.Join(err, disk.close(err == nil)) }()
+	if err := d.boot(ctx, boot, disk); err != nil {
+		return err
 	}
-	modules, err := scene.StepNamed(res, "modules")
-	if err != nil {
-		return nil, err
-	}
-	run.live = scene.Live(modules.Stdout)
-	run.report.Print(d.out, run.code, run.live)
-	return run, nil
+	return errors.Join(d.bare.wantNoDevice(), d.gpu.wantGPU(d.version, d.build.Digest))
 }
 
-func (r *nodeRun) phases() []timeline.Phase {
-	return append([]timeline.Phase{{Name: "boot", Seconds: r.boot}}, r.report.Phases...)
-}
-
-// wantGPU holds the node's report against what has to be true: the modules
-// are live and NVML answers the version that was built. The emulated GPU
-// cannot be initialised, so the honest verdict is "present but not usable".
-func (r *nodeRun) wantGPU(version, digest string) error {
-	var problems []error
-	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
-		if !slices.Contains(r.live, m) {
-			problems = append(problems, fmt.Errorf("%s is not live in the node's kernel", m))
+// kept says whether a build used what an earlier one left: the note of a phase says so.
+func kept(b api.Build) (phases []string) {
+	for _, p := range b.Phases {
+		if p.Of == "" && strings.Contains(p.Note, "cached") {
+			phases = append(phases, p.Name)
 		}
 	}
-	v := r.report.Verdict
-	if v.NVML.Version != version {
-		problems = append(problems, fmt.Errorf("NVML answers version %q (%s); want %s", v.NVML.Version, v.NVML.Error, version))
-	}
-	if v.Digest != digest {
-		problems = append(problems, fmt.Errorf("the node runs %s; built %s", v.Digest, digest))
-	}
-	if want := fault.Unusable.ExitCode(); r.code != want {
-		problems = append(problems, fmt.Errorf("exit code %d; want %d", r.code, want))
-	}
-	return errors.Join(problems...)
+	return slices.Compact(phases)
 }

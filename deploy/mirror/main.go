@@ -133,7 +133,12 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  done: %d objects made, %d taken from the cache\n", time.Since(start).Seconds(), result.Made, result.Cached)
-	return cli.Print(cmd, result, func(w io.Writer) error {
+	printed := struct {
+		mirror.Result
+		Made   int `json:"made"`
+		Cached int `json:"cached"`
+	}{result, result.Made, result.Cached}
+	return cli.Print(cmd, printed, func(w io.Writer) error {
 		for _, b := range result.Builds {
 			if _, err := fmt.Fprintf(w, "build   %s/%s  %s  Debian %s\n", b.BuildID, b.Board, b.Release, b.DebianPackageVersion); err != nil {
 				return err

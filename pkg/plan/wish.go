@@ -23,7 +23,6 @@ const MaxFile = 1 << 20
 const (
 	maxLatest    = 1000   // builds that one entry may ask for
 	maxCells     = 20_000 // cells of one plan
-	maxMistakes  = 100    // mistakes that are told
 	minMilestone = 60
 	maxMilestone = 9999
 )

@@ -108,7 +108,10 @@ func lastLines(b []byte, n int) string {
 
 // Mirror is what the mirror command says that it laid out.
 type Mirror struct {
-	Dir    string
+	Dir string
+	// Made and Cached count the objects that this run of the command made, and those that it found.
+	Made   int `json:"made"`
+	Cached int `json:"cached"`
 	Builds []struct {
 		target.Kernel
 		// Package is the Debian version of the kernel, as in 6.1.192-2.
@@ -145,15 +148,12 @@ func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
 // Mirror lays the COS-shaped mirror out, or finds it.
 func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
 	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
-	if _, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages")); err != nil {
-		return nil, err
-	}
-	raw, err := os.ReadFile(filepath.Join(m.Dir, "mirror.json"))
+	raw, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages"), "--output", "json")
 	if err != nil {
 		return nil, err
 	}
 	if err := json.Unmarshal(raw, m); err != nil {
-		return nil, fmt.Errorf("read mirror.json: %w", err)
+		return nil, fmt.Errorf("read what mirror printed: %w", err)
 	}
 	if len(m.Builds) < 3 || len(m.Drivers) < 2 {
 		return nil, fmt.Errorf("mirror has %d builds and %d drivers; want at least 3 and 2", len(m.Builds), len(m.Drivers))
@@ -176,7 +176,8 @@ type Process struct {
 	err  error         // how it ended; read it behind done
 }
 
-// Start starts a program; its output goes to the file log in Dir.
+// Start starts a program; its output goes to the file log in Dir. It has a process group of its
+// own: Ctrl-C at the terminal reaches the caller alone, who stops it.
 func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
@@ -184,7 +185,7 @@ func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
 	}
 	cmd := exec.Command(s.Program(name), args...)
 	cmd.Stdout, cmd.Stderr = out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
 	if err := cmd.Start(); err != nil {
 		return nil, errors.Join(fmt.Errorf("start %s: %w", name, err), out.Close())
 	}

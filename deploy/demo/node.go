@@ -1,0 +1,225 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/timeline"
+	"github.com/prebake/prebake/pkg/vm"
+	"github.com/prebake/prebake/pkg/vm/emugpu"
+)
+
+// diskBytes is the size of the node's disk: an image with holes, of which the driver takes less than a GiB.
+const diskBytes = 3 << 30
+
+// disk is the node's disk with its install folder. It is kept from one run to the next, as
+// a node's disk is from one boot to the next: a layer that is there is not downloaded
+// again. What is reused is the fetcher's decision, which compares digests.
+type disk struct {
+	path string
+	file *os.File // locked while the disk is in use
+}
+
+// openDisk takes the disk that earlier runs left in the folder state, or makes an empty one. A
+// run beside another one has an empty disk in dir.
+func openDisk(ctx context.Context, state, dir string) (_ *disk, err error) {
+	if err := os.MkdirAll(state, 0o755); err != nil {
+		return nil, err
+	}
+	d := &disk{path: filepath.Join(state, "node.img")}
+	if d.file, err = os.OpenFile(d.path, os.O_RDWR|os.O_CREATE, 0o644); err != nil {
+		return nil, err
+	}
+	err = syscall.Flock(int(d.file.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		if err := d.file.Close(); err != nil {
+			return nil, err
+		}
+		d.path = filepath.Join(dir, "node.img")
+		d.file, err = os.OpenFile(d.path, os.O_RDWR|os.O_CREATE, 0o644)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("open the node's disk: %w", err), d.file.Close())
+	}
+	info, err := d.file.Stat()
+	if err == nil && info.Size() != diskBytes {
+		err = d.format(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.close(false))
+	}
+	return d, nil
+}
+
+func (d *disk) format(ctx context.Context) error {
+	if err := errors.Join(d.file.Truncate(0), d.file.Truncate(diskBytes)); err != nil {
+		return err
+	}
+	mke2fs, err := exec.LookPath("mke2fs")
+	if err != nil {
+		mke2fs = "/usr/sbin/mke2fs" // Debian's users do not have that folder in PATH
+	}
+	if out, err := exec.CommandContext(ctx, mke2fs, "-q", "-F", "-t", "ext4", d.path).CombinedOutput(); err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("make the node's file system: %w: %s", err, out), "run make setup")
+	}
+	return nil
+}
+
+// close lets the disk go. One that was in use when something failed is emptied: the next
+// run shall not meet what it left.
+func (d *disk) close(keep bool) error {
+	var err error
+	if !keep {
+		err = d.file.Truncate(0)
+	}
+	return errors.Join(err, d.file.Close())
+}
+
+// nodeRun is one run of the node's fetcher, and what it reported.
+type nodeRun struct {
+	report scene.Report
+	code   int      // exit status of the fetcher
+	live   []string // NVIDIA's modules in the kernel
+	boot   float64  // seconds that the node's boot took
+}
+
+// boot boots the node without a GPU, asks the fetcher what it sees, puts the emulated GPU
+// in, has the fetcher install the driver, and switches the node off.
+func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
+	const gpu = "/lib/emugpu.ko"
+	fmt.Fprintf(d.out, "booting %s in qemu, which emulates the processor too...\n", d.kernel.Release)
+	res, err := d.scene.RunNode(ctx, scene.Node{
+		Kernel: d.kernel, Boot: boot, Key: d.key + ".pub", Disk: disk.path, Console: d.console,
+		KernelArgs: []string{emugpu.KernelArg(target.AMD64)},
+		Files:      []vm.File{{Name: gpu, Path: filepath.Join(boot, vm.BootGPU)}},
+	}, []vm.Step{
+		{Name: "mount the disk", Argv: []string{"@mount", "/dev/vda", scene.InstallDir}},
+		{Name: "status", KeepGoing: true, Timeout: 2 * time.Minute, Argv: []string{
+			"/usr/bin/fetcher", "status", "--install-dir", scene.InstallDir, "--output", "json",
+		}},
+		{Name: "put the GPU in", Argv: []string{"@insmod", gpu}},
+		scene.InstallStep(d.srv), scene.ModulesStep(),
+	})
+	if err != nil {
+		return err
+	}
+	for _, name := range []string{"mount the disk", "put the GPU in"} {
+		if step, _ := res.Step(name); step.ExitCode != 0 {
+			return fmt.Errorf("%s: %s", name, step.Error)
+		}
+	}
+	fmt.Fprintln(d.out, "before the emulated GPU is put in, the fetcher sees:")
+	if d.bare, err = d.readRun(res, "status"); err != nil {
+		return err
+	}
+	fmt.Fprintln(d.out, "with it, after the installation:")
+	if d.gpu, err = d.readRun(res, "install"); err != nil {
+		return err
+	}
+	d.gpu.boot = res.BootSeconds
+	return nil
+}
+
+// readRun reads what the fetcher printed in a step, and shows it with the modules that were in
+// the kernel at the end.
+func (d *demo) readRun(res *vm.Result, name string) (*nodeRun, error) {
+	step, err := scene.StepNamed(res, name)
+	if err != nil {
+		return nil, err
+	}
+	run := &nodeRun{code: step.ExitCode}
+	if err := scene.Decode(step, &run.report); err != nil {
+		return nil, err
+	}
+	if name == "install" {
+		modules, err := scene.StepNamed(res, "modules")
+		if err != nil {
+			return nil, err
+		}
+		run.live = scene.Live(modules.Stdout)
+	}
+	run.report.Print(d.out, run.code, run.live)
+	return run, nil
+}
+
+func (r *nodeRun) phases() []timeline.Phase {
+	return append([]timeline.Phase{{Name: "boot", Seconds: r.boot}}, r.report.Phases...)
+}
+
+// wantGPU compares what the node reported with what has to be true: the modules are in the
+// kernel, and NVML answers with the version that was built. The driver cannot start the
+// emulated GPU, so the right report is "unusable".
+func (r *nodeRun) wantGPU(version, digest string) error {
+	var problems []error
+	for _, m := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
+		if !slices.Contains(r.live, m) {
+			problems = append(problems, fmt.Errorf("the module %s is not in the node's kernel", m))
+		}
+	}
+	v := r.report.Verdict
+	if v.NVML.Version != version {
+		problems = append(problems,
+			fmt.Errorf("NVML answers version %q (%s); want %s", v.NVML.Version, v.NVML.Error, version))
+	}
+	if v.Digest != digest {
+		problems = append(problems, fmt.Errorf("the node has installed %q; built was %s", v.Digest, digest))
+	}
+	return errors.Join(append(problems, r.wantExit(fault.Unusable))...)
+}
+
+// wantNoDevice is wantGPU for the node before it has a GPU.
+func (r *nodeRun) wantNoDevice() error { return r.wantExit(fault.NoDevice) }
+
+func (r *nodeRun) wantExit(kind fault.Kind) error {
+	if r.code != kind.ExitCode() {
+		return fmt.Errorf("the fetcher ended with exit status %d (%s); want %d (%s)",
+			r.code, r.report.Verdict.State, kind.ExitCode(), kind.What())
+	}
+	return nil
+}
+
+// remembered is how the builder says in a phase's note that it used what it kept.
+var remembered = regexp.MustCompile(`^([0-9]+) [a-z]+, ([0-9]+) (?:remembered|reused)$`)
+
+// wantRemembered checks the phases of the sibling's build: most answers of conftest and
+// most objects have to be those of the kernel before. After an earlier run of the demo the
+// modules themselves are in the cache, and nothing is compiled.
+func wantRemembered(phases []timeline.Phase) error {
+	if slices.ContainsFunc(phases, func(p timeline.Phase) bool {
+		return p.Name == "compile" && strings.HasSuffix(p.Note, "cached")
+	}) {
+		return nil
+	}
+	var problems []error
+	for _, name := range []string{"conftest", "compile"} {
+		// Both are parts of a phase, and that one is called compile too.
+		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
+		if i < 0 {
+			problems = append(problems, fmt.Errorf("the sibling's build has no phase %s", name))
+			continue
+		}
+		var kept, all int
+		if m := remembered.FindStringSubmatch(phases[i].Note); m != nil {
+			all, _ = strconv.Atoi(m[1]) // digits, by the pattern
+			kept, _ = strconv.Atoi(m[2])
+		}
+		if kept*10 < all*9 || kept == 0 {
+			problems = append(problems,
+				fmt.Errorf("the sibling's %s: %q; want nine tenths remembered or reused", name, phases[i].Note))
+		}
+	}
+	return errors.Join(problems...)
+}

@@ -1,0 +1,124 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/timeline"
+)
+
+// goodNode is what a node with the emulated GPU reports.
+func goodNode() *nodeRun {
+	r := &nodeRun{code: fault.Unusable.ExitCode(), live: []string{"nvidia-drm", "nvidia-modeset", "nvidia-uvm", "nvidia"}}
+	r.report.Verdict.State, r.report.Verdict.Digest, r.report.Verdict.NVML.Version = "unusable", "sha256:a", "535.261.03"
+	return r
+}
+
+func TestWantGPU(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct {
+		change func(*nodeRun)
+		want   string // part of the error; "" is none
+	}{
+		"all is well":          {func(*nodeRun) {}, ""},
+		"a module is missing":  {func(r *nodeRun) { r.live = r.live[:2] }, "the module nvidia-uvm is not in"},
+		"NVML does not answer": {func(r *nodeRun) { r.report.Verdict.NVML.Version = "" }, `NVML answers version ""`},
+		"another artifact":     {func(r *nodeRun) { r.report.Verdict.Digest = "sha256:b" }, "built was sha256:a"},
+		"the GPU computes":     {func(r *nodeRun) { r.code = 0 }, "exit status 0"},
+		"the kernel said no":   {func(r *nodeRun) { r.code = fault.Rejected.ExitCode() }, "want 9"},
+		"nothing was published": {
+			func(r *nodeRun) { *r = nodeRun{code: fault.NoArtifact.ExitCode()} }, "the module nvidia is not",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := goodNode()
+			row.change(r)
+			err := r.wantGPU("535.261.03", "sha256:a")
+			if (err == nil) != (row.want == "") || err != nil && !strings.Contains(err.Error(), row.want) {
+				t.Errorf("wantGPU() = %v; want %q", err, row.want)
+			}
+		})
+	}
+}
+
+func TestWantRemembered(t *testing.T) {
+	t.Parallel()
+	notes := func(conftest, compile string) []timeline.Phase {
+		return []timeline.Phase{
+			{Name: "conftest", Of: "compile", Note: conftest}, {Name: "compile", Of: "compile", Note: compile},
+		}
+	}
+	for name, row := range map[string]struct {
+		phases []timeline.Phase
+		ok     bool
+	}{
+		"remembered":         {notes("400 answers, 399 remembered", "300 objects, 280 reused"), true},
+		"objects were not":   {notes("400 answers, 399 remembered", "300 objects, 200 reused"), false},
+		"conftest was not":   {notes("400 answers", "300 objects, 280 reused"), false},
+		"modules in cache":   {[]timeline.Phase{{Name: "compile", Note: "5 modules, cached"}}, true},
+		"nothing is told of": {nil, false},
+	} {
+		if err := wantRemembered(row.phases); (err == nil) != row.ok {
+			t.Errorf("%s: wantRemembered() = %v; want an error: %t", name, err, !row.ok)
+		}
+	}
+}
+
+// A disk is kept after a run that passed, emptied after one that failed, and no two runs have one.
+func TestDisk(t *testing.T) {
+	t.Parallel()
+	state := t.TempDir()
+	open := func() *disk {
+		t.Helper()
+		d, err := openDisk(t.Context(), state, t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		return d
+	}
+	closed := func(d *disk, keep bool) {
+		t.Helper()
+		if err := d.close(keep); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kept := filepath.Join(state, "node.img")
+	first, second := open(), open()
+	if first.path != kept || second.path == kept {
+		t.Errorf("two runs at a time have disks %s and %s; want only the first to have %s", first.path, second.path, kept)
+	}
+	// Behind the first KiB of ext4 is its superblock, where the volume's name is at 120: ext4's own documentation.
+	const label = 1024 + 120
+	if _, err := first.file.WriteAt([]byte("kept"), label); err != nil {
+		t.Fatal(err)
+	}
+	closed(second, true)
+	closed(first, true)
+	read := func() string {
+		t.Helper()
+		raw := make([]byte, 4)
+		f, err := os.Open(kept)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.ReadAt(raw, label); err != nil {
+			t.Fatal(err)
+		}
+		return string(raw)
+	}
+	third := open()
+	if got := read(); got != "kept" {
+		t.Errorf("the disk after a run that passed has %q; want what that run wrote", got)
+	}
+	closed(third, false)
+	fourth := open()
+	if got := read(); got == "kept" {
+		t.Error("the disk after a run that failed has what an earlier one wrote; want an empty one")
+	}
+	closed(fourth, true)
+}

@@ -1,0 +1,139 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// demoProgram compiles deploy/demo: `go run` would keep signals from it.
+func demoProgram(t *testing.T) string {
+	t.Helper()
+	program := filepath.Join(t.TempDir(), "demo")
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "../demo").CombinedOutput(); err != nil {
+		t.Fatalf("go build ../demo: %v: %s", err, out)
+	}
+	return program
+}
+
+// The demo passes, says what that proves, and stays. All that it says to try works, and Ctrl-C ends it.
+func TestDemo(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	cmd := exec.CommandContext(ctx, demoProgram(t), "--bin", shared.Bin, "--stay")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	var progress bytes.Buffer
+	cmd.Stderr = &progress
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var seen strings.Builder
+	var tries []string
+	lines := bufio.NewScanner(out)
+	for lines.Scan() {
+		seen.WriteString(lines.Text() + "\n")
+		if command, ok := strings.CutPrefix(lines.Text(), "  "+shared.Bin+"/"); ok {
+			tries = append(tries, command)
+		}
+		if lines.Text() == "" && len(tries) == 4 { // it waits for Ctrl-C now
+			break
+		}
+	}
+	if len(tries) != 4 {
+		_, err := io.Copy(&seen, out)
+		t.Fatalf("demo --stay ended (%v, %v) and said to try %q; want 4 commands\n%s\n%s",
+			err, cmd.Wait(), tries, &seen, &progress)
+	}
+	for _, want := range []string{
+		"\nPASS in ", "\nWhat this run proved\n", "\nWhat an emulated GPU cannot prove\n", "\nReused from earlier runs\n",
+		"answers version " + shared.driver(), "make clean-cache", shared.State + ", ",
+	} {
+		if !strings.Contains(seen.String(), want) {
+			t.Errorf("demo printed no %q:\n%s", want, &seen)
+		}
+	}
+
+	page := regexp.MustCompile(`http://127\.0\.0\.1:[0-9]+/`).FindString(seen.String())
+	res, err := http.Get(page)
+	if err != nil {
+		t.Fatalf("GET %q: %v", page, err)
+	}
+	body, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != http.StatusOK || !bytes.Contains(body, []byte(shared.driver())) {
+		t.Errorf("GET %s = %s, %v; want a page with driver %s", page, res.Status, err, shared.driver())
+	}
+	if err := res.Body.Close(); err != nil {
+		t.Error(err)
+	}
+	for _, command := range tries {
+		if out, err := exec.CommandContext(ctx, "sh", "-c", shared.Bin+"/"+command).CombinedOutput(); err != nil {
+			t.Errorf("%s: %v\n%s", command, err, out)
+		}
+	}
+
+	// Ctrl-C at a terminal reaches the whole process group.
+	if err := syscall.Kill(-cmd.Process.Pid, syscall.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.Copy(io.Discard, out); err != nil {
+		t.Error(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("demo --stay after Ctrl-C: %v; want status 0\n%s", err, &progress)
+	}
+}
+
+// A demo that fails says FAIL, in which step, and why, and its exit status is not 0.
+func TestDemoFails(t *testing.T) {
+	t.Parallel()
+	program := demoProgram(t)
+	// All programs but the one that makes the key, which prints an error as a full disk would have it do.
+	bin := t.TempDir()
+	for _, name := range []string{"server", "fetcher", "mirror", "guestinit", "nvmlprobe"} {
+		if err := os.Symlink(shared.Program(name), filepath.Join(bin, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	builder := "#!/bin/sh\n[ \"$1\" = keygen ] || exec " + shared.Program("builder") + " \"$@\"\n" +
+		"echo 'error: no space left' >&2\nexit 27\n"
+	if err := os.WriteFile(filepath.Join(bin, "builder"), []byte(builder), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, row := range map[string]struct {
+		bin   string
+		wants []string
+	}{
+		"no programs":         {t.TempDir(), []string{"FAIL after ", "step      make a mirror", "no such file"}},
+		"the builder refuses": {bin, []string{"FAIL after ", "step      start the server", "status 27", "no space left"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			out, err := exec.CommandContext(t.Context(), program, "--bin", row.bin).Output()
+			if err == nil {
+				t.Errorf("demo --bin %s = status 0; want another", row.bin)
+			}
+			for _, want := range row.wants {
+				if !bytes.Contains(out, []byte(want)) {
+					t.Errorf("demo --bin %s printed no %q:\n%s", row.bin, want, out)
+				}
+			}
+			if bytes.Contains(out, []byte("PASS")) {
+				t.Errorf("demo --bin %s printed PASS:\n%s", row.bin, out)
+			}
+		})
+	}
+}
