@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"mvdan.cc/sh/v3/syntax"
 
@@ -165,6 +166,20 @@ func TestReadmeCommandsAreRun(t *testing.T) {
 	}
 	if commands != 2 {
 		t.Errorf("README.md has %d commands to run; want 2", commands)
+	}
+}
+
+// The README is two screens: 100 lines of 116 columns.
+func TestReadmeLength(t *testing.T) {
+	t.Parallel()
+	lines := strings.Split(strings.TrimSuffix(read(t, "README.md"), "\n"), "\n")
+	if len(lines) > 100 {
+		t.Errorf("README.md has %d lines; want at most 100", len(lines))
+	}
+	for i, line := range lines {
+		if n := utf8.RuneCountInString(line); n > 116 {
+			t.Errorf("README.md:%d has %d columns; want at most 116", i+1, n)
+		}
 	}
 }
 
