@@ -20,15 +20,15 @@ var programsOfPages = []string{"builder", "server", "fetcher", "mirror"}
 // The tests TestReference of the programs keep the pages equal to --help.
 func flagsOf(t *testing.T) map[string]map[string]bool {
 	t.Helper()
-	flagName := regexp.MustCompile(`(?m)^ +(?:(--[a-z0-9-]+), (-[a-z]+)|(--[a-z0-9-]+))\b`)
+	flagNames := regexp.MustCompile(`(?m)^ +(--?[a-z0-9-]+(?:, --?[a-z0-9-]+)*)\b`)
 	all := map[string]map[string]bool{}
 	for _, program := range programsOfPages {
 		p := page.Parse([]byte(read(t, "docs/reference/"+program+".md")))
 		for _, b := range p.Blocks {
 			name, _, _ := strings.Cut(b.Text, " - ")
 			all[name] = map[string]bool{}
-			for _, m := range flagName.FindAllStringSubmatch(b.Text, -1) {
-				for _, f := range m[1:] {
+			for _, m := range flagNames.FindAllStringSubmatch(b.Text, -1) {
+				for f := range strings.SplitSeq(m[1], ", ") {
 					all[name][f] = true
 				}
 			}
