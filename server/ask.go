@@ -141,7 +141,7 @@ func requestCommand() *ucli.Command {
 		Description: `A cell that is queued or being built already is not asked for again: the
 answer is its build. With --wait, stderr tells of its place in the queue, of
 when it may be ready, and of each phase, and the exit status is that of the
-failure's class (the README has the list).
+failure's class (docs/reference/exit-codes.md).
 
 Example:
   server request --build-id 17800.66.78 --driver R535 --wait --token-file token`,

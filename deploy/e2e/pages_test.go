@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prebake/prebake/deploy/internal/page"
 )
@@ -13,16 +15,22 @@ import (
 // The pages for newcomers are scripts: what they tell a reader to type works as it
 // stands, and prints what they show.
 func TestPages(t *testing.T) {
-	for _, name := range []string{"docs/tutorials/try-it-offline.md"} {
-		t.Run(name, func(t *testing.T) {
-			source, err := os.ReadFile(filepath.Join("../..", name))
-			if err != nil {
-				t.Fatal(err)
-			}
-			commands := page.Parse(source).Script()
-			if len(commands) == 0 {
-				t.Fatalf("%s has no block to run", name)
-			}
+	names, err := filepath.Glob("../../docs/*/*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	played := 0
+	for _, name := range append(names, "../../README.md") {
+		source, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		commands := page.Parse(source).Script()
+		if len(commands) == 0 {
+			continue
+		}
+		played++
+		t.Run(strings.TrimPrefix(name, "../../"), func(t *testing.T) {
 			dir := t.TempDir()
 			symlink(t, shared.Bin, filepath.Join(dir, "bin"))
 			// The caches of a reader who played the demo before.
@@ -30,10 +38,15 @@ func TestPages(t *testing.T) {
 			env := slices.DeleteFunc(os.Environ(), func(v string) bool { return strings.HasPrefix(v, "PREBAKE_") })
 			env = append(env, "HOME="+filepath.Join(dir, "home"), "XDG_CACHE_HOME="+filepath.Join(dir, "home/.cache"),
 				"PREBAKE_LISTEN=127.0.0.1:0") // another server may have the usual port
-			if err := page.Play(t.Context(), dir, env, commands); err != nil {
+			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+			defer cancel()
+			if err := page.Play(ctx, dir, env, commands); err != nil {
 				t.Errorf("%s, %v", name, err)
 			}
 		})
+	}
+	if played == 0 {
+		t.Error("no page has a block to run")
 	}
 }
 

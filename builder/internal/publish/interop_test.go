@@ -221,7 +221,7 @@ func TestVerifyPage(t *testing.T) {
 		t.Fatal(err)
 	}
 	var lines []string
-	for line := range strings.Lines(string(text)) {
+	for line := range strings.Lines(strings.ReplaceAll(string(text), "\\\n", " ")) {
 		if args, ok := strings.CutPrefix(strings.TrimSpace(line), begin); ok {
 			lines = append(lines, args)
 		}

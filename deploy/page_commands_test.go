@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"mvdan.cc/sh/v3/syntax"
 
@@ -19,15 +20,15 @@ var programsOfPages = []string{"builder", "server", "fetcher", "mirror"}
 // The tests TestReference of the programs keep the pages equal to --help.
 func flagsOf(t *testing.T) map[string]map[string]bool {
 	t.Helper()
-	flagName := regexp.MustCompile(`(?m)^ +(?:(--[a-z0-9-]+), (-[a-z]+)|(--[a-z0-9-]+))\b`)
+	flagNames := regexp.MustCompile(`(?m)^ +(--?[a-z0-9-]+(?:, --?[a-z0-9-]+)*)\b`)
 	all := map[string]map[string]bool{}
 	for _, program := range programsOfPages {
 		p := page.Parse([]byte(read(t, "docs/reference/"+program+".md")))
 		for _, b := range p.Blocks {
 			name, _, _ := strings.Cut(b.Text, " - ")
 			all[name] = map[string]bool{}
-			for _, m := range flagName.FindAllStringSubmatch(b.Text, -1) {
-				for _, f := range m[1:] {
+			for _, m := range flagNames.FindAllStringSubmatch(b.Text, -1) {
+				for f := range strings.SplitSeq(m[1], ", ") {
 					all[name][f] = true
 				}
 			}
@@ -146,6 +147,39 @@ func TestPageCommands(t *testing.T) {
 	}
 	if checked < 100 {
 		t.Errorf("%d commands of pages were checked; want more than 100: are they read?", checked)
+	}
+}
+
+// What the README tells a newcomer to run is what CI runs.
+func TestReadmeCommandsAreRun(t *testing.T) {
+	t.Parallel()
+	ci, commands := read(t, ".ci/run"), 0
+	for _, b := range page.Parse([]byte(read(t, "README.md"))).Blocks {
+		for line := range strings.Lines(b.Text) {
+			if command, _, _ := strings.Cut(line, " #"); b.Language == "sh" && strings.TrimSpace(command) != "" {
+				commands++
+				if step := "\nstep " + strings.TrimSpace(command) + "\n"; !strings.Contains(ci, step) {
+					t.Errorf("README.md:%d: .ci/run has no step %q", b.Line, strings.TrimSpace(command))
+				}
+			}
+		}
+	}
+	if commands != 2 {
+		t.Errorf("README.md has %d commands to run; want 2", commands)
+	}
+}
+
+// The README is two screens: 100 lines of 116 columns.
+func TestReadmeLength(t *testing.T) {
+	t.Parallel()
+	lines := strings.Split(strings.TrimSuffix(read(t, "README.md"), "\n"), "\n")
+	if len(lines) > 100 {
+		t.Errorf("README.md has %d lines; want at most 100", len(lines))
+	}
+	for i, line := range lines {
+		if n := utf8.RuneCountInString(line); n > 116 {
+			t.Errorf("README.md:%d has %d columns; want at most 116", i+1, n)
+		}
 	}
 }
 
