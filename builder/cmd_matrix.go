@@ -278,21 +278,30 @@ func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	return plan.Expand(ctx, w, m.kernels, images)
 }
 
-// runPlan looks and makes nothing.
-func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
+// openPlan reads the wish list, and opens what making it takes, which the caller closes.
+func openPlan(ctx context.Context, cmd *ucli.Command) (*matrix, *plan.Plan, error) {
 	w, err := readWish(cmd.String("wish"))
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	m, err := openMatrix(ctx, cmd)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := m.plan(ctx, w)
+	if err != nil {
+		return nil, nil, errors.Join(err, m.close())
+	}
+	return m, p, nil
+}
+
+// runPlan looks and makes nothing.
+func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
+	m, p, err := openPlan(ctx, cmd)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.close()) }()
-	p, err := m.plan(ctx, w)
-	if err != nil {
-		return err
-	}
 	report, err := farm.Look(ctx, m.farm, p)
 	if err != nil {
 		return err
@@ -311,19 +320,11 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		return runPlan(ctx, cmd)
 	}
 	begin := time.Now()
-	w, err := readWish(cmd.String("wish"))
-	if err != nil {
-		return err
-	}
-	m, err := openMatrix(ctx, cmd)
+	m, p, err := openPlan(ctx, cmd)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.close()) }()
-	p, err := m.plan(ctx, w)
-	if err != nil {
-		return err
-	}
 	stderr := cmd.Root().ErrWriter
 	beside := ""
 	if m.cfg.Compiling != nil {

@@ -24,6 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/script"
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
@@ -62,26 +63,8 @@ func TestScript(t *testing.T) {
 			env.Setenv("XDG_CACHE_HOME", filepath.Join(env.WorkDir, "home-cache"))
 			return nil
 		},
-		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": exits, "await": await},
+		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){"exits": script.Exits, "await": await},
 	})
-}
-
-// exits runs a command and compares its exit status: exits 8 builder build.
-func exits(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) < 2 {
-		ts.Fatalf("usage: exits STATUS PROGRAM [ARGUMENT...]")
-	}
-	got := 0
-	if err := ts.Exec(args[1], args[2:]...); err != nil {
-		n, convErr := strconv.Atoi(strings.TrimPrefix(err.Error(), "exit status "))
-		if convErr != nil {
-			ts.Fatalf("%s: %v", args[1], err)
-		}
-		got = n
-	}
-	if strconv.Itoa(got) != args[0] {
-		ts.Fatalf("%s ended with status %d; want %s", strings.Join(args[1:], " "), got, args[0])
-	}
 }
 
 // await waits until a file is there, as long as the test may run.

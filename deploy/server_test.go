@@ -2,7 +2,6 @@ package deploy_test
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"net/http"
@@ -11,9 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -22,6 +19,7 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 
+	"github.com/prebake/prebake/deploy/internal/testserver"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -53,7 +51,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-const secret = "0123456789abcdef"
+const secret = testserver.Token
 
 // running is a server process with a mirror of two COS builds.
 type running struct {
@@ -82,34 +80,10 @@ func startServer(t *testing.T) running {
 			}
 		}
 	}
-	var said bytes.Buffer
-	ctx, cancel := context.WithCancel(context.Background())
-	data := filepath.Join(dir, "data")
-	cmd := exec.CommandContext(ctx, built, "serve", "--listen", "127.0.0.1:0", "--data", data, "--grace", "1s", "--discover-interval", "1h",
-		"--kernel-mirror", "file://"+filepath.Join(dir, "mirror"))
-	cmd.Env = []string{"PREBAKE_TOKEN=" + secret, "HOME=" + dir, "PATH=" + os.Getenv("PATH")}
-	cmd.Stdout, cmd.Stderr = &said, &said
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = time.Minute
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cancel()
-		_ = cmd.Wait() // it was told to stop
-		if t.Failed() {
-			t.Logf("the server said: %s", said.String())
-		}
-	})
-	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		if raw, err := os.ReadFile(filepath.Join(data, "address")); err == nil {
-			url := strings.TrimSpace(string(raw))
-			return running{Binary: built, URL: url, Host: strings.TrimPrefix(url, "http://"), Client: api.NewClient(url, secret, nil)}
-		}
-		if time.Now().After(end) {
-			t.Fatal("the server has no address after a minute")
-		}
-	}
+	url := testserver.Start(t, built, filepath.Join(dir, "data"),
+		"--discover-interval", "1h", "--kernel-mirror", "file://"+filepath.Join(dir, "mirror"))
+	client := api.NewClient(url, secret, nil)
+	return running{Binary: built, URL: url, Host: strings.TrimPrefix(url, "http://"), Client: client}
 }
 
 // publish does what a builder does at the end of a build of this cell.

@@ -21,6 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/snapshot"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
+	"github.com/prebake/prebake/pkg/testkit/script"
 	"github.com/prebake/prebake/pkg/testkit/snapshots"
 	"github.com/prebake/prebake/pkg/trust"
 )
@@ -53,30 +54,10 @@ func TestScript(t *testing.T) {
 		RequireExplicitExec: true,
 		Setup:               func(env *testscript.Env) error { return setup(t, env) },
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"exits":     exits,
+			"exits":     script.Exits,
 			"collected": collected,
 		},
 	})
-}
-
-// exits runs a command and compares its exit status: exits 8 fetcher install.
-func exits(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) < 2 {
-		ts.Fatalf("usage: exits STATUS PROGRAM [ARGUMENT...]")
-	}
-	err := ts.Exec(args[1], args[2:]...)
-	got := 0
-	if err != nil {
-		text := err.Error()
-		n, convErr := strconv.Atoi(strings.TrimPrefix(text, "exit status "))
-		if convErr != nil {
-			ts.Fatalf("%s: %v", args[1], err)
-		}
-		got = n
-	}
-	if strconv.Itoa(got) != args[0] {
-		ts.Fatalf("%s ended with status %d; want %s", strings.Join(args[1:], " "), got, args[0])
-	}
 }
 
 func setup(t *testing.T, env *testscript.Env) error {

@@ -13,9 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
-	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit"
 )
@@ -24,25 +22,14 @@ import (
 // somebody planted.
 func TestReindexBucket(t *testing.T) {
 	t.Parallel()
-	dir := filepath.Join(t.TempDir(), "state")
-	url, _, _ := start(t, dir)
-	c := api.NewClient(url, secretOf(t, dir), nil)
-	name := testkit.Registry(t, true) + "/prebake/driver"
-	repo, err := registry.Open(name, registry.Options{Plain: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	farm, stranger := testkit.NewKey(t), testkit.NewKey(t)
-	driver := target.Driver{Version: "535.261.03", Flavour: target.Open}
+	r := newReindexed(t)
+	farm, stranger, driver := r.farm, r.stranger, r.driver
 	held := testkit.NewSample(t, farm, testkit.SampleKernel("47"), driver, "")
-	held.Publish(t, repo)
-	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: held.Digest, Repository: name, Fingerprint: held.Identity.Fingerprint,
-		Driver: driver, Release: held.Identity.Release, Kernels: []target.Kernel{held.Kernel}}); err != nil {
-		t.Fatal(err)
-	}
+	held.Publish(t, r.repo)
+	r.add(t, held, driver, held.Kernel)
 	// In the registry, and nobody who is trusted says that it is for its kernel.
 	foreign := testkit.NewSample(t, stranger, testkit.SampleKernel("48"), driver, "")
-	foreign.Publish(t, repo)
+	foreign.Publish(t, r.repo)
 
 	gone := "sha256:" + strings.Repeat("d", 64)
 	at := t.TempDir()
@@ -83,10 +70,7 @@ func TestReindexBucket(t *testing.T) {
 	put(t, filepath.Join(at, "17800.0.66/lakitu/index.json"), make([]byte, maxIndex+1))
 	put(t, filepath.Join(at, "not-a-build/lakitu/index.json"), []byte("{}"))
 
-	pem := filepath.Join(t.TempDir(), "farm.pub")
-	put(t, pem, farm.PEM(t))
-	args := []string{"reindex", "--server", url, "--repository", name, "--key", pem, "--token-file", filepath.Join(dir, "token"), "--apply",
-		"--bucket", "file://" + at}
+	args := append(r.args(), "--apply", "--bucket", "file://"+at)
 	got := lookAtBucket(t, fault.Unverified.ExitCode(), args...)
 	if got.InBucket != 6 {
 		t.Errorf("reindex counts %d tarballs; want 6", got.InBucket)
@@ -115,7 +99,7 @@ func TestReindexBucket(t *testing.T) {
 	if diff := cmp.Diff(map[difference]int{unverified: 6, absent: 1}, others); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
-	if known, err := c.Artifacts(t.Context()); err != nil || len(known) != 1 {
+	if known, err := r.client.Artifacts(t.Context()); err != nil || len(known) != 1 {
 		t.Errorf("reindex --bucket --apply left %d artifacts, %v; want 1", len(known), err)
 	}
 	if code, out, _ := run(t, args...); code != fault.Unverified.ExitCode() || !strings.Contains(out, gone[7:19]+"  lost") ||

@@ -22,28 +22,63 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
+// reindexed is a server, and a registry elsewhere whose artifacts it may lack.
+type reindexed struct {
+	dir, url, name string // the server's folder and address, and the repository
+	client         *api.Client
+	repo           *registry.Repository
+	farm, stranger *testkit.Key // pem is the farm's public key
+	pem            string
+	driver         target.Driver
+}
+
+func newReindexed(t *testing.T) *reindexed {
+	t.Helper()
+	r := &reindexed{
+		dir: filepath.Join(t.TempDir(), "state"), pem: filepath.Join(t.TempDir(), "farm.pub"),
+		name: testkit.Registry(t, true) + "/prebake/driver",
+		farm: testkit.NewKey(t), stranger: testkit.NewKey(t),
+		driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
+	}
+	r.url, _, _ = start(t, r.dir)
+	r.client = api.NewClient(r.url, secretOf(t, r.dir), nil)
+	var err error
+	if r.repo, err = registry.Open(r.name, registry.Options{Plain: true}); err != nil {
+		t.Fatal(err)
+	}
+	put(t, r.pem, r.farm.PEM(t))
+	return r
+}
+
+// add records an artifact in the catalogue.
+func (r *reindexed) add(t *testing.T, s testkit.Sample, d target.Driver, kernels ...target.Kernel) {
+	t.Helper()
+	if _, err := r.client.AddArtifact(t.Context(), api.NewArtifact{
+		Digest: s.Digest, Repository: r.name, Fingerprint: s.Identity.Fingerprint,
+		Driver: d, Release: s.Identity.Release, Kernels: kernels,
+	}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// args compare catalogue and registry.
+func (r *reindexed) args() []string {
+	token := filepath.Join(r.dir, "token")
+	return []string{"reindex", "--server", r.url, "--repository", r.name, "--key", r.pem, "--token-file", token}
+}
+
 // TestReindex compares a catalogue with a registry elsewhere that has one artifact of each
 // kind, and some that somebody planted.
 func TestReindex(t *testing.T) {
 	t.Parallel()
-	dir := filepath.Join(t.TempDir(), "state")
-	url, _, _ := start(t, dir)
-	c := api.NewClient(url, secretOf(t, dir), nil)
-	name := testkit.Registry(t, true) + "/prebake/driver"
-	repo, err := registry.Open(name, registry.Options{Plain: true})
-	if err != nil {
-		t.Fatal(err)
-	}
-	farm, stranger := testkit.NewKey(t), testkit.NewKey(t)
-	driver := target.Driver{Version: "535.261.03", Flavour: target.Open}
+	r := newReindexed(t)
+	farm, stranger, repo, driver := r.farm, r.stranger, r.repo, r.driver
 	sample := func(patch string, key *testkit.Key) testkit.Sample {
 		return testkit.NewSample(t, key, testkit.SampleKernel(patch), driver, "")
 	}
 	add := func(s testkit.Sample, d target.Driver, kernels ...target.Kernel) {
-		if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: s.Digest, Repository: name, Fingerprint: s.Identity.Fingerprint,
-			Driver: d, Release: s.Identity.Release, Kernels: kernels}); err != nil {
-			t.Fatal(err)
-		}
+		t.Helper()
+		r.add(t, s, d, kernels...)
 	}
 
 	same := sample("1", farm)
@@ -83,7 +118,7 @@ func TestReindex(t *testing.T) {
 	add(gone, driver, gone.Kernel)
 	goneAndYanked := sample("7", farm)
 	add(goneAndYanked, driver, goneAndYanked.Kernel)
-	if _, err := c.Yank(t.Context(), goneAndYanked.Digest, api.YankRequest{Reason: "panics"}); err != nil {
+	if _, err := r.client.Yank(t.Context(), goneAndYanked.Digest, api.YankRequest{Reason: "panics"}); err != nil {
 		t.Fatal(err)
 	}
 
@@ -94,11 +129,7 @@ func TestReindex(t *testing.T) {
 	replayed.Bundles = same.Bundles
 	replayed.Publish(t, repo)
 
-	pem := filepath.Join(t.TempDir(), "farm.pub")
-	if err := os.WriteFile(pem, farm.PEM(t), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	args := []string{"reindex", "--server", url, "--repository", name, "--key", pem, "--token-file", filepath.Join(dir, "token")}
+	args := r.args()
 	read := func(code int, more ...string) map[string]finding {
 		t.Helper()
 		got, out, errs := run(t, append(append(args, "--output", "json"), more...)...)
@@ -131,7 +162,7 @@ func TestReindex(t *testing.T) {
 	if diff := cmp.Diff([]target.Kernel{second}, all[more.Digest].Kernels); diff != "" {
 		t.Errorf("reindex finds kernels (-want +got):\n%s", diff)
 	}
-	if known, err := c.Artifacts(t.Context()); err != nil || len(known) != 6 {
+	if known, err := r.client.Artifacts(t.Context()); err != nil || len(known) != 6 {
 		t.Errorf("reindex without --apply left %d artifacts, %v; want 6", len(known), err)
 	}
 
@@ -152,7 +183,7 @@ func TestReindex(t *testing.T) {
 			t.Errorf("%s (%s) is applied: %v; want %v", digest, wantStates[digest], all[digest].Applied, applied)
 		}
 	}
-	known, err := c.Artifacts(t.Context())
+	known, err := r.client.Artifacts(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -166,7 +197,7 @@ func TestReindex(t *testing.T) {
 		}
 	}
 	got := stored[lacking.Digest]
-	if id := lacking.Identity; got.Repository != name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver || got.Release != id.Release ||
+	if id := lacking.Identity; got.Repository != r.name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver || got.Release != id.Release ||
 		!maps.Equal(named(got.Kernels), named(want)) {
 		t.Errorf("reindex --apply recorded %+v; want what is signed", got)
 	}
@@ -182,9 +213,9 @@ func TestReindex(t *testing.T) {
 		code int
 		want string
 	}{
-		{[]string{"reindex", "--server", url}, fault.Usage.ExitCode(), "no public key"},
-		{[]string{"reindex", "--server", url, "--key", dir + "/none"}, fault.Usage.ExitCode(), "--key FILE"},
-		{[]string{"reindex", "--server", url, "--key", pem}, 0, ""}, // the server's own registry is empty
+		{[]string{"reindex", "--server", r.url}, fault.Usage.ExitCode(), "no public key"},
+		{[]string{"reindex", "--server", r.url, "--key", r.dir + "/none"}, fault.Usage.ExitCode(), "--key FILE"},
+		{[]string{"reindex", "--server", r.url, "--key", r.pem}, 0, ""}, // the server's own registry is empty
 	} {
 		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {
 			t.Errorf("%v = %d %s; want %d with %q", row.args, code, errs, row.code, row.want)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/script"
 )
 
 func TestMain(m *testing.M) {
@@ -50,7 +51,7 @@ func TestScript(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
-			"exits": exits,
+			"exits": script.Exits,
 			"reports": func(ts *testscript.TestScript, neg bool, args []string) {
 				if neg || len(args) != 2 {
 					ts.Fatalf("usage: reports ID JSON")
@@ -99,22 +100,4 @@ func update(t *testing.T, ts *testscript.TestScript, id string, u api.BuildUpdat
 	ts.Check(err)
 	_, err = api.NewClient(ts.Getenv("PREBAKE_SERVER"), scriptToken, nil).UpdateBuild(t.Context(), n, u)
 	ts.Check(err)
-}
-
-// exits runs a command and compares its exit status: exits 16 server resolve.
-func exits(ts *testscript.TestScript, neg bool, args []string) {
-	if neg || len(args) < 2 {
-		ts.Fatalf("usage: exits STATUS PROGRAM [ARGUMENT...]")
-	}
-	got := 0
-	if err := ts.Exec(args[1], args[2:]...); err != nil {
-		n, convErr := strconv.Atoi(strings.TrimPrefix(err.Error(), "exit status "))
-		if convErr != nil {
-			ts.Fatalf("%s: %v", args[1], err)
-		}
-		got = n
-	}
-	if strconv.Itoa(got) != args[0] {
-		ts.Fatalf("%s ended with status %d; want %s", strings.Join(args[1:], " "), got, args[0])
-	}
 }

@@ -1,8 +1,6 @@
 package browser
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -12,14 +10,14 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
+	"github.com/prebake/prebake/deploy/internal/testserver"
 	"github.com/prebake/prebake/pkg/api"
 )
 
-const secret = "0123456789abcdef"
+const secret = testserver.Token
 
 // set is a server with a data set.
 type set struct {
@@ -71,31 +69,8 @@ func startSets(t *testing.T, names ...string) []*set {
 // start runs the server until the test ends.
 func (s *set) start(t *testing.T, program, data string, args ...string) {
 	t.Helper()
-	var said bytes.Buffer
-	ctx, cancel := context.WithCancel(context.Background())
 	// All calls come from one address.
-	always := []string{"serve", "--listen", "127.0.0.1:0", "--data", data, "--grace", "1s", "--client-rate", "0"}
-	cmd := exec.CommandContext(ctx, program, append(always, args...)...)
-	cmd.Env = []string{"PREBAKE_TOKEN=" + secret, "HOME=" + data, "PATH=" + os.Getenv("PATH")}
-	cmd.Stdout, cmd.Stderr = &said, &said
-	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = time.Minute
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cancel()
-		_ = cmd.Wait() // it was told to stop
-		if t.Failed() {
-			text := said.String()
-			t.Logf("the server of set %s said: %s", s.Name, text[max(0, len(text)-1500):])
-		}
-	})
-	wait(t, "the server of set "+s.Name+" listens", func() bool {
-		raw, err := os.ReadFile(filepath.Join(data, "address"))
-		s.URL = strings.TrimSpace(string(raw))
-		return err == nil
-	})
+	s.URL = testserver.Start(t, program, data, append([]string{"--client-rate", "0"}, args...)...)
 	s.client = api.NewClient(s.URL, secret, nil)
 }
 

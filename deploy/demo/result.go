@@ -139,7 +139,7 @@ func (d *demo) suggest() error {
 		{"verify the artifact as a node does",
 			"fetcher verify --host-root " + root + " --key " + d.key + ".pub " + ref},
 	} {
-		fmt.Fprintf(d.out, "\n  # %s\n  %s\n", try[0], filepath.Join(d.scene.Bin, try[1]))
+		fmt.Fprintf(d.out, "\n  # %s\n  %s\n", try[0], d.scene.Bin+"/"+try[1])
 	}
 	fmt.Fprintln(d.out)
 	return nil

@@ -267,19 +267,19 @@ func TestPackStopsWhenCancelled(t *testing.T) {
 func TestIdentityRoundTrip(t *testing.T) {
 	t.Parallel()
 	id := sampleID()
-	got, err := ParseIdentity(id.Annotations())
+	got, err := parseIdentity(id.Annotations())
 	if err != nil || got != id {
-		t.Errorf("ParseIdentity(Annotations) = %+v, %v; want %+v", got, err, id)
+		t.Errorf("parseIdentity(Annotations) = %+v, %v; want %+v", got, err, id)
 	}
 	for key := range id.Annotations() {
 		a := id.Annotations()
 		delete(a, key)
-		if _, err := ParseIdentity(a); !fault.Is(err, fault.Unverified) {
-			t.Errorf("ParseIdentity without %s = %v; want kind unverified", key, err)
+		if _, err := parseIdentity(a); !fault.Is(err, fault.Unverified) {
+			t.Errorf("parseIdentity without %s = %v; want kind unverified", key, err)
 		}
 		a[key] = "\n"
-		if _, err := ParseIdentity(a); !fault.Is(err, fault.Unverified) {
-			t.Errorf("ParseIdentity with a bad %s = %v; want kind unverified", key, err)
+		if _, err := parseIdentity(a); !fault.Is(err, fault.Unverified) {
+			t.Errorf("parseIdentity with a bad %s = %v; want kind unverified", key, err)
 		}
 	}
 	if got, want := Tag(id), "535.261.03-open-0123456789abcdef"; got != want {
@@ -424,7 +424,7 @@ func FuzzParseManifest(f *testing.F) {
 			}
 			return
 		}
-		again, err := ParseIdentity(c.Identity.Annotations())
+		again, err := parseIdentity(c.Identity.Annotations())
 		if err != nil || again != c.Identity || len(c.Layers) != 3 {
 			t.Errorf("identity %+v does not survive printing: %+v, %v", c.Identity, again, err)
 		}

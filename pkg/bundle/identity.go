@@ -59,9 +59,9 @@ func (id Identity) Annotations() map[string]string {
 	}
 }
 
-// ParseIdentity reads the identity out of a manifest's annotations. Every
+// parseIdentity reads the identity out of a manifest's annotations. Every
 // annotation of ours has to be there; those of others are ignored.
-func ParseIdentity(annotations map[string]string) (Identity, error) {
+func parseIdentity(annotations map[string]string) (Identity, error) {
 	switch v, ok := annotations[AnnotationFormat]; {
 	case !ok:
 		return Identity{}, fault.New(fault.Unverified, "read artifact identity: not a Prebake artifact: no annotation "+AnnotationFormat, "")

@@ -60,7 +60,7 @@ func DriverOf(manifest []byte) (target.Driver, error) {
 	if err != nil {
 		return target.Driver{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
 	}
-	id, err := ParseIdentity(m.Annotations)
+	id, err := parseIdentity(m.Annotations)
 	if err != nil {
 		return target.Driver{}, fault.Errorf(fault.Unverified, "read artifact manifest: %w", err)
 	}
@@ -84,7 +84,7 @@ func parseManifest(manifest, config []byte) (Content, error) {
 	if err != nil {
 		return Content{}, err
 	}
-	id, err := ParseIdentity(m.Annotations)
+	id, err := parseIdentity(m.Annotations)
 	if err != nil {
 		return Content{}, err
 	}

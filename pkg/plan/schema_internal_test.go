@@ -4,17 +4,16 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
-	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
 	"strings"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/invopop/jsonschema"
 
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/golden"
 )
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
@@ -80,21 +79,7 @@ func generate(t *testing.T) []byte {
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)
-	for _, file := range []string{"wish-list.schema.json", filepath.Join("..", "..", "docs", "wish-list.schema.json")} {
-		if *update {
-			if err := os.WriteFile(file, want, 0o644); err != nil {
-				t.Fatal(err)
-			}
-			continue
-		}
-		got, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Equal(got, want) {
-			t.Errorf("%s is out of step with the types; run go test ./pkg/plan -run TestSchema -update\n%s", file, cmp.Diff(string(got), string(want)))
-		}
-	}
+	golden.Check(t, *update, want, "wish-list.schema.json", filepath.Join("..", "..", "docs", "wish-list.schema.json"))
 	if !*update && !bytes.Equal(Schema(), want) {
 		t.Error("Schema() is not the generated one")
 	}

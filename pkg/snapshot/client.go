@@ -48,7 +48,7 @@ type Client struct {
 
 // New checks a configuration, the root among it. It reads nothing else.
 func New(cfg Config) (*Client, error) {
-	if err := CheckRoot(cfg.Root); err != nil {
+	if err := checkRoot(cfg.Root); err != nil {
 		return nil, err
 	}
 	from, err := openSource(cfg.From, cfg.HTTP, cfg.UserAgent)

@@ -141,8 +141,8 @@ func verify(f Files) (*Snapshot, error) {
 	return s, nil
 }
 
-// CheckRoot checks that a text is root metadata that its own keys signed.
-func CheckRoot(text []byte) error {
+// checkRoot checks that a text is root metadata that its own keys signed.
+func checkRoot(text []byte) error {
 	if _, err := trustedmetadata.New(bytes.Clone(text)); err != nil {
 		return fmt.Errorf(
 			"read root of snapshot: %w",

@@ -21,8 +21,8 @@ import (
 // package understands.
 var ErrShape = errors.New("conftest of another shape")
 
-// Categories are the headers that make concatenates from compile tests.
-func Categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
+// categories are the headers that make concatenates from compile tests.
+func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }
 
 // Plan is what a driver's Kbuild file asks of conftest.sh, and how.
 type Plan struct {
@@ -137,7 +137,7 @@ func ParsePlan(text string) (*Plan, error) {
 // All returns every compile test once, in order of name.
 func (p *Plan) All() []string {
 	var all []string
-	for _, c := range Categories() {
+	for _, c := range categories() {
 		all = append(all, p.Tests[c]...)
 	}
 	slices.Sort(all)
@@ -175,7 +175,7 @@ func (p *Plan) Files(headers, tests map[string]string, patches, release string) 
 	for _, t := range p.All() {
 		files = append(files, File{"compile-tests/" + t + ".h", tests[t]})
 	}
-	for _, c := range Categories() {
+	for _, c := range categories() {
 		all.Reset()
 		for _, t := range unique(p.Tests[c]) {
 			all.WriteString(tests[t])

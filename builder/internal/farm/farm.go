@@ -277,8 +277,8 @@ func (cfg Config) pauses() *backoff.ExponentialBackOff {
 	return b
 }
 
-// LogName is the file name of a cell's log.
-func LogName(c plan.Cell) string { return c.String() + ".log" }
+// logName is the file name of a cell's log.
+func logName(c plan.Cell) string { return c.String() + ".log" }
 
 // make makes one cell once.
 func (f *farm) make(ctx context.Context, j *job) {

@@ -74,7 +74,7 @@ func newFarm(cfg Config, p *plan.Plan) *farm {
 	for i, c := range p.Cells {
 		j := &job{Job: &Job{Index: i, Cell: c}, pauses: cfg.pauses()}
 		if c.Problem == nil {
-			j.Log = filepath.Join(cfg.Logs, LogName(c))
+			j.Log = filepath.Join(cfg.Logs, logName(c))
 			j.kernel, j.driver = of("kernel "+c.Kernel.String()), of(fmt.Sprintf("driver %s %s", c.Driver.Version, c.Kernel.Arch))
 		}
 		f.jobs = append(f.jobs, j)

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	intoto "github.com/in-toto/attestation/go/v1"
+	"google.golang.org/protobuf/types/known/structpb"
 )
 
 // About states anything else about the bytes with this digest: a predicate of
@@ -21,11 +22,19 @@ func about(name, digest, predicateType string, predicate any) (Statement, error)
 	if err != nil {
 		return Statement{}, err
 	}
+	return statementOf(name, digest, predicateType, body)
+}
+
+// statementOf states a predicate, as its JSON is, about the bytes with this digest.
+func statementOf(name, digest, predicateType string, body *structpb.Struct) (Statement, error) {
 	subject, err := resource(name, "", digest)
 	if err != nil {
 		return Statement{}, fmt.Errorf("subject: %w", err)
 	}
-	st := &intoto.Statement{Type: intoto.StatementTypeUri, Subject: []*intoto.ResourceDescriptor{subject}, PredicateType: predicateType, Predicate: body}
+	st := &intoto.Statement{
+		Type: intoto.StatementTypeUri, Subject: []*intoto.ResourceDescriptor{subject},
+		PredicateType: predicateType, Predicate: body,
+	}
 	if err := st.Validate(); err != nil {
 		return Statement{}, err
 	}

@@ -128,19 +128,7 @@ func newStatement(digest string, d target.Driver, predicateType string, predicat
 	if err := protojson.Unmarshal(raw, body); err != nil {
 		return Statement{}, err
 	}
-	subject, err := resource("nvidia-"+d.String(), "", digest)
-	if err != nil {
-		return Statement{}, fmt.Errorf("subject: %w", err)
-	}
-	st := &intoto.Statement{Type: intoto.StatementTypeUri, Subject: []*intoto.ResourceDescriptor{subject}, PredicateType: predicateType, Predicate: body}
-	if err := st.Validate(); err != nil {
-		return Statement{}, err
-	}
-	payload, err := marshal(st)
-	if err != nil {
-		return Statement{}, err
-	}
-	return Statement{PredicateType: predicateType, payload: payload}, nil
+	return statementOf("nvidia-"+d.String(), digest, predicateType, body)
 }
 
 // marshal prints a message without the random white space that protojson puts

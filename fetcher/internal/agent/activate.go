@@ -19,6 +19,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
 )
 
 // loaded are the modules that the agent loads; the others of a set are for
@@ -296,7 +297,7 @@ func (f *foreignFiles) stillRuns(a *Agent) bool {
 // lacks reports whether a module of a set that nodes load is not in the kernel.
 func (s situation) lacks(set *install.Set) bool {
 	return slices.ContainsFunc(set.Modules, func(m install.Module) bool {
-		return isLoaded(m.Name) && !slices.ContainsFunc(s.facts.Modules, func(have host.Module) bool { return have.Name == kernelName(m.Name) })
+		return isLoaded(m.Name) && !slices.ContainsFunc(s.facts.Modules, func(have host.Module) bool { return have.Name == modinfo.Canonical(m.Name) })
 	})
 }
 
@@ -385,7 +386,7 @@ func addresses(facts *host.Facts) []string {
 func foreign(facts *host.Facts, set *install.Set) []string {
 	var names []string
 	for _, m := range facts.Modules {
-		i := slices.IndexFunc(set.Modules, func(own install.Module) bool { return kernelName(own.Name) == m.Name })
+		i := slices.IndexFunc(set.Modules, func(own install.Module) bool { return modinfo.Canonical(own.Name) == m.Name })
 		if i >= 0 && m.BuildID != "" && set.Modules[i].BuildID != "" && m.BuildID != set.Modules[i].BuildID {
 			names = append(names, m.Name)
 		}

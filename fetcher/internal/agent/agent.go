@@ -12,7 +12,6 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
-	"strings"
 	"sync"
 
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
@@ -441,5 +440,3 @@ func size(n int64) string {
 func short(digest string) string {
 	return digest[:min(len(digest), len("sha256:")+12)]
 }
-
-func kernelName(module string) string { return strings.ReplaceAll(module, "-", "_") }

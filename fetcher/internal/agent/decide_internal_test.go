@@ -9,6 +9,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/install"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
 	"github.com/prebake/prebake/pkg/target"
 )
 
@@ -112,7 +113,7 @@ func TestDecide(t *testing.T) {
 		if l := set(row.loaded, here); l != nil {
 			s.facts.Driver = l.Driver
 			for _, m := range l.Modules {
-				s.facts.Modules = append(s.facts.Modules, host.Module{Name: kernelName(m.Name), Version: m.Version, BuildID: m.BuildID})
+				s.facts.Modules = append(s.facts.Modules, host.Module{Name: modinfo.Canonical(m.Name), Version: m.Version, BuildID: m.BuildID})
 			}
 		}
 		if row.change != nil {

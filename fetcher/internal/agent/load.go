@@ -17,6 +17,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/kmod"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
 )
 
 // restoreFirmwarePath tells the kernel to look for firmware where it did before.
@@ -117,12 +118,12 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts, params map[string]string) []kmod.Image {
 	var images []kmod.Image
 	for _, m := range set.Modules {
-		had := slices.ContainsFunc(before.Modules, func(old host.Module) bool { return old.Name == kernelName(m.Name) })
+		had := slices.ContainsFunc(before.Modules, func(old host.Module) bool { return old.Name == modinfo.Canonical(m.Name) })
 		if !isLoaded(m.Name) && !had {
 			continue
 		}
 		images = append(images, kmod.Image{
-			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name), Params: params[kernelName(m.Name)],
+			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name), Params: params[modinfo.Canonical(m.Name)],
 			Bytes: func() ([]byte, error) { return moduleBytes(store, set, m) },
 		})
 	}

@@ -172,7 +172,7 @@ func Observe(root fs.FS) (*Facts, error) {
 	if f.Modules, err = LoadedModules(root); err != nil {
 		return nil, err
 	}
-	f.Driver, err = LoadedDriver(root)
+	f.Driver, err = loadedDriver(root)
 	if err != nil {
 		// A form that is newer than this program must not end it: the module itself tells
 		// its version, and only the flavour stays unknown.
@@ -267,8 +267,8 @@ func ParseModules(text string) []Module {
 	return mods
 }
 
-// LoadedDriver returns the driver that is loaded now, or the zero value.
-func LoadedDriver(root fs.FS) (target.Driver, error) {
+// loadedDriver returns the driver that is loaded now, or the zero value.
+func loadedDriver(root fs.FS) (target.Driver, error) {
 	text, err := readFirst(root, "proc/driver/nvidia/version")
 	if errors.Is(err, fs.ErrNotExist) {
 		return target.Driver{}, nil

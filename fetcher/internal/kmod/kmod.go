@@ -18,6 +18,7 @@ import (
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
 )
 
 // System is the part of the kernel that changes things. The one real
@@ -92,9 +93,6 @@ type Loader struct {
 	Root fs.FS
 }
 
-// kernelName is a module's name in the kernel's spelling.
-func kernelName(name string) string { return strings.ReplaceAll(name, "-", "_") }
-
 // Load loads images in order. A module of the same version that is loaded
 // already counts as done; one of another version is a fault of kind Busy. On
 // an error the modules that this call loaded are unloaded again.
@@ -146,7 +144,7 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 		return false, err
 	}
 	for _, m := range mods {
-		if m.Name != kernelName(img.Name) {
+		if m.Name != modinfo.Canonical(img.Name) {
 			continue
 		}
 		if m.Version != img.Version {
@@ -242,7 +240,7 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 		if ctx.Err() != nil {
 			return done, context.Cause(ctx)
 		}
-		err := l.System.DeleteModule(kernelName(name))
+		err := l.System.DeleteModule(modinfo.Canonical(name))
 		if errors.Is(err, syscall.ENOENT) {
 			continue
 		}

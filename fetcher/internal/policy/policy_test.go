@@ -16,6 +16,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
+// withKeys is head with something else than the farm's key.
+func withKeys(keys string) string { return strings.Replace(head, "keys: [{file: farm.pub}]", keys, 1) }
+
 // folder has the example's keys and a policy file with this text.
 func folder(t *testing.T, text string) string {
 	t.Helper()
@@ -108,10 +111,10 @@ func TestRefuses(t *testing.T) {
 		"unknown role":                {head + tail + "  - {statement: reproduction, role: x}\n", `role "x"`},
 		"too many":                    {head + strings.Replace(tail, "role: farm", "role: farm, count: 2", 1), "which has 1 keys and identities"},
 		"no kernel match":             {head + strings.Replace(tail, "  - {statement: kernelMatch, role: farm}\n", "", 1), "kernel match"},
-		"identities alone":            {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{subject: a@example.com, issuer: https://x}]", 1) + tail, "trustedRoot"},
+		"identities alone":            {withKeys("identities: [{subject: a@example.com, issuer: https://x}]") + tail, "trustedRoot"},
 		"a root alone":                {head + "trustedRoot: root.json\n" + tail, "trustedRoot"},
-		"an identity of nobody":       {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{issuer: https://x}]", 1) + "trustedRoot: root.json\n" + tail, "identity 1"},
-		"a broken pattern":            {strings.Replace(head, "keys: [{file: farm.pub}]", "identities: [{pattern: '(', issuer: https://x}]", 1) + "trustedRoot: root.json\n" + tail, "missing closing"},
+		"an identity of nobody":       {withKeys("identities: [{issuer: https://x}]") + "trustedRoot: root.json\n" + tail, "identity 1"},
+		"a broken pattern":            {withKeys("identities: [{pattern: '(', issuer: https://x}]") + "trustedRoot: root.json\n" + tail, "missing closing"},
 		"a load test of sorts":        {head + tail + "loadTest: maybe\n", "maybe"},
 		"an age below nothing":        {head + tail + "maxAgeDays: -1\n", "maxAgeDays"},
 		"no digest":                   {head + tail + "revoked: [abc]\n", "abc"},

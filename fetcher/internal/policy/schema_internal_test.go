@@ -4,13 +4,13 @@ import (
 	"bytes"
 	"encoding/json"
 	"flag"
-	"os"
 	"path/filepath"
 	"reflect"
 	"testing"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/invopop/jsonschema"
+
+	"github.com/prebake/prebake/pkg/testkit/golden"
 )
 
 var update = flag.Bool("update", false, "rewrite the generated schema")
@@ -38,21 +38,8 @@ func generate(t *testing.T) []byte {
 func TestSchema(t *testing.T) {
 	t.Parallel()
 	want := generate(t)
-	for _, file := range []string{"policy.schema.json", filepath.Join("..", "..", "..", "docs", "policy.schema.json")} {
-		if *update {
-			if err := os.WriteFile(file, want, 0o644); err != nil {
-				t.Fatal(err)
-			}
-			continue
-		}
-		got, err := os.ReadFile(file)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if !bytes.Equal(got, want) {
-			t.Errorf("%s is out of step with the types; run go test ./fetcher/internal/policy -run TestSchema -update\n%s", file, cmp.Diff(string(got), string(want)))
-		}
-	}
+	docs := filepath.Join("..", "..", "..", "docs", "policy.schema.json")
+	golden.Check(t, *update, want, "policy.schema.json", docs)
 	if !*update && !bytes.Equal(Schema(), want) {
 		t.Error("Schema() is not the generated one")
 	}

@@ -56,8 +56,8 @@ func includes(s Scope) []Scope {
 // Scopes lists all of them.
 func Scopes() []Scope { return []Scope{Ask, Announce, Build, Push, Operate, Admin} }
 
-// ParseScopes reads scopes by their names, each once, at least one.
-func ParseScopes(names []string) ([]Scope, error) {
+// parseScopes reads scopes by their names, each once, at least one.
+func parseScopes(names []string) ([]Scope, error) {
 	var all []Scope
 	for _, name := range names {
 		if !slices.Contains(Scopes(), Scope(name)) {

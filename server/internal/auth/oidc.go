@@ -119,7 +119,7 @@ func (r *Rule) prepare(dir string) error {
 			return fmt.Errorf("claim %s: %q is not a text with * for any run of letters", name, want)
 		}
 	}
-	if r.scopes, err = ParseScopes(r.Scopes); err != nil {
+	if r.scopes, err = parseScopes(r.Scopes); err != nil {
 		return err
 	}
 	in := func(name string) string {

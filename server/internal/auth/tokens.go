@@ -41,7 +41,7 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 			"name it for who has it, such as node-pool-a",
 		)
 	}
-	scopes, err := ParseScopes(n.Scopes)
+	scopes, err := parseScopes(n.Scopes)
 	if err != nil {
 		return api.Token{}, nil, fmt.Errorf("make token: %w", err)
 	}
@@ -82,7 +82,7 @@ func (a *Authenticator) ofToken(ctx context.Context, secret string) (Principal, 
 	case !now.Before(t.ExpiresAt):
 		return Principal{}, unknown("token " + t.Name + " expired on " + t.ExpiresAt.UTC().Format(time.DateOnly))
 	}
-	scopes, err := ParseScopes(t.Scopes)
+	scopes, err := parseScopes(t.Scopes)
 	if err != nil {
 		return Principal{}, unknown("token " + t.Name + " has scopes of another version of the server")
 	}

@@ -9,18 +9,17 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
-	"os"
 	"strings"
 	"testing"
 
 	"github.com/go-chi/chi/v5"
-	"github.com/google/go-cmp/cmp"
 	"github.com/pb33f/libopenapi"
 	validator "github.com/pb33f/libopenapi-validator"
 	"github.com/pb33f/libopenapi-validator/config"
 	validation "github.com/pb33f/libopenapi-validator/errors"
 	v3 "github.com/pb33f/libopenapi/datamodel/high/v3"
 
+	"github.com/prebake/prebake/pkg/testkit/golden"
 	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/httpapi"
 	"github.com/prebake/prebake/server/internal/web"
@@ -84,15 +83,7 @@ func document(t *testing.T, raw []byte) (validator.Validator, *v3.Document) {
 func TestDescription(t *testing.T) {
 	t.Parallel()
 	const file = "../../../docs/openapi.yaml"
-	got := description(t)
-	if *update {
-		check(t, os.WriteFile(file, got, 0o644))
-	}
-	want, err := os.ReadFile(file)
-	check(t, err)
-	if diff := cmp.Diff(strings.Split(string(want), "\n"), strings.Split(string(got), "\n")); diff != "" {
-		t.Errorf("docs/openapi.yaml (-stored +answered); run go test ./server/internal/httpapi -run TestDescription -update:\n%s", diff)
-	}
+	golden.Check(t, *update, description(t), file)
 }
 
 func TestDescriptionIsValid(t *testing.T) {
