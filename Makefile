@@ -155,6 +155,7 @@ generate: ## write the generated parts of the documentation again
 	$(GO) generate ./...
 	$(GO) test ./deploy -run '^TestGenerated' -update
 	$(GO) test ./server/internal/httpapi -run '^TestDescription' -update
+	$(GO) test ./builder ./server ./fetcher -run '^TestDocs$$' -update
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays

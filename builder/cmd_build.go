@@ -27,13 +27,12 @@ import (
 
 // The headings under which --help lists the settings.
 const (
-	groupWhat      = "What to build"
-	groupFrom      = "Where from"
-	groupTo        = "Where to"
-	groupTrust     = "Trust"
-	groupLoadTest  = "Load test"
-	groupResources = "Resources"
-	groupOutput    = "Output and advanced"
+	groupWhat      = cli.What
+	groupFrom      = cli.From
+	groupTo        = cli.To
+	groupTrust     = cli.Trust
+	groupResources = cli.Resources
+	groupOutput    = cli.Advanced
 )
 
 const (
@@ -53,12 +52,12 @@ func mirrorFlags() []ucli.Flag {
 
 // pipelineFlags are the settings that build and work share.
 func pipelineFlags() []ucli.Flag {
-	googleSignatures := cli.String("google-signatures", string(pipeline.GoogleAuto),
-		"attach Google's module signatures: `MODE` is auto (if they hold), require or off")
-	googleSignatures.Validator = mode("google-signatures", pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
-	loadTest := cli.String("load-test", string(pipeline.LoadTestAuto),
-		"load the modules in a virtual machine: `MODE` is auto (where it can), require or off")
-	loadTest.Validator = mode("load-test", pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)
+	googleSignatures := cli.Choice("google-signatures", pipeline.GoogleAuto,
+		"attach Google's module signatures: `MODE` is auto (if they hold), require or off",
+		pipeline.GoogleAuto, pipeline.GoogleRequire, pipeline.GoogleOff)
+	loadTest := cli.Choice("load-test", pipeline.LoadTestAuto,
+		"load the modules in a virtual machine: `MODE` is auto (where it can), require or off",
+		pipeline.LoadTestAuto, pipeline.LoadTestRequire, pipeline.LoadTestOff)
 	return slices.Concat(
 		cli.Group(groupWhat,
 			cli.Bool("google-modules", "publish Google's own open modules, and compile none"),
@@ -68,16 +67,15 @@ func pipelineFlags() []ucli.Flag {
 		mirrorFlags(),
 		cli.Group(groupTo,
 			cli.Strings("to",
-				"publish to `REF`: host/repository, oci:FOLDER, or tarballs to gs://BUCKET/PREFIX or file://FOLDER"),
+				"publish to `REF`: host/repository, oci:FOLDER, or a bucket"),
 			cli.String("username", "", "user `NAME` for the first --to, in place of Docker's"),
 			cli.String("password", "", "`PASSWORD` or token for the first --to"),
 			privateFlag(), redistributeFlag(),
 			cli.Bool("with-runfile", "copy NVIDIA's runfile into buckets among --to"),
-			cli.Int("deltas", 3, "attach `COUNT` deltas from earlier builds"),
+			cli.Range("deltas", 3, 0, 1000, "attach `COUNT` deltas from earlier builds"),
 		),
 		cli.Group(groupTrust,
-			cli.String("key", "",
-				"signing `KEY`: a file (see keygen), a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
+			cli.String("key", "", "signing `KEY`: a file (see keygen), a KMS URI, or keyless:FILE"),
 			identityTokenFlag(),
 			cli.TrustedRootFlag(),
 			cli.String("module-key", "", "RSA `KEY` that signs modules: a file or KMS URI"),
@@ -85,26 +83,15 @@ func pipelineFlags() []ucli.Flag {
 			googleSignatures,
 			cli.String("builder-id", builderID, "`URI` of the builder in the provenance"),
 		),
-		cli.Group(groupLoadTest, loadTest),
+		cli.Group(groupTrust, loadTest),
 		programFlags(),
 		cli.Group(groupResources,
 			cacheFlag(),
 			cacheSizeFlag(),
-			cli.Int("jobs", 0, "`COUNT` of compilers for a cell; 0 shares the processors"),
+			cli.Range("jobs", 0, 0, 10_000, "`COUNT` of compilers for a cell; 0 shares the processors"),
 			cli.Duration("compile-timeout", 45*time.Minute, "longest `TIME` for one compile"),
 		),
 	)
-}
-
-// mode refuses a flag's value that is none of the three that such flags have.
-func mode[T ~string](flag string, auto, require, off T) func(string) error {
-	return func(s string) error {
-		switch T(s) {
-		case auto, require, off:
-			return nil
-		}
-		return fmt.Errorf("%s %q: want %s, %s or %s", flag, s, auto, require, off)
-	}
 }
 
 func defaultCache() string {
@@ -121,7 +108,7 @@ func programFlags() []ucli.Flag {
 	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the machine")
 	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` asking NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
-	return cli.Group(groupLoadTest, guestinit, probe)
+	return cli.Group(groupOutput, guestinit, probe)
 }
 
 // sibling names a program beside this one.
@@ -151,7 +138,8 @@ func missing(cmd *ucli.Command, names ...string) error {
 func alien(cmd *ucli.Command, beside string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
-			return fault.New(fault.Usage, fmt.Sprintf("--%s means nothing with %s", name, beside), "leave it out; see "+cmd.FullName()+" --help")
+			return cli.About(fault.New(fault.Usage, fmt.Sprintf("--%s means nothing with %s", name, beside),
+				"leave it out; see "+cmd.FullName()+" --help"), name)
 		}
 	}
 	return nil
@@ -164,7 +152,8 @@ func oneSignature(cmd *ucli.Command) error {
 		return alien(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")
 	}
 	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
-		return fault.New(fault.Usage, "--module-key and --module-cert go together", "see "+cmd.FullName()+" --help")
+		return cli.About(fault.New(fault.Usage, "--module-key and --module-cert go together",
+			"give both, or none; see "+cmd.FullName()+" --help"), "module-key", "module-cert")
 	}
 	if cmd.String("google-signatures") == string(pipeline.GoogleRequire) {
 		return alien(cmd, "--google-signatures require", "module-key")
@@ -229,7 +218,7 @@ for one cell.
 			wishFlags(),
 			cli.Group(groupTo, cli.Strings("label", "call the open driver `LABEL` in buckets: DEFAULT, LATEST or its branch")),
 			cli.Group(groupOutput,
-				cli.String("log", "", "`FILE` for the full log (default: in the cache folder)"),
+				cli.WasCalled(cli.String("log-file", "", "`FILE` for the full log (default: in the cache folder)"), "log"),
 				cli.Bool("dry-run", "with --wish: print what would be made, make nothing"),
 				cli.OutputFlag(),
 			),
@@ -239,7 +228,7 @@ for one cell.
 				return err
 			}
 			if cmd.String("wish") != "" {
-				if err := alien(cmd, "--wish", "board", "driver", "flavour", "label", "log"); err != nil {
+				if err := alien(cmd, "--wish", "board", "driver", "flavour", "label", "log-file"); err != nil {
 					return err
 				}
 				return runBuildWish(ctx, cmd)
@@ -275,7 +264,7 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	cfg.Labels = labels
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
-	logPath := cmd.String("log")
+	logPath := cmd.String("log-file")
 	if logPath == "" {
 		logPath = filepath.Join(cfg.Cache.Dir(), "logs", fmt.Sprintf("%s-%s-%s-%s.log", kernel.BuildID, kernel.Board, wish, flavour))
 	}

@@ -77,7 +77,7 @@ Example:
 		Flags: slices.Concat(
 			cli.Group(groupFrom, cli.String("from", "", "repository `REF` with the drivers, as host/name or oci:FOLDER")),
 			cli.Group(groupFrom, registryFlags()...),
-			cli.Group("What to pack",
+			cli.Group(groupWhat,
 				cli.Strings("kernel", "COS build and board, as `BUILD_ID/BOARD`; repeat it for several, none is all"),
 				cli.Strings("driver", "`VERSION` of the driver; repeat it for several, none is all"),
 				cli.Strings("flavour", "`FLAVOUR`, open or proprietary; none is both"),
@@ -305,7 +305,7 @@ compared them with what you know of the publisher.
 
 Example:
   builder bundle extract drivers.tar --snapshot /srv/snapshot`,
-		Flags: cli.Group("Where to",
+		Flags: cli.Group(groupTo,
 			cli.String("snapshot", "", "new `FOLDER` for the snapshot"),
 			cli.String("keys", "", "new `FOLDER` for keys.pem"),
 		),

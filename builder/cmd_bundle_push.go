@@ -31,9 +31,9 @@ Example:
   builder bundle push drivers.tar --to registry.example/prebake/driver \
     --private registry.example/prebake`,
 		Flags: slices.Concat(
-			cli.Group("Where to", cli.String("to", "", "repository `REF` to bring them to, as host/name or oci:FOLDER")),
-			cli.Group("Where to", registryFlags()...),
-			cli.Group("Where to", privateFlag(), redistributeFlag()),
+			cli.Group(groupTo, cli.String("to", "", "repository `REF` to bring them to, as host/name or oci:FOLDER")),
+			cli.Group(groupTo, registryFlags()...),
+			cli.Group(groupTo, privateFlag(), redistributeFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {

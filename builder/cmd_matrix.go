@@ -37,8 +37,8 @@ func wishFlags() []ucli.Flag {
 	return slices.Concat(
 		cli.Group(groupWhat, cli.Bool("retry-failed", "with --wish: try again what failed from the same inputs")),
 		cli.Group(groupResources,
-			cli.Int("parallel", 0, "with --wish: `COUNT` of cells side by side; 0: by memory"),
-			cli.Int("attempts", 3, "with --wish: `COUNT` of tries if a failure may pass"),
+			cli.Range("parallel", 0, 0, 1000, "with --wish: `COUNT` of cells side by side; 0: by memory"),
+			cli.Range("attempts", 3, 1, 100, "with --wish: `COUNT` of tries if a failure may pass"),
 		),
 	)
 }
@@ -54,7 +54,7 @@ func oneOf(cmd *ucli.Command, a, b string) error {
 		if cmd.String(a) != "" {
 			what = "both --" + a + " and --" + b
 		}
-		return fault.New(fault.Usage, what, "give one of the two; see "+cmd.FullName()+" --help")
+		return cli.About(fault.New(fault.Usage, what, "give one of the two; see "+cmd.FullName()+" --help"), a, b)
 	}
 	return nil
 }

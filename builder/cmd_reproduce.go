@@ -45,7 +45,7 @@ Example:
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupTrust, cli.String("module-cert", "",
 				"`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none")),
-			cli.Group("Statement",
+			cli.Group(groupTrust,
 				cli.Bool("attest", `sign "rebuilt, identical" with --key and attach it`),
 				cli.String("key", "",
 					"`KEY` of whoever makes it again: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/url"
 	"os"
@@ -27,14 +28,15 @@ func workCommand() *ucli.Command {
 	if host == "" {
 		host = "builder"
 	}
+	id := cli.String("id", host, "`NAME` of this worker, one process each")
+	id.DefaultText = "the host's name"
 	grace := cli.Duration("grace", 0, "`TIME` for builds under way when told to stop")
 	grace.DefaultText = "10m with --wish, 0 with --queue"
-	return &ucli.Command{
+	return cli.WithConfig(&ucli.Command{
 		Name:  "work",
 		Usage: "take builds from the queue, or keep a wish list published",
-		Description: `Examples:
-  builder work --queue URL --token-file FILE --to HOST/NAME --key prebake.key
-  builder work --wish wish.yaml --to gs://my-bucket/cos --key prebake.key`,
+		Description: `Example:
+  builder work --queue URL --config work.yaml`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),
@@ -43,29 +45,50 @@ func workCommand() *ucli.Command {
 				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
 				cli.String("token", "", "the server's `TOKEN`, with scopes build and push"),
 				cli.String("token-file", "", "`FILE` with it, read at each call"),
-				cli.String("id", host, "`NAME` of this worker, one process each"),
+				id,
 			),
 			pipelineFlags(),
 			wishFlags(),
 			cli.Group(groupResources,
-				cli.Int("concurrency", 1, "`COUNT` of queued builds side by side"),
-				homeDefault(cli.String("state", filepath.Join(filepath.Dir(defaultCache()), "worker"),
-					"`FOLDER` for the lock and running logs")),
+				cli.Range("concurrency", 1, 1, 1000, "`COUNT` of queued builds side by side"),
+				homeDefault(cli.WasCalled(cli.String("state-dir", filepath.Join(filepath.Dir(defaultCache()), "worker"),
+					"`FOLDER` for the lock and running logs"), "state")),
 				grace,
 			),
 			cli.Group(groupOutput, metricsFlag()),
 			cli.Group(groupOutput, cli.LogFlags()...),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			if err := oneOf(cmd, "wish", "queue"); err != nil {
-				return err
-			}
 			if cmd.String("wish") != "" {
 				return runWorkWish(ctx, cmd)
 			}
 			return runWork(ctx, cmd)
 		},
+	}, cli.Config{Secrets: secretFlags(), Check: checkWork})
+}
+
+// secretFlags are what a configuration file may not hold.
+func secretFlags() map[string]string {
+	return map[string]string{
+		"token":    "token-file, or the variable PREBAKE_TOKEN",
+		"password": "what docker login stores, or the variable PREBAKE_PASSWORD",
 	}
+}
+
+// checkWork names all settings of work that do not go together, and those that are missing.
+func checkWork(cmd *ucli.Command) error {
+	_, err := serverURL(cmd)
+	return errors.Join(oneOf(cmd, "wish", "queue"), missing(cmd, "to", "key"), oneSignature(cmd), checkKey(cmd), err)
+}
+
+// serverURL is where the server is that work asks.
+func serverURL(cmd *ucli.Command) (*url.URL, error) {
+	u, err := url.Parse(cmd.String("server"))
+	if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return nil, cli.About(fault.New(fault.Usage, fmt.Sprintf("server %q: want a URL", cmd.String("server")),
+			"give it as in --server http://127.0.0.1:8440"), "server")
+	}
+	return u, nil
 }
 
 func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
@@ -79,9 +102,9 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
-	server, err := url.Parse(cmd.String("server"))
+	server, err := serverURL(cmd)
 	if err != nil {
-		return fault.Wrap(fault.Usage, err, "give --server as in http://127.0.0.1:8440")
+		return err
 	}
 	catalogue := api.NewClient(cmd.String("server"), cmd.String("token"), nil)
 	token := func() (string, error) { return cmd.String("token"), nil }
@@ -101,7 +124,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	defer stop()
 	return worker.Run(ctx, worker.Config{
 		Grace: cmd.Duration("grace"), Cancel: hard.Done(), Telemetry: tell,
-		ID: cmd.String("id"), State: cmd.String("state"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
+		ID: cmd.String("id"), State: cmd.String("state-dir"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
 		Server: catalogue, Log: log,
 		Make: func(ctx context.Context, r pipeline.Request, out io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			res, err := pipeline.Run(ctx, cfg, r, out, line)

@@ -28,12 +28,17 @@ func isKeyless(cmd *ucli.Command) bool {
 	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
 }
 
+// checkKey refuses settings of the key that do not go together.
+func checkKey(cmd *ucli.Command) error {
+	if isKeyless(cmd) {
+		return cli.About(missing(cmd, "trusted-root"), "key")
+	}
+	return alien(cmd, "a key of one's own", "identity-token")
+}
+
 // keyOptions says how the key is loaded that --key names.
 func keyOptions(cmd *ucli.Command) ([]sign.Option, error) {
-	if !isKeyless(cmd) {
-		return nil, alien(cmd, "a key of one's own", "identity-token")
-	}
-	if err := missing(cmd, "trusted-root"); err != nil {
+	if err := checkKey(cmd); err != nil || !isKeyless(cmd) {
 		return nil, err
 	}
 	root, err := trust.ReadRoot(cmd.String("trusted-root"))

@@ -20,13 +20,9 @@ func privateFlag() ucli.Flag {
 }
 
 func redistributeFlag() ucli.Flag {
-	f := cli.String("redistribute", string(bundle.RedistributeNone),
-		"what of NVIDIA's may go to destinations that are not private: `PART` is none, userspace or all")
-	f.Validator = func(s string) error {
-		_, err := bundle.ParseRedistribution(s)
-		return err
-	}
-	return f
+	return cli.Choice("redistribute", bundle.RedistributeNone,
+		"`PART` of NVIDIA's for places not private: none, userspace or all",
+		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }
 
 func licenceRule(cmd *ucli.Command) licence.Rule {

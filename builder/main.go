@@ -20,7 +20,7 @@ func main() {
 }
 
 func root() *ucli.Command {
-	return &ucli.Command{
+	return cli.Examples(&ucli.Command{
 		Name:    "builder",
 		Usage:   "compile, prove, sign and publish NVIDIA drivers for COS kernels",
 		Version: version,
@@ -36,6 +36,7 @@ func root() *ucli.Command {
 			reproduceCommand(),
 			snapshotCommand(),
 			bundleCommand(),
+			cli.ConfigCommand(workCommand),
 			emugpuCommand(),
 			{
 				Name: "version", Usage: "print the version",
@@ -45,5 +46,18 @@ func root() *ucli.Command {
 				},
 			},
 		},
-	}
+	}, map[string]string{
+		"plan":             "plan --wish wish.yaml --to registry.example/drivers --key prebake.key",
+		"wish check":       "wish check wish.yaml",
+		"wish schema":      "wish schema >wish-list.schema.json",
+		"keygen":           "keygen prebake.key",
+		"cache trim":       "cache trim --max-size 20GiB",
+		"doctor":           "doctor --to registry.example/drivers --key prebake.key",
+		"inspect":          "inspect --build-id 17800.66.78",
+		"cache":            "cache --output json",
+		"snapshot keys":    "snapshot keys keys",
+		"snapshot root":    "snapshot root --keys keys --to snapshot",
+		"snapshot make":    "snapshot make --server http://127.0.0.1:8440 --keys keys --to snapshot",
+		"snapshot refresh": "snapshot refresh --keys keys --to snapshot",
+	})
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	ucli "github.com/urfave/cli/v3"
@@ -19,16 +20,20 @@ import (
 )
 
 func runCommand() *ucli.Command {
-	return &ucli.Command{
+	return cli.WithConfig(&ucli.Command{
 		Name:  "run",
 		Usage: "bring the node to its driver, then watch it",
 		Description: `Ends with the verdict's exit status when no driver is ready; whoever started
 it (kubelet, systemd) then tries again. While one serves the node and another
-is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.`,
-		Flags: slices.Concat(installFlags(), cli.Group(groupTell,
+is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.
+
+Examples:
+  fetcher run --server https://prebake.example --listen :8441
+  fetcher run --config fetcher.yaml`,
+		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
 			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz and /metrics"),
 			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
-			cli.String("node-name", "", "tell Kubernetes of the driver, on the node of this `NAME`"),
+			cli.String("node-name", "", "tell Kubernetes of the driver, on node `NAME`"),
 			cli.String("startup-taint", "", "`KEY` of a taint to take away once the driver is ready"),
 		)),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
@@ -39,7 +44,27 @@ is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.`
 			defer func() { err = errors.Join(err, done()) }()
 			return hold(ctx, cmd, a)
 		},
+	}, cli.Config{Check: checkRun})
+}
+
+// checkRun names all settings of run that do not go together.
+func checkRun(cmd *ucli.Command) error {
+	_, err := readConfig(cmd)
+	errs := []error{err, checkTrust(cmd), checkTaint(cmd)}
+	_, err = serverURL(cmd)
+	errs = append(errs, err)
+	if strings.HasPrefix(cmd.String("driver"), digestPrefix) && len(cmd.StringSlice("registry")) == 0 {
+		errs = append(errs, pinnedNowhere())
 	}
+	return errors.Join(errs...)
+}
+
+func checkTaint(cmd *ucli.Command) error {
+	if cmd.String("startup-taint") == "" || cmd.String("node-name") != "" {
+		return nil
+	}
+	return cli.About(fault.New(fault.Usage, "a startup taint was named, and no node", "name the node: --node-name NAME"),
+		"startup-taint")
 }
 
 // lookTime is longer than a look takes where the driver answers, or the probe is given
@@ -64,8 +89,6 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 		if outside.cluster, err = kube.New(name, cmd.String("startup-taint"), kube.AccountDir, log); err != nil {
 			return err
 		}
-	} else if cmd.String("startup-taint") != "" {
-		return fault.New(fault.Usage, "a startup taint was named, and no node", "name the node: --node-name NAME")
 	}
 	inner, cancel := context.WithCancel(ctx)
 	defer cancel()

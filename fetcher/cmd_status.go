@@ -40,7 +40,7 @@ func rollbackCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "rollback",
 		Usage: "put the driver back in force that was there before",
-		Flags: slices.Concat(hostFlags(), trustFlags(), cli.Group(groupCompile, stateFlag()), changeFlags()),
+		Flags: slices.Concat(hostFlags(), trustFlags(), cli.Group(groupResources, stateFlag()), changeFlags()),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
 			if err != nil {

@@ -26,10 +26,10 @@ installed driver is verified with all its files. Nothing is changed, and no
 layer is fetched. The COS build is this node's, or the one that is named.`,
 		Flags: append(append(hostFlags(), trustFlags()...), append(
 			cli.Group(groupWhat,
-				cli.String("build-id", "", "verify for the COS build with this `ID`, on any machine"),
+				cli.String("build-id", "", "verify for the COS build with this `BUILD_ID`, on any machine"),
 				cli.String("board", "lakitu", "`BOARD` of that build"),
 			),
-			append(cli.Group(groupCompile, stateFlag()), cli.Group(groupOutput, cli.OutputFlag())...)...)...),
+			append(cli.Group(groupResources, stateFlag()), cli.Group(groupOutput, cli.OutputFlag())...)...)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			if cmd.Args().Len() > 1 {
 				return fault.New(fault.Usage, "want one artifact", "fetcher verify HOST/NAME@DIGEST")

@@ -18,22 +18,22 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
 )
 
 // The headings under which --help lists the settings.
 const (
-	groupWhat    = "What to install"
-	groupFrom    = "Where from"
-	groupTo      = "Where to"
-	groupTrust   = "Trust"
-	groupCompile = "Compile on this node"
-	groupTell    = "Tell"
-	groupOutput  = "Output and advanced"
+	groupWhat      = cli.What
+	groupFrom      = cli.From
+	groupTo        = cli.To
+	groupTrust     = cli.Trust
+	groupResources = cli.Resources
+	groupOutput    = cli.Advanced
 )
 
 // hostFlags say where the node is.
 func hostFlags() []ucli.Flag {
-	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a GKE DaemonSet")
+	root := cli.String("host-root", "/", "`FOLDER` with the node's root; /root in a DaemonSet")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
 		"install `FOLDER`, seen from the node's root")
 	root.Validator, install.Validator = absolute, absolute
@@ -52,7 +52,7 @@ func wishFlags() []ucli.Flag {
 			cli.Strings("registry", "repository `REF`, after the server, as host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
 			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
-			cli.Duration("wait", 0, "longest `TIME` to wait for a build or a service; 0 asks once"),
+			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or a service"), "wait"),
 		),
 	)
 }
@@ -65,13 +65,7 @@ func probeFlag() ucli.Flag {
 
 // changeFlags are those of commands that change the node.
 func changeFlags() []ucli.Flag {
-	foreign := cli.String("foreign", "keep", "`MODE` for a driver that somebody else loaded: keep or replace")
-	foreign.Validator = func(s string) error {
-		if s != "keep" && s != "replace" {
-			return fmt.Errorf("foreign %q: want keep or replace", s)
-		}
-		return nil
-	}
+	foreign := cli.Choice("foreign", "keep", "others' driver, `MODE`: keep or replace", "keep", "replace")
 	maintenance := cli.String(
 		"maintenance",
 		"any",
@@ -89,7 +83,7 @@ func changeFlags() []ucli.Flag {
 			cli.Bool("persistence", "keep GPUs initialised while nobody uses them"),
 			cli.Bool("edit-boot", "change a kernel command line that forbids it; reboot"),
 			cli.Bool("no-load", "install and switch, but load no module"),
-			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
+			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
 		cli.Group(groupOutput,
 			probeFlag(),
@@ -104,7 +98,7 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"`PROGRAM` that compiles when nothing is published, or an image of it, as HOST/NAME@DIGEST; or never",
+		"`PROGRAM` or image (HOST/NAME@DIGEST) that compiles here; or never",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
@@ -113,13 +107,12 @@ func installFlags() []ucli.Flag {
 		wishFlags(),
 		hostFlags(),
 		trustFlags(),
-		cli.Group(groupCompile,
+		cli.Group(groupFrom,
 			builder,
-			cli.String("kernel-mirror", "", "`URL` of the COS release bucket"),
+			cli.String("kernel-mirror", "", "`URL` of the COS release bucket, for compiling on this node"),
 			cli.String("driver-mirror", "", "`URL` of the bucket with NVIDIA's runfiles"),
-			stateFlag(),
-			cache,
 		),
+		cli.Group(groupResources, stateFlag(), cache),
 		changeFlags(),
 		reportFlag(),
 		cli.Group(groupOutput, cli.LogFlags()...),
@@ -128,14 +121,18 @@ func installFlags() []ucli.Flag {
 
 // trustFlags say whom to trust: nothing is loaded that they do not sign.
 func trustFlags() []ucli.Flag {
+	loadTest := cli.WasCalled(cli.String("load-test-policy", "any", "`MODE`: any, or tested by a kernel"), "load-test")
+	loadTest.Validator = func(s string) error {
+		_, err := trust.ParseLoadTestPolicy(s)
+		return err
+	}
 	return slices.Concat(
 		cli.Group(groupTrust,
 			cli.String("policy", "",
 				"`FILE` with a policy, in place of all below"),
-			cli.String("key", defaultKeys,
-				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"),
-			cli.String("load-test", "any",
-				"`MODE`: any, or tested by a kernel"),
+			cli.WasCalled(cli.String("public-key", defaultKeys,
+				"`FILE` with the trusted public keys (PEM)"), "key"),
+			loadTest,
 		),
 		cli.Group(groupTrust, cli.TrustFlags()...),
 	)
@@ -171,7 +168,7 @@ func sibling(name string) string {
 func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	cfg := agent.Config{
 		InstallDir: filepath.Clean(cmd.String("install-dir")),
-		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait"),
+		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait-build"),
 		ReplaceForeign: cmd.String(
 			"foreign",
 		) == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), Persistence: cmd.Bool("persistence"), EditBoot: cmd.Bool("edit-boot"),
@@ -180,17 +177,17 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 	var err error
 	if text := cmd.String("maintenance"); text != "" {
 		if cfg.Maintenance, err = agent.ParseWindow(text); err != nil {
-			errs = append(errs, err)
+			errs = append(errs, cli.About(err, "maintenance"))
 		}
 	}
 	cfg.WaitIdle = cmd.Duration("wait-idle")
 	if cfg.ModuleParams, err = readParams(cmd.StringSlice("module-param")); err != nil {
-		errs = append(errs, err)
+		errs = append(errs, cli.About(err, "module-param"))
 	}
 	if cfg.InstallDir == "/" {
-		errs = append(errs, errors.New("install-dir /: want a folder of its own"))
+		errs = append(errs, cli.About(errors.New("install-dir /: want a folder of its own"), "install-dir"))
 	}
-	return cfg, fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
+	return cfg, usage(cmd, errs)
 }
 
 // readConfig also reads the node's wish; every mistake is told at once.
@@ -200,16 +197,21 @@ func readConfig(cmd *ucli.Command) (agent.Config, error) {
 	if pin := cmd.String("driver"); strings.HasPrefix(pin, digestPrefix) {
 		cfg.Wish, cfg.Pin = target.Default, pin
 		if _, err := target.ParseFingerprint(pin); err != nil { // digests have the same form
-			errs = append(errs, fmt.Errorf("driver %q: want sha256: and 64 lower-case hex digits", pin))
+			errs = append(errs, cli.About(fmt.Errorf("driver %q: want sha256: and 64 lower-case hex digits", pin), "driver"))
 		}
 	} else if cfg.Wish, err = target.ParseWish(pin); err != nil {
-		errs = append(errs, err)
+		errs = append(errs, cli.About(err, "driver"))
 	}
 	cfg.Flavour = cmd.String("flavour")
 	if _, err := target.ParseFlavour(cfg.Flavour); err != nil && cfg.Flavour != resolve.Auto {
-		errs = append(errs, fmt.Errorf("flavour %q: want auto, proprietary or open", cfg.Flavour))
+		errs = append(errs, cli.About(fmt.Errorf("flavour %q: want auto, proprietary or open", cfg.Flavour), "flavour"))
 	}
-	return cfg, fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
+	return cfg, usage(cmd, errs)
+}
+
+// usage makes one error of several.
+func usage(cmd *ucli.Command, errs []error) error {
+	return fault.Wrap(fault.Usage, errors.Join(errs...), "see "+cmd.FullName()+" --help")
 }
 
 // digestPrefix begins the digest of one artifact, in place of a wish.

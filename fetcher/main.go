@@ -47,7 +47,7 @@ func main() {
 }
 
 func root() *ucli.Command {
-	return &ucli.Command{
+	return cli.Examples(&ucli.Command{
 		Name:        "fetcher",
 		Usage:       "find, verify, install and load the NVIDIA driver made for this COS node",
 		Version:     version,
@@ -63,6 +63,7 @@ func root() *ucli.Command {
 			bootCommand(),
 			verifyCommand(),
 			policyCommand(),
+			cli.ConfigCommand(runCommand),
 			{
 				Name: "version", Usage: "print the version",
 				Action: func(_ context.Context, cmd *ucli.Command) error {
@@ -71,7 +72,18 @@ func root() *ucli.Command {
 				},
 			},
 		},
-	}
+	}, map[string]string{
+		"resolve":       "resolve --server https://prebake.example",
+		"status":        "status --output json",
+		"rollback":      "rollback --dry-run",
+		"history":       "history",
+		"uninstall":     "uninstall --dry-run",
+		"boot status":   "boot status",
+		"boot undo":     "boot undo",
+		"verify":        "verify registry.example/drivers@sha256:DIGEST --public-key keys.pem",
+		"policy check":  "policy check policy.yaml",
+		"policy schema": "policy schema >policy.schema.json",
+	})
 }
 
 // exitCodes lists what the exit status means; package fault holds the list.

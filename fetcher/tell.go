@@ -14,7 +14,7 @@ import (
 )
 
 func reportFlag() []ucli.Flag {
-	return cli.Group(groupTell, cli.Bool("report", "tell the server whether the driver loads"))
+	return cli.Group(groupTo, cli.Bool("report", "tell the server whether the driver loads"))
 }
 
 // Bounds of telling the server: of one report, and of what is left when the program ends.

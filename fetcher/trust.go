@@ -10,6 +10,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/listed"
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/policy"
+	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/snapshot"
 	"github.com/prebake/prebake/pkg/trust"
@@ -57,19 +58,36 @@ func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*liste
 // trustPolicy reads the policy, or the settings that stand for one. The keys may be missing
 // where an identity is trusted, unless a file of them was named.
 func trustPolicy(cmd *ucli.Command) (policy.Policy, error) {
-	file := cmd.String("policy")
-	if file == "" {
-		p, err := flagPolicy(cmd)
-		return policy.Policy{Policy: p}, err
+	if err := checkTrust(cmd); err != nil {
+		return policy.Policy{}, err
 	}
-	for _, name := range []string{"key", "load-test", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
+	if file := cmd.String("policy"); file != "" {
+		return policy.Read(file)
+	}
+	p, err := flagPolicy(cmd)
+	return policy.Policy{Policy: p}, err
+}
+
+// checkTrust refuses settings of trust that do not go together, and reads nothing.
+func checkTrust(cmd *ucli.Command) error {
+	if cmd.String("policy") == "" {
+		if (cmd.String("trusted-root") == "") != (identity(cmd) == trust.Identity{}) {
+			return cli.About(fault.New(
+				fault.Usage,
+				"a trusted root and whom its certificates have to name go together",
+				"give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL",
+			), "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer")
+		}
+		return nil
+	}
+	for _, name := range []string{"public-key", "load-test-policy", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
 		if cmd.IsSet(name) {
-			return policy.Policy{}, fault.New(
+			return cli.About(fault.New(
 				fault.Usage,
 				"--policy and --"+name+" do not go together",
 				"say it in the policy: fetcher policy schema tells how",
-			)
+			), name, "policy")
 		}
 	}
-	return policy.Read(file)
+	return nil
 }

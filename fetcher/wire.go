@@ -173,41 +173,55 @@ func nodeBuilds(cmd *ucli.Command) (trust.Policy, error) {
 	return trust.Policy{MinVersions: p.MinVersions, Revoked: p.Revoked}, err
 }
 
-// flagPolicy is the policy that the settings of trust make.
-func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
-	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test")); err != nil {
-		return policy, fault.Wrap(fault.Usage, err, "see --help")
-	}
-	who := trust.Identity{
+// identity is whom certificates have to name, by the flags.
+func identity(cmd *ucli.Command) trust.Identity {
+	return trust.Identity{
 		Subject: cmd.String("certificate-identity"),
 		Pattern: cmd.String("certificate-identity-regexp"),
 		Issuer:  cmd.String("certificate-oidc-issuer"),
 	}
-	file := cmd.String("trusted-root")
-	if (file == "") != (who == trust.Identity{}) {
-		return policy, fault.New(
-			fault.Usage,
-			"a trusted root and whom its certificates have to name go together",
-			"give --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL",
-		)
+}
+
+// serverURL is where the server is that is asked; nil is none.
+func serverURL(cmd *ucli.Command) (*url.URL, error) {
+	server := cmd.String("server")
+	if server == "" {
+		return nil, nil
 	}
+	u, err := url.Parse(server)
+	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		return nil, cli.About(fault.New(
+			fault.Usage,
+			fmt.Sprintf("server %q: want a URL", server),
+			"give it as in --server http://127.0.0.1:8440",
+		), "server")
+	}
+	return u, nil
+}
+
+// flagPolicy is the policy that the settings of trust make.
+func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
+	if policy.LoadTest, err = trust.ParseLoadTestPolicy(cmd.String("load-test-policy")); err != nil {
+		return policy, fault.Wrap(fault.Usage, err, "see --help")
+	}
+	file := cmd.String("trusted-root")
 	if file != "" {
 		if policy.Root, err = trust.ReadRoot(file); err != nil {
 			return policy, err
 		}
-		policy.Identities = []trust.Identity{who}
+		policy.Identities = []trust.Identity{identity(cmd)}
 	}
-	pem, err := os.ReadFile(cmd.String("key"))
+	pem, err := os.ReadFile(cmd.String("public-key"))
 	switch {
 	case err == nil:
 		if policy.Keys, err = trust.ParsePublicKeys(pem); err != nil {
 			return policy, err
 		}
-	case file == "" || cmd.IsSet("key") || !errors.Is(err, fs.ErrNotExist):
+	case file == "" || cmd.IsSet("public-key") || !errors.Is(err, fs.ErrNotExist):
 		return policy, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read trusted keys: %w", err),
-			"name the file with the publisher's public key: --key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified",
+			"name the file with the publisher's public key: --public-key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified",
 		)
 	}
 	return policy, nil
@@ -237,7 +251,7 @@ func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	o := registry.Options{
 		UserAgent: "prebake-fetcher/" + version,
-		Patience:  cmd.Duration("wait"),
+		Patience:  cmd.Duration("wait-build"),
 		Keychain:  credentials.Keychain(),
 	}
 	// A server that is asked over plain HTTP serves its own registry likewise.
@@ -293,6 +307,15 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 	}, nil
 }
 
+// pinnedNowhere is the error of a digest without a repository.
+func pinnedNowhere() error {
+	return cli.About(fault.New(
+		fault.Usage,
+		"a digest says what artifact, and not where it is",
+		"name the repository with --registry HOST/NAME",
+	), "driver")
+}
+
 // newFinder asks a server, then registries, or nobody: then the node compiles.
 // v is who believes lists of supported GPUs; nil believes none.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
@@ -303,23 +326,15 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	pinned := strings.HasPrefix(cmd.String("driver"), digestPrefix)
 	registries := cmd.StringSlice("registry")
 	if pinned && len(registries) == 0 {
-		return nil, fault.New(
-			fault.Usage,
-			"a digest says what artifact, and not where it is",
-			"name the repository with --registry HOST/NAME",
-		)
+		return nil, pinnedNowhere()
 	}
 	var chain resolve.Chain
-	if server := cmd.String("server"); server != "" && !pinned {
-		u, err := url.Parse(server)
-		if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
-			return nil, fault.New(
-				fault.Usage,
-				fmt.Sprintf("server %q: want a URL", server),
-				"give it as in --server http://127.0.0.1:8440",
-			)
-		}
-		client := api.NewClient(server, "", nil)
+	server, err := serverURL(cmd)
+	if err != nil {
+		return nil, err
+	}
+	if server != nil && !pinned {
+		client := api.NewClient(cmd.String("server"), "", nil)
 		s := resolve.Server{Client: client, GPUs: gpus}
 		if file := cmd.String("token-file"); file != "" && !cmd.Bool("dry-run") && cmd.Name != "resolve" {
 			s.Request = client.WithTokenFile(file).RequestBuild // read each time: kubelet replaces it

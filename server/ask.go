@@ -18,9 +18,9 @@ import (
 
 // The headings under which --help lists flags of several commands.
 const (
-	groupWhat   = "What to ask"
-	groupServer = "Server"
-	groupOutput = "Output and advanced"
+	groupWhat   = cli.What
+	groupServer = cli.From
+	groupOutput = cli.Advanced
 )
 
 // clientFlags are a command's own flags, and those that reach a running server.
@@ -34,7 +34,7 @@ func clientFlags(own ...ucli.Flag) []ucli.Flag {
 
 // writeFlags add the token.
 func writeFlags(own ...ucli.Flag) []ucli.Flag {
-	return append(clientFlags(own...), cli.Group(groupServer,
+	return append(clientFlags(own...), cli.Group(cli.Trust,
 		cli.String("token", "", "the server's `TOKEN`; prefer --token-file"),
 		cli.String("token-file", "", "`FILE` with the server's token"),
 	)...)

@@ -40,7 +40,7 @@ PostgreSQL is copied by its own tools: pg_dump --format=custom, pg_restore.
 
 Example:
   server backup --data /var/lib/prebake /backup/$(date +%F)`,
-		Flags: append(cli.Group("Where from",
+		Flags: append(cli.Group(cli.From,
 			defaultsTo(cli.String("data", "", "`FOLDER` of everything the server keeps"), "as of server serve"),
 			defaultsTo(cli.String("database", "", "catalogue's `URL`"), "DATA/catalogue.db"),
 			defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db"),

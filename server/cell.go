@@ -31,7 +31,7 @@ func cellFlags(required bool) []ucli.Flag {
 			Sources:  cli.Env("build-id"),
 		},
 		cli.String("board", "lakitu", "`BOARD` of the COS build"),
-		cli.String("driver", string(target.Default), "`DRIVER`: default, latest, a branch or a version"),
+		cli.String("driver", string(target.Default), "`VERSION`, default, latest or a branch such as R535"),
 		cli.String("flavour", "auto", "`FLAVOUR`: auto, proprietary or open"),
 	}
 }

@@ -33,15 +33,11 @@ damaged layer, stops all. Of what is attached to them only what those keys
 vouch for goes along, and deltas.
 
 Example:
-  server import drivers.tar --key farm.pub --token-file token
-  server import drivers.tar+drivers-2.tar --key farm.pub --token-file token`,
-		Flags: writeFlags(
+  server import drivers.tar --public-key farm.pub --token-file token
+  server import one.tar+two.tar --public-key farm.pub --token-file token`,
+		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to bring them to"),
-			cli.Strings("key", "`FILE` with public keys of those who may publish, repeatable"),
-			cli.String("trusted-root", "", "`FILE` with a Sigstore trusted root, for what is signed without keys"),
-			cli.String("certificate-identity", "", "`NAME` that its certificates have to name"),
-			cli.String("certificate-oidc-issuer", "", "`URL` of who vouches for the name"),
-		),
+		)...),
 		Action: runImport,
 	}
 }

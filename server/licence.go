@@ -12,11 +12,7 @@ func publicFlag() ucli.Flag {
 }
 
 func redistributeFlag() ucli.Flag {
-	f := cli.String("redistribute", string(bundle.RedistributeNone),
-		"what of NVIDIA's a public registry takes: `PART` is none, userspace or all")
-	f.Validator = func(s string) error {
-		_, err := bundle.ParseRedistribution(s)
-		return err
-	}
-	return f
+	return cli.Choice("redistribute", bundle.RedistributeNone,
+		"what of NVIDIA's a public registry takes: `PART` is none, userspace or all",
+		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }

@@ -18,7 +18,7 @@ func main() { cli.Main(program()) }
 
 // program is the whole command tree.
 func program() *ucli.Command {
-	return cli.Complete(&ucli.Command{
+	return cli.Complete(cli.Examples(&ucli.Command{
 		Name:  "server",
 		Usage: "keep the catalogue of kernels and drivers, queue builds, serve artifacts",
 		Description: `Start it with "server serve". The other commands ask a running server (--server)
@@ -32,9 +32,10 @@ and print tables, or JSON or YAML with --output.`,
 			tokensCommand(), auditCommand(),
 			coverageCommand(), warningsCommand(), reportsCommand(), quarantineCommand(), liftCommand(),
 			backupCommand(), reindexCommand(), importCommand(),
+			cli.ConfigCommand(serveCommand),
 			versionCommand(),
 		},
-	}, complete)
+	}, examples), complete)
 }
 
 // version is set at link time.

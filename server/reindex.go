@@ -62,6 +62,12 @@ type comparison struct {
 	held []artifact
 }
 
+// signerFlags say who may sign what is read.
+func signerFlags() []ucli.Flag {
+	keys := cli.WasCalled(cli.Strings("public-key", "`FILE` with public keys of those who may publish"), "key")
+	return append(cli.Group(cli.Trust, keys), cli.Group(cli.Trust, cli.IdentityFlags()...)...)
+}
+
 // reindexCommand asks a running server and writes by its API. Who has lost the database starts
 // the server on the data folder that is left, or on a new one: that makes empty tables and
 // keeps nobody waiting, since nodes load what they have installed, and it serves its own
@@ -90,17 +96,13 @@ The exit status is 0 when nothing is left to do, 4 when something is unverified,
 and 5 when there are other differences that were not applied.
 
 Example:
-  server reindex --key farm.pub
-  server reindex --key farm.pub --apply --token-file token`,
-		Flags: writeFlags(
+  server reindex --public-key farm.pub
+  server reindex --public-key farm.pub --apply --token-file token`,
+		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
-			cli.Strings("key", "`FILE` with public keys of those who may publish, repeatable"),
-			cli.String("trusted-root", "", "`FILE` with a Sigstore trusted root, for what is signed without keys"),
-			cli.String("certificate-identity", "", "`NAME` that its certificates have to name"),
-			cli.String("certificate-oidc-issuer", "", "`URL` of who vouches for the name"),
 			cli.String("bucket", "", "`URL` of a bucket with signed tarballs to look at, too: gs://, https:// or file://"),
 			&ucli.BoolFlag{Name: "apply", Usage: "record what is missing or attested"},
-		),
+		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
 				return err
@@ -142,13 +144,13 @@ Example:
 // publishers is the verifier that the flags make.
 func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 	var p trust.Policy
-	for _, file := range cmd.StringSlice("key") {
+	for _, file := range cmd.StringSlice("public-key") {
 		text, err := os.ReadFile(file)
 		if err != nil {
 			return nil, fault.Wrap(
 				fault.Usage,
 				fmt.Errorf("read trusted keys: %w", err),
-				"name the file with the publisher's public key: --key FILE",
+				"name the file with the publisher's public key: --public-key FILE",
 			)
 		}
 		keys, err := trust.ParsePublicKeys(text)
@@ -348,7 +350,7 @@ func (c *comparison) left() error {
 	switch {
 	case count[unverified] > 0:
 		return fault.New(fault.Unverified, fmt.Sprintf("%d of what is published are unverified", count[unverified]),
-			"name the publisher's key with --key FILE; what nobody you trust published, remove")
+			"name the publisher's key with --public-key FILE; what nobody you trust published, remove")
 	case rest > 0:
 		hint := "look at each: what differs, or is absent, is published again, or yanked"
 		if count[missing]+count[attested] > 0 {

@@ -169,9 +169,9 @@ func showWishListCommand() *ucli.Command {
 
 func putWishListCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "put", Usage: "store a wish list: the file that builder matrix takes", ArgsUsage: "NAME FILE",
+		Name: "put", Usage: "store a wish list: the file that builder build --wish takes", ArgsUsage: "NAME FILE",
 		Flags: writeFlags(
-			&ucli.Int64Flag{Name: "version", Usage: "`N` that the stored list must have; 0 takes the place of any"},
+			&ucli.Int64Flag{Name: "if-version", Aliases: []string{"version"}, Usage: "`N` that the stored list must have; 0 takes the place of any"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {
@@ -189,7 +189,7 @@ func putWishListCommand() *ucli.Command {
 			if err != nil {
 				return err
 			}
-			l, err := c.PutWishList(ctx, name, api.NewWishList{Text: string(text), Version: cmd.Int64("version")})
+			l, err := c.PutWishList(ctx, name, api.NewWishList{Text: string(text), Version: cmd.Int64("if-version")})
 			if err != nil {
 				return err
 			}

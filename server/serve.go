@@ -19,7 +19,6 @@ import (
 
 	"github.com/gofrs/flock"
 	"github.com/opencontainers/go-digest"
-	ucli "github.com/urfave/cli/v3"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/pkg/bundle"
@@ -45,93 +44,6 @@ type settings struct {
 	CreateOnly                                                                                    []string
 	ReserveMB, AskPerHour, CallsPerMinute, Quarantine                                             int
 	DiscoverEvery, Grace                                                                          time.Duration
-}
-
-func serveCommand() *ucli.Command {
-	return &ucli.Command{
-		Name: "serve", Usage: "run the server until it is told to stop",
-		Flags: slices.Concat(
-			cli.Group("Where from",
-				cli.String("kernel-mirror", "", "bucket `URL` of COS releases to discover kernels in: gs://, https:// or file://"),
-				cli.String("driver-mirror", "", "bucket `URL` of NVIDIA's runfiles to discover drivers in"),
-				cli.Duration("discover-interval", 15*time.Minute, "`PAUSE` between looks at the mirrors"),
-			),
-			cli.Group("Where to",
-				cli.String("listen", "127.0.0.1:8440", "`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it"),
-				cli.String("public-repository", "/prebake/driver",
-					"`REPOSITORY` that builders publish to; one that begins with / is on this server"),
-				defaultsTo(cli.String("data", "",
-					"`FOLDER` of everything the server keeps"), "$XDG_STATE_HOME/prebake, or /var/lib/prebake for root"),
-				defaultsTo(cli.String("database", "", "catalogue's `URL`: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
-				cli.String("snapshot", "", "`FOLDER` of a signed list (builder snapshot) to serve under /snapshot/"),
-				defaultsTo(cli.String("queue", "", "build queue's `URL`"), "DATA/queue.db, or the database when that is postgres"),
-			),
-			cli.Group(
-				"Where to",
-				&ucli.IntFlag{
-					Name:  "reserve",
-					Value: 1024,
-					Usage: "`MIB` of the data folder's disk to leave free: uploads are refused before",
-				},
-				publicFlag(), redistributeFlag(),
-				&ucli.StringSliceFlag{Name: "create-only", Value: []string{"prebake/*", "prebake/*/*"},
-					Usage: "`PATTERN` of registry repositories whose tags never move, repeatable"},
-			),
-			cli.Group(
-				"Trust",
-				cli.String("token", "", "the first `TOKEN`, which may do everything; prefer --token-file"),
-				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token, made at the first start"),
-				cli.String("oidc", "", "`FILE` with rules: whose OpenID Connect tokens may do what"),
-				cli.String("tls-cert", "", "`FILE` with a certificate in PEM: listen with TLS; read again when it changes"),
-				cli.String("tls-key", "", "`FILE` with its key"),
-				&ucli.IntFlag{
-					Name:  "ask-rate",
-					Value: 120,
-					Usage: "`COUNT` of builds that a token of a node may add within an hour",
-				},
-				&ucli.IntFlag{
-					Name:  "client-rate",
-					Value: 30_000,
-					Usage: "`COUNT` of calls a minute that one address may make; 0 is any",
-				},
-				&ucli.IntFlag{Name: "quarantine", Value: 3,
-					Usage: "`NODES` on which an artifact fails within a day before none is sent to it; 0 is never"},
-			),
-			cli.Group(groupOutput, cli.Duration("grace", 20*time.Second,
-				"`TIME` that running requests get when the server stops")),
-			cli.Group(groupOutput, cli.LogFlags()...),
-		),
-		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			log, err := cli.Logger(cmd)
-			if err != nil {
-				return err
-			}
-			s := settings{
-				Listen: cmd.String(
-					"listen",
-				), Data: cmd.String("data"), Database: cmd.String("database"), Queue: cmd.String("queue"),
-				KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-				PublicRepository: cmd.String("public-repository"), Token: cmd.String("token"), TokenFile: cmd.String("token-file"),
-				Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
-				CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
-				DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
-				Issuers: cmd.String(
-					"oidc",
-				), Snapshot: cmd.String("snapshot"), TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
-				AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
-			}
-			if err := s.complete(); err != nil {
-				return err
-			}
-			return serve(ctx, s, log)
-		},
-	}
-}
-
-// defaultsTo says in help what stands in for a flag that is not given.
-func defaultsTo(f *ucli.StringFlag, text string) *ucli.StringFlag {
-	f.DefaultText = text
-	return f
 }
 
 // places fills in where the server keeps what.
@@ -166,35 +78,23 @@ func (s *settings) complete() error {
 	if err := s.places(); err != nil {
 		return err
 	}
+	var wrong []error
+	add := func(flag, text, hint string, also ...string) {
+		wrong = append(wrong, cli.About(fault.New(fault.Usage, text, hint), append([]string{flag}, also...)...))
+	}
 	for _, pattern := range s.CreateOnly {
 		if _, err := path.Match(pattern, ""); err != nil {
-			return fault.New(fault.Usage, fmt.Sprintf("--create-only %q: %v", pattern, err), "write one such as prebake/*")
+			add("create-only", fmt.Sprintf("--create-only %q: %v", pattern, err), "write one such as prebake/*")
 		}
 	}
-	if s.ReserveMB < 0 {
-		return fault.New(fault.Usage, fmt.Sprintf("--reserve %d: want MiB, or 0", s.ReserveMB), "")
-	}
 	if (s.TLSCert == "") != (s.TLSKey == "") {
-		return fault.New(fault.Usage, "one of --tls-cert and --tls-key is missing", "give both, or none")
-	}
-	if s.AskPerHour < 1 || s.CallsPerMinute < 0 {
-		return fault.New(
-			fault.Usage,
-			fmt.Sprintf("--ask-rate %d, --client-rate %d: want 1 or more, and 0 or more", s.AskPerHour, s.CallsPerMinute),
-			"",
-		)
-	}
-	if s.Quarantine < 0 {
-		return fault.New(fault.Usage, fmt.Sprintf("--quarantine %d: want a number of nodes, or 0", s.Quarantine), "")
+		add("tls-cert", "one of --tls-cert and --tls-key is missing", "give both, or none", "tls-key")
 	}
 	if s.PublicRepository == "" {
-		return fault.New(
-			fault.Usage,
-			"public repository is empty",
-			"use --public-repository /prebake/driver, or a repository of your registry",
-		)
+		add("public-repository", "public repository is empty",
+			"use --public-repository /prebake/driver, or a repository of your registry")
 	}
-	return nil
+	return errors.Join(wrong...)
 }
 
 func stateDir() (string, error) {

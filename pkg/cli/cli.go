@@ -8,12 +8,12 @@
 //   - An error is one "error:" line (what else is wrong stands indented below)
 //     and, where somebody knows it, one "hint:" line.
 //   - The exit code is the error's kind's; package fault holds the list.
-//   - Flag beats environment beats default; environment names are PREBAKE_ and
-//     the flag's name.
+//   - Flag beats environment beats configuration file beats default; environment names are
+//     PREBAKE_ and the flag's name, keys of the file are the flags' names.
 //   - Progress and colour appear on a terminal only; elsewhere plain lines.
 //   - Every read command has --output text|json|yaml, with the same keys in both.
 //   - "completion SHELL" prints a script that completes commands, flags and values.
-//   - Help has a command's flags in groups, in 80 columns.
+//   - Help has a command's flags in groups, in 80 columns, and an example.
 package cli
 
 import (
@@ -46,24 +46,29 @@ func Run(ctx context.Context, root *ucli.Command, args []string, stdout, stderr 
 	useHelp()
 	root.Writer, root.ErrWriter = stdout, stderr
 	root.Commands = append(root.Commands, completionCommands(root)...)
-	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
-	// The library prints the whole help behind a usage error; ours is one line
-	// and a hint, like every other error.
-	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {
-		return fault.Wrap(fault.Usage, err, "see "+cmd.FullName()+" --help")
-	}
-	walk(root, func(c *ucli.Command) {
-		c.OnUsageError = usage
-		if c.Action == nil && len(c.Commands) > 0 {
-			c.Action = needSubcommand
-		}
-	})
+	prepare(root)
 	err := root.Run(ctx, args)
 	if err == nil {
 		return 0
 	}
 	PrintError(stderr, err)
 	return fault.Of(err).ExitCode()
+}
+
+// prepare has every command of a program tell its errors as one line and a hint. The library
+// prints the whole help behind a usage error.
+func prepare(root *ucli.Command) {
+	root.ExitErrHandler = func(context.Context, *ucli.Command, error) {}
+	usage := func(_ context.Context, cmd *ucli.Command, err error, _ bool) error {
+		return fault.Wrap(fault.Usage, err, "see "+cmd.FullName()+" --help")
+	}
+	walk(root, func(c *ucli.Command) {
+		c.OnUsageError = usage
+		c.Description = strings.ReplaceAll(c.Description, "PROGRAM", root.Name)
+		if c.Action == nil && len(c.Commands) > 0 {
+			c.Action = needSubcommand
+		}
+	})
 }
 
 func needSubcommand(_ context.Context, cmd *ucli.Command) error {

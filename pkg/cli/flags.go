@@ -1,6 +1,8 @@
 package cli
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -41,6 +43,61 @@ func Duration(name string, value time.Duration, usage string) *ucli.DurationFlag
 	return &ucli.DurationFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
+// choiceFlag is a flag with few values. They are known to completion and to the schema of
+// the configuration file.
+type choiceFlag struct {
+	*ucli.StringFlag
+	choices []string
+}
+
+// Choice is a flag whose value is one of few words.
+func Choice[T ~string](name string, value T, usage string, choices ...T) ucli.Flag {
+	f := &choiceFlag{StringFlag: String(name, string(value), usage)}
+	for _, c := range choices {
+		f.choices = append(f.choices, string(c))
+	}
+	f.Validator = func(s string) error {
+		if !slices.Contains(f.choices, s) {
+			return fmt.Errorf("%s %q: want %s", name, s, either(f.choices))
+		}
+		return nil
+	}
+	return f
+}
+
+// either lists words of which one is wanted.
+func either(words []string) string {
+	if len(words) == 1 {
+		return words[0]
+	}
+	return strings.Join(words[:len(words)-1], ", ") + " or " + words[len(words)-1]
+}
+
+// rangeFlag is a flag with a number that has bounds.
+type rangeFlag struct {
+	*ucli.IntFlag
+	least, most int
+}
+
+// Range is a flag with a number between two bounds, which belong to it.
+func Range(name string, value, least, most int, usage string) ucli.Flag {
+	f := &rangeFlag{IntFlag: Int(name, value, usage), least: least, most: most}
+	f.Validator = func(n int) error {
+		if n < least || n > most {
+			return fmt.Errorf("%s %d: want a number from %d to %d", name, n, least, most)
+		}
+		return nil
+	}
+	return f
+}
+
+// WasCalled keeps an earlier name of a flag, and of its variable, working.
+func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
+	f.Aliases = append(f.Aliases, earlier)
+	f.Sources = ucli.EnvVars(envName(f.Name), envName(earlier))
+	return f
+}
+
 // TrustedRootFlag is --trusted-root, for whoever deals with certificates.
 func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "`FILE` with Sigstore's root, which judges certificates")
@@ -49,10 +106,15 @@ func TrustedRootFlag() ucli.Flag {
 // TrustFlags are --trusted-root and whom its certificates have to name, for
 // commands that verify; the words are cosign's.
 func TrustFlags() []ucli.Flag {
+	return append(IdentityFlags(),
+		String("certificate-identity-regexp", "", "in place of the name, a `PATTERN` for the whole of it"))
+}
+
+// IdentityFlags are [TrustFlags] without patterns.
+func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
-		String("certificate-identity", "", "trust what `NAME` signed: the URL or mail address in a certificate"),
-		String("certificate-identity-regexp", "", "in place of the name, a `PATTERN` for the whole of it"),
+		String("certificate-identity", "", "trust what `NAME` signed: URL or mail address"),
 		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer that vouches for it"),
 	}
 }
@@ -60,7 +122,7 @@ func TrustFlags() []ucli.Flag {
 // LogFlags are --log-level and --log-format, for programs that run long.
 func LogFlags() []ucli.Flag {
 	return []ucli.Flag{
-		String("log-level", "info", "least `LEVEL`: debug, info, warn or error"),
-		String("log-format", "text", "`FORMAT` of log lines: text or json"),
+		Choice("log-level", "info", "least `LEVEL`: debug, info, warn or error", "debug", "info", "warn", "error"),
+		Choice("log-format", "text", "`FORMAT` of log lines: text or json", "text", "json"),
 	}
 }

@@ -2,8 +2,6 @@ package cli
 
 import (
 	"cmp"
-	"context"
-	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -14,14 +12,26 @@ import (
 	ucli "github.com/urfave/cli/v3"
 )
 
+// The headings under which help lists flags, in this order. A command has those that it
+// needs, or none if it has few flags.
+const (
+	What      = "What"
+	From      = "Where from"
+	To        = "Where to"
+	Trust     = "Trust"
+	Resources = "Resources"
+	Advanced  = "Advanced"
+)
+
+var order = []string{What, From, To, Trust, Resources, Advanced}
+
 const (
 	helpWidth  = 80 // columns that help keeps to
 	helpColumn = 28 // where texts begin at the latest
 )
 
-// Group puts flags under one heading of --help. Headings stand in the order in
-// which a command's flags name them; flags of one heading may come from several
-// calls.
+// Group puts flags under one heading of --help, which is one of those above. Flags of one
+// heading may come from several calls.
 func Group(heading string, flags ...ucli.Flag) []ucli.Flag {
 	for _, f := range flags {
 		if c, ok := f.(ucli.CategorizableFlag); ok {
@@ -103,6 +113,7 @@ func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.
 		}
 		groups[c.GetCategory()] = append(groups[c.GetCategory()], f)
 	}
+	slices.SortStableFunc(headings, func(a, b string) int { return slices.Index(order, a) - slices.Index(order, b) })
 	if len(headings) == 0 {
 		headings = []string{"Flags"}
 	}
@@ -115,12 +126,13 @@ func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.
 // stands between back quotes in the usage text.
 func flagRow(f ucli.Flag) (row [2]string) {
 	var names []string
-	for _, name := range f.Names() {
-		dash := "--"
-		if len(name) == 1 {
-			dash = "-"
+	for i, name := range f.Names() {
+		switch {
+		case len(name) == 1:
+			names = append(names, "-"+name)
+		case i == 0: // another long name is an earlier one, which still works
+			names = append(names, "--"+name)
 		}
-		names = append(names, dash+name)
 	}
 	row[0] = strings.Join(names, ", ")
 	doc, ok := f.(ucli.DocGenerationFlag)
@@ -260,42 +272,4 @@ func line(b *strings.Builder, column int, text string) {
 		used += n
 	}
 	b.WriteString("\n")
-}
-
-// CheckHelp is for the tests of programs: it names every page of help that is
-// longer than two screens or wider than a terminal, and every flag that stands
-// in no group while others of its command do.
-func CheckHelp(program func() *ucli.Command) error {
-	const most = 80
-	var problems []error
-	var look func(path []string, cmd *ucli.Command)
-	look = func(path []string, cmd *ucli.Command) {
-		name := strings.Join(path, " ")
-		var page, errs strings.Builder
-		if code := Run(context.Background(), program(), slices.Concat(path, []string{"--help"}), &page, &errs); code != 0 {
-			problems = append(problems, fmt.Errorf("%s --help: exit %d, %s", name, code, errs.String()))
-		}
-		if n := strings.Count(page.String(), "\n"); n > most {
-			problems = append(problems, fmt.Errorf("%s --help: %d lines; want at most %d", name, n, most))
-		}
-		for line := range strings.Lines(page.String()) {
-			// A single word, such as a folder of this machine, cannot be broken.
-			if n := utf8.RuneCountInString(line) - 1; n > helpWidth && len(strings.Fields(line)) > 1 {
-				problems = append(problems, fmt.Errorf("%s --help: %d columns; want at most %d: %s", name, n, helpWidth, line))
-			}
-		}
-		if headings, groups := groupFlags(cmd.Flags); len(cmd.Flags) > 0 && headings[0] != "Flags" {
-			for _, f := range groups[headings[len(headings)-1]] {
-				if c, ok := f.(ucli.CategorizableFlag); ok && c.GetCategory() == "" {
-					problems = append(problems, fmt.Errorf("%s: --%s is in no group", name, f.Names()[0]))
-				}
-			}
-		}
-		for _, sub := range cmd.Commands {
-			look(slices.Concat(path, []string{sub.Name}), sub)
-		}
-	}
-	root := program()
-	look([]string{root.Name}, root)
-	return errors.Join(problems...)
 }

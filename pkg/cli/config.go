@@ -1,0 +1,299 @@
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/yamlfile"
+)
+
+// maxConfig bounds a configuration file, in bytes.
+const maxConfig = 1 << 20
+
+// configFlag is the flag that names the file; it does not stand in the file.
+const configFlag = "config"
+
+// Config says how a command takes its settings from a file.
+type Config struct {
+	// Secrets are flags whose values may not stand in a file that many people read. The
+	// text says what to use in place of each, such as "token-file".
+	Secrets map[string]string
+	// Check tells which settings do not go together, as errors of [About]. It opens nothing
+	// and asks nobody, since "config check" calls it on other machines, too. nil checks
+	// nothing.
+	Check func(*ucli.Command) error
+
+	// places are where the file has each setting that it gives to the command.
+	places map[string]string
+}
+
+// WithConfig gives a command the flag --config FILE: a YAML file whose keys are the long
+// names of the command's flags. A flag or its variable beats the file, the file beats the
+// default. The command runs only if the file has no mistake and c.Check finds none.
+func WithConfig(cmd *ucli.Command, c Config) *ucli.Command {
+	cmd.Flags = append(cmd.Flags, Group(Advanced,
+		String(configFlag, "", "YAML `FILE` with settings, by the names of these flags"))...)
+	cmd.Before = func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
+		return ctx, c.load(cmd)
+	}
+	if cmd.Metadata == nil {
+		cmd.Metadata = map[string]any{}
+	}
+	cmd.Metadata[configFlag] = &c
+	return cmd
+}
+
+// flagsError is an error about the values of flags.
+type flagsError struct {
+	error
+	flags []string
+}
+
+// Unwrap returns the error itself.
+func (e *flagsError) Unwrap() error { return e.error }
+
+// About says which flags an error is about, the first one where its place in a file is
+// wanted. nil stays nil.
+func About(err error, flags ...string) error {
+	if err == nil {
+		return nil
+	}
+	return &flagsError{err, flags}
+}
+
+// configFile is a file while it is read.
+type configFile struct {
+	yamlfile.Reader
+	config *Config
+	cmd    *ucli.Command
+	keys   map[string]yamlfile.At
+}
+
+// load sets the flags that nobody set to what the file has, and checks all settings.
+func (c *Config) load(cmd *ucli.Command) error {
+	name := cmd.String(configFlag)
+	if name == "" {
+		return c.check(cmd)
+	}
+	data, err := readBounded(name)
+	if err != nil {
+		return fault.Wrap(fault.Usage, fmt.Errorf("read configuration: %w", err), "give --config a file that this user may read")
+	}
+	c.places = map[string]string{}
+	f := &configFile{Reader: yamlfile.Reader{Name: name}, config: c, cmd: cmd, keys: map[string]yamlfile.At{}}
+	const want = "settings, such as log-level: info"
+	if top, ok := f.Document(data, maxConfig, want); ok {
+		f.Fields(top, "a mapping of "+want, f.known, f.set)
+	}
+	rest := f.place(c.check(cmd))
+	hint := fmt.Sprintf("%s config schema prints what an editor needs to check the file", cmd.Root().Name)
+	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
+}
+
+// check checks the settings, wherever they come from.
+func (c *Config) check(cmd *ucli.Command) error {
+	if c.Check == nil {
+		return nil
+	}
+	return c.Check(cmd)
+}
+
+func readBounded(name string) ([]byte, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	return io.ReadAll(io.LimitReader(f, maxConfig+1)) // one byte more is a mistake of the file
+}
+
+// settable are the flags that a file may have.
+func settable(flags []ucli.Flag) []ucli.Flag {
+	return slices.DeleteFunc(slices.Clone(flags), func(f ucli.Flag) bool {
+		return slices.Contains([]string{"help", "version", configFlag}, f.Names()[0])
+	})
+}
+
+// known reports whether a key is the name of a flag, and suggests the nearest one if not.
+func (f *configFile) known(key yamlfile.At) bool {
+	name, flags := key.Node.Value, settable(f.cmd.Flags)
+	if slices.ContainsFunc(flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name }) {
+		if _, twice := f.keys[name]; !twice {
+			f.keys[name] = yamlfile.At{Node: key.Node, Path: name}
+		}
+		return true
+	}
+	near := strings.TrimLeft(ucli.SuggestFlag(flags, name, true), "-")
+	for _, flag := range flags {
+		if slices.Contains(flag.Names(), near) {
+			near = flag.Names()[0] // a name of old leads to the one of today
+		}
+	}
+	if near == "" {
+		near = "log-level"
+	}
+	f.Say(key, "found setting %s, which %s does not have; the nearest is %s", yamlfile.Found(key.Node), f.cmd.FullName(), near)
+	return false
+}
+
+// set checks the value of a setting, and gives it to the flag if nobody else did.
+func (f *configFile) set(name string, value yamlfile.At) {
+	at := slices.IndexFunc(f.cmd.Flags, func(flag ucli.Flag) bool { return flag.Names()[0] == name })
+	flag := f.cmd.Flags[at]
+	if instead, ok := f.config.Secrets[name]; ok {
+		f.Say(value, "found a secret in a file that many may read; want %s", instead)
+		return
+	}
+	text, ok := f.text(flag, value)
+	if !ok || f.cmd.IsSet(name) {
+		return
+	}
+	if err := f.cmd.Set(name, text); err != nil {
+		f.Say(value, "%v", err)
+		return
+	}
+	f.config.places[name] = fmt.Sprintf("%s:%d", f.Name, value.Node.Line)
+}
+
+// schemaType is boolean, integer, duration, array or string.
+func schemaType(flag ucli.Flag) string {
+	if f, ok := flag.(interface{ SchemaType() string }); ok {
+		return f.SchemaType()
+	}
+	return ""
+}
+
+// text returns what the flag is set to for a value, if that has the flag's type and the
+// flag's own parser takes it.
+func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
+	before := f.Mistakes()
+	text := value.Node.Value
+	switch schemaType(flag) {
+	case "boolean":
+		text = fmt.Sprint(f.Bool(value))
+	case "integer":
+		if value.Node.Tag != "!!int" {
+			f.Want(value, "a number")
+		}
+	case "duration":
+		if _, err := time.ParseDuration(text); err != nil || value.Node.Tag != "!!str" {
+			f.Want(value, "a time, such as 90s, 15m or 2h")
+		}
+	case "array":
+		var items []string
+		f.List(value, "texts", func(item yamlfile.At) { items = append(items, f.word(item)) })
+		text = ucli.NewStringSlice(items...).Serialize() // a comma in an item does not split it
+	default:
+		text = f.word(value)
+	}
+	if f.Mistakes() > before {
+		return "", false
+	}
+	if err := try(flag, text); err != nil {
+		f.Say(value, "%v", err)
+	}
+	return text, f.Mistakes() == before
+}
+
+// word reads one text, in which no secret may stand.
+func (f *configFile) word(value yamlfile.At) string {
+	if value.Node.Tag == "!!bool" {
+		f.Want(value, "a text; put it in quotes if it is one")
+		return ""
+	}
+	text, ok := f.Word(value, "a text")
+	if !ok {
+		return ""
+	}
+	if u, err := url.Parse(text); err == nil && u.User != nil {
+		if _, secret := u.User.Password(); secret {
+			f.Say(value, "found a password in a URL; want it in the environment: PGPASSFILE for a database, or %s for the whole setting",
+				envName(strings.SplitN(value.Path, "[", 2)[0]))
+		}
+	}
+	if strings.Contains(text, "PRIVATE KEY-----") {
+		f.Say(value, "found a private key; want the name of a file with it")
+	}
+	return text
+}
+
+// try has a flag's own parser judge a value, and leaves the flag as it is.
+func try(flag ucli.Flag, text string) error {
+	switch f := flag.(type) {
+	case *choiceFlag:
+		return trySet(f.StringFlag, text)
+	case *rangeFlag:
+		return trySet(f.IntFlag, text)
+	case *ucli.StringFlag:
+		return trySet(f, text)
+	case *ucli.StringSliceFlag:
+		return trySet(f, text)
+	case *ucli.IntFlag:
+		return trySet(f, text)
+	case *ucli.DurationFlag:
+		return trySet(f, text)
+	}
+	return nil
+}
+
+func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], text string) error {
+	f := *flag
+	f.Destination = nil
+	if err := f.PreParse(); err != nil {
+		return err
+	}
+	return f.Set(f.Name, text)
+}
+
+// place records errors about flags at the first one of these that the file has, and returns
+// the others.
+func (f *configFile) place(err error) (rest []error) {
+	for _, part := range parts(err) {
+		about, ok := part.(*flagsError) //nolint:errorlint // parts has taken it out of what wraps it
+		at := -1
+		if ok {
+			at = slices.IndexFunc(about.flags, func(name string) bool { _, ok := f.keys[name]; return ok })
+		}
+		if at < 0 {
+			rest = append(rest, part)
+			continue
+		}
+		text := about.Error()
+		if hint := fault.Hint(about); hint != "" {
+			text += "; " + hint
+		}
+		f.Say(f.keys[about.flags[at]], "%s", text)
+	}
+	return rest
+}
+
+// parts takes an error apart into those of [About], and what else there is.
+func parts(err error) []error {
+	switch e := err.(type) { //nolint:errorlint // each layer by itself
+	case nil:
+		return nil
+	case *flagsError:
+		return []error{e}
+	case interface{ Unwrap() []error }:
+		var all []error
+		for _, part := range e.Unwrap() {
+			all = append(all, parts(part)...)
+		}
+		return all
+	}
+	var about *flagsError
+	if errors.As(err, &about) {
+		return parts(errors.Unwrap(err))
+	}
+	return []error{err}
+}

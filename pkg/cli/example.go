@@ -1,0 +1,23 @@
+package cli
+
+import (
+	"strings"
+
+	ucli "github.com/urfave/cli/v3"
+)
+
+// Examples gives commands their example: what one types, without the program's name. The
+// keys are the commands' names, such as "tokens create". Several lines are several examples.
+func Examples(root *ucli.Command, examples map[string]string) *ucli.Command {
+	for path, text := range examples {
+		cmd := root
+		for name := range strings.FieldsSeq(path) {
+			if cmd = cmd.Command(name); cmd == nil {
+				panic("example of " + path + ", which " + root.Name + " does not have")
+			}
+		}
+		lines := strings.ReplaceAll("\n"+text, "\n", "\n  "+root.Name+" ")
+		cmd.Description = strings.TrimLeft(cmd.Description+"\n\nExample:"+lines, "\n")
+	}
+	return root
+}

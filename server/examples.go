@@ -1,0 +1,31 @@
+package main
+
+// examples are those of the commands whose descriptions have none.
+var examples = map[string]string{
+	"kernels":           "kernels --milestone 109",
+	"drivers":           "drivers --limit 10",
+	"cells":             "cells --build-id 17800.66.78",
+	"artifacts":         "artifacts --driver 535.261.03 --state published",
+	"artifact":          "artifact sha256:DIGEST",
+	"builds":            "builds --state failed",
+	"build":             "build 12\nbuild 12 --follow",
+	"cancel":            "cancel 12 --token-file token",
+	"yank":              "yank sha256:DIGEST --reason \"CVE of the driver\" --token-file token",
+	"unyank":            "unyank sha256:DIGEST --token-file token",
+	"releases":          "releases --milestone 109",
+	"release":           "release 17800.66.78",
+	"announce":          "announce 17800.66.78 --token-file token",
+	"wish-lists":        "wish-lists --output json",
+	"wish-lists show":   "wish-lists show production",
+	"wish-lists put":    "wish-lists put production wish.yaml --token-file token",
+	"wish-lists remove": "wish-lists remove production --token-file token",
+	"tokens list":       "tokens list --token-file token",
+	"tokens create":     "tokens create node-pool-a --scope ask --token-file token",
+	"tokens revoke":     "tokens revoke 3 --token-file token",
+	"audit":             "audit --actor token:node-pool-a --token-file token",
+	"coverage":          "coverage --output json",
+	"warnings":          "warnings",
+	"reports":           "reports --build-id 17800.66.78",
+	"quarantine":        "quarantine",
+	"lift":              "lift sha256:DIGEST --token-file token",
+}

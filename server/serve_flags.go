@@ -1,0 +1,121 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+func serveCommand() *ucli.Command {
+	listen := cli.String("listen", "127.0.0.1:8440", "`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it")
+	listen.Validator = func(s string) error {
+		if _, _, err := net.SplitHostPort(s); err != nil {
+			return fmt.Errorf("listen %q: want HOST:PORT, or :PORT", s)
+		}
+		return nil
+	}
+	createOnly := cli.Strings("create-only", "`PATTERN` of registry repositories whose tags never move")
+	createOnly.Value = []string{"prebake/*", "prebake/*/*"}
+	return cli.WithConfig(&ucli.Command{
+		Name: "serve", Usage: "run the server until it is told to stop",
+		Description: `Examples:
+  server serve --data /var/lib/prebake --kernel-mirror gs://cos-tools
+  server serve --config server.yaml --log-level debug`,
+		Flags: append(append(
+			cli.Group(cli.From,
+				cli.String("kernel-mirror", "", "bucket `URL` of COS releases to discover kernels in: gs://, https:// or file://"),
+				cli.String("driver-mirror", "", "bucket `URL` of NVIDIA's runfiles to discover drivers in"),
+				cli.Duration("discover-interval", 15*time.Minute, "`TIME` between looks at the mirrors"),
+			),
+			cli.Group(cli.To,
+				listen,
+				cli.String("public-repository", "/prebake/driver",
+					"`REPOSITORY` that builders publish to; one that begins with / is on this server"),
+				defaultsTo(cli.String("data", "",
+					"`FOLDER` of everything the server keeps"), "$XDG_STATE_HOME/prebake, or /var/lib/prebake for root"),
+				defaultsTo(databaseFlag("database", "catalogue's `URL`: sqlite:///PATH or postgres://…"), "DATA/catalogue.db"),
+				cli.String("snapshot", "", "`FOLDER` of a signed list (builder snapshot) to serve under /snapshot/"),
+				defaultsTo(databaseFlag("queue", "build queue's `URL`"), "DATA/queue.db, or the database when that is postgres"),
+				publicFlag(), redistributeFlag(),
+				createOnly,
+			)...),
+			append(cli.Group(cli.Trust,
+				cli.String("token", "", "the first `TOKEN`, which may do everything; prefer --token-file"),
+				defaultsTo(cli.String("token-file", "", "`FILE` with the first token"), "DATA/token, made at the first start"),
+				cli.String("oidc", "", "`FILE` with rules: whose OpenID Connect tokens may do what"),
+				cli.String("tls-cert", "", "`FILE` with a certificate in PEM: listen with TLS; read again when it changes"),
+				cli.String("tls-key", "", "`FILE` with its key"),
+				cli.Range("quarantine", 3, 0, 1_000_000,
+					"`NODES` on which an artifact fails within a day before none is sent to it; 0 is never"),
+			), append(cli.Group(cli.Resources,
+				cli.Range("reserve", 1024, 0, 1<<30, "`MIB` of the data folder's disk to leave free: uploads are refused before"),
+				cli.Range("ask-rate", 120, 1, 1_000_000, "`COUNT` of builds that a token of a node may add within an hour"),
+				cli.Range("client-rate", 30_000, 0, 1_000_000_000,
+					"`COUNT` of calls a minute that one address may make; 0 is any"),
+			), append(cli.Group(cli.Advanced,
+				cli.Duration("grace", 20*time.Second, "`TIME` that running requests get when the server stops"),
+			), cli.Group(cli.Advanced, cli.LogFlags()...)...)...)...)...),
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			log, err := cli.Logger(cmd)
+			if err != nil {
+				return err
+			}
+			s := serveSettings(cmd)
+			if err := s.complete(); err != nil {
+				return err
+			}
+			return serve(ctx, s, log)
+		},
+	}, cli.Config{
+		Secrets: map[string]string{"token": "token-file, or the variable PREBAKE_TOKEN"},
+		Check: func(cmd *ucli.Command) error {
+			s := serveSettings(cmd)
+			return s.complete()
+		},
+	})
+}
+
+func serveSettings(cmd *ucli.Command) settings {
+	return settings{
+		Listen: cmd.String("listen"), Data: cmd.String("data"),
+		Database: cmd.String("database"), Queue: cmd.String("queue"),
+		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
+		PublicRepository: cmd.String("public-repository"), Snapshot: cmd.String("snapshot"),
+		Token: cmd.String("token"), TokenFile: cmd.String("token-file"), Issuers: cmd.String("oidc"),
+		TLSCert: cmd.String("tls-cert"), TLSKey: cmd.String("tls-key"),
+		Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
+		CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
+		DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
+		AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
+	}
+}
+
+// databaseFlag is a flag with the URL of a database.
+func databaseFlag(name, usage string) *ucli.StringFlag {
+	f := cli.String(name, "", usage)
+	f.Validator = func(s string) error {
+		for _, scheme := range []string{"sqlite:///", "postgres://", "postgresql://"} {
+			if strings.HasPrefix(s, scheme) {
+				return nil
+			}
+		}
+		if s == "" { // as an empty variable is
+			return nil
+		}
+		return fmt.Errorf("%s: want sqlite:///PATH or postgres://…", name) // not what it is: it may have a password
+	}
+	return f
+}
+
+// defaultsTo says in help what stands in for a flag that is not given.
+func defaultsTo(f *ucli.StringFlag, text string) *ucli.StringFlag {
+	f.DefaultText = text
+	return f
+}
