@@ -180,6 +180,7 @@ generate: ## write the generated parts of the documentation again
 	$(GO) test ./deploy -run '^TestGenerated' -update
 	$(GO) test ./builder ./server ./fetcher ./deploy/mirror -run '^TestReference$$' -write-page
 	$(GO) test ./server/internal/httpapi -run '^TestDescription' -update
+	$(GO) test ./builder ./server ./fetcher -run '^TestDocs$$' -update
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays

@@ -35,10 +35,8 @@ func workCommand() *ucli.Command {
 	return cli.WithConfig(&ucli.Command{
 		Name:  "work",
 		Usage: "take builds from the queue, or keep a wish list published",
-		Description: `Examples:
-  builder work --queue URL --token-file FILE --to HOST/NAME --key prebake.key
-  builder work --wish wish.yaml --to gs://my-bucket/cos --key prebake.key
-  builder work --config work.yaml`,
+		Description: `Example:
+  builder work --queue URL --config work.yaml`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),

@@ -8,13 +8,13 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-var update = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
+var rewrite = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
 
 // The pages in docs that come of the commands are those of these commands.
 func TestDocs(t *testing.T) {
 	t.Setenv("HOME", "/home/user") // defaults name folders below it
 	t.Setenv("XDG_CACHE_HOME", "")
-	if err := cli.CompareDocs(filepath.Join("..", "docs"), root, *update); err != nil {
+	if err := cli.CompareDocs(filepath.Join("..", "docs"), root, *rewrite); err != nil {
 		t.Error(err)
 	}
 }

@@ -21,7 +21,7 @@ func privateFlag() ucli.Flag {
 
 func redistributeFlag() ucli.Flag {
 	return cli.Choice("redistribute", bundle.RedistributeNone,
-		"what of NVIDIA's may go to destinations that are not private: `PART` is none, userspace or all",
+		"`PART` of NVIDIA's for places not private: none, userspace or all",
 		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }
 

@@ -18,8 +18,9 @@ declare -A groups=(
   [run]="bubblewrap make bc libelf1 dwarves gcc-12 binutils makeself patch patchelf xz-utils zstd qemu-system-x86 ipxe-qemu e2fsprogs"
   # The other database of the server and its queue; see deploy/postgres.sh. A
   # registry that nobody here wrote, clients of registries, what a real kube-apiserver
-  # keeps its objects in, what makes an EFI partition, and shells that complete what is typed.
-  [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish"
+  # keeps its objects in, what makes an EFI partition, shells that complete what is typed,
+  # and what reads manual pages.
+  [test]="postgresql docker-registry skopeo containerd etcd-server fdisk dosfstools mtools zsh fish mandoc"
   # A browser that opens the server's pages, what it draws text and signs with, and
   # what drives it (deploy/browser).
   [browser]="chromium fonts-dejavu-core nodejs npm"

@@ -34,7 +34,7 @@ Examples:
 		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
 			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz and /metrics"),
 			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
-			cli.String("node-name", "", "tell Kubernetes of the driver, on the node of this `NAME`"),
+			cli.String("node-name", "", "tell Kubernetes of the driver, on node `NAME`"),
 			cli.String("startup-taint", "", "`KEY` of a taint to take away once the driver is ready"),
 		)),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {

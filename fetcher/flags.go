@@ -33,7 +33,7 @@ const (
 
 // hostFlags say where the node is.
 func hostFlags() []ucli.Flag {
-	root := cli.String("host-root", "/", "`FOLDER` where the node's root is mounted; /root in a GKE DaemonSet")
+	root := cli.String("host-root", "/", "`FOLDER` with the node's root; /root in a DaemonSet")
 	install := cli.String("install-dir", "/home/kubernetes/bin/nvidia",
 		"install `FOLDER`, seen from the node's root")
 	root.Validator, install.Validator = absolute, absolute
@@ -52,7 +52,7 @@ func wishFlags() []ucli.Flag {
 			cli.Strings("registry", "repository `REF`, after the server, as host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
 			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
-			cli.WasCalled(cli.Duration("wait-build", 0, "longest `TIME` to wait for a build or a service; 0 asks once"), "wait"),
+			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or a service"), "wait"),
 		),
 	)
 }
@@ -65,7 +65,7 @@ func probeFlag() ucli.Flag {
 
 // changeFlags are those of commands that change the node.
 func changeFlags() []ucli.Flag {
-	foreign := cli.Choice("foreign", "keep", "`MODE` for a driver that somebody else loaded: keep or replace", "keep", "replace")
+	foreign := cli.Choice("foreign", "keep", "others' driver, `MODE`: keep or replace", "keep", "replace")
 	maintenance := cli.String(
 		"maintenance",
 		"any",
@@ -83,7 +83,7 @@ func changeFlags() []ucli.Flag {
 			cli.Bool("persistence", "keep GPUs initialised while nobody uses them"),
 			cli.Bool("edit-boot", "change a kernel command line that forbids it; reboot"),
 			cli.Bool("no-load", "install and switch, but load no module"),
-			cli.Strings("module-param", "module parameter `MODULE.KEY=VALUE`, as in nvidia.NVreg_EnableGpuFirmware=0"),
+			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
 		cli.Group(groupOutput,
 			probeFlag(),
@@ -98,7 +98,7 @@ func installFlags() []ucli.Flag {
 	builder := cli.String(
 		"builder",
 		"",
-		"`PROGRAM` that compiles when nothing is published, or an image of it, as HOST/NAME@DIGEST; or never",
+		"`PROGRAM` or image (HOST/NAME@DIGEST) that compiles here; or never",
 	)
 	builder.DefaultText = "builder beside fetcher"
 	cache := cli.String("cache", "", "`FOLDER` of the cache")
@@ -131,7 +131,7 @@ func trustFlags() []ucli.Flag {
 			cli.String("policy", "",
 				"`FILE` with a policy, in place of all below"),
 			cli.WasCalled(cli.String("public-key", defaultKeys,
-				"`FILE` with the trusted public keys (PEM); with --trusted-root there need not be one"), "key"),
+				"`FILE` with the trusted public keys (PEM)"), "key"),
 			loadTest,
 		),
 		cli.Group(groupTrust, cli.TrustFlags()...),

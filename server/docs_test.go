@@ -8,12 +8,12 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-var update = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
+var rewrite = flag.Bool("update", false, "write the pages in docs that come of the commands anew")
 
 // The pages in docs that come of the commands are those of these commands.
 func TestDocs(t *testing.T) {
 	t.Parallel()
-	if err := cli.CompareDocs(filepath.Join("..", "docs"), program, *update); err != nil {
+	if err := cli.CompareDocs(filepath.Join("..", "docs"), program, *rewrite); err != nil {
 		t.Error(err)
 	}
 }

@@ -34,7 +34,7 @@ vouch for goes along, and deltas.
 
 Example:
   server import drivers.tar --public-key farm.pub --token-file token
-  server import drivers.tar+drivers-2.tar --public-key farm.pub --token-file token`,
+  server import one.tar+two.tar --public-key farm.pub --token-file token`,
 		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to bring them to"),
 		)...),

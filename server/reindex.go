@@ -150,7 +150,7 @@ func publishers(cmd *ucli.Command) (*trust.Verifier, error) {
 			return nil, fault.Wrap(
 				fault.Usage,
 				fmt.Errorf("read trusted keys: %w", err),
-				"name the file with the publisher's public key: --key FILE",
+				"name the file with the publisher's public key: --public-key FILE",
 			)
 		}
 		keys, err := trust.ParsePublicKeys(text)
@@ -350,7 +350,7 @@ func (c *comparison) left() error {
 	switch {
 	case count[unverified] > 0:
 		return fault.New(fault.Unverified, fmt.Sprintf("%d of what is published are unverified", count[unverified]),
-			"name the publisher's key with --key FILE; what nobody you trust published, remove")
+			"name the publisher's key with --public-key FILE; what nobody you trust published, remove")
 	case rest > 0:
 		hint := "look at each: what differs, or is absent, is published again, or yanked"
 		if count[missing]+count[attested] > 0 {

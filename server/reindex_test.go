@@ -214,7 +214,7 @@ func TestReindex(t *testing.T) {
 		want string
 	}{
 		{[]string{"reindex", "--server", r.url}, fault.Usage.ExitCode(), "no public key"},
-		{[]string{"reindex", "--server", r.url, "--key", r.dir + "/none"}, fault.Usage.ExitCode(), "--key FILE"},
+		{[]string{"reindex", "--server", r.url, "--key", r.dir + "/none"}, fault.Usage.ExitCode(), "--public-key FILE"},
 		{[]string{"reindex", "--server", r.url, "--key", r.pem}, 0, ""}, // the server's own registry is empty
 	} {
 		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {

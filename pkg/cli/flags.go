@@ -114,7 +114,7 @@ func TrustFlags() []ucli.Flag {
 func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
-		String("certificate-identity", "", "trust what `NAME` signed: the URL or mail address in a certificate"),
+		String("certificate-identity", "", "trust what `NAME` signed: URL or mail address"),
 		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer that vouches for it"),
 	}
 }

@@ -126,12 +126,13 @@ func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.
 // stands between back quotes in the usage text.
 func flagRow(f ucli.Flag) (row [2]string) {
 	var names []string
-	for _, name := range f.Names() {
-		dash := "--"
-		if len(name) == 1 {
-			dash = "-"
+	for i, name := range f.Names() {
+		switch {
+		case len(name) == 1:
+			names = append(names, "-"+name)
+		case i == 0: // another long name is an earlier one, which still works
+			names = append(names, "--"+name)
 		}
-		names = append(names, dash+name)
 	}
 	row[0] = strings.Join(names, ", ")
 	doc, ok := f.(ucli.DocGenerationFlag)

@@ -32,8 +32,13 @@ func manPage(root, cmd *ucli.Command, name string) string {
 	fmt.Fprintf(&b, ".\\\" Generated from the command's own help: make generate.\n.TH %s 1 \"\" Prebake \"Prebake Manual\"\n", strings.ToUpper(name))
 	fmt.Fprintf(&b, ".SH NAME\n%s \\- %s\n", roff(name), roff(cmd.Usage))
 	b.WriteString(".SH SYNOPSIS\n")
+	first := true
 	eachSynopsis(root, cmd, func(words, rest string) {
-		fmt.Fprintf(&b, ".B %s\n%s\n.br\n", roff(words), roff(rest))
+		if !first {
+			b.WriteString(".br\n")
+		}
+		first = false
+		fmt.Fprintf(&b, ".B %s\n%s\n", roff(words), roff(rest))
 	})
 	b.WriteString(".SH DESCRIPTION\n")
 	if cmd == root {
@@ -44,14 +49,14 @@ func manPage(root, cmd *ucli.Command, name string) string {
 			}
 		}
 	}
-	manText(&b, cmd.Description)
+	manText(&b, cmd.Description, cmd == root)
 	manFlags(&b, ".SH OPTIONS\n", cmd)
 	for _, sub := range cmd.Commands {
 		if cmd == root || sub.Hidden || sub.Name == "help" {
 			continue
 		}
 		fmt.Fprintf(&b, ".SH %s\n%s.\n", strings.ToUpper(roff(cmd.Name+" "+sub.Name)), roff(upperFirst(sub.Usage)))
-		manText(&b, sub.Description)
+		manText(&b, sub.Description, true)
 		manFlags(&b, "", sub)
 	}
 	if text := environment(cmd.Flags); text != "" {
@@ -83,12 +88,15 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description. Lines that begin with spaces stay as they are.
-func manText(b *strings.Builder, text string) {
+// manText writes a description, in a paragraph of its own where text stands before it. Lines
+// that begin with spaces stay as they are.
+func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {
 		return
 	}
-	b.WriteString(".PP\n")
+	if follows {
+		b.WriteString(".PP\n")
+	}
 	verbatim := false
 	after := false // an empty line, which ends a paragraph
 	for line := range strings.SplitSeq(strings.TrimRight(text, "\n"), "\n") {
@@ -101,8 +109,6 @@ func manText(b *strings.Builder, text string) {
 			b.WriteString(".PP\n.nf\n")
 		case !indented && verbatim:
 			b.WriteString(".fi\n.PP\n")
-		case after && verbatim:
-			b.WriteString(".PP\n")
 		case after:
 			b.WriteString(".PP\n")
 		}

@@ -1,0 +1,70 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/cli"
+)
+
+// The example has no mistake, and each mistake that somebody puts into it is found with its
+// line and column, before anything is opened.
+func TestConfigCheck(t *testing.T) {
+	t.Parallel()
+	example, err := os.ReadFile(filepath.Join("..", "docs", "examples", "fetcher.yaml"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Count(string(example), "\n")
+	for _, row := range []struct {
+		name, put, instead string // "" is a new line at the end
+		want               string // after the file's name; LAST is the number of that line
+	}{
+		{name: "example", want: ""},
+		{"unknown key", "drivers: R535\n", "", `LAST:1: found setting "drivers", which fetcher run does not have; the nearest is driver`},
+		{"earlier name", "key: /x\n", "", `LAST:1: found setting "key", which fetcher run does not have; the nearest is public-key`},
+		{"twice", "driver: R550\n", "", `LAST:1: found field "driver" twice; want it once`},
+		{"wrong type", "report: yes", "report: true", `12:9: report: found "yes"; want true or false`},
+		{"time", "wait-build: 15", "wait-build: 15m", `5:13: wait-build: found "15"; want a time, such as 90s, 15m or 2h`},
+		{"its parser", "install-dir: here\n", "", `LAST:14: install-dir: folder "here": want an absolute path`},
+		{"hours", "maintenance: night", "maintenance: 02:00-05:00", "9:14: maintenance: "},
+		{"choice", "foreign: kill\n", "", `LAST:10: foreign: foreign "kill": want keep or replace`},
+		{"load test", "load-test-policy: always", "load-test-policy: tested", "8:19: load-test-policy: "},
+		{"password", "http://u:pw@prebake.example.com", "http://prebake.example.com", "3:9: server: found a password in a URL"},
+		{"not a URL", "server: prebake", "server: http://prebake.example.com:8440", `3:1: server: server "prebake": want a URL`},
+		{"driver", "driver: newest", "driver: R535", "4:1: driver: "},
+		{"digest without a place", "driver: sha256:" + strings.Repeat("0", 64), "driver: R535", "4:1: driver: a digest says what artifact, and not where it is; name"},
+		{"parameter", "  - nvidia", "  - nvidia.NVreg_EnableGpuFirmware=0", `10:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
+		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: a startup taint was named, and no node"},
+		{"policy and keys", "policy: /x.yaml\n", "", "7:1: public-key: --policy and --public-key do not go together; say it in the policy"},
+		{"half of an identity", "trusted-root: /x.json\n", "", "LAST:1: trusted-root: a trusted root and whom its certificates have to name go together"},
+	} {
+		text, want := string(example), strings.ReplaceAll(row.want, "LAST", strconv.Itoa(lines+1))
+		if row.instead == "" {
+			text += row.put
+		} else if !strings.Contains(text, row.instead) {
+			t.Fatalf("%s: the example has no %q", row.name, row.instead)
+		}
+		if row.instead != "" {
+			text = strings.Replace(text, row.instead, row.put, 1)
+		}
+		file := filepath.Join(t.TempDir(), "x.yaml")
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		var out, errs strings.Builder
+		code := cli.Run(t.Context(), root(), []string{"fetcher", "config", "check", file}, &out, &errs)
+		if want == "" {
+			if code != 0 || !strings.HasSuffix(out.String(), ": no mistake\n") {
+				t.Errorf("%s: config check = %d, %s; want no mistake", row.name, code, errs.String())
+			}
+			continue
+		}
+		if code != 2 || !strings.Contains(errs.String(), "\n       "+file+":"+want) {
+			t.Errorf("%s: config check = %d, %s; want 2 and %q", row.name, code, errs.String(), want)
+		}
+	}
+}
