@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/prebake/prebake/deploy/internal/scene"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -38,8 +39,10 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		return err
 	}
 	node := scene.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out}
+	// What was pushed by hand is in the server's registry, and not in its catalogue.
+	registry := strings.Replace(srv.Repository(), "127.0.0.1", vm.HostAddress, 1)
 	for range b.runs {
-		install := scene.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary")
+		install := scene.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary", "--registry", registry)
 		res, err := b.RunNode(ctx, node, []vm.Step{install, scene.ModulesStep()})
 		if err != nil {
 			return err
@@ -54,7 +57,7 @@ func (b *bench) guest(ctx context.Context) (err error) {
 		}
 		loaded, err := untilLoaded(r.Phases)
 		if err != nil {
-			return err
+			return fmt.Errorf("install in the guest: %w: %s", err, step.Stderr)
 		}
 		live, err := scene.StepNamed(res, "modules")
 		if err != nil {
