@@ -1,0 +1,206 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+const kernelColumns = `build_id, board, milestone, commit_id, release, version, arch, fingerprint, default_driver,
+latest_driver, branches, gpus, gke, seen_at, first_seen_at`
+
+func scanKernel(row func(...any) error, more ...any) (api.Kernel, error) {
+	var k api.Kernel
+	var branches, gpus, gke string
+	var seen, first int64
+	err := row(append([]any{&k.BuildID, &k.Board, &k.Milestone, &k.Commit, &k.Release, &k.Version, &k.Arch,
+		&k.Fingerprint, &k.Default, &k.Latest, &branches, &gpus, &gke, &seen, &first}, more...)...)
+	if err != nil {
+		return k, err
+	}
+	k.SeenAt, k.FirstSeenAt = timeOf(seen), timeOf(first)
+	for _, field := range []struct {
+		text, empty string
+		to          any
+	}{{branches, noMap, &k.Branches}, {gpus, noMap, &k.GPUs}, {gke, noList, &k.GKE}} {
+		if field.text != field.empty {
+			err = errors.Join(err, json.Unmarshal([]byte(field.text), field.to))
+		}
+	}
+	return k, err
+}
+
+// What is stored of a map and of a list without entries.
+const (
+	noMap  = "{}"
+	noList = "[]"
+)
+
+// KernelFilter says which kernels to list; zero fields mean any.
+type KernelFilter struct {
+	BuildID, Board string
+	Milestone      int
+	// State is one that at least one cell of the kernel is in, other than published:
+	// that of the cell's newest build, or yanked or quarantined of an artifact that is
+	// attested for the kernel.
+	State api.State
+	// Text is how BUILD_ID or kernel release begin: letters, digits and ".+~-" only, since
+	// it becomes part of a pattern.
+	Text string
+	// GKE is a version of GKE whose nodes boot the kernel, or how one begins: 1.33 or
+	// 1.33.5. It becomes part of a pattern: digits, dots and "-gke." only.
+	GKE string
+}
+
+// gke adds the condition that nodes of a GKE version boot a kernel.
+func (f KernelFilter) gke(w *where) {
+	switch dots := strings.Count(f.GKE, "."); {
+	case f.GKE == "":
+	case strings.Contains(f.GKE, "-gke."):
+		w.and("gke LIKE ?", `%"`+f.GKE+`"%`)
+	case dots == 1:
+		w.and("gke LIKE ?", `%"`+f.GKE+`.%`)
+	default:
+		w.and("gke LIKE ?", `%"`+f.GKE+`-gke.%`)
+	}
+}
+
+// state adds the condition that a kernel has a cell in a state.
+func (f KernelFilter) state(w *where) {
+	switch f.State {
+	case "":
+	case api.Yanked, api.Quarantined:
+		w.and(`(build_id, board) IN (SELECT t.build_id, t.board FROM artifacts a CROSS JOIN artifact_kernels t
+WHERE a.state = ? AND t.digest = a.digest)`, string(f.State))
+	default:
+		w.and(`EXISTS (SELECT 1 FROM builds b WHERE b.build_id = kernels.build_id AND b.board = kernels.board AND b.state = ?
+AND NOT EXISTS (SELECT 1 FROM builds n WHERE n.build_id = b.build_id AND n.board = b.board AND n.driver = b.driver
+AND n.flavour = b.flavour AND n.id > b.id))`, string(f.State))
+	}
+}
+
+// page makes the query of a page of kernels, newest BUILD_ID first.
+func (f KernelFilter) page(columns string, p Page) (text string, args []any, err error) {
+	after, err := p.parse(2)
+	if err != nil {
+		return "", nil, err
+	}
+	w := &where{}
+	equal(w, "build_id", f.BuildID)
+	equal(w, "board", f.Board)
+	equal(w, "milestone", f.Milestone)
+	if f.Text != "" {
+		w.and("(build_id LIKE ? OR release LIKE ?)", f.Text+"%", f.Text+"%")
+	}
+	f.gke(w)
+	f.state(w)
+	if after != nil {
+		w.and("sort_key <= ? AND (sort_key < ? OR board > ?)", after[0], after[0], after[1])
+	}
+	text = `SELECT ` + columns + ` FROM kernels` + w.String() + ` ORDER BY sort_key DESC, board` + w.limit(p.Limit)
+	return text, w.args, nil
+}
+
+// AfterKernel is the cursor of the page that begins after a kernel, newest first.
+func AfterKernel(k api.Kernel) string { return cursor(kernelKey(k)...) }
+
+func kernelKey(k api.Kernel) []string { return []string{target.SortKey(k.BuildID), k.Board} }
+
+func kernels(ctx context.Context, q querier, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
+	text, args, err := f.page(kernelColumns, p)
+	if err != nil {
+		return nil, "", err
+	}
+	all = []api.Kernel{}
+	err = query(ctx, q, func(row func(...any) error) error {
+		k, err := scanKernel(row)
+		all = append(all, k)
+		return err
+	}, text, args...)
+	all, next = cut(all, p.Limit, kernelKey)
+	return all, next, err
+}
+
+// Kernels lists a page of kernels, newest BUILD_ID first.
+func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
+	all, next, err = kernels(ctx, s.readers, f, p)
+	return all, next, trouble("list kernels", err)
+}
+
+// Kernel reads one kernel; known is false when the catalogue lacks it.
+func (s *Store) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
+	return kernel(ctx, s.readers, buildID, board)
+}
+
+// Kernel reads one kernel; known is false when the catalogue lacks it.
+func (tx *Tx) Kernel(ctx context.Context, buildID, board string) (k api.Kernel, known bool, err error) {
+	return kernel(ctx, tx, buildID, board)
+}
+
+func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel, known bool, err error) {
+	k, err = scanKernel(q.QueryRowContext(ctx,
+		`SELECT `+kernelColumns+` FROM kernels WHERE build_id = $1 AND board = $2`, buildID, board).Scan)
+	if errors.Is(err, sql.ErrNoRows) {
+		return api.Kernel{}, false, nil
+	}
+	return k, err == nil, trouble("read kernel "+buildID+"/"+board, err)
+}
+
+// PutKernel adds a kernel or what is new about it: empty fields leave what is
+// stored as it is.
+func (tx *Tx) PutKernel(ctx context.Context, k api.Kernel) error {
+	branches, err := encoded(k.Branches)
+	if err != nil {
+		return fmt.Errorf("encode branches of %s: %w", k, err)
+	}
+	gpus, err := encoded(k.GPUs)
+	if err != nil {
+		return fmt.Errorf("encode GPUs of %s: %w", k, err)
+	}
+	tx.touch(k.String())
+	_, err = tx.ExecContext(ctx, `
+INSERT INTO kernels (`+kernelColumns+`, sort_key)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $14, '[]', $12, $12, $13)
+ON CONFLICT (build_id, board) DO UPDATE SET
+    milestone      = CASE WHEN excluded.milestone = 0       THEN kernels.milestone      ELSE excluded.milestone END,
+    commit_id      = CASE WHEN excluded.commit_id = ''      THEN kernels.commit_id      ELSE excluded.commit_id END,
+    release        = CASE WHEN excluded.release = ''        THEN kernels.release        ELSE excluded.release END,
+    version        = CASE WHEN excluded.version = ''        THEN kernels.version        ELSE excluded.version END,
+    arch           = CASE WHEN excluded.arch = ''           THEN kernels.arch           ELSE excluded.arch END,
+    fingerprint    = CASE WHEN excluded.fingerprint = ''    THEN kernels.fingerprint    ELSE excluded.fingerprint END,
+    default_driver = CASE WHEN excluded.default_driver = '' THEN kernels.default_driver ELSE excluded.default_driver END,
+    latest_driver  = CASE WHEN excluded.latest_driver = ''  THEN kernels.latest_driver  ELSE excluded.latest_driver END,
+    branches       = CASE WHEN excluded.branches = '{}'     THEN kernels.branches       ELSE excluded.branches END,
+    gpus           = CASE WHEN excluded.gpus = '{}'         THEN kernels.gpus           ELSE excluded.gpus END,
+    seen_at        = excluded.seen_at`,
+		k.BuildID, k.Board, k.Milestone, k.Commit, k.Release, k.Version, string(k.Arch), string(k.Fingerprint),
+		k.Default, k.Latest, branches, micros(k.SeenAt), target.SortKey(k.BuildID), gpus)
+	return trouble("store kernel "+k.String(), err)
+}
+
+func encoded[T any](m map[string]T) (string, error) {
+	if len(m) == 0 {
+		return noMap, nil
+	}
+	text, err := json.Marshal(m)
+	return string(text), err
+}
+
+// PutGKE stores which versions of GKE boot a kernel; none are none any more. A kernel
+// that the catalogue lacks stays out of it.
+func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []string) error {
+	text, err := json.Marshal(append([]string{}, versions...))
+	if err != nil {
+		return fmt.Errorf("encode GKE versions of %s/%s: %w", buildID, board, err)
+	}
+	tx.touch(buildID + "/" + board)
+	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID, board)
+	return trouble("store GKE versions of "+buildID+"/"+board, err)
+}
+
