@@ -203,4 +203,3 @@ func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []stri
 	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID, board)
 	return trouble("store GKE versions of "+buildID+"/"+board, err)
 }
-
