@@ -5,8 +5,8 @@ import (
 	"io"
 	"os"
 	"sync"
-	"time"
 
+	"github.com/schollz/progressbar/v3"
 	"golang.org/x/term"
 
 	"github.com/prebake/prebake/pkg/timeline"
@@ -46,67 +46,39 @@ func doneLine(p *timeline.Phase) string {
 	return fmt.Sprintf("  %-5s%-12s %7.1f s  %s", mark, name, p.Seconds, p.Note)
 }
 
-// barInterval is the pause between two drawings of a bar.
-const barInterval = 200 * time.Millisecond
-
 // bar shows the running phase on the last line and leaves one line for each
 // finished phase above it.
 type bar struct {
 	w  io.Writer
 	mu sync.Mutex
-	// text is what the last line says since begun; stop ends what draws it. A nil stop is no
-	// such line.
-	text  string
-	begun time.Time
-	stop  chan struct{}
+	pb *progressbar.ProgressBar
 }
 
 func (b *bar) watch(e timeline.Event) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if e.Done != nil {
-		if b.stop != nil {
-			close(b.stop)
-			b.stop = nil
-			fmt.Fprint(b.w, "\r\x1b[K") // the whole line is free again
-		}
+		b.stop()
 		fmt.Fprintln(b.w, doneLine(e.Done))
 		return
 	}
-	b.text = e.Phase
+	if b.pb == nil {
+		b.pb = progressbar.NewOptions(-1,
+			progressbar.OptionSetWriter(b.w), progressbar.OptionSpinnerType(14), progressbar.OptionSetWidth(10),
+			progressbar.OptionSetElapsedTime(true), progressbar.OptionClearOnFinish(), progressbar.OptionSetMaxDetailRow(0))
+	}
+	text := e.Phase
 	if e.Text != "" {
-		b.text += " " + e.Text
+		text += " " + e.Text
 	}
-	if b.stop == nil {
-		b.begun, b.stop = time.Now(), make(chan struct{})
-		go b.draw(b.stop)
-	}
-	b.line()
+	b.pb.Describe(fmt.Sprintf("%-46.46s", text))
+	_ = b.pb.Add(1) // a failing terminal has nobody to tell
 }
 
-// draw writes the line again and again until stop is closed.
-func (b *bar) draw(stop <-chan struct{}) {
-	tick := time.NewTicker(barInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-stop:
-			return
-		case <-tick.C:
-		}
-		b.mu.Lock()
-		select {
-		case <-stop:
-		default:
-			b.line()
-		}
-		b.mu.Unlock()
+func (b *bar) stop() {
+	if b.pb == nil {
+		return
 	}
-}
-
-// line writes what runs, and for how long it has.
-func (b *bar) line() {
-	took := time.Since(b.begun)
-	mark := `|/-\`[took/barInterval%4]
-	fmt.Fprintf(b.w, "\r\x1b[K%c %-46.46s [%s]", mark, b.text, took.Round(time.Second))
+	_ = b.pb.Finish() // as above
+	b.pb = nil
 }
