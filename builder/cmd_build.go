@@ -105,14 +105,14 @@ func defaultCache() string {
 // programFlags name the programs of the load test, by default those beside this
 // program.
 func programFlags() []ucli.Flag {
-	guestinit := cli.String("guestinit", sibling("guestinit"), "first `PROGRAM` in the machine")
-	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` asking NVML")
+	guestinit := cli.String("guestinit", programBeside("guestinit"), "first `PROGRAM` in the machine")
+	probe := cli.String("probe", programBeside("nvmlprobe"), "`PROGRAM` asking NVML")
 	guestinit.DefaultText, probe.DefaultText = "beside builder", "nvmlprobe beside builder"
 	return cli.Group(groupOutput, guestinit, probe)
 }
 
-// sibling names a program beside this one.
-func sibling(name string) string {
+// programBeside names a program beside this one.
+func programBeside(name string) string {
 	self, err := os.Executable()
 	if err != nil {
 		return name
@@ -134,11 +134,11 @@ func missing(cmd *ucli.Command, names ...string) error {
 	return fault.New(fault.Usage, "missing: "+strings.Join(none, ", "), "see "+cmd.FullName()+" --help")
 }
 
-// alien refuses flags that mean nothing beside the one that was given.
-func alien(cmd *ucli.Command, beside string, names ...string) error {
+// refuseFlags refuses flags that mean nothing beside the one that was given.
+func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	for _, name := range names {
 		if cmd.IsSet(name) {
-			return cli.About(fault.New(fault.Usage, fmt.Sprintf("--%s means nothing with %s", name, beside),
+			return cli.About(fault.New(fault.Usage, fmt.Sprintf("--%s has no effect with %s", name, beside),
 				"leave it out; see "+cmd.FullName()+" --help"), name)
 		}
 	}
@@ -149,14 +149,14 @@ func alien(cmd *ucli.Command, beside string, names ...string) error {
 // mean nothing for modules which somebody else made.
 func oneSignature(cmd *ucli.Command) error {
 	if cmd.Bool("google-modules") {
-		return alien(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")
+		return refuseFlags(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")
 	}
 	if (cmd.String("module-key") == "") != (cmd.String("module-cert") == "") {
 		return cli.About(fault.New(fault.Usage, "--module-key and --module-cert go together",
 			"give both, or none; see "+cmd.FullName()+" --help"), "module-key", "module-cert")
 	}
 	if cmd.String("google-signatures") == string(pipeline.GoogleRequire) {
-		return alien(cmd, "--google-signatures require", "module-key")
+		return refuseFlags(cmd, "--google-signatures require", "module-key")
 	}
 	return nil
 }
@@ -187,7 +187,11 @@ func pipelineConfig(cmd *ucli.Command) (pipeline.Config, error) {
 	return pipeline.Config{
 		Licence:      licenceRule(cmd),
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
-		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"), ModuleCert: cmd.String("module-cert"), GoogleSignatures: pipeline.GoogleSignatures(cmd.String("google-signatures")), GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"), WithRunfile: cmd.Bool("with-runfile"), Deltas: cmd.Int("deltas"), BuilderID: cmd.String("builder-id"), Version: version,
+		Cache: cache, Destinations: to, Key: cmd.String("key"), ModuleKey: cmd.String("module-key"),
+		ModuleCert: cmd.String("module-cert"), GoogleSignatures: pipeline.GoogleSignatures(cmd.String("google-signatures")),
+		GoogleModules: cmd.Bool("google-modules"), DebugSymbols: cmd.Bool("debug-symbols"), BTF: cmd.Bool("btf"),
+		WithRunfile: cmd.Bool("with-runfile"), Deltas: cmd.Int("deltas"), BuilderID: cmd.String("builder-id"),
+		Version:  version,
 		Registry: credentials, KeyOptions: keys,
 		Jobs: cmd.Int("jobs"), LoadTest: pipeline.LoadTest(cmd.String("load-test")),
 		GuestInit: cmd.String("guestinit"), NVMLProbe: cmd.String("probe"), CompileTimeout: cmd.Duration("compile-timeout"),
@@ -228,12 +232,12 @@ for one cell.
 				return err
 			}
 			if cmd.String("wish") != "" {
-				if err := alien(cmd, "--wish", "board", "driver", "flavour", "label", "log-file"); err != nil {
+				if err := refuseFlags(cmd, "--wish", "board", "driver", "flavour", "label", "log-file"); err != nil {
 					return err
 				}
 				return runBuildWish(ctx, cmd)
 			}
-			if err := alien(cmd, "--build-id", "attempts", "dry-run", "parallel", "retry-failed"); err != nil {
+			if err := refuseFlags(cmd, "--build-id", "attempts", "dry-run", "parallel", "retry-failed"); err != nil {
 				return err
 			}
 			return runBuild(ctx, cmd)
@@ -266,7 +270,8 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
 	logPath := cmd.String("log-file")
 	if logPath == "" {
-		logPath = filepath.Join(cfg.Cache.Dir(), "logs", fmt.Sprintf("%s-%s-%s-%s.log", kernel.BuildID, kernel.Board, wish, flavour))
+		logPath = filepath.Join(cfg.Cache.Dir(), "logs",
+			fmt.Sprintf("%s-%s-%s-%s.log", kernel.BuildID, kernel.Board, wish, flavour))
 	}
 	if err := os.MkdirAll(filepath.Dir(logPath), 0o755); err != nil {
 		return err
@@ -278,13 +283,14 @@ func runBuild(ctx context.Context, cmd *ucli.Command) (err error) {
 	defer func() { err = errors.Join(err, log.Close()) }()
 	stderr := cmd.Root().ErrWriter
 	fmt.Fprintf(stderr, "building %s %s for %s; full log in %s\n", wish, flavour, kernel, logPath)
-	cfg.Cache.Say = func(text string) { fmt.Fprintln(io.MultiWriter(stderr, log), text) }
+	cfg.Cache.Notify = func(text string) { fmt.Fprintln(io.MultiWriter(stderr, log), text) }
 	line := &timeline.Run{Watch: cli.Progress(stderr)}
-	res, err := pipeline.Run(ctx, cfg, pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
+	res, err := pipeline.Run(ctx, cfg,
+		pipeline.Request{BuildID: kernel.BuildID, Board: kernel.Board, Driver: wish, Flavour: flavour}, log, line)
 	if err != nil {
 		fmt.Fprintf(stderr, "full log: %s\n", logPath)
 		if kerr := keepFailure(ctx, cfg, res, err); kerr != nil {
-			fmt.Fprintf(stderr, "failure not remembered: %v\n", kerr)
+			fmt.Fprintf(stderr, "failure not recorded: %v\n", kerr)
 		}
 		return err
 	}
@@ -300,7 +306,7 @@ func printResult(w io.Writer, res *pipeline.Result) error {
 			return err
 		}
 	}
-	for _, t := range res.Twins {
+	for _, t := range res.Tarballs {
 		if _, err := fmt.Fprintln(w, t.URL); err != nil {
 			return err
 		}

@@ -25,7 +25,7 @@ import (
 func bundleCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "bundle",
-		Usage: "carry drivers to places without a network: one file with all that belongs to them",
+		Usage: "make one file with drivers and all that belongs to them, for places without a network",
 		Commands: []*ucli.Command{
 			bundleCreateCommand(), bundleShowCommand(), bundlePushCommand(), bundleExtractCommand(),
 		},
@@ -64,7 +64,7 @@ func fileRef(name string) string {
 
 func bundleCreateCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "create", Usage: "pack drivers and their statements into an OCI image layout in a tar",
+		Name: "create", Usage: "pack drivers and their attestations into an OCI image layout in a tar",
 		ArgsUsage: "FILE",
 		Description: `Packs each driver that --from has for the kernels and versions that are named,
 or for all, with everything that is attached to it but debug symbols. The same
@@ -109,7 +109,7 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 		return fault.New(fault.Usage, file+" is there already", "name a file that is not")
 	}
 	var report *offline.Report
-	err = writeWhole(file, func(w io.Writer) (err error) {
+	err = writeAtomically(file, func(w io.Writer) (err error) {
 		report, err = offline.Write(ctx, w, c)
 		return err
 	})
@@ -131,8 +131,8 @@ func oneArg(cmd *ucli.Command, what string) (string, error) {
 	return cmd.Args().First(), nil
 }
 
-// writeWhole makes a file appear whole or not at all.
-func writeWhole(file string, fill func(io.Writer) error) (err error) {
+// writeAtomically writes a file atomically.
+func writeAtomically(file string, fill func(io.Writer) error) (err error) {
 	f, err := os.CreateTemp(filepath.Dir(file), "."+filepath.Base(file)+".*")
 	if err != nil {
 		return fault.Wrap(fault.Usage, err, "name a file in a folder that this user may write")
@@ -319,10 +319,11 @@ Example:
 				return err
 			}
 			if cmd.String("snapshot")+cmd.String("keys") == "" {
-				return fault.New(fault.Usage, "nothing to extract", "say what, and where to: --snapshot FOLDER, --keys FOLDER")
+				return fault.New(fault.Usage, "nothing to extract", "name what to write: --snapshot FOLDER, --keys FOLDER")
 			}
 			for _, what := range []struct{ tag, kind, dir string }{
-				{offline.TagSnapshot, offline.TypeSnapshot, cmd.String("snapshot")}, {offline.TagKeys, offline.TypeKeys, cmd.String("keys")},
+				{offline.TagSnapshot, offline.TypeSnapshot, cmd.String("snapshot")},
+				{offline.TagKeys, offline.TypeKeys, cmd.String("keys")},
 			} {
 				if what.dir == "" {
 					continue

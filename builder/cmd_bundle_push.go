@@ -21,7 +21,7 @@ import (
 
 func bundlePushCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "push", Usage: "bring a bundle's drivers into a registry, digests and statements as they are",
+		Name: "push", Usage: "copy a bundle's drivers to a registry, with unchanged digests and attestations",
 		ArgsUsage: "FILE[+DELTA…]",
 		Description: `Images of programs, keys and snapshot stay in the file: skopeo copies the
 images, builder bundle extract writes the files. A Prebake server takes a
@@ -31,7 +31,7 @@ Example:
   builder bundle push drivers.tar --to registry.example/prebake/driver \
     --private registry.example/prebake`,
 		Flags: slices.Concat(
-			cli.Group(groupTo, cli.String("to", "", "repository `REF` to bring them to, as host/name or oci:FOLDER")),
+			cli.Group(groupTo, cli.String("to", "", "repository `REF` to copy them to, as host/name or oci:FOLDER")),
 			cli.Group(groupTo, registryFlags()...),
 			cli.Group(groupTo, privateFlag(), redistributeFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
@@ -76,7 +76,7 @@ Example:
 }
 
 // pushDrivers copies the drivers of a bundle, if each flavour among them may go there. It asks
-// before anything is sent, and looks again when it is there (docs/decisions/0031).
+// before anything is sent, and checks again when it is there (docs/decisions/0031).
 func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licence.Rule) ([]registry.Tagged, error) {
 	flavours := map[string]target.Flavour{} // by digest
 	err := registry.EachTagged(ctx, from, func(_ string, d v1.Descriptor, m *v1.Manifest) error {

@@ -24,7 +24,7 @@ import (
 )
 
 // destination is the client library's registry, which answers with this audience, unless
-// that is empty, and lets outsiders list nothing where that is hidden. It counts what was
+// that is empty, and lists nothing without credentials where that is hidden. It counts what was
 // written.
 func destination(t *testing.T, audience string, hidden bool) (ref string, writes *atomic.Int64) {
 	t.Helper()
@@ -57,7 +57,8 @@ func flavoured(t *testing.T, flavours ...target.Flavour) string {
 	}
 	key := testkit.NewKey(t)
 	for _, f := range flavours {
-		testkit.NewSample(t, key, testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: f}, "").Publish(t, repo)
+		testkit.NewSample(t, key, testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: f}, "").Publish(t,
+			repo)
 	}
 	return ref
 }
@@ -72,10 +73,13 @@ func TestBundlePushLicence(t *testing.T) {
 		code                 int
 		hint                 string
 	}{
-		{"open to a public place", open, registry.AudiencePublic, nil, fault.PublishRefused.ExitCode(), "--redistribute userspace"},
-		{"a mark that the server denies", open, registry.AudiencePublic, []string{"--private", "TO"}, fault.PublishRefused.ExitCode(), "private destination"},
+		{"open to a public place", open, registry.AudiencePublic, nil, fault.PublishRefused.ExitCode(),
+			"--redistribute userspace"},
+		{"a mark that the server denies", open, registry.AudiencePublic, []string{"--private", "TO"},
+			fault.PublishRefused.ExitCode(), "private destination"},
 		{"open, user space may go", open, registry.AudiencePublic, []string{"--redistribute", "userspace"}, 0, ""},
-		{"both, user space may go", both, registry.AudiencePublic, []string{"--redistribute", "userspace"}, fault.PublishRefused.ExitCode(), "--redistribute all"},
+		{"both, user space may go", both, registry.AudiencePublic, []string{"--redistribute", "userspace"},
+			fault.PublishRefused.ExitCode(), "--redistribute all"},
 		{"both, all may go", both, registry.AudiencePublic, []string{"--redistribute", "all"}, 0, ""},
 		{"both to a private place", both, registry.AudiencePrivate, nil, 0, ""},
 		{"both to this machine", both, "", nil, 0, ""},
@@ -99,7 +103,7 @@ func TestBundlePushLicence(t *testing.T) {
 	}
 }
 
-// Marks hold for destinations on the internet, until an outsider reads what was pushed.
+// Marks hold for destinations on the internet, until a client without credentials reads what was pushed.
 func TestPushDriversOnTheInternet(t *testing.T) {
 	t.Parallel()
 	from, err := registry.Open(flavoured(t, target.Proprietary), registry.Options{})
@@ -115,11 +119,13 @@ func TestPushDriversOnTheInternet(t *testing.T) {
 		return []netip.Addr{netip.MustParseAddr("203.0.113.7")}, nil // RFC 5737
 	}}
 	if got, err := pushDrivers(t.Context(), from, repo, rule); !fault.Is(err, fault.PublishRefused) || writes.Load() != 0 {
-		t.Errorf("pushDrivers without a mark = %v, %v, and %d writes; want publish-refused, and none", got, err, writes.Load())
+		t.Errorf("pushDrivers without a mark = %v, %v, and %d writes; want publish-refused, and none", got, err,
+			writes.Load())
 	}
 	rule.Private = []string{to}
 	got, err := pushDrivers(t.Context(), from, repo, rule)
-	if !fault.Is(err, fault.PublishRefused) || !strings.Contains(err.Error(), "can be read without credentials") || writes.Load() == 0 {
+	if !fault.Is(err, fault.PublishRefused) || !strings.Contains(err.Error(), "can be read without credentials") ||
+		writes.Load() == 0 {
 		t.Errorf("pushDrivers to where outsiders read by digest = %v, %v; want publish-refused after it was sent", got, err)
 	}
 	rule.Redistribute = bundle.RedistributeAll
@@ -136,7 +142,8 @@ func TestBundlePushOfAnUnknownFlavour(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("50"), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("50"),
+		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 	img, ok := mutate.Annotations(sample.Image, map[string]string{bundle.AnnotationDriverFlavour: "free"}).(v1.Image)
 	if !ok {
 		t.Fatal("no image")
@@ -151,6 +158,7 @@ func TestBundlePushOfAnUnknownFlavour(t *testing.T) {
 	to, writes := destination(t, "", false)
 	code, out, errs := run(t, "bundle", "push", ref, "--to", to, "--redistribute", "all")
 	if code != fault.Unverified.ExitCode() || !strings.Contains(errs, d.Digest.String()) || writes.Load() != 0 {
-		t.Errorf("bundle push = %d\n%s%s, and %d writes\nwant %d, and none", code, out, errs, writes.Load(), fault.Unverified.ExitCode())
+		t.Errorf("bundle push = %d\n%s%s, and %d writes\nwant %d, and none", code, out, errs, writes.Load(),
+			fault.Unverified.ExitCode())
 	}
 }

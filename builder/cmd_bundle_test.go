@@ -49,7 +49,8 @@ func TestBundle(t *testing.T) {
 			t.Errorf("bundle %s = %d\n%s%s\nwant %d", strings.Join(args, " "), code, out, errs, want)
 		}
 		for line := range strings.Lines(out) {
-			if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > 80 && !strings.Contains(line, dir) && !strings.HasPrefix(out, "{") {
+			if n := len([]rune(strings.TrimSuffix(line, "\n"))); n > 80 && !strings.Contains(line, dir) &&
+				!strings.HasPrefix(out, "{") {
 				t.Errorf("bundle %s prints %d columns: %q; want 80 at most", args[0], n, line)
 			}
 		}
@@ -92,7 +93,8 @@ func TestBundle(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, s := range samples {
-		if d, err := to.Resolve(t.Context(), bundle.KernelTag(s.Kernel, driver)); err != nil || d.Digest.String() != s.Digest {
+		if d, err := to.Resolve(t.Context(), bundle.KernelTag(s.Kernel, driver)); err != nil ||
+			d.Digest.String() != s.Digest {
 			t.Errorf("bundle push brought %v, %v for %s; want %s", d.Digest, err, s.Kernel, s.Digest)
 		}
 	}

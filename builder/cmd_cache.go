@@ -44,7 +44,7 @@ func cacheSizeFlag() ucli.Flag {
 
 func validSize(text string) error { _, err := parseSize(text); return err }
 
-// parseSize reads 20GiB, 500MB or a number of bytes; "" is 0.
+// parseSize reads 20GiB, 500MB or a number of bytes; "" means 0.
 func parseSize(text string) (int64, error) {
 	if text == "" {
 		return 0, nil
@@ -79,10 +79,11 @@ func cacheCommand() *ucli.Command {
 Everything that goes can be fetched or made again.`,
 			Flags: []ucli.Flag{
 				cacheFlag(),
-				&ucli.StringFlag{Name: "max-size", Usage: "until the cache is not larger than `SIZE`, as in 20GiB", Validator: validSize},
+				&ucli.StringFlag{Name: "max-size", Usage: "until the cache is not larger than `SIZE`, as in 20GiB",
+					Validator: validSize},
 				&ucli.StringFlag{Name: "min-free", Usage: "until the disk has `SIZE` free", Validator: validSize},
 				&ucli.DurationFlag{Name: "older-than", Usage: "whatever was not used for this `TIME`, as in 720h"},
-				&ucli.BoolFlag{Name: "dry-run", Usage: "remove nothing, say what would go"},
+				&ucli.BoolFlag{Name: "dry-run", Usage: "remove nothing; print what would be removed"},
 				cli.OutputFlag(),
 			},
 			Action: runTrim,
@@ -101,7 +102,8 @@ func withCache(cmd *ucli.Command, do func(*cas.Cache) error) error {
 
 func listCache(ctx context.Context, cmd *ucli.Command) error {
 	if name := cmd.Args().First(); name != "" {
-		return fault.New(fault.Usage, fmt.Sprintf("%s has no command %q", cmd.FullName(), name), "see "+cmd.FullName()+" --help")
+		return fault.New(fault.Usage, fmt.Sprintf("%s has no command %q", cmd.FullName(), name),
+			"see "+cmd.FullName()+" --help")
 	}
 	return withCache(cmd, func(cache *cas.Cache) error {
 		kinds, err := cache.Kinds(ctx)
@@ -173,7 +175,8 @@ func runTrim(ctx context.Context, cmd *ucli.Command) error {
 			if limit.DryRun {
 				verb = "would remove"
 			}
-			_, err := fmt.Fprintf(w, "%s%s %d entries, %s; %s left", kindTable(done.Kinds, false), verb, done.Removed, humanize.IBytes(uint64(done.Freed)), humanize.IBytes(uint64(done.Left)))
+			_, err := fmt.Fprintf(w, "%s%s %d entries, %s; %s left", kindTable(done.Kinds, false), verb, done.Removed,
+				humanize.IBytes(uint64(done.Freed)), humanize.IBytes(uint64(done.Left)))
 			if err == nil && done.InUse > 0 {
 				_, err = fmt.Fprintf(w, "; %d entries stay, they are in use", done.InUse)
 			}

@@ -87,13 +87,15 @@ func TestCache(t *testing.T) {
 	if k := list()["headers-v1"]; k.Entries != 2 || k.Bytes != 2<<20 || k.InUse != 0 {
 		t.Errorf("headers = %+v; want two of 1 MiB", k)
 	}
-	if _, out, _ := runOne(t, cacheCommand(), trim("--older-than", "720h", "--dry-run")...); !strings.Contains(out, "would remove 1 entries, 1.0 MiB; ") {
+	if _, out, _ := runOne(t, cacheCommand(), trim("--older-than", "720h", "--dry-run")...); !strings.Contains(out,
+		"would remove 1 entries, 1.0 MiB; ") {
 		t.Errorf("dry run says\n%s", out)
 	}
 	if k := list()["headers-v1"]; k.Entries != 2 {
 		t.Errorf("after the dry run: %+v; want both", k)
 	}
-	if _, out, _ := runOne(t, cacheCommand(), trim("--older-than", "720h")...); !strings.Contains(out, "headers-v1") || !strings.Contains(out, "removed 1 entries") {
+	if _, out, _ := runOne(t, cacheCommand(), trim("--older-than", "720h")...); !strings.Contains(out, "headers-v1") ||
+		!strings.Contains(out, "removed 1 entries") {
 		t.Errorf("trim says\n%s", out)
 	}
 	if k := list()["headers-v1"]; k.Entries != 1 {
@@ -127,39 +129,43 @@ func TestTrimCache(t *testing.T) {
 		flags []string
 		left  bool
 	}{{nil, true}, {[]string{"--cache-size", "1GiB"}, true}, {[]string{"--cache-size", "1B"}, false}} {
-		if err := cache.Remember("verdict", "k", []byte("v")); err != nil {
+		if err := cache.PutFact("verdict", "k", []byte("v")); err != nil {
 			t.Fatal(err)
 		}
-		command := &ucli.Command{Name: "x", Flags: []ucli.Flag{cacheSizeFlag()}, Action: func(ctx context.Context, cmd *ucli.Command) error {
-			_, err := trimCache(ctx, cmd, cache)
-			return err
-		}}
+		command := &ucli.Command{Name: "x", Flags: []ucli.Flag{cacheSizeFlag()},
+			Action: func(ctx context.Context, cmd *ucli.Command) error {
+				_, err := trimCache(ctx, cmd, cache)
+				return err
+			}}
 		if code, _, errs := runOne(t, command, append([]string{"x"}, row.flags...)...); code != 0 {
 			t.Fatalf("%v = %d %s", row.flags, code, errs)
 		}
-		if _, left := cache.Recall("verdict", "k"); left != row.left {
+		if _, left := cache.Fact("verdict", "k"); left != row.left {
 			t.Errorf("%v: left %t; want %t", row.flags, left, row.left)
 		}
 	}
-	if code, _, errs := runOne(t, &ucli.Command{Name: "x", Flags: []ucli.Flag{cacheSizeFlag()}}, "x", "--cache-size", "lots"); code != 2 || !strings.Contains(errs, "20GiB") {
+	if code, _, errs := runOne(t, &ucli.Command{Name: "x", Flags: []ucli.Flag{cacheSizeFlag()}}, "x", "--cache-size",
+		"lots"); code != 2 || !strings.Contains(errs, "20GiB") {
 		t.Errorf("a bad size = %d %s; want 2 and an example", code, errs)
 	}
 }
 
 func TestMetricsFlag(t *testing.T) {
 	t.Parallel()
-	command := &ucli.Command{Name: "x", Flags: []ucli.Flag{metricsFlag()}, Action: func(ctx context.Context, cmd *ucli.Command) error {
-		tel, err := startTelemetry(ctx, cmd, nil, slog.New(slog.DiscardHandler))
-		if err != nil {
-			return err
-		}
-		_, err = cmd.Root().Writer.Write([]byte(tel.Address()))
-		return errors.Join(err, tel.Close())
-	}}
+	command := &ucli.Command{Name: "x", Flags: []ucli.Flag{metricsFlag()},
+		Action: func(ctx context.Context, cmd *ucli.Command) error {
+			tel, err := startTelemetry(ctx, cmd, nil, slog.New(slog.DiscardHandler))
+			if err != nil {
+				return err
+			}
+			_, err = cmd.Root().Writer.Write([]byte(tel.Address()))
+			return errors.Join(err, tel.Close())
+		}}
 	if code, out, errs := runOne(t, command, "x"); code != 0 || out != "" {
 		t.Errorf("without the flag: %d %q %s; want nothing served", code, out, errs)
 	}
-	if code, out, errs := runOne(t, command, "x", "--metrics-address", "127.0.0.1:0"); code != 0 || !strings.HasPrefix(out, "127.0.0.1:") {
+	if code, out, errs := runOne(t, command, "x", "--metrics-address", "127.0.0.1:0"); code != 0 ||
+		!strings.HasPrefix(out, "127.0.0.1:") {
 		t.Errorf("with the flag: %d %q %s; want it served", code, out, errs)
 	}
 }

@@ -18,12 +18,12 @@ import (
 func doctorCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "doctor",
-		Usage: "check this machine for what builds need, and name what is missing",
+		Usage: "check that this machine has what builds need, and name what is missing",
 		Description: `Takes the flags and environment of build and work. Mirrors, destinations and key
 are tried where they are given. Changes nothing. The exit code is that of the
 worst finding.`,
 		Flags: slices.Concat(
-			cli.Group(groupWhat, cli.Bool("btf", "look for what makes BTF, too")),
+			cli.Group(groupWhat, cli.Bool("btf", "check the tools for BTF, too")),
 			cli.Group(groupFrom,
 				cli.String("kernel-mirror", "", "try the `URL` of the COS release bucket"),
 				cli.String("driver-mirror", "", "try the `URL` of the bucket with NVIDIA's runfiles"),
@@ -65,7 +65,7 @@ func runDoctor(ctx context.Context, cmd *ucli.Command) error {
 	if err != nil {
 		return err
 	}
-	report := doctor.Examine(ctx, c, doctor.Real(licenceRule(cmd), func(destination string) registry.Options {
+	report := doctor.Run(ctx, c, doctor.Real(licenceRule(cmd), func(destination string) registry.Options {
 		o := registry.Options{UserAgent: "prebake-builder/" + version}
 		if destination == to[0] {
 			o.Username, o.Password = cmd.String("username"), cmd.String("password")

@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// emugpuCommand compiles the emulated GPU for whoever lays out a bucket with boot
+// emugpuCommand compiles the emulated GPU for the program that lays out a bucket with boot
 // archives, which is deploy/mirror. Load tests compile their own.
 func emugpuCommand() *ucli.Command {
 	return &ucli.Command{
@@ -24,7 +24,7 @@ func emugpuCommand() *ucli.Command {
 		Usage:  "compile the load test's emulated GPU for one kernel",
 		Hidden: true,
 		Flags: []ucli.Flag{
-			&ucli.BoolFlag{Name: "revision", Usage: "print what names the emulated GPU's source, and compile nothing"},
+			&ucli.BoolFlag{Name: "revision", Usage: "print the digest of the emulated GPU's source, and compile nothing"},
 			&ucli.StringFlag{Name: "headers", Usage: "`FOLDER` of the kernel's headers"},
 			&ucli.StringFlag{Name: "toolchain", Usage: "`FOLDER` of the unpacked toolchain"},
 			&ucli.StringSliceFlag{Name: "variable", Usage: "`NAME=VALUE` of toolchain_env"},

@@ -22,13 +22,14 @@ import (
 func inspectCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "inspect",
-		Usage: "look at one COS build: what is taken, and what does not fit",
+		Usage: "check one COS build in a bucket: what a build uses, and what does not fit",
 		Description: `Fetches what a build fetches of the kernel, and compiles nothing. Send the print
 along when you report that a build is not served. The exit code is that of the
 worst finding.`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
-				&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true, Sources: cli.Env("build-id")},
+				&ucli.StringFlag{Name: "build-id", Usage: "COS `BUILD_ID`, such as 17800.66.78", Required: true,
+					Sources: cli.Env("build-id")},
 				cli.String("board", "lakitu", "COS `BOARD`"),
 				&ucli.BoolFlag{Name: "vmlinux", Usage: "fetch vmlinux, too (hundreds of MB), and compare it with the headers"},
 			),
@@ -41,7 +42,8 @@ worst finding.`,
 
 func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cmd.Args().Present() {
-		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()), "see "+cmd.FullName()+" --help")
+		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()),
+			"see "+cmd.FullName()+" --help")
 	}
 	kernel, err := target.ParseKernel(cmd.String("build-id"), cmd.String("board"))
 	if err != nil {
@@ -58,7 +60,7 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	defer func() { err = errors.Join(err, kernels.Close()) }()
 	report := inspect.Build(ctx, kernels, cache, kernel, inspect.Config{
-		VMLinux: cmd.Bool("vmlinux"), Say: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
+		VMLinux: cmd.Bool("vmlinux"), Progress: func(line string) { fmt.Fprintln(cmd.Root().ErrWriter, line) },
 	})
 	if err := cli.Print(cmd, report, func(w io.Writer) error {
 		_, err := io.WriteString(w, reportTable(report))
@@ -73,7 +75,9 @@ func runInspect(ctx context.Context, cmd *ucli.Command) (err error) {
 				failed++
 			}
 		}
-		return fault.New(fault.Of(err), fmt.Sprintf("%s is not served as it is: %d of %d looks fail", kernel, failed, len(report.Findings)), "read the lines that begin with fail; send the print along if they are wrong")
+		return fault.New(fault.Of(err),
+			fmt.Sprintf("%s cannot be built: %d of %d checks fail", kernel, failed, len(report.Findings)),
+			"read the lines that begin with fail; send the print along if they are wrong")
 	}
 	return nil
 }

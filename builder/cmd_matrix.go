@@ -15,13 +15,13 @@ import (
 	ucli "github.com/urfave/cli/v3"
 	"golang.org/x/sync/semaphore"
 
+	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/builder/internal/farm"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/builder/internal/telemetry"
-	"github.com/prebake/prebake/builder/internal/twin"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -145,12 +145,12 @@ func readWish(file string) (*plan.Wish, error) {
 	return plan.Parse(file, text)
 }
 
-// matrix is a farm that is set up, with what it holds open.
+// matrix is a batch that is set up, with what it holds open.
 type matrix struct {
 	cfg              pipeline.Config
-	farm             farm.Config
+	batch            batch.Config
 	kernels, drivers *cosbucket.Bucket
-	places           *farm.Places
+	destinations     *batch.Destinations
 	telemetry        *telemetry.Telemetry // nil tells nothing
 }
 
@@ -170,29 +170,29 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	if m.drivers, err = cosbucket.Open(ctx, m.cfg.DriverMirror); err != nil {
 		return nil, err
 	}
-	if m.places, err = openPlaces(ctx, m.cfg); err != nil {
+	if m.destinations, err = openDestinations(ctx, m.cfg); err != nil {
 		return nil, err
 	}
-	m.farm.Parallel, m.cfg.Jobs = farm.Size(cmd.Int("parallel"), m.cfg.Jobs, farm.Cores(), farm.FreeMemory("/"))
-	if ahead := farm.Ahead(cmd.Int("parallel"), m.farm.Parallel, farm.FreeMemory("/")); ahead > 0 {
-		m.cfg.Compiling = semaphore.NewWeighted(int64(m.farm.Parallel))
-		m.farm.Parallel += ahead
+	m.batch.Parallel, m.cfg.Jobs = batch.Size(cmd.Int("parallel"), m.cfg.Jobs, batch.Cores(), batch.FreeMemory("/"))
+	if ahead := batch.ExtraCells(cmd.Int("parallel"), m.batch.Parallel, batch.FreeMemory("/")); ahead > 0 {
+		m.cfg.Compiling = semaphore.NewWeighted(int64(m.batch.Parallel))
+		m.batch.Parallel += ahead
 	}
-	m.farm.Attempts = cmd.Int("attempts")
-	m.farm.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
+	m.batch.Attempts = cmd.Int("attempts")
+	m.batch.Logs = filepath.Join(m.cfg.Cache.Dir(), "logs")
 	// Whose signature modules carry, and whether symbols and BTF are there, only
 	// the pipeline compares.
 	if m.cfg.ModuleKey == "" && !m.cfg.GoogleModules &&
 		cmp.Or(m.cfg.GoogleSignatures, pipeline.GoogleAuto) == pipeline.GoogleAuto &&
 		!m.cfg.DebugSymbols &&
 		!m.cfg.BTF {
-		m.farm.Published = m.places.Published
+		m.batch.Published = m.destinations.Published
 	}
-	if m.farm.Memory, err = failureMemory(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
+	if m.batch.Failures, err = failureStore(m.cfg, m.kernels, m.drivers, cmd.Bool("retry-failed")); err != nil {
 		return nil, err
 	}
 	m.cfg.LabelsLater = true // the wish list says which, of all cells together
-	m.farm.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
+	m.batch.Make = func(ctx context.Context, c plan.Cell, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 		ctx, end := m.telemetry.Cell(ctx, telemetry.Cell{
 			Kernel: c.Kernel.String(), Driver: c.Driver.Version, Flavour: string(c.Driver.Flavour), EarlyWarning: c.EarlyWarning,
 		}, line)
@@ -205,14 +205,15 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 		}
 		return res, err
 	}
-	m.farm.Kernel = func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error) {
+	m.batch.Kernel = func(ctx context.Context, k target.Kernel, say func(string)) (target.Fingerprint, error) {
 		in, err := cossrc.Fetch(ctx, m.kernels, m.cfg.Cache, k.BuildID, k.Board, say, m.cfg.KernelOptions()...)
 		if err != nil {
 			return "", err
 		}
 		return in.Fingerprint, nil
 	}
-	m.farm.Driver = func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour, error) {
+	m.batch.Driver = func(ctx context.Context, version string, arch target.Arch, say func(string)) ([]target.Flavour,
+		error) {
 		release, err := nvsrc.Fetch(ctx, m.drivers, m.cfg.Cache, version, arch, say)
 		if err != nil {
 			return nil, err
@@ -222,9 +223,9 @@ func openMatrix(ctx context.Context, cmd *ucli.Command) (_ *matrix, err error) {
 	return m, nil
 }
 
-// openPlaces opens the destinations, and the key whose statements count there.
+// openDestinations opens the destinations, and the key whose statements count there.
 // Both have to work before the first minute of work.
-func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) {
+func openDestinations(ctx context.Context, cfg pipeline.Config) (*batch.Destinations, error) {
 	signer, err := sign.LoadSigner(ctx, cfg.Key, cfg.KeyOptions...)
 	if err != nil {
 		return nil, err
@@ -233,13 +234,13 @@ func openPlaces(ctx context.Context, cfg pipeline.Config) (*farm.Places, error) 
 	if cfg.LoadTest == pipeline.LoadTestRequire {
 		policy.LoadTest = trust.LoadTestTested
 	}
-	p := &farm.Places{Signer: signer}
+	p := &batch.Destinations{Signer: signer}
 	if p.Verifier, err = trust.NewVerifier(policy); err != nil {
 		return nil, err
 	}
 	for _, dest := range cfg.Destinations {
-		if twin.Is(dest) {
-			b, err := twin.Open(ctx, dest)
+		if tarball.Is(dest) {
+			b, err := tarball.Open(ctx, dest)
 			if err != nil {
 				return nil, errors.Join(err, p.Close())
 			}
@@ -263,13 +264,13 @@ func (m *matrix) close() error {
 	if m.drivers != nil {
 		errs = append(errs, m.drivers.Close())
 	}
-	if m.places != nil {
-		errs = append(errs, m.places.Close())
+	if m.destinations != nil {
+		errs = append(errs, m.destinations.Close())
 	}
 	return errors.Join(append(errs, m.telemetry.Close(), m.cfg.Cache.Close())...)
 }
 
-// plan asks the bucket what a wish list comes to at this moment.
+// plan asks the bucket for the present cells of a wish list.
 func (m *matrix) plan(ctx context.Context, w *plan.Wish) (*plan.Plan, error) {
 	images, err := plan.LoadImageMap(ctx, w.ImageMap)
 	if err != nil {
@@ -302,7 +303,7 @@ func runPlan(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, m.close()) }()
-	report, err := farm.Look(ctx, m.farm, p)
+	report, err := batch.Status(ctx, m.batch, p)
 	if err != nil {
 		return err
 	}
@@ -334,17 +335,17 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 		stderr,
 		"%s, %d side by side%s, with %d compilers each; logs in %s\n",
 		cellsOf(len(p.Cells)),
-		m.farm.Parallel,
+		m.batch.Parallel,
 		beside,
 		m.cfg.Jobs,
-		m.farm.Logs,
+		m.batch.Logs,
 	)
 	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, slog.New(slog.NewTextHandler(stderr, nil))); err != nil {
 		return err
 	}
 	screen := newScreen(stderr)
-	m.cfg.Cache.Say, m.farm.Watch = screen.say, screen.watch
-	report := farm.Run(ctx, m.farm, p)
+	m.cfg.Cache.Notify, m.batch.Watch = screen.progress, screen.watch
+	report := batch.Run(ctx, m.batch, p)
 	screen.close()
 	if err := show(cmd, report, time.Since(begin)); err != nil {
 		return err
@@ -355,7 +356,7 @@ func runBuildWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	return errors.Join(report.Err(), m.label(ctx, p, func(note string) { fmt.Fprintf(stderr, "note:  %s\n", note) }))
 }
 
-func show(cmd *ucli.Command, r *farm.Report, took time.Duration) error {
+func show(cmd *ucli.Command, r *batch.Report, took time.Duration) error {
 	for _, note := range r.Notes {
 		fmt.Fprintf(cmd.Root().ErrWriter, "note:  %s\n", note)
 	}

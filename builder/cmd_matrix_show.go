@@ -10,7 +10,7 @@ import (
 	"github.com/vbauerster/mpb/v8"
 	"github.com/vbauerster/mpb/v8/decor"
 
-	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/pkg/cli"
 )
 
@@ -18,7 +18,7 @@ import (
 const columns = 80
 
 // names returns what the first two columns say of a job.
-func names(j *farm.Job) (kernel, driver, flavour string) {
+func names(j *batch.Job) (kernel, driver, flavour string) {
 	kernel, driver, flavour = j.Cell.Kernel.String(), j.Cell.Driver.Version, string(j.Cell.Driver.Flavour)
 	if j.Cell.Kernel.BuildID == "" {
 		kernel = strings.Join(j.Cell.Asked, ", ")
@@ -30,7 +30,7 @@ func names(j *farm.Job) (kernel, driver, flavour string) {
 	return kernel, driver, flavour
 }
 
-func title(j *farm.Job) string {
+func title(j *batch.Job) string {
 	kernel, driver, flavour := names(j)
 	return strings.TrimSuffix(kernel+" "+driver+"-"+flavour, "--")
 }
@@ -45,7 +45,7 @@ func cut(s string, n int) string {
 
 // printMatrix writes a table of 80 columns: a row for each cell, and below it
 // why it failed.
-func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
+func printMatrix(w io.Writer, r *batch.Report, took time.Duration) error {
 	rows := [][4]string{{"KERNEL", "DRIVER", "FLAVOUR", "STATE"}}
 	for _, j := range r.Jobs {
 		kernel, driver, flavour := names(j)
@@ -99,7 +99,7 @@ func printMatrix(w io.Writer, r *farm.Report, took time.Duration) error {
 }
 
 // reason says why a cell is not published.
-func reason(j *farm.Job) string {
+func reason(j *batch.Job) string {
 	s := j.Failure.Class.String()
 	if j.Cell.EarlyWarning {
 		s = "early warning, " + s
@@ -120,9 +120,9 @@ func cellsOf(n int) string {
 	return fmt.Sprintf("%d cells", n)
 }
 
-func summary(r *farm.Report, took time.Duration) string {
+func summary(r *batch.Report, took time.Duration) string {
 	var parts []string
-	for _, s := range farm.States() {
+	for _, s := range batch.States() {
 		if n := r.States[s]; n > 0 {
 			parts = append(parts, fmt.Sprintf("%d %s", n, s))
 		}
@@ -160,7 +160,7 @@ func wrap(text string, width int) []string {
 }
 
 // screen shows the progress of many cells: on a terminal a moving line for each
-// cell under way and a lasting one for each that is settled; elsewhere plain
+// running cell and a lasting one for each that is settled; elsewhere plain
 // lines, one for each finished phase.
 type screen struct {
 	w    io.Writer
@@ -186,7 +186,7 @@ func newScreen(w io.Writer) *screen {
 	return s
 }
 
-func (s *screen) say(text string) {
+func (s *screen) progress(text string) {
 	if s.bars != nil {
 		_, _ = s.bars.Write([]byte(text + "\n")) // a failing terminal has nobody to tell
 		return
@@ -196,36 +196,36 @@ func (s *screen) say(text string) {
 	fmt.Fprintln(s.w, text)
 }
 
-func (s *screen) watch(e farm.Event) {
+func (s *screen) watch(e batch.Event) {
 	name := title(e.Job)
 	switch e.Kind {
-	case farm.Started:
+	case batch.Started:
 		if s.bars == nil {
-			s.say(fmt.Sprintf("%s: begun", name))
+			s.progress(fmt.Sprintf("%s: begun", name))
 			return
 		}
 		s.begin(e.Job.Index, name)
-	case farm.Phase:
+	case batch.Phase:
 		switch {
 		case s.bars != nil:
 			s.move(e.Job.Index, name+" "+e.Phase.Phase+" "+e.Phase.Text)
 		case e.Phase.Done != nil && e.Phase.Done.Of == "":
-			s.say(fmt.Sprintf("%s: %s %.1f s  %s", name, e.Phase.Phase, e.Phase.Done.Seconds, e.Phase.Done.Note))
+			s.progress(fmt.Sprintf("%s: %s %.1f s  %s", name, e.Phase.Phase, e.Phase.Done.Seconds, e.Phase.Done.Note))
 		}
-	case farm.Again:
+	case batch.Again:
 		s.end(e.Job.Index)
-		s.say(fmt.Sprintf("%s: %v, will be tried again: %s", name, e.Failure.Class, e.Failure.Error))
-	case farm.Fetch:
-		s.say(e.Text)
-	case farm.Note:
-		s.say(fmt.Sprintf("%s: %s", name, e.Failure.Error))
-	case farm.Settled:
+		s.progress(fmt.Sprintf("%s: %v, will be tried again: %s", name, e.Failure.Class, e.Failure.Error))
+	case batch.Fetch:
+		s.progress(e.Text)
+	case batch.Note:
+		s.progress(fmt.Sprintf("%s: %s", name, e.Failure.Error))
+	case batch.Settled:
 		s.end(e.Job.Index)
 		text := fmt.Sprintf("[%d/%d] %s: %s", e.Done, e.Total, name, e.Job.State)
 		if e.Job.Failure != nil {
 			text += " " + cut(reason(e.Job), 2*columns)
 		}
-		s.say(text)
+		s.progress(text)
 	}
 }
 

@@ -19,7 +19,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"github.com/vbauerster/mpb/v8"
 
-	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/registry"
@@ -85,30 +85,33 @@ func await(ts *testscript.TestScript, neg bool, args []string) {
 // failed in the compiler's words.
 func TestTable(t *testing.T) {
 	t.Parallel()
-	job := func(id, version string, f target.Flavour, s farm.State) *farm.Job {
+	job := func(id, version string, f target.Flavour, s batch.State) *batch.Job {
 		k, err := target.ParseKernel(id, "lakitu")
 		if err != nil {
 			t.Fatal(err)
 		}
-		return &farm.Job{Cell: plan.Cell{Kernel: k, Driver: target.Driver{Version: version, Flavour: f}, Asked: []string{"R535"}}, State: s}
+		return &batch.Job{Cell: plan.Cell{Kernel: k, Driver: target.Driver{Version: version, Flavour: f},
+			Asked: []string{"R535"}}, State: s}
 	}
-	jobs := []*farm.Job{
-		job("17800.0.50", "535.261.03", target.Proprietary, farm.Published),
-		job("17800.0.56", "535.261.03", target.Open, farm.Failed),
-		job("17800.1.50", "", "", farm.Unavailable),
-		job("123456789.123456789.123456789", "12345.12345.12345.12345", target.Proprietary, farm.Failed),
-		{Cell: plan.Cell{Kernel: target.Kernel{Board: "lakitu"}, Asked: []string{"milestone 125, latest 3 released"}, EarlyWarning: true}, State: farm.Failed},
+	jobs := []*batch.Job{
+		job("17800.0.50", "535.261.03", target.Proprietary, batch.Published),
+		job("17800.0.56", "535.261.03", target.Open, batch.Failed),
+		job("17800.1.50", "", "", batch.Unavailable),
+		job("123456789.123456789.123456789", "12345.12345.12345.12345", target.Proprietary, batch.Failed),
+		{Cell: plan.Cell{Kernel: target.Kernel{Board: "lakitu"}, Asked: []string{"milestone 125, latest 3 released"},
+			EarlyWarning: true}, State: batch.Failed},
 	}
 	jobs[0].Seconds = 123.456
-	jobs[1].Failure = &farm.Failure{Class: fault.APIBreak, Error: "nvidia/nv-pci.c:123:45: error: too few arguments to function 'pci_resize_resource'"}
+	jobs[1].Failure = &batch.Failure{Class: fault.APIBreak,
+		Error: "nvidia/nv-pci.c:123:45: error: too few arguments to function 'pci_resize_resource'"}
 	jobs[1].Like = "17800.0.55/lakitu"
 	jobs[1].Seconds = 61
-	jobs[2].Failure = &farm.Failure{Class: fault.Unsupported, Error: "choose driver R535: COS names none for this build"}
-	jobs[3].Failure = &farm.Failure{Class: fault.Internal, Error: strings.Repeat("x", 200)}
+	jobs[2].Failure = &batch.Failure{Class: fault.Unsupported, Error: "choose driver R535: COS names none for this build"}
+	jobs[3].Failure = &batch.Failure{Class: fault.Internal, Error: strings.Repeat("x", 200)}
 	jobs[3].Known = true
-	jobs[4].Failure = &farm.Failure{Class: fault.InputMissing, Error: "none"}
+	jobs[4].Failure = &batch.Failure{Class: fault.InputMissing, Error: "none"}
 	var out strings.Builder
-	r := &farm.Report{Jobs: jobs, States: map[farm.State]int{farm.Published: 1, farm.Failed: 3, farm.Unavailable: 1}}
+	r := &batch.Report{Jobs: jobs, States: map[batch.State]int{batch.Published: 1, batch.Failed: 3, batch.Unavailable: 1}}
 	if err := printMatrix(&out, r, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -126,32 +129,35 @@ func TestTable(t *testing.T) {
 	}
 }
 
-// On a terminal, each cell under way has a moving line, and each that is
+// On a terminal, each running cell has a moving line, and each that is
 // settled a lasting one; nothing is left moving at the end.
 func TestScreen(t *testing.T) {
 	t.Parallel()
 	out := &safeBuffer{}
-	s := &screen{w: out, lines: map[int]*moving{}, bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(columns), mpb.WithAutoRefresh())}
-	event := func(index int, kind farm.EventKind) farm.Event {
-		c := plan.Cell{Kernel: target.Kernel{BuildID: "1.0." + strconv.Itoa(index), Board: "lakitu"}, Driver: target.Driver{Version: "5.1", Flavour: target.Open}}
-		return farm.Event{Kind: kind, Total: 2, Job: &farm.Job{Index: index, Cell: c, State: farm.Published}}
+	s := &screen{w: out, lines: map[int]*moving{},
+		bars: mpb.New(mpb.WithOutput(out), mpb.WithWidth(columns), mpb.WithAutoRefresh())}
+	event := func(index int, kind batch.EventKind) batch.Event {
+		c := plan.Cell{Kernel: target.Kernel{BuildID: "1.0." + strconv.Itoa(index), Board: "lakitu"},
+			Driver: target.Driver{Version: "5.1", Flavour: target.Open}}
+		return batch.Event{Kind: kind, Total: 2, Job: &batch.Job{Index: index, Cell: c, State: batch.Published}}
 	}
-	s.watch(event(0, farm.Started))
-	s.watch(event(1, farm.Started))
-	e := event(0, farm.Phase)
+	s.watch(event(0, batch.Started))
+	s.watch(event(1, batch.Started))
+	e := event(0, batch.Phase)
 	e.Phase = timeline.Event{Phase: "compile", Text: "conftest 3/390"}
 	s.watch(e)
 	for !strings.Contains(out.String(), "conftest 3/390") {
 		runtime.Gosched() // until the line was drawn
 	}
-	again := event(1, farm.Again)
-	again.Failure = &farm.Failure{Class: fault.Transient, Error: "down"}
+	again := event(1, batch.Again)
+	again.Failure = &batch.Failure{Class: fault.Transient, Error: "down"}
 	s.watch(again)
-	s.watch(event(0, farm.Settled))
-	s.watch(event(1, farm.Started))
-	s.watch(event(1, farm.Settled))
+	s.watch(event(0, batch.Settled))
+	s.watch(event(1, batch.Started))
+	s.watch(event(1, batch.Settled))
 	s.close()
-	for _, want := range []string{"1.0.0/lakitu 5.1-open: published\n", "1.0.1/lakitu 5.1-open: published\n", "1.0.1/lakitu 5.1-open: transient, will be tried again: down\n"} {
+	for _, want := range []string{"1.0.0/lakitu 5.1-open: published\n", "1.0.1/lakitu 5.1-open: published\n",
+		"1.0.1/lakitu 5.1-open: transient, will be tried again: down\n"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("screen lacks %q:\n%q", want, out.String())
 		}

@@ -8,7 +8,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
-	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -18,8 +18,8 @@ import (
 const defaultGrace = 10 * time.Minute
 
 // runWorkWish keeps a wish list published: it reads the file and asks the
-// buckets again and again, and makes what is missing. Told to stop, it begins
-// nothing more; told twice, it cancels what is under way.
+// buckets again and again, and makes what is missing. After a stop signal, it begins
+// nothing more; after a second one, it cancels what is running.
 func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	log, err := cli.Logger(cmd)
 	if err != nil {
@@ -36,20 +36,20 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	if m.telemetry, err = startTelemetry(ctx, cmd, m.cfg.Cache, log); err != nil {
 		return err
 	}
-	m.cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
+	m.cfg.Cache.Notify = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
 	grace := defaultGrace
 	if cmd.IsSet("grace") {
 		grace = cmd.Duration("grace")
 	}
 	hard, stop := cli.Grace(ctx, grace)
 	defer stop()
-	m.farm.Stopping = ctx.Done()
-	m.farm.Watch = func(e farm.Event) { logEvent(hard, log, e) }
-	log.InfoContext(ctx, "worker started", "wish", cmd.String("wish"), "parallel", m.farm.Parallel, "jobs", m.cfg.Jobs)
+	m.batch.Stopping = ctx.Done()
+	m.batch.Watch = func(e batch.Event) { logEvent(hard, log, e) }
+	log.InfoContext(ctx, "worker started", "wish", cmd.String("wish"), "parallel", m.batch.Parallel, "jobs", m.cfg.Jobs)
 	tick := time.NewTicker(max(cmd.Duration("interval"), time.Second))
 	defer tick.Stop()
 	for {
-		if err := m.round(hard, cmd.String("wish"), log); err != nil && ctx.Err() == nil {
+		if err := m.runOnce(hard, cmd.String("wish"), log); err != nil && ctx.Err() == nil {
 			log.ErrorContext(ctx, "wish list not built", "class", fault.Of(err), "err", err, "hint", fault.Hint(err))
 		}
 		select {
@@ -61,9 +61,9 @@ func runWorkWish(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 }
 
-// round makes what is missing at this moment. A list with a mistake is said
+// runOnce makes what is missing at this moment. A list with a mistake is said
 // and builds nothing until it is mended.
-func (m *matrix) round(ctx context.Context, file string, log *slog.Logger) error {
+func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) error {
 	begin := time.Now()
 	w, err := readWish(file)
 	if err != nil {
@@ -76,9 +76,9 @@ func (m *matrix) round(ctx context.Context, file string, log *slog.Logger) error
 	for _, note := range p.Notes {
 		log.WarnContext(ctx, "wish list has a needless rule", "note", note)
 	}
-	report := farm.Run(ctx, m.farm, p)
+	report := batch.Run(ctx, m.batch, p)
 	args := []any{"cells", len(report.Jobs), "took", time.Since(begin).Round(time.Millisecond)}
-	for _, s := range farm.States() {
+	for _, s := range batch.States() {
 		if n := report.States[s]; n > 0 {
 			args = append(args, string(s), n)
 		}
@@ -89,29 +89,29 @@ func (m *matrix) round(ctx context.Context, file string, log *slog.Logger) error
 
 // logEvent logs what changes something: what was there before, and what failed
 // before from the same inputs, is in the log of the round that met it first.
-func logEvent(ctx context.Context, log *slog.Logger, e farm.Event) {
+func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 	log = log.With("kernel", e.Job.Cell.Kernel.String(), "driver", e.Job.Cell.Driver.String())
 	switch e.Kind {
-	case farm.Started:
+	case batch.Started:
 		log.InfoContext(ctx, "build started", "attempt", e.Job.Attempts)
 		return
-	case farm.Again:
+	case batch.Again:
 		log.WarnContext(ctx, "build put back", "class", e.Failure.Class, "err", e.Failure.Error)
 		return
-	case farm.Note:
+	case batch.Note:
 		log.WarnContext(ctx, "note", "err", e.Failure.Error)
 		return
-	case farm.Fetch:
+	case batch.Fetch:
 		log.DebugContext(ctx, "input fetched", "what", e.Text)
 		return
-	case farm.Phase:
+	case batch.Phase:
 		return
 	}
 	took := time.Duration(e.Job.Seconds * float64(time.Second)).Round(time.Millisecond)
 	switch e.Job.State {
-	case farm.Published:
+	case batch.Published:
 		log.InfoContext(ctx, "build published", "digest", e.Job.Digest, "took", took)
-	case farm.Failed:
+	case batch.Failed:
 		level, message := slog.LevelError, "build failed"
 		if e.Job.Cell.EarlyWarning {
 			level, message = slog.LevelWarn, "early warning"
@@ -120,7 +120,7 @@ func logEvent(ctx context.Context, log *slog.Logger, e farm.Event) {
 			level = slog.LevelDebug
 		}
 		log.Log(ctx, level, message, "class", e.Job.Failure.Class, "err", e.Job.Failure.Error, "log", e.Job.Log, "took", took)
-	case farm.Cancelled:
+	case batch.Cancelled:
 		log.InfoContext(ctx, "build cancelled", "took", took)
 	default:
 		log.DebugContext(ctx, "build not needed", "state", string(e.Job.State))

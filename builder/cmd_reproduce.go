@@ -26,7 +26,7 @@ import (
 func reproduceCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:      "reproduce",
-		Usage:     "make a published artifact again, and compare it file by file",
+		Usage:     "rebuild a published artifact, and compare it file by file",
 		ArgsUsage: "REF…",
 		Description: `REF is host/repository, or oci:FOLDER, followed by @sha256:DIGEST or :TAG.
 Nothing that an earlier build left in a cache is used. Exit status 0 says that
@@ -41,16 +41,16 @@ Example:
 				cli.String("username", "", "user `NAME` for the registry, in place of the Docker configuration's"),
 				cli.String("password", "", "`PASSWORD` or token for the registry"),
 			),
-			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key whose provenance is believed")),
+			cli.Group(groupTrust, cli.Strings("public-key", "`FILE` with a public key whose provenance is trusted")),
 			cli.Group(groupTrust, cli.TrustFlags()...),
 			cli.Group(groupTrust, cli.String("module-cert", "",
 				"`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none")),
 			cli.Group(groupTrust,
 				cli.Bool("attest", `sign "rebuilt, identical" with --key and attach it`),
 				cli.String("key", "",
-					"`KEY` of whoever makes it again: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
+					"`KEY` that signs the reproduction: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
 				identityTokenFlag(),
-				cli.String("builder-id", builderID, "`URI` that names whoever makes it again"),
+				cli.String("builder-id", builderID, "`URI` of the builder of the reproduction"),
 			),
 			cli.Group(groupResources,
 				homeDefault(cli.String("cache", defaultCache(), "`FOLDER` of the cache; only fetched inputs are taken from it")),
@@ -71,7 +71,8 @@ func splitReference(ref string) (repository, name string, err error) {
 	}
 	colon := strings.LastIndex(ref, ":")
 	if colon <= strings.LastIndex(ref, "/") || strings.HasPrefix(ref, "oci:") && colon == len("oci") {
-		return "", "", fault.New(fault.Usage, fmt.Sprintf("reference %q: names no artifact in the repository", ref), "add @sha256:DIGEST or :TAG")
+		return "", "", fault.New(fault.Usage, fmt.Sprintf("reference %q: names no artifact in the repository", ref),
+			"add @sha256:DIGEST or :TAG")
 	}
 	return ref[:colon], ref[colon+1:], nil
 }
@@ -79,7 +80,8 @@ func splitReference(ref string) (repository, name string, err error) {
 func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	refs := cmd.Args().Slice()
 	if len(refs) == 0 {
-		return fault.New(fault.Usage, "reproduce takes references to artifacts", "builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
+		return fault.New(fault.Usage, "reproduce takes references to artifacts",
+			"builder reproduce REPOSITORY@sha256:DIGEST --public-key FILE")
 	}
 	verifier, err := trusted(cmd)
 	if err != nil {
@@ -88,7 +90,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	base := reproduce.Config{Verifier: verifier, By: cmd.String("builder-id")}
 	if cmd.Bool("attest") {
 		if cmd.String("key") == "" {
-			return fault.New(fault.Usage, "--attest needs a key to sign with", "add --key FILE; make one with: builder keygen FILE")
+			return fault.New(fault.Usage, "--attest needs a key to sign with",
+				"add --key FILE; make one with: builder keygen FILE")
 		}
 		keys, err := keyOptions(cmd)
 		if err != nil {
@@ -106,7 +109,9 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 			return err
 		}
 		c.Ref = name
-		c.Repo, err = registry.Open(where, registry.Options{UserAgent: "prebake-builder/" + version, Username: cmd.String("username"), Password: cmd.String("password")})
+		c.Repo, err = registry.Open(where,
+			registry.Options{UserAgent: "prebake-builder/" + version, Username: cmd.String("username"),
+				Password: cmd.String("password")})
 		if err != nil {
 			return err
 		}
@@ -131,7 +136,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 		}
 	}
 	if len(differ) > 0 {
-		return fault.New(fault.Mismatch, fmt.Sprintf("%d of %d artifacts did not come out again: %s", len(differ), len(reports), strings.Join(differ, ", ")),
+		return fault.New(fault.Mismatch,
+			fmt.Sprintf("%d of %d artifacts did not come out again: %s", len(differ), len(reports), strings.Join(differ, ", ")),
 			"do not use them until their builder has explained the difference")
 	}
 	return nil
@@ -139,7 +145,8 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 
 // reproduceAll makes one cell after the other. They share one cache for
 // products, which begins empty and ends with this call.
-func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, all []reproduce.Config) (_ []*reproduce.Report, err error) {
+func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache,
+	all []reproduce.Config) (_ []*reproduce.Report, err error) {
 	dir, cleanup, err := cache.TempDir("products-")
 	if err != nil {
 		return nil, err
@@ -158,7 +165,8 @@ func reproduceAll(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, all 
 	stderr := cmd.Root().ErrWriter
 	cfg := pipeline.Config{
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"), Cache: cache,
-		ModuleCert: cmd.String("module-cert"), Version: version, Jobs: cmd.Int("jobs"), CompileTimeout: cmd.Duration("compile-timeout"),
+		ModuleCert: cmd.String("module-cert"), Version: version, Jobs: cmd.Int("jobs"),
+		CompileTimeout: cmd.Duration("compile-timeout"),
 	}
 	var reports []*reproduce.Report
 	for _, c := range all {
@@ -206,7 +214,7 @@ func printReport(w io.Writer, r *reproduce.Report) error {
 	outcome := "identical: the same digest came out"
 	switch {
 	case !r.Identical:
-		outcome = "DIFFERENT: made again it is " + r.Made
+		outcome = "DIFFERENT: the rebuild is " + r.Made
 	case r.ModuleKey != "":
 		outcome = "identical but for the modules' signatures, under certificate\n          " + r.ModuleKey
 	}

@@ -23,7 +23,7 @@ import (
 func snapshotCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "snapshot",
-		Usage: "sign a list of what a server has published and withdrawn, for nodes that ask nobody",
+		Usage: "sign a list of published and withdrawn artifacts, for nodes without a server",
 		Description: `The list is a folder of files for any web server, by the rules of TUF. Example:
   builder snapshot keys keys
   builder snapshot root --to list --keys keys --threshold 2
@@ -99,15 +99,15 @@ func snapshotKeysCommand() *ucli.Command {
 
 func snapshotRootCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "root", Usage: "write the next root: who may sign from now on",
+		Name: "root", Usage: "write the next root, which names who may sign",
 		Description: `Nodes are configured with the first root, or with any later one. As many root
 keys as the threshold wants have to be at hand; of the others the public halves
 do. Another root than the first is signed by as many keys of the one before.`,
 		Flags: append(cli.Group(groupTrust, append(keyFlags(snapshotRoles...),
 			cli.Strings("root-key", "`KEY` of the root: a file, a KMS URI, or a public key that signs nothing now"),
-			cli.Strings("former-key", "`KEY` of the root before, which may not sign from now on"),
+			cli.Strings("former-key", "`KEY` of the previous root, which may not sign any more"),
 			cli.Int("threshold", 2, "`COUNT` of root keys that have to sign a root"),
-			life("life", 365*24*time.Hour, "`TIME` until the root expires"),
+			lifetimeFlag("life", 365*24*time.Hour, "`TIME` until the root expires"),
 		)...), cli.Group(groupTo, toFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := missing(cmd, "to"); err != nil {
@@ -199,14 +199,14 @@ func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	return errors.Join(do(r), r.Close())
 }
 
-// timestampLife is the flag of how long a list counts without anybody saying that it still
+// timestampLifetime is the flag of how long a list counts without anybody saying that it still
 // does: so long can somebody hide a newer one from a node.
-func timestampLife() ucli.Flag {
-	return life("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
+func timestampLifetime() ucli.Flag {
+	return lifetimeFlag("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
 }
 
-// life is a flag of how long something counts.
-func life(name string, value time.Duration, usage string) ucli.Flag {
+// lifetimeFlag is a flag of how long something counts.
+func lifetimeFlag(name string, value time.Duration, usage string) ucli.Flag {
 	f := cli.Duration(name, value, usage)
 	f.Validator = func(d time.Duration) error {
 		if d < time.Minute {
@@ -223,9 +223,9 @@ func snapshotMakeCommand() *ucli.Command {
 		Flags: slices.Concat(
 			cli.Group(groupFrom, cli.String("server", "", "`URL` of the server"),
 				cli.Bool("allow-empty", "publish a list in which nothing may be used")),
-			cli.Group(groupTrust, append(keyFlags(snapshotRoles...), timestampLife(),
-				life("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
-				cli.Int("least-version", 0, "lowest `VERSION` of the list, where the folder was lost"))...),
+			cli.Group(groupTrust, append(keyFlags(snapshotRoles...), timestampLifetime(),
+				lifetimeFlag("list-life", 90*24*time.Hour, "`TIME` until the list itself expires"),
+				cli.Int("least-version", 0, "lowest `VERSION` of the list, if the folder was lost"))...),
 			cli.Group(groupTo, toFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
@@ -234,7 +234,8 @@ func snapshotMakeCommand() *ucli.Command {
 				return err
 			}
 			var by maker.Signers
-			for role, to := range map[string]*maker.Signer{"targets": &by.Targets, "snapshot": &by.Snapshot, "timestamp": &by.Timestamp} {
+			for role, to := range map[string]*maker.Signer{"targets": &by.Targets, "snapshot": &by.Snapshot,
+				"timestamp": &by.Timestamp} {
 				var err error
 				if *to, err = snapshotSigner(ctx, cmd, role); err != nil {
 					return err
@@ -316,9 +317,9 @@ func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Ca
 
 func snapshotRefreshCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "refresh", Usage: "say that the newest list still is the newest",
+		Name: "refresh", Usage: "sign a new timestamp for the newest list",
 		Flags: slices.Concat(
-			cli.Group(groupTrust, append(keyFlags("timestamp"), timestampLife())...),
+			cli.Group(groupTrust, append(keyFlags("timestamp"), timestampLifetime())...),
 			cli.Group(groupTo, toFlag()),
 			cli.Group(groupOutput, cli.OutputFlag()),
 		),
@@ -355,7 +356,8 @@ func printSnapshot(cmd *ucli.Command, s *snapshot.Snapshot) error {
 		Published   int       `json:"published"`
 		Yanked      int       `json:"yanked"`
 		Quarantined int       `json:"quarantined"`
-	}{s.Version, s.Refreshed, s.MadeAt, s.Expires, count[snapshot.Published], count[snapshot.Yanked], count[snapshot.Quarantined]}
+	}{s.Version, s.Refreshed, s.MadeAt, s.Expires, count[snapshot.Published], count[snapshot.Yanked],
+		count[snapshot.Quarantined]}
 	return cli.Print(cmd, said, func(w io.Writer) error {
 		_, err := fmt.Fprintf(
 			w,

@@ -19,7 +19,8 @@ import (
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
 	digest := func(c string) string { return "sha256:" + strings.Repeat(c, 64) }
-	all := []api.Artifact{{Digest: digest("1"), State: api.Published}, {Digest: digest("2"), State: api.Yanked, Reason: "panics on unload"}}
+	all := []api.Artifact{{Digest: digest("1"), State: api.Published},
+		{Digest: digest("2"), State: api.Yanked, Reason: "panics on unload"}}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path != "/v1/artifacts" {
 			t.Errorf("asked for %s", r.URL)
@@ -80,9 +81,11 @@ func TestSnapshot(t *testing.T) {
 		t.Fatalf("keygen = %d %s%s", code, out, errs)
 	}
 	does("2.root.json", "root", "--to", list, "--keys", keys, "--timestamp-key", filepath.Join(dir, "next.key.pub"),
-		"--root-key", filepath.Join(keys, "root-1.key"), "--root-key", filepath.Join(dir, "next.key"), "--former-key", filepath.Join(keys, "root-2.key"))
+		"--root-key", filepath.Join(keys, "root-1.key"), "--root-key", filepath.Join(dir, "next.key"), "--former-key",
+		filepath.Join(keys, "root-2.key"))
 	all[1].State = api.Yanked
-	does("list      8,", "make", "--to", list, "--keys", keys, "--timestamp-key", filepath.Join(dir, "next.key"), "--server", server.URL)
+	does("list      8,", "make", "--to", list, "--keys", keys, "--timestamp-key", filepath.Join(dir, "next.key"),
+		"--server", server.URL)
 	newest := takes(8, snapshot.Yanked)
 
 	for _, row := range []struct {
@@ -94,15 +97,23 @@ func TestSnapshot(t *testing.T) {
 		{"no folder", []string{"make", "--keys", keys, "--server", server.URL}, fault.Usage, "--to"},
 		{"no server", []string{"make", "--keys", keys, "--to", list}, fault.Usage, "--server"},
 		{"no key", []string{"refresh", "--to", list}, fault.Usage, "hint:  add --keys FOLDER, or --timestamp-key KEY"},
-		{"a public key that is to sign", []string{"refresh", "--to", list, "--timestamp-key", filepath.Join(dir, "next.key.pub")}, fault.Usage, "cannot sign"},
-		{"the key of before", []string{"refresh", "--to", list, "--keys", keys}, fault.Usage, "sign with the keys that the newest root names"},
-		{"too few root keys", []string{"root", "--to", list, "--keys", keys, "--root-key", filepath.Join(keys, "root-1.key"), "--root-key", filepath.Join(dir, "next.key.pub")}, fault.Usage, "too few keys"},
-		{"a threshold of more than there are", []string{"root", "--to", list, "--keys", keys, "--threshold", "4"}, fault.Usage, "threshold 4 of 3"},
-		{"no list yet", []string{"refresh", "--to", filepath.Join(dir, "new"), "--keys", keys}, fault.Usage, "builder snapshot make"},
-		{"no root yet", []string{"make", "--to", filepath.Join(dir, "new"), "--keys", keys, "--server", server.URL}, fault.Usage, "builder snapshot root"},
+		{"a public key that is to sign",
+			[]string{"refresh", "--to", list, "--timestamp-key", filepath.Join(dir, "next.key.pub")}, fault.Usage,
+			"cannot sign"},
+		{"the key of before", []string{"refresh", "--to", list, "--keys", keys}, fault.Usage,
+			"sign with the keys that the newest root names"},
+		{"too few root keys", []string{"root", "--to", list, "--keys", keys, "--root-key", filepath.Join(keys, "root-1.key"),
+			"--root-key", filepath.Join(dir, "next.key.pub")}, fault.Usage, "too few keys"},
+		{"a threshold of more than there are", []string{"root", "--to", list, "--keys", keys, "--threshold", "4"},
+			fault.Usage, "threshold 4 of 3"},
+		{"no list yet", []string{"refresh", "--to", filepath.Join(dir, "new"), "--keys", keys}, fault.Usage,
+			"builder snapshot make"},
+		{"no root yet", []string{"make", "--to", filepath.Join(dir, "new"), "--keys", keys, "--server", server.URL},
+			fault.Usage, "builder snapshot root"},
 		{"keys that are there", []string{"keys", keys}, fault.Usage, "use another name"},
 		{"no life", []string{"refresh", "--to", list, "--keys", keys, "--life", "-1h"}, fault.Usage, "want a minute or more"},
-		{"an identity", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage, "signs no snapshot"},
+		{"an identity", []string{"refresh", "--to", list, "--timestamp-key", "keyless:x"}, fault.Usage,
+			"cannot sign a snapshot"},
 	} {
 		code, _, errs := run(t, append([]string{"snapshot"}, row.args...)...)
 		if code != row.kind.ExitCode() || !strings.Contains(errs, row.err) {
@@ -110,7 +121,8 @@ func TestSnapshot(t *testing.T) {
 		}
 	}
 	all = all[1:]
-	if code, _, errs := run(t, "snapshot", "make", "--to", list, "--keys", keys, "--timestamp-key", filepath.Join(dir, "next.key"), "--server", server.URL); code != fault.NoArtifact.ExitCode() {
+	if code, _, errs := run(t, "snapshot", "make", "--to", list, "--keys", keys, "--timestamp-key",
+		filepath.Join(dir, "next.key"), "--server", server.URL); code != fault.NoArtifact.ExitCode() {
 		t.Errorf("make of nothing = %d %s; want no artifact", code, errs)
 	}
 	if got := takes(8, snapshot.Yanked); got != newest { // nothing of that was published

@@ -18,6 +18,8 @@ func metricsFlag() ucli.Flag {
 
 // startTelemetry begins what --metrics-address and the OTEL_* environment ask
 // for. A command without that flag has traces only.
-func startTelemetry(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, log *slog.Logger) (*telemetry.Telemetry, error) {
-	return telemetry.Start(ctx, telemetry.Config{Version: version, MetricsAddress: cmd.String("metrics-address"), Cache: cache, Log: log})
+func startTelemetry(ctx context.Context, cmd *ucli.Command, cache *cas.Cache, log *slog.Logger) (*telemetry.Telemetry,
+	error) {
+	return telemetry.Start(ctx,
+		telemetry.Config{Version: version, MetricsAddress: cmd.String("metrics-address"), Cache: cache, Log: log})
 }

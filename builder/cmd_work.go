@@ -30,7 +30,7 @@ func workCommand() *ucli.Command {
 	}
 	id := cli.String("id", host, "`NAME` of this worker, one process each")
 	id.DefaultText = "the host's name"
-	grace := cli.Duration("grace", 0, "`TIME` for builds under way when told to stop")
+	grace := cli.Duration("grace", 0, "`TIME` that running builds have after a stop signal")
 	grace.DefaultText = "10m with --wish, 0 with --queue"
 	return cli.WithConfig(&ucli.Command{
 		Name:  "work",
@@ -40,7 +40,7 @@ func workCommand() *ucli.Command {
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),
-				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two looks"),
+				cli.Duration("interval", 15*time.Minute, "with --wish: `TIME` between two checks"),
 				cli.String("queue", "", "`URL` of the queue: sqlite:///PATH or postgres://…"),
 				cli.String("server", "http://127.0.0.1:8440", "`URL` of the server"),
 				cli.String("token", "", "the server's `TOKEN`, with scopes build and push"),
@@ -101,7 +101,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, cfg.Cache.Close()) }()
-	cfg.Cache.Say = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
+	cfg.Cache.Notify = func(text string) { log.WarnContext(ctx, "cache damaged", "err", text) }
 	server, err := serverURL(cmd)
 	if err != nil {
 		return err
@@ -124,8 +124,9 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 	defer stop()
 	return worker.Run(ctx, worker.Config{
 		Grace: cmd.Duration("grace"), Cancel: hard.Done(), Telemetry: tell,
-		ID: cmd.String("id"), State: cmd.String("state-dir"), QueueURL: cmd.String("queue"), Concurrency: cmd.Int("concurrency"),
-		Server: catalogue, Log: log,
+		ID: cmd.String("id"), State: cmd.String("state-dir"), QueueURL: cmd.String("queue"),
+		Concurrency: cmd.Int("concurrency"),
+		Server:      catalogue, Log: log,
 		Make: func(ctx context.Context, r pipeline.Request, out io.Writer, line *timeline.Run) (*pipeline.Result, error) {
 			res, err := pipeline.Run(ctx, cfg, r, out, line)
 			if _, terr := trimCache(ctx, cmd, cfg.Cache); terr != nil {
@@ -137,7 +138,7 @@ func runWork(ctx context.Context, cmd *ucli.Command) (err error) {
 }
 
 // embedded adds to a destination on the server itself what --server and --token
-// say already: its registry speaks what the API speaks, and takes its token.
+// say already: its registry uses the protocol of the API, and takes its token.
 func embedded(
 	server *url.URL,
 	token func() (string, error),

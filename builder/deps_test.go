@@ -3,16 +3,17 @@ package main
 import (
 	"testing"
 
-	"github.com/prebake/prebake/pkg/testkit/wall"
+	"github.com/prebake/prebake/pkg/testkit/importrule"
 )
 
-// TestDependencies keeps the walls up that the compiler does not.
+// TestDependencies tests import rules that the compiler does not.
 func TestDependencies(t *testing.T) {
 	t.Parallel()
-	wall.Bans(t, map[string]string{
-		"github.com/prebake/prebake/server":      "builders talk to the server over HTTP and the queue",
-		"github.com/prebake/prebake/fetcher":     "a node runs the builder, not the other way",
-		"github.com/go-chi/chi/v5":               "a builder serves nothing but its metrics: nobody may reach the signing key over the network",
+	importrule.CheckBanned(t, map[string]string{
+		"github.com/prebake/prebake/server":  "builders talk to the server over HTTP and the queue",
+		"github.com/prebake/prebake/fetcher": "a node runs the builder, not the other way",
+		"github.com/go-chi/chi/v5": "a builder serves nothing but its metrics: nobody may reach the signing " +
+			"key over the network",
 		"github.com/danielgtaylor/huma/v2":       "as above",
 		"cuelabs.dev/go/oci/ociregistry":         "the registry is the server's",
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
@@ -23,12 +24,14 @@ func TestDependencies(t *testing.T) {
 // TestHomes keeps one home for each heavy library.
 func TestHomes(t *testing.T) {
 	t.Parallel()
-	wall.Homes(t, "github.com/prebake/prebake/builder", []wall.Home{
-		{Lib: "github.com/prebake/prebake/pkg/queue", Package: "/internal/worker", Why: "only worker takes builds from the queue"},
-		{Lib: "github.com/sigstore/sigstore", Package: "/internal/sign", Why: "private keys live in sign"},
-		{Lib: "github.com/sigstore/sigstore-go", Package: "/internal/sign", Why: "private keys live in sign"},
-		{Lib: "go.opentelemetry.io/otel", Package: "/internal/telemetry", Why: "what leaves a builder is decided in one place"},
-		{Lib: "github.com/prometheus/client_golang", Package: "/internal/telemetry", Why: "as above"},
-		{Lib: "github.com/riverqueue/river", Why: "the queue lives in pkg/queue"},
+	importrule.CheckOwners(t, "github.com/prebake/prebake/builder", []importrule.Owner{
+		{Lib: "github.com/prebake/prebake/pkg/queue", Package: "/internal/worker",
+			Reason: "only worker takes builds from the queue"},
+		{Lib: "github.com/sigstore/sigstore", Package: "/internal/sign", Reason: "private keys live in sign"},
+		{Lib: "github.com/sigstore/sigstore-go", Package: "/internal/sign", Reason: "private keys live in sign"},
+		{Lib: "go.opentelemetry.io/otel", Package: "/internal/telemetry",
+			Reason: "what leaves a builder is decided in one place"},
+		{Lib: "github.com/prometheus/client_golang", Package: "/internal/telemetry", Reason: "as above"},
+		{Lib: "github.com/riverqueue/river", Reason: "the queue lives in pkg/queue"},
 	})
 }

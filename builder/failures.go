@@ -5,7 +5,7 @@ import (
 	"errors"
 	"fmt"
 
-	"github.com/prebake/prebake/builder/internal/farm"
+	"github.com/prebake/prebake/builder/internal/batch"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -13,25 +13,25 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// failureMemory keeps failures under the settings of this run. Builds of one cell
+// failureStore keeps failures under the settings of this run. Builds of one cell
 // and of wish lists share it.
-func failureMemory(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*farm.Memory, error) {
+func failureStore(cfg pipeline.Config, kernels, drivers *cosbucket.Bucket, forget bool) (*batch.FailureStore, error) {
 	host, err := sandbox.HostTools()
 	if err != nil {
 		return nil, err
 	}
 	how, signatures := cfg.Signing()
-	return &farm.Memory{
+	return &batch.FailureStore{
 		Facts: cfg.Cache, Kernels: kernels, Drivers: drivers, Version: version, BTF: cfg.BTF, Forget: forget,
 		Settings: fmt.Sprintf("%s, debug symbols %t, host tools %s", how, cfg.DebugSymbols, host), Signatures: signatures,
 	}, nil
 }
 
-// keepFailure remembers why a single build failed, so that a wish list does not
+// keepFailure records why a single build failed, so that a wish list does not
 // try the cell again. What failed before the inputs were there is not kept: they
 // may come.
 func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result, failed error) (err error) {
-	if ctx.Err() != nil || !farm.Lasting(fault.Of(failed), res) || res == nil || len(res.Phases) < 2 {
+	if ctx.Err() != nil || !batch.Permanent(fault.Of(failed), res) || res == nil || len(res.Phases) < 2 {
 		return nil
 	}
 	kernels, err := cosbucket.Open(ctx, cfg.KernelMirror)
@@ -44,9 +44,9 @@ func keepFailure(ctx context.Context, cfg pipeline.Config, res *pipeline.Result,
 		return err
 	}
 	defer func() { err = errors.Join(err, drivers.Close()) }()
-	memory, err := failureMemory(cfg, kernels, drivers, false)
+	memory, err := failureStore(cfg, kernels, drivers, false)
 	if err != nil {
 		return err
 	}
-	return memory.Remember(ctx, plan.Cell{Kernel: res.Kernel, Driver: res.Driver}, farm.FailureOf(failed))
+	return memory.Remember(ctx, plan.Cell{Kernel: res.Kernel, Driver: res.Driver}, batch.FailureOf(failed))
 }

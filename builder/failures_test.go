@@ -43,10 +43,11 @@ func TestKeepFailure(t *testing.T) {
 		phases []timeline.Phase
 		kept   bool
 	}{
-		"API break":               {apiBreak, []timeline.Phase{source, compile}, true},
-		"in the load test":        {apiBreak, []timeline.Phase{source, compile, {Name: "load test", Failed: true}}, false},
-		"before inputs came":      {apiBreak, []timeline.Phase{source}, false},
-		"something that may pass": {fault.New(fault.Transient, "connection reset", ""), []timeline.Phase{source, compile}, false},
+		"API break":          {apiBreak, []timeline.Phase{source, compile}, true},
+		"in the load test":   {apiBreak, []timeline.Phase{source, compile, {Name: "load test", Failed: true}}, false},
+		"before inputs came": {apiBreak, []timeline.Phase{source}, false},
+		"something that may pass": {fault.New(fault.Transient, "connection reset", ""), []timeline.Phase{source, compile},
+			false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -55,7 +56,8 @@ func TestKeepFailure(t *testing.T) {
 				t.Fatal(err)
 			}
 			t.Cleanup(func() { _ = cache.Close() })
-			cfg := pipeline.Config{KernelMirror: "file://" + dir + "/cos", DriverMirror: "file://" + dir + "/drivers", Cache: cache}
+			cfg := pipeline.Config{KernelMirror: "file://" + dir + "/cos", DriverMirror: "file://" + dir + "/drivers",
+				Cache: cache}
 			res := &pipeline.Result{Kernel: kernel, Driver: driver, Phases: row.phases}
 			if err := keepFailure(t.Context(), cfg, res, row.err); err != nil {
 				t.Fatal(err)
@@ -70,13 +72,13 @@ func TestKeepFailure(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer drivers.Close()
-			memory, err := failureMemory(cfg, kernels, drivers, false)
+			memory, err := failureStore(cfg, kernels, drivers, false)
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, ok := memory.Recall(t.Context(), plan.Cell{Kernel: kernel, Driver: driver})
+			got, ok := memory.Find(t.Context(), plan.Cell{Kernel: kernel, Driver: driver})
 			if ok != row.kept || ok && got.Class != fault.APIBreak {
-				t.Errorf("Recall = %+v, %t; want %t", got, ok, row.kept)
+				t.Errorf("Find = %+v, %t; want %t", got, ok, row.kept)
 			}
 		})
 	}

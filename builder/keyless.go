@@ -33,7 +33,7 @@ func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(missing(cmd, "trusted-root"), "key")
 	}
-	return alien(cmd, "a key of one's own", "identity-token")
+	return refuseFlags(cmd, "a key of one's own", "identity-token")
 }
 
 // keyOptions says how the key is loaded that --key names.
@@ -55,7 +55,8 @@ func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 	for _, file := range cmd.StringSlice("public-key") {
 		text, err := os.ReadFile(file)
 		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public key: %w", err), "give the FILE.pub that builder keygen wrote")
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public key: %w", err),
+				"give the FILE.pub that builder keygen wrote")
 		}
 		keys, err := trust.ParsePublicKeys(text)
 		if err != nil {
@@ -63,7 +64,8 @@ func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 		}
 		policy.Keys = append(policy.Keys, keys...)
 	}
-	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"), Issuer: cmd.String("certificate-oidc-issuer")}
+	who := trust.Identity{Subject: cmd.String("certificate-identity"), Pattern: cmd.String("certificate-identity-regexp"),
+		Issuer: cmd.String("certificate-oidc-issuer")}
 	if who != (trust.Identity{}) {
 		if err := missing(cmd, "trusted-root"); err != nil {
 			return nil, err
@@ -75,7 +77,8 @@ func trusted(cmd *ucli.Command) (*trust.Verifier, error) {
 		policy.Root, policy.Identities = root, []trust.Identity{who}
 	}
 	if len(policy.Keys)+len(policy.Identities) == 0 {
-		return nil, fault.New(fault.Usage, "nobody's provenance is believed", "add --public-key FILE, or --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
+		return nil, fault.New(fault.Usage, "no key is trusted for provenance",
+			"add --public-key FILE, or --trusted-root FILE with --certificate-identity NAME and --certificate-oidc-issuer URL")
 	}
 	return trust.NewVerifier(policy)
 }
@@ -89,7 +92,8 @@ func identityToken(file string) ([]byte, error) {
 		err = errors.New("there is none")
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err), "name the file with an OpenID Connect token: --identity-token FILE, or set "+envToken)
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read identity token: %w", err),
+			"name the file with an OpenID Connect token: --identity-token FILE, or set "+envToken)
 	}
 	return token, nil
 }

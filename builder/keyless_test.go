@@ -36,7 +36,8 @@ func TestKeylessFlags(t *testing.T) {
 
 	// What doctor says about the key, by its level; the rest is the machine's.
 	try := func(args ...string) (level, text string) {
-		_, out, errs := run(t, append([]string{"doctor", "--cache", filepath.Join(dir, "cache"), "--output", "json", "--key", ref, "--trusted-root", trusted}, args...)...)
+		_, out, errs := run(t, append([]string{"doctor", "--cache", filepath.Join(dir, "cache"), "--output", "json", "--key",
+			ref, "--trusted-root", trusted}, args...)...)
 		var r doctor.Report
 		if err := json.Unmarshal([]byte(out), &r); err != nil {
 			t.Fatalf("doctor %v = %s%s: %v", args, out, errs, err)
@@ -52,7 +53,8 @@ func TestKeylessFlags(t *testing.T) {
 	if level, text := try("--identity-token", token); level != string(doctor.OK) {
 		t.Errorf("with a token in a file: %s %s", level, text)
 	}
-	for name, args := range map[string][]string{"none": nil, "in no file": {"--identity-token", token + "x"}, "in an empty file": {"--identity-token", empty}} {
+	for name, args := range map[string][]string{"none": nil, "in no file": {"--identity-token", token + "x"},
+		"in an empty file": {"--identity-token", empty}} {
 		if level, text := try(args...); level == string(doctor.OK) || !strings.Contains(text, "--identity-token FILE") {
 			t.Errorf("token %s: %s %s; want a hint", name, level, text)
 		}
@@ -63,12 +65,15 @@ func TestKeylessFlags(t *testing.T) {
 	}
 
 	build := func(more ...string) []string {
-		return append([]string{"build", "--build-id", "17800.0.9", "--to", "oci:" + filepath.Join(dir, "layout"), "--cache", filepath.Join(dir, "cache")}, more...)
+		return append([]string{"build", "--build-id", "17800.0.9", "--to", "oci:" + filepath.Join(dir, "layout"), "--cache",
+			filepath.Join(dir, "cache")}, more...)
 	}
 	reproduce := func(more ...string) []string {
-		return append([]string{"reproduce", "oci:" + filepath.Join(dir, "none") + ":tag", "--cache", filepath.Join(dir, "cache")}, more...)
+		return append([]string{"reproduce", "oci:" + filepath.Join(dir, "none") + ":tag", "--cache",
+			filepath.Join(dir, "cache")}, more...)
 	}
-	someone := []string{"--certificate-identity", "farm@example.com", "--certificate-oidc-issuer", "https://login.example.com"}
+	someone := []string{"--certificate-identity", "farm@example.com", "--certificate-oidc-issuer",
+		"https://login.example.com"}
 	for _, row := range []struct {
 		name string
 		args []string
@@ -76,19 +81,22 @@ func TestKeylessFlags(t *testing.T) {
 	}{
 		{"no root", build("--key", ref), "missing: --trusted-root"},
 		{"another root", build("--key", ref, "--trusted-root", key), "hint:  give a Sigstore trusted_root.json"},
-		{"a token for a key", build("--key", key, "--identity-token", token), "--identity-token means nothing"},
+		{"a token for a key", build("--key", key, "--identity-token", token), "--identity-token has no effect"},
 		{"nobody to believe", reproduce(), "hint:  add --public-key FILE, or --trusted-root FILE"},
 		{"an identity, and no root", reproduce(someone...), "missing: --trusted-root"},
 		{"a root, and no identity", reproduce("--trusted-root", trusted), "hint:  add --public-key FILE, or"},
-		{"an identity without issuer", reproduce("--trusted-root", trusted, "--certificate-identity", "x"), "name the subject and the issuer"},
-		{"attesting without root", reproduce("--public-key", key+".pub", "--attest", "--key", ref), "missing: --trusted-root"},
+		{"an identity without issuer", reproduce("--trusted-root", trusted, "--certificate-identity", "x"),
+			"name the subject and the issuer"},
+		{"attesting without root", reproduce("--public-key", key+".pub", "--attest", "--key", ref),
+			"missing: --trusted-root"},
 	} {
 		if code, out, errs := run(t, row.args...); code != 2 || out != "" || !strings.Contains(errs, row.err) {
 			t.Errorf("%s: %v = %d\n%s%s\nwant 2 with %q and nothing on stdout", row.name, row.args, code, out, errs, row.err)
 		}
 	}
 	// All that is missing now is the artifact.
-	if code, _, errs := run(t, reproduce(append(someone, "--trusted-root", trusted, "--attest", "--key", ref)...)...); code == 2 || code == 0 {
+	if code, _, errs := run(t,
+		reproduce(append(someone, "--trusted-root", trusted, "--attest", "--key", ref)...)...); code == 2 || code == 0 {
 		t.Errorf("reproduce for an identity = %d %s; want it to look for the artifact", code, errs)
 	}
 }

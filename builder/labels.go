@@ -6,7 +6,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
-	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/plan"
 	"github.com/prebake/prebake/pkg/target"
@@ -23,9 +23,11 @@ func labelsOf(cmd *ucli.Command, flavour target.Flavour) ([]string, error) {
 	switch {
 	case len(labels) == 0:
 	case flavour != target.Open:
-		return nil, fault.New(fault.Usage, "--label means nothing with --flavour "+string(flavour), "COS's own installer takes no other than the open flavour from a bucket: --flavour open")
-	case !slices.ContainsFunc(cmd.StringSlice("to"), twin.Is):
-		return nil, fault.New(fault.Usage, "--label means nothing without a bucket", "add --to gs://BUCKET/PREFIX or --to file:///FOLDER")
+		return nil, fault.New(fault.Usage, "--label has no effect with --flavour "+string(flavour),
+			"COS's own installer takes only the open flavour from a bucket: --flavour open")
+	case !slices.ContainsFunc(cmd.StringSlice("to"), tarball.Is):
+		return nil, fault.New(fault.Usage, "--label has no effect without a bucket",
+			"add --to gs://BUCKET/PREFIX or --to file:///FOLDER")
 	}
 	return labels, nil
 }
@@ -35,5 +37,5 @@ func (m *matrix) label(ctx context.Context, p *plan.Plan, note func(string)) err
 	if ctx.Err() != nil { // told to stop, which the report says
 		return nil
 	}
-	return m.places.Label(ctx, p, m.cfg.BuilderID, m.kernels, note)
+	return m.destinations.Label(ctx, p, m.cfg.BuilderID, m.kernels, note)
 }

@@ -41,7 +41,7 @@ func (m *matrix) refused(ctx context.Context, p *plan.Plan) (notes []string, err
 		}
 	}
 	slices.Sort(flavours)
-	check := func(name string, place licence.Place) error {
+	check := func(name string, place licence.Destination) error {
 		for _, f := range flavours {
 			switch err := m.cfg.Licence.Check(ctx, name, place, f); {
 			case fault.Is(err, fault.PublishRefused):
@@ -52,12 +52,12 @@ func (m *matrix) refused(ctx context.Context, p *plan.Plan) (notes []string, err
 		}
 		return nil
 	}
-	for _, repo := range m.places.Repositories {
+	for _, repo := range m.destinations.Repositories {
 		if err := check(repo.Name(), repo); err != nil {
 			return nil, err
 		}
 	}
-	for _, b := range m.places.Buckets {
+	for _, b := range m.destinations.Buckets {
 		if err := check(b.URL(""), b); err != nil {
 			return nil, err
 		}

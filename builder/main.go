@@ -22,7 +22,7 @@ func main() {
 func root() *ucli.Command {
 	return cli.Examples(&ucli.Command{
 		Name:    "builder",
-		Usage:   "compile, prove, sign and publish NVIDIA drivers for COS kernels",
+		Usage:   "compile, test, sign and publish NVIDIA drivers for COS kernels",
 		Version: version,
 		Commands: []*ucli.Command{
 			buildCommand(),

@@ -37,11 +37,13 @@ func TestOperator(t *testing.T) {
 		t.Fatal(err)
 	}
 	build := func(more ...string) []string {
-		return append([]string{"build", "--build-id", "17800.0.9", "--driver", "535.261.03", "--kernel-mirror", "file://" + bucket, "--driver-mirror", "file://" + bucket,
+		return append([]string{"build", "--build-id", "17800.0.9", "--driver", "535.261.03", "--kernel-mirror",
+			"file://" + bucket, "--driver-mirror", "file://" + bucket,
 			"--to", "oci:" + filepath.Join(dir, "layout"), "--key", key, "--cache", filepath.Join(dir, "cache")}, more...)
 	}
 	work := func(more ...string) []string {
-		return append([]string{"work", "--to", "oci:" + filepath.Join(dir, "layout"), "--key", key, "--cache", filepath.Join(dir, "cache"), "--state", filepath.Join(dir, "state")}, more...)
+		return append([]string{"work", "--to", "oci:" + filepath.Join(dir, "layout"), "--key", key, "--cache",
+			filepath.Join(dir, "cache"), "--state", filepath.Join(dir, "state")}, more...)
 	}
 	rows := []struct {
 		name string
@@ -57,9 +59,11 @@ func TestOperator(t *testing.T) {
 		{"bad flavour", build("--flavour", "sweet"), 2, "hint:  see builder build --help"},
 		{"bad load test", build("--load-test", "maybe"), 2, "auto, require or off"},
 		{"bad mode of Google's signatures", build("--google-signatures", "maybe"), 2, "auto, require or off"},
-		{"two signatures for a module", build("--google-signatures", "require", "--module-key", key, "--module-cert", key), 2, "--module-key means nothing with --google-signatures require"},
-		{"Google's modules, signed again", build("--google-modules", "--module-key", key), 2, "--module-key means nothing with --google-modules"},
-		{"Google's modules, with types", build("--google-modules", "--btf"), 2, "--btf means nothing with --google-modules"},
+		{"two signatures for a module", build("--google-signatures", "require", "--module-key", key, "--module-cert", key), 2,
+			"--module-key has no effect with --google-signatures require"},
+		{"Google's modules, signed again", build("--google-modules", "--module-key", key), 2,
+			"--module-key has no effect with --google-modules"},
+		{"Google's modules, with types", build("--google-modules", "--btf"), 2, "--btf has no effect with --google-modules"},
 		{"a certificate without its key", build("--module-cert", key), 2, "--module-key and --module-cert go together"},
 		{"COS build that the bucket lacks", build(), fault.InputMissing.ExitCode(), "hint:  check BUILD_ID"},
 		{"no queue", work(), 2, "queue"},
@@ -69,7 +73,8 @@ func TestOperator(t *testing.T) {
 	for _, row := range rows {
 		code, out, errs := run(t, row.args...)
 		if code != row.code || out != "" || !strings.Contains(errs, row.err) {
-			t.Errorf("%s: %v = %d\n%s%s\nwant %d with %q and nothing on stdout", row.name, row.args, code, out, errs, row.code, row.err)
+			t.Errorf("%s: %v = %d\n%s%s\nwant %d with %q and nothing on stdout", row.name, row.args, code, out, errs, row.code,
+				row.err)
 		}
 	}
 	// The log of the failed build tells the same, and no lock is left.
@@ -97,14 +102,16 @@ func TestEmbedded(t *testing.T) {
 		destination      string
 		configured, want registry.Options
 	}{
-		{"prebake.svc:8440/prebake/driver", registry.Options{}, registry.Options{Username: "token", Password: "secret", Plain: true}},
+		{"prebake.svc:8440/prebake/driver", registry.Options{},
+			registry.Options{Username: "token", Password: "secret", Plain: true}},
 		{"prebake.svc:8440/prebake/driver", named, registry.Options{Username: "me", Password: "mine", Plain: true}},
 		{"prebake.svc/prebake/driver", registry.Options{}, registry.Options{}},
 		{"ghcr.io/x/prebake.svc:8440", named, named},
 		{"oci:/x", registry.Options{}, registry.Options{}},
 	}
 	for _, row := range rows {
-		got := embedded(server, func() (string, error) { return "secret", nil }, func(string) registry.Options { return row.configured })(row.destination)
+		got := embedded(server, func() (string, error) { return "secret", nil },
+			func(string) registry.Options { return row.configured })(row.destination)
 		if diff := cmp.Diff(row.want, got); diff != "" {
 			t.Errorf("options of %s (-want +got):\n%s", row.destination, diff)
 		}

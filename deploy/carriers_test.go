@@ -30,7 +30,8 @@ func TestCarriers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),
+		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 	s.Publish(t, repo)
 	want := tree(t, unpacked(t, repo, s))
 	passing := distribution.StartMirror(t, r.URL)
@@ -61,7 +62,8 @@ func TestCarriers(t *testing.T) {
 		t.Errorf("Manifest through the mirror = %v; want nil", err)
 	}
 	if got, err := through.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle); err != nil || len(got) != 0 {
-		t.Errorf("Attached through the mirror = %d, %v; want none: then docs/how-to/carriers.md is out of date", len(got), err)
+		t.Errorf("Attached through the mirror = %d, %v; want none: then docs/how-to/carriers.md is out of date", len(got),
+			err)
 	}
 }
 
@@ -72,7 +74,8 @@ func hostsDir(t *testing.T, registry, mirror string) string {
 	if err := os.MkdirAll(filepath.Join(dir, registry), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	text := fmt.Sprintf("server = \"https://%s\"\n\n[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n", registry, mirror)
+	text := fmt.Sprintf("server = \"https://%s\"\n\n[host.\"http://%s\"]\n  capabilities = [\"pull\", \"resolve\"]\n",
+		registry, mirror)
 	if err := os.WriteFile(filepath.Join(dir, registry, "hosts.toml"), []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -41,7 +41,8 @@ func TestCIScripts(t *testing.T) {
 	t.Parallel()
 	r := startServer(t)
 	r.publish(t, "17800.66.90", "535.261.03")
-	if _, err := r.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"}); err != nil {
+	if _, err := r.Client.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"}); err != nil {
 		t.Fatal(err)
 	}
 	summary := filepath.Join(t.TempDir(), "summary.md")
@@ -57,7 +58,8 @@ func TestCIScripts(t *testing.T) {
 	}{
 		{"announce", "announce.sh", withToken, []string{"17800.66.78"}, 0, "17800.66.78", ""},
 		{"announce again", "announce.sh", withToken, []string{"17800.66.78"}, 0, "17800.66.78", ""},
-		{"announce a list", "announce.sh", append(slices.Clone(withToken), "PREBAKE_BUILD_IDS=17800.66.78\n17800.66.90 "), nil, 0, "17800.66.90", ""},
+		{"announce a list", "announce.sh", append(slices.Clone(withToken), "PREBAKE_BUILD_IDS=17800.66.78\n17800.66.90 "),
+			nil, 0, "17800.66.90", ""},
 		{
 			"one that the mirror has not, and one that it has", "announce.sh", withToken, []string{"17800.1.1", "17800.66.90"},
 			fault.InputMissing.ExitCode(), "17800.66.90", "17800.1.1",
@@ -69,30 +71,37 @@ func TestCIScripts(t *testing.T) {
 		{"server away", "announce.sh", away, []string{"17800.66.78"}, fault.Transient.ExitCode(), "", "hint:"},
 
 		{"may move", "preflight.sh", to, []string{"17800.66.90:lakitu:535.261.03"}, 0, "== 17800.66.90", ""},
-		{"may not yet", "preflight.sh", to, []string{"17800.66.78:lakitu:535.261.03"}, fault.NoArtifact.ExitCode(), "state      unknown", "hint:"},
-		{"is being built", "preflight.sh", to, []string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(), "state      queued", "server watch"},
+		{"may not yet", "preflight.sh", to, []string{"17800.66.78:lakitu:535.261.03"}, fault.NoArtifact.ExitCode(),
+			"state      unknown", "hint:"},
+		{"is being built", "preflight.sh", to, []string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(),
+			"state      queued", "server watch"},
 		{
 			"one is being built, one is not covered", "preflight.sh", append(slices.Clone(to), "GITHUB_STEP_SUMMARY="+summary),
 			[]string{"17800.66.78:lakitu:535.261.03", "17800.66.78:lakitu:550.54.15", "17800.66.90:lakitu:535.261.03"},
 			fault.NoArtifact.ExitCode(), "== 17800.66.90", "is queued",
 		},
 		{
-			"one of two may not", "preflight.sh", append(slices.Clone(to), "PREBAKE_POOLS=17800.66.78 17800.66.90:lakitu:R535:proprietary"), nil,
+			"one of two may not", "preflight.sh",
+			append(slices.Clone(to), "PREBAKE_POOLS=17800.66.78 17800.66.90:lakitu:R535:proprietary"), nil,
 			fault.NoArtifact.ExitCode(), "== 17800.66.90", "hint:",
 		},
-		{"waits, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"), []string{"17800.66.78"}, fault.NoArtifact.ExitCode(), "", "is unknown"},
-		{"waits for what is built, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"), []string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(), "", "is queued"},
+		{"waits, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"), []string{"17800.66.78"},
+			fault.NoArtifact.ExitCode(), "", "is unknown"},
+		{"waits for what is built, and in vain", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=1"),
+			[]string{"17800.66.78:lakitu:550.54.15"}, fault.Pending.ExitCode(), "", "is queued"},
 		{"no such driver", "preflight.sh", to, []string{"17800.66.90:lakitu:new"}, 2, "", "hint:"},
 		{"no pool", "preflight.sh", to, nil, 2, "", "no node pool is named"},
 		{"a flag for a pool", "preflight.sh", to, []string{"--help"}, 2, "", "begins with no COS build"},
 		{"a flag for a driver", "preflight.sh", to, []string{"17800.66.90:lakitu:--help"}, 2, "", "hint:"},
-		{"no number", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=long"), []string{"17800.66.90"}, 2, "", "PREBAKE_WAIT"},
+		{"no number", "preflight.sh", append(slices.Clone(to), "PREBAKE_WAIT=long"), []string{"17800.66.90"}, 2, "",
+			"PREBAKE_WAIT"},
 		{"preflight, server away", "preflight.sh", away, []string{"17800.66.90"}, fault.Transient.ExitCode(), "", "hint:"},
 	}
 	for _, row := range rows {
 		code, out, errs := script(t, row.script, row.env, row.args...)
 		if code != row.code || !strings.Contains(out, row.out) || !strings.Contains(errs, row.err) {
-			t.Errorf("%s: %s %v = %d\n%s%s\nwant %d with %q and %q", row.name, row.script, row.args, code, out, errs, row.code, row.out, row.err)
+			t.Errorf("%s: %s %v = %d\n%s%s\nwant %d with %q and %q", row.name, row.script, row.args, code, out, errs, row.code,
+				row.out, row.err)
 		}
 		if strings.Contains(out+errs, secret) {
 			t.Errorf("%s: the token is in what was printed", row.name)
@@ -120,7 +129,8 @@ func TestPreflightWaits(t *testing.T) {
 	summary := filepath.Join(t.TempDir(), "summary.md")
 	cmd := exec.CommandContext(t.Context(), "ci/preflight.sh", "17800.66.78:lakitu:535.261.03")
 	cmd.Env = []string{
-		"PATH=" + os.Getenv("PATH"), "PREBAKE_SERVER=" + r.URL, "PREBAKE_PROGRAM=" + r.Binary, "PREBAKE_PAUSE=0.1", "PREBAKE_WAIT=60",
+		"PATH=" + os.Getenv("PATH"), "PREBAKE_SERVER=" + r.URL, "PREBAKE_PROGRAM=" + r.Binary, "PREBAKE_PAUSE=0.1",
+		"PREBAKE_WAIT=60",
 		"GITHUB_STEP_SUMMARY=" + summary,
 	}
 	stdout, err := cmd.StdoutPipe()
@@ -156,12 +166,15 @@ func TestCIScriptsRunAnImage(t *testing.T) {
 	bin := t.TempDir()
 	// Stands in for Docker: runs the program with those variables only that were named.
 	docker := "#!/bin/bash\nset -eu\n[[ \"$1 $2 $3\" == 'run --rm --network=host' ]]\nshift 3\nwith=()\n" +
-		"while [[ $1 == -e ]]; do with+=(\"$2=${!2-}\"); shift 2; done\n[[ $1 == ghcr.io/prebake/server:1 ]]\nshift\nexec env -i \"${with[@]}\" " + r.Binary + " \"$@\"\n"
+		"while [[ $1 == -e ]]; do with+=(\"$2=${!2-}\"); shift 2; done\n[[ $1 == ghcr.io/prebake/server:1 ]]\nshift\nexec " +
+		"env -i \"${with[@]}\" " + r.Binary + " \"$@\"\n"
 	if err := os.WriteFile(filepath.Join(bin, "docker"), []byte(docker), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	env := []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "PREBAKE_SERVER=" + r.URL, "PREBAKE_TOKEN=" + secret, "PREBAKE_IMAGE=ghcr.io/prebake/server:1"}
-	if code, out, errs := script(t, "announce.sh", env, "17800.66.78"); code != 0 || !strings.Contains(out, "17800.66.78") {
+	env := []string{"PATH=" + bin + ":" + os.Getenv("PATH"), "PREBAKE_SERVER=" + r.URL, "PREBAKE_TOKEN=" + secret,
+		"PREBAKE_IMAGE=ghcr.io/prebake/server:1"}
+	if code, out, errs := script(t, "announce.sh", env, "17800.66.78"); code != 0 ||
+		!strings.Contains(out, "17800.66.78") {
 		t.Errorf("announce.sh with an image = %d\n%s%s", code, out, errs)
 	}
 	if code, out, errs := script(t, "preflight.sh", env, "17800.66.78"); code != fault.NoArtifact.ExitCode() {
@@ -231,7 +244,8 @@ func TestGitHubFiles(t *testing.T) {
 	t.Parallel()
 	action := read(t, "deploy/ci/action.yml")
 	dir := t.TempDir()
-	for name, text := range map[string]string{"deploy/ci/action.yml": action, ".git/HEAD": "ref: refs/heads/main\n", ".github/workflows/w.yml": ""} {
+	for name, text := range map[string]string{"deploy/ci/action.yml": action, ".git/HEAD": "ref: refs/heads/main\n",
+		".github/workflows/w.yml": ""} {
 		path := filepath.Join(dir, name)
 		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o600)); err != nil {
 			t.Fatal(err)
@@ -282,7 +296,8 @@ func TestGitHubFiles(t *testing.T) {
 		if strings.Contains(step.Run, "${{") || step.Shell != "bash" {
 			t.Errorf("step %q with shell %q; want bash, and inputs by the environment", step.Run, step.Shell)
 		}
-		if name := strings.Trim(filepath.Base(step.Run), `"'`); !strings.HasSuffix(name, ".sh") || read(t, "deploy/ci/"+name) == "" {
+		if name := strings.Trim(filepath.Base(step.Run), `"'`); !strings.HasSuffix(name, ".sh") ||
+			read(t, "deploy/ci/"+name) == "" {
 			t.Errorf("step runs %q", step.Run)
 		}
 		texts := []string{step.If}

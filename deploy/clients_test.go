@@ -39,7 +39,8 @@ func newClient(t *testing.T, r running) client {
 	t.Helper()
 	for _, program := range stockClients {
 		if _, err := exec.LookPath(program); err != nil {
-			t.Skipf("%s is not on PATH: want %s, see deploy/tool.sh and deploy/setup.sh test", program, strings.Join(stockClients, ", "))
+			t.Skipf("%s is not on PATH: want %s, see deploy/tool.sh and deploy/setup.sh test", program,
+				strings.Join(stockClients, ", "))
 		}
 	}
 	return client{t, t.TempDir(), r.Host}
@@ -86,7 +87,7 @@ func (c client) refused(why, program string, args ...string) {
 	}
 }
 
-// has compares what the registry holds under a name with want; "" is nothing. It asks
+// has compares what the registry holds under a name with want; "" means nothing. It asks
 // with a library that none of the clients use, and without credentials.
 func (c client) has(ref, want string) {
 	c.t.Helper()
@@ -161,20 +162,24 @@ func orasClient(c client) {
 	if err := os.WriteFile(filepath.Join(c.home, "notes.txt"), []byte("some notes\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	push := []string{"push", "--plain-http", "--artifact-type", "application/vnd.example.notes", repo + ":v1", "notes.txt:text/plain"}
+	push := []string{"push", "--plain-http", "--artifact-type", "application/vnd.example.notes", repo + ":v1",
+		"notes.txt:text/plain"}
 	c.refused("nobody is logged in", "oras", push...)
 	c.refused("the password is none", "oras", append(push, "-u", "x", "-p", "wrong")...)
 	c.login("oras", "login", "--plain-http", "-u", "prebake", "--password-stdin", c.host)
 	c.must("oras", push...)
 	digest := c.must("oras", "resolve", "--plain-http", repo+":v1")
 	c.has("oras/files:v1", digest)
-	c.must("oras", "attach", "--plain-http", "--artifact-type", "application/vnd.example.signature", repo+":v1", "--annotation", "is=signed")
-	if out := c.must("oras", "discover", "--plain-http", "--format", "json", repo+":v1"); strings.Count(out, "application/vnd.example.signature") != 1 {
+	c.must("oras", "attach", "--plain-http", "--artifact-type", "application/vnd.example.signature", repo+":v1",
+		"--annotation", "is=signed")
+	if out := c.must("oras", "discover", "--plain-http", "--format", "json", repo+":v1"); strings.Count(out,
+		"application/vnd.example.signature") != 1 {
 		t.Errorf("oras discover = %s; want what was attached", out)
 	}
 	c.must("oras", "cp", "--recursive", "--from-plain-http", "--to-plain-http", repo+":v1", other+":v1,v2")
 	c.has("oras/copy:v2", digest)
-	if out := c.must("oras", "discover", "--plain-http", "--format", "json", other+":v2"); strings.Count(out, "application/vnd.example.signature") != 1 {
+	if out := c.must("oras", "discover", "--plain-http", "--format", "json", other+":v2"); strings.Count(out,
+		"application/vnd.example.signature") != 1 {
 		t.Errorf("oras discover of the copy = %s; want what was attached", out)
 	}
 	if got := c.must("oras", "repo", "tags", "--plain-http", other); got != "v1\nv2" {
@@ -185,7 +190,8 @@ func orasClient(c client) {
 	}
 	c.must("oras", "logout", c.host)
 	c.must("oras", "pull", "--plain-http", "-o", "pulled", other+":v1")
-	if text, err := os.ReadFile(filepath.Join(c.home, "pulled", "notes.txt")); err != nil || string(text) != "some notes\n" {
+	if text, err := os.ReadFile(filepath.Join(c.home, "pulled", "notes.txt")); err != nil ||
+		string(text) != "some notes\n" {
 		t.Errorf("oras pull left %q, %v; want the file", text, err)
 	}
 	c.refused("nobody is logged in", "oras", "manifest", "delete", "--plain-http", "--force", other+"@"+digest)
@@ -228,7 +234,8 @@ func skopeoClient(c client) {
 	repo, other := "docker://"+c.host+"/skopeo/image", "docker://"+c.host+"/skopeo/copy"
 	imageLayout(t, filepath.Join(c.home, "layout"))
 	cp := func(from, to string) []string {
-		return []string{"--insecure-policy", "copy", "--all", "--digestfile", "digest", "--src-tls-verify=false", "--dest-tls-verify=false", from, to}
+		return []string{"--insecure-policy", "copy", "--all", "--digestfile", "digest", "--src-tls-verify=false",
+			"--dest-tls-verify=false", from, to}
 	}
 	c.refused("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
@@ -242,7 +249,8 @@ func skopeoClient(c client) {
 	c.must("skopeo", cp(repo+":v1", other+":v1")...)
 	c.must("skopeo", cp(repo+":v1", other+":v2")...)
 	c.has("skopeo/copy:v2", digest)
-	if got := c.must("skopeo", "list-tags", "--tls-verify=false", other); !strings.Contains(got, `"v1"`) || !strings.Contains(got, `"v2"`) {
+	if got := c.must("skopeo", "list-tags", "--tls-verify=false", other); !strings.Contains(got, `"v1"`) ||
+		!strings.Contains(got, `"v2"`) {
 		t.Errorf("skopeo list-tags = %s; want both", got)
 	}
 	c.must("skopeo", "logout", c.host)
@@ -301,7 +309,8 @@ func startContainerd(c client) string {
 	socket := filepath.Join(dir, "s")
 	file := filepath.Join(dir, "config.toml")
 	// Nothing is run: no CRI, which would want a network and /opt.
-	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", \"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = %q\n",
+	text := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\", "+
+		"\"io.containerd.internal.v1.opt\"]\n[grpc]\naddress = %q\n",
 		filepath.Join(dir, "root"), filepath.Join(dir, "state"), socket)
 	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 		t.Fatal(err)

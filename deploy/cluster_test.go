@@ -20,9 +20,12 @@ import (
 // publishes their definition and the file in it.
 var foreignKinds = []struct{ module, file string }{
 	{"github.com/kedacore/keda/v2@v2.21.0", "config/crd/bases/keda.sh_scaledobjects.yaml"},
-	{"github.com/prometheus-operator/prometheus-operator@v0.85.0", "example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"},
-	{"github.com/prometheus-operator/prometheus-operator@v0.85.0", "example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml"},
-	{"github.com/prometheus-operator/prometheus-operator@v0.85.0", "example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"},
+	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
+		"example/prometheus-operator-crd/monitoring.coreos.com_podmonitors.yaml"},
+	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
+		"example/prometheus-operator-crd/monitoring.coreos.com_prometheusrules.yaml"},
+	{"github.com/prometheus-operator/prometheus-operator@v0.85.0",
+		"example/prometheus-operator-crd/monitoring.coreos.com_servicemonitors.yaml"},
 }
 
 // moduleFile reads a file of a Go module, which is fetched where it is not in Go's cache.
@@ -59,7 +62,8 @@ func whole(t *testing.T, components ...string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to + "/overlays/gke]\ncomponents:\n"
+	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to +
+		"/overlays/gke]\ncomponents:\n"
 	for _, c := range components {
 		text += "  - " + to + "/components/" + c + "\n"
 	}
@@ -99,7 +103,8 @@ func TestClusterTakesComponents(t *testing.T) {
 		}
 		if i == 0 {
 			// KEDA's doing: what it set must outlive the next apply.
-			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder", "--replicas=7"); err != nil {
+			if _, err := c.Kubectl("", "-n", "prebake-privileged", "scale", "deployment", "prebake-builder",
+				"--replicas=7"); err != nil {
 				t.Fatal(err)
 			}
 			first = applied(t, c, rendered)
@@ -109,24 +114,28 @@ func TestClusterTakesComponents(t *testing.T) {
 			t.Errorf("the second apply changed (-first +second):\n%s", diff)
 		}
 	}
-	if got, err := c.Kubectl("", "-n", "prebake-privileged", "get", "deployment", "prebake-builder", "-o", "jsonpath={.spec.replicas}"); err != nil || got != "7" {
+	if got, err := c.Kubectl("", "-n", "prebake-privileged", "get", "deployment", "prebake-builder", "-o",
+		"jsonpath={.spec.replicas}"); err != nil || got != "7" {
 		t.Errorf("after the second apply there are %q builders, %v; want the 7 that KEDA wanted", got, err)
 	}
-	for _, want := range []string{"ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "PodDisruptionBudget", "NetworkPolicy", "ConfigMap"} {
+	for _, want := range []string{"ScaledObject", "ServiceMonitor", "PodMonitor", "PrometheusRule", "PodDisruptionBudget",
+		"NetworkPolicy", "ConfigMap"} {
 		if !strings.Contains(rendered, "\nkind: "+want+"\n") {
 			t.Errorf("there is no %s", want)
 		}
 	}
 	// The definitions have teeth: a member that they lack is refused.
 	for _, row := range []struct{ name, from, to string }{
-		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"}, {"monitor", "scrapeTimeout:", "scrapeTimeOut:"},
+		{"KEDA", "pollingInterval:", "poolingInterval:"}, {"rules", "expr: absent", "query: absent"},
+		{"monitor", "scrapeTimeout:", "scrapeTimeOut:"},
 		{"policy", "policyTypes:", "policyKinds:"}, {"budget", "maxUnavailable: 1", "maxUnavailable: []"},
 	} {
 		bad := strings.Replace(rendered, row.from, row.to, 1)
 		if bad == rendered {
 			t.Fatalf("%s: the manifests have no %q", row.name, row.from)
 		}
-		if _, err := c.Kubectl(bad, "apply", "--server-side", "--validate=strict", "--dry-run=server", "-f", "-"); err == nil {
+		if _, err := c.Kubectl(bad, "apply", "--server-side", "--validate=strict", "--dry-run=server", "-f",
+			"-"); err == nil {
 			t.Errorf("%s: %q was taken", row.name, row.to)
 		}
 	}

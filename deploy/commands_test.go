@@ -41,7 +41,8 @@ func TestFlagsAgree(t *testing.T) {
 	for name, places := range flags {
 		for _, p := range places[1:] {
 			if p.value != places[0].value && otherValues[name] == "" {
-				t.Errorf("%s takes %q in %s, and %q in %s; want one name for one thing", name, places[0].value, places[0].where, p.value, p.where)
+				t.Errorf("%s takes %q in %s, and %q in %s; want one name for one thing", name, places[0].value, places[0].where,
+					p.value, p.where)
 			}
 		}
 	}
@@ -55,7 +56,8 @@ func TestManPages(t *testing.T) {
 	if err != nil || len(pages) < len(commandPrograms) {
 		t.Fatalf("find manual pages: %v, %d of them", err, len(pages))
 	}
-	out, err := exec.CommandContext(t.Context(), "mandoc", append([]string{"-T", "lint", "-W", "warning"}, pages...)...).CombinedOutput()
+	out, err := exec.CommandContext(t.Context(), "mandoc",
+		append([]string{"-T", "lint", "-W", "warning"}, pages...)...).CombinedOutput()
 	if len(out) == 0 && err != nil {
 		t.Fatalf("run mandoc: %v; make setup installs it", err)
 	}

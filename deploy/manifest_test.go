@@ -141,7 +141,8 @@ func TestServerManifest(t *testing.T) {
 	m, c := object(t, "Deployment/prebake-server")
 	p := m.Spec.Template.Spec
 	if m.Spec.Replicas != 1 || m.Spec.Strategy.Type != "Recreate" {
-		t.Errorf("server has %d replicas, strategy %q; want 1, Recreate: its folder belongs to one process", m.Spec.Replicas, m.Spec.Strategy.Type)
+		t.Errorf("server has %d replicas, strategy %q; want 1, Recreate: its folder belongs to one process", m.Spec.Replicas,
+			m.Spec.Strategy.Type)
 	}
 	if !p.SecurityContext.RunAsNonRoot || p.SecurityContext.SeccompProfile.Type != "RuntimeDefault" {
 		t.Errorf("server pod's security context = %+v; want non-root, seccomp RuntimeDefault", p.SecurityContext)
@@ -168,7 +169,8 @@ func TestBuilderManifest(t *testing.T) {
 	}
 	// Kubernetes refuses an unmasked /proc outside a user namespace.
 	if p.HostUsers == nil || *p.HostUsers || c.SecurityContext.ProcMount != "Unmasked" {
-		t.Errorf("builder: hostUsers %v, procMount %q; want false, Unmasked: the sandbox mounts a /proc of its own", p.HostUsers, c.SecurityContext.ProcMount)
+		t.Errorf("builder: hostUsers %v, procMount %q; want false, Unmasked: the sandbox mounts a /proc of its own",
+			p.HostUsers, c.SecurityContext.ProcMount)
 	}
 	unprivileged(t, c)
 	// The builder gives its token to the registry at --server only, and the
@@ -190,8 +192,10 @@ func TestBuilderManifest(t *testing.T) {
 func unprivileged(t *testing.T, c container) {
 	t.Helper()
 	s := c.SecurityContext
-	if s.Privileged || s.Escalation == nil || *s.Escalation || !s.ReadOnlyRoot || !slices.Equal(s.Capabilities.Drop, []string{"ALL"}) || len(s.Capabilities.Add) > 0 {
-		t.Errorf("%s's security context = %+v; want unprivileged, no escalation, read-only root, all capabilities dropped", c.Name, s)
+	if s.Privileged || s.Escalation == nil || *s.Escalation || !s.ReadOnlyRoot ||
+		!slices.Equal(s.Capabilities.Drop, []string{"ALL"}) || len(s.Capabilities.Add) > 0 {
+		t.Errorf("%s's security context = %+v; want unprivileged, no escalation, read-only root, all capabilities dropped",
+			c.Name, s)
 	}
 }
 
@@ -210,13 +214,15 @@ func TestFetcherManifest(t *testing.T) {
 	m, c := object(t, "DaemonSet/prebake-fetcher")
 	p := m.Spec.Template.Spec
 	if !p.HostPID || !p.HostNetwork || p.PriorityClass != "system-node-critical" {
-		t.Errorf("fetcher: host pid %v, host network %v, priority %q; want true, true, system-node-critical", p.HostPID, p.HostNetwork, p.PriorityClass)
+		t.Errorf("fetcher: host pid %v, host network %v, priority %q; want true, true, system-node-critical", p.HostPID,
+			p.HostNetwork, p.PriorityClass)
 	}
 	if !c.SecurityContext.Privileged || !c.SecurityContext.ReadOnlyRoot {
 		t.Errorf("fetcher's security context = %+v; want privileged with a read-only root", c.SecurityContext)
 	}
 	// What that account may do is tried on a real API server: TestCluster of fetcher/internal/kube.
-	if p.ServiceAccount != "prebake-fetcher" || !slices.ContainsFunc(c.Env, func(e variable) bool { return e.Name == "PREBAKE_NODE_NAME" }) {
+	if p.ServiceAccount != "prebake-fetcher" ||
+		!slices.ContainsFunc(c.Env, func(e variable) bool { return e.Name == "PREBAKE_NODE_NAME" }) {
 		t.Errorf("fetcher runs as %q with %v; want its own account, and the name of its node", p.ServiceAccount, c.Env)
 	}
 	if diff := cmp.Diff([]string{"/"}, hostPaths(p)); diff != "" {
@@ -230,7 +236,8 @@ func TestFetcherManifest(t *testing.T) {
 			}
 			continue
 		}
-		mounted = v.MountPropagation == "HostToContainer" && slices.Contains(c.Env, variable{"PREBAKE_HOST_ROOT", v.MountPath})
+		mounted = v.MountPropagation == "HostToContainer" &&
+			slices.Contains(c.Env, variable{"PREBAKE_HOST_ROOT", v.MountPath})
 	}
 	if !mounted {
 		t.Error("the node's root is not mounted with HostToContainer at --host-root")
@@ -246,7 +253,8 @@ func TestFetcherManifest(t *testing.T) {
 		t.Fatal("fetcher has no node affinity; it would run on nodes without a GPU")
 	}
 	for _, term := range terms {
-		if !slices.ContainsFunc(term.MatchExpressions, func(e expression) bool { return e.Key == "prebake.dev/skip" && e.Operator == "NotIn" }) {
+		if !slices.ContainsFunc(term.MatchExpressions,
+			func(e expression) bool { return e.Key == "prebake.dev/skip" && e.Operator == "NotIn" }) {
 			t.Errorf("node selector term %v does not honour prebake.dev/skip", term.MatchExpressions)
 		}
 	}

@@ -71,7 +71,8 @@ func metricsOf(program string, file *ast.File) (all []metric) {
 	ast.Inspect(file, func(n ast.Node) bool {
 		if call, ok := n.(*ast.CallExpr); ok && len(call.Args) == 2 {
 			if m, ok := wrappers[fmt.Sprint(call.Fun)]; ok {
-				all = append(all, metric{program: program, name: m.name + text(call.Args[0]), kind: m.kind, help: text(call.Args[1])})
+				all = append(all, metric{program: program, name: m.name + text(call.Args[0]), kind: m.kind,
+					help: text(call.Args[1])})
 			}
 		}
 		return true
@@ -120,7 +121,7 @@ func declared(n ast.Node) (m metric, ok bool) {
 	return m, m.name != ""
 }
 
-// text is the value of a string in the source; "" is one that is not a constant.
+// text is the value of a string in the source; "" means one that is not a constant.
 func text(e ast.Expr) string {
 	switch e := e.(type) {
 	case *ast.BasicLit:

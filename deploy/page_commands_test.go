@@ -186,7 +186,8 @@ func TestReadmeLength(t *testing.T) {
 func TestCheckShell(t *testing.T) {
 	t.Parallel()
 	flags := map[string]map[string]bool{
-		"server": {"--help": true}, "server build": {"--log": true, "-o": true}, "server tokens": {}, "server tokens list": {"--output": true},
+		"server": {"--help": true}, "server build": {"--log": true, "-o": true}, "server tokens": {},
+		"server tokens list": {"--output": true},
 	}
 	for script, want := range map[string]string{
 		"server build 12 --log -o json":                 "",

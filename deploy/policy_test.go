@@ -106,7 +106,8 @@ func TestPoliciesSelectOurPods(t *testing.T) {
 		}
 		for _, r := range append(p.Spec.Ingress, p.Spec.Egress...) {
 			for _, peer := range append(r.From, r.To...) {
-				if peer.PodSelector == nil || peer.NamespaceSelector == nil || peer.PodSelector.MatchLabels["app.kubernetes.io/name"] != "prebake" {
+				if peer.PodSelector == nil || peer.NamespaceSelector == nil ||
+					peer.PodSelector.MatchLabels["app.kubernetes.io/name"] != "prebake" {
 					continue
 				}
 				if ns := peer.NamespaceSelector.MatchLabels["kubernetes.io/metadata.name"]; !there(ns, *peer.PodSelector) {
@@ -117,7 +118,8 @@ func TestPoliciesSelectOurPods(t *testing.T) {
 	}
 	for _, want := range []string{
 		"PodDisruptionBudget/prebake-server", "PodDisruptionBudget/prebake-builder",
-		"NetworkPolicy/prebake-server", "NetworkPolicy/prebake-builder", "NetworkPolicy/prebake-server-keda", "NetworkPolicy/prebake-server-prometheus",
+		"NetworkPolicy/prebake-server", "NetworkPolicy/prebake-builder", "NetworkPolicy/prebake-server-keda",
+		"NetworkPolicy/prebake-server-prometheus",
 	} {
 		if _, ok := all[want]; !ok {
 			t.Errorf("there is no %s", want)
@@ -130,7 +132,8 @@ func TestBuilderNetwork(t *testing.T) {
 	t.Parallel()
 	p := policies(t)["NetworkPolicy/prebake-builder"]
 	if diff := cmp.Diff([]string{"Ingress", "Egress"}, p.Spec.PolicyTypes); diff != "" || len(p.Spec.Ingress) > 0 {
-		t.Errorf("the builder's policy is for (-want +got):\n%s with %d rules for ingress; want none", diff, len(p.Spec.Ingress))
+		t.Errorf("the builder's policy is for (-want +got):\n%s with %d rules for ingress; want none", diff,
+			len(p.Spec.Ingress))
 	}
 	ports := map[int]bool{}
 	for _, r := range p.Spec.Egress {

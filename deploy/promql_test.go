@@ -43,7 +43,8 @@ func expressions(t *testing.T) map[string]string {
 	for _, g := range r.Spec.Groups {
 		for _, rule := range g.Rules {
 			all["alert "+rule.Alert] = rule.Expr
-			if rule.For == "" || rule.Labels["severity"] == "" || rule.Annotations["summary"] == "" || rule.Annotations["description"] == "" {
+			if rule.For == "" || rule.Labels["severity"] == "" || rule.Annotations["summary"] == "" ||
+				rule.Annotations["description"] == "" {
 				t.Errorf("alert %s = %+v; want for, severity, summary and description", rule.Alert, rule)
 			}
 		}

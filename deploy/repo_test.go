@@ -65,7 +65,8 @@ func TestPackageComments(t *testing.T) {
 		if strings.HasSuffix(name, "_test.go") {
 			continue
 		}
-		file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(root, name), nil, parser.ParseComments|parser.PackageClauseOnly)
+		file, err := parser.ParseFile(token.NewFileSet(), filepath.Join(root, name), nil,
+			parser.ParseComments|parser.PackageClauseOnly)
 		if err != nil {
 			t.Errorf("parse %s: %v", name, err)
 			continue
@@ -140,7 +141,7 @@ func checkImport(t *testing.T, name string, spec *ast.ImportSpec) {
 			t.Errorf("%s imports %s: %s", name, imported, wall.why)
 		}
 	}
-	// The terminal's manners belong to programs.
+	// Terminal output belongs to programs.
 	if imported == module+"pkg/cli" && !isProgram(name) && !testsPrograms(name) {
 		t.Errorf("%s imports %s: only programs do", name, imported)
 	}

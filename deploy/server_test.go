@@ -31,7 +31,8 @@ var programs string
 // program builds the server once.
 var program = sync.OnceValues(func() (string, error) {
 	built := filepath.Join(programs, "server")
-	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", built, root+"/server").CombinedOutput(); err != nil {
+	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", built,
+		root+"/server").CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build server: %w: %s", err, out)
 	}
 	return built, nil
@@ -73,7 +74,8 @@ func startServer(t *testing.T) running {
 			t.Fatal(err)
 		}
 		for file, text := range map[string]string{
-			"kernel_commit": strings.Repeat("a", 40) + "\n", "gpu_default_version": "535.261.03\n", "gpu_latest_version": "535.261.03\n",
+			"kernel_commit": strings.Repeat("a", 40) + "\n", "gpu_default_version": "535.261.03\n",
+			"gpu_latest_version": "535.261.03\n",
 		} {
 			if err := os.WriteFile(filepath.Join(folder, file), []byte(text), 0o600); err != nil {
 				t.Fatal(err)
@@ -89,7 +91,8 @@ func startServer(t *testing.T) running {
 // publish does what a builder does at the end of a build of this cell.
 func (r running) publish(t *testing.T, buildID, driver string) {
 	t.Helper()
-	b, err := r.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: buildID, Board: "lakitu", Driver: driver, Flavour: "proprietary"})
+	b, err := r.Client.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: buildID, Board: "lakitu", Driver: driver, Flavour: "proprietary"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -101,7 +104,8 @@ func (r running) publish(t *testing.T, buildID, driver string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := remote.Write(ref, img, remote.WithContext(t.Context()), remote.WithAuth(&authn.Basic{Username: "x", Password: secret})); err != nil {
+	if err := remote.Write(ref, img, remote.WithContext(t.Context()),
+		remote.WithAuth(&authn.Basic{Username: "x", Password: secret})); err != nil {
 		t.Fatal(err)
 	}
 	digest, err := img.Digest()
@@ -109,8 +113,9 @@ func (r running) publish(t *testing.T, buildID, driver string) {
 		t.Fatal(err)
 	}
 	kernel := target.Kernel{BuildID: buildID, Board: "lakitu", Release: "6.1.0-47-cos", Arch: target.AMD64}
-	if _, err := r.Client.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Published, Digest: digest.String(), Kernel: &kernel,
-		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))}); err != nil {
+	if _, err := r.Client.UpdateBuild(t.Context(), b.ID,
+		api.BuildUpdate{State: api.Published, Digest: digest.String(), Kernel: &kernel,
+			Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("a", 64))}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -121,7 +126,8 @@ func serverMetrics(t *testing.T) map[string][]string {
 	r := startServer(t)
 	// What has series only once it happened.
 	r.publish(t, "17800.66.78", "535.261.03")
-	if _, err := r.Client.Resolve(t.Context(), api.Question{BuildID: "17800.66.78", Board: "lakitu", Driver: "535.261.03"}); err != nil {
+	if _, err := r.Client.Resolve(t.Context(),
+		api.Question{BuildID: "17800.66.78", Board: "lakitu", Driver: "535.261.03"}); err != nil {
 		t.Fatal(err)
 	}
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, r.URL+"/metrics", nil)

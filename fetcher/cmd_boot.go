@@ -32,11 +32,11 @@ func bootCommand() *ucli.Command {
 	}
 	return &ucli.Command{
 		Name:  "boot",
-		Usage: "tell what the kernel lets in, and take back what --edit-boot did",
+		Usage: "show which modules the kernel accepts, and undo what --edit-boot did",
 		Commands: []*ucli.Command{
-			{Name: "status", Usage: "tell which modules the kernel lets in, and why", Flags: flags(), Action: action(false)},
+			{Name: "status", Usage: "show which modules the kernel accepts, and why", Flags: flags(), Action: action(false)},
 			{
-				Name: "undo", Usage: "put back the boot configuration that --edit-boot changed",
+				Name: "undo", Usage: "restore the boot configuration that --edit-boot changed",
 				Description: `It counts from the next boot on. A configuration that somebody else changed
 since, such as an update of the operating system, stays as it is.`,
 				Flags: flags(), Action: action(true),

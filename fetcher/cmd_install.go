@@ -19,7 +19,7 @@ import (
 func installCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "install",
-		Usage: "bring the node to its driver once, and say how that went",
+		Usage: "install and load the node's driver once, and report the result",
 		Description: `Example:
   fetcher install --server https://prebake.example --driver R535`,
 		Flags: append(installFlags(), cli.Group(groupTo,
@@ -46,7 +46,7 @@ func traced(ctx context.Context, cmd *ucli.Command, run func(context.Context) (*
 	return runOnce(ctx, cmd, tracer, run)
 }
 
-// startTraces reads the OTEL_* environment. A node gets its driver whatever stands there.
+// startTraces reads the OTEL_* environment. A node gets its driver whatever is set there.
 func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *traces.Tracer {
 	tracer, err := traces.Start(ctx, "prebake-fetcher", version, log)
 	if err != nil {
@@ -57,7 +57,8 @@ func startTraces(ctx context.Context, cmd *ucli.Command, log *slog.Logger) *trac
 }
 
 // runOnce prints the report whatever came out, traces it, and returns the error.
-func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer, run func(context.Context) (*agent.Report, error)) error {
+func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer,
+	run func(context.Context) (*agent.Report, error)) error {
 	ctx, span := tracer.Begin(ctx, cmd.Name, nil)
 	r, err := run(ctx)
 	for _, p := range r.Phases {
@@ -65,7 +66,8 @@ func runOnce(ctx context.Context, cmd *ucli.Command, tracer *traces.Tracer, run 
 	}
 	span.End(err, map[string]any{
 		"prebake.kernel": r.Kernel.String(), "prebake.driver": r.Answer.Driver.String(), "prebake.digest": r.Answer.Digest,
-		"prebake.source": string(r.Answer.Source), "prebake.verdict": string(r.Verdict.State), "prebake.fetched_bytes": r.FetchedBytes,
+		"prebake.source": string(r.Answer.Source), "prebake.verdict": string(r.Verdict.State),
+		"prebake.fetched_bytes": r.FetchedBytes,
 	})
 	return errors.Join(err, cli.Print(cmd, r, func(w io.Writer) error { return printReport(w, r) }))
 }
@@ -75,7 +77,8 @@ func printReport(w io.Writer, r *agent.Report) error {
 		fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", r.Kernel, r.Kernel.Release)
 	}
 	if r.Answer.Digest != "" {
-		fmt.Fprintf(w, "%-8s %s, from %s\n%-8s %s\n", "driver", r.Answer.Driver, r.Answer.Source, "artifact", r.Answer.Repository)
+		fmt.Fprintf(w, "%-8s %s, from %s\n%-8s %s\n", "driver", r.Answer.Driver, r.Answer.Source, "artifact",
+			r.Answer.Repository)
 		if r.Verdict.State == "" {
 			fmt.Fprintf(w, "%-8s %s\n", "digest", r.Answer.Digest)
 		}

@@ -16,10 +16,10 @@ import (
 func policyCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "policy",
-		Usage: "check the file that says what may be loaded",
+		Usage: "check a policy file: what a node may load",
 		Commands: []*ucli.Command{
 			{
-				Name: "check", Usage: "say what a policy demands, and whether that can be met", ArgsUsage: "FILE",
+				Name: "check", Usage: "print what a policy demands, and whether it can be met", ArgsUsage: "FILE",
 				Flags: []ucli.Flag{cli.OutputFlag()},
 				Action: func(_ context.Context, cmd *ucli.Command) error {
 					if cmd.Args().Len() != 1 {

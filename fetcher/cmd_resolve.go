@@ -42,7 +42,8 @@ func resolveOnce(ctx context.Context, cmd *ucli.Command) (err error) {
 		return err
 	}
 	say := func(text string) { fmt.Fprintln(cmd.Root().ErrWriter, "waiting: "+text) }
-	answer, err := resolve.Patience{Wait: cfg.Wait, Say: say}.Find(ctx, finder, resolve.Question{Kernel: facts.Kernel, Wish: cfg.Wish, Pin: cfg.Pin, Flavour: cfg.Flavour, GPUs: facts.Listed()})
+	answer, err := resolve.WaitLimits{Wait: cfg.Wait, Progress: say}.Find(ctx, finder,
+		resolve.Question{Kernel: facts.Kernel, Wish: cfg.Wish, Pin: cfg.Pin, Flavour: cfg.Flavour, GPUs: facts.Listed()})
 	if err != nil {
 		return err
 	}

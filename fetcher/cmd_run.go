@@ -23,7 +23,7 @@ import (
 func runCommand() *ucli.Command {
 	return cli.WithConfig(&ucli.Command{
 		Name:  "run",
-		Usage: "bring the node to its driver, then watch it",
+		Usage: "install and load the node's driver, then watch it",
 		Description: `Ends with the verdict's exit status when no driver is ready; whoever started
 it (kubelet, systemd) then tries again. While one serves the node and another
 is wanted, it says why and tries by itself. On SIGTERM the modules stay loaded.
@@ -33,9 +33,9 @@ Examples:
   fetcher run --config fetcher.yaml`,
 		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
 			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz and /metrics"),
-			cli.Duration("interval", time.Minute, "`TIME` between two looks at the driver"),
+			cli.Duration("interval", time.Minute, "`TIME` between two checks of the driver"),
 			cli.String("node-name", "", "tell Kubernetes of the driver, on node `NAME`"),
-			cli.String("startup-taint", "", "`KEY` of a taint to take away once the driver is ready"),
+			cli.String("startup-taint", "", "`KEY` of a taint to remove once the driver is ready"),
 		)),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := newAgent(cmd, true)
@@ -43,7 +43,7 @@ Examples:
 				return err
 			}
 			defer func() { err = errors.Join(err, done()) }()
-			return hold(ctx, cmd, a)
+			return runAndWatch(ctx, cmd, a)
 		},
 	}, cli.Config{Check: checkRun})
 }
@@ -68,16 +68,16 @@ func checkTaint(cmd *ucli.Command) error {
 		"startup-taint")
 }
 
-// lookTime is longer than a look takes where the driver answers, or the probe is given
+// checkTimeout is longer than a look takes where the driver answers, or the probe is given
 // up.
-const lookTime = 3 * time.Minute
+const checkTimeout = 3 * time.Minute
 
-// retryLooks is after how many looks a run is tried again that left the node with
+// retryChecks is after how many looks a run is tried again that left the node with
 // another driver than the one that it wants.
-const retryLooks = 10
+const retryChecks = 10
 
-// hold brings the node to its driver and, while one is ready, watches it until ctx ends.
-func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
+// runAndWatch brings the node to its driver and, while one is ready, watches it until ctx ends.
+func runAndWatch(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	outside := &listeners{server: report.New(time.Now)}
 	a.Watch(outside)
 	log, err := logger(cmd, true)
@@ -102,7 +102,7 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 	}
 	g.Go(func() error {
 		defer cancel() // the server has nothing to tell after this
-		k := keeper{
+		k := daemon{
 			node: a, every: max(cmd.Duration("interval"), time.Second), once: cmd.Bool("dry-run"), outside: outside,
 			run: func(run func(context.Context) (*agent.Report, error)) error { return runOnce(gctx, cmd, tracer, run) },
 			pending: func(err error) {
@@ -115,12 +115,12 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 			},
 		}
 		if outside.cluster != nil { // what it was told in an earlier boot may not be so
-			if v, ok := a.Glance(gctx); ok {
-				outside.cluster.Tell(v)
+			if v, ok := a.QuickVerdict(gctx); ok {
+				outside.cluster.Report(v)
 			}
-			k.glance = a.Glance
+			k.quickVerdict = a.QuickVerdict
 		}
-		err := k.keep(gctx)
+		err := k.stay(gctx)
 		if outside.cluster != nil && ctx.Err() == nil {
 			// It ends because no driver is ready: that is what people look for.
 			last, done := context.WithTimeout(context.WithoutCancel(ctx), flushTime)
@@ -135,17 +135,17 @@ func hold(ctx context.Context, cmd *ucli.Command, a *agent.Agent) error {
 // flushTime is how long a run that failed waits for the cluster to know it.
 const flushTime = 10 * time.Second
 
-// listeners are told how the driver is: the node's own server, and perhaps a cluster.
+// listeners are told how the driver is: the node's own server, and possibly a cluster.
 type listeners struct {
 	server  *report.Server
 	cluster *kube.Node
 }
 
-// Tell implements [agent.Watcher].
-func (l *listeners) Tell(v gpucheck.Verdict) {
-	l.server.Tell(v)
+// Report implements [agent.Watcher].
+func (l *listeners) Report(v gpucheck.Verdict) {
+	l.server.Report(v)
 	if l.cluster != nil {
-		l.cluster.Tell(v)
+		l.cluster.Report(v)
 	}
 }
 
@@ -157,41 +157,40 @@ func (l *listeners) Alive() {
 	}
 }
 
-// keeper brings a node to its driver, and stays.
-type keeper struct {
+// daemon installs the driver of a node, and keeps running.
+type daemon struct {
 	node interface {
 		Run(ctx context.Context) (*agent.Report, error)
-		Hold(ctx context.Context, every time.Duration, w agent.Watcher) error
+		Monitor(ctx context.Context, every time.Duration, w agent.Watcher) error
 	}
 	every   time.Duration
 	once    bool
 	outside *listeners
 	// run does one run and prints its report.
 	run func(func(context.Context) (*agent.Report, error)) error
-	// glance says what is to be told where a run came to no verdict; nil is nobody asks.
-	glance func(context.Context) (gpucheck.Verdict, bool)
-	// pending is told why the node serves with another driver than the one it wants; nil is
-	// that it does not.
+	// quickVerdict says the verdict to report where a run came to no verdict; nil means nobody asks.
+	quickVerdict func(context.Context) (gpucheck.Verdict, bool)
+	// pending is told why the node serves with another driver than the one it wants; nil means that it does not.
 	pending func(error)
 }
 
-// tellFailure tells the cluster why no driver is ready, although no look was had.
-func (k keeper) tellFailure(ctx context.Context, why error) {
-	if k.glance == nil {
+// reportFailure tells the cluster why no driver is ready, although no check was made.
+func (k daemon) reportFailure(ctx context.Context, why error) {
+	if k.quickVerdict == nil {
 		return
 	}
-	v, ok := k.glance(ctx)
+	v, ok := k.quickVerdict(ctx)
 	if !ok {
 		return
 	}
 	v.Reason = fault.Of(why).String() + ": " + why.Error()
-	k.outside.cluster.Tell(v)
+	k.outside.cluster.Report(v)
 }
 
-func (k keeper) keep(ctx context.Context) error {
+func (k daemon) stay(ctx context.Context) error {
 	ready := false
 	for {
-		k.outside.server.Watch(0) // nobody looks while a run is under way
+		k.outside.server.Watch(0) // nobody looks while a run is running
 		var pending error
 		err := k.run(func(ctx context.Context) (*agent.Report, error) {
 			r, err := k.node.Run(ctx)
@@ -199,13 +198,13 @@ func (k keeper) keep(ctx context.Context) error {
 				pending = errors.New(r.Pending) // nobody said so just now, and it is so still
 			}
 			if r.Verdict.State != "" { // else it came to no look, and what was seen before holds
-				k.outside.Tell(r.Verdict)
+				k.outside.Report(r.Verdict)
 				// A fabric starts after the driver, with programs that wait for this one.
 				ready = r.Verdict.State == gpucheck.Ready || r.Verdict.State == gpucheck.Starting
 			} else if err != nil && !ready {
-				k.tellFailure(ctx, err)
+				k.reportFailure(ctx, err)
 			}
-			k.outside.server.TellRun(r.Phases, err)
+			k.outside.server.ReportRun(r.Phases, err)
 			return r, err
 		})
 		if ctx.Err() != nil || k.once || err != nil && !ready {
@@ -219,11 +218,11 @@ func (k keeper) keep(ctx context.Context) error {
 		if pending != nil {
 			// Another driver is wanted than the one that serves this node: that is no reason
 			// to end, and to be started again, and again.
-			watch, stop = context.WithTimeout(ctx, retryLooks*k.every)
+			watch, stop = context.WithTimeout(ctx, retryChecks*k.every)
 		}
 		footprint.Trim() // a node's memory is not for what is over
-		k.outside.server.Watch(3*k.every + lookTime)
-		held := k.node.Hold(watch, k.every, k.outside)
+		k.outside.server.Watch(3*k.every + checkTimeout)
+		held := k.node.Monitor(watch, k.every, k.outside)
 		stop()
 		if held != nil || ctx.Err() != nil || pending == nil {
 			return held

@@ -19,7 +19,7 @@ import (
 func statusCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "status",
-		Usage: "say what is installed and loaded, from disk and /proc",
+		Usage: "print what is installed and loaded, from disk and /proc",
 		Flags: append(hostFlags(), cli.Group(groupOutput, probeFlag(), cli.OutputFlag())...),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
@@ -39,7 +39,7 @@ func statusCommand() *ucli.Command {
 func rollbackCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "rollback",
-		Usage: "put the driver back in force that was there before",
+		Usage: "activate the previous driver again",
 		Flags: slices.Concat(hostFlags(), trustFlags(), cli.Group(groupResources, stateFlag()), changeFlags()),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			a, done, err := localAgent(cmd)
@@ -77,7 +77,7 @@ func localAgent(cmd *ucli.Command) (*agent.Agent, func() error, error) {
 		} else if cmd.Name == "verify" {
 			return nil, nil, errors.Join(err, done())
 		} else {
-			parts.Verifier = nobody{err} // it matters where something is to be loaded
+			parts.Verifier = refuseAll{err} // it matters where something is to be loaded
 		}
 	}
 	return agent.New(cfg, parts), done, nil
@@ -91,12 +91,12 @@ func localVerifier(cmd *ucli.Command, node *noderoot.Root) (*trust.Verifier, fun
 	return newVerifier(cmd, p, node)
 }
 
-// nobody is believed, for a reason.
-type nobody struct{ why error }
+// refuseAll is trusted, for a reason.
+type refuseAll struct{ reason error }
 
-func (n nobody) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.why }
-func (n nobody) Statement([]byte) (*trust.Statement, error)            { return nil, n.why }
-func (n nobody) Wanted(target.Kernel) []map[string]string              { return nil }
+func (n refuseAll) Verify([][]byte, trust.Expect) (*trust.Verdict, error) { return nil, n.reason }
+func (n refuseAll) Statement([]byte) (*trust.Statement, error)            { return nil, n.reason }
+func (n refuseAll) Wanted(target.Kernel) []map[string]string              { return nil }
 
 func printStatus(w io.Writer, s *agent.Status) error {
 	fmt.Fprintf(w, "%-8s COS %s, %s\n", "node", s.Host.Kernel, s.Host.Kernel.Release)

@@ -16,7 +16,7 @@ import (
 func uninstallCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:  "uninstall",
-		Usage: "leave the node as it was before this program",
+		Usage: "remove the driver, and restore what the node had before",
 		Description: `The driver is unloaded, if it is ours and nobody uses it, what another
 installer had comes back, and nothing of ours stays in the install folder. A
 run that was killed is finished by the next. Stop fetcher run first. The state
@@ -52,8 +52,8 @@ func historyCommand() *ucli.Command {
 			return cli.Print(cmd, events, func(w io.Writer) error {
 				for _, e := range events {
 					fmt.Fprintf(w, "%s  %-19s %s\n", e.At.UTC().Format(time.DateTime), e.What, e.Driver)
-					if e.Why != "" {
-						fmt.Fprintf(w, "%21s%s\n", "", clip(e.Why, 59))
+					if e.Reason != "" {
+						fmt.Fprintf(w, "%21s%s\n", "", clip(e.Reason, 59))
 					}
 				}
 				return nil

@@ -19,7 +19,7 @@ import (
 func verifyCommand() *ucli.Command {
 	return &ucli.Command{
 		Name:      "verify",
-		Usage:     "say what each rule says of an artifact, or of the installed driver",
+		Usage:     "print the result of each trust rule for an artifact, or for the installed driver",
 		ArgsUsage: "[REF]",
 		Description: `REF is HOST/NAME@DIGEST or HOST/NAME:TAG, or oci:FOLDER@DIGEST. Without one the
 installed driver is verified with all its files. Nothing is changed, and no
@@ -51,7 +51,8 @@ layer is fetched. The COS build is this node's, or the one that is named.`,
 func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Explanation, error) {
 	if cmd.Args().Len() == 0 {
 		if cmd.IsSet("build-id") {
-			return nil, fault.New(fault.Usage, "an installed driver is verified for its own node", "name an artifact, or leave --build-id out")
+			return nil, fault.New(fault.Usage, "an installed driver is verified for its own node",
+				"name an artifact, or leave --build-id out")
 		}
 		return a.ExplainInstalled(ctx)
 	}
@@ -74,7 +75,8 @@ func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Exp
 	if !found {
 		i := strings.LastIndex(ref, ":")
 		if i < 0 || strings.Contains(ref[i:], "/") || strings.HasPrefix(ref, "oci:") && i == len("oci") {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("%q names no artifact in a repository", ref), "name it with its digest or its tag: HOST/NAME@sha256:...")
+			return nil, fault.New(fault.Usage, fmt.Sprintf("%q names no artifact in a repository", ref),
+				"name it with its digest or its tag: HOST/NAME@sha256:...")
 		}
 		name, digest = ref[:i], ref[i+1:]
 	}

@@ -11,7 +11,8 @@ import (
 // banned are packages that the program on the node must not contain, with the
 // reason. A trailing slash bans everything below.
 var banned = map[string]string{
-	"runtime/cgo":                                        "the program is static: it runs in any image and beside any C library",
+	"runtime/cgo": "the program is static: it runs in any image and beside any C " +
+		"library",
 	"database/sql":                                       "the catalogue is the server's",
 	"modernc.org/":                                       "the catalogue is the server's",
 	"github.com/jackc/":                                  "the catalogue is the server's",

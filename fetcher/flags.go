@@ -51,14 +51,14 @@ func wishFlags() []ucli.Flag {
 			cli.String("server", "", "`URL` of the Prebake server to ask"),
 			cli.Strings("registry", "repository `REF`, after the server, as host/name, oci:FOLDER or oci-archive:FILE"),
 			cli.String("token-file", "", "`FILE` with a token, to ask the server for builds"),
-			cli.Bool("allow-downgrade", "let a wish without a version lead to an older driver"),
+			cli.Bool("allow-downgrade", "allow an older driver where no version is named"),
 			cli.WasCalled(cli.Duration("wait-build", 0, "wait at most `TIME` for a build or a service"), "wait"),
 		),
 	)
 }
 
 func probeFlag() ucli.Flag {
-	probe := cli.String("probe", sibling("nvmlprobe"), "`PROGRAM` that asks NVML")
+	probe := cli.String("probe", programBeside("nvmlprobe"), "`PROGRAM` that asks NVML")
 	probe.DefaultText = "nvmlprobe beside this"
 	return probe
 }
@@ -80,14 +80,14 @@ func changeFlags() []ucli.Flag {
 			foreign,
 			maintenance,
 			cli.Duration("wait-idle", 0, "longest `TIME` to wait for an idle GPU before that"),
-			cli.Bool("persistence", "keep GPUs initialised while nobody uses them"),
+			cli.Bool("persistence", "keep GPUs initialised while no program uses them"),
 			cli.Bool("edit-boot", "change a kernel command line that forbids it; reboot"),
 			cli.Bool("no-load", "install and switch, but load no module"),
 			cli.Strings("module-param", "module parameter `PARAM`, as in nvidia.NVreg_EnableGpuFirmware=0"),
 		),
 		cli.Group(groupOutput,
 			probeFlag(),
-			cli.Bool("dry-run", "say what would be done, and change nothing"),
+			cli.Bool("dry-run", "print what would be done, and change nothing"),
 			cli.OutputFlag(),
 		),
 	)
@@ -155,8 +155,8 @@ func absolute(path string) error {
 	return nil
 }
 
-// sibling names a program beside this one.
-func sibling(name string) string {
+// programBeside names a program beside this one.
+func programBeside(name string) string {
 	self, err := os.Executable()
 	if err != nil {
 		return name
@@ -171,7 +171,8 @@ func readHostConfig(cmd *ucli.Command) (agent.Config, error) {
 		NoLoad:     cmd.Bool("no-load"), DryRun: cmd.Bool("dry-run"), Wait: cmd.Duration("wait-build"),
 		ReplaceForeign: cmd.String(
 			"foreign",
-		) == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"), Persistence: cmd.Bool("persistence"), EditBoot: cmd.Bool("edit-boot"),
+		) == "replace", AllowDowngrade: cmd.Bool("allow-downgrade"), Retry: cmd.Bool("retry"),
+		Persistence: cmd.Bool("persistence"), EditBoot: cmd.Bool("edit-boot"),
 	}
 	var errs []error
 	var err error

@@ -1,4 +1,4 @@
-// Command fetcher brings a Container-Optimized OS node to the NVIDIA driver
+// Command fetcher installs on a Container-Optimized OS node the NVIDIA driver
 // that it should run. It is static and small, and it refuses to hold a private
 // key, to speak SQL, and to link C. This package is wiring only.
 package main
@@ -13,7 +13,7 @@ import (
 	ucli "github.com/urfave/cli/v3"
 
 	"github.com/prebake/prebake/fetcher/internal/cosinstaller"
-	"github.com/prebake/prebake/fetcher/internal/local"
+	"github.com/prebake/prebake/fetcher/internal/localbuild"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -22,8 +22,8 @@ import (
 var version = "devel"
 
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == local.EnterCommand { // this program, started by itself
-		err := local.Enter(os.Args[2:])
+	if len(os.Args) > 1 && os.Args[1] == localbuild.EnterCommand { // this program, started by itself
+		err := localbuild.Enter(os.Args[2:])
 		cli.PrintError(os.Stderr, err)
 		os.Exit(fault.Of(err).ExitCode())
 	}
@@ -32,7 +32,7 @@ func main() {
 		// node's memory is worth more than the time that this costs.
 		debug.SetGCPercent(10)
 	}
-	if cosinstaller.Spoken(os.Args) {
+	if cosinstaller.Recognise(os.Args) {
 		args, notes, err := cosinstaller.Translate(os.Args[1:], os.Getenv)
 		if err != nil {
 			cli.PrintError(os.Stderr, err)

@@ -27,7 +27,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"fetcher": main, "cos-gpu-installer": main, "fake-builder": fakeBuilder, "fake-probe": fakeProbe})
+	testscript.Main(m, map[string]func(){"fetcher": main, "cos-gpu-installer": main, "fake-builder": fakeBuilder,
+		"fake-probe": fakeProbe})
 }
 
 // TestScript drives the program as an operator does. In each script:
@@ -92,7 +93,10 @@ func setup(t *testing.T, env *testscript.Env) error {
 	made := sample.NewCell(t, "17800.0.47", "550.54.15")
 	pm := sample.Publish(t, "oci:"+filepath.Join(state, "local"), own, made)
 
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { resolution(w, r, c, published, p.Digest) }))
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		resolution(w, r, c,
+			published, p.Digest)
+	}))
 	t.Cleanup(server.Close)
 	for name, pem := range map[string][]byte{"key.pem": key.PEM(t), "other.pem": other.PEM(t), "own.pem": own.PEM(t),
 		"trusted.json": farm.Root(t, nil, nil), "untrusted.json": testkit.NewAuthority(t).Root(t, nil, nil)} {
@@ -138,16 +142,20 @@ func setup(t *testing.T, env *testscript.Env) error {
 func certify(t *testing.T, ref string, farm *testkit.Authority, c sample.Cell, digest string) error {
 	then := time.Now().AddDate(-1, 0, 0)
 	sign := func(kind string, predicate any) []byte {
-		return farm.Sign(t, testkit.Payload(t, digest, kind, predicate), trust.Identity{Subject: "farm@example.com", Issuer: "https://login.example.com"}, then, then.Add(time.Minute))
+		return farm.Sign(t, testkit.Payload(t, digest, kind, predicate),
+			trust.Identity{Subject: "farm@example.com", Issuer: "https://login.example.com"}, then, then.Add(time.Minute))
 	}
 	return attach(t, ref, digest,
-		sign(trust.PredicateProvenance, testkit.ProvenancePredicate(trust.Parameters{Kernel: c.Kernel, Fingerprint: c.Fingerprint, Driver: c.Driver})),
+		sign(trust.PredicateProvenance,
+			testkit.ProvenancePredicate(trust.Parameters{Kernel: c.Kernel, Fingerprint: c.Fingerprint, Driver: c.Driver})),
 		sign(trust.PredicateKernelMatch, trust.KernelMatch{Kernel: c.Kernel, Fingerprint: c.Fingerprint}))
 }
 
 // list attaches a signed list of supported GPUs.
 func list(t *testing.T, ref string, key *testkit.Key, digest string) error {
-	l := gpulist.List{Version: "535.261.03", Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x102d", Legacy: "470.xx"}, {Device: "0x27b8", Features: []string{"kernelopen"}}}}
+	l := gpulist.List{Version: "535.261.03",
+		Chips: []gpulist.Chip{{Device: "0x1eb8"}, {Device: "0x102d", Legacy: "470.xx"},
+			{Device: "0x27b8", Features: []string{"kernelopen"}}}}
 	return attach(t, ref, digest, key.Statement(t, digest, gpulist.PredicateType, l))
 }
 
@@ -171,7 +179,8 @@ func attach(t *testing.T, ref, digest string, signed ...[]byte) error {
 // resolution answers as a server does; the driver's version picks the state.
 func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repository, digest string) {
 	q := r.URL.Query()
-	answer := api.Resolution{Kernel: c.Kernel, Driver: c.Driver, State: api.Published, Repository: repository, Digest: digest}
+	answer := api.Resolution{Kernel: c.Kernel, Driver: c.Driver, State: api.Published, Repository: repository,
+		Digest: digest}
 	if r.URL.Path != "/v1/resolve" || q.Get("buildId") != c.Kernel.BuildID || q.Get("board") != c.Kernel.Board {
 		answer = api.Resolution{Kernel: c.Kernel, State: api.Unknown, Reason: "no such kernel"}
 	}
@@ -189,7 +198,7 @@ func resolution(w http.ResponseWriter, r *http.Request, c sample.Cell, repositor
 	case "500.1.5":
 		answer = api.Resolution{State: api.Yanked, Reason: "breaks suspend"}
 	case "550.54.15":
-		answer = api.Resolution{State: api.Unknown, Reason: "nobody asked for it yet"}
+		answer = api.Resolution{State: api.Unknown, Reason: "not requested yet"}
 	case "500.1.6":
 		answer.Digest = "sha256:" + strings.Repeat("ab", 32) // and the driver is not the one asked for
 	}
@@ -221,11 +230,13 @@ func fakeBuilder() {
 		check(os.WriteFile(os.Args[2]+".pub", pem, 0o644))
 	case "build":
 		if status, err := strconv.Atoi(os.Getenv("FAIL")); err == nil {
-			fmt.Fprint(os.Stderr, "compiling\nerror: compile: nv-pci.c:1: error: too few arguments\nhint:  take another driver\n")
+			fmt.Fprint(os.Stderr, "compiling\nerror: compile: nv-pci.c:1: error: too few arguments\nhint:  take another "+
+				"driver\n")
 			os.Exit(status)
 		}
 		check(os.CopyFS(strings.TrimPrefix(args["--to"], "oci:"), os.DirFS(filepath.Join(made, "local"))))
-		fmt.Printf("{\"digest\": %q, \"driver\": {\"version\": %q, \"flavour\": \"open\"}}\n", os.Getenv("MADE_DIGEST"), args["--driver"])
+		fmt.Printf("{\"digest\": %q, \"driver\": {\"version\": %q, \"flavour\": \"open\"}}\n", os.Getenv("MADE_DIGEST"),
+			args["--driver"])
 	}
 }
 

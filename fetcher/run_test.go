@@ -58,7 +58,7 @@ func TestRunEnds(t *testing.T) {
 	t.Cleanup(func() { _ = taken.Close() }) // the test is over
 	rows := []struct {
 		name   string
-		stop   string // stop when this is printed; "" is when the server is asked
+		stop   string // stop when this is printed; "" means when the server is asked
 		listen string
 		status int
 		stderr string
@@ -111,7 +111,7 @@ func (b *busy) Run(context.Context) (*agent.Report, error) {
 	return r, nil
 }
 
-func (b *busy) Hold(ctx context.Context, _ time.Duration, _ agent.Watcher) error {
+func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) error {
 	start := time.Now()
 	if b.runs > b.inUse {
 		b.held = append(b.held, 0)
@@ -132,7 +132,7 @@ func TestPending(t *testing.T) {
 	}{gpucheck.Ready: {3, 2, fault.Internal}, gpucheck.Unusable: {1, 0, fault.Busy}} {
 		synctest.Test(t, func(t *testing.T) {
 			b, pending := &busy{inUse: 2, state: state}, 0
-			k := keeper{
+			k := daemon{
 				node: b, every: time.Minute, outside: &listeners{server: report.New(time.Now)}, pending: func(err error) {
 					if err != nil {
 						pending++
@@ -143,11 +143,13 @@ func TestPending(t *testing.T) {
 					return err
 				},
 			}
-			err := k.keep(t.Context())
-			if (err == nil) != (want.err == fault.Internal) || err != nil && !fault.Is(err, want.err) || b.runs != want.runs || pending != want.pending {
+			err := k.stay(t.Context())
+			if (err == nil) != (want.err == fault.Internal) || err != nil && !fault.Is(err, want.err) || b.runs != want.runs ||
+				pending != want.pending {
 				t.Errorf("%s: keep = %v after %d runs, %d times pending; want %+v", state, err, b.runs, pending, want)
 			}
-			if state == gpucheck.Ready && !slices.Equal(b.held, []time.Duration{retryLooks * time.Minute, retryLooks * time.Minute, 0}) {
+			if state == gpucheck.Ready &&
+				!slices.Equal(b.held, []time.Duration{retryChecks * time.Minute, retryChecks * time.Minute, 0}) {
 				t.Errorf("held for %v; want ten looks each time", b.held)
 			}
 		})

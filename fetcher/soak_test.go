@@ -36,7 +36,8 @@ func TestSoak(t *testing.T) {
 		}
 	}
 	dir := t.TempDir()
-	program, keys, lay := filepath.Join(dir, "fetcher"), filepath.Join(dir, "keys.pem"), "oci:"+filepath.Join(dir, "layout")
+	program, keys, lay := filepath.Join(dir, "fetcher"), filepath.Join(dir, "keys.pem"), "oci:"+filepath.Join(dir,
+		"layout")
 	goTool(t, "build", "-trimpath", "-o", program, ".")
 	key := testkit.NewKey(t)
 	if err := os.WriteFile(keys, key.PEM(t), 0o600); err != nil {
@@ -54,7 +55,8 @@ func TestSoak(t *testing.T) {
 	}
 	where := []string{"--host-root", root}
 	install := func(version string) []string {
-		return append([]string{"install", "--registry", lay, "--key", keys, "--builder", "never", "--no-load", "--retry", "--driver", version}, where...)
+		return append([]string{"install", "--registry", lay, "--key", keys, "--builder", "never", "--no-load", "--retry",
+			"--driver", version}, where...)
 	}
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
@@ -97,7 +99,8 @@ func TestSoak(t *testing.T) {
 		if err := checkUp(folder, version); err != nil {
 			t.Fatalf("round %d: %v\n%s", round, err, out)
 		}
-		if out, err := exec.CommandContext(t.Context(), program, append([]string{"verify", "--key", keys}, where...)...).CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(t.Context(), program,
+			append([]string{"verify", "--key", keys}, where...)...).CombinedOutput(); err != nil {
 			t.Fatalf("round %d: verify: %v\n%s", round, err, out)
 		}
 	}
@@ -106,7 +109,8 @@ func TestSoak(t *testing.T) {
 		t.Errorf("%d of %d runs were killed: too few to show anything", killed, 2*rounds)
 	}
 	// In the end the node is as it was.
-	if out, err := exec.CommandContext(t.Context(), program, append([]string{"uninstall", "--no-load"}, where...)...).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), program,
+		append([]string{"uninstall", "--no-load"}, where...)...).CombinedOutput(); err != nil {
 		t.Fatalf("uninstall: %v\n%s", err, out)
 	}
 	if left, err := os.ReadDir(folder); err != nil || len(left) > 0 {
@@ -127,7 +131,7 @@ func kill(t *testing.T, program string, args []string, after time.Duration) bool
 	return errors.As(cmd.Wait(), &exit) && exit.Sys().(syscall.WaitStatus).Signaled()
 }
 
-// checkUp looks at an installed driver as a program that uses it would.
+// checkUp examines an installed driver as a program that uses it would.
 func checkUp(folder, version string) error {
 	lib, err := os.ReadFile(filepath.Join(folder, "lib64/libnvidia-ml.so.1"))
 	if err != nil {

@@ -17,7 +17,7 @@ import (
 )
 
 // newVerifier trusts the keys and the identity that the flags or the policy name, and
-// returns how to bring the list up to date that the policy wants to be asked; nil is none.
+// returns how to updates the list  that the policy wants to be asked; nil means none.
 func newVerifier(
 	cmd *ucli.Command,
 	p policy.Policy,
@@ -36,7 +36,7 @@ func newVerifier(
 	return v, rule.Refresh, err
 }
 
-// newListing returns the list that a policy wants to be asked; nil is none.
+// newListing returns the list that a policy wants to be asked; nil means none.
 func newListing(cmd *ucli.Command, p policy.Policy, node *noderoot.Root) (*listed.Rule, error) {
 	if p.Snapshot == nil {
 		return nil, nil
@@ -80,12 +80,13 @@ func checkTrust(cmd *ucli.Command) error {
 		}
 		return nil
 	}
-	for _, name := range []string{"public-key", "load-test-policy", "trusted-root", "certificate-identity", "certificate-identity-regexp", "certificate-oidc-issuer"} {
+	for _, name := range []string{"public-key", "load-test-policy", "trusted-root", "certificate-identity",
+		"certificate-identity-regexp", "certificate-oidc-issuer"} {
 		if cmd.IsSet(name) {
 			return cli.About(fault.New(
 				fault.Usage,
 				"--policy and --"+name+" do not go together",
-				"say it in the policy: fetcher policy schema tells how",
+				"set it in the policy: fetcher policy schema prints the format",
 			), name, "policy")
 		}
 	}

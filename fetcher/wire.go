@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/fetcher/internal/devnode"
 	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/fetcher/internal/kmod"
-	"github.com/prebake/prebake/fetcher/internal/local"
+	"github.com/prebake/prebake/fetcher/internal/localbuild"
 	"github.com/prebake/prebake/fetcher/internal/noderoot"
 	"github.com/prebake/prebake/fetcher/internal/policy"
 	"github.com/prebake/prebake/fetcher/internal/resolve"
@@ -103,7 +103,7 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	}
 	parts.Refresh = refresh
 	if state, err := parts.Node.Path(cmd.String("state-dir")); err == nil && !cfg.DryRun {
-		if err := local.Sweep(state); err != nil {
+		if err := localbuild.Sweep(state); err != nil {
 			log.Warn("remove the builder's image of a run that was killed", "err", err)
 		}
 	}
@@ -117,18 +117,18 @@ func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, 
 	}
 	parts.Finder, parts.Verifier = finder, verifier
 	parts.Open = func(ref string) (agent.Repository, error) { return openRepository(cmd, ref) }
-	tell, err := newTeller(cmd, log)
+	tell, err := newReporter(cmd, log)
 	if err != nil {
 		return nil, nil, err
 	}
 	if tell != nil {
-		parts.Tried = tell.tell
+		parts.Tried = tell.queue
 		closeNode = func(closeNode func() error) func() error {
 			return func() error { tell.close(); return closeNode() }
 		}(closeNode)
 	}
 	if builder != nil {
-		builder.Say = func(line string) { parts.Line.Say("build", "%s", strings.TrimSpace(line)) }
+		builder.Progress = func(line string) { parts.Line.Progress("build", "%s", strings.TrimSpace(line)) }
 		parts.Local = builder
 	}
 	return agent.New(cfg, parts), closeNode, nil
@@ -182,7 +182,7 @@ func identity(cmd *ucli.Command) trust.Identity {
 	}
 }
 
-// serverURL is where the server is that is asked; nil is none.
+// serverURL is where the server is that is asked; nil means none.
 func serverURL(cmd *ucli.Command) (*url.URL, error) {
 	server := cmd.String("server")
 	if server == "" {
@@ -221,7 +221,8 @@ func flagPolicy(cmd *ucli.Command) (policy trust.Policy, err error) {
 		return policy, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read trusted keys: %w", err),
-			"name the file with the publisher's public key: --public-key FILE, or trust an identity: --trusted-root FILE; nothing is installed unverified",
+			"name the file with the publisher's public key: --public-key FILE, or trust an identity: --trusted-root FILE; "+
+				"nothing is installed unverified",
 		)
 	}
 	return policy, nil
@@ -234,7 +235,7 @@ func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 	if err != nil {
 		return nil, err
 	}
-	pem, err := local.PublicKey(stateDir)
+	pem, err := localbuild.PublicKey(stateDir)
 	if err != nil {
 		return nil, err
 	}
@@ -251,7 +252,7 @@ func nodeVerifier(cmd *ucli.Command, stateDir string) (agent.Verifier, error) {
 func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error) {
 	o := registry.Options{
 		UserAgent: "prebake-fetcher/" + version,
-		Patience:  cmd.Duration("wait-build"),
+		RetryFor:  cmd.Duration("wait-build"),
 		Keychain:  credentials.Keychain(),
 	}
 	// A server that is asked over plain HTTP serves its own registry likewise.
@@ -262,7 +263,7 @@ func openRepository(cmd *ucli.Command, ref string) (*registry.Repository, error)
 }
 
 // newBuilder returns nil when this node must not or cannot compile.
-func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) {
+func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*localbuild.Builder, error) {
 	program := cmd.String("builder")
 	if program == "never" {
 		return nil, nil
@@ -274,23 +275,24 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 		return nil, err
 	}
 	if program == "" {
-		program = sibling("builder")
+		program = programBeside("builder")
 		if _, err := os.Stat(program); errors.Is(err, fs.ErrNotExist) {
 			return nil, nil
 		}
 	}
-	var image *local.Image
+	var image *localbuild.Image
 	if ref, digest, ok := strings.Cut(program, "@"); ok && strings.HasPrefix(digest, digestPrefix) {
 		repo, err := openRepository(cmd, ref)
 		if err != nil {
 			return nil, err
 		}
-		image, program = &local.Image{Repository: repo, Digest: digest}, ""
+		image, program = &localbuild.Image{Repository: repo, Digest: digest}, ""
 	} else {
 		var err error
 		if program, err = exec.LookPath(program); err != nil {
 			return nil, fault.Wrap(fault.Usage, fmt.Errorf("find builder: %w", err),
-				"name the builder program, --builder PATH, or its image, --builder HOST/NAME@sha256:DIGEST; or turn it off: --builder never")
+				"name the builder program, --builder PATH, or its image, --builder HOST/NAME@sha256:DIGEST; or turn it off: "+
+					"--builder never")
 		}
 	}
 	state, err := node.Path(cmd.String("state-dir"))
@@ -301,7 +303,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 	if cache == "" {
 		cache = filepath.Join(state, "cache")
 	}
-	return &local.Builder{
+	return &localbuild.Builder{
 		Program: program, Image: image, Retry: cmd.Bool("retry"), StateDir: state, CacheDir: cache,
 		KernelMirror: cmd.String("kernel-mirror"), DriverMirror: cmd.String("driver-mirror"),
 	}, nil
@@ -311,7 +313,7 @@ func newBuilder(cmd *ucli.Command, node *noderoot.Root) (*local.Builder, error) 
 func pinnedNowhere() error {
 	return cli.About(fault.New(
 		fault.Usage,
-		"a digest says what artifact, and not where it is",
+		"a digest names an artifact, and not its repository",
 		"name the repository with --registry HOST/NAME",
 	), "driver")
 }
@@ -354,11 +356,11 @@ func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Fin
 	case len(chain) > 0:
 		return chain, nil
 	case compiles:
-		return resolve.Nobody{}, nil
+		return resolve.NoSource{}, nil
 	}
 	return nil, fault.New(
 		fault.Usage,
-		"nobody to ask for a driver",
+		"no source for a driver",
 		"name a server (--server URL), a registry (--registry REF), or a builder (--builder PATH)",
 	)
 }

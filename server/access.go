@@ -38,7 +38,7 @@ func createTokenCommand() *ucli.Command {
 		Name: "create", Usage: "make a token and print it, once", ArgsUsage: "NAME",
 		Flags: writeFlags(
 			&ucli.StringSliceFlag{Name: "scope", Usage: "`SCOPE` that it has, repeatable", Required: true},
-			cli.Duration("life", 90*24*time.Hour, "`TIME` that it counts, at most two years"),
+			cli.Duration("life", 90*24*time.Hour, "`TIME` that it is valid, at most two years"),
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			name, err := oneArg(cmd, "NAME", "name it for who has it, such as node-pool-a")
@@ -95,5 +95,5 @@ func printAudit(w io.Writer, all []api.AuditEntry) error {
 			[]string{e.At.UTC().Format("2006-01-02 15:04"), cut(e.Actor, 20), strconv.Itoa(e.Status), e.Method + " " + e.Path},
 		)
 	}
-	return printTable(w, []string{"AT", "ACTOR", "STATUS", "CALL"}, rows, "nobody changed anything yet")
+	return printTable(w, []string{"AT", "ACTOR", "STATUS", "CALL"}, rows, "no changes yet")
 }

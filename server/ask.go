@@ -93,7 +93,7 @@ func buildCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "build", Usage: "show one build, or its log", ArgsUsage: "ID",
 		Flags: clientFlags(
-			&ucli.BoolFlag{Name: "log", Usage: "print the log instead, as far as it is there"},
+			&ucli.BoolFlag{Name: "log", Usage: "print the log so far instead"},
 			&ucli.BoolFlag{Name: "follow", Usage: "print the log as it grows, until the build has ended"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
@@ -128,7 +128,7 @@ func buildCommand() *ucli.Command {
 	}
 }
 
-// followEvery is the pause between looks at a log that grows: builders send it as often.
+// followEvery is the pause between checks of a log that grows: builders send it as often.
 const followEvery = 2 * time.Second
 
 func requestCommand() *ucli.Command {
@@ -186,7 +186,7 @@ func ended(waited bool, b api.Build) error {
 
 func cancelCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "cancel", Usage: "call a build off, waiting or under way", ArgsUsage: "ID", Flags: writeFlags(),
+		Name: "cancel", Usage: "cancel a build that waits or runs", ArgsUsage: "ID", Flags: writeFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
@@ -209,7 +209,7 @@ func yankCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "yank", Usage: "mark an artifact as not to be used", ArgsUsage: "DIGEST",
 		Flags: writeFlags(
-			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY`; nodes show it"},
+			&ucli.StringFlag{Name: "reason", Required: true, Usage: "`WHY` it must not be used; nodes show it"},
 			&ucli.StringFlag{Name: "replacement", Usage: "`DIGEST` to use in its place: same kernels, same or newer driver"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -222,7 +222,7 @@ func yankCommand() *ucli.Command {
 
 func unyankCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "unyank", Usage: "take a yank back", ArgsUsage: "DIGEST", Flags: writeFlags(),
+		Name: "unyank", Usage: "undo a yank", ArgsUsage: "DIGEST", Flags: writeFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			return markArtifact(cmd, func(c *api.Client, digest string) (api.Artifact, error) { return c.Unyank(ctx, digest) })
 		},

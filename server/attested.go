@@ -35,7 +35,7 @@ type artifact struct {
 	err     error
 }
 
-// Bounds of what is asked at once, and of the kernels that are looked at for one artifact.
+// Bounds of what is asked at once, and of the kernels that are examined for one artifact.
 const (
 	readAtOnce      = 8
 	maxAttestations = 5000
@@ -93,7 +93,7 @@ func (r *reader) each(ctx context.Context, n int, do func(context.Context, int) 
 	return context.Cause(ctx)
 }
 
-// itsOwn reports whether an error is about the artifact, and not trouble on the way to it.
+// itsOwn reports whether an error is about the artifact, and not a failure on the way to it.
 func itsOwn(ctx context.Context, err error) bool {
 	if ctx.Err() != nil {
 		return false
@@ -105,7 +105,7 @@ func itsOwn(ctx context.Context, err error) bool {
 	return false
 }
 
-// one reads an artifact. An error is trouble with the registry; what is wrong with the
+// one reads an artifact. An error means a failure of the registry; what is wrong with the
 // artifact is in it.
 func (r *reader) one(ctx context.Context, digest string) (artifact, error) {
 	a := artifact{digest: digest}

@@ -57,7 +57,7 @@ Example:
 				Queue:     cmd.String("queue"),
 				TokenFile: cmd.String("token-file"),
 			}
-			if err := s.places(); err != nil {
+			if err := s.dataPaths(); err != nil {
 				return err
 			}
 			done, err := backup(ctx, s, folder)

@@ -40,7 +40,8 @@ func TestBackup(t *testing.T) {
 					t.Errorf("%s in the backup: %v, %v; want mode 0600", name, info, err)
 				}
 			}
-			if code, _, errs := run(t, "backup", "--data", dir, folder); code != fault.Usage.ExitCode() || !strings.Contains(errs, "there already") {
+			if code, _, errs := run(t, "backup", "--data", dir, folder); code != fault.Usage.ExitCode() ||
+				!strings.Contains(errs, "there already") {
 				t.Errorf("backup over a backup = %d %s; want usage", code, errs)
 			}
 			intact(t, filepath.Join(folder, "catalogue.db"))
@@ -152,7 +153,8 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 	for _, b := range asked[:atLeast] {
 		got, err := c.Build(t.Context(), b.ID)
 		if err != nil || got.Kernel.String() != b.Kernel.String() || got.Driver != b.Driver || got.State != api.Queued {
-			t.Errorf("Build(%d) after the restore = %v %v %s, %v; want %v %v queued", b.ID, got.Kernel, got.Driver, got.State, err, b.Kernel, b.Driver)
+			t.Errorf("Build(%d) after the restore = %v %v %s, %v; want %v %v queued", b.ID, got.Kernel, got.Driver, got.State,
+				err, b.Kernel, b.Driver)
 		}
 	}
 	for s, want := range map[*testkit.Sample]api.State{&yanked: api.Yanked, &before: api.Published, &after: api.Unknown} {
@@ -166,13 +168,15 @@ func comesBack(t *testing.T, flags []string, copies copies) {
 		t.Fatal(err)
 	}
 	args := []string{"reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token")}
-	if code, out, errs := run(t, args...); code != fault.Mismatch.ExitCode() || !strings.Contains(out, after.Digest[7:19]+"  missing") {
+	if code, out, errs := run(t, args...); code != fault.Mismatch.ExitCode() ||
+		!strings.Contains(out, after.Digest[7:19]+"  missing") {
 		t.Errorf("reindex = %d\n%s%s\nwant 5, and what is missing", code, out, errs)
 	}
 	if r := resolved(t, c, after); r.State != api.Unknown {
 		t.Errorf("Resolve() after reindex without --apply = %s; want unknown", r.State)
 	}
-	if code, out, errs := run(t, append(args, "--apply")...); code != 0 || !strings.Contains(out, after.Digest[7:19]+"  recorded") {
+	if code, out, errs := run(t, append(args, "--apply")...); code != 0 ||
+		!strings.Contains(out, after.Digest[7:19]+"  recorded") {
 		t.Errorf("reindex --apply = %d\n%s%s\nwant 0, and what was recorded", code, out, errs)
 	}
 	if r := resolved(t, c, after); r.State != api.Published || r.Digest != after.Digest {
@@ -197,8 +201,10 @@ func TestBackupRefuses(t *testing.T) {
 		want string
 	}{
 		{"no folder", []string{"backup"}, fault.Usage.ExitCode(), "needs one FOLDER"},
-		{"no data", []string{"backup", "--data", filepath.Join(dir, "none"), filepath.Join(dir, "out")}, fault.NotFound.ExitCode(), "--data FOLDER"},
-		{"postgres", []string{"backup", "--data", dir, "--database", "postgres://u@localhost/x", filepath.Join(dir, "out")}, fault.Usage.ExitCode(), "pg_dump"},
+		{"no data", []string{"backup", "--data", filepath.Join(dir, "none"), filepath.Join(dir, "out")},
+			fault.NotFound.ExitCode(), "--data FOLDER"},
+		{"postgres", []string{"backup", "--data", dir, "--database", "postgres://u@localhost/x", filepath.Join(dir, "out")},
+			fault.Usage.ExitCode(), "pg_dump"},
 		{"no parent", []string{"backup", "--data", dir, filepath.Join(dir, "a/b")}, fault.Usage.ExitCode(), "may write"},
 	} {
 		if code, _, errs := run(t, row.args...); code != row.code || !strings.Contains(errs, row.want) {
@@ -222,7 +228,8 @@ func secretOf(t *testing.T, dir string) string {
 // publish puts a sample into the server's registry, as builders do.
 func publish(t *testing.T, url, secret string, s testkit.Sample) {
 	t.Helper()
-	repo, err := registry.Open(strings.TrimPrefix(url, "http://")+"/prebake/driver", registry.Options{Username: "x", Password: secret, Plain: true})
+	repo, err := registry.Open(strings.TrimPrefix(url, "http://")+"/prebake/driver",
+		registry.Options{Username: "x", Password: secret, Plain: true})
 	if err != nil {
 		t.Fatal(err)
 	}

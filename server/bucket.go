@@ -53,14 +53,14 @@ type tarball struct {
 	kernel target.Kernel
 }
 
-// bucket is a bucket of tarballs that nobody trusts. What is signed in it is believed.
+// bucket is a bucket of tarballs that nobody trusts. What is signed in it is trusted.
 type bucket struct {
 	b        *cosbucket.Bucket
 	verifier *trust.Verifier
 }
 
-// tarballs reads all indexes. The findings are those that cannot be believed, and tarballs
-// that are named and not there. An error is trouble with the bucket.
+// tarballs reads all indexes. The findings are those that cannot be trusted, and tarballs
+// that are named and not there. An error means a failure of the bucket.
 func (b *bucket) tarballs(ctx context.Context) (all []tarball, bad []finding, err error) {
 	ids, err := b.b.BuildIDs(ctx)
 	if err != nil {
@@ -173,9 +173,10 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	if st.PredicateType != bucketObject || !st.About("sha256:"+digest) {
 		return x, fault.New(fault.Unverified, "its signature is about something else", "")
 	}
-	// A signed index of one build, put in the place of another's, is not believed.
+	// A signed index of one build, put in the place of another's, is not trusted.
 	if facts.Object != name || facts.BuildID != k.BuildID || facts.Board != k.Board {
-		return x, fault.New(fault.Mismatch, fmt.Sprintf("it is signed as %.200q of %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
+		return x, fault.New(fault.Mismatch,
+			fmt.Sprintf("it is signed as %.200q of %.40q/%.40q", facts.Object, facts.BuildID, facts.Board), "")
 	}
 	if err := json.Unmarshal(text, &x); err != nil {
 		return x, fault.Wrap(fault.Unverified, err, "")
@@ -186,7 +187,7 @@ func (b *bucket) index(ctx context.Context, name string, k target.Kernel) (x tar
 	return x, nil
 }
 
-// foreign makes what is too long to be an index one that is not believed.
+// foreign makes what is too long to be an index one that is not trusted.
 func foreign(err error) error {
 	if fault.Is(err, fault.Unsupported) || fault.Is(err, fault.Checksum) {
 		return fault.Wrap(fault.Unverified, err, "")

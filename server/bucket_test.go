@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// TestReindexBucket looks at a bucket that has what the registry has, what it lost, and what
+// TestReindexBucket examines a bucket that has what the registry has, what it lost, and what
 // somebody planted.
 func TestReindexBucket(t *testing.T) {
 	t.Parallel()
@@ -48,8 +48,9 @@ func TestReindexBucket(t *testing.T) {
 		put(t, filepath.Join(folder, "index.json"), text)
 		put(t, filepath.Join(folder, "nvidia-drivers-535.261.03.tgz"), []byte("tarball"))
 		if key != nil {
-			put(t, filepath.Join(folder, "index.json.sha256-"+digest+".sigstore.json"), key.Statement(t, "sha256:"+digest, bucketObject,
-				map[string]string{"object": signedAs + "/lakitu/index.json", "buildId": signedAs, "board": "lakitu"}))
+			put(t, filepath.Join(folder, "index.json.sha256-"+digest+".sigstore.json"),
+				key.Statement(t, "sha256:"+digest, bucketObject,
+					map[string]string{"object": signedAs + "/lakitu/index.json", "buildId": signedAs, "board": "lakitu"}))
 		}
 	}
 	index("17800.0.47", farm, "17800.0.47", entry("17800.0.47", held.Digest))
@@ -62,7 +63,7 @@ func TestReindexBucket(t *testing.T) {
 	removed := entry("17800.0.55", held.Digest)
 	removed.Object = "17800.0.55/lakitu/extensions/gpu/x.tgz"
 	index("17800.0.55", farm, "17800.0.55", removed)
-	// None of these is believed.
+	// None of these is trusted.
 	index("17800.0.61", stranger, "17800.0.61", entry("17800.0.61", gone))
 	index("17800.0.62", nil, "", entry("17800.0.62", gone))
 	index("17800.0.63", farm, "17800.0.64", entry("17800.0.63", gone))
@@ -102,7 +103,8 @@ func TestReindexBucket(t *testing.T) {
 	if known, err := r.client.Artifacts(t.Context()); err != nil || len(known) != 1 {
 		t.Errorf("reindex --bucket --apply left %d artifacts, %v; want 1", len(known), err)
 	}
-	if code, out, _ := run(t, args...); code != fault.Unverified.ExitCode() || !strings.Contains(out, gone[7:19]+"  lost") ||
+	if code, out, _ := run(t, args...); code != fault.Unverified.ExitCode() ||
+		!strings.Contains(out, gone[7:19]+"  lost") ||
 		!strings.Contains(out, "for 17800.0.51/lakitu and 1 more") {
 		t.Errorf("reindex = %d\n%s\nwant 4, and what is lost", code, out)
 	}
@@ -111,7 +113,7 @@ func TestReindexBucket(t *testing.T) {
 	}
 }
 
-// TestReindexBuildersBucket reads a bucket that builder/internal/twin wrote, whose test keeps
+// TestReindexBuildersBucket reads a bucket that builder/internal/tarball wrote, whose test keeps
 // it up to date.
 func TestReindexBuildersBucket(t *testing.T) {
 	t.Parallel()
@@ -133,8 +135,10 @@ func TestReindexBuildersBucket(t *testing.T) {
 	if err := json.Unmarshal(text, &index); err != nil {
 		t.Fatal(err)
 	}
-	want := []finding{{Digest: index.Drivers[0].Artifact, Difference: lost, Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
-		Kernels: []target.Kernel{{BuildID: "17800.0.47", Board: "lakitu", Arch: target.AMD64}}, Note: "for 17800.0.47/lakitu"}}
+	want := []finding{{Digest: index.Drivers[0].Artifact, Difference: lost,
+		Driver:  target.Driver{Version: "535.261.03", Flavour: target.Open},
+		Kernels: []target.Kernel{{BuildID: "17800.0.47", Board: "lakitu", Arch: target.AMD64}},
+		Note:    "for 17800.0.47/lakitu"}}
 	if diff := cmp.Diff(want, got.Findings, cmp.AllowUnexported(finding{})); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
@@ -142,7 +146,8 @@ func TestReindexBuildersBucket(t *testing.T) {
 	// One byte of the index is another one.
 	spoiled := t.TempDir()
 	copyFolder(t, at, spoiled)
-	put(t, filepath.Join(spoiled, "17800.0.47/lakitu/index.json"), []byte(strings.Replace(string(text), "535.261.03", "535.261.04", 1)))
+	put(t, filepath.Join(spoiled, "17800.0.47/lakitu/index.json"),
+		[]byte(strings.Replace(string(text), "535.261.03", "535.261.04", 1)))
 	got = lookAtBucket(t, fault.Unverified.ExitCode(), append(args, "--bucket", "file://"+spoiled)...)
 	if len(got.Findings) != 1 || got.Findings[0].Difference != unverified || got.InBucket != 0 {
 		t.Errorf("reindex of a spoiled index finds %+v; want it unverified", got.Findings)

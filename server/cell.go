@@ -53,9 +53,9 @@ func (c cell) request() string {
 	)
 }
 
-// standing is the error of a cell that has no artifact to use: pending, which a pipeline
+// cellError is the error of a cell that has no artifact to use: pending, which a pipeline
 // may wait for, or none at all.
-func standing(asked cell, r api.Resolution) error {
+func cellError(asked cell, r api.Resolution) error {
 	of := "COS build"
 	if _, gke := api.BuildOrGKE(asked.BuildID); gke != "" {
 		of = "GKE"
@@ -110,7 +110,7 @@ Example:
 			if err := cli.Print(cmd, r, func(w io.Writer) error { return printResolution(w, c.Base(), r) }); err != nil {
 				return err
 			}
-			return standing(asked, r)
+			return cellError(asked, r)
 		},
 	}
 }
@@ -121,7 +121,7 @@ func (c cell) question() api.Question {
 
 func preflightCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether they would find their driver",
+		Name: "preflight", Usage: "ask whether nodes may move to a COS build: whether their driver is published for it",
 		ArgsUsage: "[POOL...]",
 		Description: `A POOL of nodes is BUILD_ID[:BOARD[:DRIVER[:FLAVOUR]]]; without one, the flags
 name it. What a POOL leaves out is as the flags say. A version of GKE in place
@@ -156,7 +156,8 @@ Example:
 			if n := len(answer.Pools); n != len(asked) {
 				return fault.Errorf(fault.Internal, "%s: the server answers for %d pools; want %d", cmd.FullName(), n, len(asked))
 			}
-			if err := cli.Print(cmd, answer, func(w io.Writer) error { return printPreflight(w, c.Base(), answer) }); err != nil {
+			if err := cli.Print(cmd, answer,
+				func(w io.Writer) error { return printPreflight(w, c.Base(), answer) }); err != nil {
 				return err
 			}
 			return verdict(asked, answer)
@@ -199,7 +200,7 @@ func verdict(asked []cell, answer api.Preflight) error {
 		if v.Resolution.Kernel.BuildID != "" { // that of a version of GKE
 			cell.BuildID = v.Resolution.Kernel.BuildID
 		}
-		err := standing(cell, v.Resolution)
+		err := cellError(cell, v.Resolution)
 		switch {
 		case err == nil:
 			continue
@@ -273,6 +274,6 @@ func printCells(w io.Writer, all []api.Resolution) error {
 		w,
 		[]string{"KERNEL", "DRIVER", "STATE", "NOTE"},
 		rows,
-		"nobody asked for a cell yet: server request",
+		"no cell was requested yet: server request",
 	)
 }

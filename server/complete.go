@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/server/internal/auth"
 )
 
-// offered bounds how many values are asked of the server: the newest of a list are what
+// maxCandidates bounds how many values are asked of the server: the newest of a list are what
 // somebody at a prompt means.
-const offered = 200
+const maxCandidates = 200
 
 // complete finds the values of flags and arguments: words that are fixed, and what the
 // server knows. Where it does not answer, nothing is offered.
@@ -100,12 +100,12 @@ func fixed(all ...string) []cli.Candidate {
 	return out
 }
 
-// offer makes candidates of the first entries of a list, each value once.
-func offer[T any](entries iter.Seq2[T, error], of func(T) cli.Candidate) []cli.Candidate {
+// candidatesOf makes candidates of the first entries of a list, each value once.
+func candidatesOf[T any](entries iter.Seq2[T, error], of func(T) cli.Candidate) []cli.Candidate {
 	var out []cli.Candidate
 	seen, n := map[string]bool{}, 0
 	for entry, err := range entries {
-		if n++; err != nil || n > offered {
+		if n++; err != nil || n > maxCandidates {
 			break
 		}
 		if c := of(entry); c.Value != "" && !seen[c.Value] {
@@ -117,7 +117,7 @@ func offer[T any](entries iter.Seq2[T, error], of func(T) cli.Candidate) []cli.C
 }
 
 func kernelsOf(ctx context.Context, at cli.Place, of func(api.Kernel) cli.Candidate) []cli.Candidate {
-	return offer(server(at).EachKernel(ctx, api.Filter{Page: offered}), of)
+	return candidatesOf(server(at).EachKernel(ctx, api.Filter{Page: maxCandidates}), of)
 }
 
 func buildIDs(ctx context.Context, at cli.Place) []cli.Candidate {
@@ -135,13 +135,14 @@ func driversOf(ctx context.Context, at cli.Place) []cli.Candidate {
 	var words, branches []cli.Candidate
 	seen := map[string]bool{}
 	wish := at.Command == "resolve" || at.Command == "request" || at.Command == "preflight" || at.Command == "watch"
-	versions := offer(server(at).EachDriver(ctx, api.Filter{Page: offered}), func(d api.DriverRelease) cli.Candidate {
-		if wish && d.Branch != "" && !seen[d.Branch] {
-			seen[d.Branch] = true
-			branches = append(branches, cli.Candidate{Value: d.Branch, About: "branch"})
-		}
-		return cli.Candidate{Value: d.Version, About: "of branch " + d.Branch}
-	})
+	versions := candidatesOf(server(at).EachDriver(ctx, api.Filter{Page: maxCandidates}),
+		func(d api.DriverRelease) cli.Candidate {
+			if wish && d.Branch != "" && !seen[d.Branch] {
+				seen[d.Branch] = true
+				branches = append(branches, cli.Candidate{Value: d.Branch, About: "branch"})
+			}
+			return cli.Candidate{Value: d.Version, About: "of branch " + d.Branch}
+		})
 	if wish {
 		words = fixed("default", "latest")
 	}
@@ -149,15 +150,16 @@ func driversOf(ctx context.Context, at cli.Place) []cli.Candidate {
 }
 
 func buildsOf(ctx context.Context, at cli.Place, state api.State) []cli.Candidate {
-	return offer(server(at).EachBuild(ctx, api.Filter{State: state, Page: offered}), func(b api.Build) cli.Candidate {
-		return cli.Candidate{Value: strconv.FormatInt(b.ID, 10),
-			About: strings.Join([]string{string(b.State), b.Kernel.String(), b.Driver.String()}, " ")}
-	})
+	return candidatesOf(server(at).EachBuild(ctx, api.Filter{State: state, Page: maxCandidates}),
+		func(b api.Build) cli.Candidate {
+			return cli.Candidate{Value: strconv.FormatInt(b.ID, 10),
+				About: strings.Join([]string{string(b.State), b.Kernel.String(), b.Driver.String()}, " ")}
+		})
 }
 
 func digests(ctx context.Context, at cli.Place, state api.State) []cli.Candidate {
-	return offer(
-		server(at).EachArtifact(ctx, api.Filter{State: state, Page: offered}),
+	return candidatesOf(
+		server(at).EachArtifact(ctx, api.Filter{State: state, Page: maxCandidates}),
 		func(a api.Artifact) cli.Candidate {
 			return cli.Candidate{Value: a.Digest, About: strings.TrimSpace(a.Driver.String() + " " + string(a.State))}
 		},

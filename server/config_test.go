@@ -24,7 +24,8 @@ func TestConfigCheck(t *testing.T) {
 		want               string // after the file's name; LAST is the number of that line
 	}{
 		{name: "example", want: ""},
-		{"unknown key", "listn: :80\n", "", `LAST:1: found setting "listn", which server serve does not have; the nearest is listen`},
+		{"unknown key", "listn: :80\n", "",
+			`LAST:1: found setting "listn", which server serve does not have; the nearest is listen`},
 		{"twice", "data: /x\n", "", `LAST:1: found field "data" twice; want it once`},
 		{"wrong type", "reserve: much", "reserve: 4096", `11:10: reserve: found "much"; want a number`},
 		{"out of range", "reserve: -1", "reserve: 4096", "11:10: reserve: reserve -1: want a number from 0"},
@@ -33,9 +34,12 @@ func TestConfigCheck(t *testing.T) {
 		{"time", "discover-interval: 15", "discover-interval: 15m", `7:20: discover-interval: found "15"; want a time`},
 		{"choice", "redistribute: most\n", "", `LAST:15: redistribute: redistribute "most": want none, userspace or all`},
 		{"secret", "token: abc\n", "", "LAST:8: token: found a secret in a file that many may read; want token-file"},
-		{"password", "queue: postgres://u:pw@db/x\n", "", "LAST:8: queue: found a password in a URL; want it in the environment"},
-		{"half of two", "tls-cert: /x.pem\n", "", "LAST:1: tls-cert: one of --tls-cert and --tls-key is missing; give both, or none"},
-		{"pattern", "create-only: [\"[\"]", `create-only: ["prebake/*", "prebake/*/*"]`, `8:1: create-only: --create-only "[": syntax error`},
+		{"password", "queue: postgres://u:pw@db/x\n", "",
+			"LAST:8: queue: found a password in a URL; want it in the environment"},
+		{"half of two", "tls-cert: /x.pem\n", "",
+			"LAST:1: tls-cert: one of --tls-cert and --tls-key is missing; give both, or none"},
+		{"pattern", "create-only: [\"[\"]", `create-only: ["prebake/*", "prebake/*/*"]`,
+			`8:1: create-only: --create-only "[": syntax error`},
 	} {
 		text, want := string(example), strings.ReplaceAll(row.want, "LAST", strconv.Itoa(lines+1))
 		if row.instead == "" {

@@ -13,7 +13,7 @@ import (
 
 func coverageCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "coverage", Usage: "show how much of what wish lists want is there", Flags: clientFlags(),
+		Name: "coverage", Usage: "show how much of the desired matrix is published", Flags: clientFlags(),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
 				return err
@@ -35,7 +35,8 @@ func printCoverage(w io.Writer, v api.Coverage) error {
 	rows := [][]string{}
 	add := func(name string, n api.CoverageCounts) {
 		row := []string{name}
-		for _, n := range []int{n.Wanted, n.Published, n.Building, n.Queued, n.Failed, n.Withdrawn, n.Unsupported, n.Missing} {
+		for _, n := range []int{n.Wanted, n.Published, n.Building, n.Queued, n.Failed, n.Withdrawn, n.Unsupported,
+			n.Missing} {
 			row = append(row, strconv.Itoa(n))
 		}
 		rows = append(rows, row)

@@ -3,17 +3,19 @@ package main
 import (
 	"testing"
 
-	"github.com/prebake/prebake/pkg/testkit/wall"
+	"github.com/prebake/prebake/pkg/testkit/importrule"
 )
 
-// TestDependencies keeps the walls up that the compiler does not.
+// TestDependencies tests import rules that the compiler does not.
 func TestDependencies(t *testing.T) {
 	t.Parallel()
-	wall.Bans(t, map[string]string{
-		"github.com/prebake/prebake/builder":             "the server must not compile or sign: it has no toolchain and no key",
-		"github.com/prebake/prebake/fetcher":             "nodes talk to the server, not the other way",
-		"github.com/prebake/prebake/pkg/vm":              "test machines belong to builders",
-		"github.com/sigstore/sigstore/pkg/signature/kms": "no private key may come near the process that is reachable from the network",
+	importrule.CheckBanned(t, map[string]string{
+		"github.com/prebake/prebake/builder": "the server must not compile or sign: it has no toolchain " +
+			"and no key",
+		"github.com/prebake/prebake/fetcher": "nodes talk to the server, not the other way",
+		"github.com/prebake/prebake/pkg/vm":  "test machines belong to builders",
+		"github.com/sigstore/sigstore/pkg/signature/kms": "no private key may come near the process that is reachable from " +
+			"the network",
 		// Package testing itself comes with pkg/trust: the library that reads timestamps imports it.
 		"github.com/prebake/prebake/pkg/testkit": "test helpers do not ship",
 		"net/http/httptest":                      "test helpers do not ship",
@@ -23,10 +25,10 @@ func TestDependencies(t *testing.T) {
 // TestHomes keeps one home for each heavy library.
 func TestHomes(t *testing.T) {
 	t.Parallel()
-	wall.Homes(t, "github.com/prebake/prebake/server", []wall.Home{
-		{Lib: "github.com/pressly/goose/v3", Package: "/internal/store", Why: "SQL lives in store"},
-		{Lib: "github.com/go-chi/chi/v5", Package: "/internal/httpapi", Why: "routing lives in httpapi"},
-		{Lib: "github.com/riverqueue/river", Why: "the queue lives in pkg/queue"},
-		{Lib: "cuelabs.dev/go/oci/ociregistry", Package: "/internal/ocistore", Why: "the registry lives in ocistore"},
+	importrule.CheckOwners(t, "github.com/prebake/prebake/server", []importrule.Owner{
+		{Lib: "github.com/pressly/goose/v3", Package: "/internal/store", Reason: "SQL lives in store"},
+		{Lib: "github.com/go-chi/chi/v5", Package: "/internal/httpapi", Reason: "routing lives in httpapi"},
+		{Lib: "github.com/riverqueue/river", Reason: "the queue lives in pkg/queue"},
+		{Lib: "cuelabs.dev/go/oci/ociregistry", Package: "/internal/ocistore", Reason: "the registry lives in ocistore"},
 	})
 }

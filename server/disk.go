@@ -24,7 +24,7 @@ type disk struct {
 	err  error
 }
 
-// fresh is for how long one look at the disk counts: uploads ask often.
+// fresh is for how long one check of the disk counts: uploads ask often.
 const fresh = time.Second
 
 // Free returns how many bytes are left for this program.
@@ -42,11 +42,11 @@ func (d *disk) Free() (uint64, error) {
 	return d.free, d.err
 }
 
-// Room is nil, or says that the reserve has begun.
-func (d *disk) Room() error {
+// CheckFree is nil, or says that the reserve has begun.
+func (d *disk) CheckFree() error {
 	free, err := d.Free()
 	if err != nil {
-		return fmt.Errorf("look at data folder's disk: %w", err)
+		return fmt.Errorf("measure data folder's disk: %w", err)
 	}
 	if free < d.reserve {
 		return fault.New(
@@ -59,4 +59,4 @@ func (d *disk) Room() error {
 }
 
 // Ping is Room for readiness.
-func (d *disk) Ping(context.Context) error { return d.Room() }
+func (d *disk) Ping(context.Context) error { return d.CheckFree() }

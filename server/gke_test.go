@@ -36,7 +36,8 @@ func TestGKEAndGPUs(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if code, _, stderr := run(t, "serve", "--data", t.TempDir(), "--gke-map", "file://"+dir+"/gke-to-cos.json"); code != 2 ||
+	if code, _, stderr := run(t, "serve", "--data", t.TempDir(), "--gke-map",
+		"file://"+dir+"/gke-to-cos.json"); code != 2 ||
 		!strings.Contains(stderr, "give --kernel-mirror too") {
 		t.Errorf("serve without a kernel mirror = %d, %s; want 2 and a hint", code, stderr)
 	}
@@ -67,17 +68,20 @@ func TestGKEAndGPUs(t *testing.T) {
 		{[]string{"kernels"}, 0, "18867.199.52  lakitu  121  535.261.03  1.33.5-gke.1080000", ""},
 		{[]string{"kernels", "--gke", "1.34"}, 0, "no kernel is known yet", ""},
 		{[]string{"kernels", "--gke", "x"}, 2, "", "write one such as 1.33"},
-		{[]string{"gpus", "--gke", "1.33"}, 0, "18867.199.52/lakitu  NVIDIA_H100_80GB  580.95.05  -       R580 580.95.05", ""},
+		{[]string{"gpus", "--gke", "1.33"}, 0, "18867.199.52/lakitu  NVIDIA_H100_80GB  580.95.05  -       R580 580.95.05",
+			""},
 		{[]string{"gpus", "--gpu", "NVIDIA_L4"}, 0, "no such build has a list of its own", ""},
 		{[]string{"gpus"}, 2, "", "narrow it with --build-id"},
 		{[]string{"preflight", "1.33.5-gke.1080000:lakitu:default@NVIDIA_H100_80GB"}, fault.NoArtifact.ExitCode(),
 			"580.95.05", "server request --build-id 18867.199.52"},
-		{[]string{"preflight", "1.33.5-gke.1080000", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "1.34.0-gke.1/lakitu", "of 2 pools 2"},
+		{[]string{"preflight", "1.33.5-gke.1080000", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "1.34.0-gke.1/lakitu",
+			"of 2 pools 2"},
 		{[]string{"preflight", "1.34.0-gke.1"}, fault.NoArtifact.ExitCode(), "", "for GKE 1.34.0-gke.1/lakitu is unknown"},
 	} {
 		code, out, stderr := ask(step.args...)
 		if code != step.code || !strings.Contains(out, step.out) || !strings.Contains(stderr, step.err) {
-			t.Errorf("server %s = %d\n%s%s; want %d, %q and %q", strings.Join(step.args, " "), code, out, stderr, step.code, step.out, step.err)
+			t.Errorf("server %s = %d\n%s%s; want %d, %q and %q", strings.Join(step.args, " "), code, out, stderr, step.code,
+				step.out, step.err)
 		}
 	}
 	_, out, _ := ask("gpus", "--build-id", "18867.199.52", "--output", "json")

@@ -20,10 +20,10 @@ import (
 
 // importCommand is a push and a reindex of what was pushed. All that is sent of a bundle is
 // verified before the first byte of it is sent, down to the layers; what is attached and
-// nobody vouches for stays behind, as [vouched] says.
+// nobody vouches for stays behind, as [importSet] says.
 func importCommand() *ucli.Command {
 	return &ucli.Command{
-		Name: "import", Usage: "bring the drivers of an offline bundle into registry and catalogue",
+		Name: "import", Usage: "copy the drivers of an offline bundle to the registry and the catalogue",
 		ArgsUsage: "FILE[+DELTA…]",
 		Description: `Reads what "builder bundle create" packed, or any OCI image layout in a tar
 (oci:FOLDER for one in a folder), verifies each driver as a node does, and
@@ -36,7 +36,7 @@ Example:
   server import drivers.tar --public-key farm.pub --token-file token
   server import one.tar+two.tar --public-key farm.pub --token-file token`,
 		Flags: append(signerFlags(), writeFlags(
-			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to bring them to"),
+			cli.String("repository", "/prebake/driver", "`REPOSITORY` on the server to copy them to"),
 		)...),
 		Action: runImport,
 	}
@@ -68,16 +68,16 @@ func runImport(ctx context.Context, cmd *ucli.Command) error {
 	if found.held, err = drivers(ctx, r); err != nil {
 		return fmt.Errorf("read %s: %w", ref, err)
 	}
-	goes := newVouched(r)
+	goes := newImportSet(r)
 	for _, a := range found.held {
 		err := a.err
 		if err == nil {
 			err = goes.add(ctx, a.digest)
 		}
 		if err != nil {
-			return fmt.Errorf("import %s: nothing was brought to the server: %w", a.digest, err)
+			return fmt.Errorf("import %s: nothing was copied to the server: %w", a.digest, err)
 		}
-		f, _ := judge(a, api.Artifact{}, false, name)
+		f, _ := compareArtifact(a, api.Artifact{}, false, name)
 		found.Findings = append(found.Findings, f)
 	}
 	found.LeftOut = goes.leftOut
@@ -134,7 +134,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 		held = append(held, a)
 	}
 	if len(held) == 0 {
-		return nil, fault.New(fault.NoArtifact, "it has no drivers", "builder bundle show FILE tells what a bundle has")
+		return nil, fault.New(fault.NoArtifact, "it has no drivers", "builder bundle show FILE lists what a bundle has")
 	}
 	return held, nil
 }
@@ -174,6 +174,6 @@ func printImport(w io.Writer, c *comparison) error {
 	if err := printTable(w, []string{"DIGEST", "STATE", "DRIVER", "NOTE"}, rows, "nothing"); err != nil || c.LeftOut == 0 {
 		return err
 	}
-	_, err := fmt.Fprintf(w, "left out %d of what is attached: nobody who is trusted vouches for it\n", c.LeftOut)
+	_, err := fmt.Fprintf(w, "left out %d attached manifests: no trusted signature names them\n", c.LeftOut)
 	return err
 }

@@ -34,7 +34,8 @@ func bundled(t *testing.T, dir string) string {
 		if err != nil {
 			return err
 		}
-		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: rel, Mode: 0o644, Size: int64(len(raw))}); err != nil {
+		if err := w.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: rel, Mode: 0o644,
+			Size: int64(len(raw))}); err != nil {
 			return err
 		}
 		_, err = w.Write(raw)
@@ -82,7 +83,9 @@ func TestImport(t *testing.T) {
 			t.Fatalf("import = %d\n%s%s\nwant 0, and what was imported", code, out, errs)
 		}
 	}
-	r, err := c.Resolve(t.Context(), api.Question{BuildID: s.Kernel.BuildID, Board: s.Kernel.Board, Driver: driver.Version, Flavour: string(driver.Flavour)})
+	r, err := c.Resolve(t.Context(),
+		api.Question{BuildID: s.Kernel.BuildID, Board: s.Kernel.Board, Driver: driver.Version,
+			Flavour: string(driver.Flavour)})
 	if err != nil || r.State != api.Published || r.Digest != s.Digest || r.Repository != "/prebake/driver" {
 		t.Errorf("Resolve = %+v, %v; want %s, published in /prebake/driver", r, err, s.Digest)
 	}

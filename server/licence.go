@@ -8,11 +8,11 @@ import (
 )
 
 func publicFlag() ucli.Flag {
-	return cli.Bool("public", "everybody may read the registry: take nothing that is under NVIDIA's licence")
+	return cli.Bool("public", "the registry is public: refuse what is under NVIDIA's licence")
 }
 
 func redistributeFlag() ucli.Flag {
 	return cli.Choice("redistribute", bundle.RedistributeNone,
-		"what of NVIDIA's a public registry takes: `PART` is none, userspace or all",
+		"`PART` of NVIDIA's files that a public registry takes: none, userspace or all",
 		bundle.RedistributeNone, bundle.RedistributeUserspace, bundle.RedistributeAll)
 }

@@ -36,7 +36,7 @@ type paged[T any] struct {
 
 func (p paged[T]) command() *ucli.Command {
 	own := append(slices.Clone(p.flags),
-		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "most `COUNT` of " + p.what,
+		&ucli.IntFlag{Name: "limit", Value: p.most, Usage: "at most `COUNT` of " + p.what,
 			Validator: func(n int) error {
 				if n < 1 {
 					return fmt.Errorf("limit %d: want 1 or more, or --all", n)
@@ -83,8 +83,8 @@ func (p paged[T]) command() *ucli.Command {
 	}
 }
 
-// first reads entries until there are so many, or such things that they belong to; 0 is
-// all of them. It tells whether there are more.
+// first reads entries until there are so many, or such things that they belong to; 0 means all of them. It tells
+// whether there are more.
 func first[T any](entries iter.Seq2[T, error], most int, key func(T) string) (all []T, more bool, err error) {
 	all = []T{}
 	count, last := 0, ""
@@ -175,11 +175,12 @@ func buildsCommand() *ucli.Command {
 
 func cellsCommand() *ucli.Command {
 	return paged[api.Resolution]{
-		name: "cells", usage: "list where kernels' drivers stand, those of the newest kernel first",
+		name: "cells", usage: "list the states of drivers by kernel, newest kernel first",
 		description: `A cell is a kernel with a driver. Listed are those that somebody built, or asked
 for.`,
 		what: "kernels", most: 20, key: func(r api.Resolution) string { return r.Kernel.String() },
-		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter()), get: (*api.Client).EachCell, table: printCells,
+		flags: append(kernelFilters(), milestoneFilter(), gkeFilter(), driverFilter()), get: (*api.Client).EachCell,
+		table: printCells,
 	}.command()
 }
 
@@ -209,7 +210,8 @@ func artifactCommand() *ucli.Command {
 func reportsCommand() *ucli.Command {
 	flags := append(kernelFilters(), &ucli.StringFlag{Name: "digest", Usage: "only of this artifact, `DIGEST`"})
 	return &ucli.Command{
-		Name: "reports", Usage: "count what nodes said of an artifact, or of those of a COS build", Flags: clientFlags(flags...),
+		Name: "reports", Usage: "count the reports of nodes about an artifact, or about those of a COS build",
+		Flags: clientFlags(flags...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if err := noArgs(cmd); err != nil {
 				return err

@@ -102,23 +102,29 @@ func TestOperator(t *testing.T) {
 		err  string // a part of stderr
 	}{
 		{"nothing known", []string{"kernels"}, 0, "no kernel is known yet", ""},
-		{"request", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03", "--flavour", "open"}, 0, "state      queued", ""},
-		{"request again", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03", "--flavour", "open"}, 0, "build      1", ""},
+		{"request", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03",
+			"--flavour", "open"}, 0, "state      queued", ""},
+		{"request again", []string{"request", "--token-file", token, "--build-id", "17800.0.47", "--driver", "535.261.03",
+			"--flavour", "open"}, 0, "build      1", ""},
 		{"builds", []string{"builds"}, 0, "17800.0.47/lakitu  535.261.03-open", ""},
 		{"builds as JSON", []string{"builds", "--output", "json", "--state", "queued"}, 0, `"buildId": "17800.0.47"`, ""},
-		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Pending.ExitCode(), "start one: builder work", "is queued"},
+		{"resolve", []string{"resolve", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Pending.ExitCode(),
+			"start one: builder work", "is queued"},
 		{"coverage", []string{"coverage"}, 0, "no wish list wants a cell", ""},
 		{"warnings", []string{"warnings"}, 0, "no early warning", ""},
 		{"quarantine", []string{"quarantine"}, 0, "nothing is in quarantine", ""},
-		{"lift of nothing", []string{"lift", "--token-file", token, digest}, fault.NotFound.ExitCode(), "", "is not in the catalogue"},
-		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Unauthorized.ExitCode(), "", "this call needs a token"},
+		{"lift of nothing", []string{"lift", "--token-file", token, digest}, fault.NotFound.ExitCode(), "",
+			"is not in the catalogue"},
+		{"no token", []string{"request", "--build-id", "17800.0.47", "--driver", "535.261.03"}, fault.Unauthorized.ExitCode(),
+			"", "this call needs a token"},
 		{"bad wish", []string{"resolve", "--build-id", "17800.0.47", "--driver", "new"}, 2, "", "hint:"},
 		{"no such build", []string{"build", "99"}, fault.NotFound.ExitCode(), "", "list builds"},
 		{"no log yet", []string{"build", "1", "--log"}, fault.NotFound.ExitCode(), "", "no log yet"},
 		{"stray argument", []string{"kernels", "x"}, 2, "", "takes no argument"},
 		{"bad number", []string{"build", "x"}, 2, "", "needs one number"},
 		{"unknown command", []string{"frobnicate"}, 2, "", "no command"},
-		{"server away", []string{"drivers", "--server", "http://127.0.0.1:1"}, fault.Transient.ExitCode(), "", "check that the server runs"},
+		{"server away", []string{"drivers", "--server", "http://127.0.0.1:1"}, fault.Transient.ExitCode(), "",
+			"check that the server runs"},
 	}
 	for _, s := range steps {
 		args := s.args
@@ -137,7 +143,8 @@ func TestOperator(t *testing.T) {
 	}
 
 	// A second server must keep off.
-	if code, _, errs := run(t, "serve", "--listen", "127.0.0.1:0", "--data", dir); code != fault.Busy.ExitCode() || !strings.Contains(errs, "another server") {
+	if code, _, errs := run(t, "serve", "--listen", "127.0.0.1:0", "--data", dir); code != fault.Busy.ExitCode() ||
+		!strings.Contains(errs, "another server") {
 		t.Errorf("second server = %d %s; want busy", code, errs)
 	}
 
@@ -210,7 +217,8 @@ func TestOperator(t *testing.T) {
 	if err := resp.Body.Close(); err != nil || resp.StatusCode != http.StatusAccepted {
 		t.Fatalf("DELETE = %s, %v", resp.Status, err)
 	}
-	r, err := c.Resolve(t.Context(), api.Question{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	r, err := c.Resolve(t.Context(),
+		api.Question{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
 	if err != nil || r.State == api.Published {
 		t.Errorf("Resolve() after the manifest was deleted = %s, %v", r.State, err)
 	}
@@ -227,7 +235,8 @@ func push(t *testing.T, url, secret, tag string) (digest string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = remote.Write(ref, img, remote.WithContext(t.Context()), remote.WithAuth(&authn.Basic{Username: "x", Password: strings.TrimSpace(secret)}))
+	err = remote.Write(ref, img, remote.WithContext(t.Context()),
+		remote.WithAuth(&authn.Basic{Username: "x", Password: strings.TrimSpace(secret)}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -265,7 +274,8 @@ func TestWait(t *testing.T) {
 	dir := t.TempDir()
 	url, _, _ := start(t, dir, "--token", "0123456789abcdef")
 	c := api.NewClient(url, "0123456789abcdef", nil)
-	args := []string{"request", "--server", url, "--token", "0123456789abcdef", "--build-id", "17800.0.47", "--driver", "535.1", "--flavour", "open"}
+	args := []string{"request", "--server", url, "--token", "0123456789abcdef", "--build-id", "17800.0.47", "--driver",
+		"535.1", "--flavour", "open"}
 	if code, _, errs := run(t, args...); code != 0 {
 		t.Fatal(errs)
 	}
@@ -282,7 +292,8 @@ func TestWait(t *testing.T) {
 		code := cli.Run(t.Context(), program(), append([]string{"server"}, append(args, "--wait")...), &out, &errs)
 		done <- result{code, errs.String()}
 	}()
-	if _, err := c.UpdateBuild(t.Context(), 1, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
+	if _, err := c.UpdateBuild(t.Context(), 1,
+		api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
 		t.Fatal(err)
 	}
 	// Asking after the failure opens build 2; end that one too.
@@ -292,13 +303,15 @@ func TestWait(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, b := range all {
-			if _, err := c.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
+			if _, err := c.UpdateBuild(t.Context(), b.ID,
+				api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error", Hint: "newer"}); err != nil {
 				t.Fatal(err)
 			}
 		}
 		select {
 		case r := <-done:
-			if r.code != fault.APIBreak.ExitCode() || !strings.Contains(r.errs, "nv-pci.c:1") || !strings.Contains(r.errs, "newer") {
+			if r.code != fault.APIBreak.ExitCode() || !strings.Contains(r.errs, "nv-pci.c:1") ||
+				!strings.Contains(r.errs, "newer") {
 				t.Errorf("--wait = %d %s; want %d with the compiler's line", r.code, r.errs, fault.APIBreak.ExitCode())
 			}
 			return

@@ -43,7 +43,7 @@ type finding struct {
 	Note       string          `json:"note,omitempty"`
 	Applied    bool            `json:"applied,omitempty"`
 
-	add *api.NewArtifact // what --apply records; nil is nothing
+	add *api.NewArtifact // what --apply records; nil means nothing
 }
 
 // comparison is what reindex prints.
@@ -100,7 +100,7 @@ Example:
   server reindex --public-key farm.pub --apply --token-file token`,
 		Flags: append(signerFlags(), writeFlags(
 			cli.String("repository", "/prebake/driver", "`REPOSITORY` to read: HOST/NAME, or /NAME on the server itself"),
-			cli.String("bucket", "", "`URL` of a bucket with signed tarballs to look at, too: gs://, https:// or file://"),
+			cli.String("bucket", "", "`URL` of a bucket with signed tarballs to read, too: gs://, https:// or file://"),
 			&ucli.BoolFlag{Name: "apply", Usage: "record what is missing or attested"},
 		)...),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
@@ -179,7 +179,8 @@ func openRepository(base, repository string) (*registry.Repository, error) {
 		return registry.Open(repository, registry.Options{UserAgent: "prebake-server/" + version})
 	}
 	scheme, host, _ := strings.Cut(base, "://")
-	return registry.Open(host+repository, registry.Options{Plain: scheme == "http", UserAgent: "prebake-server/" + version})
+	return registry.Open(host+repository,
+		registry.Options{Plain: scheme == "http", UserAgent: "prebake-server/" + version})
 }
 
 // compare reads the registry first: an artifact that a builder publishes meanwhile is in
@@ -228,15 +229,15 @@ func compare(ctx context.Context, c *api.Client, r *reader, repository string) (
 	found.held = held
 	for _, a := range held {
 		k, ok := byDigest[a.digest]
-		if f, same := judge(a, k, ok, repository); !same {
+		if f, same := compareArtifact(a, k, ok, repository); !same {
 			found.Findings = append(found.Findings, f)
 		}
 	}
 	return found, nil
 }
 
-// judge compares what one artifact is with what the catalogue says of it.
-func judge(a artifact, k api.Artifact, known bool, repository string) (f finding, same bool) {
+// compareArtifact compares what one artifact is with what the catalogue says of it.
+func compareArtifact(a artifact, k api.Artifact, known bool, repository string) (f finding, same bool) {
 	f = finding{Digest: a.digest, Driver: a.identity.Driver}
 	if a.err != nil {
 		f.Difference, f.Note = unverified, a.err.Error()
@@ -352,7 +353,7 @@ func (c *comparison) left() error {
 		return fault.New(fault.Unverified, fmt.Sprintf("%d of what is published are unverified", count[unverified]),
 			"name the publisher's key with --public-key FILE; what nobody you trust published, remove")
 	case rest > 0:
-		hint := "look at each: what differs, or is absent, is published again, or yanked"
+		hint := "check each: publish again what differs or is absent, or yank it"
 		if count[missing]+count[attested] > 0 {
 			hint = "record what is missing: --apply"
 		}
@@ -375,7 +376,8 @@ func printable(text string) string {
 }
 
 func printComparison(w io.Writer, c *comparison) error {
-	if _, err := fmt.Fprintf(w, "in the registry %d, in the catalogue %d artifacts\n", c.InRegistry, c.InCatalogue); err != nil {
+	if _, err := fmt.Fprintf(w, "in the registry %d, in the catalogue %d artifacts\n", c.InRegistry,
+		c.InCatalogue); err != nil {
 		return err
 	}
 	if c.Bucket != "" {

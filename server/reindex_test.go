@@ -151,13 +151,15 @@ func TestReindex(t *testing.T) {
 	for digest, f := range all {
 		states[digest] = f.Difference
 	}
-	wantStates := map[string]difference{lacking.Digest: missing, more.Digest: attested, wrong.Digest: differs, unattested.Digest: differs,
-		gone.Digest: absent, foreign.Digest: unverified, replayed.Digest: unverified}
+	wantStates := map[string]difference{lacking.Digest: missing, more.Digest: attested, wrong.Digest: differs,
+		unattested.Digest: differs,
+		gone.Digest:       absent, foreign.Digest: unverified, replayed.Digest: unverified}
 	if diff := cmp.Diff(wantStates, states); diff != "" {
 		t.Errorf("reindex finds (-want +got):\n%s", diff)
 	}
 	if got, wanted := named(all[lacking.Digest].Kernels), named(want); !maps.Equal(got, wanted) {
-		t.Errorf("reindex finds %d kernels; want %d: those that the farm attests\n%s", len(got), len(wanted), cmp.Diff(wanted, got))
+		t.Errorf("reindex finds %d kernels; want %d: those that the farm attests\n%s", len(got), len(wanted),
+			cmp.Diff(wanted, got))
 	}
 	if diff := cmp.Diff([]target.Kernel{second}, all[more.Digest].Kernels); diff != "" {
 		t.Errorf("reindex finds kernels (-want +got):\n%s", diff)
@@ -197,7 +199,8 @@ func TestReindex(t *testing.T) {
 		}
 	}
 	got := stored[lacking.Digest]
-	if id := lacking.Identity; got.Repository != r.name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver || got.Release != id.Release ||
+	if id := lacking.Identity; got.Repository != r.name || got.Fingerprint != id.Fingerprint || got.Driver != id.Driver ||
+		got.Release != id.Release ||
 		!maps.Equal(named(got.Kernels), named(want)) {
 		t.Errorf("reindex --apply recorded %+v; want what is signed", got)
 	}
@@ -233,7 +236,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	farm := testkit.NewKey(t)
 	var all []testkit.Sample
 	for _, patch := range []string{"47", "48"} {
-		s := testkit.NewSample(t, farm, testkit.SampleKernel(patch), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+		s := testkit.NewSample(t, farm, testkit.SampleKernel(patch),
+			target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 		publish(t, url, secret, s)
 		record(t, c, s)
 		all = append(all, s)
@@ -266,7 +270,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 	}
 	pem := filepath.Join(t.TempDir(), "farm.pub")
 	put(t, pem, farm.PEM(t))
-	code, out, errs := run(t, "reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token"), "--apply")
+	code, out, errs := run(t, "reindex", "--server", url, "--key", pem, "--token-file", filepath.Join(dir, "token"),
+		"--apply")
 	if code != 0 || strings.Count(out, "  recorded  ") != len(all) {
 		t.Errorf("reindex --apply = %d\n%s%s\nwant 0, and %d recorded", code, out, errs, len(all))
 	}
@@ -289,7 +294,8 @@ func TestReindexEmptyDatabase(t *testing.T) {
 }
 
 // attach has a key say that a sample fits a kernel; labels are added to those that builders write.
-func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel, labels map[string]string) {
+func attach(t *testing.T, repo *registry.Repository, s testkit.Sample, key *testkit.Key, k target.Kernel,
+	labels map[string]string) {
 	t.Helper()
 	raw := key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: k, Fingerprint: s.Identity.Fingerprint})
 	st, err := key.Verifier(t).Statement(raw)

@@ -71,14 +71,14 @@ func act(name, usage, what, hint string, call func(context.Context, *api.Client,
 const hintBuildID = "such as 17800.66.78; list them: server kernels"
 
 func releaseCommand() *ucli.Command {
-	return about("release", "show what became of a COS build's cells", "BUILD_ID", hintBuildID, clientFlags(),
+	return about("release", "show the states of a COS build's cells", "BUILD_ID", hintBuildID, clientFlags(),
 		func(ctx context.Context, c *api.Client, id string) (api.Release, error) { return c.Release(ctx, id) }, printRelease)
 }
 
 func announceCommand() *ucli.Command {
 	return about(
 		"announce",
-		"tell of a COS build, so that it is looked up and planned at once",
+		"announce a COS build, so that it is looked up and planned at once",
 		"BUILD_ID",
 		hintBuildID,
 		writeFlags(),
@@ -112,7 +112,7 @@ func printRelease(w io.Writer, r api.Release) error {
 		}
 		rows = append(rows, []string{cell.Kernel.Board, cell.Driver.String(), string(cell.State), note})
 	}
-	return printTable(w, []string{"BOARD", "DRIVER", "STATE", "NOTE"}, rows, "nobody asked for a cell of this build yet")
+	return printTable(w, []string{"BOARD", "DRIVER", "STATE", "NOTE"}, rows, "no cell of this build was requested yet")
 }
 
 func seconds(s float64) string {
@@ -171,7 +171,8 @@ func putWishListCommand() *ucli.Command {
 	return &ucli.Command{
 		Name: "put", Usage: "store a wish list: the file that builder build --wish takes", ArgsUsage: "NAME FILE",
 		Flags: writeFlags(
-			&ucli.Int64Flag{Name: "if-version", Aliases: []string{"version"}, Usage: "`N` that the stored list must have; 0 takes the place of any"},
+			&ucli.Int64Flag{Name: "if-version", Aliases: []string{"version"},
+				Usage: "`N` that the stored list must have; 0 replaces any"},
 		),
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			if cmd.Args().Len() != 2 {

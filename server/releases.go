@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// releases is what became of the newest COS builds.
+// releases is what happened to the newest COS builds.
 type releases struct {
 	// Times are of the cells that became ready within so many days.
 	Days     int                  `json:"days"`
@@ -27,11 +27,11 @@ func releasesCommand() *ucli.Command {
 is the time within which half of the cells were.`,
 		Flags: clientFlags(
 			&ucli.IntFlag{Name: "milestone", Usage: "only of this COS milestone, a `NUMBER` such as 109"},
-			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "most `COUNT` of releases", Validator: between(1, 1000)},
+			&ucli.IntFlag{Name: "limit", Value: 20, Usage: "at most `COUNT` of releases", Validator: between(1, 1000)},
 			&ucli.IntFlag{
 				Name:      "days",
 				Value:     30,
-				Usage:     "percentiles are of cells ready within so many `DAYS`",
+				Usage:     "compute percentiles over the cells that were ready within so many `DAYS`",
 				Validator: between(1, 3660),
 			},
 		),

@@ -44,7 +44,8 @@ func TestScript(t *testing.T) {
 					return err
 				}
 			}
-			url, _, _ := start(t, filepath.Join(env.WorkDir, "state"), "--token", scriptToken, "--driver-mirror", "file://"+mirror)
+			url, _, _ := start(t, filepath.Join(env.WorkDir, "state"), "--token", scriptToken, "--driver-mirror",
+				"file://"+mirror)
 			env.Setenv("PREBAKE_SERVER", url)
 			env.Setenv("PREBAKE_TOKEN", scriptToken)
 			env.Setenv("TZ", "UTC")

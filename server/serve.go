@@ -37,17 +37,18 @@ import (
 
 // settings are the flags of serve, resolved.
 type settings struct {
-	Listen, Data, Database, Queue, KernelMirror, DriverMirror, GKEMap, PublicRepository, Token, TokenFile string
-	TLSCert, TLSKey, Issuers, Snapshot                                                                    string
-	Public                                                                                                bool
-	Redistribute                                                                                          bundle.Redistribution
-	CreateOnly                                                                                            []string
-	ReserveMB, AskPerHour, CallsPerMinute, Quarantine                                                     int
-	DiscoverEvery, Grace                                                                                  time.Duration
+	Listen, Data, Database, Queue, KernelMirror, DriverMirror, GKEMap, PublicRepository string
+	Token, TokenFile                                                                    string
+	TLSCert, TLSKey, Issuers, Snapshot                                                  string
+	Public                                                                              bool
+	Redistribute                                                                        bundle.Redistribution
+	CreateOnly                                                                          []string
+	ReserveMB, BuildsPerHour, CallsPerMinute, Quarantine                                int
+	DiscoverEvery, Grace                                                                time.Duration
 }
 
-// places fills in where the server keeps what.
-func (s *settings) places() error {
+// dataPaths fills in where the server keeps what.
+func (s *settings) dataPaths() error {
 	if s.Data == "" {
 		dir, err := stateDir()
 		if err != nil {
@@ -75,7 +76,7 @@ func (s *settings) places() error {
 
 // complete fills in what depends on other settings, and checks them.
 func (s *settings) complete() error {
-	if err := s.places(); err != nil {
+	if err := s.dataPaths(); err != nil {
 		return err
 	}
 	var wrong []error
@@ -124,7 +125,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		}
 	}
 	if os.Getenv("GOGC") == "" {
-		// What is remembered of a large catalogue makes up most of the heap, and lives
+		// What is stored of a large catalogue makes up most of the heap, and lives
 		// long: the usual 100 would let as much garbage gather beside it.
 		debug.SetGCPercent(50)
 	}
@@ -188,7 +189,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	room := &disk{dir: s.Data, reserve: uint64(s.ReserveMB) << 20}
 	var cat *catalogue.Catalogue
 	registry, err := ocistore.Open(filepath.Join(s.Data, "registry"), ocistore.Options{
-		CreateOnly: s.createOnly, Room: room.Room, Public: s.Public, Redistribute: s.Redistribute,
+		CreateOnly: s.createOnly, CheckFree: room.CheckFree, Public: s.Public, Redistribute: s.Redistribute,
 		Deleted: func(repo string, d digest.Digest) {
 			if err := cat.Forget(context.WithoutCancel(ctx), repo, string(d)); err != nil {
 				log.Error("artifact not forgotten", "digest", string(d), "err", err)
@@ -204,7 +205,7 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 		within = func(tx *store.Tx) catalogue.Enqueuer { return q.Within(tx.Conn, tx.Tx) }
 	}
 	cat = catalogue.New(catalogue.Config{
-		Store: db, Logs: logs, Queue: q, Within: within, Repository: s.PublicRepository, Holds: registry.Holds,
+		Store: db, Logs: logs, Queue: q, Within: within, Repository: s.PublicRepository, HasManifest: registry.HasManifest,
 		KernelMirror: s.KernelMirror, DriverMirror: s.DriverMirror, Quarantine: s.Quarantine, Log: log,
 		Public: s.Public, Redistribute: s.Redistribute,
 	})
@@ -227,11 +228,12 @@ func serve(ctx context.Context, s settings, log *slog.Logger) (err error) {
 	}
 	who := auth.New(auth.Config{First: token, Tokens: db, Issuers: issuers})
 	handler := httpapi.New(httpapi.Config{
-		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log, Stopping: ctx.Done(),
-		Auth: who, Access: db, AskPerHour: s.AskPerHour, CallsPerMinute: s.CallsPerMinute,
+		Catalogue: cat, Store: db, Queue: q, Disk: room, Free: room.Free, Port: port, Version: version, Log: log,
+		Stopping: ctx.Done(),
+		Auth:     who, Access: db, BuildsPerHour: s.BuildsPerHour, CallsPerMinute: s.CallsPerMinute,
 		Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes, Snapshot: list,
 	})
-	// Whoever waits for the file to appear must not read half of it.
+	// A program that waits for the file to appear must not read half of it.
 	addressFile := filepath.Join(s.Data, "address")
 	scheme := "http"
 	if secure != nil {
@@ -344,15 +346,15 @@ func collect(ctx context.Context, r *ocistore.Store, log *slog.Logger) error {
 	}
 }
 
-// auditLife is how long the audit log is kept.
-const auditLife = 400 * 24 * time.Hour
+// auditRetention is how long the audit log is kept.
+const auditRetention = 400 * 24 * time.Hour
 
 // trimAudit removes once a day what is too old from the audit log, until ctx is done.
 func trimAudit(ctx context.Context, db *store.Store, log *slog.Logger) error {
 	tick := time.NewTicker(24 * time.Hour)
 	defer tick.Stop()
 	for {
-		if err := db.TrimAudit(ctx, time.Now().Add(-auditLife)); err != nil && ctx.Err() == nil {
+		if err := db.TrimAudit(ctx, time.Now().Add(-auditRetention)); err != nil && ctx.Err() == nil {
 			log.WarnContext(ctx, "audit log not trimmed", "err", err)
 		}
 		select {

@@ -14,7 +14,8 @@ import (
 )
 
 func serveCommand() *ucli.Command {
-	listen := cli.String("listen", "127.0.0.1:8440", "`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it")
+	listen := cli.String("listen", "127.0.0.1:8440",
+		"`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it")
 	listen.Validator = func(s string) error {
 		if _, _, err := net.SplitHostPort(s); err != nil {
 			return fmt.Errorf("listen %q: want HOST:PORT, or :PORT", s)
@@ -24,7 +25,7 @@ func serveCommand() *ucli.Command {
 	createOnly := cli.Strings("create-only", "`PATTERN` of registry repositories whose tags never move")
 	createOnly.Value = []string{"prebake/*", "prebake/*/*"}
 	return cli.WithConfig(&ucli.Command{
-		Name: "serve", Usage: "run the server until it is told to stop",
+		Name: "serve", Usage: "run the server until a stop signal",
 		Description: `Examples:
   server serve --data /var/lib/prebake --kernel-mirror gs://cos-tools
   server serve --config server.yaml --log-level debug`,
@@ -54,7 +55,7 @@ func serveCommand() *ucli.Command {
 				cli.String("tls-cert", "", "`FILE` with a certificate in PEM: listen with TLS; read again when it changes"),
 				cli.String("tls-key", "", "`FILE` with its key"),
 				cli.Range("quarantine", 3, 0, 1_000_000,
-					"`NODES` on which an artifact fails within a day before none is sent to it; 0 is never"),
+					"`NODES` on which an artifact fails within a day before it is in quarantine; 0 is never"),
 			), append(cli.Group(cli.Resources,
 				cli.Range("reserve", 1024, 0, 1<<30, "`MIB` of the data folder's disk to leave free: uploads are refused before"),
 				cli.Range("ask-rate", 120, 1, 1_000_000, "`COUNT` of builds that a token of a node may add within an hour"),
@@ -95,7 +96,7 @@ func serveSettings(cmd *ucli.Command) settings {
 		Public: cmd.Bool("public"), Redistribute: bundle.Redistribution(cmd.String("redistribute")),
 		CreateOnly: cmd.StringSlice("create-only"), ReserveMB: cmd.Int("reserve"), Quarantine: cmd.Int("quarantine"),
 		DiscoverEvery: cmd.Duration("discover-interval"), Grace: cmd.Duration("grace"),
-		AskPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
+		BuildsPerHour: cmd.Int("ask-rate"), CallsPerMinute: cmd.Int("client-rate"),
 	}
 }
 

@@ -39,13 +39,15 @@ func TestSnapshots(t *testing.T) {
 	outside := filepath.Join(t.TempDir(), "key")
 	for _, err := range []error{
 		os.WriteFile(outside, []byte("secret"), 0o600), os.Symlink(outside, filepath.Join(farm.Dir, "7.root.json")),
-		os.Mkdir(filepath.Join(farm.Dir, "8.root.json"), 0o755), os.WriteFile(filepath.Join(farm.Dir, "root-1.key"), nil, 0o600),
+		os.Mkdir(filepath.Join(farm.Dir, "8.root.json"), 0o755),
+		os.WriteFile(filepath.Join(farm.Dir, "root-1.key"), nil, 0o600),
 	} {
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	for _, name := range []string{"", "targets/", ".lock", "root-1.key", "7.root.json", "8.root.json", "9.root.json", "../key", "targets/../timestamp.json", "timestamp.json/"} {
+	for _, name := range []string{"", "targets/", ".lock", "root-1.key", "7.root.json", "8.root.json", "9.root.json",
+		"../key", "targets/../timestamp.json", "timestamp.json/"} {
 		w := httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/snapshot/x", nil)
 		r.URL.Path = "/snapshot/" + name
@@ -54,7 +56,8 @@ func TestSnapshots(t *testing.T) {
 			t.Errorf("GET /snapshot/%s = %d; want 404", name, w.Code)
 		}
 	}
-	for name, want := range map[string]string{"timestamp.json": "no-cache", "1.targets.json": "public, max-age=31536000, immutable"} {
+	for name, want := range map[string]string{"timestamp.json": "no-cache",
+		"1.targets.json": "public, max-age=31536000, immutable"} {
 		w := httptest.NewRecorder()
 		handler.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/snapshot/"+name, nil))
 		if got := w.Header().Get("Cache-Control"); w.Code != http.StatusOK || got != want {

@@ -155,7 +155,8 @@ func printBuilds(w io.Writer, all []api.Build) error {
 		if b.Class != "" {
 			note = b.Class + ": " + b.Error
 		}
-		rows = append(rows, []string{strconv.FormatInt(b.ID, 10), string(b.State), b.Kernel.String(), b.Driver.String(), note})
+		rows = append(rows, []string{strconv.FormatInt(b.ID, 10), string(b.State), b.Kernel.String(), b.Driver.String(),
+			note})
 	}
 	return printTable(w, []string{"ID", "STATE", "KERNEL", "DRIVER", "NOTE"}, rows, "no build was asked for yet")
 }

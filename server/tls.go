@@ -23,8 +23,8 @@ type certificate struct {
 	loaded  *tls.Certificate
 }
 
-// lookEvery is the least time between two looks at the file.
-const lookEvery = time.Second
+// reloadInterval is the least the time between two checks of the file.
+const reloadInterval = time.Second
 
 // openCertificate reads a pair of files in PEM.
 func openCertificate(certFile, keyFile string, log *slog.Logger) (*certificate, error) {
@@ -60,7 +60,7 @@ func (c *certificate) read() error {
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if now := time.Now(); now.Sub(c.looked) >= lookEvery {
+	if now := time.Now(); now.Sub(c.looked) >= reloadInterval {
 		c.looked = now
 		before := c.changed
 		if err := c.read(); err != nil {

@@ -28,7 +28,8 @@ func writePair(t *testing.T, certFile, keyFile, name string) *x509.Certificate {
 		t.Fatal(err)
 	}
 	template := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"localhost"}, IsCA: true, BasicConstraintsValid: true}
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), DNSNames: []string{"localhost"},
+		IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)
@@ -62,7 +63,8 @@ func TestTLS(t *testing.T) {
 	shown := func(trusted *x509.Certificate) string {
 		pool := x509.NewCertPool()
 		pool.AddCert(trusted)
-		c := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: "localhost"}, DisableKeepAlives: true}}
+		c := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, ServerName: "localhost"},
+			DisableKeepAlives: true}}
 		resp, err := c.Get(url + "/healthz")
 		if err != nil {
 			return err.Error()
@@ -77,12 +79,12 @@ func TestTLS(t *testing.T) {
 	if err := errors.Join(os.WriteFile(certFile, []byte("half"), 0o600), os.Chtimes(certFile, later, later)); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(lookEvery)
+	time.Sleep(reloadInterval)
 	if got := shown(first); got != "first" || !strings.Contains(log.String(), "certificate not read again") {
 		t.Errorf("with half a pair the server shows %s; want first, and a warning", got)
 	}
 	second := writePair(t, certFile, keyFile, "second")
-	time.Sleep(lookEvery)
+	time.Sleep(reloadInterval)
 	if got := shown(second); got != "second" {
 		t.Errorf("after a renewal the server shows %s; want second", got)
 	}
@@ -105,15 +107,18 @@ func TestTokens(t *testing.T) {
 	if err := os.WriteFile(file, []byte(secret), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	request := []string{"request", "--server", url, "--token-file", file, "--build-id", "17800.0.47", "--driver", "535.261.03", "--flavour", "open"}
+	request := []string{"request", "--server", url, "--token-file", file, "--build-id", "17800.0.47", "--driver",
+		"535.261.03", "--flavour", "open"}
 	if code, out, errs := run(t, request...); code != 0 {
 		t.Errorf("request with the token = %d %s%s", code, out, errs)
 	}
-	if code, _, errs := run(t, "cancel", "--server", url, "--token-file", file, "1"); code != fault.Forbidden.ExitCode() || !strings.Contains(errs, `no scope "operate"`) {
+	if code, _, errs := run(t, "cancel", "--server", url, "--token-file", file, "1"); code != fault.Forbidden.ExitCode() ||
+		!strings.Contains(errs, `no scope "operate"`) {
 		t.Errorf("cancel with the token = %d %s; want forbidden", code, errs)
 	}
 	id, _, _ := strings.Cut(strings.TrimPrefix(secret, "prebake_"), "_")
-	if code, out, errs := run(t, append([]string{"tokens", "list"}, first...)...); code != 0 || !strings.Contains(out, id) || strings.Contains(out, strings.TrimSpace(secret)) {
+	if code, out, errs := run(t, append([]string{"tokens", "list"}, first...)...); code != 0 ||
+		!strings.Contains(out, id) || strings.Contains(out, strings.TrimSpace(secret)) {
 		t.Errorf("tokens list = %d %s%s; want the id and no secret", code, out, errs)
 	}
 	if code, _, errs := run(t, append([]string{"tokens", "revoke"}, append(first, id)...)...); code != 0 {
@@ -122,7 +127,8 @@ func TestTokens(t *testing.T) {
 	if code, _, errs := run(t, request...); code != fault.Unauthorized.ExitCode() || !strings.Contains(errs, "revoked") {
 		t.Errorf("request with the revoked token = %d %s; want unauthorized, revoked", code, errs)
 	}
-	if code, out, errs := run(t, append([]string{"audit", "--actor", "token:ci"}, first...)...); code != 0 || !strings.Contains(out, "POST /v1/builds") {
+	if code, out, errs := run(t, append([]string{"audit", "--actor", "token:ci"}, first...)...); code != 0 ||
+		!strings.Contains(out, "POST /v1/builds") {
 		t.Errorf("audit = %d %s%s; want the request", code, out, errs)
 	}
 }

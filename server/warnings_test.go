@@ -15,10 +15,13 @@ func TestWarningsTable(t *testing.T) {
 	t.Parallel()
 	day := time.Date(2026, 11, 20, 23, 0, 0, 0, time.UTC)
 	all := []api.Warning{
-		{Kernel: target.Kernel{BuildID: "19000.0.2", Board: "lakitu-arm64"}, Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
-			Class: "api-break", Error: "nvidia/nv-pci.c:123:45: error: too few arguments to function 'pci_resize_resource'", Since: day},
-		{Kernel: target.Kernel{BuildID: "19000.0.2", Board: "lakitu"}, Driver: target.Driver{Version: "580.1", Flavour: target.Proprietary},
-			Class: "load-test-failed", Error: "x", Since: day},
+		{Kernel: target.Kernel{BuildID: "19000.0.2", Board: "lakitu-arm64"},
+			Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
+			Class:  "api-break", Error: "nvidia/nv-pci.c:123:45: error: too few arguments to function 'pci_resize_resource'",
+			Since: day},
+		{Kernel: target.Kernel{BuildID: "19000.0.2", Board: "lakitu"},
+			Driver: target.Driver{Version: "580.1", Flavour: target.Proprietary},
+			Class:  "load-test-failed", Error: "x", Since: day},
 	}
 	var out strings.Builder
 	if err := printWarnings(&out, all); err != nil {

@@ -26,11 +26,11 @@ func clock(t time.Time) string {
 
 // How often a waiting cell's place is asked for, and a server that is away again.
 const (
-	placeEvery = 10 * time.Second
-	againAfter = time.Second
+	positionInterval = 10 * time.Second
+	againAfter       = time.Second
 )
 
-// progress is a build, with where it stands while it is open.
+// progress is a build, with its queue position while it is open.
 type progress struct {
 	api.Build
 	// Position and ETA are as in a resolution.
@@ -38,12 +38,12 @@ type progress struct {
 	ETA      *time.Time `json:"eta,omitempty"`
 }
 
-func (p progress) over() bool { return p.State != api.Queued && p.State != api.Building }
+func (p progress) ended() bool { return p.State != api.Queued && p.State != api.Building }
 
 // text is what is told to people; two progresses with the same one are the same to them.
 func (p progress) text() string {
 	parts := []string{strings.TrimSpace(string(p.State) + " " + p.Phase)}
-	if p.over() {
+	if p.ended() {
 		parts[0] = string(p.State)
 	}
 	if p.Position > 0 {
@@ -59,7 +59,7 @@ func (p progress) text() string {
 }
 
 // follow calls say with each change of a build that people would notice, until it is over.
-// A server that is away for a while is waited for as well; away hears of that once.
+// A server that is away for a while is waited for as well; away is called once for that.
 func follow(
 	ctx context.Context, c *api.Client, b api.Build, away func(error), say func(progress) error,
 ) (api.Build, error) {
@@ -79,21 +79,21 @@ func follow(
 		})
 	}
 	watching.Go(watch)
-	tick := time.NewTicker(placeEvery)
+	tick := time.NewTicker(positionInterval)
 	defer tick.Stop()
 	again := time.NewTimer(0)
 	again.Stop()
 	defer again.Stop()
 	now, last, gone := progress{Build: b}, "", false
 	for {
-		now = place(ctx, c, now)
+		now = queuePosition(ctx, c, now)
 		if text := now.text(); text != last {
 			last = text
 			if err := say(now); err != nil {
 				return now.Build, err
 			}
 		}
-		if now.over() {
+		if now.ended() {
 			return now.Build, nil
 		}
 		select {
@@ -117,13 +117,13 @@ func follow(
 	}
 }
 
-// place adds where an open build stands. It is nice to know, and no more: where it cannot be
-// told, what was known stays, and watching tells of the trouble.
-func place(ctx context.Context, c *api.Client, now progress) progress {
+// queuePosition adds the queue position of an open build. It is nice to know, and no more: where it cannot be
+// told, what was known stays, and watching reports the error.
+func queuePosition(ctx context.Context, c *api.Client, now progress) progress {
 	if now.State != api.Queued {
 		now.Position = 0
 	}
-	if now.over() {
+	if now.ended() {
 		now.ETA = nil
 		return now
 	}
@@ -143,13 +143,13 @@ func place(ctx context.Context, c *api.Client, now progress) progress {
 
 // wait follows a build with a line for each change.
 func wait(ctx context.Context, c *api.Client, b api.Build, w io.Writer) (api.Build, error) {
-	return follow(ctx, c, b, tellAway(w), func(p progress) error {
+	return follow(ctx, c, b, reportUnreachable(w), func(p progress) error {
 		fmt.Fprintf(w, "build %d: %s\n", p.ID, p.text())
 		return nil
 	})
 }
 
-func tellAway(w io.Writer) func(error) {
+func reportUnreachable(w io.Writer) func(error) {
 	return func(err error) { fmt.Fprintf(w, "waiting for the server: %v\n", err) }
 }
 
@@ -175,7 +175,7 @@ Example:
 			if err != nil {
 				return err
 			}
-			b, err = follow(ctx, c, b, tellAway(cmd.Root().ErrWriter), func(p progress) error {
+			b, err = follow(ctx, c, b, reportUnreachable(cmd.Root().ErrWriter), func(p progress) error {
 				return cli.PrintOne(cmd, p, func(w io.Writer) error {
 					_, err := fmt.Fprintf(w, "%s  %s\n", time.Now().Format(time.TimeOnly), p.text())
 					return err
@@ -211,7 +211,7 @@ func watched(ctx context.Context, c *api.Client, cmd *ucli.Command) (api.Build, 
 	if r.Build == nil || r.State.Withdrawn() {
 		// What was published elsewhere has no build here, and what was withdrawn since a good
 		// one.
-		if err := standing(asked, r); err != nil {
+		if err := cellError(asked, r); err != nil {
 			return api.Build{}, err
 		}
 		return api.Build{State: api.Published, Kernel: r.Kernel, Driver: r.Driver, Digest: r.Digest}, nil

@@ -55,7 +55,8 @@ func TestFollowWaitsForTheServer(t *testing.T) {
 	defer between.Close()
 
 	c := api.NewClient(server, scriptToken, nil)
-	b, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
+	b, err := c.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +69,8 @@ func TestFollowWaitsForTheServer(t *testing.T) {
 	got, err := follow(t.Context(), api.NewClient(between.URL, "", nil), b,
 		func(error) {
 			gone++
-			if err := update(api.BuildUpdate{State: api.Failed, Worker: "w", Attempt: 1, Class: "api-break", Error: "no"}); err != nil {
+			if err := update(api.BuildUpdate{State: api.Failed, Worker: "w", Attempt: 1, Class: "api-break",
+				Error: "no"}); err != nil {
 				t.Error(err)
 			}
 			cut.Store(false)

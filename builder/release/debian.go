@@ -258,7 +258,7 @@ func writeRoot(ctx context.Context, w io.Writer, arch string, all []debPackage) 
 	return errors.Join(r.finish(), r.tw.Close())
 }
 
-// merged are top folders that lie below usr since Debian 12; debootstrap makes the links.
+// merged are top folders that are below usr since Debian 12; debootstrap makes the links.
 var merged = map[string][]string{
 	"amd64": {"bin", "lib", "lib64", "sbin"},
 	"arm64": {"bin", "lib", "sbin"},

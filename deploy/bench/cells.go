@@ -14,7 +14,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -59,7 +59,7 @@ type cell struct {
 func (c cell) String() string { return c.kernel.Release + " " + c.driver }
 
 type bench struct {
-	*scene.Scene
+	*testbed.Scene
 	options
 	mirror *mirror
 	key    string
@@ -174,8 +174,10 @@ type result struct {
 
 func (b *bench) build(ctx context.Context, c cell, cache, to string) (float64, []timeline.Phase, error) {
 	start := time.Now()
-	res, err := b.Run(ctx, "builder", "build", "--build-id", c.kernel.BuildID, "--board", c.kernel.Board, "--driver", c.driver,
-		"--kernel-mirror", "file://"+filepath.Join(b.mirror.Dir, "cos"), "--driver-mirror", "file://"+filepath.Join(b.mirror.Dir, "drivers"),
+	res, err := b.Run(ctx, "builder", "build", "--build-id", c.kernel.BuildID, "--board", c.kernel.Board, "--driver",
+		c.driver,
+		"--kernel-mirror", "file://"+filepath.Join(b.mirror.Dir, "cos"), "--driver-mirror",
+		"file://"+filepath.Join(b.mirror.Dir, "drivers"),
 		"--cache", cache, "--key", b.key, "--to", to, "--load-test", "off", "--output", "json")
 	if err != nil {
 		return 0, nil, err
@@ -259,14 +261,16 @@ func (b *bench) command(ctx context.Context, name string, args ...string) error 
 
 // makeFlags are what make needs to be told about these folders.
 func makeFlags(headers string) []string {
-	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc", "LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
+	return []string{"SYSSRC=" + headers, "SYSOUT=" + headers, "CC=x86_64-cros-linux-gnu-gcc",
+		"LD=x86_64-cros-linux-gnu-ld", "IGNORE_CC_MISMATCH=1"}
 }
 
 // clangFlags go on top where clang compiled the kernel. Without those for the
 // compiler, conftest of these drivers stops at clang's warnings.
 func clangFlags() []string {
 	return []string{"LLVM=1", "ARCH=x86_64", "CC=x86_64-cros-linux-gnu-clang", "LD=x86_64-cros-linux-gnu-ld.lld",
-		"HOSTCC=x86_64-pc-linux-gnu-clang", "HOSTCXX=x86_64-pc-linux-gnu-clang++", "KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
+		"HOSTCC=x86_64-pc-linux-gnu-clang", "HOSTCXX=x86_64-pc-linux-gnu-clang++",
+		"KCFLAGS=-Wno-error -Wno-error=strict-prototypes"}
 }
 
 // plain is what people do by hand: make modules in unpacked sources.
@@ -284,7 +288,8 @@ func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 		return 0, err
 	}
 	start := time.Now()
-	args := append([]string{"-C", tree, "modules", "KERNEL_UNAME=" + c.kernel.Release, fmt.Sprintf("-j%d", runtime.NumCPU())}, makeFlags(headers)...)
+	args := append([]string{"-C", tree, "modules", "KERNEL_UNAME=" + c.kernel.Release,
+		fmt.Sprintf("-j%d", runtime.NumCPU())}, makeFlags(headers)...)
 	if b.clang {
 		args = append(args, clangFlags()...)
 	}
@@ -295,7 +300,7 @@ func (b *bench) plain(ctx context.Context, c cell) (float64, error) {
 }
 
 // onNode builds the first cell once more, and installs it on a root that looks
-// like a COS node. Loading is left out: it costs the same whoever made the modules.
+// like a COS node. Loading is left out: it costs the same no matter who made the modules.
 func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
 	c := b.cells[0]
 	plain, err := b.plain(ctx, c)
@@ -308,11 +313,12 @@ func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
 	}
 	b.warm.ours, b.warm.theirs = append(b.warm.ours, seconds), append(b.warm.theirs, plain)
 	root := filepath.Join(b.Dir, fmt.Sprintf("node-%d", n))
-	if err := scene.NodeRoot(root, c.kernel.Kernel); err != nil {
+	if err := testbed.NodeRoot(root, c.kernel.Kernel); err != nil {
 		return err
 	}
 	start := time.Now()
-	if _, err := b.Must(ctx, "fetcher", "install", "--registry", repo, "--host-root", root, "--key", b.key+".pub", "--driver", c.driver,
+	if _, err := b.Must(ctx, "fetcher", "install", "--registry", repo, "--host-root", root, "--key", b.key+".pub",
+		"--driver", c.driver,
 		"--flavour", string(target.Proprietary), "--no-load", "--builder", "never", "--output", "json"); err != nil {
 		return err
 	}
@@ -322,7 +328,8 @@ func (b *bench) onNode(ctx context.Context, n int, cache, repo string) error {
 
 func (b *bench) print(out io.Writer) {
 	jobs := runtime.NumCPU()
-	fmt.Fprintf(out, "%s, %d processors, %d run(s), medians; proprietary flavour\n", time.Now().UTC().Format(time.DateOnly), jobs, b.runs)
+	fmt.Fprintf(out, "%s, %d processors, %d run(s), medians; proprietary flavour\n",
+		time.Now().UTC().Format(time.DateOnly), jobs, b.runs)
 	for _, c := range b.cells {
 		fmt.Fprintf(out, "  %s (Debian %s) %s\n", c, c.kernel.Package, c.role)
 	}
@@ -334,19 +341,25 @@ func (b *bench) print(out io.Writer) {
 	if b.plainOnce {
 		which = "of the run's first cell"
 	}
-	plain := fmt.Sprintf("make modules SYSSRC=HEADERS SYSOUT=HEADERS KERNEL_UNAME=RELEASE %sCC=.. LD=.. IGNORE_CC_MISMATCH=1 -j%d, %s, sources unpacked", llvm, jobs, which)
+	plain := fmt.Sprintf("make modules SYSSRC=HEADERS SYSOUT=HEADERS KERNEL_UNAME=RELEASE %sCC=.. LD=.. "+
+		"IGNORE_CC_MISMATCH=1 -j%d, %s, sources unpacked", llvm, jobs, which)
 	rows := []ratio{
 		{"cold: from empty caches, source to published", plain, b.roles["cold"].ours, b.roles["cold"].theirs, "s"},
 		{"  of it, the compile phase in the sandbox", plain, b.compile.ours, b.compile.theirs, "s"},
 		{"sibling kernel, same driver, source to published", plain, b.roles["sibling"].ours, b.roles["sibling"].theirs, "s"},
-		{"same kernel, a neighbour of the driver before, source to published", plain, b.roles["neighbour"].ours, b.roles["neighbour"].theirs, "s"},
-		{"same kernel, next driver of the branch, source to published", plain, b.roles["next"].ours, b.roles["next"].theirs, "s"},
-		{fmt.Sprintf("matrix of %d cells, from empty caches", len(b.cells)), fmt.Sprintf("dkms build -m nvidia -v VERSION -k RELEASE --kernelsourcedir HEADERS -j %d, for each cell", jobs), b.matrix.ours, b.matrix.theirs, "s"},
+		{"same kernel, a neighbour of the driver before, source to published", plain, b.roles["neighbour"].ours,
+			b.roles["neighbour"].theirs, "s"},
+		{"same kernel, next driver of the branch, source to published", plain, b.roles["next"].ours, b.roles["next"].theirs,
+			"s"},
+		{fmt.Sprintf("matrix of %d cells, from empty caches", len(b.cells)),
+			fmt.Sprintf("dkms build -m nvidia -v VERSION -k RELEASE --kernelsourcedir HEADERS -j %d, for each cell", jobs),
+			b.matrix.ours, b.matrix.theirs, "s"},
 		{"the same build once more, caches warm", plain, b.warm.ours, b.warm.theirs, "s"},
 		{"node: resolve, fetch, verify, stage, switch", "compile on the node: " + plain, b.node.ours, b.node.theirs, "s"},
 	}
 	if b.only["node"] {
-		rows = append(rows, ratio{"bytes a node fetches when only the kernel changed", "the whole artifact, as one-blob drivers need", b.small, b.whole, "MB"})
+		rows = append(rows, ratio{"bytes a node fetches when only the kernel changed",
+			"the whole artifact, as one-blob drivers need", b.small, b.whole, "MB"})
 	}
 	for _, r := range rows {
 		r.print(out)

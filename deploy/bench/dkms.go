@@ -51,7 +51,8 @@ func (b *bench) byDKMS(ctx context.Context, c cell) (seconds float64, err error)
 	if err != nil {
 		return 0, err
 	}
-	built, err := filepath.Glob(filepath.Join(dir, "tree", "nvidia", c.driver, c.kernel.Release, "x86_64", "module", "*.ko*"))
+	built, err := filepath.Glob(filepath.Join(dir, "tree", "nvidia", c.driver, c.kernel.Release, "x86_64", "module",
+		"*.ko*"))
 	if err == nil && len(built) != len(dkmsModules()) {
 		err = fmt.Errorf("dkms left %d modules for %s", len(built), c)
 	}
@@ -63,7 +64,8 @@ func (b *bench) unpackDKMS(ctx context.Context) (string, error) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return "", err
 	}
-	if err := b.command(ctx, "sh", "-c", `cd "$1" && apt-get download -qq dkms && dpkg -x dkms_*.deb .`, "sh", dir); err != nil {
+	if err := b.command(ctx, "sh", "-c", `cd "$1" && apt-get download -qq dkms && dpkg -x dkms_*.deb .`, "sh",
+		dir); err != nil {
 		return "", err
 	}
 	return filepath.Join(dir, "usr", "sbin", "dkms"), nil
@@ -78,7 +80,8 @@ func dkmsModules() []string {
 func dkmsConf(version string) string {
 	var conf strings.Builder
 	fmt.Fprintf(&conf, "PACKAGE_NAME=nvidia\nPACKAGE_VERSION=%s\nAUTOINSTALL=yes\n", version)
-	fmt.Fprintf(&conf, "MAKE[0]=\"'make' -j%d KERNEL_UNAME=${kernelver} %s modules\"\n", runtime.NumCPU(), strings.Join(makeFlags("${kernel_source_dir}"), " "))
+	fmt.Fprintf(&conf, "MAKE[0]=\"'make' -j%d KERNEL_UNAME=${kernelver} %s modules\"\n", runtime.NumCPU(),
+		strings.Join(makeFlags("${kernel_source_dir}"), " "))
 	conf.WriteString("CLEAN=\"'make' " + strings.Join(makeFlags("${kernel_source_dir}"), " ") + " clean\"\n")
 	for i, name := range dkmsModules() {
 		fmt.Fprintf(&conf, "BUILT_MODULE_NAME[%d]=%s\nDEST_MODULE_LOCATION[%d]=/kernel/drivers/video\n", i, name, i)

@@ -13,7 +13,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -29,7 +29,7 @@ type fetching struct {
 // fetch publishes a driver for two kernels in a registry, and installs it on folders that
 // look like nodes.
 func (b *bench) fetch(ctx context.Context) (err error) {
-	m := &scene.Mirror{Dir: b.mirror.Dir}
+	m := &testbed.Mirror{Dir: b.mirror.Dir}
 	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "server"), m)
 	if err != nil {
 		return err
@@ -53,7 +53,7 @@ func (b *bench) fetch(ctx context.Context) (err error) {
 	return nil
 }
 
-func (b *bench) publish(ctx context.Context, srv *scene.Server, c cell) ([]bundle.Layer, error) {
+func (b *bench) publish(ctx context.Context, srv *testbed.Server, c cell) ([]bundle.Layer, error) {
 	out, err := b.Must(
 		ctx,
 		"builder",
@@ -90,7 +90,7 @@ func (b *bench) publish(ctx context.Context, srv *scene.Server, c cell) ([]bundl
 
 // fetchOnce installs one kernel's driver on a fresh node, updates the node's OS, and does
 // by hand what the second install would do without a delta.
-func (b *bench) fetchOnce(ctx context.Context, srv *scene.Server, cells []cell, layers []bundle.Layer) error {
+func (b *bench) fetchOnce(ctx context.Context, srv *testbed.Server, cells []cell, layers []bundle.Layer) error {
 	root := filepath.Join(b.Dir, "fetch-node")
 	defer os.RemoveAll(root)
 	var r struct {
@@ -102,7 +102,7 @@ func (b *bench) fetchOnce(ctx context.Context, srv *scene.Server, cells []cell, 
 				return err
 			}
 		}
-		if err := scene.NodeRoot(root, c.kernel.Kernel); err != nil {
+		if err := testbed.NodeRoot(root, c.kernel.Kernel); err != nil {
 			return err
 		}
 		cmd := exec.CommandContext(
@@ -160,14 +160,15 @@ func (b *bench) fetchOnce(ctx context.Context, srv *scene.Server, cells []cell, 
 
 // byHand fetches, digests and unpacks the three layers with the usual programs, side by
 // side, and the same with crane where it is there.
-func (b *bench) byHand(ctx context.Context, srv *scene.Server, c cell, layers []bundle.Layer) error {
+func (b *bench) byHand(ctx context.Context, srv *testbed.Server, c cell, layers []bundle.Layer) error {
 	dir := filepath.Join(b.Dir, "by-hand")
 	var script strings.Builder
 	script.WriteString("set -e -o pipefail\n")
 	for i, l := range layers {
 		fmt.Fprintf(
 			&script,
-			"(mkdir -p %[1]s/%[2]d && curl -sf http://%[3]s/v2/prebake/driver/blobs/%[4]s | tee >(sha256sum > %[1]s/%[2]d.sum) | zstd -dc | tar -x -C %[1]s/%[2]d) & p%[2]d=$!\n",
+			"(mkdir -p %[1]s/%[2]d && curl -sf http://%[3]s/v2/prebake/driver/blobs/%[4]s | tee >(sha256sum > "+
+				"%[1]s/%[2]d.sum) | zstd -dc | tar -x -C %[1]s/%[2]d) & p%[2]d=$!\n",
 			dir,
 			i,
 			srv.Addr,
@@ -220,7 +221,8 @@ func (b *bench) printFetch(out io.Writer) {
 	}
 	f.curl.alternative = "curl | tee >(sha256sum) | zstd -d | tar -x of the same three layers, side by side"
 	f.crane.alternative = "crane export | tar -x"
-	f.delta.what, f.delta.unit, f.delta.alternative = "bytes of an update to a sibling kernel, by delta", "kB", "the layer of modules"
+	f.delta.what, f.delta.unit, f.delta.alternative =
+		"bytes of an update to a sibling kernel, by delta", "kB", "the layer of modules"
 	f.curl.print(out)
 	f.crane.print(out)
 	f.delta.print(out)

@@ -9,7 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/timeline"
 	"github.com/prebake/prebake/pkg/vm"
@@ -19,7 +19,7 @@ import (
 // and how long loading the same files takes that lie there already. Both are seconds of a
 // guest that is emulated: a real node is many times as fast at everything but waiting.
 func (b *bench) guest(ctx context.Context) (err error) {
-	m := &scene.Mirror{Dir: b.mirror.Dir}
+	m := &testbed.Mirror{Dir: b.mirror.Dir}
 	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "guest-server"), m)
 	if err != nil {
 		return err
@@ -38,35 +38,35 @@ func (b *bench) guest(ctx context.Context) (err error) {
 	if err := unpackLayer(ctx, layers[0], dir); err != nil {
 		return err
 	}
-	node := scene.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out}
+	node := testbed.Node{Kernel: c.kernel.Kernel, Boot: boot, GPU: true, Key: b.key + ".pub", Console: b.Out}
 	// What was pushed by hand is in the server's registry, and not in its catalogue.
 	registry := strings.Replace(srv.Repository(), "127.0.0.1", vm.HostAddress, 1)
 	for range b.runs {
-		install := scene.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary", "--registry", registry)
-		res, err := b.RunNode(ctx, node, []vm.Step{install, scene.ModulesStep()})
+		install := testbed.InstallStep(srv, "--driver", c.driver, "--flavour", "proprietary", "--registry", registry)
+		res, err := b.RunNode(ctx, node, []vm.Step{install, testbed.ModulesStep()})
 		if err != nil {
 			return err
 		}
-		step, err := scene.StepNamed(res, "install")
+		step, err := testbed.StepNamed(res, "install")
 		if err != nil {
 			return err
 		}
-		var r scene.Report
-		if err := scene.Decode(step, &r); err != nil {
+		var r testbed.Report
+		if err := testbed.Decode(step, &r); err != nil {
 			return err
 		}
 		loaded, err := untilLoaded(r.Phases)
 		if err != nil {
 			return fmt.Errorf("install in the guest: %w: %s", err, step.Stderr)
 		}
-		live, err := scene.StepNamed(res, "modules")
+		live, err := testbed.StepNamed(res, "modules")
 		if err != nil {
 			return err
 		}
 		byHand := node
 		var steps []vm.Step
 		// /proc/modules has the newest first, and so the one that the others need last.
-		for _, name := range scene.Live(live.Stdout) {
+		for _, name := range testbed.Live(live.Stdout) {
 			f := vm.File{Name: "/modules/" + name + ".ko", Path: filepath.Join(dir, "drivers", name+".ko"), Mode: 0o644}
 			byHand.Files = append(byHand.Files, f)
 			steps = append([]vm.Step{{Argv: []string{"@insmod", f.Name}}}, steps...)

@@ -19,7 +19,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -40,13 +40,18 @@ func main() {
 		Flags: []ucli.Flag{
 			&ucli.StringFlag{Name: "bin", Value: "bin", Usage: "`FOLDER` with the product's programs"},
 			&ucli.IntFlag{Name: "runs", Value: 1, Usage: "runs of each measurement; the median counts"},
-			&ucli.StringFlag{Name: "only", Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
-			&ucli.BoolFlag{Name: "plain-once", Usage: "compare all of a run with plain make of its first cell: one compile by make for each run"},
-			&ucli.BoolFlag{Name: "clang", Usage: "measure cold, neighbour and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
-			&ucli.IntSliceFlag{Name: "kernel-abi", Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
+			&ucli.StringFlag{Name: "only",
+				Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
+			&ucli.BoolFlag{Name: "plain-once",
+				Usage: "compare all of a run with plain make of its first cell: one compile by make for each run"},
+			&ucli.BoolFlag{Name: "clang",
+				Usage: "measure cold, neighbour and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
+			&ucli.IntSliceFlag{Name: "kernel-abi",
+				Usage: "the matrix's kernels by ABI `NUMBER` (default: the two oldest and the two newest in Debian's index)"},
 		},
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
-			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"), clang: cmd.Bool("clang"), plainOnce: cmd.Bool("plain-once"), only: map[string]bool{}}
+			o := options{bin: cmd.String("bin"), runs: max(1, cmd.Int("runs")), abis: cmd.IntSlice("kernel-abi"),
+				clang: cmd.Bool("clang"), plainOnce: cmd.Bool("plain-once"), only: map[string]bool{}}
 			list := measurements()
 			if o.clang {
 				list = clangMeasurements()
@@ -56,10 +61,12 @@ func main() {
 			}
 			for _, name := range list {
 				if !slices.Contains(measurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name), "choose from "+strings.Join(measurements(), ", "))
+					return fault.New(fault.Usage, fmt.Sprintf("no measurement %q", name),
+						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name), "choose from "+strings.Join(clangMeasurements(), ", "))
+					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name),
+						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true
 			}
@@ -94,7 +101,8 @@ func (r ratio) print(w io.Writer) {
 	if ours < 0.01*theirs {
 		precision = 5
 	}
-	fmt.Fprintf(w, "%6.*f  %s\n        %.1f %s; against %.1f %s: %s\n", precision, ours/theirs, r.what, ours, r.unit, theirs, r.unit, r.alternative)
+	fmt.Fprintf(w, "%6.*f  %s\n        %.1f %s; against %.1f %s: %s\n", precision, ours/theirs, r.what, ours, r.unit,
+		theirs, r.unit, r.alternative)
 }
 
 func median(v []float64) float64 {
@@ -111,12 +119,13 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
-	s, err := scene.New(o.bin, dir, os.Stderr)
+	s, err := testbed.New(o.bin, dir, os.Stderr)
 	if err != nil {
 		return err
 	}
-	b := &bench{Scene: s, options: o, key: filepath.Join(dir, "key"), headers: map[string]string{}, sources: map[string]string{},
-		roles: map[string]*ratio{"cold": {}, "neighbour": {}, "next": {}, "sibling": {}}}
+	b := &bench{Scene: s, options: o, key: filepath.Join(dir, "key"), headers: map[string]string{},
+		sources: map[string]string{},
+		roles:   map[string]*ratio{"cold": {}, "neighbour": {}, "next": {}, "sibling": {}}}
 	if b.mirror, err = b.makeMirror(ctx); err != nil {
 		return err
 	}
@@ -175,11 +184,12 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	if err := json.Unmarshal(raw, m); err != nil {
 		return nil, fmt.Errorf("read mirror.json: %w", err)
 	}
-	if !b.clang { // twins of a kernel compile to nothing new
+	if !b.clang { // cells of one fingerprint compile nothing new
 		m.Builds = slices.DeleteFunc(m.Builds, func(k build) bool { return k.Note != "" })
 	}
 	if len(m.Builds) < kernels || len(m.Drivers) < 3 {
-		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 3", len(m.Builds), len(m.Drivers), kernels)
+		return nil, fmt.Errorf("the mirror has %d kernels and %d drivers; want at least %d and 3", len(m.Builds),
+			len(m.Drivers), kernels)
 	}
 	// A release, its neighbour, and one that is further away.
 	slices.SortFunc(m.Drivers, func(x, y driver) int { return target.CompareVersions(x.Version, y.Version) })
@@ -189,7 +199,8 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 var abiPattern = regexp.MustCompile(`^linux-headers-6\.1\.0-([0-9]+)-cloud-amd64 `)
 
 func debianABIs(ctx context.Context) ([]int, error) {
-	out, err := exec.CommandContext(ctx, "apt-cache", "search", "--names-only", `^linux-headers-6\.1\.0-[0-9]+-cloud-amd64$`).Output()
+	out, err := exec.CommandContext(ctx, "apt-cache", "search", "--names-only",
+		`^linux-headers-6\.1\.0-[0-9]+-cloud-amd64$`).Output()
 	if err != nil {
 		return nil, fmt.Errorf("ask apt for kernels: %w", err)
 	}

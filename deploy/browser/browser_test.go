@@ -1,4 +1,4 @@
-// Package browser looks at the server's pages as a reader does: in Chromium, which
+// Package browser examines the server's pages as a reader does: in Chromium, which
 // playwright-core drives, on a desktop, on a phone, in the dark and without
 // JavaScript, over a farm that is empty, small or has 60,000 cells. It refuses to
 // know how the pages are made.

@@ -9,7 +9,7 @@ type row struct {
 	Path string
 	// Sets are those in which the page is looked at; empty is all three.
 	Sets []string
-	// Status is the one expected; 0 is 200.
+	// Status is the one expected; 0 means 200.
 	Status int
 	// Kind is "page" (the empty one too), "feed" or "badge".
 	Kind string
@@ -47,7 +47,8 @@ var pages = []row{
 	{Name: "queue", Path: "/queue", Draw: true},
 	{Name: "releases", Path: "/releases", Draw: true},
 	{Name: "preflight", Path: "/preflight", Draw: true},
-	{Name: "preflight-answer", Path: "/preflight?board={board}&build={build}&driver={version}", Draw: true, SharesTitle: true},
+	{Name: "preflight-answer", Path: "/preflight?board={board}&build={build}&driver={version}", Draw: true,
+		SharesTitle: true},
 	{Name: "warnings", Path: "/warnings", Draw: true},
 	{Name: "404", Path: "/nowhere", Status: 404, Draw: true},
 	{Name: "feed", Path: "/feed.atom", Kind: "feed"},

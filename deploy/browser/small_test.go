@@ -41,7 +41,7 @@ func phases(begin time.Time, done int) []timeline.Phase {
 	return all[:done]
 }
 
-// story tells what becomes of one cell of the small set.
+// story tells what happens to one cell of the small set.
 type story struct {
 	id, board, driver string
 	flavour           target.Flavour
@@ -269,7 +269,7 @@ func beat(t *testing.T, s *set, id int64) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var beating sync.WaitGroup
 	beating.Go(func() {
-		tick := time.NewTicker(api.BeatEvery)
+		tick := time.NewTicker(api.HeartbeatInterval)
 		defer tick.Stop()
 		for {
 			select {

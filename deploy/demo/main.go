@@ -18,7 +18,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/cli"
 	"github.com/prebake/prebake/pkg/fault"
@@ -67,9 +67,9 @@ type demo struct {
 	start   time.Time
 	step    string // what is being done, for a person
 
-	scene  *scene.Scene
-	mirror *scene.Mirror
-	srv    *scene.Server
+	scene  *testbed.Scene
+	mirror *testbed.Mirror
+	srv    *testbed.Server
 	key    string // file with the builder's private key; the public one is beside it
 
 	version string        // of the driver
@@ -107,7 +107,7 @@ func (d *demo) run(ctx context.Context, bin, dir string) (err error) {
 	if bin, err = filepath.Abs(bin); err != nil {
 		return err
 	}
-	if d.scene, err = scene.New(bin, dir, os.Stderr); err != nil {
+	if d.scene, err = testbed.New(bin, dir, os.Stderr); err != nil {
 		return err
 	}
 	d.begin("make a mirror that looks like COS's buckets, out of Debian's packages")
@@ -193,7 +193,7 @@ func (d *demo) request(ctx context.Context, k target.Kernel) (api.Build, error) 
 		return b, err
 	}
 	began := time.Now()
-	b, err = scene.WaitBuild(ctx, d.srv.Client, b.ID, func(b api.Build) {
+	b, err = testbed.WaitBuild(ctx, d.srv.Client, b.ID, func(b api.Build) {
 		fmt.Fprintf(d.out, "%7.1f s  %s\n", time.Since(began).Seconds(), strings.TrimSpace(string(b.State)+" "+b.Phase))
 	})
 	if err != nil {

@@ -14,7 +14,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -90,7 +90,7 @@ func (d *disk) close(keep bool) error {
 
 // nodeRun is one run of the node's fetcher, and what it reported.
 type nodeRun struct {
-	report scene.Report
+	report testbed.Report
 	code   int      // exit status of the fetcher
 	live   []string // NVIDIA's modules in the kernel
 	boot   float64  // seconds that the node's boot took
@@ -101,17 +101,17 @@ type nodeRun struct {
 func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 	const gpu = "/lib/emugpu.ko"
 	fmt.Fprintf(d.out, "booting %s in qemu, which emulates the processor too...\n", d.kernel.Release)
-	res, err := d.scene.RunNode(ctx, scene.Node{
+	res, err := d.scene.RunNode(ctx, testbed.Node{
 		Kernel: d.kernel, Boot: boot, Key: d.key + ".pub", Disk: disk.path, Console: d.console,
 		KernelArgs: []string{emugpu.KernelArg(target.AMD64)},
 		Files:      []vm.File{{Name: gpu, Path: filepath.Join(boot, vm.BootGPU)}},
 	}, []vm.Step{
-		{Name: "mount the disk", Argv: []string{"@mount", "/dev/vda", scene.InstallDir}},
+		{Name: "mount the disk", Argv: []string{"@mount", "/dev/vda", testbed.InstallDir}},
 		{Name: "status", KeepGoing: true, Timeout: 2 * time.Minute, Argv: []string{
-			"/usr/bin/fetcher", "status", "--install-dir", scene.InstallDir, "--output", "json",
+			"/usr/bin/fetcher", "status", "--install-dir", testbed.InstallDir, "--output", "json",
 		}},
 		{Name: "put the GPU in", Argv: []string{"@insmod", gpu}},
-		scene.InstallStep(d.srv), scene.ModulesStep(),
+		testbed.InstallStep(d.srv), testbed.ModulesStep(),
 	})
 	if err != nil {
 		return err
@@ -136,20 +136,20 @@ func (d *demo) boot(ctx context.Context, boot string, disk *disk) error {
 // readRun reads what the fetcher printed in a step, and shows it with the modules that were in
 // the kernel at the end.
 func (d *demo) readRun(res *vm.Result, name string) (*nodeRun, error) {
-	step, err := scene.StepNamed(res, name)
+	step, err := testbed.StepNamed(res, name)
 	if err != nil {
 		return nil, err
 	}
 	run := &nodeRun{code: step.ExitCode}
-	if err := scene.Decode(step, &run.report); err != nil {
+	if err := testbed.Decode(step, &run.report); err != nil {
 		return nil, err
 	}
 	if name == "install" {
-		modules, err := scene.StepNamed(res, "modules")
+		modules, err := testbed.StepNamed(res, "modules")
 		if err != nil {
 			return nil, err
 		}
-		run.live = scene.Live(modules.Stdout)
+		run.live = testbed.Live(modules.Stdout)
 	}
 	run.report.Print(d.out, run.code, run.live)
 	return run, nil

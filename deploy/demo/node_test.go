@@ -22,7 +22,7 @@ func TestWantGPU(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct {
 		change func(*nodeRun)
-		want   string // part of the error; "" is none
+		want   string // part of the error; "" means none
 	}{
 		"all is well":          {func(*nodeRun) {}, ""},
 		"a module is missing":  {func(r *nodeRun) { r.live = r.live[:2] }, "the module nvidia-uvm is not in"},

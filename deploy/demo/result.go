@@ -11,7 +11,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/timeline"
 )
@@ -122,7 +122,7 @@ func (d *demo) reused() (rows [][2]string) {
 func (d *demo) suggest() error {
 	other := d.mirror.Builds[0].Kernel
 	root := filepath.Join(d.scene.Dir, "node")
-	if err := scene.NodeRoot(root, d.kernel); err != nil {
+	if err := testbed.NodeRoot(root, d.kernel); err != nil {
 		return err
 	}
 	ref := d.srv.Repository() + "@" + d.build.Digest

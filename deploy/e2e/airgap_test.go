@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -42,7 +42,8 @@ func TestAirGap(t *testing.T) {
 	create := func(name string, k target.Kernel, more ...string) (made offlineBundle) {
 		t.Helper()
 		out, err := shared.Must(t.Context(), "builder", append([]string{
-			"bundle", "create", filepath.Join(dir, name), "--from", shared.srv.Repository(), "--kernel", k.String(), "--driver", shared.driver(),
+			"bundle", "create", filepath.Join(dir, name), "--from", shared.srv.Repository(), "--kernel", k.String(), "--driver",
+			shared.driver(),
 			"--flavour", string(target.Proprietary), "--public-key", shared.key + ".pub", "--output", "json",
 		}, more...)...)
 		if err != nil {
@@ -59,11 +60,12 @@ func TestAirGap(t *testing.T) {
 	m := manifest(t, shared.srv, second.Digest)
 	rest := layer(t, m, bundle.LayerUserspace).Size + layer(t, m, bundle.LayerFirmware).Size
 	if delta.Base != base.Index || delta.LeftOutBytes < rest || base.Size-delta.Size < rest/2 {
-		t.Errorf("the bundles are %+v and %+v; want a delta of the first, without the %d bytes that both kernels share", base, delta, rest)
+		t.Errorf("the bundles are %+v and %+v; want a delta of the first, without the %d bytes that both kernels share", base,
+			delta, rest)
 	}
 
 	// The disk is mounted where the install folder lies.
-	mount := filepath.Dir(scene.InstallDir)
+	mount := filepath.Dir(testbed.InstallDir)
 	disk := diskWith(t, dir)
 	install := func(name, ref, folder string, more ...string) vm.Step {
 		return vm.Step{Name: name, KeepGoing: true, Timeout: 8 * time.Minute, Argv: append([]string{
@@ -78,7 +80,9 @@ func TestAirGap(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: folder, GPU: true, Offline: true, Key: shared.key + ".pub", Disk: disk, Timeout: 20 * time.Minute},
+		res, err := shared.RunNode(t.Context(),
+			testbed.Node{Kernel: k, Boot: folder, GPU: true, Offline: true, Key: shared.key + ".pub", Disk: disk,
+				Timeout: 20 * time.Minute},
 			append([]vm.Step{
 				{Name: "mount", Argv: []string{"@mount", "/dev/vda", mount}},
 				{Name: "dial", Argv: []string{"@dial", vm.HostAddress + ":" + port}, KeepGoing: true},
@@ -92,19 +96,20 @@ func TestAirGap(t *testing.T) {
 		return res
 	}
 	baseRef, deltaRef := "oci-archive:"+mount+"/base.tar", "oci-archive:"+mount+"/delta.tar"
-	res := boot(before, install("install", baseRef, scene.InstallDir), scene.ModulesStep())
+	res := boot(before, install("install", baseRef, testbed.InstallDir), testbed.ModulesStep())
 	installed(t, res, "install", first.Digest)
-	if live := scene.Live(named(t, res, scene.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
+	if live := testbed.Live(named(t, res, testbed.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
 		t.Errorf("live in the node: %v; want nvidia among them", live)
 	}
 
 	res = boot(k,
 		install("nothing there", deltaRef, mount+"/new", "--no-load"),
 		install("both", baseRef+"+"+mount+"/delta.tar", mount+"/new", "--no-load"),
-		install("upgrade", deltaRef, scene.InstallDir), scene.ModulesStep())
+		install("upgrade", deltaRef, testbed.InstallDir), testbed.ModulesStep())
 	alone := named(t, res, "nothing there")
 	if alone.ExitCode != fault.Usage.ExitCode() || !strings.Contains(string(alone.Stderr), base.Index) {
-		t.Errorf("with the delta alone a new folder ended with %d: %s\nwant %d, and the bundle that it needs named: %s", alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
+		t.Errorf("with the delta alone a new folder ended with %d: %s\nwant %d, and the bundle that it needs named: %s",
+			alone.ExitCode, alone.Stderr, fault.Usage.ExitCode(), base.Index)
 	}
 	if both := named(t, res, "both"); both.ExitCode != 0 {
 		t.Errorf("with both bundles a new folder ended with %d: %s; want 0", both.ExitCode, both.Stderr)
@@ -113,28 +118,30 @@ func TestAirGap(t *testing.T) {
 	if most := layer(t, m, bundle.LayerModules).Size; r.FetchedBytes > most {
 		t.Errorf("the upgrade read %d bytes of the delta; want the modules at most, %d", r.FetchedBytes, most)
 	}
-	if live := scene.Live(named(t, res, scene.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
+	if live := testbed.Live(named(t, res, testbed.ModulesStep().Name).Stdout); !slices.Contains(live, "nvidia") {
 		t.Errorf("live after the upgrade: %v; want nvidia among them", live)
 	}
 }
 
-// installed looks at what an install came to: this artifact, live, and the emulated GPU unusable.
-func installed(t *testing.T, res *vm.Result, name, digest string) (r scene.Report) {
+// installed examines what an install came to: this artifact, live, and the emulated GPU unusable.
+func installed(t *testing.T, res *vm.Result, name, digest string) (r testbed.Report) {
 	t.Helper()
 	step := named(t, res, name)
 	t.Logf("%s: exit %d, %.1f s\n%s%s", name, step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
-	if err := scene.Decode(step, &r); err != nil {
+	if err := testbed.Decode(step, &r); err != nil {
 		t.Fatal(err)
 	}
-	if want := fault.Unusable.ExitCode(); step.ExitCode != want || r.Verdict.Digest != digest || r.Verdict.NVML.Version != shared.driver() || !r.Changed {
-		t.Errorf("%s: exit code %d, %+v; want %d, and %s with NVML %s", name, step.ExitCode, r.Verdict, want, digest, shared.driver())
+	if want := fault.Unusable.ExitCode(); step.ExitCode != want || r.Verdict.Digest != digest ||
+		r.Verdict.NVML.Version != shared.driver() || !r.Changed {
+		t.Errorf("%s: exit code %d, %+v; want %d, and %s with NVML %s", name, step.ExitCode, r.Verdict, want, digest,
+			shared.driver())
 	}
 	return r
 }
 
 func named(t *testing.T, res *vm.Result, name string) vm.StepResult {
 	t.Helper()
-	step, err := scene.StepNamed(res, name)
+	step, err := testbed.StepNamed(res, name)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -152,7 +159,8 @@ func diskWith(t *testing.T, dir string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", "-d", dir, image).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", "-d", dir,
+		image).CombinedOutput(); err != nil {
 		t.Fatal(fmt.Errorf("make filesystem: %w: %s", err, out))
 	}
 	return image

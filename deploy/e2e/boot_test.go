@@ -9,7 +9,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
@@ -19,11 +19,14 @@ import (
 // verified, the latter with a quoted word (cos/tools, cos_image_analyzer's test data; the
 // words are those that hosts of Cloud Shell show in /proc/cmdline).
 func grubConfig() string {
-	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 loadpin.exclude=kernel-module,firmware " +
-		"modules-load=loadpin_trigger firmware_class.path=/var/lib/nvidia/firmware module.sig_enforce=1 i915.modeset=1 cros_efi"
+	const words = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 security=apparmor csm.disabled=1 " +
+		"loadpin.exclude=kernel-module,firmware " +
+		"modules-load=loadpin_trigger firmware_class.path=/var/lib/nvidia/firmware module.sig_enforce=1 i915.modeset=1 " +
+		"cros_efi"
 	var b strings.Builder
 	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\nset timeout=0\n")
-	for _, root := range []string{"      root=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E", ` root=/dev/dm-0 "dm-mod.create=vroot,,,ro,0 4077568 verity 0 PARTUUID=33380AF5 sha256 salt"`} {
+	for _, root := range []string{"      root=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E",
+		` root=/dev/dm-0 "dm-mod.create=vroot,,,ro,0 4077568 verity 0 PARTUUID=33380AF5 sha256 salt"`} {
 		for _, side := range []string{"A", "B"} {
 			fmt.Fprintf(&b, "\nmenuentry \"image %s\" {\n  linux /syslinux/vmlinuz.%s %s%s\n}\n", side, side, words, root)
 		}
@@ -74,7 +77,8 @@ func TestNodeBootConfiguration(t *testing.T) {
 	}
 	run := func(steps ...vm.Step) *vm.Result {
 		t.Helper()
-		res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, Key: shared.key + ".pub", Disk: disk, KernelArgs: words()}, steps)
+		res, err := shared.RunNode(t.Context(),
+			testbed.Node{Kernel: k, Boot: boot, Key: shared.key + ".pub", Disk: disk, KernelArgs: words()}, steps)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -82,7 +86,7 @@ func TestNodeBootConfiguration(t *testing.T) {
 	}
 	step := func(res *vm.Result, name string, exit int, says string) {
 		t.Helper()
-		s, err := scene.StepNamed(res, name)
+		s, err := testbed.StepNamed(res, name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -94,7 +98,8 @@ func TestNodeBootConfiguration(t *testing.T) {
 		return vm.Step{Name: name, Argv: append([]string{"/usr/bin/fetcher"}, args...), KeepGoing: true}
 	}
 	install := func(name string, more ...string) vm.Step {
-		s := scene.InstallStep(shared.srv, append([]string{"--driver", shared.driver(), "--flavour", "proprietary", "--output", "text"}, more...)...)
+		s := testbed.InstallStep(shared.srv,
+			append([]string{"--driver", shared.driver(), "--flavour", "proprietary", "--output", "text"}, more...)...)
 		s.Name = name
 		return s
 	}
@@ -114,7 +119,8 @@ func TestNodeBootConfiguration(t *testing.T) {
 	if want := strings.ReplaceAll(before, "module.sig_enforce=1", "module.sig_enforce=0"); config() != want {
 		t.Errorf("the boot configuration is\n%s\nwant\n%s", config(), want)
 	}
-	res = run(install("after the reboot", "--dry-run"), fetcher("status", "boot", "status"), fetcher("undo", "boot", "undo"))
+	res = run(install("after the reboot", "--dry-run"), fetcher("status", "boot", "status"),
+		fetcher("undo", "boot", "undo"))
 	step(res, "after the reboot", 0, "would    load nvidia")
 	step(res, "status", 0, "module signatures enforced   no")
 	step(res, "undo", 0, "is what it was")

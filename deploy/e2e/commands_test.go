@@ -15,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
@@ -25,7 +25,8 @@ import (
 var shown = regexp.MustCompile(`(?s)aria-label="Command: [^"]*">(.*?)</pre>`)
 
 // commandsOf returns the commands that a cell's page shows to who reaches the server by a name.
-func commandsOf(t *testing.T, srv *scene.Server, host string, k target.Kernel, version string, f target.Flavour) []string {
+func commandsOf(t *testing.T, srv *testbed.Server, host string, k target.Kernel, version string,
+	f target.Flavour) []string {
 	t.Helper()
 	url := fmt.Sprintf("http://%s/cells/%s/%s/%s/%s", srv.Addr, k.Board, k.BuildID, version, f)
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
@@ -116,7 +117,7 @@ func TestCommandsOfPages(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := scene.New(shared.Bin, t.TempDir(), os.Stderr)
+	s, err := testbed.New(shared.Bin, t.TempDir(), os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -125,16 +126,19 @@ func TestCommandsOfPages(t *testing.T) {
 		t.Fatal("the page shows no command for nodes")
 	}
 	argv[0] = "/usr/bin/fetcher" // there is no shell on the node
-	res, err := s.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 10 * time.Minute},
-		[]vm.Step{{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: argv}, scene.ModulesStep()})
+	res, err := s.RunNode(t.Context(),
+		testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 10 * time.Minute},
+		[]vm.Step{{Name: "install", KeepGoing: true, Timeout: 8 * time.Minute, Argv: argv}, testbed.ModulesStep()})
 	if err != nil {
 		t.Fatal(err)
 	}
-	step, err := scene.StepNamed(res, "install")
+	step, err := testbed.StepNamed(res, "install")
 	if want := fault.Unusable.ExitCode(); err != nil || step.ExitCode != want {
-		t.Errorf("%s on a node: exit status %d, %v; want %d, since its GPU is emulated\n%s%s", node, step.ExitCode, err, want, step.Stdout, step.Stderr)
+		t.Errorf("%s on a node: exit status %d, %v; want %d, since its GPU is emulated\n%s%s", node, step.ExitCode, err, want,
+			step.Stdout, step.Stderr)
 	}
-	if step, err = scene.StepNamed(res, scene.ModulesStep().Name); err != nil || !slices.Contains(scene.Live(step.Stdout), "nvidia") {
-		t.Errorf("live in the node: %v, %v; want nvidia among them", scene.Live(step.Stdout), err)
+	if step, err = testbed.StepNamed(res, testbed.ModulesStep().Name); err != nil ||
+		!slices.Contains(testbed.Live(step.Stdout), "nvidia") {
+		t.Errorf("live in the node: %v, %v; want nvidia among them", testbed.Live(step.Stdout), err)
 	}
 }

@@ -15,18 +15,18 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 )
 
 // stage is what all tests share: one mirror, one server, one worker, one key.
 type stage struct {
-	*scene.Scene
-	mirror *scene.Mirror
+	*testbed.Scene
+	mirror *testbed.Mirror
 	key    string
-	srv    *scene.Server
-	worker *scene.Process
+	srv    *testbed.Server
+	worker *testbed.Process
 }
 
 var shared *stage // set by TestMain before any test runs, never after
@@ -74,7 +74,7 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if _, err := os.Stat(filepath.Join(bin, "builder")); err != nil {
 		return nil, fmt.Errorf("%w; run make build", err)
 	}
-	s, err := scene.New(bin, dir, os.Stderr)
+	s, err := testbed.New(bin, dir, os.Stderr)
 	if err != nil {
 		return nil, err
 	}
@@ -95,7 +95,8 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	// build beside it.
 	for _, k := range []target.Kernel{st.kernel(0), st.kernel(1)} {
 		for _, f := range []target.Flavour{target.Proprietary, target.Open} {
-			_, err := st.srv.Client.RequestBuild(ctx, api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: st.driver(), Flavour: string(f)})
+			_, err := st.srv.Client.RequestBuild(ctx,
+				api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: st.driver(), Flavour: string(f)})
 			if err != nil {
 				return nil, errors.Join(err, st.worker.Stop(), st.srv.Stop())
 			}
@@ -137,13 +138,15 @@ func (s *stage) newest() target.Kernel {
 }
 
 // build asks a server for a cell and waits until it is over.
-func build(t *testing.T, srv *scene.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
+func build(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
 	t.Helper()
-	b, err := srv.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: driver, Flavour: string(f)})
+	b, err := srv.Client.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: driver, Flavour: string(f)})
 	if err != nil {
 		t.Fatalf("request %s %s-%s: %v", k, driver, f, err)
 	}
-	b, err = scene.WaitBuild(t.Context(), srv.Client, b.ID, func(b api.Build) { t.Logf("build %d: %s %s", b.ID, b.State, b.Phase) })
+	b, err = testbed.WaitBuild(t.Context(), srv.Client, b.ID,
+		func(b api.Build) { t.Logf("build %d: %s %s", b.ID, b.State, b.Phase) })
 	if err != nil {
 		t.Fatalf("wait for build %d: %v", b.ID, err)
 	}
@@ -151,7 +154,7 @@ func build(t *testing.T, srv *scene.Server, k target.Kernel, driver string, f ta
 }
 
 // published is build for cells that have to succeed.
-func published(t *testing.T, srv *scene.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
+func published(t *testing.T, srv *testbed.Server, k target.Kernel, driver string, f target.Flavour) api.Build {
 	t.Helper()
 	b := build(t, srv, k, driver, f)
 	if b.State != api.Published || b.Digest == "" {

@@ -14,7 +14,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -23,7 +23,7 @@ import (
 
 // manifest reads an artifact's manifest from a server's registry as any OCI
 // client would.
-func manifest(t *testing.T, srv *scene.Server, digest string) *v1.Manifest {
+func manifest(t *testing.T, srv *testbed.Server, digest string) *v1.Manifest {
 	t.Helper()
 	ref, err := name.NewDigest(srv.Repository() + "@" + digest)
 	if err != nil {
@@ -84,7 +84,8 @@ func TestTwinBuildSharesArtifact(t *testing.T) {
 		t.Errorf("%s got %s, its twin %s got %s; want one artifact", of, first.Digest, twin, second.Digest)
 	}
 	for _, k := range []target.Kernel{twin, of} {
-		r, err := shared.srv.Client.Resolve(t.Context(), api.Question{BuildID: k.BuildID, Board: k.Board, Driver: shared.driver(), Flavour: string(target.Proprietary)})
+		r, err := shared.srv.Client.Resolve(t.Context(),
+			api.Question{BuildID: k.BuildID, Board: k.Board, Driver: shared.driver(), Flavour: string(target.Proprietary)})
 		if err != nil || r.State != api.Published || r.Digest != first.Digest {
 			t.Errorf("resolve %s = %s %s, %v; want %s", k, r.State, r.Digest, err, first.Digest)
 		}
@@ -99,7 +100,7 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	want := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 
 	dir := t.TempDir()
-	s, err := scene.New(shared.Bin, dir, os.Stderr)
+	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +109,7 @@ func TestKilledBuilderReproduces(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer srv.Stop()
-	start := func() *scene.Process {
+	start := func() *testbed.Process {
 		w, err := s.StartWorker(srv, shared.mirror, shared.key, filepath.Join(dir, "empty", "cache"))
 		if err != nil {
 			t.Fatal(err)
@@ -116,7 +117,8 @@ func TestKilledBuilderReproduces(t *testing.T) {
 		return w
 	}
 	worker := start()
-	b, err := srv.Client.RequestBuild(t.Context(), api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: shared.driver(), Flavour: string(target.Proprietary)})
+	b, err := srv.Client.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: k.BuildID, Board: k.Board, Driver: shared.driver(), Flavour: string(target.Proprietary)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -136,7 +138,8 @@ func TestKilledBuilderReproduces(t *testing.T) {
 	}
 	worker = start()
 	defer worker.Stop()
-	b, err = scene.WaitBuild(t.Context(), srv.Client, b.ID, func(b api.Build) { t.Logf("build %d: %s %s", b.ID, b.State, b.Phase) })
+	b, err = testbed.WaitBuild(t.Context(), srv.Client, b.ID,
+		func(b api.Build) { t.Logf("build %d: %s %s", b.ID, b.State, b.Phase) })
 	if err != nil || b.State != api.Published {
 		log, _ := os.ReadFile(filepath.Join(dir, "worker.log"))
 		t.Fatalf("after the restart: build is %s (%s) %s, %v\n%s", b.State, b.Class, b.Error, err, log)
@@ -180,7 +183,7 @@ func objects(dir string) (n int) {
 func TestHonestFailures(t *testing.T) {
 	broken := corruptHeaders(t, shared.mirror, shared.kernel(0))
 	dir := t.TempDir()
-	s, err := scene.New(shared.Bin, dir, os.Stderr)
+	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -197,7 +200,7 @@ func TestHonestFailures(t *testing.T) {
 
 	rows := []struct {
 		name    string
-		srv     *scene.Server
+		srv     *testbed.Server
 		kernel  target.Kernel
 		driver  string
 		flavour target.Flavour
@@ -205,9 +208,12 @@ func TestHonestFailures(t *testing.T) {
 		text    []string // all in the build's error
 		log     string   // in the log
 	}{
-		{"unknown driver version", shared.srv, shared.kernel(0), "535.999.99", target.Proprietary, fault.InputMissing, []string{"535.999.99"}, "535.999.99"},
-		{"headers with a wrong checksum", brokenServer, shared.kernel(0), shared.driver(), target.Proprietary, fault.Checksum, []string{"kernel-headers.tgz"}, "kernel-headers.tgz"},
-		{"driver too old for the kernel", shared.srv, shared.newest(), shared.driver(), target.Open, fault.APIBreak, []string{"nv-pci.c", "pci_resize_resource"}, "too few arguments to function"},
+		{"unknown driver version", shared.srv, shared.kernel(0), "535.999.99", target.Proprietary, fault.InputMissing,
+			[]string{"535.999.99"}, "535.999.99"},
+		{"headers with a wrong checksum", brokenServer, shared.kernel(0), shared.driver(), target.Proprietary, fault.Checksum,
+			[]string{"kernel-headers.tgz"}, "kernel-headers.tgz"},
+		{"driver too old for the kernel", shared.srv, shared.newest(), shared.driver(), target.Open, fault.APIBreak,
+			[]string{"nv-pci.c", "pci_resize_resource"}, "too few arguments to function"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -238,7 +244,9 @@ func TestHonestFailures(t *testing.T) {
 			if err != nil || !strings.Contains(string(out), row.log) {
 				t.Errorf("server build --log (%d bytes, %v) does not hold %q", len(out), err, row.log)
 			}
-			r, err := row.srv.Client.Resolve(t.Context(), api.Question{BuildID: row.kernel.BuildID, Board: row.kernel.Board, Driver: row.driver, Flavour: string(row.flavour)})
+			r, err := row.srv.Client.Resolve(t.Context(),
+				api.Question{BuildID: row.kernel.BuildID, Board: row.kernel.Board, Driver: row.driver,
+					Flavour: string(row.flavour)})
 			if err != nil || r.State != api.Failed {
 				t.Errorf("resolve = %s (%s), %v; want failed", r.State, r.Reason, err)
 			}
@@ -248,7 +256,7 @@ func TestHonestFailures(t *testing.T) {
 
 // corruptHeaders returns a copy of the mirror in which one build's header
 // archive is not what its checksum says.
-func corruptHeaders(t *testing.T, m *scene.Mirror, k target.Kernel) *scene.Mirror {
+func corruptHeaders(t *testing.T, m *testbed.Mirror, k target.Kernel) *testbed.Mirror {
 	t.Helper()
 	copied := *m
 	copied.Dir = t.TempDir()
@@ -289,7 +297,8 @@ func TestStockCrane(t *testing.T) {
 	k := shared.kernel(1)
 	b := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	second := craneRegistry(t) + "/drivers/nvidia"
-	if _, err := shared.Must(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver", shared.driver(),
+	if _, err := shared.Must(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver",
+		shared.driver(),
 		"--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(),
 		"--cache", shared.BuildCache(), "--key", shared.key, "--to", second); err != nil {
 		t.Fatal(err)
@@ -302,7 +311,9 @@ func TestStockCrane(t *testing.T) {
 		if info, err := os.Stat(filepath.Join(out, "index.json")); err != nil || info.Size() == 0 {
 			t.Errorf("crane pull %s left no layout: %v", ref, err)
 		}
-		if got := strings.TrimSpace(crane(t, "digest", repo+":"+bundle.KernelTag(k, target.Driver{Version: shared.driver(), Flavour: target.Proprietary}))); got != b.Digest {
+		if got := strings.TrimSpace(crane(t, "digest",
+			repo+":"+bundle.KernelTag(k,
+				target.Driver{Version: shared.driver(), Flavour: target.Proprietary}))); got != b.Digest {
 			t.Errorf("the kernel's tag in %s names %s; want %s", repo, got, b.Digest)
 		}
 	}
@@ -329,7 +340,8 @@ func craneRegistry(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(strings.TrimSpace(string(path)), "registry", "serve", "--address", "127.0.0.1:0", "--disk", t.TempDir())
+	cmd := exec.Command(strings.TrimSpace(string(path)), "registry", "serve", "--address", "127.0.0.1:0", "--disk",
+		t.TempDir())
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)

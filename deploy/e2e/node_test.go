@@ -8,7 +8,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -29,30 +29,31 @@ func TestNodeWithGPU(t *testing.T) {
 		t.Fatal(err)
 	}
 	install := func(name string, args ...string) vm.Step {
-		step := scene.InstallStep(shared.srv, append([]string{"--driver", shared.driver()}, args...)...)
+		step := testbed.InstallStep(shared.srv, append([]string{"--driver", shared.driver()}, args...)...)
 		step.Name = name
 		return step
 	}
 	modules := func(name string) vm.Step {
 		return vm.Step{Name: name, Argv: []string{"@cat", "/proc/modules"}, KeepGoing: true}
 	}
-	res, err := shared.RunNode(t.Context(), scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub"}, []vm.Step{
-		install("install", "--flavour", "proprietary"), modules("modules 1"),
-		install("again", "--flavour", "proprietary"),
-		install("change", "--flavour", "open"), modules("modules 2"),
-		{Name: "status", Argv: []string{"/usr/bin/fetcher", "status", "--install-dir", scene.InstallDir}, KeepGoing: true},
-	})
+	res, err := shared.RunNode(t.Context(), testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub"},
+		[]vm.Step{
+			install("install", "--flavour", "proprietary"), modules("modules 1"),
+			install("again", "--flavour", "proprietary"),
+			install("change", "--flavour", "open"), modules("modules 2"),
+			{Name: "status", Argv: []string{"/usr/bin/fetcher", "status", "--install-dir", testbed.InstallDir}, KeepGoing: true},
+		})
 	if err != nil {
 		t.Fatal(err)
 	}
-	var first, again, change scene.Report
-	for name, r := range map[string]*scene.Report{"install": &first, "again": &again, "change": &change} {
-		step, err := scene.StepNamed(res, name)
+	var first, again, change testbed.Report
+	for name, r := range map[string]*testbed.Report{"install": &first, "again": &again, "change": &change} {
+		step, err := testbed.StepNamed(res, name)
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Logf("%s: exit %d, %.1f s\n%s%s", name, step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
-		if err := scene.Decode(step, r); err != nil {
+		if err := testbed.Decode(step, r); err != nil {
 			t.Fatal(err)
 		}
 		if want := fault.Unusable.ExitCode(); step.ExitCode != want {
@@ -63,10 +64,12 @@ func TestNodeWithGPU(t *testing.T) {
 		}
 	}
 	if first.Verdict.Digest != proprietary.Digest || change.Verdict.Digest != open.Digest {
-		t.Errorf("installed %s then %s; want %s then %s", first.Verdict.Digest, change.Verdict.Digest, proprietary.Digest, open.Digest)
+		t.Errorf("installed %s then %s; want %s then %s", first.Verdict.Digest, change.Verdict.Digest, proprietary.Digest,
+			open.Digest)
 	}
 	if !first.Changed || again.Changed || again.FetchedBytes != 0 || !change.Changed {
-		t.Errorf("changed: %v, %v (%d bytes), %v; want true, false (0 bytes), true", first.Changed, again.Changed, again.FetchedBytes, change.Changed)
+		t.Errorf("changed: %v, %v (%d bytes), %v; want true, false (0 bytes), true", first.Changed, again.Changed,
+			again.FetchedBytes, change.Changed)
 	}
 	// Only the modules differ between flavours; all else is on the node already.
 	m := manifest(t, shared.srv, open.Digest)
@@ -74,11 +77,11 @@ func TestNodeWithGPU(t *testing.T) {
 		t.Errorf("changing the flavour fetched %d bytes; want the modules layer alone, %d", change.FetchedBytes, want)
 	}
 	for _, name := range []string{"modules 1", "modules 2"} {
-		step, err := scene.StepNamed(res, name)
+		step, err := testbed.StepNamed(res, name)
 		if err != nil {
 			t.Fatal(err)
 		}
-		live := scene.Live(step.Stdout)
+		live := testbed.Live(step.Stdout)
 		for _, want := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset"} {
 			if !slices.Contains(live, want) {
 				t.Errorf("%s: %v lacks %s", name, live, want)
@@ -91,7 +94,7 @@ func TestNodeWithGPU(t *testing.T) {
 func nodeRoot(t *testing.T, k target.Kernel) string {
 	t.Helper()
 	root := t.TempDir()
-	if err := scene.NodeRoot(root, k); err != nil {
+	if err := testbed.NodeRoot(root, k); err != nil {
 		t.Fatal(err)
 	}
 	return root
@@ -104,8 +107,9 @@ func TestNodeRefusesFlippedByte(t *testing.T) {
 	good := published(t, shared.srv, k, shared.driver(), target.Proprietary)
 	bad := published(t, shared.srv, k, shared.driver(), target.Open)
 	root := nodeRoot(t, k)
-	install := func(flavour target.Flavour) *scene.Result {
-		res, err := shared.Run(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root, "--key", shared.key+".pub",
+	install := func(flavour target.Flavour) *testbed.Result {
+		res, err := shared.Run(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root,
+			"--key", shared.key+".pub",
 			"--driver", shared.driver(), "--flavour", string(flavour), "--no-load", "--builder", "never", "--output", "json")
 		if err != nil {
 			t.Fatal(err)
@@ -115,7 +119,7 @@ func TestNodeRefusesFlippedByte(t *testing.T) {
 	if res := install(target.Proprietary); res.Code != 0 {
 		t.Fatalf("install: exit code %d: %s", res.Code, res.Stderr)
 	}
-	folder := filepath.Join(root, scene.InstallDir)
+	folder := filepath.Join(root, testbed.InstallDir)
 	ko := filepath.Join(folder, "drivers", "nvidia.ko")
 	before, err := os.ReadFile(ko)
 	if err != nil {
@@ -190,7 +194,7 @@ func TestNodeCompilesLocally(t *testing.T) {
 	k := shared.kernel(1)
 	published(t, shared.srv, k, shared.driver(), target.Proprietary) // so that the shared build cache has the modules
 	dir := t.TempDir()
-	s, err := scene.New(shared.Bin, dir, os.Stderr)
+	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -201,7 +205,8 @@ func TestNodeCompilesLocally(t *testing.T) {
 	defer srv.Stop()
 	root := nodeRoot(t, k)
 	t.Setenv("PREBAKE_CACHE", shared.BuildCache())
-	res, err := s.Run(t.Context(), "fetcher", "install", "--server", "http://"+srv.Addr, "--host-root", root, "--key", shared.key+".pub",
+	res, err := s.Run(t.Context(), "fetcher", "install", "--server", "http://"+srv.Addr, "--host-root", root, "--key",
+		shared.key+".pub",
 		"--driver", shared.driver(), "--flavour", "proprietary", "--no-load", "--builder", s.Program("builder"),
 		"--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(), "--output", "json")
 	if err != nil {
@@ -210,7 +215,7 @@ func TestNodeCompilesLocally(t *testing.T) {
 	if res.Code != 0 {
 		t.Fatalf("install: exit code %d\n%s%s", res.Code, res.Stdout, res.Stderr)
 	}
-	if _, err := os.Stat(filepath.Join(root, scene.InstallDir, "drivers", "nvidia.ko")); err != nil {
+	if _, err := os.Stat(filepath.Join(root, testbed.InstallDir, "drivers", "nvidia.ko")); err != nil {
 		t.Error(err)
 	}
 }

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/archive"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/testkit/cluster"
@@ -48,11 +48,13 @@ func TestPartsOnRealInputs(t *testing.T) {
 		t.Fatal(err)
 	}
 	root := nodeRoot(t, k)
-	if _, err := shared.Must(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root, "--key", shared.key+".pub",
-		"--driver", shared.driver(), "--flavour", "proprietary", "--no-load", "--builder", "never", "--output", "json"); err != nil {
+	if _, err := shared.Must(t.Context(), "fetcher", "install", "--server", "http://"+shared.srv.Addr, "--host-root", root,
+		"--key", shared.key+".pub",
+		"--driver", shared.driver(), "--flavour", "proprietary", "--no-load", "--builder", "never", "--output",
+		"json"); err != nil {
 		t.Fatal(err)
 	}
-	driver := filepath.Join(root, scene.InstallDir)
+	driver := filepath.Join(root, testbed.InstallDir)
 	own := modulesWithSymvers(t, driver, k)
 	sibling := modulesWithSymvers(t, driver, shared.kernel(0))
 	mirror := "PREBAKE_MIRROR=file://" + shared.mirror.Dir
@@ -74,21 +76,30 @@ func TestPartsOnRealInputs(t *testing.T) {
 		{"kernel inputs", "./builder/internal/cossrc", "TestMirror", []string{mirror}},
 		{"driver inputs", "./builder/internal/nvsrc", "TestMirror", []string{mirror}},
 		{"mirror twice", "./deploy/internal/mirror", "TestReal", []string{packages}},
-		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes", []string{mirror, cells, references, filled}},
-		{"the gate", "./builder/internal/gate", "TestReal", []string{mirror}},
-		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL", []string{"PREBAKE_BOOT=" + boot, packages}},
+		{"same bytes with caches and without", "./builder/internal/compile", "TestRealSameBytes",
+			[]string{mirror, cells, references, filled}},
+		{"the gate", "./builder/internal/modcheck", "TestReal", []string{mirror}},
+		{"module signatures", "./builder/internal/modsign", "TestLive|TestSignFile|TestOpenSSL",
+			[]string{"PREBAKE_BOOT=" + boot, packages}},
 		{"sandbox under control groups", "./pkg/sandbox", "TestInVirtualMachine", []string{"PREBAKE_BOOT=" + boot}},
 		{"emulated buckets", "./pkg/testkit/gcs ./pkg/cosbucket ./pkg/registry", "GCS|Emulator|Start", []string{emulator}},
 		{"inputs out of an emulated bucket", "./builder/internal/cossrc", "Emulator|Layout", []string{emulator, mirror}},
-		{"tarballs in an emulated bucket, another registry", "./builder/internal/twin ./builder/internal/symbols", "Test[^X]", []string{emulator, tools}}, // TestXattr needs root
-		{"modules against their kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + own, "PREBAKE_MODULES_RELEASE=" + k.Release}},
-		{"modules against a sibling kernel", "./pkg/modinfo", "TestRealModules", []string{"PREBAKE_MODULES=" + sibling, "PREBAKE_MODULES_WANT=checksum"}},
+		// TestXattr needs root
+		{"tarballs in an emulated bucket, another registry", "./builder/internal/tarball ./builder/internal/symbols",
+			"Test[^X]", []string{emulator, tools}},
+		{"modules against their kernel", "./pkg/modinfo", "TestRealModules",
+			[]string{"PREBAKE_MODULES=" + own, "PREBAKE_MODULES_RELEASE=" + k.Release}},
+		{"modules against a sibling kernel", "./pkg/modinfo", "TestRealModules",
+			[]string{"PREBAKE_MODULES=" + sibling, "PREBAKE_MODULES_WANT=checksum"}},
 		{"virtual machine", "./pkg/vm", "Boot", []string{"PREBAKE_BOOT=" + boot}},
 		{"power cuts", "./fetcher/internal/agent", "TestPowerCut", []string{"PREBAKE_BOOT=" + boot}},
 		{"load test", "./builder/internal/loadtest", "Live", []string{"PREBAKE_BOOT=" + boot, "PREBAKE_DRIVER=" + driver}},
 		{"faults while a machine runs", "./builder/internal/pipeline", "TestMachine", []string{mirror}},
-		{"a cluster's API server", "./fetcher/internal/kube", "Test[^G]", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}}, // TestGPU… wants a GPU
-		{"components on a cluster", "./deploy", "TestCluster", []string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
+		// TestGPU… wants a GPU
+		{"a cluster's API server", "./fetcher/internal/kube", "Test[^G]",
+			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
+		{"components on a cluster", "./deploy", "TestCluster",
+			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		{"stock registry clients", "./deploy", "TestStockClients|TestCarriers", []string{tools}},
 		{"offline bundles in stock programs", "./builder/internal/offline", "TestStockTools", []string{tools}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|VerifyPage", []string{tools}},
@@ -98,7 +109,8 @@ func TestPartsOnRealInputs(t *testing.T) {
 			if oneProcessor[row.name] {
 				t.Parallel()
 			}
-			cmd := exec.CommandContext(t.Context(), "go", append([]string{"test", "-v", "-count=1", "-timeout=30m", "-run", row.run}, strings.Fields(row.pkg)...)...)
+			cmd := exec.CommandContext(t.Context(), "go",
+				append([]string{"test", "-v", "-count=1", "-timeout=30m", "-run", row.run}, strings.Fields(row.pkg)...)...)
 			cmd.Dir = "../.."
 			cmd.Env = append(os.Environ(), row.env...)
 			out, err := cmd.CombinedOutput()
@@ -115,7 +127,9 @@ func TestPartsOnRealInputs(t *testing.T) {
 func modulesWithSymvers(t *testing.T, driver string, k target.Kernel) string {
 	t.Helper()
 	headers, dir := t.TempDir(), t.TempDir()
-	if _, err := archive.UnpackFile(t.Context(), filepath.Join(shared.mirror.Dir, "cos", k.BuildID, k.Board, "kernel-headers.tgz"), headers, archive.Options{}); err != nil {
+	if _, err := archive.UnpackFile(t.Context(),
+		filepath.Join(shared.mirror.Dir, "cos", k.BuildID, k.Board, "kernel-headers.tgz"), headers,
+		archive.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	files, err := filepath.Glob(filepath.Join(driver, "drivers", "*.ko"))

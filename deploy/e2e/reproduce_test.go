@@ -18,7 +18,7 @@ import (
 
 // What was published comes out again from its provenance, without anything
 // that the builder left in its caches; a second party signs that. An artifact
-// with one changed object, signed by somebody with a key that is believed, is
+// with one changed object, signed by somebody with a key that is trusted, is
 // told apart, with the file and the section named.
 func TestReproduce(t *testing.T) {
 	k := shared.kernel(1)
@@ -38,8 +38,10 @@ func TestReproduce(t *testing.T) {
 	if _, err := shared.Must(t.Context(), "builder", "keygen", second); err != nil {
 		t.Fatal(err)
 	}
-	res, err := shared.Run(t.Context(), "builder", "reproduce", "--public-key", believed, "--attest", "--key", second, "--builder-id", "https://example.com/second",
-		"--username", "prebake", "--password", shared.srv.Token, "--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(),
+	res, err := shared.Run(t.Context(), "builder", "reproduce", "--public-key", believed, "--attest", "--key", second,
+		"--builder-id", "https://example.com/second",
+		"--username", "prebake", "--password", shared.srv.Token, "--kernel-mirror", shared.mirror.KernelURL(),
+		"--driver-mirror", shared.mirror.DriverURL(),
 		"--cache", shared.BuildCache(), "--output", "json", shared.srv.Repository()+"@"+digest, tampered)
 	if err != nil {
 		t.Fatal(err)
@@ -68,7 +70,8 @@ func TestReproduce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if said := statements(t, open(t, shared.srv.Repository()), digest, verifier(t, key)); len(said) != 1 || said[0].PredicateType != "https://prebake.dev/reproduced/v1" {
+	if said := statements(t, open(t, shared.srv.Repository()), digest, verifier(t, key)); len(said) != 1 ||
+		said[0].PredicateType != "https://prebake.dev/reproduced/v1" {
 		t.Errorf("the second party says %v; want reproduced and nothing else", said)
 	}
 }

@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/tools/txtar"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 	"github.com/prebake/prebake/pkg/vm"
@@ -35,8 +35,9 @@ import (
 //	                                another build of COS where one is named
 //	=> dies                         instead of a status: the node dies meanwhile
 //
-// $SERVER, $AWAY (where nobody answers), $REPO, $OLD, $NEWER, $PROPRIETARY, $OPEN (digests), $OTHER (of another kernel),
-// $BUILD, $BEFORE (an earlier build of COS), $TOKEN (the server's) and $DIR (the install folder) stand for what they are called.
+// $SERVER, $AWAY (where nobody answers), $REPO, $OLD, $NEWER, $PROPRIETARY, $OPEN (digests), $OTHER (of another
+// kernel), $BUILD, $BEFORE (an earlier build of COS), $TOKEN (the server's) and $DIR (the install folder) stand for
+// what they are called.
 //
 // The machine is emulated, and reads the whole driver for each load: each takes some ten
 // minutes, and they run with PREBAKE_SCENARIOS alone (make scenarios).
@@ -55,17 +56,21 @@ func TestNodeScenarios(t *testing.T) {
 		t.Fatalf("build %d is %s", b.ID, b.State)
 	}
 	words := strings.NewReplacer(
-		"$SERVER", "http://"+vm.HostAddress+":"+port, "$AWAY", "http://"+vm.HostAddress+":9", "$REPO", repo, "$OLD", shared.driver(),
+		"$SERVER", "http://"+vm.HostAddress+":"+port, "$AWAY", "http://"+vm.HostAddress+":9", "$REPO", repo, "$OLD",
+		shared.driver(),
 		"$PROPRIETARY", proprietary.Digest, "$OPEN", open.Digest,
-		"$OTHER", other.Digest, "$DIR", scene.InstallDir,
-		"$NEWER", shared.mirror.Drivers[1].Version, "$BUILD", k.BuildID, "$BEFORE", before.BuildID, "$TOKEN", shared.srv.Token,
+		"$OTHER", other.Digest, "$DIR", testbed.InstallDir,
+		"$NEWER", shared.mirror.Drivers[1].Version, "$BUILD", k.BuildID, "$BEFORE", before.BuildID, "$TOKEN",
+		shared.srv.Token,
 	)
 	boot, err := shared.Boot(t.Context(), shared.mirror, k)
 	if err != nil {
 		t.Fatal(err)
 	}
-	node := scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Tools: []string{"/bin/sh"}, Timeout: 40 * time.Minute}
-	for _, name := range []string{"cat", "cp", "dd", "grep", "ln", "ls", "mkdir", "mount", "printf", "rm", "sleep", "sync"} {
+	node := testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Tools: []string{"/bin/sh"},
+		Timeout: 40 * time.Minute}
+	for _, name := range []string{"cat", "cp", "dd", "grep", "ln", "ls", "mkdir", "mount", "printf", "rm", "sleep",
+		"sync"} {
 		node.Tools = append(node.Tools, "/usr/bin/"+name)
 	}
 	scripts, err := filepath.Glob("testdata/*.txtar")
@@ -78,7 +83,8 @@ func TestNodeScenarios(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			play, node := &play{t: t, words: words, boots: [][]vm.Step{nil}, builds: []string{k.BuildID}, dies: map[string]bool{}}, node
+			play, node := &play{t: t, words: words, boots: [][]vm.Step{nil}, builds: []string{k.BuildID},
+				dies: map[string]bool{}}, node
 			node.Files = []vm.File{{Name: "/etc/prebake/stranger.pem", Data: strangerKey(t), Mode: 0o644}}
 			for _, f := range txtar.Parse(raw).Files {
 				if path, ok := strings.CutPrefix(f.Name, "file "); ok {
@@ -189,7 +195,7 @@ func (p *play) scenario(name, text string) {
 		case "loaded":
 			add(vm.Step{Argv: []string{"@cat", "/proc/modules"}})
 			expect(func(r vm.StepResult) string {
-				live, modules := scene.Live(r.Stdout), strings.Fields(rest)
+				live, modules := testbed.Live(r.Stdout), strings.Fields(rest)
 				slices.Sort(live)
 				slices.Sort(modules)
 				if !slices.Equal(live, modules) {
@@ -224,18 +230,19 @@ func (p *play) disk() string {
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(p.t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", image).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(p.t.Context(), "mke2fs", "-q", "-F", "-t", "ext4",
+		image).CombinedOutput(); err != nil {
 		p.t.Fatalf("make filesystem: %v: %s", err, out)
 	}
 	for i, steps := range p.boots {
-		mount := vm.Step{Name: fmt.Sprintf("mount %d", i), Argv: []string{"@mount", "/dev/vda", scene.InstallDir}}
+		mount := vm.Step{Name: fmt.Sprintf("mount %d", i), Argv: []string{"@mount", "/dev/vda", testbed.InstallDir}}
 		p.boots[i] = append([]vm.Step{mount}, steps...)
 	}
 	return image
 }
 
 // run boots the node as often as the script wants, and judges what it did.
-func (p *play) run(node scene.Node) {
+func (p *play) run(node testbed.Node) {
 	seen := map[string]vm.StepResult{}
 	for i, steps := range p.boots {
 		for _, b := range shared.mirror.Builds {

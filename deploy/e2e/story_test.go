@@ -13,7 +13,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -28,14 +28,15 @@ func TestReleaseToNode(t *testing.T) {
 	t.Parallel()
 	k := shared.kernel(1)
 	dir := t.TempDir()
-	s, err := scene.New(shared.Bin, dir, os.Stderr)
+	s, err := testbed.New(shared.Bin, dir, os.Stderr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	mirror := *shared.mirror
 	mirror.Dir = filepath.Join(dir, "mirror")
 	link(t, filepath.Join(shared.mirror.Dir, "drivers"), filepath.Join(mirror.Dir, "drivers"))
-	link(t, filepath.Join(shared.mirror.Dir, "cos", shared.kernel(0).BuildID), filepath.Join(mirror.Dir, "cos", shared.kernel(0).BuildID))
+	link(t, filepath.Join(shared.mirror.Dir, "cos", shared.kernel(0).BuildID),
+		filepath.Join(mirror.Dir, "cos", shared.kernel(0).BuildID))
 	srv, err := s.StartServer(t.Context(), filepath.Join(dir, "server"), &mirror)
 	if err != nil {
 		t.Fatal(err)
@@ -43,7 +44,8 @@ func TestReleaseToNode(t *testing.T) {
 	defer srv.Stop()
 
 	// The list names the build before it exists, and what COS says is its default.
-	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, open]\n", k.BuildID, k.Board)
+	text := fmt.Sprintf("version: 1\nkernels: [{build: %s, board: %s}]\ndrivers: [default]\nflavours: [proprietary, "+
+		"open]\n", k.BuildID, k.Board)
 	if _, err := srv.Client.PutWishList(t.Context(), "story", api.NewWishList{Text: text}); err != nil {
 		t.Fatal(err)
 	}
@@ -71,8 +73,9 @@ func TestReleaseToNode(t *testing.T) {
 	done := make(chan error, 1)
 	go func() {
 		var err error
-		res, err = s.RunNode(ctx, scene.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
-			[]vm.Step{waiting(srv), scene.ModulesStep()})
+		res, err = s.RunNode(ctx,
+			testbed.Node{Kernel: k, Boot: boot, GPU: true, Key: shared.key + ".pub", Timeout: 20 * time.Minute},
+			[]vm.Step{waiting(srv), testbed.ModulesStep()})
 		done <- err
 	}()
 	asked(t, srv, done)
@@ -91,7 +94,8 @@ func TestReleaseToNode(t *testing.T) {
 	var builders []string
 	digests := map[string]target.Flavour{}
 	for _, c := range release.Cells {
-		b, err := scene.WaitBuild(t.Context(), srv.Client, c.Build.ID, func(b api.Build) { t.Logf("build %d: %s %s %s", b.ID, b.Worker, b.State, b.Phase) })
+		b, err := testbed.WaitBuild(t.Context(), srv.Client, c.Build.ID,
+			func(b api.Build) { t.Logf("build %d: %s %s %s", b.ID, b.Worker, b.State, b.Phase) })
 		if err != nil || b.State != api.Published {
 			t.Fatalf("build %d of %s is %s (%s): %s, %v; want published", b.ID, b.Driver, b.State, b.Class, b.Error, err)
 		}
@@ -108,20 +112,23 @@ func TestReleaseToNode(t *testing.T) {
 	}
 	node(t, res, digests)
 	release, err = srv.Client.Release(t.Context(), k.BuildID)
-	if err != nil || release.Ready != 2 || release.Open != 0 || release.Times.Count != 2 || release.Times.P50 <= 0 || release.Times.Max < release.Times.P50 {
+	if err != nil || release.Ready != 2 || release.Open != 0 || release.Times.Count != 2 || release.Times.P50 <= 0 ||
+		release.Times.Max < release.Times.P50 {
 		t.Fatalf("Release() = %+v, %v; want two cells that are ready, with times", release, err)
 	}
 	for _, c := range release.Cells {
-		if c.ReadyAt == nil || !c.ReadyAt.After(release.SeenAt) || c.ReadyAt.Sub(release.SeenAt).Seconds() > release.Times.Max+1 {
-			t.Errorf("%s is ready at %v; want a time after %v, %v s at most", c.Driver, c.ReadyAt, release.SeenAt, release.Times.Max)
+		if c.ReadyAt == nil || !c.ReadyAt.After(release.SeenAt) ||
+			c.ReadyAt.Sub(release.SeenAt).Seconds() > release.Times.Max+1 {
+			t.Errorf("%s is ready at %v; want a time after %v, %v s at most", c.Driver, c.ReadyAt, release.SeenAt,
+				release.Times.Max)
 		}
 	}
 	t.Logf("from release to ready: %+v", release.Times)
 }
 
 // waiting installs what COS says, and waits for whoever makes it.
-func waiting(srv *scene.Server) vm.Step {
-	step := scene.InstallStep(srv, "--wait", "15m", "--builder", "never")
+func waiting(srv *testbed.Server) vm.Step {
+	step := testbed.InstallStep(srv, "--wait", "15m", "--builder", "never")
 	step.Timeout = 16 * time.Minute
 	return step
 }
@@ -131,7 +138,7 @@ var answered = regexp.MustCompile(`(?m)^prebake_http_request_seconds_count\{[^}]
 
 // asked returns once a node has asked the server, or fails when done says first that
 // the node is over.
-func asked(t *testing.T, srv *scene.Server, done <-chan error) {
+func asked(t *testing.T, srv *testbed.Server, done <-chan error) {
 	t.Helper()
 	for {
 		resp, err := http.Get("http://" + srv.Addr + "/metrics")
@@ -153,23 +160,24 @@ func asked(t *testing.T, srv *scene.Server, done <-chan error) {
 	}
 }
 
-// node looks at what the node came to: one of the artifacts, live in its kernel.
+// node examines what the node came to: one of the artifacts, live in its kernel.
 func node(t *testing.T, res *vm.Result, digests map[string]target.Flavour) {
 	t.Helper()
-	step, err := scene.StepNamed(res, "install")
+	step, err := testbed.StepNamed(res, "install")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Logf("the node: exit %d, %.1f s\n%s%s", step.ExitCode, step.Seconds, step.Stdout, step.Stderr)
-	var r scene.Report
-	if err := scene.Decode(step, &r); err != nil {
+	var r testbed.Report
+	if err := testbed.Decode(step, &r); err != nil {
 		t.Fatal(err)
 	}
 	if want := fault.Unusable.ExitCode(); step.ExitCode != want || digests[r.Verdict.Digest] == "" {
 		t.Errorf("the node ended with %d and has %s; want %d and one of %v", step.ExitCode, r.Verdict.Digest, want, digests)
 	}
-	if step, err = scene.StepNamed(res, scene.ModulesStep().Name); err != nil || !slices.Contains(scene.Live(step.Stdout), "nvidia") {
-		t.Errorf("live in the node: %v, %v; want nvidia among them", scene.Live(step.Stdout), err)
+	if step, err = testbed.StepNamed(res, testbed.ModulesStep().Name); err != nil ||
+		!slices.Contains(testbed.Live(step.Stdout), "nvidia") {
+		t.Errorf("live in the node: %v, %v; want nvidia among them", testbed.Live(step.Stdout), err)
 	}
 }
 

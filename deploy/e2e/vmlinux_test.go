@@ -10,7 +10,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/deploy/internal/scene"
+	"github.com/prebake/prebake/deploy/internal/testbed"
 	"github.com/prebake/prebake/pkg/fault"
 )
 
@@ -29,7 +29,8 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		return after
 	}
 	dir := t.TempDir()
-	if _, err := shared.Must(t.Context(), "mirror", "--out", dir, "--cache", filepath.Join(shared.State, "packages"), "--only-kernels",
+	if _, err := shared.Must(t.Context(), "mirror", "--out", dir, "--cache", filepath.Join(shared.State, "packages"),
+		"--only-kernels",
 		"--kernel-abi", abi(other.BuildID)+","+abi(k.BuildID), "--vmlinux", "--no-boot-archive"); err != nil {
 		t.Fatal(err)
 	}
@@ -38,9 +39,11 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Fatalf("the bucket has an archive to boot from: %v", err)
 	}
 	layout := filepath.Join(t.TempDir(), "layout")
-	build := func() (*scene.Result, error) {
-		return shared.Run(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver", shared.driver(), "--flavour", "proprietary",
-			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(), "--cache", shared.BuildCache(),
+	build := func() (*testbed.Result, error) {
+		return shared.Run(t.Context(), "builder", "build", "--build-id", k.BuildID, "--board", k.Board, "--driver",
+			shared.driver(), "--flavour", "proprietary",
+			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--driver-mirror", shared.mirror.DriverURL(), "--cache",
+			shared.BuildCache(),
 			"--key", shared.key, "--to", "oci:"+layout, "--load-test", "require", "--output", "json")
 	}
 	res, err := build()
@@ -52,18 +55,20 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 			State, NVMLVersion string
 		} `json:"loadTest"`
 	}
-	if err := json.Unmarshal(res.Stdout, &got); err != nil || got.LoadTest.State != "loaded" || got.LoadTest.NVMLVersion != shared.driver() {
+	if err := json.Unmarshal(res.Stdout, &got); err != nil || got.LoadTest.State != "loaded" ||
+		got.LoadTest.NVMLVersion != shared.driver() {
 		t.Errorf("load test = %+v, %v; want it loaded, and NVML to answer %s", got.LoadTest, err, shared.driver())
 	}
 	if !strings.Contains(allBlobs(t, layout), "vmlinux") {
 		t.Error("no signed statement names vmlinux")
 	}
 
-	inspect := func() (*scene.Result, error) {
+	inspect := func() (*testbed.Result, error) {
 		return shared.Run(t.Context(), "builder", "inspect", "--build-id", k.BuildID, "--board", k.Board, "--vmlinux",
 			"--kernel-mirror", "file://"+filepath.Join(dir, "cos"), "--cache", shared.BuildCache())
 	}
-	if res, err = inspect(); err != nil || res.Code != 0 || !strings.Contains(string(res.Stdout), "boots vmlinux, of which ") {
+	if res, err = inspect(); err != nil || res.Code != 0 ||
+		!strings.Contains(string(res.Stdout), "boots vmlinux, of which ") {
 		t.Errorf("inspect = %d, %v\n%s", res.Code, err, res.Stdout)
 	}
 
@@ -73,7 +78,8 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 		t.Fatal(err)
 	}
 	sum := md5.Sum(foreign) //nolint:gosec // see the import
-	for name, text := range map[string][]byte{"vmlinux": foreign, "vmlinux.md5": []byte(hex.EncodeToString(sum[:]) + "\n")} {
+	for name, text := range map[string][]byte{"vmlinux": foreign,
+		"vmlinux.md5": []byte(hex.EncodeToString(sum[:]) + "\n")} {
 		file := at(k.BuildID, name)
 		if err := os.Remove(file); err != nil { // it may be one with the mirror's cache
 			t.Fatal(err)
@@ -82,7 +88,8 @@ func TestLoadTestOnVMLinux(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if res, err = build(); err != nil || res.Code != fault.Mismatch.ExitCode() || !strings.Contains(string(res.Stderr), "not the kernel of this build") {
+	if res, err = build(); err != nil || res.Code != fault.Mismatch.ExitCode() ||
+		!strings.Contains(string(res.Stderr), "not the kernel of this build") {
 		t.Errorf("build with a foreign vmlinux = %d, %v; want %d\n%s", res.Code, err, fault.Mismatch.ExitCode(), res.Stderr)
 	}
 	if res, err = inspect(); err != nil || !strings.Contains(string(res.Stdout), "not the kernel of") {

@@ -55,12 +55,14 @@ func TestWishList(t *testing.T) {
 	run := func(output string) []byte {
 		t.Helper()
 		res, err := shared.Run(t.Context(), "builder", "build", "--wish", file, "--to", "oci:"+layout, "--key", shared.key,
-			"--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(), "--cache", shared.BuildCache(), "--output", output)
+			"--kernel-mirror", shared.mirror.KernelURL(), "--driver-mirror", shared.mirror.DriverURL(), "--cache",
+			shared.BuildCache(), "--output", output)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if res.Code != fault.APIBreak.ExitCode() {
-			t.Fatalf("build --wish ends with %d; want %d, as the one cell that fails\n%s", res.Code, fault.APIBreak.ExitCode(), res.Stdout)
+			t.Fatalf("build --wish ends with %d; want %d, as the one cell that fails\n%s", res.Code, fault.APIBreak.ExitCode(),
+				res.Stdout)
 		}
 		return res.Stdout
 	}
@@ -73,14 +75,16 @@ func TestWishList(t *testing.T) {
 	}
 	// Each version on each build in both flavours; one version has no open one.
 	first := read(run("json"))
-	if n := len(first.Cells); n != builds*2*len(shared.mirror.Drivers) || first.States["unavailable"] != builds || first.States["failed"] != 1 || first.States["published"] != n-builds-1 {
+	if n := len(first.Cells); n != builds*2*len(shared.mirror.Drivers) || first.States["unavailable"] != builds ||
+		first.States["failed"] != 1 || first.States["published"] != n-builds-1 {
 		t.Errorf("%d cells: %v; want one failed, %d unavailable, all others published", n, first.States, builds)
 	}
 	for _, c := range first.Cells {
 		name := c.Cell.Kernel.String() + " " + c.Cell.Driver.String()
 		switch c.State {
 		case "failed":
-			if c.Cell.Kernel.BuildID != shared.newest().BuildID || c.Cell.Driver.Flavour != target.Open || c.Failure.Class != fault.APIBreak.String() ||
+			if c.Cell.Kernel.BuildID != shared.newest().BuildID || c.Cell.Driver.Flavour != target.Open ||
+				c.Failure.Class != fault.APIBreak.String() ||
 				!strings.Contains(c.Failure.Error, "nv-pci.c") || !strings.Contains(c.Failure.Error, "pci_resize_resource") {
 				t.Errorf("%s failed: %+v; want the API break of the open flavour on the newest kernel", name, c.Failure)
 			}

@@ -77,7 +77,8 @@ sources as they are.`,
 					DefaultText: "prebake/mirror in the user's cache folder", Sources: cli.Env("mirror-cache")},
 			),
 			cli.Group(groupOutput,
-				&ucli.StringFlag{Name: "builder", Usage: "`PROGRAM` that compiles the emulated GPU", DefaultText: "builder beside mirror"},
+				&ucli.StringFlag{Name: "builder", Usage: "`PROGRAM` that compiles the emulated GPU",
+					DefaultText: "builder beside mirror"},
 				cli.OutputFlag(),
 			),
 		),
@@ -87,7 +88,8 @@ sources as they are.`,
 
 func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	if cmd.Args().Present() {
-		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()), "see "+cmd.FullName()+" --help")
+		return fault.New(fault.Usage, fmt.Sprintf("unexpected argument %q", cmd.Args().First()),
+			"see "+cmd.FullName()+" --help")
 	}
 	cache := cmd.String("cache")
 	if cache == "" {
@@ -122,17 +124,21 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	start := time.Now()
 	result, err := mirror.Make(ctx, mirror.Config{
 		EmuGPU: gpu.compile, EmuGPURevision: revision,
-		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs, Series: cmd.StringSlice("kernel-series"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
+		Out: cmd.String("out"), Cache: cache, Board: cmd.String("board"), Archs: archs,
+		Series: cmd.StringSlice("kernel-series"), Kernels: cmd.Int("kernels"), ABIs: cmd.IntSlice("kernel-abi"),
 		Branches: cmd.StringSlice("driver-branch"), Neighbour: cmd.Bool("neighbour"),
-		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"), Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), ClangCached: cmd.Bool("clang-cached"), Refresh: cmd.Bool("refresh"),
-		Say: func(line string) {
+		VMLinux: cmd.Bool("vmlinux"), NoBoot: cmd.Bool("no-boot-archive"), OnlyKernels: cmd.Bool("only-kernels"),
+		Clang: cmd.Bool("clang"), OnlyClang: cmd.Bool("only-clang"), ClangCached: cmd.Bool("clang-cached"),
+		Refresh: cmd.Bool("refresh"),
+		Progress: func(line string) {
 			fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  %s\n", time.Since(start).Seconds(), line)
 		},
 	})
 	if err != nil {
 		return err
 	}
-	fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  done: %d objects made, %d taken from the cache\n", time.Since(start).Seconds(), result.Made, result.Cached)
+	fmt.Fprintf(cmd.Root().ErrWriter, "%7.1f s  done: %d objects made, %d taken from the cache\n",
+		time.Since(start).Seconds(), result.Made, result.Cached)
 	printed := struct {
 		mirror.Result
 		Made   int `json:"made"`
@@ -140,7 +146,8 @@ func runMirror(ctx context.Context, cmd *ucli.Command) (err error) {
 	}{result, result.Made, result.Cached}
 	return cli.Print(cmd, printed, func(w io.Writer) error {
 		for _, b := range result.Builds {
-			if _, err := fmt.Fprintf(w, "build   %s/%s  %s  Debian %s\n", b.BuildID, b.Board, b.Release, b.DebianPackageVersion); err != nil {
+			if _, err := fmt.Fprintf(w, "build   %s/%s  %s  Debian %s\n", b.BuildID, b.Board, b.Release,
+				b.DebianPackageVersion); err != nil {
 				return err
 			}
 		}
@@ -163,7 +170,8 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if err != nil {
-		return "", fault.Wrap(fault.Usage, fmt.Errorf("have the builder compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
+		return "", fault.Wrap(fault.Usage,
+			fmt.Errorf("have the builder compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
 			"run make build, or pass --builder; --no-boot-archive does without")
 	}
 	return strings.TrimSpace(string(out)), nil
@@ -172,13 +180,15 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 // revision names the source that the builder would compile.
 func (g emugpu) revision(ctx context.Context) (string, error) { return g.run(ctx, "--revision") }
 
-func (g emugpu) compile(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string, release string) (string, error) {
+func (g emugpu) compile(ctx context.Context, arch target.Arch, headers, toolchain string, env map[string]string,
+	release string) (string, error) {
 	dir, err := os.MkdirTemp(g.work, "emugpu-")
 	if err != nil {
 		return "", err
 	}
 	ko := filepath.Join(dir, "emugpu.ko")
-	args := []string{"--headers", headers, "--toolchain", toolchain, "--release", release, "--arch", string(arch), "--out", ko}
+	args := []string{"--headers", headers, "--toolchain", toolchain, "--release", release, "--arch", string(arch), "--out",
+		ko}
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		args = append(args, "--variable", name+"="+env[name])
 	}

@@ -42,9 +42,9 @@ type Device struct {
 	PCIBusID    string `json:"pciBusId,omitempty"`
 	MemoryBytes uint64 `json:"memoryBytes,omitempty"`
 	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
-	// progress or completed; "" is a GPU without one, or a library that does not tell.
+	// progress or completed; "" means a GPU without one, or a library that does not tell.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on or off, or why it could not be turned on; "" is a GPU that does not
+	// Persistence is on or off, or why it could not be turned on; "" means a GPU that does not
 	// tell. With it the driver keeps the GPU initialised while nobody uses it.
 	Persistence string `json:"persistence,omitempty"`
 	// Error says why NVML cannot use or describe this GPU.
@@ -82,7 +82,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	return exitAnswered
 }
 
-// openable returns the loader's own words about a library that NVML only
+// openable returns the loader's own text about a library that NVML only
 // calls not found.
 func openable(path string) error {
 	lib := dl.New(path, dl.RTLD_LAZY)

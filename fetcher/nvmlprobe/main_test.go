@@ -103,7 +103,8 @@ func convert[T int8 | uint8](_ T, b byte) T { return T(b) }
 
 func TestAsk(t *testing.T) {
 	t.Parallel()
-	good := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0", MemoryBytes: 16 << 30, Fabric: "not started"}
+	good := Device{UUID: "GPU-1", Name: "Tesla T4", PCIBusID: "00000001:00:00.0", MemoryBytes: 16 << 30,
+		Fabric: "not started"}
 	silent := good
 	silent.Fabric = ""
 	for _, row := range []struct {
@@ -121,11 +122,14 @@ func TestAsk(t *testing.T) {
 		{"library missing", library{init: nvml.ERROR_LIBRARY_NOT_FOUND}, errors.New("no such file"),
 			Answer{Devices: []Device{}, Error: "open NVML: no such file", Code: int(nvml.ERROR_LIBRARY_NOT_FOUND)}},
 		{"driver not loaded", library{init: nvml.ERROR_DRIVER_NOT_LOADED}, nil,
-			Answer{Devices: []Device{}, Error: "open NVML: " + words(nvml.ERROR_DRIVER_NOT_LOADED), Code: int(nvml.ERROR_DRIVER_NOT_LOADED)}},
+			Answer{Devices: []Device{}, Error: "open NVML: " + words(nvml.ERROR_DRIVER_NOT_LOADED),
+				Code: int(nvml.ERROR_DRIVER_NOT_LOADED)}},
 		{"no version", library{version: nvml.ERROR_UNKNOWN}, nil,
-			Answer{Devices: []Device{}, Error: "read driver version: " + words(nvml.ERROR_UNKNOWN), Code: int(nvml.ERROR_UNKNOWN)}},
+			Answer{Devices: []Device{}, Error: "read driver version: " + words(nvml.ERROR_UNKNOWN),
+				Code: int(nvml.ERROR_UNKNOWN)}},
 		{"no count", library{count: nvml.ERROR_UNKNOWN}, nil,
-			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{}, Error: "count GPUs: " + words(nvml.ERROR_UNKNOWN), Code: int(nvml.ERROR_UNKNOWN)}},
+			Answer{DriverVersion: "535.261.03", CUDAVersion: "12.2", Devices: []Device{},
+				Error: "count GPUs: " + words(nvml.ERROR_UNKNOWN), Code: int(nvml.ERROR_UNKNOWN)}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()

@@ -25,7 +25,7 @@ type Token struct {
 type NewToken struct {
 	Name   string   `json:"name" doc:"who has it, such as node-pool-a"`
 	Scopes []string `json:"scopes" doc:"ask, announce, build, push, operate or admin"`
-	// LifeSeconds is how long it counts; 0 is 90 days.
+	// LifeSeconds is how long it counts; 0 means 90 days.
 	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"how long it counts, in seconds; 0 is 90 days"`
 }
 
@@ -54,7 +54,7 @@ func (c *Client) CreateToken(ctx context.Context, n NewToken) (t Token, err erro
 
 // RevokeToken makes a token worth nothing.
 func (c *Client) RevokeToken(ctx context.Context, id string) error {
-	return c.tell(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), nil)
+	return c.sendOnly(ctx, http.MethodDelete, "/v1/tokens/"+url.PathEscape(id), nil)
 }
 
 // Audit lists who changed what, newest first; actor "" is anybody.

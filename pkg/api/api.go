@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// State is where a cell of the matrix stands.
+// State is the state of a cell of the matrix.
 type State string
 
 // The states of a cell. A build has the subset queued, building, published,
@@ -26,7 +26,7 @@ const (
 	Unsupported State = "unsupported" // can never be built; Reason says why
 	Yanked      State = "yanked"      // was published and must not be used any more
 	Quarantined State = "quarantined" // was published and did not load on several nodes
-	Unknown     State = "unknown"     // nobody asked for it yet
+	Unknown     State = "unknown"     // not requested yet
 )
 
 // Withdrawn reports whether an artifact of this state exists and nobody should have it:
@@ -50,7 +50,7 @@ type Kernel struct {
 	// of images that the server follows.
 	GKE    []string  `json:"gke,omitempty"`
 	SeenAt time.Time `json:"seenAt"`
-	// FirstSeenAt is when the catalogue heard of the kernel.
+	// FirstSeenAt is when the catalogue first recorded the kernel.
 	FirstSeenAt time.Time `json:"firstSeenAt"`
 }
 
@@ -110,15 +110,15 @@ type NewArtifact struct {
 // builders send the end of a longer one.
 const MaxBuildLog = 64 << 20
 
-// Bounds of the log of a build under way: bytes that are kept, and bytes of one part.
+// Bounds of the log of a running build: bytes that are kept, and bytes of one part.
 const (
 	MaxLiveLog     = 8 << 20
 	MaxLiveLogPart = 256 << 10
 )
 
-// BeatEvery is how often a builder tells the server that it works on a build. The
-// server gives the build to another one when it hears nothing for some of these.
-const BeatEvery = 10 * time.Second
+// HeartbeatInterval is how often a builder tells the server that it works on a build. The
+// server gives the build to another one when it gets no report for some of these.
+const HeartbeatInterval = 10 * time.Second
 
 // BuildRequest asks for a cell to be built.
 type BuildRequest struct {
@@ -151,8 +151,8 @@ type Build struct {
 	CreatedAt  time.Time  `json:"createdAt"`
 	StartedAt  *time.Time `json:"startedAt,omitempty"`
 	FinishedAt *time.Time `json:"finishedAt,omitempty"`
-	// BeatAt is when the builder last said that it works on the build.
-	BeatAt *time.Time `json:"beatAt,omitempty"`
+	// HeartbeatAt is when the builder last said that it works on the build.
+	HeartbeatAt *time.Time `json:"beatAt,omitempty"`
 }
 
 // BuildUpdate is what a builder reports of a build; zero fields leave the
@@ -225,7 +225,7 @@ type ReleaseNote struct {
 	BuildID string `json:"buildId"`
 }
 
-// Release is a COS build and what has become of its cells.
+// Release is a COS build and what has happened to its cells.
 type Release struct {
 	BuildID string    `json:"buildId"`
 	SeenAt  time.Time `json:"seenAt"`
@@ -307,7 +307,7 @@ type BuildJob struct {
 	Board   string `json:"board"`
 	Driver  string `json:"driver"` // an exact version
 	Flavour string `json:"flavour"`
-	// KernelMirror and DriverMirror are where the inputs are; "" is the builder's own default.
+	// KernelMirror and DriverMirror are where the inputs are; "" means the builder's own default.
 	KernelMirror string `json:"kernel_mirror,omitempty"`
 	DriverMirror string `json:"driver_mirror,omitempty"`
 }

@@ -37,8 +37,8 @@ type Client struct {
 
 // Time bounds. A log may take as long as it moves: it is bounded by silence.
 const (
-	callTime   = time.Minute
-	silentTime = time.Minute
+	callTime    = time.Minute
+	idleTimeout = time.Minute
 )
 
 // NewClient returns a client of the server at base, such as
@@ -48,7 +48,7 @@ const (
 func NewClient(base, token string, hc *http.Client) *Client {
 	if hc == nil {
 		transport := cleanhttp.DefaultPooledTransport()
-		transport.ResponseHeaderTimeout = silentTime // counts from the end of the body that is sent
+		transport.ResponseHeaderTimeout = idleTimeout // counts from the end of the body that is sent
 		hc = &http.Client{Transport: transport}
 	}
 	return &Client{base: strings.TrimRight(base, "/"), token: func() (string, error) { return token, nil }, http: hc}
@@ -231,7 +231,7 @@ func (c *Client) PutWishList(ctx context.Context, name string, l NewWishList) (W
 
 // DropWishList removes a wish list.
 func (c *Client) DropWishList(ctx context.Context, name string) error {
-	return c.tell(ctx, http.MethodDelete, wishListPath(name), nil)
+	return c.sendOnly(ctx, http.MethodDelete, wishListPath(name), nil)
 }
 
 // Announce tells of a COS build.
@@ -240,7 +240,7 @@ func (c *Client) Announce(ctx context.Context, buildID string) (Release, error) 
 	return out, c.call(ctx, http.MethodPost, "/v1/releases", ReleaseNote{BuildID: buildID}, &out)
 }
 
-// Release reads what became of a COS build's cells.
+// Release reads what happened to a COS build's cells.
 func (c *Client) Release(ctx context.Context, buildID string) (Release, error) {
 	var out Release
 	return out, c.call(ctx, http.MethodGet, "/v1/releases/"+url.PathEscape(buildID), nil, &out)
@@ -302,8 +302,8 @@ func (c *Client) answer(ctx context.Context, method, path string, in, out any) (
 	return resp.Header, drain(resp)
 }
 
-// tell sends what has an answer without a body.
-func (c *Client) tell(ctx context.Context, method, path string, in any) error {
+// sendOnly sends what has an answer without a body.
+func (c *Client) sendOnly(ctx context.Context, method, path string, in any) error {
 	var body io.Reader
 	var contentType string
 	if in != nil {

@@ -11,7 +11,7 @@ type Coverage struct {
 	// At is when it was counted, some seconds ago.
 	At    time.Time      `json:"at"`
 	Total CoverageCounts `json:"total"`
-	// Milestones are the COS milestones, newest first; 0 is of kernels whose milestone
+	// Milestones are the COS milestones, newest first; 0 means of kernels whose milestone
 	// is not known yet.
 	Milestones []MilestoneCoverage `json:"milestones"`
 }

@@ -32,7 +32,7 @@ type Filter struct {
 	State   State
 	// Actor is who called, in the audit log.
 	Actor string
-	// Page is how many entries are read at a time; 0 is as many as the server gives. Of
+	// Page is how many entries are read at a time; 0 means as many as the server gives. Of
 	// cells, kernels are counted.
 	Page int
 }
@@ -118,7 +118,7 @@ func (c *Client) EachBuild(ctx context.Context, f Filter) iter.Seq2[Build, error
 	return each[Build](ctx, c, "/v1/builds", f.query(pageLimit))
 }
 
-// EachCell reads where cells stand, those of the newest kernel first; the filter may
+// EachCell reads the states of cells, those of the newest kernel first; the filter may
 // name build, board, milestone and driver.
 func (c *Client) EachCell(ctx context.Context, f Filter) iter.Seq2[Resolution, error] {
 	return each[Resolution](ctx, c, "/v1/cells", f.query(cellLimit))

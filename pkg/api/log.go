@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/stall"
 )
 
-// BuildLog opens a build's log, of a build under way as far as it is there. The caller
+// BuildLog opens a build's log, of a running build as far as it is there. The caller
 // closes it.
 func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -23,7 +23,7 @@ func (c *Client) BuildLog(ctx context.Context, id int64) (io.ReadCloser, error) 
 		cancel()
 		return nil, err
 	}
-	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel), nil
+	return stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel), nil
 }
 
 // FollowLog writes a build's log as it grows, until the build has ended. A log that has become
@@ -70,7 +70,7 @@ func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (
 	if resp.StatusCode == http.StatusRequestedRangeNotSatisfiable { // another try began
 		return 0, drain(resp)
 	}
-	body := stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), silentTime, cancel)
+	body := stall.Watch(resp.Body, fmt.Sprintf("the log of build %d", id), idleTimeout, cancel)
 	if resp.StatusCode == http.StatusPartialContent && written > 0 {
 		_, err = io.CopyN(io.Discard, body, 1)
 	} else {
@@ -88,7 +88,7 @@ func copyLog(ctx context.Context, c *Client, id, written int64, out io.Writer) (
 func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	sent := &silence{r: log, timer: time.AfterFunc(silentTime, func() {
+	sent := &idleTimer{r: log, timer: time.AfterFunc(idleTimeout, func() {
 		cancel(fault.New(fault.Transient, "the server takes no more of the log", ""))
 	})}
 	defer sent.timer.Stop()
@@ -99,7 +99,7 @@ func (c *Client) PutBuildLog(ctx context.Context, id int64, log io.Reader) error
 	return drain(resp)
 }
 
-// AppendBuildLog adds to the log of a build under way, at an offset in bytes: kind Mismatch
+// AppendBuildLog adds to the log of a running build, at an offset in bytes: kind Mismatch
 // when the log does not end there, or the build has ended.
 func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []byte) error {
 	at := buildPath(id) + "/log?offset=" + strconv.FormatInt(offset, 10)
@@ -110,17 +110,17 @@ func (c *Client) AppendBuildLog(ctx context.Context, id, offset int64, part []by
 	return drain(resp)
 }
 
-// silence puts off a timer with each read: a transfer asks for more as long as it
+// idleTimer puts off a timer with each read: a transfer asks for more as long as it
 // gets rid of what it has.
-type silence struct {
+type idleTimer struct {
 	r     io.Reader
 	timer *time.Timer
 }
 
-func (s *silence) Read(p []byte) (int, error) {
+func (s *idleTimer) Read(p []byte) (int, error) {
 	n, err := s.r.Read(p)
 	if err == nil {
-		s.timer.Reset(silentTime)
+		s.timer.Reset(idleTimeout)
 	} else {
 		s.timer.Stop() // the answer has a bound of its own
 	}

@@ -13,7 +13,7 @@ type ReleaseSummary struct {
 	Milestone int       `json:"milestone,omitempty"`
 	Boards    []string  `json:"boards"`
 	SeenAt    time.Time `json:"seenAt"`
-	// Cells counts the cells that somebody asked for by where they stand.
+	// Cells counts the cells that somebody asked for by state.
 	Cells map[State]int `json:"cells"`
 	// Times tells how long the cells took that are ready.
 	Times ReadyDuration `json:"times"`

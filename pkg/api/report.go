@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Outcome is what became of an artifact on a node.
+// Outcome is what happened to an artifact on a node.
 type Outcome string
 
 // The outcomes.
@@ -52,9 +52,9 @@ type Quarantine struct {
 	Reports  []ReportCounts `json:"reports"`
 }
 
-// Report tells what became of an artifact on this node.
+// Report tells what happened to an artifact on this node.
 func (c *Client) Report(ctx context.Context, r NodeReport) error {
-	return c.tell(ctx, http.MethodPost, "/v1/reports", r)
+	return c.sendOnly(ctx, http.MethodPost, "/v1/reports", r)
 }
 
 // Reports counts what nodes said of an artifact.

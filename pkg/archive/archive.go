@@ -28,11 +28,11 @@ import (
 
 // Options bound an Unpack. Zero fields have the defaults named here.
 type Options struct {
-	// Entries is the largest number of entries; 0 is 500,000.
+	// Entries is the largest number of entries; 0 means 500,000.
 	Entries int
-	// Bytes is the largest sum of file sizes; 0 is 16 GiB.
+	// Bytes is the largest sum of file sizes; 0 means 16 GiB.
 	Bytes int64
-	// Name is the longest path in bytes; 0 is 1024.
+	// Name is the longest path in bytes; 0 means 1024.
 	Name int
 	// Outside is called for a symbolic link that could lead out of the folder;
 	// the link is then left out. With nil such a link refuses the archive.
@@ -85,7 +85,8 @@ func UnpackTar(ctx context.Context, r io.Reader, root *os.Root, o Options) (Stat
 }
 
 func unpack(ctx context.Context, r io.Reader, root *os.Root, o Options, format Format) (Stats, error) {
-	u := &unpacker{root: root, o: o, dirs: map[string]bool{".": true}, files: map[string]bool{}, buf: make([]byte, 256<<10)}
+	u := &unpacker{root: root, o: o, dirs: map[string]bool{".": true}, files: map[string]bool{},
+		buf: make([]byte, 256<<10)}
 	u.stats.Format = format
 	err := u.run(ctx, tar.NewReader(r))
 	return u.stats, err
@@ -267,7 +268,7 @@ func (u *unpacker) file(ctx context.Context, name string, h *tar.Header, body io
 	return nil
 }
 
-// copy is io.CopyBuffer that tells trouble of the source from trouble of the
+// copy is io.CopyBuffer that distinguishes errors of the source from errors of the
 // disk, and stops with ctx.
 func (u *unpacker) copy(ctx context.Context, w io.Writer, r io.Reader) (n int64, err error) {
 	for {

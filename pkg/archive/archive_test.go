@@ -184,7 +184,8 @@ func TestUnpackTar(t *testing.T) {
 	}
 	defer root.Close()
 	want := archive.Stats{Format: archive.Plain, Files: 1, Folder: 1, Bytes: 1}
-	if got, err := archive.UnpackTar(t.Context(), bytes.NewReader(data), root, archive.Options{}); err != nil || got != want {
+	if got, err := archive.UnpackTar(t.Context(), bytes.NewReader(data), root, archive.Options{}); err != nil ||
+		got != want {
 		t.Errorf("UnpackTar(tar) = %+v, %v; want %+v", got, err, want)
 	}
 	packed := bytes.NewReader(compress(t, archive.Gzip, data))
@@ -215,7 +216,8 @@ func TestUnpackRefuses(t *testing.T) {
 		{"link with .. behind a name", []entry{link("a", "b/../../x")}, archive.Options{}},
 		{"empty link", []entry{link("a", "")}, archive.Options{}},
 		{"file through a link", []entry{{"d/", tar.TypeDir, 0o755, ""}, link("l", "d"), file("l/x")}, archive.Options{}},
-		{"link through a link", []entry{{"d/e/", tar.TypeDir, 0o755, ""}, link("l", "d/e"), link("l/x", "../..")}, archive.Options{}},
+		{"link through a link", []entry{{"d/e/", tar.TypeDir, 0o755, ""}, link("l", "d/e"), link("l/x", "../..")},
+			archive.Options{}},
 		{"folder over a link", []entry{link("l", "d"), {"l/", tar.TypeDir, 0o755, ""}}, archive.Options{}},
 		{"file twice", []entry{file("a"), file("a")}, archive.Options{}},
 		{"file over a link", []entry{link("a", "b"), file("a")}, archive.Options{}},
@@ -224,7 +226,8 @@ func TestUnpackRefuses(t *testing.T) {
 		{"hard link up", []entry{{"a", tar.TypeLink, 0o644, "../b"}}, archive.Options{}},
 		{"hard link to nothing", []entry{{"a", tar.TypeLink, 0o644, "b"}}, archive.Options{}},
 		{"hard link to a link", []entry{link("l", "x"), {"a", tar.TypeLink, 0o644, "l"}}, archive.Options{}},
-		{"hard link to a folder", []entry{{"d/", tar.TypeDir, 0o755, ""}, {"a", tar.TypeLink, 0o644, "d"}}, archive.Options{}},
+		{"hard link to a folder", []entry{{"d/", tar.TypeDir, 0o755, ""}, {"a", tar.TypeLink, 0o644, "d"}},
+			archive.Options{}},
 		{"device", []entry{{"a", tar.TypeChar, 0o644, ""}}, archive.Options{}},
 		{"block device", []entry{{"a", tar.TypeBlock, 0o644, ""}}, archive.Options{}},
 		{"pipe", []entry{{"a", tar.TypeFifo, 0o644, ""}}, archive.Options{}},
@@ -283,7 +286,7 @@ func TestUnpackBoundsXZDictionary(t *testing.T) {
 	if err != nil {
 		t.Skip("the xz program is not installed")
 	}
-	// The program looks at the header's checksum first: its last four bytes.
+	// The program examines the header's checksum first: its last four bytes.
 	header := whole[12 : 12+4*(int(whole[12])+1)]
 	binary.LittleEndian.PutUint32(header[len(header)-4:], crc32.ChecksumIEEE(header[:len(header)-4]))
 	_, _, err = unpack(t, whole, archive.Options{XZTool: tool})
@@ -324,7 +327,8 @@ func TestUnpackXZTool(t *testing.T) {
 	if err != nil || got["a"] != "-rw-r--r-- through a pipe" {
 		t.Errorf("Unpack = %v, %v; want a", got, err)
 	}
-	if _, _, err := unpack(t, whole[:len(whole)-20], archive.Options{XZTool: tool}); err != nil && !fault.Is(err, fault.Unverified) {
+	if _, _, err := unpack(t, whole[:len(whole)-20], archive.Options{XZTool: tool}); err != nil &&
+		!fault.Is(err, fault.Unverified) {
 		t.Errorf("Unpack of a cut archive = %v; want an unverified error or none", err)
 	}
 	if _, _, err := unpack(t, whole[:len(whole)/2], archive.Options{XZTool: tool}); !fault.Is(err, fault.Unverified) {
@@ -342,7 +346,8 @@ func TestUnpackCancelled(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	if _, err := archive.Unpack(ctx, bytes.NewReader(makeTar(t, entry{"a", tar.TypeReg, 0o644, "x"})), root, archive.Options{}); !errors.Is(err, why) {
+	if _, err := archive.Unpack(ctx, bytes.NewReader(makeTar(t, entry{"a", tar.TypeReg, 0o644, "x"})), root,
+		archive.Options{}); !errors.Is(err, why) {
 		t.Errorf("Unpack = %v; want the cause of the cancellation", err)
 	}
 }
@@ -373,7 +378,8 @@ func FuzzUnpack(f *testing.F) {
 		}
 		defer root.Close()
 		// Whether it is refused or not, nothing may get out.
-		_, _ = archive.Unpack(t.Context(), bytes.NewReader(data), root, archive.Options{Entries: 100, Bytes: 1 << 20, Outside: func(string, string) {}})
+		_, _ = archive.Unpack(t.Context(), bytes.NewReader(data), root,
+			archive.Options{Entries: 100, Bytes: 1 << 20, Outside: func(string, string) {}})
 		if entries, rerr := os.ReadDir(dir); rerr != nil || len(entries) != 1 {
 			t.Fatalf("Unpack left %v beside its folder, %v", entries, rerr)
 		}

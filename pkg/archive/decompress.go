@@ -35,7 +35,7 @@ const sniffLen = 262
 // --ultra and --long modes stay at or below 128 MiB.
 const zstdWindow = 128 << 20
 
-// Detect returns the format that the first bytes of a stream have; "" is none
+// Detect returns the format that the first bytes of a stream have; "" means none
 // of them. It needs 262 bytes to recognise a plain tar, 6 for the others.
 func Detect(head []byte) Format {
 	switch {
@@ -144,7 +144,8 @@ type xzProcess struct {
 
 func startXZ(ctx context.Context, tool string, r io.Reader) (*xzProcess, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	p := &xzProcess{cancel: cancel, cmd: exec.CommandContext(ctx, tool, "--decompress", "--stdout", "--threads=0", xzMemory, "--quiet")}
+	p := &xzProcess{cancel: cancel,
+		cmd: exec.CommandContext(ctx, tool, "--decompress", "--stdout", "--threads=0", xzMemory, "--quiet")}
 	p.cmd.Env = []string{"LC_ALL=C"} // XZ_OPT and XZ_DEFAULTS of the caller do not count
 	p.cmd.Stdin, p.cmd.Stderr = r, &p.stderr
 	out, err := p.cmd.StdoutPipe()

@@ -16,7 +16,7 @@ const (
 
 // ahead reads a stream in a goroutine of its own, at most [aheadPieces] pieces ahead of whoever
 // reads from it: a layer is fetched, decompressed and written at the same time.
-// Close has to be called, and waits for a read of the stream that is under way.
+// Close has to be called, and waits for a read of the stream that is running.
 type ahead struct {
 	full chan piece  // pieces with content, and the error behind them
 	free chan []byte // pieces without

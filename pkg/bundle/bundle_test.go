@@ -77,7 +77,8 @@ func sampleLayers(t testing.TB) []Layer {
 		pack(t, LayerModules, map[string]string{"drivers/nvidia.ko": "\x7fELF", "drivers/nvidia-uvm.ko": "\x7fELF2"}),
 		pack(t, LayerUserspace, map[string]string{
 			"bin/nvidia-smi": "#!smi", "lib64/libcuda.so.1": "-> libcuda.so.535.261.03", "lib64/libcuda.so.535.261.03": "lib",
-			"share/doc/" + strings.Repeat("long", 40) + "/LICENSE": "text", "lib64/libx.so": "-> ../lib64/libcuda.so.1", "vulkan/": "",
+			"share/doc/" + strings.Repeat("long", 40) + "/LICENSE": "text", "lib64/libx.so": "-> ../lib64/libcuda.so.1",
+			"vulkan/": "",
 		}),
 		pack(t, LayerFirmware, map[string]string{"firmware/nvidia/535.261.03/gsp_tu10x.bin": "gsp"}),
 	}
@@ -216,10 +217,13 @@ func TestPackKeepsItsBytes(t *testing.T) {
 		text.WriteString(words[random.IntN(len(words))])
 		text.WriteByte(byte(random.UintN(256)))
 	}
-	got := pack(t, LayerModules, map[string]string{"drivers/nvidia.ko": text.String(), "drivers/nvidia-uvm.ko": text.String()[1<<20:]})
-	want := Layer{Digest: "sha256:2bc114a93918b7497867a88ea9e0b0ba5276194c88404bb0c1af574a2601eb2f", DiffID: "sha256:aad0381547f6cb7ea43043b8c2a0a14d09b019013c034682489f7e23b8a96ce1"}
+	got := pack(t, LayerModules,
+		map[string]string{"drivers/nvidia.ko": text.String(), "drivers/nvidia-uvm.ko": text.String()[1<<20:]})
+	want := Layer{Digest: "sha256:2bc114a93918b7497867a88ea9e0b0ba5276194c88404bb0c1af574a2601eb2f",
+		DiffID: "sha256:aad0381547f6cb7ea43043b8c2a0a14d09b019013c034682489f7e23b8a96ce1"}
 	if PackRecipe != "tar-zstd-1" || got.Digest != want.Digest || got.DiffID != want.DiffID {
-		t.Errorf("%s: PackLayer = %s of %s; want %s of %s for tar-zstd-1", PackRecipe, got.Digest, got.DiffID, want.Digest, want.DiffID)
+		t.Errorf("%s: PackLayer = %s of %s; want %s of %s for tar-zstd-1", PackRecipe, got.Digest, got.DiffID, want.Digest,
+			want.DiffID)
 	}
 }
 
@@ -378,28 +382,38 @@ func TestParseManifestRefuses(t *testing.T) {
 	}
 	layer := func(m map[string]any, i int) map[string]any { return m["layers"].([]any)[i].(map[string]any) }
 	rows := map[string][]byte{
-		"empty":              nil,
-		"null":               []byte("null"),
-		"trailing data":      append(bytes.Clone(manifest), '{', '}'),
-		"too long":           append(bytes.Clone(manifest), bytes.Repeat([]byte(" "), MaxManifest)...),
-		"unknown field":      edit(func(m map[string]any) { m["extra"] = 1 }),
-		"docker media type":  edit(func(m map[string]any) { m["mediaType"] = "application/vnd.docker.distribution.manifest.v2+json" }),
-		"subject":            edit(func(m map[string]any) { m["subject"] = m["config"] }),
-		"artifact type":      edit(func(m map[string]any) { m["artifactType"] = "x/y" }),
-		"two layers":         edit(func(m map[string]any) { m["layers"] = m["layers"].([]any)[:2] }),
-		"no layers":          edit(func(m map[string]any) { delete(m, "layers") }),
-		"gzip layer":         edit(func(m map[string]any) { layer(m, 0)["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip" }),
-		"layer kinds":        edit(func(m map[string]any) { layer(m, 0)["annotations"] = layer(m, 1)["annotations"] }),
-		"layer from a URL":   edit(func(m map[string]any) { layer(m, 0)["urls"] = []string{"https://example.com"} }),
-		"negative size":      edit(func(m map[string]any) { layer(m, 0)["size"] = -1 }),
-		"huge size":          edit(func(m map[string]any) { layer(m, 0)["size"] = int64(1) << 50 }),
-		"sha512":             edit(func(m map[string]any) { layer(m, 0)["digest"] = "sha512:" + strings.Repeat("0", 128) }),
-		"no digest":          edit(func(m map[string]any) { delete(layer(m, 0), "digest") }),
-		"another config":     edit(func(m map[string]any) { m["config"].(map[string]any)["digest"] = "sha256:" + strings.Repeat("0", 64) }),
-		"no annotations":     edit(func(m map[string]any) { delete(m, "annotations") }),
-		"another arch":       edit(func(m map[string]any) { m["annotations"].(map[string]any)[AnnotationArch] = "arm64" }),
-		"an unknown format":  edit(func(m map[string]any) { m["annotations"].(map[string]any)[AnnotationFormat] = "2" }),
-		"an unknown flavour": edit(func(m map[string]any) { m["annotations"].(map[string]any)[AnnotationDriverFlavour] = "x" }),
+		"empty":         nil,
+		"null":          []byte("null"),
+		"trailing data": append(bytes.Clone(manifest), '{', '}'),
+		"too long":      append(bytes.Clone(manifest), bytes.Repeat([]byte(" "), MaxManifest)...),
+		"unknown field": edit(func(m map[string]any) { m["extra"] = 1 }),
+		"docker media type": edit(func(m map[string]any) {
+			m["mediaType"] = "application/vnd.docker.distribution.manifest.v2+json"
+		}),
+		"subject":       edit(func(m map[string]any) { m["subject"] = m["config"] }),
+		"artifact type": edit(func(m map[string]any) { m["artifactType"] = "x/y" }),
+		"two layers":    edit(func(m map[string]any) { m["layers"] = m["layers"].([]any)[:2] }),
+		"no layers":     edit(func(m map[string]any) { delete(m, "layers") }),
+		"gzip layer": edit(func(m map[string]any) {
+			layer(m,
+				0)["mediaType"] = "application/vnd.oci.image.layer.v1.tar+gzip"
+		}),
+		"layer kinds":      edit(func(m map[string]any) { layer(m, 0)["annotations"] = layer(m, 1)["annotations"] }),
+		"layer from a URL": edit(func(m map[string]any) { layer(m, 0)["urls"] = []string{"https://example.com"} }),
+		"negative size":    edit(func(m map[string]any) { layer(m, 0)["size"] = -1 }),
+		"huge size":        edit(func(m map[string]any) { layer(m, 0)["size"] = int64(1) << 50 }),
+		"sha512":           edit(func(m map[string]any) { layer(m, 0)["digest"] = "sha512:" + strings.Repeat("0", 128) }),
+		"no digest":        edit(func(m map[string]any) { delete(layer(m, 0), "digest") }),
+		"another config": edit(func(m map[string]any) {
+			m["config"].(map[string]any)["digest"] = "sha256:" +
+				strings.Repeat("0", 64)
+		}),
+		"no annotations":    edit(func(m map[string]any) { delete(m, "annotations") }),
+		"another arch":      edit(func(m map[string]any) { m["annotations"].(map[string]any)[AnnotationArch] = "arm64" }),
+		"an unknown format": edit(func(m map[string]any) { m["annotations"].(map[string]any)[AnnotationFormat] = "2" }),
+		"an unknown flavour": edit(func(m map[string]any) {
+			m["annotations"].(map[string]any)[AnnotationDriverFlavour] = "x"
+		}),
 	}
 	for name, data := range rows {
 		if c, err := ParseManifest(data, config); !fault.Is(err, fault.Unverified) {

@@ -32,11 +32,12 @@ func Names(root *os.Root, kind LayerKind) ([]string, error) {
 
 // CheckTree reports whether what [Unpack] once wrote below root is still what the signed
 // config says: packed again it has this diff id, for equal trees have equal archives. Only
-// these names are looked at; nil is all that there is. Whoever keeps them need not be
+// these names are examined; nil means all that there is. Their owner need not be
 // trusted: with other names it is another archive. Of a layer of modules it returns the
 // SHA-256 digest of each file, by its name, as it was when it was read. What is changed or missing is a
-// fault of kind Unverified; a disk or a machine that is in trouble is [fault.Transient].
-func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string, names []string) (map[string]string, error) {
+// fault of kind Unverified; a disk or a machine that fails is [fault.Transient].
+func CheckTree(ctx context.Context, root *os.Root, kind LayerKind, wantDiffID string,
+	names []string) (map[string]string, error) {
 	files, got, err := digestTree(ctx, root, kind, names)
 	switch {
 	case ctx.Err() != nil:
@@ -59,7 +60,8 @@ func digestTree(ctx context.Context, root *os.Root, kind LayerKind, names []stri
 }
 
 // packTree writes the archive of an unpacked layer.
-func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string, w io.Writer) (map[string]string, error) {
+func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string, w io.Writer) (map[string]string,
+	error) {
 	var entries []entry
 	var err error
 	if names == nil {
@@ -72,7 +74,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 	}
 	files := map[string]string{}
 	return files, writeTar(ctx, w, entries, func(e entry) (io.ReadCloser, error) {
-		// Whoever changes the tree meanwhile may put a pipe there.
+		// Another process may meanwhile put a pipe there.
 		f, err := root.OpenFile(e.name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 		if err != nil {
 			return nil, err
@@ -94,7 +96,7 @@ func packTree(ctx context.Context, root *os.Root, kind LayerKind, names []string
 	})
 }
 
-// named looks at these names, which are in the order of the archive.
+// named examines these names, which are in the order of the archive.
 func named(root *os.Root, names []string) ([]entry, error) {
 	if len(names) > maxEntries {
 		return nil, fmt.Errorf("more than %d names", maxEntries)

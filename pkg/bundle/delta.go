@@ -32,7 +32,7 @@ const (
 	// maxFrame bounds a frame: what zstd makes of bytes that cannot be compressed.
 	maxFrame = deltaChunk + deltaChunk>>8 + 64
 	// deltaSlack is how much more a delta may make than twice of what there was. Anybody may
-	// attach one, and what comes of it is compared at its end.
+	// attach one, and its result is compared at its end.
 	deltaSlack = 16 << 20
 )
 
@@ -78,7 +78,7 @@ func WriteDelta(ctx context.Context, from, to io.Reader, w io.Writer) error {
 
 // UnpackDelta is [Unpack] for a delta: it makes the layer out of the archive of another
 // one, which need not be verified. It succeeds only when the delta has this size and
-// digest, and what comes of it has the diff id.
+// digest, and its result has the diff id.
 func UnpackDelta(
 	ctx context.Context,
 	delta io.Reader,

@@ -64,9 +64,11 @@ func (id Identity) Annotations() map[string]string {
 func parseIdentity(annotations map[string]string) (Identity, error) {
 	switch v, ok := annotations[AnnotationFormat]; {
 	case !ok:
-		return Identity{}, fault.New(fault.Unverified, "read artifact identity: not a Prebake artifact: no annotation "+AnnotationFormat, "")
+		return Identity{}, fault.New(fault.Unverified,
+			"read artifact identity: not a Prebake artifact: no annotation "+AnnotationFormat, "")
 	case v != FormatVersion:
-		return Identity{}, fault.New(fault.Unverified, fmt.Sprintf("read artifact identity: format %q: this program reads format %s only", v, FormatVersion),
+		return Identity{}, fault.New(fault.Unverified,
+			fmt.Sprintf("read artifact identity: format %q: this program reads format %s only", v, FormatVersion),
 			"update this program")
 	}
 	id := Identity{

@@ -94,7 +94,7 @@ func (i *image) LayerByDigest(h v1.Hash) (partial.CompressedLayer, error) {
 	return nil, fmt.Errorf("no layer %s in this image", h)
 }
 
-// fileLayer is a layer whose compressed bytes lie in a file.
+// fileLayer is a layer whose compressed bytes are in a file.
 type fileLayer struct{ layer Layer }
 
 func (l fileLayer) Digest() (v1.Hash, error)            { return v1.NewHash(l.layer.Digest) }

@@ -16,7 +16,8 @@ func TestLicenceIsStated(t *testing.T) {
 		modules, all     string
 		needs, tooLittle Redistribution
 	}{
-		{target.Open, LicenceOpen, "(GPL-2.0-only OR MIT) AND LicenseRef-NVIDIA-driver", RedistributeUserspace, RedistributeNone},
+		{target.Open, LicenceOpen, "(GPL-2.0-only OR MIT) AND LicenseRef-NVIDIA-driver", RedistributeUserspace,
+			RedistributeNone},
 		{target.Proprietary, LicenceNVIDIA, LicenceNVIDIA, RedistributeAll, RedistributeUserspace},
 	} {
 		id := sampleID()
@@ -62,18 +63,28 @@ func TestOtherTermsThanTheFlavourHas(t *testing.T) {
 		restriction    Redistribution
 	}{
 		{"as written", "", "", fault.Internal, RedistributeUserspace},
-		{"none stated, as before there were any", `"dev.prebake.redistribution":"userspace",`, "", fault.Internal, RedistributeUserspace},
-		{"free for all", `"dev.prebake.redistribution":"userspace"`, `"dev.prebake.redistribution":"none"`, fault.Unverified, RedistributeUserspace},
-		{"other modules", `"dev.prebake.licence.modules":"GPL-2.0-only OR MIT"`, `"dev.prebake.licence.modules":"MIT"`, fault.Unverified, RedistributeUserspace},
-		{"unknown flavour", `"dev.prebake.driver.flavour":"open"`, `"dev.prebake.driver.flavour":"free"`, fault.Unverified, RedistributeAll},
-		{"a field that nobody knows", `{"schemaVersion":2`, `{"newField":{},"schemaVersion":2`, fault.Unverified, RedistributeUserspace},
-		{"longer than a reader takes", `{"schemaVersion":2`, strings.Repeat(" ", MaxManifest) + `{"schemaVersion":2`, fault.Unverified, RedistributeUserspace},
+		{"none stated, as before there were any", `"dev.prebake.redistribution":"userspace",`, "", fault.Internal,
+			RedistributeUserspace},
+		{"free for all", `"dev.prebake.redistribution":"userspace"`, `"dev.prebake.redistribution":"none"`, fault.Unverified,
+			RedistributeUserspace},
+		{"other modules", `"dev.prebake.licence.modules":"GPL-2.0-only OR MIT"`, `"dev.prebake.licence.modules":"MIT"`,
+			fault.Unverified, RedistributeUserspace},
+		{"unknown flavour", `"dev.prebake.driver.flavour":"open"`, `"dev.prebake.driver.flavour":"free"`, fault.Unverified,
+			RedistributeAll},
+		{"a field that nobody knows", `{"schemaVersion":2`, `{"newField":{},"schemaVersion":2`, fault.Unverified,
+			RedistributeUserspace},
+		{"longer than a reader takes", `{"schemaVersion":2`, strings.Repeat(" ", MaxManifest) + `{"schemaVersion":2`,
+			fault.Unverified, RedistributeUserspace},
 		{"layers that are none", `"layers":[`, `"layers":[7,`, fault.Unverified, RedistributeUserspace},
-		{"an annotation that is no text", `"annotations":{"dev`, `"annotations":{"x":7,"dev`, fault.Unverified, RedistributeUserspace},
-		{"a flavour that is no text", `"dev.prebake.driver.flavour":"open"`, `"dev.prebake.driver.flavour":7`, fault.Unverified, RedistributeAll},
-		{"a format that is no text", `"dev.prebake.format":"1"`, `"dev.prebake.format":1`, fault.Unverified, RedistributeUserspace},
+		{"an annotation that is no text", `"annotations":{"dev`, `"annotations":{"x":7,"dev`, fault.Unverified,
+			RedistributeUserspace},
+		{"a flavour that is no text", `"dev.prebake.driver.flavour":"open"`, `"dev.prebake.driver.flavour":7`,
+			fault.Unverified, RedistributeAll},
+		{"a format that is no text", `"dev.prebake.format":"1"`, `"dev.prebake.format":1`, fault.Unverified,
+			RedistributeUserspace},
 		{"no JSON", `{"schemaVersion":2`, `{"schemaVersion":2 2`, fault.Unverified, RedistributeAll},
-		{"not ours, with a field that nobody knows", `"dev.prebake.format":"1",`, `"org.test":"1",`, fault.Unverified, RedistributeNone},
+		{"not ours, with a field that nobody knows", `"dev.prebake.format":"1",`, `"org.test":"1",`, fault.Unverified,
+			RedistributeNone},
 		{"not ours", `"dev.prebake.format":"1",`, "", fault.Unverified, RedistributeNone},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -105,7 +116,8 @@ func TestParseRedistribution(t *testing.T) {
 			t.Errorf("ParseRedistribution(%q) = %q; want an error", text, got)
 		}
 	}
-	if Redistribution("everything").Covers(RedistributeUserspace) || Redistribution("").Covers(RedistributeUserspace) || RedistributeAll.Covers("more") {
+	if Redistribution("everything").Covers(RedistributeUserspace) || Redistribution("").Covers(RedistributeUserspace) ||
+		RedistributeAll.Covers("more") {
 		t.Error("Covers with an unknown word = true; want false")
 	}
 }

@@ -103,7 +103,8 @@ func parseManifest(manifest, config []byte) (Content, error) {
 		return Content{}, fmt.Errorf("config: %w", err)
 	}
 	if cf.OS != "linux" || cf.Architecture != string(id.Arch) {
-		return Content{}, fmt.Errorf("config is for %.20q/%.20q; the annotations say linux/%s", cf.OS, cf.Architecture, id.Arch)
+		return Content{}, fmt.Errorf("config is for %.20q/%.20q; the annotations say linux/%s", cf.OS, cf.Architecture,
+			id.Arch)
 	}
 	if cf.RootFS.Type != "layers" || len(cf.RootFS.DiffIDs) != len(m.Layers) {
 		return Content{}, fmt.Errorf("config has %d diff ids; want %d", len(cf.RootFS.DiffIDs), len(m.Layers))
@@ -114,7 +115,8 @@ func parseManifest(manifest, config []byte) (Content, error) {
 		if err := checkHash(diffID); err != nil {
 			return Content{}, err
 		}
-		content.Layers = append(content.Layers, ContentLayer{Kind: LayerKinds()[i], Digest: l.Digest.String(), DiffID: diffID.String(), Size: l.Size})
+		content.Layers = append(content.Layers,
+			ContentLayer{Kind: LayerKinds()[i], Digest: l.Digest.String(), DiffID: diffID.String(), Size: l.Size})
 	}
 	return content, nil
 }

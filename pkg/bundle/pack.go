@@ -162,7 +162,8 @@ func checkPlace(kind LayerKind, name string, dir bool) error {
 	ok := false
 	switch kind {
 	case LayerModules:
-		ok = name == "drivers" && dir || top == "drivers" && !dir && !strings.Contains(rest, "/") && strings.HasSuffix(rest, ".ko")
+		ok = name == "drivers" && dir || top == "drivers" && !dir && !strings.Contains(rest, "/") &&
+			strings.HasSuffix(rest, ".ko")
 	case LayerFirmware:
 		ok = top == "firmware"
 	case LayerUserspace:

@@ -33,7 +33,8 @@ func Unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, siz
 	return unpack(ctx, r, wantDigest, wantDiffID, size, dst, maxBytes)
 }
 
-func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, size int64, dst *os.Root, limit int64) error {
+func unpack(ctx context.Context, r io.Reader, wantDigest, wantDiffID string, size int64, dst *os.Root,
+	limit int64) error {
 	packed := &meter{r: &ctxReader{ctx: ctx, r: r}, h: sha256.New(), limit: size}
 	coming := readAhead(packed)
 	defer coming.Close()
@@ -218,12 +219,12 @@ func (x *extractor) write(name string, hdr *tar.Header, r io.Reader) error {
 	if x.buf == nil {
 		x.buf = make([]byte, 256<<10)
 	}
-	_, err = io.CopyBuffer(&early{f: f}, &blame{r: r}, x.buf)
+	_, err = io.CopyBuffer(&early{f: f}, &archiveReader{r: r}, x.buf)
 	return errors.Join(err, f.Chmod(mode), f.Close())
 }
 
 // early has the kernel begin to write a large file to the disk while more of it is being
-// unpacked, so that whoever flushes the disk at the end waits for less.
+// unpacked, so that the flush at the end waits for less.
 type early struct {
 	f     *os.File
 	n, at int64 // written, and begun
@@ -242,11 +243,11 @@ func (e *early) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// blame marks errors of the archive as such, so that they can be told from
+// archiveReader marks errors of the archive as such, so that they can be told from
 // errors of the disk.
-type blame struct{ r io.Reader }
+type archiveReader struct{ r io.Reader }
 
-func (b *blame) Read(p []byte) (int, error) {
+func (b *archiveReader) Read(p []byte) (int, error) {
 	n, err := b.r.Read(p)
 	if err != nil && !errors.Is(err, io.EOF) {
 		err = fault.Wrap(fault.Unverified, err, "")

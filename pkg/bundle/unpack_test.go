@@ -89,7 +89,8 @@ func TestUnpackEntries(t *testing.T) {
 		{"link that leads out", []*tar.Header{dir("a"), link("a/b", "../../x")}, false},
 		{"link to the parent", []*tar.Header{link("a", "..")}, false},
 		{"absolute link", []*tar.Header{link("a", "/etc/passwd")}, false},
-		{"link that climbs behind another", []*tar.Header{dir("a"), dir("a/b"), link("a/b/s", "../.."), link("t", "a/b/s/../x")}, false},
+		{"link that climbs behind another",
+			[]*tar.Header{dir("a"), dir("a/b"), link("a/b/s", "../.."), link("t", "a/b/s/../x")}, false},
 		{"empty link", []*tar.Header{link("a", "")}, false},
 		{"file through a link", []*tar.Header{dir("bin"), link("l", "bin"), file("l/a")}, false},
 		{"folder through a link", []*tar.Header{dir("bin"), link("l", "bin"), dir("l/a")}, false},
@@ -107,7 +108,8 @@ func TestUnpackEntries(t *testing.T) {
 		{"folder, then link", []*tar.Header{dir("a"), link("a", "b")}, false},
 		{"no parent", []*tar.Header{file("a/b")}, false},
 		{"file as parent", []*tar.Header{file("a"), file("a/b")}, false},
-		{"attributes", []*tar.Header{{Typeflag: tar.TypeReg, Name: "a", PAXRecords: map[string]string{"SCHILY.xattr.security.capability": "x"}}}, false},
+		{"attributes", []*tar.Header{{Typeflag: tar.TypeReg, Name: "a",
+			PAXRecords: map[string]string{"SCHILY.xattr.security.capability": "x"}}}, false},
 		{"overlong name", []*tar.Header{file(strings.Repeat("a", maxName+1))}, false},
 	}
 	for _, row := range rows {
@@ -130,7 +132,8 @@ func TestUnpackEntries(t *testing.T) {
 
 func TestUnpackModes(t *testing.T) {
 	t.Parallel()
-	plain := archive(t, &tar.Header{Typeflag: tar.TypeReg, Name: "suid", Mode: 0o6711}, &tar.Header{Typeflag: tar.TypeReg, Name: "open", Mode: 0o666})
+	plain := archive(t, &tar.Header{Typeflag: tar.TypeReg, Name: "suid", Mode: 0o6711},
+		&tar.Header{Typeflag: tar.TypeReg, Name: "open", Mode: 0o666})
 	out, err := unpackBytes(t, compress(t, plain), plain, maxBytes)
 	if err != nil {
 		t.Fatal(err)
@@ -158,7 +161,7 @@ func TestUnpackVerifies(t *testing.T) {
 		packed       []byte
 		digest, diff string
 		size         int64
-		text         string // part of the error; "" is success
+		text         string // part of the error; "" means success
 	}{
 		{"good", packed, sum(packed), sum(plain), int64(len(packed)), ""},
 		{"padding only", compress(t, padded), sum(compress(t, padded)), sum(padded), int64(len(compress(t, padded))), ""},
@@ -167,7 +170,8 @@ func TestUnpackVerifies(t *testing.T) {
 		{"one byte more", append(bytes.Clone(packed), 0), sum(packed), sum(plain), int64(len(packed)), "longer than"},
 		{"empty", nil, sum(packed), sum(plain), int64(len(packed)), "it has 0 bytes"},
 		{"another tar", packed, sum(packed), sum(padded), int64(len(packed)), "unpacked layer has digest"},
-		{"data behind the archive", compress(t, behind), sum(compress(t, behind)), sum(behind), int64(len(compress(t, behind))), "behind the end"},
+		{"data behind the archive", compress(t, behind), sum(compress(t, behind)), sum(behind),
+			int64(len(compress(t, behind))), "behind the end"},
 		{"junk behind the frame", junk, sum(junk), sum(plain), int64(len(junk)), "magic"},
 		{"a second archive", two, sum(two), sum(append(bytes.Clone(plain), plain...)), int64(len(two)), "behind the end"},
 		{"bomb", compress(t, bomb), sum(compress(t, bomb)), sum(bomb), int64(len(compress(t, bomb))), "unpacks to more than"},
@@ -213,7 +217,8 @@ func TestUnpackReportsTheSource(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if err := Unpack(ctx, bytes.NewReader(packed), sum(packed), sum(plain), int64(len(packed)), root); !fault.Is(err, fault.Cancelled) {
+	if err := Unpack(ctx, bytes.NewReader(packed), sum(packed), sum(plain), int64(len(packed)), root); !fault.Is(err,
+		fault.Cancelled) {
 		t.Errorf("Unpack(cancelled) = %v; want kind cancelled", err)
 	}
 }

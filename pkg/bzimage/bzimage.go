@@ -35,10 +35,12 @@ const (
 // LZ4, from 6.12 on with zstd; the kernel that is compiled here is with gzip.
 func Linked(image []byte) ([]byte, error) {
 	bad := func(format string, args ...any) error {
-		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...), "take a kernel for amd64 that is compressed with LZ4, zstd or gzip")
+		return fault.New(fault.Unsupported, "read kernel image: "+fmt.Sprintf(format, args...),
+			"take a kernel for amd64 that is compressed with LZ4, zstd or gzip")
 	}
 	le := binary.LittleEndian
-	if len(image) < endOfHeader || string(image[atHeaderMagic:atHeaderMagic+4]) != "HdrS" || le.Uint16(image[atProtocol:]) < 0x208 {
+	if len(image) < endOfHeader || string(image[atHeaderMagic:atHeaderMagic+4]) != "HdrS" ||
+		le.Uint16(image[atProtocol:]) < 0x208 {
 		return nil, bad("it is no bzImage")
 	}
 	sectors := uint64(image[atSetupSects])
@@ -62,7 +64,8 @@ func Linked(image []byte) ([]byte, error) {
 		packed = lz4.NewReader(bytes.NewReader(payload))
 	case bytes.HasPrefix(payload, []byte{0x28, 0xb5, 0x2f, 0xfd}):
 		// zstd -22 looks back 128 MiB.
-		zr, err := zstd.NewReader(bytes.NewReader(payload), zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxWindow(128<<20))
+		zr, err := zstd.NewReader(bytes.NewReader(payload), zstd.WithDecoderConcurrency(1),
+			zstd.WithDecoderMaxWindow(128<<20))
 		if err != nil {
 			return nil, bad("decompress: %v", err)
 		}

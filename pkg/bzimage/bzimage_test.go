@@ -101,7 +101,8 @@ func TestLinked(t *testing.T) {
 		{"more zstd than it says", imageOf(zstdOf(t, linked), len(linked)-1), "it says"},
 		{"far too much", bzImage(t, linked, maxLinked+1), "want at most"},
 	} {
-		if _, err := Linked(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.want) {
+		if _, err := Linked(row.image); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" ||
+			!strings.Contains(err.Error(), row.want) {
 			t.Errorf("%s: Linked = %v; want unsupported with %q and a hint", row.name, err, row.want)
 		}
 	}

@@ -8,7 +8,7 @@
 // not again when they are asked for: Verify does that on demand. A tree is
 // read and verified when a process asks for it first, looked over each time after
 // that, and made again when it is not what it was; so is a fact, which is then
-// forgotten. Whoever gets a path must not
+// forgotten. A caller that gets a path must not
 // write to it. Trim removes what was not used for long, and never what a living
 // process was handed out.
 //
@@ -64,11 +64,11 @@ var (
 
 // Cache is an open cache. Its methods may be called concurrently.
 type Cache struct {
-	// Say is told in a line about a damaged tree that is made again; nil is
-	// silent. It is set before the first use, if at all.
-	Say func(text string)
-	// Count hears of each question by kind ("blob", a tree's kind, "fact:" and a
-	// fact's), and whether the answer was there; nil is deaf. It is set before the
+	// Notify receives a line about a damaged tree that is rebuilt; nil means silent. It is set before the first use, if at
+	// all.
+	Notify func(text string)
+	// Count is called for each question by kind ("blob", a tree's kind, "fact:" and a
+	// fact's), and whether the answer was there; nil means deaf. It is set before the
 	// first use, and may be called concurrently.
 	Count func(kind string, hit bool)
 
@@ -230,7 +230,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 		err = f.Chmod(0o444)
 	}
 	if err == nil {
-		err = f.Sync() // Blob never looks at the bytes again
+		err = f.Sync() // Blob never examines the bytes again
 	}
 	if cerr := f.Close(); err == nil {
 		err = cerr
@@ -286,7 +286,8 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 		return fmt.Errorf("verify blob %s: %w", digest, err)
 	}
 	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != digest {
-		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content is %s", digest, got), "run the command again: the damaged blob was removed; check the disk of "+c.dir)
+		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content is %s", digest, got),
+			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))
 	}
 	return nil
@@ -298,7 +299,8 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 // already, and that its content is what it was when it was made: a tree that
 // was changed since is made again. Kind and key are file names of at most 200 characters; a digest's
 // "sha256:" is dropped.
-func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
+func (c *Cache) Tree(ctx context.Context, kind, key string,
+	make func(ctx context.Context, dir string) error) (path string, cached bool, err error) {
 	key = strings.TrimPrefix(key, "sha256:")
 	if !keyPattern.MatchString(kind) || !keyPattern.MatchString(key) {
 		return "", false, fault.New(fault.Internal, fmt.Sprintf("make tree: kind %q, key %q: not file names", kind, key), "")
@@ -360,10 +362,11 @@ func (c *Cache) Tree(ctx context.Context, kind, key string, make func(ctx contex
 	return path, false, nil
 }
 
-// Remember keeps a small value under a key of any text.
-func (c *Cache) Remember(kind, key string, value []byte) error {
+// PutFact keeps a small value under a key of any text.
+func (c *Cache) PutFact(kind, key string, value []byte) error {
 	if !keyPattern.MatchString(kind) || len(value) > maxFact {
-		return fault.New(fault.Internal, fmt.Sprintf("remember %q: not a file name, or %d bytes are too many", kind, len(value)), "")
+		return fault.New(fault.Internal,
+			fmt.Sprintf("remember %q: not a file name, or %d bytes are too many", kind, len(value)), "")
 	}
 	if err := c.writeFile(c.factPath(kind, key), append(factSum(value), value...)); err != nil {
 		return disk(fmt.Errorf("remember: %w", err))
@@ -396,14 +399,14 @@ func (c *Cache) writeFile(path string, value []byte) error {
 	return nil
 }
 
-// factSum is what stands before a fact's value, in hex.
+// factSum is what comes before a fact's value, in hex.
 func factSum(value []byte) []byte {
 	sum := sha256.Sum256(value)
 	return append(hex.AppendEncode(nil, sum[:]), '\n')
 }
 
-// Recall returns what was remembered under the key; a damaged fact is forgotten.
-func (c *Cache) Recall(kind, key string) (value []byte, ok bool) {
+// Fact returns what was stored under the key; a damaged fact is forgotten.
+func (c *Cache) Fact(kind, key string) (value []byte, ok bool) {
 	if !keyPattern.MatchString(kind) {
 		return nil, false
 	}

@@ -139,7 +139,8 @@ func TestPutBlobRefuses(t *testing.T) {
 		ok   func(error) bool
 	}{
 		{"other bytes", strings.NewReader("hallo"), helloSum, func(err error) bool { return fault.Is(err, fault.Checksum) }},
-		{"cut short", io.MultiReader(strings.NewReader("hel"), iotest.ErrReader(broken)), "", func(err error) bool { return errors.Is(err, broken) }},
+		{"cut short", io.MultiReader(strings.NewReader("hel"), iotest.ErrReader(broken)), "",
+			func(err error) bool { return errors.Is(err, broken) }},
 		{"not a digest", strings.NewReader(hello), "md5:abc", func(err error) bool { return err != nil }},
 		{"path for a digest", strings.NewReader(hello), "sha256:../../x", func(err error) bool { return err != nil }},
 	}
@@ -236,9 +237,10 @@ func TestDamagedTreeIsMadeAgain(t *testing.T) {
 			dir := t.TempDir()
 			c := open(t, dir)
 			var said []string
-			c.Say = func(text string) { said = append(said, text) }
+			c.Notify = func(text string) { said = append(said, text) }
 			fill := func(_ context.Context, dir string) error {
-				return errors.Join(os.WriteFile(filepath.Join(dir, "nvidia.ko"), []byte("module"), 0o644), os.Symlink("nvidia.ko", filepath.Join(dir, "link")))
+				return errors.Join(os.WriteFile(filepath.Join(dir, "nvidia.ko"), []byte("module"), 0o644),
+					os.Symlink("nvidia.ko", filepath.Join(dir, "link")))
 			}
 			tree := func() (path string, cached bool) {
 				t.Helper()
@@ -345,15 +347,15 @@ func TestFacts(t *testing.T) {
 	dir := t.TempDir()
 	c := open(t, dir)
 	key := "https://example.com/a b?c\nmd5:00"
-	if _, ok := c.Recall("fetched", key); ok {
+	if _, ok := c.Fact("fetched", key); ok {
 		t.Error("an empty cache recalls something")
 	}
 	for _, value := range []string{"one", "two"} {
-		if err := c.Remember("fetched", key, []byte(value)); err != nil {
+		if err := c.PutFact("fetched", key, []byte(value)); err != nil {
 			t.Fatal(err)
 		}
-		if got, ok := open(t, dir).Recall("fetched", key); !ok || string(got) != value {
-			t.Errorf("Recall = %q, %t; want %q", got, ok, value)
+		if got, ok := open(t, dir).Fact("fetched", key); !ok || string(got) != value {
+			t.Errorf("Fact = %q, %t; want %q", got, ok, value)
 		}
 	}
 	facts, err := filepath.Glob(filepath.Join(dir, "facts/fetched/*"))
@@ -364,15 +366,16 @@ func TestFacts(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, damaged := range []string{"", "two", strings.Replace(string(text), "two", "twp", 1), string(text[:len(text)-1])} {
+	for _, damaged := range []string{"", "two", strings.Replace(string(text), "two", "twp", 1),
+		string(text[:len(text)-1])} {
 		if err := os.WriteFile(facts[0], []byte(damaged), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		if got, ok := c.Recall("fetched", key); ok {
-			t.Errorf("Recall of the damaged fact %q = %q; want it forgotten", damaged, got)
+		if got, ok := c.Fact("fetched", key); ok {
+			t.Errorf("Fact of the damaged fact %q = %q; want it forgotten", damaged, got)
 		}
 	}
-	if err := c.Remember("../x", key, nil); err == nil {
+	if err := c.PutFact("../x", key, nil); err == nil {
 		t.Error("Remember accepted ../x as a kind")
 	}
 }
@@ -427,7 +430,8 @@ func TestOpenCleansUpAfterTheDeadOnly(t *testing.T) {
 		t.Error(err)
 	}
 	// The dead process's lock on the tree went with it.
-	if _, cached, err := c.Tree(t.Context(), "headers", "half", func(context.Context, string) error { return nil }); err != nil || cached {
+	if _, cached, err := c.Tree(t.Context(), "headers", "half",
+		func(context.Context, string) error { return nil }); err != nil || cached {
 		t.Errorf("Tree = %t, %v; want it made", cached, err)
 	}
 }
@@ -482,7 +486,8 @@ func TestDigestTree(t *testing.T) {
 			return errors.Join(os.Remove(filepath.Join(d, "link")), os.Symlink("tool", filepath.Join(d, "link")))
 		}, false},
 		{"file for link", func(d string) error {
-			return errors.Join(os.Remove(filepath.Join(d, "link")), os.WriteFile(filepath.Join(d, "link"), []byte("include/a.h"), 0o644))
+			return errors.Join(os.Remove(filepath.Join(d, "link")),
+				os.WriteFile(filepath.Join(d, "link"), []byte("include/a.h"), 0o644))
 		}, false},
 	}
 	for _, r := range rows {

@@ -62,7 +62,7 @@ const keyKind = "keys"
 // its key differs from the one that was used about the same thing the last time. It
 // is "" the first time, and where the entry was there and is gone.
 func (c *Cache) MissReason(about string, key *Key) string {
-	raw, ok := c.Recall(keyKind, about)
+	raw, ok := c.Fact(keyKind, about)
 	var last Key
 	if !ok || json.Unmarshal(raw, &last.parts) != nil {
 		return ""
@@ -70,10 +70,10 @@ func (c *Cache) MissReason(about string, key *Key) string {
 	return key.Differs(&last)
 }
 
-// Used remembers the key of an entry that was made or found. That a full disk does
+// Used stores the key of an entry that was made or found. That a full disk does
 // not let it costs a reason only, and what asks for room says so by itself.
 func (c *Cache) Used(about string, key *Key) {
 	if raw, err := json.Marshal(key.parts); err == nil {
-		_ = c.Remember(keyKind, about, raw)
+		_ = c.PutFact(keyKind, about, raw)
 	}
 }

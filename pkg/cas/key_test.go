@@ -12,8 +12,10 @@ func TestKey(t *testing.T) {
 	base := func() *cas.Key { return cas.NewKey("k").Add("a", "1").Add("b", "2") }
 	met := map[string]string{}
 	for what, k := range map[string]*cas.Key{
-		"base": base(), "another kind": cas.NewKey("l").Add("a", "1").Add("b", "2"), "another value": cas.NewKey("k").Add("a", "1").Add("b", "3"),
-		"another order": cas.NewKey("k").Add("b", "2").Add("a", "1"), "parts run together": cas.NewKey("k").Add("a", "1\n1:b 1:2"), "one more": base().With("c", ""),
+		"base": base(), "another kind": cas.NewKey("l").Add("a", "1").Add("b", "2"),
+		"another value":      cas.NewKey("k").Add("a", "1").Add("b", "3"),
+		"another order":      cas.NewKey("k").Add("b", "2").Add("a", "1"),
+		"parts run together": cas.NewKey("k").Add("a", "1\n1:b 1:2"), "one more": base().With("c", ""),
 	} {
 		if other, ok := met[k.String()]; ok {
 			t.Errorf("%s and %s have one key", what, other)
@@ -23,7 +25,8 @@ func TestKey(t *testing.T) {
 	if one, two := base(), base(); one.String() != two.String() {
 		t.Error("equal parts give two keys")
 	}
-	for want, other := range map[string]*cas.Key{"": base(), "b": cas.NewKey("k").Add("a", "1").Add("b", "3"), "c": base().With("c", "x"), "kind": cas.NewKey("l").Add("a", "1").Add("b", "2")} {
+	for want, other := range map[string]*cas.Key{"": base(), "b": cas.NewKey("k").Add("a", "1").Add("b", "3"),
+		"c": base().With("c", "x"), "kind": cas.NewKey("l").Add("a", "1").Add("b", "2")} {
 		if got := base().Differs(other); got != want {
 			t.Errorf("Differs = %q; want %q", got, want)
 		}

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Recheck compares the tree that path lies in with its seal once more. A long
+// Recheck compares the tree that path is in with its seal once more. A long
 // job that read from a tree asks when it is done, and before it trusts what it
 // made: [Cache.Tree] compared before it began. A tree that was damaged meanwhile
 // is removed, and the error is [fault.Transient]: the same job may succeed.
@@ -48,6 +48,7 @@ func (c *Cache) recheck(ctx context.Context, path string, whole bool) error {
 			return err
 		}
 	}
-	return fault.New(fault.Transient, fmt.Sprintf("cached tree %s/%s was damaged while it was in use: %s", kind, key, trouble),
+	return fault.New(fault.Transient,
+		fmt.Sprintf("cached tree %s/%s was damaged while it was in use: %s", kind, key, trouble),
 		"run it again: it is made anew; check the disk of "+c.dir)
 }

@@ -33,7 +33,7 @@ func (c *Cache) seal(ctx context.Context, kind, key, dir string) error {
 }
 
 // intact reports whether there is a tree that is what its seal says. Why one
-// that is there is not, is trouble. An error says that nobody can tell: the
+// that is there is not, is an error. An error says that nobody can tell: the
 // context ended, or the tree belongs to another user.
 func (c *Cache) intact(ctx context.Context, kind, key, path string) (ok bool, trouble string, err error) {
 	if !isDir(path) {
@@ -117,13 +117,15 @@ func inodes(dir string) (state string, quiet bool) {
 const tick = time.Second
 
 func foreign(kind, key string, err error) error {
-	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err), "run as the user that the cache folder belongs to, or set another cache folder")
+	return fault.Wrap(fault.Usage, fmt.Errorf("check tree %s/%s: %w", kind, key, err),
+		"run as the user that the cache folder belongs to, or set another cache folder")
 }
 
 // discard takes a damaged tree out of the way.
 func (c *Cache) discard(kind, key, path, trouble string) error {
-	if c.Say != nil {
-		c.Say(fmt.Sprintf("cached tree %s/%s is damaged (%s): making it again; check the disk of %s", kind, key, trouble, c.dir))
+	if c.Notify != nil {
+		c.Notify(fmt.Sprintf("cached tree %s/%s is damaged (%s): making it again; check the disk of %s", kind, key, trouble,
+			c.dir))
 	}
 	grave, err := os.MkdirTemp(c.tmp(), "damaged-*")
 	if err == nil {

@@ -101,7 +101,10 @@ func (c *Cache) Kinds(ctx context.Context) ([]Kind, error) {
 			kinds = append(kinds, k)
 		}
 	}
-	slices.SortFunc(kinds, func(a, b Kind) int { return cmp.Or(cmp.Compare(b.Bytes, a.Bytes), cmp.Compare(a.Name, b.Name)) })
+	slices.SortFunc(kinds, func(a, b Kind) int {
+		return cmp.Or(cmp.Compare(b.Bytes, a.Bytes),
+			cmp.Compare(a.Name, b.Name))
+	})
 	return kinds, nil
 }
 
@@ -367,13 +370,14 @@ func (c *Cache) Free() (int64, error) {
 	return int64(s.Bavail) * s.Bsize, nil
 }
 
-// Room reports whether the cache's disk has this many bytes free; if not, as
+// CheckFree reports whether the cache's disk has this many bytes free; if not, as
 // fault.DiskFull with both numbers.
-func (c *Cache) Room(need int64) error {
+func (c *Cache) CheckFree(need int64) error {
 	free, err := c.Free()
 	if err != nil || free >= need {
 		return err
 	}
-	return fault.New(fault.DiskFull, fmt.Sprintf("the disk of %s has %d MiB free; want %d MiB", c.dir, free>>20, (need+1<<20-1)>>20),
+	return fault.New(fault.DiskFull,
+		fmt.Sprintf("the disk of %s has %d MiB free; want %d MiB", c.dir, free>>20, (need+1<<20-1)>>20),
 		"free space, for example with builder cache trim --max-size 5GiB --cache "+c.dir+", or set another --cache")
 }

@@ -120,7 +120,8 @@ func TestTrim(t *testing.T) {
 			if diff := cmp.Diff(row.left, left); diff != "" {
 				t.Errorf("left after Trim (-want +got):\n%s", diff)
 			}
-			if want := 4 - len(row.left); done.Removed != want && !row.limit(size).DryRun || done.Left != size-done.Freed || done.InUse != 0 {
+			if want := 4 - len(row.left); done.Removed != want && !row.limit(size).DryRun || done.Left != size-done.Freed ||
+				done.InUse != 0 {
 				t.Errorf("Trim = %+v of %d bytes; want %d removed", done, size, want)
 			}
 			if row.limit(size).DryRun && done.Removed != 4 {
@@ -234,7 +235,8 @@ func TestTrimWithoutStamps(t *testing.T) {
 		t.Fatal(err)
 	}
 	for n, ago := range []time.Duration{time.Hour, 30 * time.Hour, 2 * time.Hour} {
-		if err := os.Chtimes(filepath.Join(dir, "trees/modules", fmt.Sprint(n)), time.Now(), time.Now().Add(-ago)); err != nil {
+		if err := os.Chtimes(filepath.Join(dir, "trees/modules", fmt.Sprint(n)), time.Now(),
+			time.Now().Add(-ago)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -244,7 +246,8 @@ func TestTrimWithoutStamps(t *testing.T) {
 		t.Errorf("looking left %v, %v", left, err)
 	}
 	mustTrim(t, c, cas.Limit{OlderThan: 20 * time.Hour})
-	if left, err := os.ReadDir(filepath.Join(dir, "trees/modules")); err != nil || len(left) != 2 || left[0].Name() != "0" {
+	if left, err := os.ReadDir(filepath.Join(dir, "trees/modules")); err != nil || len(left) != 2 ||
+		left[0].Name() != "0" {
 		t.Errorf("left after Trim: %v, %v; want 0 and 2", left, err)
 	}
 }
@@ -253,7 +256,7 @@ func TestTrimWithoutStamps(t *testing.T) {
 func TestTrimFactsLast(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
-	if err := c.Remember("verdict", "k", []byte("v")); err != nil {
+	if err := c.PutFact("verdict", "k", []byte("v")); err != nil {
 		t.Fatal(err)
 	}
 	facts, err := filepath.Glob(filepath.Join(dir, "facts/verdict/*"))
@@ -297,18 +300,21 @@ func TestTrimIsBusy(t *testing.T) {
 func TestTrimForeign(t *testing.T) {
 	t.Parallel()
 	c, dir := aged(t)
-	for name, ago := range map[string]time.Duration{"ccache/0/old": 30 * time.Hour, "ccache/0/new": 0, "ccache/0/x.lock": 30 * time.Hour} {
+	for name, ago := range map[string]time.Duration{"ccache/0/old": 30 * time.Hour, "ccache/0/new": 0,
+		"ccache/0/x.lock": 30 * time.Hour} {
 		path := filepath.Join(dir, name)
-		err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, make([]byte, 8<<10), 0o644), os.Chtimes(path, time.Now().Add(-ago), time.Now().Add(-ago)))
+		err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, make([]byte, 8<<10), 0o644),
+			os.Chtimes(path, time.Now().Add(-ago), time.Now().Add(-ago)))
 		if err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := c.Remember("verdict", "k", []byte("v")); err != nil {
+	if err := c.PutFact("verdict", "k", []byte("v")); err != nil {
 		t.Fatal(err)
 	}
 	k := kinds(t, c)
-	if k["ccache"].Entries != 1 || k["ccache"].Bytes != 8<<10 || k["fact:verdict"].Entries != 1 || k["blob"].Entries != 1 || k["records"].Entries == 0 {
+	if k["ccache"].Entries != 1 || k["ccache"].Bytes != 8<<10 || k["fact:verdict"].Entries != 1 ||
+		k["blob"].Entries != 1 || k["records"].Entries == 0 {
 		t.Errorf("kinds = %+v; want a removable file of ccache's, a fact, a blob and records", k)
 	}
 	mustTrim(t, c, cas.Limit{OlderThan: 20 * time.Hour})
@@ -316,11 +322,11 @@ func TestTrimForeign(t *testing.T) {
 	if err != nil || len(left) != 2 {
 		t.Errorf("left of ccache: %v, %v; want new and x.lock", left, err)
 	}
-	if _, ok := c.Recall("verdict", "k"); !ok {
+	if _, ok := c.Fact("verdict", "k"); !ok {
 		t.Error("a fresh fact is gone")
 	}
 	mustTrim(t, c, cas.Limit{Bytes: 1})
-	if _, ok := c.Recall("verdict", "k"); ok {
+	if _, ok := c.Fact("verdict", "k"); ok {
 		t.Error("Trim of everything left a fact")
 	}
 }
@@ -328,12 +334,13 @@ func TestTrimForeign(t *testing.T) {
 func TestRoom(t *testing.T) {
 	t.Parallel()
 	c := open(t, t.TempDir())
-	if err := c.Room(1); err != nil {
-		t.Errorf("Room(1) = %v", err)
+	if err := c.CheckFree(1); err != nil {
+		t.Errorf("CheckFree(1) = %v", err)
 	}
-	err := c.Room(1 << 60)
-	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "MiB free; want 1099511627776 MiB") || !strings.Contains(fault.Hint(err), "builder cache trim") {
-		t.Errorf("Room(1 EiB) = %v, hint %q; want disk full with both numbers", err, fault.Hint(err))
+	err := c.CheckFree(1 << 60)
+	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "MiB free; want 1099511627776 MiB") ||
+		!strings.Contains(fault.Hint(err), "builder cache trim") {
+		t.Errorf("CheckFree(1 EiB) = %v, hint %q; want disk full with both numbers", err, fault.Hint(err))
 	}
 }
 

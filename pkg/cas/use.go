@@ -16,7 +16,7 @@ import (
 // Each blob and each tree has a file in uses/, which says three things: its
 // time, when the entry was last asked for; its content, how large the entry is;
 // and a shared flock on it, that a living process may be reading the entry.
-// Whoever evicts takes the lock exclusively, and removes the file last.
+// The one who evicts takes the lock exclusively, and removes the file last.
 
 // Names of kinds that are no tree's.
 const (

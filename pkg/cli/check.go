@@ -95,12 +95,14 @@ func checkExamples(root *ucli.Command, name string, cmd *ucli.Command) (problems
 			}
 			isFlag := t.pending == nil && !t.ended && strings.HasPrefix(word, "--") && word != "--"
 			if flag, _, _ := strings.Cut(word, "="); isFlag && t.flag(flag) == nil {
-				problems = append(problems, fmt.Errorf("%s: example %q has a flag that is not there: %s", name, strings.TrimSpace(line), word))
+				problems = append(problems,
+					fmt.Errorf("%s: example %q has a flag that is not there: %s", name, strings.TrimSpace(line), word))
 			}
 			t.read(word)
 		}
 		if t.pending != nil {
-			problems = append(problems, fmt.Errorf("%s: example %q ends with a flag without its value", name, strings.TrimSpace(line)))
+			problems = append(problems,
+				fmt.Errorf("%s: example %q ends with a flag without its value", name, strings.TrimSpace(line)))
 		}
 	}
 	leaf := len(cmd.Commands) == 0 && cmd.Name != "version"
@@ -187,8 +189,10 @@ func uses(root *ucli.Command) []use {
 func flagTable(root *ucli.Command) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "# Flags of %s\n\n", root.Name)
-	b.WriteString("Generated from the commands: `make generate`. A flag's environment variable is `PREBAKE_` and its name in\n" +
-		"upper case, with `_` for `-`. A flag beats its variable, the variable beats `--config FILE`, and that the default.\n\n")
+	b.WriteString("Generated from the commands: `make generate`. A flag's environment variable is `PREBAKE_` and its " +
+		"name in\n" +
+		"upper case, with `_` for `-`. A flag beats its variable, the variable beats `--config FILE`, and that the " +
+		"default.\n\n")
 	b.WriteString("| flag | value | meaning | default | commands |\n|---|---|---|---|---|\n")
 	cell := strings.NewReplacer("|", "\\|", "<", "&lt;", "\n", " ").Replace
 	for _, u := range uses(root) {

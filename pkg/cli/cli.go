@@ -1,4 +1,4 @@
-// Package cli is the manners of every Prebake program at the terminal:
+// Package cli is the terminal behaviour of every Prebake program:
 // signals, logging, errors with their next move, exit codes, and the output
 // format. Only mains and their command files import it. It refuses to know
 // what a command does.
@@ -73,7 +73,8 @@ func prepare(root *ucli.Command) {
 
 func needSubcommand(_ context.Context, cmd *ucli.Command) error {
 	if name := cmd.Args().First(); name != "" {
-		return fault.New(fault.Usage, fmt.Sprintf("%s has no command %q", cmd.FullName(), name), "see "+cmd.FullName()+" --help")
+		return fault.New(fault.Usage, fmt.Sprintf("%s has no command %q", cmd.FullName(), name),
+			"see "+cmd.FullName()+" --help")
 	}
 	return ucli.ShowSubcommandHelp(cmd)
 }
@@ -106,7 +107,8 @@ func Logger(cmd *ucli.Command) (*slog.Logger, error) {
 	case "text":
 		return slog.New(slog.NewTextHandler(cmd.Root().ErrWriter, opts)), nil
 	}
-	return nil, fault.New(fault.Usage, fmt.Sprintf("log format %q", cmd.String("log-format")), "use --log-format text or json")
+	return nil, fault.New(fault.Usage, fmt.Sprintf("log format %q", cmd.String("log-format")),
+		"use --log-format text or json")
 }
 
 // readable writes durations as text: in JSON they are bare nanoseconds otherwise.

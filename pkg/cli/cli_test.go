@@ -19,14 +19,19 @@ func program() *ucli.Command {
 		Name: "tool",
 		Commands: []*ucli.Command{
 			{Name: "show", Flags: []ucli.Flag{cli.OutputFlag()}, Action: func(_ context.Context, cmd *ucli.Command) error {
-				return cli.Print(cmd, map[string]int{"n": 1}, func(w io.Writer) error { _, err := io.WriteString(w, "one\n"); return err })
+				return cli.Print(cmd, map[string]int{"n": 1},
+					func(w io.Writer) error { _, err := io.WriteString(w, "one\n"); return err })
 			}},
 			{Name: "fail", Action: func(context.Context, *ucli.Command) error {
 				return fault.New(fault.Busy, "lock held", "wait for the other one")
 			}},
 			{Name: "crash", Action: func(context.Context, *ucli.Command) error { return errors.New("boom") }},
-			{Name: "twice", Action: func(context.Context, *ucli.Command) error { return errors.Join(errors.New("one"), errors.New("two")) }},
-			{Name: "group", Commands: []*ucli.Command{{Name: "inner", Action: func(context.Context, *ucli.Command) error { return nil }}}},
+			{Name: "twice", Action: func(context.Context, *ucli.Command) error {
+				return errors.Join(errors.New("one"),
+					errors.New("two"))
+			}},
+			{Name: "group", Commands: []*ucli.Command{{Name: "inner",
+				Action: func(context.Context, *ucli.Command) error { return nil }}}},
 		},
 	}
 }
@@ -54,7 +59,8 @@ func TestRun(t *testing.T) {
 		var out, errs strings.Builder
 		code := cli.Run(t.Context(), program(), append([]string{"tool"}, strings.Fields(row.args)...), &out, &errs)
 		if code != row.code || out.String() != row.stdout || !strings.Contains(errs.String(), row.stderr) {
-			t.Errorf("tool %s: exit %d, stdout %q, stderr %q; want %d, %q, %q", row.args, code, out.String(), errs.String(), row.code, row.stdout, row.stderr)
+			t.Errorf("tool %s: exit %d, stdout %q, stderr %q; want %d, %q, %q", row.args, code, out.String(), errs.String(),
+				row.code, row.stdout, row.stderr)
 		}
 	}
 }
@@ -63,8 +69,9 @@ func TestProgressPlain(t *testing.T) {
 	t.Parallel()
 	var out strings.Builder
 	r := &timeline.Run{Watch: cli.Progress(&out)}
-	_ = r.Do("fetch", func() (string, error) { r.Say("fetch", "1/2"); return "done", nil })
-	if got := out.String(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "fetch") || !strings.Contains(got, "done") {
+	_ = r.Do("fetch", func() (string, error) { r.Progress("fetch", "1/2"); return "done", nil })
+	if got := out.String(); strings.Count(got, "\n") != 2 || !strings.Contains(got, "fetch") ||
+		!strings.Contains(got, "done") {
 		t.Errorf("plain progress = %q; want one line for begin and one for end", got)
 	}
 }

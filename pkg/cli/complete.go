@@ -24,7 +24,7 @@ type Candidate struct {
 type Place struct {
 	// Command is the command without the program, such as "wish-lists show".
 	Command string
-	// Flag is whose value is wanted; "" is the command's next argument.
+	// Flag is whose value is wanted; "" means the command's next argument.
 	Flag string
 	// Args are the arguments before it.
 	Args []string
@@ -57,7 +57,7 @@ var scripts embed.FS
 // completionCommands are "completion", and the hidden command that its scripts call.
 func completionCommands(root *ucli.Command) []*ucli.Command {
 	show := &ucli.Command{
-		Name: "completion", Usage: "print a script for bash, zsh or fish that completes what is typed",
+		Name: "completion", Usage: "print a completion script for bash, zsh or fish",
 		Description: fmt.Sprintf(`It completes commands, flags, and values where they are known. Load it with
   bash   source <(%[1]s completion bash)     in ~/.bashrc
   zsh    source <(%[1]s completion zsh)      in ~/.zshrc, after compinit
@@ -78,7 +78,7 @@ func completionCommands(root *ucli.Command) []*ucli.Command {
 	}
 	ask := &ucli.Command{
 		Name: "__complete", Hidden: true, SkipFlagParsing: true,
-		Usage: "print what may stand in place of the last word",
+		Usage: "print the candidates for the last word",
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			ctx, cancel := context.WithTimeout(ctx, completeTime)
 			defer cancel()

@@ -20,15 +20,18 @@ func completed(t *testing.T, words ...string) []string {
 	root := cli.Complete(&ucli.Command{Name: "tool", Commands: []*ucli.Command{
 		{
 			Name: "make", Usage: "make a thing", Action: nothing, Flags: slices.Concat(
-				cli.Group("What", cli.String("colour", "red", "`COLOUR` of it"), cli.Strings("part", "`NAME` of a part"), cli.Bool("blue", "make it blue")),
+				cli.Group("What", cli.String("colour", "red", "`COLOUR` of it"), cli.Strings("part", "`NAME` of a part"),
+					cli.Bool("blue", "make it blue")),
 				cli.Group("Output", cli.OutputFlag()),
 			),
 		},
-		{Name: "lists", Usage: "keep lists", Action: nothing, Commands: []*ucli.Command{{Name: "show", Usage: "show one", Action: nothing}}},
+		{Name: "lists", Usage: "keep lists", Action: nothing,
+			Commands: []*ucli.Command{{Name: "show", Usage: "show one", Action: nothing}}},
 		{Name: "secret", Hidden: true, Action: nothing},
 	}}, func(_ context.Context, at cli.Place) []cli.Candidate {
 		if at.Flag == "part" {
-			return []cli.Candidate{{Value: "wheel"}, {Value: "window", About: "of " + at.Value("colour")}, {Value: "bad\nvalue"}, {Value: "w$(id)"}, {Value: "w`id`"}}
+			return []cli.Candidate{{Value: "wheel"}, {Value: "window", About: "of " + at.Value("colour")}, {Value: "bad\nvalue"},
+				{Value: "w$(id)"}, {Value: "w`id`"}}
 		}
 		return []cli.Candidate{{Value: fmt.Sprintf("value-%s-%s-%d", at.Command, at.Flag, len(at.Args))}}
 	})
@@ -47,9 +50,9 @@ func TestComplete(t *testing.T) {
 		want  []string // value and text about it
 	}{
 		{"commands", []string{""}, []string{"make\tmake a thing", "lists\tkeep lists",
-			"completion\tprint a script for bash, zsh or fish that completes what is typed", "value---0\t"}},
+			"completion\tprint a completion script for bash, zsh or fish", "value---0\t"}},
 		{"nothing typed", nil, []string{"make\tmake a thing", "lists\tkeep lists",
-			"completion\tprint a script for bash, zsh or fish that completes what is typed", "value---0\t"}},
+			"completion\tprint a completion script for bash, zsh or fish", "value---0\t"}},
 		{"a command begun", []string{"ma"}, []string{"make\tmake a thing"}},
 		{"commands of a command", []string{"lists", ""}, []string{"show\tshow one", "value-lists--0\t"}},
 		{"shells", []string{"completion", "f"}, []string{"fish\tprint the script for fish"}},

@@ -87,7 +87,8 @@ func (c *Config) load(cmd *ucli.Command) error {
 	}
 	data, err := readBounded(name)
 	if err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("read configuration: %w", err), "give --config a file that this user may read")
+		return fault.Wrap(fault.Usage, fmt.Errorf("read configuration: %w", err),
+			"give --config a file that this user may read")
 	}
 	c.places = map[string]string{}
 	f := &configFile{Reader: yamlfile.Reader{Name: name}, config: c, cmd: cmd, keys: map[string]yamlfile.At{}}
@@ -142,7 +143,8 @@ func (f *configFile) known(key yamlfile.At) bool {
 	if near == "" {
 		near = "log-level"
 	}
-	f.Say(key, "found setting %s, which %s does not have; the nearest is %s", yamlfile.Found(key.Node), f.cmd.FullName(), near)
+	f.Say(key, "found setting %s, which %s does not have; the nearest is %s", yamlfile.Found(key.Node), f.cmd.FullName(),
+		near)
 	return false
 }
 
@@ -217,7 +219,8 @@ func (f *configFile) word(value yamlfile.At) string {
 	}
 	if u, err := url.Parse(text); err == nil && u.User != nil {
 		if _, secret := u.User.Password(); secret {
-			f.Say(value, "found a password in a URL; want it in the environment: PGPASSFILE for a database, or %s for the whole setting",
+			f.Say(value, "found a password in a URL; want it in the environment: PGPASSFILE for a database, or %s for the "+
+				"whole setting",
 				envName(strings.SplitN(value.Path, "[", 2)[0]))
 		}
 	}

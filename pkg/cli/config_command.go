@@ -15,7 +15,7 @@ import (
 )
 
 // ConfigCommand is "config": it checks the configuration file of a command, which has to be
-// one of [WithConfig], shows what comes of it, and prints its schema. of makes the command.
+// one of [WithConfig], shows its result, and prints its schema. of makes the command.
 func ConfigCommand(of func() *ucli.Command) *ucli.Command {
 	name := of().Name
 	return &ucli.Command{

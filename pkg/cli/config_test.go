@@ -109,8 +109,10 @@ log-format                   text  (default)
 func TestConfigMistakes(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, text, want string }{
-		{"unknown key", "name: x\ncuont: 2\n", `work.yaml:2:1: found setting "cuont", which tool work does not have; the nearest is count`},
-		{"earlier name", "data: /x\n", `work.yaml:1:1: found setting "data", which tool work does not have; the nearest is data-dir`},
+		{"unknown key", "name: x\ncuont: 2\n",
+			`work.yaml:2:1: found setting "cuont", which tool work does not have; the nearest is count`},
+		{"earlier name", "data: /x\n",
+			`work.yaml:1:1: found setting "data", which tool work does not have; the nearest is data-dir`},
 		{"the file itself", "config: x.yaml\n", `work.yaml:1:1: found setting "config"`},
 		{"help", "help: true\n", `work.yaml:1:1: found setting "help"`},
 		{"twice", "count: 2\ncount: 3\n", `work.yaml:2:1: found field "count" twice; want it once`},
@@ -128,13 +130,18 @@ func TestConfigMistakes(t *testing.T) {
 		{"mapping in a list", "to:\n- a\n- {b: c}\n", "work.yaml:3:3: to[1]: found a mapping; want a text"},
 		{"nothing", "name:\n", "work.yaml:1:6: name: found nothing; want a text"},
 		{"secret", "token: abc\n", "work.yaml:1:8: token: found a secret in a file that many may read; want token-file"},
-		{"password in a URL", "url: http://u:secret@h/\n", "work.yaml:1:6: url: found a password in a URL; want it in the environment"},
-		{"password in a list", "to: [\"https://u:secret@h/\"]\n", "work.yaml:1:6: to[0]: found a password in a URL; want it in the environment: PGPASSFILE for a database, or PREBAKE_TO"},
-		{"private key", "name: |\n  -----BEGIN PRIVATE KEY-----\n", "work.yaml:1:7: name: found a private key; want the name of a file with it"},
+		{"password in a URL", "url: http://u:secret@h/\n",
+			"work.yaml:1:6: url: found a password in a URL; want it in the environment"},
+		{"password in a list", "to: [\"https://u:secret@h/\"]\n",
+			"work.yaml:1:6: to[0]: found a password in a URL; want it in the environment: PGPASSFILE for a database, or " +
+				"PREBAKE_TO"},
+		{"private key", "name: |\n  -----BEGIN PRIVATE KEY-----\n",
+			"work.yaml:1:7: name: found a private key; want the name of a file with it"},
 		{"do not go together", "quick: true\nwait: 2m\n", "work.yaml:2:1: wait: quick does not wait; leave wait out"},
 		{"alias", "name: &a x\n", "work.yaml:1:7: name: found an anchor or alias"},
 		{"not a mapping", "- a\n", "work.yaml:1:1: found a list; want a mapping of settings"},
-		{"all at once", "count: 2\nmode: off\nquick: true\nwait: 2m\nx: 1\n", "3 mistakes\n       work.yaml:1:1: count: nothing is counted\n       work.yaml:4:1: wait: quick"},
+		{"all at once", "count: 2\nmode: off\nquick: true\nwait: 2m\nx: 1\n",
+			"3 mistakes\n       work.yaml:1:1: count: nothing is counted\n       work.yaml:4:1: wait: quick"},
 	} {
 		for _, args := range [][]string{{"config", "check", "FILE"}, {"work", "--config", "FILE"}} {
 			code, out, errs := runConfigured(t, row.text, args...)

@@ -98,7 +98,7 @@ func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], e
 	return f
 }
 
-// TrustedRootFlag is --trusted-root, for whoever deals with certificates.
+// TrustedRootFlag is --trusted-root, for commands that handle certificates.
 func TrustedRootFlag() ucli.Flag {
 	return String("trusted-root", "", "`FILE` with Sigstore's root, which judges certificates")
 }
@@ -115,7 +115,7 @@ func IdentityFlags() []ucli.Flag {
 	return []ucli.Flag{
 		TrustedRootFlag(),
 		String("certificate-identity", "", "trust what `NAME` signed: URL or mail address"),
-		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer that vouches for it"),
+		String("certificate-oidc-issuer", "", "`URL` of the OpenID Connect issuer of that identity"),
 	}
 }
 

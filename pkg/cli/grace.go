@@ -20,7 +20,8 @@ func Grace(ctx context.Context, period time.Duration) (hard context.Context, sto
 	return hard, stop
 }
 
-func grace(ctx context.Context, period time.Duration, signals <-chan os.Signal) (hard context.Context, stop context.CancelFunc) {
+func grace(ctx context.Context, period time.Duration, signals <-chan os.Signal) (hard context.Context,
+	stop context.CancelFunc) {
 	hard, stop = context.WithCancel(context.WithoutCancel(ctx))
 	go func() {
 		defer stop()

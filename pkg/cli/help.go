@@ -123,7 +123,7 @@ func groupFlags(flags []ucli.Flag) (headings []string, groups map[string][]ucli.
 }
 
 // flagRow is a flag with its value's name, and what it does. The value's name
-// stands between back quotes in the usage text.
+// is between back quotes in the usage text.
 func flagRow(f ucli.Flag) (row [2]string) {
 	var names []string
 	for i, name := range f.Names() {

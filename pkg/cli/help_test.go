@@ -73,7 +73,8 @@ the flag's name, as in PREBAKE_SIZE. A flag beats its variable.
 		}
 	}
 	want = "tool - do things\n\nUsage: tool COMMAND [flags]\n\nCommands:\n  show        show it\n" +
-		"  completion  print a script for bash, zsh or fish that completes what is typed\n\nFlags:\n  --help, -h  show help\n\ntool COMMAND --help says more about one command.\n"
+		"  completion  print a completion script for bash, zsh or fish\n\nFlags:\n  --help, -h  show help\n\ntool COMMAND " +
+		"--help says more about one command.\n"
 	if diff := cmp.Diff(want, helpOf(t, &ucli.Command{Name: "show", Usage: "show it"}, "--help")); diff != "" {
 		t.Errorf("tool --help (-want +got):\n%s", diff)
 	}

@@ -29,7 +29,8 @@ func manual(root *ucli.Command) map[string]string {
 
 func manPage(root, cmd *ucli.Command, name string) string {
 	var b strings.Builder
-	fmt.Fprintf(&b, ".\\\" Generated from the command's own help: make generate.\n.TH %s 1 \"\" Prebake \"Prebake Manual\"\n", strings.ToUpper(name))
+	fmt.Fprintf(&b, ".\\\" Generated from the command's own help: make generate.\n.TH %s 1 \"\" Prebake \"Prebake "+
+		"Manual\"\n", strings.ToUpper(name))
 	fmt.Fprintf(&b, ".SH NAME\n%s \\- %s\n", roff(name), roff(cmd.Usage))
 	b.WriteString(".SH SYNOPSIS\n")
 	first := true
@@ -62,7 +63,8 @@ func manPage(root, cmd *ucli.Command, name string) string {
 	if text := environment(cmd.Flags); text != "" {
 		fmt.Fprintf(&b, ".SH ENVIRONMENT\n%s\n", roff(text))
 	}
-	b.WriteString(".SH EXIT STATUS\n0 when done. Other codes name the kind of failure; they are the same for all programs:\n" +
+	b.WriteString(".SH EXIT STATUS\n0 when done. Other codes name the kind of failure; they are the same for all " +
+		"programs:\n" +
 		"the README has the list.\n")
 	if cmd != root {
 		fmt.Fprintf(&b, ".SH SEE ALSO\n.BR %s (1)\n", roff(root.Name))
@@ -88,7 +90,7 @@ func eachSynopsis(root, cmd *ucli.Command, f func(words, rest string)) {
 	}
 }
 
-// manText writes a description, in a paragraph of its own where text stands before it. Lines
+// manText writes a description, in a paragraph of its own where text is before it. Lines
 // that begin with spaces stay as they are.
 func manText(b *strings.Builder, text string, follows bool) {
 	if text == "" {

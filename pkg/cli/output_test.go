@@ -55,7 +55,8 @@ func TestYAML(t *testing.T) {
 		Texts []string `json:"texts"`
 	}{
 		Zone: inner{Version: "535.10"}, Alpha: []inner{{Version: "1e3"}}, None: []string{}, Big: 1 << 60, Share: 1e21,
-		Texts: []string{"yes", "0x1f", "1:30", "null", "~", "", " lead", "tail ", "a: b", "- x", "line 1\nline 2\n", "\x7f\x1b[0m", "ü <b> \u2028", "#no"},
+		Texts: []string{"yes", "0x1f", "1:30", "null", "~", "", " lead", "tail ", "a: b", "- x", "line 1\nline 2\n",
+			"\x7f\x1b[0m", "ü <b> \u2028", "#no"},
 	}
 	got := printed(t, v, "show", "--output", "yaml")
 	if !strings.HasPrefix(got, "zone:\n  version: \"535.10\"\nalpha:\n  - version: \"1e3\"\nnone: []\n") {
@@ -87,7 +88,8 @@ func TestYAML(t *testing.T) {
 func TestPrintOne(t *testing.T) {
 	t.Parallel()
 	v := map[string]int{"n": 1}
-	for format, want := range map[string]string{"json": "{\"n\":1}\n{\"n\":1}\n", "yaml": "---\n\"n\": 1\n---\n\"n\": 1\n", "text": ""} {
+	for format, want := range map[string]string{"json": "{\"n\":1}\n{\"n\":1}\n", "yaml": "---\n\"n\": 1\n---\n\"n\": 1\n",
+		"text": ""} {
 		if got := printed(t, v, "follow", "--output", format); got != want {
 			t.Errorf("PrintOne() as %s = %q; want %q", format, got, want)
 		}

@@ -4,7 +4,7 @@
 // mirrors of one bucket can stand in for each other.
 //
 // A download that breaks goes on where it broke, as long as the object is still
-// the same; at its end it is held against the size, md5 and crc32c that the
+// the same; at its end it is compared with the size, md5 and crc32c that the
 // bucket tells of the object.
 //
 // It refuses to write, to send credentials that nobody configured, and to
@@ -32,23 +32,23 @@ import (
 type Attrs struct {
 	// Size is in bytes; -1 is unknown.
 	Size int64
-	// MD5 and CRC32C are in hex; "" is unknown.
+	// MD5 and CRC32C are in hex; "" means unknown.
 	MD5, CRC32C string
 	// URL is where the object came from: of several mirrors, the one that had it.
 	URL string
-	// pin names this very object among those that ever had its name; "" is
-	// unknown, and then a download cannot be resumed here.
+	// pin names this very object among those that ever had its name; "" means unknown, and then a download cannot be
+	// resumed here.
 	pin string
 }
 
 // backend is one way to reach a bucket. Names are valid fs paths.
 type backend interface {
 	// open opens an object from an offset on. With a pin, another object of that
-	// name is transient trouble.
+	// name is a transient error.
 	open(ctx context.Context, name string, offset int64, pin string) (io.ReadCloser, Attrs, error)
 	// list returns the names of objects that begin with prefix.
 	list(ctx context.Context, prefix string) ([]string, error)
-	// folders returns what stands before the first slash of names.
+	// folders returns what comes before the first slash of names.
 	folders(ctx context.Context) ([]string, error)
 	// sibling opens the bucket of another name that is reached the same way.
 	sibling(ctx context.Context, bucket string) (backend, error)
@@ -94,10 +94,13 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 	for _, one := range split(rawURL) {
 		u, err := url.Parse(one)
 		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("open bucket: %w", err), "name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("open bucket: %w", err),
+				"name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER")
 		}
 		if u.User != nil || u.RawQuery != "" || u.Fragment != "" {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %s: user, query and fragment have no place in a bucket's URL", u.Redacted()), "leave them out")
+			return nil, fault.New(fault.Usage,
+				fmt.Sprintf("open bucket %s: user, query and fragment have no place in a bucket's URL", u.Redacted()),
+				"leave them out")
 		}
 		var b backend
 		switch u.Scheme {
@@ -108,7 +111,8 @@ func open(ctx context.Context, rawURL string, wait time.Duration) (_ *Bucket, er
 		case "file":
 			b, err = openFolder(u)
 		default:
-			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", one), "name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, several mirrors of it with commas between them")
+			return nil, fault.New(fault.Usage, fmt.Sprintf("open bucket %q: unknown kind of URL", one),
+				"name a bucket as gs://NAME, https://HOST/PATH or file:///FOLDER, several mirrors of it with commas between them")
 		}
 		if err != nil {
 			return nil, fmt.Errorf("open bucket %s: %w", one, err)
@@ -186,10 +190,10 @@ func (b *Bucket) prefer(at int) {
 }
 
 // Get opens an object. The error is a fault.InputMissing when there is none;
-// transient trouble is retried a few times first, and then at the next mirror.
+// a transient error is retried a few times first, and then at the next mirror.
 // At its end the stream is checked against what the bucket says of the object:
 // its last read gives a fault.Checksum instead of io.EOF. It breaks, as
-// transient trouble, when nothing comes for minutes.
+// a transient error, when nothing comes for minutes.
 func (b *Bucket) Get(ctx context.Context, name string) (io.ReadCloser, Attrs, error) {
 	if err := checkName(name); err != nil {
 		return nil, Attrs{}, err
@@ -226,7 +230,8 @@ func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byt
 		return nil, fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(text)) > limit {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit), "check that the bucket holds COS builds")
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
+			"check that the bucket holds COS builds")
 	}
 	return text, nil
 }

@@ -122,28 +122,33 @@ func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 	if err != nil || k.Commit != strings.Repeat("ab", 20) {
 		t.Errorf("Describe = %+v, %v", k, err)
 	}
-	if _, err := b.Describe(ctx, target.Kernel{BuildID: "17800.0.50", Board: "lakitu-arm64"}); !fault.Is(err, fault.Unsupported) {
+	if _, err := b.Describe(ctx, target.Kernel{BuildID: "17800.0.50", Board: "lakitu-arm64"}); !fault.Is(err,
+		fault.Unsupported) {
 		t.Errorf("Describe(bad commit) = %v; want unsupported", err)
 	}
 	drivers, err := b.Drivers(ctx, kernel47)
 	want := cosbucket.DriverList{
 		Default: "535.261.03", Latest: "570.9.9",
 		Branches: map[string]string{"R470": "470.256.02", "R535": "535.309.01", "R550": "550.54.15"},
-		GPUs:     map[string]cosbucket.DriverList{"NVIDIA_L4": {Default: "535.1.1", Branches: map[string]string{"R470": "470.256.02"}, Versions: []string{"470.256.02", "535.1.1"}}},
-		Versions: []string{"470.256.02", "535.1.1", "535.261.03", "535.309.01", "550.54.15", "550.90.07", "570.9.9", "570.10.2"},
+		GPUs: map[string]cosbucket.DriverList{"NVIDIA_L4": {Default: "535.1.1",
+			Branches: map[string]string{"R470": "470.256.02"}, Versions: []string{"470.256.02", "535.1.1"}}},
+		Versions: []string{"470.256.02", "535.1.1", "535.261.03", "535.309.01", "550.54.15", "550.90.07", "570.9.9",
+			"570.10.2"},
 	}
 	if diff := cmp.Diff(want, drivers); err != nil || diff != "" {
 		t.Errorf("Drivers: %v (-want +got)\n%s", err, diff)
 	}
 	drivers, err = b.Drivers(ctx, kernel9)
-	want = cosbucket.DriverList{Default: "470.82.1", Branches: map[string]string{"R470": "470.256.02"}, Versions: []string{"470.82.1", "470.256.02"}}
+	want = cosbucket.DriverList{Default: "470.82.1", Branches: map[string]string{"R470": "470.256.02"},
+		Versions: []string{"470.82.1", "470.256.02"}}
 	if diff := cmp.Diff(want, drivers); err != nil || diff != "" {
 		t.Errorf("Drivers of the older layout: %v (-want +got)\n%s", err, diff)
 	}
 	if k, err := b.Describe(ctx, kernel9); err != nil || k.Commit != strings.Repeat("cd", 20) {
 		t.Errorf("Describe of the older layout = %+v, %v", k, err)
 	}
-	if _, err := b.Describe(ctx, target.Kernel{BuildID: "17412.0.9", Board: "lakitu-arm64"}); !fault.Is(err, fault.InputMissing) {
+	if _, err := b.Describe(ctx, target.Kernel{BuildID: "17412.0.9", Board: "lakitu-arm64"}); !fault.Is(err,
+		fault.InputMissing) {
 		t.Errorf("Describe(an Arm board in the older layout) = %v; want input-missing", err)
 	}
 	if _, err := b.Drivers(ctx, target.Kernel{BuildID: "1.2.3", Board: "lakitu"}); !fault.Is(err, fault.InputMissing) {
@@ -163,7 +168,8 @@ func conform(t *testing.T, b *cosbucket.Bucket, lists bool) {
 		t.Errorf("List(none) = %v, %v; want nothing", names, err)
 	}
 	builds, err := b.Builds(ctx)
-	wantBuilds := []target.Kernel{kernel9, kernel47, {BuildID: "17800.0.50", Board: "lakitu-arm64", Milestone: 109, Arch: target.ARM64}}
+	wantBuilds := []target.Kernel{kernel9, kernel47,
+		{BuildID: "17800.0.50", Board: "lakitu-arm64", Milestone: 109, Arch: target.ARM64}}
 	if diff := cmp.Diff(wantBuilds, builds); err != nil || diff != "" {
 		t.Errorf("Builds: %v (-want +got)\n%s", err, diff)
 	}

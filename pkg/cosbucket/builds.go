@@ -27,7 +27,8 @@ func (b *Bucket) List(ctx context.Context, prefix string) ([]string, error) {
 }
 
 // names asks the first mirror that can list.
-func (b *Bucket) names(ctx context.Context, what string, ask func(m backend) ([]string, error)) (names []string, err error) {
+func (b *Bucket) names(ctx context.Context, what string, ask func(m backend) ([]string, error)) (names []string,
+	err error) {
 	err = b.each(ctx, func(m backend) (err error) {
 		if names, err = ask(m); err != nil {
 			err = fmt.Errorf("list %s: %w", m.url(what), err)
@@ -117,7 +118,8 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 	}
 	commit := strings.TrimSpace(string(text))
 	if !target.ValidCommit(commit) {
-		return k, fault.New(fault.Unsupported, fmt.Sprintf("read %s: %.60q is not a commit of 40 hex digits", url, commit), "put the kernel's commit there: 40 hex digits and a newline")
+		return k, fault.New(fault.Unsupported, fmt.Sprintf("read %s: %.60q is not a commit of 40 hex digits", url, commit),
+			"put the kernel's commit there: 40 hex digits and a newline")
 	}
 	k.Commit = commit
 	return k, nil
@@ -125,7 +127,8 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 
 // small reads a small object of a build from where either layout has it, and
 // says where that was.
-func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string, err error) {
+func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string,
+	err error) {
 	var absent []error
 	for _, at := range Layouts(k, name) {
 		text, err = b.ReadSmall(ctx, at, limit)

@@ -83,7 +83,8 @@ func (b *Bucket) Drivers(ctx context.Context, k target.Kernel) (DriverList, erro
 		}
 	}
 	if len(l.Versions) == 0 {
-		return DriverList{}, fault.New(fault.InputMissing, "list drivers of "+k.String()+": the bucket names none for this build",
+		return DriverList{}, fault.New(fault.InputMissing,
+			"list drivers of "+k.String()+": the bucket names none for this build",
 			"check BUILD_ID and board, or ask for an exact version")
 	}
 	l.Versions = sortVersions(l.Versions)
@@ -168,11 +169,13 @@ func ParseDriverVersionsBin(data []byte) (DriverList, error) {
 
 func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (DriverList, error) {
 	if len(data) > maxVersionList {
-		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: more than %d bytes", maxVersionList), "check that the bucket holds COS builds")
+		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: more than %d bytes", maxVersionList),
+			"check that the bucket holds COS builds")
 	}
 	var list gpuversions.GPUDriverVersionInfoList
 	if err := unmarshal(data, &list); err != nil {
-		return DriverList{}, fault.Wrap(fault.Unsupported, fmt.Errorf("driver versions: %w", err), "check that the bucket holds COS builds")
+		return DriverList{}, fault.Wrap(fault.Unsupported, fmt.Errorf("driver versions: %w", err),
+			"check that the bucket holds COS builds")
 	}
 	infos := list.GetGpuDriverVersionInfo()
 	slices.SortStableFunc(infos, func(a, b *gpuversions.GPUDriverVersionInfo) int { return rank(a) - rank(b) })
@@ -193,7 +196,8 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 		}
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
-		return DriverList{}, fault.New(fault.Unsupported, fmt.Sprintf("driver versions: %d of them, more than %d", len(l.Versions), maxVersions), "")
+		return DriverList{}, fault.New(fault.Unsupported,
+			fmt.Sprintf("driver versions: %d of them, more than %d", len(l.Versions), maxVersions), "")
 	}
 	return l, nil
 }
@@ -247,7 +251,8 @@ func (l DriverList) Choose(w target.Wish) (string, error) {
 	if wish, gpu := w.GPU(); gpu != "" {
 		own, ok := l.GPUs[gpu]
 		if !ok {
-			return "", fault.New(fault.Unsupported, fmt.Sprintf("choose driver %s: COS lists no GPU type %s for this build", w, gpu), l.offerGPUs())
+			return "", fault.New(fault.Unsupported,
+				fmt.Sprintf("choose driver %s: COS lists no GPU type %s for this build", w, gpu), l.offerGPUs())
 		}
 		return own.Choose(wish)
 	}
@@ -296,7 +301,8 @@ func (l DriverList) Newest() map[string]string {
 func (l DriverList) offer() string {
 	newest := l.Newest()
 	var words []string
-	for _, row := range []struct{ name, version string }{{string(target.Default), l.Default}, {string(target.Latest), l.Latest}} {
+	for _, row := range []struct{ name, version string }{{string(target.Default), l.Default},
+		{string(target.Latest), l.Latest}} {
 		if row.version != "" {
 			words = append(words, row.name+" ("+row.version+")")
 		}

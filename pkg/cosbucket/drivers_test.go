@@ -52,7 +52,8 @@ func TestChoose(t *testing.T) {
 		if got != test.want || (test.want == "" && !fault.Is(err, test.kind)) || (test.want != "" && err != nil) {
 			t.Errorf("Choose(%s) = %q, %v; want %q, %v", test.wish, got, err, test.want, test.kind)
 		}
-		if want := "default (535.261.03), R470 (470.256.2), R535 (535.261.03)"; test.wish == "R580" && !strings.Contains(fault.Hint(err), want) {
+		if want := "default (535.261.03), R470 (470.256.2), R535 (535.261.03)"; test.wish == "R580" &&
+			!strings.Contains(fault.Hint(err), want) {
 			t.Errorf("Choose(%s) hints %q; want %q in it", test.wish, fault.Hint(err), want)
 		}
 	}
@@ -63,18 +64,23 @@ func TestNames(t *testing.T) {
 	k := target.Kernel{BuildID: "17800.66.78", Board: "lakitu"}
 	got := []string{
 		cosbucket.HeadersName(k), cosbucket.ToolchainName(k), cosbucket.ToolchainEnvName(k), cosbucket.CommitName(k),
-		cosbucket.KernelInfoName(k), cosbucket.VMLinuxName(k), cosbucket.ToolchainPointerName(k), cosbucket.ToolchainURLName(k), cosbucket.ToolchainPathName(k),
-		cosbucket.DriverVersionsName(k), cosbucket.DriverVersionsBinName(k), cosbucket.DefaultVersionName(k), cosbucket.LatestVersionName(k),
+		cosbucket.KernelInfoName(k), cosbucket.VMLinuxName(k), cosbucket.ToolchainPointerName(k),
+		cosbucket.ToolchainURLName(k), cosbucket.ToolchainPathName(k),
+		cosbucket.DriverVersionsName(k), cosbucket.DriverVersionsBinName(k), cosbucket.DefaultVersionName(k),
+		cosbucket.LatestVersionName(k),
 		cosbucket.BranchVersionName(k, "R535"), cosbucket.BootName(k), cosbucket.MD5Name(cosbucket.HeadersName(k)),
-		cosbucket.RunfileName("535.1.2", target.AMD64), cosbucket.RunfileName("535.1.2", target.ARM64), cosbucket.RunfileSumName("535.1.2", target.AMD64),
+		cosbucket.RunfileName("535.1.2", target.AMD64), cosbucket.RunfileName("535.1.2", target.ARM64),
+		cosbucket.RunfileSumName("535.1.2", target.AMD64),
 	}
 	const dir = "17800.66.78/lakitu/"
 	want := []string{
 		dir + "kernel-headers.tgz", dir + "toolchain.tar.xz", dir + "toolchain_env", dir + "kernel_commit",
 		dir + "kernel_info", dir + "vmlinux", dir + "toolchain.tar.xz.gcs", dir + "toolchain_url", dir + "toolchain_path",
-		dir + "gpu_driver_versions.textproto", dir + "gpu_driver_versions.bin", dir + "gpu_default_version", dir + "gpu_latest_version",
+		dir + "gpu_driver_versions.textproto", dir + "gpu_driver_versions.bin", dir + "gpu_default_version",
+		dir + "gpu_latest_version",
 		dir + "gpu_R535_version", dir + "prebake-boot.tgz", dir + "kernel-headers.tgz.md5",
-		"NVIDIA-Linux-x86_64-535.1.2.run", "NVIDIA-Linux-aarch64-535.1.2.run", "sha256/NVIDIA-Linux-x86_64-535.1.2.run.sha256",
+		"NVIDIA-Linux-x86_64-535.1.2.run", "NVIDIA-Linux-aarch64-535.1.2.run",
+		"sha256/NVIDIA-Linux-x86_64-535.1.2.run.sha256",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("names (-want +got)\n%s", diff)
@@ -82,7 +88,8 @@ func TestNames(t *testing.T) {
 }
 
 func FuzzParseDriverVersions(f *testing.F) {
-	for _, seed := range []string{textproto, "", "gpu_driver_version_info {", `gpu_driver_version_info: { supported_driver_versions: [{version: "1.2"}, {label: "R535"}] }`, "x: [1,2", "\xff"} {
+	for _, seed := range []string{textproto, "", "gpu_driver_version_info {",
+		`gpu_driver_version_info: { supported_driver_versions: [{version: "1.2"}, {label: "R535"}] }`, "x: [1,2", "\xff"} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) { checkList(t, cosbucket.ParseDriverVersions, text) })
@@ -136,13 +143,16 @@ func TestChooseByGPU(t *testing.T) {
 		}
 		return text + "}\n"
 	}
-	list, err := cosbucket.ParseDriverVersions([]byte(entry("NO_GPU", "DEFAULT", "550.90.7") + entry("NVIDIA_B200", "DEFAULT", "570.133.20", "LATEST", "580.65.6", "R570", "570.133.20") +
-		entry("NVIDIA_TESLA_P4", "DEFAULT", "535.230.2", "R535", "535.230.2") + entry("OTHERS", "DEFAULT", "535.230.2", "LATEST", "580.65.6", "R550", "550.90.7")))
+	list, err := cosbucket.ParseDriverVersions([]byte(entry("NO_GPU", "DEFAULT", "550.90.7") + entry("NVIDIA_B200",
+		"DEFAULT", "570.133.20", "LATEST", "580.65.6", "R570", "570.133.20") +
+		entry("NVIDIA_TESLA_P4", "DEFAULT", "535.230.2", "R535", "535.230.2") + entry("OTHERS", "DEFAULT", "535.230.2",
+		"LATEST", "580.65.6", "R550", "550.90.7")))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for wish, want := range map[target.Wish]string{
-		"default": "535.230.2", "default@NVIDIA_B200": "570.133.20", "latest@NVIDIA_B200": "580.65.6", "R570@NVIDIA_B200": "570.133.20", "default@NVIDIA_TESLA_P4": "535.230.2",
+		"default": "535.230.2", "default@NVIDIA_B200": "570.133.20", "latest@NVIDIA_B200": "580.65.6",
+		"R570@NVIDIA_B200": "570.133.20", "default@NVIDIA_TESLA_P4": "535.230.2",
 		"latest@NVIDIA_TESLA_P4": "", "R550@NVIDIA_B200": "", "default@NVIDIA_L4": "",
 	} {
 		got, err := list.Choose(wish)

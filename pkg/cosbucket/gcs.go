@@ -37,7 +37,8 @@ var gcsName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]$`)
 
 func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*googleBucket, error) {
 	if !gcsName.MatchString(name) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%q is not the name of a bucket", name), "write gs://BUCKET, several mirrors of it with commas between them")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%q is not the name of a bucket", name),
+			"write gs://BUCKET, several mirrors of it with commas between them")
 	}
 	options := []option.ClientOption{option.WithScopes(storage.ScopeReadOnly)}
 	if !credentialsConfigured(os.Getenv) {
@@ -57,7 +58,8 @@ func openGCS(ctx context.Context, name, prefix string, wait time.Duration) (*goo
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, hint)
 	}
-	client.SetRetry(storage.WithMaxAttempts(retryMax+1), storage.WithBackoff(gax.Backoff{Initial: wait, Max: 8 * wait, Multiplier: 2}))
+	client.SetRetry(storage.WithMaxAttempts(retryMax+1),
+		storage.WithBackoff(gax.Backoff{Initial: wait, Max: 8 * wait, Multiplier: 2}))
 	return &googleBucket{gcs.New(client, name, prefix), wait}, nil
 }
 
@@ -82,7 +84,7 @@ type bounded struct{ http.RoundTripper }
 
 type budgetKey struct{}
 
-var errBudget = fmt.Errorf("%d requests did not bring the object", retryMax+1)
+var errBudget = fmt.Errorf("%d requests did not return the whole object", retryMax+1)
 
 func (b bounded) RoundTrip(req *http.Request) (*http.Response, error) {
 	if left, ok := req.Context().Value(budgetKey{}).(*atomic.Int32); ok && left.Add(-1) < 0 {
@@ -134,7 +136,7 @@ func (g *googleBucket) folders(ctx context.Context) ([]string, error) {
 	return g.query(ctx, &storage.Query{Prefix: g.Path(""), Delimiter: "/"})
 }
 
-// query returns names of objects, or with a delimiter what stands before it.
+// query returns names of objects, or with a delimiter what comes before it.
 func (g *googleBucket) query(ctx context.Context, query *storage.Query) ([]string, error) {
 	query.Projection = storage.ProjectionNoACL
 	if err := query.SetAttrSelection([]string{"Name"}); err != nil {
@@ -175,5 +177,5 @@ func gcsError(err error) error {
 	case gcs.Refused(gcs.Status(err)):
 		return statusError(gcs.Status(err))
 	}
-	return gcs.Trouble(err)
+	return gcs.TransientError(err)
 }

@@ -29,7 +29,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit/gcs"
 )
 
-// proxy stands before an emulator and does to answers what networks do. The
+// proxy is before an emulator and does to answers what networks do. The
 // tests that use it are not parallel: the library reads its server's address
 // from the environment.
 type proxy struct {
@@ -122,7 +122,9 @@ func TestEmulator(t *testing.T) {
 	}
 	// A machine without rights has a metadata server, and its token is refused
 	// where none is needed.
-	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { t.Error("the metadata server was asked") }))
+	metadata := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+		t.Error("the metadata server was asked")
+	}))
 	t.Cleanup(metadata.Close)
 	t.Setenv("GCE_METADATA_HOST", strings.TrimPrefix(metadata.URL, "http://"))
 
@@ -145,7 +147,8 @@ func TestEmulator(t *testing.T) {
 		t.Error(err)
 	}
 	crc := crc32.Checksum([]byte("535.261.03\n"), crc32.MakeTable(crc32.Castagnoli))
-	if want := fmt.Sprintf("%x", md5.Sum([]byte("535.261.03\n"))); attrs.MD5 != want || attrs.CRC32C != fmt.Sprintf("%08x", crc) {
+	if want := fmt.Sprintf("%x", md5.Sum([]byte("535.261.03\n"))); attrs.MD5 != want ||
+		attrs.CRC32C != fmt.Sprintf("%08x", crc) {
 		t.Errorf("Get(...) says %+v; want md5 %s and crc32c %08x", attrs, want, crc)
 	}
 	if _, _, err := quick(t, "gs://other-bucket").Get(t.Context(), "x"); !fault.Is(err, fault.InputMissing) {
@@ -186,10 +189,12 @@ func TestEmulatorStoredCompressed(t *testing.T) {
 		t.Fatal(err)
 	}
 	p.PutGzip(t, "cos-tools", "x", stored.Bytes())
-	if text, err := quick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil || !bytes.Equal(text, stored.Bytes()) {
+	if text, err := quick(t, "gs://cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil ||
+		!bytes.Equal(text, stored.Bytes()) {
 		t.Errorf("by the API: %d bytes, %v; want the %d that are stored", len(text), err, stored.Len())
 	}
-	if text, err := quick(t, p.Endpoint+"/cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil || string(text) != long {
+	if text, err := quick(t, p.Endpoint+"/cos-tools").ReadSmall(t.Context(), "x", 1<<20); err != nil ||
+		string(text) != long {
 		t.Errorf("over the web: %d bytes, %v; want %d", len(text), err, len(long))
 	}
 }
@@ -277,14 +282,18 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 		asked []string // nil: do not care
 	}{
 		{name: "nothing", asked: []string{"pinned"}},
-		{name: "breaks twice", spoil: cutAt(2, 50_000), asked: []string{"pinned", "pinned bytes=50000-", "pinned bytes=100000-"}},
-		{name: "a changed bit", spoil: func(_ int, w http.ResponseWriter) http.ResponseWriter { return &flip{ResponseWriter: w} }, kind: fault.Checksum},
+		{name: "breaks twice", spoil: cutAt(2, 50_000),
+			asked: []string{"pinned", "pinned bytes=50000-", "pinned bytes=100000-"}},
+		{name: "a changed bit", spoil: func(_ int, w http.ResponseWriter) http.ResponseWriter {
+			return &flip{ResponseWriter: w}
+		}, kind: fault.Checksum},
 		{name: "breaks again and again", spoil: cutAt(1000, 10), kind: fault.Transient},
 		{name: "replaced while it breaks", spoil: func(n int, w http.ResponseWriter) http.ResponseWriter {
 			if n > 0 {
 				return w
 			}
-			return &replacing{cutter: cutter{w, 50_000}, replace: func() { p.Put(t, "cos-tools", "x", append([]byte("new"), text...)) }}
+			return &replacing{cutter: cutter{w, 50_000},
+				replace: func() { p.Put(t, "cos-tools", "x", append([]byte("new"), text...)) }}
 		}, kind: fault.Transient},
 	}
 	for _, r := range rows {
@@ -292,7 +301,8 @@ func TestEmulatorBrokenDownloads(t *testing.T) {
 			p.Put(t, "cos-tools", "x", text)
 			p.begin(r.spoil)
 			got, err := b.ReadSmall(t.Context(), "x", 1<<20)
-			if r.kind == 0 && (err != nil || !bytes.Equal(got, text)) || r.kind != 0 && (!fault.Is(err, r.kind) || fault.Hint(err) == "") {
+			if r.kind == 0 && (err != nil || !bytes.Equal(got, text)) || r.kind != 0 &&
+				(!fault.Is(err, r.kind) || fault.Hint(err) == "") {
 				t.Errorf("ReadSmall = %d bytes, %v; want %v", len(got), err, r.kind)
 			}
 			if r.asked != nil {
@@ -341,7 +351,8 @@ func TestEmulatorManyBuilds(t *testing.T) {
 	before := p.requests
 	p.mu.Unlock()
 	few, err := b.BuildsOf(t.Context(), ids[:3])
-	if err != nil || len(few) != 6 || few[0].String() != "17800.149.0/lakitu" || few[5].String() != "17800.147.0/lakitu-arm64" {
+	if err != nil || len(few) != 6 || few[0].String() != "17800.149.0/lakitu" ||
+		few[5].String() != "17800.147.0/lakitu-arm64" {
 		t.Errorf("BuildsOf = %v, %v; want the newest three with two boards each", few, err)
 	}
 	p.mu.Lock()

@@ -76,7 +76,8 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 	case offset == 0 && resp.StatusCode == http.StatusOK, offset > 0 && resp.StatusCode == http.StatusPartialContent:
 		return resp, nil
 	case resp.StatusCode == http.StatusOK:
-		err := fault.New(fault.Transient, "server began anew where it was asked for the rest", "try again; name another mirror if it stays so")
+		err := fault.New(fault.Transient, "server began anew where it was asked for the rest",
+			"try again; name another mirror if it stays so")
 		return nil, errors.Join(err, resp.Body.Close())
 	}
 	return nil, errors.Join(statusError(resp.StatusCode), resp.Body.Close())
@@ -85,10 +86,12 @@ func (w *web) fetch(ctx context.Context, name string, offset int64, etag string)
 func statusError(code int) error {
 	err := fmt.Errorf("server answered %d %s", code, http.StatusText(code))
 	switch {
-	case code == http.StatusNotFound, code == http.StatusGone, code == http.StatusForbidden, code == http.StatusUnauthorized:
+	case code == http.StatusNotFound, code == http.StatusGone, code == http.StatusForbidden,
+		code == http.StatusUnauthorized:
 		// A public bucket answers 403 for what it does not have.
 		return missing(err)
-	case code >= 500, code == http.StatusTooManyRequests, code == http.StatusRequestTimeout, code == http.StatusPreconditionFailed:
+	case code >= 500, code == http.StatusTooManyRequests, code == http.StatusRequestTimeout,
+		code == http.StatusPreconditionFailed:
 		return fault.Wrap(fault.Transient, err, "try again later")
 	}
 	return fault.Wrap(fault.Unsupported, err, "check the bucket's URL")
@@ -107,7 +110,8 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 	}
 	// Google's sums are over what is stored. Of an object that it decompresses on
 	// the way they say nothing, and neither does the length.
-	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" || resp.Header.Get("Content-Encoding") == stored {
+	if stored := resp.Header.Get("X-Goog-Stored-Content-Encoding"); stored == "" || stored == "identity" ||
+		resp.Header.Get("Content-Encoding") == stored {
 		a.MD5, a.CRC32C = googHash(resp.Header)
 	}
 	if etag := resp.Header.Get("Etag"); resp.Header.Get("Accept-Ranges") == "bytes" && !strings.HasPrefix(etag, "W/") {
@@ -119,14 +123,17 @@ func (w *web) open(ctx context.Context, name string, offset int64, pin string) (
 // total returns the whole size out of a Content-Range that begins at offset.
 func total(contentRange string, offset int64) (int64, error) {
 	var first, last, size int64
-	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 || first != offset || last < first || last != size-1 {
-		return 0, fault.New(fault.Transient, fmt.Sprintf("server answered with range %.60q; want it from %d to the end", contentRange, offset), "try again; name another mirror if it stays so")
+	if n, err := fmt.Sscanf(contentRange, "bytes %d-%d/%d", &first, &last, &size); err != nil || n != 3 ||
+		first != offset || last < first || last != size-1 {
+		return 0, fault.New(fault.Transient,
+			fmt.Sprintf("server answered with range %.60q; want it from %d to the end", contentRange, offset),
+			"try again; name another mirror if it stays so")
 	}
 	return size, nil
 }
 
 // googHash returns md5 and crc32c in hex as Google Cloud Storage sends them
-// with an object; "" is none.
+// with an object; "" means none.
 func googHash(h http.Header) (md5, crc32c string) {
 	for _, line := range h.Values("X-Goog-Hash") {
 		for part := range strings.SplitSeq(line, ",") {
@@ -167,7 +174,8 @@ func (w *web) sibling(_ context.Context, bucket string) (backend, error) {
 	case strings.HasSuffix(u.Host, "."+google):
 		u.Host, u.Path = bucket+"."+google, ""
 	case dir == "":
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s has no folder for a bucket's name, and bucket %s is asked for", w.url(""), bucket),
+		return nil, fault.New(fault.Unsupported,
+			fmt.Sprintf("%s has no folder for a bucket's name, and bucket %s is asked for", w.url(""), bucket),
 			"serve each bucket in a folder of its name, as https://HOST/cos-tools and https://HOST/"+bucket)
 	default:
 		u.Path = "/" + path.Join(path.Dir(dir), bucket)

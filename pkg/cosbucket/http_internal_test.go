@@ -16,7 +16,8 @@ func FuzzAnswerHeaders(f *testing.F) {
 	crc := regexp.MustCompile(`^([0-9a-f]{8})?$`)
 	f.Fuzz(func(t *testing.T, contentRange string, offset int64, hash string) {
 		if size, err := total(contentRange, offset); err == nil && offset >= 0 {
-			if again, err := total(fmt.Sprintf("bytes %d-%d/%d", offset, size-1, size), offset); err != nil || again != size || size <= offset {
+			if again, err := total(fmt.Sprintf("bytes %d-%d/%d", offset, size-1, size), offset); err != nil || again != size ||
+				size <= offset {
 				t.Errorf("total(%q, %d) = %d, printed and parsed again %d, %v", contentRange, offset, size, again, err)
 			}
 		}

@@ -27,7 +27,7 @@ type mirror struct {
 	objects map[string]string
 	sums    map[string]string // of these bytes instead of the object's
 	down    bool
-	cut     int // break each answer behind so many bytes; 0 is never
+	cut     int // break each answer behind so many bytes; 0 means never
 
 	mu     sync.Mutex
 	ranges []string
@@ -53,7 +53,8 @@ func (m *mirror) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	sum := md5.Sum([]byte(of))
 	crc := binary.BigEndian.AppendUint32(nil, crc32.Checksum([]byte(of), crc32.MakeTable(crc32.Castagnoli)))
-	w.Header().Set("X-Goog-Hash", "crc32c="+base64.StdEncoding.EncodeToString(crc)+",md5="+base64.StdEncoding.EncodeToString(sum[:]))
+	w.Header().Set("X-Goog-Hash",
+		"crc32c="+base64.StdEncoding.EncodeToString(crc)+",md5="+base64.StdEncoding.EncodeToString(sum[:]))
 	w.Header().Set("Etag", fmt.Sprintf(`"%x"`, sum))
 	if m.cut > 0 {
 		w = &cutter{w, m.cut}
@@ -102,15 +103,26 @@ func TestMirrors(t *testing.T) {
 		secondAsked   bool
 	}{
 		{name: "the first has it", first: &mirror{objects: whole}, second: &mirror{objects: whole}, want: long},
-		{name: "the first is down", first: &mirror{down: true}, second: &mirror{objects: whole}, want: long, secondAsked: true},
-		{name: "both are down", first: &mirror{down: true}, second: &mirror{down: true}, kind: fault.Transient, secondAsked: true},
-		{name: "what the first lacks does not exist", first: &mirror{}, second: &mirror{objects: whole}, kind: fault.InputMissing},
-		{name: "what is damaged at the first stays an error", first: &mirror{objects: map[string]string{"a": "damage"}, sums: whole}, second: &mirror{objects: whole}, kind: fault.Checksum},
-		{name: "breaks, and goes on there", first: &mirror{objects: whole, cut: 6000}, second: &mirror{objects: whole}, want: long},
-		{name: "breaks for good, and goes on at the second", first: &mirror{objects: whole, cut: 500}, second: &mirror{objects: whole}, want: long, secondAsked: true},
-		{name: "breaks for good, and the second has another object", first: &mirror{objects: whole, cut: 500}, second: &mirror{objects: map[string]string{"a": "x" + long[1:]}}, kind: fault.Checksum, secondAsked: true},
-		{name: "breaks for good, and the second's is damaged", first: &mirror{objects: whole, cut: 500}, second: &mirror{objects: map[string]string{"a": long[:len(long)-1] + "x"}, sums: whole}, kind: fault.Checksum, secondAsked: true},
-		{name: "breaks for good at both", first: &mirror{objects: whole, cut: 100}, second: &mirror{objects: whole, cut: 100}, kind: fault.Transient, secondAsked: true},
+		{name: "the first is down", first: &mirror{down: true}, second: &mirror{objects: whole}, want: long,
+			secondAsked: true},
+		{name: "both are down", first: &mirror{down: true}, second: &mirror{down: true}, kind: fault.Transient,
+			secondAsked: true},
+		{name: "what the first lacks does not exist", first: &mirror{}, second: &mirror{objects: whole},
+			kind: fault.InputMissing},
+		{name: "what is damaged at the first stays an error",
+			first: &mirror{objects: map[string]string{"a": "damage"}, sums: whole}, second: &mirror{objects: whole},
+			kind: fault.Checksum},
+		{name: "breaks, and goes on there", first: &mirror{objects: whole, cut: 6000}, second: &mirror{objects: whole},
+			want: long},
+		{name: "breaks for good, and goes on at the second", first: &mirror{objects: whole, cut: 500},
+			second: &mirror{objects: whole}, want: long, secondAsked: true},
+		{name: "breaks for good, and the second has another object", first: &mirror{objects: whole, cut: 500},
+			second: &mirror{objects: map[string]string{"a": "x" + long[1:]}}, kind: fault.Checksum, secondAsked: true},
+		{name: "breaks for good, and the second's is damaged", first: &mirror{objects: whole, cut: 500},
+			second: &mirror{objects: map[string]string{"a": long[:len(long)-1] + "x"}, sums: whole}, kind: fault.Checksum,
+			secondAsked: true},
+		{name: "breaks for good at both", first: &mirror{objects: whole, cut: 100}, second: &mirror{objects: whole, cut: 100},
+			kind: fault.Transient, secondAsked: true},
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
@@ -183,7 +195,8 @@ func TestMirrorThatLists(t *testing.T) {
 	if err != nil || len(builds) != 3 {
 		t.Errorf("Builds = %v, %v; want three", builds, err)
 	}
-	if _, attrs, err := b.Get(t.Context(), cosbucket.DefaultVersionName(kernel47)); err != nil || !strings.HasPrefix(attrs.URL, server) {
+	if _, attrs, err := b.Get(t.Context(), cosbucket.DefaultVersionName(kernel47)); err != nil ||
+		!strings.HasPrefix(attrs.URL, server) {
 		t.Errorf("Get behind a listing = %s, %v; want it from %s", attrs.URL, err, server)
 	}
 }

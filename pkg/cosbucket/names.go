@@ -80,7 +80,8 @@ func BranchVersionName(k target.Kernel, branch string) string {
 // SignatureNames returns the objects that may hold Google's signatures of a
 // driver's modules, the newer name first.
 func SignatureNames(k target.Kernel, version string) []string {
-	return []string{under(k, "extensions/gpu/nvidia-drivers-"+version+"-signature.tar.gz"), under(k, "extensions/gpu/"+version+".signature.tar.gz")}
+	return []string{under(k, "extensions/gpu/nvidia-drivers-"+version+"-signature.tar.gz"),
+		under(k, "extensions/gpu/"+version+".signature.tar.gz")}
 }
 
 // TrustedKeyName returns the object that holds the root certificate that the
@@ -118,23 +119,23 @@ func RunfileSumName(version string, arch target.Arch) string {
 	return "sha256/" + RunfileName(version, arch) + ".sha256"
 }
 
-// RunfilePlace is where a bucket may have a runfile, and where its sha256.
-type RunfilePlace struct{ Runfile, Sum string }
+// RunfileLocation is where a bucket may have a runfile, and where its sha256.
+type RunfileLocation struct{ Runfile, Sum string }
 
-// RunfilePlaces returns where buckets have a driver version: COS's own first,
+// RunfileLocations returns where buckets have a driver version: COS's own first,
 // then a plain folder, and then NVIDIA's download server and Google's former
 // buckets, which have a folder for each version and the sum beside the file. An
-// edition with a suffix may lie in the folder of its release.
-func RunfilePlaces(version string, arch target.Arch) []RunfilePlace {
+// edition with a suffix may are in the folder of its release.
+func RunfileLocations(version string, arch target.Arch) []RunfileLocation {
 	name := RunfileName(version, arch)
-	all := []RunfilePlace{{name, RunfileSumName(version, arch)}}
+	all := []RunfileLocation{{name, RunfileSumName(version, arch)}}
 	dirs := []string{"", version, path.Join("tesla", version)}
 	if release := target.ModuleVersion(version); release != version {
 		dirs = append(dirs, release, path.Join("tesla", release))
 	}
 	for _, dir := range dirs {
 		at := path.Join(dir, name)
-		all = append(all, RunfilePlace{at, SHA256Name(at)}, RunfilePlace{at, at + ".sha256sum"})
+		all = append(all, RunfileLocation{at, SHA256Name(at)}, RunfileLocation{at, at + ".sha256sum"})
 	}
 	return all
 }
@@ -142,7 +143,7 @@ func RunfilePlaces(version string, arch target.Arch) []RunfilePlace {
 var runfileName = regexp.MustCompile(`(?:^|/)NVIDIA-Linux-(x86_64|aarch64)-([0-9][0-9a-z.-]*)\.run$`)
 
 // ParseRunfile reads the name of an object of a driver bucket. ok says that it is a
-// runfile in one of its [RunfilePlaces].
+// runfile in one of its [RunfileLocations].
 func ParseRunfile(object string) (version string, arch target.Arch, ok bool) {
 	m := runfileName.FindStringSubmatch(object)
 	if m == nil || !target.ValidVersion(m[2]) {
@@ -152,5 +153,6 @@ func ParseRunfile(object string) (version string, arch target.Arch, ok bool) {
 	if m[1] == "aarch64" {
 		arch = target.ARM64
 	}
-	return version, arch, slices.ContainsFunc(RunfilePlaces(version, arch), func(p RunfilePlace) bool { return p.Runfile == object })
+	return version, arch, slices.ContainsFunc(RunfileLocations(version, arch),
+		func(p RunfileLocation) bool { return p.Runfile == object })
 }

@@ -40,7 +40,8 @@ func (p Pointer) check() error {
 }
 
 func badPointer(format string, args ...any) error {
-	return fault.New(fault.Unsupported, "read toolchain pointer: "+fmt.Sprintf(format, args...), "check the object in the bucket: COS's toolchain.tar.xz.gcs has two lines, bucket: NAME and path: PATH")
+	return fault.New(fault.Unsupported, "read toolchain pointer: "+fmt.Sprintf(format, args...),
+		"check the object in the bucket: COS's toolchain.tar.xz.gcs has two lines, bucket: NAME and path: PATH")
 }
 
 // ParsePointer reads toolchain.tar.xz.gcs: lines `bucket: NAME` and `path: PATH`.
@@ -108,7 +109,7 @@ func ParseToolchainPath(text []byte) ([]Pointer, error) {
 }
 
 // Sibling opens the bucket of another name that is reached the same way: in
-// Google Cloud Storage, at the same web server, in the same folder. Whoever can
+// Google Cloud Storage, at the same web server, in the same folder. Anyone who can
 // write a pointer can so choose another bucket, and neither another host nor
 // another way.
 func (b *Bucket) Sibling(ctx context.Context, p Pointer) (*Bucket, error) {

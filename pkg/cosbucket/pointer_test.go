@@ -25,7 +25,8 @@ func TestParsePointer(t *testing.T) {
 		want       cosbucket.Pointer
 	}{
 		{"plain", "bucket: chromiumos-sdk\npath: 2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz\n", good},
-		{"order, spaces, carriage returns", "\npath:2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz  \r\n  bucket:  chromiumos-sdk\r\n", good},
+		{"order, spaces, carriage returns",
+			"\npath:2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz  \r\n  bucket:  chromiumos-sdk\r\n", good},
 		{"a newer key", "bucket: chromiumos-sdk\ngeneration: 7\npath: 2023/08/x86_64-cros-linux-gnu-2023.08.01.tar.xz", good},
 		{"empty", "", cosbucket.Pointer{}},
 		{"no path", "bucket: cos-tools\n", cosbucket.Pointer{}},
@@ -76,7 +77,8 @@ func TestParseToolchainURL(t *testing.T) {
 func TestParseToolchainPath(t *testing.T) {
 	t.Parallel()
 	got, err := cosbucket.ParseToolchainPath([]byte("2023/a.tar.xz\n"))
-	want := []cosbucket.Pointer{{Bucket: "cos-sdk", Path: "2023/a.tar.xz"}, {Bucket: "chromiumos-sdk", Path: "2023/a.tar.xz"}}
+	want := []cosbucket.Pointer{{Bucket: "cos-sdk", Path: "2023/a.tar.xz"},
+		{Bucket: "chromiumos-sdk", Path: "2023/a.tar.xz"}}
 	if diff := cmp.Diff(want, got); diff != "" || err != nil {
 		t.Errorf("ParseToolchainPath: %v (-want +got)\n%s", err, diff)
 	}
@@ -86,7 +88,8 @@ func TestParseToolchainPath(t *testing.T) {
 }
 
 func FuzzParsePointer(f *testing.F) {
-	for _, seed := range []string{"bucket: cos-sdk\npath: a/b.tar.xz\n", "https://storage.googleapis.com/cos-sdk/a", "gs://cos-sdk/a", "bucket:\npath", "path: ..", "\xff: \x00"} {
+	for _, seed := range []string{"bucket: cos-sdk\npath: a/b.tar.xz\n", "https://storage.googleapis.com/cos-sdk/a",
+		"gs://cos-sdk/a", "bucket:\npath", "path: ..", "\xff: \x00"} {
 		f.Add([]byte(seed))
 	}
 	f.Fuzz(func(t *testing.T, text []byte) {
@@ -105,7 +108,8 @@ func FuzzParsePointer(f *testing.F) {
 			all = append(all, ps...)
 		}
 		for _, p := range all {
-			if !fs.ValidPath(p.Path) || strings.ContainsAny(p.Bucket, "./\\:@") || strings.ContainsAny(p.Path, "\\?#%\n\r\x00 ") {
+			if !fs.ValidPath(p.Path) || strings.ContainsAny(p.Bucket, "./\\:@") ||
+				strings.ContainsAny(p.Path, "\\?#%\n\r\x00 ") {
 				t.Errorf("%q let %+v through", text, p)
 			}
 		}
@@ -116,7 +120,8 @@ func FuzzParsePointer(f *testing.F) {
 func TestSibling(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "cos-tools"), 0o755), os.MkdirAll(filepath.Join(dir, "cos-sdk", "a"), 0o755),
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "cos-tools"), 0o755),
+		os.MkdirAll(filepath.Join(dir, "cos-sdk", "a"), 0o755),
 		os.WriteFile(filepath.Join(dir, "cos-sdk", "a", "b"), []byte("sdk"), 0o644)); err != nil {
 		t.Fatal(err)
 	}
@@ -151,13 +156,16 @@ func TestSibling(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if _, err := open(t, "https://mirror.example").Sibling(t.Context(), sdk); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" {
+	if _, err := open(t, "https://mirror.example").Sibling(t.Context(), sdk); !fault.Is(err, fault.Unsupported) ||
+		fault.Hint(err) == "" {
 		t.Errorf("Sibling without a folder = %v; want unsupported, with a hint", err)
 	}
-	if _, err := open(t, "file://"+dir+"/cos-tools").Sibling(t.Context(), cosbucket.Pointer{Bucket: "..", Path: "x"}); !fault.Is(err, fault.Unsupported) {
+	if _, err := open(t, "file://"+dir+"/cos-tools").Sibling(t.Context(),
+		cosbucket.Pointer{Bucket: "..", Path: "x"}); !fault.Is(err, fault.Unsupported) {
 		t.Errorf("Sibling(..) = %v; want unsupported", err)
 	}
-	if _, err := open(t, "file://"+dir+"/cos-tools").Sibling(t.Context(), cosbucket.Pointer{Bucket: "none", Path: "x"}); !fault.Is(err, fault.InputMissing) {
+	if _, err := open(t, "file://"+dir+"/cos-tools").Sibling(t.Context(),
+		cosbucket.Pointer{Bucket: "none", Path: "x"}); !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Sibling(none) = %v; want input-missing", err)
 	}
 }

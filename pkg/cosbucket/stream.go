@@ -15,7 +15,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// progress is what a download has to bring between two breaks to count as
+// progress is how much a download has to deliver between two breaks to count as
 // getting on: the tries begin anew then.
 const progress = 1 << 20
 
@@ -67,9 +67,10 @@ func (s *stream) resume(cause error) error {
 		s.tries, s.moves = 0, 0
 	}
 	s.broke = s.offset
-	broken := fault.Wrap(fault.Transient, fmt.Errorf("download of %s broke after %d bytes: %w", s.name, s.offset, cause), "try again; check the network on the way to the bucket")
+	broken := fault.Wrap(fault.Transient, fmt.Errorf("download of %s broke after %d bytes: %w", s.name, s.offset, cause),
+		"try again; check the network on the way to the bucket")
 	if s.attrs.pin == "" {
-		return s.elsewhere(broken)
+		return s.otherMirror(broken)
 	}
 	for s.tries < retryMax {
 		if err := pause(s.ctx, s.bucket.wait<<s.tries); err != nil {
@@ -90,14 +91,14 @@ func (s *stream) resume(cause error) error {
 			break
 		}
 	}
-	return s.elsewhere(broken)
+	return s.otherMirror(broken)
 }
 
-// elsewhere goes on at another mirror, if that says it has the very same bytes.
-func (s *stream) elsewhere(broken error) error {
+// otherMirror goes on at another mirror, if that says it has the very same bytes.
+func (s *stream) otherMirror(broken error) error {
 	for i, m := range s.bucket.mirrors {
 		if m == s.from {
-			// The next download, perhaps of this very object, begins behind it.
+			// The next download, possibly of this very object, begins behind it.
 			s.bucket.prefer(i + 1)
 			continue
 		}

@@ -30,7 +30,8 @@ func TestClassesOfBuilds(t *testing.T) {
 	}
 	for _, row := range rows {
 		if row.kind.String() != row.name || row.kind.ExitCode() != row.exit || row.kind.Retryable() != row.retry {
-			t.Errorf("%v: exit %d, retry %t; want %s, %d, %t", row.kind, row.kind.ExitCode(), row.kind.Retryable(), row.name, row.exit, row.retry)
+			t.Errorf("%v: exit %d, retry %t; want %s, %d, %t", row.kind, row.kind.ExitCode(), row.kind.Retryable(), row.name,
+				row.exit, row.retry)
 		}
 	}
 }

@@ -20,7 +20,7 @@ type Kind int
 // The closed list. A new kind needs a row in the table below.
 const (
 	Internal       Kind = iota // a bug, or a machine that does not work
-	Usage                      // the caller's words are off: flag, argument, file format
+	Usage                      // the caller's input is wrong: flag, argument, file format
 	NoArtifact                 // nothing is published for this kernel, driver and flavour
 	Unverified                 // bytes whose digest, signature or provenance does not hold
 	Mismatch                   // verified bytes that are meant for something else

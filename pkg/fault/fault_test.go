@@ -41,7 +41,8 @@ func TestDisk(t *testing.T) {
 	}
 	for name, disk := range map[string]func(error) error{"cache": fault.CacheDisk, "TMPDIR": fault.TempDisk} {
 		if err := disk(syscall.ENOSPC); fault.Of(err) != fault.DiskFull || !strings.Contains(fault.Hint(err), name) {
-			t.Errorf("full disk of the folder of %s: %v, hint %q; want disk-full with a hint that names it", name, err, fault.Hint(err))
+			t.Errorf("full disk of the folder of %s: %v, hint %q; want disk-full with a hint that names it", name, err,
+				fault.Hint(err))
 		}
 	}
 	for _, other := range []error{nil, syscall.EIO, fault.New(fault.Busy, "lock", "")} {

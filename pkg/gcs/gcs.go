@@ -23,7 +23,7 @@ type Bucket struct {
 	prefix string // "" or ending in a slash
 }
 
-// New names a folder of a bucket; "" is all of it. Close closes the client.
+// New names a folder of a bucket; "" means all of it. Close closes the client.
 func New(client *storage.Client, name, folder string) Bucket {
 	b := Bucket{client.Bucket(name), client, strings.Trim(folder, "/")}
 	if b.prefix != "" {
@@ -66,8 +66,8 @@ func Refused(status int) bool {
 	return status != 0 && status < 500 && status != http.StatusTooManyRequests && status != http.StatusRequestTimeout
 }
 
-// Trouble is the error of a service that may work later.
-func Trouble(err error) error {
+// TransientError is the error of a service that may work later.
+func TransientError(err error) error {
 	return fault.Wrap(fault.Transient, fmt.Errorf("ask Google Cloud Storage: %w", err),
 		"check the network, then try again")
 }

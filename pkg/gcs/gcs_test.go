@@ -25,7 +25,8 @@ func TestBucket(t *testing.T) {
 		"x":     {"x/a/b", "gs://cos/x/a/b"},
 	} {
 		b := gcs.New(client, "cos", folder)
-		if got := [2]string{b.Object("a/b").ObjectName(), b.URL("a/b")}; got != want || b.Path("a/b") != want[0] || b.Trim(want[0]) != "a/b" {
+		if got := [2]string{b.Object("a/b").ObjectName(), b.URL("a/b")}; got != want || b.Path("a/b") != want[0] ||
+			b.Trim(want[0]) != "a/b" {
 			t.Errorf("folder %q: object and URL are %q, %q back; want %q", folder, got, b.Trim(want[0]), want)
 		}
 	}
@@ -48,7 +49,7 @@ func TestErrors(t *testing.T) {
 	if got := gcs.Status(cut); got != 0 || gcs.Refused(got) {
 		t.Errorf("Status of no answer = %d, refused %t; want 0, false", got, gcs.Refused(got))
 	}
-	if err := gcs.Trouble(cut); !fault.Is(err, fault.Transient) || !errors.Is(err, cut) || fault.Hint(err) == "" {
-		t.Errorf("Trouble = %v; want transient, with a hint", err)
+	if err := gcs.TransientError(cut); !fault.Is(err, fault.Transient) || !errors.Is(err, cut) || fault.Hint(err) == "" {
+		t.Errorf("TransientError = %v; want transient, with a hint", err)
 	}
 }

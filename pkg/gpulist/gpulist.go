@@ -34,7 +34,7 @@ const (
 	maxText     = 160
 )
 
-// kernelOpen is NVIDIA's word for: the open modules drive this product.
+// kernelOpen is NVIDIA's term for: the open modules drive this product.
 const kernelOpen = "kernelopen"
 
 // Chip is one product.
@@ -49,7 +49,7 @@ type Chip struct {
 	// Features are NVIDIA's words; short lists keep kernelopen alone.
 	Features []string `json:"features,omitempty"`
 	// Legacy names the older branch that this product needs instead, such as
-	// 470.xx; "" is none.
+	// 470.xx; "" means none.
 	Legacy string `json:"legacy,omitempty"`
 }
 
@@ -78,7 +78,8 @@ var (
 func ParseFile(version string, text []byte) (*List, error) {
 	l, err := parseFile(version, text)
 	if err != nil {
-		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read supported-gpus.json: %w", err), "check that the object is NVIDIA's .run file, whole and unchanged")
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read supported-gpus.json: %w", err),
+			"check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	return l, nil
 }
@@ -121,7 +122,8 @@ func parseChip(raw []byte) (Chip, error) {
 	if err := json.Unmarshal(raw, &c); err != nil {
 		return Chip{}, err
 	}
-	chip := Chip{Device: c.DevID, SubVendor: c.SubVendorID, SubDevice: c.SubDevID, Name: c.Name, Features: c.Features, Legacy: c.Legacy}
+	chip := Chip{Device: c.DevID, SubVendor: c.SubVendorID, SubDevice: c.SubDevID, Name: c.Name, Features: c.Features,
+		Legacy: c.Legacy}
 	return chip, chip.settle()
 }
 
@@ -167,11 +169,12 @@ func (c *Chip) settle() error {
 		*id = strings.ToLower(*id)
 	}
 	if len(c.Name) > maxText || len(c.Features) > maxFeatures {
-		return fmt.Errorf("a name of %d bytes and %d features; at most %d and %d are read", len(c.Name), len(c.Features), maxText, maxFeatures)
+		return fmt.Errorf("a name of %d bytes and %d features; at most %d and %d are read", len(c.Name), len(c.Features),
+			maxText, maxFeatures)
 	}
 	for _, f := range c.Features {
 		if !wordPattern.MatchString(f) {
-			return fmt.Errorf("feature %.80q is no word", f)
+			return fmt.Errorf("feature %.80q is not one word", f)
 		}
 	}
 	if c.Legacy != "" && !legacyPattern.MatchString(c.Legacy) {
@@ -181,7 +184,8 @@ func (c *Chip) settle() error {
 }
 
 func (c Chip) compare(d Chip) int {
-	return cmp.Or(strings.Compare(c.Device, d.Device), strings.Compare(c.SubVendor, d.SubVendor), strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
+	return cmp.Or(strings.Compare(c.Device, d.Device), strings.Compare(c.SubVendor, d.SubVendor),
+		strings.Compare(c.SubDevice, d.SubDevice), strings.Compare(c.Name, d.Name))
 }
 
 // Short returns what a node needs to choose: ids, whether the open modules
@@ -196,12 +200,15 @@ func (l *List) Short() *List {
 		}
 		boards := rest[:n]
 		rest = rest[n:]
-		if !slices.ContainsFunc(boards, func(c Chip) bool { return c.Open() != boards[0].Open() || c.Legacy != boards[0].Legacy }) {
-			short.Chips = append(short.Chips, shorten(Chip{Device: boards[0].Device, Legacy: boards[0].Legacy}, boards[0].Open()))
+		if !slices.ContainsFunc(boards,
+			func(c Chip) bool { return c.Open() != boards[0].Open() || c.Legacy != boards[0].Legacy }) {
+			short.Chips = append(short.Chips,
+				shorten(Chip{Device: boards[0].Device, Legacy: boards[0].Legacy}, boards[0].Open()))
 			continue
 		}
 		for _, c := range boards {
-			short.Chips = append(short.Chips, shorten(Chip{Device: c.Device, SubVendor: c.SubVendor, SubDevice: c.SubDevice, Legacy: c.Legacy}, c.Open()))
+			short.Chips = append(short.Chips,
+				shorten(Chip{Device: c.Device, SubVendor: c.SubVendor, SubDevice: c.SubDevice, Legacy: c.Legacy}, c.Open()))
 		}
 	}
 	return short
@@ -252,7 +259,7 @@ func (l *List) find(g GPU) (Chip, bool) {
 	return *found, true
 }
 
-// tellsOpen reports whether the list speaks of the open modules at all.
+// tellsOpen reports whether the list mentions the open modules at all.
 func (l *List) tellsOpen() bool { return l != nil && slices.ContainsFunc(l.Chips, Chip.Open) }
 
 // firstTuring is the lowest PCI device id of a GPU with a GSP (TU102, 0x1e02

@@ -54,7 +54,8 @@ func TestShort(t *testing.T) {
 	t.Parallel()
 	open := []string{"kernelopen"}
 	want := &gpulist.List{Version: "535.261.03", Chips: []gpulist.Chip{
-		{Device: "0x102d", Legacy: "470.xx"}, {Device: "0x1db1"}, {Device: "0x1eb8", Features: open}, {Device: "0x2330", Features: open},
+		{Device: "0x102d", Legacy: "470.xx"}, {Device: "0x1db1"}, {Device: "0x1eb8", Features: open},
+		{Device: "0x2330", Features: open},
 		{Device: "0x27b8", Features: open}, {Device: "0x27b8", SubVendor: "0x10de", SubDevice: "0x1733"},
 	}}
 	if diff := cmp.Diff(want, short(t, parse(t, file))); diff != "" {
@@ -78,8 +79,10 @@ func TestServes(t *testing.T) {
 		{"upper case", full, gpu("0x1EB8"), true, true},
 		{"legacy", full, gpu("0x102d"), false, false},
 		{"board that differs", full, gpulist.GPU{Device: "0x27b8", SubVendor: "0x10de", SubDevice: "0x1733"}, false, true},
-		{"board that is not listed", full, gpulist.GPU{Device: "0x27b8", SubVendor: "0x10de", SubDevice: "0xffff"}, true, true},
-		{"board of another vendor", full, gpulist.GPU{Device: "0x27b8", SubVendor: "0x1028", SubDevice: "0x1733"}, true, true},
+		{"board that is not listed", full, gpulist.GPU{Device: "0x27b8", SubVendor: "0x10de", SubDevice: "0xffff"}, true,
+			true},
+		{"board of another vendor", full, gpulist.GPU{Device: "0x27b8", SubVendor: "0x1028", SubDevice: "0x1733"}, true,
+			true},
 		{"newer than the list", full, gpu("0x2901"), true, true},
 		{"older than the list", full, gpu("0x15f8"), false, true},
 		{"list silent about open, Turing", silent, gpu("0x1eb8"), true, true},
@@ -130,7 +133,8 @@ func TestChoose(t *testing.T) {
 		{"no GPU", nil, []gpulist.Offer{closed, open}, 1, fault.Internal, ""},
 		{"no GPU, only proprietary", nil, []gpulist.Offer{closed}, 0, fault.Internal, ""},
 		{"no list", gpus("0x1eb8"), []gpulist.Offer{unknown}, 0, fault.Internal, ""},
-		{"Volta, only open", gpus("0x1db1"), []gpulist.Offer{open}, 0, fault.Unsupported, "the open modules of driver 535.261.03 do not drive GPU 0000:00:04.0 (10de:1db1)"},
+		{"Volta, only open", gpus("0x1db1"), []gpulist.Offer{open}, 0, fault.Unsupported,
+			"the open modules of driver 535.261.03 do not drive GPU 0000:00:04.0 (10de:1db1)"},
 		{"Volta, only open, no list", gpus("0x1db1"), []gpulist.Offer{unknown}, 0, fault.Unsupported, "older"},
 		{"legacy", gpus("0x102d"), []gpulist.Offer{open, closed}, 0, fault.Unsupported, "needs branch 470.xx"},
 		{"nothing", gpus("0x1eb8"), nil, 0, fault.NoArtifact, "none"},
@@ -143,7 +147,8 @@ func TestChoose(t *testing.T) {
 			}
 			continue
 		}
-		if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.text) || row.kind == fault.Unsupported && fault.Hint(err) == "" {
+		if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.text) || row.kind == fault.Unsupported &&
+			fault.Hint(err) == "" {
 			t.Errorf("%s: Choose = %d, %v; want kind %v, text %q and a hint", row.name, got, err, row.kind, row.text)
 		}
 	}
@@ -156,10 +161,13 @@ func TestDrives(t *testing.T) {
 		gpuType           string
 		open, proprietary bool
 	}{
-		{"NVIDIA_TESLA_T4", true, true}, {"NVIDIA_TESLA_V100", false, true}, {"NVIDIA_H100_80GB", true, true}, {"NVIDIA_L4", true, true},
-		{"NVIDIA_TESLA_K80", false, false}, {"NVIDIA_H10", false, false}, {"NVIDIA_B200", false, false}, {"NO_GPU", false, false}, {"NVIDIA", false, false}, {"", false, false},
+		{"NVIDIA_TESLA_T4", true, true}, {"NVIDIA_TESLA_V100", false, true}, {"NVIDIA_H100_80GB", true, true},
+		{"NVIDIA_L4", true, true},
+		{"NVIDIA_TESLA_K80", false, false}, {"NVIDIA_H10", false, false}, {"NVIDIA_B200", false, false},
+		{"NO_GPU", false, false}, {"NVIDIA", false, false}, {"", false, false},
 	} {
-		if open, proprietary := l.Drives(row.gpuType, target.Open), l.Drives(row.gpuType, target.Proprietary); open != row.open || proprietary != row.proprietary {
+		if open, proprietary := l.Drives(row.gpuType, target.Open), l.Drives(row.gpuType,
+			target.Proprietary); open != row.open || proprietary != row.proprietary {
 			t.Errorf("Drives(%q) = %v, %v; want %v, %v", row.gpuType, open, proprietary, row.open, row.proprietary)
 		}
 	}
@@ -171,7 +179,8 @@ func TestDrives(t *testing.T) {
 // One odd entry says nothing about the others: the list is advice.
 func TestParseLeavesOut(t *testing.T) {
 	t.Parallel()
-	odd := strings.Replace(file, `"chips": [`, `"chips": [{"devid":"0x12345"},{"devid":"0x1eb8","features":["a b"]},{"devid":"0x1eb8","features":"x"},`, 1)
+	odd := strings.Replace(file, `"chips": [`,
+		`"chips": [{"devid":"0x12345"},{"devid":"0x1eb8","features":["a b"]},{"devid":"0x1eb8","features":"x"},`, 1)
 	got := parse(t, odd)
 	if diff := cmp.Diff(parse(t, file).Chips, got.Chips); diff != "" || len(got.LeftOut) != 3 {
 		t.Errorf("left out %q; want three, and the others as they are (-want +got):\n%s", got.LeftOut, diff)
@@ -186,10 +195,14 @@ func TestParseRefuses(t *testing.T) {
 	t.Parallel()
 	chip := func(s string) string { return `{"chips":[` + s + `]}` }
 	for name, text := range map[string]string{
-		"empty": "", "not JSON": "chips", "no chips": `{}`, "id too long": chip(`{"devid":"0x12345"}`), "id without 0x": chip(`{"devid":"1eb8"}`),
-		"no id": chip(`{"name":"x"}`), "board without form": chip(`{"devid":"0x1eb8","subdevid":"x"}`), "name too long": chip(`{"devid":"0x1eb8","name":"` + strings.Repeat("x", 200) + `"}`),
-		"feature with blanks": chip(`{"devid":"0x1eb8","features":["a b"]}`), "legacy": chip(`{"devid":"0x1eb8","legacybranch":"../x"}`),
-		"too many": chip(strings.Repeat(`{"devid":"0x1eb8"},`, 20_000) + `{"devid":"0x1eb8"}`), "too long": strings.Repeat(" ", gpulist.MaxFile+1),
+		"empty": "", "not JSON": "chips", "no chips": `{}`, "id too long": chip(`{"devid":"0x12345"}`),
+		"id without 0x": chip(`{"devid":"1eb8"}`),
+		"no id":         chip(`{"name":"x"}`), "board without form": chip(`{"devid":"0x1eb8","subdevid":"x"}`),
+		"name too long":       chip(`{"devid":"0x1eb8","name":"` + strings.Repeat("x", 200) + `"}`),
+		"feature with blanks": chip(`{"devid":"0x1eb8","features":["a b"]}`),
+		"legacy":              chip(`{"devid":"0x1eb8","legacybranch":"../x"}`),
+		"too many":            chip(strings.Repeat(`{"devid":"0x1eb8"},`, 20_000) + `{"devid":"0x1eb8"}`),
+		"too long":            strings.Repeat(" ", gpulist.MaxFile+1),
 	} {
 		if l, err := gpulist.ParseFile("535.1.1", []byte(text)); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
 			t.Errorf("%s: ParseFile = %v, %v; want kind unverified and a hint", name, l, err)

@@ -12,7 +12,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Rules is the kernel that modules are held against.
+// Rules is the kernel that modules are checked against.
 type Rules struct {
 	// Release is `uname -r`; "" leaves that question out.
 	Release string
@@ -139,7 +139,8 @@ func (c *checker) module(m *Module) {
 	// module_layout and other names without a symbol entry of their own.
 	if c.rules.ModVersions {
 		for _, name := range slices.Sorted(maps.Keys(m.CRCs)) {
-			if _, imported := slices.BinarySearchFunc(m.Imports, name, func(s Symbol, name string) int { return cmp.Compare(s.Name, name) }); imported {
+			if _, imported := slices.BinarySearchFunc(m.Imports, name,
+				func(s Symbol, name string) int { return cmp.Compare(s.Name, name) }); imported {
 				continue
 			}
 			if export, ok := c.rules.Symvers[name]; ok {
@@ -226,7 +227,7 @@ func gplCompatible(license string) bool {
 	return false
 }
 
-// Order returns the modules so that each stands behind those of the set that
+// Order returns the modules so that each comes after those of the set that
 // it depends on, and otherwise by name.
 func Order(mods []*Module) ([]*Module, error) {
 	waiting := map[string]*Module{}
@@ -244,7 +245,8 @@ func Order(mods []*Module) ([]*Module, error) {
 		if len(ready) == 0 {
 			names := slices.Sorted(maps.Keys(waiting))
 			return nil, fault.Wrap(fault.CheckFailed,
-				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet}, remedySet)
+				&Problem{Module: names[0], Text: "depends on itself through " + strings.Join(names, ", "), Remedy: remedySet},
+				remedySet)
 		}
 		// One at a time, so that the order is the same however the set grows.
 		next := slices.Min(ready)

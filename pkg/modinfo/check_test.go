@@ -31,7 +31,8 @@ func TestCheck(t *testing.T) {
 			"this kernel wants \"6.1.0-50-cloud-amd64 SMP mod_unload\""},
 		{"checksum differs", func(a, b *sample, r *modinfo.Rules) { a.versions["vmalloc"] = 0x99 },
 			"nvidia: symbol vmalloc: checksum 0x00000099 differs from this kernel's 0x00000002"},
-		{"checksum differs, not compared", func(a, b *sample, r *modinfo.Rules) { a.versions["vmalloc"], r.ModVersions = 0x99, false }, ""},
+		{"checksum differs, not compared",
+			func(a, b *sample, r *modinfo.Rules) { a.versions["vmalloc"], r.ModVersions = 0x99, false }, ""},
 		{"module_layout differs", func(a, b *sample, r *modinfo.Rules) { a.versions["module_layout"] = 0x99 },
 			"nvidia: symbol module_layout: checksum"},
 		{"checksum missing", func(a, b *sample, r *modinfo.Rules) { delete(a.versions, "vmalloc") },
@@ -39,7 +40,8 @@ func TestCheck(t *testing.T) {
 		{"symbol missing", func(a, b *sample, r *modinfo.Rules) { a.imports = append(a.imports, "gone") },
 			"nvidia: symbol gone: is exported neither by this kernel nor by a module of the set"},
 		{"weak symbol missing", func(a, b *sample, r *modinfo.Rules) { a.weak = append(a.weak, "gone") }, ""},
-		{"name of the assembler", func(a, b *sample, r *modinfo.Rules) { a.imports = append(a.imports, "_GLOBAL_OFFSET_TABLE_") }, ""},
+		{"name of the assembler",
+			func(a, b *sample, r *modinfo.Rules) { a.imports = append(a.imports, "_GLOBAL_OFFSET_TABLE_") }, ""},
 		{"sibling's checksum differs", func(a, b *sample, r *modinfo.Rules) { a.exports["nvidia_get_rm_ops"] = 0xdef },
 			"nvidia_uvm: symbol nvidia_get_rm_ops: checksum 0x00000abc differs from nvidia's 0x00000def"},
 		{"sibling not depended on", func(a, b *sample, r *modinfo.Rules) { b.info[1] = "depends=" },
@@ -60,15 +62,23 @@ func TestCheck(t *testing.T) {
 			b.imports, b.versions["dma_buf_get"] = append(b.imports, "dma_buf_get"), 6
 			b.info = append(b.info, "import_ns=DMA_BUF")
 		}, ""},
-		{"same name twice", func(a, b *sample, r *modinfo.Rules) { b.info[2] = "name=nvidia" }, "nvidia: is in the set twice"},
-		{"circle", func(a, b *sample, r *modinfo.Rules) { a.info[2] = "depends=nvidia_uvm" }, "nvidia: depends on itself through nvidia, nvidia_uvm"},
-		{"exported twice", func(a, b *sample, r *modinfo.Rules) { b.exports = maps.Clone(a.exports) }, "symbol nvidia_get_rm_ops: is exported by nvidia_uvm too"},
-		{"another processor", func(a, b *sample, r *modinfo.Rules) { r.Machine = elf.EM_AARCH64 }, "nvidia: made for processor EM_X86_64; this kernel's is EM_AARCH64"},
-		{"another salt", func(a, b *sample, r *modinfo.Rules) { salt := "6.1.0-50"; r.Salt = &salt }, "made for a kernel with build salt \"\"; this kernel's is \"6.1.0-50\""},
-		{"another struct module", func(a, b *sample, r *modinfo.Rules) { a.this, r.StructSize = "nvidia", 0x340 }, "nvidia: struct module has 896 bytes in it; in this kernel 832"},
-		{"not stamped", func(a, b *sample, r *modinfo.Rules) { r.MadeFor = "sha256:ab" }, "nvidia: does not say what kernel it was made for"},
+		{"same name twice", func(a, b *sample, r *modinfo.Rules) { b.info[2] = "name=nvidia" },
+			"nvidia: is in the set twice"},
+		{"circle", func(a, b *sample, r *modinfo.Rules) { a.info[2] = "depends=nvidia_uvm" },
+			"nvidia: depends on itself through nvidia, nvidia_uvm"},
+		{"exported twice", func(a, b *sample, r *modinfo.Rules) { b.exports = maps.Clone(a.exports) },
+			"symbol nvidia_get_rm_ops: is exported by nvidia_uvm too"},
+		{"another processor", func(a, b *sample, r *modinfo.Rules) { r.Machine = elf.EM_AARCH64 },
+			"nvidia: made for processor EM_X86_64; this kernel's is EM_AARCH64"},
+		{"another salt", func(a, b *sample, r *modinfo.Rules) { salt := "6.1.0-50"; r.Salt = &salt },
+			"made for a kernel with build salt \"\"; this kernel's is \"6.1.0-50\""},
+		{"another struct module", func(a, b *sample, r *modinfo.Rules) { a.this, r.StructSize = "nvidia", 0x340 },
+			"nvidia: struct module has 896 bytes in it; in this kernel 832"},
+		{"not stamped", func(a, b *sample, r *modinfo.Rules) { r.MadeFor = "sha256:ab" },
+			"nvidia: does not say what kernel it was made for"},
 		{"stamped with a sibling", func(a, b *sample, r *modinfo.Rules) {
-			r.MadeFor, a.stamp = "sha256:ab", string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:cd")))
+			r.MadeFor, a.stamp = "sha256:ab", string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType,
+				[]byte("sha256:cd")))
 		}, "nvidia: made for kernel sha256:cd; this kernel is sha256:ab"},
 		{"many problems", func(a, b *sample, r *modinfo.Rules) {
 			for c := 'a'; c <= 'z'; c++ {
@@ -162,9 +172,11 @@ func TestRealModules(t *testing.T) {
 			m.Name, m.Version, len(m.Imports), len(m.Exports), len(m.CRCs), m.Signed, m.Depends, m.License, m.Vermagic)
 		mods = append(mods, m)
 	}
-	err = modinfo.Check(mods, modinfo.Rules{Release: os.Getenv("PREBAKE_MODULES_RELEASE"), Symvers: symvers, ModVersions: symvers.HasCRCs()})
+	err = modinfo.Check(mods,
+		modinfo.Rules{Release: os.Getenv("PREBAKE_MODULES_RELEASE"), Symvers: symvers, ModVersions: symvers.HasCRCs()})
 	t.Logf("Check = %v\nhint: %s", err, fault.Hint(err))
-	if want := os.Getenv("PREBAKE_MODULES_WANT"); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+	if want := os.Getenv("PREBAKE_MODULES_WANT"); (err == nil) != (want == "") || err != nil &&
+		!strings.Contains(err.Error(), want) {
 		t.Errorf("Check = %v; want %q", err, want)
 	}
 }

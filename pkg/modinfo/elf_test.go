@@ -159,9 +159,11 @@ func (s sample) bytes() []byte {
 	}
 	var out bytes.Buffer
 	header := elf.Header64{Type: uint16(elf.ET_REL), Machine: uint16(elf.EM_X86_64), Version: 1,
-		Shoff: uint64(headerSize + body.Len()), Ehsize: headerSize, Shentsize: 64, Shnum: uint16(len(sects)), Shstrndx: uint16(len(sects) - 1)}
+		Shoff: uint64(headerSize + body.Len()), Ehsize: headerSize, Shentsize: 64, Shnum: uint16(len(sects)),
+		Shstrndx: uint16(len(sects) - 1)}
 	copy(header.Ident[:], elf.ELFMAG)
-	header.Ident[elf.EI_CLASS], header.Ident[elf.EI_DATA], header.Ident[elf.EI_VERSION] = byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1
+	header.Ident[elf.EI_CLASS], header.Ident[elf.EI_DATA], header.Ident[elf.EI_VERSION] =
+		byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1
 	for _, part := range []any{header, body.Bytes(), headers} {
 		if err := binary.Write(&out, le, part); err != nil {
 			panic(err)

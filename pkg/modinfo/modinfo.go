@@ -1,5 +1,5 @@
 // Package modinfo reads the facts of a compiled kernel module (.ko) and of a
-// kernel's Module.symvers, and holds the one against the other: would this
+// kernel's Module.symvers, and compares the two: would this
 // kernel load these modules? It refuses to load, to change or to trust
 // anything: the files may be hostile, and every size in them is bounded.
 package modinfo
@@ -87,7 +87,8 @@ const (
 func Read(r io.ReaderAt, size int64) (*Module, error) {
 	m, err := read(r, size)
 	if err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read module: %w", err), "compile the module again; this file is no module of a 64-bit Linux kernel, or is damaged")
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read module: %w", err),
+			"compile the module again; this file is no module of a 64-bit Linux kernel, or is damaged")
 	}
 	return m, nil
 }
@@ -219,7 +220,7 @@ func first(values []string) string {
 }
 
 // structName reads the name out of struct module, for modules without name=
-// (before Linux 4.13): it stands behind the state (an int, padded) and a list head.
+// (before Linux 4.13): it comes after the state (an int, padded) and a list head.
 func structName(f *elf.File) (string, error) {
 	const offset, length = 24, 56
 	data, err := section(f, ".gnu.linkonce.this_module", maxModinfo)
@@ -274,7 +275,8 @@ func (m *Module) readSymbols(f *elf.File) error {
 	if table == nil {
 		return errors.New("no symbol table")
 	}
-	if table.Size/elf.Sym64Size > maxSymbols || int(table.Link) >= len(f.Sections) || f.Sections[table.Link].Size > maxSection ||
+	if table.Size/elf.Sym64Size > maxSymbols || int(table.Link) >= len(f.Sections) ||
+		f.Sections[table.Link].Size > maxSection ||
 		(table.Flags|f.Sections[table.Link].Flags)&elf.SHF_COMPRESSED != 0 {
 		return errors.New("symbol table: too large, or without its names")
 	}

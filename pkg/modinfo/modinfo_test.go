@@ -43,19 +43,29 @@ func TestRead(t *testing.T) {
 	}{
 		{"plain", plain, func(m *modinfo.Module) {}},
 		{"signed", signed(plain, "signature"), func(m *modinfo.Module) { m.Signed = true }},
-		{"dash in the name", change(func(s *sample) { s.info[4] = "name=nvidia-x" }), func(m *modinfo.Module) { m.Name = "nvidia_x" }},
-		{"name in the struct only", change(func(s *sample) { s.info, s.this = slices.Delete(s.info, 4, 5), "nvidia" }), func(m *modinfo.Module) { m.StructSize = 0x380 }},
-		{"two dependencies", change(func(s *sample) { s.info[2] = "depends=drm,i2c-core" }), func(m *modinfo.Module) { m.Depends = []string{"drm", "i2c-core"} }},
-		{"namespaces", change(func(s *sample) { s.info = append(s.info, "import_ns=DMA_BUF", "import_ns=VFIO") }), func(m *modinfo.Module) { m.Namespaces = []string{"DMA_BUF", "VFIO"} }},
+		{"dash in the name", change(func(s *sample) { s.info[4] = "name=nvidia-x" }),
+			func(m *modinfo.Module) { m.Name = "nvidia_x" }},
+		{"name in the struct only", change(func(s *sample) { s.info, s.this = slices.Delete(s.info, 4, 5), "nvidia" }),
+			func(m *modinfo.Module) { m.StructSize = 0x380 }},
+		{"two dependencies", change(func(s *sample) { s.info[2] = "depends=drm,i2c-core" }),
+			func(m *modinfo.Module) { m.Depends = []string{"drm", "i2c-core"} }},
+		{"namespaces", change(func(s *sample) { s.info = append(s.info, "import_ns=DMA_BUF", "import_ns=VFIO") }),
+			func(m *modinfo.Module) { m.Namespaces = []string{"DMA_BUF", "VFIO"} }},
 		{"no MODVERSIONS", change(func(s *sample) { s.versions = nil }), func(m *modinfo.Module) { m.CRCs = nil }},
-		{"extended versions", change(func(s *sample) { s.extended, s.versions = s.versions, nil }), func(m *modinfo.Module) {}},
-		{"build id", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }), func(m *modinfo.Module) { m.BuildID = "abcd" }},
-		{"build id cut short", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x03\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }), func(m *modinfo.Module) {}},
+		{"extended versions", change(func(s *sample) { s.extended, s.versions = s.versions, nil }),
+			func(m *modinfo.Module) {}},
+		{"build id", change(func(s *sample) { s.note = "\x04\x00\x00\x00\x02\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd" }),
+			func(m *modinfo.Module) { m.BuildID = "abcd" }},
+		{"build id cut short", change(func(s *sample) {
+			s.note = "\x04\x00\x00\x00\x03\x00\x00\x00\x03\x00\x00\x00GNU\x00\xab\xcd"
+		}), func(m *modinfo.Module) {}},
 		{"stamp and salt", change(func(s *sample) {
-			s.linux = string(modinfo.AppendNote(modinfo.AppendNote(nil, "Linux", 0x101, make([]byte, 4)), "Linux", 0x100, []byte("6.1.0-50\x00")))
+			s.linux = string(modinfo.AppendNote(modinfo.AppendNote(nil, "Linux", 0x101, make([]byte, 4)), "Linux", 0x100,
+				[]byte("6.1.0-50\x00")))
 			s.stamp = string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:ab")))
 		}), func(m *modinfo.Module) { m.Salt, m.MadeFor = "6.1.0-50", "sha256:ab" }},
-		{"absolute checksums", change(func(s *sample) { s.absolute, s.exports = s.exports, nil }), func(m *modinfo.Module) {}},
+		{"absolute checksums", change(func(s *sample) { s.absolute, s.exports = s.exports, nil }),
+			func(m *modinfo.Module) {}},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -101,9 +111,13 @@ func TestReadRefuses(t *testing.T) {
 		{"no symbols", "no symbol table", change(func(s *sample) { s.noTable = true })},
 		{"versions of a wrong size", "no multiple", change(func(s *sample) { s.cutVersions = 1 })},
 		{"version without a name", "a name without end", change(func(s *sample) { s.versions = map[string]uint32{"": 1} })},
-		{"version with a name too long", "a name without end", change(func(s *sample) { s.versions = map[string]uint32{strings.Repeat("x", 56): 1} })},
-		{"signature longer than the file", "signature", []byte("\x00\x00\x02\x00\x00\x00\x00\x00\x7f\xff\xff\xff" + modinfo.SignatureMagic)},
-		{"signature of another kind", "signature", bytes.Replace(signed(plain, "s"), []byte{0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1}, []byte{0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1}, 1)},
+		{"version with a name too long", "a name without end",
+			change(func(s *sample) { s.versions = map[string]uint32{strings.Repeat("x", 56): 1} })},
+		{"signature longer than the file", "signature",
+			[]byte("\x00\x00\x02\x00\x00\x00\x00\x00\x7f\xff\xff\xff" + modinfo.SignatureMagic)},
+		{"signature of another kind", "signature",
+			bytes.Replace(signed(plain, "s"), []byte{0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1},
+				[]byte{0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1}, 1)},
 	}
 	for _, row := range rows {
 		m, err := modinfo.Read(bytes.NewReader(row.data), int64(len(row.data)))
@@ -120,8 +134,9 @@ func TestSymvers(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := modinfo.Symvers{
-		"_printk": {CRC: 1, Module: "vmlinux"}, "vmalloc": {CRC: 2, Module: "vmlinux"}, "module_layout": {CRC: 3, Module: "vmlinux"},
-		"mmu_gpl": {CRC: 4, Module: "vmlinux", GPL: true}, "drm_open": {CRC: 5, Module: "drivers/gpu/drm/drm"},
+		"_printk": {CRC: 1, Module: "vmlinux"}, "vmalloc": {CRC: 2, Module: "vmlinux"},
+		"module_layout": {CRC: 3, Module: "vmlinux"},
+		"mmu_gpl":       {CRC: 4, Module: "vmlinux", GPL: true}, "drm_open": {CRC: 5, Module: "drivers/gpu/drm/drm"},
 		"dma_buf_get": {CRC: 6, Module: "vmlinux", GPL: true, Namespace: "DMA_BUF"}, "old": {Module: "vmlinux"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -34,7 +34,7 @@ const longest = 256
 
 // Note returns the content of the first note of an owner and a type in a note
 // section: the lengths of owner and content, the type, the owner with its zero
-// byte, the content, both padded to four bytes. nil is none.
+// byte, the content, both padded to four bytes. nil means none.
 func Note(section []byte, owner string, kind uint32) []byte {
 	const head = 12
 	for len(section) >= head {
@@ -66,7 +66,7 @@ func AppendNote(section []byte, owner string, kind uint32, content []byte) []byt
 	return pad(append(section, content...))
 }
 
-// BuildID reads a build id out of its section; "" is any other note.
+// BuildID reads a build id out of its section; "" means any other note.
 func BuildID(note []byte) string {
 	const most, gnuBuildID = 64, 3
 	id := Note(note, "GNU", gnuBuildID)

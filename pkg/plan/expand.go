@@ -28,7 +28,7 @@ type Cell struct {
 	Kernel target.Kernel `json:"kernel"`
 	// Driver has an exact version. With a Problem, version or flavour may be "".
 	Driver target.Driver `json:"driver"`
-	// Asked says in whose words it was asked for, such as "milestone 109" or R535.
+	// Asked says how it was asked for, such as "milestone 109" or R535.
 	Asked []string `json:"asked,omitempty"`
 	// Labels are those that the wish list gives to the driver in buckets.
 	Labels []string `json:"labels,omitempty"`
@@ -56,7 +56,7 @@ type Problem struct {
 // MarshalText prints the error.
 func (p *Problem) MarshalText() ([]byte, error) { return []byte(p.Err.Error()), nil }
 
-// Plan is what a wish list comes to.
+// Plan is the result of a wish list.
 type Plan struct {
 	// Cells in the order in which they were asked for, without repetition;
 	// those of early warnings come last.
@@ -66,7 +66,7 @@ type Plan struct {
 }
 
 // Labels returns, for each kernel that has cells, the labels that the wish list
-// gives and their versions; "" is a version that nobody could tell.
+// gives and their versions; "" means a version that nobody could tell.
 func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	all := map[target.Kernel]map[string]string{}
 	for _, c := range p.Cells {
@@ -83,11 +83,11 @@ func (p *Plan) Labels() map[target.Kernel]map[string]string {
 	return all
 }
 
-// parallel bounds the requests under way at the bucket.
+// parallel bounds the open requests at the bucket.
 const parallel = 8
 
 // Expand returns the cells of a wish list. What cannot be answered for one
-// kernel or one driver is a cell with a Problem: it holds up no other. images
+// kernel or one driver is a cell with a Problem: it blocks no other. images
 // may be nil.
 func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, error) {
 	e := &expander{wish: w, bucket: b, images: images, unused: map[int]bool{}}
@@ -104,7 +104,8 @@ func Expand(ctx context.Context, w *Wish, b bucket, images *ImageMap) (*Plan, er
 		return nil, fault.New(fault.Usage, "expand wish list: every cell is excluded", "take a rule out of exclude")
 	}
 	if len(cells) > maxCells {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells, more than %d", len(cells), maxCells), "ask for fewer kernels or drivers in one file")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("expand wish list: %d cells, more than %d", len(cells), maxCells),
+			"ask for fewer kernels or drivers in one file")
 	}
 	slices.SortStableFunc(cells, func(a, b Cell) int {
 		switch {
@@ -181,7 +182,7 @@ func (e *expander) kernels(ctx context.Context) []wanted {
 	return all
 }
 
-// String returns the entry in the words of an error or a table.
+// String returns the entry in the terms of an error or a table.
 func (k Kernel) String() string {
 	var s string
 	switch {
@@ -224,7 +225,8 @@ func (e *expander) list(ctx context.Context) *listing {
 	switch {
 	case l.err == nil || !fault.Is(l.err, fault.Unsupported):
 	case e.images == nil:
-		l.err = fault.Wrap(fault.Unsupported, l.err, "name exact builds, or give imageMap: it says which builds there are where the bucket cannot")
+		l.err = fault.Wrap(fault.Unsupported, l.err,
+			"name exact builds, or give imageMap: it says which builds there are where the bucket cannot")
 	default:
 		l.ids, l.err = nil, nil
 		for _, k := range e.images.kernels {
@@ -241,7 +243,8 @@ func (e *expander) list(ctx context.Context) *listing {
 const atOnce = 8
 
 // newest returns the builds of a board that an entry asks for, newest first.
-func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel, err error) {
+func (e *expander) newest(ctx context.Context, l *listing, entry Kernel, board string) (found []target.Kernel,
+	err error) {
 	if l.err != nil {
 		return nil, l.err
 	}
@@ -353,7 +356,8 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 			}
 			met[d.Wish] = true
 			for _, f := range flavours {
-				c := Cell{Kernel: k.kernel, Driver: target.Driver{Version: version, Flavour: f}, EarlyWarning: k.early, Listed: listed}
+				c := Cell{Kernel: k.kernel, Driver: target.Driver{Version: version, Flavour: f}, EarlyWarning: k.early,
+					Listed: listed}
 				if f == target.Open { // COS's installer takes no other from a bucket
 					c.Labels = d.Labels
 				}
@@ -363,7 +367,8 @@ func (e *expander) cells(kernels []wanted, lists []answer) []Cell {
 	}
 	// What COS offers for no kernel at all is rather a mistake in the file.
 	for i := range all {
-		if p := all[i].Problem; p != nil && p.Unavailable && !slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {
+		if p := all[i].Problem; p != nil && p.Unavailable &&
+			!slices.ContainsFunc(all[i].Asked, func(w string) bool { return met[target.Wish(w)] }) {
 			p.Unavailable = false
 		}
 	}
@@ -397,7 +402,8 @@ func (e *expander) excluded(c Cell, asked string) bool {
 		if c.Problem != nil {
 			driver = x.Driver == "" || x.Driver == asked
 		}
-		if driver && (x.Build == "" || x.Build == c.Kernel.BuildID) && (x.Milestone == 0 || x.Milestone == c.Kernel.Milestone) &&
+		if driver && (x.Build == "" || x.Build == c.Kernel.BuildID) &&
+			(x.Milestone == 0 || x.Milestone == c.Kernel.Milestone) &&
 			(x.Board == "" || x.Board == c.Kernel.Board) && (x.Flavour == "" || x.Flavour == c.Driver.Flavour) {
 			out, e.unused[i] = true, false
 		}

@@ -80,7 +80,8 @@ func list(def, latest string, branches ...string) cosbucket.DriverList {
 
 func real109() world {
 	return world{
-		builds: []string{"17800.0.9/lakitu", "17800.0.47/lakitu", "17800.0.50/lakitu", "17800.0.50/lakitu-arm64", "18244.0.2/lakitu", "20300.0.1/lakitu", "20301.0.0/lakitu"},
+		builds: []string{"17800.0.9/lakitu", "17800.0.47/lakitu", "17800.0.50/lakitu", "17800.0.50/lakitu-arm64",
+			"18244.0.2/lakitu", "20300.0.1/lakitu", "20301.0.0/lakitu"},
 		drivers: map[string]cosbucket.DriverList{
 			"17800.0.9":  list("470.1.1", "", "470.1.1"),
 			"17800.0.47": list("535.1.1", "550.1.1", "535.1.1", "550.1.1"),
@@ -140,46 +141,80 @@ func TestExpand(t *testing.T) {
 		images     *plan.ImageMap
 		want       []string
 	}{
-		{"an exact cell asks the bucket nothing", "kernels: [{build: 1.2.3}]\ndrivers: [535.9]\nflavours: [open]", world{err: noList}, nil,
+		{"an exact cell asks the bucket nothing", "kernels: [{build: 1.2.3}]\ndrivers: [535.9]\nflavours: [open]",
+			world{err: noList}, nil,
 			[]string{"1.2.3/lakitu 535.9-open <535.9>"}},
-		{"the newest of a milestone, both flavours", "kernels: [{milestone: 109, latest: 2}]\ndrivers: [default]", real109(), nil, []string{
-			"M109 17800.0.50/lakitu 535.2.2-proprietary <default>", "M109 17800.0.50/lakitu 535.2.2-open <default>",
-			"M109 17800.0.47/lakitu 535.1.1-proprietary <default>", "M109 17800.0.47/lakitu 535.1.1-open <default>"}},
-		{"wishes that mean one version are one cell", "kernels: [{build: 17800.0.50}]\ndrivers: [default, R535, 535.2.2, latest]\nflavours: [open]", real109(), nil, []string{
-			"M109 17800.0.50/lakitu 535.2.2-open <default; R535; 535.2.2>", "M109 17800.0.50/lakitu 550.1.1-open <latest>"}},
-		{"a flavour asked for by name", "kernels: [{build: 17800.0.50}]\ndrivers: [default, {version: 535.2.2, flavours: [open]}]", real109(), nil, []string{
-			"M109 17800.0.50/lakitu 535.2.2-proprietary <default>", "M109 17800.0.50/lakitu 535.2.2-open by name <default; 535.2.2>"}},
-		{"architectures are boards", "architectures: [arm64, amd64]\nkernels: [{milestone: 109, latest: 1}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), nil, []string{
-			"M109 17800.0.50/lakitu-arm64 550.1.1-open <550.1.1>", "M109 17800.0.50/lakitu 550.1.1-open <550.1.1>"}},
-		{"board of one entry", "kernels: [{milestone: 109, latest: 1, board: lakitu-arm64}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), nil, []string{
+		{"the newest of a milestone, both flavours", "kernels: [{milestone: 109, latest: 2}]\ndrivers: [default]", real109(),
+			nil, []string{
+				"M109 17800.0.50/lakitu 535.2.2-proprietary <default>", "M109 17800.0.50/lakitu 535.2.2-open <default>",
+				"M109 17800.0.47/lakitu 535.1.1-proprietary <default>", "M109 17800.0.47/lakitu 535.1.1-open <default>"}},
+		{"wishes that mean one version are one cell",
+			"kernels: [{build: 17800.0.50}]\ndrivers: [default, R535, 535.2.2, latest]\nflavours: [open]", real109(), nil,
+			[]string{
+				"M109 17800.0.50/lakitu 535.2.2-open <default; R535; 535.2.2>", "M109 17800.0.50/lakitu 550.1.1-open <latest>"}},
+		{"a flavour asked for by name",
+			"kernels: [{build: 17800.0.50}]\ndrivers: [default, {version: 535.2.2, flavours: [open]}]", real109(), nil, []string{
+				"M109 17800.0.50/lakitu 535.2.2-proprietary <default>",
+				"M109 17800.0.50/lakitu 535.2.2-open by name <default; 535.2.2>"}},
+		{"architectures are boards",
+			"architectures: [arm64, amd64]\nkernels: [{milestone: 109, latest: 1}]\ndrivers: [550.1.1]\nflavours: [open]",
+			real109(), nil, []string{
+				"M109 17800.0.50/lakitu-arm64 550.1.1-open <550.1.1>", "M109 17800.0.50/lakitu 550.1.1-open <550.1.1>"}},
+		{"board of one entry", "kernels: [{milestone: 109, latest: 1, board: lakitu-arm64}]\ndrivers: " +
+			"[550.1.1]\nflavours: [open]", real109(), nil, []string{
 			"M109 17800.0.50/lakitu-arm64 550.1.1-open <550.1.1>"}},
-		{"early warnings come last; asked for otherwise too, it is none", "kernels: [{latest: 2, earlyWarning: true}, {milestone: 113, latest: 1, earlyWarning: true}, {build: 18244.0.2}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), nil, []string{
-			"M113 18244.0.2/lakitu 550.1.1-open <550.1.1>", "20301.0.0/lakitu 550.1.1-open early <550.1.1>", "20300.0.1/lakitu 550.1.1-open early <550.1.1>"}},
-		{"trouble with one kernel holds up no other", "kernels: [{latest: 3}]\ndrivers: [default]\nflavours: [open]", real109(), nil, []string{
-			"20301.0.0/lakitu - <default> input-missing unavailable", "20300.0.1/lakitu - <default> transient", "M113 18244.0.2/lakitu 550.1.1-open <default>"}},
-		{"a branch that some builds lack is unavailable there", "kernels: [{milestone: 113, latest: 1}, {milestone: 109, latest: 1}]\ndrivers: [R535]\nflavours: [open]", real109(), nil, []string{
-			"M113 18244.0.2/lakitu - <R535> unsupported unavailable", "M109 17800.0.50/lakitu 535.2.2-open <R535>"}},
-		{"a branch that all builds lack is a failure", "kernels: [{milestone: 113, latest: 1}]\ndrivers: [R999, default]\nflavours: [open]", real109(), nil, []string{
-			"M113 18244.0.2/lakitu - <R999> unsupported", "M113 18244.0.2/lakitu 550.1.1-open <default>"}},
-		{"a milestone without builds", "kernels: [{milestone: 125, latest: 1}, {build: 17800.0.50}]\ndrivers: [default]\nflavours: [open]", real109(), nil, []string{
-			"/lakitu - <milestone 125, latest 1> input-missing", "M109 17800.0.50/lakitu 535.2.2-open <default>"}},
-		{"a bucket that cannot list, no map", "kernels: [{latest: 1}, {build: 17800.0.50}]\ndrivers: [default]\nflavours: [open]", with(real109(), func(w *world) { w.err = noList }), nil, []string{
-			"/lakitu - <latest 1> unsupported", "M109 17800.0.50/lakitu 535.2.2-open <default>"}},
-		{"a bucket that cannot list, with a map", "kernels: [{milestone: 109, latest: 5}]\ndrivers: [default]\nflavours: [open]", with(real109(), func(w *world) { w.err = noList }), images, []string{
-			"M109 17800.0.47/lakitu 535.1.1-open <default>"}},
-		{"the map knows newer milestones", "kernels: [{milestone: 140, latest: 5}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), images, []string{
-			"M140 20300.0.1/lakitu 550.1.1-open <550.1.1>"}},
-		{"only what was released", "imageMap: https://x/y\nkernels: [{milestone: 109, latest: 5, released: true}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), images, []string{
-			"M109 17800.0.47/lakitu 550.1.1-open <550.1.1>"}},
+		{"early warnings come last; asked for otherwise too, it is none",
+			"kernels: [{latest: 2, earlyWarning: true}, {milestone: 113, latest: 1, earlyWarning: true}, {build: " +
+				"18244.0.2}]\ndrivers: [550.1.1]\nflavours: [open]", real109(), nil, []string{
+				"M113 18244.0.2/lakitu 550.1.1-open <550.1.1>", "20301.0.0/lakitu 550.1.1-open early <550.1.1>",
+				"20300.0.1/lakitu 550.1.1-open early <550.1.1>"}},
+		{"trouble with one kernel holds up no other", "kernels: [{latest: 3}]\ndrivers: [default]\nflavours: [open]",
+			real109(), nil, []string{
+				"20301.0.0/lakitu - <default> input-missing unavailable", "20300.0.1/lakitu - <default> transient",
+				"M113 18244.0.2/lakitu 550.1.1-open <default>"}},
+		{"a branch that some builds lack is unavailable there",
+			"kernels: [{milestone: 113, latest: 1}, {milestone: 109, latest: 1}]\ndrivers: [R535]\nflavours: [open]", real109(),
+			nil, []string{
+				"M113 18244.0.2/lakitu - <R535> unsupported unavailable", "M109 17800.0.50/lakitu 535.2.2-open <R535>"}},
+		{"a branch that all builds lack is a failure",
+			"kernels: [{milestone: 113, latest: 1}]\ndrivers: [R999, default]\nflavours: [open]", real109(), nil, []string{
+				"M113 18244.0.2/lakitu - <R999> unsupported", "M113 18244.0.2/lakitu 550.1.1-open <default>"}},
+		{"a milestone without builds",
+			"kernels: [{milestone: 125, latest: 1}, {build: 17800.0.50}]\ndrivers: [default]\nflavours: [open]", real109(), nil,
+			[]string{
+				"/lakitu - <milestone 125, latest 1> input-missing", "M109 17800.0.50/lakitu 535.2.2-open <default>"}},
+		{"a bucket that cannot list, no map",
+			"kernels: [{latest: 1}, {build: 17800.0.50}]\ndrivers: [default]\nflavours: [open]",
+			with(real109(), func(w *world) { w.err = noList }), nil, []string{
+				"/lakitu - <latest 1> unsupported", "M109 17800.0.50/lakitu 535.2.2-open <default>"}},
+		{"a bucket that cannot list, with a map",
+			"kernels: [{milestone: 109, latest: 5}]\ndrivers: [default]\nflavours: [open]",
+			with(real109(), func(w *world) { w.err = noList }), images, []string{
+				"M109 17800.0.47/lakitu 535.1.1-open <default>"}},
+		{"the map knows newer milestones", "kernels: [{milestone: 140, latest: 5}]\ndrivers: [550.1.1]\nflavours: [open]",
+			real109(), images, []string{
+				"M140 20300.0.1/lakitu 550.1.1-open <550.1.1>"}},
+		{"only what was released",
+			"imageMap: https://x/y\nkernels: [{milestone: 109, latest: 5, released: true}]\ndrivers: " +
+				"[550.1.1]\nflavours: [open]", real109(), images, []string{
+				"M109 17800.0.47/lakitu 550.1.1-open <550.1.1>"}},
 		{"labels of the open flavour, of a version by two names, and of one that nobody knows",
-			"kernels: [{milestone: 109, latest: 2}, {build: 18244.0.2}]\ndrivers: [{branch: R535, labels: [DEFAULT, R535]}, {version: 535.1.1, flavours: [open], labels: [LATEST]}]\nexclude: [{build: 18244.0.2, driver: 535.1.1}]", real109(), nil, []string{
-				"M109 17800.0.50/lakitu 535.2.2-proprietary <R535>", "M109 17800.0.50/lakitu 535.2.2-open <R535> DEFAULT,R535", "M109 17800.0.50/lakitu 535.1.1-open by name <535.1.1> LATEST",
-				"M109 17800.0.47/lakitu 535.1.1-proprietary <R535>", "M109 17800.0.47/lakitu 535.1.1-open by name <R535; 535.1.1> DEFAULT,R535,LATEST",
+			"kernels: [{milestone: 109, latest: 2}, {build: 18244.0.2}]\ndrivers: [{branch: R535, labels: [DEFAULT, R535]}, " +
+				"{version: 535.1.1, flavours: [open], labels: [LATEST]}]\nexclude: [{build: 18244.0.2, driver: 535.1.1}]",
+			real109(), nil, []string{
+				"M109 17800.0.50/lakitu 535.2.2-proprietary <R535>", "M109 17800.0.50/lakitu 535.2.2-open <R535> DEFAULT,R535",
+				"M109 17800.0.50/lakitu 535.1.1-open by name <535.1.1> LATEST",
+				"M109 17800.0.47/lakitu 535.1.1-proprietary <R535>",
+				"M109 17800.0.47/lakitu 535.1.1-open by name <R535; 535.1.1> DEFAULT,R535,LATEST",
 				"M113 18244.0.2/lakitu - <R535> DEFAULT,R535 unsupported unavailable",
-				`17800.0.47/lakitu calls "535.1.1" DEFAULT`, `17800.0.47/lakitu calls "535.1.1" LATEST`, `17800.0.47/lakitu calls "535.1.1" R535`,
-				`17800.0.50/lakitu calls "535.1.1" LATEST`, `17800.0.50/lakitu calls "535.2.2" DEFAULT`, `17800.0.50/lakitu calls "535.2.2" R535`,
+				`17800.0.47/lakitu calls "535.1.1" DEFAULT`, `17800.0.47/lakitu calls "535.1.1" LATEST`,
+				`17800.0.47/lakitu calls "535.1.1" R535`,
+				`17800.0.50/lakitu calls "535.1.1" LATEST`, `17800.0.50/lakitu calls "535.2.2" DEFAULT`,
+				`17800.0.50/lakitu calls "535.2.2" R535`,
 				`18244.0.2/lakitu calls "" DEFAULT`, `18244.0.2/lakitu calls "" R535`}},
-		{"rules", "kernels: [{milestone: 109, latest: 3}]\ndrivers: [default, R550]\nflavours: [proprietary, open]\nexclude:\n- {driver: R470}\n- {driver: R550, build: 17800.0.9}\n- {build: 17800.0.47, flavour: open}\n- {driver: 535.2.2}\n- {milestone: 113}", real109(), nil, []string{
+		{"rules", "kernels: [{milestone: 109, latest: 3}]\ndrivers: [default, R550]\nflavours: [proprietary, " +
+			"open]\nexclude:\n- {driver: R470}\n- {driver: R550, build: 17800.0.9}\n- {build: 17800.0.47, flavour: open}\n- " +
+			"{driver: 535.2.2}\n- {milestone: 113}", real109(), nil, []string{
 			"M109 17800.0.50/lakitu 550.1.1-proprietary <R550>", "M109 17800.0.50/lakitu 550.1.1-open <R550>",
 			"M109 17800.0.47/lakitu 535.1.1-proprietary <default>", "M109 17800.0.47/lakitu 550.1.1-proprietary <R550>",
 			"exclude[4] (line 10) takes out nothing"}},
@@ -228,7 +263,8 @@ func TestExpandRefuses(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, err := plan.Expand(ctx, parse("kernels: [{build: 1.2.3}]\ndrivers: [535.9]\n"), world{}, nil); !fault.Is(err, fault.Cancelled) {
+	if _, err := plan.Expand(ctx, parse("kernels: [{build: 1.2.3}]\ndrivers: [535.9]\n"), world{}, nil); !fault.Is(err,
+		fault.Cancelled) {
 		t.Errorf("Expand(cancelled) = %v; want cancelled", err)
 	}
 }

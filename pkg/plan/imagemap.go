@@ -16,7 +16,8 @@ const maxImages = 200_000
 
 // imageName is the name of a COS image: milestone and three numbers. GKE's own
 // images, whose names are longer, say the same elsewhere in the list.
-var imageName = regexp.MustCompile(`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
+var imageName = regexp.MustCompile(
+	`^cos-(arm64-)?(?:lm-)?(?:beta-|dev-|stable-)?([0-9]{2,4})-([0-9]{1,9})-([0-9]{1,9})-([0-9]{1,9})$`)
 
 // ImageMap knows the COS builds that became images. The zero value knows none.
 type ImageMap struct {
@@ -43,7 +44,8 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 		return nil, fault.Wrap(fault.Unsupported, fmt.Errorf("read image map: %w", err), hint)
 	}
 	if len(list.Entries) > maxImages {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("read image map: %d entries, more than %d", len(list.Entries), maxImages), hint)
+		return nil, fault.New(fault.Unsupported,
+			fmt.Sprintf("read image map: %d entries, more than %d", len(list.Entries), maxImages), hint)
 	}
 	m := &ImageMap{milestones: map[string]int{}, released: map[string]bool{}, gke: map[string][]string{}}
 	for _, e := range list.Entries {
@@ -78,7 +80,7 @@ func ParseImageMap(data []byte) (*ImageMap, error) {
 }
 
 // milestone tells the milestone of a build: the map knows, or the number of the
-// build's branch does; 0 is unknown.
+// build's branch does; 0 means unknown.
 func (m *ImageMap) milestone(buildID string) int {
 	if m != nil && m.milestones[buildID] != 0 {
 		return m.milestones[buildID]

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/cosbucket"
 )
 
-// LoadImageMap reads the image map at a URL; "" is none.
+// LoadImageMap reads the image map at a URL; "" means none.
 func LoadImageMap(ctx context.Context, rawURL string) (*ImageMap, error) {
 	if rawURL == "" {
 		return nil, nil

@@ -91,7 +91,8 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 	if list, ok := seen["kernels"]; ok && w.ImageMap == "" && seen["imageMap"].Node == nil {
 		for i, k := range w.Kernels {
 			if k.Released {
-				p.Say(yamlfile.At{Node: list.Node.Content[i], Path: fmt.Sprintf("kernels[%d]", i)}, "found released without an image map; want imageMap at the top of the file")
+				p.Say(yamlfile.At{Node: list.Node.Content[i], Path: fmt.Sprintf("kernels[%d]", i)},
+					"found released without an image map; want imageMap at the top of the file")
 			}
 		}
 	}
@@ -99,7 +100,7 @@ func (p *parser) wish(a yamlfile.At) *Wish {
 	return w
 }
 
-// checkLabels looks at what only the whole file tells of labels.
+// checkLabels examines what only the whole file tells of labels.
 func (p *parser) checkLabels(w *Wish) {
 	seen := map[string]bool{}
 	for _, l := range p.labels {
@@ -119,7 +120,8 @@ func (p *parser) checkLabels(w *Wish) {
 		case is && branch != of:
 			p.Say(l.At, "found label %s for driver %s; want it for a driver of that branch", l.label, l.driver.Wish)
 		case !slices.Contains(flavours, target.Open):
-			p.Say(l.At, "found a label for a driver without the open flavour; want open among its flavours, since COS's installer takes no other from a bucket")
+			p.Say(l.At, "found a label for a driver without the open flavour; want open among its flavours, since COS's "+
+				"installer takes no other from a bucket")
 		}
 		seen[l.label] = true
 	}
@@ -132,7 +134,8 @@ func (p *parser) url(a yamlfile.At) string {
 		return ""
 	}
 	u, err := url.Parse(text)
-	if err != nil || !slices.Contains([]string{"https", "http", "file", "gs"}, u.Scheme) || strings.Trim(u.Path, "/") == "" {
+	if err != nil || !slices.Contains([]string{"https", "http", "file", "gs"}, u.Scheme) ||
+		strings.Trim(u.Path, "/") == "" {
 		p.Want(a, "%s", what)
 		return ""
 	}
@@ -189,14 +192,15 @@ func (p *parser) build(a yamlfile.At) string {
 
 func (p *parser) kernel(a yamlfile.At) Kernel {
 	var k Kernel
-	seen := p.Mapping(a, "a kernel: {build: 17800.66.78}, {milestone: 109, latest: 3} or {latest: 2}", map[string]func(yamlfile.At){
-		"build":        func(a yamlfile.At) { k.Build = p.build(a) },
-		"milestone":    func(a yamlfile.At) { k.Milestone = p.Number(a, minMilestone, maxMilestone, "109") },
-		"latest":       func(a yamlfile.At) { k.Latest = p.Number(a, 1, maxLatest, "3") },
-		"board":        func(a yamlfile.At) { k.Board, _ = p.board(a) },
-		"released":     func(a yamlfile.At) { k.Released = p.Bool(a) },
-		"earlyWarning": func(a yamlfile.At) { k.EarlyWarning = p.Bool(a) },
-	})
+	seen := p.Mapping(a, "a kernel: {build: 17800.66.78}, {milestone: 109, latest: 3} or {latest: 2}",
+		map[string]func(yamlfile.At){
+			"build":        func(a yamlfile.At) { k.Build = p.build(a) },
+			"milestone":    func(a yamlfile.At) { k.Milestone = p.Number(a, minMilestone, maxMilestone, "109") },
+			"latest":       func(a yamlfile.At) { k.Latest = p.Number(a, 1, maxLatest, "3") },
+			"board":        func(a yamlfile.At) { k.Board, _ = p.board(a) },
+			"released":     func(a yamlfile.At) { k.Released = p.Bool(a) },
+			"earlyWarning": func(a yamlfile.At) { k.EarlyWarning = p.Bool(a) },
+		})
 	has := func(name string) bool { return seen[name].Node != nil }
 	switch {
 	case seen == nil:
@@ -264,7 +268,8 @@ func (p *parser) driver(a yamlfile.At) (Driver, bool) {
 	switch {
 	case seen == nil:
 	case version == branch:
-		p.Say(a, "found %s; want either version or branch", map[bool]string{true: "version and branch", false: "neither version nor branch"}[version])
+		p.Say(a, "found %s; want either version or branch",
+			map[bool]string{true: "version and branch", false: "neither version nor branch"}[version])
 	}
 	if p.Mistakes() > before {
 		return d, false

@@ -25,7 +25,8 @@ const versionPattern = `[0-9]{1,5}(\.[0-9]{1,5}){1,3}(-[a-z][a-z0-9]{0,15}){0,2}
 func TestVersionPattern(t *testing.T) {
 	t.Parallel()
 	pattern := regexp.MustCompile("^" + versionPattern + "$")
-	for _, v := range []string{"535.261.03", "535.54", "535.129.03-grid", "550.54.15-grid-gcp", "535", "535.261.03-", "535.261.03-Grid", "535.1-a-b-c", "535.1-" + strings.Repeat("a", 17), "1.2.3.4.5", ""} {
+	for _, v := range []string{"535.261.03", "535.54", "535.129.03-grid", "550.54.15-grid-gcp", "535", "535.261.03-",
+		"535.261.03-Grid", "535.1-a-b-c", "535.1-" + strings.Repeat("a", 17), "1.2.3.4.5", ""} {
 		if got, want := pattern.MatchString(v), target.ValidVersion(v); got != want {
 			t.Errorf("the schema takes %q: %t; the parser: %t", v, got, want)
 		}
@@ -58,7 +59,8 @@ func generate(t *testing.T) []byte {
 			labels.Items.Pattern = `^(DEFAULT|LATEST|R[0-9]{3,4})$`
 			form.OneOf = []*jsonschema.Schema{{Required: []string{"version"}}, {Required: []string{"branch"}}}
 			return &jsonschema.Schema{OneOf: []*jsonschema.Schema{
-				{Type: "string", Pattern: `^((default|latest|R[0-9]{3,4})(@[A-Z0-9][A-Z0-9_]{0,63})?|` + versionPattern + `)$`}, {Type: "number"}, form,
+				{Type: "string", Pattern: `^((default|latest|R[0-9]{3,4})(@[A-Z0-9][A-Z0-9_]{0,63})?|` + versionPattern + `)$`},
+				{Type: "number"}, form,
 			}}
 		}
 		return nil
@@ -90,7 +92,8 @@ func TestSchema(t *testing.T) {
 func TestSchemaFields(t *testing.T) {
 	t.Parallel()
 	for where, typ := range map[string]reflect.Type{
-		"": reflect.TypeFor[Wish](), "kernels": reflect.TypeFor[Kernel](), "drivers": reflect.TypeFor[DriverForm](), "exclude": reflect.TypeFor[Exclude](),
+		"": reflect.TypeFor[Wish](), "kernels": reflect.TypeFor[Kernel](), "drivers": reflect.TypeFor[DriverForm](),
+		"exclude": reflect.TypeFor[Exclude](),
 	} {
 		for i := range typ.NumField() {
 			f := typ.Field(i)

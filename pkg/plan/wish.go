@@ -109,7 +109,7 @@ type Exclude struct {
 	Driver string `json:"driver,omitempty"`
 	// Flavour is proprietary or open.
 	Flavour target.Flavour `json:"flavour,omitempty"`
-	// Reason is for whoever reads the file next.
+	// Reason is for the next reader of the file.
 	Reason string `json:"reason,omitempty"`
 
 	line int

@@ -52,14 +52,14 @@ func TestPriorities(t *testing.T) {
 	each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
 		q := open(t)
 		insert(t, q, map[int64]int{1: queue.PriorityWarning, 2: queue.PriorityWanted, 3: queue.PriorityWarning})
-		if err := q.Raise(t.Context(), 3, queue.PriorityAsked); err != nil {
+		if err := q.SetPriority(t.Context(), 3, queue.PriorityAsked); err != nil {
 			t.Fatal(err)
 		}
-		if err := q.Raise(t.Context(), 3, queue.PriorityWanted); err != nil { // nobody is put behind
+		if err := q.SetPriority(t.Context(), 3, queue.PriorityWanted); err != nil { // nobody is put behind
 			t.Fatal(err)
 		}
-		if err := q.Raise(t.Context(), 99, queue.PriorityAsked); err != nil {
-			t.Errorf("Raise(absent) = %v", err)
+		if err := q.SetPriority(t.Context(), 99, queue.PriorityAsked); err != nil {
+			t.Errorf("SetPriority(absent) = %v", err)
 		}
 		if got := worked(t, q, 3); !slices.Equal(got, []int64{3, 2, 1}) {
 			t.Errorf("worked in the order %v; want 3, 2, 1", got)
@@ -114,7 +114,7 @@ func TestRelease(t *testing.T) {
 		if err := q.Release(t.Context(), 1, 2, 99); err != nil {
 			t.Fatal(err)
 		}
-		for build, want := range map[int64]queue.Standing{
+		for build, want := range map[int64]queue.JobState{
 			1: {Found: true, State: "available", Attempt: 1, Priority: 1, Error: "the worker ended in mid-build"},
 			2: {Found: true, State: "available", Priority: 1},
 		} {
@@ -135,7 +135,8 @@ func TestRelease(t *testing.T) {
 // neither its success nor its failure ends the successor's job.
 func TestReleasedWorkerComesBack(t *testing.T) {
 	t.Parallel()
-	for name, end := range map[string]error{"success": nil, "failure": fault.New(fault.APIBreak, "nv-pci.c:1: error", "")} {
+	for name, end := range map[string]error{"success": nil,
+		"failure": fault.New(fault.APIBreak, "nv-pci.c:1: error", "")} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			each(t, func(t *testing.T, open func(*testing.T) *queue.Queue) {
@@ -205,7 +206,7 @@ func TestDeadWorkersBuildIsNext(t *testing.T) {
 					done <- dead.Work(ctx, id, 1, func(context.Context, api.BuildJob, int) error {
 						close(started)
 						<-gone
-						return queue.HandBack(context.Canceled)
+						return queue.Requeue(context.Canceled)
 					})
 				}()
 				<-started

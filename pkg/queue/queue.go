@@ -57,7 +57,7 @@ type Queue struct {
 	exec   riverdriver.Executor
 	insert client
 	log    *slog.Logger
-	grace  time.Duration // of Work; 0 is the constant
+	grace  time.Duration // of Work; 0 means the constant
 }
 
 // client is what both instances of River's generic client have in common.
@@ -68,9 +68,8 @@ type client interface {
 	Stopped() <-chan struct{}
 }
 
-// Open opens sqlite:///abs/path or postgres://… and brings River's tables up to
-// date. Open with SQLite may be called by several processes of one machine on
-// the same file.
+// Open opens sqlite:///abs/path or postgres://… and updates River's tables . Open with SQLite may be called by several
+// processes of one machine on the same file.
 func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	q := &Queue{log: slog.New(slog.DiscardHandler)}
 	var err error
@@ -104,7 +103,8 @@ func (q *Queue) SetGrace(d time.Duration) { q.grace = d }
 
 func (q *Queue) openSQLite(path string) error {
 	if !filepath.IsAbs(path) {
-		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path), "write sqlite:///abs/path/queue.db")
+		return fault.New(fault.Usage, fmt.Sprintf("sqlite path %q is not absolute", path),
+			"write sqlite:///abs/path/queue.db")
 	}
 	// Immediate transactions and a busy timeout let server and builder share the
 	// file: SQLite has one writer, and a deferred transaction that turns into a
@@ -242,13 +242,13 @@ func (q *Queue) Depth(ctx context.Context) (map[string]int, error) {
 	return depth, nil
 }
 
-// Standing is where a build's job is.
-type Standing struct {
+// JobState is where a build's job is.
+type JobState struct {
 	// Found is false when the queue has no job for the build (any more).
 	Found bool
-	// Over says that no worker will touch the job again.
-	Over bool
-	// State is River's word for it.
+	// Ended says that no worker will touch the job again.
+	Ended bool
+	// State is River's term for it.
 	State string
 	// Attempt counts tries so far.
 	Attempt int
@@ -259,16 +259,16 @@ type Standing struct {
 }
 
 // Lookup tells where a build's job is.
-func (q *Queue) Lookup(ctx context.Context, build int64) (Standing, error) {
+func (q *Queue) Lookup(ctx context.Context, build int64) (JobState, error) {
 	row, err := q.own().find(ctx, build)
 	if err != nil || row == nil {
-		return Standing{}, err
+		return JobState{}, err
 	}
-	return standing(row), nil
+	return jobState(row), nil
 }
 
-func standing(row *rivertype.JobRow) Standing {
-	s := Standing{Found: true, Over: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt,
+func jobState(row *rivertype.JobRow) JobState {
+	s := JobState{Found: true, Ended: row.FinalizedAt != nil, State: string(row.State), Attempt: row.Attempt,
 		Priority: row.Priority}
 	if n := len(row.Errors); n > 0 {
 		s.Error = row.Errors[n-1].Error
@@ -300,8 +300,8 @@ const listed = 5000
 
 // Open returns where the jobs of all builds are that some worker will touch, by
 // build. It costs one query for some thousand jobs.
-func (q *Queue) Open(ctx context.Context) (map[int64]Standing, error) {
-	all := map[int64]Standing{}
+func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
+	all := map[int64]JobState{}
 	for last := int64(0); ; {
 		rows, err := q.exec.JobList(ctx, &riverdriver.JobListParams{
 			Max: listed, OrderByClause: "id ASC",
@@ -316,7 +316,7 @@ func (q *Queue) Open(ctx context.Context) (map[int64]Standing, error) {
 			if err := json.Unmarshal(row.EncodedArgs, &job); err != nil {
 				return nil, fmt.Errorf("read job %d: %w", row.ID, err)
 			}
-			all[job.Build], last = standing(row), row.ID
+			all[job.Build], last = jobState(row), row.ID
 		}
 		if len(rows) < listed {
 			return all, nil
@@ -340,9 +340,9 @@ func (db database) cancel(ctx context.Context, build int64) error {
 	return nil
 }
 
-// Raise gives a build's job that waits another priority. River has no call for it;
+// SetPriority gives a build's job that waits another priority. River has no call for it;
 // its table has the column.
-func (q *Queue) Raise(ctx context.Context, build int64, priority int) error {
+func (q *Queue) SetPriority(ctx context.Context, build int64, priority int) error {
 	return q.own().raise(ctx, build, priority)
 }
 

@@ -21,7 +21,7 @@ import (
 	"github.com/prebake/prebake/pkg/queue"
 )
 
-// each runs a test over every database that is at hand, each time a fresh one.
+// each runs a test over every database that is available, each time a fresh one.
 func each(t *testing.T, f func(t *testing.T, open func(t *testing.T) *queue.Queue)) {
 	t.Helper()
 	t.Run("sqlite", func(t *testing.T) {
@@ -106,7 +106,7 @@ func TestWorkVerdicts(t *testing.T) {
 			1: fault.New(fault.APIBreak, "nv-pci.c:1: error", ""),
 			2: fault.New(fault.Transient, "mirror is away", ""),
 			3: errors.New("nobody knows"),
-			4: queue.HandBack(errors.New("the server is away")),
+			4: queue.Requeue(errors.New("the server is away")),
 			5: fault.New(fault.Cancelled, "somebody called it off", ""),
 		}
 		ctx, stop := context.WithCancel(t.Context())
@@ -127,13 +127,13 @@ func TestWorkVerdicts(t *testing.T) {
 		if n := seen.Load(); n != 6 {
 			t.Errorf("%d first attempts; want 6", n)
 		}
-		for n, want := range []queue.Standing{
-			{Found: true, Over: true, State: "completed", Attempt: 1},
-			{Found: true, Over: true, State: "cancelled", Attempt: 1},
+		for n, want := range []queue.JobState{
+			{Found: true, Ended: true, State: "completed", Attempt: 1},
+			{Found: true, Ended: true, State: "cancelled", Attempt: 1},
 			{Found: true, State: "retryable", Attempt: 1},
-			{Found: true, Over: true, State: "cancelled", Attempt: 1},
+			{Found: true, Ended: true, State: "cancelled", Attempt: 1},
 			{Found: true, State: "scheduled", Attempt: 0},
-			{Found: true, Over: true, State: "cancelled", Attempt: 1},
+			{Found: true, Ended: true, State: "cancelled", Attempt: 1},
 		} {
 			got, err := q.Lookup(t.Context(), int64(n))
 			if err != nil {
@@ -169,7 +169,7 @@ func TestStopHandsBack(t *testing.T) {
 		err := q.Work(ctx, "w1", 1, func(jobCtx context.Context, _ api.BuildJob, _ int) error {
 			stop()
 			<-jobCtx.Done()
-			return queue.HandBack(jobCtx.Err())
+			return queue.Requeue(jobCtx.Err())
 		})
 		if err != nil {
 			t.Fatal(err)

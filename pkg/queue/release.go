@@ -128,7 +128,8 @@ func rescue(ctx context.Context, exec riverdriver.Executor, rows []*rivertype.Jo
 	now := time.Now().UTC()
 	params := &riverdriver.JobRescueManyParams{StuckHorizon: now.Add(time.Minute)}
 	for _, row := range rows {
-		text, err := json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt, Error: "the worker ended in mid-build"})
+		text, err := json.Marshal(rivertype.AttemptError{At: now, Attempt: row.Attempt,
+			Error: "the worker ended in mid-build"})
 		if err != nil {
 			return fmt.Errorf("describe lost attempt of job %d: %w", row.ID, err)
 		}

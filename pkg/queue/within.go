@@ -33,8 +33,8 @@ func (w Within) Insert(ctx context.Context, job api.BuildJob, priority int) erro
 	return w.do(func(db database) error { return db.insertBuild(ctx, job, priority) })
 }
 
-// Raise is [Queue.Raise].
-func (w Within) Raise(ctx context.Context, build int64, priority int) error {
+// SetPriority is [Queue.SetPriority].
+func (w Within) SetPriority(ctx context.Context, build int64, priority int) error {
 	return w.do(func(db database) error { return db.raise(ctx, build, priority) })
 }
 

@@ -76,7 +76,7 @@ func within(t *testing.T, driver, rawURL string) {
 		return func(w queue.Within) error { return w.Insert(t.Context(), job(build), queue.PriorityWarning) }
 	}
 	out := func(w queue.Within) error { return w.Cancel(t.Context(), 1) }
-	up := func(w queue.Within) error { return w.Raise(t.Context(), 2, queue.PriorityAsked) }
+	up := func(w queue.Within) error { return w.SetPriority(t.Context(), 2, queue.PriorityAsked) }
 	step("Insert(1)", false, put(1))
 	stands("a rollback", 1, "")
 	for build := int64(1); build <= 3; build++ {
@@ -88,8 +88,8 @@ func within(t *testing.T, driver, rawURL string) {
 	stands("a rollback", 1, "available")
 	step("Cancel(1)", true, out)
 	stands("a commit", 1, "cancelled")
-	step("Raise(3)", false, func(w queue.Within) error { return w.Raise(t.Context(), 3, queue.PriorityAsked) })
-	step("Raise(2)", true, up)
+	step("SetPriority(3)", false, func(w queue.Within) error { return w.SetPriority(t.Context(), 3, queue.PriorityAsked) })
+	step("SetPriority(2)", true, up)
 
 	// A worker finds what is there, in its order: 2 was raised, and 3 was not. Then it
 	// is told of what comes.

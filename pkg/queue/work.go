@@ -20,7 +20,7 @@ import (
 // makes sure of that, with a lock file for example. Jobs that a killed process
 // of the same id left behind are made available again at once.
 //
-// do's error decides: [HandBack] hands the job back; one that is not retryable,
+// do's error decides: [Requeue] hands the job back; one that is not retryable,
 // or Cancelled, ends it; others are tried again with growing pauses, in all
 // MaxAttempts times.
 func (q *Queue) Work(
@@ -38,7 +38,7 @@ func (q *Queue) Work(
 	}
 	workers := river.NewWorkers()
 	river.AddWorker(workers, river.WorkFunc(func(jobCtx context.Context, job *river.Job[api.BuildJob]) error {
-		return verdict(ctx, do(jobCtx, job.Args, job.Attempt))
+		return riverError(ctx, do(jobCtx, job.Args, job.Attempt))
 	}))
 	c, err := q.client(&river.Config{
 		ID:                   id,
@@ -69,21 +69,21 @@ func (q *Queue) Work(
 // handBackPause is how long a job rests that a worker gave back of its own.
 const handBackPause = 15 * time.Second
 
-// handedBack is the error of [HandBack].
-type handedBack struct{ error }
+// requeueError is the error of [Requeue].
+type requeueError struct{ error }
 
-func (h handedBack) Unwrap() error { return h.error }
+func (h requeueError) Unwrap() error { return h.error }
 
-// HandBack says that a build is not to blame for how its attempt ended, such as
-// when the worker was told to stop or its server is away: the job comes back,
+// Requeue says that a build is not to blame for how its attempt ended, such as
+// when the worker was stopped or its server is away: the job comes back,
 // at once after a stop and else after a short pause, and the attempt does not
 // count.
-func HandBack(err error) error { return handedBack{err} }
+func Requeue(err error) error { return requeueError{err} }
 
-// verdict maps the outcome of a build to River's words. It looks at the error
+// riverError maps the outcome of a build to River's words. It examines the error
 // alone, so that what do reported elsewhere is what the queue does.
-func verdict(ctx context.Context, err error) error {
-	var back handedBack
+func riverError(ctx context.Context, err error) error {
+	var back requeueError
 	switch {
 	case err == nil:
 		return nil

@@ -48,7 +48,7 @@ type part struct {
 	path  string
 	files map[string]extent // of a tar; nil is a folder
 	index string            // digest of index.json
-	base  string            // the digest of the index that it needs; "" is none
+	base  string            // the digest of the index that it needs; "" means none
 }
 
 // extent is where a file's bytes are in a tar.

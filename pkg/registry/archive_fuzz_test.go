@@ -15,7 +15,8 @@ func FuzzScan(f *testing.F) {
 		{Typeflag: tar.TypeDir, Name: "blobs/"},
 		{Typeflag: tar.TypeReg, Name: "./index.json", Size: 2},
 		{Typeflag: tar.TypeReg, Name: "oci-layout", Size: 2, PAXRecords: map[string]string{"comment": "x"}},
-		{Typeflag: tar.TypeReg, Name: "blobs/sha256/ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", Size: 2, Format: tar.FormatGNU},
+		{Typeflag: tar.TypeReg, Name: "blobs/sha256/ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+			Size: 2, Format: tar.FormatGNU},
 	} {
 		if err := w.WriteHeader(&h); err != nil {
 			f.Fatal(err)

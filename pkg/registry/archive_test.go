@@ -102,10 +102,12 @@ func TestArchive(t *testing.T) {
 	dir, s, _ := sampled(t)
 	repo := open(t, "oci-archive:"+pack(t, folderEntries(t, dir)...))
 	checkContent(t, repo, s)
-	if d, err := repo.Resolve(t.Context(), bundle.KernelTag(s.Kernel, driver)); err != nil || d.Digest.String() != s.Digest {
+	if d, err := repo.Resolve(t.Context(), bundle.KernelTag(s.Kernel, driver)); err != nil ||
+		d.Digest.String() != s.Digest {
 		t.Errorf("Resolve(kernel's tag) = %v, %v; want %s", d.Digest, err, s.Digest)
 	}
-	if got, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle); err != nil || len(got) != len(s.Bundles) {
+	if got, err := repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle); err != nil ||
+		len(got) != len(s.Bundles) {
 		t.Errorf("Attached = %d bundles, %v; want %d", len(got), err, len(s.Bundles))
 	}
 	if _, err := repo.Resolve(t.Context(), "v2"); !fault.Is(err, fault.NoArtifact) {
@@ -128,7 +130,8 @@ func TestArchive(t *testing.T) {
 				t.Fatal(err)
 			}
 			had := len(idx.Manifests)
-			if idx.Manifests = slices.DeleteFunc(idx.Manifests, func(d v1.Descriptor) bool { return !keep(d) }); len(idx.Manifests) == had {
+			if idx.Manifests = slices.DeleteFunc(idx.Manifests,
+				func(d v1.Descriptor) bool { return !keep(d) }); len(idx.Manifests) == had {
 				t.Fatalf("%s: nothing was taken out of %d entries", name, had)
 			}
 			raw, err := json.Marshal(idx)
@@ -210,7 +213,8 @@ func TestArchiveDelta(t *testing.T) {
 
 	alone := open(t, "oci-archive:"+delta)
 	_, err := alone.Manifest(t.Context(), s.Digest)
-	if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), index) || !strings.Contains(fault.Hint(err), "oci-archive:EARLIER.tar+"+delta) {
+	if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), index) ||
+		!strings.Contains(fault.Hint(err), "oci-archive:EARLIER.tar+"+delta) {
 		t.Errorf("Manifest of a delta alone = %v (%s); want kind usage, and the base %s named", err, fault.Hint(err), index)
 	}
 	if _, err := alone.Referrers(t.Context(), s.Digest, ""); !fault.Is(err, fault.Usage) {
@@ -223,7 +227,8 @@ func TestArchiveDelta(t *testing.T) {
 		base + "+" + other:               "is whole",
 		base + "+" + delta + "+" + delta: "is a delta of",
 	} {
-		if _, err := open(t, "oci-archive:"+ref).Resolve(t.Context(), s.Digest); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), names) {
+		if _, err := open(t, "oci-archive:"+ref).Resolve(t.Context(), s.Digest); !fault.Is(err, fault.Usage) ||
+			!strings.Contains(err.Error(), names) {
 			t.Errorf("Resolve in %s = %v; want kind usage and %q", ref, err, names)
 		}
 	}
@@ -251,26 +256,36 @@ func TestHostileArchives(t *testing.T) {
 	}
 	manifest := strings.TrimPrefix(s.Digest, "sha256:")
 	for name, entries := range map[string][]entry{
-		"path that leads out":   with(file("../etc/passwd", "x")),
-		"path with .. within":   with(file("blobs/../../x", "x")),
-		"absolute path":         with(file("/etc/passwd", "x")),
-		"backslash":             with(file(`..\x`, "x")),
-		"symbolic link":         with(link(tar.TypeSymlink, blob, "/etc/shadow")),
-		"hard link":             with(link(tar.TypeLink, blob, "index.json")),
-		"device":                with(link(tar.TypeChar, blob, "")),
-		"pipe":                  with(link(tar.TypeFifo, "pipe", "")),
-		"blob twice":            with(file(blob, "x"), file(blob, "y")),
-		"index twice":           with(file("index.json", "{}")),
-		"no index":              without("index.json"),
-		"no marker":             without("oci-layout"),
-		"layout of the future":  changed(func(e *entry) { *e = replaced(*e, "oci-layout", `{"imageLayoutVersion":"2.0.0"}`) }),
+		"path that leads out": with(file("../etc/passwd", "x")),
+		"path with .. within": with(file("blobs/../../x", "x")),
+		"absolute path":       with(file("/etc/passwd", "x")),
+		"backslash":           with(file(`..\x`, "x")),
+		"symbolic link":       with(link(tar.TypeSymlink, blob, "/etc/shadow")),
+		"hard link":           with(link(tar.TypeLink, blob, "index.json")),
+		"device":              with(link(tar.TypeChar, blob, "")),
+		"pipe":                with(link(tar.TypeFifo, "pipe", "")),
+		"blob twice":          with(file(blob, "x"), file(blob, "y")),
+		"index twice":         with(file("index.json", "{}")),
+		"no index":            without("index.json"),
+		"no marker":           without("oci-layout"),
+		"layout of the future": changed(func(e *entry) {
+			*e = replaced(*e, "oci-layout",
+				`{"imageLayoutVersion":"2.0.0"}`)
+		}),
 		"index that is no JSON": changed(func(e *entry) { *e = replaced(*e, "index.json", `{"manifests":`) }),
 		"base that is no digest": changed(func(e *entry) {
-			*e = replaced(*e, "index.json", `{"schemaVersion":2,"manifests":[],"annotations":{"`+registry.AnnotationBase+`":"../x"}}`)
+			*e = replaced(*e, "index.json",
+				`{"schemaVersion":2,"manifests":[],"annotations":{"`+registry.AnnotationBase+`":"../x"}}`)
 		}),
-		"altered manifest":  changed(func(e *entry) { *e = replaced(*e, manifest, strings.Replace(e.body, "modules", "nodules", 1)) }),
-		"manifest too long": changed(func(e *entry) { *e = replaced(*e, manifest, e.body+strings.Repeat(" ", registry.MaxManifest)) }),
-		"empty":             {},
+		"altered manifest": changed(func(e *entry) {
+			*e = replaced(*e, manifest,
+				strings.Replace(e.body, "modules", "nodules", 1))
+		}),
+		"manifest too long": changed(func(e *entry) {
+			*e = replaced(*e, manifest,
+				e.body+strings.Repeat(" ", registry.MaxManifest))
+		}),
+		"empty": {},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -293,7 +308,8 @@ func TestHostileArchives(t *testing.T) {
 			refusesArchive(t, path, s)
 		})
 	}
-	if _, err := open(t, "oci-archive:"+filepath.Join(t.TempDir(), "none.tar")).Resolve(t.Context(), s.Digest); !fault.Is(err, fault.NotFound) {
+	if _, err := open(t, "oci-archive:"+filepath.Join(t.TempDir(), "none.tar")).Resolve(t.Context(),
+		s.Digest); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Resolve in a file that is not there = %v; want kind not-found", err)
 	}
 }
@@ -374,7 +390,8 @@ func TestCopyTagged(t *testing.T) {
 					t.Fatal(err)
 				}
 				want := []registry.Tagged{
-					{Tag: bundle.Tag(s.Identity), Digest: s.Digest, Attached: 2}, {Tag: bundle.KernelTag(s.Kernel, driver), Digest: s.Digest, Attached: 2},
+					{Tag: bundle.Tag(s.Identity), Digest: s.Digest, Attached: 2},
+					{Tag: bundle.KernelTag(s.Kernel, driver), Digest: s.Digest, Attached: 2},
 				}
 				if diff := cmp.Diff(want, got); diff != "" {
 					t.Errorf("CopyTagged (-want +got):\n%s", diff)
@@ -398,7 +415,8 @@ func TestCopyTagged(t *testing.T) {
 			}
 		})
 	}
-	if got, err := registry.CopyTagged(t.Context(), from, open(t, "oci:"+t.TempDir()), func(v1.Descriptor, *v1.Manifest) bool { return false }, nil); err != nil || got != nil {
+	if got, err := registry.CopyTagged(t.Context(), from, open(t, "oci:"+t.TempDir()),
+		func(v1.Descriptor, *v1.Manifest) bool { return false }, nil); err != nil || got != nil {
 		t.Errorf("CopyTagged of nothing = %v, %v; want nothing", got, err)
 	}
 }
@@ -421,7 +439,8 @@ func TestCopyLetsNoReferrerNameTags(t *testing.T) {
 		t.Fatal(err)
 	}
 	tag := bundle.KernelTag(testkit.SampleKernel("50"), driver)
-	if _, err := from.Attach(t.Context(), d, "application/vnd.test.hostile", []byte("x"), map[string]string{registry.AnnotationRefName: tag}); err != nil {
+	if _, err := from.Attach(t.Context(), d, "application/vnd.test.hostile", []byte("x"),
+		map[string]string{registry.AnnotationRefName: tag}); err != nil {
 		t.Fatal(err)
 	}
 	to := open(t, "oci:"+t.TempDir())

@@ -18,8 +18,8 @@ const (
 	MaxAttachments = 64
 	// MaxAttachment bounds one of them.
 	MaxAttachment = 1 << 20
-	// maxLooks bounds the manifests that are read in search of either.
-	maxLooks = 1024
+	// maxManifests bounds the manifests that are read in search of either.
+	maxManifests = 1024
 	// maxOthers bounds the payloads that are returned although they are of no use.
 	maxOthers = 8
 )
@@ -34,7 +34,8 @@ const (
 // At most [MaxAttachments] of either, of at most [MaxAttachment] bytes, are
 // read. Longer ones, and manifests of another shape, are left out: anybody who
 // may push can attach them.
-func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte, error) {
+func (r *Repository) Attached(ctx context.Context, digest, artifactType string, wanted ...map[string]string) ([][]byte,
+	error) {
 	return r.attached(ctx, digest, artifactType, nil, wanted)
 }
 
@@ -42,13 +43,15 @@ func (r *Repository) Attached(ctx context.Context, digest, artifactType string, 
 // from what anybody may attach. useful names what a payload says, "" is nothing of use: of
 // several that say the same one counts. So neither many of the others, nor copies of a good
 // one, hide any that is, whatever their annotations; and one that cannot be read as it is
-// listed stands in the way of none. A few of the others come last, so that the caller can
+// listed prevents none. A few of the others come last, so that the caller can
 // say what was wrong.
-func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string, useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
+func (r *Repository) AttachedIf(ctx context.Context, digest, artifactType string,
+	useful func(payload []byte) (what string), wanted ...map[string]string) ([][]byte, error) {
 	return r.attached(ctx, digest, artifactType, useful, wanted)
 }
 
-func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted []map[string]string) ([][]byte, error) {
+func (r *Repository) attached(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+	wanted []map[string]string) ([][]byte, error) {
 	list, err := r.list(ctx, digest)
 	if err != nil {
 		return nil, err
@@ -75,7 +78,7 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps [
 	queues := make([][]v1.Descriptor, len(wanted))
 	longest := 0
 	for _, d := range list {
-		switch i, may := fit(d.Annotations, wanted); {
+		switch i, may := matchSet(d.Annotations, wanted); {
 		case i >= 0:
 			queues[i] = append(queues[i], d)
 			longest = max(longest, len(queues[i]))
@@ -93,9 +96,9 @@ func sortOut(list []v1.Descriptor, wanted []map[string]string) (asked, perhaps [
 	return asked, perhaps
 }
 
-// fit returns the first set that annotations have all of, or -1; may says that
+// matchSet returns the first set that annotations have all of, or -1; may says that
 // they contradict not every set.
-func fit(annotations map[string]string, wanted []map[string]string) (first int, may bool) {
+func matchSet(annotations map[string]string, wanted []map[string]string) (first int, may bool) {
 	for i, set := range wanted {
 		all, contradicts := true, false
 		for key, value := range set {
@@ -139,7 +142,7 @@ func (s *search) payloads(ctx context.Context, list []v1.Descriptor) (all [][]by
 		if !mayBe(d, s.artifactType) {
 			continue
 		}
-		if s.looks++; s.looks > maxLooks || len(all) == MaxAttachments {
+		if s.looks++; s.looks > maxManifests || len(all) == MaxAttachments {
 			break
 		}
 		payload, err := s.payload(ctx, d)
@@ -189,7 +192,7 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 		return nil, nil
 	}
 	// A list need not repeat the annotations.
-	if _, may := fit(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
+	if _, may := matchSet(m.Annotations, s.wanted); !may && len(s.wanted) > 0 {
 		return nil, nil
 	}
 	layer := m.Layers[0]
@@ -197,18 +200,20 @@ func (s *search) layer(ctx context.Context, d v1.Descriptor, most int64) (*v1.De
 	return &layer, nil
 }
 
-// maxPayloads bounds what [Repository.Payloads] looks at.
+// maxPayloads bounds what [Repository.Payloads] examines.
 const maxPayloads = 256
 
 // Payloads is [Repository.Attached] for payloads that are too large to be read whole: it
 // returns the descriptor of each that has no more than so many bytes, with the annotations
 // of its attachment, the smallest first. Those that cannot be read are left out.
-func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, most int64, wanted ...map[string]string) ([]v1.Descriptor, error) {
+func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, most int64,
+	wanted ...map[string]string) ([]v1.Descriptor, error) {
 	list, err := r.list(ctx, digest)
 	if err != nil {
 		return nil, err
 	}
-	s := search{r: r, digest: digest, artifactType: artifactType, useful: func([]byte) string { return "" }, wanted: wanted}
+	s := search{r: r, digest: digest, artifactType: artifactType, useful: func([]byte) string { return "" },
+		wanted: wanted}
 	asked, perhaps := sortOut(list, wanted)
 	var payloads []v1.Descriptor
 	for _, d := range append(asked, perhaps...) {
@@ -223,7 +228,7 @@ func (r *Repository) Payloads(ctx context.Context, digest, artifactType string, 
 		case err != nil && !s.leftOut(ctx, err):
 			return nil, err
 		case err == nil && layer != nil:
-			if i, _ := fit(layer.Annotations, wanted); i >= 0 || len(wanted) == 0 {
+			if i, _ := matchSet(layer.Annotations, wanted); i >= 0 || len(wanted) == 0 {
 				payloads = append(payloads, *layer)
 			}
 		}

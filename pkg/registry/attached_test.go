@@ -69,7 +69,8 @@ func TestAttachedOfMany(t *testing.T) {
 	t.Parallel()
 	for name, ref := range map[string]string{
 		"with referrers": testkit.Registry(t, true) + "/many", "without": testkit.Registry(t, false) + "/many",
-		"layout": "oci:" + filepath.Join(t.TempDir(), "l"), "in pages": newPaged(t, nil) + "/many", "lists no annotations": newPaged(t, bare) + "/many",
+		"layout": "oci:" + filepath.Join(t.TempDir(), "l"), "in pages": newPaged(t, nil) + "/many",
+		"lists no annotations": newPaged(t, bare) + "/many",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

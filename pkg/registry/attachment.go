@@ -25,10 +25,10 @@ type attachment struct {
 	manifest []byte
 	desc     v1.Descriptor
 	subject  v1.Hash
-	whole    v1.Image // one that was made elsewhere, as it is; nil is none
+	whole    v1.Image // one that was made elsewhere, as it is; nil means none
 }
 
-// inMemory describes a payload that is at hand.
+// inMemory describes a payload that is available.
 func inMemory(mediaType string, payload []byte) (v1.Descriptor, func() (io.ReadCloser, error), error) {
 	d := v1.Descriptor{MediaType: types.MediaType(mediaType)}
 	var err error
@@ -36,7 +36,8 @@ func inMemory(mediaType string, payload []byte) (v1.Descriptor, func() (io.ReadC
 	return d, func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(payload)), nil }, err
 }
 
-func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descriptor, open func() (io.ReadCloser, error), annotations map[string]string) (*attachment, error) {
+func newAttachment(subject v1.Descriptor, artifactType string, layer v1.Descriptor, open func() (io.ReadCloser, error),
+	annotations map[string]string) (*attachment, error) {
 	if artifactType == "" {
 		return nil, fault.New(fault.Usage, "no artifact type", "")
 	}

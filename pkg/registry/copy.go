@@ -16,7 +16,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Copied is what [Copy] brought along.
+// Copied is what [Copy] copied.
 type Copied struct {
 	// Referrers are how many manifests were attached.
 	Referrers int
@@ -182,7 +182,7 @@ func listTag(subject string) string { return strings.Replace(subject, ":", "-", 
 // answers for them (distribution-spec 1.1, "Referrers Tag Schema").
 func ReferrersTag(digest string) string { return listTag(digest) }
 
-// ReferrersList returns what stands under that tag: these manifests, by digest.
+// ReferrersList returns what is under that tag: these manifests, by digest.
 func ReferrersList(referrers []v1.Descriptor) ([]byte, error) {
 	list := slices.Clone(referrers)
 	slices.SortFunc(list, func(a, b v1.Descriptor) int { return strings.Compare(a.Digest.Hex, b.Digest.Hex) })

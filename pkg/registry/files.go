@@ -53,7 +53,7 @@ func FileDescriptor(name, mediaType string, digest v1.Hash, size int64) v1.Descr
 
 // SaveFiles writes the files of an artifact of this type to a folder, each compared with
 // its digest, and returns their names. A file that is there already is an error, and so is a
-// name that leads out of the folder, or that another file has or lies under: nothing is written
+// name that leads out of the folder, or that another file has or is under: nothing is written
 // then. Where a file cannot be had, or is damaged, those before it are removed.
 //
 // It is no method, so that programs which do not call it do not link it.
@@ -92,7 +92,7 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	for _, name := range names {
 		for dir := path.Dir(name); dir != "."; dir = path.Dir(dir) {
 			if taken[dir] {
-				return nil, fault.Errorf(fault.Unverified, "the file %.200q lies under the file %.200q", name, dir)
+				return nil, fault.Errorf(fault.Unverified, "the file %.200q is below the file %.200q", name, dir)
 			}
 		}
 	}
@@ -105,7 +105,7 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	}
 	defer func() { err = errors.Join(err, root.Close()) }()
 	for _, name := range names {
-		if err := vacant(root, name); err != nil {
+		if err := mustBeAbsent(root, name); err != nil {
 			return nil, fmt.Errorf("file %q: %w", name, err)
 		}
 	}
@@ -121,10 +121,10 @@ func saveFiles(ctx context.Context, r *Repository, digest, artifactType, dir str
 	return names, nil
 }
 
-const hintVacant = "name a folder that is new or empty"
+const hintEmptyFolder = "name a folder that is new or empty"
 
-// vacant reports an error where there is a file of a name, or one in the way of it.
-func vacant(root *os.Root, name string) error {
+// mustBeAbsent reports an error where there is a file of a name, or one in the way of it.
+func mustBeAbsent(root *os.Root, name string) error {
 	_, err := root.Lstat(name)
 	switch {
 	case errors.Is(err, os.ErrNotExist):
@@ -132,7 +132,7 @@ func vacant(root *os.Root, name string) error {
 	case err == nil:
 		err = os.ErrExist
 	}
-	return fault.Wrap(fault.Usage, err, hintVacant)
+	return fault.Wrap(fault.Usage, err, hintEmptyFolder)
 }
 
 func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l v1.Descriptor) (err error) {
@@ -146,7 +146,7 @@ func saveFile(ctx context.Context, r *Repository, root *os.Root, name string, l 
 	}
 	f, err := root.OpenFile(name, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
 	if errors.Is(err, os.ErrExist) {
-		return fault.Wrap(fault.Usage, err, hintVacant)
+		return fault.Wrap(fault.Usage, err, hintEmptyFolder)
 	}
 	if err != nil {
 		return err

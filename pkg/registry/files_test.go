@@ -40,7 +40,8 @@ func filesLayout(t testing.TB, names ...string) (*registry.Repository, string) {
 	at := func(raw []byte) entry {
 		return file("blobs/sha256/"+strings.TrimPrefix(digestOf(raw), "sha256:"), string(raw))
 	}
-	return open(t, "oci-archive:"+pack(t, file("oci-layout", `{"imageLayoutVersion":"1.0.0"}`), file("index.json", `{"schemaVersion":2,"manifests":[]}`),
+	return open(t, "oci-archive:"+pack(t, file("oci-layout", `{"imageLayoutVersion":"1.0.0"}`),
+		file("index.json", `{"schemaVersion":2,"manifests":[]}`),
 		at(manifest), at(config), at([]byte(body)))), digestOf(manifest)
 }
 
@@ -49,7 +50,8 @@ func TestSaveFiles(t *testing.T) {
 	t.Parallel()
 	repo, digest := filesLayout(t, "a.json", "targets/b.json")
 	dir := filepath.Join(t.TempDir(), "new")
-	if names, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); err != nil || !slices.Equal(names, []string{"a.json", "targets/b.json"}) {
+	if names, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); err != nil ||
+		!slices.Equal(names, []string{"a.json", "targets/b.json"}) {
 		t.Fatalf("SaveFiles = %q, %v; want both", names, err)
 	}
 	if raw, err := os.ReadFile(filepath.Join(dir, "targets/b.json")); err != nil || string(raw) != "text" {
@@ -58,7 +60,8 @@ func TestSaveFiles(t *testing.T) {
 	if _, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); !fault.Is(err, fault.Usage) {
 		t.Errorf("SaveFiles again = %v; want kind usage", err)
 	}
-	if _, err := registry.SaveFiles(t.Context(), repo, digest, "application/vnd.test.other", t.TempDir()); !fault.Is(err, fault.Unverified) {
+	if _, err := registry.SaveFiles(t.Context(), repo, digest, "application/vnd.test.other", t.TempDir()); !fault.Is(err,
+		fault.Unverified) {
 		t.Errorf("SaveFiles of another type = %v; want kind unverified", err)
 	}
 	for _, name := range []string{"../x", "/etc/x", "a/../../x", ".", "", "a//b", "fine", "fine/x"} {
@@ -83,11 +86,16 @@ func TestSaveFilesInTheWay(t *testing.T) {
 		there func(dir string) error
 		kind  fault.Kind
 	}{
-		"the last file":                 {"z", func(dir string) error { return os.WriteFile(filepath.Join(dir, "z"), nil, 0o600) }, fault.Usage},
-		"a file for a folder":           {"z/z", func(dir string) error { return os.WriteFile(filepath.Join(dir, "z"), nil, 0o600) }, fault.Usage},
-		"a folder for the last file":    {"z", func(dir string) error { return os.Mkdir(filepath.Join(dir, "z"), 0o700) }, fault.Usage},
-		"a link that leads nowhere":     {"z", func(dir string) error { return os.Symlink("nowhere", filepath.Join(dir, "z")) }, fault.Usage},
-		"a link that leads out":         {"z/z", func(dir string) error { return os.Symlink(outside, filepath.Join(dir, "z")) }, fault.Usage},
+		"the last file": {"z",
+			func(dir string) error { return os.WriteFile(filepath.Join(dir, "z"), nil, 0o600) }, fault.Usage},
+		"a file for a folder": {"z/z",
+			func(dir string) error { return os.WriteFile(filepath.Join(dir, "z"), nil, 0o600) }, fault.Usage},
+		"a folder for the last file": {"z", func(dir string) error { return os.Mkdir(filepath.Join(dir, "z"), 0o700) },
+			fault.Usage},
+		"a link that leads nowhere": {"z",
+			func(dir string) error { return os.Symlink("nowhere", filepath.Join(dir, "z")) }, fault.Usage},
+		"a link that leads out": {"z/z",
+			func(dir string) error { return os.Symlink(outside, filepath.Join(dir, "z")) }, fault.Usage},
 		"no file, and the last is lost": {"lost", func(string) error { return nil }, fault.NoArtifact},
 	} {
 		repo, digest := filesLayout(t, "a", "sub/b", row.last)
@@ -96,7 +104,8 @@ func TestSaveFilesInTheWay(t *testing.T) {
 			t.Fatal(err)
 		}
 		before := filesIn(t, dir)
-		if names, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); !fault.Is(err, row.kind) || names != nil {
+		if names, err := registry.SaveFiles(t.Context(), repo, digest, kindFiles, dir); !fault.Is(err, row.kind) ||
+			names != nil {
 			t.Errorf("SaveFiles with %s in the way = %q, %v (%v); want kind %v", name, names, err, fault.Of(err), row.kind)
 		}
 		if got := filesIn(t, dir); !slices.Equal(got, before) {

@@ -28,7 +28,8 @@ func TestLayoutHas(t *testing.T) {
 		body []byte
 		want bool
 	}{
-		"whole": {whole, true}, "cut off": {whole[:len(whole)-1], false}, "empty": {nil, false}, "longer": {append(slices.Clone(whole), 0), false},
+		"whole": {whole, true}, "cut off": {whole[:len(whole)-1], false}, "empty": {nil, false},
+		"longer": {append(slices.Clone(whole), 0), false},
 	} {
 		if err := os.WriteFile(blob, row.body, 0o600); err != nil {
 			t.Fatal(err)

@@ -114,7 +114,9 @@ func nextPage(from *url.URL, h http.Header) (*url.URL, error) {
 			return nil, damaged(fmt.Errorf("next page at %.100q: not a URL", m[1]))
 		}
 		if to.Scheme != from.Scheme || to.Host != from.Host || to.Path != from.Path || to.User != nil {
-			return nil, fault.New(fault.Unverified, fmt.Sprintf("next page at %.100q: another place than the list's, which does not get this registry's credentials", m[1]),
+			return nil, fault.New(fault.Unverified,
+				fmt.Sprintf("next page at %.100q: another place than the list's, which does not get this registry's credentials",
+					m[1]),
 				"have the registry, or the proxy before it, name its pages by their paths or by "+from.Scheme+"://"+from.Host)
 		}
 		return to, nil

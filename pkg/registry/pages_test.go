@@ -7,7 +7,8 @@ import (
 )
 
 func FuzzNextPage(f *testing.F) {
-	for _, link := range []string{`</v2/a/referrers/sha256:0?n=2>; rel="next"`, `<?n=2>;rel=next`, `<//evil/v2/a/referrers/sha256:0>; rel="next"`, `<https://u:p@h/v2/a/referrers/sha256:0>; rel="next"`, "<", ""} {
+	for _, link := range []string{`</v2/a/referrers/sha256:0?n=2>; rel="next"`, `<?n=2>;rel=next`,
+		`<//evil/v2/a/referrers/sha256:0>; rel="next"`, `<https://u:p@h/v2/a/referrers/sha256:0>; rel="next"`, "<", ""} {
 		f.Add(link)
 	}
 	from := &url.URL{Scheme: "https", Host: "h", Path: "/v2/a/referrers/sha256:0"}

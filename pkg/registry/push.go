@@ -43,7 +43,8 @@ func checkFolder(dir string) error {
 	}
 	f, err := os.CreateTemp(dir, ".prebake-doctor-*")
 	if err != nil {
-		return fault.Disk(fault.Wrap(fault.Usage, fmt.Errorf("write to %s: %w", dir, err), "name a folder that this user may write"), "free space on the disk of "+dir)
+		return fault.Disk(fault.Wrap(fault.Usage, fmt.Errorf("write to %s: %w", dir, err),
+			"name a folder that this user may write"), "free space on the disk of "+dir)
 	}
 	return errors.Join(f.Close(), os.Remove(f.Name()))
 }

@@ -60,7 +60,8 @@ func TestCheckPush(t *testing.T) {
 	for _, row := range rows {
 		err := registry.CheckPush(t.Context(), row.ref, row.o)
 		if (err == nil) != row.ok || err != nil && (fault.Of(err) != row.want || fault.Hint(err) == "") {
-			t.Errorf("%s: CheckPush(%s) = %v (%v), hint %q; want ok %t, %v", row.name, row.ref, err, fault.Of(err), fault.Hint(err), row.ok, row.want)
+			t.Errorf("%s: CheckPush(%s) = %v (%v), hint %q; want ok %t, %v", row.name, row.ref, err, fault.Of(err),
+				fault.Hint(err), row.ok, row.want)
 		}
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 || puts > 0 {

@@ -24,7 +24,8 @@ import (
 
 // inProcess is a registry without a network, for tests whose clock is not the real one.
 func inProcess(referrers bool, answer func(r *http.Request) *http.Response) http.RoundTripper {
-	handler := ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)), ggcr.WithReferrersSupport(referrers))
+	handler := ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
+		ggcr.WithReferrersSupport(referrers))
 	return transport(func(r *http.Request) (*http.Response, error) {
 		if answer != nil {
 			if resp := answer(r); resp != nil {
@@ -60,11 +61,13 @@ func TestRecordedGitLab(t *testing.T) {
 		if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/manifests/"+tag) {
 			return nil
 		}
-		resp := reply(r, http.StatusOK, strings.NewReader(string(raw)), "application/vnd.docker.distribution.manifest.list.v2+json")
+		resp := reply(r, http.StatusOK, strings.NewReader(string(raw)),
+			"application/vnd.docker.distribution.manifest.list.v2+json")
 		resp.Header.Set("Docker-Content-Digest", s.Digest)
 		return resp
 	})
-	repo, err := registry.Open("registry.example.com/group/x", registry.Options{Transport: tr, Username: "u", Password: "p"})
+	repo, err := registry.Open("registry.example.com/group/x",
+		registry.Options{Transport: tr, Username: "u", Password: "p"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +78,8 @@ func TestRecordedGitLab(t *testing.T) {
 		t.Errorf("Attached = %d statements, %v; want none, and no error", len(got), err)
 	}
 	err = attachOne(t, repo, s)
-	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "for the digest") || !strings.Contains(fault.Hint(err), "publish to a registry") {
+	if fault.Of(err) != fault.PublishRefused || !strings.Contains(err.Error(), "for the digest") ||
+		!strings.Contains(fault.Hint(err), "publish to a registry") {
 		t.Errorf("Attach = %v (%v, hint %q); want it refused, and why", err, fault.Of(err), fault.Hint(err))
 	}
 }
@@ -94,7 +98,9 @@ func TestRecordedQuayCache(t *testing.T) {
 				return nil
 			}
 			stale.Add(1)
-			return reply(r, http.StatusOK, strings.NewReader(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}`), "application/vnd.oci.image.index.v1+json")
+			return reply(r, http.StatusOK,
+				strings.NewReader(`{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}`),
+				"application/vnd.oci.image.index.v1+json")
 		})
 		repo, err := registry.Open("quay.example.com/x/y", registry.Options{Transport: tr, Username: "u", Password: "p"})
 		if err != nil {
@@ -120,13 +126,16 @@ func TestRecordedQuayUnknownManifest(t *testing.T) {
 		if !strings.Contains(r.URL.Path, "/referrers/") {
 			return nil
 		}
-		return reply(r, http.StatusBadRequest, strings.NewReader(`{"errors":[{"code":"MANIFEST_INVALID","detail":{},"message":"manifest invalid"}]}`), "application/json")
+		return reply(r, http.StatusBadRequest,
+			strings.NewReader(`{"errors":[{"code":"MANIFEST_INVALID","detail":{},"message":"manifest invalid"}]}`),
+			"application/json")
 	})
 	repo, err := registry.Open("quay.example.com/x/y", registry.Options{Transport: tr, Username: "u", Password: "p"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got, err := repo.Attached(t.Context(), "sha256:"+strings.Repeat("0", 64), trust.ArtifactTypeBundle); err != nil || len(got) != 0 {
+	if got, err := repo.Attached(t.Context(), "sha256:"+strings.Repeat("0", 64), trust.ArtifactTypeBundle); err != nil ||
+		len(got) != 0 {
 		t.Errorf("Attached = %d, %v; want none", len(got), err)
 	}
 }

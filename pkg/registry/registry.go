@@ -33,18 +33,18 @@ type Options struct {
 	// Username and Password are sent where the registry asks for them. A
 	// password alone is a token. Both empty: the Docker configuration decides.
 	Username, Password string
-	// Keychain finds credentials where there is no password; nil is the user's
+	// Keychain finds credentials where there is no password; nil means the user's
 	// Docker configuration.
 	Keychain authn.Keychain
 	// Plain speaks HTTP. Loopback and private addresses are tried both ways
 	// without it.
 	Plain bool
-	// Patience is how long a download that broke is tried again before something of it
+	// RetryFor is how long a download that broke is tried again before something of it
 	// comes; less than half a minute is half a minute.
-	Patience time.Duration
+	RetryFor time.Duration
 	// UserAgent names the program.
 	UserAgent string
-	// Transport replaces the usual one; nil is the usual one.
+	// Transport replaces the usual one; nil means the usual one.
 	Transport http.RoundTripper
 }
 
@@ -89,7 +89,8 @@ func Open(ref string, o Options) (*Repository, error) {
 		return nil, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("open repository %q: %w", ref, err),
-			"name it HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or oci:https://HOST/PATH or oci:gs://BUCKET/PATH",
+			"name it HOST[:PORT]/NAME, oci:PATH for a folder, oci-archive:FILE for a tar, or oci:https://HOST/PATH or "+
+				"oci:gs://BUCKET/PATH",
 		)
 	}
 	return &Repository{name: ref, s: s}, nil

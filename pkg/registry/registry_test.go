@@ -75,7 +75,8 @@ func TestRoundTrip(t *testing.T) {
 				t.Errorf("Tag(another digest) = %v; want publish refused", err)
 			}
 			for _, ref := range []string{tag, s.Digest, bundle.KernelTag(s.Kernel, driver)} {
-				if d, err := repo.Resolve(ctx, ref); err != nil || d.Digest.String() != s.Digest || d.Size == 0 || !d.MediaType.IsImage() {
+				if d, err := repo.Resolve(ctx, ref); err != nil || d.Digest.String() != s.Digest || d.Size == 0 ||
+					!d.MediaType.IsImage() {
 					t.Errorf("Resolve(%s) = %v, %v; want %s", ref, d, err, s.Digest)
 				}
 			}
@@ -190,7 +191,8 @@ func TestLayoutIsOneForOthers(t *testing.T) {
 		}
 	}
 	if len(m.Manifests) != 5 || tags != 3 {
-		t.Errorf("index has %d entries, %d with a tag; want 5 (2 tags, 2 attachments, the list of these)", len(m.Manifests), tags)
+		t.Errorf("index has %d entries, %d with a tag; want 5 (2 tags, 2 attachments, the list of these)", len(m.Manifests),
+			tags)
 	}
 	h, err := v1.NewHash(s.Digest)
 	if err != nil {
@@ -288,7 +290,8 @@ func (a answer) RoundTrip(r *http.Request) (*http.Response, error) { return a(r)
 func reply(r *http.Request, status int, body io.Reader, contentType string) *http.Response {
 	h := http.Header{}
 	h.Set("Content-Type", contentType)
-	return &http.Response{StatusCode: status, Header: h, Body: io.NopCloser(body), Request: r, ProtoMajor: 1, ProtoMinor: 1, ContentLength: -1}
+	return &http.Response{StatusCode: status, Header: h, Body: io.NopCloser(body), Request: r, ProtoMajor: 1,
+		ProtoMinor: 1, ContentLength: -1}
 }
 
 func TestRemoteErrors(t *testing.T) {
@@ -331,7 +334,8 @@ func TestRemoteErrors(t *testing.T) {
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
-			repo, err := registry.Open("registry.example.com/x", registry.Options{Transport: row.tr, Username: "u", Password: "p"})
+			repo, err := registry.Open("registry.example.com/x",
+				registry.Options{Transport: row.tr, Username: "u", Password: "p"})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -345,7 +349,8 @@ func TestRemoteErrors(t *testing.T) {
 				t.Errorf("Push = %v (%v); want %v", err, fault.Of(err), row.write)
 			}
 			if row.write == fault.PublishRefused && row.read == fault.Usage {
-				if _, err := repo.Push(t.Context(), s.Image); !strings.Contains(fault.Hint(err), "docker login registry.example.com") {
+				if _, err := repo.Push(t.Context(), s.Image); !strings.Contains(fault.Hint(err),
+					"docker login registry.example.com") {
 					t.Errorf("hint = %q; want docker login", fault.Hint(err))
 				}
 			}
@@ -450,7 +455,8 @@ func TestCancelled(t *testing.T) {
 
 func TestOpenRefuses(t *testing.T) {
 	t.Parallel()
-	for _, ref := range []string{"", "oci:", "driver", "prebake/driver", "host:5000", "host:5000/UPPER", "https://host/x"} {
+	for _, ref := range []string{"", "oci:", "driver", "prebake/driver", "host:5000", "host:5000/UPPER",
+		"https://host/x"} {
 		if r, err := registry.Open(ref, registry.Options{}); !fault.Is(err, fault.Usage) {
 			t.Errorf("Open(%q) = %v, %v; want kind usage", ref, r, err)
 		}

@@ -32,7 +32,7 @@ type remoteStore struct {
 
 	keys      authn.Keychain
 	transport http.RoundTripper // the network's
-	patience  time.Duration
+	retryFor  time.Duration
 }
 
 func openRemote(ref string, o Options) (*remoteStore, error) {
@@ -59,11 +59,14 @@ func openRemote(ref string, o Options) (*remoteStore, error) {
 	case keys == nil:
 		keys = authn.DefaultKeychain
 	}
-	s := &remoteStore{repo: repo, keys: keys, transport: tr, patience: max(o.Patience, minPatience), options: []remote.Option{
-		remote.WithTransport(patient{bounded{ranged{pages{lenient{steady{tr}}}}}}), remote.WithAuthFromKeychain(keys),
-		// 429 and 503 are [patient]'s, which waits as long as it is told to.
-		remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway, http.StatusGatewayTimeout),
-	}}
+	s := &remoteStore{repo: repo, keys: keys, transport: tr, retryFor: max(o.RetryFor, minRetryFor),
+		options: []remote.Option{
+			remote.WithTransport(retryAfterTransport{bounded{ranged{pages{lenient{steady{tr}}}}}}),
+			remote.WithAuthFromKeychain(keys),
+			// 429 and 503 are [retryAfterTransport]'s, which waits as long as it is told to.
+			remote.WithRetryStatusCodes(http.StatusRequestTimeout, http.StatusInternalServerError, http.StatusBadGateway,
+				http.StatusGatewayTimeout),
+		}}
 	if o.UserAgent != "" {
 		s.options = append(s.options, remote.WithUserAgent(o.UserAgent))
 	}
@@ -105,7 +108,7 @@ func (s *remoteStore) manifest(ctx context.Context, digest string) ([]byte, erro
 }
 
 func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.ReadCloser, error) {
-	b := &stream{ctx: ctx, size: size, reading: s.reading, patience: s.patience}
+	b := &stream{ctx: ctx, size: size, reading: s.reading, retryFor: s.retryFor}
 	b.fetch = func(ctx context.Context) (io.Reader, io.Closer, error) {
 		var body io.ReadCloser
 		layer, err := s.puller.Layer(context.WithValue(ctx, bodyKey{}, &body), s.repo.Digest(digest))
@@ -128,7 +131,8 @@ func (s *remoteStore) blob(ctx context.Context, digest string, size int64) (io.R
 type bodyKey struct{}
 
 func (s *remoteStore) referrers(ctx context.Context, digest string) ([]v1.Descriptor, error) {
-	idx, err := remote.Referrers(s.repo.Digest(digest), append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
+	idx, err := remote.Referrers(s.repo.Digest(digest),
+		append(s.options[:len(s.options):len(s.options)], remote.WithContext(ctx))...)
 	if err != nil {
 		return nil, s.reading(ctx, err)
 	}
@@ -144,7 +148,7 @@ func (s *remoteStore) push(ctx context.Context, img v1.Image) error {
 	if err != nil {
 		return err
 	}
-	// A pusher remembers what it sent; a fresh one asks the registry again.
+	// A pusher stores what it sent; a fresh one asks the registry again.
 	p, err := remote.NewPusher(s.options...)
 	if err != nil {
 		return err
@@ -172,7 +176,7 @@ func (s *remoteStore) tag(ctx context.Context, d v1.Descriptor, tag string) erro
 	if err := p.Put(ctx, s.repo.Tag(tag), rawManifest{raw: raw, mediaType: d.MediaType}); err != nil {
 		return s.writing(ctx, err)
 	}
-	// The API has no "create only": whoever wrote last wins, so look again.
+	// The API has no "create only": the last writer wins, so look again.
 	have, err := s.resolve(ctx, tag)
 	if err == nil && have.Digest != d.Digest {
 		err = taken(have.Digest, d.Digest)
@@ -198,7 +202,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 			return s.writing(ctx, err)
 		}
 		// Push does nothing for a manifest that is there, even if an earlier
-		// run ended before it was listed; Put also brings the list up to date.
+		// run ended before it was listed; Put also updates the list .
 		listed, err := s.listed(ctx, a)
 		if listed || err != nil {
 			return err
@@ -211,7 +215,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 		}
 	}
 	// Quay answers out of a cache, up to a minute old (quay/quay#6510).
-	for wait, waited := time.Second, time.Duration(0); waited < maxStale; waited, wait = waited+wait, min(2*wait, 15*time.Second) {
+	for wait, waited := time.Second, time.Duration(0); waited < maxStale; waited, wait = waited+wait, min(2*wait,
+		15*time.Second) {
 		if err := sleep(ctx, wait); err != nil {
 			return err
 		}
@@ -219,7 +224,8 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 			return err
 		}
 	}
-	return fault.New(fault.Transient, "the registry does not list what was attached", "try again; if it stays so, use a registry with the OCI referrers API")
+	return fault.New(fault.Transient, "the registry does not list what was attached",
+		"try again; if it stays so, use a registry with the OCI referrers API")
 }
 
 // maxStale is how long a list of referrers may be behind.
@@ -274,7 +280,8 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	}
 	// net/http has no type for it. On loopback the client tries plain HTTP next,
 	// and then what came of that is what counts.
-	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") && !strings.Contains(text, `Get "http://`) {
+	if text := err.Error(); strings.Contains(text, "server gave HTTP response to HTTPS client") &&
+		!strings.Contains(text, `Get "http://`) {
 		return fault.Wrap(fault.Usage, err, host+" speaks plain HTTP: say so in the configuration of this repository")
 	}
 	if onNetwork(err) {
@@ -288,7 +295,7 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if write {
 		return err
 	}
-	// What is left are answers that the client library would not believe.
+	// What is left are answers that the client library would not accept.
 	return damaged(err)
 }
 
@@ -312,11 +319,12 @@ func onTheWay(err error, host string) (error, bool) {
 
 func onNetwork(err error) bool {
 	var network net.Error
-	return errors.As(err, &network) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) ||
+	return errors.As(err, &network) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) ||
+		errors.Is(err, net.ErrClosed) ||
 		errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, syscall.EPIPE)
 }
 
-// Denied reports whether a registry refused to answer: for want of rights, or
+// Denied reports whether a registry refused to answer: without rights, or
 // because it makes no difference between what is secret and what is not there.
 func Denied(err error) bool {
 	var api *transport.Error
@@ -325,7 +333,8 @@ func Denied(err error) bool {
 
 // unknownName reports whether a registry says that there is no such repository.
 func unknownName(api *transport.Error) bool {
-	return slices.ContainsFunc(api.Errors, func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
+	return slices.ContainsFunc(api.Errors,
+		func(d transport.Diagnostic) bool { return d.Code == transport.NameUnknownErrorCode })
 }
 
 // createECR is the command that makes a repository there.
@@ -340,15 +349,19 @@ func answered(repo name.Repository, api *transport.Error, err error, write bool)
 	switch {
 	case status == http.StatusUnauthorized || status == http.StatusForbidden:
 		if write {
-			return fault.Wrap(fault.PublishRefused, err, login+" that may push; Harbor answers so, too, where the project does not exist")
+			return fault.Wrap(fault.PublishRefused, err,
+				login+" that may push; Harbor answers so, too, where the project does not exist")
 		}
 		return fault.Wrap(fault.Usage, err, login)
 	case status == http.StatusTooManyRequests || status == http.StatusRequestTimeout || status >= 500:
 		return fault.Wrap(fault.Transient, err, "try again later; "+host+" answered "+http.StatusText(status))
 	case write && unknownName(api):
-		return fault.Wrap(fault.PublishRefused, err, "make the repository "+repo.RepositoryStr()+" first: "+host+" makes none on push (Amazon ECR: "+createECR(repo)+"; Harbor: its project)")
+		return fault.Wrap(fault.PublishRefused, err,
+			"make the repository "+repo.RepositoryStr()+" first: "+host+" makes none on push (Amazon ECR: "+createECR(repo)+
+				"; Harbor: its project)")
 	case write:
-		return fault.Wrap(fault.PublishRefused, err, "read the registry's answer; builder doctor --to "+repo.Name()+" tries the same without a build")
+		return fault.Wrap(fault.PublishRefused, err,
+			"read the registry's answer; builder doctor --to "+repo.Name()+" tries the same without a build")
 	case status == http.StatusNotFound:
 		return fault.Wrap(fault.NoArtifact, err, "")
 	}

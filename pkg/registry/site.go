@@ -27,7 +27,7 @@ type site struct {
 	keys     authn.Keychain
 	client   *http.Client
 	agent    string
-	patience time.Duration
+	retryFor time.Duration
 
 	mu    sync.Mutex
 	index []byte
@@ -37,7 +37,7 @@ type site struct {
 // maxSiteIndex bounds the index of a site, which stands for some 30,000 entries.
 const maxSiteIndex = 16 << 20
 
-// indexAge is how long the index of a site is believed: one question asks for it again and
+// indexAge is how long the index of a site is trusted: one question asks for it again and
 // again.
 const indexAge = 30 * time.Second
 
@@ -72,9 +72,9 @@ func openSite(ref string, o Options) (store, error) {
 	if tr == nil {
 		tr = http.DefaultTransport
 	}
-	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, patience: max(o.Patience, minPatience)}
+	s := &site{base: u, keys: o.Keychain, agent: o.UserAgent, retryFor: max(o.RetryFor, minRetryFor)}
 	s.client = &http.Client{
-		Transport: patient{ranged{steady{tr}}},
+		Transport: retryAfterTransport{ranged{steady{tr}}},
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) >= 10 {
 				return errors.New("stopped after 10 redirects")
@@ -150,7 +150,8 @@ func (s *site) get(ctx context.Context, name string) (*http.Response, error) {
 	return nil, fault.New(
 		fault.Usage,
 		"get "+at.String()+": access denied",
-		"let everybody, or this machine's service account, read it (roles/storage.objectViewer); or name a user in Docker's configuration for "+at.Host,
+		"let everybody, or this machine's service account, read it (roles/storage.objectViewer); or name a user in "+
+			"Docker's configuration for "+at.Host,
 	)
 }
 
@@ -216,7 +217,7 @@ func (s *site) readOnce(ctx context.Context, name string, limit int64) ([]byte, 
 }
 
 func (s *site) open(ctx context.Context, name string, size int64) (io.ReadCloser, error) {
-	b := &stream{ctx: ctx, size: size, reading: s.reading, patience: s.patience}
+	b := &stream{ctx: ctx, size: size, reading: s.reading, retryFor: s.retryFor}
 	b.fetch = func(ctx context.Context) (io.Reader, io.Closer, error) {
 		resp, err := s.get(ctx, name)
 		if err != nil {

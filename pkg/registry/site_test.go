@@ -102,7 +102,8 @@ func TestSite(t *testing.T) {
 		t.Errorf("the server was asked %d times", n)
 	}
 	for name, err := range map[string]error{
-		"CheckPush": repo.CheckPush(t.Context()), "Push": func() error { img, _ := random.Image(10, 1); _, err := repo.Push(t.Context(), img); return err }(),
+		"CheckPush": repo.CheckPush(t.Context()),
+		"Push":      func() error { img, _ := random.Image(10, 1); _, err := repo.Push(t.Context(), img); return err }(),
 	} {
 		if !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
 			t.Errorf("%s = %v; want usage with a hint", name, err)
@@ -147,7 +148,8 @@ func TestSiteByOthers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := l.AppendImage(img, layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "theirs"})); err != nil {
+	if err := l.AppendImage(img,
+		layout.WithAnnotations(map[string]string{"org.opencontainers.image.ref.name": "theirs"})); err != nil {
 		t.Fatal(err)
 	}
 	srv := httptest.NewServer(http.FileServer(http.Dir(dir)))
@@ -198,7 +200,8 @@ func TestSiteCredentials(t *testing.T) {
 			repo := openRef(t, "oci:"+srv.URL, registry.Options{Keychain: tc.keys})
 			if tc.ok {
 				reads(t, repo, digest)
-			} else if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "service account") {
+			} else if _, err := repo.Resolve(t.Context(), "v1"); !fault.Is(err, fault.Usage) ||
+				!strings.Contains(fault.Hint(err), "service account") {
 				t.Errorf("Resolve = %v (hint %q)", err, fault.Hint(err))
 			}
 		})

@@ -16,14 +16,14 @@ import (
 )
 
 const (
-	// silence is how long nothing more may come of an answer that began before its
+	// idleTimeout is how long nothing more may come of an answer that began before its
 	// connection is given up, and beginning how long an answer may take to begin: a registry
 	// that is a mirror fetches a manifest first.
-	silence   = 45 * time.Second
-	beginning = 4 * time.Minute
-	// minPatience is how long a blob that broke is tried again at least.
-	minPatience = 2 * time.Minute
-	// progress is what a connection has to bring to count as one that works.
+	idleTimeout      = 45 * time.Second
+	firstByteTimeout = 4 * time.Minute
+	// minRetryFor is how long a blob that broke is tried again at least.
+	minRetryFor = 2 * time.Minute
+	// progress is how much a connection has to deliver to count as one that works.
 	progress = 64 << 10
 )
 
@@ -36,7 +36,7 @@ type stream struct {
 	// reading gives an error of one its kind, and patience is how long it is tried again.
 	fetch    func(context.Context) (body io.Reader, rc io.Closer, err error)
 	reading  func(context.Context, error) error
-	patience time.Duration
+	retryFor time.Duration
 
 	done   int64     // bytes that were delivered
 	body   io.Reader // of the connection that there is
@@ -74,7 +74,7 @@ func (b *stream) Read(p []byte) (int, error) {
 			return n, io.EOF
 		case errors.Is(err, io.EOF):
 			// A connection that breaks says so (io.ErrUnexpectedEOF): this is all there is.
-			return n, damaged(fmt.Errorf("blob has %d bytes; it is said to have %d", b.done, b.size))
+			return n, damaged(fmt.Errorf("blob has %d bytes; its descriptor says %d", b.done, b.size))
 		}
 		if err = b.reading(b.ctx, err); !fault.Is(err, fault.Transient) || b.ctx.Err() != nil {
 			return n, err
@@ -95,7 +95,7 @@ func (b *stream) again(cause error) error {
 	}
 	for {
 		b.pause = min(max(2*b.pause, 500*time.Millisecond), 15*time.Second)
-		if time.Since(b.broken)+b.pause > b.patience {
+		if time.Since(b.broken)+b.pause > b.retryFor {
 			return fmt.Errorf("after %d of %d bytes: %w", b.done, b.size, cause)
 		}
 		if err := sleep(b.ctx, b.pause); err != nil {
@@ -138,7 +138,8 @@ func (r ranged) RoundTrip(req *http.Request) (*http.Response, error) {
 	case http.StatusPartialContent:
 		m := contentRange.FindStringSubmatch(resp.Header.Get("Content-Range"))
 		if m == nil || m[1] != strconv.FormatInt(from, 10) {
-			return nil, errors.Join(fault.Errorf(fault.Transient, "asked for a blob from byte %d on, got %.80q", from, resp.Header.Get("Content-Range")), resp.Body.Close())
+			return nil, errors.Join(fault.Errorf(fault.Transient, "asked for a blob from byte %d on, got %.80q", from,
+				resp.Header.Get("Content-Range")), resp.Body.Close())
 		}
 		resp.StatusCode, resp.Status = http.StatusOK, "200 OK" // the library knows no other
 	case http.StatusOK:
@@ -174,14 +175,17 @@ type steady struct{ next http.RoundTripper }
 
 func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
 	// Tokens are asked for by POST, too.
-	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut || req.Method == http.MethodPatch {
+	if strings.Contains(req.URL.Path, "/blobs/uploads/") || req.Method == http.MethodPut ||
+		req.Method == http.MethodPatch {
 		return s.next.RoundTrip(req)
 	}
 	ctx, cancel := context.WithCancel(req.Context())
-	waiting := time.AfterFunc(beginning, cancel)
+	waiting := time.AfterFunc(firstByteTimeout, cancel)
 	resp, err := s.next.RoundTrip(req.WithContext(ctx))
 	if !waiting.Stop() && req.Context().Err() == nil {
-		err = errors.Join(fault.New(fault.Transient, fmt.Sprintf("%s %s: no answer for %v", req.Method, req.URL.Redacted(), beginning), "try again; check the network on the way there"), err)
+		err = errors.Join(fault.New(fault.Transient,
+			fmt.Sprintf("%s %s: no answer for %v", req.Method, req.URL.Redacted(), firstByteTimeout),
+			"try again; check the network path to it"), err)
 	}
 	if err != nil || resp.Body == nil {
 		if resp != nil && resp.Body != nil {
@@ -190,6 +194,6 @@ func (s steady) RoundTrip(req *http.Request) (*http.Response, error) {
 		cancel()
 		return nil, err
 	}
-	resp.Body = stall.Watch(resp.Body, req.URL.Redacted(), silence, cancel)
+	resp.Body = stall.Watch(resp.Body, req.URL.Redacted(), idleTimeout, cancel)
 	return resp, nil
 }

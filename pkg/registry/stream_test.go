@@ -276,6 +276,7 @@ func TestResumeBehindRedirect(t *testing.T) {
 	defer rc.Close()
 	got, err := io.ReadAll(rc)
 	if err != nil || !bytes.Equal(got, data) || asked.Load() < 4 || ranges.Load() != asked.Load()-1 {
-		t.Errorf("read %d bytes in %d requests, %d of them for a rest, %v; want %d in 4, or more where what was sent was lost, and all but one for a rest", len(got), asked.Load(), ranges.Load(), err, len(data))
+		t.Errorf("read %d bytes in %d requests, %d of them for a rest, %v; want %d in 4, or more where what was sent was "+
+			"lost, and all but one for a rest", len(got), asked.Load(), ranges.Load(), err, len(data))
 	}
 }

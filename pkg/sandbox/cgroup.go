@@ -31,19 +31,20 @@ const (
 	runGroup  = "prebake-run-" // and a process id, a dash, something random
 )
 
-const hintGroup = "give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder …, or Delegate=yes in its unit; a Kubernetes pod has its memory limit around it in any case"
+const hintGroup = "give the builder a control group of its own: systemd-run --user --scope -p Delegate=yes builder " +
+	"…, or Delegate=yes in its unit; a Kubernetes pod has its memory limit around it in any case"
 
-// Means says how the bounds on memory and processes are kept on this machine.
-type Means struct {
+// LimitSupport says how the bounds on memory and processes are kept on this machine.
+type LimitSupport struct {
 	// ControlGroup says that a control group keeps them, for all processes
 	// together. Otherwise Why says why not, with a hint; memory is bounded for
 	// each process, and the number of processes for this user, except for root.
 	ControlGroup bool
-	Why          error
+	Reason       error
 }
 
-// Bounds finds out how the bounds are kept here.
-func Bounds() Means {
+// SupportedLimits finds out how the bounds are kept here.
+func SupportedLimits() LimitSupport {
 	g, err := newGroup(Limits{}.withDefaults())
 	if err == nil {
 		err = g.close()
@@ -51,7 +52,7 @@ func Bounds() Means {
 	if err != nil && fault.Hint(err) == "" {
 		err = fault.Wrap(fault.Unsupported, err, hintGroup)
 	}
-	return Means{ControlGroup: err == nil, Why: err}
+	return LimitSupport{ControlGroup: err == nil, Reason: err}
 }
 
 // ownGroup returns the folder of this process's control group.
@@ -61,7 +62,8 @@ func ownGroup() (string, error) {
 		return "", fmt.Errorf("find control groups: %s: %w", groupRoot, err)
 	}
 	if s.Type != unix.CGROUP2_SUPER_MAGIC {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not of version 2", groupRoot), "boot with systemd.unified_cgroup_hierarchy=1, on a kernel of 5.7 or newer")
+		return "", fault.New(fault.Unsupported, fmt.Sprintf("%s is not of version 2", groupRoot),
+			"boot with systemd.unified_cgroup_hierarchy=1, on a kernel of 5.7 or newer")
 	}
 	text, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -123,7 +125,7 @@ func delegate(dir string, self int) error {
 		return err
 	}
 	if ok, err := has("cgroup.controllers"); !ok || err != nil {
-		return errors.Join(fmt.Errorf("control group %s has no say over memory and processes", dir), err)
+		return errors.Join(fmt.Errorf("control group %s does not control memory and processes", dir), err)
 	}
 	enable := func() error { return writeGroup(dir, "cgroup.subtree_control", "+memory +pids") }
 	err := enable()
@@ -230,13 +232,15 @@ func (g *group) set(l Limits) (err error) {
 	return err
 }
 
-// verdict says which bound the run broke, if any. Only the kernel's own count
-// says it for sure: a program that was killed looks the same whoever did it.
-func (g *group) verdict(l Limits) error {
+// brokenLimit says which bound the run broke, if any. Only the kernel's own count
+// says it for sure: a program that was killed looks the same no matter who killed it.
+func (g *group) brokenLimit(l Limits) error {
 	if n := g.count("memory.events", "oom_kill"); n > 0 {
 		// "oom" counts the group's own bound and those below it, not those around it.
 		if g.count("memory.events", "oom") == 0 {
-			return fault.New(fault.OutOfMemory, fmt.Sprintf("all that ran side by side needed more than %d MiB of memory, or the machine had less", l.Together>>20), hintTogether)
+			return fault.New(fault.OutOfMemory,
+				fmt.Sprintf("all that ran side by side needed more than %d MiB of memory, or the machine had less", l.Together>>20),
+				hintTogether)
 		}
 		return fault.New(fault.OutOfMemory, fmt.Sprintf("it needed more than %d MiB of memory", l.Memory>>20), hintMemory)
 	}

@@ -41,8 +41,8 @@ func TestMain(m *testing.M) {
 			fmt.Fprintln(os.Stderr, err)
 			os.Exit(1)
 		}
-		if b := sandbox.Bounds(); !b.ControlGroup {
-			fmt.Fprintln(os.Stderr, "no control group:", b.Why)
+		if b := sandbox.SupportedLimits(); !b.ControlGroup {
+			fmt.Fprintln(os.Stderr, "no control group:", b.Reason)
 			os.Exit(1)
 		}
 	}
@@ -97,7 +97,8 @@ func TestCalledOffEarly(t *testing.T) {
 	mark := "called-off-" + filepath.Base(t.TempDir()) + "-" + strconv.Itoa(os.Getpid())
 	for i := range 60 {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*200*time.Microsecond)
-		err := sandbox.Run(ctx, sandbox.Config{Argv: []string{"sleep", "600"}, Dir: "/", Env: map[string]string{"MARK": mark}})
+		err := sandbox.Run(ctx, sandbox.Config{Argv: []string{"sleep", "600"}, Dir: "/",
+			Env: map[string]string{"MARK": mark}})
 		cancel()
 		if err == nil {
 			t.Fatal("sleep ended well")

@@ -17,23 +17,23 @@ import (
 // Limits bound what one program and all that it starts may take together, so
 // that one that runs wild fails by itself and not the machine.
 type Limits struct {
-	// Memory in bytes, /tmp among it; 0 is as much as Together. Where there is no
-	// control group (see [Bounds]) it bounds each process instead of all together.
+	// Memory in bytes, /tmp among it; 0 means as much as Together. Where there is no
+	// control group (see [SupportedLimits]) it bounds each process instead of all together.
 	Memory int64
 	// Together bounds the memory of all runs that this process has at one time, in
-	// bytes; 0 is seven eighths of what this process may have. It holds where there
+	// bytes; 0 means seven eighths of what this process may have. It holds where there
 	// is a control group, for all runs that give the same number.
 	Together int64
-	// Processes, threads too; 0 is 16384. Where there is no control group, it
+	// Processes, threads too; 0 means 16384. Where there is no control group, it
 	// counts all processes of this user, and root's not at all.
 	Processes int
-	// Disk is how many bytes the writable binds may grow by; 0 is 16 GiB. They
+	// Disk is how many bytes the writable binds may grow by; 0 means 16 GiB. They
 	// are measured every few seconds.
 	Disk int64
 	// MinFree is how many bytes have to stay free on the disks of the writable
-	// binds; 0 is 128 MiB.
+	// binds; 0 means 128 MiB.
 	MinFree int64
-	// Time is how long the program may run; 0 is two hours.
+	// Time is how long the program may run; 0 means two hours.
 	Time time.Duration
 }
 
@@ -106,7 +106,7 @@ func AvailableMemory() int64 {
 
 // command returns the program that runs another one within the limits, or those of
 // this process where they are narrower. each says that memory is bounded for
-// each process, for want of a control group.
+// each process, without a control group.
 func (l Limits) command(each bool) ([]string, error) {
 	args := []string{prlimit, "--core=0"}
 	rows := []struct {
@@ -151,18 +151,19 @@ func newDiskWatch(l Limits, binds []Bind) (*diskWatch, error) {
 			w.folders = append(w.folders, b.Host)
 		}
 	}
-	return w, w.room()
+	return w, w.checkFree()
 }
 
-// room reports a disk that is nearly full.
-func (w *diskWatch) room() error {
+// checkFree reports a disk that is nearly full.
+func (w *diskWatch) checkFree() error {
 	for _, dir := range w.folders {
 		var s unix.Statfs_t
 		if err := unix.Statfs(dir, &s); err != nil {
 			return fmt.Errorf("read free space of %s: %w", dir, err)
 		}
 		if free := int64(s.Bavail) * s.Bsize; free < w.limits.MinFree {
-			return fault.New(fault.DiskFull, fmt.Sprintf("the disk of %s has %d MiB left; want at least %d MiB", dir, free>>20, w.limits.MinFree>>20), hintDisk)
+			return fault.New(fault.DiskFull,
+				fmt.Sprintf("the disk of %s has %d MiB left; want at least %d MiB", dir, free>>20, w.limits.MinFree>>20), hintDisk)
 		}
 	}
 	return nil
@@ -207,7 +208,7 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 			return
 		case <-pause.C:
 		}
-		if err := w.room(); err != nil {
+		if err := w.checkFree(); err != nil {
 			stop(err)
 			return
 		}
@@ -217,7 +218,8 @@ func (w *diskWatch) run(ctx context.Context, stop context.CancelCauseFunc) {
 			return
 		}
 		if w.grown = now - began; w.grown > w.limits.Disk {
-			stop(fault.New(fault.DiskFull, fmt.Sprintf("it wrote more than %d MiB into its folders", w.limits.Disk>>20), "read the end of the build's log for what it was writing"))
+			stop(fault.New(fault.DiskFull, fmt.Sprintf("it wrote more than %d MiB into its folders", w.limits.Disk>>20),
+				"read the end of the build's log for what it was writing"))
 			return
 		}
 		pause.Reset(max(time.Second, 100*time.Since(start)))

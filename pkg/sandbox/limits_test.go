@@ -45,10 +45,11 @@ func TestMemory(t *testing.T) {
 	}
 	// Per process, the program is told and says so itself; package compile
 	// reads that. A control group's verdict is the kernel's.
-	if sandbox.Bounds().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
+	if sandbox.SupportedLimits().ControlGroup && !fault.Is(err, fault.OutOfMemory) {
 		t.Errorf("Run = %v (%v); want out of memory", err, fault.Of(err))
 	}
-	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil || strings.TrimSpace(out) != "60000000" {
+	if out, _, err := limited(t, sandbox.Limits{Memory: 2 << 30}, grab); err != nil ||
+		strings.TrimSpace(out) != "60000000" {
 		t.Errorf("with memory enough, Run = %q, %v", out, err)
 	}
 }
@@ -57,8 +58,8 @@ func TestMemory(t *testing.T) {
 // says that it was not alone.
 func TestTogether(t *testing.T) {
 	t.Parallel()
-	if m := sandbox.Bounds(); !m.ControlGroup {
-		t.Skip(m.Why)
+	if m := sandbox.SupportedLimits(); !m.ControlGroup {
+		t.Skip(m.Reason)
 	}
 	// /tmp is memory: each run holds 24 MB there until the other one does, too.
 	hold := func(l sandbox.Limits, self, other int, meet string) error {
@@ -92,9 +93,11 @@ func TestDisk(t *testing.T) {
 	// It goes on until it is ended: what it writes before the first look at the
 	// folder, which may come late, does not count.
 	script := `i=0; while :; do head -c 4000000 /dev/zero >/b/$i; i=$((i+1)); [ $i -lt 30 ] || sleep 0.2; done`
-	_, usage, err := limited(t, sandbox.Limits{Disk: 32 << 20}, script, sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
+	_, usage, err := limited(t, sandbox.Limits{Disk: 32 << 20}, script,
+		sandbox.Bind{Host: dir, Inside: "/b", Writable: true})
 	if !fault.Is(err, fault.DiskFull) || fault.Hint(err) == "" || usage.Disk < 32<<20 {
-		t.Errorf("Run = %v (%v), hint %q, usage %+v; want disk full, a hint and what it wrote", err, fault.Of(err), fault.Hint(err), usage)
+		t.Errorf("Run = %v (%v), hint %q, usage %+v; want disk full, a hint and what it wrote", err, fault.Of(err),
+			fault.Hint(err), usage)
 	}
 }
 
@@ -109,7 +112,8 @@ func TestLargeFile(t *testing.T) {
 // A disk that is nearly full ends the run before it begins.
 func TestMinFree(t *testing.T) {
 	t.Parallel()
-	out, _, err := limited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`, sandbox.Bind{Host: t.TempDir(), Inside: "/b", Writable: true})
+	out, _, err := limited(t, sandbox.Limits{MinFree: 1 << 60}, `echo begun`,
+		sandbox.Bind{Host: t.TempDir(), Inside: "/b", Writable: true})
 	if !fault.Is(err, fault.DiskFull) || !strings.Contains(err.Error(), "MiB left") || out != "" {
 		t.Errorf("Run on a full disk = %v (%v), printed %q; want disk full and nothing begun", err, fault.Of(err), out)
 	}
@@ -127,15 +131,16 @@ func TestTime(t *testing.T) {
 // is a control group.
 func TestProcesses(t *testing.T) {
 	t.Parallel()
-	if os.Getuid() == 0 && !sandbox.Bounds().ControlGroup {
-		t.Skipf("RLIMIT_NPROC does not bind root, and %v", sandbox.Bounds().Why)
+	if os.Getuid() == 0 && !sandbox.SupportedLimits().ControlGroup {
+		t.Skipf("RLIMIT_NPROC does not bind root, and %v", sandbox.SupportedLimits().Reason)
 	}
 	// Where other processes of this user count too, fewer are left.
-	out, _, err := limited(t, sandbox.Limits{Processes: 16}, `i=0; while [ $i -lt 30 ]; do sleep 600 & i=$((i+1)); done; echo all`)
+	out, _, err := limited(t, sandbox.Limits{Processes: 16},
+		`i=0; while [ $i -lt 30 ]; do sleep 600 & i=$((i+1)); done; echo all`)
 	if err == nil || strings.Contains(out, "all") {
 		t.Errorf("Run = %q, %v; want it to fail at the sixteenth process", out, err)
 	}
-	if sandbox.Bounds().ControlGroup && !strings.Contains(err.Error(), "more than 16 processes") {
+	if sandbox.SupportedLimits().ControlGroup && !strings.Contains(err.Error(), "more than 16 processes") {
 		t.Errorf("Run = %v; want the limit named", err)
 	}
 }
@@ -143,9 +148,9 @@ func TestProcesses(t *testing.T) {
 // Without a control group, what is missing is said with its remedy.
 func TestBoundsSayWhy(t *testing.T) {
 	t.Parallel()
-	m := sandbox.Bounds()
-	if m.ControlGroup != (m.Why == nil) || m.Why != nil && fault.Hint(m.Why) == "" {
-		t.Errorf("Bounds() = %+v, hint %q; want either a control group or why not", m, fault.Hint(m.Why))
+	m := sandbox.SupportedLimits()
+	if m.ControlGroup != (m.Reason == nil) || m.Reason != nil && fault.Hint(m.Reason) == "" {
+		t.Errorf("SupportedLimits() = %+v, hint %q; want either a control group or why not", m, fault.Hint(m.Reason))
 	}
 }
 
@@ -181,7 +186,8 @@ func TestAsOrdinaryUser(t *testing.T) {
 	if err := errors.Join(os.Chmod(dir, 0o755), os.Mkdir(tmp, 0o755), os.Chown(tmp, 65532, 65532)); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), copied, "-test.v", "-test.timeout=2m", "-test.run", "^Test(Inside|NoNetwork|Binds|Exit|Memory|Disk|Processes|DiesWithParent)$")
+	cmd := exec.CommandContext(t.Context(), copied, "-test.v", "-test.timeout=2m", "-test.run",
+		"^Test(Inside|NoNetwork|Binds|Exit|Memory|Disk|Processes|DiesWithParent)$")
 	cmd.Dir, cmd.Env = tmp, []string{"PATH=/usr/bin:/bin", "TMPDIR=" + tmp, asUser + "=1"}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532, NoSetGroups: true}}
 	out, err := cmd.CombinedOutput()

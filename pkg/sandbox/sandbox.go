@@ -11,7 +11,7 @@
 // namespaces of its own. A filter keeps system calls that no build needs from it.
 // No home folder, no /etc but what links and the loader need. Memory, processes,
 // time, disk space, output and /tmp are bounded; see [Limits] and, for how firmly,
-// [Bounds]. /proc/self/mountinfo names the bound folders' paths on the host: the
+// [SupportedLimits]. /proc/self/mountinfo names the bound folders' paths on the host: the
 // kernel has no way to hide them.
 package sandbox
 
@@ -59,7 +59,7 @@ type Config struct {
 	Binds []Bind
 	// Output receives stdout and stderr as one stream; nil drops it.
 	Output io.Writer
-	// MaxOutput ends a program that prints more bytes; 0 is 256 MiB.
+	// MaxOutput ends a program that prints more bytes; 0 means 256 MiB.
 	MaxOutput int64
 	// Limits bound what the program takes; the zero value has safe defaults.
 	Limits Limits
@@ -102,8 +102,10 @@ func (e *ExitError) Killed() bool { return e.Status == 128+int(syscall.SIGKILL) 
 const (
 	hintInstall = "install bubblewrap: apt-get install bubblewrap"
 	hintLimits  = "install util-linux: apt-get install util-linux"
-	hintFlood   = "read the end of the build's log for what repeats itself"
-	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); in a container, run it privileged or with a seccomp profile that permits unshare"
+	hintOutput  = "read the end of the build's log for what repeats itself"
+	hintUserns  = "allow user namespaces: sysctl -w user.max_user_namespaces=15000 kernel.unprivileged_userns_clone=1 " +
+		"kernel.apparmor_restrict_unprivileged_userns=0 (those that exist); in a container, run it privileged or with a " +
+		"seccomp profile that permits unshare"
 )
 
 // Run runs the program and waits for it and everything it started. The sandbox
@@ -134,12 +136,13 @@ func Run(ctx context.Context, c Config) error {
 	if err != nil {
 		return fmt.Errorf("run %s: %w", program, err)
 	}
-	ctx, late := context.WithTimeoutCause(ctx, c.Limits.Time, fault.New(fault.TimedOut, fmt.Sprintf("it ran longer than %v", c.Limits.Time), hintTime))
+	ctx, late := context.WithTimeoutCause(ctx, c.Limits.Time,
+		fault.New(fault.TimedOut, fmt.Sprintf("it ran longer than %v", c.Limits.Time), hintTime))
 	defer late()
 	ctx, stop := context.WithCancelCause(ctx)
 	defer stop(nil)
-	setup := &setupTrouble{next: c.Output, left: c.MaxOutput, flood: func() {
-		stop(fault.New(fault.Internal, fmt.Sprintf("it printed more than %d bytes", c.MaxOutput), hintFlood))
+	setup := &outputFilter{next: c.Output, left: c.MaxOutput, tooMuch: func() {
+		stop(fault.New(fault.Internal, fmt.Sprintf("it printed more than %d bytes", c.MaxOutput), hintOutput))
 	}}
 	var watch sync.WaitGroup
 	watch.Go(func() { disk.run(ctx, stop) })
@@ -150,7 +153,7 @@ func Run(ctx context.Context, c Config) error {
 	if c.Usage != nil {
 		c.Usage.Disk = disk.grown
 	}
-	if cause != nil && (err != nil || setup.flooded()) {
+	if cause != nil && (err != nil || setup.exceeded()) {
 		return fmt.Errorf("run %s: %w", program, cause)
 	}
 	if err == nil {
@@ -171,7 +174,9 @@ func Run(ctx context.Context, c Config) error {
 		status = 128 + int(ws.Signal())
 	}
 	if status == 128+int(syscall.SIGXFSZ) {
-		return fmt.Errorf("run %s: %w", program, fault.New(fault.DiskFull, fmt.Sprintf("it wrote a file of more than %d MiB", min(maxFile, c.Limits.Disk)>>20), hintFlood))
+		return fmt.Errorf("run %s: %w", program,
+			fault.New(fault.DiskFull, fmt.Sprintf("it wrote a file of more than %d MiB", min(maxFile, c.Limits.Disk)>>20),
+				hintOutput))
 	}
 	return fmt.Errorf("run %s: %w", program, &ExitError{Status: status})
 }
@@ -185,7 +190,7 @@ func (c Config) start(ctx context.Context, bwrap string, output io.Writer) (brok
 			if c.Usage != nil {
 				c.Usage.PeakMemory = g.peak()
 			}
-			broke = g.verdict(c.Limits)
+			broke = g.brokenLimit(c.Limits)
 			err = errors.Join(err, g.close())
 		}()
 		started, err := c.exec(ctx, bwrap, output, g)
@@ -256,7 +261,8 @@ func Probe(ctx context.Context) error {
 }
 
 func setupHint(text string) string {
-	for _, word := range []string{"namespace", "uid map", "gid map", "Operation not permitted", "setgroups", "Permission denied"} {
+	for _, word := range []string{"namespace", "uid map", "gid map", "Operation not permitted", "setgroups",
+		"Permission denied"} {
 		if strings.Contains(text, word) {
 			return hintUserns
 		}
@@ -324,13 +330,13 @@ func memoryFile(text string) (*os.File, error) {
 	return f, nil
 }
 
-// setupTrouble passes the program's output on, up to a bound, and keeps the
+// outputFilter passes the program's output on, up to a bound, and keeps the
 // first line if it is bubblewrap's own complaint: it prints one, and only one,
 // before it gives up.
-type setupTrouble struct {
+type outputFilter struct {
 	next io.Writer
 
-	flood func() // called when left runs out
+	tooMuch func() // called when left runs out
 
 	mu    sync.Mutex
 	left  int64 // bytes that may still come; negative after the flood
@@ -340,7 +346,7 @@ type setupTrouble struct {
 
 const maxFirstLine = 1024
 
-func (s *setupTrouble) Write(p []byte) (int, error) {
+func (s *outputFilter) Write(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if !s.ended {
@@ -352,7 +358,7 @@ func (s *setupTrouble) Write(p []byte) (int, error) {
 		return len(p), nil // until the program is gone
 	}
 	if s.left -= int64(len(p)); s.left < 0 {
-		s.flood()
+		s.tooMuch()
 		return len(p), nil
 	}
 	if s.next == nil {
@@ -361,13 +367,13 @@ func (s *setupTrouble) Write(p []byte) (int, error) {
 	return s.next.Write(p)
 }
 
-func (s *setupTrouble) flooded() bool {
+func (s *outputFilter) exceeded() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.left < 0
 }
 
-func (s *setupTrouble) text() string {
+func (s *outputFilter) text() string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if text, ok := strings.CutPrefix(string(s.first), "bwrap: "); ok {

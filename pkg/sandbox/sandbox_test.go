@@ -70,7 +70,8 @@ func TestInside(t *testing.T) {
 func TestNoHostPaths(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	got, err := shell(t, `cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\0' ' '`, sandbox.Bind{Host: dir, Inside: "/prebake"})
+	got, err := shell(t, `cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ | tr '\0' ' '`,
+		sandbox.Bind{Host: dir, Inside: "/prebake"})
 	if err != nil || !strings.Contains(got, "prlimit") && !strings.Contains(got, "bwrap") || strings.Contains(got, dir) {
 		t.Errorf("processes inside = %q, %v; want them without %s", got, err, dir)
 	}
@@ -88,7 +89,8 @@ func TestNoNetwork(t *testing.T) {
 	}
 	defer l.Close()
 	_, port, _ := net.SplitHostPort(l.Addr().String())
-	script := `perl -MSocket -e 'socket(S,PF_INET,SOCK_STREAM,0) or die; connect(S,sockaddr_in(` + port + `,inet_aton("127.0.0.1"))) and print "reached"; print "refused"'`
+	script := `perl -MSocket -e 'socket(S,PF_INET,SOCK_STREAM,0) or die; connect(S,sockaddr_in(` + port +
+		`,inet_aton("127.0.0.1"))) and print "reached"; print "refused"'`
 	if out, err := exec.Command("sh", "-c", script).Output(); err != nil || !strings.HasPrefix(string(out), "reached") {
 		t.Fatalf("outside the sandbox the probe says %q, %v; want reached", out, err)
 	}
@@ -181,7 +183,8 @@ func TestFlood(t *testing.T) {
 			Argv: []string{"sh", "-c", script}, Dir: "/", Output: out, MaxOutput: 1 << 20,
 			Env: map[string]string{"PATH": "/usr/bin:/bin"},
 		})
-		if err == nil || !strings.Contains(err.Error(), "printed more than 1048576 bytes") || fault.Hint(err) == "" || fault.Is(err, fault.Cancelled) {
+		if err == nil || !strings.Contains(err.Error(), "printed more than 1048576 bytes") || fault.Hint(err) == "" ||
+			fault.Is(err, fault.Cancelled) {
 			t.Errorf("Run(%s) = %v (%v), hint %q; want the flood named", script, err, fault.Of(err), fault.Hint(err))
 		}
 		if out.n > 1<<20 {

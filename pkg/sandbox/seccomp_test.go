@@ -60,7 +60,8 @@ func TestFilter(t *testing.T) {
 	cmd := exec.CommandContext(t.Context(), self)
 	cmd.Env = []string{inFilter + "=1"}
 	bare, err := cmd.Output()
-	if err != nil || !strings.Contains(string(bare), "unshare \n") || !strings.Contains(string(bare), "clone user EINVAL\n") {
+	if err != nil || !strings.Contains(string(bare), "unshare \n") ||
+		!strings.Contains(string(bare), "clone user EINVAL\n") {
 		t.Fatalf("without a sandbox: %v\n%s", err, bare)
 	}
 	dir := t.TempDir()
@@ -107,7 +108,8 @@ func TestOtherABI(t *testing.T) {
 	dir := t.TempDir()
 	program.Write(t, filepath.Join(dir, "old"), oldCall())
 	bare := exec.CommandContext(t.Context(), filepath.Join(dir, "old")).Run()
-	if got, err := shell(t, "/prebake/old; echo $?", sandbox.Bind{Host: dir, Inside: "/prebake"}); err != nil || got != "38" {
+	if got, err := shell(t, "/prebake/old; echo $?", sandbox.Bind{Host: dir, Inside: "/prebake"}); err != nil ||
+		got != "38" {
 		t.Errorf("int $0x80 for getpid ended with %s, %v (without a sandbox: %v); want 38, ENOSYS", got, err, bare)
 	}
 	var exit *exec.ExitError
@@ -142,7 +144,8 @@ func oldCall() []byte {
 		PType, PFlags                           uint32
 		Off, Vaddr, Paddr, Filesz, Memsz, Align uint64
 	}
-	h := header{Ident: [16]byte{0x7f, 'E', 'L', 'F', 2, 1, 1}, Type: 2, Machine: 62, Version: 1, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
+	h := header{Ident: [16]byte{0x7f, 'E', 'L', 'F', 2, 1, 1}, Type: 2, Machine: 62, Version: 1, Phoff: 64, Ehsize: 64,
+		Phentsize: 56, Phnum: 1,
 		PType: 1, PFlags: 5, Vaddr: base, Paddr: base, Align: 0x1000}
 	size := uint64(binary.Size(h))
 	h.Entry, h.Filesz, h.Memsz = base+size, size+uint64(len(code)), size+uint64(len(code))

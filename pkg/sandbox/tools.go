@@ -18,9 +18,12 @@ import (
 // run out of the host's /usr: those of Documentation/process/changes.rst that a
 // module's build needs, and the shell's.
 var hostTools = []string{
-	"awk", "basename", "bash", "bc", "cat", "chmod", "cksum", "cmp", "cp", "cut", "date", "diff", "dirname", "echo", "env", "expr", "false",
-	"find", "flock", "getconf", "gawk", "grep", "gzip", "head", "ln", "ls", "make", "mawk", "mkdir", "mktemp", "mv", "nproc", "pahole", "perl",
-	"printf", "prlimit", "python3", "readlink", "realpath", "rm", "sed", "seq", "sh", "sort", "stat", "tail", "tee", "test", "touch", "tr",
+	"awk", "basename", "bash", "bc", "cat", "chmod", "cksum", "cmp", "cp", "cut", "date", "diff", "dirname", "echo", "env",
+	"expr", "false",
+	"find", "flock", "getconf", "gawk", "grep", "gzip", "head", "ln", "ls", "make", "mawk", "mkdir", "mktemp", "mv",
+	"nproc", "pahole", "perl",
+	"printf", "prlimit", "python3", "readlink", "realpath", "rm", "sed", "seq", "sh", "sort", "stat", "tail", "tee",
+	"test", "touch", "tr",
 	"true", "truncate", "uname", "uniq", "wc", "xargs", "xz", "zstd",
 }
 
@@ -96,7 +99,8 @@ func needs(file string) (found []string, err error) {
 		}
 	}
 	for _, name := range names {
-		for _, pattern := range []string{"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/", "/lib/", "/usr/lib/"} {
+		for _, pattern := range []string{"/lib/*-linux-gnu/", "/usr/lib/*-linux-gnu/", "/lib64/", "/usr/lib64/", "/lib/",
+			"/usr/lib/"} {
 			paths, err := filepath.Glob(pattern + filepath.Base(name))
 			if err != nil {
 				return nil, err

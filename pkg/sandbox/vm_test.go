@@ -42,9 +42,11 @@ func TestInVirtualMachine(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := vm.Config{Boot: boot, Init: init, Timeout: 13 * time.Minute, Files: []vm.File{{Name: "/sandbox.test", Path: self, Mode: 0o755}}}
+	c := vm.Config{Boot: boot, Init: init, Timeout: 13 * time.Minute,
+		Files: []vm.File{{Name: "/sandbox.test", Path: self, Mode: 0o755}}}
 	var programs []string
-	for _, name := range []string{"bwrap", "prlimit", "sh", "true", "cat", "cut", "df", "echo", "env", "grep", "head", "id", "ls", "sleep", "sort", "tail", "touch", "tr", "truncate", "uname", "unshare", "wc", "awk"} {
+	for _, name := range []string{"bwrap", "prlimit", "sh", "true", "cat", "cut", "df", "echo", "env", "grep", "head",
+		"id", "ls", "sleep", "sort", "tail", "touch", "tr", "truncate", "uname", "unshare", "wc", "awk"} {
 		path, err := filepath.EvalSymlinks("/usr/bin/" + name)
 		if err != nil {
 			t.Skipf("%v", err)
@@ -57,10 +59,12 @@ func TestInVirtualMachine(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.Files = append(c.Files, libraries...)
-	c.Files = append(c.Files, vm.File{Name: "/bin/sh", Path: programs[2], Mode: 0o755}, vm.File{Name: "/usr/local"}, vm.File{Name: "/usr/src"})
+	c.Files = append(c.Files, vm.File{Name: "/bin/sh", Path: programs[2], Mode: 0o755}, vm.File{Name: "/usr/local"},
+		vm.File{Name: "/usr/src"})
 	for _, where := range []string{"root", "unit", "user"} {
 		c.Steps = append(c.Steps, vm.Step{Name: where, KeepGoing: true, Env: []string{inGuest + "=" + where},
-			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=4m", "-test.parallel=1", "-test.run", "^Test(Inside|Exit|Memory|Together|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
+			Argv: []string{"/sandbox.test", "-test.v", "-test.timeout=4m", "-test.parallel=1", "-test.run",
+				"^Test(Inside|Exit|Memory|Together|Disk|Processes|BoundsSayWhy|GroupsAreRemoved)$"}})
 	}
 	c.Watch = func(p vm.Progress) {
 		if p.State == "output" {
@@ -82,8 +86,8 @@ func TestInVirtualMachine(t *testing.T) {
 // the groups of other tests' runs would be there as well.
 func TestGroupsAreRemoved(t *testing.T) {
 	needBubblewrap(t)
-	if m := sandbox.Bounds(); !m.ControlGroup {
-		t.Skip(m.Why)
+	if m := sandbox.SupportedLimits(); !m.ControlGroup {
+		t.Skip(m.Reason)
 	}
 	_, usage, err := limited(t, sandbox.Limits{}, `head -c 20000000 /dev/zero | tail -c 20000000 >/dev/null`)
 	if err != nil || usage.PeakMemory < 20_000_000 || usage.PeakMemory > 200_000_000 {
@@ -109,20 +113,24 @@ func enterGuest(where string) error {
 		steps = append(steps, copyAll(dir, root+dir))
 	}
 	steps = append(steps, copyAll("/sandbox.test", root+"/sandbox.test"))
-	for _, m := range []struct{ kind, at string }{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"}, {"tmpfs", "/tmp"}, {"cgroup2", "/sys/fs/cgroup"}} {
+	for _, m := range []struct{ kind, at string }{{"proc", "/proc"}, {"sysfs", "/sys"}, {"devtmpfs", "/dev"},
+		{"tmpfs", "/tmp"}, {"cgroup2", "/sys/fs/cgroup"}} {
 		steps = append(steps, os.MkdirAll(root+m.at, 0o755), unix.Mount(m.kind, root+m.at, m.kind, 0, ""))
 	}
-	steps = append(steps, os.Chmod(root+"/tmp", 0o777), unix.Chdir(root), unix.Mount(".", "/", "", unix.MS_MOVE, ""), unix.Chroot("."), unix.Chdir("/"))
+	steps = append(steps, os.Chmod(root+"/tmp", 0o777), unix.Chdir(root), unix.Mount(".", "/", "", unix.MS_MOVE, ""),
+		unix.Chroot("."), unix.Chdir("/"))
 	if err := errors.Join(steps...); err != nil || where == "root" {
 		return err
 	}
 	unit := "/sys/fs/cgroup/" + where
-	err := errors.Join(os.WriteFile("/sys/fs/cgroup/cgroup.subtree_control", []byte("+memory +pids"), 0o644), os.Mkdir(unit, 0o755),
+	err := errors.Join(os.WriteFile("/sys/fs/cgroup/cgroup.subtree_control", []byte("+memory +pids"), 0o644),
+		os.Mkdir(unit, 0o755),
 		os.WriteFile(unit+"/cgroup.procs", []byte("0"), 0o644))
 	if err != nil || where == "unit" {
 		return err
 	}
-	for _, file := range []string{"", "/cgroup.procs", "/cgroup.subtree_control", "/cgroup.threads"} { // what systemd delegates
+	// what systemd delegates
+	for _, file := range []string{"", "/cgroup.procs", "/cgroup.subtree_control", "/cgroup.threads"} {
 		if err := os.Chown(unit+file, 65532, 65532); err != nil {
 			return err
 		}

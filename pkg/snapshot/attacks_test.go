@@ -49,7 +49,8 @@ func TestAttacks(t *testing.T) {
 		later  time.Duration
 		want   error
 	}{
-		"rollback: all of an older list": {func(*testing.T, *snapshots.Farm, string) string { return old }, 0, snapshot.ErrRollback},
+		"rollback: all of an older list": {func(*testing.T, *snapshots.Farm, string) string { return old }, 0,
+			snapshot.ErrRollback},
 		"rollback: the snapshot, by who has the timestamp's key": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 1}
@@ -58,7 +59,8 @@ func TestAttacks(t *testing.T) {
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
-		"rollback: the list, by who has the keys of timestamp and snapshot": {func(t *testing.T, f *snapshots.Farm, dir string) string {
+		"rollback: the list, by who has the keys of timestamp and snapshot": {func(t *testing.T, f *snapshots.Farm,
+			dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 1}
 			sign(t, snap, f.Snapshot, dir, "9.snapshot.json")
@@ -68,7 +70,8 @@ func TestAttacks(t *testing.T) {
 			write(t, read(t, old, "1.targets.json"), dir, "1.targets.json")
 			return dir
 		}, 0, snapshot.ErrRollback},
-		"freeze: the newest list for ever": {func(_ *testing.T, _ *snapshots.Farm, dir string) string { return dir }, 8 * 24 * time.Hour, snapshot.ErrExpired},
+		"freeze: the newest list for ever": {func(_ *testing.T, _ *snapshots.Farm, dir string) string { return dir },
+			8 * 24 * time.Hour, snapshot.ErrExpired},
 		"freeze: the root has expired": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			return dir
 		}, 366 * 24 * time.Hour, snapshot.ErrExpired},
@@ -105,14 +108,16 @@ func TestAttacks(t *testing.T) {
 			return dir
 		}, 0, snapshot.ErrAltered},
 		"a timestamp that lives longer": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
-			write(t, edited(t, read(t, dir, "timestamp.json"), func(s map[string]any) { s["expires"] = "2036-01-01T00:00:00Z" }), dir, "timestamp.json")
+			write(t, edited(t, read(t, dir, "timestamp.json"), func(s map[string]any) { s["expires"] = "2036-01-01T00:00:00Z" }),
+				dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
 		"wrong key: the timestamp": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
 			sign(t, metadata.Timestamp(start.AddDate(0, 1, 0)), snapshots.NewSigner(t), dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"wrong key: the snapshot, signed by who may sign the list": {func(t *testing.T, f *snapshots.Farm, dir string) string {
+		"wrong key: the snapshot, signed by who may sign the list": {func(t *testing.T, f *snapshots.Farm,
+			dir string) string {
 			snap := metadata.Snapshot(start.AddDate(0, 1, 0))
 			snap.Signed.Version, snap.Signed.Meta["targets.json"] = 9, &metadata.MetaFiles{Version: 3}
 			sign(t, snap, f.Targets, dir, "9.snapshot.json")
@@ -121,7 +126,8 @@ func TestAttacks(t *testing.T) {
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
 			return dir
 		}, 0, snapshot.ErrSignature},
-		"wrong key: somebody else's snapshot": {func(*testing.T, *snapshots.Farm, string) string { return stranger.Dir }, 0, snapshot.ErrSignature},
+		"wrong key: somebody else's snapshot": {func(*testing.T, *snapshots.Farm, string) string { return stranger.Dir }, 0,
+			snapshot.ErrSignature},
 		"threshold: a root that one of two signed": {func(t *testing.T, f *snapshots.Farm, dir string) string {
 			root, err := metadata.Root().FromBytes(read(t, dir, "1.root.json"))
 			check(t, err)
@@ -163,7 +169,8 @@ func TestAttacks(t *testing.T) {
 			stamp := metadata.Timestamp(start.AddDate(0, 1, 0))
 			stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = above, &metadata.MetaFiles{Version: 9}
 			sign(t, stamp, f.Stamps, dir, "timestamp.json")
-			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir, "9.targets.json")
+			write(t, []byte(`{"signed":{"_type":"targets","version":9,"targets":{"x":null}},"signatures":[]}`), dir,
+				"9.targets.json")
 			return dir
 		}, 0, snapshot.ErrMalformed},
 		"no JSON": {func(t *testing.T, _ *snapshots.Farm, dir string) string {
@@ -179,7 +186,8 @@ func TestAttacks(t *testing.T) {
 			}
 			before := read(t, n.state)
 			newest := first.Copy(t)
-			ahead := &snapshots.Farm{Dir: newest, Root: first.Root, Targets: first.Targets, Snapshot: first.Snapshot, Stamps: first.Stamps}
+			ahead := &snapshots.Farm{Dir: newest, Root: first.Root, Targets: first.Targets, Snapshot: first.Snapshot,
+				Stamps: first.Stamps}
 			if row.later == 0 { // there is a third list, which the node has not seen
 				publish(t, ahead, start.Add(40*time.Minute), snapshot.Yanked)
 			}
@@ -188,7 +196,8 @@ func TestAttacks(t *testing.T) {
 			for kind, from := range map[string]string{"folder": dir, "web server": served(t, dir)} {
 				s, err := n.client(t, from).Refresh(t.Context())
 				if !errors.Is(err, row.want) || !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
-					t.Errorf("Refresh from a %s = %v, %v (%v, hint %q); want %v", kind, s, err, fault.Of(err), fault.Hint(err), row.want)
+					t.Errorf("Refresh from a %s = %v, %v (%v, hint %q); want %v", kind, s, err, fault.Of(err), fault.Hint(err),
+						row.want)
 				}
 				if got := read(t, n.state); string(got) != string(before) {
 					t.Errorf("the state of the node changed")

@@ -28,15 +28,15 @@ type Config struct {
 	// the source, each signed by the one before.
 	Root []byte
 	// State is the file in which the last list is kept: what is older is refused, and what it
-	// says counts without a network until it expires. "" remembers nothing.
+	// says counts without a network until it expires. "" stores nothing.
 	State string
 	// ReadOnly reads the state, and writes none.
 	ReadOnly bool
-	// UserAgent is told to web servers; "" is Go's own.
+	// UserAgent is told to web servers; "" means Go's own.
 	UserAgent string
 	// HTTP is for URLs; nil is a client that waits for no silent server.
 	HTTP *http.Client
-	// Now is the clock; nil is the machine's.
+	// Now is the clock; nil means the machine's.
 	Now func() time.Time
 }
 
@@ -158,7 +158,7 @@ func (c *Client) Refresh(ctx context.Context) (*Snapshot, error) {
 		fault.New(
 			fault.Transient,
 			fmt.Sprintf("the source took longer than %v", refreshTime),
-			"check the network on the way there",
+			"check the network path to it",
 		),
 	)
 	defer cancel()
@@ -174,14 +174,14 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// The library keeps files in a folder as it goes. What becomes of them is decided here,
+	// The library keeps files in a folder as it goes. What happens to them is decided here,
 	// at once: half of a list must not take the place of a whole one.
 	work, err := c.workFolder()
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(work)) }()
-	next, err := guarded(func() (Files, error) { return c.update(ctx, work, st) })
+	next, err := recoverPanic(func() (Files, error) { return c.update(ctx, work, st) })
 	if err != nil {
 		if next.Root != nil && !bytes.Equal(next.Root, st.Root) { // a root that was replaced stays so
 			st.Pinned, st.Root = c.cfg.Root, next.Root
@@ -227,8 +227,9 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	}
 	up, err := updater.New(&config.UpdaterConfig{
 		Fetcher: fetch(ctx, c.from), LocalTrustedRoot: root, LocalMetadataDir: work, LocalTargetsDir: work,
-		RemoteMetadataURL: place, RemoteTargetsURL: place + "targets/", PrefixTargetsWithHash: true,
-		MaxRootRotations: maxRoots, RootMaxLength: maxRoot, TimestampMaxLength: maxTimestamp, SnapshotMaxLength: maxMetadata, TargetsMaxLength: maxMetadata,
+		RemoteMetadataURL: urlPrefix, RemoteTargetsURL: urlPrefix + "targets/", PrefixTargetsWithHash: true,
+		MaxRootRotations: maxRoots, RootMaxLength: maxRoot, TimestampMaxLength: maxTimestamp, SnapshotMaxLength: maxMetadata,
+		TargetsMaxLength: maxMetadata,
 	})
 	if err != nil {
 		return next, explain(err)
@@ -251,7 +252,8 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	} else if _, next.Catalogue, err = up.DownloadTarget(info, filepath.Join(work, "list"), ""); err != nil {
 		return next, explain(err)
 	}
-	for role, to := range map[string]*[]byte{"timestamp": &next.Timestamp, "snapshot": &next.Snapshot, "targets": &next.Targets} {
+	for role, to := range map[string]*[]byte{"timestamp": &next.Timestamp, "snapshot": &next.Snapshot,
+		"targets": &next.Targets} {
 		if *to, err = os.ReadFile(file(role)); err != nil {
 			return next, err
 		}
@@ -259,7 +261,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 	return next, nil
 }
 
-// keep writes the state, whole or not at all.
+// keep writes the state atomically.
 func (c *Client) keep(st state) (err error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		return nil

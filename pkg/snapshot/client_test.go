@@ -35,7 +35,8 @@ var (
 // publish makes a list in which artifact 1 is published, and 2 in another state.
 func publish(t testing.TB, f *snapshots.Farm, at time.Time, second snapshot.State) {
 	t.Helper()
-	f.Publish(t, at, snapshot.Artifact{Digest: digest("2"), State: second, Reason: "panics on unload"}, snapshot.Artifact{Digest: digest("1"), State: snapshot.Published})
+	f.Publish(t, at, snapshot.Artifact{Digest: digest("2"), State: second, Reason: "panics on unload"},
+		snapshot.Artifact{Digest: digest("1"), State: snapshot.Published})
 }
 
 func read(t testing.TB, parts ...string) []byte {
@@ -58,12 +59,14 @@ type node struct {
 
 func newNode(t testing.TB, f *snapshots.Farm) *node {
 	t.Helper()
-	return &node{state: filepath.Join(t.TempDir(), "state", "snapshot.json"), root: string(read(t, f.Dir, "1.root.json")), now: start.Add(time.Hour)}
+	return &node{state: filepath.Join(t.TempDir(), "state", "snapshot.json"), root: string(read(t, f.Dir, "1.root.json")),
+		now: start.Add(time.Hour)}
 }
 
 func (n *node) client(t testing.TB, from string) *snapshot.Client {
 	t.Helper()
-	c, err := snapshot.New(snapshot.Config{From: from, Root: []byte(n.root), State: n.state, Now: func() time.Time { return n.now }})
+	c, err := snapshot.New(snapshot.Config{From: from, Root: []byte(n.root), State: n.state,
+		Now: func() time.Time { return n.now }})
 	check(t, err)
 	return c
 }
@@ -139,7 +142,8 @@ func TestGoesOn(t *testing.T) {
 			return
 		}
 		if a, _ := s.Find(digest("2")); a.State != want || s.Version != version || s.Refreshed != refreshed {
-			t.Errorf("state %s, version %d, refreshed %d; want %s, %d, %d", a.State, s.Version, s.Refreshed, want, version, refreshed)
+			t.Errorf("state %s, version %d, refreshed %d; want %s, %d, %d", a.State, s.Version, s.Refreshed, want, version,
+				refreshed)
 		}
 	}
 	refresh(snapshot.Published, 1, start, 0)
@@ -176,7 +180,8 @@ func TestEndlessData(t *testing.T) {
 	f := snapshots.New(t, start)
 	publish(t, f, start, snapshot.Yanked)
 	file := http.FileServer(http.Dir(f.Dir))
-	for _, name := range []string{"/2.root.json", "/timestamp.json", "/1.snapshot.json", "/1.targets.json", strings.TrimPrefix(list(t, f.Dir, 1), f.Dir)} {
+	for _, name := range []string{"/2.root.json", "/timestamp.json", "/1.snapshot.json", "/1.targets.json",
+		strings.TrimPrefix(list(t, f.Dir, 1), f.Dir)} {
 		var sent int
 		done := make(chan struct{})
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -194,7 +199,8 @@ func TestEndlessData(t *testing.T) {
 			}
 		}))
 		n := newNode(t, f)
-		if _, err := n.client(t, server.URL).Refresh(t.Context()); !errors.Is(err, snapshot.ErrEndless) || !fault.Is(err, fault.Unverified) {
+		if _, err := n.client(t, server.URL).Refresh(t.Context()); !errors.Is(err, snapshot.ErrEndless) ||
+			!fault.Is(err, fault.Unverified) {
 			t.Errorf("Refresh with an endless %s = %v; want endless data", name, err)
 		}
 		<-done
@@ -210,7 +216,9 @@ func TestAway(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
 	publish(t, f, start, snapshot.Yanked)
-	busy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusServiceUnavailable) }))
+	busy := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}))
 	t.Cleanup(busy.Close)
 	closed := httptest.NewServer(nil)
 	closed.Close()
@@ -221,7 +229,8 @@ func TestAway(t *testing.T) {
 	t.Cleanup(broken.Close)
 	half := f.Copy(t)
 	check(t, os.Remove(list(t, half, 1)))
-	for name, from := range map[string]string{"no folder": "/nowhere", "an empty folder": t.TempDir(), "a server that is busy": busy.URL, "no server": closed.URL,
+	for name, from := range map[string]string{"no folder": "/nowhere", "an empty folder": t.TempDir(),
+		"a server that is busy": busy.URL, "no server": closed.URL,
 		"half an answer": broken.URL, "a list that is not there yet": half} {
 		n := newNode(t, f)
 		if _, err := n.client(t, from).Refresh(t.Context()); !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
@@ -260,7 +269,7 @@ func TestRootStays(t *testing.T) {
 	n.has(t, old, false)
 }
 
-// What lies on the node's disk is not believed either.
+// What is on the node's disk is not trusted either.
 func TestState(t *testing.T) {
 	t.Parallel()
 	f := snapshots.New(t, start)
@@ -272,7 +281,8 @@ func TestState(t *testing.T) {
 	_, err := n.client(t, f.Dir).Refresh(t.Context())
 	check(t, err)
 	whole := read(t, n.state)
-	for name, data := range map[string][]byte{"half": whole[:len(whole)/2], "no JSON": []byte("x"), "a part of somebody else": swapped(t, whole)} {
+	for name, data := range map[string][]byte{"half": whole[:len(whole)/2], "no JSON": []byte("x"),
+		"a part of somebody else": swapped(t, whole)} {
 		write(t, data, n.state)
 		if _, err := n.client(t, f.Dir).Last(); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
 			t.Errorf("Last of a state that is %s = %v; want unverified", name, err)
@@ -318,7 +328,8 @@ func TestUsage(t *testing.T) {
 	t.Parallel()
 	root := read(t, snapshots.New(t, start).Dir, "1.root.json")
 	for name, cfg := range map[string]snapshot.Config{
-		"no root": {From: "/x"}, "a root of nobody": {From: "/x", Root: []byte("{}")}, "no source": {Root: root}, "a relative path": {From: "x", Root: root},
+		"no root": {From: "/x"}, "a root of nobody": {From: "/x", Root: []byte("{}")}, "no source": {Root: root},
+		"a relative path":  {From: "x", Root: root},
 		"another protocol": {From: "ftp://x/y", Root: root}, "a query": {From: "https://x/?a=b", Root: root},
 		"a root that somebody changed": {From: "/x", Root: edited(t, root, func(s map[string]any) { s["version"] = 2 })},
 	} {
@@ -331,16 +342,21 @@ func TestUsage(t *testing.T) {
 // A list of a mebibyte of zeros a thousand times over, or of another schema, is no list.
 func TestDecode(t *testing.T) {
 	t.Parallel()
-	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start, Artifacts: []snapshot.Artifact{{Digest: digest("1"), State: snapshot.Published}}})
+	good, err := maker.Encode(snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: start,
+		Artifacts: []snapshot.Artifact{{Digest: digest("1"), State: snapshot.Published}}})
 	check(t, err)
 	if c, err := snapshot.Decode(good); err != nil || len(c.Artifacts) != 1 || !c.MadeAt.Equal(start) {
 		t.Errorf("Decode = %+v, %v", c, err)
 	}
 	for name, text := range map[string]string{
-		"another schema": `{"schema":2,"madeAt":"2026-01-01T00:00:00Z"}`, "no time": `{"schema":1}`, "an unknown state": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"` + digest("1") + `","state":"odd"}]}`,
-		"no digest": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"latest","state":"published"}]}`, "two": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z"} {}`,
-		"twice": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"` + digest("1") + `","state":"yanked"},{"digest":"` + digest("1") + `","state":"published"}]}`,
-		"much":  strings.Repeat("\x00", 257<<20),
+		"another schema": `{"schema":2,"madeAt":"2026-01-01T00:00:00Z"}`, "no time": `{"schema":1}`,
+		"an unknown state": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"` + digest("1") +
+			`","state":"odd"}]}`,
+		"no digest": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"latest","state":"published"}]}`,
+		"two":       `{"schema":1,"madeAt":"2026-01-01T00:00:00Z"} {}`,
+		"twice": `{"schema":1,"madeAt":"2026-01-01T00:00:00Z","artifacts":[{"digest":"` + digest("1") +
+			`","state":"yanked"},{"digest":"` + digest("1") + `","state":"published"}]}`,
+		"much": strings.Repeat("\x00", 257<<20),
 	} {
 		if c, err := snapshot.Decode(packed(t, text)); !errors.Is(err, snapshot.ErrMalformed) {
 			t.Errorf("Decode(%s) = %v, %v; want malformed", name, c, err)

@@ -43,7 +43,8 @@ func TestForeignClient(t *testing.T) {
 		t.Errorf("Download has %d bytes; want the %d of the list", got.Len(), len(want))
 	}
 	// What it refuses is refused for what is in it, and not for its shape.
-	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"), edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
+	check(t, os.WriteFile(filepath.Join(f.Dir, "timestamp.json"),
+		edited(t, read(t, f.Dir, "timestamp.json"), func(s map[string]any) { s["version"] = now.Unix() + 8 }), 0o644))
 	if _, err := c.Update(); err == nil {
 		t.Error("Update of a changed timestamp = nil; want an error")
 	}

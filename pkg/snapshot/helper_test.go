@@ -25,9 +25,11 @@ func FuzzVerify(f *testing.F) {
 	stamp, snap := read(f, farm.Dir, "timestamp.json"), read(f, farm.Dir, "1.snapshot.json")
 	targets, file := read(f, farm.Dir, "1.targets.json"), read(f, list(f, farm.Dir, 1))
 	f.Add(root, stamp, snap, targets, file)
-	f.Add(root, []byte(`{"signed":{"_type":"timestamp","meta":{}},"signatures":[]}`), snap, []byte(`{"signed":{"_type":"targets","targets":{"x":null}}}`), file)
+	f.Add(root, []byte(`{"signed":{"_type":"timestamp","meta":{}},"signatures":[]}`), snap,
+		[]byte(`{"signed":{"_type":"targets","targets":{"x":null}}}`), file)
 	f.Fuzz(func(t *testing.T, root, stamp, snap, targets, file []byte) {
-		s, err := snapshot.Verify(snapshot.Files{Root: root, Timestamp: stamp, Snapshot: snap, Targets: targets, Catalogue: file})
+		s, err := snapshot.Verify(snapshot.Files{Root: root, Timestamp: stamp, Snapshot: snap, Targets: targets,
+			Catalogue: file})
 		if err == nil && (s.Check() != nil || s.Expires.IsZero()) {
 			t.Errorf("Verify took %+v", s)
 		}

@@ -18,9 +18,11 @@ func TestLargeFarm(t *testing.T) {
 	all := make([]snapshot.Artifact, 60_000)
 	for i := range all {
 		a := snapshot.Artifact{Digest: fmt.Sprintf("sha256:%064x", uint64(i)*0x9e3779b97f4a7c15), State: snapshot.Published,
-			Driver: target.Driver{Version: "535.261." + strconv.Itoa(i%100), Flavour: target.Open}, Fingerprint: target.Fingerprint(digest("a"))}
+			Driver:      target.Driver{Version: "535.261." + strconv.Itoa(i%100), Flavour: target.Open},
+			Fingerprint: target.Fingerprint(digest("a"))}
 		for k := range 10 {
-			a.Kernels = append(a.Kernels, snapshot.Kernel{BuildID: fmt.Sprintf("%d.%d.%d", 17000+i%900, k, i%77), Board: "lakitu"})
+			a.Kernels = append(a.Kernels,
+				snapshot.Kernel{BuildID: fmt.Sprintf("%d.%d.%d", 17000+i%900, k, i%77), Board: "lakitu"})
 		}
 		all[i] = a
 	}

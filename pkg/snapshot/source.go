@@ -48,14 +48,14 @@ func openSource(from string, client *http.Client, agent string) (source, error) 
 	if client == nil {
 		t := http.DefaultTransport.(*http.Transport).Clone() // so says its package
 		t.DisableCompression = true                          // the bytes that were signed
-		t.ResponseHeaderTimeout = silence
+		t.ResponseHeaderTimeout = idleTimeout
 		client = &http.Client{Transport: t}
 	}
 	return &web{base: strings.TrimSuffix(u.String(), "/") + "/", client: client, agent: agent}, nil
 }
 
-// silence is how long a server may send nothing.
-const silence = 30 * time.Second
+// idleTimeout is how long a server may send nothing.
+const idleTimeout = 30 * time.Second
 
 type web struct {
 	base, agent string
@@ -71,7 +71,7 @@ func (w *web) open(ctx context.Context, name string) (io.ReadCloser, error) {
 		cancel()
 		return nil, err
 	}
-	return stall.Watch(rc, w.base+name, silence, cancel), nil
+	return stall.Watch(rc, w.base+name, idleTimeout, cancel), nil
 }
 
 func (w *web) get(ctx context.Context, name string) (io.ReadCloser, error) {
@@ -127,15 +127,15 @@ func (f folder) open(_ context.Context, name string) (io.ReadCloser, error) {
 	return root.Open(name)
 }
 
-// place begins the addresses that the library makes.
-const place = "snapshot:/"
+// urlPrefix begins the addresses that the library makes.
+const urlPrefix = "snapshot:/"
 
 // download reads a file of the source, of which it has at most so many bytes.
 type download func(name string, most int64) ([]byte, error)
 
 // DownloadFile implements the TUF library's Fetcher.
 func (d download) DownloadFile(address string, most int64, _ time.Duration) ([]byte, error) {
-	return d(strings.TrimPrefix(address, place), most)
+	return d(strings.TrimPrefix(address, urlPrefix), most)
 }
 
 // fetch is the download of one refresh: the library hands no context on.

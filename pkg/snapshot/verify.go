@@ -24,12 +24,13 @@ var (
 	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
 )
 
-const hintSource = "check that the source serves the folder that builder snapshot wrote, all files of one moment; if it does, somebody changes it on its way"
+const hintSource = "check that the source serves the folder that builder snapshot wrote, all files of one " +
+	"publication; if it does, they are changed in transit"
 
 // refused gives a reason its kind.
 func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
 
-// explain names what the TUF library found. Its own words stay in the text.
+// explain names what the TUF library found. Its own message stays in the text.
 func explain(err error) error {
 	for _, known := range []struct{ is, reason error }{
 		{&metadata.ErrExpiredMetadata{}, ErrExpired},
@@ -90,7 +91,7 @@ type Snapshot struct {
 // together. It asks no clock: Expires says until when the answer counts. That the root
 // itself is to be trusted, and that no newer list was seen, is for [Client].
 func Verify(f Files) (*Snapshot, error) {
-	s, err := guarded(func() (*Snapshot, error) { return verify(f) })
+	s, err := recoverPanic(func() (*Snapshot, error) { return verify(f) })
 	if err != nil {
 		return nil, fmt.Errorf("verify snapshot: %w", err)
 	}
@@ -133,7 +134,8 @@ func verify(f Files) (*Snapshot, error) {
 		Refreshed: trusted.Timestamp.Signed.Version,
 		Expires:   trusted.Root.Signed.Expires,
 	}
-	for _, at := range []time.Time{trusted.Timestamp.Signed.Expires, trusted.Snapshot.Signed.Expires, targets.Signed.Expires} {
+	for _, at := range []time.Time{trusted.Timestamp.Signed.Expires, trusted.Snapshot.Signed.Expires,
+		targets.Signed.Expires} {
 		if at.Before(s.Expires) {
 			s.Expires = at
 		}
@@ -152,9 +154,9 @@ func checkRoot(text []byte) error {
 	return nil
 }
 
-// guarded turns a panic into a refusal: the library looks into parts that are null in bytes
+// recoverPanic turns a panic into a refusal: the library looks into parts that are null in bytes
 // of which nobody has checked the signature.
-func guarded[T any](do func() (T, error)) (_ T, err error) {
+func recoverPanic[T any](do func() (T, error)) (_ T, err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = refused(fmt.Errorf("%w: %v", ErrMalformed, p))

@@ -1,4 +1,4 @@
-// Package target holds the words that the rest of Prebake is built from, as
+// Package target holds the domain terms of Prebake, as
 // small comparable values. It refuses to do any I/O.
 //
 //   - A kernel is one COS build's kernel: BUILD_ID and board name it; commit,
@@ -35,9 +35,9 @@ type Kernel struct {
 	BuildID string `json:"buildId"`
 	// Board is CHROMEOS_RELEASE_BOARD of /etc/lsb-release, such as lakitu.
 	Board string `json:"board"`
-	// Milestone is VERSION of /etc/os-release, such as 109; 0 is unknown.
+	// Milestone is VERSION of /etc/os-release, such as 109; 0 means unknown.
 	Milestone int `json:"milestone,omitempty"`
-	// Commit is the kernel's source commit, 40 hex digits; "" is unknown.
+	// Commit is the kernel's source commit, 40 hex digits; "" means unknown.
 	Commit string `json:"commit,omitempty"`
 	// Release is `uname -r`.
 	Release string `json:"release,omitempty"`
@@ -241,12 +241,13 @@ func ParseGPUWish(s string) (Wish, error) {
 		return w, err
 	}
 	if _, exact := w.Exact(); exact || !gpuPattern.MatchString(gpu) {
-		return "", fmt.Errorf("driver %q: want default, latest or a branch before the @, and COS's name of a GPU type behind it, as in default@NVIDIA_L4", s)
+		return "", fmt.Errorf("driver %q: want default, latest or a branch before the @, and COS's name of a GPU type "+
+			"behind it, as in default@NVIDIA_L4", s)
 	}
 	return Wish(s), nil
 }
 
-// GPU returns a wish without its type of GPU, and the type; "" is any.
+// GPU returns a wish without its type of GPU, and the type; "" means any.
 func (w Wish) GPU() (Wish, string) {
 	name, gpu, _ := strings.Cut(string(w), "@")
 	return Wish(name), gpu

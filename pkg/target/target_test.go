@@ -40,16 +40,20 @@ func TestParseDriver(t *testing.T) {
 		t.Errorf("ParseDriver = %v (branch %s), %v; want 535.261.03-open of R535", d, d.Branch(), err)
 	}
 	// Names of runfiles in the GRID folders of Google's nvidia-drivers-*-public buckets.
-	for _, version := range []string{"535.129.03-grid", "550.54.15-grid-gcp", "470.103.01-vgpu-kvm", "535.129.03-no-compat32"} {
+	for _, version := range []string{"535.129.03-grid", "550.54.15-grid-gcp", "470.103.01-vgpu-kvm",
+		"535.129.03-no-compat32"} {
 		d, err := target.ParseDriver(version, "proprietary")
 		number, _, _ := strings.Cut(version, "-")
-		if want := (target.Driver{Version: number, Flavour: target.Proprietary}); err != nil || d.Modules() != want || d.Branch() != "R"+number[:3] {
-			t.Errorf("ParseDriver(%s) = %v of %s, modules %v, %v; want modules %v", version, d, d.Branch(), d.Modules(), err, want)
+		if want := (target.Driver{Version: number, Flavour: target.Proprietary}); err != nil || d.Modules() != want ||
+			d.Branch() != "R"+number[:3] {
+			t.Errorf("ParseDriver(%s) = %v of %s, modules %v, %v; want modules %v", version, d, d.Branch(), d.Modules(), err,
+				want)
 		}
 	}
 	for _, row := range [][2]string{
 		{"535", "open"}, {"535.x", "open"}, {"535.261.03", "closed"}, {"", ""}, {"535.1/..", "open"},
-		{"535.261.03-open", "open"}, {"535.261.03-grid-proprietary", "open"}, {"535.261.03-", "open"}, {"535.261.03-Grid", "open"}, {"535.261.03-a-b-c", "open"}, {"535.261.03-..", "open"},
+		{"535.261.03-open", "open"}, {"535.261.03-grid-proprietary", "open"}, {"535.261.03-", "open"},
+		{"535.261.03-Grid", "open"}, {"535.261.03-a-b-c", "open"}, {"535.261.03-..", "open"},
 	} {
 		if d, err := target.ParseDriver(row[0], row[1]); err == nil {
 			t.Errorf("ParseDriver(%q, %q) = %v; want an error", row[0], row[1], d)
@@ -84,7 +88,8 @@ func TestParseWish(t *testing.T) {
 
 func TestCompareVersions(t *testing.T) {
 	t.Parallel()
-	ordered := []string{"470.256.02", "535.9", "535.54.03", "535.261", "535.261.03", "535.261.03-grid", "535.261.03-vgpu", "550.54.14", "1000.1"}
+	ordered := []string{"470.256.02", "535.9", "535.54.03", "535.261", "535.261.03", "535.261.03-grid", "535.261.03-vgpu",
+		"550.54.14", "1000.1"}
 	for i, a := range ordered {
 		for j, b := range ordered {
 			want := 0
@@ -107,7 +112,8 @@ func TestParseFingerprint(t *testing.T) {
 	if err != nil || f.Short() != "0011223344556677" {
 		t.Errorf("ParseFingerprint = %q (short %q), %v", f, f.Short(), err)
 	}
-	for _, bad := range []string{"", good[7:], good[:70], "sha512:" + good[7:], "sha256:00112233445566778899AABBCCDDEEFF00112233445566778899AABBCCDDEEFF"} {
+	for _, bad := range []string{"", good[7:], good[:70], "sha512:" + good[7:],
+		"sha256:00112233445566778899AABBCCDDEEFF00112233445566778899AABBCCDDEEFF"} {
 		if _, err := target.ParseFingerprint(bad); err == nil {
 			t.Errorf("ParseFingerprint(%q) succeeded; want an error", bad)
 		}
@@ -117,8 +123,10 @@ func TestParseFingerprint(t *testing.T) {
 func TestParseGPUWish(t *testing.T) {
 	t.Parallel()
 	for text, ok := range map[string]bool{
-		"default": true, "535.261.03": true, "default@NVIDIA_L4": true, "latest@NVIDIA_H100_80GB": true, "R535@NVIDIA_TESLA_P4": true,
-		"535.261.03@NVIDIA_L4": false, "default@": false, "default@nvidia": false, "default@A@B": false, "@NVIDIA_L4": false, "": false,
+		"default": true, "535.261.03": true, "default@NVIDIA_L4": true, "latest@NVIDIA_H100_80GB": true,
+		"R535@NVIDIA_TESLA_P4": true,
+		"535.261.03@NVIDIA_L4": false, "default@": false, "default@nvidia": false, "default@A@B": false, "@NVIDIA_L4": false,
+		"": false,
 	} {
 		w, err := target.ParseGPUWish(text)
 		if (err == nil) != ok {

@@ -58,7 +58,8 @@ type Authority struct {
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{CAKey: NewKey(t).private, Lifetime: 10 * time.Minute, stampKey: NewKey(t).private}
-	certifying := x509.Certificate{Subject: pkix.Name{CommonName: "sample authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
+	certifying := x509.Certificate{Subject: pkix.Name{CommonName: "sample authority"}, IsCA: true,
+		BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign}
 	long := func(c x509.Certificate) *x509.Certificate {
 		c.NotBefore, c.NotAfter = time.Now().AddDate(-10, 0, 0), time.Now().AddDate(10, 0, 0)
 		return &c
@@ -66,7 +67,8 @@ func NewAuthority(t testing.TB) *Authority {
 	a.CA = issue(t, long(certifying), nil, a.CAKey.Public(), a.CAKey)
 	rootKey := NewKey(t).private
 	a.stampRoot = issue(t, long(certifying), nil, rootKey.Public(), rootKey)
-	usage, err := asn1.Marshal([]asn1.ObjectIdentifier{{1, 3, 6, 1, 5, 5, 7, 3, 8}}) // time stamping, and critical, as RFC 3161 wants it
+	// time stamping, and critical, as RFC 3161 wants it
+	usage, err := asn1.Marshal([]asn1.ObjectIdentifier{{1, 3, 6, 1, 5, 5, 7, 3, 8}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -100,7 +102,8 @@ func issue(t testing.TB, c, parent *x509.Certificate, pub crypto.PublicKey, by c
 }
 
 // Certificate certifies that a key is in these hands, from a time on.
-func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Identity, from time.Time) *x509.Certificate {
+func (a *Authority) Certificate(t testing.TB, pub crypto.PublicKey, who trust.Identity,
+	from time.Time) *x509.Certificate {
 	t.Helper()
 	issuer, err := asn1.MarshalWithParams(who.Issuer, "utf8")
 	if err != nil {
@@ -119,8 +122,10 @@ func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.Tr
 	t.Helper()
 	from := a.CA.NotBefore
 	r, err := root.NewTrustedRoot(root.TrustedRootMediaType01,
-		[]root.CertificateAuthority{&root.FulcioCertificateAuthority{Root: a.CA, ValidityPeriodStart: from, URI: "https://ca.example.com"}}, certificateLogs,
-		[]root.TimestampingAuthority{&root.SigstoreTimestampingAuthority{Root: a.stampRoot, Leaf: a.stamper, ValidityPeriodStart: from, URI: "https://time.example.com"}}, logs)
+		[]root.CertificateAuthority{&root.FulcioCertificateAuthority{Root: a.CA, ValidityPeriodStart: from,
+			URI: "https://ca.example.com"}}, certificateLogs,
+		[]root.TimestampingAuthority{&root.SigstoreTimestampingAuthority{Root: a.stampRoot, Leaf: a.stamper,
+			ValidityPeriodStart: from, URI: "https://time.example.com"}}, logs)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,8 +136,8 @@ func (a *Authority) Root(t testing.TB, certificateLogs, logs map[string]*root.Tr
 	return raw
 }
 
-// Stamp returns an RFC 3161 time stamp over a SHA-256.
-func (a *Authority) Stamp(t testing.TB, sum []byte, at time.Time) []byte {
+// Timestamp returns an RFC 3161 time stamp over a SHA-256.
+func (a *Authority) Timestamp(t testing.TB, sum []byte, at time.Time) []byte {
 	t.Helper()
 	raw, err := (&timestamp.Timestamp{
 		HashAlgorithm: crypto.SHA256, HashedMessage: sum, Time: at, Policy: asn1.ObjectIdentifier{1, 3, 6, 1, 4, 1, 57264, 2},
@@ -156,7 +161,9 @@ func (a *Authority) ServeCertificates(t testing.TB) string {
 		}
 		a.issued.Add(1)
 		made := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate(t, pub, who, time.Now()).Raw})
-		_ = json.NewEncoder(w).Encode(map[string]any{"signedCertificateDetachedSct": map[string]any{"chain": map[string]any{"certificates": []string{string(made)}}}})
+		_ = json.NewEncoder(w).Encode(
+			map[string]any{"signedCertificateDetachedSct": map[string]any{
+				"chain": map[string]any{"certificates": []string{string(made)}}}})
 	}))
 	t.Cleanup(s.Close)
 	return s.URL
@@ -230,7 +237,8 @@ func SigningConfig(t testing.TB, ca string, stamps ...string) string {
 	for _, url := range stamps {
 		times = append(times, service(url))
 	}
-	cfg, err := root.NewSigningConfig(root.SigningConfigMediaType02, []root.Service{service(ca)}, nil, nil, all, times, all)
+	cfg, err := root.NewSigningConfig(root.SigningConfigMediaType02, []root.Service{service(ca)}, nil, nil, all, times,
+		all)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,7 +268,7 @@ func (a *Authority) ServeTime(t testing.TB) string {
 			http.Error(w, "want a SHA-256", http.StatusBadRequest)
 			return
 		}
-		_, _ = w.Write(a.Stamp(t, asked.HashedMessage, time.Now()))
+		_, _ = w.Write(a.Timestamp(t, asked.HashedMessage, time.Now()))
 	}))
 	t.Cleanup(s.Close)
 	return s.URL
@@ -271,8 +279,12 @@ func (a *Authority) ServeTime(t testing.TB) string {
 // this authority.
 func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from time.Time, stamps ...time.Time) []byte {
 	t.Helper()
-	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"}, keypair{k: NewKey(t)},
-		sign.BundleOptions{CertificateProvider: certifier(func(pub crypto.PublicKey) []byte { return a.Certificate(t, pub, who, from).Raw })})
+	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
+		keypair{k: NewKey(t)},
+		sign.BundleOptions{CertificateProvider: certifier(func(pub crypto.PublicKey) []byte {
+			return a.Certificate(t, pub,
+				who, from).Raw
+		})})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +295,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 			proof.TimestampVerificationData = &protobundle.TimestampVerificationData{}
 		}
 		proof.TimestampVerificationData.Rfc3161Timestamps = append(proof.TimestampVerificationData.Rfc3161Timestamps,
-			&protocommon.RFC3161SignedTimestamp{SignedTimestamp: a.Stamp(t, sum[:], at)})
+			&protocommon.RFC3161SignedTimestamp{SignedTimestamp: a.Timestamp(t, sum[:], at)})
 	}
 	raw, err := protojson.Marshal(b)
 	if err != nil {
@@ -295,6 +307,7 @@ func (a *Authority) Sign(t testing.TB, payload []byte, who trust.Identity, from 
 // certifier shows an authority to the bundle library.
 type certifier func(crypto.PublicKey) []byte
 
-func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte, error) {
+func (c certifier) GetCertificate(_ context.Context, k sign.Keypair, _ *sign.CertificateProviderOptions) ([]byte,
+	error) {
 	return c(k.GetPublicKey()), nil
 }

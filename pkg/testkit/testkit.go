@@ -36,7 +36,8 @@ import (
 // referrers API, and returns its host:port.
 func Registry(t testing.TB, referrers bool) string {
 	t.Helper()
-	s := httptest.NewServer(ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)), ggcr.WithReferrersSupport(referrers)))
+	s := httptest.NewServer(ggcr.New(ggcr.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)),
+		ggcr.WithReferrersSupport(referrers)))
 	t.Cleanup(s.Close)
 	return strings.TrimPrefix(s.URL, "http://")
 }
@@ -90,7 +91,8 @@ func (k *Key) Verifier(t testing.TB) *trust.Verifier {
 // Sign returns a bundle over an in-toto statement given as JSON.
 func (k *Key) Sign(t testing.TB, payload []byte) []byte {
 	t.Helper()
-	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"}, keypair{k, k.Public(t).Hint()}, sign.BundleOptions{})
+	b, err := sign.Bundle(&sign.DSSEData{Data: payload, PayloadType: "application/vnd.in-toto+json"},
+		keypair{k, k.Public(t).Hint()}, sign.BundleOptions{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -111,8 +113,9 @@ func (k *Key) Statement(t testing.TB, digest, predicateType string, predicate an
 func Payload(t testing.TB, digest, predicateType string, predicate any) []byte {
 	t.Helper()
 	payload, err := json.Marshal(map[string]any{
-		"_type":         "https://in-toto.io/Statement/v1",
-		"subject":       []any{map[string]any{"name": "sample", "digest": map[string]string{"sha256": strings.TrimPrefix(digest, "sha256:")}}},
+		"_type": "https://in-toto.io/Statement/v1",
+		"subject": []any{map[string]any{"name": "sample",
+			"digest": map[string]string{"sha256": strings.TrimPrefix(digest, "sha256:")}}},
 		"predicateType": predicateType,
 		"predicate":     predicate,
 	})
@@ -135,10 +138,12 @@ func ProvenancePredicate(p trust.Parameters) map[string]any {
 			"buildType":          trust.BuildType,
 			"externalParameters": p,
 			"resolvedDependencies": []any{
-				map[string]any{"name": "kernel-headers.tgz", "uri": "https://example.com/kernel-headers.tgz", "digest": map[string]string{"sha256": strings.Repeat("5", 64)}},
+				map[string]any{"name": "kernel-headers.tgz", "uri": "https://example.com/kernel-headers.tgz",
+					"digest": map[string]string{"sha256": strings.Repeat("5", 64)}},
 			},
 		},
-		"runDetails": map[string]any{"builder": map[string]any{"id": "https://example.com/builder"}, "metadata": map[string]any{"invocationId": "run-1"}},
+		"runDetails": map[string]any{"builder": map[string]any{"id": "https://example.com/builder"},
+			"metadata": map[string]any{"invocationId": "run-1"}},
 	}
 }
 
@@ -218,9 +223,10 @@ func NewSampleOf(t testing.TB, key *Key, k target.Kernel, d target.Driver, modul
 		Arch:        k.Arch, Release: k.Release, Vermagic: Vermagic(k), Driver: d,
 	}}
 	files := map[bundle.LayerKind]map[string]string{
-		bundle.LayerModules:   modules,
-		bundle.LayerUserspace: {"bin/nvidia-smi": "#! smi " + d.Version, "lib64/libnvidia-ml.so." + d.Version: "\x7fELF nvml " + d.Version, "share/LICENSE": "text"},
-		bundle.LayerFirmware:  {"firmware/nvidia/" + d.Version + "/gsp_tu10x.bin": "gsp " + d.Version},
+		bundle.LayerModules: modules,
+		bundle.LayerUserspace: {"bin/nvidia-smi": "#! smi " + d.Version,
+			"lib64/libnvidia-ml.so." + d.Version: "\x7fELF nvml " + d.Version, "share/LICENSE": "text"},
+		bundle.LayerFirmware: {"firmware/nvidia/" + d.Version + "/gsp_tu10x.bin": "gsp " + d.Version},
 	}
 	for _, kind := range bundle.LayerKinds() {
 		dir := t.TempDir()

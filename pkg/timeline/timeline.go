@@ -37,7 +37,7 @@ type Event struct {
 type Run struct {
 	// Watch is called for every event, in order, never concurrently; may be nil.
 	Watch func(Event)
-	// Now is the clock; nil is time.Now.
+	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 
 	mu     sync.Mutex
@@ -73,8 +73,8 @@ func (r *Run) Do(name string, f func() (note string, err error)) error {
 	return err
 }
 
-// Say reports progress inside a running phase.
-func (r *Run) Say(phase, format string, args ...any) {
+// Progress reports progress inside a running phase.
+func (r *Run) Progress(phase, format string, args ...any) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.emit(Event{Phase: phase, Text: fmt.Sprintf(format, args...)})

@@ -25,7 +25,11 @@ func TestRun(t *testing.T) {
 			events = append(events, strings.TrimSpace(text+" "+e.Text))
 		},
 	}
-	if err := r.Do("fetch", func() (string, error) { r.Say("fetch", "%d bytes", 7); return "7 bytes", nil }); err != nil {
+	if err := r.Do("fetch", func() (string, error) {
+		r.Progress("fetch", "%d bytes",
+			7)
+		return "7 bytes", nil
+	}); err != nil {
 		t.Fatal(err)
 	}
 	boom := errors.New("boom")
@@ -64,7 +68,8 @@ func TestRun(t *testing.T) {
 func TestTotal(t *testing.T) {
 	t.Parallel()
 	phases := []timeline.Phase{
-		{Name: "source", Seconds: 1}, {Name: "conftest", Of: "compile", Seconds: 20}, {Name: "compile", Of: "compile", Seconds: 100}, {Name: "compile", Seconds: 121, Note: strings.Repeat("ü", 60)},
+		{Name: "source", Seconds: 1}, {Name: "conftest", Of: "compile", Seconds: 20},
+		{Name: "compile", Of: "compile", Seconds: 100}, {Name: "compile", Seconds: 121, Note: strings.Repeat("ü", 60)},
 	}
 	if got := timeline.Total(phases); got != 122 {
 		t.Errorf("Total = %v; want 122", got)

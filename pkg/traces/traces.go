@@ -33,8 +33,8 @@ type Tracer struct {
 	provider *trace.TracerProvider // nil where nobody collects
 }
 
-// farewell bounds how long the last spans may take to leave.
-const farewell = 5 * time.Second
+// flushTimeout bounds how long the last spans may take to leave.
+const flushTimeout = 5 * time.Second
 
 // Start reads the environment. service is this program's name, as in prebake-builder. The
 // caller closes the tracer.
@@ -107,7 +107,7 @@ func (t *Tracer) Close() {
 	if t == nil || t.provider == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), farewell)
+	ctx, cancel := context.WithTimeout(context.Background(), flushTimeout)
 	defer cancel()
 	if err := t.provider.Shutdown(ctx); err != nil {
 		otel.Handle(err) // nothing fails for it

@@ -21,7 +21,7 @@ import (
 var (
 	ErrUnknownIdentity = errors.New("signed by an unknown identity")
 	ErrOtherRoot       = errors.New("signed with a certificate of another root")
-	ErrNoTime          = errors.New("nothing that is trusted says that it was signed while its certificate was valid")
+	ErrNoTime          = errors.New("no trusted timestamp shows that it was signed while its certificate was valid")
 )
 
 // Root is a Sigstore deployment, the public one or one's own: authorities for
@@ -63,7 +63,7 @@ func parseRoot(text []byte) (*Root, error) {
 	case len(material.FulcioCertificateAuthorities()) == 0:
 		return nil, errors.New("no certificate authority")
 	case len(material.TimestampingAuthorities())+len(material.RekorLogs()) == 0:
-		return nil, errors.New("no timestamp authority and no log, so nobody to say when something was signed")
+		return nil, errors.New("no timestamp authority and no log, so no proof of when something was signed")
 	}
 	return &Root{material}, nil
 }
@@ -144,7 +144,8 @@ func newCertificates(p Policy) (*certificates, error) {
 	for _, i := range p.Identities {
 		m, err := i.matcher()
 		if err != nil {
-			return nil, fault.Wrap(fault.Usage, fmt.Errorf("certificate identity %s: %w", i, err), "name the subject and the issuer of the publisher's certificates")
+			return nil, fault.Wrap(fault.Usage, fmt.Errorf("certificate identity %s: %w", i, err),
+				"name the subject and the issuer of the publisher's certificates")
 		}
 		names, whom = append(names, i.String()), append(whom, verify.WithCertificateIdentity(m))
 	}
@@ -159,7 +160,8 @@ func (c *certificates) statement(b *bundle.Bundle, leaf *x509.Certificate) (*Sta
 	if err != nil {
 		return nil, c.explain(b, leaf, err)
 	}
-	return readStatement(Statement{Identity: nameOf(*result.Signature.Certificate).String(), who: nameOf(*result.Signature.Certificate)}, result)
+	return readStatement(Statement{Identity: nameOf(*result.Signature.Certificate).String(),
+		signer: nameOf(*result.Signature.Certificate)}, result)
 }
 
 func nameOf(s certificate.Summary) Identity {
@@ -194,7 +196,8 @@ func (c *certificates) explain(b *bundle.Bundle, leaf *x509.Certificate, cause e
 	}
 	for _, t := range times {
 		if at := t.Timestamp; at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {
-			return fmt.Errorf("%w: it was valid from %s to %s, and signed at %s", ErrNoTime, leaf.NotBefore.UTC(), leaf.NotAfter.UTC(), at.UTC())
+			return fmt.Errorf("%w: it was valid from %s to %s, and signed at %s", ErrNoTime, leaf.NotBefore.UTC(),
+				leaf.NotAfter.UTC(), at.UTC())
 		}
 	}
 	return fmt.Errorf("%w (certificate by %.200q)", ErrChanged, leaf.Issuer.String())

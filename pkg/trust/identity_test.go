@@ -53,8 +53,10 @@ func verifier(t testing.TB, p trust.Policy) *trust.Verifier {
 func payloads(t testing.TB, s testkit.Sample) (provenance, match []byte) {
 	t.Helper()
 	return testkit.Payload(t, s.Digest, trust.PredicateProvenance,
-			testkit.ProvenancePredicate(trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver})),
-		testkit.Payload(t, s.Digest, trust.PredicateKernelMatch, trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint})
+			testkit.ProvenancePredicate(trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint,
+				Driver: s.Identity.Driver})),
+		testkit.Payload(t, s.Digest, trust.PredicateKernelMatch,
+			trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint})
 }
 
 func TestIdentities(t *testing.T) {
@@ -74,11 +76,15 @@ func TestIdentities(t *testing.T) {
 		bundles [][]byte
 		by      string
 	}{
-		{"expired, but stamped in time", trust.Policy{Root: ofFarm, Identities: []trust.Identity{someone()}}, both, someone().String()},
-		{"one of several", trust.Policy{Root: ofFarm, Identities: []trust.Identity{{Subject: "x", Issuer: "y"}, someone()}}, both, someone().String()},
+		{"expired, but stamped in time", trust.Policy{Root: ofFarm, Identities: []trust.Identity{someone()}}, both,
+			someone().String()},
+		{"one of several", trust.Policy{Root: ofFarm, Identities: []trust.Identity{{Subject: "x", Issuer: "y"}, someone()}},
+			both, someone().String()},
 		{"pattern", trust.Policy{Root: ofFarm, Identities: []trust.Identity{whole}}, both, someone().String()},
-		{"mixed", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm, Identities: []trust.Identity{someone()}}, mixed, someone().String() + ", the kernel match by " + key.Public(t).ID()},
-		{"a key among them", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm, Identities: []trust.Identity{{Subject: "x", Issuer: "y"}}}, s.Bundles, key.Public(t).ID()},
+		{"mixed", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm, Identities: []trust.Identity{someone()}},
+			mixed, someone().String() + ", the kernel match by " + key.Public(t).ID()},
+		{"a key among them", trust.Policy{Keys: []trust.PublicKey{key.Public(t)}, Root: ofFarm,
+			Identities: []trust.Identity{{Subject: "x", Issuer: "y"}}}, s.Bundles, key.Public(t).ID()},
 	}
 	for _, row := range rows {
 		got, err := verifier(t, row.policy).Verify(row.bundles, s.Expect())
@@ -104,7 +110,8 @@ func TestIdentitiesRefused(t *testing.T) {
 	// The certificate is the farm's, and the stamp somebody else's.
 	stolen := func() []byte {
 		mine, theirs := map[string]any{}, map[string]any{}
-		for raw, into := range map[string]*map[string]any{string(signed): &mine, string(stranger.Sign(t, provenance, someone(), issued, inTime)): &theirs} {
+		for raw, into := range map[string]*map[string]any{string(signed): &mine,
+			string(stranger.Sign(t, provenance, someone(), issued, inTime)): &theirs} {
 			if err := json.Unmarshal([]byte(raw), into); err != nil {
 				t.Fatal(err)
 			}
@@ -125,32 +132,52 @@ func TestIdentitiesRefused(t *testing.T) {
 		text   string
 		hint   string
 	}{
-		{"another name", trusting(plain, trust.Identity{Subject: "other@example.com", Issuer: someone().Issuer}), signed, trust.ErrUnknownIdentity,
-			`"farm@example.com (https://login.example.com)"; trusted are other@example.com (https://login.example.com)`, "the name and the issuer"},
-		{"another issuer", trusting(plain, trust.Identity{Subject: someone().Subject, Issuer: "https://login.example.org"}), signed, trust.ErrUnknownIdentity, "login.example.org", "the name and the issuer"},
-		{"a pattern for a part of the name", trusting(plain, trust.Identity{Pattern: "farm@example", Issuer: someone().Issuer}), signed, trust.ErrUnknownIdentity, "/farm@example/", "the name and the issuer"},
-		{"an alternative for a part of the name", trusting(plain, trust.Identity{Pattern: "x|farm", Issuer: someone().Issuer}), signed, trust.ErrUnknownIdentity, "/x|farm/", "the name and the issuer"},
-		{"another root", trusting(stranger.Root(t, nil, nil), someone()), signed, trust.ErrOtherRoot, "sample authority", "trusted root"},
-		{"no stamp", trusting(plain, someone()), farm.Sign(t, provenance, someone(), issued), trust.ErrNoTime, "threshold", "timestamp authority"},
-		{"no stamp, and not expired", trusting(plain, someone()), farm.Sign(t, provenance, someone(), time.Now()), trust.ErrNoTime, "threshold", "timestamp authority"},
-		{"stamped too late", trusting(plain, someone()), farm.Sign(t, provenance, someone(), issued, late), trust.ErrNoTime, "it was valid from", "timestamp authority"},
-		{"stamped too early", trusting(plain, someone()), farm.Sign(t, provenance, someone(), issued, issued.Add(-time.Minute)), trust.ErrNoTime, "it was valid from", "timestamp authority"},
+		{"another name", trusting(plain, trust.Identity{Subject: "other@example.com", Issuer: someone().Issuer}), signed,
+			trust.ErrUnknownIdentity,
+			`"farm@example.com (https://login.example.com)"; trusted are other@example.com (https://login.example.com)`,
+			"the name and the issuer"},
+		{"another issuer", trusting(plain, trust.Identity{Subject: someone().Subject, Issuer: "https://login.example.org"}),
+			signed, trust.ErrUnknownIdentity, "login.example.org", "the name and the issuer"},
+		{"a pattern for a part of the name",
+			trusting(plain, trust.Identity{Pattern: "farm@example", Issuer: someone().Issuer}), signed, trust.ErrUnknownIdentity,
+			"/farm@example/", "the name and the issuer"},
+		{"an alternative for a part of the name",
+			trusting(plain, trust.Identity{Pattern: "x|farm", Issuer: someone().Issuer}), signed, trust.ErrUnknownIdentity,
+			"/x|farm/", "the name and the issuer"},
+		{"another root", trusting(stranger.Root(t, nil, nil), someone()), signed, trust.ErrOtherRoot, "sample authority",
+			"trusted root"},
+		{"no stamp", trusting(plain, someone()), farm.Sign(t, provenance, someone(), issued), trust.ErrNoTime, "threshold",
+			"timestamp authority"},
+		{"no stamp, and not expired", trusting(plain, someone()), farm.Sign(t, provenance, someone(), time.Now()),
+			trust.ErrNoTime, "threshold", "timestamp authority"},
+		{"stamped too late", trusting(plain, someone()), farm.Sign(t, provenance, someone(), issued, late), trust.ErrNoTime,
+			"it was valid from", "timestamp authority"},
+		{"stamped too early", trusting(plain, someone()),
+			farm.Sign(t, provenance, someone(), issued, issued.Add(-time.Minute)), trust.ErrNoTime, "it was valid from",
+			"timestamp authority"},
 		{"stamped by a stranger", trusting(plain, someone()), stolen(), trust.ErrNoTime, "threshold", "timestamp authority"},
-		{"in no log of certificates", trusting(farm.Root(t, log, nil), someone()), signed, trust.ErrOtherRoot, "no trusted log of certificates", "trusted root"},
-		{"in no log", trusting(farm.Root(t, nil, log), someone()), signed, trust.ErrNoTime, "not enough verified log entries", "a log"},
+		{"in no log of certificates", trusting(farm.Root(t, log, nil), someone()), signed, trust.ErrOtherRoot,
+			"no trusted log of certificates", "trusted root"},
+		{"in no log", trusting(farm.Root(t, nil, log), someone()), signed, trust.ErrNoTime, "not enough verified log entries",
+			"a log"},
 		{"payload changed", trusting(plain, someone()), flip(t, signed, "payload"), trust.ErrChanged, "sample authority", ""},
 		{"only keys trusted", key.Verifier(t), signed, trust.ErrUnknownKey, "only keys are trusted", "public key"},
-		{"only identities trusted", trusting(plain, someone()), s.Bundles[0], trust.ErrUnknownKey, "trusted are " + someone().String(), "public key"},
-		{"no certificate", trusting(plain, someone()), bytes.Replace(signed, []byte(`"rawBytes"`), []byte(`"x"`), 1), trust.ErrMalformed, "", ""},
+		{"only identities trusted", trusting(plain, someone()), s.Bundles[0], trust.ErrUnknownKey,
+			"trusted are " + someone().String(), "public key"},
+		{"no certificate", trusting(plain, someone()), bytes.Replace(signed, []byte(`"rawBytes"`), []byte(`"x"`), 1),
+			trust.ErrMalformed, "", ""},
 	}
 	for _, row := range rows {
 		st, err := row.v.Statement(row.bundle)
-		if !fault.Is(err, fault.Unverified) || !errors.Is(err, row.is) || !strings.Contains(err.Error(), row.text) || !strings.Contains(fault.Hint(err), row.hint) {
-			t.Errorf("%s: Statement = %+v, %v (hint %q); want %v, %q, hint with %q", row.name, st, err, fault.Hint(err), row.is, row.text, row.hint)
+		if !fault.Is(err, fault.Unverified) || !errors.Is(err, row.is) || !strings.Contains(err.Error(), row.text) ||
+			!strings.Contains(fault.Hint(err), row.hint) {
+			t.Errorf("%s: Statement = %+v, %v (hint %q); want %v, %q, hint with %q", row.name, st, err, fault.Hint(err), row.is,
+				row.text, row.hint)
 		}
 	}
 	// A changed signature is no longer what was stamped.
-	if _, err := trusting(plain, someone()).Statement(flip(t, signed, "signature")); !errors.Is(err, trust.ErrNoTime) && !errors.Is(err, trust.ErrChanged) {
+	if _, err := trusting(plain, someone()).Statement(flip(t, signed, "signature")); !errors.Is(err, trust.ErrNoTime) &&
+		!errors.Is(err, trust.ErrChanged) {
 		t.Errorf("Statement(signature changed) = %v; want it refused", err)
 	}
 }
@@ -167,7 +194,8 @@ func someLog(t testing.TB) map[string]*root.TransparencyLog {
 	h.Write(der)
 	id := h.Sum(nil)
 	return map[string]*root.TransparencyLog{hex.EncodeToString(id): {
-		BaseURL: "https://log.example.com", ID: id, ValidityPeriodStart: longAgo(), HashFunc: crypto.SHA256, PublicKey: key.Public(), SignatureHashFunc: crypto.SHA256,
+		BaseURL: "https://log.example.com", ID: id, ValidityPeriodStart: longAgo(), HashFunc: crypto.SHA256,
+		PublicKey: key.Public(), SignatureHashFunc: crypto.SHA256,
 	}}
 }
 
@@ -176,7 +204,8 @@ func someLog(t testing.TB) map[string]*root.TransparencyLog {
 // is signed. Its root is as public; both come with the library's source.
 func TestPublicSigstore(t *testing.T) {
 	t.Parallel()
-	dir, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}", "github.com/sigstore/sigstore-go").Output()
+	dir, err := exec.CommandContext(t.Context(), "go", "list", "-m", "-f", "{{.Dir}}",
+		"github.com/sigstore/sigstore-go").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -194,7 +223,8 @@ func TestPublicSigstore(t *testing.T) {
 	}
 	b.MediaType = trust.ArtifactTypeBundle // as it would be written today, with one certificate and no chain
 	material := b.GetVerificationMaterial()
-	material.Content = &protobundle.VerificationMaterial_Certificate{Certificate: material.GetX509CertificateChain().GetCertificates()[0]}
+	material.Content =
+		&protobundle.VerificationMaterial_Certificate{Certificate: material.GetX509CertificateChain().GetCertificates()[0]}
 	marshal := func() []byte {
 		raw, err := protojson.Marshal(b.Bundle)
 		if err != nil {
@@ -202,7 +232,8 @@ func TestPublicSigstore(t *testing.T) {
 		}
 		return raw
 	}
-	github := trust.Identity{Pattern: `https://github\.com/sigstore/sigstore-js/.*`, Issuer: "https://token.actions.githubusercontent.com"}
+	github := trust.Identity{Pattern: `https://github\.com/sigstore/sigstore-js/.*`,
+		Issuer: "https://token.actions.githubusercontent.com"}
 	v := verifier(t, trust.Policy{Root: public, Identities: []trust.Identity{github}})
 	st, err := v.Statement(marshal())
 	if err != nil || st.PredicateType != trust.PredicateProvenance || st.KeyID != "" ||
@@ -221,11 +252,12 @@ func TestIdentityPolicy(t *testing.T) {
 	key := testkit.NewKey(t).Public(t)
 	who := someone()
 	for name, p := range map[string]trust.Policy{
-		"root without identities":   {Keys: []trust.PublicKey{key}, Root: r},
-		"identities without root":   {Keys: []trust.PublicKey{key}, Identities: []trust.Identity{who}},
-		"nobody":                    {Root: r, Identities: []trust.Identity{{Issuer: who.Issuer}}},
-		"no issuer":                 {Root: r, Identities: []trust.Identity{{Subject: who.Subject}}},
-		"name and pattern":          {Root: r, Identities: []trust.Identity{{Subject: who.Subject, Pattern: ".*", Issuer: who.Issuer}}},
+		"root without identities": {Keys: []trust.PublicKey{key}, Root: r},
+		"identities without root": {Keys: []trust.PublicKey{key}, Identities: []trust.Identity{who}},
+		"nobody":                  {Root: r, Identities: []trust.Identity{{Issuer: who.Issuer}}},
+		"no issuer":               {Root: r, Identities: []trust.Identity{{Subject: who.Subject}}},
+		"name and pattern": {Root: r,
+			Identities: []trust.Identity{{Subject: who.Subject, Pattern: ".*", Issuer: who.Issuer}}},
 		"no pattern":                {Root: r, Identities: []trust.Identity{{Pattern: "(", Issuer: who.Issuer}}},
 		"a pattern that breaks out": {Root: r, Identities: []trust.Identity{{Pattern: "x)|(?:", Issuer: who.Issuer}}},
 	} {
@@ -253,9 +285,11 @@ func TestParseRootRefuses(t *testing.T) {
 	parseRoot(t, []byte(without("tlogs")))
 	for name, text := range map[string]string{
 		"empty": "", "no JSON": "x", "of another kind": without("mediaType"),
-		"no authority": without("certificateAuthorities"), "no time": without("timestampAuthorities"), "huge": string(good) + strings.Repeat(" ", 2<<20),
+		"no authority": without("certificateAuthorities"), "no time": without("timestampAuthorities"),
+		"huge": string(good) + strings.Repeat(" ", 2<<20),
 	} {
-		if r, err := trust.ParseRoot([]byte(text)); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "trusted_root.json") {
+		if r, err := trust.ParseRoot([]byte(text)); !fault.Is(err, fault.Usage) ||
+			!strings.Contains(fault.Hint(err), "trusted_root.json") {
 			t.Errorf("%s: ParseRoot = %v, %v; want kind usage and a hint", name, r, err)
 		}
 	}

@@ -34,7 +34,8 @@ const (
 // NewPublicKey checks a key that is already in memory.
 func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
 	if _, err := signature.GetDefaultPublicKeyDetails(pub); err != nil {
-		return PublicKey{}, fault.New(fault.Usage, fmt.Sprintf("read public key: %T of this kind or length is not supported", pub),
+		return PublicKey{}, fault.New(fault.Usage,
+			fmt.Sprintf("read public key: %T of this kind or length is not supported", pub),
 			"use ECDSA P-256, P-384 or P-521, RSA of 2048, 3072 or 4096 bits, or Ed25519: builder keygen FILE")
 	}
 	der, err := x509.MarshalPKIXPublicKey(pub)
@@ -45,11 +46,12 @@ func NewPublicKey(pub crypto.PublicKey) (PublicKey, error) {
 }
 
 // ParsePublicKeys reads one or more PEM blocks of type PUBLIC KEY; nothing
-// else but white space may stand between them.
+// else but white space may be between them.
 func ParsePublicKeys(text []byte) ([]PublicKey, error) {
 	keys, err := parsePublicKeys(text)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public keys: %w", err), "give a file with PEM blocks of type PUBLIC KEY, as builder and cosign write them")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read public keys: %w", err),
+			"give a file with PEM blocks of type PUBLIC KEY, as builder and cosign write them")
 	}
 	return keys, nil
 }

@@ -3,7 +3,7 @@ package trust
 import "github.com/prebake/prebake/pkg/target"
 
 // Labels stand as annotations on attached statements, so that readers need not
-// fetch all of them. They prove nothing. The first two are in the words of the
+// fetch all of them. They prove nothing. The first two are in the terms of the
 // Sigstore bundle specification; cosign reads them.
 const (
 	LabelContent   = "dev.sigstore.bundle.content"

@@ -14,7 +14,7 @@ import (
 // was published, and with what outcome.
 const PredicateTestResult = "https://in-toto.io/attestation/test-result/v0.1"
 
-// The outcomes of a load test, in the words that people read.
+// The outcomes of a load test, in terms for people.
 const (
 	VerdictLoaded   = "loaded"
 	VerdictNoDevice = "loaded, no device"
@@ -42,7 +42,7 @@ type LoadTest struct {
 	KernelLog string `json:"kernelLog,omitempty"`
 }
 
-// ModuleResult is what became of one module.
+// ModuleResult is what happened to one module.
 type ModuleResult struct {
 	Name string `json:"name"`
 	// Result is loaded, skipped or rejected.
@@ -93,16 +93,19 @@ func ParseLoadTestPolicy(text string) (LoadTestPolicy, error) {
 func ParseTestResult(st *Statement) (TestResult, error) {
 	var r TestResult
 	if st.PredicateType != PredicateTestResult {
-		return r, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no test result", ErrMalformed, st.PredicateType)
+		return r, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no test result", ErrMalformed,
+			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &r); err != nil {
 		return r, fault.Errorf(fault.Unverified, "%w: test result: %w", ErrMalformed, cut{err})
 	}
 	verdicts := map[string][]string{
-		VerdictLoaded: {"PASSED", "WARNED"}, VerdictNoDevice: {"WARNED"}, VerdictStatic: {"WARNED"}, VerdictRejected: {"FAILED"},
+		VerdictLoaded: {"PASSED", "WARNED"}, VerdictNoDevice: {"WARNED"}, VerdictStatic: {"WARNED"},
+		VerdictRejected: {"FAILED"},
 	}
 	if !slices.Contains(verdicts[r.LoadTest.Verdict], r.Result) {
-		return r, fault.Errorf(fault.Unverified, "%w: test result %.40q with verdict %.40q", ErrMalformed, r.Result, r.LoadTest.Verdict)
+		return r, fault.Errorf(fault.Unverified, "%w: test result %.40q with verdict %.40q", ErrMalformed, r.Result,
+			r.LoadTest.Verdict)
 	}
 	return r, nil
 }
@@ -115,7 +118,7 @@ type loadTests struct {
 }
 
 // tested is what is said of one build, or of others: the best pass of each signer, and
-// the rejections. A pass takes back the rejection of the same signer, and of nobody else.
+// the rejections. A pass revokes the rejection of the same signer, and of nobody else.
 type tested struct {
 	passed   map[string]string
 	rejected map[string]error
@@ -131,7 +134,8 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	}
 	t := r.LoadTest
 	if t.Fingerprint != e.Identity.Fingerprint {
-		return false, fault.Errorf(fault.Mismatch, "%w: load test is of fingerprint %s, the artifact says %s", ErrOtherIdentity, t.Fingerprint, e.Identity.Fingerprint)
+		return false, fault.Errorf(fault.Mismatch, "%w: load test is of fingerprint %s, the artifact says %s",
+			ErrOtherIdentity, t.Fingerprint, e.Identity.Fingerprint)
 	}
 	to := &l.other
 	if t.Kernel.BuildID == e.Kernel.BuildID && t.Kernel.Board == e.Kernel.Board {
@@ -157,7 +161,7 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	return true, nil
 }
 
-// verdict returns the best pass, or a rejection that its signer did not take back.
+// verdict returns the best pass, or a rejection that its signer did not revoke.
 func (t tested) verdict() (passed string, rejected error) {
 	for signer, err := range t.rejected {
 		if t.passed[signer] == "" {
@@ -188,7 +192,8 @@ func (l *loadTests) decide(p LoadTestPolicy) (string, error) {
 		if l.static {
 			err = fmt.Errorf("%w: it had %s", ErrNotTested, VerdictStatic)
 		}
-		return "", fault.Wrap(fault.Unverified, err, "publish it again with builder build --load-test require, or allow artifacts without a load test")
+		return "", fault.Wrap(fault.Unverified, err,
+			"publish it again with builder build --load-test require, or allow artifacts without a load test")
 	}
 	return verdict, nil
 }

@@ -18,7 +18,8 @@ func TestLoadTestDecides(t *testing.T) {
 	twin := k47 // another build of the same kernel
 	twin.BuildID = "17800.1.47"
 	results := map[string]string{
-		trust.VerdictLoaded: "PASSED", trust.VerdictNoDevice: "WARNED", trust.VerdictStatic: "WARNED", trust.VerdictRejected: "FAILED",
+		trust.VerdictLoaded: "PASSED", trust.VerdictNoDevice: "WARNED", trust.VerdictStatic: "WARNED",
+		trust.VerdictRejected: "FAILED",
 	}
 	test := func(by *testkit.Key, verdict string, change func(*trust.LoadTest)) []byte {
 		l := trust.LoadTest{Verdict: verdict, Kernel: k47, Fingerprint: s.Identity.Fingerprint, Reason: "for a reason"}
@@ -31,8 +32,10 @@ func TestLoadTestDecides(t *testing.T) {
 	ofTwin := func(verdict string) []byte {
 		return test(key, verdict, func(l *trust.LoadTest) { l.Kernel = twin })
 	}
-	otherFingerprint := test(key, trust.VerdictLoaded, func(l *trust.LoadTest) { l.Fingerprint = "sha256:" + l.Fingerprint[7:9] })
-	disagrees := key.Statement(t, s.Digest, trust.PredicateTestResult, trust.TestResult{Result: "PASSED", LoadTest: trust.LoadTest{Verdict: trust.VerdictRejected}})
+	otherFingerprint := test(key, trust.VerdictLoaded,
+		func(l *trust.LoadTest) { l.Fingerprint = "sha256:" + l.Fingerprint[7:9] })
+	disagrees := key.Statement(t, s.Digest, trust.PredicateTestResult,
+		trust.TestResult{Result: "PASSED", LoadTest: trust.LoadTest{Verdict: trust.VerdictRejected}})
 	rows := []struct {
 		name   string
 		tests  [][]byte
@@ -46,13 +49,17 @@ func TestLoadTestDecides(t *testing.T) {
 		{"static, tested", [][]byte{own(trust.VerdictStatic)}, trust.LoadTestTested, "", trust.ErrNotTested},
 		{"loaded", [][]byte{own(trust.VerdictLoaded)}, trust.LoadTestTested, trust.VerdictLoaded, nil},
 		{"no device", [][]byte{own(trust.VerdictNoDevice)}, trust.LoadTestTested, trust.VerdictNoDevice, nil},
-		{"both", [][]byte{own(trust.VerdictLoaded), own(trust.VerdictNoDevice)}, trust.LoadTestTested, trust.VerdictLoaded, nil},
+		{"both", [][]byte{own(trust.VerdictLoaded), own(trust.VerdictNoDevice)}, trust.LoadTestTested, trust.VerdictLoaded,
+			nil},
 		{"loaded on a twin", [][]byte{ofTwin(trust.VerdictLoaded)}, trust.LoadTestTested, trust.VerdictLoaded, nil},
 		{"rejected, any", [][]byte{own(trust.VerdictRejected)}, trust.LoadTestAny, "", trust.ErrRejected},
 		{"rejected on a twin", [][]byte{ofTwin(trust.VerdictRejected)}, trust.LoadTestAny, "", trust.ErrRejected},
-		{"rejected, then loaded", [][]byte{own(trust.VerdictRejected), own(trust.VerdictLoaded)}, trust.LoadTestAny, trust.VerdictLoaded, nil},
-		{"rejected here, loaded on a twin", [][]byte{own(trust.VerdictRejected), ofTwin(trust.VerdictLoaded)}, trust.LoadTestAny, "", trust.ErrRejected},
-		{"loaded here, rejected on a twin", [][]byte{own(trust.VerdictLoaded), ofTwin(trust.VerdictRejected)}, trust.LoadTestAny, trust.VerdictLoaded, nil},
+		{"rejected, then loaded", [][]byte{own(trust.VerdictRejected), own(trust.VerdictLoaded)}, trust.LoadTestAny,
+			trust.VerdictLoaded, nil},
+		{"rejected here, loaded on a twin", [][]byte{own(trust.VerdictRejected), ofTwin(trust.VerdictLoaded)},
+			trust.LoadTestAny, "", trust.ErrRejected},
+		{"loaded here, rejected on a twin", [][]byte{own(trust.VerdictLoaded), ofTwin(trust.VerdictRejected)},
+			trust.LoadTestAny, trust.VerdictLoaded, nil},
 		{"a stranger's", [][]byte{test(stranger, trust.VerdictLoaded, nil)}, trust.LoadTestTested, "", trust.ErrNotTested},
 		{"a stranger's rejection", [][]byte{test(stranger, trust.VerdictRejected, nil)}, trust.LoadTestAny, "", nil},
 		{"of another fingerprint", [][]byte{otherFingerprint}, trust.LoadTestTested, "", trust.ErrNotTested},
@@ -94,7 +101,8 @@ func TestStatements(t *testing.T) {
 	sbom := func(by *testkit.Key, digest string) []byte {
 		return by.Statement(t, digest, trust.PredicateSBOM, map[string]string{"spdxVersion": "SPDX-2.3"})
 	}
-	all := append([][]byte{sbom(stranger, s.Digest), sbom(key, "sha256:"+strings.Repeat("0", 64)), []byte("junk"), sbom(key, s.Digest)}, s.Bundles...)
+	all := append([][]byte{sbom(stranger, s.Digest), sbom(key, "sha256:"+strings.Repeat("0", 64)), []byte("junk"),
+		sbom(key, s.Digest)}, s.Bundles...)
 	got := key.Verifier(t).Statements(all, s.Digest, trust.PredicateSBOM)
 	if len(got) != 1 || string(got[0].Predicate) != `{"spdxVersion":"SPDX-2.3"}` {
 		t.Errorf("Statements = %v; want the one contents statement by our key about this digest", got)

@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// The words under which the provenance names whose signatures the modules carry: the
+// The names under which the provenance lists whose signatures the modules carry: the
 // certificate of the farm's own key, the archive with Google's signatures, or that with
 // Google's own modules. Without any of them they carry none.
 const (
@@ -49,15 +49,18 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 	}
 	built, id := p.BuildDefinition.ExternalParameters, e.Identity
 	disagree := func(what, said, is any) error {
-		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, the artifact says %v", ErrOtherIdentity, what, said, is)
+		return fault.Errorf(fault.Mismatch, "%w: provenance is for %s %v, the artifact says %v", ErrOtherIdentity, what, said,
+			is)
 	}
 	switch {
 	case p.BuildDefinition.BuildType != BuildType:
-		return fault.Errorf(fault.Unverified, "provenance has build type %.80q; want %s", p.BuildDefinition.BuildType, BuildType)
+		return fault.Errorf(fault.Unverified, "provenance has build type %.80q; want %s", p.BuildDefinition.BuildType,
+			BuildType)
 	case p.RunDetails.Builder.ID == "":
 		return fault.New(fault.Unverified, "provenance names no builder", "")
 	case len(v.policy.Builders) > 0 && !slices.Contains(v.policy.Builders, p.RunDetails.Builder.ID):
-		return fault.Errorf(fault.Unverified, "built by %.120q; trusted are %s", p.RunDetails.Builder.ID, strings.Join(v.policy.Builders, ", "))
+		return fault.Errorf(fault.Unverified, "built by %.120q; trusted are %s", p.RunDetails.Builder.ID,
+			strings.Join(v.policy.Builders, ", "))
 	case built.Driver != id.Driver:
 		return disagree("driver", built.Driver, id.Driver)
 	case built.Fingerprint != id.Fingerprint:
@@ -75,8 +78,10 @@ func (v *Verifier) provenance(st *Statement, e Expect) error {
 		if d.URI == "" { // what has no place is named by its digest alone
 			continue
 		}
-		if placed++; !slices.ContainsFunc(v.policy.Sources, func(prefix string) bool { return strings.HasPrefix(d.URI, prefix) }) {
-			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted are %s", ErrOtherInput, d.Name, d.URI, strings.Join(v.policy.Sources, ", "))
+		if placed++; !slices.ContainsFunc(v.policy.Sources,
+			func(prefix string) bool { return strings.HasPrefix(d.URI, prefix) }) {
+			return fault.Errorf(fault.Unverified, "%w: %.60s is from %.120q; trusted are %s", ErrOtherInput, d.Name, d.URI,
+				strings.Join(v.policy.Sources, ", "))
 		}
 	}
 	if placed == 0 {
@@ -110,6 +115,7 @@ func fillProvenance(st *Statement, verdict *Verdict) {
 		verdict.BuiltOn = at
 	}
 	for _, d := range p.BuildDefinition.ResolvedDependencies {
-		verdict.Materials = append(verdict.Materials, Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})
+		verdict.Materials = append(verdict.Materials,
+			Material{Name: d.Name, URI: d.URI, Digest: "sha256:" + d.Digest["sha256"]})
 	}
 }

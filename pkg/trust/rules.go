@@ -22,12 +22,12 @@ var (
 	ErrRevoked    = errors.New("its digest is revoked")
 	ErrTooOld     = errors.New("it is too old")
 	ErrThreshold  = errors.New("too few signatures")
-	ErrOtherRole  = errors.New("signed by somebody whose word does not count for this")
+	ErrOtherRole  = errors.New("signed by somebody who is not trusted for this")
 	ErrKeyPeriod  = errors.New("signed with a key outside of its period")
 	ErrOtherInput = errors.New("built from inputs of another place")
 )
 
-// Role is a group of signers whose word counts for some kinds of statements, as those of
+// Role is a group of signers whose signatures count for some kinds of statements, as those of
 // a farm, or of somebody who builds everything again.
 type Role struct {
 	Name string
@@ -91,7 +91,8 @@ func (p *Policy) settle() error {
 		for _, r := range p.Roles {
 			for _, k := range r.Keys {
 				if slices.ContainsFunc(p.Keys, func(have PublicKey) bool { return have.Hint() == k.Key.Hint() }) {
-					return bad("key %s is there twice, the second time in role %s: whoever counts once counts in one role", k.Key.ID(), r.Name)
+					return bad("key %s is there twice, the second time in role %s: a signer counts in one role only", k.Key.ID(),
+						r.Name)
 				}
 				p.Keys = append(p.Keys, k.Key)
 			}
@@ -111,7 +112,8 @@ func (p *Policy) settle() error {
 		case rule.Count < 1:
 			return bad("a rule about %s wants %d signatures; want 1 or more", short(rule.Statement), rule.Count)
 		case rule.Count > len(p.Roles[i].Keys)+len(p.Roles[i].Identities):
-			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities", short(rule.Statement), rule.Count, rule.Role, len(p.Roles[i].Keys)+len(p.Roles[i].Identities))
+			return bad("a rule about %s wants %d signatures of role %s, which has %d keys and identities", short(rule.Statement),
+				rule.Count, rule.Role, len(p.Roles[i].Keys)+len(p.Roles[i].Identities))
 		}
 	}
 	for _, needed := range []string{PredicateProvenance, PredicateKernelMatch} {
@@ -136,7 +138,7 @@ func (p *Policy) settle() error {
 	return nil
 }
 
-// short is a predicate type in the words of people.
+// short is a predicate type in plain terms.
 func short(predicate string) string {
 	switch predicate {
 	case PredicateProvenance:
@@ -166,14 +168,16 @@ func (r Role) has(st *Statement, now time.Time) (entry int, err error) {
 		switch {
 		case now.IsZero():
 		case !k.NotBefore.IsZero() && now.Before(k.NotBefore):
-			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counts from %s on, and this machine has %s", ErrKeyPeriod, st.KeyID, r.Name, k.NotBefore.UTC().Format(time.DateOnly), now.UTC().Format(time.DateOnly))
+			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counts from %s on, and this machine has %s",
+				ErrKeyPeriod, st.KeyID, r.Name, k.NotBefore.UTC().Format(time.DateOnly), now.UTC().Format(time.DateOnly))
 		case !k.NotAfter.IsZero() && !now.Before(k.NotAfter):
-			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counted until %s", ErrKeyPeriod, st.KeyID, r.Name, k.NotAfter.UTC().Format(time.DateTime))
+			return 0, fault.Errorf(fault.Unverified, "%w: key %s of role %s counted until %s", ErrKeyPeriod, st.KeyID, r.Name,
+				k.NotAfter.UTC().Format(time.DateTime))
 		}
 		return i, nil
 	}
 	for i, id := range r.Identities {
-		if st.Identity != "" && id.names(st.who) {
+		if st.Identity != "" && id.names(st.signer) {
 			return len(r.Keys) + i, nil
 		}
 	}
@@ -192,10 +196,10 @@ func (i Identity) names(who Identity) bool {
 	return err == nil && whole.MatchString(who.Subject)
 }
 
-// counts reports why no rule counts a statement; nil is that one does, and that the
+// counts reports why no rule counts a statement; nil means that one does, and that the
 // signatures are noted. Where no rule is about its type, whoever may sign the provenance
 // may say it.
-func (x *examination) counts(st *Statement, p Policy, now time.Time) error {
+func (x *evaluation) counts(st *Statement, p Policy, now time.Time) error {
 	about := slices.ContainsFunc(p.Rules, func(r Rule) bool { return r.Statement == st.PredicateType })
 	var why error
 	counted := false
@@ -222,7 +226,7 @@ func (x *examination) counts(st *Statement, p Policy, now time.Time) error {
 }
 
 // met reports whether a rule's number of signers is reached.
-func (x *examination) met(rule Rule) (string, error) {
+func (x *evaluation) met(rule Rule) (string, error) {
 	var signers []string
 	entries := map[int]bool{}
 	for _, s := range x.verdict.Signatures {
@@ -255,14 +259,16 @@ func reproduced(st *Statement, e Expect) error {
 		return fault.Errorf(fault.Unverified, "%w: reproduction: %w", ErrMalformed, cut{err})
 	}
 	if p.Result != "identical" || p.Fingerprint != e.Identity.Fingerprint || p.Driver != e.Identity.Driver {
-		return fault.Errorf(fault.Mismatch, "%w: reproduction is of %s on %s: %.20q", ErrOtherIdentity, p.Driver, p.Fingerprint, p.Result)
+		return fault.Errorf(fault.Mismatch, "%w: reproduction is of %s on %s: %.20q", ErrOtherIdentity, p.Driver,
+			p.Fingerprint, p.Result)
 	}
 	return nil
 }
 
 func (p Policy) revoked(digest string) (string, error) {
 	if slices.Contains(p.Revoked, digest) {
-		return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w by the policy", ErrRevoked), "install another driver; whoever revoked it knows why")
+		return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w by the policy", ErrRevoked),
+			"install another driver; whoever revoked it knows why")
 	}
 	return fmt.Sprintf("not among %d revoked digests", len(p.Revoked)), nil
 }
@@ -294,10 +300,11 @@ func (p Policy) minimum(d target.Driver) (string, error) {
 }
 
 func (p Policy) tooOld(have, least string) error {
-	return fault.Wrap(fault.Unverified, fmt.Errorf("%w: driver %s; the policy wants %s or newer", ErrTooOld, have, least), "ask for a newer driver")
+	return fault.Wrap(fault.Unverified, fmt.Errorf("%w: driver %s; the policy wants %s or newer", ErrTooOld, have, least),
+		"ask for a newer driver")
 }
 
-// age wants what was built not too long ago, by the provenance's own word.
+// age wants what was built not too long ago, by the time in the provenance.
 func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	switch {
 	case p.MaxAge == 0:
@@ -307,13 +314,18 @@ func (p Policy) age(v Verdict, now time.Time) (string, error) {
 	case v.BuilderID == "":
 		return "", fault.New(fault.Unverified, "no provenance counts that could tell it", "")
 	case v.BuiltOn.After(now.Add(24 * time.Hour)):
-		return "", fault.New(fault.Unverified, "its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is still to come", "check the clock of this machine, and of the builder")
+		return "", fault.New(fault.Unverified,
+			"its provenance says "+v.BuiltOn.UTC().Format(time.DateOnly)+", which is still to come",
+			"check the clock of this machine, and of the builder")
 	}
 	if v.BuiltOn.IsZero() {
-		return "", fault.New(fault.Unverified, "its provenance does not say when it was built, and the policy has a maximum age", "have it built again")
+		return "", fault.New(fault.Unverified,
+			"its provenance does not say when it was built, and the policy has a maximum age", "have it built again")
 	}
 	if age := now.Sub(v.BuiltOn); age > p.MaxAge {
-		return "", fault.Wrap(fault.Unverified, fmt.Errorf("%w: built on %s, %d days ago; the policy takes %d", ErrTooOld, v.BuiltOn.UTC().Format(time.DateOnly), int(age.Hours()/24), int(p.MaxAge.Hours()/24)), "have it built again, or signed anew")
+		return "", fault.Wrap(fault.Unverified,
+			fmt.Errorf("%w: built on %s, %d days ago; the policy takes %d", ErrTooOld, v.BuiltOn.UTC().Format(time.DateOnly),
+				int(age.Hours()/24), int(p.MaxAge.Hours()/24)), "have it built again, or signed anew")
 	}
 	return "built on " + v.BuiltOn.UTC().Format(time.DateOnly), nil
 }

@@ -24,7 +24,8 @@ func TestRules(t *testing.T) {
 		p := testkit.ProvenancePredicate(params)
 		p["runDetails"].(map[string]any)["metadata"] = map[string]any{"finishedOn": when}
 		if uri != "" {
-			p["buildDefinition"].(map[string]any)["resolvedDependencies"] = []any{map[string]any{"name": "headers", "uri": uri, "digest": map[string]string{"sha256": strings.Repeat("5", 64)}}}
+			p["buildDefinition"].(map[string]any)["resolvedDependencies"] = []any{map[string]any{"name": "headers", "uri": uri,
+				"digest": map[string]string{"sha256": strings.Repeat("5", 64)}}}
 		}
 		return farm.Statement(t, s.Digest, trust.PredicateProvenance, p)
 	}
@@ -47,7 +48,8 @@ func TestRules(t *testing.T) {
 	tested := func(p *trust.Policy) { p.LoadTest = trust.LoadTestTested }
 	rejected := func(k *testkit.Key) []byte {
 		return k.Statement(t, s.Digest, trust.PredicateTestResult, trust.TestResult{
-			Result: "FAILED", LoadTest: trust.LoadTest{Verdict: trust.VerdictRejected, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint},
+			Result: "FAILED", LoadTest: trust.LoadTest{Verdict: trust.VerdictRejected, Kernel: s.Kernel,
+				Fingerprint: s.Identity.Fingerprint},
 		})
 	}
 	prov, fits := s.Bundles[0], s.Bundles[1]
@@ -58,7 +60,8 @@ func TestRules(t *testing.T) {
 				{Name: "farm", Keys: []trust.RoleKey{{Key: farm.Public(t)}, {Key: farm2.Public(t)}}},
 				{Name: "rebuilder", Keys: []trust.RoleKey{{Key: rebuilder.Public(t)}}},
 			},
-			Rules: []trust.Rule{{Statement: trust.PredicateProvenance, Role: "farm", Count: 1}, {Statement: trust.PredicateKernelMatch, Role: "farm", Count: 1}},
+			Rules: []trust.Rule{{Statement: trust.PredicateProvenance, Role: "farm", Count: 1},
+				{Statement: trust.PredicateKernelMatch, Role: "farm", Count: 1}},
 		}
 	}
 	two := func(p *trust.Policy) { p.Rules[0].Count = 2 }
@@ -76,46 +79,73 @@ func TestRules(t *testing.T) {
 		{name: "one farm key", bundles: [][]byte{prov, fits}},
 		{name: "the other farm key", bundles: [][]byte{prov2, fits2}},
 		{name: "one key each", bundles: [][]byte{prov, fits2}},
-		{name: "a rebuilder is no farm", bundles: [][]byte{rebuilder.Provenance(t, s.Digest, params), fits}, is: trust.ErrOtherRole, text: "is not of role farm"},
-		{name: "nor for the kernel match", bundles: [][]byte{prov, rebuilder.KernelMatch(t, s.Digest, match)}, is: trust.ErrOtherRole},
+		{name: "a rebuilder is no farm", bundles: [][]byte{rebuilder.Provenance(t, s.Digest, params), fits},
+			is: trust.ErrOtherRole, text: "is not of role farm"},
+		{name: "nor for the kernel match", bundles: [][]byte{prov, rebuilder.KernelMatch(t, s.Digest, match)},
+			is: trust.ErrOtherRole},
 		{name: "a stranger", bundles: [][]byte{stranger.Provenance(t, s.Digest, params), fits}, is: trust.ErrUnknownKey},
 		{name: "two of two", change: two, bundles: [][]byte{prov, prov2, fits}},
 		{name: "one of two", change: two, bundles: [][]byte{prov, fits}, is: trust.ErrThreshold, text: "1 of 2 by role farm"},
-		{name: "one key twice is one", change: two, bundles: [][]byte{prov, finished("2026-05-01T00:00:00Z", ""), fits}, is: trust.ErrThreshold},
-		{name: "the second is a stranger's", change: two, bundles: [][]byte{prov, stranger.Provenance(t, s.Digest, params), fits}, is: trust.ErrThreshold},
+		{name: "one key twice is one", change: two, bundles: [][]byte{prov, finished("2026-05-01T00:00:00Z", ""), fits},
+			is: trust.ErrThreshold},
+		{name: "the second is a stranger's", change: two,
+			bundles: [][]byte{prov, stranger.Provenance(t, s.Digest, params), fits}, is: trust.ErrThreshold},
 		{name: "made again", change: again, bundles: [][]byte{prov, fits, reproduction(rebuilder, "identical")}},
 		{name: "not made again", change: again, bundles: [][]byte{prov, fits}, is: trust.ErrThreshold, text: "reproduction"},
-		{name: "made again by the farm", change: again, bundles: [][]byte{prov, fits, reproduction(farm, "identical")}, is: trust.ErrThreshold},
-		{name: "made again, and different", change: again, bundles: [][]byte{prov, fits, reproduction(rebuilder, "different")}, is: trust.ErrThreshold},
-		{name: "anybody trusted may say that it failed", bundles: [][]byte{prov, fits, rejected(rebuilder)}, is: trust.ErrRejected},
+		{name: "made again by the farm", change: again, bundles: [][]byte{prov, fits, reproduction(farm, "identical")},
+			is: trust.ErrThreshold},
+		{name: "made again, and different", change: again,
+			bundles: [][]byte{prov, fits, reproduction(rebuilder, "different")}, is: trust.ErrThreshold},
+		{name: "anybody trusted may say that it failed", bundles: [][]byte{prov, fits, rejected(rebuilder)},
+			is: trust.ErrRejected},
 		{name: "a stranger may not", bundles: [][]byte{prov, fits, rejected(stranger)}},
-		{name: "a pass of another takes no rejection back", bundles: [][]byte{prov, fits, rejected(farm), loaded(farm2, trust.VerdictLoaded)}, is: trust.ErrRejected},
+		{name: "a pass of another takes no rejection back",
+			bundles: [][]byte{prov, fits, rejected(farm), loaded(farm2, trust.VerdictLoaded)}, is: trust.ErrRejected},
 		{name: "a pass of the same does", bundles: [][]byte{prov, fits, rejected(farm), loaded(farm, trust.VerdictLoaded)}},
 		{name: "tested by who may say so", change: tested, bundles: [][]byte{prov, fits, loaded(farm2, trust.VerdictLoaded)}},
-		{name: "tested by a rebuilder", change: tested, bundles: [][]byte{prov, fits, loaded(rebuilder, trust.VerdictLoaded)}, is: trust.ErrNotTested},
-		{name: "tested by two", change: tests(2), bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), loaded(farm2, trust.VerdictLoaded)}},
-		{name: "a look from outside is no test", change: tests(2), bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), loaded(farm2, trust.VerdictStatic)}, is: trust.ErrThreshold},
-		{name: "a rejection is no test passed", change: tests(2), bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), rejected(farm2)}, is: trust.ErrRejected},
-		{name: "built tomorrow", change: age(30), bundles: [][]byte{finished("2099-05-20T00:00:00Z", ""), fits}, now: now, text: "still to come"},
-		{name: "the oldest of two decides", change: age(30), bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finished("2026-01-20T00:00:00Z", ""), fits}, now: now, is: trust.ErrTooOld},
-		{name: "revoked", change: func(p *trust.Policy) { p.Revoked = []string{s.Digest} }, bundles: [][]byte{prov, fits}, is: trust.ErrRevoked},
-		{name: "within its period", change: period(farm.Public(t), "2026-01-01", "2026-12-31"), bundles: [][]byte{prov, fits}, now: now},
-		{name: "expired", change: period(farm.Public(t), "", "2026-05-31"), bundles: [][]byte{prov, fits}, now: now, is: trust.ErrKeyPeriod, text: "counted until 2026-05-31"},
-		{name: "not yet", change: period(farm.Public(t), "2026-07-01", ""), bundles: [][]byte{prov, fits}, now: now, is: trust.ErrKeyPeriod},
-		{name: "a clock in 1970", change: period(farm.Public(t), "2026-01-01", ""), bundles: [][]byte{prov, fits}, now: time.Unix(0, 0), is: trust.ErrKeyPeriod, text: "this machine has 1970-01-01"},
+		{name: "tested by a rebuilder", change: tested, bundles: [][]byte{prov, fits, loaded(rebuilder, trust.VerdictLoaded)},
+			is: trust.ErrNotTested},
+		{name: "tested by two", change: tests(2),
+			bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), loaded(farm2, trust.VerdictLoaded)}},
+		{name: "a look from outside is no test", change: tests(2),
+			bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), loaded(farm2, trust.VerdictStatic)},
+			is:      trust.ErrThreshold},
+		{name: "a rejection is no test passed", change: tests(2),
+			bundles: [][]byte{prov, fits, loaded(farm, trust.VerdictLoaded), rejected(farm2)}, is: trust.ErrRejected},
+		{name: "built tomorrow", change: age(30), bundles: [][]byte{finished("2099-05-20T00:00:00Z", ""), fits}, now: now,
+			text: "still to come"},
+		{name: "the oldest of two decides", change: age(30),
+			bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), finished("2026-01-20T00:00:00Z", ""), fits}, now: now,
+			is: trust.ErrTooOld},
+		{name: "revoked", change: func(p *trust.Policy) { p.Revoked = []string{s.Digest} }, bundles: [][]byte{prov, fits},
+			is: trust.ErrRevoked},
+		{name: "within its period", change: period(farm.Public(t), "2026-01-01", "2026-12-31"), bundles: [][]byte{prov, fits},
+			now: now},
+		{name: "expired", change: period(farm.Public(t), "", "2026-05-31"), bundles: [][]byte{prov, fits}, now: now,
+			is: trust.ErrKeyPeriod, text: "counted until 2026-05-31"},
+		{name: "not yet", change: period(farm.Public(t), "2026-07-01", ""), bundles: [][]byte{prov, fits}, now: now,
+			is: trust.ErrKeyPeriod},
+		{name: "a clock in 1970", change: period(farm.Public(t), "2026-01-01", ""), bundles: [][]byte{prov, fits},
+			now: time.Unix(0, 0), is: trust.ErrKeyPeriod, text: "this machine has 1970-01-01"},
 		{name: "expired, and taken before", change: period(farm.Public(t), "", "2026-05-31"), bundles: [][]byte{prov, fits}},
-		{name: "expired, and signed by the next key", change: period(farm.Public(t), "", "2026-05-31"), bundles: [][]byte{prov, fits, prov2, fits2}, now: now},
+		{name: "expired, and signed by the next key", change: period(farm.Public(t), "", "2026-05-31"),
+			bundles: [][]byte{prov, fits, prov2, fits2}, now: now},
 		{name: "young", change: age(30), bundles: [][]byte{finished("2026-05-20T00:00:00Z", ""), fits}, now: now},
-		{name: "old", change: age(30), bundles: [][]byte{finished("2026-04-20T00:00:00Z", ""), fits}, now: now, is: trust.ErrTooOld, text: "42 days ago"},
+		{name: "old", change: age(30), bundles: [][]byte{finished("2026-04-20T00:00:00Z", ""), fits}, now: now,
+			is: trust.ErrTooOld, text: "42 days ago"},
 		{name: "of no age", change: age(30), bundles: [][]byte{prov, fits}, now: now, text: "does not say when"},
 		{name: "old, and taken before", change: age(30), bundles: [][]byte{finished("2026-04-20T00:00:00Z", ""), fits}},
-		{name: "inputs of COS's bucket", change: sources, bundles: [][]byte{finished("", "gs://cos-tools/1/lakitu/kernel-headers.tgz"), fits}},
-		{name: "inputs of elsewhere", change: sources, bundles: [][]byte{finished("", "gs://cos-tools.evil/kernel-headers.tgz"), fits}, is: trust.ErrOtherInput},
+		{name: "inputs of COS's bucket", change: sources,
+			bundles: [][]byte{finished("", "gs://cos-tools/1/lakitu/kernel-headers.tgz"), fits}},
+		{name: "inputs of elsewhere", change: sources,
+			bundles: [][]byte{finished("", "gs://cos-tools.evil/kernel-headers.tgz"), fits}, is: trust.ErrOtherInput},
 		{name: "inputs of no place", change: sources, bundles: [][]byte{finished("", " "), fits}, is: trust.ErrOtherInput},
 		{name: "as new as wanted", change: least("535.261.03"), bundles: [][]byte{prov, fits}},
-		{name: "older than wanted in its branch", change: least("535.261.04", "510.1"), bundles: [][]byte{prov, fits}, is: trust.ErrTooOld},
+		{name: "older than wanted in its branch", change: least("535.261.04", "510.1"), bundles: [][]byte{prov, fits},
+			is: trust.ErrTooOld},
 		{name: "of a branch that is newer than those named", change: least("525.1.1"), bundles: [][]byte{prov, fits}},
-		{name: "of a branch that nobody named", change: least("525.1.1", "550.1.1"), bundles: [][]byte{prov, fits}, is: trust.ErrTooOld},
+		{name: "of a branch that nobody named", change: least("525.1.1", "550.1.1"), bundles: [][]byte{prov, fits},
+			is: trust.ErrTooOld},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -131,7 +161,8 @@ func TestRules(t *testing.T) {
 			e := s.Expect()
 			e.Now = row.now
 			got, err := v.Verify(row.bundles, e)
-			if refuse := row.is != nil || row.text != ""; refuse != (err != nil) || row.is != nil && !errors.Is(err, row.is) || err != nil && !strings.Contains(err.Error(), row.text) {
+			if refuse := row.is != nil || row.text != ""; refuse != (err != nil) || row.is != nil && !errors.Is(err, row.is) ||
+				err != nil && !strings.Contains(err.Error(), row.text) {
 				t.Fatalf("Verify = %v; want %v %q", err, row.is, row.text)
 			}
 			if err != nil && fault.Of(err) == fault.Internal {
@@ -141,7 +172,8 @@ func TestRules(t *testing.T) {
 			if (xerr == nil) != (err == nil) || err != nil && xerr.Error() != err.Error() {
 				t.Errorf("Explain = %v; want what Verify says: %v", xerr, err)
 			}
-			if bad := slices.ContainsFunc(findings, func(f trust.Finding) bool { return !f.OK }); bad != (err != nil) || len(findings) < 7 {
+			if bad := slices.ContainsFunc(findings, func(f trust.Finding) bool { return !f.OK }); bad != (err != nil) ||
+				len(findings) < 7 {
 				t.Errorf("Explain = %+v", findings)
 			}
 			for _, f := range findings {
@@ -186,21 +218,27 @@ func TestPolicyThatCannotBe(t *testing.T) {
 	t.Parallel()
 	k := testkit.NewKey(t).Public(t)
 	farm := []trust.Role{{Name: "farm", Keys: []trust.RoleKey{{Key: k}}}}
-	prov, fits := trust.Rule{Statement: trust.PredicateProvenance, Role: "farm", Count: 1}, trust.Rule{Statement: trust.PredicateKernelMatch, Role: "farm", Count: 1}
+	prov, fits := trust.Rule{Statement: trust.PredicateProvenance, Role: "farm",
+		Count: 1}, trust.Rule{Statement: trust.PredicateKernelMatch, Role: "farm", Count: 1}
 	for name, p := range map[string]trust.Policy{
 		"no rule for the kernel match": {Roles: farm, Rules: []trust.Rule{prov}},
 		"no rule for the provenance":   {Roles: farm, Rules: []trust.Rule{fits}},
 		"no rule at all":               {Roles: farm},
-		"more than there are":          {Roles: farm, Rules: []trust.Rule{{Statement: trust.PredicateProvenance, Role: "farm", Count: 2}, fits}},
-		"none":                         {Roles: farm, Rules: []trust.Rule{{Statement: trust.PredicateProvenance, Role: "farm"}, fits}},
-		"a role that is not there":     {Roles: farm, Rules: []trust.Rule{prov, fits, {Statement: trust.PredicateReproduced, Role: "x", Count: 1}}},
-		"keys beside roles":            {Roles: farm, Rules: []trust.Rule{prov, fits}, Keys: []trust.PublicKey{k}},
-		"a digest that is none":        {Roles: farm, Rules: []trust.Rule{prov, fits}, Revoked: []string{"sha256:1"}},
-		"a version that is none":       {Roles: farm, Rules: []trust.Rule{prov, fits}, MinVersions: []string{"new"}},
-		"a key in two roles":           {Roles: []trust.Role{farm[0], {Name: "other", Keys: farm[0].Keys}}, Rules: []trust.Rule{prov, fits}},
-		"a key twice in one":           {Roles: []trust.Role{{Name: "farm", Keys: []trust.RoleKey{{Key: k}, {Key: k}}}}, Rules: []trust.Rule{prov, fits}},
-		"an edition for a minimum":     {Roles: farm, Rules: []trust.Rule{prov, fits}, MinVersions: []string{"535.1.1-grid"}},
-		"roles without keys":           {Roles: []trust.Role{{Name: "farm"}}, Rules: []trust.Rule{prov, fits}},
+		"more than there are": {Roles: farm,
+			Rules: []trust.Rule{{Statement: trust.PredicateProvenance, Role: "farm", Count: 2}, fits}},
+		"none": {Roles: farm,
+			Rules: []trust.Rule{{Statement: trust.PredicateProvenance, Role: "farm"}, fits}},
+		"a role that is not there": {Roles: farm,
+			Rules: []trust.Rule{prov, fits, {Statement: trust.PredicateReproduced, Role: "x", Count: 1}}},
+		"keys beside roles":      {Roles: farm, Rules: []trust.Rule{prov, fits}, Keys: []trust.PublicKey{k}},
+		"a digest that is none":  {Roles: farm, Rules: []trust.Rule{prov, fits}, Revoked: []string{"sha256:1"}},
+		"a version that is none": {Roles: farm, Rules: []trust.Rule{prov, fits}, MinVersions: []string{"new"}},
+		"a key in two roles": {Roles: []trust.Role{farm[0], {Name: "other", Keys: farm[0].Keys}},
+			Rules: []trust.Rule{prov, fits}},
+		"a key twice in one": {Roles: []trust.Role{{Name: "farm", Keys: []trust.RoleKey{{Key: k}, {Key: k}}}},
+			Rules: []trust.Rule{prov, fits}},
+		"an edition for a minimum": {Roles: farm, Rules: []trust.Rule{prov, fits}, MinVersions: []string{"535.1.1-grid"}},
+		"roles without keys":       {Roles: []trust.Role{{Name: "farm"}}, Rules: []trust.Rule{prov, fits}},
 	} {
 		if _, err := trust.NewVerifier(p); !fault.Is(err, fault.Usage) {
 			t.Errorf("%s: NewVerifier = %v; want kind usage", name, err)

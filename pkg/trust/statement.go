@@ -64,17 +64,17 @@ type Policy struct {
 	MaxAge time.Duration
 	// MinVersions are the oldest driver versions that are taken, one for each branch.
 	MinVersions []string
-	// Revoked are digests of artifacts that are refused whoever signed them.
+	// Revoked are digests of artifacts that are refused no matter who signed them.
 	Revoked []string
 	// LoadTest says whether artifacts need one; the zero value takes any.
 	LoadTest LoadTestPolicy
-	// Listing is asked about each artifact, too; nil is not.
+	// Listing is asked about each artifact, too; nil means not.
 	Listing Listing
 }
 
 // Listing says what a list from elsewhere makes of an artifact.
 type Listing interface {
-	// Check returns why the artifact of this digest must not be used; nil is that it may. now
+	// Check returns why the artifact of this digest must not be used; nil means that it may. now
 	// is when something new is taken, and zero for what was taken before.
 	Check(digest string, now time.Time) (detail string, err error)
 }
@@ -83,10 +83,13 @@ type Listing interface {
 func NewVerifier(p Policy) (*Verifier, error) {
 	unsettled := p.settle()
 	if len(p.Keys)+len(p.Identities) == 0 {
-		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured", "configure the publisher's public key, or a trusted root and the identity that certificates of it have to name")
+		return nil, fault.New(fault.Usage, "verify artifacts: no public key is configured",
+			"configure the publisher's public key, or a trusted root and the identity that certificates of it have to name")
 	}
 	if (p.Root == nil) != (len(p.Identities) == 0) {
-		return nil, fault.New(fault.Usage, "verify artifacts: a trusted root and the identities that certificates of it have to name go together", "configure both, or neither")
+		return nil, fault.New(fault.Usage,
+			"verify artifacts: a trusted root and the identities that certificates of it have to name go together",
+			"configure both, or neither")
 	}
 	if unsettled != nil {
 		return nil, unsettled
@@ -104,7 +107,8 @@ func NewVerifier(p Policy) (*Verifier, error) {
 	var err error
 	// Long-lived keys and no log: there is no time to verify, and no service
 	// to ask.
-	v.verifier, err = verify.NewVerifier(root.NewTrustedPublicKeyMaterialFromMapping(byHint), verify.WithNoObserverTimestamps())
+	v.verifier, err = verify.NewVerifier(root.NewTrustedPublicKeyMaterialFromMapping(byHint),
+		verify.WithNoObserverTimestamps())
 	if err != nil {
 		return nil, fmt.Errorf("verify artifacts: %w", err)
 	}
@@ -128,8 +132,8 @@ type Statement struct {
 	// Predicate is JSON.
 	Predicate []byte
 
-	who  Identity // the same as Identity
-	hint string   // the whole digest of the key
+	signer Identity // the same as Identity
+	hint   string   // the whole digest of the key
 }
 
 // About reports whether the statement is about this digest.
@@ -144,7 +148,7 @@ func (s *Statement) About(digest string) bool {
 
 // Statements returns those of the bundles that hold, are about this digest and
 // have this predicate type, for callers who read more than [Verifier.Verify]
-// decides by. Only the first [MaxBundles] are looked at.
+// decides by. Only the first [MaxBundles] are examined.
 func (v *Verifier) Statements(bundles [][]byte, digest, predicateType string) []*Statement {
 	var all []*Statement
 	for _, data := range bundles[:min(len(bundles), MaxBundles)] {
@@ -168,11 +172,12 @@ func (v *Verifier) Statement(data []byte) (*Statement, error) {
 func hintFor(err error) string {
 	switch {
 	case errors.Is(err, ErrUnknownKey):
-		return "configure the public key of whoever published this artifact, if you trust them"
+		return "configure the public key of the publisher of this artifact, if you trust them"
 	case errors.Is(err, ErrUnknownIdentity):
 		return "configure the name and the issuer that are in the certificate, if you trust them"
 	case errors.Is(err, ErrOtherRoot):
-		return "configure the trusted root of the Sigstore deployment that the publisher's certificate is from, if you trust it"
+		return "configure the trusted root of the Sigstore deployment that the publisher's certificate is from, if you " +
+			"trust it"
 	case errors.Is(err, ErrNoTime):
 		return "have it signed again with a timestamp authority, or a log, that the trusted root names"
 	}
@@ -190,7 +195,8 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	if b.MediaType != ArtifactTypeBundle {
 		return nil, fmt.Errorf("%w: media type %.80q; want %s", ErrMalformed, b.MediaType, ArtifactTypeBundle)
 	}
-	if env := b.GetDsseEnvelope(); env == nil || env.GetPayloadType() != bundle.IntotoMediaType || len(env.GetSignatures()) != 1 {
+	if env := b.GetDsseEnvelope(); env == nil || env.GetPayloadType() != bundle.IntotoMediaType ||
+		len(env.GetSignatures()) != 1 {
 		return nil, fmt.Errorf("%w: not an in-toto statement with one signature", ErrMalformed)
 	}
 	content, err := b.VerificationContent()
@@ -200,7 +206,8 @@ func (v *Verifier) statement(data []byte) (*Statement, error) {
 	pub := content.PublicKey()
 	if pub == nil {
 		if v.certificates == nil {
-			return nil, fmt.Errorf("%w: signed with a certificate; only keys are trusted (%s)", ErrUnknownKey, ids(v.policy.Keys))
+			return nil, fmt.Errorf("%w: signed with a certificate; only keys are trusted (%s)", ErrUnknownKey,
+				ids(v.policy.Keys))
 		}
 		return v.certificates.statement(&b, content.Certificate())
 	}

@@ -135,7 +135,7 @@ func (v *Verdict) String() string {
 // valid kernel match for Expect's build, both about Expect's digest, a load
 // test where the policy wants one, and no failed one in any case. Bundles
 // that prove nothing are ignored as long as others do: anybody may attach
-// something to an artifact. Only the first [MaxBundles] are looked at.
+// something to an artifact. Only the first [MaxBundles] are examined.
 func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 	verdict, err := v.verify(bundles, e)
 	if err != nil {
@@ -145,7 +145,7 @@ func (v *Verifier) Verify(bundles [][]byte, e Expect) (*Verdict, error) {
 }
 
 func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
-	x, checks := v.examine(bundles, e)
+	x, checks := v.evaluate(bundles, e)
 	for _, c := range checks {
 		if _, err := c.do(); err != nil {
 			return nil, err
@@ -157,7 +157,7 @@ func (v *Verifier) verify(bundles [][]byte, e Expect) (*Verdict, error) {
 // Explain is [Verifier.Verify] for people: it returns what each rule says, also where
 // another one refuses the artifact. The verdict is nil where the error is not.
 func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, error) {
-	x, checks := v.examine(bundles, e)
+	x, checks := v.evaluate(bundles, e)
 	var findings []Finding
 	var first error
 	for _, c := range checks {
@@ -176,8 +176,8 @@ func (v *Verifier) Explain(bundles [][]byte, e Expect) (*Verdict, []Finding, err
 	return x.done(), findings, nil
 }
 
-// examination is what the statements about one artifact come to.
-type examination struct {
+// evaluation is the result of the statements about one artifact.
+type evaluation struct {
 	verdict                    Verdict
 	provenance, match, useless tally
 	tests                      loadTests
@@ -191,16 +191,16 @@ type check struct {
 	do   func() (string, error)
 }
 
-func (x *examination) done() *Verdict {
+func (x *evaluation) done() *Verdict {
 	for _, err := range slices.Concat(x.provenance.errs, x.match.errs, x.useless.errs) {
 		x.verdict.Ignored = append(x.verdict.Ignored, err.Error())
 	}
 	return &x.verdict
 }
 
-// examine reads all statements, and returns the rules in the order in which they decide.
-func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
-	x := &examination{reasons: map[string][]error{}}
+// evaluate reads all statements, and returns the rules in the order in which they decide.
+func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
+	x := &evaluation{reasons: map[string][]error{}}
 	for i, data := range bundles {
 		if i == MaxBundles {
 			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
@@ -212,7 +212,8 @@ func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
 			continue
 		}
 		if !st.About(e.Digest) {
-			x.useless.add(fault.Errorf(fault.Unverified, "%w: %s", ErrOtherDigest, strings.Join(st.Subjects[:min(3, len(st.Subjects))], ", ")))
+			x.useless.add(fault.Errorf(fault.Unverified, "%w: %s", ErrOtherDigest,
+				strings.Join(st.Subjects[:min(3, len(st.Subjects))], ", ")))
 			continue
 		}
 		x.read(v, st, e)
@@ -223,7 +224,8 @@ func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
 		{"revoked digests", func() (string, error) { return p.revoked(e.Digest) }},
 		{"minimum version", func() (string, error) { return p.minimum(e.Identity.Driver) }},
 		{"provenance", func() (string, error) {
-			return fmt.Sprintf("built by %s from %d inputs", x.verdict.BuilderID, len(x.verdict.Materials)), x.provenance.explain(ErrNoProvenance, x.useless)
+			return fmt.Sprintf("built by %s from %d inputs", x.verdict.BuilderID,
+				len(x.verdict.Materials)), x.provenance.explain(ErrNoProvenance, x.useless)
 		}},
 		{"kernel match", func() (string, error) {
 			return "fits " + x.verdict.Match.Kernel.String(), x.match.explain(ErrNoKernelMatch, x.useless)
@@ -234,7 +236,8 @@ func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
 		}},
 	}
 	for _, rule := range p.Rules {
-		checks = append(checks, check{"signatures under the " + short(rule.Statement), func() (string, error) { return x.met(rule) }})
+		checks = append(checks, check{"signatures under the " + short(rule.Statement),
+			func() (string, error) { return x.met(rule) }})
 	}
 	checks = append(checks, check{"age", func() (string, error) { return p.age(x.verdict, e.Now) }})
 	if p.Listing != nil {
@@ -244,7 +247,7 @@ func (v *Verifier) examine(bundles [][]byte, e Expect) (*examination, []check) {
 }
 
 // read takes in one statement whose signature holds.
-func (x *examination) read(v *Verifier, st *Statement, e Expect) {
+func (x *evaluation) read(v *Verifier, st *Statement, e Expect) {
 	// What it says comes first: a wrong statement counts for no rule.
 	var err error
 	defer func() {
@@ -273,7 +276,7 @@ func (x *examination) read(v *Verifier, st *Statement, e Expect) {
 		x.match.judge(err)
 		return
 	case PredicateTestResult:
-		// Whoever is trusted at all may say that modules failed.
+		// Every trusted signer may say that modules failed.
 		var passed bool
 		if passed, err = x.tests.add(st, e, func() error { return x.counts(st, v.policy, e.Now) }); err == nil && !passed {
 			return
@@ -305,7 +308,8 @@ func (e Expect) check() error {
 	case e.Kernel.Arch != "" && e.Kernel.Arch != id.Arch:
 		return fault.Errorf(fault.Mismatch, "%w: it is for %s, this node is %s", ErrOtherKernel, id.Arch, e.Kernel.Arch)
 	case e.Kernel.Release != "" && e.Kernel.Release != id.Release:
-		return fault.Errorf(fault.Mismatch, "%w: it is for release %s, this node runs %s", ErrOtherKernel, id.Release, e.Kernel.Release)
+		return fault.Errorf(fault.Mismatch, "%w: it is for release %s, this node runs %s", ErrOtherKernel, id.Release,
+			e.Kernel.Release)
 	}
 	return nil
 }
@@ -316,7 +320,8 @@ func (e Expect) check() error {
 func ParseKernelMatch(st *Statement) (KernelMatch, error) {
 	var m KernelMatch
 	if st.PredicateType != PredicateKernelMatch {
-		return m, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no kernel match", ErrMalformed, st.PredicateType)
+		return m, fault.Errorf(fault.Unverified, "%w: statement of type %.80q is no kernel match", ErrMalformed,
+			st.PredicateType)
 	}
 	if err := json.Unmarshal(st.Predicate, &m); err != nil {
 		return m, fault.Errorf(fault.Unverified, "%w: kernel match: %w", ErrMalformed, cut{err})
@@ -339,15 +344,20 @@ func (m KernelMatch) fits(e Expect) error {
 	differs := func(said, is string) bool { return said != "" && is != "" && said != is }
 	switch said, node := m.Kernel, e.Kernel; {
 	case m.Fingerprint != e.Identity.Fingerprint:
-		return fault.Errorf(fault.Mismatch, "%w: kernel match is for fingerprint %s, the artifact says %s", ErrOtherIdentity, m.Fingerprint, e.Identity.Fingerprint)
+		return fault.Errorf(fault.Mismatch, "%w: kernel match is for fingerprint %s, the artifact says %s", ErrOtherIdentity,
+			m.Fingerprint, e.Identity.Fingerprint)
 	case said.BuildID != node.BuildID || said.Board != node.Board:
-		return fault.Errorf(fault.Mismatch, "%w: this artifact is attested for %s, this node is %s", ErrOtherKernel, said, node)
+		return fault.Errorf(fault.Mismatch, "%w: this artifact is attested for %s, this node is %s", ErrOtherKernel, said,
+			node)
 	case differs(said.Release, node.Release):
-		return fault.Errorf(fault.Mismatch, "%w: %s is attested with release %s, this node runs %s", ErrOtherKernel, said, said.Release, node.Release)
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested with release %s, this node runs %s", ErrOtherKernel, said,
+			said.Release, node.Release)
 	case differs(string(said.Arch), string(node.Arch)):
-		return fault.Errorf(fault.Mismatch, "%w: %s is attested for %s, this node is %s", ErrOtherKernel, said, said.Arch, node.Arch)
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested for %s, this node is %s", ErrOtherKernel, said, said.Arch,
+			node.Arch)
 	case differs(said.Commit, node.Commit):
-		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel commit %s, this node has %s", ErrOtherKernel, said, said.Commit, node.Commit)
+		return fault.Errorf(fault.Mismatch, "%w: %s is attested with kernel commit %s, this node has %s", ErrOtherKernel,
+			said, said.Commit, node.Commit)
 	}
 	return nil
 }
@@ -383,7 +393,9 @@ func (t *tally) explain(none error, useless tally) error {
 		errs := useless.errs[:min(shown, len(useless.errs))]
 		missing = fmt.Errorf("%w that holds: %w", none, join(errs))
 	default:
-		return fault.Wrap(fault.Unverified, none, "statements are attached to the artifact and stay behind in a plain copy: copy with oras cp -r or regctl image copy --referrers")
+		return fault.Wrap(fault.Unverified, none,
+			"statements are attached to the artifact and stay behind in a plain copy: copy with oras cp -r or regctl image "+
+				"copy --referrers")
 	}
 	kind := fault.Unverified
 	if len(t.errs) > 0 {

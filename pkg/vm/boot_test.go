@@ -75,7 +75,8 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 		Files: []vm.File{{Name: "/etc/greeting", Data: []byte("hello\n")}, {Name: "/etc/link", Link: "greeting"}},
 		Steps: []vm.Step{
 			{Name: "cat", Argv: []string{"@cat", "/etc/link"}},
-			{Name: "gpu", Argv: []string{"@cat", "/sys/bus/pci/devices/0001:00:00.0/resource", "/sys/bus/pci/devices/0001:00:00.0/vendor"}},
+			{Name: "gpu", Argv: []string{"@cat", "/sys/bus/pci/devices/0001:00:00.0/resource",
+				"/sys/bus/pci/devices/0001:00:00.0/vendor"}},
 			{Name: "route", Argv: []string{"@cat", "/proc/net/route", "/proc/cmdline"}},
 			{Name: "host", Argv: []string{"@dial", net.JoinHostPort(vm.HostAddress, port)}},
 			{Name: "unload", Argv: []string{"@rmmod", "emugpu"}},
@@ -88,14 +89,17 @@ func TestBootWithNetworkAndGPU(t *testing.T) {
 	if err != nil {
 		t.Fatalf("Run() = %v", err)
 	}
-	t.Logf("boot %.2f s, all %.2f s, initramfs %d bytes; %s", res.BootSeconds, res.Seconds, res.InitramfsBytes, res.Machine)
+	t.Logf("boot %.2f s, all %.2f s, initramfs %d bytes; %s", res.BootSeconds, res.Seconds, res.InitramfsBytes,
+		res.Machine)
 	if got := string(mustStep(t, res, "cat").Stdout); got != "hello\n" {
 		t.Errorf("cat = %q; want hello", got)
 	}
 	gpu := string(mustStep(t, res, "gpu").Stdout)
 	windows := map[target.Arch][]string{
-		target.AMD64: {"0x0000000050000000 0x0000000050ffffff", "0x0000000051000000 0x0000000051ffffff", "0x0000000052000000 0x0000000053ffffff"},
-		target.ARM64: {"0x00000000d2000000 0x00000000d2ffffff", "0x00000000d3000000 0x00000000d3ffffff", "0x00000000d4000000 0x00000000d5ffffff"},
+		target.AMD64: {"0x0000000050000000 0x0000000050ffffff", "0x0000000051000000 0x0000000051ffffff",
+			"0x0000000052000000 0x0000000053ffffff"},
+		target.ARM64: {"0x00000000d2000000 0x00000000d2ffffff", "0x00000000d3000000 0x00000000d3ffffff",
+			"0x00000000d4000000 0x00000000d5ffffff"},
 	}
 	for _, want := range append(windows[arch], "0x10de") {
 		if !strings.Contains(gpu, want) {
@@ -130,7 +134,8 @@ func TestBootWithDisk(t *testing.T) {
 	if err := errors.Join(os.WriteFile(image, nil, 0o644), os.Truncate(image, 64<<20)); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", image).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4",
+		image).CombinedOutput(); err != nil {
 		t.Fatalf("mke2fs: %v: %s", err, out)
 	}
 	tools := []string{"/bin/sh", "/usr/bin/sync"}
@@ -141,18 +146,23 @@ func TestBootWithDisk(t *testing.T) {
 	for _, tool := range tools {
 		files = append(files, vm.File{Name: tool, Path: tool, Mode: 0o755})
 	}
-	c := vm.Config{Boot: boot, Init: program.Build(t, "pkg/vm/guestinit", string(target.AMD64)), Disk: image, Files: files, Timeout: 2 * time.Minute}
+	c := vm.Config{Boot: boot, Init: program.Build(t, "pkg/vm/guestinit", string(target.AMD64)), Disk: image, Files: files,
+		Timeout: 2 * time.Minute}
 	mount := vm.Step{Argv: []string{"@mount", "/dev/vda", "/data"}}
-	c.Steps = []vm.Step{mount, {Argv: []string{"/bin/sh", "-c", "echo kept > /data/kept; sync; echo lost > /data/lost; echo b > /proc/sysrq-trigger; read wait"}}}
+	c.Steps = []vm.Step{mount,
+		{Argv: []string{"/bin/sh", "-c",
+			"echo kept > /data/kept; sync; echo lost > /data/lost; echo b > /proc/sysrq-trigger; read wait"}}}
 	if _, err := vm.Run(t.Context(), c); err == nil || !strings.Contains(err.Error(), "power went off too early") {
 		t.Fatalf("first boot: %v; want the power cut", err)
 	}
-	c.Steps = []vm.Step{mount, {Name: "kept", Argv: []string{"@cat", "/data/kept"}}, {Name: "lost", Argv: []string{"@cat", "/data/lost"}, KeepGoing: true}}
+	c.Steps = []vm.Step{mount, {Name: "kept", Argv: []string{"@cat", "/data/kept"}},
+		{Name: "lost", Argv: []string{"@cat", "/data/lost"}, KeepGoing: true}}
 	res, err := vm.Run(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if kept, lost := mustStep(t, res, "kept").Stdout, mustStep(t, res, "lost").Stdout; string(kept) != "kept\n" || len(lost) > 0 {
+	if kept, lost := mustStep(t, res, "kept").Stdout, mustStep(t, res, "lost").Stdout; string(kept) != "kept\n" ||
+		len(lost) > 0 {
 		t.Errorf("after the power cut the disk has %q and %q; want what was flushed alone", kept, lost)
 	}
 }
@@ -176,7 +186,8 @@ exec qemu-system-x86_64 "${@/#chardev:events/none}" -device pci-serial,chardev=e
 		all[i] = byte(i)
 	}
 	res, err := vm.Run(t.Context(), vm.Config{
-		Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/guestinit", string(arch)), QEMU: qemu, Timeout: 3 * time.Minute,
+		Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/guestinit", string(arch)), QEMU: qemu,
+		Timeout:    3 * time.Minute,
 		KernelArgs: []string{"initcall_blacklist=serial_pci_driver_init"},
 		Files:      []vm.File{{Name: "/etc/all", Data: all}},
 		Steps: []vm.Step{
@@ -187,8 +198,10 @@ exec qemu-system-x86_64 "${@/#chardev:events/none}" -device pci-serial,chardev=e
 	if err != nil {
 		t.Fatalf("Run() = %v", err)
 	}
-	t.Logf("boot %.2f s, %d bytes in %.2f s, all %.2f s", res.BootSeconds, len(all), mustStep(t, res, "all").Seconds, res.Seconds)
-	if got := string(mustStep(t, res, "drivers").Stdout); strings.Contains(got, "/serial") || !strings.Contains(got, "/pcieport") {
+	t.Logf("boot %.2f s, %d bytes in %.2f s, all %.2f s", res.BootSeconds, len(all), mustStep(t, res, "all").Seconds,
+		res.Seconds)
+	if got := string(mustStep(t, res, "drivers").Stdout); strings.Contains(got, "/serial") ||
+		!strings.Contains(got, "/pcieport") {
 		t.Errorf("PCI drivers = %s; want the serial one off", got)
 	}
 	if got := mustStep(t, res, "all").Stdout; !bytes.Equal(got, all) {
@@ -201,7 +214,9 @@ func TestBootCrashIsReported(t *testing.T) {
 	boot := bootFolder(t)
 	arch := bootArch(t, boot)
 	// Any static program that ends is a panic when it is process 1.
-	res, err := vm.Run(t.Context(), vm.Config{Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/testdata/quitter", string(arch)), Timeout: 2 * time.Minute})
+	res, err := vm.Run(t.Context(),
+		vm.Config{Boot: boot, Arch: arch, Init: program.Build(t, "pkg/vm/testdata/quitter", string(arch)),
+			Timeout: 2 * time.Minute})
 	var crash *vm.CrashError
 	if !errors.As(err, &crash) {
 		t.Fatalf("Run() = %v; want a CrashError", err)

@@ -35,11 +35,13 @@ func bootArgs(boot string) (args []string, err error) {
 		return nil, err
 	}
 	if len(text) > maxBootArgs {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("boot folder %s: %s has more than %d bytes", boot, BootArgs, maxBootArgs), "")
+		return nil, fault.New(fault.Usage,
+			fmt.Sprintf("boot folder %s: %s has more than %d bytes", boot, BootArgs, maxBootArgs), "")
 	}
 	for _, arg := range strings.Fields(string(text)) {
 		if strings.ContainsFunc(arg, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("boot folder %s: %s holds %q, which no kernel takes", boot, BootArgs, arg), "")
+			return nil, fault.New(fault.Usage,
+				fmt.Sprintf("boot folder %s: %s holds %q, which no kernel takes", boot, BootArgs, arg), "")
 		}
 		// Everything after it would be init's, our own arguments among them.
 		if arg == "--" {

@@ -18,7 +18,8 @@ func TestBootArgs(t *testing.T) {
 		want       []string
 		refused    bool
 	}{
-		{name: "COS", text: "loadpin.exclude=kernel-module,firmware  module.sig_enforce=1\n", want: []string{"loadpin.exclude=kernel-module,firmware", "module.sig_enforce=1"}},
+		{name: "COS", text: "loadpin.exclude=kernel-module,firmware  module.sig_enforce=1\n",
+			want: []string{"loadpin.exclude=kernel-module,firmware", "module.sig_enforce=1"}},
 		{name: "empty", text: "\n"},
 		{name: "control character", text: "quiet\x00init=/x", refused: true},
 		{name: "arguments of init", text: "quiet -- x", refused: true},

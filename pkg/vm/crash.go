@@ -24,7 +24,7 @@ func crashLine(console string) string {
 	for _, mark := range crashMarks {
 		for line := range strings.Lines(console) {
 			text := trimStamp(strings.TrimSpace(line))
-			// The mark begins the text, so that a program's words about a
+			// The mark begins the text, so that a program's output about a
 			// panic are not taken for one.
 			if strings.HasPrefix(text, mark) {
 				return text

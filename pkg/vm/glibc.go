@@ -16,12 +16,14 @@ import (
 // looks on the distributions that Prebake builds on, and where Debian keeps the
 // libraries of a cross compiler, which a loader does not know.
 var libraryFolders = map[elf.Machine][]string{
-	elf.EM_X86_64:  {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
-	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib", "/usr/aarch64-linux-gnu/lib"},
+	elf.EM_X86_64: {"/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib"},
+	elf.EM_AARCH64: {"/lib/aarch64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/lib64", "/usr/lib64", "/lib", "/usr/lib",
+		"/usr/aarch64-linux-gnu/lib"},
 }
 
 // guestFolders are where a guest's loader finds what came from anywhere else.
-var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu", elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
+var guestFolders = map[elf.Machine]string{elf.EM_X86_64: "/lib/x86_64-linux-gnu",
+	elf.EM_AARCH64: "/lib/aarch64-linux-gnu"}
 
 // dlopened are glibc's parts that NVIDIA's libraries need, though the program
 // that opens them by name may not.
@@ -42,7 +44,8 @@ func GlibcFiles(paths ...string) ([]File, error) {
 			return nil, fmt.Errorf("find libraries of %s: %w", p, err)
 		}
 		if machine != elf.EM_NONE && d.machine != machine {
-			return nil, fault.New(fault.Usage, fmt.Sprintf("find libraries of %s: it is for %v, the others for %v", p, d.machine, machine), "")
+			return nil, fault.New(fault.Usage,
+				fmt.Sprintf("find libraries of %s: it is for %v, the others for %v", p, d.machine, machine), "")
 		}
 		machine = d.machine
 		if name := path.Base(d.interpreter); d.interpreter != "" && !found[name] {
@@ -99,7 +102,8 @@ func findLibrary(machine elf.Machine, name string) (string, error) {
 	if machine == elf.EM_AARCH64 {
 		hint = "install Debian's package libc6-dev-arm64-cross"
 	}
-	return "", fault.New(fault.Usage, fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
+	return "", fault.New(fault.Usage,
+		fmt.Sprintf("find library %s for %v: not in %s", name, machine, strings.Join(libraryFolders[machine], ", ")), hint)
 }
 
 // maxInterpreter bounds the path of a loader.

@@ -40,7 +40,8 @@ func sampleConfig(t *testing.T) Config {
 	}
 	return Config{
 		Boot: filepath.Join(dir, "boot"), Init: filepath.Join(dir, "init"), GPU: true, Network: true,
-		Files: append(tree, File{Name: "/etc/empty", Data: []byte{}}, File{Name: "/bin/tool", Data: []byte("#!"), Mode: 0o755}),
+		Files: append(tree, File{Name: "/etc/empty", Data: []byte{}},
+			File{Name: "/bin/tool", Data: []byte("#!"), Mode: 0o755}),
 		Steps: []Step{{Argv: []string{"@cat", "/etc/empty"}}},
 	}.WithDefaults()
 }

@@ -86,7 +86,7 @@ func (c Config) args() []string {
 	}, p.events) // behind the console: the first port is the first named
 }
 
-// describe says what the guest runs in, with the emulator's own words about
+// describe says what the guest runs in, with the emulator's own text about
 // its version.
 func (c Config) describe(ctx context.Context) string {
 	p := platforms[c.Arch]

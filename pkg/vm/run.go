@@ -63,7 +63,8 @@ func Run(ctx context.Context, c Config) (*Result, error) {
 	res := seen.result()
 	res.Seconds = time.Since(m.start).Seconds()
 	res.InitramfsBytes, res.Machine = size, c.describe(ctx)
-	return res, verdict(ctx, c, res, seen, ends{console: console.String(), exit: exit, protocol: protocol, stderr: m.stderr.String()})
+	return res, verdict(ctx, c, res, seen,
+		ends{console: console.String(), exit: exit, protocol: protocol, stderr: m.stderr.String()})
 }
 
 var errOverran = errors.New("machine ran past its time limit")
@@ -79,14 +80,14 @@ type ends struct {
 // verdict says why a run was no good, most telling cause first, and nil if it
 // was.
 func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends) error {
-	if !seen.over {
+	if !seen.ended {
 		res.KernelLog = e.console
 		if res.Crash = crashLine(e.console); res.Crash != "" {
 			return &CrashError{Line: res.Crash, Step: seen.running()}
 		}
 	}
 	switch cause := context.Cause(ctx); {
-	case seen.over:
+	case seen.ended:
 	case errors.Is(cause, errOverran):
 		return fault.Wrap(fault.TimedOut, fmt.Errorf("run machine: no end after %v (%s)", c.Timeout, seen.place()),
 			"raise the limit, or read the console for what the machine waits for")
@@ -95,11 +96,12 @@ func verdict(ctx context.Context, c Config, res *Result, seen *recorder, e ends)
 	case cause != nil:
 		return fmt.Errorf("run machine: %w", cause)
 	case e.exit != nil:
-		return fmt.Errorf("run %s: %w: %s", c.QEMU, e.exit, lastLine(e.stderr, "it said nothing"))
+		return fmt.Errorf("run %s: %w: %s", c.QEMU, e.exit, lastLine(e.stderr, "it printed nothing"))
 	case seen.fatal != "":
 		return fmt.Errorf("start machine: %s", seen.fatal)
 	default:
-		return fmt.Errorf("run machine: power went off too early (%s); the console ends in %q", seen.place(), lastLine(e.console, ""))
+		return fmt.Errorf("run machine: power went off too early (%s); the console ends in %q", seen.place(),
+			lastLine(e.console, ""))
 	}
 	return nil
 }
@@ -154,7 +156,7 @@ type recorder struct {
 	ready  float64
 	last   int // index in steps of the one that began last; meaningful if any
 	fatal  string
-	over   bool // bye was said
+	ended  bool // bye was said
 }
 
 func (r *recorder) event(e wire.Event) error {
@@ -183,8 +185,8 @@ func (r *recorder) event(e wire.Event) error {
 		r.about(&r.steps[i], e)
 	case wire.Fatal:
 		r.fatal = e.Error
-	case wire.Bye:
-		r.over = true
+	case wire.Finished:
+		r.ended = true
 	}
 	return nil
 }
@@ -236,7 +238,7 @@ func (r *recorder) place() string {
 }
 
 // copyConsole keeps the console's end and shows all of it to the caller, whose
-// trouble with it must not stop the machine.
+// an error of it must not stop the machine.
 func copyConsole(from io.Reader, keep *tail, show io.Writer) error {
 	buf := make([]byte, 32<<10)
 	for {

@@ -21,15 +21,21 @@ func TestCrashLine(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct{ name, console, want string }{
 		{"none", "[    0.000000] Linux version 6.1\n", ""},
-		{"end of init", "[    1.2] Run /init as init process\r\n[    5.133] Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000200\r\n",
+		{"end of init", "[    1.2] Run /init as init process\r\n[    5.133] Kernel panic - not syncing: Attempted to kill " +
+			"init! exitcode=0x00000200\r\n",
 			"Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000200"},
-		{"oops before its panic", "[    7.1] BUG: kernel NULL pointer dereference, address: 0000000000000008\n[    7.2] Oops: 0000 [#1] PREEMPT SMP\n[    7.9] Kernel panic - not syncing: Fatal exception\n",
+		{"oops before its panic",
+			"[    7.1] BUG: kernel NULL pointer dereference, address: 0000000000000008\n[    7.2] Oops: 0000 [#1] PREEMPT " +
+				"SMP\n[    7.9] Kernel panic - not syncing: Fatal exception\n",
 			"BUG: kernel NULL pointer dereference, address: 0000000000000008"},
-		{"fault", "[ 7.1] general protection fault, probably for non-canonical address 0xdead: 0000 [#1]\n[ 8.0] Kernel panic - not syncing: Fatal exception\n",
+		{"fault", "[ 7.1] general protection fault, probably for non-canonical address 0xdead: 0000 [#1]\n[ 8.0] Kernel " +
+			"panic - not syncing: Fatal exception\n",
 			"general protection fault, probably for non-canonical address 0xdead: 0000 [#1]"},
-		{"oops on arm64", "[    7.1] Unable to handle kernel NULL pointer dereference at virtual address 0000000000000010\n[    7.2] Internal error: Oops: 0000000096000045 [#1] SMP\n",
+		{"oops on arm64", "[    7.1] Unable to handle kernel NULL pointer dereference at virtual address " +
+			"0000000000000010\n[    7.2] Internal error: Oops: 0000000096000045 [#1] SMP\n",
 			"Unable to handle kernel NULL pointer dereference at virtual address 0000000000000010"},
-		{"assertion", "[    7.1] kernel BUG at mm/slub.c:1!\n[    7.2] invalid opcode: 0000 [#1]\n", "kernel BUG at mm/slub.c:1!"},
+		{"assertion", "[    7.1] kernel BUG at mm/slub.c:1!\n[    7.2] invalid opcode: 0000 [#1]\n",
+			"kernel BUG at mm/slub.c:1!"},
 		{"warning", "[ 7.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n", ""},
 		{"words of a program", "fetcher: says Kernel panic - not syncing\n[   1.0] x: BUG: y\n", ""},
 	} {
@@ -98,7 +104,8 @@ func TestRecorder(t *testing.T) {
 
 func TestRecorderRefusesNonsense(t *testing.T) {
 	t.Parallel()
-	for _, e := range []wire.Event{{Type: wire.Begin, Step: 1}, {Type: wire.End, Step: 0}, {Type: wire.Output, Step: 7, Stream: "stdout"}} {
+	for _, e := range []wire.Event{{Type: wire.Begin, Step: 1}, {Type: wire.End, Step: 0},
+		{Type: wire.Output, Step: 7, Stream: "stdout"}} {
 		if _, err := recorded(1, e); err == nil {
 			t.Errorf("event %+v was taken; want an error", e)
 		}
@@ -121,15 +128,18 @@ func TestVerdict(t *testing.T) {
 		kind   fault.Kind
 		want   string // "" is no error
 	}{
-		{"good", t.Context(), []wire.Event{begin, {Type: wire.End}, {Type: wire.Bye}}, ends{}, 0, ""},
-		{"good at the last moment", overran, []wire.Event{{Type: wire.Bye}}, ends{exit: killed}, 0, ""},
+		{"good", t.Context(), []wire.Event{begin, {Type: wire.End}, {Type: wire.Finished}}, ends{}, 0, ""},
+		{"good at the last moment", overran, []wire.Event{{Type: wire.Finished}}, ends{exit: killed}, 0, ""},
 		{"too long", overran, []wire.Event{begin}, ends{exit: killed}, fault.TimedOut, `in step "a"`},
 		{"too long to boot", overran, nil, ends{exit: killed}, fault.TimedOut, "while booting"},
 		{"cancelled", cancelled, nil, ends{exit: killed}, fault.Cancelled, "context canceled"},
-		{"crash", t.Context(), []wire.Event{begin}, ends{console: "[ 1.0] BUG: bad\n"}, fault.Internal, `guest kernel crashed in step "a": BUG: bad`},
+		{"crash", t.Context(), []wire.Event{begin}, ends{console: "[ 1.0] BUG: bad\n"}, fault.Internal,
+			`guest kernel crashed in step "a": BUG: bad`},
 		{"nonsense", cancelled, nil, ends{exit: killed, protocol: errors.New("line 1")}, fault.Internal, "line 1"},
-		{"qemu's trouble", t.Context(), nil, ends{exit: errors.New("exit status 1"), stderr: "x\nqemu: no memory\n"}, fault.Internal, "exit status 1: qemu: no memory"},
-		{"init's trouble", t.Context(), []wire.Event{{Type: wire.Fatal, Error: "find eth0: no"}}, ends{}, fault.Internal, "find eth0: no"},
+		{"qemu's trouble", t.Context(), nil, ends{exit: errors.New("exit status 1"), stderr: "x\nqemu: no memory\n"},
+			fault.Internal, "exit status 1: qemu: no memory"},
+		{"init's trouble", t.Context(), []wire.Event{{Type: wire.Fatal, Error: "find eth0: no"}}, ends{}, fault.Internal,
+			"find eth0: no"},
 		{"silent end", t.Context(), nil, ends{console: "a\nlast words\n"}, fault.Internal, "last words"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
@@ -167,7 +177,8 @@ func TestRunReportsWhatQEMUSays(t *testing.T) {
 	t.Parallel()
 	c := sampleConfig(t)
 	c.QEMU = filepath.Join(t.TempDir(), "qemu")
-	script := "#!/bin/sh\necho noise >&3\necho '{\"type\":\"hello\"}' >&4\necho 'qemu: cannot set up guest memory' >&2\nexit 1\n"
+	script := "#!/bin/sh\necho noise >&3\necho '{\"type\":\"hello\"}' >&4\necho 'qemu: cannot set up guest memory' " +
+		">&2\nexit 1\n"
 	program.Write(t, c.QEMU, []byte(script))
 	var console strings.Builder
 	c.Console = &console
@@ -196,7 +207,8 @@ func TestValidateReportsAllAtOnce(t *testing.T) {
 func TestArgs(t *testing.T) {
 	t.Parallel()
 	bare := strings.Join(Config{Boot: "/boot"}.WithDefaults().args(), " ")
-	full := strings.Join(Config{Boot: "/boot", GPU: true, Network: true, KernelArgs: []string{"cros_debug"}}.WithDefaults().args(), " ")
+	full := strings.Join(Config{Boot: "/boot", GPU: true, Network: true,
+		KernelArgs: []string{"cros_debug"}}.WithDefaults().args(), " ")
 	for _, want := range []string{"-nic none", "-m 3072", "-smp 1", "-kernel /boot/vmlinuz", "-no-reboot"} {
 		if !strings.Contains(bare, want) {
 			t.Errorf("args() = %s; want %q in it", bare, want)
@@ -226,8 +238,10 @@ func TestTailKeepsTheEnd(t *testing.T) {
 func TestArgsOfArchitectures(t *testing.T) {
 	t.Parallel()
 	for arch, want := range map[target.Arch][]string{
-		target.AMD64: {"-machine q35", "-serial chardev:events", "console=ttyS0,115200 panic=-1 oops=panic", "memmap=96M$0x4f000000"},
-		target.ARM64: {"-machine virt", "-cpu neoverse-n1", "-serial chardev:console", "-device pci-serial,chardev=events", "console=ttyAMA0 panic=-1 oops=panic", "mem=2304M"},
+		target.AMD64: {"-machine q35", "-serial chardev:events", "console=ttyS0,115200 panic=-1 oops=panic",
+			"memmap=96M$0x4f000000"},
+		target.ARM64: {"-machine virt", "-cpu neoverse-n1", "-serial chardev:console", "-device pci-serial,chardev=events",
+			"console=ttyAMA0 panic=-1 oops=panic", "mem=2304M"},
 	} {
 		c := Config{Arch: arch, GPU: true}.WithDefaults()
 		got := strings.Join(c.args(), " ")
@@ -236,11 +250,13 @@ func TestArgsOfArchitectures(t *testing.T) {
 				t.Errorf("args of %s = %s; want %q in it", arch, got, w)
 			}
 		}
-		if got, want := c.QEMU, map[target.Arch]string{target.AMD64: "qemu-system-x86_64", target.ARM64: "qemu-system-aarch64"}[arch]; got != want {
+		if got, want := c.QEMU, map[target.Arch]string{target.AMD64: "qemu-system-x86_64",
+			target.ARM64: "qemu-system-aarch64"}[arch]; got != want {
 			t.Errorf("emulator of %s = %s; want %s", arch, got, want)
 		}
 	}
-	if err := (Config{Arch: "riscv64"}).WithDefaults().Validate(); err == nil || !strings.Contains(err.Error(), `"riscv64"`) {
+	if err := (Config{Arch: "riscv64"}).WithDefaults().Validate(); err == nil ||
+		!strings.Contains(err.Error(), `"riscv64"`) {
 		t.Errorf("Validate(riscv64) = %v; want it named", err)
 	}
 }

@@ -1,7 +1,7 @@
 // Package vm boots a kernel in a qemu machine without hardware
 // virtualisation, runs a list of steps in it, and returns what they and the
 // kernel said. Everything it may see is in an initramfs that is written for the
-// run and gone afterwards, and perhaps on one disk that stays. Its init is the
+// run and gone afterwards, and possibly on one disk that stays. Its init is the
 // program in guestinit; with an emulated GPU (package emugpu) NVIDIA's driver
 // loads in it for real.
 //
@@ -40,7 +40,7 @@ const HostAddress = "10.0.2.2"
 type File struct {
 	// Name is the absolute path in the guest. Folders above it are made.
 	Name string
-	// Mode holds permission bits; 0 is the source's for Path, else 0644
+	// Mode holds permission bits; 0 means the source's for Path, else 0644
 	// (folders 0755).
 	Mode fs.FileMode
 	// Path is a file on the host.
@@ -60,12 +60,12 @@ type File struct {
 //	@dial HOST:PORT...            @stop NAME (end a background step)
 //	@mount DEVICE FOLDER (ext4; the folder is made)
 type Step struct {
-	// Name identifies the step in the result; "" is Argv joined.
+	// Name identifies the step in the result; "" means Argv joined.
 	Name string
 	Argv []string
 	// Env is added to PATH, HOME and TERM.
 	Env []string
-	// Timeout ends the step with exit code 124; 0 is never.
+	// Timeout ends the step with exit code 124; 0 means never.
 	Timeout time.Duration
 	// KeepGoing runs the steps after it even if this one fails.
 	KeepGoing bool
@@ -77,9 +77,9 @@ type Step struct {
 // Config describes a machine and what it does.
 type Config struct {
 	// Boot is a folder with vmlinuz, modules/order and the modules it lists,
-	// and perhaps emugpu.ko and [BootArgs].
+	// and possibly emugpu.ko and [BootArgs].
 	Boot string
-	// Arch is the machine's architecture; "" is amd64.
+	// Arch is the machine's architecture; "" means amd64.
 	Arch target.Arch
 	// GPU gives the machine the emulated GPU.
 	GPU bool
@@ -91,14 +91,14 @@ type Config struct {
 	// Network gives the guest a user-mode network on which the host's loopback
 	// is [HostAddress].
 	Network bool
-	// MemoryMiB is the guest's memory; 0 is 3072. With the GPU at
+	// MemoryMiB is the guest's memory; 0 means 3072. With the GPU at
 	// least emugpu.Memory.
 	MemoryMiB int
-	// Disk is a raw image on the host that the guest has as /dev/vda; "" is none. It
+	// Disk is a raw image on the host that the guest has as /dev/vda; "" means none. It
 	// outlives the machine, as a disk does a power cut: what the guest did not flush
 	// is not on it.
 	Disk string
-	// CPUs is the number of virtual processors; 0 is 1.
+	// CPUs is the number of virtual processors; 0 means 1.
 	CPUs int
 	// KernelArgs are added to the kernel's command line, after those of the boot
 	// folder's [BootArgs].
@@ -108,14 +108,14 @@ type Config struct {
 	// Watch is called for each piece of progress, in order, never
 	// concurrently; may be nil.
 	Watch func(Progress)
-	// Timeout ends the whole run; 0 is 5 minutes.
+	// Timeout ends the whole run; 0 means 5 minutes.
 	Timeout time.Duration
-	// QEMU is the emulator; "" is the one for Arch from PATH, such as
+	// QEMU is the emulator; "" means the one for Arch from PATH, such as
 	// qemu-system-x86_64.
 	QEMU string
 }
 
-// Progress is what a watcher hears while the machine runs.
+// Progress is what a watcher receives while the machine runs.
 type Progress struct {
 	// Step is the name of the step; "" before the first one.
 	Step string
@@ -158,7 +158,7 @@ type Result struct {
 	BootSeconds float64
 	// Seconds is from qemu's start to its end.
 	Seconds float64
-	// Crash is the kernel's line about its oops or panic; "" is none.
+	// Crash is the kernel's line about its oops or panic; "" means none.
 	Crash string
 	// InitramfsBytes is the size of the initramfs.
 	InitramfsBytes int64
@@ -181,7 +181,7 @@ func (r *Result) Step(name string) (StepResult, bool) {
 type CrashError struct {
 	// Line is the kernel's.
 	Line string
-	// Step was running; "" is none.
+	// Step was running; "" means none.
 	Step string
 }
 

@@ -22,7 +22,7 @@ import (
 // maxMistakes is how many mistakes an error lists.
 const maxMistakes = 100
 
-// At is a node and the way to it, such as kernels[1].latest; "" is the whole file.
+// At is a node and the way to it, such as kernels[1].latest; "" means the whole file.
 type At struct {
 	Node *yaml.Node
 	Path string

@@ -52,8 +52,9 @@ func fill(ctx context.Context, url string, s settings) (w world, err error) {
 		branch := branches[i%len(branches)]
 		id := fmt.Sprintf("%d.%d.%d", branch, i/len(branches)/100, i/len(branches)%100)
 		m, _ := target.Milestone(id)
-		w.kernels = append(w.kernels, target.Kernel{BuildID: id, Board: "lakitu", Milestone: m, Commit: fmt.Sprintf("%040x", i),
-			Release: fmt.Sprintf("6.6.%d+", i/perFingerprint), Arch: target.AMD64})
+		w.kernels = append(w.kernels,
+			target.Kernel{BuildID: id, Board: "lakitu", Milestone: m, Commit: fmt.Sprintf("%040x", i),
+				Release: fmt.Sprintf("6.6.%d+", i/perFingerprint), Arch: target.AMD64})
 		fingers[i] = target.Fingerprint(
 			fmt.Sprintf("sha256:%x", sha256.Sum256(fmt.Appendf(nil, "%d %d", branch, i/len(branches)/perFingerprint))),
 		)

@@ -71,7 +71,7 @@ func get(ctx context.Context, c *connection, path string) bool {
 	return err == nil
 }
 
-// callers is how many calls are under way at most: a fleet behind one proxy has
+// callers is how many calls are running at most: a fleet behind one proxy has
 // about so many connections.
 const callers = 128
 
@@ -157,7 +157,8 @@ func measure(ctx context.Context, p *process, w world, s settings) ([]*row, erro
 	add("resolve, the first about each kernel", func() *row { return first(ctx, host, w) })
 	add(fmt.Sprintf("resolve, %d/s", s.rate), func() *row { return paced(ctx, host, s.rate, s.length, false, question) })
 	for _, l := range []struct{ name, path string }{
-		{"healthz, 20/s as the lists", "/healthz"}, {"kernels", "/v1/kernels"}, {"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
+		{"healthz, 20/s as the lists", "/healthz"}, {"kernels", "/v1/kernels"},
+		{"kernels of a milestone", "/v1/kernels?milestone=109"}, {"artifacts", "/v1/artifacts"},
 		{"builds", "/v1/builds"}, {"failed builds", "/v1/builds?state=failed"}, {"cells of 20 kernels", "/v1/cells?limit=20"},
 		{"cells, page by page", ""}, {"matrix page", "/"}, {"matrix page, any", ""},
 		{"matrix page, failed", "/?state=failed"}, {"matrix page, searched", ""}, {"cell page", ""}, {"queue page", "/queue"},
@@ -227,7 +228,8 @@ func crowd(ctx context.Context, host string, s settings, question func() string)
 	asking, stop := context.WithCancel(ctx)
 	var wait sync.WaitGroup
 	for i := range clients {
-		path := []string{"/v1/kernels?limit=1000", "/v1/artifacts?limit=1000", "/v1/builds?limit=1000", "/v1/cells?limit=100", "/"}[i%5]
+		path := []string{"/v1/kernels?limit=1000", "/v1/artifacts?limit=1000", "/v1/builds?limit=1000", "/v1/cells?limit=100",
+			"/"}[i%5]
 		wait.Go(func() {
 			c := &connection{host: host}
 			defer c.close()

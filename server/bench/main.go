@@ -29,7 +29,7 @@ type settings struct {
 	rate                            int
 	storm                           int
 	length, stormLength             time.Duration
-	only                            *regexp.Regexp // loads to measure; nil is all
+	only                            *regexp.Regexp // loads to measure; nil means all
 	fillOnly                        bool
 }
 

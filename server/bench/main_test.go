@@ -47,8 +47,9 @@ func handler(b *testing.B) (world, http.Handler) {
 			b.Error(err)
 		}
 	})
-	return w, httpapi.New(httpapi.Config{Catalogue: catalogue.New(catalogue.Config{Store: db, Queue: q}), Store: db, Queue: q,
-		Auth: auth.New(auth.Config{}), Access: db, Log: slog.New(slog.DiscardHandler)})
+	return w, httpapi.New(httpapi.Config{Catalogue: catalogue.New(catalogue.Config{Store: db, Queue: q}), Store: db,
+		Queue: q,
+		Auth:  auth.New(auth.Config{}), Access: db, Log: slog.New(slog.DiscardHandler)})
 }
 
 func ask(b *testing.B, h http.Handler, path string) {
@@ -74,18 +75,19 @@ func BenchmarkCells(b *testing.B) {
 	}
 }
 
-// BenchmarkRemembered reads what decides about all cells of one kernel out of what is
-// remembered, and reports how many times as long the database takes for the same.
+// BenchmarkRemembered reads what decides about all cells of one kernel out of what is stored, and reports how many
+// times as long the database takes for the same.
 func BenchmarkRemembered(b *testing.B) {
 	w, db := filled(b)
 	begin := time.Now()
 	for _, k := range w.kernels {
-		if _, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board}, store.Page{Limit: 1}); err != nil {
+		if _, _, _, err := db.Cells(b.Context(), store.KernelFilter{BuildID: k.BuildID, Board: k.Board},
+			store.Page{Limit: 1}); err != nil {
 			b.Fatal(err)
 		}
 	}
 	database := time.Since(begin) / time.Duration(len(w.kernels))
-	for _, k := range w.kernels { // from now on it is remembered
+	for _, k := range w.kernels { // from now on it is stored
 		if _, err := db.KernelCells(b.Context(), k.BuildID, k.Board); err != nil {
 			b.Fatal(err)
 		}

@@ -2,8 +2,8 @@
 // linked, the vmlinux that COS publishes with each build, and tells whether such a
 // file is the kernel that a header tree belongs to.
 //
-// It refuses to guess: a file of another layout, or with another build's words in
-// it, is an error that names what does not fit.
+// It refuses to guess: a file of another layout, or with another build's version text in it, is an error that names
+// what does not fit.
 package bootimage
 
 import (
@@ -28,7 +28,7 @@ const Recipe = "bootimage-1"
 //go:embed entry.bin
 var entryCode []byte
 
-// Where the entry lies in the machine's memory, below every kernel.
+// Where the entry is in the machine's memory, below every kernel.
 const (
 	page      = 0x1000
 	entryAt   = 1 << 20
@@ -90,7 +90,7 @@ const (
 	atImageMagic = 56
 )
 
-// writeFlat writes the segments where they lie in memory. A kernel that lacks a part
+// writeFlat writes the segments where they are in memory. A kernel that lacks a part
 // would start and hang.
 func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {
@@ -147,7 +147,8 @@ func writeELF(out *os.File, kernel uint64, load []*elf.Prog) error {
 	put(elf.Prog64{Type: uint32(elf.PT_NOTE), Off: 64 + 56*uint64(h.Phnum), Filesz: 24, Memsz: 24, Align: 4})
 	at := uint64(page)
 	segment := func(to, size, memory uint64, from io.Reader) error {
-		put(elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W | elf.PF_X), Off: at, Vaddr: to, Paddr: to, Filesz: size, Memsz: memory, Align: page})
+		put(elf.Prog64{Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_W | elf.PF_X), Off: at, Vaddr: to,
+			Paddr: to, Filesz: size, Memsz: memory, Align: page})
 		n, err := io.Copy(io.NewOffsetWriter(out, int64(at)), from) //nolint:gosec // bounded by maxMemory
 		if err == nil && uint64(n) != size {                        //nolint:gosec // never negative
 			err = io.ErrUnexpectedEOF

@@ -55,7 +55,8 @@ func kernel(t testing.TB, banner string, at string) []byte {
 		}
 	}
 	dir := t.TempDir()
-	source := "const char linux_banner[] = \"" + banner + "\\n\";\nint data[3000] = {1};\nint _start(void) { return data[1] + linux_banner[0]; }\n"
+	source := "const char linux_banner[] = \"" + banner +
+		"\\n\";\nint data[3000] = {1};\nint _start(void) { return data[1] + linux_banner[0]; }\n"
 	if err := os.WriteFile(filepath.Join(dir, "k.c"), []byte(source), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -86,7 +87,8 @@ func image(t testing.TB, vmlinux []byte, arch target.Arch) (*os.File, error) {
 	return out, bootimage.Write(out, bytes.NewReader(vmlinux), arch)
 }
 
-const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025"
+const banner = "Linux version 6.6.105+ (builder@2832f747b46d) (clang) #1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 " +
+	"UTC 2025"
 
 // The image holds the kernel's segments as they are, our entry below them, and
 // the note that names it.
@@ -121,7 +123,8 @@ func TestWrite(t *testing.T) {
 		t.Errorf("%d segments became %d, or changed", len(a), len(b))
 	}
 	note := make([]byte, is.Progs[0].Filesz)
-	if _, err := is.Progs[0].ReadAt(note, 0); err != nil || is.Progs[0].Type != elf.PT_NOTE || !bytes.Contains(note, []byte("Xen\x00\x00\x00\x10\x00")) {
+	if _, err := is.Progs[0].ReadAt(note, 0); err != nil || is.Progs[0].Type != elf.PT_NOTE ||
+		!bytes.Contains(note, []byte("Xen\x00\x00\x00\x10\x00")) {
 		t.Errorf("the first segment is %v with %x, %v", is.Progs[0].Type, note, err)
 	}
 	code := make([]byte, 208)
@@ -134,9 +137,11 @@ func TestWriteRefuses(t *testing.T) {
 	t.Parallel()
 	good := kernel(t, banner, "0x1000000")
 	for name, vmlinux := range map[string][]byte{
-		"nothing": nil, "text": []byte("#!/bin/sh\n"), "half": good[:len(good)/2], "too low": kernel(t, banner, "0x10000"), "too high": kernel(t, banner, "0x50000000"),
+		"nothing": nil, "text": []byte("#!/bin/sh\n"), "half": good[:len(good)/2], "too low": kernel(t, banner, "0x10000"),
+		"too high": kernel(t, banner, "0x50000000"),
 	} {
-		if _, err := image(t, vmlinux, target.AMD64); fault.Of(err) != fault.Unsupported && !errors.Is(err, os.ErrClosed) || err == nil {
+		if _, err := image(t, vmlinux, target.AMD64); fault.Of(err) != fault.Unsupported && !errors.Is(err, os.ErrClosed) ||
+			err == nil {
 			if name != "half" || err == nil { // a segment that ends early is an error of reading
 				t.Errorf("%s: Write = %v; want %v", name, err, fault.Unsupported)
 			}
@@ -189,7 +194,7 @@ func arm64Head(memory uint64) []byte {
 // arm64Base is where kernels are linked to.
 const arm64Base = 0xffff800008000000
 
-// An Image has each segment where it lies in memory, zeros between them, and
+// An Image has each segment where it is in memory, zeros between them, and
 // nothing of what the kernel clears itself.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
@@ -350,10 +355,13 @@ func TestCheck(t *testing.T) {
 	if len(facts.Banners) != 1 || facts.Banners[0] != banner || len(facts.BuildID) != 40 {
 		t.Errorf("ReadFacts = %+v", facts)
 	}
-	const release, version, by = "include/generated/utsrelease.h", "include/generated/utsversion.h", "include/generated/compile.h"
+	const release, version, by = "include/generated/utsrelease.h", "include/generated/utsversion.h",
+		"include/generated/compile.h"
 	own := map[string]string{
-		release: "#define UTS_RELEASE \"6.6.105+\"\n", version: "#define UTS_VERSION \"#1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025\"\n",
-		by: "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"2832f747b46d\"\n", ".config": "CONFIG_A=y\n# CONFIG_B is not set\n",
+		release:   "#define UTS_RELEASE \"6.6.105+\"\n",
+		version:   "#define UTS_VERSION \"#1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025\"\n",
+		by:        "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"2832f747b46d\"\n",
+		".config": "CONFIG_A=y\n# CONFIG_B is not set\n",
 	}
 	for name, row := range map[string]struct {
 		file, text string
@@ -361,15 +369,20 @@ func TestCheck(t *testing.T) {
 		want       fault.Kind
 		other      bool
 	}{
-		"its own":                       {},
-		"its own configuration":         {config: "CONFIG_A=y\n"},
-		"another release":               {file: release, text: "#define UTS_RELEASE \"6.6.10\"\n", want: fault.Mismatch},
-		"no release":                    {file: release, text: "\n", want: fault.Unsupported},
-		"another time":                  {file: version, text: "#define UTS_VERSION \"#1 SMP PREEMPT_DYNAMIC Sun Sep 28 08:48:45 UTC 2025\"\n", want: fault.Mismatch, other: true},
-		"another host":                  {file: by, text: "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"other\"\n", want: fault.Mismatch, other: true},
-		"another configuration":         {config: "CONFIG_A=m\n", want: fault.Mismatch},
-		"an old kernel's own":           {file: version, text: "\n"},
-		"configuration of another time": {file: version, text: "#define UTS_VERSION \"#2\"\n", config: "CONFIG_C=y\n", want: fault.Mismatch},
+		"its own":               {},
+		"its own configuration": {config: "CONFIG_A=y\n"},
+		"another release":       {file: release, text: "#define UTS_RELEASE \"6.6.10\"\n", want: fault.Mismatch},
+		"no release":            {file: release, text: "\n", want: fault.Unsupported},
+		"another time": {file: version,
+			text: "#define UTS_VERSION \"#1 SMP PREEMPT_DYNAMIC Sun Sep 28 08:48:45 UTC 2025\"\n", want: fault.Mismatch,
+			other: true},
+		"another host": {file: by,
+			text: "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"other\"\n", want: fault.Mismatch,
+			other: true},
+		"another configuration": {config: "CONFIG_A=m\n", want: fault.Mismatch},
+		"an old kernel's own":   {file: version, text: "\n"},
+		"configuration of another time": {file: version, text: "#define UTS_VERSION \"#2\"\n", config: "CONFIG_C=y\n",
+			want: fault.Mismatch},
 	} {
 		files := map[string]string{}
 		for name, text := range own {
@@ -383,7 +396,8 @@ func TestCheck(t *testing.T) {
 			f.Config = []byte(row.config)
 		}
 		err := f.Check(headers(t, files))
-		if row.want == 0 && err != nil || row.want != 0 && (fault.Of(err) != row.want || errors.Is(err, bootimage.ErrOtherRun) != row.other || fault.Hint(err) == "") {
+		if row.want == 0 && err != nil || row.want != 0 &&
+			(fault.Of(err) != row.want || errors.Is(err, bootimage.ErrOtherRun) != row.other || fault.Hint(err) == "") {
 			t.Errorf("%s: Check = %v (%v); want %v, of another run: %t", name, err, fault.Of(err), row.want, row.other)
 		}
 	}

@@ -1,7 +1,6 @@
 // Package btf reads BTF, the description of types that a kernel and its modules
-// carry for tracers: it takes a kernel's out of vmlinux, and holds a module's
-// against it. A module's is split: it goes on counting types and strings where
-// the kernel's ends, so that with another kernel's it means something else, and
+// carry for tracers: it takes a kernel's out of vmlinux, and compares a module's with it. A module's is split: it goes
+// on counting types and strings where the kernel's ends, so that with another kernel's it means something else, and
 // kernels refuse it or, where they are configured so, load the module without.
 //
 // It refuses to interpret: it walks over the types once and follows none, so
@@ -47,9 +46,9 @@ func Read(r io.ReaderAt) ([]byte, error) {
 	return s.Data()
 }
 
-// Types are those of a kernel, as far as a module's are held against them.
+// Types are those of a kernel, as far as a module's are checked against them.
 type Types struct {
-	count   uint32 // the highest number of a type; 0 is void
+	count   uint32 // the highest number of a type; 0 means void
 	strings []byte
 }
 

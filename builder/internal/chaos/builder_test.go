@@ -109,7 +109,8 @@ func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
 // build stands in for the pipeline: it takes its time, writes a log, and pushes an
 // artifact that is unlike any other, so that a second one of a cell would show.
-func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (res *pipeline.Result, err error) {
+func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
+	line *timeline.Run) (res *pipeline.Result, err error) {
 	cell := r.BuildID
 	res = &pipeline.Result{
 		Kernel:      target.Kernel{BuildID: cell, Board: r.Board, Release: "6.1.0-chaos"},
@@ -181,7 +182,8 @@ func (b builder) publish(ctx context.Context, cell string) (digest string, err e
 			return digest, nil
 		}
 		if err == nil {
-			err = remote.Write(ref, img, remote.WithContext(ctx), remote.WithAuth(&authn.Basic{Username: "x", Password: b.Token}))
+			err = remote.Write(ref, img, remote.WithContext(ctx),
+				remote.WithAuth(&authn.Basic{Username: "x", Password: b.Token}))
 		}
 		if err == nil {
 			var h v1.Hash
@@ -202,7 +204,7 @@ func tagOf(server, cell string) (name.Tag, error) {
 	return name.NewTag(strings.TrimPrefix(server, "http://")+"/prebake/driver:"+cell, name.Insecure)
 }
 
-// published reads what a tag names; "" is nothing.
+// published reads what a tag names; "" means nothing.
 func published(ctx context.Context, ref name.Tag) (digest string, err error) {
 	desc, err := remote.Head(ref, remote.WithContext(ctx))
 	var terr *transport.Error

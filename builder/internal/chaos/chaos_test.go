@@ -21,8 +21,8 @@ import (
 
 // size is how large a run is.
 type size struct {
-	// crew is how many builders there are.
-	jobs, crew int
+	// workers is how many builders there are.
+	jobs, workers int
 	// phase is the longest time of one of a build's three phases, and pause that
 	// between two blows.
 	phase, pause time.Duration
@@ -32,7 +32,7 @@ type size struct {
 }
 
 // small runs with the other tests; `make chaos` sets the jobs of a long one.
-var small = size{jobs: 12, crew: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
+var small = size{jobs: 12, workers: 2, phase: 700 * time.Millisecond, pause: 1500 * time.Millisecond}
 
 // TestChaos kills every part of a farm at random while it works, and fills disks.
 // At the end, every cell is published once or failed with a reason.
@@ -47,7 +47,7 @@ func TestChaos(t *testing.T) {
 		if err != nil {
 			t.Fatalf("PREBAKE_CHAOS: %v", err)
 		}
-		run = size{jobs: jobs, crew: 3, phase: 2500 * time.Millisecond, pause: 6 * time.Second, long: true}
+		run = size{jobs: jobs, workers: 3, phase: 2500 * time.Millisecond, pause: 6 * time.Second, long: true}
 	}
 	server := filepath.Join(t.TempDir(), "server")
 	if out, err := exec.Command("go", "build", "-trimpath", "-o", server, "../../../server").CombinedOutput(); err != nil {
@@ -59,9 +59,9 @@ func TestChaos(t *testing.T) {
 				t.Parallel()
 			}
 			began := time.Now()
-			f := newFarm(t, server, database, run.crew, run.phase)
-			s := &storm{farm: f, size: run, kills: map[string]int{}}
-			s.rage(t)
+			f := newFarm(t, server, database, run.workers, run.phase)
+			s := &faultRun{farm: f, size: run, kills: map[string]int{}}
+			s.injectFaults(t)
 			v := s.judge(t)
 			v.took = time.Since(began)
 			t.Logf("%s\n%s", database, v.table(s.kills))
@@ -70,23 +70,23 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// strike is a blow to a builder.
-type strike struct {
+// injection is one fault of a builder.
+type injection struct {
 	at   time.Time
 	pid  int
 	what string
 }
 
-// storm is what happens to a farm.
-type storm struct {
+// faultRun is what happens to a farm.
+type faultRun struct {
 	*farm
 	size
 
 	kills   map[string]int
-	strikes []strike
-	frozen  sync.WaitGroup
+	faults  []injection
+	paused  sync.WaitGroup
 	cold    *process // the builder that is frozen; one at a time
-	thawed  atomic.Bool
+	resumed atomic.Bool
 }
 
 // cell is the kernel of a job.
@@ -94,9 +94,9 @@ func cell(n int) string { return fmt.Sprintf("18000.0.%d", n) }
 
 const driver = "535.261.03"
 
-// rage asks for all cells and strikes until nearly all are over, each part once at
+// injectFaults asks for all cells and injects faults until nearly all are over, each part once at
 // least; then it waits for the rest.
-func (s *storm) rage(t *testing.T) {
+func (s *faultRun) injectFaults(t *testing.T) {
 	t.Helper()
 	seed := uint64(time.Now().UnixNano())
 	if text := os.Getenv("PREBAKE_CHAOS_SEED"); text != "" {
@@ -125,7 +125,7 @@ func (s *storm) rage(t *testing.T) {
 		}
 	}
 	asking.Wait()
-	s.frozen.Wait()
+	s.paused.Wait()
 	for ; ; time.Sleep(200 * time.Millisecond) {
 		open, err := s.open(ctx)
 		if err == nil && open == 0 {
@@ -139,10 +139,11 @@ func (s *storm) rage(t *testing.T) {
 }
 
 // ask asks for every cell until the server has taken it, as a planner or a node would.
-func (s *storm) ask(ctx context.Context, t *testing.T) {
+func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
-			_, err := s.client.RequestBuild(ctx, api.BuildRequest{BuildID: cell(n), Board: "lakitu", Driver: driver, Flavour: "open"})
+			_, err := s.client.RequestBuild(ctx,
+				api.BuildRequest{BuildID: cell(n), Board: "lakitu", Driver: driver, Flavour: "open"})
 			if err == nil {
 				break
 			}
@@ -160,7 +161,7 @@ func (s *storm) ask(ctx context.Context, t *testing.T) {
 }
 
 // open counts the cells that are not over.
-func (s *storm) open(ctx context.Context) (int, error) {
+func (s *faultRun) open(ctx context.Context) (int, error) {
 	all, err := s.client.Builds(ctx, "")
 	if err != nil {
 		return 0, err
@@ -181,14 +182,14 @@ func (s *storm) open(ctx context.Context) (int, error) {
 }
 
 // blows are the things that go wrong, one of each in a round.
-func (s *storm) blows(rng *rand.Rand) (all []func(*testing.T)) {
+func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	count := func(what string) { s.kills[what]++ }
 	hit := func(p *process, sig syscall.Signal, what string) bool {
 		at := time.Now()
 		pid := p.signal(sig)
 		if pid != 0 {
 			count(what)
-			s.strikes = append(s.strikes, strike{at, pid, what})
+			s.faults = append(s.faults, injection{at, pid, what})
 		}
 		return pid != 0
 	}
@@ -226,12 +227,12 @@ func (s *storm) blows(rng *rand.Rand) (all []func(*testing.T)) {
 		s.drop(p)
 		if pid := p.retire(); pid != 0 {
 			count("builder lost for good")
-			s.strikes = append(s.strikes, strike{at, pid, "builder lost for good"})
+			s.faults = append(s.faults, injection{at, pid, "builder lost for good"})
 		}
-		s.hire(t)
+		s.startBuilder(t)
 	}
 	freeze := func(*testing.T) { // taken for dead, and then back
-		if s.cold != nil && !s.thawed.Load() {
+		if s.cold != nil && !s.resumed.Load() {
 			return
 		}
 		p := some()
@@ -239,11 +240,11 @@ func (s *storm) blows(rng *rand.Rand) (all []func(*testing.T)) {
 			return
 		}
 		s.cold = p
-		s.thawed.Store(false)
-		s.frozen.Go(func() {
+		s.resumed.Store(false)
+		s.paused.Go(func() {
 			time.Sleep(time.Minute)
 			p.signal(syscall.SIGCONT)
-			s.thawed.Store(true)
+			s.resumed.Store(true)
 		})
 	}
 	all = append(all, lose)
@@ -255,7 +256,7 @@ func (s *storm) blows(rng *rand.Rand) (all []func(*testing.T)) {
 
 // leftInQueue counts jobs that the queue still offers; it waits for the sweep, which
 // has a minute.
-func (s *storm) leftInQueue(t *testing.T) (n int) {
+func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)
 	if err != nil {

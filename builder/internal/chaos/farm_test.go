@@ -32,7 +32,7 @@ type farm struct {
 	builders []*process
 	disks    []string // file systems that can be filled, named by part as in builder-3
 	phase    time.Duration
-	hired    int // builders so far
+	started  int // builders so far
 }
 
 // newFarm starts the server over a database, and builders.
@@ -43,7 +43,8 @@ func newFarm(t *testing.T, server, database string, builders int, phase time.Dur
 	f.url = "http://" + address
 	f.client = api.NewClient(f.url, token, nil)
 	data := f.disk(t, "server", "128")
-	args := []string{"serve", "--listen", address, "--data", filepath.Join(data, "data"), "--token", token, "--reserve", "4"}
+	args := []string{"serve", "--listen", address, "--data", filepath.Join(data, "data"), "--token", token, "--reserve",
+		"4"}
 	f.queue = "sqlite://" + filepath.Join(data, "data", "queue.db")
 	if database == "postgres" {
 		f.queue = f.startPostgres(t)
@@ -52,7 +53,7 @@ func newFarm(t *testing.T, server, database string, builders int, phase time.Dur
 	f.server = launch(t, f.dir, "server", func() *exec.Cmd { return exec.Command(server, args...) })
 	f.wait(t)
 	for range builders {
-		f.hire(t)
+		f.startBuilder(t)
 	}
 	return f
 }
@@ -91,11 +92,11 @@ func (f *farm) wait(t *testing.T) {
 	}
 }
 
-// hire starts one more builder, with a name and folder of its own.
-func (f *farm) hire(t *testing.T) {
+// startBuilder starts one more builder, with a name and folder of its own.
+func (f *farm) startBuilder(t *testing.T) {
 	t.Helper()
-	f.hired++
-	id := "builder-" + strconv.Itoa(f.hired)
+	f.started++
+	id := "builder-" + strconv.Itoa(f.started)
 	b := builder{ID: id, Queue: f.queue, Server: f.url, Token: token, Events: f.dir, Phase: f.phase,
 		State: filepath.Join(f.disk(t, id, "8"), "state")}
 	text, err := json.Marshal(b)
@@ -144,7 +145,8 @@ func (f *farm) startPostgres(t *testing.T) string {
 		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: as}
 		return cmd
 	}
-	out, err := command("initdb", "-D", data, "-U", "prebake", "-A", "trust", "-E", "UTF8", "--no-sync", "--wal-segsize=1").CombinedOutput()
+	out, err := command("initdb", "-D", data, "-U", "prebake", "-A", "trust", "-E", "UTF8", "--no-sync",
+		"--wal-segsize=1").CombinedOutput()
 	if err != nil {
 		t.Fatalf("initdb: %v\n%s", err, out)
 	}

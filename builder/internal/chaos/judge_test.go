@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// verdict is what became of a run.
+// verdict is what happened to a run.
 type verdict struct {
 	jobs, published, failed int
 	// doubled are cells that were published more than once, lost those that are
@@ -26,7 +26,7 @@ type verdict struct {
 	doubled, lost []string
 	left          int
 	reasons       map[string]int // of failures, by class
-	// interrupted counts attempts that were under way in a builder when it was struck;
+	// interrupted counts attempts that were running in a builder when it was struck;
 	// resume tells for the longest how long it took until another attempt began.
 	interrupted int
 	resume      time.Duration
@@ -35,9 +35,9 @@ type verdict struct {
 	took        time.Duration
 }
 
-// judge looks at the catalogue, the registry, the server's log and the builders'
+// judge examines the catalogue, the registry, the server's log and the builders'
 // notes.
-func (s *storm) judge(t *testing.T) *verdict {
+func (s *faultRun) judge(t *testing.T) *verdict {
 	t.Helper()
 	v := &verdict{jobs: s.jobs, reasons: map[string]int{}, left: s.leftInQueue(t)}
 	all, err := s.client.Builds(t.Context(), "")
@@ -83,7 +83,7 @@ func (s *storm) judge(t *testing.T) *verdict {
 }
 
 // holds counts a published cell if the registry has what the catalogue promises.
-func (s *storm) holds(t *testing.T, b api.Build, v *verdict) {
+func (s *faultRun) holds(t *testing.T, b api.Build, v *verdict) {
 	t.Helper()
 	ref, err := tagOf(s.url, b.Kernel.BuildID)
 	if err != nil {
@@ -98,7 +98,7 @@ func (s *storm) holds(t *testing.T, b api.Build, v *verdict) {
 }
 
 // announced counts from the server's log how often each build became published.
-func (s *storm) announced(t *testing.T) map[int64]int {
+func (s *faultRun) announced(t *testing.T) map[int64]int {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "server.log"))
 	if err != nil {
@@ -119,8 +119,8 @@ func (s *storm) announced(t *testing.T) map[int64]int {
 	return times
 }
 
-// resumes finds for each strike what was under way, and when it went on.
-func (s *storm) resumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
+// resumes finds for each fault what was running, and when it went on.
+func (s *faultRun) resumes(t *testing.T, v *verdict, builds map[string][]api.Build) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(s.dir, "notes"))
 	if err != nil {
@@ -137,10 +137,11 @@ func (s *storm) resumes(t *testing.T, v *verdict, builds map[string][]api.Build)
 		}
 		notes[n.Cell] = append(notes[n.Cell], n)
 	}
-	for _, blow := range s.strikes {
+	for _, blow := range s.faults {
 		for name, of := range notes {
 			slices.SortFunc(of, func(a, b note) int { return a.At.Compare(b.At) })
-			at, found := slices.BinarySearchFunc(of, blow.at, func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
+			at, found := slices.BinarySearchFunc(of, blow.at,
+				func(n note, t time.Time) int { return cmp.Or(n.At.Compare(t), -1) })
 			_ = found // what happens at that very moment is before it
 			if at == 0 || of[at-1].Pid != blow.pid || of[at-1].What == broken {
 				continue // it is another's, or at rest

@@ -21,7 +21,7 @@ type process struct {
 
 	mu     sync.Mutex
 	wanted bool
-	pid    int // of what runs; 0 is none
+	pid    int // of what runs; 0 means none
 	ended  chan struct{}
 }
 
@@ -85,7 +85,7 @@ func (p *process) once(t *testing.T) bool {
 	return p.wanted
 }
 
-// signal sends a signal to what runs, and returns its id; 0 is none.
+// signal sends a signal to what runs, and returns its id; 0 means none.
 func (p *process) signal(s syscall.Signal) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()

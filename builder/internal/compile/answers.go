@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/prebake/prebake/builder/internal/conftest"
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/sandbox"
 )
@@ -33,14 +33,13 @@ const (
 	maxHeader = 4 << 20 // a file of the folder conftest/
 )
 
-// errLeft says that conftest is left to make, and why; make then does the same
+// errUseMake says that make asks the questions, and why; it does the same
 // work at its own pace.
-var errLeft = errors.New("conftest is left to make")
+var errUseMake = errors.New("conftest is left to make")
 
-// answers has conftest's questions answered before make asks them: from memory
-// where the same question was asked of an equal view, and otherwise by running
-// the test, each in a sandbox of its own that shows it nothing but what the key
-// of its answer covers.
+// answers answers conftest's questions before make asks them: from the conftest cache where the same question was asked
+// of an equal view, and otherwise by running the test, each in a sandbox of its own that shows it nothing but what the
+// key of its answer covers.
 type answers struct {
 	*build
 	view   *view
@@ -48,29 +47,29 @@ type answers struct {
 	files  map[string]string
 	script *conftest.Script
 	plan   *conftest.Plan
-	asker  *conftest.Asker
-	sheet  conftest.Sheet
-	// present is headers.h, once it is known; frontDir has the script that lets
+	keyer  *conftest.Keyer
+	stored conftest.Answers
+	// present is headers.h, once it is known; wrapperDir has the script that lets
 	// programs begin with what is compiled already.
-	present, frontDir string
+	present, wrapperDir string
 }
 
 // answers writes conftest's answers into the staged sources. An error that wraps
-// errLeft leaves the sources as they were.
+// errUseMake leaves the sources as they were.
 func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	text, err := readHost(filepath.Join(b.src, "conftest.sh"))
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errLeft)
+		return nil, fmt.Errorf("%w: the driver has no conftest.sh", errUseMake)
 	} else if err != nil {
 		return nil, err
 	}
 	script, err := conftest.ParseScript(text)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errLeft, err)
+		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	// patch_check prints what such files define.
 	if found, err := fs.Glob(hostFS(b.src), "patch-*.h"); err != nil || len(found) > 0 {
-		return nil, fmt.Errorf("%w: the sources are patched", errLeft)
+		return nil, fmt.Errorf("%w: the sources are patched", errUseMake)
 	}
 	a := &answers{build: b, view: v, script: script, files: map[string]string{}}
 	a.box = b.box
@@ -83,8 +82,10 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	if a.plan, err = a.findPlan(ctx); err != nil {
 		return nil, err
 	}
-	a.asker = conftest.NewAsker(script, a.plan, conftest.Basis{View: v.Digest, Toolchain: b.r.ToolchainDigest, Host: b.r.HostDigest, Recipe: Recipe, Macros: v.Macros})
-	if a.sheet, err = readSheet(b.r.Cache, a.asker.SheetKey()); err != nil {
+	a.keyer = conftest.NewKeyer(script, a.plan,
+		conftest.Basis{View: v.Digest, Toolchain: b.r.ToolchainDigest, Host: b.r.HostDigest, Recipe: Recipe,
+			Macros: v.Macros})
+	if a.stored, err = readStored(b.r.Cache, a.keyer.CacheKey()); err != nil {
 		return nil, err
 	}
 	files, err := a.find(ctx)
@@ -94,15 +95,15 @@ func (b *build) answers(ctx context.Context, v *view) (*answers, error) {
 	return a, a.write(files)
 }
 
-func readSheet(cache *cas.Cache, key string) (conftest.Sheet, error) {
-	if raw, ok := cache.Recall("conftest-2", key); ok {
-		return conftest.ReadSheet(raw), nil
+func readStored(cache *cas.Cache, key string) (conftest.Answers, error) {
+	if raw, ok := cache.Fact("conftest-2", key); ok {
+		return conftest.ReadAnswers(raw), nil
 	}
-	return conftest.Sheet{}, nil
+	return conftest.Answers{}, nil
 }
 
-// findPlan has make run the driver's sanity checks and tell its questions. It is
-// remembered: the makefiles and the scripts of driver and kernel decide it.
+// findPlan runs the driver's sanity checks by make, and reads the questions that it prints. It is stored: the makefiles
+// and the scripts of driver and kernel decide it.
 func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	args := slices.Clone(a.args)
 	for i, arg := range args {
@@ -110,8 +111,9 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 			args[i] = "KERNEL_UNAME=masked"
 		}
 	}
-	key := strings.Join(append([]string{Recipe, a.view.Digest, a.r.ToolchainDigest, a.r.HostDigest, a.r.SourceDigest, string(a.r.Driver.Flavour)}, args...), "\n")
-	if raw, ok := a.r.Cache.Recall("conftest-plan-2", key); ok {
+	key := strings.Join(append([]string{Recipe, a.view.Digest, a.r.ToolchainDigest, a.r.HostDigest, a.r.SourceDigest,
+		string(a.r.Driver.Flavour)}, args...), "\n")
+	if raw, ok := a.r.Cache.Fact("conftest-plan-2", key); ok {
 		if plan, err := conftest.ParsePlan(string(raw)); err == nil {
 			return plan, nil
 		}
@@ -126,13 +128,14 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	if err := stage(ctx, a.r.Source, src); err != nil {
 		return nil, err
 	}
-	if err := appendTo(filepath.Join(src, "Kbuild"), conftest.PlanRules(insideAsk+"/plan")); errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("%w: the driver has no Kbuild file", errLeft)
+	if err := appendTo(filepath.Join(src, "Kbuild"), conftest.PlanRules(insideAsk+"/plan")); errors.Is(err,
+		fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w: the driver has no Kbuild file", errUseMake)
 	} else if err != nil {
 		return nil, err
 	}
 	var said bytes.Buffer
-	box, err := withTrouble(a.box, filepath.Join(dir, "trouble"))
+	box, err := withFaultFile(a.box, filepath.Join(dir, "trouble"))
 	if err != nil {
 		return nil, err
 	}
@@ -145,14 +148,14 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	if cause := context.Cause(ctx); cause != nil {
 		return nil, cause
 	}
-	if err := trouble(filepath.Join(dir, "trouble")); err != nil {
+	if err := compilerFault(filepath.Join(dir, "trouble")); err != nil {
 		return nil, err
 	}
 	var exit *sandbox.ExitError
 	if err != nil && !errors.As(err, &exit) {
 		return nil, err
 	}
-	text, rerr := leftover.ReadFile(told, "plan", maxPlan)
+	text, rerr := untrusted.ReadFile(told, "plan", maxPlan)
 	if rerr != nil {
 		return nil, a.noPlan(err, said.String())
 	}
@@ -161,12 +164,12 @@ func (a *answers) findPlan(ctx context.Context) (*conftest.Plan, error) {
 	}
 	plan, err := conftest.ParsePlan(string(text))
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errLeft, err)
+		return nil, fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	if plan.Sources != insideKernel || plan.Output != insideKernel {
-		return nil, fmt.Errorf("%w: it looks at %s", errLeft, plan.Sources)
+		return nil, fmt.Errorf("%w: it looks at %s", errUseMake, plan.Sources)
 	}
-	return plan, a.r.Cache.Remember("conftest-plan-2", key, text)
+	return plan, a.r.Cache.PutFact("conftest-plan-2", key, text)
 }
 
 // noPlan tells a driver that refuses the kernel from one that cannot be asked
@@ -180,7 +183,7 @@ func (a *answers) noPlan(err error, said string) error {
 		fmt.Fprint(a.watch, said)
 		return err // which [diagnose] reads together with what the watch saw
 	}
-	return fmt.Errorf("%w: make told no plan: %s", errLeft, f.said)
+	return fmt.Errorf("%w: make printed no plan: %s", errUseMake, f.lastLine)
 }
 
 func appendTo(file, text string) error {
@@ -196,54 +199,56 @@ type question struct {
 	test      string   // the one test that the script is shown with; "" for none
 	argv      []string // after the script's fourth argument
 	headers   string   // conftest/headers.h, as far as the test may see it
-	// begin is what its program begins with, with these lines; nil is nothing that
+	// header is what its program begins with, with these lines; nil means nothing that
 	// is compiled already.
-	begin *beginning
-	lines []string
+	header *sharedHeader
+	lines  []string
 }
 
 // find returns the files of the folder conftest/.
 func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
-	known, flags := len(a.sheet), a.asker.Flags()
+	known, flags := len(a.stored), a.keyer.Flags()
 	a.watch.expect.conftest = max(1, len(a.plan.Headers)) + len(a.plan.All())
 	var about []question
 	for _, name := range a.plan.Headers {
 		if !a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the script answers for no single header", errLeft)
+			return nil, fmt.Errorf("%w: the script answers for no single header", errUseMake)
 		}
-		about = append(about, question{name: name, key: a.asker.HeaderKey(name), argv: []string{conftest.ModeHeader, flags, name}})
+		about = append(about, question{name: name, key: a.keyer.HeaderKey(name),
+			argv: []string{conftest.ModeHeader, flags, name}})
 	}
 	if len(a.plan.Headers) == 0 {
 		if a.script.OneHeader() {
-			return nil, fmt.Errorf("%w: the plan names no header", errLeft)
+			return nil, fmt.Errorf("%w: the plan names no header", errUseMake)
 		}
-		about = []question{{key: a.asker.HeaderKey(""), argv: []string{conftest.ModeHeaders, flags}}}
+		about = []question{{key: a.keyer.HeaderKey(""), argv: []string{conftest.ModeHeaders, flags}}}
 	}
 	headers, err := a.ask(ctx, about)
 	if err != nil {
 		return nil, err
 	}
-	// The version that stands in headers.h is a comment, which nothing sees.
+	// The version that is in headers.h is a comment, which nothing sees.
 	for _, f := range a.plan.Files(headers, nil, "", "") {
 		if f.Name == "headers.h" {
 			a.present = f.Text
 		}
 	}
-	about = []question{{name: conftest.ModePatches, key: a.asker.PatchesKey(), argv: []string{conftest.ModePatches}}}
+	about = []question{{name: conftest.ModePatches, key: a.keyer.PatchesKey(), argv: []string{conftest.ModePatches}}}
 	for _, name := range append(a.plan.All(), "uts_release") {
-		key, ok := a.asker.TestKey(name, a.present)
+		key, ok := a.keyer.TestKey(name, a.present)
 		if !ok {
-			return nil, fmt.Errorf("%w: the script has no test %s", errLeft, name)
+			return nil, fmt.Errorf("%w: the script has no test %s", errUseMake, name)
 		}
-		about = append(about, question{name: name, key: key, test: name, argv: []string{conftest.ModeTest, flags, name}, headers: a.asker.Seen(name, a.present)})
+		about = append(about, question{name: name, key: key, test: name, argv: []string{conftest.ModeTest, flags, name},
+			headers: a.keyer.Visible(name, a.present)})
 	}
 	tests, err := a.ask(ctx, about)
 	if err != nil {
 		return nil, err
 	}
-	if len(a.sheet) > known {
-		if raw := a.sheet.Bytes(); raw != nil {
-			if err := a.r.Cache.Remember("conftest-2", a.asker.SheetKey(), raw); err != nil {
+	if len(a.stored) > known {
+		if raw := a.stored.Bytes(); raw != nil {
+			if err := a.r.Cache.PutFact("conftest-2", a.keyer.CacheKey(), raw); err != nil {
 				return nil, err
 			}
 		}
@@ -256,12 +261,12 @@ func (a *answers) find(ctx context.Context) ([]conftest.File, error) {
 }
 
 // ask returns the answers to questions by name, and adds those that were not
-// known to the sheet.
+// known to the cache.
 func (a *answers) ask(ctx context.Context, about []question) (map[string]string, error) {
 	found, asked := map[string]string{}, map[string]bool{}
 	var open []question
 	for _, q := range about {
-		if text, ok := a.sheet[q.key]; ok {
+		if text, ok := a.stored[q.key]; ok {
 			found[q.name] = text
 		} else if !asked[q.name] {
 			asked[q.name], open = true, append(open, q)
@@ -273,17 +278,17 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 	}
 	a.watch.reuse(phaseConftest, remembered)
 	dir := filepath.Join(a.r.WorkDir, "ask")
-	a.assignBeginnings(open, dir)
-	a.frontDir = filepath.Join(dir, "front")
-	if err := a.front(a.frontDir, beginScript); err != nil {
+	a.assignHeaders(open, dir)
+	a.wrapperDir = filepath.Join(dir, "front")
+	if err := a.writeWrapper(a.wrapperDir, headerScript); err != nil {
 		return nil, err
 	}
 	var mu sync.Mutex // the watch's, the maps' and the beginnings' counts
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(a.r.Jobs)
 	answer := func(q question, dir string) error {
-		if q.begin != nil {
-			if err := q.begin.make(gctx, a); err != nil {
+		if q.header != nil {
+			if err := q.header.make(gctx, a); err != nil {
 				return err
 			}
 		}
@@ -296,13 +301,13 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 		if q.name != conftest.ModePatches {
 			fmt.Fprintf(a.watch, " CONFTEST: %s\n", q.name)
 		}
-		found[q.name], a.sheet[q.key] = text, text
-		return q.begin.asked()
+		found[q.name], a.stored[q.key] = text, text
+		return q.header.asked()
 	}
 	for i, next := range schedule(open) {
 		g.Go(func() error {
-			if next.begin != nil {
-				return next.begin.make(gctx, a)
+			if next.header != nil {
+				return next.header.make(gctx, a)
 			}
 			return answer(next.question, filepath.Join(dir, strconv.Itoa(i)))
 		})
@@ -314,7 +319,7 @@ func (a *answers) ask(ctx context.Context, about []question) (map[string]string,
 func (a *answers) askOne(ctx context.Context, q question, dir string) (text string, err error) {
 	script, err := a.script.Question(q.test)
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errLeft, err)
+		return "", fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	work, told := filepath.Join(dir, "work"), filepath.Join(dir, "trouble")
 	for name, text := range map[string]string{"conftest.sh": string(script), "conftest/headers.h": q.headers} {
@@ -322,12 +327,12 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 			return "", err
 		}
 	}
-	box, err := withTrouble(a.box, told)
+	box, err := withFaultFile(a.box, told)
 	if err != nil {
 		return "", err
 	}
 	var said bytes.Buffer
-	box = a.withBeginning(box, q)
+	box = a.withHeader(box, q)
 	box.Binds = append(box.Binds, sandbox.Bind{Host: work, Inside: insideAsk, Writable: true})
 	box.Dir, box.Output, box.MaxOutput = insideAsk, &said, 1<<20
 	box.Limits.Time, box.Limits.Disk = 10*time.Minute, 512<<20
@@ -336,18 +341,18 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 	if cause := context.Cause(ctx); cause != nil {
 		return "", cause
 	}
-	if err := trouble(told); err != nil {
+	if err := compilerFault(told); err != nil {
 		return "", err
 	}
 	var exit *sandbox.ExitError
 	if errors.As(err, &exit) && !exit.Killed() {
-		return "", fmt.Errorf("%w: %s: %w: %.200q", errLeft, q.name, err, said.String())
+		return "", fmt.Errorf("%w: %s: %w: %.200q", errUseMake, q.name, err, said.String())
 	} else if err != nil {
 		return "", diagnose(err, findings{})
 	}
-	raw, err := leftover.ReadFile(work, "answer", maxAnswer)
+	raw, err := untrusted.ReadFile(work, "answer", maxAnswer)
 	if err != nil {
-		return "", fmt.Errorf("%w: %s: %w", errLeft, q.name, err)
+		return "", fmt.Errorf("%w: %s: %w", errUseMake, q.name, err)
 	}
 	return string(raw), os.RemoveAll(dir)
 }
@@ -356,11 +361,11 @@ func (a *answers) askOne(ctx context.Context, q question, dir string) (text stri
 func (a *answers) release(answer string) (string, error) {
 	text, err := readHost(filepath.Join(a.r.Headers, "include/generated/utsrelease.h"))
 	if err != nil {
-		return "", fmt.Errorf("%w: %w", errLeft, err)
+		return "", fmt.Errorf("%w: %w", errUseMake, err)
 	}
 	strs := quoted.FindAll(text, -1)
 	if len(strs) != 1 || strings.Count(answer, maskedString) != 1 {
-		return "", fmt.Errorf("%w: utsrelease.h is of another shape", errLeft)
+		return "", fmt.Errorf("%w: utsrelease.h is of another shape", errUseMake)
 	}
 	return strings.Replace(answer, maskedString, string(strs[0]), 1), nil
 }
@@ -369,10 +374,11 @@ func (a *answers) release(answer string) (string, error) {
 var answeredScript string
 
 // write writes the files of the folder conftest/, each not older than those that
-// make says it is made of. The driver's own script gives way to one that only
+// make says it is made of. The driver's own script is replaced by one that only
 // repeats what was found: nothing of it runs beside the compiler.
 func (a *answers) write(files []conftest.File) error {
-	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@", insideSource+"/conftest/uts_release").Replace(answeredScript)
+	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
+		insideSource+"/conftest/uts_release").Replace(answeredScript)
 	if err := os.WriteFile(filepath.Join(a.src, "conftest.sh"), []byte(script), 0o644); err != nil {
 		return err
 	}
@@ -385,8 +391,8 @@ func (a *answers) write(files []conftest.File) error {
 	return nil
 }
 
-// kept reports whether make took the files as they were.
-func (a *answers) kept(left *leftover.Dir) bool {
+// unchanged reports whether make took the files as they were.
+func (a *answers) unchanged(left *untrusted.Dir) bool {
 	for name, text := range a.files {
 		if now, err := left.Read("conftest/"+name, maxHeader); err != nil || string(now) != text {
 			return false

@@ -60,7 +60,7 @@ func made(t *testing.T, r compile.Request) ([]byte, string) {
 	return data, strings.Join(notes, "; ")
 }
 
-// A cache never makes a different module, and what was remembered is used.
+// A cache never makes a different module, and what was stored is used.
 func TestCache(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
@@ -96,7 +96,8 @@ func TestCache(t *testing.T) {
 	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include \"conftest/types.h\"\nint other = NV_symbol_a;\n"})
 	r.SourceDigest = "next source"
 	step("next driver", "6 tests, 6 remembered; 2 files")
-	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "return h->size", "return h->length", 1)})
+	write(t, r.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "return h->size",
+		"return h->length", 1)})
 	r.SourceDigest = "third source"
 	// nv.c does not name the macro whose question changed.
 	step("driver with one other question", "6 tests, 5 remembered; 2 files, 1 reused")
@@ -116,7 +117,8 @@ func TestCache(t *testing.T) {
 	r.HostDigest = "another make"
 	step("other host tools", none)
 
-	for _, file := range []string{"trees/object-1/*/object", "trees/object-1/*/command", "facts/object-inputs-1/*", "facts/conftest-2/*", "facts/conftest-plan-2/*", "facts/header-view-1/*"} {
+	for _, file := range []string{"trees/object-1/*/object", "trees/object-1/*/command", "facts/object-inputs-1/*",
+		"facts/conftest-2/*", "facts/conftest-plan-2/*", "facts/header-view-1/*"} {
 		found, err := filepath.Glob(filepath.Join(dir, file))
 		if err != nil || len(found) == 0 {
 			t.Fatalf("nothing is kept at %s: %v", file, err)
@@ -154,10 +156,12 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 		trouble string
 		want    fault.Kind
 	}{
-		"killed":              {"kill -9 $$", fault.OutOfMemory},
-		"its part is killed":  {"echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1", fault.OutOfMemory},
-		"clang's is killed":   {"echo 'clang: error: unable to execute command: Killed' >&2; exit 254", fault.OutOfMemory},
-		"no memory":           {"echo 'cc1: out of memory allocating 65536 bytes after a total of 1 bytes' >&2; exit 1", fault.OutOfMemory},
+		"killed": {"kill -9 $$", fault.OutOfMemory},
+		"its part is killed": {"echo 'gcc: fatal error: Killed signal terminated program cc1' >&2; exit 1",
+			fault.OutOfMemory},
+		"clang's is killed": {"echo 'clang: error: unable to execute command: Killed' >&2; exit 254", fault.OutOfMemory},
+		"no memory": {"echo 'cc1: out of memory allocating 65536 bytes after a total of 1 bytes' >&2; exit 1",
+			fault.OutOfMemory},
 		"no room for objects": {"echo 'cc1: error: x.o: No space left on device' >&2; exit 1", fault.DiskFull},
 		"crash":               {"kill -SEGV $$", fault.Internal},
 	} {
@@ -176,11 +180,13 @@ func TestTroubleIsNoAnswer(t *testing.T) {
 			if err := os.Remove(gcc); err != nil {
 				t.Fatal(err)
 			}
-			program.Write(t, gcc, []byte("#!/bin/sh\ncase \"$*\" in *conftest[0-9]*.c*) if grep -q size conftest[0-9]*.c; then "+row.trouble+"; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"))
+			program.Write(t, gcc, []byte("#!/bin/sh\ncase \"$*\" in *conftest[0-9]*.c*) if grep -q size conftest[0-9]*.c; then "+
+				row.trouble+"; fi;; esac\nexec /usr/bin/gcc \"$@\"\n"))
 			var log bytes.Buffer
 			r.WorkDir, r.Log = t.TempDir(), &log
 			if _, err := compile.Modules(t.Context(), r); fault.Of(err) != row.want || fault.Hint(err) == "" {
-				t.Errorf("%s, with a cache: %t: Modules = %v (%v, hint %q); want %v\n%s", name, remembers, err, fault.Of(err), fault.Hint(err), row.want, &log)
+				t.Errorf("%s, with a cache: %t: Modules = %v (%v, hint %q); want %v\n%s", name, remembers, err, fault.Of(err),
+					fault.Hint(err), row.want, &log)
 			}
 			for _, kept := range []string{"facts/conftest-2", "trees/object-1"} {
 				if found, err := filepath.Glob(filepath.Join(cache.Dir(), kept, "*")); err != nil || len(found) > 0 {
@@ -227,11 +233,14 @@ func TestCacheShared(t *testing.T) {
 func TestOtherShapes(t *testing.T) {
 	t.Parallel()
 	for name, files := range map[string]map[string]string{
-		"no release in the answers": {"Kbuild": strings.ReplaceAll(testdriver.Kbuild, "conftest/uts_release", "conftest/release")},
-		"another script":            {"conftest.sh": strings.Replace(testdriver.Script, "do compile_test $i", "do  compile_test $i", 1)},
-		"patches":                   {"patch-x.h": ""},
+		"no release in the answers": {"Kbuild": strings.ReplaceAll(testdriver.Kbuild, "conftest/uts_release",
+			"conftest/release")},
+		"another script": {"conftest.sh": strings.Replace(testdriver.Script, "do compile_test $i",
+			"do  compile_test $i", 1)},
+		"patches": {"patch-x.h": ""},
 		"a question out of plan": {"Kbuild": strings.Replace(testdriver.Kbuild, "\nnvidia.ko: $(OBJECTS)\n",
-			"\nconftest/late.h: conftest/headers.h\n\t@$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' symbol_late > $@\nnvidia.ko: $(OBJECTS) | conftest/late.h\n", 1)},
+			"\nconftest/late.h: conftest/headers.h\n\t@$(NV_CONFTEST_CMD) compile_tests '$(NV_CONFTEST_CFLAGS)' symbol_late > "+
+				"$@\nnvidia.ko: $(OBJECTS) | conftest/late.h\n", 1)},
 	} {
 		r := asking(t)
 		write(t, r.Source, files)

@@ -29,7 +29,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/sandbox"
@@ -58,7 +58,7 @@ type Request struct {
 	// Driver is what Source holds; only Modules needs it, for its messages.
 	Driver target.Driver
 	Arch   target.Arch
-	// Jobs is make's -j; 0 is the number of CPUs. It does not change the result.
+	// Jobs is make's -j; 0 means the number of CPUs. It does not change the result.
 	Jobs int
 	// Debug keeps debug information: Result.Debug has the modules before
 	// stripping. It does not change the stripped ones.
@@ -66,7 +66,7 @@ type Request struct {
 	// BTF is a file with the description of the kernel's types; the modules get
 	// one of theirs that goes on where it ends. "" is none.
 	BTF string
-	// Cache remembers what conftest found out and what was compiled, for the
+	// Cache stores what conftest found out and what was compiled, for the
 	// same and for sibling kernels; nil does all the work again. It does not
 	// change the result. With it the digests are needed: the first three name the
 	// content of those folders, SourceDigest for all flavours of Driver; HostDigest
@@ -183,7 +183,7 @@ func (r Request) withDefaults() (Request, error) {
 	return r, errors.Join(errs...)
 }
 
-// build is one compilation under way.
+// build is one running compilation.
 type build struct {
 	r        Request
 	t        tools
@@ -224,7 +224,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 			return result, diskFull(err)
 		}
 	}
-	hidden, err := hideUnprinted(r.Headers, filepath.Join(r.WorkDir, "hidden"))
+	hidden, err := hideVolatileHeaders(r.Headers, filepath.Join(r.WorkDir, "hidden"))
 	if err != nil {
 		return result, diskFull(err)
 	}
@@ -268,7 +268,7 @@ func run(ctx context.Context, r Request, command func(tools) []string) (result *
 func (b *build) modulesDir() string { return filepath.Join(b.r.WorkDir, "modules") }
 func (b *build) debugDir() string   { return filepath.Join(b.r.WorkDir, "debug") }
 
-// make runs make, after writing what is remembered into the sources. Nothing but
+// make runs make, after writing what is stored into the sources. Nothing but
 // make gets to see the sources writable, so until then they are as staged.
 func (b *build) make(ctx context.Context) error {
 	var a *answers
@@ -282,7 +282,7 @@ func (b *build) make(ctx context.Context) error {
 		if err == nil {
 			a, err = b.answers(ctx, v)
 		}
-		if errors.Is(err, errLeft) {
+		if errors.Is(err, errUseMake) {
 			fmt.Fprintf(b.watch, "prebake: %v\n", err)
 		} else if err != nil {
 			return diskFull(err)
@@ -297,15 +297,15 @@ func (b *build) make(ctx context.Context) error {
 		}
 	}
 	box := b.box
-	if b.watch.expect.compile-restored >= minForPreambles {
+	if b.watch.expect.compile-restored >= minForPCH {
 		var err error
-		if box, err = b.preambles(box); err != nil {
+		if box, err = b.precompile(box); err != nil {
 			return diskFull(err)
 		}
 	}
 	err := b.runMake(ctx, box, "trouble")
 	if a != nil && err != nil && b.watch.findings.unanswered {
-		fmt.Fprintf(b.watch, "prebake: %v: make asks what the plan did not name\n", errLeft)
+		fmt.Fprintf(b.watch, "prebake: %v: make asks what the plan did not name\n", errUseMake)
 		b.watch.findings, o = findings{}, nil
 		if err := errors.Join(os.RemoveAll(b.src), stage(ctx, b.r.Source, b.src)); err != nil {
 			return diskFull(err)
@@ -315,29 +315,29 @@ func (b *build) make(ctx context.Context) error {
 	if err != nil || o == nil {
 		return err
 	}
-	left, err := leftover.Open(b.src)
+	left, err := untrusted.Open(b.src)
 	if err != nil {
 		return err
 	}
 	defer left.Close()
-	if !a.kept(left) {
+	if !a.unchanged(left) {
 		return nil // make asked again: it knew better, and nothing is sure
 	}
-	if err := o.keep(ctx, left); err != nil {
+	if err := o.store(ctx, left); err != nil {
 		return diskFull(fmt.Errorf("keep objects: %w", err))
 	}
 	return nil
 }
 
-// minForPreambles is how many files have to be left to compile: a preamble costs
+// minForPCH is how many files have to be left to compile: a precompiled header costs
 // about as much as three of them.
-const minForPreambles = 16
+const minForPCH = 16
 
 // runMake runs make with a guard in front of the compiler. What the guard noted
 // is the error, whatever make came to: an answer may have been made of it.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
-	box, err := withTrouble(box, dir)
+	box, err := withFaultFile(box, dir)
 	if err != nil {
 		return diskFull(err)
 	}
@@ -345,7 +345,7 @@ func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) er
 	err = sandbox.Run(ctx, box)
 	var exit *sandbox.ExitError
 	if err == nil || errors.As(err, &exit) {
-		return cmp.Or(trouble(dir), err)
+		return cmp.Or(compilerFault(dir), err)
 	}
 	return err
 }
@@ -374,7 +374,7 @@ func debugInformation(r Request) bool { return r.Debug || r.BTF != "" }
 
 // built are the modules that make left, by file name.
 func (b *build) built() ([]string, error) {
-	left, err := leftover.Open(b.src)
+	left, err := untrusted.Open(b.src)
 	if err != nil {
 		return nil, err
 	}
@@ -472,14 +472,14 @@ const maxModule = 2 << 30
 
 // take copies a module out of a folder that a sandbox could write to.
 func take(dir, name, to string) (err error) {
-	left, err := leftover.Open(dir)
+	left, err := untrusted.Open(dir)
 	if err != nil {
 		return err
 	}
 	defer left.Close()
 	_, err = left.Copy(to, name, maxModule)
 	switch {
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, leftover.ErrKind), errors.Is(err, leftover.ErrLarge):
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, untrusted.ErrKind), errors.Is(err, untrusted.ErrLarge):
 		return fault.Wrap(fault.Internal, fmt.Errorf("take %s out of the sandbox: %w", name, err), hintLog)
 	}
 	return diskFull(err)

@@ -43,8 +43,9 @@ func toy(t *testing.T) compile.Request {
 	@echo "ARGS SYSSRC=$(SYSSRC) KERNEL_UNAME=$(KERNEL_UNAME) ARCH=$(ARCH) CC=$(CC) STRIP=$(STRIP) LD=$(LD) SYMVERS=$(IGNORE_MISSING_MODULE_SYMVERS)"
 	@tr '\0' '\n' < /proc/$$PPID/environ | sort
 `,
-		"source/Kbuild":             "NV_HEADER_PRESENCE_TESTS = \\\n linux/efi.h \\\n asm/page.h\n\nX = y\n",
-		"source/nvidia/nv.Kbuild":   "obj-m += nvidia.o\nNVIDIA_SOURCES += nvidia/nv.c\nNV_CONFTEST_TYPE_COMPILE_TESTS += timespec64\n",
+		"source/Kbuild": "NV_HEADER_PRESENCE_TESTS = \\\n linux/efi.h \\\n asm/page.h\n\nX = y\n",
+		"source/nvidia/nv.Kbuild": "obj-m += nvidia.o\nNVIDIA_SOURCES += nvidia/nv.c\nNV_CONFTEST_TYPE_COMPILE_TESTS += " +
+			"timespec64\n",
 		"source/nvidia/nv.c":        "const char *where = __FILE__; int nv(void) { return 1; }\n",
 		"toolchain/bin/placeholder": "",
 	})
@@ -58,9 +59,11 @@ func toy(t *testing.T) compile.Request {
 		}
 	}
 	return compile.Request{
-		Source: filepath.Join(dir, "source"), Headers: filepath.Join(dir, "headers"), Toolchain: filepath.Join(dir, "toolchain"),
-		Env:     map[string]string{"CC": "x86_64-cros-linux-gnu-gcc"},
-		Release: "6.1.0-50-cloud-amd64", Driver: target.Driver{Version: "535.261.03", Flavour: target.Open}, Arch: target.AMD64,
+		Source: filepath.Join(dir, "source"), Headers: filepath.Join(dir, "headers"),
+		Toolchain: filepath.Join(dir, "toolchain"),
+		Env:       map[string]string{"CC": "x86_64-cros-linux-gnu-gcc"},
+		Release:   "6.1.0-50-cloud-amd64", Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
+		Arch:    target.AMD64,
 		WorkDir: t.TempDir(),
 	}
 }
@@ -102,7 +105,8 @@ func TestModules(t *testing.T) {
 	if diff := cmp.Diff(map[string]int{"conftest": 3, "compile": 1, "link": 2, "strip": 2}, progress); diff != "" {
 		t.Errorf("progress totals differ (-want +got):\n%s", diff)
 	}
-	want := map[string]string{"nvidia": filepath.Join(r.WorkDir, "modules/nvidia.ko"), "nvidia-uvm": filepath.Join(r.WorkDir, "modules/nvidia-uvm.ko")}
+	want := map[string]string{"nvidia": filepath.Join(r.WorkDir, "modules/nvidia.ko"),
+		"nvidia-uvm": filepath.Join(r.WorkDir, "modules/nvidia-uvm.ko")}
 	if diff := cmp.Diff(want, result.Modules); diff != "" {
 		t.Errorf("modules differ (-want +got):\n%s", diff)
 	}
@@ -179,7 +183,8 @@ func TestFailures(t *testing.T) {
 	}{
 		{"source does not compile", func(t *testing.T, r *compile.Request) {
 			write(t, r.Source, map[string]string{"nvidia/nv.c": "int nv(void) { return gone; }\n"})
-		}, fault.APIBreak, "compile 535.261.03-open for 6.1.0-50-cloud-amd64: nvidia/nv.c:1:23: error: 'gone' undeclared (first use in this function)"},
+		}, fault.APIBreak, "compile 535.261.03-open for 6.1.0-50-cloud-amd64: nvidia/nv.c:1:23: error: 'gone' undeclared " +
+			"(first use in this function)"},
 		{"nothing built", func(t *testing.T, r *compile.Request) {
 			write(t, r.Source, map[string]string{"Makefile": "modules:\n\t@true\n"})
 		}, fault.Internal, "left no module"},
@@ -255,7 +260,8 @@ func TestTimeLimit(t *testing.T) {
 	if _, err := compile.Modules(plain, toy(t)); !fault.Is(err, fault.TimedOut) || fault.Hint(err) == "" {
 		t.Errorf("Modules = %v (%v); want timed-out with a hint", err, fault.Of(err))
 	}
-	named, cancel := context.WithTimeoutCause(t.Context(), 0, fault.New(fault.TimedOut, "ran longer than 0s", "raise --limit"))
+	named, cancel := context.WithTimeoutCause(t.Context(), 0,
+		fault.New(fault.TimedOut, "ran longer than 0s", "raise --limit"))
 	defer cancel()
 	if _, err := compile.Modules(named, toy(t)); !fault.Is(err, fault.TimedOut) || fault.Hint(err) != "raise --limit" {
 		t.Errorf("Modules = %v (%v, hint %q); want the cause and its hint", err, fault.Of(err), fault.Hint(err))
@@ -270,8 +276,10 @@ func TestHidesWhoCompiled(t *testing.T) {
 	for _, built := range []string{"#1 SMP Thu Jan  1 00:00:00 UTC 2026", "#2 SMP Fri Jan  2 00:00:00 UTC 2026"} {
 		r := toy(t)
 		write(t, filepath.Dir(r.Source), map[string]string{
-			"headers/include/generated/compile.h": "/* This file is auto generated, version " + built[1:2] + " */\n#define UTS_VERSION\t\"" + built + "\"\n#define LINUX_COMPILE_BY \"me\"\n",
-			"source/nvidia/nv.c":                  "#include \"/prebake/kernel/include/generated/compile.h\"\nconst char when[] = UTS_VERSION; int nv(void) { return 1; }\n",
+			"headers/include/generated/compile.h": "/* This file is auto generated, version " + built[1:2] +
+				" */\n#define UTS_VERSION\t\"" + built + "\"\n#define LINUX_COMPILE_BY \"me\"\n",
+			"source/nvidia/nv.c": "#include \"/prebake/kernel/include/generated/compile.h\"\nconst char " +
+				"when[] = UTS_VERSION; int nv(void) { return 1; }\n",
 		})
 		result, err := compile.Modules(t.Context(), r)
 		if err != nil {
@@ -309,7 +317,9 @@ func TestMachineTooOld(t *testing.T) {
 		t.Fatal(err)
 	}
 	result, err := compile.Modules(t.Context(), r)
-	if fault.Of(err) != fault.Usage || !strings.Contains(err.Error(), "GLIBC_9.34") || fault.Hint(err) == "" || len(result.Phases) > 0 {
-		t.Errorf("Modules = %v (%v, %q) after %v; want it refused at once", err, fault.Of(err), fault.Hint(err), names(result.Phases))
+	if fault.Of(err) != fault.Usage || !strings.Contains(err.Error(), "GLIBC_9.34") || fault.Hint(err) == "" ||
+		len(result.Phases) > 0 {
+		t.Errorf("Modules = %v (%v, %q) after %v; want it refused at once", err, fault.Of(err), fault.Hint(err),
+			names(result.Phases))
 	}
 }

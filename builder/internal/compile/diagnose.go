@@ -11,7 +11,7 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// findings are the first lines of each kind of trouble in a build's output.
+// findings are the first lines of each kind of error in a build's output.
 type findings struct {
 	source  string // a compiler's error at a place in a source file
 	modpost string // modpost's first ERROR
@@ -23,7 +23,7 @@ type findings struct {
 	make    string // make's first *** line
 	// unanswered says that make asked conftest what nobody had asked before.
 	unanswered bool
-	said       string // the last line before it that is no step and no make message
+	lastLine   string // the last line before it that is no step and no make message
 }
 
 var (
@@ -32,16 +32,19 @@ var (
 	modpostError = regexp.MustCompile(`^ERROR: modpost: (.*)$`)
 	makeError    = regexp.MustCompile(`^make(?:\[\d+\])?: \*\*\* (.*)$`)
 	makeCheck    = regexp.MustCompile(`: (\w+_sanity_check|cc_version_check)\] Error \d+$`)
-	programGone  = regexp.MustCompile(`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
-	// The dynamic loader's words, of glibc.
-	libraryTrouble = regexp.MustCompile("^\\S+: .*: version [`'][A-Z]+_[0-9.]+' not found \\(required by \\S+\\)$|^\\S+: error while loading shared libraries: \\S+: cannot open shared object file")
-	memoryTrouble  = regexp.MustCompile(`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
+	noProgram    = regexp.MustCompile(
+		`^(?:/bin/sh|sh|prlimit|make(?:\[\d+\])?): .*(?:not found|No such file or directory)$`)
+	// The messages of glibc's dynamic loader.
+	libraryError = regexp.MustCompile("^\\S+: .*: version [`'][A-Z]+_[0-9.]+' not found \\(required by \\S+\\)$|^\\S+: " +
+		"error while loading shared libraries: \\S+: cannot open shared object file")
+	memoryError = regexp.MustCompile(
+		`(?i)Killed signal terminated program|Cannot allocate memory|virtual memory exhausted|out of memory allocating|unable to execute command: Killed|^Killed$|^make(\[\d+\])?: \*\*\* .*\bKilled$`)
 )
 
 // unanswered begins what the script in the place of conftest.sh says then.
 const unanswered = "prebake: conftest has no answer: "
 
-const diskTrouble = "No space left on device"
+const diskFullText = "No space left on device"
 
 func (f *findings) read(line string) {
 	first := func(to *string, text string) {
@@ -50,15 +53,15 @@ func (f *findings) read(line string) {
 		}
 	}
 	switch {
-	case strings.Contains(line, diskTrouble):
+	case strings.Contains(line, diskFullText):
 		first(&f.disk, relative(line))
-	case memoryTrouble.MatchString(line):
+	case memoryError.MatchString(line):
 		first(&f.memory, relative(line))
 	}
 	if strings.HasPrefix(line, unanswered) {
 		f.unanswered = true
 	}
-	if libraryTrouble.MatchString(line) {
+	if libraryError.MatchString(line) {
 		first(&f.library, relative(line))
 	}
 	if sourceError.MatchString(line) {
@@ -67,7 +70,7 @@ func (f *findings) read(line string) {
 	if m := modpostError.FindStringSubmatch(line); m != nil {
 		first(&f.modpost, relative(m[1]))
 	}
-	if programGone.MatchString(line) {
+	if noProgram.MatchString(line) {
 		first(&f.missing, relative(line))
 	}
 	if m := makeError.FindStringSubmatch(line); m != nil {
@@ -77,14 +80,16 @@ func (f *findings) read(line string) {
 		}
 		return
 	}
-	if text := strings.TrimSpace(line); f.make == "" && text != "" && !stepLine.MatchString(line) && !strings.HasPrefix(text, "make") {
-		f.said = relative(text)
+	if text := strings.TrimSpace(line); f.make == "" && text != "" && !stepLine.MatchString(line) &&
+		!strings.HasPrefix(text, "make") {
+		f.lastLine = relative(text)
 	}
 }
 
 // relative shortens the sandbox's paths: a driver's file is named from the root
 // of the driver's sources, a kernel header as <kernel>/include/….
-var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/", "<toolchain>/")
+var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/",
+	"<toolchain>/")
 
 func relative(line string) string { return paths.Replace(line) }
 
@@ -93,8 +98,9 @@ const (
 	hintMemory = "give the builder more memory (1 GiB for each job), or run fewer jobs"
 	hintTime   = "allow more time, or more jobs on a machine with more CPUs"
 	hintBreak  = "this driver release does not know this kernel's interfaces: choose a newer driver of the same branch"
-	hintImage  = "run the builder where the C library is as new as the inputs want it, such as a newer Debian; ldd --version says what this machine has"
-	hintLog    = "read the build's log; its first lines of trouble say more"
+	hintImage  = "run the builder where the C library is as new as the inputs want it, such as a newer Debian; ldd " +
+		"--version says what this machine has"
+	hintLog = "read the build's log; its first error lines say more"
 )
 
 // checks are NVIDIA's own questions before a build, and what a no means.
@@ -103,17 +109,23 @@ var checks = map[string]struct {
 	text string
 	hint string
 }{
-	"cc_sanity_check":             {fault.Internal, "the toolchain's compiler cannot make object files", "check the toolchain archive and toolchain_env of this kernel"},
-	"cc_version_check":            {fault.Internal, "the driver's makefiles refuse the compiler's version", hintLog},
-	"dom0_sanity_check":           {fault.Unsupported, "the driver does not support a Xen host kernel", "choose another kernel"},
-	"xen_sanity_check":            {fault.Unsupported, "the driver does not support a Xen kernel", "choose another kernel"},
-	"preempt_rt_sanity_check":     {fault.Unsupported, "the driver does not support a real-time kernel", "choose another kernel"},
-	"vgpu_kvm_sanity_check":       {fault.Unsupported, "the vGPU host driver does not support this kernel", "choose another kernel or driver"},
-	"module_symvers_sanity_check": {fault.InputMissing, "the kernel's Module.symvers is missing or empty", "publish a kernel-headers.tgz that holds Module.symvers"},
+	"cc_sanity_check": {fault.Internal, "the toolchain's compiler cannot make object files",
+		"check the toolchain archive and toolchain_env of this kernel"},
+	"cc_version_check": {fault.Internal, "the driver's makefiles refuse the compiler's version", hintLog},
+	"dom0_sanity_check": {fault.Unsupported, "the driver does not support a Xen host kernel",
+		"choose another kernel"},
+	"xen_sanity_check": {fault.Unsupported, "the driver does not support a Xen kernel",
+		"choose another kernel"},
+	"preempt_rt_sanity_check": {fault.Unsupported, "the driver does not support a real-time kernel",
+		"choose another kernel"},
+	"vgpu_kvm_sanity_check": {fault.Unsupported, "the vGPU host driver does not support this kernel",
+		"choose another kernel or driver"},
+	"module_symvers_sanity_check": {fault.InputMissing, "the kernel's Module.symvers is missing or empty",
+		"publish a kernel-headers.tgz that holds Module.symvers"},
 }
 
 // stopped gives an error that the end of the context brought about its kind,
-// unless whoever ended it said one.
+// unless its cause has one.
 func stopped(ctx context.Context, err error) error {
 	var classified *fault.Error
 	switch {
@@ -147,13 +159,15 @@ func diagnose(err error, f findings) error {
 	case f.check != "" && check.text != "":
 		return fault.New(check.kind, check.text, check.hint)
 	case f.missing != "":
-		return fault.New(fault.Internal, f.missing, "install what is missing (make, perl and the C library's tools come with apt-get install build-essential), or check the toolchain archive")
-	case f.make != "" && f.said != "":
-		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.said), hintLog)
+		return fault.New(fault.Internal, f.missing,
+			"install what is missing (make, perl and the C library's tools come with apt-get install build-essential), or "+
+				"check the toolchain archive")
+	case f.make != "" && f.lastLine != "":
+		return fault.New(fault.Internal, fmt.Sprintf("make: %s, after: %s", f.make, f.lastLine), hintLog)
 	case f.make != "":
 		return fault.New(fault.Internal, "make: "+f.make, hintLog)
-	case f.said != "":
-		return fault.New(fault.Internal, fmt.Sprintf("%v: %s", err, f.said), hintLog)
+	case f.lastLine != "":
+		return fault.New(fault.Internal, fmt.Sprintf("%v: %s", err, f.lastLine), hintLog)
 	}
 	return fault.Wrap(fault.Internal, err, hintLog)
 }

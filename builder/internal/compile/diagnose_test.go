@@ -54,7 +54,8 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 `, failed, fault.APIBreak, `modpost: "screen_info" [nvidia-modeset.ko] undefined!`,
 		},
 		{
-			"sanity check", "The Module.symvers file is missing, or\nmake[3]: *** [/prebake/src/Kbuild:327: module_symvers_sanity_check] Error 1\n",
+			"sanity check", "The Module.symvers file is missing, or\nmake[3]: *** [/prebake/src/Kbuild:327: " +
+				"module_symvers_sanity_check] Error 1\n",
 			failed, fault.InputMissing, "the kernel's Module.symvers is missing or empty",
 		},
 		{
@@ -62,7 +63,8 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 			failed, fault.Unsupported, "the driver does not support a real-time kernel",
 		},
 		{
-			"program missing", "/bin/sh: 1: x86_64-cros-linux-gnu-ld: not found\nmake[2]: *** [/prebake/src/Kbuild:9: a.o] Error 127\n",
+			"program missing", "/bin/sh: 1: x86_64-cros-linux-gnu-ld: not found\nmake[2]: *** [/prebake/src/Kbuild:9: a.o] " +
+				"Error 127\n",
 			failed, fault.Internal, "/bin/sh: 1: x86_64-cros-linux-gnu-ld: not found",
 		},
 		{
@@ -70,14 +72,18 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 			failed, fault.Internal, "prlimit: failed to execute make: No such file or directory",
 		},
 		{
-			"wrong flag", "gcc: error: unrecognized command-line option '-mharden-sls=all'\nmake[2]: *** [/prebake/kernel/scripts/Makefile.build:250: /prebake/src/a.o] Error 1\n",
-			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1, after: gcc: error: unrecognized command-line option '-mharden-sls=all'",
+			"wrong flag", "gcc: error: unrecognized command-line option '-mharden-sls=all'\nmake[2]: *** " +
+				"[/prebake/kernel/scripts/Makefile.build:250: /prebake/src/a.o] Error 1\n",
+			failed, fault.Internal, "make: [<kernel>/scripts/Makefile.build:250: a.o] Error 1, after: gcc: error: " +
+				"unrecognized command-line option '-mharden-sls=all'",
 		},
 		{
-			"no such target", "make: *** No rule to make target 'modules'.  Stop.\n", failed, fault.Internal, "make: No rule to make target 'modules'.  Stop.",
+			"no such target", "make: *** No rule to make target 'modules'.  Stop.\n", failed, fault.Internal,
+			"make: No rule to make target 'modules'.  Stop.",
 		},
 		{
-			"compiler killed", "x86_64-cros-linux-gnu-gcc: fatal error: Killed signal terminated program cc1\ncompilation terminated.\n",
+			"compiler killed", "x86_64-cros-linux-gnu-gcc: fatal error: Killed signal terminated program cc1\ncompilation " +
+				"terminated.\n",
 			failed, fault.OutOfMemory, "x86_64-cros-linux-gnu-gcc: fatal error: Killed signal terminated program cc1",
 		},
 		{
@@ -85,23 +91,31 @@ make[2]: *** [/prebake/kernel/scripts/Makefile.modpost:126: /prebake/src/Module.
 			"cc1: out of memory allocating 65536 bytes after a total of 1 bytes",
 		},
 		{
-			"linker killed", "make[2]: *** [/prebake/src/Kbuild:9: nvidia.o] Killed\n", failed, fault.OutOfMemory, "make[2]: *** [Kbuild:9: nvidia.o] Killed",
+			"linker killed", "make[2]: *** [/prebake/src/Kbuild:9: nvidia.o] Killed\n", failed, fault.OutOfMemory,
+			"make[2]: *** [Kbuild:9: nvidia.o] Killed",
 		},
 		{
-			"sandbox killed", "", fmt.Errorf("run make: %w", &sandbox.ExitError{Status: 137}), fault.OutOfMemory, "the build was killed",
+			"sandbox killed", "", fmt.Errorf("run make: %w", &sandbox.ExitError{Status: 137}), fault.OutOfMemory,
+			"the build was killed",
 		},
 		{
 			"disk full before an error that follows from it", `
 /prebake/src/a.c:9:1: fatal error: error writing to /tmp/ccxyz.s: No space left on device
 `, failed, fault.DiskFull, "a.c:9:1: fatal error: error writing to /tmp/ccxyz.s: No space left on device",
 		},
-		{"newer C library", "/prebake/kernel/scripts/basic/fixdep: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by /prebake/kernel/scripts/basic/fixdep)\nmake[3]: *** [/prebake/kernel/scripts/Makefile.build:250: /prebake/src/nvidia/nv.o] Error 1\n",
-			failed, fault.Usage, "<kernel>/scripts/basic/fixdep: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not found (required by <kernel>/scripts/basic/fixdep)"},
-		{"no library", "/prebake/kernel/tools/objtool/objtool: error while loading shared libraries: libelf.so.1: cannot open shared object file: No such file or directory\n", failed, fault.Usage,
-			"<kernel>/tools/objtool/objtool: error while loading shared libraries: libelf.so.1: cannot open shared object file: No such file or directory"},
+		{"newer C library", "/prebake/kernel/scripts/basic/fixdep: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' " +
+			"not found (required by /prebake/kernel/scripts/basic/fixdep)\nmake[3]: *** " +
+			"[/prebake/kernel/scripts/Makefile.build:250: /prebake/src/nvidia/nv.o] Error 1\n",
+			failed, fault.Usage, "<kernel>/scripts/basic/fixdep: /lib/x86_64-linux-gnu/libc.so.6: version `GLIBC_2.38' not " +
+				"found (required by <kernel>/scripts/basic/fixdep)"},
+		{"no library", "/prebake/kernel/tools/objtool/objtool: error while loading shared libraries: libelf.so.1: cannot " +
+			"open shared object file: No such file or directory\n", failed, fault.Usage,
+			"<kernel>/tools/objtool/objtool: error while loading shared libraries: libelf.so.1: cannot open shared object " +
+				"file: No such file or directory"},
 		{"silent", "", failed, fault.Internal, "run make: exit status 2"},
 		{"only words", "something odd\n", failed, fault.Internal, "run make: exit status 2: something odd"},
-		{"warnings are no errors", "/prebake/src/a.c:7:1: warning: error: x\nerror: forwarding\n", failed, fault.Internal, "run make: exit status 2: error: forwarding"},
+		{"warnings are no errors", "/prebake/src/a.c:7:1: warning: error: x\nerror: forwarding\n", failed, fault.Internal,
+			"run make: exit status 2: error: forwarding"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -161,7 +175,8 @@ func TestWatch(t *testing.T) {
 		if err := w.close(false); err != nil {
 			t.Fatal(err)
 		}
-		want := []string{"conftest 1/2", "conftest 2/2", "compile 1/2", "compile 2/2", "compile 3/3", "link 0/2", "link 1/2", "link 2/2"}
+		want := []string{"conftest 1/2", "conftest 2/2", "compile 1/2", "compile 2/2", "compile 3/3", "link 0/2", "link 1/2",
+			"link 2/2"}
 		if diff := cmp.Diff(want, steps); diff != "" {
 			t.Errorf("in pieces of %d, progress differs (-want +got):\n%s", piece, diff)
 		}

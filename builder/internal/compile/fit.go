@@ -12,9 +12,10 @@ import (
 )
 
 // hostTools are the programs of a header tree that kbuild runs.
-var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms", "tools/objtool/objtool"}
+var hostTools = []string{"scripts/basic/fixdep", "scripts/mod/modpost", "scripts/genksyms/genksyms",
+	"tools/objtool/objtool"}
 
-// loaders are the dynamic loaders that the sandbox may have, by Go's word for the
+// loaders are the dynamic loaders that the sandbox may have, by Go's term for the
 // machine; scripts and static programs need none.
 var loaders = map[string]string{"amd64": "/lib64/ld-linux-x86-64.so.2", "arm64": "/lib/ld-linux-aarch64.so.1"}
 
@@ -25,7 +26,7 @@ const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
 // checkFit tells before the first minute of work that this machine, or the image
-// that the builder runs in, cannot run what the header archive brings.
+// that the builder runs in, cannot run what the header archive contains.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
 	if _, err := os.Stat(loader); err != nil {
@@ -37,12 +38,13 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 	}
 	env := environment(t)
 	env["LOADER"] = loader
-	said, err := ask(ctx, sandbox.Config{Env: env, Dir: "/", Binds: []sandbox.Bind{{Host: r.Headers, Inside: insideKernel}}}, argv...)
+	said, err := ask(ctx, sandbox.Config{Env: env, Dir: "/",
+		Binds: []sandbox.Bind{{Host: r.Headers, Inside: insideKernel}}}, argv...)
 	if err != nil {
 		return err
 	}
 	for line := range strings.Lines(said) {
-		if text := strings.TrimSpace(line); libraryTrouble.MatchString(text) {
+		if text := strings.TrimSpace(line); libraryError.MatchString(text) {
 			return fault.New(fault.Usage, "this machine cannot run the kernel's build tools: "+relative(text), hintImage)
 		}
 	}
@@ -56,7 +58,7 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 // Check reports whether a toolchain and a header tree fit each other and this
 // machine, before anything is compiled: the tools that the kernel's configuration
 // asks for are there, and the kernel's own build tools run here. Of the request it
-// looks at Headers, Toolchain, Env and Arch.
+// examines Headers, Toolchain, Env and Arch.
 func Check(ctx context.Context, r Request) error {
 	t, err := findTools(r)
 	if err != nil {

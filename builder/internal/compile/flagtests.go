@@ -11,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/sandbox"
 )
@@ -33,11 +33,13 @@ const (
 )
 
 // flagTests shows the guard of all sandboxes what the compiler answers to the kernel's
-// tests of flags. Where they cannot be had, make tests as ever.
+// tests of flags. Where they cannot be had, make tests as usual.
 func (b *build) flagTests(ctx context.Context, v *view) error {
-	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view", v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
-	// What stands on make's command line goes into the flags.
-	variables := slices.DeleteFunc(slices.Clone(b.args), func(arg string) bool { return !strings.Contains(arg, "=") || strings.HasPrefix(arg, "KERNEL_UNAME=") })
+	key := cas.NewKey(flagTestKind).Add("recipe", Recipe).Add("guard", guardScript).Add("kernel view",
+		v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest)
+	// What is on make's command line goes into the flags.
+	variables := slices.DeleteFunc(slices.Clone(b.args),
+		func(arg string) bool { return !strings.Contains(arg, "=") || strings.HasPrefix(arg, "KERNEL_UNAME=") })
 	key.Add("variables", strings.Join(variables, "\n"))
 	dir, _, err := b.r.Cache.Tree(ctx, flagTestKind, key.String(), func(ctx context.Context, dir string) error {
 		return b.testFlags(ctx, variables, dir)
@@ -60,15 +62,17 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 	if err := write(filepath.Join(src, "Kbuild"), "obj-m :=\n", 0o644); err != nil {
 		return err
 	}
-	box, err := withTrouble(b.box, filepath.Join(work, "trouble"))
+	box, err := withFaultFile(b.box, filepath.Join(work, "trouble"))
 	if err != nil {
 		return err
 	}
-	box.Binds = slices.DeleteFunc(box.Binds, func(bind sandbox.Bind) bool { return bind.Inside == insideSource || bind.Inside == insideOut })
+	box.Binds = slices.DeleteFunc(box.Binds,
+		func(bind sandbox.Bind) bool { return bind.Inside == insideSource || bind.Inside == insideOut })
 	box.Binds = append(box.Binds,
 		sandbox.Bind{Host: src, Inside: insideSource, Writable: true},
 		sandbox.Bind{Host: told, Inside: insideNewFlagTests, Writable: true})
-	box.Argv, box.Output = slices.Concat([]string{"make", "-C", insideKernel, "M=" + insideSource, "modules", "-j1"}, variables), io.Discard
+	box.Argv, box.Output = slices.Concat([]string{"make", "-C", insideKernel, "M=" + insideSource, "modules", "-j1"},
+		variables), io.Discard
 	box.Limits.Time = 10 * time.Minute
 	err = sandbox.Run(ctx, box)
 	if cause := context.Cause(ctx); cause != nil {
@@ -78,10 +82,10 @@ func (b *build) testFlags(ctx context.Context, variables []string, dir string) e
 	if err != nil && !errors.As(err, &exit) { // that make fails is for the driver's own run to tell
 		return err
 	}
-	if err := trouble(filepath.Join(work, "trouble")); err != nil {
+	if err := compilerFault(filepath.Join(work, "trouble")); err != nil {
 		return err
 	}
-	left, err := leftover.Open(told)
+	left, err := untrusted.Open(told)
 	if err != nil {
 		return err
 	}

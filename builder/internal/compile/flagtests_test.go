@@ -39,7 +39,8 @@ func TestFlagTests(t *testing.T) {
 		t.Fatal(err)
 	}
 	// It refuses every test of a flag where there is a driver.
-	write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in */dev/null*) [ ! -e /prebake/src/conftest.sh ] || exit 1 ;; esac\nexec " + gcc + " \"$@\"\n"})
+	write(t, r.Toolchain, map[string]string{"bin/x86_64-cros-linux-gnu-gcc": "#!/bin/sh\ncase \"$*\" in */dev/null*) [ " +
+		"! -e /prebake/src/conftest.sh ] || exit 1 ;; esac\nexec " + gcc + " \"$@\"\n"})
 	if err := os.Chmod(compiler, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -48,7 +49,9 @@ func TestFlagTests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	write(t, r.Source, map[string]string{"Kbuild": string(kbuild) + "\t@$(MAKE) --no-print-directory -f $(NV_KERNEL_SOURCES)/Makefile M=$(CURDIR) CC=$(CC) modules\n\t@touch /prebake/flag-tests/x 2>/dev/null || test -e /prebake/flag-tests-new || echo CLOSED\n"})
+	write(t, r.Source, map[string]string{"Kbuild": string(kbuild) +
+		"\t@$(MAKE) --no-print-directory -f $(NV_KERNEL_SOURCES)/Makefile M=$(CURDIR) CC=$(CC) modules\n\t@touch " +
+		"/prebake/flag-tests/x 2>/dev/null || test -e /prebake/flag-tests-new || echo CLOSED\n"})
 	cache, err := cas.Open(t.TempDir())
 	if err != nil {
 		t.Fatal(err)

@@ -9,25 +9,25 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
 const (
-	insideGuard   = "/prebake/guard"
-	insideTrouble = "/prebake/trouble"
+	insideGuard  = "/prebake/guard"
+	insideFaults = "/prebake/trouble"
 
-	troubleFile = "compiler"
-	troubleSize = 4096
+	faultFile = "compiler"
+	faultSize = 4096
 )
 
 //go:embed guard.sh
 var guardScript string
 
-// newGuard puts the script in front of the compiler, in all sandboxes.
+// newGuard installs the wrapper script of the compiler, in all sandboxes.
 func (b *build) newGuard() error {
-	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@TROUBLE@", insideTrouble+"/"+troubleFile,
+	script := strings.NewReplacer("@COMPILER@", b.t.compiler, "@TROUBLE@", insideFaults+"/"+faultFile,
 		"@FLAGTESTS@", insideFlagTests, "@NEWFLAGTESTS@", insideNewFlagTests, "@SEPARATOR@", "\x1f").Replace(guardScript)
 	dir := filepath.Join(b.r.WorkDir, "guard")
 	b.box.Binds = append(b.box.Binds, sandbox.Bind{Host: dir, Inside: insideGuard})
@@ -35,24 +35,24 @@ func (b *build) newGuard() error {
 	return write(filepath.Join(dir, filepath.Base(b.t.compiler)), script, 0o755)
 }
 
-// withTrouble gives the guard of a sandbox a new folder for what it has to tell;
-// [trouble] reads it.
-func withTrouble(box sandbox.Config, dir string) (sandbox.Config, error) {
+// withFaultFile gives the guard of a sandbox a new folder for what it has to tell;
+// [compilerFault] reads it.
+func withFaultFile(box sandbox.Config, dir string) (sandbox.Config, error) {
 	// The room for a note is taken now: there may be none when it is needed.
-	err := write(filepath.Join(dir, troubleFile), strings.Repeat("\n", troubleSize), 0o644)
-	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideTrouble, Writable: true})
+	err := write(filepath.Join(dir, faultFile), strings.Repeat("\n", faultSize), 0o644)
+	box.Binds = append(slices.Clone(box.Binds), sandbox.Bind{Host: dir, Inside: insideFaults, Writable: true})
 	return box, err
 }
 
 var (
-	diskGone   = regexp.MustCompile(`(?i)no space left|quota exceeded`)
-	memoryGone = regexp.MustCompile(`(?i)killed|status 137|memory|temporarily unavailable`)
+	noDisk   = regexp.MustCompile(`(?i)no space left|quota exceeded`)
+	noMemory = regexp.MustCompile(`(?i)killed|status 137|memory|temporarily unavailable`)
 )
 
-// trouble returns the fault of a compiler that ended without saying anything
+// compilerFault returns the fault of a compiler that ended without saying anything
 // about its program: an answer that was made of that is none.
-func trouble(dir string) error {
-	text, err := leftover.ReadFile(dir, troubleFile, 2*troubleSize)
+func compilerFault(dir string) error {
+	text, err := untrusted.ReadFile(dir, faultFile, 2*faultSize)
 	if err != nil {
 		return fault.Wrap(fault.Internal, fmt.Errorf("read the compiler guard's note: %w", err), hintLog)
 	}
@@ -62,10 +62,11 @@ func trouble(dir string) error {
 	}
 	said := fmt.Sprintf("the compiler did not get to its work: %.300q", text)
 	switch {
-	case diskGone.Match(text):
+	case noDisk.Match(text):
 		return fault.New(fault.DiskFull, said, hintDisk)
-	case memoryGone.Match(text):
+	case noMemory.Match(text):
 		return fault.New(fault.OutOfMemory, said, hintMemory)
 	}
-	return fault.New(fault.Internal, said, "check the machine's memory and disk, then run it again; if it happens again, the toolchain's compiler crashes")
+	return fault.New(fault.Internal, said,
+		"check the machine's memory and disk, then run it again; if it happens again, the toolchain's compiler crashes")
 }

@@ -11,7 +11,7 @@ import (
 // The functions of this file are for folders that no sandbox can write to, or
 // could so far: the inputs, the staged sources before make runs, and what was
 // taken out. Lint lets nothing else in this package open a file by its path;
-// what a sandbox left is read through package leftover.
+// what a sandbox left is read through package untrusted.
 
 func readHost(path string) ([]byte, error)            { return os.ReadFile(path) }
 func openHost(path string) (*os.File, error)          { return os.Open(path) }

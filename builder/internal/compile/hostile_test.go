@@ -56,16 +56,21 @@ func TestHostileFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	// Each row goes into one place; %s is what it leaves there.
-	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir", "a link to itself": "ln -s ."}
+	links := map[string]string{"a link": "ln -s " + host, "a pipe": "mkfifo", "a folder": "mkdir",
+		"a link to itself": "ln -s ."}
 	places := map[string]func(kbuild, script, make string) (string, string){
 		"an answer": func(kbuild, script, make string) (string, string) {
-			return kbuild, strings.Replace(script, "        has_size)\n", "        has_size)\n            rm -f answer; "+make+" answer\n", 1)
+			return kbuild, strings.Replace(script, "        has_size)\n",
+				"        has_size)\n            rm -f answer; "+make+" answer\n", 1)
 		},
 		"the guard's note": func(kbuild, script, make string) (string, string) {
-			return kbuild, strings.Replace(script, "        has_size)\n", "        has_size)\n            rm -f /prebake/trouble/compiler; "+make+" /prebake/trouble/compiler\n", 1)
+			return kbuild, strings.Replace(script, "        has_size)\n",
+				"        has_size)\n            rm -f /prebake/trouble/compiler; "+make+" /prebake/trouble/compiler\n", 1)
 		},
 		"the plan": func(kbuild, script, make string) (string, string) {
-			return strings.Replace(kbuild, "\nmodules:", "\nX := $(shell test -d /prebake/ask && rm -f /prebake/ask/plan && "+make+" /prebake/ask/plan)\nmodules:", 1), script
+			return strings.Replace(kbuild, "\nmodules:",
+				"\nX := $(shell test -d /prebake/ask && rm -f /prebake/ask/plan && "+make+" /prebake/ask/plan)\nmodules:",
+				1), script
 		},
 		"a module": func(kbuild, script, make string) (string, string) {
 			return kbuild + "\t@rm -f $@; " + make + " $@\n", script
@@ -74,7 +79,8 @@ func TestHostileFiles(t *testing.T) {
 			return kbuild + "\t@" + make + " other.ko\n", script
 		},
 		"a stripped module": func(kbuild, script, make string) (string, string) {
-			return kbuild + "\t@" + make + " /prebake/out/nvidia.ko; mkdir -p /prebake/out/0; " + make + " /prebake/out/0/nvidia.ko; true\n", script
+			return kbuild + "\t@" + make + " /prebake/out/nvidia.ko; mkdir -p /prebake/out/0; " + make +
+				" /prebake/out/0/nvidia.ko; true\n", script
 		},
 		"an object": func(kbuild, script, make string) (string, string) {
 			return kbuild + "\t@rm -f nvidia/nv.o; " + make + " nvidia/nv.o\n", script
@@ -142,7 +148,8 @@ func TestHostileAnswers(t *testing.T) {
                 echo 'exit 1' > $dir/x86_64-cros-linux-gnu-gcc
             done 2>/dev/null
 `
-	write(t, bad.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "        has_old)\n", poison, 1)})
+	write(t, bad.Source, map[string]string{"conftest.sh": strings.Replace(testdriver.Script, "        has_old)\n", poison,
+		1)})
 	bad.SourceDigest = "a hostile driver"
 	if _, told, err := attack(t, bad, cache); err != nil {
 		t.Logf("the hostile driver fails: %s", told)
@@ -162,7 +169,8 @@ func TestHostileObjects(t *testing.T) {
 	cache := newCache(t)
 	bad := asking(t)
 	bad.Headers, bad.Toolchain = r.Headers, r.Toolchain
-	write(t, bad.Source, map[string]string{"Kbuild": testdriver.Kbuild + "\t@echo 'int nv(void *h) { return 666; }' > /tmp/x.c; $(CC) -c -o nvidia/nv.o /tmp/x.c\n"})
+	write(t, bad.Source, map[string]string{"Kbuild": testdriver.Kbuild +
+		"\t@echo 'int nv(void *h) { return 666; }' > /tmp/x.c; $(CC) -c -o nvidia/nv.o /tmp/x.c\n"})
 	bad.SourceDigest = "a hostile driver"
 	if _, told, err := attack(t, bad, cache); err != nil {
 		t.Fatal(told)
@@ -177,7 +185,8 @@ func TestHostileObjects(t *testing.T) {
 func TestHiddenFileInObject(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
-	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include <linux/here.h>\nasm(\".section .rodata\\n.incbin \\\"/prebake/kernel/include/generated/utsrelease.h\\\"\\n.previous\");\n"})
+	write(t, r.Source, map[string]string{"nvidia/nv.c": "#include <linux/here.h>\nasm(\".section .rodata\\n.incbin " +
+		"\\\"/prebake/kernel/include/generated/utsrelease.h\\\"\\n.previous\");\n"})
 	cache := newCache(t)
 	for _, release := range []string{"6.1.0-55", "6.1.0-56"} {
 		headers(t, r.Headers, release, "0x11111111")
@@ -197,8 +206,11 @@ func TestChecksFirst(t *testing.T) {
 	t.Parallel()
 	r := asking(t)
 	write(t, r.Source, map[string]string{
-		"Kbuild":      strings.Replace(testdriver.Kbuild, "BUILD_SANITY_CHECKS = cc_sanity_check", "BUILD_SANITY_CHECKS = cc_sanity_check preempt_rt_sanity_check", 1),
-		"conftest.sh": strings.Replace(testdriver.Script, "    cc_sanity_check)", "    preempt_rt_sanity_check)\n        echo 'The kernel you are installing for is a PREEMPT_RT kernel!'\n        exit 1\n    ;;\n    cc_sanity_check)", 1),
+		"Kbuild": strings.Replace(testdriver.Kbuild, "BUILD_SANITY_CHECKS = cc_sanity_check",
+			"BUILD_SANITY_CHECKS = cc_sanity_check preempt_rt_sanity_check", 1),
+		"conftest.sh": strings.Replace(testdriver.Script, "    cc_sanity_check)",
+			"    preempt_rt_sanity_check)\n        echo 'The kernel you are installing for is a PREEMPT_RT kernel!'\n        "+
+				"exit 1\n    ;;\n    cc_sanity_check)", 1),
 	})
 	_, told, err := attack(t, r, newCache(t))
 	if fault.Of(err) != fault.Unsupported || strings.Contains(told, "CONFTEST") || !strings.Contains(told, "PREEMPT_RT") {

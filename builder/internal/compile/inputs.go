@@ -10,28 +10,28 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 )
 
-// words is what a file says that an object's key has to know.
-type words struct {
+// fileFacts is what a file says that an object's key has to know.
+type fileFacts struct {
 	digest string
 	named  map[string]bool // of the names that were looked for
 	pastes map[string]bool // parts of names that the preprocessor puts together
 	hides  bool            // it reads files that no list of dependencies names
 }
 
-// wordReader looks for names in files, and reads each file once.
-type wordReader struct {
-	wanted map[string]bool
-	seen   map[string]*words
+// nameScanner looks for names in files, and reads each file once.
+type nameScanner struct {
+	names map[string]bool
+	seen  map[string]*fileFacts
 }
 
-func newWordReader(wanted map[string]bool) *wordReader {
-	return &wordReader{wanted: wanted, seen: map[string]*words{}}
+func newNameScanner(wanted map[string]bool) *nameScanner {
+	return &nameScanner{names: wanted, seen: map[string]*fileFacts{}}
 }
 
-func (r *wordReader) read(name string, text func() ([]byte, error)) *words {
+func (r *nameScanner) read(name string, text func() ([]byte, error)) *fileFacts {
 	w, known := r.seen[name]
 	if !known {
 		if raw, err := text(); err == nil {
@@ -48,9 +48,10 @@ var (
 	takesIn = regexp.MustCompile(`\.incbin\b|#\s*embed\b`)
 )
 
-func (r *wordReader) parse(text []byte) *words {
+func (r *nameScanner) parse(text []byte) *fileFacts {
 	sum := sha256.Sum256(text)
-	w := &words{digest: hex.EncodeToString(sum[:]), named: map[string]bool{}, pastes: map[string]bool{}, hides: takesIn.Match(text)}
+	w := &fileFacts{digest: hex.EncodeToString(sum[:]), named: map[string]bool{}, pastes: map[string]bool{},
+		hides: takesIn.Match(text)}
 	for i := 0; i < len(text); {
 		if !inIdentifier(text[i]) {
 			i++
@@ -60,7 +61,7 @@ func (r *wordReader) parse(text []byte) *words {
 		for i < len(text) && inIdentifier(text[i]) {
 			i++
 		}
-		if name := string(text[begin:i]); r.wanted[name] {
+		if name := string(text[begin:i]); r.names[name] {
 			w.named[name] = true
 		}
 	}
@@ -80,30 +81,31 @@ func inIdentifier(c byte) bool {
 	return c == '_' || c >= '0' && c <= '9' || c >= 'A' && c <= 'Z' || c >= 'a' && c <= 'z'
 }
 
-// keeper finds out what the objects of a finished build were made of.
-type keeper struct {
+// recorder finds out what the objects of a finished build were made of.
+type recorder struct {
 	*objects
-	left    *leftover.Dir
+	output  *untrusted.Dir
 	hidden  map[string][]string
-	ours    *wordReader // of the driver's files, as the build left them
-	headers *wordReader // of the kernel's
+	driver  *nameScanner // of the driver's files, as the build left them
+	headers *nameScanner // of the kernel's
 }
 
-func (k *keeper) readOurs(name string) *words {
-	return k.ours.read(name, func() ([]byte, error) { return k.left.Read(name, maxSource) })
+func (k *recorder) readDriverFile(name string) *fileFacts {
+	return k.driver.read(name, func() ([]byte, error) { return k.output.Read(name, maxSource) })
 }
 
-func (k *keeper) readHeader(name string) *words {
-	return k.headers.read(name, func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
+func (k *recorder) readHeader(name string) *fileFacts {
+	return k.headers.read(name,
+		func() ([]byte, error) { return readHost(filepath.Join(k.r.Headers, filepath.FromSlash(name))) })
 }
 
 // made returns what a command made its object of. It says no where something
 // that a view hides may have gone in: the object was made of a header that hides
 // a macro, and another of its files names the macro, in whatever context.
-func (k *keeper) made(c command) (v variant, ok bool) {
+func (k *recorder) made(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string
-	var read []*words
+	var read []*fileFacts
 	for _, dep := range append(slices.Clone(c.deps), "include/generated/autoconf.h") {
 		inside := dep
 		if !filepath.IsAbs(inside) {
@@ -123,7 +125,7 @@ func (k *keeper) made(c command) (v variant, ok bool) {
 			}
 			read = append(read, w)
 			for name := range w.named {
-				if k.tree.wanted[name] && !slices.Contains(v.Macros, name) {
+				if k.tree.names[name] && !slices.Contains(v.Macros, name) {
 					v.Macros = append(v.Macros, name)
 				}
 			}
@@ -150,19 +152,19 @@ func (k *keeper) made(c command) (v variant, ok bool) {
 
 // driverFile notes one of the driver's files: as it came, made by its makefiles,
 // or one of conftest's, whose lines are looked up by name.
-func (k *keeper) driverFile(v *variant, rel string) *words {
-	w := k.readOurs(rel)
+func (k *recorder) driverFile(v *variant, rel string) *fileFacts {
+	w := k.readDriverFile(rel)
 	if w == nil {
 		return nil
 	}
 	if _, ok := k.answers[strings.TrimPrefix(rel, "conftest/")]; ok && strings.HasPrefix(rel, "conftest/") {
-		return &words{}
+		return &fileFacts{}
 	}
 	if _, err := os.Lstat(filepath.Join(k.r.Source, filepath.FromSlash(rel))); err == nil {
 		v.Files = append(v.Files, rel)
 		return w
 	}
-	text, err := k.left.Read(rel, maxGenerated)
+	text, err := k.output.Read(rel, maxGenerated)
 	if err != nil || strings.Contains(rel, "/") {
 		return nil
 	}
@@ -180,7 +182,7 @@ func (o *objects) hidden() (map[string][]string, error) {
 			names[header] = nil
 			continue
 		}
-		if slices.Contains(unprinted, header) {
+		if slices.Contains(volatileHeaders, header) {
 			names[header] = []string{} // the compiler saw no more of it than a view shows
 			continue
 		}
@@ -220,7 +222,8 @@ var (
 	sourceLine  = regexp.MustCompile(`^source_\S+ := (\S+)$`)
 	depsLine    = regexp.MustCompile(`^deps_\S+ := \\$`)
 	// Options by which a command reads what no list of dependencies names.
-	unlisted = regexp.MustCompile(`(^|\s)(-fplugin\S*|@\S+|-specs\S*|-fprofile-use\S*|-fprofile-\S*use=\S*|-fsanitize-ignorelist\S*|-fsanitize-blacklist\S*)`)
+	unlisted = regexp.MustCompile(
+		`(^|\s)(-fplugin\S*|@\S+|-specs\S*|-fprofile-use\S*|-fprofile-\S*use=\S*|-fsanitize-ignorelist\S*|-fsanitize-blacklist\S*)`)
 )
 
 const maxDeps = 20000

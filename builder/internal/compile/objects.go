@@ -15,7 +15,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/hostfile"
 )
@@ -50,7 +50,7 @@ type objects struct {
 	view    *view
 	answers map[string]string // the folder conftest/
 	base    *cas.Key
-	tree    *wordReader // of the sources as they came
+	tree    *nameScanner // of the sources as they came
 	// restored are the objects that were not compiled.
 	restored map[string]bool
 }
@@ -70,13 +70,16 @@ type variant struct {
 
 // newObjects prepares for a build whose answers are known.
 func (b *build) newObjects(v *view, a *answers) (*objects, error) {
-	o := &objects{build: b, view: v, answers: a.files, tree: newWordReader(answerNames(a.files)), restored: map[string]bool{}}
+	o := &objects{build: b, view: v, answers: a.files, tree: newNameScanner(answerNames(a.files)),
+		restored: map[string]bool{}}
 	makefiles, err := b.makefiles()
 	if err != nil {
 		return nil, err
 	}
-	o.base = cas.NewKey(objectKind).Add("recipe", Recipe).Add("kernel view", v.Digest).Add("toolchain", b.r.ToolchainDigest).Add("host tools", b.r.HostDigest).
-		Add("flavour", string(b.r.Driver.Flavour)).Add("makefiles", makefiles).Add("conftest flags", versionMacro.ReplaceAllString(a.asker.Flags(), ""))
+	o.base = cas.NewKey(objectKind).Add("recipe", Recipe).Add("kernel view", v.Digest).Add("toolchain",
+		b.r.ToolchainDigest).Add("host tools", b.r.HostDigest).
+		Add("flavour", string(b.r.Driver.Flavour)).Add("makefiles", makefiles).Add("conftest flags",
+		versionMacro.ReplaceAllString(a.keyer.Flags(), ""))
 	for _, arg := range b.args {
 		if !strings.HasPrefix(arg, "KERNEL_UNAME=") {
 			o.base.Add("argument", arg)
@@ -92,7 +95,8 @@ func (b *build) newObjects(v *view, a *answers) (*objects, error) {
 
 var (
 	versionMacro = regexp.MustCompile(`(^| )-DNV_VERSION_STRING=\S+`)
-	versionLine  = regexp.MustCompile(`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
+	versionLine  = regexp.MustCompile(
+		`^\s*ccflags-y \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$|^\s*EXTRA_CFLAGS \+= -DNV_VERSION_STRING=\\"[0-9.]+\\"$`)
 	// Lists of questions: words alone, which no shell and no function of make reads.
 	listLine = regexp.MustCompile(`^NV_CONFTEST_[A-Z]+_COMPILE_TESTS \+= \w+$|^ +\w[\w./-]*\.h( \\)?$`)
 )
@@ -110,7 +114,8 @@ func (b *build) makefiles() (string, error) {
 		if err != nil {
 			return err
 		}
-		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) || slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
+		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) ||
+			slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
 			return nil // neither of the two runs beside the compiler
 		}
 		if d.Type() == fs.ModeSymlink {
@@ -172,7 +177,7 @@ func answersAbout(files map[string]string, named map[string]bool) string {
 
 // inputs digests what a variant is made of, as it is in this build. It says no
 // where a file is missing.
-func (o *objects) inputs(v variant, read func(name string) *words) (string, bool) {
+func (o *objects) inputs(v variant, read func(name string) *fileFacts) (string, bool) {
 	key := cas.NewKey("inputs")
 	named, pastes := map[string]bool{}, map[string]bool{}
 	for _, name := range v.Macros {
@@ -189,7 +194,7 @@ func (o *objects) inputs(v variant, read func(name string) *words) (string, bool
 	}
 	// A name that is pasted together counts with every macro that it may become.
 	for part := range pastes {
-		for name := range o.tree.wanted {
+		for name := range o.tree.names {
 			if strings.HasPrefix(name, part) || strings.HasSuffix(name, part) {
 				named[name] = true
 			}
@@ -208,7 +213,7 @@ func (o *objects) factKey(object string) string { return o.base.With("object", o
 
 func (o *objects) variants(object string) []variant {
 	var all []variant
-	raw, ok := o.r.Cache.Recall(inputsKind, o.factKey(object))
+	raw, ok := o.r.Cache.Fact(inputsKind, o.factKey(object))
 	if !ok || json.Unmarshal(raw, &all) != nil {
 		return nil
 	}
@@ -220,7 +225,7 @@ var errNone = errors.New("nothing is kept")
 // restore puts kept objects into the staged sources, which no sandbox has
 // written to so far, and returns how many.
 func (o *objects) restore(ctx context.Context) (int, error) {
-	read := func(name string) *words {
+	read := func(name string) *fileFacts {
 		return o.tree.read(name, func() ([]byte, error) { return readHost(filepath.Join(o.src, filepath.FromSlash(name))) })
 	}
 	err := walkHost(o.src, func(file string, d fs.DirEntry, err error) error {
@@ -275,7 +280,8 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	}
 	// The command tells the driver's version to every file; this one does not
 	// look at it, or the version would be among its inputs.
-	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`), []byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
+	command = bytes.ReplaceAll(command, []byte(`-DNV_VERSION_STRING=\"`+v.Version+`\"`),
+		[]byte(`-DNV_VERSION_STRING=\"`+o.r.Driver.Modules().Version+`\"`))
 	file := filepath.Join(o.src, filepath.FromSlash(object))
 	// The copies' times are now: not older than what they were made of.
 	if err := hostfile.Copy(file, filepath.Join(dir, "object")); err != nil {
@@ -284,16 +290,17 @@ func (o *objects) restoreOne(ctx context.Context, object string, v variant) (boo
 	return true, os.WriteFile(filepath.Join(filepath.Dir(file), "."+filepath.Base(file)+".cmd"), command, 0o644)
 }
 
-// keep remembers the objects of a finished build.
-func (o *objects) keep(ctx context.Context, left *leftover.Dir) error {
+// store stores the objects of a finished build.
+func (o *objects) store(ctx context.Context, left *untrusted.Dir) error {
 	hidden, err := o.hidden()
 	if err != nil {
 		return err
 	}
-	k := &keeper{objects: o, left: left, hidden: hidden, ours: newWordReader(maps.Clone(o.tree.wanted)), headers: newWordReader(maps.Clone(o.tree.wanted))}
+	k := &recorder{objects: o, output: left, hidden: hidden, driver: newNameScanner(maps.Clone(o.tree.names)),
+		headers: newNameScanner(maps.Clone(o.tree.names))}
 	for _, names := range hidden {
 		for _, name := range names {
-			k.headers.wanted[name], k.ours.wanted[name] = true, true
+			k.headers.names[name], k.driver.names[name] = true, true
 		}
 	}
 	files, err := left.Files()
@@ -309,16 +316,16 @@ func (o *objects) keep(ctx context.Context, left *leftover.Dir) error {
 		if o.restored[object] {
 			continue // it came from there
 		}
-		if err := k.keepOne(ctx, name, object); err != nil {
+		if err := k.recordOne(ctx, name, object); err != nil {
 			return fmt.Errorf("%s: %w", object, err)
 		}
 	}
 	return nil
 }
 
-// keepOne keeps an object if all that it was made of is known.
-func (k *keeper) keepOne(ctx context.Context, cmdFile, object string) error {
-	text, err := k.left.Read(cmdFile, maxCommand)
+// recordOne keeps an object if all that it was made of is known.
+func (k *recorder) recordOne(ctx context.Context, cmdFile, object string) error {
+	text, err := k.output.Read(cmdFile, maxCommand)
 	if err != nil {
 		return nil //nolint:nilerr // not a file that kbuild makes: nothing to keep
 	}
@@ -330,17 +337,17 @@ func (k *keeper) keepOne(ctx context.Context, cmdFile, object string) error {
 	if !ok {
 		return nil
 	}
-	if v.Inputs, ok = k.inputs(v, k.readOurs); !ok {
+	if v.Inputs, ok = k.inputs(v, k.readDriverFile); !ok {
 		return nil
 	}
 	key := k.base.With("object", object).Add("inputs", v.Inputs).String()
 	_, _, err = k.r.Cache.Tree(ctx, objectKind, key, func(_ context.Context, dir string) error {
-		if _, err := k.left.Copy(filepath.Join(dir, "object"), object, maxObject); err != nil {
+		if _, err := k.output.Copy(filepath.Join(dir, "object"), object, maxObject); err != nil {
 			return err
 		}
 		return os.WriteFile(filepath.Join(dir, "command"), text, 0o644)
 	})
-	if errors.Is(err, leftover.ErrKind) || errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, untrusted.ErrKind) || errors.Is(err, fs.ErrNotExist) {
 		return nil
 	} else if err != nil {
 		return err
@@ -354,5 +361,5 @@ func (k *keeper) keepOne(ctx context.Context, cmdFile, object string) error {
 	if err != nil {
 		return err
 	}
-	return k.r.Cache.Remember(inputsKind, k.factKey(object), raw)
+	return k.r.Cache.PutFact(inputsKind, k.factKey(object), raw)
 }

@@ -114,13 +114,15 @@ func TestRealSameBytes(t *testing.T) {
 
 // byMakeAlone returns what compileReal does for make without any cache of ours, and
 // with debug information. It is made once for the same inputs.
-func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules, answers map[string]string) {
+func byMakeAlone(t *testing.T, references *cas.Cache, r compile.Request, cell string) (modules,
+	answers map[string]string) {
 	t.Helper()
 	code, err := cas.DigestTree(t.Context(), ".", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	key := cas.NewKey("by make alone").Add("code", code).Add("headers", r.HeaderDigest).Add("toolchain", r.ToolchainDigest).Add("source", r.SourceDigest).Add("host tools", r.HostDigest)
+	key := cas.NewKey("by make alone").Add("code", code).Add("headers", r.HeaderDigest).Add("toolchain",
+		r.ToolchainDigest).Add("source", r.SourceDigest).Add("host tools", r.HostDigest)
 	const answersFile = "answers.json"
 	dir, cached, err := references.Tree(t.Context(), "reference", key.String(), func(_ context.Context, dir string) error {
 		r.Debug = true
@@ -236,7 +238,7 @@ func checkReuse(t *testing.T, what string, result *compile.Result) {
 	}
 }
 
-// checkPreambles reports what stood in the way of preambles, if there are any:
+// checkPreambles reports what prevented precompiled headers, if there are any:
 // without them a build is only slower.
 func checkPreambles(t *testing.T, work string) {
 	t.Helper()

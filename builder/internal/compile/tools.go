@@ -25,7 +25,7 @@ const (
 	insideOut       = "/prebake/out"
 )
 
-// kernelArch is Kbuild's word for an architecture, as `uname -m` of the target
+// kernelArch is Kbuild's term for an architecture, as `uname -m` of the target
 // prints it; NVIDIA's makefiles map x86_64 to x86 themselves.
 var kernelArch = map[target.Arch]string{target.AMD64: "x86_64", target.ARM64: "arm64"}
 
@@ -156,7 +156,8 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	}
 	const hint = "correct CC in the kernel's toolchain_env"
 	if !toolPattern.MatchString(cc) {
-		return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %q: want the name of a program in the toolchain", cc), hint)
+		return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %q: want the name of a program in the toolchain", cc),
+			hint)
 	}
 	if !chain.has(cc) {
 		return "", "", "", fault.New(fault.InputMissing, fmt.Sprintf("find compiler: the toolchain has no bin/%s", cc),
@@ -170,13 +171,15 @@ func findCompiler(r Request, config map[string]bool, chain toolchain) (cc, prefi
 	clang := strings.Contains(cc, "clang")
 	for option, other := range map[string]bool{"CONFIG_CC_IS_CLANG": !clang, "CONFIG_CC_IS_GCC": clang} {
 		if config[option] && other {
-			return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: the kernel's .config says %s=y", cc, option), hint)
+			return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: the kernel's .config says %s=y", cc, option),
+				hint)
 		}
 	}
-	// clang is one program for all processors and goes by its name. Kbuild would
+	// clang is one program for all processors and is chosen by its name. Kbuild would
 	// name the target by itself, but the driver's own tests of the kernel would not.
 	if clang && r.Arch == target.ARM64 && !strings.HasPrefix(prefix, "aarch64-") {
-		return "", "", "", fault.New(fault.Usage, fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
+		return "", "", "", fault.New(fault.Usage,
+			fmt.Sprintf("compiler %s: its name does not say that it compiles for arm64", cc),
 			"name "+crossPrefix[r.Arch]+"clang in the kernel's toolchain_env")
 	}
 	return cc, prefix, suffix, nil

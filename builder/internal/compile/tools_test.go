@@ -16,7 +16,8 @@ import (
 func kit(t *testing.T, config string, programs ...string) Request {
 	t.Helper()
 	dir := t.TempDir()
-	r := Request{Headers: filepath.Join(dir, "headers"), Toolchain: filepath.Join(dir, "toolchain"), Arch: target.AMD64, Env: map[string]string{}}
+	r := Request{Headers: filepath.Join(dir, "headers"), Toolchain: filepath.Join(dir, "toolchain"), Arch: target.AMD64,
+		Env: map[string]string{}}
 	files := map[string]string{"headers/.config": strings.ReplaceAll(config, " ", "\n") + "\n"}
 	for _, p := range programs {
 		if !strings.Contains(p, "/") {
@@ -53,9 +54,11 @@ func TestFindTools(t *testing.T) {
 	t.Parallel()
 	llvm := []string{"llvm-ar", "llvm-nm", "llvm-objcopy", "llvm-objdump", "llvm-readelf", "llvm-strip", "ld.lld"}
 	gnu := []string{"ar", "as", "ld", "ld.bfd", "nm", "objcopy", "objdump", "readelf", "strip"}
-	const llvmNames = " AR=llvm-ar NM=llvm-nm OBJCOPY=llvm-objcopy OBJDUMP=llvm-objdump READELF=llvm-readelf STRIP=llvm-strip"
+	const llvmNames = " AR=llvm-ar NM=llvm-nm OBJCOPY=llvm-objcopy OBJDUMP=llvm-objdump READELF=llvm-readelf " +
+		"STRIP=llvm-strip"
 	gnuNames := func(p string) string {
-		return " AR=" + p + "ar NM=" + p + "nm OBJCOPY=" + p + "objcopy OBJDUMP=" + p + "objdump READELF=" + p + "readelf STRIP=" + p + "strip"
+		return " AR=" + p + "ar NM=" + p + "nm OBJCOPY=" + p + "objcopy OBJDUMP=" + p + "objdump READELF=" + p +
+			"readelf STRIP=" + p + "strip"
 	}
 	const clangLLD = "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_LLD=y CONFIG_AS_IS_LLVM=y"
 	rows := []struct {
@@ -72,9 +75,11 @@ func TestFindTools(t *testing.T) {
 		},
 		{
 			name: "clang, lld and LLVM's tools, as COS's kernels now", config: clangLLD,
-			programs: append(append(prefixed(amd64Prefix, gnu...), llvm...), amd64Prefix+"clang", amd64Prefix+"ld.lld", "x86_64-pc-linux-gnu-clang"),
-			env:      map[string]string{"CC": amd64Prefix + "clang", "CXX": amd64Prefix + "clang++"},
-			want: "CC=" + amd64Prefix + "clang LLVM=1 LLVM_IAS=1 HOSTCC=x86_64-pc-linux-gnu-clang HOSTCXX=x86_64-pc-linux-gnu-clang++" +
+			programs: append(append(prefixed(amd64Prefix, gnu...), llvm...), amd64Prefix+"clang", amd64Prefix+"ld.lld",
+				"x86_64-pc-linux-gnu-clang"),
+			env: map[string]string{"CC": amd64Prefix + "clang", "CXX": amd64Prefix + "clang++"},
+			want: "CC=" + amd64Prefix +
+				"clang LLVM=1 LLVM_IAS=1 HOSTCC=x86_64-pc-linux-gnu-clang HOSTCXX=x86_64-pc-linux-gnu-clang++" +
 				" LD=" + amd64Prefix + "ld.lld" + llvmNames,
 		},
 		{
@@ -93,14 +98,16 @@ func TestFindTools(t *testing.T) {
 			want:     "CC=" + arm64Prefix + "gcc LD=" + arm64Prefix + "ld.bfd" + gnuNames(arm64Prefix),
 		},
 		{
-			name: "clang with binutils, as the recipe for open modules", config: "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_BFD=y CONFIG_AS_IS_LLVM=y",
+			name:     "clang with binutils, as the recipe for open modules",
+			config:   "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_BFD=y CONFIG_AS_IS_LLVM=y",
 			programs: append(append(prefixed(amd64Prefix, gnu...), llvm...), amd64Prefix+"clang"),
 			want:     "CC=" + amd64Prefix + "clang LLVM_IAS=1 LD=" + amd64Prefix + "ld.bfd" + gnuNames(amd64Prefix),
 		},
 		{
 			name: "clang with as", config: "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_BFD=y CONFIG_AS_IS_GNU=y",
 			programs: append(prefixed(amd64Prefix, gnu...), amd64Prefix+"clang"),
-			want:     "CC=" + amd64Prefix + "clang LLVM_IAS=0 CROSS_COMPILE=" + amd64Prefix + " LD=" + amd64Prefix + "ld.bfd" + gnuNames(amd64Prefix),
+			want: "CC=" + amd64Prefix + "clang LLVM_IAS=0 CROSS_COMPILE=" + amd64Prefix + " LD=" + amd64Prefix + "ld.bfd" +
+				gnuNames(amd64Prefix),
 		},
 		{
 			name: "an old kernel of clang, which does not name its assembler", config: "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_LLD=y",
@@ -109,9 +116,11 @@ func TestFindTools(t *testing.T) {
 		},
 		{
 			name: "names with a version, as Debian's", config: clangLLD,
-			programs: []string{"clang-16", "ld.lld-16", "llvm-ar-16", "llvm-nm-16", "llvm-objcopy-16", "llvm-objdump-16", "llvm-readelf-16", "llvm-strip-16"},
-			env:      map[string]string{"CC": "clang-16"},
-			want:     "CC=clang-16 LLVM=1 LLVM_IAS=1 LD=ld.lld-16 AR=llvm-ar-16 NM=llvm-nm-16 OBJCOPY=llvm-objcopy-16 OBJDUMP=llvm-objdump-16 READELF=llvm-readelf-16 STRIP=llvm-strip-16",
+			programs: []string{"clang-16", "ld.lld-16", "llvm-ar-16", "llvm-nm-16", "llvm-objcopy-16", "llvm-objdump-16",
+				"llvm-readelf-16", "llvm-strip-16"},
+			env: map[string]string{"CC": "clang-16"},
+			want: "CC=clang-16 LLVM=1 LLVM_IAS=1 LD=ld.lld-16 AR=llvm-ar-16 NM=llvm-nm-16 OBJCOPY=llvm-objcopy-16 " +
+				"OBJDUMP=llvm-objdump-16 READELF=llvm-readelf-16 STRIP=llvm-strip-16",
 		},
 		{
 			name: "tools that toolchain_env names, and one that is missing", config: clangLLD,
@@ -151,12 +160,17 @@ func TestFindToolsRefuses(t *testing.T) {
 		want         fault.Kind
 		text         string
 	}{
-		{"no such compiler", "CONFIG_CC_IS_CLANG=y", []string{amd64Prefix + "gcc"}, "", target.AMD64, fault.InputMissing, "no bin/" + amd64Prefix + "clang"},
+		{"no such compiler", "CONFIG_CC_IS_CLANG=y", []string{amd64Prefix + "gcc"}, "", target.AMD64, fault.InputMissing,
+			"no bin/" + amd64Prefix + "clang"},
 		{"a command line", "", nil, "gcc -B/tmp", target.AMD64, fault.Usage, "want the name of a program"},
-		{"gcc for a kernel of clang", "CONFIG_CC_IS_CLANG=y", []string{amd64Prefix + "gcc"}, amd64Prefix + "gcc", target.AMD64, fault.Usage, "CONFIG_CC_IS_CLANG=y"},
-		{"clang for a kernel of gcc", "CONFIG_CC_IS_GCC=y", []string{amd64Prefix + "clang"}, amd64Prefix + "clang", target.AMD64, fault.Usage, "CONFIG_CC_IS_GCC=y"},
-		{"clang without a target for arm64", "CONFIG_CC_IS_CLANG=y", []string{"clang-16"}, "clang-16", target.ARM64, fault.Usage, "arm64"},
-		{"no strip", "CONFIG_CC_IS_CLANG=y", []string{amd64Prefix + "clang"}, "", target.AMD64, fault.InputMissing, "find strip"},
+		{"gcc for a kernel of clang", "CONFIG_CC_IS_CLANG=y", []string{amd64Prefix + "gcc"}, amd64Prefix + "gcc",
+			target.AMD64, fault.Usage, "CONFIG_CC_IS_CLANG=y"},
+		{"clang for a kernel of gcc", "CONFIG_CC_IS_GCC=y", []string{amd64Prefix + "clang"}, amd64Prefix + "clang",
+			target.AMD64, fault.Usage, "CONFIG_CC_IS_GCC=y"},
+		{"clang without a target for arm64", "CONFIG_CC_IS_CLANG=y", []string{"clang-16"}, "clang-16", target.ARM64,
+			fault.Usage, "arm64"},
+		{"no strip", "CONFIG_CC_IS_CLANG=y", []string{amd64Prefix + "clang"}, "", target.AMD64, fault.InputMissing,
+			"find strip"},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -203,7 +217,8 @@ func TestFlags(t *testing.T) {
 
 func TestSysroot(t *testing.T) {
 	t.Parallel()
-	r := kit(t, "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_LLD=y", amd64Prefix+"clang", "llvm-strip", "usr/x86_64-cros-linux-gnu/lib/crt1.o")
+	r := kit(t, "CONFIG_CC_IS_CLANG=y CONFIG_LD_IS_LLD=y", amd64Prefix+"clang", "llvm-strip",
+		"usr/x86_64-cros-linux-gnu/lib/crt1.o")
 	got, err := findTools(r)
 	if err != nil {
 		t.Fatal(err)

@@ -13,7 +13,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prebake/prebake/builder/internal/leftover"
+	"github.com/prebake/prebake/builder/internal/untrusted"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/sandbox"
 	"github.com/prebake/prebake/pkg/timeline"
@@ -22,7 +22,7 @@ import (
 const (
 	insideBTF = "/prebake/vmlinux.btf"
 	// pahole makes BTF out of debug information. It is the host's, whose version
-	// is told, even if a toolchain brings one.
+	// is told, even if a toolchain contains one.
 	pahole       = "/usr/bin/pahole"
 	hintPahole   = "apt-get install dwarves; or build without --btf"
 	hintNoTypes  = "build without --btf"
@@ -39,7 +39,8 @@ func Pahole(ctx context.Context) (string, error) {
 		return "", refused(fmt.Errorf("find pahole: %w", err), fault.Usage, hintPahole)
 	}
 	if !paholeVersion.MatchString(said) {
-		return "", fault.New(fault.Usage, fmt.Sprintf("find pahole: its version is %.40q; want one such as v1.24", said), hintPahole)
+		return "", fault.New(fault.Usage, fmt.Sprintf("find pahole: its version is %.40q; want one such as v1.24", said),
+			hintPahole)
 	}
 	return strings.TrimSpace(said), nil
 }
@@ -76,7 +77,8 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 		return fault.New(fault.Usage, "make BTF: the kernel is configured without CONFIG_DEBUG_INFO_BTF_MODULES", hintNoTypes)
 	}
 	if t.objcopy == "" {
-		return fault.New(fault.InputMissing, "make BTF: the toolchain has no objcopy", "publish a toolchain.tar.xz with the binutils of its compiler; or "+hintNoTypes)
+		return fault.New(fault.InputMissing, "make BTF: the toolchain has no objcopy",
+			"publish a toolchain.tar.xz with the binutils of its compiler; or "+hintNoTypes)
 	}
 	have, err := Pahole(ctx)
 	if err != nil {
@@ -88,7 +90,8 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	major, _ := strconv.Atoi(parts[1]) // digits, by the pattern
 	minor, _ := strconv.Atoi(parts[2])
 	if number := 100*major + minor; number < t.pahole {
-		return fault.New(fault.Usage, fmt.Sprintf("make BTF: pahole is %s; the kernel's own BTF was made by v%d.%02d", have, t.pahole/100, t.pahole%100),
+		return fault.New(fault.Usage,
+			fmt.Sprintf("make BTF: pahole is %s; the kernel's own BTF was made by v%d.%02d", have, t.pahole/100, t.pahole%100),
 			fmt.Sprintf("install dwarves %d.%02d or newer; or %s", t.pahole/100, t.pahole%100, hintNoTypes))
 	}
 	return nil
@@ -135,7 +138,7 @@ func (b *build) types(ctx context.Context, result *Result) (err error) {
 }
 
 // flagRules has make tell the flags that the kernel wants of pahole: since Linux
-// 6.9 its makefiles say them, before that a script, and in the beginning nobody.
+// 6.9 its makefiles say them, before that a script, and at first nothing does.
 const flagRules = `
 srctree := .
 -include include/config/auto.conf
@@ -156,15 +159,18 @@ func paholeFlags(ctx context.Context, box sandbox.Config) ([]string, error) {
 	box.Dir = insideKernel
 	said, err := ask(ctx, box, "make", "-s", "-f", "/dev/null", "--eval="+flagRules, "prebake-flags")
 	if err != nil {
-		return nil, refused(fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err), fault.Unsupported, hintNoTypes)
+		return nil, refused(fmt.Errorf("ask the kernel's makefiles for the flags of pahole: %w", err), fault.Unsupported,
+			hintNoTypes)
 	}
 	flags := strings.Fields(said)
 	for _, flag := range flags {
 		if !paholeFlag.MatchString(flag) {
-			return nil, fault.New(fault.Unsupported, fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: %.200q", said), hintNoTypes)
+			return nil, fault.New(fault.Unsupported,
+				fmt.Sprintf("ask the kernel's makefiles for the flags of pahole: %.200q", said), hintNoTypes)
 		}
 	}
-	return slices.DeleteFunc(flags, func(flag string) bool { return strings.HasPrefix(flag, "-j") || strings.HasPrefix(flag, "--jobs") }), nil
+	return slices.DeleteFunc(flags,
+		func(flag string) bool { return strings.HasPrefix(flag, "-j") || strings.HasPrefix(flag, "--jobs") }), nil
 }
 
 var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
@@ -172,7 +178,7 @@ var paholeFlag = regexp.MustCompile(`^--?[a-z][a-z0-9_,=]*$`)
 // wantsNoIDs refuses a module with functions for BPF programs: the numbers of
 // their types would have to be filled in.
 func wantsNoIDs(dir, name string) (err error) {
-	left, err := leftover.Open(dir)
+	left, err := untrusted.Open(dir)
 	if err != nil {
 		return err
 	}
@@ -187,7 +193,8 @@ func wantsNoIDs(dir, name string) (err error) {
 		return err
 	}
 	if f.Section(".BTF_ids") != nil {
-		return fault.New(fault.Unsupported, "it has a section .BTF_ids, which only the kernel's resolve_btfids can fill in", hintNoTypes)
+		return fault.New(fault.Unsupported, "it has a section .BTF_ids, which only the kernel's resolve_btfids can fill in",
+			hintNoTypes)
 	}
 	return nil
 }

@@ -40,7 +40,8 @@ func typedToy(t *testing.T, config string) compile.Request {
 		".config":                 "CONFIG_MODVERSIONS=y\n" + config,
 		"scripts/pahole-flags.sh": "echo --btf_gen_floats -j --lang_exclude=rust\n",
 	})
-	write(t, r.Source, map[string]string{"nvidia/nv.c": "struct nv_state { int minor; float load; }; int nv(struct nv_state *s) { return s->minor; }\n"})
+	write(t, r.Source, map[string]string{"nvidia/nv.c": "struct nv_state { int minor; float load; }; int nv(struct " +
+		"nv_state *s) { return s->minor; }\n"})
 	r.BTF = filepath.Join(dir, "vmlinux.btf")
 	return r
 }
@@ -124,11 +125,17 @@ func TestTypesRefused(t *testing.T) {
 		{"kernel without", "", nil, "", false, fault.Usage, "configured without CONFIG_DEBUG_INFO_BTF_MODULES"},
 		{"newer pahole", takesBTF + "CONFIG_PAHOLE_VERSION=9901\n", nil, "", false, fault.Usage, "made by v99.01"},
 		{"no objcopy", takesBTF, nil, "", true, fault.InputMissing, "no objcopy"},
-		{"flags that name a file", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --btf_base=/etc/x\n"}, "", false, fault.Unsupported, "--btf_base=/etc/x"},
-		{"flags that pahole does not know", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --of_the_future\n"}, "", false, fault.Internal, "--of_the_future"},
-		{"script that fails", takesBTF, map[string]string{"scripts/pahole-flags.sh": "exit 3\n"}, "", false, fault.Unsupported, "pahole-flags.sh failed"},
-		{"makefile that fails", takesBTF, map[string]string{"scripts/Kbuild.include": "", "scripts/Makefile.btf": "$(error no such kernel)\n"}, "", false, fault.Unsupported, "no such kernel"},
-		{"functions for BPF programs", takesBTF, nil, "__attribute__((section(\".BTF_ids\"))) int ids[2] = {1, 2};\n", false, fault.Unsupported, ".BTF_ids"},
+		{"flags that name a file", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --btf_base=/etc/x\n"}, "",
+			false, fault.Unsupported, "--btf_base=/etc/x"},
+		{"flags that pahole does not know", takesBTF, map[string]string{"scripts/pahole-flags.sh": "echo --of_the_future\n"},
+			"", false, fault.Internal, "--of_the_future"},
+		{"script that fails", takesBTF, map[string]string{"scripts/pahole-flags.sh": "exit 3\n"}, "", false,
+			fault.Unsupported, "pahole-flags.sh failed"},
+		{"makefile that fails", takesBTF,
+			map[string]string{"scripts/Kbuild.include": "", "scripts/Makefile.btf": "$(error no such kernel)\n"}, "", false,
+			fault.Unsupported, "no such kernel"},
+		{"functions for BPF programs", takesBTF, nil, "__attribute__((section(\".BTF_ids\"))) int ids[2] = {1, 2};\n", false,
+			fault.Unsupported, ".BTF_ids"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -143,18 +150,21 @@ func TestTypesRefused(t *testing.T) {
 				}
 			}
 			result, err := compile.Modules(t.Context(), r)
-			if !fault.Is(err, row.want) || !strings.Contains(err.Error(), row.text) || fault.Hint(err) == "" || len(result.Modules) > 0 {
-				t.Errorf("Modules = %v, %v (hint %q); want %v with %q and a hint", result.Modules, err, fault.Hint(err), row.want, row.text)
+			if !fault.Is(err, row.want) || !strings.Contains(err.Error(), row.text) || fault.Hint(err) == "" ||
+				len(result.Modules) > 0 {
+				t.Errorf("Modules = %v, %v (hint %q); want %v with %q and a hint", result.Modules, err, fault.Hint(err), row.want,
+					row.text)
 			}
 		})
 	}
 }
 
-// Whatever was killed for want of memory failed for that reason.
+// Whatever was killed without memory failed for that reason.
 func TestTypesOutOfMemory(t *testing.T) {
 	t.Parallel()
 	r := typedToy(t, takesBTF)
-	write(t, r.Headers, map[string]string{"scripts/Kbuild.include": "", "scripts/Makefile.btf": "PAHOLE_FLAGS := $(shell kill -9 $$PPID)\n"})
+	write(t, r.Headers, map[string]string{"scripts/Kbuild.include": "",
+		"scripts/Makefile.btf": "PAHOLE_FLAGS := $(shell kill -9 $$PPID)\n"})
 	if _, err := compile.Modules(t.Context(), r); !fault.Is(err, fault.OutOfMemory) || fault.Hint(err) == "" {
 		t.Errorf("Modules = %v; want out-of-memory, with a hint", err)
 	}
@@ -167,11 +177,13 @@ func TestTypesFlagsOfMakefiles(t *testing.T) {
 	write(t, r.Headers, map[string]string{
 		"include/config/auto.conf": "CONFIG_PAHOLE_VERSION=124\n",
 		"scripts/Kbuild.include":   "same = $(if $(filter $1,$2),y)\n",
-		"scripts/Makefile.btf":     "flags-$(call same,$(CONFIG_PAHOLE_VERSION),124) := --jobs=4 -j2 --btf_gen_floats\nexport PAHOLE_FLAGS := $(flags-y)\nexport MODULE_PAHOLE_FLAGS := --of_the_future\n",
+		"scripts/Makefile.btf": "flags-$(call same,$(CONFIG_PAHOLE_VERSION),124) := --jobs=4 -j2 " +
+			"--btf_gen_floats\nexport PAHOLE_FLAGS := $(flags-y)\nexport MODULE_PAHOLE_FLAGS := --of_the_future\n",
 	})
 	var log bytes.Buffer
 	r.Log = &log
-	if _, err := compile.Modules(t.Context(), r); err != nil || !strings.Contains(log.String(), "nvidia.ko --btf_gen_floats\n") {
+	if _, err := compile.Modules(t.Context(), r); err != nil ||
+		!strings.Contains(log.String(), "nvidia.ko --btf_gen_floats\n") {
 		t.Errorf("Modules = %v; want the makefile's flags in\n%s", err, &log)
 	}
 }

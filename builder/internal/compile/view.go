@@ -20,9 +20,9 @@ import (
 	"github.com/prebake/prebake/pkg/sandbox"
 )
 
-// A view is a kernel's header tree less what tells it from its siblings: the
+// A view is a kernel's header tree less what differs between siblings: the
 // release and version strings, the salt of the build ids, and the checksums in
-// Module.symvers. What is remembered under a view's digest is found out with
+// Module.symvers. What is stored under a view's digest is found out with
 // those things out of sight, so that the key covers all that was to be seen.
 type view struct {
 	viewFact
@@ -69,7 +69,10 @@ func masks() map[string]func([]byte) []byte {
 		"include/generated/utsrelease.h": dropStrings,
 		"include/generated/utsversion.h": hideStrings,
 		"include/config/kernel.release":  func([]byte) []byte { return []byte("masked\n") },
-		"Module.symvers":                 func(text []byte) []byte { return symversCRC.ReplaceAll(text, []byte("0x00000000\t")) },
+		"Module.symvers": func(text []byte) []byte {
+			return symversCRC.ReplaceAll(text,
+				[]byte("0x00000000\t"))
+		},
 	}
 }
 
@@ -85,7 +88,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		} else if err != nil {
 			return nil, err
 		} else if !info.Mode().IsRegular() {
-			return nil, fmt.Errorf("%w: %s is not a file", errLeft, name)
+			return nil, fmt.Errorf("%w: %s is not a file", errUseMake, name)
 		}
 		text, err := readHost(path)
 		if err != nil {
@@ -95,7 +98,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		fmt.Fprintf(h, "%s %d\n%s\n", name, len(v.masked[name]), v.masked[name])
 	}
 	var shown viewFact
-	raw, ok := cache.Recall("header-view-1", headerDigest)
+	raw, ok := cache.Fact("header-view-1", headerDigest)
 	if !ok || json.Unmarshal(raw, &shown) != nil {
 		var err error
 		skip := func(p string) bool { _, masked := v.masked[p]; return masked }
@@ -108,7 +111,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 		if raw, err = json.Marshal(shown); err != nil {
 			return nil, err
 		}
-		if err := cache.Remember("header-view-1", headerDigest, raw); err != nil {
+		if err := cache.PutFact("header-view-1", headerDigest, raw); err != nil {
 			return nil, err
 		}
 	}
@@ -117,7 +120,7 @@ func newView(ctx context.Context, cache *cas.Cache, headers, headerDigest string
 	return v, nil
 }
 
-// namesDriver reports whether a header speaks of the driver's own macros: then
+// namesDriver reports whether a header mentions the driver's own macros: then
 // what the driver defines changes what the header says.
 func namesDriver(headers string) (found bool, err error) {
 	err = walkHost(headers, func(path string, d fs.DirEntry, err error) error {

@@ -56,7 +56,8 @@ func TestView(t *testing.T) {
 			}
 			first = v.viewFact
 			for name, text := range v.masked {
-				if bytes.Contains(text, []byte("55")) || bytes.Contains(text, []byte("12345678")) || bytes.Contains(text, []byte("me\"")) {
+				if bytes.Contains(text, []byte("55")) || bytes.Contains(text, []byte("12345678")) ||
+					bytes.Contains(text, []byte("me\"")) {
 					t.Errorf("%s shows %s", name, text)
 				}
 			}
@@ -75,7 +76,8 @@ func TestView(t *testing.T) {
 		{"release", "include/generated/utsrelease.h", "#define UTS_RELEASE \"6.1-56\"\n", true, false},
 		{"release file", "include/config/kernel.release", "6.1-56\n", true, false},
 		{"who compiled", "include/generated/compile.h", "#define LINUX_COMPILE_BY \"you\"\n", true, false},
-		{"a macro in utsrelease.h", "include/generated/utsrelease.h", "#define UTS_RELEASE \"6.1-55\"\n#define X 1\n", false, false},
+		{"a macro in utsrelease.h", "include/generated/utsrelease.h", "#define UTS_RELEASE \"6.1-55\"\n#define X 1\n", false,
+			false},
 		{"a symbol's checksum", "Module.symvers", "0x87654321\ta\tvmlinux\tEXPORT_SYMBOL\t\n", true, false},
 		{"a symbol's licence", "Module.symvers", "0x12345678\ta\tvmlinux\tEXPORT_SYMBOL_GPL\t\n", false, false},
 		{"header", "include/linux/a.h", "long a;\n", false, false},
@@ -86,7 +88,8 @@ func TestView(t *testing.T) {
 	} {
 		got := digest(map[string]string{row.file: row.text})
 		if (got.Digest == base.Digest) != row.same || got.Macros != row.macros {
-			t.Errorf("%s: same digest %t, macros %t; want %t, %t", row.name, got.Digest == base.Digest, got.Macros, row.same, row.macros)
+			t.Errorf("%s: same digest %t, macros %t; want %t, %t", row.name, got.Digest == base.Digest, got.Macros, row.same,
+				row.macros)
 		}
 	}
 }
@@ -120,7 +123,8 @@ func TestBuildID(t *testing.T) {
 	}
 	var stripped [][]byte
 	for _, debug := range []string{"-g0", "-g", "-g3"} {
-		object, full, bare := filepath.Join(dir, "a"+debug+".o"), filepath.Join(dir, "full"+debug), filepath.Join(dir, "bare"+debug)
+		object, full, bare := filepath.Join(dir, "a"+debug+".o"), filepath.Join(dir, "full"+debug), filepath.Join(dir,
+			"bare"+debug)
 		sh("gcc", "-O2", debug, "-c", "-o", object, source)
 		sh("ld", "-r", "--build-id=sha1", "-o", full, object)
 		sh("strip", "--strip-debug", "-o", bare, full)
@@ -181,7 +185,8 @@ func TestParseCommand(t *testing.T) {
 	t.Parallel()
 	for _, text := range []string{aCommand, "saved" + aCommand} {
 		got, ok := parseCommand(text)
-		if diff := cmp.Diff([]string{"/prebake/src/nvidia/nv.c", "include/linux/kconfig.h", "/prebake/src/common/inc/nv.h"}, got.deps); !ok || diff != "" {
+		if diff := cmp.Diff([]string{"/prebake/src/nvidia/nv.c", "include/linux/kconfig.h", "/prebake/src/common/inc/nv.h"},
+			got.deps); !ok || diff != "" {
 			t.Errorf("parseCommand = %t; dependencies differ (-want +got):\n%s", ok, diff)
 		}
 	}
@@ -204,8 +209,8 @@ func TestParseCommand(t *testing.T) {
 
 func TestWords(t *testing.T) {
 	t.Parallel()
-	read := func(text string) *words {
-		return newWordReader(map[string]bool{"UTS": true}).read("f", func() ([]byte, error) { return []byte(text), nil })
+	read := func(text string) *fileFacts {
+		return newNameScanner(map[string]bool{"UTS": true}).read("f", func() ([]byte, error) { return []byte(text), nil })
 	}
 	for text, want := range map[string]bool{
 		"UTS": true, "a UTS b": true, "(UTS)": true, "XUTS UTS": true, "UTSUTS UTS": true,
@@ -215,10 +220,12 @@ func TestWords(t *testing.T) {
 			t.Errorf("words of %q name UTS: %t; want %t", text, got, want)
 		}
 	}
-	if got := read("#define X(a) NV_IS_ ## a\n#define Y(b) b##_PRESENT\n").pastes; !got["NV_IS_"] || !got["_PRESENT"] || len(got) != 2 {
+	if got := read("#define X(a) NV_IS_ ## a\n#define Y(b) b##_PRESENT\n").pastes; !got["NV_IS_"] || !got["_PRESENT"] ||
+		len(got) != 2 {
 		t.Errorf("pasted parts are %v", got)
 	}
-	for text, want := range map[string]bool{"asm(\".incbin \\\"f\\\"\");": true, "#embed <f>": true, "int incbin;": false} {
+	for text, want := range map[string]bool{"asm(\".incbin \\\"f\\\"\");": true, "#embed <f>": true,
+		"int incbin;": false} {
 		if got := read(text).hides; got != want {
 			t.Errorf("%q takes a file in: %t; want %t", text, got, want)
 		}
@@ -257,7 +264,8 @@ func TestWatchReuse(t *testing.T) {
 	for _, p := range w.phases {
 		notes = append(notes, p.Name+": "+p.Note)
 	}
-	if diff := cmp.Diff([]string{"conftest: 10 tests, 9 remembered", "compile: 3 files, 3 reused", "link: 1 step"}, notes); diff != "" {
+	if diff := cmp.Diff([]string{"conftest: 10 tests, 9 remembered", "compile: 3 files, 3 reused", "link: 1 step"},
+		notes); diff != "" {
 		t.Errorf("phases differ (-want +got):\n%s", diff)
 	}
 }

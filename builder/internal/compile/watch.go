@@ -117,7 +117,7 @@ func newWatch(log io.Writer, progress func(string, int, int), expect work, now f
 	return &watch{log: log, progress: progress, expect: expect, now: now, started: now(), reused: map[string]int{}}
 }
 
-// reuse counts steps of a phase whose outcome was remembered.
+// reuse counts steps of a phase whose outcome was stored.
 func (w *watch) reuse(phase string, n int) {
 	if n == 0 {
 		return
@@ -134,7 +134,8 @@ func (w *watch) reuse(phase string, n int) {
 
 // note is what a phase's record says of itself.
 func (w *watch) note(phase string, done int) string {
-	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"}, phaseLink: {"step", ""}}[phase]
+	what := map[string][2]string{phaseConftest: {"test", "remembered"}, phaseCompile: {"file", "reused"},
+		phaseLink: {"step", ""}}[phase]
 	text := count(done+w.reused[phase], what[0])
 	if n := w.reused[phase]; n > 0 {
 		text += ", " + strconv.Itoa(n) + " " + what[1]
@@ -160,7 +161,7 @@ func (w *watch) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// close reads the last line, ends the running phase and returns the log's trouble.
+// close reads the last line, ends the running phase and returns the log's error.
 func (w *watch) close(failed bool) error {
 	if len(w.line) > 0 {
 		w.read(string(w.line))

@@ -142,8 +142,10 @@ $(obj)/conftest/uts_release: NV_GENERATE_UTS_RELEASE
 $(HEADERS): $(obj)/conftest/uts_release
 `
 	for name, row := range map[string]struct{ text, said string }{
-		"as NVIDIA has it":   {text, "checked cc_sanity_check\nchecked xen_sanity_check\n"},
-		"as Debian edits it": {text + ".PHONY: conftest-verbose\nconftest-verbose:\n\t@echo flags\n$(obj)/conftest/uts_release $(BUILD_SANITY_CHECKS) $(obj)/conftest/patches.h: | conftest-verbose\n", "flags\nchecked cc_sanity_check\nchecked xen_sanity_check\n"},
+		"as NVIDIA has it": {text, "checked cc_sanity_check\nchecked xen_sanity_check\n"},
+		"as Debian edits it": {text +
+			".PHONY: conftest-verbose\nconftest-verbose:\n\t@echo flags\n$(obj)/conftest/uts_release $(BUILD_SANITY_CHECKS) " +
+			"$(obj)/conftest/patches.h: | conftest-verbose\n", "flags\nchecked cc_sanity_check\nchecked xen_sanity_check\n"},
 	} {
 		file := filepath.Join(t.TempDir(), "plan")
 		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
@@ -152,7 +154,8 @@ $(HEADERS): $(obj)/conftest/uts_release
 		out, err := cmd.Output()
 		var exit *exec.ExitError
 		if !errors.As(err, &exit) || string(out) != row.said {
-			t.Errorf("%s: make ended with %v and said\n%s\nwant it stopped before the first question, and\n%s", name, err, out, row.said)
+			t.Errorf("%s: make ended with %v and said\n%s\nwant it stopped before the first question, and\n%s", name, err, out,
+				row.said)
 		}
 		got, err := os.ReadFile(file)
 		if err != nil {
@@ -178,9 +181,11 @@ func TestParsePlan(t *testing.T) {
 	t.Parallel()
 	_, p := parse(t, script, plan)
 	want := &conftest.Plan{
-		CC: "gcc", Arch: "x86_64", Sources: "/k", Output: "/k", Flags: `-O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"`, CFlags: "-O2",
+		CC: "gcc", Arch: "x86_64", Sources: "/k", Output: "/k",
+		Flags: `-O2 -DKBUILD_BASENAME="#conftest12" -DNV_VERSION_STRING=\"535.1\"`, CFlags: "-O2",
 		Headers: []string{"asm/page.h", "linux/b.h", "asm/page.h"},
-		Tests:   map[string][]string{"functions": {"set_uc", "one"}, "generic": {}, "macros": {}, "symbols": {"symbol_x", "symbol_y", "symbol_x"}, "types": {"one"}},
+		Tests: map[string][]string{"functions": {"set_uc", "one"}, "generic": {}, "macros": {},
+			"symbols": {"symbol_x", "symbol_y", "symbol_x"}, "types": {"one"}},
 	}
 	if diff := cmp.Diff(want, p); diff != "" {
 		t.Errorf("plan differs (-want +got):\n%s", diff)
@@ -201,7 +206,8 @@ func TestParsePlan(t *testing.T) {
 	} {
 		text := strings.ReplaceAll(plan, row.from, row.to)
 		if row.name == "no tests" {
-			text = "cc gcc\narch x\nsources /k\noutput /k\nflags \ncflags \nheaders a.h\nfunctions \ngeneric \nmacros \nsymbols \ntypes \n"
+			text = "cc gcc\narch x\nsources /k\noutput /k\nflags \ncflags \nheaders a.h\nfunctions \ngeneric \nmacros " +
+				"\nsymbols \ntypes \n"
 		}
 		if got, err := conftest.ParsePlan(text); !errors.Is(err, conftest.ErrShape) {
 			t.Errorf("ParsePlan of %s = %+v, %v; want %v", row.name, got, err, conftest.ErrShape)
@@ -240,7 +246,8 @@ func TestQuestion(t *testing.T) {
 			t.Errorf("the script for %s answers %q to another question", test, got)
 		}
 	}
-	if got, err := sh(question(""), conftest.ModeHeader, "-O2", "asm/page.h"); err != nil || got != "#define HEADER asm/page.h -O2\n" {
+	if got, err := sh(question(""), conftest.ModeHeader, "-O2", "asm/page.h"); err != nil ||
+		got != "#define HEADER asm/page.h -O2\n" {
 		t.Errorf("asm/page.h: the script answers %q, %v", got, err)
 	}
 	if got, err := sh(question(""), conftest.ModePatches); err != nil || got != "" {
@@ -258,19 +265,22 @@ func TestQuestion(t *testing.T) {
 func TestScriptShapes(t *testing.T) {
 	t.Parallel()
 	s, _ := parse(t, script, plan)
-	for test, want := range map[string]bool{"set_uc": true, "one": true, "other": true, "symbol_abc": true, "gone": false, "set_uc2": false, "*": false} {
+	for test, want := range map[string]bool{"set_uc": true, "one": true, "other": true, "symbol_abc": true, "gone": false,
+		"set_uc2": false, "*": false} {
 		if got := s.Knows(test); got != want {
 			t.Errorf("Knows(%s) = %t; want %t", test, got, want)
 		}
 	}
 	for _, row := range []struct{ name, from, to string }{
-		{"two loops", "        for i in $*; do compile_test $i; done\n", "        for i in $*; do compile_test $i; done\n        for i in $*; do compile_test $i; done\n"},
+		{"two loops", "        for i in $*; do compile_test $i; done\n",
+			"        for i in $*; do compile_test $i; done\n        for i in $*; do compile_test $i; done\n"},
 		{"another loop", "do compile_test $i", "do compile_test \"$i\""},
 		{"no way to ask for headers", "test_kernel_header)", "test_header)"},
 		{"no tests", "compile_test() {", "compile_it() {"},
 		{"a case within", "LEFT=over", "LEFT=over\n            case $LEFT in\n            over) ;;\n            esac"},
 		{"a stanza with its body beside", "        one | other)", "        one | other) LEFT=over"},
-		{"a stanza that does not end", "            echo \"#undef $1 $CC\"\n        ;;\n", "            echo \"#undef $1 $CC\"\n"},
+		{"a stanza that does not end", "            echo \"#undef $1 $CC\"\n        ;;\n",
+			"            echo \"#undef $1 $CC\"\n"},
 	} {
 		text := strings.Replace(script, row.from, row.to, 1)
 		if text == script {
@@ -290,14 +300,14 @@ func TestScriptShapes(t *testing.T) {
 	}
 }
 
-// What decides an answer is in its key or in its sheet's, and nothing else is.
+// What decides an answer is in its key or in its cache's, and nothing else is.
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	const headers = "#define NV_ASM_PAGE_H_PRESENT\n#undef NV_LINUX_B_H_PRESENT\n"
 	keys := func(scriptText, planText, headersText string, basis conftest.Basis) map[string]string {
 		t.Helper()
 		s, p := parse(t, scriptText, planText)
-		a := conftest.NewAsker(s, p, basis)
+		a := conftest.NewKeyer(s, p, basis)
 		set, ok := a.TestKey("set_uc", headersText)
 		if !ok {
 			t.Fatal("no key for set_uc")
@@ -306,7 +316,7 @@ func TestKeys(t *testing.T) {
 		if _, ok := a.TestKey("gone", headersText); ok {
 			t.Error("a key for a test that the script does not know")
 		}
-		return map[string]string{"sheet": a.SheetKey(), "set_uc": set, "one": one, "header": a.HeaderKey("asm/page.h")}
+		return map[string]string{"sheet": a.CacheKey(), "set_uc": set, "one": one, "header": a.HeaderKey("asm/page.h")}
 	}
 	basis := conftest.Basis{View: "v", Toolchain: "t", Recipe: "r"}
 	base := keys(script, plan, headers, basis)
@@ -320,7 +330,8 @@ func TestKeys(t *testing.T) {
 		{"nothing", script, plan, headers, basis, ""},
 		{"process number", script, replace(plan, "conftest12", "conftest345"), headers, basis, ""},
 		{"driver version", script, replace(plan, "535.1", "535.2"), headers, basis, ""},
-		{"driver version that a header names", script, replace(plan, "535.1", "535.2"), headers, conftest.Basis{View: "v", Toolchain: "t", Recipe: "r", Macros: true}, "sheet set_uc one"},
+		{"driver version that a header names", script, replace(plan, "535.1", "535.2"), headers,
+			conftest.Basis{View: "v", Toolchain: "t", Recipe: "r", Macros: true}, "sheet set_uc one"},
 		{"-fms-extensions", script, ms, headers, basis, "sheet"}, // a header may hold what it allows
 		{"other flags", script, replace(plan, "-O2", "-O3"), headers, basis, "sheet"},
 		{"another compiler's name", script, replace(plan, "cc gcc", "cc gcc-12"), headers, basis, "sheet"},
@@ -348,12 +359,12 @@ func TestKeys(t *testing.T) {
 		}
 	}
 	s, p := parse(t, script, plan)
-	a := conftest.NewAsker(s, p, basis)
+	a := conftest.NewKeyer(s, p, basis)
 	if got := a.Flags(); strings.Contains(got, "535.1") || strings.Contains(got, "conftest12") {
 		t.Errorf("Flags = %q: a program would see what no key covers", got)
 	}
-	if got := a.Seen("set_uc", headers); got != "#define NV_ASM_PAGE_H_PRESENT\n" {
-		t.Errorf("Seen = %q; want the one line that the test's text names", got)
+	if got := a.Visible("set_uc", headers); got != "#define NV_ASM_PAGE_H_PRESENT\n" {
+		t.Errorf("Visible = %q; want the one line that the test's text names", got)
 	}
 }
 
@@ -365,12 +376,12 @@ func TestKeyOfLinesInText(t *testing.T) {
 	key := func(scriptText, headers string) (string, string) {
 		t.Helper()
 		s, p := parse(t, scriptText, plan)
-		a := conftest.NewAsker(s, p, conftest.Basis{View: "v", Toolchain: "t", Recipe: "r"})
+		a := conftest.NewKeyer(s, p, conftest.Basis{View: "v", Toolchain: "t", Recipe: "r"})
 		k, ok := a.TestKey("set_uc", headers)
 		if !ok {
 			t.Fatal("no key for set_uc")
 		}
-		return k, a.SheetKey()
+		return k, a.CacheKey()
 	}
 	_, text, _ := strings.Cut(script, "        set_uc)\n")
 	text, _, _ = strings.Cut(text, "        ;;")
@@ -391,7 +402,8 @@ func TestFiles(t *testing.T) {
 	got := map[string]string{}
 	order := map[string]int{}
 	for i, f := range p.Files(map[string]string{"asm/page.h": "P\n", "linux/b.h": "B\n"},
-		map[string]string{"set_uc": "S\n", "one": "1\n", "symbol_x": "X\n", "symbol_y": "Y\n"}, "patches\n", "   \"6.1\"\n\n") {
+		map[string]string{"set_uc": "S\n", "one": "1\n", "symbol_x": "X\n", "symbol_y": "Y\n"}, "patches\n",
+		"   \"6.1\"\n\n") {
 		got[f.Name], order[f.Name] = f.Text, i
 	}
 	p.Headers = nil
@@ -404,13 +416,17 @@ func TestFiles(t *testing.T) {
 	want := map[string]string{
 		"uts_release": v, "patches.h": "patches\n", "headers.h": "P\nB\n" + v,
 		"header_presence/asm/page.h.part": "P\n", "header_presence/linux/b.h.part": "B\n",
-		"compile-tests/set_uc.h": "S\n", "compile-tests/one.h": "1\n", "compile-tests/symbol_x.h": "X\n", "compile-tests/symbol_y.h": "Y\n",
-		"functions.h": "S\n1\n" + v, "generic.h": v, "macros.h": v, "symbols.h": "X\nY\n" + v, "types.h": "1\n" + v,
+		"compile-tests/set_uc.h": "S\n", "compile-tests/one.h": "1\n", "compile-tests/symbol_x.h": "X\n",
+		"compile-tests/symbol_y.h": "Y\n",
+		"functions.h":              "S\n1\n" + v, "generic.h": v, "macros.h": v, "symbols.h": "X\nY\n" + v,
+		"types.h": "1\n" + v,
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("files differ (-want +got):\n%s", diff)
 	}
-	for _, pair := range [][2]string{{"uts_release", "header_presence/asm/page.h.part"}, {"header_presence/linux/b.h.part", "headers.h"}, {"headers.h", "compile-tests/one.h"}, {"compile-tests/one.h", "types.h"}} {
+	for _, pair := range [][2]string{{"uts_release", "header_presence/asm/page.h.part"},
+		{"header_presence/linux/b.h.part", "headers.h"}, {"headers.h", "compile-tests/one.h"},
+		{"compile-tests/one.h", "types.h"}} {
 		if order[pair[0]] >= order[pair[1]] {
 			t.Errorf("%s comes after %s, which is made of it", pair[0], pair[1])
 		}
@@ -419,16 +435,16 @@ func TestFiles(t *testing.T) {
 
 func TestSheet(t *testing.T) {
 	t.Parallel()
-	s := conftest.Sheet{"k": "#define A\n"}
-	if got := conftest.ReadSheet(s.Bytes()); !cmp.Equal(got, s) {
-		t.Errorf("ReadSheet(Bytes) = %v; want %v", got, s)
+	s := conftest.Answers{"k": "#define A\n"}
+	if got := conftest.ReadAnswers(s.Bytes()); !cmp.Equal(got, s) {
+		t.Errorf("ReadAnswers(Bytes) = %v; want %v", got, s)
 	}
 	for _, raw := range []string{"", "null", "[]", `{"a":1}`} {
-		if got := conftest.ReadSheet([]byte(raw)); got == nil || len(got) != 0 {
-			t.Errorf("ReadSheet(%q) = %v; want an empty sheet", raw, got)
+		if got := conftest.ReadAnswers([]byte(raw)); got == nil || len(got) != 0 {
+			t.Errorf("ReadAnswers(%q) = %v; want an empty sheet", raw, got)
 		}
 	}
-	if raw := (conftest.Sheet{"k": strings.Repeat("x", 2<<20)}).Bytes(); raw != nil {
+	if raw := (conftest.Answers{"k": strings.Repeat("x", 2<<20)}).Bytes(); raw != nil {
 		t.Errorf("Bytes of a sheet too large = %d bytes; want none", len(raw))
 	}
 }

@@ -1,8 +1,7 @@
 // Package conftest knows NVIDIA's conftest.sh: which questions a driver asks
 // about a kernel, what decides each answer, and the files that make expects
-// them in. Answers are remembered in sheets, one for each kernel view and
-// compiler, so that a sibling kernel and the next driver of a branch ask only
-// what is new.
+// them in. Answers are stored in the conftest cache, by kernel view and compiler, so that a sibling kernel and the next
+// driver of a branch ask only what is new.
 //
 // It refuses to guess: a script or a plan whose shape it does not know is
 // [ErrShape], and its caller leaves the questions to make. It runs nothing;
@@ -56,11 +55,12 @@ var planVariables = []struct{ name, expression string }{
 // driver's sanity checks run, writes the plan to file, and stops make before the
 // first question: make alone knows the flags, which the kernel's makefiles
 // compose. It hangs on conftest/uts_release, which every header of answers
-// depends on: so it stands in NVIDIA's releases from 515.43.04 to 595.45.04, and in
+// depends on: so it is in NVIDIA's releases from 515.43.04 to 595.45.04, and in
 // Debian's edition of them.
 func PlanRules(file string) string {
 	var b strings.Builder
-	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: $(BUILD_SANITY_CHECKS)\n")
+	b.WriteString("\n$(obj)/conftest/uts_release: prebake-plan\n.PHONY: prebake-plan\nprebake-plan: " +
+		"$(BUILD_SANITY_CHECKS)\n")
 	for i, v := range planVariables {
 		arrow := ">>"
 		if i == 0 {

@@ -125,7 +125,7 @@ const (
 	ModePatches = "patch_check"
 )
 
-// names reports whether the script speaks of a word anywhere.
+// names reports whether the script mentions a word anywhere.
 func (s *Script) names(word string) bool {
 	for _, st := range s.stanzas {
 		if strings.Contains(st.text, word) {
@@ -139,7 +139,7 @@ func (s *Script) names(word string) bool {
 func (s *Script) OneHeader() bool { return s.oneHeader }
 
 // Question returns the script with no other test than this one: what its answer
-// is made of, and what [Asker.TestKey] covers. With "" it has no test at all.
+// is made of, and what [Keyer.TestKey] covers. With "" it has no test at all.
 func (s *Script) Question(test string) ([]byte, error) {
 	text := ""
 	if test != "" {

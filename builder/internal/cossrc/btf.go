@@ -29,11 +29,11 @@ func (f *fetcher) types(ctx context.Context, headers string) (p part, err error)
 		return p, err
 	}
 	if !config.On("CONFIG_DEBUG_INFO_BTF_MODULES") {
-		f.Sayf("this kernel is configured without BTF for modules")
+		f.Progressf("this kernel is configured without BTF for modules")
 		return p, nil
 	}
 	err = f.either(cosbucket.VMLinuxName(f.kernel), func(at string) error {
-		sum, err := f.SumBeside(ctx, at)
+		sum, err := f.ChecksumFile(ctx, at)
 		if err != nil {
 			return err
 		}
@@ -72,7 +72,8 @@ func extractTypes(vmlinux, to string) (err error) {
 		_, err = btf.Parse(data)
 	}
 	if err != nil {
-		return fault.Wrap(fault.Unsupported, err, "check that the object is the kernel as it was linked, with its BTF; or build without --btf")
+		return fault.Wrap(fault.Unsupported, err,
+			"check that the object is the kernel as it was linked, with its BTF; or build without --btf")
 	}
 	return os.WriteFile(to, data, 0o644)
 }

@@ -26,9 +26,11 @@ func TestBTF(t *testing.T) {
 
 	files := headerFiles()
 	files[tree+".config"] += "CONFIG_DEBUG_INFO_BTF=y\nCONFIG_DEBUG_INFO_BTF_MODULES=y\n"
-	put(t, root, map[string][]byte{b + "kernel-headers.tgz": release(t, files, toolchainFiles(), day, 0)["kernel-headers.tgz"]})
+	put(t, root, map[string][]byte{b + "kernel-headers.tgz": release(t, files, toolchainFiles(), day,
+		0)["kernel-headers.tgz"]})
 	_, err := fetch(cossrc.WithBTF())
-	if !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), url+"/17800.0.9/lakitu/vmlinux") || fault.Hint(err) == "" {
+	if !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), url+"/17800.0.9/lakitu/vmlinux") ||
+		fault.Hint(err) == "" {
 		t.Errorf("Fetch without a vmlinux = %v; want input-missing that names it, with a hint", err)
 	}
 	types := btfsample.Kernel("int", "task_struct")
@@ -42,11 +44,13 @@ func TestBTF(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if data, err := os.ReadFile(first.BTF); err != nil || !bytes.Equal(data, types) || len(first.Materials) != len(plain.Materials)+1 || first.Fingerprint == plain.Fingerprint {
+	if data, err := os.ReadFile(first.BTF); err != nil || !bytes.Equal(data, types) ||
+		len(first.Materials) != len(plain.Materials)+1 || first.Fingerprint == plain.Fingerprint {
 		t.Errorf("types = %q, %v, of %+v; want vmlinux's, as one more material, and another fingerprint", data, err, first)
 	}
 	vmlinux(".text", "second", ".BTF", string(types))
-	if again, err := fetch(cossrc.WithBTF()); err != nil || again.Fingerprint != first.Fingerprint || again.BTFDigest != first.BTFDigest {
+	if again, err := fetch(cossrc.WithBTF()); err != nil || again.Fingerprint != first.Fingerprint ||
+		again.BTFDigest != first.BTFDigest {
 		t.Errorf("another build of the same kernel = %+v, %v; want the same fingerprint as %+v", again, err, first)
 	}
 	vmlinux(".text", "first", ".BTF", string(btfsample.Kernel("int", "task_group")))

@@ -1,4 +1,4 @@
-// Package cossrc brings what a COS release bucket holds about one build's
+// Package cossrc fetches what a COS release bucket holds about one build's
 // kernel into the cache: header tree, toolchain, compiler names, and, where
 // there is one, the image that boots it in a test machine. From these it takes
 // the kernel's release and version and computes its ABI fingerprint.
@@ -110,14 +110,15 @@ var (
 	bootLimits      = archive.Options{Entries: 20_000, Bytes: 2 << 30}
 )
 
-// Fetch brings the kernel inputs of one COS build into the cache. say is told
-// about progress, a line at a time; it may be nil.
-func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string), options ...Option) (*Inputs, error) {
+// Fetch fetches the kernel inputs of one COS build into the cache. say receives progress, a line at a time; it may be
+// nil.
+func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string),
+	options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
 	if err != nil {
 		return nil, fault.Wrap(fault.Usage, err, "name a build as a bucket does: --build-id 17800.66.78 --board lakitu")
 	}
-	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, bucket: b, kernel: kernel}
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
 	for _, o := range options {
 		o(f)
 	}
@@ -162,7 +163,8 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		if headersDir, err = headersRoot(headers.at); err != nil {
 			return err
 		}
-		headers.digest, err = f.treeDigest(gctx, headersKind, headers.material.Digest, func() (string, error) { return digestHeaders(gctx, headersDir) })
+		headers.digest, err = f.treeDigest(gctx, headersKind, headers.material.Digest,
+			func() (string, error) { return digestHeaders(gctx, headersDir) })
 		if err != nil {
 			return err
 		}
@@ -186,7 +188,8 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		if toolchain, err = f.toolchain(gctx, limits); err != nil {
 			return err
 		}
-		toolchain.digest, err = f.treeDigest(gctx, toolchainKind, toolchain.material.Digest, func() (string, error) { return cas.DigestTree(gctx, toolchain.at, nil) })
+		toolchain.digest, err = f.treeDigest(gctx, toolchainKind, toolchain.material.Digest,
+			func() (string, error) { return cas.DigestTree(gctx, toolchain.at, nil) })
 		return err
 	})
 	if err := g.Wait(); err != nil {
@@ -205,7 +208,8 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		return nil, err
 	}
 	in.Fingerprint = combine(headers.digest, toolchain.digest, types.digest, in.Env)
-	for _, m := range []Material{headers.material, toolchain.material, toolchain.pointer, envMaterial, commitMaterial, types.material, boot.material} {
+	for _, m := range []Material{headers.material, toolchain.material, toolchain.pointer, envMaterial, commitMaterial,
+		types.material, boot.material} {
 		if m.Digest != "" {
 			in.Materials = append(in.Materials, m)
 		}
@@ -220,12 +224,14 @@ func headersRoot(dir string) (string, error) {
 		return "", err
 	}
 	if len(found) != 1 {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
+		return "", fault.New(fault.Unsupported,
+			fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that the object is the header archive of a COS build")
 	}
 	// Lstat: what is behind a link is not part of the fingerprint.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
+		return "", fault.New(fault.Unsupported,
+			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
 			"check that the object is the header archive of a COS build")
 	}
 	for _, must := range []string{"Makefile", ".config", "Module.symvers"} {
@@ -235,9 +241,11 @@ func headersRoot(dir string) (string, error) {
 		}
 		hint := "check that the object is the header archive of a COS build"
 		if must == "Module.symvers" {
-			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the gate look every symbol up in it"
+			hint = "publish a kernel-headers.tgz that holds the kernel's Module.symvers: modpost and the gate look every " +
+				"symbol up in it"
 		}
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel-headers.tgz: no file %s, or nothing in it", path.Join(filepath.Base(found[0]), must)), hint)
+		return "", fault.New(fault.Unsupported,
+			fmt.Sprintf("read kernel-headers.tgz: no file %s, or nothing in it", path.Join(filepath.Base(found[0]), must)), hint)
 	}
 	return found[0], nil
 }

@@ -46,7 +46,8 @@ func headerFiles() map[string]string {
 }
 
 func toolchainFiles() map[string]string {
-	return map[string]string{"bin/x86_64-cros-linux-gnu-gcc*": "ELF gcc", "bin/cc": "-> x86_64-cros-linux-gnu-gcc", "lib/libgcc.a": "archive"}
+	return map[string]string{"bin/x86_64-cros-linux-gnu-gcc*": "ELF gcc", "bin/cc": "-> x86_64-cros-linux-gnu-gcc",
+		"lib/libgcc.a": "archive"}
 }
 
 func tarOf(t testing.TB, files map[string]string, when time.Time, uid int) []byte {
@@ -55,7 +56,8 @@ func tarOf(t testing.TB, files map[string]string, when time.Time, uid int) []byt
 	w := tar.NewWriter(&b)
 	for _, name := range slices.Sorted(maps.Keys(files)) {
 		body := files[name]
-		h := &tar.Header{Name: "./" + strings.TrimSuffix(name, "*"), Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(body)), ModTime: when, Uid: uid, Gid: uid}
+		h := &tar.Header{Name: "./" + strings.TrimSuffix(name, "*"), Typeflag: tar.TypeReg, Mode: 0o644,
+			Size: int64(len(body)), ModTime: when, Uid: uid, Gid: uid}
 		if strings.HasSuffix(name, "*") {
 			h.Mode = 0o755
 		}
@@ -158,14 +160,16 @@ func newBench(t testing.TB) *bench {
 func (b *bench) fetch(t testing.TB, build string) (*cossrc.Inputs, error) {
 	t.Helper()
 	b.said = nil
-	return cossrc.Fetch(t.Context(), b.bucket, b.cache, build, "lakitu", func(line string) { b.said = append(b.said, line) })
+	return cossrc.Fetch(t.Context(), b.bucket, b.cache, build, "lakitu",
+		func(line string) { b.said = append(b.said, line) })
 }
 
 func TestFetch(t *testing.T) {
 	t.Parallel()
 	b := newBench(t)
 	objects := release(t, headerFiles(), toolchainFiles(), day, 0)
-	objects["prebake-boot.tgz"] = tgz(t, tarOf(t, map[string]string{"vmlinuz": "kernel", "modules/order": "virtio.ko\n"}, day, 0))
+	objects["prebake-boot.tgz"] = tgz(t,
+		tarOf(t, map[string]string{"vmlinuz": "kernel", "modules/order": "virtio.ko\n"}, day, 0))
 	lay(t, b.dir, "17800.0.9", objects)
 	in, err := b.fetch(t, "17800.0.9")
 	if err != nil {
@@ -178,10 +182,12 @@ func TestFetch(t *testing.T) {
 	if diff := cmp.Diff(wantKernel, in.Kernel); diff != "" {
 		t.Errorf("kernel (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff(map[string]string{"CC": "x86_64-cros-linux-gnu-gcc", "CXX": "x86_64-cros-linux-gnu-g++"}, in.Env); diff != "" {
+	if diff := cmp.Diff(map[string]string{"CC": "x86_64-cros-linux-gnu-gcc", "CXX": "x86_64-cros-linux-gnu-g++"},
+		in.Env); diff != "" {
 		t.Errorf("env (-want +got):\n%s", diff)
 	}
-	for _, file := range []string{filepath.Join(in.Headers, "Makefile"), filepath.Join(in.Toolchain, "bin", "cc"), filepath.Join(in.Boot, "vmlinuz")} {
+	for _, file := range []string{filepath.Join(in.Headers, "Makefile"), filepath.Join(in.Toolchain, "bin", "cc"),
+		filepath.Join(in.Boot, "vmlinuz")} {
 		if _, err := os.Stat(file); err != nil {
 			t.Error(err)
 		}
@@ -193,7 +199,8 @@ func TestFetch(t *testing.T) {
 			t.Errorf("material %+v", m)
 		}
 	}
-	if diff := cmp.Diff([]string{"kernel-headers.tgz", "toolchain.tar.xz", "toolchain_env", "kernel_commit", "prebake-boot.tgz"}, names); diff != "" {
+	if diff := cmp.Diff([]string{"kernel-headers.tgz", "toolchain.tar.xz", "toolchain_env", "kernel_commit",
+		"prebake-boot.tgz"}, names); diff != "" {
 		t.Errorf("materials (-want +got):\n%s", diff)
 	}
 	digest, err := cas.DigestTree(t.Context(), in.Toolchain, nil)
@@ -244,7 +251,8 @@ func TestFingerprint(t *testing.T) {
 		{name: "commit", change: func(_, _ map[string]string, o map[string][]byte) {
 			o["kernel_commit"] = []byte("ffff456789abcdef0123456789abcdef01234567\n")
 		}, same: true},
-		{name: "packing", change: func(_, _ map[string]string, o map[string][]byte) { o["kernel-headers.tgz"] = nil }, same: true},
+		{name: "packing", change: func(_, _ map[string]string, o map[string][]byte) { o["kernel-headers.tgz"] = nil },
+			same: true},
 		{name: "order and quotes of toolchain_env", change: func(_, _ map[string]string, o map[string][]byte) {
 			o["toolchain_env"] = []byte("\nCXX=x86_64-cros-linux-gnu-g++\nCC='x86_64-cros-linux-gnu-gcc'")
 		}, same: true},
@@ -258,8 +266,13 @@ func TestFingerprint(t *testing.T) {
 			h[tree+"scripts/mod/modpost"] = "ELF"
 		}},
 		{name: "a file more", change: set("include/linux/new.h", "")},
-		{name: "a file less", change: func(h, _ map[string]string, _ map[string][]byte) { delete(h, tree+"include/linux/module.h") }},
-		{name: "compiler", change: func(_, tc map[string]string, _ map[string][]byte) { tc["bin/x86_64-cros-linux-gnu-gcc*"] = "ELF gcd" }},
+		{name: "a file less", change: func(h, _ map[string]string, _ map[string][]byte) {
+			delete(h,
+				tree+"include/linux/module.h")
+		}},
+		{name: "compiler", change: func(_, tc map[string]string, _ map[string][]byte) {
+			tc["bin/x86_64-cros-linux-gnu-gcc*"] = "ELF gcd"
+		}},
 		{name: "toolchain_env", change: func(_, _ map[string]string, o map[string][]byte) {
 			o["toolchain_env"] = []byte("CC=x86_64-cros-linux-gnu-clang\nCXX=x86_64-cros-linux-gnu-g++\n")
 		}},
@@ -292,11 +305,13 @@ func TestFingerprint(t *testing.T) {
 			base = in.Fingerprint
 		}
 		if _, err := target.ParseFingerprint(string(in.Fingerprint)); err != nil || (in.Fingerprint == base) != r.same {
-			t.Errorf("%s changed: fingerprint %s, %v, same %t; want same %t", r.name, in.Fingerprint, err, in.Fingerprint == base, r.same)
+			t.Errorf("%s changed: fingerprint %s, %v, same %t; want same %t", r.name, in.Fingerprint, err,
+				in.Fingerprint == base, r.same)
 		}
 	}
 	// Published artifacts are found by this value: another one orphans them.
-	if want := target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82"); base != want {
+	if want :=
+		target.Fingerprint("sha256:6866f2e7d30d976270d18df370b872174504aa92fed2251cffbf2e93b0625f82"); base != want {
 		t.Errorf("fingerprint = %s; want %s", base, want)
 	}
 }
@@ -313,7 +328,8 @@ func TestFetchRefuses(t *testing.T) {
 	}{
 		{name: "no such build", build: "17800.0.1", kind: fault.InputMissing, text: "17800.0.1"},
 		{name: "not a build", build: "../x", kind: fault.Usage, text: "BUILD_ID"},
-		{name: "no headers", change: func(_ *testing.T, o map[string][]byte) { delete(o, "kernel-headers.tgz") }, kind: fault.InputMissing, text: "kernel-headers.tgz"},
+		{name: "no headers", change: func(_ *testing.T, o map[string][]byte) { delete(o, "kernel-headers.tgz") },
+			kind: fault.InputMissing, text: "kernel-headers.tgz"},
 		{name: "headers with a wrong checksum", after: func(dir string) error {
 			return os.WriteFile(filepath.Join(dir, "kernel-headers.tgz.md5"), []byte(strings.Repeat("0", 32)), 0o644)
 		}, kind: fault.Checksum, text: "kernel-headers.tgz"},
@@ -326,9 +342,15 @@ func TestFetchRefuses(t *testing.T) {
 		{name: "env with a wrong checksum", after: func(dir string) error {
 			return os.WriteFile(filepath.Join(dir, "toolchain_env"), []byte("CC=evil\n"), 0o644)
 		}, kind: fault.Checksum, text: "toolchain_env"},
-		{name: "commit that is none", change: func(_ *testing.T, o map[string][]byte) { o["kernel_commit"] = []byte("main\n") }, kind: fault.Checksum, text: "commit"},
-		{name: "env for a shell", change: func(_ *testing.T, o map[string][]byte) { o["toolchain_env"] = []byte("CC=$(id)\n") }, kind: fault.Unsupported, text: "toolchain_env"},
-		{name: "headers are no archive", change: func(_ *testing.T, o map[string][]byte) { o["kernel-headers.tgz"] = []byte("<html>not found</html>") }, kind: fault.Unverified, text: "kernel-headers.tgz"},
+		{name: "commit that is none",
+			change: func(_ *testing.T, o map[string][]byte) { o["kernel_commit"] = []byte("main\n") }, kind: fault.Checksum,
+			text: "commit"},
+		{name: "env for a shell",
+			change: func(_ *testing.T, o map[string][]byte) { o["toolchain_env"] = []byte("CC=$(id)\n") },
+			kind:   fault.Unsupported, text: "toolchain_env"},
+		{name: "headers are no archive",
+			change: func(_ *testing.T, o map[string][]byte) { o["kernel-headers.tgz"] = []byte("<html>not found</html>") },
+			kind:   fault.Unverified, text: "kernel-headers.tgz"},
 		{name: "no header tree", change: func(t *testing.T, o map[string][]byte) {
 			o["kernel-headers.tgz"] = tgz(t, tarOf(t, map[string]string{"usr/src/readme": "x"}, day, 0))
 		}, kind: fault.Unsupported, text: "linux-headers"},
@@ -385,7 +407,8 @@ func TestFetchRefuses(t *testing.T) {
 			}
 			_, err := b.fetch(t, build)
 			if !fault.Is(err, r.kind) || !strings.Contains(err.Error(), r.text) || fault.Hint(err) == "" {
-				t.Errorf("Fetch = %v (%v), hint %q; want %v, naming %s, with a hint", err, fault.Of(err), fault.Hint(err), r.kind, r.text)
+				t.Errorf("Fetch = %v (%v), hint %q; want %v, naming %s, with a hint", err, fault.Of(err), fault.Hint(err), r.kind,
+					r.text)
 			}
 		})
 	}

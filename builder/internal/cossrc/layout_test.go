@@ -51,28 +51,41 @@ func layouts(t testing.TB) []layout {
 	r := release(t, headerFiles(), toolchainFiles(), day, 0)
 	const b = "cos-tools/17800.0.9/"
 	return []layout{
-		{"current", "lakitu", map[string][]byte{b + "lakitu/" + headers: r[headers], b + "lakitu/" + toolchain: r[toolchain], b + "lakitu/" + env: r[env], b + "lakitu/" + commit: r[commit]}, nil},
-		{"older", "lakitu", map[string][]byte{b + headers: r[headers], b + toolchain: r[toolchain], b + env: r[env], b + commit: r[commit]},
+		{"current", "lakitu", map[string][]byte{b + "lakitu/" + headers: r[headers], b + "lakitu/" + toolchain: r[toolchain],
+			b + "lakitu/" + env: r[env], b + "lakitu/" + commit: r[commit]}, nil},
+		{"older", "lakitu", map[string][]byte{b + headers: r[headers], b + toolchain: r[toolchain], b + env: r[env],
+			b + commit: r[commit]},
 			[]string{b + headers, b + toolchain, b + env, b + commit}},
-		{"some of each", "lakitu", map[string][]byte{b + "lakitu/" + headers: r[headers], b + toolchain: r[toolchain], b + "lakitu/" + env: r[env], b + commit: r[commit]},
+		{"some of each", "lakitu",
+			map[string][]byte{b + "lakitu/" + headers: r[headers], b + toolchain: r[toolchain], b + "lakitu/" + env: r[env],
+				b + commit: r[commit]},
 			[]string{b + "lakitu/" + headers, b + toolchain, b + "lakitu/" + env, b + commit}},
-		{"Arm", "lakitu-arm64", map[string][]byte{b + "lakitu-arm64/" + headers: r[headers], b + "lakitu-arm64/" + toolchain: r[toolchain], b + "lakitu-arm64/" + env: r[env], b + "lakitu-arm64/" + commit: r[commit]}, nil},
-		{"pointer", "lakitu", map[string][]byte{b + "lakitu/" + headers: r[headers], b + "lakitu/" + env: r[env], b + "lakitu/" + commit: r[commit],
-			b + "lakitu/toolchain.tar.xz.gcs": []byte("bucket: chromiumos-sdk\npath: " + sdk + "\n"), "chromiumos-sdk/" + sdk: r[toolchain]},
-			[]string{b + "lakitu/" + headers, "chromiumos-sdk/" + sdk, b + "lakitu/toolchain.tar.xz.gcs", b + "lakitu/" + env, b + "lakitu/" + commit}},
+		{"Arm", "lakitu-arm64", map[string][]byte{b + "lakitu-arm64/" + headers: r[headers],
+			b + "lakitu-arm64/" + toolchain: r[toolchain], b + "lakitu-arm64/" + env: r[env],
+			b + "lakitu-arm64/" + commit: r[commit]}, nil},
+		{"pointer", "lakitu", map[string][]byte{b + "lakitu/" + headers: r[headers], b + "lakitu/" + env: r[env],
+			b + "lakitu/" + commit:            r[commit],
+			b + "lakitu/toolchain.tar.xz.gcs": []byte("bucket: chromiumos-sdk\npath: " + sdk + "\n"),
+			"chromiumos-sdk/" + sdk:           r[toolchain]},
+			[]string{b + "lakitu/" + headers, "chromiumos-sdk/" + sdk, b + "lakitu/toolchain.tar.xz.gcs", b + "lakitu/" + env,
+				b + "lakitu/" + commit}},
 		{"older pointer", "lakitu", map[string][]byte{b + headers: r[headers], b + env: r[env], b + commit: r[commit],
-			b + "toolchain_url": []byte("https://storage.googleapis.com/chromiumos-sdk/" + sdk + "\n"), "chromiumos-sdk/" + sdk: r[toolchain]},
+			b + "toolchain_url":     []byte("https://storage.googleapis.com/chromiumos-sdk/" + sdk + "\n"),
+			"chromiumos-sdk/" + sdk: r[toolchain]},
 			[]string{b + headers, "chromiumos-sdk/" + sdk, b + "toolchain_url", b + env, b + commit}},
-		{"path in the second SDK bucket", "lakitu", map[string][]byte{b + "lakitu/" + headers: r[headers], b + "lakitu/" + env: r[env], b + "lakitu/" + commit: r[commit],
-			b + "lakitu/toolchain_path": []byte(sdk), "chromiumos-sdk/" + sdk: r[toolchain]},
-			[]string{b + "lakitu/" + headers, "chromiumos-sdk/" + sdk, b + "lakitu/toolchain_path", b + "lakitu/" + env, b + "lakitu/" + commit}},
+		{"path in the second SDK bucket", "lakitu",
+			map[string][]byte{b + "lakitu/" + headers: r[headers], b + "lakitu/" + env: r[env],
+				b + "lakitu/" + commit:      r[commit],
+				b + "lakitu/toolchain_path": []byte(sdk), "chromiumos-sdk/" + sdk: r[toolchain]},
+			[]string{b + "lakitu/" + headers, "chromiumos-sdk/" + sdk, b + "lakitu/toolchain_path", b + "lakitu/" + env,
+				b + "lakitu/" + commit}},
 	}
 }
 
 type layout struct {
 	name, board string
 	objects     map[string][]byte
-	want        []string // the materials; nil is all objects
+	want        []string // the materials; nil means all objects
 }
 
 // golden is the fingerprint of the build, however it is laid out.
@@ -130,7 +143,8 @@ func TestLayouts(t *testing.T) {
 			put(t, root, l.objects)
 			web := httptest.NewServer(http.FileServer(http.Dir(root)))
 			t.Cleanup(web.Close)
-			for _, bucketURL := range []string{(&url.URL{Scheme: "file", Path: root + "/cos-tools"}).String(), web.URL + "/cos-tools"} {
+			for _, bucketURL := range []string{(&url.URL{Scheme: "file", Path: root + "/cos-tools"}).String(),
+				web.URL + "/cos-tools"} {
 				if in, err := fetchFrom(t, bucketURL, l.board); err != nil {
 					t.Errorf("Fetch: %v", err)
 				} else {
@@ -201,10 +215,15 @@ func TestMissingObjects(t *testing.T) {
 		texts  []string
 		hint   string
 	}{
-		{0, "17800.0.9/lakitu/kernel-headers.tgz", []string{"no kernel-headers.tgz", "/17800.0.9/lakitu/kernel-headers.tgz", "/17800.0.9/kernel-headers.tgz"}, "--kernel-mirror"},
-		{0, "17800.0.9/lakitu/toolchain.tar.xz", []string{"no toolchain.tar.xz", "/17800.0.9/lakitu/toolchain.tar.xz", "/17800.0.9/toolchain.tar.xz"}, "toolchain.tar.xz.gcs"},
+		{0, "17800.0.9/lakitu/kernel-headers.tgz",
+			[]string{"no kernel-headers.tgz", "/17800.0.9/lakitu/kernel-headers.tgz", "/17800.0.9/kernel-headers.tgz"},
+			"--kernel-mirror"},
+		{0, "17800.0.9/lakitu/toolchain.tar.xz",
+			[]string{"no toolchain.tar.xz", "/17800.0.9/lakitu/toolchain.tar.xz", "/17800.0.9/toolchain.tar.xz"},
+			"toolchain.tar.xz.gcs"},
 		{0, "17800.0.9/lakitu/toolchain_env", []string{"no toolchain_env", "/17800.0.9/lakitu/toolchain_env"}, "CC="},
-		{4, "../chromiumos-sdk/" + sdk, []string{"/17800.0.9/lakitu/toolchain.tar.xz.gcs", "/chromiumos-sdk/" + sdk}, "/cos-tools/17800.0.9/lakitu/toolchain.tar.xz"},
+		{4, "../chromiumos-sdk/" + sdk, []string{"/17800.0.9/lakitu/toolchain.tar.xz.gcs", "/chromiumos-sdk/" + sdk},
+			"/cos-tools/17800.0.9/lakitu/toolchain.tar.xz"},
 		{4, "../chromiumos-sdk", []string{"/17800.0.9/lakitu/toolchain.tar.xz.gcs", "chromiumos-sdk"}, "beside"},
 		{6, "../chromiumos-sdk", []string{"/17800.0.9/lakitu/toolchain_path", "cos-sdk", "chromiumos-sdk"}, "beside"},
 	}
@@ -215,7 +234,8 @@ func TestMissingObjects(t *testing.T) {
 		if err := os.RemoveAll(filepath.Join(root, "cos-tools", r.remove)); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.Remove(filepath.Join(root, "cos-tools", r.remove+".md5")); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Remove(filepath.Join(root, "cos-tools", r.remove+".md5")); err != nil &&
+			!errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)
 		}
 		_, err := fetchFrom(t, "file://"+root+"/cos-tools", l.board)

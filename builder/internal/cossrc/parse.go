@@ -67,7 +67,8 @@ func ParseEnv(text []byte) (map[string]string, error) {
 }
 
 func badEnv(format string, args ...any) error {
-	return fault.New(fault.Unsupported, "read toolchain_env: "+fmt.Sprintf(format, args...), "check the object in the bucket: COS's has two lines, CC=… and CXX=…")
+	return fault.New(fault.Unsupported, "read toolchain_env: "+fmt.Sprintf(format, args...),
+		"check the object in the bucket: COS's has two lines, CC=… and CXX=…")
 }
 
 func unquote(s string) string {
@@ -98,7 +99,9 @@ func ParseInfo(text []byte) (string, error) {
 }
 
 func badInfo(format string, args ...any) error {
-	return fault.New(fault.Unsupported, "read kernel_info: "+fmt.Sprintf(format, args...), "check the object in the bucket: COS's has the line URL=https://cos.googlesource.com/third_party/kernel; without the object a build works too")
+	return fault.New(fault.Unsupported, "read kernel_info: "+fmt.Sprintf(format, args...),
+		"check the object in the bucket: COS's has the line URL=https://cos.googlesource.com/third_party/kernel; without "+
+			"the object a build works too")
 }
 
 // readRelease returns what `uname -r` and `uname -v` print on the kernel of a
@@ -117,7 +120,8 @@ func readRelease(dir string) (release, version string, err error) {
 		release = strings.TrimSpace(string(text))
 	}
 	if !releasePattern.MatchString(release) {
-		return "", "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel headers: release %.80q of utsrelease.h or kernel.release is none", release),
+		return "", "", fault.New(fault.Unsupported,
+			fmt.Sprintf("read kernel headers: release %.80q of utsrelease.h or kernel.release is none", release),
 			"check that the header archive is complete")
 	}
 	// Newer kernels have the version in a header of its own.
@@ -130,7 +134,9 @@ func readRelease(dir string) (release, version string, err error) {
 		}
 	}
 	if version != "" && !versionPattern.MatchString(version) {
-		return "", "", fault.New(fault.Unsupported, fmt.Sprintf("read kernel headers: UTS_VERSION %.80q is no version", version), "check that the header archive is complete")
+		return "", "", fault.New(fault.Unsupported,
+			fmt.Sprintf("read kernel headers: UTS_VERSION %.80q is no version", version),
+			"check that the header archive is complete")
 	}
 	return release, version, nil
 }
@@ -143,7 +149,8 @@ func readDefine(dir, name, macro string) (string, error) {
 	}
 	value, err := parseDefine(text, macro)
 	if err != nil {
-		return "", fault.Wrap(fault.Unsupported, fmt.Errorf("read %s: %w", path.Base(name), err), "check that the header archive is complete")
+		return "", fault.Wrap(fault.Unsupported, fmt.Errorf("read %s: %w", path.Base(name), err),
+			"check that the header archive is complete")
 	}
 	return value, nil
 }

@@ -26,8 +26,9 @@ type part struct {
 var remedies = map[string]string{
 	"kernel-headers.tgz": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror",
 	"toolchain.tar.xz":   "put it there, or a toolchain.tar.xz.gcs that says where it is",
-	"toolchain_env":      "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror; a build of your own needs the lines CC=… and CXX=… there",
-	"vmlinux":            "build without --btf, or put the kernel's vmlinux there",
+	"toolchain_env": "check BUILD_ID and board, or name a bucket that has this build with --kernel-mirror; a build " +
+		"of your own needs the lines CC=… and CXX=… there",
+	"vmlinux": "build without --btf, or put the kernel's vmlinux there",
 }
 
 // either asks for an object by the names that it has in either layout, and
@@ -42,7 +43,8 @@ func (f *fetcher) either(name string, ask func(at string) error) error {
 		asked = append(asked, f.bucket.URL(at))
 	}
 	base := path.Base(name)
-	return fault.New(fault.InputMissing, fmt.Sprintf("the bucket has no %s: there is no %s", base, strings.Join(asked, ", and no ")), remedies[base])
+	return fault.New(fault.InputMissing,
+		fmt.Sprintf("the bucket has no %s: there is no %s", base, strings.Join(asked, ", and no ")), remedies[base])
 }
 
 // small reads a small object.
@@ -65,7 +67,8 @@ func (f *fetcher) commit(ctx context.Context) (string, Material, error) {
 	}
 	commit := strings.TrimSpace(string(text))
 	if !target.ValidCommit(commit) {
-		return "", Material{}, fault.New(fault.Checksum, fmt.Sprintf("read kernel_commit: %.60q is not a commit of 40 hex digits", commit), "replace "+m.URI)
+		return "", Material{}, fault.New(fault.Checksum,
+			fmt.Sprintf("read kernel_commit: %.60q is not a commit of 40 hex digits", commit), "replace "+m.URI)
 	}
 	return commit, m, nil
 }
@@ -92,7 +95,7 @@ func (f *fetcher) unpack(ctx context.Context, name, kind string, o archive.Optio
 }
 
 func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.Options) (part, error) {
-	sum, err := f.SumBeside(ctx, name)
+	sum, err := f.ChecksumFile(ctx, name)
 	if err != nil {
 		return part{}, err
 	}
@@ -101,9 +104,9 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 		return part{}, err
 	}
 	if m.Unverified {
-		f.Sayf("%s: the bucket has no checksum for it", m.Name)
+		f.Progressf("%s: the bucket has no checksum for it", m.Name)
 	}
-	o.Outside = func(link, to string) { f.Sayf("%s: left out link %s, which leads out to %s", m.Name, link, to) }
+	o.Outside = func(link, to string) { f.Progressf("%s: left out link %s, which leads out to %s", m.Name, link, to) }
 	dir, cached, err := f.Cache.Tree(ctx, kind, m.Digest, func(ctx context.Context, dir string) error {
 		if err := f.Recheck(ctx, name, sum, m); err != nil {
 			return err
@@ -115,7 +118,7 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 		return part{}, fmt.Errorf("unpack %s: %w", m.Name, err)
 	}
 	if !cached {
-		f.Sayf("%s: unpacked", m.Name)
+		f.Progressf("%s: unpacked", m.Name)
 	}
 	return part{material: m, at: dir}, nil
 }
@@ -123,7 +126,7 @@ func unpack(ctx context.Context, f *input.Fetcher, name, kind string, o archive.
 // treeDigest computes a tree's digest once for each archive.
 func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute func() (string, error)) (string, error) {
 	key := kind + "\n" + blob
-	if known, ok := f.Cache.Recall(digestKind, key); ok {
+	if known, ok := f.Cache.Fact(digestKind, key); ok {
 		if fp, err := target.ParseFingerprint(string(known)); err == nil {
 			return string(fp), nil
 		}
@@ -132,7 +135,7 @@ func (f *fetcher) treeDigest(ctx context.Context, kind, blob string, compute fun
 	if err != nil {
 		return "", err
 	}
-	return digest, f.Cache.Remember(digestKind, key, []byte(digest))
+	return digest, f.Cache.PutFact(digestKind, key, []byte(digest))
 }
 
 // pointers are the objects that say where the toolchain is, newest kind first.
@@ -179,10 +182,11 @@ func (f *fetcher) toolchain(ctx context.Context, o archive.Options) (part, error
 }
 
 // follow fetches the toolchain from the first of these places that has it.
-func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part, error) {
+func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbucket.Pointer, o archive.Options) (part,
+	error) {
 	absent := fmt.Errorf("%s says where the toolchain is, and there it is not", pointer.URI)
 	for _, at := range places {
-		f.Sayf("%s: the toolchain is %s", pointer.Name, at)
+		f.Progressf("%s: the toolchain is %s", pointer.Name, at)
 		p, err := f.from(ctx, at, o)
 		if !fault.Is(err, fault.InputMissing) {
 			return p, err
@@ -190,7 +194,8 @@ func (f *fetcher) follow(ctx context.Context, pointer Material, places []cosbuck
 		absent = fmt.Errorf("%w; %w", absent, err)
 	}
 	return part{}, fault.Wrap(fault.InputMissing, absent,
-		"put the toolchain into a bucket of that name beside this one, or to "+f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
+		"put the toolchain into a bucket of that name beside this one, or to "+
+			f.bucket.URL(cosbucket.ToolchainName(f.kernel)))
 }
 
 func (f *fetcher) from(ctx context.Context, at cosbucket.Pointer, o archive.Options) (_ part, err error) {
@@ -199,6 +204,6 @@ func (f *fetcher) from(ctx context.Context, at cosbucket.Pointer, o archive.Opti
 		return part{}, err
 	}
 	defer func() { err = errors.Join(err, b.Close()) }()
-	other := &input.Fetcher{Source: b, Cache: f.Cache, Say: func(line string) { f.Sayf("%s", line) }}
+	other := &input.Fetcher{Source: b, Cache: f.Cache, Progress: func(line string) { f.Progressf("%s", line) }}
 	return unpack(ctx, other, at.Path, toolchainKind, o)
 }

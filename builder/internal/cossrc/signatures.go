@@ -31,8 +31,9 @@ const (
 )
 
 // FetchSignatures reads the signatures that a COS build ships for a driver
-// version; nil is none.
-func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string) (*Signatures, error) {
+// version; nil means none.
+func FetchSignatures(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
+	version string) (*Signatures, error) {
 	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache}, bucket: b, kernel: kernel}
 	for _, name := range cosbucket.SignatureNames(kernel, version) {
 		archive, m, err := f.small(ctx, name, maxSignatures)
@@ -65,13 +66,15 @@ type SignedDriver struct {
 	Materials []Material
 }
 
-// FetchSignedDriver brings such a driver into the cache. A build without one is
+// FetchSignedDriver fetches such a driver into the cache. A build without one is
 // a fault.InputMissing.
-func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string, say func(string)) (*SignedDriver, error) {
-	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, bucket: b, kernel: kernel}
+func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, version string,
+	say func(string)) (*SignedDriver, error) {
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
 	archive, err := f.file(ctx, cosbucket.SignedDriverName(kernel, version))
 	if fault.Is(err, fault.InputMissing) {
-		err = fault.Wrap(fault.InputMissing, err, "choose a version that COS offers for this build, or build without --google-modules")
+		err = fault.Wrap(fault.InputMissing, err,
+			"choose a version that COS offers for this build, or build without --google-modules")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("kernel %s: %w", kernel, err)
@@ -90,7 +93,7 @@ func FetchSignedDriver(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cach
 // file fetches an object that is used as it is.
 func (f *fetcher) file(ctx context.Context, name string) (p part, err error) {
 	err = f.either(name, func(at string) error {
-		sum, err := f.SumBeside(ctx, at)
+		sum, err := f.ChecksumFile(ctx, at)
 		if err != nil {
 			return err
 		}

@@ -34,17 +34,20 @@ func TestSignatures(t *testing.T) {
 		archive string // "" is none
 		root    string
 		driver  string
-		kind    fault.Kind // of either call; 0 is none
+		kind    fault.Kind // of either call; 0 means none
 	}{
 		{name: "nothing", board: "lakitu"},
 		{name: "this layout", board: "lakitu", archive: "new", root: "root", driver: "tgz", objects: map[string][]byte{
-			build + newArchive: []byte("new"), build + oldArchive: []byte("old"), build + "trusted_key.pem": []byte("root"), build + "nvidia-drivers-" + signedVersion + ".tgz": []byte("tgz")}},
+			build + newArchive: []byte("new"), build + oldArchive: []byte("old"), build + "trusted_key.pem": []byte("root"),
+			build + "nvidia-drivers-" + signedVersion + ".tgz": []byte("tgz")}},
 		{name: "the older layout and name", board: "lakitu", archive: "old", driver: "tgz", objects: map[string][]byte{
 			legacy + oldArchive: []byte("old"), legacy + "nvidia-drivers-" + signedVersion + ".tgz": []byte("tgz")}},
-		{name: "of another board", board: "lakitu-arm64", objects: map[string][]byte{build + newArchive: []byte("new"), legacy + oldArchive: []byte("old")}},
+		{name: "of another board", board: "lakitu-arm64",
+			objects: map[string][]byte{build + newArchive: []byte("new"), legacy + oldArchive: []byte("old")}},
 		{name: "damaged", board: "lakitu", kind: fault.Checksum, objects: map[string][]byte{
 			build + newArchive: []byte("new"), build + newArchive + ".md5": wrong,
-			build + "nvidia-drivers-" + signedVersion + ".tgz": []byte("tgz"), build + "nvidia-drivers-" + signedVersion + ".tgz.md5": wrong}},
+			build + "nvidia-drivers-" + signedVersion + ".tgz":     []byte("tgz"),
+			build + "nvidia-drivers-" + signedVersion + ".tgz.md5": wrong}},
 	} {
 		root := t.TempDir()
 		put(t, root, row.objects)
@@ -67,7 +70,8 @@ func TestSignatures(t *testing.T) {
 			t.Errorf("%s: FetchSignatures = %+v, %v; want archive %q", row.name, s, err, row.archive)
 		case s != nil:
 			want := []string{row.archive, row.root}
-			if diff := cmp.Diff(want, []string{string(s.Archive), string(s.TrustedKey)}); diff != "" || (len(s.Materials) == 2) != (row.root != "") {
+			if diff := cmp.Diff(want, []string{string(s.Archive), string(s.TrustedKey)}); diff != "" ||
+				(len(s.Materials) == 2) != (row.root != "") {
 				t.Errorf("%s: FetchSignatures names %+v; archive and root (-want +got):\n%s", row.name, s.Materials, diff)
 			}
 		}
@@ -84,7 +88,8 @@ func TestSignatures(t *testing.T) {
 		case err != nil:
 			t.Errorf("%s: FetchSignedDriver = %v", row.name, err)
 		default:
-			if got, err := os.ReadFile(d.Archive); err != nil || string(got) != row.driver || string(d.TrustedKey) != row.root || (len(d.Materials) == 2) != (row.root != "") {
+			if got, err := os.ReadFile(d.Archive); err != nil || string(got) != row.driver || string(d.TrustedKey) != row.root ||
+				(len(d.Materials) == 2) != (row.root != "") {
 				t.Errorf("%s: FetchSignedDriver = %q, %v, %+v; want %q", row.name, got, err, d, row.driver)
 			}
 		}

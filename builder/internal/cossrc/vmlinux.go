@@ -27,12 +27,13 @@ func (f *fetcher) hasVMLinux(ctx context.Context) (bool, error) {
 	return err == nil, err
 }
 
-// FetchVMLinux brings a build's kernel, as it was linked, into the cache, and
+// FetchVMLinux fetches a build's kernel, as it was linked, into the cache, and
 // returns its path there. A bucket without it is fault.InputMissing.
-func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel, say func(string)) (file string, m Material, err error) {
-	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, bucket: b, kernel: kernel}
+func FetchVMLinux(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, kernel target.Kernel,
+	say func(string)) (file string, m Material, err error) {
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, bucket: b, kernel: kernel}
 	err = f.either(cosbucket.VMLinuxName(kernel), func(at string) error {
-		sum, err := f.SumBeside(ctx, at)
+		sum, err := f.ChecksumFile(ctx, at)
 		if err != nil {
 			return err
 		}

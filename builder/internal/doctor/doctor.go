@@ -1,4 +1,4 @@
-// Package doctor looks at a machine for all that builds need, and says of each
+// Package doctor checks a machine for all that builds need, and says of each
 // thing that is missing what to do about it: which package to install, which
 // setting to change. It changes nothing and leaves nothing behind but an empty
 // cache folder.
@@ -57,7 +57,7 @@ type Config struct {
 	// Cache is the cache folder that builds are to use.
 	Cache string
 	// Need is how many bytes a build takes on the cache's disk, and Jobs how many
-	// compilers run at once; 0 is one for each processor.
+	// compilers run at once; 0 means one for each processor.
 	Need int64
 	Jobs int
 	// BTF says that modules are to get some.
@@ -70,7 +70,7 @@ type Config struct {
 	Key          string
 }
 
-// Machine is how to look at a machine. [Real] is this one.
+// Machine is how to check a machine. [Real] is this one.
 type Machine struct {
 	// Program reports whether the sandbox will find a program.
 	Program func(name string) bool
@@ -78,9 +78,9 @@ type Machine struct {
 	Library func(name string) bool
 	// Executable reports whether a file is there and may be run.
 	Executable func(path string) error
-	// Sandbox runs an empty one; Bounds is [sandbox.Bounds].
+	// Sandbox runs an empty one; Limits is [sandbox.SupportedLimits].
 	Sandbox func(ctx context.Context) error
-	Bounds  func() sandbox.Means
+	Limits  func() sandbox.LimitSupport
 	// Memory and Processors are what this process may use.
 	Memory     int64
 	Processors int
@@ -97,8 +97,8 @@ type Machine struct {
 	MayGo func(ctx context.Context, name string, f target.Flavour) error
 }
 
-// patience bounds one check that goes over a network.
-const patience = 20 * time.Second
+// networkTimeout bounds one check that goes over a network.
+const networkTimeout = 20 * time.Second
 
 type examination struct {
 	Config
@@ -106,8 +106,8 @@ type examination struct {
 	r *Report
 }
 
-// Examine makes all checks.
-func Examine(ctx context.Context, c Config, m Machine) *Report {
+// Run makes all checks.
+func Run(ctx context.Context, c Config, m Machine) *Report {
 	e := &examination{Config: c, m: m, r: &Report{Findings: []Finding{}}}
 	e.sandbox(ctx)
 	e.tools()
@@ -147,7 +147,8 @@ func (e *examination) fail(check string, err error, next string) {
 
 func missing(check string, level Level, text string, packages ...string) Finding {
 	f := Finding{Check: check, Level: level, Text: text, Packages: packages,
-		Next: "on Debian: apt-get install " + strings.Join(packages, " ") + "; elsewhere install what brings it"}
+		Next: "on Debian: apt-get install " + strings.Join(packages,
+			" ") + "; on other systems install the package that has it"}
 	if level == Fail {
 		f.Class = fault.Usage.String()
 	}
@@ -176,7 +177,9 @@ func programs() []struct {
 		of   []string
 	}{
 		{"bc", []string{"bc"}},
-		{"coreutils", []string{"basename", "cat", "chmod", "cp", "cut", "date", "dirname", "echo", "env", "expr", "head", "ln", "ls", "md5sum", "mkdir", "mktemp", "mv", "readlink", "rm", "sort", "tail", "test", "touch", "tr", "true", "uname", "uniq", "wc"}},
+		{"coreutils", []string{"basename", "cat", "chmod", "cp", "cut", "date", "dirname", "echo", "env", "expr", "head",
+			"ln", "ls", "md5sum", "mkdir", "mktemp", "mv", "readlink", "rm", "sort", "tail", "test", "touch", "tr", "true",
+			"uname", "uniq", "wc"}},
 		{"dash", []string{"sh"}},
 		{"findutils", []string{"find", "xargs"}},
 		{"grep", []string{"grep"}},
@@ -206,7 +209,7 @@ func (e *examination) tools() {
 		e.add(missing("build tools", Fail, "missing in /usr/bin, where the sandbox looks: "+text, packages...))
 		return
 	}
-	e.ok("build tools", "make, bc, libelf and the shell's tools are there")
+	e.ok("build tools", "make, bc, libelf and the shell's tools are installed")
 }
 
 func (e *examination) types() {
@@ -214,13 +217,14 @@ func (e *examination) types() {
 		e.add(missing("types", Fail, "pahole is missing: no BTF can be made", "dwarves"))
 		return
 	}
-	e.ok("types", "pahole is there, which makes BTF")
+	e.ok("types", "pahole is installed, which makes BTF")
 }
 
 func (e *examination) limits() {
-	if b := e.m.Bounds(); !b.ControlGroup {
-		e.add(Finding{Check: "limits", Level: Warn, Next: fault.Hint(b.Why),
-			Text: fmt.Sprintf("no control group for builds: memory is bounded for each process only, and root may start any number (%v)", b.Why)})
+	if b := e.m.Limits(); !b.ControlGroup {
+		e.add(Finding{Check: "limits", Level: Warn, Next: fault.Hint(b.Reason),
+			Text: fmt.Sprintf("no control group for builds: memory is bounded for each process only, and root may start any "+
+				"number (%v)", b.Reason)})
 		return
 	}
 	e.ok("limits", "a control group bounds memory and processes of each build")
@@ -233,7 +237,9 @@ func (e *examination) machine() {
 	}
 	need := int64(jobs) << 30
 	if e.m.Memory < need {
-		f := Finding{Check: "memory", Level: Warn, Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each", size(e.m.Memory), jobs), Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
+		f := Finding{Check: "memory", Level: Warn,
+			Text: fmt.Sprintf("%s for %d jobs; want 1 GiB for each", size(e.m.Memory), jobs),
+			Next: fmt.Sprintf("run fewer jobs: --jobs %d", max(1, e.m.Memory>>30))}
 		if e.m.Memory < 1<<30 {
 			f.Level, f.Class, f.Next = Fail, fault.OutOfMemory.String(), "give the builder at least 1 GiB"
 		}
@@ -250,9 +256,12 @@ func (e *examination) cache() {
 		e.fail("cache", err, "give --cache a folder that this user may write")
 	case free < e.Need:
 		e.add(Finding{Check: "cache", Level: Fail, Class: fault.DiskFull.String(),
-			Text: fmt.Sprintf("the disk of %s has %s free; a build needs %s", e.Cache, size(free), size(e.Need)), Next: "free space, or set another --cache"})
+			Text: fmt.Sprintf("the disk of %s has %s free; a build needs %s", e.Cache, size(free), size(e.Need)),
+			Next: "free space, or set another --cache"})
 	case free < 5*e.Need:
-		e.add(Finding{Check: "cache", Level: Warn, Text: fmt.Sprintf("the disk of %s has %s free: enough for a few cells", e.Cache, size(free)), Next: "set --cache-size, so that the cache stays within bounds"})
+		e.add(Finding{Check: "cache", Level: Warn,
+			Text: fmt.Sprintf("the disk of %s has %s free: enough for a few cells", e.Cache, size(free)),
+			Next: "set --cache-size, so that the cache stays within bounds"})
 	default:
 		e.ok("cache", "%s is writable, %s free", e.Cache, size(free))
 	}
@@ -267,7 +276,8 @@ func (e *examination) loadTest() {
 	} {
 		check := "qemu " + string(emulator.arch)
 		if !e.m.Program(emulator.program) {
-			f := missing(check, Warn, fmt.Sprintf("%s is missing: drivers for %s cannot be load-tested", emulator.program, emulator.arch), emulator.name)
+			f := missing(check, Warn,
+				fmt.Sprintf("%s is missing: drivers for %s cannot be load-tested", emulator.program, emulator.arch), emulator.name)
 			f.Next += "; or build with --load-test off"
 			e.add(f)
 			continue
@@ -279,13 +289,15 @@ func (e *examination) loadTest() {
 	}
 	text := "no KVM here; load tests run in emulation in any case"
 	if e.m.KVM {
-		text = "there is KVM; load tests run in emulation all the same, so that every machine gives the same verdict"
+		text = "KVM is available; load tests run in emulation anyway, so that every machine gives the same verdict"
 	}
 	e.add(Finding{Check: "kvm", Level: Note, Text: text})
-	for _, p := range []struct{ check, path, flag string }{{"guestinit", e.GuestInit, "--guestinit"}, {"nvmlprobe", e.NVMLProbe, "--probe"}} {
+	for _, p := range []struct{ check, path, flag string }{{"guestinit", e.GuestInit, "--guestinit"},
+		{"nvmlprobe", e.NVMLProbe, "--probe"}} {
 		if err := e.m.Executable(p.path); err != nil {
 			e.add(Finding{Check: p.check, Level: Warn, Text: fmt.Sprintf("load tests need it: %v", err),
-				Next: fmt.Sprintf("put %s beside the builder program (make build makes it), or name it with %s; or build with --load-test off", filepath.Base(p.path), p.flag)})
+				Next: fmt.Sprintf("put %s beside the builder program (make build makes it), or name it with %s; or build with "+
+					"--load-test off", filepath.Base(p.path), p.flag)})
 			continue
 		}
 		e.ok(p.check, "%s", p.path)
@@ -299,12 +311,14 @@ func released() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }
 // their own.
 func (e *examination) armHelpers(check string) bool {
 	for _, p := range []struct{ path, without string }{
-		{e.GuestInit, "drivers for arm64 cannot be load-tested"}, {e.NVMLProbe, "load tests of drivers for arm64 do not ask NVML"},
+		{e.GuestInit, "drivers for arm64 cannot be load-tested"},
+		{e.NVMLProbe, "load tests of drivers for arm64 do not ask NVML"},
 	} {
 		path := loadtest.Helper(p.path, target.ARM64)
 		if err := e.m.Executable(path); err != nil {
 			e.add(Finding{Check: check, Level: Warn, Text: fmt.Sprintf("the emulator is there, but %s: %v", p.without, err),
-				Next: fmt.Sprintf("put %s beside %s: make arm64-programs; or take the image builder-arm64; or build no drivers for arm64", filepath.Base(path), filepath.Base(p.path))})
+				Next: fmt.Sprintf("put %s beside %s: make arm64-programs; or take the image builder-arm64; or build no drivers "+
+					"for arm64", filepath.Base(path), filepath.Base(p.path))})
 			return false
 		}
 	}
@@ -316,9 +330,11 @@ func (e *examination) clock() {
 	switch now := e.m.Now().UTC(); {
 	case now.Before(released()) || now.After(released().AddDate(30, 0, 0)):
 		e.add(Finding{Check: "clock", Level: Fail, Class: fault.Usage.String(), Next: next,
-			Text: fmt.Sprintf("it shows %s: certificates will not hold, and provenance would lie", now.Format(time.DateTime))})
+			Text: fmt.Sprintf("it shows %s: certificates will not verify, and provenance would have a wrong time",
+				now.Format(time.DateTime))})
 	case !e.m.Synchronised:
-		e.add(Finding{Check: "clock", Level: Note, Text: now.Format(time.DateTime) + " UTC; the kernel does not know that anybody keeps it right"})
+		e.add(Finding{Check: "clock", Level: Note,
+			Text: now.Format(time.DateTime) + " UTC; the kernel does not know that anybody keeps it right"})
 	default:
 		e.ok("clock", "%s UTC, synchronised", now.Format(time.DateTime))
 	}
@@ -327,7 +343,7 @@ func (e *examination) clock() {
 // outside tries what the configuration names, each for a short while.
 func (e *examination) outside(ctx context.Context) {
 	try := func(check, name, good, next string, do func(context.Context, string) error) {
-		ctx, cancel := context.WithTimeout(ctx, patience)
+		ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 		defer cancel()
 		if err := do(ctx, name); err != nil {
 			e.fail(check, err, next)
@@ -339,7 +355,8 @@ func (e *examination) outside(ctx context.Context) {
 		try("mirror", name, "answers", "check the URL, the network and the proxy", e.m.Mirror)
 	}
 	for _, name := range e.Destinations {
-		try("destination", name, "may be written", "check the name, --username and --password, or docker login", e.m.Destination)
+		try("destination", name, "may be written", "check the name, --username and --password, or docker login",
+			e.m.Destination)
 		e.licence(ctx, name)
 	}
 	if e.Key != "" {
@@ -366,7 +383,8 @@ func (r *Report) Err() error {
 	if err != nil {
 		return err
 	}
-	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, first %s", n, len(r.Findings), r.Findings[first].Check), r.Findings[first].Next)
+	return fault.New(kind, fmt.Sprintf("this machine cannot build: %d of %d checks fail, first %s", n, len(r.Findings),
+		r.Findings[first].Check), r.Findings[first].Next)
 }
 
 func size(bytes int64) string {

@@ -28,8 +28,9 @@ const bare = "PREBAKE_TEST_BARE"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(bare) != "" {
-		r := doctor.Examine(context.Background(), doctor.Config{Cache: "/tmp/cache", Need: 1 << 60, GuestInit: "/guestinit", NVMLProbe: "/nvmlprobe",
-			Destinations: []string{"oci:/usr/x"}, Key: "/key", Mirrors: []string{"file:///nowhere"}},
+		r := doctor.Run(context.Background(),
+			doctor.Config{Cache: "/tmp/cache", Need: 1 << 60, GuestInit: "/guestinit", NVMLProbe: "/nvmlprobe",
+				Destinations: []string{"oci:/usr/x"}, Key: "/key", Mirrors: []string{"file:///nowhere"}},
 			doctor.Real(licence.Rule{}, func(string) registry.Options { return registry.Options{} }))
 		if err := json.NewEncoder(os.Stdout).Encode(r); err != nil {
 			panic(err)
@@ -47,7 +48,7 @@ func healthy() doctor.Machine {
 		Library:    func(string) bool { return true },
 		Executable: func(string) error { return nil },
 		Sandbox:    func(context.Context) error { return nil },
-		Bounds:     func() sandbox.Means { return sandbox.Means{ControlGroup: true} },
+		Limits:     func() sandbox.LimitSupport { return sandbox.LimitSupport{ControlGroup: true} },
 		Memory:     16 << 30, Processors: 4,
 		Cache: func(string) (int64, error) { return 100 << 30, nil },
 		Now:   func() time.Time { return time.Date(2026, 12, 1, 0, 0, 0, 0, time.UTC) }, Synchronised: true,
@@ -63,7 +64,7 @@ func config() doctor.Config {
 
 func TestHealthy(t *testing.T) {
 	t.Parallel()
-	r := doctor.Examine(t.Context(), config(), healthy())
+	r := doctor.Run(t.Context(), config(), healthy())
 	for _, f := range r.Findings {
 		if f.Level != doctor.OK && f.Level != doctor.Note {
 			t.Errorf("on a healthy machine: %+v", f)
@@ -100,24 +101,33 @@ func TestFindings(t *testing.T) {
 		install string
 		err     fault.Kind // 0 is none
 	}{
-		{"no bubblewrap", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("bwrap") }, "sandbox", doctor.Fail, "bubblewrap is missing", "apt-get install bubblewrap", "apt-get install bubblewrap", fault.Usage},
+		{"no bubblewrap", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("bwrap") }, "sandbox", doctor.Fail,
+			"bubblewrap is missing", "apt-get install bubblewrap", "apt-get install bubblewrap", fault.Usage},
 		{"no namespaces", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Sandbox = func(context.Context) error {
 				return fault.New(fault.Usage, "no permissions to create a new namespace", "sysctl -w x=1")
 			}
 		}, "sandbox", doctor.Fail, "no permissions", "sysctl -w x=1", "", fault.Usage},
-		{"no make, no bc", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("make", "bc", "find") }, "build tools", doctor.Fail, "bc, find, make", "apt-get install bc findutils make", "apt-get install bc findutils make", fault.Usage},
-		{"no pahole", func(m *doctor.Machine, c *doctor.Config) { m.Program, c.BTF = lacking("pahole"), true }, "types", doctor.Fail, "no BTF can be made", "apt-get install dwarves", "apt-get install dwarves", fault.Usage},
-		{"pahole", func(_ *doctor.Machine, c *doctor.Config) { c.BTF = true }, "types", doctor.OK, "pahole is there", "", "", 0},
-		{"no libelf", func(m *doctor.Machine, _ *doctor.Config) { m.Library = lacking("libelf.so.1") }, "build tools", doctor.Fail, "objtool", "libelf1", "apt-get install libelf1", fault.Usage},
+		{"no make, no bc", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("make", "bc", "find") },
+			"build tools", doctor.Fail, "bc, find, make", "apt-get install bc findutils make",
+			"apt-get install bc findutils make", fault.Usage},
+		{"no pahole", func(m *doctor.Machine, c *doctor.Config) { m.Program, c.BTF = lacking("pahole"), true }, "types",
+			doctor.Fail, "no BTF can be made", "apt-get install dwarves", "apt-get install dwarves", fault.Usage},
+		{"pahole", func(_ *doctor.Machine, c *doctor.Config) { c.BTF = true }, "types", doctor.OK, "pahole is installed", "",
+			"", 0},
+		{"no libelf", func(m *doctor.Machine, _ *doctor.Config) { m.Library = lacking("libelf.so.1") }, "build tools",
+			doctor.Fail, "objtool", "libelf1", "apt-get install libelf1", fault.Usage},
 		{"no control group", func(m *doctor.Machine, _ *doctor.Config) {
-			m.Bounds = func() sandbox.Means {
-				return sandbox.Means{Why: fault.New(fault.Unsupported, "it is shared", "Delegate=yes")}
+			m.Limits = func() sandbox.LimitSupport {
+				return sandbox.LimitSupport{Reason: fault.New(fault.Unsupported, "it is shared", "Delegate=yes")}
 			}
 		}, "limits", doctor.Warn, "it is shared", "Delegate=yes", "", 0},
-		{"little memory", func(m *doctor.Machine, _ *doctor.Config) { m.Memory = 2 << 30 }, "memory", doctor.Warn, "2.0 GiB for 4 jobs", "--jobs 2", "", 0},
-		{"fewer jobs on it", func(m *doctor.Machine, c *doctor.Config) { m.Memory, c.Jobs = 2<<30, 2 }, "memory", doctor.OK, "2.0 GiB", "", "", 0},
-		{"hardly any memory", func(m *doctor.Machine, _ *doctor.Config) { m.Memory = 500 << 20 }, "memory", doctor.Fail, "0.5 GiB", "at least 1 GiB", "", fault.OutOfMemory},
+		{"little memory", func(m *doctor.Machine, _ *doctor.Config) { m.Memory = 2 << 30 }, "memory", doctor.Warn,
+			"2.0 GiB for 4 jobs", "--jobs 2", "", 0},
+		{"fewer jobs on it", func(m *doctor.Machine, c *doctor.Config) { m.Memory, c.Jobs = 2<<30, 2 }, "memory", doctor.OK,
+			"2.0 GiB", "", "", 0},
+		{"hardly any memory", func(m *doctor.Machine, _ *doctor.Config) { m.Memory = 500 << 20 }, "memory", doctor.Fail,
+			"0.5 GiB", "at least 1 GiB", "", fault.OutOfMemory},
 		{"full disk", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Cache = func(string) (int64, error) { return 3 << 30, nil }
 		}, "cache", doctor.Fail, "3.0 GiB free; a build needs 4.0 GiB", "--cache", "", fault.DiskFull},
@@ -127,14 +137,18 @@ func TestFindings(t *testing.T) {
 		{"cache of another", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Cache = func(string) (int64, error) { return 0, os.ErrPermission }
 		}, "cache", doctor.Fail, "permission denied", "--cache", "", fault.Internal},
-		{"no emulator", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("qemu-system-aarch64") }, "qemu arm64", doctor.Warn, "arm64 cannot be load-tested", "qemu-system-arm; ", "apt-get install qemu-system-arm", 0},
+		{"no emulator", func(m *doctor.Machine, _ *doctor.Config) { m.Program = lacking("qemu-system-aarch64") },
+			"qemu arm64", doctor.Warn, "arm64 cannot be load-tested", "qemu-system-arm; ", "apt-get install qemu-system-arm", 0},
 		{"no helper", lackingFile("/bin/nvmlprobe"), "nvmlprobe", doctor.Warn, "not exist", "--probe", "", 0},
-		{"no helper for arm64", lackingFile("/bin/guestinit-arm64"), "qemu arm64", doctor.Warn, "cannot be load-tested", "put guestinit-arm64 beside guestinit: make arm64-programs", "", 0},
-		{"no probe for arm64", lackingFile("/bin/nvmlprobe-arm64"), "qemu arm64", doctor.Warn, "do not ask NVML", "put nvmlprobe-arm64 beside nvmlprobe: make arm64-programs", "", 0},
+		{"no helper for arm64", lackingFile("/bin/guestinit-arm64"), "qemu arm64", doctor.Warn, "cannot be load-tested",
+			"put guestinit-arm64 beside guestinit: make arm64-programs", "", 0},
+		{"no probe for arm64", lackingFile("/bin/nvmlprobe-arm64"), "qemu arm64", doctor.Warn, "do not ask NVML",
+			"put nvmlprobe-arm64 beside nvmlprobe: make arm64-programs", "", 0},
 		{"old clock", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Now = func() time.Time { return time.Unix(0, 0) }
 		}, "clock", doctor.Fail, "1970-01-01", "set the clock", "", fault.Usage},
-		{"free clock", func(m *doctor.Machine, _ *doctor.Config) { m.Synchronised = false }, "clock", doctor.Note, "2026-12-01", "", "", 0},
+		{"free clock", func(m *doctor.Machine, _ *doctor.Config) { m.Synchronised = false }, "clock", doctor.Note,
+			"2026-12-01", "", "", 0},
 		{"mirror away", func(m *doctor.Machine, _ *doctor.Config) {
 			m.Mirror = func(_ context.Context, url string) error {
 				if url == "gs://b" {
@@ -148,17 +162,17 @@ func TestFindings(t *testing.T) {
 		}, "destination", doctor.Fail, "403", "docker login", "", fault.PublishRefused},
 		{"neither flavour may go", func(m *doctor.Machine, _ *doctor.Config) {
 			m.MayGo = func(context.Context, string, target.Flavour) error {
-				return fault.New(fault.PublishRefused, "public", "say --private")
+				return fault.New(fault.PublishRefused, "public", "add --private")
 			}
-		}, "licence", doctor.Fail, "public", "say --private", "", fault.PublishRefused},
+		}, "licence", doctor.Fail, "public", "add --private", "", fault.PublishRefused},
 		{"proprietary modules may not go", func(m *doctor.Machine, _ *doctor.Config) {
 			m.MayGo = func(_ context.Context, _ string, f target.Flavour) error {
 				if f == target.Open {
 					return nil
 				}
-				return fault.New(fault.PublishRefused, "proprietary", "say --private")
+				return fault.New(fault.PublishRefused, "proprietary", "add --private")
 			}
-		}, "licence", doctor.Warn, "proprietary", "say --private", "", 0},
+		}, "licence", doctor.Warn, "proprietary", "add --private", "", 0},
 		{"nobody knows whether they may go", func(m *doctor.Machine, _ *doctor.Config) {
 			m.MayGo = func(context.Context, string, target.Flavour) error { return fault.New(fault.Transient, "no route", "") }
 		}, "licence", doctor.Fail, "no route", "check the name", "", fault.Transient},
@@ -169,19 +183,21 @@ func TestFindings(t *testing.T) {
 	for _, row := range rows {
 		m, c := healthy(), config()
 		row.change(&m, &c)
-		r := doctor.Examine(t.Context(), c, m)
+		r := doctor.Run(t.Context(), c, m)
 		i := slices.IndexFunc(r.Findings, func(f doctor.Finding) bool { return f.Check == row.check && f.Level == row.level })
 		if i < 0 {
 			t.Errorf("%s: findings %+v; want %s of %s", row.name, r.Findings, row.level, row.check)
 			continue
 		}
-		if f := r.Findings[i]; !strings.Contains(f.Text, row.text) || !strings.Contains(f.Next, row.next) || (f.Class != "") != (f.Level == doctor.Fail) {
+		if f := r.Findings[i]; !strings.Contains(f.Text, row.text) || !strings.Contains(f.Next, row.next) ||
+			(f.Class != "") != (f.Level == doctor.Fail) {
 			t.Errorf("%s: %+v; want %q, next %q, and a class if it fails", row.name, f, row.text, row.next)
 		}
 		if r.Install != row.install {
 			t.Errorf("%s: install %q; want %q", row.name, r.Install, row.install)
 		}
-		if err := r.Err(); (err != nil) != (row.level == doctor.Fail) || err != nil && (fault.Of(err) != row.err || fault.Hint(err) == "") {
+		if err := r.Err(); (err != nil) != (row.level == doctor.Fail) || err != nil &&
+			(fault.Of(err) != row.err || fault.Hint(err) == "") {
 			t.Errorf("%s: Err() = %v (%v), hint %q; want class %v", row.name, err, fault.Of(err), fault.Hint(err), row.err)
 		}
 		for _, f := range r.Findings {
@@ -198,7 +214,7 @@ func TestNothingOutside(t *testing.T) {
 	m := healthy()
 	m.Mirror = func(context.Context, string) error { return errors.New("was tried") }
 	m.Destination, m.Key = m.Mirror, m.Mirror
-	if err := doctor.Examine(t.Context(), doctor.Config{Need: 1}, m).Err(); err != nil {
+	if err := doctor.Run(t.Context(), doctor.Config{Need: 1}, m).Err(); err != nil {
 		t.Error(err)
 	}
 }
@@ -222,7 +238,8 @@ func TestBareMachine(t *testing.T) {
 	for _, l := range libraries {
 		args = append(args, "--ro-bind", l.Path, l.Name)
 	}
-	cmd := exec.CommandContext(t.Context(), "bwrap", append(args, "--clearenv", "--setenv", bare, "1", "--setenv", "PATH", "/usr/bin", "/doctor.test")...)
+	cmd := exec.CommandContext(t.Context(), "bwrap",
+		append(args, "--clearenv", "--setenv", bare, "1", "--setenv", "PATH", "/usr/bin", "/doctor.test")...)
 	out, err := cmd.CombinedOutput()
 	if err != nil {
 		t.Fatalf("in an empty root: %v\n%s", err, out)
@@ -231,7 +248,8 @@ func TestBareMachine(t *testing.T) {
 	if err := json.Unmarshal(out, r); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	want := "apt-get install bc bubblewrap coreutils dash findutils grep libelf1 make mawk qemu-system-arm qemu-system-x86 util-linux"
+	want := "apt-get install bc bubblewrap coreutils dash findutils grep libelf1 make mawk qemu-system-arm " +
+		"qemu-system-x86 util-linux"
 	if diff := cmp.Diff(want, r.Install); diff != "" {
 		t.Errorf("install (-want +got):\n%s", diff)
 	}
@@ -239,7 +257,9 @@ func TestBareMachine(t *testing.T) {
 	for _, f := range r.Findings {
 		got[f.Check] = f.Level
 	}
-	for check, level := range map[string]doctor.Level{"sandbox": doctor.Fail, "build tools": doctor.Fail, "cache": doctor.Fail, "qemu amd64": doctor.Warn, "guestinit": doctor.Warn, "key": doctor.Fail, "mirror": doctor.Fail, "limits": doctor.Warn, "destination": doctor.OK} {
+	for check, level := range map[string]doctor.Level{"sandbox": doctor.Fail, "build tools": doctor.Fail,
+		"cache": doctor.Fail, "qemu amd64": doctor.Warn, "guestinit": doctor.Warn, "key": doctor.Fail, "mirror": doctor.Fail,
+		"limits": doctor.Warn, "destination": doctor.OK} {
 		if got[check] != level {
 			t.Errorf("%s is %s; want %s\n%s", check, got[check], level, out)
 		}

@@ -6,20 +6,20 @@ import (
 	"fmt"
 
 	"github.com/prebake/prebake/builder/internal/licence"
-	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// mayGo returns how to ask the licence rule about a destination.
-func mayGo(
+// mayPublish returns how to ask the licence rule about a destination.
+func mayPublish(
 	rule licence.Rule,
 	options func(destination string) registry.Options,
 ) func(context.Context, string, target.Flavour) error {
 	return func(ctx context.Context, name string, f target.Flavour) (err error) {
-		if twin.Is(name) {
-			b, err := twin.Open(ctx, name)
+		if tarball.Is(name) {
+			b, err := tarball.Open(ctx, name)
 			if err != nil {
 				return err
 			}
@@ -36,7 +36,7 @@ func mayGo(
 // licence says which flavours may go to a destination. Where none may, nothing can be
 // published; where one may not, its builds fail.
 func (e *examination) licence(ctx context.Context, name string) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, networkTimeout)
 	defer cancel()
 	var refused []error
 	for _, f := range []target.Flavour{target.Open, target.Proprietary} {

@@ -42,13 +42,13 @@ func Real(rule licence.Rule, options func(destination string) registry.Options, 
 		},
 		Executable: executable,
 		Sandbox:    sandbox.Probe,
-		Bounds:     sandbox.Bounds,
+		Limits:     sandbox.SupportedLimits,
 		Memory:     sandbox.AvailableMemory(),
 		Processors: runtime.GOMAXPROCS(0), // what a control group allows, too
 		Cache:      openCache,
 		KVM:        unix.Access("/dev/kvm", unix.R_OK|unix.W_OK) == nil,
 		Now:        time.Now, Synchronised: synchronised(),
-		Mirror: reach, MayGo: mayGo(rule, options),
+		Mirror: reachable, MayGo: mayPublish(rule, options),
 		Destination: func(ctx context.Context, name string) error {
 			return registry.CheckPush(ctx, name, options(name))
 		},
@@ -88,9 +88,9 @@ func synchronised() bool {
 	return err == nil && state != unix.TIME_ERROR
 }
 
-// reach asks a bucket for an object that it does not have: an honest no is an
+// reachable asks a bucket for an object that it does not have: an honest no is an
 // answer.
-func reach(ctx context.Context, url string) (err error) {
+func reachable(ctx context.Context, url string) (err error) {
 	b, err := cosbucket.Open(ctx, url)
 	if err != nil {
 		return err

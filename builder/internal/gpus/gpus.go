@@ -47,7 +47,8 @@ func Statement(digest string, d target.Driver, l *gpulist.List) (sign.Statement,
 		return sign.Statement{}, err
 	}
 	if len(raw) > maxPredicate {
-		return sign.Statement{}, fault.Errorf(fault.Unsupported, "state supported GPUs: %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
+		return sign.Statement{}, fault.Errorf(fault.Unsupported,
+			"state supported GPUs: %d bytes; at most %d fit into a statement", len(raw), maxPredicate)
 	}
 	return sign.About("nvidia-"+d.String(), digest, gpulist.PredicateType, short)
 }

@@ -33,7 +33,8 @@ func release(t *testing.T, text string) string {
 // TestStatement follows a list from the release to a node.
 func TestStatement(t *testing.T) {
 	t.Parallel()
-	list, err := gpus.Read(release(t, `{"chips":[{"devid":"0x1EB8","name":"Tesla T4","features":["kernelopen"]},{"devid":"0x1DB1","name":"Tesla V100","features":[]}]}`), driver.Version)
+	list, err := gpus.Read(release(t,
+		`{"chips":[{"devid":"0x1EB8","name":"Tesla T4","features":["kernelopen"]},{"devid":"0x1DB1","name":"Tesla V100","features":[]}]}`), driver.Version)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-// Package input brings objects of a bucket into the cache: each is streamed,
+// Package input fetches objects of a bucket into the cache: each is streamed,
 // verified against the checksum beside it, and recorded for provenance. An
 // object whose published checksum was met before is not fetched again.
 //
@@ -66,7 +66,7 @@ type Sum struct {
 	Algorithm Algorithm
 	Hex       string
 	// Of is the URL of the object that it was published for, at the mirror that
-	// had it; "" is unknown.
+	// had it; "" means unknown.
 	Of string
 }
 
@@ -91,20 +91,20 @@ const reportEvery = 64 << 20
 type Fetcher struct {
 	Source Source
 	Cache  *cas.Cache
-	// Say is told about progress, a line at a time, never concurrently; may be nil.
-	Say func(string)
+	// Progress receives progress, a line at a time, never concurrently; may be nil.
+	Progress func(string)
 
 	mu sync.Mutex
 }
 
-// Sayf reports a line of progress.
-func (f *Fetcher) Sayf(format string, args ...any) {
-	if f.Say == nil {
+// Progressf reports a line of progress.
+func (f *Fetcher) Progressf(format string, args ...any) {
+	if f.Progress == nil {
 		return
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.Say(fmt.Sprintf(format, args...))
+	f.Progress(fmt.Sprintf(format, args...))
 }
 
 var sumPattern = map[Algorithm]*regexp.Regexp{
@@ -144,9 +144,9 @@ func (f *Fetcher) Sum(ctx context.Context, a Algorithm, sumName, object string) 
 	return sum, err
 }
 
-// SumBeside reads the checksum file beside an object, .md5 or else .sha256. Not
+// ChecksumFile reads the checksum file beside an object, .md5 or else .sha256. Not
 // every object has one: then the sum is zero.
-func (f *Fetcher) SumBeside(ctx context.Context, object string) (Sum, error) {
+func (f *Fetcher) ChecksumFile(ctx context.Context, object string) (Sum, error) {
 	sum, err := f.Sum(ctx, MD5, cosbucket.MD5Name(object), object)
 	if fault.Is(err, fault.InputMissing) {
 		sum, err = f.Sum(ctx, SHA256, cosbucket.SHA256Name(object), object)
@@ -171,12 +171,13 @@ func (f *Fetcher) read(ctx context.Context, name string, limit int64) ([]byte, c
 		return nil, attrs, fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(data)) > limit {
-		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit), "check the object in the bucket: COS's is smaller by far")
+		return nil, attrs, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
+			"check the object in the bucket: COS's is smaller by far")
 	}
 	return data, attrs, nil
 }
 
-// fact is what is remembered of an object that was fetched.
+// fact is what is stored of an object that was fetched.
 type fact struct {
 	Digest string `json:"digest"`
 	Size   int64  `json:"size"`
@@ -189,9 +190,9 @@ func (f *Fetcher) key(name string, s Sum) string {
 	return strings.TrimSuffix(f.Source.URL(name), name) + "\n" + string(s.Algorithm) + ":" + s.Hex
 }
 
-func (f *Fetcher) recall(name string, s Sum) (fact, bool) {
+func (f *Fetcher) known(name string, s Sum) (fact, bool) {
 	var known fact
-	raw, ok := f.Cache.Recall(fetched, f.key(name, s))
+	raw, ok := f.Cache.Fact(fetched, f.key(name, s))
 	if !ok || s.Hex == "" || json.Unmarshal(raw, &known) != nil {
 		return fact{}, false
 	}
@@ -199,14 +200,14 @@ func (f *Fetcher) recall(name string, s Sum) (fact, bool) {
 	return known, ok
 }
 
-// Blob brings an object into the cache and returns what it is and where. With
+// Blob fetches an object into the cache and returns what it is and where. With
 // a zero sum the object is checked against the md5 that the bucket's own
 // listing tells, and is marked as unverified where that is missing too.
 func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, string, error) {
-	known, ok := f.recall(name, sum)
+	known, ok := f.known(name, sum)
 	at, vouched := sum.Of, sum.Hex != ""
 	if ok {
-		f.Sayf("%s: unchanged, from the cache", path.Base(name))
+		f.Progressf("%s: unchanged, from the cache", path.Base(name))
 	} else {
 		var attrs cosbucket.Attrs
 		var err error
@@ -218,7 +219,7 @@ func (f *Fetcher) Blob(ctx context.Context, name string, sum Sum) (Material, str
 			if try == attempts || !fault.Is(err, fault.Transient) {
 				return Material{}, "", err
 			}
-			f.Sayf("%s: %v: trying again", path.Base(name), err)
+			f.Progressf("%s: %v: trying again", path.Base(name), err)
 		}
 		at, vouched = attrs.URL, vouched || attrs.MD5 != "" || attrs.CRC32C != ""
 	}
@@ -241,10 +242,11 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	if !fault.Is(err, fault.Checksum) {
 		return err
 	}
-	f.Sayf("%s: damaged in the cache, fetching it again: %v", m.Name, err)
+	f.Progressf("%s: damaged in the cache, fetching it again: %v", m.Name, err)
 	again, _, err := f.Blob(ctx, name, sum)
 	if err == nil && again.Digest != m.Digest {
-		err = fault.New(fault.Checksum, fmt.Sprintf("fetch %s: it is %s now, and was %s before", m.URI, again.Digest, m.Digest), "run the command again")
+		err = fault.New(fault.Checksum,
+			fmt.Sprintf("fetch %s: it is %s now, and was %s before", m.URI, again.Digest, m.Digest), "run the command again")
 	}
 	return err
 }
@@ -260,19 +262,20 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	switch told := sumPattern[MD5].MatchString(attrs.MD5); {
 	case told && sum.Hex == "":
 		sum = Sum{Algorithm: MD5, Hex: attrs.MD5}
-		if known, ok := f.recall(name, sum); ok {
-			f.Sayf("%s: unchanged, from the cache", path.Base(name))
+		if known, ok := f.known(name, sum); ok {
+			f.Progressf("%s: unchanged, from the cache", path.Base(name))
 			return known, attrs, nil
 		}
 	case told && sum.Algorithm == MD5 && sum.Hex != attrs.MD5:
-		// Gigabytes need not come to know that.
-		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name), mismatch(name, sum, fmt.Errorf("the bucket says %s", attrs.MD5)))
+		// Gigabytes need not see that error.
+		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name),
+			mismatch(name, sum, fmt.Errorf("the bucket says %s", attrs.MD5)))
 	}
 	want := ""
 	if sum.Algorithm == SHA256 {
 		want = "sha256:" + sum.Hex
 	}
-	s := &stream{r: body, say: f.Sayf, name: path.Base(name), size: attrs.Size, sum: sum}
+	s := &stream{r: body, progress: f.Progressf, name: path.Base(name), size: attrs.Size, sum: sum}
 	if sum.Hex != "" && want == "" {
 		s.hash = sum.Algorithm.new()
 	}
@@ -284,7 +287,7 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 		return fact{}, attrs, fmt.Errorf("fetch %s: %w", f.Source.URL(name), err)
 	}
 	known := fact{digest, size}
-	f.Sayf("%s: fetched, %.1f MB", path.Base(name), float64(size)/1e6)
+	f.Progressf("%s: fetched, %.1f MB", path.Base(name), float64(size)/1e6)
 	if sum.Hex == "" {
 		return known, attrs, nil
 	}
@@ -292,11 +295,12 @@ func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbuc
 	if err != nil {
 		return fact{}, attrs, err
 	}
-	return known, attrs, f.Cache.Remember(fetched, f.key(name, sum), raw)
+	return known, attrs, f.Cache.PutFact(fetched, f.key(name, sum), raw)
 }
 
 func mismatch(name string, sum Sum, cause error) error {
-	return fault.Wrap(fault.Checksum, fmt.Errorf("%s differs from its published %s %s: %w", path.Base(name), sum.Algorithm, sum.Hex, cause),
+	return fault.Wrap(fault.Checksum,
+		fmt.Errorf("%s differs from its published %s %s: %w", path.Base(name), sum.Algorithm, sum.Hex, cause),
 		"replace the object or its checksum in the bucket: one of the two is damaged")
 }
 
@@ -307,7 +311,7 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 	if err != nil {
 		return nil, Material{}, err
 	}
-	sum, err := f.SumBeside(ctx, name)
+	sum, err := f.ChecksumFile(ctx, name)
 	if err != nil {
 		return nil, Material{}, err
 	}
@@ -330,13 +334,13 @@ func (f *Fetcher) Small(ctx context.Context, name string, limit int64) ([]byte, 
 // error instead of io.EOF when the bytes are not those that were promised, so
 // that nothing is stored.
 type stream struct {
-	r    io.Reader
-	say  func(string, ...any)
-	name string
-	size int64 // promised; 0 is unknown
-	sum  Sum
-	hash hash.Hash // nil: checked elsewhere, or nothing to check against
-	n    int64
+	r        io.Reader
+	progress func(string, ...any)
+	name     string
+	size     int64 // promised; 0 means unknown
+	sum      Sum
+	hash     hash.Hash // nil: checked elsewhere, or nothing to check against
+	n        int64
 }
 
 func (s *stream) Read(b []byte) (int, error) {
@@ -345,12 +349,13 @@ func (s *stream) Read(b []byte) (int, error) {
 		s.hash.Write(b[:n])
 	}
 	if before := s.n / reportEvery; (s.n+int64(n))/reportEvery > before && s.size > reportEvery {
-		s.say("%s: %d of %d MB", s.name, (s.n+int64(n))/1e6, s.size/1e6)
+		s.progress("%s: %d of %d MB", s.name, (s.n+int64(n))/1e6, s.size/1e6)
 	}
 	s.n += int64(n)
 	switch {
 	case s.n > maxObject:
-		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30), "check that the bucket's object is what its name says")
+		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30),
+			"check that the bucket's object is what its name says")
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):
@@ -370,8 +375,10 @@ func (s *stream) Read(b []byte) (int, error) {
 // error that has a kind, or a file's, keeps it.
 func broken(name string, err error) error {
 	var f *fault.Error
-	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+	if errors.As(err, &f) || errors.As(err, new(*fs.PathError)) || errors.Is(err, context.Canceled) ||
+		errors.Is(err, context.DeadlineExceeded) {
 		return err
 	}
-	return fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err), "try again; check the network on the way to the bucket")
+	return fault.Wrap(fault.Transient, fmt.Errorf("read %s: %w", name, err),
+		"try again; check the network on the way to the bucket")
 }

@@ -32,7 +32,7 @@ type bucket struct {
 	md5    map[string]string // told as attributes
 	crc32c string            // told as an attribute
 	mirror string            // told as where things came from
-	size   int64             // told for every object; 0 is the true one
+	size   int64             // told for every object; 0 means the true one
 	gets   int
 }
 
@@ -70,7 +70,7 @@ func newFetcher(t *testing.T, b *bucket) *input.Fetcher {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	return &input.Fetcher{Source: b, Cache: c, Say: func(line string) { t.Log(line) }}
+	return &input.Fetcher{Source: b, Cache: c, Progress: func(line string) { t.Log(line) }}
 }
 
 // blobs counts the blobs of a fetcher's cache.
@@ -99,29 +99,31 @@ func TestBlobIsFetchedOnce(t *testing.T) {
 		gets       int // of two fetches
 	}{
 		{"md5 beside", &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 1},
 		{"md5sum line", &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes") + "  o\n"}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 1},
 		{"sha256", &bucket{data: map[string]string{"d/o": "bytes", "sha256/o.sha256": hexSHA256("bytes") + " *o\n"}},
 			func(f *input.Fetcher) (input.Sum, error) {
 				return f.Sum(t.Context(), input.SHA256, "sha256/o.sha256", "d/o")
 			}, false, 1},
-		{"md5 as an attribute", &bucket{data: map[string]string{"d/o": "bytes"}, md5: map[string]string{"d/o": hexMD5("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 2},
+		{"md5 as an attribute", &bucket{data: map[string]string{"d/o": "bytes"},
+			md5: map[string]string{"d/o": hexMD5("bytes")}},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 2},
 		{"sha256 beside", &bucket{data: map[string]string{"d/o": "bytes", "d/o.sha256": hexSHA256("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 1},
 		{"crc32c as an attribute", &bucket{data: map[string]string{"d/o": "bytes"}, crc32c: "01234567"},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 2},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 2},
 		{"nothing to check against", &bucket{data: map[string]string{"d/o": "bytes"}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, true, 2},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, true, 2},
 		{"size unknown", &bucket{size: -1, data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes")}},
-			func(f *input.Fetcher) (input.Sum, error) { return f.SumBeside(t.Context(), "d/o") }, false, 1},
+			func(f *input.Fetcher) (input.Sum, error) { return f.ChecksumFile(t.Context(), "d/o") }, false, 1},
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
 			t.Parallel()
 			f := newFetcher(t, r.b)
-			want := input.Material{Name: "o", URI: "https://bucket.example/d/o", Digest: "sha256:" + hexSHA256("bytes"), Size: 5, Unverified: r.unverified}
+			want := input.Material{Name: "o", URI: "https://bucket.example/d/o", Digest: "sha256:" + hexSHA256("bytes"), Size: 5,
+				Unverified: r.unverified}
 			for range 2 {
 				sum, err := r.sum(f)
 				if err != nil {
@@ -150,7 +152,7 @@ func TestBlobFollowsItsChecksum(t *testing.T) {
 	b := &bucket{data: map[string]string{"o": "one", "o.md5": hexMD5("one"), "p": "one", "p.md5": hexMD5("one")}}
 	f := newFetcher(t, b)
 	get := func(name string) (input.Material, error) {
-		sum, err := f.SumBeside(t.Context(), name)
+		sum, err := f.ChecksumFile(t.Context(), name)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -182,10 +184,15 @@ func TestBlobRefuses(t *testing.T) {
 		sum  input.Sum
 		kind fault.Kind
 	}{
-		{"wrong md5", &bucket{data: map[string]string{"o": "bytes"}}, input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")}, fault.Checksum},
-		{"wrong sha256", &bucket{data: map[string]string{"o": "bytes"}}, input.Sum{Algorithm: input.SHA256, Hex: hexSHA256("other")}, fault.Checksum},
-		{"wrong md5 attribute", &bucket{data: map[string]string{"o": "bytes"}, md5: map[string]string{"o": hexMD5("other")}}, input.Sum{}, fault.Checksum},
-		{"md5 attribute against the md5 beside", &bucket{data: map[string]string{"o": "bytes"}, md5: map[string]string{"o": hexMD5("bytes")}}, input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")}, fault.Checksum},
+		{"wrong md5", &bucket{data: map[string]string{"o": "bytes"}}, input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")},
+			fault.Checksum},
+		{"wrong sha256", &bucket{data: map[string]string{"o": "bytes"}},
+			input.Sum{Algorithm: input.SHA256, Hex: hexSHA256("other")}, fault.Checksum},
+		{"wrong md5 attribute", &bucket{data: map[string]string{"o": "bytes"}, md5: map[string]string{"o": hexMD5("other")}},
+			input.Sum{}, fault.Checksum},
+		{"md5 attribute against the md5 beside",
+			&bucket{data: map[string]string{"o": "bytes"}, md5: map[string]string{"o": hexMD5("bytes")}},
+			input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")}, fault.Checksum},
 		{"missing", &bucket{}, input.Sum{}, fault.InputMissing},
 		{"shorter than promised", &bucket{data: map[string]string{"o": "bytes"}, size: 9}, input.Sum{}, fault.Transient},
 	}
@@ -209,8 +216,10 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 	cut := func() io.Reader {
 		return io.MultiReader(strings.NewReader("by"), iotest.ErrReader(errors.New("connection reset")))
 	}
-	b := &bucket{data: map[string]string{"o": "bytes"}, bodies: map[string][]io.Reader{"o": {cut(), strings.NewReader("byt")}}}
-	if _, _, err := newFetcher(t, b).Blob(t.Context(), "o", input.Sum{Algorithm: input.MD5, Hex: hexMD5("bytes")}); err != nil || b.gets != 3 {
+	b := &bucket{data: map[string]string{"o": "bytes"},
+		bodies: map[string][]io.Reader{"o": {cut(), strings.NewReader("byt")}}}
+	if _, _, err := newFetcher(t, b).Blob(t.Context(), "o",
+		input.Sum{Algorithm: input.MD5, Hex: hexMD5("bytes")}); err != nil || b.gets != 3 {
 		t.Errorf("Blob = %v after %d downloads; want success at the third", err, b.gets)
 	}
 	b.bodies["o"] = []io.Reader{cut(), cut(), cut()}
@@ -223,10 +232,11 @@ func TestBlobTriesABrokenStreamAgain(t *testing.T) {
 // from that mirror or its checksum was.
 func TestMaterialNamesTheMirror(t *testing.T) {
 	t.Parallel()
-	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"}, mirror: "https://mirror.example/"}
+	b := &bucket{data: map[string]string{"d/o": "bytes", "d/o.md5": hexMD5("bytes"), "d/p": "p"},
+		mirror: "https://mirror.example/"}
 	f := newFetcher(t, b)
 	for _, how := range []string{"fetched", "recalled"} {
-		sum, err := f.SumBeside(t.Context(), "d/o")
+		sum, err := f.ChecksumFile(t.Context(), "d/o")
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -244,10 +254,12 @@ func TestMaterialNamesTheMirror(t *testing.T) {
 
 func TestSmall(t *testing.T) {
 	t.Parallel()
-	b := &bucket{data: map[string]string{"env": "CC=gcc\n", "env.md5": hexMD5("CC=gcc\n"), "bad": "x", "bad.md5": hexMD5("y"), "bare": "z"}}
+	b := &bucket{data: map[string]string{"env": "CC=gcc\n", "env.md5": hexMD5("CC=gcc\n"), "bad": "x",
+		"bad.md5": hexMD5("y"), "bare": "z"}}
 	f := newFetcher(t, b)
 	data, m, err := f.Small(t.Context(), "env", 100)
-	want := input.Material{Name: "env", URI: "https://bucket.example/env", Digest: "sha256:" + hexSHA256("CC=gcc\n"), Size: 7}
+	want := input.Material{Name: "env", URI: "https://bucket.example/env", Digest: "sha256:" + hexSHA256("CC=gcc\n"),
+		Size: 7}
 	if err != nil || string(data) != "CC=gcc\n" || m != want {
 		t.Errorf("Small = %q, %+v, %v; want %+v", data, m, err, want)
 	}

@@ -1,4 +1,4 @@
-// Package inspect looks at one build of a real bucket: what is there, what a build
+// Package inspect examines one build of a real bucket: what is there, what a build
 // would take from it, and what does not fit. It goes on after what fails, so that
 // one print says all. It refuses to compile, and to write to the bucket.
 package inspect
@@ -25,53 +25,55 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Config says what to look at.
+// Config says what to examine.
 type Config struct {
 	// VMLinux fetches the kernel as it was linked, which may have hundreds of
-	// megabytes, and holds it against the headers.
+	// megabytes, and compares it with the headers.
 	VMLinux bool
-	// Say is told of progress, a line at a time; nil is silent.
-	Say func(string)
+	// Progress receives progress, a line at a time; nil means silent.
+	Progress func(string)
 }
 
-type look struct {
+type inspection struct {
 	doctor.Report
 	bucket *cosbucket.Bucket
 	cache  *cas.Cache
 	kernel target.Kernel
 }
 
-func (l *look) ok(check, format string, args ...any) {
+func (l *inspection) ok(check, format string, args ...any) {
 	l.Findings = append(l.Findings, doctor.Finding{Check: check, Level: doctor.OK, Text: fmt.Sprintf(format, args...)})
 }
 
-func (l *look) note(check, format string, args ...any) {
+func (l *inspection) note(check, format string, args ...any) {
 	l.Findings = append(l.Findings, doctor.Finding{Check: check, Level: doctor.Note, Text: fmt.Sprintf(format, args...)})
 }
 
-func (l *look) fail(check string, level doctor.Level, err error) {
+func (l *inspection) fail(check string, level doctor.Level, err error) {
 	next := fault.Hint(err)
 	if next == "" {
 		next = "report it, with this print"
 	}
-	l.Findings = append(l.Findings, doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
+	l.Findings = append(l.Findings,
+		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
 }
 
-// Build looks at one build.
+// Build examines one build.
 func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.Kernel, c Config) *doctor.Report {
-	if c.Say == nil {
-		c.Say = func(string) {}
+	if c.Progress == nil {
+		c.Progress = func(string) {}
 	}
-	l := &look{bucket: b, cache: cache, kernel: k}
+	l := &inspection{bucket: b, cache: cache, kernel: k}
 	l.objects(ctx)
 	l.drivers(ctx)
 	l.signed(ctx)
-	in, err := cossrc.Fetch(ctx, b, cache, k.BuildID, k.Board, c.Say)
+	in, err := cossrc.Fetch(ctx, b, cache, k.BuildID, k.Board, c.Progress)
 	if err != nil {
 		l.fail("inputs", doctor.Fail, err)
 		return &l.Report
 	}
-	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "not told"), in.Fingerprint.Short())
+	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "not told"),
+		in.Fingerprint.Short())
 	l.ok("headers", "%s", filepath.Base(in.Headers))
 	l.configuration(in.Headers)
 	var env []string
@@ -80,7 +82,9 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 	}
 	slices.Sort(env)
 	l.ok("toolchain", "%s", strings.Join(env, " "))
-	if err := compile.Check(ctx, compile.Request{Headers: in.Headers, Toolchain: in.Toolchain, Env: in.Env, Arch: in.Kernel.Arch, Release: in.Kernel.Release}); err != nil {
+	if err := compile.Check(ctx,
+		compile.Request{Headers: in.Headers, Toolchain: in.Toolchain, Env: in.Env, Arch: in.Kernel.Arch,
+			Release: in.Kernel.Release}); err != nil {
 		l.fail("tools", doctor.Fail, err)
 	} else {
 		l.ok("tools", "compiler and kernel fit each other and this machine")
@@ -97,15 +101,19 @@ func or(text, other string) string {
 }
 
 // objects tells which objects of a build are there, in which layout, and how large.
-func (l *look) objects(ctx context.Context) {
+func (l *inspection) objects(ctx context.Context) {
 	for _, o := range []struct {
 		name   string
 		needed bool
 	}{
-		{cosbucket.HeadersName(l.kernel), true}, {cosbucket.ToolchainEnvName(l.kernel), true}, {cosbucket.ToolchainName(l.kernel), false},
-		{cosbucket.ToolchainPointerName(l.kernel), false}, {cosbucket.ToolchainPathName(l.kernel), false}, {cosbucket.ToolchainURLName(l.kernel), false},
-		{cosbucket.VMLinuxName(l.kernel), false}, {cosbucket.CommitName(l.kernel), false}, {cosbucket.KernelInfoName(l.kernel), false},
-		{cosbucket.TrustedKeyName(l.kernel), false}, {cosbucket.DriverVersionsName(l.kernel), false}, {cosbucket.DriverVersionsBinName(l.kernel), false},
+		{cosbucket.HeadersName(l.kernel), true}, {cosbucket.ToolchainEnvName(l.kernel), true},
+		{cosbucket.ToolchainName(l.kernel), false},
+		{cosbucket.ToolchainPointerName(l.kernel), false}, {cosbucket.ToolchainPathName(l.kernel), false},
+		{cosbucket.ToolchainURLName(l.kernel), false},
+		{cosbucket.VMLinuxName(l.kernel), false}, {cosbucket.CommitName(l.kernel), false},
+		{cosbucket.KernelInfoName(l.kernel), false},
+		{cosbucket.TrustedKeyName(l.kernel), false}, {cosbucket.DriverVersionsName(l.kernel), false},
+		{cosbucket.DriverVersionsBinName(l.kernel), false},
 		{cosbucket.BootName(l.kernel), false},
 	} {
 		at, size, err := l.find(ctx, o.name)
@@ -121,7 +129,7 @@ func (l *look) objects(ctx context.Context) {
 }
 
 // find returns where an object is, by either layout, and reads nothing of it.
-func (l *look) find(ctx context.Context, name string) (at string, size int64, err error) {
+func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
 	for _, at = range cosbucket.Layouts(l.kernel, name) {
 		var r io.ReadCloser
 		var attrs cosbucket.Attrs
@@ -145,13 +153,14 @@ func bytes(n int64) string {
 	return fmt.Sprintf("%.1f MB", float64(n)/1e6)
 }
 
-func (l *look) drivers(ctx context.Context) {
+func (l *inspection) drivers(ctx context.Context) {
 	list, err := l.bucket.Drivers(ctx, l.kernel)
 	if err != nil {
 		l.fail("drivers", doctor.Warn, err)
 		return
 	}
-	l.ok("drivers", "default %s, latest %s, in all %s", or(list.Default, "none"), or(list.Latest, "none"), strings.Join(list.Versions, " "))
+	l.ok("drivers", "default %s, latest %s, in all %s", or(list.Default, "none"), or(list.Latest, "none"),
+		strings.Join(list.Versions, " "))
 	var gpus []string
 	for gpu, own := range list.GPUs {
 		gpus = append(gpus, fmt.Sprintf("%s (default %s)", gpu, or(own.Default, "none")))
@@ -162,7 +171,7 @@ func (l *look) drivers(ctx context.Context) {
 }
 
 // signed tells what Google compiled and signed for the build.
-func (l *look) signed(ctx context.Context) {
+func (l *inspection) signed(ctx context.Context) {
 	var found []string
 	for _, name := range []string{"extensions/gpu/", "nvidia-drivers-"} {
 		for _, prefix := range cosbucket.Layouts(l.kernel, l.kernel.BuildID+"/"+l.kernel.Board+"/"+name) {
@@ -187,11 +196,13 @@ func (l *look) signed(ctx context.Context) {
 
 // facts are what decides how modules are made, loaded and tested.
 var facts = []string{
-	"CONFIG_CC_VERSION_TEXT", "CONFIG_LD_IS_LLD", "CONFIG_AS_IS_LLVM", "CONFIG_MODVERSIONS", "CONFIG_MODULE_SIG", "CONFIG_MODULE_SIG_FORCE", "CONFIG_MODULE_SIG_HASH",
-	"CONFIG_SECURITY_LOADPIN", "CONFIG_DEBUG_INFO_BTF_MODULES", "CONFIG_PVH", "CONFIG_DRM", "CONFIG_IKCONFIG", "CONFIG_PREEMPT_RT", "CONFIG_WERROR", "CONFIG_LTO_NONE", "CONFIG_LOCALVERSION",
+	"CONFIG_CC_VERSION_TEXT", "CONFIG_LD_IS_LLD", "CONFIG_AS_IS_LLVM", "CONFIG_MODVERSIONS", "CONFIG_MODULE_SIG",
+	"CONFIG_MODULE_SIG_FORCE", "CONFIG_MODULE_SIG_HASH",
+	"CONFIG_SECURITY_LOADPIN", "CONFIG_DEBUG_INFO_BTF_MODULES", "CONFIG_PVH", "CONFIG_DRM", "CONFIG_IKCONFIG",
+	"CONFIG_PREEMPT_RT", "CONFIG_WERROR", "CONFIG_LTO_NONE", "CONFIG_LOCALVERSION",
 }
 
-func (l *look) configuration(headers string) {
+func (l *inspection) configuration(headers string) {
 	set, err := kconfig.ReadFile(filepath.Join(headers, ".config"))
 	if err != nil {
 		l.fail("configuration", doctor.Fail, err)
@@ -205,19 +216,20 @@ func (l *look) configuration(headers string) {
 }
 
 // loadTest tells whether the build's kernel can be booted.
-func (l *look) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
+func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
 	switch {
 	case in.Boot != "":
 		l.ok("load test", "boots prebake-boot.tgz")
 		return
 	case !in.HasVMLinux:
-		l.fail("load test", doctor.Warn, fault.New(fault.InputMissing, "no vmlinux: modules get static checks only", "put the kernel there as it was linked"))
+		l.fail("load test", doctor.Warn,
+			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only", "put the kernel there as it was linked"))
 		return
 	case !c.VMLinux:
 		l.note("load test", "boots vmlinux; --vmlinux fetches it and holds it against the headers")
 		return
 	}
-	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, in.Kernel, c.Say)
+	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, in.Kernel, c.Progress)
 	if err == nil {
 		err = l.vmlinux(file, in)
 	}
@@ -226,7 +238,7 @@ func (l *look) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) {
 	}
 }
 
-func (l *look) vmlinux(file string, in *cossrc.Inputs) (err error) {
+func (l *inspection) vmlinux(file string, in *cossrc.Inputs) (err error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return err
@@ -236,7 +248,8 @@ func (l *look) vmlinux(file string, in *cossrc.Inputs) (err error) {
 	if err != nil {
 		return err
 	}
-	l.ok("vmlinux", "%s; build id %s; configuration inside: %t", found.Banners[len(found.Banners)-1], or(found.BuildID, "none"), found.Config != nil)
+	l.ok("vmlinux", "%s; build id %s; configuration inside: %t", found.Banners[len(found.Banners)-1],
+		or(found.BuildID, "none"), found.Config != nil)
 	if err := found.Check(in.Headers); err != nil {
 		return err
 	}

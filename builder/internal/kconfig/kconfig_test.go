@@ -38,12 +38,14 @@ func TestRead(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := kconfig.Config{
-		"CONFIG_SMP": "y", "CONFIG_DRM": "m", "CONFIG_HZ": "250", "CONFIG_CC_VERSION_TEXT": `"clang = 17"`, "CONFIG_TWICE": "y", "CONFIG_LAST": "y",
+		"CONFIG_SMP": "y", "CONFIG_DRM": "m", "CONFIG_HZ": "250", "CONFIG_CC_VERSION_TEXT": `"clang = 17"`,
+		"CONFIG_TWICE": "y", "CONFIG_LAST": "y",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("ReadFile (-want +got):\n%s", diff)
 	}
-	for name, text := range map[string]string{"one line": strings.Repeat("x", 1<<20), "many lines": strings.Repeat("CONFIG_A=y\n", kconfig.Max/10)} {
+	for name, text := range map[string]string{"one line": strings.Repeat("x", 1<<20),
+		"many lines": strings.Repeat("CONFIG_A=y\n", kconfig.Max/10)} {
 		if _, err := kconfig.Read(strings.NewReader(text)); !fault.Is(err, fault.CheckFailed) || fault.Hint(err) == "" {
 			t.Errorf("%s: Read = %v; want check-failed with a hint", name, err)
 		}

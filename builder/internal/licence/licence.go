@@ -2,10 +2,9 @@
 // NVIDIA's licence goes only to destinations that are private, unless the operator says
 // otherwise. docs/decisions/0031 tells what that licence says.
 //
-// It refuses to interpret the licence, and to take a mark for true that an outsider's
-// request proves wrong. The word of a server of ours it takes as it is: one that says
-// private counts as private although everybody who reaches it can read there, also over
-// the internet. To keep outsiders away from it is its operator's task.
+// It refuses to interpret the licence, and to take a mark for true that a request without credentials proves wrong. The
+// word of a server of ours it takes as it is: one that says private counts as private although everybody who reaches it
+// can read there, also over the internet. Its operator must keep others away from it.
 package licence
 
 import (
@@ -34,17 +33,17 @@ type Rule struct {
 	Addresses func(ctx context.Context, host string) ([]netip.Addr, error)
 }
 
-// Place is a destination, as somebody without credentials sees it.
-type Place interface {
-	// Outsider asks for one thing, or, where it has no name, in general.
-	Outsider(ctx context.Context, what string) (registry.Outsider, error)
+// Destination is a destination, as a client without credentials sees it.
+type Destination interface {
+	// AnonymousAccess asks for one thing, or, where it has no name, in general.
+	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 
 // Audience says who reads a destination.
 type Audience struct {
 	Public bool
-	// Why is half a sentence, such as "it is on this machine".
-	Why string
+	// Reason is half a sentence, such as "it is on this machine".
+	Reason string
 	// marked says that only the operator's mark makes it private.
 	marked bool
 }
@@ -52,39 +51,39 @@ type Audience struct {
 // String is for people.
 func (a Audience) String() string {
 	if a.Public {
-		return "public: " + a.Why
+		return "public: " + a.Reason
 	}
-	return "private: " + a.Why
+	return "private: " + a.Reason
 }
 
 // Audience finds out for whom the destination of this name is. A folder, what is on this
 // machine, and a server that says so are private; so is what the operator marked, unless
-// an outsider reads it over the internet. All else is public.
-func (r Rule) Audience(ctx context.Context, name string, p Place) (Audience, error) {
-	seen, err := p.Outsider(ctx, "")
+// a client without credentials reads it over the internet. All else is public.
+func (r Rule) Audience(ctx context.Context, name string, p Destination) (Audience, error) {
+	seen, err := p.AnonymousAccess(ctx, "")
 	if err != nil {
-		return Audience{}, fmt.Errorf("look at %s as an outsider: %w", name, err)
+		return Audience{}, fmt.Errorf("read %s without credentials: %w", name, err)
 	}
 	switch {
 	case seen.Host == "":
-		return Audience{Why: "it is a folder"}, nil
-	case seen.Says == registry.AudiencePublic:
-		return Audience{Public: true, Why: "the server says so"}, nil
-	case seen.Says == registry.AudiencePrivate:
-		return Audience{Why: "the server says so"}, nil
+		return Audience{Reason: "it is a folder"}, nil
+	case seen.Visibility == registry.AudiencePublic:
+		return Audience{Public: true, Reason: "the server says so"}, nil
+	case seen.Visibility == registry.AudiencePrivate:
+		return Audience{Reason: "the server says so"}, nil
 	}
 	near, here := r.where(ctx, seen.Host)
 	switch {
 	case here:
-		return Audience{Why: "it is on this machine"}, nil
+		return Audience{Reason: "it is on this machine"}, nil
 	case !r.marks(name) && seen.Reads:
-		return Audience{Public: true, Why: "it can be read without credentials"}, nil
+		return Audience{Public: true, Reason: "it can be read without credentials"}, nil
 	case !r.marks(name):
-		return Audience{Public: true, Why: "nobody marked it private"}, nil
+		return Audience{Public: true, Reason: "it is not marked private"}, nil
 	case seen.Reads && !near:
-		return Audience{Public: true, Why: "it can be read without credentials, so --private does not hold"}, nil
+		return Audience{Public: true, Reason: "it can be read without credentials, so --private is wrong"}, nil
 	}
-	return Audience{Why: "--private says so", marked: true}, nil
+	return Audience{Reason: "--private says so", marked: true}, nil
 }
 
 // marks reports whether the operator marked a destination.
@@ -97,8 +96,8 @@ func (r Rule) marks(name string) bool {
 	return false
 }
 
-// patience bounds the look-up of a name.
-const patience = 10 * time.Second
+// lookupTimeout bounds the look-up of a name.
+const lookupTimeout = 10 * time.Second
 
 // where finds out how far a host is: near is a network that the internet does not reach,
 // here this machine. One whose name nobody knows, as behind a proxy, is far.
@@ -113,7 +112,7 @@ func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		}
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, lookupTimeout)
 	defer cancel()
 	all, err := find(ctx, strings.Trim(host, "[]"))
 	near, here = err == nil && len(all) > 0, err == nil && len(all) > 0
@@ -128,7 +127,7 @@ func (r Rule) where(ctx context.Context, hostport string) (near, here bool) {
 
 // Check refuses, as [fault.PublishRefused], a destination to which an artifact with
 // modules of this flavour may not go. It is asked before anything is made.
-func (r Rule) Check(ctx context.Context, name string, p Place, f target.Flavour) error {
+func (r Rule) Check(ctx context.Context, name string, p Destination, f target.Flavour) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) {
 		return nil
@@ -140,9 +139,9 @@ func (r Rule) Check(ctx context.Context, name string, p Place, f target.Flavour)
 	return refuse(name, f, who, need)
 }
 
-// Published looks at what was published, under its name or digest: a destination whose
+// Published examines what was published, under its name or digest: a destination whose
 // only claim to be private is its mark must not hand it to everybody.
-func (r Rule) Published(ctx context.Context, name string, p Place, f target.Flavour, what string) error {
+func (r Rule) Published(ctx context.Context, name string, p Destination, f target.Flavour, what string) error {
 	need := bundle.LicenceOf(f).Redistribution
 	if r.Redistribute.Covers(need) || !r.marks(name) {
 		return nil
@@ -151,14 +150,14 @@ func (r Rule) Published(ctx context.Context, name string, p Place, f target.Flav
 	if err != nil || !who.marked && !who.Public {
 		return err
 	}
-	seen, err := p.Outsider(ctx, what)
+	seen, err := p.AnonymousAccess(ctx, what)
 	if err != nil {
-		return fmt.Errorf("look at %s in %s as an outsider: %w", what, name, err)
+		return fmt.Errorf("read %s in %s without credentials: %w", what, name, err)
 	}
 	if near, _ := r.where(ctx, seen.Host); seen.Reads && !near {
 		return fault.New(fault.PublishRefused,
 			fmt.Sprintf("%s is in %s by now, and can be read without credentials", what, name),
-			"remove it, or take from everybody the right to read there; then publish again")
+			"remove it, or revoke public read access there; then publish again")
 	}
 	return nil
 }
@@ -168,12 +167,12 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 	if f != target.Open {
 		what = "modules, user space and firmware are"
 	}
-	hint := fmt.Sprintf("if only you can read it, say --private %s", name)
-	if who.Why != "nobody marked it private" {
+	hint := fmt.Sprintf("if only you can read it, add --private %s", name)
+	if who.Reason != "it is not marked private" {
 		hint = "publish to a private destination"
-		if strings.HasSuffix(who.Why, "credentials, so --private does not hold") ||
-			strings.HasSuffix(who.Why, "without credentials") {
-			hint = "take from everybody the right to read it, and say --private " + name
+		if strings.HasSuffix(who.Reason, "credentials, so --private is wrong") ||
+			strings.HasSuffix(who.Reason, "without credentials") {
+			hint = "revoke public read access to it, and add --private " + name
 		}
 	}
 	return fault.New(
@@ -185,6 +184,6 @@ func refuse(name string, f target.Flavour, who Audience, need bundle.Redistribut
 			what,
 			who,
 		),
-		hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, say --redistribute %s", need),
+		hint+fmt.Sprintf("; if you may pass on what NVIDIA's licence covers, add --redistribute %s", need),
 	)
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/random"
 
 	"github.com/prebake/prebake/builder/internal/licence"
-	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -103,20 +103,27 @@ func TestRegistries(t *testing.T) {
 			hint   string
 		}{
 			{"on this machine", free, licence.Rule{}, "", ""},
-			{"for everybody", free, licence.Rule{Addresses: at(internet)}, "it can be read without credentials", "--private " + kind.free},
+			{"for everybody", free, licence.Rule{Addresses: at(internet)}, "it can be read without credentials",
+				"--private " + kind.free},
 			{"for everybody, marked", free, licence.Rule{Addresses: at(internet), Private: []string{kind.free}},
-				"--private does not hold", "take from everybody"},
-			{"marked, and one address of two is far", free, licence.Rule{Addresses: at(cluster, internet), Private: []string{kind.free}},
-				"--private does not hold", "take from everybody"},
-			{"for everybody in a cluster", free, licence.Rule{Addresses: at(cluster)}, "it can be read without credentials", "--private"},
-			{"for everybody in a cluster, marked", free, licence.Rule{Addresses: at(cluster), Private: []string{kind.free}}, "", ""},
+				"--private is wrong", "revoke public read"},
+			{"marked, and one address of two is far", free,
+				licence.Rule{Addresses: at(cluster, internet), Private: []string{kind.free}},
+				"--private is wrong", "revoke public read"},
+			{"for everybody in a cluster", free, licence.Rule{Addresses: at(cluster)}, "it can be read without credentials",
+				"--private"},
+			{"for everybody in a cluster, marked", free, licence.Rule{Addresses: at(cluster), Private: []string{kind.free}}, "",
+				""},
 			{"for everybody, nobody knows where, marked", free, licence.Rule{Private: []string{kind.free},
 				Addresses: func(context.Context, string) ([]netip.Addr, error) { return nil, errors.New("no such host") }},
-				"--private does not hold", "take from everybody"},
-			{"for who has the password", locked, licence.Rule{Addresses: at(internet)}, "nobody marked it private", "only you can read it, say --private " + kind.locked},
-			{"for who has the password, marked", locked, licence.Rule{Addresses: at(internet), Private: []string{kind.locked}}, "", ""},
+				"--private is wrong", "revoke public read"},
+			{"for who has the password", locked, licence.Rule{Addresses: at(internet)}, "it is not marked private",
+				"only you can read it, add --private " + kind.locked},
+			{"for who has the password, marked", locked, licence.Rule{Addresses: at(internet), Private: []string{kind.locked}},
+				"", ""},
 			{"the host marked", locked, licence.Rule{Addresses: at(internet), Private: []string{host + "/"}}, "", ""},
-			{"another mark", locked, licence.Rule{Addresses: at(internet), Private: []string{kind.locked + "s", host + "/pre", ""}}, "nobody marked it private", "--private"},
+			{"another mark", locked, licence.Rule{Addresses: at(internet),
+				Private: []string{kind.locked + "s", host + "/pre", ""}}, "it is not marked private", "--private"},
 		}
 		for _, row := range rows {
 			t.Run(kind.name+" "+row.name, func(t *testing.T) {
@@ -129,10 +136,12 @@ func TestRegistries(t *testing.T) {
 						}
 						continue
 					}
-					word := map[target.Flavour]string{target.Open: "--redistribute userspace", target.Proprietary: "--redistribute all"}[f]
+					word := map[target.Flavour]string{target.Open: "--redistribute userspace",
+						target.Proprietary: "--redistribute all"}[f]
 					if !fault.Is(err, fault.PublishRefused) || !strings.Contains(err.Error(), row.refuse) ||
 						!strings.Contains(fault.Hint(err), row.hint) || !strings.HasSuffix(fault.Hint(err), word) {
-						t.Errorf("Check(%s) = %v, hint %q; want %q, hint with %q and %q", f, err, fault.Hint(err), row.refuse, row.hint, word)
+						t.Errorf("Check(%s) = %v, hint %q; want %q, hint with %q and %q", f, err, fault.Hint(err), row.refuse, row.hint,
+							word)
 					}
 				}
 			})
@@ -146,7 +155,8 @@ func TestWhatTheOperatorSays(t *testing.T) {
 	for _, row := range []struct {
 		says              bundle.Redistribution
 		open, proprietary bool
-	}{{"", false, false}, {bundle.RedistributeNone, false, false}, {bundle.RedistributeUserspace, true, false}, {bundle.RedistributeAll, true, true}} {
+	}{{"", false, false}, {bundle.RedistributeNone, false, false}, {bundle.RedistributeUserspace, true, false},
+		{bundle.RedistributeAll, true, true}} {
 		rule := licence.Rule{Redistribute: row.says, Addresses: at(internet)}
 		for f, want := range map[target.Flavour]bool{target.Open: row.open, target.Proprietary: row.proprietary} {
 			if err := rule.Check(t.Context(), repo.Name(), repo, f); (err == nil) != want {
@@ -159,7 +169,8 @@ func TestWhatTheOperatorSays(t *testing.T) {
 // A server of ours says for whom it is, also where everybody in its network reads it.
 func TestWhatTheServerSays(t *testing.T) {
 	t.Parallel()
-	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true, "secret": true} {
+	for word, public := range map[string]bool{registry.AudiencePrivate: false, registry.AudiencePublic: true,
+		"secret": true} {
 		inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
 		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set(registry.AudienceHeader, word)
@@ -167,7 +178,8 @@ func TestWhatTheServerSays(t *testing.T) {
 		}))
 		t.Cleanup(srv.Close)
 		repo := open(t, strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver", registry.Options{})
-		for _, rule := range []licence.Rule{{Addresses: at(internet)}, {Addresses: at(internet), Private: []string{repo.Name()}}} {
+		for _, rule := range []licence.Rule{{Addresses: at(internet)},
+			{Addresses: at(internet), Private: []string{repo.Name()}}} {
 			if got, err := rule.Audience(t.Context(), repo.Name(), repo); err != nil || got.Public != public {
 				t.Errorf("a server that says %q: Audience = %s, %v; want public %t", word, got, err, public)
 			}
@@ -175,7 +187,7 @@ func TestWhatTheServerSays(t *testing.T) {
 	}
 }
 
-// A registry that lists nothing to outsiders, and hands out what they name.
+// A registry that lists nothing without credentials, and hands out what they name.
 func TestPublishedForEverybody(t *testing.T) {
 	t.Parallel()
 	secret := false
@@ -220,7 +232,8 @@ func TestNoAnswer(t *testing.T) {
 	srv := httptest.NewServer(nil)
 	gone := strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
 	srv.Close()
-	if err := rule.Check(t.Context(), gone, open(t, gone, registry.Options{}), target.Open); !fault.Is(err, fault.Transient) {
+	if err := rule.Check(t.Context(), gone, open(t, gone, registry.Options{}), target.Open); !fault.Is(err,
+		fault.Transient) {
 		t.Errorf("Check(nobody there) = %v; want kind transient", err)
 	}
 }
@@ -231,7 +244,7 @@ func TestFolders(t *testing.T) {
 	if err := (licence.Rule{}).Check(t.Context(), layout.Name(), layout, target.Proprietary); err != nil {
 		t.Errorf("Check(layout) = %v; want none", err)
 	}
-	b, err := twin.Open(t.Context(), "file://"+t.TempDir())
+	b, err := tarball.Open(t.Context(), "file://"+t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -245,11 +258,11 @@ func TestBuckets(t *testing.T) {
 	s := gcs.Start(t)
 	s.Use(t)
 	s.Bucket(t, "drivers")
-	b, err := twin.Open(t.Context(), "gs://drivers/cos/")
+	b, err := tarball.Open(t.Context(), "gs://drivers/cos/")
 	if err != nil {
 		t.Fatal(err)
 	}
-	missing, err := twin.Open(t.Context(), "gs://no-such-bucket")
+	missing, err := tarball.Open(t.Context(), "gs://no-such-bucket")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,22 +274,24 @@ func TestBuckets(t *testing.T) {
 	s.Put(t, "drivers", "cos/x", []byte("x"))
 	for _, row := range []struct {
 		name string
-		b    *twin.Bucket
+		b    *tarball.Bucket
 		rule licence.Rule
 		want string
 	}{
 		{"the emulator of this machine", b, licence.Rule{}, "private: it is on this machine"},
 		{"not marked", b, licence.Rule{Addresses: at(internet)}, "public: it can be read without credentials"},
-		{"marked", b, licence.Rule{Addresses: at(internet), Private: []string{"gs://drivers"}}, "public: it can be read without credentials, so --private does not hold"},
-		{"no bucket, marked", missing, licence.Rule{Addresses: at(internet), Private: []string{"gs://no-such-bucket"}}, "private: --private says so"},
+		{"marked", b, licence.Rule{Addresses: at(internet), Private: []string{"gs://drivers"}},
+			"public: it can be read without credentials, so --private is wrong"},
+		{"no bucket, marked", missing, licence.Rule{Addresses: at(internet), Private: []string{"gs://no-such-bucket"}},
+			"private: --private says so"},
 	} {
 		if got, err := row.rule.Audience(t.Context(), row.b.URL(""), row.b); err != nil || got.String() != row.want {
 			t.Errorf("%s: Audience = %s, %v; want %s", row.name, got, err, row.want)
 		}
 	}
 	for name, reads := range map[string]bool{"x": true, "y": false} {
-		if got, err := b.Outsider(t.Context(), name); err != nil || got.Reads != reads {
-			t.Errorf("Outsider(%s) = %+v, %v; want reads %t", name, got, err, reads)
+		if got, err := b.AnonymousAccess(t.Context(), name); err != nil || got.Reads != reads {
+			t.Errorf("AnonymousAccess(%s) = %+v, %v; want reads %t", name, got, err, reads)
 		}
 	}
 }

@@ -47,7 +47,8 @@ func plainName(name string) string {
 // choose returns the modules that can be loaded, in order, and why each other
 // one is not. present names the modules that the machine has at boot; depends
 // reads what a file needs.
-func choose(modules map[string]string, present map[string]bool, depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
+func choose(modules map[string]string, present map[string]bool,
+	depends func(file string) ([]string, error)) (order []string, skipped map[string]string, err error) {
 	skipped = map[string]string{}
 	for name := range modules {
 		if !slices.Contains(loadOrder, name) {
@@ -79,7 +80,8 @@ func choose(modules map[string]string, present map[string]bool, depends func(fil
 		skipped[name] = "needs " + strings.Join(missing, "; ")
 	}
 	if why, ok := skipped["nvidia"]; ok {
-		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why), "add a boot archive whose modules/order has these modules, or skip the load test: --load-test off")
+		return nil, nil, fault.Wrap(fault.InputMissing, fmt.Errorf("%w: nvidia %s", ErrLacking, why),
+			"add a boot archive whose modules/order has these modules, or skip the load test: --load-test off")
 	}
 	return order, skipped, nil
 }

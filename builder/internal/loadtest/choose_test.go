@@ -16,8 +16,10 @@ import (
 
 func TestChoose(t *testing.T) {
 	t.Parallel()
-	all := map[string]string{"nvidia": "nvidia", "nvidia-uvm": "uvm", "nvidia-modeset": "modeset", "nvidia-drm": "drm", "nvidia-peermem": "peermem", "nvidia-vgpu": "vgpu"}
-	needs := map[string][]string{"uvm": {"nvidia"}, "modeset": {"nvidia"}, "drm": {"nvidia_modeset", "drm_kms_helper", "drm"}}
+	all := map[string]string{"nvidia": "nvidia", "nvidia-uvm": "uvm", "nvidia-modeset": "modeset", "nvidia-drm": "drm",
+		"nvidia-peermem": "peermem", "nvidia-vgpu": "vgpu"}
+	needs := map[string][]string{"uvm": {"nvidia"}, "modeset": {"nvidia"},
+		"drm": {"nvidia_modeset", "drm_kms_helper", "drm"}}
 	for _, row := range []struct {
 		name    string
 		present map[string]bool
@@ -25,15 +27,18 @@ func TestChoose(t *testing.T) {
 		skipped map[string]string
 	}{
 		{"kernel without DRM", nil, []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
-			map[string]string{"nvidia-drm": "needs drm-kms-helper, which the machine does not have; drm, which the machine does not have", "nvidia-vgpu": "not a module of the driver that nodes load"}},
+			map[string]string{"nvidia-drm": "needs drm-kms-helper, which the machine does not have; drm, which the machine " +
+				"does not have", "nvidia-vgpu": "not a module of the driver that nodes load"}},
 		{"kernel without ACPI's video", map[string]bool{"no-video": true}, []string{"nvidia", "nvidia-uvm", "nvidia-peermem"},
 			map[string]string{
 				"nvidia-modeset": "needs video, which the machine does not have",
-				"nvidia-drm":     "needs nvidia-modeset, which needs video, which the machine does not have; drm-kms-helper, which the machine does not have; drm, which the machine does not have",
-				"nvidia-vgpu":    "not a module of the driver that nodes load",
+				"nvidia-drm": "needs nvidia-modeset, which needs video, which the machine does not have; drm-kms-helper, " +
+					"which the machine does not have; drm, which the machine does not have",
+				"nvidia-vgpu": "not a module of the driver that nodes load",
 			}},
 		{"kernel with DRM", map[string]bool{"drm": true, "drm-kms-helper": true},
-			[]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}, map[string]string{"nvidia-vgpu": "not a module of the driver that nodes load"}},
+			[]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"},
+			map[string]string{"nvidia-vgpu": "not a module of the driver that nodes load"}},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
@@ -80,7 +85,8 @@ func TestKernelModules(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(boot, "modules"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)), []byte("drm.ko\ndrm_kms_helper.ko\n"), 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(boot, filepath.FromSlash(vm.BootOrder)), []byte("drm.ko\ndrm_kms_helper.ko\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	got, err = kernelModules(boot)

@@ -135,7 +135,8 @@ func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 		return Rejected, cutOff("read the kernel's taint", res)
 	}
 	if flags := newTaint(taint, string(after.Stdout)); flags != "" {
-		return Rejected, strings.Join(append([]string{"the modules tainted the kernel: " + flags}, v.Warnings[:min(1, len(v.Warnings))]...), ": ")
+		return Rejected, strings.Join(append([]string{"the modules tainted the kernel: " + flags},
+			v.Warnings[:min(1, len(v.Warnings))]...), ": ")
 	}
 	return Loaded, ""
 }
@@ -148,7 +149,8 @@ var taints = []struct {
 	bit  uint
 	what string
 }{
-	{1, "module forced"}, {3, "module removed by force"}, {4, "machine check"}, {5, "bad page"}, {7, "oops"}, {9, "warning"},
+	{1, "module forced"}, {3, "module removed by force"}, {4, "machine check"}, {5, "bad page"}, {7, "oops"},
+	{9, "warning"},
 }
 
 // newTaint names the flags that were set meanwhile.
@@ -167,7 +169,7 @@ func newTaint(before, after string) string {
 	return strings.Join(flags, ", ")
 }
 
-// examineLive looks at what the loaded modules said.
+// examineLive examines what the loaded modules said.
 func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 	for _, name := range []string{stepVersion, stepModules, stepStamp, stepNodes} {
 		if name == stepStamp && p.madeFor == "" {
@@ -188,7 +190,8 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 			}
 		case stepStamp:
 			if got := string(modinfo.Note(s.Stdout, modinfo.StampOwner, modinfo.StampType)); got != p.madeFor {
-				return Rejected, fmt.Sprintf("the loaded module says that it was made for kernel %q; its file says %s", got, p.madeFor)
+				return Rejected, fmt.Sprintf("the loaded module says that it was made for kernel %q; its file says %s", got,
+					p.madeFor)
 			}
 		case stepModules:
 			if missing := notLive(text, v.Loaded()); len(missing) > 0 {
@@ -205,7 +208,8 @@ func (v *Verdict) examineLive(p *plan, res *vm.Result) (state, reason string) {
 	}
 	var a answer
 	if err := json.Unmarshal(s.Stdout, &a); err != nil {
-		return Rejected, fmt.Sprintf("ask NVML: exit status %d without an answer: %s", s.ExitCode, firstLine(s.Error+string(s.Stderr)))
+		return Rejected, fmt.Sprintf("ask NVML: exit status %d without an answer: %s", s.ExitCode,
+			firstLine(s.Error+string(s.Stderr)))
 	}
 	v.NVMLVersion = a.DriverVersion
 	switch {
@@ -233,7 +237,7 @@ func refusal(what string, s vm.StepResult) string {
 	} else {
 		text += fmt.Sprintf("exit status %d (%s)", s.ExitCode, s.Error)
 	}
-	if line := tellingLine(s.KernelLog); line != "" {
+	if line := reasonLine(s.KernelLog); line != "" {
 		text += ": kernel: " + line
 	}
 	return text
@@ -249,18 +253,19 @@ var noDeviceMarks = []string{
 
 func noDeviceLine(log string) string { return findLine(log, noDeviceMarks) }
 
-// tellingMarks are how the kernel explains that it refuses a module, most
+// reasonMarks are how the kernel explains that it refuses a module, most
 // telling first.
-var tellingMarks = []string{
+var reasonMarks = []string{
 	"Unknown symbol", "disagrees about version of symbol", "version magic", "no symbol version",
 	"Loading of unsigned module is rejected", "loading of module with unavailable key is rejected", "Key was rejected",
 	// LoadPin also tells, with other words, of each module that it lets pass.
-	"LoadPin: kernel-module denied", "LoadPin: kernel-module old-api-denied", "LoadPin: firmware denied", "Lockdown:", "exports duplicate symbol", "NVRM:", "nvidia",
+	"LoadPin: kernel-module denied", "LoadPin: kernel-module old-api-denied", "LoadPin: firmware denied", "Lockdown:",
+	"exports duplicate symbol", "NVRM:", "nvidia",
 }
 
-// tellingLine returns the kernel's line that best explains a failure.
-func tellingLine(log string) string {
-	if line := findLine(log, tellingMarks); line != "" {
+// reasonLine returns the kernel's line that best explains a failure.
+func reasonLine(log string) string {
+	if line := findLine(log, reasonMarks); line != "" {
 		return line
 	}
 	lines := strings.Split(strings.TrimSpace(log), "\n")

@@ -34,7 +34,8 @@ const (
 `
 	logVersions = `[    5.742198] nvidia: disagrees about version of symbol module_layout
 `
-	procVersion = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Sat Jun 14 16:05:50 UTC 2025\nGCC version:  gcc version 12.2.0\n"
+	procVersion = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Sat Jun 14 16:05:50 UTC 2025\nGCC " +
+		"version:  gcc version 12.2.0\n"
 	procModules = `nvidia_modeset 1503232 0 - Live 0xffffffffc4a00000 (PO)
 nvidia_uvm 1564672 0 - Live 0xffffffffc4800000 (PO)
 nvidia 62734336 2 nvidia_modeset,nvidia_uvm, Live 0xffffffffc0a00000 (PO)
@@ -46,7 +47,8 @@ emugpu 16384 0 - Live 0xffffffffc05e2000 (O)
 )
 
 func testPlan() *plan {
-	p := &plan{version: version, release: release, madeFor: stamp, modules: []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
+	p := &plan{version: version, release: release, madeFor: stamp,
+		modules: []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-peermem"},
 		skipped: map[string]string{"nvidia-drm": "needs drm"}}
 	p.addSteps()
 	return p
@@ -110,37 +112,59 @@ func TestJudge(t *testing.T) {
 	}{
 		{"good", func(*vm.Result) {}, Loaded, 3, nil},
 		{"no GPU", change("load nvidia", fails(19, logNoGPU)), NoDevice, 1, []string{"NVRM: No NVIDIA GPU found."}},
-		{"GPU not accepted", change("load nvidia", fails(19, logNotAccepted)), NoDevice, 1, []string{"None of the NVIDIA devices were initialized"}},
-		{"ENODEV for another reason", change("load nvidia", fails(19, "[ 1.0] nvidia: odd\n")), Rejected, 0, []string{"load nvidia: ENODEV", "nvidia: odd"}},
-		{"wrong magic", change("load nvidia", fails(8, logMagic)), Rejected, 0, []string{"load nvidia: ENOEXEC", "version magic '6.1.0-53"}},
-		{"unknown symbol", change("load nvidia", fails(2, logSymbol)), Rejected, 0, []string{"ENOENT", "kernel: nvidia: Unknown symbol pci_resize_resource (err -2)"}},
-		{"other symbol version", change("load nvidia", fails(22, logVersions)), Rejected, 0, []string{"EINVAL", "disagrees about version"}},
+		{"GPU not accepted", change("load nvidia", fails(19, logNotAccepted)), NoDevice, 1,
+			[]string{"None of the NVIDIA devices were initialized"}},
+		{"ENODEV for another reason", change("load nvidia", fails(19, "[ 1.0] nvidia: odd\n")), Rejected, 0,
+			[]string{"load nvidia: ENODEV", "nvidia: odd"}},
+		{"wrong magic", change("load nvidia", fails(8, logMagic)), Rejected, 0,
+			[]string{"load nvidia: ENOEXEC", "version magic '6.1.0-53"}},
+		{"unknown symbol", change("load nvidia", fails(2, logSymbol)), Rejected, 0,
+			[]string{"ENOENT", "kernel: nvidia: Unknown symbol pci_resize_resource (err -2)"}},
+		{"other symbol version", change("load nvidia", fails(22, logVersions)), Rejected, 0,
+			[]string{"EINVAL", "disagrees about version"}},
 		{"second module", change("load nvidia-uvm", fails(2, logSymbol)), Rejected, 1, []string{"load nvidia-uvm: ENOENT"}},
-		{"hangs", change("load nvidia", fails(124, "")), Rejected, 0, []string{"load nvidia: exit status 124 (as the machine says)"}},
+		{"hangs", change("load nvidia", fails(124, "")), Rejected, 0,
+			[]string{"load nvidia: exit status 124 (as the machine says)"}},
 		{"crash", func(res *vm.Result) {
 			change("load nvidia-uvm", func(s *vm.StepResult) { s.Ended = false })(res)
 			res.Crash = "BUG: kernel NULL pointer dereference"
 		}, Rejected, 1, []string{"load nvidia-uvm: kernel crashed: BUG: kernel NULL"}},
-		{"other driver in the kernel", change(stepVersion, says("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.031\n")), Rejected, 3, []string{"want version 535.261.03"}},
-		{"stamped otherwise", change(stepStamp, says(string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:22"))))), Rejected, 3, []string{`made for kernel "sha256:22"; its file says sha256:11`}},
-		{"not live", change(stepModules, says(strings.ReplaceAll(procModules, "0 - Live 0xffffffffc4800000", "0 - Loading 0x0"))), Rejected, 3, []string{"nvidia-uvm"}},
+		{"other driver in the kernel",
+			change(stepVersion, says("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.031\n")), Rejected, 3,
+			[]string{"want version 535.261.03"}},
+		{"stamped otherwise", change(stepStamp,
+			says(string(modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte("sha256:22"))))), Rejected, 3,
+			[]string{`made for kernel "sha256:22"; its file says sha256:11`}},
+		{"not live", change(stepModules,
+			says(strings.ReplaceAll(procModules, "0 - Live 0xffffffffc4800000", "0 - Loading 0x0"))), Rejected, 3,
+			[]string{"nvidia-uvm"}},
 		{"NVML says no", change(stepProbe, says(nvmlBad)), Rejected, 3, []string{"Driver/library version mismatch"}},
 		{"NVML of another driver", change(stepProbe, says(nvmlNew)), Rejected, 3, []string{`"535.309.01"; want 535.261.03`}},
-		{"probe crashes", change(stepProbe, func(s *vm.StepResult) { s.ExitCode, s.Stdout, s.Stderr = 139, nil, []byte("trap\n") }), Rejected, 3, []string{"exit status 139 without an answer: trap"}},
+		{"probe crashes", change(stepProbe,
+			func(s *vm.StepResult) { s.ExitCode, s.Stdout, s.Stderr = 139, nil, []byte("trap\n") }), Rejected, 3,
+			[]string{"exit status 139 without an answer: trap"}},
 		{"does not unload", change("unload nvidia", fails(11, "")), Rejected, 3, []string{"unload nvidia: EAGAIN"}},
-		{"peer memory does not link", change("load nvidia-peermem", fails(2, "[ 1.0] nvidia_peermem: Unknown symbol ib_register_peer_memory_client (err -2)\n")), Rejected, 3, []string{"load nvidia-peermem: ENOENT", "Unknown symbol"}},
+		{"peer memory does not link",
+			change("load nvidia-peermem",
+				fails(2, "[ 1.0] nvidia_peermem: Unknown symbol ib_register_peer_memory_client (err -2)\n")), Rejected, 3,
+			[]string{"load nvidia-peermem: ENOENT", "Unknown symbol"}},
 		{"NVML was not asked", func(res *vm.Result) {
 			res.Steps = slices.DeleteFunc(res.Steps, func(s vm.StepResult) bool { return s.Name == stepProbe })
 		}, Rejected, 3, []string{"ask NVML: the machine did not get"}},
-		{"another kernel", change(stepBefore, says("6.1.0-47-cloud-amd64\n0\n")), Rejected, 0, []string{"runs kernel 6.1.0-47-cloud-amd64; the modules were made for 6.1.0-50-cloud-amd64"}},
-		{"taints the kernel", change(stepAfter, says("12801\n")), Rejected, 3, []string{"the modules tainted the kernel: warning"}},
+		{"another kernel", change(stepBefore, says("6.1.0-47-cloud-amd64\n0\n")), Rejected, 0,
+			[]string{"runs kernel 6.1.0-47-cloud-amd64; the modules were made for 6.1.0-50-cloud-amd64"}},
+		{"taints the kernel", change(stepAfter, says("12801\n")), Rejected, 3,
+			[]string{"the modules tainted the kernel: warning"}},
 		{"taint of the boot stays out", func(res *vm.Result) {
 			change(stepBefore, says(release+"\n512\n"))(res)
 			change(stepAfter, says("12801\n"))(res)
 		}, Loaded, 3, nil},
 		{"taint cannot be read", change(stepAfter, says("much\n")), Rejected, 3, []string{"unknown flags"}},
-		{"kernel warns", func(res *vm.Result) { res.KernelLog += "[    9.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n" }, Rejected, 3, []string{"the kernel complained: WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1"}},
-		{"kernel warns while it boots", func(res *vm.Result) { res.KernelLog = "[    0.1] WARNING: CPU: 0 PID: 1 at boot.c:1\n" + res.KernelLog }, Loaded, 3, nil},
+		{"kernel warns", func(res *vm.Result) { res.KernelLog += "[    9.1] WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1\n" },
+			Rejected, 3, []string{"the kernel complained: WARNING: CPU: 0 PID: 1 at mm/vmalloc.c:1"}},
+		{"kernel warns while it boots",
+			func(res *vm.Result) { res.KernelLog = "[    0.1] WARNING: CPU: 0 PID: 1 at boot.c:1\n" + res.KernelLog }, Loaded, 3,
+			nil},
 		{"no GPU, and a warning", func(res *vm.Result) {
 			change("load nvidia", fails(19, logNoGPU))(res)
 			res.KernelLog = "[    7.1] WARNING: CPU: 0 PID: 1 at x.c:1\n"
@@ -178,8 +202,10 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 	want := &Verdict{
 		State: Loaded, Release: release, Machine: res.Machine, NVMLVersion: version, KernelLog: logLoaded,
 		Modules: []Module{
-			{Name: "nvidia", Load: OK, Unload: OK}, {Name: "nvidia-uvm", Load: OK, Unload: OK}, {Name: "nvidia-modeset", Load: OK, Unload: OK},
-			{Name: "nvidia-peermem", Load: Skipped, Note: "links into the kernel and says EINVAL: it has no RDMA stack to work with"},
+			{Name: "nvidia", Load: OK, Unload: OK}, {Name: "nvidia-uvm", Load: OK, Unload: OK},
+			{Name: "nvidia-modeset", Load: OK, Unload: OK},
+			{Name: "nvidia-peermem", Load: Skipped,
+				Note: "links into the kernel and says EINVAL: it has no RDMA stack to work with"},
 			{Name: "nvidia-drm", Load: Skipped, Note: "needs drm"},
 		},
 		BootSeconds: 4, LoadSeconds: 4, ProbeSeconds: 7, UnloadSeconds: 4, Seconds: 16,
@@ -192,7 +218,8 @@ func TestJudgeFillsTheVerdict(t *testing.T) {
 // What is signed keeps its names.
 func TestVerdictJSON(t *testing.T) {
 	t.Parallel()
-	v := Verdict{State: Rejected, Reason: "r", Release: "6.1", Machine: "m", EmulatedGPU: true, NVMLVersion: "1", NotAsked: "n", Warnings: []string{"w"}, KernelLog: "k",
+	v := Verdict{State: Rejected, Reason: "r", Release: "6.1", Machine: "m", EmulatedGPU: true, NVMLVersion: "1",
+		NotAsked: "n", Warnings: []string{"w"}, KernelLog: "k",
 		Modules: []Module{{Name: "nvidia", Load: Refused, Unload: Skipped, Note: "x"}}}
 	const want = `{"state":"rejected","reason":"r","release":"6.1","machine":"m","emulatedGpu":true,` +
 		`"modules":[{"name":"nvidia","load":"refused","unload":"skipped","note":"x"}],"nvmlVersion":"1","notAsked":"n","warnings":["w"],"kernelLog":"k",` +
@@ -225,7 +252,8 @@ func TestIdleDRM(t *testing.T) {
 // A machine for another processor may lack the probe: the verdict says so.
 func TestNotAsked(t *testing.T) {
 	t.Parallel()
-	p := &plan{version: version, release: release, modules: []string{"nvidia"}, notAsked: "this builder has no nvmlprobe-arm64"}
+	p := &plan{version: version, release: release, modules: []string{"nvidia"},
+		notAsked: "this builder has no nvmlprobe-arm64"}
 	p.addSteps()
 	res := goodRun(p)
 	if _, ok := res.Step(stepProbe); ok {
@@ -242,7 +270,8 @@ func TestPlanUnloadsInReverse(t *testing.T) {
 	for _, s := range testPlan().steps {
 		names = append(names, s.Name)
 	}
-	want := []string{stepBefore, "load nvidia", "load nvidia-uvm", "load nvidia-modeset", "load nvidia-peermem", stepVersion, stepModules, stepStamp, stepNodes, stepProbe,
+	want := []string{stepBefore, "load nvidia", "load nvidia-uvm", "load nvidia-modeset", "load nvidia-peermem",
+		stepVersion, stepModules, stepStamp, stepNodes, stepProbe,
 		"unload nvidia-peermem", "unload nvidia-modeset", "unload nvidia-uvm", "unload nvidia", stepAfter}
 	if diff := cmp.Diff(want, names); diff != "" {
 		t.Errorf("steps (-want +got):\n%s", diff)
@@ -266,7 +295,7 @@ func FuzzTellingLine(f *testing.F) {
 		if len(log) > 1<<16 {
 			return
 		}
-		if line := tellingLine(log); strings.ContainsRune(line, '\n') {
+		if line := reasonLine(log); strings.ContainsRune(line, '\n') {
 			t.Errorf("tellingLine(%q) = %q; want one line", log, line)
 		}
 		notLive(log, []string{"nvidia"})
@@ -280,7 +309,9 @@ func TestKernelLogIsBounded(t *testing.T) {
 	res := goodRun(p)
 	res.KernelLog = logLoaded + strings.Repeat("NVRM: said too much\n", maxKernelLog)
 	v := judge(p, res)
-	if len(v.KernelLog) > maxKernelLog || !strings.HasPrefix(v.KernelLog, "NVRM: ") || !strings.HasSuffix(v.KernelLog, "much\n") {
-		t.Errorf("a verdict keeps %d bytes of the log, %.20q…; want whole lines of at most %d", len(v.KernelLog), v.KernelLog, maxKernelLog)
+	if len(v.KernelLog) > maxKernelLog || !strings.HasPrefix(v.KernelLog, "NVRM: ") ||
+		!strings.HasSuffix(v.KernelLog, "much\n") {
+		t.Errorf("a verdict keeps %d bytes of the log, %.20q…; want whole lines of at most %d", len(v.KernelLog), v.KernelLog,
+			maxKernelLog)
 	}
 }

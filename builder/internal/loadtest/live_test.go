@@ -17,7 +17,7 @@ import (
 
 // liveConfig returns a real kernel and a real driver that was compiled for it.
 // The end-to-end run sets both: PREBAKE_BOOT is a boot folder, PREBAKE_DRIVER
-// a folder with drivers/*.ko, lib64/ and perhaps firmware/.
+// a folder with drivers/*.ko, lib64/ and possibly firmware/.
 func liveConfig(t *testing.T) Config {
 	t.Helper()
 	boot, driver := os.Getenv("PREBAKE_BOOT"), os.Getenv("PREBAKE_DRIVER")
@@ -40,12 +40,13 @@ func liveConfig(t *testing.T) Config {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c.Version, c.Init, c.Probe = m.Version, buildProgram(t, "pkg/vm/guestinit", arch), buildProgram(t, "fetcher/nvmlprobe", arch)
+	c.Version, c.Init, c.Probe = m.Version, buildProgram(t, "pkg/vm/guestinit", arch), buildProgram(t, "fetcher/nvmlprobe",
+		arch)
 	return c
 }
 
 // buildProgram returns a program of ours under its name for amd64; the one for
-// another architecture stands beside it.
+// another architecture is beside it.
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))
@@ -54,7 +55,8 @@ func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	if strings.HasSuffix(pkg, "nvmlprobe") {
 		cgo = "1"
 	}
-	cmd.Env = append(os.Environ(), "GOARCH="+string(arch), "CGO_ENABLED="+cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
+	cmd.Env = append(os.Environ(), "GOARCH="+string(arch), "CGO_ENABLED="+cgo,
+		"CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
 	if arch == target.ARM64 {
 		cmd.Env = append(cmd.Env, "CC=aarch64-linux-gnu-gcc-12")
 	}

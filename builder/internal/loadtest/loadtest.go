@@ -46,13 +46,13 @@ type Config struct {
 	// Version is the driver version that must answer.
 	Version string
 	// Init and Probe are the programs guestinit and nvmlprobe for amd64. Those
-	// for another processor stand beside them: guestinit-arm64, nvmlprobe-arm64.
+	// for another processor are beside them: guestinit-arm64, nvmlprobe-arm64.
 	Init, Probe string
 	// KernelArgs are added to the kernel's command line, as module.sig_enforce=1.
 	KernelArgs []string
-	// Timeout ends the machine; 0 is 5 minutes.
+	// Timeout ends the machine; 0 means 5 minutes.
 	Timeout time.Duration
-	// Watch hears of the machine's progress; may be nil.
+	// Watch receives the machine's progress; may be nil.
 	Watch func(vm.Progress)
 }
 

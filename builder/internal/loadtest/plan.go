@@ -104,7 +104,7 @@ func archOf(m elf.Machine) (target.Arch, error) {
 	return "", fault.New(fault.Unsupported, fmt.Sprintf("nvidia.ko is for processor %v", m), "compile for amd64 or arm64")
 }
 
-// Helper returns the program of ours for an architecture: it stands beside the
+// Helper returns the program of ours for an architecture: it is beside the
 // one for amd64.
 func Helper(program string, arch target.Arch) string {
 	if arch == target.AMD64 {
@@ -118,7 +118,8 @@ func (p *plan) addFiles(c Config) error {
 	if have, err := exists(lib); err != nil {
 		return err
 	} else if !have {
-		return fault.New(fault.InputMissing, fmt.Sprintf("driver %s comes without libnvidia-ml.so.1, which a node asks whether the driver works", p.version),
+		return fault.New(fault.InputMissing,
+			fmt.Sprintf("driver %s comes without libnvidia-ml.so.1, which a node asks whether the driver works", p.version),
 			"check that the object is NVIDIA's full driver runfile for this architecture; --load-test off publishes what it has")
 	}
 	switch _, err := os.Stat(probe); {
@@ -127,13 +128,15 @@ func (p *plan) addFiles(c Config) error {
 		if err != nil {
 			return fmt.Errorf("find what NVML needs: %w", err)
 		}
-		p.files = append(p.files, vm.File{Name: guestLib, Path: lib, Mode: 0o755}, vm.File{Name: guestProbe, Path: probe, Mode: 0o755})
+		p.files = append(p.files, vm.File{Name: guestLib, Path: lib, Mode: 0o755},
+			vm.File{Name: guestProbe, Path: probe, Mode: 0o755})
 		p.files = append(p.files, libraries...)
 	case errors.Is(err, os.ErrNotExist) && p.arch != target.AMD64:
 		// Compiling it takes a cross compiler, which not every builder has.
 		p.notAsked = "this builder has no " + filepath.Base(probe)
 	default:
-		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err), "run make build, or name the program with --probe")
+		return fault.Wrap(fault.Usage, fmt.Errorf("find nvmlprobe: %w", err),
+			"run make build, or name the program with --probe")
 	}
 	if c.Firmware == "" {
 		return nil

@@ -37,7 +37,7 @@ type Verdict struct {
 	Seconds       float64 `json:"seconds"`
 }
 
-// Module is what became of one module.
+// Module is what happened to one module.
 type Module struct {
 	Name string `json:"name"`
 	// Load and Unload are [OK], [Refused] or [Skipped]; "" where the test did not
@@ -48,7 +48,7 @@ type Module struct {
 	Note string `json:"note,omitempty"`
 }
 
-// What may become of a module.
+// What may happen to a module.
 const (
 	OK      = "ok"
 	Refused = "refused"

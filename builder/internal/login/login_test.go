@@ -26,7 +26,8 @@ echo '{"credential":{"access_token":"token-of-gcloud","token_expiry":"2999-01-01
 func TestKeychain(t *testing.T) {
 	home := t.TempDir()
 	for name, value := range map[string]string{
-		"HOME": home, "DOCKER_CONFIG": home, "CLOUDSDK_CONFIG": home, "GOOGLE_APPLICATION_CREDENTIALS": "", "REGISTRY_AUTH_FILE": "", "XDG_RUNTIME_DIR": home,
+		"HOME": home, "DOCKER_CONFIG": home, "CLOUDSDK_CONFIG": home, "GOOGLE_APPLICATION_CREDENTIALS": "",
+		"REGISTRY_AUTH_FILE": "", "XDG_RUNTIME_DIR": home,
 		// No machine account here.
 		"GCE_METADATA_HOST": noMetadata(t), "PATH": home,
 	} {
@@ -44,7 +45,8 @@ func TestKeychain(t *testing.T) {
 		t.Fatal(err)
 	}
 	for host, want := range map[string]string{
-		"us-docker.pkg.dev": "token-of-gcloud", "gcr.io": "token-of-gcloud", "europe-docker.pkg.dev": "written-down", "registry.example": "example", "other.example": "",
+		"us-docker.pkg.dev": "token-of-gcloud", "gcr.io": "token-of-gcloud", "europe-docker.pkg.dev": "written-down",
+		"registry.example": "example", "other.example": "",
 	} {
 		reg, err := name.NewRegistry(host)
 		if err != nil {

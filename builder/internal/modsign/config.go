@@ -10,7 +10,7 @@ import (
 // Config is what a kernel's configuration says about module signatures.
 type Config struct {
 	// Checks says that the kernel knows them at all: without, it takes every
-	// module and never looks at a signature.
+	// module and never examines a signature.
 	Checks bool
 	// Forced says that it refuses unsigned modules whatever its command line: it
 	// was configured to, or to lock itself down when it boots.
@@ -31,7 +31,8 @@ func ReadConfig(r io.Reader) (Config, error) {
 		c.Forced = c.Forced || options.On(name)
 	}
 	if c.Checks && c.Hash == "" {
-		return Config{}, fault.New(fault.CheckFailed, "read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH", "fetch the kernel's headers again")
+		return Config{}, fault.New(fault.CheckFailed,
+			"read kernel configuration: CONFIG_MODULE_SIG without CONFIG_MODULE_SIG_HASH", "fetch the kernel's headers again")
 	}
 	c.Forced = c.Forced && c.Checks // without signatures there is nothing to refuse
 	return c, nil

@@ -40,7 +40,7 @@ const (
 
 // ReadDetached reads such an archive, and leaves what it does not know. root is
 // trusted_key.pem, the certificate that the kernel was built with; without it
-// (nil) a signature is held against the certificates that come along alone.
+// (nil) a signature is checked against the certificates that come along alone.
 func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 	d := &Detached{modules: map[string][]byte{}}
 	err := eachFile(archive, maxSignatureTar, d.add)
@@ -53,7 +53,8 @@ func ReadDetached(archive io.Reader, root []byte) (*Detached, error) {
 		}
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read Google's signatures: %w", err), "replace the object in the bucket, or build with --google-signatures off")
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read Google's signatures: %w", err),
+			"replace the object in the bucket, or build with --google-signatures off")
 	}
 	return d, nil
 }
@@ -98,16 +99,19 @@ func (d *Detached) Attach(dst, name string, module []byte) error {
 		return fault.Errorf(fault.CheckFailed, "%w: there is none of %s", ErrLeftOut, name)
 	}
 	if _, own, err := Split(module); err != nil || own != nil {
-		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": it is signed already", "attach to the module as it was compiled"))
+		return errors.Join(err, fault.New(fault.CheckFailed, "attach a signature to "+name+": it is signed already",
+			"attach to the module as it was compiled"))
 	}
 	s, err := verify(module, signature, slices.Concat(d.certificates, d.roots))
 	switch {
 	case errors.Is(err, ErrChanged):
 		return fault.Errorf(fault.CheckFailed, "%w: that of %s is over other bytes", ErrLeftOut, name)
 	case err != nil:
-		return fault.Wrap(fault.CheckFailed, fmt.Errorf("signature by Google of %s: %w", name, err), "replace the archive in the bucket, or build with --google-signatures off")
+		return fault.Wrap(fault.CheckFailed, fmt.Errorf("signature by Google of %s: %w", name, err),
+			"replace the archive in the bucket, or build with --google-signatures off")
 	case len(d.roots) > 0 && !slices.ContainsFunc(d.roots, s.Signer.Equal) && !chains(s.Signer, d.certificates, d.roots):
-		return fault.Errorf(fault.CheckFailed, "%w: that of %s is by %.200q, whom the kernel's root has not certified", ErrLeftOut, name, s.Signer.Subject.String())
+		return fault.Errorf(fault.CheckFailed, "%w: that of %s is by %.200q, whom the kernel's root has not certified",
+			ErrLeftOut, name, s.Signer.Subject.String())
 	}
 	return writeNew(dst, module, signature, trailer(signature))
 }
@@ -144,7 +148,9 @@ func UnpackSigned(archive io.Reader, dir string, trusted []*x509.Certificate) ([
 		err = errors.New("no modules")
 	}
 	if err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("unpack Google's modules: %w", err), "check which certificate the kernel was built with, and replace the archive in the bucket where it is damaged; or build without --google-modules")
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("unpack Google's modules: %w", err),
+			"check which certificate the kernel was built with, and replace the archive in the bucket where it is damaged; or "+
+				"build without --google-modules")
 	}
 	return names, nil
 }

@@ -69,8 +69,10 @@ func newGoogle(t testing.TB) google {
 	}
 	cert := string(pemOf(g.driver.cert))
 	g.archive = tgz(t,
-		entry{name: "./", kind: tar.TypeDir}, entry{name: "./gpu-driver-cert.pem", data: cert}, entry{name: "./gpu-driver-cert.der", data: string(g.driver.cert.Raw)},
-		entry{name: "./nvidia.ko.sig", data: string(signature)}, entry{name: "./gsp_tu10x.bin.sig", data: "\x03\x02ima"}, entry{name: "./sign-file", data: "\x7fELF"},
+		entry{name: "./", kind: tar.TypeDir}, entry{name: "./gpu-driver-cert.pem", data: cert},
+		entry{name: "./gpu-driver-cert.der", data: string(g.driver.cert.Raw)},
+		entry{name: "./nvidia.ko.sig", data: string(signature)}, entry{name: "./gsp_tu10x.bin.sig", data: "\x03\x02ima"},
+		entry{name: "./sign-file", data: "\x7fELF"},
 	)
 	return g
 }
@@ -87,7 +89,8 @@ func TestAttach(t *testing.T) {
 		t.Fatal(err)
 	}
 	withCertificate := func(signature []byte) []byte {
-		return tgz(t, entry{name: "gpu-driver-cert.pem", data: string(pemOf(g.driver.cert))}, entry{name: "nvidia.ko.sig", data: string(signature)})
+		return tgz(t, entry{name: "gpu-driver-cert.pem", data: string(pemOf(g.driver.cert))},
+			entry{name: "nvidia.ko.sig", data: string(signature)})
 	}
 	for _, row := range []struct {
 		name, file    string
@@ -99,10 +102,13 @@ func TestAttach(t *testing.T) {
 		{name: "the very bytes, root known", root: pemOf(g.root.cert)},
 		{name: "the very bytes, the root itself is the signer", root: g.driver.cert.Raw},
 		{name: "the very bytes, root unknown"},
-		{name: "the very bytes, another root", root: pemOf(stranger.cert), leftOut: "whom the kernel's root has not certified"},
-		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'), leftOut: "that of nvidia is over other bytes"},
+		{name: "the very bytes, another root", root: pemOf(stranger.cert),
+			leftOut: "whom the kernel's root has not certified"},
+		{name: "compiled again", root: pemOf(g.root.cert), module: append(bytes.Clone(module), '!'),
+			leftOut: "that of nvidia is over other bytes"},
 		{name: "not signed by Google", file: "nvidia-uvm", leftOut: "there is none of nvidia-uvm"},
-		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another), refused: modsign.ErrUnknownKey},
+		{name: "signed by somebody whose certificate is not there", archive: withCertificate(another),
+			refused: modsign.ErrUnknownKey},
 		{name: "no signature", archive: withCertificate([]byte("x")), refused: modsign.ErrMalformed},
 	} {
 		if row.archive == nil {
@@ -127,7 +133,8 @@ func TestAttach(t *testing.T) {
 				t.Errorf("%s: Attach = %v; want it left out: %s", row.name, err, row.leftOut)
 			}
 		case row.refused != nil:
-			if !errors.Is(err, row.refused) || errors.Is(err, modsign.ErrLeftOut) || !fault.Is(err, fault.CheckFailed) || !strings.Contains(fault.Hint(err), "--google-signatures") {
+			if !errors.Is(err, row.refused) || errors.Is(err, modsign.ErrLeftOut) || !fault.Is(err, fault.CheckFailed) ||
+				!strings.Contains(fault.Hint(err), "--google-signatures") {
 				t.Errorf("%s: Attach = %v, hint %q; want %v and what to do", row.name, err, fault.Hint(err), row.refused)
 			}
 		case err != nil:
@@ -146,7 +153,8 @@ func TestAttach(t *testing.T) {
 		t.Fatal(err)
 	}
 	own := signed(t, load(t, stranger), module, "sha256")
-	if err := d.Attach(filepath.Join(t.TempDir(), "x"), "nvidia", own); !fault.Is(err, fault.CheckFailed) || errors.Is(err, modsign.ErrLeftOut) {
+	if err := d.Attach(filepath.Join(t.TempDir(), "x"), "nvidia", own); !fault.Is(err, fault.CheckFailed) ||
+		errors.Is(err, modsign.ErrLeftOut) {
 		t.Errorf("Attach(signed already) = %v; want check failed", err)
 	}
 }
@@ -155,27 +163,31 @@ func TestReadDetachedRefuses(t *testing.T) {
 	t.Parallel()
 	cert := string(pemOf(rsaPair(t).cert))
 	for name, archive := range map[string][]byte{
-		"no archive":        []byte("hello"),
-		"cut off":           tgz(t, entry{name: "nvidia.ko.sig", data: "x"})[:40],
-		"no signatures":     tgz(t, entry{name: "README", data: "x"}),
-		"firmware only":     tgz(t, entry{name: "gsp.bin.sig", data: "x"}),
-		"twice":             tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "./a/nvidia.ko.sig", data: "y"}),
-		"no certificate":    tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: "x"}),
-		"a link":            tgz(t, entry{name: "nvidia.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
-		"a way out":         tgz(t, entry{name: "../nvidia.ko.sig", data: "x"}),
-		"a path of ours":    tgz(t, entry{name: "/etc/nvidia.ko.sig", data: "x"}),
-		"a long signature":  tgz(t, entry{name: "nvidia.ko.sig", data: strings.Repeat("x", 1<<20+1)}),
-		"many certificates": tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: strings.Repeat(cert, 17)}),
-		"a bomb":            tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "zeros", data: strings.Repeat("\x00", 65<<20)}),
+		"no archive":       []byte("hello"),
+		"cut off":          tgz(t, entry{name: "nvidia.ko.sig", data: "x"})[:40],
+		"no signatures":    tgz(t, entry{name: "README", data: "x"}),
+		"firmware only":    tgz(t, entry{name: "gsp.bin.sig", data: "x"}),
+		"twice":            tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "./a/nvidia.ko.sig", data: "y"}),
+		"no certificate":   tgz(t, entry{name: "nvidia.ko.sig", data: "x"}, entry{name: "gpu-driver-cert.pem", data: "x"}),
+		"a link":           tgz(t, entry{name: "nvidia.ko.sig", data: "/etc/passwd", kind: tar.TypeSymlink}),
+		"a way out":        tgz(t, entry{name: "../nvidia.ko.sig", data: "x"}),
+		"a path of ours":   tgz(t, entry{name: "/etc/nvidia.ko.sig", data: "x"}),
+		"a long signature": tgz(t, entry{name: "nvidia.ko.sig", data: strings.Repeat("x", 1<<20+1)}),
+		"many certificates": tgz(t, entry{name: "nvidia.ko.sig", data: "x"},
+			entry{name: "gpu-driver-cert.pem", data: strings.Repeat(cert, 17)}),
+		"a bomb": tgz(t, entry{name: "nvidia.ko.sig", data: "x"},
+			entry{name: "zeros", data: strings.Repeat("\x00", 65<<20)}),
 		"too many":          tgz(t, slices.Repeat([]entry{{name: "x", data: ""}}, 1100)...),
 		"another container": append([]byte("\x1f\x8b\x08\x00"), 0, 0, 0, 0, 0, 3, 1, 0, 0, 0xff, 0xff),
 	} {
-		if d, err := modsign.ReadDetached(bytes.NewReader(archive), nil); !fault.Is(err, fault.CheckFailed) || fault.Hint(err) == "" {
+		if d, err := modsign.ReadDetached(bytes.NewReader(archive), nil); !fault.Is(err, fault.CheckFailed) ||
+			fault.Hint(err) == "" {
 			t.Errorf("%s: ReadDetached = %+v, %v; want check failed and a hint", name, d, err)
 		}
 	}
 	good := tgz(t, entry{name: "nvidia.ko.sig", data: "x"})
-	if _, err := modsign.ReadDetached(bytes.NewReader(good), []byte("no certificate")); !fault.Is(err, fault.CheckFailed) || !strings.Contains(err.Error(), "trusted_key.pem") {
+	if _, err := modsign.ReadDetached(bytes.NewReader(good), []byte("no certificate")); !fault.Is(err,
+		fault.CheckFailed) || !strings.Contains(err.Error(), "trusted_key.pem") {
 		t.Errorf("ReadDetached(a root that is no certificate) = %v; want check failed", err)
 	}
 }
@@ -208,7 +220,8 @@ func TestUnpackSigned(t *testing.T) {
 	changed := append([]byte("x"), good...)
 	withCertificate := withCertificate(t, g.driver)
 	nvidia := entry{name: "drivers/nvidia.ko", data: string(good)}
-	rest := []entry{{name: "drivers/", kind: tar.TypeDir}, {name: "firmware/nvidia/1/gsp_tu10x.bin", data: "gsp"}, {name: "firmware/gsp.bin", data: "nvidia/1/gsp_tu10x.bin", kind: tar.TypeSymlink}}
+	rest := []entry{{name: "drivers/", kind: tar.TypeDir}, {name: "firmware/nvidia/1/gsp_tu10x.bin", data: "gsp"},
+		{name: "firmware/gsp.bin", data: "nvidia/1/gsp_tu10x.bin", kind: tar.TypeSymlink}}
 	for _, row := range []struct {
 		name    string
 		entries []entry
@@ -216,11 +229,16 @@ func TestUnpackSigned(t *testing.T) {
 		want    map[string]string // nil is refused
 		cause   error
 	}{
-		{"the signer is trusted", append(rest, nvidia, entry{name: "drivers/nvidia-uvm.ko", data: string(good)}), g.driver.cert, map[string]string{"nvidia": string(good), "nvidia-uvm": string(good)}, nil},
-		{"the signer's certificate comes along, its root is trusted", []entry{{name: "nvidia.ko", data: string(withCertificate)}}, g.root.cert, map[string]string{"nvidia": string(withCertificate)}, nil},
+		{"the signer is trusted", append(rest, nvidia, entry{name: "drivers/nvidia-uvm.ko", data: string(good)}),
+			g.driver.cert, map[string]string{"nvidia": string(good), "nvidia-uvm": string(good)}, nil},
+		{"the signer's certificate comes along, its root is trusted",
+			[]entry{{name: "nvidia.ko", data: string(withCertificate)}}, g.root.cert,
+			map[string]string{"nvidia": string(withCertificate)}, nil},
 		{"nobody knows the signer", []entry{nvidia}, stranger.cert, nil, modsign.ErrUnknownKey},
-		{"one is not signed", []entry{nvidia, {name: "drivers/nvidia-uvm.ko", data: string(module)}}, g.driver.cert, nil, modsign.ErrUnsigned},
-		{"one was changed", []entry{nvidia, {name: "drivers/nvidia-uvm.ko", data: string(changed)}}, g.driver.cert, nil, modsign.ErrChanged},
+		{"one is not signed", []entry{nvidia, {name: "drivers/nvidia-uvm.ko", data: string(module)}}, g.driver.cert, nil,
+			modsign.ErrUnsigned},
+		{"one was changed", []entry{nvidia, {name: "drivers/nvidia-uvm.ko", data: string(changed)}}, g.driver.cert, nil,
+			modsign.ErrChanged},
 		{"one is there twice", []entry{nvidia, {name: "nvidia.ko", data: string(good)}}, g.driver.cert, nil, nil},
 		{"a way out", []entry{{name: "../nvidia.ko", data: string(good)}}, g.driver.cert, nil, nil},
 		{"no modules", rest, g.driver.cert, nil, nil},
@@ -228,8 +246,10 @@ func TestUnpackSigned(t *testing.T) {
 		dir := t.TempDir()
 		names, err := modsign.UnpackSigned(bytes.NewReader(tgz(t, row.entries...)), dir, []*x509.Certificate{row.trusted})
 		if row.want == nil {
-			if !fault.Is(err, fault.CheckFailed) || row.cause != nil && !errors.Is(err, row.cause) || !strings.Contains(fault.Hint(err), "--google-modules") {
-				t.Errorf("%s: UnpackSigned = %q, %v, hint %q; want check failed, %v", row.name, names, err, fault.Hint(err), row.cause)
+			if !fault.Is(err, fault.CheckFailed) || row.cause != nil && !errors.Is(err, row.cause) ||
+				!strings.Contains(fault.Hint(err), "--google-modules") {
+				t.Errorf("%s: UnpackSigned = %q, %v, hint %q; want check failed, %v", row.name, names, err, fault.Hint(err),
+					row.cause)
 			}
 			continue
 		}
@@ -253,7 +273,8 @@ func FuzzUnpackSigned(f *testing.F) {
 		dir := t.TempDir()
 		names, err := modsign.UnpackSigned(bytes.NewReader(raw), dir, []*x509.Certificate{g.driver.cert})
 		for _, name := range names {
-			if _, verr := modsign.VerifyFile(filepath.Join(dir, name+".ko"), []*x509.Certificate{g.driver.cert}); err != nil || verr != nil {
+			if _, verr := modsign.VerifyFile(filepath.Join(dir, name+".ko"), []*x509.Certificate{g.driver.cert}); err != nil ||
+				verr != nil {
 				t.Errorf("UnpackSigned wrote %q, %v; it verifies: %v", name, err, verr)
 			}
 		}

@@ -56,7 +56,8 @@ func TestLive(t *testing.T) {
 		want = append(want, expectation{name, errno, line})
 	}
 	try("unsigned", unsigned, syscall.EKEYREJECTED, "unsigned module is rejected")
-	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"), syscall.EKEYREJECTED, "module with unavailable key is rejected")
+	try("signed with a key that the kernel does not know", signed(t, load(t, rsaPair(t)), unsigned, "sha256"),
+		syscall.EKEYREJECTED, "module with unavailable key is rejected")
 	broken := signed(t, load(t, rsaPair(t)), unsigned, "sha256")
 	broken[len(broken)-len("~Module signature appended~\n")-12] = 1 // the field that Split refuses too
 	try("signed with a broken trailer", broken, syscall.EBADMSG, "unexpected non-zero params")
@@ -90,7 +91,8 @@ func TestLive(t *testing.T) {
 	for _, w := range want {
 		s, ok := res.Step(w.name)
 		if !ok || syscall.Errno(s.ExitCode) != w.errno || !strings.Contains(s.KernelLog, w.line) {
-			t.Errorf("insmod of a module %s = %d (%s); want %d, %q\n%s", w.name, s.ExitCode, s.Error, w.errno, w.line, s.KernelLog)
+			t.Errorf("insmod of a module %s = %d (%s); want %d, %q\n%s", w.name, s.ExitCode, s.Error, w.errno, w.line,
+				s.KernelLog)
 		}
 	}
 }

@@ -68,7 +68,8 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 		return nil, err
 	}
 	if len(certs) != 1 {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%s holds %d certificates", certPath, len(certs)), "give a file with the signing certificate alone")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s holds %d certificates", certPath, len(certs)),
+			"give a file with the signing certificate alone")
 	}
 	key, err := sign.OpenKey(ctx, keyRef)
 	if err != nil {
@@ -77,18 +78,24 @@ func load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	cert := certs[0]
 	pub, ok := key.Public().(*rsa.PublicKey)
 	if !ok {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is of type %T: an ECDSA signature is another one each time, and so would be the artifact", keyRef, key.Public()),
-			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out modules.crt")
+		return nil, fault.New(fault.Usage,
+			fmt.Sprintf("%s is of type %T: an ECDSA signature is another one each time, and so would be the artifact", keyRef,
+				key.Public()),
+			"use an RSA key: openssl req -x509 -newkey rsa:4096 -nodes -subj /CN=modules -days 36500 -keyout modules.key -out "+
+				"modules.crt")
 	}
 	// crypto/rsa.c, rsa_check_key_length: other lengths do not verify.
 	if !slices.Contains([]int{2048, 3072, 4096}, pub.N.BitLen()) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()), "the kernel verifies 2048, 3072 and 4096 bits")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("%s is an RSA key of %d bits", keyRef, pub.N.BitLen()),
+			"the kernel verifies 2048, 3072 and 4096 bits")
 	}
 	if !pub.Equal(cert.PublicKey) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not that of key %s", certPath, keyRef), "give the certificate whose public key this is")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not that of key %s", certPath, keyRef),
+			"give the certificate whose public key this is")
 	}
 	if cert.KeyUsage != 0 && cert.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not for signatures", certPath), "make one with key usage digitalSignature")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("certificate %s is not for signatures", certPath),
+			"make one with key usage digitalSignature")
 	}
 	return &Signer{key: key, cert: cert, identity: Fingerprint(cert)}, nil
 }
@@ -106,7 +113,8 @@ func ReadCertificates(path string) ([]*x509.Certificate, error) {
 	}
 	certs, err := ParseCertificates(text)
 	if err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read certificate %s: %w", path, err), "give an X.509 certificate in PEM or DER")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("read certificate %s: %w", path, err),
+			"give an X.509 certificate in PEM or DER")
 	}
 	return certs, nil
 }

@@ -142,7 +142,8 @@ func TestSign(t *testing.T) {
 	if modsign.Fingerprint(p.cert) != s.Identity() || s.Identity() == modsign.Fingerprint(other.cert) {
 		t.Errorf("Identity = %s", s.Identity())
 	}
-	if _, err := modsign.Verify(module, []*x509.Certificate{p.cert}); !errors.Is(err, modsign.ErrUnsigned) || fault.Hint(err) == "" {
+	if _, err := modsign.Verify(module, []*x509.Certificate{p.cert}); !errors.Is(err, modsign.ErrUnsigned) ||
+		fault.Hint(err) == "" {
 		t.Errorf("Verify(unsigned) = %v; want unsigned, with a hint", err)
 	}
 }
@@ -160,7 +161,8 @@ func TestSignAll(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"nvidia": filepath.Join(dir, "nvidia.ko"), "nvidia-uvm.ko": filepath.Join(dir, "nvidia-uvm.ko")}
+	want := map[string]string{"nvidia": filepath.Join(dir, "nvidia.ko"),
+		"nvidia-uvm.ko": filepath.Join(dir, "nvidia-uvm.ko")}
 	if diff := cmp.Diff(want, out); diff != "" {
 		t.Errorf("SignAll (-want +got):\n%s", diff)
 	}
@@ -233,7 +235,8 @@ func TestLoadRefuses(t *testing.T) {
 		"no certificate":            {p.keyPath, p.keyPath, "PRIVATE KEY"},
 		"no file":                   {p.keyPath, none, "none"},
 		"no key":                    {none, p.path, "none"},
-		"not PEM":                   {p.keyPath, write(t, filepath.Join(t.TempDir(), "crt"), []byte("hello")), "read certificate"},
+		"not PEM": {p.keyPath, write(t, filepath.Join(t.TempDir(), "crt"), []byte("hello")),
+			"read certificate"},
 	} {
 		_, err := modsign.Load(t.Context(), row.key, row.cert)
 		if !fault.Is(err, fault.Usage) || fault.Hint(err) == "" || !strings.Contains(err.Error(), row.text) {
@@ -259,7 +262,8 @@ func TestKMS(t *testing.T) {
 // TestTrailer begins with the vector that COS's own installer is tested with.
 func TestTrailer(t *testing.T) {
 	t.Parallel()
-	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" + "7E4D6F64756C65207369676E617475726520617070656E6465647E0A")
+	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" +
+		"7E4D6F64756C65207369676E617475726520617070656E6465647E0A")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -273,7 +277,8 @@ func TestTrailer(t *testing.T) {
 		t.Fatal(err)
 	}
 	tail := got[len(module)+len(signature):]
-	if want := vector[15:]; !bytes.Equal(tail[:10], want[:10]) || !bytes.Equal(tail[12:], want[12:]) || int(tail[10])<<8+int(tail[11]) != len(signature) {
+	if want := vector[15:]; !bytes.Equal(tail[:10], want[:10]) || !bytes.Equal(tail[12:], want[12:]) ||
+		int(tail[10])<<8+int(tail[11]) != len(signature) {
 		t.Errorf("trailer = %x; want %x with a length of %d", tail, want, len(signature))
 	}
 	for name, spoil := range map[string]func([]byte){
@@ -318,7 +323,8 @@ func TestOpenSSL(t *testing.T) {
 			t.Fatal(err)
 		}
 		sig := write(t, filepath.Join(dir, "x.p7s"), signature)
-		verify := []string{"cms", "-verify", "-binary", "-inform", "DER", "-in", sig, "-content", src, "-noverify", "-out", os.DevNull, "-certfile"}
+		verify := []string{"cms", "-verify", "-binary", "-inform", "DER", "-in", sig, "-content", src, "-noverify", "-out",
+			os.DevNull, "-certfile"}
 		if err := run(append(verify, p.path)...); err != nil {
 			t.Errorf("%s: openssl cms -verify = %v", hash, err)
 		}
@@ -337,7 +343,8 @@ func TestOpenSSL(t *testing.T) {
 		"signer by key identifier": {[]string{"-nocerts", "-noattr", "-keyid"}, modsign.ErrMalformed},
 	} {
 		out := filepath.Join(t.TempDir(), "out.p7s")
-		args := append([]string{"cms", "-sign", "-binary", "-in", src, "-signer", p.path, "-inkey", p.keyPath, "-md", "sha256", "-outform", "DER", "-out", out}, row.args...)
+		args := append([]string{"cms", "-sign", "-binary", "-in", src, "-signer", p.path, "-inkey", p.keyPath, "-md",
+			"sha256", "-outform", "DER", "-out", out}, row.args...)
 		if err := run(args...); err != nil {
 			if strings.Contains(name, "identifier") {
 				continue // the certificate has none to name
@@ -358,7 +365,8 @@ func TestOpenSSL(t *testing.T) {
 // appended puts a signature behind a module as the format says.
 func appended(module, signature []byte) []byte {
 	out := append(bytes.Clone(module), signature...)
-	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0, byte(len(signature)>>24), byte(len(signature)>>16), byte(len(signature)>>8), byte(len(signature)))
+	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0, byte(len(signature)>>24), byte(len(signature)>>16), byte(len(signature)>>8),
+		byte(len(signature)))
 	return append(out, "~Module signature appended~\n"...)
 }
 
@@ -369,7 +377,8 @@ func TestSignFile(t *testing.T) {
 	p := rsaPair(t)
 	for _, hash := range []string{"sha256", "sha384", "sha512"} {
 		src, want := write(t, filepath.Join(t.TempDir(), "x.ko"), module), filepath.Join(t.TempDir(), "want.ko")
-		if out, err := exec.CommandContext(t.Context(), signFile, hash, p.keyPath, p.path, src, want).CombinedOutput(); err != nil {
+		if out, err := exec.CommandContext(t.Context(), signFile, hash, p.keyPath, p.path, src,
+			want).CombinedOutput(); err != nil {
 			t.Fatalf("sign-file: %v\n%s", err, out)
 		}
 		theirs, err := os.ReadFile(want)
@@ -413,9 +422,14 @@ func TestReadConfig(t *testing.T) {
 		want modsign.Config
 		ok   bool
 	}{
-		"COS":                             {"CONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not set\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n", modsign.Config{Checks: true, Hash: "sha256"}, true},
-		"forced":                          {"CONFIG_MODULE_SIG_FORCE=y\nCONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n", modsign.Config{Checks: true, Forced: true, Hash: "sha512"}, true},
-		"locked down":                     {"CONFIG_MODULE_SIG=y\nCONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n", modsign.Config{Checks: true, Forced: true, Hash: "sha256"}, true},
+		"COS": {"CONFIG_MODULE_SIG=y\n# CONFIG_MODULE_SIG_FORCE is not " +
+			"set\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n", modsign.Config{Checks: true, Hash: "sha256"}, true},
+		"forced": {
+			"CONFIG_MODULE_SIG_FORCE=y\nCONFIG_MODULE_SIG=y\nCONFIG_MODULE_SIG_HASH=\"sha512\"\n",
+			modsign.Config{Checks: true, Forced: true, Hash: "sha512"}, true},
+		"locked down": {
+			"CONFIG_MODULE_SIG=y\nCONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y\nCONFIG_MODULE_SIG_HASH=\"sha256\"\n",
+			modsign.Config{Checks: true, Forced: true, Hash: "sha256"}, true},
 		"locked down, but checks nothing": {"CONFIG_LOCK_DOWN_KERNEL_FORCE_INTEGRITY=y\n", modsign.Config{}, true},
 		"none":                            {"# CONFIG_MODULE_SIG is not set\n", modsign.Config{}, true},
 		"broken":                          {"CONFIG_MODULE_SIG=y\n", modsign.Config{}, false},

@@ -26,7 +26,8 @@ func TestKeyIsOutOfReach(t *testing.T) {
 	key := write(t, filepath.Join(dir, "prebake-module.key"), []byte(secret))
 	t.Setenv("PREBAKE_MODULE_KEY", key)
 	t.Setenv("VAULT_TOKEN", secret)
-	search := "cat " + key + "; env; cat /proc/self/environ /proc/*/environ /proc/*/cmdline; find / -xdev -name prebake-module.key -exec cat {} +; " +
+	search := "cat " + key + "; env; cat /proc/self/environ /proc/*/environ /proc/*/cmdline; find / -xdev -name " +
+		"prebake-module.key -exec cat {} +; " +
 		"for p in /proc/[0-9]*; do cat $p/root" + key + "; done; echo searched"
 	for name, text := range map[string]string{
 		"headers/.config":  "CONFIG_MODVERSIONS=y\n# CONFIG_LD_IS_LLD is not set\n",
@@ -51,14 +52,17 @@ func TestKeyIsOutOfReach(t *testing.T) {
 		}
 	}
 	// Outside of the sandbox the same words find it.
-	if out, _ := exec.CommandContext(t.Context(), "sh", "-c", strings.Replace(search, "find / ", "find "+dir+" ", 1)).CombinedOutput(); !bytes.Contains(out, []byte(secret)) {
+	if out, _ := exec.CommandContext(t.Context(), "sh", "-c",
+		strings.Replace(search, "find / ", "find "+dir+" ", 1)).CombinedOutput(); !bytes.Contains(out, []byte(secret)) {
 		t.Fatalf("the search finds nothing outside of the sandbox either: %s", out)
 	}
 	var log bytes.Buffer
 	_, err := compile.Modules(t.Context(), compile.Request{
-		Source: filepath.Join(dir, "source"), Headers: filepath.Join(dir, "headers"), Toolchain: filepath.Join(dir, "toolchain"),
-		Env: map[string]string{"CC": "x86_64-cros-linux-gnu-gcc"}, Release: "6.1.0", Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
-		Arch: target.AMD64, WorkDir: t.TempDir(), Log: &log,
+		Source: filepath.Join(dir, "source"), Headers: filepath.Join(dir, "headers"),
+		Toolchain: filepath.Join(dir, "toolchain"),
+		Env:       map[string]string{"CC": "x86_64-cros-linux-gnu-gcc"}, Release: "6.1.0",
+		Driver: target.Driver{Version: "535.261.03", Flavour: target.Open},
+		Arch:   target.AMD64, WorkDir: t.TempDir(), Log: &log,
 	})
 	// It makes no module, so that is an error; what counts is what it said.
 	if !strings.Contains(log.String(), "searched") {

@@ -26,7 +26,7 @@ var (
 	// ErrUnknownKey: EKEYREJECTED, "Loading of module with unavailable key is
 	// rejected".
 	ErrUnknownKey = errors.New("module is signed with a key that is not trusted")
-	// ErrChanged: EKEYREJECTED without a word.
+	// ErrChanged: EKEYREJECTED without a message.
 	ErrChanged = errors.New("module signature does not hold: module or signature changed after signing")
 )
 
@@ -104,9 +104,11 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 		}
 		reasons := []error{}
 		for _, signer := range p7.Signers {
-			cert := trustedSigner(signer.IssuerAndSerialNumber.IssuerName.FullBytes, signer.IssuerAndSerialNumber.SerialNumber.String(), p7.Certificates, trusted)
+			cert := trustedSigner(signer.IssuerAndSerialNumber.IssuerName.FullBytes,
+				signer.IssuerAndSerialNumber.SerialNumber.String(), p7.Certificates, trusted)
 			if cert == nil {
-				reasons = append(reasons, fmt.Errorf("%w: serial number %.80s", ErrUnknownKey, signer.IssuerAndSerialNumber.SerialNumber))
+				reasons = append(reasons,
+					fmt.Errorf("%w: serial number %.80s", ErrUnknownKey, signer.IssuerAndSerialNumber.SerialNumber))
 				continue
 			}
 			one := *p7
@@ -121,7 +123,8 @@ func verify(body, signature []byte, trusted []*x509.Certificate) (*Signature, er
 		return nil, reasons[0]
 	}()
 	if err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, err, "sign the module with a key whose certificate the kernel was built with")
+		return nil, fault.Wrap(fault.CheckFailed, err,
+			"sign the module with a key whose certificate the kernel was built with")
 	}
 	return s, nil
 }
@@ -214,7 +217,8 @@ func trustedSigner(issuer []byte, serial string, sent, trusted []*x509.Certifica
 // through others that came with it.
 func chains(c *x509.Certificate, sent, trusted []*x509.Certificate) bool {
 	certified := func(by *x509.Certificate) bool {
-		return bytes.Equal(by.RawSubject, c.RawIssuer) && by.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil
+		return bytes.Equal(by.RawSubject, c.RawIssuer) &&
+			by.CheckSignature(c.SignatureAlgorithm, c.RawTBSCertificate, c.Signature) == nil
 	}
 	for range maxChain {
 		for _, t := range trusted {

@@ -19,7 +19,8 @@ func TestMirror(t *testing.T) {
 	if mirror == "" {
 		t.Skip("PREBAKE_MIRROR is not set: want the file:// URL of a folder with cos/ and drivers/, as `mirror` makes it")
 	}
-	files, err := filepath.Glob(filepath.Join(strings.TrimPrefix(mirror, "file://"), "drivers", "NVIDIA-Linux-x86_64-*.run"))
+	files, err := filepath.Glob(filepath.Join(strings.TrimPrefix(mirror, "file://"), "drivers",
+		"NVIDIA-Linux-x86_64-*.run"))
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no runfiles in %s/drivers: %v", mirror, err)
 	}
@@ -51,7 +52,8 @@ func TestMirror(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, name := range []string{
-			"lib64/libcuda.so", "lib64/libcuda.so.1", "lib64/libcuda.so." + version, "lib64/libnvidia-ml.so.1", "lib64/libnvidia-ptxjitcompiler.so.1",
+			"lib64/libcuda.so", "lib64/libcuda.so.1", "lib64/libcuda.so." + version, "lib64/libnvidia-ml.so.1",
+			"lib64/libnvidia-ptxjitcompiler.so.1",
 			"bin/nvidia-smi", "bin/nvidia-modprobe", "firmware/nvidia/" + version + "/gsp_tu10x.bin",
 		} {
 			if fi, err := os.Stat(filepath.Join(dst, name)); err != nil || fi.Size() == 0 {
@@ -66,7 +68,8 @@ func TestMirror(t *testing.T) {
 		}
 		with, without := digest(t, filepath.Join(dst, "lib64")), digest(t, filepath.Join(plain, "lib64"))
 		if with != without {
-			t.Errorf("%s: libraries differ without the manifest:\n%v\n%v", version, names(t, filepath.Join(dst, "lib64")), names(t, filepath.Join(plain, "lib64")))
+			t.Errorf("%s: libraries differ without the manifest:\n%v\n%v", version, names(t, filepath.Join(dst, "lib64")),
+				names(t, filepath.Join(plain, "lib64")))
 		}
 		t.Logf("%s: lib64 %v, bin %v", version, names(t, filepath.Join(dst, "lib64")), names(t, filepath.Join(dst, "bin")))
 	}

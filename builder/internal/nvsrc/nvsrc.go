@@ -1,4 +1,4 @@
-// Package nvsrc brings one NVIDIA release into the cache: the runfile, checked
+// Package nvsrc fetches one NVIDIA release into the cache: the runfile, checked
 // against its sha256, unpacked without running any of it, and laid out as the
 // folders of an installation.
 //
@@ -68,17 +68,20 @@ type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch brings a release into the cache. say is told about progress, a line at
+// Fetch fetches a release into the cache. say receives progress, a line at
 // a time; it may be nil.
-func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch, say func(string)) (*Release, error) {
+func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
+	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)
 }
 
-func fetch(ctx context.Context, b input.Source, cache *cas.Cache, version string, arch target.Arch, say func(string)) (*Release, error) {
+func fetch(ctx context.Context, b input.Source, cache *cas.Cache, version string, arch target.Arch,
+	say func(string)) (*Release, error) {
 	if !target.ValidVersion(version) {
-		return nil, fault.New(fault.Usage, fmt.Sprintf("driver version %q: want numbers with dots", version), "name a version such as 535.261.03, or 535.261.03-grid")
+		return nil, fault.New(fault.Usage, fmt.Sprintf("driver version %q: want numbers with dots", version),
+			"name a version such as 535.261.03, or 535.261.03-grid")
 	}
-	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Say: say}, version: version, arch: arch}
+	f := &fetcher{Fetcher: input.Fetcher{Source: b, Cache: cache, Progress: say}, version: version, arch: arch}
 	r, err := f.run(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("driver %s: %w", version, err)
@@ -111,7 +114,7 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 		return nil, fmt.Errorf("extract %s: %w", m.Name, err)
 	}
 	if !cached {
-		f.Sayf("%s: extracted", m.Name)
+		f.Progressf("%s: extracted", m.Name)
 	}
 	r := &Release{Version: f.version, Dir: dir, Digest: m.Digest, Materials: []Material{m}}
 	if r.Manifest, err = f.manifest(dir); err != nil {
@@ -123,7 +126,8 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 		}
 	}
 	if len(r.Flavours) == 0 {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s holds no kernel module sources", m.Name), "check that the object is NVIDIA's full driver runfile")
+		return nil, fault.New(fault.Unsupported, fmt.Sprintf("%s holds no kernel module sources", m.Name),
+			"check that the object is NVIDIA's full driver runfile")
 	}
 	if r.SourceDigest, err = f.sourceDigest(ctx, dir, m.Digest); err != nil {
 		return nil, err
@@ -134,7 +138,7 @@ func (f *fetcher) run(ctx context.Context) (*Release, error) {
 // find returns the first place that has a sha256 of the release, and that sum.
 func (f *fetcher) find(ctx context.Context) (name string, sum input.Sum, err error) {
 	var none error
-	for _, place := range cosbucket.RunfilePlaces(f.version, f.arch) {
+	for _, place := range cosbucket.RunfileLocations(f.version, f.arch) {
 		sum, err = f.Sum(ctx, input.SHA256, place.Sum, place.Runfile)
 		if !fault.Is(err, fault.InputMissing) {
 			return place.Runfile, sum, err
@@ -152,7 +156,8 @@ func (f *fetcher) missing(ctx context.Context, err error) error {
 		return err
 	}
 	name := cosbucket.RunfileName(f.version, f.arch)
-	hint := "check the version, or copy the runfile and its sha256 to " + f.Source.URL(name) + " and " + f.Source.URL(cosbucket.RunfileSumName(f.version, f.arch))
+	hint := "check the version, or copy the runfile and its sha256 to " + f.Source.URL(name) + " and " +
+		f.Source.URL(cosbucket.RunfileSumName(f.version, f.arch))
 	if l, ok := f.Source.(lister); ok {
 		prefix, _, _ := strings.Cut(name, f.version)
 		var names []string
@@ -217,7 +222,7 @@ func extract(ctx context.Context, file, dir string) error {
 func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 	in, err := os.OpenInRoot(dir, ".manifest")
 	if errors.Is(err, fs.ErrNotExist) {
-		f.Sayf("the release has no .manifest: libraries are told by their SONAME")
+		f.Progressf("the release has no .manifest: libraries are recognised by their SONAME")
 		return nil, nil
 	}
 	if err != nil {
@@ -229,20 +234,22 @@ func (f *fetcher) manifest(dir string) (*runfile.Manifest, error) {
 		if !fault.Is(err, fault.Unverified) {
 			return nil, err
 		}
-		f.Sayf("%v: libraries are told by their SONAME", err)
+		f.Progressf("%v: libraries are recognised by their SONAME", err)
 		return nil, nil
 	}
 	if target.ModuleVersion(m.Version) != target.ModuleVersion(f.version) {
-		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version), "put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
+		return nil, fault.New(fault.Mismatch, fmt.Sprintf("the runfile holds version %.60q", m.Version),
+			"put the right file at "+f.Source.URL(cosbucket.RunfileName(f.version, f.arch)))
 	}
 	if len(m.Unknown) > 0 {
-		f.Sayf("left out files of unknown types in .manifest: %s", strings.Join(slices.Sorted(maps.Keys(m.Unknown)), ", "))
+		f.Progressf("left out files of unknown types in .manifest: %s",
+			strings.Join(slices.Sorted(maps.Keys(m.Unknown)), ", "))
 	}
 	return m, nil
 }
 
 func (f *fetcher) sourceDigest(ctx context.Context, dir, blob string) (string, error) {
-	if known, ok := f.Cache.Recall(sourceKind, blob); ok {
+	if known, ok := f.Cache.Fact(sourceKind, blob); ok {
 		if fp, err := target.ParseFingerprint(string(known)); err == nil {
 			return string(fp), nil
 		}
@@ -254,7 +261,7 @@ func (f *fetcher) sourceDigest(ctx context.Context, dir, blob string) (string, e
 	if err != nil {
 		return "", err
 	}
-	return digest, f.Cache.Remember(sourceKind, blob, []byte(digest))
+	return digest, f.Cache.PutFact(sourceKind, blob, []byte(digest))
 }
 
 // isSource reports whether dir is a folder that NVIDIA's kbuild files are in.
@@ -280,5 +287,6 @@ func (r *Release) Source(f target.Flavour) (dir string, err error) {
 	for i, have := range r.Flavours {
 		names[i] = string(have)
 	}
-	return "", fault.New(fault.Unsupported, fmt.Sprintf("driver %s: the release has no %s modules", r.Version, f), "use --flavour "+strings.Join(names, " or "))
+	return "", fault.New(fault.Unsupported, fmt.Sprintf("driver %s: the release has no %s modules", r.Version, f),
+		"use --flavour "+strings.Join(names, " or "))
 }

@@ -50,7 +50,8 @@ func library(t testing.TB, soname string) string {
 	sections := []elf.Section64{
 		{},
 		{Name: 1, Type: uint32(elf.SHT_STRTAB), Off: strsAt, Size: uint64(len(strs)), Addralign: 1},
-		{Name: 9, Type: uint32(elf.SHT_DYNAMIC), Off: dynAt, Size: dyn * uint64(len(dynamic)), Link: 1, Entsize: dyn, Addralign: 1},
+		{Name: 9, Type: uint32(elf.SHT_DYNAMIC), Off: dynAt, Size: dyn * uint64(len(dynamic)), Link: 1, Entsize: dyn,
+			Addralign: 1},
 		{Name: 18, Type: uint32(elf.SHT_STRTAB), Off: namesAt, Size: uint64(len(names)), Addralign: 1},
 	}
 	var b bytes.Buffer
@@ -102,10 +103,12 @@ func driverFiles(t testing.TB) map[string]string {
 		"firmware/gsp_tu10x.bin": "gsp", "firmware/gsp_ga10x.bin": "gsp2",
 		"nvidia-smi*": "ELF", "nvidia-settings*": "ELF", "nvidia-modprobe": "ELF", "README.txt": "read",
 		"nvidia_icd.json": "{}", "nvidia_layers.json": "{}", "10_nvidia.json": "{}", "nvidia.icd": "libnvidia-opencl.so.1\n",
-		"nvidia_drv.so": "x", "32/libcuda.so." + version: library(t, "libcuda.so.1"), "tls/libnvidia-tls.so." + version: library(t, "libnvidia-tls.so."+version),
+		"nvidia_drv.so": "x", "32/libcuda.so." + version: library(t, "libcuda.so.1"),
+		"tls/libnvidia-tls.so." + version: library(t, "libnvidia-tls.so."+version),
 	}
 	for name, soname := range map[string]string{
-		"libcuda": "libcuda.so.1", "libnvidia-ml": "libnvidia-ml.so.1", "libGLX_nvidia": "libGLX_nvidia.so.0", "libGL": "libGL.so.1",
+		"libcuda": "libcuda.so.1", "libnvidia-ml": "libnvidia-ml.so.1", "libGLX_nvidia": "libGLX_nvidia.so.0",
+		"libGL":          "libGL.so.1",
 		"libnvidia-gtk3": "libnvidia-gtk3.so." + version, "libvdpau_nvidia": "libvdpau_nvidia.so.1",
 	} {
 		files[name+".so."+version] = library(t, soname)
@@ -135,7 +138,8 @@ func runfile(t testing.TB, files map[string]string, xzed bool) []byte {
 	}
 	w := tar.NewWriter(zw)
 	for _, name := range slices.Sorted(maps.Keys(files)) {
-		h := &tar.Header{Name: "./" + strings.TrimSuffix(name, "*"), Typeflag: tar.TypeReg, Mode: 0o644, Size: int64(len(files[name]))}
+		h := &tar.Header{Name: "./" + strings.TrimSuffix(name, "*"), Typeflag: tar.TypeReg, Mode: 0o644,
+			Size: int64(len(files[name]))}
 		if strings.HasSuffix(name, "*") {
 			h.Mode = 0o755
 		}
@@ -184,7 +188,8 @@ func fetch(t testing.TB, dir, version string) (*nvsrc.Release, []string, error) 
 		}
 	})
 	var said []string
-	r, err := nvsrc.Fetch(t.Context(), bucket, cache, version, target.AMD64, func(line string) { said = append(said, line) })
+	r, err := nvsrc.Fetch(t.Context(), bucket, cache, version, target.AMD64,
+		func(line string) { said = append(said, line) })
 	return r, said, err
 }
 
@@ -222,7 +227,8 @@ func TestFetchAndStage(t *testing.T) {
 		"lib64/libnvidia-ml.so.1": "libnvidia-ml.so." + version, "lib64/libnvidia-ml.so." + version: lib,
 		"lib64/libGLX_nvidia.so.0": "libGLX_nvidia.so." + version, "lib64/libGLX_nvidia.so." + version: lib,
 		"lib64/libnvidia-tls.so." + version: lib,
-		"share/OpenCL/vendors/nvidia.icd":   data, "share/glvnd/egl_vendor.d/10_nvidia.json": data, "vulkan/icd.d/nvidia_icd.json": data, "vulkan/implicit_layer.d/nvidia_layers.json": data,
+		"share/OpenCL/vendors/nvidia.icd":   data, "share/glvnd/egl_vendor.d/10_nvidia.json": data,
+		"vulkan/icd.d/nvidia_icd.json": data, "vulkan/implicit_layer.d/nvidia_layers.json": data,
 	}
 	for _, xzed := range []bool{false, true} {
 		dir := t.TempDir()
@@ -241,7 +247,8 @@ func TestFetchAndStage(t *testing.T) {
 			t.Errorf("unknown type is not named in %q", said)
 		}
 		src, err := r.Source(target.Open)
-		if _, serr := os.Stat(filepath.Join(src, "Kbuild")); err != nil || serr != nil || filepath.Base(src) != "kernel-open" {
+		if _, serr := os.Stat(filepath.Join(src, "Kbuild")); err != nil || serr != nil ||
+			filepath.Base(src) != "kernel-open" {
 			t.Errorf("Source(open) = %q, %v, %v", src, err, serr)
 		}
 		user, firmware := t.TempDir(), t.TempDir()
@@ -251,7 +258,8 @@ func TestFetchAndStage(t *testing.T) {
 		if diff := cmp.Diff(want, layout(t, user)); diff != "" {
 			t.Errorf("user space (-want +got):\n%s", diff)
 		}
-		wantFirmware := map[string]string{"firmware/nvidia/535.261.03/gsp_tu10x.bin": data, "firmware/nvidia/535.261.03/gsp_ga10x.bin": data}
+		wantFirmware := map[string]string{"firmware/nvidia/535.261.03/gsp_tu10x.bin": data,
+			"firmware/nvidia/535.261.03/gsp_ga10x.bin": data}
 		if diff := cmp.Diff(wantFirmware, layout(t, firmware)); diff != "" {
 			t.Errorf("firmware (-want +got):\n%s", diff)
 		}
@@ -277,7 +285,8 @@ func TestEdition(t *testing.T) {
 	if got := layout(t, firmware); got["firmware/nvidia/"+version+"/gsp_tu10x.bin"] == "" {
 		t.Errorf("firmware %v; want it where the driver looks for it", got)
 	}
-	if _, _, err := fetch(t, dir, version); !fault.Is(err, fault.InputMissing) || !strings.Contains(fault.Hint(err), version+"-grid") {
+	if _, _, err := fetch(t, dir, version); !fault.Is(err, fault.InputMissing) ||
+		!strings.Contains(fault.Hint(err), version+"-grid") {
 		t.Errorf("the release without its edition: %v, hint %q; want the edition named", err, fault.Hint(err))
 	}
 }
@@ -304,15 +313,18 @@ func TestStageWithoutManifest(t *testing.T) {
 		}
 		got := layout(t, user)
 		for name, what := range map[string]string{
-			"lib64/libcuda.so": "libcuda.so.1", "lib64/libcuda.so.1": "libcuda.so." + version, "lib64/libnvidia-ml.so": "libnvidia-ml.so.1",
-			"lib64/libnvidia-ml.so.1": "libnvidia-ml.so." + version, "bin/nvidia-smi": "-rwxr-xr-x", "vulkan/icd.d/nvidia_icd.json": "-rw-r--r--",
+			"lib64/libcuda.so": "libcuda.so.1", "lib64/libcuda.so.1": "libcuda.so." + version,
+			"lib64/libnvidia-ml.so":   "libnvidia-ml.so.1",
+			"lib64/libnvidia-ml.so.1": "libnvidia-ml.so." + version, "bin/nvidia-smi": "-rwxr-xr-x",
+			"vulkan/icd.d/nvidia_icd.json": "-rw-r--r--",
 		} {
 			if got[name] != what {
 				t.Errorf("manifest %q: %s = %q; want %q", text, name, got[name], what)
 			}
 		}
 		for name := range got {
-			if strings.Contains(name, "gtk") || strings.Contains(name, "settings") || strings.Contains(name, "vdpau") || strings.Contains(name, "_drv") {
+			if strings.Contains(name, "gtk") || strings.Contains(name, "settings") || strings.Contains(name, "vdpau") ||
+				strings.Contains(name, "_drv") {
 				t.Errorf("manifest %q: %s has no place on a compute node", text, name)
 			}
 		}
@@ -324,13 +336,14 @@ func TestStageWithoutManifest(t *testing.T) {
 func TestPlaces(t *testing.T) {
 	t.Parallel()
 	file := runfile(t, driverFiles(t), false)
-	places := cosbucket.RunfilePlaces(version, target.AMD64)
+	places := cosbucket.RunfileLocations(version, target.AMD64)
 	if len(places) != 7 {
 		t.Errorf("%d places; want 7", len(places))
 	}
 	for _, place := range places {
 		dir := t.TempDir()
-		for name, data := range map[string][]byte{place.Runfile: file, place.Sum: fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(file), filepath.Base(place.Runfile))} {
+		for name, data := range map[string][]byte{place.Runfile: file,
+			place.Sum: fmt.Appendf(nil, "%x  %s\n", sha256.Sum256(file), filepath.Base(place.Runfile))} {
 			at := filepath.Join(dir, name)
 			if err := errors.Join(os.MkdirAll(filepath.Dir(at), 0o755), os.WriteFile(at, data, 0o644)); err != nil {
 				t.Fatal(err)
@@ -341,7 +354,8 @@ func TestPlaces(t *testing.T) {
 			t.Errorf("%+v: %v", place, err)
 			continue
 		}
-		if want := (&url.URL{Scheme: "file", Path: dir + "/" + place.Runfile}).String(); r.Materials[0].URI != want || r.Materials[0].Unverified {
+		if want := (&url.URL{Scheme: "file", Path: dir + "/" + place.Runfile}).String(); r.Materials[0].URI != want ||
+			r.Materials[0].Unverified {
 			t.Errorf("%+v: material %+v; want %s, verified", place, r.Materials[0], want)
 		}
 	}
@@ -378,10 +392,14 @@ func TestFetchRefuses(t *testing.T) {
 				t.Fatal(err)
 			}
 		}, version, fault.InputMissing, "sha256"},
-		{"wrong sha256", func(t *testing.T, dir string) { lay(t, dir, version, good, strings.Repeat("0", 64)) }, version, fault.Checksum, "replace"},
-		{"another version inside", func(t *testing.T, dir string) { lay(t, dir, version, runfile(t, other, false), "") }, version, fault.Mismatch, "right file"},
-		{"no sources", func(t *testing.T, dir string) { lay(t, dir, version, runfile(t, bare, false), "") }, version, fault.Unsupported, "full driver"},
-		{"not a runfile", func(t *testing.T, dir string) { lay(t, dir, version, []byte("<html>"), "") }, version, fault.Unverified, ".run file"},
+		{"wrong sha256", func(t *testing.T, dir string) { lay(t, dir, version, good, strings.Repeat("0", 64)) }, version,
+			fault.Checksum, "replace"},
+		{"another version inside", func(t *testing.T, dir string) { lay(t, dir, version, runfile(t, other, false), "") },
+			version, fault.Mismatch, "right file"},
+		{"no sources", func(t *testing.T, dir string) { lay(t, dir, version, runfile(t, bare, false), "") }, version,
+			fault.Unsupported, "full driver"},
+		{"not a runfile", func(t *testing.T, dir string) { lay(t, dir, version, []byte("<html>"), "") }, version,
+			fault.Unverified, ".run file"},
 	}
 	for _, r := range rows {
 		t.Run(r.name, func(t *testing.T) {
@@ -390,7 +408,8 @@ func TestFetchRefuses(t *testing.T) {
 			r.lay(t, dir)
 			_, _, err := fetch(t, dir, r.ask)
 			if !fault.Is(err, r.kind) || !strings.Contains(fault.Hint(err), r.hint) {
-				t.Errorf("Fetch = %v (%v), hint %q; want %v and a hint with %q", err, fault.Of(err), fault.Hint(err), r.kind, r.hint)
+				t.Errorf("Fetch = %v (%v), hint %q; want %v and a hint with %q", err, fault.Of(err), fault.Hint(err), r.kind,
+					r.hint)
 			}
 		})
 	}
@@ -404,7 +423,8 @@ func TestFetchRefuses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := r.Source(target.Open); !fault.Is(err, fault.Unsupported) || fault.Hint(err) != "use --flavour proprietary" {
+		if _, err := r.Source(target.Open); !fault.Is(err, fault.Unsupported) ||
+			fault.Hint(err) != "use --flavour proprietary" {
 			t.Errorf("Source(open) = %v, hint %q", err, fault.Hint(err))
 		}
 	})
@@ -416,7 +436,8 @@ func TestFetchRefuses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := r.StageUserspace(t.TempDir()); !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), "libnvidia-ml") {
+		if err := r.StageUserspace(t.TempDir()); !fault.Is(err, fault.Unverified) ||
+			!strings.Contains(err.Error(), "libnvidia-ml") {
 			t.Errorf("StageUserspace = %v; want an unverified error that names the file", err)
 		}
 	})
@@ -430,7 +451,8 @@ func TestFetchRefuses(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := r.StageUserspace(t.TempDir()); !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), "SONAME") {
+		if err := r.StageUserspace(t.TempDir()); !fault.Is(err, fault.Unverified) ||
+			!strings.Contains(err.Error(), "SONAME") {
 			t.Errorf("StageUserspace = %v; want a refusal of the SONAME", err)
 		}
 	})

@@ -37,16 +37,20 @@ const (
 // GLX_CLIENT_LIB is here because Vulkan's driver file names libGLX_nvidia.
 var destinations = map[string]string{
 	"CUDA_LIB": libDir, "OPENCL_LIB": libDir, "OPENCL_WRAPPER_LIB": libDir, "NVCUVID_LIB": libDir, "ENCODEAPI_LIB": libDir,
-	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir, "EGL_CLIENT_LIB": libDir,
-	"CUDA_SYMLINK": libDir, "OPENCL_LIB_SYMLINK": libDir, "OPENCL_WRAPPER_SYMLINK": libDir, "NVCUVID_LIB_SYMLINK": libDir, "ENCODEAPI_LIB_SYMLINK": libDir,
-	"UTILITY_LIB_SYMLINK": libDir, "OPENGL_SYMLINK": libDir, "GLVND_SYMLINK": libDir, "GLX_CLIENT_SYMLINK": libDir, "EGL_CLIENT_SYMLINK": libDir,
-	"UTILITY_BINARY": binDir, "UTILITY_BIN_SYMLINK": binDir, "NVIDIA_MODPROBE": binDir,
+	"UTILITY_LIB": libDir, "OPENGL_LIB": libDir, "GLVND_LIB": libDir, "TLS_LIB": libDir, "GLX_CLIENT_LIB": libDir,
+	"EGL_CLIENT_LIB": libDir,
+	"CUDA_SYMLINK":   libDir, "OPENCL_LIB_SYMLINK": libDir, "OPENCL_WRAPPER_SYMLINK": libDir,
+	"NVCUVID_LIB_SYMLINK":   libDir,
+	"ENCODEAPI_LIB_SYMLINK": libDir,
+	"UTILITY_LIB_SYMLINK":   libDir, "OPENGL_SYMLINK": libDir, "GLVND_SYMLINK": libDir, "GLX_CLIENT_SYMLINK": libDir,
+	"EGL_CLIENT_SYMLINK": libDir,
+	"UTILITY_BINARY":     binDir, "UTILITY_BIN_SYMLINK": binDir, "NVIDIA_MODPROBE": binDir,
 	"VULKAN_ICD_JSON": vulkanDir, "GLVND_EGL_ICD_JSON": eglDir, "CUDA_ICD": openCLDir,
 }
 
-// vulkanPlace is the folder of one of Vulkan's files: older manifests do not
+// vulkanFolder is the folder of one of Vulkan's files: older manifests do not
 // name it.
-func vulkanPlace(base, subdir string) string {
+func vulkanFolder(base, subdir string) string {
 	switch {
 	case subdir != "":
 		return path.Join(vulkanDir, subdir)
@@ -65,7 +69,8 @@ var desktop = []string{
 
 // tools are the programs that a node runs.
 var tools = []string{
-	"nvidia-smi", "nvidia-modprobe", "nvidia-persistenced", "nvidia-debugdump", "nvidia-cuda-mps-control", "nvidia-cuda-mps-server",
+	"nvidia-smi", "nvidia-modprobe", "nvidia-persistenced", "nvidia-debugdump", "nvidia-cuda-mps-control",
+	"nvidia-cuda-mps-server",
 }
 
 // item is one file or link of the layout.
@@ -130,11 +135,12 @@ func (r *Release) userspace() (map[string]item, error) {
 			it = item{link: path.Base(e.Target)} // the folders are flat
 		}
 		if to == vulkanDir {
-			to = vulkanPlace(base, e.Subdir)
+			to = vulkanFolder(base, e.Subdir)
 		}
 		name := path.Join(to, base)
 		if old, ok := layout[name]; ok && old != it {
-			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name), "report this driver version: its manifest is new in kind")
+			return nil, fault.New(fault.Unsupported, fmt.Sprintf("the manifest has two files for %s", name),
+				"report this driver version: its manifest is new in kind")
 		}
 		layout[name] = it
 	}
@@ -160,7 +166,7 @@ func (r *Release) byName() (map[string]item, error) {
 		case slices.Contains(tools, name):
 			to = binDir
 		case name == "nvidia_icd.json", name == "nvidia_layers.json":
-			to = vulkanPlace(name, "")
+			to = vulkanFolder(name, "")
 		case name == "10_nvidia.json":
 			to = eglDir
 		case name == "nvidia.icd":
@@ -228,7 +234,8 @@ func (r *Release) write(dst string, layout map[string]item) error {
 			err = copyFile(from, to, name, it)
 		}
 		if errors.Is(err, fs.ErrNotExist) {
-			return fault.Wrap(fault.Unverified, fmt.Errorf("the manifest names %s, which the release lacks: %w", it.src, err), "check that the object is NVIDIA's .run file, whole and unchanged")
+			return fault.Wrap(fault.Unverified, fmt.Errorf("the manifest names %s, which the release lacks: %w", it.src, err),
+				"check that the object is NVIDIA's .run file, whole and unchanged")
 		}
 		if err != nil {
 			return fault.CacheDisk(err)
@@ -248,7 +255,8 @@ func copyFile(from, to *os.Root, name string, it item) error {
 		return err
 	}
 	if !fi.Mode().IsRegular() {
-		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a file", it.src), "check that the object is NVIDIA's .run file, whole and unchanged")
+		return fault.New(fault.Unverified, fmt.Sprintf("%s is not a file", it.src),
+			"check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	mode := fs.FileMode(0o644)
 	if it.exec {
@@ -307,7 +315,9 @@ func readSONAME(file string) (string, error) {
 		return "", nil
 	}
 	if names[0] != path.Base(names[0]) || names[0] == "." || names[0] == ".." || len(names[0]) > 255 {
-		return "", fault.New(fault.Unverified, fmt.Sprintf("%s has the SONAME %.80q, which is no file name", filepath.Base(file), names[0]), "check that the object is NVIDIA's .run file, whole and unchanged")
+		return "", fault.New(fault.Unverified,
+			fmt.Sprintf("%s has the SONAME %.80q, which is no file name", filepath.Base(file), names[0]),
+			"check that the object is NVIDIA's .run file, whole and unchanged")
 	}
 	return names[0], nil
 }

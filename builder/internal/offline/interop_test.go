@@ -54,7 +54,8 @@ func TestStockTools(t *testing.T) {
 		t.Fatal(err)
 	}
 	file, _ := write(t, offline.Config{
-		From: f.repo, Snapshot: snapshot, Images: []offline.Image{{Name: image, Ref: "v1", Repo: open(t, f.host+"/prebake/fetcher")}},
+		From: f.repo, Snapshot: snapshot,
+		Images: []offline.Image{{Name: image, Ref: "v1", Repo: open(t, f.host+"/prebake/fetcher")}},
 	})
 	s := f.samples[0]
 	tag := bundle.KernelTag(s.Kernel, s.Identity.Driver)
@@ -78,7 +79,8 @@ func TestStockTools(t *testing.T) {
 		t.Errorf("skopeo copied the program's image as %s; want %s", got, program)
 	}
 
-	if out := must("oras", "discover", "--oci-layout", "--format", "json", file+":"+tag); strings.Count(out, trust.ArtifactTypeBundle) < 2 {
+	if out := must("oras", "discover", "--oci-layout", "--format", "json", file+":"+tag); strings.Count(out,
+		trust.ArtifactTypeBundle) < 2 {
 		t.Errorf("oras discover = %s; want both statements", out)
 	}
 	must("oras", "cp", "--recursive", "--from-oci-layout", file+":"+tag, "--to-oci-layout", "oras:"+tag)
@@ -93,7 +95,8 @@ func TestStockTools(t *testing.T) {
 
 	// And the other way: what skopeo packs is read here.
 	must("skopeo", "--insecure-policy", "copy", "oci:"+filepath.Join(dir, "oras")+":"+tag, "oci-archive:theirs.tar:"+tag)
-	if d, err := open(t, "oci-archive:"+filepath.Join(dir, "theirs.tar")).Resolve(t.Context(), tag); err != nil || d.Digest.String() != s.Digest {
+	if d, err := open(t, "oci-archive:"+filepath.Join(dir, "theirs.tar")).Resolve(t.Context(), tag); err != nil ||
+		d.Digest.String() != s.Digest {
 		t.Errorf("Resolve in skopeo's tar = %v, %v; want %s", d.Digest, err, s.Digest)
 	}
 }
@@ -111,7 +114,8 @@ func sameFolder(t *testing.T, dir string, s testkit.Sample) {
 		t.Errorf("skopeo copied manifest %s; want %s", got, s.Digest)
 	}
 	for _, l := range s.Layers {
-		if got, want := read(t, filepath.Join(dir, strings.TrimPrefix(l.Digest, "sha256:"))), read(t, l.Path); !bytes.Equal(got, want) {
+		if got, want := read(t, filepath.Join(dir, strings.TrimPrefix(l.Digest, "sha256:"))), read(t,
+			l.Path); !bytes.Equal(got, want) {
 			t.Errorf("skopeo copied %d bytes as layer %s; want %d, the same", len(got), l.Kind, len(want))
 		}
 	}

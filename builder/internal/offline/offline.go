@@ -44,9 +44,9 @@ type Config struct {
 	Kernels  []target.Kernel
 	Drivers  []string
 	Flavours []target.Flavour
-	// Verifier has to believe each artifact for each of its kernels; nil packs what is there.
+	// Verifier has to accept each artifact for each of its kernels; nil packs what is there.
 	Verifier *trust.Verifier
-	// Keys are files with public keys, and Snapshot a folder of signed files; "" is none.
+	// Keys are files with public keys, and Snapshot a folder of signed files; "" means none.
 	Keys     []string
 	Snapshot string
 	// Images are programs' images, packed for all their platforms.
@@ -351,7 +351,7 @@ func (p *packer) tree(ctx context.Context, repo *registry.Repository, digest str
 		return d, err
 	}
 	if depth == 0 {
-		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "index %s is too deep in others", digest)
+		return v1.Descriptor{}, fault.Errorf(fault.Unverified, "index %s is nested too deep", digest)
 	}
 	for _, d := range idx.Manifests {
 		if _, ok := p.blobs[d.Digest.Hex]; ok {

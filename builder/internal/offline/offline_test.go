@@ -97,11 +97,13 @@ func TestBundleAndDelta(t *testing.T) {
 	if again, r := write(t, first); r.Index != whole.Index || !bytes.Equal(read(t, again), read(t, base)) {
 		t.Error("the same input made other bytes")
 	}
-	if len(whole.Artifacts) != 1 || whole.Artifacts[0].Digest != f.samples[0].Digest || whole.Artifacts[0].Attached != 2 || whole.LeftOut != 0 || whole.Base != "" {
+	if len(whole.Artifacts) != 1 || whole.Artifacts[0].Digest != f.samples[0].Digest || whole.Artifacts[0].Attached != 2 ||
+		whole.LeftOut != 0 || whole.Base != "" {
 		t.Errorf("Write = %+v; want the first sample with two statements", whole)
 	}
 
-	delta, part := write(t, offline.Config{From: f.repo, Drivers: []string{older.Version}, Since: open(t, "oci-archive:"+base)})
+	delta, part := write(t, offline.Config{From: f.repo, Drivers: []string{older.Version},
+		Since: open(t, "oci-archive:"+base)})
 	if part.Base != whole.Index || part.LeftOut == 0 || len(part.Artifacts) != 2 || part.Size >= whole.Size+whole.Bytes {
 		t.Errorf("Write of a delta = %+v; want two artifacts, without what %s has", part, whole.Index)
 	}
@@ -114,7 +116,8 @@ func TestBundleAndDelta(t *testing.T) {
 	second, _ := write(t, offline.Config{From: f.repo, Since: open(t, "oci-archive:"+base+"+"+delta)})
 	chain := open(t, "oci-archive:"+base+"+"+delta+"+"+second)
 	for _, s := range f.samples {
-		if d, err := chain.Resolve(t.Context(), bundle.KernelTag(s.Kernel, s.Identity.Driver)); err != nil || d.Digest.String() != s.Digest {
+		if d, err := chain.Resolve(t.Context(), bundle.KernelTag(s.Kernel, s.Identity.Driver)); err != nil ||
+			d.Digest.String() != s.Digest {
 			t.Errorf("Resolve(tag of %s) = %v, %v; want %s", s.Kernel, d.Digest, err, s.Digest)
 		}
 		bundles, err := chain.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
@@ -129,7 +132,8 @@ func TestBundleAndDelta(t *testing.T) {
 	if err != nil || len(l.Entries) != 3 || l.Attached != 6 {
 		t.Errorf("Show = %+v, %v; want three drivers with six statements", l, err)
 	}
-	if _, err := offline.Show(t.Context(), open(t, "oci-archive:"+delta)); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), whole.Index) {
+	if _, err := offline.Show(t.Context(), open(t, "oci-archive:"+delta)); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(err.Error(), whole.Index) {
 		t.Errorf("Show of a delta alone = %v; want kind usage, and the base named", err)
 	}
 }
@@ -164,7 +168,8 @@ func TestBundleHoldsAll(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(snapshot, "targets"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	for file, text := range map[string]string{filepath.Join(snapshot, "root.json"): "root", filepath.Join(snapshot, "targets", "x.json"): "target", keys: string(f.key.PEM(t))} {
+	for file, text := range map[string]string{filepath.Join(snapshot, "root.json"): "root",
+		filepath.Join(snapshot, "targets", "x.json"): "target", keys: string(f.key.PEM(t))} {
 		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -177,8 +182,10 @@ func TestBundleHoldsAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	file, r := write(t, offline.Config{
-		From: f.repo, Kernels: []target.Kernel{kernel("47")}, Drivers: []string{older.Version}, Flavours: []target.Flavour{target.Open},
-		Keys: []string{keys}, Snapshot: snapshot, Images: []offline.Image{{Name: image, Ref: "v1", Repo: open(t, f.host+"/prebake/fetcher")}},
+		From: f.repo, Kernels: []target.Kernel{kernel("47")}, Drivers: []string{older.Version},
+		Flavours: []target.Flavour{target.Open},
+		Keys:     []string{keys}, Snapshot: snapshot,
+		Images: []offline.Image{{Name: image, Ref: "v1", Repo: open(t, f.host+"/prebake/fetcher")}},
 	})
 	if r.Keys != 1 || r.Snapshot != 2 || len(r.Images) != 1 || r.Artifacts[0].Attached != 2 {
 		t.Errorf("Write = %+v; want a key, two files, an image and two statements", r)
@@ -188,7 +195,8 @@ func TestBundleHoldsAll(t *testing.T) {
 	}
 	repo := open(t, "oci-archive:"+file)
 	dir := t.TempDir()
-	for tag, kind := range map[string]string{offline.TagSnapshot: offline.TypeSnapshot, offline.TagKeys: offline.TypeKeys} {
+	for tag, kind := range map[string]string{offline.TagSnapshot: offline.TypeSnapshot,
+		offline.TagKeys: offline.TypeKeys} {
 		d, err := repo.Resolve(t.Context(), tag)
 		if err != nil {
 			t.Fatal(err)
@@ -197,7 +205,8 @@ func TestBundleHoldsAll(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	for file, want := range map[string]string{"snapshot/root.json": "root", "snapshot/targets/x.json": "target", "keys/keys.pem": string(f.key.PEM(t))} {
+	for file, want := range map[string]string{"snapshot/root.json": "root", "snapshot/targets/x.json": "target",
+		"keys/keys.pem": string(f.key.PEM(t))} {
 		if got := string(read(t, filepath.Join(dir, file))); got != want {
 			t.Errorf("%s is %q; want %q", file, got, want)
 		}
@@ -260,22 +269,27 @@ func TestWriteRefuses(t *testing.T) {
 		kind fault.Kind
 		says string
 	}{
-		{"a driver that one of two kernels lacks", offline.Config{Kernels: []target.Kernel{kernel("47"), kernel("50")}, Drivers: []string{newer.Version}},
+		{"a driver that one of two kernels lacks",
+			offline.Config{Kernels: []target.Kernel{kernel("47"), kernel("50")}, Drivers: []string{newer.Version}},
 			fault.NoArtifact, newer.Version + " on " + kernel("47").String()},
-		{"a kernel that nobody built for", offline.Config{Kernels: []target.Kernel{kernel("99")}}, fault.NoArtifact, kernel("99").String()},
+		{"a kernel that nobody built for", offline.Config{Kernels: []target.Kernel{kernel("99")}}, fault.NoArtifact,
+			kernel("99").String()},
 		{"a version that nobody built", offline.Config{Drivers: []string{"470.1.1"}}, fault.NoArtifact, "470.1.1"},
-		{"a flavour that nobody built", offline.Config{Flavours: []target.Flavour{target.Proprietary}}, fault.NoArtifact, "what was asked for"},
+		{"a flavour that nobody built", offline.Config{Flavours: []target.Flavour{target.Proprietary}}, fault.NoArtifact,
+			"what was asked for"},
 		{"another signer", offline.Config{Verifier: testkit.NewKey(t).Verifier(t)}, fault.Unverified, "verify artifact"},
 		{"an empty snapshot", offline.Config{Snapshot: t.TempDir()}, fault.Usage, "empty"},
 		{"a snapshot with a link", offline.Config{Snapshot: link}, fault.Usage, "no regular file"},
 		{"a registry as the earlier one", offline.Config{Since: f.repo}, fault.Usage, "is no bundle"},
-		{"an image that is not there", offline.Config{Images: []offline.Image{{Name: "x", Ref: "v9", Repo: f.repo}}}, fault.NoArtifact, "v9"},
+		{"an image that is not there", offline.Config{Images: []offline.Image{{Name: "x", Ref: "v9", Repo: f.repo}}},
+			fault.NoArtifact, "v9"},
 	} {
 		t.Run(row.name, func(t *testing.T) {
 			t.Parallel()
 			row.c.From, row.c.Now = f.repo, time.Now()
 			var b bytes.Buffer
-			if r, err := offline.Write(t.Context(), &b, row.c); !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.says) {
+			if r, err := offline.Write(t.Context(), &b, row.c); !fault.Is(err, row.kind) ||
+				!strings.Contains(err.Error(), row.says) {
 				t.Errorf("Write = %+v, %v; want kind %s and %q", r, err, row.kind, row.says)
 			}
 		})
@@ -296,7 +310,8 @@ func TestWriteComparesBytes(t *testing.T) {
 		t.Fatal(err)
 	}
 	var b bytes.Buffer
-	if _, err := offline.Write(t.Context(), &b, offline.Config{From: repo}); !fault.Is(err, fault.Unverified) || !strings.Contains(err.Error(), s.Layers[0].Digest) {
+	if _, err := offline.Write(t.Context(), &b, offline.Config{From: repo}); !fault.Is(err, fault.Unverified) ||
+		!strings.Contains(err.Error(), s.Layers[0].Digest) {
 		t.Errorf("Write of a damaged blob = %v; want kind unverified, and the blob named", err)
 	}
 }

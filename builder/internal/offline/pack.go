@@ -45,7 +45,7 @@ func (p *packer) add(d v1.Descriptor, open func(context.Context) (io.ReadCloser,
 		return fault.Errorf(fault.Unverified, "blob %.100q of %d bytes: want a SHA-256", d.Digest, d.Size)
 	}
 	if have, ok := p.blobs[d.Digest.Hex]; ok && have.Size != d.Size {
-		return fault.Errorf(fault.Unverified, "blob %s is said to have %d and %d bytes", d.Digest, have.Size, d.Size)
+		return fault.Errorf(fault.Unverified, "blob %s has two declared sizes, %d and %d bytes", d.Digest, have.Size, d.Size)
 	}
 	p.blobs[d.Digest.Hex] = blob{d, open}
 	return nil
@@ -69,7 +69,7 @@ func (p *packer) manifest(
 	return p.manifestIf(ctx, repo, digest, func(*v1.Manifest) bool { return true })
 }
 
-// manifestIf packs an image's manifest, config and layers; nil is one that is not wanted.
+// manifestIf packs an image's manifest, config and layers; nil means one that is not wanted.
 func (p *packer) manifestIf(
 	ctx context.Context,
 	repo *registry.Repository,

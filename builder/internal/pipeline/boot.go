@@ -23,7 +23,7 @@ import (
 
 // boot is what the load test's machine starts from.
 type boot struct {
-	dir string // as package vm wants it; "" is none
+	dir string // as package vm wants it; "" means none
 	// key names everything in the folder, for cache keys.
 	key string
 	// from are the files that it was made of, for the signed test result.
@@ -37,12 +37,13 @@ type boot struct {
 // than.
 const cosArguments = "loadpin.exclude=kernel-module,firmware csm.disabled=1 ima_appraise=off hung_task_panic=0\n"
 
-// findBoot settles what the machine starts from: the bucket's own boot archive, or
+// findBoot decides what the machine starts from: the bucket's own boot archive, or
 // its vmlinux. why says why there is nothing.
 func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err error) {
 	switch {
 	case in.kernel.Boot != "":
-		return boot{in.kernel.Boot, in.kernel.BootDigest, []sign.Material{{Name: "boot image", Digest: in.kernel.BootDigest}}}, "", nil
+		return boot{in.kernel.Boot, in.kernel.BootDigest,
+			[]sign.Material{{Name: "boot image", Digest: in.kernel.BootDigest}}}, "", nil
 	case !in.kernel.HasVMLinux:
 		return b, "the bucket has no vmlinux of " + in.kernel.Kernel.String(), nil
 	}
@@ -51,15 +52,16 @@ func (r *run) findBoot(ctx context.Context, in *inputs) (b boot, why string, err
 		return b, "", err
 	}
 	defer kernels.Close()
-	vmlinux, material, err := cossrc.FetchVMLinux(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, r.say("load test"))
+	vmlinux, material, err := cossrc.FetchVMLinux(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, r.progress("load test"))
 	if err != nil {
 		return b, "", err
 	}
 	facts, err := readFacts(vmlinux, in)
 	if err == nil {
-		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest}, facts)
+		b, err = r.makeBoot(ctx, in, vmlinux, sign.Material{Name: "vmlinux", URI: material.URI, Digest: material.Digest},
+			facts)
 	}
-	// A kernel that cannot be booted is no word against the modules; one of another
+	// A kernel that cannot be booted is no evidence against the modules; one of another
 	// build is: these may be made for the wrong headers.
 	if r.cfg.LoadTest != LoadTestRequire && (errors.Is(err, bootimage.ErrOtherRun) || fault.Is(err, fault.Unsupported)) {
 		return boot{}, err.Error(), nil
@@ -86,13 +88,16 @@ const factsFile = "image.json"
 
 // makeBoot makes a boot folder out of vmlinux, with the emulated GPU compiled for
 // it, once for each content.
-func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material, facts bootimage.Facts) (boot, error) {
+func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sign.Material,
+	facts bootimage.Facts) (boot, error) {
 	revision, err := testgpu.Revision()
 	if err != nil {
 		return boot{}, err
 	}
-	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers", in.kernel.HeadersDigest).
-		Add("toolchain", in.kernel.ToolchainDigest).Add("host tools", in.host).Add("emulated GPU", revision).Add("arguments", cosArguments).String()
+	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers",
+		in.kernel.HeadersDigest).
+		Add("toolchain", in.kernel.ToolchainDigest).Add("host tools", in.host).Add("emulated GPU", revision).Add("arguments",
+		cosArguments).String()
 	dir, _, err := r.products.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
 		if err := writeImage(vmlinux, filepath.Join(dir, vm.BootKernel), in.kernel.Kernel.Arch); err != nil {
 			return err
@@ -127,7 +132,8 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 	if err := json.Unmarshal(raw, &made); err != nil {
 		return boot{}, err
 	}
-	fmt.Fprintf(r.log, "boots %s, made of %s, build id %s: %s\n", made.Image, from.URI, made.BuildID, facts.Banners[len(facts.Banners)-1])
+	fmt.Fprintf(r.log, "boots %s, made of %s, build id %s: %s\n", made.Image, from.URI, made.BuildID,
+		facts.Banners[len(facts.Banners)-1])
 	return boot{dir, key, []sign.Material{from, {Name: "boot image", Digest: made.Image}}}, nil
 }
 
@@ -158,7 +164,7 @@ func (r *run) addGPU(ctx context.Context, in *inputs, dir string) (err error) {
 		Arch: in.kernel.Kernel.Arch, Jobs: r.cfg.Jobs, Log: r.log,
 	})
 	if fault.Is(err, fault.APIBreak) && r.cfg.LoadTest != LoadTestRequire {
-		r.say("load test")(fmt.Sprintf("the machine gets no emulated GPU: %v", err))
+		r.progress("load test")(fmt.Sprintf("the machine gets no emulated GPU: %v", err))
 		return nil
 	}
 	if err != nil {

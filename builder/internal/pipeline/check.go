@@ -3,7 +3,7 @@ package pipeline
 import (
 	"context"
 
-	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -13,7 +13,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	if err := r.intact(ctx, m); err != nil {
 		return id, "", err
 	}
-	kernel := gate.Kernel{
+	kernel := modcheck.Kernel{
 		Headers: in.kernel.Headers, Boot: in.kernel.Boot, Release: in.kernel.Kernel.Release, Arch: in.kernel.Kernel.Arch,
 		Fingerprint: in.kernel.Fingerprint, Version: in.driver.Modules().Version, BTF: in.kernel.BTF,
 		Open: in.driver.Flavour == target.Open,
@@ -21,7 +21,7 @@ func (r *run) check(ctx context.Context, in *inputs, m *modules) (id bundle.Iden
 	if m.carries.byGoogle() {
 		kernel.Fingerprint = "" // Google's signature is over the module without our stamp
 	}
-	vermagic, err = gate.Check(m.files, kernel)
+	vermagic, err = modcheck.Check(m.files, kernel)
 	if err != nil {
 		return id, "", err
 	}
@@ -40,8 +40,10 @@ func staticChecks(in *inputs, m *modules) []string {
 		origin = "Google's signature of every module, for this COS build and over these bytes"
 	}
 	all := []string{
-		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic", origin, "build salt",
-		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set", "symbol checksums, where the kernel has them",
+		"module names, driver version and processor", "size of struct module, where the kernel shows its own", "vermagic",
+		origin, "build salt",
+		"order of dependencies", "every imported symbol is exported by the kernel or a module of the set",
+		"symbol checksums, where the kernel has them",
 	}
 	if in.driver.Flavour == target.Open {
 		all = append(all, "every module is under a licence that the kernel takes as compatible with its own")

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/fault"
@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/timeline"
 )
 
-// sumsFile lies beside the modules in the cache, in the form of sha256sum: what
+// sumsFile is beside the modules in the cache, in the form of sha256sum: what
 // left the compiler is compared with it before anything is proved about it, and
 // again before it is packed.
 const sumsFile = "SHA256SUMS"
@@ -67,14 +67,15 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 	var phases []timeline.Phase
 	var madeOf []string
 	key, why := r.modulesKey(in), ""
-	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols, in.pahole != "")
+	about := fmt.Sprintf("modules of %s, %s, debug symbols %t, BTF %t", in.kernel.Kernel, in.driver, r.cfg.DebugSymbols,
+		in.pahole != "")
 	dir, cached, err := r.products.Tree(ctx, "modules", key.String(), func(ctx context.Context, dir string) error {
 		if why = r.products.MissReason(about, key); why != "" {
 			fmt.Fprintf(r.log, "made anew: not the %s of the last build of this cell\n", why)
 		}
 		if wait := r.cfg.Compiling; wait != nil && !wait.TryAcquire(1) {
 			began := time.Now().UTC()
-			r.line.Say("compile", "waits for another cell's compile")
+			r.line.Progress("compile", "waits for another cell's compile")
 			if err := wait.Acquire(ctx, 1); err != nil {
 				return context.Cause(ctx)
 			}
@@ -86,22 +87,24 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 			}
 		})
 		defer release()
-		if err := r.products.Room(r.cfg.Room); err != nil {
+		if err := r.products.CheckFree(r.cfg.MinFree); err != nil {
 			return err
 		}
-		if b := sandbox.Bounds(); !b.ControlGroup {
-			fmt.Fprintf(r.log, "each process of the compile is bounded, not all together: %v\n", b.Why)
+		if b := sandbox.SupportedLimits(); !b.ControlGroup {
+			fmt.Fprintf(r.log, "each process of the compile is bounded, not all together: %v\n", b.Reason)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, r.cfg.CompileTimeout,
-			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout), "raise --compile-timeout"))
+			fault.New(fault.TimedOut, fmt.Sprintf("compile ran longer than %v", r.cfg.CompileTimeout),
+				"raise --compile-timeout"))
 		defer cancel()
 		made, err := compile.Modules(ctx, compile.Request{
 			Source: source, Headers: in.kernel.Headers, Toolchain: in.kernel.Toolchain, Env: in.kernel.Env,
 			Release: in.kernel.Kernel.Release, Driver: in.driver, Arch: in.kernel.Kernel.Arch,
 			Jobs: r.cfg.Jobs, WorkDir: work, Log: r.log,
 			Debug: r.cfg.DebugSymbols, BTF: in.kernel.BTF,
-			Cache: r.products, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest, SourceDigest: in.release.SourceDigest, HostDigest: in.host,
-			Progress: func(phase string, done, total int) { r.line.Say("compile", "%s %d/%d", phase, done, total) },
+			Cache: r.products, HeaderDigest: in.kernel.HeadersDigest, ToolchainDigest: in.kernel.ToolchainDigest,
+			SourceDigest: in.release.SourceDigest, HostDigest: in.host,
+			Progress: func(phase string, done, total int) { r.line.Progress("compile", "%s %d/%d", phase, done, total) },
 		})
 		release()
 		// A tree that changed under the compiler explains every error, and
@@ -122,7 +125,7 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(made.Modules)) {
 			path := filepath.Join(dir, name+".ko")
-			if err := gate.Stamp(path, made.Modules[name], in.kernel.Fingerprint); err != nil {
+			if err := modcheck.Stamp(path, made.Modules[name], in.kernel.Fingerprint); err != nil {
 				return err
 			}
 			var err error
@@ -160,8 +163,10 @@ func (r *run) compile(ctx context.Context, in *inputs) (m *modules, note string,
 // modulesKey is everything that decides the bytes of the compiled modules, in the
 // words in which a build says what changed.
 func (r *run) modulesKey(in *inputs) *cas.Key {
-	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources", in.release.SourceDigest).
-		Add("flavour", string(r.req.Flavour)).Add("host tools", in.host).Add("compile recipe", compile.Recipe).Add("stamp recipe", gate.Recipe)
+	key := cas.NewKey("modules").Add("kernel fingerprint", string(in.kernel.Fingerprint)).Add("driver sources",
+		in.release.SourceDigest).
+		Add("flavour", string(r.req.Flavour)).Add("host tools", in.host).Add("compile recipe",
+		compile.Recipe).Add("stamp recipe", modcheck.Recipe)
 	if r.cfg.DebugSymbols {
 		key.Add("debug symbols", debugFolder)
 	}
@@ -219,5 +224,6 @@ func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 
 // changed is the error about a module that is not what the compiler left.
 func changed(name, dir string) error {
-	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name), "run it again: it is made anew; check the disk of "+dir)
+	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name),
+		"run it again: it is made anew; check the disk of "+dir)
 }

@@ -49,7 +49,7 @@ func TestCompiling(t *testing.T) {
 	if !cfg.Compiling.TryAcquire(1) {
 		t.Fatal("the place is not given back")
 	}
-	// Told to stop, it waits no longer.
+	// After a stop signal, it waits no longer.
 	cfg.Cache, cfg.Destinations = emptyCache(t), []string{"oci:" + filepath.Join(t.TempDir(), "another")}
 	ctx, stop := context.WithTimeoutCause(t.Context(), 3*time.Second, errors.New("told to stop"))
 	defer stop()

@@ -49,10 +49,10 @@ var faults = []string{faultKill, faultDisk, faultNetwork, faultCache}
 type order struct {
 	Kernels, Drivers, Repo, Key, Cache string
 	// Fault strikes when Phase begins, or when the console of the load test's
-	// machine says Text; "" is none.
+	// machine says Text; "" means none.
 	Fault, Phase, Text string
 	// Warm is the load test's mode of a build for another place, which fills the
-	// cache before; "" is none.
+	// cache before; "" means none.
 	Warm pipeline.LoadTest
 	// Parts are the folders of the cache that a fault damages; none is all.
 	Parts []string
@@ -139,7 +139,7 @@ func (o order) build(mode pipeline.LoadTest) (got outcome) {
 	}
 	res, err := pipeline.Run(context.Background(), pipeline.Config{
 		KernelMirror: o.Kernels, DriverMirror: o.Drivers, Cache: cache, Destinations: []string{o.Repo}, Key: o.Key,
-		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: mode, Room: 1 << 20,
+		BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: mode, MinFree: 1 << 20,
 		GuestInit: o.Init, NVMLProbe: o.Probe,
 	}, request("17800.0.9"), log, line)
 	if struck != nil {
@@ -253,7 +253,7 @@ func newWire(t *testing.T, f *farm) *wire {
 	return w
 }
 
-// theatre is one farm of its own for one fault.
+// theatre is one build farm of its own for one fault.
 type theatre struct {
 	f    *farm
 	wire *wire
@@ -283,7 +283,8 @@ func (th *theatre) process(t *testing.T, fault, phase string) *exec.Cmd {
 	}
 	argv := []string{os.Args[0], "-test.run=^TestFaultProcess$"}
 	if fault == faultDisk {
-		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(256 << 20), "--tmpfs", th.disk, "--die-with-parent", "--"}, argv...)
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(256 << 20), "--tmpfs", th.disk,
+			"--die-with-parent", "--"}, argv...)
 	}
 	cmd := exec.CommandContext(t.Context(), argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), orderVariable+"="+string(text), "TMPDIR="+th.tmp)

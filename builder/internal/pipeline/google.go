@@ -11,7 +11,7 @@ import (
 	"slices"
 
 	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -41,8 +41,8 @@ type googleSignatures struct {
 	materials []cossrc.Material // the archive first
 }
 
-// Signing says in words how modules get signatures for the kernel, and which
-// objects of the kernel bucket those come from; nil is none.
+// Signing describes how modules get signatures for the kernel, and which
+// objects of the kernel bucket those come from; nil means none.
 func (c Config) Signing() (how string, objects func(k target.Kernel, version string) []string) {
 	c = c.withDefaults(Request{})
 	switch {
@@ -53,7 +53,8 @@ func (c Config) Signing() (how string, objects func(k target.Kernel, version str
 	case c.ModuleKey == "" && c.GoogleSignatures != GoogleOff:
 		objects = cosbucket.SignatureNames
 	}
-	return fmt.Sprintf("module key %q, certificate %q, Google's signatures %s, Google's modules %t", c.ModuleKey, c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
+	return fmt.Sprintf("module key %q, certificate %q, Google's signatures %s, Google's modules %t", c.ModuleKey,
+		c.ModuleCert, c.GoogleSignatures, c.GoogleModules), objects
 }
 
 // fetchSignatures reads Google's signatures, where there are some and this
@@ -71,7 +72,8 @@ func (r *run) fetchSignatures(ctx context.Context, kernels *cosbucket.Bucket, in
 			return nil, nil
 		}
 		archive := cosbucket.SignatureNames(in.kernel.Kernel, in.driver.Version)[0]
-		return nil, fault.New(fault.InputMissing, "the bucket has no signatures by Google for this driver: there is no "+kernels.URL(archive),
+		return nil, fault.New(fault.InputMissing,
+			"the bucket has no signatures by Google for this driver: there is no "+kernels.URL(archive),
 			"name a bucket that has them with --kernel-mirror, or build with --google-signatures auto")
 	}
 	detached, err := modsign.ReadDetached(bytes.NewReader(s.Archive), s.TrustedKey)
@@ -89,7 +91,7 @@ func (r *run) attachSignatures(ctx context.Context, in *inputs, s signing, m *mo
 		by = append(by, m.Digest)
 	}
 	signed, cached, err := r.signEach(ctx, in, m, by, func(src, dst, name string) error {
-		module, err := gate.Unstamped(src)
+		module, err := modcheck.Unstamped(src)
 		if err != nil {
 			return err
 		}
@@ -129,9 +131,12 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	case !r.cfg.GoogleModules:
 		return nil, nil
 	case r.req.Flavour != target.Open:
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour), "--flavour open, or build without --google-modules")
+		return nil, fault.New(fault.Unsupported,
+			fmt.Sprintf("Google ships no modules of flavour %s, but what it takes to link them", r.req.Flavour),
+			"--flavour open, or build without --google-modules")
 	}
-	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version, r.say("source"))
+	driver, err := cossrc.FetchSignedDriver(ctx, kernels, r.cfg.Cache, in.kernel.Kernel, in.driver.Version,
+		r.progress("source"))
 	if err != nil {
 		return nil, err
 	}
@@ -167,17 +172,20 @@ func (r *run) fetchModules(ctx context.Context, kernels *cosbucket.Bucket, in *i
 	return &googleModules{driver, dir, cached}, nil
 }
 
-// kernelTrusts are the certificates that Google's modules are held against.
+// kernelTrusts are the certificates that Google's modules are checked against.
 func (r *run) kernelTrusts(driver *cossrc.SignedDriver) ([]*x509.Certificate, error) {
 	switch {
 	case r.cfg.ModuleCert != "":
 		return modsign.ReadCertificates(r.cfg.ModuleCert)
 	case driver.TrustedKey == nil:
-		return nil, fault.New(fault.InputMissing, "the bucket does not show the certificate that this kernel was built with: there is no trusted_key.pem", "give it with --module-cert FILE")
+		return nil, fault.New(fault.InputMissing,
+			"the bucket does not show the certificate that this kernel was built with: there is no trusted_key.pem",
+			"give it with --module-cert FILE")
 	}
 	trusted, err := modsign.ParseCertificates(driver.TrustedKey)
 	if err != nil {
-		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read %s: %w", driver.Materials[1].URI, err), "replace it in the bucket, or give the certificate with --module-cert FILE")
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("read %s: %w", driver.Materials[1].URI, err),
+			"replace it in the bucket, or give the certificate with --module-cert FILE")
 	}
 	return trusted, nil
 }

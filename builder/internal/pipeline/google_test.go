@@ -14,7 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/klauspost/compress/gzip"
 
-	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/builder/internal/modsign"
 	"github.com/prebake/prebake/builder/internal/pipeline"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -139,7 +139,7 @@ func (f *farm) unstamped(t *testing.T, res *pipeline.Result) map[string][]byte {
 	}
 	all := map[string][]byte{}
 	for _, path := range found {
-		if all[strings.TrimSuffix(filepath.Base(path), ".ko")], err = gate.Unstamped(path); err != nil {
+		if all[strings.TrimSuffix(filepath.Base(path), ".ko")], err = modcheck.Unstamped(path); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -150,7 +150,8 @@ func (f *farm) unstamped(t *testing.T, res *pipeline.Result) map[string][]byte {
 func twoModules() map[string]string {
 	files := driverFiles()
 	files["kernel-open/Kbuild"] += "obj-m += nvidia-uvm.o\n"
-	files["kernel-open/Makefile"] += "\t@sed s/name=nvidia/name=nvidia_uvm/ nv.c > uvm.c\n\t@$(CC) -c uvm.c -o nvidia-uvm.ko\n"
+	files["kernel-open/Makefile"] += "\t@sed s/name=nvidia/name=nvidia_uvm/ nv.c > uvm.c\n\t@$(CC) -c uvm.c -o " +
+		"nvidia-uvm.ko\n"
 	return files
 }
 
@@ -185,8 +186,10 @@ func TestGoogleSignatures(t *testing.T) {
 	f = f.elsewhere(t)
 	cfg.Destinations = []string{f.repo}
 	res := must(t, cfg, request("17800.0.9"))
-	if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest == plain.Digest || note(res, signPhase) != "2 of Google's signatures" {
-		t.Errorf("with signatures it is %s, without %s; note %q, phases (-want +got):\n%s", res.Digest, plain.Digest, note(res, signPhase), diff)
+	if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest == plain.Digest ||
+		note(res, signPhase) != "2 of Google's signatures" {
+		t.Errorf("with signatures it is %s, without %s; note %q, phases (-want +got):\n%s", res.Digest, plain.Digest,
+			note(res, signPhase), diff)
 	}
 	f.verified(t, res, 4)
 	for name, module := range modules {
@@ -207,7 +210,8 @@ func TestGoogleSignatures(t *testing.T) {
 	}
 
 	// Made again with the signatures and without, from nothing but the inputs.
-	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest, pipeline.GoogleOff: plain.Digest} {
+	for mode, want := range map[pipeline.GoogleSignatures]string{pipeline.GoogleRequire: res.Digest,
+		pipeline.GoogleOff: plain.Digest} {
 		req := request("17800.0.9")
 		req.GoogleSignatures = mode
 		made, err := pipeline.Make(t.Context(), cfg, req, emptyCache(t), &bytes.Buffer{}, &timeline.Run{})
@@ -234,13 +238,15 @@ func TestGoogleSignatures(t *testing.T) {
 		mode  pipeline.GoogleSignatures
 		kind  fault.Kind // 0 is reused
 	}{
-		{"17800.0.9", pipeline.GoogleAuto, 0}, {"17800.0.9", pipeline.GoogleRequire, 0}, {"17800.0.10", pipeline.GoogleAuto, 0},
+		{"17800.0.9", pipeline.GoogleAuto, 0}, {"17800.0.9", pipeline.GoogleRequire, 0},
+		{"17800.0.10", pipeline.GoogleAuto, 0},
 		{"17800.0.9", pipeline.GoogleOff, fault.PublishRefused}, {"17800.0.10", pipeline.GoogleRequire, fault.InputMissing},
 		{"17800.0.11", pipeline.GoogleRequire, fault.CheckFailed},
 	} {
 		cfg.GoogleSignatures = row.mode
 		again, _, err := build(t, cfg, request(row.build))
-		if row.kind == 0 && (err != nil || !again.Reused || again.Digest != res.Digest) || row.kind != 0 && !fault.Is(err, row.kind) {
+		if row.kind == 0 && (err != nil || !again.Reused || again.Digest != res.Digest) || row.kind != 0 &&
+			!fault.Is(err, row.kind) {
 			t.Errorf("%s with Google's signatures %q: %+v, %v; want %v, 0 is reused", row.build, row.mode, again, err, row.kind)
 		}
 	}
@@ -276,15 +282,18 @@ func TestGoogleSignaturesLeftOut(t *testing.T) {
 		there := f.elsewhere(t)
 		cfg.Destinations, cfg.GoogleSignatures = []string{there.repo}, pipeline.GoogleAuto
 		res := must(t, cfg, request("17800.0.9"))
-		if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest != plain.Digest || !strings.Contains(note(res, signPhase), row.why) {
-			t.Errorf("%s: %s, note %q; want %s as without, %q; phases (-want +got):\n%s", row.name, res.Digest, note(res, signPhase), plain.Digest, row.why, diff)
+		if diff := cmp.Diff(wholeSigned, phases(res)); diff != "" || res.Digest != plain.Digest ||
+			!strings.Contains(note(res, signPhase), row.why) {
+			t.Errorf("%s: %s, note %q; want %s as without, %q; phases (-want +got):\n%s", row.name, res.Digest,
+				note(res, signPhase), plain.Digest, row.why, diff)
 		}
 		if got := there.materialsOf(t, res); slices.Contains(got, filepath.Base(row.object)) {
 			t.Errorf("%s: the provenance names inputs %q, though nothing came of one", row.name, got)
 		}
 		cfg.GoogleSignatures = pipeline.GoogleRequire
 		cfg.Destinations = []string{f.elsewhere(t).repo}
-		if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.CheckFailed) || !strings.Contains(fault.Hint(err), "--google-signatures auto") {
+		if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.CheckFailed) ||
+			!strings.Contains(fault.Hint(err), "--google-signatures auto") {
 			t.Errorf("%s, required: %+v, %v, hint %q; want check failed", row.name, res, err, fault.Hint(err))
 		}
 		for _, name := range []string{row.object, lakitu9 + "trusted_key.pem"} {
@@ -316,7 +325,8 @@ func TestHostileGoogleSignatures(t *testing.T) {
 		{"a path that leads out", with("../nvidia-uvm.ko.sig", "x"), fault.CheckFailed, whole[:1]},
 		{"more than a signature archive holds", make([]byte, 17<<20), fault.Unsupported, whole[:1]},
 		{"a certificate that is none", with("gpu-driver-cert.der", "x"), fault.CheckFailed, whole[:1]},
-		{"the certificate of somebody else", with("gpu-driver-cert.der", string(newGoogle(t).certs[0].Raw)), fault.CheckFailed, wholeSigned[:4]},
+		{"the certificate of somebody else", with("gpu-driver-cert.der", string(newGoogle(t).certs[0].Raw)),
+			fault.CheckFailed, wholeSigned[:4]},
 	} {
 		f.put(t, lakitu9+"extensions/gpu/"+archiveName, row.archive)
 		there := f.elsewhere(t)
@@ -350,12 +360,14 @@ func TestGoogleModules(t *testing.T) {
 	cfg.Destinations, cfg.GoogleModules = []string{f.repo}, true
 	refused := func(what string, r pipeline.Request, kind fault.Kind, hint string) {
 		t.Helper()
-		if res, _, err := build(t, cfg, r); !fault.Is(err, kind) || !strings.Contains(fault.Hint(err), hint) || res.Digest != "" {
+		if res, _, err := build(t, cfg, r); !fault.Is(err, kind) || !strings.Contains(fault.Hint(err), hint) ||
+			res.Digest != "" {
 			t.Errorf("%s: %s, %v, hint %q; want %v, %q", what, res.Digest, err, fault.Hint(err), kind, hint)
 		}
 	}
 	refused("none there", request("17800.0.9"), fault.InputMissing, "without --google-modules")
-	archive := tgz(t, map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]), "firmware/nvidia/" + version + "/gsp_tu10x.bin": "gsp"})
+	archive := tgz(t, map[string]string{"drivers/nvidia.ko": string(signed["nvidia"]),
+		"firmware/nvidia/" + version + "/gsp_tu10x.bin": "gsp"})
 	for _, build := range []string{"17800.0.9", "17800.0.10", "17800.0.11"} { // one fingerprint
 		f.kernel(t, build, headerFiles())
 		f.put(t, "cos/"+build+"/lakitu/nvidia-drivers-"+version+".tgz", archive)
@@ -375,9 +387,11 @@ func TestGoogleModules(t *testing.T) {
 		t.Errorf("phases (-want +got):\n%s", diff)
 	}
 	if got, err := os.ReadFile(f.module(t, res)); err != nil || !bytes.Equal(got, signed["nvidia"]) {
-		t.Errorf("the published module has %d bytes, %v; want the %d that Google signed", len(got), err, len(signed["nvidia"]))
+		t.Errorf("the published module has %d bytes, %v; want the %d that Google signed", len(got), err,
+			len(signed["nvidia"]))
 	}
-	if got := f.materialsOf(t, res); !slices.Contains(got, "nvidia-drivers-"+version+".tgz") || !slices.Contains(got, "trusted_key.pem") {
+	if got := f.materialsOf(t, res); !slices.Contains(got, "nvidia-drivers-"+version+".tgz") ||
+		!slices.Contains(got, "trusted_key.pem") {
 		t.Errorf("the provenance names inputs %q; want Google's archive and root among them", got)
 	}
 	req := request("17800.0.9")

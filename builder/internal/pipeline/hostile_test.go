@@ -47,11 +47,17 @@ func TestHostileDriver(t *testing.T) {
 		file, from, to string
 		kind           fault.Kind // -1: whatever comes of it
 	}{
-		"a link to the key for an answer": {"conftest.sh", question, question + "            rm -f answer; ln -s @KEY@ answer\n", -1},
-		"a pipe for an answer":            {"conftest.sh", question, question + "            rm -f answer; mkfifo answer\n", -1},
-		"a link to the key for a module":  {"Kbuild", "\t@echo \"  LD [M]  $@\"", "\t@rm -f $@; ln -s @KEY@ $@; echo @KEY@ > /dev/null; exit 0; echo \"  LD [M]  $@\"", -1},
-		"another answer for everybody":    {"conftest.sh", question, question + "            for d in . .. /prebake /tmp; do echo poison > $d/answer; done 2>/dev/null\n", -1},
-		"a killed compiler":               {"conftest.sh", "    echo \"$1\" > conftest$$.c\n", "    echo \"$1\" > conftest$$.c\n    CC=\"$CC -wrapper /prebake/ask/killed\"; printf '#!/bin/sh\\nkill -9 $$\\n' > killed; chmod +x killed\n", fault.OutOfMemory},
+		"a link to the key for an answer": {"conftest.sh", question,
+			question + "            rm -f answer; ln -s @KEY@ answer\n", -1},
+		"a pipe for an answer": {"conftest.sh", question, question + "            rm -f answer; mkfifo answer\n",
+			-1},
+		"a link to the key for a module": {"Kbuild", "\t@echo \"  LD [M]  $@\"",
+			"\t@rm -f $@; ln -s @KEY@ $@; echo @KEY@ > /dev/null; exit 0; echo \"  LD [M]  $@\"", -1},
+		"another answer for everybody": {"conftest.sh", question,
+			question + "            for d in . .. /prebake /tmp; do echo poison > $d/answer; done 2>/dev/null\n", -1},
+		"a killed compiler": {"conftest.sh", "    echo \"$1\" > conftest$$.c\n",
+			"    echo \"$1\" > conftest$$.c\n    CC=\"$CC -wrapper /prebake/ask/killed\"; printf '#!/bin/sh\\nkill -9 $$\\n' " +
+				"> killed; chmod +x killed\n", fault.OutOfMemory},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

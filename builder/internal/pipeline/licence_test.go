@@ -17,9 +17,10 @@ import (
 // onTheInternet is the rule for registries of which everybody thinks that they are not on
 // this machine.
 func onTheInternet(says bundle.Redistribution, private ...string) licence.Rule {
-	return licence.Rule{Redistribute: says, Private: private, Addresses: func(context.Context, string) ([]netip.Addr, error) {
-		return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // RFC 5737
-	}}
+	return licence.Rule{Redistribute: says, Private: private,
+		Addresses: func(context.Context, string) ([]netip.Addr, error) {
+			return []netip.Addr{netip.MustParseAddr("203.0.113.9")}, nil // RFC 5737
+		}}
 }
 
 // What NVIDIA's licence covers does not go to a registry that everybody reads: the build
@@ -42,9 +43,9 @@ func TestLicenceRule(t *testing.T) {
 		hint string // "" where it is published
 	}{
 		{"public", []string{free}, onTheInternet(""), "--private " + free},
-		{"marked, and open to everybody", []string{free}, onTheInternet("", free), "take from everybody the right to read it"},
+		{"marked, and open to everybody", []string{free}, onTheInternet("", free), "revoke public read access it"},
 		{"one of two", []string{locked, free}, onTheInternet("", locked), "--private " + free},
-		{"not marked", []string{locked}, onTheInternet(""), "if only you can read it, say --private " + locked},
+		{"not marked", []string{locked}, onTheInternet(""), "if only you can read it, add --private " + locked},
 		{"marked, and closed", []string{locked}, onTheInternet("", locked), ""},
 		{"the operator allows user space", []string{free}, onTheInternet(bundle.RedistributeUserspace), ""},
 	} {
@@ -68,7 +69,8 @@ func TestLicenceRule(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d, err := repo.Resolve(t.Context(), bundle.Tag(bundle.Identity{Fingerprint: res.Fingerprint, Driver: res.Driver})); !fault.Is(err, fault.NoArtifact) {
+			if d, err := repo.Resolve(t.Context(),
+				bundle.Tag(bundle.Identity{Fingerprint: res.Fingerprint, Driver: res.Driver})); !fault.Is(err, fault.NoArtifact) {
 				t.Errorf("%s: %s has %s, %v; want nothing", row.name, dest, d.Digest, err)
 			}
 		}

@@ -17,7 +17,7 @@ import (
 // loadTested is what a load test came to.
 type loadTested struct {
 	verdict *loadtest.Verdict // nil where there was none
-	why     string            // there was none, though it was not off
+	reason  string            // there was none, though it was not off
 	boot    boot
 }
 
@@ -37,9 +37,10 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	case err != nil:
 		return t, "", err
 	case why != "" && r.cfg.LoadTest == LoadTestRequire:
-		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand: "+why, "put the build's vmlinux into the bucket, or publish without it: --load-test auto")
+		return t, "", fault.New(fault.LoadTestFailed, "no bootable kernel at hand: "+why,
+			"put the build's vmlinux into the bucket, or publish without it: --load-test auto")
 	case why != "":
-		return loadTested{why: why}, "static checks only: " + why, nil
+		return loadTested{reason: why}, "static checks only: " + why, nil
 	}
 	t.boot = b
 	user, err := r.staged(ctx, in, bundle.LayerUserspace)
@@ -51,7 +52,7 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		return t, "", err
 	}
 	key := testKey(in, m, b)
-	if verdict := r.recalled(in, key); verdict != nil {
+	if verdict := r.cachedVerdict(in, key); verdict != nil {
 		t.verdict, r.res.LoadTest = verdict, verdict
 		return t, verdict.State + ", cached verdict", nil
 	}
@@ -69,7 +70,7 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 		return t, "", err
 	}
 	if errors.Is(err, loadtest.ErrLacking) && r.cfg.LoadTest != LoadTestRequire {
-		return loadTested{why: err.Error()}, "static checks only: " + err.Error(), nil
+		return loadTested{reason: err.Error()}, "static checks only: " + err.Error(), nil
 	}
 	t.verdict, r.res.LoadTest = verdict, verdict
 	if err != nil {
@@ -79,13 +80,13 @@ func (r *run) loadTest(ctx context.Context, in *inputs, m *modules) (t loadTeste
 	if err != nil {
 		return t, "", err
 	}
-	return t, verdict.State, r.products.Remember("loadtest", key, raw)
+	return t, verdict.State, r.products.PutFact("loadtest", key, raw)
 }
 
-// recalled returns the kept verdict about these modules; nil where there is none,
+// cachedVerdict returns the kept verdict about these modules; nil where there is none,
 // and where a test made now would ask more than that one did.
-func (r *run) recalled(in *inputs, key string) *loadtest.Verdict {
-	raw, ok := r.products.Recall("loadtest", key)
+func (r *run) cachedVerdict(in *inputs, key string) *loadtest.Verdict {
+	raw, ok := r.products.Fact("loadtest", key)
 	verdict := &loadtest.Verdict{}
 	if !ok || json.Unmarshal(raw, verdict) != nil {
 		return nil
@@ -98,14 +99,14 @@ func (r *run) recalled(in *inputs, key string) *loadtest.Verdict {
 	return verdict
 }
 
-// testFacts is the proof in the words of the signed test result.
+// testFacts is the proof in the terms of the signed test result.
 func testFacts(in *inputs, m *modules, t loadTested) sign.TestFacts {
 	f := sign.TestFacts{Driver: in.driver, Static: staticChecks(in, m), LoadTest: trust.LoadTest{
 		Verdict: trust.VerdictStatic, Kernel: in.kernel.Kernel, Fingerprint: in.kernel.Fingerprint,
 	}}
 	v := t.verdict
 	if v == nil {
-		f.LoadTest.Reason = t.why
+		f.LoadTest.Reason = t.reason
 		return f
 	}
 	f.Warnings = v.Warnings

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// A verdict is recalled for nothing but what was in the machine.
+// A verdict is reused for nothing but what was in the machine.
 func TestKeyOfVerdict(t *testing.T) {
 	t.Parallel()
 	key := func(change func(in *inputs, m *modules, b *boot)) string {
@@ -53,22 +53,24 @@ func TestVerdictWithoutNVML(t *testing.T) {
 	probe := filepath.Join(t.TempDir(), "nvmlprobe")
 	r := &run{products: cache, cfg: Config{NVMLProbe: probe}}
 	in := &inputs{kernel: &cossrc.Inputs{Kernel: target.Kernel{Arch: target.ARM64}}}
-	for key, v := range map[string]loadtest.Verdict{"not asked": {State: "loaded", NotAsked: "this builder has no nvmlprobe-arm64"}, "asked": {State: "loaded", NVMLVersion: "1"}} {
+	for key, v := range map[string]loadtest.Verdict{"not asked": {State: "loaded",
+		NotAsked: "this builder has no nvmlprobe-arm64"}, "asked": {State: "loaded", NVMLVersion: "1"}} {
 		raw, err := json.Marshal(v)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cache.Remember("loadtest", key, raw); err != nil {
+		if err := cache.PutFact("loadtest", key, raw); err != nil {
 			t.Fatal(err)
 		}
-		if r.recalled(in, key) == nil {
+		if r.cachedVerdict(in, key) == nil {
 			t.Errorf("%s: no verdict before there is a probe", key)
 		}
 	}
 	if err := os.WriteFile(probe+"-arm64", nil, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if r.recalled(in, "asked") == nil || r.recalled(in, "not asked") != nil {
-		t.Errorf("with a probe the verdicts are %v and %v; want only the one that has asked", r.recalled(in, "asked"), r.recalled(in, "not asked"))
+	if r.cachedVerdict(in, "asked") == nil || r.cachedVerdict(in, "not asked") != nil {
+		t.Errorf("with a probe the verdicts are %v and %v; want only the one that has asked", r.cachedVerdict(in, "asked"),
+			r.cachedVerdict(in, "not asked"))
 	}
 }

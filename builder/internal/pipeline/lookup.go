@@ -10,7 +10,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/gpus"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
-	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/gpulist"
@@ -18,27 +18,27 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// outlet is where an artifact goes, and in whose name.
-type outlet struct {
-	signer   *sign.Signer
-	verifier *trust.Verifier
-	signing  signing
-	gpus     *gpulist.List // nil where the release has no list
-	places   []place
-	buckets  []*twin.Bucket
+// publication is where an artifact goes, and in whose name.
+type publication struct {
+	signer       *sign.Signer
+	verifier     *trust.Verifier
+	signing      signing
+	gpus         *gpulist.List // nil where the release has no list
+	destinations []destination
+	buckets      []*tarball.Bucket
 	// found is the artifact that every place has already and that is as good as one
 	// made now; nil where there is none.
 	found *artifact
 }
 
-// place is one destination.
-type place struct {
+// destination is one destination.
+type destination struct {
 	name string
 	repo *registry.Repository
 }
 
-// close closes the buckets. A nil outlet has none.
-func (o *outlet) close() error {
+// close closes the buckets. A nil publication has none.
+func (o *publication) close() error {
 	if o == nil {
 		return nil
 	}
@@ -52,19 +52,19 @@ func (o *outlet) close() error {
 // lookUp asks every destination whether it has this cell, and, where one has not,
 // whether it may be written. A key or a destination that does not work shall show
 // before minutes of work, not behind them.
-// The outlet is there with an error too, and has to be closed.
-func (r *run) lookUp(ctx context.Context, in *inputs) (to *outlet, note string, err error) {
-	to = &outlet{}
+// The publication is there with an error too, and has to be closed.
+func (r *run) lookUp(ctx context.Context, in *inputs) (to *publication, note string, err error) {
+	to = &publication{}
 	if err := r.open(ctx, in, to); err != nil {
 		return to, "", err
 	}
-	if err := r.mayGo(ctx, to); err != nil {
+	if err := r.mayPublish(ctx, to); err != nil {
 		return to, "", err
 	}
-	if note, err = r.look(ctx, in, to); err != nil || to.found != nil {
+	if note, err = r.findPublished(ctx, in, to); err != nil || to.found != nil {
 		return to, note, err
 	}
-	for _, p := range to.places {
+	for _, p := range to.destinations {
 		if err := p.repo.CheckPush(ctx); err != nil {
 			return to, "", fmt.Errorf("publish to %s: %w", p.name, err)
 		}
@@ -73,7 +73,7 @@ func (r *run) lookUp(ctx context.Context, in *inputs) (to *outlet, note string, 
 }
 
 // open opens keys and destinations.
-func (r *run) open(ctx context.Context, in *inputs, to *outlet) (err error) {
+func (r *run) open(ctx context.Context, in *inputs, to *publication) (err error) {
 	if to.signer, err = sign.LoadSigner(ctx, r.cfg.Key, r.cfg.KeyOptions...); err != nil {
 		return err
 	}
@@ -86,15 +86,15 @@ func (r *run) open(ctx context.Context, in *inputs, to *outlet) (err error) {
 	switch to.gpus, err = gpus.Read(in.release.Dir, in.release.Version); {
 	case fault.Is(err, fault.Unverified): // it is advice: without it nodes go by their GPU's generation
 		to.gpus = nil
-		r.say("look up")(fmt.Sprintf("the artifact gets no list of supported GPUs: %v", err))
+		r.progress("look up")(fmt.Sprintf("the artifact gets no list of supported GPUs: %v", err))
 	case err != nil:
 		return err
 	case to.gpus != nil && len(to.gpus.LeftOut) > 0:
-		r.say("look up")("left out of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
+		r.progress("look up")("left out of supported-gpus.json: " + strings.Join(to.gpus.LeftOut, "; "))
 	}
 	for _, dest := range r.cfg.Destinations {
-		if twin.Is(dest) {
-			b, err := twin.Open(ctx, dest)
+		if tarball.Is(dest) {
+			b, err := tarball.Open(ctx, dest)
 			if err != nil {
 				return err
 			}
@@ -105,16 +105,16 @@ func (r *run) open(ctx context.Context, in *inputs, to *outlet) (err error) {
 		if err != nil {
 			return err
 		}
-		to.places = append(to.places, place{dest, repo})
+		to.destinations = append(to.destinations, destination{dest, repo})
 	}
 	return nil
 }
 
-// look asks every place for the artifact.
-func (r *run) look(ctx context.Context, in *inputs, to *outlet) (note string, err error) {
+// findPublished asks every place for the artifact.
+func (r *run) findPublished(ctx context.Context, in *inputs, to *publication) (note string, err error) {
 	r.res.Tag = bundle.Tag(bundle.Identity{Fingerprint: in.kernel.Fingerprint, Driver: in.driver})
 	digest := ""
-	for _, p := range to.places {
+	for _, p := range to.destinations {
 		have, ok, err := publish.Existing(ctx, p.repo, r.res.Tag)
 		if err != nil {
 			return "", err
@@ -125,7 +125,7 @@ func (r *run) look(ctx context.Context, in *inputs, to *outlet) (note string, er
 		digest = have
 	}
 	if digest == "" {
-		return "nowhere to look", nil
+		return "no destination to check", nil
 	}
 	found, reason, err := r.reuse(ctx, in, to, digest)
 	switch {
@@ -145,7 +145,8 @@ func (r *run) look(ctx context.Context, in *inputs, to *outlet) (note string, er
 // now: whole, in every place, signed with our key, of this fingerprint, driver
 // and runfile. Then a statement that it fits this COS build is all that there
 // is to make. The reason says why it is made again nevertheless.
-func (r *run) reuse(ctx context.Context, in *inputs, to *outlet, digest string) (found *artifact, reason string, err error) {
+func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest string) (found *artifact, reason string,
+	err error) {
 	if r.cfg.LoadTest == LoadTestRequire {
 		return nil, "load test required", nil
 	}
@@ -163,8 +164,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *outlet, digest string) 
 		return nil, "", err
 	}
 	found = &artifact{digest: digest, bundles: [][]byte{match}}
-	for _, p := range to.places {
-		content, attested, err := holds(ctx, in, to, p, digest, match)
+	for _, p := range to.destinations {
+		content, attested, err := verifyPublished(ctx, in, to, p, digest, match)
 		if err != nil {
 			return nil, "", err
 		}
@@ -181,9 +182,10 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *outlet, digest string) 
 	return found, "", nil
 }
 
-// holds verifies what a place has under a digest; attested says that there is
+// verifyPublished verifies what a place has under a digest; attested says that there is
 // a statement for this COS build already.
-func holds(ctx context.Context, in *inputs, to *outlet, p place, digest string, match []byte) (content bundle.Content, attested bool, err error) {
+func verifyPublished(ctx context.Context, in *inputs, to *publication, p destination, digest string,
+	match []byte) (content bundle.Content, attested bool, err error) {
 	content, err = publish.Content(ctx, p.repo, digest)
 	if err != nil {
 		return content, false, err
@@ -206,7 +208,8 @@ func holds(ctx context.Context, in *inputs, to *outlet, p place, digest string, 
 			return content, false, err
 		}
 		if !to.signing.takes(have, in, verdict.Materials) {
-			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are %s, which is not what is asked for", digest, have)
+			return content, false, fault.Errorf(fault.Mismatch, "the modules of %s are %s, which is not what is asked for",
+				digest, have)
 		}
 	}
 	for _, l := range content.Layers { // a registry may have lost what it promised

@@ -90,7 +90,7 @@ func TestMachineInputsDamaged(t *testing.T) {
 		name  string
 		warm  pipeline.LoadTest
 		parts []string
-		class string // of the struck build; "" is success
+		class string // of the struck build; "" means success
 	}{
 		{"kept verdict", pipeline.LoadTestAuto, []string{"facts"}, ""},
 		{"kernel and boot files", pipeline.LoadTestOff, []string{"trees/boot-v1"}, "transient"},
@@ -238,7 +238,8 @@ int nvmlSystemGetCudaDriverVersion_v2(int *out) { *out = 12020; return 0; }
 int nvmlDeviceGetCount_v2(unsigned *out) { *out = 0; return 0; }
 `)
 	lib := filepath.Join(dir, "nvml.so")
-	run(t, exec.Command("gcc", "-shared", "-fPIC", "-s", "-Wl,-soname,libnvidia-ml.so.1", "-o", lib, filepath.Join(dir, "nvml.c")))
+	run(t, exec.Command("gcc", "-shared", "-fPIC", "-s", "-Wl,-soname,libnvidia-ml.so.1", "-o", lib,
+		filepath.Join(dir, "nvml.c")))
 	return lib
 }
 
@@ -353,6 +354,7 @@ func ended(t *testing.T, pid int) {
 		_, err = unix.Wait4(pid, &status, 0, nil)
 	}
 	if err != nil || status.Signal() != unix.SIGKILL {
-		t.Errorf("machine %d ended with status %d, signal %v, %v; want it killed with its builder", pid, status.ExitStatus(), status.Signal(), err)
+		t.Errorf("machine %d ended with status %d, signal %v, %v; want it killed with its builder", pid, status.ExitStatus(),
+			status.Signal(), err)
 	}
 }

@@ -9,7 +9,7 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 
 	"github.com/prebake/prebake/builder/internal/compile"
-	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/bundle"
@@ -24,7 +24,7 @@ type Made struct {
 	Fingerprint target.Fingerprint
 	Driver      target.Driver
 	Identity    bundle.Identity
-	// Layers lie as files in the cache that the caller gave.
+	// Layers are files in the cache that the caller gave.
 	Layers    []bundle.Layer
 	Image     v1.Image
 	Materials []sign.Material
@@ -35,7 +35,8 @@ type Made struct {
 // cache that the caller has just opened in an empty folder knows nothing of any
 // of them. Config.Cache serves fetched inputs only, which it compares with their
 // digests. No key is needed; nothing is loaded, signed by us or published.
-func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made, error) {
+func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log io.Writer, line *timeline.Run) (*Made,
+	error) {
 	cfg = cfg.withDefaults(req)
 	defer cfg.Cache.Begin()()
 	r := &run{cfg: cfg, req: req, log: log, line: line, started: time.Now().UTC(), products: products}
@@ -65,5 +66,6 @@ func Make(ctx context.Context, cfg Config, req Request, products *cas.Cache, log
 // of what it makes names them. An artifact can be made again by a builder with
 // the same recipes.
 func Recipes() map[string]string {
-	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe, "image": bundle.ImageRecipe, "stamp": gate.Recipe}
+	return map[string]string{"compile": compile.Recipe, "stage": nvsrc.StageRecipe, "pack": bundle.PackRecipe,
+		"image": bundle.ImageRecipe, "stamp": modcheck.Recipe}
 }

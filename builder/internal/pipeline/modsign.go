@@ -16,7 +16,8 @@ import (
 )
 
 // hintSigned is what to do for a kernel that takes signed modules only.
-const hintSigned = "sign them with a key that this kernel trusts: --module-key FILE --module-cert FILE; or publish those that Google signed: --google-modules"
+const hintSigned = "sign them with a key that this kernel trusts: --module-key FILE --module-cert FILE; or publish " +
+	"those that Google signed: --google-modules"
 
 // signing is who signs the modules for the kernel.
 type signing struct {
@@ -49,10 +50,12 @@ func (r *run) openSigning(ctx context.Context, in *inputs) (s signing, err error
 		s.google = GoogleRequire // left out, they would leave unsigned modules
 		return s, nil
 	default:
-		return s, fault.New(fault.Unsupported, fmt.Sprintf("kernel %s takes signed modules only, and nobody signs these", in.kernel.Kernel), hintSigned)
+		return s, fault.New(fault.Unsupported,
+			fmt.Sprintf("kernel %s takes signed modules only, and no key signs these", in.kernel.Kernel), hintSigned)
 	}
 	if !config.Checks {
-		return s, fault.New(fault.Unsupported, fmt.Sprintf("kernel %s does not know module signatures", in.kernel.Kernel), "build for it without --module-key")
+		return s, fault.New(fault.Unsupported, fmt.Sprintf("kernel %s does not know module signatures", in.kernel.Kernel),
+			"build for it without --module-key")
 	}
 	s.hash = config.Hash
 	s.own, err = modsign.Load(ctx, r.cfg.ModuleKey, r.cfg.ModuleCert)
@@ -66,7 +69,8 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 		return r.attachSignatures(ctx, in, s, m)
 	}
 	by := []string{modsign.Recipe, s.own.Identity(), s.hash}
-	signed, cached, err := r.signEach(ctx, in, m, by, func(src, dst, _ string) error { return s.own.Sign(ctx, src, dst, s.hash) })
+	signed, cached, err := r.signEach(ctx, in, m, by,
+		func(src, dst, _ string) error { return s.own.Sign(ctx, src, dst, s.hash) })
 	if err != nil {
 		return nil, "", err
 	}
@@ -80,7 +84,8 @@ func (r *run) signModules(ctx context.Context, in *inputs, s signing, m *modules
 
 // signEach makes signed modules out of those at hand; by is what decides over the
 // signatures.
-func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string, sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
+func (r *run) signEach(ctx context.Context, in *inputs, m *modules, by []string,
+	sign func(src, dst, name string) error) (_ *modules, cached bool, err error) {
 	dir, cached, err := r.products.Tree(ctx, "signed", in.stampedKey(by...), func(_ context.Context, dir string) error {
 		sums := map[string]string{}
 		for _, name := range slices.Sorted(maps.Keys(m.files)) {
@@ -120,5 +125,6 @@ func carriesOf(st *trust.Statement) (carries, error) {
 		return carries{}, fault.Errorf(fault.Unverified, "read provenance: %w", err)
 	}
 	facts := p.BuildDefinition.InternalParameters
-	return carries{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures], modules: facts[trust.FactGoogleModules]}, nil
+	return carries{key: facts[trust.FactModuleKey], google: facts[trust.FactGoogleSignatures],
+		modules: facts[trust.FactGoogleModules]}, nil
 }

@@ -35,7 +35,8 @@ func moduleKey(t *testing.T) (key, cert string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: "modules of a test"}, NotAfter: time.Now().Add(time.Hour)}
+	template := &x509.Certificate{SerialNumber: serial, Subject: pkix.Name{CommonName: "modules of a test"},
+		NotAfter: time.Now().Add(time.Hour)}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
 	if err != nil {
 		t.Fatal(err)
@@ -70,7 +71,8 @@ func TestSignedModules(t *testing.T) {
 
 	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
 	signed := must(t, cfg, request("17800.0.9"))
-	if diff := cmp.Diff(slices.Insert(slices.Clone(whole), 3, "sign modules"), phases(signed)); diff != "" || signed.Digest == plain.Digest {
+	if diff := cmp.Diff(slices.Insert(slices.Clone(whole), 3, "sign modules"), phases(signed)); diff != "" ||
+		signed.Digest == plain.Digest {
 		t.Errorf("signed build is %s, unsigned %s; phases (-want +got):\n%s", signed.Digest, plain.Digest, diff)
 	}
 	f.verified(t, signed, 4)
@@ -140,8 +142,10 @@ func TestForcedSignatures(t *testing.T) {
 	f.kernel(t, "17800.0.9", files)
 	cfg := f.config(t, emptyCache(t))
 	res, _, err := build(t, cfg, request("17800.0.9"))
-	if !fault.Is(err, fault.Unsupported) || !strings.Contains(fault.Hint(err), "--module-key") || slices.Contains(phases(res), "compile") {
-		t.Errorf("Run = %v (hint %q) after %v; want %v before the compile", err, fault.Hint(err), phases(res), fault.Unsupported)
+	if !fault.Is(err, fault.Unsupported) || !strings.Contains(fault.Hint(err), "--module-key") ||
+		slices.Contains(phases(res), "compile") {
+		t.Errorf("Run = %v (hint %q) after %v; want %v before the compile", err, fault.Hint(err), phases(res),
+			fault.Unsupported)
 	}
 	cfg.ModuleKey, cfg.ModuleCert = moduleKey(t)
 	must(t, cfg, request("17800.0.9"))
@@ -150,7 +154,8 @@ func TestForcedSignatures(t *testing.T) {
 // A list of GPUs that cannot be read, or holds an odd entry, fails no build.
 func TestOddListOfGPUs(t *testing.T) {
 	t.Parallel()
-	for text, attached := range map[string]int{"{": 4, `{"chips":[{"devid":"0x1EB8","features":["kernelopen"]},{"devid":"odd"}]}`: 5} {
+	for text, attached := range map[string]int{"{": 4,
+		`{"chips":[{"devid":"0x1EB8","features":["kernelopen"]},{"devid":"odd"}]}`: 5} {
 		f := newFarm(t)
 		files := driverFiles()
 		files["supported-gpus/supported-gpus.json"] = text

@@ -21,19 +21,21 @@ func (r *run) staged(ctx context.Context, in *inputs, kind bundle.LayerKind) (st
 	if kind == bundle.LayerFirmware {
 		stage = in.release.StageFirmware
 	}
-	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):], func(ctx context.Context, dir string) error {
-		err := stage(dir)
-		// A release that changed meanwhile would be kept as good.
-		if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
-			return damaged
-		}
-		return err
-	})
+	dir, _, err := r.products.Tree(ctx, string(kind), nvsrc.StageRecipe+"-"+in.release.Digest[len("sha256:"):],
+		func(ctx context.Context, dir string) error {
+			err := stage(dir)
+			// A release that changed meanwhile would be kept as good.
+			if damaged := r.cfg.Cache.Recheck(ctx, in.release.Dir); damaged != nil {
+				return damaged
+			}
+			return err
+		})
 	return dir, err
 }
 
 // packed returns a layer of the staged folder, compressed once and kept.
-func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool, err error) {
+func (r *run) packed(ctx context.Context, kind bundle.LayerKind, src, key string) (layer bundle.Layer, cached bool,
+	err error) {
 	dir, cached, err := r.products.Tree(ctx, "layer-"+string(kind), key, func(ctx context.Context, dir string) error {
 		layer, err := bundle.PackLayer(ctx, src, kind, filepath.Join(dir, "layer.tar.zst"))
 		if err != nil {
@@ -91,15 +93,15 @@ func (r *run) moduleLayer(ctx context.Context, in *inputs, m *modules) (l layer)
 	return l
 }
 
-// ahead are the driver's own layers, packed while the modules are compiled.
-type ahead struct {
+// earlyLayers are the driver's own layers, packed while the modules are compiled.
+type earlyLayers struct {
 	group  sync.WaitGroup
 	stop   context.CancelFunc
 	layers map[bundle.LayerKind]layer
 }
 
-func (r *run) packAhead(ctx context.Context, in *inputs) *ahead {
-	a := &ahead{layers: map[bundle.LayerKind]layer{}}
+func (r *run) packEarly(ctx context.Context, in *inputs) *earlyLayers {
+	a := &earlyLayers{layers: map[bundle.LayerKind]layer{}}
 	ctx, a.stop = context.WithCancel(ctx)
 	a.group.Go(func() {
 		for _, kind := range bundle.LayerKinds() {
@@ -112,8 +114,8 @@ func (r *run) packAhead(ctx context.Context, in *inputs) *ahead {
 }
 
 // take waits for a layer. It says no where there is none: what went wrong is met
-// again by whoever packs it then.
-func (a *ahead) take(kind bundle.LayerKind) (layer, bool) {
+// again by the next packer.
+func (a *earlyLayers) take(kind bundle.LayerKind) (layer, bool) {
 	if a == nil {
 		return layer{}, false
 	}
@@ -123,15 +125,16 @@ func (a *ahead) take(kind bundle.LayerKind) (layer, bool) {
 }
 
 // end ends what is still being packed.
-func (a *ahead) end() {
+func (a *earlyLayers) end() {
 	if a != nil {
 		a.stop()
 		a.group.Wait()
 	}
 }
 
-// pack makes the layers, as far as they were not made ahead.
-func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *ahead) (_ []bundle.Layer, note string, err error) {
+// pack makes the layers, as far as they were not made early.
+func (r *run) pack(ctx context.Context, in *inputs, m *modules, early *earlyLayers) (_ []bundle.Layer, note string,
+	err error) {
 	reused := 0
 	for _, kind := range bundle.LayerKinds() {
 		var l layer
@@ -168,15 +171,15 @@ func (r *run) modulesFolder(m *modules) (string, func() error, error) {
 	if err != nil {
 		return "", nil, err
 	}
-	if err := r.layModules(m, dir); err != nil {
+	if err := r.copyModules(m, dir); err != nil {
 		return "", nil, errors.Join(err, cleanup())
 	}
 	return dir, cleanup, nil
 }
 
-// layModules copies the modules into dir/drivers, and compares them on the way
+// copyModules copies the modules into dir/drivers, and compares them on the way
 // with what was proved.
-func (r *run) layModules(m *modules, dir string) error {
+func (r *run) copyModules(m *modules, dir string) error {
 	if err := os.Mkdir(filepath.Join(dir, "drivers"), 0o755); err != nil {
 		return fault.CacheDisk(err)
 	}

@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/builder/internal/loadtest"
 	"github.com/prebake/prebake/builder/internal/publish"
 	"github.com/prebake/prebake/builder/internal/sign"
-	"github.com/prebake/prebake/builder/internal/twin"
+	"github.com/prebake/prebake/builder/internal/tarball"
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/registry"
@@ -47,17 +47,17 @@ const (
 
 const (
 	defaultCompileTimeout = 45 * time.Minute
-	defaultRoom           = 1 << 30
+	defaultMinFree        = 1 << 30
 )
 
-// Config is what one machine brings to every build.
+// Config is what one machine provides to every build.
 type Config struct {
 	// KernelMirror and DriverMirror are bucket URLs: gs://, https:// or file://.
 	KernelMirror, DriverMirror string
 	// Cache is the content-addressed cache that builds share.
 	Cache *cas.Cache
 	// Destinations are registry references or oci: layout folders, which get the
-	// artifact, and gs:// or file:// buckets, which get its tarball twin.
+	// artifact, and gs:// or file:// buckets, which get its tarball.
 	Destinations []string
 	// Registry returns the settings for one of the Destinations: credentials
 	// belong to one registry and are never shown to another. Nil is the Docker
@@ -72,10 +72,10 @@ type Config struct {
 	// ModuleKey is an RSA key file or a KMS URI with which the modules are signed
 	// for the kernel, and ModuleCert its certificate; "" leaves them unsigned.
 	ModuleKey, ModuleCert string
-	// GoogleSignatures says what to do with Google's; "" is GoogleAuto.
+	// GoogleSignatures says what to do with Google's; "" means GoogleAuto.
 	GoogleSignatures GoogleSignatures
 	// GoogleModules publishes the open modules that Google compiled and signed
-	// for the COS build, untouched. They are held against the certificate that
+	// for the COS build, untouched. They are checked against the certificate that
 	// the bucket says the kernel was built with, or against ModuleCert.
 	GoogleModules bool
 	// DebugSymbols publishes the modules' debug information beside the artifact.
@@ -89,7 +89,7 @@ type Config struct {
 	// their user space there.
 	WithRunfile bool
 	// Labels are given to the driver in buckets, besides those that COS gives it.
-	// They are the open flavour's. LabelsLater leaves all labels to whoever knows
+	// They are the open flavour's. LabelsLater leaves all labels to the caller that knows
 	// more than one cell.
 	Labels      []string
 	LabelsLater bool
@@ -98,16 +98,16 @@ type Config struct {
 	// BuilderID goes into the provenance as builder.id, a URI, and is who gives
 	// labels; Version is this program's.
 	BuilderID, Version string
-	// Jobs is make's -j; 0 is one for each processor.
+	// Jobs is make's -j; 0 means one for each processor.
 	Jobs     int
 	LoadTest LoadTest
 	// Tools are programs that the load test puts into its machine.
 	GuestInit, NVMLProbe string
-	// Room is how much of the cache's disk has to be free before a compile, in
-	// bytes; 0 is 1 GiB, which holds the sources, objects and modules of the
+	// MinFree is how much of the cache's disk has to be free before a compile, in
+	// bytes; 0 means 1 GiB, which holds the sources, objects and modules of the
 	// largest driver.
-	Room int64
-	// CompileTimeout bounds the compile phase; 0 is 45 minutes.
+	MinFree int64
+	// CompileTimeout bounds the compile phase; 0 means 45 minutes.
 	CompileTimeout time.Duration
 	// Compiling bounds how many cells compile at a time, each with Jobs compilers;
 	// nil bounds nothing. What comes before and after a compile keeps about one
@@ -137,7 +137,7 @@ type Result struct {
 	Driver      target.Driver      `json:"driver"`
 	Digest      string             `json:"digest"`
 	// Repositories hold the artifact, in the order of Config.Destinations. Buckets
-	// are told under Twins.
+	// are listed in Tarballs.
 	Repositories []string `json:"repositories"`
 	Tag          string   `json:"tag"`
 	// Existed says that every destination already had this very artifact.
@@ -150,11 +150,11 @@ type Result struct {
 	Symbols string `json:"symbols,omitempty"`
 	// Deltas make the module layer out of those of earlier builds.
 	Deltas []publish.Delta `json:"deltas,omitempty"`
-	// Twins are the tarballs in buckets.
-	Twins []twin.Report `json:"twins,omitempty"`
+	// Tarballs are the tarballs in buckets.
+	Tarballs []tarball.Report `json:"twins,omitempty"`
 	// Labels are those of this COS build in each bucket.
-	Labels []twin.Labelled  `json:"labels,omitempty"`
-	Phases []timeline.Phase `json:"phases"`
+	Labels []tarball.Labelled `json:"labels,omitempty"`
+	Phases []timeline.Phase   `json:"phases"`
 }
 
 // withDefaults returns the settings for one request.
@@ -163,6 +163,6 @@ func (c Config) withDefaults(req Request) Config {
 	c.GoogleModules = c.GoogleModules || req.GoogleModules
 	c.GoogleSignatures = cmp.Or(req.GoogleSignatures, c.GoogleSignatures, GoogleAuto)
 	c.BTF = c.BTF || req.BTF != ""
-	c.CompileTimeout, c.Room = cmp.Or(c.CompileTimeout, defaultCompileTimeout), cmp.Or(c.Room, defaultRoom)
+	c.CompileTimeout, c.MinFree = cmp.Or(c.CompileTimeout, defaultCompileTimeout), cmp.Or(c.MinFree, defaultMinFree)
 	return c
 }

@@ -3,15 +3,12 @@ package pipeline_test
 import (
 	"archive/tar"
 	"bytes"
-	"context"
 	"crypto/md5"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -46,7 +43,8 @@ const (
 // that ends in * is executable.
 func headerFiles() map[string]string {
 	return map[string]string{
-		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\nCONFIG_SMP=y\nCONFIG_MODULE_UNLOAD=y\n", headers + "Module.symvers": "0x00000000\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n",
+		headers + "Makefile": "all:\n", headers + ".config": "CONFIG_64BIT=y\nCONFIG_SMP=y\nCONFIG_MODULE_UNLOAD=y\n",
+		headers + "Module.symvers":                "0x00000000\tprintk\tvmlinux\tEXPORT_SYMBOL\t\n",
 		headers + "include/config/kernel.release": "6.1.0-9-test\n",
 	}
 }
@@ -175,7 +173,8 @@ func (f *farm) edition(t *testing.T, version string, files map[string]string) {
 func (f *farm) config(t *testing.T, cache *cas.Cache) pipeline.Config {
 	return pipeline.Config{
 		KernelMirror: "file://" + f.dir + "/cos", DriverMirror: "file://" + f.dir + "/drivers", Cache: cache,
-		Destinations: []string{f.repo}, Key: f.key, BuilderID: "https://example.com/builder", Version: "test", Jobs: 1, LoadTest: pipeline.LoadTestAuto,
+		Destinations: []string{f.repo}, Key: f.key, BuilderID: "https://example.com/builder", Version: "test", Jobs: 1,
+		LoadTest: pipeline.LoadTestAuto,
 	}
 }
 
@@ -269,14 +268,17 @@ func (f *farm) verified(t *testing.T, res *pipeline.Result, attached int) {
 	if err != nil || len(bundles) != attached {
 		t.Errorf("%d statements attached, %v; want %d", len(bundles), err, attached)
 	}
-	verdict, err := v.Verify(bundles, trust.Expect{Digest: res.Digest, Kernel: res.Kernel, Driver: res.Driver, Identity: content.Identity})
+	verdict, err := v.Verify(bundles,
+		trust.Expect{Digest: res.Digest, Kernel: res.Kernel, Driver: res.Driver, Identity: content.Identity})
 	if err != nil {
 		t.Fatalf("Verify = %v", err)
 	}
 	if verdict.LoadTest != trust.VerdictStatic || !strings.HasPrefix(verdict.InvocationID, "urn:uuid:") {
-		t.Errorf("Verify = load test %q, invocation %q; want static checks only, and an id", verdict.LoadTest, verdict.InvocationID)
+		t.Errorf("Verify = load test %q, invocation %q; want static checks only, and an id", verdict.LoadTest,
+			verdict.InvocationID)
 	}
-	for _, predicate := range []string{trust.PredicateProvenance, trust.PredicateKernelMatch, trust.PredicateTestResult, trust.PredicateSBOM} {
+	for _, predicate := range []string{trust.PredicateProvenance, trust.PredicateKernelMatch, trust.PredicateTestResult,
+		trust.PredicateSBOM} {
 		if len(v.Statements(bundles, res.Digest, predicate)) == 0 {
 			t.Errorf("no statement of type %s", predicate)
 		}
@@ -310,8 +312,11 @@ func TestBuild(t *testing.T) {
 	elsewhere := f.config(t, cache)
 	elsewhere.Destinations = []string{"oci:" + filepath.Join(t.TempDir(), "layout")}
 	second := must(t, elsewhere, request("17800.0.9"))
-	if second.Digest != first.Digest || second.Existed || !slices.ContainsFunc(second.Phases, func(p timeline.Phase) bool { return p.Name == "compile" && strings.Contains(p.Note, "cached") }) {
-		t.Errorf("from the cache: %s, existed %v, %+v; want %s, cached", second.Digest, second.Existed, second.Phases, first.Digest)
+	if second.Digest != first.Digest || second.Existed ||
+		!slices.ContainsFunc(second.Phases,
+			func(p timeline.Phase) bool { return p.Name == "compile" && strings.Contains(p.Note, "cached") }) {
+		t.Errorf("from the cache: %s, existed %v, %+v; want %s, cached", second.Digest, second.Existed, second.Phases,
+			first.Digest)
 	}
 
 	// A cell that has to be made again says what is new.
@@ -332,8 +337,10 @@ func TestBuild(t *testing.T) {
 	f.kernel(t, "17800.1.9", twin)
 	for i, id := range []string{"17800.0.9", "17800.1.9"} {
 		res := must(t, f.config(t, emptyCache(t)), request(id))
-		if diff := cmp.Diff(reused, phases(res)); diff != "" || !res.Existed || !res.Reused || res.Digest != first.Digest || res.Tag != first.Tag {
-			t.Errorf("%s: %s, existed %v, reused %v; want %s; phases (-want +got):\n%s", id, res.Digest, res.Existed, res.Reused, first.Digest, diff)
+		if diff := cmp.Diff(reused, phases(res)); diff != "" || !res.Existed || !res.Reused || res.Digest != first.Digest ||
+			res.Tag != first.Tag {
+			t.Errorf("%s: %s, existed %v, reused %v; want %s; phases (-want +got):\n%s", id, res.Digest, res.Existed, res.Reused,
+				first.Digest, diff)
 		}
 		if res.Kernel.BuildID != id || len(res.Layers) != 3 || len(res.Repositories) != 1 {
 			t.Errorf("%s: result %+v lacks something", id, res)
@@ -355,7 +362,8 @@ func TestEdition(t *testing.T) {
 	r := request("17800.0.9")
 	r.Driver = version + "-grid"
 	res := must(t, cfg, r)
-	if res.Digest == plain.Digest || res.Driver.Version != version+"-grid" || !strings.HasPrefix(res.Tag, version+"-grid-open-") {
+	if res.Digest == plain.Digest || res.Driver.Version != version+"-grid" ||
+		!strings.HasPrefix(res.Tag, version+"-grid-open-") {
 		t.Errorf("the edition is %s %s, tag %s; the release %s", res.Digest, res.Driver, res.Tag, plain.Digest)
 	}
 	f.verified(t, res, 4)
@@ -370,7 +378,8 @@ func TestNotReused(t *testing.T) {
 		change func(t *testing.T, f *farm, cfg *pipeline.Config)
 		kind   fault.Kind // of the outcome; Internal is success
 	}{
-		{"signed with another key", func(t *testing.T, f *farm, cfg *pipeline.Config) { f.newKey(t); cfg.Key = f.key }, fault.Internal},
+		{"signed with another key", func(t *testing.T, f *farm, cfg *pipeline.Config) { f.newKey(t); cfg.Key = f.key },
+			fault.Internal},
 		{"not everywhere", func(t *testing.T, _ *farm, cfg *pipeline.Config) {
 			cfg.Destinations = append(cfg.Destinations, "oci:"+filepath.Join(t.TempDir(), "layout"))
 		}, fault.Internal},
@@ -379,7 +388,8 @@ func TestNotReused(t *testing.T) {
 			files["nvidia-smi*"] = "ELF, changed"
 			f.driver(t, files)
 		}, fault.PublishRefused},
-		{"load test demanded", func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestRequire }, fault.LoadTestFailed},
+		{"load test demanded", func(_ *testing.T, _ *farm, cfg *pipeline.Config) { cfg.LoadTest = pipeline.LoadTestRequire },
+			fault.LoadTestFailed},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -397,102 +407,6 @@ func TestNotReused(t *testing.T) {
 			}
 			if err != nil || res.Reused || res.Digest != first.Digest {
 				t.Fatalf("Run = %s, reused %v, %v; want %s made again\n%s", res.Digest, res.Reused, err, first.Digest, log)
-			}
-		})
-	}
-}
-
-// refusing is a registry that answers every write this way, and knows nothing.
-func refusing(t *testing.T, status int, body string) string {
-	t.Helper()
-	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		switch {
-		case r.URL.Path == "/v2/":
-		case r.Method == http.MethodGet || r.Method == http.MethodHead:
-			w.WriteHeader(http.StatusNotFound)
-		default:
-			w.Header().Set("Content-Type", "application/json")
-			w.WriteHeader(status)
-			_, _ = io.WriteString(w, body)
-		}
-	}))
-	t.Cleanup(s.Close)
-	return strings.TrimPrefix(s.URL, "http://")
-}
-
-func TestFailures(t *testing.T) {
-	t.Parallel()
-	rows := []struct {
-		name   string
-		change func(t *testing.T, f *farm, cfg *pipeline.Config, r *pipeline.Request)
-		kind   fault.Kind
-		text   string
-		phases []string
-	}{
-		{"unknown BUILD_ID", func(_ *testing.T, _ *farm, _ *pipeline.Config, r *pipeline.Request) { r.BuildID = "17800.0.99" },
-			fault.InputMissing, "17800.0.99", whole[:1]},
-		{"unknown driver", func(_ *testing.T, _ *farm, _ *pipeline.Config, r *pipeline.Request) { r.Driver = "535.999.99" },
-			fault.InputMissing, "535.999.99", whole[:1]},
-		{"flavour that the release lacks", func(_ *testing.T, _ *farm, _ *pipeline.Config, r *pipeline.Request) { r.Flavour = target.Proprietary },
-			fault.Unsupported, "proprietary", whole[:1]},
-		{"wrong checksum", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
-			f.put(t, "cos/17800.0.9/lakitu/kernel-headers.tgz.md5", []byte(strings.Repeat("0", 32)))
-		}, fault.Checksum, "kernel-headers.tgz", whole[:1]},
-		{"no key, told before the compile", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) { cfg.Key += ".none" },
-			fault.Usage, "load signing key", whole[:2]},
-		{"no registry, told before the compile", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
-			cfg.Destinations = []string{"127.0.0.1:1/prebake/driver"}
-		}, fault.Transient, "127.0.0.1:1", whole[:2]},
-		{"registry that may only be read, told before the compile", func(t *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
-			cfg.Destinations = []string{refusing(t, http.StatusForbidden, `{"errors":[{"code":"DENIED","message":"requested access to the resource is denied"}]}`) + "/prebake/driver"}
-		}, fault.PublishRefused, "denied", whole[:2]},
-		{"registry without the repository, told before the compile", func(t *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
-			cfg.Destinations = []string{refusing(t, http.StatusNotFound, `{"errors":[{"code":"NAME_UNKNOWN","message":"The repository with name 'prebake/driver' does not exist"}]}`) + "/prebake/driver"}
-		}, fault.PublishRefused, "NAME_UNKNOWN", whole[:2]},
-		{"API break", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
-			files := driverFiles()
-			files["kernel-open/nv.c"] = "int f(int a, int b);\nint nv(void) { return f(1); }\n"
-			f.driver(t, files)
-		}, fault.APIBreak, "error: too few arguments to function", whole[:3]},
-		{"module for another kernel", func(t *testing.T, f *farm, _ *pipeline.Config, _ *pipeline.Request) {
-			files := driverFiles()
-			files["kernel-open/nv.c"] = strings.Replace(files["kernel-open/nv.c"], "6.1.0-9-test", "6.1.0-8-test", 1)
-			f.driver(t, files)
-		}, fault.CheckFailed, "6.1.0-8-test", whole[:4]},
-		{"load test demanded without a boot image", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) {
-			cfg.LoadTest = pipeline.LoadTestRequire
-		}, fault.LoadTestFailed, "no bootable kernel", whole[:5]},
-		{"out of time", func(_ *testing.T, _ *farm, cfg *pipeline.Config, _ *pipeline.Request) { cfg.CompileTimeout = 1 },
-			fault.TimedOut, "longer than 1ns", whole[:3]},
-	}
-	for _, row := range rows {
-		t.Run(row.name, func(t *testing.T) {
-			t.Parallel()
-			f := newFarm(t)
-			cfg, r := f.config(t, emptyCache(t)), request("17800.0.9")
-			row.change(t, f, &cfg, &r)
-			res, log, err := build(t, cfg, r)
-			if !fault.Is(err, row.kind) || !strings.Contains(err.Error(), row.text) {
-				t.Errorf("Run = %v (%v); want %v with %q", err, fault.Of(err), row.kind, row.text)
-			}
-			if strings.Contains(err.Error(), "\n") {
-				t.Errorf("Run = %q; want one line", err)
-			}
-			if !strings.Contains(log, row.text) {
-				t.Errorf("the log lacks %q:\n%s", row.text, log)
-			}
-			if diff := cmp.Diff(row.phases, phases(res)); diff != "" || !res.Phases[len(res.Phases)-1].Failed {
-				t.Errorf("phases %+v, the last one failed (-want +got):\n%s", res.Phases, diff)
-			}
-			if left, err := filepath.Glob(filepath.Join(cfg.Cache.Dir(), "work", "*", "*")); err != nil || len(left) > 0 {
-				t.Errorf("work folders left: %v, %v", left, err)
-			}
-			repo, err := registry.Open(f.repo, registry.Options{})
-			if err != nil {
-				t.Fatal(err)
-			}
-			if _, err := repo.Resolve(context.WithoutCancel(t.Context()), bundle.KernelTag(target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}, target.Driver{Version: version, Flavour: target.Open})); !fault.Is(err, fault.NoArtifact) {
-				t.Errorf("Resolve after a failure = %v; want that nothing is there", err)
 			}
 		})
 	}

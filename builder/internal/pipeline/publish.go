@@ -8,10 +8,11 @@ import (
 )
 
 // publish sends out what the places do not have yet.
-func (r *run) publish(ctx context.Context, in *inputs, to *outlet, m *modules, a *artifact) (string, error) {
-	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles, Verifier: to.verifier, Log: a.log}
+func (r *run) publish(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (string, error) {
+	all := publish.Artifact{Image: a.image, Identity: a.identity, Kernel: in.kernel.Kernel, Bundles: a.bundles,
+		Verifier: to.verifier, Log: a.log}
 	r.res.Existed = true
-	for _, p := range to.places {
+	for _, p := range to.destinations {
 		existed, err := true, error(nil)
 		if a.there() {
 			err = publish.Attest(ctx, p.repo, a.digest, all)
@@ -32,19 +33,19 @@ func (r *run) publish(ctx context.Context, in *inputs, to *outlet, m *modules, a
 	if err := r.publishSymbols(ctx, to, m, a); err != nil {
 		return "", err
 	}
-	if err := r.publishTwins(ctx, in, to, m, a); err != nil {
+	if err := r.publishTarballs(ctx, in, to, m, a); err != nil {
 		return "", err
 	}
-	if err := r.giveLabels(ctx, in, to); err != nil {
+	if err := r.setLabels(ctx, in, to); err != nil {
 		return "", err
 	}
-	if err := r.stayed(ctx, in, to, a); err != nil {
+	if err := r.checkStillPrivate(ctx, in, to, a); err != nil {
 		return "", err
 	}
 	if err := r.publishDeltas(ctx, in, to, a); err != nil {
 		return "", err
 	}
-	note := fmt.Sprintf("%s to %d place(s)", a.digest[:19], len(to.places)+len(to.buckets))
+	note := fmt.Sprintf("%s to %d place(s)", a.digest[:19], len(to.destinations)+len(to.buckets))
 	if n := len(r.res.Deltas); n > 0 {
 		note += fmt.Sprintf(", %d delta(s)", n)
 	}
@@ -69,14 +70,14 @@ func (r *run) layersIntact(ctx context.Context, a *artifact) error {
 
 // publishDeltas attaches deltas for nodes that have an earlier build's modules. They are a
 // help: without them nodes fetch the whole layer, so nothing that goes wrong is an error.
-func (r *run) publishDeltas(ctx context.Context, in *inputs, to *outlet, a *artifact) error {
-	for _, p := range to.places {
+func (r *run) publishDeltas(ctx context.Context, in *inputs, to *publication, a *artifact) error {
+	for _, p := range to.destinations {
 		made, err := publish.Deltas(ctx, p.repo, a.digest, in.kernel.Kernel, in.driver, r.cfg.Deltas)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		if err != nil {
-			r.say("publish")(fmt.Sprintf("no delta in %s: %v", p.name, err))
+			r.progress("publish")(fmt.Sprintf("no delta in %s: %v", p.name, err))
 		}
 		for _, d := range made {
 			fmt.Fprintf(r.log, "delta of the modules for %s: %d bytes\n", d.From, d.Size)

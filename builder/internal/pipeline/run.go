@@ -56,7 +56,7 @@ func (r *run) all(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	to, err := phase(r, "look up", func() (*outlet, string, error) { return r.lookUp(ctx, in) })
+	to, err := phase(r, "look up", func() (*publication, string, error) { return r.lookUp(ctx, in) })
 	defer func() { _ = to.close() }() // every write to them was closed, and told, by itself
 	if err != nil {
 		return err
@@ -75,10 +75,10 @@ func (r *run) all(ctx context.Context) error {
 }
 
 // make makes and signs an artifact that nobody has yet.
-func (r *run) make(ctx context.Context, in *inputs, to *outlet) (*artifact, *modules, error) {
-	var early *ahead
+func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
+	var early *earlyLayers
 	if in.prebuilt == nil {
-		early = r.packAhead(ctx, in) // needs nothing of the modules
+		early = r.packEarly(ctx, in) // needs nothing of the modules
 		defer early.end()
 	}
 	m, err := r.makeModules(ctx, in, to.signing)
@@ -128,10 +128,10 @@ func phase[T any](r *run, name string, do func() (T, string, error)) (made T, er
 	return made, err
 }
 
-// say tells whoever watches a phase, and the log.
-func (r *run) say(phase string) func(string) {
+// progress reports to the watcher of a phase, and to the log.
+func (r *run) progress(phase string) func(string) {
 	return func(text string) {
 		fmt.Fprintln(r.log, text)
-		r.line.Say(phase, "%s", text)
+		r.line.Progress(phase, "%s", text)
 	}
 }

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// factHost is the word under which the provenance names the programs of the host
+// factHost is the name under which the provenance lists the programs of the host
 // that the build ran.
 const factHost = "host-tools"
 
@@ -33,7 +33,8 @@ type artifact struct {
 func (a *artifact) there() bool { return a.image == nil }
 
 // sign makes the image and signs the statements about it.
-func (r *run) sign(ctx context.Context, in *inputs, to *outlet, m *modules, tested loadTested, layers []bundle.Layer) (_ *artifact, note string, err error) {
+func (r *run) sign(ctx context.Context, in *inputs, to *publication, m *modules, tested loadTested,
+	layers []bundle.Layer) (_ *artifact, note string, err error) {
 	a := &artifact{identity: m.identity, layers: layers}
 	if a.image, err = bundle.Image(m.identity, layers); err != nil {
 		return nil, "", err
@@ -72,7 +73,8 @@ func (r *run) sign(ctx context.Context, in *inputs, to *outlet, m *modules, test
 }
 
 // statements says how the image was made and for which COS build it is good.
-func (r *run) statements(in *inputs, to *outlet, m *modules, tested loadTested, a *artifact, logDigest string) ([]sign.Statement, error) {
+func (r *run) statements(in *inputs, to *publication, m *modules, tested loadTested, a *artifact,
+	logDigest string) ([]sign.Statement, error) {
 	facts := Recipes()
 	facts["builder"], facts["vermagic"] = r.cfg.Version, m.identity.Vermagic
 	if name, value, ok := m.carries.fact(); ok {
@@ -115,7 +117,7 @@ func (r *run) statements(in *inputs, to *outlet, m *modules, tested loadTested, 
 		supported, err := gpus.Statement(a.digest, in.driver, to.gpus)
 		switch {
 		case fault.Is(err, fault.Unsupported): // too long for a statement
-			r.say("sign")(err.Error())
+			r.progress("sign")(err.Error())
 		case err != nil:
 			return nil, err
 		default:

@@ -15,7 +15,8 @@ func TestSigning(t *testing.T) {
 	t.Parallel()
 	k := target.Kernel{BuildID: "17800.0.9", Board: "lakitu"}
 	const folder = "17800.0.9/lakitu/"
-	detached := []string{folder + "extensions/gpu/nvidia-drivers-5.1-signature.tar.gz", folder + "extensions/gpu/5.1.signature.tar.gz"}
+	detached := []string{folder + "extensions/gpu/nvidia-drivers-5.1-signature.tar.gz",
+		folder + "extensions/gpu/5.1.signature.tar.gz"}
 	met := map[string]bool{}
 	for _, row := range []struct {
 		cfg  pipeline.Config

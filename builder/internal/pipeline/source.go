@@ -9,7 +9,7 @@ import (
 
 	"github.com/prebake/prebake/builder/internal/compile"
 	"github.com/prebake/prebake/builder/internal/cossrc"
-	"github.com/prebake/prebake/builder/internal/gate"
+	"github.com/prebake/prebake/builder/internal/modcheck"
 	"github.com/prebake/prebake/builder/internal/nvsrc"
 	"github.com/prebake/prebake/builder/internal/sign"
 	"github.com/prebake/prebake/pkg/cosbucket"
@@ -42,7 +42,8 @@ func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
 	}
 	defer drivers.Close()
 	in := &inputs{}
-	if in.kernel, err = cossrc.Fetch(ctx, kernels, r.cfg.Cache, r.req.BuildID, r.req.Board, r.say("source"), r.cfg.KernelOptions()...); err != nil {
+	if in.kernel, err = cossrc.Fetch(ctx, kernels, r.cfg.Cache, r.req.BuildID, r.req.Board, r.progress("source"),
+		r.cfg.KernelOptions()...); err != nil {
 		return nil, "", err
 	}
 	if in.pahole, err = r.findPahole(ctx, in.kernel); err != nil {
@@ -64,10 +65,11 @@ func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
 	}
 	in.driver = target.Driver{Version: version, Flavour: r.req.Flavour}
 	r.res.Driver = in.driver
-	if in.labels, err = r.askLabels(ctx, kernels, in); err != nil {
+	if in.labels, err = r.readLabels(ctx, kernels, in); err != nil {
 		return nil, "", err
 	}
-	if in.release, err = nvsrc.Fetch(ctx, drivers, r.cfg.Cache, version, in.kernel.Kernel.Arch, r.say("source")); err != nil {
+	if in.release, err = nvsrc.Fetch(ctx, drivers, r.cfg.Cache, version, in.kernel.Kernel.Arch,
+		r.progress("source")); err != nil {
 		return nil, "", err
 	}
 	if _, err := in.release.Source(r.req.Flavour); err != nil {
@@ -96,7 +98,7 @@ func (in *inputs) key(parts ...string) string {
 
 // stampedKey names what is made of the modules as they left the compiler.
 func (in *inputs) stampedKey(more ...string) string {
-	return in.key(append(slices.Clone(more), compile.Recipe, gate.Recipe, string(in.kernel.Fingerprint))...)
+	return in.key(append(slices.Clone(more), compile.Recipe, modcheck.Recipe, string(in.kernel.Fingerprint))...)
 }
 
 // materials are all inputs of modules that carry such signatures, as the provenance

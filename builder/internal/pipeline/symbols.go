@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// debugFolder lies beside the modules in the cache, and holds them as they
+// debugFolder is beside the modules in the cache, and holds them as they
 // were before they were stripped.
 const debugFolder = "debug"
 
@@ -34,8 +34,8 @@ func keepDebug(dir string, debug map[string]string) error {
 }
 
 // haveSymbols reports whether every place has debug symbols of an artifact.
-func (o *outlet) haveSymbols(ctx context.Context, digest string) (bool, error) {
-	for _, p := range o.places {
+func (o *publication) haveSymbols(ctx context.Context, digest string) (bool, error) {
+	for _, p := range o.destinations {
 		have, err := p.repo.Referrers(ctx, digest, symbols.ArtifactType)
 		if err != nil || len(have) == 0 {
 			return false, err
@@ -45,7 +45,7 @@ func (o *outlet) haveSymbols(ctx context.Context, digest string) (bool, error) {
 }
 
 // publishSymbols puts debug symbols beside the artifact.
-func (r *run) publishSymbols(ctx context.Context, to *outlet, m *modules, a *artifact) (err error) {
+func (r *run) publishSymbols(ctx context.Context, to *publication, m *modules, a *artifact) (err error) {
 	if !r.cfg.DebugSymbols || a.there() { // reuse asked haveSymbols
 		return nil
 	}
@@ -58,7 +58,7 @@ func (r *run) publishSymbols(ctx context.Context, to *outlet, m *modules, a *art
 		return err
 	}
 	defer func() { err = errors.Join(err, cleanup()) }()
-	for _, p := range to.places {
+	for _, p := range to.destinations {
 		d, existed, err := symbols.Publish(ctx, p.repo, a.digest, symbols.Set{
 			Identity: a.identity, Debug: debug, Published: m.files, Signer: to.signer, Verifier: to.verifier, Scratch: scratch,
 		})

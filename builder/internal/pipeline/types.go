@@ -9,7 +9,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// FactBTF is the word under which the provenance names the version of the pahole
+// FactBTF is the name under which the provenance lists the version of the pahole
 // that made the modules' BTF; modules without have no such fact.
 const FactBTF = "btf"
 
@@ -31,7 +31,8 @@ func (r *run) findPahole(ctx context.Context, kernel *cossrc.Inputs) (version st
 		return "", err
 	}
 	if want := r.req.BTF; want != "" && want != version {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, version),
+		return "", fault.New(fault.Unsupported,
+			fmt.Sprintf("the modules' BTF was made by pahole %s; this machine has %s", want, version),
 			"install that version of dwarves")
 	}
 	return version, nil

@@ -38,7 +38,8 @@ func (f *farm) typedKernel(t *testing.T, build, text string) {
 	}
 	tarOf(t, tools, zw)
 	for name, data := range map[string][]byte{
-		"toolchain.tar.xz": toolchain.Bytes(), "vmlinux": btfsample.ELF(".text", text, ".BTF", string(btfsample.Kernel("int", "task_struct"))),
+		"toolchain.tar.xz": toolchain.Bytes(),
+		"vmlinux":          btfsample.ELF(".text", text, ".BTF", string(btfsample.Kernel("int", "task_struct"))),
 	} {
 		f.put(t, "cos/"+build+"/lakitu/"+name, data)
 		f.put(t, "cos/"+build+"/lakitu/"+name+".md5", fmt.Appendf(nil, "%x", md5.Sum(data)))
@@ -58,7 +59,8 @@ func TestBTF(t *testing.T) {
 	f.typedKernel(t, "17800.0.9", "first build")
 	f.typedKernel(t, "17800.1.9", "second build")
 	files := driverFiles()
-	files["kernel-open/Makefile"] = "modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -c nv.c -o nvidia.ko\n"
+	files["kernel-open/Makefile"] =
+		"modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -c nv.c -o nvidia.ko\n"
 	files["kernel-open/nv.c"] += "struct nv_state { int minor; };\nint nv(struct nv_state *s) { return s->minor; }\n"
 	f.driver(t, files)
 	cfg := f.config(t, emptyCache(t))
@@ -69,7 +71,8 @@ func TestBTF(t *testing.T) {
 
 	cfg.BTF = true
 	first, log, err := build(t, cfg, request("17800.0.9"))
-	if err != nil || first.Reused || first.Digest == plain.Digest || first.Fingerprint == plain.Fingerprint || !strings.Contains(log, "  BTF     nvidia.ko") {
+	if err != nil || first.Reused || first.Digest == plain.Digest || first.Fingerprint == plain.Fingerprint ||
+		!strings.Contains(log, "  BTF     nvidia.ko") {
 		t.Fatalf("with BTF: %+v, %v; want another artifact than %+v, for another fingerprint\n%s", first, err, plain, log)
 	}
 	if twin := must(t, cfg, request("17800.1.9")); !twin.Reused || twin.Digest != first.Digest {
@@ -107,7 +110,8 @@ func TestBTF(t *testing.T) {
 	}
 	other := request("17800.0.9")
 	other.BTF = "v0.99"
-	if _, err := pipeline.Make(t.Context(), cfg, other, emptyCache(t), io.Discard, &timeline.Run{}); !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" {
+	if _, err := pipeline.Make(t.Context(), cfg, other, emptyCache(t), io.Discard, &timeline.Run{}); !fault.Is(err,
+		fault.Unsupported) || fault.Hint(err) == "" {
 		t.Errorf("Make with BTF of another pahole = %v; want unsupported, with a hint", err)
 	}
 }

@@ -60,11 +60,13 @@ func TestLackingModules(t *testing.T) {
 			note = p.Note
 		}
 	}
-	if res.LoadTest != nil || !strings.Contains(note, "static checks only") || !strings.Contains(note, "nvidia needs drm") {
+	if res.LoadTest != nil || !strings.Contains(note, "static checks only") ||
+		!strings.Contains(note, "nvidia needs drm") {
 		t.Errorf("load test %+v, %q; want static checks only, and why", res.LoadTest, note)
 	}
 	cfg.LoadTest = pipeline.LoadTestRequire
-	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), "nvidia needs drm") {
+	if _, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.InputMissing) ||
+		!strings.Contains(err.Error(), "nvidia needs drm") {
 		t.Errorf("with a load test required: %v; want it refused", err)
 	}
 }

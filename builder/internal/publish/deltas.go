@@ -22,7 +22,7 @@ import (
 // saves a node too little to be worth it.
 const maxDelta = 16 << 20
 
-// maxBefore bounds how many builds are looked at for each delta.
+// maxBefore bounds how many builds are examined for each delta.
 const maxBefore = 4
 
 // Delta is one that [Deltas] attached.

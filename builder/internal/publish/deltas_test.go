@@ -110,7 +110,8 @@ func TestDeltas(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer dst.Close()
-			if err := bundle.UnpackDelta(t.Context(), rc, found[0].Digest.String(), found[0].Size, from, layer.DiffID, dst); err != nil {
+			if err := bundle.UnpackDelta(t.Context(), rc, found[0].Digest.String(), found[0].Size, from, layer.DiffID,
+				dst); err != nil {
 				t.Error(err)
 			}
 		})

@@ -90,8 +90,11 @@ func publishedBy(t *testing.T, referrers bool, signer *sign.Signer) (ref, digest
 	if err != nil {
 		t.Fatal(err)
 	}
-	provenance, err := sign.Provenance(s.Digest, sign.BuildFacts{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver, BuilderID: "https://example.com/builder",
-		Materials: []sign.Material{{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)}}})
+	provenance, err := sign.Provenance(s.Digest,
+		sign.BuildFacts{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver,
+			BuilderID: "https://example.com/builder",
+			Materials: []sign.Material{{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x",
+				Digest: "sha256:" + strings.Repeat("1", 64)}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,11 +102,14 @@ func publishedBy(t *testing.T, referrers bool, signer *sign.Signer) (ref, digest
 	if err != nil {
 		t.Fatal(err)
 	}
-	tested, err := sign.TestResult(s.Digest, sign.TestFacts{Driver: driver, LoadTest: trust.LoadTest{Verdict: trust.VerdictLoaded, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}})
+	tested, err := sign.TestResult(s.Digest,
+		sign.TestFacts{Driver: driver,
+			LoadTest: trust.LoadTest{Verdict: trust.VerdictLoaded, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	doc, err := sbom.JSON(sbom.Facts{Digest: s.Digest, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver, Layers: s.Layers,
+	doc, err := sbom.JSON(sbom.Facts{Digest: s.Digest, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint,
+		Driver: driver, Layers: s.Layers,
 		Materials: []sign.Material{
 			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/x", Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://x/y", Digest: "sha256:" + strings.Repeat("2", 64)},
@@ -166,7 +172,8 @@ func TestCosignVerifies(t *testing.T) {
 		ref, digest, pub, _ := published(t, false, keyFile(t, row.key))
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, trust.PredicateTestResult, "spdxjson"} {
 			verify := func(key string) (string, error) {
-				args := append([]string{"verify-attestation", "--key", key, "--insecure-ignore-tlog=true", "--allow-http-registry", "--type", kind}, row.args...)
+				args := append([]string{"verify-attestation", "--key", key, "--insecure-ignore-tlog=true", "--allow-http-registry",
+					"--type", kind}, row.args...)
 				return cosign(append(args, ref+"@"+digest)...)
 			}
 			if _, err := verify(pub); err != nil {
@@ -207,7 +214,8 @@ func TestCranePulls(t *testing.T) {
 		t.Errorf("crane export = %v", err)
 	}
 	list, err := exec.CommandContext(t.Context(), "tar", "-tf", out).CombinedOutput()
-	if err != nil || !strings.Contains(string(list), "drivers/nvidia.ko") || !strings.Contains(string(list), "lib64/libnvidia-ml.so.1") {
+	if err != nil || !strings.Contains(string(list), "drivers/nvidia.ko") ||
+		!strings.Contains(string(list), "lib64/libnvidia-ml.so.1") {
 		t.Errorf("tar -tf = %s, %v; want the files of all layers", list, err)
 	}
 }

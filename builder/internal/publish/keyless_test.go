@@ -42,9 +42,11 @@ func newLogin(t *testing.T) *login {
 	}
 	answer("/.well-known/openid-configuration", map[string]any{
 		"issuer": l.url, "jwks_uri": l.url + "/keys", "id_token_signing_alg_values_supported": []string{"ES256"},
-		"authorization_endpoint": l.url + "/none", "token_endpoint": l.url + "/none", "response_types_supported": []string{"id_token"}, "subject_types_supported": []string{"public"},
+		"authorization_endpoint": l.url + "/none", "token_endpoint": l.url + "/none",
+		"response_types_supported": []string{"id_token"}, "subject_types_supported": []string{"public"},
 	})
-	answer("/keys", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: l.key.Public(), KeyID: "k", Algorithm: "ES256", Use: "sig"}}})
+	answer("/keys", jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: l.key.Public(), KeyID: "k", Algorithm: "ES256",
+		Use: "sig"}}})
 	return l
 }
 
@@ -85,12 +87,15 @@ func startFulcio(t *testing.T, program string, farm *testkit.Authority, l *login
 		}
 		return path
 	}
-	config, err := json.Marshal(map[string]any{"OIDCIssuers": map[string]any{l.url: map[string]string{"IssuerURL": l.url, "ClientID": "sigstore", "Type": "email"}}})
+	config, err := json.Marshal(map[string]any{"OIDCIssuers": map[string]any{l.url: map[string]string{"IssuerURL": l.url,
+		"ClientID": "sigstore", "Type": "email"}}})
 	if err != nil {
 		t.Fatal(err)
 	}
-	args := []string{"serve", "--host=127.0.0.1", "--grpc-host=127.0.0.1", "--grpc-port=0", "--metrics-port=0", "--legacy-unix-domain-socket=" + filepath.Join(dir, "grpc"),
-		"--ct-log-url=", "--config-path=" + file("config.json", config), "--ca=fileca", "--fileca-watch=false", "--fileca-key-passwd=none", "--fileca-key=" + keyFile(t, farm.CAKey),
+	args := []string{"serve", "--host=127.0.0.1", "--grpc-host=127.0.0.1", "--grpc-port=0", "--metrics-port=0",
+		"--legacy-unix-domain-socket=" + filepath.Join(dir, "grpc"),
+		"--ct-log-url=", "--config-path=" + file("config.json", config), "--ca=fileca", "--fileca-watch=false",
+		"--fileca-key-passwd=none", "--fileca-key=" + keyFile(t, farm.CAKey),
 		"--fileca-cert=" + file("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: farm.CA.Raw}))}
 	var said string
 	for range 5 { // a port that was free a moment ago may be taken
@@ -168,9 +173,12 @@ func TestCosignVerifiesKeyless(t *testing.T) {
 		return sign.WithIdentity(r, func() ([]byte, error) { return token, nil })
 	}
 	for name, token := range map[string][]byte{
-		"for another audience": l.token(t, l.key, "registry"), "that another signed": l.token(t, testkit.NewKey(t).Private(), "sigstore"), "of another issuer": newLogin(t).token(t, l.key, "sigstore"),
+		"for another audience": l.token(t, l.key, "registry"),
+		"that another signed":  l.token(t, testkit.NewKey(t).Private(), "sigstore"),
+		"of another issuer":    newLogin(t).token(t, l.key, "sigstore"),
 	} {
-		if signer, err := sign.LoadSigner(t.Context(), ref, with(token)); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "fresh token") {
+		if signer, err := sign.LoadSigner(t.Context(), ref, with(token)); !fault.Is(err, fault.Usage) ||
+			!strings.Contains(fault.Hint(err), "fresh token") {
 			t.Errorf("LoadSigner with a token %s = %v, %v; want kind usage and a hint", name, signer, err)
 		}
 	}
@@ -213,8 +221,10 @@ func TestCosignVerifiesKeyless(t *testing.T) {
 	} {
 		for _, kind := range []string{"slsaprovenance1", trust.PredicateKernelMatch, "spdxjson"} {
 			// There is no log of anything here, but a trusted time.
-			out, err := cosign("verify-attestation", "--trusted-root", row.root, "--certificate-identity", row.who, "--certificate-oidc-issuer", row.issuer,
-				"--use-signed-timestamps", "--insecure-ignore-tlog", "--insecure-ignore-sct", "--allow-http-registry", "--type", kind, where+"@"+digest)
+			out, err := cosign("verify-attestation", "--trusted-root", row.root, "--certificate-identity", row.who,
+				"--certificate-oidc-issuer", row.issuer,
+				"--use-signed-timestamps", "--insecure-ignore-tlog", "--insecure-ignore-sct", "--allow-http-registry", "--type",
+				kind, where+"@"+digest)
 			if (err == nil) != row.ok {
 				t.Errorf("%s: cosign verify-attestation --type %s = %v\n%s", row.name, kind, err, out)
 			}

@@ -22,8 +22,10 @@ func pack(t testing.TB, log io.Reader) (packed []byte, digest string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if sum := sha256.Sum256(packed); digest != "sha256:"+hex.EncodeToString(sum[:]) || len(packed) > registry.MaxAttachment {
-		t.Errorf("PackLog = %d bytes with digest %s; want at most %d and their digest", len(packed), digest, registry.MaxAttachment)
+	if sum := sha256.Sum256(packed); digest != "sha256:"+hex.EncodeToString(sum[:]) ||
+		len(packed) > registry.MaxAttachment {
+		t.Errorf("PackLog = %d bytes with digest %s; want at most %d and their digest", len(packed), digest,
+			registry.MaxAttachment)
 	}
 	return packed, digest
 }
@@ -52,7 +54,8 @@ func TestPackLog(t *testing.T) {
 			t.Errorf("%s: UnpackLog = %v", name, err)
 		case row.whole && string(text) != row.log:
 			t.Errorf("%s: UnpackLog(PackLog) = %d bytes; want the same %d", name, len(text), len(row.log))
-		case !row.whole && (!bytes.HasPrefix(text, []byte("first\n")) || !bytes.HasSuffix(text, []byte("last\n")) || !bytes.Contains(text, []byte("left out here"))):
+		case !row.whole && (!bytes.HasPrefix(text, []byte("first\n")) || !bytes.HasSuffix(text, []byte("last\n")) ||
+			!bytes.Contains(text, []byte("left out here"))):
 			t.Errorf("%s: UnpackLog(PackLog) = %d bytes; want both ends and a word on what is missing", name, len(text))
 		}
 	}
@@ -83,8 +86,9 @@ func TestLogThatProvenanceNames(t *testing.T) {
 		}
 		run := func(log string) (publish.Artifact, string) {
 			packed, digest := pack(t, strings.NewReader(log))
-			provenance, err := sign.Provenance(s.Digest, sign.BuildFacts{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver,
-				BuilderID: "https://example.com/builder", LogDigest: digest})
+			provenance, err := sign.Provenance(s.Digest,
+				sign.BuildFacts{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: driver,
+					BuilderID: "https://example.com/builder", LogDigest: digest})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -92,7 +96,8 @@ func TestLogThatProvenanceNames(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			return publish.Artifact{Image: s.Image, Identity: s.Identity, Kernel: s.Kernel, Verifier: v, Bundles: [][]byte{raw}, Log: packed}, digest
+			return publish.Artifact{Image: s.Image, Identity: s.Identity, Kernel: s.Kernel, Verifier: v, Bundles: [][]byte{raw},
+				Log: packed}, digest
 		}
 		one, want := run("log of the first run\n")
 		two, second := run("log of the second run\n")

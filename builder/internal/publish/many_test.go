@@ -27,7 +27,8 @@ func TestManyKernels(t *testing.T) {
 	}
 	var matches [][]byte
 	for i := range most {
-		matches = append(matches, key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: kernel(i), Fingerprint: s.Identity.Fingerprint}))
+		matches = append(matches,
+			key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: kernel(i), Fingerprint: s.Identity.Fingerprint}))
 	}
 	for name, ref := range places(t) {
 		t.Run(name, func(t *testing.T) {
@@ -68,7 +69,8 @@ func TestManyKernels(t *testing.T) {
 			k := target.Kernel{BuildID: "17801.0.0", Board: "lakitu"}
 			again := artifact(t, key, s)
 			again.Kernel = k
-			again.Bundles = [][]byte{key.KernelMatch(t, s.Digest, trust.KernelMatch{Kernel: k, Fingerprint: s.Identity.Fingerprint})}
+			again.Bundles = [][]byte{key.KernelMatch(t, s.Digest,
+				trust.KernelMatch{Kernel: k, Fingerprint: s.Identity.Fingerprint})}
 			again.Log = nil
 			for range 2 {
 				if err := publish.Attest(t.Context(), repo, s.Digest, again); err != nil {

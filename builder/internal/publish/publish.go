@@ -94,7 +94,7 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 		return "", false, err
 	}
 	digest := hash.String()
-	existed, err := lookAt(ctx, repo, digest, a)
+	existed, err := checkNames(ctx, repo, digest, a)
 	if err != nil {
 		return "", false, err
 	}
@@ -110,7 +110,7 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 // kernel's build finds it. Image is not needed.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
-		if _, err := lookAt(ctx, repo, digest, a); err != nil {
+		if _, err := checkNames(ctx, repo, digest, a); err != nil {
 			return err
 		}
 		subject, err := repo.Resolve(ctx, digest)
@@ -129,17 +129,19 @@ func (a Artifact) tags() []string {
 	return []string{bundle.Tag(a.Identity), bundle.KernelTag(a.Kernel, a.Identity.Driver)}
 }
 
-// lookAt looks at both names before the first byte is sent; existed says that
+// checkNames examines both names before the first byte is sent; existed says that
 // the artifact's own is there.
-func lookAt(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
+func checkNames(ctx context.Context, repo *registry.Repository, digest string, a Artifact) (existed bool, err error) {
 	for i, tag := range a.tags() {
 		have, ok, err := Existing(ctx, repo, tag)
 		if err != nil {
 			return false, err
 		}
 		if ok && have != digest {
-			return false, fault.New(fault.PublishRefused, fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
-				"equal inputs give equal digests, so find out what differs; remove the tag by hand if the published artifact is wrong")
+			return false, fault.New(fault.PublishRefused,
+				fmt.Sprintf("tag %s names %s already; this build made %s", tag, have, digest),
+				"equal inputs give equal digests, so find out what differs; remove the tag by hand if the published artifact "+
+					"is wrong")
 		}
 		if i == 0 {
 			existed = ok
@@ -178,7 +180,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 		for _, raw := range attached {
 			// What cannot be verified is somebody else's, and says nothing.
 			if st, err := a.Verifier.Statement(raw); err == nil && st.About(digest) {
-				present[says(st)] = true
+				present[proves(st)] = true
 			}
 		}
 	}
@@ -196,7 +198,7 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 			if !st.About(digest) {
 				return fault.Errorf(fault.Internal, "own statement of type %s is not about %s", st.PredicateType, digest)
 			}
-			if present[says(st)] {
+			if present[proves(st)] {
 				continue
 			}
 		}
@@ -207,8 +209,8 @@ func attach(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// says sums up what a statement proves: two that say the same are one too many.
-func says(st *trust.Statement) string {
+// proves sums up what a statement proves: two that say the same are one too many.
+func proves(st *trust.Statement) string {
 	if m, err := trust.ParseKernelMatch(st); err == nil {
 		return st.PredicateType + " " + m.Kernel.String() + " " + string(m.Fingerprint)
 	}

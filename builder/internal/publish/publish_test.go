@@ -39,7 +39,8 @@ func places(t testing.TB) map[string]string {
 
 func artifact(t testing.TB, key *testkit.Key, s testkit.Sample) publish.Artifact {
 	t.Helper()
-	return publish.Artifact{Image: s.Image, Identity: s.Identity, Kernel: s.Kernel, Bundles: s.Bundles, Verifier: key.Verifier(t), Log: []byte("log of this build\n")}
+	return publish.Artifact{Image: s.Image, Identity: s.Identity, Kernel: s.Kernel, Bundles: s.Bundles,
+		Verifier: key.Verifier(t), Log: []byte("log of this build\n")}
 }
 
 // resign gives a sample the statements of another run: equal in content, with
@@ -101,13 +102,15 @@ func TestPublish(t *testing.T) {
 			twin := s
 			twin.Kernel.BuildID = "17800.1.47" // the same kernel in another COS build
 			twin = resign(t, key, twin)
-			if got, existed, err := publish.Publish(ctx, repo, artifact(t, key, twin)); err != nil || !existed || got != s.Digest {
+			if got, existed, err := publish.Publish(ctx, repo, artifact(t, key, twin)); err != nil || !existed ||
+				got != s.Digest {
 				t.Fatalf("Publish for another build = %s, %v, %v; want %s, existed", got, existed, err, s.Digest)
 			}
 			check(t, repo, key, s, 3)
 			check(t, repo, key, twin, 3)
 
-			if _, _, err := publish.Publish(ctx, repo, artifact(t, key, other)); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+			if _, _, err := publish.Publish(ctx, repo, artifact(t, key, other)); !fault.Is(err, fault.PublishRefused) ||
+				fault.Hint(err) == "" {
 				t.Errorf("Publish(another digest) = %v; want publish refused with a hint", err)
 			}
 			if _, err := repo.Resolve(ctx, other.Digest); !fault.Is(err, fault.NoArtifact) {

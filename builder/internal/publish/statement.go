@@ -12,7 +12,8 @@ import (
 // Statement signs one more statement about an artifact that is in the
 // repository and attaches it, and returns the digest of what it attached. One
 // of this type by this key that is there already is enough: then it returns "".
-func Statement(ctx context.Context, repo *registry.Repository, digest string, signer *sign.Signer, s sign.Statement) (string, error) {
+func Statement(ctx context.Context, repo *registry.Repository, digest string, signer *sign.Signer,
+	s sign.Statement) (string, error) {
 	attached, err := func() (string, error) {
 		verifier, err := signer.Verifier()
 		if err != nil {

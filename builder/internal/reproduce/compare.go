@@ -29,7 +29,8 @@ type Difference struct {
 
 // compare unpacks those layers whose digests differ, published and made, and
 // compares them file by file.
-func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made, folder func(string) (string, error), report *Report) error {
+func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
+	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
 	if err != nil {
 		return err
@@ -68,7 +69,8 @@ func (c Config) compare(ctx context.Context, content bundle.Content, made *pipel
 	// another description.
 	if len(report.Differences) == 0 && (report.ModuleKey == "" || content.Identity != made.Identity) {
 		// Every file is the same, yet the digest is not: the packing differs.
-		report.Differences = []Difference{{"(manifest)", fmt.Sprintf("all %d files are the same, but they are packed or described in another way", report.Files)}}
+		report.Differences = []Difference{{"(manifest)",
+			fmt.Sprintf("all %d files are the same, but they are packed or described in another way", report.Files)}}
 	}
 	return nil
 }
@@ -104,7 +106,7 @@ func compareTrees(published, made string, signed bool) (files int, all []Differe
 		case !inTheirs:
 			what = "missing in the published artifact"
 		case was != is:
-			what = fmt.Sprintf("%s in the published artifact, %s made again", was, is)
+			what = fmt.Sprintf("%s in the published artifact, %s in the rebuild", was, is)
 		case was == regular || was == program:
 			strip := signed && filepath.Ext(name) == ".ko"
 			if what, err = compareFiles(filepath.Join(published, name), filepath.Join(made, name), strip); err != nil {
@@ -182,7 +184,7 @@ func compareFiles(published, made string, strip bool) (string, error) {
 		return where, nil
 	}
 	if len(a) != len(b) {
-		return fmt.Sprintf("%d bytes in the published artifact, %d made again", len(a), len(b)), nil
+		return fmt.Sprintf("%d bytes in the published artifact, %d in the rebuild", len(a), len(b)), nil
 	}
 	at := 0
 	for a[at] == b[at] {

@@ -45,10 +45,10 @@ func TestCompareTrees(t *testing.T) {
 	want := []Difference{
 		{"elf", "differs in section .text"},
 		{"gone", "only in the published artifact"},
-		{"link", "link to same in the published artifact, link to short made again"},
+		{"link", "link to same in the published artifact, link to short in the rebuild"},
 		{"new", "missing in the published artifact"},
-		{"prog", "file in the published artifact, program made again"},
-		{"short", "2 bytes in the published artifact, 1 made again"},
+		{"prog", "file in the published artifact, program in the rebuild"},
+		{"short", "2 bytes in the published artifact, 1 in the rebuild"},
 		{"text", "differs from byte 3 on"},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

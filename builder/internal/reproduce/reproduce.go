@@ -29,7 +29,7 @@ type Config struct {
 	Repo *registry.Repository
 	// Ref is a tag or a digest in Repo.
 	Ref string
-	// Verifier holds the keys whose provenance is believed.
+	// Verifier holds the keys whose provenance is trusted.
 	Verifier *trust.Verifier
 	// Make makes the cell. It is pipeline.Make with this machine's mirrors and
 	// tools, and a cache for products that was empty when the program began.
@@ -112,7 +112,8 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 		google = pipeline.GoogleRequire
 	}
 	made, err := c.Make(ctx, pipeline.Request{
-		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google, GoogleModules: p.recipes[trust.FactGoogleModules] != "", BTF: p.recipes[pipeline.FactBTF],
+		BuildID: p.Built.Kernel.BuildID, Board: p.Built.Kernel.Board, GoogleSignatures: google,
+		GoogleModules: p.recipes[trust.FactGoogleModules] != "", BTF: p.recipes[pipeline.FactBTF],
 		Driver: target.Wish(p.Built.Driver.Version), Flavour: p.Built.Driver.Flavour,
 	})
 	if err != nil {
@@ -188,7 +189,8 @@ func sameRecipes(theirs map[string]string) error {
 	ours := pipeline.Recipes()
 	for _, name := range slices.Sorted(maps.Keys(ours)) {
 		if theirs[name] != ours[name] {
-			return fault.New(fault.Unsupported, fmt.Sprintf("it was made with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
+			return fault.New(fault.Unsupported,
+				fmt.Sprintf("it was made with recipe %s %q; this builder has %q", name, theirs[name], ours[name]),
 				fmt.Sprintf("take the builder's version %s, which the provenance names", theirs["builder"]))
 		}
 	}
@@ -203,7 +205,8 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 	}
 	for _, m := range want {
 		if !have[m.Digest] {
-			return fault.New(fault.Mismatch, fmt.Sprintf("input %s was %s when it was built; the mirrors have another one now", m.Name, m.Digest),
+			return fault.New(fault.Mismatch,
+				fmt.Sprintf("input %s was %s when it was built; the mirrors have another one now", m.Name, m.Digest),
 				"name mirrors that hold that very object with --kernel-mirror and --driver-mirror; it came from "+m.URI)
 		}
 	}
@@ -214,7 +217,8 @@ func sameInputs(want []trust.Material, made *pipeline.Made) error {
 }
 
 func (c Config) attest(ctx context.Context, digest string, p *provenance) (string, error) {
-	statement, err := sign.Reproduced(digest, p.Built, sign.ReproducedFacts{By: c.By, Builder: p.BuilderID, Recipes: pipeline.Recipes()})
+	statement, err := sign.Reproduced(digest, p.Built,
+		sign.ReproducedFacts{By: c.By, Builder: p.BuilderID, Recipes: pipeline.Recipes()})
 	if err != nil {
 		return "", err
 	}

@@ -25,8 +25,10 @@ import (
 var (
 	driver    = target.Driver{Version: "535.261.03", Flavour: target.Proprietary}
 	materials = []sign.Material{
-		{Name: "kernel-headers.tgz", URI: "file:///cos/17800.0.47/lakitu/kernel-headers.tgz", Digest: "sha256:" + strings.Repeat("5", 64)},
-		{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "file:///drivers/NVIDIA-Linux-x86_64-535.261.03.run", Digest: "sha256:" + strings.Repeat("6", 64)},
+		{Name: "kernel-headers.tgz", URI: "file:///cos/17800.0.47/lakitu/kernel-headers.tgz",
+			Digest: "sha256:" + strings.Repeat("5", 64)},
+		{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "file:///drivers/NVIDIA-Linux-x86_64-535.261.03.run",
+			Digest: "sha256:" + strings.Repeat("6", 64)},
 	}
 )
 
@@ -92,12 +94,16 @@ func newFarm(t *testing.T, s testkit.Sample, recipes map[string]string) *farm {
 }
 
 // again stands for a rebuild that came to these layers.
-func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context, pipeline.Request) (*pipeline.Made, error) {
+func again(want testkit.Sample, image v1.Image, layers []bundle.Layer, inputs []sign.Material) func(context.Context,
+	pipeline.Request) (*pipeline.Made, error) {
 	return func(_ context.Context, req pipeline.Request) (*pipeline.Made, error) {
-		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board, Driver: target.Wish(driver.Version), Flavour: driver.Flavour, GoogleSignatures: pipeline.GoogleOff}, req); diff != "" {
+		if diff := cmp.Diff(pipeline.Request{BuildID: want.Kernel.BuildID, Board: want.Kernel.Board,
+			Driver: target.Wish(driver.Version), Flavour: driver.Flavour, GoogleSignatures: pipeline.GoogleOff},
+			req); diff != "" {
 			return nil, fault.Errorf(fault.Internal, "asked for another cell (-want +got):\n%s", diff)
 		}
-		return &pipeline.Made{Kernel: want.Kernel, Driver: driver, Identity: want.Identity, Layers: layers, Image: image, Materials: inputs}, nil
+		return &pipeline.Made{Kernel: want.Kernel, Driver: driver, Identity: want.Identity, Layers: layers, Image: image,
+			Materials: inputs}, nil
 	}
 }
 
@@ -121,7 +127,8 @@ func TestIdentical(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !report.Identical || report.Made != s.Digest || len(report.Differences) != 0 || report.BuilderID != "https://example.com/farm" || report.Attested == "" {
+	if !report.Identical || report.Made != s.Digest || len(report.Differences) != 0 ||
+		report.BuilderID != "https://example.com/farm" || report.Attested == "" {
 		t.Errorf("Run = %+v; want identical, attested", report)
 	}
 	attached, err := f.cfg.Repo.Attached(t.Context(), s.Digest, trust.ArtifactTypeBundle)
@@ -134,7 +141,8 @@ func TestIdentical(t *testing.T) {
 	}
 	said := 0
 	for _, raw := range attached {
-		if st, err := verifier.Statement(raw); err == nil && st.PredicateType == trust.PredicateReproduced && st.About(s.Digest) && strings.Contains(string(st.Predicate), `"identical"`) {
+		if st, err := verifier.Statement(raw); err == nil && st.PredicateType == trust.PredicateReproduced &&
+			st.About(s.Digest) && strings.Contains(string(st.Predicate), `"identical"`) {
 			said++
 		}
 	}
@@ -182,8 +190,10 @@ func TestDifferent(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := []reproduce.Difference{{Name: "drivers/nvidia.ko", What: "56 bytes in the published artifact, 32 made again"}}
-	if diff := cmp.Diff(want, report.Differences); diff != "" || report.Identical || report.Made != made.Digest || report.Files != 3 || report.Attested != "" {
+	want := []reproduce.Difference{{Name: "drivers/nvidia.ko",
+		What: "56 bytes in the published artifact, 32 in the rebuild"}}
+	if diff := cmp.Diff(want, report.Differences); diff != "" || report.Identical || report.Made != made.Digest ||
+		report.Files != 3 || report.Attested != "" {
 		t.Errorf("Run = %+v; differences (-want +got):\n%s", report, diff)
 	}
 }
@@ -199,11 +209,17 @@ func TestRefuses(t *testing.T) {
 		kind    fault.Kind
 		want    string
 	}{
-		{"another recipe", map[string]string{"compile": "compile-0", "builder": "v3"}, materials, nil, fault.Unsupported, `recipe compile "compile-0"`},
-		{"another input", facts(), []sign.Material{materials[0], {Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}}, nil, fault.Mismatch, "NVIDIA-Linux-x86_64-535.261.03.run"},
-		{"one input more", facts(), append(materials[:2:2], sign.Material{Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}), nil, fault.Mismatch, "now there are 3"},
-		{"not published", facts(), materials, func(c *reproduce.Config) { c.Ref = "sha256:" + strings.Repeat("0", 64) }, fault.NoArtifact, ""},
-		{"another key", facts(), materials, func(c *reproduce.Config) { c.Verifier = testkit.NewKey(t).Verifier(t) }, fault.Unverified, "key"},
+		{"another recipe", map[string]string{"compile": "compile-0", "builder": "v3"}, materials, nil, fault.Unsupported,
+			`recipe compile "compile-0"`},
+		{"another input", facts(), []sign.Material{materials[0], {Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}},
+			nil, fault.Mismatch, "NVIDIA-Linux-x86_64-535.261.03.run"},
+		{"one input more", facts(),
+			append(materials[:2:2], sign.Material{Name: "x", Digest: "sha256:" + strings.Repeat("7", 64)}), nil, fault.Mismatch,
+			"now there are 3"},
+		{"not published", facts(), materials, func(c *reproduce.Config) { c.Ref = "sha256:" + strings.Repeat("0", 64) },
+			fault.NoArtifact, ""},
+		{"another key", facts(), materials, func(c *reproduce.Config) { c.Verifier = testkit.NewKey(t).Verifier(t) },
+			fault.Unverified, "key"},
 		{"rebuild fails", facts(), materials, func(c *reproduce.Config) {
 			c.Make = func(context.Context, pipeline.Request) (*pipeline.Made, error) {
 				return nil, fault.New(fault.InputMissing, "no such headers", "")

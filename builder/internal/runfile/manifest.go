@@ -28,7 +28,7 @@ type Entry struct {
 	Type string
 	// Compat32 marks what is for 32-bit programs.
 	Compat32 bool
-	// Subdir is where below its folder the file belongs; "" is the folder itself.
+	// Subdir is where below its folder the file belongs; "" means the folder itself.
 	Subdir string
 	// Target is what a link points at; "" for a file.
 	Target string
@@ -72,11 +72,15 @@ var (
 		"OPENGL_LIB": lib, "GLVND_LIB": lib, "NVCUVID_LIB": lib, "ENCODEAPI_LIB": lib, "UTILITY_LIB": lib,
 		"CUDA_LIB": libSub, "OPENCL_LIB": libSub, "OPENCL_WRAPPER_LIB": libSub, "VDPAU_LIB": libSub, "TLS_LIB": libSub,
 		"GLX_CLIENT_LIB": libGL, "EGL_CLIENT_LIB": libGL,
-		"OPENGL_SYMLINK": link, "GLVND_SYMLINK": link, "UTILITY_LIB_SYMLINK": link, "NVCUVID_LIB_SYMLINK": link, "ENCODEAPI_LIB_SYMLINK": link,
-		"CUDA_SYMLINK": linkSub, "OPENCL_LIB_SYMLINK": linkSub, "OPENCL_WRAPPER_SYMLINK": linkSub, "VDPAU_SYMLINK": linkSub,
+		"OPENGL_SYMLINK": link, "GLVND_SYMLINK": link, "UTILITY_LIB_SYMLINK": link, "NVCUVID_LIB_SYMLINK": link,
+		"ENCODEAPI_LIB_SYMLINK": link,
+		"CUDA_SYMLINK":          linkSub, "OPENCL_LIB_SYMLINK": linkSub, "OPENCL_WRAPPER_SYMLINK": linkSub,
+		"VDPAU_SYMLINK":      linkSub,
 		"GLX_CLIENT_SYMLINK": linkGL, "EGL_CLIENT_SYMLINK": linkGL,
-		"UTILITY_BINARY": file, "INSTALLER_BINARY": file, "CUDA_ICD": file, "VULKAN_ICD_JSON": filePlace, "GLVND_EGL_ICD_JSON": file, "FIRMWARE": file,
-		"DOCUMENTATION": fileSub, "MANPAGE": fileSub, "NVIDIA_MODPROBE": fileSub, "EXPLICIT_PATH": fileSub, "APPLICATION_PROFILE": fileSub, "KERNEL_MODULE_SRC": fileSub,
+		"UTILITY_BINARY": file, "INSTALLER_BINARY": file, "CUDA_ICD": file, "VULKAN_ICD_JSON": filePlace,
+		"GLVND_EGL_ICD_JSON": file, "FIRMWARE": file,
+		"DOCUMENTATION": fileSub, "MANPAGE": fileSub, "NVIDIA_MODPROBE": fileSub, "EXPLICIT_PATH": fileSub,
+		"APPLICATION_PROFILE": fileSub, "KERNEL_MODULE_SRC": fileSub,
 		"UTILITY_BIN_SYMLINK": fileLink,
 	}
 )
@@ -152,7 +156,7 @@ func (m *Manifest) line(text string) error {
 	return nil
 }
 
-// fill reads the fields behind the type. KEY:VALUE fields stand behind those
+// fill reads the fields behind the type. KEY:VALUE fields come after those
 // with a fixed place, but for INHERIT_PATH_DEPTH:n, which takes the place of a
 // subdir: the path's own folders below the n-th say it.
 func (e *Entry) fill(s shape, fields []string) error {

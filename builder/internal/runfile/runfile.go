@@ -113,5 +113,6 @@ func readLine(br *bufio.Reader, limit int64) ([]byte, error) {
 }
 
 func damaged(format string, args ...any) error {
-	return fault.New(fault.Unverified, "read runfile: "+fmt.Sprintf(format, args...), "check that the object is NVIDIA's .run file, whole and unchanged")
+	return fault.New(fault.Unverified, "read runfile: "+fmt.Sprintf(format, args...),
+		"check that the object is NVIDIA's .run file, whole and unchanged")
 }

@@ -122,7 +122,8 @@ func TestPayloadRefuses(t *testing.T) {
 		{"line without end", "#!" + strings.Repeat("x", 5<<20)},
 	}
 	for _, r := range rows {
-		if _, _, err := runfile.Payload(strings.NewReader(r.file)); !fault.Is(err, fault.Unverified) || fault.Hint(err) == "" {
+		if _, _, err := runfile.Payload(strings.NewReader(r.file)); !fault.Is(err, fault.Unverified) ||
+			fault.Hint(err) == "" {
 			t.Errorf("%s: Payload = %v, hint %q; want an unverified error with a hint", r.name, err, fault.Hint(err))
 		}
 	}

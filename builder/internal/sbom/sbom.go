@@ -83,10 +83,12 @@ func build(f Facts) ([]byte, error) {
 		},
 	}}
 	d.Packages = append(d.Packages, &spdx.Package{
-		PackageName: name, PackageSPDXIdentifier: artifact, PackageVersion: f.Driver.Version, PackageDownloadLocation: noAssertion,
+		PackageName: name, PackageSPDXIdentifier: artifact, PackageVersion: f.Driver.Version,
+		PackageDownloadLocation: noAssertion,
 		PackageChecksums:        sha256Sum(sum),
 		PackageLicenseConcluded: noAssertion, PackageLicenseDeclared: noAssertion, PackageCopyrightText: noAssertion,
-		PackageSummary:        fmt.Sprintf("NVIDIA driver %s, flavour %s, for kernels of ABI fingerprint %s", f.Driver.Version, f.Driver.Flavour, f.Fingerprint),
+		PackageSummary: fmt.Sprintf("NVIDIA driver %s, flavour %s, for kernels of ABI fingerprint %s",
+			f.Driver.Version, f.Driver.Flavour, f.Fingerprint),
 		PrimaryPackagePurpose: "CONTAINER",
 	})
 	d.relate("DOCUMENT", common.TypeRelationshipDescribe, artifact)
@@ -123,7 +125,8 @@ func (d *document) addMaterials() error {
 			return fmt.Errorf("material %s: digest %.80q", m.Name, m.Digest)
 		}
 		p := &spdx.Package{
-			PackageName: m.Name, PackageSPDXIdentifier: elementID(fmt.Sprintf("Input-%d-%s", i+1, m.Name)), PackageFileName: m.Name,
+			PackageName: m.Name, PackageSPDXIdentifier: elementID(fmt.Sprintf("Input-%d-%s", i+1, m.Name)),
+			PackageFileName:         m.Name,
 			PackageDownloadLocation: location(m.URI), PackageChecksums: sha256Sum(sum),
 			PackageLicenseConcluded: noAssertion, PackageLicenseDeclared: noAssertion, PackageCopyrightText: noAssertion,
 			PrimaryPackagePurpose: "ARCHIVE",
@@ -134,12 +137,14 @@ func (d *document) addMaterials() error {
 			p.PackageSupplier = &common.Supplier{SupplierType: "Organization", Supplier: "NVIDIA Corporation"}
 			d.OtherLicenses = []*spdx.OtherLicense{{
 				LicenseIdentifier: licenceNVIDIA, LicenseName: "NVIDIA driver licence",
-				ExtractedText: "The licence is the file LICENSE in the runfile, and share/LICENSE in the artifact. Sources of the open kernel modules carry their own, MIT or GPL-2.0.",
+				ExtractedText: "The licence is the file LICENSE in the runfile, and share/LICENSE in the artifact. Sources of " +
+					"the open kernel modules carry their own, MIT or GPL-2.0.",
 			}}
 			d.driver = append(d.driver, p.PackageSPDXIdentifier)
 		case strings.HasPrefix(m.Name, "kernel-headers"):
 			p.PackageVersion, p.PackageLicenseDeclared = d.facts.Kernel.BuildID, licenceKernel
-			p.PackageSourceInfo = fmt.Sprintf("headers of kernel %s of COS build %s, board %s", d.facts.Kernel.Release, d.facts.Kernel.BuildID, d.facts.Kernel.Board)
+			p.PackageSourceInfo = fmt.Sprintf("headers of kernel %s of COS build %s, board %s", d.facts.Kernel.Release,
+				d.facts.Kernel.BuildID, d.facts.Kernel.Board)
 			if c := d.facts.Kernel.Commit; c != "" {
 				p.PackageSourceInfo += ", commit " + c
 			}
@@ -199,7 +204,8 @@ func (d *document) addModules(layer *spdx.Package) error {
 		id := elementID("Module-" + file)
 		d.Files = append(d.Files, &spdx.File{
 			FileName: "./drivers/" + file, FileSPDXIdentifier: id, FileTypes: []string{"BINARY"},
-			Checksums:        []common.Checksum{{Algorithm: common.SHA1, Value: weak}, {Algorithm: common.SHA256, Value: strong}},
+			Checksums: []common.Checksum{{Algorithm: common.SHA1, Value: weak},
+				{Algorithm: common.SHA256, Value: strong}},
 			LicenseConcluded: noAssertion, LicenseInfoInFiles: []string{noAssertion}, FileCopyrightText: noAssertion,
 		})
 		d.relate(layer.PackageSPDXIdentifier, common.TypeRelationshipContains, id)

@@ -24,10 +24,12 @@ func facts(t testing.TB) sbom.Facts {
 	k := testkit.SampleKernel("47")
 	k.Commit = strings.Repeat("c", 40)
 	f := sbom.Facts{
-		Digest: "sha256:" + strings.Repeat("d", 64), Kernel: k, Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("f", 64)),
-		Driver: target.Driver{Version: "535.261.03", Flavour: target.Open}, Modules: map[string]string{},
+		Digest: "sha256:" + strings.Repeat("d", 64), Kernel: k,
+		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("f", 64)),
+		Driver:      target.Driver{Version: "535.261.03", Flavour: target.Open}, Modules: map[string]string{},
 		Materials: []sign.Material{
-			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz", Digest: "sha256:" + strings.Repeat("1", 64)},
+			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz",
+				Digest: "sha256:" + strings.Repeat("1", 64)},
 			{Name: "toolchain.tar.xz", URI: "https://example.com/toolchain.tar.xz", Digest: "sha256:" + strings.Repeat("2", 64)},
 			{Name: "toolchain_env", URI: "file:///mirror/toolchain_env", Digest: "sha256:" + strings.Repeat("3", 64)},
 			{Name: "NVIDIA-Linux-x86_64-535.261.03.run", URI: "gs://drivers/x.run", Digest: "sha256:" + strings.Repeat("4", 64)},
@@ -62,11 +64,13 @@ func TestDocument(t *testing.T) {
 	if err := json.Unmarshal(raw, &d); err != nil {
 		t.Fatal(err)
 	}
-	if d.SPDXVersion != "SPDX-2.3" || d.CreationInfo.Created != "1970-01-01T00:00:00Z" || d.DocumentNamespace != "https://prebake.dev/spdx/"+strings.Repeat("d", 64) {
+	if d.SPDXVersion != "SPDX-2.3" || d.CreationInfo.Created != "1970-01-01T00:00:00Z" ||
+		d.DocumentNamespace != "https://prebake.dev/spdx/"+strings.Repeat("d", 64) {
 		t.Errorf("document = %s", raw)
 	}
 	if len(d.Packages) != 1+len(f.Materials)+len(f.Layers) || len(d.Files) != len(f.Modules) {
-		t.Errorf("%d packages and %d files; want artifact, inputs and layers, and one for each module", len(d.Packages), len(d.Files))
+		t.Errorf("%d packages and %d files; want artifact, inputs and layers, and one for each module", len(d.Packages),
+			len(d.Files))
 	}
 	var said []string
 	for _, r := range d.Relationships {
@@ -74,14 +78,17 @@ func TestDocument(t *testing.T) {
 	}
 	for _, want := range []string{
 		"DOCUMENT DESCRIBES Artifact", "Artifact CONTAINS Layer-userspace", "Layer-modules CONTAINS Module-nvidia-uvm.ko",
-		"Module-nvidia.ko GENERATED_FROM Input-4-NVIDIA-Linux-x86-64-535.261.03.run", "Module-nvidia.ko GENERATED_FROM Input-1-kernel-headers.tgz",
-		"Input-2-toolchain.tar.xz BUILD_TOOL_OF Module-nvidia-modeset.ko", "Layer-firmware GENERATED_FROM Input-4-NVIDIA-Linux-x86-64-535.261.03.run",
+		"Module-nvidia.ko GENERATED_FROM Input-4-NVIDIA-Linux-x86-64-535.261.03.run",
+		"Module-nvidia.ko GENERATED_FROM Input-1-kernel-headers.tgz",
+		"Input-2-toolchain.tar.xz BUILD_TOOL_OF Module-nvidia-modeset.ko",
+		"Layer-firmware GENERATED_FROM Input-4-NVIDIA-Linux-x86-64-535.261.03.run",
 	} {
 		if !slices.Contains(said, want) {
 			t.Errorf("no relationship %q in %q", want, said)
 		}
 	}
-	for _, want := range []string{strings.Repeat("c", 40), "17800.0.47", "gs://drivers/x.run", "LicenseRef-NVIDIA-driver"} {
+	for _, want := range []string{strings.Repeat("c", 40), "17800.0.47", "gs://drivers/x.run",
+		"LicenseRef-NVIDIA-driver"} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("document without %q: %s", want, raw)
 		}

@@ -55,7 +55,9 @@ func WithPassword(f func() ([]byte, error)) Option {
 }
 
 func newLoading(opts []Option) loading {
-	l := loading{password: func() ([]byte, error) { return nil, errors.New("the key is encrypted, and there is no password") }}
+	l := loading{password: func() ([]byte, error) {
+		return nil, errors.New("the key is encrypted, and there is no password")
+	}}
 	for _, o := range opts {
 		o(&l)
 	}
@@ -162,7 +164,7 @@ func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""
 		if errors.Is(err, os.ErrExist) {
-			hint = "use another name: whoever trusts the old key would no longer trust what you publish"
+			hint = "use another name: a node that trusts the old key would not trust what you publish with the new one"
 		}
 		return fault.Wrap(fault.Usage, fmt.Errorf("generate key: %w", err), hint)
 	}

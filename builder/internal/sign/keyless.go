@@ -43,11 +43,11 @@ const (
 // keyless signs with keys of the moment, each good for as long as its
 // certificate.
 type keyless struct {
-	ca     *sgsign.Fulcio
-	stamps []*sgsign.TimestampAuthority
-	logs   []sgsign.Transparency
-	token  func() ([]byte, error)
-	policy trust.Policy // that trusts whom the first certificate named
+	ca           *sgsign.Fulcio
+	timestampers []*sgsign.TimestampAuthority
+	logs         []sgsign.Transparency
+	token        func() ([]byte, error)
+	policy       trust.Policy // that trusts whom the first certificate named
 
 	mu      sync.Mutex
 	keypair sgsign.Keypair
@@ -57,7 +57,8 @@ type keyless struct {
 
 func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) {
 	if l.root == nil || l.token == nil {
-		return nil, fault.New(fault.Usage, "without a key, a trusted root and an identity token are needed", "add --trusted-root FILE and --identity-token FILE")
+		return nil, fault.New(fault.Usage, "without a key, a trusted root and an identity token are needed",
+			"add --trusted-root FILE and --identity-token FILE")
 	}
 	text, err := readFile(path, maxSigningConfig, "write one with: cosign signing-config create")
 	if err != nil {
@@ -65,20 +66,24 @@ func fromIdentity(ctx context.Context, path string, l loading) (*Signer, error) 
 	}
 	k := &keyless{token: l.token}
 	if err := k.services(text, time.Now()); err != nil {
-		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err), "give a Sigstore signing_config.json with a certificate authority and a timestamp authority or a log: cosign signing-config create writes one")
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("signing configuration: %w", err),
+			"give a Sigstore signing_config.json with a certificate authority and a timestamp authority or a log: cosign "+
+				"signing-config create writes one")
 	}
 	_, leaf, err := k.certified(ctx)
 	if err != nil {
 		return nil, err
 	}
 	if err := l.root.Certified(leaf); err != nil {
-		return nil, fault.Wrap(fault.Usage, err, "give the trusted root of the deployment that the signing configuration names")
+		return nil, fault.Wrap(fault.Usage, err,
+			"give the trusted root of the deployment that the signing configuration names")
 	}
 	who, err := certificate.SummarizeCertificate(leaf)
 	if err != nil {
 		return nil, fmt.Errorf("certificate: %w", err)
 	}
-	k.policy = trust.Policy{Root: l.root, Identities: []trust.Identity{{Subject: who.SubjectAlternativeName, Issuer: who.Issuer}}}
+	k.policy = trust.Policy{Root: l.root,
+		Identities: []trust.Identity{{Subject: who.SubjectAlternativeName, Issuer: who.Issuer}}}
 	return &Signer{keyless: k}, nil
 }
 
@@ -97,32 +102,37 @@ func (k *keyless) services(text []byte, now time.Time) error {
 		return fmt.Errorf("certificate authority: %w", err)
 	}
 	k.ca = sgsign.NewFulcio(&sgsign.FulcioOptions{BaseURL: ca.URL, Retries: tries})
-	stamps, err := several("timestamp authority", raw.GetTsaConfig(), cfg.TimestampAuthorityURLs(), sgsign.TimestampAuthorityAPIVersions, now)
+	stamps, err := several("timestamp authority", raw.GetTsaConfig(), cfg.TimestampAuthorityURLs(),
+		sgsign.TimestampAuthorityAPIVersions, now)
 	if err != nil {
 		return err
 	}
 	for _, s := range stamps {
-		k.stamps = append(k.stamps, sgsign.NewTimestampAuthority(&sgsign.TimestampAuthorityOptions{URL: s.URL, Retries: tries}))
+		k.timestampers = append(k.timestampers,
+			sgsign.NewTimestampAuthority(&sgsign.TimestampAuthorityOptions{URL: s.URL, Retries: tries}))
 	}
 	logs, err := several("log", raw.GetRekorTlogConfig(), cfg.RekorLogURLs(), sgsign.RekorAPIVersions, now)
 	if err != nil {
 		return err
 	}
 	for _, s := range logs {
-		k.logs = append(k.logs, sgsign.NewRekor(&sgsign.RekorOptions{BaseURL: s.URL, Retries: tries, Version: s.MajorAPIVersion}))
+		k.logs = append(k.logs, sgsign.NewRekor(&sgsign.RekorOptions{BaseURL: s.URL, Retries: tries,
+			Version: s.MajorAPIVersion}))
 	}
-	if len(k.stamps)+len(k.logs) == 0 {
+	if len(k.timestampers)+len(k.logs) == 0 {
 		return errors.New("no timestamp authority and no log")
 	}
 	return nil
 }
 
 // several picks as many services of one kind as the configuration wants.
-func several(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32, now time.Time) ([]root.Service, error) {
+func several(kind string, want *prototrust.ServiceConfiguration, all []root.Service, versions []uint32,
+	now time.Time) ([]root.Service, error) {
 	if len(all) == 0 {
 		return nil, nil
 	}
-	some, err := root.SelectServices(all, root.ServiceConfiguration{Selector: want.GetSelector(), Count: want.GetCount()}, versions, now)
+	some, err := root.SelectServices(all, root.ServiceConfiguration{Selector: want.GetSelector(), Count: want.GetCount()},
+		versions, now)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", kind, err)
 	}
@@ -162,7 +172,8 @@ func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certific
 // when it signed.
 func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
 	key, leaf, err := k.certified(ctx)
-	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.stamps, TransparencyLogs: k.logs}, err
+	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.timestampers,
+		TransparencyLogs: k.logs}, err
 }
 
 // issued shows a certificate that is there already to the bundle library.
@@ -173,12 +184,13 @@ func (i issued) GetCertificate(context.Context, sgsign.Keypair, *sgsign.Certific
 }
 
 // explainService tells a token that is off from a service that may answer the
-// next time. As in explain, only texts tell.
+// next time. As in explain, only the texts differ.
 func explainService(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	const hintToken = "give a fresh token for the audience that the certificate authority wants, sigstore as a rule: --identity-token FILE, or SIGSTORE_ID_TOKEN"
+	const hintToken = "give a fresh token for the audience that the certificate authority wants, sigstore as a rule: " +
+		"--identity-token FILE, or SIGSTORE_ID_TOKEN"
 	for _, known := range []struct{ text, hint string }{
 		{"Fulcio returned 4", hintToken},
 		{"identity token", hintToken},

@@ -53,7 +53,8 @@ func withLog(t *testing.T, ref, url string) string {
 	if err := json.Unmarshal(text, &cfg); err != nil {
 		t.Fatal(err)
 	}
-	cfg["rekorTlogUrls"] = []any{map[string]any{"url": url, "majorApiVersion": 2, "operator": "example.com", "validFor": map[string]string{"start": "2020-01-01T00:00:00Z"}}}
+	cfg["rekorTlogUrls"] = []any{map[string]any{"url": url, "majorApiVersion": 2, "operator": "example.com",
+		"validFor": map[string]string{"start": "2020-01-01T00:00:00Z"}}}
 	if text, err = json.Marshal(cfg); err != nil {
 		t.Fatal(err)
 	}
@@ -66,7 +67,8 @@ func withLog(t *testing.T, ref, url string) string {
 func TestKeyless(t *testing.T) {
 	t.Parallel()
 	farm, r := deployment(t)
-	signer, err := sign.LoadSigner(t.Context(), keylessRef(t, farm.ServeCertificates(t), farm.ServeTime(t)), sign.WithIdentity(r, farmToken(t)))
+	signer, err := sign.LoadSigner(t.Context(), keylessRef(t, farm.ServeCertificates(t), farm.ServeTime(t)),
+		sign.WithIdentity(r, farmToken(t)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -108,7 +110,10 @@ func TestKeylessRenews(t *testing.T) {
 	farm.Lifetime = 50 * time.Second
 	email := "farm@example.com"
 	signer, err := sign.LoadSigner(t.Context(), keylessRef(t, farm.ServeCertificates(t), farm.ServeTime(t)),
-		sign.WithIdentity(r, func() ([]byte, error) { return testkit.Token(t, issuer, email, time.Now().Add(time.Hour)), nil }))
+		sign.WithIdentity(r, func() ([]byte, error) {
+			return testkit.Token(t, issuer, email,
+				time.Now().Add(time.Hour)), nil
+		}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -160,15 +165,20 @@ func TestKeylessRefuses(t *testing.T) {
 		{"no file", sign.PrefixKeyless + junk + "x", []sign.Option{good}, fault.Usage, "signing-config create"},
 		{"another file", sign.PrefixKeyless + junk, []sign.Option{good}, fault.Usage, "signing_config.json"},
 		{"nobody to say the time", keylessRef(t, url), []sign.Option{good}, fault.Usage, "timestamp authority"},
-		{"expired token", keylessRef(t, url, stamps), []sign.Option{given(testkit.Token(t, issuer, "farm@example.com", time.Unix(1, 0)))}, fault.Usage, "fresh token"},
+		{"expired token", keylessRef(t, url, stamps),
+			[]sign.Option{given(testkit.Token(t, issuer, "farm@example.com", time.Unix(1, 0)))}, fault.Usage, "fresh token"},
 		{"no token", keylessRef(t, url, stamps), []sign.Option{given([]byte("x"))}, fault.Usage, "fresh token"},
-		{"a token for nobody", keylessRef(t, url, stamps), []sign.Option{given(testkit.Token(t, issuer, "", time.Now()))}, fault.Usage, "fresh token"},
-		{"authority of another root", keylessRef(t, testkit.NewAuthority(t).ServeCertificates(t), stamps), []sign.Option{good}, fault.Usage, "that the signing configuration names"},
+		{"a token for nobody", keylessRef(t, url, stamps), []sign.Option{given(testkit.Token(t, issuer, "", time.Now()))},
+			fault.Usage, "fresh token"},
+		{"authority of another root", keylessRef(t, testkit.NewAuthority(t).ServeCertificates(t), stamps),
+			[]sign.Option{good}, fault.Usage, "that the signing configuration names"},
 		{"authority out of reach", keylessRef(t, gone.URL, stamps), []sign.Option{good}, fault.Transient, "can be reached"},
 	}
 	for _, row := range rows {
-		if s, err := sign.LoadSigner(t.Context(), row.ref, row.opts...); !fault.Is(err, row.kind) || !strings.Contains(fault.Hint(err), row.hint) {
-			t.Errorf("%s: LoadSigner = %v, %v (hint %q); want %v and hint with %q", row.name, s, err, fault.Hint(err), row.kind, row.hint)
+		if s, err := sign.LoadSigner(t.Context(), row.ref, row.opts...); !fault.Is(err, row.kind) ||
+			!strings.Contains(fault.Hint(err), row.hint) {
+			t.Errorf("%s: LoadSigner = %v, %v (hint %q); want %v and hint with %q", row.name, s, err, fault.Hint(err), row.kind,
+				row.hint)
 		}
 	}
 	s := sample(t)
@@ -183,15 +193,18 @@ func TestKeylessRefuses(t *testing.T) {
 	}{
 		{"time out of reach", keylessRef(t, url, gone.URL), fault.Transient, "can be reached"},
 		{"no timestamp authority", keylessRef(t, url, refusing.URL), fault.Usage, "timestamp authority's URL"},
-		{"time of another root", keylessRef(t, url, testkit.NewAuthority(t).ServeTime(t)), fault.Usage, "that the trusted root names"},
+		{"time of another root", keylessRef(t, url, testkit.NewAuthority(t).ServeTime(t)), fault.Usage,
+			"that the trusted root names"},
 		{"log out of reach", withLog(t, keylessRef(t, url, stamps), gone.URL), fault.Transient, "can be reached"},
 	} {
 		signer, err := sign.LoadSigner(t.Context(), row.ref, good)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if raw, err := sign.Bundle(t.Context(), signer, match); !fault.Is(err, row.kind) || !strings.Contains(fault.Hint(err), row.hint) {
-			t.Errorf("%s: Bundle = %s, %v (hint %q); want %v and hint with %q", row.name, raw, err, fault.Hint(err), row.kind, row.hint)
+		if raw, err := sign.Bundle(t.Context(), signer, match); !fault.Is(err, row.kind) ||
+			!strings.Contains(fault.Hint(err), row.hint) {
+			t.Errorf("%s: Bundle = %s, %v (hint %q); want %v and hint with %q", row.name, raw, err, fault.Hint(err), row.kind,
+				row.hint)
 		}
 	}
 }

@@ -21,10 +21,12 @@ import (
 )
 
 // hintRefs shows how the keys of each holder are named.
-const hintRefs = "name it gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
+const hintRefs = "name it gcpkms://projects/P/locations/L/keyRings/R/cryptoKeys/K/cryptoKeyVersions/V, " +
+	"hashivault://KEY with VAULT_ADDR and VAULT_TOKEN, " +
 	"or NAME://... with a plugin sigstore-kms-NAME on PATH"
 
-const hintGoogle = "give Google credentials: GOOGLE_APPLICATION_CREDENTIALS, gcloud auth application-default login, or a service account of the machine"
+const hintGoogle = "give Google credentials: GOOGLE_APPLICATION_CREDENTIALS, gcloud auth application-default login, " +
+	"or a service account of the machine"
 
 func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerifier, crypto.PublicKey, error) {
 	sv, err := kms.Get(ctx, ref, hash)
@@ -43,9 +45,8 @@ func openKMS(ctx context.Context, ref string, hash crypto.Hash) (kms.SignerVerif
 	return sv, pub, nil
 }
 
-// explain tells words and credentials that are off, which nobody should wait
-// for, from a service that may answer the next time. The libraries have no
-// errors of their own for that, so their texts decide; any other is the
+// explain distinguishes invalid arguments and credentials, which do not pass by waiting, from a service that may answer
+// the next time. The libraries have no errors of their own for that, so their texts decide; any other is the
 // service's.
 func explain(err error) error {
 	for _, known := range []struct{ text, hint string }{

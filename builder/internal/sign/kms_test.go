@@ -119,7 +119,8 @@ func vault(t *testing.T, key *ecdsa.PrivateKey) string {
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/transit/keys/drivers", func(w http.ResponseWriter, _ *http.Request) {
-		answer(w, map[string]any{"latest_version": 1, "keys": map[string]any{"1": map[string]any{"name": "P-256", "public_key": public}}})
+		answer(w, map[string]any{"latest_version": 1,
+			"keys": map[string]any{"1": map[string]any{"name": "P-256", "public_key": public}}})
 	})
 	mux.HandleFunc("PUT /v1/transit/sign/drivers/sha2-256", func(w http.ResponseWriter, r *http.Request) {
 		var in struct {
@@ -170,15 +171,18 @@ func TestVault(t *testing.T) {
 	if _, err := sign.LoadSigner(t.Context(), "hashivault://another"); !fault.Is(err, fault.Transient) {
 		t.Errorf("LoadSigner(key that Vault does not have) = %v; want transient", err)
 	}
-	if _, err := sign.LoadSigner(t.Context(), "hashivault:///a/b"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "hashivault://KEY") {
+	if _, err := sign.LoadSigner(t.Context(), "hashivault:///a/b"); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(fault.Hint(err), "hashivault://KEY") {
 		t.Errorf("LoadSigner(bad name) = %v, hint %q; want how to name it", err, fault.Hint(err))
 	}
 	t.Setenv("VAULT_TOKEN", "s.wrong")
-	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), "permission denied") {
+	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(err.Error(), "permission denied") {
 		t.Errorf("LoadSigner(wrong token) = %v; want permission denied", err)
 	}
 	t.Setenv("VAULT_ADDR", "")
-	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "VAULT_ADDR") {
+	if _, err := sign.LoadSigner(t.Context(), "hashivault://drivers"); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(fault.Hint(err), "VAULT_ADDR") {
 		t.Errorf("LoadSigner(no address) = %v, hint %q; want the variable's name", err, fault.Hint(err))
 	}
 }
@@ -191,7 +195,8 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "GOOGLE_APPLICATION_CREDENTIALS") {
 		t.Errorf("LoadSigner = %v, hint %q; want usage, and how to give credentials", err, fault.Hint(err))
 	}
-	if _, err := sign.LoadSigner(t.Context(), "gcpkms://x"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "gcpkms://projects/") {
+	if _, err := sign.LoadSigner(t.Context(), "gcpkms://x"); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(fault.Hint(err), "gcpkms://projects/") {
 		t.Errorf("LoadSigner(bad name) = %v, hint %q; want how to name it", err, fault.Hint(err))
 	}
 }
@@ -200,7 +205,8 @@ func TestGoogleWithoutCredentials(t *testing.T) {
 // protocol, as one for a PKCS #11 token does, and signs through it.
 func TestPlugin(t *testing.T) {
 	dir := t.TempDir()
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "sigstore-kms-filekey"), "./testdata/sigstore-kms-filekey")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(dir, "sigstore-kms-filekey"),
+		"./testdata/sigstore-kms-filekey")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
@@ -217,7 +223,8 @@ func TestPlugin(t *testing.T) {
 		}
 		accepted(t, name+" in a plugin", signer)
 	}
-	if _, err := sign.LoadSigner(t.Context(), "filekey:///none"); !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "no such file") {
+	if _, err := sign.LoadSigner(t.Context(), "filekey:///none"); !fault.Is(err, fault.Transient) ||
+		!strings.Contains(err.Error(), "no such file") {
 		t.Errorf("LoadSigner(plugin that fails) = %v; want its words", err)
 	}
 }

@@ -35,7 +35,7 @@ func metadata(ctx context.Context, ref string, opts []Option) (crypto.PublicKey,
 	if strings.HasPrefix(ref, PrefixKeyless) {
 		return nil, nil, fault.New(
 			fault.Usage,
-			"an identity signs no snapshot: its keys are gone after some minutes",
+			"an identity cannot sign a snapshot: its keys are valid for minutes only",
 			"give a key file or a KMS URI",
 		)
 	}

@@ -32,11 +32,14 @@ func facts(s testkit.Sample) sign.BuildFacts {
 	return sign.BuildFacts{
 		Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver,
 		Materials: []sign.Material{
-			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz", Digest: "sha256:" + strings.Repeat("1", 64)},
-			{Name: "toolchain.tar.xz", URI: "gs://cos-tools/17800.0.47/lakitu/toolchain.tar.xz", Digest: "sha256:" + strings.Repeat("2", 64)},
+			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz",
+				Digest: "sha256:" + strings.Repeat("1", 64)},
+			{Name: "toolchain.tar.xz", URI: "gs://cos-tools/17800.0.47/lakitu/toolchain.tar.xz",
+				Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
 		BuilderID: "https://example.com/builder", InvocationID: "42",
-		Started: time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("x", 3600)), Finished: time.Date(2026, 1, 2, 3, 8, 0, 0, time.UTC),
+		Started:   time.Date(2026, 1, 2, 3, 4, 5, 0, time.FixedZone("x", 3600)),
+		Finished:  time.Date(2026, 1, 2, 3, 8, 0, 0, time.UTC),
 		LogDigest: "sha256:" + strings.Repeat("3", 64), Facts: map[string]string{"compiler": "gcc 12.2.0"},
 	}
 }
@@ -64,7 +67,8 @@ func bundles(t *testing.T, signer *sign.Signer, s testkit.Sample) [][]byte {
 
 func sample(t *testing.T) testkit.Sample {
 	t.Helper()
-	return testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
+	return testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),
+		target.Driver{Version: "535.261.03", Flavour: target.Open}, "")
 }
 
 // keyFile makes a key in a file, and returns it with a verifier that has read
@@ -107,13 +111,16 @@ func TestSignedWithFileVerifies(t *testing.T) {
 		Built: trust.Parameters{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Driver: s.Identity.Driver},
 		Match: trust.KernelMatch{Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}, MatchedBy: signer.PublicKey().ID(),
 		Materials: []trust.Material{
-			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz", Digest: "sha256:" + strings.Repeat("1", 64)},
-			{Name: "toolchain.tar.xz", URI: "gs://cos-tools/17800.0.47/lakitu/toolchain.tar.xz", Digest: "sha256:" + strings.Repeat("2", 64)},
+			{Name: "kernel-headers.tgz", URI: "gs://cos-tools/17800.0.47/lakitu/kernel-headers.tgz",
+				Digest: "sha256:" + strings.Repeat("1", 64)},
+			{Name: "toolchain.tar.xz", URI: "gs://cos-tools/17800.0.47/lakitu/toolchain.tar.xz",
+				Digest: "sha256:" + strings.Repeat("2", 64)},
 		},
 	}
 	want.BuiltOn = time.Date(2026, 1, 2, 3, 8, 0, 0, time.UTC)
 	for _, kind := range []string{trust.PredicateProvenance, trust.PredicateKernelMatch} {
-		want.Signatures = append(want.Signatures, trust.Signature{Statement: kind, Signer: signer.PublicKey().ID(), Role: "publisher"})
+		want.Signatures = append(want.Signatures,
+			trust.Signature{Statement: kind, Signer: signer.PublicKey().ID(), Role: "publisher"})
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("Verify(Bundle) (-want +got):\n%s", diff)
@@ -132,7 +139,8 @@ func TestSignedWithKMSVerifies(t *testing.T) {
 	if _, err := key.Verifier(t).Verify(bundles(t, signer, s), s.Expect()); err != nil {
 		t.Errorf("Verify(Bundle signed in a KMS) = %v", err)
 	}
-	if _, err := sign.LoadSigner(t.Context(), "nokms://key"); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "sigstore-kms-nokms") {
+	if _, err := sign.LoadSigner(t.Context(), "nokms://key"); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(fault.Hint(err), "sigstore-kms-nokms") {
 		t.Errorf("LoadSigner(unknown KMS) = %v, hint %q; want the plugin's name", err, fault.Hint(err))
 	}
 }
@@ -166,9 +174,11 @@ func TestProvenanceIsStable(t *testing.T) {
 		t.Fatal(err)
 	}
 	run := st.Predicate.RunDetails
-	want := map[string]string{"invocationId": "42", "startedOn": "2026-01-02T02:04:05Z", "finishedOn": "2026-01-02T03:08:00Z"}
+	want := map[string]string{"invocationId": "42", "startedOn": "2026-01-02T02:04:05Z",
+		"finishedOn": "2026-01-02T03:08:00Z"}
 	if diff := cmp.Diff(want, run.Metadata); diff != "" || st.Type != "https://in-toto.io/Statement/v1" ||
-		run.Byproducts[0].Digest["sha256"] != strings.Repeat("3", 64) || st.Predicate.BuildDefinition.InternalParameters["compiler"] != "gcc 12.2.0" {
+		run.Byproducts[0].Digest["sha256"] != strings.Repeat("3", 64) ||
+		st.Predicate.BuildDefinition.InternalParameters["compiler"] != "gcc 12.2.0" {
 		t.Errorf("Provenance = %s\n%s", one.JSON(), diff)
 	}
 }
@@ -280,7 +290,8 @@ func TestLoadSignerFiles(t *testing.T) {
 		{"SEC 1", write(pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: sec1})), nil, true},
 		{"encrypted as cosign does", write(encrypted), []sign.Option{given}, true},
 		{"encrypted, no password", write(encrypted), nil, false},
-		{"encrypted, wrong password", write(encrypted), []sign.Option{sign.WithPassword(func() ([]byte, error) { return []byte("x"), nil })}, false},
+		{"encrypted, wrong password", write(encrypted),
+			[]sign.Option{sign.WithPassword(func() ([]byte, error) { return []byte("x"), nil })}, false},
 		{"another curve", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: long})), nil, true},
 		{"no curve for signatures", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: exchange})), nil, false},
 		{"a short RSA key", write(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: short})), nil, false},

@@ -45,7 +45,7 @@ type BuildFacts struct {
 	Started, Finished time.Time
 	// LogDigest is the digest of the build log; empty leaves it out.
 	LogDigest string
-	// Facts are further words about sandbox and compiler.
+	// Facts are further facts about sandbox and compiler.
 	Facts map[string]string
 }
 
@@ -76,8 +76,9 @@ func newProvenance(digest string, f BuildFacts) (Statement, error) {
 	p := &provenance.Provenance{
 		BuildDefinition: &provenance.BuildDefinition{BuildType: trust.BuildType, ExternalParameters: external},
 		RunDetails: &provenance.RunDetails{
-			Builder:  &provenance.Builder{Id: f.BuilderID},
-			Metadata: &provenance.BuildMetadata{InvocationId: f.InvocationID, StartedOn: timestamp(f.Started), FinishedOn: timestamp(f.Finished)},
+			Builder: &provenance.Builder{Id: f.BuilderID},
+			Metadata: &provenance.BuildMetadata{InvocationId: f.InvocationID, StartedOn: timestamp(f.Started),
+				FinishedOn: timestamp(f.Finished)},
 		},
 	}
 	if len(f.Facts) > 0 {

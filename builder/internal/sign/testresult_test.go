@@ -16,12 +16,14 @@ func testFacts(s testkit.Sample) sign.TestFacts {
 	return sign.TestFacts{
 		Driver: s.Identity.Driver, Static: []string{"vermagic", "symbols"},
 		LoadTest: trust.LoadTest{
-			Verdict: trust.VerdictLoaded, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Release: s.Kernel.Release, NVMLVersion: "535.261.03",
-			Modules:   []trust.ModuleResult{{Name: "nvidia", Result: "loaded"}, {Name: "nvidia-uvm", Result: "loaded"}},
-			KernelLog: "[    1.0] nvidia: loading\n",
+			Verdict: trust.VerdictLoaded, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint, Release: s.Kernel.Release,
+			NVMLVersion: "535.261.03",
+			Modules:     []trust.ModuleResult{{Name: "nvidia", Result: "loaded"}, {Name: "nvidia-uvm", Result: "loaded"}},
+			KernelLog:   "[    1.0] nvidia: loading\n",
 		},
-		Configuration: []sign.Material{{Name: "boot.tar", URI: "gs://x/boot.tar", Digest: "sha256:" + strings.Repeat("9", 64)}},
-		URL:           "https://example.com/builds/42",
+		Configuration: []sign.Material{{Name: "boot.tar", URI: "gs://x/boot.tar",
+			Digest: "sha256:" + strings.Repeat("9", 64)}},
+		URL: "https://example.com/builds/42",
 	}
 }
 
@@ -46,22 +48,27 @@ func TestTestResult(t *testing.T) {
 		result                 string
 		passed, warned, failed []any
 	}{
-		{"loaded", func(*sign.TestFacts) {}, "PASSED", []any{"vermagic", "symbols", "load nvidia", "load nvidia-uvm", "loaded"}, nil, nil},
+		{"loaded", func(*sign.TestFacts) {}, "PASSED",
+			[]any{"vermagic", "symbols", "load nvidia", "load nvidia-uvm", "loaded"}, nil, nil},
 		{"loaded, and skipped", func(f *sign.TestFacts) {
 			f.LoadTest.Modules[1] = trust.ModuleResult{Name: "nvidia-drm", Result: "skipped", Note: "needs drm"}
-		}, "WARNED", []any{"vermagic", "symbols", "load nvidia", "loaded"}, []any{"load nvidia-drm: skipped: needs drm"}, nil},
+		}, "WARNED", []any{"vermagic", "symbols", "load nvidia", "loaded"}, []any{"load nvidia-drm: skipped: needs drm"},
+			nil},
 		{"loaded, and warned", func(f *sign.TestFacts) { f.Warnings = []string{"UBSAN: shift\nmore"} },
-			"WARNED", []any{"vermagic", "symbols", "load nvidia", "load nvidia-uvm", "loaded"}, []any{"kernel log: UBSAN: shift"}, nil},
+			"WARNED", []any{"vermagic", "symbols", "load nvidia", "load nvidia-uvm", "loaded"},
+			[]any{"kernel log: UBSAN: shift"}, nil},
 		{"no device", func(f *sign.TestFacts) {
 			f.LoadTest.Verdict, f.LoadTest.Reason, f.LoadTest.Modules = trust.VerdictNoDevice, "NVRM: No NVIDIA GPU found.", nil
 		}, "WARNED", []any{"vermagic", "symbols"}, []any{"loaded, no device: NVRM: No NVIDIA GPU found."}, nil},
 		{"static", func(f *sign.TestFacts) {
-			f.LoadTest = trust.LoadTest{Verdict: trust.VerdictStatic, Reason: "no bootable kernel", Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint}
+			f.LoadTest = trust.LoadTest{Verdict: trust.VerdictStatic, Reason: "no bootable kernel", Kernel: s.Kernel,
+				Fingerprint: s.Identity.Fingerprint}
 		}, "WARNED", []any{"vermagic", "symbols"}, []any{"static checks only: no bootable kernel"}, nil},
 		{"rejected", func(f *sign.TestFacts) {
 			f.LoadTest.Verdict, f.LoadTest.Reason = trust.VerdictRejected, "load nvidia-uvm: ENOENT"
 			f.LoadTest.Modules[1] = trust.ModuleResult{Name: "nvidia-uvm", Result: "rejected", Note: "Unknown symbol x"}
-		}, "FAILED", []any{"vermagic", "symbols", "load nvidia"}, nil, []any{"load nvidia-uvm: Unknown symbol x", "rejected: load nvidia-uvm: ENOENT"}},
+		}, "FAILED", []any{"vermagic", "symbols", "load nvidia"}, nil,
+			[]any{"load nvidia-uvm: Unknown symbol x", "rejected: load nvidia-uvm: ENOENT"}},
 	}
 	for _, row := range rows {
 		f := testFacts(s)
@@ -95,7 +102,8 @@ func TestTestResult(t *testing.T) {
 	}
 	config := predicateOf(t, st)["configuration"].([]any)
 	boot := config[1].(map[string]any)
-	if len(config) != 2 || boot["name"] != "boot.tar" || boot["digest"].(map[string]any)["sha256"] != strings.Repeat("9", 64) {
+	if len(config) != 2 || boot["name"] != "boot.tar" ||
+		boot["digest"].(map[string]any)["sha256"] != strings.Repeat("9", 64) {
 		t.Errorf("configuration = %v; want kernel and boot image by digest", config)
 	}
 }

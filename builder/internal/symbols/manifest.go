@@ -15,8 +15,10 @@ func ParseManifest(raw []byte) (v1.Descriptor, error) {
 	if err := json.Unmarshal(raw, &m); err != nil {
 		return v1.Descriptor{}, fmt.Errorf("read manifest of debug symbols: %w", err)
 	}
-	if m.ArtifactType != ArtifactType || len(m.Layers) != 1 || m.Layers[0].MediaType != bundle.MediaTypeLayer || m.Subject == nil {
-		return v1.Descriptor{}, fmt.Errorf("read manifest of debug symbols: artifact type %.80q with %d layers", m.ArtifactType, len(m.Layers))
+	if m.ArtifactType != ArtifactType || len(m.Layers) != 1 || m.Layers[0].MediaType != bundle.MediaTypeLayer ||
+		m.Subject == nil {
+		return v1.Descriptor{}, fmt.Errorf("read manifest of debug symbols: artifact type %.80q with %d layers",
+			m.ArtifactType, len(m.Layers))
 	}
 	return m.Layers[0], nil
 }

@@ -1,5 +1,5 @@
 // Package symbols publishes the debug symbols of a driver's modules beside the
-// driver: an artifact of its own that refers to it, for whoever has to read a
+// driver: an artifact of its own that refers to it, for people who have to read a
 // crash dump. No node ever fetches it.
 //
 // It refuses symbols of other modules than the published ones, and to replace
@@ -60,14 +60,15 @@ type Set struct {
 	Signer *sign.Signer
 	// Verifier judges what is attached already; nil trusts Signer's key only.
 	Verifier *trust.Verifier
-	// Scratch is a folder for the layer while it is made; "" is the system's.
+	// Scratch is a folder for the layer while it is made; "" means the system's.
 	Scratch string
 }
 
 // Publish attaches the symbols to the artifact with this manifest digest, and
 // a signed statement to the symbols; existed says that both were there before.
 // Others that somebody trusted attached already are [fault.PublishRefused].
-func Publish(ctx context.Context, repo *registry.Repository, digest string, s Set) (d v1.Descriptor, existed bool, err error) {
+func Publish(ctx context.Context, repo *registry.Repository, digest string, s Set) (d v1.Descriptor, existed bool,
+	err error) {
 	d, existed, err = s.publish(ctx, repo, digest)
 	if err != nil {
 		return v1.Descriptor{}, false, fmt.Errorf("publish debug symbols of %s: %w", digest, err)
@@ -75,7 +76,8 @@ func Publish(ctx context.Context, repo *registry.Repository, digest string, s Se
 	return d, existed, nil
 }
 
-func (s Set) publish(ctx context.Context, repo *registry.Repository, digest string) (d v1.Descriptor, existed bool, err error) {
+func (s Set) publish(ctx context.Context, repo *registry.Repository, digest string) (d v1.Descriptor, existed bool,
+	err error) {
 	if s.Signer == nil {
 		return d, false, fault.New(fault.Usage, "no signing key", "name one with --key")
 	}
@@ -106,7 +108,8 @@ func (s Set) publish(ctx context.Context, repo *registry.Repository, digest stri
 	}
 	// Attached in any case, which costs little where it is there: an earlier run
 	// may have ended between the manifest and the list of referrers.
-	d, err = repo.AttachLayer(ctx, subject, ArtifactType, layer, func() (io.ReadCloser, error) { return os.Open(packed.Path) }, s.Identity.Annotations())
+	d, err = repo.AttachLayer(ctx, subject, ArtifactType, layer,
+		func() (io.ReadCloser, error) { return os.Open(packed.Path) }, s.Identity.Annotations())
 	if err != nil {
 		return d, false, err
 	}
@@ -160,7 +163,8 @@ func (s Set) signed(ctx context.Context, repo *registry.Repository, d v1.Descrip
 		return false, err
 	}
 	for _, raw := range attached {
-		if st, err := s.Verifier.Statement(raw); err == nil && st.PredicateType == PredicateType && st.About(d.Digest.String()) {
+		if st, err := s.Verifier.Statement(raw); err == nil && st.PredicateType == PredicateType &&
+			st.About(d.Digest.String()) {
 			return true, nil
 		}
 	}
@@ -177,7 +181,8 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 	for _, name := range slices.Sorted(maps.Keys(s.Debug)) {
 		published, ok := s.Published[name]
 		if !ok {
-			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed, "there are symbols of %s, which the artifact does not have", name)
+			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed,
+				"there are symbols of %s, which the artifact does not have", name)
 		}
 		want, err := buildID(published)
 		if err != nil {
@@ -188,10 +193,11 @@ func (s Set) pack(ctx context.Context, dir string) (_ bundle.Layer, ids map[stri
 			return bundle.Layer{}, nil, err
 		}
 		if got != want {
-			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed, "symbols of %s have build id %s; the artifact's module has %s", name, got, want)
+			return bundle.Layer{}, nil, fault.Errorf(fault.CheckFailed,
+				"symbols of %s have build id %s; the artifact's module has %s", name, got, want)
 		}
 		ids[name] = got
-		if err := place(filepath.Join(tree, filepath.FromSlash(File(got))), s.Debug[name]); err != nil {
+		if err := linkOrCopy(filepath.Join(tree, filepath.FromSlash(File(got))), s.Debug[name]); err != nil {
 			return bundle.Layer{}, nil, fault.TempDisk(err)
 		}
 	}
@@ -224,8 +230,8 @@ func buildID(file string) (string, error) {
 	return m.BuildID, nil
 }
 
-// place puts a file under another name, without a copy where that is possible.
-func place(dst, src string) error {
+// linkOrCopy puts a file under another name, without a copy where that is possible.
+func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err
 	}

@@ -69,7 +69,8 @@ func newSigner(t *testing.T) *sign.Signer {
 // newSet returns symbols of two modules.
 func newSet(t *testing.T, id bundle.Identity, s *sign.Signer, salt int) symbols.Set {
 	t.Helper()
-	set := symbols.Set{Identity: id, Debug: map[string]string{}, Published: map[string]string{}, Signer: s, Scratch: t.TempDir()}
+	set := symbols.Set{Identity: id, Debug: map[string]string{}, Published: map[string]string{}, Signer: s,
+		Scratch: t.TempDir()}
 	for _, name := range []string{"nvidia", "nvidia-uvm"} {
 		set.Debug[name], set.Published[name] = compile(t, name, salt)
 	}
@@ -109,7 +110,8 @@ func TestPublish(t *testing.T) {
 				t.Errorf("Publish again = %v, %v, %v; want %s, existed", again, existed, err, d.Digest)
 			}
 			check(t, repo, sample.Digest, d, set)
-			if _, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, signer, 2)); !fault.Is(err, fault.PublishRefused) || fault.Hint(err) == "" {
+			if _, _, err := symbols.Publish(ctx, repo, sample.Digest, newSet(t, sample.Identity, signer, 2)); !fault.Is(err,
+				fault.PublishRefused) || fault.Hint(err) == "" {
 				t.Errorf("Publish(others) = %v; want publish refused with a hint", err)
 			}
 			check(t, repo, sample.Digest, d, set)
@@ -129,7 +131,8 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 		t.Fatalf("Referrers = %v, %v; want %s alone", list, err, d.Digest)
 	}
 	if attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle); err != nil || len(attached) != 0 {
-		t.Errorf("the driver has %d statements, %v; want none: those about symbols are no node's business", len(attached), err)
+		t.Errorf("the driver has %d statements, %v; want none: those about symbols are no node's business", len(attached),
+			err)
 	}
 	v, err := set.Signer.Verifier()
 	if err != nil {
@@ -140,7 +143,8 @@ func check(t *testing.T, repo *registry.Repository, digest string, d v1.Descript
 		t.Fatalf("Attached = %d, %v; want one statement", len(attached), err)
 	}
 	st, err := v.Statement(attached[0])
-	if err != nil || !st.About(d.Digest.String()) || st.PredicateType != symbols.PredicateType || !strings.Contains(string(st.Predicate), digest) {
+	if err != nil || !st.About(d.Digest.String()) || st.PredicateType != symbols.PredicateType ||
+		!strings.Contains(string(st.Predicate), digest) {
 		t.Errorf("Statement = %+v, %v", st, err)
 	}
 	raw, err := repo.Manifest(ctx, d.Digest.String())
@@ -245,13 +249,15 @@ func TestRefuses(t *testing.T) {
 // strip takes the build id out of a file.
 func strip(t *testing.T, file string) {
 	t.Helper()
-	if out, err := exec.CommandContext(t.Context(), "objcopy", "--remove-section=.note.gnu.build-id", file).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "objcopy", "--remove-section=.note.gnu.build-id",
+		file).CombinedOutput(); err != nil {
 		t.Fatalf("objcopy: %v\n%s", err, out)
 	}
 }
 
 func FuzzParseManifest(f *testing.F) {
-	f.Add([]byte(`{"schemaVersion":2,"artifactType":"` + symbols.ArtifactType + `","layers":[{"mediaType":"` + bundle.MediaTypeLayer + `","size":1,"digest":"sha256:` + strings.Repeat("a", 64) + `"}],"subject":{}}`))
+	f.Add([]byte(`{"schemaVersion":2,"artifactType":"` + symbols.ArtifactType + `","layers":[{"mediaType":"` +
+		bundle.MediaTypeLayer + `","size":1,"digest":"sha256:` + strings.Repeat("a", 64) + `"}],"subject":{}}`))
 	f.Add([]byte(`null`))
 	f.Fuzz(func(t *testing.T, raw []byte) {
 		if l, err := symbols.ParseManifest(raw); err == nil && string(l.MediaType) != bundle.MediaTypeLayer {

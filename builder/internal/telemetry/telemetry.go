@@ -1,4 +1,4 @@
-// Package telemetry tells the outside how builds go: a trace for each cell with
+// Package telemetry reports how builds go: a trace for each cell with
 // a span for each phase, sent by OTLP over HTTP where the standard OTEL_*
 // environment names a collector, and metrics for Prometheus on an address of
 // the operator's choice. Without either it does nothing.
@@ -27,7 +27,7 @@ import (
 type Config struct {
 	// Version is this program's.
 	Version string
-	// MetricsAddress is where /metrics is served, as in 127.0.0.1:9440; "" is nowhere.
+	// MetricsAddress is where /metrics is served, as in 127.0.0.1:9440; "" means nowhere.
 	MetricsAddress string
 	// Cache is counted and measured; nil leaves it out.
 	Cache *cas.Cache
@@ -54,8 +54,8 @@ type Cell struct {
 	Attempt int
 }
 
-// farewell bounds how long the last spans may take to leave.
-const farewell = 5 * time.Second
+// flushTimeout bounds how long the last spans may take to leave.
+const flushTimeout = 5 * time.Second
 
 // Start begins telling. Close it. With a Cache, its Count is taken over.
 func Start(ctx context.Context, c Config) (*Telemetry, error) {
@@ -73,7 +73,8 @@ func Start(ctx context.Context, c Config) (*Telemetry, error) {
 	}
 	listener, err := (&net.ListenConfig{}).Listen(ctx, "tcp", c.MetricsAddress)
 	if err != nil {
-		return nil, errors.Join(fault.Wrap(fault.Usage, fmt.Errorf("serve metrics: %w", err), "give --metrics-address a free one, as in 127.0.0.1:9440"), t.Close())
+		return nil, errors.Join(fault.Wrap(fault.Usage, fmt.Errorf("serve metrics: %w", err),
+			"give --metrics-address a free one, as in 127.0.0.1:9440"), t.Close())
 	}
 	t.address = listener.Addr().String()
 	mux := http.NewServeMux()
@@ -84,7 +85,7 @@ func Start(ctx context.Context, c Config) (*Telemetry, error) {
 	return t, nil
 }
 
-// Address is where metrics are served; "" is nowhere.
+// Address is where metrics are served; "" means nowhere.
 func (t *Telemetry) Address() string {
 	if t == nil {
 		return ""
@@ -97,7 +98,7 @@ func (t *Telemetry) Close() error {
 	if t == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), farewell)
+	ctx, cancel := context.WithTimeout(context.Background(), flushTimeout)
 	defer cancel()
 	var errs []error
 	if t.server != nil {

@@ -93,14 +93,15 @@ func build(t *testing.T, tel *telemetry.Telemetry, c telemetry.Cell, fail error)
 	t.Helper()
 	clock := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	events := 0
-	line := &timeline.Run{Now: func() time.Time { clock = clock.Add(time.Second); return clock }, Watch: func(timeline.Event) { events++ }}
+	line := &timeline.Run{Now: func() time.Time { clock = clock.Add(time.Second); return clock },
+		Watch: func(timeline.Event) { events++ }}
 	_, end := tel.Cell(t.Context(), c, line)
 	err := line.Do("source", func() (string, error) { return "from the cache", nil })
 	if err != nil {
 		t.Fatal(err)
 	}
 	err = line.Do("compile", func() (string, error) {
-		line.Say("compile", "1/2")
+		line.Progress("compile", "1/2")
 		line.Add(timeline.Phase{Name: "conftest", Of: "compile", Start: clock.Add(100 * time.Millisecond), Seconds: 0.5})
 		return "", fail
 	})
@@ -127,7 +128,8 @@ func TestSpans(t *testing.T) {
 		t.Fatal(err)
 	}
 	got, about := r.all()
-	if about["service.name"] != "prebake-builder" || about["service.version"] != "v1" || about["deployment.environment"] != "test" {
+	if about["service.name"] != "prebake-builder" || about["service.version"] != "v1" ||
+		about["deployment.environment"] != "test" {
 		t.Errorf("resource = %v", about)
 	}
 	parents := map[string]string{}
@@ -141,23 +143,28 @@ func TestSpans(t *testing.T) {
 			t.Errorf("span %s is in another trace", name)
 		}
 	}
-	if diff := cmp.Diff(map[string]string{"source": "build", "compile": "build", "conftest": "compile"}, parents); diff != "" || len(got) != 4 {
+	if diff := cmp.Diff(map[string]string{"source": "build", "compile": "build", "conftest": "compile"},
+		parents); diff != "" || len(got) != 4 {
 		t.Errorf("%d spans, parents (-want +got):\n%s", len(got), diff)
 	}
-	want := map[string]string{"prebake.kernel": cell.Kernel, "prebake.driver": cell.Driver, "prebake.flavour": "open", "prebake.class": "api-break"}
+	want := map[string]string{"prebake.kernel": cell.Kernel, "prebake.driver": cell.Driver, "prebake.flavour": "open",
+		"prebake.class": "api-break"}
 	if diff := cmp.Diff(want, attributes(got["build"])); diff != "" {
 		t.Errorf("build's attributes (-want +got):\n%s", diff)
 	}
-	if s := got["build"].GetStatus(); s.GetCode() != spans.Status_STATUS_CODE_ERROR || s.GetMessage() != "a.c:1:1: error: x" {
+	if s := got["build"].GetStatus(); s.GetCode() != spans.Status_STATUS_CODE_ERROR ||
+		s.GetMessage() != "a.c:1:1: error: x" {
 		t.Errorf("build's status = %v", s)
 	}
-	if got["compile"].GetStatus().GetCode() != spans.Status_STATUS_CODE_ERROR || got["source"].GetStatus().GetCode() == spans.Status_STATUS_CODE_ERROR {
+	if got["compile"].GetStatus().GetCode() != spans.Status_STATUS_CODE_ERROR ||
+		got["source"].GetStatus().GetCode() == spans.Status_STATUS_CODE_ERROR {
 		t.Error("the failed phase is not marked, or the good one is")
 	}
 	if a := attributes(got["source"]); a["prebake.note"] != "from the cache" {
 		t.Errorf("source's attributes = %v", a)
 	}
-	if d := got["conftest"].GetEndTimeUnixNano() - got["conftest"].GetStartTimeUnixNano(); d != uint64(500*time.Millisecond) {
+	if d := got["conftest"].GetEndTimeUnixNano() - got["conftest"].GetStartTimeUnixNano(); d != uint64(
+		500*time.Millisecond) {
 		t.Errorf("conftest took %d ns; want half a second", d)
 	}
 }
@@ -247,7 +254,8 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	tel, err := telemetry.Start(t.Context(), telemetry.Config{Version: "v1", MetricsAddress: "127.0.0.1:0", Cache: cache, Log: discard})
+	tel, err := telemetry.Start(t.Context(),
+		telemetry.Config{Version: "v1", MetricsAddress: "127.0.0.1:0", Cache: cache, Log: discard})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -260,11 +268,11 @@ func TestMetrics(t *testing.T) {
 	early := cell
 	early.EarlyWarning = true
 	build(t, tel, early, fault.New(fault.OutOfMemory, "x", ""))
-	if err := cache.Remember("verdict", "k", []byte("v")); err != nil {
+	if err := cache.PutFact("verdict", "k", []byte("v")); err != nil {
 		t.Fatal(err)
 	}
 	for _, key := range []string{"k", "k", "other"} {
-		cache.Recall("verdict", key)
+		cache.Fact("verdict", key)
 	}
 	tel.Queue(func(context.Context) (map[string]int, error) { return map[string]int{"available": 3}, nil })
 	_, end := tel.Cell(t.Context(), cell, &timeline.Run{})
@@ -274,9 +282,12 @@ func TestMetrics(t *testing.T) {
 		family string
 		want   map[string]float64
 	}{
-		{"prebake_builds_total", map[string]float64{"class=published early_warning=false flavour=open": 1, "class=out-of-memory early_warning=true flavour=open": 1}},
-		{"prebake_build_phase_seconds", map[string]float64{"of= phase=source": 2, "of= phase=compile": 2, "of=compile phase=conftest": 1}},
-		{"prebake_cache_lookups_total", map[string]float64{"kind=fact:verdict result=hit": 2, "kind=fact:verdict result=miss": 1}},
+		{"prebake_builds_total", map[string]float64{"class=published early_warning=false flavour=open": 1,
+			"class=out-of-memory early_warning=true flavour=open": 1}},
+		{"prebake_build_phase_seconds",
+			map[string]float64{"of= phase=source": 2, "of= phase=compile": 2, "of=compile phase=conftest": 1}},
+		{"prebake_cache_lookups_total",
+			map[string]float64{"kind=fact:verdict result=hit": 2, "kind=fact:verdict result=miss": 1}},
 		{"prebake_queue_jobs", map[string]float64{"state=available": 3}},
 		{"prebake_builds_running", map[string]float64{"": 1}},
 		{"prebake_builder_info", map[string]float64{"version=v1": 1}},
@@ -292,7 +303,8 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("cache bytes = %v; want the fact's", series(got["prebake_cache_bytes"]))
 	}
 	// Nothing else is served.
-	if res, err := http.Get("http://" + tel.Address() + "/debug/pprof/"); err != nil || res.StatusCode != http.StatusNotFound {
+	if res, err := http.Get("http://" + tel.Address() + "/debug/pprof/"); err != nil ||
+		res.StatusCode != http.StatusNotFound {
 		t.Errorf("GET /debug/pprof/ = %v, %v; want 404", res, err)
 	} else if err := res.Body.Close(); err != nil {
 		t.Error(err)

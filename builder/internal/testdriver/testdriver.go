@@ -148,7 +148,8 @@ func Sources() map[string]string {
 int nv(struct here *h) { return h->size + NV_symbol_a; }
 #endif
 `,
-		"nvidia/version.c": "#include <generated/utsrelease.h>\n#include \"conftest/headers.h\"\nconst char release[] = UTS_RELEASE;\n",
+		"nvidia/version.c": "#include <generated/utsrelease.h>\n#include \"conftest/headers.h\"\nconst char release[] = " +
+			"UTS_RELEASE;\n",
 	}
 }
 

@@ -39,7 +39,7 @@ func TestCompileHearsOfItsEnd(t *testing.T) {
 				time.AfterFunc(500*time.Millisecond, stop) // when the end is reported
 				return &pipeline.Result{}, ctx.Err()
 			})
-			r.cfg.Beat = 10 * time.Millisecond
+			r.cfg.Heartbeat = 10 * time.Millisecond
 			tell(r.server)
 			if err := worker.Run(ctx, r.cfg); err != nil {
 				t.Fatal(err)
@@ -54,10 +54,11 @@ func TestCompileHearsOfItsEnd(t *testing.T) {
 			}
 			r.server.mu.Lock()
 			defer r.server.mu.Unlock()
-			if n := len(r.server.states); n != 2 || r.server.states[1].State != api.Cancelled || r.server.states[1].Attempt != 1 {
+			if n := len(r.server.states); n != 2 || r.server.states[1].State != api.Cancelled ||
+				r.server.states[1].Attempt != 1 {
 				t.Errorf("reported %+v; want building and cancelled, of attempt 1", r.server.states)
 			}
-			if at, err := r.queue.Lookup(t.Context(), 7); err != nil || !at.Over {
+			if at, err := r.queue.Lookup(t.Context(), 7); err != nil || !at.Ended {
 				t.Errorf("Lookup() = %+v, %v; want a job that is over", at, err)
 			}
 		})

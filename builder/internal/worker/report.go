@@ -15,17 +15,17 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// reportEnd sends the log and then the outcome: whoever reads that a build is
+// reportEnd sends the log and then the outcome: a reader who sees that a build is
 // over finds its log. A log that the server refuses does not hide the outcome.
 func (w *worker) reportEnd(ctx context.Context, log *slog.Logger, build int64, update api.BuildUpdate) error {
-	err := patiently(ctx, func() error { return w.sendLog(ctx, build) })
+	err := retryUntilDone(ctx, func() error { return w.sendLog(ctx, build) })
 	switch {
 	case err != nil && mayPass(err):
 		return err // the file stays for the next start
 	case err != nil:
 		log.WarnContext(ctx, "log not taken", "err", err)
 	}
-	err = patiently(ctx, func() error {
+	err = retryUntilDone(ctx, func() error {
 		_, err := w.Server.UpdateBuild(ctx, build, update)
 		return err
 	})
@@ -45,8 +45,8 @@ func mayPass(err error) bool {
 	return kind.Retryable() || kind == fault.Internal
 }
 
-// patiently repeats a call that may succeed later, until ctx is done.
-func patiently(ctx context.Context, call func() error) error {
+// retryUntilDone repeats a call that may succeed later, until ctx is done.
+func retryUntilDone(ctx context.Context, call func() error) error {
 	for {
 		err := call()
 		if err == nil || !mayPass(err) {
@@ -90,9 +90,9 @@ func (w *worker) dropLog(build int64) error {
 	return nil
 }
 
-// sendLeftovers sends the logs of builds that a killed process of this worker
-// was at, so that the last words of a build that kills its worker are read.
-func (w *worker) sendLeftovers(ctx context.Context) {
+// sendPendingLogs sends the logs of builds that a killed process of this worker
+// was at, so that the last log lines of a build that kills its worker are read.
+func (w *worker) sendPendingLogs(ctx context.Context) {
 	left, err := filepath.Glob(filepath.Join(w.State, "build-*.log"))
 	if err != nil {
 		w.Log.WarnContext(ctx, "old logs not found", "err", err)
@@ -116,14 +116,13 @@ func (w *worker) sendLeftovers(ctx context.Context) {
 	}
 }
 
-// reporter tells the server of phases, and every [api.BeatEvery] that the build is
-// under way, without holding up the build: only the newest phase matters, and a lost
-// report harms nobody. What the server answers may end the build.
+// reporter tells the server of phases, and every [api.HeartbeatInterval] that the build is running, without delaying
+// the build: only the newest phase matters, and a lost report harms nobody. What the server answers may end the build.
 type reporter struct {
 	server *api.Client
 	build  int64
-	// beat is what each report says.
-	beat api.BuildUpdate
+	// heartbeat is what each report says.
+	heartbeat api.BuildUpdate
 	// end cancels the build; it may be called several times.
 	end  context.CancelCauseFunc
 	log  *slog.Logger
@@ -133,10 +132,10 @@ type reporter struct {
 
 func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFunc, log *slog.Logger) *reporter {
 	r := &reporter{server: w.Server, build: build, end: end, log: log, next: make(chan string, 1),
-		beat: api.BuildUpdate{Worker: w.ID, Attempt: attempt}}
-	every := w.Beat
+		heartbeat: api.BuildUpdate{Worker: w.ID, Attempt: attempt}}
+	every := w.Heartbeat
 	if every <= 0 {
-		every = api.BeatEvery
+		every = api.HeartbeatInterval
 	}
 	r.done.Go(func() {
 		tick := time.NewTicker(every)
@@ -147,7 +146,7 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 				if !more {
 					return
 				}
-				r.beat.Phase = phase
+				r.heartbeat.Phase = phase
 			case <-tick.C:
 			}
 			r.report()
@@ -156,18 +155,18 @@ func (w *worker) newReporter(build int64, attempt int, end context.CancelCauseFu
 	return r
 }
 
-// report tells the server once, and hears whether the build is still wanted.
+// report tells the server once, and learns whether the build is still wanted.
 func (r *reporter) report() {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
-	b, err := r.server.UpdateBuild(ctx, r.build, r.beat)
+	b, err := r.server.UpdateBuild(ctx, r.build, r.heartbeat)
 	switch {
 	case fault.Is(err, fault.Mismatch):
 		r.end(fault.Wrap(fault.Cancelled, fmt.Errorf("the build is not this builder's any more: %w", err), ""))
 	case err != nil:
 		r.log.DebugContext(ctx, "phase not reported", "err", err)
 	case b.State == api.Cancelled:
-		r.end(fault.New(fault.Cancelled, "the build was called off", ""))
+		r.end(fault.New(fault.Cancelled, "the build was cancelled", ""))
 	}
 }
 

@@ -35,7 +35,7 @@ type server struct {
 	states []api.BuildUpdate // updates with a state, without times
 	phases []string
 	log    string
-	live   []byte    // the log as it came while the build was under way
+	live   []byte    // the log as it came while the build was running
 	build  api.Build // what GET answers
 }
 
@@ -132,7 +132,8 @@ func newRig(t *testing.T, tries ...try) *rig {
 			t.Error(err)
 		}
 	})
-	job := api.BuildJob{Build: 7, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open", KernelMirror: "file:///k"}
+	job := api.BuildJob{Build: 7, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open",
+		KernelMirror: "file:///k"}
 	if err := q.Insert(t.Context(), job, 0); err != nil {
 		t.Fatal(err)
 	}
@@ -141,7 +142,8 @@ func newRig(t *testing.T, tries ...try) *rig {
 		ID: "w1", State: filepath.Join(dir, "state"), QueueURL: queueURL,
 		Server: api.NewClient(r.server.URL, "", nil), Log: slog.New(slog.DiscardHandler),
 		Make: func(ctx context.Context, req pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
-			want := pipeline.Request{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: target.Open, KernelMirror: "file:///k"}
+			want := pipeline.Request{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: target.Open,
+				KernelMirror: "file:///k"}
 			if diff := cmp.Diff(want, req); diff != "" {
 				t.Errorf("the pipeline was asked for another cell (-want +got):\n%s", diff)
 			}
@@ -179,9 +181,10 @@ func (r *rig) run(t *testing.T, states int) error {
 }
 
 var result = pipeline.Result{
-	Kernel:      target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64"},
-	Fingerprint: "sha256:1111111111111111111111111111111111111111111111111111111111111111",
-	Digest:      "sha256:2222222222222222222222222222222222222222222222222222222222222222", Repositories: []string{"here/driver", "there/driver"},
+	Kernel:       target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47-cloud-amd64"},
+	Fingerprint:  "sha256:1111111111111111111111111111111111111111111111111111111111111111",
+	Digest:       "sha256:2222222222222222222222222222222222222222222222222222222222222222",
+	Repositories: []string{"here/driver", "there/driver"},
 }
 
 func works(_ context.Context, log io.Writer, line *timeline.Run) (*pipeline.Result, error) {
@@ -199,7 +202,7 @@ func fails(err error) try {
 	}
 }
 
-func (r *rig) standing(t *testing.T, want queue.Standing) {
+func (r *rig) standing(t *testing.T, want queue.JobState) {
 	t.Helper()
 	got, err := r.queue.Lookup(t.Context(), 7)
 	if err != nil {

@@ -45,7 +45,7 @@ func TestStopInMidBuild(t *testing.T) {
 			return then(ctx, log, line)
 		}
 	}
-	backInLine := queue.Standing{Found: true, State: "available", Attempt: 0}
+	backInLine := queue.JobState{Found: true, State: "available", Attempt: 0}
 	rows := []struct {
 		name   string
 		grace  time.Duration
@@ -54,10 +54,12 @@ func TestStopInMidBuild(t *testing.T) {
 		try    try
 		state  api.State
 		class  string
-		queue  queue.Standing
+		queue  queue.JobState
 	}{
-		{"finishes", time.Hour, false, true, works, api.Published, "", queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1}},
-		{"fails by itself", time.Hour, false, true, fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", "newer")), api.Failed, "api-break", queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}},
+		{"finishes", time.Hour, false, true, works, api.Published, "",
+			queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1}},
+		{"fails by itself", time.Hour, false, true, fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", "newer")),
+			api.Failed, "api-break", queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}},
 		{"grace is over", time.Millisecond, false, false, waits, api.Queued, "cancelled", backInLine},
 		{"no grace", 0, false, false, waits, api.Queued, "cancelled", backInLine},
 		{"second signal", time.Hour, true, false, waits, api.Queued, "cancelled", backInLine},
@@ -87,7 +89,9 @@ func TestStopInMidBuild(t *testing.T) {
 				return nil
 			}
 			// A second build waits: nobody may begin it.
-			if err := r.queue.Insert(t.Context(), api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"}, 0); err != nil {
+			if err := r.queue.Insert(t.Context(),
+				api.BuildJob{Build: 8, BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"},
+				0); err != nil {
 				t.Fatal(err)
 			}
 			if err := worker.Run(ctx, r.cfg); err != nil {
@@ -98,7 +102,7 @@ func TestStopInMidBuild(t *testing.T) {
 				t.Errorf("after %d tries the server heard %+v; want %s %s", r.tries, last, row.state, row.class)
 			}
 			r.standing(t, row.queue)
-			if got, err := r.queue.Lookup(t.Context(), 8); err != nil || got.Attempt != 0 || got.Over {
+			if got, err := r.queue.Lookup(t.Context(), 8); err != nil || got.Attempt != 0 || got.Ended {
 				t.Errorf("the build that was not begun: %+v, %v; want it in line", got, err)
 			}
 			r.noLogs(t)

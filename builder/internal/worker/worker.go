@@ -1,7 +1,6 @@
 // Package worker takes builds from the queue, has each one made, and tells the
-// server how they go. Server and queue are two memories of one build, so every
-// outcome is decided once, here, and told to both: what the server hears and
-// what the queue hears never differ.
+// server how they go. Server and queue both store the state of one build, so every
+// outcome is decided once, here, and sent to both: both get the same outcome.
 //
 // It refuses to know how a build is made, and to decide whether a failure is
 // worth another try: the fault's kind says so.
@@ -39,44 +38,44 @@ type Config struct {
 	ID, State string
 	// QueueURL is sqlite:///path or postgres://...
 	QueueURL string
-	// Concurrency is how many builds run side by side; 0 is one.
+	// Concurrency is how many builds run side by side; 0 means one.
 	Concurrency int
-	// Patience is how long a build that is over waits for a server that does
-	// not answer; 0 is one minute.
-	Patience time.Duration
-	Server   *api.Client
+	// ServerTimeout is how long a build that is over waits for a server that does
+	// not answer; 0 means one minute.
+	ServerTimeout time.Duration
+	Server        *api.Client
 	// Make makes one build. It returns a Result with an error too, as far as it
 	// came; log gets everything that tools print.
 	Make func(ctx context.Context, r pipeline.Request, log io.Writer, line *timeline.Run) (*pipeline.Result, error)
 	Log  *slog.Logger
-	// Grace is how long a build under way may go on once the worker was told to
+	// Grace is how long a running build may go on once the worker was told to
 	// stop; what has not ended by then is cancelled and handed back. 0 is not
 	// at all.
 	Grace time.Duration
 	// Cancel cuts the grace short when it is closed; nil never does.
 	Cancel <-chan struct{}
-	// Beat is the pause between reports of a build under way; 0 is [api.BeatEvery].
-	Beat time.Duration
-	// LogEvery is the pause between parts of a growing log; 0 is two seconds.
+	// Heartbeat is the pause between reports of a running build; 0 is [api.HeartbeatInterval].
+	Heartbeat time.Duration
+	// LogEvery is the pause between parts of a growing log; 0 means two seconds.
 	LogEvery time.Duration
-	// Telemetry hears of builds and of the queue's depth; nil does not.
+	// Telemetry receives builds and the queue's depth; may be nil.
 	Telemetry *telemetry.Telemetry
 }
 
-// startPatience is how long the start of a build waits for a server that does not
+// startTimeout is how long the start of a build waits for a server that does not
 // answer, such as one that starts again. A build that is handed back loses its place
 // in line.
-const startPatience = 20 * time.Second
+const startTimeout = 20 * time.Second
 
-// farewell is how long reports may take once the worker was told to stop.
-const farewell = 20 * time.Second
+// shutdownTimeout is how long reports may take once the worker was stopped.
+const shutdownTimeout = 20 * time.Second
 
 type worker struct {
 	Config
 	// stopping is done when no more builds are to be taken; stop says why.
 	stopping context.Context
 	stop     context.CancelCauseFunc
-	// hard is done when builds under way are to end, too.
+	// hard is done when running builds are to end, too.
 	hard context.Context
 }
 
@@ -84,8 +83,8 @@ type worker struct {
 // progress end within the grace period, cancels what is left, and hands that
 // back to the queue.
 func Run(ctx context.Context, cfg Config) (err error) {
-	if cfg.Patience <= 0 {
-		cfg.Patience = time.Minute
+	if cfg.ServerTimeout <= 0 {
+		cfg.ServerTimeout = time.Minute
 	}
 	if err := os.MkdirAll(cfg.State, 0o755); err != nil {
 		return fault.Wrap(
@@ -108,7 +107,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, q.Close()) }()
 	q.SetLogger(cfg.Log)
-	q.SetGrace(cfg.Grace + 2*farewell) // so that it is this package that cancels
+	q.SetGrace(cfg.Grace + 2*shutdownTimeout) // so that it is this package that cancels
 	cfg.Telemetry.Queue(q.Depth)
 	defer cfg.Telemetry.Queue(nil)
 	w := &worker{Config: cfg}
@@ -120,7 +119,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	defer end.Wait()
 	defer cancel(nil)
 	defer w.stop(nil)
-	w.sendLeftovers(ctx)
+	w.sendPendingLogs(ctx)
 	cfg.Log.InfoContext(ctx, "worker started", "worker", cfg.ID)
 	name, err := cfg.queueName()
 	if err != nil {
@@ -135,7 +134,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	return nil
 }
 
-// end cancels the builds under way once the worker was told to stop and the
+// end cancels the running builds once the worker was stopped and the
 // grace period is over, or is cut short.
 func (w *worker) end(cancel context.CancelCauseFunc) {
 	select {
@@ -150,7 +149,7 @@ func (w *worker) end(cancel context.CancelCauseFunc) {
 	case <-w.Cancel:
 	case <-w.hard.Done(): // all is over
 	}
-	cancel(fault.New(fault.Cancelled, "the worker was told to stop", ""))
+	cancel(fault.New(fault.Cancelled, "the worker was stopped", ""))
 }
 
 // queueName is the name under which the queue knows the worker: no other
@@ -185,16 +184,16 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	// Whatever it is, it came of being stopped.
 	stopped := err != nil && w.hard.Err() != nil
 	if stopped {
-		err = queue.HandBack(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was told to stop: %w", err), ""))
+		err = queue.Requeue(fault.Wrap(fault.Cancelled, fmt.Errorf("the worker was stopped: %w", err), ""))
 	}
 	update := outcome(res, err, stopped, attempt >= queue.MaxAttempts)
 	update.Attempt = attempt // another builder may have the build by now: its attempt is not ended by this one
 
-	patience := w.Patience
+	patience := w.ServerTimeout
 	if w.stopping.Err() != nil {
-		patience = min(patience, farewell)
+		patience = min(patience, shutdownTimeout)
 	}
-	// The end is reported even when the worker was told to stop meanwhile.
+	// The end is reported even when the worker was stopped meanwhile.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), patience)
 	defer cancel()
 	if rerr := w.reportEnd(ctx, log, job.Build, update); rerr != nil {
@@ -202,7 +201,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 		if stopped || !mayPass(rerr) {
 			return errors.Join(err, rerr)
 		}
-		// What nobody heard of has to happen again; the cache makes it short.
+		// What was not reported has to happen again; the cache makes it short.
 		return fault.Wrap(fault.Transient, rerr, "")
 	}
 	switch update.State {
@@ -219,11 +218,11 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 // reportStart tells the server that the build begins. Without its consent there
 // is no build.
 func (w *worker) reportStart(ctx context.Context, build int64, attempt int) error {
-	patience, cancel := context.WithTimeout(ctx, startPatience)
+	patience, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
 	defer context.AfterFunc(w.stopping, cancel)()
 	var busy error
-	err := patiently(patience, func() error {
+	err := retryUntilDone(patience, func() error {
 		_, err := w.Server.UpdateBuild(ctx, build, api.BuildUpdate{State: api.Building, Worker: w.ID, Attempt: attempt})
 		if fault.Is(err, fault.Busy) { // another build of the cell is open, which does not pass soon
 			busy, err = err, nil
@@ -236,12 +235,13 @@ func (w *worker) reportStart(ctx context.Context, build int64, attempt int) erro
 	err = errors.Join(err, busy)
 	err = fmt.Errorf("report start of build %d: %w", build, err)
 	switch kind := fault.Of(err); {
-	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden: // every other build would fare the same
+	// every other build would fare the same
+	case kind == fault.Usage || kind == fault.Unauthorized || kind == fault.Forbidden:
 		err = fault.Wrap(kind, err, "check --server and --token")
 		w.stop(err)
-		return queue.HandBack(err)
+		return queue.Requeue(err)
 	case kind != fault.Busy && mayPass(err):
-		return queue.HandBack(err)
+		return queue.Requeue(err)
 	}
 	return err // the server knows better: the build is over, gone, or another one is open
 }
@@ -251,7 +251,8 @@ func (w *worker) logPath(build int64) string {
 }
 
 // bounded has the build made within the worker's life.
-func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result, error) {
+func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log *slog.Logger) (*pipeline.Result,
+	error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	defer context.AfterFunc(w.hard, func() { cancel(context.Cause(w.hard)) })()

@@ -28,29 +28,35 @@ func TestOutcomes(t *testing.T) {
 	begun := func(attempt int) api.BuildUpdate {
 		return api.BuildUpdate{State: api.Building, Worker: "w1", Attempt: attempt}
 	}
-	published := api.BuildUpdate{State: api.Published, Kernel: &result.Kernel, Fingerprint: result.Fingerprint, Digest: result.Digest, Repository: "here/driver"}
+	published := api.BuildUpdate{State: api.Published, Kernel: &result.Kernel, Fingerprint: result.Fingerprint,
+		Digest: result.Digest, Repository: "here/driver"}
 	ended := func(state api.State, kind fault.Kind, text, hint string) api.BuildUpdate {
-		return api.BuildUpdate{State: state, Class: kind.String(), Error: text, Hint: hint, Kernel: &result.Kernel, Fingerprint: result.Fingerprint}
+		return api.BuildUpdate{State: state, Class: kind.String(), Error: text, Hint: hint, Kernel: &result.Kernel,
+			Fingerprint: result.Fingerprint}
 	}
 	line := "nvidia/nv-pci.c:1:2: error: too few arguments"
 	rows := []struct {
 		name  string
 		tries []try
 		want  []api.BuildUpdate
-		queue queue.Standing
+		queue queue.JobState
 		log   string
 	}{
-		{"success", []try{works}, []api.BuildUpdate{begun(1), published}, queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1}, "all is well\n"},
-		{"API break shows the compiler's line", []try{fails(fmt.Errorf("compile: compile x for y: %w", fault.New(fault.APIBreak, line, "newer driver")))},
+		{"success", []try{works}, []api.BuildUpdate{begun(1), published},
+			queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1}, "all is well\n"},
+		{"API break shows the compiler's line",
+			[]try{fails(fmt.Errorf("compile: compile x for y: %w", fault.New(fault.APIBreak, line, "newer driver")))},
 			[]api.BuildUpdate{begun(1), ended(api.Failed, fault.APIBreak, line, "newer driver")},
-			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
-		{"a bug is final", []try{fails(errors.New("nil map"))}, []api.BuildUpdate{begun(1), ended(api.Failed, fault.Internal, "nil map", "")},
-			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
+			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
+		{"a bug is final", []try{fails(errors.New("nil map"))},
+			[]api.BuildUpdate{begun(1), ended(api.Failed, fault.Internal, "nil map", "")},
+			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
 		{"trouble passes", []try{fails(fault.New(fault.Transient, "mirror is away", "wait")), works},
 			[]api.BuildUpdate{begun(1), ended(api.Queued, fault.Transient, "mirror is away", "wait"), begun(2), published},
-			queue.Standing{Found: true, Over: true, State: "completed", Attempt: 2}, "all is well\n"},
-		{"called off", []try{fails(fault.New(fault.Cancelled, "not needed", ""))}, []api.BuildUpdate{begun(1), ended(api.Cancelled, fault.Cancelled, "not needed", "")},
-			queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
+			queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 2}, "all is well\n"},
+		{"called off", []try{fails(fault.New(fault.Cancelled, "not needed", ""))},
+			[]api.BuildUpdate{begun(1), ended(api.Cancelled, fault.Cancelled, "not needed", "")},
+			queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1}, "log of a failure\n"},
 	}
 	for _, row := range rows {
 		for i := range row.want { // an end says which attempt it is of
@@ -99,10 +105,11 @@ func TestLastAttempt(t *testing.T) {
 	if err := r.run(t, 2); err != nil {
 		t.Fatal(err)
 	}
-	if got := r.server.states[1]; got.State != api.Failed || got.Class != fault.OutOfMemory.String() || r.server.states[0].Attempt != queue.MaxAttempts {
+	if got := r.server.states[1]; got.State != api.Failed || got.Class != fault.OutOfMemory.String() ||
+		r.server.states[0].Attempt != queue.MaxAttempts {
 		t.Errorf("the server heard %+v; want failed, out of memory, in the last attempt", r.server.states)
 	}
-	r.standing(t, queue.Standing{Found: true, Over: true, State: "discarded", Attempt: queue.MaxAttempts})
+	r.standing(t, queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: queue.MaxAttempts})
 }
 
 // lost uses up attempts by workers whose database goes away in mid-build.
@@ -155,7 +162,7 @@ func TestStopHandsBack(t *testing.T) {
 	if got := r.server.states[len(r.server.states)-1]; got.State != api.Queued || got.Class != fault.Cancelled.String() {
 		t.Errorf("the server heard %+v; want queued, cancelled", got)
 	}
-	r.standing(t, queue.Standing{Found: true, State: "available", Attempt: 0})
+	r.standing(t, queue.JobState{Found: true, State: "available", Attempt: 0})
 	r.noLogs(t)
 	r.server.states = nil
 	if err := r.run(t, 2); err != nil {
@@ -179,7 +186,7 @@ func TestServerAway(t *testing.T) {
 		if err := r.run(t, 1); err != nil {
 			t.Fatal(err)
 		}
-		r.standing(t, queue.Standing{Found: true, State: "available", Attempt: 0})
+		r.standing(t, queue.JobState{Found: true, State: "available", Attempt: 0})
 		if r.tries != 0 {
 			t.Errorf("the pipeline ran %d times; want none", r.tries)
 		}
@@ -188,7 +195,7 @@ func TestServerAway(t *testing.T) {
 		t.Parallel()
 		broken := fails(fault.New(fault.APIBreak, "a.c:1:1: error: x", ""))
 		r := newRig(t, broken, broken)
-		r.cfg.Patience = 1900 * time.Millisecond // less than the pause before a report is repeated
+		r.cfg.ServerTimeout = 1900 * time.Millisecond // less than the pause before a report is repeated
 		lost := false
 		r.server.refuse = func(u api.BuildUpdate) *api.Problem {
 			if u.State == api.Failed && !lost {
@@ -203,7 +210,7 @@ func TestServerAway(t *testing.T) {
 		if n := len(r.server.states); n != 3 || r.server.states[2].Class != fault.APIBreak.String() {
 			t.Errorf("the server heard %+v; want the failure at last", r.server.states)
 		}
-		r.standing(t, queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 2})
+		r.standing(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 2})
 		r.noLogs(t)
 	})
 }
@@ -219,7 +226,7 @@ func TestServerRefusesBuild(t *testing.T) {
 	if err := r.run(t, 1); err != nil {
 		t.Fatal(err)
 	}
-	r.standing(t, queue.Standing{Found: true, Over: true, State: "cancelled", Attempt: 1})
+	r.standing(t, queue.JobState{Found: true, Ended: true, State: "cancelled", Attempt: 1})
 }
 
 // A wrong token is the worker's own fault: it ends, and burns no build.
@@ -233,7 +240,7 @@ func TestWrongTokenEndsWorker(t *testing.T) {
 	if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "--token") {
 		t.Errorf("Run = %v, hint %q; want a usage error that names --token", err, fault.Hint(err))
 	}
-	r.standing(t, queue.Standing{Found: true, State: "available", Attempt: 0})
+	r.standing(t, queue.JobState{Found: true, State: "available", Attempt: 0})
 }
 
 func TestSecondWorkerIsRefused(t *testing.T) {
@@ -356,7 +363,7 @@ func TestLongLog(t *testing.T) {
 	}
 }
 
-// The log comes while the build is under way. A server that lost what it had gets all of
+// The log comes while the build is running. A server that lost what it had gets all of
 // it once more.
 func TestLogWhileUnderWay(t *testing.T) {
 	t.Parallel()
@@ -413,5 +420,5 @@ func TestServerStartsAgain(t *testing.T) {
 	if got := r.server.states; len(got) != 2 || got[0].Attempt != 1 || got[1].State != api.Published {
 		t.Errorf("the server heard %+v; want the build begun in attempt 1 and published", got)
 	}
-	r.standing(t, queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1})
+	r.standing(t, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1})
 }

@@ -42,9 +42,9 @@ func (p pkg) upstream() string {
 // apt asks and downloads with the machine's apt, through sources, lists and
 // caches of our own: the machine's stay as they are.
 type apt struct {
-	dir  string // holds sources, lists, cache and packages
-	conf string
-	say  func(string)
+	dir      string // holds sources, lists, cache and packages
+	conf     string
+	progress func(string)
 	// fresh tells that this run fetched the index.
 	fresh bool
 }
@@ -53,7 +53,7 @@ type apt struct {
 // is missing, old, or refresh asks for it. It is that of the machine's own release,
 // or of the next one.
 func openApt(ctx context.Context, dir string, p platform, next, refresh bool, say func(string)) (*apt, error) {
-	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), say: say}
+	a := &apt{dir: dir, conf: filepath.Join(dir, "apt.conf"), progress: say}
 	for _, sub := range []string{"lists/partial", "cache/archives/partial", "packages", "state"} {
 		if err := os.MkdirAll(filepath.Join(dir, sub), 0o755); err != nil {
 			return nil, err
@@ -206,7 +206,7 @@ var errDownload = errors.New("download packages")
 // has to download again.
 const batch = 8
 
-// download makes sure that every package is at hand. apt checks each file
+// download makes sure that every package is available. apt checks each file
 // against the signed index; a file gets its name here only when it is whole.
 func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	var missing []string
@@ -218,7 +218,7 @@ func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	if len(missing) == 0 {
 		return nil
 	}
-	a.say(fmt.Sprintf("downloading %d Debian packages", len(missing)))
+	a.progress(fmt.Sprintf("downloading %d Debian packages", len(missing)))
 	for names := range slices.Chunk(missing, batch) {
 		if err := a.downloadBatch(ctx, names); err != nil {
 			return err
@@ -226,7 +226,8 @@ func (a *apt) download(ctx context.Context, pkgs []pkg) error {
 	}
 	for _, p := range pkgs {
 		if _, ok := a.file(p); !ok {
-			return fault.New(fault.InputMissing, fmt.Sprintf("download %s %s: apt wrote no such file", p.Name, p.Version), "run again with --refresh")
+			return fault.New(fault.InputMissing, fmt.Sprintf("download %s %s: apt wrote no such file", p.Name, p.Version),
+				"run again with --refresh")
 		}
 	}
 	return nil
@@ -242,7 +243,8 @@ func (a *apt) downloadBatch(ctx context.Context, names []string) (err error) {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		return fault.Wrap(fault.Transient, fmt.Errorf("%w: %w", errDownload, err), "run again with --refresh, which asks for the present package versions")
+		return fault.Wrap(fault.Transient, fmt.Errorf("%w: %w", errDownload, err),
+			"run again with --refresh, which asks for the present package versions")
 	}
 	files, err := os.ReadDir(tmp)
 	if err != nil {

@@ -26,18 +26,20 @@ done
 func TestDownloadGoesOn(t *testing.T) {
 	bin, dir := t.TempDir(), t.TempDir()
 	asked := filepath.Join(t.TempDir(), "asked")
-	if err := errors.Join(os.WriteFile(filepath.Join(bin, "apt-get"), []byte(aptGet), 0o755), os.Mkdir(filepath.Join(dir, "packages"), 0o755)); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(bin, "apt-get"), []byte(aptGet), 0o755),
+		os.Mkdir(filepath.Join(dir, "packages"), 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
 	t.Setenv("ASKED", asked)
-	a := &apt{dir: dir, say: func(string) {}}
+	a := &apt{dir: dir, progress: func(string) {}}
 	var pkgs []pkg
 	for _, name := range strings.Fields("a b c d e f g h gone i") {
 		pkgs = append(pkgs, pkg{name, "1"})
 	}
 	err := a.download(t.Context(), pkgs)
-	if !errors.Is(err, errDownload) || !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "404") || fault.Hint(err) == "" {
+	if !errors.Is(err, errDownload) || !fault.Is(err, fault.Transient) || !strings.Contains(err.Error(), "404") ||
+		fault.Hint(err) == "" {
 		t.Fatalf("download = %v (%v); want transient, with apt's words and a hint", err, fault.Of(err))
 	}
 	if _, ok := a.file(pkg{"gone", "1"}); ok {

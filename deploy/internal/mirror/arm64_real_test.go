@@ -59,9 +59,11 @@ func TestARM64(t *testing.T) {
 		t.Errorf("builder build made %+v for %+v; want driver %s for arm64", done.Driver, done.Kernel, driver.Version)
 	}
 	v := done.LoadTest
-	t.Logf("%s on %s: boot %.1f s, load %.1f s, probe %.1f s, unload %.1f s", &v, v.Machine, v.BootSeconds, v.LoadSeconds, v.ProbeSeconds, v.UnloadSeconds)
+	t.Logf("%s on %s: boot %.1f s, load %.1f s, probe %.1f s, unload %.1f s", &v, v.Machine, v.BootSeconds, v.LoadSeconds,
+		v.ProbeSeconds, v.UnloadSeconds)
 	if v.State != stateLoaded || v.NVMLVersion != driver.Version || v.Release != kernel.Release || !v.EmulatedGPU {
-		t.Errorf("load test: %s, NVML %q, kernel %q, GPU %t; want loaded, %s, %s, true", &v, v.NVMLVersion, v.Release, v.EmulatedGPU, driver.Version, kernel.Release)
+		t.Errorf("load test: %s, NVML %q, kernel %q, GPU %t; want loaded, %s, %s, true", &v, v.NVMLVersion, v.Release,
+			v.EmulatedGPU, driver.Version, kernel.Release)
 	}
 	// This kernel has DRM: nothing is left out.
 	for _, name := range []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"} {
@@ -179,8 +181,10 @@ func programs(t *testing.T, arch target.Arch) func(out any, args ...string) {
 		{"pkg/vm/guestinit", "guestinit" + suffix, string(arch), "0"},
 		{"fetcher/nvmlprobe", "nvmlprobe" + suffix, string(arch), "1"},
 	} {
-		cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(bin, p.name), "github.com/prebake/prebake/"+p.pkg)
-		cmd.Env = append(os.Environ(), "GOARCH="+p.arch, "CC="+cc, "CGO_ENABLED="+p.cgo, "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
+		cmd := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(bin, p.name),
+			"github.com/prebake/prebake/"+p.pkg)
+		cmd.Env = append(os.Environ(), "GOARCH="+p.arch, "CC="+cc, "CGO_ENABLED="+p.cgo,
+			"CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
 		if text, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("go build %s: %v\n%s", p.name, err, text)
 		}

@@ -57,7 +57,8 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	}
 	for _, want := range append([]string{name}, clangPackages...) {
 		if len(versions[want]) == 0 {
-			return b, fault.New(fault.Unsupported, "plan the clang-built kernel: apt knows no "+want, "run on Debian 12 for amd64")
+			return b, fault.New(fault.Unsupported, "plan the clang-built kernel: apt knows no "+want,
+				"run on Debian 12 for amd64")
 		}
 		p := pkg{want, versions[want][0]}
 		if want == name {
@@ -69,13 +70,14 @@ func (m *maker) planClang(ctx context.Context) (clangBuild, error) {
 	upstream := b.source.upstream()
 	number := upstreamPattern.FindStringSubmatch(upstream)
 	if number == nil {
-		return b, fault.New(fault.Unsupported, fmt.Sprintf("plan the clang-built kernel: version %q of %s is not of the form 6.1.n", b.source.Version, name), "")
+		return b, fault.New(fault.Unsupported,
+			fmt.Sprintf("plan the clang-built kernel: version %q of %s is not of the form 6.1.n", b.source.Version, name), "")
 	}
 	if b.patch, err = strconv.Atoi(number[1]); err != nil {
 		return b, err
 	}
 	b.release = upstream + "+"
-	m.Say("kernel " + b.release + ", compiled with clang (Debian " + b.source.Version + ")")
+	m.Progress("kernel " + b.release + ", compiled with clang (Debian " + b.source.Version + ")")
 	b.pair, err = m.signingKey()
 	return b, err
 }
@@ -90,7 +92,8 @@ func checkClangTools() error {
 			missing = append(missing, t.pkg)
 		}
 	}
-	for _, t := range []struct{ header, pkg string }{{"/usr/include/libelf.h", "libelf-dev"}, {"/usr/include/openssl/evp.h", "libssl-dev"}} {
+	for _, t := range []struct{ header, pkg string }{{"/usr/include/libelf.h", "libelf-dev"},
+		{"/usr/include/openssl/evp.h", "libssl-dev"}} {
 		if _, err := os.Stat(t.header); err != nil {
 			missing = append(missing, t.pkg)
 		}
@@ -151,8 +154,10 @@ func (m *maker) makeClang(ctx context.Context, b clangBuild, releases []release)
 		}
 	}
 	done := Build{
-		BuildID: fmt.Sprintf("%d.0.%d", clangMajorBuild, b.patch), Board: m.Board, Release: b.release, DebianPackageVersion: b.source.Version,
-		Note: "compiled here with clang " + clangMajor + " in COS's manner: no MODVERSIONS, LoadPin, module signatures by " + signingCertName,
+		BuildID: fmt.Sprintf("%d.0.%d", clangMajorBuild, b.patch), Board: m.Board, Release: b.release,
+		DebianPackageVersion: b.source.Version,
+		Note: "compiled here with clang " + clangMajor + " in COS's manner: no MODVERSIONS, LoadPin, module signatures by " +
+			signingCertName,
 	}
 	return done, m.publishClang(b, done, objects, releases)
 }
@@ -164,7 +169,8 @@ func (m *maker) publishClang(b clangBuild, done Build, objects map[string]object
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	names := map[string]string{"headers": cosbucket.HeadersName(k), "toolchain": cosbucket.ToolchainName(k), "boot": cosbucket.BootName(k), "vmlinux": cosbucket.VMLinuxName(k)}
+	names := map[string]string{"headers": cosbucket.HeadersName(k), "toolchain": cosbucket.ToolchainName(k),
+		"boot": cosbucket.BootName(k), "vmlinux": cosbucket.VMLinuxName(k)}
 	for what, o := range objects {
 		name := names[what]
 		if err := o.publish(at(name)); err != nil {
@@ -213,7 +219,8 @@ const clangBootArgs = "loadpin.exclude=kernel-module,firmware\n"
 
 // makeClangBoot packs the image and the emulated GPU, which is signed: it has
 // to load where signatures are enforced.
-func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object, toolchain *unpacked) (object, error) {
+func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers object, toolchain *unpacked) (object,
+	error) {
 	r := recipe{Kind: "clang-prebake-boot.tgz", Params: []string{"kernel " + kernel.SHA256, "arguments " + clangBootArgs}}
 	if m.EmuGPU != nil {
 		r.Packages = b.toolchain
@@ -227,9 +234,10 @@ func (m *maker) makeClangBoot(ctx context.Context, b clangBuild, kernel, headers
 		t.addFile(vm.BootOrder, "") // everything that a machine needs is built in
 		t.addFile(vm.BootArgs, clangBootArgs)
 		if m.EmuGPU != nil {
-			emu, err := m.compileEmuGPU(ctx, b.release, clangEnv, headers, toolchain, func(ctx context.Context, tree, ko string) error {
-				return signModule(ctx, tree, ko, b.pair)
-			})
+			emu, err := m.compileEmuGPU(ctx, b.release, clangEnv, headers, toolchain,
+				func(ctx context.Context, tree, ko string) error {
+					return signModule(ctx, tree, ko, b.pair)
+				})
 			if err != nil {
 				return fmt.Errorf("compile emulated GPU for %s: %w", b.release, err)
 			}

@@ -53,15 +53,17 @@ func TestClangKernel(t *testing.T) {
 			t.Logf("%s: %s, %s", m.Name, m.Load, m.Note)
 		}
 	}
-	if diff := cmp.Diff([]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}, loaded[:min(4, len(loaded))]); diff != "" {
+	if diff := cmp.Diff([]string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"},
+		loaded[:min(4, len(loaded))]); diff != "" {
 		t.Errorf("modules loaded differ (-want +got):\n%s", diff)
 	}
 	if !strings.Contains(v.KernelLog, "LoadPin: kernel-module pinning-excluded") {
 		t.Errorf("the kernel's LoadPin says nothing about the modules:\n%s", v.KernelLog)
 	}
 
-	// What caches and preambles leave out makes no other module.
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=60m", "-run=^TestRealSameBytes$", "github.com/prebake/prebake/builder/internal/compile")
+	// What caches and precompiled headers leave out makes no other module.
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=60m", "-run=^TestRealSameBytes$",
+		"github.com/prebake/prebake/builder/internal/compile")
 	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+kernel.BuildID+"/"+v.NVMLVersion)
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)
@@ -104,7 +106,8 @@ func TestClangCell(t *testing.T) {
 	builder := programs(t, target.AMD64)
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
-	args := []string{"mirror", "--only-clang", "--vmlinux", "--no-boot-archive", "--out", mirror, "--cache", cache, "--output", "json"}
+	args := []string{"mirror", "--only-clang", "--vmlinux", "--no-boot-archive", "--out", mirror, "--cache", cache,
+		"--output", "json"}
 	if os.Getenv("PREBAKE_CLANG_COMPILE") == "" {
 		cached := Config{OnlyClang: true, ClangCached: true, VMLinux: true, NoBoot: true, Out: mirror, Cache: cache}
 		_, err := Make(t.Context(), cached.WithDefaults())
@@ -179,7 +182,7 @@ func checkAnswers(t *testing.T, cache string) {
 	}
 }
 
-// checkClangBuild looks at the published build as a builder would, and returns
+// checkClangBuild examines the published build as a builder would, and returns
 // a folder with what is in its archives.
 func checkClangBuild(t *testing.T, build, release string) (dir string) {
 	t.Helper()
@@ -241,7 +244,8 @@ func checkSignatures(t *testing.T, build, unpacked, release string) {
 	if err := os.WriteFile(signed, unsigned, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := signModule(t.Context(), filepath.Join(unpacked, "usr/src/linux-headers-"+release), signed, pair); err != nil {
+	if err := signModule(t.Context(), filepath.Join(unpacked, "usr/src/linux-headers-"+release), signed,
+		pair); err != nil {
 		t.Fatal(err)
 	}
 	res, err := vm.Run(t.Context(), vm.Config{
@@ -264,7 +268,8 @@ func checkSignatures(t *testing.T, build, unpacked, release string) {
 	} {
 		s, _ := res.Step(name)
 		if syscall.Errno(s.ExitCode) != want.errno || !strings.Contains(s.KernelLog, want.log) {
-			t.Errorf("insmod of the %s module = %d (%s); want %d and %q in the log:\n%s", name, s.ExitCode, s.Error, want.errno, want.log, s.KernelLog)
+			t.Errorf("insmod of the %s module = %d (%s); want %d and %q in the log:\n%s", name, s.ExitCode, s.Error, want.errno,
+				want.log, s.KernelLog)
 		}
 	}
 }

@@ -42,11 +42,15 @@ func TestBuiltTree(t *testing.T) {
 	t.Parallel()
 	src := t.TempDir()
 	for name, text := range map[string]string{
-		"include/config/kernel.release": "6.1.9+\n", "arch/x86/boot/bzImage": "image", "lib/test_module.ko": "ko", "lib/test_hmm.ko": "ko", "Makefile": "m", ".config": "c", "Module.symvers": "s",
-		"include/generated/autoconf.h": "h", "include/linux/module.h": "h", "scripts/mod/modpost": "ELF", "scripts/mod/modpost.o": "o",
-		"scripts/mod/.modpost.o.cmd": "cmd", "scripts/module.lds": "l", "tools/objtool/objtool": "ELF", "tools/objtool/check.c": "c",
-		"arch/x86/Makefile": "m", "arch/x86/include/asm/page.h": "h", "arch/x86/kernel/cpu.c": "c", "arch/arm/Makefile": "m",
-		"drivers/Makefile": "m", "kernel/fork.c": "c", "vmlinux": "ELF", "arch/Kconfig": "k", "tools/Makefile": "m",
+		"include/config/kernel.release": "6.1.9+\n", "arch/x86/boot/bzImage": "image", "lib/test_module.ko": "ko",
+		"lib/test_hmm.ko": "ko", "Makefile": "m", ".config": "c", "Module.symvers": "s",
+		"include/generated/autoconf.h": "h", "include/linux/module.h": "h", "scripts/mod/modpost": "ELF",
+		"scripts/mod/modpost.o":      "o",
+		"scripts/mod/.modpost.o.cmd": "cmd", "scripts/module.lds": "l", "tools/objtool/objtool": "ELF",
+		"tools/objtool/check.c": "c",
+		"arch/x86/Makefile":     "m", "arch/x86/include/asm/page.h": "h", "arch/x86/kernel/cpu.c": "c",
+		"arch/arm/Makefile": "m",
+		"drivers/Makefile":  "m", "kernel/fork.c": "c", "vmlinux": "ELF", "arch/Kconfig": "k", "tools/Makefile": "m",
 	} {
 		path := filepath.Join(src, name)
 		mode := fs.FileMode(0o644)
@@ -76,8 +80,10 @@ func TestBuiltTree(t *testing.T) {
 		}
 	}
 	want := []string{
-		"boot/modules/test_module.ko", "boot/vmlinuz", ".config", "Makefile", "Module.symvers", "arch/x86/Makefile", "arch/x86/include/asm/page.h",
-		"include/config/kernel.release", "include/generated/autoconf.h", "include/generated/uapi -> ../linux", "include/linux/module.h",
+		"boot/modules/test_module.ko", "boot/vmlinuz", ".config", "Makefile", "Module.symvers", "arch/x86/Makefile",
+		"arch/x86/include/asm/page.h",
+		"include/config/kernel.release", "include/generated/autoconf.h", "include/generated/uapi -> ../linux",
+		"include/linux/module.h",
 		"scripts/mod/modpost*", "scripts/module.lds", "tools/objtool/objtool*",
 	}
 	if diff := cmp.Diff(want, files); diff != "" {
@@ -110,7 +116,8 @@ func TestSigningKey(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, ok := cert.PublicKey.(*rsa.PublicKey); !ok || cert.IsCA || cert.KeyUsage != x509.KeyUsageDigitalSignature {
-		t.Errorf("certificate has a %T, CA %v, use %v; want RSA, for signatures only", cert.PublicKey, cert.IsCA, cert.KeyUsage)
+		t.Errorf("certificate has a %T, CA %v, use %v; want RSA, for signatures only", cert.PublicKey, cert.IsCA,
+			cert.KeyUsage)
 	}
 	if err := cert.CheckSignature(cert.SignatureAlgorithm, cert.RawTBSCertificate, cert.Signature); err != nil {
 		t.Errorf("certificate is not signed by its own key: %v", err)

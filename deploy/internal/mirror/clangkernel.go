@@ -37,7 +37,7 @@ const (
 	clangToolchain = "/prebake/toolchain"
 )
 
-// clangCert is where the trusted certificate lies in the kernel's source.
+// clangCert is where the trusted certificate is in the kernel's source.
 const clangCert = "certs/test-module-signing.crt"
 
 // What the archive that a finished kernel is kept as holds. No machine needs
@@ -73,15 +73,16 @@ func (m *maker) makeClangKernel(ctx context.Context, b clangBuild, toolchain *un
 			return err
 		}
 		if m.ClangCached {
-			return fault.New(fault.InputMissing, "no earlier run compiled "+b.release+" with clang", "run make clang, which takes a quarter of an hour and more")
+			return fault.New(fault.InputMissing, "no earlier run compiled "+b.release+" with clang",
+				"run make clang, which takes a quarter of an hour and more")
 		}
 		return m.work(func(dir string) error {
-			m.Say("compiling " + b.release + " with clang: this takes minutes, once")
+			m.Progress("compiling " + b.release + " with clang: this takes minutes, once")
 			src, err := m.unpackSource(ctx, b.source, dir)
 			if err != nil {
 				return err
 			}
-			k := kernelBuild{src: src, toolchain: tools, say: m.Say}
+			k := kernelBuild{src: src, toolchain: tools, progress: m.Progress}
 			if err := k.configure(ctx, b.pair.cert); err != nil {
 				return err
 			}
@@ -136,7 +137,8 @@ func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, er
 	}
 	src := filepath.Join(dir, p.Name)
 	if _, err := os.Stat(filepath.Join(src, "Makefile")); err != nil || !found {
-		return "", fault.New(fault.InputMissing, fmt.Sprintf("unpack %s: no %s/Makefile in it", filepath.Base(deb), p.Name), "")
+		return "", fault.New(fault.InputMissing, fmt.Sprintf("unpack %s: no %s/Makefile in it", filepath.Base(deb), p.Name),
+			"")
 	}
 	return src, nil
 }
@@ -144,7 +146,7 @@ func (m *maker) unpackSource(ctx context.Context, p pkg, dir string) (string, er
 // kernelBuild is one source tree that is being compiled.
 type kernelBuild struct {
 	src, toolchain string
-	say            func(string)
+	progress       func(string)
 }
 
 // kernelVariables name every tool, so that none of the machine's is taken; a
@@ -156,19 +158,21 @@ func kernelVariables() []string {
 		"CC=" + prefix + "clang", "LD=" + prefix + "ld.lld",
 		"AR=" + llvm("ar"), "NM=" + llvm("nm"), "OBJCOPY=" + llvm("objcopy"), "OBJDUMP=" + llvm("objdump"),
 		"READELF=" + llvm("readelf"), "STRIP=" + llvm("strip"),
-		"HOSTCC=" + hostPrefix + "clang", "HOSTCXX=" + hostPrefix + "clang++", "HOSTLD=" + hostPrefix + "ld.lld", "HOSTAR=" + llvm("ar"),
+		"HOSTCC=" + hostPrefix + "clang", "HOSTCXX=" + hostPrefix + "clang++", "HOSTLD=" + hostPrefix + "ld.lld",
+		"HOSTAR=" + llvm("ar"),
 		"HOSTLDFLAGS=-fuse-ld=lld",
 	}
 }
 
 // make runs the kernel's makefile in a sandbox.
 func (k kernelBuild) make(ctx context.Context, targets ...string) error {
-	out := &buildOutput{say: k.say}
+	out := &buildOutput{progress: k.progress}
 	argv := append([]string{"make", "-j" + strconv.Itoa(runtime.NumCPU())}, kernelVariables()...)
 	err := sandbox.Run(ctx, sandbox.Config{
 		Argv: append(argv, targets...), Dir: clangSource, Output: out,
 		Env: map[string]string{
-			"PATH": clangToolchain + "/bin:/usr/bin:/bin", "HOME": "/nonexistent", "LC_ALL": "C", "TZ": "UTC", "SOURCE_DATE_EPOCH": "0",
+			"PATH": clangToolchain + "/bin:/usr/bin:/bin", "HOME": "/nonexistent", "LC_ALL": "C", "TZ": "UTC",
+			"SOURCE_DATE_EPOCH": "0",
 			"KBUILD_BUILD_USER": "builder", "KBUILD_BUILD_HOST": "mirror", "KBUILD_BUILD_VERSION": "1",
 			"KBUILD_BUILD_TIMESTAMP": "Thu Jan  1 00:00:00 UTC 1970",
 		},
@@ -184,7 +188,7 @@ func (k kernelBuild) make(ctx context.Context, targets ...string) error {
 }
 
 // configure writes .config and checks that it is what was asked for: an option
-// whose dependencies are missing goes away without a word.
+// whose dependencies are missing goes away without a message.
 func (k kernelBuild) configure(ctx context.Context, cert []byte) error {
 	root, err := os.OpenRoot(k.src)
 	if err != nil {
@@ -223,7 +227,8 @@ func unmet(want, got string) []string {
 	var missing []string
 	for line := range strings.Lines(want) {
 		line = strings.TrimSpace(line)
-		if name, ok := strings.CutSuffix(strings.TrimPrefix(line, "# "), " is not set"); ok && strings.HasPrefix(line, "# CONFIG_") {
+		if name, ok := strings.CutSuffix(strings.TrimPrefix(line, "# "), " is not set"); ok &&
+			strings.HasPrefix(line, "# CONFIG_") {
 			if _, there := set[name]; there {
 				missing = append(missing, line)
 			}
@@ -269,12 +274,14 @@ func builtTree(src, release string) (tree, error) {
 	if err != nil {
 		return nil, err
 	}
-	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h", "scripts/mod/modpost", "scripts/module.lds", "tools/objtool/objtool"} {
+	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
+		"scripts/mod/modpost", "scripts/module.lds", "tools/objtool/objtool"} {
 		if _, ok := t[clangHeaders+"/"+must]; !ok {
 			return nil, fault.New(fault.Internal, "compile kernel: it left no "+must, "")
 		}
 	}
-	for name, built := range map[string]string{clangImage: "arch/x86/boot/bzImage", clangTestModule: "lib/test_module.ko"} {
+	for name, built := range map[string]string{clangImage: "arch/x86/boot/bzImage",
+		clangTestModule: "lib/test_module.ko"} {
 		data, err := os.ReadFile(filepath.Join(src, built))
 		if err != nil {
 			return nil, fmt.Errorf("compile kernel: %w", err)
@@ -349,9 +356,9 @@ func (t tree) addDisk(name, file string, d fs.DirEntry) error {
 
 // buildOutput keeps the end of a build's output and tells of its progress.
 type buildOutput struct {
-	say     func(string)
-	last    []byte
-	objects int
+	progress func(string)
+	last     []byte
+	objects  int
 }
 
 const (
@@ -362,7 +369,7 @@ const (
 func (b *buildOutput) Write(p []byte) (int, error) {
 	for range bytes.Count(p, []byte("  CC ")) {
 		if b.objects++; b.objects%objectsStep == 0 {
-			b.say(fmt.Sprintf("clang-built kernel: %d objects compiled", b.objects))
+			b.progress(fmt.Sprintf("clang-built kernel: %d objects compiled", b.objects))
 		}
 	}
 	b.last = append(b.last, p...)

@@ -19,7 +19,7 @@ import (
 )
 
 // signingPair is the key whose certificate the clang-built kernel trusts for
-// modules. It is made once for each cache, and published: whoever tries module
+// modules. It is made once for each cache, and published: a user who tries module
 // signatures on that kernel needs it, and nothing else may ever trust it.
 type signingPair struct {
 	key, cert []byte // PEM
@@ -54,14 +54,15 @@ func newSigningPair() ([]byte, error) {
 	}
 	public := x509.MarshalPKCS1PublicKey(&key.PublicKey)
 	id := sha256.Sum256(public)
-	// The kernel has no clock to hold the dates against, and looks at the key's
+	// The kernel has no clock to check the dates against, and examines the key's
 	// use only.
 	cert, err := x509.CreateCertificate(rand.Reader, &x509.Certificate{
 		Subject:   pkix.Name{Organization: []string{"Prebake"}, CommonName: "Prebake test module signing"},
 		NotBefore: epoch, NotAfter: epoch.AddDate(100, 0, 0),
 		KeyUsage: x509.KeyUsageDigitalSignature, BasicConstraintsValid: true,
 		SubjectKeyId: id[:20], SignatureAlgorithm: x509.SHA256WithRSA,
-	}, &x509.Certificate{Subject: pkix.Name{Organization: []string{"Prebake"}, CommonName: "Prebake test module signing"}, SubjectKeyId: id[:20]}, &key.PublicKey, key)
+	}, &x509.Certificate{Subject: pkix.Name{Organization: []string{"Prebake"}, CommonName: "Prebake test module signing"},
+		SubjectKeyId: id[:20]}, &key.PublicKey, key)
 	if err != nil {
 		return nil, err
 	}
@@ -75,7 +76,8 @@ func newSigningPair() ([]byte, error) {
 
 func parseSigningPair(text []byte, path string) (signingPair, error) {
 	bad := func(what string) (signingPair, error) {
-		return signingPair{}, fault.New(fault.Checksum, fmt.Sprintf("read %s: %s", path, what), "remove the file: another run makes a new pair")
+		return signingPair{}, fault.New(fault.Checksum, fmt.Sprintf("read %s: %s", path, what),
+			"remove the file: another run makes a new pair")
 	}
 	key, rest := pem.Decode(text)
 	if key == nil || key.Type != "PRIVATE KEY" {

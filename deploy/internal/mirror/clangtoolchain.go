@@ -105,7 +105,8 @@ func clangPick(name string) string {
 	// The compiler finds its own headers by the way from its own place.
 	const headers = llvmDir + "/lib/clang/" + clangMajor + "/include/"
 	if rest, ok := strings.CutPrefix(name, headers); ok {
-		if strings.ContainsRune(rest, '/') || strings.HasPrefix(rest, "__clang_cuda") || strings.HasPrefix(rest, "__clang_hip") {
+		if strings.ContainsRune(rest, '/') || strings.HasPrefix(rest, "__clang_cuda") ||
+			strings.HasPrefix(rest, "__clang_hip") {
 			return ""
 		}
 		return "lib/clang/" + clangMajor + "/include/" + rest

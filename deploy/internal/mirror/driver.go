@@ -50,10 +50,10 @@ func (m *maker) makeOwn(ctx context.Context, t tree, r release, releases []relea
 	switch {
 	case errors.Is(err, errNoOrigin):
 		// What apt said is about this machine's archive, and no part of the mirror.
-		m.Say(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
+		m.Progress(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
 		return []string{debianEdition + errNoOrigin.Error()}, nil
 	case fault.Is(err, fault.Unsupported):
-		m.Say(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
+		m.Progress(fmt.Sprintf("driver %s stays as Debian edited it: %v", r.version, err))
 		return []string{fmt.Sprintf("%s%v", debianEdition, err)}, nil
 	case err != nil:
 		return nil, err
@@ -112,9 +112,11 @@ func finish(t tree, p platform, r release) error {
 			t[name] = n
 		}
 	}
-	for _, must := range []string{"kernel/Makefile", "kernel/conftest.sh", "kernel/nvidia/nv-kernel.o_binary", "nvidia-smi", "LICENSE", "libcuda.so." + r.version, "libnvidia-ml.so." + r.version} {
+	for _, must := range []string{"kernel/Makefile", "kernel/conftest.sh", "kernel/nvidia/nv-kernel.o_binary",
+		"nvidia-smi", "LICENSE", "libcuda.so." + r.version, "libnvidia-ml.so." + r.version} {
 		if _, ok := t[must]; !ok {
-			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must), "")
+			return fault.New(fault.InputMissing, fmt.Sprintf("lay out driver %s: no %s in Debian's packages", r.version, must),
+				"")
 		}
 	}
 	t.add("nvidia-installer", node{mode: 0o755, data: []byte(installer)})
@@ -168,9 +170,11 @@ func addSource(ctx context.Context, t tree, deb, inside, to string) error {
 func (p platform) runfileName(name, version string) string {
 	dir, base := path.Dir(name), path.Base(name)
 	switch {
-	case strings.HasPrefix(name, "lib/firmware/nvidia/"+version+"/"), strings.HasPrefix(name, "usr/lib/firmware/nvidia/"+version+"/"):
+	case strings.HasPrefix(name, "lib/firmware/nvidia/"+version+"/"),
+		strings.HasPrefix(name, "usr/lib/firmware/nvidia/"+version+"/"):
 		return "firmware/" + base
-	case (dir == "usr/bin" || dir == "usr/sbin") && strings.HasPrefix(base, "nvidia-"), path.Dir(dir) == "usr/lib/nvidia" && strings.HasPrefix(base, "nvidia-"):
+	case (dir == "usr/bin" || dir == "usr/sbin") && strings.HasPrefix(base, "nvidia-"),
+		path.Dir(dir) == "usr/lib/nvidia" && strings.HasPrefix(base, "nvidia-"):
 		return base
 	case strings.HasPrefix(dir, "usr/lib/"+p.triplet) && strings.HasSuffix(base, ".so."+version):
 		return base
@@ -199,7 +203,8 @@ var (
 func fixHeader(file []byte, t tree) ([]byte, error) {
 	end := bytes.Index(file, headerEnds)
 	if end < 0 {
-		return nil, fault.New(fault.Internal, "read makeself header: its last line is not where it should be", "report the version of makeself")
+		return nil, fault.New(fault.Internal, "read makeself header: its last line is not where it should be",
+			"report the version of makeself")
 	}
 	head := file[:end]
 	m := usizeLine.FindSubmatch(head)
@@ -215,7 +220,8 @@ func fixHeader(file []byte, t tree) ([]byte, error) {
 	// NVIDIA's header takes -x, with which its callers unpack it, and writes the
 	// number of lines without quotes.
 	if len(optionLine.FindAll(fixed, -1)) != 1 || !skipLine.Match(fixed) {
-		return nil, fault.New(fault.Internal, "read makeself header: no option --noexec or no skip line", "report the version of makeself")
+		return nil, fault.New(fault.Internal, "read makeself header: no option --noexec or no skip line",
+			"report the version of makeself")
 	}
 	fixed = optionLine.ReplaceAll(fixed, []byte("$1|-x|--extract-only)"))
 	fixed = skipLine.ReplaceAll(fixed, []byte("skip=$1"))

@@ -58,7 +58,8 @@ func TestSelectReleases(t *testing.T) {
 	}
 	lacking := index([]string{stable}, newer, stable)
 	lacking["libcuda1"] = []string{stable}
-	if got, err := selectReleases(wholeReleases(lacking, "")); err != nil || len(got) != 1 || got[0].version != "535.261.03" {
+	if got, err := selectReleases(wholeReleases(lacking, "")); err != nil || len(got) != 1 ||
+		got[0].version != "535.261.03" {
 		t.Errorf("selectReleases(newer without libcuda1) = %+v, %v; want the stable one", got, err)
 	}
 }
@@ -67,9 +68,11 @@ func TestLine(t *testing.T) {
 	t.Parallel()
 	const tesla = line("tesla-535")
 	for plain, want := range map[string]string{
-		"nvidia-kernel-source": "nvidia-tesla-535-kernel-source", "nvidia-kernel": "nvidia-tesla-535-kernel", "nvidia-smi": "nvidia-tesla-535-smi",
-		"firmware-nvidia-gsp": "firmware-nvidia-tesla-535-gsp", "libcuda1": "libnvidia-tesla-535-cuda1", "libnvidia-ml1": "libnvidia-tesla-535-ml1",
-		"libnvcuvid1": "libnvidia-tesla-535-nvcuvid1", "nvidia-modprobe": "nvidia-modprobe",
+		"nvidia-kernel-source": "nvidia-tesla-535-kernel-source", "nvidia-kernel": "nvidia-tesla-535-kernel",
+		"nvidia-smi":          "nvidia-tesla-535-smi",
+		"firmware-nvidia-gsp": "firmware-nvidia-tesla-535-gsp", "libcuda1": "libnvidia-tesla-535-cuda1",
+		"libnvidia-ml1": "libnvidia-tesla-535-ml1",
+		"libnvcuvid1":   "libnvidia-tesla-535-nvcuvid1", "nvidia-modprobe": "nvidia-modprobe",
 	} {
 		if got := tesla.named(plain); got != want {
 			t.Errorf("%s.named(%s) = %s; want %s", tesla, plain, got, want)
@@ -152,13 +155,16 @@ func TestFindDrivers(t *testing.T) {
 		{name: "default", want: "535.261.03 own, 535.309.01 own", latest: "535.309.01"},
 		{name: "own branch", branches: []string{"R535"}, want: "535.261.03 own, 535.309.01 own", latest: "535.309.01"},
 		{name: "next branch", branches: []string{"R550"}, want: "550.163.01 next", latest: "550.163.01"},
-		{name: "both", branches: []string{"R535", "R550"}, want: "535.261.03 own, 535.309.01 own, 550.163.01 next", latest: "550.163.01"},
-		{name: "both, the other default", branches: []string{"R550", "R535"}, want: "550.163.01 next, 535.261.03 own, 535.309.01 own", latest: "550.163.01"},
+		{name: "both", branches: []string{"R535", "R550"}, want: "535.261.03 own, 535.309.01 own, 550.163.01 next",
+			latest: "550.163.01"},
+		{name: "both, the other default", branches: []string{"R550", "R535"},
+			want: "550.163.01 next, 535.261.03 own, 535.309.01 own", latest: "550.163.01"},
 		{name: "neighbour", neighbour: true, want: "535.261.03 own, 535.274.02 next, 535.309.01 own", latest: "535.309.01"},
 		{name: "no such branch", branches: []string{"R535", "R999"}, err: "R999"},
 		{name: "no neighbour", branches: []string{"R550"}, neighbour: true, err: "tesla-550"},
 	} {
-		m := &maker{Config: Config{Branches: row.branches, Neighbour: row.neighbour}, platform: platforms[target.AMD64], apt: own, next: next}
+		m := &maker{Config: Config{Branches: row.branches, Neighbour: row.neighbour}, platform: platforms[target.AMD64],
+			apt: own, next: next}
 		releases, err := m.findDrivers(t.Context())
 		if row.err != "" {
 			if !fault.Is(err, fault.InputMissing) || !strings.Contains(err.Error(), row.err) || fault.Hint(err) == "" {
@@ -221,7 +227,8 @@ func TestSelectKernels(t *testing.T) {
 			got = append(got, fmt.Sprint(k.abi))
 		}
 		if strings.Join(got, " ") != test.want || test.want == "" && !fault.Is(err, test.kind) {
-			t.Errorf("selectKernels(%d kernels, %v, %d) = %v, %v; want %q", len(test.all), test.abis, test.count, got, err, test.want)
+			t.Errorf("selectKernels(%d kernels, %v, %d) = %v, %v; want %q", len(test.all), test.abis, test.count, got, err,
+				test.want)
 		}
 	}
 }
@@ -290,7 +297,8 @@ func TestRunfileName(t *testing.T) {
 
 func TestSupportedGPUs(t *testing.T) {
 	t.Parallel()
-	readme := "Contents\nAppendix A. Supported NVIDIA GPU Products\n...\n\nAppendix A. Supported NVIDIA GPU Products\n____\n\nA1. CURRENT NVIDIA GPUS\n\n" +
+	readme := "Contents\nAppendix A. Supported NVIDIA GPU Products\n...\n\nAppendix A. Supported NVIDIA GPU " +
+		"Products\n____\n\nA1. CURRENT NVIDIA GPUS\n\n" +
 		" NVIDIA GPU product      Device PCI ID*  VDPAU features\n ------  ----  ---\n" +
 		" NVIDIA L4                                        27B8 10DE 16CA  K\n NVIDIA TITAN RTX   1E02            J\n" +
 		"\nBelow are the legacy GPUs that\n NVIDIA GeForce OLD   0001            A\n"
@@ -300,7 +308,8 @@ func TestSupportedGPUs(t *testing.T) {
 	if err := json.Unmarshal([]byte(supportedGPUs([]byte(readme))), &got); err != nil {
 		t.Fatal(err)
 	}
-	if len(got.Chips) != 2 || got.Chips[0].Name != "NVIDIA TITAN RTX" || got.Chips[1].SubDevID != "0x16CA" || got.Chips[1].SubVendorID != "0x10DE" {
+	if len(got.Chips) != 2 || got.Chips[0].Name != "NVIDIA TITAN RTX" || got.Chips[1].SubDevID != "0x16CA" ||
+		got.Chips[1].SubVendorID != "0x10DE" {
 		t.Errorf("supportedGPUs = %+v; want TITAN RTX and L4", got.Chips)
 	}
 	if got := supportedGPUs([]byte("no table")); got != "" {
@@ -319,7 +328,8 @@ func TestDriverVersions(t *testing.T) {
 	if diff := cmp.Diff(want, list); err != nil || diff != "" {
 		t.Errorf("driverVersions: %v (-want +got)\n%s", err, diff)
 	}
-	list, err = cosbucket.ParseDriverVersions([]byte(driverVersions(append(releases, release{version: "550.163.01", open: true}))))
+	list, err = cosbucket.ParseDriverVersions([]byte(driverVersions(append(releases,
+		release{version: "550.163.01", open: true}))))
 	want = cosbucket.DriverList{
 		Default: "535.261.03", Latest: "550.163.01", Branches: map[string]string{"R535": "535.309.01", "R550": "550.163.01"},
 		Versions: []string{"535.261.03", "535.309.01", "550.163.01"},
@@ -332,7 +342,8 @@ func TestDriverVersions(t *testing.T) {
 func TestFixHeader(t *testing.T) {
 	t.Parallel()
 	script := func(kb, skip, option string) string {
-		return "#!/bin/sh\nskip=" + skip + "\n\t" + option + ")\n\techo Uncompressed size: " + kb + " KB\n  if test \"$leftspace\" -lt " + kb + "; then\n   echo (" + kb + " KB)\neval $finish; exit $res\n"
+		return "#!/bin/sh\nskip=" + skip + "\n\t" + option + ")\n\techo Uncompressed size: " + kb +
+			" KB\n  if test \"$leftspace\" -lt " + kb + "; then\n   echo (" + kb + " KB)\neval $finish; exit $res\n"
 	}
 	payload := "\x28\xb5\x2f\xfd 500 KB"
 	got, err := fixHeader([]byte(script("500", `"715"`, "--noexec")+payload), tree{"a": {data: make([]byte, 2049)}})
@@ -351,10 +362,12 @@ func TestRebuilt(t *testing.T) {
 	dir := "usr/src/linux-headers-" + k.release + "/include/generated/"
 	in.addFile(dir+"compile.h", "#define LINUX_COMPILE_BY\t\"debian-kernel\"\n#define LINUX_COMPILER\t\"gcc\"\n")
 	rebuilt(in, k, epoch)
-	if got, want := string(in[dir+"compile.h"].data), "#define LINUX_COMPILE_BY\t\"rebuild\"\n#define LINUX_COMPILER\t\"gcc\"\n"; got != want {
+	if got, want := string(in[dir+
+		"compile.h"].data), "#define LINUX_COMPILE_BY\t\"rebuild\"\n#define LINUX_COMPILER\t\"gcc\"\n"; got != want {
 		t.Errorf("compile.h = %q; want %q", got, want)
 	}
-	if got, want := string(in[dir+"utsversion.h"].data), "#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC Thu Jan  1 00:00:00 UTC 2026\"\n"; got != want {
+	if got, want := string(in[dir+
+		"utsversion.h"].data), "#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC Thu Jan  1 00:00:00 UTC 2026\"\n"; got != want {
 		t.Errorf("utsversion.h = %q; want %q", got, want)
 	}
 }

@@ -63,7 +63,8 @@ func findKernels(ctx context.Context, a *apt, p platform, series []string) ([]ke
 	}
 	for _, s := range series {
 		if !slices.ContainsFunc(all, func(k kernel) bool { return k.series == s }) {
-			return nil, fault.New(fault.Unsupported, fmt.Sprintf("find kernels: apt knows no linux-headers-%s.<n>-%s", s, p.flavour), "run on Debian 12 for amd64")
+			return nil, fault.New(fault.Unsupported,
+				fmt.Sprintf("find kernels: apt knows no linux-headers-%s.<n>-%s", s, p.flavour), "run on Debian 12 for amd64")
 		}
 	}
 	versions, err := a.versions(ctx, ask...)
@@ -95,7 +96,8 @@ func (p platform) kernel(headers string) (kernel, bool) {
 	}
 	k := kernel{series: m[2], release: strings.TrimPrefix(headers, "linux-headers-"), arch: p.kernelArch}
 	k.abi, _ = strconv.Atoi(cmp.Or(m[3], m[4])) // at most six digits
-	k.headers.Name, k.common.Name, k.image.Name = headers+p.foreign, "linux-headers-"+m[1]+"-common", "linux-image-"+k.release+p.foreign
+	k.headers.Name, k.common.Name, k.image.Name = headers+p.foreign, "linux-headers-"+m[1]+"-common", "linux-image-"+
+		k.release+p.foreign
 	if k.kbuild.Name = "linux-kbuild-" + k.series; m[4] != "" {
 		k.kbuild.Name = "linux-kbuild-" + m[1]
 	}
@@ -131,7 +133,9 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 			for _, k := range all {
 				have = append(have, strconv.Itoa(k.abi))
 			}
-			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d of %v is not in Debian's index", abi, abis), "choose --kernel-abi from "+strings.Join(have, ", "))
+			return nil, fault.New(fault.InputMissing,
+				fmt.Sprintf("select kernels: %d of %v is not in Debian's index", abi, abis),
+				"choose --kernel-abi from "+strings.Join(have, ", "))
 		}
 	}
 	var picked []kernel
@@ -144,7 +148,8 @@ func (p platform) selectKernels(all []kernel, abis []int, count int) ([]kernel, 
 			picked = append(picked, same[len(same)-1])
 		case len(abis) > 0:
 		case len(same) < count:
-			return nil, fault.New(fault.InputMissing, fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)), "ask for fewer with --kernels")
+			return nil, fault.New(fault.InputMissing,
+				fmt.Sprintf("select kernels: %d wanted, %d in Debian's index", count, len(same)), "ask for fewer with --kernels")
 		default:
 			n := count
 			if n == 0 {
@@ -226,9 +231,11 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 	// Debian keeps the release in .kernelvariables, which also names its
 	// compiler; the build tree of COS has it here.
 	t.addFile(root+"/include/config/kernel.release", k.release+"\n")
-	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h", "include/generated/utsrelease.h", "scripts/mod/modpost"} {
+	for _, must := range []string{"Makefile", ".config", "Module.symvers", "include/generated/autoconf.h",
+		"include/generated/utsrelease.h", "scripts/mod/modpost"} {
 		if _, ok := t[root+"/"+must]; !ok {
-			return nil, fault.New(fault.InputMissing, fmt.Sprintf("merge headers of %s: no %s in Debian's packages", k.release, must), "")
+			return nil, fault.New(fault.InputMissing,
+				fmt.Sprintf("merge headers of %s: no %s in Debian's packages", k.release, must), "")
 		}
 	}
 	return t, nil
@@ -238,7 +245,8 @@ func headerTree(ctx context.Context, a *apt, k kernel) (tree, error) {
 // that differs is who built it and when.
 func rebuilt(t tree, k kernel, when time.Time) {
 	generated := "usr/src/linux-headers-" + k.release + "/include/generated/"
-	t.addFile(generated+"utsversion.h", fmt.Sprintf("#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC %s\"\n", when.Format("Mon Jan _2 15:04:05 MST 2006")))
+	t.addFile(generated+"utsversion.h",
+		fmt.Sprintf("#define UTS_VERSION \"#2 SMP PREEMPT_DYNAMIC %s\"\n", when.Format("Mon Jan _2 15:04:05 MST 2006")))
 	if n, ok := t[generated+"compile.h"]; ok {
 		text := regexp.MustCompile(`(LINUX_COMPILE_(?:BY|HOST)\s+)"[^"]*"`).ReplaceAllString(string(n.data), `${1}"rebuild"`)
 		t.addFile(generated+"compile.h", text)
@@ -249,7 +257,8 @@ func rebuilt(t tree, k kernel, when time.Time) {
 // on, where the kernel does not have them built in: its network card, its disk with two
 // filesystems and what these ask for by name, and what nvidia-modeset and nvidia-drm need.
 var bootModules = []string{
-	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper", "video",
+	"virtio_pci", "virtio_net", "virtio_blk", "crc32c_generic", "ext4", "nls_cp437", "nls_ascii", "vfat", "drm_kms_helper",
+	"video",
 }
 
 // kernelImage returns the file that boots, and adds what is wanted beside it
@@ -281,7 +290,8 @@ func kernelImage(ctx context.Context, a *apt, k kernel, in tree, more func(name 
 func bootTree(ctx context.Context, a *apt, k kernel, emuGPU []byte) (tree, error) {
 	in := tree{}
 	modules := "lib/modules/" + k.release
-	image, err := kernelImage(ctx, a, k, in, func(name string) bool { return strings.HasPrefix(name, modules+"/") && moduleFile(name) })
+	image, err := kernelImage(ctx, a, k, in,
+		func(name string) bool { return strings.HasPrefix(name, modules+"/") && moduleFile(name) })
 	if err != nil {
 		return nil, err
 	}

@@ -48,7 +48,7 @@ func lock(ctx context.Context, c Config) (unlock func() error, err error) {
 	l := flock.New(filepath.Join(c.Cache, "lock"))
 	locked, err := l.TryLock()
 	if err == nil && !locked {
-		c.Say("waiting for another run that uses " + c.Cache)
+		c.Progress("waiting for another run that uses " + c.Cache)
 		_, err = l.TryLockContext(ctx, 500*time.Millisecond)
 	}
 	if err != nil {
@@ -113,22 +113,24 @@ func (m *maker) makeDriver(ctx context.Context, r release, releases []release) e
 	}
 	base, _ := baseOf(r, releases)
 	params := []string{undoRecipe, base.sourceVersion()}
-	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions, Params: params}, func(ctx context.Context, w io.Writer) error {
-		if err := lay(); err != nil {
-			return err
-		}
-		return m.work(func(dir string) error { return packRunfile(ctx, t, name, r.version, dir, w) })
-	})
+	o, err := m.object(ctx, name, recipe{Kind: "driver.run", Packages: r.packages, Tools: versions, Params: params},
+		func(ctx context.Context, w io.Writer) error {
+			if err := lay(); err != nil {
+				return err
+			}
+			return m.work(func(dir string) error { return packRunfile(ctx, t, name, r.version, dir, w) })
+		})
 	if err != nil {
 		return err
 	}
-	list, err := m.object(ctx, "edits undone in "+name, recipe{Kind: "driver.edits", Packages: r.onlySources(), Params: params}, func(_ context.Context, w io.Writer) error {
-		if err := lay(); err != nil {
+	list, err := m.object(ctx, "edits undone in "+name,
+		recipe{Kind: "driver.edits", Packages: r.onlySources(), Params: params}, func(_ context.Context, w io.Writer) error {
+			if err := lay(); err != nil {
+				return err
+			}
+			_, err := io.WriteString(w, strings.Join(edits, "\n")+"\n")
 			return err
-		}
-		_, err := io.WriteString(w, strings.Join(edits, "\n")+"\n")
-		return err
-	})
+		})
 	if err != nil {
 		return err
 	}
@@ -257,7 +259,8 @@ func driverVersions(releases []release) string {
 }
 
 func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object, error) {
-	r := recipe{Kind: "prebake-boot.tgz", Packages: []pkg{k.image}, Params: []string{"modules " + strings.Join(bootModules, " ")}}
+	r := recipe{Kind: "prebake-boot.tgz", Packages: []pkg{k.image},
+		Params: []string{"modules " + strings.Join(bootModules, " ")}}
 	if m.EmuGPU != nil {
 		r.Packages = append([]pkg{k.image, k.headers, k.common, k.kbuild}, m.toolchainPkgs...)
 		r.Params = append(r.Params, "emugpu "+m.EmuGPURevision)
@@ -280,7 +283,8 @@ func (m *maker) makeBoot(ctx context.Context, k kernel, headers object) (object,
 
 // compileEmuGPU compiles the emulated GPU against a header archive. finish, if
 // not nil, may change the module before it is packed.
-func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked, finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
+func (m *maker) compileEmuGPU(ctx context.Context, release, toolchainEnv string, headers object, toolchain *unpacked,
+	finish func(ctx context.Context, headersDir, ko string) error) (ko []byte, err error) {
 	tools, err := toolchain.dir(ctx, m.Cache)
 	if err != nil {
 		return nil, err

@@ -35,7 +35,7 @@ type Config struct {
 	Out string
 	// Cache keeps Debian packages and finished objects; it is created.
 	Cache string
-	// Board is the COS board to lay the builds for amd64 out for; "" is lakitu.
+	// Board is the COS board to lay the builds for amd64 out for; "" means lakitu.
 	// Those for arm64 are for lakitu-arm64.
 	Board string
 	// Archs are the architectures; none is amd64 alone. Of arm64 there is one
@@ -65,7 +65,7 @@ type Config struct {
 	NoBoot bool
 	// OnlyKernels leaves the drivers out.
 	OnlyKernels bool
-	// Clang adds a kernel that is compiled here, with clang, in COS's manner: no
+	// Clang adds a kernel that is compiled here, with clang, as COS does: no
 	// symbol versions, module signatures, LoadPin. OnlyClang leaves Debian's own
 	// kernels out.
 	Clang, OnlyClang bool
@@ -78,11 +78,12 @@ type Config struct {
 	// EmuGPU compiles the emulated GPU against a kernel and returns the module's
 	// path; nil leaves emugpu.ko out of prebake-boot.tgz. headersDir is the header
 	// tree itself, env is toolchain_env. It may be called for two kernels at once.
-	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string, release string) (koPath string, err error)
+	EmuGPU func(ctx context.Context, arch target.Arch, headersDir, toolchainDir string, env map[string]string,
+		release string) (koPath string, err error)
 	// EmuGPURevision names the emulated GPU's source: another one, another module.
 	EmuGPURevision string
-	// Say is told what is being done, a line at a time; nil is silent.
-	Say func(string)
+	// Progress receives what is being done, a line at a time; nil means silent.
+	Progress func(string)
 }
 
 // WithDefaults returns c with its defaults filled in.
@@ -97,8 +98,8 @@ func (c Config) WithDefaults() Config {
 	if len(c.Archs) == 0 {
 		c.Archs = []target.Arch{target.AMD64}
 	}
-	if c.Say == nil {
-		c.Say = func(string) {}
+	if c.Progress == nil {
+		c.Progress = func(string) {}
 	}
 	return c
 }
@@ -107,7 +108,8 @@ func (c Config) WithDefaults() Config {
 func (c Config) Validate() error {
 	var errs []error
 	if c.Out == "" || c.Cache == "" {
-		errs = append(errs, fault.New(fault.Usage, "mirror needs an output folder and a cache folder", "pass --out and --cache"))
+		errs = append(errs, fault.New(fault.Usage, "mirror needs an output folder and a cache folder",
+			"pass --out and --cache"))
 	}
 	if c.Kernels < 0 || c.Kernels == 1 {
 		errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("%d kernels: want 2 or more", c.Kernels), "pass --kernels 3"))
@@ -115,31 +117,38 @@ func (c Config) Validate() error {
 	if _, err := target.ParseKernel("1.1.1", c.Board); err != nil {
 		errs = append(errs, fault.Wrap(fault.Usage, err, ""))
 	} else if target.BoardArch(c.Board) != target.AMD64 {
-		errs = append(errs, fault.New(fault.Usage, "board "+c.Board+": want one for amd64", "use --board lakitu; --arch arm64 makes builds for lakitu-arm64"))
+		errs = append(errs, fault.New(fault.Usage, "board "+c.Board+": want one for amd64",
+			"use --board lakitu; --arch arm64 makes builds for lakitu-arm64"))
 	}
 	for i, arch := range c.Archs {
 		if _, ok := platforms[arch]; !ok || slices.Contains(c.Archs[:i], arch) {
-			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each once", arch), "pass --arch amd64,arm64"))
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("architecture %q: want amd64 or arm64, each once", arch),
+				"pass --arch amd64,arm64"))
 		}
 	}
 	for i, series := range c.Series {
 		if buildMajors[series] == 0 || slices.Contains(c.Series[:i], series) {
-			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("kernel series %q: want 6.1 or 6.12, each once", series), "pass --kernel-series 6.1,6.12"))
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("kernel series %q: want 6.1 or 6.12, each once", series),
+				"pass --kernel-series 6.1,6.12"))
 		}
 	}
 	if slices.Contains(c.Archs, target.ARM64) && !slices.Equal(c.Series, []string{ownSeries}) {
-		errs = append(errs, fault.New(fault.Usage, "kernel series other than "+ownSeries+" are for amd64 only", "leave out --kernel-series, or --arch arm64"))
+		errs = append(errs, fault.New(fault.Usage, "kernel series other than "+ownSeries+" are for amd64 only",
+			"leave out --kernel-series, or --arch arm64"))
 	}
 	for i, branch := range c.Branches {
 		if _, ok := target.Wish(branch).BranchName(); !ok || slices.Contains(c.Branches[:i], branch) {
-			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("driver branch %q: want one such as R535, each once", branch), "pass --driver-branch R535,R550"))
+			errs = append(errs, fault.New(fault.Usage, fmt.Sprintf("driver branch %q: want one such as R535, each once", branch),
+				"pass --driver-branch R535,R550"))
 		}
 	}
 	if slices.Contains(c.Archs, target.ARM64) && (len(c.Branches) > 0 || c.Neighbour) {
-		errs = append(errs, fault.New(fault.Usage, "other drivers than Debian 12's default are for amd64 only", "leave out --driver-branch and --neighbour, or --arch arm64"))
+		errs = append(errs, fault.New(fault.Usage, "other drivers than Debian 12's default are for amd64 only",
+			"leave out --driver-branch and --neighbour, or --arch arm64"))
 	}
 	if c.VMLinux && slices.Contains(c.Archs, target.ARM64) {
-		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: its kernel's image holds none", "leave out --vmlinux, or --arch arm64"))
+		errs = append(errs, fault.New(fault.Usage, "vmlinux for arm64: its kernel's image holds none",
+			"leave out --vmlinux, or --arch arm64"))
 	}
 	return errors.Join(errs...)
 }
@@ -174,7 +183,8 @@ type Result struct {
 // tools are the programs that the mirror runs, and the Debian package of each.
 var tools = []struct{ name, pkg string }{
 	{"apt-get", "apt"}, {"apt-cache", "apt"}, {"dpkg-deb", "dpkg"}, {"xz", "xz-utils"},
-	{"zstd", "zstd"}, {"patch", "patch"}, {"diff", "diffutils"}, {"makeself", "makeself"}, {"patchelf", "patchelf"}, {"tar", "tar"},
+	{"zstd", "zstd"}, {"patch", "patch"}, {"diff", "diffutils"}, {"makeself", "makeself"}, {"patchelf", "patchelf"},
+	{"tar", "tar"},
 }
 
 func checkTools() error {
@@ -254,25 +264,27 @@ func Make(ctx context.Context, c Config) (result Result, err error) {
 // makePart makes the mirror's part of one architecture.
 func makePart(ctx context.Context, c Config, p platform) (Result, error) {
 	for refresh := c.Refresh; ; refresh = true {
-		a, err := openApt(ctx, filepath.Join(c.Cache, p.aptDir()), p, false, refresh, c.Say)
+		a, err := openApt(ctx, filepath.Join(c.Cache, p.aptDir()), p, false, refresh, c.Progress)
 		if err != nil {
 			return Result{}, err
 		}
-		m := &maker{Config: c, platform: p, apt: a, refresh: refresh, store: store{filepath.Join(c.Cache, "objects")}, notes: map[string]string{}}
+		m := &maker{Config: c, platform: p, apt: a, refresh: refresh, store: store{filepath.Join(c.Cache, "objects")},
+			notes: map[string]string{}}
 		if err = m.run(ctx); err == nil {
 			return m.result, nil
 		}
 		if refresh || a.fresh && (m.next == nil || m.next.fresh) || !errors.Is(err, errDownload) {
 			return Result{}, err
 		}
-		c.Say("Debian's archive no longer has a package of the index at hand: asking for the present one")
+		c.Progress("Debian's archive no longer has a package of the index at hand: asking for the present one")
 	}
 }
 
 // openNext returns the archive of the next Debian release.
 func (m *maker) openNext(ctx context.Context) (_ *apt, err error) {
 	if m.next == nil {
-		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh, m.Say)
+		m.next, err = openApt(ctx, filepath.Join(m.Cache, m.platform.aptDir()+"-"+nextCodename), m.platform, true, m.refresh,
+			m.Progress)
 	}
 	return m.next, err
 }
@@ -316,11 +328,11 @@ func (m *maker) run(ctx context.Context) error {
 	want := append([]pkg(nil), m.toolchainPkgs...)
 	var wantNext []pkg
 	for _, k := range kernels {
-		m.Say("kernel " + k.release + " (Debian " + k.version + ")")
+		m.Progress("kernel " + k.release + " (Debian " + k.version + ")")
 		want = append(want, k.packages()...)
 	}
 	for _, r := range releases {
-		m.Say(fmt.Sprintf("driver %s, %v", r.version, r.flavours()))
+		m.Progress(fmt.Sprintf("driver %s, %v", r.version, r.flavours()))
 		switch {
 		case m.OnlyKernels:
 		case r.apt == m.apt:
@@ -375,7 +387,9 @@ type build struct {
 func (m *maker) plan(kernels []kernel) []build {
 	var builds []build
 	for i, k := range kernels {
-		b := build{kernel: k, mtime: epoch, Build: Build{BuildID: fmt.Sprintf("%d.0.%d", k.buildMajor(), k.abi), Board: m.platform.board(m.Board), Release: k.release, DebianPackageVersion: k.version}}
+		b := build{kernel: k, mtime: epoch,
+			Build: Build{BuildID: fmt.Sprintf("%d.0.%d", k.buildMajor(), k.abi), Board: m.platform.board(m.Board),
+				Release: k.release, DebianPackageVersion: k.version}}
 		builds = append(builds, b)
 		if i == 1 {
 			b.BuildID, b.second, b.mtime = fmt.Sprintf("%d.1.%d", k.buildMajor(), k.abi), true, epoch.AddDate(0, 0, 7)
@@ -432,7 +446,8 @@ func byKernel(builds []build) [][]build {
 }
 
 // object makes or recalls one object and says so.
-func (m *maker) object(ctx context.Context, what string, r recipe, write func(context.Context, io.Writer) error) (object, error) {
+func (m *maker) object(ctx context.Context, what string, r recipe,
+	write func(context.Context, io.Writer) error) (object, error) {
 	start := time.Now()
 	o, err := m.store.make(ctx, r, write)
 	if err != nil {
@@ -442,10 +457,10 @@ func (m *maker) object(ctx context.Context, what string, r recipe, write func(co
 	defer m.mu.Unlock()
 	if o.cached {
 		m.result.Cached++
-		m.Say(fmt.Sprintf("%s: cached, %.1f MB", what, float64(o.Size)/1e6))
+		m.Progress(fmt.Sprintf("%s: cached, %.1f MB", what, float64(o.Size)/1e6))
 		return o, nil
 	}
 	m.result.Made++
-	m.Say(fmt.Sprintf("%s: made, %.1f MB in %.1f s", what, float64(o.Size)/1e6, time.Since(start).Seconds()))
+	m.Progress(fmt.Sprintf("%s: made, %.1f MB in %.1f s", what, float64(o.Size)/1e6, time.Since(start).Seconds()))
 	return o, nil
 }

@@ -64,7 +64,8 @@ func TestLoadOrder(t *testing.T) {
 	if diff := cmp.Diff(want, got); err != nil || diff != "" {
 		t.Errorf("loadOrder: %v (-want +got)\n%s", err, diff)
 	}
-	packed := tree{"k/net-failover.ko.xz": {data: xzOf(t, module("depends=failover\x00"))}, "k/failover.ko.xz": {data: xzOf(t, module(""))}, "k/bad.ko.xz": {data: []byte("text")}}
+	packed := tree{"k/net-failover.ko.xz": {data: xzOf(t, module("depends=failover\x00"))},
+		"k/failover.ko.xz": {data: xzOf(t, module(""))}, "k/bad.ko.xz": {data: []byte("text")}}
 	got, err = loadOrder(packed, "net_failover")
 	if diff := cmp.Diff([]string{"k/failover.ko.xz", "k/net-failover.ko.xz"}, got); err != nil || diff != "" {
 		t.Errorf("loadOrder(compressed modules): %v (-want +got)\n%s", err, diff)
@@ -78,7 +79,8 @@ func TestLoadOrder(t *testing.T) {
 	if _, err := loadOrder(in, "other"); err == nil {
 		t.Error("loadOrder(module with a dependency that is not there) succeeded")
 	}
-	if _, err := loadOrder(tree{"x.ko": {data: module("depends=y\x00")}, "y.ko": {data: module("depends=x\x00")}}, "x"); err == nil {
+	if _, err := loadOrder(tree{"x.ko": {data: module("depends=y\x00")}, "y.ko": {data: module("depends=x\x00")}},
+		"x"); err == nil {
 		t.Error("loadOrder(two modules that need each other) succeeded")
 	}
 	if _, err := loadOrder(tree{"x.ko": {data: []byte("text")}}, "x"); err == nil {

@@ -15,21 +15,22 @@ import (
 // cells again without any cache, which have to have the same digests, and by make
 // alone, which has to make the same modules.
 //
-// A driver may be older than a kernel's interfaces: then the cell has to fail with
-// the compiler's words, and no other failure is taken. Packages and compiles take
-// the better part of an hour, so the test runs only where PREBAKE_NEXT_CACHE names
-// the cache folder of `mirror` (make next does).
+// A driver may be older than a kernel's interfaces: then the cell has to fail with the compiler's message, and no other
+// failure is taken. Packages and compiles take the better part of an hour, so the test runs only where
+// PREBAKE_NEXT_CACHE names the cache folder of `mirror` (make next does).
 func TestNext(t *testing.T) {
 	cache := os.Getenv("PREBAKE_NEXT_CACHE")
 	if cache == "" {
-		t.Skip("PREBAKE_NEXT_CACHE is not set: it names the cache folder of `mirror --kernel-series 6.1,6.12 --driver-branch R535,R550`; run make next")
+		t.Skip("PREBAKE_NEXT_CACHE is not set: it names the cache folder of `mirror --kernel-series 6.1,6.12 " +
+			"--driver-branch R535,R550`; run make next")
 	}
 	dir := t.TempDir()
 	builder := programs(t, target.AMD64)
 
 	mirror := filepath.Join(dir, "mirror")
 	var made Result
-	builder(&made, "mirror", "--kernel-series", "6.1,6.12", "--kernels", "2", "--driver-branch", "R535,R550", "--out", mirror, "--cache", cache, "--output", "json")
+	builder(&made, "mirror", "--kernel-series", "6.1,6.12", "--kernels", "2", "--driver-branch", "R535,R550", "--out",
+		mirror, "--cache", cache, "--output", "json")
 	kernels := map[string]string{} // BUILD_IDs by series
 	for _, b := range made.Builds {
 		series := strings.Join(strings.SplitN(b.Release, ".", 3)[:2], ".")
@@ -42,15 +43,18 @@ func TestNext(t *testing.T) {
 	}
 	wish := filepath.Join(dir, "wish.yaml")
 	// What the newer kernel breaks does not alarm, so that the exit status stays 0.
-	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] + "\n    earlyWarning: true\n" +
+	text := "version: 1\nboards: [lakitu]\nkernels:\n  - build: " + kernels["6.1"] + "\n  - build: " + kernels["6.12"] +
+		"\n    earlyWarning: true\n" +
 		"drivers:\n  - default\n  - branch: R550\nflavours: [proprietary, open]\n"
 	if err := os.WriteFile(wish, []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	key, buckets := filepath.Join(dir, "key"), []string{"--kernel-mirror", "file://" + mirror + "/cos", "--driver-mirror", "file://" + mirror + "/drivers"}
+	key, buckets := filepath.Join(dir, "key"), []string{"--kernel-mirror", "file://" + mirror + "/cos", "--driver-mirror",
+		"file://" + mirror + "/drivers"}
 	builder(nil, "keygen", key)
 	build := func(out any, cache string, more ...string) {
-		args := append([]string{"build", "--key", key, "--cache", filepath.Join(dir, cache), "--to", "oci:" + filepath.Join(dir, "out-"+cache), "--output", "json"}, buckets...)
+		args := append([]string{"build", "--key", key, "--cache", filepath.Join(dir, cache), "--to",
+			"oci:" + filepath.Join(dir, "out-"+cache), "--output", "json"}, buckets...)
 		builder(out, append(args, more...)...)
 	}
 	var report struct {
@@ -74,7 +78,8 @@ func TestNext(t *testing.T) {
 		switch {
 		case c.State == "published":
 			t.Logf("%s: %s", name, c.Digest)
-		case c.Failure != nil && c.Failure.Class == "api-break" && strings.Contains(c.Failure.Error, "error:") && c.Cell.Kernel.BuildID == kernels["6.12"]:
+		case c.Failure != nil && c.Failure.Class == "api-break" && strings.Contains(c.Failure.Error, "error:") &&
+			c.Cell.Kernel.BuildID == kernels["6.12"]:
 			t.Logf("%s does not know the kernel: %s", name, c.Failure.Error)
 		default:
 			t.Errorf("%s: %s %+v", name, c.State, c.Failure)
@@ -87,11 +92,13 @@ func TestNext(t *testing.T) {
 	}{{"6.12", "R550"}, {"6.1", "R550"}, {"6.1", "R535"}} {
 		for _, c := range report.Cells {
 			d := c.Cell.Driver
-			if c.State != "published" || c.Cell.Kernel.BuildID != kernels[again.series] || target.Branch(d.Version) != again.branch || d.Flavour != target.Proprietary {
+			if c.State != "published" || c.Cell.Kernel.BuildID != kernels[again.series] ||
+				target.Branch(d.Version) != again.branch || d.Flavour != target.Proprietary {
 				continue
 			}
 			var one struct{ Digest string }
-			build(&one, "alone-"+again.series+again.branch, "--build-id", c.Cell.Kernel.BuildID, "--driver", d.Version, "--flavour", string(d.Flavour), "--load-test", "off")
+			build(&one, "alone-"+again.series+again.branch, "--build-id", c.Cell.Kernel.BuildID, "--driver", d.Version,
+				"--flavour", string(d.Flavour), "--load-test", "off")
 			if one.Digest != c.Digest {
 				t.Errorf("%s %s from an empty cache has the digest %s; want %s", c.Cell.Kernel.BuildID, d, one.Digest, c.Digest)
 			}
@@ -101,7 +108,8 @@ func TestNext(t *testing.T) {
 	if len(cells) != 3 {
 		t.Fatalf("%v were made again; want three cells", cells)
 	}
-	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=90m", "-run=^TestRealSameBytes$", "github.com/prebake/prebake/builder/internal/compile")
+	cmd := exec.CommandContext(t.Context(), "go", "test", "-v", "-count=1", "-timeout=90m", "-run=^TestRealSameBytes$",
+		"github.com/prebake/prebake/builder/internal/compile")
 	cmd.Env = append(os.Environ(), "PREBAKE_MIRROR=file://"+mirror, "PREBAKE_CELLS="+strings.Join(cells, " "))
 	out, err := cmd.CombinedOutput()
 	t.Logf("%s", out)

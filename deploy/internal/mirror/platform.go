@@ -20,7 +20,7 @@ type platform struct {
 	// kernelArch is the kernel's folder below arch/.
 	kernelArch string
 	// foreign is the suffix by which apt tells packages of this architecture
-	// from the machine's; "" is the machine's own.
+	// from the machine's; "" means the machine's own.
 	foreign string
 	// runfile is what NVIDIA calls the architecture.
 	runfile string
@@ -45,13 +45,16 @@ var libraryPackages = []string{
 var platforms = map[target.Arch]platform{
 	target.AMD64: {
 		arch: target.AMD64, flavour: "cloud-amd64", kernelArch: "x86", runfile: "x86_64",
-		triplet: "x86_64-linux-gnu", prefix: prefix, gccDir: "lib/gcc/x86_64-linux-gnu/" + gccMajor, toolchain: toolchainPackages,
+		triplet: "x86_64-linux-gnu", prefix: prefix, gccDir: "lib/gcc/x86_64-linux-gnu/" + gccMajor,
+		toolchain: toolchainPackages,
 	},
 	target.ARM64: {
 		arch: target.ARM64, flavour: "arm64", kernelArch: "arm64", foreign: ":arm64", runfile: "aarch64",
-		triplet: "aarch64-linux-gnu", prefix: "aarch64-cros-linux-gnu-", gccDir: "lib/gcc-cross/aarch64-linux-gnu/" + gccMajor,
+		triplet: "aarch64-linux-gnu", prefix: "aarch64-cros-linux-gnu-",
+		gccDir: "lib/gcc-cross/aarch64-linux-gnu/" + gccMajor,
 		toolchain: append([]string{
-			"gcc-" + gccMajor + "-aarch64-linux-gnu", "cpp-" + gccMajor + "-aarch64-linux-gnu", "libgcc-" + gccMajor + "-dev-arm64-cross", "binutils-aarch64-linux-gnu",
+			"gcc-" + gccMajor + "-aarch64-linux-gnu", "cpp-" + gccMajor + "-aarch64-linux-gnu",
+			"libgcc-" + gccMajor + "-dev-arm64-cross", "binutils-aarch64-linux-gnu",
 		}, libraryPackages...),
 		oldest: true,
 	},
@@ -71,10 +74,11 @@ func (p platform) env() string { return "CC=" + p.prefix + "gcc\nCXX=" + p.prefi
 // headers matches the names of Debian's header packages: what comes before the
 // flavour, the series in it, and the ABI number in one of two places.
 func (p platform) headers() *regexp.Regexp {
-	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` + regexp.QuoteMeta(p.flavour) + `$`)
+	return regexp.MustCompile(`^linux-headers-(([0-9]+\.[0-9]+)\.(?:0-([0-9]{1,6})|([0-9]{1,6})\+deb[0-9]+))-` +
+		regexp.QuoteMeta(p.flavour) + `$`)
 }
 
-// named returns package names as apt wants to hear them.
+// named returns package names as apt takes them.
 func (p platform) named(names ...string) []string {
 	var all []string
 	for _, name := range names {

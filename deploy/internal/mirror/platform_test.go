@@ -25,10 +25,13 @@ func TestPlatform(t *testing.T) {
 		{"amd64 env", amd.env(), toolchainEnv},
 		{"arm64 env", arm.env(), "CC=aarch64-cros-linux-gnu-gcc\nCXX=aarch64-cros-linux-gnu-gcc\n"},
 		{"packages", strings.Join(arm.named("libcuda1", "nvidia-smi"), " "), "libcuda1:arm64 nvidia-smi:arm64"},
-		{"arm64 library", arm.runfileName("usr/lib/aarch64-linux-gnu/nvidia/current/libcuda.so.535.1.2", "535.1.2"), "libcuda.so.535.1.2"},
-		{"library of the other", arm.runfileName("usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.535.1.2", "535.1.2"), ""},
+		{"arm64 library", arm.runfileName("usr/lib/aarch64-linux-gnu/nvidia/current/libcuda.so.535.1.2", "535.1.2"),
+			"libcuda.so.535.1.2"},
+		{"library of the other", arm.runfileName("usr/lib/x86_64-linux-gnu/nvidia/current/libcuda.so.535.1.2", "535.1.2"),
+			""},
 		{"arm64 compiler", arm.toolchainPick("usr/bin/aarch64-linux-gnu-gcc-12"), "bin/aarch64-cros-linux-gnu-gcc"},
-		{"arm64 cc1", arm.toolchainPick("usr/lib/gcc-cross/aarch64-linux-gnu/12/cc1"), "lib/gcc-cross/aarch64-linux-gnu/12/cc1"},
+		{"arm64 cc1", arm.toolchainPick("usr/lib/gcc-cross/aarch64-linux-gnu/12/cc1"),
+			"lib/gcc-cross/aarch64-linux-gnu/12/cc1"},
 		{"arm64 sanitizer", arm.toolchainPick("usr/lib/gcc-cross/aarch64-linux-gnu/12/libasan.a"), ""},
 	} {
 		if row.got != row.want {
@@ -40,7 +43,8 @@ func TestPlatform(t *testing.T) {
 		t.Errorf("plain() (-want +got):\n%s", diff)
 	}
 	for name, want := range map[string]bool{
-		"linux-headers-6.1.0-47-arm64": true, "linux-headers-6.1.0-47-cloud-arm64": false, "linux-headers-6.1.0-47-rt-arm64": false,
+		"linux-headers-6.1.0-47-arm64": true, "linux-headers-6.1.0-47-cloud-arm64": false,
+		"linux-headers-6.1.0-47-rt-arm64":    false,
 		"linux-headers-6.12.115+deb12-arm64": true, "linux-headers-6.1.0-47-cloud-amd64": false,
 	} {
 		if _, got := arm.kernel(name); got != want {
@@ -67,7 +71,8 @@ func TestKernelNames(t *testing.T) {
 		k, ok := amd.kernel("linux-headers-" + release)
 		if ok != (want != "") {
 			t.Errorf("kernel(%s) = %+v, %t; want %q", release, k, ok, want)
-		} else if got := fmt.Sprintf("%s %d %d %s %s", k.series, k.abi, k.buildMajor(), k.common.Name, k.kbuild.Name); ok && (got != want || k.image.Name != "linux-image-"+release) {
+		} else if got := fmt.Sprintf("%s %d %d %s %s", k.series, k.abi, k.buildMajor(), k.common.Name, k.kbuild.Name); ok &&
+			(got != want || k.image.Name != "linux-image-"+release) {
 			t.Errorf("kernel(%s) = %s, image %s; want %s", release, got, k.image.Name, want)
 		}
 	}
@@ -111,7 +116,8 @@ func TestArchitectures(t *testing.T) {
 	}
 	var r Result
 	r.add(Result{Builds: []Build{{BuildID: "1.0.1"}}, Drivers: []Driver{{Version: "1.2"}}, Made: 1})
-	r.add(Result{Builds: []Build{{BuildID: "1.0.1", Board: "lakitu-arm64"}}, Drivers: []Driver{{Version: "1.2"}}, Made: 2, Cached: 3})
+	r.add(Result{Builds: []Build{{BuildID: "1.0.1", Board: "lakitu-arm64"}}, Drivers: []Driver{{Version: "1.2"}}, Made: 2,
+		Cached: 3})
 	if len(r.Builds) != 2 || len(r.Drivers) != 1 || r.Made != 3 || r.Cached != 3 {
 		t.Errorf("both parts = %+v; want two builds and one driver", r)
 	}

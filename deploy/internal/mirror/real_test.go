@@ -40,7 +40,8 @@ func TestReal(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if _, err := Make(t.Context(), Config{Out: out, Cache: own, OnlyKernels: true, Say: func(line string) { t.Log(line) }}); err != nil {
+		if _, err := Make(t.Context(),
+			Config{Out: out, Cache: own, OnlyKernels: true, Progress: func(line string) { t.Log(line) }}); err != nil {
 			t.Fatal(err)
 		}
 		sums[i] = digests(t, out)
@@ -90,14 +91,18 @@ $gcc -O2 -c t.c -o t.o
 x86_64-cros-linux-gnu-ld -r -o u.o t.o
 x86_64-cros-linux-gnu-nm u.o | grep -q ' T twice'
 ldd $($gcc -print-prog-name=cc1) $($gcc -print-prog-name=ld) | awk '$2 == "=>" { print $3 }' | while read -r l; do readlink -f "$l"; done | sort -u`
-	out, err := output(exec.CommandContext(t.Context(), "bwrap", "--unshare-all", "--clearenv", "--setenv", "PATH", "/elsewhere/toolchain/bin:/usr/bin",
-		"--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64",
-		"--tmpfs", "/usr/lib/gcc", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", dir, "/elsewhere/toolchain", "bash", "-c", script))
+	out, err := output(exec.CommandContext(t.Context(), "bwrap", "--unshare-all", "--clearenv", "--setenv", "PATH",
+		"/elsewhere/toolchain/bin:/usr/bin",
+		"--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin", "--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64",
+		"/lib64",
+		"--tmpfs", "/usr/lib/gcc", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--ro-bind", dir,
+		"/elsewhere/toolchain", "bash", "-c", script))
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, file := range strings.Fields(string(out)) {
-		if base := filepath.Base(file); !strings.HasPrefix(file, "/elsewhere/toolchain/") && base != "libc.so.6" && base != "libm.so.6" {
+		if base := filepath.Base(file); !strings.HasPrefix(file, "/elsewhere/toolchain/") && base != "libc.so.6" &&
+			base != "libm.so.6" {
 			t.Errorf("the toolchain uses %s of the machine", file)
 		}
 	}

@@ -18,7 +18,8 @@ var (
 	openSourcePackage = "nvidia-open-kernel-source"
 	driverPackages    = []string{
 		"firmware-nvidia-gsp", "nvidia-smi", "libcuda1", "libnvidia-ml1", "libnvidia-ptxjitcompiler1", "libnvidia-nvvm4",
-		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd", "nvidia-cuda-mps",
+		"libnvcuvid1", "libnvidia-encode1", "libnvidia-opticalflow1", "libnvidia-cfg1", "nvidia-opencl-icd",
+		"nvidia-cuda-mps",
 	}
 	// driverTools are built apart by Debian and follow the branch, not the release.
 	driverTools = []string{"nvidia-modprobe", "nvidia-persistenced"}
@@ -68,7 +69,8 @@ func (r release) sourceVersion() string {
 // onlySources are the packages with module sources.
 func (r release) onlySources() []pkg {
 	return slices.DeleteFunc(slices.Clone(r.packages), func(p pkg) bool {
-		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) && !strings.HasPrefix(p.Name, r.line.named(openSourcePackage))
+		return !strings.HasPrefix(p.Name, r.line.named(sourcePackage)) &&
+			!strings.HasPrefix(p.Name, r.line.named(openSourcePackage))
 	})
 }
 
@@ -208,14 +210,17 @@ func (m *maker) findNeighbour(ctx context.Context, releases []release) (release,
 		return !slices.ContainsFunc(releases, func(have release) bool { return have.version == r.version })
 	})
 	if newest == nil {
-		return release{}, fault.New(fault.InputMissing, fmt.Sprintf("find drivers: Debian 13 has no other release of %s among its %s packages", branch, l), "leave out --neighbour")
+		return release{}, fault.New(fault.InputMissing,
+			fmt.Sprintf("find drivers: Debian 13 has no other release of %s among its %s packages", branch, l),
+			"leave out --neighbour")
 	}
 	return *newest, nil
 }
 
-// ofBranch returns the releases of a branch; "" is any.
+// ofBranch returns the releases of a branch; "" means any.
 func ofBranch(releases []release, branch string) []release {
-	return slices.DeleteFunc(slices.Clone(releases), func(r release) bool { return branch != "" && target.Branch(r.version) != branch })
+	return slices.DeleteFunc(slices.Clone(releases),
+		func(r release) bool { return branch != "" && target.Branch(r.version) != branch })
 }
 
 // newestRelease returns the newest one that is wanted, or nil.
@@ -286,7 +291,8 @@ func baseOf(r release, releases []release) (release, bool) {
 	if r.open {
 		return r, true
 	}
-	i := slices.IndexFunc(releases, func(b release) bool { return b.open && target.Branch(b.version) == target.Branch(r.version) })
+	i := slices.IndexFunc(releases,
+		func(b release) bool { return b.open && target.Branch(b.version) == target.Branch(r.version) })
 	if i < 0 {
 		return release{}, false
 	}

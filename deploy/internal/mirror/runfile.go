@@ -23,7 +23,8 @@ func packRunfile(ctx context.Context, t tree, name, version, work string, w io.W
 	if err := t.writeDir(payload); err != nil {
 		return err
 	}
-	cmd := exec.CommandContext(ctx, "makeself", "--quiet", "--tar-quietly", "--zstd", "--complevel", "6", "--sha256", "--nox11",
+	cmd := exec.CommandContext(ctx, "makeself", "--quiet", "--tar-quietly", "--zstd", "--complevel", "6", "--sha256",
+		"--nox11",
 		"--packaging-date", epoch.Format(time.RFC3339),
 		"--tar-extra", fmt.Sprintf("--mtime=@%d --owner=0 --group=0 --numeric-owner --sort=name", epoch.Unix()),
 		"payload", name, "NVIDIA Accelerated Graphics Driver for Linux-x86_64 "+version, "./nvidia-installer")
@@ -43,8 +44,8 @@ func packRunfile(ctx context.Context, t tree, name, version, work string, w io.W
 	return err
 }
 
-// installer is the start-up script, which makeself wants to exist. It takes the place of NVIDIA's installer program, which Debian does
-// not ship: who runs the file by hand learns what it is.
+// installer is the start-up script, which makeself wants to exist. It takes the place of NVIDIA's installer program,
+// which Debian does not ship: who runs the file by hand learns what it is.
 const installer = `#!/bin/sh
 echo "This archive was put together from Debian packages; it holds no installer." >&2
 echo "Use -x --target DIR to unpack it." >&2

@@ -71,7 +71,8 @@ func ofNext(derived []byte, codename string) []byte {
 	for line := range strings.Lines(string(derived)) {
 		if suites, ok := strings.CutPrefix(line, "Suites: "); ok {
 			// Old sources call the security suite <codename>/updates.
-			line = "Suites: " + strings.NewReplacer(codename+"/updates", nextCodename+"-security", codename, nextCodename).Replace(suites)
+			line = "Suites: " + strings.NewReplacer(codename+"/updates", nextCodename+"-security", codename,
+				nextCodename).Replace(suites)
 		}
 		out.WriteString(line)
 	}
@@ -107,7 +108,8 @@ func (s stanza) derive(codename string) (string, bool) {
 	fmt.Fprintf(&out, "Types: deb\nURIs: %s\nSuites: %s\nComponents: %s\n",
 		strings.Join(strings.Fields(s.fields["uris"]), " "), strings.Join(suites, " "), components)
 	for _, keep := range []struct{ field, name string }{
-		{"signed-by", "Signed-By"}, {"trusted", "Trusted"}, {"check-valid-until", "Check-Valid-Until"}, {"architectures", "Architectures"},
+		{"signed-by", "Signed-By"}, {"trusted", "Trusted"}, {"check-valid-until", "Check-Valid-Until"},
+		{"architectures", "Architectures"},
 	} {
 		if v := s.fields[keep.field]; v != "" {
 			fmt.Fprintf(&out, "%s: %s\n", keep.name, v)

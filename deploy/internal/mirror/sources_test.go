@@ -20,36 +20,47 @@ func TestDeriveSources(t *testing.T) {
 		{
 			name: "deb822 with comments, two stanzas, a third-party archive",
 			files: map[string]string{
-				"sources.list.d/debian.sources": "Types: deb deb-src\n# a comment\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates bookworm-backports\n" +
-					"Components: main\nSigned-By: /usr/share/keyrings/k.gpg\n\n\nTypes: deb\nURIs: http://mirror.example/security\nSuites: bookworm-security\nComponents: main\n",
+				"sources.list.d/debian.sources": "Types: deb deb-src\n# a comment\nURIs: http://mirror.example/debian\nSuites: " +
+					"bookworm bookworm-updates bookworm-backports\n" +
+					"Components: main\nSigned-By: /usr/share/keyrings/k.gpg\n\n\nTypes: deb\nURIs: " +
+					"http://mirror.example/security\nSuites: bookworm-security\nComponents: main\n",
 				"sources.list.d/node.sources": "Types: deb\nURIs: http://other.example\nSuites: nodistro\nComponents: main\n",
 			},
-			want: "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\nComponents: " + components + "\nSigned-By: /usr/share/keyrings/k.gpg\n\n" +
+			want: "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm bookworm-updates\nComponents: " +
+				components + "\nSigned-By: /usr/share/keyrings/k.gpg\n\n" +
 				"Types: deb\nURIs: http://mirror.example/security\nSuites: bookworm-security\nComponents: " + components + "\n\n",
 		},
 		{
 			name: "one line with options",
 			files: map[string]string{
-				"sources.list": "# deb http://no.example bookworm main\ndeb [arch=amd64,arm64 signed-by=/k.gpg] http://mirror.example/debian bookworm main contrib # all\n" +
-					"deb-src http://mirror.example/debian bookworm main\ndeb http://mirror.example/debian bookworm main\ndeb http://mirror.example/debian trixie main\n",
+				"sources.list": "# deb http://no.example bookworm main\ndeb [arch=amd64,arm64 signed-by=/k.gpg] " +
+					"http://mirror.example/debian bookworm main contrib # all\n" +
+					"deb-src http://mirror.example/debian bookworm main\ndeb http://mirror.example/debian bookworm main\ndeb " +
+					"http://mirror.example/debian trixie main\n",
 			},
-			want: "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: " + components + "\nSigned-By: /k.gpg\nArchitectures: amd64 arm64\n\n" +
+			want: "Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: " + components +
+				"\nSigned-By: /k.gpg\nArchitectures: amd64 arm64\n\n" +
 				"Types: deb\nURIs: http://mirror.example/debian\nSuites: bookworm\nComponents: " + components + "\n\n",
 		},
 		{
 			name: "a key in the stanza",
 			files: map[string]string{
-				"sources.list.d/x.sources": "Types: deb\nURIs: http://mirror.example\nSuites: bookworm\nComponents: main\nSigned-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n AAAA\n",
+				"sources.list.d/x.sources": "Types: deb\nURIs: http://mirror.example\nSuites: bookworm\nComponents: " +
+					"main\nSigned-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n AAAA\n",
 			},
-			want: "Types: deb\nURIs: http://mirror.example\nSuites: bookworm\nComponents: " + components + "\nSigned-By: \n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n AAAA\n\n",
+			want: "Types: deb\nURIs: http://mirror.example\nSuites: bookworm\nComponents: " + components +
+				"\nSigned-By: \n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n AAAA\n\n",
 		},
 		{
-			name:  "the same twice",
-			files: map[string]string{"sources.list": "deb http://m.example bookworm main\n", "sources.list.d/a.list": "deb http://m.example bookworm main non-free\n"},
-			want:  "Types: deb\nURIs: http://m.example\nSuites: bookworm\nComponents: " + components + "\n\n",
+			name: "the same twice",
+			files: map[string]string{"sources.list": "deb http://m.example bookworm main\n",
+				"sources.list.d/a.list": "deb http://m.example bookworm main non-free\n"},
+			want: "Types: deb\nURIs: http://m.example\nSuites: bookworm\nComponents: " + components + "\n\n",
 		},
-		{name: "switched off", files: map[string]string{"sources.list.d/a.sources": "Enabled: no\nTypes: deb\nURIs: http://m.example\nSuites: bookworm\nComponents: main\n"}},
-		{name: "broken options", files: map[string]string{"sources.list": "deb [arch=amd64 http://m.example bookworm main\n"}},
+		{name: "switched off", files: map[string]string{"sources.list.d/a.sources": "Enabled: no\nTypes: deb\nURIs: " +
+			"http://m.example\nSuites: bookworm\nComponents: main\n"}},
+		{name: "broken options", files: map[string]string{"sources.list": "deb [arch=amd64 http://m.example " +
+			"bookworm main\n"}},
 		{name: "nothing"},
 	}
 	for _, test := range tests {
@@ -75,9 +86,11 @@ func TestDeriveSources(t *testing.T) {
 
 func TestOfNext(t *testing.T) {
 	t.Parallel()
-	const in = "Types: deb\nURIs: http://m.example/bookworm\nSuites: bookworm bookworm-updates\nComponents: main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
+	const in = "Types: deb\nURIs: http://m.example/bookworm\nSuites: bookworm bookworm-updates\nComponents: " +
+		"main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
 		"Types: deb\nURIs: http://m.example/security\nSuites: bookworm-security bookworm/updates\nComponents: main\n\n"
-	const want = "Types: deb\nURIs: http://m.example/bookworm\nSuites: trixie trixie-updates\nComponents: main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
+	const want = "Types: deb\nURIs: http://m.example/bookworm\nSuites: trixie trixie-updates\nComponents: " +
+		"main\nSigned-By: /usr/share/keyrings/bookworm.gpg\n\n" +
 		"Types: deb\nURIs: http://m.example/security\nSuites: trixie-security trixie-security\nComponents: main\n\n"
 	if diff := cmp.Diff(want, string(ofNext([]byte(in), "bookworm"))); diff != "" {
 		t.Errorf("ofNext (-want +got)\n%s", diff)
@@ -85,7 +98,8 @@ func TestOfNext(t *testing.T) {
 }
 
 func FuzzDeriveSources(f *testing.F) {
-	f.Add("Types: deb\nURIs: http://m.example\nSuites: bookworm\nComponents: main\nSigned-By:\n k\n", "deb [a=b] http://m.example bookworm main\n")
+	f.Add("Types: deb\nURIs: http://m.example\nSuites: bookworm\nComponents: main\nSigned-By:\n k\n",
+		"deb [a=b] http://m.example bookworm main\n")
 	f.Add(" x\n:\n#\n\nTypes:", "deb\ndeb []\ndeb [")
 	f.Fuzz(func(t *testing.T, sources, list string) {
 		etc := fstest.MapFS{"sources.list": {Data: []byte(list)}, "sources.list.d/a.sources": {Data: []byte(sources)}}

@@ -32,9 +32,10 @@ var toolchainPackages = append([]string{
 }, libraryPackages...)
 
 // binaries are the tools of binutils that go in.
-var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "readelf", "size", "strings", "strip"}
+var binaries = []string{"addr2line", "ar", "as", "c++filt", "elfedit", "ld.bfd", "nm", "objcopy", "objdump", "ranlib",
+	"readelf", "size", "strings", "strip"}
 
-// machineLibs stay the machine's own, as with COS's archive: whoever runs the
+// machineLibs stay the machine's own, as with COS's archive: who runs the
 // toolchain has a C library.
 var machineLibs = []string{"libc.so.6", "libm.so.6", "libdl.so.2", "ld-linux-x86-64.so.2"}
 
@@ -101,7 +102,8 @@ func (t tree) resolveLinks() error {
 		}
 		to := path.Join(path.Dir(name), n.link)
 		if _, ok := t[to]; path.IsAbs(n.link) || !ok {
-			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s points at %s, which is not in it", name, n.link), "")
+			return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s points at %s, which is not in it", name, n.link),
+				"")
 		}
 	}
 	return nil
@@ -161,7 +163,8 @@ func (t tree) checkLibraries() error {
 		}
 		for _, lib := range needed {
 			if _, ok := t["lib/"+lib]; !ok && !slices.Contains(machineLibs, lib) {
-				return fault.New(fault.Internal, fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list holds", name, lib),
+				return fault.New(fault.Internal,
+					fmt.Sprintf("lay out toolchain: %s needs %s, which no package in the list holds", name, lib),
 					"add its package to toolchainPackages")
 			}
 		}

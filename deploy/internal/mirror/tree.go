@@ -132,7 +132,8 @@ type pick func(name string) string
 
 // readDeb adds the picked files of a Debian package to t.
 func readDeb(ctx context.Context, t tree, deb string, where pick) error {
-	err := pipe(exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb), func(r io.Reader) error { return readTar(t, r, where) })
+	err := pipe(exec.CommandContext(ctx, "dpkg-deb", "--fsys-tarfile", deb),
+		func(r io.Reader) error { return readTar(t, r, where) })
 	if err != nil {
 		return fmt.Errorf("unpack %s: %w", filepath.Base(deb), err)
 	}

@@ -65,7 +65,8 @@ func TestTarIsDeterministic(t *testing.T) {
 		}
 		got = append(got, hdr.FileInfo().Mode().String()+" "+hdr.Name)
 	}
-	want := []string{"-rw-r--r-- ./a", "drwxr-xr-x ./b/", "drwxr-xr-x ./b/c/", "-rwxr-xr-x ./b/c/run", "drwxr-xr-x ./b/empty/", "Lrwxrwxrwx ./b/link"}
+	want := []string{"-rw-r--r-- ./a", "drwxr-xr-x ./b/", "drwxr-xr-x ./b/c/", "-rwxr-xr-x ./b/c/run",
+		"drwxr-xr-x ./b/empty/", "Lrwxrwxrwx ./b/link"}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("writeTar (-want +got)\n%s", diff)
 	}

@@ -37,7 +37,8 @@ func addDebSrc(derived []byte, codename string) []byte {
 			continue
 		}
 		fmt.Fprintf(out, "\nTypes: deb-src\nURIs: %s\nSuites: %s\nComponents: contrib\n", s.fields["uris"], codename)
-		for _, keep := range []struct{ field, name string }{{"signed-by", "Signed-By"}, {"trusted", "Trusted"}, {"check-valid-until", "Check-Valid-Until"}} {
+		for _, keep := range []struct{ field, name string }{{"signed-by", "Signed-By"}, {"trusted", "Trusted"},
+			{"check-valid-until", "Check-Valid-Until"}} {
 			if v := s.fields[keep.field]; v != "" {
 				fmt.Fprintf(out, "%s: %s\n", keep.name, v)
 			}
@@ -60,7 +61,8 @@ func (a *apt) origin(ctx context.Context, version string) (file string, err erro
 		return "", err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
-	if _, err := a.run(ctx, tmp, "apt-get", "source", "-qq", "--tar-only", "--download-only", openOrigin+"="+version); err != nil {
+	if _, err := a.run(ctx, tmp, "apt-get", "source", "-qq", "--tar-only", "--download-only",
+		openOrigin+"="+version); err != nil {
 		if ctx.Err() != nil {
 			return "", context.Cause(ctx)
 		}
@@ -154,8 +156,9 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 				return nil, nil, fmt.Errorf("undo Debian's edits of %s: %w", name, err)
 			}
 		}
-		if left := residue(n.data, was.data, edited.data); len(left) > 0 {
-			return nil, nil, fault.New(fault.Unsupported, fmt.Sprintf("undo Debian's edits of %s: %d lines stay, the first is %.80q", name, len(left), left[0]), "")
+		if left := remainingLines(n.data, was.data, edited.data); len(left) > 0 {
+			return nil, nil, fault.New(fault.Unsupported,
+				fmt.Sprintf("undo Debian's edits of %s: %d lines stay, the first is %.80q", name, len(left), left[0]), "")
 		}
 		own[name] = n
 		edits = append(edits, name+": "+how)
@@ -192,16 +195,16 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 		if best, err = os.ReadFile(file("text")); err != nil {
 			return nil, err
 		}
-		if len(residue(best, was, edited)) == 0 {
+		if len(remainingLines(best, was, edited)) == 0 {
 			break
 		}
 	}
 	return best, nil
 }
 
-// residue are the lines that only Debian's edition has and that are still there.
+// remainingLines are the lines that only Debian's edition has and that are still there.
 // Short ones, and the ends of conditions, are no evidence.
-func residue(text, was, edited []byte) []string {
+func remainingLines(text, was, edited []byte) []string {
 	set := func(text []byte) map[string]bool {
 		lines := map[string]bool{}
 		for line := range strings.Lines(string(text)) {

@@ -34,7 +34,7 @@ type Text struct {
 
 // Block is a fenced code block.
 type Block struct {
-	// Language is the first word behind the fence, such as sh; "" is none.
+	// Language is the first word behind the fence, such as sh; "" means none.
 	Language string
 	// Run says that a test runs the block: its second word behind the fence is "run".
 	Run bool

@@ -37,7 +37,8 @@ func TestAnchor(t *testing.T) {
 
 func TestParse(t *testing.T) {
 	t.Parallel()
-	got := Parse([]byte("# A `b` _c_\n\nsee [one\ntwo](x.md#y) and `in\nline`, ![p](p.png)\n\n| [t](t.md) |\n|---|\n| `c` |\n\n" +
+	got := Parse([]byte("# A `b` _c_\n\nsee [one\ntwo](x.md#y) and `in\nline`, ![p](p.png)\n\n| [t](t.md) |\n|---|\n| " +
+		"`c` |\n\n" +
 		"- item\n\n  ```sh run\n  ls\n  ```\n\n```\n[no](link.md)\n```\n"))
 	want := &Page{
 		Anchors: map[string]bool{"a-b-c": true},

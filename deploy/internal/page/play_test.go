@@ -10,7 +10,8 @@ import (
 
 func TestScript(t *testing.T) {
 	t.Parallel()
-	const text = "```sh\nnot this\n```\n\n```sh run\na=1\nb=2\n```\n\n```console run\n$ one \\\n  more\nprinted\n$ two\n```\n"
+	const text = "```sh\nnot this\n```\n\n```sh run\na=1\nb=2\n```\n\n```console run\n$ one \\\n  more\nprinted\n$ " +
+		"two\n```\n"
 	want := []Command{
 		{Text: "a=1\nb=2\n", Line: 6},
 		{Text: "one \\\n  more", Want: []string{"printed"}, Line: 11},

@@ -23,7 +23,7 @@ import (
 )
 
 // loaded are the modules that the agent loads; the others of a set are for
-// hardware that brings its own tools.
+// hardware that has its own tools.
 var loaded = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm"}
 
 // optional are those of them without which CUDA programs run all the same.
@@ -31,10 +31,10 @@ var optional = []string{"nvidia-modeset", "nvidia-drm"}
 
 func isLoaded(module string) bool { return slices.Contains(loaded, module) }
 
-// activate does what was decided: it puts a staged set in force, loads it and looks at
+// activate does what was decided: it puts a staged set in force, loads it and checks
 // the result. When it cannot be loaded, or fewer GPUs work with it than with the one
 // before, files and modules are again what they were.
-func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s situation, d decision) error {
+func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s nodeState, d decision) error {
 	// Once it has begun it ends by itself, in a time that the kernel and the probe bound.
 	ctx = context.WithoutCancel(ctx)
 	before, set := s.current, d.set
@@ -55,7 +55,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	}
 	changed := before == nil || before.Digest != set.Digest
 	r.Changed, r.Verdict = changed, gpucheck.Verdict{}
-	set, missing, err := a.proveFor(ctx, store, s, d, changed)
+	set, missing, err := a.verifyFor(ctx, store, s, d, changed)
 	if err != nil {
 		r.Changed = false
 		return err
@@ -99,12 +99,12 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		r.Changed = false
 		return errors.Join(err, a.end(store, set.Digest, err))
 	}
-	undo := takingBack{set: set, before: before, to: pointers, changed: changed, foreign: was}
+	undo := revertPlan{set: set, before: before, to: pointers, changed: changed, foreign: was}
 	mark := a.loader.Mark()
 	if !a.cfg.NoLoad && !missing {
 		err = a.parts.Line.Do("load", func() (string, error) { return a.load(ctx, r, store, s.facts, d) })
-		if err != nil && !(fault.Is(err, fault.NoDevice) && len(s.facts.OurGPUs()) == 0) {
-			return a.takeBack(ctx, r, store, s, undo, err)
+		if err != nil && !(fault.Is(err, fault.NoDevice) && len(s.facts.ManagedGPUs()) == 0) {
+			return a.revert(ctx, r, store, s, undo, err)
 		}
 	}
 	err = a.parts.Line.Do("validate", func() (string, error) {
@@ -120,7 +120,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 		err = r.Verdict.Err()
 	}
 	if err != nil && changed {
-		return a.takeBack(ctx, r, store, s, undo, err)
+		return a.revert(ctx, r, store, s, undo, err)
 	}
 	if err != nil {
 		return errors.Join(err, a.end(store, set.Digest, err))
@@ -128,7 +128,7 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	a.describeGPUs(ctx, r.Verdict)
 	a.notePersistence(r)
 	if changed || d.do != keep {
-		a.tell(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
+		a.addHistory(ctx, store, eventInForce, set, string(r.Verdict.State), r.Verdict.Err())
 	}
 	err = errors.Join(r.Verdict.Err(), a.end(store, set.Digest, nil), a.remember(r, store, r.Verdict))
 	if changed || d.do != keep { // the node's own programs come last, and nothing waits for them
@@ -137,26 +137,28 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return err
 }
 
-// proveFor verifies what is going to be switched to or loaded. missing says that modules
+// verifyFor verifies what is going to be switched to or loaded. missing says that modules
 // which could be loaded, too, do not hold: the driver serves without them.
-func (a *Agent) proveFor(ctx context.Context, store *install.Store, s situation, d decision, changed bool) (set *install.Set, missing bool, err error) {
+func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
+	changed bool) (set *install.Set, missing bool, err error) {
 	if changed || d.do != keep {
-		set, err = a.prove(ctx, store, d.set, s.facts)
+		set, err = a.verifySet(ctx, store, d.set, s.facts)
 		return set, false, err
 	}
-	if a.cfg.NoLoad || !s.lacks(d.set) { // what is loaded is not asked for its papers again
+	if a.cfg.NoLoad || !s.lacks(d.set) { // what is loaded does not have its attestations checked again
 		return d.set, false, nil
 	}
-	if set, err = a.prove(ctx, store, d.set, s.facts, bundle.LayerModules); err == nil || s.incomplete() {
+	if set, err = a.verifySet(ctx, store, d.set, s.facts, bundle.LayerModules); err == nil || s.incomplete() {
 		return set, false, err
 	}
-	a.parts.Log.WarnContext(ctx, "modules that could be loaded, too, do not hold", "err", err)
+	a.parts.Log.WarnContext(ctx, "other modules of the set do not verify", "err", err)
 	return d.set, true, nil
 }
 
-// findBefore makes sure that what is to be unloaded can be loaded again: a set of ours that
-// holds needs nothing, and of any other driver the files are found and kept open.
-func (a *Agent) findBefore(ctx context.Context, store *install.Store, s situation, d decision, before *install.Set) *foreignFiles {
+// findBefore makes sure that what is to be unloaded can be loaded again: a set of ours that verifies needs nothing, and
+// of any other driver the files are found and kept open.
+func (a *Agent) findBefore(ctx context.Context, store *install.Store, s nodeState, d decision,
+	before *install.Set) *foreignFiles {
 	if d.do != replace {
 		// A run that was killed may have unloaded one, and loaded nothing.
 		if at := s.attempts[d.set.Digest]; at != nil && at.lacksForeign(s, a.bootID()) {
@@ -165,28 +167,29 @@ func (a *Agent) findBefore(ctx context.Context, store *install.Store, s situatio
 		return &foreignFiles{}
 	}
 	if before != nil && s.runs(before) {
-		_, err := a.prove(ctx, store, before, s.facts)
+		_, err := a.verifySet(ctx, store, before, s.facts)
 		if err == nil {
 			return &foreignFiles{}
 		}
-		a.parts.Log.WarnContext(ctx, "the driver in force does not hold; its files are found by their build ids", "err", err)
+		a.parts.Log.WarnContext(ctx, "the driver in force does not verify; its files are found by their build ids", "err",
+			err)
 	}
 	return a.findForeign(s.facts, s.facts.Driver.String(), s.facts.Modules)
 }
 
-// served reports whether more GPUs worked with a set at the last look than do now. Where
-// no more did, going back to it helps nobody.
+// served reports whether more GPUs worked with a set at the last look than do now. Where no more did, a rollback to it
+// does not help.
 func (a *Agent) served(set *install.Set, now gpucheck.Verdict) bool {
 	rec := a.lastRecord()
 	return rec != nil && rec.Verdict.Digest == set.Digest && rec.Verdict.UsableGPUs > now.UsableGPUs
 }
 
 // returnTo reports whether there is a set to go back to.
-func (s situation) returnTo(before *install.Set) bool {
+func (s nodeState) returnTo(before *install.Set) bool {
 	return before != nil && !s.noLoad && fitsNode(before, s.facts) == nil && s.refused(before) == nil
 }
 
-// restore puts back the files that were in force before.
+// restore restores the files that were in force before.
 func restore(store *install.Store, to install.Pointers, before *install.Set) error {
 	err := store.Restore(to)
 	if before != nil {
@@ -195,18 +198,19 @@ func restore(store *install.Store, to install.Pointers, before *install.Set) err
 	return err
 }
 
-// takingBack is what is to be undone, and what is to be again.
-type takingBack struct {
+// revertPlan is what is to be undone, and what is to be again.
+type revertPlan struct {
 	set, before *install.Set
 	to          install.Pointers
 	changed     bool
 	foreign     *foreignFiles // what was unloaded
 }
 
-// takeBack restores files and modules after a set that could not be loaded or used.
+// revert restores files and modules after a set that could not be loaded or used.
 // Modules that do not leave the kernel keep their files. cause stays the error; what
 // cannot be restored is added to it.
-func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s situation, t takingBack, cause error) error {
+func (a *Agent) revert(ctx context.Context, r *Report, store *install.Store, s nodeState, t revertPlan,
+	cause error) error {
 	before := t.before
 	if fault.Is(cause, fault.NoDevice) {
 		// The driver found no device although the bus has one.
@@ -214,12 +218,13 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 			"check that this driver version and flavour support the GPU: --flavour, --driver")
 	}
 	// Modules of somebody else's that were adopted are not ours to unload.
-	may := len(s.facts.Modules) == 0 || s.ours() || s.replaceForeign
+	may := len(s.facts.Modules) == 0 || s.ownLoaded() || s.replaceForeign
 	reload := may && s.returnTo(before) && (t.changed || s.facts.Runs(before.Driver))
 	var errs []error
 	if reload {
 		if err := a.unloadOf(ctx, r, t.set, before); err != nil {
-			return fmt.Errorf("%w; and then: %w", cause, errors.Join(fmt.Errorf("it stays in force: %w", err), a.end(store, t.set.Digest, cause)))
+			return fmt.Errorf("%w; and then: %w", cause,
+				errors.Join(fmt.Errorf("it stays in force: %w", err), a.end(store, t.set.Digest, cause)))
 		}
 	}
 	if t.changed {
@@ -233,14 +238,14 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	errs = append(errs, a.restoreFirmwarePath(s.facts))
 	r.Verdict = gpucheck.Verdict{}
 	if !t.foreign.stillRuns(a) {
-		if err := t.foreign.putBack(ctx, a, r); err != nil {
+		if err := t.foreign.reload(ctx, a, r); err != nil {
 			errs = append(errs, err)
 		} else {
 			reload = false
 		}
 	}
 	if reload {
-		proved, err := a.prove(ctx, store, before, s.facts)
+		proved, err := a.verifySet(ctx, store, before, s.facts)
 		if reload = err == nil; reload {
 			before = proved
 		} else {
@@ -265,7 +270,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 	}
 	a.describeGPUs(ctx, r.Verdict)
 	errs = append(errs, a.end(store, t.set.Digest, cause))
-	a.tell(ctx, store, eventTakenBack, t.set, string(r.Verdict.State), cause)
+	a.addHistory(ctx, store, eventReverted, t.set, string(r.Verdict.State), cause)
 	if lost := errors.Join(errs...); lost != nil {
 		return fmt.Errorf("%w; and then: %w", cause, lost)
 	}
@@ -274,7 +279,7 @@ func (a *Agent) takeBack(ctx context.Context, r *Report, store *install.Store, s
 
 // paramsBefore are the parameters with which the driver before was loaded.
 func (a *Agent) paramsBefore() map[string]string {
-	if rec := a.recall(); rec != nil {
+	if rec := a.readRecord(); rec != nil {
 		return rec.Params
 	}
 	return a.cfg.ModuleParams
@@ -287,7 +292,8 @@ func (f *foreignFiles) stillRuns(a *Agent) bool {
 		return true // nothing is known to be missing
 	}
 	for _, m := range f.modules {
-		if !slices.ContainsFunc(now, func(have host.Module) bool { return have.Name == m.Name && have.BuildID == m.BuildID }) {
+		if !slices.ContainsFunc(now,
+			func(have host.Module) bool { return have.Name == m.Name && have.BuildID == m.BuildID }) {
 			return false
 		}
 	}
@@ -295,16 +301,17 @@ func (f *foreignFiles) stillRuns(a *Agent) bool {
 }
 
 // lacks reports whether a module of a set that nodes load is not in the kernel.
-func (s situation) lacks(set *install.Set) bool {
+func (s nodeState) lacks(set *install.Set) bool {
 	return slices.ContainsFunc(set.Modules, func(m install.Module) bool {
-		return isLoaded(m.Name) && !slices.ContainsFunc(s.facts.Modules, func(have host.Module) bool { return have.Name == modinfo.Canonical(m.Name) })
+		return isLoaded(m.Name) &&
+			!slices.ContainsFunc(s.facts.Modules, func(have host.Module) bool { return have.Name == modinfo.Canonical(m.Name) })
 	})
 }
 
 // unloadOf unloads what is loaded of a set that did not do.
 func (a *Agent) unloadOf(ctx context.Context, r *Report, set, before *install.Set) error {
 	facts, err := host.Observe(a.node)
-	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(situation{facts: facts}).runs(set) {
+	if err != nil || len(facts.Modules) == 0 || before.Digest == set.Digest || !(nodeState{facts: facts}).runs(set) {
 		return err
 	}
 	if err := idle(facts); err != nil {
@@ -331,20 +338,22 @@ func (a *Agent) newXids() []string {
 	lines, end := a.loader.Follow(a.xids.mark)
 	a.xids.mark = end
 	for _, line := range lines {
-		if gpucheck.Weighs(line) && len(a.xids.lines) < maxXids {
+		if gpucheck.Significant(line) && len(a.xids.lines) < maxXids {
 			a.xids.lines = append(a.xids.lines, line)
 		}
 	}
 	return a.xids.lines
 }
 
-// validate looks at what there is now. xids are the errors of GPUs that count.
-func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, xids []string) (gpucheck.Verdict, error) {
+// validate examines what there is now. xids are the errors of GPUs that count.
+func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, xids []string) (gpucheck.Verdict,
+	error) {
 	facts, err := host.Observe(a.node)
 	if err != nil {
 		return gpucheck.Verdict{}, err
 	}
-	f := gpucheck.Facts{Driver: set.Driver, Digest: set.Digest, GPUs: addresses(facts), Modules: map[string]string{}, Foreign: foreign(facts, set)}
+	f := gpucheck.Facts{Driver: set.Driver, Digest: set.Digest, GPUs: addresses(facts), Modules: map[string]string{},
+		Foreign: foreign(facts, set)}
 	for _, m := range facts.Modules {
 		f.Modules[m.Name] = m.Version
 	}
@@ -367,7 +376,8 @@ func (a *Agent) validate(ctx context.Context, set *install.Set, mark kmod.Mark, 
 func (a *Agent) notePersistence(r *Report) {
 	for _, d := range r.Verdict.NVML.Devices {
 		if a.cfg.Persistence && d.Error == "" && d.Persistence != "on" {
-			r.Waiting = append(r.Waiting, fmt.Sprintf("persistence mode of GPU %s: %s", d.PCIBusID, cmp.Or(d.Persistence, "it does not tell")))
+			r.Waiting = append(r.Waiting,
+				fmt.Sprintf("persistence mode of GPU %s: %s", d.PCIBusID, cmp.Or(d.Persistence, "it does not tell")))
 		}
 	}
 }
@@ -375,7 +385,7 @@ func (a *Agent) notePersistence(r *Report) {
 // addresses are the PCI addresses of the GPUs that the driver is to drive.
 func addresses(facts *host.Facts) []string {
 	var all []string
-	for _, g := range facts.OurGPUs() {
+	for _, g := range facts.ManagedGPUs() {
 		all = append(all, g.Address)
 	}
 	return all
@@ -411,10 +421,13 @@ const recordFile = ".prebake/verdict.json"
 func (a *Agent) remember(r *Report, store *install.Store, v gpucheck.Verdict) error {
 	rec := record{Verdict: v, At: a.parts.Now().UTC(), BootID: a.bootID(), Params: a.cfg.ModuleParams}
 	// Parameters count when a module is loaded. Those of one that was loaded before stay.
-	fresh := slices.ContainsFunc(r.Modules, func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
-	if last := a.recall(); last != nil && !fresh && len(r.Modules) > 0 {
+	fresh := slices.ContainsFunc(r.Modules,
+		func(o kmod.Outcome) bool { return o.Name == "nvidia" && o.Was == kmod.Loaded })
+	if last := a.readRecord(); last != nil && !fresh && len(r.Modules) > 0 {
 		if rec.Params = last.Params; !maps.Equal(rec.Params, a.cfg.ModuleParams) {
-			r.Waiting = append(r.Waiting, "other module parameters than those with which the driver was loaded: they count when it is loaded again, after a reboot")
+			r.Waiting = append(r.Waiting,
+				"other module parameters than those with which the driver was loaded: they count when it is loaded again, after "+
+					"a reboot")
 		}
 	}
 	raw, err := json.MarshalIndent(rec, "", "  ")

@@ -1,4 +1,4 @@
-// Package agent brings a node to the driver that it should run, step by step:
+// Package agent installs and loads the driver that a node should run, step by step:
 // observe, resolve, verify, fetch, stage, install, load, validate. It refuses
 // to give unverified bytes a final name, to touch a driver that is in use, and
 // to leave a node worse than it was: when a step fails, what was in force
@@ -33,13 +33,13 @@ type Agent struct {
 	node   fs.FS // the files of parts.Node
 	loader *kmod.Loader
 	xids   xidWatch
-	// watcher is told what there is while a run waits; nil is nobody.
+	// watcher is told what there is while a run waits; nil means nobody.
 	watcher Watcher
 	// checked has the layers that were compared with signed content in this run, and seen
 	// those of earlier runs: a checkedLayer by its digest.
 	checked, seen sync.Map
-	// unproved has the sets that could not be verified in this run, by their digests.
-	unproved sync.Map
+	// unverified has the sets that could not be verified in this run, by their digests.
+	unverified sync.Map
 }
 
 // New returns an agent.
@@ -62,7 +62,7 @@ type Report struct {
 	DryRun  bool `json:"dryRun,omitempty"`
 	// Plan lists what was done, or with DryRun what would be done.
 	Plan []string `json:"plan"`
-	// Pending says that another driver is on the disk and still wanted; "" is that none is.
+	// Pending says that another driver is on the disk and still wanted; "" means that none is.
 	Pending string `json:"pending,omitempty"`
 	// Waiting lists what the owner asked for and only counts later.
 	Waiting []string `json:"waiting,omitempty"`
@@ -96,7 +96,7 @@ func (a *Agent) forget() {
 		return true
 	})
 	a.checked.Clear()
-	a.unproved.Clear()
+	a.unverified.Clear()
 }
 
 func (a *Agent) run(ctx context.Context, r *Report) (err error) {
@@ -140,7 +140,7 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 	end := a.parts.Now().Add(a.cfg.WaitIdle)
 	for {
 		plan := len(r.Plan)
-		err := a.locked(store, func() error { return a.settle(ctx, r, store, none) })
+		err := a.locked(store, func() error { return a.applyDecision(ctx, r, store, none) })
 		if !a.waitIdle(ctx, err, end) {
 			return err
 		}
@@ -149,20 +149,20 @@ func (a *Agent) run(ctx context.Context, r *Report) (err error) {
 }
 
 // mayBuild reports whether this node should compile for itself where nothing is published:
-// not for a kernel in which somebody else's driver stays, and not where what it wants is
+// not for a kernel in which a foreign driver stays, and not where what it wants is
 // here and holds.
 func (a *Agent) mayBuild(ctx context.Context, store *install.Store, facts *host.Facts, current *install.Set) bool {
 	if a.parts.Local == nil || a.cfg.Pin != "" {
 		return false
 	}
-	s, err := a.situation(ctx, store)
+	s, err := a.readState(ctx, store)
 	if err != nil {
 		return false
 	}
-	if s.foreignStays() {
+	if s.keepsForeign() {
 		return false
 	}
-	return !serves(current, a.question(facts)) || !a.provable(store, current, facts) && !s.runs(current)
+	return !serves(current, a.question(facts)) || !a.verifiable(store, current, facts) && !s.runs(current)
 }
 
 // locked runs do while no other installer works on this node.
@@ -179,10 +179,10 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 // build into a kernel without a driver: a node comes up without asking anybody. A set
 // that waits for such a kernel comes first, and the one before comes last.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
-	if err := errors.Join(store.Heal(), a.recover(ctx, r, store)); err != nil {
+	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
 	}
-	s, err := a.situation(ctx, store)
+	s, err := a.readState(ctx, store)
 	if err != nil || a.cfg.NoLoad {
 		return s.current, err
 	}
@@ -203,13 +203,13 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 		if a.try(ctx, r, store, s, set) {
 			break
 		}
-		if s, err = a.situation(ctx, store); err != nil || len(s.facts.Modules) > 0 {
+		if s, err = a.readState(ctx, store); err != nil || len(s.facts.Modules) > 0 {
 			break
 		}
 	}
-	if s, err := a.situation(ctx, store); err == nil && len(s.facts.Modules) == 0 {
-		if err := a.putBackForeign(ctx, r, store, s); err != nil {
-			a.parts.Log.WarnContext(ctx, "put back the driver that was there before", "err", err)
+	if s, err := a.readState(ctx, store); err == nil && len(s.facts.Modules) == 0 {
+		if err := a.restoreForeign(ctx, r, store, s); err != nil {
+			a.parts.Log.WarnContext(ctx, "activate the previous driver again", "err", err)
 		}
 	}
 	return store.Current()
@@ -217,7 +217,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 
 // try puts a set in force and reports whether it is loaded. What the farm has may do
 // better where it is not; if not, settle meets the error again.
-func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s situation, set *install.Set) bool {
+func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {
 		return false
@@ -229,9 +229,9 @@ func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s situ
 	return err == nil || r.Verdict.Digest == set.Digest
 }
 
-// settle puts in force what is to be, now that the farm has answered or has not.
-func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, none error) error {
-	s, err := a.situation(ctx, store) // again: the wait for an answer may have been long
+// applyDecision puts in force what is to be, now that the farm has answered or has not.
+func (a *Agent) applyDecision(ctx context.Context, r *Report, store *install.Store, none error) error {
+	s, err := a.readState(ctx, store) // again: the wait for an answer may have been long
 	if err != nil {
 		return err
 	}
@@ -241,31 +241,32 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 			none = at.refused(r.Answer.Driver, s.another(r.Answer.Digest))
 		}
 	}
-	if none == nil && s.foreignStays() && !s.facts.Runs(r.Answer.Driver) { // nobody fetches what has to wait
+	if none == nil && s.keepsForeign() && !s.facts.Runs(r.Answer.Driver) { // nobody fetches what has to wait
 		none = s.put(&install.Set{Driver: r.Answer.Driver}).err
 	}
 	if s.none = none; none == nil {
-		s.wanted, s.none = a.bring(ctx, r, store, s.facts, s.current)
+		s.wanted, s.none = a.fetchAndStage(ctx, r, store, s.facts, s.current)
 		wanted, none := s.wanted, s.none
-		if s, err = a.situation(ctx, store); err != nil { // and so may the download
+		if s, err = a.readState(ctx, store); err != nil { // and so may the download
 			return err
 		}
 		s.wanted, s.none = wanted, none
 	}
-	excused := a.excuses(r.Answer, s, silent)
+	excused := a.upToDate(r.Answer, s, silent)
 	d := decide(s)
 	var waiting []string // what stays on the disk though it is not in force
 	if set := s.waiting(); set != nil {
 		waiting = append(waiting, set.Digest)
 		if serves(set, s.question) && (d.set == nil || d.set.Digest != set.Digest) {
-			r.Pending = fmt.Sprintf("driver %s (%s) waits for a kernel without a driver, or for an idle GPU", set.Driver, short(set.Digest))
+			r.Pending = fmt.Sprintf("driver %s (%s) waits for a kernel without a driver, or for an idle GPU", set.Driver,
+				short(set.Digest))
 		}
 	}
 	if d.set == nil {
 		if fault.Is(d.err, fault.Transient) {
-			return a.andUnproved(s, d.err) // what was fetched so far is of use to the next run
+			return a.addUnverified(s, d.err) // what was fetched so far is of use to the next run
 		}
-		d.err = a.andUnproved(s, d.err)
+		d.err = a.addUnverified(s, d.err)
 		if s.wanted != nil { // so is this, however often it is refused
 			waiting = append(waiting, s.wanted.Digest)
 		}
@@ -297,36 +298,40 @@ func (a *Agent) settle(ctx context.Context, r *Report, store *install.Store, non
 	return errors.Join(d.err, store.Sweep(waiting...))
 }
 
-// andUnproved adds why the installed driver was not loaded, where it does not hold: that is
+// addUnverified adds why the installed driver was not loaded, where it does not hold: that is
 // what has to be mended.
-func (a *Agent) andUnproved(s situation, err error) error {
+func (a *Agent) addUnverified(s nodeState, err error) error {
 	if s.current == nil {
 		return err
 	}
-	why, ok := a.unproved.Load(s.current.Digest)
+	why, ok := a.unverified.Load(s.current.Digest)
 	bad, _ := why.(error)
 	if !ok || bad == nil || errors.Is(err, bad) {
 		return err
 	}
-	return fault.Wrap(fault.Of(bad), fmt.Errorf("verify installed driver %s: %w; and then: %w", s.current.Driver, bad, err), cmp.Or(fault.Hint(bad), hintAgain))
+	return fault.Wrap(fault.Of(bad),
+		fmt.Errorf("verify installed driver %s: %w; and then: %w", s.current.Driver, bad, err),
+		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// excuses reports whether a node that has what it wishes for, as far as it can tell, is
+// upToDate reports whether a node that has what it wishes for, as far as it can tell, is
 // as it should be although the farm names nothing (silent), or cannot be reached. That
 // an answer is hostile, or that the driver was yanked, is nothing to pass over.
-func (a *Agent) excuses(answer resolve.Answer, s situation, silent bool) bool {
+func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:
 		return false
 	case fault.Is(s.none, fault.Transient):
 		return true
 	}
-	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) && !fault.Is(s.none, fault.Unsupported)
+	return silent && !fault.Is(s.none, fault.Unverified) && !fault.Is(s.none, fault.Mismatch) &&
+		!fault.Is(s.none, fault.Unsupported)
 }
 
-// situation reads what a decision goes by.
-func (a *Agent) situation(ctx context.Context, store *install.Store) (s situation, err error) {
-	s = situation{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry, noLoad: a.cfg.NoLoad}
+// readState reads the inputs of a decision.
+func (a *Agent) readState(ctx context.Context, store *install.Store) (s nodeState, err error) {
+	s = nodeState{replaceForeign: a.cfg.ReplaceForeign, allowDowngrade: a.cfg.AllowDowngrade, retry: a.cfg.Retry,
+		noLoad: a.cfg.NoLoad}
 	if s.facts, err = host.Observe(a.node); err != nil {
 		return s, err
 	}
@@ -335,11 +340,11 @@ func (a *Agent) situation(ctx context.Context, store *install.Store) (s situatio
 			a.parts.Log.WarnContext(ctx, "find who uses the GPU", "err", err)
 		}
 	}
-	s.provable = func(set *install.Set) bool { return a.provable(store, set, s.facts) }
+	s.verifiable = func(set *install.Set) bool { return a.verifiable(store, set, s.facts) }
 	s.closed = a.cfg.Maintenance.Closed(a.parts.Now())
 	s.question = a.question(s.facts)
 	if store == nil {
-		s.provable = nil
+		s.verifiable = nil
 	}
 	if s.current, err = currentSet(store); err != nil || store == nil {
 		s.attempts = attempts{}
@@ -359,8 +364,8 @@ func (a *Agent) situation(ctx context.Context, store *install.Store) (s situatio
 	return s, nil
 }
 
-// waiting is the set that waits for a kernel without a driver; nil is none.
-func (s situation) waiting() *install.Set {
+// waiting is the set that waits for a kernel without a driver; nil means none.
+func (s nodeState) waiting() *install.Set {
 	for _, set := range s.staged {
 		if at := s.attempts[set.Digest]; at != nil && at.Next {
 			return set
@@ -370,7 +375,7 @@ func (s situation) waiting() *install.Set {
 }
 
 // incomplete reports whether a driver is loaded without all that CUDA programs need.
-func (s situation) incomplete() bool {
+func (s nodeState) incomplete() bool {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if !slices.ContainsFunc(s.facts.Modules, func(m host.Module) bool { return m.Name == name }) {
 			return true
@@ -380,7 +385,8 @@ func (s situation) incomplete() bool {
 }
 
 func (a *Agent) question(facts *host.Facts) resolve.Question {
-	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Pin: a.cfg.Pin, Flavour: a.cfg.Flavour, GPUs: facts.Listed()}
+	return resolve.Question{Kernel: facts.Kernel, Wish: a.cfg.Wish, Pin: a.cfg.Pin, Flavour: a.cfg.Flavour,
+		GPUs: facts.Listed()}
 }
 
 // googleLock is the lock file of Google's installer, inside the node's root.

@@ -60,7 +60,8 @@ func (p probe) Probe(context.Context, string, bool) (gpucheck.NVML, error) {
 	if err != nil {
 		return gpucheck.NVML{}, err
 	}
-	return gpucheck.NVML{Version: strings.TrimPrefix(to, "libnvidia-ml.so."), CUDA: "12.2", Devices: make([]gpucheck.Device, p.devices)}, nil
+	return gpucheck.NVML{Version: strings.TrimPrefix(to, "libnvidia-ml.so."), CUDA: "12.2",
+		Devices: make([]gpucheck.Device, p.devices)}, nil
 }
 
 // finder names one artifact, as a server would.
@@ -118,7 +119,8 @@ func (n *node) run(t testing.TB, ref, digest string, d target.Driver) (*agent.Re
 
 // answer has the finder name an artifact.
 func (n *node) answer(ref, digest string, d target.Driver) {
-	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref, Digest: digest}}
+	n.parts.Finder = finder{answer: resolve.Answer{State: api.Published, Source: "server", Driver: d, Repository: ref,
+		Digest: digest}}
 }
 
 func (n *node) runAs(t testing.TB) (*agent.Report, error) {
@@ -203,11 +205,13 @@ func TestInstall(t *testing.T) {
 	if r.Verdict.State != gpucheck.Ready || !r.Changed || r.FetchedBytes == 0 || r.CachedBytes != 0 {
 		t.Errorf("report = %+v; want ready, changed and fetched", r)
 	}
-	want := []string{"load nvidia " + newVersion + " NVreg_Foo=1", "load nvidia_uvm " + newVersion, "load nvidia_modeset " + newVersion}
+	want := []string{"load nvidia " + newVersion + " NVreg_Foo=1", "load nvidia_uvm " + newVersion,
+		"load nvidia_modeset " + newVersion}
 	if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
 		t.Errorf("system calls (-want +got):\n%s", diff)
 	}
-	if diff := cmp.Diff([]string{"nvidiactl", "nvidia-modeset", "nvidia-uvm-tools", "nvidia-uvm"}, n.nodes.made); diff != "" {
+	if diff := cmp.Diff([]string{"nvidiactl", "nvidia-modeset", "nvidia-uvm-tools", "nvidia-uvm"},
+		n.nodes.made); diff != "" {
 		t.Errorf("device files (-want +got):\n%s", diff)
 	}
 	want = []string{"observe", "resolve", "verify", "fetch", "stage", "install", "load", "validate"}
@@ -220,7 +224,8 @@ func TestInstall(t *testing.T) {
 	}
 	tree := n.tree(t)
 	for name, content := range map[string]string{
-		"lib64/libnvidia-ml.so." + newVersion: "library " + newVersion, "firmware/nvidia/" + newVersion + "/gsp_tu10x.bin": "firmware " + newVersion, "drivers/nvidia.ko": "module",
+		"lib64/libnvidia-ml.so." + newVersion:              "library " + newVersion,
+		"firmware/nvidia/" + newVersion + "/gsp_tu10x.bin": "firmware " + newVersion, "drivers/nvidia.ko": "module",
 	} {
 		if tree[name] != content {
 			t.Errorf("installed %s = %q; want %q", name, tree[name], content)
@@ -343,7 +348,8 @@ func TestWithdraw(t *testing.T) {
 		n.inUse(t, "0")
 		want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}
 		if foreign { // somebody loaded another driver meanwhile
-			sample.Write(t, n.root, "proc/driver/nvidia/version", "NVRM version: NVIDIA UNIX x86_64 Kernel Module  "+oldVersion+"  Thu\n")
+			sample.Write(t, n.root, "proc/driver/nvidia/version",
+				"NVRM version: NVIDIA UNIX x86_64 Kernel Module  "+oldVersion+"  Thu\n")
 			want = nil
 		}
 		r, err := rollback()
@@ -366,7 +372,8 @@ func TestWithdraw(t *testing.T) {
 func wantCache(t *testing.T, n *node, version string) {
 	t.Helper()
 	raw, err := os.ReadFile(filepath.Join(n.root, installDir, ".cache"))
-	if want := "BUILD_ID=" + buildA + "\nDRIVER_VERSION=" + version + "\nKERNEL_OPEN=Y\n"; err != nil || string(raw) != want {
+	if want := "BUILD_ID=" + buildA + "\nDRIVER_VERSION=" + version + "\nKERNEL_OPEN=Y\n"; err != nil ||
+		string(raw) != want {
 		t.Errorf(".cache = %q, %v; want %q", raw, err, want)
 	}
 }

@@ -24,8 +24,8 @@ const maxTries = 2
 // maxAttempts bounds the file; the oldest are forgotten.
 const maxAttempts = 32
 
-// attempt is what became of putting a set in force. It is written and flushed before
-// anything is switched, unloaded or loaded, so that whoever comes next, after a kill or
+// attempt is what happened to putting a set in force. It is written and flushed before
+// anything is switched, unloaded or loaded, so that the next run, after a kill or
 // a panic, knows what was there before.
 type attempt struct {
 	// Open says that it began and has not ended; Before is what was in force then, and
@@ -38,7 +38,7 @@ type attempt struct {
 	// ended with an error, of which Why is the last.
 	Crashes  int    `json:"crashes,omitempty"`
 	Failures int    `json:"failures,omitempty"`
-	Why      string `json:"why,omitempty"`
+	Reason   string `json:"why,omitempty"`
 	// ByHand says that somebody rolled it back.
 	ByHand bool `json:"byHand,omitempty"`
 	// Foreign are the modules of the driver that somebody else had loaded in that boot, and
@@ -64,13 +64,15 @@ func (a *attempt) refused(d target.Driver, other bool) error {
 	case a.ByHand && other:
 		why = "was rolled back by hand on " + a.At.UTC().Format(time.DateTime)
 	case a.Crashes >= maxTries:
-		why = fmt.Sprintf("took the node down %d times while it was loaded, the last time after %s", a.Crashes, a.At.UTC().Format(time.DateTime))
+		why = fmt.Sprintf("took the node down %d times while it was loaded, the last time after %s", a.Crashes,
+			a.At.UTC().Format(time.DateTime))
 	case a.Failures >= maxTries && other:
-		why = fmt.Sprintf("failed %d times, the last time with: %s", a.Failures, a.Why)
+		why = fmt.Sprintf("failed %d times, the last time with: %s", a.Failures, a.Reason)
 	default:
 		return nil
 	}
-	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why), "try it again with fetcher install --retry, or ask for another version with --driver")
+	return fault.New(fault.Rejected, fmt.Sprintf("driver %s %s", d, why),
+		"try it again with fetcher install --retry, or ask for another version with --driver")
 }
 
 // readAttempts reads what is on disk. A file that is damaged tells nothing.
@@ -112,13 +114,13 @@ func (all attempts) write(store *install.Store) error {
 
 // lacksForeign reports whether a run that was killed in this boot left a kernel without the
 // driver that somebody else had loaded, where nothing of ours was in force.
-func (a *attempt) lacksForeign(s situation, boot string) bool {
+func (a *attempt) lacksForeign(s nodeState, boot string) bool {
 	return len(s.facts.Modules) == 0 && len(a.Foreign) > 0 && a.BootID == boot && a.Before.Current == ""
 }
 
-// putBackForeign loads what somebody else had loaded in this boot, where a run that was
+// restoreForeign loads what somebody else had loaded in this boot, where a run that was
 // killed had unloaded it, and nothing of ours took its place.
-func (a *Agent) putBackForeign(ctx context.Context, r *Report, store *install.Store, s situation) error {
+func (a *Agent) restoreForeign(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
 	for digest, at := range s.attempts {
 		if !at.lacksForeign(s, a.bootID()) {
 			continue
@@ -131,7 +133,7 @@ func (a *Agent) putBackForeign(ctx context.Context, r *Report, store *install.St
 		if err := a.writeFirmware(at.Firmware, s.facts); err != nil {
 			return err
 		}
-		if err := files.putBack(ctx, a, r); err != nil {
+		if err := files.reload(ctx, a, r); err != nil {
 			return err
 		}
 		return a.note(store, digest, func(at *attempt) { at.Foreign, at.ForeignDriver, at.Firmware = nil, "", "" })
@@ -140,7 +142,8 @@ func (a *Agent) putBackForeign(ctx context.Context, r *Report, store *install.St
 }
 
 // begin notes that a set is about to be put in force, and what is unloaded for it.
-func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles, firmware string) error {
+func (a *Agent) begin(store *install.Store, digest string, before install.Pointers, was *foreignFiles,
+	firmware string) error {
 	err := a.note(store, digest, func(at *attempt) {
 		at.Open, at.Before, at.BootID = true, before, a.bootID()
 		at.Foreign, at.ForeignDriver, at.Firmware = was.modules, was.driver, firmware
@@ -151,7 +154,7 @@ func (a *Agent) begin(store *install.Store, digest string, before install.Pointe
 	return store.Sync()
 }
 
-// end notes what became of it; nil forgets all that was held against the set. That
+// end notes what happened to it; nil forgets all that was recorded against the set. That
 // the disk is full must not leave it open.
 func (a *Agent) end(store *install.Store, digest string, failed error) error {
 	if failed == nil {
@@ -184,8 +187,8 @@ func (a *Agent) end(store *install.Store, digest string, failed error) error {
 			return
 		}
 		at.Failures++
-		at.Why = strings.ToValidUTF8(failed.Error(), "?")
-		at.Why = at.Why[:min(len(at.Why), 2000)]
+		at.Reason = strings.ToValidUTF8(failed.Error(), "?")
+		at.Reason = at.Reason[:min(len(at.Reason), 2000)]
 	})
 }
 
@@ -248,10 +251,10 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 		}
 		a.parts.Log.WarnContext(ctx, "an earlier run did not end", "digest", digest, "began", at.At)
 		if set != nil {
-			a.tell(ctx, store, eventUnfinished, set, "", nil)
+			a.addHistory(ctx, store, eventUnfinished, set, "", nil)
 		}
 		switch crashed := at.BootID != a.bootID(); {
-		case set != nil && !crashed && (situation{facts: facts}).runs(set):
+		case set != nil && !crashed && (nodeState{facts: facts}).runs(set):
 			if err := store.Switch(digest); err != nil {
 				return err
 			}
@@ -260,11 +263,11 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 			at.Crashes++
 		default:
 			at.Failures++
-			at.Why = "the program ended while the driver was loaded"
+			at.Reason = "the program ended while the driver was loaded"
 		}
 		at.Open = false
 		if at.Before.Current != "" || set == nil || at.Crashes >= maxTries {
-			if err := putBack(store, at.Before); err != nil {
+			if err := restorePointers(store, at.Before); err != nil {
 				return err
 			}
 			r.did("took back %s, which an earlier run left half done", short(digest))
@@ -278,9 +281,9 @@ func (a *Agent) recover(ctx context.Context, r *Report, store *install.Store) er
 	return nil
 }
 
-// putBack puts what was in force before an attempt in force again. Where that is gone,
+// restorePointers puts what was in force before an attempt in force again. Where that is gone,
 // what is in force stays.
-func putBack(store *install.Store, to install.Pointers) error {
+func restorePointers(store *install.Store, to install.Pointers) error {
 	if to.Current == "" {
 		return restore(store, install.Pointers{}, nil)
 	}

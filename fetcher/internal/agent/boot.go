@@ -56,10 +56,11 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	var want bootcfg.Want
 	want.Unsigned, want.Elsewhere = facts.Policy.Restricts()
 	var policy *host.PolicyError
-	if !a.cfg.EditBoot || a.cfg.DryRun || store == nil || a.parts.Boot == nil || want == (bootcfg.Want{}) || !errors.As(why, &policy) {
+	if !a.cfg.EditBoot || a.cfg.DryRun || store == nil || a.parts.Boot == nil || want == (bootcfg.Want{}) ||
+		!errors.As(why, &policy) {
 		return why
 	}
-	// The run was long. A node that has a driver by now, whoever loaded it, is not rebooted.
+	// The run was long. A node that has a driver by now, no matter who loaded it, is not rebooted.
 	if mods, err := host.LoadedModules(a.node); err != nil || len(mods) > 0 {
 		return errors.Join(why, err)
 	}
@@ -68,7 +69,8 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 	}
 	switch on, known := a.secureBoot(); {
 	case !known:
-		return not("whether Secure Boot is on cannot be told", "show this container the firmware's variables (/sys/firmware/efi/efivars), or change the boot configuration by hand")
+		return not("cannot tell whether Secure Boot is on",
+			"show this container the firmware's variables (/sys/firmware/efi/efivars), or change the boot configuration by hand")
 	case on:
 		return not("Secure Boot is on", "turn Secure Boot off for this node pool, or use nodes that load any module")
 	}
@@ -83,8 +85,10 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return a.reboot(r, fmt.Errorf("%w; the kernel command line was changed in this boot", why))
 	}
 	if edits.Edits >= maxEdits {
-		return not(fmt.Sprintf("that was done %d times, the last time on %s, and the kernel does what it did", edits.Edits, edits.At.UTC().Format(time.DateTime)),
-			"see what the node boots with: cat /proc/cmdline; fetcher boot undo puts the configuration back and forgets this")
+		return not(fmt.Sprintf("that was done %d times, the last time on %s, and the kernel does what it did", edits.Edits,
+			edits.At.UTC().Format(time.DateTime)),
+			"see what the node boots with: cat /proc/cmdline; fetcher boot undo restores the configuration and clears "+
+				"this record")
 	}
 	before := edits
 	edits = bootEdits{Edits: edits.Edits + 1, At: a.parts.Now().UTC(), BootID: a.bootID()}
@@ -103,7 +107,8 @@ func (a *Agent) editBoot(ctx context.Context, r *Report, store *install.Store, f
 		return errors.Join(why, err)
 	}
 	if entries == 0 {
-		return not("the boot configuration allows it already, and this kernel was booted without it", "reboot the node, or see what boots it")
+		return not("the boot configuration allows it already, and this kernel was booted without it",
+			"reboot the node, or see what boots it")
 	}
 	r.did("changed the kernel command line of %s", plural(entries, "boot entry"))
 	a.parts.Log.WarnContext(ctx, "changed the kernel command line", "entries", entries, "want", want)
@@ -116,7 +121,7 @@ func (a *Agent) reboot(r *Report, why error) error {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
 	}
 	r.did("asked for a reboot")
-	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "fetcher boot undo takes it back")
+	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "fetcher boot undo reverts it")
 }
 
 func writeEdits(store *install.Store, e bootEdits) error {
@@ -134,14 +139,14 @@ func (a *Agent) bootAllows(ctx context.Context, store *install.Store, facts *hos
 		return
 	}
 	if e, err := readEdits(store); err == nil && e.Edits > 0 {
-		e.Edits = 0 // that it was changed is remembered, for the uninstall
+		e.Edits = 0 // that it was changed is stored, for the uninstall
 		if err := writeEdits(store, e); err != nil {
 			a.parts.Log.WarnContext(ctx, "forget changes of the kernel command line", "err", err)
 		}
 	}
 }
 
-// undoBoot takes back what this program changed of the boot configuration, when it goes.
+// undoBoot undoes what this program changed in the boot configuration, when it goes.
 func (a *Agent) undoBoot(r *Report, store *install.Store) error {
 	e, err := readEdits(store)
 	if err != nil || !e.Applied || a.parts.Boot == nil {

@@ -53,7 +53,8 @@ func TestEditBoot(t *testing.T) {
 			t.Errorf("%s: %v (%s); want it rejected, with %q", what, err, fault.Hint(err), text)
 		}
 		if len(maker.wants) != edits || maker.reboots != reboots || len(n.kernel.calls) > 0 {
-			t.Errorf("%s: %d edits, %d reboots, calls %v; want %d and %d", what, len(maker.wants), maker.reboots, n.kernel.calls, edits, reboots)
+			t.Errorf("%s: %d edits, %d reboots, calls %v; want %d and %d", what, len(maker.wants), maker.reboots, n.kernel.calls,
+				edits, reboots)
 		}
 	}
 	enforce("Y")
@@ -61,9 +62,11 @@ func TestEditBoot(t *testing.T) {
 	n.cfg.EditBoot, n.cfg.DryRun = true, true
 	run("in a dry run", "module.sig_enforce=1", 0, 0)
 	n.cfg.DryRun = false
-	sample.Write(t, n.root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c", "\x06\x00\x00\x00\x01")
+	sample.Write(t, n.root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c",
+		"\x06\x00\x00\x00\x01")
 	run("with Secure Boot", "Secure Boot is on", 0, 0)
-	sample.Write(t, n.root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c", "\x06\x00\x00\x00\x00")
+	sample.Write(t, n.root, "sys/firmware/efi/efivars/SecureBoot-8be4df61-93ca-11d2-aa0d-00e098032b8c",
+		"\x06\x00\x00\x00\x00")
 	run("the first time", "and the node reboots", 1, 1)
 	if maker.wants[0] != (bootcfg.Want{Unsigned: true}) {
 		t.Errorf("wanted was %+v; want unsigned modules, and nothing else", maker.wants[0])
@@ -87,7 +90,8 @@ func TestEditBoot(t *testing.T) {
 	n.reboot(t)
 	enforce("Y")
 	maker.entries = 0
-	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "allows it already") || maker.reboots != 3 {
+	if _, err := n.run(t, ref, p.Digest, c.Driver); !fault.Is(err, fault.Rejected) ||
+		!strings.Contains(err.Error(), "allows it already") || maker.reboots != 3 {
 		t.Errorf("Run = %v, %d reboots; want none more", err, maker.reboots)
 	}
 	r, err := agent.New(n.cfg, n.parts).Boot(true)
@@ -110,7 +114,8 @@ func TestLockdown(t *testing.T) {
 		text, cmdline, says string
 		want                bootcfg.Want
 	}{
-		"sys/kernel/security/lockdown":     {"none [integrity] confidentiality\n", "ro\n", "locked down (integrity)", bootcfg.Want{}},
+		"sys/kernel/security/lockdown": {"none [integrity] confidentiality\n", "ro\n", "locked down (integrity)",
+			bootcfg.Want{}},
 		"proc/sys/kernel/loadpin/enforce":  {"1\n", "ro\n", "LoadPin", bootcfg.Want{Elsewhere: true}},
 		"sys/kernel/security/lockdown.off": {"", "ro\n", "", bootcfg.Want{}},
 	} {
@@ -124,7 +129,8 @@ func TestLockdown(t *testing.T) {
 		if (row.says == "") != (err == nil) || err != nil && !strings.Contains(err.Error(), row.says) {
 			t.Errorf("%s: %v; want %q", file, err, row.says)
 		}
-		if row.want == (bootcfg.Want{}) && len(maker.wants) > 0 || row.want != (bootcfg.Want{}) && (len(maker.wants) != 1 || maker.wants[0] != row.want) {
+		if row.want == (bootcfg.Want{}) && len(maker.wants) > 0 || row.want != (bootcfg.Want{}) &&
+			(len(maker.wants) != 1 || maker.wants[0] != row.want) {
 			t.Errorf("%s: wanted was %+v; want %+v", file, maker.wants, row.want)
 		}
 	}
@@ -141,7 +147,8 @@ func TestEditBootSpares(t *testing.T) {
 	// The driver that is loaded serves, and the newer one is not signed for the kernel.
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
 	if !fault.Is(err, fault.Rejected) || r.Verdict.Digest != po.Digest || len(maker.wants)+maker.reboots > 0 {
-		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want the driver left alone", r.Verdict, err, len(maker.wants), maker.reboots)
+		t.Errorf("Run = %+v, %v; %d edits, %d reboots; want the driver left alone", r.Verdict, err, len(maker.wants),
+			maker.reboots)
 	}
 	// A parameter that the driver does not have.
 	sample.Write(t, n.root, "sys/module/module/parameters/sig_enforce", "N\n")

@@ -12,10 +12,10 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// situation is all that a decision goes by. Nothing of it is asked for again.
-type situation struct {
+// nodeState is all inputs of a decision. Nothing of it is asked for again.
+type nodeState struct {
 	facts *host.Facts
-	// current and previous are the sets in force now and before; nil is none. staged are
+	// current and previous are the sets in force now and before; nil means none. staged are
 	// all sets on the disk, these among them.
 	current, previous *install.Set
 	staged            []*install.Set
@@ -26,32 +26,32 @@ type situation struct {
 	// question is what the node asked the farm.
 	question resolve.Question
 	attempts attempts
-	// provable tells whether the statements beside a set hold; nil is that all do.
-	provable func(*install.Set) bool
-	// closed says why a driver that is loaded may not be replaced now; "" is that it may.
+	// verifiable tells whether the statements beside a set hold; nil means that all do.
+	verifiable func(*install.Set) bool
+	// closed says why a driver that is loaded may not be replaced now; "" means that it may.
 	closed string
 	// replaceForeign, allowDowngrade, retry and noLoad are what the node's owner decides.
 	replaceForeign, allowDowngrade, retry, noLoad bool
 }
 
-// verb is what is to be done with the kernel.
-type verb string
+// kernelAction is what is to be done with the kernel.
+type kernelAction string
 
 const (
 	// keep leaves the modules that are loaded, and adds those of the set that are not.
-	keep verb = "keep"
+	keep kernelAction = "keep"
 	// load loads the set into a kernel without a driver.
-	load verb = "load"
+	load kernelAction = "load"
 	// replace unloads the driver that is loaded, and loads the set.
-	replace verb = "replace"
+	replace kernelAction = "replace"
 	// refuse changes nothing at all.
-	refuse verb = "refuse"
+	refuse kernelAction = "refuse"
 )
 
 // decision is what to do. With a set, that set is put in force as the verb says; err
 // then says why it is not the one that the node is meant to have.
 type decision struct {
-	do  verb
+	do  kernelAction
 	set *install.Set
 	err error
 }
@@ -59,8 +59,8 @@ type decision struct {
 // decide says what to do about the node's driver. A driver that fits this build stays
 // in force, or comes back into force, whatever the farm says, until another one can
 // take its place.
-func decide(s situation) decision {
-	good := s.good()
+func decide(s nodeState) decision {
+	good := s.usableSet()
 	stay := func(why error) decision {
 		if good == nil {
 			return decision{do: refuse, err: why}
@@ -79,7 +79,9 @@ func decide(s situation) decision {
 		return stay(why)
 	}
 	if good != nil && s.isDowngrade(good) {
-		return stay(fault.New(fault.Mismatch, fmt.Sprintf("%s is installed, and %s is answered for the wish %s: an older driver", good.Driver, s.wanted.Driver, s.question.Wish),
+		return stay(fault.New(fault.Mismatch,
+			fmt.Sprintf("%s is installed, and %s is answered for the wish %s: an older driver", good.Driver, s.wanted.Driver,
+				s.question.Wish),
 			"name the version with --driver, or allow it: --allow-downgrade"))
 	}
 	d := s.put(s.wanted)
@@ -89,29 +91,29 @@ func decide(s situation) decision {
 	return d
 }
 
-// good is the set that may be in force: the current one, or else the one before.
-func (s situation) good() *install.Set {
+// usableSet is the set that may be in force: the current one, or else the one before.
+func (s nodeState) usableSet() *install.Set {
 	for _, set := range []*install.Set{s.current, s.previous} {
-		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.holds(set) {
+		if set != nil && fitsNode(set, s.facts) == nil && s.refused(set) == nil && s.acceptable(set) {
 			return set
 		}
 	}
 	return nil
 }
 
-// holds reports whether a set may be in force as far as its papers go: those of one that
-// runs are not asked for.
-func (s situation) holds(set *install.Set) bool {
-	return s.provable == nil || s.noLoad || s.provable(set) || s.runs(set)
+// acceptable reports whether a set may be in force as far as its attestations go: those of one that runs are not asked
+// for.
+func (s nodeState) acceptable(set *install.Set) bool {
+	return s.verifiable == nil || s.noLoad || s.verifiable(set) || s.runs(set)
 }
 
-// foreignStays reports whether somebody else's driver is loaded that is not to go.
-func (s situation) foreignStays() bool {
-	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ours()
+// keepsForeign reports whether a foreign driver is loaded that is not to go.
+func (s nodeState) keepsForeign() bool {
+	return len(s.facts.Modules) > 0 && !s.noLoad && !s.replaceForeign && !s.ownLoaded()
 }
 
 // put says how a set gets into force, or why it cannot.
-func (s situation) put(set *install.Set) decision {
+func (s nodeState) put(set *install.Set) decision {
 	switch {
 	case s.noLoad:
 		return decision{do: keep, set: set}
@@ -119,15 +121,19 @@ func (s situation) put(set *install.Set) decision {
 		return s.allowed(set, load)
 	case s.runs(set):
 		return decision{do: keep, set: set}
-	case !s.ours() && s.facts.Runs(set.Driver):
+	case !s.ownLoaded() && s.facts.Runs(set.Driver):
 		// Somebody else loaded the same driver: it is adopted as it is.
 		return decision{do: keep, set: set}
-	case !s.ours() && !s.replaceForeign:
-		return decision{do: refuse, err: fault.New(fault.Busy, fmt.Sprintf("another driver is loaded that this program did not install: %s", s.facts.Driver),
-			"it stays as it is; --foreign replace unloads it, or reboot the node without what loads it")}
+	case !s.ownLoaded() && !s.replaceForeign:
+		return decision{do: refuse,
+			err: fault.New(fault.Busy,
+				fmt.Sprintf("another driver is loaded that this program did not install: %s", s.facts.Driver),
+				"it stays as it is; --foreign replace unloads it, or reboot the node without what loads it")}
 	}
 	if s.closed != "" {
-		return decision{do: refuse, err: fault.New(fault.Busy, fmt.Sprintf("replace driver %s: %s", s.facts.Driver, s.closed), "the driver that is loaded stays until then, or until the node is rebooted")}
+		return decision{do: refuse,
+			err: fault.New(fault.Busy, fmt.Sprintf("replace driver %s: %s", s.facts.Driver, s.closed),
+				"the driver that is loaded stays until then, or until the node is rebooted")}
 	}
 	if err := idle(s.facts); err != nil {
 		return decision{do: refuse, err: err}
@@ -136,7 +142,7 @@ func (s situation) put(set *install.Set) decision {
 }
 
 // allowed asks the kernel's policy before anything is unloaded or switched.
-func (s situation) allowed(set *install.Set, do verb) decision {
+func (s nodeState) allowed(set *install.Set, do kernelAction) decision {
 	for _, m := range set.Modules {
 		if !isLoaded(m.Name) {
 			continue
@@ -151,22 +157,22 @@ func (s situation) allowed(set *install.Set, do verb) decision {
 // runs reports whether the loaded modules are those of a set. The kernel tells them
 // by their build ids, or else by version and flavour; two editions of a release are
 // told by what was in force.
-func (s situation) runs(set *install.Set) bool {
+func (s nodeState) runs(set *install.Set) bool {
 	if !s.facts.Runs(set.Driver) || len(foreign(s.facts, set)) > 0 {
 		return false
 	}
 	return s.current == nil || s.current.Driver == set.Driver || s.current.Driver.Modules() != set.Driver.Modules()
 }
 
-// ours reports whether the loaded driver is one that this program installed.
-func (s situation) ours() bool {
+// ownLoaded reports whether the loaded driver is one that this program installed.
+func (s nodeState) ownLoaded() bool {
 	return slices.ContainsFunc(append([]*install.Set{s.current, s.previous}, s.staged...), func(set *install.Set) bool {
 		return set != nil && s.facts.Runs(set.Driver) && len(foreign(s.facts, set)) == 0
 	})
 }
 
 // refused says why a set is not to be tried again.
-func (s situation) refused(set *install.Set) error {
+func (s nodeState) refused(set *install.Set) error {
 	a := s.attempts[set.Digest]
 	if a == nil || s.retry {
 		return nil
@@ -176,12 +182,12 @@ func (s situation) refused(set *install.Set) error {
 
 // another reports whether there is another driver that this node may run: a set, or one
 // that somebody else loaded.
-func (s situation) another(digest string) bool {
-	if len(s.facts.Modules) > 0 && !s.ours() {
+func (s nodeState) another(digest string) bool {
+	if len(s.facts.Modules) > 0 && !s.ownLoaded() {
 		return true
 	}
 	return slices.ContainsFunc([]*install.Set{s.current, s.previous}, func(set *install.Set) bool {
-		if set == nil || set.Digest == digest || fitsNode(set, s.facts) != nil || !s.holds(set) {
+		if set == nil || set.Digest == digest || fitsNode(set, s.facts) != nil || !s.acceptable(set) {
 			return false
 		}
 		a := s.attempts[set.Digest]
@@ -191,8 +197,9 @@ func (s situation) another(digest string) bool {
 
 // isDowngrade reports whether the farm's answer to a wish without an exact version is
 // older than what is installed for it.
-func (s situation) isDowngrade(good *install.Set) bool {
-	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade || !serves(good, s.question) {
+func (s nodeState) isDowngrade(good *install.Set) bool {
+	if _, exact := s.question.Wish.Exact(); exact || s.question.Pin != "" || s.allowDowngrade ||
+		!serves(good, s.question) {
 		return false
 	}
 	return target.CompareVersions(s.wanted.Driver.Modules().Version, good.Driver.Modules().Version) < 0
@@ -201,7 +208,8 @@ func (s situation) isDowngrade(good *install.Set) bool {
 // serves reports whether an installed set answers the question, as far as the node can
 // tell by itself.
 func serves(s *install.Set, q resolve.Question) bool {
-	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board || s.Kernel.Release != q.Kernel.Release {
+	if s == nil || s.Kernel.BuildID != q.Kernel.BuildID || s.Kernel.Board != q.Kernel.Board ||
+		s.Kernel.Release != q.Kernel.Release {
 		return false
 	}
 	if q.Pin != "" {
@@ -219,10 +227,12 @@ func serves(s *install.Set, q resolve.Question) bool {
 
 // fitsNode refuses a set that was installed for another COS build.
 func fitsNode(s *install.Set, facts *host.Facts) error {
-	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board && s.Kernel.Release == facts.Kernel.Release {
+	if s.Kernel.BuildID == facts.Kernel.BuildID && s.Kernel.Board == facts.Kernel.Board &&
+		s.Kernel.Release == facts.Kernel.Release {
 		return nil
 	}
-	return fault.New(fault.Mismatch, fmt.Sprintf("driver %s was installed for COS %s; this node runs %s", s.Driver, s.Kernel, facts.Kernel),
+	return fault.New(fault.Mismatch,
+		fmt.Sprintf("driver %s was installed for COS %s; this node runs %s", s.Driver, s.Kernel, facts.Kernel),
 		"install a driver for this build: fetcher install --driver VERSION")
 }
 
@@ -230,12 +240,14 @@ func fitsNode(s *install.Set, facts *host.Facts) error {
 func idle(facts *host.Facts) error {
 	for _, m := range facts.Modules {
 		if m.Permanent {
-			return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: this kernel never unloads module %s", facts.Driver, m.Name),
+			return fault.New(fault.Busy,
+				fmt.Sprintf("unload driver %s: this kernel never unloads module %s", facts.Driver, m.Name),
 				"reboot the node: the driver that is wanted is loaded then; until then the one in use stays as it is")
 		}
 	}
 	if holders := facts.Holders(); len(holders) > 0 {
-		return fault.New(fault.Busy, fmt.Sprintf("unload driver %s: in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
+		return fault.New(fault.Busy,
+			fmt.Sprintf("unload driver %s: in use by kernel module %s", facts.Driver, strings.Join(holders, ", ")),
 			"unload that module (rmmod) and run this again; the driver in use stays as it is")
 	}
 	for _, m := range facts.Modules {

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// The table of what becomes of a node's driver. Sets are called by version; a letter
+// The table of what happens to a node's driver. Sets are called by version; a letter
 // behind a plus sign stands for other bytes of the same version.
 func TestDecide(t *testing.T) {
 	t.Parallel()
@@ -24,9 +24,11 @@ func TestDecide(t *testing.T) {
 			return nil
 		}
 		version, bytes, _ := strings.Cut(name, "+")
-		s := &install.Set{Digest: name, Kernel: target.Kernel{BuildID: build, Board: "lakitu", Release: "6.1"}, Driver: target.Driver{Version: version, Flavour: target.Open}}
+		s := &install.Set{Digest: name, Kernel: target.Kernel{BuildID: build, Board: "lakitu", Release: "6.1"},
+			Driver: target.Driver{Version: version, Flavour: target.Open}}
 		for _, m := range []string{"nvidia", "nvidia-uvm"} {
-			s.Modules = append(s.Modules, install.Module{Name: m, Version: s.Driver.Modules().Version, BuildID: bytes + "of " + s.Driver.Modules().Version})
+			s.Modules = append(s.Modules,
+				install.Module{Name: m, Version: s.Driver.Modules().Version, BuildID: bytes + "of " + s.Driver.Modules().Version})
 		}
 		return s
 	}
@@ -36,75 +38,101 @@ func TestDecide(t *testing.T) {
 		wanted                    string
 		none                      error
 		wish                      target.Wish
-		change                    func(s *situation)
+		change                    func(s *nodeState)
 
-		do  verb
+		do  kernelAction
 		set string
-		err string // words of the error; "" is none
+		err string // words of the error; "" means none
 	}{
 		{name: "a node without a driver", wanted: "535.2", do: load, set: "535.2"},
 		{name: "the farm is away, nothing is here", none: away, do: refuse, err: "nobody answers"},
 		{name: "installed and loaded", loaded: "535.2", current: "535.2", wanted: "535.2", do: keep, set: "535.2"},
 		{name: "after a reboot", current: "535.2", wanted: "535.2", do: load, set: "535.2"},
-		{name: "after a reboot, the farm is away", current: "535.2", none: away, do: load, set: "535.2", err: "nobody answers"},
-		{name: "the farm is away", loaded: "535.2", current: "535.2", none: away, do: keep, set: "535.2", err: "nobody answers"},
-		{name: "another version wanted, the farm is away", current: "535.2", none: away, wish: "550.1", do: load, set: "535.2", err: "nobody answers"},
+		{name: "after a reboot, the farm is away", current: "535.2", none: away, do: load, set: "535.2",
+			err: "nobody answers"},
+		{name: "the farm is away", loaded: "535.2", current: "535.2", none: away, do: keep, set: "535.2",
+			err: "nobody answers"},
+		{name: "another version wanted, the farm is away", current: "535.2", none: away, wish: "550.1", do: load,
+			set: "535.2", err: "nobody answers"},
 		{name: "the node was updated, the farm is away", current: "535.2", none: away, do: refuse, err: "nobody answers",
-			change: func(s *situation) { s.current.Kernel.BuildID = elsewhere }},
+			change: func(s *nodeState) { s.current.Kernel.BuildID = elsewhere }},
 		{name: "the node was updated", current: "535.2", wanted: "535.2+new", do: load, set: "535.2+new",
-			change: func(s *situation) { s.current.Kernel.BuildID = elsewhere }},
+			change: func(s *nodeState) { s.current.Kernel.BuildID = elsewhere }},
 		{name: "upgrade", loaded: "535.2", current: "535.2", wanted: "535.3", do: replace, set: "535.3"},
-		{name: "upgrade, a program uses the GPU", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2", err: "1 open device",
-			change: func(s *situation) { s.facts.Modules[0].Refs = 1 }},
-		{name: "upgrade, gdrdrv holds the driver", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2", err: "kernel module gdrdrv",
-			change: func(s *situation) { s.facts.Modules[1].UsedBy = []string{"gdrdrv"} }},
-		{name: "upgrade, a kernel that unloads nothing", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2", err: "never unloads",
-			change: func(s *situation) { s.facts.Modules[0].Permanent = true }},
-		{name: "upgrade, the kernel takes signed modules only", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2", err: "enforces module signatures",
-			change: func(s *situation) { s.facts.Policy.SignaturesEnforced = true }},
-		{name: "downgrade", loaded: "535.3", current: "535.3", wanted: "535.2", do: keep, set: "535.3", err: "an older driver"},
-		{name: "downgrade that is allowed", loaded: "535.3", current: "535.3", wanted: "535.2", do: replace, set: "535.2", change: func(s *situation) { s.allowDowngrade = true }},
-		{name: "downgrade by its version", loaded: "535.3", current: "535.3", wanted: "535.2", wish: "535.2", do: replace, set: "535.2"},
-		{name: "downgrade to another branch", loaded: "550.1", current: "550.1", wanted: "535.2", wish: "R535", do: replace, set: "535.2"},
-		{name: "other bytes of one version", loaded: "535.2", current: "535.2", wanted: "535.2+b", do: replace, set: "535.2+b"},
-		{name: "other bytes of one version, in use", loaded: "535.2", current: "535.2", wanted: "535.2+b", do: keep, set: "535.2", err: "open device",
-			change: func(s *situation) { s.facts.Modules[0].Refs = 1 }},
-		{name: "an edition in place of its release", loaded: "535.2", current: "535.2", wanted: "535.2-grid", wish: "535.2-grid", do: replace, set: "535.2-grid"},
+		{name: "upgrade, a program uses the GPU", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2",
+			err:    "1 open device",
+			change: func(s *nodeState) { s.facts.Modules[0].Refs = 1 }},
+		{name: "upgrade, gdrdrv holds the driver", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2",
+			err:    "kernel module gdrdrv",
+			change: func(s *nodeState) { s.facts.Modules[1].UsedBy = []string{"gdrdrv"} }},
+		{name: "upgrade, a kernel that unloads nothing", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep,
+			set: "535.2", err: "never unloads",
+			change: func(s *nodeState) { s.facts.Modules[0].Permanent = true }},
+		{name: "upgrade, the kernel takes signed modules only", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep,
+			set: "535.2", err: "enforces module signatures",
+			change: func(s *nodeState) { s.facts.Policy.SignaturesEnforced = true }},
+		{name: "downgrade", loaded: "535.3", current: "535.3", wanted: "535.2", do: keep, set: "535.3",
+			err: "an older driver"},
+		{name: "downgrade that is allowed", loaded: "535.3", current: "535.3", wanted: "535.2", do: replace, set: "535.2",
+			change: func(s *nodeState) { s.allowDowngrade = true }},
+		{name: "downgrade by its version", loaded: "535.3", current: "535.3", wanted: "535.2", wish: "535.2", do: replace,
+			set: "535.2"},
+		{name: "downgrade to another branch", loaded: "550.1", current: "550.1", wanted: "535.2", wish: "R535", do: replace,
+			set: "535.2"},
+		{name: "other bytes of one version", loaded: "535.2", current: "535.2", wanted: "535.2+b", do: replace,
+			set: "535.2+b"},
+		{name: "other bytes of one version, in use", loaded: "535.2", current: "535.2", wanted: "535.2+b", do: keep,
+			set: "535.2", err: "open device",
+			change: func(s *nodeState) { s.facts.Modules[0].Refs = 1 }},
+		{name: "an edition in place of its release", loaded: "535.2", current: "535.2", wanted: "535.2-grid",
+			wish: "535.2-grid", do: replace, set: "535.2-grid"},
 		{name: "somebody else's driver", loaded: "570.1", wanted: "535.2", do: refuse, err: "did not install: 570.1-open"},
 		{name: "somebody else's driver, the farm is away", loaded: "570.1", none: away, do: refuse, err: "nobody answers"},
-		{name: "somebody else's driver in place of ours", loaded: "570.1", current: "535.2", wanted: "535.2", do: refuse, err: "did not install: 570.1-open"},
-		{name: "somebody else's driver, which may go", loaded: "570.1", wanted: "535.2", do: replace, set: "535.2", change: func(s *situation) { s.replaceForeign = true }},
-		{name: "somebody else's driver is the one that is wanted", loaded: "535.2+theirs", wanted: "535.2", do: keep, set: "535.2"},
-		{name: "ours of before is loaded", loaded: "535.2", current: "535.3", previous: "535.2", wanted: "535.3", do: replace, set: "535.3"},
-		{name: "rolled back by hand", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2", err: "rolled back by hand",
-			change: func(s *situation) { s.attempts["535.3"] = &attempt{ByHand: true} }},
-		{name: "rolled back by hand, and asked for again", loaded: "535.2", current: "535.2", wanted: "535.3", do: replace, set: "535.3",
-			change: func(s *situation) { s.attempts["535.3"], s.retry = &attempt{ByHand: true}, true }},
+		{name: "somebody else's driver in place of ours", loaded: "570.1", current: "535.2", wanted: "535.2", do: refuse,
+			err: "did not install: 570.1-open"},
+		{name: "somebody else's driver, which may go", loaded: "570.1", wanted: "535.2", do: replace, set: "535.2",
+			change: func(s *nodeState) { s.replaceForeign = true }},
+		{name: "somebody else's driver is the one that is wanted", loaded: "535.2+theirs", wanted: "535.2", do: keep,
+			set: "535.2"},
+		{name: "ours of before is loaded", loaded: "535.2", current: "535.3", previous: "535.2", wanted: "535.3", do: replace,
+			set: "535.3"},
+		{name: "rolled back by hand", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2",
+			err:    "rolled back by hand",
+			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{ByHand: true} }},
+		{name: "rolled back by hand, and asked for again", loaded: "535.2", current: "535.2", wanted: "535.3", do: replace,
+			set:    "535.3",
+			change: func(s *nodeState) { s.attempts["535.3"], s.retry = &attempt{ByHand: true}, true }},
 		{name: "failed once", loaded: "535.2", current: "535.2", wanted: "535.3", do: replace, set: "535.3",
-			change: func(s *situation) { s.attempts["535.3"] = &attempt{Failures: 1} }},
-		{name: "failed twice", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2", err: "failed 2 times, the last time with: words",
-			change: func(s *situation) { s.attempts["535.3"] = &attempt{Failures: 2, Why: "words"} }},
+			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Failures: 1} }},
+		{name: "failed twice", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.2",
+			err:    "failed 2 times, the last time with: words",
+			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Failures: 2, Reason: "words"} }},
 		{name: "failed twice, and there is nothing else", wanted: "535.3", do: load, set: "535.3",
-			change: func(s *situation) { s.attempts["535.3"] = &attempt{Failures: 2} }},
-		{name: "took the node down twice, and there is nothing else", wanted: "535.3", do: refuse, err: "took the node down 2 times",
-			change: func(s *situation) { s.attempts["535.3"] = &attempt{Crashes: 2} }},
+			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Failures: 2} }},
+		{name: "took the node down twice, and there is nothing else", wanted: "535.3", do: refuse,
+			err:    "took the node down 2 times",
+			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Crashes: 2} }},
 		{name: "took the node down twice, and is in force", current: "535.3", none: away, do: refuse, err: "nobody answers",
-			change: func(s *situation) { s.attempts["535.3"] = &attempt{Crashes: 2} }},
-		{name: "rolled back by hand, and then the node was updated", current: "535.2", wanted: "535.3", do: load, set: "535.3",
-			change: func(s *situation) { s.attempts["535.3"], s.current.Kernel.BuildID = &attempt{ByHand: true}, elsewhere }},
+			change: func(s *nodeState) { s.attempts["535.3"] = &attempt{Crashes: 2} }},
+		{name: "rolled back by hand, and then the node was updated", current: "535.2", wanted: "535.3", do: load,
+			set:    "535.3",
+			change: func(s *nodeState) { s.attempts["535.3"], s.current.Kernel.BuildID = &attempt{ByHand: true}, elsewhere }},
 		{name: "failed twice, and then the node was updated", current: "535.2", wanted: "535.3", do: load, set: "535.3",
-			change: func(s *situation) { s.attempts["535.3"], s.current.Kernel.BuildID = &attempt{Failures: 2}, elsewhere }},
-		{name: "the node went back to the former build, the farm is away", current: "535.3", previous: "535.2", none: away, do: load, set: "535.2", err: "nobody answers",
-			change: func(s *situation) { s.current.Kernel.BuildID = elsewhere }},
-		{name: "ours, which is no longer in force, is loaded", loaded: "535.1", current: "535.2", wanted: "535.3", do: replace, set: "535.3",
-			change: func(s *situation) { s.staged = []*install.Set{set("535.1", here)} }},
+			change: func(s *nodeState) { s.attempts["535.3"], s.current.Kernel.BuildID = &attempt{Failures: 2}, elsewhere }},
+		{name: "the node went back to the former build, the farm is away", current: "535.3", previous: "535.2", none: away,
+			do: load, set: "535.2", err: "nobody answers",
+			change: func(s *nodeState) { s.current.Kernel.BuildID = elsewhere }},
+		{name: "ours, which is no longer in force, is loaded", loaded: "535.1", current: "535.2", wanted: "535.3",
+			do: replace, set: "535.3",
+			change: func(s *nodeState) { s.staged = []*install.Set{set("535.1", here)} }},
 		{name: "nothing is to be loaded", loaded: "535.2", current: "535.2", wanted: "535.3", do: keep, set: "535.3",
-			change: func(s *situation) { s.noLoad, s.facts.Modules[0].Refs = true, 1 }},
+			change: func(s *nodeState) { s.noLoad, s.facts.Modules[0].Refs = true, 1 }},
 	}
 	for _, row := range rows {
-		s := situation{
+		s := nodeState{
 			facts:   &host.Facts{Kernel: set("x", here).Kernel},
-			current: set(row.current, here), previous: set(row.previous, here), wanted: set(row.wanted, here), none: row.none, attempts: attempts{},
+			current: set(row.current, here), previous: set(row.previous, here), wanted: set(row.wanted, here), none: row.none,
+			attempts: attempts{},
 		}
 		if row.wish == "" {
 			row.wish = target.Default
@@ -113,7 +141,8 @@ func TestDecide(t *testing.T) {
 		if l := set(row.loaded, here); l != nil {
 			s.facts.Driver = l.Driver
 			for _, m := range l.Modules {
-				s.facts.Modules = append(s.facts.Modules, host.Module{Name: modinfo.Canonical(m.Name), Version: m.Version, BuildID: m.BuildID})
+				s.facts.Modules = append(s.facts.Modules,
+					host.Module{Name: modinfo.Canonical(m.Name), Version: m.Version, BuildID: m.BuildID})
 			}
 		}
 		if row.change != nil {
@@ -124,7 +153,8 @@ func TestDecide(t *testing.T) {
 		if d.set != nil {
 			got = d.set.Digest
 		}
-		if d.do != row.do || got != row.set || (d.err == nil) != (row.err == "") || d.err != nil && !strings.Contains(d.err.Error(), row.err) {
+		if d.do != row.do || got != row.set || (d.err == nil) != (row.err == "") || d.err != nil &&
+			!strings.Contains(d.err.Error(), row.err) {
 			t.Errorf("%s: %s %q, %v; want %s %q, %q", row.name, d.do, got, d.err, row.do, row.set, row.err)
 		}
 		if d.err != nil && !errors.Is(d.err, away) && fault.Hint(d.err) == "" {

@@ -45,13 +45,16 @@ func TestDelta(t *testing.T) {
 		// whole says that the whole layer is fetched, and tried that a delta was.
 		tried, whole bool
 	}{
-		"a delta is there":                {attach: func(d []byte) []byte { return d }, tried: true},
-		"none is":                         {whole: true},
-		"it is not what it says":          {attach: func(d []byte) []byte { d[len(d)/2] ^= 1; return d }, tried: true, whole: true},
-		"it is for somebody else's layer": {attach: func([]byte) []byte { return []byte("\x09\x00\x00\x00something") }, tried: true, whole: true},
-		"the former layer is not the same": {attach: func(d []byte) []byte { return d }, tried: true, whole: true, spoil: func(t *testing.T, n *node) {
-			sample.Write(t, n.root, installDir+"/drivers/nvidia-uvm.ko", "changed")
-		}},
+		"a delta is there": {attach: func(d []byte) []byte { return d }, tried: true},
+		"none is":          {whole: true},
+		"it is not what it says": {attach: func(d []byte) []byte { d[len(d)/2] ^= 1; return d }, tried: true,
+			whole: true},
+		"it is for somebody else's layer": {attach: func([]byte) []byte { return []byte("\x09\x00\x00\x00something") },
+			tried: true, whole: true},
+		"the former layer is not the same": {attach: func(d []byte) []byte { return d }, tried: true, whole: true,
+			spoil: func(t *testing.T, n *node) {
+				sample.Write(t, n.root, installDir+"/drivers/nvidia-uvm.ko", "changed")
+			}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -61,7 +64,8 @@ func TestDelta(t *testing.T) {
 			b.Kernel.Release, b.Fingerprint = "6.1.90+", "sha256:"+b.Fingerprint[len("sha256:")+2:]+"0b"
 			old, fresh := sample.Publish(t, ref, key, a), sample.Publish(t, ref, key, b)
 			var delta bytes.Buffer
-			if err := bundle.WriteDelta(t.Context(), archiveOf(t, old.Layers[0]), archiveOf(t, fresh.Layers[0]), &delta); err != nil {
+			if err := bundle.WriteDelta(t.Context(), archiveOf(t, old.Layers[0]), archiveOf(t, fresh.Layers[0]),
+				&delta); err != nil {
 				t.Fatal(err)
 			}
 			attached := int64(0)

@@ -10,25 +10,25 @@ import (
 
 // dryRun reports what a run would do.
 func (a *Agent) dryRun(ctx context.Context, r *Report, facts *host.Facts, store *install.Store) error {
-	s, err := a.situation(ctx, store)
+	s, err := a.readState(ctx, store)
 	if err != nil {
 		return err
 	}
 	r.Answer, s.none = a.resolve(ctx, facts, !serves(s.current, s.question))
 	silent := s.none != nil
 	if !silent {
-		s.wanted, s.none = a.bring(ctx, r, store, facts, s.current)
+		s.wanted, s.none = a.fetchAndStage(ctx, r, store, facts, s.current)
 	}
 	d := decide(s)
 	a.plan(r, s, d)
-	if d.set != nil && a.excuses(r.Answer, s, silent) {
+	if d.set != nil && a.upToDate(r.Answer, s, silent) {
 		return nil
 	}
 	return d.err
 }
 
-// plan says what would become of the modules.
-func (a *Agent) plan(r *Report, s situation, d decision) {
+// plan says what would happen to the modules.
+func (a *Agent) plan(r *Report, s nodeState, d decision) {
 	if a.cfg.NoLoad || d.set == nil {
 		return
 	}

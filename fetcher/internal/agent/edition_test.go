@@ -30,7 +30,8 @@ func TestEdition(t *testing.T) {
 	if tree := n.tree(t); tree["firmware/nvidia/"+newVersion+"/gsp_tu10x.bin"] == "" {
 		t.Errorf("installed %v; want the firmware where the driver looks for it", slices.Sorted(maps.Keys(tree)))
 	}
-	if raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path")); err != nil || string(raw) != "/"+installDir+"/firmware" {
+	if raw, err := os.ReadFile(filepath.Join(n.root, "sys/module/firmware_class/parameters/path")); err != nil ||
+		string(raw) != "/"+installDir+"/firmware" {
 		t.Errorf("firmware path = %q, %v", raw, err)
 	}
 	if r, err = n.run(t, ref, p.Digest, c.Driver); err != nil || r.Changed || len(n.kernel.calls) != 0 {
@@ -40,7 +41,8 @@ func TestEdition(t *testing.T) {
 	plain := sample.NewCell(t, buildA, newVersion)
 	q := sample.Publish(t, ref, key, plain)
 	_, err = n.run(t, ref, q.Digest, plain.Driver)
-	want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "load nvidia_modeset " + newVersion}
+	want := []string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion,
+		"load nvidia_uvm " + newVersion, "load nvidia_modeset " + newVersion}
 	if diff := cmp.Diff(want, n.kernel.calls); err != nil || diff != "" {
 		t.Errorf("from an edition to the release: %v, system calls (-want +got):\n%s", err, diff)
 	}

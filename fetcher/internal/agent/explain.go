@@ -35,8 +35,9 @@ func (a *Agent) Observe() (*host.Facts, error) { return host.Observe(a.node) }
 // Explain says what each rule says of an artifact in a repository, for a kernel of which
 // the COS build is known at least. It reads no layer. The error is why the artifact would
 // not be taken; the explanation is nil where there is nothing to explain.
-func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel, now time.Time) (*Explanation, error) {
-	p, err := readProof(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})
+func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, kernel target.Kernel,
+	now time.Time) (*Explanation, error) {
+	p, err := readEvidence(ctx, repo, a.parts.Verifier, digest, &host.Facts{Kernel: kernel})
 	if err != nil {
 		return nil, err
 	}
@@ -44,7 +45,8 @@ func (a *Agent) Explain(ctx context.Context, repo Repository, digest string, ker
 	return a.explain(p, a.parts.Verifier, digest, kernel, now)
 }
 
-func (a *Agent) explain(p proof, v Verifier, digest string, kernel target.Kernel, now time.Time) (*Explanation, error) {
+func (a *Agent) explain(p evidence, v Verifier, digest string, kernel target.Kernel, now time.Time) (*Explanation,
+	error) {
 	content, err := bundle.ParseManifest(p.Manifest, p.Config)
 	if err != nil {
 		return nil, err
@@ -54,7 +56,8 @@ func (a *Agent) explain(p proof, v Verifier, digest string, kernel target.Kernel
 		return nil, fault.New(fault.Internal, "this verifier explains nothing", "")
 	}
 	e := &Explanation{Digest: digest, Driver: content.Identity.Driver, Kernel: kernel}
-	e.Verdict, e.Findings, err = by.Explain(p.Bundles, trust.Expect{Digest: digest, Kernel: kernel, Driver: content.Identity.Driver, Identity: content.Identity, Now: now})
+	e.Verdict, e.Findings, err = by.Explain(p.Bundles,
+		trust.Expect{Digest: digest, Kernel: kernel, Driver: content.Identity.Driver, Identity: content.Identity, Now: now})
 	return e, err
 }
 
@@ -77,13 +80,14 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 	if set == nil {
 		return nil, nothingInstalled(fs.ErrNotExist)
 	}
-	raw, err := store.Proof(set.Digest)
+	raw, err := store.Evidence(set.Digest)
 	if err != nil {
 		return nil, err
 	}
-	var p proof
+	var p evidence
 	if raw == nil || json.Unmarshal(raw, &p) != nil || digestOf(p.Manifest) != set.Digest {
-		return nil, fault.New(fault.Unverified, "no signed statements lie beside the installed driver, or not its own", hintAgain)
+		return nil, fault.New(fault.Unverified, "the installed driver has no attestations, or those of another artifact",
+			hintAgain)
 	}
 	v, err := a.verifierFor(set.Origin)
 	if err != nil {
@@ -94,7 +98,7 @@ func (a *Agent) ExplainInstalled(ctx context.Context) (_ *Explanation, err error
 		return nil, err
 	}
 	a.forget()
-	_, damaged := a.prove(ctx, store, set, facts)
+	_, damaged := a.verifySet(ctx, store, set, facts)
 	f := trust.Finding{Rule: "files", OK: damaged == nil, Detail: "all layers are what was signed"}
 	if damaged != nil {
 		f.Detail = damaged.Error()

@@ -58,7 +58,7 @@ type order struct {
 	Boot bool
 	// Rebooted says that the node was rebooted since the last order for it.
 	Rebooted bool
-	// Fault strikes when Phase begins; "" is none.
+	// Fault strikes when Phase begins; "" means none.
 	Fault, Phase string
 }
 
@@ -200,7 +200,8 @@ func (o order) strike(t testing.TB, gone *atomic.Bool) error {
 		return syscall.Kill(os.Getpid(), syscall.SIGKILL)
 	case faultPower:
 		// The machine that runs the tests must outlive them: package vm boots its own so.
-		if line, err := os.ReadFile("/proc/cmdline"); err != nil || !bytes.Contains(line, []byte(" rdinit=/init")) || os.Args[0] != "/test" {
+		if line, err := os.ReadFile("/proc/cmdline"); err != nil || !bytes.Contains(line, []byte(" rdinit=/init")) ||
+			os.Args[0] != "/test" {
 			t.Fatal("this is no virtual machine of ours")
 		}
 		err := os.WriteFile("/proc/sysrq-trigger", []byte("b"), 0) // resets it at once, and flushes nothing
@@ -270,7 +271,8 @@ func (c cuttable) Manifest(ctx context.Context, digest string) ([]byte, error) {
 	return c.Repository.Manifest(ctx, digest)
 }
 
-func (c cuttable) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error) {
+func (c cuttable) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+	wanted ...map[string]string) ([][]byte, error) {
 	if err := c.err(); err != nil {
 		return nil, err
 	}
@@ -309,11 +311,12 @@ var rows = []struct {
 	phase string
 	boot  bool
 }{
-	{"observe", false}, {"resolve", false}, {"verify", false}, {"fetch", false}, {"stage", false}, {"install", false}, {"load", false}, {"validate", false},
+	{"observe", false}, {"resolve", false}, {"verify", false}, {"fetch", false}, {"stage", false}, {"install", false},
+	{"load", false}, {"validate", false},
 	{"install", true}, {"load", true}, {"validate", true},
 }
 
-// TestFaults strikes each phase with each fault. Whatever becomes of that run, the next one
+// TestFaults strikes each phase with each fault. Whatever happens to that run, the next one
 // ends with a verified driver in force, loaded, and its library behind its name.
 func TestFaults(t *testing.T) {
 	t.Parallel()
@@ -369,7 +372,8 @@ func (o order) struck(t *testing.T) string {
 		if err := os.MkdirAll(disk, 0o755); err != nil {
 			t.Fatal(err)
 		}
-		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(32 << 20), "--tmpfs", disk, "--die-with-parent", "--"}, argv...)
+		argv = append([]string{"bwrap", "--dev-bind", "/", "/", "--size", strconv.Itoa(32 << 20), "--tmpfs", disk,
+			"--die-with-parent", "--"}, argv...)
 	} else {
 		o.setUp(t)
 	}
@@ -417,7 +421,7 @@ func (o order) word(got *outcome) string {
 	return got.Class + ", " + driver
 }
 
-// process runs an order in a process of its own; nil is that it was killed.
+// process runs an order in a process of its own; nil means that it was killed.
 func (o order) process(t *testing.T, argv []string) *outcome {
 	t.Helper()
 	text, err := json.Marshal(o)

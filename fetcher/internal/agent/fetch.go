@@ -38,13 +38,13 @@ func (l missingLayer) bytes() int64 {
 	return l.Size
 }
 
-// delta is one that fits what lies on the disk.
+// delta is one that fits what is on the disk.
 type delta struct {
 	v1.Descriptor
 	from install.Layer
 }
 
-// fetch brings the layers that are not there, or not what they were, side by side.
+// fetch gets the layers that are missing, or not what they were, side by side.
 func (a *Agent) fetch(
 	ctx context.Context,
 	r *Report,
@@ -95,7 +95,7 @@ func (a *Agent) fetchWhole(
 	done *atomic.Int64,
 ) error {
 	err := a.addLayer(store, l, id, facts, func(dst *os.Root) error {
-		defer func() { a.parts.Line.Say("fetch", "%s", size(done.Add(l.Size))) }()
+		defer func() { a.parts.Line.Progress("fetch", "%s", size(done.Add(l.Size))) }()
 		return unpack(ctx, repo, l.Layer, dst)
 	})
 	if err != nil {
@@ -127,7 +127,7 @@ func (a *Agent) fetchDelta(
 			func(dst *os.Root) error { return unpackDelta(ctx, repo, store, l, d, dst) },
 		)
 		if err == nil || ctx.Err() != nil {
-			a.parts.Line.Say("fetch", "%s", size(done.Add(d.Size)))
+			a.parts.Line.Progress("fetch", "%s", size(done.Add(d.Size)))
 			return err
 		}
 		a.parts.Log.WarnContext(ctx, "delta not usable", "digest", d.Digest.String(), "err", err)
@@ -137,7 +137,7 @@ func (a *Agent) fetchDelta(
 	return a.fetchWhole(ctx, repo, store, l, id, facts, done)
 }
 
-// addLayer keeps a layer, checks its modules, and remembers what it looked like.
+// addLayer keeps a layer, checks its modules, and stores what it looked like.
 func (a *Agent) addLayer(
 	store *install.Store,
 	l missingLayer,
@@ -223,7 +223,7 @@ func (a *Agent) missing(
 const maxDeltas = 3
 
 // deltasFor finds deltas for a layer of modules, the smallest first. They are a help only:
-// whoever attached one, what comes of it has to be what was signed.
+// whoever attached one, its result has to be what was signed.
 func (a *Agent) deltasFor(
 	ctx context.Context,
 	repo Repository,

@@ -16,7 +16,7 @@ import (
 )
 
 // foreignFiles are the files of a driver that somebody else loaded, open, so that they
-// outlive what becomes of their names. A file belongs to a module that is loaded when
+// outlive what happens to their names. A file belongs to a module that is loaded when
 // both have one build id, which the linker makes of all that goes into the module.
 type foreignFiles struct {
 	driver string
@@ -54,7 +54,7 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 		f.files = append(f.files, file)
 		f.images = append(f.images, kmod.Image{
 			Name: m.Name, Version: m.Version, Optional: slices.Contains(optional, strings.ReplaceAll(m.Name, "_", "-")),
-			Bytes: func() ([]byte, error) { return whole(file) },
+			Bytes: func() ([]byte, error) { return readAll(file) },
 		})
 	}
 	return f
@@ -65,7 +65,7 @@ func (a *Agent) findForeign(facts *host.Facts, driver string, modules []host.Mod
 func (a *Agent) moduleFiles(facts *host.Facts) []string {
 	var all []string
 	dirs := []string{path.Join(a.cfg.InstallDir, "drivers"), path.Join(a.cfg.InstallDir, ".prebake/adopted/drivers")}
-	for _, dir := range nvmlPlaces {
+	for _, dir := range nvmlFolders {
 		dirs = append(dirs, path.Join(dir, "drivers"))
 	}
 	kernel := path.Join("/lib/modules", facts.Kernel.Release)
@@ -98,8 +98,8 @@ func readInfo(root fs.FS, name string) (*modinfo.Module, error) {
 	return modinfo.Read(at, info.Size())
 }
 
-// whole reads an open file from its beginning.
-func whole(file fs.File) ([]byte, error) {
+// readAll reads an open file from its beginning.
+func readAll(file fs.File) ([]byte, error) {
 	at, ok := file.(io.ReaderAt)
 	if !ok {
 		return nil, fs.ErrInvalid
@@ -107,11 +107,12 @@ func whole(file fs.File) ([]byte, error) {
 	return io.ReadAll(io.NewSectionReader(at, 0, maxModule))
 }
 
-// putBack loads what somebody else had loaded, after ours was refused.
-func (f *foreignFiles) putBack(ctx context.Context, a *Agent, r *Report) error {
+// reload loads what somebody else had loaded, after ours was refused.
+func (f *foreignFiles) reload(ctx context.Context, a *Agent, r *Report) error {
 	for _, name := range []string{"nvidia", "nvidia_uvm"} {
 		if slices.Contains(f.unknown, name) {
-			return fmt.Errorf("driver %s, which was loaded before, is not loaded again: no file on this node is its %s; reboot the node, or start what loads it",
+			return fmt.Errorf("driver %s, which was loaded before, is not loaded again: no file on this node is its %s; "+
+				"reboot the node, or start what loads it",
 				f.driver, strings.Join(f.unknown, ", "))
 		}
 	}

@@ -36,7 +36,7 @@ func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *n
 	return n
 }
 
-// N7 of the second look: somebody else's driver that had to go is put back when ours does
+// N7 of the second look: a foreign driver that had to go is restored when ours does
 // not do, from the very files that it was loaded from.
 func TestForeignPutBack(t *testing.T) {
 	t.Parallel()
@@ -53,7 +53,8 @@ func TestForeignPutBack(t *testing.T) {
 		t.Errorf("Run = %v; want unusable, and nothing else", err)
 	}
 	want := []string{
-		"unload nvidia_peermem", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "unload nvidia",
+		"unload nvidia_peermem", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion,
+		"load nvidia_uvm " + newVersion, "unload nvidia",
 		"load nvidia " + oldVersion, "load nvidia_uvm " + oldVersion, "load nvidia_peermem " + oldVersion,
 	}
 	if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
@@ -72,7 +73,7 @@ func TestForeignPutBack(t *testing.T) {
 	}
 }
 
-// A run that is killed after it unloaded somebody else's driver, and before it loaded ours,
+// A run that is killed after it unloaded a foreign driver, and before it loaded ours,
 // has left a note of what was there: the next one puts that back where ours does not do.
 func TestForeignKilled(t *testing.T) {
 	t.Parallel()
@@ -112,7 +113,7 @@ func TestForeignKilled(t *testing.T) {
 	}
 }
 
-// What cannot be put back is said, with what is missing.
+// What cannot be restored is reported, with what is missing.
 func TestForeignNotPutBack(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -122,7 +123,8 @@ func TestForeignNotPutBack(t *testing.T) {
 	n := foreignNode(t, c, key, "nvidia")
 	n.kernel.refuse["nvidia "+newVersion] = syscall.ENODEV
 	_, err := n.run(t, ref, p.Digest, c.Driver)
-	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "no file on this node is its nvidia_uvm, nvidia_peermem") {
+	if !fault.Is(err, fault.Unusable) ||
+		!strings.Contains(err.Error(), "no file on this node is its nvidia_uvm, nvidia_peermem") {
 		t.Errorf("Run = %v; want a word about what is not loaded again", err)
 	}
 }

@@ -24,7 +24,7 @@ const maxHistory = 200
 // What happened to a driver on this node.
 const (
 	eventInForce    = "in force"
-	eventTakenBack  = "taken back"
+	eventReverted   = "taken back"
 	eventUnfinished = "unfinished"
 	eventRolledBack = "rolled back by hand"
 )
@@ -38,11 +38,11 @@ type Event struct {
 	Digest string        `json:"digest"`
 	// Verdict is what was seen then, and Why what was wrong.
 	Verdict string `json:"verdict,omitempty"`
-	Why     string `json:"why,omitempty"`
+	Reason  string `json:"why,omitempty"`
 }
 
-// tell adds to the history. It is for people: that it cannot be written stops nothing.
-func (a *Agent) tell(
+// addHistory adds to the history. It is for people: that it cannot be written stops nothing.
+func (a *Agent) addHistory(
 	ctx context.Context,
 	store *install.Store,
 	what string,
@@ -60,8 +60,8 @@ func (a *Agent) tell(
 		Verdict: verdict,
 	}
 	if why != nil {
-		e.Why = strings.ToValidUTF8(why.Error(), "?")
-		e.Why = e.Why[:min(len(e.Why), 2000)]
+		e.Reason = strings.ToValidUTF8(why.Error(), "?")
+		e.Reason = e.Reason[:min(len(e.Reason), 2000)]
 	}
 	all, err := readHistory(store)
 	if err == nil {
@@ -135,11 +135,11 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 		}
 		defer func() { err = errors.Join(err, unlock()) }()
 	}
-	s, err := a.situation(ctx, store)
+	s, err := a.readState(ctx, store)
 	if err != nil {
 		return r, err
 	}
-	unload := !a.cfg.NoLoad && len(s.facts.Modules) > 0 && s.ours()
+	unload := !a.cfg.NoLoad && len(s.facts.Modules) > 0 && s.ownLoaded()
 	if unload {
 		if err := idle(s.facts); err != nil {
 			return r, err
@@ -184,11 +184,11 @@ func (a *Agent) Uninstall(ctx context.Context) (r *Report, err error) {
 	}
 	added := addedLibraries(store)
 	if added { // while the note of it is there, for the next run if this one is killed
-		a.concealLibraries(ctx, added)
+		a.hideLibraries(ctx, added)
 	}
 	a.describeGPUs(ctx, gpucheck.Verdict{})
 	if err = store.Remove(); !added {
-		a.concealLibraries(ctx, added)
+		a.hideLibraries(ctx, added)
 	}
 	return r, err
 }

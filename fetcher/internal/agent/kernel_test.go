@@ -47,14 +47,16 @@ func (k *kernel) InitModule(image []byte, params string) error {
 	if m.Name == "nvidia" {
 		k.must(os.MkdirAll(filepath.Join(k.root, "proc/driver/nvidia"), 0o755))
 		k.must(os.WriteFile(filepath.Join(k.root, "proc/driver/nvidia/version"),
-			[]byte("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "+m.Version+"  Release Build  (builder@host)\n"), 0o644))
+			[]byte("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  "+m.Version+"  Release Build  (builder@host)\n"),
+			0o644))
 	}
 	k.must(os.MkdirAll(filepath.Join(k.root, "sys/module", m.Name), 0o755))
 	k.must(os.WriteFile(filepath.Join(k.root, "sys/module", m.Name, "version"), []byte(m.Version+"\n"), 0o644))
 	if k.ids {
 		notes := filepath.Join(k.root, "sys/module", m.Name, "notes")
 		k.must(os.MkdirAll(notes, 0o755))
-		k.must(os.WriteFile(filepath.Join(notes, modinfo.BuildIDNote), []byte(sample.BuildNote(strings.ReplaceAll(m.Name, "_", "-")+m.Version)), 0o644))
+		k.must(os.WriteFile(filepath.Join(notes, modinfo.BuildIDNote),
+			[]byte(sample.BuildNote(strings.ReplaceAll(m.Name, "_", "-")+m.Version)), 0o644))
 	}
 	return k.modules(func(lines []string) []string {
 		refs := "0"

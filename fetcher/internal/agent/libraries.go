@@ -20,13 +20,13 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	note := func() error { return store.WriteFile(ldFile, nil) }
 	err := ldcache.Add(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"), note)
 	if err != nil && !errors.Is(err, ldcache.ErrNone) {
-		a.parts.Log.WarnContext(ctx, "tell the node's programs of the libraries", "err", err)
+		a.parts.Log.WarnContext(ctx, "register libraries with ldconfig", "err", err)
 	}
 }
 
-// concealLibraries is the opposite, for a driver that was taken out of force: all that was
+// hideLibraries is the opposite, for a driver that was taken out of force: all that was
 // not there before goes.
-func (a *Agent) concealLibraries(ctx context.Context, added bool) {
+func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	err := ldcache.Refresh(ctx, a.parts.Node)
 	if added {
 		err = ldcache.Remove(ctx, a.parts.Node, path.Join(a.cfg.InstallDir, "lib64"))

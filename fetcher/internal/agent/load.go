@@ -48,12 +48,13 @@ func (a *Agent) writeFirmwarePath(path string) error {
 
 const firmwareParameter = "sys/module/firmware_class/parameters/path"
 
-func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, d decision) (string, error) {
+func (a *Agent) load(ctx context.Context, r *Report, store *install.Store, facts *host.Facts, d decision) (string,
+	error) {
 	set := d.set
 	if err := a.setFirmwarePath(r, store, facts, set); err != nil {
 		return "", err
 	}
-	a.loadHelper(ctx) // before: whatever becomes of it, the old driver is loaded
+	a.loadHelper(ctx) // before: whatever happens to it, the old driver is loaded
 	if d.do == replace {
 		if err := a.unload(ctx, r, facts); err != nil {
 			return "", err
@@ -115,16 +116,19 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 // images are the modules of a set that are loaded, in load order: those that every node
 // has, and those that this one had before, as nvidia-peermem. The set was proved: the
 // bytes are compared with the digests that its signed content gave.
-func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts, params map[string]string) []kmod.Image {
+func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
+	params map[string]string) []kmod.Image {
 	var images []kmod.Image
 	for _, m := range set.Modules {
-		had := slices.ContainsFunc(before.Modules, func(old host.Module) bool { return old.Name == modinfo.Canonical(m.Name) })
+		had := slices.ContainsFunc(before.Modules,
+			func(old host.Module) bool { return old.Name == modinfo.Canonical(m.Name) })
 		if !isLoaded(m.Name) && !had {
 			continue
 		}
 		images = append(images, kmod.Image{
-			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name), Params: params[modinfo.Canonical(m.Name)],
-			Bytes: func() ([]byte, error) { return moduleBytes(store, set, m) },
+			Name: m.Name, Version: m.Version, Optional: !isLoaded(m.Name) || slices.Contains(optional, m.Name),
+			Params: params[modinfo.Canonical(m.Name)],
+			Bytes:  func() ([]byte, error) { return moduleBytes(store, set, m) },
 		})
 	}
 	return images
@@ -144,7 +148,8 @@ func moduleBytes(store *install.Store, set *install.Set, m install.Module) ([]by
 		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read module %s: %w", m.Name, err), hintAgain)
 	}
 	if got := digestOf(raw); got != m.SHA256 {
-		return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256), hintAgain)
+		return nil, fault.New(fault.Unverified,
+			fmt.Sprintf("read module %s: digest is %s; verified was %s", m.Name, got, m.SHA256), hintAgain)
 	}
 	return raw, nil
 }
@@ -156,7 +161,8 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 	if !a.parts.Node.Exists(path.Join(a.cfg.InstallDir, inside)) {
 		return nil // this release has no firmware
 	}
-	if facts.FirmwarePath != "" && a.parts.Node.Exists(path.Join(facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)) {
+	if facts.FirmwarePath != "" &&
+		a.parts.Node.Exists(path.Join(facts.FirmwarePath, "nvidia", set.Driver.Modules().Version)) {
 		return nil
 	}
 	if !a.parts.Node.Exists(firmwareParameter) {
@@ -164,7 +170,8 @@ func (a *Agent) setFirmwarePath(r *Report, store *install.Store, facts *host.Fac
 	}
 	want := path.Join(a.cfg.InstallDir, "firmware")
 	// For the day on which this program goes. A full disk is no reason to stay without a driver.
-	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want && (err != nil || string(have) != facts.FirmwarePath) {
+	if have, err := store.ReadFile(firmwareBefore); facts.FirmwarePath != want &&
+		(err != nil || string(have) != facts.FirmwarePath) {
 		if err := store.WriteFile(firmwareBefore, []byte(facts.FirmwarePath)); err != nil {
 			a.parts.Log.Warn("note where firmware was before", "err", err)
 		}

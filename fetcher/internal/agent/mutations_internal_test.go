@@ -65,7 +65,7 @@ func mutate(rng *rand.Rand, data []byte, others ...[]byte) []byte {
 	return out
 }
 
-// Ten thousand changes of everything that comes from outside: none is believed, none ends
+// Ten thousand changes of everything that comes from outside: none is trusted, none ends
 // the program, and each refusal has a kind and words. A statement may be written in another
 // way as long as it says the same.
 func TestMutations(t *testing.T) {
@@ -85,12 +85,12 @@ func TestMutations(t *testing.T) {
 	}
 	v := key.Verifier(t)
 	facts := &host.Facts{Kernel: c.Kernel}
-	good, err := readProof(t.Context(), repo, v, pub.Digest, facts)
+	good, err := readEvidence(t.Context(), repo, v, pub.Digest, facts)
 	if err != nil || len(good.Bundles) < 2 {
 		t.Fatalf("%d bundles, %v", len(good.Bundles), err)
 	}
 	a := New(Config{}, Parts{Verifier: v, Now: time.Now})
-	verify := func(p proof) (*trust.Verdict, error) {
+	verify := func(p evidence) (*trust.Verdict, error) {
 		_, verdict, err := a.verify(p, install.Published, pub.Digest, c.Driver, facts, time.Now())
 		return verdict, err
 	}
@@ -106,7 +106,8 @@ func TestMutations(t *testing.T) {
 		}
 		layers = append(layers, raw)
 	}
-	policyText := []byte("version: 1\nroles: {farm: {keys: [{pem: \"" + escape(key.PEM(t)) + "\"}]}}\nsignatures:\n  - {statement: provenance, role: farm}\n  - {statement: kernelMatch, role: farm}\n")
+	policyText := []byte("version: 1\nroles: {farm: {keys: [{pem: \"" + escape(key.PEM(t)) +
+		"\"}]}}\nsignatures:\n  - {statement: provenance, role: farm}\n  - {statement: kernelMatch, role: farm}\n")
 	policyFile := filepath.Join(t.TempDir(), "policy.yaml")
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)

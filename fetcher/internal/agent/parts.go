@@ -68,7 +68,7 @@ type Config struct {
 	// InstallDir is the install folder's path inside the node's root.
 	InstallDir string
 	Wish       target.Wish
-	// Pin is the digest of the one artifact that is wanted; "" is any that answers the wish.
+	// Pin is the digest of the one artifact that is wanted; "" means any that answers the wish.
 	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
@@ -103,8 +103,8 @@ type Parts struct {
 	// itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh brings what Verifier goes by up to date, before something published is judged.
-	// What it could not do Verifier knows; nil is nothing to do.
+	// Refresh updates what Verifier depends on , before something published is judged.
+	// What it could not do Verifier knows; nil means nothing to do.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.
 	Local localBuilder
@@ -115,8 +115,7 @@ type Parts struct {
 	Probe  prober
 	// Boot changes the boot configuration; nil where nothing may.
 	Boot bootMaker
-	// Tried is told what became of each artifact that was loaded. It must not wait; nil is
-	// nobody.
+	// Tried is told what happened to each artifact that was loaded. It must not wait; nil means nobody.
 	Tried func(api.NodeReport)
 	Log   *slog.Logger
 	Line  *timeline.Run

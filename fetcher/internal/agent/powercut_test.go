@@ -41,11 +41,13 @@ func TestPowerCut(t *testing.T) {
 		Layout: "/layout", Keys: "/keys.pem", Fault: faultPower,
 		Older: sample.Publish(t, "oci:"+lay, key, older).Digest, Newer: sample.Publish(t, "oci:"+lay, key, newer).Digest,
 	}
-	c := vm.Config{Boot: boot, Init: program.Build(t, "pkg/vm/guestinit", ""), Disk: filepath.Join(dir, "disk"), MemoryMiB: 1024, Timeout: 2 * time.Minute}
+	c := vm.Config{Boot: boot, Init: program.Build(t, "pkg/vm/guestinit", ""), Disk: filepath.Join(dir, "disk"),
+		MemoryMiB: 1024, Timeout: 2 * time.Minute}
 	if err := errors.Join(os.WriteFile(c.Disk, nil, 0o644), os.Truncate(c.Disk, 256<<20)); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4", c.Disk).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "mke2fs", "-q", "-F", "-t", "ext4",
+		c.Disk).CombinedOutput(); err != nil {
 		t.Fatalf("mke2fs: %v: %s", err, out)
 	}
 	self, err := os.Executable()
@@ -55,7 +57,8 @@ func TestPowerCut(t *testing.T) {
 	if c.Files, err = vm.GlibcFiles(self); err != nil {
 		t.Fatal(err)
 	}
-	c.Files = append(c.Files, vm.File{Name: "/test", Path: self, Mode: 0o755}, vm.File{Name: "/keys.pem", Data: key.PEM(t)}, vm.File{Name: "/tmp"})
+	c.Files = append(c.Files, vm.File{Name: "/test", Path: self, Mode: 0o755},
+		vm.File{Name: "/keys.pem", Data: key.PEM(t)}, vm.File{Name: "/tmp"})
 	err = filepath.WalkDir(lay, func(name string, d fs.DirEntry, err error) error {
 		if err == nil && d.Type().IsRegular() {
 			c.Files = append(c.Files, vm.File{Name: path.Join("/layout", strings.TrimPrefix(name, lay)), Path: name})
@@ -86,7 +89,8 @@ func TestPowerCut(t *testing.T) {
 			names = append(names, o.name())
 		}
 		res, err := vm.Run(t.Context(), c)
-		if res == nil || err == nil && i < len(rows) || err != nil && !strings.Contains(err.Error(), "power went off too early") {
+		if res == nil || err == nil && i < len(rows) || err != nil &&
+			!strings.Contains(err.Error(), "power went off too early") {
 			t.Fatalf("boot %d: %v", i, err)
 		}
 		if i > 0 {
@@ -97,7 +101,8 @@ func TestPowerCut(t *testing.T) {
 		}
 	}
 	faulttable.Table{
-		File: "../../../docs/reference/node-faults.md", Name: "power ", Head: "phase", Columns: []string{faultPower}, Rows: names, Seen: seen,
+		File: "../../../docs/reference/node-faults.md", Name: "power ", Head: "phase", Columns: []string{faultPower},
+		Rows: names, Seen: seen,
 		Hint: "go test ./fetcher/internal/agent -run TestPowerCut -update, with PREBAKE_BOOT", Update: *update,
 	}.Check(t)
 }
@@ -109,7 +114,8 @@ func (o order) step(t *testing.T, name string) vm.Step {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return vm.Step{Name: name, Argv: []string{"/test", "-test.run=^TestFaultProcess$"}, Env: []string{orderVariable + "=" + string(text)}, KeepGoing: true}
+	return vm.Step{Name: name, Argv: []string{"/test", "-test.run=^TestFaultProcess$"},
+		Env: []string{orderVariable + "=" + string(text)}, KeepGoing: true}
 }
 
 // judge says which driver the next run found good, or ended with.

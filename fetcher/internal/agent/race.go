@@ -15,7 +15,8 @@ import (
 func (a *Agent) resolve(ctx context.Context, facts *host.Facts, mayBuild bool) (resolve.Answer, error) {
 	q := a.question(facts)
 	compiles := mayBuild && a.parts.Local != nil && q.Pin == ""
-	patience := resolve.Patience{Wait: a.cfg.Wait, Say: func(text string) { a.parts.Line.Say("resolve", "%s", text) }}
+	patience := resolve.WaitLimits{Wait: a.cfg.Wait,
+		Progress: func(text string) { a.parts.Line.Progress("resolve", "%s", text) }}
 	if compiles && !a.cfg.DryRun {
 		patience.Wait = 0
 	}
@@ -98,7 +99,7 @@ func (a *Agent) race(
 	if a.cfg.Wait > 0 {
 		runners++
 		go func() {
-			won, err := a.farm(ctx, q, facts)
+			won, err := a.findArtifact(ctx, q, facts)
 			if err == nil || won.State.Withdrawn() {
 				stop()
 			}
@@ -138,12 +139,12 @@ func (a *Agent) race(
 	)
 }
 
-// farm asks until there is an artifact that verifies, or none will be.
-func (a *Agent) farm(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
-	say := func(text string) { a.parts.Line.Say("build", "the farm: %s", text) }
+// findArtifact asks until there is an artifact that verifies, or none will be.
+func (a *Agent) findArtifact(ctx context.Context, q resolve.Question, facts *host.Facts) (resolve.Answer, error) {
+	say := func(text string) { a.parts.Line.Progress("build", "the farm: %s", text) }
 	until := time.Now().Add(a.cfg.Wait)
 	for {
-		answer, err := resolve.Patience{Wait: time.Until(until), Say: say}.Find(ctx, a.parts.Finder, q)
+		answer, err := resolve.WaitLimits{Wait: time.Until(until), Progress: say}.Find(ctx, a.parts.Finder, q)
 		if err == nil {
 			err = answer.Err()
 		}

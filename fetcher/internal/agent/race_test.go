@@ -94,7 +94,7 @@ func TestRace(t *testing.T) {
 		farm    answers
 		compile compiler
 		wait    time.Duration
-		from    resolve.Source // of what is installed; "" is nothing
+		from    resolve.Source // of what is installed; "" means nothing
 		kind    fault.Kind
 		words   string
 		stopped bool

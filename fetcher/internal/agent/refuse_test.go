@@ -53,7 +53,8 @@ func (l liar) Blob(ctx context.Context, digest string, size int64) (io.ReadClose
 	return io.NopCloser(bytes.NewReader(l.blob(digest, raw))), nil
 }
 
-func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error) {
+func (l liar) AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+	wanted ...map[string]string) ([][]byte, error) {
 	all, err := l.Repository.AttachedIf(ctx, digest, artifactType, useful, wanted...)
 	if l.attached != nil && err == nil {
 		all = l.attached(all)
@@ -128,7 +129,7 @@ func TestRefuses(t *testing.T) {
 	pw := sample.Publish(t, insides, key, wrongInside)
 	spoiled := func(spoil func(map[string]string)) string {
 		c := newer
-		c.Spoil, c.Untagged = spoil, true
+		c.Modify, c.Untagged = spoil, true
 		return sample.Publish(t, insides, key, c).Digest
 	}
 	nvidia := func(version, vermagic string) func(map[string]string) {
@@ -152,15 +153,20 @@ func TestRefuses(t *testing.T) {
 		words  string
 	}{
 		{"flipped byte in the modules layer", ref, pn.Digest, newer.Driver,
-			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, flip(b, 0.5), b) }}, fault.Unverified, "modules layer " + modules},
+			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, flip(b, 0.5), b) }}, fault.Unverified,
+			"modules layer " + modules},
 		{"flipped byte in the user space layer", ref, pn.Digest, newer.Driver,
-			liar{blob: func(d string, b []byte) []byte { return pick(d == userspace, flip(b, 0.9), b) }}, fault.Unverified, "userspace layer " + userspace},
+			liar{blob: func(d string, b []byte) []byte { return pick(d == userspace, flip(b, 0.9), b) }}, fault.Unverified,
+			"userspace layer " + userspace},
 		{"modules layer cut short", ref, pn.Digest, newer.Driver,
-			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, b[:len(b)/2], b) }}, fault.Unverified, "modules layer " + modules},
+			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, b[:len(b)/2], b) }}, fault.Unverified,
+			"modules layer " + modules},
 		{"modules layer with bytes behind its end", ref, pn.Digest, newer.Driver,
-			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, append(bytes.Clone(b), 0), b) }}, fault.Unverified, "modules layer " + modules},
+			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, append(bytes.Clone(b), 0), b) }},
+			fault.Unverified, "modules layer " + modules},
 		{"another layer of the same artifact", ref, pn.Digest, newer.Driver,
-			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, read(t, pn.Layers[1]), b) }}, fault.Unverified, "modules layer " + modules},
+			liar{blob: func(d string, b []byte) []byte { return pick(d == modules, read(t, pn.Layers[1]), b) }},
+			fault.Unverified, "modules layer " + modules},
 		{"flipped byte in the manifest", ref, pn.Digest, newer.Driver,
 			liar{manifest: func(b []byte) []byte { return flip(b, 0.5) }}, fault.Unverified, "read manifest " + pn.Digest},
 		{"manifest of another artifact", ref, pn.Digest, newer.Driver,
@@ -172,11 +178,16 @@ func TestRefuses(t *testing.T) {
 		{"no signature", ref, pn.Digest, newer.Driver,
 			liar{attached: func([][]byte) [][]byte { return nil }}, fault.Unverified, "provenance"},
 		{"signed by another key", strangers, ps.Digest, newer.Driver, liar{}, fault.Unverified, "unknown key"},
-		{"artifact of the sibling kernel", siblings, pb.Digest, newer.Driver, liar{}, fault.Mismatch, "attested for " + buildB + "/lakitu, this node is " + buildA + "/lakitu"},
-		{"modules for another kernel inside", insides, pw.Digest, newer.Driver, liar{}, fault.Mismatch, `made for kernel "6.1.99+"`},
-		{"module with other options inside", insides, otherOptions, newer.Driver, liar{}, fault.Mismatch, `vermagic "6.1.77+ SMP mod_unload"`},
-		{"module of another version inside", insides, otherVersion, newer.Driver, liar{}, fault.Mismatch, `version "` + oldVersion + `"`},
-		{"no module of that name inside", insides, noNvidia, newer.Driver, liar{}, fault.Mismatch, "holds no drivers/nvidia.ko"},
+		{"artifact of the sibling kernel", siblings, pb.Digest, newer.Driver, liar{}, fault.Mismatch,
+			"attested for " + buildB + "/lakitu, this node is " + buildA + "/lakitu"},
+		{"modules for another kernel inside", insides, pw.Digest, newer.Driver, liar{}, fault.Mismatch,
+			`made for kernel "6.1.99+"`},
+		{"module with other options inside", insides, otherOptions, newer.Driver, liar{}, fault.Mismatch,
+			`vermagic "6.1.77+ SMP mod_unload"`},
+		{"module of another version inside", insides, otherVersion, newer.Driver, liar{}, fault.Mismatch,
+			`version "` + oldVersion + `"`},
+		{"no module of that name inside", insides, noNvidia, newer.Driver, liar{}, fault.Mismatch,
+			"holds no drivers/nvidia.ko"},
 		{"server names another driver's artifact", ref, pn.Digest, other, liar{}, fault.Mismatch, newVersion},
 		{"digest that nobody has", ref, "sha256:" + strings.Repeat("ab", 32), newer.Driver, liar{}, fault.NoArtifact, ""},
 		{"digest that is a path", ref, "sha256:../../../../etc/passwd", newer.Driver, liar{}, fault.Usage, ""},
@@ -267,7 +278,8 @@ func TestTamperedOnDisk(t *testing.T) {
 	n.cfg.NoLoad = false
 	// The service is away, so the installed set is taken as it is.
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
-	if err := os.WriteFile(path, sample.Module("nvidia", newVersion, "6.1.77+ SMP preempt mod_unload evil"), 0o644); err != nil {
+	if err := os.WriteFile(path, sample.Module("nvidia", newVersion, "6.1.77+ SMP preempt mod_unload evil"),
+		0o644); err != nil {
 		t.Fatal(err)
 	}
 	_, err = n.runAs(t)
@@ -419,7 +431,8 @@ func TestPolicyAndStatus(t *testing.T) {
 			t.Fatal(err)
 		}
 		err = s.Verdict.Err()
-		if (want == fault.Internal) != (err == nil) || err != nil && (!fault.Is(err, want) || !strings.Contains(err.Error(), words)) {
+		if (want == fault.Internal) != (err == nil) || err != nil &&
+			(!fault.Is(err, want) || !strings.Contains(err.Error(), words)) {
 			t.Errorf("Status = %+v, %v; want %v with %q", s.Verdict, err, want, words)
 		}
 	}

@@ -21,7 +21,10 @@ func TestUnprovedComesBack(t *testing.T) {
 	t.Parallel()
 	for name, damage := range map[string]func(t *testing.T, n *node){
 		"without statements": damages["the statements gone"],
-		"a changed library":  func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped) },
+		"a changed library": func(t *testing.T, n *node) {
+			n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion,
+				flipped)
+		},
 	} {
 		key := testkit.NewKey(t)
 		ref := layout(t)
@@ -35,10 +38,12 @@ func TestUnprovedComesBack(t *testing.T) {
 		}
 		damage(t, n)
 		n.kernel.refuse["nvidia_uvm "+newVersion] = syscall.ENODEV
-		if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || strings.Contains(err.Error(), "and then") {
+		if _, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) ||
+			strings.Contains(err.Error(), "and then") {
 			t.Errorf("%s: Run = %v; want unusable, and the former driver back", name, err)
 		}
-		want := append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion, "load nvidia_uvm " + newVersion, "unload nvidia"}, loads(oldVersion)...)
+		want := append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia", "load nvidia " + newVersion,
+			"load nvidia_uvm " + newVersion, "unload nvidia"}, loads(oldVersion)...)
 		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
 			t.Errorf("%s: system calls (-want +got):\n%s", name, diff)
 		}
@@ -52,7 +57,7 @@ func TestUnprovedComesBack(t *testing.T) {
 }
 
 // A driver for which the node has to wait is fetched once: a program that is started again
-// and again finds it. Where somebody else's driver stays, nothing is fetched at all.
+// and again finds it. Where a foreign driver stays, nothing is fetched at all.
 func TestRefusedIsKept(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -76,7 +81,7 @@ func TestRefusedIsKept(t *testing.T) {
 	}
 }
 
-// Somebody else's driver that works is not taken down again and again for one that does not.
+// A foreign driver that works is not taken down again and again for one that does not.
 func TestForeignIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -110,7 +115,8 @@ func TestMissingModuleIsProved(t *testing.T) {
 	evil := append(sample.Module("nvidia-uvm", oldVersion, "6.1.77+ SMP preempt mod_unload "), "evil"...)
 	var was string
 	n.edit(t, "layers/*/drivers/nvidia-uvm.ko", func(raw []byte) []byte { was = digestOf(raw); return evil })
-	n.edit(t, "sets/*/set.json", func(raw []byte) []byte { return bytes.ReplaceAll(raw, []byte(was), []byte(digestOf(evil))) })
+	n.edit(t, "sets/*/set.json",
+		func(raw []byte) []byte { return bytes.ReplaceAll(raw, []byte(was), []byte(digestOf(evil))) })
 	n.parts.Finder = finder{err: fault.New(fault.Transient, "nobody answers", "")}
 	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) > 0 {
 		t.Errorf("Run = %v, calls %v; want nothing loaded", err, n.kernel.calls)

@@ -29,8 +29,10 @@ func (n *node) reboot(t testing.TB) {
 	n.boots++
 	sample.Write(t, n.root, "proc/sys/kernel/random/boot_id", fmt.Sprintf("boot-%d\n", n.boots))
 	sample.Write(t, n.root, "proc/modules", "")
-	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/var/lib/nvidia/firmware\n") // as COS's command line has it
-	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm", "sys/module/nvidia_modeset"} {
+	// as COS's command line has it
+	sample.Write(t, n.root, "sys/module/firmware_class/parameters/path", "/var/lib/nvidia/firmware\n")
+	for _, dir := range []string{"proc/driver/nvidia", "sys/module/nvidia", "sys/module/nvidia_uvm",
+		"sys/module/nvidia_modeset"} {
 		if err := os.RemoveAll(filepath.Join(n.root, dir)); err != nil {
 			t.Fatal(err)
 		}
@@ -49,8 +51,10 @@ func TestAbsoluteLinks(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
 	at := func(name string) string { return filepath.Join(n.root, name) }
-	if err := errors.Join(os.MkdirAll(at("usr/lib"), 0o755), os.Rename(at("etc/os-release"), at("usr/lib/os-release")), os.Symlink("/usr/lib/os-release", at("etc/os-release")),
-		os.MkdirAll(at("mnt/stateful/nvidia"), 0o755), os.MkdirAll(filepath.Dir(at(installDir)), 0o755), os.Symlink("/mnt/stateful/nvidia", at(installDir))); err != nil {
+	if err := errors.Join(os.MkdirAll(at("usr/lib"), 0o755), os.Rename(at("etc/os-release"), at("usr/lib/os-release")),
+		os.Symlink("/usr/lib/os-release", at("etc/os-release")),
+		os.MkdirAll(at("mnt/stateful/nvidia"), 0o755), os.MkdirAll(filepath.Dir(at(installDir)), 0o755),
+		os.Symlink("/mnt/stateful/nvidia", at(installDir))); err != nil {
 		t.Fatal(err)
 	}
 	n.parts.Probe = linked{}
@@ -139,7 +143,8 @@ func TestBootWithoutFarm(t *testing.T) {
 		if row.kind == fault.Internal && err != nil || row.kind != fault.Internal && !fault.Is(err, row.kind) {
 			t.Errorf("%s: Run = %v; want kind %v", name, err, row.kind)
 		}
-		if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" || r.Verdict.State != gpucheck.Ready || r.Answer.Digest != po.Digest {
+		if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" || r.Verdict.State != gpucheck.Ready ||
+			r.Answer.Digest != po.Digest {
 			t.Errorf("%s: %s, %+v; system calls (-want +got):\n%s", name, r.Verdict.State, r.Answer, diff)
 		}
 	}
@@ -155,7 +160,8 @@ func TestLoadPinFirst(t *testing.T) {
 		sample.Write(t, n.root, "proc/sys/kernel/loadpin/enforce", "1\n")
 		sample.Write(t, n.root, "proc/cmdline", "ro\n")
 		n.parts.Finder = finder{err: errors.New("somebody was asked")}
-		if r, err := n.runAs(t); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "LoadPin") || len(r.Phases) != 1 {
+		if r, err := n.runAs(t); !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "LoadPin") ||
+			len(r.Phases) != 1 {
 			t.Errorf("dry run %t: Run = %v, phases %+v; want LoadPin's refusal and nothing else", dry, err, r.Phases)
 		}
 	}
@@ -170,13 +176,17 @@ func TestUnusableGivesWay(t *testing.T) {
 	good := n.tree(t)
 	for i := range 3 {
 		r, err := n.run(t, ref, pn.Digest, newer.Driver)
-		want, kind := append(append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}, loads(newVersion)...),
-			append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}, loads(oldVersion)...)...), fault.Unusable
+		want, kind := append(append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"},
+			loads(newVersion)...),
+			append([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"},
+				loads(oldVersion)...)...), fault.Unusable
 		if i == 2 {
 			want, kind = nil, fault.Rejected
 		}
-		if !fault.Is(err, kind) || fault.Hint(err) == "" || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest || r.Changed {
-			t.Errorf("%d: Run = %s %s, %v; want %v, and the former driver ready", i, r.Verdict.State, r.Verdict.Digest, err, kind)
+		if !fault.Is(err, kind) || fault.Hint(err) == "" || r.Verdict.State != gpucheck.Ready ||
+			r.Verdict.Digest != po.Digest || r.Changed {
+			t.Errorf("%d: Run = %s %s, %v; want %v, and the former driver ready", i, r.Verdict.State, r.Verdict.Digest, err,
+				kind)
 		}
 		if diff := cmp.Diff(want, n.kernel.calls); diff != "" {
 			t.Errorf("%d: system calls (-want +got):\n%s", i, diff)
@@ -190,7 +200,8 @@ func TestUnusableGivesWay(t *testing.T) {
 	if _, err := n.run(t, ref, po.Digest, older.Driver); !fault.Is(err, fault.Unusable) {
 		t.Errorf("the former driver on a broken GPU: %v; want unusable", err)
 	}
-	if r, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || r.Verdict.Digest != pn.Digest || !r.Changed {
+	if r, err := n.run(t, ref, pn.Digest, newer.Driver); !fault.Is(err, fault.Unusable) || r.Verdict.Digest != pn.Digest ||
+		!r.Changed {
 		t.Errorf("the new driver on a broken GPU: %+v, %v; want it in force, and unusable", r.Verdict, err)
 	}
 	n.parts.Probe = probe{n.root, 1}
@@ -227,7 +238,8 @@ func TestKilledWhileLoading(t *testing.T) {
 			}
 			continue
 		}
-		if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); err != nil || diff != "" || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+		if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); err != nil || diff != "" || r.Verdict.Digest != po.Digest ||
+			r.Verdict.State != gpucheck.Ready {
 			t.Errorf("killed at %s: %+v, %v; system calls (-want +got):\n%s", module, r.Verdict, err, diff)
 		}
 		if diff := cmp.Diff(good, n.tree(t)); diff != "" {
@@ -246,7 +258,8 @@ func TestPanicWhileLoading(t *testing.T) {
 		n.reboot(t)
 	}
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "took the node down 2 times") || r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest {
+	if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "took the node down 2 times") ||
+		r.Verdict.State != gpucheck.Ready || r.Verdict.Digest != po.Digest {
 		t.Errorf("after two panics: %s %s, %v; want the former driver, and a refusal", r.Verdict.State, r.Verdict.Digest, err)
 	}
 	if diff := cmp.Diff(loads(oldVersion), n.kernel.calls); diff != "" {
@@ -286,8 +299,10 @@ func TestRollbackLasts(t *testing.T) {
 	}
 	for range 2 {
 		r, err := n.run(t, ref, pn.Digest, newer.Driver)
-		if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "rolled back by hand") || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || len(n.kernel.calls) > 0 {
-			t.Errorf("Run after a rollback = %s %s, %v, calls %v; want the old driver left alone", r.Verdict.State, r.Verdict.Digest, err, n.kernel.calls)
+		if !fault.Is(err, fault.Rejected) || !strings.Contains(err.Error(), "rolled back by hand") ||
+			r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || len(n.kernel.calls) > 0 {
+			t.Errorf("Run after a rollback = %s %s, %v, calls %v; want the old driver left alone", r.Verdict.State,
+				r.Verdict.Digest, err, n.kernel.calls)
 		}
 	}
 	if _, err := n.rollback(); !fault.Is(err, fault.Rejected) || len(n.kernel.calls) > 0 {
@@ -299,7 +314,7 @@ func TestRollbackLasts(t *testing.T) {
 	}
 }
 
-// Somebody else's driver stays, unless the node's owner lets it go.
+// A foreign driver stays, unless the node's owner lets it go.
 func TestForeignStays(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -313,7 +328,8 @@ func TestForeignStays(t *testing.T) {
 	sample.Write(t, filepath.Join(n.root, installDir), "lib64/libcuda.so.1", "of another installer")
 	before := n.tree(t)
 	r, err := n.run(t, ref, p.Digest, c.Driver)
-	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "did not install") || r.Changed || len(n.kernel.calls) > 0 {
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "did not install") || r.Changed ||
+		len(n.kernel.calls) > 0 {
 		t.Errorf("Run = %v, calls %v; want somebody else's driver left alone", err, n.kernel.calls)
 	}
 	if diff := cmp.Diff(before, n.tree(t)); diff != "" {
@@ -328,20 +344,22 @@ func TestForeignStays(t *testing.T) {
 	}
 }
 
-// A changed parameter is not passed over without a word, and counts from the next load.
+// A changed parameter is not passed over without a message, and counts from the next load.
 func TestChangedParameters(t *testing.T) {
 	t.Parallel()
 	n, ref, older, _, po, _ := two(t, 1)
 	n.cfg.ModuleParams = map[string]string{"nvidia": "NVreg_Foo=1"}
 	for range 2 {
 		r, err := n.run(t, ref, po.Digest, older.Driver)
-		if err != nil || len(r.Waiting) != 1 || !strings.Contains(r.Waiting[0], "module parameters") || len(n.kernel.calls) > 0 {
+		if err != nil || len(r.Waiting) != 1 || !strings.Contains(r.Waiting[0], "module parameters") ||
+			len(n.kernel.calls) > 0 {
 			t.Errorf("Run = %+v, %v; want a word about the parameters, and nothing loaded", r.Waiting, err)
 		}
 	}
 	n.reboot(t)
 	r, err := n.run(t, ref, po.Digest, older.Driver)
-	if err != nil || len(r.Waiting) > 0 || len(n.kernel.calls) == 0 || n.kernel.calls[0] != "load nvidia "+oldVersion+" NVreg_Foo=1" {
+	if err != nil || len(r.Waiting) > 0 || len(n.kernel.calls) == 0 ||
+		n.kernel.calls[0] != "load nvidia "+oldVersion+" NVreg_Foo=1" {
 		t.Errorf("after a reboot: %+v, %v, calls %v; want it loaded with them", r.Waiting, err, n.kernel.calls)
 	}
 	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || len(r.Waiting) > 0 {
@@ -410,7 +428,8 @@ func TestHelperModule(t *testing.T) {
 	}
 	n, ref, c, p := bare(t)
 	out := filepath.Join(n.root, "asked")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(n.root, "sbin/modprobe"), "testdata/modprobe.go")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", filepath.Join(n.root, "sbin/modprobe"),
+		"testdata/modprobe.go")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if text, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, text)

@@ -29,7 +29,8 @@ func (n *node) asks(t *testing.T, key *testkit.Key, farm *snapshots.Farm, from s
 	if err != nil {
 		t.Fatal(err)
 	}
-	client, err := snapshot.New(snapshot.Config{From: from, Root: root, State: filepath.Join(n.root, "var/lib/prebake/snapshot.json"), Now: now})
+	client, err := snapshot.New(snapshot.Config{From: from, Root: root,
+		State: filepath.Join(n.root, "var/lib/prebake/snapshot.json"), Now: now})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -56,9 +57,11 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	farm := snapshots.New(t, start)
 	farm.Publish(t, start, good(po))
 	first := farm.Copy(t)
-	farm.Publish(t, start, good(po), snapshot.Artifact{Digest: pn.Digest, State: snapshot.Yanked, Reason: "panics on unload"})
+	farm.Publish(t, start, good(po),
+		snapshot.Artifact{Digest: pn.Digest, State: snapshot.Yanked, Reason: "panics on unload"})
 	yanked := farm.Copy(t)
-	farm.Publish(t, start, good(po), snapshot.Artifact{Digest: pn.Digest, State: snapshot.Quarantined, Reason: "failed on 3 nodes"})
+	farm.Publish(t, start, good(po),
+		snapshot.Artifact{Digest: pn.Digest, State: snapshot.Quarantined, Reason: "failed on 3 nodes"})
 	quarantined := farm.Copy(t)
 	farm.Publish(t, start, good(po))
 	seen := farm.Copy(t)
@@ -80,16 +83,18 @@ func TestSnapshotKeepsOut(t *testing.T) {
 		want         error // nil is that the driver is taken
 		excused      bool  // the node has a driver and cannot do better: that is no failure
 	}{
-		"the newest list has it":          {before: seen, from: farm.Dir},
-		"the list does not have it":       {before: first, from: seen, want: listed.ErrUnlisted},
-		"it is yanked":                    {before: first, from: yanked, want: listed.ErrYanked},
-		"it is in quarantine":             {before: first, from: quarantined, want: listed.ErrQuarantined},
-		"rollback":                        {before: farm.Dir, from: quarantined, want: snapshot.ErrRollback},
-		"freeze":                          {before: farm.Dir, from: farm.Dir, after: 8 * 24 * time.Hour, want: snapshot.ErrExpired},
-		"mix and match":                   {before: seen, from: mixed, want: snapshot.ErrAltered},
-		"somebody else's keys":            {before: first, from: stranger.Dir, want: snapshot.ErrSignature},
-		"no network, the list has it":     {before: farm.Dir, from: "/nowhere"},
-		"no network, the list is too old": {before: farm.Dir, from: "/nowhere", after: 8 * 24 * time.Hour, want: listed.ErrStale, excused: true},
+		"the newest list has it":    {before: seen, from: farm.Dir},
+		"the list does not have it": {before: first, from: seen, want: listed.ErrUnlisted},
+		"it is yanked":              {before: first, from: yanked, want: listed.ErrYanked},
+		"it is in quarantine":       {before: first, from: quarantined, want: listed.ErrQuarantined},
+		"rollback":                  {before: farm.Dir, from: quarantined, want: snapshot.ErrRollback},
+		"freeze": {before: farm.Dir, from: farm.Dir, after: 8 * 24 * time.Hour,
+			want: snapshot.ErrExpired},
+		"mix and match":               {before: seen, from: mixed, want: snapshot.ErrAltered},
+		"somebody else's keys":        {before: first, from: stranger.Dir, want: snapshot.ErrSignature},
+		"no network, the list has it": {before: farm.Dir, from: "/nowhere"},
+		"no network, the list is too old": {before: farm.Dir, from: "/nowhere", after: 8 * 24 * time.Hour,
+			want: listed.ErrStale, excused: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -179,12 +184,14 @@ func TestSnapshotTakesNothingAway(t *testing.T) {
 	n.asks(t, key, farm, farm.Dir, clock)
 	r, err := n.runAs(t)
 	if !errors.Is(err, listed.ErrYanked) || r.Verdict.State != gpucheck.Ready || len(n.kernel.calls) > 0 {
-		t.Errorf("yanked: Run = %s, %v, system calls %v; want told, and the driver as it is", r.Verdict.State, err, n.kernel.calls)
+		t.Errorf("yanked: Run = %s, %v, system calls %v; want told, and the driver as it is", r.Verdict.State, err,
+			n.kernel.calls)
 	}
 	n.reboot(t)
 	n.asks(t, key, farm, "/nowhere", clock)
 	if r, err = n.runAs(t); !errors.Is(err, listed.ErrYanked) || len(n.kernel.calls) > 0 {
-		t.Errorf("yanked, after a reboot: Run = %s, %v, system calls %v; want nothing loaded", r.Verdict.State, err, n.kernel.calls)
+		t.Errorf("yanked, after a reboot: Run = %s, %v, system calls %v; want nothing loaded", r.Verdict.State, err,
+			n.kernel.calls)
 	}
 }
 

@@ -24,7 +24,8 @@ func TestUnusableAndOpen(t *testing.T) {
 	n, ref, older, newer, po, pn := two(t, 1)
 	n.parts.Probe, n.kernel.open = byVersion{n.root, newVersion}, "nvidia_uvm "+newVersion
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "it stays in force") || r.Verdict.State == gpucheck.Ready {
+	if !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "it stays in force") ||
+		r.Verdict.State == gpucheck.Ready {
 		t.Errorf("Run = %+v, %v; want unusable, and the reason why it stays", r.Verdict, err)
 	}
 	if _, ok := n.tree(t)["lib64/libnvidia-ml.so."+newVersion]; !ok {
@@ -36,12 +37,13 @@ func TestUnusableAndOpen(t *testing.T) {
 		t.Errorf("then: %+v, %v", r.Verdict, err)
 	}
 	n.cfg.AllowDowngrade = true
-	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready {
+	if r, err := n.run(t, ref, po.Digest, older.Driver); err != nil || r.Verdict.Digest != po.Digest ||
+		r.Verdict.State != gpucheck.Ready {
 		t.Errorf("the former driver, once nobody uses the GPU: %+v, %v; want it ready", r.Verdict, err)
 	}
 }
 
-// A run that is killed while it looks at the GPUs is judged by the next one.
+// A run that is killed while it examines the GPUs is judged by the next one.
 func TestKilledWhileLooking(t *testing.T) {
 	t.Parallel()
 	n, ref, _, newer, po, pn := two(t, 1)
@@ -73,8 +75,10 @@ func TestNextAfterReboot(t *testing.T) {
 	n.inUse(t, "1")
 	for i := range 3 {
 		r, err := n.run(t, ref, pn.Digest, newer.Driver)
-		if !fault.Is(err, fault.Busy) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready || (r.FetchedBytes > 0) != (i == 0) {
-			t.Errorf("%d: Run = %+v, %v, %d bytes; want busy beside the former driver, and one download", i, r.Verdict, err, r.FetchedBytes)
+		if !fault.Is(err, fault.Busy) || r.Verdict.Digest != po.Digest || r.Verdict.State != gpucheck.Ready ||
+			(r.FetchedBytes > 0) != (i == 0) {
+			t.Errorf("%d: Run = %+v, %v, %d bytes; want busy beside the former driver, and one download", i, r.Verdict, err,
+				r.FetchedBytes)
 		}
 	}
 	// A farm that has forgotten all does not take it off the disk.
@@ -112,9 +116,11 @@ func TestHostileAttempts(t *testing.T) {
 	file := filepath.Join(installDir, ".prebake/attempts.json")
 	for name, text := range map[string]string{
 		"no JSON": "{", "a list": "[]", "nothing": "", "null": `{"x":null}`,
-		"no set":             `{"` + po.Digest + `":{"open":true,"bootId":"another","before":{"current":"../../etc"}}}`,
-		"a set that is gone": `{"` + po.Digest + `":{"open":true,"bootId":"another","before":{"current":"sets/` + strings.Repeat("ab", 32) + `","previous":"/"}}}`,
-		"many crashes":       `{"sha256:` + strings.Repeat("ab", 32) + `":{"crashes":9,"open":true,"before":{"current":"sets/` + strings.TrimPrefix(po.Digest, "sha256:") + `"}}}`,
+		"no set": `{"` + po.Digest + `":{"open":true,"bootId":"another","before":{"current":"../../etc"}}}`,
+		"a set that is gone": `{"` + po.Digest + `":{"open":true,"bootId":"another","before":{"current":"sets/` +
+			strings.Repeat("ab", 32) + `","previous":"/"}}}`,
+		"many crashes": `{"sha256:` + strings.Repeat("ab",
+			32) + `":{"crashes":9,"open":true,"before":{"current":"sets/` + strings.TrimPrefix(po.Digest, "sha256:") + `"}}}`,
 	} {
 		n.reboot(t)
 		sample.Write(t, n.root, file, text)

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// tried hands out what became of a set that was loaded, where somebody wants to know.
+// tried hands out what happened to a set that was loaded, where somebody wants to know.
 // What says nothing of the driver is not told: a node without a GPU, or one whose fabric
 // is still starting.
 func (a *Agent) tried(what string, set *install.Set, verdict string, why error) {
@@ -22,9 +22,9 @@ func (a *Agent) tried(what string, set *install.Set, verdict string, why error) 
 	}
 	r := api.NodeReport{Driver: set.Driver, Digest: set.Digest, Outcome: api.Loaded, Node: a.nodeID()}
 	switch {
-	case what == eventTakenBack && verdict != "":
+	case what == eventReverted && verdict != "":
 		r.Outcome = api.FellBack
-	case what == eventTakenBack, what == eventInForce && why != nil:
+	case what == eventReverted, what == eventInForce && why != nil:
 		r.Outcome = api.NotLoad
 	case what != eventInForce:
 		return

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// Who wants to know hears what became of each artifact that was tried, once.
+// Who wants to know hears what happened to each artifact that was tried, once.
 func TestTried(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)
@@ -56,7 +56,8 @@ func TestTried(t *testing.T) {
 			w.blamed != (r.Message != "" && err == nil && kind == fault.Unusable) || strings.Contains(r.Message, "\n") {
 			t.Errorf("report %d = %+v; want %+v", i, r, w)
 		}
-		if r.Node != all[0].Node || !regexp.MustCompile(`^[0-9a-f]{64}$`).MatchString(r.Node) || strings.Contains(r.Node, id) {
+		if r.Node != all[0].Node || !regexp.MustCompile(`^[0-9a-f]{64}$`).MatchString(r.Node) ||
+			strings.Contains(r.Node, id) {
 			t.Errorf("report %d is of node %q; want a hash that is the same each time", i, r.Node)
 		}
 	}

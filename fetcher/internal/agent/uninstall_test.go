@@ -86,7 +86,8 @@ func TestUninstall(t *testing.T) {
 		if diff := cmp.Diff(before, n.everything(t)); diff != "" {
 			t.Errorf("after Uninstall (-want +got):\n%s", diff)
 		}
-		if diff := cmp.Diff([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"}, n.kernel.calls); diff != "" {
+		if diff := cmp.Diff([]string{"unload nvidia_modeset", "unload nvidia_uvm", "unload nvidia"},
+			n.kernel.calls); diff != "" {
 			t.Errorf("system calls (-want +got):\n%s", diff)
 		}
 		if len(n.nodes.made) != 0 {
@@ -124,11 +125,12 @@ func TestHistory(t *testing.T) {
 		}
 		got = append(got, e.What+" "+e.Driver.Version)
 	}
-	want := []string{"in force " + oldVersion, "taken back " + newVersion, "unfinished " + newVersion, "in force " + oldVersion}
+	want := []string{"in force " + oldVersion, "taken back " + newVersion, "unfinished " + newVersion,
+		"in force " + oldVersion}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("history (-want +got):\n%s", diff)
 	}
-	if !strings.Contains(events[1].Why, "ENODEV") {
+	if !strings.Contains(events[1].Reason, "ENODEV") {
 		t.Errorf("event %+v does not say why", events[1])
 	}
 }
@@ -179,7 +181,8 @@ func TestLibraryCache(t *testing.T) {
 func TestGPUsDescribed(t *testing.T) {
 	t.Parallel()
 	n, ref, c, p := bare(t)
-	sample.Write(t, n.root, "proc/driver/nvidia/gpus/0000:00:04.0/information", "GPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nDevice Minor: \t 0\n")
+	sample.Write(t, n.root, "proc/driver/nvidia/gpus/0000:00:04.0/information",
+		"GPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nDevice Minor: \t 0\n")
 	if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
 		t.Fatal(err)
 	}
@@ -188,7 +191,8 @@ func TestGPUsDescribed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{`"GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a"`, `"/dev/nvidia-uvm"`, `"hostPath": "/` + installDir + `"`} {
+	for _, want := range []string{`"GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a"`, `"/dev/nvidia-uvm"`,
+		`"hostPath": "/` + installDir + `"`} {
 		if !strings.Contains(string(raw), want) {
 			t.Errorf("the description has no %s:\n%s", want, raw)
 		}

@@ -48,7 +48,7 @@ func (n *node) edit(t *testing.T, pattern string, change func([]byte) []byte) {
 func flipped(raw []byte) []byte { return flip(raw, 0.5) }
 func gone([]byte) []byte        { return nil }
 
-// damages are what may become of an install folder between two runs.
+// damages are what may happen to an install folder between two runs.
 var damages = map[string]func(t *testing.T, n *node){
 	"a byte of a module": func(t *testing.T, n *node) { n.edit(t, "layers/*/drivers/nvidia.ko", flipped) },
 	"a module that is never loaded": func(t *testing.T, n *node) {
@@ -66,11 +66,26 @@ var damages = map[string]func(t *testing.T, n *node){
 			return bytes.ReplaceAll(raw, []byte(was), []byte(digestOf(evil)))
 		})
 	},
-	"a byte of a library":    func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, flipped) },
-	"a library gone":         func(t *testing.T, n *node) { n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion, gone) },
-	"a link of a library":    func(t *testing.T, n *node) { n.relink(t, "layers/*/lib64/libnvidia-ml.so.1", "../bin/nvidia-smi") },
-	"a byte of a firmware":   func(t *testing.T, n *node) { n.edit(t, "layers/*/firmware/nvidia/*/gsp_tu10x.bin", flipped) },
-	"a note that is no JSON": func(t *testing.T, n *node) { n.edit(t, "sets/*/set.json", func([]byte) []byte { return []byte("{") }) },
+	"a byte of a library": func(t *testing.T, n *node) {
+		n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion,
+			flipped)
+	},
+	"a library gone": func(t *testing.T, n *node) {
+		n.edit(t, "layers/*/lib64/libnvidia-ml.so."+oldVersion,
+			gone)
+	},
+	"a link of a library": func(t *testing.T, n *node) {
+		n.relink(t, "layers/*/lib64/libnvidia-ml.so.1",
+			"../bin/nvidia-smi")
+	},
+	"a byte of a firmware": func(t *testing.T, n *node) {
+		n.edit(t, "layers/*/firmware/nvidia/*/gsp_tu10x.bin",
+			flipped)
+	},
+	"a note that is no JSON": func(t *testing.T, n *node) {
+		n.edit(t, "sets/*/set.json",
+			func([]byte) []byte { return []byte("{") })
+	},
 	"a note that is a folder": func(t *testing.T, n *node) {
 		n.edit(t, "sets/*/set.json", gone)
 		sample.Write(t, n.root, installDir+"/.prebake/current/set.json/x", "")
@@ -148,7 +163,7 @@ func (n *node) removeAll(t *testing.T, pattern string) {
 	}
 }
 
-// N5 of the second look: what lies on the disk is compared with what was signed before
+// N5 of the second look: what is on the disk is compared with what was signed before
 // it reaches the kernel. With a farm it is fetched anew; without one nothing of it is
 // loaded, and the error says what is wrong.
 func TestVerifiedNow(t *testing.T) {
@@ -176,7 +191,8 @@ func TestVerifiedNow(t *testing.T) {
 					if r, err = n.runAs(t); err == nil || r.Verdict.State == gpucheck.Ready {
 						t.Errorf("Run = %+v, %v; want an error", r.Verdict, err)
 					}
-					if !strings.Contains(errText(err), "verify installed driver") && !strings.Contains(errText(err), "connection refused") {
+					if !strings.Contains(errText(err), "verify installed driver") &&
+						!strings.Contains(errText(err), "connection refused") {
 						t.Errorf("Run = %v; want what is wrong", err)
 					}
 					if len(n.kernel.calls) != 0 {
@@ -280,7 +296,8 @@ func TestNodesOwnAfterReboot(t *testing.T) {
 		t.Errorf("after a reboot: %+v, %v; want ready", r.Verdict, err)
 	}
 	n.reboot(t)
-	n.edit(t, "sets/*/set.json", func(raw []byte) []byte { return bytes.Replace(raw, []byte(`"node"`), []byte(`"published"`), 1) })
+	n.edit(t, "sets/*/set.json",
+		func(raw []byte) []byte { return bytes.Replace(raw, []byte(`"node"`), []byte(`"published"`), 1) })
 	if _, err := n.runAs(t); err == nil || len(n.kernel.calls) != 0 {
 		t.Errorf("called published: %v, calls %v; want it refused", err, n.kernel.calls)
 	}

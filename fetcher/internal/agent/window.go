@@ -45,7 +45,7 @@ func clock(text string) (time.Duration, error) {
 	return time.Duration(at.Hour())*time.Hour + time.Duration(at.Minute())*time.Minute, err
 }
 
-// Closed says why nothing is replaced now; "" is that it may be.
+// Closed says why nothing is replaced now; "" means that it may be.
 func (w Window) Closed(now time.Time) string {
 	if w.Never {
 		return "its owner leaves that to a reboot (--maintenance never)"
@@ -63,23 +63,23 @@ func (w Window) Closed(now time.Time) string {
 	return fmt.Sprintf("it is outside of the hours for that, %s to %s UTC", day(w.From), day(w.Until))
 }
 
-// idlePause is the time between two looks at who uses the driver.
+// idlePause is the time between two checks of who uses the driver.
 const idlePause = 2 * time.Second
 
-// idleLook is the time between two looks at the driver meanwhile.
-const idleLook = time.Minute
+// idleCheck is the time between two checks of the driver meanwhile.
+const idleCheck = time.Minute
 
-// tellWatcher tells of the driver that is in force while another one waits.
-func (a *Agent) tellWatcher(ctx context.Context) {
+// reportWaiting tells of the driver that is in force while another one waits.
+func (a *Agent) reportWaiting(ctx context.Context) {
 	if a.watcher == nil {
 		return
 	}
-	v, err := a.look(ctx)
+	v, err := a.checkDriver(ctx)
 	if err != nil {
 		a.parts.Log.WarnContext(ctx, "look failed", "err", err)
 		return
 	}
-	a.watcher.Tell(v)
+	a.watcher.Report(v)
 }
 
 // waitIdle waits, until end, for those to end who use a driver that is to be replaced, and
@@ -95,11 +95,11 @@ func (a *Agent) waitIdle(ctx context.Context, why error, end time.Time) bool {
 	if !open() {
 		return false
 	}
-	a.parts.Log.InfoContext(ctx, "waiting until nobody uses the GPU", "until", end.UTC(), "err", why)
+	a.parts.Log.InfoContext(ctx, "waiting until no program uses the GPU", "until", end.UTC(), "err", why)
 	for looked := (time.Time{}); a.parts.Now().Before(end); {
-		if now := a.parts.Now(); now.Sub(looked) >= idleLook {
+		if now := a.parts.Now(); now.Sub(looked) >= idleCheck {
 			looked = now
-			a.tellWatcher(ctx)
+			a.reportWaiting(ctx)
 		}
 		select {
 		case <-ctx.Done():

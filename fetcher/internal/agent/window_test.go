@@ -51,7 +51,8 @@ func TestMaintenance(t *testing.T) {
 	n.cfg.Maintenance = agent.Window{From: 2 * time.Hour, Until: 5 * time.Hour}
 	n.parts.Now = func() time.Time { return time.Date(2026, 6, 1, 12, 0, 0, 0, time.UTC) }
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "02:00 to 05:00 UTC") || r.Verdict.Digest != po.Digest || len(n.kernel.calls) > 0 {
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "02:00 to 05:00 UTC") ||
+		r.Verdict.Digest != po.Digest || len(n.kernel.calls) > 0 {
 		t.Errorf("at noon: %+v, %v, calls %v; want the old driver left alone", r.Verdict, err, n.kernel.calls)
 	}
 	n.parts.Now = func() time.Time { return time.Date(2026, 6, 2, 3, 0, 0, 0, time.UTC) }
@@ -80,7 +81,8 @@ func TestWaitIdle(t *testing.T) {
 		t.Fatal(err)
 	}
 	r, err := n.run(t, ref, pn.Digest, newer.Driver)
-	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pid 812, pod ml/train-0)") || r.Verdict.Digest != po.Digest {
+	if !fault.Is(err, fault.Busy) || !strings.Contains(err.Error(), "in use by python3 (pid 812, pod ml/train-0)") ||
+		r.Verdict.Digest != po.Digest {
 		t.Errorf("Run = %v; want busy, and by whom", err)
 	}
 	n.cfg.WaitIdle = time.Minute
@@ -101,13 +103,13 @@ type ending struct {
 	then func()
 }
 
-func (e *ending) Tell(v gpucheck.Verdict) {
-	e.told.Tell(v)
+func (e *ending) Report(v gpucheck.Verdict) {
+	e.told.Report(v)
 	e.then()
 }
 
 // told are the verdicts that a watcher was told.
 type told []gpucheck.Verdict
 
-func (l *told) Tell(v gpucheck.Verdict) { *l = append(*l, v) }
-func (l *told) Alive()                  {}
+func (l *told) Report(v gpucheck.Verdict) { *l = append(*l, v) }
+func (l *told) Alive()                    {}

@@ -26,7 +26,7 @@ const (
 const maxConfig = 1 << 20
 
 // Apply changes the configuration on an EFI partition, and keeps a copy of what was there.
-// It reports how many entries there are; 0 is that all of it was so already.
+// It reports how many entries there are; 0 means that all of it was so already.
 func Apply(esp *os.Root, want Want) (entries int, err error) {
 	have, err := read(esp, file)
 	if err != nil {
@@ -69,7 +69,8 @@ func Undo(esp *os.Root) error {
 	}
 	if !bytes.Equal(have, kept) {
 		if !ours(kept, have) {
-			return fault.New(fault.Mismatch, "undo: the boot configuration is not what this program wrote; somebody changed it since",
+			return fault.New(fault.Mismatch,
+				"undo: the boot configuration is not what this program wrote; somebody changed it since",
 				"change it by hand; what it was before is in "+backup+" on the EFI partition")
 		}
 		if err := write(esp, file, kept); err != nil {
@@ -99,7 +100,8 @@ func read(esp *os.Root, name string) ([]byte, error) {
 	}
 	raw, err := io.ReadAll(io.LimitReader(f, maxConfig+1))
 	if err == nil && len(raw) > maxConfig {
-		err = fault.New(fault.Unsupported, fmt.Sprintf("more than %d bytes", maxConfig), "this is no configuration of COS's boot loader")
+		err = fault.New(fault.Unsupported, fmt.Sprintf("more than %d bytes", maxConfig),
+			"this is no configuration of COS's boot loader")
 	}
 	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)
@@ -122,10 +124,12 @@ func write(esp *os.Root, name string, data []byte) error {
 		err = flush(esp)
 	}
 	if err != nil {
-		return fault.Disk(errors.Join(fmt.Errorf("write %s: %w", name, err), esp.RemoveAll(fresh)), "free space on the EFI partition")
+		return fault.Disk(errors.Join(fmt.Errorf("write %s: %w", name, err), esp.RemoveAll(fresh)),
+			"free space on the EFI partition")
 	}
 	if got, err := read(esp, name); err != nil || !bytes.Equal(got, data) {
-		return fault.New(fault.Internal, fmt.Sprintf("write %s: it reads back as something else (%v)", name, err), "do not reboot this node; restore it from "+backup)
+		return fault.New(fault.Internal, fmt.Sprintf("write %s: it reads back as something else (%v)", name, err),
+			"do not reboot this node; restore it from "+backup)
 	}
 	return nil
 }

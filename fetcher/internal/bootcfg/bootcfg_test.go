@@ -22,17 +22,22 @@ import (
 // them that Google's image analyzer is tested with (cos/tools, image1, COS 81), and as hosts
 // of Cloud Shell show them in /proc/cmdline (COS with 6.6.105+, September 2025).
 const (
-	words81  = "init=/usr/lib/systemd/systemd boot=local rootwait ro noresume noswap loglevel=7 noinitrd console=ttyS0 security=apparmor csm.disabled=1  dm_verity.error_behavior=3       i915.modeset=1 cros_efi"
-	words121 = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 console=tty1 console=ttyS0,115200 security=apparmor csm.disabled=1 loadpin.exclude=kernel-module,firmware modules-load=loadpin_trigger firmware_class.path=/var/lib/nvidia/firmware module.sig_enforce=1 i915.modeset=1 cros_efi"
-	wordsOld = "init=/usr/lib/systemd/systemd ro loadpin.exclude=kernel-module modules-load=loadpin_trigger module.sig_enforce=1 cros_efi"
-	verity   = `root=/dev/dm-0 dm="1 vroot none ro 1,0 2539520 verity payload=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E module.sig_enforce=1 hashstart=2539520"`
+	words81 = "init=/usr/lib/systemd/systemd boot=local rootwait ro noresume noswap loglevel=7 noinitrd console=ttyS0 " +
+		"security=apparmor csm.disabled=1  dm_verity.error_behavior=3       i915.modeset=1 cros_efi"
+	words121 = "init=/usr/lib/systemd/systemd rootwait ro noresume loglevel=7 console=tty1 console=ttyS0,115200 " +
+		"security=apparmor csm.disabled=1 loadpin.exclude=kernel-module,firmware modules-load=loadpin_trigger " +
+		"firmware_class.path=/var/lib/nvidia/firmware module.sig_enforce=1 i915.modeset=1 cros_efi"
+	wordsOld = "init=/usr/lib/systemd/systemd ro loadpin.exclude=kernel-module modules-load=loadpin_trigger " +
+		"module.sig_enforce=1 cros_efi"
+	verity = `root=/dev/dm-0 dm="1 vroot none ro 1,0 2539520 verity payload=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E module.sig_enforce=1 hashstart=2539520"`
 )
 
 // config is a file in the shape of those of COS: two local and two verified entries, and
 // one for USB.
 func config(words string) string {
 	var b strings.Builder
-	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\n\nif [ $prioA -lt $prioB ]; then\n  set default=$defaultB\nfi\nset timeout=0\n# linux is no entry here\n")
+	b.WriteString("defaultA=2\ndefaultB=3\ngptpriority $grubdisk 2 prioA\n\nif [ $prioA -lt $prioB ]; then\n  set " +
+		"default=$defaultB\nfi\nset timeout=0\n# linux is no entry here\n")
 	for _, kind := range []string{"local", "verified"} {
 		for _, side := range []string{"A", "B"} {
 			root := "      root=PARTUUID=E5822204-E5B9-2848-8A90-37790091EA3E"
@@ -53,12 +58,16 @@ func TestEdit(t *testing.T) {
 		want  bootcfg.Want
 		edits []string // pairs: what becomes what, in each entry
 	}{
-		"signatures":           {words121, bootcfg.Want{Unsigned: true}, []string{" module.sig_enforce=1 i915", " module.sig_enforce=0 i915"}},
-		"LoadPin, by default":  {words121, bootcfg.Want{Elsewhere: true}, nil},
-		"both, an older image": {wordsOld, bootcfg.Want{Unsigned: true, Elsewhere: true}, []string{"module.sig_enforce=1 cros", "module.sig_enforce=0 cros", "=kernel-module ", "=kernel-module,firmware "}},
-		"LoadPin, never named": {words81, bootcfg.Want{Elsewhere: true}, []string{" init=/usr", " loadpin.exclude=kernel-module,firmware init=/usr"}},
-		"nothing":              {words121, bootcfg.Want{}, nil},
-		"said more than once":  {"a module.sig_enforce=1 module.sig_enforce b", bootcfg.Want{Unsigned: true}, []string{"a module.sig_enforce=1 module.sig_enforce b", "a module.sig_enforce=0 module.sig_enforce=0 b"}},
+		"signatures": {words121, bootcfg.Want{Unsigned: true},
+			[]string{" module.sig_enforce=1 i915", " module.sig_enforce=0 i915"}},
+		"LoadPin, by default": {words121, bootcfg.Want{Elsewhere: true}, nil},
+		"both, an older image": {wordsOld, bootcfg.Want{Unsigned: true, Elsewhere: true},
+			[]string{"module.sig_enforce=1 cros", "module.sig_enforce=0 cros", "=kernel-module ", "=kernel-module,firmware "}},
+		"LoadPin, never named": {words81, bootcfg.Want{Elsewhere: true},
+			[]string{" init=/usr", " loadpin.exclude=kernel-module,firmware init=/usr"}},
+		"nothing": {words121, bootcfg.Want{}, nil},
+		"said more than once": {"a module.sig_enforce=1 module.sig_enforce b", bootcfg.Want{Unsigned: true},
+			[]string{"a module.sig_enforce=1 module.sig_enforce b", "a module.sig_enforce=0 module.sig_enforce=0 b"}},
 	} {
 		before := config(row.words)
 		want := strings.NewReplacer(row.edits...).Replace(before)
@@ -76,13 +85,16 @@ func TestEdit(t *testing.T) {
 		// The reader of command lines, which was not made for this, sees what was wanted.
 		for line := range strings.Lines(string(got)) {
 			_, cmdline, ok := strings.Cut(line, "vmlinuz")
-			if p := host.ParseCmdline(cmdline); ok && row.want.Unsigned && !strings.Contains(line, "dm=") && p.SignaturesEnforced {
+			if p := host.ParseCmdline(cmdline); ok && row.want.Unsigned && !strings.Contains(line, "dm=") &&
+				p.SignaturesEnforced {
 				t.Errorf("%s: signatures are enforced still: %s", name, line)
 			}
 		}
 	}
-	for name, text := range map[string]string{"empty": "", "no entry": "set timeout=0\n# linux /x\n", "a name alone": "  linux /vmlinuz.A"} {
-		if _, n, err := bootcfg.Edit([]byte(text), bootcfg.Want{Unsigned: true}); name != "a name alone" && !fault.Is(err, fault.Unsupported) || name == "a name alone" && n != 1 {
+	for name, text := range map[string]string{"empty": "", "no entry": "set timeout=0\n# linux /x\n",
+		"a name alone": "  linux /vmlinuz.A"} {
+		if _, n, err := bootcfg.Edit([]byte(text), bootcfg.Want{Unsigned: true}); name != "a name alone" &&
+			!fault.Is(err, fault.Unsupported) || name == "a name alone" && n != 1 {
 			t.Errorf("%s: %d entries, %v", name, n, err)
 		}
 	}
@@ -94,7 +106,8 @@ func TestTooLong(t *testing.T) {
 	for length, fits := range map[int]bool{2047: true, 2048: false} {
 		words := strings.Repeat("x", length-len("BOOT_IMAGE=/vmlinuz  loadpin.exclude=kernel-module,firmware"))
 		got, _, err := bootcfg.Edit([]byte("linux /vmlinuz "+words+"\n"), bootcfg.Want{Elsewhere: true})
-		if (err == nil) != fits || fits && !bytes.Contains(got, []byte("firmware")) || !fits && !fault.Is(err, fault.Unsupported) {
+		if (err == nil) != fits || fits && !bytes.Contains(got, []byte("firmware")) || !fits &&
+			!fault.Is(err, fault.Unsupported) {
 			t.Errorf("a command line of %d bytes: %v", length, err)
 		}
 	}
@@ -103,7 +116,8 @@ func TestTooLong(t *testing.T) {
 func partition(t *testing.T, text string) *os.Root {
 	t.Helper()
 	dir := t.TempDir()
-	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "efi/boot"), 0o755), os.WriteFile(filepath.Join(dir, "efi/boot/grub.cfg"), []byte(text), 0o755)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "efi/boot"), 0o755),
+		os.WriteFile(filepath.Join(dir, "efi/boot/grub.cfg"), []byte(text), 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	esp, err := os.OpenRoot(dir)

@@ -38,17 +38,21 @@ func Edit(config []byte, want Want) (edited []byte, entries int, err error) {
 		}
 		entries++
 		if bytes.Count(line, []byte(`"`))%2 != 0 {
-			return nil, 0, fault.New(fault.Unsupported, fmt.Sprintf("edit boot entry %d: a quote in it has no end", entries), "change the boot configuration by hand")
+			return nil, 0, fault.New(fault.Unsupported, fmt.Sprintf("edit boot entry %d: a quote in it has no end", entries),
+				"change the boot configuration by hand")
 		}
 		changed := editLine(line, words, want)
 		if n := commandLine(changed); n > maxCommandLine {
-			return nil, 0, fault.New(fault.Unsupported, fmt.Sprintf("edit boot entry %d: its command line would have %d bytes, and a kernel reads %d", entries, n, maxCommandLine),
-				"take words out of it that this node does not need")
+			return nil, 0, fault.New(fault.Unsupported,
+				fmt.Sprintf("edit boot entry %d: its command line would have %d bytes, and a kernel reads %d", entries, n,
+					maxCommandLine),
+				"remove parameters that this node does not need")
 		}
 		edited = append(edited, changed...)
 	}
 	if entries == 0 {
-		return nil, 0, fault.New(fault.Unsupported, "edit boot configuration: it has no boot entry", "this is no configuration of COS's boot loader")
+		return nil, 0, fault.New(fault.Unsupported, "edit boot configuration: it has no boot entry",
+			"this is no configuration of COS's boot loader")
 	}
 	return edited, entries, nil
 }

@@ -42,7 +42,8 @@ func Partition(node *noderoot.Root) (esp *os.Root, closed func() error, err erro
 	if err != nil {
 		return nil, nil, mountFault(device, err)
 	}
-	mount, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
+	mount, err := unix.Fsmount(fsfd, unix.FSMOUNT_CLOEXEC,
+		unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC)
 	if err != nil {
 		return nil, nil, mountFault(device, err)
 	}
@@ -78,7 +79,9 @@ func find(root fs.FS) (string, error) {
 		}
 	}
 	if len(found) != 1 {
-		return "", fault.New(fault.Unsupported, fmt.Sprintf("find EFI partition: %d partitions are called %s", len(found), label), "edit the boot configuration by hand")
+		return "", fault.New(fault.Unsupported,
+			fmt.Sprintf("find EFI partition: %d partitions are called %s", len(found), label),
+			"edit the boot configuration by hand")
 	}
 	return found[0], nil
 }

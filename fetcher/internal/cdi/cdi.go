@@ -43,7 +43,7 @@ const inside = "/usr/local/nvidia"
 type GPU struct {
 	// Minor is that of /dev/nvidiaN.
 	Minor uint32
-	// UUID is NVIDIA's name of it; "" is not known.
+	// UUID is NVIDIA's name of it; "" means not known.
 	UUID string
 }
 
@@ -115,7 +115,8 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 		}
 	}
 	// The whole folder: the names in it are links into the set in force.
-	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: inside, Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
+	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: inside,
+		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
 	// Where NVIDIA's runtime is there, too, it adds nothing to such a container.
 	spec.ContainerEdits.Env = []string{"NVIDIA_VISIBLE_DEVICES=void"}
 	return spec
@@ -181,7 +182,7 @@ func remove(node *noderoot.Root) (bool, error) {
 	return err == nil, errors.Join(err, dir.Close())
 }
 
-// others returns the file in which somebody else describes GPUs; "" is nobody does.
+// others returns the file in which somebody else describes GPUs; "" means nobody does.
 func others(node *noderoot.Root) (string, error) {
 	for _, dir := range []string{static, folder} {
 		entries, err := fs.ReadDir(node.FS(), dir[1:])
@@ -206,7 +207,8 @@ func others(node *noderoot.Root) (string, error) {
 			}
 			// NVIDIA's device plugin has descriptions of kinds of its own there, too. What cannot
 			// be read here cannot be read by runtimes, unless it is too long.
-			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil && spec.Kind == Kind) {
+			if err == nil && (len(raw) >= maxSpec && bytes.Contains(raw, []byte(Kind)) || yaml.Unmarshal(raw, &spec) == nil &&
+				spec.Kind == Kind) {
 				return path.Join(dir, e.Name()), nil
 			}
 		}

@@ -16,14 +16,17 @@ import (
 )
 
 // As read on a machine with an H200 and 580.159.04, on 2026-11-28.
-const h200 = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nGPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nVideo BIOS: \t 96.00.a5.00.1a\n" +
-	"Bus Type: \t PCIe\nDMA Size: \t 52 bits\nDMA Mask: \t 0xfffffffffffff\nBus Location: \t 0000:00:06.0\nDevice Minor: \t 0\nGPU Firmware: \t 580.159.04\nGPU Excluded:\t No\n"
+const h200 = "Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nGPU UUID: \t GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a\nVideo " +
+	"BIOS: \t 96.00.a5.00.1a\n" +
+	"Bus Type: \t PCIe\nDMA Size: \t 52 bits\nDMA Mask: \t 0xfffffffffffff\nBus Location: \t 0000:00:06.0\nDevice " +
+	"Minor: \t 0\nGPU Firmware: \t 580.159.04\nGPU Excluded:\t No\n"
 
 func TestGPUs(t *testing.T) {
 	t.Parallel()
 	got, err := cdi.GPUs(fstest.MapFS{
 		"proc/driver/nvidia/gpus/0000:00:06.0/information": {Data: []byte(h200)},
-		"proc/driver/nvidia/gpus/0000:00:07.0/information": {Data: []byte("GPU UUID: \t GPU-????????-????-????-????-????????????\nDevice Minor: \t 1\n")},
+		"proc/driver/nvidia/gpus/0000:00:07.0/information": {Data: []byte(
+			"GPU UUID: \t GPU-????????-????-????-????-????????????\nDevice Minor: \t 1\n")},
 		"proc/driver/nvidia/gpus/0000:00:08.0/information": {Data: []byte("Model: \t\t Unknown\n")},
 	})
 	want := []cdi.GPU{{Minor: 0, UUID: "GPU-b23a4bb5-b8d2-a8d4-4cd8-78ddc638457a"}, {Minor: 1}}
@@ -44,18 +47,20 @@ func node(t *testing.T) (*noderoot.Root, string) {
 	}
 	t.Cleanup(func() { _ = n.Close() })
 	// As on COS, where it is an absolute link.
-	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "run"), 0o755), os.Mkdir(filepath.Join(dir, "var"), 0o755), os.Symlink("/run", filepath.Join(dir, "var/run"))); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Join(dir, "run"), 0o755), os.Mkdir(filepath.Join(dir, "var"), 0o755),
+		os.Symlink("/run", filepath.Join(dir, "var/run"))); err != nil {
 		t.Fatal(err)
 	}
 	return n, dir
 }
 
 // The library that containerd and podman have reads the file, and gives a container what
-// it is to get. The device files are this machine's: it looks at them.
+// it is to get. The device files are this machine's: it examines them.
 func TestRuntime(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
-	spec := cdi.Spec([]cdi.GPU{{Minor: 0, UUID: "GPU-b23a4bb5"}, {Minor: 3}}, "/home/kubernetes/bin/nvidia", []string{"nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"})
+	spec := cdi.Spec([]cdi.GPU{{Minor: 0, UUID: "GPU-b23a4bb5"}, {Minor: 3}}, "/home/kubernetes/bin/nvidia",
+		[]string{"nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"})
 	for _, want := range []bool{true, false} { // once is enough
 		if changed, err := cdi.Write(n, spec); err != nil || changed != want {
 			t.Fatalf("Write = %t, %v; want %t", changed, err, want)
@@ -73,7 +78,8 @@ func TestRuntime(t *testing.T) {
 		t.Errorf("devices (-want +got):\n%s", diff)
 	}
 	edits := cache.GetDevice("nvidia.com/gpu=all")
-	if edits == nil || len(edits.ContainerEdits.DeviceNodes) != 2 || edits.ContainerEdits.DeviceNodes[1].Path != "/dev/nvidia3" {
+	if edits == nil || len(edits.ContainerEdits.DeviceNodes) != 2 ||
+		edits.ContainerEdits.DeviceNodes[1].Path != "/dev/nvidia3" {
 		t.Errorf("all GPUs are %+v", edits)
 	}
 	var container oci.Spec
@@ -81,11 +87,12 @@ func TestRuntime(t *testing.T) {
 		t.Log(container.Linux.Devices)
 	}
 	general := upstream.ContainerEdits{ContainerEdits: &spec.ContainerEdits}
-	general.DeviceNodes = nil // which are looked at when they are given away
+	general.DeviceNodes = nil // which are examined when they are given away
 	if err := general.Apply(&container); err != nil {
 		t.Fatal(err)
 	}
-	if len(container.Mounts) == 0 || container.Mounts[0].Source != "/home/kubernetes/bin/nvidia" || container.Mounts[0].Destination != "/usr/local/nvidia" {
+	if len(container.Mounts) == 0 || container.Mounts[0].Source != "/home/kubernetes/bin/nvidia" ||
+		container.Mounts[0].Destination != "/usr/local/nvidia" {
 		t.Errorf("a container has the mounts %+v", container.Mounts)
 	}
 	if err := cdi.Remove(n); err != nil {
@@ -107,7 +114,8 @@ func TestThisMachine(t *testing.T) {
 		t.Skip("no NVIDIA driver is loaded here")
 	}
 	n, dir := node(t)
-	if _, err := cdi.Write(n, cdi.Spec(gpus, "/usr/local/nvidia", []string{"nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"})); err != nil {
+	if _, err := cdi.Write(n,
+		cdi.Spec(gpus, "/usr/local/nvidia", []string{"nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"})); err != nil {
 		t.Fatal(err)
 	}
 	cache, err := upstream.NewCache(upstream.WithSpecDirs(filepath.Join(dir, "run/cdi")), upstream.WithAutoRefresh(false))
@@ -131,7 +139,9 @@ func TestBesideDevicePlugin(t *testing.T) {
 	t.Parallel()
 	n, dir := node(t)
 	name := filepath.Join(dir, "run/cdi/k8s.device-plugin.nvidia.com-gpu.json")
-	if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte(`{"cdiVersion":"0.5.0","kind":"k8s.device-plugin.nvidia.com/gpu","devices":[]}`), 0o644)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755),
+		os.WriteFile(name, []byte(`{"cdiVersion":"0.5.0","kind":"k8s.device-plugin.nvidia.com/gpu","devices":[]}`),
+			0o644)); err != nil {
 		t.Fatal(err)
 	}
 	if changed, err := cdi.Write(n, cdi.Spec([]cdi.GPU{{}}, "/nv", nil)); err != nil || !changed {
@@ -149,7 +159,8 @@ func TestOthers(t *testing.T) {
 			t.Fatalf("Write = %t, %v", changed, err)
 		}
 		name := filepath.Join(dir, theirs)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755), os.WriteFile(name, []byte("cdiVersion: 0.5.0\nkind: nvidia.com/gpu\n"), 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(name), 0o755),
+			os.WriteFile(name, []byte("cdiVersion: 0.5.0\nkind: nvidia.com/gpu\n"), 0o644)); err != nil {
 			t.Fatal(err)
 		}
 		if changed, err := cdi.Write(n, spec); err != nil || changed {

@@ -25,9 +25,9 @@ const Name = "cos-gpu-installer"
 // own are flags that the fetcher has not, by which a command line for the other is known.
 var own = []string{"version", "host-dir", "no-verify", "module-arg"}
 
-// Spoken reports whether a command line is one for that program: by its name, or by flags
+// Recognise reports whether a command line is one for that program: by its name, or by flags
 // that the fetcher has not.
-func Spoken(args []string) bool {
+func Recognise(args []string) bool {
 	if len(args) == 0 {
 		return false
 	}
@@ -91,16 +91,19 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		args = args[1:]
 	}
 	if len(args) == 0 || args[0] != "install" {
-		return usage(fmt.Sprintf("%q is no command of it that this program has", strings.Join(args[:min(len(args), 1)], "")), "it has install; fetcher --help tells of all others")
+		return usage(fmt.Sprintf("%q is no command of it that this program has", strings.Join(args[:min(len(args), 1)], "")),
+			"it has install; fetcher --help lists all others")
 	}
 	f := flag.NewFlagSet("install", flag.ContinueOnError)
 	f.SetOutput(io.Discard)
-	version, dir := f.String("version", getenv("NVIDIA_DRIVER_VERSION"), ""), f.String("host-dir", getenv("NVIDIA_INSTALL_DIR_HOST"), "")
+	version, dir := f.String("version", getenv("NVIDIA_DRIVER_VERSION"), ""), f.String("host-dir",
+		getenv("NVIDIA_INSTALL_DIR_HOST"), "")
 	bucket := f.String("gcs-download-bucket", "", "")
 	noVerify, debug := f.Bool("no-verify", false, ""), f.Bool("debug", false, "")
 	var module many
 	f.Var(&module, "module-arg", "")
-	for _, name := range []string{"allow-unsigned-driver", "test", "skip-nvidia-smi", "force-fallback", "prepare-build-tools"} {
+	for _, name := range []string{"allow-unsigned-driver", "test", "skip-nvidia-smi", "force-fallback",
+		"prepare-build-tools"} {
 		f.Bool(name, false, "")
 	}
 	for _, name := range []string{
@@ -110,10 +113,10 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 		f.String(name, "", "")
 	}
 	if err := f.Parse(args[1:]); err != nil {
-		return usage(err.Error(), "fetcher install --help tells what there is")
+		return usage(err.Error(), "fetcher install --help lists the flags")
 	}
 	if f.NArg() > 0 {
-		return usage(fmt.Sprintf("install takes no argument such as %q", f.Arg(0)), "fetcher install --help tells what there is")
+		return usage(fmt.Sprintf("install takes no argument such as %q", f.Arg(0)), "fetcher install --help lists the flags")
 	}
 	ours = []string{"install", "--host-root=" + first(getenv("PREBAKE_HOST_ROOT"), getenv("ROOT_MOUNT_DIR"), "/root")}
 	var wrong []error
@@ -122,7 +125,8 @@ func Translate(args []string, getenv func(string) string) (ours, notes []string,
 			return
 		}
 		if hint, ok := refused[given.Name]; ok {
-			wrong = append(wrong, fault.New(fault.Usage, fmt.Sprintf("as %s: -%s is nothing that this program does", Name, given.Name), hint))
+			wrong = append(wrong, fault.New(fault.Usage,
+				fmt.Sprintf("as %s: -%s is nothing that this program does", Name, given.Name), hint))
 		}
 		if why, ok := ignored[given.Name]; ok {
 			notes = append(notes, fmt.Sprintf("-%s is passed over: %s", given.Name, why))

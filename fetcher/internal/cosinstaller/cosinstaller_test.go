@@ -35,16 +35,22 @@ func TestTranslate(t *testing.T) {
 		// cos.googlesource.com/cos/tools, README of the installer.
 		"README": {"install -host-dir=/var/lib/nvidia", nil, "install --host-root=/root --install-dir=/var/lib/nvidia", ""},
 		"a branch, parameters, a bucket": {
-			"--v=2 install --version R535 -module-arg nvidia.NVreg_EnableGpuFirmware=0 -module-arg nvidia_uvm.uvm_debug_prints=1 -gcs-download-bucket=cos-tools-eu -debug", nil,
-			"install --host-root=/root --driver=R535 --kernel-mirror=gs://cos-tools-eu --module-param=nvidia.NVreg_EnableGpuFirmware=0 --module-param=nvidia_uvm.uvm_debug_prints=1 --log-level=debug", "",
+			"--v=2 install --version R535 -module-arg nvidia.NVreg_EnableGpuFirmware=0 -module-arg " +
+				"nvidia_uvm.uvm_debug_prints=1 -gcs-download-bucket=cos-tools-eu -debug", nil,
+			"install --host-root=/root --driver=R535 --kernel-mirror=gs://cos-tools-eu " +
+				"--module-param=nvidia.NVreg_EnableGpuFirmware=0 --module-param=nvidia_uvm.uvm_debug_prints=1 --log-level=debug",
+			"",
 		},
-		"unsigned": {"install -allow-unsigned-driver -skip-nvidia-smi=false", nil, "install --host-root=/root", "-allow-unsigned-driver is passed over"},
+		"unsigned": {"install -allow-unsigned-driver -skip-nvidia-smi=false", nil, "install --host-root=/root",
+			"-allow-unsigned-driver is passed over"},
 		"the environment of older ones": {
-			"install", map[string]string{"NVIDIA_DRIVER_VERSION": "535.261.03", "NVIDIA_INSTALL_DIR_CONTAINER": "/usr/local/nvidia"},
+			"install", map[string]string{"NVIDIA_DRIVER_VERSION": "535.261.03",
+				"NVIDIA_INSTALL_DIR_CONTAINER": "/usr/local/nvidia"},
 			"install --host-root=/root --driver=535.261.03", "",
 		},
 	} {
-		ours, notes, err := cosinstaller.Translate(strings.Fields(row.line), func(name string) string { return row.env[name] })
+		ours, notes, err := cosinstaller.Translate(strings.Fields(row.line),
+			func(name string) string { return row.env[name] })
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
@@ -56,11 +62,13 @@ func TestTranslate(t *testing.T) {
 		}
 	}
 	for line, want := range map[string]bool{
-		"fetcher install -host-dir=/var/lib/nvidia": true, "fetcher install --no-verify": true, "cos-gpu-installer list": true, "/cos-gpu-installer install": true,
-		"fetcher install --driver latest --no-load": false, "fetcher run -host-dir=/x": false, "fetcher": false, "": false, "fetcher install -- -version=1": false,
+		"fetcher install -host-dir=/var/lib/nvidia": true, "fetcher install --no-verify": true,
+		"cos-gpu-installer list": true, "/cos-gpu-installer install": true,
+		"fetcher install --driver latest --no-load": false, "fetcher run -host-dir=/x": false, "fetcher": false, "": false,
+		"fetcher install -- -version=1": false,
 	} {
-		if got := cosinstaller.Spoken(strings.Fields(line)); got != want {
-			t.Errorf("Spoken(%q) = %t; want %t", line, got, want)
+		if got := cosinstaller.Recognise(strings.Fields(line)); got != want {
+			t.Errorf("Recognise(%q) = %t; want %t", line, got, want)
 		}
 	}
 	for line, want := range map[string]string{
@@ -71,7 +79,8 @@ func TestTranslate(t *testing.T) {
 		"install -nonsense": "-nonsense",
 		"install 535":       "no argument",
 	} {
-		if _, _, err := cosinstaller.Translate(strings.Fields(line), func(string) string { return "" }); !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), want) || fault.Hint(err) == "" {
+		if _, _, err := cosinstaller.Translate(strings.Fields(line), func(string) string { return "" }); !fault.Is(err,
+			fault.Usage) || !strings.Contains(err.Error(), want) || fault.Hint(err) == "" {
 			t.Errorf("%q: %v (%s); want a usage error about %q", line, err, fault.Hint(err), want)
 		}
 	}

@@ -25,7 +25,7 @@ func Keychain() authn.Keychain {
 	return authn.NewMultiKeychain(docker{authn.DefaultKeychain}, &Google{})
 }
 
-// docker says what is wrong with Docker's configuration in words that help.
+// docker says what is wrong with Docker's configuration in a message that helps.
 type docker struct{ authn.Keychain }
 
 func (d docker) Resolve(r authn.Resource) (authn.Authenticator, error) {
@@ -40,7 +40,8 @@ func (d docker) ResolveContext(ctx context.Context, r authn.Resource) (authn.Aut
 	}
 	hint := "mend Docker's configuration, or name the folder of another one: DOCKER_CONFIG"
 	if text := err.Error(); strings.Contains(text, "docker-credential-") && strings.Contains(text, "not found") {
-		hint = "install that program beside the fetcher, or have Docker's configuration name none for this registry; at Google's registries the machine's service account needs none"
+		hint = "install that program beside the fetcher, or have Docker's configuration name none for this registry; at " +
+			"Google's registries the machine's service account needs none"
 	}
 	return nil, fault.Wrap(fault.Usage, fmt.Errorf("find credentials for %s: %w", r.RegistryStr(), err), hint)
 }
@@ -68,7 +69,8 @@ func (g *Google) Resolve(r authn.Resource) (authn.Authenticator, error) {
 // ResolveContext implements [authn.ContextKeychain].
 func (g *Google) ResolveContext(ctx context.Context, r authn.Resource) (authn.Authenticator, error) {
 	host := r.RegistryStr()
-	if host != "gcr.io" && host != "storage.googleapis.com" && !strings.HasSuffix(host, ".gcr.io") && !strings.HasSuffix(host, ".pkg.dev") {
+	if host != "gcr.io" && host != "storage.googleapis.com" && !strings.HasSuffix(host, ".gcr.io") &&
+		!strings.HasSuffix(host, ".pkg.dev") {
 		return authn.Anonymous, nil
 	}
 	token, err := g.get(ctx)
@@ -78,13 +80,13 @@ func (g *Google) ResolveContext(ctx context.Context, r authn.Resource) (authn.Au
 	return authn.FromConfig(authn.AuthConfig{Username: "oauth2accesstoken", Password: token}), nil
 }
 
-// spare is how long a token has to last still.
-const spare = time.Minute
+// minLifetime is how long a token has to last still.
+const minLifetime = time.Minute
 
 func (g *Google) get(ctx context.Context) (string, error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if time.Until(g.until) > spare {
+	if time.Until(g.until) > minLifetime {
 		return g.token, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
@@ -121,7 +123,8 @@ func (g *Google) get(ctx context.Context) (string, error) {
 		err = json.Unmarshal(raw, &answer)
 	}
 	if err != nil {
-		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err), "check that the machine has a service account with the scope devstorage.read_only, or none at all")
+		return "", fault.Wrap(fault.Transient, fmt.Errorf("ask the metadata server for a token: %w", err),
+			"check that the machine has a service account with the scope devstorage.read_only, or none at all")
 	}
 	g.token, g.until = answer.Token, time.Now().Add(time.Duration(answer.Seconds)*time.Second)
 	return g.token, nil

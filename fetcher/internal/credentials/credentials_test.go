@@ -33,7 +33,8 @@ func metadata(t *testing.T, status int, answer string) *int {
 	asked := 0
 	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		asked++
-		if r.Header.Get("Metadata-Flavor") != "Google" || r.URL.Path != "/computeMetadata/v1/instance/service-accounts/default/token" {
+		if r.Header.Get("Metadata-Flavor") != "Google" ||
+			r.URL.Path != "/computeMetadata/v1/instance/service-accounts/default/token" {
 			t.Errorf("asked for %s with %v", r.URL, r.Header)
 		}
 		w.WriteHeader(status)
@@ -68,8 +69,10 @@ func TestGoogle(t *testing.T) {
 	asked := metadata(t, http.StatusOK, token)
 	k := credentials.Keychain()
 	for repo, want := range map[string]string{
-		"europe-docker.pkg.dev/p/r/driver": "oauth2accesstoken:ya29.token", "gcr.io/p/driver": "oauth2accesstoken:ya29.token", "storage.googleapis.com/bucket": "oauth2accesstoken:ya29.token", "eu.gcr.io/p/driver": "oauth2accesstoken:ya29.token",
-		"registry.example.com/driver": ":", "evil-pkg.dev/driver": ":", "pkg.dev.example.com/driver": ":", "notgcr.io/driver": ":",
+		"europe-docker.pkg.dev/p/r/driver": "oauth2accesstoken:ya29.token", "gcr.io/p/driver": "oauth2accesstoken:ya29.token",
+		"storage.googleapis.com/bucket": "oauth2accesstoken:ya29.token", "eu.gcr.io/p/driver": "oauth2accesstoken:ya29.token",
+		"registry.example.com/driver": ":", "evil-pkg.dev/driver": ":", "pkg.dev.example.com/driver": ":",
+		"notgcr.io/driver": ":",
 	} {
 		if got, err := resolve(t, k, repo); err != nil || got != want {
 			t.Errorf("%s: %q, %v; want %q", repo, got, err, want)
@@ -91,7 +94,8 @@ func TestWithoutServiceAccount(t *testing.T) {
 		t.Errorf("on no machine of Google's: %q, %v; want nothing sent", got, err)
 	}
 	metadata(t, http.StatusForbidden, "no")
-	if _, err := resolve(t, credentials.Keychain(), "gcr.io/p/driver"); !fault.Is(err, fault.Transient) || fault.Hint(err) == "" {
+	if _, err := resolve(t, credentials.Keychain(), "gcr.io/p/driver"); !fault.Is(err, fault.Transient) ||
+		fault.Hint(err) == "" {
 		t.Errorf("a metadata server that refuses: %v; want transient", err)
 	}
 }
@@ -106,13 +110,15 @@ func TestDocker(t *testing.T) {
 
 // N29: what is wrong with a node's own configuration is no fault of a registry's bytes.
 func TestBroken(t *testing.T) {
-	for text, want := range map[string]string{`{broken`: "config.json", `{"credHelpers":{"127.0.0.1:1":"nowhere"}}`: "docker-credential-nowhere"} {
+	for text, want := range map[string]string{`{broken`: "config.json",
+		`{"credHelpers":{"127.0.0.1:1":"nowhere"}}`: "docker-credential-nowhere"} {
 		docker(t, text)
 		r, err := registry.Open("127.0.0.1:1/driver", registry.Options{Plain: true, Keychain: credentials.Keychain()})
 		if err == nil {
 			_, err = r.Manifest(t.Context(), "sha256:"+strings.Repeat("a", 64))
 		}
-		if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), want) || strings.Contains(fault.Hint(err), "altered") || fault.Hint(err) == "" {
+		if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), want) ||
+			strings.Contains(fault.Hint(err), "altered") || fault.Hint(err) == "" {
 			t.Errorf("%s: %v (%s); want a usage error about it", text, err, fault.Hint(err))
 		}
 	}

@@ -129,7 +129,8 @@ func capabilities(root fs.FS, major uint32) (nodes []Node) {
 		}
 		if raw, err := fs.ReadFile(root, name); err == nil {
 			if minor, mode, ok := ParseCapability(string(raw)); ok {
-				nodes = append(nodes, Node{Name: fmt.Sprintf("%s/nvidia-cap%d", capsFolder, minor), Major: major, Minor: minor, Mode: mode})
+				nodes = append(nodes, Node{Name: fmt.Sprintf("%s/nvidia-cap%d", capsFolder, minor), Major: major, Minor: minor,
+					Mode: mode})
 			}
 		}
 		return nil
@@ -268,10 +269,12 @@ func (Linux) Make(dev *os.Root, n Node) error {
 	}
 	link(dev, n) // first: what waits for the file has it then
 	if err := unix.Mknodat(at, base, unix.S_IFCHR|uint32(n.Mode), int(want)); err != nil && !errors.Is(err, unix.EEXIST) {
-		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", full, err), "run as root with CAP_MKNOD (privileged: true)")
+		return fault.Wrap(fault.Unusable, fmt.Errorf("make device file %s: %w", full, err),
+			"run as root with CAP_MKNOD (privileged: true)")
 	}
 	// The process's umask has no say in this.
-	if err := errors.Join(unix.Fchmodat(at, base, uint32(n.Mode), 0), unix.Fchownat(at, base, n.UID, n.GID, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
+	if err := errors.Join(unix.Fchmodat(at, base, uint32(n.Mode), 0),
+		unix.Fchownat(at, base, n.UID, n.GID, unix.AT_SYMLINK_NOFOLLOW)); err != nil {
 		return fmt.Errorf("set owner and mode of %s: %w", full, err)
 	}
 	return nil

@@ -21,7 +21,9 @@ func file(text string) *fstest.MapFile { return &fstest.MapFile{Data: []byte(tex
 
 func TestPlan(t *testing.T) {
 	t.Parallel()
-	devices := "Character devices:\n  1 mem\n195 nvidia\n195 nvidia-modeset\n195 nvidiactl\n236 nvidia-uvm\n\nBlock devices:\n 99 nvidia-uvm\n"
+	devices :=
+		"Character devices:\n  1 mem\n195 nvidia\n195 nvidia-modeset\n195 nvidiactl\n236 nvidia-uvm\n\nBlock devices:\n 99 " +
+			"nvidia-uvm\n"
 	all := map[string]bool{"nvidia": true, "nvidia_uvm": true, "nvidia_modeset": true}
 	node := func(name string, major, minor uint32) devnode.Node {
 		return devnode.Node{Name: name, Major: major, Minor: minor, Mode: 0o666}
@@ -48,24 +50,33 @@ func TestPlan(t *testing.T) {
 		// As read on a machine with an H200 and 580.159.04, on 2026-11-28, with one MIG
 		// instance added as NVIDIA's MIG user guide shows it.
 		{"capabilities of MIG and IMEX", fstest.MapFS{
-			"proc/devices": file("Character devices:\n195 nvidia\n195 nvidiactl\n238 nvidia-uvm\n239 nvidia-nvswitch\n240 nvidia-nvlink\n241 nvidia-caps\n242 nvidia-caps-imex-channels\n"),
-			"proc/driver/nvidia/gpus/0000:00:06.0/information":            file("Model: \t\t NVIDIA H200\nIRQ:   \t\t 41\nDevice Minor: \t 0\nGPU Firmware: \t 580.159.04\n"),
-			"proc/driver/nvidia/capabilities/mig/config":                  file("DeviceFileMinor: 1\nDeviceFileMode: 256\nDeviceFileModify: 1\n"),
-			"proc/driver/nvidia/capabilities/mig/monitor":                 file("DeviceFileMinor: 2\nDeviceFileMode: 292\nDeviceFileModify: 1\n"),
-			"proc/driver/nvidia/capabilities/fabric-imex-mgmt":            file("DeviceFileMinor: 4323\nDeviceFileMode: 256\nDeviceFileModify: 1\n"),
-			"proc/driver/nvidia/capabilities/gpu0/mig/gi1/access":         file("DeviceFileMinor: 12\nDeviceFileMode: 292\nDeviceFileModify: 1\n"),
-			"proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access":     file("DeviceFileMinor: 13\nDeviceFileMode: 292\nDeviceFileModify: 1\n"),
+			"proc/devices": file("Character devices:\n195 nvidia\n195 nvidiactl\n238 nvidia-uvm\n239 nvidia-nvswitch\n240 " +
+				"nvidia-nvlink\n241 nvidia-caps\n242 nvidia-caps-imex-channels\n"),
+			"proc/driver/nvidia/gpus/0000:00:06.0/information": file("Model: \t\t NVIDIA H200\nIRQ:   \t\t " +
+				"41\nDevice Minor: \t 0\nGPU Firmware: \t 580.159.04\n"),
+			"proc/driver/nvidia/capabilities/mig/config": file("DeviceFileMinor: 1\nDeviceFileMode: " +
+				"256\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/mig/monitor": file("DeviceFileMinor: 2\nDeviceFileMode: " +
+				"292\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/fabric-imex-mgmt": file("DeviceFileMinor: 4323\nDeviceFileMode: " +
+				"256\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/gpu0/mig/gi1/access": file("DeviceFileMinor: 12\nDeviceFileMode: " +
+				"292\nDeviceFileModify: 1\n"),
+			"proc/driver/nvidia/capabilities/gpu0/mig/gi1/ci0/access": file("DeviceFileMinor: 13\nDeviceFileMode: " +
+				"292\nDeviceFileModify: 1\n"),
 			"proc/driver/nvidia/capabilities/gpu0/mig/gi2/of-another-day": file("nothing known\n"),
 		}, map[string]bool{"nvidia": true, "nvidia_uvm": true}, []devnode.Node{
-			node("nvidia0", 195, 0), node("nvidiactl", 195, 255), capability(4323, 0o400), capability(12, 0o444), capability(13, 0o444), capability(1, 0o400), capability(2, 0o444),
+			node("nvidia0", 195, 0), node("nvidiactl", 195, 255), capability(4323, 0o400), capability(12, 0o444),
+			capability(13, 0o444), capability(1, 0o400), capability(2, 0o444),
 			node("nvidia-uvm-tools", 238, 1), node("nvidia-uvm", 238, 0),
 		}},
 		{"nothing loaded", fstest.MapFS{"proc/devices": file(devices)}, nil, nil},
 		{"uvm without a number", fstest.MapFS{"proc/devices": file("Character devices:\n195 nvidia\n")}, all,
 			[]devnode.Node{node("nvidiactl", 195, 255), node("nvidia-modeset", 195, 254)}},
 		{"owner and mode", fstest.MapFS{
-			"proc/devices":              file(devices),
-			"proc/driver/nvidia/params": file("ModifyDeviceFiles: 1\nDeviceFileUID: 7\nDeviceFileGID: 8\nDeviceFileMode: 432\nRegistryDwords: \"\"\n"),
+			"proc/devices": file(devices),
+			"proc/driver/nvidia/params": file("ModifyDeviceFiles: 1\nDeviceFileUID: 7\nDeviceFileGID: 8\nDeviceFileMode: " +
+				"432\nRegistryDwords: \"\"\n"),
 		}, map[string]bool{"nvidia": true}, []devnode.Node{owned}},
 	}
 	for _, row := range rows {
@@ -79,7 +90,7 @@ func TestPlan(t *testing.T) {
 	}
 }
 
-// TestMake makes /dev/null's twin, which any root process may.
+// TestMake makes a copy of /dev/null, which any root process may.
 func TestMake(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -100,7 +111,8 @@ func TestMake(t *testing.T) {
 			t.Fatal(err)
 		}
 		var st unix.Stat_t
-		if err := unix.Stat(filepath.Join(dir, "twin"), &st); err != nil || st.Rdev != unix.Mkdev(1, minor) || fs.FileMode(st.Mode).Perm() != 0o666 {
+		if err := unix.Stat(filepath.Join(dir, "twin"), &st); err != nil || st.Rdev != unix.Mkdev(1, minor) ||
+			fs.FileMode(st.Mode).Perm() != 0o666 {
 			t.Errorf("Make(minor %d): device %x mode %o, %v", minor, st.Rdev, st.Mode, err)
 		}
 		if to, err := os.Readlink(filepath.Join(dir, fmt.Sprintf("char/1:%d", minor))); err != nil || to != "../twin" {
@@ -125,14 +137,18 @@ func TestClear(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer dev.Close()
-	for i, name := range []string{"nvidia-caps/nvidia-cap2", "nvidia0", "nvidia15", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
-		if err := (devnode.Linux{}).Make(dev, devnode.Node{Name: name, Major: 1, Minor: uint32(i), Mode: 0o666, UID: os.Getuid(), GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
+	for i, name := range []string{"nvidia-caps/nvidia-cap2", "nvidia0", "nvidia15", "nvidiactl", "nvidia-uvm",
+		"nvidia-uvm-tools", "nvidia-modeset", "nvidia-fs0", "null"} {
+		if err := (devnode.Linux{}).Make(dev,
+			devnode.Node{Name: name, Major: 1, Minor: uint32(i), Mode: 0o666, UID: os.Getuid(),
+				GID: os.Getgid()}); errors.Is(err, unix.EPERM) {
 			t.Skip("making device files needs root with CAP_MKNOD")
 		} else if err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, "nvidia1"), nil, 0o644), os.Symlink("../sda", filepath.Join(dir, "char/8:0"))); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "nvidia1"), nil, 0o644),
+		os.Symlink("../sda", filepath.Join(dir, "char/8:0"))); err != nil {
 		t.Fatal(err)
 	}
 	if err := (devnode.Linux{}).Clear(dev); err != nil {

@@ -28,7 +28,7 @@ const (
 	Staged   State = "staged"    // installed, and by request not loaded
 	Absent   State = "absent"    // nothing is installed
 	Starting State = "starting"  // every GPU answers, and waits for the fabric manager
-	Foreign  State = "foreign"   // nothing is installed; somebody else's driver is loaded, and nothing is wrong with it
+	Foreign  State = "foreign"   // nothing is installed; a foreign driver is loaded, and nothing is wrong with it
 )
 
 // Verdict is what is known of the driver on this node.
@@ -67,12 +67,12 @@ type Device struct {
 	PCIBusID    string `json:"pciBusId"`
 	MemoryBytes uint64 `json:"memoryBytes"`
 	// Fabric is how far the GPU has come in joining its NVLink fabric: not started, in
-	// progress or completed; "" is a GPU without one.
+	// progress or completed; "" means a GPU without one.
 	Fabric string `json:"fabric,omitempty"`
-	// Persistence is on or off, or why it could not be turned on; "" is a GPU that does not
+	// Persistence is on or off, or why it could not be turned on; "" means a GPU that does not
 	// tell.
 	Persistence string `json:"persistence,omitempty"`
-	// Error says why NVML cannot use the GPU; "" is a healthy one.
+	// Error says why NVML cannot use the GPU; "" means a healthy one.
 	Error string `json:"error,omitempty"`
 }
 
@@ -142,7 +142,8 @@ func Judge(f Facts) Verdict {
 	case f.NVML.Version != f.Driver.Modules().Version:
 		return is(Unusable, "NVML answers with version %q; installed is %s", f.NVML.Version, f.Driver.Version)
 	case len(missing) > 0:
-		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs, strings.Join(append(missing, reasons...), ", "))
+		return is(Unusable, "%d of %d GPUs usable: %s", v.UsableGPUs, v.PCIGPUs,
+			strings.Join(append(missing, reasons...), ", "))
 	case f.NVML.Error != "":
 		return is(Unusable, "NVML: %s", f.NVML.Error)
 	}
@@ -151,7 +152,8 @@ func Judge(f Facts) Verdict {
 		return is(Unusable, "the driver reports %s", strings.Join(fatal, "; "))
 	}
 	if waiting := f.fabricless(); len(waiting) > 0 {
-		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before nvidia-fabricmanager has", len(waiting), waiting[0])
+		return is(Starting, "%d GPUs have not joined their NVLink fabric (%s): CUDA programs cannot start before "+
+			"nvidia-fabricmanager has", len(waiting), waiting[0])
 	}
 	return v
 }
@@ -213,9 +215,11 @@ func (v Verdict) Err() error {
 	}
 	switch v.State {
 	case NoDevice:
-		return fault.New(fault.NoDevice, "no GPU present: "+text, "attach a GPU to this machine, or keep this program off nodes without one")
+		return fault.New(fault.NoDevice, "no GPU present: "+text,
+			"attach a GPU to this machine, or keep this program off nodes without one")
 	case Unusable:
-		return fault.New(fault.Unusable, "GPU present but not usable: "+text, "read the kernel's lines: dmesg | grep -e NVRM -e Xid")
+		return fault.New(fault.Unusable, "GPU present but not usable: "+text,
+			"read the kernel's lines: dmesg | grep -e NVRM -e Xid")
 	case Starting:
 		return fault.New(fault.Unusable, text, "start nvidia-fabricmanager of this driver's version, and look again")
 	case Drifted:

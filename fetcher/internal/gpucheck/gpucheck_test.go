@@ -48,23 +48,31 @@ func TestJudge(t *testing.T) {
 	}{
 		{"good", func(*gpucheck.Facts) {}, gpucheck.Ready, fault.Internal},
 		{"no GPU", func(f *gpucheck.Facts) { f.GPUs = nil }, gpucheck.NoDevice, fault.NoDevice},
-		{"an edition of a release", func(f *gpucheck.Facts) { f.Driver.Version = version + "-grid" }, gpucheck.Ready, fault.Internal},
+		{"an edition of a release", func(f *gpucheck.Facts) { f.Driver.Version = version + "-grid" }, gpucheck.Ready,
+			fault.Internal},
 		{"not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia") }, gpucheck.Unusable, fault.Unusable},
 		{"uvm not loaded", func(f *gpucheck.Facts) { delete(f.Modules, "nvidia_uvm") }, gpucheck.Unusable, fault.Unusable},
-		{"another version loaded", func(f *gpucheck.Facts) { f.Modules["nvidia"] = "470.1" }, gpucheck.Drifted, fault.Mismatch},
-		{"NVML fails", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{Error: "no library"} }, gpucheck.Unusable, fault.Unusable},
+		{"another version loaded", func(f *gpucheck.Facts) { f.Modules["nvidia"] = "470.1" }, gpucheck.Drifted,
+			fault.Mismatch},
+		{"NVML fails", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{Error: "no library"} }, gpucheck.Unusable,
+			fault.Unusable},
 		{"NVML not asked", func(f *gpucheck.Facts) { f.NVML = gpucheck.NVML{} }, gpucheck.Loaded, fault.Internal},
 		{"NVML of another version", func(f *gpucheck.Facts) { f.NVML.Version = "470.1" }, gpucheck.Unusable, fault.Unusable},
-		{"GPU missing", func(f *gpucheck.Facts) { f.GPUs = append(f.GPUs, "0000:00:05.0") }, gpucheck.Unusable, fault.Unusable},
+		{"GPU missing", func(f *gpucheck.Facts) { f.GPUs = append(f.GPUs, "0000:00:05.0") }, gpucheck.Unusable,
+			fault.Unusable},
 		{"GPUs by their addresses", func(f *gpucheck.Facts) {
 			f.GPUs = append(f.GPUs, "10000:3b:00.0")
 			f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00010000:3B:00.0"}, {PCIBusID: "00000000:00:04.0"}}
 		}, gpucheck.Ready, fault.Internal},
-		{"another GPU in its place", func(f *gpucheck.Facts) { f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:05.0"}} }, gpucheck.Unusable, fault.Unusable},
+		{"another GPU in its place",
+			func(f *gpucheck.Facts) { f.NVML.Devices = []gpucheck.Device{{PCIBusID: "00000000:00:05.0"}} }, gpucheck.Unusable,
+			fault.Unusable},
 		// As nvmlprobe writes down what DeviceGetHandleByIndex and the getters refuse.
-		{"a GPU that is lost", func(f *gpucheck.Facts) { f.NVML.Devices[0].Error = "open GPU 0: GPU is lost" }, gpucheck.Unusable, fault.Unusable},
+		{"a GPU that is lost", func(f *gpucheck.Facts) { f.NVML.Devices[0].Error = "open GPU 0: GPU is lost" },
+			gpucheck.Unusable, fault.Unusable},
 		{"a GPU that tells its address, and no more", func(f *gpucheck.Facts) {
-			f.NVML.Devices[0] = gpucheck.Device{PCIBusID: "00000000:00:04.0", Error: "read memory size: Insufficient Permissions"}
+			f.NVML.Devices[0] = gpucheck.Device{PCIBusID: "00000000:00:04.0",
+				Error: "read memory size: Insufficient Permissions"}
 		}, gpucheck.Unusable, fault.Unusable},
 		{"no GPU answers", func(f *gpucheck.Facts) { f.NVML.Devices = nil }, gpucheck.Unusable, fault.Unusable},
 		{"device error", func(f *gpucheck.Facts) { f.NVML.Error = "device 0 is lost" }, gpucheck.Unusable, fault.Unusable},
@@ -78,7 +86,8 @@ func TestJudge(t *testing.T) {
 			t.Errorf("%s: %d of %d GPUs usable", row.name, v.UsableGPUs, v.PCIGPUs)
 		}
 		err := v.Err()
-		if v.State != row.want || (row.kind == fault.Internal) != (err == nil) || err != nil && (!fault.Is(err, row.kind) || fault.Hint(err) == "") {
+		if v.State != row.want || (row.kind == fault.Internal) != (err == nil) || err != nil &&
+			(!fault.Is(err, row.kind) || fault.Hint(err) == "") {
 			t.Errorf("%s: Judge = %q, Err = %v; want %q and %v with a hint", row.name, v.State, err, row.want, row.kind)
 		}
 		if (row.kind == fault.NoDevice || row.kind == fault.Unusable) && !strings.Contains(err.Error(), "NVRM: quoted") {
@@ -93,7 +102,8 @@ func TestPrint(t *testing.T) {
 	f.Digest = "sha256:" + strings.Repeat("a", 64)
 	f.NVRM = []string{strings.Repeat("NVRM: long ", 20)}
 	f.Foreign = []string{"nvidia_uvm"}
-	f.NVML.Devices[0] = gpucheck.Device{UUID: "GPU-" + strings.Repeat("0", 32), Name: "NVIDIA H100 80GB HBM3", PCIBusID: "00000000:00:04.0", MemoryBytes: 80 << 30}
+	f.NVML.Devices[0] = gpucheck.Device{UUID: "GPU-" + strings.Repeat("0", 32), Name: "NVIDIA H100 80GB HBM3",
+		PCIBusID: "00000000:00:04.0", MemoryBytes: 80 << 30}
 	var out bytes.Buffer
 	if err := gpucheck.Judge(f).Print(&out); err != nil {
 		t.Fatal(err)
@@ -124,7 +134,8 @@ func TestProbe(t *testing.T) {
 		want              gpucheck.NVML
 		ok                bool
 	}{
-		{"works", `{"driverVersion":"535.1.1","cudaVersion":"12.2","devices":[]}`, "x", gpucheck.NVML{Version: "535.1.1"}, true},
+		{"works", `{"driverVersion":"535.1.1","cudaVersion":"12.2","devices":[]}`, "x", gpucheck.NVML{Version: "535.1.1"},
+			true},
 		{"NVML says no", `{"error":"driver not loaded"}`, "fail", gpucheck.NVML{Error: "driver not loaded"}, true},
 		{"fails without a reason", `{}`, "fail", gpucheck.NVML{Error: "exit status 1"}, true},
 		{"says nothing", `{}`, "x", gpucheck.NVML{Error: "the probe named no version"}, true},
@@ -165,7 +176,8 @@ func TestProbeHangs(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	program, pipe := filepath.Join(dir, "probe"), filepath.Join(dir, "pipe")
-	if err := errors.Join(syscall.Mkfifo(pipe, 0o600), os.WriteFile(program, []byte("#!/bin/sh\n: >"+pipe+".runs\nread line <"+pipe+"\n"), 0o755)); err != nil {
+	if err := errors.Join(syscall.Mkfifo(pipe, 0o600),
+		os.WriteFile(program, []byte("#!/bin/sh\n: >"+pipe+".runs\nread line <"+pipe+"\n"), 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	p := gpucheck.Prober{Program: program, Node: node(t, "/")}
@@ -180,7 +192,8 @@ func TestProbeHangs(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 	}
-	if _, err := p.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "no answer in") {
+	if _, err := p.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) ||
+		!strings.Contains(err.Error(), "no answer in") {
 		t.Errorf("a look while the probe hangs: %v; want unusable", err)
 	}
 	out, err := os.OpenFile(pipe, os.O_WRONLY, 0)
@@ -203,11 +216,13 @@ func TestProbeCopies(t *testing.T) {
 		t.Log("not root: the probe cannot be run inside another root, only copied")
 	}
 	root, program := t.TempDir(), filepath.Join(t.TempDir(), "probe")
-	if err := errors.Join(os.MkdirAll(filepath.Join(root, "nv"), 0o755), os.WriteFile(program, bytes.Repeat([]byte("#!/bin/false\n"), 1<<16), 0o755)); err != nil {
+	if err := errors.Join(os.MkdirAll(filepath.Join(root, "nv"), 0o755),
+		os.WriteFile(program, bytes.Repeat([]byte("#!/bin/false\n"), 1<<16), 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	readOnly := gpucheck.Prober{Program: program, Node: node(t, root), Copy: "/nv/probe", ReadOnly: true}
-	if _, err := readOnly.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) || !strings.Contains(err.Error(), "not copied") {
+	if _, err := readOnly.Probe(t.Context(), "x", false); !fault.Is(err, fault.Unusable) ||
+		!strings.Contains(err.Error(), "not copied") {
 		t.Errorf("read-only, with nothing there: %v; want that NVML was not asked", err)
 	}
 	var g errgroup.Group

@@ -96,7 +96,8 @@ func (p *Prober) Probe(ctx context.Context, library string, persist bool) (NVML,
 }
 
 func hung(d time.Duration) error {
-	return fault.New(fault.Unusable, "ask NVML: no answer in "+d.Round(time.Second).String(), "read the kernel's lines: dmesg | grep NVRM")
+	return fault.New(fault.Unusable, "ask NVML: no answer in "+d.Round(time.Second).String(),
+		"read the kernel's lines: dmesg | grep NVRM")
 }
 
 func (p *Prober) ask(ctx context.Context, library string, persist bool) (NVML, error) {
@@ -146,7 +147,8 @@ func (p *Prober) place() (err error) {
 	case err != nil && !errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("copy probe: %w", err)
 	case p.ReadOnly:
-		return fault.Wrap(fault.Unusable, errNotThere, "run fetcher install, or run this on the node itself with --host-root /")
+		return fault.Wrap(fault.Unusable, errNotThere,
+			"run fetcher install, or run this on the node itself with --host-root /")
 	case folder == nil:
 		return fmt.Errorf("copy probe: %w", err)
 	}

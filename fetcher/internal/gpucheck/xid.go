@@ -24,7 +24,7 @@ var xidLine = regexp.MustCompile(`NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)\): ([0-9
 var recovery = regexp.MustCompile(`to 0x([0-9a-fA-F]+)`)
 
 // FatalXids returns what is fatal among the kernel's lines, the first for each GPU, in the
-// driver's own words. That the driver wants nothing done to a GPU any more ends it.
+// driver's own text. That the driver wants nothing done to a GPU any more ends it.
 func FatalXids(lines []string) (fatal []string) {
 	var order []string
 	found := map[string]string{}
@@ -40,7 +40,8 @@ func FatalXids(lines []string) (fatal []string) {
 			order = slices.DeleteFunc(order, func(g string) bool { return g == gpu })
 			continue
 		}
-		if _, ok := found[gpu]; ok || err != nil || !slices.Contains(fatalXids, id) && (id != recoveryXid || !wantsReset(m[3])) {
+		if _, ok := found[gpu]; ok || err != nil || !slices.Contains(fatalXids, id) &&
+			(id != recoveryXid || !wantsReset(m[3])) {
 			continue
 		}
 		order = append(order, gpu)
@@ -52,9 +53,9 @@ func FatalXids(lines []string) (fatal []string) {
 	return fatal
 }
 
-// Weighs reports whether a line of the kernel's says something to [FatalXids]. Programs
+// Significant reports whether a line of the kernel's says something to [FatalXids]. Programs
 // cause other errors as often as they like.
-func Weighs(line string) bool {
+func Significant(line string) bool {
 	m := xidLine.FindStringSubmatch(line)
 	if m == nil {
 		return false

@@ -20,7 +20,8 @@ func TestFatalXids(t *testing.T) {
 		"NVRM: GPU 0000:2b:00.0: GPU has fallen off the bus.",
 		"NVRM: Xid (PCI:0000:2b:00): 154, GPU recovery action changed from 0x0 (None) to 0x2 (Node Reboot Required)",
 		"NVRM: Xid (PCI:0000:10:1c): 63, pid=1896, Row Remapper: New row marked for remapping, reset gpu to activate.",
-		"NVRM: Xid (PCI:0000:01:00): 119, pid=15041, name=zed-editor, Timeout after 45s of waiting for RPC response from GPU0 GSP!",
+		"NVRM: Xid (PCI:0000:01:00): 119, pid=15041, name=zed-editor, Timeout after 45s of waiting for RPC response from " +
+			"GPU0 GSP!",
 		"NVRM: Xid (PCI:0000:01:00): 45, pid=15041, name=zed-editor, Ch 00000006",
 		"NVRM: Xid (PCI:0000:03:00): 31, pid=1, MMU Fault",
 		"NVRM: Xid (PCI:0000:05:00): 154, GPU recovery action changed from 0x0 (None) to 0x1 (GPU Reset Required)",
@@ -47,7 +48,8 @@ func TestJudgeXidAndFabric(t *testing.T) {
 		return gpucheck.Facts{
 			Driver: target.Driver{Version: "580.159.04", Flavour: target.Open}, GPUs: []string{"0000:2b:00.0"},
 			Modules: map[string]string{"nvidia": "580.159.04", "nvidia_uvm": "580.159.04"},
-			NVML:    gpucheck.NVML{Version: "580.159.04", Devices: []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Fabric: "completed"}}},
+			NVML: gpucheck.NVML{Version: "580.159.04",
+				Devices: []gpucheck.Device{{PCIBusID: "00000000:2B:00.0", Fabric: "completed"}}},
 		}
 	}
 	if v := gpucheck.Judge(good()); v.State != gpucheck.Ready {
@@ -61,7 +63,8 @@ func TestJudgeXidAndFabric(t *testing.T) {
 	for _, state := range []string{"not started", "in progress"} {
 		f := good()
 		f.NVML.Devices[0].Fabric = state
-		if v := gpucheck.Judge(f); v.State != gpucheck.Starting || !strings.Contains(v.Reason, "fabricmanager") || v.UsableGPUs != 1 || v.Err() == nil {
+		if v := gpucheck.Judge(f); v.State != gpucheck.Starting || !strings.Contains(v.Reason, "fabricmanager") ||
+			v.UsableGPUs != 1 || v.Err() == nil {
 			t.Errorf("Judge with a fabric %s = %+v; want starting", state, v)
 		}
 	}

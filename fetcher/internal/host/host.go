@@ -49,12 +49,13 @@ type Facts struct {
 // know its runfile's suffix, and one of an unknown form tells no flavour.
 func (f *Facts) Runs(d target.Driver) bool {
 	d = d.Modules()
-	return f.Driver.Version != "" && f.Driver.Version == d.Version && (f.Driver.Flavour == "" || f.Driver.Flavour == d.Flavour)
+	return f.Driver.Version != "" && f.Driver.Version == d.Version &&
+		(f.Driver.Flavour == "" || f.Driver.Flavour == d.Flavour)
 }
 
-// OurGPUs are the GPUs that the NVIDIA driver is to drive.
-func (f *Facts) OurGPUs() []GPU {
-	return slices.DeleteFunc(slices.Clone(f.GPUs), func(g GPU) bool { return !g.Ours() })
+// ManagedGPUs are the GPUs that the NVIDIA driver is to drive.
+func (f *Facts) ManagedGPUs() []GPU {
+	return slices.DeleteFunc(slices.Clone(f.GPUs), func(g GPU) bool { return !g.Managed() })
 }
 
 // Holders are the loaded modules that use the driver and are no part of it, such as
@@ -88,26 +89,26 @@ type GPU struct {
 	Address string `json:"address"`
 	// Device is the PCI device id, such as 0x1eb8.
 	Device string `json:"device"`
-	// SubVendor and SubDevice are the board's ids; "" is unknown.
+	// SubVendor and SubDevice are the board's ids; "" means unknown.
 	SubVendor string `json:"subVendor,omitempty"`
 	SubDevice string `json:"subDevice,omitempty"`
 	// Driver is the kernel's driver that the device is bound to, such as nvidia or
-	// vfio-pci; "" is none.
+	// vfio-pci; "" means none.
 	Driver string `json:"driver,omitempty"`
 	// VirtualFunction says that this is a part of another device of the node, which a
 	// virtual machine is to get.
 	VirtualFunction bool `json:"virtualFunction,omitempty"`
 }
 
-// Ours reports whether the NVIDIA driver of this node is to drive the GPU: it is no
+// Managed reports whether the NVIDIA driver of this node is to drive the GPU: it is no
 // virtual function, and not set aside for a virtual machine.
-func (g GPU) Ours() bool {
+func (g GPU) Managed() bool {
 	return !g.VirtualFunction && !strings.Contains(g.Driver, "vfio") && g.Driver != "pci-stub"
 }
 
 // Listed returns the GPUs as lists of supported ones name them.
 func (f *Facts) Listed() []gpulist.GPU {
-	own := f.OurGPUs()
+	own := f.ManagedGPUs()
 	all := make([]gpulist.GPU, len(own))
 	for i, g := range own {
 		all[i] = gpulist.GPU{Address: g.Address, Device: g.Device, SubVendor: g.SubVendor, SubDevice: g.SubDevice}
@@ -189,8 +190,8 @@ func Observe(root fs.FS) (*Facts, error) {
 	return f, nil
 }
 
-// BootedFirmwarePath is where the kernel was told on its command line to look for firmware;
-// "" is nowhere else than usual.
+// BootedFirmwarePath is where the kernel was told on its command line to look for firmware; "" means nowhere else than
+// usual.
 func BootedFirmwarePath(root fs.FS) string {
 	line, err := readFirst(root, "proc/cmdline")
 	if err != nil {

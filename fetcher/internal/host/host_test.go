@@ -52,11 +52,13 @@ func TestObserve(t *testing.T) {
 	want := &host.Facts{
 		Kernel: target.Kernel{
 			BuildID: "18867.90.97", Board: "lakitu", Milestone: 121, Commit: "0123456789abcdef0123456789abcdef01234567",
-			Release: "6.6.105+", Version: "#1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025", Arch: target.Arch(runtime.GOARCH),
+			Release: "6.6.105+", Version: "#1 SMP PREEMPT_DYNAMIC Sat Sep 27 08:48:45 UTC 2025",
+			Arch: target.Arch(runtime.GOARCH),
 		},
 		OS:     "cos",
 		Policy: host.Policy{SignaturesEnforced: true, LoadPin: true, LoadPinExcludes: []string{"kernel-module", "firmware"}},
-		GPUs:   []host.GPU{{Address: "0000:00:04.0", Device: "0x2330", SubVendor: "0x10de", SubDevice: "0x16c1", Driver: "nvidia"}, {Address: "0000:00:05.0", Device: "0x27b8"}},
+		GPUs: []host.GPU{{Address: "0000:00:04.0", Device: "0x2330", SubVendor: "0x10de", SubDevice: "0x16c1",
+			Driver: "nvidia"}, {Address: "0000:00:05.0", Device: "0x27b8"}},
 		Modules: []host.Module{
 			{Name: "nvidia_drm"},
 			{Name: "nvidia_modeset", Refs: 1, UsedBy: []string{"nvidia_drm"}},
@@ -80,28 +82,37 @@ func TestObserveOddNodes(t *testing.T) {
 		check func(*host.Facts) bool
 	}{
 		{"no os-release", map[string]string{"etc/os-release": ""}, fault.Unsupported, nil},
-		{"os-release in usr/lib", map[string]string{"etc/os-release": "", "usr/lib/os-release": "BUILD_ID=1.2.3\n"}, fault.Internal,
+		{"os-release in usr/lib", map[string]string{"etc/os-release": "", "usr/lib/os-release": "BUILD_ID=1.2.3\n"},
+			fault.Internal,
 			func(f *host.Facts) bool { return f.Kernel.BuildID == "1.2.3" }},
 		{"not COS", map[string]string{"etc/os-release": "ID=debian\n"}, fault.Unsupported, nil},
 		{"hostile BUILD_ID", map[string]string{"etc/os-release": "BUILD_ID=../../1\n"}, fault.Unsupported, nil},
 		{"no lsb-release", map[string]string{"etc/lsb-release": ""}, fault.Unsupported, nil},
-		{"no module support", map[string]string{"proc/modules": ""}, fault.Internal, func(f *host.Facts) bool { return len(f.Modules) == 0 }},
-		{"nothing loaded", map[string]string{"proc/driver/nvidia/version": ""}, fault.Internal, func(f *host.Facts) bool { return f.Driver == target.Driver{} }},
-		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"}, fault.Internal,
+		{"no module support", map[string]string{"proc/modules": ""}, fault.Internal,
+			func(f *host.Facts) bool { return len(f.Modules) == 0 }},
+		{"nothing loaded", map[string]string{"proc/driver/nvidia/version": ""}, fault.Internal,
+			func(f *host.Facts) bool { return f.Driver == target.Driver{} }},
+		{"kernel overrides command line", map[string]string{"sys/module/module/parameters/sig_enforce": "N\n"},
+			fault.Internal,
 			func(f *host.Facts) bool { return !f.Policy.SignaturesEnforced }},
 		// The words are those of print_unload_info in kernel/module/procfs.c, of a kernel
 		// without CONFIG_MODULE_UNLOAD, as on a machine with an H200.
-		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live 0x0 (OE)\n"}, fault.Internal,
+		{"no unloading", map[string]string{"proc/modules": "nvidia_uvm 3493888 - - Live 0x0 (OE)\nnvidia 62631936 - - Live " +
+			"0x0 (OE)\n"}, fault.Internal,
 			func(f *host.Facts) bool {
 				return len(f.Modules) == 2 && f.Modules[0].Permanent && f.Modules[1].Permanent
 			}},
-		{"modules of others", map[string]string{"proc/modules": "gdrdrv 36864 0 - Live 0x0\nnvidia_fs 331776 0 - Live 0x0\nnvidia_cspmu 16384 0 - Live 0x0\nnvidia 62631936 2 gdrdrv,nvidia_fs, Live 0x0\n"}, fault.Internal,
+		{"modules of others", map[string]string{"proc/modules": "gdrdrv 36864 0 - Live 0x0\nnvidia_fs 331776 0 - Live " +
+			"0x0\nnvidia_cspmu 16384 0 - Live 0x0\nnvidia 62631936 2 gdrdrv,nvidia_fs, Live 0x0\n"}, fault.Internal,
 			func(f *host.Facts) bool {
 				return len(f.Modules) == 1 && slices.Equal(f.Holders(), []string{"gdrdrv", "nvidia_fs"})
 			}},
-		{"a driver that says it otherwise", map[string]string{"proc/driver/nvidia/version": "NVRM release 580.126.09 (open)\n"}, fault.Internal,
+		{"a driver that says it otherwise",
+			map[string]string{"proc/driver/nvidia/version": "NVRM release 580.126.09 (open)\n"}, fault.Internal,
 			func(f *host.Facts) bool {
-				return len(f.Unread) == 1 && f.Runs(target.Driver{Version: "580.126.09", Flavour: target.Open}) && f.Runs(target.Driver{Version: "580.126.09", Flavour: target.Proprietary}) && !f.Runs(target.Driver{Version: "580.126.20"})
+				return len(f.Unread) == 1 && f.Runs(target.Driver{Version: "580.126.09", Flavour: target.Open}) &&
+					f.Runs(target.Driver{Version: "580.126.09", Flavour: target.Proprietary}) &&
+					!f.Runs(target.Driver{Version: "580.126.20"})
 			}},
 		{"GPUs for virtual machines", map[string]string{
 			"sys/bus/pci/devices/0000:00:05.0/uevent":        "DRIVER=vfio-pci\nPCI_CLASS=30000\n",
@@ -109,10 +120,11 @@ func TestObserveOddNodes(t *testing.T) {
 			"sys/bus/pci/devices/0000:00:04.4/class":         "0x030200\n",
 			"sys/bus/pci/devices/0000:00:04.4/physfn/vendor": "0x10de\n",
 		}, fault.Internal, func(f *host.Facts) bool {
-			own := f.OurGPUs()
+			own := f.ManagedGPUs()
 			return len(f.GPUs) == 3 && len(own) == 1 && own[0].Address == "0000:00:04.0" && len(f.Listed()) == 1
 		}},
-		{"no LoadPin", map[string]string{"proc/sys/kernel/loadpin/enforce": ""}, fault.Internal, func(f *host.Facts) bool { return !f.Policy.LoadPin }},
+		{"no LoadPin", map[string]string{"proc/sys/kernel/loadpin/enforce": ""}, fault.Internal,
+			func(f *host.Facts) bool { return !f.Policy.LoadPin }},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -135,8 +147,9 @@ func TestObserveH200(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	own := f.OurGPUs()
-	if !f.Runs(target.Driver{Version: "580.159.04", Flavour: target.Open}) || len(own) != 1 || own[0].Address != "0000:00:06.0" || len(f.Unread) > 0 {
+	own := f.ManagedGPUs()
+	if !f.Runs(target.Driver{Version: "580.159.04", Flavour: target.Open}) || len(own) != 1 ||
+		own[0].Address != "0000:00:06.0" || len(f.Unread) > 0 {
 		t.Errorf("Observe = %+v; want the open 580.159.04 and one GPU", f)
 	}
 	var names []string
@@ -171,11 +184,13 @@ func TestObserveWithoutSome(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, name := range []string{
-		"sys/bus/pci/devices/0000:00:03.0/class", "sys/bus/pci/devices/0000:00:04.0/subsystem_device", "sys/bus/pci/devices/0000:00:05.0/uevent",
+		"sys/bus/pci/devices/0000:00:03.0/class", "sys/bus/pci/devices/0000:00:04.0/subsystem_device",
+		"sys/bus/pci/devices/0000:00:05.0/uevent",
 		"proc/driver/nvidia/version", "sys/module/firmware_class/parameters/path",
 	} {
 		f, err := host.Observe(failing{recorded(t, nil), name})
-		if err != nil || len(f.Unread) != 1 || !strings.Contains(f.Unread[0], name) || len(f.GPUs) != len(whole.GPUs) || !f.Runs(whole.Driver) {
+		if err != nil || len(f.Unread) != 1 || !strings.Contains(f.Unread[0], name) || len(f.GPUs) != len(whole.GPUs) ||
+			!f.Runs(whole.Driver) {
 			t.Errorf("without %s: %+v, %v; want everything else, and a word about it", name, f, err)
 		}
 	}
@@ -199,7 +214,8 @@ func TestPolicyAllows(t *testing.T) {
 	}
 	for _, row := range rows {
 		err := host.ParseCmdline(row.cmdline).Allows("nvidia", row.signed)
-		if (err == nil) != (row.want == "") || err != nil && (!strings.Contains(err.Error(), row.want) || !fault.Is(err, fault.Rejected) || fault.Hint(err) == "") {
+		if (err == nil) != (row.want == "") || err != nil &&
+			(!strings.Contains(err.Error(), row.want) || !fault.Is(err, fault.Rejected) || fault.Hint(err) == "") {
 			t.Errorf("ParseCmdline(%q).Allows(signed %v) = %v; want %q", row.cmdline, row.signed, err, row.want)
 		}
 	}
@@ -211,9 +227,12 @@ func TestParseDriverVersion(t *testing.T) {
 		text string
 		want target.Driver
 	}{
-		{"NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Wed Jul  2 00:00:00 UTC 2025\nGCC version:  x\n", target.Driver{Version: "535.261.03", Flavour: target.Proprietary}},
-		{"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.261.03  Release Build  (a@b)  x\n", target.Driver{Version: "535.261.03", Flavour: target.Open}},
-		{"NVRM version: NVIDIA UNIX aarch64 Kernel Module  570.1.2  x", target.Driver{Version: "570.1.2", Flavour: target.Proprietary}},
+		{"NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.261.03  Wed Jul  2 00:00:00 UTC 2025\nGCC version:  x\n",
+			target.Driver{Version: "535.261.03", Flavour: target.Proprietary}},
+		{"NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  535.261.03  Release Build  (a@b)  x\n",
+			target.Driver{Version: "535.261.03", Flavour: target.Open}},
+		{"NVRM version: NVIDIA UNIX aarch64 Kernel Module  570.1.2  x",
+			target.Driver{Version: "570.1.2", Flavour: target.Proprietary}},
 		{"NVRM version: NVIDIA UNIX x86_64 Kernel Module", target.Driver{}},
 		{"", target.Driver{}},
 	}

@@ -25,7 +25,7 @@ type Policy struct {
 }
 
 // readPolicy joins what was asked for on the kernel's command line with what
-// the kernel says it does; the kernel's word counts where there is one.
+// the kernel says it does; what the kernel reports counts, if it reports it.
 func readPolicy(root fs.FS) (Policy, error) {
 	text, err := readOptional(root, "proc/cmdline")
 	if err != nil {
@@ -98,8 +98,10 @@ func refused(text, hint string) error {
 func (p Policy) Allows(module string, signed bool) error {
 	if p.SignaturesEnforced && !signed {
 		return refused(
-			fmt.Sprintf("load %s: the kernel enforces module signatures (module.sig_enforce=1) and this module has none", module),
-			"boot the node with module.sig_enforce=0 on the kernel command line (--edit-boot does that), or use a GKE GPU node pool, whose nodes load any module")
+			fmt.Sprintf("load %s: the kernel enforces module signatures (module.sig_enforce=1) and this module has none",
+				module),
+			"boot the node with module.sig_enforce=0 on the kernel command line (--edit-boot does that), or use a GKE GPU "+
+				"node pool, whose nodes load any module")
 	}
 	if p.Lockdown != "" && !signed {
 		return refused(

@@ -38,14 +38,16 @@ func TestDeviceUsers(t *testing.T) {
 	}
 	process("1", "systemd", "0::/init.scope", "/dev/null", "socket:[1]")
 	process("70", "nvidia-persiste", "0::/system.slice/nvidia.service", "/dev/nvidiactl")
-	process("812", "python3", "0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1b4f2a63_7d1c_4b0e_9a53_0d7f6b1c2e3f.slice/cri-containerd-0a.scope",
+	process("812", "python3",
+		"0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1b4f2a63_7d1c_4b0e_9a53_0d7f6b1c2e3f.slice/cri-containerd-0a.scope",
 		"/dev/nvidia0", "/dev/nvidia0", "/dev/nvidia-uvm", "/dev/nvidiactl")
 	process("900", "trainer", "0::/kubepods/besteffort/podaaaaaaaa-7d1c-4b0e-9a53-0d7f6b1c2e3f/0b", "/dev/nvidia1")
 	write("proc/cpuinfo", "")
 	write("var/log/pods/ml_train-0_1b4f2a63-7d1c-4b0e-9a53-0d7f6b1c2e3f/train/0.log", "")
 	want := []host.User{
 		{PID: 70, Command: "nvidia-persiste", Devices: []string{"/dev/nvidiactl"}},
-		{PID: 812, Command: "python3", Pod: "ml/train-0", Devices: []string{"/dev/nvidia-uvm", "/dev/nvidia0", "/dev/nvidiactl"}},
+		{PID: 812, Command: "python3", Pod: "ml/train-0",
+			Devices: []string{"/dev/nvidia-uvm", "/dev/nvidia0", "/dev/nvidiactl"}},
 		{PID: 900, Command: "trainer", Pod: "aaaaaaaa-7d1c-4b0e-9a53-0d7f6b1c2e3f", Devices: []string{"/dev/nvidia1"}},
 	}
 	for name, fsys := range map[string]func() (got []host.User, err error){

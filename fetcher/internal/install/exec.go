@@ -122,5 +122,6 @@ func allowExecOld(dir string, flags int64) error {
 
 func (s *Store) execFault(err error) error {
 	return fault.Wrap(fault.Unusable, fmt.Errorf("remount %s with exec: %w", s.dir, err),
-		"run as root with CAP_SYS_ADMIN and the node's processes in sight (privileged: true, hostPID: true), or mount that folder without noexec on the node")
+		"run as root with CAP_SYS_ADMIN and the node's processes in sight (privileged: true, hostPID: true), or mount that "+
+			"folder without noexec on the node")
 }

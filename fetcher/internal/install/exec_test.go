@@ -34,7 +34,8 @@ func TestExecProcess(t *testing.T) {
 			}
 		}
 	case "refuse":
-		if did, err := s.EnsureExec(func() {}); did || !fault.Is(err, fault.Unusable) || !strings.Contains(fault.Hint(err), "hostPID") {
+		if did, err := s.EnsureExec(func() {}); did || !fault.Is(err, fault.Unusable) ||
+			!strings.Contains(fault.Hint(err), "hostPID") {
 			t.Errorf("EnsureExec = %t, %v (%s); want it refused, and how to do it", did, err, fault.Hint(err))
 		}
 	case "revoke":
@@ -86,7 +87,8 @@ runs revoked
 	if err := os.WriteFile(node, []byte(script), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--propagation", "private", "sh", node)
+	cmd := exec.CommandContext(t.Context(), "unshare", "--mount", "--pid", "--fork", "--mount-proc", "--propagation",
+		"private", "sh", node)
 	cmd.Env = append(os.Environ(), "D="+dir, "SELF="+self)
 	out, err := cmd.CombinedOutput()
 	if err != nil && strings.Contains(string(out), "unshare failed") {
@@ -95,7 +97,8 @@ runs revoked
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, want := range []string{"before: forbidden", "refused: forbidden", "in the pod: runs", "allowed: runs", " rw,nosuid,nodev", "revoked: forbidden"} {
+	for _, want := range []string{"before: forbidden", "refused: forbidden", "in the pod: runs", "allowed: runs",
+		" rw,nosuid,nodev", "revoked: forbidden"} {
 		if !strings.Contains(string(out), want) {
 			t.Errorf("the node said no %q:\n%s", want, out)
 		}

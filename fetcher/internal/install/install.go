@@ -1,5 +1,5 @@
 // Package install keeps driver sets in a node's install folder and switches
-// between them atomically. Everything of ours lies below .prebake:
+// between them atomically. Everything of ours is below .prebake:
 //
 //	.prebake/layers/<hex>/      one unpacked layer, immutable, named by its digest
 //	.prebake/sets/<hex>/        one artifact: links into layers, and set.json
@@ -30,8 +30,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// home is our own folder below the install folder.
-const home = ".prebake"
+// ownFolder is our own folder below the install folder.
+const ownFolder = ".prebake"
 
 // roots says which top-level names come from which layer.
 var roots = map[bundle.LayerKind][]string{
@@ -76,7 +76,7 @@ const (
 )
 
 // Set is one installed artifact. What set.json says of it is no more than a note: whoever
-// loads a set compares it with what was signed (see [Store.Proof]).
+// loads a set compares it with what was signed (see [Store.Evidence]).
 type Set struct {
 	// Digest is the artifact's manifest digest.
 	Digest string `json:"digest"`
@@ -103,7 +103,7 @@ type Store struct {
 // Open opens the install folder of a node; with create it is made first.
 func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	if create {
-		if err := node.MakeFolder(path.Join(dir, home), 0o755); err != nil {
+		if err := node.MakeFolder(path.Join(dir, ownFolder), 0o755); err != nil {
 			return nil, diskFault(fmt.Errorf("make install folder: %w", err))
 		}
 	}
@@ -114,7 +114,7 @@ func Open(node *noderoot.Root, dir string, create bool) (*Store, error) {
 	s := &Store{node: node, dir: dir, root: root}
 	if create {
 		for _, sub := range []string{"layers", "sets", "adopted"} {
-			if err := root.MkdirAll(path.Join(home, sub), 0o755); err != nil {
+			if err := root.MkdirAll(path.Join(ownFolder, sub), 0o755); err != nil {
 				return nil, errors.Join(diskFault(fmt.Errorf("make install folder: %w", err)), root.Close())
 			}
 		}
@@ -129,7 +129,8 @@ func (s *Store) Close() error { return s.root.Close() }
 func hexOf(digest string) (string, error) {
 	f, err := target.ParseFingerprint(digest) // the same form: sha256: and 64 lower-case hex digits
 	if err != nil {
-		return "", fault.New(fault.Unverified, fmt.Sprintf("digest %q: want sha256: and 64 lower-case hex digits", digest), "")
+		return "", fault.New(fault.Unverified, fmt.Sprintf("digest %q: want sha256: and 64 lower-case hex digits", digest),
+			"")
 	}
 	return strings.TrimPrefix(string(f), "sha256:"), nil
 }
@@ -137,8 +138,8 @@ func hexOf(digest string) (string, error) {
 // add fills a temporary folder, flushes it to disk and renames it to its final
 // name below our own folder.
 func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
-	tmp := path.Join(home, "tmp-"+path.Base(final))
-	final = path.Join(home, final)
+	tmp := path.Join(ownFolder, "tmp-"+path.Base(final))
+	final = path.Join(ownFolder, final)
 	if err := s.root.RemoveAll(tmp); err != nil {
 		return fmt.Errorf("clear staging folder: %w", err)
 	}
@@ -182,7 +183,7 @@ func (s *Store) add(final string, fill func(dst *os.Root) error) (err error) {
 func (s *Store) Sync() error { return s.sync() }
 
 // sync flushes the filesystem, so that no name outlives its bytes in a crash.
-func (s *Store) sync() error { return s.flush(home) }
+func (s *Store) sync() error { return s.flush(ownFolder) }
 
 func (s *Store) flush(name string) error {
 	d, err := s.root.Open(name)
@@ -196,20 +197,20 @@ func (s *Store) flush(name string) error {
 	return errors.Join(err, d.Close())
 }
 
-// proofFile holds what a set was verified by, beside its links.
-const proofFile = "proof.json"
+// evidenceFile holds what a set was verified by, beside its links.
+const evidenceFile = "proof.json"
 
-// maxProof bounds it: a manifest, a config, and as many statements as are looked at.
-const maxProof = 64 << 20
+// maxEvidence bounds it: a manifest, a config, and as many statements as are examined.
+const maxEvidence = 64 << 20
 
-// Proof returns what a set was verified by, as it was given to [Store.AddSet]; nil where
+// Evidence returns what a set was verified by, as it was given to [Store.AddSet]; nil where
 // there is none, as in sets of older releases.
-func (s *Store) Proof(digest string) ([]byte, error) {
+func (s *Store) Evidence(digest string) ([]byte, error) {
 	name, err := hexOf(digest)
 	if err != nil {
 		return nil, err
 	}
-	return s.readFile(path.Join(home, "sets", name, proofFile), maxProof)
+	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
 // AddSet writes a set whose layers are all there, and what it was verified by. It is
@@ -229,11 +230,11 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 		return err
 	}
 	final := path.Join("sets", name)
-	if info, err := s.root.Lstat(path.Join(home, final)); err == nil && info.IsDir() {
-		// The same artifact again, perhaps for another COS build of its fingerprint, or
+	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
+		// The same artifact again, possibly for another COS build of its fingerprint, or
 		// fetched anew: it may be the one in force, so it changes name by name.
 		for _, name := range names {
-			if at := path.Join(home, final, name); links[name] == "" {
+			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)
 			} else if to, lerr := s.root.Readlink(at); lerr != nil || to != links[name] {
 				err = s.replaceByLink(at, links[name])
@@ -242,7 +243,8 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 				return fmt.Errorf("link layer: %w", err)
 			}
 		}
-		return errors.Join(s.WriteFile(path.Join(home, final, proofFile), proof), s.WriteFile(path.Join(home, final, "set.json"), raw))
+		return errors.Join(s.WriteFile(path.Join(ownFolder, final, evidenceFile), proof),
+			s.WriteFile(path.Join(ownFolder, final, "set.json"), raw))
 	}
 	return s.add(final, func(dst *os.Root) error {
 		for name, to := range links {
@@ -250,7 +252,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 				return fmt.Errorf("link layer: %w", err)
 			}
 		}
-		return errors.Join(dst.WriteFile(proofFile, proof, 0o644), dst.WriteFile("set.json", raw, 0o644))
+		return errors.Join(dst.WriteFile(evidenceFile, proof, 0o644), dst.WriteFile("set.json", raw, 0o644))
 	})
 }
 
@@ -273,7 +275,7 @@ func (s *Store) links(set Set) (map[string]string, error) {
 			return nil, err
 		}
 		for _, name := range roots[l.Kind] {
-			_, err := s.root.Stat(path.Join(home, "layers", layer, name))
+			_, err := s.root.Stat(path.Join(ownFolder, "layers", layer, name))
 			if errors.Is(err, fs.ErrNotExist) {
 				continue
 			}
@@ -297,12 +299,13 @@ func (s *Store) LinksHold(set Set) error {
 		return err
 	}
 	for _, name := range names {
-		to, err := s.root.Readlink(path.Join(home, "sets", hex, name))
+		to, err := s.root.Readlink(path.Join(ownFolder, "sets", hex, name))
 		if errors.Is(err, fs.ErrNotExist) {
 			to, err = "", nil
 		}
 		if err != nil || to != links[name] {
-			return fault.New(fault.Unverified, fmt.Sprintf("the set's %s is %q; want a link to %q", name, to, links[name]), "run fetcher install again")
+			return fault.New(fault.Unverified, fmt.Sprintf("the set's %s is %q; want a link to %q", name, to, links[name]),
+				"run fetcher install again")
 		}
 	}
 	return nil
@@ -325,7 +328,7 @@ func (s *Store) Set(digest string) (*Set, error) {
 
 // Sets returns all sets that are staged. One that cannot be read is left out.
 func (s *Store) Sets() ([]*Set, error) {
-	entries, err := fs.ReadDir(s.root.FS(), path.Join(home, "sets"))
+	entries, err := fs.ReadDir(s.root.FS(), path.Join(ownFolder, "sets"))
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -345,7 +348,8 @@ func (s *Store) Sets() ([]*Set, error) {
 func (s *Store) SetAt(pointer string) (*Set, error) {
 	digest, ok := strings.CutPrefix(pointer, "sets/")
 	if !ok {
-		return nil, fault.New(fault.Unverified, fmt.Sprintf("%.200q is no set of this folder", pointer), "remove "+home+" in the install folder and install again")
+		return nil, fault.New(fault.Unverified, fmt.Sprintf("%.200q is no set of this folder", pointer),
+			"remove "+ownFolder+" in the install folder and install again")
 	}
 	return s.Set("sha256:" + digest)
 }
@@ -356,7 +360,7 @@ const maxSet = 1 << 20
 // readSet reads a set below our folder. Of one whose note cannot be read the digest alone
 // is known: nothing fits it, and the next run that is answered writes it again.
 func (s *Store) readSet(link string) (*Set, error) {
-	raw, err := s.readFile(path.Join(home, link, "set.json"), maxSet)
+	raw, err := s.readFile(path.Join(ownFolder, link, "set.json"), maxSet)
 	if err == nil && raw == nil {
 		return nil, nil
 	}

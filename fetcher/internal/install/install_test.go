@@ -65,7 +65,8 @@ func add(t *testing.T, s *folder, c string, dirs ...string) install.Set {
 	if err != nil {
 		t.Fatal(err)
 	}
-	set := install.Set{Digest: digest(c), Driver: target.Driver{Version: "535.1." + c, Flavour: target.Open}, Layers: []install.Layer{l}}
+	set := install.Set{Digest: digest(c), Driver: target.Driver{Version: "535.1." + c, Flavour: target.Open},
+		Layers: []install.Layer{l}}
 	if err := s.AddSet(set, []byte("proof")); err != nil {
 		t.Fatal(err)
 	}
@@ -167,7 +168,8 @@ func TestAddLayerFails(t *testing.T) {
 		t.Errorf("left behind %v, %v", left, err)
 	}
 	for _, bad := range []string{"", "sha256:../x", "md5:" + strings.Repeat("1", 64), digest("A")} {
-		if err := s.AddLayer(install.Layer{Kind: bundle.LayerUserspace, Digest: bad}, func(*os.Root) error { return nil }); !fault.Is(err, fault.Unverified) {
+		if err := s.AddLayer(install.Layer{Kind: bundle.LayerUserspace, Digest: bad},
+			func(*os.Root) error { return nil }); !fault.Is(err, fault.Unverified) {
 			t.Errorf("AddLayer(%q) = %v; want unverified", bad, err)
 		}
 	}
@@ -246,7 +248,8 @@ func TestLockPlanted(t *testing.T) {
 		s := open(t)
 		root := s.node.Dir()
 		if err := errors.Join(os.Mkdir(filepath.Join(root, "tmp"), 0o777), os.Mkdir(filepath.Join(root, "etc"), 0o755),
-			os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("x"), 0o644), plant(filepath.Join(root, "tmp/lock"))); err != nil {
+			os.WriteFile(filepath.Join(root, "etc/passwd"), []byte("x"), 0o644),
+			plant(filepath.Join(root, "tmp/lock"))); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := s.Lock("tmp/lock"); err == nil || !strings.Contains(err.Error(), "lock /tmp/lock") {
@@ -281,7 +284,7 @@ func TestCorruptSet(t *testing.T) {
 	if got, err := s.Current(); err != nil || got == nil || !got.Damaged || got.Digest != set.Digest {
 		t.Errorf("Current with a broken set.json = %+v, %v; want a damaged one", got, err)
 	}
-	if err := errors.Join(s.Heal(), s.Sweep()); err != nil {
+	if err := errors.Join(s.Recover(), s.Sweep()); err != nil {
 		t.Fatal(err)
 	}
 	if got := who(t, s); got["bin"] != "1" {
@@ -368,7 +371,9 @@ func TestSweepTakesNamesFirst(t *testing.T) {
 func TestHeal(t *testing.T) {
 	t.Parallel()
 	for name, kill := range map[string]func(s *folder) error{
-		"the pointer is gone, as former versions did it first": func(s *folder) error { return os.Remove(filepath.Join(s.Dir(), ".prebake/current")) },
+		"the pointer is gone, as former versions did it first": func(s *folder) error {
+			return os.Remove(filepath.Join(s.Dir(), ".prebake/current"))
+		},
 		"the set is gone": func(s *folder) error { return os.RemoveAll(filepath.Join(s.Dir(), ".prebake/sets")) },
 		"some names are gone": func(s *folder) error {
 			return errors.Join(os.Remove(filepath.Join(s.Dir(), "bin")), os.Remove(filepath.Join(s.Dir(), ".prebake/current")))
@@ -376,7 +381,8 @@ func TestHeal(t *testing.T) {
 		"nothing is left to do": func(s *folder) error { return s.Restore(install.Pointers{}) },
 	} {
 		s := open(t)
-		if err := errors.Join(os.MkdirAll(filepath.Join(s.Dir(), "lib64"), 0o755), os.WriteFile(filepath.Join(s.Dir(), "lib64/who"), []byte("google"), 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Join(s.Dir(), "lib64"), 0o755),
+			os.WriteFile(filepath.Join(s.Dir(), "lib64/who"), []byte("google"), 0o644)); err != nil {
 			t.Fatal(err)
 		}
 		if err := s.Switch(add(t, s, "1", "bin", "lib64").Digest); err != nil {
@@ -386,7 +392,7 @@ func TestHeal(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 2 {
-			if err := s.Heal(); err != nil {
+			if err := s.Recover(); err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}
 			if diff := cmp.Diff(map[string]string{"lib64": "google"}, who(t, s)); diff != "" {

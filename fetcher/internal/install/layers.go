@@ -23,7 +23,7 @@ func (s *Store) HasLayer(digest string) bool {
 	if err != nil {
 		return false
 	}
-	info, err := s.root.Lstat(path.Join(home, "layers", name))
+	info, err := s.root.Lstat(path.Join(ownFolder, "layers", name))
 	return err == nil && info.IsDir()
 }
 
@@ -56,7 +56,7 @@ func (s *Store) AddLayer(l Layer, fill func(dst *os.Root) error) error {
 }
 
 // namesFile lists what was unpacked into a layer, in the layer's folder, which leads
-// nowhere else. It is a help, and believed in nothing.
+// nowhere else. It is a help, and never trusted.
 const namesFile = ".prebake-names"
 
 // maxNames bounds it.
@@ -70,7 +70,7 @@ func (s *Store) LayerPrint(digest string) (string, error) {
 		return "", err
 	}
 	h := sha256.New()
-	err = fs.WalkDir(s.root.FS(), path.Join(home, "layers", name), func(p string, d fs.DirEntry, err error) error {
+	err = fs.WalkDir(s.root.FS(), path.Join(ownFolder, "layers", name), func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -80,7 +80,7 @@ func (s *Store) LayerPrint(digest string) (string, error) {
 		}
 		st, ok := info.Sys().(*syscall.Stat_t)
 		if !ok {
-			return errors.New("this system tells no inodes")
+			return errors.New("this filesystem reports no inodes")
 		}
 		fmt.Fprintf(h, "%q %d %d %d %o %d.%d\n", p, st.Dev, st.Ino, st.Size, st.Mode, st.Ctim.Sec, st.Ctim.Nsec)
 		return nil
@@ -91,14 +91,14 @@ func (s *Store) LayerPrint(digest string) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
-// LayerNames returns what was unpacked into a layer; nil is not known, as in layers of
+// LayerNames returns what was unpacked into a layer; nil means not known, as in layers of
 // older releases.
 func (s *Store) LayerNames(digest string) ([]string, error) {
 	name, err := hexOf(digest)
 	if err != nil {
 		return nil, err
 	}
-	raw, err := s.readFile(path.Join(home, "layers", name, namesFile), maxNames)
+	raw, err := s.readFile(path.Join(ownFolder, "layers", name, namesFile), maxNames)
 	var names []string
 	if err != nil || raw == nil || json.Unmarshal(raw, &names) != nil {
 		return nil, nil // then all that is there has to be the layer
@@ -117,8 +117,9 @@ func (s *Store) added(digest string, names []string) []string {
 		known[n] = true
 	}
 	var added []string
-	at := path.Join(home, "layers", name)
-	_ = fs.WalkDir(s.root.FS(), at, func(p string, d fs.DirEntry, err error) error { // what cannot be read is nothing to keep
+	at := path.Join(ownFolder, "layers", name)
+	// what cannot be read is nothing to keep
+	_ = fs.WalkDir(s.root.FS(), at, func(p string, d fs.DirEntry, err error) error {
 		if rel := strings.TrimPrefix(p, at+"/"); err == nil && p != at && !d.IsDir() && !known[rel] {
 			added = append(added, rel)
 		}
@@ -143,7 +144,8 @@ func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 	}
 	for digest, ours := range from {
 		for _, file := range s.added(digest, ours) {
-			if err := s.keep(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) && !errors.Is(err, fs.ErrNotExist) {
+			if err := s.linkOrCopy(digest, file, dst); err != nil && !errors.Is(err, fs.ErrExist) &&
+				!errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("keep %s: %w", file, err)
 			}
 		}
@@ -151,13 +153,13 @@ func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 	return nil
 }
 
-// keep gives one file of a layer, or a copy of a link, the same name in another.
-func (s *Store) keep(digest, file string, dst *os.Root) error {
+// linkOrCopy gives one file of a layer, or a copy of a link, the same name in another.
+func (s *Store) linkOrCopy(digest, file string, dst *os.Root) error {
 	name, err := hexOf(digest)
 	if err != nil {
 		return err
 	}
-	from := path.Join(home, "layers", name, file)
+	from := path.Join(ownFolder, "layers", name, file)
 	info, err := s.root.Lstat(from)
 	if err != nil {
 		return err
@@ -199,7 +201,7 @@ func (s *Store) LayerRoot(digest string) (*os.Root, error) {
 	if err != nil {
 		return nil, err
 	}
-	root, err := s.root.OpenRoot(path.Join(home, "layers", name))
+	root, err := s.root.OpenRoot(path.Join(ownFolder, "layers", name))
 	if err != nil {
 		return nil, fmt.Errorf("open layer: %w", err)
 	}
@@ -212,5 +214,5 @@ func (s *Store) LayerFS(digest string) (fs.FS, error) {
 	if err != nil {
 		return nil, err
 	}
-	return fs.Sub(s.root.FS(), path.Join(home, "layers", name))
+	return fs.Sub(s.root.FS(), path.Join(ownFolder, "layers", name))
 }

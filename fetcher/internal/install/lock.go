@@ -26,7 +26,7 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 		}
 		return errors.Join(errs...)
 	}
-	ours, err := s.root.OpenFile(path.Join(home, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	ours, err := s.root.OpenFile(path.Join(ownFolder, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, diskFault(fmt.Errorf("open lock: %w", err))
 	}
@@ -41,7 +41,8 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 	for _, f := range held {
 		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if errors.Is(err, unix.EWOULDBLOCK) {
-			err = fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", f.Name()), "wait until it has finished and run this again")
+			err = fault.New(fault.Busy, fmt.Sprintf("lock %s: another installer works on this node", f.Name()),
+				"wait until it has finished and run this again")
 		}
 		if err != nil {
 			return nil, errors.Join(fmt.Errorf("take lock: %w", err), unlock())
@@ -54,7 +55,8 @@ func (s *Store) Lock(google string) (unlock func() error, err error) {
 // folder: a link there would have us make or open another file than the two agree on.
 func (s *Store) openLock(name string) (*os.File, error) {
 	planted := func(what string) error {
-		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: it is %s", name, what), "remove it: Google's installer makes an empty file there")
+		return fault.New(fault.Busy, fmt.Sprintf("lock /%s: it is %s", name, what),
+			"remove it: Google's installer makes an empty file there")
 	}
 	folder, err := s.node.Folder(path.Dir(name))
 	if err != nil {
@@ -67,7 +69,8 @@ func (s *Store) openLock(name string) (*os.File, error) {
 	defer dir.Close()
 	// Opening a device has effects of its own, and a pipe waits: neither is a lock.
 	open := func(flags int) (*os.File, error) {
-		fd, err := unix.Openat(int(dir.Fd()), path.Base(name), flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0o600)
+		fd, err := unix.Openat(int(dir.Fd()), path.Base(name),
+			flags|unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0o600)
 		if err != nil {
 			return nil, err
 		}

@@ -26,7 +26,7 @@ func (s *Store) Switch(digest string) error {
 		return err
 	}
 	next := path.Join("sets", name)
-	if _, err := s.root.Stat(path.Join(home, next, "set.json")); err != nil {
+	if _, err := s.root.Stat(path.Join(ownFolder, next, "set.json")); err != nil {
 		return fmt.Errorf("switch to %s: %w", digest, err)
 	}
 	was, err := s.link("current")
@@ -34,11 +34,11 @@ func (s *Store) Switch(digest string) error {
 		return err
 	}
 	if was != "" && was != next {
-		if err := s.point(path.Join(home, "previous"), was); err != nil {
+		if err := s.point(path.Join(ownFolder, "previous"), was); err != nil {
 			return err
 		}
 	}
-	if err := s.point(path.Join(home, "current"), next); err != nil {
+	if err := s.point(path.Join(ownFolder, "current"), next); err != nil {
 		return err
 	}
 	return s.expose()
@@ -55,10 +55,10 @@ func (s *Store) Restore(before Pointers) error {
 	}
 	for _, p := range []struct{ name, to string }{{"previous", before.Previous}, {"current", before.Current}} {
 		if p.to == "" {
-			if err := s.root.Remove(path.Join(home, p.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			if err := s.root.Remove(path.Join(ownFolder, p.name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("restore %s: %w", p.name, err)
 			}
-		} else if err := s.point(path.Join(home, p.name), p.to); err != nil {
+		} else if err := s.point(path.Join(ownFolder, p.name), p.to); err != nil {
 			return err
 		}
 	}
@@ -68,9 +68,9 @@ func (s *Store) Restore(before Pointers) error {
 	return s.expose()
 }
 
-// Heal finishes taking out of force what a killed run began: links at the top that
+// Recover finishes taking out of force what a killed run began: links at the top that
 // lead into no set are removed, and what another installer had there comes back.
-func (s *Store) Heal() error {
+func (s *Store) Recover() error {
 	if err := s.root.RemoveAll(removed); err != nil {
 		return fmt.Errorf("remove: %w", err)
 	}
@@ -81,7 +81,7 @@ func (s *Store) Heal() error {
 	return s.withdraw()
 }
 
-// Pointers remembers which sets are current and previous: paths below our folder, ""
+// Pointers stores which sets are current and previous: paths below our folder, ""
 // for none.
 type Pointers struct {
 	Current  string `json:"current,omitempty"`
@@ -99,7 +99,7 @@ func (s *Store) Pointers() (p Pointers, err error) {
 
 // link reads one of our two pointers; "" when it does not exist.
 func (s *Store) link(name string) (string, error) {
-	to, err := s.root.Readlink(path.Join(home, name))
+	to, err := s.root.Readlink(path.Join(ownFolder, name))
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
 	}
@@ -111,7 +111,7 @@ func (s *Store) link(name string) (string, error) {
 
 // point makes or replaces a link atomically.
 func (s *Store) point(name, to string) error {
-	tmp := path.Join(home, "tmp-link")
+	tmp := path.Join(ownFolder, "tmp-link")
 	if err := s.root.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("clear staging link: %w", err)
 	}
@@ -128,10 +128,10 @@ func (s *Store) point(name, to string) error {
 // installer had at such a name, a folder or a link, is kept aside as adopted.
 func (s *Store) expose() error {
 	for _, name := range names {
-		to := path.Join(home, "current", name)
+		to := path.Join(ownFolder, "current", name)
 		_, err := s.root.Stat(to)
 		if errors.Is(err, fs.ErrNotExist) {
-			if err := s.conceal(name); err != nil {
+			if err := s.hide(name); err != nil {
 				return err
 			}
 			continue
@@ -161,7 +161,7 @@ func (s *Store) expose() error {
 // adopt exchanges what is there and our link in one step where the filesystem
 // can, and keeps the other aside.
 func (s *Store) adopt(name, to string) error {
-	aside := path.Join(home, "adopted", name)
+	aside := path.Join(ownFolder, "adopted", name)
 	if err := s.root.RemoveAll(aside); err != nil {
 		return fmt.Errorf("clear %s: %w", aside, err)
 	}
@@ -195,17 +195,17 @@ func (s *Store) exchange(a, b string) error {
 	return errors.Join(unix.Renameat2(fd, a, fd, b, unix.RENAME_EXCHANGE), d.Close())
 }
 
-// conceal takes one of our top-level links away and restores an adopted folder.
-func (s *Store) conceal(name string) error {
+// hide takes one of our top-level links away and restores an adopted folder.
+func (s *Store) hide(name string) error {
 	to, err := s.root.Readlink(name)
-	if err == nil && strings.HasPrefix(to, home+"/") {
+	if err == nil && strings.HasPrefix(to, ownFolder+"/") {
 		if err := s.root.Remove(name); err != nil {
 			return fmt.Errorf("remove %s: %w", name, err)
 		}
 	} else if _, err := s.root.Lstat(name); err == nil {
 		return nil // not ours
 	}
-	err = s.root.Rename(path.Join(home, "adopted", name), name)
+	err = s.root.Rename(path.Join(ownFolder, "adopted", name), name)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("restore %s: %w", name, err)
 	}
@@ -215,11 +215,11 @@ func (s *Store) conceal(name string) error {
 // withdraw leaves the install folder as it was before us.
 func (s *Store) withdraw() error {
 	for _, name := range names {
-		if err := s.conceal(name); err != nil {
+		if err := s.hide(name); err != nil {
 			return err
 		}
 	}
-	if err := s.concealCache(); err != nil {
+	if err := s.hideCache(); err != nil {
 		return err
 	}
 	return s.sync()
@@ -227,12 +227,12 @@ func (s *Store) withdraw() error {
 
 // Google's note of what it installed, and ours. While ours is there, theirs is kept aside.
 const (
-	cacheFile = ".cache"
-	cacheOurs = home + "/cache"
+	cacheFile  = ".cache"
+	savedCache = ownFolder + "/cache"
 )
 
-// concealCache removes the note, if it is ours, and brings the other installer's back.
-func (s *Store) concealCache() error {
+// hideCache removes the note, if it is ours, and restores the other installer's.
+func (s *Store) hideCache() error {
 	ours, err := s.caches()
 	if err != nil {
 		return err
@@ -248,16 +248,17 @@ func (s *Store) concealCache() error {
 		have = nil
 	}
 	if have == nil {
-		if err := s.root.Rename(path.Join(home, "adopted", cacheFile), cacheFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := s.root.Rename(path.Join(ownFolder, "adopted", cacheFile), cacheFile); err != nil &&
+			!errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("restore %s: %w", cacheFile, err)
 		}
 	}
-	return s.RemoveFile(cacheOurs)
+	return s.RemoveFile(savedCache)
 }
 
 // caches are the notes that this program wrote, the newest last.
 func (s *Store) caches() (ours []string, err error) {
-	raw, err := s.ReadFile(cacheOurs)
+	raw, err := s.ReadFile(savedCache)
 	if err != nil || raw == nil {
 		return nil, err
 	}
@@ -272,25 +273,25 @@ const removed = ".prebake-removed"
 
 // Exists reports whether our folder is in the install folder.
 func (s *Store) Exists() bool {
-	_, err := s.root.Lstat(home)
+	_, err := s.root.Lstat(ownFolder)
 	return err == nil
 }
 
-// Remove takes everything of ours out of the install folder, and brings back what another
+// Remove takes everything of ours out of the install folder, and restores what another
 // installer had there. It may be called again after it was killed at any moment.
 func (s *Store) Remove() error {
-	if _, err := s.root.Lstat(home); err == nil {
+	if _, err := s.root.Lstat(ownFolder); err == nil {
 		if err := s.Restore(Pointers{}); err != nil {
 			return err
 		}
 		if err := s.root.RemoveAll(removed); err != nil { // of a run that was killed
 			return fmt.Errorf("remove: %w", err)
 		}
-		if err := s.root.Rename(home, removed); err != nil {
+		if err := s.root.Rename(ownFolder, removed); err != nil {
 			return fmt.Errorf("remove: %w", err)
 		}
 	}
-	if err := s.flush("."); err != nil { // or a power cut brings back what is gone, or half of it
+	if err := s.flush("."); err != nil { // or a power cut restores what was removed, or half of it
 		return err
 	}
 	if err := s.root.RemoveAll(removed); err != nil {
@@ -342,7 +343,7 @@ func (s *Store) Sweep(also ...string) error {
 		if dir == "layers" && !layersKnown {
 			continue // what a damaged set needs is not known
 		}
-		d, err := s.root.Open(path.Join(home, dir))
+		d, err := s.root.Open(path.Join(ownFolder, dir))
 		if err != nil {
 			return fmt.Errorf("sweep: %w", err)
 		}
@@ -355,10 +356,10 @@ func (s *Store) Sweep(also ...string) error {
 			if keep[name] || (dir == "." && !strings.HasPrefix(e.Name(), "tmp-")) {
 				continue
 			}
-			gone := path.Join(home, name)
+			gone := path.Join(ownFolder, name)
 			if dir != "." {
-				gone = path.Join(home, "tmp-sweep-"+e.Name())
-				if err := errors.Join(s.root.RemoveAll(gone), s.root.Rename(path.Join(home, name), gone)); err != nil {
+				gone = path.Join(ownFolder, "tmp-sweep-"+e.Name())
+				if err := errors.Join(s.root.RemoveAll(gone), s.root.Rename(path.Join(ownFolder, name), gone)); err != nil {
 					return fmt.Errorf("sweep: %w", err)
 				}
 			}
@@ -387,9 +388,9 @@ func (s *Store) WriteCacheFile(set Set) error {
 		return err
 	}
 	// One that says the same may still be another installer's, whose folders are aside.
-	_, theirs := s.root.Lstat(path.Join(home, "adopted", "lib64"))
+	_, theirs := s.root.Lstat(path.Join(ownFolder, "adopted", "lib64"))
 	if have != nil && !slices.Contains(ours, string(have)) && (!bytes.Equal(have, text) || theirs == nil) {
-		if err := s.root.Rename(cacheFile, path.Join(home, "adopted", cacheFile)); err != nil {
+		if err := s.root.Rename(cacheFile, path.Join(ownFolder, "adopted", cacheFile)); err != nil {
 			return fmt.Errorf("keep %s: %w", cacheFile, err)
 		}
 		have = nil
@@ -400,7 +401,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 		if err != nil {
 			return err
 		}
-		if err := s.WriteFile(cacheOurs, raw); err != nil {
+		if err := s.WriteFile(savedCache, raw); err != nil {
 			return err
 		}
 	}
@@ -410,7 +411,7 @@ func (s *Store) WriteCacheFile(set Set) error {
 	return s.WriteFile(cacheFile, text)
 }
 
-// maxCaches bounds the notes that are remembered.
+// maxCaches bounds the notes that are stored.
 const maxCaches = 64
 
 // RemoveFile removes a small file of the install folder, if it is there.
@@ -435,7 +436,8 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 	defer func() { err = errors.Join(err, f.Close()) }()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
 	if err == nil && int64(len(data)) > limit {
-		err = fault.New(fault.Unverified, fmt.Sprintf("more than %d bytes", limit), "remove it: this program never writes that much")
+		err = fault.New(fault.Unverified, fmt.Sprintf("more than %d bytes", limit),
+			"remove it: this program never writes that much")
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", name, err)
@@ -445,7 +447,7 @@ func (s *Store) readFile(name string, limit int64) (_ []byte, err error) {
 
 // WriteFile replaces a small file of the install folder atomically.
 func (s *Store) WriteFile(name string, data []byte) error {
-	tmp := path.Join(home, "tmp-file")
+	tmp := path.Join(ownFolder, "tmp-file")
 	f, err := s.root.OpenFile(tmp, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
 	if err != nil {
 		return diskFault(fmt.Errorf("write %s: %w", name, err))

@@ -70,7 +70,7 @@ type Image struct {
 	Optional bool
 }
 
-// Outcome says what became of one image.
+// Outcome says what happened to one image.
 type Outcome struct {
 	Name string `json:"name"`
 	// Was is "loaded", "already loaded" or "skipped".
@@ -79,7 +79,7 @@ type Outcome struct {
 	Reason string `json:"reason,omitempty"`
 }
 
-// What became of a module; see [Outcome].
+// What happened to a module; see [Outcome].
 const (
 	Loaded  = "loaded"
 	Already = "already loaded"
@@ -182,7 +182,7 @@ func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	return "", &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: text, cause: err}}
 }
 
-// refusal is a kernel's refusal in words; it unwraps to the errno.
+// refusal is a kernel's refusal as text; it unwraps to the errno.
 type refusal struct {
 	text  string
 	cause error
@@ -198,20 +198,31 @@ var refusals = []struct {
 	text  string
 	hint  string
 }{
-	{unix.ENODEV, fault.NoDevice, "the driver found no device that it can use (ENODEV)", "check that a GPU is attached to this machine: lspci -d 10de:"},
-	{unix.ENOEXEC, fault.Rejected, "the module does not fit this kernel (ENOEXEC)", "build the driver for this very COS build"},
-	{unix.ENOENT, fault.Rejected, "the kernel lacks a symbol that the module needs (ENOENT)", "build the driver for this very COS build"},
-	{unix.EINVAL, fault.Rejected, "the kernel refused the module or one of its parameters (EINVAL)", "check --module-param, and that the driver was built for this very COS build"},
-	{unix.EKEYREJECTED, fault.Rejected, "the kernel refused the module's signature (EKEYREJECTED)", "boot the node with module.sig_enforce=0"},
-	{unix.ENOKEY, fault.Rejected, "the kernel has no key for the module's signature (ENOKEY)", "boot the node with module.sig_enforce=0"},
+	{unix.ENODEV, fault.NoDevice, "the driver found no device that it can use (ENODEV)",
+		"check that a GPU is attached to this machine: lspci -d 10de:"},
+	{unix.ENOEXEC, fault.Rejected, "the module does not fit this kernel (ENOEXEC)",
+		"build the driver for this very COS build"},
+	{unix.ENOENT, fault.Rejected, "the kernel lacks a symbol that the module needs (ENOENT)",
+		"build the driver for this very COS build"},
+	{unix.EINVAL, fault.Rejected, "the kernel refused the module or one of its parameters (EINVAL)",
+		"check --module-param, and that the driver was built for this very COS build"},
+	{unix.EKEYREJECTED, fault.Rejected, "the kernel refused the module's signature (EKEYREJECTED)",
+		"boot the node with module.sig_enforce=0"},
+	{unix.ENOKEY, fault.Rejected, "the kernel has no key for the module's signature (ENOKEY)",
+		"boot the node with module.sig_enforce=0"},
 	{unix.EBADMSG, fault.Rejected, "the module's signature is malformed (EBADMSG)", "fetch the driver again"},
-	{unix.EPERM, fault.Rejected, "not permitted (EPERM)", "run as root with CAP_SYS_MODULE (privileged: true), and check loadpin and lockdown on the kernel command line"},
-	{unix.EACCES, fault.Rejected, "denied by a security module (EACCES)", "run as root with CAP_SYS_MODULE (privileged: true)"},
+	{unix.EPERM, fault.Rejected, "not permitted (EPERM)",
+		"run as root with CAP_SYS_MODULE (privileged: true), and check loadpin and lockdown on the kernel command line"},
+	{unix.EACCES, fault.Rejected, "denied by a security module (EACCES)",
+		"run as root with CAP_SYS_MODULE (privileged: true)"},
 	{unix.EBUSY, fault.Busy, "in use (EBUSY)", "stop what uses the GPU and run this again"},
 	{unix.EAGAIN, fault.Busy, "in use (EAGAIN)", "stop what uses the GPU and run this again"},
-	{unix.EEXIST, fault.Busy, "another version is loaded (EEXIST)", "stop what uses the GPU and run this again, or reboot the node"},
-	{unix.ENOMEM, fault.Transient, "the node has too little memory (ENOMEM)", "free memory on the node and run this again"},
-	{unix.EIO, fault.Unusable, "the driver could not talk to the device (EIO)", "read the kernel's NVRM lines: dmesg | grep NVRM"},
+	{unix.EEXIST, fault.Busy, "another version is loaded (EEXIST)",
+		"stop what uses the GPU and run this again, or reboot the node"},
+	{unix.ENOMEM, fault.Transient, "the node has too little memory (ENOMEM)",
+		"free memory on the node and run this again"},
+	{unix.EIO, fault.Unusable, "the driver could not talk to the device (EIO)",
+		"read the kernel's NVRM lines: dmesg | grep NVRM"},
 }
 
 func classify(err error) (fault.Kind, string) {
@@ -246,7 +257,8 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 		}
 		if err != nil {
 			kind, hint := classify(err)
-			return done, &fault.Error{Kind: kind, Hint: hint, Err: &refusal{text: fmt.Sprintf("unload %s: %s", name, explain(err)), cause: err}}
+			return done, &fault.Error{Kind: kind, Hint: hint,
+				Err: &refusal{text: fmt.Sprintf("unload %s: %s", name, explain(err)), cause: err}}
 		}
 		done = append(done, name)
 	}
@@ -256,7 +268,7 @@ func (l *Loader) Unload(ctx context.Context, names []string) (done []string, err
 // Mark is a place in the kernel log.
 type Mark struct{ last string }
 
-// Mark remembers the end of the kernel log, for [Loader.Since].
+// Mark marks the end of the kernel log, for [Loader.Since].
 func (l *Loader) Mark() Mark {
 	lines, err := l.System.Log()
 	if err != nil || len(lines) == 0 {

@@ -59,8 +59,10 @@ func TestRefusals(t *testing.T) {
 		errno syscall.Errno
 		kind  fault.Kind
 	}{
-		{unix.ENODEV, fault.NoDevice}, {unix.ENOEXEC, fault.Rejected}, {unix.ENOENT, fault.Rejected}, {unix.EINVAL, fault.Rejected},
-		{unix.EKEYREJECTED, fault.Rejected}, {unix.ENOKEY, fault.Rejected}, {unix.EBADMSG, fault.Rejected}, {unix.EPERM, fault.Rejected},
+		{unix.ENODEV, fault.NoDevice}, {unix.ENOEXEC, fault.Rejected}, {unix.ENOENT, fault.Rejected},
+		{unix.EINVAL, fault.Rejected},
+		{unix.EKEYREJECTED, fault.Rejected}, {unix.ENOKEY, fault.Rejected}, {unix.EBADMSG, fault.Rejected},
+		{unix.EPERM, fault.Rejected},
 		{unix.EACCES, fault.Rejected}, {unix.EBUSY, fault.Busy}, {unix.EEXIST, fault.Busy}, {unix.ENOMEM, fault.Transient},
 		{unix.EIO, fault.Unusable}, {unix.EXDEV, fault.Rejected},
 	}
@@ -73,7 +75,8 @@ func TestRefusals(t *testing.T) {
 			if !fault.Is(err, row.kind) || !errors.Is(err, row.errno) || fault.Hint(err) == "" {
 				t.Errorf("Load = %v (%v, hint %q); want %v, the errno and a hint", err, fault.Of(err), fault.Hint(err), row.kind)
 			}
-			if err == nil || !strings.Contains(err.Error(), "nvidia: the kernel's words") || strings.Contains(err.Error(), "old news") {
+			if err == nil || !strings.Contains(err.Error(), "nvidia: the kernel's words") ||
+				strings.Contains(err.Error(), "old news") {
 				t.Errorf("Load = %v; want the new kernel line and no other", err)
 			}
 		})
@@ -102,20 +105,26 @@ func TestLoad(t *testing.T) {
 	}{
 		{"in order, with parameters", "", []kmod.Image{params, image("nvidia-uvm")}, nil, nil,
 			[]string{"init nvidia NVreg_A=1", "init nvidia-uvm"}, []string{kmod.Loaded, kmod.Loaded}, fault.Internal},
-		{"hyphen equals underscore", "nvidia_uvm 1 0 - Live\nnvidia 1 1 nvidia_uvm, Live\n", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, nil, nil,
+		{"hyphen equals underscore", "nvidia_uvm 1 0 - Live\nnvidia 1 1 nvidia_uvm, Live\n",
+			[]kmod.Image{image("nvidia"), image("nvidia-uvm")}, nil, nil,
 			nil, []string{kmod.Already, kmod.Already}, fault.Internal},
-		{"optional one refused", "", []kmod.Image{image("nvidia"), optional}, map[string]error{"nvidia-drm": unix.ENOENT}, nil,
+		{"optional one refused", "", []kmod.Image{image("nvidia"), optional}, map[string]error{"nvidia-drm": unix.ENOENT},
+			nil,
 			[]string{"init nvidia", "init nvidia-drm"}, []string{kmod.Loaded, kmod.Skipped}, fault.Internal},
-		{"second one refused, first one goes", "", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
+		{"second one refused, first one goes", "", []kmod.Image{image("nvidia"), image("nvidia-uvm")},
+			map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
 			[]string{"init nvidia", "init nvidia-uvm", "delete nvidia"}, []string{kmod.Loaded}, fault.Rejected},
-		{"one that was there stays", "nvidia 1 0 - Live\n", []kmod.Image{image("nvidia"), image("nvidia-uvm")}, map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
+		{"one that was there stays", "nvidia 1 0 - Live\n", []kmod.Image{image("nvidia"), image("nvidia-uvm")},
+			map[string]error{"nvidia-uvm": unix.EINVAL}, nil,
 			[]string{"init nvidia-uvm"}, []string{kmod.Already}, fault.Rejected},
 		{"bytes do not hold", "", []kmod.Image{unread}, nil, nil, nil, nil, fault.Unverified},
 		{"bytes of an optional one do not hold", "", []kmod.Image{params, tampered}, nil, nil,
 			[]string{"init nvidia NVreg_A=1", "delete nvidia"}, []string{kmod.Loaded}, fault.Unverified},
-		{"third one refused, the others go in reverse", "", []kmod.Image{image("nvidia"), image("nvidia-uvm"), image("nvidia-modeset")},
+		{"third one refused, the others go in reverse", "",
+			[]kmod.Image{image("nvidia"), image("nvidia-uvm"), image("nvidia-modeset")},
 			map[string]error{"nvidia-modeset": unix.EINVAL}, nil,
-			[]string{"init nvidia", "init nvidia-uvm", "init nvidia-modeset", "delete nvidia_uvm", "delete nvidia"}, []string{kmod.Loaded, kmod.Loaded}, fault.Rejected},
+			[]string{"init nvidia", "init nvidia-uvm", "init nvidia-modeset", "delete nvidia_uvm", "delete nvidia"},
+			[]string{kmod.Loaded, kmod.Loaded}, fault.Rejected},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -161,7 +170,8 @@ func TestEEXIST(t *testing.T) {
 		}}
 		l := &kmod.Loader{System: s, Root: root}
 		done, err := l.Load(t.Context(), []kmod.Image{image("nvidia")})
-		if kind == fault.Internal && (err != nil || done[0].Was != kmod.Already) || kind != fault.Internal && !fault.Is(err, kind) {
+		if kind == fault.Internal && (err != nil || done[0].Was != kmod.Already) || kind != fault.Internal &&
+			!fault.Is(err, kind) {
 			t.Errorf("Load against a racing %s = %v, %v; want kind %v, or already loaded", version, done, err, kind)
 		}
 	}
@@ -171,7 +181,8 @@ func TestEEXIST(t *testing.T) {
 		root["proc/modules"] = &fstest.MapFile{Data: []byte("nvidia 1 0 - Live\n")}
 	}}
 	_, err := (&kmod.Loader{System: s, Root: root}).Load(t.Context(), []kmod.Image{image("nvidia"), image("nvidia-uvm")})
-	if diff := cmp.Diff([]string{"init nvidia", "init nvidia-uvm"}, s.calls); diff != "" || !fault.Is(err, fault.Rejected) {
+	if diff := cmp.Diff([]string{"init nvidia", "init nvidia-uvm"}, s.calls); diff != "" ||
+		!fault.Is(err, fault.Rejected) {
 		t.Errorf("Load = %v; want rejected, and nothing unloaded (-want +got):\n%s", err, diff)
 	}
 }
@@ -196,7 +207,8 @@ func TestNVRM(t *testing.T) {
 	s := &system{log: []string{"<4>[    1.0] a"}}
 	l := &kmod.Loader{System: s}
 	mark := l.Mark()
-	s.log = append(s.log, "<4>[    2.0] NVRM: one", "<6>[    2.1] other", "[    2.2] NVRM: two", "<4>[    3.0] NVRM: three")
+	s.log = append(s.log, "<4>[    2.0] NVRM: one", "<6>[    2.1] other", "[    2.2] NVRM: two",
+		"<4>[    3.0] NVRM: three")
 	if diff := cmp.Diff([]string{"NVRM: two", "NVRM: three"}, kmod.NVRM(l.Since(mark), 2)); diff != "" {
 		t.Errorf("NVRM (-want +got):\n%s", diff)
 	}

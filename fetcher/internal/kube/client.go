@@ -63,7 +63,8 @@ func inCluster(dir string) (*client, error) {
 		TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}, ForceAttemptHTTP2: true,
 		IdleConnTimeout: 90 * time.Second, TLSHandshakeTimeout: 10 * time.Second,
 	}
-	return &client{base: "https://" + net.JoinHostPort(host, port), http: &http.Client{Transport: transport, Timeout: callTime}, token: token}, nil
+	return &client{base: "https://" + net.JoinHostPort(host, port),
+		http: &http.Client{Transport: transport, Timeout: callTime}, token: token}, nil
 }
 
 // statusError is an answer of the API server that is none of 2xx.

@@ -34,7 +34,8 @@ func TestGPUOfThisMachine(t *testing.T) {
 	}
 	defer node.Close()
 	a := agent.New(agent.Config{InstallDir: "/home/kubernetes/bin/nvidia"}, agent.Parts{
-		Node: node, Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Line: &timeline.Run{}, Now: time.Now, Log: slog.New(slog.DiscardHandler),
+		Node: node, Kernel: kmod.Linux{}, Nodes: devnode.Linux{}, Line: &timeline.Run{}, Now: time.Now,
+		Log:   slog.New(slog.DiscardHandler),
 		Probe: &gpucheck.Prober{Program: program, Node: node, ReadOnly: true},
 	})
 	s, err := a.Status(t.Context())
@@ -61,7 +62,7 @@ func TestGPUOfThisMachine(t *testing.T) {
 		t.Errorf("labels = %v; want %s, foreign", labels, version)
 	}
 	told := report.New(time.Now)
-	told.Tell(v)
+	told.Report(v)
 	w := httptest.NewRecorder()
 	told.ServeHTTP(w, httptest.NewRequestWithContext(t.Context(), "GET", "/metrics", nil))
 	text, err := io.ReadAll(w.Body)

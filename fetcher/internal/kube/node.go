@@ -51,11 +51,11 @@ type Node struct {
 	log         *slog.Logger
 	now         func() time.Time
 
-	mu      sync.Mutex
-	verdict gpucheck.Verdict
-	told    time.Time // when the verdict came
-	pending string
-	changed chan struct{}
+	mu        sync.Mutex
+	verdict   gpucheck.Verdict
+	verdictAt time.Time // when the verdict came
+	pending   string
+	changed   chan struct{}
 
 	writing  sync.Mutex // held while the cluster is written to; guards what is below
 	written  state
@@ -67,7 +67,7 @@ type Node struct {
 type state struct {
 	verdict gpucheck.Verdict
 	pending string
-	// since is the time of the verdict, where looks have come to none for too long.
+	// since is the time of the verdict, where checks have had no verdict for too long.
 	since time.Time
 }
 
@@ -77,12 +77,13 @@ const stale = 6 * time.Minute
 
 // same reports whether the cluster would see no difference.
 func (s state) same(o state) bool {
-	return s.pending == o.pending && s.since.Equal(o.since) && s.verdict.State == o.verdict.State && s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
+	return s.pending == o.pending && s.since.Equal(o.since) && s.verdict.State == o.verdict.State &&
+		s.verdict.Reason == o.verdict.Reason && s.verdict.Driver == o.verdict.Driver && s.verdict.Digest == o.verdict.Digest
 }
 
 // New returns what tells of the node with this name, with the service account that is in
 // a folder ([AccountDir]). taint is the key of the taint that a node has until its driver
-// is ready; "" is none.
+// is ready; "" means none.
 func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	api, err := inCluster(account)
 	if err != nil {
@@ -91,26 +92,26 @@ func New(name, taint, account string, log *slog.Logger) (*Node, error) {
 	return &Node{name: name, taint: taint, api: api, log: log, now: time.Now, changed: make(chan struct{}, 1)}, nil
 }
 
-// Tell says what was seen of the driver. It does not wait for the cluster.
-func (n *Node) Tell(v gpucheck.Verdict) {
+// Report says what was seen of the driver. It does not wait for the cluster.
+func (n *Node) Report(v gpucheck.Verdict) {
 	n.mu.Lock()
-	n.verdict, n.told = v, n.now()
+	n.verdict, n.verdictAt = v, n.now()
 	n.mu.Unlock()
 	n.wake()
 }
 
-// Alive says that a look ended, whatever it came to. Where none comes to a verdict for long,
+// Alive says that a check ended, whatever it came to. Where none comes to a verdict for long,
 // the cluster is to know that nothing is known.
 func (n *Node) Alive() {
 	n.mu.Lock()
-	old := !n.told.IsZero() && n.now().Sub(n.told) > stale
+	old := !n.verdictAt.IsZero() && n.now().Sub(n.verdictAt) > stale
 	n.mu.Unlock()
 	if old {
 		n.wake()
 	}
 }
 
-// Pending says why another driver is wanted than the one that serves the node; nil is that
+// Pending says why another driver is wanted than the one that serves the node; nil means that
 // none is.
 func (n *Node) Pending(why error) {
 	n.mu.Lock()
@@ -162,7 +163,7 @@ func (n *Node) Flush(ctx context.Context) {
 	}
 }
 
-// write brings the node in the cluster to what was told last.
+// write writes the last verdict to the node object.
 func (n *Node) write(ctx context.Context) error {
 	for !n.writing.TryLock() { // somebody else writes, in a time that its own context bounds
 		select {
@@ -174,14 +175,14 @@ func (n *Node) write(ctx context.Context) error {
 	defer n.writing.Unlock()
 	n.mu.Lock()
 	s := state{verdict: n.verdict, pending: n.pending}
-	if n.now().Sub(n.told) > stale {
-		s.since = n.told
+	if n.now().Sub(n.verdictAt) > stale {
+		s.since = n.verdictAt
 	}
 	n.mu.Unlock()
 	if s.verdict.State == "" || s.same(n.written) && n.now().Sub(n.at) < heartbeat {
 		return nil
 	}
-	err := n.tell(ctx, s)
+	err := n.patch(ctx, s)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -218,13 +219,14 @@ type condition struct {
 	LastTransitionTime time.Time `json:"lastTransitionTime"`
 }
 
-func (n *Node) tell(ctx context.Context, s state) error {
+func (n *Node) patch(ctx context.Context, s state) error {
 	path := "/api/v1/nodes/" + url.PathEscape(n.name)
 	var have node
 	if err := n.api.call(ctx, http.MethodGet, path, "", nil, &have); err != nil {
 		return err
 	}
-	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()}, nil); err != nil {
+	if err := n.api.call(ctx, http.MethodPatch, path, mergePatch, map[string]any{"metadata": s.metadata()},
+		nil); err != nil {
 		return err
 	}
 	now := n.condition(s, have.Status.Conditions)
@@ -255,7 +257,8 @@ func (s state) metadata() map[string]any {
 	if !s.since.IsZero() {
 		labels[labelState] = "unknown"
 	}
-	annotations := map[string]any{annotationDigest: orNull(v.Digest), annotationReason: orNull(cut(v.Reason)), annotationPending: orNull(cut(s.pending))}
+	annotations := map[string]any{annotationDigest: orNull(v.Digest), annotationReason: orNull(cut(v.Reason)),
+		annotationPending: orNull(cut(s.pending))}
 	parts := []any{nil, nil, nil, nil}
 	if v.Driver.Version != "" && v.State != gpucheck.Absent {
 		labels[labelVersion], labels[labelFlavour] = v.Driver.Version, orNull(string(v.Driver.Flavour))
@@ -280,25 +283,30 @@ func orNull(s string) any {
 
 // reasons are the words of the condition for each state.
 var reasons = map[gpucheck.State]string{
-	gpucheck.Ready: "DriverReady", gpucheck.NoDevice: "NoGPU", gpucheck.Unusable: "GPUUnusable", gpucheck.Drifted: "DriverDrifted", gpucheck.Loaded: "DriverNotChecked",
-	gpucheck.Staged: "DriverNotLoaded", gpucheck.Absent: "NoDriver", gpucheck.Starting: "FabricStarting", gpucheck.Foreign: "ForeignDriver",
+	gpucheck.Ready: "DriverReady", gpucheck.NoDevice: "NoGPU", gpucheck.Unusable: "GPUUnusable",
+	gpucheck.Drifted: "DriverDrifted", gpucheck.Loaded: "DriverNotChecked",
+	gpucheck.Staged: "DriverNotLoaded", gpucheck.Absent: "NoDriver", gpucheck.Starting: "FabricStarting",
+	gpucheck.Foreign: "ForeignDriver",
 }
 
 func (n *Node) condition(s state, have []condition) condition {
 	v := s.verdict
-	c := condition{Type: Condition, Status: "False", Reason: reasons[v.State], Message: v.Reason, LastHeartbeatTime: n.now().UTC()}
+	c := condition{Type: Condition, Status: "False", Reason: reasons[v.State], Message: v.Reason,
+		LastHeartbeatTime: n.now().UTC()}
 	if v.State == gpucheck.Ready {
 		c.Status, c.Message = "True", fmt.Sprintf("driver %s, %d of %d GPUs usable", v.Driver, v.UsableGPUs, v.PCIGPUs)
 	}
 	if !s.since.IsZero() {
-		c.Status, c.Reason, c.Message = "Unknown", "LookFailed", "no look at the driver has come to an end since "+s.since.UTC().Format(time.RFC3339)+"; before: "+c.Message
+		c.Status, c.Reason, c.Message = "Unknown", "LookFailed", "no check of the driver has finished since "+
+			s.since.UTC().Format(time.RFC3339)+"; before: "+c.Message
 	}
 	if s.pending != "" {
 		c.Message = strings.TrimPrefix(c.Message+"; pending: "+s.pending, "; ")
 	}
 	c.Message = cut(c.Message)
 	c.LastTransitionTime = c.LastHeartbeatTime
-	if i := slices.IndexFunc(have, func(o condition) bool { return o.Type == c.Type }); i >= 0 && have[i].Status == c.Status {
+	if i := slices.IndexFunc(have, func(o condition) bool { return o.Type == c.Type }); i >= 0 &&
+		have[i].Status == c.Status {
 		c.LastTransitionTime = have[i].LastTransitionTime
 	}
 	return c

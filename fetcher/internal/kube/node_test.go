@@ -61,7 +61,8 @@ func farm(t *testing.T) *cluster.Cluster {
 			t.Fatal(err)
 		}
 		if i == 0 {
-			if _, err := c.Kubectl("", "-n", "prebake-privileged", "create", "configmap", "prebake-keys", "--from-literal=keys.pem=ours"); err != nil {
+			if _, err := c.Kubectl("", "-n", "prebake-privileged", "create", "configmap", "prebake-keys",
+				"--from-literal=keys.pem=ours"); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -73,7 +74,8 @@ func farm(t *testing.T) *cluster.Cluster {
 		c.Must(http.MethodPost, "/api/v1/nodes", map[string]any{
 			"metadata": map[string]any{"name": name, "labels": map[string]any{"zone": "a"}},
 			"spec": map[string]any{"taints": []any{
-				map[string]any{"key": "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", "effect": "NoSchedule"}, map[string]any{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
+				map[string]any{"key": "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", "effect": "NoSchedule"},
+				map[string]any{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
 			}},
 		}, nil)
 	}
@@ -84,7 +86,8 @@ func farm(t *testing.T) *cluster.Cluster {
 func account(t *testing.T, c *cluster.Cluster, node string) (dir, token string) {
 	t.Helper()
 	dir, token = t.TempDir(), c.Account("prebake-privileged", "prebake-fetcher", node)
-	if err := errors.Join(os.WriteFile(filepath.Join(dir, "token"), []byte(token+"\n"), 0o600), os.WriteFile(filepath.Join(dir, "ca.crt"), c.CA, 0o600)); err != nil {
+	if err := errors.Join(os.WriteFile(filepath.Join(dir, "token"), []byte(token+"\n"), 0o600),
+		os.WriteFile(filepath.Join(dir, "ca.crt"), c.CA, 0o600)); err != nil {
 		t.Fatal(err)
 	}
 	return dir, token
@@ -96,7 +99,8 @@ func TestCluster(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", c.Host)
 	t.Setenv("KUBERNETES_SERVICE_PORT", c.Port)
 	dir, token := account(t, c, "gpu-1")
-	n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir, slog.New(slog.NewTextHandler(io.Discard, nil)))
+	n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir,
+		slog.New(slog.NewTextHandler(io.Discard, nil)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -132,8 +136,9 @@ func TestCluster(t *testing.T) {
 		return "", "", ""
 	}
 	driver := target.Driver{Version: "535.261.03", Flavour: target.Open}
-	bad := gpucheck.Verdict{State: gpucheck.Unusable, Reason: "1 of 2 GPUs usable", Driver: driver, Digest: "sha256:" + strings.Repeat("a", 64), PCIGPUs: 2, UsableGPUs: 1}
-	n.Tell(bad)
+	bad := gpucheck.Verdict{State: gpucheck.Unusable, Reason: "1 of 2 GPUs usable", Driver: driver,
+		Digest: "sha256:" + strings.Repeat("a", 64), PCIGPUs: 2, UsableGPUs: 1}
+	n.Report(bad)
 	until("a GPU does not work", func() bool { _, reason, _ := state(); return reason == "GPUUnusable" })
 	taints := func() (keys []string) {
 		for _, taint := range got.Spec.Taints {
@@ -144,12 +149,13 @@ func TestCluster(t *testing.T) {
 		return keys
 	}
 	if status, _, message := state(); status != "False" || message != bad.Reason || len(taints()) != 2 {
-		t.Errorf("condition %s %q, taints %v; want False with the reason, and the taints left alone", status, message, got.Spec.Taints)
+		t.Errorf("condition %s %q, taints %v; want False with the reason, and the taints left alone", status, message,
+			got.Spec.Taints)
 	}
 	good := bad
 	good.State, good.Reason, good.UsableGPUs = gpucheck.Ready, "", 2
 	n.Pending(errors.New("in use by python3"))
-	n.Tell(good)
+	n.Report(good)
 	until("the driver is ready", func() bool {
 		status, _, message := state()
 		return status == "True" && len(taints()) == 1 && strings.Contains(message, "pending: in use by python3")
@@ -159,7 +165,8 @@ func TestCluster(t *testing.T) {
 	if taints()[0] != "nvidia.com/gpu" {
 		t.Errorf("taints are %v; want the other one kept", got.Spec.Taints)
 	}
-	labels := map[string]string{"zone": "a", "prebake.dev/driver-state": "ready", "prebake.dev/driver-version": "535.261.03", "prebake.dev/driver-flavour": "open"}
+	labels := map[string]string{"zone": "a", "prebake.dev/driver-state": "ready",
+		"prebake.dev/driver-version": "535.261.03", "prebake.dev/driver-flavour": "open"}
 	if diff := cmp.Diff(labels, got.Metadata.Labels); diff != "" {
 		t.Errorf("labels (-want +got):\n%s", diff)
 	}
@@ -177,7 +184,8 @@ func TestCluster(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"GPUUnusable", "DriverReady", "prebake-fetcher", "1 of 2 GPUs usable", "driver 535.261.03-open, 2 of 2 GPUs usable"} {
+	for _, want := range []string{"GPUUnusable", "DriverReady", "prebake-fetcher", "1 of 2 GPUs usable",
+		"driver 535.261.03-open, 2 of 2 GPUs usable"} {
 		if !strings.Contains(text, want) {
 			t.Errorf("kubectl describe node has no %q:\n%s", want, text)
 		}
@@ -195,11 +203,12 @@ func TestFlush(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.Tell(gpucheck.Verdict{State: gpucheck.Absent, Reason: "no-artifact: nobody asked for this build yet"})
+	n.Report(gpucheck.Verdict{State: gpucheck.Absent, Reason: "no-artifact: this build was not requested yet"})
 	n.Flush(t.Context())
 	var got object
 	c.Must(http.MethodGet, "/api/v1/nodes/gpu-1", nil, &got)
-	if got.Metadata.Labels["prebake.dev/driver-state"] != "absent" || !strings.Contains(got.Metadata.Annotations["prebake.dev/driver-reason"], "nobody asked") {
+	if got.Metadata.Labels["prebake.dev/driver-state"] != "absent" ||
+		!strings.Contains(got.Metadata.Annotations["prebake.dev/driver-reason"], "nobody asked") {
 		t.Errorf("the node is %+v; want what was told", got)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
@@ -208,8 +217,8 @@ func TestFlush(t *testing.T) {
 	if n, err = kube.New("gpu-1", "", dir, slog.New(slog.NewTextHandler(io.Discard, nil))); err != nil {
 		t.Fatal(err)
 	}
-	n.Tell(gpucheck.Verdict{State: gpucheck.Absent})
-	n.Flush(ctx) // ends, whatever becomes of the cluster
+	n.Report(gpucheck.Verdict{State: gpucheck.Absent})
+	n.Flush(ctx) // ends, whatever happens to the cluster
 }
 
 // notMore tries what a stolen token is not to be good for.
@@ -222,31 +231,43 @@ func notMore(t *testing.T, c *cluster.Cluster, token string) {
 		method, path string
 		in           any
 	}{
-		"another node's label":        {http.MethodPatch, "/api/v1/nodes/gpu-2", meta("labels", m{"prebake.dev/driver-state": "ready"})},
-		"another node's condition":    {http.MethodPatch, "/api/v1/nodes/gpu-2/status", m{"status": m{"conditions": []m{{"type": "GPUDriverReady", "status": "True"}}}}},
+		"another node's label": {http.MethodPatch, "/api/v1/nodes/gpu-2",
+			meta("labels", m{"prebake.dev/driver-state": "ready"})},
+		"another node's condition": {http.MethodPatch, "/api/v1/nodes/gpu-2/status",
+			m{"status": m{"conditions": []m{{"type": "GPUDriverReady", "status": "True"}}}}},
 		"a label that is no driver's": {http.MethodPatch, "/api/v1/nodes/gpu-1", meta("labels", m{"zone": "b"})},
 		"a label taken away":          {http.MethodPatch, "/api/v1/nodes/gpu-1", meta("labels", m{"zone": nil})},
-		"a new label":                 {http.MethodPatch, "/api/v1/nodes/gpu-1", meta("labels", m{"node-role.kubernetes.io/control-plane": ""})},
-		"an annotation":               {http.MethodPatch, "/api/v1/nodes/gpu-1", meta("annotations", m{"volumes.kubernetes.io/x": "y"})},
-		"a new taint":                 {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"taints": []m{{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}, {"key": "prebake.dev/x", "effect": "NoExecute"}}}}},
-		"no taint":                    {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"taints": nil}}},
-		"cordon":                      {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"unschedulable": true}}},
-		"a provider":                  {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"providerID": "x"}}},
-		"an owner":                    {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"metadata": m{"ownerReferences": []m{{"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "y"}}}}},
-		"a finalizer":                 {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"metadata": m{"finalizers": []string{"example.com/x"}}}},
-		"another condition":           {http.MethodPatch, "/api/v1/nodes/gpu-1/status", m{"status": m{"conditions": []m{{"type": "Ready", "status": "True"}}}}},
-		"capacity":                    {http.MethodPatch, "/api/v1/nodes/gpu-1/status", m{"status": m{"capacity": m{"nvidia.com/gpu": "64"}}}},
-		"delete":                      {http.MethodDelete, "/api/v1/nodes/gpu-1", nil},
-		"list nodes":                  {http.MethodGet, "/api/v1/nodes", nil},
-		"secrets":                     {http.MethodGet, "/api/v1/namespaces/prebake-privileged/secrets", nil},
-		"pods":                        {http.MethodGet, "/api/v1/namespaces/prebake-privileged/pods", nil},
-		"read Events":                 {http.MethodGet, "/api/v1/namespaces/default/events", nil},
+		"a new label": {http.MethodPatch, "/api/v1/nodes/gpu-1",
+			meta("labels", m{"node-role.kubernetes.io/control-plane": ""})},
+		"an annotation": {http.MethodPatch, "/api/v1/nodes/gpu-1",
+			meta("annotations", m{"volumes.kubernetes.io/x": "y"})},
+		"a new taint": {http.MethodPatch, "/api/v1/nodes/gpu-1",
+			m{"spec": m{"taints": []m{{"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"},
+				{"key": "prebake.dev/x", "effect": "NoExecute"}}}}},
+		"no taint":   {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"taints": nil}}},
+		"cordon":     {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"unschedulable": true}}},
+		"a provider": {http.MethodPatch, "/api/v1/nodes/gpu-1", m{"spec": m{"providerID": "x"}}},
+		"an owner": {http.MethodPatch, "/api/v1/nodes/gpu-1",
+			m{"metadata": m{"ownerReferences": []m{{"apiVersion": "v1", "kind": "ConfigMap", "name": "x", "uid": "y"}}}}},
+		"a finalizer": {http.MethodPatch, "/api/v1/nodes/gpu-1",
+			m{"metadata": m{"finalizers": []string{"example.com/x"}}}},
+		"another condition": {http.MethodPatch, "/api/v1/nodes/gpu-1/status",
+			m{"status": m{"conditions": []m{{"type": "Ready", "status": "True"}}}}},
+		"capacity": {http.MethodPatch, "/api/v1/nodes/gpu-1/status",
+			m{"status": m{"capacity": m{"nvidia.com/gpu": "64"}}}},
+		"delete":      {http.MethodDelete, "/api/v1/nodes/gpu-1", nil},
+		"list nodes":  {http.MethodGet, "/api/v1/nodes", nil},
+		"secrets":     {http.MethodGet, "/api/v1/namespaces/prebake-privileged/secrets", nil},
+		"pods":        {http.MethodGet, "/api/v1/namespaces/prebake-privileged/pods", nil},
+		"read Events": {http.MethodGet, "/api/v1/namespaces/default/events", nil},
 	} {
-		if err := try(row.method, row.path, row.in); err == nil || !strings.Contains(err.Error(), "HTTP 403") && !strings.Contains(err.Error(), "HTTP 422") {
+		if err := try(row.method, row.path, row.in); err == nil || !strings.Contains(err.Error(), "HTTP 403") &&
+			!strings.Contains(err.Error(), "HTTP 422") {
 			t.Errorf("%s: %v; want it refused", name, err)
 		}
 	}
-	if err := try(http.MethodPatch, "/api/v1/nodes/gpu-1", meta("labels", m{"prebake.dev/driver-state": "ready"})); err != nil {
+	if err := try(http.MethodPatch, "/api/v1/nodes/gpu-1",
+		meta("labels", m{"prebake.dev/driver-state": "ready"})); err != nil {
 		t.Errorf("its own label: %v", err)
 	}
 }
@@ -266,18 +287,20 @@ func TestRightsAreNeeded(t *testing.T) {
 	for i, rule := range whole {
 		for _, verb := range rule["verbs"] {
 			less := slices.Clone(whole)
-			less[i] = map[string][]string{"apiGroups": rule["apiGroups"], "resources": rule["resources"], "verbs": slices.DeleteFunc(slices.Clone(rule["verbs"]), func(v string) bool { return v == verb })}
+			less[i] = map[string][]string{"apiGroups": rule["apiGroups"], "resources": rule["resources"],
+				"verbs": slices.DeleteFunc(slices.Clone(rule["verbs"]), func(v string) bool { return v == verb })}
 			if len(less[i]["verbs"]) == 0 {
 				less = slices.Delete(less, i, i+1)
 			}
 			c.Must(http.MethodPatch, path, map[string]any{"rules": less}, nil)
 			var log strings.Builder
-			n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir, slog.New(slog.NewTextHandler(&log, nil)))
+			n, err := kube.New("gpu-1", "startup-taint.cluster-autoscaler.kubernetes.io/prebake-driver", dir,
+				slog.New(slog.NewTextHandler(&log, nil)))
 			if err != nil {
 				t.Fatal(err)
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
-			n.Tell(gpucheck.Verdict{State: gpucheck.Ready, Driver: target.Driver{Version: "535.261.03"}})
+			n.Report(gpucheck.Verdict{State: gpucheck.Ready, Driver: target.Driver{Version: "535.261.03"}})
 			if err := n.Run(ctx); err != nil {
 				t.Error(err)
 			}
@@ -292,7 +315,8 @@ func TestRightsAreNeeded(t *testing.T) {
 // A program that is in no pod says so at once.
 func TestNoPod(t *testing.T) {
 	t.Setenv("KUBERNETES_SERVICE_HOST", "")
-	if _, err := kube.New("n", "", t.TempDir(), slog.Default()); !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "automountServiceAccountToken") {
+	if _, err := kube.New("n", "", t.TempDir(), slog.Default()); !fault.Is(err, fault.Usage) ||
+		!strings.Contains(fault.Hint(err), "automountServiceAccountToken") {
 		t.Errorf("New outside of a pod = %v; want a usage error that says what to do", err)
 	}
 }
@@ -312,7 +336,8 @@ func overlay(t *testing.T, component string) string {
 		}
 		return rel
 	}
-	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to("base") + "]\ncomponents: [" + to("components/"+component) + "]\n"
+	text := "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources: [" + to("base") +
+		"]\ncomponents: [" + to("components/"+component) + "]\n"
 	if err := os.WriteFile(filepath.Join(dir, "kustomization.yaml"), []byte(text), 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -19,9 +19,9 @@ import (
 
 const config = "etc/ld.so.conf"
 
-// patience bounds ldconfig, which has been seen to hang on some filesystems
+// timeout bounds ldconfig, which has been seen to hang on some filesystems
 // (container-engine-accelerators, issues 57, 71 and 80).
-const patience = time.Minute
+const timeout = time.Minute
 
 // maxConfig bounds the file; a real one has a line or two.
 const maxConfig = 1 << 20
@@ -89,7 +89,7 @@ func change(ctx context.Context, node *noderoot.Root, edit func([]string) []stri
 		}
 	}
 	// It replaces the cache in one step, and with -X makes no links in the folders.
-	return node.Run(ctx, patience, program, "-X")
+	return node.Run(ctx, timeout, program, "-X")
 }
 
 func read(node *noderoot.Root) ([]byte, error) {

@@ -56,7 +56,8 @@ func TestCache(t *testing.T) {
 	}
 	defer node.Close()
 	listed := func() string {
-		out, err := exec.CommandContext(t.Context(), "/sbin/ldconfig", "-p", "-C", filepath.Join(root, "etc/ld.so.cache")).Output()
+		out, err := exec.CommandContext(t.Context(), "/sbin/ldconfig", "-p", "-C",
+			filepath.Join(root, "etc/ld.so.cache")).Output()
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -124,7 +125,8 @@ func TestFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer node.Close()
-	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil || !strings.Contains(err.Error(), "run the node's /sbin/ldconfig") {
+	if err := ldcache.Add(t.Context(), node, "/x", func() error { return nil }); err == nil ||
+		!strings.Contains(err.Error(), "run the node's /sbin/ldconfig") {
 		t.Errorf("Add with a broken ldconfig = %v; want an error", err)
 	}
 	if raw, err := os.ReadFile(filepath.Join(root, "etc/ld.so.conf")); err != nil || string(raw) != "/x\n" {

@@ -1,5 +1,5 @@
 // Package listed asks a signed list what it says of an artifact, by the rules of a node's
-// owner. It refuses to take anything away for its own trouble: a list that is away, or has
+// owner. It refuses to take anything away for its own failure: a list that is away, or has
 // expired, keeps out what is new, and nothing that the node has.
 package listed
 
@@ -31,10 +31,10 @@ type Rule struct {
 	Client *snapshot.Client
 
 	mu sync.Mutex
-	// last is what is known, and trouble why it could not be read or refreshed.
-	last    *list
-	read    bool
-	trouble error
+	// last is what is known, and refreshErr why it could not be read or refreshed.
+	last       *list
+	read       bool
+	refreshErr error
 }
 
 // list is what decides of a snapshot.
@@ -69,7 +69,7 @@ func (r *Rule) Refresh(ctx context.Context) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s, err := r.Client.Refresh(ctx)
-	if r.trouble = err; err == nil {
+	if r.refreshErr = err; err == nil {
 		r.last, r.read = listOf(s), true
 	}
 	return err
@@ -83,8 +83,8 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	if !r.read {
 		s, err := r.Client.Last()
 		r.last, r.read = listOf(s), true
-		if r.trouble == nil {
-			r.trouble = err
+		if r.refreshErr == nil {
+			r.refreshErr = err
 		}
 	}
 	if r.last != nil {
@@ -95,7 +95,7 @@ func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	if now.IsZero() {
 		return "not withdrawn, as far as this node knows", nil
 	}
-	if err := r.holds(now); err != nil {
+	if err := r.usable(now); err != nil {
 		if r.Optional && absent(err) {
 			return "not withdrawn, as far as this node knows: " + err.Error(), nil
 		}
@@ -140,19 +140,19 @@ func absent(err error) bool {
 // skew is how far a list may be ahead of this machine's clock.
 const skew = 24 * time.Hour
 
-// holds says why the list that is known does not do for something new.
-func (r *Rule) holds(now time.Time) error {
+// usable says why the list that is known does not do for something new.
+func (r *Rule) usable(now time.Time) error {
 	kind, hint := fault.Unverified, ""
-	if r.trouble != nil {
-		// Whoever answers with something else than was signed is not passed over.
-		if kind = fault.Of(r.trouble); kind != fault.Transient {
-			return r.trouble
+	if r.refreshErr != nil {
+		// A server that answers with something else than was signed is not passed over.
+		if kind = fault.Of(r.refreshErr); kind != fault.Transient {
+			return r.refreshErr
 		}
-		hint = fault.Hint(r.trouble)
+		hint = fault.Hint(r.refreshErr)
 	}
 	fail := func(why error, next string) error {
-		if r.trouble != nil {
-			why, next = fmt.Errorf("%w, and no newer one could be had: %w", why, r.trouble), hint
+		if r.refreshErr != nil {
+			why, next = fmt.Errorf("%w, and no newer one could be had: %w", why, r.refreshErr), hint
 		}
 		return fault.Wrap(kind, why, next)
 	}

@@ -46,24 +46,36 @@ func TestCheck(t *testing.T) {
 		fresh [4]error // what is said of something new
 		kind  fault.Kind
 	}{
-		"the newest list":                                      {from: farm.Dir, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
-		"an unlisted one may be taken":                         {rule: &listed.Rule{AllowUnlisted: true}, from: farm.Dir, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, nil}},
-		"no network, and the list holds":                       {seen: true, from: "/nowhere", after: 6 * day, fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
-		"no network, and it has expired":                       {seen: true, from: "/nowhere", after: 8 * day, fresh: all(listed.ErrStale), kind: fault.Transient},
-		"the source shows it for ever":                         {seen: true, from: farm.Dir, after: 8 * day, fresh: all(snapshot.ErrExpired)},
-		"it is older than the policy wants":                    {rule: &listed.Rule{MaxAge: day}, from: farm.Dir, after: 2 * day, fresh: all(listed.ErrStale)},
-		"the clock is wrong":                                   {from: farm.Dir, after: -400 * day, fresh: all(listed.ErrStale)},
-		"the source is not what it was":                        {seen: true, from: tampered, fresh: all(snapshot.ErrMalformed)},
-		"no list at all":                                       {from: "/nowhere", fresh: [4]error{listed.ErrNone, listed.ErrNone, listed.ErrNone, listed.ErrNone}, kind: fault.Transient},
-		"no list, which is optional":                           {rule: &listed.Rule{Optional: true}, from: "/nowhere"},
-		"an expired one, which is optional":                    {rule: &listed.Rule{Optional: true}, seen: true, from: farm.Dir, after: 8 * day, fresh: all(nil)},
-		"an optional one, of a source that is not what it was": {rule: &listed.Rule{Optional: true}, seen: true, from: tampered, fresh: all(snapshot.ErrMalformed)},
+		"the newest list": {from: farm.Dir,
+			fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
+		"an unlisted one may be taken": {rule: &listed.Rule{AllowUnlisted: true}, from: farm.Dir,
+			fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, nil}},
+		"no network, and the list holds": {seen: true, from: "/nowhere", after: 6 * day,
+			fresh: [4]error{nil, listed.ErrYanked, listed.ErrQuarantined, listed.ErrUnlisted}},
+		"no network, and it has expired": {seen: true, from: "/nowhere", after: 8 * day,
+			fresh: all(listed.ErrStale), kind: fault.Transient},
+		"the source shows it for ever": {seen: true, from: farm.Dir, after: 8 * day,
+			fresh: all(snapshot.ErrExpired)},
+		"it is older than the policy wants": {rule: &listed.Rule{MaxAge: day}, from: farm.Dir,
+			after: 2 * day, fresh: all(listed.ErrStale)},
+		"the clock is wrong": {from: farm.Dir, after: -400 * day,
+			fresh: all(listed.ErrStale)},
+		"the source is not what it was": {seen: true, from: tampered,
+			fresh: all(snapshot.ErrMalformed)},
+		"no list at all": {from: "/nowhere",
+			fresh: [4]error{listed.ErrNone, listed.ErrNone, listed.ErrNone, listed.ErrNone}, kind: fault.Transient},
+		"no list, which is optional": {rule: &listed.Rule{Optional: true}, from: "/nowhere"},
+		"an expired one, which is optional": {rule: &listed.Rule{Optional: true}, seen: true,
+			from: farm.Dir, after: 8 * day, fresh: all(nil)},
+		"an optional one, of a source that is not what it was": {rule: &listed.Rule{Optional: true}, seen: true,
+			from: tampered, fresh: all(snapshot.ErrMalformed)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			now := start.Add(time.Hour)
 			client := func(from string) *snapshot.Client {
-				c, err := snapshot.New(snapshot.Config{From: from, Root: root, State: filepath.Join(t.TempDir(), "snapshot.json"), Now: func() time.Time { return now }})
+				c, err := snapshot.New(snapshot.Config{From: from, Root: root, State: filepath.Join(t.TempDir(), "snapshot.json"),
+					Now: func() time.Time { return now }})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -153,7 +165,8 @@ func TestAnotherRoot(t *testing.T) {
 func TestWords(t *testing.T) {
 	t.Parallel()
 	farm := snapshots.New(t, start)
-	farm.Publish(t, start, snapshot.Artifact{Digest: digest("2"), State: snapshot.Yanked, Reason: "panics on unload", Replacement: digest("1")})
+	farm.Publish(t, start, snapshot.Artifact{Digest: digest("2"), State: snapshot.Yanked, Reason: "panics on unload",
+		Replacement: digest("1")})
 	root, err := os.ReadFile(filepath.Join(farm.Dir, "1.root.json"))
 	if err != nil {
 		t.Fatal(err)
@@ -167,7 +180,8 @@ func TestWords(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = rule.Check(digest("2"), start)
-	if err == nil || !strings.Contains(err.Error(), "panics on unload") || !strings.Contains(fault.Hint(err), digest("1")) {
+	if err == nil || !strings.Contains(err.Error(), "panics on unload") ||
+		!strings.Contains(fault.Hint(err), digest("1")) {
 		t.Errorf("Check = %v (hint %q); want the reason and the replacement", err, fault.Hint(err))
 	}
 }

@@ -66,8 +66,8 @@ func (r *Root) OpenFile(name string, flag int, mode fs.FileMode) (*os.File, erro
 	return through(r, name, func(at string) (*os.File, error) { return r.root.OpenFile(at, flag, mode) })
 }
 
-// Lstat looks at a name and not at what it leads to.
-func (r *Root) Lstat(name string) (fs.FileInfo, error) { return beside(r, name, r.root.Lstat) }
+// Lstat examines a name and not at what it leads to.
+func (r *Root) Lstat(name string) (fs.FileInfo, error) { return inParent(r, name, r.root.Lstat) }
 
 // Set writes a file that is there, such as a parameter of the kernel.
 func (r *Root) Set(name string, value []byte) error {
@@ -117,8 +117,8 @@ func through[T any](r *Root, name string, do func(string) (T, error)) (T, error)
 	return do(at)
 }
 
-// beside does something with a name whose last part is not followed.
-func beside[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
+// inParent does something with a name whose last part is not followed.
+func inParent[T any](r *Root, name string, do func(string) (T, error)) (T, error) {
 	name = clean(name)
 	return through(r, path.Dir(name), func(dir string) (T, error) { return do(path.Join(dir, path.Base(name))) })
 }
@@ -138,7 +138,7 @@ func (f files) Stat(name string) (fs.FileInfo, error)  { return through(f.r, nam
 func (f files) Lstat(name string) (fs.FileInfo, error) { return f.r.Lstat(name) }
 func (f files) ReadFile(name string) ([]byte, error)   { return through(f.r, name, f.r.root.ReadFile) }
 
-func (f files) ReadLink(name string) (string, error) { return beside(f.r, name, f.r.root.Readlink) }
+func (f files) ReadLink(name string) (string, error) { return inParent(f.r, name, f.r.root.Readlink) }
 
 func (f files) ReadDir(name string) ([]fs.DirEntry, error) {
 	return through(f.r, name, func(at string) ([]fs.DirEntry, error) { return fs.ReadDir(f.r.root.FS(), at) })

@@ -135,7 +135,8 @@ func kernelHas(dir, name string) bool {
 func TestStaysInside(t *testing.T) {
 	t.Parallel()
 	outside, dir := t.TempDir(), t.TempDir()
-	if err := errors.Join(os.WriteFile(filepath.Join(outside, "theirs"), []byte("x"), 0o644), os.Symlink(outside, filepath.Join(dir, "out")),
+	if err := errors.Join(os.WriteFile(filepath.Join(outside, "theirs"), []byte("x"), 0o644),
+		os.Symlink(outside, filepath.Join(dir, "out")),
 		os.Symlink("/made", filepath.Join(dir, "in"))); err != nil {
 		t.Fatal(err)
 	}

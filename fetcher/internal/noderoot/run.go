@@ -11,7 +11,7 @@ import (
 	"time"
 )
 
-// Program returns the first of these names that the node has; "" is none.
+// Program returns the first of these names that the node has; "" means none.
 func (r *Root) Program(names ...string) string {
 	for _, name := range names {
 		if r.Exists(name) {
@@ -21,8 +21,8 @@ func (r *Root) Program(names ...string) string {
 	return ""
 }
 
-// maxSaid bounds what is kept of a program's words.
-const maxSaid = 500
+// maxOutput bounds what is kept of a program's output.
+const maxOutput = 500
 
 // killTime is how long a program that was killed may take to end. One that sleeps in the
 // kernel, in state D of ps, never does, and is left behind.
@@ -41,7 +41,7 @@ func (r *Root) Run(ctx context.Context, limit time.Duration, program string, arg
 	}
 	var said bytes.Buffer
 	cmd.Dir, cmd.SysProcAttr, cmd.Env = "/", attr, []string{}
-	cmd.Stderr = &first{&said, maxSaid}
+	cmd.Stderr = &first{&said, maxOutput}
 	cmd.WaitDelay = 5 * time.Second
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("run the node's %s: %w", program, err)

@@ -54,7 +54,7 @@ type File struct {
 	// rules above minimumVersions counts for that, and no signature but the node's own.
 	// Default: false.
 	NodeBuilds bool `json:"nodeBuilds,omitempty" yaml:"nodeBuilds"`
-	// Revoked are digests of artifacts that are never loaded, whoever signed them.
+	// Revoked are digests of artifacts that are never loaded, no matter who signed them.
 	Revoked []string `json:"revoked,omitempty" yaml:"revoked" jsonschema:"uniqueItems=true"`
 	// Snapshot demands that a signed list of the farm (builder snapshot) has what is
 	// installed. Default: no list is asked.
@@ -118,7 +118,8 @@ type Signatures struct {
 }
 
 var statements = map[string]string{
-	"provenance": trust.PredicateProvenance, "kernelMatch": trust.PredicateKernelMatch, "testResult": trust.PredicateTestResult,
+	"provenance": trust.PredicateProvenance, "kernelMatch": trust.PredicateKernelMatch,
+	"testResult":   trust.PredicateTestResult,
 	"reproduction": trust.PredicateReproduced, "sbom": trust.PredicateSBOM,
 }
 
@@ -138,7 +139,7 @@ type Policy struct {
 	trust.Policy
 	// NodeBuilds lets the node compile for itself.
 	NodeBuilds bool
-	// Snapshot is what the file says of a list, with absolute paths; nil is nothing. Root is
+	// Snapshot is what the file says of a list, with absolute paths; nil means nothing. Root is
 	// its root.
 	Snapshot *Snapshot
 	Root     []byte
@@ -244,16 +245,18 @@ func empties(data []byte) error {
 		if name == "revoked" && n.Kind == yaml.SequenceNode {
 			continue // nothing is revoked
 		}
-		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode && (n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
+		if (n.Kind == yaml.SequenceNode || n.Kind == yaml.MappingNode) && len(n.Content) == 0 || n.Kind == yaml.ScalarNode &&
+			(n.Tag == "!!null" || n.Value == "" || n.Value == "0") {
 			return fmt.Errorf("line %d: %s is empty: name something, or leave the field out", n.Line, name)
 		}
 	}
 	return nil
 }
 
-// policy turns the file into what package trust goes by.
+// policy turns the file into what package trust takes.
 func (f *File) policy(dir string) (p trust.Policy, err error) {
-	p = trust.Policy{Builders: f.Builders, Sources: f.Sources, MinVersions: f.MinimumVersions, Revoked: f.Revoked, MaxAge: time.Duration(f.MaxAgeDays) * 24 * time.Hour}
+	p = trust.Policy{Builders: f.Builders, Sources: f.Sources, MinVersions: f.MinimumVersions, Revoked: f.Revoked,
+		MaxAge: time.Duration(f.MaxAgeDays) * 24 * time.Hour}
 	if f.MaxAgeDays < 0 || f.MaxAgeDays > 36500 {
 		return p, fmt.Errorf("maxAgeDays %d: want 1 to 36500", f.MaxAgeDays)
 	}
@@ -263,7 +266,8 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		}
 	}
 	for _, source := range f.Sources {
-		if u, err := url.Parse(source); err != nil || u.Scheme == "" || u.Host == "" && u.Path == "" || !strings.HasSuffix(source, "/") || strings.Contains(source, "..") {
+		if u, err := url.Parse(source); err != nil || u.Scheme == "" || u.Host == "" && u.Path == "" ||
+			!strings.HasSuffix(source, "/") || strings.Contains(source, "..") {
 			return p, fmt.Errorf("source %.80q: want a URI that ends with a slash, such as gs://cos-tools/", source)
 		}
 	}
@@ -306,7 +310,7 @@ func (f *File) policy(dir string) (p trust.Policy, err error) {
 		p.Rules = append(p.Rules, trust.Rule{Statement: predicate, Role: s.Role, Count: count})
 	}
 	if len(p.Roles) == 0 {
-		return p, errors.New("no role: nobody could sign anything")
+		return p, errors.New("no role: no signature would count")
 	}
 	_, err = trust.NewVerifier(p) // says what cannot be met
 	return p, err
@@ -348,11 +352,11 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	from, err := moment(k.NotBefore, 0)
+	from, err := parseTime(k.NotBefore, 0)
 	if err != nil {
 		return nil, fmt.Errorf("notBefore: %w", err)
 	}
-	until, err := moment(k.NotAfter, 24*time.Hour) // the day that is named is the last
+	until, err := parseTime(k.NotAfter, 24*time.Hour) // the day that is named is the last
 	if err != nil {
 		return nil, fmt.Errorf("notAfter: %w", err)
 	}
@@ -366,8 +370,8 @@ func (k Key) keys(dir string) ([]trust.RoleKey, error) {
 	return keys, nil
 }
 
-// moment reads a day, to whose beginning it adds, or a time.
-func moment(text string, add time.Duration) (time.Time, error) {
+// parseTime reads a day, to whose beginning it adds, or a time.
+func parseTime(text string, add time.Duration) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil
 	}

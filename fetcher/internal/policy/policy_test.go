@@ -46,17 +46,20 @@ func listRoot(t *testing.T) []byte {
 // What a policy says of a snapshot is read with it, paths begin at its folder.
 func TestSnapshot(t *testing.T) {
 	t.Parallel()
-	name := folder(t, head+tail+"snapshot: {from: list, root: 1.root.json, maxAgeHours: 48, allowUnlisted: true, optional: true}\n")
+	name := folder(t, head+tail+
+		"snapshot: {from: list, root: 1.root.json, maxAgeHours: 48, allowUnlisted: true, optional: true}\n")
 	p, err := policy.Read(name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	want := &policy.Snapshot{From: filepath.Join(filepath.Dir(name), "list"), Root: "1.root.json", MaxAgeHours: 48, AllowUnlisted: true, Optional: true}
+	want := &policy.Snapshot{From: filepath.Join(filepath.Dir(name), "list"), Root: "1.root.json", MaxAgeHours: 48,
+		AllowUnlisted: true, Optional: true}
 	if diff := cmp.Diff(want, p.Snapshot); diff != "" || len(p.Root) == 0 {
 		t.Errorf("Read: root of %d bytes, snapshot (-want +got):\n%s", len(p.Root), diff)
 	}
 	said := strings.Join(policy.Summary(p), "\n")
-	if !strings.Contains(said, "must not be withdrawn in the snapshot from "+want.From+", at most 48 hours old, where there is one") {
+	if !strings.Contains(said,
+		"must not be withdrawn in the snapshot from "+want.From+", at most 48 hours old, where there is one") {
 		t.Errorf("Summary = %s", said)
 	}
 }
@@ -80,7 +83,8 @@ func TestExample(t *testing.T) {
 		t.Errorf("notAfter = %v", until)
 	}
 	said := strings.Join(policy.Summary(p), "\n")
-	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "needs reproduction by 1 of role rebuilder", "needs a passed load test", "535.261.03, 550.163.01"} {
+	for _, want := range []string{"role farm: key ", "to 2028-01-01 00:00:00", "needs reproduction by 1 of role rebuilder",
+		"needs a passed load test", "535.261.03, 550.163.01"} {
 		if !strings.Contains(said, want) {
 			t.Errorf("Summary lacks %q:\n%s", want, said)
 		}
@@ -95,44 +99,55 @@ const (
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	for name, row := range map[string]struct{ text, words string }{
-		"nothing":                     {"", "EOF"},
-		"another version":             {"version: 2\n", "version 2"},
-		"a field nobody knows":        {head + tail + "revoke: [x]\n", "revoke"},
-		"a typing error inside":       {strings.Replace(head, "keys", "key", 1) + tail, "key"},
-		"two documents":               {head + tail + "---\n" + head, "more than one document"},
-		"no roles":                    {"version: 1\n" + tail, "no role"},
-		"an empty role":               {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: neither keys nor identities"},
-		"a file that is away":         {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
-		"file and pem":                {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail, "want file or pem"},
-		"no key":                      {strings.Replace(head, "{file: farm.pub}", "{pem: hello}", 1) + tail, "key 1"},
-		"a day that is none":          {strings.Replace(head, "farm.pub", "farm.pub, notAfter: 2026-13-01", 1) + tail, "notAfter"},
-		"a period of nothing":         {strings.Replace(head, "farm.pub", "farm.pub, notBefore: 2026-02-02, notAfter: 2026-02-01", 1) + tail, "is not before"},
-		"unknown statement":           {head + tail + "  - {statement: oath, role: farm}\n", "oath"},
-		"unknown role":                {head + tail + "  - {statement: reproduction, role: x}\n", `role "x"`},
-		"too many":                    {head + strings.Replace(tail, "role: farm", "role: farm, count: 2", 1), "which has 1 keys and identities"},
-		"no kernel match":             {head + strings.Replace(tail, "  - {statement: kernelMatch, role: farm}\n", "", 1), "kernel match"},
-		"identities alone":            {withKeys("identities: [{subject: a@example.com, issuer: https://x}]") + tail, "trustedRoot"},
-		"a root alone":                {head + "trustedRoot: root.json\n" + tail, "trustedRoot"},
-		"an identity of nobody":       {withKeys("identities: [{issuer: https://x}]") + "trustedRoot: root.json\n" + tail, "identity 1"},
-		"a broken pattern":            {withKeys("identities: [{pattern: '(', issuer: https://x}]") + "trustedRoot: root.json\n" + tail, "missing closing"},
-		"a load test of sorts":        {head + tail + "loadTest: maybe\n", "maybe"},
-		"an age below nothing":        {head + tail + "maxAgeDays: -1\n", "maxAgeDays"},
-		"no digest":                   {head + tail + "revoked: [abc]\n", "abc"},
-		"no version":                  {head + tail + "minimumVersions: [new]\n", "new"},
-		"builders of nobody":          {head + tail + "builders: []\n", "builders is empty"},
-		"sources left out":            {head + tail + "sources:\n# - gs://cos-tools/\n", "sources is empty"},
-		"no age":                      {head + tail + "maxAgeDays: 0\n", "maxAgeDays is empty"},
-		"a source like others":        {head + tail + "sources: [gs://cos-tools]\n", "ends with a slash"},
-		"a source of all":             {head + tail + "sources: ['']\n", "ends with a slash"},
-		"a key in two roles":          {strings.Replace(head, "  farm:", "  other:\n    keys: [{file: farm.pub}]\n  farm:", 1) + tail, "there twice"},
+		"nothing":               {"", "EOF"},
+		"another version":       {"version: 2\n", "version 2"},
+		"a field nobody knows":  {head + tail + "revoke: [x]\n", "revoke"},
+		"a typing error inside": {strings.Replace(head, "keys", "key", 1) + tail, "key"},
+		"two documents":         {head + tail + "---\n" + head, "more than one document"},
+		"no roles":              {"version: 1\n" + tail, "no role"},
+		"an empty role":         {"version: 1\nroles: {farm: {}}\n" + tail, "role farm: neither keys nor identities"},
+		"a file that is away":   {strings.Replace(head, "farm.pub", "away.pub", 1) + tail, "away.pub"},
+		"file and pem": {strings.Replace(head, "{file: farm.pub}", "{file: farm.pub, pem: x}", 1) + tail,
+			"want file or pem"},
+		"no key": {strings.Replace(head, "{file: farm.pub}", "{pem: hello}", 1) + tail, "key 1"},
+		"a day that is none": {strings.Replace(head, "farm.pub", "farm.pub, notAfter: 2026-13-01", 1) + tail,
+			"notAfter"},
+		"a period of nothing": {strings.Replace(head, "farm.pub",
+			"farm.pub, notBefore: 2026-02-02, notAfter: 2026-02-01", 1) + tail, "is not before"},
+		"unknown statement": {head + tail + "  - {statement: oath, role: farm}\n", "oath"},
+		"unknown role":      {head + tail + "  - {statement: reproduction, role: x}\n", `role "x"`},
+		"too many": {head + strings.Replace(tail, "role: farm", "role: farm, count: 2", 1),
+			"which has 1 keys and identities"},
+		"no kernel match": {head + strings.Replace(tail, "  - {statement: kernelMatch, role: farm}\n", "", 1),
+			"kernel match"},
+		"identities alone": {withKeys("identities: [{subject: a@example.com, issuer: https://x}]") + tail,
+			"trustedRoot"},
+		"a root alone": {head + "trustedRoot: root.json\n" + tail, "trustedRoot"},
+		"an identity of nobody": {withKeys("identities: [{issuer: https://x}]") + "trustedRoot: root.json\n" + tail,
+			"identity 1"},
+		"a broken pattern": {withKeys("identities: [{pattern: '(', issuer: https://x}]") +
+			"trustedRoot: root.json\n" + tail, "missing closing"},
+		"a load test of sorts": {head + tail + "loadTest: maybe\n", "maybe"},
+		"an age below nothing": {head + tail + "maxAgeDays: -1\n", "maxAgeDays"},
+		"no digest":            {head + tail + "revoked: [abc]\n", "abc"},
+		"no version":           {head + tail + "minimumVersions: [new]\n", "new"},
+		"builders of nobody":   {head + tail + "builders: []\n", "builders is empty"},
+		"sources left out":     {head + tail + "sources:\n# - gs://cos-tools/\n", "sources is empty"},
+		"no age":               {head + tail + "maxAgeDays: 0\n", "maxAgeDays is empty"},
+		"a source like others": {head + tail + "sources: [gs://cos-tools]\n", "ends with a slash"},
+		"a source of all":      {head + tail + "sources: ['']\n", "ends with a slash"},
+		"a key in two roles": {strings.Replace(head, "  farm:", "  other:\n    keys: [{file: farm.pub}]\n  farm:",
+			1) + tail, "there twice"},
 		"a snapshot without a root":   {head + tail + "snapshot: {from: https://x/list}\n", "want from and root"},
 		"a snapshot from elsewhere":   {head + tail + "snapshot: {from: 'ftp://x', root: 1.root.json}\n", "ftp://x"},
 		"a snapshot's root of nobody": {head + tail + "snapshot: {from: list, root: root.json}\n", "read root of snapshot"},
 		"a snapshot's root away":      {head + tail + "snapshot: {from: list, root: away.json}\n", "away.json"},
-		"a snapshot of old":           {head + tail + "snapshot: {from: list, root: 1.root.json, maxAgeHours: -1}\n", "maxAgeHours"},
-		"a rule of no snapshot":       {head + tail + "snapshot: {from: list, root: 1.root.json, unlisted: true}\n", "unlisted"},
-		"no snapshot":                 {head + tail + "snapshot: {}\n", "snapshot is empty"},
-		"an alias that grows":         {"a: &a [1,1]\nb: &b [*a,*a]\n" + head, "field"},
+		"a snapshot of old": {head + tail + "snapshot: {from: list, root: 1.root.json, maxAgeHours: -1}\n",
+			"maxAgeHours"},
+		"a rule of no snapshot": {head + tail + "snapshot: {from: list, root: 1.root.json, unlisted: true}\n",
+			"unlisted"},
+		"no snapshot":         {head + tail + "snapshot: {}\n", "snapshot is empty"},
+		"an alias that grows": {"a: &a [1,1]\nb: &b [*a,*a]\n" + head, "field"},
 	} {
 		_, err := policy.Read(folder(t, row.text))
 		if !fault.Is(err, fault.Usage) || !strings.Contains(err.Error(), row.words) || fault.Hint(err) == "" {

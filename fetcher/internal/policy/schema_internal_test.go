@@ -19,7 +19,8 @@ var update = flag.Bool("update", false, "rewrite the generated schema")
 func generate(t *testing.T) []byte {
 	t.Helper()
 	r := &jsonschema.Reflector{Anonymous: true, ExpandedStruct: true, DoNotReference: true}
-	if err := r.AddGoComments("github.com/prebake/prebake/fetcher/internal/policy", ".", jsonschema.WithFullComment()); err != nil {
+	if err := r.AddGoComments("github.com/prebake/prebake/fetcher/internal/policy", ".",
+		jsonschema.WithFullComment()); err != nil {
 		t.Fatal(err)
 	}
 	s := r.Reflect(&File{})

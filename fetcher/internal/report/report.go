@@ -1,4 +1,4 @@
-// Package report tells the outside how the node's driver is: liveness,
+// Package report reports how the node's driver is: liveness,
 // readiness, the last verdict, and metrics, over HTTP. It refuses to change
 // anything, and listens nowhere unless told to.
 package report
@@ -29,11 +29,11 @@ type Server struct {
 	// now is the clock.
 	now func() time.Time
 
-	mu      sync.Mutex
-	verdict gpucheck.Verdict
-	told    time.Time // when the verdict came
-	alive   time.Time // when the last look ended, whatever it came to
-	age     time.Duration
+	mu        sync.Mutex
+	verdict   gpucheck.Verdict
+	verdictAt time.Time // when the verdict came
+	alive     time.Time // when the last look ended, whatever it came to
+	age       time.Duration
 
 	ready, pci, usable prometheus.Gauge
 	info               *prometheus.GaugeVec
@@ -53,7 +53,8 @@ func New(now func() time.Time) *Server {
 		pci:    gauge("gpus_present", "NVIDIA GPUs on the PCI bus."),
 		usable: gauge("gpus_usable", "GPUs that answer NVML."),
 		info: prometheus.NewGaugeVec(prometheus.GaugeOpts{Namespace: "prebake_fetcher", Name: "driver_info",
-			Help: "1, labelled with the installed driver and the verdict on it."}, []string{"version", "flavour", "digest", "verdict"}),
+			Help: "1, labelled with the installed driver and the verdict on it."},
+			[]string{"version", "flavour", "digest", "verdict"}),
 		phases: prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: "prebake_fetcher", Name: "phase_seconds",
 			Help:    "How long each step of an installation took.",
 			Buckets: []float64{.01, .05, .1, .5, 1, 2, 5, 10, 30, 60, 300, 900}, // up to a wait for a build
@@ -72,7 +73,7 @@ func New(now func() time.Time) *Server {
 // ServeHTTP implements [http.Handler].
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
-// Watch says that looks follow each other from now on, and that what is told is worth
+// Watch says that checks follow each other from now on, and that what is told is worth
 // something for so long only: readiness is gone after it, and so is liveness where no
 // look ended at all. 0 is no bound: nobody looks.
 func (s *Server) Watch(age time.Duration) {
@@ -81,18 +82,18 @@ func (s *Server) Watch(age time.Duration) {
 	s.age, s.alive = age, s.now()
 }
 
-// Alive says that a look ended, whatever it came to.
+// Alive says that a check ended, whatever it came to.
 func (s *Server) Alive() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.alive = s.now()
 }
 
-// Tell replaces the verdict.
-func (s *Server) Tell(v gpucheck.Verdict) {
+// Report replaces the verdict.
+func (s *Server) Report(v gpucheck.Verdict) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.verdict, s.told = v, s.now()
+	s.verdict, s.verdictAt = v, s.now()
 	s.ready.Set(0)
 	if v.State == gpucheck.Ready {
 		s.ready.Set(1)
@@ -103,8 +104,8 @@ func (s *Server) Tell(v gpucheck.Verdict) {
 	s.info.WithLabelValues(v.Driver.Version, string(v.Driver.Flavour), v.Digest, string(v.State)).Set(1)
 }
 
-// TellRun says that an installation ended, with an error or none, and what its steps took.
-func (s *Server) TellRun(phases []timeline.Phase, err error) {
+// ReportRun says that an installation ended, with an error or none, and what its steps took.
+func (s *Server) ReportRun(phases []timeline.Phase, err error) {
 	class := "none"
 	if err != nil {
 		class = fault.Of(err).String()
@@ -122,9 +123,10 @@ func (s *Server) TellRun(phases []timeline.Phase, err error) {
 func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	v := s.verdict
-	old := s.age > 0 && s.now().Sub(s.told) > s.age
+	old := s.age > 0 && s.now().Sub(s.verdictAt) > s.age
 	if old {
-		v.Reason = fmt.Sprintf("last seen at %s: %s", s.told.UTC().Format(time.RFC3339), cmp.Or(v.Reason, string(v.State)))
+		v.Reason = fmt.Sprintf("last seen at %s: %s", s.verdictAt.UTC().Format(time.RFC3339),
+			cmp.Or(v.Reason, string(v.State)))
 	}
 	s.mu.Unlock()
 	status := http.StatusServiceUnavailable
@@ -139,13 +141,13 @@ func (s *Server) readyz(w http.ResponseWriter, _ *http.Request) {
 	answer(w, status, append(body, '\n'))
 }
 
-// healthz says whether the program still looks at the driver.
+// healthz says whether the program still checks the driver.
 func (s *Server) healthz(w http.ResponseWriter, _ *http.Request) {
 	s.mu.Lock()
 	dead := s.age > 0 && s.now().Sub(s.alive) > s.age
 	s.mu.Unlock()
 	if dead {
-		answer(w, http.StatusServiceUnavailable, []byte("{\"error\":\"no look at the driver has ended for too long\"}\n"))
+		answer(w, http.StatusServiceUnavailable, []byte("{\"error\":\"no check of the driver has finished for too long\"}\n"))
 		return
 	}
 	answer(w, http.StatusOK, []byte("{}\n"))
@@ -165,9 +167,11 @@ func (s *Server) Run(ctx context.Context, listen string) error {
 		return nil // told to stop before it began
 	}
 	if err != nil {
-		return fault.Wrap(fault.Usage, fmt.Errorf("serve status: %w", err), "name a free address of this node with --listen, as in 127.0.0.1:8441")
+		return fault.Wrap(fault.Usage, fmt.Errorf("serve status: %w", err),
+			"name a free address of this node with --listen, as in 127.0.0.1:8441")
 	}
-	srv := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second, BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) }}
+	srv := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second,
+		BaseContext: func(net.Listener) context.Context { return context.WithoutCancel(ctx) }}
 	stopped := make(chan error, 1)
 	stop := context.AfterFunc(ctx, func() {
 		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)

@@ -32,17 +32,21 @@ func TestServer(t *testing.T) {
 	if code, _ := get(t, s, "/readyz"); code != http.StatusServiceUnavailable {
 		t.Errorf("readyz before any verdict = %d; want 503", code)
 	}
-	v := gpucheck.Verdict{State: gpucheck.Ready, Driver: target.Driver{Version: "535.1.1", Flavour: target.Open}, PCIGPUs: 2, UsableGPUs: 2}
-	s.Tell(v)
-	s.TellRun([]timeline.Phase{{Name: "fetch", Seconds: 1.5}, {Name: "load", Failed: true}}, fault.New(fault.Busy, "in use", ""))
-	s.TellRun(nil, nil)
+	v := gpucheck.Verdict{State: gpucheck.Ready, Driver: target.Driver{Version: "535.1.1", Flavour: target.Open},
+		PCIGPUs: 2, UsableGPUs: 2}
+	s.Report(v)
+	s.ReportRun([]timeline.Phase{{Name: "fetch", Seconds: 1.5}, {Name: "load", Failed: true}},
+		fault.New(fault.Busy, "in use", ""))
+	s.ReportRun(nil, nil)
 	if code, body := get(t, s, "/readyz"); code != http.StatusOK || !strings.Contains(body, `"verdict":"ready"`) {
 		t.Errorf("readyz = %d %s; want 200 with the verdict", code, body)
 	}
 	_, metrics := get(t, s, "/metrics")
 	for _, want := range []string{
-		"prebake_fetcher_ready 1", "prebake_fetcher_gpus_usable 2", `prebake_fetcher_phase_seconds_sum{outcome="ok",phase="fetch"} 1.5`,
-		`prebake_fetcher_phase_seconds_bucket{outcome="ok",phase="fetch",le="1"} 0`, `prebake_fetcher_phase_seconds_bucket{outcome="ok",phase="fetch",le="2"} 1`,
+		"prebake_fetcher_ready 1", "prebake_fetcher_gpus_usable 2",
+		`prebake_fetcher_phase_seconds_sum{outcome="ok",phase="fetch"} 1.5`,
+		`prebake_fetcher_phase_seconds_bucket{outcome="ok",phase="fetch",le="1"} 0`,
+		`prebake_fetcher_phase_seconds_bucket{outcome="ok",phase="fetch",le="2"} 1`,
 		`prebake_fetcher_runs_total{class="busy"} 1`, `prebake_fetcher_runs_total{class="none"} 1`,
 		`prebake_fetcher_driver_info{digest="",flavour="open",verdict="ready",version="535.1.1"} 1`,
 	} {
@@ -57,7 +61,8 @@ func TestServer(t *testing.T) {
 		looked, told   bool
 		ready, healthy int
 	}{
-		{50 * time.Second, false, false, 200, 200}, {11 * time.Second, true, false, 503, 200}, {59 * time.Second, false, false, 503, 200},
+		{50 * time.Second, false, false, 200, 200}, {11 * time.Second, true, false, 503, 200},
+		{59 * time.Second, false, false, 503, 200},
 		{2 * time.Second, false, false, 503, 503}, {0, true, true, 200, 200},
 	} {
 		now = now.Add(row.after)
@@ -65,16 +70,17 @@ func TestServer(t *testing.T) {
 			s.Alive()
 		}
 		if row.told {
-			s.Tell(v)
+			s.Report(v)
 		}
 		ready, body := get(t, s, "/readyz")
 		healthy, _ := get(t, s, "/healthz")
-		if ready != row.ready || healthy != row.healthy || ready == 503 && !strings.Contains(body, "last seen at 2026-01-02T03:04:05Z") {
+		if ready != row.ready || healthy != row.healthy || ready == 503 &&
+			!strings.Contains(body, "last seen at 2026-01-02T03:04:05Z") {
 			t.Errorf("%+v: readyz %d %s, healthz %d", row, ready, body, healthy)
 		}
 	}
 	v.State = gpucheck.Unusable
-	s.Tell(v)
+	s.Report(v)
 	if code, _ := get(t, s, "/readyz"); code != http.StatusServiceUnavailable {
 		t.Errorf("readyz of an unusable GPU = %d; want 503", code)
 	}

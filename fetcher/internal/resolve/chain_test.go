@@ -24,7 +24,8 @@ func (s says) Find(context.Context, resolve.Question) (resolve.Answer, error) {
 
 func TestChain(t *testing.T) {
 	t.Parallel()
-	away, wrong, usage := fault.New(fault.Transient, "refused", ""), fault.New(fault.Mismatch, "another driver", ""), fault.New(fault.Usage, "no default", "")
+	away, wrong, usage := fault.New(fault.Transient, "refused", ""), fault.New(fault.Mismatch, "another driver",
+		""), fault.New(fault.Usage, "no default", "")
 	type link struct {
 		state api.State
 		err   error
@@ -35,20 +36,28 @@ func TestChain(t *testing.T) {
 		kind  fault.Kind // Internal: no error
 		asked int
 	}{
-		"the server has it":                    {[]link{{api.Published, nil}, {api.Published, nil}}, api.Published, fault.Internal, 1},
-		"the server is away":                   {[]link{{"", away}, {api.Published, nil}}, api.Published, fault.Internal, 2},
-		"the server's database is fresh":       {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published, fault.Internal, 2},
-		"it is being built, and is there":      {[]link{{api.Building, nil}, {api.Published, nil}}, api.Published, fault.Internal, 2},
-		"it is being built, and nowhere else":  {[]link{{api.Building, nil}, {api.Unknown, nil}}, api.Building, fault.Internal, 2},
-		"quarantined is, too":                  {[]link{{api.Quarantined, nil}, {api.Published, nil}}, api.Quarantined, fault.Internal, 1},
-		"yanked is yanked":                     {[]link{{api.Yanked, nil}, {api.Published, nil}}, api.Yanked, fault.Internal, 1},
-		"unsupported is nowhere":               {[]link{{api.Unsupported, nil}, {api.Published, nil}}, api.Unsupported, fault.Internal, 1},
+		"the server has it": {[]link{{api.Published, nil}, {api.Published, nil}}, api.Published,
+			fault.Internal, 1},
+		"the server is away": {[]link{{"", away}, {api.Published, nil}}, api.Published, fault.Internal, 2},
+		"the server's database is fresh": {[]link{{api.Unknown, nil}, {api.Published, nil}}, api.Published,
+			fault.Internal, 2},
+		"it is being built, and is there": {[]link{{api.Building, nil}, {api.Published, nil}}, api.Published,
+			fault.Internal, 2},
+		"it is being built, and nowhere else": {[]link{{api.Building, nil}, {api.Unknown, nil}}, api.Building,
+			fault.Internal, 2},
+		"quarantined is, too": {[]link{{api.Quarantined, nil}, {api.Published, nil}}, api.Quarantined,
+			fault.Internal, 1},
+		"yanked is yanked": {[]link{{api.Yanked, nil}, {api.Published, nil}}, api.Yanked, fault.Internal,
+			1},
+		"unsupported is nowhere": {[]link{{api.Unsupported, nil}, {api.Published, nil}}, api.Unsupported,
+			fault.Internal, 1},
 		"away, and not in the registry":        {[]link{{"", away}, {api.Unknown, nil}}, "", fault.Transient, 2},
 		"away, and a registry has no default":  {[]link{{"", away}, {"", usage}}, "", fault.Transient, 2},
 		"failed, and a registry has no answer": {[]link{{api.Failed, nil}, {"", usage}}, api.Failed, fault.Internal, 2},
 		"a wrong answer is not passed over":    {[]link{{"", wrong}, {api.Published, nil}}, "", fault.Mismatch, 1},
 		"registries alone, asked for default":  {[]link{{"", usage}, {"", usage}}, "", fault.Usage, 2},
-		"a folder, then a registry":            {[]link{{api.Unknown, nil}, {"", away}, {api.Published, nil}}, api.Published, fault.Internal, 3},
+		"a folder, then a registry": {[]link{{api.Unknown, nil}, {"", away}, {api.Published, nil}}, api.Published,
+			fault.Internal, 3},
 	} {
 		var chain resolve.Chain
 		asked := 0
@@ -56,7 +65,8 @@ func TestChain(t *testing.T) {
 			chain = append(chain, says{l.state, l.err, &asked})
 		}
 		a, err := chain.Find(t.Context(), resolve.Question{})
-		if (row.kind == fault.Internal) != (err == nil) || err != nil && !fault.Is(err, row.kind) || err == nil && a.State != row.want || asked != row.asked {
+		if (row.kind == fault.Internal) != (err == nil) || err != nil && !fault.Is(err, row.kind) || err == nil &&
+			a.State != row.want || asked != row.asked {
 			t.Errorf("%s: %q, %v after %d questions; want %q after %d", name, a.State, err, asked, row.want, row.asked)
 		}
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 // Lister returns the list of GPUs that a published artifact supports, as
-// somebody trusted signed it; nil is that nobody did.
+// somebody trusted signed it; nil means that nobody did.
 type Lister func(ctx context.Context, repository, digest string, d target.Driver) (*gpulist.List, error)
 
 type statements interface {
@@ -21,7 +21,8 @@ type statements interface {
 
 // Attachments is what is asked of a repository.
 type Attachments interface {
-	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string, wanted ...map[string]string) ([][]byte, error)
+	AttachedIf(ctx context.Context, digest, artifactType string, useful func([]byte) string,
+		wanted ...map[string]string) ([][]byte, error)
 }
 
 // Signed reads lists out of the statements that are attached to artifacts. What
@@ -45,7 +46,8 @@ func Signed(v statements, open func(repository string) (Attachments, error)) Lis
 			lists = append(lists, l)
 			return st.Signer() + string(st.Predicate)
 		}
-		if _, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful, trust.OfType(gpulist.PredicateType)); err != nil {
+		if _, err := repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful,
+			trust.OfType(gpulist.PredicateType)); err != nil {
 			return nil, fmt.Errorf("read supported GPUs: %w", err)
 		}
 		if len(lists) > 0 {
@@ -75,7 +77,8 @@ func (q Question) narrow() Question {
 // that compiles by itself then makes the flavour that is left.
 func none(a Answer, unfit error) Answer {
 	return Answer{
-		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary}, Source: a.Source,
+		State: api.Unsupported, Driver: target.Driver{Version: a.Driver.Version, Flavour: target.Proprietary},
+		Source: a.Source,
 		Reason: unfit.Error(), Hint: fault.Hint(unfit),
 	}
 }

@@ -24,7 +24,8 @@ const (
 // release is what the driver of these tests supports: on the L4, for the
 // test's sake, proprietary modules only.
 var release = &gpulist.List{Version: "535.2.2", Chips: []gpulist.Chip{
-	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"}, {Device: kepler, Legacy: "470.xx"},
+	{Device: turing, Features: []string{"kernelopen"}}, {Device: volta}, {Device: "0x27b8"},
+	{Device: kepler, Legacy: "470.xx"},
 }}
 
 func gpus(ids ...string) (all []gpulist.GPU) {
@@ -55,7 +56,8 @@ var auto = []autoRow{
 	{"Volta without a list", gpus(volta), "open proprietary", nil, "proprietary"},
 	{"Turing and Volta", gpus(turing, volta), "open proprietary", release, "proprietary"},
 	{"a list that says no to open", gpus("0x27b8"), "open proprietary", release, "proprietary"},
-	{"a list that says no to what there is", gpus("0x27b8"), "open", release, "the open modules of driver 535.2.2 do not drive"},
+	{"a list that says no to what there is", gpus("0x27b8"), "open", release,
+		"the open modules of driver 535.2.2 do not drive"},
 	{"a GPU that the driver dropped", gpus(kepler), "open proprietary", release, "needs branch 470.xx"},
 	{"no GPU", nil, "open proprietary", release, "open"},
 }
@@ -63,24 +65,27 @@ var auto = []autoRow{
 func TestAutoByRegistry(t *testing.T) {
 	t.Parallel()
 	onlyOpen := auto[0]
-	onlyOpen.name, onlyOpen.gpus, onlyOpen.published, onlyOpen.want = "Volta, only open", gpus(volta), "open", "do not drive GPU 0000:00:04.0 (10de:1db1)"
+	onlyOpen.name, onlyOpen.gpus, onlyOpen.published, onlyOpen.want =
+		"Volta, only open", gpus(volta), "open", "do not drive GPU 0000:00:04.0 (10de:1db1)"
 	rows := slices.Concat(auto, []autoRow{onlyOpen})
 	for _, row := range rows {
-		r := resolve.Registry{Ref: "reg/x", GPUs: lists(row.list, nil), Resolve: func(_ context.Context, tag string) (string, error) {
-			for f := range strings.FieldsSeq(row.published) {
-				if tag == "cos-1.2.3-lakitu-535.2.2-"+f {
-					return digest, nil
+		r := resolve.Registry{Ref: "reg/x", GPUs: lists(row.list, nil),
+			Resolve: func(_ context.Context, tag string) (string, error) {
+				for f := range strings.FieldsSeq(row.published) {
+					if tag == "cos-1.2.3-lakitu-535.2.2-"+f {
+						return digest, nil
+					}
 				}
-			}
-			return "", fault.New(fault.NoArtifact, "no tag", "")
-		}}
+				return "", fault.New(fault.NoArtifact, "no tag", "")
+			}}
 		q := question
 		q.Wish, q.GPUs = "535.2.2", row.gpus
 		a, err := r.Find(t.Context(), q)
 		judge(t, row.name, row.want, a, err)
 	}
 	// Whoever names a flavour gets it.
-	r := resolve.Registry{Ref: "reg/x", GPUs: lists(release, nil), Resolve: func(context.Context, string) (string, error) { return digest, nil }}
+	r := resolve.Registry{Ref: "reg/x", GPUs: lists(release, nil),
+		Resolve: func(context.Context, string) (string, error) { return digest, nil }}
 	q := question
 	q.Wish, q.Flavour, q.GPUs = "535.2.2", "open", gpus(volta)
 	if a, err := r.Find(t.Context(), q); err != nil || a.Driver.Flavour != target.Open || a.Err() != nil {
@@ -102,7 +107,8 @@ func judge(t *testing.T, name, want string, a resolve.Answer, err error) {
 		}
 		return
 	}
-	if err != nil || a.State != api.Unsupported || !strings.Contains(a.Reason, want) || fault.Hint(a.Err()) == "" || a.Driver.Flavour != target.Proprietary {
+	if err != nil || a.State != api.Unsupported || !strings.Contains(a.Reason, want) || fault.Hint(a.Err()) == "" ||
+		a.Driver.Flavour != target.Proprietary {
 		t.Errorf("%s: Find = %+v, %v; want unsupported because %q, with a hint", name, a, err, want)
 	}
 }
@@ -134,20 +140,24 @@ func TestAutoByServer(t *testing.T) {
 	// The server's own word for what it does not have, when no other will do.
 	q := question
 	q.GPUs = gpus(volta)
-	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown || a.Driver.Flavour != target.Proprietary {
+	if a, err := (resolve.Server{Client: farm{"open"}}).Find(t.Context(), q); err != nil || a.State != api.Unknown ||
+		a.Driver.Flavour != target.Proprietary {
 		t.Errorf("Find(Volta, only open) = %+v, %v; want that it asks for proprietary", a, err)
 	}
 	// A build of the other flavour that is on its way is waited for.
-	s := &server{answers: []any{published(func(r *api.Resolution) { r.Driver.Version = "535.2.2" }), api.Resolution{State: api.Building, Build: &api.Build{ID: 7}}}}
+	s := &server{answers: []any{published(func(r *api.Resolution) { r.Driver.Version = "535.2.2" }),
+		api.Resolution{State: api.Building, Build: &api.Build{ID: 7}}}}
 	q.GPUs = gpus("0x27b8")
-	if a, err := (resolve.Server{Client: s, GPUs: lists(release, nil)}).Find(t.Context(), q); err != nil || a.State != api.Building || s.asked.Flavour != "proprietary" || s.asked.Driver != "535.2.2" {
+	if a, err := (resolve.Server{Client: s, GPUs: lists(release, nil)}).Find(t.Context(), q); err != nil ||
+		a.State != api.Building || s.asked.Flavour != "proprietary" || s.asked.Driver != "535.2.2" {
 		t.Errorf("Find = %+v, %v, asked %+v; want building, of this version's proprietary flavour", a, err, s.asked)
 	}
 }
 
 type attached [][]byte
 
-func (a attached) AttachedIf(_ context.Context, _, _ string, useful func([]byte) string, _ ...map[string]string) ([][]byte, error) {
+func (a attached) AttachedIf(_ context.Context, _, _ string, useful func([]byte) string,
+	_ ...map[string]string) ([][]byte, error) {
 	for _, b := range a {
 		useful(b)
 	}

@@ -61,7 +61,7 @@ func TestServerRequest(t *testing.T) {
 				return row.build, row.err
 			},
 		}
-		a, err := resolve.Chain{s, resolve.Nobody{}}.Find(t.Context(), question)
+		a, err := resolve.Chain{s, resolve.NoSource{}}.Find(t.Context(), question)
 		if err != nil || a.State != row.state || !strings.Contains(a.Reason, row.reason) {
 			t.Errorf("%s: Find = %+v, %v; want %s with %q", row.name, a, err, row.state, row.reason)
 		}

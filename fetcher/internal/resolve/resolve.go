@@ -1,6 +1,6 @@
 // Package resolve turns what a node wants into the one artifact that it should
 // run, by asking a server or, without one, a registry. It refuses to trust the
-// answer: whoever acts on it verifies what it names.
+// answer: the caller verifies what it names.
 package resolve
 
 import (
@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Auto goes by the node's GPUs, and then by what is published: the open modules
+// Auto uses the node's GPUs, and then what is published: the open modules
 // where they drive every GPU of the node, else the proprietary ones.
 const Auto = "auto"
 
@@ -27,11 +27,11 @@ const Auto = "auto"
 type Question struct {
 	Kernel target.Kernel
 	Wish   target.Wish
-	// Pin is the digest of the one artifact that is wanted; "" is any that answers the wish.
+	// Pin is the digest of the one artifact that is wanted; "" means any that answers the wish.
 	Pin string
 	// Flavour is auto, proprietary or open.
 	Flavour string
-	// GPUs are the node's; flavour auto goes by them.
+	// GPUs are the node's; flavour auto uses them.
 	GPUs []gpulist.GPU
 }
 
@@ -46,8 +46,8 @@ const (
 	SourceNode Source = "local"
 	// SourceInstalled is the install folder: nobody was asked.
 	SourceInstalled Source = "installed"
-	// SourceNobody says that there is nobody to ask.
-	SourceNobody Source = "nobody"
+	// SourceNone says that there is nobody to ask.
+	SourceNone Source = "nobody"
 )
 
 // Answer names an artifact, or says why there is none.
@@ -61,9 +61,9 @@ type Answer struct {
 	Source     Source `json:"source"`
 	Reason     string `json:"reason,omitempty"`
 	Hint       string `json:"hint,omitempty"`
-	// Build is the newest build of the cell; 0 is none.
+	// Build is the newest build of the cell; 0 means none.
 	Build int64 `json:"build,omitempty"`
-	// Missing is what the farm may be asked to build; nil is nothing.
+	// Missing is what the farm may be asked to build; nil means nothing.
 	Missing *api.BuildRequest `json:"-"`
 }
 
@@ -98,14 +98,14 @@ func (a Answer) Err() error {
 	return fault.New(fault.NoArtifact, text, hint)
 }
 
-type asker interface {
+type client interface {
 	Resolve(ctx context.Context, q api.Question) (api.Resolution, error)
 	Base() string
 }
 
 // Server asks a Prebake server.
 type Server struct {
-	Client asker
+	Client client
 	// Request asks for a build of what nobody asked for yet, where no other source of a
 	// [Chain] has it; nil asks for none.
 	Request func(ctx context.Context, r api.BuildRequest) (api.Build, error)
@@ -122,7 +122,7 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	if err != nil || a.State != api.Published || !auto || len(q.GPUs) == 0 {
 		return a, err
 	}
-	unfit, err := s.unfit(ctx, q, a)
+	unfit, err := s.unsupported(ctx, q, a)
 	if err != nil || unfit == nil {
 		return a, err
 	}
@@ -137,7 +137,7 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 			return other, nil
 		}
 		if other.State == api.Published {
-			if unfit, err = s.unfit(ctx, q, other); err != nil || unfit == nil {
+			if unfit, err = s.unsupported(ctx, q, other); err != nil || unfit == nil {
 				return other, err
 			}
 		}
@@ -145,8 +145,8 @@ func (s Server) Find(ctx context.Context, q Question) (Answer, error) {
 	return none(a, unfit), nil
 }
 
-// unfit says why an artifact does not drive the node's GPUs; nil is that it does.
-func (s Server) unfit(ctx context.Context, q Question, a Answer) (unfit, err error) {
+// unsupported says why an artifact does not drive the node's GPUs; nil means that it does.
+func (s Server) unsupported(ctx context.Context, q Question, a Answer) (unfit, err error) {
 	list, err := s.GPUs.list(ctx, a)
 	if err != nil {
 		return nil, err
@@ -157,7 +157,8 @@ func (s Server) unfit(ctx context.Context, q Question, a Answer) (unfit, err err
 
 func (s Server) ask(ctx context.Context, q Question) (Answer, error) {
 	r, err := s.Client.Resolve(ctx, api.Question{
-		BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour, Release: q.Kernel.Release,
+		BuildID: q.Kernel.BuildID, Board: q.Kernel.Board, Driver: string(q.Wish), Flavour: q.Flavour,
+		Release: q.Kernel.Release,
 	})
 	if err != nil {
 		return Answer{}, fmt.Errorf("ask server: %w", err)
@@ -319,7 +320,7 @@ func (r Registry) Find(ctx context.Context, q Question) (Answer, error) {
 }
 
 // pinned answers with the artifact of a digest. What is in it is what it says of itself,
-// for whoever verifies it.
+// for the one who verifies it.
 func (r Registry) pinned(ctx context.Context, digest string) (Answer, error) {
 	d, err := r.Driver(ctx, digest)
 	if fault.Is(err, fault.NoArtifact) {
@@ -383,12 +384,12 @@ func (r Registry) exact(ctx context.Context, q Question, version string) (Answer
 	return unknown, nil
 }
 
-// Nobody is for nodes that have neither: nothing is ever published there.
-type Nobody struct{}
+// NoSource is for nodes that have neither: nothing is ever published there.
+type NoSource struct{}
 
 // Find answers unknown.
-func (Nobody) Find(context.Context, Question) (Answer, error) {
-	return Answer{State: api.Unknown, Source: SourceNobody, Reason: "neither a server nor a registry is configured"}, nil
+func (NoSource) Find(context.Context, Question) (Answer, error) {
+	return Answer{State: api.Unknown, Source: SourceNone, Reason: "neither a server nor a registry is configured"}, nil
 }
 
 // Finder is one way to find an artifact.
@@ -396,19 +397,19 @@ type Finder interface {
 	Find(ctx context.Context, q Question) (Answer, error)
 }
 
-// Patience says how long to wait for a build or for a service that fails.
-type Patience struct {
+// WaitLimits says how long to wait for a build or for a service that fails.
+type WaitLimits struct {
 	// Wait is the longest time in all; 0 asks once.
 	Wait time.Duration
-	// Pause is the time between two questions; 0 is 3 seconds.
+	// Pause is the time between two questions; 0 means 3 seconds.
 	Pause time.Duration
-	// Say tells what is waited for; may be nil.
-	Say func(text string)
+	// Progress tells what is waited for; may be nil.
+	Progress func(text string)
 }
 
-// Find asks until there is a final answer or the patience is over. The last
+// Find asks until there is a final answer or the time to wait is over. The last
 // answer or error is returned as it is.
-func (p Patience) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
+func (p WaitLimits) Find(ctx context.Context, f Finder, q Question) (Answer, error) {
 	if p.Pause <= 0 {
 		p.Pause = 3 * time.Second
 	}
@@ -418,14 +419,14 @@ func (p Patience) Find(ctx context.Context, f Finder, q Question) (Answer, error
 		if err == nil && !a.Pending() || err != nil && !fault.Is(err, fault.Transient) {
 			return a, err
 		}
-		if p.Say != nil {
+		if p.Progress != nil {
 			switch {
 			case err != nil:
-				p.Say(err.Error())
+				p.Progress(err.Error())
 			case a.Build != 0:
-				p.Say(fmt.Sprintf("build %d is %s", a.Build, a.State))
+				p.Progress(fmt.Sprintf("build %d is %s", a.Build, a.State))
 			default:
-				p.Say(string(a.State))
+				p.Progress(string(a.State))
 			}
 		}
 		select {

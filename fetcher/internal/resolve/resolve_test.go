@@ -35,7 +35,8 @@ func (s *server) Resolve(_ context.Context, q api.Question) (api.Resolution, err
 var (
 	driver   = target.Driver{Version: "535.261.03", Flavour: target.Open}
 	digest   = "sha256:" + strings.Repeat("ab", 32)
-	question = resolve.Question{Kernel: target.Kernel{BuildID: "1.2.3", Board: "lakitu", Release: "6.1.1+"}, Wish: "R535", Flavour: resolve.Auto}
+	question = resolve.Question{Kernel: target.Kernel{BuildID: "1.2.3", Board: "lakitu", Release: "6.1.1+"}, Wish: "R535",
+		Flavour: resolve.Auto}
 )
 
 func published(edit func(*api.Resolution)) api.Resolution {
@@ -56,11 +57,13 @@ func TestServer(t *testing.T) {
 		kind    fault.Kind // Internal: no error
 	}{
 		{"on the server itself", published(same), "R535", "auto", "farm.example:8440/prebake/driver", fault.Internal},
-		{"elsewhere", published(func(r *api.Resolution) { r.Repository = "reg.example/x" }), "default", "open", "reg.example/x", fault.Internal},
+		{"elsewhere", published(func(r *api.Resolution) { r.Repository = "reg.example/x" }), "default", "open",
+			"reg.example/x", fault.Internal},
 		{"another version", published(same), "535.1.1", "auto", "", fault.Mismatch},
 		{"another branch", published(same), "R580", "auto", "", fault.Mismatch},
 		{"another flavour", published(same), "default", "proprietary", "", fault.Mismatch},
-		{"no driver", published(func(r *api.Resolution) { r.Driver = target.Driver{} }), "default", "auto", "", fault.Mismatch},
+		{"no driver", published(func(r *api.Resolution) { r.Driver = target.Driver{} }), "default", "auto", "",
+			fault.Mismatch},
 		{"no digest", published(func(r *api.Resolution) { r.Digest = "latest" }), "default", "auto", "", fault.Unverified},
 		{"no repository", published(func(r *api.Resolution) { r.Repository = "" }), "default", "auto", "", fault.Transient},
 		{"error keeps its kind", fault.New(fault.Busy, "x", ""), "default", "auto", "", fault.Busy},
@@ -70,10 +73,12 @@ func TestServer(t *testing.T) {
 		q.Wish, q.Flavour = row.wish, row.flavour
 		s := &server{answers: []any{row.answer}}
 		a, err := resolve.Server{Client: s}.Find(t.Context(), q)
-		if row.kind == fault.Internal && (err != nil || a.Repository != row.repo || a.Err() != nil) || row.kind != fault.Internal && !fault.Is(err, row.kind) {
+		if row.kind == fault.Internal && (err != nil || a.Repository != row.repo || a.Err() != nil) ||
+			row.kind != fault.Internal && !fault.Is(err, row.kind) {
 			t.Errorf("%s: Find = %+v, %v; want %q, %v", row.name, a, err, row.repo, row.kind)
 		}
-		want := api.Question{BuildID: "1.2.3", Board: "lakitu", Driver: string(row.wish), Flavour: row.flavour, Release: "6.1.1+"}
+		want := api.Question{BuildID: "1.2.3", Board: "lakitu", Driver: string(row.wish), Flavour: row.flavour,
+			Release: "6.1.1+"}
 		if diff := cmp.Diff(want, s.asked); diff != "" {
 			t.Errorf("%s: question (-want +got):\n%s", row.name, diff)
 		}
@@ -83,11 +88,14 @@ func TestServer(t *testing.T) {
 func TestAnswerErr(t *testing.T) {
 	t.Parallel()
 	for state, kind := range map[api.State]fault.Kind{
-		api.Building: fault.NoArtifact, api.Queued: fault.NoArtifact, api.Failed: fault.NoArtifact, api.Cancelled: fault.NoArtifact,
-		api.Unsupported: fault.Unsupported, api.Yanked: fault.NoArtifact, api.Quarantined: fault.NoArtifact, api.Unknown: fault.NoArtifact, "": fault.NoArtifact,
+		api.Building: fault.NoArtifact, api.Queued: fault.NoArtifact, api.Failed: fault.NoArtifact,
+		api.Cancelled:   fault.NoArtifact,
+		api.Unsupported: fault.Unsupported, api.Yanked: fault.NoArtifact, api.Quarantined: fault.NoArtifact,
+		api.Unknown: fault.NoArtifact, "": fault.NoArtifact,
 	} {
 		err := resolve.Answer{State: state, Reason: "because"}.Err()
-		if !fault.Is(err, kind) || !strings.Contains(err.Error(), "because") || kind != fault.Unsupported && fault.Hint(err) == "" {
+		if !fault.Is(err, kind) || !strings.Contains(err.Error(), "because") || kind != fault.Unsupported &&
+			fault.Hint(err) == "" {
 			t.Errorf("Answer{%q}.Err() = %v (hint %q); want %v with reason and hint", state, err, fault.Hint(err), kind)
 		}
 	}
@@ -95,7 +103,8 @@ func TestAnswerErr(t *testing.T) {
 
 func TestRegistry(t *testing.T) {
 	t.Parallel()
-	tags := map[string]string{"cos-1.2.3-lakitu-535.1.1-proprietary": "p", "cos-1.2.3-lakitu-535.2.2-proprietary": "p", "cos-1.2.3-lakitu-535.2.2-open": "o"}
+	tags := map[string]string{"cos-1.2.3-lakitu-535.1.1-proprietary": "p", "cos-1.2.3-lakitu-535.2.2-proprietary": "p",
+		"cos-1.2.3-lakitu-535.2.2-open": "o"}
 	r := resolve.Registry{Ref: "reg/x", Resolve: func(_ context.Context, tag string) (string, error) {
 		if d, ok := tags[tag]; ok {
 			return d, nil
@@ -108,14 +117,16 @@ func TestRegistry(t *testing.T) {
 		digest  string
 		kind    fault.Kind // Internal: no error
 	}{
-		{"535.1.1", "auto", "p", fault.Internal}, {"535.2.2", "auto", "o", fault.Internal}, {"535.2.2", "proprietary", "p", fault.Internal},
+		{"535.1.1", "auto", "p", fault.Internal}, {"535.2.2", "auto", "o", fault.Internal},
+		{"535.2.2", "proprietary", "p", fault.Internal},
 		{"535.1.1", "open", "", fault.Internal}, {"default", "auto", "", fault.Usage}, {"R535", "auto", "", fault.Usage},
 	}
 	for _, row := range rows {
 		q := question
 		q.Wish, q.Flavour = row.wish, row.flavour
 		a, err := r.Find(t.Context(), q)
-		if row.kind == fault.Internal && (err != nil || a.Digest != row.digest || (a.Err() == nil) != (row.digest != "")) || row.kind != fault.Internal && !fault.Is(err, row.kind) {
+		if row.kind == fault.Internal && (err != nil || a.Digest != row.digest || (a.Err() == nil) != (row.digest != "")) ||
+			row.kind != fault.Internal && !fault.Is(err, row.kind) {
 			t.Errorf("Find(%s %s) = %+v, %v; want %q, %v", row.wish, row.flavour, a, err, row.digest, row.kind)
 		}
 	}
@@ -137,7 +148,8 @@ func TestPatience(t *testing.T) {
 	}{
 		{"at once", []any{ready}, time.Hour, 1, api.Published, fault.Internal, 0},
 		{"no patience", []any{building}, 0, 1, api.Building, fault.Internal, 0},
-		{"waits for a build", []any{building, away, building, ready}, time.Hour, 4, api.Published, fault.Internal, 9 * time.Second},
+		{"waits for a build", []any{building, away, building, ready}, time.Hour, 4, api.Published, fault.Internal,
+			9 * time.Second},
 		{"gives up", []any{building}, 10 * time.Second, 4, api.Building, fault.Internal, 10 * time.Second},
 		{"service stays away", []any{away}, 10 * time.Second, 4, "", fault.Transient, 10 * time.Second},
 		{"other errors are final", []any{fault.New(fault.Mismatch, "x", "")}, time.Hour, 1, "", fault.Mismatch, 0},
@@ -148,11 +160,12 @@ func TestPatience(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := &server{answers: row.answers}
 				start := time.Now()
-				a, err := resolve.Patience{Wait: row.wait}.Find(t.Context(), resolve.Server{Client: s}, question)
+				a, err := resolve.WaitLimits{Wait: row.wait}.Find(t.Context(), resolve.Server{Client: s}, question)
 				if took := time.Since(start); s.calls != row.calls || took != row.took {
 					t.Errorf("Find asked %d times in %v; want %d in %v", s.calls, took, row.calls, row.took)
 				}
-				if a.State != row.state || row.kind == fault.Internal && err != nil || row.kind != fault.Internal && !fault.Is(err, row.kind) {
+				if a.State != row.state || row.kind == fault.Internal && err != nil || row.kind != fault.Internal &&
+					!fault.Is(err, row.kind) {
 					t.Errorf("Find = %+v, %v; want %q, %v", a, err, row.state, row.kind)
 				}
 			})

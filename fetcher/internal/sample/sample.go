@@ -31,9 +31,9 @@ type Cell struct {
 	Kernel      target.Kernel
 	Driver      target.Driver
 	Fingerprint target.Fingerprint
-	// Vermagic is what the modules say; "" is what the kernel wants.
+	// Vermagic is what the modules say; "" means what the kernel wants.
 	Vermagic string
-	// Attested are the builds that the artifact is attested for; nil is Kernel.
+	// Attested are the builds that the artifact is attested for; nil means Kernel.
 	Attested []target.Kernel
 	// Untagged leaves the pointer tag out.
 	Untagged bool
@@ -41,8 +41,8 @@ type Cell struct {
 	PointAt target.Kernel
 	// Bulk is added to one file of each layer, in bytes; half of it compresses away.
 	Bulk int
-	// Spoil changes the files of the modules layer before they are packed; may be nil.
-	Spoil func(files map[string]string)
+	// Modify changes the files of the modules layer before they are packed; may be nil.
+	Modify func(files map[string]string)
 }
 
 // NewCell returns a cell of a COS build and a driver version.
@@ -52,7 +52,8 @@ func NewCell(t testing.TB, buildID, version string) Cell {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k.Arch, k.Release, k.Version = target.Arch(runtime.GOARCH), "6.1.77+", "#1 SMP PREEMPT_DYNAMIC Sat Feb 10 10:00:00 UTC 2024"
+	k.Arch, k.Release, k.Version =
+		target.Arch(runtime.GOARCH), "6.1.77+", "#1 SMP PREEMPT_DYNAMIC Sat Feb 10 10:00:00 UTC 2024"
 	return Cell{
 		Kernel: k, Driver: target.Driver{Version: version, Flavour: target.Open},
 		Fingerprint: target.Fingerprint("sha256:" + strings.Repeat("0a", 32)),
@@ -94,8 +95,8 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 		libs["lib64/libcuda.so."+version] = bulk
 		firmware["firmware/nvidia/"+version+"/gsp_ga10x.bin"] = bulk
 	}
-	if c.Spoil != nil {
-		c.Spoil(mods)
+	if c.Modify != nil {
+		c.Modify(mods)
 	}
 	var layers []bundle.Layer
 	for i, files := range []map[string]string{mods, libs, firmware} {
@@ -116,7 +117,8 @@ func Publish(t testing.TB, ref string, key *testkit.Key, c Cell) Published {
 		layers = append(layers, l)
 	}
 	img, err := bundle.Image(bundle.Identity{
-		Fingerprint: c.Fingerprint, Arch: c.Kernel.Arch, Release: c.Kernel.Release, Vermagic: strings.TrimSpace(c.vermagic()), Driver: c.Driver,
+		Fingerprint: c.Fingerprint, Arch: c.Kernel.Arch, Release: c.Kernel.Release, Vermagic: strings.TrimSpace(c.vermagic()),
+		Driver: c.Driver,
 	}, layers)
 	if err != nil {
 		t.Fatal(err)
@@ -160,7 +162,8 @@ func filler(n int) string {
 func Attest(t testing.TB, repo *registry.Repository, key *testkit.Key, d v1.Descriptor, c Cell) {
 	t.Helper()
 	digest := d.Digest.String()
-	statements := [][]byte{key.Provenance(t, digest, trust.Parameters{Kernel: c.Kernel, Fingerprint: c.Fingerprint, Driver: c.Driver})}
+	statements := [][]byte{key.Provenance(t, digest,
+		trust.Parameters{Kernel: c.Kernel, Fingerprint: c.Fingerprint, Driver: c.Driver})}
 	attested := c.Attested
 	if attested == nil {
 		attested = []target.Kernel{c.Kernel}
@@ -178,7 +181,8 @@ func Attest(t testing.TB, repo *registry.Repository, key *testkit.Key, d v1.Desc
 // Module returns a kernel module without code: an ELF file whose .modinfo says
 // what the arguments say.
 func Module(name, version, vermagic string) []byte {
-	info := []byte("license=Dual MIT/GPL\x00version=" + version + "\x00name=" + strings.ReplaceAll(name, "-", "_") + "\x00vermagic=" + vermagic + "\x00depends=\x00")
+	info := []byte("license=Dual MIT/GPL\x00version=" + version + "\x00name=" + strings.ReplaceAll(name, "-",
+		"_") + "\x00vermagic=" + vermagic + "\x00depends=\x00")
 	names := []byte("\x00.modinfo\x00.shstrtab\x00.symtab\x00.strtab\x00" + modinfo.BuildIDNote + "\x00")
 	const header, section = 64, 64
 	symbols := make([]byte, 24) // the one null symbol
@@ -190,7 +194,8 @@ func Module(name, version, vermagic string) []byte {
 		link       uint32
 		entry      uint64
 	}
-	secs := []sec{{}, {1, 1, info, 0, 0}, {10, 3, names, 0, 0}, {20, 2, symbols, 4, 24}, {28, 3, strtab, 0, 0}, {36, 7, []byte(BuildNote(name + version)), 0, 0}}
+	secs := []sec{{}, {1, 1, info, 0, 0}, {10, 3, names, 0, 0}, {20, 2, symbols, 4, 24}, {28, 3, strtab, 0, 0},
+		{36, 7, []byte(BuildNote(name + version)), 0, 0}}
 	var body, table bytes.Buffer
 	put := func(b *bytes.Buffer, v any) { _ = binary.Write(b, binary.LittleEndian, v) } // a Buffer takes everything
 	for i, s := range secs {
@@ -236,14 +241,18 @@ func Root(t testing.TB, c Cell, gpus int) string {
 func RootAt(t testing.TB, root string, c Cell, gpus int) {
 	t.Helper()
 	files := map[string]string{
-		"etc/os-release": fmt.Sprintf("BUILD_ID=%s\nNAME=\"Container-Optimized OS\"\nKERNEL_COMMIT_ID=%s\nVERSION_ID=109\nVERSION=109\nID=cos\n",
+		"etc/os-release": fmt.Sprintf("BUILD_ID=%s\nNAME=\"Container-Optimized "+
+			"OS\"\nKERNEL_COMMIT_ID=%s\nVERSION_ID=109\nVERSION=109\nID=cos\n",
 			c.Kernel.BuildID, strings.Repeat("c", 40)),
-		"etc/lsb-release":                           "CHROMEOS_RELEASE_BOARD=" + c.Kernel.Board + "\nCHROMEOS_RELEASE_TRACK=stable-channel\n",
-		"proc/cmdline":                              "ro loadpin.exclude=kernel-module modules-load=loadpin_trigger module.sig_enforce=0 cros_efi\n",
-		"proc/sys/kernel/osrelease":                 c.Kernel.Release + "\n",
-		"proc/sys/kernel/version":                   c.Kernel.Version + "\n",
-		"proc/modules":                              "loadpin_trigger 16384 0 - Live 0x0000000000000000\n",
-		"proc/devices":                              "Character devices:\n  1 mem\n195 nvidia\n236 nvidia-uvm\n\nBlock devices:\n  8 sd\n",
+		"etc/lsb-release": "CHROMEOS_RELEASE_BOARD=" + c.Kernel.Board +
+			"\nCHROMEOS_RELEASE_TRACK=stable-channel\n",
+		"proc/cmdline": "ro loadpin.exclude=kernel-module modules-load=loadpin_trigger " +
+			"module.sig_enforce=0 cros_efi\n",
+		"proc/sys/kernel/osrelease": c.Kernel.Release + "\n",
+		"proc/sys/kernel/version":   c.Kernel.Version + "\n",
+		"proc/modules":              "loadpin_trigger 16384 0 - Live 0x0000000000000000\n",
+		"proc/devices": "Character devices:\n  1 mem\n195 nvidia\n236 nvidia-uvm\n\nBlock " +
+			"devices:\n  8 sd\n",
 		"proc/sys/kernel/random/boot_id":            "2f1e6f0e-6f3f-4a52-9a0c-1f9d6f0b7a11\n",
 		"sys/module/firmware_class/parameters/path": "/var/lib/nvidia/firmware\n",
 		"sys/bus/pci/devices/0000:00:03.0/vendor":   "0x1af4\n",

@@ -51,7 +51,7 @@ func Open(dir string, now func() time.Time) (*Repository, error) {
 		return fail(err)
 	}
 	if !locked {
-		return nil, fault.New(fault.Busy, "open snapshot "+dir+": somebody else writes to it", "wait until that is done")
+		return nil, fault.New(fault.Busy, "open snapshot "+dir+": another process writes to it", "wait until that is done")
 	}
 	return &Repository{dir, now, lock}, nil
 }
@@ -90,10 +90,11 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 			"want 1 or more, and no more than there are keys",
 		)
 	}
-	root := metadata.Root(moment(next.Expires))
+	root := metadata.Root(tufTime(next.Expires))
 	root.Signed.Roles[metadata.ROOT].Threshold = next.Threshold
 	for role, keys := range map[string][]crypto.PublicKey{
-		metadata.ROOT: next.Keys, metadata.TARGETS: {next.Targets}, metadata.SNAPSHOT: {next.Snapshot}, metadata.TIMESTAMP: {next.Timestamp},
+		metadata.ROOT: next.Keys, metadata.TARGETS: {next.Targets}, metadata.SNAPSHOT: {next.Snapshot},
+		metadata.TIMESTAMP: {next.Timestamp},
 	} {
 		for _, pub := range keys {
 			key, err := keyOf(pub)
@@ -152,7 +153,7 @@ func (r *Repository) writeRoot(next Root) (string, error) {
 
 func rootName(version int64) string { return strconv.FormatInt(version, 10) + ".root.json" }
 
-// newestRoot reads the newest root; nil is that there is none.
+// newestRoot reads the newest root; nil means that there is none.
 func (r *Repository) newestRoot() (*metadata.Metadata[metadata.RootType], error) {
 	var newest *metadata.Metadata[metadata.RootType]
 	for version := int64(1); ; version++ {
@@ -182,8 +183,8 @@ func keyOf(pub crypto.PublicKey) (*metadata.Key, error) {
 	return metadata.KeyFromPublicKey(key)
 }
 
-// moment is a time as TUF writes it.
-func moment(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
+// tufTime is a time as TUF writes it.
+func tufTime(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
 
 // Signer signs with one key, wherever that is kept.
 type Signer = signature.Signer
@@ -195,7 +196,7 @@ type Signers struct{ Targets, Snapshot, Timestamp Signer }
 type Until struct{ Targets, Snapshot, Timestamp time.Time }
 
 // Publish writes a list as the newest. least is the lowest version that it and its timestamp
-// may have; 0 is the one after the newest that is here.
+// may have; 0 means the one after the newest that is here.
 func (r *Repository) Publish(
 	list snapshot.Catalogue,
 	by Signers,
@@ -238,13 +239,13 @@ func (r *Repository) publish(
 	if err != nil {
 		return nil, err
 	}
-	targets := metadata.Targets(moment(until.Targets))
+	targets := metadata.Targets(tufTime(until.Targets))
 	targets.Signed.Version, targets.Signed.Targets[snapshot.Name] = version, info
 	files := snapshot.Files{Catalogue: file}
 	if files.Targets, err = signed(targets, by.Targets); err != nil {
 		return nil, err
 	}
-	snap := metadata.Snapshot(moment(until.Snapshot))
+	snap := metadata.Snapshot(tufTime(until.Snapshot))
 	snap.Signed.Version = version
 	if snap.Signed.Meta["targets.json"], err = metaOf(files.Targets, version); err != nil {
 		return nil, err
@@ -252,7 +253,7 @@ func (r *Repository) publish(
 	if files.Snapshot, err = signed(snap, by.Snapshot); err != nil {
 		return nil, err
 	}
-	stamp := metadata.Timestamp(moment(until.Timestamp))
+	stamp := metadata.Timestamp(tufTime(until.Timestamp))
 	stamp.Signed.Version = max(r.nextStamp(former), least)
 	if stamp.Signed.Meta["snapshot.json"], err = metaOf(files.Snapshot, version); err != nil {
 		return nil, err
@@ -264,12 +265,13 @@ func (r *Repository) publish(
 	if err != nil {
 		return nil, err
 	}
-	// The timestamp comes last: whoever reads meanwhile has the list before, or this one.
+	// The timestamp comes last: a reader meanwhile has the list before, or this one.
 	v := strconv.FormatInt(version, 10)
 	for _, f := range []struct {
 		name string
 		data []byte
-	}{{filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name), file}, {v + ".targets.json", files.Targets}, {v + ".snapshot.json", files.Snapshot}} {
+	}{{filepath.Join("targets", info.Hashes["sha256"].String()+"."+snapshot.Name), file},
+		{v + ".targets.json", files.Targets}, {v + ".snapshot.json", files.Snapshot}} {
 		if err := r.write(f.name, f.data); err != nil {
 			return nil, err
 		}
@@ -301,7 +303,7 @@ func (r *Repository) refresh(by signature.Signer, until time.Time) (*snapshot.Sn
 	if root == nil || at.version == 0 {
 		return nil, fault.New(fault.Usage, "there is no list yet", "make one: builder snapshot make")
 	}
-	stamp := metadata.Timestamp(moment(until))
+	stamp := metadata.Timestamp(tufTime(until))
 	stamp.Signed.Version, stamp.Signed.Meta["snapshot.json"] = r.nextStamp(at), at.meta
 	files := at.files
 	if files.Timestamp, err = signed(stamp, by); err != nil {
@@ -416,7 +418,7 @@ func (r *Repository) write(name string, data []byte) error {
 	return r.replace(name, data)
 }
 
-// replace writes a file whole or not at all.
+// replace writes a file atomically.
 func (r *Repository) replace(name string, data []byte) (err error) {
 	path := filepath.Join(r.dir, name)
 	defer func() {
@@ -440,7 +442,7 @@ func (r *Repository) replace(name string, data []byte) (err error) {
 	return errors.Join(dir.Sync(), dir.Close())
 }
 
-// keptVersions is how many lists stay beside the newest, for whoever is reading one.
+// keptVersions is how many lists stay beside the newest, for clients that are reading one.
 const keptVersions = 3
 
 // trim removes what nobody reads any more.

@@ -56,10 +56,12 @@ func ELF(sections ...string) []byte {
 		add(sections[i], elf.SHT_PROGBITS, []byte(sections[i+1]))
 	}
 	add(".shstrtab", elf.SHT_STRTAB, append(bytes.Clone(names), ".shstrtab\x00"...))
-	header := elf.Header64{Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: 1, Shoff: uint64(64 + len(body)),
+	header := elf.Header64{Type: uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: 1,
+		Shoff:  uint64(64 + len(body)),
 		Ehsize: 64, Shentsize: 64, Shnum: uint16(len(headers)), Shstrndx: uint16(len(headers) - 1)} //nolint:gosec // as above
 	copy(header.Ident[:], elf.ELFMAG)
-	header.Ident[elf.EI_CLASS], header.Ident[elf.EI_DATA], header.Ident[elf.EI_VERSION] = byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1
+	header.Ident[elf.EI_CLASS], header.Ident[elf.EI_DATA], header.Ident[elf.EI_VERSION] =
+		byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), 1
 	var out bytes.Buffer
 	put(&out, header, body, headers)
 	return out.Bytes()

@@ -62,15 +62,21 @@ func Start(t testing.TB) *Cluster {
 	}
 	c.write("accounts.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
 	etcd := "http://127.0.0.1:" + ports[0]
-	c.run("etcd", "etcd", "--data-dir", filepath.Join(c.dir, "etcd"), "--listen-client-urls", etcd, "--advertise-client-urls", etcd,
+	c.run("etcd", "etcd", "--data-dir", filepath.Join(c.dir, "etcd"), "--listen-client-urls", etcd,
+		"--advertise-client-urls", etcd,
 		"--listen-peer-urls", "http://127.0.0.1:"+ports[1], "--unsafe-no-fsync", "--log-level", "error")
-	c.run("kube-apiserver", filepath.Join(bin, "kube-apiserver"), "--etcd-servers", etcd, "--secure-port", c.Port, "--bind-address", c.Host,
-		"--cert-dir", filepath.Join(c.dir, "certs"), "--token-auth-file", filepath.Join(c.dir, "tokens.csv"), "--authorization-mode", "Node,RBAC",
-		"--service-account-issuer", "https://cluster.test", "--service-account-key-file", filepath.Join(c.dir, "accounts.key"),
-		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range", "10.0.0.0/24", "--allow-privileged")
+	c.run("kube-apiserver", filepath.Join(bin, "kube-apiserver"), "--etcd-servers", etcd, "--secure-port", c.Port,
+		"--bind-address", c.Host,
+		"--cert-dir", filepath.Join(c.dir, "certs"), "--token-auth-file", filepath.Join(c.dir, "tokens.csv"),
+		"--authorization-mode", "Node,RBAC",
+		"--service-account-issuer", "https://cluster.test", "--service-account-key-file",
+		filepath.Join(c.dir, "accounts.key"),
+		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
+		"10.0.0.0/24", "--allow-privileged")
 	c.ready()
 	// What a controller makes in each namespace.
-	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts", map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
+	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
+		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
 }
 
@@ -126,7 +132,8 @@ func (c *Cluster) ready() {
 		if err == nil {
 			roots := x509.NewCertPool()
 			roots.AppendCertsFromPEM(ca)
-			c.CA, c.http = ca, &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, MinVersion: tls.VersionTLS12}}}
+			c.CA, c.http = ca, &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots,
+				MinVersion: tls.VersionTLS12}}}
 			if _, err = c.Do(http.MethodGet, "/readyz", nil); err == nil {
 				if _, err = c.Do(http.MethodGet, "/api/v1/namespaces/default", nil); err == nil {
 					return
@@ -187,7 +194,7 @@ func (c *Cluster) Must(method, path string, in, out any) {
 	}
 }
 
-// As returns a way to call the API with a token, and tells what became of it.
+// As returns a way to call the API with a token, and tells what happened to it.
 func (c *Cluster) As(token string) func(method, path string, in any) error {
 	return func(method, path string, in any) error {
 		_, err := c.as(token, method, path, in)
@@ -202,7 +209,8 @@ func (c *Cluster) Kubectl(stdin string, args ...string) (string, error) {
 		return "", err
 	}
 	cmd := exec.CommandContext(c.t.Context(), filepath.Join(c.bin, "kubectl"), append([]string{
-		"--server", "https://" + net.JoinHostPort(c.Host, c.Port), "--certificate-authority", ca, "--token", c.admin}, args...)...)
+		"--server", "https://" + net.JoinHostPort(c.Host, c.Port), "--certificate-authority", ca, "--token", c.admin},
+		args...)...)
 	cmd.Env = []string{"HOME=" + c.dir, "PATH=" + os.Getenv("PATH"), "KUBECONFIG=/dev/null"}
 	cmd.Stdin = strings.NewReader(stdin)
 	var stdout, stderr bytes.Buffer
@@ -221,12 +229,14 @@ func (c *Cluster) Account(namespace, account, node string) string {
 	var made struct{ Metadata struct{ UID string } }
 	c.Must(http.MethodPost, "/api/v1/namespaces/"+namespace+"/pods", map[string]any{
 		"metadata": map[string]any{"name": pod},
-		"spec":     map[string]any{"serviceAccountName": account, "nodeName": node, "containers": []any{map[string]any{"name": "c", "image": "none"}}},
+		"spec": map[string]any{"serviceAccountName": account, "nodeName": node,
+			"containers": []any{map[string]any{"name": "c", "image": "none"}}},
 	}, &made)
 	var token struct{ Status struct{ Token string } }
 	c.Must(http.MethodPost, "/api/v1/namespaces/"+namespace+"/serviceaccounts/"+account+"/token", map[string]any{
 		"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
-		"spec": map[string]any{"boundObjectRef": map[string]any{"apiVersion": "v1", "kind": "Pod", "name": pod, "uid": made.Metadata.UID}},
+		"spec": map[string]any{"boundObjectRef": map[string]any{"apiVersion": "v1", "kind": "Pod", "name": pod,
+			"uid": made.Metadata.UID}},
 	}, &token)
 	if token.Status.Token == "" {
 		c.t.Fatal(errors.New("the API server gave no token"))

@@ -1,4 +1,4 @@
-// Package faulttable is for tests that strike phases with faults and write what became of
+// Package faulttable is for tests that inject faults into phases and write what happened to
 // them into a table in docs. Only test files import it. It refuses to know any fault but a
 // full disk.
 package faulttable
@@ -55,7 +55,8 @@ func (tab Table) Check(t *testing.T) {
 	t.Helper()
 	start, end := "<!-- "+tab.Name+"table: begin -->\n", "<!-- "+tab.Name+"table: end -->\n"
 	var table strings.Builder
-	fmt.Fprintf(&table, "| %s | %s |\n|---|%s\n", tab.Head, strings.Join(tab.Columns, " | "), strings.Repeat("---|", len(tab.Columns)))
+	fmt.Fprintf(&table, "| %s | %s |\n|---|%s\n", tab.Head, strings.Join(tab.Columns, " | "),
+		strings.Repeat("---|", len(tab.Columns)))
 	for _, row := range tab.Rows {
 		cells := []string{row}
 		for _, column := range tab.Columns {
@@ -75,7 +76,9 @@ func (tab Table) Check(t *testing.T) {
 	switch {
 	case old == table.String():
 	case tab.Update:
-		if err := os.WriteFile(tab.File, slices.Concat([]byte(before), []byte(start), []byte(table.String()), []byte(end), []byte(after)), 0o644); err != nil {
+		if err := os.WriteFile(tab.File,
+			slices.Concat([]byte(before), []byte(start), []byte(table.String()), []byte(end), []byte(after)),
+			0o644); err != nil {
 			t.Fatal(err)
 		}
 	default:

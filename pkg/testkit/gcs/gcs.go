@@ -1,7 +1,7 @@
 // Package gcs runs fake-gcs-server, an emulator of Google Cloud Storage, for
 // one test. Only test files import it. It refuses to stand in for Google's
 // permissions: the emulator lets everybody do everything, and so a test of
-// what is refused for want of rights has no place here.
+// what is refused without rights has no place here.
 package gcs
 
 import (
@@ -66,7 +66,8 @@ func start(t testing.TB, program string) (address string, err error) {
 	}
 	_, port, _ := net.SplitHostPort(address)
 	// The public host is that of plain downloads, which have no API in their path.
-	cmd := exec.Command(program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", port, "-public-host", address)
+	cmd := exec.Command(program, "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", port,
+		"-public-host", address)
 	cmd.Env = []string{"HOME=/nonexistent"}
 	stderr, err := cmd.StderrPipe()
 	if err != nil {
@@ -130,7 +131,7 @@ func (s *Server) Put(t testing.TB, bucket, name string, data []byte) {
 	s.put(t, bucket, data, url.Values{"uploadType": {"media"}, "name": {name}})
 }
 
-// PutGzip stores an object that is stored compressed and meant to be had plain:
+// PutGzip stores an object that is stored compressed and meant available plain:
 // gzipped data with a Content-Encoding.
 func (s *Server) PutGzip(t testing.TB, bucket, name string, data []byte) {
 	t.Helper()

@@ -133,7 +133,8 @@ func TestRunner(t *testing.T) {
 			[]wire.Event{begin(0), {Type: wire.End, Exit: 137}}},
 		{"failure stops", []wire.Step{{Argv: []string{"@insmod"}}, {Argv: []string{"@cat", file}}},
 			[]wire.Event{begin(0), {Type: wire.End, Exit: 22, Error: "insmod: want FILE [PARAMETER...]: invalid argument"}}},
-		{"failure may pass", []wire.Step{{Argv: []string{"@open", "/nothing"}, KeepGoing: true}, {Argv: []string{"@cat", file}}},
+		{"failure may pass", []wire.Step{{Argv: []string{"@open", "/nothing"}, KeepGoing: true},
+			{Argv: []string{"@cat", file}}},
 			[]wire.Event{begin(0), {Type: wire.End, Exit: 2, Error: "open /nothing: no such file or directory"},
 				begin(1), {Type: wire.Output, Step: 1, Stream: "stdout", Data: []byte("text")}, {Type: wire.End, Step: 1}}},
 		{"no such built-in", []wire.Step{{Argv: []string{"@dance"}}},
@@ -159,7 +160,8 @@ func TestRunnerBackground(t *testing.T) {
 	mark := filepath.Join(t.TempDir(), "up")
 	hold := wire.Step{Name: "hold", Background: true,
 		Argv: []string{"/bin/sh", "-c", "trap 'exit 5' TERM; : >" + mark + "; sleep 60 & wait"}}
-	steps := []wire.Step{hold, {Name: "wait", Argv: []string{"@wait", mark}}, {Name: "stop", Argv: []string{"@stop", "hold"}}}
+	steps := []wire.Step{hold, {Name: "wait", Argv: []string{"@wait", mark}},
+		{Name: "stop", Argv: []string{"@stop", "hold"}}}
 	want := []wire.Event{
 		{Type: wire.Begin}, {Type: wire.Begin, Step: 1}, {Type: wire.End, Step: 1},
 		{Type: wire.Begin, Step: 2}, {Type: wire.End, Exit: 5}, {Type: wire.End, Step: 2, Exit: 5},

@@ -16,8 +16,8 @@ type link struct {
 	log *kernelLog
 }
 
-// send writes one event. There is nobody else to tell when that fails, so the
-// console hears of it.
+// send writes one event. No one else can receive it when that fails, so the
+// console reports it.
 func (l *link) send(e wire.Event) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -1,7 +1,6 @@
 // Command guestinit is /init of Prebake's virtual machines: it mounts what a
-// Linux program expects, loads the kernel modules that came with it, brings
-// the network up, runs the steps of a script, tells the host about each over
-// the second serial port, and powers off. It has built-in steps for kernel
+// Linux program expects, loads the kernel modules that came with it, starts the network, runs the steps of a script,
+// tells the host about each over the second serial port, and powers off. It has built-in steps for kernel
 // modules, device nodes and files, so that a machine needs no shell. It
 // refuses to run anywhere but as process 1.
 package main
@@ -58,7 +57,7 @@ func boot() {
 	if err := script(host); err != nil {
 		host.send(wire.Event{Type: wire.Fatal, Error: err.Error(), Kernel: host.kernel()})
 	} else {
-		host.send(wire.Event{Type: wire.Bye, Kernel: host.kernel()})
+		host.send(wire.Event{Type: wire.Finished, Kernel: host.kernel()})
 	}
 	if err := events.drain(); err != nil {
 		fmt.Fprintf(os.Stderr, "guestinit: drain: %v\n", err)
@@ -88,7 +87,7 @@ func script(host *link) error {
 	return nil
 }
 
-// prepare loads modules and brings devices up.
+// prepare loads modules and starts devices.
 func prepare(s wire.Script) error {
 	names, err := moduleOrder(wire.OrderPath)
 	if err != nil {
@@ -101,7 +100,7 @@ func prepare(s wire.Script) error {
 	}
 	if s.Network {
 		if err := network(10 * time.Second); err != nil {
-			return fmt.Errorf("bring network up: %w", err)
+			return fmt.Errorf("start network: %w", err)
 		}
 	}
 	if s.GPU {

@@ -16,7 +16,7 @@ const (
 	gateway      = "10.0.2.2"
 )
 
-// network brings lo and eth0 up. The driver registers eth0 on its own time,
+// network starts lo and eth0. The driver registers eth0 on its own time,
 // so up to wait is spent on asking for it.
 func network(wait time.Duration) error {
 	lo, err := netlink.LinkByName("lo")

@@ -154,7 +154,8 @@ func (r *runner) stop(name string) (int, error) {
 		<-j.done
 		text = fmt.Sprintf("killed: did not end in %v when asked to", stopGrace)
 	}
-	r.host.send(wire.Event{Type: wire.End, Step: j.step, Exit: j.exit, Error: text, Seconds: time.Since(j.start).Seconds()})
+	r.host.send(wire.Event{Type: wire.End, Step: j.step, Exit: j.exit, Error: text,
+		Seconds: time.Since(j.start).Seconds()})
 	return j.exit, nil
 }
 

@@ -25,9 +25,9 @@ const (
 	uartDepth   = 16
 )
 
-// uartPatience is how long the host may leave bytes lying, far longer than any
+// uartTimeout is how long the host may leave bytes lying, far longer than any
 // host needs to read what is in a pipe.
-const uartPatience = time.Minute
+const uartTimeout = time.Minute
 
 // registers are those of a device, a byte at each offset.
 type registers interface {
@@ -114,8 +114,8 @@ func (u uart) await(bits byte) error {
 		if err != nil || status&bits != 0 {
 			return err
 		}
-		if time.Since(start) > uartPatience {
-			return fmt.Errorf("write serial port: its line status is %#x after %v", status, uartPatience)
+		if time.Since(start) > uartTimeout {
+			return fmt.Errorf("write serial port: its line status is %#x after %v", status, uartTimeout)
 		}
 	}
 }

@@ -96,8 +96,8 @@ func TestUARTGivesUp(t *testing.T) {
 		if n, err := u.Write(make([]byte, 20)); n != 16 || err == nil {
 			t.Errorf("Write(20 bytes) to a host that reads nothing = %d, %v; want 16 and an error", n, err)
 		}
-		if took := time.Since(start); took < uartPatience || took > 2*uartPatience {
-			t.Errorf("it waited %v; want %v", took, uartPatience)
+		if took := time.Since(start); took < uartTimeout || took > 2*uartTimeout {
+			t.Errorf("it waited %v; want %v", took, uartTimeout)
 		}
 	})
 	if _, err := newUART(&fakeUART{off: true}); err == nil {
@@ -118,7 +118,8 @@ func TestOpenUART(t *testing.T) {
 	devices := t.TempDir()
 	add := func(address, vendor, device string) string {
 		dir := filepath.Join(devices, address)
-		files := map[string]string{"vendor": vendor + "\n", "device": device + "\n", "enable": "0\n", "resource0": "\x00\x00\x00\x00\x00\x60\x00\x00"}
+		files := map[string]string{"vendor": vendor + "\n", "device": device + "\n", "enable": "0\n",
+			"resource0": "\x00\x00\x00\x00\x00\x60\x00\x00"}
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}

@@ -25,7 +25,7 @@ type Scope string
 // The scopes.
 const (
 	// Ask is for nodes: ask for builds of kernels that the catalogue knows, so many
-	// an hour, and report what became of a driver.
+	// an hour, and report what happened to a driver.
 	Ask Scope = "ask"
 	// Announce is for release pipelines: tell of a COS build, and ask for any build.
 	Announce Scope = "announce"
@@ -104,13 +104,13 @@ type tokenStore interface {
 
 // Config is what an authenticator knows.
 type Config struct {
-	// First is the token that opens everything; "" is none.
+	// First is the token that opens everything; "" means none.
 	First string
-	// Tokens are those that an administrator made; nil is none.
+	// Tokens are those that an administrator made; nil means none.
 	Tokens tokenStore
 	// Issuers are whose OpenID Connect tokens count; see ReadIssuers.
 	Issuers *Issuers
-	// Now is the clock; nil is the machine's.
+	// Now is the clock; nil means the machine's.
 	Now func() time.Time
 }
 
@@ -125,26 +125,26 @@ func New(c Config) *Authenticator {
 	return &Authenticator{c}
 }
 
-// Who returns the caller that a secret belongs to: fault.Unauthorized if to none,
+// Authenticate returns the caller that a secret belongs to: fault.Unauthorized if to none,
 // fault.Transient if that cannot be found out now.
-func (a *Authenticator) Who(ctx context.Context, secret string) (Principal, error) {
+func (a *Authenticator) Authenticate(ctx context.Context, secret string) (Principal, error) {
 	switch {
-	case same(secret, a.First):
+	case equalSecrets(secret, a.First):
 		return Principal{Name: "first", Scopes: []Scope{Admin}}, nil
 	case strings.HasPrefix(secret, tokenPrefix) && a.Tokens != nil:
 		return a.ofToken(ctx, secret)
 	case strings.Count(secret, ".") == 2 && a.Issuers != nil:
-		return a.Issuers.who(ctx, secret, a.Now())
+		return a.Issuers.authenticate(ctx, secret, a.Now())
 	}
 	return Principal{}, unknown("the token is not known")
 }
 
 func unknown(why string) error {
-	return fault.New(fault.Unauthorized, why, "get one from whoever runs the server: server tokens create")
+	return fault.New(fault.Unauthorized, why, "get one from the operator of the server: server tokens create")
 }
 
-// same compares secrets in constant time. An empty secret lets nobody in.
-func same(given, secret string) bool {
+// equalSecrets compares secrets in constant time. An empty secret lets nobody in.
+func equalSecrets(given, secret string) bool {
 	a, b := sha256.Sum256([]byte(given)), sha256.Sum256([]byte(secret))
 	return subtle.ConstantTimeCompare(a[:], b[:]) == 1 && secret != ""
 }

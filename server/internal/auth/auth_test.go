@@ -55,18 +55,19 @@ func (m *memory) TokenUsed(_ context.Context, _ string, at time.Time) error {
 func TestToken(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
-	made, hash, err := NewToken(api.NewToken{Name: "node-pool-a", Scopes: []string{"ask"}, LifeSeconds: 86400}, "first", now)
+	made, hash, err := NewToken(api.NewToken{Name: "node-pool-a", Scopes: []string{"ask"}, LifeSeconds: 86400}, "first",
+		now)
 	check(t, err)
 	m := &memory{token: made, hash: hash}
 	m.token.Secret = ""
 	a := New(Config{First: "0123456789abcdef", Tokens: m, Now: func() time.Time { return now }})
-	p, err := a.Who(t.Context(), made.Secret)
+	p, err := a.Authenticate(t.Context(), made.Secret)
 	if diff := cmp.Diff(Principal{Name: "token:node-pool-a", Scopes: []Scope{Ask}}, p); diff != "" || err != nil {
-		t.Errorf("Who(token) = %v (-want +got):\n%s", err, diff)
+		t.Errorf("Authenticate(token) = %v (-want +got):\n%s", err, diff)
 	}
 	for i := range 3 {
 		now = now.Add(25 * time.Minute * time.Duration(i))
-		if _, err := a.Who(t.Context(), made.Secret); err != nil {
+		if _, err := a.Authenticate(t.Context(), made.Secret); err != nil {
 			t.Errorf("Who(token) again = %v", err)
 		}
 	}
@@ -74,20 +75,22 @@ func TestToken(t *testing.T) {
 		t.Errorf("its use was written %d times in 75 minutes; want 2", m.used)
 	}
 	for name, secret := range map[string]string{
-		"nothing": "", "prefix": tokenPrefix, "id alone": tokenPrefix + made.ID, "id and nothing": tokenPrefix + made.ID + "_",
+		"nothing": "", "prefix": tokenPrefix, "id alone": tokenPrefix + made.ID,
+		"id and nothing": tokenPrefix + made.ID + "_",
 		"another secret": tokenPrefix + made.ID + "_" + rand.Text(), "one letter less": made.Secret[:len(made.Secret)-1],
 		"one letter more": made.Secret + "A", "first in upper case": "0123456789ABCDEF",
 	} {
-		if p, err := a.Who(t.Context(), secret); !fault.Is(err, fault.Unauthorized) {
-			t.Errorf("Who(%s) = %+v, %v; want unauthorized", name, p, err)
+		if p, err := a.Authenticate(t.Context(), secret); !fault.Is(err, fault.Unauthorized) {
+			t.Errorf("Authenticate(%s) = %+v, %v; want unauthorized", name, p, err)
 		}
 	}
 	now = made.ExpiresAt
-	if _, err := a.Who(t.Context(), made.Secret); !fault.Is(err, fault.Unauthorized) || !strings.Contains(err.Error(), "expired") {
-		t.Errorf("Who(token at its end) = %v; want unauthorized, expired", err)
+	if _, err := a.Authenticate(t.Context(), made.Secret); !fault.Is(err, fault.Unauthorized) ||
+		!strings.Contains(err.Error(), "expired") {
+		t.Errorf("Authenticate(token at its end) = %v; want unauthorized, expired", err)
 	}
-	if _, err := New(Config{}).Who(t.Context(), ""); !fault.Is(err, fault.Unauthorized) {
-		t.Errorf("Who(nothing) of a server without secrets = %v; want unauthorized", err)
+	if _, err := New(Config{}).Authenticate(t.Context(), ""); !fault.Is(err, fault.Unauthorized) {
+		t.Errorf("Authenticate(nothing) of a server without secrets = %v; want unauthorized", err)
 	}
 }
 
@@ -112,7 +115,8 @@ func key(t *testing.T, dir, id string) (*ecdsa.PrivateKey, string) {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	check(t, err)
-	raw, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: k.Public(), KeyID: id, Algorithm: "ES256", Use: "sig"}}})
+	raw, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: k.Public(), KeyID: id, Algorithm: "ES256",
+		Use: "sig"}}})
 	check(t, err)
 	name := filepath.Join(dir, id+".json")
 	check(t, os.WriteFile(name, raw, 0o600))
@@ -160,10 +164,10 @@ func TestIssuer(t *testing.T) {
 		}
 		return c
 	}
-	p, err := a.Who(t.Context(), sign(t, jose.ES256, k, claims(nil)))
+	p, err := a.Authenticate(t.Context(), sign(t, jose.ES256, k, claims(nil)))
 	want := Principal{Name: "oidc:my-org/cos@refs/heads/release-1", Scopes: []Scope{Announce}}
 	if diff := cmp.Diff(want, p); diff != "" || err != nil {
-		t.Fatalf("Who(token) = %v (-want +got):\n%s", err, diff)
+		t.Fatalf("Authenticate(token) = %v (-want +got):\n%s", err, diff)
 	}
 	good := sign(t, jose.ES256, k, claims(nil))
 	parts := strings.Split(good, ".")
@@ -180,12 +184,13 @@ func TestIssuer(t *testing.T) {
 		"HMAC":                  sign(t, jose.HS256, []byte(strings.Repeat("k", 32)), claims(nil)),
 		"no signature":          parts[0] + "." + parts[1] + ".",
 		"no algorithm":          "eyJhbGciOiJub25lIn0." + parts[1] + ".",
-		"payload of another":    parts[0] + "." + strings.Split(sign(t, jose.ES256, other, claims(map[string]any{"ref": "refs/heads/release-2"})), ".")[1] + "." + parts[2],
-		"no token":              "a.b.c",
-		"endless":               parts[0] + "." + strings.Repeat("A", 1<<20) + "." + parts[2],
+		"payload of another": parts[0] + "." + strings.Split(sign(t, jose.ES256, other,
+			claims(map[string]any{"ref": "refs/heads/release-2"})), ".")[1] + "." + parts[2],
+		"no token": "a.b.c",
+		"endless":  parts[0] + "." + strings.Repeat("A", 1<<20) + "." + parts[2],
 	} {
-		if p, err := a.Who(t.Context(), secret); !fault.Is(err, fault.Unauthorized) {
-			t.Errorf("Who(%s) = %+v, %v; want unauthorized", name, p, err)
+		if p, err := a.Authenticate(t.Context(), secret); !fault.Is(err, fault.Unauthorized) {
+			t.Errorf("Authenticate(%s) = %+v, %v; want unauthorized", name, p, err)
 		}
 	}
 }
@@ -224,7 +229,7 @@ func TestReadIssuersRefuses(t *testing.T) {
 	}
 }
 
-// A pod's token, as a real kube-apiserver makes it, is believed by the keys that it
+// A pod's token, as a real kube-apiserver makes it, is trusted by the keys that it
 // publishes.
 func TestKubernetesToken(t *testing.T) {
 	c := cluster.Start(t)
@@ -234,7 +239,9 @@ func TestKubernetesToken(t *testing.T) {
 	check(t, os.WriteFile(filepath.Join(dir, "keys.json"), keys, 0o600))
 	rule := func(subject string) *Authenticator {
 		file := filepath.Join(dir, "rules.yaml")
-		check(t, os.WriteFile(file, []byte("[{issuer: https://cluster.test, audience: prebake, scopes: [ask], keys: keys.json, claims: {sub: \""+subject+"\"}}]"), 0o600))
+		check(t, os.WriteFile(file,
+			[]byte("[{issuer: https://cluster.test, audience: prebake, scopes: [ask], keys: keys.json, claims: {sub: \""+subject+
+				"\"}}]"), 0o600))
 		all, err := ReadIssuers(file)
 		check(t, err)
 		return New(Config{Issuers: all})
@@ -246,20 +253,23 @@ func TestKubernetesToken(t *testing.T) {
 			} `json:"status"`
 		}
 		c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts/default/token", map[string]any{
-			"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": map[string]any{"audiences": []string{audience}},
+			"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
+			"spec": map[string]any{"audiences": []string{audience}},
 		}, &out)
 		return out.Status.Token
 	}
-	p, err := rule("system:serviceaccount:default:default").Who(t.Context(), token("prebake"))
+	p, err := rule("system:serviceaccount:default:default").Authenticate(t.Context(), token("prebake"))
 	want := Principal{Name: "oidc:system:serviceaccount:default:default", Scopes: []Scope{Ask}}
 	if diff := cmp.Diff(want, p); diff != "" || err != nil {
-		t.Errorf("Who(pod's token) = %v (-want +got):\n%s", err, diff)
+		t.Errorf("Authenticate(pod's token) = %v (-want +got):\n%s", err, diff)
 	}
-	if _, err := rule("system:serviceaccount:default:default").Who(t.Context(), token("another")); !fault.Is(err, fault.Unauthorized) {
-		t.Errorf("Who(token for another audience) = %v; want unauthorized", err)
+	if _, err := rule("system:serviceaccount:default:default").Authenticate(t.Context(), token("another")); !fault.Is(err,
+		fault.Unauthorized) {
+		t.Errorf("Authenticate(token for another audience) = %v; want unauthorized", err)
 	}
-	if _, err := rule("system:serviceaccount:kube-system:*").Who(t.Context(), token("prebake")); !fault.Is(err, fault.Unauthorized) {
-		t.Errorf("Who(token of another account) = %v; want unauthorized", err)
+	if _, err := rule("system:serviceaccount:kube-system:*").Authenticate(t.Context(), token("prebake")); !fault.Is(err,
+		fault.Unauthorized) {
+		t.Errorf("Authenticate(token of another account) = %v; want unauthorized", err)
 	}
 }
 

@@ -20,7 +20,8 @@ func FuzzWho(f *testing.F) {
 	rules := filepath.Join(dir, "rules.yaml")
 	for name, text := range map[string]string{
 		filepath.Join(dir, "keys.json"): keys,
-		rules:                           "- {issuer: " + issuer + ", audience: a, claims: {sub: \"*\"}, scopes: [admin], keys: keys.json}\n",
+		rules: "- {issuer: " + issuer +
+			", audience: a, claims: {sub: \"*\"}, scopes: [admin], keys: keys.json}\n",
 	} {
 		if err := os.WriteFile(name, []byte(text), 0o600); err != nil {
 			f.Fatal(err)
@@ -36,13 +37,14 @@ func FuzzWho(f *testing.F) {
 	}
 	claims := base64.RawURLEncoding.EncodeToString([]byte(`{"iss":"` + issuer + `","aud":"a","sub":"x","exp":4102444800}`))
 	a := New(Config{First: first, Tokens: &memory{token: made, hash: hash}, Issuers: all})
-	for _, seed := range []string{"", first + " ", tokenPrefix, tokenPrefix + "_", "..", "e30.e30.", "eyJhbGciOiJub25lIn0.e30.",
+	for _, seed := range []string{"", first + " ", tokenPrefix, tokenPrefix + "_", "..", "e30.e30.",
+		"eyJhbGciOiJub25lIn0.e30.",
 		made.Secret[:len(made.Secret)-1], made.Secret + "A", "eyJhbGciOiJFUzI1NiJ9." + claims + ".AAAA"} {
 		f.Add(seed)
 	}
 	f.Fuzz(func(t *testing.T, secret string) {
-		if p, err := a.Who(t.Context(), secret); err == nil && secret != first && secret != made.Secret {
-			t.Errorf("Who(%q) = %v; want a refusal", secret, p)
+		if p, err := a.Authenticate(t.Context(), secret); err == nil && secret != first && secret != made.Secret {
+			t.Errorf("Authenticate(%q) = %v; want a refusal", secret, p)
 		}
 	})
 }

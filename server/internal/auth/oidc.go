@@ -44,7 +44,7 @@ type Rule struct {
 	// Audience is what one of the claim aud must be.
 	Audience string `yaml:"audience"`
 	// Claims are what other claims must be: a text with * for any run of letters but
-	// /. At least one is needed: an issuer such as GitHub's speaks for everybody.
+	// /. At least one is needed: an issuer such as GitHub's signs tokens for everybody.
 	Claims map[string]string `yaml:"claims"`
 	// Scopes are what such a caller may do.
 	Scopes []string `yaml:"scopes"`
@@ -54,15 +54,14 @@ type Rule struct {
 	// Keys is a file with the issuer's keys (a JWK set), beside the rules' file
 	// unless it is absolute. "" asks the issuer, as OpenID Connect Discovery says.
 	Keys string `yaml:"keys"`
-	// CA is a file with certificates in PEM that the issuer's own must chain to;
-	// "" is the system's.
+	// CA is a file with certificates in PEM that the issuer's own must chain to; "" means the system's.
 	CA string `yaml:"ca"`
 
 	scopes   []Scope
 	verifier *lazyVerifier
 }
 
-// Issuers are the rules by which OpenID Connect tokens are believed.
+// Issuers are the rules by which OpenID Connect tokens are trusted.
 type Issuers struct{ rules []*Rule }
 
 // ReadIssuers reads rules from a YAML file: a list with a member for each field of
@@ -138,7 +137,8 @@ func (r *Rule) prepare(dir string) error {
 		if !pool.AppendCertsFromPEM(pem) {
 			return fmt.Errorf("%s has no certificate in PEM", r.CA)
 		}
-		r.verifier.client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}}
+		r.verifier.client.Transport = &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool,
+			MinVersion: tls.VersionTLS12}}
 	}
 	if r.Keys == "" {
 		return nil
@@ -176,7 +176,8 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 // verifierConfig leaves the audience to the rules: several may share an issuer.
 func verifierConfig() *oidc.Config {
 	return &oidc.Config{SkipClientIDCheck: true, SupportedSigningAlgs: []string{
-		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512, oidc.EdDSA,
+		oidc.RS256, oidc.RS384, oidc.RS512, oidc.ES256, oidc.ES384, oidc.ES512, oidc.PS256, oidc.PS384, oidc.PS512,
+		oidc.EdDSA,
 	}}
 }
 
@@ -209,8 +210,8 @@ func (l *lazyVerifier) get(now time.Time) (*oidc.IDTokenVerifier, error) {
 	return l.verifier, nil
 }
 
-// who believes a token that the rules trust.
-func (all *Issuers) who(ctx context.Context, raw string, now time.Time) (Principal, error) {
+// authenticate accepts a token that the rules trust.
+func (all *Issuers) authenticate(ctx context.Context, raw string, now time.Time) (Principal, error) {
 	issuer, err := issuerOf(raw)
 	if err != nil {
 		return Principal{}, unknown("the token is no OpenID Connect token: " + err.Error())

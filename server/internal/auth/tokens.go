@@ -21,8 +21,8 @@ const tokenPrefix = "prebake_"
 
 // How long a token may live.
 const (
-	DefaultLife = 90 * 24 * time.Hour
-	LongestLife = 2 * 365 * 24 * time.Hour
+	DefaultLifetime = 90 * 24 * time.Hour
+	MaxLifetime     = 2 * 365 * 24 * time.Hour
 )
 
 // usedEvery is how often the use of a token is written down.
@@ -45,12 +45,12 @@ func NewToken(n api.NewToken, by string, now time.Time) (api.Token, []byte, erro
 	if err != nil {
 		return api.Token{}, nil, fmt.Errorf("make token: %w", err)
 	}
-	life := DefaultLife
+	life := DefaultLifetime
 	if n.LifeSeconds != 0 {
 		life = time.Duration(n.LifeSeconds) * time.Second
 	}
-	if n.LifeSeconds < 0 || n.LifeSeconds > int64(LongestLife/time.Second) {
-		return fail(fmt.Sprintf("a life of %d s is not between 1 s and %s", n.LifeSeconds, LongestLife), "")
+	if n.LifeSeconds < 0 || n.LifeSeconds > int64(MaxLifetime/time.Second) {
+		return fail(fmt.Sprintf("a life of %d s is not between 1 s and %s", n.LifeSeconds, MaxLifetime), "")
 	}
 	t := api.Token{ID: strings.ToLower(rand.Text()), Name: n.Name, CreatedAt: now, CreatedBy: by, ExpiresAt: now.Add(life)}
 	for _, s := range scopes {

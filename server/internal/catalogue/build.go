@@ -13,23 +13,23 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Asker bounds what a caller may ask for; the zero value may ask for anything.
-type Asker struct {
+// Caller bounds what a caller may ask for; the zero value may ask for anything.
+type Caller struct {
 	// KnownOnly refuses kernels that the catalogue has not seen yet.
 	KnownOnly bool
-	// Spend is asked before a build is added; what it returns refuses it. Builds that
+	// Allow is asked before a build is added; what it returns refuses it. Builds that
 	// are there already cost nothing. nil is no bound.
-	Spend func() error
+	Allow func() error
 }
 
 // Request asks for a cell to be built. A published cell returns its finished
 // build, an open one the open build; a failed one is tried anew.
 func (c *Catalogue) Request(ctx context.Context, r api.BuildRequest) (api.Build, error) {
-	return c.RequestAs(ctx, r, Asker{})
+	return c.RequestAs(ctx, r, Caller{})
 }
 
 // RequestAs is Request for a caller that may not ask for everything.
-func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Asker) (api.Build, error) {
+func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Caller) (api.Build, error) {
 	w, err := parseWish(r.BuildID, r.Board, r.Driver, r.Flavour)
 	if err != nil {
 		return api.Build{}, fmt.Errorf("request build: %w", err)
@@ -43,7 +43,7 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Asker)
 		return api.Build{}, fault.New(
 			fault.Forbidden,
 			"request build: the catalogue does not know kernel "+w.kernel.String()+" yet",
-			"have somebody who may announce it: server announce "+w.kernel.BuildID,
+			"ask somebody who may announce it: server announce "+w.kernel.BuildID,
 		)
 	}
 	version, reason, hint := w.version(k, known)
@@ -64,7 +64,7 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Asker)
 			refusal = orText(refusal, why)
 			continue
 		}
-		cell := judge(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+		cell := resolution(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 		live := cell.State == api.Published || cell.State == api.Building || cell.State == api.Queued
 		if chosen == nil || (live && rank(cell.State) < rank(chosen.State)) {
 			chosen = &cell
@@ -78,8 +78,8 @@ func (c *Catalogue) RequestAs(ctx context.Context, r api.BuildRequest, by Asker)
 		)
 	}
 	live := chosen.State == api.Published || chosen.State == api.Building || chosen.State == api.Queued
-	if by.Spend != nil && !live {
-		if err := by.Spend(); err != nil {
+	if by.Allow != nil && !live {
+		if err := by.Allow(); err != nil {
 			return api.Build{}, fmt.Errorf("request build: %w", err)
 		}
 	}
@@ -107,7 +107,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 		return b, err
 	}
 	if k.SeenAt.IsZero() { // what is built is in the catalogue, mirror or not
-		if err := c.SawKernel(ctx, k); err != nil {
+		if err := c.RecordKernel(ctx, k); err != nil {
 			return b, err
 		}
 	}
@@ -116,7 +116,7 @@ func (c *Catalogue) openCell(ctx context.Context, k api.Kernel, cell api.Resolut
 	case err != nil:
 		return b, err
 	case !added && b.State == api.Queued && b.Priority > priority:
-		return c.raise(ctx, b, priority)
+		return c.raisePriority(ctx, b, priority)
 	case !added:
 		return b, nil
 	}
@@ -177,7 +177,7 @@ func (c *Catalogue) lookUp(ctx context.Context, buildID string) ([]api.Kernel, e
 		return nil, err
 	}
 	for _, k := range all {
-		if err := c.SawKernel(ctx, k); err != nil {
+		if err := c.RecordKernel(ctx, k); err != nil {
 			return nil, err
 		}
 	}
@@ -195,9 +195,9 @@ func (c *Catalogue) add(ctx context.Context, b api.Build) (stored api.Build, add
 	return stored, added, err
 }
 
-// raise moves a build that waits further to the front.
-func (c *Catalogue) raise(ctx context.Context, b api.Build, priority int) (api.Build, error) {
-	up := func(q Enqueuer) error { return q.Raise(ctx, b.ID, priority) }
+// raisePriority moves a build that waits further to the front.
+func (c *Catalogue) raisePriority(ctx context.Context, b api.Build, priority int) (api.Build, error) {
+	up := func(q Enqueuer) error { return q.SetPriority(ctx, b.ID, priority) }
 	err := c.Store.Write(ctx, func(tx *store.Tx) (err error) {
 		if b, err = tx.Build(ctx, b.ID); err != nil || b.State != api.Queued || b.Priority <= priority {
 			return err
@@ -218,7 +218,8 @@ func (c *Catalogue) raise(ctx context.Context, b api.Build, priority int) (api.B
 // under way hears of it with its next report and ends it.
 func (c *Catalogue) Cancel(ctx context.Context, id int64) (api.Build, error) {
 	out := func(q Enqueuer) error { return q.Cancel(ctx, id) }
-	b, err := c.update(ctx, id, api.BuildUpdate{State: api.Cancelled}, func(tx *store.Tx) error { return c.within(tx, out) })
+	b, err := c.update(ctx, id, api.BuildUpdate{State: api.Cancelled},
+		func(tx *store.Tx) error { return c.within(tx, out) })
 	if err == nil {
 		c.after(ctx, "job not cancelled yet", id, out)
 	}
@@ -287,11 +288,11 @@ func (c *Catalogue) update(
 		if after, err = apply(before, e, u, c.Now()); err != nil {
 			return err
 		}
-		if err := c.learnKernel(ctx, tx, before, u); err != nil {
+		if err := c.recordKernel(ctx, tx, before, u); err != nil {
 			return err
 		}
 		if e == publish {
-			if err := c.learnArtifact(ctx, tx, before, u); err != nil {
+			if err := c.recordArtifact(ctx, tx, before, u); err != nil {
 				return err
 			}
 		}
@@ -304,7 +305,8 @@ func (c *Catalogue) update(
 		return after, fmt.Errorf("update build %d: %w", id, err)
 	}
 	if after.State != before.State {
-		c.Log.InfoContext(ctx, "build changed", "build", id, "state", after.State, "class", after.Class, "digest", after.Digest)
+		c.Log.InfoContext(ctx, "build changed", "build", id, "state", after.State, "class", after.Class, "digest",
+			after.Digest)
 	}
 	return after, nil
 }
@@ -359,8 +361,8 @@ func checkUpdate(u api.BuildUpdate) error {
 	return nil
 }
 
-// learnKernel stores what a builder found out about the kernel.
-func (c *Catalogue) learnKernel(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
+// recordKernel stores what a builder found out about the kernel.
+func (c *Catalogue) recordKernel(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
 	if u.Kernel == nil && u.Fingerprint == "" {
 		return nil
 	}
@@ -390,8 +392,8 @@ func (c *Catalogue) learnKernel(ctx context.Context, tx *store.Tx, b api.Build, 
 	return tx.PutKernel(ctx, k)
 }
 
-// learnArtifact stores the artifact of a build that is about to be published.
-func (c *Catalogue) learnArtifact(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
+// recordArtifact stores the artifact of a build that is about to be published.
+func (c *Catalogue) recordArtifact(ctx context.Context, tx *store.Tx, b api.Build, u api.BuildUpdate) error {
 	k, _, err := tx.Kernel(ctx, b.Kernel.BuildID, b.Kernel.Board)
 	if err != nil {
 		return err
@@ -403,7 +405,7 @@ func (c *Catalogue) learnArtifact(ctx context.Context, tx *store.Tx, b api.Build
 	if fingerprint == "" {
 		return fault.New(
 			fault.Usage,
-			fmt.Sprintf("publish build %d: nobody reported the kernel's fingerprint", b.ID),
+			fmt.Sprintf("publish build %d: no builder reported the kernel's fingerprint", b.ID),
 			"send it in the update",
 		)
 	}

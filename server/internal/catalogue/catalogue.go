@@ -1,6 +1,6 @@
 // Package catalogue is what the server knows and decides: which kernels and
 // drivers exist, what a node of some kernel should run, which cell is built,
-// and what may become of a build. It refuses HTTP and SQL, and it never matches
+// and what may happen to a build. It refuses HTTP and SQL, and it never matches
 // anything by kernel release.
 package catalogue
 
@@ -52,8 +52,8 @@ type writer interface {
 	Write(ctx context.Context, f func(*store.Tx) error) error
 }
 
-// wisher reads wish lists and what came of them.
-type wisher interface {
+// wishListReader reads wish lists and what came of them.
+type wishListReader interface {
 	WishLists(ctx context.Context) ([]api.WishList, error)
 	WishList(ctx context.Context, name string) (api.WishList, error)
 	ReadyTimes(ctx context.Context, since time.Time) ([]time.Duration, error)
@@ -77,7 +77,7 @@ type Logs interface {
 // harmless.
 type Enqueuer interface {
 	Insert(ctx context.Context, job api.BuildJob, priority int) error
-	Raise(ctx context.Context, build int64, priority int) error
+	SetPriority(ctx context.Context, build int64, priority int) error
 	Cancel(ctx context.Context, build int64) error
 }
 
@@ -87,7 +87,7 @@ type Config struct {
 		lister
 		resolver
 		writer
-		wisher
+		wishListReader
 		measurer
 		warner
 		reporter
@@ -98,14 +98,14 @@ type Config struct {
 	// database: a build and its job are written together then. nil is two databases,
 	// which the sweep of package jobs keeps in agreement.
 	Within func(*store.Tx) Enqueuer
-	// Mirror is asked for kernels that nobody has seen yet; nil is not.
+	// Mirror is asked for kernels that nobody has seen yet; nil means not.
 	Mirror mirror
 	// Repository is where builders publish when they do not say where: a path on
 	// this server ("/prebake/driver"), or a repository of another registry.
 	Repository string
-	// Holds says whether a repository of this server (prebake/driver) has a manifest:
+	// HasManifest says whether a repository of this server (prebake/driver) has a manifest:
 	// the catalogue names nothing that the registry lacks. nil is not asked.
-	Holds func(ctx context.Context, repository, digest string) (bool, error)
+	HasManifest func(ctx context.Context, repository, digest string) (bool, error)
 	// Public says that everybody may read what is in this server's registry: artifacts in it
 	// have to be among what Redistribute lets go.
 	Public       bool
@@ -116,7 +116,7 @@ type Config struct {
 	// load before it is in quarantine; 0 puts none there.
 	Quarantine int
 	Log        *slog.Logger
-	// Now is the clock; nil is time.Now.
+	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 }
 
@@ -263,7 +263,7 @@ func (c *Catalogue) PutLog(ctx context.Context, id int64, r io.Reader) error {
 	return c.Logs.Put(id, r)
 }
 
-// AppendLog adds to the log of a build under way, see [store.Logs.Append].
+// AppendLog adds to the log of a running build, see [store.Logs.Append].
 func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader) error {
 	b, err := c.Store.Build(ctx, id)
 	if err != nil {
@@ -275,8 +275,8 @@ func (c *Catalogue) AppendLog(ctx context.Context, id, offset int64, r io.Reader
 	return c.Logs.Append(id, offset, r)
 }
 
-// SawKernel records a kernel that was discovered.
-func (c *Catalogue) SawKernel(ctx context.Context, k api.Kernel) error {
+// RecordKernel records a kernel that was discovered.
+func (c *Catalogue) RecordKernel(ctx context.Context, k api.Kernel) error {
 	if err := k.Check(); err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("record kernel: %w", err), "")
 	}
@@ -284,8 +284,8 @@ func (c *Catalogue) SawKernel(ctx context.Context, k api.Kernel) error {
 	return c.Store.Write(ctx, func(tx *store.Tx) error { return tx.PutKernel(ctx, k) })
 }
 
-// SawDrivers records driver versions that were discovered.
-func (c *Catalogue) SawDrivers(ctx context.Context, all []api.DriverRelease) error {
+// RecordDrivers records driver versions that were discovered.
+func (c *Catalogue) RecordDrivers(ctx context.Context, all []api.DriverRelease) error {
 	return c.Store.Write(ctx, func(tx *store.Tx) error {
 		for _, d := range all {
 			d.SeenAt = c.Now()
@@ -330,8 +330,8 @@ func (c *Catalogue) addArtifact(ctx context.Context, tx *store.Tx, a api.Artifac
 			),
 		)
 	}
-	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.Holds != nil {
-		switch held, err := c.Holds(ctx, name, a.Digest); {
+	if name, local := strings.CutPrefix(a.Repository, "/"); local && c.HasManifest != nil {
+		switch held, err := c.HasManifest(ctx, name, a.Digest); {
 		case err != nil:
 			return err
 		case !held:

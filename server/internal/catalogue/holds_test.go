@@ -17,7 +17,7 @@ func TestNamesOnlyWhatTheRegistryHas(t *testing.T) {
 	c, _ := world(t)
 	ctx := t.Context()
 	there := map[string]bool{digest("1"): true}
-	c.Holds = func(_ context.Context, repository, d string) (bool, error) {
+	c.HasManifest = func(_ context.Context, repository, d string) (bool, error) {
 		return repository == "prebake/driver" && there[d], nil
 	}
 	d := target.Driver{Version: v261, Flavour: target.Open}

@@ -13,13 +13,13 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// What takes a look at the whole catalogue is measured now and then and remembered:
+// What needs the whole catalogue is measured now and then and remembered:
 // how much of what is wanted is there, how long builds take, who waits for whom.
 
 // measurer reads what is measured.
 type measurer interface {
 	Changes() uint64
-	SetWanted(ctx context.Context, list string, cells []store.Wanted) error
+	SetWanted(ctx context.Context, list string, cells []store.WantedCell) error
 	Coverage(ctx context.Context) (map[int]map[api.State]int, error)
 	WaitingBuilds(ctx context.Context) ([]store.Waiting, error)
 	RunningBuilds(ctx context.Context) ([]store.Working, error)
@@ -44,7 +44,7 @@ type figures struct {
 	coverage api.Coverage
 	waiting  []store.Waiting
 	// before[i] is the work of the first i that wait; running is what is left of the
-	// builds under way.
+	// running builds.
 	before  []time.Duration
 	running time.Duration
 	// takes is how long a build takes; a flavour that was never built is not in it.
@@ -83,7 +83,7 @@ func (c *Catalogue) Measurer(ctx context.Context) error {
 	}
 }
 
-// Measure takes a look at everything and remembers it.
+// Measure examines everything and stores it.
 func (c *Catalogue) Measure(ctx context.Context) error {
 	f, now := &figures{takes: map[target.Flavour]time.Duration{}}, c.Now()
 	counts, err := c.Store.Coverage(ctx)
@@ -109,7 +109,7 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 		if workers[b.Worker] == nil {
 			workers[b.Worker] = &Builder{Name: b.Worker}
 		}
-		workers[b.Worker].HeardAt = later(workers[b.Worker].HeardAt, at)
+		workers[b.Worker].SeenAt = later(workers[b.Worker].SeenAt, at)
 		return workers[b.Worker]
 	}
 	for _, flavour := range []target.Flavour{target.Proprietary, target.Open} {
@@ -130,7 +130,7 @@ func (c *Catalogue) Measure(ctx context.Context) error {
 		}
 	}
 	for _, b := range running {
-		if at := later(b.BeatAt, b.StartedAt); now.Sub(at) < aliveFor {
+		if at := later(b.HeartbeatAt, b.StartedAt); now.Sub(at) < aliveFor {
 			f.builders++
 			heard(b, at).Running++
 		}
@@ -164,7 +164,7 @@ func later(a, b time.Time) time.Time {
 }
 
 // expect says of an open cell how many wait before it, and when it may be ready.
-// It reads nothing: what it goes by is some seconds old.
+// It reads nothing: its input is some seconds old.
 func (c *Catalogue) expect(r *api.Resolution) {
 	f := c.figures.Load()
 	if f == nil || !open(r.Build) || r.State != r.Build.State {

@@ -24,12 +24,13 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 	ids := map[string]target.Fingerprint{"17800.0.1": fingerA, "17800.0.2": fingerA, "17800.0.3": "", "17800.0.4": fingerB}
 	for id, f := range ids {
 		k := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu", Milestone: 109}, Fingerprint: f, Default: "535.1"}
-		if err := c.SawKernel(ctx, k); err != nil {
+		if err := c.RecordKernel(ctx, k); err != nil {
 			t.Fatal(err)
 		}
 	}
 	drivers := []string{"535.1", "535.2", "535.3", "535.4", "535.5", "535.6", "620.1"}
-	text := fmt.Sprintf("version: 1\nkernels:\n  - {milestone: 109, latest: 9}\ndrivers: [%q, %q, %q, %q, %q, %q, %q]\nflavours: [open, proprietary]\n",
+	text := fmt.Sprintf("version: 1\nkernels:\n  - {milestone: 109, latest: 9}\ndrivers: [%q, %q, %q, %q, %q, %q, "+
+		"%q]\nflavours: [open, proprietary]\n",
 		drivers[0], drivers[1], drivers[2], drivers[3], drivers[4], drivers[5], drivers[6])
 	if _, err := c.PutWishList(ctx, "all", text, 0); err != nil {
 		t.Fatal(err)
@@ -42,7 +43,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 	}
 	n := 0
 	for id, f := range ids {
-		for i, state := range []api.State{api.Published, api.Building, api.Failed, api.Unsupported, api.Cancelled, api.Yanked} {
+		for i, state := range []api.State{api.Published, api.Building, api.Failed, api.Unsupported, api.Cancelled,
+			api.Yanked} {
 			b := request(t, c, id, drivers[i], "open")
 			u := api.BuildUpdate{State: state}
 			switch state {
@@ -66,7 +68,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 	// An artifact of a kernel whose fingerprint is not known, and one that stopped matching.
 	publish(t, c, digest("e"), "17800.0.3", fingerA, target.Driver{Version: "535.6", Flavour: target.Proprietary})
 	publish(t, c, digest("f"), "17800.0.4", fingerB, target.Driver{Version: "535.5", Flavour: target.Proprietary})
-	if err := c.SawKernel(ctx, api.Kernel{Kernel: target.Kernel{BuildID: "17800.0.4", Board: "lakitu"}, Fingerprint: fingerA}); err != nil {
+	if err := c.RecordKernel(ctx,
+		api.Kernel{Kernel: target.Kernel{BuildID: "17800.0.4", Board: "lakitu"}, Fingerprint: fingerA}); err != nil {
 		t.Fatal(err)
 	}
 	want := api.CoverageCounts{}
@@ -83,7 +86,8 @@ func TestCoverageIsWhatResolveSays(t *testing.T) {
 				want.Wanted++
 				*map[api.State]*int{
 					api.Published: &want.Published, api.Building: &want.Building, api.Queued: &want.Queued, api.Failed: &want.Failed,
-					api.Yanked: &want.Withdrawn, api.Unsupported: &want.Unsupported, api.Cancelled: &want.Missing, api.Unknown: &want.Missing,
+					api.Yanked: &want.Withdrawn, api.Unsupported: &want.Unsupported, api.Cancelled: &want.Missing,
+					api.Unknown: &want.Missing,
 				}[r.State]++
 			}
 		}
@@ -120,7 +124,7 @@ func clocked(t *testing.T) (*catalogue.Catalogue, *time.Time) {
 		}
 	})
 	now := time.Date(2026, 11, 23, 12, 0, 0, 0, time.UTC)
-	return catalogue.New(catalogue.Config{Store: s, Logs: logs, Queue: &tray{}, Repository: "/prebake/driver",
+	return catalogue.New(catalogue.Config{Store: s, Logs: logs, Queue: &fakeQueue{}, Repository: "/prebake/driver",
 		Now: func() time.Time { return now }}), &now
 }
 

@@ -14,7 +14,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// Nodes may tell what became of an artifact. One that does not load on several of them
+// Nodes may tell what happened to an artifact. One that does not load on several of them
 // is in quarantine until somebody has looked: no node is sent to it. Nodes may lie. So
 // failures count by where they come from as well: those of one network (/24, or /64 with
 // IPv6) count as one node less than it takes. Who holds one network takes no artifact
@@ -28,8 +28,8 @@ type reporter interface {
 
 const (
 	keepReports = 30 * 24 * time.Hour
-	// judgedBy is how far back reports count against an artifact.
-	judgedBy = 24 * time.Hour
+	// reportWindow is how far back reports count against an artifact.
+	reportWindow = 24 * time.Hour
 	// maxCounts bounds one answer about reports.
 	maxCounts = 1000
 	// maxMessage bounds a node's message, in bytes.
@@ -79,11 +79,11 @@ func (c *Catalogue) Report(ctx context.Context, r api.NodeReport, from string) e
 		if a, err = tx.Artifact(ctx, r.Digest); err != nil || a.State != api.Published {
 			return err
 		}
-		said, err := tx.Said(ctx, r.Digest, now.Add(-judgedBy))
+		said, err := tx.OutcomeCounts(ctx, r.Digest, now.Add(-reportWindow))
 		if err != nil {
 			return err
 		}
-		if reason = convict(said, c.Quarantine); reason == "" {
+		if reason = quarantineReason(said, c.Quarantine); reason == "" {
 			return nil
 		}
 		if r.Message != "" {
@@ -128,13 +128,13 @@ func checkReport(r *api.NodeReport) error {
 	return checkLine("message", r.Message)
 }
 
-// blamed are the classes of failures that may be the artifact's fault. Others, such as
+// artifactFaults are the classes of failures that may be the artifact's fault. Others, such as
 // a GPU in use or a full disk, are the node's.
-var blamed = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
+var artifactFaults = []fault.Kind{fault.Rejected, fault.Mismatch, fault.Unusable, fault.Internal, fault.TimedOut}
 
-// convict says why an artifact is to go into quarantine, by what nodes said within a
+// quarantineReason says why an artifact is to go into quarantine, by what nodes said within a
 // day: it failed on limit nodes at least, and on more than it loaded on. "" is that it stays.
-func convict(said []store.Said, limit int) string {
+func quarantineReason(said []store.OutcomeCount, limit int) string {
 	most := max(1, limit-1) // that count of one network
 	of, loaded, nodes := map[string]int{}, 0, 0
 	for _, s := range said {
@@ -142,7 +142,7 @@ func convict(said []store.Said, limit int) string {
 		switch {
 		case s.Outcome == api.Loaded:
 			loaded += s.Nodes
-		case err == nil && slices.Contains(blamed, kind):
+		case err == nil && slices.Contains(artifactFaults, kind):
 			of[s.Source] += s.Nodes
 			nodes += s.Nodes
 		}

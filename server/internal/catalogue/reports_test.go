@@ -62,18 +62,33 @@ func TestQuarantine(t *testing.T) {
 		steps []step
 		want  api.State
 	}{
-		{"three nodes of two networks", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"a", 2, fell, fault.Unusable, 0}, {"b", 3, failed, fault.Mismatch, 0}}, api.Quarantined},
-		{"two nodes are too few", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}}, api.Published},
-		{"one node that says it again", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 1, failed, fault.Rejected, 0}, {"c", 1, failed, fault.Rejected, 0}}, api.Published},
-		{"one network that makes up nodes", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"a", 2, failed, fault.Rejected, 0}, {"a", 3, failed, fault.Rejected, 0}, {"a", 4, failed, fault.Rejected, 0}}, api.Published},
-		{"what is the node's fault", 3, []step{{"a", 1, failed, fault.Busy, 0}, {"b", 2, failed, fault.DiskFull, 0}, {"c", 3, failed, fault.NoDevice, 0}}, api.Published},
+		{"three nodes of two networks", 3,
+			[]step{{"a", 1, failed, fault.Rejected, 0}, {"a", 2, fell, fault.Unusable, 0}, {"b", 3, failed, fault.Mismatch, 0}},
+			api.Quarantined},
+		{"two nodes are too few", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}},
+			api.Published},
+		{"one node that says it again", 3,
+			[]step{{"a", 1, failed, fault.Rejected, 0}, {"b", 1, failed, fault.Rejected, 0},
+				{"c", 1, failed, fault.Rejected, 0}}, api.Published},
+		{"one network that makes up nodes", 3,
+			[]step{{"a", 1, failed, fault.Rejected, 0}, {"a", 2, failed, fault.Rejected, 0}, {"a", 3, failed, fault.Rejected, 0},
+				{"a", 4, failed, fault.Rejected, 0}}, api.Published},
+		{"what is the node's fault", 3,
+			[]step{{"a", 1, failed, fault.Busy, 0}, {"b", 2, failed, fault.DiskFull, 0}, {"c", 3, failed, fault.NoDevice, 0}},
+			api.Published},
 		{"as many successes", 3, []step{{"a", 4, api.Loaded, 0, 0}, {"a", 5, api.Loaded, 0, 0}, {"a", 6, api.Loaded, 0, 0},
-			{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 0}}, api.Published},
+			{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 0}},
+			api.Published},
 		{"more failures than successes", 3, []step{{"a", 4, api.Loaded, 0, 0}, {"a", 5, api.Loaded, 0, 0},
-			{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 0}}, api.Quarantined},
-		{"longer than a day", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 25 * time.Hour}}, api.Published},
-		{"a node that came round", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"a", 1, api.Loaded, 0, 0}, {"c", 3, failed, fault.Rejected, 0}}, api.Published},
-		{"turned off", 0, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 0}}, api.Published},
+			{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"c", 3, failed, fault.Rejected, 0}},
+			api.Quarantined},
+		{"longer than a day", 3, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0},
+			{"c", 3, failed, fault.Rejected, 25 * time.Hour}}, api.Published},
+		{"a node that came round", 3,
+			[]step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0}, {"a", 1, api.Loaded, 0, 0},
+				{"c", 3, failed, fault.Rejected, 0}}, api.Published},
+		{"turned off", 0, []step{{"a", 1, failed, fault.Rejected, 0}, {"b", 2, failed, fault.Rejected, 0},
+			{"c", 3, failed, fault.Rejected, 0}}, api.Published},
 		{"one is enough", 1, []step{{"a", 1, failed, fault.Rejected, 0}}, api.Quarantined},
 	}
 	for _, row := range rows {
@@ -111,17 +126,20 @@ func TestLift(t *testing.T) {
 	fails()
 	r, err := c.Resolve(ctx, first, "lakitu", v261, "open", "")
 	want := "it did not load on 3 of 4 nodes within a day; the last says: unknown symbol"
-	if err != nil || r.State != api.Quarantined || r.Reason != want || r.Digest != "" || !strings.Contains(r.Hint, "server lift "+digest("1")) {
+	if err != nil || r.State != api.Quarantined || r.Reason != want || r.Digest != "" ||
+		!strings.Contains(r.Hint, "server lift "+digest("1")) {
 		t.Errorf("Resolve() = %+v, %v; want quarantined, %q", r, err, want)
 	}
-	if _, err := c.Request(ctx, api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "open"}); !fault.Is(err, fault.Unsupported) {
+	if _, err := c.Request(ctx,
+		api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "open"}); !fault.Is(err, fault.Unsupported) {
 		t.Errorf("Request(quarantined) = %v; want unsupported", err)
 	}
 	all, _, err := c.Quarantined(ctx, store.Page{})
 	if err != nil || len(all) != 1 || all[0].Artifact.Digest != digest("1") {
 		t.Fatalf("Quarantined() = %+v, %v; want the artifact", all, err)
 	}
-	counts := []api.ReportCounts{{BuildID: first, Board: "lakitu", Digest: digest("1"), Loaded: 1, FellBack: 3, LastAt: *now}}
+	counts := []api.ReportCounts{{BuildID: first, Board: "lakitu", Digest: digest("1"), Loaded: 1, FellBack: 3,
+		LastAt: *now}}
 	if d := cmp.Diff(counts, all[0].Reports); d != "" {
 		t.Errorf("Quarantined() counts (-want +got):\n%s", d)
 	}
@@ -192,7 +210,8 @@ func TestReportIsChecked(t *testing.T) {
 func TestNetwork(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]string{
-		"10.1.2.3": "10.1.2.0/24", "::ffff:10.1.2.3": "10.1.2.0/24", "2001:db8:1:2:3::4": "2001:db8:1:2::/64", "fe80::1%eth0": "fe80::/64",
+		"10.1.2.3": "10.1.2.0/24", "::ffff:10.1.2.3": "10.1.2.0/24", "2001:db8:1:2:3::4": "2001:db8:1:2::/64",
+		"fe80::1%eth0": "fe80::/64",
 	} {
 		if got := catalogue.Network(netip.MustParseAddr(in)); got != want {
 			t.Errorf("Network(%s) = %s; want %s", in, got, want)

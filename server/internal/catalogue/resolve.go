@@ -27,32 +27,32 @@ const (
 	firstOpenOnly      = 620
 )
 
-// wish is a request whose form has been checked.
-type wish struct {
+// checkedRequest is a request whose form has been checked.
+type checkedRequest struct {
 	kernel   target.Kernel
 	driver   target.Wish
 	flavours []target.Flavour // nil is auto
 }
 
-func parseWish(buildID, board, driver, flavour string) (wish, error) {
+func parseWish(buildID, board, driver, flavour string) (checkedRequest, error) {
 	k, err := target.ParseKernel(buildID, board)
 	if err != nil {
-		return wish{}, fault.Wrap(fault.Usage, err, "BUILD_ID is in /etc/os-release, the board in /etc/lsb-release")
+		return checkedRequest{}, fault.Wrap(fault.Usage, err, "BUILD_ID is in /etc/os-release, the board in /etc/lsb-release")
 	}
 	if driver == "" {
 		driver = string(target.Default)
 	}
 	d, err := target.ParseGPUWish(driver)
 	if err != nil {
-		return wish{}, fault.Wrap(fault.Usage, err, "list what is known: server drivers")
+		return checkedRequest{}, fault.Wrap(fault.Usage, err, "list what is known: server drivers")
 	}
-	w := wish{kernel: k, driver: d}
+	w := checkedRequest{kernel: k, driver: d}
 	if flavour == "" || flavour == Auto {
 		return w, nil
 	}
 	f, err := target.ParseFlavour(flavour)
 	if err != nil {
-		return wish{}, fault.Wrap(
+		return checkedRequest{}, fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("flavour %q: want auto, proprietary or open", flavour),
 			"auto lets the server choose",
@@ -62,8 +62,8 @@ func parseWish(buildID, board, driver, flavour string) (wish, error) {
 	return w, nil
 }
 
-// candidates returns the flavours to look at, the preferred one first.
-func (w wish) candidates(version string) []target.Flavour {
+// candidates returns the flavours to examine, the preferred one first.
+func (w checkedRequest) candidates(version string) []target.Flavour {
 	switch {
 	case w.flavours != nil:
 		return w.flavours
@@ -75,7 +75,7 @@ func (w wish) candidates(version string) []target.Flavour {
 
 // version turns a wish into a version by the kernel's own lists. The reason
 // says why there is none.
-func (w wish) version(k api.Kernel, known bool) (version, reason, hint string) {
+func (w checkedRequest) version(k api.Kernel, known bool) (version, reason, hint string) {
 	if v, ok := w.driver.Exact(); ok {
 		return v, "", ""
 	}
@@ -126,7 +126,7 @@ func (c *Catalogue) Resolve(
 	var best api.Resolution
 	for _, f := range w.candidates(version) {
 		d := target.Driver{Version: version, Flavour: f}
-		r := judge(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+		r := resolution(k, rel, d, cells.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 		if best.State == "" || rank(r.State) < rank(best.State) {
 			best = r
 		}
@@ -154,7 +154,7 @@ func rank(s api.State) int {
 	)
 }
 
-// never says why a cell can never be built; "" when nothing speaks against it.
+// never says why a cell can never be built; "" when it can be built.
 func never(rel api.DriverRelease, d target.Driver) string {
 	switch {
 	case d.Flavour == target.Proprietary && major(d.Version) >= firstOpenOnly:
@@ -165,10 +165,10 @@ func never(rel api.DriverRelease, d target.Driver) string {
 	return ""
 }
 
-// judge says where a cell stands, given all facts about it. An artifact counts for
+// resolution says the state of a cell, given all facts about it. An artifact counts for
 // a kernel only when it is attested for that very COS build, and, where the kernel's
 // fingerprint is known, made for that fingerprint.
-func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
+func resolution(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Facts) api.Resolution {
 	newest := facts.Newest
 	r := api.Resolution{Kernel: k.Kernel, Driver: d, Build: newest}
 	var yanked, sibling *store.Candidate
@@ -225,20 +225,20 @@ func judge(k api.Kernel, rel api.DriverRelease, d target.Driver, facts store.Fac
 		r.State, r.Reason, r.Hint = api.Failed, newest.Class+": "+newest.Error,
 			orText(newest.Hint, fmt.Sprintf("read its log: server build %d --log", newest.ID))
 	case newest != nil && newest.State == api.Cancelled:
-		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was called off", newest.ID), request
+		r.State, r.Reason, r.Hint = api.Cancelled, fmt.Sprintf("build %d was cancelled", newest.ID), request
 	case sibling != nil:
 		r.State, r.Reason, r.Hint = api.Unknown, fmt.Sprintf(
-			"%s has the same fingerprint, but nobody attested it for this build; a builder does that without compiling",
+			"%s has the same fingerprint, but no attestation for this build; a builder adds one without compiling",
 			sibling.Digest,
 		), request
 	default:
-		r.State, r.Reason, r.Hint = api.Unknown, "nobody asked for this build yet", request
+		r.State, r.Reason, r.Hint = api.Unknown, "this build was not requested yet", request
 	}
 	return r
 }
 
 // lookUpLater has an unknown kernel looked up soon, without anybody waiting for it:
-// nodes ask again. Questions come from anywhere, so only so many are remembered.
+// nodes ask again. Questions come from anywhere, so only so many are stored.
 func (c *Catalogue) lookUpLater(k target.Kernel) {
 	if c.Mirror == nil {
 		return
@@ -272,7 +272,7 @@ func (c *Catalogue) LookUpUnknown(ctx context.Context) error {
 	}
 }
 
-// What is remembered of kernels that a mirror lacks.
+// What is stored of kernels that a mirror lacks.
 const (
 	maxUnknown = 64
 	maxMissed  = 10000
@@ -287,7 +287,7 @@ type Matrix struct {
 	// Folded are the drivers that have no column: nobody asked for them on these kernels,
 	// or there are too many.
 	Folded []api.DriverRelease
-	// Next is where the next page of kernels begins; "" is nowhere.
+	// Next is where the next page of kernels begins; "" means nowhere.
 	Next string
 }
 
@@ -297,7 +297,7 @@ const maxColumns = 16
 // DriverFilter says which drivers a matrix has; its zero value means those that somebody
 // asked for on the kernels of the page.
 type DriverFilter struct {
-	// Text is a branch (R535, 535), or how a version begins; "" is any.
+	// Text is a branch (R535, 535), or how a version begins; "" means any.
 	Text string
 	// All takes drivers that nobody asked for, too.
 	All bool
@@ -308,7 +308,7 @@ func (f DriverFilter) matches(d api.DriverRelease) bool {
 	return strings.HasPrefix(d.Version, text)
 }
 
-// Matrix computes where every cell of a page of kernels stands.
+// Matrix computes the state of every cell of a page of kernels.
 func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFilter, p store.Page) (*Matrix, error) {
 	cells, next, err := c.page(ctx, f, p)
 	if err != nil {
@@ -327,7 +327,7 @@ func (c *Catalogue) Matrix(ctx context.Context, f store.KernelFilter, d DriverFi
 		for j, rel := range drivers {
 			for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 				d := target.Driver{Version: rel.Version, Flavour: f}
-				r := judge(k, rel, d, kc.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
+				r := resolution(k, rel, d, kc.Facts[store.CellKey{BuildID: k.BuildID, Board: k.Board, Driver: d}])
 				m.Cells[i][j] = append(m.Cells[i][j], r)
 			}
 		}
@@ -393,7 +393,8 @@ const MaxLimitCells = 100
 
 // page reads a page of kernels with what decides about their cells, once it has checked what
 // a client asks for; 0 kernels are a fifth of the most.
-func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string, error) {
+func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page) ([]*store.KernelCells, string,
+	error) {
 	if p.Limit == 0 {
 		p.Limit = MaxLimitCells / 5
 	}
@@ -410,7 +411,7 @@ func (c *Catalogue) page(ctx context.Context, f store.KernelFilter, p store.Page
 	return c.Store.RememberedCells(ctx, f, p)
 }
 
-// Cells lists where the cells of a page of kernels stand, of one driver version or
+// Cells lists the states of the cells of a page of kernels, of one driver version or
 // of all that somebody built or published for them.
 func (c *Catalogue) Cells(
 	ctx context.Context,
@@ -432,7 +433,7 @@ func (c *Catalogue) Cells(
 		})
 		for _, key := range keys {
 			if version == "" || version == key.Driver.Version {
-				r := judge(kc.Kernel, api.DriverRelease{Version: key.Driver.Version}, key.Driver, kc.Facts[key])
+				r := resolution(kc.Kernel, api.DriverRelease{Version: key.Driver.Version}, key.Driver, kc.Facts[key])
 				c.expect(&r)
 				all = append(all, r)
 			}

@@ -83,7 +83,8 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 		return &api.Resolution{
 			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
 			Reason: fmt.Sprintf("this server knows no kernel of board %s that nodes of GKE %s boot", pool.Board, version),
-			Hint:   "check the version, and that the server has a --gke-map and the build in its --kernel-mirror; or name BUILD_ID",
+			Hint: "check the version, and that the server has a --gke-map and the build in its --kernel-mirror; or name " +
+				"BUILD_ID",
 		}, nil
 	}
 	pool.BuildID = found[0].BuildID

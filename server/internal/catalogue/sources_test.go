@@ -18,7 +18,7 @@ const v580 = "580.95.05"
 
 // withGPUs knows a kernel whose default is not that of one type of GPU, and that nodes of
 // two versions of GKE boot.
-func withGPUs(t *testing.T) (*catalogue.Catalogue, *tray) {
+func withGPUs(t *testing.T) (*catalogue.Catalogue, *fakeQueue) {
 	t.Helper()
 	c, q := open(t)
 	k := api.Kernel{Kernel: target.Kernel{BuildID: first, Board: "lakitu", Milestone: 109, Arch: target.AMD64},
@@ -26,10 +26,11 @@ func withGPUs(t *testing.T) (*catalogue.Catalogue, *tray) {
 			"NVIDIA_H100_80GB": {Default: v309, Branches: map[string]string{"R535": v309, "R580": v580}},
 			"NVIDIA_B200":      {Default: v580, Latest: v580, Branches: map[string]string{"R580": v580}},
 		}}
-	if err := c.SawKernel(t.Context(), k); err != nil {
+	if err := c.RecordKernel(t.Context(), k); err != nil {
 		t.Fatal(err)
 	}
-	gke := map[string][]string{first + "/lakitu": {"1.33.5-gke.1080000", "1.32.9-gke.100"}, "1.1.1/lakitu": {"1.1.1-gke.1"}}
+	gke := map[string][]string{first + "/lakitu": {"1.33.5-gke.1080000", "1.32.9-gke.100"},
+		"1.1.1/lakitu": {"1.1.1-gke.1"}}
 	if err := c.SawGKE(t.Context(), gke); err != nil {
 		t.Fatal(err)
 	}
@@ -45,7 +46,8 @@ func TestResolveForAGPU(t *testing.T) {
 		"R580@NVIDIA_H100_80GB": v580, "latest@NVIDIA_H100_80GB": "", "default@NVIDIA_L4": "",
 	} {
 		r, err := c.Resolve(t.Context(), first, "lakitu", wish, "open", "")
-		if err != nil || r.Driver.Version != want || r.State != api.Unknown || (want == "" && (r.Reason == "" || r.Hint == "")) {
+		if err != nil || r.Driver.Version != want || r.State != api.Unknown ||
+			(want == "" && (r.Reason == "" || r.Hint == "")) {
 			t.Errorf("Resolve(%s) = %+v, %v; want %q, or a reason and a hint", wish, r, err, want)
 		}
 	}
@@ -58,7 +60,8 @@ func TestResolveForAGPU(t *testing.T) {
 		t.Errorf("Request(default@NVIDIA_B200) = driver %s; want %s", b.Driver, v580)
 	}
 	labels := catalogue.GPULabels(mustKernel(t, c), v580)
-	want := []catalogue.GPULabel{{GPU: "NVIDIA_B200", Labels: []string{"default", "latest", "R580"}}, {GPU: "NVIDIA_H100_80GB", Labels: []string{"R580"}}}
+	want := []catalogue.GPULabel{{GPU: "NVIDIA_B200", Labels: []string{"default", "latest", "R580"}},
+		{GPU: "NVIDIA_H100_80GB", Labels: []string{"R580"}}}
 	if diff := cmp.Diff(want, labels); diff != "" {
 		t.Errorf("GPULabels (-want +got):\n%s", diff)
 	}
@@ -80,7 +83,7 @@ func TestPlanForAGPU(t *testing.T) {
 	c, q := withGPUs(t)
 	only := api.Kernel{Kernel: target.Kernel{BuildID: "17800.0.46", Board: "lakitu", Milestone: 109},
 		GPUs: map[string]api.GPUDrivers{"NVIDIA_B200": {Default: v309}}}
-	if err := c.SawKernel(t.Context(), only); err != nil {
+	if err := c.RecordKernel(t.Context(), only); err != nil {
 		t.Fatal(err)
 	}
 	text := strings.Replace(wishes, "[default]", "[default@NVIDIA_B200]", 1)
@@ -90,7 +93,8 @@ func TestPlanForAGPU(t *testing.T) {
 	if _, err := c.Plan(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff([]string{first + " " + v580 + " open !!", "17800.0.46 " + v309 + " open !!"}, jobs(q)); diff != "" {
+	if diff := cmp.Diff([]string{first + " " + v580 + " open !!", "17800.0.46 " + v309 + " open !!"},
+		jobs(q)); diff != "" {
 		t.Errorf("queued (-want +got):\n%s", diff)
 	}
 }
@@ -108,7 +112,8 @@ func TestPreflightOfGKE(t *testing.T) {
 	}
 	pool := api.Pool{GKE: "v1.32.9-gke.100", Board: "lakitu", Driver: "default@NVIDIA_H100_80GB", Flavour: "open"}
 	v, err := ask(pool)
-	if err != nil || v.Resolution.Kernel.BuildID != first || v.Resolution.Driver.Version != v309 || v.May || v.Pool != pool {
+	if err != nil || v.Resolution.Kernel.BuildID != first || v.Resolution.Driver.Version != v309 || v.May ||
+		v.Pool != pool {
 		t.Errorf("Preflight(%+v) = %+v, %v; want COS build %s with %s, not there yet", pool, v, err, first, v309)
 	}
 	for _, gke := range []string{"1.31.0-gke.7", "1.1.1-gke.1"} { // no list has it; the list has it, the mirror has not
@@ -117,11 +122,13 @@ func TestPreflightOfGKE(t *testing.T) {
 			t.Errorf("Preflight(GKE %s) = %+v, %v; want unknown with reason and hint", gke, v, err)
 		}
 	}
-	if v, err = ask(api.Pool{GKE: "1.32.9-gke.100", Board: "lakitu-arm64"}); err != nil || v.Resolution.State != api.Unknown {
+	if v, err = ask(api.Pool{GKE: "1.32.9-gke.100", Board: "lakitu-arm64"}); err != nil ||
+		v.Resolution.State != api.Unknown {
 		t.Errorf("Preflight(another board) = %+v, %v; want unknown", v, err)
 	}
 	for _, bad := range []api.Pool{
-		{GKE: "1.33", Board: "lakitu"}, {GKE: "1.33.5-gke.1%", Board: "lakitu"}, {GKE: "1.32.9-gke.100", BuildID: first, Board: "lakitu"},
+		{GKE: "1.33", Board: "lakitu"}, {GKE: "1.33.5-gke.1%", Board: "lakitu"},
+		{GKE: "1.32.9-gke.100", BuildID: first, Board: "lakitu"},
 		{GKE: "1.32.9-gke.100"}, {GKE: "1.32.9-gke.100", Board: "<x>"},
 	} {
 		if _, err := ask(bad); !fault.Is(err, fault.Usage) {
@@ -142,7 +149,7 @@ func TestSawGKE(t *testing.T) {
 	many := map[string][]string{}
 	for n := range 450 {
 		k := target.Kernel{BuildID: fmt.Sprintf("17800.1.%d", n), Board: "lakitu"}
-		if err := c.SawKernel(t.Context(), api.Kernel{Kernel: k}); err != nil {
+		if err := c.RecordKernel(t.Context(), api.Kernel{Kernel: k}); err != nil {
 			t.Fatal(err)
 		}
 		many[k.String()] = []string{"1.33.5-gke.1"}

@@ -87,9 +87,9 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 			b.StartedAt, b.FinishedAt, b.Phase = &at, nil, ""
 			b.Class, b.Error, b.Hint, b.Phases = "", "", "", nil
 		}
-		b.BeatAt = &at
+		b.HeartbeatAt = &at
 	case progress:
-		b.BeatAt = &at
+		b.HeartbeatAt = &at
 	case publish:
 		b.Class, b.Error, b.Hint, b.Digest = "", "", "", u.Digest
 	case fail, putBack: // with queued, it is of the attempt before
@@ -98,10 +98,10 @@ func apply(b api.Build, e event, u api.BuildUpdate, at time.Time) (api.Build, er
 		set(&b.Hint, u.Hint)
 	}
 	if e == putBack && moved {
-		b.Phase, b.Worker, b.StartedAt, b.FinishedAt, b.BeatAt = "", "", nil, nil, nil
+		b.Phase, b.Worker, b.StartedAt, b.FinishedAt, b.HeartbeatAt = "", "", nil, nil, nil
 	}
 	if moved && (e == publish || e == fail || e == cancel) {
-		b.FinishedAt, b.BeatAt = &at, nil
+		b.FinishedAt, b.HeartbeatAt = &at, nil
 	}
 	if e != progress {
 		b.State = leads[e]

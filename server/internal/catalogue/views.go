@@ -20,7 +20,7 @@ import (
 type CellView struct {
 	Kernel  api.Kernel
 	Release api.DriverRelease
-	// Flavours are where both cells stand: proprietary, open.
+	// Flavours are the states of both cells: proprietary, open.
 	Flavours []FlavourView
 }
 
@@ -62,7 +62,7 @@ func (c *Catalogue) View(ctx context.Context, buildID, board, version string) (*
 	for _, f := range []target.Flavour{target.Proprietary, target.Open} {
 		d := target.Driver{Version: version, Flavour: f}
 		facts := cells.Facts[store.CellKey{BuildID: buildID, Board: board, Driver: d}]
-		one := FlavourView{Resolution: judge(cells.Kernel, rel, d, facts)}
+		one := FlavourView{Resolution: resolution(cells.Kernel, rel, d, facts)}
 		c.expect(&one.Resolution)
 		for _, a := range facts.Artifacts {
 			named := a.Digest == one.Digest || one.Digest == "" && a.Attested && a.State == one.State
@@ -94,16 +94,16 @@ type Workload struct {
 	Waiting int
 	Next    []api.Resolution
 	Running []api.Build
-	// Builders are those that were heard of lately, by name.
+	// Builders are those that were seen lately, by name.
 	Builders []Builder
 	// Takes is how long a build takes, by flavour: a median of the newest.
 	Takes map[target.Flavour]time.Duration
 }
 
-// Builder is a builder that was heard of lately.
+// Builder is a builder that was seen lately.
 type Builder struct {
-	Name    string
-	HeardAt time.Time
+	Name   string
+	SeenAt time.Time
 	// Running is how many builds it works on, Published how many of the newest builds it
 	// published.
 	Running, Published int
@@ -123,7 +123,8 @@ func (c *Catalogue) Workload(ctx context.Context) (*Workload, error) {
 		return nil, err
 	}
 	v := &Workload{Waiting: max(len(f.waiting), len(next)), Builders: f.heard, Takes: f.takes}
-	if v.Running, _, err = c.Store.Builds(ctx, store.BuildFilter{State: api.Building}, store.Page{Limit: maxShown}); err != nil {
+	if v.Running, _, err = c.Store.Builds(ctx, store.BuildFilter{State: api.Building},
+		store.Page{Limit: maxShown}); err != nil {
 		return nil, err
 	}
 	for _, b := range next {
@@ -168,7 +169,7 @@ func (c *Catalogue) Releases(
 			r.SeenAt = k.FirstSeenAt
 		}
 		for key, facts := range kc.Facts {
-			cell := judge(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, facts)
+			cell := resolution(k, api.DriverRelease{Version: key.Driver.Version}, key.Driver, facts)
 			r.Cells[cell.State]++
 			if cell.ReadyAt != nil && !cell.ReadyAt.Before(k.FirstSeenAt) {
 				took = append(took, cell.ReadyAt.Sub(k.FirstSeenAt))
@@ -183,9 +184,9 @@ func (c *Catalogue) Releases(
 // readyDays is over how many days the page of releases takes its percentiles.
 const readyDays = 30
 
-// ReadyLately tells how long cells took that became ready within the last 30 days, as of
+// RecentReadyTimes tells how long cells took that became ready within the last 30 days, as of
 // the last measurement.
-func (c *Catalogue) ReadyLately(ctx context.Context) (api.ReadyDuration, error) {
+func (c *Catalogue) RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error) {
 	f, err := c.measured(ctx)
 	if err != nil {
 		return api.ReadyDuration{}, err
@@ -202,7 +203,7 @@ func (c *Catalogue) Groups(ctx context.Context) ([]store.KernelGroup, error) {
 	return f.groups, nil
 }
 
-// News are what became of cells, newest first: builds that were published or failed, and
+// News are the outcomes of cells, newest first: builds that were published or failed, and
 // artifacts that were withdrawn.
 type News struct {
 	At time.Time

@@ -19,7 +19,7 @@ func TestReleasesByPage(t *testing.T) {
 	for i := range 3 {
 		for _, board := range []string{"lakitu", "lakitu-arm64"} {
 			k := target.Kernel{BuildID: fmt.Sprintf("17800.0.%d", i), Board: board, Milestone: 109}
-			if err := c.SawKernel(ctx, api.Kernel{Kernel: k}); err != nil {
+			if err := c.RecordKernel(ctx, api.Kernel{Kernel: k}); err != nil {
 				t.Fatal(err)
 			}
 		}

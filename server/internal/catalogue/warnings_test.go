@@ -14,11 +14,12 @@ func TestWarnings(t *testing.T) {
 	ctx := t.Context()
 	for id, milestone := range map[string]int{"17800.0.1": 109, "19999.0.1": 133, "19999.0.2": 133} {
 		k := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu", Milestone: milestone}, Default: v261}
-		if err := c.SawKernel(ctx, k); err != nil {
+		if err := c.RecordKernel(ctx, k); err != nil {
 			t.Fatal(err)
 		}
 	}
-	text := "version: 1\nkernels:\n  - {milestone: 109, latest: 1}\n  - {milestone: 133, latest: 2, earlyWarning: true}\n" +
+	text := "version: 1\nkernels:\n  - {milestone: 109, latest: 1}\n  - {milestone: 133, latest: 2, earlyWarning: " +
+		"true}\n" +
 		"drivers: [default]\nflavours: [open]\n"
 	if _, err := c.PutWishList(ctx, "production", text, 0); err != nil {
 		t.Fatal(err)
@@ -38,8 +39,10 @@ func TestWarnings(t *testing.T) {
 		}
 	}
 	all, err := c.Warnings(ctx)
-	if err != nil || len(all) != 2 || all[0].Kernel.BuildID != "19999.0.2" || all[0].Class != "api-break" || all[0].Kernel.Milestone != 133 ||
-		all[1].Kernel.BuildID != "19999.0.1" || all[1].Class != "check-failed" || all[1].Since.IsZero() || all[1].LastSeenAt.Before(all[1].Since) {
+	if err != nil || len(all) != 2 || all[0].Kernel.BuildID != "19999.0.2" || all[0].Class != "api-break" ||
+		all[0].Kernel.Milestone != 133 ||
+		all[1].Kernel.BuildID != "19999.0.1" || all[1].Class != "check-failed" || all[1].Since.IsZero() ||
+		all[1].LastSeenAt.Before(all[1].Since) {
 		t.Errorf("Warnings() = %+v, %v; want the two of milestone 133, newest first", all, err)
 	}
 	if err := c.Measure(ctx); err != nil {

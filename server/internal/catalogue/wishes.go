@@ -147,7 +147,7 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		p.Cells,
 		func(a, b plan.Cell) int { return target.CompareVersions(b.Kernel.BuildID, a.Kernel.BuildID) },
 	)
-	var wanted []store.Wanted
+	var wanted []store.WantedCell
 	for _, cell := range p.Cells {
 		if cell.Problem != nil {
 			if !cell.Problem.Unavailable && len(l.Problems) < maxProblems {
@@ -158,9 +158,9 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 		l.Cells++
 		if never(known.drivers[cell.Driver.Version], cell.Driver) == "" {
 			key := store.CellKey{BuildID: cell.Kernel.BuildID, Board: cell.Kernel.Board, Driver: cell.Driver}
-			wanted = append(wanted, store.Wanted{CellKey: key, Early: cell.EarlyWarning})
+			wanted = append(wanted, store.WantedCell{CellKey: key, Early: cell.EarlyWarning})
 		}
-		added, err := c.wanted(ctx, cell, known)
+		added, err := c.queueCell(ctx, cell, known)
 		if err != nil && len(l.Problems) < maxProblems {
 			l.Problems = append(l.Problems, firstLine(fmt.Sprintf("%s: %v", cell, err)))
 		}
@@ -174,8 +174,8 @@ func (c *Catalogue) planList(ctx context.Context, l *api.WishList, known *planVi
 	return n, c.Store.SetWanted(ctx, l.Name, wanted)
 }
 
-// wanted queues one cell, unless it stands somewhere already.
-func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
+// queueCell queues one cell, unless it has a state already.
+func (c *Catalogue) queueCell(ctx context.Context, cell plan.Cell, known *planView) (bool, error) {
 	k, ok := known.kernels[cell.Kernel.String()]
 	if !ok { // an exact build that nobody has seen yet
 		cells, exists, err := c.find(ctx, cell.Kernel)
@@ -190,7 +190,7 @@ func (c *Catalogue) wanted(ctx context.Context, cell plan.Cell, known *planView)
 	if state, ok := known.states[key]; ok && state != api.Unknown {
 		return false, nil
 	}
-	now := judge(k, known.drivers[cell.Driver.Version], cell.Driver, store.Facts{})
+	now := resolution(k, known.drivers[cell.Driver.Version], cell.Driver, store.Facts{})
 	if now.State != api.Unknown { // it can never be built
 		return false, nil
 	}
@@ -240,7 +240,7 @@ func (c *Catalogue) planView(ctx context.Context) (*planView, error) {
 			s.add(k)
 		}
 		for key, f := range facts {
-			s.states[key] = judge(s.kernels[key.BuildID+"/"+key.Board], api.DriverRelease{}, key.Driver, f).State
+			s.states[key] = resolution(s.kernels[key.BuildID+"/"+key.Board], api.DriverRelease{}, key.Driver, f).State
 		}
 		if after = next; after == "" {
 			break
@@ -310,7 +310,7 @@ func (c *Catalogue) Announce(ctx context.Context, buildID string) (api.Release, 
 	return c.Release(ctx, buildID)
 }
 
-// Release tells what became of a COS build's cells.
+// Release tells what happened to a COS build's cells.
 func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, error) {
 	kernels, _, err := c.Store.Kernels(ctx, store.KernelFilter{BuildID: buildID}, store.Page{Limit: MaxLimit})
 	if err != nil {
@@ -324,7 +324,8 @@ func (c *Catalogue) Release(ctx context.Context, buildID string) (api.Release, e
 		)
 	}
 	r := api.Release{BuildID: buildID, Kernels: kernels, SeenAt: kernels[0].FirstSeenAt}
-	if r.Cells, _, err = c.Cells(ctx, store.KernelFilter{BuildID: buildID}, "", store.Page{Limit: MaxLimitCells}); err != nil {
+	if r.Cells, _, err = c.Cells(ctx, store.KernelFilter{BuildID: buildID}, "",
+		store.Page{Limit: MaxLimitCells}); err != nil {
 		return r, err
 	}
 	seen := map[string]time.Time{}

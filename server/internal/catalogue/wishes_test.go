@@ -20,7 +20,7 @@ flavours: [open]
 `
 
 // jobs names what was queued, in its order.
-func jobs(q *tray) []string {
+func jobs(q *fakeQueue) []string {
 	var all []string
 	for i, j := range q.jobs {
 		all = append(all, j.BuildID+" "+j.Driver+" "+j.Flavour+" "+strings.Repeat("!", q.priorities[i]))
@@ -37,7 +37,7 @@ func TestPlan(t *testing.T) {
 	see := func(id string) {
 		t.Helper()
 		k := api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu", Milestone: 109}, Default: v261}
-		if err := c.SawKernel(ctx, k); err != nil {
+		if err := c.RecordKernel(ctx, k); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -73,13 +73,14 @@ func TestPlan(t *testing.T) {
 	if err != nil || l.Version != 1 || l.Cells != 2 || l.PlannedAt == nil || len(l.Problems) != 0 {
 		t.Errorf("WishList() = %+v, %v; want version 1 with 2 cells, planned", l, err)
 	}
-	// A wish that cannot be met is told, and holds up no other.
+	// A wish that cannot be met is told, and blocks no other.
 	text := strings.Replace(wishes, "[default]", "[default, R999]", 1)
 	if l, err = c.PutWishList(ctx, "production", text, 1); err != nil || l.Version != 2 {
 		t.Fatalf("PutWishList() = %+v, %v; want version 2", l, err)
 	}
 	plan()
-	if l, err = c.WishList(ctx, "production"); err != nil || len(l.Problems) == 0 || !strings.Contains(l.Problems[0], "R999") {
+	if l, err = c.WishList(ctx, "production"); err != nil || len(l.Problems) == 0 ||
+		!strings.Contains(l.Problems[0], "R999") {
 		t.Errorf("WishList().Problems = %q, %v; want R999", l.Problems, err)
 	}
 	for name, err := range map[string]error{
@@ -139,7 +140,8 @@ func TestAnnounce(t *testing.T) {
 	if _, err := c.Release(ctx, "9.9.9"); !fault.Is(err, fault.NotFound) {
 		t.Errorf("Release(absent) = %v; want not-found", err)
 	}
-	pools := []api.Pool{{Name: "a", BuildID: "19216.104.25", Board: "lakitu"}, {Name: "b", BuildID: "19216.104.25", Board: "lakitu", Driver: v309}}
+	pools := []api.Pool{{Name: "a", BuildID: "19216.104.25", Board: "lakitu"},
+		{Name: "b", BuildID: "19216.104.25", Board: "lakitu", Driver: v309}}
 	if p, err := c.Preflight(ctx, api.PreflightRequest{Pools: pools[:1]}); err != nil || !p.May {
 		t.Errorf("Preflight(published) = %+v, %v; want yes", p, err)
 	}

@@ -19,7 +19,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 		return api.Artifact{}, fault.New(
 			fault.Usage,
 			"yank "+digest+": want a reason of 1 to 1000 letters",
-			"say why, nodes show it",
+			"give a reason, nodes show it",
 		)
 	}
 	if err := checkLine("reason", reason); err != nil {
@@ -28,7 +28,7 @@ func (c *Catalogue) Yank(ctx context.Context, digest string, y api.YankRequest) 
 	if y.Replacement != "" && !digestPattern.MatchString(y.Replacement) {
 		return api.Artifact{}, badDigest(y.Replacement)
 	}
-	return c.mark(ctx, digest, api.Yanked, reason, func(tx *store.Tx, a api.Artifact) error {
+	return c.setState(ctx, digest, api.Yanked, reason, func(tx *store.Tx, a api.Artifact) error {
 		if y.Replacement == "" {
 			return nil
 		}
@@ -70,7 +70,7 @@ func replaces(ctx context.Context, tx *store.Tx, old api.Artifact, digest string
 
 // Unyank makes a yanked artifact usable again.
 func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, error) {
-	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
+	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State == api.Quarantined {
 			return fault.New(
 				fault.Mismatch,
@@ -78,25 +78,25 @@ func (c *Catalogue) Unyank(ctx context.Context, digest string) (api.Artifact, er
 				"lift it: server lift "+digest,
 			)
 		}
-		return tx.JudgeFrom(ctx, digest, c.Now())
+		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
 	})
 }
 
 // Lift makes an artifact in quarantine usable again. What nodes said of it until now
 // does not count any more.
 func (c *Catalogue) Lift(ctx context.Context, digest string) (api.Artifact, error) {
-	return c.mark(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
+	return c.setState(ctx, digest, api.Published, "", func(tx *store.Tx, old api.Artifact) error {
 		if old.State != api.Quarantined {
 			return fault.New(fault.Mismatch, fmt.Sprintf("artifact %s is not in quarantine, it is %s", digest, old.State),
 				"list what is: server quarantine")
 		}
-		return tx.JudgeFrom(ctx, digest, c.Now())
+		return tx.IgnoreReportsBefore(ctx, digest, c.Now())
 	})
 }
 
-// mark gives an artifact another state. With it goes what more does, which gets the
-// artifact as it was; nil is nothing.
-func (c *Catalogue) mark(
+// setState gives an artifact another state. With it goes what more does, which gets the
+// artifact as it was; nil means nothing.
+func (c *Catalogue) setState(
 	ctx context.Context, digest string, state api.State, reason string, more func(*store.Tx, api.Artifact) error,
 ) (a api.Artifact, err error) {
 	if !digestPattern.MatchString(digest) {

@@ -103,7 +103,7 @@ func areOne(t *testing.T, url string) {
 	c := catalogue.New(catalogue.Config{Store: s, Queue: q, Repository: "/prebake/driver",
 		Within: func(tx *store.Tx) catalogue.Enqueuer { return breaking{q.Within(tx.Conn, tx.Tx), &broken} }})
 	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0", Arch: target.AMD64}
-	if err := c.SawKernel(t.Context(), api.Kernel{Kernel: k}); err != nil {
+	if err := c.RecordKernel(t.Context(), api.Kernel{Kernel: k}); err != nil {
 		t.Fatal(err)
 	}
 	ask := api.BuildRequest{BuildID: first, Board: "lakitu", Driver: v261, Flavour: "open"}

@@ -1,6 +1,6 @@
 // Package discover asks upstream sources what exists, and tells the catalogue: COS
 // builds and what their own lists name, which of them nodes of GKE boot, and NVIDIA's
-// releases. Trouble with a source is logged and tried again, and holds up no other: a
+// releases. Trouble with a source is logged and tried again, and blocks no other: a
 // server without sources still serves what it has. It refuses to request builds and to
 // remove kernels and drivers.
 package discover
@@ -19,8 +19,8 @@ import (
 // catalogue takes what was found.
 type catalogue interface {
 	Kernels(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.Kernel, string, error)
-	SawKernel(ctx context.Context, k api.Kernel) error
-	SawDrivers(ctx context.Context, all []api.DriverRelease) error
+	RecordKernel(ctx context.Context, k api.Kernel) error
+	RecordDrivers(ctx context.Context, all []api.DriverRelease) error
 	SawGKE(ctx context.Context, versions map[string][]string) error
 }
 
@@ -35,17 +35,17 @@ type Source interface {
 
 // Config says where to look.
 type Config struct {
-	// Sources are looked at in this order.
+	// Sources are examined in this order.
 	Sources []Source
-	// Every is the pause between looks; 0 is 15 minutes.
+	// Every is the pause between looks; 0 means 15 minutes.
 	Every     time.Duration
 	Catalogue catalogue
-	// Found is called after each look that came to its end; nil is not.
+	// Found is called after each look that came to its end; nil means not.
 	Found func(context.Context)
 	Log   *slog.Logger
 }
 
-// Run looks at once and then again and again, until ctx is done.
+// Run reads the mirrors at once and then again and again, until ctx is done.
 func Run(ctx context.Context, c Config) error {
 	if len(c.Sources) == 0 {
 		return nil
@@ -58,7 +58,7 @@ func Run(ctx context.Context, c Config) error {
 	defer tick.Stop()
 	for {
 		begin := time.Now()
-		counts, err := Look(ctx, c)
+		counts, err := Scan(ctx, c)
 		var found []any
 		for _, s := range c.Sources {
 			found = append(found, s.Name(), counts[s.Name()])
@@ -83,8 +83,8 @@ func Run(ctx context.Context, c Config) error {
 	}
 }
 
-// Look reads each source once and returns how much each told, by its name.
-func Look(ctx context.Context, c Config) (counts map[string]int, err error) {
+// Scan reads each source once and returns how much each told, by its name.
+func Scan(ctx context.Context, c Config) (counts map[string]int, err error) {
 	counts = map[string]int{}
 	for _, s := range c.Sources {
 		n, trouble := s.Look(ctx, c.Catalogue)

@@ -34,14 +34,14 @@ func (n *notes) Kernels(context.Context, store.KernelFilter, store.Page) ([]api.
 	return n.known, "", nil
 }
 
-func (n *notes) SawKernel(_ context.Context, k api.Kernel) error {
+func (n *notes) RecordKernel(_ context.Context, k api.Kernel) error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.kernels = append(n.kernels, k)
 	return nil
 }
 
-func (n *notes) SawDrivers(_ context.Context, all []api.DriverRelease) error {
+func (n *notes) RecordDrivers(_ context.Context, all []api.DriverRelease) error {
 	for _, d := range all {
 		n.drivers = append(n.drivers, d.Version)
 	}
@@ -101,10 +101,10 @@ gpu_driver_version_info { gpu_device { gpu_type: "NVIDIA_H100_80GB" }
 		"README": "x",
 	})
 	n := &notes{}
-	counts, err := discover.Look(t.Context(), discover.Config{Catalogue: n, Sources: []discover.Source{
+	counts, err := discover.Scan(t.Context(), discover.Config{Catalogue: n, Sources: []discover.Source{
 		discover.Kernels{URL: kernels, PerMilestone: 3}, discover.Drivers{URL: drivers}}})
 	if counts["kernels"] != 2 || counts["drivers"] != 3 || !fault.Is(err, fault.Unsupported) {
-		t.Errorf("Look() = %v, %v; want 2 kernels, 3 drivers and trouble with one commit", counts, err)
+		t.Errorf("Scan() = %v, %v; want 2 kernels, 3 drivers and trouble with one commit", counts, err)
 	}
 	slices.SortFunc(n.kernels, func(a, b api.Kernel) int { return strings.Compare(a.BuildID, b.BuildID) })
 	kernel := func(id string) target.Kernel {
@@ -131,10 +131,11 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	n := &notes{}
 	drivers := lay(t, map[string]string{"NVIDIA-Linux-x86_64-535.261.03.run": "x"})
 	c := discover.Config{Catalogue: n, Log: slog.New(slog.DiscardHandler), Sources: []discover.Source{
-		discover.Kernels{URL: "file:///does/not/exist"}, discover.GKE{Map: "file:///does/not/exist"}, discover.Drivers{URL: drivers}}}
-	counts, err := discover.Look(t.Context(), c)
+		discover.Kernels{URL: "file:///does/not/exist"}, discover.GKE{Map: "file:///does/not/exist"},
+		discover.Drivers{URL: drivers}}}
+	counts, err := discover.Scan(t.Context(), c)
 	if diff := cmp.Diff(map[string]int{"kernels": 0, "gke": 0, "drivers": 1}, counts); diff != "" || err == nil {
-		t.Errorf("Look() = %v, %v; want the driver and the trouble", counts, err)
+		t.Errorf("Scan() = %v, %v; want the driver and the trouble", counts, err)
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	stop()
@@ -156,7 +157,7 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	n := &notes{}
 	c := discover.Kernels{URL: mirror, PerMilestone: 10}
 	if k, err := c.Look(t.Context(), n); k != 11 || err != nil {
-		t.Fatalf("Look() = %d kernels, %v; want 10 of the newest milestone and one of the LTS", k, err)
+		t.Fatalf("Scan() = %d kernels, %v; want 10 of the newest milestone and one of the LTS", k, err)
 	}
 	if !slices.ContainsFunc(n.kernels, func(k api.Kernel) bool { return k.BuildID == "17800.66.78" }) {
 		t.Error("the LTS build is not known")
@@ -167,7 +168,8 @@ func TestEachMilestoneIsFollowed(t *testing.T) {
 	}
 	n.kernels = nil
 	if k, err := c.Look(t.Context(), n); k != 4 || err != nil {
-		t.Errorf("the second Look() read %d kernels, %v; want the three newest of a milestone and the one of the other", k, err)
+		t.Errorf("the second Look() read %d kernels, %v; want the three newest of a milestone and the one of the other", k,
+			err)
 	}
 }
 

@@ -39,7 +39,7 @@ func (s Drivers) Look(ctx context.Context, to catalogue) (n int, err error) {
 			all = append(all, api.DriverRelease{Version: version, Branch: target.Branch(version)})
 		}
 	}
-	if err := to.SawDrivers(ctx, all); err != nil {
+	if err := to.RecordDrivers(ctx, all); err != nil {
 		return 0, fmt.Errorf("discover drivers: %w", err)
 	}
 	return len(all), nil

@@ -65,12 +65,13 @@ func TestGKE(t *testing.T) {
 	if n.kernels[0].Milestone != 121 || n.kernels[0].Commit != commit {
 		t.Errorf("kernel = %+v; want the milestone of the image and the commit of the mirror", n.kernels[0].Kernel)
 	}
-	if diff := cmp.Diff(map[string][]string{"17800.66.78/lakitu": {"1.30.5-gke.100"}, "16000.1.1/lakitu": nil}, n.gke); diff != "" {
+	if diff := cmp.Diff(map[string][]string{"17800.66.78/lakitu": {"1.30.5-gke.100"}, "16000.1.1/lakitu": nil},
+		n.gke); diff != "" {
 		t.Errorf("labels that changed (-want +got):\n%s", diff)
 	}
 	n = &notes{known: append(n.known[:1:1], n.kernels...)}
 	if k, err := source.Look(t.Context(), n); k != 3 || err != nil || len(n.kernels) != 0 {
-		t.Errorf("the second Look() = %d, %v, and read %d kernels; want 3 and none", k, err, len(n.kernels))
+		t.Errorf("the second Scan() = %d, %v, and read %d kernels; want 3 and none", k, err, len(n.kernels))
 	}
 	want := map[string][]string{
 		"17800.66.78/lakitu": {"1.30.5-gke.100"}, "18867.199.52/lakitu-arm64": {"1.33.5-gke.1080000"},
@@ -102,7 +103,8 @@ func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	}))
 	t.Cleanup(server.Close)
 	n := &notes{}
-	if _, err := (discover.GKE{Map: server.URL + "/maps/gke-to-cos.json", URL: server.URL + "/cos"}).Look(t.Context(), n); err != nil {
+	if _, err := (discover.GKE{Map: server.URL + "/maps/gke-to-cos.json", URL: server.URL + "/cos"}).Look(t.Context(),
+		n); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]string{"18867.199.52/lakitu"}, names(n.kernels)); diff != "" {
@@ -116,12 +118,13 @@ func TestGKERefusesOtherLists(t *testing.T) {
 	maps := lay(t, map[string]string{
 		"html": "<!doctype html>", "empty": `{"entries": []}`, "images": `{"entries": [{"image": "cos-109-17800-66-78"}]}`,
 	})
-	known := []api.Kernel{{Kernel: target.Kernel{BuildID: "17800.66.78", Board: "lakitu", Commit: "c"}, GKE: []string{"1.30.5-gke.100"}}}
+	known := []api.Kernel{{Kernel: target.Kernel{BuildID: "17800.66.78", Board: "lakitu", Commit: "c"},
+		GKE: []string{"1.30.5-gke.100"}}}
 	for _, name := range []string{"html", "empty", "images"} {
 		n := &notes{known: known}
 		_, err := (discover.GKE{Map: maps + "/" + name, URL: maps}).Look(t.Context(), n)
 		if !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || n.gke != nil {
-			t.Errorf("Look(%s) = %v, labels %v; want unsupported with a hint, and no label changed", name, err, n.gke)
+			t.Errorf("Scan(%s) = %v, labels %v; want unsupported with a hint, and no label changed", name, err, n.gke)
 		}
 	}
 }

@@ -17,7 +17,7 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// parallel bounds the requests under way at one bucket.
+// parallel bounds the open requests at one bucket.
 const parallel = 8
 
 // What is read again of a kernel that is known: Google adds to the driver lists of
@@ -34,7 +34,7 @@ type Kernels struct {
 	// URL of the bucket.
 	URL string
 	// PerMilestone is how many builds of each COS milestone are followed, newest
-	// first; 0 is 40. Google's bucket keeps thousands, and an LTS milestone has
+	// first; 0 means 40. Google's bucket keeps thousands, and an LTS milestone has
 	// releases for two years beside the development of the newest.
 	PerMilestone int
 }
@@ -75,7 +75,7 @@ func record(ctx context.Context, b *cosbucket.Bucket, to catalogue, found []targ
 		group.Go(func() error {
 			entry, err := read(ctx, b, k)
 			if err == nil {
-				err = to.SawKernel(ctx, entry)
+				err = to.RecordKernel(ctx, entry)
 			}
 			troubles[i] = err
 			return nil

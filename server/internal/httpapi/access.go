@@ -25,7 +25,7 @@ import (
 // schemeName is how the API's description calls the bearer token.
 const schemeName = "token"
 
-// scopeOf returns the scope that an operation needs; "" is none.
+// scopeOf returns the scope that an operation needs; "" means none.
 func scopeOf(op *huma.Operation) auth.Scope {
 	for _, s := range op.Security {
 		for _, scope := range s[schemeName] {
@@ -43,7 +43,7 @@ func access(ctx context.Context, who *auth.Authenticator, authorization string, 
 		return fault.New(fault.Unauthorized, "this call needs a token",
 			"send it as Authorization: Bearer TOKEN; server tokens create makes one")
 	}
-	p, err := who.Who(ctx, strings.TrimSpace(secret))
+	p, err := who.Authenticate(ctx, strings.TrimSpace(secret))
 	if err != nil {
 		return err
 	}
@@ -94,8 +94,8 @@ func logOwn(ctx context.Context, c Config, err error) {
 	}
 }
 
-// keeper keeps the tokens and the audit log.
-type keeper interface {
+// tokenStore keeps the tokens and the audit log.
+type tokenStore interface {
 	Tokens(ctx context.Context) ([]api.Token, error)
 	CreateToken(ctx context.Context, t api.Token, hash []byte) error
 	RevokeToken(ctx context.Context, id string, at time.Time) error
@@ -155,21 +155,23 @@ func audited(r *http.Request) bool {
 		pattern = rc.RoutePattern()
 	}
 	switch r.Method + " " + pattern {
-	case "PATCH /v1/builds/{id}", "PUT /v1/builds/{id}/log", "PATCH /v1/builds/{id}/log", "POST /v1/preflight", "POST /v1/reports":
+	case "PATCH /v1/builds/{id}", "PUT /v1/builds/{id}/log", "PATCH /v1/builds/{id}/log", "POST /v1/preflight",
+		"POST /v1/reports":
 		return false
 	}
 	return true
 }
 
 // limitClients answers 429 and Retry-After to an address that asks more often than
-// perMinute; 0 is no bound.
+// perMinute; 0 means no bound.
 func limitClients(perMinute int) func(http.Handler) http.Handler {
 	if perMinute == 0 {
 		return func(next http.Handler) http.Handler { return next }
 	}
 	return httprate.LimitBy(perMinute, time.Minute, peer, httprate.WithLimitHandler(
 		func(w http.ResponseWriter, _ *http.Request) {
-			writeProblem(w, problemOf(fault.New(fault.TooMany, "this address asks too often", "wait as long as Retry-After says")))
+			writeProblem(w, problemOf(fault.New(fault.TooMany, "this address asks too often",
+				"wait for the time in Retry-After")))
 		}))
 }
 
@@ -180,30 +182,30 @@ func peer(r *http.Request) (string, error) {
 	return httprate.CanonicalizeIP(host), err
 }
 
-// askers bound how many builds each caller that may only ask adds in an hour.
-type askers struct {
+// callers bound how many builds each caller that may only ask adds in an hour.
+type callers struct {
 	perHour int
 
 	mu sync.Mutex
 	of map[string]*rate.Limiter
 }
 
-// maxAskers bounds the callers that are remembered; names of issuers' tokens are
+// maxCallers bounds the callers that are stored; names of issuers' tokens are
 // endless.
-const maxAskers = 10_000
+const maxCallers = 10_000
 
-// asker says what limits hold for who calls.
-func (a *askers) asker(ctx context.Context) catalogue.Asker {
+// caller says what limits hold for who calls.
+func (a *callers) caller(ctx context.Context) catalogue.Caller {
 	who := auth.Noted(ctx)
 	if who.May(auth.Announce) {
-		return catalogue.Asker{}
+		return catalogue.Caller{}
 	}
-	return catalogue.Asker{KnownOnly: true, Spend: func() error {
+	return catalogue.Caller{KnownOnly: true, Allow: func() error {
 		a.mu.Lock()
 		defer a.mu.Unlock()
 		l := a.of[who.Name]
 		if l == nil {
-			if len(a.of) >= maxAskers {
+			if len(a.of) >= maxCallers {
 				clear(a.of)
 			}
 			l = rate.NewLimiter(rate.Every(time.Hour/time.Duration(a.perHour)), a.perHour)
@@ -220,7 +222,7 @@ func (a *askers) asker(ctx context.Context) catalogue.Asker {
 func (t table) access() {
 	huma.Register(
 		t,
-		t.guarded("list-tokens", "/v1/tokens", "List tokens, without their secrets"),
+		t.adminRead("list-tokens", "/v1/tokens", "List tokens, without their secrets"),
 		func(ctx context.Context, _ *struct{}) (*body[[]api.Token], error) {
 			return answer(t.Access.Tokens(ctx))
 		},
@@ -232,7 +234,7 @@ func (t table) access() {
 			auth.Admin,
 			http.MethodPost,
 			"/v1/tokens",
-			"Make a token; its secret is told once",
+			"Make a token; its secret is shown once",
 			http.StatusCreated,
 		),
 		func(ctx context.Context, in *body[api.NewToken]) (*body[api.Token], error) {
@@ -264,7 +266,7 @@ func (t table) access() {
 	)
 	huma.Register(
 		t,
-		t.guarded("list-audit", "/v1/audit", "List who changed what, newest first"),
+		t.adminRead("list-audit", "/v1/audit", "List who changed what, newest first"),
 		func(ctx context.Context, in *struct {
 			PageQuery
 			Actor string `query:"actor" maxLength:"256" doc:"only of this caller"`

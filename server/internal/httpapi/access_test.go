@@ -111,7 +111,8 @@ var opens = map[auth.Scope][]auth.Scope{
 // makeToken stores a token with a scope that counts for a while from a time on.
 func makeToken(t *testing.T, db *store.Store, name string, s auth.Scope, from time.Time) api.Token {
 	t.Helper()
-	made, hash, err := auth.NewToken(api.NewToken{Name: name, Scopes: []string{string(s)}, LifeSeconds: 3600}, "test", from)
+	made, hash, err := auth.NewToken(api.NewToken{Name: name, Scopes: []string{string(s)}, LifeSeconds: 3600}, "test",
+		from)
 	check(t, err)
 	check(t, db.CreateToken(t.Context(), made, hash))
 	return made
@@ -135,8 +136,10 @@ func TestAuthorization(t *testing.T) {
 
 	for route, scope := range needed {
 		method, pattern, _ := strings.Cut(route, " ")
-		path := strings.NewReplacer("{id}", "1", "{buildId}", "17800.66.78", "{name}", "x", "{digest}", digest, "DIGEST", digest,
-			"/assets/{name}", "/assets/style.css", "{board}", "lakitu", "{build}", "17800.66.78", "{driver}", "535.261.03", "{flavour}", "open").Replace(pattern)
+		path := strings.NewReplacer("{id}", "1", "{buildId}", "17800.66.78", "{name}", "x", "{digest}", digest, "DIGEST",
+			digest,
+			"/assets/{name}", "/assets/style.css", "{board}", "lakitu", "{build}", "17800.66.78", "{driver}", "535.261.03",
+			"{flavour}", "open").Replace(pattern)
 		for caller, secret := range secrets {
 			status := ask(t, method, url+path, secret)
 			refused := status == http.StatusUnauthorized || status == http.StatusForbidden
@@ -154,7 +157,8 @@ func TestAuthorization(t *testing.T) {
 		}
 	}
 
-	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Snapshot: http.NotFoundHandler()}).(chi.Routes)
+	routes, ok := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler),
+		Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Snapshot: http.NotFoundHandler()}).(chi.Routes)
 	if !ok {
 		t.Fatal("the handler tells no routes")
 	}
@@ -190,7 +194,8 @@ func TestNodeAsks(t *testing.T) {
 	node := api.NewClient(url, makeToken(t, db, "node", auth.Ask, time.Now()).Secret, nil)
 	pipeline := api.NewClient(url, makeToken(t, db, "pipeline", auth.Announce, time.Now()).Secret, nil)
 	request := func(c *api.Client, build int, driver string) error {
-		_, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: fmt.Sprintf("17800.66.%d", build), Board: "lakitu", Driver: driver, Flavour: "open"})
+		_, err := c.RequestBuild(t.Context(),
+			api.BuildRequest{BuildID: fmt.Sprintf("17800.66.%d", build), Board: "lakitu", Driver: driver, Flavour: "open"})
 		return err
 	}
 	if err := request(node, 78, "550.54.15"); !fault.Is(err, fault.Forbidden) {
@@ -216,21 +221,24 @@ func TestAudit(t *testing.T) {
 	first := api.NewClient(url, token, nil)
 	made, err := first.CreateToken(t.Context(), api.NewToken{Name: "ci", Scopes: []string{"announce"}})
 	check(t, err)
-	if made.Secret == "" || made.CreatedBy != "first" || made.ExpiresAt.Sub(made.CreatedAt) != auth.DefaultLife {
-		t.Errorf("CreateToken() = %+v; want a secret, by first, for %s", made, auth.DefaultLife)
+	if made.Secret == "" || made.CreatedBy != "first" || made.ExpiresAt.Sub(made.CreatedAt) != auth.DefaultLifetime {
+		t.Errorf("CreateToken() = %+v; want a secret, by first, for %s", made, auth.DefaultLifetime)
 	}
 	ci := api.NewClient(url, made.Secret, nil)
-	b, err := ci.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
+	b, err := ci.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
 	check(t, err)
 	if _, err := ci.Cancel(t.Context(), b.ID); !fault.Is(err, fault.Forbidden) {
 		t.Errorf("Cancel() by ci = %v; want forbidden", err)
 	}
-	_, err = first.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
+	_, err = first.UpdateBuild(t.Context(), b.ID,
+		api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
 	check(t, err)
 	check(t, first.AppendBuildLog(t.Context(), b.ID, 0, []byte("x")))
 	check(t, first.PutBuildLog(t.Context(), b.ID, strings.NewReader("x")))
 	check(t, first.RevokeToken(t.Context(), made.ID))
-	if _, err := ci.Announce(t.Context(), "17800.66.78"); !fault.Is(err, fault.Unauthorized) || !strings.Contains(err.Error(), "revoked") {
+	if _, err := ci.Announce(t.Context(), "17800.66.78"); !fault.Is(err, fault.Unauthorized) ||
+		!strings.Contains(err.Error(), "revoked") {
 		t.Errorf("Announce() with a revoked token = %v; want unauthorized, revoked", err)
 	}
 	all, err := first.Audit(t.Context(), "")
@@ -281,7 +289,8 @@ func TestPush(t *testing.T) {
 		return resp.StatusCode
 	}
 	around := `{"message": {"attributes": {%s}, "messageId": "1", "publishTime": "2026-11-01T00:00:00Z"}, "subscription": "s"}`
-	if got := push(fmt.Sprintf(around, `"eventType": "OBJECT_FINALIZE", "objectId": "readme.txt"`)); got != http.StatusNoContent {
+	if got := push(fmt.Sprintf(around,
+		`"eventType": "OBJECT_FINALIZE", "objectId": "readme.txt"`)); got != http.StatusNoContent {
 		t.Errorf("push about no build = %d; want 204", got)
 	}
 	// This server has no mirror to look in.
@@ -293,7 +302,8 @@ func TestPush(t *testing.T) {
 // An address that asks too often hears for how long to wait; another one is served.
 func TestClientRate(t *testing.T) {
 	t.Parallel()
-	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes})
+	h := httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), CallsPerMinute: 3, Log: slog.New(slog.DiscardHandler),
+		Pages: http.NotFoundHandler(), PageRoutes: web.Routes})
 	ask := func(from string) (int, string) {
 		r := httptest.NewRequest(http.MethodGet, "/openapi.json", nil)
 		r.RemoteAddr = from

@@ -47,7 +47,7 @@ func etags(next http.Handler) http.Handler {
 			compressed.ServeHTTP(w, r)
 			return
 		}
-		held := newHeld(w)
+		held := newBufferedResponse(w)
 		defer held.free()
 		next.ServeHTTP(held, r)
 		if held.status == http.StatusOK {
@@ -81,47 +81,47 @@ func matches(header, tag string) bool {
 	return false
 }
 
-// hold sends an answer once it is whole.
-func hold(next http.Handler) http.Handler {
+// bufferResponse sends an answer once it is whole.
+func bufferResponse(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		held := newHeld(w)
+		held := newBufferedResponse(w)
 		defer held.free()
 		next.ServeHTTP(held, r)
 		held.send()
 	})
 }
 
-// heldAnswer keeps an answer until it is whole.
-type heldAnswer struct {
+// bufferedResponse keeps an answer until it is whole.
+type bufferedResponse struct {
 	http.ResponseWriter
 	status int
 	body   *bytes.Buffer
 }
 
-// bodies are buffers to use again.
-var bodies = sync.Pool{New: func() any { return new(bytes.Buffer) }}
+// buffers are buffers to use again.
+var buffers = sync.Pool{New: func() any { return new(bytes.Buffer) }}
 
-// keptBody is the largest buffer in bytes that is kept for the next answer.
-const keptBody = 256 << 10
+// maxPooledBuffer is the largest buffer in bytes that is kept for the next answer.
+const maxPooledBuffer = 256 << 10
 
-func newHeld(w http.ResponseWriter) *heldAnswer {
-	return &heldAnswer{ResponseWriter: w, status: http.StatusOK, body: bodies.Get().(*bytes.Buffer)}
+func newBufferedResponse(w http.ResponseWriter) *bufferedResponse {
+	return &bufferedResponse{ResponseWriter: w, status: http.StatusOK, body: buffers.Get().(*bytes.Buffer)}
 }
 
 // free hands the buffer back; nobody may use the answer afterwards.
-func (h *heldAnswer) free() {
-	if h.body.Cap() <= keptBody {
+func (h *bufferedResponse) free() {
+	if h.body.Cap() <= maxPooledBuffer {
 		h.body.Reset()
-		bodies.Put(h.body)
+		buffers.Put(h.body)
 	}
 	h.body = nil
 }
 
-func (h *heldAnswer) send() {
+func (h *bufferedResponse) send() {
 	h.ResponseWriter.WriteHeader(h.status)
 	_, _ = h.ResponseWriter.Write(h.body.Bytes()) // the client is gone; there is nobody to tell
 }
 
-func (h *heldAnswer) WriteHeader(status int)      { h.status = status }
-func (h *heldAnswer) Write(p []byte) (int, error) { return h.body.Write(p) }
-func (h *heldAnswer) Unwrap() http.ResponseWriter { return h.ResponseWriter }
+func (h *bufferedResponse) WriteHeader(status int)      { h.status = status }
+func (h *bufferedResponse) Write(p []byte) (int, error) { return h.body.Write(p) }
+func (h *bufferedResponse) Unwrap() http.ResponseWriter { return h.ResponseWriter }

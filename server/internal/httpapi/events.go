@@ -18,11 +18,11 @@ import (
 // Bounds of watching a build. A look is one row of the database; an idle connection
 // gets a comment now and then, so that nobody in between takes it for dead.
 const (
-	lookAtBuild   = time.Second
-	sayAlive      = 15 * time.Second
-	longestWatch  = time.Hour
-	longestWrite  = 30 * time.Second
-	watchersAtAll = 512
+	pollInterval      = time.Second
+	keepAliveInterval = 15 * time.Second
+	longestWatch      = time.Hour
+	longestWrite      = 30 * time.Second
+	watchersAtAll     = 512
 )
 
 // events sends a build's states as server-sent events
@@ -51,7 +51,7 @@ func events(c Config) http.HandlerFunc {
 		}
 		w.Header().Set("Content-Type", "text/event-stream")
 		w.Header().Set("Cache-Control", "no-store")
-		look, end := time.NewTicker(lookAtBuild), time.NewTimer(longestWatch)
+		look, end := time.NewTicker(pollInterval), time.NewTimer(longestWatch)
 		defer look.Stop()
 		defer end.Stop()
 		var sent []byte
@@ -66,7 +66,7 @@ func events(c Config) http.HandlerFunc {
 			switch {
 			case !bytes.Equal(text, sent):
 				message = fmt.Sprintf("event: build\ndata: %s\n\n", text) // JSON has no line breaks
-			case time.Since(at) >= sayAlive:
+			case time.Since(at) >= keepAliveInterval:
 				message = ":\n\n"
 			}
 			if message != "" {
@@ -102,7 +102,7 @@ func events(c Config) http.HandlerFunc {
 func watchers() func(http.Handler) http.Handler {
 	return middleware.ThrottleWithOpts(middleware.ThrottleOpts{
 		Limit: watchersAtAll, StatusCode: http.StatusServiceUnavailable,
-		RetryAfterFn: func(bool) time.Duration { return sayAlive },
+		RetryAfterFn: func(bool) time.Duration { return keepAliveInterval },
 	})
 }
 

@@ -22,14 +22,16 @@ func TestWatch(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
 	c := api.NewClient(url, token, nil)
-	b, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
+	b, err := c.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
 	check(t, err)
 	var got []string
 	err = api.Watch(t.Context(), c, b.ID, func(b api.Build) error {
 		got = append(got, fmt.Sprint(b.State, " ", b.Phase))
 		switch len(got) { // each event causes the next
 		case 1:
-			_, err := c.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
+			_, err := c.UpdateBuild(t.Context(), b.ID,
+				api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Phase: "compile"})
 			return err
 		case 2:
 			_, err := c.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{Worker: "w", Attempt: 1, Phase: "sign"})
@@ -65,7 +67,8 @@ func TestWatchEnds(t *testing.T) {
 	}
 
 	parts, _ := open(t, slog.New(slog.DiscardHandler))
-	b, err := parts.Catalogue.Request(t.Context(), api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
+	b, err := parts.Catalogue.Request(t.Context(),
+		api.BuildRequest{BuildID: "17800.66.78", Board: "lakitu", Driver: "550.54.15", Flavour: "open"})
 	check(t, err)
 	stopping := make(chan struct{})
 	parts.Stopping = stopping

@@ -11,8 +11,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// farmer gives the numbers behind alerts and autoscaling.
-type farmer interface {
+// farmSource gives the numbers behind alerts and autoscaling.
+type farmSource interface {
 	CountFailures(ctx context.Context) (map[string]int, error)
 	OldestQueued(ctx context.Context) (time.Time, error)
 }
@@ -48,8 +48,8 @@ var (
 		"Cells that became ready within the last 7 days.", nil, nil)
 )
 
-// farm tells how the farm keeps up when it is asked.
-type farm struct {
+// farmCollector tells how the farm performs when it is asked.
+type farmCollector struct {
 	c Config
 
 	mu    sync.Mutex
@@ -57,13 +57,13 @@ type farm struct {
 	ready api.ReadyDuration
 }
 
-func (f *farm) Describe(out chan<- *prometheus.Desc) {
+func (f *farmCollector) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{openDesc, oldestDesc, failedDesc, readyDesc, readyCellsDesc} {
 		out <- d
 	}
 }
 
-func (f *farm) Collect(out chan<- prometheus.Metric) {
+func (f *farmCollector) Collect(out chan<- prometheus.Metric) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 	defer cancel()
 	gauge := func(desc *prometheus.Desc, v float64, labels ...string) {
@@ -109,7 +109,7 @@ func (f *farm) Collect(out chan<- prometheus.Metric) {
 }
 
 // times returns what was read within the last minute, or reads it.
-func (f *farm) times(ctx context.Context) (api.ReadyDuration, error) {
+func (f *farmCollector) times(ctx context.Context) (api.ReadyDuration, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if !f.at.IsZero() && time.Since(f.at) < readyPause {

@@ -60,7 +60,8 @@ func TestFarmMetrics(t *testing.T) {
 
 	ask := func(driver string) int64 {
 		t.Helper()
-		b, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: driver, Flavour: "open"})
+		b, err := c.RequestBuild(t.Context(),
+			api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: driver, Flavour: "open"})
 		check(t, err)
 		return b.ID
 	}
@@ -72,7 +73,8 @@ func TestFarmMetrics(t *testing.T) {
 	first, second := ask("535.261.03"), ask("535.309.01")
 	want("two asked for", map[string]float64{"prebake_queue_open_jobs": 2})
 	oldest, err := db.OldestQueued(t.Context())
-	if got := gauges(t, url)["prebake_queue_oldest_seconds"]; err != nil || got <= 0 || got > time.Since(oldest).Seconds() {
+	if got := gauges(t, url)["prebake_queue_oldest_seconds"]; err != nil || got <= 0 ||
+		got > time.Since(oldest).Seconds() {
 		t.Errorf("prebake_queue_oldest_seconds = %v, asked for %v ago, %v", got, time.Since(oldest), err)
 	}
 	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
@@ -81,7 +83,8 @@ func TestFarmMetrics(t *testing.T) {
 	}
 	want("both under way", map[string]float64{"prebake_queue_oldest_seconds": 0})
 	update(first, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "nv.c:1: error"})
-	update(second, api.BuildUpdate{State: api.Published, Digest: digest, Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"})
+	update(second, api.BuildUpdate{State: api.Published, Digest: digest,
+		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"})
 	want("one failed", map[string]float64{"prebake_builds_failed api-break": 1, "prebake_builds_failed transient": 0})
 }
 
@@ -90,11 +93,13 @@ func TestReadyMetrics(t *testing.T) {
 	t.Parallel()
 	url, db := serveLogging(t, slog.New(slog.DiscardHandler))
 	c := api.NewClient(url, token, nil)
-	b, err := c.RequestBuild(t.Context(), api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	b, err := c.RequestBuild(t.Context(),
+		api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
 	check(t, err)
 	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
-	_, err = c.UpdateBuild(t.Context(), b.ID, api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel, Fingerprint: finger,
-		Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"})
+	_, err = c.UpdateBuild(t.Context(), b.ID,
+		api.BuildUpdate{State: api.Published, Digest: digest, Kernel: &kernel, Fingerprint: finger,
+			Repository: strings.TrimPrefix(url, "http://") + "/prebake/driver"})
 	check(t, err)
 	took, err := db.ReadyTimes(t.Context(), time.Now().Add(-time.Hour))
 	check(t, err)

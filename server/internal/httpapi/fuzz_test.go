@@ -27,7 +27,8 @@ func FuzzBodies(f *testing.F) {
 		f.Add(i, []byte(e.body))
 	}
 	send := func(t testing.TB, e exchange) (int, []byte) {
-		req, err := http.NewRequestWithContext(t.Context(), e.method, url+strings.ReplaceAll(e.path, "ID", "1"), strings.NewReader(e.body))
+		req, err := http.NewRequestWithContext(t.Context(), e.method, url+strings.ReplaceAll(e.path, "ID", "1"),
+			strings.NewReader(e.body))
 		check(t, err)
 		req.Header.Set("Content-Type", "application/json")
 		req.Header.Set("Authorization", "Bearer "+token)

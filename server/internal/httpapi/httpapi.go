@@ -41,31 +41,31 @@ type Config struct {
 	Store interface {
 		checker
 		counter
-		farmer
+		farmSource
 	}
 	Queue interface {
 		checker
 		depther
 	}
-	// Disk tells whether there is room to write; nil is not asked.
+	// Disk tells whether there is room to write; nil means not asked.
 	Disk checker
-	// Free tells the bytes that are left on the data folder's disk; nil is not asked.
+	// Free tells the bytes that are left on the data folder's disk; nil means not asked.
 	Free func() (uint64, error)
 	// Registry serves /v2/; it has its own access rule.
 	Registry http.Handler
 	// Pages serves PageRoutes, and tells of pages that do not exist.
 	Pages      http.Handler
 	PageRoutes []string
-	// Snapshot serves the files of a signed list below /snapshot/; nil is none.
+	// Snapshot serves the files of a signed list below /snapshot/; nil means none.
 	Snapshot http.Handler
 	// Auth finds out who calls.
 	Auth *auth.Authenticator
 	// Access keeps tokens and the audit log.
-	Access keeper
-	// AskPerHour bounds the builds that a caller may add within an hour if asking is
-	// all that it may do; 0 is 120.
-	AskPerHour int
-	// CallsPerMinute bounds the calls of each address; 0 is no bound.
+	Access tokenStore
+	// BuildsPerHour bounds the builds that a caller may add within an hour if asking is
+	// all that it may do; 0 means 120.
+	BuildsPerHour int
+	// CallsPerMinute bounds the calls of each address; 0 means no bound.
 	CallsPerMinute int
 	// Stopping is closed when the server stops: who watches is let go. nil never is.
 	Stopping <-chan struct{}

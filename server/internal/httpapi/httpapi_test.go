@@ -70,7 +70,7 @@ func open(t testing.TB, log *slog.Logger, change ...func(*catalogue.Config)) (ht
 	who := auth.New(auth.Config{First: token, Tokens: db})
 	t.Cleanup(func() { check(t, errors.Join(registry.Close(), logs.Close(), q.Close(), db.Close())) })
 	return httpapi.Config{Catalogue: cat, Store: db, Queue: q, Auth: who, Access: db, Version: "test",
-		AskPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes}, db
+		BuildsPerHour: 2, Log: log, Registry: ocistore.Handler(registry, who, log), Pages: pages, PageRoutes: web.Routes}, db
 }
 
 func check(t testing.TB, err error) {
@@ -85,7 +85,8 @@ func TestFollowLog(t *testing.T) {
 	t.Parallel()
 	ctx := t.Context()
 	c := api.NewClient(serve(t), token, nil)
-	b, err := c.RequestBuild(ctx, api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	b, err := c.RequestBuild(ctx,
+		api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
 	check(t, err)
 	if err := c.AppendBuildLog(ctx, b.ID, 0, []byte("x")); !fault.Is(err, fault.Mismatch) {
 		t.Errorf("AppendBuildLog() to a build that waits = %v; want mismatch", err)
@@ -166,10 +167,12 @@ func TestClient(t *testing.T) {
 	ctx := t.Context()
 	url := serve(t)
 	c := api.NewClient(url+"/", token, nil)
-	b, err := c.RequestBuild(ctx, api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+	b, err := c.RequestBuild(ctx,
+		api.BuildRequest{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
 	check(t, err)
 	kernel := target.Kernel{BuildID: "17800.0.47", Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
-	_, err = c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Kernel: &kernel, Fingerprint: finger})
+	_, err = c.UpdateBuild(ctx, b.ID,
+		api.BuildUpdate{State: api.Building, Worker: "w", Attempt: 1, Kernel: &kernel, Fingerprint: finger})
 	check(t, err)
 	if _, err := c.BuildLog(ctx, b.ID); !fault.Is(err, fault.NotFound) || fault.Hint(err) == "" {
 		t.Errorf("BuildLog(none yet) = %v; want not-found with a hint", err)
@@ -193,7 +196,8 @@ func TestClient(t *testing.T) {
 	question := api.Question{BuildID: "17800.0.47", Board: "lakitu", Driver: "535.261.03"}
 	r, err := c.Resolve(ctx, question)
 	check(t, err)
-	if r.State != api.Published || r.Digest != digest || r.Repository != "/prebake/driver" || r.Driver.Flavour != target.Open {
+	if r.State != api.Published || r.Digest != digest || r.Repository != "/prebake/driver" ||
+		r.Driver.Flavour != target.Open {
 		t.Errorf("Resolve() = %+v; want the published artifact", r)
 	}
 	_, err = c.AddArtifact(ctx, api.NewArtifact{Digest: digest, Fingerprint: finger, Driver: done.Driver,
@@ -230,16 +234,18 @@ func TestClient(t *testing.T) {
 		err  error
 		want fault.Kind
 	}{
-		"no such build":   {second(c.Build(ctx, 999)), fault.NotFound},
-		"bad state":       {second(c.Builds(ctx, "odd")), fault.Usage},
-		"bad kernel":      {second(c.Resolve(ctx, api.Question{BuildID: "x", Board: "y"})), fault.Usage},
-		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), api.YankRequest{Reason: "x"})), fault.NotFound},
-		"final state":     {second(c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued})), fault.Mismatch},
-		"log of nothing":  {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.NotFound},
-		"no token":        {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Unauthorized},
-		"wrong token":     {api.NewClient(url, "wrong", nil).PutBuildLog(ctx, b.ID, strings.NewReader("x")), fault.Unauthorized},
-		"nobody there":    {second(api.NewClient("http://127.0.0.1:1", "", nil).Kernels(ctx)), fault.Transient},
-		"no URL":          {second(api.NewClient("::", "", nil).Kernels(ctx)), fault.Usage},
+		"no such build": {second(c.Build(ctx, 999)), fault.NotFound},
+		"bad state":     {second(c.Builds(ctx, "odd")), fault.Usage},
+		"bad kernel":    {second(c.Resolve(ctx, api.Question{BuildID: "x", Board: "y"})), fault.Usage},
+		"yank of nothing": {second(c.Yank(ctx, "sha256:"+strings.Repeat("0", 64), api.YankRequest{Reason: "x"})),
+			fault.NotFound},
+		"final state":    {second(c.UpdateBuild(ctx, b.ID, api.BuildUpdate{State: api.Queued})), fault.Mismatch},
+		"log of nothing": {c.PutBuildLog(ctx, 999, strings.NewReader("x")), fault.NotFound},
+		"no token":       {second(api.NewClient(url, "", nil).RequestBuild(ctx, api.BuildRequest{})), fault.Unauthorized},
+		"wrong token": {api.NewClient(url, "wrong", nil).PutBuildLog(ctx, b.ID, strings.NewReader("x")),
+			fault.Unauthorized},
+		"nobody there": {second(api.NewClient("http://127.0.0.1:1", "", nil).Kernels(ctx)), fault.Transient},
+		"no URL":       {second(api.NewClient("::", "", nil).Kernels(ctx)), fault.Usage},
 	}
 	for name, row := range refusals {
 		if !fault.Is(row.err, row.want) {
@@ -259,7 +265,8 @@ func TestFailuresAreLogged(t *testing.T) {
 		resp, err := http.Get(url + path)
 		check(t, err)
 		check(t, resp.Body.Close())
-		if resp.StatusCode != http.StatusServiceUnavailable || !strings.Contains(said.String(), "database is closed") || !strings.Contains(said.String(), path) {
+		if resp.StatusCode != http.StatusServiceUnavailable || !strings.Contains(said.String(), "database is closed") ||
+			!strings.Contains(said.String(), path) {
 			t.Errorf("GET %s without a database = %s, logged %q; want 503 and the cause", path, resp.Status, said.String())
 		}
 	}
@@ -267,7 +274,7 @@ func TestFailuresAreLogged(t *testing.T) {
 
 func second[T any](_ T, err error) error { return err }
 
-// TestRoutes looks at status, media type and access of single routes.
+// TestRoutes examines status, media type and access of single routes.
 func TestRoutes(t *testing.T) {
 	t.Parallel()
 	url := serve(t)
@@ -301,7 +308,8 @@ func TestRoutes(t *testing.T) {
 		{"unyank without token", "POST", "/v1/artifacts/sha256:0/unyank", "", "", 401, problem, "token"},
 		{"body that is no JSON", "POST", "/v1/builds", "Bearer " + token, `{`, 400, problem, `"kind":"usage"`},
 		{"body without a member", "POST", "/v1/builds", "Bearer " + token, `{}`, 400, problem, "required property"},
-		{"body too large", "POST", "/v1/builds", "Bearer " + token, strings.Repeat(" ", 2<<20), 413, problem, `"kind":"too-large"`},
+		{"body too large", "POST", "/v1/builds", "Bearer " + token, strings.Repeat(" ", 2<<20), 413, problem,
+			`"kind":"too-large"`},
 		{"no such artifact", "GET", "/v1/artifacts/" + digest, "", "", 404, problem, `"kind":"not-found"`},
 		{"artifact by no digest", "GET", "/v1/artifacts/latest", "", "", 400, problem, "64 lower-case hex digits"},
 		{"cancel without token", "POST", "/v1/builds/1/cancel", "", "", 401, problem, `"kind":"unauthorized"`},
@@ -339,8 +347,10 @@ func TestRoutes(t *testing.T) {
 			body, err := io.ReadAll(resp.Body)
 			check(t, errors.Join(err, resp.Body.Close()))
 			kind := resp.Header.Get("Content-Type")
-			if resp.StatusCode != row.status || (row.kind != "" && kind != row.kind) || !bytes.Contains(body, []byte(row.contains)) {
-				t.Errorf("%s %s = %s %q\n%.400s\nwant %d %q with %q", row.method, row.path, resp.Status, kind, body, row.status, row.kind, row.contains)
+			if resp.StatusCode != row.status || (row.kind != "" && kind != row.kind) ||
+				!bytes.Contains(body, []byte(row.contains)) {
+				t.Errorf("%s %s = %s %q\n%.400s\nwant %d %q with %q", row.method, row.path, resp.Status, kind, body, row.status,
+					row.kind, row.contains)
 			}
 			if resp.StatusCode == http.StatusUnauthorized && resp.Header.Get("Www-Authenticate") == "" {
 				t.Error("401 without a challenge")
@@ -368,7 +378,8 @@ func TestManners(t *testing.T) {
 		check(t, errors.Join(err, resp.Body.Close()))
 		return resp
 	}
-	if r := ask("GET", "/nowhere", "Accept", "text/html,*/*"); r.StatusCode != 404 || !strings.HasPrefix(r.Header.Get("Content-Type"), "text/html") {
+	if r := ask("GET", "/nowhere", "Accept", "text/html,*/*"); r.StatusCode != 404 ||
+		!strings.HasPrefix(r.Header.Get("Content-Type"), "text/html") {
 		t.Errorf("a browser at an unknown page got %s %s; want a page with 404", r.Status, r.Header.Get("Content-Type"))
 	}
 	if r := ask("DELETE", "/v1/builds"); r.StatusCode != 405 || r.Header.Get("Allow") != "GET, HEAD, POST" {
@@ -397,7 +408,8 @@ func TestPages(t *testing.T) {
 	const n = 2345
 	check(t, db.Write(t.Context(), func(tx *store.Tx) error {
 		for i := range n {
-			k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("17800.%d.%d", i/10, i%10), Board: "lakitu", Milestone: 109}}
+			k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("17800.%d.%d", i/10, i%10), Board: "lakitu",
+				Milestone: 109}}
 			if err := tx.PutKernel(t.Context(), k); err != nil {
 				return err
 			}
@@ -406,14 +418,16 @@ func TestPages(t *testing.T) {
 	}))
 	all, err := api.NewClient(url, "", nil).Kernels(t.Context())
 	check(t, err)
-	if len(all) != n || !slices.IsSortedFunc(all, func(a, b api.Kernel) int { return target.CompareVersions(b.BuildID, a.BuildID) }) {
+	if len(all) != n || !slices.IsSortedFunc(all,
+		func(a, b api.Kernel) int { return target.CompareVersions(b.BuildID, a.BuildID) }) {
 		t.Errorf("the client got %d kernels, in order or not; want %d, newest first", len(all), n)
 	}
 	resp, err := http.Get(url + "/v1/kernels?milestone=109")
 	check(t, err)
 	var page []api.Kernel
 	check(t, errors.Join(json.NewDecoder(resp.Body).Decode(&page), resp.Body.Close()))
-	if link := resp.Header.Get("Link"); len(page) != 100 || !strings.Contains(link, "milestone=109") || !strings.Contains(link, `rel="next"`) {
+	if link := resp.Header.Get("Link"); len(page) != 100 || !strings.Contains(link, "milestone=109") ||
+		!strings.Contains(link, `rel="next"`) {
 		t.Errorf("a page has %d kernels and the link %q; want 100 and the next page with the same filter", len(page), link)
 	}
 }

@@ -49,7 +49,7 @@ func newMetrics(c Config) *metrics {
 		m.took,
 		info,
 		&inventory{c},
-		&farm{c: c},
+		&farmCollector{c: c},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)

@@ -72,7 +72,8 @@ func secureHeaders(next http.Handler) http.Handler {
 		h := w.Header()
 		h.Set(
 			"Content-Security-Policy",
-			"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+			"default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'; img-src 'self'; form-action 'self'; "+
+				"frame-ancestors 'none'; base-uri 'none'",
 		)
 		h.Set("X-Content-Type-Options", "nosniff")
 		h.Set("Referrer-Policy", "no-referrer")
@@ -137,7 +138,7 @@ func logRequests(log *slog.Logger) func(http.Handler) http.Handler {
 
 // Bounds of what is answered at one time. A page of a list costs some
 // milliseconds of a core, a question of a node a fraction of one; who asks for the
-// largest pages must not hold up the nodes.
+// largest pages must not delay the nodes.
 const (
 	listsAtOnce, listsWaiting = 32, 256 // with those that clients read slowly
 	callsAtOnce, callsWaiting = 64, 8192
@@ -160,7 +161,7 @@ func throttle() func(http.Handler) http.Handler {
 	}
 	lists, calls, making := of(listsAtOnce, listsWaiting), of(callsAtOnce, callsWaiting), of(listsMade(), listsAtOnce)
 	return func(next http.Handler) http.Handler {
-		large, small := lists(hold(making(next))), calls(next)
+		large, small := lists(bufferResponse(making(next))), calls(next)
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if isList(r) {
 				large.ServeHTTP(w, r)
@@ -215,7 +216,8 @@ func notFound(pages http.Handler) http.HandlerFunc {
 func methodNotAllowed(routes chi.Routes) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		var has []string
-		for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch, http.MethodDelete} {
+		for _, m := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodPatch,
+			http.MethodDelete} {
 			if routes.Match(chi.NewRouteContext(), m, r.URL.Path) ||
 				m == http.MethodHead && slices.Contains(has, http.MethodGet) {
 				has = append(has, m)
@@ -273,13 +275,13 @@ func putLog(c Config) http.HandlerFunc {
 	}
 }
 
-// appendLog takes a part of the log of a build under way.
+// appendLog takes a part of the log of a running build.
 func appendLog(c Config) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		id, err := pathID(r)
 		offset, perr := strconv.ParseInt(r.URL.Query().Get("offset"), 10, 64)
 		if err == nil && (perr != nil || offset < 0) {
-			err = fault.New(fault.Usage, "offset is not a number of bytes", "say where the part belongs: ?offset=0")
+			err = fault.New(fault.Usage, "offset is not a number of bytes", "name the offset of the part: ?offset=0")
 		}
 		if err == nil {
 			err = c.Catalogue.AppendLog(r.Context(), id, offset, http.MaxBytesReader(w, r.Body, api.MaxLiveLogPart))

@@ -51,7 +51,8 @@ var undescribed = map[string]string{
 
 // bare is the handler with everything that does not depend on a store.
 func bare() http.Handler {
-	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler), Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Version: "devel"})
+	return httpapi.New(httpapi.Config{Auth: auth.New(auth.Config{}), Log: slog.New(slog.DiscardHandler),
+		Pages: http.NotFoundHandler(), PageRoutes: web.Routes, Version: "devel"})
 }
 
 // description reads the API's description as clients do.
@@ -184,7 +185,8 @@ func TestDescriptionIsTrue(t *testing.T) {
 			t.Errorf("%s %.200s fits the description: %v; want %v\n%s", at, e.body, ok, !e.foreign, text(errs))
 		}
 		if ok, errs := v.ValidateHttpResponse(req, resp); !ok {
-			t.Errorf("%s: the answer %s %q does not fit the description:\n%s%.400s", at, resp.Status, resp.Header.Get("Content-Type"), text(errs), body)
+			t.Errorf("%s: the answer %s %q does not fit the description:\n%s%.400s", at, resp.Status,
+				resp.Header.Get("Content-Type"), text(errs), body)
 		}
 		switch {
 		case e.status < 400:
@@ -197,7 +199,8 @@ func TestDescriptionIsTrue(t *testing.T) {
 	for path, item := range model.Paths.PathItems.FromOldest() {
 		for method, op := range item.GetOperations().FromOldest() {
 			if (!good[op.OperationId] && !elsewhere[op.OperationId]) || (!bad[op.OperationId] && !cannotFail[op.OperationId]) {
-				t.Errorf("%s %s (%s) has no good and bad call in the table of exchanges; add them", strings.ToUpper(method), path, op.OperationId)
+				t.Errorf("%s %s (%s) has no good and bad call in the table of exchanges; add them", strings.ToUpper(method), path,
+					op.OperationId)
 			}
 		}
 	}

@@ -29,7 +29,7 @@ func (p *problem) GetStatus() int            { return p.Status }
 func (p *problem) ContentType(string) string { return "application/problem+json" }
 
 // problemOf maps a fault by its kind. What is wrong inside the server, such as a
-// database that is away with its host and user, is not told to the outside.
+// database that is away with its host and user, is not told to clients.
 func problemOf(err error) api.Problem {
 	kind := fault.Of(err)
 	p := api.Problem{Title: kind.What(), Status: kind.HTTPStatus(), Kind: kind, Detail: err.Error(), Hint: fault.Hint(err)}
@@ -39,7 +39,7 @@ func problemOf(err error) api.Problem {
 	return p
 }
 
-// PublicText is what the outside is told of a trouble of the server's own.
+// PublicText is what clients are told of an internal failure.
 func PublicText(kind fault.Kind) string {
 	switch kind {
 	case fault.DiskFull:

@@ -17,13 +17,15 @@ func TestPushedMessage(t *testing.T) {
 "publishTime": "2026-11-01T00:00:00.1Z", "publish_time": "2026-11-01T00:00:00.1Z"}, "subscription": "projects/p/subscriptions/s", "deliveryAttempt": 5}`
 	}
 	for name, row := range map[string]struct{ text, want string }{
-		"headers written":       {notification("OBJECT_FINALIZE", "17800.66.78/lakitu/kernel-headers.tgz"), "17800.66.78"},
-		"under a folder":        {notification("OBJECT_FINALIZE", "mirror/cos/17800.66.78/lakitu-arm64/kernel-headers.tgz"), "17800.66.78"},
-		"another object":        {notification("OBJECT_FINALIZE", "17800.66.78/lakitu/toolchain.tar.xz"), ""},
-		"headers removed":       {notification("OBJECT_DELETE", "17800.66.78/lakitu/kernel-headers.tgz"), ""},
-		"no build":              {notification("OBJECT_FINALIZE", "x/lakitu/kernel-headers.tgz"), ""},
-		"an attribute":          {`{"message": {"attributes": {"buildId": "17800.66.78"}, "messageId": "1"}}`, "17800.66.78"},
-		"data":                  {`{"message": {"data": "eyJidWlsZElkIjogIjE3ODAwLjY2Ljc4In0=", "messageId": "1"}}`, "17800.66.78"},
+		"headers written": {notification("OBJECT_FINALIZE", "17800.66.78/lakitu/kernel-headers.tgz"), "17800.66.78"},
+		"under a folder": {notification("OBJECT_FINALIZE", "mirror/cos/17800.66.78/lakitu-arm64/kernel-headers.tgz"),
+			"17800.66.78"},
+		"another object":  {notification("OBJECT_FINALIZE", "17800.66.78/lakitu/toolchain.tar.xz"), ""},
+		"headers removed": {notification("OBJECT_DELETE", "17800.66.78/lakitu/kernel-headers.tgz"), ""},
+		"no build":        {notification("OBJECT_FINALIZE", "x/lakitu/kernel-headers.tgz"), ""},
+		"an attribute":    {`{"message": {"attributes": {"buildId": "17800.66.78"}, "messageId": "1"}}`, "17800.66.78"},
+		"data": {`{"message": {"data": "eyJidWlsZElkIjogIjE3ODAwLjY2Ljc4In0=", "messageId": "1"}}`,
+			"17800.66.78"},
 		"data that is no JSON":  {`{"message": {"data": "AAAA", "messageId": "1"}}`, ""},
 		"an empty message":      {`{"message": {"messageId": "1"}}`, ""},
 		"a path that goes back": {notification("OBJECT_FINALIZE", "../../kernel-headers.tgz"), ""},

@@ -19,7 +19,7 @@ func (t table) releases() {
 			"announce-release", auth.Announce,
 			http.MethodPost,
 			"/v1/releases",
-			"Tell of a COS build: it is looked up and planned at once",
+			"Announce a COS build: it is looked up and planned at once",
 			http.StatusOK,
 		),
 		func(ctx context.Context, in *body[api.ReleaseNote]) (*body[api.Release], error) {
@@ -40,7 +40,7 @@ func (t table) releases() {
 	)
 	huma.Register(
 		t,
-		t.read("read-release", "/v1/releases/{buildId}", "Read what became of a COS build's cells"),
+		t.read("read-release", "/v1/releases/{buildId}", "Read the states of a COS build's cells"),
 		func(ctx context.Context, in *struct {
 			BuildID string `path:"buildId" doc:"BUILD_ID of /etc/os-release"`
 		}) (*body[api.Release], error) {

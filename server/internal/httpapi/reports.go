@@ -42,7 +42,7 @@ func (t table) reports() {
 			auth.Ask,
 			http.MethodPost,
 			"/v1/reports",
-			"Tell what became of an artifact on a node",
+			"Report what happened to an artifact on a node",
 			http.StatusNoContent,
 		),
 		func(ctx context.Context, in *struct {
@@ -57,7 +57,7 @@ func (t table) reports() {
 	)
 	huma.Register(
 		t,
-		t.read("read-reports", "/v1/reports", "Count what nodes said of an artifact, or of those of a COS build"),
+		t.read("read-reports", "/v1/reports", "Count the reports of nodes about an artifact, or about those of a COS build"),
 		func(ctx context.Context, in *struct {
 			Digest  string `query:"digest" doc:"only of this artifact, sha256:…"`
 			BuildID string `query:"buildId" doc:"only of nodes of this BUILD_ID"`

@@ -132,7 +132,7 @@ func relative(repository, asked, port string) string {
 type table struct {
 	huma.API
 	Config
-	askers *askers
+	callers *callers
 }
 
 func (table) read(id, path, what string) huma.Operation {
@@ -145,8 +145,8 @@ func (table) read(id, path, what string) huma.Operation {
 	}
 }
 
-// guarded describes a read that is for administrators.
-func (t table) guarded(id, path, what string) huma.Operation {
+// adminRead describes a read that is for administrators.
+func (t table) adminRead(id, path, what string) huma.Operation {
 	op := t.read(id, path, what)
 	op.Security = []map[string][]string{{schemeName: {string(auth.Admin)}}}
 	op.Errors = append(op.Errors, http.StatusUnauthorized, http.StatusForbidden)
@@ -172,7 +172,7 @@ func mountAPI(r chi.Router, c Config) {
 	t := table{
 		humachi.New(r, apiConfig(c.Version, c.Log)),
 		c,
-		&askers{perHour: cmp.Or(c.AskPerHour, defaultAsk), of: map[string]*rate.Limiter{}},
+		&callers{perHour: cmp.Or(c.BuildsPerHour, defaultAsk), of: map[string]*rate.Limiter{}},
 	}
 	t.UseMiddleware(checkSecurity(t, c), refuseUnknown(t))
 	t.lists()
@@ -261,7 +261,7 @@ func (t table) cells() {
 	})
 	huma.Register(
 		t,
-		t.read("list-cells", "/v1/cells", "List where the cells of a page of kernels stand"),
+		t.read("list-cells", "/v1/cells", "List the states of the cells of a page of kernels"),
 		func(ctx context.Context, in *struct {
 			PageQuery
 			GKEQuery
@@ -286,7 +286,7 @@ func (t table) builds() {
 		t,
 		t.write("request-build", auth.Ask, http.MethodPost, "/v1/builds", "Ask for a build", http.StatusAccepted),
 		func(ctx context.Context, in *body[api.BuildRequest]) (*body[api.Build], error) {
-			return answer(cat.RequestAs(ctx, in.Body, t.askers.asker(ctx)))
+			return answer(cat.RequestAs(ctx, in.Body, t.callers.caller(ctx)))
 		},
 	)
 	huma.Register(
@@ -303,7 +303,7 @@ func (t table) builds() {
 	)
 	huma.Register(
 		t,
-		t.write("cancel-build", auth.Operate, http.MethodPost, "/v1/builds/{id}/cancel", "Call a build off", http.StatusOK),
+		t.write("cancel-build", auth.Operate, http.MethodPost, "/v1/builds/{id}/cancel", "Cancel a build", http.StatusOK),
 		func(ctx context.Context, in *BuildPath) (*body[api.Build], error) {
 			return answer(cat.Cancel(ctx, in.ID))
 		},

@@ -1,4 +1,4 @@
-// Package jobs keeps the catalogue and the queue of one mind. The two may be
+// Package jobs keeps the catalogue and the queue consistent. The two may be
 // separate databases (a file each, with SQLite), so a crash between a write to
 // the one and to the other must heal by itself. The sweep queues stored builds
 // that the queue lacks, fails builds whose job is over, takes jobs of cancelled
@@ -31,21 +31,21 @@ type catalogue interface {
 
 // jobQueue is what the sweep asks of the queue.
 type jobQueue interface {
-	Open(ctx context.Context) (map[int64]queue.Standing, error)
-	Lookup(ctx context.Context, build int64) (queue.Standing, error)
+	Open(ctx context.Context) (map[int64]queue.JobState, error)
+	Lookup(ctx context.Context, build int64) (queue.JobState, error)
 	Cancel(ctx context.Context, build int64) error
-	Raise(ctx context.Context, build int64, priority int) error
+	SetPriority(ctx context.Context, build int64, priority int) error
 	End(ctx context.Context, build int64) error
 	Release(ctx context.Context, builds ...int64) error
 }
 
-// A builder reports every [api.BeatEvery]. One that has not for deadAfter is gone,
+// A builder reports every [api.HeartbeatInterval]. One that has not for deadAfter is gone,
 // and with sweepEvery its builds go on elsewhere within a minute, also when the
 // server or its database was away meanwhile: then builders get settle to be heard
 // again, and not all of deadAfter.
 const (
 	deadAfter  = 30 * time.Second
-	settle     = 15 * time.Second
+	settleTime = 15 * time.Second
 	sweepEvery = 5 * time.Second
 	// idle is how many times longer than a sweep the pause after it is at least, so
 	// that a queue of any length costs some hundredths of a core.
@@ -56,10 +56,10 @@ const (
 type Sweeper struct {
 	Catalogue catalogue
 	Queue     jobQueue
-	// Every is the pause between sweeps; 0 is 5 seconds.
+	// Every is the pause between sweeps; 0 means 5 seconds.
 	Every time.Duration
 	Log   *slog.Logger
-	// Now is the clock; nil is time.Now.
+	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 
 	// listening is since when builders' reports have been heard without a break: a
@@ -86,7 +86,7 @@ func (s *Sweeper) Run(ctx context.Context) error {
 	}
 }
 
-// Sweep looks at every open build once. Trouble with one does not keep it from
+// Sweep examines every open build once. A failure of one does not keep it from
 // the others.
 func (s *Sweeper) Sweep(ctx context.Context) error {
 	now := time.Now
@@ -120,7 +120,7 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 		case b.State == api.Building && s.dead(b, now()):
 			note(b.ID, s.release(ctx, b, at))
 		case b.State == api.Queued && b.Priority > 0 && at.Priority > b.Priority:
-			note(b.ID, s.Queue.Raise(ctx, b.ID, b.Priority))
+			note(b.ID, s.Queue.SetPriority(ctx, b.ID, b.Priority))
 		}
 	}
 	for id := range jobs { // jobs without an open build
@@ -129,16 +129,16 @@ func (s *Sweeper) Sweep(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// dead reports whether the builder of a build under way is gone.
+// dead reports whether the builder of a running build is gone.
 func (s *Sweeper) dead(b api.Build, now time.Time) bool {
-	silent := b.BeatAt == nil || now.Sub(*b.BeatAt) > deadAfter
-	return silent && now.Sub(s.listening) > settle
+	silent := b.HeartbeatAt == nil || now.Sub(*b.HeartbeatAt) > deadAfter
+	return silent && now.Sub(s.listening) > settleTime
 }
 
 // release gives a dead builder's work to the others. The job comes first: when the
 // build is not put back after that, the next sweep does it, or the attempt that has
 // begun by then makes it needless.
-func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.Standing) error {
+func (s *Sweeper) release(ctx context.Context, b api.Build, at queue.JobState) error {
 	s.Log.WarnContext(ctx, "builder gone", "build", b.ID, "worker", b.Worker, "state", at.State)
 	if err := s.Queue.Release(ctx, b.ID); err != nil {
 		return err
@@ -159,7 +159,7 @@ func (s *Sweeper) lost(ctx context.Context, b api.Build) error {
 		return s.Catalogue.Enqueue(ctx, b)
 	case !at.Found:
 		return s.Catalogue.Abandon(ctx, b.ID, "the queue lost the build's job")
-	case at.Over:
+	case at.Ended:
 		why := at.Error
 		if why == "" {
 			why = "the worker reported no outcome"

@@ -19,7 +19,7 @@ import (
 // world is both sides of the sweep, and what it did.
 type world struct {
 	open     []api.Build
-	standing map[int64]queue.Standing
+	standing map[int64]queue.JobState
 	ended    map[int64]api.State // of builds that are not open
 	finished time.Time           // when these ended; zero is not known
 	away     bool
@@ -50,7 +50,7 @@ func (w *world) Update(_ context.Context, _ int64, u api.BuildUpdate) (api.Build
 	return api.Build{}, nil
 }
 func (w *world) Cancel(context.Context, int64) error { w.did = append(w.did, "cancel"); return nil }
-func (w *world) Raise(_ context.Context, id int64, priority int) error {
+func (w *world) SetPriority(_ context.Context, id int64, priority int) error {
 	w.did = append(w.did, fmt.Sprintf("raise %d to %d", id, priority))
 	return nil
 }
@@ -59,19 +59,19 @@ func (w *world) Release(context.Context, ...int64) error {
 	w.did = append(w.did, "release")
 	return nil
 }
-func (w *world) Open(context.Context) (map[int64]queue.Standing, error) {
+func (w *world) Open(context.Context) (map[int64]queue.JobState, error) {
 	if w.away {
 		return nil, errors.New("no database")
 	}
-	all := map[int64]queue.Standing{}
+	all := map[int64]queue.JobState{}
 	for id, at := range w.standing {
-		if at.Found && !at.Over {
+		if at.Found && !at.Ended {
 			all[id] = at
 		}
 	}
 	return all, nil
 }
-func (w *world) Lookup(_ context.Context, id int64) (queue.Standing, error) {
+func (w *world) Lookup(_ context.Context, id int64) (queue.JobState, error) {
 	return w.standing[id], nil
 }
 
@@ -80,21 +80,22 @@ func TestSweep(t *testing.T) {
 	rows := []struct {
 		name  string
 		state api.State
-		at    queue.Standing
+		at    queue.JobState
 		want  []string
 	}{
-		{"crashed before it was queued", api.Queued, queue.Standing{}, []string{"enqueue"}},
-		{"waits", api.Queued, queue.Standing{Found: true, State: "available"}, nil},
-		{"runs", api.Building, queue.Standing{Found: true, State: "running"}, nil},
-		{"between two attempts", api.Building, queue.Standing{Found: true, State: "retryable", Error: "x"}, nil},
-		{"job is gone", api.Building, queue.Standing{}, []string{"abandon: the queue lost the build's job"}},
-		{"worker died five times", api.Building, queue.Standing{Found: true, Over: true, State: "discarded", Attempt: 5, Error: "the worker ended in mid-build"},
+		{"crashed before it was queued", api.Queued, queue.JobState{}, []string{"enqueue"}},
+		{"waits", api.Queued, queue.JobState{Found: true, State: "available"}, nil},
+		{"runs", api.Building, queue.JobState{Found: true, State: "running"}, nil},
+		{"between two attempts", api.Building, queue.JobState{Found: true, State: "retryable", Error: "x"}, nil},
+		{"job is gone", api.Building, queue.JobState{}, []string{"abandon: the queue lost the build's job"}},
+		{"worker died five times", api.Building,
+			queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "the worker ended in mid-build"},
 			[]string{"abandon: the job ended as discarded after 5 attempts: the worker ended in mid-build"}},
-		{"ended without a report", api.Queued, queue.Standing{Found: true, Over: true, State: "completed", Attempt: 1},
+		{"ended without a report", api.Queued, queue.JobState{Found: true, Ended: true, State: "completed", Attempt: 1},
 			[]string{"abandon: the job ended as completed after 1 attempts: the worker reported no outcome"}},
 	}
 	for _, row := range rows {
-		w := &world{open: []api.Build{{ID: 1, State: row.state}}, standing: map[int64]queue.Standing{1: row.at}}
+		w := &world{open: []api.Build{{ID: 1, State: row.state}}, standing: map[int64]queue.JobState{1: row.at}}
 		s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
 		if err := s.Sweep(t.Context()); err != nil {
 			t.Errorf("%s: Sweep() = %v", row.name, err)
@@ -108,8 +109,9 @@ func TestSweep(t *testing.T) {
 // One build that cannot be swept keeps no other from it.
 func TestSweepGoesOn(t *testing.T) {
 	t.Parallel()
-	over := queue.Standing{Found: true, Over: true, State: "discarded", Attempt: 5, Error: "x"}
-	w := &world{open: []api.Build{{ID: 13, State: api.Building}, {ID: 1, State: api.Queued}}, standing: map[int64]queue.Standing{13: over}}
+	over := queue.JobState{Found: true, Ended: true, State: "discarded", Attempt: 5, Error: "x"}
+	w := &world{open: []api.Build{{ID: 13, State: api.Building}, {ID: 1, State: api.Queued}},
+		standing: map[int64]queue.JobState{13: over}}
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
 	if err := s.Sweep(t.Context()); err == nil || !strings.Contains(err.Error(), "build 13") {
 		t.Errorf("Sweep() = %v; want the trouble with build 13", err)
@@ -135,7 +137,8 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
 	now, beat := noon, noon
-	w := &world{open: []api.Build{{ID: 1, State: api.Building, BeatAt: &beat}}, standing: map[int64]queue.Standing{1: {Found: true, State: "running"}}}
+	w := &world{open: []api.Build{{ID: 1, State: api.Building, HeartbeatAt: &beat}},
+		standing: map[int64]queue.JobState{1: {Found: true, State: "running"}}}
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
 	sweep := func(at time.Duration, want ...string) {
 		t.Helper()
@@ -163,7 +166,8 @@ func TestSweepNoticesDeadBuilders(t *testing.T) {
 func TestSweepNoticesAfterRestart(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
-	w := &world{open: []api.Build{{ID: 1, State: api.Building, BeatAt: &noon}}, standing: map[int64]queue.Standing{1: {Found: true, State: "running"}}}
+	w := &world{open: []api.Build{{ID: 1, State: api.Building, HeartbeatAt: &noon}},
+		standing: map[int64]queue.JobState{1: {Found: true, State: "running"}}}
 	now := noon.Add(31 * time.Second)
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
 	for _, step := range []struct {
@@ -182,9 +186,10 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
 	now := noon
-	w := &world{open: []api.Build{{ID: 13, State: api.Building, BeatAt: &noon}, {ID: 1, State: api.Building, BeatAt: &noon}},
-		standing: map[int64]queue.Standing{
-			13: {Found: true, Over: true, State: "discarded"}, 1: {Found: true, State: "running"},
+	w := &world{open: []api.Build{{ID: 13, State: api.Building, HeartbeatAt: &noon},
+		{ID: 1, State: api.Building, HeartbeatAt: &noon}},
+		standing: map[int64]queue.JobState{
+			13: {Found: true, Ended: true, State: "discarded"}, 1: {Found: true, State: "running"},
 		}}
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
 	for range 5 {
@@ -202,14 +207,14 @@ func TestSweepNoticesBesideTrouble(t *testing.T) {
 // died between its writes to the two databases.
 func TestSweepRaises(t *testing.T) {
 	t.Parallel()
-	waits := func(priority int) queue.Standing {
-		return queue.Standing{Found: true, State: "available", Priority: priority}
+	waits := func(priority int) queue.JobState {
+		return queue.JobState{Found: true, State: "available", Priority: priority}
 	}
 	w := &world{open: []api.Build{{ID: 1, State: api.Queued, Priority: 1}, {ID: 2, State: api.Queued, Priority: 2},
 		{ID: 3, State: api.Queued}, {ID: 4, State: api.Building, Priority: 1}},
-		standing: map[int64]queue.Standing{1: waits(2), 2: waits(2), 3: waits(1), 4: waits(4)}}
+		standing: map[int64]queue.JobState{1: waits(2), 2: waits(2), 3: waits(1), 4: waits(4)}}
 	now := time.Now()
-	w.open[3].BeatAt = &now
+	w.open[3].HeartbeatAt = &now
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
 	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"raise 1 to 1"}) {
 		t.Errorf("Sweep() = %v and did %v; want build 1 raised", err, w.did)
@@ -221,7 +226,7 @@ func TestSweepRaises(t *testing.T) {
 func TestSweepTakesOutCancelled(t *testing.T) {
 	t.Parallel()
 	w := &world{ended: map[int64]api.State{1: api.Cancelled, 2: api.Published},
-		standing: map[int64]queue.Standing{1: {Found: true, State: "available"}, 2: {Found: true, State: "running"}}}
+		standing: map[int64]queue.JobState{1: {Found: true, State: "available"}, 2: {Found: true, State: "running"}}}
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler)}
 	if err := s.Sweep(t.Context()); err != nil || !cmp.Equal(w.did, []string{"cancel"}) {
 		t.Errorf("Sweep() = %v and did %v; want one cancel", err, w.did)
@@ -234,7 +239,8 @@ func TestSweepEndsJobsOfFinishedBuilds(t *testing.T) {
 	t.Parallel()
 	noon := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
 	now := noon
-	w := &world{finished: noon, ended: map[int64]api.State{1: api.Published}, standing: map[int64]queue.Standing{1: {Found: true, State: "running"}}}
+	w := &world{finished: noon, ended: map[int64]api.State{1: api.Published},
+		standing: map[int64]queue.JobState{1: {Found: true, State: "running"}}}
 	s := jobs.Sweeper{Catalogue: w, Queue: w, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now }}
 	for after, want := range map[time.Duration][]string{10 * time.Second: nil, 31 * time.Second: {"end"}} {
 		now, w.did = noon.Add(after), nil

@@ -17,7 +17,7 @@ type counted struct {
 	asked int
 }
 
-func (c *counted) Lookup(ctx context.Context, id int64) (queue.Standing, error) {
+func (c *counted) Lookup(ctx context.Context, id int64) (queue.JobState, error) {
 	c.asked++
 	return c.world.Lookup(ctx, id)
 }
@@ -32,13 +32,13 @@ func (c *counted) Build(ctx context.Context, id int64) (api.Build, error) {
 func TestSweepAsksOnce(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 29, 12, 0, 0, 0, time.UTC)
-	w := &counted{world: &world{standing: map[int64]queue.Standing{}}}
+	w := &counted{world: &world{standing: map[int64]queue.JobState{}}}
 	for id := range int64(2000) {
 		b := api.Build{ID: id, State: api.Queued}
-		w.standing[id] = queue.Standing{Found: true, State: "available"}
+		w.standing[id] = queue.JobState{Found: true, State: "available"}
 		if id%10 == 0 {
-			b.State, b.BeatAt = api.Building, &now
-			w.standing[id] = queue.Standing{Found: true, State: "running"}
+			b.State, b.HeartbeatAt = api.Building, &now
+			w.standing[id] = queue.JobState{Found: true, State: "running"}
 		}
 		w.open = append(w.open, b)
 	}

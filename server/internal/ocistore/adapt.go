@@ -184,7 +184,7 @@ func (h *handler) cached(w http.ResponseWriter, r *http.Request, kind, ref strin
 
 // withoutNull makes empty lists lists: the library writes null.
 func (h *handler) withoutNull(w http.ResponseWriter, r *http.Request) {
-	held := &heldBody{ResponseWriter: w, status: http.StatusOK}
+	held := &bufferedBody{ResponseWriter: w, status: http.StatusOK}
 	h.api.ServeHTTP(held, r)
 	body := held.body.Bytes()
 	for _, member := range []string{"tags", "manifests"} {
@@ -197,15 +197,15 @@ func (h *handler) withoutNull(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// heldBody keeps an answer until it is whole.
-type heldBody struct {
+// bufferedBody keeps an answer until it is whole.
+type bufferedBody struct {
 	http.ResponseWriter
 	status int
 	body   bytes.Buffer
 }
 
-func (h *heldBody) WriteHeader(status int)      { h.status = status }
-func (h *heldBody) Write(p []byte) (int, error) { return h.body.Write(p) }
+func (h *bufferedBody) WriteHeader(status int)      { h.status = status }
+func (h *bufferedBody) Write(p []byte) (int, error) { return h.body.Write(p) }
 
 type rangeKey struct{}
 

@@ -39,9 +39,11 @@ func FuzzHandler(f *testing.F) {
 		{4, "/v2/a/blobs/uploads/eA", "application/octet-stream", "0-1", "{}"},
 		{0, "/v2/a/blobs/" + blob.String(), "", "bytes=-1", ""},
 		{2, "/v2/a/manifests/v1", "application/vnd.oci.image.index.v1+json", "", index},
-		{2, "/v2/a/manifests/" + digest.SHA512.FromString(index).String(), "application/vnd.oci.image.index.v1+json", "", index},
+		{2, "/v2/a/manifests/" + digest.SHA512.FromString(index).String(), "application/vnd.oci.image.index.v1+json", "",
+			index},
 		{2, "/v2/a/manifests/v2", "application/vnd.oci.image.manifest.v1+json", "",
-			`{"schemaVersion":2,"config":{"mediaType":"x","digest":"` + blob.String() + `","size":2},"layers":[],"subject":{"digest":"sha256:","size":-1}}`},
+			`{"schemaVersion":2,"config":{"mediaType":"x","digest":"` + blob.String() +
+				`","size":2},"layers":[],"subject":{"digest":"sha256:","size":-1}}`},
 		{0, "/v2/a/tags/list?n=-1&last=%00", "", "", ""},
 		{0, "/v2/a/referrers/sha256:x?artifactType=%ff", "", "", ""},
 		{0, "/v2/_catalog?n=1", "", "", ""},
@@ -54,7 +56,8 @@ func FuzzHandler(f *testing.F) {
 		if len(body) > 1<<16 || len(path) > 1<<12 {
 			return
 		}
-		req, err := http.NewRequestWithContext(t.Context(), methods[uint(method)%uint(len(methods))], "http://localhost/", bytes.NewReader(body))
+		req, err := http.NewRequestWithContext(t.Context(), methods[uint(method)%uint(len(methods))], "http://localhost/",
+			bytes.NewReader(body))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -70,7 +73,8 @@ func FuzzHandler(f *testing.F) {
 		w := httptest.NewRecorder()
 		h.ServeHTTP(w, req)
 		if w.Code >= http.StatusInternalServerError {
-			t.Fatalf("%s %q (%q, %q) %q = %d %s; want no trouble of the server's own", req.Method, path, kind, ranged, body, w.Code, w.Body)
+			t.Fatalf("%s %q (%q, %q) %q = %d %s; want no trouble of the server's own", req.Method, path, kind, ranged, body,
+				w.Code, w.Body)
 		}
 		d := digest.Digest(w.Header().Get("Docker-Content-Digest"))
 		isBlob := strings.Contains(u.Path, "/blobs/sha256:") || strings.Contains(u.Path, "/manifests/")
@@ -80,7 +84,8 @@ func FuzzHandler(f *testing.F) {
 				t.Errorf("GET %q = %q, %v; want the content of %s", path, content, err, d)
 			}
 		}
-		if strings.HasSuffix(u.Path, "/tags/list") && req.Method == http.MethodGet && w.Code == http.StatusOK && !json.Valid(w.Body.Bytes()) {
+		if strings.HasSuffix(u.Path, "/tags/list") && req.Method == http.MethodGet && w.Code == http.StatusOK &&
+			!json.Valid(w.Body.Bytes()) {
 			t.Errorf("GET %q = %q; want JSON", path, w.Body)
 		}
 	})

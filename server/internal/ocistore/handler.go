@@ -25,7 +25,7 @@ const anonymous = "anonymous"
 
 // access finds out who calls.
 type access interface {
-	Who(ctx context.Context, secret string) (auth.Principal, error)
+	Authenticate(ctx context.Context, secret string) (auth.Principal, error)
 }
 
 // Handler serves the distribution API. Everybody may read; a write needs a token
@@ -61,7 +61,7 @@ func (h *handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	known := false
 	if asked && secret != anonymous {
 		var err error
-		who, err = h.Who(r.Context(), secret)
+		who, err = h.Authenticate(r.Context(), secret)
 		if err != nil && !fault.Is(err, fault.Unauthorized) {
 			h.log.ErrorContext(r.Context(), "caller not found out", "err", err)
 			writeStatus(w, http.StatusServiceUnavailable, "UNAVAILABLE", "ask again; the server's log has the cause")

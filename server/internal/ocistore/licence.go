@@ -15,7 +15,7 @@ func (s *Store) audience() string {
 	return registry.AudiencePrivate
 }
 
-// restricted says why a public registry does not take a manifest; "" is that it does.
+// restricted says why a public registry does not take a manifest; "" means that it does.
 func (s *Store) restricted(manifest []byte) string {
 	need := bundle.RestrictionOf(manifest)
 	if !s.public || s.redistribute.Covers(need) || need == bundle.RedistributeNone {

@@ -51,8 +51,9 @@ func TestPublicRegistry(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if seen, err := repo.Outsider(t.Context(), ""); err != nil || seen.Says != row.audience || !seen.Reads || seen.Host != host {
-				t.Errorf("Outsider() = %+v, %v; want host %s that says %s", seen, err, host, row.audience)
+			if seen, err := repo.AnonymousAccess(t.Context(), ""); err != nil || seen.Visibility != row.audience ||
+				!seen.Reads || seen.Host != host {
+				t.Errorf("AnonymousAccess() = %+v, %v; want host %s that says %s", seen, err, host, row.audience)
 			}
 			resp, err := http.Get(srv.URL + "/v2/")
 			if err != nil {
@@ -63,7 +64,8 @@ func TestPublicRegistry(t *testing.T) {
 				t.Errorf("GET /v2/ says %q, %v; want %s", resp.Header.Get("Prebake-Audience"), err, row.audience)
 			}
 			for f, want := range map[target.Flavour]bool{target.Open: row.open, target.Proprietary: row.proprietary} {
-				sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: f}, "")
+				sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),
+					target.Driver{Version: "535.261.03", Flavour: f}, "")
 				_, err := repo.Push(t.Context(), sample.Image)
 				if (err == nil) != want || err != nil && !strings.Contains(err.Error(), "--redistribute") {
 					t.Errorf("Push(%s) = %v; want taken %t, or a word about --redistribute", f, err, want)
@@ -95,7 +97,8 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	repo, err := registry.Open(strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver", registry.Options{Username: "any", Password: token})
+	repo, err := registry.Open(strings.TrimPrefix(srv.URL, "http://")+"/prebake/driver",
+		registry.Options{Username: "any", Password: token})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -103,7 +106,8 @@ func TestPublicRegistryReadsAllManifests(t *testing.T) {
 	if _, err := repo.Push(t.Context(), foreign); err != nil { // the blobs that its manifest names
 		t.Fatal(err)
 	}
-	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), target.Driver{Version: "535.261.03", Flavour: target.Proprietary}, "")
+	sample := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"),
+		target.Driver{Version: "535.261.03", Flavour: target.Proprietary}, "")
 	unknown := func(raw string) string { return strings.Replace(raw, "{", `{"newField":{},`, 1) }
 	padded := func(raw string) string { return strings.Repeat(" ", 3<<19) + raw }
 	for _, row := range []struct {

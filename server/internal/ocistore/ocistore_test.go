@@ -2,10 +2,8 @@ package ocistore_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -13,12 +11,9 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
-	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
-	"cuelabs.dev/go/oci/ociregistry"
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
@@ -29,7 +24,6 @@ import (
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"github.com/google/go-containerregistry/pkg/v1/remote/transport"
 	"github.com/google/go-containerregistry/pkg/v1/types"
-	"github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/server/internal/auth"
 	"github.com/prebake/prebake/server/internal/ocistore"
@@ -57,7 +51,8 @@ func open(t *testing.T, dir string) *ocistore.Store {
 // serve starts a registry over dir and returns its host:port.
 func serve(t *testing.T, dir string) string {
 	t.Helper()
-	s := httptest.NewServer(ocistore.Handler(open(t, dir), auth.New(auth.Config{First: token}), slog.New(slog.DiscardHandler)))
+	s := httptest.NewServer(ocistore.Handler(open(t, dir), auth.New(auth.Config{First: token}),
+		slog.New(slog.DiscardHandler)))
 	t.Cleanup(s.Close)
 	return strings.TrimPrefix(s.URL, "http://")
 }
@@ -81,7 +76,8 @@ func image(t *testing.T) v1.Image {
 }
 
 func options(t *testing.T) []remote.Option {
-	return []remote.Option{remote.WithContext(t.Context()), remote.WithAuth(&authn.Basic{Username: "prebake", Password: token})}
+	return []remote.Option{remote.WithContext(t.Context()),
+		remote.WithAuth(&authn.Basic{Username: "prebake", Password: token})}
 }
 
 func digestOf(t *testing.T, img v1.Image) v1.Hash {
@@ -124,13 +120,16 @@ func TestStockClient(t *testing.T) {
 	}
 	// The token as a bearer token, as a CI job would have it.
 	bearer := remote.WithAuth(&authn.Bearer{Token: token})
-	if err := remote.Write(reference(t, host, "prebake/driver:two"), img, remote.WithContext(t.Context()), bearer); err != nil {
+	if err := remote.Write(reference(t, host, "prebake/driver:two"), img, remote.WithContext(t.Context()),
+		bearer); err != nil {
 		t.Errorf("push with bearer token = %v", err)
 	}
 	for who, auth := range map[string]authn.Authenticator{
-		"nobody": authn.Anonymous, "wrong password": &authn.Basic{Username: "prebake", Password: "x"}, "wrong token": &authn.Bearer{Token: "x"},
+		"nobody": authn.Anonymous, "wrong password": &authn.Basic{Username: "prebake", Password: "x"},
+		"wrong token": &authn.Bearer{Token: "x"},
 	} {
-		err := remote.Write(reference(t, host, "prebake/driver:three"), image(t), remote.WithContext(t.Context()), remote.WithAuth(auth))
+		err := remote.Write(reference(t, host, "prebake/driver:three"), image(t), remote.WithContext(t.Context()),
+			remote.WithAuth(auth))
 		if statusOf(err) != http.StatusUnauthorized {
 			t.Errorf("push as %s = %v; want 401", who, err)
 		}
@@ -194,7 +193,8 @@ func TestStockClient(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if m, err = some.IndexManifest(); err != nil || len(m.Manifests) != 1 || m.Manifests[0].Digest != want[1] || m.Manifests[0].Annotations["n"] != "1" {
+		if m, err = some.IndexManifest(); err != nil || len(m.Manifests) != 1 || m.Manifests[0].Digest != want[1] ||
+			m.Manifests[0].Annotations["n"] != "1" {
 			t.Errorf("filtered referrers = %+v, %v; want %s with its annotation", m, err, want[1])
 		}
 	}
@@ -266,7 +266,8 @@ func TestChunkedUploadSurvivesRestart(t *testing.T) {
 	if r = call(t, host, "GET", at, ""); r.StatusCode != http.StatusNoContent || r.Header.Get("Range") != "0-5" {
 		t.Errorf("after a restart = %s, range %s; want 0-5", r.Status, r.Header.Get("Range"))
 	}
-	if r = call(t, host, "PATCH", at, "xx", "Content-Range", "2-3"); r.StatusCode != http.StatusRequestedRangeNotSatisfiable {
+	if r = call(t, host, "PATCH", at, "xx", "Content-Range",
+		"2-3"); r.StatusCode != http.StatusRequestedRangeNotSatisfiable {
 		t.Errorf("chunk at a wrong place = %s; want 416", r.Status)
 	}
 	if r = call(t, host, "PATCH", at, "world", "Content-Range", "6-10"); r.StatusCode != http.StatusAccepted {
@@ -310,11 +311,13 @@ func TestRefusals(t *testing.T) {
 	if r := call(t, host, "POST", "/v2/a/blobs/uploads/?digest="+sum("cfg"), "cfg"); r.StatusCode != http.StatusCreated {
 		t.Fatalf("single post = %s", r.Status)
 	}
-	if r := call(t, host, "POST", "/v2/a/blobs/uploads/?digest="+sum("other"), "cfg"); r.StatusCode != http.StatusBadRequest {
+	if r := call(t, host, "POST", "/v2/a/blobs/uploads/?digest="+sum("other"),
+		"cfg"); r.StatusCode != http.StatusBadRequest {
 		t.Errorf("wrong digest = %s; want 400", r.Status)
 	}
 	r := call(t, host, "POST", "/v2/a/blobs/uploads/", "")
-	if r = call(t, host, "PUT", r.Header.Get("Location")+"?digest="+sum("other"), "cfg"); r.StatusCode != http.StatusBadRequest {
+	if r = call(t, host, "PUT", r.Header.Get("Location")+"?digest="+sum("other"),
+		"cfg"); r.StatusCode != http.StatusBadRequest {
 		t.Errorf("wrong digest of an upload = %s; want 400", r.Status)
 	}
 	if r = call(t, host, "HEAD", "/v2/a/blobs/"+sum("other"), ""); r.StatusCode != http.StatusNotFound {
@@ -330,20 +333,25 @@ func TestRefusals(t *testing.T) {
 		status                 int
 	}{
 		{"good", "/v2/a/manifests/t", kind, good, 201},
-		{"layer missing", "/v2/a/manifests/u", kind, fmt.Sprintf(`{"config":%s,"layers":[%s]}`, descriptor(sum("cfg"), 3), descriptor(sum("no"), 2)), 404},
+		{"layer missing", "/v2/a/manifests/u", kind,
+			fmt.Sprintf(`{"config":%s,"layers":[%s]}`, descriptor(sum("cfg"), 3), descriptor(sum("no"), 2)), 404},
 		{"config missing", "/v2/a/manifests/u", kind, `{"layers":[]}`, 400},
 		{"size differs", "/v2/a/manifests/u", kind, fmt.Sprintf(`{"config":%s}`, descriptor(sum("cfg"), 4)), 400},
-		{"sha384", "/v2/a/manifests/u", kind, fmt.Sprintf(`{"config":%s}`, descriptor("sha384:"+strings.Repeat("a", 96), 4)), 400},
+		{"sha384", "/v2/a/manifests/u", kind, fmt.Sprintf(`{"config":%s}`, descriptor("sha384:"+strings.Repeat("a", 96), 4)),
+			400},
 		{"digest traversal", "/v2/a/manifests/u", kind, fmt.Sprintf(`{"config":%s}`, descriptor("sha256:../../x", 4)), 400},
-		{"subject traversal", "/v2/a/manifests/u", kind, fmt.Sprintf(`{"config":%s,"subject":{"digest":"../../x"}}`, descriptor(sum("cfg"), 3)), 400},
+		{"subject traversal", "/v2/a/manifests/u", kind,
+			fmt.Sprintf(`{"config":%s,"subject":{"digest":"../../x"}}`, descriptor(sum("cfg"), 3)), 400},
 		{"not JSON", "/v2/a/manifests/u", kind, `{`, 400},
 		{"kind differs", "/v2/a/manifests/u", "application/vnd.oci.image.index.v1+json", good, 400},
 		{"unknown kind", "/v2/a/manifests/u", "application/json", good, 400},
-		{"child missing", "/v2/a/manifests/u", "application/vnd.oci.image.index.v1+json", fmt.Sprintf(`{"manifests":[%s]}`, descriptor(sum("no"), 2)), 404},
+		{"child missing", "/v2/a/manifests/u", "application/vnd.oci.image.index.v1+json",
+			fmt.Sprintf(`{"manifests":[%s]}`, descriptor(sum("no"), 2)), 404},
 		{"wrong digest in path", "/v2/a/manifests/" + sum("no"), kind, good, 400},
 		{"bad tag", "/v2/a/manifests/..", kind, good, 404},
 		{"bad name", "/v2/A/_x/manifests/t", kind, good, 400},
-		{"too large for a repository with a word of ours", "/v2/x/blobs/y/manifests/u", kind, good + strings.Repeat(" ", ocistore.MaxManifest), 413},
+		{"too large for a repository with a word of ours", "/v2/x/blobs/y/manifests/u", kind,
+			good + strings.Repeat(" ", ocistore.MaxManifest), 413},
 		{"too large", "/v2/a/manifests/u", kind, good + strings.Repeat(" ", ocistore.MaxManifest), 413},
 	}
 	for _, row := range rows {
@@ -363,118 +371,6 @@ func TestRefusals(t *testing.T) {
 	}
 }
 
-// What a killed process can leave behind is cleared or harmless.
-func TestCrashLeftovers(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	host := serve(t, dir)
-	img := image(t)
-	if err := remote.Write(reference(t, host, "prebake/driver:one"), img, options(t)...); err != nil {
-		t.Fatal(err)
-	}
-	// Killed between the referrers entry and the manifest.
-	subject := digestOf(t, img).Hex
-	ghost := strings.Repeat("1", 64)
-	entry, err := json.Marshal(ociregistry.Descriptor{MediaType: "x", Digest: digest.Digest("sha256:" + ghost), Size: 1})
-	if err != nil {
-		t.Fatal(err)
-	}
-	refs := filepath.Join(dir, "repos/prebake/driver/_referrers", subject)
-	if err := os.MkdirAll(refs, 0o750); err != nil {
-		t.Fatal(err)
-	}
-	for name, content := range map[string][]byte{
-		filepath.Join(refs, ghost):        entry,
-		filepath.Join(dir, "tmp", "half"): []byte("half a blob"),
-	} {
-		if err := os.WriteFile(name, content, 0o640); err != nil {
-			t.Fatal(err)
-		}
-	}
-	host = serve(t, dir)
-	all, err := remote.Referrers(reference(t, host, "prebake/driver@sha256:"+subject).(name.Digest), remote.WithContext(t.Context()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if m, err := all.IndexManifest(); err != nil || len(m.Manifests) != 0 {
-		t.Errorf("referrers = %+v, %v; want none, since the manifest was never stored", m, err)
-	}
-	if left, err := os.ReadDir(filepath.Join(dir, "tmp")); err != nil || len(left) != 0 {
-		t.Errorf("tmp holds %v, %v; want nothing", left, err)
-	}
-}
-
-func TestConcurrentPushes(t *testing.T) {
-	t.Parallel()
-	dir := t.TempDir()
-	host := serve(t, dir)
-	img := image(t)
-	var wait sync.WaitGroup
-	for i := range 8 {
-		wait.Go(func() {
-			if err := remote.Write(reference(t, host, fmt.Sprintf("prebake/driver:t%d", i%2)), img, options(t)...); err != nil {
-				t.Errorf("push %d = %v", i, err)
-			}
-		})
-	}
-	// And one create-only tag that two different images race for: one wins.
-	var mu sync.Mutex
-	won := 0
-	for range 4 {
-		other := image(t)
-		wait.Go(func() {
-			err := remote.Write(reference(t, host, "prebake/driver:race"), other, options(t)...)
-			mu.Lock()
-			defer mu.Unlock()
-			if err == nil {
-				won++
-			} else if statusOf(err) != http.StatusForbidden {
-				t.Errorf("race = %v; want 403", err)
-			}
-		})
-	}
-	wait.Wait()
-	if won != 1 {
-		t.Errorf("%d images won the tag; want 1", won)
-	}
-	blobs := 0
-	err := filepath.WalkDir(filepath.Join(dir, "blobs"), func(_ string, d os.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
-			blobs++
-		}
-		return err
-	})
-	if want := 5 + 4*5; err != nil || blobs > want { // 3 layers, config, manifest; losers may have pushed theirs
-		t.Errorf("%d blobs, %v; want at most %d", blobs, err, want)
-	}
-}
-
-func TestOneWriterPerUpload(t *testing.T) {
-	t.Parallel()
-	s := open(t, t.TempDir())
-	ctx := context.WithoutCancel(t.Context())
-	w, err := s.PushBlobChunked(ctx, "a", 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.PushBlobChunkedResume(ctx, "a", w.ID(), -1, 0); !errors.Is(err, ociregistry.ErrBlobUploadInvalid) {
-		t.Errorf("a second writer = %v; want a refusal", err)
-	}
-	if err := w.Close(); err != nil {
-		t.Fatal(err)
-	}
-	again, err := s.PushBlobChunkedResume(ctx, "a", w.ID(), -1, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := again.Cancel(); err != nil {
-		t.Error(err)
-	}
-	if _, err := s.PushBlobChunkedResume(ctx, "a", w.ID(), -1, 0); !errors.Is(err, ociregistry.ErrBlobUploadUnknown) {
-		t.Errorf("a cancelled upload = %v; want unknown", err)
-	}
-}
-
 // FuzzManifest feeds manifests of clients to the store: whatever they hold, it
 // answers and writes nothing outside its folders.
 func FuzzManifest(f *testing.F) {
@@ -483,7 +379,8 @@ func FuzzManifest(f *testing.F) {
 		f.Fatal(err)
 	}
 	kinds := []string{"application/vnd.oci.image.manifest.v1+json", "application/vnd.oci.image.index.v1+json", "x"}
-	for i, seed := range []string{`{}`, `{"config":{"digest":"sha256:","size":-1}}`, `{"manifests":[{}]}`, `{"subject":{"digest":"sha256:../.."}}`, `[`} {
+	for i, seed := range []string{`{}`, `{"config":{"digest":"sha256:","size":-1}}`, `{"manifests":[{}]}`,
+		`{"subject":{"digest":"sha256:../.."}}`, `[`} {
 		f.Add([]byte(seed), i, "a/b", "latest")
 	}
 	f.Fuzz(func(t *testing.T, content []byte, kind int, repo, tag string) {

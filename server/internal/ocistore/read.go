@@ -29,7 +29,7 @@ type file struct {
 func (f *file) Close() error                       { return f.f.Close() }
 func (f *file) Descriptor() ociregistry.Descriptor { return f.desc }
 
-// gone maps a missing file to the protocol's word for it.
+// gone maps a missing file to the protocol's error.
 func gone(err, unknown error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return unknown
@@ -38,7 +38,8 @@ func gone(err, unknown error) error {
 }
 
 // open opens stored bytes from offset0 to offset1 (exclusive; -1 is the end).
-func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader, error) {
+func (s *Store) open(desc ociregistry.Descriptor, offset0, offset1 int64, unknown error) (ociregistry.BlobReader,
+	error) {
 	sum, err := hexOf(desc.Digest)
 	if err != nil {
 		return nil, err
@@ -77,7 +78,8 @@ func (s *Store) GetBlobRange(
 	d ociregistry.Digest,
 	offset0, offset1 int64,
 ) (ociregistry.BlobReader, error) {
-	return s.open(ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d}, offset0, offset1, ociregistry.ErrBlobUnknown)
+	return s.open(ociregistry.Descriptor{MediaType: mediaTypeBlob, Digest: d}, offset0, offset1,
+		ociregistry.ErrBlobUnknown)
 }
 
 // ResolveBlob implements [ociregistry.Reader].
@@ -103,8 +105,8 @@ func (s *Store) ResolveManifest(_ context.Context, repo string, d ociregistry.Di
 	return plain(desc), gone(err, ociregistry.ErrManifestUnknown)
 }
 
-// Holds reports whether a repository has a manifest.
-func (s *Store) Holds(ctx context.Context, repo, d string) (bool, error) {
+// HasManifest reports whether a repository has a manifest.
+func (s *Store) HasManifest(ctx context.Context, repo, d string) (bool, error) {
 	_, err := s.ResolveManifest(ctx, repo, ociregistry.Digest(d))
 	switch {
 	case errors.Is(err, ociregistry.ErrManifestUnknown), errors.Is(err, ociregistry.ErrNameInvalid):

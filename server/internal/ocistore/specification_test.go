@@ -38,7 +38,8 @@ func TestSpecification(t *testing.T) {
 	host := serve(t, t.TempDir())
 	dir := t.TempDir()
 	program := filepath.Join(dir, "conformance")
-	build := exec.CommandContext(t.Context(), "go", "build", "-o", program, "github.com/opencontainers/distribution-spec/conformance")
+	build := exec.CommandContext(t.Context(), "go", "build", "-o", program,
+		"github.com/opencontainers/distribution-spec/conformance")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -46,7 +47,8 @@ func TestSpecification(t *testing.T) {
 	run := exec.CommandContext(t.Context(), program)
 	run.Dir = dir
 	run.Env = append(os.Environ(), "OCI_REGISTRY="+host, "OCI_TLS=disabled", "OCI_USERNAME=prebake", "OCI_PASSWORD="+token,
-		"OCI_RESULTS_DIR="+dir, "OCI_API_BLOBS_UPLOAD_CANCEL=true", "OCI_API_BLOBS_DIGEST_HEADER=true", "OCI_API_MANIFESTS_DIGEST_HEADER=true")
+		"OCI_RESULTS_DIR="+dir, "OCI_API_BLOBS_UPLOAD_CANCEL=true", "OCI_API_BLOBS_DIGEST_HEADER=true",
+		"OCI_API_MANIFESTS_DIGEST_HEADER=true")
 	out, err := run.CombinedOutput()
 	if err != nil {
 		t.Errorf("conformance: %v", err)
@@ -56,7 +58,8 @@ func TestSpecification(t *testing.T) {
 		switch {
 		case strings.HasSuffix(strings.TrimSpace(line), ": Pass"):
 			passed++
-		case strings.HasSuffix(strings.TrimSpace(line), ": FAIL"), strings.Contains(line, ": Skip") && !strings.Contains(line, "/blob-delete: Skip"):
+		case strings.HasSuffix(strings.TrimSpace(line), ": FAIL"), strings.Contains(line, ": Skip") &&
+			!strings.Contains(line, "/blob-delete: Skip"):
 			t.Error(strings.TrimSpace(line)) // deleting single blobs is the one thing that we do not do
 		}
 	}
@@ -71,9 +74,10 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	var deleted []string
-	s, err := ocistore.Open(dir, ocistore.Options{CreateOnly: createOnly, Deleted: func(repo string, d ociregistry.Digest) {
-		deleted = append(deleted, repo+"@"+string(d))
-	}})
+	s, err := ocistore.Open(dir,
+		ocistore.Options{CreateOnly: createOnly, Deleted: func(repo string, d ociregistry.Digest) {
+			deleted = append(deleted, repo+"@"+string(d))
+		}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -129,7 +133,8 @@ func TestCollect(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if r := call(t, host, "DELETE", "/v2/a/gone/manifests/"+digestOf(t, gone).String(), ""); r.StatusCode != http.StatusAccepted {
+	if r := call(t, host, "DELETE", "/v2/a/gone/manifests/"+digestOf(t, gone).String(),
+		""); r.StatusCode != http.StatusAccepted {
 		t.Fatal(r.Status)
 	}
 	upload := call(t, host, "POST", "/v2/a/x/blobs/uploads/", "")
@@ -211,7 +216,8 @@ func TestCollectBesidePushes(t *testing.T) {
 		if err := remote.Write(ref, img, options(t)...); err != nil {
 			t.Fatal(err)
 		}
-		if r := call(t, host, "DELETE", "/v2/a/b/manifests/"+digestOf(t, img).String(), ""); r.StatusCode != http.StatusAccepted {
+		if r := call(t, host, "DELETE", "/v2/a/b/manifests/"+digestOf(t, img).String(),
+			""); r.StatusCode != http.StatusAccepted {
 			t.Fatal(r.Status)
 		}
 		for _, name := range blobs(t, img) { // what is old and named by nothing may go at any moment
@@ -264,7 +270,7 @@ func blobs(t *testing.T, img v1.Image) []string {
 func TestManners(t *testing.T) {
 	t.Parallel()
 	var full error
-	s, err := ocistore.Open(t.TempDir(), ocistore.Options{Room: func() error { return full }})
+	s, err := ocistore.Open(t.TempDir(), ocistore.Options{CheckFree: func() error { return full }})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,7 +307,8 @@ func TestManners(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r = call(t, host, "GET", "/v2/a/b/blobs/"+blob.String(), "", "If-None-Match", `"`+blob.String()+`"`); r.StatusCode != http.StatusNotModified {
+	if r = call(t, host, "GET", "/v2/a/b/blobs/"+blob.String(), "", "If-None-Match",
+		`"`+blob.String()+`"`); r.StatusCode != http.StatusNotModified {
 		t.Errorf("a blob that the client has = %s; want 304", r.Status)
 	}
 	full = fault.New(fault.DiskFull, "/secret/path: 1 MiB is left", "free space")
@@ -311,7 +318,8 @@ func TestManners(t *testing.T) {
 		t.Errorf("with the disk full = %s %s, %v; want 507 without a path", r.Status, text, err)
 	}
 	full = nil
-	if r = call(t, host, "GET", "/v2/a/b/blobs/sha256:"+strings.Repeat("0", 64), ""); r.StatusCode != http.StatusNotFound || r.Header.Get("Cache-Control") != "" {
+	if r = call(t, host, "GET", "/v2/a/b/blobs/sha256:"+strings.Repeat("0", 64),
+		""); r.StatusCode != http.StatusNotFound || r.Header.Get("Cache-Control") != "" {
 		t.Errorf("an absent blob = %s, Cache-Control %q; want 404 that nobody keeps", r.Status, r.Header.Get("Cache-Control"))
 	}
 }

@@ -54,16 +54,16 @@ const (
 
 // Options are what differs from registry to registry.
 type Options struct {
-	// CreateOnly says of which tags the first meaning is the last; nil is none.
+	// CreateOnly says of which tags the first meaning is the last; nil means none.
 	CreateOnly func(repo, tag string) bool
-	// Deleted hears of each manifest that was deleted; nil does not.
+	// Deleted is called with each manifest that was deleted; may be nil.
 	Deleted func(repo string, d ociregistry.Digest)
 	// Public says that everybody may read what is here: then what is under NVIDIA's licence
 	// is refused, but for what Redistribute lets go; "" lets nothing go.
 	Public       bool
 	Redistribute bundle.Redistribution
-	// Room says whether there is room to write; nil always has.
-	Room func() error
+	// CheckFree says whether there is room to write; nil always has.
+	CheckFree func() error
 }
 
 // Store is a registry backend over a folder. One process may use a folder.
@@ -73,7 +73,7 @@ type Store struct {
 	root       *os.Root
 	createOnly func(repo, tag string) bool
 	deleted    func(repo string, d ociregistry.Digest)
-	room       func() error
+	checkFree  func() error
 
 	public       bool
 	redistribute bundle.Redistribution
@@ -99,8 +99,8 @@ func open(dir string, o Options) (*Store, error) {
 	if o.CreateOnly == nil {
 		o.CreateOnly = func(string, string) bool { return false }
 	}
-	if o.Room == nil {
-		o.Room = func() error { return nil }
+	if o.CheckFree == nil {
+		o.CheckFree = func() error { return nil }
 	}
 	for _, sub := range []string{"blobs", "repos", "uploads"} {
 		if err := os.MkdirAll(path.Join(dir, sub), 0o750); err != nil {
@@ -115,7 +115,7 @@ func open(dir string, o Options) (*Store, error) {
 		root:         root,
 		createOnly:   o.CreateOnly,
 		deleted:      o.Deleted,
-		room:         o.Room,
+		checkFree:    o.CheckFree,
 		busy:         map[string]bool{},
 		public:       o.Public,
 		redistribute: o.Redistribute,
@@ -246,7 +246,7 @@ func (s *Store) mkdirs(dir string) error {
 
 // temp writes r to a synced file in tmp and returns its name.
 func (s *Store) temp(r io.Reader) (name string, err error) {
-	if err := s.room(); err != nil {
+	if err := s.checkFree(); err != nil {
 		return "", err
 	}
 	name = "tmp/" + randomID()

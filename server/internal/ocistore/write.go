@@ -75,7 +75,7 @@ func (s *Store) PushBlobChunked(_ context.Context, repo string, _ int) (ociregis
 	if _, err := repoPath(repo); err != nil {
 		return nil, err
 	}
-	if err := s.room(); err != nil {
+	if err := s.checkFree(); err != nil {
 		return nil, err
 	}
 	id := randomID()

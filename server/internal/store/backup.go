@@ -38,9 +38,9 @@ func copySQLite(ctx context.Context, from, to string) (err error) {
 	}
 	defer func() { err = errors.Join(err, db.Close()) }()
 	// SQLite reads the source in one transaction. With a write-ahead log, as all of ours
-	// have, that holds up no writer.
+	// have, that blocks no writer.
 	if _, err := db.ExecContext(ctx, `VACUUM INTO $1`, to); err != nil {
-		return trouble("vacuum", err)
+		return classify("vacuum", err)
 	}
 	return f.Sync()
 }

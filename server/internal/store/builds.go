@@ -26,7 +26,8 @@ func scanBuild(row func(...any) error) (api.Build, error) {
 	if err != nil {
 		return b, err
 	}
-	b.CreatedAt, b.StartedAt, b.FinishedAt, b.BeatAt = timeOf(created), timePtr(started), timePtr(finished), timePtr(beat)
+	b.CreatedAt, b.StartedAt, b.FinishedAt, b.HeartbeatAt =
+		timeOf(created), timePtr(started), timePtr(finished), timePtr(beat)
 	if phases != "[]" {
 		err = json.Unmarshal([]byte(phases), &b.Phases)
 	}
@@ -45,7 +46,7 @@ func builds(ctx context.Context, q querier, tail string, args ...any) ([]api.Bui
 		all = append(all, b)
 		return err
 	}, `SELECT `+buildColumns+` FROM builds`+tail, args...)
-	return all, trouble("list builds", err)
+	return all, classify("list builds", err)
 }
 
 // BuildFilter says which builds to list; zero fields mean any.
@@ -112,7 +113,7 @@ func build(ctx context.Context, q querier, id int64, lock string) (api.Build, er
 	if errors.Is(err, sql.ErrNoRows) {
 		return b, fault.New(fault.NotFound, fmt.Sprintf("build %d does not exist", id), "list builds: server builds")
 	}
-	return b, trouble(fmt.Sprintf("read build %d", id), err)
+	return b, classify(fmt.Sprintf("read build %d", id), err)
 }
 
 // AddBuild stores a new build and returns it with its number. When the cell
@@ -145,7 +146,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT DO NOTHING RETURNIN
 			return b, true, nil
 		}
 		if !errors.Is(err, sql.ErrNoRows) {
-			return b, false, trouble("store build", err)
+			return b, false, classify("store build", err)
 		}
 		open, found, err := tx.openBuild(ctx, b)
 		if err != nil || found {
@@ -196,12 +197,12 @@ func (tx *Tx) SetBuild(ctx context.Context, b api.Build) error {
 UPDATE builds SET kernel = $2, state = $3, phase = $4, worker = $5, attempt = $6, class = $7, error = $8, hint = $9,
     digest = $10, phases = $11, started_at = $12, finished_at = $13, beat_at = $14, priority = $15 WHERE id = $1`,
 		b.ID, string(kernel), string(b.State), b.Phase, b.Worker, b.Attempt, b.Class, b.Error, b.Hint, b.Digest,
-		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.BeatAt), b.Priority)
-	return trouble(fmt.Sprintf("store build %d", b.ID), err)
+		string(phases), ptrMicros(b.StartedAt), ptrMicros(b.FinishedAt), ptrMicros(b.HeartbeatAt), b.Priority)
+	return classify(fmt.Sprintf("store build %d", b.ID), err)
 }
 
 // CountBuilds counts builds by state.
 func (s *Store) CountBuilds(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "builds")
-	return counts, trouble("count builds", err)
+	return counts, classify("count builds", err)
 }

@@ -16,12 +16,12 @@ import (
 )
 
 // A fleet asks the same few questions over and over, and each costs a database some
-// hundred microseconds. So what decides about a kernel's cells is remembered until
+// hundred microseconds. So what decides about a kernel's cells is stored until
 // something is written about that kernel. With SQLite, this process is the only one
 // that writes. With PostgreSQL, writers tell each other by NOTIFY, in the transaction
-// that writes; who does not hear them remembers nothing.
+// that writes; who does not receive them stores nothing.
 
-// Bounds of what is remembered.
+// Bounds of what is stored.
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
@@ -113,7 +113,7 @@ func (s *Store) KernelCells(ctx context.Context, buildID, board string) (*Kernel
 }
 
 // RememberedCells lists a page of kernels with what decides about their cells, newest
-// BUILD_ID first, out of what is remembered where it is. Each kernel is as one state
+// BUILD_ID first, out of what is stored where it is. Each kernel is as one state
 // of the database had it, the page as a whole need not be.
 func (s *Store) RememberedCells(
 	ctx context.Context,
@@ -132,7 +132,7 @@ func (s *Store) RememberedCells(
 		return err
 	}, text, args...)
 	if err != nil {
-		return nil, "", trouble("list cells", err)
+		return nil, "", classify("list cells", err)
 	}
 	names, next = cut(names, p.Limit, func(n [2]string) []string { return []string{target.SortKey(n[0]), n[1]} })
 	all = make([]*KernelCells, len(names))
@@ -175,12 +175,12 @@ func (s *Store) rememberPage(ctx context.Context, f KernelFilter, p Page) (all [
 	return all, next, nil
 }
 
-// listen hears what other processes write, until ctx is done.
+// listen receives what other processes write, until ctx is done.
 func (s *Store) listen(ctx context.Context, url string) {
 	pause := backoff.NewExponentialBackOff()
 	pause.MaxInterval = 10 * time.Second
 	for ctx.Err() == nil {
-		err := s.hear(ctx, url, pause.Reset)
+		err := s.listenOnce(ctx, url, pause.Reset)
 		s.cache.listens(false)
 		if err == nil || ctx.Err() != nil {
 			return
@@ -192,8 +192,8 @@ func (s *Store) listen(ctx context.Context, url string) {
 	}
 }
 
-// hear is one connection of listen.
-func (s *Store) hear(ctx context.Context, url string, begun func()) error {
+// listenOnce is one connection of listen.
+func (s *Store) listenOnce(ctx context.Context, url string, begun func()) error {
 	conn, err := pgx.Connect(ctx, url)
 	if err != nil {
 		return err
@@ -214,7 +214,7 @@ func (s *Store) hear(ctx context.Context, url string, begun func()) error {
 }
 
 // touch notes that a transaction writes about a kernel (BUILD_ID/BOARD) or a driver
-// version; "" is about more than that.
+// version; "" means about more than that.
 func (tx *Tx) touch(key string) {
 	if tx.touched == nil {
 		tx.touched = map[string]bool{}
@@ -234,8 +234,8 @@ func (tx *Tx) notes() []string {
 	return all
 }
 
-// tell has PostgreSQL tell all servers when the transaction is committed.
-func (tx *Tx) tell(ctx context.Context, notes []string) error {
+// notify has PostgreSQL tell all servers when the transaction is committed.
+func (tx *Tx) notify(ctx context.Context, notes []string) error {
 	if !tx.postgres {
 		return nil
 	}

@@ -44,7 +44,7 @@ func (s *Store) Drivers(ctx context.Context, p Page) (all []api.DriverRelease, n
 		return err
 	}, `SELECT version, flavours, seen_at FROM drivers`+w.String()+` ORDER BY sort_key DESC`+w.limit(p.Limit), w.args...)
 	all, next = cut(all, p.Limit, func(d api.DriverRelease) []string { return []string{target.SortKey(d.Version)} })
-	return all, next, trouble("list drivers", err)
+	return all, next, classify("list drivers", err)
 }
 
 // Driver reads one driver version; one that nobody has seen comes without
@@ -57,7 +57,7 @@ func (s *Store) Driver(ctx context.Context, version string) (api.DriverRelease, 
 		if errors.Is(err, sql.ErrNoRows) {
 			return api.DriverRelease{Version: version, Branch: target.Branch(version)}, false, nil
 		}
-		return d, true, trouble("read driver "+version, err)
+		return d, true, classify("read driver "+version, err)
 	})
 }
 
@@ -74,7 +74,7 @@ ON CONFLICT (version) DO UPDATE SET
     flavours = CASE WHEN excluded.flavours = '[]' THEN drivers.flavours ELSE excluded.flavours END,
     seen_at  = excluded.seen_at`,
 		d.Version, string(flavours), micros(d.SeenAt), target.SortKey(d.Version))
-	return trouble("store driver "+d.Version, err)
+	return classify("store driver "+d.Version, err)
 }
 
 const artifactColumns = `a.digest, a.repository, a.fingerprint, a.driver, a.flavour, a.arch, a.release, a.state, a.reason, a.published_at, a.replacement, a.withdrawn_at`
@@ -101,7 +101,7 @@ type ArtifactFilter struct {
 // is attested for.
 func (s *Store) Artifacts(ctx context.Context, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
 	all, next, err = artifacts(ctx, s.readers, f, p)
-	return all, next, trouble("list artifacts", err)
+	return all, next, classify("list artifacts", err)
 }
 
 func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []api.Artifact, next string, err error) {
@@ -159,7 +159,8 @@ func artifacts(ctx context.Context, q querier, f ArtifactFilter, p Page) (all []
 			all[i].Kernels = append(all[i].Kernels, k)
 		}
 		return nil
-	}, `SELECT k.digest, k.kernel FROM (SELECT a.digest`+chosen+`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest`,
+	}, `SELECT k.digest, k.kernel FROM (SELECT a.digest`+chosen+
+		`) c CROSS JOIN artifact_kernels k WHERE k.digest = c.digest`,
 		w.args...)
 	for _, a := range all {
 		slices.SortFunc(a.Kernels, func(a, b target.Kernel) int {
@@ -185,7 +186,7 @@ func (tx *Tx) Artifact(ctx context.Context, digest string) (api.Artifact, error)
 func artifact(ctx context.Context, q querier, digest string) (api.Artifact, error) {
 	all, _, err := artifacts(ctx, q, ArtifactFilter{Digest: digest}, Page{Limit: 1})
 	if err != nil {
-		return api.Artifact{}, trouble("read artifact "+digest, err)
+		return api.Artifact{}, classify("read artifact "+digest, err)
 	}
 	if len(all) == 0 || digest == "" {
 		return api.Artifact{}, fault.New(
@@ -215,7 +216,7 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10) ON CONFLICT (digest) DO NOTHING
 			if err != nil {
 				return err
 			}
-			// Other kernels of this fingerprint keep what is remembered of them: there, the
+			// Other kernels of this fingerprint keep what is stored of them: there, the
 			// artifact is no more than a reason to attest it, which a builder finds anyway.
 			tx.touch(k.String())
 			_, err = tx.ExecContext(ctx, `
@@ -228,7 +229,7 @@ ON CONFLICT (digest, build_id, board) DO UPDATE SET kernel = excluded.kernel`,
 		}
 		return nil
 	}()
-	return trouble("store artifact "+a.Digest, err)
+	return classify("store artifact "+a.Digest, err)
 }
 
 // Withdrawn lists the n artifacts that were yanked or put in quarantine last, without
@@ -240,7 +241,7 @@ func (s *Store) Withdrawn(ctx context.Context, n int) (all []api.Artifact, err e
 		return err
 	}, `SELECT `+artifactColumns+` FROM artifacts a WHERE a.state IN ('yanked', 'quarantined')
 ORDER BY a.withdrawn_at DESC, a.digest LIMIT $1`, n)
-	return all, trouble("list withdrawn artifacts", err)
+	return all, classify("list withdrawn artifacts", err)
 }
 
 // KernelGroup counts the kernels of a board and a milestone.
@@ -258,7 +259,7 @@ func (s *Store) KernelGroups(ctx context.Context) (all []KernelGroup, err error)
 		all = append(all, g)
 		return err
 	}, `SELECT board, milestone, COUNT(*) FROM kernels GROUP BY board, milestone ORDER BY milestone DESC, board`)
-	return all, trouble("count kernels", err)
+	return all, classify("count kernels", err)
 }
 
 // SetArtifactState yanks or unyanks, as of a time. It has no replacement then.
@@ -281,14 +282,14 @@ func (tx *Tx) SetArtifactState(
 		reason,
 		micros(at),
 	)
-	return trouble("mark artifact "+digest, err)
+	return classify("mark artifact "+digest, err)
 }
 
 // SetReplacement names what takes a yanked artifact's place.
 func (tx *Tx) SetReplacement(ctx context.Context, digest, replacement string) error {
 	tx.touch("")
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET replacement = $2 WHERE digest = $1`, digest, replacement)
-	return trouble("store replacement of "+digest, err)
+	return classify("store replacement of "+digest, err)
 }
 
 // DropArtifact forgets an artifact of this repository whose bytes are gone.
@@ -296,16 +297,16 @@ func (tx *Tx) DropArtifact(ctx context.Context, repository, digest string) (drop
 	tx.touch("")
 	done, err := tx.ExecContext(ctx, `DELETE FROM artifacts WHERE digest = $1 AND repository = $2`, digest, repository)
 	if err != nil {
-		return false, trouble("forget artifact "+digest, err)
+		return false, classify("forget artifact "+digest, err)
 	}
 	n, err := done.RowsAffected()
-	return n > 0, trouble("forget artifact "+digest, err)
+	return n > 0, classify("forget artifact "+digest, err)
 }
 
 // CountArtifacts counts artifacts by state.
 func (s *Store) CountArtifacts(ctx context.Context) (map[api.State]int, error) {
 	counts, err := s.count(ctx, "artifacts")
-	return counts, trouble("count artifacts", err)
+	return counts, classify("count artifacts", err)
 }
 
 func (s *Store) count(ctx context.Context, table string) (map[api.State]int, error) {

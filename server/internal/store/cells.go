@@ -15,7 +15,7 @@ type CellKey struct {
 	Driver         target.Driver
 }
 
-// Facts are all that decides where a cell stands.
+// Facts are all that decides the state of a cell.
 type Facts struct {
 	// Artifacts of the driver that may be this kernel's: those of its fingerprint
 	// or, while that is not known, those that are attested for it.
@@ -51,7 +51,7 @@ func (s *Store) Cells(
 		found, err = facts(ctx, q, text, args)
 		return err
 	})
-	return all, found, next, trouble("read cells", err)
+	return all, found, next, classify("read cells", err)
 }
 
 // facts reads what decides about the cells of the kernels that the query from names
@@ -106,8 +106,7 @@ WHERE b.build_id = k.build_id AND b.board = k.board AND b.id = (SELECT MAX(n.id)
 	return all, err
 }
 
-// texts has each text once: the facts about one kernel repeat the same few, and are
-// remembered for long.
+// texts has each text once: the facts about one kernel repeat the same few, and are stored for long.
 type texts map[string]string
 
 func (t texts) share(all ...*string) {

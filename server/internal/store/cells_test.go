@@ -27,12 +27,14 @@ func pages(t *testing.T, s *store.Store, id string) {
 			if err := tx.PutKernel(ctx, k); err != nil {
 				return err
 			}
-			a := api.Artifact{Digest: fmt.Sprintf("sha256:page%s.%d", major, n), Driver: driver, State: api.Published, PublishedAt: noon,
-				Kernels: []target.Kernel{k.Kernel}}
+			a := api.Artifact{Digest: fmt.Sprintf("sha256:page%s.%d", major, n), Driver: driver, State: api.Published,
+				PublishedAt: noon,
+				Kernels:     []target.Kernel{k.Kernel}}
 			if err := tx.PutArtifact(ctx, a); err != nil {
 				return err
 			}
-			if _, _, err := tx.AddBuild(ctx, api.Build{Kernel: k.Kernel, Driver: driver, State: api.Queued, CreatedAt: noon}); err != nil {
+			if _, _, err := tx.AddBuild(ctx,
+				api.Build{Kernel: k.Kernel, Driver: driver, State: api.Queued, CreatedAt: noon}); err != nil {
 				return err
 			}
 		}
@@ -52,7 +54,8 @@ func pages(t *testing.T, s *store.Store, id string) {
 		"cells": func(p store.Page) (names []string, next string, err error) {
 			all, facts, next, err := s.Cells(ctx, store.KernelFilter{Board: board}, p)
 			for _, k := range all {
-				if f := facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil && len(f.Artifacts) == 1 {
+				if f := facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil &&
+					len(f.Artifacts) == 1 {
 					names = append(names, k.BuildID)
 				}
 			}
@@ -62,7 +65,8 @@ func pages(t *testing.T, s *store.Store, id string) {
 			all, next, err := s.RememberedCells(ctx, store.KernelFilter{Board: board}, p)
 			for _, c := range all {
 				k := c.Kernel
-				if f := c.Facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil && len(f.Artifacts) == 1 {
+				if f := c.Facts[store.CellKey{BuildID: k.BuildID, Board: board, Driver: driver}]; f.Newest != nil &&
+					len(f.Artifacts) == 1 {
 					names = append(names, k.BuildID)
 				}
 			}
@@ -113,14 +117,15 @@ func pages(t *testing.T, s *store.Store, id string) {
 	}
 }
 
-// cells looks at what decides about one cell.
+// cells examines what decides about one cell.
 func cells(t *testing.T, s *store.Store, id string) {
 	ctx := t.Context()
 	known, sibling := kernelOf(id), kernelOf(id+"1")
 	finger := target.Fingerprint("sha256:" + strings.Repeat("c", 64-len(id)) + strings.ReplaceAll(id, ".", "0"))
 	d := target.Driver{Version: "998." + strings.ReplaceAll(id, ".", ""), Flavour: target.Open}
 	artifact := func(n string, k target.Kernel, at time.Time) api.Artifact {
-		return api.Artifact{Digest: "sha256:" + n + id, Fingerprint: finger, Driver: d, State: api.Published, PublishedAt: at, Kernels: []target.Kernel{k}}
+		return api.Artifact{Digest: "sha256:" + n + id, Fingerprint: finger, Driver: d, State: api.Published, PublishedAt: at,
+			Kernels: []target.Kernel{k}}
 	}
 	var newest api.Build
 	err := s.Write(ctx, func(tx *store.Tx) error {
@@ -128,7 +133,8 @@ func cells(t *testing.T, s *store.Store, id string) {
 		if err != nil {
 			return err
 		}
-		if newest, _, err = tx.AddBuild(ctx, api.Build{Kernel: known, Driver: d, State: api.Queued, CreatedAt: noon}); err != nil || newest.ID == old.ID {
+		if newest, _, err = tx.AddBuild(ctx,
+			api.Build{Kernel: known, Driver: d, State: api.Queued, CreatedAt: noon}); err != nil || newest.ID == old.ID {
 			return fmt.Errorf("second build: %d, %w", newest.ID, err)
 		}
 		for _, a := range []api.Artifact{artifact("a", known, noon), artifact("b", sibling, noon.Add(time.Hour))} {
@@ -189,7 +195,8 @@ func remembered(t *testing.T, s *store.Store, id string) {
 	}
 	k := kernelOf(id)
 	d := target.Driver{Version: "997." + strings.ReplaceAll(id, ".", ""), Flavour: target.Open}
-	artifact := api.Artifact{Digest: "sha256:r" + id, Fingerprint: "sha256:r", Driver: d, State: api.Published, Repository: "/r", Kernels: []target.Kernel{k}}
+	artifact := api.Artifact{Digest: "sha256:r" + id, Fingerprint: "sha256:r", Driver: d, State: api.Published,
+		Repository: "/r", Kernels: []target.Kernel{k}}
 	var b api.Build
 	describe := func(cells *store.KernelCells) (text string) {
 		text = cells.Kernel.Default
@@ -245,12 +252,13 @@ func remembered(t *testing.T, s *store.Store, id string) {
 		}},
 		{"1.3 build failed", func(tx *store.Tx) error { _, err := tx.DropArtifact(ctx, "/r", artifact.Digest); return err }},
 	} {
-		state(i%2 == 0) // and so it is remembered
+		state(i%2 == 0) // and so it is stored
 		if err := other.Write(ctx, step.write); err != nil {
 			t.Fatal(err)
 		}
 		got := state(i%2 == 0)
-		for end := time.Now().Add(5 * time.Second); got != step.want && other != s && time.Now().Before(end); got = state(i%2 == 0) {
+		for end := time.Now().Add(5 * time.Second); got != step.want && other != s &&
+			time.Now().Before(end); got = state(i%2 == 0) {
 			time.Sleep(time.Millisecond) // the note is on its way
 		}
 		if got != step.want {

@@ -21,7 +21,9 @@ func filtered(t *testing.T, s *store.Store, id string) {
 	digest := "sha256:" + id
 	build := func(tx *store.Tx, board string, states ...api.State) error {
 		for _, state := range states {
-			b, _, err := tx.AddBuild(ctx, api.Build{Kernel: target.Kernel{BuildID: id, Board: board}, Driver: d, State: api.Queued, Priority: 1, CreatedAt: noon})
+			b, _, err := tx.AddBuild(ctx,
+				api.Build{Kernel: target.Kernel{BuildID: id, Board: board}, Driver: d, State: api.Queued, Priority: 1,
+					CreatedAt: noon})
 			if err != nil {
 				return err
 			}
@@ -50,7 +52,8 @@ func filtered(t *testing.T, s *store.Store, id string) {
 				return err
 			}
 		}
-		a := api.Artifact{Digest: digest, Repository: "/r", Fingerprint: "sha256:f", Driver: d, Arch: target.AMD64, State: api.Published,
+		a := api.Artifact{Digest: digest, Repository: "/r", Fingerprint: "sha256:f", Driver: d, Arch: target.AMD64,
+			State:   api.Published,
 			Kernels: []target.Kernel{{BuildID: id, Board: "f-yanked"}}, PublishedAt: noon}
 		if err := tx.PutArtifact(ctx, a); err != nil {
 			return err
@@ -91,7 +94,8 @@ func filtered(t *testing.T, s *store.Store, id string) {
 		t.Fatal(err)
 	}
 	inOrder := func(a, b api.Build) int { return min(1, max(-1, (a.Priority-b.Priority)*1_000_000+int(a.ID-b.ID))) }
-	if !slices.IsSortedFunc(next, inOrder) || !slices.ContainsFunc(next, func(b api.Build) bool { return b.Kernel.BuildID == id }) {
+	if !slices.IsSortedFunc(next, inOrder) ||
+		!slices.ContainsFunc(next, func(b api.Build) bool { return b.Kernel.BuildID == id }) {
 		t.Errorf("NextBuilds() = %+v; want those that wait, in the order of the queue", next)
 	}
 	groups, err := s.KernelGroups(ctx)

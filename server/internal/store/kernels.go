@@ -130,7 +130,7 @@ func kernels(ctx context.Context, q querier, f KernelFilter, p Page) (all []api.
 // Kernels lists a page of kernels, newest BUILD_ID first.
 func (s *Store) Kernels(ctx context.Context, f KernelFilter, p Page) (all []api.Kernel, next string, err error) {
 	all, next, err = kernels(ctx, s.readers, f, p)
-	return all, next, trouble("list kernels", err)
+	return all, next, classify("list kernels", err)
 }
 
 // Kernel reads one kernel; known is false when the catalogue lacks it.
@@ -149,7 +149,7 @@ func kernel(ctx context.Context, q querier, buildID, board string) (k api.Kernel
 	if errors.Is(err, sql.ErrNoRows) {
 		return api.Kernel{}, false, nil
 	}
-	return k, err == nil, trouble("read kernel "+buildID+"/"+board, err)
+	return k, err == nil, classify("read kernel "+buildID+"/"+board, err)
 }
 
 // PutKernel adds a kernel or what is new about it: empty fields leave what is
@@ -181,7 +181,7 @@ ON CONFLICT (build_id, board) DO UPDATE SET
     seen_at        = excluded.seen_at`,
 		k.BuildID, k.Board, k.Milestone, k.Commit, k.Release, k.Version, string(k.Arch), string(k.Fingerprint),
 		k.Default, k.Latest, branches, micros(k.SeenAt), target.SortKey(k.BuildID), gpus)
-	return trouble("store kernel "+k.String(), err)
+	return classify("store kernel "+k.String(), err)
 }
 
 func encoded[T any](m map[string]T) (string, error) {
@@ -200,6 +200,7 @@ func (tx *Tx) PutGKE(ctx context.Context, buildID, board string, versions []stri
 		return fmt.Errorf("encode GKE versions of %s/%s: %w", buildID, board, err)
 	}
 	tx.touch(buildID + "/" + board)
-	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID, board)
-	return trouble("store GKE versions of "+buildID+"/"+board, err)
+	_, err = tx.ExecContext(ctx, `UPDATE kernels SET gke = $1 WHERE build_id = $2 AND board = $3`, string(text), buildID,
+		board)
+	return classify("store GKE versions of "+buildID+"/"+board, err)
 }

@@ -15,7 +15,7 @@ import (
 )
 
 // Logs keeps build logs as files: <dir>/<build>.log is what a builder sent at the end, and
-// <dir>/<build>.live what it has sent of a build under way.
+// <dir>/<build>.live what it has sent of a running build.
 type Logs struct{ root *os.Root }
 
 // OpenLogs opens the folder, making it if need be, and clears what an
@@ -46,7 +46,7 @@ func (l *Logs) Close() error { return l.root.Close() }
 func logName(build int64) string  { return strconv.FormatInt(build, 10) + ".log" }
 func liveName(build int64) string { return strconv.FormatInt(build, 10) + ".live" }
 
-// Append adds to the log of a build under way. offset is where the text belongs, in bytes:
+// Append adds to the log of a running build. offset is where the text belongs, in bytes:
 // 0 begins anew, and where the log does not end is kind Mismatch. At most api.MaxLiveLog
 // bytes are kept.
 func (l *Logs) Append(build, offset int64, r io.Reader) (err error) {
@@ -103,7 +103,8 @@ func (l *Logs) Put(build int64, r io.Reader) (err error) {
 	}()
 	n, err := io.Copy(part, io.LimitReader(r, api.MaxBuildLog+1))
 	if err == nil && n > api.MaxBuildLog {
-		err = fault.New(fault.TooLarge, fmt.Sprintf("the log is larger than %d MiB", api.MaxBuildLog>>20), "send its end only")
+		err = fault.New(fault.TooLarge, fmt.Sprintf("the log is larger than %d MiB", api.MaxBuildLog>>20),
+			"send its end only")
 	}
 	if err == nil {
 		err = part.Sync()
@@ -126,7 +127,7 @@ func ignoreGone(err error) error {
 	return err
 }
 
-// Get opens a build's log, as far as it is there; size is its length. Of a build under way,
+// Get opens a build's log, as far as it is there; size is its length. Of a running build,
 // live is set: what it has sent goes before the log of an earlier try. When it has ended, what
 // it sent as a whole goes before parts, of which one may come late.
 func (l *Logs) Get(build int64, live bool) (log io.ReadSeekCloser, size int64, err error) {

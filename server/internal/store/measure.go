@@ -24,27 +24,27 @@ const (
 	wantedRows   = 100
 )
 
-// Wanted is a cell that a wish list wants.
-type Wanted struct {
+// WantedCell is a cell that a wish list wants.
+type WantedCell struct {
 	CellKey
 	// Early says that an early-warning entry wants it.
 	Early bool
 }
 
 // early is the column of that name.
-func (w Wanted) early() int {
+func (w WantedCell) early() int {
 	if w.Early {
 		return 1
 	}
 	return 0
 }
 
-// SetWanted stores the cells that a wish list came to in place of those before. It
-// writes only what differs, in several transactions, so that a long list holds up nobody.
-func (s *Store) SetWanted(ctx context.Context, list string, cells []Wanted) error {
-	stored := map[Wanted]bool{}
+// SetWanted stores the cells that a wish list resulted in in place of those before. It
+// writes only what differs, in several transactions, so that a long list blocks nobody.
+func (s *Store) SetWanted(ctx context.Context, list string, cells []WantedCell) error {
+	stored := map[WantedCell]bool{}
 	err := query(ctx, s.readers, func(row func(...any) error) error {
-		var key Wanted
+		var key WantedCell
 		var early int
 		err := row(&key.BuildID, &key.Board, &key.Driver.Version, &key.Driver.Flavour, &early)
 		key.Early = early != 0
@@ -52,9 +52,9 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []Wanted) erro
 		return err
 	}, `SELECT build_id, board, driver, flavour, early FROM wanted WHERE list = $1`, list)
 	if err != nil {
-		return trouble("read cells of wish list "+list, err)
+		return classify("read cells of wish list "+list, err)
 	}
-	var added, gone []Wanted
+	var added, gone []WantedCell
 	for _, key := range cells {
 		if !stored[key] {
 			added = append(added, key)
@@ -93,14 +93,14 @@ func (s *Store) SetWanted(ctx context.Context, list string, cells []Wanted) erro
 			return nil
 		})
 		if err != nil {
-			return trouble("store cells of wish list "+list, err)
+			return classify("store cells of wish list "+list, err)
 		}
 	}
 	return nil
 }
 
 // addWanted stores cells that a wish list wants. A list that was removed meanwhile wants none.
-func (tx *Tx) addWanted(ctx context.Context, list string, cells []Wanted) error {
+func (tx *Tx) addWanted(ctx context.Context, list string, cells []WantedCell) error {
 	if len(cells) == 0 {
 		return nil
 	}
@@ -125,7 +125,7 @@ DO UPDATE SET early = excluded.early`
 }
 
 // Coverage counts the cells that wish lists want, but for early warnings, by milestone (0 is not known) and
-// by where they stand, in the order in which package catalogue judges. A state of
+// by state, in the order in which package catalogue judges. A state of
 // Unknown is one that nobody built and nobody builds. It costs some ten
 // microseconds for each cell.
 func (s *Store) Coverage(ctx context.Context) (map[int]map[api.State]int, error) {
@@ -169,7 +169,7 @@ SELECT milestone, CASE
     WHEN build IN ('failed', 'unsupported', 'cancelled') THEN build
     ELSE 'unknown' END AS state, COUNT(*)
 FROM facts GROUP BY 1, 2`)
-	return counts, trouble("count wanted cells", err)
+	return counts, classify("count wanted cells", err)
 }
 
 // Waiting is a build in the order of the queue.
@@ -191,14 +191,14 @@ func (s *Store) WaitingBuilds(ctx context.Context) ([]Waiting, error) {
 		all = append(all, w)
 		return err
 	}, `SELECT id, priority, flavour FROM builds WHERE state = 'queued' ORDER BY priority, id LIMIT $1`, maxWaiting)
-	return all, trouble("list waiting builds", err)
+	return all, classify("list waiting builds", err)
 }
 
 // Working is a build that a builder works on, or has ended.
 type Working struct {
-	Worker                        string
-	Flavour                       target.Flavour
-	StartedAt, BeatAt, FinishedAt time.Time
+	Worker                             string
+	Flavour                            target.Flavour
+	StartedAt, HeartbeatAt, FinishedAt time.Time
 }
 
 func (s *Store) working(ctx context.Context, tail string, args ...any) ([]Working, error) {
@@ -207,14 +207,14 @@ func (s *Store) working(ctx context.Context, tail string, args ...any) ([]Workin
 		var w Working
 		var started, beat, finished int64
 		err := row(&w.Worker, &w.Flavour, &started, &beat, &finished)
-		w.StartedAt, w.BeatAt, w.FinishedAt = timeOf(started), timeOf(beat), timeOf(finished)
+		w.StartedAt, w.HeartbeatAt, w.FinishedAt = timeOf(started), timeOf(beat), timeOf(finished)
 		all = append(all, w)
 		return err
 	}, `SELECT worker, flavour, started_at, beat_at, finished_at FROM builds WHERE state = `+tail, args...)
-	return all, trouble("list builds under way", err)
+	return all, classify("list builds under way", err)
 }
 
-// RunningBuilds lists the builds that are under way.
+// RunningBuilds lists the builds that are running.
 func (s *Store) RunningBuilds(ctx context.Context) ([]Working, error) {
 	return s.working(ctx, `'building' ORDER BY id LIMIT $1`, maxWaiting)
 }

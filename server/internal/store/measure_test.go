@@ -18,10 +18,10 @@ func measured(t *testing.T, s *store.Store, id string) {
 	const milestone = 4242 // of no other row
 	k := kernelOf(id)
 	k.Milestone = milestone
-	var cells []store.Wanted
+	var cells []store.WantedCell
 	for i := range 2500 { // more than one transaction
 		d := target.Driver{Version: "996." + time.Duration(i).String(), Flavour: target.Open}
-		cells = append(cells, store.Wanted{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}})
+		cells = append(cells, store.WantedCell{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}})
 	}
 	write := func(f func(tx *store.Tx) error) {
 		t.Helper()
@@ -29,7 +29,7 @@ func measured(t *testing.T, s *store.Store, id string) {
 			t.Fatal(err)
 		}
 	}
-	want := func(cells []store.Wanted, list string, counts map[api.State]int) {
+	want := func(cells []store.WantedCell, list string, counts map[api.State]int) {
 		t.Helper()
 		if err := s.SetWanted(ctx, list, cells); err != nil {
 			t.Fatal(err)
@@ -58,13 +58,14 @@ func measured(t *testing.T, s *store.Store, id string) {
 	before := s.Changes()
 	write(func(tx *store.Tx) (err error) {
 		for i, b := range []*api.Build{&waits, &runs, &ends} {
-			*b, _, err = tx.AddBuild(ctx, api.Build{Kernel: k, Driver: cells[i].Driver, State: api.Queued, CreatedAt: noon, Priority: 3})
+			*b, _, err = tx.AddBuild(ctx,
+				api.Build{Kernel: k, Driver: cells[i].Driver, State: api.Queued, CreatedAt: noon, Priority: 3})
 			if err != nil {
 				return err
 			}
 		}
 		at := noon.Add(time.Minute)
-		runs.State, runs.Worker, runs.StartedAt, runs.BeatAt = api.Building, "w"+id, &noon, &at
+		runs.State, runs.Worker, runs.StartedAt, runs.HeartbeatAt = api.Building, "w"+id, &noon, &at
 		ends.State, ends.Worker, ends.StartedAt, ends.FinishedAt = api.Published, "w"+id, &noon, &at
 		if err := tx.SetBuild(ctx, runs); err != nil {
 			return err
@@ -80,15 +81,16 @@ func measured(t *testing.T, s *store.Store, id string) {
 	}
 	want(cells[5:12], "b"+id, map[api.State]int{api.Queued: 1, api.Building: 1, api.Published: 1, api.Unknown: 9})
 	waiting, err := s.WaitingBuilds(ctx)
-	if err != nil || len(waiting) == 0 || waiting[len(waiting)-1] != (store.Waiting{ID: waits.ID, Priority: 3, Flavour: target.Open}) {
+	if err != nil || len(waiting) == 0 ||
+		waiting[len(waiting)-1] != (store.Waiting{ID: waits.ID, Priority: 3, Flavour: target.Open}) {
 		t.Errorf("WaitingBuilds() = %+v, %v; want build %d at the end", waiting, err, waits.ID)
 	}
 	running, err := s.RunningBuilds(ctx)
-	working := store.Working{Worker: "w" + id, Flavour: target.Open, StartedAt: noon, BeatAt: noon.Add(time.Minute)}
+	working := store.Working{Worker: "w" + id, Flavour: target.Open, StartedAt: noon, HeartbeatAt: noon.Add(time.Minute)}
 	if err != nil || len(running) == 0 || running[len(running)-1] != working {
 		t.Errorf("RunningBuilds() = %+v, %v; want %+v at the end", running, err, working)
 	}
-	working.BeatAt, working.FinishedAt = time.Time{}, noon.Add(time.Minute)
+	working.HeartbeatAt, working.FinishedAt = time.Time{}, noon.Add(time.Minute)
 	if ended, err := s.PublishedBuilds(ctx, target.Open, 1); err != nil || len(ended) != 1 || ended[0] != working {
 		t.Errorf("PublishedBuilds() = %+v, %v; want %+v", ended, err, working)
 	}

@@ -22,7 +22,7 @@ SELECT class, COUNT(*) FROM builds b WHERE state = 'failed' AND (priority <> $1 
     SELECT 1 FROM wanted w WHERE w.build_id = b.build_id AND w.board = b.board
     AND w.driver = b.driver AND w.flavour = b.flavour AND w.early = 0
 )) GROUP BY class`, queue.PriorityWarning)
-	return counts, trouble("count failed builds", err)
+	return counts, classify("count failed builds", err)
 }
 
 // OldestQueued tells when the build was asked for that waits longest; the zero time
@@ -35,5 +35,5 @@ func (s *Store) OldestQueued(ctx context.Context) (time.Time, error) {
 	).Scan(
 		&oldest,
 	)
-	return timeOf(oldest), trouble("read age of the queue", err)
+	return timeOf(oldest), classify("read age of the queue", err)
 }

@@ -22,7 +22,7 @@ func (tx *Tx) PutReport(ctx context.Context, r api.NodeReport, source string, at
     SELECT 1 FROM reports WHERE digest = $1 AND source = $2 AND node <> $3 LIMIT $4) c`,
 		r.Digest, source, r.Node, MaxReports).Scan(&others)
 	if err != nil {
-		return trouble(what, err)
+		return classify(what, err)
 	}
 	if others >= MaxReports {
 		return fault.New(fault.TooMany, fmt.Sprintf("%s: %d nodes of %s reported on it already", what, others, source), "")
@@ -33,28 +33,28 @@ VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9) ON CONFLICT (digest, node) DO UPDATE
     build_id = excluded.build_id, board = excluded.board, source = excluded.source, outcome = excluded.outcome,
     class = excluded.class, message = excluded.message, at = excluded.at`,
 		r.Digest, r.BuildID, r.Board, r.Node, source, string(r.Outcome), r.Class, r.Message, micros(at))
-	return trouble(what, err)
+	return classify(what, err)
 }
 
-// Said counts the nodes of one source that said the same of an artifact.
-type Said struct {
+// OutcomeCount counts the nodes of one source that said the same of an artifact.
+type OutcomeCount struct {
 	Source  string
 	Outcome api.Outcome
 	Class   string
 	Nodes   int
 }
 
-// Said counts what nodes said of an artifact after since, and after JudgeFrom.
-func (tx *Tx) Said(ctx context.Context, digest string, since time.Time) ([]Said, error) {
+// OutcomeCounts counts what nodes said of an artifact after since, and after IgnoreReportsBefore.
+func (tx *Tx) OutcomeCounts(ctx context.Context, digest string, since time.Time) ([]OutcomeCount, error) {
 	if tx.postgres { // of two that report at once, the second one counts the first, too
 		_, err := tx.ExecContext(ctx, `SELECT 1 FROM artifacts WHERE digest = $1 FOR NO KEY UPDATE`, digest)
 		if err != nil {
-			return nil, trouble("read reports on "+digest, err)
+			return nil, classify("read reports on "+digest, err)
 		}
 	}
-	var all []Said
+	var all []OutcomeCount
 	err := query(ctx, tx, func(row func(...any) error) error {
-		var s Said
+		var s OutcomeCount
 		err := row(&s.Source, &s.Outcome, &s.Class, &s.Nodes)
 		all = append(all, s)
 		return err
@@ -62,13 +62,13 @@ func (tx *Tx) Said(ctx context.Context, digest string, since time.Time) ([]Said,
 SELECT source, outcome, class, COUNT(*) FROM reports
 WHERE digest = $1 AND at > $2 AND at > (SELECT judged_from FROM artifacts WHERE digest = $1)
 GROUP BY source, outcome, class ORDER BY source, outcome, class`, digest, micros(since))
-	return all, trouble("read reports on "+digest, err)
+	return all, classify("read reports on "+digest, err)
 }
 
-// JudgeFrom has what nodes said of an artifact until then count no more.
-func (tx *Tx) JudgeFrom(ctx context.Context, digest string, at time.Time) error {
+// IgnoreReportsBefore has what nodes said of an artifact until then count no more.
+func (tx *Tx) IgnoreReportsBefore(ctx context.Context, digest string, at time.Time) error {
 	_, err := tx.ExecContext(ctx, `UPDATE artifacts SET judged_from = $2 WHERE digest = $1`, digest, micros(at))
-	return trouble("mark artifact "+digest, err)
+	return classify("mark artifact "+digest, err)
 }
 
 // Reports counts what nodes said by kernel and artifact, of one artifact or of one
@@ -90,7 +90,7 @@ func (s *Store) Reports(ctx context.Context, digest, buildID, board string, limi
     SUM(CASE outcome WHEN 'failed' THEN 1 ELSE 0 END), SUM(CASE outcome WHEN 'fell-back' THEN 1 ELSE 0 END), MAX(at)
 FROM reports`+w.String()+fmt.Sprintf(` GROUP BY build_id, board, digest ORDER BY MAX(at) DESC, build_id, board, digest LIMIT %d`, limit),
 		w.args...)
-	return all, trouble("count reports", err)
+	return all, classify("count reports", err)
 }
 
 // forgottenAtOnce bounds one transaction that forgets reports.

@@ -19,7 +19,8 @@ func reported(t *testing.T, s *store.Store, id string) {
 	digest, k := "sha256:said"+id, kernelOf(id)
 	write := func(f func(tx *store.Tx) error) error { return s.Write(ctx, f) }
 	put := func(node int, outcome api.Outcome, class, source string, at time.Time) error {
-		r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: outcome, Class: class, Node: fmt.Sprint(node)}
+		r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: outcome, Class: class,
+			Node: fmt.Sprint(node)}
 		return write(func(tx *store.Tx) error { return tx.PutReport(ctx, r, source, at) })
 	}
 	check := func(err error) {
@@ -32,29 +33,32 @@ func reported(t *testing.T, s *store.Store, id string) {
 		t.Error("PutReport(of no artifact) = nil; want an error")
 	}
 	check(write(func(tx *store.Tx) error {
-		return tx.PutArtifact(ctx, api.Artifact{Digest: digest, Repository: "/said", State: api.Published, Kernels: []target.Kernel{k}})
+		return tx.PutArtifact(ctx,
+			api.Artifact{Digest: digest, Repository: "/said", State: api.Published, Kernels: []target.Kernel{k}})
 	}))
 	check(put(1, api.NotLoad, "rejected", "a", noon))
 	check(put(2, api.NotLoad, "rejected", "a", noon))
 	check(put(3, api.FellBack, "unusable", "b", noon.Add(time.Hour)))
 	check(put(2, api.Loaded, "", "a", noon.Add(2*time.Hour))) // in place of what it said before
-	said := func(since time.Time) (all []store.Said) {
+	said := func(since time.Time) (all []store.OutcomeCount) {
 		t.Helper()
-		check(write(func(tx *store.Tx) (err error) { all, err = tx.Said(ctx, digest, since); return err }))
+		check(write(func(tx *store.Tx) (err error) { all, err = tx.OutcomeCounts(ctx, digest, since); return err }))
 		return all
 	}
-	want := []store.Said{{"a", api.NotLoad, "rejected", 1}, {"a", api.Loaded, "", 1}, {"b", api.FellBack, "unusable", 1}}
+	want := []store.OutcomeCount{{"a", api.NotLoad, "rejected", 1}, {"a", api.Loaded, "", 1},
+		{"b", api.FellBack, "unusable", 1}}
 	if d := cmp.Diff(want, said(noon.Add(-1))); d != "" {
-		t.Errorf("Said() (-want +got):\n%s", d)
+		t.Errorf("OutcomeCounts() (-want +got):\n%s", d)
 	}
 	if d := cmp.Diff(want[1:], said(noon)); d != "" {
-		t.Errorf("Said(after the first) (-want +got):\n%s", d)
+		t.Errorf("OutcomeCounts(after the first) (-want +got):\n%s", d)
 	}
-	check(write(func(tx *store.Tx) error { return tx.JudgeFrom(ctx, digest, noon.Add(time.Hour)) }))
+	check(write(func(tx *store.Tx) error { return tx.IgnoreReportsBefore(ctx, digest, noon.Add(time.Hour)) }))
 	if d := cmp.Diff(want[1:2], said(noon.Add(-1))); d != "" {
-		t.Errorf("Said(judged from one o'clock) (-want +got):\n%s", d)
+		t.Errorf("OutcomeCounts(judged from one o'clock) (-want +got):\n%s", d)
 	}
-	counts := []api.ReportCounts{{BuildID: id, Board: "lakitu", Digest: digest, Loaded: 1, Failed: 1, FellBack: 1, LastAt: noon.Add(2 * time.Hour)}}
+	counts := []api.ReportCounts{{BuildID: id, Board: "lakitu", Digest: digest, Loaded: 1, Failed: 1, FellBack: 1,
+		LastAt: noon.Add(2 * time.Hour)}}
 	for _, ask := range [][3]string{{digest, "", ""}, {"", id, ""}, {"", id, "lakitu"}} {
 		got, err := s.Reports(ctx, ask[0], ask[1], ask[2], 10)
 		check(err)
@@ -65,7 +69,8 @@ func reported(t *testing.T, s *store.Store, id string) {
 	// Who makes up nodes fills no disk; others are heard all the same.
 	check(write(func(tx *store.Tx) error {
 		for i := range store.MaxReports - 2 {
-			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded, Node: fmt.Sprint("made up ", i)}
+			r := api.NodeReport{BuildID: id, Board: "lakitu", Digest: digest, Outcome: api.Loaded,
+				Node: fmt.Sprint("made up ", i)}
 			if err := tx.PutReport(ctx, r, "a", noon); err != nil {
 				return err
 			}

@@ -31,7 +31,7 @@ func sources(t *testing.T, s *store.Store, id string) {
 		}
 	}
 	put(full)
-	if _, err := s.KernelCells(ctx, id, "lakitu"); err != nil { // which is remembered
+	if _, err := s.KernelCells(ctx, id, "lakitu"); err != nil { // which is stored
 		t.Fatal(err)
 	}
 	gke(id, "1.33.5-gke.1080000", "1.32.9-gke.100")

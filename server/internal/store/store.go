@@ -49,11 +49,11 @@ type reader interface {
 	Close() error
 }
 
-// readers is how many SQLite connections read side by side. A write holds up
+// readers is how many SQLite connections read side by side. A write delays
 // none of them, which is what SQLite's write-ahead log is for.
 const readers = 8
 
-// Open opens sqlite:///abs/path or postgres://… and brings its tables up to date.
+// Open opens sqlite:///abs/path or postgres://… and updates its tables .
 func Open(ctx context.Context, rawURL string) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {
@@ -215,12 +215,12 @@ func (s *Store) Close() error {
 func (s *Store) Ping(ctx context.Context) error {
 	var one int
 	err := s.readers.QueryRowContext(ctx, `SELECT 1`).Scan(&one)
-	return trouble("reach catalogue", err)
+	return classify("reach catalogue", err)
 }
 
-// trouble classifies a database error: the database may answer better later. One
+// classify classifies a database error: the database may answer better later. One
 // that has its class already, such as a refusal, keeps it.
-func trouble(what string, err error) error {
+func classify(what string, err error) error {
 	var classified *fault.Error
 	if err == nil || errors.As(err, &classified) {
 		return err
@@ -273,25 +273,25 @@ type Tx struct {
 func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	conn, err := s.db.Conn(ctx)
 	if err != nil {
-		return trouble("write to catalogue", err)
+		return classify("write to catalogue", err)
 	}
 	defer func() { err = errors.Join(err, conn.Close()) }() // which hands it back
 	tx, err := conn.BeginTx(ctx, nil)
 	if err != nil {
-		return trouble("write to catalogue", err)
+		return classify("write to catalogue", err)
 	}
 	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)
 	notes := t.notes()
 	if err == nil {
-		err = t.tell(ctx, notes)
+		err = t.notify(ctx, notes)
 	}
 	if err != nil {
-		return trouble("write to catalogue", errors.Join(err, tx.Rollback()))
+		return classify("write to catalogue", errors.Join(err, tx.Rollback()))
 	}
 	err = tx.Commit()
 	s.cache.forget(notes...) // whether it is committed or not: it may be
-	return trouble("write to catalogue", err)
+	return classify("write to catalogue", err)
 }
 
 // snapshot runs f over one state of the database, whatever is written meanwhile.

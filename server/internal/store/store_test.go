@@ -23,15 +23,17 @@ import (
 	"github.com/prebake/prebake/server/internal/store"
 )
 
-// TestConformance runs one suite over every database that is at hand. Rows
+// TestConformance runs one suite over every database that is available. Rows
 // share a database and so each uses a BUILD_ID of its own.
 func TestConformance(t *testing.T) {
 	t.Parallel()
 	suite := map[string]func(t *testing.T, s *store.Store, buildID string){
 		"kernels": kernels, "drivers": drivers, "artifacts": artifacts, "builds": builds,
-		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells, "remembered": remembered,
-		"tokens": tokens, "audit": audit,
-		"measured": measured, "reported": reported, "filtered": filtered, "warned": warned, "sources": sources, "beside": beside,
+		"one open build": oneOpen, "waiting and failed": waiting, "change": change, "pages": pages, "cells": cells,
+		"remembered": remembered,
+		"tokens":     tokens, "audit": audit,
+		"measured": measured, "reported": reported, "filtered": filtered, "warned": warned, "sources": sources,
+		"beside": beside,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.
@@ -141,7 +143,8 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 	digest := "sha256:" + id
 	d := target.Driver{Version: "999." + id, Flavour: target.Open} // a driver that no other row uses
 	first, second := kernelOf(id), kernelOf(id+"1")
-	a := api.Artifact{Digest: digest, Repository: "/prebake/driver", Fingerprint: "sha256:f", Driver: d, Arch: target.AMD64,
+	a := api.Artifact{Digest: digest, Repository: "/prebake/driver", Fingerprint: "sha256:f", Driver: d,
+		Arch:    target.AMD64,
 		Release: "6.1.0", Kernels: []target.Kernel{first}, State: api.Published, PublishedAt: noon}
 	if err := s.Write(ctx, func(tx *store.Tx) error { return tx.PutArtifact(ctx, a) }); err != nil {
 		t.Fatal(err)
@@ -170,7 +173,8 @@ func artifacts(t *testing.T, s *store.Store, id string) {
 		t.Errorf("Artifacts() (-want +got):\n%s", diff)
 	}
 	want.Kernels = nil
-	if withdrawn, err := s.Withdrawn(ctx, 5); err != nil || !slices.ContainsFunc(withdrawn, func(a api.Artifact) bool { return cmp.Equal(a, want) }) {
+	if withdrawn, err := s.Withdrawn(ctx, 5); err != nil ||
+		!slices.ContainsFunc(withdrawn, func(a api.Artifact) bool { return cmp.Equal(a, want) }) {
 		t.Errorf("Withdrawn() = %+v, %v; want %+v among them", withdrawn, err, want)
 	}
 	if one, err := s.Artifact(ctx, digest); err != nil || one.Digest != digest {
@@ -196,7 +200,8 @@ func addBuild(ctx context.Context, s *store.Store, b api.Build) (stored api.Buil
 }
 
 // changeBuild does what a use-case does: read, decide, store.
-func changeBuild(ctx context.Context, s *store.Store, id int64, decide func(*api.Build) error) (b api.Build, err error) {
+func changeBuild(ctx context.Context, s *store.Store, id int64, decide func(*api.Build) error) (b api.Build,
+	err error) {
 	err = s.Write(ctx, func(tx *store.Tx) error {
 		if b, err = tx.Build(ctx, id); err != nil {
 			return err
@@ -211,7 +216,8 @@ func changeBuild(ctx context.Context, s *store.Store, id int64, decide func(*api
 
 func add(t *testing.T, s *store.Store, id string) api.Build {
 	t.Helper()
-	b, added, err := addBuild(t.Context(), s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+	b, added, err := addBuild(t.Context(), s,
+		api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
 	if err != nil || !added {
 		t.Fatalf("AddBuild() = %v, %v", added, err)
 	}
@@ -234,7 +240,9 @@ func builds(t *testing.T, s *store.Store, id string) {
 	for _, list := range []func() ([]api.Build, error){
 		func() ([]api.Build, error) { all, _, err := s.Builds(ctx, store.BuildFilter{}, page); return all, err },
 		func() ([]api.Build, error) {
-			all, _, err := s.Builds(ctx, store.BuildFilter{State: api.Queued, BuildID: id, Board: "lakitu", Driver: driver.Version, Flavour: driver.Flavour}, page)
+			all, _, err := s.Builds(ctx,
+				store.BuildFilter{State: api.Queued, BuildID: id, Board: "lakitu", Driver: driver.Version, Flavour: driver.Flavour},
+				page)
 			return all, err
 		},
 		func() ([]api.Build, error) { return s.OpenBuilds(ctx) },
@@ -248,7 +256,8 @@ func builds(t *testing.T, s *store.Store, id string) {
 			t.Errorf("a list of %d builds lacks build %d: %v", len(all), b.ID, err)
 		}
 	}
-	if none, _, err := s.Builds(ctx, store.BuildFilter{BuildID: id, State: api.Failed}, page); len(none) != 0 || err != nil {
+	if none, _, err := s.Builds(ctx, store.BuildFilter{BuildID: id, State: api.Failed}, page); len(none) != 0 ||
+		err != nil {
 		t.Errorf("Builds(failed) = %v, %v; want none", none, err)
 	}
 	if n, err := s.CountBuilds(ctx); err != nil || n[api.Queued] == 0 {
@@ -262,7 +271,8 @@ func oneOpen(t *testing.T, s *store.Store, id string) {
 	var wait sync.WaitGroup
 	for i := range askers {
 		wait.Go(func() {
-			b, isNew, err := addBuild(context.WithoutCancel(t.Context()), s, api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
+			b, isNew, err := addBuild(context.WithoutCancel(t.Context()), s,
+				api.Build{Kernel: kernelOf(id), Driver: driver, State: api.Queued, CreatedAt: noon})
 			if err != nil {
 				t.Error(err)
 			}
@@ -303,13 +313,14 @@ func change(t *testing.T, s *store.Store, id string) {
 	want := b
 	want.State, want.Phase, want.Worker, want.Attempt = api.Building, "compile", "w1", 2
 	want.Class, want.Error, want.Hint, want.Digest = "api-break", "x.c:1: error", "none", "sha256:1"
-	want.Kernel.Release, want.StartedAt, want.FinishedAt, want.BeatAt = "6.1.0-47", &started, &started, &started
+	want.Kernel.Release, want.StartedAt, want.FinishedAt, want.HeartbeatAt = "6.1.0-47", &started, &started, &started
 	want.Phases = []timeline.Phase{{Name: "source", Start: noon, Seconds: 1.5, Note: "cached"}}
 	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { *b = want; return nil }); err != nil {
 		t.Fatal(err)
 	}
 	refusal := fault.New(fault.Mismatch, "no", "")
-	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { b.Phase = "never"; return refusal }); !fault.Is(err, fault.Mismatch) {
+	if _, err := changeBuild(ctx, s, b.ID, func(b *api.Build) error { b.Phase = "never"; return refusal }); !fault.Is(err,
+		fault.Mismatch) {
 		t.Errorf("a refused change = %v; want the refusal", err)
 	}
 	got, err := s.Build(ctx, b.ID)
@@ -389,7 +400,8 @@ func TestLogsGrow(t *testing.T) {
 		{"next part", part(4, strings.NewReader("two\n")), 0, "one\ntwo\n", true},
 		{"the same part again", part(4, strings.NewReader("two\n")), fault.Mismatch, "one\ntwo\n", true},
 		{"a part beyond the end", part(9, strings.NewReader("x")), fault.Mismatch, "one\ntwo\n", true},
-		{"a part that breaks off", part(8, io.MultiReader(strings.NewReader("half"), iotest.ErrReader(io.ErrUnexpectedEOF))), fault.Internal, "one\ntwo\n", true},
+		{"a part that breaks off", part(8, io.MultiReader(strings.NewReader("half"), iotest.ErrReader(io.ErrUnexpectedEOF))),
+			fault.Internal, "one\ntwo\n", true},
 		{"a part without an end", part(8, endless{}), fault.TooLarge, "one\ntwo\n", true},
 		{"whole", func() error { return logs.Put(7, strings.NewReader("all")) }, 0, "all", false},
 		{"a part that comes late", part(3, strings.NewReader("x")), fault.Mismatch, "all", true},

@@ -33,7 +33,7 @@ func (s *Store) Token(ctx context.Context, id string) (api.Token, []byte, error)
 	if errors.Is(err, sql.ErrNoRows) {
 		return t, nil, noToken(id)
 	}
-	return t, hash, trouble("read token", err)
+	return t, hash, classify("read token", err)
 }
 
 func noToken(id string) error {
@@ -48,7 +48,7 @@ func (s *Store) Tokens(ctx context.Context) ([]api.Token, error) {
 		all = append(all, t)
 		return err
 	}, `SELECT `+tokenColumns+` FROM tokens ORDER BY name, created_at, id`)
-	return all, trouble("list tokens", err)
+	return all, classify("list tokens", err)
 }
 
 // CreateToken stores a token with the hash of its secret, and not the secret.
@@ -61,7 +61,7 @@ func (s *Store) CreateToken(ctx context.Context, t api.Token, hash []byte) error
 		_, err := tx.ExecContext(ctx,
 			`INSERT INTO tokens (id, name, hash, scopes, created_at, created_by, expires_at) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
 			t.ID, t.Name, hex.EncodeToString(hash), string(scopes), micros(t.CreatedAt), t.CreatedBy, micros(t.ExpiresAt))
-		return trouble("store token "+t.Name, err)
+		return classify("store token "+t.Name, err)
 	})
 }
 
@@ -73,7 +73,7 @@ func (s *Store) RevokeToken(ctx context.Context, id string, at time.Time) error 
 			`UPDATE tokens SET revoked_at = CASE revoked_at WHEN 0 THEN CAST($2 AS BIGINT) ELSE revoked_at END WHERE id = $1`,
 			id, micros(at))
 		if err != nil {
-			return trouble("revoke token", err)
+			return classify("revoke token", err)
 		}
 		if n, err := done.RowsAffected(); err == nil && n == 0 {
 			return noToken(id)
@@ -86,7 +86,7 @@ func (s *Store) RevokeToken(ctx context.Context, id string, at time.Time) error 
 func (s *Store) TokenUsed(ctx context.Context, id string, at time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx, `UPDATE tokens SET used_at = $2 WHERE id = $1`, id, micros(at))
-		return trouble("record use of token", err)
+		return classify("record use of token", err)
 	})
 }
 
@@ -96,7 +96,7 @@ func (s *Store) Audited(ctx context.Context, e api.AuditEntry) error {
 		_, err := tx.ExecContext(ctx,
 			`INSERT INTO audit (at, actor, method, path, status, request, source) VALUES ($1, $2, $3, $4, $5, $6, $7)`,
 			micros(e.At), e.Actor, e.Method, e.Path, e.Status, e.Request, e.Source)
-		return trouble("add to audit log", err)
+		return classify("add to audit log", err)
 	})
 }
 
@@ -120,9 +120,10 @@ func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.Audi
 		e.At = timeOf(at)
 		all, ids = append(all, e), append(ids, id)
 		return err
-	}, `SELECT id, at, actor, method, path, status, request, source FROM audit`+w.String()+` ORDER BY id DESC`+w.limit(p.Limit), w.args...)
+	}, `SELECT id, at, actor, method, path, status, request, source FROM audit`+w.String()+` ORDER BY id DESC`+
+		w.limit(p.Limit), w.args...)
 	if err != nil {
-		return nil, "", trouble("read audit log", err)
+		return nil, "", classify("read audit log", err)
 	}
 	if len(all) > p.Limit {
 		all, next = all[:p.Limit], cursor(strconv.FormatInt(ids[p.Limit-1], 10))
@@ -134,6 +135,6 @@ func (s *Store) Audit(ctx context.Context, actor string, p Page) (all []api.Audi
 func (s *Store) TrimAudit(ctx context.Context, before time.Time) error {
 	return s.Write(ctx, func(tx *Tx) error {
 		_, err := tx.ExecContext(ctx, `DELETE FROM audit WHERE at < $1`, micros(before))
-		return trouble("trim audit log", err)
+		return classify("trim audit log", err)
 	})
 }

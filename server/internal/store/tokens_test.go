@@ -14,7 +14,8 @@ import (
 // tokens: what is stored of a token comes back, and a revoked one stays revoked.
 func tokens(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
-	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at, CreatedBy: "first", ExpiresAt: at.Add(time.Hour)}
+	want := api.Token{ID: "id-" + id, Name: "node-pool-a", Scopes: []string{"ask", "push"}, CreatedAt: at,
+		CreatedBy: "first", ExpiresAt: at.Add(time.Hour)}
 	if err := s.CreateToken(t.Context(), want, []byte{1, 2, 3}); err != nil {
 		t.Fatal(err)
 	}
@@ -49,7 +50,8 @@ func audit(t *testing.T, s *store.Store, id string) {
 	at := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
 	var want []api.AuditEntry
 	for i := range 5 {
-		e := api.AuditEntry{At: at.Add(time.Duration(i) * time.Second), Actor: "a-" + id, Method: "POST", Path: "/x", Status: 200 + i, Request: "r", Source: "127.0.0.1:1"}
+		e := api.AuditEntry{At: at.Add(time.Duration(i) * time.Second), Actor: "a-" + id, Method: "POST", Path: "/x",
+			Status: 200 + i, Request: "r", Source: "127.0.0.1:1"}
 		if err := s.Audited(t.Context(), e); err != nil {
 			t.Fatal(err)
 		}

@@ -21,14 +21,14 @@ func warned(t *testing.T, s *store.Store, id string) {
 	k := kernelOf(id)
 	k.Milestone = milestone
 	d := target.Driver{Version: "997.1.1", Flavour: target.Open}
-	cell := store.Wanted{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}, Early: true}
+	cell := store.WantedCell{CellKey: store.CellKey{BuildID: id, Board: "lakitu", Driver: d}, Early: true}
 	write := func(f func(tx *store.Tx) error) {
 		t.Helper()
 		if err := s.Write(ctx, f); err != nil {
 			t.Fatal(err)
 		}
 	}
-	set := func(list string, cells ...store.Wanted) {
+	set := func(list string, cells ...store.WantedCell) {
 		t.Helper()
 		if err := s.SetWanted(ctx, list, cells); err != nil {
 			t.Fatal(err)
@@ -45,7 +45,8 @@ func warned(t *testing.T, s *store.Store, id string) {
 	before := failures()
 	end := func(state api.State, text string, at time.Time) api.Build {
 		t.Helper()
-		b, _, err := addBuild(ctx, s, api.Build{Kernel: k, Driver: d, State: api.Queued, CreatedAt: at, Priority: queue.PriorityWarning})
+		b, _, err := addBuild(ctx, s,
+			api.Build{Kernel: k, Driver: d, State: api.Queued, CreatedAt: at, Priority: queue.PriorityWarning})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -75,7 +76,8 @@ func warned(t *testing.T, s *store.Store, id string) {
 	}
 	hour := func(n int) time.Time { return noon.Add(time.Duration(n) * time.Hour) }
 	told := func(b api.Build, text string, since, last int) api.Warning {
-		return api.Warning{Kernel: k, Driver: d, Class: "check-failed", Error: text, Build: b.ID, Since: hour(since), LastSeenAt: hour(last)}
+		return api.Warning{Kernel: k, Driver: d, Class: "check-failed", Error: text, Build: b.ID, Since: hour(since),
+			LastSeenAt: hour(last)}
 	}
 	write(func(tx *store.Tx) error {
 		for _, list := range []string{"early" + id, "wanted" + id} {
@@ -109,7 +111,8 @@ func warned(t *testing.T, s *store.Store, id string) {
 	check("released", 3, true)
 	set("early"+id, cell)
 	write(func(tx *store.Tx) error {
-		return tx.PutArtifact(ctx, api.Artifact{Digest: "sha256:e" + id, Driver: d, State: api.Published, Kernels: []target.Kernel{k}})
+		return tx.PutArtifact(ctx,
+			api.Artifact{Digest: "sha256:e" + id, Driver: d, State: api.Published, Kernels: []target.Kernel{k}})
 	})
 	check("published by somebody else", 0, false)
 	write(func(tx *store.Tx) error { return tx.DropWishList(ctx, "early"+id) })

@@ -33,7 +33,7 @@ func (s *Store) WishLists(ctx context.Context) ([]api.WishList, error) {
 		all = append(all, l)
 		return err
 	}, `SELECT `+wishColumns+` FROM wish_lists ORDER BY name`)
-	return all, trouble("list wish lists", err)
+	return all, classify("list wish lists", err)
 }
 
 // WishList reads one wish list.
@@ -44,7 +44,7 @@ func (s *Store) WishList(ctx context.Context, name string) (api.WishList, error)
 	if errors.Is(err, sql.ErrNoRows) {
 		return l, noWishList(name)
 	}
-	return l, trouble("read wish list "+name, err)
+	return l, classify("read wish list "+name, err)
 }
 
 func noWishList(name string) error {
@@ -58,7 +58,7 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 	var stored int64
 	err := tx.QueryRowContext(ctx, `SELECT version FROM wish_lists WHERE name = $1`, name).Scan(&stored)
 	if err != nil && !errors.Is(err, sql.ErrNoRows) {
-		return trouble("read wish list "+name, err)
+		return classify("read wish list "+name, err)
 	}
 	if version != 0 && version != stored {
 		return fault.New(
@@ -71,14 +71,14 @@ func (tx *Tx) PutWishList(ctx context.Context, name, text string, version int64,
 INSERT INTO wish_lists (name, text, version, changed_at) VALUES ($1, $2, 1, $3)
 ON CONFLICT (name) DO UPDATE SET text = excluded.text, version = wish_lists.version + 1, changed_at = excluded.changed_at,
     planned_at = 0, problems = '[]'`, name, text, micros(at))
-	return trouble("store wish list "+name, err)
+	return classify("store wish list "+name, err)
 }
 
 // DropWishList removes a wish list. What was built for it stays.
 func (tx *Tx) DropWishList(ctx context.Context, name string) error {
 	done, err := tx.ExecContext(ctx, `DELETE FROM wish_lists WHERE name = $1`, name)
 	if err != nil {
-		return trouble("remove wish list "+name, err)
+		return classify("remove wish list "+name, err)
 	}
 	if n, err := done.RowsAffected(); err == nil && n == 0 {
 		return noWishList(name)
@@ -101,7 +101,7 @@ func (tx *Tx) PlannedWishList(ctx context.Context, l api.WishList) error {
 		l.Cells,
 		string(problems),
 	)
-	return trouble("store plan of wish list "+l.Name, err)
+	return classify("store plan of wish list "+l.Name, err)
 }
 
 // ReadyTimes returns how long cells took from their kernel's being seen until they
@@ -118,5 +118,5 @@ func (s *Store) ReadyTimes(ctx context.Context, since time.Time) ([]time.Duratio
 SELECT t.attested_at - k.first_seen_at FROM artifact_kernels t
 JOIN kernels k ON k.build_id = t.build_id AND k.board = t.board
 WHERE t.attested_at > $1 AND k.first_seen_at > 0 AND t.attested_at >= k.first_seen_at ORDER BY 1`, micros(since))
-	return all, trouble("read ready times", err)
+	return all, classify("read ready times", err)
 }

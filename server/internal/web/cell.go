@@ -119,7 +119,7 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 				"Install it on a node of this COS build",
 				fmt.Sprintf("fetcher install --server %s --driver %s --flavour %s", server, d.Version, d.Flavour),
 			},
-			{"Look at what each rule says of it, with the public key in prebake.key.pub",
+			{"Print the result of each trust rule for it, with the public key in prebake.key.pub",
 				"fetcher verify --key prebake.key.pub --build-id " + k.BuildID + " --board " + k.Board + " " + ref},
 			{"Download it", "crane pull" + crane + " " + ref + " driver.tar"},
 			{"Verify who built it, and from what", "cosign verify-attestation" + cosign +
@@ -128,7 +128,7 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	}
 	switch f.State {
 	case api.Building, api.Queued:
-		return []command{{"Ask where it stands", "server resolve --server " + server + " " + cell}}
+		return []command{{"Ask for its state", "server resolve --server " + server + " " + cell}}
 	case api.Unsupported, api.Yanked, api.Quarantined:
 		return nil
 	}
@@ -140,7 +140,7 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 	}
 }
 
-// maxReferrers bounds how many statements of an artifact are looked at: it may have some
+// maxReferrers bounds how many statements of an artifact are examined: it may have some
 // for each of hundreds of kernels.
 const maxReferrers = 200
 
@@ -218,7 +218,7 @@ type buildPage struct {
 	Cell, Ref, Total string
 	Phases           []phase
 	HasLog, Open     bool
-	// LogEnd is the end of the log of a build under way.
+	// LogEnd is the end of the log of a running build.
 	LogEnd string
 }
 

@@ -8,7 +8,7 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// This file draws charts as SVG within the page. What they show stands beside them as
+// This file draws charts as SVG within the page. What they show is beside them as
 // text, so that they are hidden from programs that read pages aloud.
 
 // part is a stretch of a bar: its class is a state.

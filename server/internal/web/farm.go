@@ -19,7 +19,7 @@ import (
 func parseID(text string) (int64, error) {
 	id, err := strconv.ParseInt(text, 10, 64)
 	if err != nil || id < 1 {
-		return 0, fault.New(fault.NotFound, "there is no such build", "look for it in the queue, or at its cell")
+		return 0, fault.New(fault.NotFound, "there is no such build", "find it in the queue, or on the page of its cell")
 	}
 	return id, nil
 }
@@ -81,7 +81,7 @@ func (p *pages) releases(w http.ResponseWriter, r *http.Request) {
 		p.fail(w, r, err)
 		return
 	}
-	ready, err := p.Catalogue.ReadyLately(r.Context())
+	ready, err := p.Catalogue.RecentReadyTimes(r.Context())
 	if err != nil {
 		p.fail(w, r, err)
 		return
@@ -192,7 +192,7 @@ func (p *pages) preflight(w http.ResponseWriter, r *http.Request) {
 }
 
 // badge draws how much of what wish lists want is there, of all or of one milestone, or
-// where a cell stands, in the form that people know from other projects' pages.
+// the state of a cell, in the form that people know from other projects' pages.
 func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	query := r.URL.Query()
 	text, state := "nothing wanted", api.Unknown
@@ -229,7 +229,7 @@ func (p *pages) badge(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write([]byte(drawBadge("prebake", text, state))) // the client is gone; there is nobody to tell
 }
 
-// badgeLife is how long a badge may be kept by whoever shows it.
+// badgeLife is how long a badge may be kept by the page that shows it.
 const badgeLife = time.Minute
 
 // drawBadge draws a label and a value. A letter is about seven units wide.

@@ -14,7 +14,7 @@ func TestPagesOfGKE(t *testing.T) {
 	cat, pages := farm(t)
 	fill(t, cat)
 	ctx := t.Context()
-	check(t, cat.SawKernel(ctx, api.Kernel{Kernel: kernel, GPUs: map[string]api.GPUDrivers{
+	check(t, cat.RecordKernel(ctx, api.Kernel{Kernel: kernel, GPUs: map[string]api.GPUDrivers{
 		"NVIDIA_H100_80GB": {Default: "535.261.03", Branches: map[string]string{"R535": "535.261.03"}},
 		"NVIDIA_B200":      {Default: "570.86.10"},
 	}}))
@@ -26,9 +26,11 @@ func TestPagesOfGKE(t *testing.T) {
 			"COS names this driver for</dt><dd>NVIDIA_H100_80GB (default, R535)<",
 		},
 		"/preflight?build=1.30.5-gke.100&board=lakitu&driver=default@NVIDIA_H100_80GB": {
-			"Yes, it may move", `value="1.30.5-gke.100"`, "Nodes of GKE 1.30.5-gke.100, COS build 17800.66.78/lakitu would run driver 535.261.03",
+			"Yes, it may move", `value="1.30.5-gke.100"`,
+			"Nodes of GKE 1.30.5-gke.100, COS build 17800.66.78/lakitu would run driver 535.261.03",
 		},
-		"/preflight?build=1.31.0-gke.7&board=lakitu": {"No, not yet", "Nodes of GKE 1.31.0-gke.7, a build that is not known,", "--gke-map"},
+		"/preflight?build=1.31.0-gke.7&board=lakitu": {"No, not yet", "Nodes of GKE 1.31.0-gke.7, a build that is not known,",
+			"--gke-map"},
 		"/preflight?build=%3Cx%3E-gke.&board=lakitu": {"That cannot be asked", "&lt;x&gt;"},
 	} {
 		_, got := get(t, pages, path)

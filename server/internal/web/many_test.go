@@ -17,8 +17,9 @@ func TestMatrixIsOnePage(t *testing.T) {
 	ctx := t.Context()
 	for i := range 150 {
 		k := api.Kernel{Kernel: target.Kernel{BuildID: fmt.Sprintf("17800.1.%d", i), Board: "lakitu", Milestone: 109}}
-		check(t, cat.SawKernel(ctx, k))
-		_, err := cat.Request(ctx, api.BuildRequest{BuildID: k.BuildID, Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
+		check(t, cat.RecordKernel(ctx, k))
+		_, err := cat.Request(ctx,
+			api.BuildRequest{BuildID: k.BuildID, Board: "lakitu", Driver: "535.261.03", Flavour: "open"})
 		check(t, err)
 	}
 	seen := 0

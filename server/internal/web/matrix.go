@@ -30,7 +30,7 @@ var legends = []legend{
 	{api.Quarantined, "did not load on several nodes"},
 	{api.Cancelled, "called off"},
 	{api.Unsupported, "cannot be built"},
-	{api.Unknown, "nobody asked for it yet"},
+	{api.Unknown, "not requested yet"},
 }
 
 type matrixPage struct {

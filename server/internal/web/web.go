@@ -37,7 +37,7 @@ type reader interface {
 	Artifact(ctx context.Context, digest string) (api.Artifact, error)
 	Workload(ctx context.Context) (*catalogue.Workload, error)
 	Releases(ctx context.Context, f store.KernelFilter, p store.Page) ([]api.ReleaseSummary, string, error)
-	ReadyLately(ctx context.Context) (api.ReadyDuration, error)
+	RecentReadyTimes(ctx context.Context) (api.ReadyDuration, error)
 	Groups(ctx context.Context) ([]store.KernelGroup, error)
 	Coverage(ctx context.Context) (api.Coverage, error)
 	Preflight(ctx context.Context, q api.PreflightRequest) (api.Preflight, error)
@@ -55,10 +55,10 @@ type labeller interface {
 // Config is what the pages are made of.
 type Config struct {
 	Catalogue reader
-	// Registry tells what is signed of an artifact; nil is not asked.
+	// Registry tells what is signed of an artifact; nil means not asked.
 	Registry labeller
 	Log      *slog.Logger
-	// Now is the clock; nil is time.Now.
+	// Now is the clock; nil means time.Now.
 	Now func() time.Time
 }
 
@@ -103,7 +103,7 @@ func New(c Config) (http.Handler, error) {
 		p.fail(
 			w,
 			r,
-			fault.New(fault.NotFound, "there is no such page", "begin at the matrix, or look at what is linked above"),
+			fault.New(fault.NotFound, "there is no such page", "start at the matrix, or use the links above"),
 		)
 	})
 	return mux, nil
@@ -154,7 +154,7 @@ func mark(s api.State) string {
 	return "·"
 }
 
-// label is a state in the words of the page.
+// label is a state in the terms of the page.
 func label(s api.State) string {
 	if s == api.Unknown {
 		return "not built"

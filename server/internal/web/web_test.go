@@ -58,12 +58,14 @@ func farm(t *testing.T) (*catalogue.Catalogue, http.Handler) {
 	now := noon
 	clock := func() time.Time { now = now.Add(time.Second); return now }
 	cat := catalogue.New(catalogue.Config{Store: db, Logs: logs, Queue: q, Repository: "/prebake/driver", Now: clock})
-	pages, err := web.New(web.Config{Catalogue: cat, Log: slog.New(slog.DiscardHandler), Now: func() time.Time { return now },
+	pages, err := web.New(web.Config{Catalogue: cat, Log: slog.New(slog.DiscardHandler),
+		Now: func() time.Time { return now },
 		Registry: labels{
 			{trust.LabelPredicate: trust.PredicateProvenance},
 			{trust.LabelPredicate: trust.PredicateKernelMatch, trust.LabelKernel: kernel.String()},
 			{trust.LabelPredicate: trust.PredicateKernelMatch, trust.LabelKernel: "17800.1.1/lakitu"},
-			{trust.LabelPredicate: trust.PredicateTestResult, trust.LabelKernel: kernel.String(), trust.LabelVerdict: trust.VerdictLoaded},
+			{trust.LabelPredicate: trust.PredicateTestResult, trust.LabelKernel: kernel.String(),
+				trust.LabelVerdict: trust.VerdictLoaded},
 		}})
 	check(t, err)
 	return cat, pages
@@ -80,12 +82,15 @@ func check(t *testing.T, err error) {
 func fill(t *testing.T, cat *catalogue.Catalogue) {
 	t.Helper()
 	ctx := t.Context()
-	check(t, cat.SawKernel(ctx, api.Kernel{Kernel: kernel, Fingerprint: finger, Default: "535.261.03"}))
-	other := target.Kernel{BuildID: "18244.151.14", Board: "lakitu", Milestone: 113, Release: "6.1.90+", Arch: target.AMD64}
-	check(t, cat.SawKernel(ctx, api.Kernel{Kernel: other}))
-	check(t, cat.SawDrivers(ctx, []api.DriverRelease{{Version: "535.261.03"}, {Version: "470.256.02"}, {Version: "550.90.07"}}))
+	check(t, cat.RecordKernel(ctx, api.Kernel{Kernel: kernel, Fingerprint: finger, Default: "535.261.03"}))
+	other := target.Kernel{BuildID: "18244.151.14", Board: "lakitu", Milestone: 113, Release: "6.1.90+",
+		Arch: target.AMD64}
+	check(t, cat.RecordKernel(ctx, api.Kernel{Kernel: other}))
+	check(t, cat.RecordDrivers(ctx,
+		[]api.DriverRelease{{Version: "535.261.03"}, {Version: "470.256.02"}, {Version: "550.90.07"}}))
 	request := func(version, flavour string) int64 {
-		b, err := cat.Request(ctx, api.BuildRequest{BuildID: kernel.BuildID, Board: kernel.Board, Driver: version, Flavour: flavour})
+		b, err := cat.Request(ctx,
+			api.BuildRequest{BuildID: kernel.BuildID, Board: kernel.Board, Driver: version, Flavour: flavour})
 		check(t, err)
 		return b.ID
 	}
@@ -99,7 +104,8 @@ func fill(t *testing.T, cat *catalogue.Catalogue) {
 		Phases: []timeline.Phase{{Name: "compile", Seconds: 41.5}}})
 	failed := request("535.261.03", "proprietary") // 2
 	update(failed, api.BuildUpdate{State: api.Building, Worker: "builder-1", Attempt: 1})
-	update(failed, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "a.c:1: error: <b>too few</b>", Hint: "take a newer driver",
+	update(failed, api.BuildUpdate{State: api.Failed, Class: "api-break", Error: "a.c:1: error: <b>too few</b>",
+		Hint:   "take a newer driver",
 		Phases: []timeline.Phase{{Name: "compile", Seconds: 1.5, Failed: true}}})
 	check(t, cat.PutLog(ctx, failed, strings.NewReader("what went wrong\n")))
 	running := request("550.90.07", "open") // 3
@@ -107,8 +113,10 @@ func fill(t *testing.T, cat *catalogue.Catalogue) {
 	check(t, cat.AppendLog(ctx, running, 0, strings.NewReader(strings.Repeat("a line\n", 2000)+"cc <nv.c>\n")))
 	request("550.90.07", "proprietary") // 4
 	early := target.Kernel{BuildID: "19999.0.0", Board: "lakitu", Milestone: 133, Arch: target.AMD64}
-	check(t, cat.SawKernel(ctx, api.Kernel{Kernel: early, Default: "570.86.10"}))
-	_, err := cat.PutWishList(ctx, "early", "version: 1\nkernels:\n  - {milestone: 133, latest: 1, earlyWarning: true}\nflavours: [open]\ndrivers: [default]\n", 0)
+	check(t, cat.RecordKernel(ctx, api.Kernel{Kernel: early, Default: "570.86.10"}))
+	_, err := cat.PutWishList(ctx, "early",
+		"version: 1\nkernels:\n  - {milestone: 133, latest: 1, earlyWarning: true}\nflavours: [open]\ndrivers: [default]\n",
+		0)
 	check(t, err)
 	_, err = cat.Plan(ctx)
 	check(t, err)
@@ -145,19 +153,24 @@ func TestPages(t *testing.T) {
 		has    []string
 		lacks  []string
 	}{
-		{"empty matrix says the next move", empty, "/", 200, []string{"No kernel is known yet", "server announce"}, []string{"<table"}},
+		{"empty matrix says the next move", empty, "/", 200, []string{"No kernel is known yet", "server announce"},
+			[]string{"<table"}},
 		{"empty queue", empty, "/queue", 200, []string{"No builder works", "Nothing waits", "builder work"}, nil},
 		{"empty releases", empty, "/releases", 200, []string{"No release is known yet"}, []string{"<svg"}},
 		{"matrix", full, "/", 200, []string{
-			`<th scope="row">17800.66.78<small>lakitu · 6.1.58+`, `<th scope="col">535.261.03<small>R535`, `href="` + cell + `535.261.03"`,
+			`<th scope="row">17800.66.78<small>lakitu · 6.1.58+`, `<th scope="col">535.261.03<small>R535`,
+			`href="` + cell + `535.261.03"`,
 			`<span class="published"><b>open</b> <em>published</em>`, `<span class="failed"><b>proprietary</b> <em>failed</em>`,
 			"Milestone 113", "Milestone 109", "Show 1 more driver<", `aria-current="page">Matrix`,
 		}, []string{"470.256.02", "<b>too few", "style="}},
 		{"all drivers", full, "/?all=1", 200, []string{"470.256.02"}, []string{"more driver"}},
-		{"a driver's branch", full, "/?driver=R550", 200, []string{`<th scope="col">550.90.07`}, []string{`<th scope="col">535`}},
-		{"search for a driver", full, "/?q=550", 200, []string{`<th scope="col">550.90.07`, "17800.66.78"}, []string{`<th scope="col">535`}},
+		{"a driver's branch", full, "/?driver=R550", 200, []string{`<th scope="col">550.90.07`},
+			[]string{`<th scope="col">535`}},
+		{"search for a driver", full, "/?q=550", 200, []string{`<th scope="col">550.90.07`, "17800.66.78"},
+			[]string{`<th scope="col">535`}},
 		{"search for a kernel release", full, "/?q=6.1.9", 200, []string{"18244.151.14"}, []string{"17800.66.78<"}},
-		{"search for nothing known", full, "/?q=9.9", 200, []string{"No kernel is like that"}, []string{"<table class=\"matrix"}},
+		{"search for nothing known", full, "/?q=9.9", 200, []string{"No kernel is like that"},
+			[]string{"<table class=\"matrix"}},
 		{"search that is a pattern", full, "/?q=%25", 400, []string{"letters, digits"}, nil},
 		{"kernels with a failed cell", full, "/?state=failed", 200, []string{"17800.66.78<"}, []string{"18244.151.14<"}},
 		{"kernels with a yanked cell", full, "/?state=yanked", 200, []string{"17800.66.78<"}, []string{"18244.151.14<"}},
@@ -165,39 +178,58 @@ func TestPages(t *testing.T) {
 		{"state that is none", full, "/?state=x", 400, []string{"not one to filter by"}, nil},
 		{"milestone that is none", full, "/?milestone=x", 400, []string{"is not a number"}, nil},
 		{"cell of both flavours", full, cell + "535.261.03", 200, []string{
-			digest, "prebake.example/prebake/driver@" + digest, "fetcher install --server http://prebake.example --driver 535.261.03 --flavour open",
-			"crane pull --insecure prebake.example", "fits the kernel of this COS build", "loaded in a virtual machine that ran this kernel",
+			digest, "prebake.example/prebake/driver@" + digest,
+			"fetcher install --server http://prebake.example --driver 535.261.03 --flavour open",
+			"crane pull --insecure prebake.example", "fits the kernel of this COS build",
+			"loaded in a virtual machine that ran this kernel",
 			"1 other COS builds", "SLSA", "&lt;b&gt;too few", "take a newer driver", `href="/builds/2"`,
 		}, []string{"<b>too few"}},
 		{"cell of one flavour", full, cell + "535.261.03/proprietary", 200, []string{"&lt;b&gt;too few"}, []string{digest}},
-		{"cell under way", full, cell + "550.90.07/open", 200, []string{`data-live="/v1/builds/3/events"`, "is in phase compile"}, nil},
+		{"cell under way", full, cell + "550.90.07/open", 200,
+			[]string{`data-live="/v1/builds/3/events"`, "is in phase compile"}, nil},
 		{"cell that waits", full, cell + "550.90.07/proprietary", 200, []string{"number 1 in the queue"}, nil},
 		{"cell that nobody asked for", full, cell + "470.256.02/proprietary", 200, []string{
-			"server request --server http://prebake.example --token-file prebake.token --build-id 17800.66.78 --board lakitu --driver 470.256.02 --flavour proprietary",
+			"server request --server http://prebake.example --token-file prebake.token --build-id 17800.66.78 --board lakitu " +
+				"--driver 470.256.02 --flavour proprietary",
 		}, []string{"crane"}},
-		{"cell that is withdrawn", full, cell + "525.60.13/open", 200, []string{"panics &lt;i&gt;", yanked, "Withdrawn"}, []string{"crane pull", "<i>;"}},
+		{"cell that is withdrawn", full, cell + "525.60.13/open", 200, []string{"panics &lt;i&gt;", yanked, "Withdrawn"},
+			[]string{"crane pull", "<i>;"}},
 		{"cell of no flavour", full, cell + "535.261.03/shut", 404, []string{"flavour"}, nil},
 		{"cell of no driver", full, cell + "x", 404, []string{"choose a cell"}, nil},
-		{"cell of no kernel", full, "/cells/lakitu/1.2.3/535.261.03", 404, []string{"is not in the catalogue", "server announce 1.2.3"}, nil},
-		{"failed build", full, "/builds/2", 200, []string{"api-break", "&lt;b&gt;too few", "newer driver", "1.5 s", "(failed)", "/v1/builds/2/log"}, []string{"<b>too few", "data-live"}},
-		{"published build", full, "/builds/1", 200, []string{"prebake.example/prebake/driver@" + digest, "42 s"}, []string{"Next step"}},
-		{"build under way", full, "/builds/3", 200, []string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1", `data-log="/v1/builds/3/log">a line`, "cc &lt;nv.c&gt;"}, nil},
+		{"cell of no kernel", full, "/cells/lakitu/1.2.3/535.261.03", 404,
+			[]string{"is not in the catalogue", "server announce 1.2.3"}, nil},
+		{"failed build", full, "/builds/2", 200,
+			[]string{"api-break", "&lt;b&gt;too few", "newer driver", "1.5 s", "(failed)", "/v1/builds/2/log"},
+			[]string{"<b>too few", "data-live"}},
+		{"published build", full, "/builds/1", 200, []string{"prebake.example/prebake/driver@" + digest, "42 s"},
+			[]string{"Next step"}},
+		{"build under way", full, "/builds/3", 200,
+			[]string{`data-live="/v1/builds/3/events"`, `http-equiv="refresh"`, "builder-2, attempt 1",
+				`data-log="/v1/builds/3/log">a line`, "cc &lt;nv.c&gt;"}, nil},
 		{"no such build", full, "/builds/9", 404, []string{"Status 404"}, nil},
 		{"not a number", full, "/builds/x", 404, []string{"no such build"}, nil},
-		{"queue", full, "/queue", 200, []string{`href="/builds/3"`, `href="/builds/4"`, `<th scope="row">builder-1`, `<th scope="row">builder-2`}, nil},
-		{"releases", full, "/releases", 200, []string{"18244.151.14", "20.0 % of 5", "nothing asked for", "<svg class=\"chart\""}, nil},
+		{"queue", full, "/queue", 200,
+			[]string{`href="/builds/3"`, `href="/builds/4"`, `<th scope="row">builder-1`, `<th scope="row">builder-2`}, nil},
+		{"releases", full, "/releases", 200,
+			[]string{"18244.151.14", "20.0 % of 5", "nothing asked for", "<svg class=\"chart\""}, nil},
 		{"releases from nowhere", full, "/releases?after=x", 400, []string{"cursor"}, nil},
 		{"preflight", full, "/preflight", 200, []string{`name="build"`, `<option>lakitu`}, []string{"Yes", "No, not yet"}},
-		{"preflight: yes", full, "/preflight?build=17800.66.78&board=lakitu&driver=default", 200, []string{"Yes, it may move", cell + "535.261.03/open"}, nil},
-		{"preflight: no", full, "/preflight?build=17800.66.78&board=lakitu&driver=470.256.02", 200, []string{"No, not yet", "server request"}, nil},
-		{"preflight of nonsense", full, "/preflight?build=<x>&board=lakitu", 400, []string{"cannot be asked", "&lt;x&gt;"}, []string{"<x>"}},
+		{"preflight: yes", full, "/preflight?build=17800.66.78&board=lakitu&driver=default", 200,
+			[]string{"Yes, it may move", cell + "535.261.03/open"}, nil},
+		{"preflight: no", full, "/preflight?build=17800.66.78&board=lakitu&driver=470.256.02", 200,
+			[]string{"No, not yet", "server request"}, nil},
+		{"preflight of nonsense", full, "/preflight?build=<x>&board=lakitu", 400, []string{"cannot be asked", "&lt;x&gt;"},
+			[]string{"<x>"}},
 		{"no early warning", empty, "/warnings", 200, []string{"Nothing is known to break"}, nil},
-		{"early warning", full, "/warnings", 200, []string{"earlier than out", `href="/builds/5"`, "milestone 133"}, []string{"<u>"}},
+		{"early warning", full, "/warnings", 200, []string{"earlier than out", `href="/builds/5"`, "milestone 133"},
+			[]string{"<u>"}},
 		{"the folder of assets is not listed", full, "/assets/", 404, []string{"no such page"}, []string{"style.css<"}},
 		{"no other page", full, "/other", 404, []string{"there is no such page", "To the matrix"}, nil},
 		{"badge", full, "/badge.svg", 200, []string{"prebake: nothing wanted"}, nil},
 		{"badge of a cell", full, "/badge.svg?build=17800.66.78&board=lakitu&driver=535&flavour=proprietary", 400, nil, nil},
-		{"badge of a cell that failed", full, "/badge.svg?build=17800.66.78&board=lakitu&driver=535.261.03&flavour=proprietary", 200, []string{"prebake: failed", "#9b1c1c"}, nil},
+		{"badge of a cell that failed", full,
+			"/badge.svg?build=17800.66.78&board=lakitu&driver=535.261.03&flavour=proprietary", 200,
+			[]string{"prebake: failed", "#9b1c1c"}, nil},
 	}
 	for _, row := range rows {
 		answer, body := get(t, row.pages, row.path)
@@ -233,7 +265,8 @@ func TestLinks(t *testing.T) {
 		}
 		for _, m := range link.FindAllStringSubmatch(body, -1) {
 			to := strings.ReplaceAll(m[1], "&amp;", "&")
-			elsewhere := strings.HasPrefix(to, "/v1/") || strings.HasPrefix(to, "/openapi") || to == "/metrics" || to == "/readyz"
+			elsewhere := strings.HasPrefix(to, "/v1/") || strings.HasPrefix(to, "/openapi") || to == "/metrics" ||
+				to == "/readyz"
 			if !seen[to] && !elsewhere {
 				seen[to] = true
 				todo = append(todo, to)
@@ -255,7 +288,8 @@ func TestCommandsAreQuoted(t *testing.T) {
 	r.Host = "a$(id)'b.example"
 	pages.ServeHTTP(w, r)
 	body := html.UnescapeString(w.Body.String())
-	if want := `--server 'http://a$(id)'\''b.example' --driver`; !strings.Contains(body, want) || strings.Contains(body, " a$(id)") {
+	if want := `--server 'http://a$(id)'\''b.example' --driver`; !strings.Contains(body, want) ||
+		strings.Contains(body, " a$(id)") {
 		t.Errorf("the page lacks %q, or has the name without quotes:\n%s", want, body)
 	}
 }
@@ -287,12 +321,14 @@ func TestFeed(t *testing.T) {
 		} `xml:"author"`
 		Entry []dated `xml:"entry"`
 	}
-	check(t, xml.Unmarshal([]byte(strings.NewReplacer("<id>", "<ID>", "</id>", "</ID>", "<title>", "<Title>", "</title>", "</Title>",
+	check(t, xml.Unmarshal([]byte(strings.NewReplacer("<id>", "<ID>", "</id>", "</ID>", "<title>", "<Title>", "</title>",
+		"</Title>",
 		"<updated>", "<Updated>", "</updated>", "</Updated>").Replace(body)), &feed))
 	var got []string
 	ids := map[string]bool{}
 	for _, e := range append(feed.Entry, feed.dated) {
-		if _, err := time.Parse(time.RFC3339, e.Updated); err != nil || e.ID == "" || e.Title == "" || len(e.Link) == 0 || ids[e.ID] {
+		if _, err := time.Parse(time.RFC3339, e.Updated); err != nil || e.ID == "" || e.Title == "" || len(e.Link) == 0 ||
+			ids[e.ID] {
 			t.Errorf("entry %+v lacks something, or its id is not its own: %v", e, err)
 		}
 		ids[e.ID] = true
@@ -309,7 +345,8 @@ type trouble struct {
 	err error
 }
 
-func (c trouble) Matrix(context.Context, store.KernelFilter, catalogue.DriverFilter, store.Page) (*catalogue.Matrix, error) {
+func (c trouble) Matrix(context.Context, store.KernelFilter, catalogue.DriverFilter, store.Page) (*catalogue.Matrix,
+	error) {
 	return nil, c.err
 }
 
@@ -328,7 +365,8 @@ func TestTrouble(t *testing.T) {
 		check(t, err)
 		answer, body := get(t, pages, "/")
 		if answer.StatusCode != row.status || !strings.Contains(body, row.has) || strings.Contains(body, row.lacks) {
-			t.Errorf("GET / with %v = %d, %s; want %d with %q, without %q", row.err, answer.StatusCode, body, row.status, row.has, row.lacks)
+			t.Errorf("GET / with %v = %d, %s; want %d with %q, without %q", row.err, answer.StatusCode, body, row.status,
+				row.has, row.lacks)
 		}
 	}
 }
@@ -354,7 +392,8 @@ type hostile struct {
 	m *catalogue.Matrix
 }
 
-func (h hostile) Matrix(context.Context, store.KernelFilter, catalogue.DriverFilter, store.Page) (*catalogue.Matrix, error) {
+func (h hostile) Matrix(context.Context, store.KernelFilter, catalogue.DriverFilter, store.Page) (*catalogue.Matrix,
+	error) {
 	return h.m, nil
 }
 
@@ -365,9 +404,10 @@ func TestWeight(t *testing.T) {
 	cat, pages := farm(t)
 	var kernels []target.Kernel
 	for i := range 20 {
-		k := target.Kernel{BuildID: fmt.Sprintf("17800.%d.100", 100+i), Board: "lakitu-arm64", Milestone: 109, Release: "6.1.58-20260101+", Arch: target.ARM64}
+		k := target.Kernel{BuildID: fmt.Sprintf("17800.%d.100", 100+i), Board: "lakitu-arm64", Milestone: 109,
+			Release: "6.1.58-20260101+", Arch: target.ARM64}
 		kernels = append(kernels, k)
-		check(t, cat.SawKernel(t.Context(), api.Kernel{Kernel: k, Fingerprint: finger}))
+		check(t, cat.RecordKernel(t.Context(), api.Kernel{Kernel: k, Fingerprint: finger}))
 	}
 	for i := range 16 {
 		for j, f := range []target.Flavour{target.Open, target.Proprietary} {

@@ -34,7 +34,7 @@ func Port(goarch string) string {
 type Script struct {
 	// GPU loads the emulated GPU before the first step.
 	GPU bool `json:"gpu,omitempty"`
-	// Network brings eth0 up before the first step.
+	// Network starts eth0 before the first step.
 	Network bool   `json:"network,omitempty"`
 	Steps   []Step `json:"steps"`
 }
@@ -44,7 +44,7 @@ type Step struct {
 	Name string   `json:"name"`
 	Argv []string `json:"argv"`
 	Env  []string `json:"env,omitempty"`
-	// TimeoutMS ends the step after so many milliseconds; 0 is never.
+	// TimeoutMS ends the step after so many milliseconds; 0 means never.
 	TimeoutMS int64 `json:"timeoutMs,omitempty"`
 	// KeepGoing runs the next step even if this one fails.
 	KeepGoing bool `json:"keepGoing,omitempty"`
@@ -57,13 +57,13 @@ type Type string
 
 // The events, in the order in which they may come. Output and End repeat.
 const (
-	Hello  Type = "hello"  // the guest's init runs
-	Ready  Type = "ready"  // kernel modules, network and GPU are up
-	Begin  Type = "begin"  // a step starts
-	Output Type = "output" // a step wrote something
-	End    Type = "end"    // a step ended
-	Fatal  Type = "fatal"  // the guest's init cannot go on
-	Bye    Type = "bye"    // the script is over; power goes off next
+	Hello    Type = "hello"  // the guest's init runs
+	Ready    Type = "ready"  // kernel modules, network and GPU are up
+	Begin    Type = "begin"  // a step starts
+	Output   Type = "output" // a step wrote something
+	End      Type = "end"    // a step ended
+	Fatal    Type = "fatal"  // the guest's init cannot go on
+	Finished Type = "bye"    // the script is over; power goes off next
 )
 
 // Event is one line from the guest.
@@ -137,7 +137,7 @@ func Read(r io.Reader, f func(Event) error) error {
 
 func (e Event) check() error {
 	switch e.Type {
-	case Hello, Ready, Fatal, Bye:
+	case Hello, Ready, Fatal, Finished:
 		return nil
 	case Begin, Output, End:
 		if e.Step < 0 {

@@ -17,7 +17,7 @@ func TestWriteRead(t *testing.T) {
 		{Type: Begin, Step: 1},
 		{Type: Output, Step: 1, Stream: "stdout", Data: []byte{0, '\n', 0xff}},
 		{Type: End, Step: 1, Exit: 19, Error: "no such device", Seconds: 1.5},
-		{Type: Bye},
+		{Type: Finished},
 	}
 	var stream bytes.Buffer
 	for _, e := range want {

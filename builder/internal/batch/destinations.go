@@ -1,0 +1,120 @@
+package batch
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"github.com/prebake/prebake/builder/internal/publish"
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/registry"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Destinations are where artifacts go, and the key whose signatures count there.
+type Destinations struct {
+	Repositories []*registry.Repository
+	// Buckets hold the published tarballs of what Repositories hold.
+	Buckets  []*tarball.Bucket
+	Verifier *trust.Verifier
+	// Signer signs lists with labels.
+	Signer *sign.Signer
+
+	mu   sync.Mutex
+	seen map[string]bool // layers that were opened, by repository and digest
+}
+
+// Published returns the digest of a cell that every destination has under the
+// pointer of this very COS build, whole, with provenance and kernel match
+// signed by our key; "" where one has not. No input is fetched for it: a
+// BUILD_ID's inputs do not change, and a driver version's do not either.
+func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest string, err error) {
+	if len(p.Repositories) == 0 {
+		return "", nil
+	}
+	for _, repo := range p.Repositories {
+		have, ok, err := publish.Existing(ctx, repo, bundle.KernelTag(c.Kernel, c.Driver))
+		if err != nil {
+			return "", err
+		}
+		if !ok || digest != "" && have != digest {
+			return "", nil
+		}
+		digest = have
+	}
+	for _, repo := range p.Repositories {
+		switch err := p.has(ctx, repo, digest, c); {
+		case fault.Is(err, fault.Unverified), fault.Is(err, fault.Mismatch), fault.Is(err, fault.NoArtifact):
+			return "", nil // the build itself says what is wrong with it
+		case err != nil:
+			return "", err
+		}
+	}
+	for _, b := range p.Buckets {
+		if has, err := tarball.Has(ctx, b, c.Kernel, c.Driver, digest); err != nil || !has {
+			return "", err
+		}
+	}
+	return digest, nil
+}
+
+// Close closes the buckets.
+func (p *Destinations) Close() error {
+	var errs []error
+	for _, b := range p.Buckets {
+		errs = append(errs, b.Close())
+	}
+	return errors.Join(errs...)
+}
+
+func (p *Destinations) has(ctx context.Context, repo *registry.Repository, digest string, c plan.Cell) error {
+	content, err := publish.Content(ctx, repo, digest)
+	if err != nil {
+		return err
+	}
+	kernel := target.Kernel{BuildID: c.Kernel.BuildID, Board: c.Kernel.Board, Arch: c.Kernel.Arch}
+	attached, err := repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.Wanted(kernel)...)
+	if err != nil {
+		return err
+	}
+	if _, err := p.Verifier.Verify(attached,
+		trust.Expect{Digest: digest, Kernel: kernel, Driver: c.Driver, Identity: content.Identity}); err != nil {
+		return err
+	}
+	for _, l := range content.Layers { // a registry may have lost what it promised
+		if err := p.layer(ctx, repo, l); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// layer looks once whether a repository has a layer; many artifacts share one.
+func (p *Destinations) layer(ctx context.Context, repo *registry.Repository, l bundle.ContentLayer) error {
+	name := repo.Name() + "@" + l.Digest
+	p.mu.Lock()
+	seen := p.seen[name]
+	p.mu.Unlock()
+	if seen {
+		return nil
+	}
+	blob, err := repo.Blob(ctx, l.Digest, l.Size)
+	if err != nil {
+		return err
+	}
+	if err := blob.Close(); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.seen == nil {
+		p.seen = map[string]bool{}
+	}
+	p.seen[name] = true
+	return nil
+}

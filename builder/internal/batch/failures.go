@@ -1,0 +1,121 @@
+package batch
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// facts is the part of the cache that Memory needs.
+type facts interface {
+	PutFact(kind, key string, value []byte) error
+	Fact(kind, key string) ([]byte, bool)
+}
+
+// small reads the small objects of a bucket.
+type small interface {
+	ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error)
+}
+
+const (
+	failureKind = "failure-v1"
+	maxSumFile  = 4 << 10
+)
+
+// FailureStore keeps failures that would only happen again in the cache. What a
+// failure came from is told by the checksums that the buckets publish beside
+// headers, toolchain and runfile, so that nothing has to be fetched or unpacked
+// to know it again; a build without them is tried each time. Another builder
+// version, recipe, setting or input asks anew.
+type FailureStore struct {
+	Facts            facts
+	Kernels, Drivers small
+	// Version is this program's.
+	Version string
+	// BTF says that modules get BTF, for which more can be missing.
+	BTF bool
+	// Settings are those of the run that decide which failures there are, in
+	// words: what fails with one may be made with another.
+	Settings string
+	// Signatures names the objects of the kernel bucket that may hold signatures
+	// for a driver's modules; nil means none. They may come, and be replaced.
+	Signatures func(k target.Kernel, version string) []string
+	// Forget makes Recall know nothing; Remember still does.
+	Forget bool
+}
+
+// key names what decides a cell's failure; "" where the bucket does not say.
+func (m *FailureStore) key(ctx context.Context, c plan.Cell) string {
+	h := sha256.New()
+	fmt.Fprintf(h, "%s\n%s\n%q\n%s\n%s\n", m.Version, compile.Recipe, m.Settings, c.Driver, c.Kernel.Arch)
+	type object struct {
+		from small
+		name string
+	}
+	parts := []object{
+		{m.Kernels, cosbucket.MD5Name(cosbucket.HeadersName(c.Kernel))},
+		{m.Kernels, cosbucket.MD5Name(cosbucket.ToolchainName(c.Kernel))},
+		{m.Kernels, cosbucket.ToolchainEnvName(c.Kernel)},
+		{m.Drivers, cosbucket.RunfileSumName(c.Driver.Version, c.Kernel.Arch)},
+	}
+	if m.BTF {
+		parts = append(parts, object{m.Kernels, cosbucket.MD5Name(cosbucket.VMLinuxName(c.Kernel))})
+	}
+	for _, part := range parts {
+		text, err := part.from.ReadSmall(ctx, part.name, maxSumFile)
+		if err != nil || len(bytes.TrimSpace(text)) == 0 {
+			return ""
+		}
+		fmt.Fprintf(h, "%d:%s\n", len(text), text)
+	}
+	if m.Signatures == nil {
+		return hex.EncodeToString(h.Sum(nil))
+	}
+	for _, name := range m.Signatures(c.Kernel, c.Driver.Version) {
+		text, err := m.Kernels.ReadSmall(ctx, cosbucket.MD5Name(name), maxSumFile)
+		if err != nil && !fault.Is(err, fault.InputMissing) {
+			return ""
+		}
+		fmt.Fprintf(h, "%d:%s\n", len(text), text)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// Find returns the failure that these inputs had before.
+func (m *FailureStore) Find(ctx context.Context, c plan.Cell) (Failure, bool) {
+	if m.Forget {
+		return Failure{}, false
+	}
+	key := m.key(ctx, c)
+	if key == "" {
+		return Failure{}, false
+	}
+	raw, ok := m.Facts.Fact(failureKind, key)
+	var f Failure
+	if !ok || json.Unmarshal(raw, &f) != nil || f.Class == fault.Internal {
+		return Failure{}, false
+	}
+	return f, true
+}
+
+// Remember keeps a failure.
+func (m *FailureStore) Remember(ctx context.Context, c plan.Cell, f Failure) error {
+	key := m.key(ctx, c)
+	if key == "" {
+		return nil
+	}
+	raw, err := json.Marshal(f)
+	if err != nil {
+		return err
+	}
+	return m.Facts.PutFact(failureKind, key, raw)
+}

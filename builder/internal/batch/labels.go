@@ -1,0 +1,81 @@
+package batch
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// lister is what is asked of a COS release bucket for labels.
+type lister interface {
+	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
+}
+
+// Label gives every kernel of a plan the labels in every bucket that the wish
+// list and COS give, and takes away what builder gave before and gives no
+// longer. Kernels that the plan does not name keep theirs. An error with one kernel does not block the labels of
+// others; note is told which labels could not be given without a published version.
+func (p *Destinations) Label(ctx context.Context, pl *plan.Plan, builder string, cos lister, note func(string)) error {
+	if len(p.Buckets) == 0 {
+		return nil
+	}
+	wanted := pl.Labels()
+	kernels := slices.SortedFunc(maps.Keys(wanted), func(a, b target.Kernel) int {
+		return cmp.Or(target.CompareVersions(a.BuildID, b.BuildID), strings.Compare(a.Board, b.Board))
+	})
+	var mu sync.Mutex
+	errs := make([]error, len(kernels))
+	var group errgroup.Group
+	group.SetLimit(maxLookups)
+	for i, k := range kernels {
+		group.Go(func() error {
+			notes, err := p.label(ctx, k, wanted[k], builder, cos)
+			mu.Lock()
+			defer mu.Unlock()
+			for _, text := range notes {
+				note(text)
+			}
+			errs[i] = err
+			return nil
+		})
+	}
+	_ = group.Wait() // the functions above return nil
+	errs = slices.DeleteFunc(errs, func(err error) bool { return err == nil })
+	if len(errs) > 0 {
+		return fmt.Errorf("%d of %d builds not labelled, first: %w", len(errs), len(kernels), errs[0])
+	}
+	return nil
+}
+
+func (p *Destinations) label(ctx context.Context, k target.Kernel, declared map[string]string, builder string,
+	cos lister) (notes []string, err error) {
+	said, err := tarball.COSLabels(ctx, cos, k)
+	if err != nil {
+		return nil, fmt.Errorf("label drivers for %s: %w", k, err)
+	}
+	for _, b := range p.Buckets {
+		got, err := tarball.SetLabels(ctx, b, tarball.Labelling{
+			Kernel: k, Builder: builder, Declared: declared, FromCOS: said, Complete: true, Signer: p.Signer,
+			Verifier: p.Verifier,
+		})
+		if err != nil {
+			return notes, err
+		}
+		for _, label := range got.Absent {
+			notes = append(notes, fmt.Sprintf("label %s for %s stays as it was: %s is not published in %s", label, k,
+				cmp.Or(declared[label], "its version"), got.URL))
+		}
+	}
+	return notes, nil
+}

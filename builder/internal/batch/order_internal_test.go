@@ -1,0 +1,150 @@
+package batch
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/pipeline"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/plan"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Side by side, cells are chosen so that no two do the same work: neither the
+// same kernel nor the same driver while another one warms it up. Each step of
+// the script begins a cell, or ends one that is running.
+func TestOrder(t *testing.T) {
+	t.Parallel()
+	p := &plan.Plan{}
+	for _, kernel := range []string{"1.0.1", "1.0.2", "2.0.1", "3.0.1"} {
+		for _, driver := range []string{"5.1", "6.1"} {
+			p.Cells = append(p.Cells, plan.Cell{
+				Kernel: target.Kernel{BuildID: kernel}, Driver: target.Driver{Version: driver, Flavour: target.Open},
+				EarlyWarning: kernel == "1.0.2" && driver == "6.1",
+			})
+		}
+	}
+	f := newRunner(Config{Attempts: 1}, p)
+	for _, j := range f.jobs {
+		family, _, _ := strings.Cut(j.Cell.Kernel.BuildID, ".") // 1.0.1 and 1.0.2 are the same build
+		j.kernel.here, j.kernel.fingerprint = true, target.Fingerprint(family)
+		j.driver.here, j.driver.flavours = true, []target.Flavour{target.Open}
+	}
+	byName := map[string]*job{}
+	name := func(j *job) string { return j.Cell.Kernel.BuildID + " " + j.Cell.Driver.Version }
+	for _, j := range f.jobs {
+		byName[name(j)] = j
+	}
+	for i, step := range []struct{ end, begin string }{
+		{"", "1.0.1 5.1"},          // all are cold: the plan's order
+		{"", "2.0.1 6.1"},          // another kernel and another driver
+		{"1.0.1 5.1", "1.0.2 5.1"}, // the same build, which finds everything
+		{"1.0.2 5.1", "3.0.1 5.1"}, // not driver 6.1, nor kernel 2: both are being warmed up
+		{"2.0.1 6.1", "1.0.1 6.1"}, // warm in both
+		{"3.0.1 5.1", "2.0.1 5.1"},
+		{"1.0.1 6.1", "3.0.1 6.1"}, // before the early warning of the same build
+		{"2.0.1 5.1", "1.0.2 6.1"},
+	} {
+		if j := byName[step.end]; j != nil {
+			f.made(t.Context(), j, &pipeline.Result{}, nil, time.Second)
+		}
+		got, _, _ := f.pick(time.Now())
+		if got == nil {
+			t.Fatalf("step %d: nothing begun; want %s", i, step.begin)
+		}
+		if diff := cmp.Diff(step.begin, name(got)); diff != "" {
+			t.Fatalf("step %d: begun (-want +got):\n%s", i, diff)
+		}
+		got.running = true
+	}
+	if j, _, open := f.pick(time.Now()); j != nil || open {
+		t.Errorf("after the last cell: %v, open %t", j, open)
+	}
+}
+
+var errBreak = fault.New(fault.APIBreak, "x.c:1: error: no such field", "")
+
+// A cell that arrives when the same build has failed already is not started.
+func TestLateTwin(t *testing.T) {
+	t.Parallel()
+	cell := func(kernel string) plan.Cell {
+		return plan.Cell{Kernel: target.Kernel{BuildID: kernel, Board: "lakitu"},
+			Driver: target.Driver{Version: "5.1", Flavour: target.Open}}
+	}
+	f := newRunner(Config{Attempts: 1}, &plan.Plan{Cells: []plan.Cell{cell("1.0.1"), cell("1.0.2")}})
+	first, twin := f.jobs[0], f.jobs[1]
+	f.arrived(t.Context(), first.driver, func() { first.driver.flavours = []target.Flavour{target.Open} }, nil)
+	f.arrived(t.Context(), first.kernel, func() { first.kernel.fingerprint = "1" }, nil)
+	if j, _, _ := f.pick(time.Now()); j != first {
+		t.Fatalf("pick = %v; want the first", j)
+	}
+	f.made(t.Context(), first, nil, errBreak, time.Second)
+	f.arrived(t.Context(), twin.kernel, func() { twin.kernel.fingerprint = "1" }, nil)
+	if twin.State != Failed || twin.Like != "1.0.1/lakitu" || twin.Attempts != 0 {
+		t.Errorf("twin is %s, like %q, %d attempts; want it failed like the first", twin.State, twin.Like, twin.Attempts)
+	}
+}
+
+// The moment in which an attempt ends has no gap: a worker that looks for work
+// then begins neither the cell again nor another cell of the same build.
+func TestNothingIsBegunMeanwhile(t *testing.T) {
+	t.Parallel()
+	var cells []plan.Cell
+	for _, kernel := range []string{"1.0.1", "1.0.2"} {
+		cells = append(cells, plan.Cell{Kernel: target.Kernel{BuildID: kernel, Board: "lakitu"},
+			Driver: target.Driver{Version: "5.1", Flavour: target.Open}})
+	}
+	for _, row := range []struct {
+		name   string
+		err    error
+		state  State
+		digest string
+		twin   bool // the same build is next
+	}{
+		{"made", nil, Published, "sha256:1", true},
+		{"failed", errBreak, Failed, "", false},
+	} {
+		var f *runner
+		var begun []string
+		look := func() {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			if j, _, _ := f.pick(time.Now()); j != nil {
+				begun = append(begun, j.Cell.Kernel.BuildID)
+			}
+		}
+		f = newRunner(Config{Attempts: 1}, &plan.Plan{Cells: cells})
+		for _, j := range f.jobs {
+			j.kernel.here, j.kernel.fingerprint, j.driver.here, j.driver.flavours =
+				true, "1", true, []target.Flavour{target.Open}
+		}
+		first, twin := f.jobs[0], f.jobs[1]
+		first.running = true
+		woken, looked := f.changed, make(chan struct{})
+		f.eventMu.Lock() // what made says is held up until somebody has looked
+		go func() {
+			defer close(looked)
+			<-woken
+			look()
+			f.eventMu.Unlock()
+		}()
+		f.made(t.Context(), first, &pipeline.Result{Digest: "sha256:1"}, row.err, time.Second)
+		<-looked
+		var want []string
+		if row.twin {
+			want = []string{twin.Cell.Kernel.BuildID}
+		}
+		if diff := cmp.Diff(want, begun); diff != "" {
+			t.Errorf("%s: begun (-want +got):\n%s", row.name, diff)
+		}
+		if first.State != row.state || first.Digest != row.digest {
+			t.Errorf("%s: it is %s, digest %q; want %s, %q", row.name, first.State, first.Digest, row.state, row.digest)
+		}
+		if failed := twin.State == Failed && twin.Like == "1.0.1/lakitu"; failed == row.twin {
+			t.Errorf("%s: its twin is %q, like %q", row.name, twin.State, twin.Like)
+		}
+	}
+}

@@ -1,0 +1,137 @@
+package compile_test
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/compile"
+	"github.com/prebake/prebake/builder/internal/testdriver"
+	"github.com/prebake/prebake/pkg/cas"
+	"github.com/prebake/prebake/pkg/testkit/program"
+)
+
+// alike gives the driver six tests whose programs begin alike, in the shapes that
+// NVIDIA's conftest.sh has, and one that gives the compiler another flag.
+func alike(t *testing.T, r compile.Request, header string) {
+	t.Helper()
+	const preamble = `
+CONFTEST_PREAMBLE="#include \"conftest/headers.h\"
+    #if defined(NV_LINUX_GONE_H_PRESENT)
+    #error gone
+    #endif"
+
+compile_check_conftest() {
+    CODE="$1"
+    echo "$CONFTEST_PREAMBLE
+    $CODE" > conftest$$.c
+    if $CC $CFLAGS -c conftest$$.c > /dev/null 2>&1; then echo "#define $2"; else echo "#undef $2"; fi
+    rm -f conftest$$.c conftest$$.o
+}
+`
+	var tests, names strings.Builder
+	test := func(name, begin, member, flags string) {
+		fmt.Fprintf(&names, " %s", name)
+		fmt.Fprintf(&tests, "        %s)\n            CODE=\"\n%s            int f(struct here *h) { return h->%s; }\"\n   "+
+			"         %s\n            compile_check_conftest \"$CODE\" \"NV_%s\" \"\" \"types\"\n        ;;\n\n",
+			name, begin, member, flags, name)
+	}
+	const plain = "            #include <linux/here.h>\n"
+	for i := range 4 {
+		test(fmt.Sprintf("same_%d", i), plain, "size", ":")
+	}
+	test("where_present", "\n            #if defined(NV_LINUX_HERE_H_PRESENT)\n            #include <linux/here.h>\n    "+
+		"        #endif\n", "size", ":")
+	test("no_member", plain, "gone", ":")
+	test("other_flags", plain, "size", `CFLAGS="$CFLAGS -DOTHER"`)
+	const before = "compile_test() {\n    case \"$1\" in\n"
+	script := strings.Replace(testdriver.Script, before, preamble[1:]+"\n"+before+tests.String(), 1)
+	kbuild := strings.Replace(testdriver.Kbuild, "COMPILE_TESTS += has_size\n",
+		"COMPILE_TESTS += has_size"+names.String()+"\n", 1)
+	write(t, r.Source, map[string]string{"conftest.sh": script, "Kbuild": kbuild})
+	write(t, r.Headers, map[string]string{"include/linux/here.h": header})
+}
+
+// functions compiles and returns the answers about functions.
+func functions(t *testing.T, r compile.Request) string {
+	t.Helper()
+	cache, err := cas.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cache.Close() })
+	var log bytes.Buffer
+	r.Cache, r.WorkDir, r.Log = cache, t.TempDir(), &log
+	if _, err := compile.Modules(t.Context(), r); err != nil || strings.Contains(log.String(), "left to make") {
+		t.Fatalf("Modules = %v\n%s", err, &log)
+	}
+	text, err := os.ReadFile(filepath.Join(r.WorkDir, "src/conftest/functions.h"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(r.WorkDir, "ask/begin-*")); err != nil || len(left) > 0 {
+		t.Errorf("precompiled headers are left: %v, %v", left, err)
+	}
+	return string(text)
+}
+
+// compiler puts a script in the place of the toolchain's compiler.
+func compiler(t *testing.T, r compile.Request, script string) {
+	t.Helper()
+	path := filepath.Join(r.Toolchain, "bin/x86_64-cros-linux-gnu-gcc")
+	to, err := os.Readlink(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	program.Write(t, path, []byte("#!/bin/sh\n"+strings.ReplaceAll(script, "@GCC@", to)+"exec "+to+" \"$@\"\n"))
+}
+
+// Programs of conftest that begin alike are compiled from a precompiled header,
+// unless the compiler is given other flags; a compiler that makes none gives the
+// same answers.
+func TestBeginnings(t *testing.T) {
+	t.Parallel()
+	const guarded = "#ifndef HERE_H\n#define HERE_H\nstruct here { int size; };\n#endif\n"
+	yes := []string{"#define NV_same_0", "#define NV_same_1", "#define NV_same_2", "#define NV_same_3",
+		"#define NV_where_present", "#undef NV_no_member"}
+	for name, row := range map[string]struct {
+		script string
+		want   []string
+		header string
+	}{
+		// This compiler takes programs with the header only from a precompiled one,
+		// so that the answers tell which were.
+		"precompiled": {`case "$*" in *"-include /prebake/begin/text.h"*) ;; *" -c conftest"*) grep -q linux/here.h conftest*.c && exit 1 ;; esac
+`, append(yes, "#undef NV_other_flags"), guarded},
+		"no precompiled headers": {`case "$*" in *c-header*) exit 1 ;; esac
+`, append(yes, "#define NV_other_flags"), guarded},
+		"none that works": {`case "$*" in *c-header*) : > /prebake/begin/text.h.gch; exit 0 ;; esac
+`, append(yes, "#define NV_other_flags"), guarded},
+		"one that cannot be read later": {`case "$*" in *"-include /prebake/begin/text.h"*) [ ! -e /prebake/begin/works ] || { echo "fatal error: had to relocate PCH" >&2; exit 1; } ;; esac
+`, append(yes, "#define NV_other_flags"), guarded},
+		"a compiler that crashes over them": {`case "$*" in *c-header*) kill -SEGV $$ ;; esac
+`, append(yes, "#define NV_other_flags"), guarded},
+		"as it is": {"", append(yes, "#define NV_other_flags"), guarded},
+		// Read twice it is an error, so that no program can begin with it compiled.
+		"a header without a guard": {"", append(yes, "#define NV_other_flags"), "struct here { int size; };\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := asking(t)
+			alike(t, r, row.header)
+			compiler(t, r, row.script)
+			got := functions(t, r)
+			for _, line := range row.want {
+				if !strings.Contains(got, line+"\n") {
+					t.Errorf("conftest does not say %q:\n%s", line, got)
+				}
+			}
+		})
+	}
+}

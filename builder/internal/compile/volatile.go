@@ -1,0 +1,59 @@
+package compile
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/sandbox"
+)
+
+// volatileHeaders are the headers that differ between builds of one kernel, and that no
+// fingerprint covers (package cossrc). A compiler gets to see that they are there
+// and which strings they define, and no value: on kernels before 6.1 NVIDIA's
+// driver would put the number and the time of the kernel's build into a module.
+var volatileHeaders = []string{"include/generated/compile.h", "include/generated/utsversion.h"}
+
+var stringDefinition = regexp.MustCompile(`(?m)^#define[ \t]+([A-Za-z_][A-Za-z0-9_]*)[ \t]+"[^"\n]*"[ \t]*$`)
+
+// hideStrings leaves of a header the names of the strings that it defines.
+func hideStrings(text []byte) []byte {
+	var shown strings.Builder
+	for _, m := range stringDefinition.FindAllSubmatch(text, -1) {
+		fmt.Fprintf(&shown, "#define %s %s\n", m[1], maskedString)
+	}
+	return []byte(shown.String())
+}
+
+// hideVolatileHeaders writes what stands in for these headers to dir, and returns it as
+// binds to lay over the header tree.
+func hideVolatileHeaders(headers, dir string) ([]sandbox.Bind, error) {
+	var binds []sandbox.Bind
+	for _, name := range volatileHeaders {
+		info, err := os.Lstat(filepath.Join(headers, name))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		} else if err != nil {
+			return nil, err
+		} else if !info.Mode().IsRegular() {
+			return nil, fault.New(fault.Unsupported, name+" of the header tree is not a file",
+				"check that kernel-headers.tgz is the header archive of a COS build")
+		}
+		text, err := readHost(filepath.Join(headers, name))
+		if err != nil {
+			return nil, err
+		}
+		file := filepath.Join(dir, path.Base(name))
+		if err := write(file, string(hideStrings(text)), 0o644); err != nil {
+			return nil, err
+		}
+		binds = append(binds, sandbox.Bind{Host: file, Inside: insideKernel + "/" + name})
+	}
+	return binds, nil
+}

@@ -1,0 +1,119 @@
+package conftest
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// Prefix is what the program of a test begins with.
+type Prefix struct {
+	// Lines are those of the program after the script's own preamble, without
+	// leading blanks and empty lines.
+	Lines []string
+	// Headers are those that the compiler reads for them, in order, as in
+	// "<linux/mm.h>".
+	Headers []string
+}
+
+var (
+	programStart = regexp.MustCompile(`(?m)^[ \t]*(?:CODE="|echo "\$CONFTEST_PREAMBLE)`)
+	includeLine  = regexp.MustCompile(`^#\s*include\s+(<[\w./-]+>)\s*$`)
+	presentLine  = regexp.MustCompile(`^#\s*(if|elif)\s+defined\s*\(?\s*(NV_\w+_PRESENT)\s*\)?\s*$`)
+	ifdefLine    = regexp.MustCompile(`^#\s*(ifdef|ifndef)\s+(NV_\w+_PRESENT)\s*$`)
+	elseLine     = regexp.MustCompile(`^#\s*else\s*(?:/\*[^*]*\*/\s*)?$`)
+	endifLine    = regexp.MustCompile(`^#\s*endif\s*(?:/\*[^*]*\*/\s*)?$`)
+	defineLine   = regexp.MustCompile(`^#\s*define\s+(NV_\w+_PRESENT)\b`)
+)
+
+// Prefixes returns what the first program of a test begins with: up to its
+// first header, up to its second, and so on. Conditions about presence macros are
+// judged by headers.h, whose lines the test sees; anything else that is neither a
+// condition nor a header ends the beginning.
+//
+// A test's text is shell, and this reads it as if it were C: who uses the
+// result compares the lines with the program that the shell has made of it.
+func (s *Script) Prefixes(test, headers string) []Prefix {
+	text, _ := s.find(test)
+	at := programStart.FindStringIndex(text)
+	if at == nil {
+		return nil
+	}
+	defined := map[string]bool{}
+	for line := range strings.Lines(headers) {
+		if m := defineLine.FindStringSubmatch(line); m != nil {
+			defined[m[1]] = true
+		}
+	}
+	type condition struct{ outer, taken, active bool }
+	var (
+		all    []Prefix
+		now    Prefix
+		nested []condition
+		active = true
+	)
+	for line := range strings.Lines(text[at[1]:]) {
+		line = strings.TrimLeft(strings.TrimRight(line, "\r\n"), " \t")
+		if line == "" {
+			continue
+		}
+		now.Lines = append(now.Lines, line)
+		if m := includeLine.FindStringSubmatch(line); m != nil {
+			if active {
+				now.Headers = append(now.Headers, m[1])
+				all = append(all, Prefix{slices.Clone(now.Lines), slices.Clone(now.Headers)})
+			}
+			continue
+		}
+		present := presentLine.FindStringSubmatch(line)
+		about := ifdefLine.FindStringSubmatch(line)
+		switch last := len(nested) - 1; {
+		case present != nil && present[1] == "if":
+			yes := defined[present[2]]
+			nested = append(nested, condition{active, yes, yes})
+		case about != nil:
+			yes := defined[about[2]] == (about[1] == "ifdef")
+			nested = append(nested, condition{active, yes, yes})
+		case present != nil && last >= 0:
+			c := &nested[last]
+			c.active = !c.taken && defined[present[2]]
+			c.taken = c.taken || c.active
+		case elseLine.MatchString(line) && last >= 0:
+			c := &nested[last]
+			c.active, c.taken = !c.taken, true
+		case endifLine.MatchString(line) && last >= 0:
+			active, nested = nested[last].outer, nested[:last]
+			continue
+		default:
+			return all
+		}
+		c := nested[len(nested)-1]
+		active = c.outer && c.active
+	}
+	return all
+}
+
+const checkFunction = "\ncompile_check_conftest() {\n"
+
+// OnlyHeaders returns the script with one test, whose name it returns too, that
+// compiles these headers and nothing else.
+func (s *Script) OnlyHeaders(headers []string) (script []byte, test string, err error) {
+	if !strings.Contains(s.head, checkFunction) && !strings.Contains(s.tail, checkFunction) {
+		return nil, "", fmt.Errorf("%w: no function compiles a program", ErrShape)
+	}
+	const name = "prebake_headers"
+	var text strings.Builder
+	fmt.Fprintf(&text, "        %s)\n            compile_check_conftest \"", name)
+	for _, h := range headers {
+		if !includeLine.MatchString("#include " + h) {
+			return nil, "", fmt.Errorf("%w: %q is no header", ErrShape, h)
+		}
+		fmt.Fprintf(&text, "#include %s\n", h)
+	}
+	text.WriteString("\" \"NV_PREBAKE_HEADERS\" \"\" \"types\"\n        ;;\n")
+	return []byte(s.head + beginTests + text.String() + noOther + endTests + s.tail), name, nil
+}
+
+// VisibleToAll is the part of headers.h that every test's program may see.
+func (a *Keyer) VisibleToAll(headers string) string { return a.Visible("", headers) }

@@ -1,7 +1,0 @@
-// Command probe stands in for nvmlprobe in tests of the gate: it says what the
-// stand-in for a driver says.
-package main
-
-import "fmt"
-
-func main() { fmt.Println(`{"driverVersion":"1.2.3","devices":[]}`) }

@@ -1,0 +1,38 @@
+package modcheck
+
+import (
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/kconfig"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// vermagicOf returns what a kernel of this configuration wants, in the order
+// of include/linux/vermagic.h; "" where the configuration alone does not tell.
+func vermagicOf(config kconfig.Config, release string, arch target.Arch) string {
+	if config.On("CONFIG_RANDSTRUCT") || config.On("CONFIG_GCC_PLUGIN_RANDSTRUCT") {
+		return "" // ends in a hash of the build's secret seed
+	}
+	words := []string{release}
+	add := func(word string, options ...string) {
+		for _, o := range options {
+			if config.On(o) {
+				words = append(words, word)
+				return
+			}
+		}
+	}
+	add("SMP", "CONFIG_SMP")
+	switch { // PREEMPT_BUILD is Linux 5.16's name for what decides here
+	case config.On("CONFIG_PREEMPT_BUILD") || config.On("CONFIG_PREEMPT"):
+		words = append(words, "preempt")
+	case config.On("CONFIG_PREEMPT_RT"):
+		words = append(words, "preempt_rt")
+	}
+	add("mod_unload", "CONFIG_MODULE_UNLOAD")
+	add("modversions", "CONFIG_MODVERSIONS")
+	if arch == target.ARM64 {
+		words = append(words, "aarch64")
+	}
+	return strings.Join(words, " ")
+}

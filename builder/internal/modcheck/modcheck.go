@@ -1,0 +1,165 @@
+// Package modcheck is the static half of the proof before publishing: it stamps
+// every module with the kernel that it was made for, and compares a finished set of modules with that kernel's own
+// facts: what it exports, how it was configured, and what its own modules look like. The load test is the other
+// half.
+//
+// It refuses to compile, to load and to guess: what the header tree does not
+// say is an error or left out by name, never assumed. docs/background/checks.md says what
+// it can and cannot prove.
+package modcheck
+
+import (
+	"debug/elf"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/prebake/prebake/builder/internal/kconfig"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// Recipe names the way of stamping. It goes into cache keys of modules.
+const Recipe = "stamp-1"
+
+// Kernel is what modules are checked against.
+type Kernel struct {
+	// Headers is the root of the kernel's header tree.
+	Headers string
+	// Boot is the folder of a bootable kernel, as package vm wants it; "" means none. Its modules show what the kernel's
+	// own build made of struct module.
+	Boot string
+	// Release is `uname -r`.
+	Release string
+	Arch    target.Arch
+	// Fingerprint is the one that the modules have to be stamped with; "" for
+	// modules that somebody else made.
+	Fingerprint target.Fingerprint
+	// Version is the driver's; "" leaves it out.
+	Version string
+	// Open demands modules under a licence that Linux takes as compatible with its own.
+	Open bool
+	// BTF is a file with the description of the kernel's types that the modules'
+	// were made against; "" means none, and then modules of ours may have none.
+	BTF string
+}
+
+var machines = map[target.Arch]elf.Machine{target.AMD64: elf.EM_X86_64, target.ARM64: elf.EM_AARCH64}
+
+// Check reads every module of a set, a map of names without .ko to files, and
+// reports all reasons why the kernel would refuse it or crash with it as
+// fault.CheckFailed. It returns the vermagic of the set.
+func Check(modules map[string]string, k Kernel) (vermagic string, err error) {
+	rules, err := k.rules()
+	if err != nil {
+		return "", err
+	}
+	var mods []*modinfo.Module
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		m, err := Read(modules[name])
+		if err != nil {
+			return "", fmt.Errorf("%s: %w", name, err)
+		}
+		if m.Name != modinfo.Canonical(name) {
+			errs = append(errs, &modinfo.Problem{Module: name, Text: "the file holds a module " + m.Name})
+		}
+		if k.Version != "" && m.Version != "" && m.Version != k.Version {
+			errs = append(
+				errs,
+				&modinfo.Problem{Module: name, Text: fmt.Sprintf("is of driver %s; want %s", m.Version, k.Version)},
+			)
+		}
+		if k.Open && !slices.Contains(openLicences(), m.License) {
+			errs = append(
+				errs,
+				&modinfo.Problem{
+					Module: name,
+					Text:   fmt.Sprintf("is under the licence %.40q, which is none of an open module", m.License),
+				},
+			)
+		}
+		mods = append(mods, m)
+	}
+	if len(errs) > 0 {
+		return "", fault.Wrap(fault.CheckFailed, errors.Join(errs...), "compile the modules of this very driver again")
+	}
+	if err := modinfo.Check(mods, rules); err != nil {
+		return "", err
+	}
+	if err := k.checkTypes(modules); err != nil {
+		return "", err
+	}
+	return mods[0].Vermagic, nil // Check refuses an empty set
+}
+
+// openLicences are those that do not taint a kernel (Linux, include/linux/license.h).
+func openLicences() []string {
+	return []string{"GPL", "GPL v2", "GPL and additional rights", "Dual BSD/GPL", "Dual MIT/GPL", "Dual MPL/GPL"}
+}
+
+// Read reads the facts of a module file.
+func Read(path string) (*modinfo.Module, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close() // only read
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return modinfo.Read(f, info.Size())
+}
+
+func (k Kernel) rules() (modinfo.Rules, error) {
+	var r modinfo.Rules
+	config, err := kconfig.ReadFile(filepath.Join(k.Headers, ".config"))
+	if err != nil {
+		return r, err
+	}
+	symvers, err := os.Open(filepath.Join(k.Headers, "Module.symvers"))
+	if err != nil {
+		return r, fault.Wrap(fault.InputMissing, fmt.Errorf("read the kernel's exports: %w", err),
+			"publish a kernel-headers.tgz that holds the kernel's Module.symvers")
+	}
+	defer symvers.Close() // only read
+	if r.Symvers, err = modinfo.ReadSymvers(symvers); err != nil {
+		return r, err
+	}
+	salt := config.Text("CONFIG_BUILD_SALT")
+	r.Release, r.Salt, r.Machine = k.Release, &salt, machines[k.Arch]
+	r.ModVersions = config.On("CONFIG_MODVERSIONS")
+	r.Vermagic = vermagicOf(config, k.Release, k.Arch)
+	r.MadeFor = string(k.Fingerprint)
+	r.StructSize, err = structSize(k.Boot)
+	return r, err
+}
+
+// structSize returns sizeof(struct module) as the kernel's own modules have
+// it; 0 if there is none at hand.
+func structSize(boot string) (uint64, error) {
+	if boot == "" {
+		return 0, nil
+	}
+	files, err := fs.Glob(os.DirFS(boot), vm.BootModules+"/*.ko")
+	if err != nil {
+		return 0, err
+	}
+	for _, name := range files {
+		m, err := Read(filepath.Join(boot, name))
+		if err != nil {
+			return 0, fmt.Errorf("read the kernel's own module: %s: %w", name, err)
+		}
+		if m.StructSize != 0 {
+			return m.StructSize, nil
+		}
+	}
+	return 0, nil
+}

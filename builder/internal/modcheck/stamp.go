@@ -1,0 +1,123 @@
+package modcheck
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Offsets in an ELF64 header, and the size of a section header.
+const (
+	atShoff, atShnum = 0x28, 0x3c
+	sectionHeader    = 64
+)
+
+// stampAlign is the alignment of a note.
+const stampAlign = 4
+
+// maxModule bounds what is stamped: the largest module has 250 MB as built.
+const maxModule = 1 << 30
+
+// Stamp copies a module and adds a note with the ABI fingerprint of the kernel
+// that it was made for. Whatever happens to the file afterwards, it says what
+// it is: to the gate, and on a node below /sys/module/<name>/notes. A signed
+// module is refused, since the signature would not hold any more.
+func Stamp(dst, src string, f target.Fingerprint) error {
+	data, err := readModule(src)
+	if err == nil {
+		data, err = stamped(data, f)
+	}
+	if err != nil {
+		return fault.Wrap(fault.CheckFailed, fmt.Errorf("stamp %s: %w", src, err), "compile the module again")
+	}
+	out, err := os.OpenFile(dst, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return fmt.Errorf("stamp module: %w", err)
+	}
+	_, err = out.Write(data)
+	if err = errors.Join(err, out.Close()); err != nil {
+		return fault.CacheDisk(fmt.Errorf("stamp module: %w", err))
+	}
+	return nil
+}
+
+func readModule(path string) ([]byte, error) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, err
+	}
+	if info.Size() > maxModule {
+		return nil, fmt.Errorf("%d bytes are more than %d", info.Size(), maxModule)
+	}
+	return os.ReadFile(path)
+}
+
+// stamped appends to a relocatable ELF64 file: the note, the section names with
+// one more, the section headers with one more. All that was there stays where
+// it was, so that no index and no offset in it changes.
+func stamped(data []byte, f target.Fingerprint) ([]byte, error) {
+	if _, err := target.ParseFingerprint(string(f)); err != nil {
+		return nil, err
+	}
+	if bytes.HasSuffix(data, []byte(modinfo.SignatureMagic)) {
+		return nil, errors.New("it is signed")
+	}
+	file, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return nil, err
+	}
+	le := binary.LittleEndian
+	switch {
+	case file.Class != elf.ELFCLASS64 || file.Data != elf.ELFDATA2LSB || file.Type != elf.ET_REL:
+		return nil, errors.New("it is no module of a 64-bit little-endian machine")
+	case file.Section(modinfo.StampSection) != nil:
+		return nil, errors.New("it has a stamp")
+	}
+	n := len(file.Sections)
+	shoff := le.Uint64(data[atShoff:])
+	// More sections than the header can count, or a table out of the file.
+	if n == 0 || n != int(le.Uint16(data[atShnum:])) || n+1 >= int(elf.SHN_LORESERVE) || shoff > uint64(len(data)) ||
+		uint64(len(data))-shoff < uint64(n*sectionHeader) {
+		return nil, errors.New("its table of sections is not plain")
+	}
+	at := int(le.Uint16(data[atShnum+2:])) // e_shstrndx
+	if at >= n {
+		return nil, errors.New("its section names are missing")
+	}
+	names, err := file.Sections[at].Data()
+	if err != nil {
+		return nil, err
+	}
+	headers := bytes.Clone(data[shoff : shoff+uint64(n*sectionHeader)])
+
+	out := bytes.Clone(data)
+	place := func(b []byte, align int) (offset uint64) {
+		out = append(out, make([]byte, -len(out)&(align-1))...)
+		offset = uint64(len(out))
+		out = append(out, b...)
+		return offset
+	}
+	note := modinfo.AppendNote(nil, modinfo.StampOwner, modinfo.StampType, []byte(f))
+	noteAt := place(note, stampAlign)
+	nameAt := uint32(len(names))
+	names = append(append(bytes.Clone(names), modinfo.StampSection...), 0)
+	namesAt := place(names, 1)
+	le.PutUint64(headers[at*sectionHeader+24:], namesAt)
+	le.PutUint64(headers[at*sectionHeader+32:], uint64(len(names)))
+	added := elf.Section64{Name: nameAt, Type: uint32(elf.SHT_NOTE), Flags: uint64(elf.SHF_ALLOC), Off: noteAt,
+		Size: uint64(len(note)), Addralign: stampAlign}
+	if headers, err = binary.Append(headers, le, added); err != nil {
+		return nil, err
+	}
+	table := place(headers, 8) // may move out
+	le.PutUint64(out[atShoff:], table)
+	le.PutUint16(out[atShnum:], uint16(n+1))
+	return out, nil
+}

@@ -1,0 +1,63 @@
+package modcheck
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+
+	"github.com/prebake/prebake/builder/internal/btf"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+)
+
+// checkTypes holds the modules' BTF against the kernel's. A kernel refuses a
+// module whose BTF was made for another, unless it is configured to load it
+// without; one that names another type by accident fools tracers.
+func (k Kernel) checkTypes(modules map[string]string) error {
+	if k.BTF == "" && k.Fingerprint == "" {
+		return nil // who made them had the kernel's types, and we have not
+	}
+	var kernel *btf.Types
+	if k.BTF != "" {
+		data, err := os.ReadFile(k.BTF)
+		if err == nil {
+			kernel, err = btf.Parse(data)
+		}
+		if err != nil {
+			return fmt.Errorf("read the kernel's types: %w", err)
+		}
+	}
+	var errs []error
+	for _, name := range slices.Sorted(maps.Keys(modules)) {
+		if err := fits(modules[name], kernel); err != nil {
+			errs = append(errs, &modinfo.Problem{Module: name, Text: err.Error()})
+		}
+	}
+	if len(errs) == 0 {
+		return nil
+	}
+	return fault.Wrap(fault.CheckFailed, errors.Join(errs...), "compile the modules for this very kernel again")
+}
+
+func fits(path string, kernel *btf.Types) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close() // only read
+	types, err := btf.Read(f)
+	switch {
+	case kernel == nil && errors.Is(err, btf.ErrNone):
+		return nil
+	case err != nil:
+		return fmt.Errorf("read its types: %w", err)
+	case kernel == nil:
+		return errors.New("it has BTF, and the kernel's BTF is missing, so nothing compares the two")
+	}
+	if err := kernel.Check(types); err != nil {
+		return fmt.Errorf("its types do not go on where the kernel's end: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,90 @@
+package modcheck_test
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/builder/internal/btf"
+	"github.com/prebake/prebake/builder/internal/cossrc"
+	"github.com/prebake/prebake/builder/internal/modcheck"
+	"github.com/prebake/prebake/pkg/bzimage"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/vm"
+)
+
+// typesOf takes a kernel's BTF out of the image that boots.
+func typesOf(t *testing.T, in *cossrc.Inputs) string {
+	t.Helper()
+	image, err := os.ReadFile(filepath.Join(in.Boot, vm.BootKernel))
+	if err != nil {
+		t.Fatal(err)
+	}
+	linked, err := bzimage.Linked(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data, err := btf.Read(bytes.NewReader(linked))
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(t.TempDir(), "vmlinux.btf")
+	if err := os.WriteFile(out, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// TestRealTypes: a real kernel takes the BTF of a module that was made against
+// its own, and refuses that of one made against a sibling's, as the gate does.
+func TestRealTypes(t *testing.T) {
+	t.Parallel()
+	own, other := kernels(t)
+	ownTypes, otherTypes := typesOf(t, own), typesOf(t, other)
+	good, again, foreign := typedStandIn(t, own, "NOTHING", ownTypes), typedStandIn(t, own, "NOTHING",
+		ownTypes), typedStandIn(t, own, "NOTHING", otherTypes)
+	a, err := os.ReadFile(good)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(again); err != nil || !bytes.Equal(a, b) {
+		t.Errorf("two compiles with BTF differ, %v", err)
+	}
+	k := facts(own)
+	k.BTF = ownTypes
+	if _, err := modcheck.Check(map[string]string{"nvidia": good}, k); err != nil {
+		t.Errorf("Check = %v; want it to pass", err)
+	}
+	if _, err := modcheck.Check(map[string]string{"nvidia": foreign}, k); !fault.Is(err, fault.CheckFailed) ||
+		!strings.Contains(err.Error(), "its types do not go on where the kernel's end") {
+		t.Errorf("Check with a sibling's types = %v; want check-failed for that reason", err)
+	}
+
+	const list = "/sys/kernel/btf"
+	res, err := vm.Run(t.Context(), vm.Config{Boot: own.Boot, Init: program(t, "pkg/vm/guestinit"),
+		Files: []vm.File{{Name: "/good.ko", Path: good}, {Name: "/foreign.ko", Path: foreign}},
+		Steps: []vm.Step{
+			{Argv: []string{"@insmod", "/good.ko"}}, {Name: "good", Argv: []string{"@ls", list}},
+			{Argv: []string{"@rmmod", "nvidia"}},
+			{Name: "load foreign", Argv: []string{"@insmod", "/foreign.ko"}, KeepGoing: true},
+			{Name: "foreign", Argv: []string{"@ls", list}},
+		}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := map[string]vm.StepResult{}
+	for _, s := range res.Steps {
+		said[s.Name] = s
+	}
+	has := func(step string) bool { return strings.Contains(string(said[step].Stdout), " "+list+"/nvidia\n") }
+	if !has("good") {
+		t.Errorf("%s = %s; want the module's types there\n%s", list, said["good"].Stdout, res.KernelLog)
+	}
+	// Debian's kernels load it nevertheless, without its types.
+	if log := said["load foreign"].KernelLog; has("foreign") ||
+		!strings.Contains(log, "failed to validate module [nvidia] BTF") {
+		t.Errorf("%s = %s; want a sibling's types refused\n%s", list, said["foreign"].Stdout, log)
+	}
+}

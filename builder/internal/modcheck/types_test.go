@@ -1,0 +1,58 @@
+package modcheck
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/testkit/btfsample"
+)
+
+// A module's types have to go on where those of this very kernel end.
+func TestTypes(t *testing.T) {
+	t.Parallel()
+	own, other := []string{"int", "task_struct"}, []string{"int", "task_struct", "file"}
+	with := func(kernel []string) []string { return []string{".BTF", string(btfsample.Module(kernel, "nv_state"))} }
+	for _, row := range []struct {
+		name   string
+		kernel string
+		module []string
+		want   string // "" passes
+	}{
+		{"none", "", nil, ""},
+		{"own kernel's", string(btfsample.Kernel(own...)), with(own), ""},
+		{"another kernel's", string(btfsample.Kernel(own...)), with(other),
+			"nvidia: its types do not go on where the kernel's end: type 5: its name begins within another"},
+		{"missing", string(btfsample.Kernel(own...)), nil, "nvidia: read its types: it has no section .BTF"},
+		{"unasked", "", with(own), "nvidia: it has BTF, and the kernel's BTF is missing"},
+		{"damaged", string(btfsample.Kernel(own...)), []string{".BTF", "types"}, "no BTF of version 1"},
+	} {
+		k := kernel(t)
+		if row.kernel != "" {
+			k.BTF = filepath.Join(k.Headers, "vmlinux.btf")
+			write(t, k.BTF, []byte(row.kernel))
+		}
+		path := stampFile(t, module(magic, row.module...), ours)
+		_, err := Check(map[string]string{"nvidia": path}, k)
+		if row.want == "" && err != nil {
+			t.Errorf("%s: Check = %v; want it to pass", row.name, err)
+		}
+		if row.want != "" && (!fault.Is(err, fault.CheckFailed) || fault.Hint(err) == "" ||
+			!strings.Contains(err.Error(), row.want)) {
+			t.Errorf("%s: Check = %v; want check-failed with %q and a hint", row.name, err, row.want)
+		}
+	}
+	k := kernel(t)
+	typed := map[string]string{"nvidia": stampFile(t, module(magic, with(own)...), ours)}
+	k.Fingerprint = ""
+	if _, err := Check(typed, k); err != nil {
+		t.Errorf("Check of somebody else's module with BTF = %v; want it to pass", err)
+	}
+	k.BTF = filepath.Join(k.Headers, "vmlinux.btf")
+	write(t, k.BTF, []byte("types"))
+	if _, err := Check(map[string]string{"nvidia": stampFile(t, module(magic), ours)}, k); err == nil ||
+		!strings.Contains(err.Error(), "read the kernel's types") {
+		t.Errorf("Check with a damaged description of the kernel = %v; want an error about it", err)
+	}
+}

@@ -1,0 +1,61 @@
+package modcheck
+
+import (
+	"bytes"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Unstamped returns a module as it was before [Stamp], byte by byte: what the
+// compiler left, and what somebody else's signature may be over.
+func Unstamped(path string) ([]byte, error) {
+	data, err := readModule(path)
+	if err == nil {
+		data, err = unstamped(data)
+	}
+	if err != nil {
+		return nil, fault.Wrap(fault.CheckFailed, fmt.Errorf("remove stamp of %s: %w", path, err), "compile the module again")
+	}
+	return data, nil
+}
+
+// unstamped undoes what stamped does. That left everything where it was but
+// two fields of the header; the place of the sections' table, which is one of
+// them, follows from the table being last, as linkers and strip put it. Stamping
+// the outcome again proves that nothing else was there.
+func unstamped(data []byte) ([]byte, error) {
+	file, err := elf.NewFile(bytes.NewReader(data))
+	if err != nil {
+		return nil, err
+	}
+	stamp := file.Section(modinfo.StampSection)
+	if stamp == nil {
+		return nil, fmt.Errorf("it has no section %s", modinfo.StampSection)
+	}
+	note, err := stamp.Data()
+	if err != nil {
+		return nil, err
+	}
+	f := target.Fingerprint(modinfo.Note(note, modinfo.StampOwner, modinfo.StampType))
+	le := binary.LittleEndian
+	n := len(file.Sections) - 1
+	for padding := range uint64(stampAlign) {
+		size := stamp.Offset - padding
+		if size > uint64(len(data)) || size < uint64(atShnum+2+n*sectionHeader) {
+			break
+		}
+		plain := bytes.Clone(data[:size])
+		le.PutUint64(plain[atShoff:], size-uint64(n*sectionHeader))
+		le.PutUint16(plain[atShnum:], uint16(n))
+		if again, err := stamped(plain, f); err == nil && bytes.Equal(again, data) {
+			return plain, nil
+		}
+	}
+	return nil, errors.New("its table of sections was not the last thing in it")
+}

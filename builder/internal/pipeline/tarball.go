@@ -1,0 +1,135 @@
+package pipeline
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// inBuckets reports whether every bucket lists the artifact's tarball for this COS
+// build: each build has tarballs of its own there, whatever its fingerprint.
+func (o *publication) inBuckets(ctx context.Context, in *inputs, digest string) (bool, error) {
+	for _, b := range o.buckets {
+		if has, err := tarball.Has(ctx, b, in.kernel.Kernel, in.driver, digest); err != nil || !has {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// labels reports whether this run gives labels in buckets.
+func (r *run) labels() bool {
+	return r.req.Flavour == target.Open && !r.cfg.LabelsLater && slices.ContainsFunc(r.cfg.Destinations, tarball.Is)
+}
+
+// readLabels asks COS for the labels that it gives, and refuses those that the
+// driver cannot have.
+func (r *run) readLabels(ctx context.Context, kernels *cosbucket.Bucket, in *inputs) (map[string]string, error) {
+	for _, label := range r.cfg.Labels {
+		if err := target.CheckLabel(label, in.driver.Version); err != nil {
+			return nil, fault.Wrap(fault.Usage, err, "give a driver DEFAULT, LATEST, or the label of its own branch")
+		}
+	}
+	if !r.labels() {
+		return nil, nil
+	}
+	return tarball.COSLabels(ctx, kernels, in.kernel.Kernel)
+}
+
+// setLabels gives the driver its labels in every bucket.
+func (r *run) setLabels(ctx context.Context, in *inputs, to *publication) error {
+	if !r.labels() {
+		return nil
+	}
+	l := tarball.Labelling{
+		Kernel: in.kernel.Kernel, Builder: r.cfg.BuilderID, Declared: map[string]string{}, FromCOS: in.labels,
+		Signer: to.signer, Verifier: to.verifier,
+	}
+	for _, label := range r.cfg.Labels {
+		l.Declared[label] = in.driver.Version
+	}
+	for _, b := range to.buckets {
+		got, err := tarball.SetLabels(ctx, b, l)
+		if err != nil {
+			return err
+		}
+		r.res.Existed = r.res.Existed && got.Existed
+		r.res.Labels = append(r.res.Labels, got)
+	}
+	return nil
+}
+
+// publishTarballs puts the tarball into every bucket that lacks it.
+func (r *run) publishTarballs(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact) (err error) {
+	if len(to.buckets) == 0 {
+		return nil
+	}
+	if a.there() {
+		if all, err := to.inBuckets(ctx, in, a.digest); err != nil || all {
+			return err
+		}
+	}
+	scratch, cleanup, err := r.products.TempDir("twin-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, cleanup()) }()
+	release, err := r.tarballFiles(ctx, in, to, m, a, scratch)
+	if err != nil {
+		return err
+	}
+	release.Kernel, release.Driver, release.Fingerprint, release.Artifact =
+		in.kernel.Kernel, in.driver, in.kernel.Fingerprint, a.digest
+	release.Signer, release.Verifier, release.GPUs, release.Scratch = to.signer, to.verifier, to.gpus, scratch
+	for _, m := range in.release.Materials {
+		if m.Digest != in.release.Digest {
+			continue
+		}
+		release.Runfile = &tarball.Runfile{SHA256: m.Digest, URI: m.URI}
+		if path, ok := r.cfg.Cache.Blob(m.Digest); ok && r.cfg.WithRunfile {
+			release.Runfile.Path, release.Runfile.Copy = path, true
+		}
+	}
+	for _, b := range to.buckets {
+		report, err := tarball.Publish(ctx, b, release)
+		if err != nil {
+			return fmt.Errorf("publish tarball: %w", err)
+		}
+		r.res.Existed = r.res.Existed && report.Existed
+		r.res.Tarballs = append(r.res.Tarballs, report)
+	}
+	return nil
+}
+
+// tarballFiles says where modules and firmware lie: those that were made, or
+// those of the artifact that is reused.
+func (r *run) tarballFiles(ctx context.Context, in *inputs, to *publication, m *modules, a *artifact,
+	scratch string) (tarball.Release, error) {
+	dir := filepath.Join(scratch, "files")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		return tarball.Release{}, fault.CacheDisk(err)
+	}
+	if a.there() {
+		return tarball.FromArtifact(ctx, to.destinations[0].repo, a.digest, dir)
+	}
+	if err := r.copyModules(m, dir); err != nil {
+		return tarball.Release{}, err
+	}
+	firmware, err := r.staged(ctx, in, bundle.LayerFirmware)
+	if err != nil {
+		return tarball.Release{}, err
+	}
+	if _, err := os.Stat(filepath.Join(firmware, "firmware")); errors.Is(err, os.ErrNotExist) {
+		firmware = ""
+	}
+	return tarball.Release{Modules: filepath.Join(dir, "drivers"), Firmware: firmware}, nil
+}

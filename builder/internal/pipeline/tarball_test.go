@@ -1,0 +1,126 @@
+package pipeline_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// A bucket gets a tarball for each COS build, and a cell that any destination
+// lacks is made again for it.
+func TestTarballTwins(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	folder := filepath.Join(t.TempDir(), "bucket")
+	cfg := f.config(t, emptyCache(t))
+	cfg.Destinations = append(cfg.Destinations, "file://"+folder)
+	first := must(t, cfg, request("17800.0.9"))
+	if len(first.Tarballs) != 1 || first.Existed || len(first.Repositories) != 1 {
+		t.Fatalf("first build: %+v; want one repository and one tarball, both new", first)
+	}
+	driver := target.Driver{Version: version, Flavour: target.Open}
+	tarball := func(id string) string {
+		return filepath.Join(folder, tarball.TarballName(target.Kernel{BuildID: id, Board: "lakitu"}, driver))
+	}
+	if _, err := os.Stat(tarball("17800.0.9")); err != nil {
+		t.Error(err)
+	}
+	if again := must(t, cfg, request("17800.0.9")); !again.Reused || !again.Existed {
+		t.Errorf("the same again: %+v; want it reused", again)
+	}
+
+	// Another build with this fingerprint has one artifact, and its own tarball.
+	f.kernel(t, "17800.1.9", headerFiles())
+	other := must(t, cfg, request("17800.1.9"))
+	if other.Digest != first.Digest || !other.Reused || len(other.Tarballs) != 1 ||
+		other.Tarballs[0].SHA256 != first.Tarballs[0].SHA256 || other.Tarballs[0].URL == first.Tarballs[0].URL {
+		t.Errorf("its twin: %+v; want %s with a tarball of its own", other, first.Digest)
+	}
+
+	// Other bytes under the name stay what they are.
+	if err := os.RemoveAll(filepath.Join(folder, "17800.0.9")); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Dir(tarball("17800.0.9")), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(tarball("17800.0.9"), []byte("other"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if res, _, err := build(t, cfg, request("17800.0.9")); !fault.Is(err, fault.PublishRefused) {
+		t.Errorf("over other bytes: %+v, %v; want it refused", res, err)
+	}
+	got, err := os.ReadFile(tarball("17800.0.9"))
+	if diff := cmp.Diff("other", string(got)); diff != "" || err != nil {
+		t.Errorf("the object changed, %v (-want +got):\n%s", err, diff)
+	}
+}
+
+// The driver gets the labels that COS gives it and those that are asked for,
+// also where its tarball is there already.
+func TestLabels(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	f.put(t, "cos/17800.0.9/lakitu/gpu_default_version", []byte(version+"\n"))
+	folder := filepath.Join(t.TempDir(), "bucket")
+	cfg := f.config(t, emptyCache(t))
+	cfg.Destinations = append(cfg.Destinations, "file://"+folder)
+	label := func(name string) string {
+		text, err := os.ReadFile(filepath.Join(folder, "17800.0.9/lakitu", name))
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			t.Fatal(err)
+		}
+		return string(text)
+	}
+	req := request("17800.0.9")
+	cfg.LabelsLater = true
+	if res := must(t, cfg, req); len(res.Labels) != 0 || label("gpu_default_version") != "" {
+		t.Errorf("with labels later: %+v, DEFAULT %q; want none", res.Labels, label("gpu_default_version"))
+	}
+	cfg.LabelsLater = false
+	if res := must(t, cfg, req); !res.Reused || res.Existed || label("gpu_default_version") != version+"\n" {
+		t.Errorf("again: %+v, DEFAULT %q; want what COS says", res, label("gpu_default_version"))
+	}
+	cfg.Labels = []string{"LATEST"}
+	if res := must(t, cfg, req); !res.Reused || res.Existed || label("gpu_default_version") != version+"\n" ||
+		label("gpu_latest_version") != version+"\n" {
+		t.Errorf("with a label: %+v, DEFAULT %q, LATEST %q; want both", res, label("gpu_default_version"),
+			label("gpu_latest_version"))
+	}
+	cfg.Labels = []string{"R470"}
+	if res, _, err := build(t, cfg, req); !fault.Is(err, fault.Usage) {
+		t.Errorf("with the label of another branch: %+v, %v; want kind usage", res, err)
+	}
+	cfg.Labels = nil
+	if res := must(t, cfg, req); !res.Existed || label("gpu_latest_version") != version+"\n" {
+		t.Errorf("the same again: %+v, LATEST %q; want nothing changed", res, label("gpu_latest_version"))
+	}
+}
+
+// Debug symbols come beside the artifact, which they do not change.
+func TestDebugSymbols(t *testing.T) {
+	t.Parallel()
+	f := newFarm(t)
+	files := driverFiles()
+	files["kernel-open/Makefile"] =
+		"modules:\n\t@echo '  CC [M]  nv.o'\n\t@$(CC) $(if $(findstring g0,$(KCFLAGS)),,-g) -nostdlib -r " +
+			"-Wl,--build-id=sha1 nv.c -o nvidia.ko\n"
+	f.driver(t, files)
+	cfg := f.config(t, emptyCache(t))
+	plain := must(t, cfg, request("17800.0.9"))
+	cfg.DebugSymbols = true
+	res := must(t, cfg, request("17800.0.9"))
+	if res.Digest != plain.Digest || res.Reused || res.Symbols == "" {
+		t.Errorf("with debug symbols: %+v; want %s, and symbols", res, plain.Digest)
+	}
+	if again := must(t, cfg, request("17800.0.9")); !again.Reused {
+		t.Errorf("the same again: %+v; want it reused", again)
+	}
+}

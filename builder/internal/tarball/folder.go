@@ -1,0 +1,218 @@
+package tarball
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"time"
+
+	"github.com/gofrs/flock"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// folder is a destination on a disk. One lock file keeps writers apart, those
+// in other processes too; readers need none, since names appear by link and
+// rename only.
+type folder struct {
+	dir  string
+	root *os.Root
+}
+
+// lockPause is the time between two checks of a lock that another process holds.
+const lockPause = 20 * time.Millisecond
+
+// Names of our own in the folder; no object's begins with a dot.
+const (
+	ownFolder = ".prebake"
+	lockFile  = ownFolder + "/lock"
+	// One writer at a time: what a killed one left is written over.
+	partFile = ownFolder + "/part"
+)
+
+func openFolder(u *url.URL) (*folder, error) {
+	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
+		return nil, fault.New(fault.Usage, "want an absolute path behind file://", "write file:///FOLDER")
+	}
+	dir := filepath.Clean(u.Path)
+	if err := os.MkdirAll(filepath.Join(dir, ownFolder), 0o755); err != nil {
+		return nil, onDisk(err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, onDisk(err)
+	}
+	return &folder{dir, root}, nil
+}
+
+func (f *folder) stat(_ context.Context, name string) (attrs, bool, error) {
+	info, err := f.root.Stat(name)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return attrs{}, false, nil
+	case err != nil:
+		return attrs{}, false, onDisk(err)
+	case !info.Mode().IsRegular():
+		return attrs{}, false, fault.Errorf(fault.PublishRefused, "%s is not a file", name)
+	}
+	return attrs{size: info.Size()}, true, nil
+}
+
+// open's token is the digest of what is there, so that no clock decides.
+func (f *folder) open(_ context.Context, name string) (io.ReadCloser, string, error) {
+	token, err := f.digest(name)
+	if err != nil {
+		return nil, "", err
+	}
+	file, err := f.root.Open(name)
+	if err != nil {
+		return nil, "", onDisk(err)
+	}
+	return file, token, nil
+}
+
+func (f *folder) digest(name string) (string, error) {
+	file, err := f.root.Open(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", errAbsent
+	}
+	if err != nil {
+		return "", onDisk(err)
+	}
+	defer file.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, file); err != nil {
+		return "", onDisk(err)
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+func (f *folder) create(ctx context.Context, u upload) error {
+	return f.locked(ctx, func() error {
+		if err := f.write(ctx, u); err != nil {
+			return err
+		}
+		err := f.root.Link(partFile, u.name)
+		if errors.Is(err, fs.ErrExist) {
+			err = errExists
+		} else {
+			err = onDisk(err)
+		}
+		return errors.Join(err, f.root.Remove(partFile), f.sync(path.Dir(u.name)))
+	})
+}
+
+func (f *folder) replace(ctx context.Context, u upload, token string) error {
+	return f.locked(ctx, func() error {
+		if err := f.still(u.name, token); err != nil {
+			return err
+		}
+		if err := f.write(ctx, u); err != nil {
+			return err
+		}
+		if err := f.root.Rename(partFile, u.name); err != nil {
+			return onDisk(err)
+		}
+		return f.sync(path.Dir(u.name))
+	})
+}
+
+func (f *folder) remove(ctx context.Context, name, token string) error {
+	return f.locked(ctx, func() error {
+		if err := f.still(name, token); err != nil {
+			return err
+		}
+		if err := f.root.Remove(name); err != nil {
+			return onDisk(err)
+		}
+		return f.sync(path.Dir(name))
+	})
+}
+
+// still returns errChanged unless a file is in the state of a token.
+func (f *folder) still(name, token string) error {
+	have, err := f.digest(name)
+	if err != nil && !errors.Is(err, errAbsent) {
+		return err
+	}
+	if have != token {
+		return errChanged
+	}
+	return nil
+}
+
+func (f *folder) locked(ctx context.Context, do func() error) error {
+	l := flock.New(filepath.Join(f.dir, lockFile))
+	if _, err := l.TryLockContext(ctx, lockPause); err != nil {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return onDisk(err)
+	}
+	return errors.Join(do(), l.Unlock())
+}
+
+// write leaves a whole and durable file under the name for parts.
+func (f *folder) write(ctx context.Context, u upload) error {
+	if err := f.root.MkdirAll(path.Dir(u.name), 0o755); err != nil {
+		return onDisk(err)
+	}
+	in, err := u.open()
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	out, err := f.root.OpenFile(partFile, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+	if err != nil {
+		return onDisk(err)
+	}
+	n, err := io.Copy(out, &ctxReader{ctx, in})
+	if err == nil && n != u.size {
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: %d bytes, was %d", u.name, n, u.size)
+	}
+	return onDisk(errors.Join(err, out.Sync(), out.Close()))
+}
+
+// sync makes a name durable.
+func (f *folder) sync(dir string) error {
+	d, err := f.root.Open(dir)
+	if err != nil {
+		return onDisk(err)
+	}
+	return onDisk(errors.Join(d.Sync(), d.Close()))
+}
+
+func (f *folder) url(name string) string {
+	u := url.URL{Scheme: "file", Path: path.Join(filepath.ToSlash(f.dir), name)}
+	return u.String()
+}
+
+func (f *folder) close() error { return f.root.Close() }
+
+func onDisk(err error) error {
+	if errors.Is(err, fs.ErrPermission) {
+		return fault.Wrap(fault.PublishRefused, err, "let this user write to the folder")
+	}
+	return fault.Disk(err, "free space where the folder is, or publish to another one")
+}
+
+// ctxReader stops when its context ends; it lives for one call.
+type ctxReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *ctxReader) Read(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, fmt.Errorf("stopped: %w", context.Cause(c.ctx))
+	}
+	return c.r.Read(p)
+}

@@ -1,0 +1,172 @@
+package tarball
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"io"
+	"net/http"
+	"net/url"
+	"path"
+	"strconv"
+	"strings"
+
+	"cloud.google.com/go/storage"
+	"google.golang.org/api/option"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/gcs"
+)
+
+// googleBucket is a destination in Google Cloud Storage.
+type googleBucket struct{ gcs.Bucket }
+
+// maxAttempts bounds how often the library tries one request; every write here
+// has a precondition, and so can be repeated.
+const maxAttempts = 6
+
+func openGCS(ctx context.Context, u *url.URL) (*googleBucket, error) {
+	if u.Host == "" {
+		return nil, fault.New(fault.Usage, "no bucket in the URL", "write gs://BUCKET/PREFIX")
+	}
+	prefix := strings.Trim(u.Path, "/")
+	if prefix != path.Clean(prefix) && prefix != "" || strings.HasPrefix(prefix, "..") {
+		return nil, fault.Errorf(fault.Usage, "prefix %q is not a clean path", u.Path)
+	}
+	client, err := storage.NewClient(ctx)
+	if err != nil {
+		// Without credentials a bucket may still be written by other local users,
+		// as an emulator is; Google refuses, and then says what is missing.
+		client, err = storage.NewClient(ctx, option.WithoutAuthentication())
+	}
+	if err != nil {
+		return nil, fault.Wrap(fault.Usage, err, "check the Google credentials of this account")
+	}
+	client.SetRetry(storage.WithMaxAttempts(maxAttempts), storage.WithErrorFunc(func(err error) bool {
+		// The library leaves out the connection that ends without an answer,
+		// after which nobody knows whether a write took effect.
+		return storage.ShouldRetry(err) || errors.Is(err, io.EOF)
+	}))
+	return &googleBucket{gcs.New(client, u.Host, prefix)}, nil
+}
+
+func (g *googleBucket) stat(ctx context.Context, name string) (attrs, bool, error) {
+	a, err := g.Object(name).Attrs(ctx)
+	if errors.Is(err, storage.ErrObjectNotExist) {
+		return attrs{}, false, nil
+	}
+	if err != nil {
+		return attrs{}, false, g.fault(ctx, err)
+	}
+	return attrs{size: a.Size, md5: hex.EncodeToString(a.MD5)}, true, nil
+}
+
+// open's token is the generation.
+func (g *googleBucket) open(ctx context.Context, name string) (io.ReadCloser, string, error) {
+	r, err := g.Object(name).ReadCompressed(true).NewReader(ctx)
+	if errors.Is(err, storage.ErrObjectNotExist) {
+		return nil, "", errAbsent
+	}
+	if err != nil {
+		return nil, "", g.fault(ctx, err)
+	}
+	return r, strconv.FormatInt(r.Attrs.Generation, 10), nil
+}
+
+func (g *googleBucket) create(ctx context.Context, u upload) error {
+	err := g.write(ctx, u, storage.Conditions{DoesNotExist: true})
+	if errors.Is(err, errChanged) {
+		return errExists
+	}
+	return err
+}
+
+func (g *googleBucket) replace(ctx context.Context, u upload, token string) error {
+	// A public object is cached for an hour otherwise, also in Google's network.
+	u.cacheControl = "no-cache"
+	if token == "" {
+		return g.write(ctx, u, storage.Conditions{DoesNotExist: true})
+	}
+	c, err := state(token)
+	if err != nil {
+		return err
+	}
+	return g.write(ctx, u, c)
+}
+
+func (g *googleBucket) remove(ctx context.Context, name, token string) error {
+	c, err := state(token)
+	if err != nil {
+		return err
+	}
+	err = g.Object(name).If(c).Delete(ctx)
+	if errors.Is(err, storage.ErrObjectNotExist) { // or the answer to a first try was lost
+		return nil
+	}
+	return g.fault(ctx, err)
+}
+
+// state is the condition that an object is still in the state of a token.
+func state(token string) (storage.Conditions, error) {
+	generation, err := strconv.ParseInt(token, 10, 64)
+	if err != nil || generation == 0 {
+		return storage.Conditions{}, fault.Errorf(fault.Internal, "generation %q", token)
+	}
+	return storage.Conditions{GenerationMatch: generation}, nil
+}
+
+// chunk is how much is held in memory to be sent again when the network fails.
+const chunk = 16 << 20
+
+func (g *googleBucket) write(ctx context.Context, u upload, c storage.Conditions) error {
+	in, err := u.open()
+	if err != nil {
+		return err
+	}
+	defer in.Close()
+	// Nothing becomes an object before Close; to end the context is to give up.
+	wctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	w := g.Object(u.name).If(c).NewWriter(wctx)
+	w.ContentType, w.CacheControl = u.contentType, u.cacheControl
+	w.ChunkSize = int(min(chunk, u.size+1))
+	w.MD5, w.CRC32C, w.SendCRC32C = u.md5[:], u.crc32c, true
+	n, err := io.Copy(w, in)
+	if err == nil && n != u.size {
+		err = fault.Errorf(fault.Internal, "%s changed while it was read: %d bytes, was %d", u.name, n, u.size)
+	}
+	if err != nil {
+		cancel()
+		_ = w.Close() // it can only say that it was cancelled
+		return g.fault(ctx, err)
+	}
+	return g.fault(ctx, w.Close())
+}
+
+func (g *googleBucket) url(name string) string { return g.URL(name) }
+
+func (g *googleBucket) close() error { return g.Close() }
+
+func (g *googleBucket) fault(ctx context.Context, err error) error {
+	var known *fault.Error
+	switch {
+	case err == nil:
+		return nil
+	case ctx.Err() != nil:
+		return context.Cause(ctx)
+	case errors.As(err, &known):
+		return err
+	case errors.Is(err, storage.ErrBucketNotExist):
+		return fault.Wrap(fault.Usage, err, "make the bucket, or name another one")
+	case gcs.Status(err) == http.StatusPreconditionFailed:
+		return errChanged
+	case gcs.Status(err) == http.StatusNotFound:
+		return fault.Wrap(fault.Usage, err, "make the bucket "+g.BucketName()+", or name another one")
+	case gcs.Status(err) == http.StatusUnauthorized, gcs.Status(err) == http.StatusForbidden:
+		return fault.Wrap(fault.PublishRefused, err,
+			"log in with gcloud auth application-default login as somebody who may create objects in "+g.BucketName())
+	case gcs.Refused(gcs.Status(err)):
+		return fault.Wrap(fault.PublishRefused, err, "")
+	}
+	return gcs.TransientError(err)
+}

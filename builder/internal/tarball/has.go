@@ -1,0 +1,23 @@
+package tarball
+
+import (
+	"context"
+	"slices"
+
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Has reports whether a COS build's [Index] lists a driver that was made of
+// this OCI artifact. It is for deciding whether there is anything to do: it
+// verifies nothing, and [Publish] examines every object itself.
+func Has(ctx context.Context, b *Bucket, k target.Kernel, d target.Driver, artifact string) (bool, error) {
+	text, _, err := b.small(ctx, IndexName(k), maxIndex)
+	if err != nil || text == nil {
+		return false, err
+	}
+	x, err := ParseIndex(text)
+	if err != nil {
+		return false, nil // Publish says what is wrong with it
+	}
+	return slices.ContainsFunc(x.Drivers, func(e Entry) bool { return e.Driver == d && e.Artifact == artifact }), nil
+}

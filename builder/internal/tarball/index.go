@@ -1,0 +1,188 @@
+package tarball
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// indexFormat is the only one that is written and read.
+const indexFormat = 1
+
+// Bounds of an index; an entry has some 2 KB.
+const (
+	maxIndex   = 4 << 20
+	maxEntries = 2000
+	maxLabels  = 4000
+)
+
+// Index lists what is published for one COS build, for programs to read. It is
+// one of the few objects that change: drivers are added and never altered, and
+// only labels move. It tells no time, so that equal content is equal bytes.
+type Index struct {
+	Format  int    `json:"format"`
+	BuildID string `json:"buildId"`
+	Board   string `json:"board"`
+	// Drivers are in order of version and flavour.
+	Drivers []Entry `json:"drivers"`
+	// Labels are those that builders gave. A label that is not among them is
+	// somebody else's.
+	Labels []Label `json:"labels,omitempty"`
+}
+
+// Entry is one driver of an index. Names of objects are those below the
+// bucket's prefix.
+type Entry struct {
+	target.Driver
+	// Object is the tarball; its sums and its signature are beside it.
+	Object    string `json:"object"`
+	Size      int64  `json:"size"`
+	SHA256    string `json:"sha256"`
+	MD5       string `json:"md5"`
+	Signature string `json:"signature"`
+	// Artifact is the manifest digest of the OCI artifact with the same modules
+	// and firmware, and Fingerprint the kernel's that they were made for.
+	Artifact    string             `json:"artifact,omitempty"`
+	Fingerprint target.Fingerprint `json:"fingerprint,omitempty"`
+	// Runfile is NVIDIA's own file, which has the user space.
+	Runfile *RunfileEntry `json:"runfile,omitempty"`
+	Files   []File        `json:"files"`
+}
+
+// RunfileEntry names NVIDIA's runfile.
+type RunfileEntry struct {
+	Name   string `json:"name"`
+	SHA256 string `json:"sha256"`
+	// URI is where it came from, and Object its copy in this bucket, if any.
+	URI    string `json:"uri,omitempty"`
+	Object string `json:"object,omitempty"`
+}
+
+// ParseIndex reads an index and refuses one that this program would not have
+// written. The caller has verified its signature.
+func ParseIndex(text []byte) (Index, error) {
+	x, err := parseIndex(text)
+	if err != nil {
+		return Index{}, fault.Errorf(fault.Unverified, "read index: %w", err)
+	}
+	return x, nil
+}
+
+func parseIndex(text []byte) (Index, error) {
+	var x Index
+	if len(text) > maxIndex {
+		return x, fmt.Errorf("%d bytes; at most %d are read", len(text), maxIndex)
+	}
+	dec := json.NewDecoder(bytes.NewReader(text))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(&x); err != nil {
+		return x, err
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return x, errors.New("data behind the end of the document")
+	}
+	if x.Format != indexFormat {
+		return x, fmt.Errorf("format %d: this program reads format %d only", x.Format, indexFormat)
+	}
+	k, err := target.ParseKernel(x.BuildID, x.Board)
+	if err != nil {
+		return x, err
+	}
+	if len(x.Drivers) > maxEntries {
+		return x, fmt.Errorf("%d drivers; at most %d are read", len(x.Drivers), maxEntries)
+	}
+	for i, e := range x.Drivers {
+		if err := e.check(k); err != nil {
+			return x, fmt.Errorf("driver %d: %w", i, err)
+		}
+		if i > 0 && x.Drivers[i-1].compare(e) >= 0 {
+			return x, fmt.Errorf("driver %d is out of order", i)
+		}
+	}
+	if len(x.Labels) > maxLabels {
+		return x, fmt.Errorf("%d labels; at most %d are read", len(x.Labels), maxLabels)
+	}
+	for i, l := range x.Labels {
+		if err := l.check(x); err != nil {
+			return x, fmt.Errorf("label %d: %w", i, err)
+		}
+		if i > 0 && x.Labels[i-1].compare(l) >= 0 {
+			return x, fmt.Errorf("label %d is out of order", i)
+		}
+	}
+	return x, nil
+}
+
+func (e Entry) check(k target.Kernel) error {
+	if _, err := target.ParseDriver(e.Version, string(e.Flavour)); err != nil {
+		return err
+	}
+	name := TarballName(k, e.Driver)
+	if e.Object != name || e.Signature != signatureName(name) {
+		return fmt.Errorf("object %.200q with signature %.200q; want %q", e.Object, e.Signature, name)
+	}
+	digests := []string{e.SHA256}
+	if e.Artifact != "" {
+		digests = append(digests, e.Artifact)
+	}
+	if e.Fingerprint != "" {
+		digests = append(digests, string(e.Fingerprint))
+	}
+	if e.Runfile != nil {
+		digests = append(digests, e.Runfile.SHA256)
+	}
+	for _, f := range e.Files {
+		digests = append(digests, f.SHA256)
+	}
+	for _, d := range digests {
+		if _, err := target.ParseFingerprint(d); err != nil { // digests have the same form
+			return fmt.Errorf("digest %.80q: want sha256: and 64 hex digits", d)
+		}
+	}
+	if e.Size <= 0 || len(e.Files) == 0 || len(e.Files) > maxFiles {
+		return fmt.Errorf("%d bytes in %d files", e.Size, len(e.Files))
+	}
+	return nil
+}
+
+func (e Entry) compare(o Entry) int {
+	return cmp.Or(target.CompareVersions(e.Version, o.Version), strings.Compare(e.Version, o.Version),
+		strings.Compare(string(e.Flavour), string(o.Flavour)))
+}
+
+// with returns the index with this entry. One that is there and says something
+// else about the driver is never altered.
+func (x Index) with(e Entry) (Index, error) {
+	x.Drivers = slices.Clone(x.Drivers)
+	i, found := slices.BinarySearchFunc(x.Drivers, e, Entry.compare)
+	if !found {
+		x.Drivers = slices.Insert(x.Drivers, i, e)
+		return x, nil
+	}
+	have := x.Drivers[i]
+	if have.SHA256 != e.SHA256 || have.Artifact != e.Artifact || have.Fingerprint != e.Fingerprint {
+		return x, fault.New(fault.PublishRefused,
+			fmt.Sprintf("the index has driver %s as %s of artifact %s already; this is %s of artifact %s", e.Driver, have.SHA256,
+				have.Artifact, e.SHA256, e.Artifact),
+			"equal inputs give equal digests, so find out what differs; what is published is never replaced")
+	}
+	// A copy of the runfile may come later than the driver.
+	if e.Runfile != nil && (have.Runfile == nil || have.Runfile.SHA256 == e.Runfile.SHA256 && have.Runfile.Object == "" &&
+		e.Runfile.Object != "") {
+		x.Drivers[i].Runfile = e.Runfile
+	}
+	return x, nil
+}
+
+func (x Index) marshal() ([]byte, error) {
+	text, err := json.MarshalIndent(x, "", "  ")
+	return append(text, '\n'), err
+}

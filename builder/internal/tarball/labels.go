@@ -1,0 +1,415 @@
+package tarball
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/prebake/prebake/builder/internal/sign"
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// Label is one that a builder gave to a version.
+type Label struct {
+	// Label is DEFAULT, LATEST or a branch such as R535.
+	Label string `json:"label"`
+	// GPUType is the row of gpu_driver_versions; "" means the object with this one
+	// version, which installers of older milestones read.
+	GPUType string `json:"gpuType,omitempty"`
+	Version string `json:"version"`
+	// Builder gave it, and alone may move it or take it away.
+	Builder string `json:"builder"`
+	// Declared says that an operator asked for it; else COS says the same.
+	Declared bool `json:"declared,omitempty"`
+}
+
+func (l Label) compare(o Label) int {
+	return cmp.Or(strings.Compare(l.Label, o.Label), strings.Compare(l.GPUType, o.GPUType),
+		strings.Compare(l.Version, o.Version), strings.Compare(l.Builder, o.Builder))
+}
+
+func (l Label) check(x Index) error {
+	if err := target.CheckLabel(l.Label, l.Version); err != nil {
+		return err
+	}
+	if _, ok := x.installable(l.Version); !ok {
+		return fmt.Errorf("version %.40q is not published", l.Version)
+	}
+	if l.Builder == "" {
+		return errors.New("no builder")
+	}
+	return nil
+}
+
+// installable returns the entry that Google's installer can use of a version.
+func (x Index) installable(version string) (Entry, bool) {
+	i := slices.IndexFunc(x.Drivers, func(e Entry) bool { return e.Version == version && forInstaller(e.Driver) })
+	if i < 0 {
+		return Entry{}, false
+	}
+	return x.Drivers[i], true
+}
+
+// Labelling says what is to be called how among the drivers of one COS build.
+type Labelling struct {
+	Kernel target.Kernel
+	// Builder is the URI of the builder that gives the labels. Labels of others stay.
+	Builder string
+	// Declared are labels that an operator gave, each with its version; "" means a
+	// version that is not known now, and leaves the label as it is.
+	Declared map[string]string
+	// FromCOS are labels as COS gives them, where none is declared.
+	FromCOS map[string]string
+	// Complete says that this is all that Builder wants: labels that it gave before
+	// and that are not among these are taken away.
+	Complete bool
+	// Signer signs the lists.
+	Signer *sign.Signer
+	// Verifier judges what was published before; nil trusts Signer's key only.
+	Verifier *trust.Verifier
+}
+
+// Labelled says what came of it.
+type Labelled struct {
+	// URL is the list's.
+	URL string `json:"url"`
+	// Labels are those that were wanted and are there now, with their versions.
+	Labels map[string]string `json:"labels,omitempty"`
+	// Absent are declared labels whose version is not published here. They stay
+	// as they were.
+	Absent []string `json:"absent,omitempty"`
+	// Existed says that nothing had to be changed.
+	Existed bool `json:"existed"`
+}
+
+// lister is what is asked of a COS release bucket.
+type lister interface {
+	Drivers(ctx context.Context, k target.Kernel) (cosbucket.DriverList, error)
+}
+
+// COSLabels returns the labels that a COS release bucket gives for a build.
+func COSLabels(ctx context.Context, b lister, k target.Kernel) (map[string]string, error) {
+	list, err := b.Drivers(ctx, k)
+	if err != nil && !fault.Is(err, fault.InputMissing) {
+		return nil, err
+	}
+	said := map[string]string{}
+	maps.Copy(said, list.Branches)
+	for label, version := range map[string]string{"DEFAULT": list.Default, "LATEST": list.Latest} {
+		if version != "" {
+			said[label] = version
+		}
+	}
+	return said, nil
+}
+
+// SetLabels gives labels in gpu_driver_versions to versions whose tarball is in the
+// bucket, whole and signed. A declared label that somebody else gave to another
+// version is [fault.PublishRefused], and nothing was changed.
+//
+// The index says beforehand which labels are about to be given and by whom,
+// and forgets those that were taken away last: it is where two builders meet,
+// and after an interruption anywhere no label is nobody's.
+func SetLabels(ctx context.Context, b *Bucket, l Labelling) (Labelled, error) {
+	got, err := setLabels(ctx, b, l)
+	if err != nil {
+		return Labelled{}, fmt.Errorf("label drivers for %s: %w", l.Kernel, err)
+	}
+	return got, nil
+}
+
+func setLabels(ctx context.Context, b *Bucket, l Labelling) (_ Labelled, err error) {
+	if err := l.check(); err != nil {
+		return Labelled{}, err
+	}
+	p := &publisher{Release: Release{Kernel: l.Kernel, Signer: l.Signer}, bucket: b, verifier: l.Verifier,
+		report: Report{Existed: true}}
+	if p.verifier == nil {
+		if p.verifier, err = l.Signer.Verifier(); err != nil {
+			return Labelled{}, err
+		}
+	}
+	url := b.URL(cosbucket.DriverVersionsBinName(l.Kernel))
+	have, _, err := b.small(ctx, IndexName(l.Kernel), maxIndex)
+	if err != nil {
+		return Labelled{}, err
+	}
+	if have == nil { // nothing is published, and so nothing was labelled
+		return Labelled{URL: url, Absent: slices.Sorted(maps.Keys(l.Declared)), Existed: true}, nil
+	}
+	var c claims
+	if err := p.labels(ctx, func(x Index) (_ []Label, err error) {
+		if c, err = p.claim(ctx, x, l); err != nil {
+			return nil, err
+		}
+		others := slices.DeleteFunc(slices.Clone(x.Labels), func(have Label) bool { return isLabelled(c.want, have) })
+		return append(others, c.want...), nil
+	}); err != nil {
+		return Labelled{}, err
+	}
+	if len(c.want)+len(c.drop) > 0 {
+		if err := p.versions(ctx, withLabels(c.drop, c.want)); err != nil {
+			return Labelled{}, err
+		}
+		if err := p.versionObjects(ctx, c); err != nil {
+			return Labelled{}, err
+		}
+	}
+	if len(c.drop) > 0 {
+		if err := p.labels(ctx, func(x Index) ([]Label, error) {
+			return slices.DeleteFunc(slices.Clone(x.Labels), func(have Label) bool { return isLabelled(c.drop, have) }), nil
+		}); err != nil {
+			return Labelled{}, err
+		}
+	}
+	return Labelled{URL: url, Labels: c.given, Absent: c.absent, Existed: p.report.Existed}, nil
+}
+
+func (l Labelling) check() error {
+	if _, err := target.ParseKernel(l.Kernel.BuildID, l.Kernel.Board); err != nil {
+		return fault.Wrap(fault.Usage, err, "")
+	}
+	if l.Signer == nil {
+		return fault.New(fault.Usage, "no signing key", "name one with --key")
+	}
+	if l.Builder == "" {
+		return fault.New(fault.Usage, "labels without a builder", "name one with --builder-id")
+	}
+	for label, version := range l.Declared {
+		if _, err := target.ParseLabel(label); err != nil {
+			return fault.Wrap(fault.Usage, err, "")
+		}
+		if version == "" {
+			continue
+		}
+		if err := target.CheckLabel(label, version); err != nil {
+			return fault.Wrap(fault.Usage, err, "give a version the label of its own branch")
+		}
+	}
+	return nil
+}
+
+// labels changes the index's labels.
+func (p *publisher) labels(ctx context.Context, change func(Index) ([]Label, error)) error {
+	return p.change(ctx, listing{IndexName(p.Kernel), "application/json", maxIndex, func(have []byte) ([]byte, error) {
+		x, err := p.index(ctx, have)
+		if err != nil {
+			return nil, err
+		}
+		if x.Labels, err = change(x); err != nil {
+			return nil, err
+		}
+		slices.SortFunc(x.Labels, Label.compare)
+		if len(x.Labels) > maxLabels {
+			return nil, fault.Errorf(fault.PublishRefused, "%d labels; at most %d are read", len(x.Labels), maxLabels)
+		}
+		return x.marshal()
+	}})
+}
+
+// isLabelled reports whether a label is among those, no matter who asked for it.
+func isLabelled(all []Label, l Label) bool {
+	return slices.ContainsFunc(all, func(have Label) bool { return have.compare(l) == 0 })
+}
+
+// claims are the result of a labelling, given what is published.
+type claims struct {
+	want, drop []Label
+	given      map[string]string
+	absent     []string
+	conflicts  []error
+}
+
+// claim settles which labels are to be given and taken away. Tarballs of
+// versions that get one are examined.
+func (p *publisher) claim(ctx context.Context, x Index, l Labelling) (claims, error) {
+	s, err := p.labelState(ctx, x, l)
+	if err != nil {
+		return claims{}, err
+	}
+	c := l.claim(x, s)
+	if err := errors.Join(c.conflicts...); err != nil {
+		return claims{}, err
+	}
+	seen := map[string]bool{}
+	for _, w := range c.want {
+		if seen[w.Version] || isLabelled(x.Labels, w) {
+			continue
+		}
+		seen[w.Version] = true
+		e, _ := x.installable(w.Version)
+		if err := p.checkStored(ctx, e); err != nil {
+			return claims{}, err
+		}
+	}
+	return c, nil
+}
+
+// checkStored refuses an entry whose tarball is not there or not signed.
+func (p *publisher) checkStored(ctx context.Context, e Entry) error {
+	refuse := func(why string) error {
+		return fault.New(fault.PublishRefused, fmt.Sprintf("%s gets no label: %s", p.bucket.URL(e.Object), why),
+			"find out who changes objects there; builder build publishes what is missing")
+	}
+	a, ok, err := p.bucket.s.stat(ctx, e.Object)
+	switch {
+	case err != nil:
+		return err
+	case !ok:
+		return refuse("it is not there")
+	case a.size != e.Size || a.md5 != "" && a.md5 != e.MD5:
+		return refuse(fmt.Sprintf("it has %d bytes and md5 %q; the index has %d and %q", a.size, a.md5, e.Size, e.MD5))
+	}
+	signature, _, err := p.bucket.small(ctx, e.Signature, maxSignature)
+	if err != nil {
+		return err
+	}
+	if signature == nil {
+		return refuse("it has no signature")
+	}
+	facts := ObjectFacts{Object: e.Object, BuildID: p.Kernel.BuildID, Board: p.Kernel.Board, Driver: &e.Driver,
+		Artifact: e.Artifact, Fingerprint: e.Fingerprint}
+	if _, err := Verify(p.verifier, signature, e.SHA256, facts); err != nil {
+		return refuse(err.Error())
+	}
+	return nil
+}
+
+// wanted returns the labels that are declared or said, with their versions.
+func (l Labelling) wanted() map[string]string {
+	all := map[string]string{}
+	for label, version := range l.FromCOS {
+		if target.CheckLabel(label, version) == nil { // what COS may say one day is no error here
+			all[label] = version
+		}
+	}
+	maps.Copy(all, l.Declared)
+	return all
+}
+
+func (l Labelling) claim(x Index, s labelState) claims {
+	c := claims{given: map[string]string{}}
+	var mine []Label
+	for _, have := range x.Labels {
+		if have.Builder == l.Builder {
+			mine = append(mine, have)
+		}
+	}
+	settled := map[string]bool{}
+	wanted := l.wanted()
+	for _, label := range slices.Sorted(maps.Keys(wanted)) {
+		before := slices.DeleteFunc(slices.Clone(mine), func(have Label) bool { return have.Label != label })
+		_, declared := l.Declared[label]
+		rows := s.rows(wanted[label])
+		_, ready := x.installable(wanted[label])
+		ready = ready && len(rows) > 0
+		switch {
+		case declared && !ready:
+			c.absent = append(c.absent, label)
+			c.want = append(c.want, before...)
+		case !declared && !l.Complete && slices.ContainsFunc(before, func(have Label) bool { return have.Declared }):
+			// The operator has said otherwise, elsewhere.
+			c.want = append(c.want, before...)
+		case ready:
+			settled[label] = true
+			c.assign(s, x, mine, rows, Label{Label: label, Version: wanted[label], Builder: l.Builder, Declared: declared})
+		}
+	}
+	for _, have := range mine {
+		if !isLabelled(c.want, have) && (l.Complete || settled[have.Label]) {
+			c.drop = append(c.drop, have)
+		}
+	}
+	return c
+}
+
+// assign claims a label for a version wherever that is listed. What COS says
+// goes to the rows that stand for no particular product: lists with others are
+// COS's own, and have COS's labels in them.
+func (c *claims) assign(s labelState, x Index, mine []Label, rows []string, l Label) {
+	for _, row := range append(rows, "") {
+		if _, given := c.given[l.Label]; row == "" && !given || row != "" && !l.Declared && !general(row) {
+			continue
+		}
+		l.GPUType = row
+		version, by := s.foreign(x, mine, l)
+		switch {
+		case version == "":
+			c.want = append(c.want, l)
+		case version != l.Version && l.Declared:
+			c.conflicts = append(c.conflicts, taken(l, version, by))
+			continue
+		case version != l.Version:
+			continue
+		}
+		if general(row) {
+			c.given[l.Label] = l.Version
+		}
+	}
+}
+
+func taken(l Label, version, by string) error {
+	where := "for " + l.GPUType
+	if l.GPUType == "" {
+		where = "in its own object"
+	}
+	return fault.New(fault.PublishRefused,
+		fmt.Sprintf("label %s is not given to %s: %s has it %s, set by %s", l.Label, l.Version, version, where, by),
+		"a label that another builder set is never moved: declare another label, or remove it there first")
+}
+
+// versionObject returns the object with a label's one version.
+func versionObject(k target.Kernel, label string) string {
+	switch label {
+	case "DEFAULT":
+		return cosbucket.DefaultVersionName(k)
+	case "LATEST":
+		return cosbucket.LatestVersionName(k)
+	}
+	return cosbucket.BranchVersionName(k, label)
+}
+
+// versionObjects writes and removes the objects with one version each.
+func (p *publisher) versionObjects(ctx context.Context, c claims) error {
+	for _, w := range c.want {
+		if w.GPUType != "" {
+			continue
+		}
+		if err := p.change(ctx, listing{versionObject(p.Kernel, w.Label), text, maxVersions,
+			func(have []byte) ([]byte, error) {
+				is := strings.TrimSpace(string(have))
+				if have != nil && is != w.Version && !hasVersion(c.drop, w.Label, is) {
+					return nil, taken(w, is, "somebody else")
+				}
+				return []byte(w.Version + "\n"), nil
+			}}); err != nil {
+			return err
+		}
+	}
+	for _, d := range c.drop {
+		if d.GPUType != "" {
+			continue
+		}
+		removed, err := p.bucket.remove(ctx, versionObject(p.Kernel, d.Label), maxVersions, func(have []byte) bool {
+			return strings.TrimSpace(string(have)) == d.Version
+		})
+		if err != nil {
+			return err
+		}
+		p.report.Existed = p.report.Existed && !removed
+	}
+	return nil
+}
+
+// hasVersion reports whether a label's object has this version by one of those.
+func hasVersion(all []Label, label, version string) bool {
+	return slices.ContainsFunc(all,
+		func(l Label) bool { return l.GPUType == "" && l.Label == label && l.Version == version })
+}

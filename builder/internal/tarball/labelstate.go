@@ -1,0 +1,95 @@
+package tarball
+
+import (
+	"context"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/prebake/prebake/pkg/cosbucket"
+	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
+)
+
+// labelState is what a bucket says about labels.
+type labelState struct {
+	lists   [2]*gpuversions.GPUDriverVersionInfoList
+	objects map[string]string // label to version, where there is an object for it
+}
+
+func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (labelState, error) {
+	s := labelState{lists: [2]*gpuversions.GPUDriverVersionInfoList{{}, {}}, objects: map[string]string{}}
+	for i, form := range []struct {
+		name  string
+		parse func([]byte, proto.Message) error
+	}{{cosbucket.DriverVersionsName(p.Kernel), prototext.Unmarshal},
+		{cosbucket.DriverVersionsBinName(p.Kernel), proto.Unmarshal}} {
+		data, _, err := p.bucket.small(ctx, form.name, maxVersions)
+		if err != nil {
+			return s, err
+		}
+		if err := form.parse(data, s.lists[i]); err != nil {
+			return s, newer(err)
+		}
+	}
+	for label := range l.wanted() {
+		data, _, err := p.bucket.small(ctx, versionObject(p.Kernel, label), maxVersions)
+		if err != nil {
+			return s, err
+		}
+		if data != nil {
+			s.objects[label] = strings.TrimSpace(string(data))
+		}
+	}
+	return s, nil
+}
+
+// foreign returns the version that has a label in a row or an object by
+// somebody else's will, and by whose; "" means none. One that differs from the
+// label's own goes first.
+func (s labelState) foreign(x Index, mine []Label, l Label) (version, by string) {
+	type holder struct{ version, by string }
+	var all []holder
+	for _, o := range x.Labels {
+		if o.Builder != l.Builder && o.Label == l.Label && o.GPUType == l.GPUType {
+			all = append(all, holder{o.Version, "builder " + o.Builder})
+		}
+	}
+	for _, v := range s.versionsWith(l) {
+		have := l
+		have.Version = v
+		if !isLabelled(mine, have) {
+			all = append(all, holder{v, "somebody else"})
+		}
+	}
+	if i := slices.IndexFunc(all, func(h holder) bool { return h.version != l.Version }); i >= 0 {
+		return all[i].version, all[i].by
+	}
+	if len(all) > 0 {
+		return l.Version, all[0].by
+	}
+	return "", ""
+}
+
+func (s labelState) versionsWith(l Label) []string {
+	if l.GPUType == "" {
+		if version, ok := s.objects[l.Label]; ok {
+			return []string{version}
+		}
+		return nil
+	}
+	var all []string
+	for _, list := range s.lists {
+		all = append(all, versionsWith(list, l.GPUType, l.Label)...)
+	}
+	return all
+}
+
+// rows returns the rows in which both forms of the list have a version.
+func (s labelState) rows(version string) []string {
+	binary := rows(s.lists[1], version)
+	both := slices.DeleteFunc(rows(s.lists[0], version), func(t string) bool { return !slices.Contains(binary, t) })
+	slices.Sort(both)
+	return slices.Compact(both)
+}

@@ -1,0 +1,293 @@
+package tarball_test
+
+import (
+	"bytes"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func none(string) bool { return false }
+
+// COS's own file, as far as its form is known.
+const cosText = `gpu_driver_version_info {
+  gpu_device { gpu_type: "NVIDIA_TESLA_V100" }
+  supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
+}
+gpu_driver_version_info {
+  gpu_device { gpu_type: "OTHERS" }
+  supported_driver_versions { label: "DEFAULT" version: "535.1.1" }
+  supported_driver_versions { label: "LATEST" version: "570.1.1" }
+}
+`
+
+func TestEditVersions(t *testing.T) {
+	t.Parallel()
+	var list gpuversions.GPUDriverVersionInfoList
+	if err := prototext.Unmarshal([]byte(cosText), &list); err != nil {
+		t.Fatal(err)
+	}
+	bin, err := proto.Marshal(&list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := []byte(cosText)
+	for _, version := range []string{"535.261.03", "535.309.01", "535.261.03"} {
+		if text, err = tarball.Text.Add(text, version, none); err != nil {
+			t.Fatal(err)
+		}
+		if bin, err = tarball.Binary.Add(bin, version, none); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want := `gpu_driver_version_info {
+  gpu_device {
+    gpu_type: "NVIDIA_TESLA_V100"
+  }
+  supported_driver_versions {
+    label: "DEFAULT"
+    version: "535.1.1"
+  }
+}
+gpu_driver_version_info {
+  gpu_device {
+    gpu_type: "OTHERS"
+  }
+  supported_driver_versions {
+    label: "DEFAULT"
+    version: "535.1.1"
+  }
+  supported_driver_versions {
+    label: "LATEST"
+    version: "570.1.1"
+  }
+  supported_driver_versions {
+    version: "535.261.03"
+  }
+  supported_driver_versions {
+    version: "535.309.01"
+  }
+}
+gpu_driver_version_info {
+  gpu_device {
+    gpu_type: "NO_GPU"
+  }
+  supported_driver_versions {
+    version: "535.261.03"
+  }
+  supported_driver_versions {
+    version: "535.309.01"
+  }
+}
+`
+	if string(text) != want {
+		t.Errorf("text = %s\nwant %s", text, want)
+	}
+	var fromText, fromBin gpuversions.GPUDriverVersionInfoList
+	if err := prototext.Unmarshal(text, &fromText); err != nil {
+		t.Error(err)
+	}
+	if err := proto.Unmarshal(bin, &fromBin); err != nil || !proto.Equal(&fromText, &fromBin) {
+		t.Errorf("binary = %v, %v; want what the text says", &fromBin, err)
+	}
+	// protoc is the reader of others.
+	if program, err := exec.LookPath("protoc"); err == nil {
+		cmd := exec.CommandContext(t.Context(), program, "--proto_path=../../../pkg/cosbucket/gpuversions",
+			"--encode=cos_gpu.GPUDriverVersionInfoList", "gpu_driver_versions.proto")
+		cmd.Stdin = bytes.NewReader(text)
+		if out, err := cmd.Output(); err != nil || !bytes.Equal(out, bin) {
+			t.Errorf("protoc --encode = %q, %v; want %q", out, err, bin)
+		}
+	}
+	// What this program does not know is kept, or else left alone.
+	newer := protoBytes(bin, "\x9a\x06\x03new") // field 99
+	if got, err := tarball.Binary.Add(newer, "580.1.1", none); err != nil || !bytes.Contains(got, []byte("new")) ||
+		!bytes.Contains(got, []byte("580.1.1")) {
+		t.Errorf("EditBinary(newer) = %q, %v; want the new field kept", got, err)
+	}
+	if got, err := tarball.Text.Add(append(text, "region: \"eu\"\n"...), "580.1.1", none); !fault.Is(err,
+		fault.PublishRefused) || fault.Hint(err) == "" {
+		t.Errorf("EditText(newer) = %q, %v; want publish refused with a hint", got, err)
+	}
+}
+
+func protoBytes(b []byte, more string) []byte { return append(bytes.Clone(b), more...) }
+
+func FuzzEditText(f *testing.F) {
+	f.Add([]byte(cosText))
+	f.Add([]byte(`gpu_driver_version_info { gpu_device { gpu_type: "\001\"\\é" } }`))
+	f.Add([]byte(nil))
+	f.Fuzz(func(t *testing.T, have []byte) {
+		got, err := tarball.Text.Add(have, "535.261.03", none)
+		if err != nil {
+			return
+		}
+		var before, after gpuversions.GPUDriverVersionInfoList
+		if err := prototext.Unmarshal(have, &before); err != nil {
+			t.Fatal(err)
+		}
+		if err := prototext.Unmarshal(got, &after); err != nil {
+			t.Fatalf("EditText(%q) = %q, which cannot be read: %v", have, got, err)
+		}
+		kept(t, &before, &after)
+		if again, err := tarball.Text.Add(got, "535.261.03", none); err != nil || !bytes.Equal(again, got) {
+			t.Errorf("EditText twice = %q, %v; want %q", again, err, got)
+		}
+	})
+}
+
+func FuzzEditBinary(f *testing.F) {
+	var list gpuversions.GPUDriverVersionInfoList
+	if err := prototext.Unmarshal([]byte(cosText), &list); err != nil {
+		f.Fatal(err)
+	}
+	bin, err := proto.Marshal(&list)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(bin)
+	f.Add([]byte("\x9a\x06\x03new"))
+	f.Fuzz(func(t *testing.T, have []byte) {
+		got, err := tarball.Binary.Add(have, "535.261.03", none)
+		if err != nil {
+			return
+		}
+		var before, after gpuversions.GPUDriverVersionInfoList
+		if err := proto.Unmarshal(have, &before); err != nil {
+			t.Fatal(err)
+		}
+		if err := proto.Unmarshal(got, &after); err != nil {
+			t.Fatalf("EditBinary(%q) = %q, which cannot be read: %v", have, got, err)
+		}
+		kept(t, &before, &after)
+	})
+}
+
+// kept fails unless everything that was said before is still said, and the
+// version with it.
+func kept(t *testing.T, before, after *gpuversions.GPUDriverVersionInfoList) {
+	t.Helper()
+	if len(after.GetGpuDriverVersionInfo()) < len(before.GetGpuDriverVersionInfo()) {
+		t.Fatalf("rows were lost: %v", after)
+	}
+	for i, info := range before.GetGpuDriverVersionInfo() {
+		now := after.GetGpuDriverVersionInfo()[i]
+		if now.GetGpuDevice().GetGpuType() != info.GetGpuDevice().GetGpuType() ||
+			len(now.GetSupportedDriverVersions()) < len(info.GetSupportedDriverVersions()) {
+			t.Errorf("row %d was %v; is %v", i, info, now)
+			continue
+		}
+		for j, v := range info.GetSupportedDriverVersions() {
+			if !proto.Equal(v, now.GetSupportedDriverVersions()[j]) {
+				t.Errorf("row %d: version %v became %v", i, v, now.GetSupportedDriverVersions()[j])
+			}
+		}
+	}
+}
+
+// An index of one driver and two labels, as it is published.
+var indexText = `{
+  "format": 1,
+  "buildId": "17800.0.47",
+  "board": "lakitu",
+  "drivers": [
+    {
+      "version": "535.261.03",
+      "flavour": "open",
+      "object": "17800.0.47/lakitu/nvidia-drivers-535.261.03.tgz",
+      "size": 10,
+      "sha256": "D",
+      "md5": "m",
+      "signature": "17800.0.47/lakitu/nvidia-drivers-535.261.03.tgz.sigstore.json",
+      "files": [
+        {
+          "name": "drivers/nvidia.ko",
+          "size": 1,
+          "sha256": "D"
+        }
+      ]
+    }
+  ],
+  "labels": [
+    {
+      "label": "DEFAULT",
+      "gpuType": "OTHERS",
+      "version": "535.261.03",
+      "builder": "b"
+    },
+    {
+      "label": "LATEST",
+      "version": "535.261.03",
+      "builder": "b",
+      "declared": true
+    }
+  ]
+}
+`
+
+func sampleIndex() string {
+	return strings.ReplaceAll(indexText, `"D"`, `"sha256:`+strings.Repeat("ab", 32)+`"`)
+}
+
+func TestParseIndex(t *testing.T) {
+	t.Parallel()
+	good := sampleIndex()
+	if x, err := tarball.ParseIndex([]byte(good)); err != nil || len(x.Drivers) != 1 || x.Drivers[0].Driver != open ||
+		len(x.Labels) != 2 {
+		t.Fatalf("ParseIndex = %+v, %v", x, err)
+	}
+	for name, edit := range map[string][2]string{
+		"newer format":        {`"format": 1`, `"format": 2`},
+		"unknown field":       {`"format": 1`, `"format": 1, "x": 1`},
+		"another build":       {`"buildId": "17800.0.47"`, `"buildId": "17800.0.48"`},
+		"no build":            {`"buildId": "17800.0.47"`, `"buildId": ""`},
+		"another object":      {`"object": "17800.0.47`, `"object": "../17800.0.47`},
+		"another signature":   {`tgz.sigstore`, `tgz.x`},
+		"flavour and name":    {`"flavour": "open"`, `"flavour": "proprietary"`},
+		"no digest":           {"sha256:ab", "sha256:AB"},
+		"no size":             {`"size": 10`, `"size": 0`},
+		"not JSON":            {`{`, `[`},
+		"data behind the end": {"\n}\n", "\n}\n{}"},
+		"label of nobody":     {`"builder": "b"`, `"builder": ""`},
+		"no label":            {`"label": "DEFAULT"`, `"label": "BEST"`},
+		"branch of another":   {`"label": "LATEST"`, `"label": "R580"`},
+		"label of no version": {`"gpuType": "OTHERS",
+      "version": "535.261.03"`, `"gpuType": "OTHERS",
+      "version": "535.1.1"`},
+		"label out of order": {`"label": "LATEST"`, `"label": "DEFAULT"`},
+	} {
+		bad := strings.Replace(good, edit[0], edit[1], 1)
+		if bad == good {
+			t.Fatalf("%s: nothing was spoiled", name)
+		}
+		if x, err := tarball.ParseIndex([]byte(bad)); !fault.Is(err, fault.Unverified) {
+			t.Errorf("%s: ParseIndex = %+v, %v; want kind unverified", name, x, err)
+		}
+	}
+}
+
+func FuzzParseIndex(f *testing.F) {
+	f.Add([]byte(sampleIndex()))
+	f.Add([]byte(`{"format":1,"buildId":"1.2.3","board":"lakitu","drivers":[]}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		x, err := tarball.ParseIndex(text)
+		if err != nil {
+			if !fault.Is(err, fault.Unverified) {
+				t.Errorf("ParseIndex = %v of kind %v; want unverified", err, fault.Of(err))
+			}
+			return
+		}
+		for _, e := range x.Drivers {
+			if !strings.HasPrefix(e.Object, x.BuildID+"/"+x.Board+"/") || strings.Contains(e.Object, "..") {
+				t.Errorf("object %q of %s/%s", e.Object, x.BuildID, x.Board)
+			}
+		}
+	})
+}

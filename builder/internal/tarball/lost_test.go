@@ -1,0 +1,89 @@
+package tarball_test
+
+import (
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/builder/internal/tarball"
+	"github.com/prebake/prebake/pkg/testkit/gcs"
+)
+
+// loser is before the emulator and loses the first answer to each upload or
+// removal of an object whose name ends in one of these: it took effect itself.
+type loser struct {
+	next  http.Handler
+	names []string
+
+	mu   sync.Mutex
+	lost []string
+}
+
+func (l *loser) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	name := r.URL.Query().Get("name")
+	if r.Method == http.MethodDelete {
+		name = r.URL.Path
+	}
+	if (r.Method == http.MethodPost || r.Method == http.MethodDelete) && l.loses(name) {
+		l.next.ServeHTTP(httptest.NewRecorder(), r)
+		panic(http.ErrAbortHandler) // the connection ends without an answer
+	}
+	l.next.ServeHTTP(w, r)
+}
+
+func (l *loser) loses(name string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i, suffix := range l.names {
+		if strings.HasSuffix(name, suffix) {
+			l.names = append(l.names[:i:i], l.names[i+1:]...)
+			l.lost = append(l.lost, name)
+			return true
+		}
+	}
+	return false
+}
+
+// TestLostAnswers repeats an upload that took effect, as the library does when
+// it got no answer: the precondition then fails on the publisher's own object.
+func TestLostAnswers(t *testing.T) {
+	s := gcs.Start(t)
+	u, err := url.Parse(s.Endpoint)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &loser{next: &httputil.ReverseProxy{Rewrite: func(r *httputil.ProxyRequest) { r.SetURL(u) }},
+		names: []string{".tgz", "index.json", "gpu_default_version", "gpu_default_version"}}
+	proxy := httptest.NewServer(l)
+	t.Cleanup(proxy.Close)
+	(&gcs.Server{Endpoint: proxy.URL}).Use(t)
+	s.Bucket(t, "twins")
+	signer, _ := newSigner(t)
+	v, err := signer.Verifier()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const dest = "gs://twins/x"
+	if _, err := tarball.Publish(t.Context(), openBucket(t, dest), newRelease(t, signer, open, "")); err != nil {
+		t.Fatal(err)
+	}
+	bare := lasting(content(t, dest))
+	for _, declared := range []labels{{"DEFAULT": v261}, nil} {
+		if _, err := tarball.SetLabels(t.Context(), openBucket(t, dest), labelling(signer, declared, nil)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(l.lost) != 4 {
+		t.Errorf("lost the answers for %q; want four", l.lost)
+	}
+	check(t, content(t, dest), v, open)
+	if diff := cmp.Diff(bare, lasting(content(t, dest))); diff != "" {
+		t.Errorf("with the label taken away (-before +now):\n%s", diff)
+	}
+}

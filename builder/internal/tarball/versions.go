@@ -1,0 +1,219 @@
+package tarball
+
+import (
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/prebake/prebake/pkg/cosbucket/gpuversions"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// maxVersions bounds gpu_driver_versions in both its forms; real ones have a few KiB.
+const maxVersions = 1 << 20
+
+// anyGPU are the gpu_type rows that stand for no particular product. COS's
+// installer looks a version up in the row of the node's GPU, and lists that
+// come from nowhere else start with these.
+var anyGPU = []string{"NO_GPU", "OTHERS"}
+
+func general(gpuType string) bool { return slices.Contains(anyGPU, gpuType) || gpuType == "OTHER" }
+
+// withVersion adds a version to the rows of those kinds of GPUs that it
+// serves, as one that can be asked for by number only; see [SetLabels] for labels.
+func withVersion(version string, serves func(gpuType string) bool) edit {
+	return func(list *gpuversions.GPUDriverVersionInfoList) error {
+		addVersion(list, version, serves)
+		return nil
+	}
+}
+
+func addVersion(list *gpuversions.GPUDriverVersionInfoList, version string, serves func(gpuType string) bool) {
+	for _, t := range anyGPU {
+		if !slices.ContainsFunc(list.GetGpuDriverVersionInfo(),
+			func(i *gpuversions.GPUDriverVersionInfo) bool { return i.GetGpuDevice().GetGpuType() == t }) {
+			list.GpuDriverVersionInfo = append(list.GpuDriverVersionInfo,
+				&gpuversions.GPUDriverVersionInfo{GpuDevice: &gpuversions.GPUDevice{GpuType: t}})
+		}
+	}
+	for _, info := range list.GetGpuDriverVersionInfo() {
+		t := info.GetGpuDevice().GetGpuType()
+		if !general(t) && !serves(t) {
+			continue
+		}
+		if !slices.ContainsFunc(info.GetSupportedDriverVersions(),
+			func(v *gpuversions.DriverVersion) bool { return v.GetVersion() == version }) {
+			info.SupportedDriverVersions = append(info.SupportedDriverVersions, &gpuversions.DriverVersion{Version: version})
+		}
+	}
+}
+
+// versionsWith returns the versions that have a label in a row.
+func versionsWith(list *gpuversions.GPUDriverVersionInfoList, gpuType, label string) []string {
+	var all []string
+	for _, info := range list.GetGpuDriverVersionInfo() {
+		for _, v := range info.GetSupportedDriverVersions() {
+			if info.GetGpuDevice().GetGpuType() == gpuType && v.GetLabel() == label {
+				all = append(all, v.GetVersion())
+			}
+		}
+	}
+	return all
+}
+
+// rows returns the kinds of GPUs for which a version is listed.
+func rows(list *gpuversions.GPUDriverVersionInfoList, version string) []string {
+	var all []string
+	for _, info := range list.GetGpuDriverVersionInfo() {
+		t := info.GetGpuDevice().GetGpuType()
+		if t != "" && slices.ContainsFunc(info.GetSupportedDriverVersions(),
+			func(v *gpuversions.DriverVersion) bool { return v.GetVersion() == version }) {
+			all = append(all, t)
+		}
+	}
+	return all
+}
+
+// withLabels takes labels away and gives others. As in COS's own lists, a
+// version has an entry for each of its labels, and one without a label only
+// where it has none.
+func withLabels(drop, give []Label) edit {
+	return func(list *gpuversions.GPUDriverVersionInfoList) error {
+		for _, info := range list.GetGpuDriverVersionInfo() {
+			t := info.GetGpuDevice().GetGpuType()
+			for _, l := range drop {
+				if l.GPUType == t && t != "" {
+					unlabel(info, l)
+				}
+			}
+			for _, l := range give {
+				if l.GPUType != t || t == "" {
+					continue
+				}
+				if err := label(info, l); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+}
+
+func unlabel(info *gpuversions.GPUDriverVersionInfo, l Label) {
+	all := info.GetSupportedDriverVersions()
+	for i := 0; i < len(all); i++ {
+		if all[i].GetLabel() != l.Label || all[i].GetVersion() != l.Version {
+			continue
+		}
+		more := func(v *gpuversions.DriverVersion) bool { return v != all[i] && v.GetVersion() == l.Version }
+		if !slices.ContainsFunc(all, more) {
+			all[i].Label = ""
+			continue
+		}
+		all = slices.Delete(all, i, i+1)
+		i--
+	}
+	info.SupportedDriverVersions = all
+}
+
+func label(info *gpuversions.GPUDriverVersionInfo, l Label) error {
+	all := info.GetSupportedDriverVersions()
+	if i := slices.IndexFunc(all, func(v *gpuversions.DriverVersion) bool { return v.GetLabel() == l.Label }); i >= 0 {
+		if all[i].GetVersion() != l.Version {
+			return taken(l, all[i].GetVersion(), "somebody else")
+		}
+		return nil
+	}
+	of := func(v *gpuversions.DriverVersion) bool { return v.GetVersion() == l.Version }
+	plain := func(v *gpuversions.DriverVersion) bool { return of(v) && v.GetLabel() == "" }
+	if i := slices.IndexFunc(all, plain); i >= 0 {
+		all[i].Label = l.Label
+		return nil
+	}
+	i := slices.IndexFunc(all, of)
+	if i < 0 {
+		return fault.New(fault.Transient, fmt.Sprintf("version %s is no longer listed for %s", l.Version, l.GPUType),
+			"find out who takes versions out of the list")
+	}
+	// With all that COS says of the version in fields that are unknown here.
+	more := proto.CloneOf(all[i])
+	more.Label = l.Label
+	info.SupportedDriverVersions = slices.Insert(all, i+1, more)
+	return nil
+}
+
+// editText changes gpu_driver_versions.textproto; nil means no file. A file that
+// would not change is returned as it is.
+func editText(have []byte, change edit) ([]byte, error) {
+	var list gpuversions.GPUDriverVersionInfoList
+	// A field that is unknown here would be lost, and so is an error.
+	if err := prototext.Unmarshal(have, &list); err != nil {
+		return nil, newer(err)
+	}
+	if same, err := change.unchanged(have, &list); same || err != nil {
+		return have, err
+	}
+	return printText(&list), nil
+}
+
+// editBinary changes gpu_driver_versions.bin. Fields that are unknown here stay.
+func editBinary(have []byte, change edit) ([]byte, error) {
+	var list gpuversions.GPUDriverVersionInfoList
+	if err := proto.Unmarshal(have, &list); err != nil {
+		return nil, newer(err)
+	}
+	if same, err := change.unchanged(have, &list); same || err != nil {
+		return have, err
+	}
+	return proto.MarshalOptions{Deterministic: true}.Marshal(&list)
+}
+
+// edit changes a list.
+type edit func(*gpuversions.GPUDriverVersionInfoList) error
+
+// unchanged edits the list that a file holds, and reports whether that made
+// no difference.
+func (change edit) unchanged(have []byte, list *gpuversions.GPUDriverVersionInfoList) (bool, error) {
+	before := proto.Clone(list)
+	if err := change(list); err != nil {
+		return false, err
+	}
+	return have != nil && proto.Equal(before, list), nil
+}
+
+func newer(err error) error {
+	text := strings.ReplaceAll(err.Error(), "\u00a0", " ") // protobuf varies its white space
+	return fault.New(fault.PublishRefused, fmt.Sprintf("the published list cannot be extended: %.300s", text),
+		"update this program if the file is newer than it, or remove the file by hand if it is damaged")
+}
+
+// printText prints the list in protobuf's text format. The library's own
+// printer varies its white space on purpose, and equal lists have to be equal
+// bytes.
+func printText(list *gpuversions.GPUDriverVersionInfoList) []byte {
+	var b strings.Builder
+	for _, info := range list.GetGpuDriverVersionInfo() {
+		b.WriteString("gpu_driver_version_info {\n")
+		if d := info.GetGpuDevice(); d != nil {
+			fmt.Fprintf(&b, "  gpu_device {\n    gpu_type: %s\n  }\n", strconv.QuoteToASCII(d.GetGpuType()))
+		}
+		for _, v := range info.GetSupportedDriverVersions() {
+			b.WriteString("  supported_driver_versions {\n")
+			if v.GetLabel() != "" {
+				fmt.Fprintf(&b, "    label: %s\n", strconv.QuoteToASCII(v.GetLabel()))
+			}
+			fmt.Fprintf(&b, "    version: %s\n  }\n", strconv.QuoteToASCII(v.GetVersion()))
+		}
+		b.WriteString("}\n")
+	}
+	return []byte(b.String())
+}
+
+// forInstaller reports whether Google's installer could use what is published:
+// it takes ready modules of the open flavour only.
+func forInstaller(d target.Driver) bool { return d.Flavour == target.Open }

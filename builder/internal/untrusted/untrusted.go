@@ -1,0 +1,215 @@
+// Package untrusted reads what a program left in a folder that it could write to,
+// after the program ended. Everything in such a folder is hostile: a name may be
+// a link to a secret of the host, a pipe that never ends, or a file without an
+// end. Only regular files come out, below the folder, through no link, up to a
+// bound that the reader names.
+//
+// It refuses to write into such a folder, and to hand out a path of it: what is
+// to be worked on is copied to where no sandbox reaches.
+package untrusted
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// ErrKind says that a name is not a regular file, or is below something that is
+// not a folder.
+var ErrKind = errors.New("not a regular file")
+
+// ErrLarge says that a file, or the number of names in a folder, is over the
+// reader's bound.
+var ErrLarge = errors.New("larger than allowed")
+
+const (
+	maxNames = 100_000
+	maxDepth = 32
+)
+
+// Dir is a folder that a sandboxed program could write to.
+type Dir struct{ root *os.Root }
+
+// Open opens the folder. It must be one itself, not a link to one.
+func Open(dir string) (*Dir, error) {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return nil, err
+	}
+	if !info.IsDir() {
+		return nil, &fs.PathError{Op: "open", Path: dir, Err: ErrKind}
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, err
+	}
+	now, err := root.Lstat(".")
+	if err == nil && !os.SameFile(info, now) {
+		err = &fs.PathError{Op: "open", Path: dir, Err: ErrKind}
+	}
+	if err != nil {
+		return nil, errors.Join(err, root.Close())
+	}
+	return &Dir{root}, nil
+}
+
+// Close gives the folder up.
+func (d *Dir) Close() error { return d.root.Close() }
+
+// Open returns the regular file of this slash path, if it has at most max bytes.
+// Opening it never waits. A name that is not there is fs.ErrNotExist.
+func (d *Dir) Open(name string, max int64) (*os.File, error) {
+	if !fs.ValidPath(name) {
+		return nil, &fs.PathError{Op: "open", Path: name, Err: fs.ErrInvalid}
+	}
+	for i, c := range name {
+		if c != '/' {
+			continue
+		}
+		if info, err := d.root.Lstat(name[:i]); err != nil {
+			return nil, err
+		} else if !info.IsDir() {
+			return nil, &fs.PathError{Op: "open", Path: name, Err: ErrKind}
+		}
+	}
+	info, err := d.root.Lstat(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := check(name, info, max); err != nil {
+		return nil, err
+	}
+	// What was looked at may be another thing by now: the open file is judged too.
+	f, err := d.root.OpenFile(name, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, err
+	}
+	now, err := f.Stat()
+	if err == nil {
+		err = check(name, now, max)
+	}
+	if err == nil && !os.SameFile(info, now) {
+		err = &fs.PathError{Op: "open", Path: name, Err: ErrKind}
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+func check(name string, info fs.FileInfo, max int64) error {
+	if !info.Mode().IsRegular() {
+		return &fs.PathError{Op: "open", Path: name, Err: ErrKind}
+	}
+	if info.Size() > max {
+		return &fs.PathError{Op: "open", Path: name, Err: fmt.Errorf("%d bytes: %w", info.Size(), ErrLarge)}
+	}
+	return nil
+}
+
+// Read returns the content of a regular file of at most max bytes.
+func (d *Dir) Read(name string, max int64) ([]byte, error) {
+	f, err := d.Open(name, max)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	text, err := io.ReadAll(io.LimitReader(f, max+1))
+	if err == nil && int64(len(text)) > max {
+		err = &fs.PathError{Op: "read", Path: name, Err: ErrLarge}
+	}
+	return text, err
+}
+
+// Copy copies a regular file of at most max bytes to a new file of the host,
+// mode 0644, and returns the SHA-256 of what it copied, in hex.
+func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
+	in, err := d.Open(name, max)
+	if err != nil {
+		return "", err
+	}
+	defer in.Close()
+	out, err := os.OpenFile(to, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o644)
+	if err != nil {
+		return "", err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	h := sha256.New()
+	n, err := io.Copy(io.MultiWriter(out, h), io.LimitReader(in, max+1))
+	if err == nil && n > max {
+		err = &fs.PathError{Op: "copy", Path: name, Err: ErrLarge}
+	}
+	return hex.EncodeToString(h.Sum(nil)), err
+}
+
+// Files lists the regular files in the folder and below it, as slash paths in
+// order. Links and everything else that is no file are passed over.
+func (d *Dir) Files() ([]string, error) {
+	var files []string
+	seen := 0
+	var walk func(dir string, depth int) error
+	walk = func(dir string, depth int) error {
+		f, err := d.root.OpenFile(dir, os.O_RDONLY|syscall.O_NONBLOCK|syscall.O_DIRECTORY, 0)
+		if err != nil {
+			return err
+		}
+		defer f.Close()
+		for {
+			entries, err := f.ReadDir(1024)
+			if errors.Is(err, io.EOF) {
+				return nil
+			} else if err != nil {
+				return err
+			}
+			for _, e := range entries {
+				if seen++; seen > maxNames {
+					return &fs.PathError{Op: "list", Path: dir, Err: ErrLarge}
+				}
+				name := path.Join(dir, e.Name())
+				switch {
+				case e.Type().IsRegular():
+					files = append(files, name)
+				case !e.IsDir():
+				case depth == maxDepth:
+					return &fs.PathError{Op: "list", Path: name, Err: ErrLarge}
+				default:
+					if err := walk(name, depth+1); err != nil {
+						return err
+					}
+				}
+			}
+		}
+	}
+	if err := walk(".", 0); err != nil {
+		return nil, err
+	}
+	slices.Sort(files)
+	return files, nil
+}
+
+// Named returns the regular files right in the folder whose names end so.
+func (d *Dir) Named(suffix string) ([]string, error) {
+	files, err := d.Files()
+	return slices.DeleteFunc(files, func(name string) bool {
+		return strings.Contains(name, "/") || !strings.HasSuffix(name, suffix)
+	}), err
+}
+
+// ReadFile is [Dir.Read] for one file of one folder.
+func ReadFile(dir, name string, max int64) (text []byte, err error) {
+	d, err := Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	return d.Read(filepath.ToSlash(name), max)
+}

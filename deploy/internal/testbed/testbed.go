@@ -1,0 +1,314 @@
+// Package testbed puts the whole product on one machine: a COS-shaped mirror, a
+// server, a builder that works its queue, and a virtual node that boots one of
+// the kernels. The demo and the end-to-end tests both play on it.
+//
+// It runs the real programs from the bin folder and refuses to reach into them.
+package testbed
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Scene is where everything lives.
+type Scene struct {
+	// Bin holds builder, server, fetcher, nvmlprobe, guestinit and mirror.
+	Bin string
+	// State keeps mirror, build cache and packages between runs.
+	State string
+	// Dir holds what belongs to one run: server data, keys, logs.
+	Dir string
+	// Out gets the programs' progress.
+	Out io.Writer
+}
+
+// New returns a scene whose state is in the user's cache folder, under the
+// name of the product. PREBAKE_STATE names another folder.
+func New(bin, dir string, out io.Writer) (*Scene, error) {
+	state := os.Getenv("PREBAKE_STATE")
+	if state == "" {
+		cache, err := os.UserCacheDir()
+		if err != nil {
+			return nil, fmt.Errorf("find cache folder: %w", err)
+		}
+		state = filepath.Join(cache, "prebake")
+	}
+	s := &Scene{Bin: bin, State: state, Dir: dir, Out: out}
+	for _, d := range []string{state, dir} {
+		if err := os.MkdirAll(d, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// Program returns the path of one of the product's programs.
+func (s *Scene) Program(name string) string { return filepath.Join(s.Bin, name) }
+
+// BuildCache is the builder's cache that demo and tests share.
+func (s *Scene) BuildCache() string { return filepath.Join(s.State, "build") }
+
+// Result is how a program ended.
+type Result struct {
+	Code   int
+	Stdout []byte
+	Stderr []byte
+}
+
+// Run runs a program to its end. An exit status other than 0 is not an error.
+// Its progress goes to Out as well.
+func (s *Scene) Run(ctx context.Context, name string, args ...string) (*Result, error) {
+	cmd := exec.CommandContext(ctx, s.Program(name), args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout = &stdout
+	cmd.Stderr = io.MultiWriter(&stderr, s.Out)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	err := cmd.Run()
+	res := &Result{Stdout: stdout.Bytes(), Stderr: stderr.Bytes()}
+	var exit *exec.ExitError
+	switch {
+	case errors.As(err, &exit) && ctx.Err() == nil:
+		res.Code = exit.ExitCode()
+		return res, nil
+	case err != nil:
+		return res, fmt.Errorf("run %s: %w", name, err)
+	}
+	return res, nil
+}
+
+// Must is Run for steps that have to succeed.
+func (s *Scene) Must(ctx context.Context, name string, args ...string) ([]byte, error) {
+	res, err := s.Run(ctx, name, args...)
+	if err != nil {
+		return nil, err
+	}
+	if res.Code != 0 {
+		return nil, fmt.Errorf("%s %s: exit status %d: %s", name, strings.Join(args, " "), res.Code, lastLines(res.Stderr, 5))
+	}
+	return res.Stdout, nil
+}
+
+func lastLines(b []byte, n int) string {
+	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
+	return strings.Join(lines[max(0, len(lines)-n):], "\n")
+}
+
+// Mirror is what the mirror command says that it laid out.
+type Mirror struct {
+	Dir string
+	// Made and Cached count the objects that this run of the command made, and those that it found.
+	Made   int `json:"made"`
+	Cached int `json:"cached"`
+	Builds []struct {
+		target.Kernel
+		// Package is the Debian version of the kernel, as in 6.1.192-2.
+		Package string `json:"debianPackageVersion"`
+		Note    string `json:"note"`
+	} `json:"builds"`
+	Drivers []struct {
+		Version  string           `json:"version"`
+		Flavours []target.Flavour `json:"flavours"`
+	} `json:"drivers"`
+}
+
+// KernelURL and DriverURL are the two buckets of the mirror.
+func (m *Mirror) KernelURL() string { return "file://" + filepath.Join(m.Dir, "cos") }
+
+// DriverURL is the bucket with the runfiles.
+func (m *Mirror) DriverURL() string { return "file://" + filepath.Join(m.Dir, "drivers") }
+
+// Siblings returns the first two kernels that are one upstream version, which Debian
+// compiled twice. Its archive may have none at times: then ok is false.
+func (m *Mirror) Siblings() (older, newer target.Kernel, ok bool) {
+	for i, a := range m.Builds {
+		for _, b := range m.Builds[i+1:] {
+			upstream, _, _ := strings.Cut(a.Package, "-")
+			other, _, _ := strings.Cut(b.Package, "-")
+			if upstream == other && a.Release != b.Release {
+				return a.Kernel, b.Kernel, true
+			}
+		}
+	}
+	return target.Kernel{}, target.Kernel{}, false
+}
+
+// Mirror lays the COS-shaped mirror out, or finds it.
+func (s *Scene) Mirror(ctx context.Context) (*Mirror, error) {
+	m := &Mirror{Dir: filepath.Join(s.State, "mirror")}
+	raw, err := s.Must(ctx, "mirror", "--out", m.Dir, "--cache", filepath.Join(s.State, "packages"), "--output", "json")
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(raw, m); err != nil {
+		return nil, fmt.Errorf("read what mirror printed: %w", err)
+	}
+	if len(m.Builds) < 3 || len(m.Drivers) < 2 {
+		return nil, fmt.Errorf("mirror has %d builds and %d drivers; want at least 3 and 2", len(m.Builds), len(m.Drivers))
+	}
+	for i := range m.Builds {
+		k := &m.Builds[i].Kernel
+		commit, err := os.ReadFile(filepath.Join(m.Dir, "cos", k.BuildID, k.Board, "kernel_commit"))
+		if err != nil {
+			return nil, err
+		}
+		k.Commit, k.Milestone = strings.TrimSpace(string(commit)), 109
+	}
+	return m, nil
+}
+
+// Process is a program that runs until it is stopped.
+type Process struct {
+	cmd  *exec.Cmd
+	done chan struct{} // closed when the program is over
+	err  error         // how it ended; read it behind done
+}
+
+// Start starts a program; its output goes to the file log in Dir. It has a process group of its
+// own: Ctrl-C at the terminal reaches the caller alone, who stops it.
+func (s *Scene) Start(log, name string, args ...string) (*Process, error) {
+	out, err := os.OpenFile(filepath.Join(s.Dir, log), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.Command(s.Program(name), args...)
+	cmd.Stdout, cmd.Stderr = out, out
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL, Setpgid: true}
+	if err := cmd.Start(); err != nil {
+		return nil, errors.Join(fmt.Errorf("start %s: %w", name, err), out.Close())
+	}
+	p := &Process{cmd: cmd, done: make(chan struct{})}
+	go func() {
+		defer close(p.done)
+		p.err = errors.Join(cmd.Wait(), out.Close())
+	}()
+	return p, nil
+}
+
+// Stop asks the program to end, waits, and kills it after a minute: server and
+// builder give what is running 20 seconds of their own.
+func (p *Process) Stop() error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	select {
+	case <-p.done:
+		return p.err
+	case <-time.After(time.Minute):
+		return errors.Join(errors.New("program did not end in a minute"), p.Kill())
+	}
+}
+
+// Kill ends the program with SIGKILL and waits for it.
+func (p *Process) Kill() error {
+	if err := p.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return err
+	}
+	<-p.done // killed: its status says nothing
+	return nil
+}
+
+// Server is a running server.
+type Server struct {
+	*Process
+	Data   string
+	Addr   string // host:port on loopback
+	Token  string
+	Client *api.Client
+}
+
+// StartServer starts a server on a free port and waits until it is ready.
+func (s *Scene) StartServer(ctx context.Context, data string, m *Mirror) (*Server, error) {
+	if err := os.MkdirAll(data, 0o755); err != nil {
+		return nil, err
+	}
+	addrFile := filepath.Join(data, "address")
+	if err := os.Remove(addrFile); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	p, err := s.Start("server.log", "server", "serve", "--listen", "127.0.0.1:0", "--data", data,
+		"--kernel-mirror", m.KernelURL(), "--driver-mirror", m.DriverURL())
+	if err != nil {
+		return nil, err
+	}
+	srv := &Server{Process: p, Data: data}
+	if err := waitFor(ctx, time.Minute, func() (bool, error) {
+		select {
+		case <-p.done:
+			return false, errors.Join(fmt.Errorf("it ended, see %s", filepath.Join(s.Dir, "server.log")), p.err)
+		default:
+		}
+		addr, err := os.ReadFile(addrFile)
+		if err != nil {
+			return false, nil
+		}
+		token, err := os.ReadFile(filepath.Join(data, "token"))
+		srv.Addr, srv.Token = strings.TrimPrefix(strings.TrimSpace(string(addr)), "http://"), strings.TrimSpace(string(token))
+		return err == nil && srv.Addr != "", nil
+	}); err != nil {
+		return nil, errors.Join(fmt.Errorf("wait for server: %w", err), p.Kill())
+	}
+	srv.Client = api.NewClient("http://"+srv.Addr, srv.Token, nil)
+	return srv, nil
+}
+
+// Repository is where the server's own registry keeps drivers.
+func (srv *Server) Repository() string { return srv.Addr + "/prebake/driver" }
+
+// StartWorker starts a builder that works the server's queue.
+func (s *Scene) StartWorker(srv *Server, m *Mirror, key, cache string, extra ...string) (*Process, error) {
+	return s.Start("worker.log", "builder", append([]string{
+		"work", "--server", "http://" + srv.Addr, "--token", srv.Token, "--queue",
+		"sqlite://" + filepath.Join(srv.Data, "queue.db"),
+		"--id", "scene", "--state", filepath.Join(s.Dir, "worker"), "--to", srv.Repository(), "--key", key, "--cache", cache,
+		"--kernel-mirror", m.KernelURL(), "--driver-mirror", m.DriverURL(),
+	}, extra...)...)
+}
+
+// WaitBuild polls a build until it is over, and calls watch at every change of
+// its phase.
+func WaitBuild(ctx context.Context, c *api.Client, id int64, watch func(api.Build)) (api.Build, error) {
+	var last api.Build
+	err := waitFor(ctx, time.Hour, func() (bool, error) {
+		b, err := c.Build(ctx, id)
+		if err != nil {
+			return false, err
+		}
+		if watch != nil && (b.State != last.State || b.Phase != last.Phase) {
+			watch(b)
+		}
+		last = b
+		return b.FinishedAt != nil || b.State == api.Published || b.State == api.Failed || b.State == api.Cancelled, nil
+	})
+	return last, err
+}
+
+func waitFor(ctx context.Context, limit time.Duration, ready func() (bool, error)) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	tick := time.NewTicker(200 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		ok, err := ready()
+		if err != nil || ok {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-tick.C:
+		}
+	}
+}

@@ -1,0 +1,322 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"path"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/kmod"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Watcher is told what [Agent.Monitor] sees.
+type Watcher interface {
+	// Report is called with each verdict; Alive when a check ended, with or without one.
+	Report(v gpucheck.Verdict)
+	Alive()
+}
+
+// Watch has a run tell w of the driver in force while it waits for the GPU to be idle.
+func (a *Agent) Watch(w Watcher) { a.watcher = w }
+
+// Monitor checks the driver at intervals until the context ends, and tells the
+// watcher. A look that fails is no verdict: what was seen last ages. It changes nothing but
+// the description of GPUs for container runtimes, and it leaves the modules loaded: programs that use the GPU must not
+// notice that this program ends.
+func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) error {
+	tick := time.NewTicker(every)
+	defer tick.Stop()
+	last := gpucheck.Ready
+	if a.cfg.NoLoad {
+		last = gpucheck.Staged
+	}
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		v, err := a.checkDriver(ctx)
+		if ctx.Err() != nil {
+			return nil
+		}
+		w.Alive()
+		if err != nil {
+			a.parts.Log.WarnContext(ctx, "look failed", "err", err, "verdict", last)
+			continue
+		}
+		if v.State != last {
+			a.parts.Log.WarnContext(ctx, "verdict changed", "verdict", v.State, "was", last, "reason", v.Reason)
+		}
+		last = v.State
+		a.describeGPUs(ctx, v)
+		w.Report(v)
+	}
+}
+
+// checkDriver judges what is in force now.
+func (a *Agent) checkDriver(ctx context.Context) (v gpucheck.Verdict, err error) {
+	store, err := a.openInstalled()
+	if err != nil {
+		return v, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	set, err := store.Current()
+	if err != nil {
+		return v, err
+	}
+	if set == nil {
+		return gpucheck.Verdict{State: gpucheck.Absent, Reason: "the installed driver was removed"}, nil
+	}
+	return a.validate(ctx, set, kmod.Mark{}, a.newXids())
+}
+
+// Status is what a node says of itself without asking anybody.
+type Status struct {
+	Host *host.Facts `json:"host"`
+	// Installed and Previous are null when there is no such set.
+	Installed *install.Set     `json:"installed"`
+	Previous  *install.Set     `json:"previous"`
+	Verdict   gpucheck.Verdict `json:"verdict"`
+	// CheckedAt is when the verdict's NVML part was seen; null is never in this boot.
+	CheckedAt *time.Time `json:"checkedAt"`
+}
+
+// nvmlFolders are where installers on COS nodes put NVML's library, besides our own:
+// Google's, and NVIDIA's container toolkit. Elsewhere the loader finds it.
+var nvmlFolders = []string{"/home/kubernetes/bin/nvidia", "/var/lib/nvidia", "/usr/local/nvidia"}
+
+// judgeForeign judges a node on which nothing of ours is in force.
+func (a *Agent) judgeForeign(ctx context.Context, facts *host.Facts, modules map[string]string,
+	ask bool) gpucheck.Verdict {
+	if _, ok := modules["nvidia"]; !ok {
+		return gpucheck.Verdict{
+			State: gpucheck.Absent, Reason: "no driver of ours is installed in " + a.cfg.InstallDir,
+			PCIGPUs: len(facts.ManagedGPUs()),
+			Modules: modules, NVML: gpucheck.NVML{Devices: []gpucheck.Device{}},
+		}
+	}
+	library := path.Base(nvmlLibrary)
+	for _, dir := range append([]string{a.cfg.InstallDir}, nvmlFolders...) {
+		if _, err := fs.Stat(a.node, path.Join(dir, nvmlLibrary)[1:]); err == nil {
+			library = path.Join(dir, nvmlLibrary)
+			break
+		}
+	}
+	f := gpucheck.Facts{Driver: facts.Driver, GPUs: addresses(facts), Modules: modules}
+	if !ask {
+		return gpucheck.JudgeForeign(f)
+	}
+	nvml, err := a.parts.Probe.Probe(ctx, library, false)
+	if err == nil {
+		f.NVML = nvml
+	} else { // a driver that cannot be asked is not a broken one
+		facts.Unread = append(facts.Unread, err.Error())
+	}
+	return gpucheck.JudgeForeign(f)
+}
+
+// Status reads the disk and /proc, and asks NVML about a driver that is not ours. It
+// changes nothing and uses no network.
+func (a *Agent) Status(ctx context.Context) (*Status, error) { return a.status(ctx, true) }
+
+// status asks NVML about a foreign driver if ask says so.
+func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
+	facts, err := host.Observe(a.node)
+	if err != nil {
+		return nil, err
+	}
+	if len(facts.Modules) > 0 {
+		if facts.Users, err = host.DeviceUsers(a.node); err != nil {
+			facts.Unread = append(facts.Unread, err.Error())
+		}
+	}
+	s := &Status{Host: facts}
+	modules := map[string]string{}
+	for _, m := range facts.Modules {
+		modules[m.Name] = m.Version
+	}
+	store, err := a.openInstalled()
+	if errors.Is(err, fs.ErrNotExist) {
+		s.Verdict = a.judgeForeign(ctx, facts, modules, ask)
+		return s, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	if s.Installed, err = store.Current(); err != nil {
+		return nil, err
+	}
+	if s.Previous, err = store.Previous(); err != nil {
+		return nil, err
+	}
+	if s.Installed == nil {
+		s.Verdict = a.judgeForeign(ctx, facts, modules, ask)
+		return s, nil
+	}
+	f := gpucheck.Facts{Driver: s.Installed.Driver, Digest: s.Installed.Digest, GPUs: addresses(facts), Modules: modules,
+		Foreign: foreign(facts, s.Installed)}
+	staged := false
+	if rec := a.readRecord(); rec != nil && rec.Verdict.Digest == s.Installed.Digest {
+		f.NVML, f.NVRM, s.CheckedAt = rec.Verdict.NVML, rec.Verdict.NVRM, &rec.At
+		staged = rec.Verdict.State == gpucheck.Staged && len(facts.Modules) == 0
+	}
+	s.Verdict = judgeStatus(f, facts, s.Installed, staged)
+	return s, nil
+}
+
+// QuickVerdict says what is to be told of a node before a run, or after one that came to no
+// verdict: what the disk and the kernel show. A ready driver is not among it, since nobody
+// has asked NVML.
+func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
+	s, err := a.status(ctx, false)
+	if err != nil {
+		a.parts.Log.WarnContext(ctx, "look at the node", "err", err)
+		return v, false
+	}
+	return s.Verdict, s.Verdict.State != gpucheck.Ready
+}
+
+// judgeStatus adds to the usual judgement what only a check of the disk shows.
+func judgeStatus(f gpucheck.Facts, facts *host.Facts, set *install.Set, staged bool) gpucheck.Verdict {
+	v := gpucheck.Judge(f)
+	switch {
+	case set.Kernel.BuildID != facts.Kernel.BuildID || set.Kernel.Board != facts.Kernel.Board:
+		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("installed for COS %s; this node runs %s", set.Kernel, facts.Kernel)
+	case facts.Driver != (target.Driver{}) && !facts.Runs(set.Driver):
+		v.State, v.Reason = gpucheck.Drifted, fmt.Sprintf("loaded is %s; installed is %s", facts.Driver, set.Driver)
+	case staged:
+		v.State, v.Reason = gpucheck.Staged, "installed, and by request not loaded"
+	}
+	return v
+}
+
+// readRecord reads what the last run of this boot saw; nil when there was none.
+func (a *Agent) readRecord() *record {
+	rec := a.lastRecord()
+	if rec == nil || rec.BootID != a.bootID() {
+		return nil
+	}
+	return rec
+}
+
+// lastRecord reads what the last run saw, in whatever boot; nil when there was none.
+func (a *Agent) lastRecord() *record {
+	raw, err := fs.ReadFile(a.node, path.Join(a.cfg.InstallDir, recordFile)[1:])
+	if err != nil {
+		return nil
+	}
+	var rec record
+	if json.Unmarshal(raw, &rec) != nil {
+		return nil
+	}
+	return &rec
+}
+
+// Rollback puts the previous set in force again, or what was in the install
+// folder before us, and loads what it can.
+func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
+	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
+	a.forget()
+	facts, err := a.observe(r)
+	if err != nil {
+		return r, err
+	}
+	store, err := a.openInstalled()
+	if err != nil {
+		return r, nothingInstalled(err)
+	}
+	defer func() { err = errors.Join(err, store.Close()) }()
+	if !a.cfg.DryRun {
+		unlock, lockErr := store.Lock(googleLock)
+		if lockErr != nil {
+			return r, nothingInstalled(lockErr)
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
+	}
+	if !a.cfg.DryRun {
+		if err := a.recover(ctx, r, store); err != nil {
+			return r, err
+		}
+	}
+	s, err := a.readState(ctx, store)
+	if err == nil && s.current == nil {
+		err = nothingInstalled(fs.ErrNotExist)
+	}
+	if err != nil {
+		return r, err
+	}
+	current, previous := s.current, s.previous
+	if previous == nil {
+		r.did("remove %s from %s", current.Driver, a.cfg.InstallDir)
+		if a.cfg.DryRun {
+			return r, nil
+		}
+		return r, a.withdraw(ctx, r, store, s)
+	}
+	r.did("switch %s back to %s", a.cfg.InstallDir, short(previous.Digest))
+	r.Answer = keptAnswer(previous)
+	if err := firstOf(fitsNode(previous, facts), s.refused(previous)); err != nil {
+		return r, fmt.Errorf("roll back: %w", err)
+	}
+	d := s.put(previous)
+	switch {
+	case d.set == nil:
+		return r, d.err
+	case a.cfg.DryRun:
+		a.plan(r, s, d)
+		return r, nil
+	}
+	err = a.activate(ctx, r, store, s, d)
+	// It lasts: the driver that was left is not put in force again until somebody asks.
+	if now, cerr := store.Current(); cerr == nil && now != nil && now.Digest == previous.Digest {
+		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
+		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
+	}
+	r.Phases = a.parts.Line.Phases()
+	return r, err
+}
+
+// withdraw takes the only set out of force and unloads it; a driver that
+// somebody else loaded stays.
+func (a *Agent) withdraw(ctx context.Context, r *Report, store *install.Store, s nodeState) error {
+	facts := s.facts
+	if !a.cfg.NoLoad && len(facts.Modules) > 0 && s.ownLoaded() {
+		if err := idle(facts); err != nil {
+			return err
+		}
+		if err := a.unload(ctx, r, facts); err != nil {
+			return err
+		}
+	}
+	r.Changed = true
+	r.Verdict = gpucheck.Verdict{State: gpucheck.Absent, Reason: "taken out of force", PCIGPUs: len(facts.ManagedGPUs()),
+		Modules: map[string]string{}}
+	err := errors.Join(store.Restore(install.Pointers{}), store.Sweep())
+	a.hideLibraries(ctx, addedLibraries(store))
+	a.describeGPUs(ctx, r.Verdict)
+	return errors.Join(err, store.RemoveFile(ldFile))
+}
+
+func nothingInstalled(err error) error {
+	if !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return fault.New(fault.NoArtifact, "no driver of ours is in force", "run fetcher install")
+}
+
+func keptAnswer(s *install.Set) resolve.Answer {
+	return resolve.Answer{State: api.Published, Driver: s.Driver, Digest: s.Digest, Repository: s.Repository,
+		Source: resolve.SourceInstalled}
+}

@@ -1,0 +1,327 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"path"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/modinfo"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// maxModule bounds one module; the largest real one has 65 MB.
+const maxModule = 512 << 20
+
+// fetchAndStage verifies the artifact that was resolved, fetches the layers that the
+// node lacks and stages them as a set. Nothing is in force after it.
+func (a *Agent) fetchAndStage(ctx context.Context, r *Report, store *install.Store, facts *host.Facts,
+	current *install.Set) (*install.Set, error) {
+	var repo Repository
+	var content bundle.Content
+	var p evidence
+	origin := originOf(r.Answer)
+	err := a.parts.Line.Do("verify", func() (_ string, err error) {
+		var verdict *trust.Verdict
+		if repo, p, content, verdict, err = a.judge(ctx, store, r.Answer, facts); err != nil {
+			return "", err
+		}
+		r.SignedBy, r.Signatures = verdict.SignedBy(), verdict.Signatures
+		if !a.cfg.NoLoad { // what the kernel is bound to refuse is not fetched
+			if err := facts.Policy.Allows("nvidia", verdict.ModulesSigned); err != nil {
+				return "", err
+			}
+		}
+		return fmt.Sprintf("%s signed by %s", short(r.Answer.Digest), r.SignedBy), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	set := a.setOf(origin, r.Answer.Digest, repo.Name(), content, facts)
+	if a.cfg.DryRun {
+		a.planStage(ctx, r, repo, store, set, current)
+		return set, nil
+	}
+	err = a.parts.Line.Do("fetch", func() (string, error) {
+		if err := a.fetch(ctx, r, repo, store, set, content.Identity, facts); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("%s, cached %s", size(r.FetchedBytes), size(r.CachedBytes)), nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	err = a.parts.Line.Do("stage", func() (string, error) {
+		if set.Modules, err = a.modules(store, content, facts); err != nil {
+			return "", err
+		}
+		if current != nil && current.Digest == set.Digest && current.Kernel == set.Kernel {
+			set.InstalledAt = current.InstalledAt
+		}
+		raw, err := json.Marshal(p)
+		if err != nil {
+			return "", err
+		}
+		if have, err := store.Evidence(set.Digest); err == nil && bytes.Equal(have, raw) && reflect.DeepEqual(set, current) &&
+			store.LinksHold(*set) == nil {
+			return "already staged", nil
+		}
+		if err := store.AddSet(*set, raw); err != nil {
+			return "", err
+		}
+		return plural(len(set.Modules), "module") + " checked", nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return set, nil
+}
+
+// judge reads what was signed of an artifact, and judges it.
+func (a *Agent) judge(ctx context.Context, store *install.Store, answer resolve.Answer,
+	facts *host.Facts) (repo Repository, p evidence, content bundle.Content, verdict *trust.Verdict, err error) {
+	origin := originOf(answer)
+	v, err := a.verifierFor(origin)
+	if err != nil {
+		return nil, p, content, nil, err
+	}
+	if repo, err = a.parts.Open(answer.Repository); err != nil {
+		return nil, p, content, nil, err
+	}
+	if p, err = readEvidence(ctx, repo, v, answer.Digest, facts); err != nil {
+		return nil, p, content, nil, err
+	}
+	if origin != install.MadeHere {
+		a.refresh(ctx)
+	}
+	content, verdict, err = a.verify(p, origin, answer.Digest, answer.Driver, facts, a.since(store, origin, answer, facts))
+	return repo, p, content, verdict, err
+}
+
+// refresh updates what decisions depend on. Whether it can be done without is the
+// verifier's to say.
+func (a *Agent) refresh(ctx context.Context) {
+	if a.parts.Refresh == nil {
+		return
+	}
+	if err := a.parts.Refresh(ctx); err != nil {
+		a.parts.Log.WarnContext(ctx, "refresh snapshot", "err", err)
+	}
+}
+
+// since is the time at which an artifact is taken: now, or zero where it was taken before,
+// as what is kept beside its set shows. Damage is mended then, whatever the clock says.
+func (a *Agent) since(store *install.Store, origin install.Origin, answer resolve.Answer, facts *host.Facts) time.Time {
+	if store != nil {
+		if raw, err := store.Evidence(answer.Digest); err == nil && raw != nil {
+			var p evidence
+			if json.Unmarshal(raw, &p) == nil {
+				if _, _, err := a.verify(p, origin, answer.Digest, answer.Driver, facts, time.Time{}); err == nil {
+					return time.Time{}
+				}
+			}
+		}
+	}
+	return a.parts.Now()
+}
+
+// maxBundles bounds the statements of one artifact together; real ones have some hundred
+// kilobytes.
+const maxBundles = 16 << 20
+
+// useful tells what a bundle says, for [registry.Repository.AttachedIf]: nothing where its
+// signature does not hold, or it is about something else. The same statement by the same
+// signer is the same, however its JSON is written.
+func useful(v statements, digest string) func([]byte) string {
+	return func(bundle []byte) string {
+		st, err := v.Statement(bundle)
+		if err != nil || !st.About(digest) {
+			return ""
+		}
+		return st.Signer() + " " + st.PredicateType + " " + digestOf(st.Predicate)
+	}
+}
+
+type statements interface {
+	Statement(bundle []byte) (*trust.Statement, error)
+}
+
+// readEvidence reads the manifest, the config and the signed statements, and no layer.
+func readEvidence(ctx context.Context, repo Repository, v Verifier, digest string, facts *host.Facts) (p evidence,
+	err error) {
+	if p.Manifest, err = repo.Manifest(ctx, digest); err != nil {
+		return p, err
+	}
+	if got := digestOf(p.Manifest); got != digest { // before anything that it names is asked for
+		return p, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got),
+			"fetch from another registry")
+	}
+	d, err := bundle.ConfigDescriptor(p.Manifest)
+	if err != nil {
+		return p, err
+	}
+	if p.Config, err = repo.Small(ctx, d); err != nil {
+		return p, err
+	}
+	p.Bundles, err = repo.AttachedIf(ctx, digest, trust.ArtifactTypeBundle, useful(v, digest), v.Wanted(facts.Kernel)...)
+	for i, size := 0, 0; i < len(p.Bundles); i++ { // what is kept beside the set has to be read again
+		if size += len(p.Bundles[i]); size > maxBundles {
+			p.Bundles = p.Bundles[:i]
+		}
+	}
+	return p, err
+}
+
+func digestOf(data []byte) string {
+	sum := sha256.Sum256(data)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+// loadOrder is the order in which modules are loaded, and their order in a set.
+var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
+
+// inspect reads every module of a layer, and checks that it is for this kernel and this driver.
+// known has the digests of what belongs to a layer that was checked, and is trusted; nil is a
+// layer that was not, of which everything is read and digested for the moment when it is loaded.
+func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
+	files, err := fs.Glob(layer, "drivers/*.ko")
+	if err != nil {
+		return nil, err
+	}
+	var mods []install.Module
+	for _, file := range files {
+		digest, ok := known[file]
+		if !ok && known != nil {
+			continue // somebody added it
+		}
+		m, err := inspectOne(layer, file, digest)
+		if err != nil {
+			return nil, err
+		}
+		mods = append(mods, m)
+	}
+	slices.SortStableFunc(mods, func(a, b install.Module) int { return rank(a.Name) - rank(b.Name) })
+	return mods, fit(mods, id, facts)
+}
+
+// fit checks that modules are for this kernel and this driver.
+func fit(mods []install.Module, id bundle.Identity, facts *host.Facts) error {
+	for _, m := range mods {
+		mismatch := func(what, got, want string) error {
+			return fault.New(fault.Mismatch, fmt.Sprintf("check module %s: %s %q; want %q", m.Name, what, got, want),
+				"have the driver built for this very COS build")
+		}
+		release, _, _ := strings.Cut(m.Vermagic, " ")
+		switch {
+		case release != facts.Kernel.Release:
+			return mismatch("made for kernel", release, facts.Kernel.Release)
+		case m.Vermagic != id.Vermagic:
+			return mismatch("vermagic", m.Vermagic, id.Vermagic)
+		case m.Version != "" && m.Version != id.Driver.Modules().Version:
+			return mismatch("version", m.Version, id.Driver.Modules().Version)
+		}
+	}
+	if !slices.ContainsFunc(mods, func(m install.Module) bool { return m.Name == "nvidia" }) {
+		return fault.New(fault.Mismatch, "check modules: the modules layer holds no drivers/nvidia.ko",
+			"have the driver built again")
+	}
+	return nil
+}
+
+func rank(module string) int {
+	if i := slices.Index(loadOrder, module); i >= 0 {
+		return i
+	}
+	return len(loadOrder)
+}
+
+// readModule reads one module whole, as the kernel wants it.
+func readModule(layer fs.FS, file string) (_ []byte, err error) {
+	f, size, err := openModule(layer, file)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	raw := make([]byte, size)
+	_, err = io.ReadFull(f, raw)
+	return raw, err
+}
+
+// inspectOne reads one module piece by piece: a large one has 65 MB. Of one whose digest is
+// known, it reads what the module says of itself.
+func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) {
+	f, size, err := openModule(layer, file)
+	if err != nil {
+		return install.Module{}, fault.Wrap(fault.Unverified, fmt.Errorf("check module %s: %w", file, err), hintAgain)
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if digest == "" {
+		h := sha256.New()
+		if n, err := io.Copy(h, f); err != nil || n != size {
+			return install.Module{}, fault.Wrap(fault.Unverified,
+				fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
+		}
+		digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+	}
+	at, ok := f.(io.ReaderAt)
+	if !ok {
+		return install.Module{}, fmt.Errorf("check module %s: %w", file, fs.ErrInvalid)
+	}
+	m, err := modinfo.Read(at, size)
+	if err != nil {
+		return install.Module{}, fmt.Errorf("check module %s: %w", file, err)
+	}
+	return install.Module{
+		Name: strings.TrimSuffix(path.Base(file), ".ko"), File: file, SHA256: digest, Size: size,
+		Version: m.Version, Vermagic: strings.TrimSpace(m.Vermagic), BuildID: m.BuildID, Signed: m.Signed,
+	}, nil
+}
+
+// openModule opens one module, and none that has more than a module has.
+func openModule(layer fs.FS, file string) (fs.File, int64, error) {
+	check := func(info fs.FileInfo, err error) error {
+		if err == nil && (!info.Mode().IsRegular() || info.Size() > maxModule) {
+			err = fault.New(fault.Unverified, fmt.Sprintf("%s is no regular file of at most %d bytes", file, maxModule), "")
+		}
+		return err
+	}
+	if err := check(fs.Stat(layer, file)); err != nil { // first: opening a pipe waits for its other end
+		return nil, 0, err
+	}
+	f, err := layer.Open(file)
+	if err != nil {
+		return nil, 0, err
+	}
+	info, err := f.Stat()
+	if err := check(info, err); err != nil {
+		return nil, 0, errors.Join(err, f.Close())
+	}
+	return f, info.Size(), nil
+}
+
+// planStage reports what fetchAndStage would do.
+func (a *Agent) planStage(ctx context.Context, r *Report, repo Repository, store *install.Store, set,
+	current *install.Set) {
+	if _, err := a.missing(ctx, r, repo, store, set); err != nil {
+		return // the run is over
+	}
+	if current == nil || current.Digest != set.Digest {
+		r.Changed = true
+		r.did("switch %s to %s", a.cfg.InstallDir, short(set.Digest))
+	}
+}

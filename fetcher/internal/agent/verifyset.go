@@ -1,0 +1,257 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/prebake/prebake/fetcher/internal/host"
+	"github.com/prebake/prebake/fetcher/internal/install"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/bundle"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/trust"
+)
+
+// evidence is all that an artifact is verified by: what a registry was asked for, and what
+// is beside a set on the disk. Nothing of it is trusted before [Agent.verify].
+type evidence struct {
+	Manifest []byte   `json:"manifest"`
+	Config   []byte   `json:"config"`
+	Bundles  [][]byte `json:"bundles"`
+}
+
+// verify judges a proof for this node. What is wrong has a hint of what to do next. now is
+// zero for what is on the node already: no clock makes that worse.
+func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
+	now time.Time) (bundle.Content, *trust.Verdict, error) {
+	none := bundle.Content{}
+	v, err := a.verifierFor(origin)
+	if err != nil {
+		return none, nil, err
+	}
+	if got := digestOf(p.Manifest); got != digest {
+		return none, nil, fault.New(fault.Unverified, fmt.Sprintf("read manifest %s: the bytes have digest %s", digest, got),
+			"fetch from another registry")
+	}
+	content, err := bundle.ParseManifest(p.Manifest, p.Config) // compares the config's digest
+	if err != nil {
+		return none, nil, err
+	}
+	verdict, err := v.Verify(p.Bundles,
+		trust.Expect{Digest: digest, Kernel: facts.Kernel, Driver: d, Identity: content.Identity, Now: now})
+	switch {
+	case fault.Hint(err) != "":
+	case fault.Is(err, fault.Mismatch):
+		err = fault.Wrap(fault.Mismatch, err,
+			"have the driver built for COS "+facts.Kernel.String()+", and check that --server or --registry is the right one")
+	case fault.Is(err, fault.Unverified):
+		err = fault.Wrap(fault.Unverified, err,
+			"use nothing of this artifact; publish it again, or fetch from another registry")
+	}
+	return content, verdict, err
+}
+
+// verifierFor returns who judges an artifact: the node's own key counts for what the
+// node itself compiled, and for nothing else.
+func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
+	if origin == install.MadeHere && a.parts.NodeVerifier != nil {
+		return a.parts.NodeVerifier()
+	}
+	if a.parts.Verifier == nil {
+		return nil, fault.New(fault.Usage, "nobody is trusted",
+			"name the publisher's public key: --key FILE; nothing is loaded unverified")
+	}
+	return a.parts.Verifier, nil
+}
+
+// setOf is what signed content says of a set. The digests of its modules are not in it.
+func (a *Agent) setOf(origin install.Origin, digest, repository string, content bundle.Content,
+	facts *host.Facts) *install.Set {
+	set := &install.Set{
+		Digest: digest, Origin: origin, Repository: repository, Kernel: facts.Kernel, Driver: content.Identity.Driver,
+		InstalledAt: a.parts.Now().UTC(),
+	}
+	for _, l := range content.Layers {
+		set.Layers = append(set.Layers, install.Layer{Kind: l.Kind, Digest: l.Digest, DiffID: l.DiffID, Size: l.Size})
+	}
+	return set
+}
+
+// verifySet verifies a set that is on the disk, now and for this kernel: the statements
+// beside it, and by them every byte of its layers. It returns the set as signed content
+// has it. What set.json says decides nothing but where to look.
+func (a *Agent) verifySet(ctx context.Context, store *install.Store, set *install.Set, facts *host.Facts,
+	kinds ...bundle.LayerKind) (*install.Set, error) {
+	fail := func(err error) (*install.Set, error) {
+		if ctx.Err() == nil && !fault.Is(err, fault.Transient) {
+			a.unverified.Store(set.Digest, err)
+		}
+		return nil, fmt.Errorf("verify installed driver %s: %w", set.Driver, err)
+	}
+	content, err := a.attestations(store, set, facts)
+	if err != nil {
+		return fail(err)
+	}
+	proved := a.setOf(set.Origin, set.Digest, set.Repository, content, facts)
+	proved.InstalledAt = set.InstalledAt
+	g, gctx := errgroup.WithContext(ctx)
+	for _, l := range proved.Layers {
+		if len(kinds) == 0 || slices.Contains(kinds, l.Kind) {
+			g.Go(func() error { return a.checkLayer(gctx, store, l) })
+		}
+	}
+	if err := g.Wait(); err != nil {
+		return fail(err)
+	}
+	if err := store.LinksHold(*proved); err != nil {
+		return fail(err)
+	}
+	if proved.Modules, err = a.modules(store, content, facts); err != nil {
+		return fail(err)
+	}
+	return proved, nil
+}
+
+// attestations verifies the attestations of a set, and none of its files.
+func (a *Agent) attestations(store *install.Store, set *install.Set, facts *host.Facts) (bundle.Content, error) {
+	raw, err := store.Evidence(set.Digest)
+	if err != nil {
+		return bundle.Content{}, err
+	}
+	var p evidence
+	if raw == nil {
+		return bundle.Content{}, fault.New(fault.Unverified, "it has no attestations",
+			"run fetcher install once while the registry answers: it writes them")
+	}
+	if err := json.Unmarshal(raw, &p); err != nil {
+		return bundle.Content{}, fault.Wrap(fault.Unverified, fmt.Errorf("read statements: %w", err), hintAgain)
+	}
+	content, _, err := a.verify(p, set.Origin, set.Digest, set.Driver, facts, time.Time{})
+	return content, err
+}
+
+// verifiable reports whether nothing prevents the verification of a set: its statements hold,
+// and no attempt of this run has failed.
+func (a *Agent) verifiable(store *install.Store, set *install.Set, facts *host.Facts) bool {
+	if set == nil || set.Damaged {
+		return false
+	}
+	if _, bad := a.unverified.Load(set.Digest); bad {
+		return false
+	}
+	_, err := a.attestations(store, set, facts)
+	return err == nil
+}
+
+const hintAgain = "run fetcher install again: what is damaged on this node is fetched anew"
+
+// checkedLayer is a layer that was compared with its signed diff id.
+type checkedLayer struct {
+	// files are the digests of its files.
+	files map[string]string
+	// print is what [install.Store.LayerPrint] said before.
+	print string
+	// modules are what its modules say of themselves; nil means that nobody looked.
+	modules []install.Module
+}
+
+// unchanged reports whether nobody has written to a layer since it was checked in this or
+// an earlier run, as its inodes tell. What waits on the disk is not read again and again;
+// what is switched to or loaded is ([Agent.verifySet]).
+func (a *Agent) unchanged(store *install.Store, l install.Layer) bool {
+	known, ok := a.layer(l.Digest)
+	if !ok || known.print == "" {
+		return false
+	}
+	print, err := store.LayerPrint(l.Digest)
+	return err == nil && print == known.print
+}
+
+// layer is what is known of a layer, from this run or else from an earlier one.
+func (a *Agent) layer(digest string) (checkedLayer, bool) {
+	found, ok := a.checked.Load(digest)
+	if !ok {
+		found, ok = a.seen.Load(digest)
+	}
+	known, _ := found.(checkedLayer)
+	return known, ok
+}
+
+// checkLayer compares an unpacked layer with its signed diff id, once in each run and after
+// each change.
+func (a *Agent) checkLayer(ctx context.Context, store *install.Store, l install.Layer) error {
+	print, err := store.LayerPrint(l.Digest) // before: what is written meanwhile is noticed
+	if err != nil {
+		return fault.Wrap(fault.Unverified, err, hintAgain)
+	}
+	// A run may last for hours. What was written since is read again.
+	if known, ok := a.checked.Load(l.Digest); ok && known.(checkedLayer).print == print {
+		return nil
+	}
+	root, err := store.LayerRoot(l.Digest)
+	if err != nil {
+		return fault.Wrap(fault.Unverified, err, hintAgain)
+	}
+	names, err := store.LayerNames(l.Digest)
+	if err != nil {
+		return errors.Join(err, root.Close())
+	}
+	files, err := bundle.CheckTree(ctx, root, l.Kind, l.DiffID, names)
+	if err := errors.Join(err, root.Close()); err != nil {
+		if fault.Is(err, fault.Unverified) {
+			err = fault.Wrap(fault.Unverified, err, hintAgain)
+		}
+		return err
+	}
+	a.checked.Store(l.Digest, checkedLayer{files: files, print: print})
+	return nil
+}
+
+// modules says what the modules of a layer are that was checked. Where nobody has written to it
+// since, as its inodes tell, nothing is digested again: what is loaded is compared in memory
+// with the digests of then.
+func (a *Agent) modules(store *install.Store, content bundle.Content, facts *host.Facts) ([]install.Module, error) {
+	l := content.Layer(bundle.LayerModules)
+	layer, err := store.LayerFS(l.Digest)
+	if err != nil {
+		return nil, err
+	}
+	checked, _ := a.layer(l.Digest)
+	print, err := store.LayerPrint(l.Digest)
+	same := err == nil && checked.print == print && checked.files != nil
+	if same && checked.modules != nil {
+		return slices.Clone(checked.modules), fit(checked.modules, content.Identity, facts)
+	}
+	known := map[string]string{}
+	for file, digest := range checked.files {
+		if known[file] = ""; same { // else it is digested again
+			known[file] = digest
+		}
+	}
+	mods, err := inspect(layer, content.Identity, facts, known)
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range mods {
+		if checked.files[m.File] != m.SHA256 {
+			return nil, fault.New(fault.Unverified, fmt.Sprintf("read module %s: it changed after it was checked", m.Name),
+				hintAgain)
+		}
+	}
+	return mods, nil
+}
+
+// originOf tells whose signature has to be on an answer.
+func originOf(answer resolve.Answer) install.Origin {
+	if answer.Source == resolve.SourceNode {
+		return install.MadeHere
+	}
+	return install.Published
+}

@@ -1,0 +1,56 @@
+package localbuild_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// What did not compile is not compiled again and again: of the same driver, by the same
+// builder, unless somebody says so.
+func TestFailuresAreRemembered(t *testing.T) {
+	t.Parallel()
+	b := script(t, `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`)
+	calls := func() int {
+		raw, err := os.ReadFile(filepath.Join(filepath.Dir(b.Program), "calls"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.Count(string(raw), "build --build-id")
+	}
+	for i, row := range []struct {
+		name  string
+		retry bool
+		wish  string
+		calls int
+	}{
+		{"the first time", false, "R535", 1},
+		{"the second time", false, "R535", 1},
+		{"once more, by hand", true, "R535", 2},
+		{"another driver", false, "R550", 3},
+		{"and the first again", false, "R535", 4}, // one is stored
+	} {
+		q := question
+		q.Wish = target.Wish(row.wish)
+		b.Retry = row.retry
+		_, err := b.Build(t.Context(), q)
+		if !fault.Is(err, fault.APIBreak) || !strings.Contains(err.Error(), "too few arguments") ||
+			fault.Hint(err) != "take another" {
+			t.Errorf("%s: Build = %v (hint %q)", row.name, err, fault.Hint(err))
+		}
+		if got := calls(); got != row.calls {
+			t.Errorf("%d, %s: compiled %d times; want %d", i, row.name, got, row.calls)
+		}
+	}
+	transient := script(t, "exit 5")
+	for range 2 {
+		if _, err := transient.Build(t.Context(), question); err == nil ||
+			strings.Contains(err.Error(), "tried again after") {
+			t.Errorf("Build = %v", err)
+		}
+	}
+}

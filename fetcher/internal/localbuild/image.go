@@ -1,0 +1,119 @@
+package localbuild
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"github.com/gofrs/flock"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
+	"golang.org/x/sys/unix"
+
+	"github.com/prebake/prebake/pkg/archive"
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// Image is a container image that has the builder and the tools that it runs. It is pulled
+// when something has to be compiled, and removed when that is done.
+type Image struct {
+	Repository interface {
+		PullImage(ctx context.Context, digest, arch, dir string) (v1.Image, error)
+	}
+	// Digest is the image's, or that of an index; it is all that vouches for it.
+	Digest string
+}
+
+// imageFolder is where an image is below the state folder while it is used, and imageLock
+// is held as long.
+const (
+	imageFolder = "builder-image"
+	imageLock   = "builder-image.lock"
+)
+
+// Sweep removes an image that a run left in the state folder which was killed.
+func Sweep(stateDir string) error {
+	if _, err := os.Stat(filepath.Join(stateDir, imageFolder)); err != nil {
+		return nil //nolint:nilerr // there is none
+	}
+	lock := flock.New(filepath.Join(stateDir, imageLock))
+	if held, err := lock.TryLock(); err != nil || !held {
+		return err // somebody compiles
+	}
+	return errors.Join(os.RemoveAll(filepath.Join(stateDir, imageFolder)), lock.Unlock())
+}
+
+// mayEnter says early why an image could not be started.
+func mayEnter() error {
+	var caps [2]unix.CapUserData
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	if err := unix.Capget(&header, &caps[0]); err == nil && caps[0].Effective&(1<<unix.CAP_SYS_ADMIN) == 0 {
+		return fault.New(
+			fault.Usage,
+			"start the builder's image: this process may mount nothing",
+			"run as root with CAP_SYS_ADMIN (privileged: true), or turn compiling off: --builder never",
+		)
+	}
+	return nil
+}
+
+// unpack pulls the image, and returns the folder of its root and the program that it starts.
+func (i Image) unpack(ctx context.Context, stateDir string) (root, program string, remove func() error, err error) {
+	if err := mayEnter(); err != nil {
+		return "", "", nil, err
+	}
+	lock := flock.New(filepath.Join(stateDir, imageLock))
+	if held, err := lock.TryLock(); err != nil {
+		return "", "", nil, fmt.Errorf("lock %s: %w", stateDir, err)
+	} else if !held {
+		return "", "", nil, fault.New(fault.Busy, "another fetcher compiles on this node", "wait until it is done")
+	}
+	dir := filepath.Join(stateDir, imageFolder)
+	remove = func() error { return errors.Join(os.RemoveAll(dir), lock.Unlock()) }
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("unpack the builder's image: %w", errors.Join(err, remove()))
+		}
+	}()
+	if err := os.RemoveAll(dir); err != nil { // a run that was killed left it
+		return "", "", remove, err
+	}
+	blobs, root := filepath.Join(dir, "blobs"), filepath.Join(dir, "root")
+	for _, d := range []string{blobs, root} {
+		if err := os.MkdirAll(d, 0o700); err != nil {
+			return "", "", remove, fault.Disk(err, "free some space on the disk of "+stateDir)
+		}
+	}
+	img, err := i.Repository.PullImage(ctx, i.Digest, runtime.GOARCH, blobs)
+	if err != nil {
+		return "", "", remove, err
+	}
+	config, err := img.ConfigFile()
+	if err != nil {
+		return "", "", remove, fault.Wrap(fault.Unverified, err, "")
+	}
+	if len(config.Config.Entrypoint) != 1 || !filepath.IsAbs(config.Config.Entrypoint[0]) {
+		return "", "", remove, fault.New(
+			fault.Usage,
+			fmt.Sprintf("its entry point is %q; want one program", config.Config.Entrypoint),
+			"name the image of Dockerfile.builder: --builder HOST/NAME@sha256:DIGEST",
+		)
+	}
+	handle, err := os.OpenRoot(root)
+	if err != nil {
+		return "", "", remove, err
+	}
+	defer handle.Close()
+	flat := mutate.Extract(img)
+	defer flat.Close()
+	if _, err := archive.UnpackTar(ctx, flat, handle, archive.Options{Root: true}); fault.NoSpace(err) {
+		return "", "", remove, fault.New(fault.DiskFull, err.Error(), "free some space on the disk of "+stateDir)
+	} else if err != nil {
+		return "", "", remove, err
+	}
+	// Programs in it run as other users, too.
+	return root, config.Config.Entrypoint[0], remove, errors.Join(os.Chmod(root, 0o755), os.RemoveAll(blobs))
+}

@@ -1,0 +1,302 @@
+// Package localbuild compiles a driver on the node itself by running the builder:
+// the same code path as on the farm. What it makes is signed with a key that
+// only this node has and that is trusted for the node's own folder alone. It
+// refuses to know how a driver is compiled.
+package localbuild
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+)
+
+// Builder runs the builder program.
+type Builder struct {
+	// Program is the builder.
+	Program string
+	// Image has the builder in place of Program; nil means that there is one.
+	Image *Image
+	// StateDir is a folder for the node's key and its artifacts.
+	StateDir string
+	// CacheDir is the builder's cache.
+	CacheDir string
+	// KernelMirror and DriverMirror are where the inputs are; "" leaves them to
+	// the builder's own defaults.
+	KernelMirror, DriverMirror string
+	// Retry compiles what lately did not compile.
+	Retry bool
+	// Progress gets the builder's progress lines; may be nil.
+	Progress func(line string)
+
+	root string // of the unpacked image
+}
+
+// grace is how long a builder may clean up after it was told to stop.
+const grace = 30 * time.Second
+
+// Layout returns the reference of the node's own artifacts.
+func (b Builder) Layout() string { return "oci:" + filepath.Join(b.StateDir, "local") }
+
+// PublicKey returns the public half of the key of the node with this state folder.
+func PublicKey(stateDir string) ([]byte, error) {
+	pem, err := os.ReadFile(keyIn(stateDir) + ".pub")
+	if err != nil {
+		return nil, fault.Wrap(fault.Unverified, fmt.Errorf("read node key: %w", err),
+			"what this node compiled for itself cannot be verified: have it compiled again, or publish the driver")
+	}
+	return pem, nil
+}
+
+// Both halves of the node's key are in one folder, which gets its name when they are there:
+// a run that is killed leaves no half of a pair, nor halves of two.
+const (
+	keyFolder = "node-key"
+	keyFile   = "local.key"
+)
+
+// keyIn returns the key's file; older releases had it in the state folder itself.
+func keyIn(stateDir string) string {
+	key := filepath.Join(stateDir, keyFolder, keyFile)
+	old := filepath.Join(stateDir, keyFile)
+	if _, err := os.Stat(filepath.Dir(key)); errors.Is(err, os.ErrNotExist) && completePEM(old) &&
+		completePEM(old+".pub") {
+		return old
+	}
+	return key
+}
+
+// key returns the node's key, and makes it where there is none that is whole.
+func (b Builder) key(ctx context.Context) (string, error) {
+	if key := keyIn(b.StateDir); completePEM(key) && completePEM(key+".pub") {
+		return key, nil
+	}
+	fresh, folder := filepath.Join(b.StateDir, "tmp-key"), filepath.Join(b.StateDir, keyFolder)
+	if err := errors.Join(os.RemoveAll(fresh), os.RemoveAll(folder)); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	if err := os.Mkdir(fresh, 0o700); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	if _, err := b.run(ctx, "keygen", filepath.Join(fresh, keyFile)); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	if err := os.Rename(fresh, folder); err != nil {
+		return "", fmt.Errorf("make node key: %w", err)
+	}
+	return filepath.Join(folder, keyFile), nil
+}
+
+// completePEM reports whether a file is there and ends as a PEM file does.
+func completePEM(name string) bool {
+	text, err := os.ReadFile(name)
+	return err == nil && bytes.HasPrefix(text, []byte("-----BEGIN ")) &&
+		bytes.HasSuffix(bytes.TrimSpace(text), []byte("-----"))
+}
+
+// Build compiles and returns the artifact in the node's own layout. An error
+// has the kind that the builder's exit code stands for.
+func (b Builder) Build(ctx context.Context, q resolve.Question) (_ resolve.Answer, err error) {
+	if err := os.MkdirAll(b.StateDir, 0o700); err != nil {
+		return resolve.Answer{}, fmt.Errorf("make state folder: %w", err)
+	}
+	if err := b.real(); err != nil {
+		return resolve.Answer{}, err
+	}
+	failed := b.failures()
+	if err := failed.known(q); err != nil && !b.Retry {
+		return resolve.Answer{}, err
+	}
+	defer func() { err = errors.Join(err, failed.remember(q, err)) }()
+	if b.Image != nil {
+		if b.Progress != nil {
+			b.Progress("fetching the builder's image")
+		}
+		root, program, remove, uerr := b.Image.unpack(ctx, b.StateDir)
+		if uerr != nil {
+			return resolve.Answer{}, uerr
+		}
+		defer func() { err = errors.Join(err, remove()) }()
+		b.root, b.Program = root, program
+	}
+	key, err := b.key(ctx)
+	if err != nil {
+		return resolve.Answer{}, err
+	}
+	// What an earlier run published here is in the install folder, or is of no use.
+	if err := os.RemoveAll(strings.TrimPrefix(b.Layout(), "oci:")); err != nil {
+		return resolve.Answer{}, fmt.Errorf("clear the node's own layout: %w", err)
+	}
+	flavour := q.Flavour
+	if flavour == resolve.Auto {
+		flavour = string(target.Proprietary) // every release that compiles at all on an old kernel has it
+	}
+	args := []string{
+		"build", "--build-id", q.Kernel.BuildID, "--board", q.Kernel.Board, "--driver", string(q.Wish), "--flavour", flavour,
+		"--to", b.Layout(), "--key", key, "--cache", b.CacheDir, "--load-test", "off", "--output", "json",
+	}
+	if b.KernelMirror != "" {
+		args = append(args, "--kernel-mirror", b.KernelMirror)
+	}
+	if b.DriverMirror != "" {
+		args = append(args, "--driver-mirror", b.DriverMirror)
+	}
+	out, err := b.run(ctx, args...)
+	if err != nil {
+		return resolve.Answer{}, fmt.Errorf("compile on this node: %w", err)
+	}
+	var res struct {
+		Digest string        `json:"digest"`
+		Driver target.Driver `json:"driver"`
+	}
+	if err := json.Unmarshal(out, &res); err != nil || res.Digest == "" {
+		return resolve.Answer{}, fault.New(fault.Internal, "compile on this node: the builder's answer names no digest",
+			"use the builder of the same release as this program")
+	}
+	return resolve.Answer{State: api.Published, Source: resolve.SourceNode, Driver: res.Driver, Repository: b.Layout(),
+		Digest: res.Digest}, nil
+}
+
+// maxOutput bounds what is kept of the builder's result.
+const maxOutput = 4 << 20
+
+// run runs the builder and returns its stdout.
+func (b Builder) run(ctx context.Context, args ...string) ([]byte, error) {
+	cmd, err := b.command(ctx, args)
+	if err != nil {
+		return nil, err
+	}
+	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
+	cmd.WaitDelay = grace
+	var stdout bytes.Buffer
+	cmd.Stdout = &stdout
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, fmt.Errorf("run %s: %w", b.Program, err)
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, fault.Wrap(fault.Usage, fmt.Errorf("run builder: %w", err),
+			"name the builder program with --builder PATH, or --builder never")
+	}
+	said := b.follow(stderr)
+	err = cmd.Wait()
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		return nil, said.fault(exit.ExitCode())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("run builder: %w", err)
+	}
+	if stdout.Len() > maxOutput {
+		return nil, fault.New(fault.Internal, "run builder: its answer is too large", "")
+	}
+	return stdout.Bytes(), nil
+}
+
+// real replaces paths by those that have no links on the way: a program in an image sees
+// these folders at the same paths, and not the links that lead there.
+func (b *Builder) real() error {
+	if b.Image == nil {
+		return nil
+	}
+	if err := os.MkdirAll(b.CacheDir, 0o755); err != nil {
+		return fmt.Errorf("make cache folder: %w", err)
+	}
+	for _, dir := range []*string{&b.StateDir, &b.CacheDir} {
+		path, err := filepath.EvalSymlinks(*dir)
+		if err != nil {
+			return fmt.Errorf("find folder: %w", err)
+		}
+		*dir = path
+	}
+	for _, list := range []*string{&b.KernelMirror, &b.DriverMirror} {
+		mirrors := strings.Split(*list, ",")
+		for i, mirror := range mirrors {
+			folder, ok := strings.CutPrefix(mirror, "file://")
+			if !ok {
+				continue
+			}
+			path, err := filepath.EvalSymlinks(folder)
+			if err != nil {
+				return fault.Wrap(fault.Usage, fmt.Errorf("find mirror: %w", err),
+					"name a folder that is there with --kernel-mirror and --driver-mirror")
+			}
+			mirrors[i] = "file://" + path
+		}
+		*list = strings.Join(mirrors, ",")
+	}
+	return nil
+}
+
+// command runs the builder, or this program, which starts it in its image.
+func (b Builder) command(ctx context.Context, args []string) (*exec.Cmd, error) {
+	if b.root == "" {
+		cmd := exec.CommandContext(ctx, b.Program, args...)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
+		return cmd, nil
+	}
+	enter := []string{EnterCommand, b.root, b.StateDir, b.CacheDir}
+	for _, list := range []string{b.KernelMirror, b.DriverMirror} {
+		for mirror := range strings.SplitSeq(list, ",") {
+			if folder, ok := strings.CutPrefix(mirror, "file://"); ok {
+				enter = append(enter, folder)
+			}
+		}
+	}
+	enter = append(append(enter, "--", b.Program), args...)
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", enter...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM, Cloneflags: syscall.CLONE_NEWNS}
+	return cmd, nil
+}
+
+// messages are the builder's own error and hint lines.
+type messages struct{ err, hint string }
+
+// follow passes lines on and keeps the error and the hint among them.
+func (b Builder) follow(r io.Reader) (w messages) {
+	lines := bufio.NewScanner(r)
+	lines.Buffer(make([]byte, 0, 4096), 1<<20)
+	for lines.Scan() {
+		line := lines.Text()
+		switch {
+		case strings.HasPrefix(line, "error: "):
+			w.err = strings.TrimPrefix(line, "error: ")
+		case strings.HasPrefix(line, "hint:"):
+			w.hint = strings.TrimSpace(strings.TrimPrefix(line, "hint:"))
+		case b.Progress != nil:
+			b.Progress(line)
+		}
+	}
+	_, _ = io.Copy(io.Discard, r) // a line beyond the bound must not block the builder
+	return w
+}
+
+// fault turns the builder's end back into an error of its kind.
+func (w messages) fault(exit int) error {
+	if w.err == "" {
+		w.err = fmt.Sprintf("the builder ended with status %d", exit)
+	}
+	for _, k := range fault.Kinds() {
+		if k.ExitCode() == exit {
+			return fault.New(k, w.err, w.hint)
+		}
+	}
+	return fault.New(fault.Internal, w.err, w.hint)
+}

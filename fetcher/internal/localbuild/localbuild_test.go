@@ -1,0 +1,150 @@
+package localbuild_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/fetcher/internal/localbuild"
+	"github.com/prebake/prebake/fetcher/internal/resolve"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/program"
+)
+
+// script stands for the builder; it notes how it was called.
+func script(t *testing.T, body string) localbuild.Builder {
+	t.Helper()
+	dir := t.TempDir()
+	builder := filepath.Join(dir, "builder")
+	text := "#!/bin/sh\nset -e\necho \"$@\" >>\"${0%/*}\"/calls\nif [ \"$1\" = keygen ]; then for f in \"$2\" " +
+		"\"$2.pub\"; do printf -- '-----BEGIN X-----\\n-----END X-----\\n' >\"$f\"; done; exit 0; fi\n" + body + "\n"
+	program.Write(t, builder, []byte(text))
+	return localbuild.Builder{Program: builder, StateDir: filepath.Join(dir, "state"),
+		CacheDir: filepath.Join(dir, "cache"), KernelMirror: "file:///k", DriverMirror: "file:///d"}
+}
+
+var question = resolve.Question{Kernel: target.Kernel{BuildID: "1.2.3", Board: "lakitu"}, Wish: "R535", Flavour: "open"}
+
+func TestBuild(t *testing.T) {
+	t.Parallel()
+	b := script(t, `echo "  ok  compile" >&2; echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
+	var said []string
+	b.Progress = func(line string) { said = append(said, line) }
+	for range 2 { // the second time the key is there
+		a, err := b.Build(t.Context(), question)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if a.Digest != "sha256:ab" || a.Driver.Version != "535.1.1" || a.Source != "local" ||
+			a.Repository != "oci:"+b.StateDir+"/local" {
+			t.Errorf("Build = %+v", a)
+		}
+	}
+	if pem, err := localbuild.PublicKey(b.StateDir); err != nil || !strings.HasPrefix(string(pem), "-----BEGIN X") {
+		t.Errorf("PublicKey = %q, %v", pem, err)
+	}
+	raw, err := os.ReadFile(filepath.Join(filepath.Dir(b.Program), "calls"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	build := "build --build-id 1.2.3 --board lakitu --driver R535 --flavour open --to oci:STATE/local --key " +
+		"STATE/node-key/local.key --cache " + b.CacheDir +
+		" --load-test off --output json --kernel-mirror file:///k --driver-mirror file:///d"
+	want := []string{"keygen STATE/tmp-key/local.key", build, build}
+	got := strings.Split(strings.TrimSpace(strings.ReplaceAll(string(raw), b.StateDir, "STATE")), "\n")
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("calls (-want +got):\n%s", diff)
+	}
+	if len(said) != 2 || said[0] != "  ok  compile" {
+		t.Errorf("said %q", said)
+	}
+}
+
+func TestBuildFails(t *testing.T) {
+	t.Parallel()
+	rows := []struct {
+		name, body string
+		kind       fault.Kind
+		text, hint string
+	}{
+		{"kind and words of the builder", `echo "error: too few arguments" >&2; echo "hint:  take another" >&2; exit 23`,
+			fault.APIBreak, "too few arguments", "take another"},
+		{"no words", `exit 27`, fault.DiskFull, "status 27", ""},
+		{"unknown status", `exit 99`, fault.Internal, "status 99", ""},
+		{"no JSON", `echo done`, fault.Internal, "names no digest", "same release"},
+		{"no digest", `echo '{}'`, fault.Internal, "names no digest", "same release"},
+	}
+	for _, row := range rows {
+		_, err := script(t, row.body).Build(t.Context(), question)
+		if err == nil || fault.Of(err) != row.kind || !strings.Contains(err.Error(), row.text) ||
+			!strings.Contains(fault.Hint(err), row.hint) {
+			t.Errorf("%s: Build = %v (%v, hint %q); want %v with %q", row.name, err, fault.Of(err), fault.Hint(err), row.kind,
+				row.text)
+		}
+	}
+	b := script(t, "exit 0")
+	b.Program = filepath.Join(t.TempDir(), "none")
+	if _, err := b.Build(t.Context(), question); !fault.Is(err, fault.Usage) || fault.Hint(err) == "" {
+		t.Errorf("Build without a program = %v; want usage with a hint", err)
+	}
+}
+
+func TestBuildStops(t *testing.T) {
+	t.Parallel()
+	// The builder is told to stop as soon as it says that it runs.
+	b := script(t, `trap 'exit 0' TERM; echo running >&2; while :; do sleep 0.05; done`)
+	ctx, cancel := context.WithCancel(t.Context())
+	b.Progress = func(string) { cancel() }
+	if _, err := b.Build(ctx, question); !fault.Is(err, fault.Cancelled) {
+		t.Errorf("Build = %v; want cancelled", err)
+	}
+}
+
+// N20 of the second look: a key of which a killed run wrote one half, or nothing, is
+// made again, and what an earlier run published does not pile up.
+func TestHalfAKey(t *testing.T) {
+	t.Parallel()
+	const pem = "-----BEGIN X-----\n-----END X-----\n"
+	for name, files := range map[string]map[string]string{
+		"half a folder":  {"node-key/local.key": pem},
+		"an older one":   {"local.key": pem, "local.key.pub": ""},
+		"no public half": {"local.key": pem},
+		"empty":          {"local.key": "", "local.key.pub": pem},
+		"cut short":      {"local.key": pem[:20], "local.key.pub": pem},
+		"empty public":   {"local.key": pem, "local.key.pub": ""},
+		"left over":      {"tmp-key": pem[:20], "tmp-key.pub": pem},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			b := script(t, `echo '{"digest":"sha256:ab","driver":{"version":"535.1.1","flavour":"open"}}'`)
+			old := filepath.Join(b.StateDir, "local", "blobs")
+			if err := os.MkdirAll(old, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for name, text := range files {
+				if err := os.MkdirAll(filepath.Dir(filepath.Join(b.StateDir, name)), 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(filepath.Join(b.StateDir, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := b.Build(t.Context(), question); err != nil {
+				t.Fatal(err)
+			}
+			for _, name := range []string{"node-key/local.key", "node-key/local.key.pub"} {
+				if got, err := os.ReadFile(filepath.Join(b.StateDir, name)); err != nil || string(got) != pem {
+					t.Errorf("%s = %q, %v; want a whole one", name, got, err)
+				}
+			}
+			if _, err := os.Stat(old); !os.IsNotExist(err) {
+				t.Errorf("what an earlier run published is still there: %v", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,294 @@
+package registry
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/gofrs/flock"
+	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/types"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+func (s *layoutStore) push(ctx context.Context, img v1.Image) error {
+	desc, err := describe(img)
+	if err != nil {
+		return err
+	}
+	return s.locked(ctx, func() error { return s.put(ctx, img, desc) })
+}
+
+func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
+	img, err := a.image()
+	if err != nil {
+		return err
+	}
+	return s.locked(ctx, func() error {
+		if err := s.put(ctx, img, a.desc); err != nil {
+			return err
+		}
+		return s.list(ctx, a.subject.String(), a.desc)
+	})
+}
+
+// list adds a referrer to its subject's list; the caller holds the lock. The blob
+// of the list before stays: readers take no lock.
+func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor) error {
+	idx, err := s.index(ctx)
+	if err != nil {
+		return err
+	}
+	list, i, err := s.listed(ctx, idx, subject)
+	switch {
+	case err != nil:
+		return err
+	case list == nil && i >= 0:
+		return fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is no list of referrers",
+			"remove that entry from "+indexFile+" by hand, or publish to another folder")
+	case list == nil:
+		list = &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
+		if list.Manifests, err = s.referrers(ctx, subject); err != nil { // of before there was a list, d among them
+			return err
+		}
+	case slices.ContainsFunc(list.Manifests, func(have v1.Descriptor) bool { return have.Digest == d.Digest }):
+		return nil
+	default:
+		list.Manifests = append(list.Manifests, d)
+	}
+	raw, err := ReferrersList(list.Manifests)
+	if err != nil {
+		return err
+	}
+	entry := v1.Descriptor{MediaType: types.OCIImageIndex, Annotations: map[string]string{refName: listTag(subject)}}
+	if entry.Digest, entry.Size, err = v1.SHA256(bytes.NewReader(raw)); err != nil {
+		return err
+	}
+	if err := s.putBlob(ctx, entry.Digest, entry.Size,
+		func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil }); err != nil {
+		return err
+	}
+	return s.edit(ctx, func(idx *v1.IndexManifest) bool {
+		if i < 0 {
+			idx.Manifests = append(idx.Manifests, entry)
+		} else {
+			idx.Manifests[i] = entry // nobody else writes: the index is what it was
+		}
+		return true
+	})
+}
+
+// put writes blobs, then the manifest, then the index.
+func (s *layoutStore) put(ctx context.Context, img v1.Image, desc v1.Descriptor) error {
+	layers, err := img.Layers()
+	if err != nil {
+		return err
+	}
+	for _, l := range layers {
+		digest, err := l.Digest()
+		if err != nil {
+			return err
+		}
+		size, err := l.Size()
+		if err != nil {
+			return err
+		}
+		if err := s.putBlob(ctx, digest, size, l.Compressed); err != nil {
+			return err
+		}
+	}
+	config, err := img.RawConfigFile()
+	if err != nil {
+		return err
+	}
+	manifest, err := img.RawManifest()
+	if err != nil {
+		return err
+	}
+	for _, raw := range [][]byte{config, manifest} {
+		digest, size, err := v1.SHA256(bytes.NewReader(raw))
+		if err != nil {
+			return err
+		}
+		if err := s.putBlob(ctx, digest, size,
+			func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil }); err != nil {
+			return err
+		}
+	}
+	return s.edit(ctx, func(idx *v1.IndexManifest) bool {
+		for _, d := range idx.Manifests {
+			if d.Digest == desc.Digest {
+				return false
+			}
+		}
+		idx.Manifests = append(idx.Manifests, desc)
+		return true
+	})
+}
+
+func (s *layoutStore) putBlob(ctx context.Context, digest v1.Hash, size int64,
+	open func() (io.ReadCloser, error)) error {
+	if err := checkDigest(digest.String()); err != nil {
+		return err
+	}
+	path := s.blobPath(digest.String())
+	if info, err := os.Stat(path); err == nil && info.Mode().IsRegular() && info.Size() == size {
+		return nil
+	}
+	rc, err := open()
+	if err != nil {
+		return err
+	}
+	defer rc.Close()
+	hasher, err := v1.Hasher("sha256")
+	if err != nil {
+		return err
+	}
+	return s.write(path, func(w io.Writer) error {
+		n, err := io.Copy(io.MultiWriter(w, hasher), readerFunc(func(p []byte) (int, error) {
+			if ctx.Err() != nil {
+				return 0, context.Cause(ctx)
+			}
+			return rc.Read(p)
+		}))
+		if err == nil && (n != size || fmt.Sprintf("%x", hasher.Sum(nil)) != digest.Hex) {
+			err = fault.Errorf(fault.Unverified, "blob %s changed while it was read", digest)
+		}
+		return err
+	})
+}
+
+func (s *layoutStore) tag(ctx context.Context, d v1.Descriptor, tag string) error {
+	return s.locked(ctx, func() error {
+		have, err := s.resolve(ctx, tag)
+		switch {
+		case err == nil && have.Digest != d.Digest:
+			return taken(have.Digest, d.Digest)
+		case err == nil:
+			return nil
+		case !fault.Is(err, fault.NoArtifact):
+			return err
+		}
+		if _, err := s.resolve(ctx, d.Digest.String()); err != nil {
+			return err
+		}
+		return s.edit(ctx, func(idx *v1.IndexManifest) bool {
+			entry := v1.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size,
+				Annotations: map[string]string{refName: tag}}
+			for i, old := range idx.Manifests {
+				if old.Digest == d.Digest && old.Annotations[refName] == "" {
+					idx.Manifests[i] = entry // the entry that only kept it reachable
+					return true
+				}
+			}
+			idx.Manifests = append(idx.Manifests, entry)
+			return true
+		})
+	})
+}
+
+// edit changes index.json; the caller holds the lock.
+func (s *layoutStore) edit(ctx context.Context, change func(*v1.IndexManifest) bool) error {
+	idx, err := s.index(ctx)
+	if err != nil {
+		return err
+	}
+	if !change(idx) {
+		return nil
+	}
+	raw, err := json.MarshalIndent(idx, "", "  ")
+	if err != nil {
+		return err
+	}
+	return s.write(filepath.Join(s.dir, indexFile), func(w io.Writer) error {
+		_, err := w.Write(raw)
+		return err
+	})
+}
+
+// locked runs f while no other writer of any process works on the folder. It
+// makes the folder, and removes what writers that died left behind.
+func (s *layoutStore) locked(ctx context.Context, f func() error) (err error) {
+	if s.dir == "" {
+		return readOnly()
+	}
+	if err := os.MkdirAll(filepath.Join(s.dir, "blobs", "sha256"), 0o755); err != nil {
+		return denied(err)
+	}
+	lock := flock.New(filepath.Join(s.dir, lockFile))
+	if _, err := lock.TryLockContext(ctx, 20*time.Millisecond); err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for another writer of %s: %w", s.dir, context.Cause(ctx))
+		}
+		return denied(err)
+	}
+	defer func() { err = errors.Join(err, lock.Close()) }()
+	stale, err := filepath.Glob(filepath.Join(s.dir, tmpPrefix+"*"))
+	if err != nil {
+		return err
+	}
+	for _, path := range stale {
+		if err := os.Remove(path); err != nil {
+			return denied(err)
+		}
+	}
+	marker := filepath.Join(s.dir, "oci-layout")
+	if _, err := os.Stat(marker); errors.Is(err, fs.ErrNotExist) {
+		err := s.write(marker, func(w io.Writer) error {
+			_, err := io.WriteString(w, `{"imageLayoutVersion":"1.0.0"}`)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return f()
+}
+
+// write writes a file atomically.
+func (s *layoutStore) write(path string, fill func(io.Writer) error) error {
+	f, err := os.CreateTemp(s.dir, tmpPrefix)
+	if err != nil {
+		return denied(err)
+	}
+	err = fill(f)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if err == nil {
+		err = f.Sync()
+	}
+	err = errors.Join(err, f.Close())
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		return denied(errors.Join(err, os.Remove(f.Name())))
+	}
+	return nil
+}
+
+// denied gives an error of the disk its kind.
+func denied(err error) error {
+	switch {
+	case fault.NoSpace(err):
+		return fault.Wrap(fault.DiskFull, err, "free some space on the disk of this folder")
+	case errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS):
+		return fault.Wrap(fault.PublishRefused, err, "allow this user to write to the folder")
+	}
+	return err
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

@@ -1,0 +1,116 @@
+package catalogue_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
+	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/server/internal/store"
+)
+
+// A build that waits for its next try says why, and keeps that when there is
+// no next try.
+func TestRetryTellsWhy(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building})
+	update(t, c, b.ID, api.BuildUpdate{State: api.Queued, Class: "transient", Error: "mirror is away\ndetail",
+		Hint: "wait"})
+	r, err := c.Resolve(t.Context(), first, "lakitu", v261, "open", "")
+	if err != nil || r.State != api.Queued || !strings.Contains(r.Reason, "next try after transient: mirror is away") {
+		t.Errorf("Resolve() = %s %q, %v; want queued with the reason of the last try", r.State, r.Reason, err)
+	}
+	if err := c.Abandon(t.Context(), b.ID, "discarded"); err != nil {
+		t.Fatal(err)
+	}
+	got, err := c.Build(t.Context(), b.ID)
+	if err != nil || got.State != api.Failed || got.Class != "transient" || got.Error != "mirror is away" ||
+		got.Hint != "wait" {
+		t.Errorf("Build() = %+v, %v; want failed, as the last try said", got, err)
+	}
+	other := request(t, c, other, v261, "open")
+	if err := c.Abandon(t.Context(), other.ID, "lost"); err != nil {
+		t.Fatal(err)
+	}
+	if got, err = c.Build(t.Context(), other.ID); err != nil || got.Class != "internal" || got.Error != "lost" {
+		t.Errorf("Build() = %+v, %v; want internal: lost", got, err)
+	}
+}
+
+// A report that comes between the sweep's two looks counts.
+func TestAbandonComesLate(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	for _, end := range []api.BuildUpdate{
+		{State: api.Failed, Class: "api-break", Error: "nv.c:1: error"},
+		{State: api.Building},
+		{State: api.Published, Digest: digest("1"), Fingerprint: fingerA},
+	} {
+		update(t, c, b.ID, end)
+		if end.State == api.Building {
+			continue
+		}
+		before, err := c.Build(t.Context(), b.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Abandon(t.Context(), b.ID, "lost"); err != nil {
+			t.Errorf("Abandon(%s) = %v", end.State, err)
+		}
+		if after, err := c.Build(t.Context(), b.ID); err != nil || !cmp.Equal(before, after) {
+			t.Errorf("Abandon(%s) left %+v, %v; want %+v", end.State, after, err, before)
+		}
+	}
+}
+
+// The attempt after a killed one starts afresh.
+func TestSecondAttemptStartsAfresh(t *testing.T) {
+	t.Parallel()
+	c, _ := world(t)
+	b := request(t, c, first, v261, "open")
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 1, Worker: "w1"})
+	update(t, c, b.ID, api.BuildUpdate{Phase: "compile"})
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Attempt: 2, Worker: "w1"})
+	if got, err := c.Build(t.Context(), b.ID); err != nil || got.Attempt != 2 || got.Phase != "" {
+		t.Errorf("second attempt = %+v, %v; want no phase yet", got, err)
+	}
+}
+
+func TestUpdateTeachesKernel(t *testing.T) {
+	t.Parallel()
+	c, _ := open(t) // knows nothing
+	b := request(t, c, first, v261, "open")
+	k := target.Kernel{BuildID: first, Board: "lakitu", Release: "6.1.0-47", Arch: target.AMD64}
+	update(t, c, b.ID, api.BuildUpdate{State: api.Building, Kernel: &k, Fingerprint: fingerA})
+	update(t, c, b.ID, api.BuildUpdate{State: api.Published, Digest: digest("1"), Repository: "/prebake/driver"})
+	all, _, err := c.Kernels(t.Context(), store.KernelFilter{}, store.Page{})
+	if err != nil || len(all) != 1 || all[0].Fingerprint != fingerA || all[0].Release != k.Release {
+		t.Errorf("Kernels() = %+v, %v; want what the builder reported", all, err)
+	}
+	arts, _, err := c.Artifacts(t.Context(), store.ArtifactFilter{}, store.Page{})
+	if err != nil || len(arts) != 1 || arts[0].Release != k.Release || arts[0].Kernels[0] != k {
+		t.Errorf("Artifacts() = %+v, %v; want one, attested for the build's kernel", arts, err)
+	}
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("9"), Fingerprint: fingerB,
+		Driver: target.Driver{Version: v261, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err,
+		fault.Mismatch) {
+		t.Errorf("AddArtifact(wrong fingerprint) = %v; want mismatch", err)
+	}
+	if _, err := c.AddArtifact(t.Context(), api.NewArtifact{Digest: digest("1"), Fingerprint: fingerA,
+		Driver: target.Driver{Version: v309, Flavour: target.Open}, Kernels: []target.Kernel{k}}); !fault.Is(err,
+		fault.Mismatch) {
+		t.Errorf("AddArtifact(other driver under a known digest) = %v; want mismatch", err)
+	}
+	if _, err := c.Yank(t.Context(), digest("1"), api.YankRequest{Reason: " "}); !fault.Is(err, fault.Usage) {
+		t.Errorf("Yank(no reason) = %v; want usage", err)
+	}
+	if _, err := c.Yank(t.Context(), digest("7"), api.YankRequest{Reason: "x"}); !fault.Is(err, fault.NotFound) {
+		t.Errorf("Yank(absent) = %v; want not-found", err)
+	}
+}
