@@ -3,13 +3,9 @@ package deploy_test
 import (
 	"bytes"
 	"errors"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"io"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"strings"
 	"testing"
 
@@ -275,8 +271,8 @@ func TestSelectors(t *testing.T) {
 	}
 }
 
-// TestManifestFlags holds every flag and variable of the manifests against the
-// programs' sources.
+// TestManifestFlags holds every flag and variable of the manifests against what the
+// programs have.
 func TestManifestFlags(t *testing.T) {
 	t.Parallel()
 	for name, m := range manifests(t) {
@@ -320,58 +316,27 @@ func TestCloudInitFlags(t *testing.T) {
 	}
 }
 
-// words returns the names of a program's commands and flags, as its main
-// package and pkg/cli write them: Name: "…" in a literal, or cli.String("…", …).
+// words returns the names of a program's commands and flags, as the pages say that are
+// generated from them.
 func words(t *testing.T, program string) map[string]bool {
 	t.Helper()
 	found := map[string]bool{}
-	add := func(e ast.Expr) {
-		if lit, ok := e.(*ast.BasicLit); ok && lit.Kind == token.STRING {
-			if name, err := strconv.Unquote(lit.Value); err == nil {
+	for line := range strings.Lines(read(t, "docs/reference/flags-"+program+".md")) {
+		cells := strings.Split(strings.ReplaceAll(line, `\|`, ""), " | ")
+		if len(cells) != 5 || !strings.HasPrefix(cells[0], "| `") {
+			continue
+		}
+		for name := range strings.SplitSeq(strings.Trim(cells[0], "| "), ", ") {
+			found[strings.TrimLeft(strings.Trim(name, "`"), "-")] = true
+		}
+		for path := range strings.SplitSeq(strings.Trim(cells[4], "| \n"), ", ") {
+			for name := range strings.FieldsSeq(path) {
 				found[name] = true
 			}
 		}
 	}
-	for _, dir := range []string{program, "pkg/cli"} {
-		paths, err := filepath.Glob(filepath.Join(root, dir, "*.go"))
-		if err != nil || len(paths) == 0 {
-			t.Fatalf("find sources of %s: %v, %d files", dir, err, len(paths))
-		}
-		for _, path := range paths {
-			file, err := parser.ParseFile(token.NewFileSet(), path, nil, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			ast.Inspect(file, func(n ast.Node) bool {
-				switch n := n.(type) {
-				case *ast.KeyValueExpr:
-					if key, ok := n.Key.(*ast.Ident); ok && key.Name == "Name" {
-						add(n.Value)
-					}
-				case *ast.CallExpr:
-					if makesFlag(n.Fun, dir) && len(n.Args) > 0 {
-						add(n.Args[0])
-					}
-				}
-				return true
-			})
-		}
+	if len(found) < 10 {
+		t.Fatalf("the page of %s has %d commands and flags; want more", program, len(found))
 	}
 	return found
-}
-
-// makesFlag reports whether a function is one of pkg/cli that return a flag.
-func makesFlag(fun ast.Expr, dir string) bool {
-	name := ""
-	switch f := fun.(type) {
-	case *ast.Ident:
-		if dir == "pkg/cli" {
-			name = f.Name
-		}
-	case *ast.SelectorExpr:
-		if from, ok := f.X.(*ast.Ident); ok && from.Name == "cli" {
-			name = f.Sel.Name
-		}
-	}
-	return slices.Contains([]string{"String", "Strings", "Bool", "Int", "Duration"}, name)
 }

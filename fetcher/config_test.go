@@ -46,7 +46,7 @@ func TestConfigCheck(t *testing.T) {
 			`10:1: module-param: module parameter "nvidia": want MODULE.KEY=VALUE`},
 		{"taint without a node", "startup-taint: x\n", "", "LAST:1: startup-taint: a startup taint was named, and no node"},
 		{"policy and keys", "policy: /x.yaml\n", "",
-			"7:1: public-key: --policy and --public-key do not go together; say it in the policy"},
+			"7:1: public-key: --policy and --public-key do not go together; set it in the policy"},
 		{"half of an identity", "trusted-root: /x.json\n", "",
 			"LAST:1: trusted-root: a trusted root and whom its certificates have to name go together"},
 	} {

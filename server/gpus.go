@@ -23,7 +23,7 @@ type gpu struct {
 
 func gpusCommand() *ucli.Command {
 	own := &ucli.StringFlag{Name: "gpu", Usage: "only of this `TYPE` of GPU, as COS calls it: NVIDIA_L4"}
-	return list("gpus", "list which drivers COS builds name for types of GPU, newest build first",
+	cmd := list("gpus", "list which drivers COS builds name for types of GPU, newest build first",
 		clientFlags(append(kernelFilters(), milestoneFilter(), gkeFilter(), own)...),
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {
 			f := filter(cmd)
@@ -44,6 +44,9 @@ func gpusCommand() *ucli.Command {
 			}
 			return all, nil
 		}, printGPUs)
+	cmd.Description = `Example:
+  server gpus --gke 1.33 --gpu NVIDIA_L4`
+	return cmd
 }
 
 func printGPUs(w io.Writer, all []gpu) error {

@@ -160,7 +160,7 @@ func watchCommand() *ucli.Command {
 for each change; --output json prints an object on each line.
 
 The exit status is 0 when the build is published, and that of its class when it
-has failed (docs/reference/exit-codes.md). A cell that nobody builds ends with 3.
+has failed (docs/reference/exit-codes.md); 3 is for a cell that nobody builds.
 
 Example:
   server watch 12

@@ -137,7 +137,7 @@ func (d *demo) suggest() error {
 				" --board " + other.Board + " --driver " + d.version + " --flavour proprietary --wait"},
 		{"ask as a node of this kernel would", "fetcher resolve" + server + " --host-root " + root},
 		{"verify the artifact as a node does",
-			"fetcher verify --host-root " + root + " --key " + d.key + ".pub " + ref},
+			"fetcher verify --host-root " + root + " --public-key " + d.key + ".pub " + ref},
 	} {
 		fmt.Fprintf(d.out, "\n  # %s\n  %s\n", try[0], d.scene.Bin+"/"+try[1])
 	}

@@ -66,7 +66,7 @@ func (a *Agent) verifierFor(origin install.Origin) (Verifier, error) {
 	}
 	if a.parts.Verifier == nil {
 		return nil, fault.New(fault.Usage, "nobody is trusted",
-			"name the publisher's public key: --key FILE; nothing is loaded unverified")
+			"name the publisher's public key: --public-key FILE; nothing is loaded unverified")
 	}
 	return a.parts.Verifier, nil
 }

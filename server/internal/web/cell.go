@@ -120,7 +120,7 @@ func (p *pages) ask(r *http.Request, f catalogue.FlavourView) []command {
 				fmt.Sprintf("fetcher install --server %s --driver %s --flavour %s", server, d.Version, d.Flavour),
 			},
 			{"Print the result of each trust rule for it, with the public key in prebake.key.pub",
-				"fetcher verify --key prebake.key.pub --build-id " + k.BuildID + " --board " + k.Board + " " + ref},
+				"fetcher verify --public-key prebake.key.pub --build-id " + k.BuildID + " --board " + k.Board + " " + ref},
 			{"Download it", "crane pull" + crane + " " + ref + " driver.tar"},
 			{"Verify who built it, and from what", "cosign verify-attestation" + cosign +
 				" --key prebake.key.pub --insecure-ignore-tlog --type slsaprovenance1 " + ref},
