@@ -43,7 +43,7 @@ func TestLicenceRule(t *testing.T) {
 		hint string // "" where it is published
 	}{
 		{"public", []string{free}, onTheInternet(""), "--private " + free},
-		{"marked, and open to everybody", []string{free}, onTheInternet("", free), "revoke public read access it"},
+		{"marked, and open to everybody", []string{free}, onTheInternet("", free), "revoke public read access to it"},
 		{"one of two", []string{locked, free}, onTheInternet("", locked), "--private " + free},
 		{"not marked", []string{locked}, onTheInternet(""), "if only you can read it, add --private " + locked},
 		{"marked, and closed", []string{locked}, onTheInternet("", locked), ""},
