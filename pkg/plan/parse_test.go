@@ -35,7 +35,8 @@ func TestExample(t *testing.T) {
 			{Milestone: 125, Latest: 3, Released: true},
 			{Latest: 1, EarlyWarning: true},
 		},
-		Drivers: []plan.Driver{{Wish: target.Default}, {Wish: target.Latest}, {Wish: "R580", Labels: []string{"LATEST"}},
+		Drivers: []plan.Driver{{Wish: target.Default}, {Wish: target.Latest}, {Wish: "default@NVIDIA_H100_80GB"},
+			{Wish: "R580", Labels: []string{"LATEST"}},
 			{Wish: "535.261.03", Flavours: both[:1]}},
 		Flavours: both,
 		Exclude: []plan.Exclude{
