@@ -208,7 +208,7 @@ func TestFlush(t *testing.T) {
 	var got object
 	c.Must(http.MethodGet, "/api/v1/nodes/gpu-1", nil, &got)
 	if got.Metadata.Labels["prebake.dev/driver-state"] != "absent" ||
-		!strings.Contains(got.Metadata.Annotations["prebake.dev/driver-reason"], "nobody asked") {
+		!strings.Contains(got.Metadata.Annotations["prebake.dev/driver-reason"], "was not requested") {
 		t.Errorf("the node is %+v; want what was told", got)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
