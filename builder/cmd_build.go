@@ -207,8 +207,9 @@ With --wish, that file says what --board, --driver, --flavour and --label say
 for one cell.
 
   builder build --build-id 17800.66.78 --driver R535 \
-    --to registry.example/drivers --key prebake.key
-  builder build --wish wish.yaml --to gs://my-bucket/cos --key prebake.key`,
+    --to registry.example/drivers --private registry.example --key prebake.key
+  builder build --wish wish.yaml --to gs://my-bucket/cos \
+    --private gs://my-bucket --key prebake.key`,
 		Flags: slices.Concat(
 			cli.Group(groupWhat,
 				wishFlag(),

@@ -32,7 +32,7 @@ Examples:
   fetcher run --server https://prebake.example --listen :8441
   fetcher run --config fetcher.yaml`,
 		Flags: slices.Concat(installFlags(), cli.Group(groupTo,
-			cli.String("listen", "", "`ADDRESS` of /healthz, /readyz and /metrics"),
+			cli.String("listen", "", "serve /healthz, /readyz and /metrics at `ADDRESS` (default: not served)"),
 			cli.Duration("interval", time.Minute, "`TIME` between two checks of the driver"),
 			cli.String("node-name", "", "tell Kubernetes of the driver, on node `NAME`"),
 			cli.String("startup-taint", "", "`KEY` of a taint to remove once the driver is ready"),

@@ -15,7 +15,7 @@ import (
 
 func serveCommand() *ucli.Command {
 	listen := cli.String("listen", "127.0.0.1:8440",
-		"`ADDRESS` to listen on; port 0 takes a free one, DATA/address names it")
+		"`ADDRESS` to listen on; with port 0 a free one, written to address in the --data folder")
 	listen.Validator = func(s string) error {
 		if _, _, err := net.SplitHostPort(s); err != nil {
 			return fmt.Errorf("listen %q: want HOST:PORT, or :PORT", s)

@@ -156,9 +156,9 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	return nil
 }
 
-// makeMirror lays out four kernels and three drivers of one branch. Which four is a rule and no
-// choice: the two oldest, on which all drivers compile, and the two newest.
-// With clang it is the one kernel that there is.
+// makeMirror lays out four kernels and three drivers of one branch. A rule names the four
+// kernels: the two oldest, on which all drivers compile, and the two newest. With clang the
+// mirror has the only kernel that clang compiled.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
 	args := []string{"--neighbour", "--cache", filepath.Join(b.State, "packages")}

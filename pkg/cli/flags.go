@@ -100,7 +100,7 @@ func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], e
 
 // TrustedRootFlag is --trusted-root, for commands that handle certificates.
 func TrustedRootFlag() ucli.Flag {
-	return String("trusted-root", "", "`FILE` with Sigstore's root, which judges certificates")
+	return String("trusted-root", "", "Sigstore's trusted_root.json `FILE`, for certificates")
 }
 
 // TrustFlags are --trusted-root and whom its certificates have to name, for

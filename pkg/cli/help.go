@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"cmp"
 	"fmt"
 	"io"
 	"slices"
@@ -185,10 +184,12 @@ func defaultText(f ucli.DocGenerationFlag) string {
 	return text
 }
 
-// environment says which variables stand behind flags; Env makes their names.
+// environment says which variables stand behind flags; Env makes their names. The example
+// is the shortest flag with a dash, if there is one: it shows what becomes of the dash.
 func environment(flags []ucli.Flag) string {
 	var with, without, odd []string
 	var example string
+	var dash bool
 	for _, f := range flags {
 		name := f.Names()[0]
 		doc, ok := f.(ucli.DocGenerationFlag)
@@ -200,7 +201,9 @@ func environment(flags []ucli.Flag) string {
 			odd = append(odd, "--"+name+" is also the environment variable "+doc.GetEnvVars()[0]+".")
 		default:
 			with = append(with, "--"+name)
-			example = cmp.Or(example, doc.GetEnvVars()[0])
+			if example == "" || strings.Contains(name, "-") && (!dash || len(envName(name)) < len(example)) {
+				example, dash = doc.GetEnvVars()[0], strings.Contains(name, "-")
+			}
 		}
 	}
 	var text string

@@ -65,7 +65,8 @@ Where to:
   --help, -h           show help
 
 All flags but --url and --output are environment variables, too: PREBAKE_ and
-the flag's name, as in PREBAKE_SIZE. A flag beats its variable.
+the flag's name, as in PREBAKE_LONGEST_TIME_FOR_ONE_THING. A flag beats its
+variable.
 `
 	for _, args := range [][]string{{"make", "--help"}, {"help", "make"}} {
 		if diff := cmp.Diff(want, helpOf(t, make(), args...)); diff != "" {
@@ -91,7 +92,7 @@ func TestHelpEnvironment(t *testing.T) {
 		want  string // "" for nothing about variables
 	}{
 		{"none", []ucli.Flag{plain("a")}, ""},
-		{"all", []ucli.Flag{cli.Bool("a-b", ""), cli.Bool("c", "")},
+		{"all", []ucli.Flag{cli.Bool("c", ""), cli.Bool("a-b", ""), cli.Bool("d-e", "")},
 			"All flags are environment variables, too: PREBAKE_ and the flag's name, as in PREBAKE_A_B. A flag"},
 		{"few", []ucli.Flag{cli.Bool("a", ""), cli.Bool("b", ""), plain("c"), plain("d"), plain("e")},
 			"--a and --b are environment variables, too: PREBAKE_ and the flag's name, as in PREBAKE_A. A flag"},

@@ -14,29 +14,29 @@ import (
 
 // Rules is the kernel that modules are checked against.
 type Rules struct {
-	// Release is `uname -r`; "" leaves that question out.
+	// Release is `uname -r`; "" skips this check.
 	Release string
-	// Vermagic is the whole string that the kernel wants; "" leaves it out.
+	// Vermagic is the whole string that the kernel wants; "" skips this check.
 	Vermagic string
 	// Symvers is the kernel's Module.symvers.
 	Symvers Symvers
 	// ModVersions says that the kernel compares checksums.
 	ModVersions bool
-	// Machine is the kernel's processor; EM_NONE leaves it out.
+	// Machine is the kernel's processor; EM_NONE skips this check.
 	Machine elf.Machine
-	// Salt is the kernel's CONFIG_BUILD_SALT, which may be empty; nil leaves it out.
+	// Salt is the kernel's CONFIG_BUILD_SALT, which may be empty; nil skips this check.
 	Salt *string
-	// StructSize is sizeof(struct module) of the kernel; 0 leaves it out.
+	// StructSize is sizeof(struct module) of the kernel; 0 skips this check.
 	StructSize uint64
 	// MadeFor is the ABI fingerprint that every module has to be stamped with;
-	// "" leaves it out.
+	// "" skips this check.
 	MadeFor string
 }
 
 // Problem is one reason for the kernel to refuse a module, or to crash with it.
 type Problem struct {
 	Module string
-	// Symbol is what it is about; may be empty.
+	// Symbol is the symbol that the problem is about; may be empty.
 	Symbol string
 	Text   string
 	Remedy string

@@ -90,7 +90,8 @@ func inTx[T any](c *river.Client[T], tx T) database {
 // stays the one to end it.
 type joined struct{ *connection }
 
-// connection gives pgx's a name that does not hide the method Conn.
+// connection is pgx.Conn under another name: embedded as Conn, the field would hide the
+// method Conn of joined.
 type connection = pgx.Conn
 
 var errJoined = errors.New("the transaction is somebody else's")
@@ -100,5 +101,5 @@ func (j joined) Commit(context.Context) error          { return errJoined }
 func (j joined) Rollback(context.Context) error        { return errJoined }
 func (j joined) LargeObjects() pgx.LargeObjects        { return pgx.LargeObjects{} }
 
-// Conn is the connection, which River asks how it sends its parameters.
+// Conn returns the connection. River asks it in which mode it sends a query's parameters.
 func (j joined) Conn() *pgx.Conn { return j.connection }

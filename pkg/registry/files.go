@@ -23,14 +23,16 @@ import (
 // pull makes files of such layers.
 const annotationTitle = "org.opencontainers.image.title"
 
-// Bounds of the files of one artifact.
+// Bounds of an artifact whose layers are files.
 const (
+	// MaxFiles is the greatest number of files.
 	MaxFiles = 4096
-	MaxFile  = 256 << 20
+	// MaxFile is the greatest size of one file in bytes.
+	MaxFile = 256 << 20
 )
 
 // FilesManifest returns the manifest of an artifact whose layers are files, and its config.
-// Each file is described with its name as [FileDescriptor] has it.
+// The caller makes each descriptor by [FileDescriptor], which notes the file's name in it.
 func FilesManifest(artifactType string, files []v1.Descriptor) (manifest, config []byte, err error) {
 	m := v1.Manifest{
 		SchemaVersion: 2, MediaType: types.OCIManifestSchema1, ArtifactType: artifactType, Layers: files,

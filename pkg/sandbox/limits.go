@@ -169,8 +169,8 @@ func (w *diskWatch) checkFree() error {
 	return nil
 }
 
-// measure adds up what the folders hold. What disappears meanwhile, or cannot
-// be read, does not count: the free space is looked at too.
+// measure adds up the sizes of the files in the folders. A file that disappears meanwhile,
+// or that cannot be read, does not count: checkFree looks at the disk's free space.
 func (w *diskWatch) measure(ctx context.Context) (bytes int64) {
 	for _, dir := range w.folders {
 		_ = filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {

@@ -7,8 +7,8 @@
 //   - A driver is one NVIDIA release in one flavour (proprietary or open).
 //   - A fingerprint is a digest over everything that decides whether a module
 //     fits a kernel. Kernels with one fingerprint share one artifact.
-//   - A build (or cell) is a kernel and a driver; its product is an artifact.
-//   - An artifact (or bundle) is one OCI image manifest, named by its digest.
+//   - A cell is a kernel and a driver; a build makes it into an artifact.
+//   - An artifact is one OCI image manifest, named by its digest.
 //   - A node is a machine that boots a kernel and wants a driver.
 package target
 

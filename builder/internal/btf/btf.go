@@ -240,8 +240,8 @@ func (t *Types) checkID(id uint32) error {
 	return nil
 }
 
-// checkName wants the beginning of a string, in the kernel's table or, beyond
-// its end, in this one.
+// checkName refuses a name that does not begin where a string begins, in the kernel's
+// table or, for offsets beyond its end, in that of t.
 func (t *Types) checkName(at uint32, base *Types) error {
 	table, i := base.strings, uint64(at)
 	if i >= uint64(len(table)) {
@@ -249,9 +249,10 @@ func (t *Types) checkName(at uint32, base *Types) error {
 	}
 	switch {
 	case i >= uint64(len(table)):
-		return fmt.Errorf("its name is beyond all strings, at %d", at)
+		return fmt.Errorf("check name at offset %d: it is beyond all strings", at)
 	case i > 0 && table[i-1] != 0:
-		return fmt.Errorf("its name begins within another, %q, at %d", whole(table, int(i)), at) //nolint:gosec // within table
+		within := whole(table, int(i)) //nolint:gosec // within table
+		return fmt.Errorf("check name at offset %d: it begins within another, %q", at, within)
 	}
 	return nil
 }

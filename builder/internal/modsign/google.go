@@ -91,8 +91,8 @@ func (d *Detached) add(h *tar.Header, body io.Reader) error {
 // Attach writes a module, given by its name without .ko and its bytes, with
 // Google's signature to the new file dst. A signature that was not made over
 // exactly these bytes, that is missing, or whose signer the kernel's root has
-// not certified, is an [ErrLeftOut]. One that none of the certificates at hand
-// can have made is damaged, and an error of its own.
+// not certified, is an [ErrLeftOut]. A signature that no certificate at hand can
+// have made is damaged; Attach returns another error for it.
 func (d *Detached) Attach(dst, name string, module []byte) error {
 	signature := d.modules[name]
 	if signature == nil {

@@ -149,7 +149,8 @@ func (s Set) refuseOthers(ctx context.Context, repo *registry.Repository, digest
 			return err
 		}
 		if signed {
-			return fault.New(fault.PublishRefused, fmt.Sprintf("it has other symbols already, as %s", h.Digest),
+			return fault.New(fault.PublishRefused,
+				fmt.Sprintf("attach symbols to %s: it has other symbols already, as %s", digest, h.Digest),
 				"equal builds give equal symbols, so find out what differs; remove the referrer by hand if it is wrong")
 		}
 	}

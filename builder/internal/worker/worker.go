@@ -90,7 +90,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("make state folder: %w", err),
-			"give --state a folder that this user may write",
+			"give --state-dir a folder that this user may write",
 		)
 	}
 	lock := flock.New(filepath.Join(cfg.State, "worker.lock"))
@@ -98,7 +98,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	case err != nil:
 		return fmt.Errorf("lock %s: %w", lock.Path(), err)
 	case !locked:
-		return fault.New(fault.Busy, "another worker uses "+cfg.State, "give each worker its own --state folder")
+		return fault.New(fault.Busy, "another worker uses "+cfg.State, "give each worker its own --state-dir folder")
 	}
 	defer func() { err = errors.Join(err, lock.Unlock()) }()
 	q, err := queue.Open(ctx, cfg.QueueURL)

@@ -38,21 +38,21 @@ type Config struct {
 	// Board is the COS board to lay the builds for amd64 out for; "" means lakitu.
 	// Those for arm64 are for lakitu-arm64.
 	Board string
-	// Archs are the architectures; none is amd64 alone. Of arm64 there is one
-	// kernel and one driver, unless ABIs names more kernels.
+	// Archs are the architectures; an empty list means amd64. For arm64 the mirror
+	// gets one kernel and one driver, unless ABIs names more kernels.
 	Archs []target.Arch
-	// Series are the kernel series, 6.1 and 6.12; none is 6.1 alone, Debian 12's
-	// own. Others are for amd64 only.
+	// Series are the kernel series, 6.1 and 6.12; an empty list means 6.1, Debian
+	// 12's own. The others are for amd64 only.
 	Series []string
-	// Kernels is how many kernels of 6.1 to take when ABIs is empty: half from the
-	// oldest in Debian's index, half from the newest. 0 is four, or all if there are
-	// fewer. Of another series it is the newest.
+	// Kernels is how many kernels of 6.1 to take when ABIs is empty: half of them
+	// the oldest in Debian's index, half the newest. 0 means four, or all if there
+	// are fewer. Of another series the mirror gets the newest kernel.
 	Kernels int
 	// ABIs picks kernels by Debian's ABI number instead.
 	ABIs []int
-	// Branches are the driver branches, as in R535, the default's first; none is
-	// what Debian 12 has. One that it has not comes out of Debian 13, with the
-	// sources as Debian edited them. They are for amd64 only.
+	// Branches are the driver branches, as in R535, the default's first; an empty
+	// list means what Debian 12 has. A branch that Debian 12 lacks comes out of
+	// Debian 13, with the sources as Debian edited them, for amd64 only.
 	Branches []string
 	// Neighbour adds one more release of the default's branch, proprietary alone,
 	// which Debian 13 keeps beside its own driver. It is for amd64 only.

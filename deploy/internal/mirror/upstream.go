@@ -185,7 +185,7 @@ func unpatch(ctx context.Context, work string, text, was, edited []byte) ([]byte
 		if err := os.WriteFile(file("text"), text, 0o644); err != nil {
 			return nil, err
 		}
-		// Without -f it would take a patch that is not there for one to apply.
+		// Without -f, patch ignores -R where the text lacks the change, and applies it.
 		cmd := exec.CommandContext(ctx, "patch", "-R", "-f", fuzz, "--no-backup-if-mismatch", "-r", "-", "text")
 		cmd.Dir, cmd.Stdin = work, bytes.NewReader(patch)
 		out, err := cmd.CombinedOutput()

@@ -178,10 +178,10 @@ func pivot(root string) error {
 		return err
 	}
 	if err := unix.PivotRoot(root, old); err != nil {
-		return fmt.Errorf("change root: %w", err)
+		return fmt.Errorf("make %s the root: %w", root, err)
 	}
 	if err := unix.Chdir("/"); err != nil {
-		return fmt.Errorf("change root: %w", err)
+		return fmt.Errorf("enter the new root: %w", err)
 	}
 	if err := unix.Unmount("/.old-root", unix.MNT_DETACH); err != nil {
 		return fmt.Errorf("let the former root go: %w", err)

@@ -88,7 +88,7 @@ func (a Answer) Err() error {
 		}
 	case api.Building, api.Queued:
 		if hint == "" {
-			hint = "wait for the build with --wait 15m, or compile on this node with --builder PATH"
+			hint = "wait for the build with --wait-build 15m, or compile on this node with --builder PATH"
 		}
 	default:
 		if hint == "" {

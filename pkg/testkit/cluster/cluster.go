@@ -74,7 +74,7 @@ func Start(t testing.TB) *Cluster {
 		"--service-account-signing-key-file", filepath.Join(c.dir, "accounts.key"), "--service-cluster-ip-range",
 		"10.0.0.0/24", "--allow-privileged")
 	c.ready()
-	// What a controller makes in each namespace.
+	// A real cluster's controller makes this account in each namespace; here no controller runs.
 	c.Must(http.MethodPost, "/api/v1/namespaces/default/serviceaccounts",
 		map[string]any{"metadata": map[string]any{"name": "default"}}, nil)
 	return c
@@ -87,7 +87,7 @@ func (c *Cluster) write(name, text string) {
 	}
 }
 
-// freePorts are ports that nobody listens on, a moment ago.
+// freePorts returns n ports on which nobody listened a moment ago.
 func freePorts(t testing.TB, n int) (ports []string) {
 	t.Helper()
 	for range n {
