@@ -86,8 +86,14 @@ func removable(out string) error {
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
 		return nil
 	}
-	if err == nil {
-		_, err = os.Stat(filepath.Join(out, sumsFile))
+	for _, name := range []string{sumsFile, provenanceFile, signatureDir} {
+		var info fs.FileInfo
+		if err == nil {
+			info, err = os.Lstat(filepath.Join(out, name))
+		}
+		if err == nil && info.IsDir() != (name == signatureDir) {
+			err = fmt.Errorf("%s is of another type", name)
+		}
 	}
 	if err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("replace %s: no release is there: %w", out, err),

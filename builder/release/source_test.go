@@ -38,7 +38,16 @@ func TestRemovable(t *testing.T) {
 	if err := removable(dir); !fault.Is(err, fault.Usage) {
 		t.Errorf("removable(something) = %v; want %v", err, fault.Usage)
 	}
-	if err := os.WriteFile(filepath.Join(dir, sumsFile), nil, 0o600); err != nil {
+	// Checksums are in many folders.
+	for _, name := range []string{sumsFile, provenanceFile} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := removable(dir); !fault.Is(err, fault.Usage) {
+			t.Errorf("removable(with %s) = %v; want %v", name, err, fault.Usage)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, signatureDir), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	if err := removable(dir); err != nil {
