@@ -13,6 +13,7 @@ GOVULNDB ?= https://vuln.go.dev
 
 FUZZTIME ?= 10s
 ARGS ?=
+TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 
 # One set of flags for build, test and lint, so that each package is compiled
 # once: no path of this checkout, no C, none of gRPC's own pages about its calls,
@@ -154,10 +155,11 @@ images-arm64: build arm64-programs ## build the image that load-tests drivers fo
 
 # ARGS='-version v1.2.3' names another version than git describe, -key FILE signs with a key
 # that is kept, and -archive URL has Debian packages that this machine's archive dropped.
+# The Go of go.mod runs it, and no newer one: it compresses the images.
 .PHONY: release
 release: ## make a release of this commit in release/: the same bytes wherever it is made
 	@deploy/setup.sh build run arm64
-	$(GO) run ./builder/release $(ARGS)
+	GOTOOLCHAIN=$(TOOLCHAIN) $(GO) run ./builder/release $(ARGS)
 
 .PHONY: release-test
 release-test: ## check release/, start its builder image and install a driver from it

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -94,6 +95,9 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		c.cache = dir + "/prebake/release"
 	}
 	c.arches = []string{"amd64", "arm64"}
+	if err := c.sameGo(ctx, runtime.Version()); err != nil {
+		return err
+	}
 	if err := c.ofCommit(ctx); err != nil {
 		return err
 	}

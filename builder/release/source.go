@@ -71,6 +71,23 @@ func (c *config) ofCommit(ctx context.Context) error {
 	return nil
 }
 
+// goVersion returns the Go release that go.mod names, which makes everything of a release.
+func (c *config) goVersion(ctx context.Context) (string, error) {
+	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
+	return "go" + strings.TrimSpace(string(out)), err
+}
+
+// sameGo refuses another Go for this program than for those that it builds: its own compression
+// makes the layers of images, and another release of Go may give other bytes.
+func (c *config) sameGo(ctx context.Context, running string) error {
+	want, err := c.goVersion(ctx)
+	if err == nil && running != want {
+		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is made with %s; go.mod names %s", running, want),
+			"run GOTOOLCHAIN="+want+" make release, without GOEXPERIMENT")
+	}
+	return err
+}
+
 // triples are the GNU names of the architectures: of Debian's compilers.
 var triples = map[string]string{"amd64": "x86_64-linux-gnu", "arm64": "aarch64-linux-gnu"}
 
@@ -93,11 +110,10 @@ func platform(arch string) string { return "linux-" + arch }
 
 // buildPrograms compiles the programs into the platforms' folders below dir.
 func (c *config) buildPrograms(ctx context.Context, dir string) error {
-	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
+	toolchain, err := c.goVersion(ctx)
 	if err != nil {
 		return err
 	}
-	toolchain := "go" + strings.TrimSpace(string(out))
 	for _, arch := range c.arches {
 		to := filepath.Join(dir, platform(arch))
 		if err := os.MkdirAll(to, 0o755); err != nil {

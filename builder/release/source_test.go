@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -91,5 +92,24 @@ func TestOfCommit(t *testing.T) {
 	}
 	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
 		t.Errorf("ofCommit with a change = %v; want %v", err, fault.Usage)
+	}
+}
+
+// The Go that runs the assembler is that of go.mod, since it compresses the layers.
+func TestSameGo(t *testing.T) {
+	t.Parallel()
+	c := config{source: "../.."}
+	want, err := c.goVersion(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.sameGo(t.Context(), want); err != nil {
+		t.Errorf("sameGo(%s) = %v; want nil", want, err)
+	}
+	for _, running := range []string{"go1.999.0", want + "1", want + " X:x", "devel"} {
+		err := c.sameGo(t.Context(), running)
+		if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "GOTOOLCHAIN="+want+" make release") {
+			t.Errorf("sameGo(%s) = %v, hint %q; want %v with the command", running, err, fault.Hint(err), fault.Usage)
+		}
 	}
 }
