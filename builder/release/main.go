@@ -38,6 +38,8 @@ type config struct {
 	key string
 	// builderID names in the provenance who made the release.
 	builderID string
+	// check looks at the source again before anything is signed; nil does not.
+	check func(context.Context) error
 	// say tells a person what is going on.
 	say func(format string, args ...any)
 }

@@ -87,11 +87,28 @@ func TestOfCommit(t *testing.T) {
 		t.Errorf("ofCommit with SOURCE_DATE_EPOCH=soon = %v; want %v", err, fault.Usage)
 	}
 	t.Setenv("SOURCE_DATE_EPOCH", "")
+	if err := c.check(t.Context()); err != nil {
+		t.Errorf("check of the same commit = %v; want nil", err)
+	}
+	git("commit", "-q", "--allow-empty", "-m", "second")
+	if err := c.check(t.Context()); !fault.Is(err, fault.Usage) {
+		t.Errorf("check of a later commit = %v; want %v", err, fault.Usage)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// What a person's own settings hide is a change all the same.
+	hide := filepath.Join(t.TempDir(), "hide")
+	if err := os.WriteFile(hide, []byte("x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	git("config", "status.showUntrackedFiles", "no")
+	git("config", "core.excludesFile", hide)
 	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
 		t.Errorf("ofCommit with a change = %v; want %v", err, fault.Usage)
+	}
+	if got, err := c.tracked(t.Context(), "."); err != nil || len(got) != 0 {
+		t.Errorf("tracked = %q, %v; want nothing, since x is not committed", got, err)
 	}
 }
 
