@@ -186,12 +186,14 @@ generate: ## write the generated parts of the documentation again
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays
-	rm -rf bin release screenshots
+	rm -rf bin release .release-* screenshots
+	rm -f builder/release/*.lock.new
 
-# Folders by their names, and no others: some may have put more beside them. A tree of the
-# builder's cache has folders that nobody may write.
+# Folders by their names, and no others: some may have put more beside them. The next run makes
+# them again. The folder build is also what builder takes where no --cache is given. A tree of its
+# cache has folders that nobody may write.
 .PHONY: clean-cache
-clean-cache: ## remove downloads and caches of demo and tests, some GB, which the next run makes again
+clean-cache: ## remove downloads and caches of demo, tests and, by default, builder, some GB
 	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
 	  for name in mirror packages build demo browser images references release tools; do \
 	    [[ -d "$$state/$$name" ]] || continue; \
