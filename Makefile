@@ -13,6 +13,7 @@ GOVULNDB ?= https://vuln.go.dev
 
 FUZZTIME ?= 10s
 ARGS ?=
+TOOLCHAIN = $(shell sed -n 's/^go /go/p' go.mod)
 
 # One set of flags for build, test and lint, so that each package is compiled
 # once: no path of this checkout, no C, none of gRPC's own pages about its calls,
@@ -154,10 +155,11 @@ images-arm64: build arm64-programs ## build the image that load-tests drivers fo
 
 # ARGS='-version v1.2.3' names another version than git describe, -key FILE signs with a key
 # that is kept, and -archive URL has Debian packages that this machine's archive dropped.
+# The Go of go.mod runs it, and no newer one: it compresses the images.
 .PHONY: release
 release: ## make a release of this commit in release/: the same bytes wherever it is made
 	@deploy/setup.sh build run arm64
-	$(GO) run ./builder/release $(ARGS)
+	GOTOOLCHAIN=$(TOOLCHAIN) $(GO) run ./builder/release $(ARGS)
 
 .PHONY: release-test
 release-test: ## check release/, start its builder image and install a driver from it
@@ -184,12 +186,14 @@ generate: ## write the generated parts of the documentation again
 
 .PHONY: clean
 clean: ## remove what was built here; the user's cache folder stays
-	rm -rf bin release screenshots
+	rm -rf bin release .release-* screenshots
+	rm -f builder/release/*.lock.new
 
-# Folders by their names, and no others: some may have put more beside them. A tree of the
-# builder's cache has folders that nobody may write.
+# Folders by their names, and no others: some may have put more beside them. The next run makes
+# them again. The folder build is also what builder takes where no --cache is given. A tree of its
+# cache has folders that nobody may write.
 .PHONY: clean-cache
-clean-cache: ## remove downloads and caches of demo and tests, some GB, which the next run makes again
+clean-cache: ## remove downloads and caches of demo, tests and, by default, builder, some GB
 	@state="$${PREBAKE_STATE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/prebake}"; \
 	  for name in mirror packages build demo browser images references release tools; do \
 	    [[ -d "$$state/$$name" ]] || continue; \

@@ -298,11 +298,11 @@ func (s settings) sources() (all []discover.Source) {
 	if s.KernelMirror != "" {
 		all = append(all, discover.Kernels{URL: s.KernelMirror})
 	}
-	if s.GKEMap != "" {
-		all = append(all, discover.GKE{Map: s.GKEMap, URL: s.KernelMirror})
-	}
 	if s.DriverMirror != "" {
 		all = append(all, discover.Drivers{URL: s.DriverMirror})
+	}
+	if s.GKEMap != "" { // last, since it may ask for thousands of builds
+		all = append(all, &discover.GKE{Map: s.GKEMap, URL: s.KernelMirror})
 	}
 	return all
 }

@@ -66,8 +66,14 @@ func assemble(ctx context.Context, c config, out string) (err error) {
 	}
 	for _, step := range []func() error{
 		func() error { return c.writeTexts(dir) },
-		func() error { return c.writeManifests(dir, made) },
+		func() error { return c.writeManifests(ctx, dir, made) },
 		func() error { return c.writeContents(dir, made, packages) },
+		func() error {
+			if c.check == nil {
+				return nil
+			}
+			return c.check(ctx)
+		},
 		func() error { return c.signAll(ctx, dir, work, made, packages) },
 		func() error { return os.RemoveAll(out) },
 		func() error { return os.Rename(dir, out) },
@@ -86,8 +92,14 @@ func removable(out string) error {
 	if errors.Is(err, fs.ErrNotExist) || err == nil && len(entries) == 0 {
 		return nil
 	}
-	if err == nil {
-		_, err = os.Stat(filepath.Join(out, sumsFile))
+	for _, name := range []string{sumsFile, provenanceFile, signatureDir} {
+		var info fs.FileInfo
+		if err == nil {
+			info, err = os.Lstat(filepath.Join(out, name))
+		}
+		if err == nil && info.IsDir() != (name == signatureDir) {
+			err = fmt.Errorf("%s is of another type", name)
+		}
 	}
 	if err != nil {
 		return fault.Wrap(fault.Usage, fmt.Errorf("replace %s: no release is there: %w", out, err),
@@ -114,28 +126,22 @@ func (c *config) writeTexts(dir string) error {
 var imageName = regexp.MustCompile(regexp.QuoteMeta(imageHost) + `([a-z0-9-]+):latest`)
 
 // writeManifests copies the manifests, and has each image in them by its digest.
-func (c *config) writeManifests(dir string, made []madeImage) error {
+func (c *config) writeManifests(ctx context.Context, dir string, made []madeImage) error {
 	digests, used := map[string]string{}, map[string]bool{}
 	for _, m := range made {
 		digests[m.name] = m.digest
 	}
 	for _, folder := range []string{"kubernetes", "gce"} {
-		root := filepath.Join(c.source, "deploy", folder)
-		err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-			if err != nil {
-				return err
-			}
-			name, err := filepath.Rel(root, path)
-			if err != nil {
-				return err
-			}
-			to := filepath.Join(dir, "manifests", folder, name)
-			if d.IsDir() {
-				return os.MkdirAll(to, 0o755)
-			}
+		root := filepath.Join("deploy", folder)
+		names, err := c.tracked(ctx, root)
+		if err != nil {
+			return fmt.Errorf("write manifests: %w", err)
+		}
+		for _, name := range names {
+			path, to := filepath.Join(c.source, root, name), filepath.Join(dir, "manifests", folder, name)
 			text, err := os.ReadFile(path)
 			if err != nil {
-				return err
+				return fmt.Errorf("write manifests: %w", err)
 			}
 			var unknown error
 			text = imageName.ReplaceAllFunc(text, func(match []byte) []byte {
@@ -147,10 +153,10 @@ func (c *config) writeManifests(dir string, made []madeImage) error {
 				used[image] = true
 				return []byte(imageHost + image + "@" + digests[image])
 			})
-			return errors.Join(unknown, os.WriteFile(to, text, 0o644))
-		})
-		if err != nil {
-			return fmt.Errorf("write manifests: %w", err)
+			err = errors.Join(unknown, os.MkdirAll(filepath.Dir(to), 0o755), os.WriteFile(to, text, 0o644))
+			if err != nil {
+				return fmt.Errorf("write manifests: %w", err)
+			}
 		}
 	}
 	for _, m := range made {

@@ -212,7 +212,11 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 	if p.control, err = output(ctx, "", nil, "dpkg-deb", "--field", p.file); err != nil {
 		return err
 	}
+	arch := ""
 	for line := range strings.Lines(string(p.control)) {
+		if v, ok := strings.CutPrefix(line, "Architecture: "); ok {
+			arch = strings.TrimSpace(v)
+		}
 		if v, ok := strings.CutPrefix(line, "Package: "); ok {
 			p.name = strings.TrimSpace(v)
 		}
@@ -222,6 +226,10 @@ func (p *debPackage) readControl(ctx context.Context) (err error) {
 	}
 	if p.name == "" || p.version == "" {
 		return errors.New("control file without name or version")
+	}
+	if arch != p.arch {
+		return fault.New(fault.Mismatch, fmt.Sprintf("the package is for %.40q; the list has it for %q", arch, p.arch),
+			"write the list again: make release-packages")
 	}
 	return nil
 }
@@ -376,8 +384,11 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case there:
 		return errors.New("another package has this file")
 	}
-	h.Name, h.Uname, h.Gname, h.PAXRecords, h.Format = name, "", "", nil, tar.FormatUnknown
-	h.AccessTime, h.ChangeTime = time.Time{}, time.Time{}
+	// No more of the header than this: neither extended attributes nor who may become root.
+	h = &tar.Header{
+		Typeflag: h.Typeflag, Name: name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode & 0o1777,
+		Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime,
+	}
 	switch h.Typeflag {
 	case tar.TypeDir:
 		h.Name += "/"

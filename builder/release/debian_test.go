@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 
@@ -114,6 +115,12 @@ func TestRootRefuses(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "usr/bin/tool") {
 		t.Errorf("writeRoot of two packages with the same file = %v; want an error that names it", err)
 	}
+	// The list says for which architecture a package is, and so does the package.
+	other := slices.Clone(packages)
+	other[0].arch = "arm64"
+	if err := c.fetch(t.Context(), other); !fault.Is(err, fault.Mismatch) {
+		t.Errorf("fetch of a package for all as one for arm64 = %v; want %v", err, fault.Mismatch)
+	}
 	// An archive that has other bytes is as good as none.
 	c.cache = t.TempDir()
 	if err := os.WriteFile(filepath.Join(c.archives[0], packages[0].path), []byte("other"), 0o600); err != nil {
@@ -124,6 +131,27 @@ func TestRootRefuses(t *testing.T) {
 	}
 	if left, err := os.ReadDir(c.cache); err != nil || len(left) != 1 {
 		t.Errorf("the cache has %v, %v; want the one package that is right", left, err)
+	}
+}
+
+// No file of an image makes its user root, or has capabilities.
+func TestRootTakesNoRights(t *testing.T) {
+	t.Parallel()
+	var in, out bytes.Buffer
+	tw := tar.NewWriter(&in)
+	if err := tw.WriteHeader(&tar.Header{
+		Typeflag: tar.TypeReg, Name: "./usr/bin/su", Mode: 0o6755,
+		PAXRecords: map[string]string{"SCHILY.xattr.security.capability": "x"},
+	}); err != nil {
+		t.Fatal(err)
+	}
+	r := &rootFS{tw: tar.NewWriter(&out), seen: map[string]bool{}}
+	if err := errors.Join(tw.Close(), r.copyAll(tar.NewReader(&in)), r.tw.Close()); err != nil {
+		t.Fatal(err)
+	}
+	h, err := tar.NewReader(&out).Next()
+	if err != nil || h.Name != "usr/bin/su" || h.Mode != 0o755 || len(h.PAXRecords) != 0 {
+		t.Errorf("copyAll of a set-user-ID file = %+v, %v; want mode 755 and no extended attributes", h, err)
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -37,6 +38,8 @@ type config struct {
 	key string
 	// builderID names in the provenance who made the release.
 	builderID string
+	// check looks at the source again before anything is signed; nil does not.
+	check func(context.Context) error
 	// say tells a person what is going on.
 	say func(format string, args ...any)
 }
@@ -94,6 +97,9 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		c.cache = dir + "/prebake/release"
 	}
 	c.arches = []string{"amd64", "arm64"}
+	if err := c.sameGo(ctx, runtime.Version()); err != nil {
+		return err
+	}
 	if err := c.ofCommit(ctx); err != nil {
 		return err
 	}

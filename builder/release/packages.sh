@@ -37,7 +37,7 @@ Dir::State::extended_states "$root/extended";
 Dir::Cache "$root/cache";
 EOF
   export APT_CONFIG=$root/apt.conf
-  apt-get -q update >&2
+  apt-get -q --error-on=any update >&2
   apt-get -qq --simulate install "${packages[@]}" |
     sed -n 's/^Inst \([^ :]*\)[^ ]* (\([^ ]*\) .*/\1=\2/p' >"$root/wanted"
   # shellcheck disable=SC2046 # one word for each package

@@ -32,23 +32,54 @@ func output(ctx context.Context, dir string, env []string, name string, args ...
 	return nil, fmt.Errorf("run %s %s: %w: %s", name, strings.Join(args, " "), err, text)
 }
 
-// ofCommit fills in version, commit and date from git, where they are not given.
-func (c *config) ofCommit(ctx context.Context) error {
-	git := func(args ...string) (string, error) {
-		out, err := output(ctx, c.source, nil, "git", args...)
-		return strings.TrimSpace(string(out)), err
-	}
-	changes, err := git("status", "--porcelain")
+func (c *config) git(ctx context.Context, args ...string) (string, error) {
+	out, err := output(ctx, c.source, nil, "git", args...)
+	return strings.TrimSpace(string(out)), err
+}
+
+// head returns the commit of the source, and refuses a source that is not all of that commit.
+func (c *config) head(ctx context.Context) (string, error) {
+	// A person's own settings may hide new files.
+	changes, err := c.git(ctx, "-c", "core.excludesFile=/dev/null", "status", "--porcelain", "--untracked-files=all",
+		"--ignore-submodules=none")
 	if err != nil {
-		return err
+		return "", err
 	}
 	if changes != "" {
-		return fault.New(fault.Usage, "release: changes are not committed: "+changes[:min(len(changes), 200)],
+		return "", fault.New(fault.Usage, "release: changes are not committed: "+changes[:min(len(changes), 200)],
 			"commit them or take them away")
 	}
-	if c.commit, err = git("rev-parse", "HEAD"); err != nil {
+	return c.git(ctx, "rev-parse", "HEAD")
+}
+
+// unchanged refuses to go on when the source is no more what it was when the release began.
+func (c *config) unchanged(ctx context.Context) error {
+	commit, err := c.head(ctx)
+	if err == nil && commit != c.commit {
+		err = fault.New(fault.Usage, fmt.Sprintf("release: the source was commit %s and is %s now", c.commit, commit),
+			"leave the source as it is until the release is made, and begin again")
+	}
+	return err
+}
+
+// tracked returns the files below a folder of the source that git keeps, by their paths from there.
+func (c *config) tracked(ctx context.Context, folder string) ([]string, error) {
+	dir := filepath.Join(c.source, folder)
+	out, err := output(ctx, dir, nil, "git", "ls-files", "-z")
+	if err != nil {
+		return nil, err
+	}
+	return strings.FieldsFunc(string(out), func(r rune) bool { return r == 0 }), nil
+}
+
+// ofCommit fills in version, commit and date from git, where they are not given.
+func (c *config) ofCommit(ctx context.Context) error {
+	git := func(args ...string) (string, error) { return c.git(ctx, args...) }
+	var err error
+	if c.commit, err = c.head(ctx); err != nil {
 		return err
 	}
+	c.check = c.unchanged
 	if c.version == "" {
 		// A fixed length, since git's own depends on how many objects a clone has.
 		if c.version, err = git("describe", "--tags", "--always", "--abbrev=12"); err != nil {
@@ -69,6 +100,23 @@ func (c *config) ofCommit(ctx context.Context) error {
 	}
 	c.date = time.Unix(n, 0).UTC()
 	return nil
+}
+
+// goVersion returns the Go release that go.mod names, which makes everything of a release.
+func (c *config) goVersion(ctx context.Context) (string, error) {
+	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
+	return "go" + strings.TrimSpace(string(out)), err
+}
+
+// sameGo refuses another Go for this program than for those that it builds: its own compression
+// makes the layers of images, and another release of Go may give other bytes.
+func (c *config) sameGo(ctx context.Context, running string) error {
+	want, err := c.goVersion(ctx)
+	if err == nil && running != want {
+		err = fault.New(fault.Usage, fmt.Sprintf("release: this program is made with %s; go.mod names %s", running, want),
+			"run GOTOOLCHAIN="+want+" make release, without GOEXPERIMENT")
+	}
+	return err
 }
 
 // triples are the GNU names of the architectures: of Debian's compilers.
@@ -93,11 +141,10 @@ func platform(arch string) string { return "linux-" + arch }
 
 // buildPrograms compiles the programs into the platforms' folders below dir.
 func (c *config) buildPrograms(ctx context.Context, dir string) error {
-	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
+	toolchain, err := c.goVersion(ctx)
 	if err != nil {
 		return err
 	}
-	toolchain := "go" + strings.TrimSpace(string(out))
 	for _, arch := range c.arches {
 		to := filepath.Join(dir, platform(arch))
 		if err := os.MkdirAll(to, 0o755); err != nil {

@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -38,7 +39,16 @@ func TestRemovable(t *testing.T) {
 	if err := removable(dir); !fault.Is(err, fault.Usage) {
 		t.Errorf("removable(something) = %v; want %v", err, fault.Usage)
 	}
-	if err := os.WriteFile(filepath.Join(dir, sumsFile), nil, 0o600); err != nil {
+	// Checksums are in many folders.
+	for _, name := range []string{sumsFile, provenanceFile} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := removable(dir); !fault.Is(err, fault.Usage) {
+			t.Errorf("removable(with %s) = %v; want %v", name, err, fault.Usage)
+		}
+	}
+	if err := os.Mkdir(filepath.Join(dir, signatureDir), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	if err := removable(dir); err != nil {
@@ -77,10 +87,46 @@ func TestOfCommit(t *testing.T) {
 		t.Errorf("ofCommit with SOURCE_DATE_EPOCH=soon = %v; want %v", err, fault.Usage)
 	}
 	t.Setenv("SOURCE_DATE_EPOCH", "")
+	if err := c.check(t.Context()); err != nil {
+		t.Errorf("check of the same commit = %v; want nil", err)
+	}
+	git("commit", "-q", "--allow-empty", "-m", "second")
+	if err := c.check(t.Context()); !fault.Is(err, fault.Usage) {
+		t.Errorf("check of a later commit = %v; want %v", err, fault.Usage)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
+	// What a person's own settings hide is a change all the same.
+	hide := filepath.Join(t.TempDir(), "hide")
+	if err := os.WriteFile(hide, []byte("x\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	git("config", "status.showUntrackedFiles", "no")
+	git("config", "core.excludesFile", hide)
 	if err := c.ofCommit(t.Context()); !fault.Is(err, fault.Usage) {
 		t.Errorf("ofCommit with a change = %v; want %v", err, fault.Usage)
+	}
+	if got, err := c.tracked(t.Context(), "."); err != nil || len(got) != 0 {
+		t.Errorf("tracked = %q, %v; want nothing, since x is not committed", got, err)
+	}
+}
+
+// The Go that runs the assembler is that of go.mod, since it compresses the layers.
+func TestSameGo(t *testing.T) {
+	t.Parallel()
+	c := config{source: "../.."}
+	want, err := c.goVersion(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.sameGo(t.Context(), want); err != nil {
+		t.Errorf("sameGo(%s) = %v; want nil", want, err)
+	}
+	for _, running := range []string{"go1.999.0", want + "1", want + " X:x", "devel"} {
+		err := c.sameGo(t.Context(), running)
+		if !fault.Is(err, fault.Usage) || !strings.Contains(fault.Hint(err), "GOTOOLCHAIN="+want+" make release") {
+			t.Errorf("sameGo(%s) = %v, hint %q; want %v with the command", running, err, fault.Hint(err), fault.Usage)
+		}
 	}
 }

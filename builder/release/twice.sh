@@ -28,6 +28,8 @@ one() {
   echo "twice: release in $clone took $((SECONDS - start)) s" >&2
 }
 commit=$(git rev-parse HEAD)
+GOTOOLCHAIN=$(sed -n 's/^go /go/p' go.mod) # which runs the assembler, too
+export GOTOOLCHAIN
 one "$work/first"
 one "$work/a/second/clone" faketime -f +40d
 

@@ -96,7 +96,7 @@ func (d *demo) pass() error {
 	}
 	fmt.Fprintln(d.out, "\nWhere its files are")
 	row(d.out, "folder", fmt.Sprintf("%s, %s (%s)", d.scene.State, size(total), sizes))
-	row(d.out, "remove", "make clean-cache")
+	row(d.out, "remove", "make clean-cache, which empties the default cache of builder, too")
 	return nil
 }
 

@@ -21,6 +21,7 @@ const (
 	maxVersionFile = 1 << 10
 	maxVersionList = 1 << 20
 	maxVersions    = 4096
+	maxGPUs        = 64
 )
 
 // DriverList is what COS says about the driver versions for one build.
@@ -155,7 +156,7 @@ func ParseVersionFile(text []byte) (string, error) {
 
 // ParseDriverVersions reads gpu_driver_versions.textproto. Fields that are
 // newer than this program are passed over, and so are versions that are not of
-// NVIDIA's form. Labels of the entry for all other GPUs go before those of a
+// NVIDIA's form, and lists of GPU types whose names are not of COS's. Labels of the entry for all other GPUs go before those of a
 // particular GPU.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
@@ -182,7 +183,7 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 	l := DriverList{Branches: map[string]string{}}
 	for _, info := range infos {
 		l.add(info)
-		if gpu := info.GetGpuDevice().GetGpuType(); rank(info) == 1 && gpu != "" {
+		if gpu := info.GetGpuDevice().GetGpuType(); rank(info) == 1 && target.ValidGPU(gpu) {
 			own := l.GPUs[gpu]
 			if own.Branches == nil {
 				own.Branches = map[string]string{}
@@ -194,6 +195,11 @@ func parseVersions(data []byte, unmarshal func([]byte, proto.Message) error) (Dr
 			}
 			l.GPUs[gpu] = own
 		}
+	}
+	if len(l.GPUs) > maxGPUs {
+		return DriverList{}, fault.New(fault.Unsupported,
+			fmt.Sprintf("driver versions: %d types of GPU, more than %d", len(l.GPUs), maxGPUs),
+			"check that the bucket holds COS builds")
 	}
 	if l.Versions = sortVersions(l.Versions); len(l.Versions) > maxVersions {
 		return DriverList{}, fault.New(fault.Unsupported,

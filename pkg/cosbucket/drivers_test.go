@@ -1,6 +1,7 @@
 package cosbucket_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -159,5 +160,37 @@ func TestChooseByGPU(t *testing.T) {
 		if got != want || want == "" && (!fault.Is(err, fault.Unsupported) || fault.Hint(err) == "") {
 			t.Errorf("Choose(%s) = %q, %v; want %q", wish, got, err, want)
 		}
+	}
+}
+
+// Names of GPU types come from a bucket and go into catalogues: each has COS's form, and a list has few.
+func TestGPUTypesAreBounded(t *testing.T) {
+	t.Parallel()
+	list := func(names ...string) (text string) {
+		for _, name := range names {
+			text += fmt.Sprintf("gpu_driver_version_info { gpu_device { gpu_type: %q }\n"+
+				"supported_driver_versions { label: \"DEFAULT\" version: \"535.230.2\" } }\n", name)
+		}
+		return text
+	}
+	many := func(n int) (names []string) {
+		for i := range n {
+			names = append(names, fmt.Sprintf("NVIDIA_%d", i))
+		}
+		return names
+	}
+	odd := []string{"nvidia-l4", "<b>", strings.Repeat("A", 65), "NVIDIA L4"}
+	for name, row := range map[string]struct {
+		types []string
+		want  int
+	}{"one": {[]string{"NVIDIA_L4"}, 1}, "odd": {append(odd, "NVIDIA_L4"), 1}, "most": {many(64), 64}} {
+		got, err := cosbucket.ParseDriverVersions([]byte(list(row.types...)))
+		if err != nil || len(got.GPUs) != row.want {
+			t.Errorf("%s: ParseDriverVersions(types %q) = %d types, %v; want %d", name, row.types, len(got.GPUs), err,
+				row.want)
+		}
+	}
+	if got, err := cosbucket.ParseDriverVersions([]byte(list(many(65)...))); !fault.Is(err, fault.Unsupported) {
+		t.Errorf("ParseDriverVersions(65 types) = %d types, %v; want %v", len(got.GPUs), err, fault.Unsupported)
 	}
 }

@@ -57,6 +57,11 @@ func (w Within) do(f func(database) error) error {
 		if !ok {
 			return fault.New(fault.Internal, fmt.Sprintf("write to queue: the connection is a %T, not one of pgx", driver), "")
 		}
+		// Else each statement would be committed by itself.
+		if status := under.Conn().PgConn().TxStatus(); status != 'T' {
+			return fault.New(fault.Internal,
+				fmt.Sprintf("write to queue: the connection is in no open transaction (status %q)", status), "")
+		}
 		return f(inTx[pgx.Tx](c, joined{under.Conn()}))
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/prebake/prebake/pkg/api"
+	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/queue"
 )
 
@@ -88,6 +89,13 @@ func within(t *testing.T, driver, rawURL string) {
 	stands("a rollback", 1, "available")
 	step("Cancel(1)", true, out)
 	stands("a commit", 1, "cancelled")
+	if driver == "pgx" { // SQLite's transaction refuses by itself
+		err := q.Within(conn, nil).Insert(t.Context(), job(5), queue.PriorityAsked)
+		if !fault.Is(err, fault.Internal) {
+			t.Errorf("Insert(5) without a transaction = %v; want %v", err, fault.Internal)
+		}
+		stands("that", 5, "")
+	}
 	step("SetPriority(3)", false, func(w queue.Within) error { return w.SetPriority(t.Context(), 3, queue.PriorityAsked) })
 	step("SetPriority(2)", true, up)
 

@@ -232,6 +232,9 @@ func ParseWish(s string) (Wish, error) {
 // NVIDIA_H100_80GB (gpu_driver_versions.proto of cos/tools).
 var gpuPattern = regexp.MustCompile(`^[A-Z0-9][A-Z0-9_]{0,63}$`)
 
+// ValidGPU reports whether a text has the form of COS's name of a GPU type.
+func ValidGPU(s string) bool { return gpuPattern.MatchString(s) }
+
 // ParseGPUWish reads what ParseWish reads, and default, latest or a branch for one
 // type of GPU, as in default@NVIDIA_L4: COS's lists name versions for each type.
 func ParseGPUWish(s string) (Wish, error) {
@@ -240,7 +243,7 @@ func ParseGPUWish(s string) (Wish, error) {
 	if err != nil || !found {
 		return w, err
 	}
-	if _, exact := w.Exact(); exact || !gpuPattern.MatchString(gpu) {
+	if _, exact := w.Exact(); exact || !ValidGPU(gpu) {
 		return "", fmt.Errorf("driver %q: want default, latest or a branch before the @, and COS's name of a GPU type "+
 			"behind it, as in default@NVIDIA_L4", s)
 	}

@@ -59,7 +59,7 @@ func checkGKE(version string) error {
 }
 
 // named fills in the COS build of a pool that is named by its version of GKE. Where no
-// kernel is known for that, the answer says so.
+// kernel is known for that, or more than one, the answer says so.
 func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution, error) {
 	if pool.GKE == "" {
 		return nil, nil
@@ -75,7 +75,7 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 		return nil, fault.Wrap(fault.Usage, err, "write one such as lakitu")
 	}
 	f := store.KernelFilter{GKE: version, Board: pool.Board}
-	found, _, err := c.Store.Kernels(ctx, f, store.Page{Limit: 1})
+	found, _, err := c.Store.Kernels(ctx, f, store.Page{Limit: 2})
 	if err != nil {
 		return nil, err
 	}
@@ -85,6 +85,14 @@ func (c *Catalogue) named(ctx context.Context, pool *api.Pool) (*api.Resolution,
 			Reason: fmt.Sprintf("this server knows no kernel of board %s that nodes of GKE %s boot", pool.Board, version),
 			Hint: "check the version, and that the server has a --gke-map and the build in its --kernel-mirror; or name " +
 				"BUILD_ID",
+		}, nil
+	}
+	if len(found) > 1 {
+		return &api.Resolution{
+			Kernel: target.Kernel{Board: pool.Board, Arch: target.BoardArch(pool.Board)}, State: api.Unknown,
+			Reason: fmt.Sprintf("nodes of GKE %s on board %s boot several COS builds, %s and %s among them", version,
+				pool.Board, found[0].BuildID, found[1].BuildID),
+			Hint: "name BUILD_ID; all are listed by: server kernels --gke " + version + " --board " + pool.Board,
 		}, nil
 	}
 	pool.BuildID = found[0].BuildID

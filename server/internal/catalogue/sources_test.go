@@ -126,6 +126,19 @@ func TestPreflightOfGKE(t *testing.T) {
 		v.Resolution.State != api.Unknown {
 		t.Errorf("Preflight(another board) = %+v, %v; want unknown", v, err)
 	}
+	// Which of two builds a node boots, nobody here knows.
+	second := api.Kernel{Kernel: target.Kernel{BuildID: "17800.0.46", Board: "lakitu", Milestone: 109}, Default: v261}
+	if err := c.RecordKernel(t.Context(), second); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SawGKE(t.Context(), map[string][]string{"17800.0.46/lakitu": {"1.32.9-gke.100"}}); err != nil {
+		t.Fatal(err)
+	}
+	v, err = ask(pool)
+	if r := v.Resolution; err != nil || v.May || r.State != api.Unknown || !strings.Contains(r.Reason, first) ||
+		!strings.Contains(r.Reason, "17800.0.46") || !strings.Contains(r.Hint, "name BUILD_ID") {
+		t.Errorf("Preflight(GKE of two builds) = %+v, %v; want unknown that names both", v, err)
+	}
 	for _, bad := range []api.Pool{
 		{GKE: "1.33", Board: "lakitu"}, {GKE: "1.33.5-gke.1%", Board: "lakitu"},
 		{GKE: "1.32.9-gke.100", BuildID: first, Board: "lakitu"},

@@ -131,7 +131,7 @@ func TestTroubleIsNotFatal(t *testing.T) {
 	n := &notes{}
 	drivers := lay(t, map[string]string{"NVIDIA-Linux-x86_64-535.261.03.run": "x"})
 	c := discover.Config{Catalogue: n, Log: slog.New(slog.DiscardHandler), Sources: []discover.Source{
-		discover.Kernels{URL: "file:///does/not/exist"}, discover.GKE{Map: "file:///does/not/exist"},
+		discover.Kernels{URL: "file:///does/not/exist"}, &discover.GKE{Map: "file:///does/not/exist"},
 		discover.Drivers{URL: drivers}}}
 	counts, err := discover.Scan(t.Context(), c)
 	if diff := cmp.Diff(map[string]int{"kernels": 0, "gke": 0, "drivers": 1}, counts); diff != "" || err == nil {

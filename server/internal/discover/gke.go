@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"time"
 
 	"github.com/prebake/prebake/pkg/cosbucket"
 	"github.com/prebake/prebake/pkg/fault"
@@ -15,6 +17,9 @@ import (
 // maxGKE bounds how many kernels of a list are followed, newest first.
 const maxGKE = 4000
 
+// missedFor is how long a kernel that the bucket lacks is not asked for again.
+const missedFor = 24 * time.Hour
+
 // GKE is the list of which versions of GKE run which COS images: the kernels that nodes
 // of clusters boot. It finds builds that are older than those followed of a milestone,
 // and builds in a mirror that cannot list what it has.
@@ -23,14 +28,17 @@ type GKE struct {
 	Map string
 	// URL of the bucket that has the builds.
 	URL string
+
+	// missed says when a kernel of the list was found to be missing in the bucket.
+	missed map[string]time.Time
 }
 
 // Name is "gke".
-func (GKE) Name() string { return "gke" }
+func (*GKE) Name() string { return "gke" }
 
 // Look reads the list, looks up its kernels that the catalogue lacks where the bucket
 // has them, and labels those that are known then. It returns how many are.
-func (s GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
+func (s *GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 	images, err := plan.LoadImageMap(ctx, s.Map)
 	if err != nil {
 		return 0, fmt.Errorf("discover GKE versions: %w", err)
@@ -65,18 +73,26 @@ func (s GKE) Look(ctx context.Context, to catalogue) (n int, err error) {
 }
 
 // lookUp reads those kernels that nobody read yet, as far as the bucket has them.
-func (s GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) (err error) {
+func (s *GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) (err error) {
+	now := time.Now()
+	listed := map[string]bool{}
+	for _, k := range kernels {
+		listed[k.String()] = true
+	}
+	// So there are never more than maxGKE.
+	maps.DeleteFunc(s.missed, func(k string, at time.Time) bool { return !listed[k] || now.Sub(at) >= missedFor })
 	old, err := known(ctx, to)
 	if err != nil {
 		return fmt.Errorf("discover kernels of GKE: %w", err)
 	}
 	kernels = slices.DeleteFunc(kernels, func(k target.Kernel) bool {
 		for _, have := range old[k.BuildID] {
-			if have.Board == k.Board {
-				return !incomplete(have)
+			if have.Board == k.Board && !incomplete(have) {
+				return true
 			}
 		}
-		return false
+		_, missing := s.missed[k.String()]
+		return missing
 	})
 	if len(kernels) == 0 {
 		return nil
@@ -96,6 +112,12 @@ func (s GKE) lookUp(ctx context.Context, to catalogue, kernels []target.Kernel) 
 	case !fault.Is(err, fault.Unsupported): // else it cannot list, and is asked for each
 		return fmt.Errorf("discover kernels of GKE: %w", err)
 	}
-	_, err = record(ctx, b, to, kernels)
+	_, lacks, err := record(ctx, b, to, kernels)
+	for _, k := range lacks {
+		if s.missed == nil {
+			s.missed = map[string]time.Time{}
+		}
+		s.missed[k.String()] = now
+	}
 	return err
 }

@@ -4,9 +4,12 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -55,7 +58,7 @@ func TestGKE(t *testing.T) {
 		return api.Kernel{Kernel: target.Kernel{BuildID: id, Board: "lakitu", Commit: commit}, GKE: gke, SeenAt: time.Now()}
 	}
 	n := &notes{known: []api.Kernel{was("17800.66.78"), was("16000.1.1", "1.20.1-gke.1"), was("18867.294.1")}}
-	source := discover.GKE{Map: maps + "/gke-to-cos.json", URL: mirror}
+	source := &discover.GKE{Map: maps + "/gke-to-cos.json", URL: mirror}
 	if _, err := source.Look(t.Context(), n); err != nil {
 		t.Fatal(err)
 	}
@@ -103,13 +106,47 @@ func TestGKEOfAMirrorWithoutListing(t *testing.T) {
 	}))
 	t.Cleanup(server.Close)
 	n := &notes{}
-	if _, err := (discover.GKE{Map: server.URL + "/maps/gke-to-cos.json", URL: server.URL + "/cos"}).Look(t.Context(),
+	if _, err := (&discover.GKE{Map: server.URL + "/maps/gke-to-cos.json", URL: server.URL + "/cos"}).Look(t.Context(),
 		n); err != nil {
 		t.Fatal(err)
 	}
 	if diff := cmp.Diff([]string{"18867.199.52/lakitu"}, names(n.kernels)); diff != "" {
 		t.Errorf("kernels (-want +got):\n%s", diff)
 	}
+}
+
+// What the bucket lacks is not asked for again at every look, and is a day later.
+func TestGKERemembersMisses(t *testing.T) {
+	t.Parallel()
+	text := []byte(strings.Repeat("a", 40) + "\n")
+	mirror := lay(t, map[string]string{"18867.199.52/lakitu/kernel_commit": string(text)})
+	source := &discover.GKE{Map: lay(t, map[string]string{"map": gkeMap}) + "/map", URL: mirror}
+	synctest.Test(t, func(t *testing.T) {
+		n := &notes{}
+		look := func(when string, want ...string) {
+			t.Helper()
+			n = &notes{known: append(n.known, n.kernels...)}
+			if _, err := source.Look(t.Context(), n); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(want, names(n.kernels)); diff != "" {
+				t.Errorf("Look() %s reads (-want +got):\n%s", when, diff)
+			}
+		}
+		look("at first", "18867.199.52/lakitu")
+		file := filepath.Join(strings.TrimPrefix(mirror, "file://"), "18867.199.52/lakitu-arm64/kernel_commit")
+		if err := os.Mkdir(filepath.Dir(file), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(file, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		look("at once")
+		time.Sleep(23 * time.Hour)
+		look("within a day")
+		time.Sleep(time.Hour)
+		look("after a day", "18867.199.52/lakitu-arm64")
+	})
 }
 
 // What is no list of that form takes no label away.
@@ -122,7 +159,7 @@ func TestGKERefusesOtherLists(t *testing.T) {
 		GKE: []string{"1.30.5-gke.100"}}}
 	for _, name := range []string{"html", "empty", "images"} {
 		n := &notes{known: known}
-		_, err := (discover.GKE{Map: maps + "/" + name, URL: maps}).Look(t.Context(), n)
+		_, err := (&discover.GKE{Map: maps + "/" + name, URL: maps}).Look(t.Context(), n)
 		if !fault.Is(err, fault.Unsupported) || fault.Hint(err) == "" || n.gke != nil {
 			t.Errorf("Scan(%s) = %v, labels %v; want unsupported with a hint, and no label changed", name, err, n.gke)
 		}

@@ -62,12 +62,18 @@ func (s Kernels) Look(ctx context.Context, to catalogue) (n int, err error) {
 	if err != nil {
 		return 0, fmt.Errorf("discover kernels: %w", err)
 	}
-	return record(ctx, b, to, append(found, again...))
+	n, _, err = record(ctx, b, to, append(found, again...))
+	return n, err
 }
 
 // record reads kernels in a bucket and tells the catalogue of each. What the bucket
-// lacks is passed over: lists name more than is there.
-func record(ctx context.Context, b *cosbucket.Bucket, to catalogue, found []target.Kernel) (n int, err error) {
+// lacks is passed over, and returned: lists name more than is there.
+func record(
+	ctx context.Context,
+	b *cosbucket.Bucket,
+	to catalogue,
+	found []target.Kernel,
+) (n int, lacks []target.Kernel, err error) {
 	troubles := make([]error, len(found))
 	var group errgroup.Group
 	group.SetLimit(parallel)
@@ -87,10 +93,10 @@ func record(ctx context.Context, b *cosbucket.Bucket, to catalogue, found []targ
 		case trouble == nil:
 			n++
 		case fault.Is(trouble, fault.InputMissing):
-			troubles[i] = nil
+			lacks, troubles[i] = append(lacks, found[i]), nil
 		}
 	}
-	return n, errors.Join(troubles...)
+	return n, lacks, errors.Join(troubles...)
 }
 
 // known returns the kernels of the catalogue by BUILD_ID.

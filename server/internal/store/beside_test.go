@@ -33,3 +33,35 @@ func beside(t *testing.T, s *store.Store, id string) {
 		t.Fatal(err)
 	}
 }
+
+// A write that panics leaves the only connection that writes to the next one.
+func panicked(t *testing.T, s *store.Store, id string) {
+	ctx, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	put := func(then func()) func(*store.Tx) error {
+		return func(tx *store.Tx) error {
+			err := tx.PutKernel(ctx, api.Kernel{Kernel: kernelOf(id), SeenAt: noon})
+			then()
+			return err
+		}
+	}
+	done := make(chan any, 1)
+	go func() {
+		defer func() { done <- recover() }()
+		_ = s.Write(ctx, put(func() { panic("bug") }))
+	}()
+	select {
+	case got := <-done:
+		if got != "bug" {
+			t.Errorf("Write() of a bug panics with %v; want its own panic", got)
+		}
+	case <-ctx.Done():
+		t.Fatal("Write() of a bug never ends; want a panic")
+	}
+	if _, known, err := s.Kernel(ctx, id, "lakitu"); known || err != nil {
+		t.Errorf("Kernel() after a write that panicked = %v, %v; want none", known, err)
+	}
+	if err := s.Write(ctx, put(func() {})); err != nil {
+		t.Errorf("Write() after one that panicked = %v", err)
+	}
+}

@@ -280,6 +280,8 @@ func (s *Store) Write(ctx context.Context, f func(*Tx) error) (err error) {
 	if err != nil {
 		return classify("write to catalogue", err)
 	}
+	// Where f panics: to close a connection waits for its transaction. Else it is over by then.
+	defer func() { _ = tx.Rollback() }()
 	t := &Tx{Tx: tx, Conn: conn, postgres: s.postgres}
 	err = f(t)
 	notes := t.notes()

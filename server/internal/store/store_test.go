@@ -33,7 +33,7 @@ func TestConformance(t *testing.T) {
 		"remembered": remembered,
 		"tokens":     tokens, "audit": audit,
 		"measured": measured, "reported": reported, "filtered": filtered, "warned": warned, "sources": sources,
-		"beside": beside,
+		"beside": beside, "panicked": panicked,
 	}
 	run := func(t *testing.T, url string) {
 		// Opening again must find everything migrated.
