@@ -51,7 +51,7 @@ Examples:
 // checkRun names all settings of run that do not go together.
 func checkRun(cmd *ucli.Command) error {
 	_, err := readConfig(cmd)
-	errs := []error{err, checkTrust(cmd), checkTaint(cmd)}
+	errs := []error{err, checkTrust(cmd), checkTaint(cmd), checkReport(cmd)}
 	_, err = serverURL(cmd)
 	errs = append(errs, err)
 	if strings.HasPrefix(cmd.String("driver"), digestPrefix) && len(cmd.StringSlice("registry")) == 0 {

@@ -32,19 +32,24 @@ type reporter struct {
 	done chan struct{}
 }
 
+// checkReport refuses to report to nobody, or without a name.
+func checkReport(cmd *ucli.Command) error {
+	if !cmd.Bool("report") || cmd.Bool("dry-run") || cmd.String("server") != "" && cmd.String("token-file") != "" {
+		return nil
+	}
+	return cli.About(fault.New(
+		fault.Usage,
+		"--report needs a server, and a token that names this node",
+		"give --server URL and --token-file FILE",
+	), "report", "token-file", "server")
+}
+
 // newReporter returns nil where nothing is to be told.
 func newReporter(cmd *ucli.Command, log *slog.Logger) (*reporter, error) {
-	if !cmd.Bool("report") || cmd.Bool("dry-run") {
-		return nil, nil
+	if err := checkReport(cmd); err != nil || !cmd.Bool("report") || cmd.Bool("dry-run") {
+		return nil, err
 	}
 	server, file := cmd.String("server"), cmd.String("token-file")
-	if server == "" || file == "" {
-		return nil, fault.New(
-			fault.Usage,
-			"--report needs a server, and a token that names this node",
-			"give --server URL and --token-file FILE",
-		)
-	}
 	return startReporter(log, api.NewClient(server, "", nil).WithTokenFile(file).Report), nil
 }
 

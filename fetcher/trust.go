@@ -17,7 +17,7 @@ import (
 )
 
 // newVerifier trusts the keys and the identity that the flags or the policy name, and
-// returns how to updates the list  that the policy wants to be asked; nil means none.
+// returns how to update the list that the policy wants to be asked; nil means none.
 func newVerifier(
 	cmd *ucli.Command,
 	p policy.Policy,

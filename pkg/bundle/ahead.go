@@ -77,7 +77,8 @@ func (a *ahead) Read(p []byte) (int, error) {
 		}
 		next, ok := <-a.full
 		if !ok {
-			return 0, io.ErrClosedPipe // read after Close
+			a.now = piece{err: io.ErrClosedPipe} // read after Close
+			continue
 		}
 		a.now, a.rest = next, next.buf[:next.n]
 	}

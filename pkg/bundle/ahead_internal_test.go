@@ -59,6 +59,9 @@ func TestReadAheadClose(t *testing.T) {
 	if _, err := io.Copy(io.Discard, a); !errors.Is(err, io.ErrClosedPipe) {
 		t.Errorf("Copy() after Close = %v; want %v", err, io.ErrClosedPipe)
 	}
+	if n, err := a.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("Read() after that = %d, %v; want 0, %v", n, err, io.ErrClosedPipe)
+	}
 }
 
 type readerFunc func([]byte) (int, error)

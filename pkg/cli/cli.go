@@ -64,6 +64,7 @@ func prepare(root *ucli.Command) {
 	}
 	walk(root, func(c *ucli.Command) {
 		c.OnUsageError = usage
+		c.Before = oneVariable(c.Before)
 		c.Description = strings.ReplaceAll(c.Description, "PROGRAM", root.Name)
 		if c.Action == nil && len(c.Commands) > 0 {
 			c.Action = needSubcommand

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -157,7 +156,7 @@ func (f *configFile) set(name string, value yamlfile.At) {
 		return
 	}
 	text, ok := f.text(flag, value)
-	if !ok || f.cmd.IsSet(name) {
+	if !ok || f.cmd.IsSet(name) && !fromEmptyVariable(flag) {
 		return
 	}
 	if err := f.cmd.Set(name, text); err != nil {
@@ -188,7 +187,7 @@ func (f *configFile) text(flag ucli.Flag, value yamlfile.At) (string, bool) {
 			f.Want(value, "a number")
 		}
 	case "duration":
-		if _, err := time.ParseDuration(text); err != nil || value.Node.Tag != "!!str" {
+		if d, err := time.ParseDuration(text); err != nil || d < 0 || value.Node.Tag != "!!str" {
 			f.Want(value, "a time, such as 90s, 15m or 2h")
 		}
 	case "array":
@@ -217,12 +216,10 @@ func (f *configFile) word(value yamlfile.At) string {
 	if !ok {
 		return ""
 	}
-	if u, err := url.Parse(text); err == nil && u.User != nil {
-		if _, secret := u.User.Password(); secret {
-			f.Say(value, "found a password in a URL; want it in the environment: PGPASSFILE for a database, or %s for the "+
-				"whole setting",
-				envName(strings.SplitN(value.Path, "[", 2)[0]))
-		}
+	if secretURL(text) {
+		f.Say(value, "found a password in a URL; want it in the environment: PGPASSFILE for a database, or %s for the "+
+			"whole setting",
+			envName(strings.SplitN(value.Path, "[", 2)[0]))
 	}
 	if strings.Contains(text, "PRIVATE KEY-----") {
 		f.Say(value, "found a private key; want the name of a file with it")
@@ -258,14 +255,21 @@ func trySet[T, C any, V ucli.ValueCreator[T, C]](flag *ucli.FlagBase[T, C, V], t
 	return f.Set(f.Name, text)
 }
 
-// place records errors about flags at the first one of these that the file has, and returns
-// the others.
+// place records errors about flags at the first one of these that has its value from the file,
+// or has none because the file's is a mistake, and returns the others.
 func (f *configFile) place(err error) (rest []error) {
 	for _, part := range parts(err) {
-		about, ok := part.(*flagsError) //nolint:errorlint // parts has taken it out of what wraps it
-		at := -1
-		if ok {
-			at = slices.IndexFunc(about.flags, func(name string) bool { _, ok := f.keys[name]; return ok })
+		var about *flagsError
+		if !errors.As(part, &about) {
+			rest = append(rest, part)
+			continue
+		}
+		at := slices.IndexFunc(about.flags, func(name string) bool { return f.config.places[name] != "" })
+		if at < 0 {
+			at = slices.IndexFunc(about.flags, func(name string) bool {
+				_, ok := f.keys[name]
+				return ok && !f.cmd.IsSet(name)
+			})
 		}
 		if at < 0 {
 			rest = append(rest, part)
@@ -280,7 +284,8 @@ func (f *configFile) place(err error) (rest []error) {
 	return rest
 }
 
-// parts takes an error apart into those of [About], and what else there is.
+// parts takes an error apart into those of [About], and what else there is. Each has the kind
+// and the hint of what it was taken from.
 func parts(err error) []error {
 	switch e := err.(type) { //nolint:errorlint // each layer by itself
 	case nil:
@@ -295,8 +300,14 @@ func parts(err error) []error {
 		return all
 	}
 	var about *flagsError
-	if errors.As(err, &about) {
-		return parts(errors.Unwrap(err))
+	if !errors.As(err, &about) {
+		return []error{err}
 	}
-	return []error{err}
+	all := parts(errors.Unwrap(err))
+	if e, ok := err.(*fault.Error); ok { //nolint:errorlint // this layer, not one below
+		for i := range all {
+			all[i] = fault.Wrap(e.Kind, all[i], e.Hint)
+		}
+	}
+	return all
 }

@@ -111,10 +111,16 @@ func settings(cmd *ucli.Command, args []string) []setting {
 		if d, ok := s.Value.(fmt.Stringer); ok { // a time is no number of nanoseconds
 			s.Value = d.String()
 		}
-		if text, ok := s.Value.(string); ok && text != "" {
-			if _, secret := c.Secrets[s.Name]; secret || strings.Contains(text, "://") && strings.Contains(text, "@") {
-				s.Value = "(not shown)"
+		_, secret := c.Secrets[s.Name]
+		switch value := s.Value.(type) {
+		case string:
+			s.Value = shown(value, secret)
+		case []string:
+			texts := make([]string, len(value)) // the flag keeps its own
+			for i := range value {
+				texts[i] = shown(value[i], secret)
 			}
+			s.Value = texts
 		}
 		switch {
 		case c.places[s.Name] != "":
@@ -137,6 +143,14 @@ func settings(cmd *ucli.Command, args []string) []setting {
 		all = append(all, s)
 	}
 	return all
+}
+
+// shown is a text of a setting without secrets.
+func shown(text string, secret bool) string {
+	if text != "" && (secret || secretURL(text)) {
+		return "(not shown)"
+	}
+	return text
 }
 
 func printSettings(w io.Writer, all []setting) error {

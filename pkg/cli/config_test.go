@@ -137,6 +137,10 @@ func TestConfigMistakes(t *testing.T) {
 				"PREBAKE_TO"},
 		{"private key", "name: |\n  -----BEGIN PRIVATE KEY-----\n",
 			"work.yaml:1:7: name: found a private key; want the name of a file with it"},
+		{"password in a query", "url: https://h/?SSLpassword=secret\n", "work.yaml:1:6: url: found a password in a URL"},
+		{"signed URL", "to: [\"https://h/o?X-Goog-Signature=abc\"]\n", "work.yaml:1:6: to[0]: found a password in a URL"},
+		{"password in what is no URL", "url: \"http://u:%secret@h\"\n", "work.yaml:1:6: url: found a password in a URL"},
+		{"negative time", "wait: -5m\n", `work.yaml:1:7: wait: found "-5m"; want a time`},
 		{"do not go together", "quick: true\nwait: 2m\n", "work.yaml:2:1: wait: quick does not wait; leave wait out"},
 		{"alias", "name: &a x\n", "work.yaml:1:7: name: found an anchor or alias"},
 		{"not a mapping", "- a\n", "work.yaml:1:1: found a list; want a mapping of settings"},
@@ -160,6 +164,67 @@ func TestConfigMistakes(t *testing.T) {
 	code, _, errs = runConfigured(t, "count: 2\n", "config", "check", "FILE", "extra")
 	if code != 2 || !strings.Contains(errs, "put -- before flags of work") {
 		t.Errorf("config check with an argument = %d, %s; want 2 and a hint", code, errs)
+	}
+}
+
+// A line of the file is not blamed for the value of a flag, and an error that is of no line
+// keeps its kind and its hint.
+func TestConfigRest(t *testing.T) {
+	t.Parallel()
+	for _, row := range []struct{ text, args string }{
+		{"count: 2\n", "work --config FILE --count 3 --mode off"},
+		{"count: 2\n", "config check FILE -- --count 3 --mode off"},
+		{"name: x\n", "config check FILE -- --count 3 --mode off"},
+	} {
+		code, _, errs := runConfigured(t, row.text, strings.Fields(row.args)...)
+		if want := "error: nothing is counted\nhint:  see tool work --help\n"; code != 2 || errs != want {
+			t.Errorf("tool %s = %d, %q; want 2, %q", row.args, code, errs, want)
+		}
+	}
+}
+
+// A variable that is empty leaves the setting to the file; a flag that is empty does not.
+func TestConfigEmptyVariable(t *testing.T) {
+	t.Setenv("PREBAKE_NAME", "")
+	for args, want := range map[string]string{
+		"work --config FILE":         "x [] false 1m0s 3 on\n",
+		"work --config FILE --name=": " [] false 1m0s 3 on\n",
+		"work":                       " [] false 1m0s 3 on\n",
+	} {
+		if code, out, errs := runConfigured(t, "name: x\n", strings.Fields(args)...); code != 0 || out != want {
+			t.Errorf("tool %s with PREBAKE_NAME= = %d, %q, %s; want %q", args, code, out, errs, want)
+		}
+	}
+}
+
+// Of a variable of today and its earlier name, one is enough; two that differ are refused.
+func TestEarlierVariable(t *testing.T) {
+	t.Setenv("PREBAKE_DATA", "/old")
+	if code, _, errs := runConfigured(t, "", "work"); code != 0 {
+		t.Errorf("tool work with the earlier variable = %d, %s; want 0", code, errs)
+	}
+	t.Setenv("PREBAKE_DATA_DIR", "/new")
+	want := "error: set --data-dir: PREBAKE_DATA_DIR and its earlier name PREBAKE_DATA are both set, and differ\n" +
+		"hint:  unset PREBAKE_DATA\n"
+	if code, _, errs := runConfigured(t, "", "work"); code != 2 || errs != want {
+		t.Errorf("tool work with two variables = %d, %q; want 2, %q", code, errs, want)
+	}
+	if code, _, errs := runConfigured(t, "", "work", "--data-dir", "/x"); code != 0 {
+		t.Errorf("tool work --data-dir with two variables = %d, %s; want 0", code, errs)
+	}
+	t.Setenv("PREBAKE_DATA", "/new")
+	if code, _, errs := runConfigured(t, "", "work"); code != 0 {
+		t.Errorf("tool work with two variables of one value = %d, %s; want 0", code, errs)
+	}
+}
+
+// No secret is printed, in a list neither.
+func TestConfigShowSecrets(t *testing.T) {
+	t.Parallel()
+	_, out, errs := runConfigured(t, "name: x\n", "config", "show", "FILE", "--", "--token", "pw",
+		"--to", "https://h/a?sig=pw", "--to", "oci://h/r@sha256:0", "--url", "http://u:%pw@h")
+	if strings.Contains(out, "pw") || !strings.Contains(out, "(not shown), oci://h/r@sha256:0") {
+		t.Errorf("tool config show = %s, %s; want no secret, and the rest of the list", out, errs)
 	}
 }
 

@@ -11,7 +11,7 @@ import (
 
 // Env names the environment variable behind a flag: PREBAKE_ and the flag's
 // name in upper case.
-func Env(flag string) ucli.ValueSourceChain { return ucli.EnvVars(envName(flag)) }
+func Env(flag string) ucli.ValueSourceChain { return variables(flag) }
 
 func envName(flag string) string {
 	return "PREBAKE_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
@@ -91,10 +91,11 @@ func Range(name string, value, least, most int, usage string) ucli.Flag {
 	return f
 }
 
-// WasCalled keeps an earlier name of a flag, and of its variable, working.
+// WasCalled keeps an earlier name of a flag, and of its variable, working. A command with the
+// flag ends with an error of kind Usage where both variables are set, and differ.
 func WasCalled[T, C any, V ucli.ValueCreator[T, C]](f *ucli.FlagBase[T, C, V], earlier string) *ucli.FlagBase[T, C, V] {
 	f.Aliases = append(f.Aliases, earlier)
-	f.Sources = ucli.EnvVars(envName(f.Name), envName(earlier))
+	f.Sources = variables(f.Name, earlier)
 	return f
 }
 

@@ -68,7 +68,7 @@ type client interface {
 	Stopped() <-chan struct{}
 }
 
-// Open opens sqlite:///abs/path or postgres://… and updates River's tables . Open with SQLite may be called by several
+// Open opens sqlite:///abs/path or postgres://… and updates River's tables. Open with SQLite may be called by several
 // processes of one machine on the same file.
 func Open(ctx context.Context, rawURL string) (*Queue, error) {
 	q := &Queue{log: slog.New(slog.DiscardHandler)}

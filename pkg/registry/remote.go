@@ -202,7 +202,7 @@ func (s *remoteStore) attach(ctx context.Context, a *attachment) error {
 			return s.writing(ctx, err)
 		}
 		// Push does nothing for a manifest that is there, even if an earlier
-		// run ended before it was listed; Put also updates the list .
+		// run ended before it was listed; Put also updates the list.
 		listed, err := s.listed(ctx, a)
 		if listed || err != nil {
 			return err

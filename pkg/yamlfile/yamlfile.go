@@ -138,8 +138,8 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	return At{Node: doc.Content[0]}, true
 }
 
-// Fields calls each with every key of a mapping and its value. A key that comes twice and
-// an alias are mistakes, and are left out. each returns whether the key is known; it records
+// Fields calls each with every key of a mapping and its value. A key that comes twice or is no
+// scalar, and anchors and aliases of keys and values, are mistakes, and are left out. each returns whether the key is known; it records
 // what is wrong with one that is not. Fields returns the known fields; nil where the node is
 // no mapping, which is a mistake: what says what is wanted.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
@@ -151,6 +151,13 @@ func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(na
 	for i := 0; i+1 < len(a.Node.Content); i += 2 {
 		key, value := a.Node.Content[i], a.Node.Content[i+1]
 		field := At{value, strings.TrimPrefix(a.Path+"."+key.Value, ".")}
+		if !r.literal(At{key, a.Path}) {
+			continue
+		}
+		if key.Kind != yaml.ScalarNode {
+			r.Want(At{key, a.Path}, "the name of a field")
+			continue
+		}
 		if !known(At{key, a.Path}) {
 			continue
 		}
@@ -178,7 +185,7 @@ func (r *Reader) literal(a At) bool {
 // Mapping calls the function of each field. A field without one is a mistake, too.
 func (r *Reader) Mapping(a At, what string, fields map[string]func(At)) map[string]At {
 	return r.Fields(a, what, func(key At) bool {
-		if _, ok := fields[key.Node.Value]; ok && key.Node.Kind == yaml.ScalarNode {
+		if _, ok := fields[key.Node.Value]; ok {
 			return true
 		}
 		r.Say(key, "found field %s; want %s", Found(key.Node), oneOf(fields))

@@ -216,7 +216,7 @@ func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*in
 }
 
 // try puts a set in force and reports whether it is loaded. What the farm has may do
-// better where it is not; if not, settle meets the error again.
+// better where it is not; if not, applyDecision meets the error again.
 func (a *Agent) try(ctx context.Context, r *Report, store *install.Store, s nodeState, set *install.Set) bool {
 	d := s.put(set)
 	if d.set == nil {

@@ -103,7 +103,7 @@ type Parts struct {
 	// itself.
 	Verifier     Verifier
 	NodeVerifier func() (Verifier, error)
-	// Refresh updates what Verifier depends on , before something published is judged.
+	// Refresh updates what Verifier depends on, before something published is judged.
 	// What it could not do Verifier knows; nil means nothing to do.
 	Refresh func(ctx context.Context) error
 	// Local is nil when the node must not compile.

@@ -76,7 +76,7 @@ var ignored = map[string]string{
 var refused = map[string]string{
 	"nvidia-installer-url":      "name the version with -version, and publish it once: builder build --driver",
 	"nvidia-installer-url-open": "name the version with -version, and publish it once: builder build --driver",
-	"signature-url":             "name the publisher's key: PREBAKE_KEY",
+	"signature-url":             "name the publisher's key: PREBAKE_PUBLIC_KEY",
 	"local-artifacts-dir":       "name a folder with artifacts: PREBAKE_REGISTRY=oci:FOLDER",
 	"prepare-build-tools":       "nothing has to be prepared: the driver comes compiled",
 }

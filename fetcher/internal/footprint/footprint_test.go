@@ -10,26 +10,60 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// maps is what Linux 6.12 wrote of a static Go program, and a library's mapping besides.
-const maps = `00400000-00ec7000 r-xp 00000000 fe:00 1446207                            /usr/bin/fetcher
-00ec7000-01b0e000 r--p 00ac7000 fe:00 1446207                            /usr/bin/fetcher
-01b0e000-01bd6000 rw-p 0170e000 fe:00 1446207                            /usr/bin/fetcher
-01bd6000-03c25000 rw-p 00000000 00:00 0
-2c9e72c00000-2c9e75c00000 rw-p 00000000 00:00 0                          [anon: Go: heap]
-7f50da40d000-7f50da413000 r--p 00000000 00:00 0                          [vvar]
-7f50da413000-7f50da415000 r-xp 00000000 00:00 0                          [vdso]
-7f50da500000-7f50da501000 ---p 00000000 fe:00 7                          /lib/guard
+// smaps has the mappings of a dynamic program that is linked with -z relro, as Linux 6.12 wrote
+// them: its header, code, constants, what the loader wrote before it was made read-only (RELRO),
+// and data. The lines between Rss and Anonymous are left out.
+const smaps = `5595d8764000-5595d8766000 r--p 00000000 fe:00 247026                     /usr/bin/cat
+Rss:                   8 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd mr mw me 
+5595d8766000-5595d876b000 r-xp 00002000 fe:00 247026                     /usr/bin/cat
+Rss:                  20 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd ex mr mw me 
+5595d876b000-5595d876e000 r--p 00007000 fe:00 247026                     /usr/bin/cat
+Rss:                  12 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd mr mw me 
+5595d876e000-5595d876f000 r--p 00009000 fe:00 247026                     /usr/bin/cat
+Rss:                   4 kB
+Anonymous:             4 kB
+Swap:                  0 kB
+VmFlags: rd mr mw me ac 
+5595d876f000-5595d8770000 rw-p 0000a000 fe:00 247026                     /usr/bin/cat
+Rss:                   4 kB
+Anonymous:             0 kB
+Swap:                  0 kB
+VmFlags: rd wr mr mw me ac 
+55960a4bc000-55960a4dd000 rw-p 00000000 00:00 0                          [heap]
+Rss:                  16 kB
+Anonymous:            16 kB
+Swap:                  0 kB
+VmFlags: rd wr mr mw me ac 
 `
 
 func TestFileMappings(t *testing.T) {
 	t.Parallel()
-	want := []mapping{{0x400000, 0xec7000}, {0xec7000, 0x1b0e000}}
-	if got := fileMappings(strings.NewReader(maps)); !cmp.Equal(got, want, cmp.AllowUnexported(mapping{})) {
-		t.Errorf("fileMappings(%q) = %v; want %v", maps, got, want)
-	}
-	for _, text := range []string{"", "x", "zz-10 r-xp 0 fe:00 7 /a", "20-10 r-xp 0 fe:00 7 /a", "10 r-xp 0 fe:00 7 /a"} {
-		if got := fileMappings(strings.NewReader(text)); got != nil {
-			t.Errorf("fileMappings(%q) = %v; want nil", text, got)
+	const relro = "\nAnonymous:             4 kB\nSwap:                  0 kB"
+	code := []mapping{{0x5595d8764000, 0x5595d8766000}, {0x5595d8766000, 0x5595d876b000}, {0x5595d876b000, 0x5595d876e000}}
+	for _, row := range []struct {
+		name, text string
+		want       []mapping
+	}{
+		{"RELRO", smaps, code},
+		{"RELRO in swap", strings.Replace(smaps, relro, "\nAnonymous: 0 kB\nSwap: 4 kB", 1), code},
+		{"a library", strings.ReplaceAll(smaps, "/usr/bin/cat", "/usr/lib/libc.so.6"), nil},
+		{"empty", "", nil},
+		{"no numbers", "zz-10 r-xp 0 fe:00 7 /usr/bin/cat\nAnonymous: 0 kB\nSwap: 0 kB\n", nil},
+		{"backwards", "20-10 r-xp 0 fe:00 7 /usr/bin/cat\nAnonymous: 0 kB\nSwap: 0 kB\n", nil},
+		{"not said what was written", "10-20 r-xp 0 fe:00 7 /usr/bin/cat\nSwap: 0 kB\n", nil},
+	} {
+		got := fileMappings(strings.NewReader(row.text), "/usr/bin/cat")
+		if !cmp.Equal(got, row.want, cmp.AllowUnexported(mapping{})) {
+			t.Errorf("%s: fileMappings(%q) = %x; want %x", row.name, row.text, got, row.want)
 		}
 	}
 }

@@ -53,7 +53,7 @@ type reader interface {
 // none of them, which is what SQLite's write-ahead log is for.
 const readers = 8
 
-// Open opens sqlite:///abs/path or postgres://… and updates its tables .
+// Open opens sqlite:///abs/path or postgres://… and updates its tables.
 func Open(ctx context.Context, rawURL string) (*Store, error) {
 	s, err := open(rawURL)
 	if err != nil {

@@ -1,0 +1,109 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"slices"
+
+	ucli "github.com/urfave/cli/v3"
+
+	"github.com/prebake/prebake/pkg/fault"
+)
+
+// variable is an environment variable of a flag. It remembers whether it was asked for: that is
+// so only of a flag that is not on the command line.
+type variable struct {
+	key   string
+	asked bool
+}
+
+// variables are those of a flag, the one that is asked first at the front.
+func variables(flags ...string) (all ucli.ValueSourceChain) {
+	for _, flag := range flags {
+		all.Chain = append(all.Chain, &variable{key: envName(flag)})
+	}
+	return all
+}
+
+// Lookup implements [ucli.ValueSource].
+func (v *variable) Lookup() (string, bool) {
+	v.asked = true
+	return os.LookupEnv(v.key)
+}
+
+// String names the variable in an error.
+func (v *variable) String() string { return fmt.Sprintf("environment variable %q", v.key) }
+
+// GoString implements [ucli.ValueSource].
+func (v *variable) GoString() string { return v.String() }
+
+// IsFromEnv implements [ucli.EnvValueSource].
+func (v *variable) IsFromEnv() bool { return true }
+
+// Key implements [ucli.EnvValueSource].
+func (v *variable) Key() string { return v.key }
+
+// asked are the variables of a flag that are set and were asked for, or come behind one that
+// was: none where the flag is on the command line.
+func asked(flag ucli.Flag) (set []string) {
+	asked := false
+	for _, source := range sources(flag).Chain {
+		v, ok := source.(*variable)
+		if !ok {
+			continue
+		}
+		asked = asked || v.asked
+		if _, found := os.LookupEnv(v.key); found && asked {
+			set = append(set, v.key)
+		}
+	}
+	return set
+}
+
+// sources are where a flag of this package has its value from.
+func sources(flag ucli.Flag) ucli.ValueSourceChain {
+	switch f := flag.(type) {
+	case *choiceFlag:
+		return f.Sources
+	case *rangeFlag:
+		return f.Sources
+	case *ucli.StringFlag:
+		return f.Sources
+	case *ucli.StringSliceFlag:
+		return f.Sources
+	case *ucli.BoolFlag:
+		return f.Sources
+	case *ucli.IntFlag:
+		return f.Sources
+	case *ucli.DurationFlag:
+		return f.Sources
+	}
+	return ucli.ValueSourceChain{}
+}
+
+// fromEmptyVariable reports whether a flag has the value of a variable that is empty.
+func fromEmptyVariable(flag ucli.Flag) bool {
+	set := asked(flag)
+	return len(set) > 0 && os.Getenv(set[0]) == ""
+}
+
+// oneVariable refuses a flag whose variables of today and of earlier are both set, and differ:
+// one of them is ignored otherwise, and nothing tells which.
+func oneVariable(before ucli.BeforeFunc) ucli.BeforeFunc {
+	return func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
+		for _, flag := range cmd.Flags {
+			set := asked(flag)
+			if !slices.ContainsFunc(set, func(key string) bool { return os.Getenv(key) != os.Getenv(set[0]) }) {
+				continue
+			}
+			return ctx, fault.New(fault.Usage,
+				fmt.Sprintf("set --%s: %s and its earlier name %s are both set, and differ", flag.Names()[0], set[0], set[1]),
+				"unset "+set[1])
+		}
+		if before == nil {
+			return ctx, nil
+		}
+		return before(ctx, cmd)
+	}
+}
