@@ -65,8 +65,9 @@ func TestGKEAndGPUs(t *testing.T) {
 		out  string
 		err  string
 	}{
-		{[]string{"kernels"}, 0, "18867.199.52  lakitu  121  535.261.03  1.33.5-gke.1080000", ""},
-		{[]string{"kernels", "--gke", "1.34"}, 0, "no kernel is known yet", ""},
+		{[]string{"kernels"}, 0, "BUILD_ID      BOARD   M    ABI  DEFAULT     RELEASE", ""},
+		{[]string{"kernels", "--gke", "1.33"}, 0, "18867.199.52  lakitu  121  535.261.03  1.33.5-gke.1080000", ""},
+		{[]string{"kernels", "--gke", "1.34"}, 0, "no kernel of it is known yet", ""},
 		{[]string{"kernels", "--gke", "x"}, 2, "", "write one such as 1.33"},
 		{[]string{"gpus", "--gke", "1.33"}, 0, "18867.199.52/lakitu  NVIDIA_H100_80GB  580.95.05  -       R580 580.95.05",
 			""},

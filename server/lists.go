@@ -32,6 +32,8 @@ type paged[T any] struct {
 	get func(*api.Client, context.Context, api.Filter) iter.Seq2[T, error]
 	// table writes what was read.
 	table func(io.Writer, []T) error
+	// tableGKE does so where --gke is given; nil is as table does.
+	tableGKE func(io.Writer, []T) error
 }
 
 func (p paged[T]) command() *ucli.Command {
@@ -69,7 +71,11 @@ func (p paged[T]) command() *ucli.Command {
 			if err != nil {
 				return err
 			}
-			if err := cli.Print(cmd, all, func(w io.Writer) error { return p.table(w, all) }); err != nil || !more {
+			table := p.table
+			if f.GKE != "" && p.tableGKE != nil {
+				table = p.tableGKE
+			}
+			if err := cli.Print(cmd, all, func(w io.Writer) error { return table(w, all) }); err != nil || !more {
 				return err
 			}
 			_, err = fmt.Fprintf(
@@ -145,6 +151,7 @@ func kernelsCommand() *ucli.Command {
 	return paged[api.Kernel]{
 		name: "kernels", usage: "list the known COS kernels, newest first", what: "kernels", most: 100,
 		flags: append(kernelFilters(), milestoneFilter(), gkeFilter()), get: (*api.Client).EachKernel, table: printKernels,
+		tableGKE: printGKE,
 	}.command()
 }
 

@@ -3,7 +3,6 @@ package main
 import (
 	"fmt"
 	"io"
-	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -86,25 +85,29 @@ func printFields(w io.Writer, fields [][2]string) error {
 	return nil
 }
 
+func milestone(k api.Kernel) string {
+	if k.Milestone == 0 {
+		return "-"
+	}
+	return strconv.Itoa(k.Milestone)
+}
+
+// printGKE writes kernels for who asks by a version of GKE.
+func printGKE(w io.Writer, all []api.Kernel) error {
+	var rows [][]string
+	for _, k := range all {
+		rows = append(rows, []string{k.BuildID, k.Board, milestone(k), orDash(k.Default), orDash(strings.Join(k.GKE, " "))})
+	}
+	return printTable(w, []string{"BUILD_ID", "BOARD", "M", "DEFAULT", "GKE"}, rows, "no kernel of it is known yet")
+}
+
 func printKernels(w io.Writer, all []api.Kernel) error {
 	var rows [][]string
-	gke := slices.ContainsFunc(all, func(k api.Kernel) bool { return len(k.GKE) > 0 })
 	for _, k := range all {
-		milestone := "-"
-		if k.Milestone > 0 {
-			milestone = strconv.Itoa(k.Milestone)
-		}
-		if gke { // which tells more of a kernel than its release does
-			rows = append(rows, []string{k.BuildID, k.Board, milestone, orDash(k.Default), orDash(strings.Join(k.GKE, " "))})
-			continue
-		}
 		rows = append(
 			rows,
-			[]string{k.BuildID, k.Board, milestone, orDash(k.Fingerprint.Short()), orDash(k.Default), orDash(k.Release)},
+			[]string{k.BuildID, k.Board, milestone(k), orDash(k.Fingerprint.Short()), orDash(k.Default), orDash(k.Release)},
 		)
-	}
-	if gke {
-		return printTable(w, []string{"BUILD_ID", "BOARD", "M", "DEFAULT", "GKE"}, rows, "")
 	}
 	return printTable(w, []string{"BUILD_ID", "BOARD", "M", "ABI", "DEFAULT", "RELEASE"}, rows, "no kernel is known yet")
 }

@@ -156,8 +156,8 @@ func ParseVersionFile(text []byte) (string, error) {
 
 // ParseDriverVersions reads gpu_driver_versions.textproto. Fields that are
 // newer than this program are passed over, and so are versions that are not of
-// NVIDIA's form, and lists of GPU types whose names are not of COS's. Labels of the entry for all other GPUs go before those of a
-// particular GPU.
+// NVIDIA's form, and lists of GPU types whose names are not of COS's form. Labels
+// of the entry for all other GPUs go before those of a particular GPU.
 func ParseDriverVersions(text []byte) (DriverList, error) {
 	return parseVersions(text, prototext.UnmarshalOptions{DiscardUnknown: true}.Unmarshal)
 }
