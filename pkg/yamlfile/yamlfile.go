@@ -139,9 +139,10 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 }
 
 // Fields calls each with every key of a mapping and its value. A key that comes twice or is no
-// scalar, and anchors and aliases of keys and values, are mistakes, and are left out. each returns whether the key is known; it records
-// what is wrong with one that is not. Fields returns the known fields; nil where the node is
-// no mapping, which is a mistake: what says what is wanted.
+// scalar, and anchors and aliases of keys and values, are mistakes, and are left out. known
+// returns whether the key is known; it records what is wrong with one that is not. Fields
+// returns the known fields; nil where the node is no mapping, which is a mistake: what says
+// what is wanted.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
