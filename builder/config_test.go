@@ -1,29 +1,18 @@
 package main
 
 import (
-	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
 // The example has no mistake, and each mistake that somebody puts into it is found with its
 // line and column, before anything is opened.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
-	example, err := os.ReadFile(filepath.Join("..", "docs", "examples", "builder.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := strings.Count(string(example), "\n")
-	for _, row := range []struct {
-		name, put, instead string // "" is a new line at the end
-		want               string // after the file's name; LAST is the number of that line
-	}{
-		{name: "example", want: ""},
+	configcheck.Check(t, filepath.Join("..", "docs", "examples", "builder.yaml"), root, []configcheck.Row{
+		{Name: "example"},
 		{"unknown key", "concurency: 2\n", "",
 			`LAST:1: found setting "concurency", which builder work does not have; the nearest is concurrency`},
 		{"earlier name", "state: /x\n", "",
@@ -45,31 +34,5 @@ func TestConfigCheck(t *testing.T) {
 			"LAST+1:1: btf: --btf has no effect with --google-modules"},
 		{"not a URL", "server: prebake", "server: http://prebake.example.com:8440",
 			`3:1: server: server "prebake": want a URL; give it as in`},
-	} {
-		text, want := string(example), strings.NewReplacer("LAST+1", strconv.Itoa(lines+2), "LAST",
-			strconv.Itoa(lines+1)).Replace(row.want)
-		if row.instead == "" {
-			text += row.put
-		} else if !strings.Contains(text, row.instead) {
-			t.Fatalf("%s: the example has no %q", row.name, row.instead)
-		}
-		if row.instead != "" {
-			text = strings.Replace(text, row.instead, row.put, 1)
-		}
-		file := filepath.Join(t.TempDir(), "x.yaml")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		var out, errs strings.Builder
-		code := cli.Run(t.Context(), root(), []string{"builder", "config", "check", file}, &out, &errs)
-		if want == "" {
-			if code != 0 || !strings.HasSuffix(out.String(), ": no mistake\n") {
-				t.Errorf("%s: config check = %d, %s; want no mistake", row.name, code, errs.String())
-			}
-			continue
-		}
-		if code != 2 || !strings.Contains(errs.String(), "\n       "+file+":"+want) {
-			t.Errorf("%s: config check = %d, %s; want 2 and %q", row.name, code, errs.String(), want)
-		}
-	}
+	})
 }

@@ -152,7 +152,9 @@ func checkImport(t *testing.T, name string, spec *ast.ImportSpec) {
 }
 
 // testsPrograms reports whether a file is for tests of package main only.
-func testsPrograms(name string) bool { return strings.HasPrefix(name, "pkg/testkit/clidoc/") }
+func testsPrograms(name string) bool {
+	return strings.HasPrefix(name, "pkg/testkit/clidoc/") || strings.HasPrefix(name, "pkg/testkit/configcheck/")
+}
 
 // isProgram reports whether a file is part of package main.
 func isProgram(name string) bool {

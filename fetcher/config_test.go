@@ -1,29 +1,19 @@
 package main
 
 import (
-	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
 // The example has no mistake, and each mistake that somebody puts into it is found with its
 // line and column, before anything is opened.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
-	example, err := os.ReadFile(filepath.Join("..", "docs", "examples", "fetcher.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := strings.Count(string(example), "\n")
-	for _, row := range []struct {
-		name, put, instead string // "" is a new line at the end
-		want               string // after the file's name; LAST is the number of that line
-	}{
-		{name: "example", want: ""},
+	configcheck.Check(t, filepath.Join("..", "docs", "examples", "fetcher.yaml"), root, []configcheck.Row{
+		{Name: "example"},
 		{"unknown key", "drivers: R535\n", "",
 			`LAST:1: found setting "drivers", which fetcher run does not have; the nearest is driver`},
 		{"earlier name", "key: /x\n", "",
@@ -51,30 +41,5 @@ func TestConfigCheck(t *testing.T) {
 			"9:1: public-key: --policy and --public-key do not go together; set it in the policy"},
 		{"half of an identity", "trusted-root: /x.json\n", "",
 			"LAST:1: trusted-root: a trusted root and whom its certificates have to name go together"},
-	} {
-		text, want := string(example), strings.ReplaceAll(row.want, "LAST", strconv.Itoa(lines+1))
-		if row.instead == "" {
-			text += row.put
-		} else if !strings.Contains(text, row.instead) {
-			t.Fatalf("%s: the example has no %q", row.name, row.instead)
-		}
-		if row.instead != "" {
-			text = strings.Replace(text, row.instead, row.put, 1)
-		}
-		file := filepath.Join(t.TempDir(), "x.yaml")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		var out, errs strings.Builder
-		code := cli.Run(t.Context(), root(), []string{"fetcher", "config", "check", file}, &out, &errs)
-		if want == "" {
-			if code != 0 || !strings.HasSuffix(out.String(), ": no mistake\n") {
-				t.Errorf("%s: config check = %d, %s; want no mistake", row.name, code, errs.String())
-			}
-			continue
-		}
-		if code != 2 || !strings.Contains(errs.String(), "\n       "+file+":"+want) {
-			t.Errorf("%s: config check = %d, %s; want 2 and %q", row.name, code, errs.String(), want)
-		}
-	}
+	})
 }

@@ -1,29 +1,18 @@
 package main
 
 import (
-	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
 	"testing"
 
-	"github.com/prebake/prebake/pkg/cli"
+	"github.com/prebake/prebake/pkg/testkit/configcheck"
 )
 
 // The example has no mistake, and each mistake that somebody puts into it is found with its
 // line and column, before anything is opened.
 func TestConfigCheck(t *testing.T) {
 	t.Parallel()
-	example, err := os.ReadFile(filepath.Join("..", "docs", "examples", "server.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := strings.Count(string(example), "\n")
-	for _, row := range []struct {
-		name, put, instead string // "" is a new line at the end
-		want               string // after the file's name; LAST is the number of that line
-	}{
-		{name: "example", want: ""},
+	configcheck.Check(t, filepath.Join("..", "docs", "examples", "server.yaml"), program, []configcheck.Row{
+		{Name: "example"},
 		{"unknown key", "listn: :80\n", "",
 			`LAST:1: found setting "listn", which server serve does not have; the nearest is listen`},
 		{"twice", "data: /x\n", "", `LAST:1: found field "data" twice; want it once`},
@@ -40,30 +29,5 @@ func TestConfigCheck(t *testing.T) {
 			"LAST:1: tls-cert: one of --tls-cert and --tls-key is missing; give both, or none"},
 		{"pattern", "create-only: [\"[\"]", `create-only: ["prebake/*", "prebake/*/*"]`,
 			`8:1: create-only: --create-only "[": syntax error`},
-	} {
-		text, want := string(example), strings.ReplaceAll(row.want, "LAST", strconv.Itoa(lines+1))
-		if row.instead == "" {
-			text += row.put
-		} else if !strings.Contains(text, row.instead) {
-			t.Fatalf("%s: the example has no %q", row.name, row.instead)
-		}
-		if row.instead != "" {
-			text = strings.Replace(text, row.instead, row.put, 1)
-		}
-		file := filepath.Join(t.TempDir(), "x.yaml")
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		var out, errs strings.Builder
-		code := cli.Run(t.Context(), program(), []string{"server", "config", "check", file}, &out, &errs)
-		if want == "" {
-			if code != 0 || !strings.HasSuffix(out.String(), ": no mistake\n") {
-				t.Errorf("%s: config check = %d, %s; want no mistake", row.name, code, errs.String())
-			}
-			continue
-		}
-		if code != 2 || !strings.Contains(errs.String(), "\n       "+file+":"+want) {
-			t.Errorf("%s: config check = %d, %s; want 2 and %q", row.name, code, errs.String(), want)
-		}
-	}
+	})
 }
