@@ -5,6 +5,8 @@ import (
 	"slices"
 	"time"
 
+	lru "github.com/hashicorp/golang-lru/v2"
+
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -66,8 +68,9 @@ func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey
 		var attested bool
 		var at int64
 		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested, &at)
-		same.share(&a.Repository, &a.Driver.Version, &a.Release, &a.Reason, &key.BuildID, &key.Board,
-			(*string)(&a.Fingerprint), (*string)(&a.Driver.Flavour), (*string)(&a.Arch), (*string)(&a.State))
+		same.share(&a.Digest, &a.Reason, &key.BuildID, (*string)(&a.Fingerprint))
+		shareCommon(&a.Repository, &a.Driver.Version, &a.Release, &key.Board,
+			(*string)(&a.Driver.Flavour), (*string)(&a.Arch), (*string)(&a.State))
 		key.Driver = a.Driver
 		f := all[key]
 		f.Artifacts = append(f.Artifacts, Candidate{a, attested, timeOf(at)})
@@ -88,10 +91,11 @@ ORDER BY 10 DESC, 1`, args...)
 	}
 	err = query(ctx, q, func(row func(...any) error) error {
 		b, err := scanBuild(row)
-		same.share(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.BuildID, &b.Kernel.Board,
-			&b.Kernel.Commit, &b.Kernel.Release, &b.Kernel.Version, (*string)(&b.Kernel.Arch), &b.Class, &b.Error, &b.Hint)
+		same.share(&b.Digest, &b.Kernel.BuildID, &b.Kernel.Commit, &b.Error)
+		shareCommon(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.Board,
+			&b.Kernel.Release, &b.Kernel.Version, (*string)(&b.Kernel.Arch), &b.Class, &b.Hint, &b.Worker)
 		for i := range b.Phases {
-			same.share(&b.Phases[i].Name)
+			shareCommon(&b.Phases[i].Name)
 		}
 		b.Phases = slices.Clip(slices.Clone(b.Phases)) // the decoder leaves room
 		key := CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}
@@ -115,6 +119,26 @@ func (t texts) share(all ...*string) {
 			*text = first
 		} else {
 			t[*text] = *text
+		}
+	}
+}
+
+// common are texts that the facts about many kernels have: driver versions, states, builders. One copy of each
+// leaves a collection of garbage less to look at. What falls out of this list is stored twice at worst.
+var common = func() *lru.Cache[string, string] {
+	c, err := lru.New[string, string](4096)
+	if err != nil {
+		panic(err) // of a size that is not positive
+	}
+	return c
+}()
+
+func shareCommon(all ...*string) {
+	for _, text := range all {
+		if first, ok := common.Get(*text); ok {
+			*text = first
+		} else {
+			common.Add(*text, *text)
 		}
 	}
 }
