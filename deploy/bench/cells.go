@@ -86,7 +86,8 @@ func (b *bench) once(ctx context.Context, n int) error {
 	repo := "oci:" + filepath.Join(b.Dir, fmt.Sprintf("layout-%d", n))
 	var ours, theirs, plain float64
 	b.cells = nil
-	done := map[string]bool{} // what a role asks for: kernel or upstream with a driver
+	byDKMS := map[string]float64{} // seconds of the last cell of each driver
+	done := map[string]bool{}      // what a role asks for: kernel or upstream with a driver
 	for _, k := range b.mirror.Builds {
 		for i, d := range b.mirror.Drivers {
 			c := cell{kernel: k, driver: d.Version}
@@ -114,6 +115,7 @@ func (b *bench) once(ctx context.Context, n int) error {
 			done[k.upstream()+" "+d.Version], done[k.Release] = true, true
 			b.cells = append(b.cells, c)
 			ours += seconds
+			fmt.Fprintf(b.Out, "%s: %.1f s %s\n", c, seconds, c.role)
 			if r := b.roles[c.role]; r != nil && b.only[c.role] && len(r.ours) == n {
 				if plain == 0 || !b.plainOnce {
 					if plain, err = b.plain(ctx, c); err != nil {
@@ -131,11 +133,13 @@ func (b *bench) once(ctx context.Context, n int) error {
 				}
 			}
 			if b.only["matrix"] {
-				seconds, err := b.byDKMS(ctx, c)
-				if err != nil {
-					return err
+				if byDKMS[c.driver] == 0 || !b.plainOnce {
+					if byDKMS[c.driver], err = b.byDKMS(ctx, c); err != nil {
+						return err
+					}
+					fmt.Fprintf(b.Out, "%s: dkms %.1f s\n", c, byDKMS[c.driver])
 				}
-				theirs += seconds
+				theirs += byDKMS[c.driver]
 			}
 		}
 	}
@@ -337,9 +341,9 @@ func (b *bench) print(out io.Writer) {
 	if b.clang {
 		llvm = "LLVM=1 "
 	}
-	which := "of the same cell"
+	which, each := "of the same cell", "for each cell"
 	if b.plainOnce {
-		which = "of the run's first cell"
+		which, each = "of the run's first cell", "for each driver on its first kernel, times the kernels"
 	}
 	plain := fmt.Sprintf("make modules SYSSRC=HEADERS SYSOUT=HEADERS KERNEL_UNAME=RELEASE %sCC=.. LD=.. "+
 		"IGNORE_CC_MISMATCH=1 -j%d, %s, sources unpacked", llvm, jobs, which)
@@ -352,7 +356,7 @@ func (b *bench) print(out io.Writer) {
 		{"same kernel, next driver of the branch, source to published", plain, b.roles["next"].ours, b.roles["next"].theirs,
 			"s"},
 		{fmt.Sprintf("matrix of %d cells, from empty caches", len(b.cells)),
-			fmt.Sprintf("dkms build -m nvidia -v VERSION -k RELEASE --kernelsourcedir HEADERS -j %d, for each cell", jobs),
+			fmt.Sprintf("dkms build -m nvidia -v VERSION -k RELEASE --kernelsourcedir HEADERS -j %d, %s", jobs, each),
 			b.matrix.ours, b.matrix.theirs, "s"},
 		{"the same build once more, caches warm", plain, b.warm.ours, b.warm.theirs, "s"},
 		{"node: resolve, fetch, verify, stage, switch", "compile on the node: " + plain, b.node.ours, b.node.theirs, "s"},

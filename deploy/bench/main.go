@@ -10,9 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,7 +41,7 @@ func main() {
 			&ucli.StringFlag{Name: "only",
 				Usage: "a comma-separated `LIST` of " + strings.Join(measurements(), ", ") + " (default: all)"},
 			&ucli.BoolFlag{Name: "plain-once",
-				Usage: "compare all of a run with plain make of its first cell: one compile by make for each run"},
+				Usage: "compare all of a run with plain make of its first cell, and a matrix with dkms for one kernel only"},
 			&ucli.BoolFlag{Name: "clang",
 				Usage: "measure cold, neighbour and next on one kernel that clang compiled in COS's manner (make clang keeps it)"},
 			&ucli.IntSliceFlag{Name: "kernel-abi",
@@ -156,8 +154,8 @@ func run(ctx context.Context, o options, out io.Writer) (err error) {
 	return nil
 }
 
-// makeMirror lays out four kernels and three drivers of one branch. A rule names the four
-// kernels: the two oldest, on which all drivers compile, and the two newest. With clang the
+// makeMirror lays out four kernels and three drivers of one branch. The mirror's own rule names
+// the four kernels: the two oldest, on which all drivers compile, and the two newest. With clang the
 // mirror has the only kernel that clang compiled.
 func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	m, kernels := &mirror{Dir: filepath.Join(b.State, "bench-mirror")}, 2
@@ -166,10 +164,7 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 		m, kernels = &mirror{Dir: filepath.Join(b.State, "bench-clang-mirror")}, 1
 		args = append(args, "--only-clang")
 	} else if len(b.abis) == 0 {
-		var err error
-		if b.abis, err = debianABIs(ctx); err != nil {
-			return nil, err
-		}
+		args = append(args, "--kernels", "4")
 	}
 	for _, abi := range b.abis {
 		args = append(args, "--kernel-abi", strconv.Itoa(abi))
@@ -194,29 +189,4 @@ func (b *bench) makeMirror(ctx context.Context) (*mirror, error) {
 	// A release, its neighbour, and one that is further away.
 	slices.SortFunc(m.Drivers, func(x, y driver) int { return target.CompareVersions(x.Version, y.Version) })
 	return m, nil
-}
-
-var abiPattern = regexp.MustCompile(`^linux-headers-6\.1\.0-([0-9]+)-cloud-amd64 `)
-
-func debianABIs(ctx context.Context) ([]int, error) {
-	out, err := exec.CommandContext(ctx, "apt-cache", "search", "--names-only",
-		`^linux-headers-6\.1\.0-[0-9]+-cloud-amd64$`).Output()
-	if err != nil {
-		return nil, fmt.Errorf("ask apt for kernels: %w", err)
-	}
-	var abis []int
-	for line := range strings.Lines(string(out)) {
-		if m := abiPattern.FindStringSubmatch(line); m != nil {
-			abi, err := strconv.Atoi(m[1])
-			if err != nil {
-				return nil, err
-			}
-			abis = append(abis, abi)
-		}
-	}
-	slices.Sort(abis)
-	if len(abis) > 4 {
-		abis = slices.Concat(abis[:2], abis[len(abis)-2:])
-	}
-	return abis, nil
 }
