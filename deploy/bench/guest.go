@@ -19,6 +19,9 @@ import (
 // and how long loading the same files takes that lie there already. Both are seconds of a
 // guest that is emulated: a real node is many times as fast at everything but waiting.
 func (b *bench) guest(ctx context.Context) (err error) {
+	if err := b.UseFastEmulator(ctx); err != nil {
+		return err
+	}
 	m := &testbed.Mirror{Dir: b.mirror.Dir}
 	srv, err := b.StartServer(ctx, filepath.Join(b.Dir, "guest-server"), m)
 	if err != nil {

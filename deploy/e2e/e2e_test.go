@@ -82,6 +82,9 @@ func setUp(ctx context.Context, dir string) (*stage, error) {
 	if st.mirror, err = s.Mirror(ctx); err != nil {
 		return nil, err
 	}
+	if err := s.UseFastEmulator(ctx); err != nil {
+		return nil, err
+	}
 	if _, err := s.Must(ctx, "builder", "keygen", st.key); err != nil {
 		return nil, err
 	}
