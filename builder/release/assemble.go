@@ -3,9 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
-	"crypto/sha256"
 	"debug/buildinfo"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -14,6 +12,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/builder/internal/sbom"
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -308,8 +308,7 @@ func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage
 }
 
 func digestOf(text []byte) string {
-	sum := sha256.Sum256(text)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(text).String()
 }
 
 // sign writes the signature and the public half of the key. Without a key it makes one that

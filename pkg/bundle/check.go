@@ -3,7 +3,6 @@ package bundle
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -12,6 +11,7 @@ import (
 	"os"
 	"syscall"
 
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -160,6 +160,6 @@ func (f *hashedFile) Read(p []byte) (int, error) {
 }
 
 func (f *hashedFile) Close() error {
-	f.done("sha256:" + hex.EncodeToString(f.h.Sum(nil)))
+	f.done(ocidigest.NewDigest(ocidigest.SHA256, f.h).String())
 	return f.ReadCloser.Close()
 }

@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -19,6 +18,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -267,7 +267,7 @@ func (c *countHash) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (c *countHash) digest() string { return "sha256:" + hex.EncodeToString(c.h.Sum(nil)) }
+func (c *countHash) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, c.h).String() }
 
 // ctxReader stops reading when its context ends; it lives for one call.
 type ctxReader struct {

@@ -4,7 +4,6 @@ import (
 	"archive/tar"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
@@ -15,6 +14,7 @@ import (
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -289,4 +289,4 @@ func (m *meter) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (m *meter) digest() string { return "sha256:" + hex.EncodeToString(m.h.Sum(nil)) }
+func (m *meter) digest() string { return ocidigest.NewDigest(ocidigest.SHA256, m.h).String() }

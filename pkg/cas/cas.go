@@ -33,6 +33,7 @@ import (
 	"time"
 
 	"github.com/gofrs/flock"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -238,7 +239,7 @@ func (c *Cache) PutBlob(ctx context.Context, r io.Reader, want string) (digest s
 	if err != nil {
 		return "", 0, disk(fmt.Errorf("store blob: %w", err))
 	}
-	digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+	digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	if want != "" && digest != want {
 		return "", 0, fault.New(fault.Checksum, fmt.Sprintf("store blob: content is %s; want %s", digest, want), "")
 	}
@@ -285,7 +286,7 @@ func (c *Cache) Verify(ctx context.Context, digest string) (err error) {
 	if _, err := io.Copy(h, &ctxReader{ctx, f}); err != nil {
 		return fmt.Errorf("verify blob %s: %w", digest, err)
 	}
-	if got := "sha256:" + hex.EncodeToString(h.Sum(nil)); got != digest {
+	if got := ocidigest.NewDigest(ocidigest.SHA256, h).String(); got != digest {
 		bad := fault.New(fault.Checksum, fmt.Sprintf("verify blob %s: content is %s", digest, got),
 			"run the command again: the damaged blob was removed; check the disk of "+c.dir)
 		return errors.Join(bad, os.Remove(path))

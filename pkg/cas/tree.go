@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -15,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 )
@@ -85,7 +85,7 @@ func DigestTree(ctx context.Context, dir string, skip func(path string) bool) (s
 		buf = buf[:0]
 	}
 	h.Write(buf)
-	return "sha256:" + hex.EncodeToString(h.Sum(nil)), nil
+	return ocidigest.NewDigest(ocidigest.SHA256, h).String(), nil
 }
 
 // hashFiles fills in content digests and executable bits.

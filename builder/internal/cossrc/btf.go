@@ -2,11 +2,11 @@ package cossrc
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/builder/internal/btf"
 	"github.com/prebake/prebake/builder/internal/kconfig"
@@ -53,8 +53,7 @@ func (f *fetcher) types(ctx context.Context, headers string) (p part, err error)
 		p = part{material: m, at: filepath.Join(dir, typesFile)}
 		p.digest, err = f.treeDigest(ctx, btfKind, m.Digest, func() (string, error) {
 			data, err := os.ReadFile(p.at)
-			sum := sha256.Sum256(data)
-			return "sha256:" + hex.EncodeToString(sum[:]), err
+			return ocidigest.FromBytes(data).String(), err
 		})
 		return err
 	})

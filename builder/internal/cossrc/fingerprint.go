@@ -3,10 +3,11 @@ package cossrc
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"maps"
 	"slices"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/cas"
 	"github.com/prebake/prebake/pkg/target"
@@ -51,5 +52,5 @@ func combine(headers, toolchain, btf string, env map[string]string) target.Finge
 	for _, name := range slices.Sorted(maps.Keys(env)) {
 		fmt.Fprintf(h, "env %s=%q\n", name, env[name])
 	}
-	return target.Fingerprint("sha256:" + hex.EncodeToString(h.Sum(nil)))
+	return target.Fingerprint(ocidigest.NewDigest(ocidigest.SHA256, h).String())
 }

@@ -12,11 +12,9 @@ import (
 	"context"
 	"crypto"
 	"crypto/rsa"
-	"crypto/sha256"
 	"crypto/x509"
 	"encoding/asn1"
 	"encoding/binary"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -27,6 +25,7 @@ import (
 	"slices"
 	"strings"
 
+	ocidigest "github.com/opencontainers/go-digest"
 	"github.com/smallstep/pkcs7"
 
 	"github.com/prebake/prebake/builder/internal/sign"
@@ -144,8 +143,7 @@ func ParseCertificates(text []byte) ([]*x509.Certificate, error) {
 
 // Fingerprint names a certificate: sha256: and the digest of its DER form.
 func Fingerprint(cert *x509.Certificate) string {
-	sum := sha256.Sum256(cert.Raw)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(cert.Raw).String()
 }
 
 // Identity is the [Fingerprint] of the certificate. It decides, with [Recipe]

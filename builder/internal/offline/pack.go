@@ -21,6 +21,7 @@ import (
 
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -191,8 +192,7 @@ func (p *packer) write(ctx context.Context, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	sum := sha256.Sum256(index)
-	p.report.Index = "sha256:" + hex.EncodeToString(sum[:])
+	p.report.Index = ocidigest.FromBytes(index).String()
 	for _, file := range []struct {
 		name string
 		raw  []byte

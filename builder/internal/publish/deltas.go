@@ -4,13 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash"
 	"io"
 	"slices"
 	"strings"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/bundle"
 	"github.com/prebake/prebake/pkg/fault"
@@ -210,7 +211,7 @@ func (l *layerReader) check() error {
 	if _, err := io.Copy(io.Discard, l); err != nil {
 		return fmt.Errorf("read layer: %w", err)
 	}
-	if got := "sha256:" + hex.EncodeToString(l.h.Sum(nil)); got != l.want {
+	if got := ocidigest.NewDigest(ocidigest.SHA256, l.h).String(); got != l.want {
 		return fault.New(
 			fault.Unverified,
 			fmt.Sprintf("read layer: it has diff id %s; the config says %s", got, l.want),
@@ -238,6 +239,5 @@ func (l *limited) Write(p []byte) (int, error) {
 }
 
 func digestOf(b []byte) string {
-	sum := sha256.Sum256(b)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(b).String()
 }

@@ -2,12 +2,11 @@ package publish
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
 	"fmt"
 	"io"
 
 	"github.com/klauspost/compress/zstd"
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/registry"
@@ -39,8 +38,7 @@ func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	if err != nil {
 		return nil, "", fmt.Errorf("pack build log: %w", err)
 	}
-	sum := sha256.Sum256(packed)
-	return packed, "sha256:" + hex.EncodeToString(sum[:]), nil
+	return packed, ocidigest.FromBytes(packed).String(), nil
 }
 
 // UnpackLog returns the text of an attached build log.

@@ -7,7 +7,6 @@ import (
 	"context"
 	"crypto/md5" //nolint:gosec // COS's buckets carry md5 sums; the sha256 is what is signed
 	"crypto/sha256"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -21,6 +20,7 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/gzip"
+	ocidigest "github.com/opencontainers/go-digest"
 	"golang.org/x/sys/unix"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -204,7 +204,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 	if err == nil && n != hdr.Size {
 		err = fmt.Errorf("changed while it was read: %d bytes, was %d", n, hdr.Size)
 	}
-	return File{Name: s.name, Size: n, SHA256: "sha256:" + hex.EncodeToString(h.Sum(nil))}, err
+	return File{Name: s.name, Size: n, SHA256: ocidigest.NewDigest(ocidigest.SHA256, h).String()}, err
 }
 
 // sums counts and hashes what is written to it.
@@ -217,7 +217,7 @@ func newSums() sums {
 	sha, md, crc := sha256.New(), md5.New(), crc32.New(crc32.MakeTable(crc32.Castagnoli))
 	n := &counter{}
 	return sums{io.MultiWriter(sha, md, crc, n), func() object {
-		o := object{sha256: "sha256:" + hex.EncodeToString(sha.Sum(nil))}
+		o := object{sha256: ocidigest.NewDigest(ocidigest.SHA256, sha).String()}
 		o.size, o.crc32c = n.n, crc.Sum32()
 		copy(o.md5[:], md.Sum(nil))
 		return o

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +14,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	ocidigest "github.com/opencontainers/go-digest"
 
 	"github.com/prebake/prebake/fetcher/internal/host"
 	"github.com/prebake/prebake/fetcher/internal/install"
@@ -188,8 +189,7 @@ func readEvidence(ctx context.Context, repo Repository, v Verifier, digest strin
 }
 
 func digestOf(data []byte) string {
-	sum := sha256.Sum256(data)
-	return "sha256:" + hex.EncodeToString(sum[:])
+	return ocidigest.FromBytes(data).String()
 }
 
 // loadOrder is the order in which modules are loaded, and their order in a set.
@@ -276,7 +276,7 @@ func inspectOne(layer fs.FS, file, digest string) (_ install.Module, err error) 
 			return install.Module{}, fault.Wrap(fault.Unverified,
 				fmt.Errorf("check module %s: read %d of %d bytes: %w", file, n, size, err), hintAgain)
 		}
-		digest = "sha256:" + hex.EncodeToString(h.Sum(nil))
+		digest = ocidigest.NewDigest(ocidigest.SHA256, h).String()
 	}
 	at, ok := f.(io.ReaderAt)
 	if !ok {
