@@ -15,7 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// largestPage is the most entries that the server sends in one page. Pages of kernels may be larger.
+// largestPage is the most entries that the server sends in one page. For lists that count kernels, the server allows
+// fewer, and the client requests no more than those.
 const largestPage = 1000
 
 // paged is a command that prints a list, up to a limit.

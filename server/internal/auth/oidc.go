@@ -43,8 +43,8 @@ type Rule struct {
 	Issuer string `yaml:"issuer"`
 	// Audience is the value that the claim aud must contain.
 	Audience string `yaml:"audience"`
-	// Claims has the values that other claims must have. A * stands for any characters except /. At least one claim is
-	// needed, because an issuer such as GitHub's signs tokens for everybody.
+	// Claims has the values that other claims must have. They are patterns of [path.Match]: a * stands for any
+	// characters except /. At least one claim is needed, because an issuer such as GitHub's signs tokens for everybody.
 	Claims map[string]string `yaml:"claims"`
 	// Scopes are the scopes of such a caller.
 	Scopes []string `yaml:"scopes"`

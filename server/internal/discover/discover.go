@@ -39,7 +39,7 @@ type Config struct {
 	// Every is the pause between two readings; 0 means 15 minutes.
 	Every     time.Duration
 	Catalogue catalogue
-	// Found is called after each complete reading; nil means no call.
+	// Found is called after each reading of the sources, even an incomplete one; nil means no call.
 	Found func(context.Context)
 	Log   *slog.Logger
 }
