@@ -30,7 +30,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// memory is a token store of one token.
+// memory is a token store with one token.
 type memory struct {
 	token api.Token
 	hash  []byte
@@ -50,8 +50,7 @@ func (m *memory) TokenUsed(_ context.Context, _ string, at time.Time) error {
 	return nil
 }
 
-// A token opens what its scopes say until it expires, and nothing near it opens
-// anything.
+// TestToken shows that a token gives its scopes until it expires, and that similar secrets give nothing.
 func TestToken(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 1, 12, 0, 0, 0, time.UTC)
@@ -110,7 +109,7 @@ func TestNewTokenRefuses(t *testing.T) {
 	}
 }
 
-// key is a signing key of an issuer, and the file of its public half.
+// key makes a signing key of an issuer, and a file with its public key.
 func key(t *testing.T, dir, id string) (*ecdsa.PrivateKey, string) {
 	t.Helper()
 	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -134,8 +133,8 @@ func sign(t *testing.T, alg jose.SignatureAlgorithm, k crypto.PrivateKey, claims
 
 const issuer = "https://token.actions.githubusercontent.com"
 
-// Claims are those that GitHub documents for its tokens ("OpenID Connect reference",
-// docs.github.com). Each row but the first changes one thing, and is refused.
+// TestIssuer uses the claims that GitHub documents for its tokens ("OpenID Connect reference", docs.github.com). Each
+// row but the first changes one thing, and its token is refused.
 func TestIssuer(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -229,8 +228,8 @@ func TestReadIssuersRefuses(t *testing.T) {
 	}
 }
 
-// A pod's token, as a real kube-apiserver makes it, is trusted by the keys that it
-// publishes.
+// TestKubernetesToken shows that a pod's token from a real kube-apiserver is accepted. The rule's keys are those that
+// the kube-apiserver publishes.
 func TestKubernetesToken(t *testing.T) {
 	c := cluster.Start(t)
 	dir := t.TempDir()
@@ -273,7 +272,7 @@ func TestKubernetesToken(t *testing.T) {
 	}
 }
 
-// The example of the documentation is one that the server takes.
+// TestExample shows that the server accepts the example of the documentation.
 func TestExample(t *testing.T) {
 	t.Parallel()
 	all, err := ReadIssuers("../../../docs/examples/issuers.yaml")
