@@ -201,6 +201,9 @@ func TestReadIssuersRefuses(t *testing.T) {
 	private, err := json.Marshal(jose.JSONWebKeySet{Keys: []jose.JSONWebKey{{Key: k, KeyID: "p"}}})
 	check(t, err)
 	check(t, os.WriteFile(filepath.Join(dir, "private.json"), private, 0o600))
+	public, err := os.ReadFile(filepath.Join(dir, "k.json"))
+	check(t, err)
+	check(t, os.WriteFile(filepath.Join(dir, "large.json"), append(public, make([]byte, maxKeys)...), 0o600))
 	good := "issuer: https://a.example, audience: x, claims: {sub: y}, scopes: [ask]"
 	for name, text := range map[string]string{
 		"no YAML":          "[",
@@ -214,6 +217,7 @@ func TestReadIssuersRefuses(t *testing.T) {
 		"no scopes":        "[{issuer: https://a.example, audience: x, claims: {sub: y}}]",
 		"no keys":          "[{" + good + ", keys: absent.json}]",
 		"private keys":     "[{" + good + ", keys: private.json}]",
+		"too large keys":   "[{" + good + ", keys: large.json}]",
 		"no certificate":   "[{" + good + ", ca: k.json}]",
 	} {
 		file := filepath.Join(dir, "rules.yaml")

@@ -155,8 +155,11 @@ func readKeys(file string) (*oidc.StaticKeySet, error) {
 	if err != nil {
 		return nil, err
 	}
+	if len(raw) > maxKeys {
+		return nil, fmt.Errorf("%s has %d bytes; want at most %d", file, len(raw), maxKeys)
+	}
 	var set jose.JSONWebKeySet
-	if err := json.Unmarshal(raw[:min(len(raw), maxKeys)], &set); err != nil {
+	if err := json.Unmarshal(raw, &set); err != nil {
 		return nil, fmt.Errorf("%s is no JWK set: %w", file, err)
 	}
 	out := &oidc.StaticKeySet{}

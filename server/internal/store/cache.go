@@ -24,6 +24,7 @@ import (
 const (
 	rememberedKernels = 8192
 	rememberedDrivers = 4096
+	rememberedTexts   = 4096
 	// maxNotes is the most keys that one transaction announces. A transaction that changes more announces that
 	// everything changed.
 	maxNotes = 50
@@ -40,6 +41,9 @@ type KernelCells struct {
 type cache struct {
 	kernels *lru.Cache[string, *KernelCells]
 	drivers *lru.Cache[string, api.DriverRelease]
+	// texts has those that many kernels share, such as driver versions, states and names of builders. With one copy of
+	// each, the garbage collector has less to scan. A text that was dropped is stored twice at worst.
+	texts *lru.Cache[string, string]
 
 	mu        sync.Mutex
 	listening bool   // notifications of other writers arrive
@@ -49,10 +53,22 @@ type cache struct {
 func newCache() *cache {
 	kernels, err := lru.New[string, *KernelCells](rememberedKernels)
 	drivers, derr := lru.New[string, api.DriverRelease](rememberedDrivers)
-	if err := errors.Join(err, derr); err != nil {
+	texts, terr := lru.New[string, string](rememberedTexts)
+	if err := errors.Join(err, derr, terr); err != nil {
 		panic(err) // an error means that the size is not positive
 	}
-	return &cache{kernels: kernels, drivers: drivers}
+	return &cache{kernels: kernels, drivers: drivers, texts: texts}
+}
+
+// share replaces each text by the first equal one.
+func (c *cache) share(all ...*string) {
+	for _, text := range all {
+		if first, ok := c.texts.Get(*text); ok {
+			*text = first
+		} else {
+			c.texts.Add(*text, *text)
+		}
+	}
 }
 
 // remember returns a cached value, or reads it and caches it. It does not cache the value if entries were dropped

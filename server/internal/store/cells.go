@@ -5,8 +5,6 @@ import (
 	"slices"
 	"time"
 
-	lru "github.com/hashicorp/golang-lru/v2"
-
 	"github.com/prebake/prebake/pkg/api"
 	"github.com/prebake/prebake/pkg/target"
 )
@@ -49,7 +47,7 @@ func (s *Store) Cells(
 		if all, next, err = kernels(ctx, q, f, p); err != nil {
 			return err
 		}
-		found, err = facts(ctx, q, text, args)
+		found, err = facts(ctx, q, s.cache, text, args)
 		return err
 	})
 	return all, found, next, classify("read cells", err)
@@ -58,7 +56,7 @@ func (s *Store) Cells(
 // facts reads the facts about the cells of some kernels. from is a query for build_id, board and fingerprint of those
 // kernels. The order of the CROSS JOINs is the order of the lookups. SQLite keeps that order and PostgreSQL may
 // change it. The order is written down because SQLite has no statistics here and would start with the wrong table.
-func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey]Facts, error) {
+func facts(ctx context.Context, q querier, common *cache, from string, args []any) (map[CellKey]Facts, error) {
 	all := map[CellKey]Facts{}
 	same := texts{}
 	err := query(ctx, q, func(row func(...any) error) error {
@@ -67,7 +65,7 @@ func facts(ctx context.Context, q querier, from string, args []any) (map[CellKey
 		var at int64
 		a, err := scanArtifact(row, &key.BuildID, &key.Board, &attested, &at)
 		same.share(&a.Digest, &a.Reason, &key.BuildID, (*string)(&a.Fingerprint))
-		shareCommon(&a.Repository, &a.Driver.Version, &a.Release, &key.Board,
+		common.share(&a.Repository, &a.Driver.Version, &a.Release, &key.Board,
 			(*string)(&a.Driver.Flavour), (*string)(&a.Arch), (*string)(&a.State))
 		key.Driver = a.Driver
 		f := all[key]
@@ -90,10 +88,10 @@ ORDER BY 10 DESC, 1`, args...)
 	err = query(ctx, q, func(row func(...any) error) error {
 		b, err := scanBuild(row)
 		same.share(&b.Digest, &b.Kernel.BuildID, &b.Kernel.Commit, &b.Error)
-		shareCommon(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.Board,
+		common.share(&b.Driver.Version, (*string)(&b.Driver.Flavour), (*string)(&b.State), &b.Kernel.Board,
 			&b.Kernel.Release, &b.Kernel.Version, (*string)(&b.Kernel.Arch), &b.Class, &b.Hint, &b.Worker)
 		for i := range b.Phases {
-			shareCommon(&b.Phases[i].Name)
+			common.share(&b.Phases[i].Name)
 		}
 		b.Phases = slices.Clip(slices.Clone(b.Phases)) // removes the spare capacity of the decoder
 		key := CellKey{b.Kernel.BuildID, b.Kernel.Board, b.Driver}
@@ -118,26 +116,6 @@ func (t texts) share(all ...*string) {
 			*text = first
 		} else {
 			t[*text] = *text
-		}
-	}
-}
-
-// common has the texts that many kernels share, such as driver versions, states and names of builders. With one copy
-// of each, the garbage collector has less to scan. A text that was dropped from this list is stored twice at worst.
-var common = func() *lru.Cache[string, string] {
-	c, err := lru.New[string, string](4096)
-	if err != nil {
-		panic(err) // an error means that the size is not positive
-	}
-	return c
-}()
-
-func shareCommon(all ...*string) {
-	for _, text := range all {
-		if first, ok := common.Get(*text); ok {
-			*text = first
-		} else {
-			common.Add(*text, *text)
 		}
 	}
 }
