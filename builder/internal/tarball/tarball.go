@@ -142,7 +142,7 @@ func pack(ctx context.Context, files []source, dst string, xattr func(*os.File, 
 	if err != nil {
 		return object{}, nil, err
 	}
-	zw.ModTime = time.Unix(0, 0) // zero means no time; for a zero Time the library would write the year 1, cut to 32 bits
+	zw.ModTime = time.Unix(0, 0) // no time; for a zero Time the library would write the year 1, cut to 32 bits
 	tw := tar.NewWriter(zw)
 	made := map[string]bool{}
 	for _, s := range files {
@@ -192,7 +192,7 @@ func packOne(ctx context.Context, tw *tar.Writer, s source, xattr func(*os.File,
 		}
 		if value != nil {
 			hdr.Format = tar.FormatPAX
-			hdr.PAXRecords = map[string]string{"SCHILY.xattr." + name: string(value)} // the key that GNU tar --xattrs writes and reads
+			hdr.PAXRecords = map[string]string{"SCHILY.xattr." + name: string(value)} // the key of GNU tar --xattrs
 		}
 	}
 	if err := tw.WriteHeader(hdr); err != nil {
