@@ -50,50 +50,47 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Material is one input, as provenance names it.
+// Material is one input in the form of the provenance.
 type Material = input.Material
 
-// Inputs are the kernel inputs of one COS build. The folders are in the cache:
-// nobody may write to them.
+// Inputs are the kernel inputs of one COS build. The folders are in the cache and must not be
+// written to.
 type Inputs struct {
 	Kernel      target.Kernel
 	Fingerprint target.Fingerprint
-	// Headers is the header tree itself, the one with Makefile and .config.
+	// Headers is the root of the header tree, the folder with Makefile and .config.
 	Headers string
-	// HeadersDigest is the digest of its content, less what the package comment
-	// leaves out of the fingerprint.
+	// HeadersDigest is the digest of the header tree's content, without the files that the
+	// fingerprint leaves out (see the package comment).
 	HeadersDigest string
-	// Toolchain is the root of the unpacked toolchain archive, and
-	// ToolchainDigest the digest of its content.
+	// Toolchain is the root of the unpacked toolchain archive. ToolchainDigest is the digest of its
+	// content.
 	Toolchain, ToolchainDigest string
-	// Env is toolchain_env: CC and CXX.
+	// Env is the content of toolchain_env: CC and CXX.
 	Env map[string]string
-	// BTF is a file with the description of the kernel's types, as vmlinux has it,
-	// and BTFDigest its digest; both are "" unless asked for, and where the kernel
-	// takes none with a module.
+	// BTF is the path of a file with the kernel's BTF, taken from vmlinux, and BTFDigest is its
+	// digest. Both are "" without [WithBTF], and if the kernel does not accept BTF in modules.
 	BTF, BTFDigest string
-	// Boot is the unpacked prebake-boot.tgz, and BootDigest that archive's
-	// digest; both are "" where the bucket has none.
+	// Boot is the folder of the unpacked prebake-boot.tgz, and BootDigest is the archive's digest.
+	// Both are "" if the bucket does not have it.
 	Boot, BootDigest string
-	// HasVMLinux says that the bucket has the kernel as it was linked, which
-	// [FetchVMLinux] brings.
+	// HasVMLinux says that the bucket has vmlinux, the linked kernel, which [FetchVMLinux] fetches.
+	// It is false if there is a Boot.
 	HasVMLinux bool
-	// SourceURL is where the kernel's source is, as kernel_info says; "" where
-	// the bucket has none. It is told, and not fetched.
+	// SourceURL is the URL of the kernel's source from kernel_info; "" if the bucket has no
+	// kernel_info. It is information only: nothing fetches it.
 	SourceURL string
 	Materials []Material
 }
 
-// Option asks for more than every build needs.
+// Option asks Fetch for an input that not every build needs.
 type Option func(*fetcher)
 
-// WithBTF asks for the description of the kernel's types. A build whose kernel
-// takes BTF with a module, and whose bucket has no vmlinux, is a
-// fault.InputMissing.
+// WithBTF asks for the kernel's BTF. If the kernel accepts BTF in modules and the bucket has no
+// vmlinux, Fetch returns fault.InputMissing.
 func WithBTF() Option { return func(f *fetcher) { f.btf = true } }
 
-// Kinds of cached trees and facts. The number changes with what is made of the
-// same archive.
+// Kinds of cached trees and facts. Raise the number when the same archive gives another result.
 const (
 	headersKind   = "headers-v1"
 	toolchainKind = "toolchain-v1"
@@ -102,16 +99,16 @@ const (
 	digestKind    = "tree-digest-v1"
 )
 
-// Bounds of the archives: several times what real ones hold (COS: 120 MB of
-// headers, 2.2 GB of toolchain).
+// Bounds of the archives. They are several times the size of real ones (COS: 120 MB of headers, 2.2
+// GB of toolchain).
 var (
 	headersLimits   = archive.Options{Entries: 200_000, Bytes: 2 << 30}
 	toolchainLimits = archive.Options{Entries: 400_000, Bytes: 16 << 30}
 	bootLimits      = archive.Options{Entries: 20_000, Bytes: 2 << 30}
 )
 
-// Fetch fetches the kernel inputs of one COS build into the cache. say receives progress, a line at a time; it may be
-// nil.
+// Fetch fetches the kernel inputs of one COS build into the cache. say receives progress, one line
+// at a time; it may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, buildID, board string, say func(string),
 	options ...Option) (*Inputs, error) {
 	kernel, err := target.ParseKernel(buildID, board)
@@ -175,12 +172,13 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 		}
 		boot, err = f.unpack(gctx, cosbucket.BootName(f.kernel), bootKind, bootLimits)
 		if fault.Is(err, fault.InputMissing) {
-			return nil // COS's own buckets have none
+			return nil // COS's own buckets have no boot archive
 		}
 		return err
 	})
 	g.Go(func() (err error) {
-		// xz in Go takes a minute and more for the gigabytes of a real toolchain.
+		// For a real toolchain of gigabytes, xz in Go takes more than a minute. The program xz is
+		// faster.
 		limits := toolchainLimits
 		if limits.XZTool, err = exec.LookPath("xz"); err != nil {
 			limits.XZTool = ""
@@ -217,7 +215,7 @@ func (f *fetcher) run(ctx context.Context) (*Inputs, error) {
 	return in, nil
 }
 
-// headersRoot finds the one usr/src/linux-headers-* folder of the archive.
+// headersRoot returns the only usr/src/linux-headers-* folder of the archive.
 func headersRoot(dir string) (string, error) {
 	found, err := filepath.Glob(filepath.Join(dir, "usr", "src", "linux-headers-*"))
 	if err != nil {
@@ -228,7 +226,7 @@ func headersRoot(dir string) (string, error) {
 			fmt.Sprintf("read kernel-headers.tgz: %d folders usr/src/linux-headers-*; want one", len(found)),
 			"check that the object is the header archive of a COS build")
 	}
-	// Lstat: what is behind a link is not part of the fingerprint.
+	// Lstat, because the fingerprint does not cover the target of a link.
 	if fi, err := os.Lstat(found[0]); err != nil || !fi.IsDir() {
 		return "", fault.New(fault.Unsupported,
 			fmt.Sprintf("read kernel-headers.tgz: %s is no folder", filepath.Base(found[0])),
