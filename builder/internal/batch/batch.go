@@ -1,6 +1,6 @@
 // Package batch makes the cells of a plan, several at a time. It fetches each kernel and each
-// driver once, starts cells in the order that uses the caches best, repeats attempts whose failure
-// may be temporary, and writes the report. A failed cell does not block any other.
+// driver once, and starts cells in the order that uses the caches best. It repeats attempts whose
+// failure may be temporary, and it writes the report. A failed cell does not block any other.
 //
 // Cells with the same fingerprint, driver and flavour are the same build. Only one of them runs at
 // a time: the first one compiles, and the others reuse its result or fail in the same way. The user

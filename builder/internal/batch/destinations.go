@@ -30,9 +30,9 @@ type Destinations struct {
 }
 
 // Published returns the digest of a cell that every destination has. Each destination must have the
-// tag of this COS build, the complete artifact, and provenance and kernel match signed by a trusted
-// key. Published returns "" if one destination lacks any of these. It fetches no inputs, because
-// the inputs of a BUILD_ID and of a driver version never change.
+// tag of this COS build and the complete artifact. Provenance and kernel match must be signed by a
+// trusted key. Published returns "" if one destination lacks any of these. It fetches no inputs,
+// because the inputs of a BUILD_ID and of a driver version never change.
 func (p *Destinations) Published(ctx context.Context, c plan.Cell) (digest string, err error) {
 	if len(p.Repositories) == 0 {
 		return "", nil

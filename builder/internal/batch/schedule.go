@@ -92,7 +92,7 @@ func (f *runner) wake() {
 
 func (f *runner) stopping(ctx context.Context) bool {
 	select {
-	case <-f.cfg.Stopping: // nil never answers
+	case <-f.cfg.Stopping: // a nil channel never receives
 		return true
 	default:
 		return ctx.Err() != nil

@@ -33,9 +33,9 @@ const (
 	maxHeader = 4 << 20 // maxHeader bounds one file of the folder conftest/
 )
 
-// errUseMake says that this package cannot answer conftest's questions ahead of make. The wrapping
-// error gives the reason. The build goes on: make then asks the questions itself, which takes
-// longer and gives the same answers.
+// errUseMake says that this package cannot answer conftest's questions before make asks them. The
+// wrapping error gives the reason. The build goes on: make asks the questions itself, which takes
+// longer.
 var errUseMake = errors.New("conftest is left to make")
 
 // answers answers conftest's questions before make asks them. An answer comes from the conftest
@@ -204,8 +204,8 @@ type question struct {
 	argv      []string // the arguments after the script's fourth one
 	headers   string   // the part of conftest/headers.h that the test may see
 	// header is the precompiled header that the question's program begins with; nil if there is
-	// none. lines are the first lines of the program after the script's own preamble; they include
-	// the header's texts.
+	// none. lines are the program's first lines after the script's own preamble, up to the last
+	// include of the header.
 	header *sharedHeader
 	lines  []string
 }
@@ -383,8 +383,8 @@ var answeredScript string
 
 // write writes the files of the folder conftest/. make compares times, so write creates each file
 // after the files that it depends on in the makefiles. write also replaces the driver's conftest.sh
-// by a script that only prints the stored answers, so that no code of the driver's script runs next
-// to the compiler.
+// by a script that only prints the stored answers. So no code of the driver's script runs in the
+// compiler's sandbox.
 func (a *answers) write(files []conftest.File) error {
 	script := strings.NewReplacer("@CFLAGS@", a.plan.CFlags, "@RELEASE@",
 		insideSource+"/conftest/uts_release").Replace(answeredScript)

@@ -1,7 +1,7 @@
 // Package compile turns module sources into .ko files with the kernel's own build system, kbuild. It compiles in a
-// sandbox whose paths, environment, user and host name are the same on every machine, so that equal inputs give equal
-// bytes. The package refuses to fetch anything and to compile outside the sandbox. It does not judge whether a module
-// fits the kernel (pkg/modinfo does).
+// sandbox. The sandbox has the same paths, environment, user and host name on every machine, so that equal inputs
+// give equal bytes. The package refuses to fetch anything and to compile outside the sandbox. It does not judge
+// whether a module fits the kernel (pkg/modinfo does).
 //
 // Inside the sandbox, /prebake/kernel is the kernel's header tree and /prebake/toolchain the toolchain, both
 // read-only. /prebake/src is a copy of the sources, and results go to /prebake/out.
@@ -329,7 +329,7 @@ func (b *build) make(ctx context.Context) error {
 const minForPCH = 16
 
 // runMake runs make with the guard script in front of the compiler. If the guard noted a fault, runMake returns that
-// fault even if make succeeded, because make may have taken the compiler's failure for conftest's answer.
+// fault even if make succeeded. The reason: make may have taken the compiler's failure for conftest's answer.
 func (b *build) runMake(ctx context.Context, box sandbox.Config, note string) error {
 	dir := filepath.Join(b.r.WorkDir, note)
 	box, err := withFaultFile(box, dir)

@@ -26,8 +26,8 @@ const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; 
 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
-// checkFit reports an error if this machine, or the image that the builder runs in, cannot run the
-// programs of the header archive. It runs before the compile, which would fail only after minutes.
+// checkFit reports an error if the programs of the header archive cannot run here, on this machine
+// or in the builder's image. It runs before the compile, which would fail only after minutes.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
 	if _, err := os.Stat(loader); err != nil {
@@ -57,9 +57,8 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 }
 
 // Check reports whether a toolchain and a header tree fit each other and this machine. It compiles
-// nothing. It checks that the toolchain has the tools that the kernel's configuration asks for, and
-// that the kernel's own build tools run here. Check reads Headers, Toolchain, Env and Arch of the
-// request.
+// nothing. The toolchain must have the tools that the kernel's configuration asks for. The kernel's
+// own build tools must run here. Check reads Headers, Toolchain, Env and Arch of the request.
 func Check(ctx context.Context, r Request) error {
 	t, err := findTools(r)
 	if err != nil {

@@ -18,12 +18,12 @@ import (
 
 // Kbuild tests some hundred compiler flags each time it starts. Each test compiles an empty file
 // (try-run in the kernel's scripts/Makefile.compiler). With clang these tests take longer than all
-// other work for a sibling kernel or the next driver, and one build starts make twice.
+// other work for a sibling kernel or the next driver. One build even starts make twice.
 //
 // The compiler's answer depends on its arguments only. So this package runs the kernel's makefiles
-// once, in a sandbox without any source of a driver, and the guard script records each answer. In
-// later sandboxes the guard returns the recorded answer if the arguments are exactly the same. A
-// driver's makefiles cannot write to the recorded answers.
+// once, in a sandbox without any source of a driver. The guard script records each answer. In later
+// sandboxes the guard returns the recorded answer if the arguments are exactly the same. A driver's
+// makefiles cannot write to the recorded answers.
 const (
 	insideFlagTests    = "/prebake/flag-tests"
 	insideNewFlagTests = "/prebake/flag-tests-new"

@@ -132,8 +132,8 @@ func TestHostileFiles(t *testing.T) {
 	}
 }
 
-// A conftest test of a hostile driver cannot change the answer that another driver gets from the
-// cache, and cannot change the answer of another test of its own driver.
+// A hostile driver's conftest test cannot change the answer that another driver gets from the
+// cache. It cannot change the answer of another test of its own driver either.
 func TestHostileAnswers(t *testing.T) {
 	t.Parallel()
 	r := asking(t)

@@ -100,8 +100,8 @@ func (k *recorder) readHeader(name string) *fileFacts {
 }
 
 // made returns the inputs of the object that a command compiled. ok is false if content that a view
-// hides may be part of the object. made assumes so if the object includes a header with a hidden
-// macro and any other of its files names this macro, in whatever context.
+// hides may be part of the object. made assumes this if the object includes a header with a hidden
+// macro, and another of its files names this macro. The context of the name does not matter.
 func (k *recorder) made(c command) (v variant, ok bool) {
 	v = variant{Version: k.r.Driver.Modules().Version, Generated: map[string]string{}}
 	var hidden []string

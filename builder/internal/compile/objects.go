@@ -20,11 +20,11 @@ import (
 	"github.com/prebake/prebake/pkg/hostfile"
 )
 
-// The object cache keeps each object separately, together with its inputs: the content of the
-// driver's files among its dependencies, the answers of conftest that these files name, and the
-// driver's version if they name it. Everything else that decides an object is in [objects.base]. So
-// the next driver of a branch and a sibling kernel reuse an object if its inputs are the same for
-// them.
+// The object cache keeps each object separately, together with its inputs. The inputs are the
+// content of the driver's files among its dependencies, the answers of conftest that these files
+// name, and the driver's version if they name it. Everything else that decides an object is in
+// [objects.base]. So the next driver of a branch and a sibling kernel reuse an object if its inputs
+// are the same for them.
 //
 // The cache stores the object and its .cmd file. make compares the .cmd file with the command that
 // it would run, and it compares file times. So make decides: if the command or a time differs, make
@@ -121,7 +121,7 @@ func (b *build) makefiles() (string, error) {
 		}
 		if slices.Contains([]string{".c", ".h", ".o_binary"}, filepath.Ext(name)) ||
 			slices.Contains([]string{"conftest.sh", "dkms.conf"}, name) {
-			return nil // neither of these two files runs next to the compiler
+			return nil // make runs neither of these two files
 		}
 		if d.Type() == fs.ModeSymlink {
 			to, err := os.Readlink(file)

@@ -31,8 +31,8 @@ const (
 	insideHeader  = "/prebake/begin"
 	insideWrapper = "/prebake/front"
 
-	// The least number of programs that must share a beginning. To make a precompiled header costs
-	// gcc about as much as three programs, and clang about as much as one and a half.
+	// The least number of programs that must share a beginning. With gcc, one precompiled header
+	// costs about as much as three programs; with clang, about as much as one and a half.
 	minForHeader      = 4
 	minForHeaderClang = 3
 

@@ -88,7 +88,7 @@ func checkTypes(ctx context.Context, r Request, t tools) error {
 	// Since Linux 5.18 the configuration names the pahole version that made the kernel's BTF. The
 	// kernel's pahole flags are for that version, and an older pahole does not know them.
 	parts := paholeVersion.FindStringSubmatch(have + "\n")
-	major, _ := strconv.Atoi(parts[1]) // digits, by the pattern
+	major, _ := strconv.Atoi(parts[1]) // the pattern allows digits only
 	minor, _ := strconv.Atoi(parts[2])
 	if number := 100*major + minor; number < t.pahole {
 		return fault.New(fault.Usage,

@@ -94,8 +94,8 @@ func countWork(src string) work {
 // maxLine bounds how much of one line is examined. The log gets the whole line.
 const maxLine = 64 << 10
 
-// watch reads make's output while make runs. It passes every byte to the log, counts steps for the
-// progress display, measures the phases, and keeps the lines that a diagnosis needs. Only one
+// watch reads make's output while make runs. It passes every byte to the log. It counts steps for
+// the progress display, measures the phases, and keeps the lines that a diagnosis needs. Only one
 // goroutine may write to it at a time.
 type watch struct {
 	log      io.Writer

@@ -1,35 +1,31 @@
-// Package cossrc fetches what a COS release bucket holds about one build's
-// kernel into the cache: header tree, toolchain, compiler names, and, where
-// there is one, the image that boots it in a test machine. From these it takes
-// the kernel's release and version and computes its ABI fingerprint.
+// Package cossrc fetches the kernel inputs of one COS build from a COS release bucket into the
+// cache: the header tree, the toolchain, toolchain_env and, if there is one, the boot archive for
+// the load test. It reads the kernel's release and version from them and computes the kernel's ABI
+// fingerprint.
 //
-// The fingerprint covers everything that decides whether a module fits: the
-// content of the header tree (Module.symvers, .config and the prebuilt host
-// tools among it), the content of the toolchain, and toolchain_env. Three
-// things are left out, each because it differs between builds of one and the
-// same kernel and no module depends on it:
+// The fingerprint covers everything that decides whether a module fits the kernel: the content of
+// the header tree (with Module.symvers, .config and the prebuilt host tools), the content of the
+// toolchain, and toolchain_env. It leaves out three things. Each of them differs between builds of
+// the same kernel, and no module depends on it:
 //
-//   - times, owners and mode bits other than the executable one: they are the
-//     packer's;
-//   - include/generated/compile.h: who compiled the kernel, where and when;
-//   - include/generated/utsversion.h: the build's number and time, which
-//     `uname -v` prints. No module can print it: package compile hides both
-//     files from the compiler.
+//   - times, owners and all mode bits except the executable one, which the packer sets;
+//   - include/generated/compile.h, which says who compiled the kernel, where and when;
+//   - include/generated/utsversion.h, which has the build's number and time, as `uname -v` prints them. No module can
+//     print it, because package compile hides both files from the compiler.
 //
-// Whatever else differs makes another fingerprint. That may cost a build that
-// was not needed; the other mistake would cost a node.
+// Any other difference gives another fingerprint. That may cost a build that was not needed. The
+// opposite mistake would break a node.
 //
-// A toolchain that is not in the bucket itself is fetched from where the
-// bucket's toolchain.tar.xz.gcs says, or, for old builds, toolchain_path or
-// toolchain_url: from another bucket that is reached the same way.
+// If the bucket has no toolchain.tar.xz, the toolchain comes from another bucket, which is reached
+// in the same way. The object toolchain.tar.xz.gcs names the place; in old builds the object is
+// toolchain_path or toolchain_url.
 //
-// The description of the kernel's types, BTF, is taken out of vmlinux for who
-// asks and where the kernel's configuration has BTF for modules. It decides over
-// that of a module then, which fits no other kernel's, and so it counts. The rest
-// of vmlinux, the build's number and time among it, does not.
+// BTF, the description of the kernel's types, is taken from vmlinux if the caller asks for it and
+// the kernel's configuration has BTF for modules. A module's BTF then depends on the kernel's and
+// fits no other kernel. So the kernel's BTF is part of the fingerprint. The rest of vmlinux, with
+// the build's number and time, is not.
 //
-// It refuses inputs that differ from their checksum, and never guesses a
-// kernel's release.
+// The package refuses inputs that differ from their checksum, and never guesses a kernel's release.
 package cossrc
 
 import (

@@ -20,7 +20,7 @@ type Signatures struct {
 	// TrustedKey is the content of trusted_key.pem, the root certificate that the kernel was built
 	// with. It is nil if the bucket does not have it.
 	TrustedKey []byte
-	// Materials are these objects, the archive first.
+	// Materials are the objects that were read, the archive first.
 	Materials []Material
 }
 
@@ -62,7 +62,7 @@ type SignedDriver struct {
 	Archive string
 	// TrustedKey has the same meaning as in [Signatures].
 	TrustedKey []byte
-	// Materials are these objects, the archive first.
+	// Materials are the objects that were read, the archive first.
 	Materials []Material
 }
 

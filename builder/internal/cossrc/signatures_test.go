@@ -34,7 +34,7 @@ func TestSignatures(t *testing.T) {
 		archive string // expected archive; "" means none
 		root    string
 		driver  string
-		kind    fault.Kind // of both calls; 0 means no error
+		kind    fault.Kind // error of both calls; 0 means none
 	}{
 		{name: "nothing", board: "lakitu"},
 		{name: "this layout", board: "lakitu", archive: "new", root: "root", driver: "tgz", objects: map[string][]byte{

@@ -25,8 +25,8 @@ import (
 )
 
 // sumsFile lies next to the modules in the cache and has the form of sha256sum's output. The
-// modules are compared with it before the checks and again before they are packed, so a damaged
-// cache cannot change them unnoticed.
+// pipeline compares the modules with it before the checks and again before it packs them. So damage
+// in the cache is noticed.
 const sumsFile = "SHA256SUMS"
 
 // modules describes the modules of one driver in the cache.
@@ -202,8 +202,8 @@ func readModules(dir string) (*modules, error) {
 	return m, nil
 }
 
-// intact returns an error if a module differs from the compiler's output, or if one of these
-// folders of the cache changed since it was filled.
+// intact returns an error if a module differs from the compiler's output. It does the same if one
+// of these folders of the cache changed since it was filled.
 func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])

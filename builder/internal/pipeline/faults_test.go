@@ -51,8 +51,8 @@ type order struct {
 	// Fault happens when Phase begins, or when the console of the load test's virtual machine prints Text. "" means
 	// no fault.
 	Fault, Phase, Text string
-	// If Warm is not "", the process first fills the cache by a build for another destination, with Warm as the mode
-	// of its load test.
+	// If Warm is not "", the process first fills the cache by a build for another destination. Warm is the mode of
+	// that build's load test.
 	Warm pipeline.LoadTest
 	// Parts are the folders of the cache that a fault damages; none means all.
 	Parts []string

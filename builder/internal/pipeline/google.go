@@ -249,7 +249,7 @@ func (c carries) fact() (name, value string, ok bool) {
 //
 // Google may have signed such modules for a sibling build. If this run requires no signatures,
 // these modules are as good as unsigned ones. If it uses Google's modules, they are as good as this
-// build's own, provided that both kernels were built with the same root certificate.
+// build's own, on one condition: both kernels were built with the same root certificate.
 func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

@@ -170,8 +170,8 @@ func (r *run) reuse(ctx context.Context, in *inputs, to *publication, digest str
 		if err != nil {
 			return nil, "", err
 		}
-		// If this COS build's kernel can be booted and no statement names the build yet, the load
-		// test runs on this kernel first.
+		// No statement names this COS build yet. If its own kernel can be booted, the load test has
+		// to run on it first.
 		if !attested && r.cfg.LoadTest != LoadTestOff && (in.kernel.Boot != "" || in.kernel.HasVMLinux) {
 			return nil, "not tested on this build yet", nil
 		}

@@ -150,7 +150,7 @@ type Result struct {
 	// Deltas are the published deltas. Each one makes this artifact's module layer from the one of
 	// an earlier build.
 	Deltas []publish.Delta `json:"deltas,omitempty"`
-	// Tarballs are the tarballs in buckets.
+	// Tarballs are the published tarballs, one for each bucket.
 	Tarballs []tarball.Report `json:"twins,omitempty"`
 	// Labels are the labels of this COS build in each bucket.
 	Labels []tarball.Labelled `json:"labels,omitempty"`

@@ -19,8 +19,8 @@ import (
 )
 
 // absentObject is the name of an object that never exists. Cloud Storage reports its absence only
-// to callers that may list the bucket, and refuses everybody else (Cloud Storage documentation,
-// "HTTP status and error codes", 403).
+// to callers that may list the bucket. All others get the status 403 (Cloud Storage documentation,
+// "HTTP status and error codes").
 const absentObject = ".prebake-outsider"
 
 // AnonymousAccess asks the bucket without credentials whether everybody can read the object.

@@ -206,7 +206,7 @@ func TestLabelsOfOneBuild(t *testing.T) {
 	give(false, nil, labels{"DEFAULT": v261}, v261)
 	give(false, nil, labels{"DEFAULT": v309}, v309)
 	give(false, labels{"DEFAULT": v261}, nil, v261)
-	give(false, labels{"R535": v309}, labels{"DEFAULT": v309}, v261) // DEFAULT was declared before, so COS's label does not move it
+	give(false, labels{"R535": v309}, labels{"DEFAULT": v309}, v261) // DEFAULT was declared before
 	if got := rowsOf(t, content(t, dest)); !slices.Contains(got, "OTHERS R535 "+v309) {
 		t.Errorf("labels = %q; want R535 beside DEFAULT", got)
 	}

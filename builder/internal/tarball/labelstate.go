@@ -45,9 +45,9 @@ func (p *publisher) labelState(ctx context.Context, x Index, l Labelling) (label
 	return s, nil
 }
 
-// foreign returns a version that has the label in a row or an object although the builder did not
-// set it, and who set it. "" means that there is none. A version that differs from the label's own
-// has precedence.
+// foreign returns a version that has the label in a row or an object although this builder did not
+// set it there. by says who set it. "" means that there is none. A version that differs from the
+// label's own has precedence.
 func (s labelState) foreign(x Index, mine []Label, l Label) (version, by string) {
 	type holder struct{ version, by string }
 	var all []holder

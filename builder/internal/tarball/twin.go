@@ -1,14 +1,14 @@
 // Package tarball publishes a built driver into a bucket, as a tarball in the layout that COS's own installer reads.
-// The tarball has the modules and the firmware of an OCI artifact, under the names of a COS release bucket, with
-// checksums, a signature and an index. The bucket is one of Google Cloud Storage or a folder.
+// The tarball has the modules and the firmware of an OCI artifact. Its name is the one in a COS release bucket, and
+// checksums, a signature and an index come with it. The bucket is one of Google Cloud Storage or a folder.
 //
 // Objects are created and never replaced. Only the lists that grow (index.json and gpu_driver_versions) and the
-// labels in them change, and each write requires that the object is still in the state that was read. Publishing may
+// labels in them change. Each such write requires that the object is still in the state that was read. Publishing may
 // be interrupted at any point and run again.
 //
 // The package refuses to publish other bytes under a name that is taken, and to extend an index without a trusted
-// signature. It refuses to list a driver for Google's installer that this installer could not install, and to move a
-// label that somebody else set.
+// signature. It refuses to list a driver that Google's installer could not install, and to move a label that somebody
+// else set.
 package tarball
 
 import (
