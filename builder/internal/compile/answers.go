@@ -30,7 +30,7 @@ const insideAsk = "/prebake/ask"
 const (
 	maxAnswer = 64 << 10
 	maxPlan   = 1 << 20
-	maxHeader = 4 << 20 // maxHeader bounds one file of the folder conftest/
+	maxHeader = 4 << 20 // limit for one file of the folder conftest/, in bytes
 )
 
 // errUseMake says that this package cannot answer conftest's questions before make asks them. The

@@ -8,9 +8,9 @@ import (
 
 // setBuildID replaces the build id of a stripped module by a digest of the module's own bytes. If
 // debug names a file, that file gets the same build id. The reason: the linker computes its build
-// id over the debug sections too. Without this change, a compilation with debug information and one
-// without it would give modules that differ in the build id only. A module without a build id stays
-// unchanged.
+// id over the debug sections too. With the linker's id, a compilation with debug information and
+// one without it would give modules that differ in the build id only. A module without a build id
+// stays unchanged.
 func setBuildID(stripped, debug string) error {
 	text, err := readHost(stripped)
 	if err != nil {

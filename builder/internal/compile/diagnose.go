@@ -87,7 +87,7 @@ func (f *findings) read(line string) {
 	}
 }
 
-// relative shortens the sandbox's paths. A file of the driver is named relative to the driver's
+// paths shortens the sandbox's paths. A file of the driver is named relative to the driver's
 // sources, a kernel header as <kernel>/include/….
 var paths = strings.NewReplacer(insideSource+"/", "", insideKernel+"/", "<kernel>/", insideToolchain+"/",
 	"<toolchain>/")

@@ -26,7 +26,7 @@ const listNeeds = `for f in "$@"; do [ -x "$f" ] && "$LOADER" --list "$f" 2>&1; 
 
 var missingLibrary = regexp.MustCompile(`(?m)^\s*(\S+) => not found$`)
 
-// checkFit reports an error if the programs of the header archive cannot run here, on this machine
+// checkFit returns an error if the programs of the header archive cannot run here, on this machine
 // or in the builder's image. It runs before the compile, which would fail only after minutes.
 func checkFit(ctx context.Context, r Request, t tools) error {
 	loader := loaders[runtime.GOARCH]
@@ -56,9 +56,10 @@ func checkFit(ctx context.Context, r Request, t tools) error {
 	return nil
 }
 
-// Check reports whether a toolchain and a header tree fit each other and this machine. It compiles
-// nothing. The toolchain must have the tools that the kernel's configuration asks for. The kernel's
-// own build tools must run here. Check reads Headers, Toolchain, Env and Arch of the request.
+// Check returns an error if a toolchain and a header tree do not fit each other or this machine. It
+// compiles nothing. The toolchain must have the tools that the kernel's configuration asks for. The
+// kernel's own build tools must run here. Check reads Headers, Toolchain, Env and Arch of the
+// request.
 func Check(ctx context.Context, r Request) error {
 	t, err := findTools(r)
 	if err != nil {

@@ -68,7 +68,7 @@ func refused(err error, kind fault.Kind, hint string) error {
 	return fault.Wrap(kind, err, hint)
 }
 
-// checkTypes reports an error if BTF cannot be made. It runs before the compile, so that the build
+// checkTypes returns an error if BTF cannot be made. It runs before the compile, so that the build
 // fails at once.
 func checkTypes(ctx context.Context, r Request, t tools) error {
 	if r.BTF == "" {

@@ -46,8 +46,8 @@ type modules struct {
 	identity bundle.Identity
 }
 
-// key returns the cache key of a product that is made from the modules in their published form. It
-// covers everything that decides their bytes, and more.
+// key returns the cache key of a product that is made from the modules in their published form. The
+// key covers everything that decides the modules' bytes, and the parts in more.
 func (m *modules) key(in *inputs, more ...string) string {
 	return in.stampedKey(slices.Concat(more, m.signedBy)...)
 }
@@ -202,8 +202,8 @@ func readModules(dir string) (*modules, error) {
 	return m, nil
 }
 
-// intact returns an error if a module differs from the compiler's output. It does the same if one
-// of these folders of the cache changed since it was filled.
+// intact returns an error if a module no longer has its checksum, or if one of these folders of the
+// cache changed since it was filled.
 func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	for _, name := range slices.Sorted(maps.Keys(m.files)) {
 		sum, err := hostfile.Sum(m.files[name])
@@ -222,7 +222,7 @@ func (r *run) intact(ctx context.Context, m *modules, folders ...string) error {
 	return nil
 }
 
-// changed returns the error for a module that differs from the compiler's output.
+// changed returns the error for a module that changed in the cache since it was made.
 func changed(name, dir string) error {
 	return fault.New(fault.Transient, fmt.Sprintf("module %s was damaged in the cache since it was compiled", name),
 		"run it again: it is made anew; check the disk of "+dir)

@@ -247,9 +247,10 @@ func (c carries) fact() (name, value string, ok bool) {
 // takes reports whether this run can reuse an artifact whose modules have the signatures c and were
 // made of the inputs madeOf.
 //
-// Google may have signed such modules for a sibling build. If this run requires no signatures,
-// these modules are as good as unsigned ones. If it uses Google's modules, they are as good as this
-// build's own, on one condition: both kernels were built with the same root certificate.
+// Google may have signed such modules for another COS build with the same fingerprint. If this run
+// requires no signatures, these modules are as good as unsigned ones. If it uses Google's modules,
+// they are as good as this build's own, on one condition: both kernels were built with the same
+// root certificate.
 func (s signing) takes(c carries, in *inputs, madeOf []trust.Material) bool {
 	among := func(wanted []cossrc.Material) bool {
 		return !slices.ContainsFunc(wanted, func(w cossrc.Material) bool {

@@ -75,7 +75,7 @@ func (r *run) all(ctx context.Context) error {
 	return err
 }
 
-// make makes and signs an artifact that no destination has yet.
+// make makes and signs the artifact. It runs if there is no published artifact to reuse.
 func (r *run) make(ctx context.Context, in *inputs, to *publication) (*artifact, *modules, error) {
 	var early *earlyLayers
 	if in.prebuilt == nil {

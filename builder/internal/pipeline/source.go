@@ -84,8 +84,8 @@ func (r *run) source(ctx context.Context) (_ *inputs, note string, err error) {
 	return in, fmt.Sprintf("kernel %s, ABI %s", in.kernel.Kernel.Release, in.kernel.Fingerprint.Short()), nil
 }
 
-// key returns the cache key of a product of this cell: a digest of the parts, the host's programs,
-// the driver's sources and the flavour.
+// key returns the cache key of a product of this cell. The key is a digest of the parts, the host's
+// programs, the driver's sources, the flavour and the version of pahole.
 func (in *inputs) key(parts ...string) string {
 	if in.pahole != "" {
 		parts = append(parts, FactBTF, in.pahole)
