@@ -10,7 +10,7 @@ import (
 type ReproducedFacts struct {
 	// By is a URI that names who reproduced the artifact. Builder names who built it first.
 	By, Builder string
-	// Recipes are the ways in which it was made.
+	// Recipes are the build methods that were used.
 	Recipes map[string]string
 }
 
