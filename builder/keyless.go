@@ -28,7 +28,7 @@ func isKeyless(cmd *ucli.Command) bool {
 	return strings.HasPrefix(cmd.String("key"), sign.PrefixKeyless)
 }
 
-// checkKey refuses settings of the key that do not go together.
+// checkKey returns an error for settings of the key that exclude each other.
 func checkKey(cmd *ucli.Command) error {
 	if isKeyless(cmd) {
 		return cli.About(missing(cmd, "trusted-root"), "key")

@@ -30,7 +30,7 @@ func ReadFile(path string) (Config, error) {
 	if err != nil {
 		return nil, fault.Wrap(fault.InputMissing, fmt.Errorf("read kernel configuration: %w", err), hintLacking)
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file is only read, so an error of Close loses nothing
 	return Read(f)
 }
 

@@ -106,7 +106,7 @@ func Read(path string) (*modinfo.Module, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file is only read, so an error of Close loses nothing
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
@@ -125,7 +125,7 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 		return r, fault.Wrap(fault.InputMissing, fmt.Errorf("read the kernel's exports: %w", err),
 			"publish a kernel-headers.tgz that holds the kernel's Module.symvers")
 	}
-	defer symvers.Close() // only read
+	defer symvers.Close() // only read, as above
 	if r.Symvers, err = modinfo.ReadSymvers(symvers); err != nil {
 		return r, err
 	}

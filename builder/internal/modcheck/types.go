@@ -46,7 +46,7 @@ func fits(path string, kernel *btf.Types) error {
 	if err != nil {
 		return err
 	}
-	defer f.Close() // only read
+	defer f.Close() // the file is only read, so an error of Close loses nothing
 	types, err := btf.Read(f)
 	switch {
 	case kernel == nil && errors.Is(err, btf.ErrNone):

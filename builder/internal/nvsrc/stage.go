@@ -131,7 +131,7 @@ func (r *Release) userspace() (map[string]item, error) {
 		}
 		it := item{src: e.Path, exec: e.Mode&0o111 != 0}
 		if e.Target != "" {
-			it = item{link: path.Base(e.Target)} // the folders are flat
+			it = item{link: path.Base(e.Target)} // the folders have no subfolders
 		}
 		if to == vulkanDir {
 			to = vulkanFolder(base, e.Subdir)

@@ -133,7 +133,7 @@ func runFulcio(t *testing.T, program string, args []string) (address, said strin
 	go func() {
 		defer close(ended)
 		_, _ = io.Copy(&text, bufio.NewReader(stderr))
-		_ = cmd.Wait() // killed
+		_ = cmd.Wait() // the program was killed, so its exit status has no meaning
 	}()
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill() // or it has ended already

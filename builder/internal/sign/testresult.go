@@ -162,7 +162,7 @@ func oneLine(text string) string {
 	return strings.ToValidUTF8(text[:min(len(text), maxTestLine)], "?")
 }
 
-// lastLines returns the whole lines at the end of a text that fit.
+// lastLines returns the end of a text: as many whole lines as fit into most bytes.
 func lastLines(text string, most int) string {
 	if len(text) > most {
 		_, text, _ = strings.Cut(text[len(text)-most:], "\n")

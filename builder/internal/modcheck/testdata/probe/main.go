@@ -1,5 +1,4 @@
-// Command probe stands in for nvmlprobe in tests of the static checks: it says what the
-// stand-in for a driver says.
+// Command probe replaces nvmlprobe in tests of the static checks. It prints the answer of a driver's replacement.
 package main
 
 import "fmt"
