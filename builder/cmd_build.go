@@ -145,8 +145,8 @@ func refuseFlags(cmd *ucli.Command, beside string, names ...string) error {
 	return nil
 }
 
-// oneSignature refuses settings with which modules would be signed twice. It also refuses settings that have no effect
-// on modules which somebody else made.
+// oneSignature refuses settings with which modules would be signed twice. oneSignature also refuses settings that have
+// no effect on modules which somebody else made.
 func oneSignature(cmd *ucli.Command) error {
 	if cmd.Bool("google-modules") {
 		return refuseFlags(cmd, "--google-modules", "module-key", "google-signatures", "debug-symbols", "btf")

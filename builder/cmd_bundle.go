@@ -206,7 +206,7 @@ func bundleConfig(cmd *ucli.Command) (c offline.Config, err error) {
 	return c, err
 }
 
-// mayTrust returns the verifier of the flags. It returns nil if the flags name neither a public key nor a trusted root.
+// mayTrust returns the verifier of the flags, or nil if the flags name neither a public key nor a trusted root.
 func mayTrust(cmd *ucli.Command) (*trust.Verifier, error) {
 	if len(cmd.StringSlice("public-key")) == 0 && cmd.String("trusted-root") == "" {
 		return nil, nil

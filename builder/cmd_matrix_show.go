@@ -138,7 +138,7 @@ func summary(r *batch.Report, took time.Duration) string {
 // maxReason is the number of characters that the table shows of an error. The log has the full text.
 const maxReason = 600
 
-// wrap breaks a text into lines at its spaces. It breaks a word only if the word is longer than a line.
+// wrap breaks a text into lines at its spaces. wrap breaks a word only if the word is longer than a line.
 func wrap(text string, width int) []string {
 	var lines []string
 	line := []rune(nil)

@@ -32,7 +32,7 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"builder": main})
 }
 
-// publicRegistry runs the client library's registry. It reports the same audience as a public Prebake server.
+// publicRegistry runs the client library's registry. The registry reports the same audience as a public Prebake server.
 func publicRegistry(t *testing.T) string {
 	t.Helper()
 	inner := stock.New(stock.Logger(slog.NewLogLogger(slog.DiscardHandler, slog.LevelInfo)))
@@ -65,7 +65,7 @@ func TestScript(t *testing.T) {
 	})
 }
 
-// await waits until a file exists. It stops waiting when the test's time is over.
+// await waits until a file exists. await stops waiting when the test's time is over.
 func await(ts *testscript.TestScript, neg bool, args []string) {
 	if neg || len(args) != 1 {
 		ts.Fatalf("usage: await FILE")

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// defaultGrace is how long running cells of a wish list may continue after a stop signal. It is long because there is
-// no queue from which another builder would take them again.
+// defaultGrace is how long running cells of a wish list may continue after a stop signal. The time is long, because
+// without a queue no other builder takes these cells.
 const defaultGrace = 10 * time.Minute
 
 // runWorkWish keeps a wish list published. In each round it reads the file, asks the buckets, and builds what is

@@ -285,8 +285,8 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	return by, err
 }
 
-// listOf asks a server for everything that it has published. An artifact can appear twice if it changed while the pages
-// were read. It then counts as withdrawn if either entry says so.
+// listOf asks a server for everything that it has published. If an artifact changes while the pages are read, it can
+// appear twice. Such an artifact counts as withdrawn if either entry says so.
 func listOf(ctx context.Context, server *api.Client, now time.Time) (snapshot.Catalogue, error) {
 	c := snapshot.Catalogue{Schema: snapshot.Schema, MadeAt: now.UTC().Truncate(time.Second)}
 	all, err := server.Artifacts(ctx)

@@ -275,8 +275,7 @@ func (c *config) signAll(ctx context.Context, dir, work string, made []madeImage
 			return err
 		}
 		fmt.Fprintf(&text, "%s  %s\n", sum, name)
-		// The provenance names programs and images one by one. It covers all other files by the digest of the
-		// checksums.
+		// The provenance names each program and each image. The digest of the checksums file covers all other files.
 		if strings.HasPrefix(name, "linux-") || strings.HasPrefix(name, "images/") {
 			facts.Files = append(facts.Files, sign.Material{Name: name, Digest: "sha256:" + sum})
 		}

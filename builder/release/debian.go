@@ -137,7 +137,8 @@ func (c *config) fetch(ctx context.Context, all []debPackage) error {
 	return nil
 }
 
-// download fetches packages from one archive with apt's own client. It returns the packages that are still missing.
+// download fetches packages from one archive with apt's own client. download returns the packages that are still
+// missing.
 func download(ctx context.Context, base string, all []debPackage, missing []int) (still []int, err error) {
 	for batch := range slices.Chunk(missing, 32) {
 		args := []string{"-o", "APT::Sandbox::User=root", "-o", "Acquire::Retries=3", "download-file"}
@@ -384,8 +385,8 @@ func (r *rootFS) copy(h *tar.Header, content io.Reader) error {
 	case there:
 		return errors.New("another package has this file")
 	}
-	// The new header takes these fields only. It drops extended attributes (capabilities) and the setuid and setgid
-	// bits, so that no file can make its user root.
+	// The new header takes these fields only. Without extended attributes (capabilities) and without the setuid and
+	// setgid bits, no file can make its user root.
 	h = &tar.Header{
 		Typeflag: h.Typeflag, Name: name, Linkname: h.Linkname, Size: h.Size, Mode: h.Mode & 0o1777,
 		Uid: h.Uid, Gid: h.Gid, ModTime: h.ModTime,

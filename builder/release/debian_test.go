@@ -176,7 +176,7 @@ func TestReadLockRefuses(t *testing.T) {
 	}
 }
 
-// TestLock checks that packages.lock has the form that packages.sh writes. It must have all packages that the
+// TestLock checks that packages.lock has the form that packages.sh writes. The list must have all packages that the
 // Dockerfile installs, for both architectures.
 func TestLock(t *testing.T) {
 	t.Parallel()

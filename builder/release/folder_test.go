@@ -89,7 +89,7 @@ func program(t *testing.T, dir, name string, args ...string) []byte {
 	return out
 }
 
-// TestSigned checks the checksums with sha256sum. It verifies the signature with cosign if cosign is on PATH.
+// TestSigned checks the checksums with sha256sum. TestSigned verifies the signature with cosign if cosign is on PATH.
 func TestSigned(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -192,7 +192,8 @@ func module(t *testing.T, name, version, vermagic string) string {
 	return string(content)
 }
 
-// TestInstalls uses the programs of the folder only. It packs a driver for a site without a network and installs it.
+// TestInstalls uses the programs of the folder only. TestInstalls packs a driver for a site without a network and
+// installs it.
 func TestInstalls(t *testing.T) {
 	t.Parallel()
 	dir, _ := folder(t)
@@ -306,8 +307,8 @@ func TestManifestsNameTheImages(t *testing.T) {
 	}
 }
 
-// inspectImage compares the image of one architecture with its Dockerfile. It also compares the programs in the image
-// with those of the folder.
+// inspectImage compares the image of one architecture with its Dockerfile. inspectImage also compares the programs in
+// the image with those of the folder.
 func inspectImage(t *testing.T, im image, dir, archive, arch string, whole bool) {
 	t.Helper()
 	to := filepath.Join(t.TempDir(), im.name+arch)

@@ -58,8 +58,8 @@ type madeImage struct {
 	arches map[string]string
 }
 
-// buildImages writes an OCI archive for each image, with an index over the architectures. It takes the programs from
-// dir. Nobody needs the files in work afterwards.
+// buildImages writes an OCI archive for each image, with an index over the architectures. buildImages takes the
+// programs from dir. Nobody needs the files in work afterwards.
 func (c *config) buildImages(ctx context.Context, dir, work string, packages []debPackage) ([]madeImage, error) {
 	type bases struct{ debian, certificates v1.Layer }
 	layers := map[string]bases{}
@@ -208,7 +208,7 @@ func filesLayer(entries []entry) (v1.Layer, error) {
 	return tarball.LayerFromOpener(open, tarball.WithCompressedCaching, tarball.WithMediaType(types.OCILayer))
 }
 
-// writeArchive writes an index as an OCI image layout in a tar. It writes the layout to a folder first.
+// writeArchive writes an index as an OCI image layout in a tar. writeArchive writes the layout to a folder first.
 func writeArchive(file, dir string, index v1.ImageIndex, ref string) error {
 	path, err := layout.Write(dir, empty.Index)
 	if err != nil {

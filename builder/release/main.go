@@ -1,7 +1,7 @@
 // Command release makes a release of Prebake in one folder: programs, container images, manifests with the images'
 // digests, contents (SPDX), checksums, and a signed provenance statement. The same commit gives the same bytes, except
-// for the folder of signatures. The command refuses a source tree with uncommitted changes. It also refuses a Debian
-// package that differs from the list.
+// for the folder of signatures. The command refuses a source tree with uncommitted changes. The command also refuses a
+// Debian package that differs from the list.
 package main
 
 import (
@@ -36,7 +36,7 @@ type config struct {
 	cache string
 	// key signs the release: a file or a KMS URI. If empty, the release is signed with a key that is then deleted.
 	key string
-	// builderID names in the provenance who made the release. It is a URI.
+	// builderID names in the provenance who made the release. builderID is a URI.
 	builderID string
 	// check examines the source again before the release is signed. nil skips this.
 	check func(context.Context) error

@@ -37,7 +37,7 @@ func (c *config) git(ctx context.Context, args ...string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// head returns the commit of the source. It refuses a source tree that differs from the commit.
+// head returns the commit of the source. head refuses a source tree that differs from the commit.
 func (c *config) head(ctx context.Context) (string, error) {
 	// The user's own git settings may hide new files.
 	changes, err := c.git(ctx, "-c", "core.excludesFile=/dev/null", "status", "--porcelain", "--untracked-files=all",

@@ -9,7 +9,8 @@ import (
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 )
 
-// sandboxed is a command like the one with which a builder runs kbuild. It prints 42 if shell, make, bc and awk work.
+// sandboxed is a command like the one with which a builder runs kbuild. sandboxed prints 42 if shell, make, bc and awk
+// work.
 const sandboxed = `bwrap --unshare-all --unshare-user --disable-userns --uid 1000 --gid 1000 --cap-drop ALL ` +
 	`--new-session --die-with-parent --ro-bind /usr /usr --symlink usr/bin /bin ` +
 	`--symlink usr/lib /lib --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives ` +

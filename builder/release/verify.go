@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// check compares every file of a release with its checksum. It also verifies that one of the given keys signed the
-// checksums. It returns the id of that key.
+// check compares every file of a release with its checksum. check also verifies that one of the given keys signed the
+// checksums. check returns the id of that key.
 func check(dir string, keys []byte) (signer string, err error) {
 	if signer, err = checkAll(dir, keys); err != nil {
 		err = fault.Wrap(fault.Unverified, fmt.Errorf("verify release %s: %w", dir, err),

@@ -24,9 +24,9 @@ type Facts struct {
 	// Banners are the texts that begin with "Linux version ". Linkers leave more than one, and the first one may be
 	// incomplete.
 	Banners []string
-	// BuildID is the GNU build id in hex. It is "" if there is none.
+	// BuildID is the GNU build id in hex, or "" if there is none.
 	BuildID string
-	// Config is the configuration that CONFIG_IKCONFIG put into the kernel. It is nil without that option.
+	// Config is the configuration that CONFIG_IKCONFIG put into the kernel. Config is nil without that option.
 	Config []byte
 }
 
@@ -125,14 +125,14 @@ func buildID(file *elf.File) string {
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
 // ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
-// or at another time. This is an error of its own, because it is not known of every bucket whether an image and its
-// headers always come from the same run of make.
+// or at another time. Callers can treat this difference in another way, because not every bucket is known to have an
+// image and headers from the same run of make.
 var ErrOtherRun = errors.New("linked in another run of make")
 
-// Check reports whether the kernel belongs to a header tree. It compares the release. It compares who built the kernel,
-// when, and under which build number, if the tree has these facts. It compares the configuration, if the kernel
-// contains it. For the kernel of another build, the error is fault.Mismatch. The error wraps ErrOtherRun if only the
-// builder or the time differs.
+// Check reports whether the kernel belongs to a header tree. The releases must be equal. If the tree says who built the
+// kernel, when, and under which build number, these facts must be equal. If the kernel contains its configuration, the
+// configurations must be equal. For the kernel of another build, the error is fault.Mismatch. The error wraps
+// ErrOtherRun if only the builder or the time differs.
 func (f Facts) Check(headers string) error {
 	said := map[string]string{}
 	for _, name := range []string{"utsrelease.h", "utsversion.h", "compile.h"} {
@@ -202,8 +202,8 @@ func readBounded(file string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxHeader))
 }
 
-// firstDifference returns the first option, by name, that the two configurations do not set alike. It returns "" if
-// there is none.
+// firstDifference returns the first option, by name, that the two configurations do not set alike, or "" if there is
+// none.
 func firstDifference(a, b kconfig.Config) string {
 	var differ []string
 	for _, pair := range [][2]kconfig.Config{{a, b}, {b, a}} {

@@ -1,5 +1,5 @@
 // Package bootimage makes a bootable image for a virtual machine from the vmlinux that COS publishes with each build.
-// It also reports whether a vmlinux is the kernel to which a header tree belongs.
+// The package also reports whether a vmlinux is the kernel to which a header tree belongs.
 //
 // The package refuses to guess. A file with another layout, or with the version text of another build, is an error that
 // names the difference.
@@ -19,7 +19,7 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Recipe names the version of the image format. It is part of cache keys.
+// Recipe names the version of the image format. Recipe is part of cache keys.
 const Recipe = "bootimage-1"
 
 // entryCode is the assembled entry.S. A test assembles entry.S again and compares.
@@ -88,8 +88,8 @@ const (
 	atImageMagic = 56
 )
 
-// writeFlat writes each segment at its place in memory. It returns an error if a segment is incomplete, because such a
-// kernel would start and then hang.
+// writeFlat writes each segment at its place in memory. writeFlat returns an error if a segment is incomplete, because
+// such a kernel would start and then hang.
 func writeFlat(out *os.File, load []*elf.Prog, low, high uint64) error {
 	for _, p := range load {
 		n, err := io.Copy(io.NewOffsetWriter(out, int64(p.Paddr-low)), p.Open()) //nolint:gosec // bounded by maxMemory

@@ -194,8 +194,8 @@ func arm64Head(memory uint64) []byte {
 // arm64Base is the address to which kernels are linked.
 const arm64Base = 0xffff800008000000
 
-// TestWriteFlat checks that an Image has each segment at its place in memory, with zeros between them. It must not have
-// the memory that the kernel clears itself.
+// TestWriteFlat checks that an Image has each segment at its place in memory, with zeros between them. The Image must
+// not have the memory that the kernel clears itself.
 func TestWriteFlat(t *testing.T) {
 	t.Parallel()
 	text, data := arm64Head(0x9000), bytes.Repeat([]byte("data"), 100)

@@ -1,10 +1,10 @@
-// Package btf reads BTF, the description of types that a kernel and its modules carry for tracers. It extracts the BTF
-// of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the numbers of its
-// types and strings continue where those of the kernel end. With the BTF of another kernel these numbers mean something
-// else. A kernel then refuses the module, or loads it without its BTF if the kernel is configured so.
+// Package btf reads BTF, the description of types that a kernel and its modules carry for tracers. The package extracts
+// the BTF of a kernel from vmlinux and compares the BTF of a module with it. The BTF of a module is split: the numbers
+// of its types and strings continue where those of the kernel end. With the BTF of another kernel these numbers mean
+// something else. A kernel then refuses the module, or loads it without its BTF if the kernel is configured so.
 //
-// The package refuses to interpret types. It walks over them once and follows no reference, so that no input causes
-// deep recursion or long run times. The meaning of a type concerns the kernel and the tracer only.
+// The package refuses to interpret types. The package walks over them once and follows no reference, so that no input
+// causes deep recursion or long run times. The meaning of a type concerns the kernel and the tracer only.
 package btf
 
 import (
@@ -25,8 +25,8 @@ const maxSize = 64 << 20
 // ErrNone means that a file has no BTF.
 var ErrNone = errors.New("it has no section " + Section)
 
-// Read returns the BTF of an ELF file. It reads only the headers and that section. If the section is missing, the error
-// is [ErrNone].
+// Read returns the BTF of an ELF file. Read reads only the headers and that section. If the section is missing, the
+// error is [ErrNone].
 func Read(r io.ReaderAt) ([]byte, error) {
 	f, err := elf.NewFile(r)
 	if err != nil {
@@ -130,8 +130,8 @@ func formOf(kind uint32) (form, bool) {
 	return f, true
 }
 
-// parse reads BTF whose numbers continue where base ends. It checks numbers as strictly as the kernel does. It checks
-// names more strictly: a name must be a whole string.
+// parse reads BTF whose numbers continue where base ends. The checks of numbers are as strict as the kernel's. The
+// checks of names are stricter: a name must be a whole string.
 func parse(data []byte, base *Types) (*Types, error) {
 	le := binary.LittleEndian
 	if len(data) < headerSize || le.Uint16(data) != magic || data[2] != 1 {

@@ -107,7 +107,7 @@ func number(buildID string) int {
 func apiBreak(cell string) bool { return number(cell)%10 == 3 }
 func trouble(cell string) bool  { return number(cell)%10 == 7 }
 
-// build replaces the pipeline. It takes some time, writes a log and pushes an artifact. Each artifact has random
+// build replaces the pipeline. build takes some time, writes a log and pushes an artifact. Each artifact has random
 // content, so that a second artifact of the same cell would be noticed.
 func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	line *timeline.Run) (res *pipeline.Result, err error) {
@@ -165,8 +165,8 @@ func (b builder) build(ctx context.Context, r pipeline.Request, log io.Writer,
 	return res, err
 }
 
-// publish pushes an artifact under the cell's tag, or returns the artifact that has the tag already. It retries for
-// some seconds if the registry does not answer, as the real publish does.
+// publish pushes an artifact under the cell's tag, or returns the artifact that has the tag already. publish retries
+// for some seconds if the registry does not answer, as the real publish does.
 func (b builder) publish(ctx context.Context, cell string) (digest string, err error) {
 	ref, err := tagOf(b.Server, cell)
 	if err != nil {

@@ -137,7 +137,7 @@ func (s *faultRun) injectFaults(t *testing.T) {
 	}
 }
 
-// ask requests every cell, as a planner or a node would. It repeats each request until the server accepts it.
+// ask requests every cell, as a planner or a node would. ask repeats each request until the server accepts it.
 func (s *faultRun) ask(ctx context.Context, t *testing.T) {
 	for n := range s.jobs {
 		for {
@@ -254,8 +254,8 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	return all
 }
 
-// leftInQueue counts the jobs that the queue still offers. It waits up to a minute for the sweep that removes finished
-// ones.
+// leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute for the sweep that removes
+// finished ones.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)

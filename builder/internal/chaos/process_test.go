@@ -84,7 +84,7 @@ func (p *process) once(t *testing.T) bool {
 	return p.wanted
 }
 
-// signal sends a signal to the running program and returns its process id. It returns 0 if none runs.
+// signal sends a signal to the running program and returns its process id. signal returns 0 if none runs.
 func (p *process) signal(s syscall.Signal) int {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -94,7 +94,7 @@ func (p *process) signal(s syscall.Signal) int {
 	return p.pid
 }
 
-// retire kills the program, waits for its end and does not start it again. It returns the process id.
+// retire kills the program, waits for its end and does not start it again. retire returns the process id.
 func (p *process) retire() int {
 	p.mu.Lock()
 	p.wanted = false

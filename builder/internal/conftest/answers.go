@@ -24,7 +24,7 @@ type Answers map[string]string
 
 const maxAnswers = 1 << 20 // limit for a fact in pkg/cas
 
-// ReadAnswers parses stored answers. It returns no answers if the text is not valid.
+// ReadAnswers parses stored answers. ReadAnswers returns no answers if the text is not valid.
 func ReadAnswers(raw []byte) Answers {
 	s := Answers{}
 	if json.Unmarshal(raw, &s) != nil || s == nil {
@@ -33,7 +33,7 @@ func ReadAnswers(raw []byte) Answers {
 	return s
 }
 
-// Bytes returns the text for ReadAnswers. It returns nil if the text is too large to be stored.
+// Bytes returns the text for ReadAnswers, or nil if the text is too large to be stored.
 func (s Answers) Bytes() []byte {
 	raw, err := json.Marshal(s)
 	if err != nil || len(raw) > maxAnswers {

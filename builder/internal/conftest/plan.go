@@ -1,9 +1,9 @@
-// Package conftest reads NVIDIA's conftest.sh. It knows which questions a driver asks about a kernel, what decides each
-// answer, and in which files make expects the answers. Answers are stored in the conftest cache by kernel view and
-// compiler. A sibling kernel and the next driver of a branch therefore ask only new questions.
+// Package conftest reads NVIDIA's conftest.sh. The package knows which questions a driver asks about a kernel, what
+// decides each answer, and in which files make expects the answers. Answers are stored in the conftest cache by kernel
+// view and compiler. A sibling kernel and the next driver of a branch therefore ask only new questions.
 //
 // The package refuses to guess. If it does not know the form of a script or a plan, it returns [ErrShape], and its
-// caller lets make ask the questions. It runs no program, because builder/internal/compile does that.
+// caller lets make ask the questions. The package runs no program, because builder/internal/compile does that.
 package conftest
 
 import (

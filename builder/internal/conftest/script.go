@@ -43,7 +43,7 @@ const (
 	answersAnother = "compile_test "
 )
 
-// ParseScript parses a conftest.sh. It returns ErrShape if it does not know the script's form.
+// ParseScript parses a conftest.sh. ParseScript returns ErrShape if it does not know the script's form.
 func ParseScript(text []byte) (*Script, error) {
 	s := &Script{}
 	all := string(text)

@@ -1,8 +1,8 @@
 // Package doctor checks whether a machine has everything that builds need. For each problem it says what to do, such as
-// which package to install or which setting to change. It changes nothing, except that it creates an empty cache
-// folder.
+// which package to install or which setting to change. The package changes nothing, except that it creates an empty
+// cache folder.
 //
-// It refuses to guess: each finding comes from a trial with the code that builds use.
+// The package refuses to guess: each finding comes from a trial with the code that builds use.
 package doctor
 
 import (
@@ -46,7 +46,7 @@ type Finding struct {
 // Report has all findings, in the order of the checks.
 type Report struct {
 	Findings []Finding `json:"findings"`
-	// Install is one command that installs all missing packages. It is "" if none is missing.
+	// Install is one command that installs all missing packages, or "" if none is missing.
 	Install string `json:"install,omitempty"`
 }
 

@@ -1,8 +1,8 @@
-// Package input fetches objects of a bucket into the cache. It streams each object, verifies it against its checksum
-// file, and records it for the provenance. It does not fetch an object again if it has met the published checksum
-// before.
+// Package input fetches objects of a bucket into the cache. The package streams each object, verifies it against its
+// checksum file, and records it for the provenance. The package does not fetch an object again if it has met the
+// published checksum before.
 //
-// The package refuses to keep bytes that differ from their checksum. It refuses to hold an object in memory.
+// The package refuses to keep bytes that differ from their checksum. The package refuses to hold an object in memory.
 package input
 
 import (
@@ -89,7 +89,7 @@ const reportEvery = 64 << 20
 type Fetcher struct {
 	Source Source
 	Cache  *cas.Cache
-	// Progress receives progress, one line at a time. It is never called concurrently. It may be nil.
+	// Progress receives progress, one line at a time. Progress is never called concurrently. Progress may be nil.
 	Progress func(string)
 
 	mu sync.Mutex
@@ -247,8 +247,8 @@ func (f *Fetcher) Recheck(ctx context.Context, name string, sum Sum, m Material)
 	return err
 }
 
-// fetch downloads the object once. It checks the object against sum, or else against the MD5 that the bucket reports.
-// It also returns the bucket's attributes of the object.
+// fetch downloads the object once. fetch checks the object against sum, or else against the MD5 that the bucket
+// reports. fetch also returns the bucket's attributes of the object.
 func (f *Fetcher) fetch(ctx context.Context, name string, sum Sum) (fact, cosbucket.Attrs, error) {
 	body, attrs, err := f.Source.Get(ctx, name)
 	if err != nil {

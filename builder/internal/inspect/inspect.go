@@ -1,6 +1,6 @@
 // Package inspect examines one build in a real bucket: which objects exist, which of them a build would use, and what
-// does not fit. It continues after a failure, so that one report has all findings. It refuses to compile, and to write
-// to the bucket.
+// does not fit. The package continues after a failure, so that one report has all findings. The package refuses to
+// compile, and to write to the bucket.
 package inspect
 
 import (
@@ -127,7 +127,7 @@ func (l *inspection) objects(ctx context.Context) {
 	}
 }
 
-// find returns the path of an object in either layout, and its size. It does not read the object.
+// find returns the path of an object in either layout, and its size. find does not read the object.
 func (l *inspection) find(ctx context.Context, name string) (at string, size int64, err error) {
 	for _, at = range cosbucket.Layouts(l.kernel, name) {
 		var r io.ReadCloser

@@ -1,4 +1,4 @@
-// Package kconfig reads a kernel's configuration, the .config in its headers. It refuses to interpret options.
+// Package kconfig reads a kernel's configuration, the .config in its headers. The package refuses to interpret options.
 package kconfig
 
 import (

@@ -1,10 +1,10 @@
 // Package licence decides whether an artifact may go to a destination. Files under NVIDIA's licence go only to private
 // destinations, unless the operator allows more. docs/decisions/0031 explains what that licence says.
 //
-// The package refuses to interpret the licence. It refuses to believe --private for a destination if a request without
-// credentials proves the opposite. It believes a Prebake server's own statement: a server that says private counts as
-// private, even if everybody who reaches it can read there, also over the internet. The operator of such a server must
-// keep others away from it.
+// The package refuses to interpret the licence. The package refuses to believe --private for a destination if a request
+// without credentials proves the opposite. The package believes a Prebake server's own statement: a server that says
+// private counts as private, even if everybody who reaches it can read there, also over the internet. The operator of
+// such a server must keep others away from it.
 package licence
 
 import (

@@ -71,7 +71,7 @@ func sinceLoad(res *vm.Result) string {
 	return res.KernelLog[boot:]
 }
 
-// examine checks the steps in the order in which they ran. It stops at the first step with a wrong result.
+// examine checks the steps in the order in which they ran. examine stops at the first step with a wrong result.
 func (v *Verdict) examine(p *plan, res *vm.Result) (state, reason string) {
 	before, ok := res.Step(stepBefore)
 	if !ok || !before.Ended || before.ExitCode != 0 {
@@ -288,7 +288,8 @@ func warnings(log string) []string {
 // maxWarnings limits the number of lines that a verdict quotes.
 const maxWarnings = 20
 
-// findLine tries the marks in their order. It returns the first line that contains the first mark found in the log.
+// findLine tries the marks in their order. findLine returns the first line that contains the first mark found in the
+// log.
 func findLine(log string, marks []string) string {
 	for _, mark := range marks {
 		for line := range strings.Lines(log) {

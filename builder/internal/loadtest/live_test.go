@@ -44,8 +44,8 @@ func liveConfig(t *testing.T) Config {
 	return c
 }
 
-// buildProgram compiles a program of this repository for arch. It returns the path of the program for amd64. The
-// program for another architecture lies in the same folder.
+// buildProgram compiles a program of this repository for arch. buildProgram returns the path of the program for amd64.
+// The program for another architecture lies in the same folder.
 func buildProgram(t *testing.T, pkg string, arch target.Arch) string {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), filepath.Base(pkg))

@@ -1,9 +1,9 @@
 // Package loadtest loads a driver's compiled kernel modules into the very kernel that they were compiled for, in a
-// virtual machine. It asks NVIDIA's management library (NVML) for the driver version, and unloads the modules again.
-// This is the last check before a driver is published.
+// virtual machine. The package asks NVIDIA's management library (NVML) for the driver version, and unloads the modules
+// again. This is the last check before a driver is published.
 //
-// The package refuses to publish and to repair. It also refuses to call a driver good that it did not see running. If
-// the machine has no GPU, emulated or not, the verdict says so.
+// The package refuses to publish and to repair. The package also refuses to call a driver good that it did not see
+// running. If the machine has no GPU, emulated or not, the verdict says so.
 package loadtest
 
 import (
@@ -50,7 +50,7 @@ type Config struct {
 	KernelArgs []string
 	// Timeout stops the machine. 0 means 5 minutes.
 	Timeout time.Duration
-	// Watch receives the machine's progress. It may be nil.
+	// Watch receives the machine's progress. Watch may be nil.
 	Watch func(vm.Progress)
 }
 

@@ -2,7 +2,7 @@ package loadtest
 
 import "strings"
 
-// Recipe names the version of the load test. It is part of the key of a stored verdict.
+// Recipe names the version of the load test. Recipe is part of the key of a stored verdict.
 const Recipe = "loadtest-3"
 
 // Verdict is the result of a load test. Its JSON is stored, printed and signed, so the names must not change.
@@ -21,7 +21,7 @@ type Verdict struct {
 	Modules []Module `json:"modules"`
 	// NVMLVersion is the driver version that NVML reported.
 	NVMLVersion string `json:"nvmlVersion,omitempty"`
-	// NotAsked says why NVML was not asked. It is "" if NVML was asked, or if the test ended before that step.
+	// NotAsked says why NVML was not asked. NotAsked is "" if NVML was asked, or if the test ended before that step.
 	NotAsked string `json:"notAsked,omitempty"`
 	// Warnings are lines of the kernel's log that a person should read even if the test passed.
 	Warnings []string `json:"warnings,omitempty"`

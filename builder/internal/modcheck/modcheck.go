@@ -1,9 +1,9 @@
-// Package modcheck has the static checks of modules before publishing. It stamps every module with the kernel that it
-// was made for. It compares a finished set of modules with that kernel's own facts: its exports, its configuration, and
-// its own modules. The load test is the second check.
+// Package modcheck has the static checks of modules before publishing. The package stamps every module with the kernel
+// that it was made for. The package compares a finished set of modules with that kernel's own facts: its exports, its
+// configuration, and its own modules. The load test is the second check.
 //
-// It refuses to compile, to load and to guess. A fact that the header tree does not have is an error or is reported as
-// left out, never assumed. docs/background/checks.md says what the checks prove and what they cannot prove.
+// The package refuses to compile, to load and to guess. A fact that the header tree does not have is an error or is
+// reported as left out, never assumed. docs/background/checks.md says what the checks prove and what they cannot prove.
 package modcheck
 
 import (
@@ -23,7 +23,7 @@ import (
 	"github.com/prebake/prebake/pkg/vm"
 )
 
-// Recipe names the version of the stamp. It is part of the cache keys of modules.
+// Recipe names the version of the stamp. Recipe is part of the cache keys of modules.
 const Recipe = "stamp-1"
 
 // Kernel describes the kernel against which modules are checked.
@@ -138,7 +138,7 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 	return r, err
 }
 
-// structSize returns sizeof(struct module) from one of the kernel's own modules. It returns 0 if there is none.
+// structSize returns sizeof(struct module) from one of the kernel's own modules, or 0 if there is none.
 func structSize(boot string) (uint64, error) {
 	if boot == "" {
 		return 0, nil

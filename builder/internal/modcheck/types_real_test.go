@@ -38,7 +38,8 @@ func typesOf(t *testing.T, in *cossrc.Inputs) string {
 }
 
 // TestRealTypes boots a real kernel. The kernel must accept the BTF of a module that was made against the kernel's own
-// BTF. It must refuse the BTF of a module that was made against a sibling's. The static check must decide the same.
+// BTF. The kernel must refuse the BTF of a module that was made against a sibling's. The static check must decide the
+// same.
 func TestRealTypes(t *testing.T) {
 	t.Parallel()
 	own, other := kernels(t)

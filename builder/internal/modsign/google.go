@@ -15,8 +15,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// AttachRecipe names the version of [Detached.Attach]. It is part of cache keys, together with the digests of the
-// archive and of the root.
+// AttachRecipe names the version of [Detached.Attach]. AttachRecipe is part of cache keys, together with the digests of
+// the archive and of the root.
 const AttachRecipe = "attach-1"
 
 // ErrLeftOut means that a signature by Google cannot be used for a module. The error's text continues with the reason.

@@ -96,7 +96,7 @@ func TestLive(t *testing.T) {
 	}
 }
 
-// moduleName is the module that replaces a driver. It needs no other module.
+// moduleName is the module that replaces a driver. moduleName needs no other module.
 const moduleName = "failover"
 
 // plainModule returns a module without its signature. If the module is shipped with a signature, it also returns the

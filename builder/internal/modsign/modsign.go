@@ -1,10 +1,10 @@
 // Package modsign signs kernel modules as the kernel's own sign-file does, and verifies such signatures by the kernel's
-// rules. It also attaches the signatures that Google ships with a COS build to exactly the modules over which they were
-// made. It takes modules that Google signed itself unchanged.
+// rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules over which
+// they were made. The package takes modules that Google signed itself unchanged.
 //
 // The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. It
-// refuses a module that is signed already. It never returns a signature that it has not verified itself. Private keys
-// stay in package sign.
+// refuses a module that is signed already. The package never returns a signature that it has not verified itself.
+// Private keys stay in package sign.
 package modsign
 
 import (
@@ -33,8 +33,8 @@ import (
 	"github.com/prebake/prebake/pkg/modinfo"
 )
 
-// Recipe names the version of the signatures. It changes when the bytes of a signature change. It is part of cache
-// keys, together with [Signer.Identity].
+// Recipe names the version of the signatures. Recipe changes when the bytes of a signature change. Recipe is part of
+// cache keys, together with [Signer.Identity].
 const Recipe = "modsign-1"
 
 // These constants are limits in bytes. The largest module of a driver has about 70 MB after it is stripped.
@@ -51,7 +51,7 @@ type Signer struct {
 	identity string
 }
 
-// Load opens a key: a PEM file or a KMS URI, as in [sign.LoadSigner]. It also reads the certificate (PEM or DER) that
+// Load opens a key: a PEM file or a KMS URI, as in [sign.LoadSigner]. Load also reads the certificate (PEM or DER) that
 // the kernel trusts.
 func Load(ctx context.Context, keyRef, certPath string) (*Signer, error) {
 	s, err := load(ctx, keyRef, certPath)
@@ -222,8 +222,8 @@ func digestOf(hash string) (asn1.ObjectIdentifier, error) {
 		"sha256, sha384 and sha512 can be signed with: build without a module key for this kernel")
 }
 
-// detached makes the same CMS structure as scripts/sign-file. It has no content, no certificates and no signed
-// attributes, because the kernel refuses signed attributes in modules.
+// detached makes the same CMS structure as scripts/sign-file. The structure has no content, no certificates and no
+// signed attributes, because the kernel refuses signed attributes in modules.
 func (s *Signer) detached(module []byte, digest asn1.ObjectIdentifier) ([]byte, error) {
 	sd, err := pkcs7.NewSignedData(module)
 	if err != nil {

@@ -299,8 +299,8 @@ func TestTrailer(t *testing.T) {
 	}
 }
 
-// TestOpenSSL verifies signatures of this package with openssl. It also makes signatures with openssl, and checks that
-// Verify refuses those that the kernel refuses.
+// TestOpenSSL verifies signatures of this package with openssl. TestOpenSSL also makes signatures with openssl, and
+// checks that Verify refuses those that the kernel refuses.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")

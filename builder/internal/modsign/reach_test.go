@@ -13,7 +13,7 @@ import (
 )
 
 // TestKeyIsOutOfReach compiles a driver whose makefile searches for the signing key. The makefile knows the key's path.
-// It searches the file system, its environment, and the environment of every process that it sees.
+// The makefile searches the file system, its own environment, and the environment of every process that it sees.
 func TestKeyIsOutOfReach(t *testing.T) {
 	for _, tool := range []string{"bwrap", "make", "gcc", "strip"} {
 		if _, err := exec.LookPath(tool); err != nil {

@@ -1,8 +1,8 @@
-// Package nvsrc fetches one NVIDIA release into the cache. It checks the runfile against its SHA-256 and unpacks it
-// without running any part of it. It arranges the files as the folders of an installation.
+// Package nvsrc fetches one NVIDIA release into the cache. The package checks the runfile against its SHA-256 and
+// unpacks it without running any part of it. The package arranges the files as the folders of an installation.
 //
-// The package refuses a runfile without a published SHA-256, and one whose version differs from its name. It refuses a
-// flavour that the release does not have.
+// The package refuses a runfile without a published SHA-256, and one whose version differs from its name. The package
+// refuses a flavour that the release does not have.
 package nvsrc
 
 import (
@@ -41,7 +41,7 @@ type Release struct {
 	Digest string
 	// SourceDigest is a digest of the content of all module sources, of all flavours.
 	SourceDigest string
-	// Manifest describes the release's files. It is nil if the release has no manifest that can be read.
+	// Manifest describes the release's files. Manifest is nil if the release has no manifest that can be read.
 	Manifest *runfile.Manifest
 }
 
@@ -63,7 +63,7 @@ type lister interface {
 	List(ctx context.Context, prefix string) ([]string, error)
 }
 
-// Fetch fetches a release into the cache. say receives progress, one line at a time. It may be nil.
+// Fetch fetches a release into the cache. say receives progress, one line at a time. say may be nil.
 func Fetch(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, version string, arch target.Arch,
 	say func(string)) (*Release, error) {
 	return fetch(ctx, b, cache, version, arch, say)

@@ -31,7 +31,7 @@ import (
 
 const version = "535.261.03"
 
-// library returns a small ELF file with a SONAME. It has no code, only a dynamic section and its strings.
+// library returns a small ELF file with a SONAME. The file has no code, only a dynamic section and its strings.
 func library(t testing.TB, soname string) string {
 	t.Helper()
 	strs := "\x00" + soname + "\x00"

@@ -16,8 +16,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// StageRecipe is the version of the Stage functions' result. It changes whenever the same release would give another
-// layout.
+// StageRecipe is the version of the Stage functions' result. StageRecipe changes whenever the same release would give
+// another layout.
 const StageRecipe = "stage-2"
 
 // These constants are folders of an installation.
@@ -147,8 +147,8 @@ func (r *Release) userspace() (map[string]item, error) {
 	return layout, nil
 }
 
-// byName decides the layout of a release whose manifest cannot be read. It takes the libraries at the top of the tree,
-// known tools and known driver files.
+// byName decides the layout of a release whose manifest cannot be read. byName takes the libraries at the top of the
+// tree, known tools and known driver files.
 func (r *Release) byName() (map[string]item, error) {
 	entries, err := os.ReadDir(r.Dir)
 	if err != nil {
@@ -295,7 +295,7 @@ func addSONAMEs(dir string) error {
 	return nil
 }
 
-// readSONAME returns a library's DT_SONAME. It returns "" if there is none, or if the file is not a readable ELF file.
+// readSONAME returns a library's DT_SONAME, or "" if there is none, or if the file is not a readable ELF file.
 func readSONAME(file string) (string, error) {
 	f, err := os.Open(file)
 	if err != nil {

@@ -1,7 +1,8 @@
 // Package offline packs artifacts with everything that belongs to them into one file for places without a network. The
-// file is an OCI image layout in a tar. It is complete, or it has only what an earlier file lacks. The package refuses
-// to pack bytes that differ from their digest. It does not decide for the reader whether the content is trusted: the
-// reader of the file must verify it.
+// file is an OCI image layout in a tar. A bundle is complete, or it is a delta with only what an earlier bundle lacks.
+//
+// The package refuses to pack bytes that differ from their digest. The package does not decide for the reader whether
+// the content is trusted: the reader of the file must verify it.
 package offline
 
 import (
@@ -235,7 +236,7 @@ func parseTag(tag string) (target.Kernel, target.Driver, bool) {
 	return k, d, err == nil && bundle.KernelTag(k, d) == tag
 }
 
-// driver packs an artifact and its referrers. It leaves out debug symbols.
+// driver packs an artifact and its referrers. driver leaves out debug symbols.
 func (p *packer) driver(ctx context.Context, c Config, one cell) error {
 	content, err := publish.Content(ctx, c.From, one.digest)
 	if err != nil {

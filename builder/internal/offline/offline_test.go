@@ -147,8 +147,8 @@ func read(t *testing.T, file string) []byte {
 	return raw
 }
 
-// TestBundleHoldsAll reads a bundle with the layout library of another project. It must find both lists of referrers,
-// an image for two platforms, and files by their names.
+// TestBundleHoldsAll reads a bundle with the layout library of another project. The library must find both lists of
+// referrers, an image for two platforms, and files by their names.
 func TestBundleHoldsAll(t *testing.T) {
 	t.Parallel()
 	f := newFarm(t)

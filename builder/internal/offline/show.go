@@ -37,7 +37,7 @@ type Entry struct {
 // maxDepth limits how deeply indexes may be nested.
 const maxDepth = 3
 
-// Show lists a bundle. It compares each blob that the index refers to, directly or not, with its digest.
+// Show lists a bundle. Show compares each blob that the index refers to, directly or not, with its digest.
 func Show(ctx context.Context, repo *registry.Repository) (*Listing, error) {
 	l, err := show(ctx, repo)
 	if err != nil {
@@ -90,8 +90,8 @@ type walker struct {
 	known map[string]Entry // by the manifest's digest
 }
 
-// manifest reads a manifest or an index, and everything that it refers to. It returns the size of the layers and the
-// kind of the entry.
+// manifest reads a manifest or an index, and everything that it refers to. manifest returns the size of the layers and
+// the kind of the entry.
 func (w *walker) manifest(ctx context.Context, d v1.Descriptor, depth int) (size int64, kind string, err error) {
 	if e, ok := w.known[d.Digest.String()]; ok {
 		return e.Size, e.Kind, nil

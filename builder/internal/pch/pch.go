@@ -1,7 +1,7 @@
 // Package pch finds text with which several sources of a kernel module begin. This text includes the first headers,
 // which are most of what a compiler reads. A compiler that precompiles the text once does not read it again for the
-// other sources. The package decides by the text of the files alone. It refuses text that it does not understand: such
-// a source is left out and compiled as usual.
+// other sources. The package decides by the text of the files alone. The package refuses text that it does not
+// understand: such a source is left out and compiled as usual.
 package pch
 
 import (
@@ -35,8 +35,9 @@ type Source struct {
 	First string
 }
 
-// A precompiled header takes as long to compile as three sources take to read it. It saves nothing if it includes only
-// few of the kernel's headers.
+// These constants choose the headers that are worth precompiling. A precompiled header takes as long to compile as
+// three sources take to read the same text. A precompiled header with only few of the kernel's headers saves nothing.
+// maxDepth limits the headers between a source and the text.
 const (
 	minSources = 4
 	minWeight  = 16
@@ -185,8 +186,8 @@ func (t *tree) orderMatters(header string, files []string) bool {
 	return false
 }
 
-// weight estimates how much the compiler reads for a text. It is the number of kernel headers that the text includes.
-// With the headers that they include, these are all of about the same size.
+// weight estimates how much the compiler reads for a text. The estimate is the number of kernel headers that the text
+// includes. With the headers that they include, these are all of about the same size.
 func (t *tree) weight(text string) int {
 	kernel := map[string]bool{}
 	for line := range strings.Lines(text) {

@@ -130,7 +130,7 @@ func guard(lines []string) string {
 	return m[1]
 }
 
-// code removes comments and returns the lines that are not blank then. It does not change strings and character
+// code removes comments and returns the lines that are not blank then. code does not change strings and character
 // constants.
 func code(text string) []string {
 	// In C, a backslash at the end joins lines before anything else happens.

@@ -35,7 +35,7 @@ type Delta struct {
 // Deltas attaches up to count deltas to a published artifact. From each one a node makes the artifact's module layer
 // out of the module layer of an earlier COS build. That build has the same board, milestone and driver. Deltas takes
 // the newest builds first, because a node whose OS was updated has the layer of one of them. Deltas returns what it
-// attached. It skips a delta that is attached already or that saves too little.
+// attached. Deltas skips a delta that is attached already or that saves too little.
 func Deltas(
 	ctx context.Context,
 	repo *registry.Repository,
@@ -137,8 +137,8 @@ func buildsBefore(tags []string, k target.Kernel, d target.Driver) []target.Kern
 	return before
 }
 
-// firstNumber returns the first number of a BUILD_ID. It names the branch of COS from which all builds of a milestone
-// are made.
+// firstNumber returns the first number of a BUILD_ID. This number names the branch of COS from which all builds of a
+// milestone are made.
 func firstNumber(buildID string) string {
 	first, _, _ := strings.Cut(buildID, ".")
 	return first

@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// code returns data that the modules of sibling kernels share. It cannot be compressed.
+// code returns data that the modules of sibling kernels share. The data cannot be compressed.
 func code() string {
 	b := make([]byte, 200_000)
 	_, _ = rand.NewChaCha8([32]byte{1}).Read(b) // Read never returns an error

@@ -24,7 +24,7 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// tool returns a function that runs a program of another project. It skips the test if the program is missing.
+// tool returns a function that runs a program of another project. tool skips the test if the program is missing.
 func tool(t *testing.T, name string) func(args ...string) (string, error) {
 	t.Helper()
 	path, err := exec.LookPath(name)
@@ -63,8 +63,8 @@ func keyFile(t *testing.T, key crypto.Signer) string {
 	return path
 }
 
-// published signs a sample with a key file, as the builder does. It publishes the sample to a registry with or without
-// the referrers API.
+// published signs a sample with a key file, as the builder does. published publishes the sample to a registry with or
+// without the referrers API.
 func published(t *testing.T, referrers bool, key string) (ref, digest, pub string, s testkit.Sample) {
 	t.Helper()
 	signer, err := sign.LoadSigner(t.Context(), key)

@@ -20,8 +20,8 @@ const (
 	maxLogTail = 12 << 20
 )
 
-// PackLog compresses a build log for [Artifact.Log]. It also returns the digest that the log will have in the registry,
-// for the provenance. If a log is too long, its middle is dropped.
+// PackLog compresses a build log for [Artifact.Log]. PackLog also returns the digest that the log will have in the
+// registry, for the provenance. If a log is too long, its middle is dropped.
 func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	text, err := readEnds(log, maxLogHead, maxLogTail)
 	if err == nil {

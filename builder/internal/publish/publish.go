@@ -31,7 +31,7 @@ type Artifact struct {
 	// although its signature would differ. Nil attaches every statement.
 	Verifier *trust.Verifier
 	// Log is the build log as [PackLog] returns it. nil attaches none. The log is attached together with the provenance
-	// that names it. It is left out if the provenance of another run is there already.
+	// that names it. Log is left out if the provenance of another run is there already.
 	Log []byte
 }
 
@@ -55,8 +55,8 @@ func Existing(ctx context.Context, repo *registry.Repository, tag string) (diges
 	return d.Digest.String(), true, nil
 }
 
-// Content reads the manifest and the config of the artifact with this digest. It compares the bytes of the manifest
-// with the digest.
+// Content reads the manifest and the config of the artifact with this digest. Content compares the bytes of the
+// manifest with the digest.
 func Content(ctx context.Context, repo *registry.Repository, digest string) (bundle.Content, error) {
 	manifest, err := repo.Manifest(ctx, digest)
 	if err != nil {
@@ -101,8 +101,8 @@ func publish(ctx context.Context, repo *registry.Repository, a Artifact) (string
 	return digest, existed, finish(ctx, repo, subject, a)
 }
 
-// Attest does the same as [Publish] for an artifact that is in the repository already. It attaches the missing
-// statements and adds the tags by which the kernel's build finds the artifact. It does not need Image.
+// Attest does the same as [Publish] for an artifact that is in the repository already. Attest attaches the missing
+// statements and adds the tags by which the kernel's build finds the artifact. Attest does not need Image.
 func Attest(ctx context.Context, repo *registry.Repository, digest string, a Artifact) error {
 	err := func() error {
 		if _, err := checkNames(ctx, repo, digest, a); err != nil {
@@ -157,7 +157,7 @@ func finish(ctx context.Context, repo *registry.Repository, subject v1.Descripto
 	return nil
 }
 
-// attach attaches the missing statements. It attaches the log first, so that a log that a provenance names always
+// attach attaches the missing statements. attach attaches the log first, so that a log that a provenance names always
 // exists.
 func attach(ctx context.Context, repo *registry.Repository, subject v1.Descriptor, a Artifact) error {
 	digest := subject.Digest.String()

@@ -157,8 +157,8 @@ func (c *cutter) RoundTrip(r *http.Request) (*http.Response, error) {
 	return nil, errCut
 }
 
-// TestCutOffAnywhere fails the n-th request for every n. It checks that nobody can find an incomplete artifact, and
-// then publishes again.
+// TestCutOffAnywhere fails the n-th request for every n. TestCutOffAnywhere checks that nobody can find an incomplete
+// artifact, and then publishes again.
 func TestCutOffAnywhere(t *testing.T) {
 	t.Parallel()
 	key := testkit.NewKey(t)

@@ -27,7 +27,8 @@ type Difference struct {
 	What string `json:"what"`
 }
 
-// compare unpacks the layers whose digests differ, the published ones and the new ones. It compares them file by file.
+// compare unpacks the layers whose digests differ, the published ones and the new ones. compare compares them file by
+// file.
 func (c Config) compare(ctx context.Context, content bundle.Content, made *pipeline.Made,
 	folder func(string) (string, error), report *Report) error {
 	theirs, err := folder("published")
@@ -192,8 +193,8 @@ func compareFiles(published, made string, strip bool) (string, error) {
 	return fmt.Sprintf("differs from byte %d on", at), nil
 }
 
-// elfDifference names the sections in which two ELF files differ. It returns "" if they are not ELF files or differ
-// only outside the sections.
+// elfDifference names the sections in which two ELF files differ. elfDifference returns "" if they are not ELF files or
+// differ only outside the sections.
 func elfDifference(published, made []byte) string {
 	a, err := elf.NewFile(bytes.NewReader(published))
 	if err != nil {

@@ -1,7 +1,7 @@
-// Package reproduce builds a published artifact again from the inputs that its provenance names. It reports file by
-// file whether the result is the same. A second party may sign this result. The package refuses an artifact whose
-// provenance does not verify. It refuses other inputs than the provenance names. It refuses to use anything that an
-// earlier build left in a cache.
+// Package reproduce builds a published artifact again from the inputs that its provenance names. The package reports
+// file by file whether the result is the same. A second party may sign this result. The package refuses an artifact
+// whose provenance does not verify. The package refuses other inputs than the provenance names. The package refuses to
+// use anything that an earlier build left in a cache.
 package reproduce
 
 import (
@@ -30,15 +30,15 @@ type Config struct {
 	Ref string
 	// Verifier holds the keys whose provenance is trusted.
 	Verifier *trust.Verifier
-	// Make builds the cell. It is pipeline.Make with this machine's mirrors and tools. Its cache for build products was
-	// empty when the program began.
+	// Make builds the cell. Make is pipeline.Make with this machine's mirrors and tools. Its cache for build products
+	// was empty when the program began.
 	Make func(ctx context.Context, req pipeline.Request) (*pipeline.Made, error)
 	// TempDir returns an empty folder and a function that removes it. The folder must have room for two unpacked copies
 	// of the artifact.
 	TempDir func(prefix string) (dir string, cleanup func() error, err error)
 	// Attest signs the result if it is "identical". nil signs nothing.
 	Attest *sign.Signer
-	// By is a URI that names who builds the artifact again. It goes into the signed statement.
+	// By is a URI that names who builds the artifact again. By goes into the signed statement.
 	By string
 }
 
@@ -141,7 +141,7 @@ func Run(ctx context.Context, c Config) (_ *Report, err error) {
 	return report, err
 }
 
-// provenance finds the provenance of the artifact. It verifies the provenance as a node with the kernel of that
+// provenance finds the provenance of the artifact. provenance verifies the provenance as a node with the kernel of that
 // provenance would.
 func (c Config) provenance(ctx context.Context, digest string, content bundle.Content) (*provenance, error) {
 	attached, err := c.Repo.Attached(ctx, digest, trust.ArtifactTypeBundle, trust.OfType(trust.PredicateProvenance))

@@ -30,11 +30,11 @@ type Entry struct {
 	Compat32 bool
 	// Subdir is the file's folder, relative to the folder of its type. "" means that folder itself.
 	Subdir string
-	// Target is the target of a link. It is "" for a file.
+	// Target is the target of a link, or "" for a file.
 	Target string
 	// NonGLVND is true for the variant for systems without libglvnd.
 	NonGLVND bool
-	// Module is the component of the entry. It is "" in older manifests.
+	// Module is the component of the entry, or "" in older manifests.
 	Module string
 }
 
@@ -85,12 +85,12 @@ var (
 	}
 )
 
-// entryLine matches name, mode, type and the other fields. A name may contain blanks. It ends before the mode and the
-// type, which is a word in capitals.
+// entryLine matches name, mode, type and the other fields. A name may contain blanks. The name ends before the mode and
+// the type, which is a word in capitals.
 var entryLine = regexp.MustCompile(`^\s*(\S.*?)\s+([0-9]+)\s+([A-Z][A-Z0-9_]*)(\s.*)?$`)
 
-// ParseManifest reads a .manifest. It counts and skips lines of unknown types, because every branch adds some. A line
-// of a known type that lacks a field, or that names a path outside the archive, is an error.
+// ParseManifest reads a .manifest. ParseManifest counts and skips lines of unknown types, because every branch adds
+// some. A line of a known type that lacks a field, or that names a path outside the archive, is an error.
 func ParseManifest(r io.Reader) (*Manifest, error) {
 	lines := bufio.NewScanner(io.LimitReader(r, maxManifest+1))
 	lines.Buffer(make([]byte, 0, 4096), 8*maxField)
@@ -228,7 +228,7 @@ func (e *Entry) subdir(field string) (string, error) {
 	return path.Join(parts[n:]...), nil
 }
 
-// inside returns the clean form of a relative path. It refuses a path that leads out of the archive.
+// inside returns the clean form of a relative path. inside refuses a path that leads out of the archive.
 func inside(name string) (string, error) {
 	if len(name) > maxField || strings.HasPrefix(name, "/") || strings.ContainsRune(name, 0) {
 		return "", fmt.Errorf("path %.80q leads out of the archive", name)

@@ -1,7 +1,7 @@
-// Package runfile reads NVIDIA's driver archives (makeself runfiles) without running them. It finds the compressed tar
-// after the shell script. It also reads the .manifest inside, which describes each file.
+// Package runfile reads NVIDIA's driver archives (makeself runfiles) without running them. The package finds the
+// compressed tar after the shell script. The package also reads the .manifest inside, which describes each file.
 //
-// The package refuses to execute anything. It refuses to unpack the tar, because package archive does that.
+// The package refuses to execute anything. The package refuses to unpack the tar, because package archive does that.
 package runfile
 
 import (

@@ -1,6 +1,6 @@
-// Package sign has all code that uses private keys. It loads a signing key from a file or a KMS, or gets certificates
-// for short-lived keys. It makes the statements about an artifact and signs them into Sigstore bundles. It refuses to
-// publish, to verify for other packages, and to export a private key.
+// Package sign has all code that uses private keys. The package loads a signing key from a file or a KMS, or gets
+// certificates for short-lived keys. The package makes the statements about an artifact and signs them into Sigstore
+// bundles. The package refuses to publish, to verify for other packages, and to export a private key.
 package sign
 
 import (
@@ -155,8 +155,8 @@ func (s *Signer) sign(ctx context.Context, data []byte) ([]byte, error) {
 	return s.sv.SignMessage(bytes.NewReader(data), options.WithContext(ctx))
 }
 
-// GenerateKey makes an ECDSA P-256 key. It writes the private key to path, readable by the owner only, and the public
-// key to path.pub. It never overwrites a file.
+// GenerateKey makes an ECDSA P-256 key. GenerateKey writes the private key to path, readable by the owner only, and the
+// public key to path.pub. GenerateKey never overwrites a file.
 func GenerateKey(path string) error {
 	if err := generateKey(path); err != nil {
 		hint := ""

@@ -166,8 +166,8 @@ func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certific
 	return fresh, leaf, nil
 }
 
-// options returns the key for the next signature. It also returns the certificate, which proves the signer's identity,
-// and the services that prove the time.
+// options returns the key for the next signature. options also returns the certificate, which proves the signer's
+// identity, and the services that prove the time.
 func (k *keyless) options(ctx context.Context) (sgsign.Keypair, sgsign.BundleOptions, error) {
 	key, leaf, err := k.certified(ctx)
 	return key, sgsign.BundleOptions{Context: ctx, CertificateProvider: issued{leaf}, TimestampAuthorities: k.timestampers,

@@ -58,8 +58,8 @@ func keyPEM(t testing.TB, key crypto.Signer) []byte {
 	return pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
 }
 
-// accepted signs a sample with this signer. It checks that the signer's public key verifies the sample and that another
-// key does not.
+// accepted signs a sample with this signer. accepted checks that the signer's public key verifies the sample and that
+// another key does not.
 func accepted(t *testing.T, name string, signer *sign.Signer) {
 	t.Helper()
 	public, err := signer.PublicPEM()

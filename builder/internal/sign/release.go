@@ -14,15 +14,15 @@ import (
 // buildTypeRelease is the build type of a release's provenance. docs/decisions/0033-releases.md describes it.
 const buildTypeRelease = "https://prebake.dev/release/v1"
 
-// ReleaseFacts is the content of a release's provenance. It has no time, so that the same source gives the same
-// statement.
+// ReleaseFacts is the content of a release's provenance. ReleaseFacts has no time, so that the same source gives the
+// same statement.
 type ReleaseFacts struct {
 	Version string
 	// Commit is the commit of the source, in hexadecimal as git prints it.
 	Commit string
 	// Toolchain is the Go version that compiled the release.
 	Toolchain string
-	// BuilderID names who made the release. It is a URI.
+	// BuilderID names who made the release. BuilderID is a URI.
 	BuilderID string
 	// Files are the release's files and images. Inputs are the inputs other than the source.
 	Files, Inputs []Material

@@ -170,9 +170,9 @@ func timestamp(t time.Time) *timestamppb.Timestamp {
 }
 
 // Bundle signs a statement into a Sigstore bundle v0.3: a DSSE envelope and the hint of the key. The bundle has no
-// certificate, timestamp or log entry. It can therefore be verified offline for as long as the key is trusted. A signer
-// without a key adds a certificate and a proof of the time. Before Bundle returns the result, it verifies the result as
-// a node does.
+// certificate, timestamp or log entry. The bundle can therefore be verified offline for as long as the key is trusted.
+// A signer without a key adds a certificate and a proof of the time. Before Bundle returns the result, it verifies the
+// result as a node does.
 func Bundle(ctx context.Context, s *Signer, st Statement) ([]byte, error) {
 	raw, err := newBundle(ctx, s, st)
 	if err != nil {

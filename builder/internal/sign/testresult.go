@@ -24,7 +24,7 @@ type TestFacts struct {
 	Warnings []string
 	// Configuration names by digest what the test used, such as the boot image. The kernel's build is always added.
 	Configuration []Material
-	// URL is the address of the run for people. It may be empty.
+	// URL is the address of the run for people. URL may be empty.
 	URL string
 }
 

@@ -1,7 +1,8 @@
 // Package symbols publishes the debug symbols of a driver's modules for people who analyse a crash dump. The symbols
 // are an artifact of their own that refers to the driver's artifact. No node fetches them.
 //
-// The package refuses symbols of modules that are not the published ones. It refuses to replace published symbols.
+// The package refuses symbols of modules that are not the published ones. The package refuses to replace published
+// symbols.
 package symbols
 
 import (
@@ -229,7 +230,7 @@ func buildID(file string) (string, error) {
 	return m.BuildID, nil
 }
 
-// linkOrCopy makes a file available under another name. It copies the file only if a hard link is not possible.
+// linkOrCopy makes a file available under another name. linkOrCopy copies the file only if a hard link is not possible.
 func linkOrCopy(dst, src string) error {
 	if err := os.MkdirAll(filepath.Dir(dst), 0o755); err != nil {
 		return err

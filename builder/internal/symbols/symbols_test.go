@@ -30,8 +30,8 @@ __attribute__((section(".gnu.linkonce.this_module"))) char this_module[64];
 int answer(int x) { return x + %d; }
 `
 
-// compile makes an object with debug information and a build id. It returns that object and a stripped copy, as kbuild
-// and package compile make them.
+// compile makes an object with debug information and a build id. compile returns that object and a stripped copy, as
+// kbuild and package compile make them.
 func compile(t *testing.T, name string, salt int) (debug, published string) {
 	t.Helper()
 	dir := t.TempDir()

@@ -1,9 +1,9 @@
-// Package telemetry reports the progress of builds. It sends a trace for each cell, with a span for each phase, by OTLP
-// over HTTP, if the standard OTEL_* environment names a collector. It serves metrics for Prometheus on an address that
-// the operator chooses. Without either it does nothing.
+// Package telemetry reports the progress of builds. The package sends a trace for each cell, with a span for each
+// phase, by OTLP over HTTP, if the standard OTEL_* environment names a collector. The package serves metrics for
+// Prometheus on an address that the operator chooses. Without either it does nothing.
 //
-// The package refuses to serve anything but metrics. It refuses to fail a build: if the collector cannot be reached,
-// the spans are lost and the log has a line about it.
+// The package refuses to serve anything but metrics. The package refuses to fail a build: if the collector cannot be
+// reached, the spans are lost and the log has a line about it.
 package telemetry
 
 import (
@@ -110,7 +110,7 @@ func (t *Telemetry) Close() error {
 	return errors.Join(errs...)
 }
 
-// Cell starts the trace of one build. It adds itself to line.Watch, so callers must call it before they use line. end
+// Cell starts the trace of one build. Cell adds itself to line.Watch, so callers must call it before they use line. end
 // takes the error of the build.
 func (t *Telemetry) Cell(ctx context.Context, c Cell, line *timeline.Run) (_ context.Context, end func(err error)) {
 	if t == nil {

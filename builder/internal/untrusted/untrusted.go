@@ -62,7 +62,7 @@ func Open(dir string) (*Dir, error) {
 // Close closes the folder.
 func (d *Dir) Close() error { return d.root.Close() }
 
-// Open opens the regular file with this slash path, if it has at most max bytes. It never waits, even for a pipe. If
+// Open opens the regular file with this slash path, if it has at most max bytes. Open never waits, even for a pipe. If
 // the name does not exist, the error is fs.ErrNotExist.
 func (d *Dir) Open(name string, max int64) (*os.File, error) {
 	if !fs.ValidPath(name) {
@@ -127,7 +127,7 @@ func (d *Dir) Read(name string, max int64) ([]byte, error) {
 	return text, err
 }
 
-// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. It returns the SHA-256 of
+// Copy copies a regular file of at most max bytes to a new file of the host with mode 0644. Copy returns the SHA-256 of
 // the copied bytes in hex.
 func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	in, err := d.Open(name, max)
@@ -148,8 +148,8 @@ func (d *Dir) Copy(to, name string, max int64) (sum string, err error) {
 	return hex.EncodeToString(h.Sum(nil)), err
 }
 
-// Files lists the regular files in the folder and below it, as sorted slash paths. It skips links and everything else
-// that is not a regular file.
+// Files lists the regular files in the folder and below it, as sorted slash paths. Files skips links and everything
+// else that is not a regular file.
 func (d *Dir) Files() ([]string, error) {
 	var files []string
 	seen := 0

@@ -60,7 +60,7 @@ func retryUntilDone(ctx context.Context, call func() error) error {
 	}
 }
 
-// sendLog sends the end of a build's log. It sends as many bytes as the server accepts.
+// sendLog sends the end of a build's log. sendLog sends as many bytes as the server accepts.
 func (w *worker) sendLog(ctx context.Context, build int64) (err error) {
 	f, err := os.Open(w.logPath(build))
 	if errors.Is(err, os.ErrNotExist) {
@@ -117,8 +117,8 @@ func (w *worker) sendPendingLogs(ctx context.Context) {
 }
 
 // reporter sends the current phase to the server, and at every [api.HeartbeatInterval] the fact that the build is
-// running. It does not delay the build. Only the newest phase matters, and a lost report does no harm. The server's
-// answer may end the build.
+// running. reporter does not delay the build. Only the newest phase matters, and a lost report does no harm. The
+// server's answer may end the build.
 type reporter struct {
 	server *api.Client
 	build  int64

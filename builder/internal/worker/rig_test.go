@@ -28,7 +28,7 @@ import (
 // server serves the part of the API that a worker uses.
 type server struct {
 	*httptest.Server
-	// refuse returns the error for an update, or nil to accept it. It may also stop parts of the test.
+	// refuse returns the error for an update, or nil to accept it. refuse may also stop parts of the test.
 	refuse func(u api.BuildUpdate) *api.Problem
 
 	mu     sync.Mutex

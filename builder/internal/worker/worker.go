@@ -1,8 +1,8 @@
 // Package worker takes builds from the queue, runs them, and reports them to the server. Server and queue both store
 // the state of a build. So that both agree, the worker decides each outcome once and sends it to both.
 //
-// The package refuses to know how a build is made. It refuses to decide whether a failure is worth a retry, because the
-// kind of the fault decides that.
+// The package refuses to know how a build is made. The package refuses to decide whether a failure is worth a retry,
+// because the kind of the fault decides that.
 package worker
 
 import (
@@ -54,7 +54,7 @@ type Config struct {
 	Heartbeat time.Duration
 	// LogEvery is the time between two parts of a growing log. 0 means two seconds.
 	LogEvery time.Duration
-	// Telemetry receives builds and the queue's depth. It may be nil.
+	// Telemetry receives builds and the queue's depth. Telemetry may be nil.
 	Telemetry *telemetry.Telemetry
 }
 

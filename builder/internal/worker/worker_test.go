@@ -307,8 +307,8 @@ func (s started) Handle(_ context.Context, r slog.Record) error {
 	return nil
 }
 
-// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. It is not sent
-// if another worker has had the build since then.
+// TestLogOfKilledBuild checks that the log of a build that killed its worker is sent at the next start. The log is not
+// sent if another worker has had the build since then.
 func TestLogOfKilledBuild(t *testing.T) {
 	t.Parallel()
 	for _, row := range []struct {

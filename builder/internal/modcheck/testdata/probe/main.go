@@ -1,4 +1,5 @@
-// Command probe replaces nvmlprobe in tests of the static checks. It prints the answer of a driver's replacement.
+// Command probe replaces nvmlprobe in tests of the static checks. The command prints the answer of a driver's
+// replacement.
 package main
 
 import "fmt"
