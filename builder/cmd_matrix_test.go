@@ -44,7 +44,8 @@ func publicRegistry(t *testing.T) string {
 	return strings.TrimPrefix(srv.URL, "http://") + "/prebake/driver"
 }
 
-// TestScript runs the program with the scripts of an operator. $KEY is a signing key. $PUBLIC is a public repository.
+// TestScript runs the scripts in testdata/script, which use the program as an operator does. $KEY is a signing key.
+// $PUBLIC is a public repository.
 func TestScript(t *testing.T) {
 	t.Parallel()
 	public := publicRegistry(t)

@@ -41,7 +41,7 @@ func snapshotCommand() *ucli.Command {
 // snapshotRoles are the roles of a snapshot that have a key of their own, in addition to the root.
 var snapshotRoles = []string{"targets", "snapshot", "timestamp"}
 
-// toFlag names the snapshot's folder. keyFlags name its keys.
+// toFlag names the snapshot's folder. keyFlags names the keys of roles.
 func toFlag() ucli.Flag { return cli.String("to", "", "`FOLDER` of the snapshot") }
 
 func keyFlags(roles ...string) []ucli.Flag {
@@ -202,8 +202,8 @@ func within(cmd *ucli.Command, do func(*maker.Repository) error) error {
 	return errors.Join(do(r), r.Close())
 }
 
-// timestampLifetime is the flag that sets how long a timestamp is valid. For at most this time can somebody hide a
-// newer list from a node.
+// timestampLifetime is the flag that sets how long a timestamp is valid. Somebody can hide a newer list from a node for
+// at most this time.
 func timestampLifetime() ucli.Flag {
 	return lifetimeFlag("life", 7*24*time.Hour, "`TIME` until nodes want a newer timestamp")
 }

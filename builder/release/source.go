@@ -102,7 +102,7 @@ func (c *config) ofCommit(ctx context.Context) error {
 	return nil
 }
 
-// goVersion returns the Go release that go.mod names. This release compiles every program of the release.
+// goVersion returns the Go release that go.mod names. That Go release compiles every program of a Prebake release.
 func (c *config) goVersion(ctx context.Context) (string, error) {
 	out, err := output(ctx, c.source, nil, "go", "list", "-m", "-f", "{{.GoVersion}}")
 	return "go" + strings.TrimSpace(string(out)), err

@@ -125,8 +125,8 @@ func buildID(file *elf.File) string {
 var definedString = regexp.MustCompile(`(?m)^#define[ \t]+(\w+)[ \t]+"([^"\n]*)"`)
 
 // ErrOtherRun means that the kernel has the release and configuration of the headers, but was linked by somebody else
-// or at another time. Callers can treat this difference in another way, because not every bucket is known to have an
-// image and headers from the same run of make.
+// or at another time. Callers may tolerate this difference, because not every bucket is known to have an image and
+// headers from the same run of make.
 var ErrOtherRun = errors.New("linked in another run of make")
 
 // Check reports whether the kernel belongs to a header tree. The releases must be equal. If the tree says who built the

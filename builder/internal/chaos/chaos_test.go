@@ -254,8 +254,8 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 	return all
 }
 
-// leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute for the sweep that removes
-// finished ones.
+// leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute, so that the server's sweep
+// can end jobs of finished builds.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)

@@ -148,7 +148,8 @@ $(HEADERS): $(obj)/conftest/uts_release
 	} {
 		file := filepath.Join(t.TempDir(), "plan")
 		cmd := exec.CommandContext(t.Context(), "make", "-f", "-", "all")
-		// if make runs this test, it has set variables for the programs that it starts
+		// If make runs this test, the environment has variables for make's children. The make of the test must not see
+		// them.
 		cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
 		cmd.Stdin = strings.NewReader(row.text + conftest.PlanRules(file))
 		out, err := cmd.Output()

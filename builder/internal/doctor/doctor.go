@@ -135,7 +135,7 @@ func (e *examination) ok(check, format string, args ...any) {
 	e.add(Finding{Check: check, Level: OK, Text: fmt.Sprintf(format, args...)})
 }
 
-// fail reports an error with the error's own hint. If the error has none, it uses next.
+// fail reports an error with the error's own hint. If the error has no hint, fail uses next.
 func (e *examination) fail(check string, err error, next string) {
 	if hint := fault.Hint(err); hint != "" {
 		next = hint

@@ -35,7 +35,8 @@ type Rule struct {
 
 // Destination examines a destination as a client without credentials sees it.
 type Destination interface {
-	// AnonymousAccess asks for the artifact that what names. If what is empty, it asks about the whole destination.
+	// AnonymousAccess checks whether such a client can read the artifact whose tag or digest is what. If what is empty,
+	// AnonymousAccess checks the destination in general.
 	AnonymousAccess(ctx context.Context, what string) (registry.AnonymousAccess, error)
 }
 

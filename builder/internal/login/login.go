@@ -1,6 +1,7 @@
-// Package login finds the credentials with which the builder pushes. They are those of the user's Docker configuration.
-// For Google's registries they can also be the credentials that Google's own tools would use. The package refuses to
-// ask Google for credentials of other registries.
+// Package login finds the credentials with which the builder pushes. The first source is the user's Docker
+// configuration. For Google's registries, the second source is the credentials that Google's own tools would use.
+//
+// The package refuses to ask Google for credentials of other registries.
 package login
 
 import (

@@ -125,7 +125,7 @@ func (k Kernel) rules() (modinfo.Rules, error) {
 		return r, fault.Wrap(fault.InputMissing, fmt.Errorf("read the kernel's exports: %w", err),
 			"publish a kernel-headers.tgz that holds the kernel's Module.symvers")
 	}
-	defer symvers.Close() // only read, as above
+	defer symvers.Close() // the file is only read, so an error of Close loses nothing
 	if r.Symvers, err = modinfo.ReadSymvers(symvers); err != nil {
 		return r, err
 	}

@@ -17,7 +17,7 @@ import (
 // tracers show wrong results.
 func (k Kernel) checkTypes(modules map[string]string) error {
 	if k.BTF == "" && k.Fingerprint == "" {
-		return nil // whoever made the modules had the kernel's BTF, and Prebake has not
+		return nil // whoever made the modules had the kernel's BTF; Prebake does not have it
 	}
 	var kernel *btf.Types
 	if k.BTF != "" {

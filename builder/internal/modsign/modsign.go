@@ -1,10 +1,10 @@
 // Package modsign signs kernel modules as the kernel's own sign-file does, and verifies such signatures by the kernel's
 // rules. The package also attaches the signatures that Google ships with a COS build to exactly the modules over which
-// they were made. The package takes modules that Google signed itself unchanged.
+// they were made. Modules that Google signed itself are taken unchanged.
 //
-// The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. It
-// refuses a module that is signed already. The package never returns a signature that it has not verified itself.
-// Private keys stay in package sign.
+// The package refuses keys whose signatures differ from run to run, because equal inputs must give equal modules. The
+// package refuses a module that is signed already. The package never returns a signature that it has not verified
+// itself. Private keys stay in package sign.
 package modsign
 
 import (

@@ -27,7 +27,7 @@ func PackLog(log io.Reader) (packed []byte, digest string, err error) {
 	if err == nil {
 		packed, err = compress(text)
 	}
-	// A real log compresses far better than this needs. If one does not, less of it is kept.
+	// Build logs compress far below the size limit of an attachment. If a log does not, PackLog keeps less of it.
 	for most := maxLogTail; err == nil && len(packed) > registry.MaxAttachment; {
 		most /= 2
 		if text, err = readEnds(bytes.NewReader(text), most/4, most); err == nil {

@@ -12,9 +12,9 @@ import (
 	"github.com/prebake/prebake/pkg/trust"
 )
 
-// TestManyKernels checks an artifact for more COS builds than a client reads statements. Each build must find its own
-// kernel match and the provenance. This must work even if the first statements were attached before statements had
-// labels. No statement may be attached twice.
+// TestManyKernels checks an artifact that fits more COS builds than the number of statements that a client reads. Each
+// build must find its own kernel match and the provenance. This must work even if the first statements were attached
+// before statements had labels. No statement may be attached twice.
 func TestManyKernels(t *testing.T) {
 	t.Parallel()
 	const most, old = 200, 40

@@ -33,7 +33,7 @@ type Signer struct {
 	details signature.AlgorithmDetails
 	key     trust.PublicKey
 
-	keyless *keyless // If set, it replaces all fields above.
+	keyless *keyless // if set, it replaces all fields above
 }
 
 const maxKeyFile = 64 << 10

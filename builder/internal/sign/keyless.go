@@ -30,8 +30,8 @@ func WithIdentity(root *trust.Root, token func() ([]byte, error)) Option {
 	return func(l *loading) { l.root, l.token = root, token }
 }
 
-// margin is how long before its expiry a certificate is used no more. The time stamp of a signature must lie within the
-// certificate's lifetime.
+// margin is the time before a certificate's expiry from which the certificate is not used any more. The time stamp of a
+// signature must lie within the certificate's lifetime.
 const margin = time.Minute
 
 const (
@@ -137,7 +137,8 @@ func several(kind string, want *prototrust.ServiceConfiguration, all []root.Serv
 	return some, nil
 }
 
-// certified returns a key whose certificate is still valid for at least margin.
+// certified returns a key and its certificate. If the present certificate expires within margin, certified gets a new
+// one.
 func (k *keyless) certified(ctx context.Context) (sgsign.Keypair, *x509.Certificate, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()

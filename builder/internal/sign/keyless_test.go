@@ -102,8 +102,8 @@ func TestKeyless(t *testing.T) {
 	}
 }
 
-// TestKeylessRenews checks that a certificate is not used again shortly before it expires. All certificates of this
-// authority are issued that shortly before their expiry.
+// TestKeylessRenews checks that a certificate is not used again shortly before it expires. The certificates of this
+// authority expire so soon that each signature needs a new one.
 func TestKeylessRenews(t *testing.T) {
 	t.Parallel()
 	farm, r := deployment(t)

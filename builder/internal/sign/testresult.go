@@ -89,8 +89,8 @@ func newTestResult(digest string, f TestFacts) (Statement, error) {
 	if t.Verdict != trust.VerdictRejected && len(p.FailedTests) > 0 {
 		return Statement{}, fmt.Errorf("verdict %q, although %s", t.Verdict, p.FailedTests[0])
 	}
-	// An entry of the configuration must say what it identifies. A COS build has no digest, so the entry has the
-	// fingerprint, which is a digest over the build's inputs.
+	// An entry must identify what was used in the test. A COS build has no digest of its own, so the entry has the
+	// kernel's fingerprint, a digest over everything that decides whether a module fits.
 	k, err := resource("kernel", "", string(t.Fingerprint))
 	if err != nil {
 		return Statement{}, fmt.Errorf("fingerprint: %w", err)

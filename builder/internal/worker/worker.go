@@ -101,7 +101,7 @@ func Run(ctx context.Context, cfg Config) (err error) {
 	}
 	defer func() { err = errors.Join(err, q.Close()) }()
 	q.SetLogger(cfg.Log)
-	// longer than Grace, so that this package cancels the builds before the queue does
+	// The queue's grace is longer than Grace, so that this package cancels the builds before the queue does.
 	q.SetGrace(cfg.Grace + 2*shutdownTimeout)
 	cfg.Telemetry.Queue(q.Depth)
 	defer cfg.Telemetry.Queue(nil)

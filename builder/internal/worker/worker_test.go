@@ -129,7 +129,7 @@ func lost(t *testing.T, r *rig, attempts int) {
 		}
 		started := make(chan struct{})
 		ended.Go(func() {
-			// returns an error, because its database is closed
+			// Work returns an error, because its database is closed.
 			_ = q.Work(ctx, name, 1, func(context.Context, api.BuildJob, int) error {
 				close(started)
 				<-gone

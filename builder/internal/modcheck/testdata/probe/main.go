@@ -1,5 +1,5 @@
-// Command probe replaces nvmlprobe in tests of the static checks. The command prints the answer of a driver's
-// replacement.
+// Command probe replaces nvmlprobe in tests of the static checks. The command prints the driver version of the test
+// module.
 package main
 
 import "fmt"
