@@ -255,7 +255,7 @@ func (s *faultRun) blows(rng *rand.Rand) (all []func(*testing.T)) {
 }
 
 // leftInQueue counts the jobs that the queue still offers. leftInQueue waits up to a minute, so that the server's sweep
-// can end jobs of finished builds.
+// can remove jobs of ended builds.
 func (s *faultRun) leftInQueue(t *testing.T) (n int) {
 	t.Helper()
 	q, err := queue.Open(t.Context(), s.queue)
