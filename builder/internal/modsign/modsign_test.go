@@ -28,14 +28,14 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// pair is a key with its certificate, in files.
+// pair is a key and its certificate, in memory and in files.
 type pair struct {
 	key           crypto.Signer
 	cert          *x509.Certificate
 	keyPath, path string
 }
 
-// newPair certifies a key, by itself or by another pair.
+// newPair makes a certificate for a key. The key signs it itself, or another pair signs it.
 func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pair {
 	t.Helper()
 	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
@@ -44,7 +44,7 @@ func newPair(t testing.TB, key crypto.Signer, by *pair, usage x509.KeyUsage) *pa
 	}
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: "modules " + serial.String()}, KeyUsage: usage,
-		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1, 0), // the kernel asks no clock
+		NotBefore: time.Unix(0, 0), NotAfter: time.Unix(1, 0), // the kernel does not check validity periods
 	}
 	parent, signer := template, key
 	if by != nil {
@@ -245,7 +245,7 @@ func TestLoadRefuses(t *testing.T) {
 	}
 }
 
-// TestKMS signs with a key that is behind the Sigstore KMS interface.
+// TestKMS signs with a key that the Sigstore KMS interface provides.
 func TestKMS(t *testing.T) {
 	t.Parallel()
 	p := rsaPair(t)
@@ -259,7 +259,7 @@ func TestKMS(t *testing.T) {
 	}
 }
 
-// TestTrailer begins with the vector that COS's own installer is tested with.
+// TestTrailer begins with the example from the tests of COS's own installer.
 func TestTrailer(t *testing.T) {
 	t.Parallel()
 	vector, err := hex.DecodeString("6D6F64756C65" + "7369676E6174757265" + "000002000000000000000009" +
@@ -299,8 +299,8 @@ func TestTrailer(t *testing.T) {
 	}
 }
 
-// TestOpenSSL lets a stranger verify, and refuses what the kernel refuses in
-// what the stranger makes.
+// TestOpenSSL verifies signatures of this package with openssl. TestOpenSSL also makes signatures with openssl, and
+// checks that Verify refuses those that the kernel refuses.
 func TestOpenSSL(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")
@@ -347,7 +347,7 @@ func TestOpenSSL(t *testing.T) {
 			"sha256", "-outform", "DER", "-out", out}, row.args...)
 		if err := run(args...); err != nil {
 			if strings.Contains(name, "identifier") {
-				continue // the certificate has none to name
+				continue // the certificate has no key identifier
 			}
 			t.Fatal(err)
 		}
@@ -362,7 +362,7 @@ func TestOpenSSL(t *testing.T) {
 	}
 }
 
-// appended puts a signature behind a module as the format says.
+// appended appends a signature to a module in the kernel's format.
 func appended(module, signature []byte) []byte {
 	out := append(bytes.Clone(module), signature...)
 	out = append(out, 0, 0, 2, 0, 0, 0, 0, 0, byte(len(signature)>>24), byte(len(signature)>>16), byte(len(signature)>>8),
@@ -370,7 +370,7 @@ func appended(module, signature []byte) []byte {
 	return append(out, "~Module signature appended~\n"...)
 }
 
-// TestSignFile compares with the kernel's own program, byte by byte.
+// TestSignFile compares the signed module with the output of the kernel's own program, byte by byte.
 func TestSignFile(t *testing.T) {
 	t.Parallel()
 	signFile := signFile(t)
@@ -391,7 +391,7 @@ func TestSignFile(t *testing.T) {
 	}
 }
 
-// signFile unpacks scripts/sign-file out of Debian's linux-kbuild package.
+// signFile extracts scripts/sign-file from Debian's linux-kbuild package.
 func signFile(t *testing.T) string {
 	t.Helper()
 	cache := os.Getenv("PREBAKE_MIRROR_CACHE")
@@ -442,8 +442,7 @@ func TestReadConfig(t *testing.T) {
 	}
 }
 
-// FuzzVerify looks for crashes, and for a module that anybody could make
-// without the key.
+// FuzzVerify looks for crashes, and for a signed module that anybody could make without the key.
 func FuzzVerify(f *testing.F) {
 	p := rsaPair(f)
 	good := signed(f, load(f, p), module, "sha256")
