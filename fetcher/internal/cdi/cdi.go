@@ -113,7 +113,7 @@ func Spec(gpus []GPU, installDir string, nodes []string) *specs.Spec {
 			spec.ContainerEdits.DeviceNodes = append(spec.ContainerEdits.DeviceNodes, &specs.DeviceNode{Path: "/dev/" + name})
 		}
 	}
-	// The mount has the whole folder, because the names in it are links into the active set.
+	// The mount has the whole folder, because the names in it are links into the set in force.
 	spec.ContainerEdits.Mounts = []*specs.Mount{{HostPath: installDir, ContainerPath: inside,
 		Options: []string{"ro", "nosuid", "nodev", "rbind", "rprivate"}}}
 	// This value stops NVIDIA's container runtime, if the node has it, from adding devices to such a container.

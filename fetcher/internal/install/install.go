@@ -211,7 +211,7 @@ func (s *Store) Evidence(digest string) ([]byte, error) {
 	return s.readFile(path.Join(ownFolder, "sets", name, evidenceFile), maxEvidence)
 }
 
-// AddSet writes a set and its evidence. All layers of the set must be unpacked. The set is not active before
+// AddSet writes a set and its evidence. All layers of the set must be unpacked. The set is not in force before
 // [Store.Switch].
 func (s *Store) AddSet(set Set, proof []byte) error {
 	name, err := hexOf(set.Digest)
@@ -230,7 +230,7 @@ func (s *Store) AddSet(set Set, proof []byte) error {
 	final := path.Join("sets", name)
 	if info, err := s.root.Lstat(path.Join(ownFolder, final)); err == nil && info.IsDir() {
 		// The same artifact comes again: for another COS build with the same fingerprint, or fetched anew. It may be the
-		// active set, so its names change one by one.
+		// set in force, so its names change one by one.
 		for _, name := range names {
 			if at := path.Join(ownFolder, final, name); links[name] == "" {
 				err = s.root.RemoveAll(at)
@@ -309,10 +309,10 @@ func (s *Store) LinksHold(set Set) error {
 	return nil
 }
 
-// Current returns the active set, or nil when there is none.
+// Current returns the set in force, or nil when there is none.
 func (s *Store) Current() (*Set, error) { return s.readSet("current") }
 
-// Previous returns the set that was active before, or nil.
+// Previous returns the set that was in force before, or nil.
 func (s *Store) Previous() (*Set, error) { return s.readSet("previous") }
 
 // Set returns the set with the artifact's digest, or nil if it is not staged.

@@ -128,7 +128,7 @@ func (s *Store) added(digest string, names []string) []string {
 }
 
 // carryOver links files that others added to user space into a new layer. It takes them from an existing layer of the
-// same digest and from the active driver's layer.
+// same digest and from the layer of the driver in force.
 func (s *Store) carryOver(l Layer, dst *os.Root, names []string) error {
 	if l.Kind != bundle.LayerUserspace {
 		return nil

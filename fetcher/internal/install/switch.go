@@ -18,7 +18,7 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch activates a set. One rename of "current" moves all names at once. The set that was active becomes the previous
+// Switch activates a set. One rename of "current" moves all names at once. The set that was in force becomes the previous
 // one.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
@@ -44,7 +44,7 @@ func (s *Store) Switch(digest string) error {
 	return s.expose()
 }
 
-// Restore restores the state in before exactly. If no set was active then, Restore removes the top-level links before
+// Restore restores the state in before exactly. If no set was in force then, Restore removes the top-level links before
 // the pointer to the set. A killed run can therefore be repeated, and never leaves a link without a target.
 func (s *Store) Restore(before Pointers) error {
 	if before.Current == "" {
