@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// Switch activates a set. One rename of "current" moves all names at once. The set that was in force becomes the previous
-// one.
+// Switch activates a set. One rename of "current" moves all names at once. The set that was in force becomes the
+// previous one.
 func (s *Store) Switch(digest string) error {
 	name, err := hexOf(digest)
 	if err != nil {
