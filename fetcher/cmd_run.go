@@ -72,8 +72,8 @@ func checkTaint(cmd *ucli.Command) error {
 // times out.
 const checkTimeout = 3 * time.Minute
 
-// retryChecks is the number of checks after which the daemon runs the agent again, when the last run left the node with
-// another driver than the wanted one.
+// retryChecks is a number of checks. After so many checks the daemon runs the agent again, if the last run left the
+// node with another driver than the wanted one.
 const retryChecks = 10
 
 // runAndWatch installs the node's driver. While a driver is ready, it watches the driver until ctx ends.

@@ -122,8 +122,8 @@ func (b *busy) Monitor(ctx context.Context, _ time.Duration, _ agent.Watcher) er
 	return nil
 }
 
-// TestPending checks that a node with a ready driver keeps running while the wanted driver cannot replace it, and gets
-// the wanted driver as soon as possible. A node without a ready driver ends.
+// TestPending checks that a node with a ready driver keeps running while the wanted driver cannot replace it. The node
+// gets the wanted driver as soon as possible. A node without a ready driver ends.
 func TestPending(t *testing.T) {
 	t.Parallel()
 	for state, want := range map[gpucheck.State]struct {

@@ -71,7 +71,8 @@ func openNode(cmd *ucli.Command) (*noderoot.Root, error) {
 	return node, nil
 }
 
-// newAgent wires an agent that installs drivers. long says that the command runs long and therefore logs.
+// newAgent wires an agent that installs drivers. The argument long is true for a command that runs long and therefore
+// logs.
 func newAgent(cmd *ucli.Command, long bool) (_ *agent.Agent, done func() error, err error) {
 	cfg, err := readConfig(cmd)
 	if err != nil {
@@ -318,8 +319,9 @@ func pinnedNowhere() error {
 	), "driver")
 }
 
-// newFinder returns a finder that asks the server first and then the registries. Without both, compiles must be true:
-// the node then compiles the driver itself. v verifies the lists of supported GPUs; with nil no list counts.
+// newFinder returns a finder that asks the server first and then the registries. Without both, compiles must be true,
+// because the node then compiles the driver itself. v verifies the lists of supported GPUs. If v is nil, no list
+// counts.
 func newFinder(cmd *ucli.Command, v *trust.Verifier, compiles bool) (resolve.Finder, error) {
 	var gpus resolve.Lister
 	if v != nil {

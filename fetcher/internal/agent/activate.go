@@ -135,8 +135,8 @@ func (a *Agent) activate(ctx context.Context, r *Report, store *install.Store, s
 	return err
 }
 
-// verifyFor verifies the files that are about to be switched to or loaded. missing means that some modules of the set
-// are not loaded and do not verify. The driver works without these modules, so they stay unloaded.
+// verifyFor verifies the files that are about to be switched to or loaded. The result missing is true if some modules
+// of the set are not loaded and do not verify. The driver works without these modules, so they stay unloaded.
 func (a *Agent) verifyFor(ctx context.Context, store *install.Store, s nodeState, d decision,
 	changed bool) (set *install.Set, missing bool, err error) {
 	if changed || d.do != keep {

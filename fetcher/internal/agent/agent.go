@@ -33,8 +33,8 @@ type Agent struct {
 	xids   xidWatch
 	// watcher receives the driver's state while a run waits; nil means that there is none.
 	watcher Watcher
-	// checked has the layers that this run compared with their signed content. seen has those of earlier runs. Both map a
-	// digest to a checkedLayer.
+	// checked has the layers that this run compared with their signed content, and seen has those of earlier runs. Both
+	// map a digest to a checkedLayer.
 	checked, seen sync.Map
 	// unverified has the sets that this run could not verify: it maps a digest to the error.
 	unverified sync.Map
@@ -172,9 +172,9 @@ func (a *Agent) locked(store *install.Store, do func() error) (err error) {
 	return do()
 }
 
-// start completes or undoes what an earlier run left unfinished. It then loads an installed driver of this COS build
-// into a kernel without a driver, so that a node becomes ready without the farm. It first tries a set that waits for
-// such a kernel, then the current one, then the previous one.
+// start completes or undoes what an earlier run left unfinished. It then loads an installed driver of this COS build,
+// if no driver is loaded. Thus a node becomes ready without the farm. start first tries a set that waits for a kernel
+// without a driver, then the current one, then the previous one.
 func (a *Agent) start(ctx context.Context, r *Report, store *install.Store) (*install.Set, error) {
 	if err := errors.Join(store.Recover(), a.recover(ctx, r, store)); err != nil {
 		return nil, err
@@ -310,8 +310,8 @@ func (a *Agent) addUnverified(s nodeState, err error) error {
 		cmp.Or(fault.Hint(bad), hintAgain))
 }
 
-// upToDate reports whether the node already runs a driver that serves its wish, so that a farm that names no artifact
-// (silent) or does not answer is no error. A hostile answer or a yanked driver is always an error.
+// upToDate reports whether the node already has a driver that serves its wish. A farm that names no artifact (silent)
+// or does not answer is then no error. A hostile answer or a yanked driver is always an error.
 func (a *Agent) upToDate(answer resolve.Answer, s nodeState, silent bool) bool {
 	switch {
 	case s.wanted != nil || !serves(s.current, s.question) || answer.State == api.Yanked:

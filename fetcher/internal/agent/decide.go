@@ -55,8 +55,8 @@ type decision struct {
 	err error
 }
 
-// decide chooses the node's driver. A driver that fits this COS build stays in force, or is put in force again,
-// whatever the farm answers, until another one can replace it.
+// decide chooses the node's driver. A driver that fits this COS build stays in force, or is put in force again, until
+// another one can replace it. The farm's answer does not change that.
 func decide(s nodeState) decision {
 	good := s.usableSet()
 	stay := func(why error) decision {

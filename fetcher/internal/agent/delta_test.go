@@ -42,7 +42,7 @@ func TestDelta(t *testing.T) {
 		attach func(delta []byte) []byte
 		// spoil changes the former layer on the disk; it may be nil.
 		spoil func(t *testing.T, n *node)
-		// tried means that the node fetches a delta. whole means that it fetches the whole layer.
+		// tried: the node fetches a delta. whole: the node fetches the whole layer.
 		tried, whole bool
 	}{
 		"a delta is there": {attach: func(d []byte) []byte { return d }, tried: true},

@@ -13,8 +13,8 @@ import (
 	"github.com/prebake/prebake/pkg/testkit"
 )
 
-// foreignNode is a node on which Google's installer installed and loaded a driver. in names the modules whose files are
-// in that installer's folder.
+// foreignNode is a node on which Google's installer installed and loaded a driver. The argument in is a list of the
+// modules whose files are in that installer's folder.
 func foreignNode(t *testing.T, c sample.Cell, key *testkit.Key, in ...string) *node {
 	t.Helper()
 	n := newNode(t, c, 1, key)

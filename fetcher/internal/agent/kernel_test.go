@@ -17,8 +17,8 @@ type kernel struct {
 	root string
 	// refuse maps a module's name and version to the errno of its next insertions.
 	refuse map[string]syscall.Errno
-	// die names a module and a version at which the program is killed. open names one that a program opens directly after
-	// the load.
+	// die is a module and a version; the program is killed when the module is loaded. open is a module and a version; a
+	// program opens the module directly after the load.
 	die, open string
 	// ids makes the kernel report the modules' build ids.
 	ids bool

@@ -24,8 +24,8 @@ func (a *Agent) exposeLibraries(ctx context.Context, store *install.Store) {
 	}
 }
 
-// hideLibraries undoes exposeLibraries for a driver that is no longer in force. added says that this program added the
-// folder.
+// hideLibraries undoes exposeLibraries for a driver that is no longer in force. The argument added is true if this
+// program added the folder.
 func (a *Agent) hideLibraries(ctx context.Context, added bool) {
 	err := ldcache.Refresh(ctx, a.parts.Node)
 	if added {

@@ -113,9 +113,9 @@ func (a *Agent) unload(ctx context.Context, r *Report, facts *host.Facts) error 
 	return a.inDev(a.parts.Nodes.Clear)
 }
 
-// images returns the modules of a set to load, in load order: those that every node loads, and those that this node had
-// loaded before, such as nvidia-peermem. The caller has verified the set. Bytes compares each module with its verified
-// digest.
+// images returns the modules of a set to load, in load order. They are the modules that every node loads, and those
+// that this node had loaded before, such as nvidia-peermem. The caller has verified the set. Bytes compares each module
+// with its verified digest.
 func (a *Agent) images(store *install.Store, set *install.Set, before *host.Facts,
 	params map[string]string) []kmod.Image {
 	var images []kmod.Image

@@ -176,7 +176,7 @@ func (a *Agent) status(ctx context.Context, ask bool) (_ *Status, err error) {
 }
 
 // QuickVerdict returns the verdict to report before a run, or after a run without a verdict. It uses only the disk and
-// the kernel. ok is false for a ready driver, because NVML was not asked.
+// the kernel. The result ok is false for a ready driver, because NVML was not asked.
 func (a *Agent) QuickVerdict(ctx context.Context) (v gpucheck.Verdict, ok bool) {
 	s, err := a.status(ctx, false)
 	if err != nil {

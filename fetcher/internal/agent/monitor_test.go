@@ -23,8 +23,8 @@ type watcher func(v gpucheck.Verdict)
 func (w watcher) Report(v gpucheck.Verdict) { w(v) }
 func (w watcher) Alive()                    {}
 
-// TestHeldInKernel checks that no module of a driver is unloaded if the kernel cannot unload all of them: another
-// module uses the driver, or the kernel never unloads it.
+// TestHeldInKernel checks that a driver stays completely loaded if the kernel cannot unload all its modules. In one
+// case another module uses the driver, in another case the kernel never unloads it.
 func TestHeldInKernel(t *testing.T) {
 	t.Parallel()
 	for name, modules := range map[string]string{

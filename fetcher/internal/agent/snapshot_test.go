@@ -76,8 +76,8 @@ func TestSnapshotKeepsOut(t *testing.T) {
 	}
 
 	for name, row := range map[string]struct {
-		// before is the snapshot that the node has seen. from is the one that it sees when it should install the newer
-		// driver.
+		// before is the snapshot that the node has seen. The node then sees the snapshot in the folder from, when it should
+		// install the newer driver.
 		before, from string
 		after        time.Duration
 		want         error // nil means that the driver is installed

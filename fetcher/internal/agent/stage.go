@@ -194,9 +194,9 @@ func digestOf(data []byte) string {
 // loadOrder is the order in which modules are loaded. A set lists them in the same order.
 var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", "nvidia-drm", "nvidia-peermem"}
 
-// inspect reads every module of a layer, and checks that it fits this kernel and this driver. known has the trusted
-// digests of a layer that was already checked. With nil, inspect computes the digests itself; they are compared when
-// the modules are loaded.
+// inspect reads every module of a layer, and checks that it fits this kernel and this driver. The argument known has
+// the trusted digests of a layer that was already checked. With nil, inspect computes the digests itself; they are
+// compared when the modules are loaded.
 func inspect(layer fs.FS, id bundle.Identity, facts *host.Facts, known map[string]string) ([]install.Module, error) {
 	files, err := fs.Glob(layer, "drivers/*.ko")
 	if err != nil {

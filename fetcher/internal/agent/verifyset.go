@@ -27,8 +27,8 @@ type evidence struct {
 	Bundles  [][]byte `json:"bundles"`
 }
 
-// verify judges evidence for this node. Each error has a hint. now is zero for an artifact that is already on the node,
-// because its age must not invalidate it.
+// verify judges evidence for this node. Each error has a hint. The argument now is zero for an artifact that is already
+// on the node, because its age must not invalidate it.
 func (a *Agent) verify(p evidence, origin install.Origin, digest string, d target.Driver, facts *host.Facts,
 	now time.Time) (bundle.Content, *trust.Verdict, error) {
 	none := bundle.Content{}

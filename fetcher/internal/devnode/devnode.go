@@ -135,7 +135,8 @@ func capabilities(root fs.FS, major uint32) (nodes []Node) {
 	return nodes
 }
 
-// ParseCapability returns minor and mode from the text of a capability's file. ok is false without a minor.
+// ParseCapability returns minor and mode from the text of a capability's file. The result ok is false if the text has
+// no minor.
 func ParseCapability(text string) (minor uint32, mode fs.FileMode, ok bool) {
 	for line := range strings.Lines(text) {
 		key, value, _ := strings.Cut(strings.TrimSpace(line), ": ")

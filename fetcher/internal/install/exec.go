@@ -14,8 +14,8 @@ import (
 // EnsureExec mounts the install folder over itself with exec allowed, if its file system forbids exec. COS's stateful
 // partition does, and then neither the tools nor the libraries can be used. EnsureExec mounts in the node's mount
 // namespace, so that every program and pod on the node has the mount. If this container does not see that mount, it
-// gets one of its own, too. EnsureExec calls note before it mounts on the node. did reports whether it mounted on the
-// node.
+// gets one of its own, too. EnsureExec calls note before it mounts on the node. The result did is true if it mounted on
+// the node.
 func (s *Store) EnsureExec(note func()) (did bool, err error) {
 	here, err := s.node.Path(s.dir)
 	if err != nil {

@@ -300,8 +300,8 @@ func (s *Store) Remove() error {
 }
 
 // Sweep removes the sets and layers that neither the current nor the previous set needs, and leftovers of an
-// interrupted run. also names further sets to keep. Sweep renames each folder before it deletes it. A set or a layer
-// under its final name is therefore complete even if this program is killed.
+// interrupted run. also is a list of further sets to keep. Sweep renames each folder before it deletes it. A set
+// or a layer under its final name is therefore complete even if this program is killed.
 func (s *Store) Sweep(also ...string) error {
 	keep := map[string]bool{}
 	layersKnown := true

@@ -154,7 +154,7 @@ func (l *Loader) isLoaded(img Image) (bool, error) {
 	return false, nil
 }
 
-// loadOne loads one module. was says whether this call loaded the module, or it was already loaded.
+// loadOne loads one module. It returns [Loaded], or [Already] if another process loaded it first.
 func (l *Loader) loadOne(img Image, image []byte) (was string, err error) {
 	mark := l.Mark()
 	err = l.System.InitModule(image, img.Params)

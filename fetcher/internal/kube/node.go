@@ -70,8 +70,8 @@ type state struct {
 	since time.Time
 }
 
-// stale is how long a verdict counts while checks end without a verdict: three checks at the default interval, and the
-// time of one check whose probe times out.
+// stale is how long a verdict counts while checks end without a verdict. It covers three checks at the default
+// interval, and the time of one check whose probe times out.
 const stale = 6 * time.Minute
 
 // same reports whether both states look the same in the cluster.

@@ -75,8 +75,8 @@ func (r *Rule) Refresh(ctx context.Context) error {
 	return err
 }
 
-// Check implements [trust.Listing]. now is zero for an artifact that the node already has. Such an artifact is refused
-// only if it was yanked.
+// Check implements [trust.Listing]. The argument now is zero for an artifact that the node already has. Such an
+// artifact is refused only if it was yanked.
 func (r *Rule) Check(digest string, now time.Time) (string, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -14,8 +14,11 @@ import (
 )
 
 // EnterCommand is the first argument with which this program starts itself, to run another program with an unpacked
-// image as its root: EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT… The folders are available there at their own paths.
-// See [Enter].
+// image as its root. The command line is:
+//
+//	EnterCommand ROOT FOLDER… -- PROGRAM ARGUMENT…
+//
+// The folders are available there at their own paths. See [Enter].
 const EnterCommand = "in-image"
 
 // keptVariables are the environment variables that a program in an image gets.

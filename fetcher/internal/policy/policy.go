@@ -1,5 +1,6 @@
-// Package policy reads the file in which a node's owner says what the node may load: whose signatures count for which
-// statement, and which artifacts are refused in any case. It refuses to judge artifacts; package trust does that.
+// Package policy reads the file in which a node's owner says what the node may load. The file says whose signatures
+// count for which statement, and which artifacts are refused in any case. The package refuses to judge artifacts;
+// package trust does that.
 package policy
 
 import (

@@ -18,8 +18,8 @@ import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// Auto chooses the flavour by the node's GPUs and by what is published: the open modules where they drive every GPU of
-// the node, else the proprietary ones.
+// Auto chooses the flavour by the node's GPUs and by what is published. It takes the open modules where they drive
+// every GPU of the node, else the proprietary ones.
 const Auto = "auto"
 
 // Question says which node wants which driver.
