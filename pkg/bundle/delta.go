@@ -171,7 +171,7 @@ func (d *deltaReader) chunk() error {
 	return nil
 }
 
-// window returns the dictionary of each chunk. The dictionary has the former archive's bytes from deltaMargin before
+// window provides the dictionary of each chunk. The dictionary has the former archive's bytes from deltaMargin before
 // the chunk's position to deltaMargin after the chunk. If the archive ends earlier, the dictionary is the same number
 // of bytes at the archive's end.
 type window struct {
