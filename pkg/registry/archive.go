@@ -46,7 +46,7 @@ type archives struct {
 // part is one tar file or folder of [archives].
 type part struct {
 	path  string
-	files map[string]extent // of a tar; nil for a folder
+	files map[string]extent // files in a tar; nil for a folder
 	index string            // digest of index.json
 	base  string            // digest of the index that this part is a delta of; "" if this part is whole
 }

@@ -88,7 +88,7 @@ func tagged(req *http.Request, resp *http.Response) (*http.Response, error) {
 		tag := path.Base(req.URL.Path)
 		digest := "sha256:" + strings.TrimPrefix(tag, "sha256-")
 		if req.Context().Value(attaching{}) != nil && resp.Header.Get("Docker-Content-Digest") == digest {
-			// GitLab answers so. It has no referrers API either (oras-project/oras-go#1396).
+			// GitLab takes the tag for the digest, and has no referrers API either (oras-project/oras-go#1396).
 			return nil, fault.New(fault.PublishRefused,
 				req.URL.Host+" takes the tag "+tag+" for the digest, and has no referrers API",
 				"publish to a registry that can list statements about an artifact; this one can keep none")

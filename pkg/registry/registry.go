@@ -22,7 +22,8 @@ import (
 	"github.com/prebake/prebake/pkg/fault"
 )
 
-// MaxManifest is the greatest size in bytes of a manifest or an index, and of a list of referrers with all its pages.
+// MaxManifest is the greatest size in bytes of a manifest or an index. A list of referrers from the API may be longer;
+// see maxList.
 const MaxManifest = 4 << 20
 
 // Options say how to speak to a registry. The zero value takes credentials from the user's Docker configuration.
