@@ -105,7 +105,7 @@ type deltaReader struct {
 	win  *window
 	buf  []byte // one frame
 	out  []byte // one chunk
-	left []byte // of out
+	left []byte // the unread rest of out
 	made int64  // number of chunks
 	last bool
 }

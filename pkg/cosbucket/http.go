@@ -20,7 +20,7 @@ import (
 )
 
 // Bounds on retries. A request is sent at most five times, within about eight seconds. A download that makes no
-// progress is resumed as often.
+// progress is resumed at most four times.
 const (
 	retryMax  = 4
 	retryWait = 500 * time.Millisecond

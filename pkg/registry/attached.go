@@ -29,7 +29,7 @@ const (
 // matches.
 //
 // Attachments that have all annotations of one set come first. They are taken from the sets in turns, so that many
-// attachments for one set do not crowd out those for another. After them come attachments that lack an annotation of a
+// attachments for one set do not hide those for another. After them come attachments that lack an annotation of a
 // set but contradict none, because a registry may list an attachment without its annotations.
 //
 // Attached reads at most [MaxAttachments] payloads of each group. It leaves out payloads of more than [MaxAttachment]

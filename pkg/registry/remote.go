@@ -287,7 +287,7 @@ func (s *remoteStore) classify(ctx context.Context, err error, write bool) error
 	if onNetwork(err) {
 		hint := "check that " + host + " can be reached from here"
 		if write && strings.Contains(host, ".dkr.ecr.") {
-			// aws/containers-roadmap#1970
+			// Amazon ECR then closes the connection (aws/containers-roadmap#1970).
 			hint += "; Amazon ECR hangs up where there is no such repository: " + createECR(s.repo)
 		}
 		return fault.Wrap(fault.Transient, err, hint)

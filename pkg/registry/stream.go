@@ -101,7 +101,7 @@ func (b *stream) again(cause error) error {
 		if err := sleep(b.ctx, b.pause); err != nil {
 			return err
 		}
-		_ = b.rc.Close() // it broke
+		_ = b.rc.Close() // broken, so its error does not matter
 		err := b.open()
 		if err == nil {
 			return nil

@@ -32,7 +32,7 @@ const (
 // HostAddress is the address at which the guest reaches the host's loopback interface.
 const HostAddress = "10.0.2.2"
 
-// File is one entry of the guest's root. Exactly one of Path, Data and Link is set. If none is set, the entry is a
+// File is one entry of the guest's root. At most one of Path, Data and Link is set. If none is set, the entry is a
 // folder.
 type File struct {
 	// Name is the absolute path in the guest. Missing parent folders are created.
