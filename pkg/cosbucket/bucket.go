@@ -73,9 +73,9 @@ type Bucket struct {
 // Open returns the bucket at a gs://, https://, http:// or file:// URL. If the URL has a path after the bucket's name,
 // the path is a prefix of every object's name.
 //
-// Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order, and asks the
-// next one only if a mirror cannot be reached. If a mirror answers that an object does not exist, the object does not
-// exist. Damaged bytes from a mirror are an error, too.
+// Several URLs, separated by commas, are mirrors of one bucket. Each method asks the mirrors in this order, and asks
+// the next one only if a mirror cannot be reached. If a mirror answers that an object does not exist, the object does
+// not exist. Damaged bytes from a mirror are an error, too.
 func Open(ctx context.Context, rawURL string) (*Bucket, error) {
 	return open(ctx, rawURL, retryWait)
 }
