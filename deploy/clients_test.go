@@ -238,7 +238,7 @@ func skopeoClient(c client) {
 	c.refused("nobody is logged in", "skopeo", cp("oci:layout:v1", repo+":v1")...)
 	c.login("skopeo", "login", "--tls-verify=false", "-u", "prebake", "--password-stdin", c.host)
 	c.must("skopeo", cp("oci:layout:v1", repo+":v1")...)
-	said, err := os.ReadFile(filepath.Join(c.home, "digest")) // Debian's skopeo encodes an index in its own way, so its digest differs
+	said, err := os.ReadFile(filepath.Join(c.home, "digest")) // Debian's skopeo encodes an index anew
 	if err != nil {
 		t.Fatal(err)
 	}
