@@ -110,7 +110,7 @@ func (s *stage) kernel(n int) target.Kernel { return s.mirror.Builds[n].Kernel }
 // driver returns the older driver version, which has both flavours.
 func (s *stage) driver() string { return s.mirror.Drivers[0].Version }
 
-// twin returns two builds of the same kernel.
+// twin returns the extra build of a kernel, and the build of the same kernel that the mirror has as well.
 func (s *stage) twin(t *testing.T) (twin, of target.Kernel) {
 	t.Helper()
 	for _, a := range s.mirror.Builds {

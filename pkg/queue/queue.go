@@ -294,8 +294,8 @@ func (db database) find(ctx context.Context, build int64) (*rivertype.JobRow, er
 // listed is the number of jobs that one query returns.
 const listed = 5000
 
-// Open returns, by build, the states of all jobs that a worker will still work on. It needs one query for each 5000
-// jobs.
+// Open returns, by build, the states of all jobs that a worker will still work on. One query reads
+// some thousand jobs.
 func (q *Queue) Open(ctx context.Context) (map[int64]JobState, error) {
 	all := map[int64]JobState{}
 	for last := int64(0); ; {

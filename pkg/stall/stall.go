@@ -23,7 +23,7 @@ type Reader struct {
 
 // Watch guards a stream that ends with the context of cancel. One Read may take no longer than limit. Without the
 // guard, a server that keeps the connection open and sends nothing would block its reader for ever. The error is of
-// kind Transient, and what names the download in it.
+// kind Transient. The argument what names the download in the error.
 func Watch(r io.ReadCloser, what string, limit time.Duration, cancel context.CancelFunc) *Reader {
 	w := &Reader{ReadCloser: r, what: what, limit: limit, silent: new(atomic.Bool), cancel: cancel}
 	w.timer = time.AfterFunc(limit, func() {

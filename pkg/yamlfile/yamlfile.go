@@ -106,7 +106,7 @@ func Found(n *yaml.Node) string {
 var syntaxLine = regexp.MustCompile(`^(?:yaml: )?line ([0-9]{1,9}): `)
 
 // Document returns the top node of a file. The file may have at most so many bytes and must hold exactly one document.
-// want describes, for the error about an empty file, what the file should contain.
+// The argument want describes the expected content, for the error about an empty file.
 func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 	top := At{Node: &yaml.Node{}}
 	if len(data) > most {
@@ -141,7 +141,7 @@ func (r *Reader) Document(data []byte, most int, want string) (At, bool) {
 // Fields calls each for every field of a mapping, with the field's name and value. It skips a field, and records a
 // mistake, if the key is repeated, is no scalar, or if key or value is an anchor or alias. known returns whether a key
 // is known, and records the mistake if not. Fields returns the known fields. If the node is no mapping, Fields records
-// that as a mistake, in which what describes the wanted value, and returns nil.
+// that as a mistake and returns nil. The argument what describes the wanted value in that mistake.
 func (r *Reader) Fields(a At, what string, known func(key At) bool, each func(name string, value At)) map[string]At {
 	if a.Node.Kind != yaml.MappingNode {
 		r.Want(a, "%s", what)
