@@ -203,7 +203,7 @@ func wantRemembered(phases []timeline.Phase) error {
 	}
 	var problems []error
 	for _, name := range []string{"conftest", "compile"} {
-		// Both are parts of a phase. One of them has the name of its whole, "compile".
+		// Both phases are parts of a phase that is also called "compile", so the search looks only at parts.
 		i := slices.IndexFunc(phases, func(p timeline.Phase) bool { return p.Name == name && p.Of != "" })
 		if i < 0 {
 			problems = append(problems, fmt.Errorf("the sibling's build has no phase %s", name))

@@ -81,8 +81,8 @@ type Snapshot struct {
 	Version, Refreshed int64
 	// Expires is the time at which the first part of the snapshot expires.
 	Expires time.Time
-	// Former says that the list was accepted under a root that the owner does not trust any more. Such a list names only
-	// withdrawn artifacts, and allows none.
+	// Former says that the list was accepted under a root that the owner does not trust any more. Such a list names
+	// only withdrawn artifacts. It says nothing about usable ones.
 	Former bool
 }
 
