@@ -42,8 +42,7 @@ func Duration(name string, value time.Duration, usage string) *ucli.DurationFlag
 	return &ucli.DurationFlag{Name: name, Value: value, Usage: usage, Sources: Env(name)}
 }
 
-// choiceFlag is a flag that has only a few possible values. Completion and the schema of the configuration file use
-// them.
+// choiceFlag is a flag that has only a few possible values. The schema of the configuration file lists them.
 type choiceFlag struct {
 	*ucli.StringFlag
 	choices []string
