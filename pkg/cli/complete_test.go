@@ -13,7 +13,7 @@ import (
 	"github.com/prebake/prebake/pkg/cli"
 )
 
-// completed asks a program what may stand in place of the last word.
+// completed returns the program's completions of the last word.
 func completed(t *testing.T, words ...string) []string {
 	t.Helper()
 	nothing := func(context.Context, *ucli.Command) error { t.Error("completion ran the command"); return nil }
@@ -47,7 +47,7 @@ func TestComplete(t *testing.T) {
 	for _, row := range []struct {
 		name  string
 		words []string
-		want  []string // value and text about it
+		want  []string // each is the value and its description
 	}{
 		{"commands", []string{""}, []string{"make\tmake a thing", "lists\tkeep lists",
 			"completion\tprint a completion script for bash, zsh or fish", "value---0\t"}},

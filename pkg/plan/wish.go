@@ -1,25 +1,23 @@
-// Package plan turns a wish list into cells. A wish list is a YAML file that a
-// person keeps: which COS builds, which drivers, which flavours. Parse reads it
-// and names every mistake at once, with its line; Expand asks a bucket what
-// there is and returns one cell for each build, driver version and flavour.
+// Package plan turns a wish list into cells. A wish list is a YAML file that a person maintains; it names the wanted
+// COS builds, drivers and flavours. Parse reads the file and reports every mistake, with its line. Expand asks a bucket
+// which builds and drivers exist. It returns one cell for each combination of build, driver version and flavour.
 //
-// Both are pure over what the bucket says; only LoadImageMap opens a connection. The
-// package refuses to guess: a field that it does not know, a milestone that
-// nobody named, a driver that COS does not offer are all said, and never
-// passed over.
+// Parse and Expand depend only on the file and the bucket's answers; only LoadImageMap opens a connection. The package
+// refuses to guess. It reports a field that it does not know, a milestone that has no builds, and a driver that COS
+// does not offer; it never skips them silently.
 package plan
 
 import (
 	"github.com/prebake/prebake/pkg/target"
 )
 
-// FormatVersion is the version of the wish list's format.
+// FormatVersion is the version of the wish list's file format.
 const FormatVersion = 1
 
 // MaxFile bounds a wish list, in bytes.
 const MaxFile = 1 << 20
 
-// More bounds. They are far above what a farm builds in a day.
+// More bounds. They are far above the number of cells that a farm builds in a day.
 const (
 	maxLatest    = 1000   // builds that one entry may ask for
 	maxCells     = 20_000 // cells of one plan
@@ -72,15 +70,15 @@ type Kernel struct {
 	EarlyWarning bool `json:"earlyWarning,omitempty"`
 }
 
-// Driver is one wish for a driver. In the file it is a word (default, latest,
-// R535, 535.261.03), or a mapping with `version` or `branch`.
+// Driver is one wish for a driver. The file has a word (default, latest, R535, 535.261.03), or a mapping with `version`
+// or `branch`.
 type Driver struct {
 	// Wish is default, latest, a branch or a version.
 	Wish target.Wish
-	// Flavours of this driver only. One that is asked for here and does not
-	// exist is a failure; nil takes the wish list's.
+	// Flavours applies to this driver only; nil means the wish list's flavours. A flavour that is named here and does not
+	// exist is a failure.
 	Flavours []target.Flavour
-	// Labels are given to this driver in buckets.
+	// Labels are the labels that this driver gets in buckets.
 	Labels []string
 }
 
@@ -115,7 +113,7 @@ type Exclude struct {
 	line int
 }
 
-// boards returns the boards of the wish list.
+// boards returns the boards that the wish list names, or the default.
 func (w *Wish) boards() []string {
 	switch {
 	case len(w.Boards) > 0:
