@@ -228,13 +228,11 @@ func (t *typed) names() []Candidate {
 // values returns the possible values of a flag, or of the next argument if flag is "". If there are none, the shell
 // offers files.
 func (t *typed) values(ctx context.Context, flag string) []Candidate {
-	switch flag {
-	case "output":
+	if flag == "output" {
 		return words(formats[:]...)
-	case "log-format":
-		return words("text", "json")
-	case "log-level":
-		return words("debug", "info", "warn", "error")
+	}
+	if f, ok := t.flag(flag).(*choiceFlag); ok {
+		return words(f.choices...)
 	}
 	f, ok := t.cmd.Root().Metadata[completerKey].(Completer)
 	if !ok {

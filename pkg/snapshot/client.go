@@ -201,11 +201,19 @@ func (c *Client) refresh(ctx context.Context) (_ *Snapshot, err error) {
 func (c *Client) workFolder() (string, error) {
 	if c.cfg.State == "" || c.cfg.ReadOnly {
 		work, err := os.MkdirTemp("", "prebake-snapshot-")
-		return work, fault.TempDisk(err)
+		return work, c.disk(err)
 	}
 	work := c.cfg.State + ".work" // has a fixed name, so that killed runs leave at most one folder
 	err := errors.Join(os.MkdirAll(filepath.Dir(work), 0o755), os.RemoveAll(work), os.Mkdir(work, 0o700))
-	return work, fault.Disk(err, hintDisk)
+	return work, c.disk(err)
+}
+
+// disk explains an error of the work folder. The hint names the disk that has the folder.
+func (c *Client) disk(err error) error {
+	if c.cfg.State == "" || c.cfg.ReadOnly {
+		return fault.TempDisk(err)
+	}
+	return fault.Disk(err, hintDisk)
 }
 
 const hintDisk = "free space on the disk of the state folder"
@@ -222,7 +230,7 @@ func (c *Client) update(ctx context.Context, work string, st state) (next Files,
 			continue
 		}
 		if err := os.WriteFile(file(role), data, 0o600); err != nil {
-			return next, fault.TempDisk(err)
+			return next, c.disk(err)
 		}
 	}
 	up, err := updater.New(&config.UpdaterConfig{

@@ -79,7 +79,7 @@ func clangTree(ctx context.Context, a *apt, pkgs []pkg, work string) (tree, erro
 	for name, to := range llvmLinks {
 		t.add("bin/"+name, node{link: to})
 	}
-	if err := t.resolveLinks(); err != nil {
+	if err := t.checkLinks(); err != nil {
 		return nil, err
 	}
 	if err := relocate(ctx, t, work); err != nil {

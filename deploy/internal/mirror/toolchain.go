@@ -55,7 +55,7 @@ func toolchainTree(ctx context.Context, a *apt, p platform, pkgs []pkg, work str
 	for _, tool := range []string{"ar", "as", "ld", "ld.bfd", "nm", "objcopy", "objdump", "ranlib", "strip"} {
 		t.add(p.triplet+"/bin/"+tool, node{link: "../../bin/" + p.prefix + tool})
 	}
-	if err := t.resolveLinks(); err != nil {
+	if err := t.checkLinks(); err != nil {
 		return nil, err
 	}
 	if err := relocate(ctx, t, work); err != nil {
@@ -93,9 +93,9 @@ func (p platform) toolchainPick(name string) string {
 	return ""
 }
 
-// resolveLinks returns an error if a link leaves the tree, or if its target is missing because it has another name in
+// checkLinks returns an error if a link leaves the tree, or if its target is missing because it has another name in
 // the tree. The archive must not depend on other files.
-func (t tree) resolveLinks() error {
+func (t tree) checkLinks() error {
 	for name, n := range t {
 		if n.link == "" {
 			continue
