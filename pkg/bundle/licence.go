@@ -50,14 +50,6 @@ func redistributions() []Redistribution {
 	return []Redistribution{RedistributeNone, RedistributeUserspace, RedistributeAll}
 }
 
-// ParseRedistribution parses "none", "userspace" or "all".
-func ParseRedistribution(text string) (Redistribution, error) {
-	if r := Redistribution(text); slices.Contains(redistributions(), r) {
-		return r, nil
-	}
-	return "", fmt.Errorf("redistribution %.40q: want none, userspace or all", text)
-}
-
 // Covers reports whether the allowed level r includes the level need. An unknown r includes nothing, and no level
 // includes an unknown need.
 func (r Redistribution) Covers(need Redistribution) bool {

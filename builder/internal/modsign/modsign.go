@@ -18,11 +18,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 
 	ocidigest "github.com/opencontainers/go-digest"
 	"github.com/smallstep/pkcs7"
@@ -154,19 +151,6 @@ func (s *Signer) Certificate() *x509.Certificate { return s.cert }
 
 // Key returns a cache key for signatures by this signer. Modules with equal keys and equal bytes get equal signatures.
 func (s *Signer) Key(hash string) string { return Recipe + "-" + hash + "-" + s.identity }
-
-// SignAll signs modules into a folder. modules maps names to files. SignAll returns the paths of the signed modules by
-// name.
-func (s *Signer) SignAll(ctx context.Context, modules map[string]string, dir, hash string) (map[string]string, error) {
-	out := map[string]string{}
-	for _, name := range slices.Sorted(maps.Keys(modules)) {
-		out[name] = filepath.Join(dir, strings.TrimSuffix(name, ".ko")+".ko")
-		if err := s.Sign(ctx, modules[name], out[name], hash); err != nil {
-			return nil, err
-		}
-	}
-	return out, nil
-}
 
 // Sign signs the module src and writes it to the new file dst. hash is the kernel's CONFIG_MODULE_SIG_HASH (see
 // [ReadConfig]).

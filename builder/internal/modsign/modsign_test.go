@@ -21,7 +21,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/sigstore/sigstore/pkg/signature/kms/fake"
 
 	"github.com/prebake/prebake/builder/internal/modsign"
@@ -148,31 +147,20 @@ func TestSign(t *testing.T) {
 	}
 }
 
-func TestSignAll(t *testing.T) {
+func TestSignReplacesNothing(t *testing.T) {
 	t.Parallel()
 	p := rsaPair(t)
 	s := load(t, p)
-	dir := t.TempDir()
-	modules := map[string]string{}
-	for _, name := range []string{"nvidia", "nvidia-uvm.ko"} {
-		modules[name] = write(t, filepath.Join(t.TempDir(), "x"), append([]byte(name), module...))
-	}
-	out, err := s.SignAll(t.Context(), modules, dir, "sha256")
-	if err != nil {
+	src := write(t, filepath.Join(t.TempDir(), "x"), append([]byte("nvidia"), module...))
+	dst := filepath.Join(t.TempDir(), "nvidia.ko")
+	if err := s.Sign(t.Context(), src, dst, "sha256"); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]string{"nvidia": filepath.Join(dir, "nvidia.ko"),
-		"nvidia-uvm.ko": filepath.Join(dir, "nvidia-uvm.ko")}
-	if diff := cmp.Diff(want, out); diff != "" {
-		t.Errorf("SignAll (-want +got):\n%s", diff)
+	if _, err := modsign.VerifyFile(dst, []*x509.Certificate{p.cert}); err != nil {
+		t.Errorf("VerifyFile = %v", err)
 	}
-	for _, path := range out {
-		if _, err := modsign.VerifyFile(path, []*x509.Certificate{p.cert}); err != nil {
-			t.Errorf("VerifyFile = %v", err)
-		}
-	}
-	if _, err := s.SignAll(t.Context(), modules, dir, "sha256"); err == nil {
-		t.Error("SignAll replaced files")
+	if err := s.Sign(t.Context(), src, dst, "sha256"); err == nil {
+		t.Error("Sign replaced a file")
 	}
 	if s.Key("sha256") == s.Key("sha512") || s.Key("sha256") == load(t, rsaPair(t)).Key("sha256") {
 		t.Errorf("Key = %s for another hash or certificate too", s.Key("sha256"))
