@@ -51,7 +51,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		}
 		w.Alive()
 		if err != nil {
-			a.parts.Log.WarnContext(ctx, "look failed", "err", err, "verdict", last)
+			a.parts.Log.WarnContext(ctx, "check failed", "err", err, "verdict", last)
 			continue
 		}
 		if v.State != last {
