@@ -211,11 +211,11 @@ func (k daemon) stay(ctx context.Context) error {
 		if ctx.Err() != nil || k.once || err != nil && !ready {
 			return err
 		}
-		watch, stop := context.WithCancel(ctx)
 		if err != nil {
 			pending = err
 		}
 		k.pending(pending)
+		watch, stop := ctx, func() {}
 		if pending != nil {
 			// The node wants another driver than the one that serves it. Ending here would only make kubelet or systemd start
 			// this program again and again.

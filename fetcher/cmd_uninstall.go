@@ -10,6 +10,7 @@ import (
 
 	ucli "github.com/urfave/cli/v3"
 
+	"github.com/prebake/prebake/fetcher/internal/gpucheck"
 	"github.com/prebake/prebake/pkg/cli"
 )
 
@@ -53,19 +54,11 @@ func historyCommand() *ucli.Command {
 				for _, e := range events {
 					fmt.Fprintf(w, "%s  %-19s %s\n", e.At.UTC().Format(time.DateTime), e.What, e.Driver)
 					if e.Reason != "" {
-						fmt.Fprintf(w, "%21s%s\n", "", clip(e.Reason, 59))
+						fmt.Fprintf(w, "%21s%s\n", "", gpucheck.Clip(e.Reason, 59))
 					}
 				}
 				return nil
 			})
 		},
 	}
-}
-
-// clip shortens a text to n bytes and marks the cut with dots.
-func clip(s string, n int) string {
-	if len(s) <= n {
-		return s
-	}
-	return s[:n-3] + "..."
 }

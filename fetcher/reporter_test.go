@@ -10,9 +10,9 @@ import (
 	"github.com/prebake/prebake/pkg/api"
 )
 
-// TestTellerHoldsUpNothing checks that a server that accepts no report does not delay the node, and delays its end only
-// briefly.
-func TestTellerHoldsUpNothing(t *testing.T) {
+// TestReporterHoldsUpNothing checks that a server that accepts no report does not delay the node, and delays its end
+// only briefly.
+func TestReporterHoldsUpNothing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		begin, sent := time.Now(), 0
@@ -25,7 +25,7 @@ func TestTellerHoldsUpNothing(t *testing.T) {
 			slow.queue(api.NodeReport{})
 		}
 		if took := time.Since(begin); took != 0 {
-			t.Errorf("telling took %v; want no time", took)
+			t.Errorf("queueing took %v; want no time", took)
 		}
 		slow.close()
 		if took := time.Since(begin); took != leaveTime {
@@ -38,7 +38,7 @@ func TestTellerHoldsUpNothing(t *testing.T) {
 	})
 }
 
-func TestTellerSends(t *testing.T) {
+func TestReporterSends(t *testing.T) {
 	t.Parallel()
 	var got []string
 	fine := startReporter(slog.New(slog.DiscardHandler), func(_ context.Context, r api.NodeReport) error {

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -154,6 +156,46 @@ func TestPending(t *testing.T) {
 			}
 		})
 	}
+}
+
+// countingContext counts the contexts that are derived from it and not released yet. Package context registers a
+// derived context by AfterFunc, because it does not know this type.
+type countingContext struct {
+	context.Context
+	done    chan struct{}
+	derived atomic.Int32
+}
+
+func (c *countingContext) Done() <-chan struct{} { return c.done }
+
+func (c *countingContext) AfterFunc(func()) (stop func() bool) {
+	c.derived.Add(1)
+	return sync.OnceValue(func() bool {
+		c.derived.Add(-1)
+		return true
+	})
+}
+
+// TestPendingReleases checks that a node which waits for another driver for long keeps no context of its earlier tries.
+func TestPendingReleases(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx := &countingContext{Context: t.Context(), done: make(chan struct{})}
+		k := daemon{
+			node: &busy{inUse: 5, state: gpucheck.Ready}, every: time.Minute, outside: &listeners{server: report.New(time.Now)},
+			pending: func(error) {},
+			run: func(run func(context.Context) (*agent.Report, error)) error {
+				_, err := run(t.Context())
+				return err
+			},
+		}
+		if err := k.stay(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if left := ctx.derived.Load(); left != 0 {
+			t.Errorf("stay left %d contexts; want none", left)
+		}
+	})
 }
 
 // TestHelp checks that the help fits a terminal, and each flag belongs to a group.

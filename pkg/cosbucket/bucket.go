@@ -216,19 +216,25 @@ const stallLimit = 5 * time.Minute
 
 // ReadSmall returns the content of an object of at most limit bytes.
 func (b *Bucket) ReadSmall(ctx context.Context, name string, limit int64) ([]byte, error) {
+	text, _, err := b.readSmall(ctx, name, limit)
+	return text, err
+}
+
+// readSmall is [Bucket.ReadSmall], and also returns the URL where the object was read.
+func (b *Bucket) readSmall(ctx context.Context, name string, limit int64) (text []byte, from string, err error) {
 	r, attrs, err := b.Get(ctx, name)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
-	text, err := io.ReadAll(io.LimitReader(r, limit+1))
+	text, err = io.ReadAll(io.LimitReader(r, limit+1))
 	if err = errors.Join(err, r.Close()); err != nil {
-		return nil, fmt.Errorf("fetch %s: %w", attrs.URL, err)
+		return nil, "", fmt.Errorf("fetch %s: %w", attrs.URL, err)
 	}
 	if int64(len(text)) > limit {
-		return nil, fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
+		return nil, "", fault.New(fault.Unsupported, fmt.Sprintf("fetch %s: more than %d bytes", attrs.URL, limit),
 			"check that the bucket holds COS builds")
 	}
-	return text, nil
+	return text, attrs.URL, nil
 }
 
 // checkName refuses every name that is not a relative path within the bucket.

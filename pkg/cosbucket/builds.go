@@ -123,14 +123,14 @@ func (b *Bucket) Describe(ctx context.Context, k target.Kernel) (target.Kernel, 
 	return k, nil
 }
 
-// small reads a small object of a build in the layout that has it, and returns its URL.
+// small reads a small object of a build in the layout that has it. It also returns the URL where the object was read.
 func (b *Bucket) small(ctx context.Context, k target.Kernel, name string, limit int64) (text []byte, url string,
 	err error) {
 	var absent []error
 	for _, at := range Layouts(k, name) {
-		text, err = b.ReadSmall(ctx, at, limit)
+		text, url, err = b.readSmall(ctx, at, limit)
 		if !fault.Is(err, fault.InputMissing) {
-			return text, b.URL(at), err
+			return text, url, err
 		}
 		absent = append(absent, err)
 	}

@@ -169,6 +169,22 @@ func TestMirrorStays(t *testing.T) {
 	}
 }
 
+// An error about the content of an object names the mirror that had the object.
+func TestMirrorInErrors(t *testing.T) {
+	t.Parallel()
+	commit, version := cosbucket.CommitName(kernel47), cosbucket.DefaultVersionName(kernel47)
+	up := &mirror{objects: map[string]string{commit: "no commit\n", version: "no version\n"}}
+	one, two := (&mirror{down: true}).start(t), up.start(t)
+	for name, read := range map[string]func(b *cosbucket.Bucket) error{
+		commit:  func(b *cosbucket.Bucket) error { _, err := b.Describe(t.Context(), kernel47); return err },
+		version: func(b *cosbucket.Bucket) error { _, err := b.Drivers(t.Context(), kernel47); return err },
+	} {
+		if err := read(quick(t, one+","+two)); err == nil || !strings.Contains(err.Error(), "read "+two+"/"+name) {
+			t.Errorf("error about %s is %v; want the URL below %s in it", name, err, two)
+		}
+	}
+}
+
 // A resumed download requests only the missing bytes.
 func TestResumption(t *testing.T) {
 	t.Parallel()

@@ -214,10 +214,7 @@ func (s *layoutStore) referrers(ctx context.Context, digest string) ([]v1.Descri
 		if json.Unmarshal(raw, &m) != nil || m.Subject == nil || m.Subject.Digest.String() != digest {
 			continue
 		}
-		d.ArtifactType, d.Annotations = m.ArtifactType, m.Annotations
-		if d.ArtifactType == "" {
-			d.ArtifactType = string(m.Config.MediaType)
-		}
+		d.ArtifactType, d.Annotations = ArtifactType(&m), m.Annotations
 		list = append(list, d)
 	}
 	return list, nil

@@ -16,7 +16,6 @@ import (
 
 	"github.com/gofrs/flock"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/types"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -34,43 +33,65 @@ func (s *layoutStore) attach(ctx context.Context, a *attachment) error {
 	if err != nil {
 		return err
 	}
+	subject := a.subject.String()
 	return s.locked(ctx, func() error {
+		list, err := s.listWith(ctx, subject, a.desc)
+		if err != nil {
+			return err
+		}
 		if err := s.put(ctx, img, a.desc); err != nil {
 			return err
 		}
-		return s.list(ctx, a.subject.String(), a.desc)
+		return s.putList(ctx, subject, list)
 	})
 }
 
-// list adds a referrer to its subject's list. The caller holds the lock. The blob of the former list stays, because
-// readers take no lock.
-func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor) error {
+// listWith returns the list of a subject's referrers with d added. It is nil if d is in the list already. The caller
+// holds the lock.
+func (s *layoutStore) listWith(ctx context.Context, subject string, d v1.Descriptor) ([]byte, error) {
 	idx, err := s.index(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	var all []v1.Descriptor
 	list, i, err := s.listed(ctx, idx, subject)
 	switch {
 	case err != nil:
-		return err
-	case list == nil && i >= 0:
-		return fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is no list of referrers",
+		return nil, err
+	case list != nil:
+		all = list.Manifests
+	case i >= 0:
+		return nil, fault.New(fault.PublishRefused, "tag "+listTag(subject)+" is no list of referrers",
 			"remove that entry from "+indexFile+" by hand, or publish to another folder")
-	case list == nil:
-		list = &v1.IndexManifest{SchemaVersion: 2, MediaType: types.OCIImageIndex}
-		if list.Manifests, err = s.referrers(ctx, subject); err != nil { // attached before there was a list; d is among them
-			return err
-		}
-	case slices.ContainsFunc(list.Manifests, func(have v1.Descriptor) bool { return have.Digest == d.Digest }):
-		return nil
 	default:
-		list.Manifests = append(list.Manifests, d)
+		if all, err = s.referrers(ctx, subject); err != nil { // attached before there was a list
+			return nil, err
+		}
 	}
-	raw, err := ReferrersList(list.Manifests)
-	if err != nil {
-		return err
+	if !slices.ContainsFunc(all, func(have v1.Descriptor) bool { return have.Digest == d.Digest }) {
+		all = append(all, d)
+	} else if list != nil {
+		return nil, nil
 	}
-	entry := v1.Descriptor{MediaType: types.OCIImageIndex, Annotations: map[string]string{refName: listTag(subject)}}
+	raw, err := ReferrersList(all)
+	if err == nil && len(raw) > MaxManifest { // nobody could read it
+		err = fault.New(fault.PublishRefused,
+			fmt.Sprintf("the list of what is attached to %s would have %d bytes; at most %d are read", subject, len(raw),
+				MaxManifest),
+			"attach with shorter annotations, or publish to another folder")
+	}
+	return raw, err
+}
+
+// putList writes the list that [layoutStore.listWith] returned. The caller holds the lock. The blob of the former list
+// stays, because readers take no lock.
+func (s *layoutStore) putList(ctx context.Context, subject string, raw []byte) error {
+	if raw == nil {
+		return nil
+	}
+	tag := listTag(subject)
+	entry := v1.Descriptor{MediaType: ReferrersListType, Annotations: map[string]string{refName: tag}}
+	var err error
 	if entry.Digest, entry.Size, err = v1.SHA256(bytes.NewReader(raw)); err != nil {
 		return err
 	}
@@ -79,10 +100,11 @@ func (s *layoutStore) list(ctx context.Context, subject string, d v1.Descriptor)
 		return err
 	}
 	return s.edit(ctx, func(idx *v1.IndexManifest) bool {
+		i := slices.IndexFunc(idx.Manifests, func(d v1.Descriptor) bool { return d.Annotations[refName] == tag })
 		if i < 0 {
 			idx.Manifests = append(idx.Manifests, entry)
 		} else {
-			idx.Manifests[i] = entry // no other writer is active, so i is still the position
+			idx.Manifests[i] = entry
 		}
 		return true
 	})

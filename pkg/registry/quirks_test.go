@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
 	"github.com/google/go-containerregistry/pkg/v1/types"
 
@@ -239,6 +240,40 @@ func TestLayoutConventions(t *testing.T) {
 	})
 	if err := attachOne(t, repo, s); fault.Of(err) != fault.PublishRefused || fault.Hint(err) == "" {
 		t.Errorf("Attach with an image under the list's tag = %v; want %v with a hint", err, fault.PublishRefused)
+	}
+}
+
+// An attachment that would make the list of a subject's attachments too long for readers is refused. It leaves the
+// folder as it was.
+func TestLayoutListIsBounded(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	repo := open(t, "oci:"+dir)
+	s := testkit.NewSample(t, testkit.NewKey(t), testkit.SampleKernel("47"), driver, "")
+	subject, err := repo.Push(t.Context(), s.Image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	attach := func(payload string, annotation int) error {
+		_, err := repo.Attach(t.Context(), subject, labelledType, []byte(payload),
+			map[string]string{"a": strings.Repeat("x", annotation)})
+		return err
+	}
+	if err := attach("first", registry.MaxManifest/2); err != nil {
+		t.Fatal(err)
+	}
+	before := filesIn(t, dir)
+	if err := attach("second", registry.MaxManifest/2); fault.Of(err) != fault.PublishRefused || fault.Hint(err) == "" {
+		t.Errorf("Attach with a list that is too long = %v; want %v with a hint", err, fault.PublishRefused)
+	}
+	if diff := cmp.Diff(before, filesIn(t, dir)); diff != "" {
+		t.Errorf("a refused attachment changed the folder (-want +got):\n%s", diff)
+	}
+	if err := attach("third", 1); err != nil {
+		t.Errorf("Attach after the refusal = %v; want nil", err)
+	}
+	if list, err := repo.Referrers(t.Context(), s.Digest, labelledType); err != nil || len(list) != 2 {
+		t.Errorf("Referrers = %d, %v; want the first and the third", len(list), err)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/prebake/prebake/pkg/fault"
@@ -159,11 +160,12 @@ func (l *loadTests) add(st *Statement, e Expect, counts func() error) (passed bo
 	return true, nil
 }
 
-// verdict returns the best pass, or a rejection that its signer did not revoke by a pass.
+// verdict returns the best pass, or a rejection that its signer did not revoke by a pass. Of several rejections it
+// returns that of the signer whose name sorts first.
 func (t tested) verdict() (passed string, rejected error) {
-	for signer, err := range t.rejected {
+	for _, signer := range slices.Sorted(maps.Keys(t.rejected)) {
 		if t.passed[signer] == "" {
-			return "", err
+			return "", t.rejected[signer]
 		}
 	}
 	for _, words := range t.passed {

@@ -2,6 +2,8 @@ package trust_test
 
 import (
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -79,6 +81,39 @@ func TestLoadTestDecides(t *testing.T) {
 		case errors.Is(row.is, trust.ErrRejected) && !strings.Contains(err.Error(), "for a reason"):
 			t.Errorf("%s: Verify = %v; want the reason", row.name, err)
 		}
+	}
+}
+
+// Of several rejections always the same one is reported, whatever the order of the statements.
+func TestLoadTestRejections(t *testing.T) {
+	t.Parallel()
+	key := testkit.NewKey(t)
+	s := testkit.NewSample(t, key, testkit.SampleKernel("47"), driver, "")
+	keys, bundles := []trust.PublicKey{key.Public(t)}, s.Bundles
+	for i := range 8 {
+		key := testkit.NewKey(t)
+		keys = append(keys, key.Public(t))
+		bundles = append(bundles, key.Statement(t, s.Digest, trust.PredicateTestResult, trust.TestResult{Result: "FAILED",
+			LoadTest: trust.LoadTest{Verdict: trust.VerdictRejected, Kernel: s.Kernel, Fingerprint: s.Identity.Fingerprint,
+				Reason: fmt.Sprintf("reason %d", i)}}))
+	}
+	v, err := trust.NewVerifier(trust.Policy{Keys: keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	first := ""
+	for range 16 {
+		_, err := v.Verify(bundles, s.Expect())
+		if !errors.Is(err, trust.ErrRejected) {
+			t.Fatalf("Verify = %v; want %v", err, trust.ErrRejected)
+		}
+		if first == "" {
+			first = err.Error()
+		}
+		if err.Error() != first {
+			t.Fatalf("Verify = %v; before it was %s", err, first)
+		}
+		slices.Reverse(bundles)
 	}
 }
 

@@ -51,7 +51,7 @@ func (a *Agent) Monitor(ctx context.Context, every time.Duration, w Watcher) err
 		}
 		w.Alive()
 		if err != nil {
-			a.parts.Log.WarnContext(ctx, "look failed", "err", err, "verdict", last)
+			a.parts.Log.WarnContext(ctx, "check failed", "err", err, "verdict", last)
 			continue
 		}
 		if v.State != last {
@@ -227,6 +227,7 @@ func (a *Agent) lastRecord() *record {
 func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 	r = &Report{DryRun: a.cfg.DryRun, Plan: []string{}, Modules: []kmod.Outcome{}}
 	a.forget()
+	defer func() { r.Phases = a.parts.Line.Phases() }()
 	facts, err := a.observe(r)
 	if err != nil {
 		return r, err
@@ -282,7 +283,6 @@ func (a *Agent) Rollback(ctx context.Context) (r *Report, err error) {
 		err = errors.Join(err, a.note(store, current.Digest, func(at *attempt) { at.ByHand = true }))
 		a.addHistory(ctx, store, eventRolledBack, current, "", nil)
 	}
-	r.Phases = a.parts.Line.Phases()
 	return r, err
 }
 

@@ -214,3 +214,34 @@ func TestXidWhileWatched(t *testing.T) {
 		t.Errorf("verdicts (-want +got):\n%s", diff)
 	}
 }
+
+// TestRollbackTimeline checks that the report of a rollback has its phases, however the rollback ends.
+func TestRollbackTimeline(t *testing.T) {
+	t.Parallel()
+	n, ref, c, p := bare(t)
+	rows := []struct {
+		name    string
+		prepare func()
+		ok      bool
+	}{
+		{"nothing to roll back", func() {}, false},
+		{"dry run", func() {
+			if _, err := n.run(t, ref, p.Digest, c.Driver); err != nil {
+				t.Fatal(err)
+			}
+			n.cfg.DryRun = true
+		}, true},
+		{"in use", func() {
+			n.cfg.DryRun = false
+			n.inUse(t, "1")
+		}, false},
+		{"the only driver", func() { n.inUse(t, "0") }, true},
+	}
+	for _, row := range rows { // each begins where the one before it ended
+		row.prepare()
+		r, err := n.rollback()
+		if (err == nil) != row.ok || len(r.Phases) == 0 || r.Phases[0].Name != "observe" {
+			t.Errorf("%s: Rollback = %v with phases %+v; want ok %t, and the phase observe", row.name, err, r.Phases, row.ok)
+		}
+	}
+}

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"unicode/utf8"
 
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
@@ -231,7 +232,7 @@ func (v Verdict) Print(w io.Writer) error {
 	var b strings.Builder
 	line := func(key, format string, args ...any) {
 		text := fmt.Sprintf(format, args...)
-		fmt.Fprintf(&b, "%-8s %s\n", key, clip(text, 71)) // 71 is the length of a digest
+		fmt.Fprintf(&b, "%-8s %s\n", key, Clip(text, 71)) // 71 is the length of a digest
 	}
 	line("verdict", "%s", v.State)
 	if v.Reason != "" {
@@ -276,10 +277,10 @@ func (v Verdict) Print(w io.Writer) error {
 	return err
 }
 
-// clip shortens a text to n bytes and marks the cut with dots.
-func clip(s string, n int) string {
-	if len(s) <= n {
+// Clip shortens a text to n characters and marks the cut with dots.
+func Clip(s string, n int) string {
+	if utf8.RuneCountInString(s) <= n {
 		return s
 	}
-	return s[:n-3] + "..."
+	return fmt.Sprintf("%.*s...", n-3, s)
 }

@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/sync/errgroup"
 
@@ -118,6 +120,31 @@ func TestPrint(t *testing.T) {
 		if len(strings.TrimSuffix(line, "\n")) > 80 {
 			t.Errorf("line of %d columns: %q", len(line)-1, line)
 		}
+	}
+}
+
+// TestClipped checks that a cut splits no character, in a verdict and in a line of the kernel.
+func TestClipped(t *testing.T) {
+	t.Parallel()
+	for lead := range 4 { // so that a character lies across any place for the cut
+		long := strings.Repeat("x", lead) + strings.Repeat("\u20ac", 100)
+		var out bytes.Buffer
+		if err := (gpucheck.Verdict{State: gpucheck.Unusable, Reason: long}).Print(&out); err != nil {
+			t.Fatal(err)
+		}
+		lines := append(gpucheck.FatalXids([]string{"NVRM: Xid (PCI:0000:00:04): 48, " + long}),
+			slices.Collect(strings.Lines(out.String()))...)
+		for _, line := range lines {
+			if !utf8.ValidString(line) {
+				t.Errorf("%q splits a character", line)
+			}
+		}
+		if text := gpucheck.Clip(long, 71); utf8.RuneCountInString(text) != 71 || !strings.HasSuffix(text, "...") {
+			t.Errorf("Clip = %q; want 71 characters", text)
+		}
+	}
+	if text := strings.Repeat("\u20ac", 71); gpucheck.Clip(text, 71) != text {
+		t.Errorf("Clip cuts a text of 71 characters to %q", gpucheck.Clip(text, 71))
 	}
 }
 

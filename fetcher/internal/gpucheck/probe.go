@@ -200,7 +200,7 @@ func parseAnswer(stdout []byte, stderr string, runErr error) (NVML, error) {
 		if runErr != nil {
 			cause = runErr
 		}
-		return NVML{}, fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w: %s", cause, clip(strings.TrimSpace(stderr), 200)),
+		return NVML{}, fault.Wrap(fault.Unusable, fmt.Errorf("ask NVML: %w: %s", cause, Clip(strings.TrimSpace(stderr), 200)),
 			"check that --probe names the nvmlprobe program and that the node has a C library")
 	}
 	switch {

@@ -45,7 +45,7 @@ func FatalXids(lines []string) (fatal []string) {
 			continue
 		}
 		order = append(order, gpu)
-		found[gpu] = fmt.Sprintf("Xid %d of GPU %s: %s", id, strings.ToLower(gpu), clip(strings.TrimSpace(m[3]), 80))
+		found[gpu] = fmt.Sprintf("Xid %d of GPU %s: %s", id, strings.ToLower(gpu), Clip(strings.TrimSpace(m[3]), 80))
 	}
 	for _, gpu := range order {
 		fatal = append(fatal, found[gpu])

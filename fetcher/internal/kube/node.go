@@ -294,7 +294,7 @@ func (n *Node) condition(s state, have []condition) condition {
 		c.Status, c.Message = "True", fmt.Sprintf("driver %s, %d of %d GPUs usable", v.Driver, v.UsableGPUs, v.PCIGPUs)
 	}
 	if !s.since.IsZero() {
-		c.Status, c.Reason, c.Message = "Unknown", "LookFailed", "no check of the driver has finished since "+
+		c.Status, c.Reason, c.Message = "Unknown", "CheckFailed", "no check of the driver has finished since "+
 			s.since.UTC().Format(time.RFC3339)+"; before: "+c.Message
 	}
 	if s.pending != "" {

@@ -66,7 +66,7 @@ func (r *runner) step(i int, s wire.Step) int {
 			Seconds: time.Since(start).Seconds(), Kernel: r.host.kernel()})
 		return exit
 	}
-	if len(s.Argv) == 0 {
+	if len(s.Argv) == 0 || s.Argv[0] == "" {
 		return end(exitUnrunnable, "no program named")
 	}
 	timeout := time.Duration(s.TimeoutMS) * time.Millisecond

@@ -113,6 +113,44 @@ func TestCreateOnlyOutlivesDelete(t *testing.T) {
 	}
 }
 
+// TestDeleteBesideBadTags shows that a tag that cannot be read keeps the manifest, because it may name the manifest. A
+// damaged tag does not, and stays as it is.
+func TestDeleteBesideBadTags(t *testing.T) {
+	t.Parallel()
+	for _, repo := range []string{"prebake/driver", "scratch/x"} { // the first is create-only
+		dir := t.TempDir()
+		host := serve(t, dir)
+		img := image(t)
+		if err := remote.Write(reference(t, host, repo+":good"), img, options(t)...); err != nil {
+			t.Fatal(err)
+		}
+		tags := filepath.Join(dir, "repos", repo, "_tags")
+		damaged, unreadable := filepath.Join(tags, "damaged"), filepath.Join(tags, "a-folder")
+		if err := errors.Join(os.WriteFile(damaged, []byte(`{"dig`), 0o640), os.Mkdir(unreadable, 0o750)); err != nil {
+			t.Fatal(err)
+		}
+		manifest := "/v2/" + repo + "/manifests/" + digestOf(t, img).String()
+		if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusInternalServerError {
+			t.Errorf("%s: DELETE beside a tag that cannot be read = %s; want 500", repo, r.Status)
+		}
+		if r := call(t, host, "GET", manifest, ""); r.StatusCode != http.StatusOK {
+			t.Errorf("%s: GET after that = %s; want 200", repo, r.Status)
+		}
+		if err := os.Remove(unreadable); err != nil {
+			t.Fatal(err)
+		}
+		if r := call(t, host, "DELETE", manifest, ""); r.StatusCode != http.StatusAccepted {
+			t.Errorf("%s: DELETE beside a damaged tag = %s; want 202", repo, r.Status)
+		}
+		if r := call(t, host, "GET", "/v2/"+repo+"/manifests/good", ""); r.StatusCode != http.StatusNotFound {
+			t.Errorf("%s: GET of the deleted tag = %s; want 404", repo, r.Status)
+		}
+		if raw, err := os.ReadFile(damaged); err != nil || string(raw) != `{"dig` {
+			t.Errorf("%s: the damaged tag is %q, %v; want it as it was", repo, raw, err)
+		}
+	}
+}
+
 // TestCollect shows that a collection removes unreferenced blobs after a day and nothing else. It keeps the blobs of
 // a running push, and blobs that were requested lately.
 func TestCollect(t *testing.T) {

@@ -291,7 +291,10 @@ func (s *Store) createJSON(to string, v any) error {
 	return s.syncDir(path.Dir(to))
 }
 
-// readDescriptor reads a file that holds a descriptor.
+// errDamaged means that a file does not hold what it should.
+var errDamaged = errors.New("damaged")
+
+// readDescriptor reads a file that holds a descriptor. If the content is none, the error is errDamaged.
 func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 	var d ociregistry.Descriptor
 	raw, err := s.root.ReadFile(name)
@@ -299,7 +302,7 @@ func (s *Store) readDescriptor(name string) (ociregistry.Descriptor, error) {
 		return d, err
 	}
 	if err := json.Unmarshal(raw, &d); err != nil {
-		return d, fmt.Errorf("read %s: %w", name, err)
+		return d, fmt.Errorf("read %s: %w: %w", name, errDamaged, err)
 	}
 	return d, nil
 }

@@ -425,6 +425,9 @@ func (s *Store) retired(repo, tag string) (ociregistry.Descriptor, error) {
 // DeleteManifest implements [ociregistry.Deleter]. It deletes the tags of the manifest first, and then the manifest.
 // It remembers what create-only tags named, so that such a tag can only return with the same content. The content
 // stays until it is collected, because another repository may have it.
+//
+// A tag that cannot be read may name the manifest, so the manifest stays. A damaged tag names nothing and stays as it
+// is: it must not block the deletion, and a damaged create-only tag must not become free for other content.
 func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.Digest) error {
 	desc, err := s.ResolveManifest(ctx, repo, d)
 	if err != nil {
@@ -439,21 +442,19 @@ func (s *Store) DeleteManifest(ctx context.Context, repo string, d ociregistry.D
 			return err
 		}
 		at, err := s.readDescriptor(name)
-		if err != nil || at.Digest != d {
+		switch {
+		case errors.Is(err, errDamaged) || err == nil && at.Digest != d:
 			continue
-		}
-		if s.createOnly(repo, tag) {
-			kept, err := repoPath(repo, "_retired", tag)
-			if err == nil {
+		case err == nil && s.createOnly(repo, tag):
+			var kept string
+			if kept, err = repoPath(repo, "_retired", tag); err == nil {
 				err = s.adopt(name, kept)
 			}
-			if err != nil {
-				return err
-			}
-			continue
+		case err == nil:
+			err = s.root.Remove(name)
 		}
-		if err := s.root.Remove(name); err != nil {
-			return err
+		if err != nil && !errors.Is(err, fs.ErrNotExist) { // somebody else may have deleted the tag meanwhile
+			return fmt.Errorf("delete tag %s: %w", tag, err)
 		}
 	}
 	name, err := repoPath(repo, "_manifests", desc.Digest.Encoded())
