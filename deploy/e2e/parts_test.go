@@ -101,6 +101,7 @@ func TestPartsOnRealInputs(t *testing.T) {
 			[]string{cluster.Env + "=" + script(t, "deploy/kubernetes.sh")}},
 		{"stock registry clients", "./deploy", "TestStockClients|TestCarriers", []string{tools}},
 		{"offline bundles in stock programs", "./builder/internal/offline", "TestStockTools", []string{tools}},
+		{"a release's signature in cosign", "./builder/release", "TestCosign", []string{tools}},
 		{"stock tools", "./builder/internal/publish", "Cosign|Crane|VerifyPage", []string{tools}},
 	}
 	for _, row := range rows {

@@ -6,10 +6,22 @@ import (
 	"strings"
 )
 
-// secretURL reports whether a text is a URL that contains a secret: a password before the host, or a secret query
-// parameter. Such parameters are sslpassword in PostgreSQL's connection URIs, sig in Azure's shared access signatures,
-// and X-Goog-Signature in Google's signed URLs. A text that looks like a URL but cannot be parsed counts as secret if
-// it may contain a password.
+// secretQueries are the names of a query's parameters, in lower case, that hold a secret. A signed
+// URL gives access to everybody who has it, so its signature is a secret.
+var secretQueries = []string{
+	"password", "token",
+	"sslpassword",          // PostgreSQL's connection URIs
+	"access_token",         // OAuth 2.0, RFC 6750, section 2.3
+	"sig",                  // Azure's shared access signatures
+	"signature",            // signed URLs of CloudFront, and older ones of S3 and Google
+	"x-goog-signature",     // Google's signed URLs
+	"x-amz-signature",      // AWS's presigned URLs, Signature Version 4
+	"x-amz-security-token", // the session token in such a URL
+}
+
+// secretURL reports whether a text is a URL with a secret in it: a password before the host, or a
+// secret in the query. A text that looks like a URL and cannot be read as one counts, if it may
+// have a password.
 func secretURL(text string) bool {
 	u, err := url.Parse(text)
 	if err != nil {
@@ -19,8 +31,7 @@ func secretURL(text string) bool {
 		return true
 	}
 	for key := range u.Query() {
-		secret := []string{"password", "sslpassword", "token", "sig", "x-goog-signature"}
-		if slices.Contains(secret, strings.ToLower(key)) {
+		if slices.Contains(secretQueries, strings.ToLower(key)) {
 			return true
 		}
 	}

@@ -48,7 +48,8 @@ func ExtraCells(parallel, cells int, memory uint64) int {
 func Cores() int { return runtime.GOMAXPROCS(0) }
 
 // FreeMemory returns the memory in bytes that this process may still use: the machine's available
-// memory, or the rest of the control group's limit if that is less. 0 means unknown.
+// memory, or the rest of the control group's limit if that is less. 0 means unknown. If nothing is
+// left, FreeMemory returns 1, which is room for no cell.
 func FreeMemory(root string) uint64 {
 	var free uint64
 	if fs, err := procfs.NewFS(filepath.Join(root, "proc")); err == nil {
@@ -59,8 +60,14 @@ func FreeMemory(root string) uint64 {
 	group := filepath.Join(root, "sys", "fs", "cgroup")
 	limit, ok := number(filepath.Join(group, "memory.max"))
 	used, _ := number(filepath.Join(group, "memory.current"))
-	if ok && limit > used && (free == 0 || limit-used < free) {
-		return limit - used
+	if ok {
+		left := uint64(1)
+		if limit > used { // a group may use more than its limit, for example after the limit was lowered
+			left = limit - used
+		}
+		if free == 0 || left < free {
+			free = left
+		}
 	}
 	return free
 }

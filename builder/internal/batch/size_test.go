@@ -81,4 +81,8 @@ func TestFreeMemory(t *testing.T) {
 	want(4096 << 10)
 	write("sys/fs/cgroup/memory.max", "3000\n")
 	want(2000)
+	for _, used := range []string{"3000\n", "4000\n"} { // nothing is left
+		write("sys/fs/cgroup/memory.current", used)
+		want(1)
+	}
 }

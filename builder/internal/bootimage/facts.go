@@ -42,6 +42,8 @@ var (
 	configEnds   = []byte("IKCFG_ED")
 )
 
+const hintHeaders = "check that kernel-headers.tgz is the header archive of a COS build"
+
 // ReadFacts reads the facts from a vmlinux.
 func ReadFacts(vmlinux io.ReaderAt) (Facts, error) {
 	var f Facts
@@ -90,7 +92,10 @@ func unpackConfig(packed []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	text, err := io.ReadAll(io.LimitReader(zr, kconfig.Max))
+	text, err := io.ReadAll(io.LimitReader(zr, kconfig.Max+1))
+	if err == nil && len(text) > kconfig.Max {
+		err = fmt.Errorf("it has more than %d MiB", kconfig.Max>>20)
+	}
 	return text, errors.Join(err, zr.Close())
 }
 
@@ -148,7 +153,7 @@ func (f Facts) Check(headers string) error {
 	}
 	if said["UTS_RELEASE"] == "" {
 		return fault.New(fault.Unsupported, "compare vmlinux with the headers: they do not tell the kernel's release",
-			"check that kernel-headers.tgz is the header archive of a COS build")
+			hintHeaders)
 	}
 	release := "Linux version " + said["UTS_RELEASE"] + " ("
 	begins := release
@@ -193,13 +198,18 @@ func foreign(why error) error {
 		"put the vmlinux there that was linked together with these headers; or publish without a load test: --load-test off")
 }
 
+// readBounded reads a header of at most maxHeader bytes.
 func readBounded(file string) ([]byte, error) {
 	f, err := os.Open(file)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	return io.ReadAll(io.LimitReader(f, maxHeader))
+	text, err := io.ReadAll(io.LimitReader(f, maxHeader+1))
+	if err == nil && len(text) > maxHeader {
+		err = fault.New(fault.Unsupported, fmt.Sprintf("read %s: it has more than %d MiB", file, maxHeader>>20), hintHeaders)
+	}
+	return text, err
 }
 
 // firstDifference returns the first option, by name, that the two configurations do not set alike, or "" if there is

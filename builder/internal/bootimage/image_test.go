@@ -2,6 +2,7 @@ package bootimage_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"debug/elf"
 	"encoding/binary"
 	"errors"
@@ -13,8 +14,10 @@ import (
 	"testing"
 
 	"github.com/prebake/prebake/builder/internal/bootimage"
+	"github.com/prebake/prebake/builder/internal/kconfig"
 	"github.com/prebake/prebake/pkg/fault"
 	"github.com/prebake/prebake/pkg/target"
+	"github.com/prebake/prebake/pkg/testkit/btfsample"
 )
 
 // TestEntry checks that the embedded code is the assembled entry.S. deploy/e2e shows on real kernels that the code
@@ -379,6 +382,8 @@ func TestCheck(t *testing.T) {
 		"another host": {file: by,
 			text: "#define LINUX_COMPILE_BY \"builder\"\n#define LINUX_COMPILE_HOST \"other\"\n", want: fault.Mismatch,
 			other: true},
+		"more than is read": {file: by, text: strings.Repeat("\n", 4<<20) + "#define LINUX_COMPILE_BY \"x\"\n",
+			want: fault.Unsupported},
 		"another configuration": {config: "CONFIG_A=m\n", want: fault.Mismatch},
 		"an old kernel's own":   {file: version, text: "\n"},
 		"configuration of another time": {file: version, text: "#define UTS_VERSION \"#2\"\n", config: "CONFIG_C=y\n",
@@ -399,6 +404,34 @@ func TestCheck(t *testing.T) {
 		if row.want == 0 && err != nil || row.want != 0 &&
 			(fault.Of(err) != row.want || errors.Is(err, bootimage.ErrOtherRun) != row.other || fault.Hint(err) == "") {
 			t.Errorf("%s: Check = %v (%v); want %v, of another run: %t", name, err, fault.Of(err), row.want, row.other)
+		}
+	}
+}
+
+// TestConfigInside reads the configuration inside a vmlinux. A configuration that is larger than any kernel's is
+// refused, because half of it would look like that of another kernel.
+func TestConfigInside(t *testing.T) {
+	t.Parallel()
+	for name, row := range map[string]struct {
+		text string
+		good bool
+	}{
+		"small":     {"CONFIG_A=y\n", true},
+		"the limit": {strings.Repeat("\n", kconfig.Max), true},
+		"too large": {strings.Repeat("\n", kconfig.Max) + "CONFIG_A=y\n", false},
+	} {
+		var packed bytes.Buffer
+		zw := gzip.NewWriter(&packed)
+		if _, err := zw.Write([]byte(row.text)); err != nil {
+			t.Fatal(err)
+		}
+		if err := zw.Close(); err != nil {
+			t.Fatal(err)
+		}
+		f, err := bootimage.ReadFacts(bytes.NewReader(btfsample.ELF(".rodata",
+			banner+"\x00IKCFG_ST"+packed.String()+"IKCFG_ED")))
+		if row.good && (err != nil || string(f.Config) != row.text) || !row.good && fault.Of(err) != fault.Unsupported {
+			t.Errorf("%s: ReadFacts = %d bytes of configuration, %v", name, len(f.Config), err)
 		}
 	}
 }

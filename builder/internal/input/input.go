@@ -331,7 +331,7 @@ type stream struct {
 	r        io.Reader
 	progress func(string, ...any)
 	name     string
-	size     int64 // size that the bucket reported; 0 means unknown
+	size     int64 // size that the bucket reported; 0 or less means unknown
 	sum      Sum
 	hash     hash.Hash // nil if PutBlob checks the sum, or if there is no sum
 	n        int64
@@ -350,6 +350,9 @@ func (s *stream) Read(b []byte) (int, error) {
 	case s.n > maxObject:
 		return n, fault.New(fault.Unsupported, fmt.Sprintf("%s has more than %d GiB", s.name, maxObject>>30),
 			"check that the bucket's object is what its name says")
+	case s.size > 0 && s.n > s.size:
+		return n, fault.New(fault.Checksum, fmt.Sprintf("%s has more than the %d bytes that the bucket says", s.name, s.size),
+			"try again; if it stays so, put the object into the bucket anew, or name another mirror")
 	case err == nil:
 		return n, nil
 	case !errors.Is(err, io.EOF):

@@ -194,6 +194,7 @@ func TestBlobRefuses(t *testing.T) {
 			input.Sum{Algorithm: input.MD5, Hex: hexMD5("other")}, fault.Checksum},
 		{"missing", &bucket{}, input.Sum{}, fault.InputMissing},
 		{"shorter than promised", &bucket{data: map[string]string{"o": "bytes"}, size: 9}, input.Sum{}, fault.Transient},
+		{"longer than promised", &bucket{data: map[string]string{"o": "bytes"}, size: 3}, input.Sum{}, fault.Checksum},
 	}
 	for _, r := range rows {
 		f := newFetcher(t, r.b)

@@ -95,10 +95,16 @@ func (r *run) makeBoot(ctx context.Context, in *inputs, vmlinux string, from sig
 	if err != nil {
 		return boot{}, err
 	}
-	key := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers",
+	parts := cas.NewKey("boot").Add("recipe", bootimage.Recipe).Add("vmlinux", from.Digest).Add("headers",
 		in.kernel.HeadersDigest).
 		Add("toolchain", in.kernel.ToolchainDigest).Add("host tools", in.host).Add("emulated GPU", revision).Add("arguments",
-		cosArguments).String()
+		cosArguments)
+	// The other modes may make a folder without the emulated GPU. A build that requires the load test
+	// must not get such a folder.
+	if r.cfg.LoadTest == LoadTestRequire {
+		parts.Add("load test", string(LoadTestRequire))
+	}
+	key := parts.String()
 	dir, _, err := r.products.Tree(ctx, "boot-made-1", key, func(ctx context.Context, dir string) error {
 		if err := writeImage(vmlinux, filepath.Join(dir, vm.BootKernel), in.kernel.Kernel.Arch); err != nil {
 			return err

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"os"
 
 	"github.com/prebake/prebake/pkg/fault"
 )
@@ -74,7 +75,7 @@ func Open(ctx context.Context, dest string) (*Bucket, error) {
 	case "gs":
 		s, err = openGCS(ctx, u)
 	case "file":
-		s, err = openFolder(u)
+		s, err = openFolder(u, (*os.File).Sync)
 	default:
 		return nil, fault.New(fault.Usage, fmt.Sprintf("open destination %q: not a bucket", dest), hint)
 	}

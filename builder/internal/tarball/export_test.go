@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"io"
+	"net/url"
 	"os"
 	"strconv"
 
@@ -48,6 +49,15 @@ func Pack(ctx context.Context, r Release, dst string, xattr func(*os.File, strin
 	}
 	o, _, err := pack(ctx, files, dst, xattr)
 	return o.sha256, err
+}
+
+// OpenFolder opens a folder as a destination. flush stands in for (*os.File).Sync of folders.
+func OpenFolder(dir string, flush func(*os.File) error) (*Bucket, error) {
+	f, err := openFolder(&url.URL{Scheme: "file", Path: dir}, flush)
+	if err != nil {
+		return nil, err
+	}
+	return &Bucket{f}, nil
 }
 
 // Breaking returns a destination whose calls can fail. It calls before at the start and after at

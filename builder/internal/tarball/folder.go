@@ -22,8 +22,9 @@ import (
 // folder is a destination on a disk. A lock file lets only one writer work at a time, in this
 // process or another. Readers need no lock, because objects appear only by link and rename.
 type folder struct {
-	dir  string
-	root *os.Root
+	dir   string
+	root  *os.Root
+	flush func(*os.File) error
 }
 
 // lockPause is the time between two attempts to take a lock that another process holds.
@@ -37,19 +38,41 @@ const (
 	partFile = ownFolder + "/part"
 )
 
-func openFolder(u *url.URL) (*folder, error) {
+// openFolder opens a folder, which it makes if there is none. flush writes a folder's entries to the
+// disk; it is (*os.File).Sync, except in tests.
+func openFolder(u *url.URL, flush func(*os.File) error) (*folder, error) {
 	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
 		return nil, fault.New(fault.Usage, "want an absolute path behind file://", "write file:///FOLDER")
 	}
 	dir := filepath.Clean(u.Path)
-	if err := os.MkdirAll(filepath.Join(dir, ownFolder), 0o755); err != nil {
+	if err := makeFolder(filepath.Join(dir, ownFolder), flush); err != nil {
 		return nil, onDisk(err)
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		return nil, onDisk(err)
 	}
-	return &folder{dir, root}, nil
+	return &folder{dir, root, flush}, nil
+}
+
+// makeFolder makes a folder and its missing parents. It flushes the folder above each new one, so
+// that the new name survives a crash.
+func makeFolder(dir string, flush func(*os.File) error) error {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	above := filepath.Dir(dir)
+	if err := makeFolder(above, flush); err != nil {
+		return err
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	d, err := os.Open(above)
+	if err != nil {
+		return err
+	}
+	return errors.Join(flush(d), d.Close())
 }
 
 func (f *folder) stat(_ context.Context, name string) (attrs, bool, error) {
@@ -105,7 +128,7 @@ func (f *folder) create(ctx context.Context, u upload) error {
 		} else {
 			err = onDisk(err)
 		}
-		return errors.Join(err, f.root.Remove(partFile), f.sync(path.Dir(u.name)))
+		return errors.Join(err, f.root.Remove(partFile), f.sync(u.name))
 	})
 }
 
@@ -120,7 +143,7 @@ func (f *folder) replace(ctx context.Context, u upload, token string) error {
 		if err := f.root.Rename(partFile, u.name); err != nil {
 			return onDisk(err)
 		}
-		return f.sync(path.Dir(u.name))
+		return f.sync(u.name)
 	})
 }
 
@@ -132,7 +155,7 @@ func (f *folder) remove(ctx context.Context, name, token string) error {
 		if err := f.root.Remove(name); err != nil {
 			return onDisk(err)
 		}
-		return f.sync(path.Dir(name))
+		return f.sync(name)
 	})
 }
 
@@ -180,13 +203,19 @@ func (f *folder) write(ctx context.Context, u upload) error {
 	return onDisk(errors.Join(err, out.Sync(), out.Close()))
 }
 
-// sync syncs a folder, so that a new name in it survives a crash.
-func (f *folder) sync(dir string) error {
-	d, err := f.root.Open(dir)
-	if err != nil {
-		return onDisk(err)
+// sync syncs the folder of an object and all folders above it in the destination, so that the
+// object's name survives a crash. It does not ask which folders are new, because a killed writer may
+// have made some of them.
+func (f *folder) sync(name string) error {
+	for dir := path.Dir(name); ; dir = path.Dir(dir) {
+		d, err := f.root.Open(dir)
+		if err != nil {
+			return onDisk(err)
+		}
+		if err := errors.Join(f.flush(d), d.Close()); err != nil || dir == "." {
+			return onDisk(err)
+		}
 	}
-	return onDisk(errors.Join(d.Sync(), d.Close()))
 }
 
 func (f *folder) url(name string) string {

@@ -244,8 +244,7 @@ func cosign(t *testing.T, all map[string]string, pub string) {
 	t.Helper()
 	program, err := exec.LookPath("cosign")
 	if err != nil {
-		t.Log("cosign is not on PATH: not asked")
-		return
+		t.Skip("cosign is not on PATH: deploy/tool.sh builds it; make test runs this test with it")
 	}
 	dir := t.TempDir()
 	name := tarball.TarballName(kernel, open)

@@ -203,7 +203,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	case api.Published:
 		log.InfoContext(ctx, "build published", "digest", update.Digest)
 	case api.Queued:
-		log.WarnContext(ctx, "build put back", "err", err)
+		log.WarnContext(ctx, "build queued again", "err", err)
 	default:
 		log.ErrorContext(ctx, "build failed", "state", update.State, "class", update.Class, "err", err)
 	}
