@@ -19,7 +19,7 @@ import (
 const envToken = "SIGSTORE_ID_TOKEN"
 
 func identityTokenFlag() ucli.Flag {
-	f := cli.String("identity-token", "", "`FILE` with an OpenID Connect token for keyless:")
+	f := cli.String("identity-token", "", "`FILE` with an OpenID Connect token for keyless signing")
 	f.DefaultText = "$" + envToken
 	return f
 }

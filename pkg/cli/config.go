@@ -41,7 +41,7 @@ type Config struct {
 // default. The command runs only if the file has no mistake and c.Check finds none.
 func WithConfig(cmd *ucli.Command, c Config) *ucli.Command {
 	cmd.Flags = append(cmd.Flags, Group(Advanced,
-		String(configFlag, "", "YAML `FILE` with settings, by the names of these flags"))...)
+		String(configFlag, "", "YAML `FILE` with settings, named as these flags"))...)
 	cmd.Before = func(ctx context.Context, cmd *ucli.Command) (context.Context, error) {
 		return ctx, c.load(cmd)
 	}
