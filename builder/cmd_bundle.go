@@ -107,7 +107,7 @@ func runBundleCreate(ctx context.Context, cmd *ucli.Command) error {
 		return err
 	}
 	if _, err := os.Lstat(file); err == nil {
-		return fault.New(fault.Usage, file+" is there already", "name a file that is not")
+		return fault.New(fault.Usage, file+" exists already", "name a new file")
 	}
 	var report *offline.Report
 	err = writeAtomically(file, func(w io.Writer) (err error) {

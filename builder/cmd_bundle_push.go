@@ -86,7 +86,7 @@ func pushDrivers(ctx context.Context, from, to *registry.Repository, rule licenc
 		f, err := target.ParseFlavour(m.Annotations[bundle.AnnotationDriverFlavour])
 		if err != nil {
 			return fault.Wrap(fault.Unverified, fmt.Errorf("read driver %s: %w", d.Digest, err),
-				"get the file again from who made it")
+				"get the file again from its publisher")
 		}
 		flavours[d.Digest.String()] = f
 		return nil

@@ -109,7 +109,7 @@ func TestBundle(t *testing.T) {
 	}{
 		{fault.Usage, "one argument", []string{"create"}},
 		{fault.Usage, "--from", []string{"create", at("x.tar")}},
-		{fault.Usage, "is there already", create("one.tar")},
+		{fault.Usage, "exists already", create("one.tar")},
 		{fault.Usage, "hint:  see builder bundle create --help", create("x.tar", "--kernel", "17800.0.47")},
 		{fault.Usage, "want a version", create("x.tar", "--driver", "R535")},
 		{fault.NoArtifact, "17800.0.99/lakitu", create("x.tar", "--kernel", "17800.0.99/lakitu")},

@@ -51,7 +51,7 @@ func parseSize(text string) (int64, error) {
 	}
 	n, err := humanize.ParseBytes(text)
 	if err != nil || n == 0 || n > 1<<60 {
-		return 0, fmt.Errorf("size %q: want it as in 20GiB", text)
+		return 0, fmt.Errorf("size %q: want a number with a unit, such as 20GiB", text)
 	}
 	return int64(n), nil
 }
@@ -160,7 +160,8 @@ func runTrim(ctx context.Context, cmd *ucli.Command) error {
 		return err
 	}
 	if limit.Bytes == 0 && limit.MinFree == 0 && limit.OlderThan <= 0 {
-		return fault.New(fault.Usage, "trim to what?", "give --max-size, --min-free or --older-than, as in --max-size 20GiB")
+		return fault.New(fault.Usage, "trim cache: no limit is given",
+			"give --max-size, --min-free or --older-than, such as --max-size 20GiB")
 	}
 	return withCache(cmd, func(cache *cas.Cache) error {
 		done, err := cache.Trim(ctx, limit)

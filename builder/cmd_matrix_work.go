@@ -83,7 +83,7 @@ func (m *matrix) runOnce(ctx context.Context, file string, log *slog.Logger) err
 			args = append(args, string(s), n)
 		}
 	}
-	log.InfoContext(ctx, "round done", args...)
+	log.InfoContext(ctx, "wish list checked", args...)
 	return m.label(ctx, p, func(note string) { log.DebugContext(ctx, "label not given", "note", note) })
 }
 
@@ -96,7 +96,7 @@ func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 		log.InfoContext(ctx, "build started", "attempt", e.Job.Attempts)
 		return
 	case batch.Again:
-		log.WarnContext(ctx, "build put back", "class", e.Failure.Class, "err", e.Failure.Error)
+		log.WarnContext(ctx, "build returned to the queue", "class", e.Failure.Class, "err", e.Failure.Error)
 		return
 	case batch.Note:
 		log.WarnContext(ctx, "note", "err", e.Failure.Error)

@@ -137,7 +137,7 @@ func runReproduce(ctx context.Context, cmd *ucli.Command) (err error) {
 	}
 	if len(differ) > 0 {
 		return fault.New(fault.Mismatch,
-			fmt.Sprintf("%d of %d artifacts did not come out again: %s", len(differ), len(reports), strings.Join(differ, ", ")),
+			fmt.Sprintf("reproduce: %d of %d artifacts differ: %s", len(differ), len(reports), strings.Join(differ, ", ")),
 			"do not use them until their builder has explained the difference")
 	}
 	return nil

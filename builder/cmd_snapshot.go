@@ -65,7 +65,7 @@ func keyRef(cmd *ucli.Command, role string) (string, error) {
 		}
 		return path, nil
 	}
-	return "", fault.New(fault.Usage, "no key of the "+role, "add --keys FOLDER, or --"+role+"-key KEY")
+	return "", fault.New(fault.Usage, "no key for the role "+role, "add --keys FOLDER, or --"+role+"-key KEY")
 }
 
 func snapshotKeysCommand() *ucli.Command {
@@ -75,7 +75,7 @@ func snapshotKeysCommand() *ucli.Command {
 		Action: func(_ context.Context, cmd *ucli.Command) error {
 			dir, count := cmd.Args().First(), cmd.Int("root-keys")
 			if dir == "" || cmd.Args().Len() != 1 || count < 1 || count > 9 {
-				return fault.New(fault.Usage, "want one folder, and 1 to 9 root keys", "builder snapshot keys FOLDER")
+				return fault.New(fault.Usage, "make keys: want one folder, and 1 to 9 root keys", "builder snapshot keys FOLDER")
 			}
 			if err := os.MkdirAll(dir, 0o700); err != nil {
 				return fault.Wrap(fault.Usage, fmt.Errorf("make folder of keys: %w", err), "")
@@ -252,8 +252,8 @@ func snapshotMakeCommand() *ucli.Command {
 			if !cmd.Bool("allow-empty") && !slices.ContainsFunc(list.Artifacts, usable) {
 				return fault.New(
 					fault.NoArtifact,
-					"the server has published nothing: nodes would install nothing",
-					"check --server, or mean it: --allow-empty",
+					"the server has no published artifact: nodes would install nothing",
+					"check --server; to write an empty list, add --allow-empty",
 				)
 			}
 			until := maker.Until{
@@ -279,7 +279,7 @@ func snapshotSigner(ctx context.Context, cmd *ucli.Command, role string) (maker.
 	}
 	_, by, err := sign.Metadata(ctx, ref)
 	if err == nil && by == nil {
-		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "name the private half: --"+role+"-key KEY")
+		err = fault.New(fault.Usage, ref+" is a public key, and cannot sign", "name the private key: --"+role+"-key KEY")
 	}
 	return by, err
 }

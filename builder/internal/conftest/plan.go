@@ -18,7 +18,7 @@ import (
 
 // ErrShape says that a script or a makefile is not of the shape that this
 // package understands.
-var ErrShape = errors.New("conftest of another shape")
+var ErrShape = errors.New("conftest.sh has an unknown form")
 
 // categories are the headers that make concatenates from compile tests.
 func categories() []string { return []string{"functions", "generic", "macros", "symbols", "types"} }

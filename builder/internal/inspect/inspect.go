@@ -52,7 +52,7 @@ func (l *inspection) note(check, format string, args ...any) {
 func (l *inspection) fail(check string, level doctor.Level, err error) {
 	next := fault.Hint(err)
 	if next == "" {
-		next = "report it, with this print"
+		next = "report it, with this output"
 	}
 	l.Findings = append(l.Findings,
 		doctor.Finding{Check: check, Level: level, Text: err.Error(), Next: next, Class: fault.Of(err).String()})
@@ -223,7 +223,8 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 		return
 	case !in.HasVMLinux:
 		l.fail("load test", doctor.Warn,
-			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only", "put the kernel there as it was linked"))
+			fault.New(fault.InputMissing, "no vmlinux: modules get static checks only",
+				"put the build's vmlinux into the bucket"))
 		return
 	case !c.VMLinux:
 		l.note("load test", "boots vmlinux; --vmlinux fetches it and holds it against the headers")

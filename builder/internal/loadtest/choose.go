@@ -27,7 +27,7 @@ var loadOrder = []string{"nvidia", "nvidia-uvm", "nvidia-modeset", drm, peermem}
 
 // ErrLacking says that the machine has not the kernel's own modules that nvidia
 // needs. A kernel that is booted from vmlinux alone has what is built into it.
-var ErrLacking = errors.New("the machine lacks modules of the kernel's own")
+var ErrLacking = errors.New("the test machine lacks the kernel's own modules")
 
 // normalise lets callers name modules with or without .ko and with either of
 // the kernel's spellings.

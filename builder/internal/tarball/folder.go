@@ -40,7 +40,7 @@ const (
 
 func openFolder(u *url.URL) (*folder, error) {
 	if u.Host != "" && u.Host != "localhost" || !filepath.IsAbs(u.Path) {
-		return nil, fault.New(fault.Usage, "want an absolute path behind file://", "write file:///FOLDER")
+		return nil, fault.New(fault.Usage, "want an absolute path after file://", "write file:///FOLDER")
 	}
 	dir := filepath.Clean(u.Path)
 	if err := os.MkdirAll(filepath.Join(dir, ownFolder), 0o755); err != nil {

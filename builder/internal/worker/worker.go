@@ -208,7 +208,7 @@ func (w *worker) build(ctx context.Context, job api.BuildJob, attempt int) error
 	case api.Published:
 		log.InfoContext(ctx, "build published", "digest", update.Digest)
 	case api.Queued:
-		log.WarnContext(ctx, "build put back", "err", err)
+		log.WarnContext(ctx, "build returned to the queue", "err", err)
 	default:
 		log.ErrorContext(ctx, "build failed", "state", update.State, "class", update.Class, "err", err)
 	}
@@ -258,7 +258,7 @@ func (w *worker) bounded(ctx context.Context, job api.BuildJob, attempt int, log
 	defer context.AfterFunc(w.hard, func() { cancel(context.Cause(w.hard)) })()
 	defer context.AfterFunc(w.stopping, func() {
 		if w.Grace > 0 {
-			log.InfoContext(ctx, "build goes on for a while", "grace", w.Grace)
+			log.InfoContext(ctx, "build continues until the grace period ends", "grace", w.Grace)
 		}
 	})()
 	res, err := w.make(ctx, job, attempt, cancel, log)
