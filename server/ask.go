@@ -99,7 +99,7 @@ func buildCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) (err error) {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "build needs one number", "list builds: server builds")
+				return fault.New(fault.Usage, "build needs the number of one build", "list builds: server builds")
 			}
 			c, err := client(cmd)
 			if err != nil {
@@ -190,7 +190,7 @@ func cancelCommand() *ucli.Command {
 		Action: func(ctx context.Context, cmd *ucli.Command) error {
 			id, err := strconv.ParseInt(cmd.Args().First(), 10, 64)
 			if err != nil || cmd.Args().Len() != 1 {
-				return fault.New(fault.Usage, "cancel needs one number", "list builds: server builds")
+				return fault.New(fault.Usage, "cancel needs the number of one build", "list builds: server builds")
 			}
 			c, err := client(cmd)
 			if err != nil {

@@ -28,8 +28,8 @@ func gpusCommand() *ucli.Command {
 		func(ctx context.Context, c *api.Client, cmd *ucli.Command) ([]gpu, error) {
 			f := filter(cmd)
 			if f.BuildID == "" && f.Milestone == 0 && f.GKE == "" && cmd.String("gpu") == "" {
-				return nil, fault.New(fault.Usage, "types of GPU of which COS builds?",
-					"narrow it with --build-id, --milestone, --gke or --gpu")
+				return nil, fault.New(fault.Usage, "list types of GPU: no flag selects COS builds",
+					"add --build-id, --milestone, --gke or --gpu")
 			}
 			all := []gpu{}
 			for k, err := range c.EachKernel(ctx, f) {

@@ -227,7 +227,8 @@ func reportsCommand() *ucli.Command {
 				return err
 			}
 			if cmd.String("digest") == "" && cmd.String("build-id") == "" {
-				return fault.New(fault.Usage, "reports of what?", "name an artifact with --digest, or a COS build with --build-id")
+				return fault.New(fault.Usage, "count reports: no artifact and no COS build is named",
+					"name an artifact with --digest, or a COS build with --build-id")
 			}
 			c, err := client(cmd)
 			if err != nil {

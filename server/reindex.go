@@ -350,15 +350,15 @@ func (c *comparison) left() error {
 	}
 	switch {
 	case count[unverified] > 0:
-		return fault.New(fault.Unverified, fmt.Sprintf("%d of what is published are unverified", count[unverified]),
-			"name the publisher's key with --public-key FILE; what nobody you trust published, remove")
+		return fault.New(fault.Unverified, fmt.Sprintf("%d published artifacts are unverified", count[unverified]),
+			"name the publisher's key with --public-key FILE; remove artifacts that no trusted signer published")
 	case rest > 0:
-		hint := "check each: publish again what differs or is absent, or yank it"
+		hint := "check each artifact: publish again those that differ or are absent, or yank them"
 		if count[missing]+count[attested] > 0 {
-			hint = "record what is missing: --apply"
+			hint = "add --apply to record the missing artifacts"
 		}
 		if count[lost] == rest {
-			hint = "build again what only the bucket has: server request"
+			hint = "build again the artifacts that only the bucket has: server request"
 		}
 		return fault.New(fault.Mismatch, fmt.Sprintf("%s and the catalogue differ in %d artifacts", c.Repository, rest), hint)
 	}

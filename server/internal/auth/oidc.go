@@ -249,7 +249,7 @@ func issuerOf(raw string) (string, error) {
 	}
 	parts := strings.Split(raw, ".")
 	if len(parts) != 3 {
-		return "", errors.New("it has not three parts")
+		return "", errors.New("it does not have three parts")
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil {

@@ -90,7 +90,7 @@ func needScope(c Config, s auth.Scope) func(http.Handler) http.Handler {
 // logOwn logs what went wrong inside the server, which the answer does not tell.
 func logOwn(ctx context.Context, c Config, err error) {
 	if fault.Of(err).HTTPStatus() >= http.StatusInternalServerError {
-		c.Log.ErrorContext(ctx, "caller not found out", "err", err)
+		c.Log.ErrorContext(ctx, "caller not identified", "err", err)
 	}
 }
 
