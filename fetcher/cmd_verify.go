@@ -51,7 +51,7 @@ layer is fetched. The COS build is that of this node, or --build-id.`,
 func explain(ctx context.Context, cmd *ucli.Command, a *agent.Agent) (*agent.Explanation, error) {
 	if cmd.Args().Len() == 0 {
 		if cmd.IsSet("build-id") {
-			return nil, fault.New(fault.Usage, "an installed driver is verified for its own node",
+			return nil, fault.New(fault.Usage, "--build-id has no effect on an installed driver",
 				"name an artifact, or leave --build-id out")
 		}
 		return a.ExplainInstalled(ctx)

@@ -76,7 +76,7 @@ func (a *Agent) reportWaiting(ctx context.Context) {
 	}
 	v, err := a.checkDriver(ctx)
 	if err != nil {
-		a.parts.Log.WarnContext(ctx, "look failed", "err", err)
+		a.parts.Log.WarnContext(ctx, "check of the node failed", "err", err)
 		return
 	}
 	a.watcher.Report(v)

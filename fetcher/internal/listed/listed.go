@@ -125,7 +125,7 @@ func (r *Rule) withdrawn(a snapshot.Artifact) error {
 	}
 	hint := "install another driver"
 	if a.Replacement != "" {
-		hint = "install in place of it: --driver " + a.Replacement
+		hint = "install its replacement: --driver " + a.Replacement
 	}
 	return fault.Wrap(fault.Unverified, fmt.Errorf("snapshot %d says that %w", r.last.version, err), hint)
 }
