@@ -63,7 +63,7 @@ func main() {
 						"choose from "+strings.Join(measurements(), ", "))
 				}
 				if o.clang && !slices.Contains(clangMeasurements(), name) {
-					return fault.New(fault.Usage, fmt.Sprintf("measurement %s with --clang: there is one such kernel", name),
+					return fault.New(fault.Usage, fmt.Sprintf("measurement %s: it needs more kernels than --clang has", name),
 						"choose from "+strings.Join(clangMeasurements(), ", "))
 				}
 				o.only[name] = true

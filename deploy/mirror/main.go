@@ -176,7 +176,7 @@ func (g emugpu) run(ctx context.Context, args ...string) (string, error) {
 	if err != nil {
 		return "", fault.Wrap(fault.Usage,
 			fmt.Errorf("have the builder compile the emulated GPU: %w: %.1000s", err, strings.TrimSpace(stderr.String())),
-			"run make build, or pass --builder; --no-boot-archive does without")
+			"run make build, or pass --builder; or leave the boot archive out: --no-boot-archive")
 	}
 	return strings.TrimSpace(string(out)), nil
 }

@@ -18,14 +18,14 @@ var (
 	ErrRollback  = errors.New("it is older than one that was seen before")
 	ErrAltered   = errors.New("a file is not the one that was signed, or belongs to another list")
 	ErrSignature = errors.New("it is not signed by enough of the trusted keys")
-	ErrMalformed = errors.New("it has not the form that it should have")
+	ErrMalformed = errors.New("it is malformed")
 	// ErrEndless is one way of being altered: what is longer than what was signed is not read
 	// to its end.
 	ErrEndless = fmt.Errorf("%w: it has more bytes than it may have", ErrAltered)
 )
 
-const hintSource = "check that the source serves the folder that builder snapshot wrote, all files of one " +
-	"publication; if it does, they are changed in transit"
+const hintSource = "check that the source serves all files of one " +
+	"run of builder snapshot; if it does, they are changed in transit"
 
 // refused gives a reason its kind.
 func refused(err error) error { return fault.Wrap(fault.Unverified, err, hintSource) }
