@@ -23,10 +23,10 @@ type Token struct {
 
 // NewToken asks for a token.
 type NewToken struct {
-	Name   string   `json:"name" doc:"who has it, such as node-pool-a"`
+	Name   string   `json:"name" doc:"name of the token's holder, such as node-pool-a"`
 	Scopes []string `json:"scopes" doc:"ask, announce, build, push, operate or admin"`
 	// LifeSeconds is how long it counts; 0 means 90 days.
-	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"how long it counts, in seconds; 0 is 90 days"`
+	LifeSeconds int64 `json:"lifeSeconds,omitempty" doc:"lifetime in seconds; 0 is 90 days"`
 }
 
 // AuditEntry is a call that changed something, or that was forbidden.
