@@ -57,7 +57,7 @@ Example:
 				return err
 			}
 			if all == nil {
-				return fault.New(fault.NoArtifact, file+" has no drivers", "builder bundle show "+file+" tells what it has")
+				return fault.New(fault.NoArtifact, file+" has no drivers", "list what it has: builder bundle show "+file)
 			}
 			return cli.Print(cmd, all, func(w io.Writer) error {
 				for _, t := range all {

@@ -135,7 +135,7 @@ func drivers(ctx context.Context, r *reader) (held []artifact, err error) {
 		held = append(held, a)
 	}
 	if len(held) == 0 {
-		return nil, fault.New(fault.NoArtifact, "it has no drivers", "builder bundle show FILE lists what a bundle has")
+		return nil, fault.New(fault.NoArtifact, "it has no drivers", "list what the bundle has: builder bundle show FILE")
 	}
 	return held, nil
 }

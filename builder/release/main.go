@@ -83,7 +83,7 @@ func run(ctx context.Context, c config, out, archives, verify string) error {
 		if err != nil {
 			return err
 		}
-		c.say("%s is whole, and signed by key %s", out, signer)
+		c.say("%s is complete, and signed by key %s", out, signer)
 		return nil
 	}
 	if archives != "" {

@@ -96,7 +96,7 @@ func (c *Config) load(cmd *ucli.Command) error {
 		f.Fields(top, "a mapping of "+want, f.known, f.set)
 	}
 	rest := f.place(c.check(cmd))
-	hint := fmt.Sprintf("%s config schema prints what an editor needs to check the file", cmd.Root().Name)
+	hint := fmt.Sprintf("to check the file in an editor: %s config schema", cmd.Root().Name)
 	return errors.Join(append([]error{f.Err("read configuration", hint)}, rest...)...)
 }
 

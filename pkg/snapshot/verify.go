@@ -46,7 +46,7 @@ func explain(err error) error {
 			return fault.Wrap(
 				fault.Unverified,
 				fmt.Errorf("%w: %w", ErrExpired, err),
-				"have it made or refreshed: builder snapshot; if that was done, its source does not serve the newest",
+				"sign it again with builder snapshot refresh; if that was done, check that the source serves the newest files",
 			)
 		}
 		return refused(fmt.Errorf("%w: %w", known.reason, err))

@@ -203,7 +203,7 @@ func (v *Verifier) evaluate(bundles [][]byte, e Expect) (*evaluation, []check) {
 	x := &evaluation{reasons: map[string][]error{}}
 	for i, data := range bundles {
 		if i == MaxBundles {
-			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not looked at", len(bundles)-MaxBundles))
+			x.useless.add(fault.Errorf(fault.Unverified, "%d more bundles were not read", len(bundles)-MaxBundles))
 			break
 		}
 		st, err := v.Statement(data)

@@ -72,7 +72,7 @@ func Build(ctx context.Context, b *cosbucket.Bucket, cache *cas.Cache, k target.
 		l.fail("inputs", doctor.Fail, err)
 		return &l.Report
 	}
-	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "not told"),
+	l.ok("inputs", "kernel %s, commit %s; ABI %s", in.Kernel.Release, or(in.Kernel.Commit, "unknown"),
 		in.Fingerprint.Short())
 	l.ok("headers", "%s", filepath.Base(in.Headers))
 	l.configuration(in.Headers)
@@ -227,7 +227,7 @@ func (l *inspection) loadTest(ctx context.Context, in *cossrc.Inputs, c Config) 
 				"put the build's vmlinux into the bucket"))
 		return
 	case !c.VMLinux:
-		l.note("load test", "boots vmlinux; --vmlinux fetches it and holds it against the headers")
+		l.note("load test", "boots vmlinux; --vmlinux fetches it and compares it with the headers")
 		return
 	}
 	file, _, err := cossrc.FetchVMLinux(ctx, l.bucket, l.cache, in.Kernel, c.Progress)

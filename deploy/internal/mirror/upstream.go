@@ -144,7 +144,7 @@ func undo(ctx context.Context, work string, debian tree, pair edition) (own tree
 		was, edited := pair.own[name], pair.debian[name]
 		// Where the pair's editions are equal, it was edited in this release alone.
 		if was.data == nil || edited.data == nil || bytes.Equal(was.data, edited.data) {
-			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: nothing tells what "+name+" was before", "")
+			return nil, nil, fault.New(fault.Unsupported, "undo Debian's edits: the original of "+name+" is not known", "")
 		}
 		n := own[name]
 		how := "as in NVIDIA's own"

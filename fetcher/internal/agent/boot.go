@@ -122,7 +122,7 @@ func (a *Agent) reboot(r *Report, why error) error {
 		return fault.Wrap(fault.Rejected, fmt.Errorf("%w: %w", why, err), "reboot the node")
 	}
 	r.did("asked for a reboot")
-	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "fetcher boot undo reverts it")
+	return fault.Wrap(fault.Rejected, fmt.Errorf("%w, and the node reboots", why), "to undo this: fetcher boot undo")
 }
 
 func writeEdits(store *install.Store, e bootEdits) error {

@@ -71,7 +71,7 @@ func ReadIssuers(file string) (*Issuers, error) {
 		return fault.Wrap(
 			fault.Usage,
 			fmt.Errorf("read issuers from %s: %w", file, err),
-			"docs/examples/issuers.yaml explains the file",
+			"see docs/examples/issuers.yaml, which explains the file",
 		)
 	}
 	info, err := os.Stat(file)
