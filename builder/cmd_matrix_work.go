@@ -96,7 +96,7 @@ func logEvent(ctx context.Context, log *slog.Logger, e batch.Event) {
 		log.InfoContext(ctx, "build started", "attempt", e.Job.Attempts)
 		return
 	case batch.Again:
-		log.WarnContext(ctx, "build returned to the queue", "class", e.Failure.Class, "err", e.Failure.Error)
+		log.WarnContext(ctx, "build queued again", "class", e.Failure.Class, "err", e.Failure.Error)
 		return
 	case batch.Note:
 		log.WarnContext(ctx, "note", "err", e.Failure.Error)

@@ -46,7 +46,7 @@ Example:
 			cli.Group(groupTrust, cli.String("module-cert", "",
 				"`FILE` with the certificate that the kernel trusts, for --google-modules where the bucket shows none")),
 			cli.Group(groupTrust,
-				cli.Bool("attest", `if identical: sign that with --key, and attach it`),
+				cli.Bool("attest", "if all is identical, attach a statement signed with --key"),
 				cli.String("key", "",
 					"`KEY` for --attest: a file, a KMS URI, or keyless:FILE with a Sigstore signing configuration"),
 				identityTokenFlag(),
